@@ -1,0 +1,1 @@
+//! Tests on real kernels with real sockets.

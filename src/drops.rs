@@ -1,0 +1,126 @@
+//! Why a packet was not carried: every reason has a name and a counter.
+//!
+//! The names are part of the `status --json` schema (`drops: {REASON: COUNT}`); a reason is added,
+//! never renamed.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+macro_rules! drop_reasons {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
+        /// The reason a packet or datagram was dropped.
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+        #[repr(u8)]
+        pub enum DropReason {
+            $($(#[doc = $doc])+ $variant,)+
+        }
+
+        impl DropReason {
+            /// Every reason, in the order of declaration.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The stable name that `status` and the metrics show.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+        }
+    };
+}
+
+drop_reasons! {
+    // From the network: datagrams on the tunnel's UDP port.
+    /// Shorter than its header says, or of no known message type.
+    WireMalformed = "wire_malformed",
+    /// A version of the protocol that this daemon does not speak.
+    WireVersion = "wire_version",
+    /// A handshake message that was not made with a key of a configured peer.
+    HandshakeAuth = "handshake_auth",
+    /// A handshake message that was seen before, or is older than one that was.
+    HandshakeReplay = "handshake_replay",
+    /// A handshake message of a peer that claims the same role as this daemon (or our own, reflected).
+    HandshakeRole = "handshake_role",
+    /// A handshake response to no initiation that is under way.
+    HandshakeUnexpected = "handshake_unexpected",
+    /// A data datagram for a session that is not (or no longer) known.
+    SessionUnknown = "session_unknown",
+    /// A data datagram for a session that has passed its hard expiry.
+    SessionExpired = "session_expired",
+    /// A data datagram whose authentication tag is wrong.
+    OpenAuth = "open_auth",
+    /// A data datagram whose counter was seen before or lies behind the replay window.
+    Replay = "replay",
+    /// Half of a split packet whose other half never came.
+    JoinIncomplete = "join_incomplete",
+
+    // From the TUN or out of the tunnel: IP packets.
+    /// Not an IPv4 or IPv6 packet, truncated, or with lengths that contradict each other.
+    IpMalformed = "ip_malformed",
+    /// A TCP, UDP or ICMP header that is truncated or contradicts itself.
+    L4Malformed = "l4_malformed",
+    /// A source address that no packet may have here: loopback, multicast, the packet's own destination.
+    BadSource = "bad_source",
+    /// The destination is not an address that was moved.
+    NotMoved = "not_moved",
+    /// The moved address is known, but there is no address of its family to deliver to.
+    NoDelivery = "no_delivery",
+    /// A packet that left the application's host belongs to no flow through the tunnel.
+    NoFlow = "no_flow",
+    /// A fragment whose first fragment was not seen.
+    FragmentUnknown = "fragment_unknown",
+    /// An ICMP error that quotes no packet of a known flow.
+    IcmpUnrelated = "icmp_unrelated",
+    /// The flow table is full of flows that must not be evicted.
+    FlowTableFull = "flow_table_full",
+    /// Two flows would have become one after rewriting, and no port was left to tell them apart.
+    FlowCollision = "flow_collision",
+    /// Larger than the tunnel can carry.
+    TooBig = "too_big",
+    /// Hop limit used up.
+    TtlExpired = "ttl_expired",
+
+    // On the way out.
+    /// There is no session with the peer (yet).
+    NoSession = "no_session",
+    /// The kernel refused to send the datagram.
+    SendFailed = "send_failed",
+    /// The kernel refused the packet written to the TUN.
+    TunWriteFailed = "tun_write_failed",
+    /// The control task was too busy to take a handshake or control message.
+    ControlBusy = "control_busy",
+}
+
+/// One counter per [`DropReason`].
+#[derive(Debug)]
+pub struct Drops([AtomicU64; DropReason::ALL.len()]);
+
+impl Default for Drops {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+impl Drops {
+    /// Counts one dropped packet.
+    pub fn count(&self, reason: DropReason) {
+        self.add(reason, 1);
+    }
+
+    /// Counts `packets` dropped packets.
+    pub fn add(&self, reason: DropReason, packets: u64) {
+        self.0[reason as usize].fetch_add(packets, Relaxed);
+    }
+
+    /// How many packets were dropped for `reason`.
+    pub fn get(&self, reason: DropReason) -> u64 {
+        self.0[reason as usize].load(Relaxed)
+    }
+
+    /// The reasons that occurred, with their counts.
+    pub fn iter(&self) -> impl Iterator<Item = (DropReason, u64)> + '_ {
+        DropReason::ALL
+            .iter()
+            .map(|&reason| (reason, self.get(reason)))
+            .filter(|&(_, count)| count > 0)
+    }
+}

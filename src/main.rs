@@ -1,0 +1,2 @@
+//! The `ipmoved` command: see the library for everything it does.
+fn main() {}

@@ -1,0 +1,420 @@
+//! What was moved: one address, whole or a part of its ports (`--move ADDR[:PORTS][/tcp|/udp]`).
+//!
+//! Owns the syntax that people type, the question "does this packet belong to it", and the bytes
+//! that tell the new server about it. Knows nothing of packets, sockets or the kernel.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+/// Most port ranges one `--move` may name: what the capture program on the old server can test
+/// within the kernel's limit for one program, with room for many moved addresses.
+pub const MAX_PORT_RANGES: usize = 64;
+
+/// Most `--move` one old server may have, for the same reason.
+pub const MAX_MOVES: usize = 64;
+
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// A transport named in `--move`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Transport {
+    /// TCP alone.
+    Tcp,
+    /// UDP alone.
+    Udp,
+}
+
+/// One moved address, whole or in part.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Move {
+    /// The moved address.
+    pub addr: IpAddr,
+    /// Port ranges, sorted and apart from each other; empty means every port.
+    pub ports: Vec<RangeInclusive<u16>>,
+    /// TCP or UDP alone; `None` means both if ports are named, and every IP protocol otherwise.
+    pub transport: Option<Transport>,
+}
+
+impl Move {
+    /// Whether all of the address moved: every port of every protocol, ICMP included.
+    pub fn is_whole(&self) -> bool {
+        self.ports.is_empty() && self.transport.is_none()
+    }
+
+    /// Whether a packet of IP protocol `protocol` with port `port` at the moved address belongs to it.
+    ///
+    /// `port` is `None` where the protocol has none or it is not known (ICMP, a later fragment):
+    /// then only a whole move takes the packet.
+    pub fn takes(&self, protocol: u8, port: Option<u16>) -> bool {
+        if self.is_whole() {
+            return true;
+        }
+        let transport = match protocol {
+            TCP => Transport::Tcp,
+            UDP => Transport::Udp,
+            _ => return false,
+        };
+        if self.transport.is_some_and(|only| only != transport) {
+            return false;
+        }
+        let Some(port) = port else { return false };
+        self.ports.is_empty() || self.ports.iter().any(|range| range.contains(&port))
+    }
+
+    /// Whether some packet would belong to both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        let transports = match (self.transport, other.transport) {
+            (Some(a), Some(b)) => a == b,
+            _ => true,
+        };
+        let ports = self.ports.is_empty()
+            || other.ports.is_empty()
+            || self.ports.iter().any(|a| {
+                other
+                    .ports
+                    .iter()
+                    .any(|b| a.start() <= b.end() && b.start() <= a.end())
+            });
+        self.addr == other.addr && transports && ports
+    }
+
+    /// Appends the wire form: address family (4 or 6), address, transport (0, 6 or 17), number of
+    /// ranges (one byte), then first and last port of each, big-endian.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self.addr {
+            IpAddr::V4(addr) => {
+                out.push(4);
+                out.extend_from_slice(&addr.octets());
+            }
+            IpAddr::V6(addr) => {
+                out.push(6);
+                out.extend_from_slice(&addr.octets());
+            }
+        }
+        out.push(match self.transport {
+            None => 0,
+            Some(Transport::Tcp) => TCP,
+            Some(Transport::Udp) => UDP,
+        });
+        debug_assert!(self.ports.len() <= MAX_PORT_RANGES, "refused when parsed");
+        out.push(self.ports.len() as u8);
+        for range in &self.ports {
+            out.extend_from_slice(&range.start().to_be_bytes());
+            out.extend_from_slice(&range.end().to_be_bytes());
+        }
+    }
+
+    /// Takes one move off the front of `bytes`; `None` if it is not well-formed.
+    pub fn decode(bytes: &mut &[u8]) -> Option<Self> {
+        fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+            let (head, rest) = bytes.split_first_chunk::<N>()?;
+            *bytes = rest;
+            Some(*head)
+        }
+        let addr = match take::<1>(bytes)? {
+            [4] => IpAddr::V4(Ipv4Addr::from(take::<4>(bytes)?)),
+            [6] => IpAddr::V6(Ipv6Addr::from(take::<16>(bytes)?)),
+            _ => return None,
+        };
+        let transport = match take::<1>(bytes)? {
+            [0] => None,
+            [TCP] => Some(Transport::Tcp),
+            [UDP] => Some(Transport::Udp),
+            _ => return None,
+        };
+        let [count] = take::<1>(bytes)?;
+        let mut ports = Vec::new();
+        for _ in 0..count {
+            let first = u16::from_be_bytes(take::<2>(bytes)?);
+            let last = u16::from_be_bytes(take::<2>(bytes)?);
+            ports.push(first..=last);
+        }
+        let moved = Self {
+            addr,
+            ports,
+            transport,
+        };
+        (moved.check().is_ok() && moved.ports_are_sorted()).then_some(moved)
+    }
+
+    fn ports_are_sorted(&self) -> bool {
+        self.ports
+            .windows(2)
+            .all(|pair| u32::from(*pair[0].end()) + 1 < u32::from(*pair[1].start()))
+    }
+
+    /// What no move may be, however it was made.
+    fn check(&self) -> Result<(), MoveError> {
+        let unusable = match self.addr {
+            IpAddr::V4(addr) => {
+                addr.is_unspecified()
+                    || addr.is_loopback()
+                    || addr.is_multicast()
+                    || addr.is_broadcast()
+                    || addr.octets()[0] == 0
+            }
+            IpAddr::V6(addr) => {
+                addr.is_unspecified()
+                    || addr.is_loopback()
+                    || addr.is_multicast()
+                    || addr.is_unicast_link_local()
+                    || addr.to_ipv4_mapped().is_some()
+            }
+        };
+        if unusable {
+            return Err(MoveError::NotUnicast(self.addr));
+        }
+        if self.ports.len() > MAX_PORT_RANGES {
+            return Err(MoveError::TooManyRanges(self.ports.len()));
+        }
+        for range in &self.ports {
+            if *range.start() == 0 {
+                return Err(MoveError::Port("0".into()));
+            }
+            if range.start() > range.end() {
+                return Err(MoveError::Range(*range.start(), *range.end()));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why the text of a `--move` was refused.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum MoveError {
+    /// The address part is no IP address.
+    #[error(
+        "`{0}` is not an IP address; write 192.0.2.5, 192.0.2.5:80,443/tcp or [2001:db8::5]:53/udp"
+    )]
+    Address(String),
+    /// The address part is a name.
+    #[error("`{0}` is a name; give the moved address itself, as in 192.0.2.5")]
+    Name(String),
+    /// The address cannot have been a server's: loopback, multicast, unspecified, link-local.
+    #[error("{0} cannot be moved: it is not an address that clients on other hosts can reach")]
+    NotUnicast(IpAddr),
+    /// Not a port number.
+    #[error("`{0}` is not a port; ports are numbers from 1 to 65535, as in 80,443 or 8000-8100")]
+    Port(String),
+    /// A range that runs backwards.
+    #[error("port range {0}-{1} runs backwards; write {1}-{0}")]
+    Range(u16, u16),
+    /// More ranges than [`MAX_PORT_RANGES`].
+    #[error("{0} port ranges are more than {max}; move the whole address, or join ranges", max = MAX_PORT_RANGES)]
+    TooManyRanges(usize),
+    /// Something other than `/tcp` or `/udp`.
+    #[error("`/{0}` is not known; only /tcp and /udp can be moved on their own")]
+    Transport(String),
+}
+
+impl FromStr for Move {
+    type Err = MoveError;
+
+    fn from_str(text: &str) -> Result<Self, MoveError> {
+        let (rest, transport) = match text.split_once('/') {
+            None => (text, None),
+            Some((rest, "tcp")) => (rest, Some(Transport::Tcp)),
+            Some((rest, "udp")) => (rest, Some(Transport::Udp)),
+            Some((_, other)) => return Err(MoveError::Transport(other.into())),
+        };
+        let (addr, ports) = split_ports(rest);
+        let addr = addr.parse::<IpAddr>().map_err(|_| {
+            if addr.contains(|c: char| c.is_ascii_alphabetic()) && !addr.contains(':') {
+                MoveError::Name(addr.into())
+            } else {
+                MoveError::Address(addr.into())
+            }
+        })?;
+        let moved = Self {
+            addr,
+            ports: ports.map(parse_ports).transpose()?.unwrap_or_default(),
+            transport,
+        };
+        moved.check()?;
+        Ok(Self {
+            ports: joined(moved.ports),
+            ..moved
+        })
+    }
+}
+
+/// Splits `ADDR[:PORTS]`; an IPv6 address stands in brackets if ports follow.
+fn split_ports(text: &str) -> (&str, Option<&str>) {
+    if let Some(inner) = text.strip_prefix('[') {
+        return match inner.split_once(']') {
+            Some((addr, "")) => (addr, None),
+            Some((addr, rest)) if rest.starts_with(':') => (addr, Some(&rest[1..])),
+            _ => (text, None),
+        };
+    }
+    match text.split_once(':') {
+        // More than one colon: an IPv6 address without ports.
+        Some((_, rest)) if rest.contains(':') => (text, None),
+        Some((addr, ports)) => (addr, Some(ports)),
+        None => (text, None),
+    }
+}
+
+fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, MoveError> {
+    let port = |text: &str| {
+        text.bytes()
+            .all(|b| b.is_ascii_digit())
+            .then(|| text.parse::<u16>().ok())
+            .flatten()
+            .ok_or_else(|| MoveError::Port(text.into()))
+    };
+    text.split(',')
+        .map(|item| match item.split_once('-') {
+            Some((first, last)) => Ok(port(first)?..=port(last)?),
+            None => port(item).map(|port| port..=port),
+        })
+        .collect()
+}
+
+/// Sorts ranges and joins those that touch.
+fn joined(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
+    ranges.sort_by_key(|range| *range.start());
+    let mut out: Vec<RangeInclusive<u16>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match out.last_mut() {
+            Some(last) if u32::from(*range.start()) <= u32::from(*last.end()) + 1 => {
+                *last = *last.start()..=*last.end().max(range.end());
+            }
+            _ => out.push(range),
+        }
+    }
+    out
+}
+
+impl fmt::Display for Move {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.addr {
+            IpAddr::V6(addr) if !self.ports.is_empty() => write!(f, "[{addr}]")?,
+            addr => write!(f, "{addr}")?,
+        }
+        for (index, range) in self.ports.iter().enumerate() {
+            f.write_str(if index == 0 { ":" } else { "," })?;
+            if range.start() == range.end() {
+                write!(f, "{}", range.start())?;
+            } else {
+                write!(f, "{}-{}", range.start(), range.end())?;
+            }
+        }
+        match self.transport {
+            None => Ok(()),
+            Some(Transport::Tcp) => f.write_str("/tcp"),
+            Some(Transport::Udp) => f.write_str("/udp"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn parse(text: &str) -> Result<Move, MoveError> {
+        text.parse()
+    }
+
+    #[test]
+    fn reads_what_the_contract_shows() {
+        let moved = parse("192.0.2.5:80,443/tcp").unwrap();
+        assert_eq!(moved.ports, vec![80..=80, 443..=443]);
+        assert_eq!(moved.transport, Some(Transport::Tcp));
+        let moved = parse("[2001:db8::5]:53/udp").unwrap();
+        assert_eq!(moved.addr, "2001:db8::5".parse::<IpAddr>().unwrap());
+        assert_eq!(moved.to_string(), "[2001:db8::5]:53/udp");
+        assert!(parse("192.0.2.5").unwrap().is_whole());
+        assert!(parse("2001:db8::5").unwrap().is_whole());
+        assert_eq!(
+            parse("192.0.2.5:8001-8010,8000,8011").unwrap().ports,
+            vec![8000..=8011]
+        );
+    }
+
+    #[test]
+    fn refuses_with_a_reason() {
+        assert_eq!(parse("www"), Err(MoveError::Name("www".into())));
+        assert_eq!(parse("192.0.2"), Err(MoveError::Address("192.0.2".into())));
+        assert_eq!(parse(""), Err(MoveError::Address(String::new())));
+        assert_eq!(parse("192.0.2.5:0"), Err(MoveError::Port("0".into())));
+        assert_eq!(
+            parse("192.0.2.5:99999"),
+            Err(MoveError::Port("99999".into()))
+        );
+        assert_eq!(parse("192.0.2.5:"), Err(MoveError::Port(String::new())));
+        assert_eq!(parse("192.0.2.5:+80"), Err(MoveError::Port("+80".into())));
+        assert_eq!(parse("192.0.2.5:9-8"), Err(MoveError::Range(9, 8)));
+        assert_eq!(
+            parse("192.0.2.5/sctp"),
+            Err(MoveError::Transport("sctp".into()))
+        );
+        for addr in ["127.0.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1"] {
+            assert!(
+                matches!(parse(addr), Err(MoveError::NotUnicast(_))),
+                "{addr}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_part_takes_only_its_own_packets() {
+        let moved = parse("192.0.2.5:80-81/tcp").unwrap();
+        assert!(moved.takes(TCP, Some(81)));
+        assert!(!moved.takes(TCP, Some(82)));
+        assert!(!moved.takes(UDP, Some(80)));
+        assert!(!moved.takes(1, None));
+        assert!(!moved.takes(TCP, None));
+        assert!(parse("192.0.2.5").unwrap().takes(47, None));
+        assert!(parse("192.0.2.5/udp").unwrap().takes(UDP, Some(1)));
+        assert!(!parse("192.0.2.5/udp").unwrap().takes(TCP, Some(1)));
+    }
+
+    #[test]
+    fn overlaps_are_seen() {
+        let overlap = |a: &str, b: &str| parse(a).unwrap().overlaps(&parse(b).unwrap());
+        assert!(overlap("192.0.2.5", "192.0.2.5:80"));
+        assert!(overlap("192.0.2.5:80", "192.0.2.5:70-90/tcp"));
+        assert!(!overlap("192.0.2.5:80/tcp", "192.0.2.5:80/udp"));
+        assert!(!overlap("192.0.2.5:80", "192.0.2.6:80"));
+        assert!(!overlap("192.0.2.5:80", "192.0.2.5:81"));
+    }
+
+    proptest! {
+        #[test]
+        fn text_and_bytes_both_come_back(
+            v6 in any::<bool>(), host in 1u8..255,
+            ports in proptest::collection::vec((1u16.., 0u16..100), 0..6),
+            transport in 0usize..3,
+        ) {
+            let addr = if v6 { format!("2001:db8::{host:x}").parse().unwrap() } else { IpAddr::from([192, 0, 2, host]) };
+            let ports = joined(ports.into_iter().map(|(first, more)| first..=first.saturating_add(more)).collect());
+            let transport = [None, Some(Transport::Tcp), Some(Transport::Udp)][transport];
+            let moved = Move { addr, ports, transport };
+            prop_assert_eq!(moved.to_string().parse::<Move>().unwrap(), moved.clone());
+            let mut bytes = Vec::new();
+            moved.encode(&mut bytes);
+            let mut rest = &bytes[..];
+            prop_assert_eq!(Move::decode(&mut rest), Some(moved));
+            prop_assert!(rest.is_empty());
+        }
+
+        #[test]
+        fn no_bytes_make_decode_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            if let Some(moved) = Move::decode(&mut &bytes[..]) {
+                prop_assert_eq!(moved.to_string().parse::<Move>().unwrap(), moved);
+            }
+        }
+
+        #[test]
+        fn no_text_makes_parse_panic(text in "\\PC*") {
+            let _ = text.parse::<Move>();
+        }
+    }
+}

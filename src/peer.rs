@@ -1,0 +1,36 @@
+//! Who is at the other end: the words that every room uses for a peer and its role.
+
+use std::fmt;
+
+/// Index of a peer in the daemon's configuration; stable while the daemon runs.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct PeerId(pub u16);
+
+/// What a daemon is for the moved addresses of one tunnel.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The server the service has left: it captures the moved addresses (`--move`).
+    Old,
+    /// The server the service runs on now: it delivers to the application.
+    New,
+}
+
+impl Role {
+    /// The role of the other end of the tunnel.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Old => Self::New,
+            Self::New => Self::Old,
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Old => "old",
+            Self::New => "new",
+        })
+    }
+}
