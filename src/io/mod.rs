@@ -1,0 +1,7 @@
+//! The edge to the kernel's data path: one TUN queue and one UDP socket per lane.
+//!
+//! Owns system calls on these two and the detection of what they can do. Knows nothing of packets'
+//! contents, sessions or flows.
+
+pub mod tun;
+pub mod udp;

@@ -1,0 +1,110 @@
+//! The TUN device: whole super-packets in both directions.
+//!
+//! Every frame read or written starts with the ten bytes of a `virtio_net_hdr`, so that packets
+//! arrive as the kernel holds them: up to 64 KiB, not yet cut, their checksum not yet computed
+//! (Linux `Documentation/networking/tuntap.rst`, `IFF_VNET_HDR` and `TUNSETOFFLOAD`).
+//!
+//! The device is not persistent: it goes, with its routes and per-device sysctls, when the last
+//! queue is closed, however the process ends.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+use tun_rs::{DeviceBuilder, SyncDevice};
+
+/// Largest frame: a `virtio_net_hdr` and an IP packet of 65,535 bytes.
+pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
+
+/// Length of the `virtio_net_hdr` in front of each packet.
+pub const VNET_HDR_LEN: usize = 10;
+
+/// Packets that wait in the kernel for the daemon to read them. The default of 500 super-packets
+/// is short of what a burst of small packets brings between two wake-ups.
+const TX_QUEUE_LEN: u32 = 1_000;
+
+/// Why the TUN could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TunError {
+    /// No right to create network devices.
+    #[error("no permission to create the TUN interface {0}: run as root (CAP_NET_ADMIN)")]
+    Permission(String),
+    /// The kernel has no TUN driver, or this container hides it.
+    #[error(
+        "this system has no /dev/net/tun: load the module with `modprobe tun`, or pass the device into the container"
+    )]
+    NoDriver,
+    /// Somebody else's interface has the name.
+    #[error("interface {0} exists already: stop what made it, or choose another name with --tun")]
+    Exists(String),
+    /// Anything else the kernel said.
+    #[error("cannot create the TUN interface {0}: {1}")]
+    Other(String, #[source] io::Error),
+}
+
+/// What the device can do, found out when it is made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TunFeatures {
+    /// UDP super-packets (Linux 6.2 on).
+    pub uso: bool,
+}
+
+/// One queue of the TUN device.
+pub struct TunQueue(SyncDevice);
+
+impl TunQueue {
+    /// Makes the device `name` with `queues` queues, down and without addresses.
+    ///
+    /// The caller has made sure that no interface of that name exists: with more than one queue
+    /// the kernel would silently join an existing one.
+    pub fn create(name: &str, queues: usize) -> Result<(Vec<Self>, TunFeatures), TunError> {
+        let first = DeviceBuilder::new()
+            .name(name)
+            .enable(false)
+            .tx_queue_len(TX_QUEUE_LEN)
+            .offload(true)
+            .multi_queue(queues > 1)
+            .build_sync()
+            .map_err(|error| explain(name, error))?;
+        let features = TunFeatures {
+            uso: first.udp_gso(),
+        };
+        let mut all = vec![first];
+        while all.len() < queues {
+            let next = all[0].try_clone().map_err(|error| explain(name, error))?;
+            all.push(next);
+        }
+        for queue in &all {
+            queue
+                .set_nonblocking(true)
+                .map_err(|error| explain(name, error))?;
+        }
+        Ok((all.into_iter().map(Self).collect(), features))
+    }
+
+    /// Reads one frame into `frame` ([`MAX_FRAME`] long); `WouldBlock` when none waits.
+    pub fn recv(&self, frame: &mut [u8]) -> io::Result<usize> {
+        self.0.recv(frame)
+    }
+
+    /// Writes one frame, gathered from `parts`, the first of which starts with the `virtio_net_hdr`.
+    pub fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        self.0.send_vectored(parts).map(drop)
+    }
+}
+
+impl AsFd for TunQueue {
+    #[allow(unsafe_code)]
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor belongs to the device and stays open as long as `self` is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+    }
+}
+
+fn explain(name: &str, error: io::Error) -> TunError {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => TunError::Permission(name.into()),
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TunError::NoDriver,
+        Some(libc::EBUSY | libc::EEXIST) => TunError::Exists(name.into()),
+        _ => TunError::Other(name.into(), error),
+    }
+}
