@@ -3,5 +3,6 @@
 
 pub mod drops;
 pub mod io;
+pub mod join;
 pub mod moved;
 pub mod peer;

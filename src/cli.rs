@@ -1,0 +1,140 @@
+//! What was typed: the command line as clap reads it, before anything is made of it.
+//!
+//! Owns the flags and their help texts. What they mean together is `config`'s business.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::moved::Move;
+use crate::session::CipherPolicy;
+
+/// The exit codes, as the help and the README document them.
+const AFTER_HELP: &str = "\
+Two lines do it:
+  old server:  ipmoved --peer 198.51.100.2 --psk-file /etc/ipmoved/psk --move 192.0.2.5
+  new server:  ipmoved --peer 192.0.2.1    --psk-file /etc/ipmoved/psk
+
+Exit codes:
+  0  done, or stopped by SIGTERM or SIGINT with everything undone
+  1  failed while running
+  2  bad input: a flag, address, port, key, file or interface; nothing was changed
+  3  this system cannot do it: privileges, TUN or a kernel feature; nothing was changed
+  4  an ipmoved runs already in this network namespace (or, for `status`, none does)";
+
+/// Serve an address that has moved to another server.
+///
+/// Run it on both servers. The one that is given --move is the old server: it takes the packets
+/// for the moved address and carries them, encrypted, to the new one, which hands them to the
+/// application with the client's own address and brings the replies back the same way.
+#[derive(Debug, Parser)]
+#[command(name = "ipmoved", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    /// What to do; without a command the tunnel is run.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// How to run the tunnel.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+/// The commands beside running the tunnel.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a new key for --psk-file and print it.
+    Genpsk,
+    /// Show what the daemon of this network namespace is doing.
+    Status {
+        /// Print the stable JSON form.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Undo what a killed daemon left in the kernel.
+    Cleanup,
+    /// Show a moved address being served, in namespaces of this machine that vanish afterwards.
+    Demo,
+}
+
+/// The flags that run the tunnel.
+#[derive(Debug, Default, Args)]
+pub struct RunArgs {
+    /// The other server: an address or a name, with :PORT if it does not listen on 51850.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub peer: Option<String>,
+
+    /// File with the key both servers share, as `ipmoved genpsk` prints it.
+    #[arg(long, value_name = "FILE", conflicts_with = "psk")]
+    pub psk_file: Option<PathBuf>,
+
+    /// The key itself; other users of this host can see it on the command line. Can also be given
+    /// in the environment variable IPMOVED_PSK.
+    #[arg(long, value_name = "BASE64")]
+    pub psk: Option<String>,
+
+    /// An address that has moved away from this server; makes this the old server. Repeatable.
+    /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp
+    #[arg(long = "move", value_name = "ADDR[:PORTS][/tcp|/udp]")]
+    pub moves: Vec<Move>,
+
+    /// Where the application listens on the new server, once per address family; `keep` leaves
+    /// packets as they are, for an application that listens on the moved address itself.
+    /// [default: the address the peer reaches this server on]
+    #[arg(long, value_name = "ADDR|keep")]
+    pub deliver_to: Vec<String>,
+
+    /// UDP port to listen on, with an address if only that one is to be used. [default: 51850]
+    #[arg(long, value_name = "[ADDR:]PORT")]
+    pub listen: Option<String>,
+
+    /// Name of the tunnel's network interface. [default: ipmoved0]
+    #[arg(long, value_name = "NAME")]
+    pub tun: Option<String>,
+
+    /// The interface that clients' packets use. [default: found from the addresses and routes]
+    #[arg(long, value_name = "IFACE")]
+    pub uplink: Option<String>,
+
+    /// Most flows the new server remembers at once. [default: 1000000]
+    #[arg(long, value_name = "N")]
+    pub max_flows: Option<u32>,
+
+    /// Cipher of the tunnel. [default: auto, the faster of those that both servers have in hardware]
+    #[arg(long, value_name = "CIPHER")]
+    pub cipher: Option<CipherPolicy>,
+
+    /// How to write the log. [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+
+    /// Read the same settings from a TOML file; flags win over it.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Do without an offload, to work around a driver.
+    #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]
+    pub without: Vec<Offload>,
+}
+
+/// How log lines are written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// An offload that can be done without.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Offload {
+    /// Sending several datagrams in one call.
+    UdpGso,
+    /// Receiving several datagrams in one call.
+    UdpGro,
+    /// Writing several packets to the TUN in one call.
+    TunGso,
+}
