@@ -1,0 +1,133 @@
+//! What the control task and the lanes share: who may send what where, and what was counted.
+//!
+//! The control task publishes a new [`View`] whenever something changes; lanes read the current one
+//! once per wake-up without waiting. Counters are kept per lane, so that lanes never write to the
+//! same cache line.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use arc_swap::ArcSwap;
+
+use crate::drops::Drops;
+use crate::io::udp::Path;
+use crate::peer::PeerId;
+use crate::session::Session;
+use crate::status::Traffic;
+use crate::translate::{Gate, Translator};
+
+/// Everything that lanes need to know beside the packet in hand.
+pub struct Shared {
+    /// Sessions and endpoints, replaced whole when anything changes.
+    pub view: ArcSwap<View>,
+    /// What happens to a packet between TUN and tunnel.
+    pub translation: Translation,
+    /// Drops that belong to no peer: strangers' datagrams.
+    pub drops: Drops,
+    /// Drops that belong to a peer.
+    pub peer_drops: Vec<Drops>,
+}
+
+/// What the role makes of a packet.
+pub enum Translation {
+    /// The old server: nothing is rewritten, but only moved addresses pass. One gate a peer.
+    Old(Vec<Gate>),
+    /// The new server: the flow table rewrites.
+    New(Translator),
+}
+
+/// Who may send what where, at one moment.
+#[derive(Default)]
+pub struct View {
+    /// Every session that datagrams are accepted on, by our index.
+    pub sessions: HashMap<u32, (PeerId, Arc<Session>), IndexHash>,
+    /// One for each peer, by [`PeerId`].
+    pub peers: Vec<PeerView>,
+}
+
+/// How a peer is reached at one moment.
+#[derive(Clone, Default)]
+pub struct PeerView {
+    /// The session to seal on; `None` while there is none the peer has proved.
+    pub session: Option<Arc<Session>>,
+    /// Where to send to.
+    pub path: Option<Path>,
+    /// Largest plaintext of one datagram, in bytes: the tunnel MTU.
+    pub mtu: usize,
+}
+
+/// Session indexes are random already.
+pub type IndexHash = std::hash::BuildHasherDefault<IndexHasher>;
+
+/// Passes a random `u32` through.
+#[derive(Default)]
+pub struct IndexHasher(u64);
+
+impl std::hash::Hasher for IndexHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = self.0 << 8 | u64::from(byte);
+        }
+    }
+
+    fn write_u32(&mut self, index: u32) {
+        // The table takes its buckets from the low bits and its tags from the high ones.
+        self.0 = u64::from(index) << 32 | u64::from(index);
+    }
+}
+
+/// One lane's counters.
+pub struct LaneCounters {
+    /// One for each peer, by [`PeerId`].
+    pub peers: Vec<PeerCounters>,
+    /// Super-packets that the TUN refused whole and that were written packet by packet.
+    pub tun_gso_fallbacks: AtomicU64,
+}
+
+/// What one lane carried for one peer.
+#[derive(Default)]
+#[repr(align(64))]
+pub struct PeerCounters {
+    /// Out of the tunnel.
+    pub rx: TrafficCounter,
+    /// Into the tunnel.
+    pub tx: TrafficCounter,
+}
+
+/// IP packets and their bytes.
+#[derive(Default)]
+pub struct TrafficCounter {
+    packets: AtomicU64,
+    bytes: AtomicU64,
+}
+
+impl LaneCounters {
+    /// All zero.
+    pub fn new(peers: usize) -> Self {
+        Self {
+            peers: (0..peers).map(|_| PeerCounters::default()).collect(),
+            tun_gso_fallbacks: AtomicU64::new(0),
+        }
+    }
+}
+
+impl TrafficCounter {
+    /// Counts packets that were carried. Only the owning lane writes.
+    pub fn add(&self, packets: usize, bytes: usize) {
+        self.packets
+            .store(self.packets.load(Relaxed) + packets as u64, Relaxed);
+        self.bytes
+            .store(self.bytes.load(Relaxed) + bytes as u64, Relaxed);
+    }
+
+    /// Adds what was counted to `total`.
+    pub fn add_to(&self, total: &mut Traffic) {
+        total.packets += self.packets.load(Relaxed);
+        total.bytes += self.bytes.load(Relaxed);
+    }
+}
