@@ -27,26 +27,30 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::batch::{Destination, SendBatch};
 use crate::drops::DropReason;
 use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
 use crate::io::udp::{Path, RECV_SLOT, Received, UdpSocket};
 use crate::join::{Joiner, Part, Stream};
-use crate::offload::{Coalescer, Push, Segments, VnetHdr};
-use crate::packet::Parsed;
+use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
+use crate::packet::{Parsed, clamp_mss};
 use crate::peer::PeerId;
-use crate::session::Session;
+use crate::session::{Sealer, Session};
 use crate::shared::{LaneCounters, Shared, Translation, View};
+use crate::translate::Verdict;
 use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 
 /// Batches handled from one side before the other side gets its turn. More amortises the wake-up
 /// further; 8 was worth 25 to 40 % over 1, and latency suffers beyond it.
 const BURST: usize = 8;
 
-/// Longest time without a look at expiring flows, in milliseconds.
-const TICK_MS: i64 = 1_000;
+/// How often expiring flows are looked at, and longest wait without a packet.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Pause before an interface that somebody set down is read again.
+const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// Flows examined for expiry per tick, so that a full table cannot hold up packets: at this rate a
 /// million flows are gone through in a quarter of an hour, far below the shortest long timeout.
@@ -65,6 +69,8 @@ pub enum ToControl {
     Control {
         /// The session it came in.
         session: Arc<Session>,
+        /// Where it came from.
+        path: Path,
         /// The plaintext.
         message: Vec<u8>,
     },
@@ -114,6 +120,8 @@ pub struct Lane {
     joining: PeerId,
     coalescer: Coalescer,
     joiner: Joiner,
+    /// Where a packet that is split is put together first.
+    scratch: Box<[u8]>,
     ticked: Instant,
 }
 
@@ -135,6 +143,7 @@ impl Lane {
             joining: PeerId(0),
             coalescer: Coalescer::new(parts.uso),
             joiner: Joiner::default(),
+            scratch: vec![0; MAX_FRAME].into_boxed_slice(),
             ticked: Instant::now(),
             parts,
         };
@@ -195,58 +204,502 @@ impl Lane {
     fn outbound(&mut self, moment: Moment<'_>) -> Result<bool, String> {
         let len = match self.parts.tun.recv(&mut self.frame) {
             Ok(len) => len,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(true),
-            // Set down by somebody: nothing to read until it is up again.
-            Err(error) if error.raw_os_error() == Some(libc::EIO) => {
-                std::thread::sleep(DEVICE_DOWN_PAUSE);
-                return Ok(false);
+            Err(error) => {
+                return match error.raw_os_error() {
+                    Some(libc::EAGAIN) => Ok(false),
+                    Some(libc::EINTR) => Ok(true),
+                    // Set down by somebody: nothing to read until it is up again.
+                    Some(libc::EIO) => {
+                        std::thread::sleep(DEVICE_DOWN_PAUSE);
+                        Ok(false)
+                    }
+                    _ => Err(format!("the TUN interface is gone: {error}")),
+                };
             }
-            Err(error) => return Err(format!("the TUN interface is gone: {error}")),
         };
-        if let Err((peer, reason)) = self.route_out(moment, len) {
-            self.drop_for(peer, reason);
+        if let Err(drop) = self.route_out(moment, len) {
+            self.count(drop);
         }
         Ok(true)
     }
 
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
-    fn route_out(
-        &mut self,
-        moment: Moment<'_>,
-        len: usize,
-    ) -> Result<(), (Option<PeerId>, DropReason)> {
-        let unknown = |reason| (None, reason);
+    fn route_out(&mut self, moment: Moment<'_>, len: usize) -> Result<(), Dropped> {
         let (vnet, packet) = self.frame[..len]
             .split_first_chunk_mut::<VNET_HDR_LEN>()
-            .ok_or(unknown(DropReason::IpMalformed))?;
-        let vnet = VnetHdr::parse(vnet);
-        let mut parsed = Parsed::parse(packet).map_err(unknown)?;
-        let partial = vnet.needs_csum();
+            .ok_or(DropReason::IpMalformed)?;
+        let vnet = VnetHdr::read(vnet);
+        let mut parsed = Parsed::parse(packet)?;
+        let offload = Offload::accept(&vnet, packet, &parsed)?;
+        let partial = offload.partial();
         let peer = match &self.parts.shared.translation {
-            Translation::Old(gates) => match Gate::choose(gates, &parsed, packet) {
-                Ok((peer, Verdict::Pass)) => peer,
-                Ok((_, Verdict::Bounce)) => {
-                    return self.bounce(len).map_err(unknown);
-                }
-                Err(reason) => return Err(unknown(reason)),
+            Translation::Old(gate) => match gate.from_client(moment.now, packet, &parsed)? {
+                Verdict::Carry(peer) => peer,
+                Verdict::Bounce => return self.bounce(len),
             },
-            Translation::New(translator) => translator
-                .outbound(moment.now, packet, &mut parsed, partial)
-                .map_err(unknown)?,
+            Translation::New(translator) => {
+                translator.outbound(moment.now, packet, &mut parsed, partial)?
+            }
         };
-        let known = |reason| (Some(peer), reason);
-        let peer_view = &moment.view.peers[usize::from(peer.0)];
-        let (Some(session), Some(path)) = (&peer_view.session, peer_view.path) else {
-            return Err(known(DropReason::NoSession));
+        let view = moment.view.peer(peer);
+        let (Some(session), Some(path)) = (&view.session, view.path) else {
+            return Err(Dropped::of(peer, DropReason::NoSession));
         };
-        clamp_mss(packet, &parsed, peer_view.mtu, partial);
+        clamp(packet, &parsed, view.mtu, partial);
         let destination = Destination {
             peer,
             path,
-            ecn: packet::ecn(packet),
+            ecn: parsed.ecn(packet),
         };
-        self.seal_all(len, vnet, &parsed, session, destination, peer_view.mtu)
-            .map_err(known)
+        let segments = Segments::new(offload, packet, &parsed, view.mtu);
+        let counters = &self.parts.counters.peers[usize::from(peer.0)].tx;
+        let mut sealing = Sealing {
+            batch: &mut self.batch,
+            udp: &self.parts.udp,
+            sealer: session
+                .sealer(self.parts.number)
+                .ok_or(Dropped::of(peer, DropReason::NoSession))?,
+            destination,
+            mtu: view.mtu,
+            refused: 0,
+        };
+        let sealed = sealing.seal_all(segments, &mut self.scratch);
+        let refused = sealing.refused;
+        session.activity().sent(moment.now);
+        counters.add(sealed.packets, sealed.bytes);
+        self.parts.shared.peer_drops[usize::from(peer.0)].add(DropReason::SendFailed, refused);
+        match sealed.stopped {
+            None => Ok(()),
+            Some(reason) => Err(Dropped::of(peer, reason)),
+        }
     }
+
+    /// Gives a packet that was captured with others, but has not moved, back to this host's stack.
+    fn bounce(&mut self, len: usize) -> Result<(), Dropped> {
+        self.parts
+            .tun
+            .send(&[IoSlice::new(&self.frame[..len])])
+            .map_err(|_| DropReason::TunWriteFailed.into())
+    }
+
+    /// Sends what waits in the batch.
+    fn flush_udp(&mut self) {
+        let refused = flush(&mut self.batch, &self.parts.udp);
+        if let Some((peer, datagrams)) = refused {
+            self.parts.shared.peer_drops[usize::from(peer.0)]
+                .add(DropReason::SendFailed, datagrams);
+        }
+    }
+
+    // Into this host.
+
+    /// Takes one batch of datagrams out of the tunnel; false if none waits.
+    fn inbound(&mut self, moment: Moment<'_>) -> bool {
+        let received = match self.parts.udp.recv(&mut self.slab) {
+            Ok(received) => received,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            Err(error) => {
+                debug!(%error, "receiving failed");
+                // An error that was queued on the socket is gone once it was told; whatever else
+                // it was, waiting for the next datagram is right.
+                return false;
+            }
+        };
+        let mut start = 0;
+        while start < received.len {
+            let end = received.len.min(start + received.stride);
+            if let Err(drop) = self.open(moment, start..end, &received) {
+                self.count(drop);
+            }
+            start = end;
+        }
+        self.flush_tun(moment);
+        true
+    }
+
+    /// Opens the datagram in `self.slab[range]` and passes on what is in it.
+    fn open(
+        &mut self,
+        moment: Moment<'_>,
+        range: Range<usize>,
+        received: &Received,
+    ) -> Result<(), Dropped> {
+        let datagram = &mut self.slab[range.clone()];
+        let data = match Message::parse(datagram)? {
+            Message::Data(data) => data,
+            Message::Initiation(_) | Message::Response(_) => {
+                let message = ToControl::Handshake {
+                    path: received.path,
+                    datagram: datagram.to_vec(),
+                };
+                return self.tell(message);
+            }
+        };
+        let session = moment
+            .view
+            .sessions
+            .get(&data.receiver)
+            .ok_or(DropReason::SessionUnknown)?;
+        let peer = session.peer();
+        let opened = session
+            .open(data, datagram)
+            .map_err(|reason| Dropped::of(peer, reason))?;
+        session.activity().heard(moment.now);
+        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
+        let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
+        if opened.flags.has(Flags::CONTROL) {
+            return self.tell(ToControl::Control {
+                session: Arc::clone(session),
+                path: received.path,
+                message: self.slab[plaintext].to_vec(),
+            });
+        }
+        if opened.first || moved {
+            // If the control task is too busy now, the next datagram tells it.
+            let _ = self.tell(ToControl::Heard {
+                session: Arc::clone(session),
+                path: received.path,
+            });
+        }
+        let partial = opened.flags.has(Flags::CSUM_PARTIAL);
+        let (continues, more) = (
+            opened.flags.has(Flags::CONTINUES),
+            opened.flags.has(Flags::MORE),
+        );
+        if !continues && !more {
+            return self.deliver(moment, peer, plaintext, partial, received.ecn);
+        }
+        // What came before it goes first.
+        self.flush_tun(moment);
+        let stream = Stream {
+            session: data.receiver,
+            lane: opened.lane,
+        };
+        let part = Part {
+            counter: opened.counter,
+            continues,
+            more,
+            bytes: &self.slab[plaintext],
+        };
+        let whole = self.joiner.push(stream, part);
+        let result = match whole {
+            None => Ok(()),
+            Some(packet) => pass_in(&self.parts, moment, peer, packet, partial, received.ecn),
+        };
+        let incomplete = self.joiner.take_incomplete();
+        self.parts.shared.peer_drops[usize::from(peer.0)]
+            .add(DropReason::JoinIncomplete, incomplete);
+        result
+    }
+
+    /// Joins the packet in `self.slab[range]` to the one before it, if it continues it.
+    fn deliver(
+        &mut self,
+        moment: Moment<'_>,
+        peer: PeerId,
+        range: Range<usize>,
+        partial: bool,
+        outer_ecn: u8,
+    ) -> Result<(), Dropped> {
+        let known = |reason| Dropped::of(peer, reason);
+        let packet = &mut self.slab[range.clone()];
+        let parsed = Parsed::parse(packet).map_err(known)?;
+        parsed.combine_ecn(packet, outer_ecn).map_err(known)?;
+        if peer != self.joining || !self.parts.tso {
+            self.flush_tun(moment);
+            self.joining = peer;
+        }
+        if self
+            .coalescer
+            .push(&self.slab, range.clone(), &parsed, partial)
+            == Push::MustFlush
+        {
+            self.flush_tun(moment);
+            // An empty coalescer takes any packet.
+            let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
+        }
+        Ok(())
+    }
+
+    /// Rewrites what was joined and writes it to the TUN.
+    fn flush_tun(&mut self, moment: Moment<'_>) {
+        let peer = self.joining;
+        let Some(joined) = self.coalescer.finish(&mut self.slab) else {
+            return;
+        };
+        let (packets, bytes) = (joined.packets, joined.parsed.total());
+        let mut parsed = joined.parsed;
+        let head = &mut self.slab[joined.parts[0].clone()];
+        if let Err(drop) = route_in(&self.parts, moment, peer, head, &mut parsed, joined.partial) {
+            self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
+            return;
+        }
+        let vnet = joined.vnet.to_bytes();
+        let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
+        slices[0] = IoSlice::new(&vnet);
+        for (slice, part) in slices[1..].iter_mut().zip(joined.parts) {
+            *slice = IoSlice::new(&self.slab[part.clone()]);
+        }
+        let result = self.parts.tun.send(&slices[..=joined.parts.len()]);
+        let result = match result {
+            // Some kernels refuse super-packets that are right: write its packets one by one.
+            Err(error) if packets > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
+                let fallbacks = &self.parts.counters.tun_gso_fallbacks;
+                fallbacks.store(fallbacks.load(Relaxed) + 1, Relaxed);
+                let (vnet, parts) = self.coalescer.unjoin(&mut self.slab);
+                let vnet = vnet.to_bytes();
+                parts.iter().try_for_each(|part| {
+                    let packet = IoSlice::new(&self.slab[part.clone()]);
+                    self.parts.tun.send(&[IoSlice::new(&vnet), packet])
+                })
+            }
+            result => result,
+        };
+        match result {
+            Ok(()) => self.parts.counters.peers[usize::from(peer.0)]
+                .rx
+                .add(packets, bytes),
+            Err(error) => {
+                debug!(%error, "the TUN refused a packet");
+                self.parts.shared.peer_drops[usize::from(peer.0)]
+                    .add(DropReason::TunWriteFailed, packets as u64);
+            }
+        }
+    }
+
+    // Beside the packets.
+
+    /// Passes something to the control task, unless that is too busy.
+    fn tell(&self, message: ToControl) -> Result<(), Dropped> {
+        self.parts
+            .control
+            .try_send(message)
+            .map_err(|_| DropReason::ControlBusy.into())
+    }
+
+    /// Counts a drop where it belongs.
+    fn count(&self, drop: Dropped) {
+        match drop.peer {
+            Some(peer) => self.parts.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
+            None => self.parts.shared.drops.count(drop.reason),
+        }
+    }
+
+    /// Lets flows expire. One lane does it for all.
+    fn tick(&mut self, now: Instant) {
+        if self.parts.number != 0 || now.duration_since(self.ticked) < TICK {
+            return;
+        }
+        self.ticked = now;
+        if let Translation::New(translator) = &self.parts.shared.translation {
+            translator.expire(now, EXPIRY_BUDGET);
+        }
+    }
+
+    /// Ends the lane and with it the daemon.
+    fn fail(&self, what: String) {
+        // The control task is gone only if the daemon is ending already.
+        let _ = self.parts.control.blocking_send(ToControl::Failed(what));
+    }
+}
+
+/// A packet that goes no further, and whose it was.
+#[derive(Clone, Copy, Debug)]
+struct Dropped {
+    peer: Option<PeerId>,
+    reason: DropReason,
+}
+
+impl Dropped {
+    fn of(peer: PeerId, reason: DropReason) -> Self {
+        Self {
+            peer: Some(peer),
+            reason,
+        }
+    }
+}
+
+impl From<DropReason> for Dropped {
+    fn from(reason: DropReason) -> Self {
+        Self { peer: None, reason }
+    }
+}
+
+/// Cuts one packet, however long, and seals the pieces into the batch.
+struct Sealing<'a> {
+    batch: &'a mut SendBatch,
+    udp: &'a UdpSocket,
+    sealer: &'a Sealer,
+    destination: Destination,
+    /// Largest plaintext of one datagram.
+    mtu: usize,
+    /// Datagrams that the kernel did not take.
+    refused: u64,
+}
+
+/// What became of the pieces.
+#[derive(Default)]
+struct Sealed {
+    packets: usize,
+    bytes: usize,
+    /// Why not all of them were sealed.
+    stopped: Option<DropReason>,
+}
+
+impl Sealing<'_> {
+    fn seal_all(&mut self, mut segments: Segments<'_>, scratch: &mut [u8]) -> Sealed {
+        let mut sealed = Sealed::default();
+        while let Some(len) = segments.next_len() {
+            let result = if len <= self.mtu {
+                self.seal_segment(&mut segments, len)
+            } else {
+                self.seal_split(&mut segments, scratch)
+            };
+            match result {
+                Ok(()) => {
+                    sealed.packets += 1;
+                    sealed.bytes += len;
+                }
+                Err(reason) => {
+                    sealed.stopped = Some(reason);
+                    break;
+                }
+            }
+        }
+        sealed
+    }
+
+    /// One packet, one datagram: written where it is sealed and sent from.
+    fn seal_segment(&mut self, segments: &mut Segments<'_>, len: usize) -> Result<(), DropReason> {
+        let counter = self.sealer.reserve(1).and_then(|mut all| all.next());
+        let counter = counter.ok_or(DropReason::NoSession)?;
+        let slot = self.slot(len);
+        let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
+            return Ok(());
+        };
+        let flags = checksum_flag(segment.csum_partial);
+        self.sealer
+            .seal(counter, flags, self.batch.slot(len + DATA_OVERHEAD))
+            .map_err(|_| DropReason::TooBig)?;
+        self.batch.commit(len + DATA_OVERHEAD, self.destination);
+        Ok(())
+    }
+
+    /// One packet in several datagrams of equal length, which suits the batch.
+    fn seal_split(
+        &mut self,
+        segments: &mut Segments<'_>,
+        scratch: &mut [u8],
+    ) -> Result<(), DropReason> {
+        let Some(segment) = segments.next_into(scratch) else {
+            return Ok(());
+        };
+        let packet = &scratch[..segment.len];
+        let count = packet.len().div_ceil(self.mtu);
+        let size = packet.len().div_ceil(count);
+        let counters = self.sealer.reserve(count as u32);
+        let counters = counters.ok_or(DropReason::NoSession)?;
+        for (index, (part, counter)) in packet.chunks(size).zip(counters).enumerate() {
+            let mut flags = checksum_flag(segment.csum_partial);
+            if index > 0 {
+                flags = flags.with(Flags::CONTINUES);
+            }
+            if index + 1 < count {
+                flags = flags.with(Flags::MORE);
+            }
+            let slot = self.slot(part.len());
+            slot[DATA_HEADER_LEN..][..part.len()].copy_from_slice(part);
+            self.sealer
+                .seal(counter, flags, slot)
+                .map_err(|_| DropReason::TooBig)?;
+            self.batch
+                .commit(part.len() + DATA_OVERHEAD, self.destination);
+        }
+        Ok(())
+    }
+
+    /// Room in the batch for a plaintext of `len` bytes; what is in the way is sent first.
+    fn slot(&mut self, len: usize) -> &mut [u8] {
+        let len = len + DATA_OVERHEAD;
+        if !self.batch.fits(len, &self.destination) {
+            if let Some((_, datagrams)) = flush(self.batch, self.udp) {
+                self.refused += datagrams;
+            }
+        }
+        self.batch.slot(len)
+    }
+}
+
+fn checksum_flag(partial: bool) -> Flags {
+    if partial {
+        Flags::CSUM_PARTIAL
+    } else {
+        Flags::NONE
+    }
+}
+
+/// Sends the batch; tells whose it was and how many datagrams were in it if the kernel refused any.
+fn flush(batch: &mut SendBatch, udp: &UdpSocket) -> Option<(PeerId, u64)> {
+    let (destination, bytes, stride, count) = batch.take()?;
+    match udp.send(&destination.path, destination.ecn, bytes, stride) {
+        Ok(()) => None,
+        Err(error) => {
+            debug!(%error, "sending failed");
+            Some((destination.peer, count as u64))
+        }
+    }
+}
+
+/// Rewrites one packet that was not joined with others and writes it to the TUN.
+fn pass_in(
+    parts: &LaneParts,
+    moment: Moment<'_>,
+    peer: PeerId,
+    packet: &mut [u8],
+    partial: bool,
+    outer_ecn: u8,
+) -> Result<(), Dropped> {
+    let known = |reason| Dropped::of(peer, reason);
+    let mut parsed = Parsed::parse(packet).map_err(known)?;
+    parsed.combine_ecn(packet, outer_ecn).map_err(known)?;
+    let vnet = VnetHdr::single(&parsed, partial).to_bytes();
+    route_in(parts, moment, peer, packet, &mut parsed, partial)?;
+    let packet = &packet[..parsed.total()];
+    parts
+        .tun
+        .send(&[IoSlice::new(&vnet), IoSlice::new(packet)])
+        .map_err(|error| {
+            debug!(%error, "the TUN refused a packet");
+            known(DropReason::TunWriteFailed)
+        })?;
+    parts.counters.peers[usize::from(peer.0)]
+        .rx
+        .add(1, packet.len());
+    Ok(())
+}
+
+/// Checks and rewrites a packet, or the head of a super-packet, that came out of the tunnel.
+fn route_in(
+    parts: &LaneParts,
+    moment: Moment<'_>,
+    peer: PeerId,
+    packet: &mut [u8],
+    parsed: &mut Parsed,
+    partial: bool,
+) -> Result<(), Dropped> {
+    match &parts.shared.translation {
+        Translation::Old(gate) => gate.to_client(moment.now, peer, packet, parsed),
+        Translation::New(translator) => {
+            translator.inbound(moment.now, peer, packet, parsed, partial)
+        }
+    }
+    .map_err(|reason| Dropped::of(peer, reason))?;
+    clamp(packet, parsed, moment.view.peer(peer).mtu, partial);
+    Ok(())
+}
+
+/// Clamps the MSS of a SYN or SYN-ACK to what fits one datagram.
+fn clamp(packet: &mut [u8], parsed: &Parsed, mtu: usize, partial: bool) {
+    let room = |headers: usize| mtu.saturating_sub(headers).min(usize::from(u16::MAX)) as u16;
+    clamp_mss(packet, parsed, room(40), room(60), partial);
 }

@@ -1,2 +1,7 @@
 //! The `ipmoved` command: see the library for everything it does.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ipmoved::command::main()
+}

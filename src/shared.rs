@@ -31,8 +31,8 @@ pub struct Shared {
 
 /// What the role makes of a packet.
 pub enum Translation {
-    /// The old server: nothing is rewritten, but only moved addresses pass. One gate a peer.
-    Old(Vec<Gate>),
+    /// The old server: nothing is rewritten, but only moved addresses pass.
+    Old(Gate),
     /// The new server: the flow table rewrites.
     New(Translator),
 }
@@ -41,9 +41,16 @@ pub enum Translation {
 #[derive(Default)]
 pub struct View {
     /// Every session that datagrams are accepted on, by our index.
-    pub sessions: HashMap<u32, (PeerId, Arc<Session>), IndexHash>,
+    pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
     pub peers: Vec<PeerView>,
+}
+
+impl View {
+    /// What is known of `peer`, which is one of those configured.
+    pub fn peer(&self, peer: PeerId) -> &PeerView {
+        &self.peers[usize::from(peer.0)]
+    }
 }
 
 /// How a peer is reached at one moment.

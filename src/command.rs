@@ -1,0 +1,148 @@
+//! The commands, as a person meets them: what is printed, and the exit code.
+//!
+//! The binary's edge: the one place that prints, and that turns every error into one line saying
+//! what failed, on which object, and what to do.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)] // this is the command line's own voice
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command, LogFormat, RunArgs};
+use crate::config::{self, Config};
+use crate::daemon::{self, DaemonError};
+use crate::kernel::{Host, HostError};
+use crate::session::{Entropy, Psk};
+use crate::status;
+
+/// Failed while running.
+const FAILED: u8 = 1;
+/// Bad input; clap uses the same.
+const BAD_INPUT: u8 = 2;
+/// The system cannot do it.
+const SYSTEM: u8 = 3;
+/// A daemon runs already, or none does.
+const OTHER_DAEMON: u8 = 4;
+
+/// Variable that chooses what is logged, in the syntax of `tracing_subscriber::EnvFilter`.
+const LOG_VARIABLE: &str = "IPMOVED_LOG";
+
+/// Runs the command line.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        None => run(cli.run),
+        Some(Command::Genpsk) => genpsk(),
+        Some(Command::Status { json }) => show_status(json),
+        Some(Command::Cleanup) => cleanup(),
+        Some(Command::Demo) => demo(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { code, message }) => {
+            eprintln!("ipmoved: {message}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+/// What a person is told, and what a script is.
+struct Failure {
+    code: u8,
+    message: String,
+}
+
+impl Failure {
+    fn new(code: u8, message: impl ToString) -> Self {
+        Self {
+            code,
+            message: message.to_string(),
+        }
+    }
+}
+
+fn run(args: RunArgs) -> Result<(), Failure> {
+    let config = Config::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
+    start_log(config.log_format);
+    if config.psk_exposed {
+        tracing::warn!(
+            "the key on the command line can be read by every user of this host; use --psk-file"
+        );
+    }
+    daemon::run(config, &config::runtime_dir()).map_err(|error| Failure {
+        code: match &error {
+            DaemonError::Input(_) => BAD_INPUT,
+            DaemonError::System(_) => SYSTEM,
+            DaemonError::Running(_) => OTHER_DAEMON,
+            DaemonError::Failed(_) => FAILED,
+        },
+        message: error.to_string(),
+    })
+}
+
+fn start_log(format: LogFormat) {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .with_writer(io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+}
+
+fn genpsk() -> Result<(), Failure> {
+    let psk = Psk::generate(&Entropy::system()).map_err(|error| Failure::new(FAILED, error))?;
+    print(&format!("{}\n", *psk.to_base64()))
+}
+
+fn show_status(json: bool) -> Result<(), Failure> {
+    let namespace = Host::namespace_dir(&config::runtime_dir()).map_err(host_failure)?;
+    let status = status::ask(&namespace.join(status::SOCKET))
+        .map_err(|error| Failure::new(OTHER_DAEMON, error))?;
+    if json {
+        let text = serde_json::to_string_pretty(&status);
+        print(&format!(
+            "{}\n",
+            text.map_err(|error| Failure::new(FAILED, error))?
+        ))
+    } else {
+        print(&status.to_text())
+    }
+}
+
+fn cleanup() -> Result<(), Failure> {
+    let undone = Host::cleanup(&config::runtime_dir()).map_err(host_failure)?;
+    if undone.is_empty() {
+        return print("nothing was left to clean up\n");
+    }
+    for change in undone {
+        print(&format!("undone: {change}\n"))?;
+    }
+    Ok(())
+}
+
+fn demo() -> Result<(), Failure> {
+    let exe = std::env::current_exe().map_err(|error| Failure::new(FAILED, error))?;
+    crate::lab::demo(&exe).map_err(|error| Failure::new(FAILED, error))
+}
+
+fn host_failure(error: HostError) -> Failure {
+    let code = match &error {
+        HostError::Locked { .. } => OTHER_DAEMON,
+        _ => SYSTEM,
+    };
+    Failure::new(code, error)
+}
+
+/// Writes to standard output; a reader that has gone away (`| head`) is no error.
+fn print(text: &str) -> Result<(), Failure> {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::new(FAILED, error)),
+        _ => Ok(()),
+    }
+}
