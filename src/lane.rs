@@ -37,9 +37,9 @@ use crate::join::{Joiner, Part, Stream};
 use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
 use crate::packet::{Parsed, clamp_mss};
 use crate::peer::PeerId;
-use crate::session::{Sealer, Session};
+use crate::session::{Admitted, Sealer, Session};
 use crate::shared::{LaneCounters, Shared, Translation, View};
-use crate::translate::Verdict;
+use crate::translate::{Gate, Verdict};
 use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 
 /// Batches handled from one side before the other side gets its turn. More amortises the wake-up
@@ -58,12 +58,12 @@ const EXPIRY_BUDGET: usize = 1_024;
 
 /// What a lane passes to the control task.
 pub enum ToControl {
-    /// A handshake message.
+    /// A handshake message that was made with a peer's key.
     Handshake {
         /// Where it came from.
         path: Path,
-        /// The datagram.
-        datagram: Vec<u8>,
+        /// The message.
+        admitted: Admitted,
     },
     /// A control message that was authenticated.
     Control {
@@ -233,9 +233,9 @@ impl Lane {
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
         let peer = match &self.parts.shared.translation {
-            Translation::Old(gate) => match gate.from_client(moment.now, packet, &parsed)? {
-                Verdict::Carry(peer) => peer,
-                Verdict::Bounce => return self.bounce(len),
+            Translation::Old(gates) => match judge(gates, moment.now, &parsed, packet)? {
+                (peer, Verdict::Carry) => peer,
+                (_, Verdict::Bounce) => return self.bounce(len),
             },
             Translation::New(translator) => {
                 translator.outbound(moment.now, packet, &mut parsed, partial)?
@@ -328,11 +328,10 @@ impl Lane {
         let data = match Message::parse(datagram)? {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
-                let message = ToControl::Handshake {
+                return self.tell(ToControl::Handshake {
                     path: received.path,
-                    datagram: datagram.to_vec(),
-                };
-                return self.tell(message);
+                    admitted: self.parts.shared.door.admit(datagram)?,
+                });
             }
         };
         let session = moment
@@ -630,6 +629,26 @@ impl Sealing<'_> {
     }
 }
 
+/// Finds the peer that a captured packet's destination moved to.
+fn judge(
+    gates: &[Gate],
+    now: Instant,
+    parsed: &Parsed,
+    packet: &[u8],
+) -> Result<(PeerId, Verdict), DropReason> {
+    let mut bounce = None;
+    for (index, gate) in gates.iter().enumerate() {
+        let peer = PeerId(index as u16);
+        match gate.check_captured(now, parsed, packet) {
+            Ok(Verdict::Carry) => return Ok((peer, Verdict::Carry)),
+            // Another part of the address may have moved to another peer.
+            Ok(Verdict::Bounce) => bounce = Some((peer, Verdict::Bounce)),
+            Err(_) => {}
+        }
+    }
+    bounce.ok_or(DropReason::NotMoved)
+}
+
 fn checksum_flag(partial: bool) -> Flags {
     if partial {
         Flags::CSUM_PARTIAL
@@ -688,7 +707,9 @@ fn route_in(
     partial: bool,
 ) -> Result<(), Dropped> {
     match &parts.shared.translation {
-        Translation::Old(gate) => gate.to_client(moment.now, peer, packet, parsed),
+        Translation::Old(gates) => {
+            gates[usize::from(peer.0)].check_returning(moment.now, parsed, packet)
+        }
         Translation::New(translator) => {
             translator.inbound(moment.now, peer, packet, parsed, partial)
         }

@@ -13,7 +13,7 @@ use arc_swap::ArcSwap;
 use crate::drops::Drops;
 use crate::io::udp::Path;
 use crate::peer::PeerId;
-use crate::session::Session;
+use crate::session::{Door, Session};
 use crate::status::Traffic;
 use crate::translate::{Gate, Translator};
 
@@ -23,6 +23,8 @@ pub struct Shared {
     pub view: ArcSwap<View>,
     /// What happens to a packet between TUN and tunnel.
     pub translation: Translation,
+    /// Lets in handshake messages that were made with a peer's key.
+    pub door: Door,
     /// Drops that belong to no peer: strangers' datagrams.
     pub drops: Drops,
     /// Drops that belong to a peer.
@@ -31,8 +33,8 @@ pub struct Shared {
 
 /// What the role makes of a packet.
 pub enum Translation {
-    /// The old server: nothing is rewritten, but only moved addresses pass.
-    Old(Gate),
+    /// The old server: nothing is rewritten, but only moved addresses pass. One gate a peer.
+    Old(Vec<Gate>),
     /// The new server: the flow table rewrites.
     New(Translator),
 }

@@ -1,0 +1,57 @@
+//! The daemon: checks, sets up, runs, and leaves the host as it was.
+//!
+//! ```text
+//!   setup ──► host checked, sockets and TUN open, kernel changed (journaled)
+//!     │
+//!     ├──► lanes: one thread each, carrying packets            (lane)
+//!     │       │ handshakes, control messages     ▲ sessions, endpoints
+//!     │       ▼                                  │
+//!     └──► control: one thread, everything else  (control)
+//! ```
+//!
+//! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
+//! goes through is `lane`'s.
+
+mod control;
+mod setup;
+
+use std::fmt;
+use std::path::Path;
+
+use crate::config::Config;
+
+/// Why the daemon did not start, or ended.
+#[derive(Debug)]
+pub enum DaemonError {
+    /// What it was told does not fit this host; nothing was changed.
+    Input(String),
+    /// This host cannot do it; nothing was changed.
+    System(String),
+    /// Another one runs already.
+    Running(String),
+    /// Something broke while it ran.
+    Failed(String),
+}
+
+impl fmt::Display for DaemonError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Input(text) | Self::System(text) | Self::Running(text) | Self::Failed(text) => {
+                f.write_str(text)
+            }
+        }
+    }
+}
+
+/// Runs until a signal ends it, and undoes everything then.
+///
+/// # Errors
+/// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
+pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
+    let ready = setup::Ready::new(&config, runtime_dir)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
+    runtime.block_on(control::run(config, ready))
+}
