@@ -4,3 +4,5 @@
 pub mod drops;
 pub mod moved;
 pub mod peer;
+pub mod replay;
+pub mod wire;
