@@ -5,4 +5,6 @@ pub mod drops;
 pub mod moved;
 pub mod peer;
 pub mod replay;
+pub mod session;
+pub mod tunnel;
 pub mod wire;
