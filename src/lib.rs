@@ -6,3 +6,7 @@ pub mod io;
 pub mod join;
 pub mod moved;
 pub mod peer;
+pub mod replay;
+pub mod session;
+pub mod tunnel;
+pub mod wire;

@@ -1,0 +1,420 @@
+//! The handshake itself: `Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s`, one message at a time.
+//!
+//! ```text
+//! -> psk, e     payload Hello   readable by a holder of the PSK; read without a Diffie-Hellman
+//! <- e, ee      payload Answer
+//! ```
+//!
+//! The prologue binds the version and the role of the initiator, so that a message that is sent back to
+//! its maker is refused by the handshake itself, not only by its header.
+
+use std::mem::MaybeUninit;
+
+use snow::params::{CipherChoice, DHChoice, HashChoice};
+use snow::resolvers::{CryptoResolver, DefaultResolver};
+use snow::types::{Cipher, Dh, Hash, Random};
+use snow::{Builder, HandshakeState};
+
+use super::{
+    Answer, DropReason, Entropy, Hello, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation,
+    KEY_LEN, MAC_LEN, PeerKeys, RESPONSE_LEN, RESPONSE_PAYLOAD_LEN, Response, Role, SessionIndex,
+    Zeroize, Zeroizing, wire,
+};
+
+const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
+
+/// What both sides hash before the first message.
+fn prologue(initiator: Role) -> [u8; 9] {
+    let mut bytes = *b"ipmoved\0\0";
+    bytes[7] = wire::VERSION;
+    bytes[8] = wire::role_byte(initiator);
+    bytes
+}
+
+/// What the handshake ends in: a key for each direction.
+pub(crate) struct SplitKeys {
+    /// Initiator to responder.
+    pub(crate) initiator: Zeroizing<[u8; KEY_LEN]>,
+    /// Responder to initiator.
+    pub(crate) responder: Zeroizing<[u8; KEY_LEN]>,
+}
+
+/// A handshake that this side began.
+pub(crate) struct Initiating {
+    noise: Wiped<HandshakeState>,
+    index: SessionIndex,
+}
+
+impl Initiating {
+    /// Makes the first message; `None` if there is no randomness to be had.
+    pub(crate) fn begin(
+        keys: &PeerKeys,
+        role: Role,
+        index: SessionIndex,
+        hello: &Hello,
+        entropy: &Entropy,
+    ) -> Option<(Self, [u8; INITIATION_LEN])> {
+        let mut noise = handshake(&keys.noise, &prologue(role), true, entropy)?;
+        let mut message = Initiation::write(role, index.value);
+        noise
+            .get_mut()
+            .write_message(&hello.encode(), Initiation::noise_mut(&mut message))
+            .ok()?;
+        sign(keys, &mut message);
+        Some((Self { noise, index }, message))
+    }
+
+    /// The index that a response has to name.
+    pub(crate) fn index(&self) -> u32 {
+        self.index.value
+    }
+
+    /// Reads the response. One that is not right leaves the handshake as it was, so that the right one
+    /// can still come.
+    pub(crate) fn read(
+        &mut self,
+        response: &Response<'_>,
+    ) -> Result<(Answer, SplitKeys), DropReason> {
+        let mut payload = [0; RESPONSE_PAYLOAD_LEN];
+        let noise = self.noise.get_mut();
+        let length = noise
+            .read_message(response.noise(), &mut payload)
+            .map_err(|_| DropReason::HandshakeAuth)?;
+        let answer = Answer::decode(&payload).filter(|_| length == payload.len());
+        let keys = split(noise);
+        Ok((answer.ok_or(DropReason::WireMalformed)?, keys))
+    }
+
+    /// The index goes on in the session.
+    pub(crate) fn into_index(self) -> SessionIndex {
+        self.index
+    }
+}
+
+/// A handshake that the peer began.
+pub(crate) struct Responding {
+    noise: Wiped<HandshakeState>,
+}
+
+impl Responding {
+    /// Reads the first message: hashes and one AEAD, no Diffie-Hellman.
+    pub(crate) fn read(
+        keys: &PeerKeys,
+        initiation: &Initiation<'_>,
+        entropy: &Entropy,
+    ) -> Result<(Self, Hello), DropReason> {
+        let mut noise = handshake(&keys.noise, &prologue(initiation.role()), false, entropy)
+            .ok_or(DropReason::ControlBusy)?;
+        let mut payload = [0; INITIATION_PAYLOAD_LEN];
+        let length = noise
+            .get_mut()
+            .read_message(initiation.noise(), &mut payload)
+            .map_err(|_| DropReason::HandshakeAuth)?;
+        let hello = Hello::decode(&payload)
+            .filter(|_| length == payload.len())
+            .ok_or(DropReason::WireMalformed)?;
+        Ok((Self { noise }, hello))
+    }
+
+    /// Makes the second message; `None` if there is no randomness to be had.
+    pub(crate) fn answer(
+        mut self,
+        keys: &PeerKeys,
+        role: Role,
+        sender: u32,
+        receiver: u32,
+        answer: &Answer,
+    ) -> Option<(SplitKeys, [u8; RESPONSE_LEN])> {
+        let mut message = Response::write(role, sender, receiver);
+        let noise = self.noise.get_mut();
+        noise
+            .write_message(&answer.encode(), Response::noise_mut(&mut message))
+            .ok()?;
+        let split = split(noise);
+        sign(keys, &mut message);
+        Some((split, message))
+    }
+}
+
+fn handshake(
+    psk: &[u8; KEY_LEN],
+    prologue: &[u8],
+    initiator: bool,
+    entropy: &Entropy,
+) -> Option<Wiped<HandshakeState>> {
+    let resolver = Box::new(WipingResolver(entropy.clone()));
+    let builder = Builder::with_resolver(PATTERN.parse().ok()?, resolver)
+        .psk(0, psk)
+        .and_then(|builder| builder.prologue(prologue))
+        .ok()?;
+    let noise = if initiator {
+        builder.build_initiator()
+    } else {
+        builder.build_responder()
+    };
+    noise.ok().map(Wiped::new)
+}
+
+fn split(noise: &mut HandshakeState) -> SplitKeys {
+    let (mut initiator, mut responder) = noise.dangerously_get_raw_split();
+    let keys = SplitKeys {
+        initiator: Zeroizing::new(initiator),
+        responder: Zeroizing::new(responder),
+    };
+    initiator.zeroize();
+    responder.zeroize();
+    keys
+}
+
+/// Writes the mac behind a message.
+fn sign<const N: usize>(keys: &PeerKeys, message: &mut [u8; N]) {
+    let (signed, tag) = message.split_at_mut(N - MAC_LEN);
+    tag.copy_from_slice(&keys.mac_of(signed));
+}
+
+/// A value whose memory is overwritten when it is dropped, whatever it is made of: snow keeps the PSK
+/// and the chaining key, from which all later keys follow, in plain arrays that it does not wipe.
+struct Wiped<T>(Box<MaybeUninit<T>>);
+
+impl<T> Wiped<T> {
+    fn new(value: T) -> Self {
+        Self(Box::new(MaybeUninit::new(value)))
+    }
+
+    fn get_mut(&mut self) -> &mut T {
+        // SAFETY: `new` wrote the value, and nothing but `drop` takes it out.
+        #[expect(unsafe_code, reason = "the memory has to outlive the value, to be wiped")]
+        unsafe {
+            self.0.assume_init_mut()
+        }
+    }
+}
+
+impl<T> Drop for Wiped<T> {
+    fn drop(&mut self) {
+        // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
+        #[expect(unsafe_code, reason = "the memory has to outlive the value, to be wiped")]
+        unsafe {
+            self.0.assume_init_drop();
+        }
+        self.0.as_mut().zeroize();
+    }
+}
+
+/// snow's own primitives, with our randomness, and with their keys overwritten at the end: they keep
+/// them on the heap, where [`Wiped`] does not reach.
+struct WipingResolver(Entropy);
+
+impl CryptoResolver for WipingResolver {
+    fn resolve_rng(&self) -> Option<Box<dyn Random>> {
+        Some(Box::new(NoiseRandom(self.0.clone())))
+    }
+
+    fn resolve_dh(&self, choice: &DHChoice) -> Option<Box<dyn Dh>> {
+        let dh = DefaultResolver.resolve_dh(choice)?;
+        Some(Box::new(WipingDh { dh, secret: false }))
+    }
+
+    fn resolve_hash(&self, choice: &HashChoice) -> Option<Box<dyn Hash>> {
+        DefaultResolver.resolve_hash(choice)
+    }
+
+    fn resolve_cipher(&self, choice: &CipherChoice) -> Option<Box<dyn Cipher>> {
+        let cipher = DefaultResolver.resolve_cipher(choice)?;
+        Some(Box::new(WipingCipher(cipher)))
+    }
+}
+
+struct NoiseRandom(Entropy);
+
+impl Random for NoiseRandom {
+    fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), snow::Error> {
+        self.0.fill(dest).map_err(|_| snow::Error::Rng)
+    }
+}
+
+struct WipingDh {
+    dh: Box<dyn Dh>,
+    /// A key was set or made. Without one there is nothing to wipe, and wiping costs a multiplication.
+    secret: bool,
+}
+
+impl Dh for WipingDh {
+    fn name(&self) -> &'static str {
+        self.dh.name()
+    }
+
+    fn pub_len(&self) -> usize {
+        self.dh.pub_len()
+    }
+
+    fn priv_len(&self) -> usize {
+        self.dh.priv_len()
+    }
+
+    fn set(&mut self, privkey: &[u8]) {
+        self.secret = true;
+        self.dh.set(privkey);
+    }
+
+    fn generate(&mut self, rng: &mut dyn Random) -> Result<(), snow::Error> {
+        self.secret = true;
+        self.dh.generate(rng)
+    }
+
+    fn pubkey(&self) -> &[u8] {
+        self.dh.pubkey()
+    }
+
+    fn privkey(&self) -> &[u8] {
+        self.dh.privkey()
+    }
+
+    fn dh(&self, pubkey: &[u8], out: &mut [u8]) -> Result<(), snow::Error> {
+        self.dh.dh(pubkey, out)
+    }
+
+    fn dh_len(&self) -> usize {
+        self.dh.dh_len()
+    }
+}
+
+impl Drop for WipingDh {
+    fn drop(&mut self) {
+        if self.secret {
+            self.dh.set(&[0; KEY_LEN]);
+        }
+    }
+}
+
+struct WipingCipher(Box<dyn Cipher>);
+
+impl Cipher for WipingCipher {
+    fn name(&self) -> &'static str {
+        self.0.name()
+    }
+
+    fn set(&mut self, key: &[u8; KEY_LEN]) {
+        self.0.set(key);
+    }
+
+    fn encrypt(&self, nonce: u64, authtext: &[u8], plaintext: &[u8], out: &mut [u8]) -> usize {
+        self.0.encrypt(nonce, authtext, plaintext, out)
+    }
+
+    fn decrypt(
+        &self,
+        nonce: u64,
+        authtext: &[u8],
+        ciphertext: &[u8],
+        out: &mut [u8],
+    ) -> Result<usize, snow::Error> {
+        self.0.decrypt(nonce, authtext, ciphertext, out)
+    }
+}
+
+impl Drop for WipingCipher {
+    fn drop(&mut self) {
+        self.0.set(&[0; KEY_LEN]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(text: &str) -> Vec<u8> {
+        (0..text.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap())
+            .collect()
+    }
+
+    fn fixed(bytes: Vec<u8>) -> Entropy {
+        Entropy::of(move |out| out.copy_from_slice(&bytes))
+    }
+
+    /// The published vector of the pattern (cacophony, also in the snow repository), through the
+    /// builder, the resolver and the split that are shipped.
+    #[test]
+    fn published_vector_of_the_pattern() {
+        let psk: [u8; KEY_LEN] =
+            hex("54686973206973206d7920417573747269616e20706572737065637469766521")
+                .try_into()
+                .unwrap();
+        let prologue = hex("4a6f686e2047616c74");
+        let initiator =
+            hex("893e28b9dc6ca8d611ab664754b8ceb7bac5117349a4439a6b0569da977c464a");
+        let responder =
+            hex("bbdb4cdbd309f1a1f2e1456967fe288cadd6f712d65dc7b7793d5e63da6b375b");
+        let mut alice = handshake(&psk, &prologue, true, &fixed(initiator)).unwrap();
+        let mut bob = handshake(&psk, &prologue, false, &fixed(responder)).unwrap();
+        let mut step = |first: bool, payload: &str, expected: &str| {
+            let (from, to) = if first {
+                (&mut alice, &mut bob)
+            } else {
+                (&mut bob, &mut alice)
+            };
+            let mut message = [0; 256];
+            let length = from
+                .get_mut()
+                .write_message(&hex(payload), &mut message)
+                .unwrap();
+            assert_eq!(message[..length], hex(expected));
+            let mut read = [0; 256];
+            let read_length = to
+                .get_mut()
+                .read_message(&message[..length], &mut read)
+                .unwrap();
+            assert_eq!(read[..read_length], hex(payload));
+        };
+        step(
+            true,
+            "4c756477696720766f6e204d69736573",
+            "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c7944fda936bec35a8adfdff198386f7d5475880897edaaf7495314c99095a2e4d66a",
+        );
+        step(
+            false,
+            "4d757272617920526f746862617264",
+            "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f1448088434cd2a371993ba41ea11448024fca32766b169183c9e691a7a433279da7e729",
+        );
+        assert_eq!(
+            alice.get_mut().get_handshake_hash(),
+            hex("b3e9c846d264120a4211e18307da91157a21e92e69b639c50f027f101db3e1a6")
+        );
+        // The transport messages of the vector show that the split keys are the right ones.
+        let keys = split(alice.get_mut());
+        let same = split(bob.get_mut());
+        assert_eq!(*keys.initiator, *same.initiator);
+        assert_eq!(*keys.responder, *same.responder);
+        let transport = |key: &[u8; KEY_LEN], nonce: u64, payload: &str, expected: &str| {
+            let mut cipher = DefaultResolver
+                .resolve_cipher(&CipherChoice::ChaChaPoly)
+                .unwrap();
+            cipher.set(key);
+            let mut out = [0; 64];
+            let length = cipher.encrypt(nonce, &[], &hex(payload), &mut out);
+            assert_eq!(out[..length], hex(expected));
+        };
+        transport(
+            &keys.initiator,
+            0,
+            "462e20412e20486179656b",
+            "bc44da303ae0beb08075fc4eb4e58235c67c2d1f53a4f2fff0bca7",
+        );
+        transport(
+            &keys.responder,
+            0,
+            "4361726c204d656e676572",
+            "416d1af83e9fa6966ce4e871156b131aa9bd7e9a1d6f8794f4872a",
+        );
+    }
+
+    #[test]
+    fn wiped_memory_is_zero() {
+        let mut wiped = Wiped::new([0xa5_u8; 64]);
+        assert_eq!(wiped.get_mut(), &[0xa5; 64]);
+        wiped.0.as_mut().zeroize();
+        assert_eq!(wiped.get_mut(), &[0; 64], "what drop does last");
+    }
+}
