@@ -2,5 +2,6 @@
 //! `ARCHITECTURE.md` for the rooms of this house and what flows through them.
 
 pub mod drops;
+pub mod kernel;
 pub mod moved;
 pub mod peer;
