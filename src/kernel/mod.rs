@@ -1,4 +1,5 @@
 //! Everything that the daemon asks of the kernel's network configuration.
+pub mod bpf;
 pub mod netlink;
 
 #[cfg(test)]
