@@ -321,20 +321,56 @@ impl Assembler {
         self.push(Self::JMP | 0x90, 0, 0, 0, 0);
     }
 
-    /// Resolves the jumps.
+    /// Resolves the jumps, and leaves out what no path reaches (which the verifier would refuse), so
+    /// that a generator may write down parts that nothing happens to lead to.
     ///
     /// # Errors
     /// If a jump is too far for its 16 bits, or goes to a label that was never bound.
-    pub fn finish(mut self, name: &'static str) -> Result<Program, BpfError> {
+    pub fn finish(self, name: &'static str) -> Result<Program, BpfError> {
         debug_assert!(name.len() <= MAX_NAME, "the kernel would cut it");
+        let mut targets = vec![None; self.code.len()];
         for &(at, label) in &self.jumps {
-            let offset = self.labels[label.0]
-                .and_then(|target| i16::try_from(target as i64 - at as i64 - 1).ok())
-                .ok_or(BpfError::Jump { name })?;
-            self.code[at].offset = offset;
+            targets[at] = Some(self.labels[label.0].ok_or(BpfError::Jump { name })?);
         }
-        let code = self.code.into_iter().map(Instruction::encode).collect();
+        let reached = self.reached(&targets);
+        // Where each instruction ends up.
+        let mut moved_to = Vec::with_capacity(self.code.len());
+        let mut kept = 0_usize;
+        for &reached in &reached {
+            moved_to.push(kept);
+            kept += usize::from(reached);
+        }
+        let mut code = Vec::with_capacity(kept);
+        for (at, mut instruction) in self.code.into_iter().enumerate() {
+            if !reached[at] {
+                continue;
+            }
+            if let Some(target) = targets[at] {
+                let offset = moved_to[target] as i64 - code.len() as i64 - 1;
+                instruction.offset = i16::try_from(offset).map_err(|_| BpfError::Jump { name })?;
+            }
+            code.push(instruction.encode());
+        }
         Ok(Program { name, code })
+    }
+
+    /// Which instructions some path from the first one leads to.
+    fn reached(&self, targets: &[Option<usize>]) -> Vec<bool> {
+        const JUMP: u8 = Assembler::JMP;
+        const EXIT: u8 = Assembler::JMP | 0x90;
+        let mut reached = vec![false; self.code.len()];
+        let mut paths = vec![0];
+        while let Some(mut at) = paths.pop() {
+            while at < reached.len() && !reached[at] {
+                reached[at] = true;
+                paths.extend(targets[at]);
+                match self.code[at].opcode {
+                    JUMP | EXIT => break,
+                    _ => at += 1,
+                }
+            }
+        }
+        reached
     }
 
     fn with_operand(&mut self, opcode: u8, dst: Reg, operand: Operand) {
@@ -764,13 +800,28 @@ pub(super) mod tests {
         assert!(matches!(asm.finish("t"), Err(BpfError::Jump { .. })));
         let mut asm = Assembler::new();
         let end = asm.label();
-        asm.jump(end);
+        asm.jump_if(Reg::R1, If::Eq, 0, end);
         for _ in 0..40_000 {
             asm.mov(Reg::R0, 0);
         }
         asm.bind(end);
         asm.exit();
         assert!(matches!(asm.finish("t"), Err(BpfError::Jump { .. })));
+    }
+
+    #[test]
+    fn what_nothing_leads_to_is_left_out() {
+        let mut asm = Assembler::new();
+        let end = asm.label();
+        asm.mov(Reg::R0, 0);
+        asm.jump(end);
+        asm.mov(Reg::R0, 1);
+        asm.exit();
+        asm.bind(end);
+        asm.exit();
+        let program = asm.finish("t").unwrap();
+        assert_eq!(program.len(), 3);
+        program.load().expect("run the tests as root");
     }
 
     #[test]

@@ -1262,8 +1262,6 @@ mod tests {
                 assert!(netlink.delete_route(&route).unwrap_err().is_missing());
                 assert_eq!(netlink.routes(family, 0x6970_6d76).unwrap(), []);
                 assert_eq!(netlink.routes(family, 4711).unwrap(), []);
-                let local = netlink.route_get(addr, None, None).unwrap();
-                assert_eq!(local.kind, RouteKind::Local);
                 netlink.delete_address(&address).unwrap();
                 assert!(netlink.delete_address(&address).unwrap_err().is_missing());
             }
@@ -1290,6 +1288,8 @@ mod tests {
                 ..Route::default_of(Family::V4)
             };
             netlink.add_route(&default).unwrap();
+            let local = netlink.route_get(addr, None, None).unwrap();
+            assert_eq!(local.kind, RouteKind::Local);
             let far = "203.0.113.7".parse().unwrap();
             let answer = netlink.route_get(far, None, None).unwrap();
             assert_eq!(answer.oif, Some(index));
