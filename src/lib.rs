@@ -1,12 +1,28 @@
 //! Serve an address that has moved to another server: see `README.md` for what it does and
 //! `ARCHITECTURE.md` for the rooms of this house and what flows through them.
 
+pub mod batch;
+pub mod cli;
+pub mod command;
+pub mod config;
+pub mod daemon;
 pub mod drops;
+pub mod flow;
+mod fragment;
+pub mod icmp;
 pub mod io;
 pub mod join;
+pub mod kernel;
+pub mod lab;
+pub mod lane;
 pub mod moved;
+pub mod offload;
+pub mod packet;
 pub mod peer;
 pub mod replay;
 pub mod session;
+pub mod shared;
+pub mod status;
+pub mod translate;
 pub mod tunnel;
 pub mod wire;
