@@ -4,8 +4,8 @@
 //! committed is not there. All datagrams of a batch go to one destination and have the length of
 //! the first, but for the last, which may be shorter.
 
-use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS, Path};
-use crate::peer::PeerId;
+use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS};
+use crate::peer::{Path, PeerId};
 
 /// Where a batch goes, and how it is marked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

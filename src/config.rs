@@ -126,10 +126,14 @@ pub enum DeliverTo {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// No peer at all.
-    #[error("who is the other server? give --peer HOST (only one of the two may leave it out) and a key: {0}")]
+    #[error(
+        "who is the other server? give --peer HOST (only one of the two may leave it out) and a key: {0}"
+    )]
     NoPeer(&'static str),
     /// No key.
-    #[error("no key: give --psk-file FILE (make one with `ipmoved genpsk`), the same on both servers")]
+    #[error(
+        "no key: give --psk-file FILE (make one with `ipmoved genpsk`), the same on both servers"
+    )]
     NoPsk,
     /// A key that is none.
     #[error("{origin}: {error}")]
@@ -233,7 +237,9 @@ impl Config {
             peers.push(
                 PeerSettings {
                     peer: peer.peer,
-                    psk: peer.psk.map(|text| ("psk".to_owned(), Zeroizing::new(text))),
+                    psk: peer
+                        .psk
+                        .map(|text| ("psk".to_owned(), Zeroizing::new(text))),
                     psk_file: peer.psk_file,
                     moves: parse_moves(&peer.moves)?,
                     deliver_to: peer.deliver_to.map(OneOrMany::into_vec).unwrap_or_default(),
@@ -247,7 +253,10 @@ impl Config {
         } else {
             Role::New
         };
-        let max_flows = args.max_flows.or(file.max_flows).unwrap_or(DEFAULT_MAX_FLOWS);
+        let max_flows = args
+            .max_flows
+            .or(file.max_flows)
+            .unwrap_or(DEFAULT_MAX_FLOWS);
         if !(1..=MAX_MAX_FLOWS).contains(&max_flows) {
             return Err(flag(
                 "--max-flows",
@@ -307,9 +316,9 @@ impl PeerSettings {
         Ok(PeerConfig {
             endpoint: self.peer.as_deref().map(parse_peer).transpose()?,
             psk: match (self.psk, self.psk_file) {
-                (Some((origin, text)), _) => {
-                    Psk::from_base64(&text).map_err(|error| ConfigError::Psk { origin, error })?
-                }
+                (Some((origin, text)), _) => text
+                    .parse::<Psk>()
+                    .map_err(|error| ConfigError::Psk { origin, error })?,
                 (None, Some(path)) => read_psk(&path)?,
                 (None, None) => return Err(ConfigError::NoPsk),
             },
@@ -492,7 +501,10 @@ fn parse_peer(text: &str) -> Result<PeerAddr, ConfigError> {
     if let Ok(addr) = text.parse::<SocketAddr>() {
         return check_peer_ip(addr.ip(), addr.port(), text);
     }
-    if let Some(inner) = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+    if let Some(inner) = text
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'))
+    {
         if let Ok(ip) = inner.parse::<Ipv6Addr>() {
             return check_peer_ip(ip.into(), DEFAULT_PORT, text);
         }
@@ -628,7 +640,7 @@ fn read_psk(path: &Path) -> Result<Psk, ConfigError> {
     fs::File::open(path)
         .and_then(|file| file.take(MAX_KEY_FILE).read_to_string(&mut text))
         .map_err(wrong)?;
-    Psk::from_base64(&text).map_err(|error| ConfigError::Psk {
+    text.parse::<Psk>().map_err(|error| ConfigError::Psk {
         origin: path.display().to_string(),
         error,
     })
@@ -689,15 +701,33 @@ mod tests {
             ("--peer 192.0.2.1".into(), "--psk-file"),
             ("--peer 192.0.2.1 --psk abc".into(), "--psk"),
             ("--peer 192.0.2.1 --psk-file /nonexistent".into(), "genpsk"),
-            (format!("{key} --peer 192.0.2.1 --move 192.0.2.5 --move 192.0.2.5:80"), "overlap"),
-            (format!("{key} --peer 192.0.2.1 --move www.example.net"), "is a name"),
-            (format!("{key} --peer 192.0.2.1 --move 192.0.2.5 --deliver-to keep"), "new server"),
-            (format!("{key} --peer 192.0.2.1 --deliver-to 127.0.0.1"), "--deliver-to"),
+            (
+                format!("{key} --peer 192.0.2.1 --move 192.0.2.5 --move 192.0.2.5:80"),
+                "overlap",
+            ),
+            (
+                format!("{key} --peer 192.0.2.1 --move www.example.net"),
+                "is a name",
+            ),
+            (
+                format!("{key} --peer 192.0.2.1 --move 192.0.2.5 --deliver-to keep"),
+                "new server",
+            ),
+            (
+                format!("{key} --peer 192.0.2.1 --deliver-to 127.0.0.1"),
+                "--deliver-to",
+            ),
             (format!("{key} --peer 192.0.2.1 --listen 0"), "--listen"),
             (format!("{key} --peer 192.0.2.1 --listen 70000"), "--listen"),
             (format!("{key} --peer 192.0.2.1 --tun a/b"), "--tun"),
-            (format!("{key} --peer 192.0.2.1 --tun sixteen-letters-x"), "--tun"),
-            (format!("{key} --peer 192.0.2.1 --max-flows 0"), "--max-flows"),
+            (
+                format!("{key} --peer 192.0.2.1 --tun sixteen-letters-x"),
+                "--tun",
+            ),
+            (
+                format!("{key} --peer 192.0.2.1 --max-flows 0"),
+                "--max-flows",
+            ),
             (format!("{key} --peer 192.0.2.1 --cipher des"), "cipher"),
         ] {
             let error = config(&line).unwrap_err();
@@ -714,14 +744,19 @@ mod tests {
         assert_eq!((config.max_flows, config.listen.1), (6, 7));
         assert_eq!(config.role, Role::Old);
         let error = config_with("", "pear = 1\n").unwrap_err();
-        assert!(error.contains("line 1") && error.contains("pear"), "{error}");
+        assert!(
+            error.contains("line 1") && error.contains("pear"),
+            "{error}"
+        );
     }
 
     #[test]
     fn several_peers_each_with_a_key_of_its_own() {
         let other = "AgIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=";
         let file = |second: &str| {
-            format!("[[peers]]\npeer = \"192.0.2.1\"\npsk = \"{KEY}\"\n[[peers]]\npsk = \"{second}\"\n")
+            format!(
+                "[[peers]]\npeer = \"192.0.2.1\"\npsk = \"{KEY}\"\n[[peers]]\npsk = \"{second}\"\n"
+            )
         };
         assert_eq!(config_with("", &file(other)).unwrap().peers.len(), 2);
         let error = config_with("", &file(KEY)).unwrap_err();

@@ -31,12 +31,13 @@ use tracing::debug;
 
 use crate::batch::{Destination, SendBatch};
 use crate::drops::DropReason;
+use crate::ecn;
 use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
-use crate::io::udp::{Path, RECV_SLOT, Received, UdpSocket};
+use crate::io::udp::{RECV_SLOT, Received, UdpSocket};
 use crate::join::{Joiner, Part, Stream};
 use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
 use crate::packet::{Parsed, clamp_mss};
-use crate::peer::PeerId;
+use crate::peer::{Path, PeerId};
 use crate::session::{Admitted, Sealer, Session};
 use crate::shared::{LaneCounters, Shared, Translation, View};
 use crate::translate::{Gate, Verdict};
@@ -249,7 +250,7 @@ impl Lane {
         let destination = Destination {
             peer,
             path,
-            ecn: parsed.ecn(packet),
+            ecn: ecn::inner(packet, &parsed),
         };
         let segments = Segments::new(offload, packet, &parsed, view.mtu);
         let counters = &self.parts.counters.peers[usize::from(peer.0)].tx;
@@ -328,9 +329,10 @@ impl Lane {
         let data = match Message::parse(datagram)? {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
+                let admitted = self.parts.shared.door.admit(datagram)?;
                 return self.tell(ToControl::Handshake {
                     path: received.path,
-                    admitted: self.parts.shared.door.admit(datagram)?,
+                    admitted,
                 });
             }
         };
@@ -403,7 +405,7 @@ impl Lane {
         let known = |reason| Dropped::of(peer, reason);
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
-        parsed.combine_ecn(packet, outer_ecn).map_err(known)?;
+        ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
         if peer != self.joining || !self.parts.tso {
             self.flush_tun(moment);
             self.joining = peer;
@@ -572,13 +574,13 @@ impl Sealing<'_> {
     fn seal_segment(&mut self, segments: &mut Segments<'_>, len: usize) -> Result<(), DropReason> {
         let counter = self.sealer.reserve(1).and_then(|mut all| all.next());
         let counter = counter.ok_or(DropReason::NoSession)?;
+        let sealer = self.sealer;
         let slot = self.slot(len);
         let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
             return Ok(());
         };
-        let flags = checksum_flag(segment.csum_partial);
-        self.sealer
-            .seal(counter, flags, self.batch.slot(len + DATA_OVERHEAD))
+        sealer
+            .seal(counter, checksum_flag(segment.csum_partial), slot)
             .map_err(|_| DropReason::TooBig)?;
         self.batch.commit(len + DATA_OVERHEAD, self.destination);
         Ok(())
@@ -606,9 +608,10 @@ impl Sealing<'_> {
             if index + 1 < count {
                 flags = flags.with(Flags::MORE);
             }
+            let sealer = self.sealer;
             let slot = self.slot(part.len());
             slot[DATA_HEADER_LEN..][..part.len()].copy_from_slice(part);
-            self.sealer
+            sealer
                 .seal(counter, flags, slot)
                 .map_err(|_| DropReason::TooBig)?;
             self.batch
@@ -680,7 +683,7 @@ fn pass_in(
 ) -> Result<(), Dropped> {
     let known = |reason| Dropped::of(peer, reason);
     let mut parsed = Parsed::parse(packet).map_err(known)?;
-    parsed.combine_ecn(packet, outer_ecn).map_err(known)?;
+    ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
     let vnet = VnetHdr::single(&parsed, partial).to_bytes();
     route_in(parts, moment, peer, packet, &mut parsed, partial)?;
     let packet = &packet[..parsed.total()];

@@ -3,17 +3,18 @@
 
 pub mod batch;
 pub mod cli;
-pub mod command;
+
 pub mod config;
-pub mod daemon;
+
 pub mod drops;
+pub mod ecn;
 pub mod flow;
 mod fragment;
 pub mod icmp;
 pub mod io;
 pub mod join;
 pub mod kernel;
-pub mod lab;
+
 pub mod lane;
 pub mod moved;
 pub mod offload;

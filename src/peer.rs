@@ -1,6 +1,7 @@
 //! Who is at the other end: the words that every room uses for a peer and its role.
 
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 
 /// Index of a peer in the daemon's configuration; stable while the daemon runs.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -33,4 +34,13 @@ impl fmt::Display for Role {
             Self::New => "new",
         })
     }
+}
+
+/// How a peer is reached: where it is, and which of our addresses it knows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Path {
+    /// Its address and port.
+    pub remote: SocketAddr,
+    /// The address that its datagrams are sent to; `None` lets the kernel choose.
+    pub local: Option<IpAddr>,
 }

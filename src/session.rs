@@ -89,6 +89,13 @@ impl Psk {
     }
 }
 
+impl PartialEq for Psk {
+    /// In constant time, as befits a secret.
+    fn eq(&self, other: &Self) -> bool {
+        aws_lc_rs::constant_time::verify_slices_are_equal(&*self.0, &*other.0).is_ok()
+    }
+}
+
 impl fmt::Debug for Psk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Psk(..)")
@@ -320,6 +327,14 @@ impl FromStr for CipherPolicy {
             "chacha20-poly1305" => Ok(Self::Only(Cipher::ChaCha20Poly1305)),
             _ => Err(CipherError(text.into())),
         }
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for CipherPolicy {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -578,11 +593,7 @@ impl Session {
         };
         let lanes = |count: u8| (0..count).chain([CONTROL_LANE]);
         let key = |split: &[u8; KEY_LEN], lane: u8| {
-            let key = derive(
-                split,
-                b"ipmoved v1 lane",
-                &[&[spec.cipher.byte()], &[lane]],
-            );
+            let key = derive(split, b"ipmoved v1 lane", &[&[spec.cipher.byte()], &[lane]]);
             let unbound = UnboundKey::new(spec.cipher.algorithm(), key.as_slice()).ok()?;
             Some(LessSafeKey::new(unbound))
         };
@@ -923,10 +934,7 @@ impl<'a> OpenBatch<'a> {
             self.window = None;
         }
         let (_, window) = self.window.get_or_insert_with(|| {
-            let window = opener
-                .window
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let window = opener.window.lock().unwrap_or_else(PoisonError::into_inner);
             (lane, window)
         });
         window
@@ -987,10 +995,7 @@ impl SessionIndexes {
 
     /// How many are in use.
     pub fn len(&self) -> usize {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .len()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// Whether none is in use.

@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use arc_swap::ArcSwap;
 
 use crate::drops::Drops;
-use crate::io::udp::Path;
-use crate::peer::PeerId;
+use crate::peer::{Path, PeerId};
 use crate::session::{Door, Session};
 use crate::status::Traffic;
 use crate::translate::{Gate, Translator};

@@ -335,8 +335,20 @@ mod tests {
         let mut names: Vec<&str> = tunnel.keys().map(String::as_str).collect();
         names.sort_unstable();
         let mut contract = [
-            "peer", "endpoint", "role", "state", "cipher", "rtt_ms", "handshake_age_s", "mtu",
-            "moved", "deliver_to", "flows", "rx", "tx", "drops",
+            "peer",
+            "endpoint",
+            "role",
+            "state",
+            "cipher",
+            "rtt_ms",
+            "handshake_age_s",
+            "mtu",
+            "moved",
+            "deliver_to",
+            "flows",
+            "rx",
+            "tx",
+            "drops",
         ];
         contract.sort_unstable();
         assert_eq!(names, contract);

@@ -33,12 +33,12 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::drops::DropReason;
-use crate::peer::{PeerId, Role};
+use crate::peer::{Path, PeerId, Role};
 use crate::session::{
     Activity, Admitted, Answer, CipherPolicy, Entropy, Hello, Initiating, NoEntropy, Offer,
     PeerKeys, Responding, Session, SessionIndexes, SessionSpec,
@@ -51,8 +51,8 @@ mod control;
 #[cfg(test)]
 mod tests;
 
-use control::{Control, PART_LEN};
 pub use control::{Announcement, Deliver};
+use control::{Control, PART_LEN};
 
 /// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
 /// four seconds' round trip still ends in a session.
@@ -160,15 +160,6 @@ pub struct TunnelConfig {
     pub indexes: SessionIndexes,
     /// Usually [`Entropy::system`].
     pub entropy: Entropy,
-}
-
-/// How a peer is reached: where it is, and which of our addresses it knows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Path {
-    /// Its address and port.
-    pub remote: SocketAddr,
-    /// The address that its datagrams were sent to; `None` lets the kernel choose.
-    pub local: Option<IpAddr>,
 }
 
 /// A datagram of the control task.
@@ -648,7 +639,10 @@ impl Tunnel {
         if now >= self.next_ping {
             self.send_ping(now);
         }
-        let quiet = self.activity.last_sent().map(|at| at + self.config.timers.keepalive);
+        let quiet = self
+            .activity
+            .last_sent()
+            .map(|at| at + self.config.timers.keepalive);
         if quiet.is_none_or(|due| now >= due) {
             self.send(now, &Control::Keepalive);
         }
@@ -944,7 +938,10 @@ impl Tunnel {
     /// The peer proved that it holds the keys of a session.
     fn make_usable(&mut self, now: Instant, at: usize) {
         self.sessions[at].usable = true;
-        let (index, peer_boot) = (self.sessions[at].session.index(), self.sessions[at].peer_boot);
+        let (index, peer_boot) = (
+            self.sessions[at].session.index(),
+            self.sessions[at].peer_boot,
+        );
         // No answer is wanted any more to what was asked before this, …
         self.pending.clear();
         self.attempts = 0;
@@ -1073,9 +1070,7 @@ impl Tunnel {
         } else {
             timers.rekey_after + RESPONDER_GRACE
         };
-        let unheard = held
-            .confirm_at
-            .map(|_| session.created() + CONFIRM_TIMEOUT);
+        let unheard = held.confirm_at.map(|_| session.created() + CONFIRM_TIMEOUT);
         let silent = self.silence_since() + timers.answer_timeout;
         [Some(session.created() + rekey), Some(silent), unheard]
             .into_iter()
@@ -1209,8 +1204,7 @@ impl Tunnel {
         let length = datagram.len() + TAG_LEN;
         datagram.resize(length.max(padded_to), 0);
         let counter = sealer.reserve(1).and_then(|mut reserved| reserved.next());
-        let sealed =
-            counter.map(|counter| sealer.seal(counter, Flags::CONTROL, &mut datagram));
+        let sealed = counter.map(|counter| sealer.seal(counter, Flags::CONTROL, &mut datagram));
         if sealed == Some(Ok(())) {
             self.transmits.push_back(Transmit {
                 to,

@@ -70,10 +70,10 @@ impl Flags {
     pub const NONE: Self = Self(0);
     /// The L4 checksum field holds the sum of the pseudo-header only (virtio `NEEDS_CSUM`).
     pub const CSUM_PARTIAL: Self = Self(1);
-    /// The first part of a packet; the rest is in the datagram with the next counter of this lane.
-    pub const SPLIT_FIRST: Self = Self(2);
-    /// The second part of a packet; the first is in the datagram with the previous counter.
-    pub const SPLIT_SECOND: Self = Self(4);
+    /// A part of a packet that goes on in the datagram with the next counter of this lane.
+    pub const MORE: Self = Self(2);
+    /// A part of a packet that continues the datagram with the previous counter of this lane.
+    pub const CONTINUES: Self = Self(4);
     /// A control message of the tunnel, not an IP packet; only on [`CONTROL_LANE`].
     pub const CONTROL: Self = Self(8);
 
@@ -92,12 +92,11 @@ impl Flags {
         self.0
     }
 
-    /// Refuses bits that have no meaning, and parts of a packet that is both halves at once.
+    /// Refuses bits that have no meaning, and control messages that claim to be packets as well.
     const fn from_bits(bits: u8) -> Option<Self> {
         let flags = Self(bits);
-        let both = flags.has(Self::SPLIT_FIRST) && flags.has(Self::SPLIT_SECOND);
         let more_than_control = flags.has(Self::CONTROL) && bits != Self::CONTROL.0;
-        if bits > 0x0f || both || more_than_control {
+        if bits > 0x0f || more_than_control {
             return None;
         }
         Some(flags)
@@ -312,7 +311,7 @@ mod tests {
     #[test]
     fn golden_bytes_of_a_data_header() {
         let data = Data {
-            flags: Flags::CSUM_PARTIAL.with(Flags::SPLIT_FIRST),
+            flags: Flags::CSUM_PARTIAL.with(Flags::MORE),
             lane: 7,
             receiver: 0x0403_0201,
             counter: 0x0c0b_0a09_0807_0605,
@@ -371,7 +370,8 @@ mod tests {
         let good = [&data.encode()[..], &[0; TAG_LEN]].concat();
         assert_eq!(refuse(&good, 1, 1), None);
         assert_eq!(refuse(&good, 1, 0x10), malformed, "unknown flag");
-        assert_eq!(refuse(&good, 1, 6), malformed, "both halves");
+        assert_eq!(refuse(&good, 1, 6), None, "neither first nor last part");
+        assert_eq!(refuse(&good, 1, 9), malformed, "control and more");
         assert_eq!(refuse(&good, 1, 8), malformed, "control on a data lane");
         assert_eq!(
             refuse(&good, 2, CONTROL_LANE),

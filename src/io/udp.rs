@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::peer::Path;
+
 /// Most datagrams one `UDP_SEGMENT` send may hold (`UDP_MAX_SEGMENTS`; later kernels allow 128).
 pub const MAX_SEGMENTS: usize = 64;
 
@@ -32,15 +34,6 @@ const SOCKET_BUFFER: usize = 4 << 20;
 
 /// Room for the control messages of one datagram, both families, with alignment.
 const CONTROL_LEN: usize = 256;
-
-/// Where a peer is, and from which of our addresses it is reached.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Path {
-    /// The peer's address and port.
-    pub remote: SocketAddr,
-    /// Our address that the peer sends to, once known.
-    pub local: Option<IpAddr>,
-}
 
 /// What came with a batch of datagrams.
 #[derive(Clone, Copy, Debug)]
@@ -488,7 +481,7 @@ mod tests {
     fn drain(socket: &UdpSocket) -> Vec<(Vec<u8>, Received)> {
         let mut slot = vec![0; RECV_SLOT];
         let mut all = Vec::new();
-        let until = std::time::Duration::from_millis(200);
+        let until = Duration::from_millis(200);
         socket.socket.set_read_timeout(Some(until)).unwrap();
         for _ in 0..200 {
             match socket.recv(&mut slot) {
