@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::{Cli, Command, LogFormat, RunArgs};
 use crate::config::{self, Config};
 use crate::daemon::{self, DaemonError};
+use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
 use crate::session::{Entropy, Psk};
 use crate::status;
@@ -101,7 +102,8 @@ fn genpsk() -> Result<(), Failure> {
 }
 
 fn show_status(json: bool) -> Result<(), Failure> {
-    let namespace = Host::namespace_dir(&config::runtime_dir()).map_err(host_failure)?;
+    let namespace = journal::namespace_dir(&config::runtime_dir())
+        .map_err(|error| Failure::new(SYSTEM, error))?;
     let status = status::ask(&namespace.join(status::SOCKET))
         .map_err(|error| Failure::new(OTHER_DAEMON, error))?;
     if json {
@@ -116,27 +118,34 @@ fn show_status(json: bool) -> Result<(), Failure> {
 }
 
 fn cleanup() -> Result<(), Failure> {
-    let undone = Host::cleanup(&config::runtime_dir()).map_err(host_failure)?;
-    if undone.is_empty() {
+    let report = Host::cleanup(&config::runtime_dir()).map_err(|error| {
+        let code = match &error {
+            HostError::Journal(JournalError::Locked { .. }) => OTHER_DAEMON,
+            HostError::Journal(_) | HostError::Netlink(_) | HostError::Refused { .. } => SYSTEM,
+        };
+        Failure::new(code, error)
+    })?;
+    if report.undone.is_empty() && report.left.is_empty() {
         return print("nothing was left to clean up\n");
     }
-    for change in undone {
+    for change in report.undone {
         print(&format!("undone: {change}\n"))?;
     }
-    Ok(())
+    match report.left.first() {
+        None => Ok(()),
+        Some(failure) => Err(Failure::new(
+            FAILED,
+            format!("still there: {}: {}", failure.change, failure.reason),
+        )),
+    }
 }
 
 fn demo() -> Result<(), Failure> {
     let exe = std::env::current_exe().map_err(|error| Failure::new(FAILED, error))?;
-    crate::lab::demo(&exe).map_err(|error| Failure::new(FAILED, error))
-}
-
-fn host_failure(error: HostError) -> Failure {
-    let code = match &error {
-        HostError::Locked { .. } => OTHER_DAEMON,
-        _ => SYSTEM,
-    };
-    Failure::new(code, error)
+    {
+        let _ = exe;
+        Err(Failure::new(FAILED, "soon"))
+    }
 }
 
 /// Writes to standard output; a reader that has gone away (`| head`) is no error.

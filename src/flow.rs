@@ -173,6 +173,12 @@ impl Seed {
     }
 }
 
+impl std::fmt::Debug for Seed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Seed(..)")
+    }
+}
+
 /// Both halves of a product: the mixing step of the hashes.
 #[inline]
 fn fold(a: u64, b: u64) -> u64 {
@@ -971,5 +977,359 @@ impl Slab {
         let free = self.free;
         self.get_mut(at).next = free;
         self.free = at;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+    use std::net::Ipv4Addr;
+
+    const PEER: PeerId = PeerId(3);
+    const MOVED: AddrId = AddrId(0);
+    const DELIVERY: AddrId = AddrId(1);
+    const SYN_ACK: u8 = SYN | ACK;
+
+    struct Bed {
+        table: FlowTable,
+        limit: Limit,
+        now: Instant,
+    }
+
+    impl Bed {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "any point in time will do as a beginning"
+        )]
+        fn new(max: usize) -> Self {
+            let now = Instant::now();
+            Self {
+                table: FlowTable::new(Seed::new([1, 2]), now),
+                limit: Limit::new(max),
+                now,
+            }
+        }
+
+        fn wait(&mut self, time: Duration) {
+            self.now += time;
+        }
+
+        fn from_client(&mut self, key: &Outside, flags: u8) -> Result<Inside, DropReason> {
+            match self.table.client_packet(self.now, key, flags, &self.limit) {
+                Some(inside) => Ok(inside),
+                None => {
+                    let (now, limit) = (self.now, &self.limit);
+                    self.table
+                        .open(now, key, DELIVERY, key.moved_port, flags, limit)
+                }
+            }
+        }
+
+        fn from_application(&mut self, key: &Inside, flags: u8) -> Option<Outside> {
+            self.table
+                .application_packet(self.now, key, flags, &self.limit)
+        }
+
+        /// A connection with its handshake done.
+        fn connect(&mut self, key: &Outside) -> Inside {
+            let inside = self.from_client(key, SYN).unwrap();
+            self.from_application(&inside, SYN_ACK).unwrap();
+            self.from_client(key, ACK).unwrap()
+        }
+
+        fn expire(&mut self) {
+            self.table.expire(self.now, usize::MAX, &self.limit);
+        }
+
+        fn knows(&self, key: &Outside) -> bool {
+            self.table.peek_outside(key).is_some()
+        }
+    }
+
+    fn key(protocol: u8, client: u32, port: u16) -> Outside {
+        Outside {
+            peer: PEER,
+            protocol,
+            client: Ipv4Addr::from(client).into(),
+            client_port: port,
+            moved: MOVED,
+            moved_port: 80,
+        }
+    }
+
+    fn class(bed: &Bed, key: &Outside) -> Class {
+        bed.table
+            .slab
+            .get(bed.table.find_outside(key).unwrap())
+            .class
+    }
+
+    #[test]
+    fn an_entry_is_small() {
+        assert!(size_of::<Entry>() <= 52, "{}", size_of::<Entry>());
+    }
+
+    #[test]
+    fn tcp_states_follow_what_both_sides_send() {
+        let mut bed = Bed::new(10);
+        let k = key(TCP, 1, 1);
+        let inside = bed.from_client(&k, SYN).unwrap();
+        assert_eq!(class(&bed, &k), Class::TcpOpening);
+        bed.from_application(&inside, SYN_ACK).unwrap();
+        assert_eq!(
+            class(&bed, &k),
+            Class::TcpOpening,
+            "a SYN cookie proves nothing"
+        );
+        bed.from_client(&k, ACK).unwrap();
+        assert_eq!(class(&bed, &k), Class::TcpEstablished);
+        bed.from_client(&k, SYN).unwrap();
+        assert_eq!(
+            class(&bed, &k),
+            Class::TcpEstablished,
+            "a forged SYN changes nothing"
+        );
+        bed.from_client(&k, FIN | ACK).unwrap();
+        assert_eq!(
+            class(&bed, &k),
+            Class::TcpEstablished,
+            "half-closed may last"
+        );
+        bed.from_application(&inside, FIN | ACK).unwrap();
+        assert_eq!(class(&bed, &k), Class::TcpClosing);
+        bed.from_client(&k, SYN).unwrap();
+        assert_eq!(class(&bed, &k), Class::TcpOpening, "the port is used again");
+        bed.from_application(&inside, RST | ACK).unwrap();
+        assert_eq!(class(&bed, &k), Class::TcpReset);
+        bed.from_client(&k, ACK).unwrap();
+        assert_eq!(class(&bed, &k), Class::TcpReset, "what was under way");
+        bed.from_application(&inside, ACK).unwrap();
+        assert_eq!(
+            class(&bed, &k),
+            Class::TcpEstablished,
+            "the RST was not accepted"
+        );
+    }
+
+    #[test]
+    fn timeouts_are_those_of_the_rfcs() {
+        for (protocol, both, timeout) in [
+            (TCP, false, TCP_OPENING),
+            (TCP, true, TCP_ESTABLISHED),
+            (UDP, false, UDP_ONE_WAY),
+            (UDP, true, UDP_BOTH_WAYS),
+            (ICMP, true, ICMP_QUERY),
+            (47, true, OTHER),
+        ] {
+            let mut bed = Bed::new(10);
+            let k = key(protocol, 1, 1);
+            let inside = bed.from_client(&k, SYN).unwrap();
+            if both {
+                bed.from_application(&inside, SYN_ACK).unwrap();
+                bed.from_client(&k, ACK).unwrap();
+            }
+            // Used once on the way: the time counts from there.
+            bed.wait(timeout / 2);
+            bed.expire();
+            bed.from_client(&k, if both { ACK } else { SYN }).unwrap();
+            bed.wait(timeout - Duration::from_secs(1));
+            bed.expire();
+            assert!(bed.knows(&k), "{protocol} {both}");
+            bed.wait(Duration::from_secs(1));
+            bed.expire();
+            assert!(!bed.knows(&k), "{protocol} {both}");
+            assert_eq!(bed.limit.live(), 0);
+        }
+    }
+
+    #[test]
+    fn two_moved_addresses_with_one_delivery_stay_apart() {
+        let mut bed = Bed::new(10);
+        let first = key(TCP, 1, 4000);
+        let second = Outside {
+            moved: AddrId(7),
+            ..first
+        };
+        let a = bed.connect(&first);
+        let b = bed.connect(&second);
+        assert_eq!(a.client_port, 4000);
+        assert_ne!(a, b);
+        assert_eq!(bed.from_application(&a, ACK), Some(first));
+        assert_eq!(bed.from_application(&b, ACK), Some(second));
+        assert_eq!(bed.table.stats().collisions, 1);
+        // A protocol without ports has nothing to be told apart by.
+        let gre = Outside {
+            moved_port: 0,
+            ..key(47, 1, 0)
+        };
+        bed.from_client(&gre, 0).unwrap();
+        let other = Outside {
+            moved: AddrId(7),
+            ..gre
+        };
+        assert_eq!(bed.from_client(&other, 0), Err(DropReason::FlowCollision));
+        assert_eq!(bed.limit.live(), 3);
+        // Once the first is over, the second has its place.
+        bed.wait(OTHER);
+        assert!(bed.from_client(&other, 0).is_ok());
+    }
+
+    #[test]
+    fn a_flood_takes_nothing_that_is_in_use() {
+        let mut bed = Bed::new(20_000);
+        let live: Vec<_> = (0..1000)
+            .map(|port| key(TCP, 0x0a00_0001 + u32::from(port) / 100, port))
+            .collect();
+        for key in &live {
+            bed.connect(key);
+        }
+        let udp = key(UDP, 0x0a00_0001, 53);
+        let inside = bed.from_client(&udp, 0).unwrap();
+        bed.from_application(&inside, 0).unwrap();
+        for source in 0..200_000 {
+            let syn = key(TCP, 0x2000_0000 + source * 977, 1);
+            let inside = bed.from_client(&syn, SYN).unwrap();
+            bed.from_application(&inside, SYN_ACK).unwrap();
+        }
+        assert_eq!(bed.limit.live(), 20_000);
+        assert!(live.iter().all(|key| bed.knows(key)) && bed.knows(&udp));
+        let stats = bed.table.stats();
+        assert_eq!((stats.evicted, stats.refused), (200_000 + 1001 - 20_000, 0));
+    }
+
+    #[test]
+    fn what_is_used_stays_and_the_new_is_refused() {
+        let mut bed = Bed::new(100);
+        let live: Vec<_> = (0..100).map(|port| key(TCP, 1, port)).collect();
+        for key in &live {
+            bed.connect(key);
+        }
+        let new = key(TCP, 2, 1);
+        assert_eq!(bed.from_client(&new, SYN), Err(DropReason::FlowTableFull));
+        assert_eq!(bed.table.stats().refused, 1);
+        // All but the first were used lately: that one goes.
+        bed.wait(RECENT_TCP);
+        for key in &live[1..] {
+            bed.from_client(key, ACK).unwrap();
+        }
+        assert!(bed.from_client(&new, SYN).is_ok());
+        assert!(!bed.knows(&live[0]) && bed.knows(&live[1]));
+    }
+
+    #[test]
+    fn one_source_cannot_have_it_all() {
+        let mut bed = Bed::new(1000);
+        let mut taken = 0;
+        for port in 0..2000 {
+            taken += usize::from(bed.from_client(&key(UDP, 1, port), 0).is_ok());
+        }
+        // Unhindered until the table is three quarters full.
+        assert_eq!(taken, 750);
+        assert_eq!(bed.table.stats().refused, 1250);
+        assert!(bed.from_client(&key(UDP, 2, 1), 0).is_ok());
+    }
+
+    #[test]
+    fn a_flow_goes_on_from_the_inside() {
+        let mut bed = Bed::new(10);
+        let outside = key(TCP, 1, 4000);
+        let inside = Inside {
+            protocol: TCP,
+            client: outside.client,
+            client_port: 4000,
+            delivery: DELIVERY,
+            delivery_port: 80,
+        };
+        let (now, limit) = (bed.now, &bed.limit);
+        bed.table
+            .reopen(now, &inside, &outside, ACK, limit)
+            .unwrap();
+        assert_eq!(bed.from_client(&outside, ACK), Ok(inside));
+        assert_eq!(class(&bed, &outside), Class::TcpEstablished);
+    }
+
+    #[test]
+    fn a_million_flows_take_less_than_128_bytes_each() {
+        let mut bed = Bed::new(1 << 20);
+        let before = bed.table.allocated();
+        assert_eq!(before, 0, "no memory without flows");
+        for index in 0..1_000_000 {
+            bed.from_client(&key(UDP, index / 4, index as u16), 0)
+                .unwrap();
+        }
+        let each = bed.table.allocated() as f64 / 1e6;
+        println!("{each} bytes a flow at a million flows");
+        assert!(each <= 128.0, "{each}");
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Client(u8, u8, u8),
+        Application(u8),
+        Wait(u16),
+        Expire,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            4 => (0u8..4, 0u8..4, 0u8..3).prop_map(|(client, port, moved)| Step::Client(client, port, moved)),
+            4 => any::<u8>().prop_map(Step::Application),
+            1 => (1u16..200).prop_map(Step::Wait),
+            1 => Just(Step::Expire),
+        ];
+        prop::collection::vec(step, 1..200)
+    }
+
+    proptest! {
+        #[test]
+        fn behaves_as_a_naive_table(steps in steps()) {
+            // UDP, where the rules are few: what was seen when, and in both directions or not.
+            let mut model: HashMap<Outside, (Inside, Instant, bool)> = HashMap::new();
+            let mut known: Vec<Inside> = Vec::new();
+            let mut bed = Bed::new(1000);
+            let timeout = |both| if both { UDP_BOTH_WAYS } else { UDP_ONE_WAY };
+            for step in steps {
+                let now = bed.now;
+                let alive = |(_, seen, both): &(Inside, Instant, bool)| now - *seen < timeout(*both);
+                match step {
+                    Step::Client(client, port, moved) => {
+                        let key = Outside { moved: AddrId(moved.into()), ..key(UDP, client.into(), port.into()) };
+                        let inside = bed.from_client(&key, 0).unwrap();
+                        match model.get_mut(&key).filter(|flow| alive(flow)) {
+                            Some(flow) => {
+                                prop_assert_eq!(flow.0, inside);
+                                flow.1 = now;
+                            }
+                            None => {
+                                prop_assert!(model.values().filter(|flow| alive(flow)).all(|flow| flow.0 != inside));
+                                model.insert(key, (inside, now, false));
+                            }
+                        }
+                        known.push(inside);
+                    }
+                    Step::Application(index) if !known.is_empty() => {
+                        let inside = known[usize::from(index) % known.len()];
+                        let wanted = model.iter_mut().find(|(_, flow)| flow.0 == inside && alive(flow));
+                        let found = bed.from_application(&inside, 0);
+                        prop_assert_eq!(found, wanted.as_ref().map(|(key, _)| **key));
+                        if let Some((_, flow)) = wanted { (flow.1, flow.2) = (now, true); }
+                    }
+                    Step::Application(_) => {}
+                    Step::Wait(seconds) => bed.wait(Duration::from_secs(seconds.into())),
+                    Step::Expire => bed.expire(),
+                }
+                let now = bed.now;
+                let live = model.values().filter(|(_, seen, both)| now - *seen < timeout(*both)).count();
+                prop_assert!(bed.limit.live() >= live);
+                prop_assert_eq!(bed.limit.live(), bed.table.live);
+            }
+            bed.wait(UDP_BOTH_WAYS * 2);
+            bed.expire();
+            bed.wait(UDP_BOTH_WAYS * 2);
+            bed.expire();
+            prop_assert_eq!(bed.limit.live(), 0);
+        }
     }
 }

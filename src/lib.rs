@@ -3,8 +3,10 @@
 
 pub mod batch;
 pub mod cli;
+pub mod command;
 
 pub mod config;
+pub mod daemon;
 
 pub mod drops;
 pub mod ecn;

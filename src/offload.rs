@@ -513,9 +513,9 @@ impl Coalescer {
             vnet.hdr_len = parsed.payload() as u16;
             vnet.gso_type = match (parsed.kind(), parsed.family()) {
                 (Kind::Tcp, family) => {
-                    let flags = &mut head[parsed.l4() + 13];
-                    *flags |= self.last_flags & (FIN | PSH);
-                    let ecn = if *flags & CWR != 0 { GSO_ECN } else { 0 };
+                    parsed.add_tcp_flags(head, self.last_flags & (FIN | PSH));
+                    let cwr = parsed.tcp_flags() & CWR != 0;
+                    let ecn = if cwr { GSO_ECN } else { 0 };
                     ecn | match family {
                         Family::V4 => GSO_TCPV4,
                         Family::V6 => GSO_TCPV6,
@@ -711,4 +711,388 @@ fn tcp_seq(packet: &[u8], parsed: &Parsed) -> u32 {
 fn udp_fills(packet: &[u8], parsed: &Parsed) -> bool {
     let len = u16::from_be_bytes(field(packet, parsed.l4() + 4));
     usize::from(len) == parsed.total() - parsed.l4()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::testing::{Plan, assert_sums, complete, make_partial};
+    use crate::packet::{Addr, RST, SYN};
+    use proptest::prelude::*;
+    use std::net::Ipv4Addr;
+
+    const V4: (&str, &str) = ("203.0.113.9", "192.0.2.5");
+    const V6: (&str, &str) = ("2001:db8::9", "2001:db8::5");
+
+    fn plan(kind: Kind, v6: bool, payload: usize) -> Plan {
+        let (src, dst) = if v6 { V6 } else { V4 };
+        let payload = (0..payload).map(|at| (at * 7 + at / 251) as u8).collect();
+        Plan {
+            payload,
+            ..Plan::new(kind, src, dst)
+        }
+    }
+
+    fn vnet(parsed: &Parsed, size: u16, partial: bool) -> VnetHdr {
+        let gso_type = match (parsed.kind(), parsed.family()) {
+            (Kind::Udp, _) => GSO_UDP_L4,
+            (_, Family::V4) => GSO_TCPV4,
+            (_, Family::V6) => GSO_TCPV6,
+        };
+        let ecn = if parsed.tcp_flags() & CWR != 0 {
+            GSO_ECN
+        } else {
+            0
+        };
+        VnetHdr {
+            gso_type: gso_type | ecn,
+            gso_size: size,
+            hdr_len: parsed.payload() as u16,
+            ..VnetHdr::single(parsed, partial)
+        }
+    }
+
+    fn cut(packet: &mut [u8], vnet: &VnetHdr, max: usize) -> Vec<(Vec<u8>, bool)> {
+        let parsed = Parsed::parse(packet).unwrap();
+        let offload = Offload::accept(vnet, packet, &parsed).unwrap();
+        let mut segments = Segments::new(offload, packet, &parsed, max);
+        let mut out = vec![0; 70_000];
+        let mut all = Vec::new();
+        while let Some(len) = segments.next_len() {
+            let segment = segments.next_into(&mut out[..len]).unwrap();
+            all.push((out[..segment.len].to_vec(), segment.csum_partial));
+        }
+        assert_eq!(segments.remaining(), 0);
+        all
+    }
+
+    /// Puts packets into one slab, as a receive buffer has them.
+    fn slab(packets: &[Vec<u8>]) -> (Vec<u8>, Vec<Range<usize>>) {
+        let mut slab = Vec::new();
+        let mut ranges = Vec::new();
+        for packet in packets {
+            slab.extend([0xee; 16]);
+            ranges.push(slab.len()..slab.len() + packet.len());
+            slab.extend(packet);
+        }
+        (slab, ranges)
+    }
+
+    fn push(coalescer: &mut Coalescer, slab: &[u8], range: &Range<usize>, partial: bool) -> Push {
+        let parsed = Parsed::parse(&slab[range.clone()]).unwrap();
+        coalescer.push(slab, range.clone(), &parsed, partial)
+    }
+
+    proptest! {
+        #[test]
+        fn cut_and_joined_is_what_it_was(
+            udp in any::<bool>(), v6 in any::<bool>(), size in 100u16..1400, count in 2usize..40, short in 1u16..100,
+            flags in prop::sample::select(vec![ACK, ACK | PSH, ACK | FIN, ACK | PSH | CWR]), seq in any::<u32>(),
+        ) {
+            let kind = if udp { Kind::Udp } else { Kind::Tcp };
+            let payload = (usize::from(size) * count - usize::from(short)).min(65_000);
+            let plan = Plan { flags, seq, ..plan(kind, v6, payload) };
+            let mut packet = plan.build_partial();
+            let parsed = Parsed::parse(&packet).unwrap();
+            let vnet = vnet(&parsed, size, true);
+            let pieces = cut(&mut packet, &vnet, 1500);
+            prop_assert_eq!(pieces.len(), payload.div_ceil(size.into()));
+            let mut stream: Vec<u8> = Vec::new();
+            for (piece, partial) in &pieces {
+                prop_assert!(*partial);
+                let mut whole = piece.clone();
+                complete(&mut whole);
+                assert_sums(&whole);
+                stream.extend(&piece[parsed.payload()..]);
+            }
+            prop_assert_eq!(&stream, &plan.payload);
+
+            let packets: Vec<_> = pieces.into_iter().map(|(piece, _)| piece).collect();
+            let (mut slab, ranges) = slab(&packets);
+            let mut coalescer = Coalescer::new(true);
+            for (index, range) in ranges.iter().enumerate() {
+                let wanted = if index == 0 { Push::Started } else { Push::Joined };
+                prop_assert_eq!(push(&mut coalescer, &slab, range, true), wanted);
+            }
+            let joined = coalescer.finish(&mut slab).unwrap();
+            prop_assert_eq!(joined.packets, packets.len());
+            if packets.len() > 1 { prop_assert_eq!(joined.vnet, vnet); }
+            prop_assert_eq!(joined.parsed, parsed);
+            let gathered: Vec<u8> = joined.parts.iter().flat_map(|part| slab[part.clone()].to_vec()).collect();
+            prop_assert_eq!(&gathered, &packet);
+
+            // A rewrite of the head reaches all packets that it is taken apart into.
+            let head = joined.parts[0].clone();
+            let addr: Addr = if v6 { parsed.src(&packet) } else { Ipv4Addr::new(8, 8, 4, 4).into() };
+            joined.parsed.set_src(&mut slab[head], addr, true);
+            let mut rewritten = packet.clone();
+            parsed.set_src(&mut rewritten, addr, true);
+            let wanted = cut(&mut rewritten, &vnet, 1500);
+            for _ in 0..2 {
+                let (single, parts) = coalescer.unjoin(&mut slab);
+                prop_assert_eq!(single, VnetHdr::single(&parsed, true));
+                let singles: Vec<_> = parts.iter().map(|part| (slab[part.clone()].to_vec(), true)).collect();
+                prop_assert_eq!(&singles, &wanted);
+            }
+        }
+
+        #[test]
+        fn without_partial_sums_they_are_computed(
+            udp in any::<bool>(), v6 in any::<bool>(), size in 1u16..1400, payload in 1usize..5000,
+        ) {
+            let kind = if udp { Kind::Udp } else { Kind::Tcp };
+            let mut packet = plan(kind, v6, payload).build();
+            let parsed = Parsed::parse(&packet).unwrap();
+            for (piece, partial) in cut(&mut packet, &vnet(&parsed, size, false), 1500) {
+                prop_assert!(!partial);
+                assert_sums(&piece);
+            }
+        }
+
+        #[test]
+        fn no_virtio_header_makes_it_panic(
+            udp in any::<bool>(), v6 in any::<bool>(), vnet in any::<[u8; VNET_LEN]>(), near in any::<bool>(),
+            payload in 0usize..300, max in 0usize..400,
+        ) {
+            let kind = if udp { Kind::Udp } else { Kind::Tcp };
+            let mut packet = plan(kind, v6, payload).build();
+            let parsed = Parsed::parse(&packet).unwrap();
+            let mut vnet = VnetHdr::read(&vnet);
+            prop_assert_eq!(VnetHdr::read(&vnet.to_bytes()), vnet);
+            if near {
+                vnet.hdr_len %= 80;
+                vnet.csum_start %= 100;
+                vnet.csum_offset %= 100;
+                vnet.gso_type %= 8;
+            }
+            if let Ok(offload) = Offload::accept(&vnet, &mut packet, &parsed) {
+                let mut segments = Segments::new(offload, &packet, &parsed, max);
+                let mut out = [0; 2000];
+                while let Some(segment) = segments.next_into(&mut out) {
+                    prop_assert!(Parsed::parse(&out[..segment.len]).is_ok());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tcp_is_cut_smaller_where_the_tunnel_carries_less() {
+        let mut packet = plan(Kind::Tcp, false, 5000).build_partial();
+        let parsed = Parsed::parse(&packet).unwrap();
+        let lens = |pieces: Vec<(Vec<u8>, bool)>| -> Vec<usize> {
+            pieces.iter().map(|(piece, _)| piece.len()).collect()
+        };
+        let pieces = cut(&mut packet, &vnet(&parsed, 1460, true), 1400);
+        assert_eq!(lens(pieces), [1400, 1400, 1400, 960]);
+        // A single large packet too, but only if its sum is partial and it is plain data.
+        let single = VnetHdr::single(&parsed, true);
+        assert_eq!(
+            lens(cut(&mut packet, &single, 1400)),
+            [1400, 1400, 1400, 960]
+        );
+        let mut full = plan(Kind::Tcp, false, 2000).build();
+        assert_eq!(lens(cut(&mut full, &VnetHdr::default(), 1400)), [2040]);
+        let mut syn = Plan {
+            flags: SYN,
+            ..plan(Kind::Tcp, false, 2000)
+        }
+        .build_partial();
+        assert_eq!(lens(cut(&mut syn, &single, 1400)), [2040]);
+        // UDP keeps its boundaries: the caller splits.
+        let mut udp = plan(Kind::Udp, false, 3000).build_partial();
+        let parsed = Parsed::parse(&udp).unwrap();
+        assert_eq!(
+            lens(cut(&mut udp, &vnet(&parsed, 1472, true), 1400)),
+            [1500, 1500, 84]
+        );
+    }
+
+    #[test]
+    fn flags_stay_where_they_belong() {
+        let mut packet = Plan {
+            flags: ACK | PSH | FIN | CWR,
+            ..plan(Kind::Tcp, true, 300)
+        }
+        .build_partial();
+        let parsed = Parsed::parse(&packet).unwrap();
+        let flags: Vec<u8> = cut(&mut packet, &vnet(&parsed, 100, true), 1400)
+            .iter()
+            .map(|(piece, _)| Parsed::parse(piece).unwrap().tcp_flags())
+            .collect();
+        assert_eq!(flags, [ACK | CWR, ACK, ACK | PSH | FIN]);
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let packet = plan(Kind::Tcp, false, 300).build_partial();
+        let parsed = Parsed::parse(&packet).unwrap();
+        let good = vnet(&parsed, 100, true);
+        let accept = |change: &dyn Fn(&mut VnetHdr)| {
+            let mut vnet = good;
+            change(&mut vnet);
+            Offload::accept(&vnet, &mut packet.clone(), &parsed).err()
+        };
+        assert_eq!(accept(&|_| ()), None);
+        let bad = Some(DropReason::BadOffload);
+        assert_eq!(accept(&|v| v.gso_size = 0), bad);
+        assert_eq!(accept(&|v| v.gso_type = GSO_TCPV6), bad);
+        assert_eq!(accept(&|v| v.gso_type = GSO_UDP_L4), bad);
+        assert_eq!(accept(&|v| v.gso_type = 3), bad, "UFO was not asked for");
+        assert_eq!(accept(&|v| v.csum_start = 9000), bad);
+        assert_eq!(accept(&|v| v.csum_offset = 6), bad);
+        assert_eq!(accept(&|v| v.hdr_len = 341), bad);
+        assert_eq!(accept(&|v| v.hdr_len = 340), None);
+    }
+
+    #[test]
+    fn a_sum_that_is_not_the_packets_own_is_finished() {
+        // The inner checksum of a UDP tunnel.
+        let mut inner = plan(Kind::Udp, false, 100).build();
+        let wanted = inner.clone();
+        make_partial(&mut inner);
+        let outer = Plan {
+            payload: inner.clone(),
+            ..plan(Kind::Udp, false, 0)
+        };
+        let mut packet = outer.build();
+        let parsed = Parsed::parse(&packet).unwrap();
+        let vnet = VnetHdr {
+            flags: NEEDS_CSUM,
+            csum_start: 28 + 20,
+            csum_offset: 6,
+            ..VnetHdr::default()
+        };
+        let offload = Offload::accept(&vnet, &mut packet, &parsed).unwrap();
+        assert!(!offload.partial());
+        assert_eq!(packet[28..], wanted);
+    }
+
+    #[test]
+    fn what_does_not_follow_is_not_joined() {
+        let first = plan(Kind::Tcp, false, 100);
+        let second = Plan {
+            seq: first.seq + 100,
+            ..first.clone()
+        };
+        let joins = |first: &Plan, second: &Plan, change: &dyn Fn(&mut [u8]), partial| {
+            let mut next = second.build_partial();
+            if next[0] >> 4 == 4 {
+                let mut parsed = Parsed::parse(&next).unwrap();
+                parsed.set_ipv4_id(&mut next, 1);
+            }
+            change(&mut next);
+            let (slab, ranges) = slab(&[first.build_partial(), next]);
+            let mut coalescer = Coalescer::new(true);
+            assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
+            push(&mut coalescer, &slab, &ranges[1], partial) == Push::Joined
+        };
+        let none: &dyn Fn(&mut [u8]) = &|_| ();
+        assert!(joins(&first, &second, none, true));
+        assert!(!joins(&first, &second, none, false), "a full checksum");
+        for (name, at) in [
+            ("TOS", 1),
+            ("id", 4),
+            ("TTL", 8),
+            ("source", 15),
+            ("destination", 19),
+            ("source port", 21),
+            ("destination port", 23),
+            ("sequence", 27),
+            ("acknowledgement", 31),
+            ("window", 35),
+            ("urgent", 39),
+        ] {
+            assert!(!joins(&first, &second, &|b| b[at] ^= 4, true), "{name}");
+        }
+        for flag in [SYN, RST, CWR] {
+            assert!(!joins(&first, &second, &|b| b[33] |= flag, true), "{flag}");
+        }
+        assert!(joins(&first, &second, &|b| b[33] |= PSH | FIN, true));
+        let longer = plan(Kind::Tcp, false, 101).payload;
+        assert!(!joins(
+            &first,
+            &Plan {
+                payload: longer,
+                ..second.clone()
+            },
+            none,
+            true
+        ));
+        let pushed = Plan {
+            flags: ACK | PSH,
+            ..first.clone()
+        };
+        assert!(!joins(&pushed, &second, none, true));
+        let empty = Plan {
+            payload: Vec::new(),
+            ..first.clone()
+        };
+        assert!(
+            !joins(
+                &empty,
+                &Plan {
+                    seq: first.seq,
+                    ..empty.clone()
+                },
+                none,
+                true
+            ),
+            "bare ACKs"
+        );
+        // UDP without USO, and with it.
+        let udp = plan(Kind::Udp, true, 100);
+        assert!(joins(&udp, &udp, none, true));
+        let (slab, ranges) = slab(&[udp.build_partial(), udp.build_partial()]);
+        let mut coalescer = Coalescer::new(false);
+        assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
+        assert_eq!(
+            push(&mut coalescer, &slab, &ranges[1], true),
+            Push::MustFlush
+        );
+    }
+
+    #[test]
+    fn a_super_packet_has_bounds() {
+        let packets: Vec<_> = (0..=MAX_PARTS as u32)
+            .map(|index| {
+                Plan {
+                    seq: index * 100,
+                    ..plan(Kind::Tcp, true, 100)
+                }
+                .build_partial()
+            })
+            .collect();
+        let (mut slab, ranges) = slab(&packets);
+        let mut coalescer = Coalescer::new(false);
+        for range in &ranges[..MAX_PARTS] {
+            assert_ne!(push(&mut coalescer, &slab, range, true), Push::MustFlush);
+        }
+        assert_eq!(
+            push(&mut coalescer, &slab, &ranges[MAX_PARTS], true),
+            Push::MustFlush
+        );
+        assert_eq!(coalescer.finish(&mut slab).unwrap().packets, MAX_PARTS);
+        assert!(coalescer.is_empty() && coalescer.finish(&mut slab).is_none());
+        assert_eq!(
+            push(&mut coalescer, &slab, &ranges[MAX_PARTS], true),
+            Push::Started
+        );
+        let alone = coalescer.finish(&mut slab).unwrap();
+        assert_eq!((alone.packets, alone.vnet.gso_type), (1, GSO_NONE));
+        assert_eq!((alone.vnet.flags, alone.vnet.csum_start), (NEEDS_CSUM, 40));
+    }
+
+    #[test]
+    fn a_full_checksum_is_written_plain() {
+        let (mut slab, ranges) = slab(&[plan(Kind::Tcp, false, 100).build()]);
+        let before = slab.clone();
+        let mut coalescer = Coalescer::new(false);
+        assert_eq!(
+            push(&mut coalescer, &slab, &ranges[0], false),
+            Push::Started
+        );
+        let alone = coalescer.finish(&mut slab).unwrap();
+        assert_eq!(alone.vnet, VnetHdr::default());
+        assert_eq!(slab, before);
+    }
 }

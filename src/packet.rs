@@ -399,6 +399,14 @@ impl Parsed {
         self.fragment_id = id.into();
     }
 
+    /// Puts TCP flags (FIN and PSH) in addition to those that are set; the checksum has to be
+    /// partial, which does not know of them.
+    pub(crate) fn add_tcp_flags(&mut self, bytes: &mut [u8], flags: u8) {
+        debug_assert_eq!(self.kind, Kind::Tcp);
+        self.tcp_flags |= flags;
+        bytes[self.l4() + 13] = self.tcp_flags;
+    }
+
     /// The same packet with the total length that its bytes have by now.
     pub(crate) fn with_total(self, total: usize) -> Self {
         Self {
@@ -1141,4 +1149,472 @@ pub(crate) fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 #[inline]
 pub(crate) fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) {
     bytes[at..at + N].copy_from_slice(&value);
+}
+
+/// Packets to try things on, and etherparse as the judge of their checksums.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
+    use proptest::prelude::*;
+
+    /// What is sent.
+    #[derive(Clone, Debug)]
+    pub(crate) struct Plan {
+        pub(crate) src: IpAddr,
+        pub(crate) dst: IpAddr,
+        pub(crate) ttl: u8,
+        pub(crate) src_port: u16,
+        pub(crate) dst_port: u16,
+        pub(crate) kind: Kind,
+        pub(crate) flags: u8,
+        pub(crate) seq: u32,
+        pub(crate) mss: Option<u16>,
+        pub(crate) payload: Vec<u8>,
+    }
+
+    impl Plan {
+        pub(crate) fn new(kind: Kind, src: &str, dst: &str) -> Self {
+            Self {
+                src: src.parse().unwrap(),
+                dst: dst.parse().unwrap(),
+                ttl: 64,
+                src_port: if kind == Kind::Reply { 0 } else { 40_000 },
+                dst_port: if kind == Kind::Request { 0 } else { 80 },
+                kind,
+                flags: ACK,
+                seq: 1_000,
+                mss: None,
+                payload: b"some payload".to_vec(),
+            }
+        }
+
+        /// The packet as etherparse makes it, with full checksums.
+        pub(crate) fn build(&self) -> Vec<u8> {
+            let mut out = Vec::new();
+            let ip = match (self.src, self.dst) {
+                (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                    PacketBuilder::ipv4(src.octets(), dst.octets(), self.ttl)
+                }
+                (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                    PacketBuilder::ipv6(src.octets(), dst.octets(), self.ttl)
+                }
+                _ => panic!("one family"),
+            };
+            let v4 = self.src.is_ipv4();
+            match self.kind {
+                Kind::Tcp => {
+                    let mut tcp = ip.tcp(self.src_port, self.dst_port, self.seq, 512);
+                    let set = |flag| self.flags & flag != 0;
+                    if set(ACK) {
+                        tcp = tcp.ack(77);
+                    }
+                    if set(SYN) {
+                        tcp = tcp.syn();
+                    }
+                    if set(FIN) {
+                        tcp = tcp.fin();
+                    }
+                    if set(RST) {
+                        tcp = tcp.rst();
+                    }
+                    if set(PSH) {
+                        tcp = tcp.psh();
+                    }
+                    if set(CWR) {
+                        tcp = tcp.cwr();
+                    }
+                    if let Some(mss) = self.mss {
+                        use etherparse::TcpOptionElement::{MaximumSegmentSize, Noop};
+                        tcp = tcp.options(&[Noop, MaximumSegmentSize(mss)]).unwrap();
+                    }
+                    tcp.write(&mut out, &self.payload)
+                }
+                Kind::Udp => ip
+                    .udp(self.src_port, self.dst_port)
+                    .write(&mut out, &self.payload),
+                Kind::Request if v4 => ip
+                    .icmpv4_echo_request(self.src_port, 3)
+                    .write(&mut out, &self.payload),
+                Kind::Reply if v4 => ip
+                    .icmpv4_echo_reply(self.dst_port, 3)
+                    .write(&mut out, &self.payload),
+                Kind::Request => ip
+                    .icmpv6_echo_request(self.src_port, 3)
+                    .write(&mut out, &self.payload),
+                Kind::Reply => ip
+                    .icmpv6_echo_reply(self.dst_port, 3)
+                    .write(&mut out, &self.payload),
+                Kind::Error | Kind::Other | Kind::Hidden => panic!("not built here"),
+            }
+            .unwrap();
+            out
+        }
+
+        /// The same with a partial checksum.
+        pub(crate) fn build_partial(&self) -> Vec<u8> {
+            let mut out = self.build();
+            make_partial(&mut out);
+            out
+        }
+    }
+
+    pub(crate) fn make_partial(packet: &mut [u8]) {
+        let parsed = Parsed::parse(packet).unwrap();
+        let len = ((parsed.total() - parsed.l4()) as u16).to_be_bytes();
+        let sum = pseudo_sum(packet, parsed.family(), parsed.protocol()).word(len);
+        put(packet, parsed.csum_at().unwrap(), sum.fold().to_ne_bytes());
+    }
+
+    /// Does what hardware would do for a partial checksum.
+    pub(crate) fn complete(packet: &mut [u8]) {
+        let parsed = Parsed::parse(packet).unwrap();
+        let sum = !Sum::default().add(&packet[parsed.l4()..]).fold();
+        let sum = if sum == 0 && parsed.kind() == Kind::Udp {
+            0xffff
+        } else {
+            sum
+        };
+        put(packet, parsed.csum_at().unwrap(), sum.to_ne_bytes());
+    }
+
+    /// Compares every checksum of a whole packet with etherparse's own computation.
+    pub(crate) fn assert_sums(packet: &[u8]) {
+        let headers = PacketHeaders::from_ip_slice(packet).unwrap();
+        let payload = headers.payload.slice();
+        match headers.net.unwrap() {
+            NetHeaders::Ipv4(ip, _) => {
+                assert_eq!(ip.header_checksum, ip.calc_header_checksum());
+                match headers.transport.unwrap() {
+                    TransportHeader::Tcp(tcp) => {
+                        assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, payload).unwrap());
+                    }
+                    TransportHeader::Udp(udp) => {
+                        assert_eq!(udp.checksum, udp.calc_checksum_ipv4(&ip, payload).unwrap());
+                    }
+                    TransportHeader::Icmpv4(icmp) => {
+                        assert_eq!(icmp.checksum, icmp.icmp_type.calc_checksum(payload));
+                    }
+                    TransportHeader::Icmpv6(_) | TransportHeader::Igmp(_) => panic!("not IPv4"),
+                }
+            }
+            NetHeaders::Ipv6(ip, _) => match headers.transport.unwrap() {
+                TransportHeader::Tcp(tcp) => {
+                    assert_eq!(tcp.checksum, tcp.calc_checksum_ipv6(&ip, payload).unwrap());
+                }
+                TransportHeader::Udp(udp) => {
+                    assert_eq!(udp.checksum, udp.calc_checksum_ipv6(&ip, payload).unwrap());
+                }
+                TransportHeader::Icmpv6(icmp) => {
+                    let sum = icmp
+                        .icmp_type
+                        .calc_checksum(ip.source, ip.destination, payload);
+                    assert_eq!(icmp.checksum, sum.unwrap());
+                }
+                TransportHeader::Icmpv4(_) | TransportHeader::Igmp(_) => panic!("not IPv6"),
+            },
+            NetHeaders::Arp(_) => panic!("ARP"),
+        }
+    }
+
+    pub(crate) fn addrs() -> impl Strategy<Value = (IpAddr, IpAddr)> {
+        let v4 = (any::<[u8; 3]>(), any::<[u8; 3]>());
+        let v6 = (any::<[u8; 14]>(), any::<[u8; 14]>());
+        prop_oneof![
+            v4.prop_map(|(a, b)| {
+                let addr = |first, rest: [u8; 3]| IpAddr::from([first, rest[0], rest[1], rest[2]]);
+                (addr(11, a), addr(12, b))
+            }),
+            v6.prop_map(|(a, b)| {
+                let addr = |second, rest: [u8; 14]| {
+                    let mut out = [0x20; 16];
+                    out[1] = second;
+                    out[2..].copy_from_slice(&rest);
+                    IpAddr::from(out)
+                };
+                (addr(1, a), addr(2, b))
+            }),
+        ]
+    }
+
+    /// Any packet that a client could send, addresses aside.
+    pub(crate) fn plans() -> impl Strategy<Value = Plan> {
+        let kinds = prop_oneof![
+            Just(Kind::Tcp),
+            Just(Kind::Udp),
+            Just(Kind::Request),
+            Just(Kind::Reply)
+        ];
+        let payload = prop::collection::vec(any::<u8>(), 0..200);
+        let mss = prop::option::of(500u16..9000);
+        (
+            addrs(),
+            kinds,
+            any::<[u16; 2]>(),
+            2u8..,
+            any::<u32>(),
+            payload,
+            mss,
+        )
+            .prop_map(|((src, dst), kind, ports, ttl, seq, payload, mss)| Plan {
+                src,
+                dst,
+                ttl,
+                src_port: if kind == Kind::Reply { 0 } else { ports[0] },
+                dst_port: if kind == Kind::Request { 0 } else { ports[1] },
+                kind,
+                flags: if mss.is_some() { SYN } else { ACK },
+                seq,
+                mss,
+                payload,
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::*;
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn setters_make_what_would_have_been_built(
+            plan in plans(), (src, dst) in addrs(), ports in any::<[u16; 2]>(), partial in any::<bool>(),
+        ) {
+            let is_icmp = matches!(plan.kind, Kind::Request | Kind::Reply);
+            let partial = partial && !is_icmp;
+            let same_family = src.is_ipv4() == plan.src.is_ipv4();
+            let mut wanted = plan.clone();
+            wanted.ttl -= 1;
+            if same_family {
+                (wanted.src, wanted.dst) = (src, dst);
+            }
+            if plan.kind != Kind::Reply { wanted.src_port = ports[0]; }
+            if plan.kind != Kind::Request { wanted.dst_port = ports[1]; }
+            let mut bytes = if partial { plan.build_partial() } else { plan.build() };
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            prop_assert_eq!((parsed.src_port(), parsed.dst_port()), (plan.src_port, plan.dst_port));
+            prop_assert_eq!(IpAddr::from(parsed.src(&bytes)), plan.src);
+            prop_assert_eq!(IpAddr::from(parsed.dst(&bytes)), plan.dst);
+            parsed.set_src(&mut bytes, wanted.src.into(), partial);
+            parsed.set_dst(&mut bytes, wanted.dst.into(), partial);
+            parsed.set_src_port(&mut bytes, wanted.src_port, partial);
+            parsed.set_dst_port(&mut bytes, wanted.dst_port, partial);
+            parsed.decrement_ttl(&mut bytes).unwrap();
+            let wanted = if partial { wanted.build_partial() } else { wanted.build() };
+            prop_assert_eq!(&bytes, &wanted);
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+            if !partial { assert_sums(&bytes); }
+        }
+
+        #[test]
+        fn a_new_length_mends_the_partial_sum(plan in plans(), more in 0usize..300) {
+            let mut longer = plan.clone();
+            longer.payload.extend(vec![9; more]);
+            if plan.kind == Kind::Request || plan.kind == Kind::Reply { return Ok(()); }
+            let mut bytes = plan.build_partial();
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            let total = bytes.len() + more;
+            parsed.set_total(&mut bytes, total, true);
+            bytes.extend(vec![9; more]);
+            prop_assert_eq!(&bytes, &longer.build_partial());
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+        }
+
+        #[test]
+        fn no_bytes_make_the_door_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            try_all(bytes);
+        }
+
+        #[test]
+        fn no_damaged_packet_makes_the_door_panic(
+            plan in plans(), damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            cut in any::<prop::sample::Index>(), keep in any::<bool>(),
+        ) {
+            let mut bytes = plan.build();
+            for (at, value) in damage {
+                let at = at.index(bytes.len().min(80));
+                bytes[at] = value;
+            }
+            if !keep { bytes.truncate(cut.index(bytes.len())); }
+            try_all(bytes);
+        }
+
+        #[test]
+        fn mss_is_clamped_and_the_sum_stays_right(plan in plans(), max in 500u16..1400) {
+            let mut bytes = plan.build();
+            let parsed = Parsed::parse(&bytes).unwrap();
+            let changed = clamp_mss(&mut bytes, &parsed, max, max, false);
+            let is_tcp = plan.kind == Kind::Tcp;
+            prop_assert_eq!(changed, is_tcp && plan.mss.is_some_and(|mss| mss > max));
+            let wanted = Plan { mss: plan.mss.map(|mss| mss.min(max)), ..plan };
+            prop_assert_eq!(bytes, wanted.build());
+        }
+    }
+
+    /// Whatever passes the door can be handled without a panic.
+    fn try_all(mut bytes: Vec<u8>) {
+        let Ok(mut parsed) = Parsed::parse(&bytes) else {
+            return;
+        };
+        assert!(parsed.payload() <= parsed.total() && parsed.total() <= bytes.len());
+        let (src, dst) = (parsed.src(&bytes), parsed.dst(&bytes));
+        for partial in [true, false] {
+            parsed.set_src(&mut bytes, dst, partial);
+            parsed.set_dst(&mut bytes, src, partial);
+            parsed.set_src_port(&mut bytes, 1, partial);
+            parsed.set_dst_port(&mut bytes, 2, partial);
+            clamp_mss(&mut bytes, &parsed, 1200, 1200, partial);
+            let _ = parsed.decrement_ttl(&mut bytes);
+        }
+        if let Ok(quoted) = Quoted::parse(&bytes, &parsed) {
+            let change = Rewrite {
+                src: Some(dst),
+                dst: Some(src),
+                src_port: Some(1),
+                dst_port: Some(2),
+            };
+            quoted.rewrite(&mut bytes, &parsed, &change);
+        }
+    }
+
+    #[test]
+    fn udp_without_checksum_stays_without() {
+        let mut bytes = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
+        bytes[26..28].fill(0);
+        let mut parsed = Parsed::parse(&bytes).unwrap();
+        parsed.set_dst(&mut bytes, Ipv4Addr::new(198, 51, 100, 2).into(), false);
+        parsed.set_dst_port(&mut bytes, 53, false);
+        assert_eq!(bytes[26..28], [0, 0]);
+    }
+
+    #[test]
+    fn a_udp_sum_of_zero_is_written_as_ones() {
+        // Choose the source port so that the sum comes out as zero.
+        let mut plan = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5");
+        plan.src_port = 0;
+        let bytes = plan.build();
+        let sum = u16::from_be_bytes([bytes[26], bytes[27]]);
+        let mut bytes = bytes;
+        let mut parsed = Parsed::parse(&bytes).unwrap();
+        parsed.set_src_port(&mut bytes, sum, false);
+        assert_eq!(bytes[26..28], [0xff, 0xff]);
+        assert_sums(&bytes);
+    }
+
+    #[test]
+    fn bad_packets_are_named() {
+        use DropReason::{BadSource, IcmpUnsupported, IpMalformed, L4Malformed};
+        let tcp = |change: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = Plan::new(Kind::Tcp, "203.0.113.9", "192.0.2.5").build();
+            change(&mut bytes);
+            Parsed::parse(&bytes).err()
+        };
+        assert_eq!(tcp(&|_| ()), None);
+        assert_eq!(tcp(&|b| b.extend([0; 6])), None, "padding is cut");
+        assert_eq!(tcp(&|b| b.truncate(b.len() - 1)), Some(IpMalformed));
+        assert_eq!(tcp(&|b| b[0] = 0x44), Some(IpMalformed));
+        assert_eq!(tcp(&|b| b[0] = 0x55), Some(IpMalformed));
+        assert_eq!(tcp(&|b| b[3] = 19), Some(IpMalformed));
+        assert_eq!(tcp(&|b| b[3] = 39), Some(L4Malformed));
+        assert_eq!(tcp(&|b| b[32] = 0x40), Some(L4Malformed));
+        assert_eq!(tcp(&|b| b[32] = 0xf0), Some(L4Malformed));
+        assert_eq!(tcp(&|b| b.copy_within(16..20, 12)), Some(BadSource));
+        for first in [0, 127, 224, 240, 255] {
+            assert_eq!(tcp(&|b| b[12] = first), Some(BadSource));
+        }
+        // A second piece that would cover the flags; a ragged one; one beyond the end.
+        assert_eq!(tcp(&|b| b[7] = 1), Some(IpMalformed));
+        assert_eq!(tcp(&|b| b[6] = 0x20), None);
+        let ragged = |b: &mut Vec<u8>| (b[6], b[3]) = (0x20, b[3] - 1);
+        assert_eq!(tcp(&ragged), Some(IpMalformed));
+        assert_eq!(tcp(&|b| b[6..8].fill(0x1f)), None);
+        assert_eq!(
+            tcp(&|b| b[6..8].copy_from_slice(&[0x1f, 0xff])),
+            Some(IpMalformed)
+        );
+        let udp = |len: u8| {
+            let mut bytes = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
+            bytes[25] = len;
+            Parsed::parse(&bytes).err()
+        };
+        assert_eq!(udp(20), None);
+        assert_eq!(udp(8), None, "the surplus of RFC 9868");
+        assert_eq!(udp(7), Some(L4Malformed));
+        assert_eq!(udp(21), Some(L4Malformed));
+        let mut echo = Plan::new(Kind::Request, "203.0.113.9", "192.0.2.5").build();
+        echo[20] = 5;
+        assert_eq!(Parsed::parse(&echo), Err(IcmpUnsupported), "a redirect");
+        for src in ["::1", "::", "ff02::1", "fe80::1", "::ffff:192.0.2.1"] {
+            let bytes = Plan::new(Kind::Tcp, src, "2001:db8::5").build();
+            assert_eq!(Parsed::parse(&bytes), Err(BadSource), "{src}");
+        }
+    }
+
+    #[test]
+    fn source_routes_are_refused() {
+        let mut bytes = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
+        bytes.splice(20..20, [131, 3, 4, 0]);
+        bytes[0] = 0x46;
+        bytes[3] += 4;
+        assert_eq!(Parsed::parse(&bytes), Err(DropReason::IpMalformed));
+        bytes[20] = 7;
+        assert!(Parsed::parse(&bytes).is_ok(), "record route is harmless");
+        bytes[21] = 5;
+        assert_eq!(Parsed::parse(&bytes), Err(DropReason::IpMalformed));
+    }
+
+    #[test]
+    fn ipv6_extension_headers_are_walked_so_far() {
+        let plain = Plan::new(Kind::Tcp, "2001:db8::9", "2001:db8::5").build();
+        let with = |headers: &[(u8, [u8; 7])]| {
+            let mut bytes = plain.clone();
+            let mut last = 6;
+            for (index, (kind, rest)) in headers.iter().enumerate() {
+                let at = 40 + index * 8;
+                bytes.splice(at..at, [TCP].into_iter().chain(*rest));
+                bytes[last] = *kind;
+                last = at;
+            }
+            bytes[5] += headers.len() as u8 * 8;
+            Parsed::parse(&bytes)
+        };
+        let none = [0; 7];
+        let parsed = with(&[(0, none), (60, none), (43, none)]).unwrap();
+        assert_eq!((parsed.l4(), parsed.kind()), (64, Kind::Tcp));
+        assert_eq!(
+            with(&[(43, [0, 0, 1, 0, 0, 0, 0])]),
+            Err(DropReason::IpMalformed)
+        );
+        assert!(with(&[(60, none); MAX_EXTENSION_HEADERS]).is_ok());
+        assert!(with(&[(60, none); MAX_EXTENSION_HEADERS + 1]).is_err());
+        let atomic = with(&[(44, none)]).unwrap();
+        assert_eq!(
+            (atomic.fragment(), atomic.kind()),
+            (Fragment::None, Kind::Tcp)
+        );
+        let first = with(&[(44, [0, 0, 1, 0, 0, 0, 7])]).unwrap();
+        assert_eq!(
+            (first.fragment(), first.kind()),
+            (Fragment::First, Kind::Tcp)
+        );
+        let later = with(&[(44, [0, 0, 64, 0, 0, 0, 7])]).unwrap();
+        assert_eq!(
+            (later.fragment(), later.fragment_id()),
+            (Fragment::Later, 7)
+        );
+        assert_eq!(
+            (later.kind(), later.protocol(), later.l4()),
+            (Kind::Hidden, TCP, 48)
+        );
+    }
+
+    #[test]
+    fn a_full_ipv6_super_packet_passes() {
+        let mut plan = Plan::new(Kind::Tcp, "2001:db8::9", "2001:db8::5");
+        plan.payload = vec![1; 65_515];
+        let bytes = plan.build();
+        assert_eq!(Parsed::parse(&bytes).unwrap().total(), 65_575);
+    }
 }

@@ -39,7 +39,7 @@ pub enum Translation {
 }
 
 /// Who may send what where, at one moment.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct View {
     /// Every session that datagrams are accepted on, by our index.
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,

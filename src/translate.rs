@@ -42,6 +42,7 @@ pub enum Verdict {
 }
 
 /// The old server's checks. Shared by the lanes.
+#[derive(Debug)]
 pub struct Gate {
     moves: Vec<Move>,
     seed: Seed,
@@ -875,4 +876,521 @@ fn port_of(kind: Kind, port: u16) -> Option<u16> {
 #[inline]
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::icmp;
+    use crate::packet::testing::{Plan, assert_sums, complete, plans};
+    use crate::packet::{RST, Sum};
+    use proptest::prelude::*;
+
+    const PEER: PeerId = PeerId(1);
+    const CLIENT: &str = "203.0.113.9";
+    const MOVED: &str = "192.0.2.5";
+    const DELIVERY: &str = "198.51.100.2";
+    const CLIENT6: &str = "2001:db8:c::9";
+    const MOVED6: &str = "2001:db8:a::5";
+    const DELIVERY6: &str = "2001:db8:b::2";
+
+    struct Bed {
+        translator: Translator,
+        now: Instant,
+    }
+
+    impl Bed {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "any point in time will do as a beginning"
+        )]
+        fn new(moves: &[&str], delivery: Delivery) -> Self {
+            let now = Instant::now();
+            let translator = Translator::new(TranslatorConfig {
+                shards: 4,
+                max_flows: 1000,
+                seed: [1, 2],
+                epoch: now,
+            });
+            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
+            translator.set_moves(PEER, moves).unwrap();
+            translator.set_delivery(PEER, delivery).unwrap();
+            translator.set_own_addresses(&["198.51.100.77".parse().unwrap()]);
+            Self { translator, now }
+        }
+
+        fn simple() -> Self {
+            Self::new(&[MOVED, MOVED6], delivery())
+        }
+
+        fn inbound(&self, bytes: &mut [u8]) -> Result<(), DropReason> {
+            let mut parsed = Parsed::parse(bytes)?;
+            self.translator
+                .inbound(self.now, PEER, bytes, &mut parsed, false)?;
+            assert_eq!(Parsed::parse(bytes), Ok(parsed));
+            Ok(())
+        }
+
+        fn outbound(&self, bytes: &mut [u8]) -> Result<PeerId, DropReason> {
+            let mut parsed = Parsed::parse(bytes)?;
+            let peer = self
+                .translator
+                .outbound(self.now, bytes, &mut parsed, false)?;
+            assert_eq!(Parsed::parse(bytes), Ok(parsed));
+            Ok(peer)
+        }
+    }
+
+    fn delivery() -> Delivery {
+        Delivery {
+            v4: Some(DELIVERY.parse().unwrap()),
+            v6: Some(DELIVERY6.parse().unwrap()),
+            ..Delivery::default()
+        }
+    }
+
+    fn request(kind: Kind) -> Plan {
+        Plan {
+            flags: SYN,
+            ..Plan::new(kind, CLIENT, MOVED)
+        }
+    }
+
+    /// What a host answers to `plan`.
+    fn reply(plan: &Plan) -> Plan {
+        Plan {
+            src: plan.dst,
+            dst: plan.src,
+            src_port: plan.dst_port,
+            dst_port: plan.src_port,
+            kind: if plan.kind == Kind::Request {
+                Kind::Reply
+            } else {
+                plan.kind
+            },
+            flags: SYN | ACK,
+            ..plan.clone()
+        }
+    }
+
+    fn moved_to(plan: &Plan, dst: &str) -> Plan {
+        Plan {
+            dst: dst.parse().unwrap(),
+            ..plan.clone()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn there_and_back_is_the_identity(
+            plan in plans(), partial in any::<bool>(), keep in any::<bool>(), mapped in any::<bool>(),
+        ) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let plan = moved_to(&plan, if v4 { MOVED } else { MOVED6 });
+            let partial = partial && plan.kind != Kind::Request;
+            let mut wanted = if keep { plan.clone() } else { moved_to(&plan, if v4 { DELIVERY } else { DELIVERY6 }) };
+            let mut ports = Vec::new();
+            if mapped {
+                ports.push(PortMap { transport: None, moved: plan.dst, port: plan.dst_port, to: wanted.dst, to_port: 8080 });
+                if plan.kind != Kind::Request { wanted.dst_port = 8080; }
+            }
+            let bed = Bed::new(&[MOVED, MOVED6], Delivery { keep, ports, ..delivery() });
+            let build = |plan: &Plan| if partial { plan.build_partial() } else { plan.build() };
+
+            let mut bytes = build(&plan);
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            bed.translator.inbound(bed.now, PEER, &mut bytes, &mut parsed, partial).unwrap();
+            prop_assert_eq!(&bytes, &build(&wanted));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+
+            let mut bytes = build(&reply(&wanted));
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            let peer = bed.translator.outbound(bed.now, &mut bytes, &mut parsed, partial);
+            prop_assert_eq!(peer, Ok(PEER));
+            prop_assert_eq!(&bytes, &build(&reply(&plan)));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+            if partial { complete(&mut bytes); }
+            assert_sums(&bytes);
+        }
+
+        #[test]
+        fn errors_are_translated_inside_and_out(
+            plan in plans(), keep_quote in any::<prop::sample::Index>(), whole in any::<bool>(),
+        ) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let plan = moved_to(&plan, if v4 { MOVED } else { MOVED6 });
+            let delivered = moved_to(&plan, if v4 { DELIVERY } else { DELIVERY6 });
+            let router: IpAddr = if v4 { "192.0.2.99" } else { "2001:db8::99" }.parse().unwrap();
+            let bed = Bed::simple();
+            bed.inbound(&mut plan.build()).unwrap();
+
+            // From a router on the client's side, about the answer.
+            let answer = reply(&plan).build();
+            let answer_inside = reply(&delivered).build();
+            let least = if v4 { 28 } else { 48 };
+            let len = if whole { answer.len() } else { least + keep_quote.index(answer.len() - least + 1) };
+            let mut error = too_big(&answer, len, router);
+            bed.inbound(&mut error).unwrap();
+            prop_assert_eq!(error, too_big(&answer_inside, len, router));
+
+            // From the application's host, about the request; heard from the moved address.
+            let request = plan.build();
+            let request_inside = delivered.build();
+            let len = len.min(request.len());
+            let mut error = too_big(&request_inside, len, delivered.dst);
+            prop_assert_eq!(bed.outbound(&mut error), Ok(PEER));
+            prop_assert_eq!(error, too_big(&request, len, plan.dst));
+        }
+    }
+
+    /// An ICMP error from `from` that quotes the first `len` bytes of `about`.
+    fn too_big(about: &[u8], len: usize, from: IpAddr) -> Vec<u8> {
+        let parsed = Parsed::parse(about).unwrap();
+        let mut out = [0; icmp::MAX_V6];
+        let all = icmp::too_big(&mut out, about, &parsed, from, 1300).unwrap();
+        let cut = about.len() - len;
+        let mut out = out[..all - cut].to_vec();
+        let head = if from.is_ipv4() { 20 } else { 40 };
+        // Cut the quotation and set lengths and checksums anew.
+        if from.is_ipv4() {
+            out[2..4].copy_from_slice(&((all - cut) as u16).to_be_bytes());
+            out[10..12].fill(0);
+            let sum = !Sum::default().add(&out[..20]).fold();
+            out[10..12].copy_from_slice(&sum.to_ne_bytes());
+        } else {
+            out[4..6].copy_from_slice(&((all - cut - 40) as u16).to_be_bytes());
+        }
+        out[head + 2..head + 4].fill(0);
+        let mut sum = Sum::default().add(&out[head..]);
+        if from.is_ipv6() {
+            let len = ((out.len() - head) as u16).to_be_bytes();
+            sum = sum
+                .and(Sum::default().add(&out[8..40]))
+                .word([0, 58])
+                .word(len);
+        }
+        out[head + 2..head + 4].copy_from_slice(&(!sum.fold()).to_ne_bytes());
+        out
+    }
+
+    #[test]
+    fn each_reply_comes_from_the_address_that_was_asked() {
+        let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
+        for kind in [Kind::Tcp, Kind::Udp, Kind::Request] {
+            for dst in [MOVED, "192.0.2.6"] {
+                let plan = moved_to(&request(kind), dst);
+                let mut bytes = plan.build();
+                bed.inbound(&mut bytes).unwrap();
+                let parsed = Parsed::parse(&bytes).unwrap();
+                let arrived = Plan {
+                    src_port: parsed.src_port(),
+                    ..moved_to(&plan, DELIVERY)
+                };
+                assert_eq!(bytes, arrived.build());
+                let mut answer = reply(&arrived).build();
+                bed.outbound(&mut answer).unwrap();
+                assert_eq!(answer, reply(&plan).build());
+            }
+        }
+        let stats = bed.translator.stats();
+        assert_eq!((stats.live, stats.collisions), (6, 3));
+    }
+
+    #[test]
+    fn nothing_else_passes() {
+        let bed = Bed::new(&["192.0.2.5:80/tcp"], delivery());
+        let with = |change: &dyn Fn(&mut Plan)| {
+            let mut plan = request(Kind::Tcp);
+            change(&mut plan);
+            bed.inbound(&mut plan.build())
+        };
+        assert_eq!(with(&|_| ()), Ok(()));
+        assert_eq!(with(&|p| p.dst_port = 81), Err(DropReason::NotMoved));
+        assert_eq!(with(&|p| p.kind = Kind::Udp), Err(DropReason::NotMoved));
+        assert_eq!(
+            with(&|p| p.dst = DELIVERY.parse().unwrap()),
+            Err(DropReason::NotMoved)
+        );
+        let own = Err(DropReason::BadSource);
+        assert_eq!(with(&|p| p.src = DELIVERY.parse().unwrap()), own);
+        assert_eq!(with(&|p| p.src = "198.51.100.77".parse().unwrap()), own);
+        let mut parsed = Parsed::parse(&request(Kind::Tcp).build()).unwrap();
+        let mut bytes = request(Kind::Tcp).build();
+        for peer in [PeerId(0), PeerId(9)] {
+            let got = bed
+                .translator
+                .inbound(bed.now, peer, &mut bytes, &mut parsed, false);
+            assert_eq!(got, Err(DropReason::NotMoved), "another peer's");
+        }
+        let v4_only = Delivery {
+            v6: None,
+            ..delivery()
+        };
+        let bed = Bed::new(&[MOVED6], v4_only);
+        let v6 = Plan::new(Kind::Tcp, CLIENT6, MOVED6);
+        assert_eq!(bed.inbound(&mut v6.build()), Err(DropReason::NoDelivery));
+        assert_eq!(
+            bed.inbound(&mut request(Kind::Reply).build()),
+            Err(DropReason::NotMoved)
+        );
+    }
+
+    #[test]
+    fn the_application_is_heard_after_a_restart() {
+        let bed = Bed::new(&["192.0.2.5:80/tcp", "192.0.2.6:81/tcp"], delivery());
+        let plan = request(Kind::Tcp);
+        let data = Plan {
+            flags: ACK,
+            ..reply(&moved_to(&plan, DELIVERY))
+        };
+        let mut bytes = data.build();
+        assert_eq!(bed.outbound(&mut bytes), Ok(PEER));
+        assert_eq!(
+            bytes,
+            Plan {
+                flags: ACK,
+                ..reply(&plan)
+            }
+            .build()
+        );
+        // The client's next packet belongs to the same flow.
+        bed.inbound(
+            &mut Plan {
+                flags: ACK,
+                ..plan.clone()
+            }
+            .build(),
+        )
+        .unwrap();
+        assert_eq!(bed.translator.stats().live, 1);
+        // A connection of the application's own is none, nor is a port that was not moved.
+        let syn = Plan {
+            flags: SYN,
+            dst_port: 9,
+            ..data.clone()
+        };
+        assert_eq!(bed.outbound(&mut syn.build()), Err(DropReason::NoFlow));
+        let other = Plan {
+            src_port: 82,
+            ..data.clone()
+        };
+        assert_eq!(bed.outbound(&mut other.build()), Err(DropReason::NoFlow));
+        // Two moved addresses could have been asked: none is guessed.
+        let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
+        assert_eq!(bed.outbound(&mut data.build()), Err(DropReason::NoFlow));
+        // A mapped port is found by where it is delivered, and its own number is not.
+        let ports = vec![PortMap {
+            transport: None,
+            moved: MOVED.parse().unwrap(),
+            port: 80,
+            to: DELIVERY.parse().unwrap(),
+            to_port: 8080,
+        }];
+        let bed = Bed::new(
+            &["192.0.2.5:80/tcp"],
+            Delivery {
+                ports,
+                ..delivery()
+            },
+        );
+        assert_eq!(bed.outbound(&mut data.build()), Err(DropReason::NoFlow));
+        let mut bytes = Plan {
+            src_port: 8080,
+            ..data.clone()
+        }
+        .build();
+        assert_eq!(bed.outbound(&mut bytes), Ok(PEER));
+        assert_eq!(
+            bytes,
+            Plan {
+                flags: ACK,
+                ..reply(&plan)
+            }
+            .build()
+        );
+        let mut reset = Plan {
+            flags: RST,
+            src_port: 8080,
+            ..data
+        }
+        .build();
+        assert_eq!(bed.outbound(&mut reset), Ok(PEER));
+    }
+
+    /// Cuts an IP packet in two fragments, the second from `at` (a multiple of 8) of the payload.
+    fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
+        if packet[0] >> 4 == 4 {
+            let piece = |range: std::ops::Range<usize>, more: bool| {
+                let mut out = packet[..20].to_vec();
+                out.extend(&packet[20..][range.clone()]);
+                let len = out.len() as u16;
+                out[2..4].copy_from_slice(&len.to_be_bytes());
+                out[5] = id;
+                let field = (range.start / 8) as u16 | if more { 0x2000 } else { 0 };
+                out[6..8].copy_from_slice(&field.to_be_bytes());
+                out[10..12].fill(0);
+                let sum = !Sum::default().add(&out[..20]).fold();
+                out[10..12].copy_from_slice(&sum.to_ne_bytes());
+                out
+            };
+            return [piece(0..at, true), piece(at..packet.len() - 20, false)];
+        }
+        let piece = |range: std::ops::Range<usize>, more: bool| {
+            let mut out = packet[..40].to_vec();
+            let field = range.start as u16 | u16::from(more);
+            let [high, low] = field.to_be_bytes();
+            out.extend([packet[6], 0, high, low, 0, 0, 0, id]);
+            out[6] = 44;
+            out.extend(&packet[40..][range]);
+            let len = (out.len() - 40) as u16;
+            out[4..6].copy_from_slice(&len.to_be_bytes());
+            out
+        };
+        [piece(0..at, true), piece(at..packet.len() - 40, false)]
+    }
+
+    #[test]
+    fn fragments_go_where_their_first_one_goes() {
+        for v6 in [false, true] {
+            let (client, moved, to) = if v6 {
+                (CLIENT6, MOVED6, DELIVERY6)
+            } else {
+                (CLIENT, MOVED, DELIVERY)
+            };
+            let part = if v6 {
+                "[2001:db8:a::5]:80/udp"
+            } else {
+                "192.0.2.5:80/udp"
+            };
+            let plan = Plan::new(Kind::Udp, client, moved);
+            let arrived = moved_to(&plan, to);
+            for (scope, whole) in [(moved, true), (part, false)] {
+                let bed = Bed::new(&[scope], delivery());
+                let [mut first, mut second] = fragments(&plan.build(), 16, 7);
+                let wanted = fragments(&arrived.build(), 16, 7);
+                if !whole {
+                    let early = bed.inbound(&mut second.clone());
+                    assert_eq!(early, Err(DropReason::FragmentUnknown));
+                }
+                bed.inbound(&mut first).unwrap();
+                bed.inbound(&mut second).unwrap();
+                assert_eq!([first, second], wanted);
+
+                let [mut first, mut second] = fragments(&reply(&arrived).build(), 16, 9);
+                let wanted = fragments(&reply(&plan).build(), 16, 9);
+                let early = bed.outbound(&mut second.clone());
+                assert_eq!(early, Err(DropReason::FragmentUnknown));
+                assert_eq!(bed.outbound(&mut first), Ok(PEER));
+                assert_eq!(bed.outbound(&mut second), Ok(PEER));
+                assert_eq!([first, second], wanted);
+            }
+            // Of a whole move, a later fragment needs no first one.
+            let bed = Bed::new(&[moved], delivery());
+            let [_, mut second] = fragments(&plan.build(), 16, 7);
+            bed.inbound(&mut second).unwrap();
+            assert_eq!(second, fragments(&arrived.build(), 16, 7)[1]);
+        }
+    }
+
+    #[test]
+    fn errors_about_nothing_known_are_dropped() {
+        let bed = Bed::simple();
+        let router = "192.0.2.99".parse().unwrap();
+        let about = reply(&request(Kind::Tcp)).build();
+        let mut error = too_big(&about, 28, router);
+        assert_eq!(bed.inbound(&mut error), Err(DropReason::IcmpUnrelated));
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        assert_eq!(bed.inbound(&mut error.clone()), Ok(()));
+        let forged = too_big(&about, 28, DELIVERY.parse().unwrap());
+        assert_eq!(bed.inbound(&mut forged.clone()), Err(DropReason::BadSource));
+        let short = too_big(&about, 27, router);
+        assert_eq!(
+            bed.inbound(&mut short.clone()),
+            Err(DropReason::IcmpUnrelated)
+        );
+    }
+
+    #[test]
+    fn room_is_made_in_other_shards() {
+        let bed = Bed::simple();
+        for source in 0..1500u32 {
+            let plan = Plan {
+                src: IpAddr::from((0x0b00_0000 + source).to_be_bytes()),
+                ..request(Kind::Tcp)
+            };
+            assert_eq!(bed.inbound(&mut plan.build()), Ok(()));
+        }
+        let stats = bed.translator.stats();
+        assert_eq!((stats.live, stats.max, stats.evicted), (1000, 1000, 500));
+    }
+
+    #[test]
+    fn the_gate_knows_what_is_whose() {
+        let bed = Bed::simple();
+        let now = bed.now;
+        let gate =
+            |moves: &[&str]| Gate::new(moves.iter().map(|text| text.parse().unwrap()).collect());
+        let captured = |gate: &Gate, bytes: &[u8]| {
+            gate.check_captured(now, &Parsed::parse(bytes).unwrap(), bytes)
+        };
+        let returning = |gate: &Gate, bytes: &[u8]| {
+            gate.check_returning(now, &Parsed::parse(bytes).unwrap(), bytes)
+        };
+        let (carry, bounce) = (Ok(Verdict::Carry), Ok(Verdict::Bounce));
+        let whole = gate(&[MOVED]);
+        let udp = Plan::new(Kind::Udp, CLIENT, MOVED);
+        assert_eq!(captured(&whole, &udp.build()), carry);
+        assert_eq!(captured(&whole, &fragments(&udp.build(), 16, 1)[1]), carry);
+        assert_eq!(
+            captured(&whole, &moved_to(&udp, DELIVERY).build()),
+            Err(DropReason::NotMoved)
+        );
+        assert_eq!(returning(&whole, &reply(&udp).build()), Ok(()));
+        assert_eq!(returning(&whole, &udp.build()), Err(DropReason::NotMoved));
+
+        let part = gate(&["192.0.2.5:80/udp"]);
+        let ours = udp.build();
+        let theirs = Plan {
+            dst_port: 81,
+            ..udp.clone()
+        }
+        .build();
+        assert_eq!(captured(&part, &ours), carry);
+        assert_eq!(captured(&part, &theirs), bounce);
+        let [first, second] = fragments(&ours, 16, 1);
+        assert_eq!(captured(&part, &second), bounce, "not known yet");
+        assert_eq!(captured(&part, &first), carry);
+        assert_eq!(captured(&part, &second), carry);
+        let [first, second] = fragments(&theirs, 16, 2);
+        assert_eq!(captured(&part, &first), bounce);
+        assert_eq!(captured(&part, &second), bounce);
+        // An error goes to whoever sent what it quotes.
+        let router = "192.0.2.99".parse().unwrap();
+        assert_eq!(
+            captured(&part, &too_big(&reply(&udp).build(), 28, router)),
+            carry
+        );
+        let other = Plan {
+            src_port: 81,
+            ..reply(&udp)
+        };
+        assert_eq!(
+            captured(&part, &too_big(&other.build(), 28, router)),
+            bounce
+        );
+
+        let back = reply(&udp);
+        assert_eq!(returning(&part, &back.build()), Ok(()));
+        assert_eq!(returning(&part, &other.build()), Err(DropReason::NotMoved));
+        let [first, second] = fragments(&back.build(), 16, 3);
+        assert_eq!(returning(&part, &second), Err(DropReason::FragmentUnknown));
+        assert_eq!(returning(&part, &first), Ok(()));
+        assert_eq!(returning(&part, &second), Ok(()));
+        let about_ours = too_big(&ours, 28, MOVED.parse().unwrap());
+        assert_eq!(returning(&part, &about_ours), Ok(()));
+        let about_theirs = too_big(&theirs, 28, MOVED.parse().unwrap());
+        assert_eq!(returning(&part, &about_theirs), Err(DropReason::NotMoved));
+    }
 }

@@ -10,12 +10,13 @@ use std::path::Path;
 use tracing::warn;
 
 use super::DaemonError;
+use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerAddr};
 use crate::io::tun::{TunError, TunFeatures, TunQueue};
 use crate::io::udp::{UdpOptions, UdpSocket};
+use crate::kernel::journal::JournalError;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Host, capture, steer};
-use crate::cli::Offload;
+use crate::kernel::{Host, HostError, capture, steer};
 use crate::moved::Move;
 use crate::peer::Role;
 use crate::status::SOCKET;
@@ -46,7 +47,7 @@ impl Ready {
     /// Checks everything, then changes what has to be changed.
     pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self, DaemonError> {
         let netlink = Netlink::new().map_err(system)?;
-        let mut host = Host::open(runtime_dir)?;
+        let mut host = Host::open(runtime_dir).map_err(refused)?;
         let endpoints = config
             .peers
             .iter()
@@ -63,7 +64,7 @@ impl Ready {
             })?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
-        found.change(&mut host, &netlink, config, &tun, port)?;
+        found.change(&mut host, config, &endpoints, &tun, port)?;
         let status = listen(&host)?;
         Ok(Self {
             host,
@@ -77,4 +78,310 @@ impl Ready {
             endpoints,
         })
     }
+}
+
+/// What was found out about this host while checking.
+struct Found {
+    uplink: Link,
+}
+
+impl Found {
+    /// Holds the settings against the host.
+    fn new(
+        netlink: &Netlink,
+        config: &Config,
+        endpoints: &[Option<SocketAddr>],
+    ) -> Result<Self, DaemonError> {
+        if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
+            return Err(DaemonError::Input(
+                TunError::Exists(config.tun.clone()).to_string(),
+            ));
+        }
+        let uplink = find_uplink(netlink, config, endpoints)?;
+        if uplink.loopback {
+            return Err(DaemonError::Input(format!(
+                "{} is the loopback interface; name the one clients' packets use with --uplink",
+                uplink.name
+            )));
+        }
+        match config.role {
+            Role::Old => check_old(netlink, config, endpoints)?,
+            Role::New => check_new(netlink, config)?,
+        }
+        Ok(Self { uplink })
+    }
+
+    /// Makes the changes that the role needs.
+    fn change(
+        &self,
+        host: &mut Host,
+        config: &Config,
+        endpoints: &[Option<SocketAddr>],
+        tun: &Link,
+        port: u16,
+    ) -> Result<(), DaemonError> {
+        let desired = match config.role {
+            Role::Old => {
+                let moves: Vec<Move> = config
+                    .peers
+                    .iter()
+                    .flat_map(|peer| peer.moves.iter().cloned())
+                    .collect();
+                let own = host.netlink().addresses().map_err(system)?;
+                let tunnel: Vec<SocketAddr> = own
+                    .iter()
+                    .map(|held| SocketAddr::new(held.addr, port))
+                    .collect();
+                capture::plan(host.netlink(), &moves, &self.uplink, tun, &tunnel)
+            }
+            Role::New => {
+                let peers = endpoints.iter().flatten().map(SocketAddr::ip);
+                let mut uplinks = vec![self.uplink.clone()];
+                if config.uplink.is_none() {
+                    for peer in peers.map(Some).chain([None]) {
+                        let more = steer::uplinks(host.netlink(), peer).map_err(system)?;
+                        for link in more {
+                            if uplinks.iter().all(|known| known.index != link.index) {
+                                uplinks.push(link);
+                            }
+                        }
+                    }
+                }
+                let flows = steer::MAX_FLOWS.min(config.max_flows);
+                steer::plan(host.netlink(), &uplinks, tun, port, flows)
+            }
+        }
+        .map_err(system)?;
+        for failure in host.reconcile(desired).map_err(system)?.left {
+            warn!(
+                "left by an earlier run and still there: {}: {}",
+                failure.change, failure.reason
+            );
+        }
+        Ok(())
+    }
+}
+
+/// The interface named with `--uplink`; else, on the old server, the one that holds the moved
+/// address; else the one that leads to the peer; else that of the default route.
+fn find_uplink(
+    netlink: &Netlink,
+    config: &Config,
+    endpoints: &[Option<SocketAddr>],
+) -> Result<Link, DaemonError> {
+    if let Some(name) = &config.uplink {
+        return netlink.link_by_name(name).map_err(system)?.ok_or_else(|| {
+            DaemonError::Input(format!(
+                "interface {name} does not exist (--uplink); `ip link` lists those that do"
+            ))
+        });
+    }
+    let by_index = |index: u32| netlink.link_by_index(index).map_err(system);
+    let mut holding: Option<(Link, &Move)> = None;
+    let addresses = netlink.addresses().map_err(system)?;
+    for moved in config.peers.iter().flat_map(|peer| &peer.moves) {
+        let Some(address) = addresses.iter().find(|held| held.addr == moved.addr) else {
+            warn!(
+                "{} is not configured on this server: its packets come only if the network routes them here",
+                moved.addr
+            );
+            continue;
+        };
+        let Some(link) = by_index(address.index)?.filter(|link| !link.loopback) else {
+            continue;
+        };
+        match &holding {
+            Some((first, other)) if first.index != link.index => {
+                return Err(DaemonError::Input(format!(
+                    "{} is on {} and {} on {}: one ipmoved serves one interface; name it with --uplink",
+                    other.addr, first.name, moved.addr, link.name
+                )));
+            }
+            Some(_) => {}
+            None => holding = Some((link, moved)),
+        }
+    }
+    if let Some((link, _)) = holding {
+        return Ok(link);
+    }
+    let probes = endpoints
+        .iter()
+        .flatten()
+        .map(SocketAddr::ip)
+        .filter(|ip| !ip.is_loopback());
+    for ip in probes.chain(PUBLIC) {
+        let Ok(route) = netlink.route_get(ip, None, None) else {
+            continue;
+        };
+        if let Some(link) = route.oif.map(by_index).transpose()?.flatten()
+            && !link.loopback
+        {
+            return Ok(link);
+        }
+    }
+    Err(DaemonError::Input(
+        "no route leads out of this server: name the interface clients' packets use with --uplink"
+            .into(),
+    ))
+}
+
+/// Addresses that only a default route leads to (RFC 5737, RFC 3849).
+const PUBLIC: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
+];
+
+/// The old server must not move the address it speaks to its peer from, nor move one to itself.
+fn check_old(
+    netlink: &Netlink,
+    config: &Config,
+    endpoints: &[Option<SocketAddr>],
+) -> Result<(), DaemonError> {
+    let addresses = netlink.addresses().map_err(system)?;
+    for (peer, endpoint) in config.peers.iter().zip(endpoints) {
+        let Some(remote) = endpoint.map(|endpoint| endpoint.ip()) else {
+            continue;
+        };
+        if addresses.iter().any(|held| held.addr == remote) {
+            return Err(DaemonError::Input(format!(
+                "--peer {remote} is an address of this server itself; give that of the other one"
+            )));
+        }
+        let ours = config
+            .listen
+            .0
+            .filter(|ip| !ip.is_unspecified())
+            .or_else(|| {
+                netlink
+                    .route_get(remote, None, None)
+                    .ok()
+                    .and_then(|route| route.prefsrc)
+            });
+        for moved in peer.moves.iter().filter(|moved| moved.is_whole()) {
+            if moved.addr == remote {
+                return Err(DaemonError::Input(format!(
+                    "--move {} is the peer's own address; give the address that clients still use",
+                    moved.addr
+                )));
+            }
+            if Some(moved.addr) == ours {
+                return Err(DaemonError::Input(format!(
+                    "--move {0} would take the address this server itself uses to reach the peer, \
+                     your login included; move only the service's ports, as in --move {0}:80,443/tcp",
+                    moved.addr
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The new server delivers to its own addresses only.
+fn check_new(netlink: &Netlink, config: &Config) -> Result<(), DaemonError> {
+    let addresses = netlink.addresses().map_err(system)?;
+    for peer in &config.peers {
+        let DeliverTo::Addresses { v4, v6 } = peer.deliver_to else {
+            continue;
+        };
+        let wanted = v4.map(IpAddr::V4).into_iter().chain(v6.map(IpAddr::V6));
+        for addr in wanted {
+            if !addresses.iter().any(|held| held.addr == addr) {
+                return Err(DaemonError::Input(format!(
+                    "--deliver-to {addr} is not an address of this server; `ip addr` lists those that are"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Looks a peer's name up; `None`, with a warning, if that fails for now.
+pub(super) fn resolve(peer: &PeerAddr) -> Option<SocketAddr> {
+    let found = (peer.host.as_str(), peer.port).to_socket_addrs();
+    match found.map(|mut all| all.next()) {
+        Ok(Some(addr)) => Some(addr),
+        Ok(None) => {
+            warn!("{} has no address; trying again", peer.host);
+            None
+        }
+        Err(error) => {
+            warn!("cannot look up {}: {error}; trying again", peer.host);
+            None
+        }
+    }
+}
+
+/// Opens the UDP socket: both families where the host has IPv6.
+fn bind(config: &Config) -> Result<UdpSocket, DaemonError> {
+    let options = UdpOptions {
+        gso: !config.without.contains(&Offload::UdpGso),
+        gro: !config.without.contains(&Offload::UdpGro),
+    };
+    let (ip, port) = config.listen;
+    let any = |ip: IpAddr| UdpSocket::bind(SocketAddr::new(ip, port), false, options);
+    let bound = match ip {
+        Some(ip) => any(ip),
+        None => any(Ipv6Addr::UNSPECIFIED.into()).or_else(|error| match error.raw_os_error() {
+            // A host without IPv6.
+            Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL) => any(Ipv4Addr::UNSPECIFIED.into()),
+            _ => Err(error),
+        }),
+    };
+    bound.map_err(|error| match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => DaemonError::Input(format!(
+            "UDP port {port} is in use by another program; choose another with --listen \
+             (and name it in the other server's --peer)"
+        )),
+        Some(libc::EADDRNOTAVAIL) => DaemonError::Input(format!(
+            "--listen {} is not an address of this server",
+            ip.map_or_else(String::new, |ip| ip.to_string())
+        )),
+        _ => DaemonError::System(format!("cannot open UDP port {port}: {error}")),
+    })
+}
+
+/// Brings the TUN up, without addresses, and keeps the kernel from speaking on it of its own accord.
+fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link, DaemonError> {
+    let tun = netlink
+        .link_by_name(name)
+        .map_err(system)?
+        .ok_or_else(|| DaemonError::System(format!("the interface {name} vanished")))?;
+    // No link-local address, hence no router solicitations: an interface without IPv6 has no such
+    // file, and needs none.
+    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode"), "1");
+    netlink.set_link_mtu(tun.index, mtu).map_err(system)?;
+    netlink.set_link_up(tun.index).map_err(system)?;
+    Ok(Link {
+        mtu,
+        up: true,
+        ..tun
+    })
+}
+
+/// Opens the socket `ipmoved status` connects to. The lock of the namespace is held, so whatever
+/// lies there is a dead predecessor's.
+fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
+    let path = host.dir().join(SOCKET);
+    let problem = |error: io::Error| {
+        DaemonError::System(format!("cannot listen on {}: {error}", path.display()))
+    };
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(problem(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&path).map_err(problem)?;
+    listener.set_nonblocking(true).map_err(problem)?;
+    Ok(listener)
+}
+
+/// Why the host cannot be taken charge of.
+fn refused(error: HostError) -> DaemonError {
+    match error {
+        HostError::Journal(JournalError::Locked { .. }) => DaemonError::Running(error.to_string()),
+        _ => DaemonError::System(error.to_string()),
+    }
+}
+
+fn system(error: impl ToString) -> DaemonError {
+    DaemonError::System(error.to_string())
 }

@@ -1,0 +1,899 @@
+//! The control task: everything that is not a packet.
+//!
+//! One thread that waits for whatever comes first: what lanes pass on, a timer of a tunnel, a
+//! question on the status socket, a name to look up, a signal. What the tunnels decide becomes a
+//! new view for the lanes. Nothing here is ever waited for by a lane.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use arc_swap::ArcSwap;
+use rustix::event::{EventfdFlags, eventfd};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::{debug, error, info, warn};
+
+use super::DaemonError;
+use super::setup::{Ready, resolve};
+use crate::cli::Offload;
+use crate::config::{Config, DeliverTo, PeerConfig};
+use crate::drops::Drops;
+use crate::io::udp::UdpSocket;
+use crate::kernel::Host;
+use crate::kernel::netlink::{Link, Netlink};
+use crate::lane::{Lane, LaneParts, ToControl};
+use crate::moved::Move;
+use crate::peer::{Path, PeerId, Role};
+use crate::session::{Door, Entropy, Offer, PeerKeys, SessionIndexes};
+use crate::shared::{LaneCounters, PeerView, Shared, Translation, View};
+use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus};
+use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
+use crate::wire::DATA_OVERHEAD;
+
+/// What may wait for the control task. Only peers' handshakes and control messages get here, a few
+/// a second; more means that somebody replays them.
+const QUEUE: usize = 256;
+
+/// How often a name is looked up again while the peer does not answer.
+const RESOLVE_EVERY: Duration = Duration::from_secs(10);
+
+/// How often the path to a peer is looked at: its MTU may have changed.
+const PATH_EVERY: Duration = Duration::from_secs(5);
+
+/// Warnings that `status` still shows.
+const KEPT_WARNINGS: usize = 8;
+
+/// How long a client of the status socket may take to read.
+const STATUS_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Smallest MTU an interface that carries IPv6 may have (RFC 8200 section 5).
+const MIN_MTU: u32 = 1_280;
+
+/// IP and UDP headers in front of a datagram.
+fn outer_headers(to: SocketAddr) -> usize {
+    if to.is_ipv4() { 20 + 8 } else { 40 + 8 }
+}
+
+/// Carries packets until a signal, then undoes everything.
+#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
+    let mut signals = Signals::new()?;
+    let started = Instant::now();
+    let (to_control, mut from_lanes) = mpsc::channel(QUEUE);
+    let Ready {
+        mut host,
+        netlink,
+        status,
+        queues,
+        features,
+        tun,
+        sockets,
+        uplink,
+        endpoints,
+    } = ready;
+    let status = UnixListener::from_std(status).map_err(failed)?;
+    let lanes_wanted = sockets.len() as u8;
+    let keys: Vec<PeerKeys> = config
+        .peers
+        .iter()
+        .map(|peer| PeerKeys::derive(&peer.psk))
+        .collect();
+    let shared = Arc::new(Shared {
+        view: ArcSwap::from_pointee(View::default()),
+        translation: translation(&config, started)?,
+        door: Door::new(peer_ids(&config).zip(keys.iter().cloned())),
+        drops: Drops::default(),
+        peer_drops: config.peers.iter().map(|_| Drops::default()).collect(),
+    });
+    let udp = sockets[0].try_clone().map_err(failed)?;
+    let tso = !config.without.contains(&Offload::TunGso);
+    let mut control = Control {
+        peers: peers(&config, &keys, &endpoints, lanes_wanted, &uplink, started)?,
+        view: View {
+            sessions: Default::default(),
+            peers: vec![PeerView::default(); config.peers.len()],
+        },
+        view_changed: true,
+        config,
+        shared: Arc::clone(&shared),
+        netlink,
+        udp,
+        tun,
+        uplink,
+        counters: Vec::new(),
+        started,
+        next_path: started,
+        offloads: Offloads {
+            udp_gso: sockets[0].gso(),
+            udp_gro: sockets[0].gro(),
+            tun_tso: tso,
+            tun_uso: tso && features.uso,
+            ..Offloads::default()
+        },
+        warnings: VecDeque::new(),
+    };
+    control.set_own_addresses();
+    control.turn(started);
+    let mut lanes = Lanes::default();
+    for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
+        let counters = Arc::new(LaneCounters::new(control.config.peers.len()));
+        control.counters.push(Arc::clone(&counters));
+        let stop = lanes.stop_fd()?;
+        lanes.start(LaneParts {
+            number: number as u8,
+            tun,
+            uso: tso && features.uso,
+            tso,
+            udp,
+            shared: Arc::clone(&shared),
+            counters,
+            control: to_control.clone(),
+            stop,
+        })?;
+    }
+    control.announce_start();
+    notify_ready();
+    let result = control.serve(&mut signals, &mut from_lanes, &status).await;
+    info!("stopping");
+    control.close();
+    let undone = undo(&mut host);
+    from_lanes.close();
+    lanes.stop();
+    result.and(undone)
+}
+
+fn failed(error: impl ToString) -> DaemonError {
+    DaemonError::Failed(error.to_string())
+}
+
+fn peer_ids(config: &Config) -> impl Iterator<Item = PeerId> {
+    (0..config.peers.len() as u16).map(PeerId)
+}
+
+fn undo(host: &mut Host) -> Result<(), DaemonError> {
+    let left = host.undo_all().map_err(failed)?.left;
+    if left.is_empty() {
+        return Ok(());
+    }
+    for failure in &left {
+        error!("{}: {}", failure.change, failure.reason);
+    }
+    Err(failed(
+        "not everything could be undone; `ipmoved cleanup` tries again",
+    ))
+}
+
+/// What the role makes of packets.
+fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonError> {
+    if config.role == Role::Old {
+        let gates = config
+            .peers
+            .iter()
+            .map(|peer| Gate::new(peer.moves.clone()));
+        return Ok(Translation::Old(gates.collect()));
+    }
+    let mut seed = [0; 16];
+    Entropy::system().fill(&mut seed).map_err(failed)?;
+    let (low, high) = seed.split_at(8);
+    let word = |bytes: &[u8]| {
+        bytes
+            .iter()
+            .fold(0, |word, &byte| word << 8 | u64::from(byte))
+    };
+    Ok(Translation::New(Translator::new(TranslatorConfig {
+        shards: 1,
+        max_flows: config.max_flows as usize,
+        seed: [word(low), word(high)],
+        epoch,
+    })))
+}
+
+fn peers(
+    config: &Config,
+    keys: &[PeerKeys],
+    endpoints: &[Option<SocketAddr>],
+    lanes: u8,
+    uplink: &Link,
+    now: Instant,
+) -> Result<Vec<Peer>, DaemonError> {
+    let indexes = SessionIndexes::default();
+    let mtu = uplink.mtu.min(u32::from(u16::MAX)) as u16;
+    peer_ids(config)
+        .zip(&config.peers)
+        .zip(keys.iter().zip(endpoints))
+        .map(|((id, peer), (keys, &endpoint))| {
+            let announcement = match config.role {
+                Role::Old => Announcement::Old {
+                    moves: peer.moves.clone(),
+                    mtu,
+                },
+                Role::New => Announcement::New {
+                    deliver: Deliver::To { v4: None, v6: None },
+                    mtu,
+                    error: None,
+                },
+            };
+            let tunnel = Tunnel::new(
+                TunnelConfig {
+                    peer: id,
+                    keys: keys.clone(),
+                    role: config.role,
+                    lanes,
+                    offer: Offer::of_this_machine(config.cipher),
+                    endpoint,
+                    announcement,
+                    timers: Timers::default(),
+                    indexes: indexes.clone(),
+                    entropy: Entropy::system(),
+                },
+                now,
+            )
+            .map_err(failed)?;
+            Ok(Peer {
+                id,
+                tunnel,
+                moves: peer.moves.clone(),
+                deliver: None,
+                state: State::Connecting,
+                next_resolve: now + RESOLVE_EVERY,
+                resolving: false,
+            })
+        })
+        .collect()
+}
+
+/// One peer, as the control task sees it.
+struct Peer {
+    id: PeerId,
+    tunnel: Tunnel,
+    /// What moved: from the settings on the old server, from the peer on the new one.
+    moves: Vec<Move>,
+    /// Where the new server delivers, once known.
+    deliver: Option<Deliver>,
+    state: State,
+    next_resolve: Instant,
+    resolving: bool,
+}
+
+/// Everything that is not a packet.
+struct Control {
+    config: Config,
+    shared: Arc<Shared>,
+    netlink: Netlink,
+    /// The first lane's socket, for what the tunnels send.
+    udp: UdpSocket,
+    tun: Link,
+    uplink: Link,
+    peers: Vec<Peer>,
+    /// What the lanes see once it is published.
+    view: View,
+    view_changed: bool,
+    counters: Vec<Arc<LaneCounters>>,
+    started: Instant,
+    next_path: Instant,
+    offloads: Offloads,
+    warnings: VecDeque<String>,
+}
+
+impl Control {
+    /// Waits for whatever comes first, until a signal.
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+    async fn serve(
+        &mut self,
+        signals: &mut Signals,
+        from_lanes: &mut mpsc::Receiver<ToControl>,
+        status: &UnixListener,
+    ) -> Result<(), DaemonError> {
+        let (resolved_to, mut resolved) = mpsc::channel(self.peers.len());
+        loop {
+            let now = Instant::now();
+            self.turn(now);
+            self.resolve_names(now, &resolved_to);
+            let wake = tokio::time::sleep_until(self.next_timeout().into());
+            tokio::select! {
+                () = signals.recv() => return Ok(()),
+                message = from_lanes.recv() => match message {
+                    Some(message) => self.handle(Instant::now(), message)?,
+                    None => return Err(failed("all lanes have ended")),
+                },
+                Some((peer, addr)) = resolved.recv() => self.resolved(Instant::now(), peer, addr),
+                connection = status.accept() => match connection {
+                    Ok((stream, _)) => answer(stream, &self.status(Instant::now())),
+                    Err(error) => warn!("the status socket failed: {error}"),
+                },
+                () = wake => {}
+            }
+        }
+    }
+
+    fn next_timeout(&self) -> Instant {
+        self.peers
+            .iter()
+            .filter_map(|peer| peer.tunnel.next_timeout())
+            .chain([self.next_path])
+            .min()
+            .unwrap_or(self.next_path)
+    }
+
+    /// What a lane passes on.
+    fn handle(&mut self, now: Instant, message: ToControl) -> Result<(), DaemonError> {
+        let (peer, result) = match message {
+            ToControl::Handshake { path, admitted } => {
+                let peer = admitted.peer();
+                let tunnel = &mut self.peers[usize::from(peer.0)].tunnel;
+                (peer, tunnel.handle_handshake(now, path, &admitted))
+            }
+            ToControl::Control {
+                session,
+                path,
+                message,
+            } => {
+                let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
+                tunnel.session_heard(now, &session, path);
+                let result = tunnel.handle_control(now, &session, &message);
+                (session.peer(), result)
+            }
+            ToControl::Heard { session, path } => {
+                let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
+                tunnel.session_heard(now, &session, path);
+                return Ok(());
+            }
+            ToControl::Failed(what) => return Err(DaemonError::Failed(what)),
+        };
+        if let Err(reason) = result {
+            self.shared.peer_drops[usize::from(peer.0)].count(reason);
+        }
+        Ok(())
+    }
+
+    /// Lets every tunnel do what is due, and carries out what comes of it.
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+    fn turn(&mut self, now: Instant) {
+        let wall = SystemTime::now();
+        for index in 0..self.peers.len() {
+            self.peers[index].tunnel.handle_timeout(now, wall);
+            while let Some(event) = self.peers[index].tunnel.poll_event() {
+                self.event(now, index, event);
+            }
+        }
+        if now >= self.next_path {
+            self.next_path = now + PATH_EVERY;
+            for index in 0..self.peers.len() {
+                self.measure_path(index);
+            }
+        }
+        // A session has to be in the lanes' hands before the peer learns of it.
+        if std::mem::take(&mut self.view_changed) {
+            self.shared.view.store(Arc::new(self.view.clone()));
+        }
+        for peer in &mut self.peers {
+            while let Some(transmit) = peer.tunnel.poll_transmit() {
+                let datagram = &transmit.datagram;
+                if let Err(error) = self.udp.send(&transmit.to, 0, datagram, datagram.len()) {
+                    debug!(to = %transmit.to.remote, %error, "sending failed");
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, now: Instant, index: usize, event: Event) {
+        match event {
+            Event::SessionInstalled(session) => {
+                self.view.sessions.insert(session.index(), session);
+                self.view_changed = true;
+            }
+            Event::SessionRemoved(session) => {
+                self.view.sessions.remove(&session);
+                self.view_changed = true;
+            }
+            Event::SendOn(session) => {
+                self.view.peers[index].session = Some(session);
+                self.view_changed = true;
+            }
+            Event::SendOff => {
+                self.view.peers[index].session = None;
+                self.view_changed = true;
+            }
+            Event::Endpoint(path) => {
+                self.view.peers[index].path = Some(path);
+                self.view_changed = true;
+                self.measure_path(index);
+                self.choose_delivery(now, index, path);
+            }
+            Event::State(state) => self.state_changed(now, index, state),
+            Event::PeerConfig(announcement) => self.peer_announced(now, index, announcement),
+            Event::Rtt(rtt) => debug!(peer = index, ?rtt, "round trip"),
+            Event::Warning(warning) => self.warn(index, &warning.to_string()),
+        }
+    }
+
+    fn state_changed(&mut self, now: Instant, index: usize, state: State) {
+        let peer = &mut self.peers[index];
+        peer.state = state;
+        // Its address may have changed: look it up at once.
+        peer.next_resolve = now;
+        let name = self.name(index);
+        match state {
+            State::Up => info!(peer = name, "tunnel up"),
+            State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
+            State::Connecting => {}
+        }
+    }
+
+    /// What the peer says of itself.
+    fn peer_announced(&mut self, now: Instant, index: usize, announcement: Announcement) {
+        match (announcement, &self.shared.translation) {
+            (Announcement::Old { moves, mtu }, Translation::New(_)) => {
+                self.peer_moved(now, index, moves, mtu);
+            }
+            (Announcement::New { deliver, error, .. }, Translation::Old(_)) => {
+                self.peers[index].deliver = Some(deliver);
+                if let Some(error) = error {
+                    self.warn(index, &format!("the new server says: {error}"));
+                }
+            }
+            // The handshake does not let two daemons of one role agree.
+            (Announcement::Old { .. }, Translation::Old(_))
+            | (Announcement::New { .. }, Translation::New(_)) => {}
+        }
+    }
+
+    /// The old server says what it has moved here.
+    fn peer_moved(&mut self, now: Instant, index: usize, moves: Vec<Move>, mtu: u16) {
+        let (accepted, refused): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(|moved| {
+            let others = self
+                .peers
+                .iter()
+                .filter(|peer| usize::from(peer.id.0) != index);
+            !others
+                .flat_map(|peer| &peer.moves)
+                .any(|other| other.overlaps(moved))
+        });
+        for moved in &refused {
+            self.warn(
+                index,
+                &format!("{moved} has moved here from another old server already; ignored"),
+            );
+        }
+        let names: Vec<String> = accepted.iter().map(ToString::to_string).collect();
+        info!(peer = self.name(index), moved = names.join(" "), "serving");
+        if let Translation::New(translator) = &self.shared.translation
+            && let Err(error) = translator.set_moves(self.peers[index].id, accepted.clone())
+        {
+            self.warn(index, &error.to_string());
+        }
+        self.peers[index].moves = accepted;
+        // What the application sends has to fit the old server's link to the clients too.
+        let mtu = u32::from(mtu).clamp(MIN_MTU, self.uplink.mtu.max(MIN_MTU));
+        if mtu != self.tun.mtu {
+            match self.netlink.set_link_mtu(self.tun.index, mtu) {
+                Ok(()) => self.tun.mtu = mtu,
+                Err(error) => warn!("cannot set the MTU of {} to {mtu}: {error}", self.tun.name),
+            }
+        }
+        if let Some(path) = self.view.peers[index].path {
+            self.choose_delivery(now, index, path);
+        }
+    }
+
+    /// Settles where packets from a peer are delivered, and tells the peer.
+    fn choose_delivery(&mut self, now: Instant, index: usize, path: Path) {
+        let Translation::New(translator) = &self.shared.translation else {
+            return;
+        };
+        let (deliver, delivery) = match self.config.peers[index].deliver_to {
+            DeliverTo::Keep => (
+                Deliver::Keep,
+                Delivery {
+                    keep: true,
+                    ..Delivery::default()
+                },
+            ),
+            DeliverTo::Addresses { v4, v6 } => {
+                // The address the peer reaches us on; of the other family, the interface's first.
+                let reached = path.local;
+                let v4 = v4.or_else(|| match reached {
+                    Some(IpAddr::V4(addr)) => Some(addr),
+                    _ => self.own_address(|addr| match addr {
+                        IpAddr::V4(addr) => Some(addr),
+                        IpAddr::V6(_) => None,
+                    }),
+                });
+                let v6 = v6.or_else(|| match reached {
+                    Some(IpAddr::V6(addr)) => Some(addr),
+                    _ => self.own_address(|addr| match addr {
+                        IpAddr::V6(addr) if is_global(addr) => Some(addr),
+                        IpAddr::V6(_) | IpAddr::V4(_) => None,
+                    }),
+                });
+                let delivery = Delivery {
+                    v4,
+                    v6,
+                    ..Delivery::default()
+                };
+                (Deliver::To { v4, v6 }, delivery)
+            }
+        };
+        let missing = self.peers[index].moves.iter().find(|moved| match deliver {
+            Deliver::Keep => false,
+            Deliver::To { v4, v6 } => match moved.addr {
+                IpAddr::V4(_) => v4.is_none(),
+                IpAddr::V6(_) => v6.is_none(),
+            },
+        });
+        let error = missing.map(|moved| {
+            let family = if moved.addr.is_ipv4() { "IPv4" } else { "IPv6" };
+            format!("{moved} cannot be delivered: the new server has no {family} address; give it one with --deliver-to")
+        });
+        if let Err(error) = translator.set_delivery(self.peers[index].id, delivery) {
+            self.warn(index, &error.to_string());
+        }
+        if self.peers[index].deliver != Some(deliver) {
+            self.peers[index].deliver = Some(deliver);
+            if let Some(error) = &error {
+                self.warn(index, error);
+            }
+        }
+        let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
+        self.peers[index].tunnel.set_announcement(
+            now,
+            Announcement::New {
+                deliver,
+                mtu,
+                error,
+            },
+        );
+    }
+
+    /// The first address of the uplink that `choose` accepts.
+    fn own_address<T>(&self, choose: impl Fn(IpAddr) -> Option<T>) -> Option<T> {
+        let addresses = self.netlink.addresses().ok()?;
+        addresses
+            .into_iter()
+            .filter(|held| held.index == self.uplink.index)
+            .find_map(|held| choose(held.addr))
+    }
+
+    /// Tells the translator which sources no client may claim.
+    fn set_own_addresses(&self) {
+        let Translation::New(translator) = &self.shared.translation else {
+            return;
+        };
+        match self.netlink.addresses() {
+            Ok(held) => {
+                let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
+                translator.set_own_addresses(&own);
+            }
+            Err(error) => warn!("cannot list this server's addresses: {error}"),
+        }
+    }
+
+    /// Finds out what fits one datagram to a peer: what the route carries, less the headers.
+    fn measure_path(&mut self, index: usize) {
+        self.set_own_addresses();
+        let Some(path) = self.view.peers[index].path else {
+            return;
+        };
+        let to = path.remote.ip();
+        let route = self.netlink.route_get(to, None, path.local);
+        let Ok(route) = route.or_else(|_| self.netlink.route_get(to, None, None)) else {
+            return;
+        };
+        let link = route
+            .oif
+            .and_then(|oif| self.netlink.link_by_index(oif).ok().flatten());
+        // A route's own MTU is what a router on the path said, or what the administrator did.
+        let mtu = route
+            .mtu
+            .filter(|&mtu| mtu > 0)
+            .or(link.map(|link| link.mtu));
+        let carries = mtu.unwrap_or(MIN_MTU).clamp(MIN_CARRIED, MAX_CARRIED) as usize;
+        let mtu = carries - outer_headers(path.remote) - DATA_OVERHEAD;
+        if self.view.peers[index].mtu != mtu {
+            self.view.peers[index].mtu = mtu;
+            self.view_changed = true;
+        }
+    }
+
+    // Names.
+
+    /// Looks up again the names of peers that do not answer.
+    fn resolve_names(&mut self, now: Instant, to: &mpsc::Sender<(usize, Option<SocketAddr>)>) {
+        for (index, peer) in self.peers.iter_mut().enumerate() {
+            let Some(endpoint) = &self.config.peers[index].endpoint else {
+                continue;
+            };
+            let is_name = endpoint.host.parse::<IpAddr>().is_err();
+            if !is_name || peer.state == State::Up || peer.resolving || now < peer.next_resolve {
+                continue;
+            }
+            peer.resolving = true;
+            peer.next_resolve = now + RESOLVE_EVERY;
+            let (endpoint, to) = (endpoint.clone(), to.clone());
+            tokio::task::spawn_blocking(move || {
+                // The daemon may be ending.
+                let _ = to.blocking_send((index, resolve(&endpoint)));
+            });
+        }
+    }
+
+    fn resolved(&mut self, now: Instant, index: usize, addr: Option<SocketAddr>) {
+        let peer = &mut self.peers[index];
+        peer.resolving = false;
+        if addr.is_some() {
+            peer.tunnel.set_endpoint(now, addr);
+        }
+    }
+
+    // What people see.
+
+    fn announce_start(&self) {
+        for (peer, config) in self.peers.iter().zip(&self.config.peers) {
+            let name = self.name(usize::from(peer.id.0));
+            match self.config.role {
+                Role::Old => {
+                    let moved: Vec<String> = config.moves.iter().map(ToString::to_string).collect();
+                    info!(
+                        moved = moved.join(" "),
+                        uplink = self.uplink.name,
+                        peer = name,
+                        "this is the old server"
+                    );
+                }
+                Role::New => info!(
+                    uplink = self.uplink.name,
+                    peer = name,
+                    "this is the new server"
+                ),
+            }
+        }
+    }
+
+    fn warn(&mut self, index: usize, text: &str) {
+        let name = self.name(index);
+        warn!(peer = name, "{text}");
+        let line = format!("{name}: {text}");
+        self.warnings.retain(|known| *known != line);
+        if self.warnings.len() == KEPT_WARNINGS {
+            self.warnings.pop_front();
+        }
+        self.warnings.push_back(line);
+    }
+
+    /// The peer as configured, or as it was heard.
+    fn name(&self, index: usize) -> String {
+        match (
+            &self.config.peers[index].endpoint,
+            self.view.peers[index].path,
+        ) {
+            (Some(endpoint), _) => endpoint.to_string(),
+            (None, Some(path)) => path.remote.to_string(),
+            (None, None) => "(any address)".into(),
+        }
+    }
+
+    fn status(&self, now: Instant) -> Status {
+        let mut offloads = self.offloads;
+        offloads.udp_gso_fallbacks = self.udp.gso_fallbacks();
+        offloads.tun_gso_fallbacks = self
+            .counters
+            .iter()
+            .map(|lane| lane.tun_gso_fallbacks.load(Relaxed))
+            .sum();
+        Status {
+            tunnels: self
+                .peers
+                .iter()
+                .zip(&self.config.peers)
+                .map(|(peer, config)| self.tunnel_status(now, peer, config))
+                .collect(),
+            tun: self.tun.name.clone(),
+            port: self.udp.port().unwrap_or_default(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_s: now.duration_since(self.started).as_secs(),
+            offloads,
+            drops: names(&self.shared.drops),
+            warnings: self.warnings.iter().cloned().collect(),
+        }
+    }
+
+    fn tunnel_status(&self, now: Instant, peer: &Peer, config: &PeerConfig) -> TunnelStatus {
+        let index = usize::from(peer.id.0);
+        let view = &self.view.peers[index];
+        let session = peer.tunnel.session();
+        let (mut rx, mut tx) = (Traffic::default(), Traffic::default());
+        for lane in &self.counters {
+            lane.peers[index].rx.add_to(&mut rx);
+            lane.peers[index].tx.add_to(&mut tx);
+        }
+        let flows = match &self.shared.translation {
+            Translation::Old(_) => Flows::default(),
+            Translation::New(translator) => {
+                let stats = translator.stats();
+                Flows {
+                    live: stats.live,
+                    max: stats.max,
+                    evicted: stats.evicted,
+                }
+            }
+        };
+        let mut drops = names(&self.shared.peer_drops[index]);
+        if self.peers.len() == 1 {
+            // With one peer, what strangers send is best seen where one looks first.
+            for (reason, count) in names(&self.shared.drops) {
+                *drops.entry(reason).or_default() += count;
+            }
+        }
+        let _ = config;
+        TunnelStatus {
+            peer: self.name(index),
+            endpoint: view.path.map(|path| path.remote.to_string()),
+            role: self.config.role,
+            state: match peer.state {
+                State::Connecting => status::State::Connecting,
+                State::Up => status::State::Up,
+                State::Down => status::State::Down,
+            },
+            cipher: session.map(|session| session.cipher().to_string()),
+            rtt_ms: peer.tunnel.rtt().map(|rtt| rtt.as_secs_f64() * 1_000.0),
+            handshake_age_s: session
+                .map(|session| now.saturating_duration_since(session.created()).as_secs()),
+            mtu: view.mtu,
+            moved: peer.moves.iter().map(ToString::to_string).collect(),
+            deliver_to: peer.deliver.and_then(deliver_text),
+            flows,
+            rx,
+            tx,
+            drops,
+        }
+    }
+
+    // The end.
+
+    /// Says goodbye to every peer.
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+    fn close(&mut self) {
+        let now = Instant::now();
+        for peer in &mut self.peers {
+            peer.tunnel.close(now);
+            while let Some(transmit) = peer.tunnel.poll_transmit() {
+                let datagram = &transmit.datagram;
+                // A goodbye that does not leave is noticed by its absence.
+                let _ = self.udp.send(&transmit.to, 0, datagram, datagram.len());
+            }
+        }
+    }
+}
+
+/// Smallest and largest IP packet a path is taken to carry: RFC 791's 576 less what nobody uses
+/// today, and the largest UDP datagram over IPv4.
+const MIN_CARRIED: u32 = 576;
+const MAX_CARRIED: u32 = 65_535;
+
+fn is_global(addr: Ipv6Addr) -> bool {
+    !addr.is_unicast_link_local() && !addr.is_loopback()
+}
+
+fn deliver_text(deliver: Deliver) -> Option<String> {
+    match deliver {
+        Deliver::Keep => Some("keep".into()),
+        Deliver::To { v4, v6 } => {
+            let all: Vec<String> = v4
+                .map(|addr| addr.to_string())
+                .into_iter()
+                .chain(v6.map(|addr| addr.to_string()))
+                .collect();
+            (!all.is_empty()).then(|| all.join(", "))
+        }
+    }
+}
+
+fn names(drops: &Drops) -> BTreeMap<String, u64> {
+    drops
+        .iter()
+        .map(|(reason, count)| (reason.name().to_owned(), count))
+        .collect()
+}
+
+/// Sends the status and hangs up; a client that does not read is given up.
+fn answer(mut stream: UnixStream, status: &Status) {
+    let text = match serde_json::to_vec(status) {
+        Ok(text) => text,
+        Err(error) => return warn!("cannot write the status: {error}"),
+    };
+    tokio::spawn(async move {
+        let sent = tokio::time::timeout(STATUS_PATIENCE, stream.write_all(&text)).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            debug!("a client of the status socket went away");
+        }
+    });
+}
+
+/// The signals that end the daemon.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, DaemonError> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(failed)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+        })
+    }
+
+    async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// The threads that carry packets.
+#[derive(Default)]
+struct Lanes {
+    threads: Vec<JoinHandle<()>>,
+    stop: Vec<OwnedFd>,
+}
+
+impl Lanes {
+    /// A descriptor that becomes readable when the lanes are to stop.
+    fn stop_fd(&mut self) -> Result<OwnedFd, DaemonError> {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed)?;
+        self.stop.push(fd.try_clone().map_err(failed)?);
+        Ok(fd)
+    }
+
+    fn start(&mut self, parts: LaneParts) -> Result<(), DaemonError> {
+        let thread = std::thread::Builder::new()
+            .name(format!("lane-{}", parts.number))
+            .spawn(move || Lane::run(parts))
+            .map_err(failed)?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    fn stop(self) {
+        for fd in &self.stop {
+            if let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes()) {
+                warn!("cannot stop a lane: {error}");
+            }
+        }
+        for thread in self.threads {
+            if thread.join().is_err() {
+                warn!("a lane had crashed");
+            }
+        }
+    }
+}
+
+/// Tells the service manager that everything is set up (`sd_notify(3)`).
+fn notify_ready() {
+    let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
+    let name = address.to_string_lossy().into_owned();
+    let sent = (|| {
+        use std::os::linux::net::SocketAddrExt;
+        use std::os::unix::net::{SocketAddr, UnixDatagram};
+        let to = match name.strip_prefix('@') {
+            Some(name) => SocketAddr::from_abstract_name(name)?,
+            None => SocketAddr::from_pathname(&name)?,
+        };
+        UnixDatagram::unbound()?.send_to_addr(b"READY=1", &to)
+    })();
+    if let Err(error) = sent {
+        warn!("cannot tell the service manager that all is ready: {error}");
+    }
+}
