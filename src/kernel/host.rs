@@ -1,0 +1,543 @@
+//! The one door through which the state of the kernel changes.
+//!
+//! Owns the order of things: a change is written to the journal, then made; it is undone in
+//! reverse, then struck out. What is there already and not ours is left alone; what a killed
+//! predecessor left is taken over without a gap. What is wanted is decided elsewhere
+//! ([`capture`](super::capture), [`steer`](super::steer)).
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use super::journal::{Change, Journal, JournalError};
+use super::netlink::{
+    Address, Direction, FilterSlot, Netlink, NetlinkError, Route, RouteKind, Rule,
+};
+
+/// A change that is wanted.
+#[derive(Debug)]
+pub struct Desired {
+    /// The change.
+    pub change: Change,
+    /// The program, for a filter.
+    pub program: Option<OwnedFd>,
+    /// It goes when the TUN goes, and needs no journal.
+    pub with_tun: bool,
+}
+
+impl Desired {
+    /// A change that outlives the daemon unless it is undone.
+    pub fn lasting(change: Change) -> Self {
+        Self {
+            change,
+            program: None,
+            with_tun: false,
+        }
+    }
+
+    /// A change to the TUN or of something that goes with it.
+    pub fn with_tun(change: Change) -> Self {
+        Self {
+            with_tun: true,
+            ..Self::lasting(change)
+        }
+    }
+
+    /// With the program of a filter.
+    pub fn program(self, program: OwnedFd) -> Self {
+        Self {
+            program: Some(program),
+            ..self
+        }
+    }
+}
+
+/// A change that could not be undone.
+#[derive(Debug)]
+pub struct Failure {
+    /// The change that is still there.
+    pub change: Change,
+    /// Why, and what to do.
+    pub reason: String,
+}
+
+/// What was undone and what was not.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Undone, or found to be gone already.
+    pub undone: Vec<Change>,
+    /// Left as it is.
+    pub left: Vec<Failure>,
+}
+
+/// Why the host's state could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The journal cannot be used, or another daemon uses it.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The kernel cannot be asked.
+    #[error("cannot speak with the kernel: {0}")]
+    Netlink(#[from] NetlinkError),
+    /// The kernel refused a change. What was made before it is undone.
+    #[error("cannot make {change}: {reason}")]
+    Refused {
+        /// The change.
+        change: Box<Change>,
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+/// The network namespace that the daemon works in, with its journal locked.
+#[derive(Debug)]
+pub struct Host {
+    netlink: Netlink,
+    journal: Journal,
+    /// What the journal holds, in the order in which it was made.
+    made: Vec<Change>,
+}
+
+impl Host {
+    /// Takes charge of the calling thread's network namespace: locks it, and loads what a killed
+    /// predecessor left (nothing is changed yet). Every call must come from a thread in the same
+    /// namespace, since `/proc/sys` follows the thread.
+    ///
+    /// # Errors
+    /// If another daemon is in charge, or the journal cannot be used.
+    pub fn open(base: &Path) -> Result<Self, HostError> {
+        let (journal, made) = Journal::open(base)?;
+        Ok(Self {
+            netlink: Netlink::new()?,
+            journal,
+            made,
+        })
+    }
+
+    /// Removes what a killed daemon left in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// If a daemon is in charge, or the journal cannot be used.
+    pub fn cleanup(base: &Path) -> Result<Report, HostError> {
+        Self::open(base)?.undo_all()
+    }
+
+    /// For questions; changes go through this door.
+    pub fn netlink(&self) -> &Netlink {
+        &self.netlink
+    }
+
+    /// The directory of this namespace, which only root may enter.
+    pub fn dir(&self) -> &Path {
+        self.journal.dir()
+    }
+
+    /// The lasting changes that are made, in their order.
+    pub fn made(&self) -> &[Change] {
+        &self.made
+    }
+
+    /// Makes what is wanted, in its order, and then undoes what was made before and is no longer
+    /// wanted. A filter that is there already is replaced in one step; whatever else is there
+    /// already stays untouched, and a sysctl keeps the value that it had before the first change.
+    ///
+    /// # Errors
+    /// If a change fails: those that this call has made are undone.
+    pub fn reconcile(&mut self, desired: Vec<Desired>) -> Result<Report, HostError> {
+        let mut step = Step {
+            earlier: std::mem::take(&mut self.made),
+            ..Step::default()
+        };
+        for mut desired in desired {
+            if let Err(error) = self.take(&mut step, &mut desired) {
+                for change in step.fresh.iter().rev() {
+                    let _ = self.undo(change);
+                }
+                step.kept.retain(|change| !step.fresh.contains(change));
+                self.made = step.earlier;
+                self.made.append(&mut step.kept);
+                self.journal.write(&self.made)?;
+                return Err(error);
+            }
+        }
+        self.undo_reversed(step.earlier, step.kept)
+    }
+
+    /// Undoes everything, in reverse. What could not be undone stays in the journal.
+    ///
+    /// # Errors
+    /// If the journal cannot be written.
+    pub fn undo_all(&mut self) -> Result<Report, HostError> {
+        let made = std::mem::take(&mut self.made);
+        self.undo_reversed(made, Vec::new())
+    }
+
+    /// Writes one wanted change down, and makes it.
+    fn take(&self, step: &mut Step, desired: &mut Desired) -> Result<(), HostError> {
+        let known = step
+            .earlier
+            .iter()
+            .position(|change| change.same_object(&desired.change));
+        let known_change = known.map(|index| &step.earlier[index]);
+        if let (Change::Sysctl { from, .. }, Some(Change::Sysctl { from: original, .. })) =
+            (&mut desired.change, known_change)
+        {
+            original.clone_into(from);
+        }
+        let change = &desired.change;
+        let refused = |reason| HostError::Refused {
+            change: Box::new(change.clone()),
+            reason,
+        };
+        let present = match self.present(change) {
+            Err(error) => return Err(refused(remedy(change, &error))),
+            Ok(Presence::Foreign(reason)) => return Err(refused(reason)),
+            // Somebody else's, and as we want it: nothing to make, nothing to undo.
+            Ok(Presence::AsWanted) if known.is_none() && !is_unmistakable(change) => return Ok(()),
+            Ok(Presence::AsWanted) => true,
+            Ok(Presence::Absent) => false,
+        };
+        if !desired.with_tun {
+            if let Some(index) = known
+                && in_place(&step.earlier[index], change)
+            {
+                step.earlier.remove(index);
+            }
+            step.kept.push(change.clone());
+            let all: Vec<_> = step.earlier.iter().chain(&step.kept).cloned().collect();
+            self.journal.write(&all)?;
+        }
+        if !present {
+            step.fresh.push(change.clone());
+        }
+        self.make(desired, present)
+            .map_err(|error| refused(remedy(change, &error)))
+    }
+
+    fn make(&self, desired: &Desired, present: bool) -> Result<(), NetlinkError> {
+        let netlink = &self.netlink;
+        match &desired.change {
+            Change::Filter { program, .. } => {
+                let Some(fd) = &desired.program else {
+                    return Err(NetlinkError::Malformed {
+                        request: "add bpf filter",
+                    });
+                };
+                let slot = slot(&desired.change);
+                if present {
+                    netlink.replace_filter(slot, fd.as_fd(), program)
+                } else {
+                    netlink.add_filter(slot, fd.as_fd(), program)
+                }
+            }
+            _ if present => Ok(()),
+            Change::Clsact { on } => netlink.add_clsact(on.index),
+            change @ Change::Rule { .. } => netlink.add_rule(&rule(change)),
+            change @ Change::Default { .. } => netlink.add_route(&route(change)),
+            Change::Sysctl { path, to, .. } => Ok(write_sysctl(path, to)?),
+            Change::Address { on, addr, prefix } => netlink.add_address(&Address {
+                index: on.index,
+                addr: *addr,
+                prefix: *prefix,
+            }),
+        }
+    }
+
+    /// Whether the object is there, and whose it is.
+    fn present(&self, change: &Change) -> Result<Presence, NetlinkError> {
+        let netlink = &self.netlink;
+        let there = match change {
+            Change::Clsact { on } => netlink.has_clsact(on.index)?,
+            Change::Filter {
+                on,
+                direction,
+                priority,
+                handle,
+                program,
+            } => {
+                let filters = netlink.filters(on.index, *direction)?;
+                let mut at = filters.iter().filter(|f| f.priority == *priority);
+                let foreign = at.clone().find(|f| f.kind != "bpf" || f.protocol != ALL);
+                if let Some(foreign) = foreign {
+                    return Ok(Presence::Foreign(format!(
+                        "pref {priority} is taken by a {} filter that is not ipmoved's; move that one",
+                        foreign.kind
+                    )));
+                }
+                match at.find(|f| f.handle == *handle) {
+                    None => false,
+                    Some(filter) if filter.name.as_deref() == Some(program) => true,
+                    Some(filter) => {
+                        return Ok(Presence::Foreign(format!(
+                            "its place is taken by bpf {}; move that one",
+                            filter.name.as_deref().unwrap_or("(without a name)")
+                        )));
+                    }
+                }
+            }
+            Change::Rule { family, .. } => netlink.rules(*family)?.contains(&rule(change)),
+            Change::Default { family, table, .. } => {
+                let wanted = route(change);
+                netlink.routes(*family, *table)?.iter().any(|route| {
+                    // IPv6 says that a blackhole leads to lo.
+                    let dev = wanted.kind == RouteKind::Blackhole || route.dev == wanted.dev;
+                    let metric = route.metric.unwrap_or(0) == wanted.metric.unwrap_or(0);
+                    route.dst == wanted.dst && route.kind == wanted.kind && metric && dev
+                })
+            }
+            Change::Sysctl { path, to, .. } => read_sysctl(path)? == *to,
+            Change::Address { on, addr, .. } => netlink
+                .addresses()?
+                .iter()
+                .any(|address| address.index == on.index && address.addr == *addr),
+        };
+        Ok(if there {
+            Presence::AsWanted
+        } else {
+            Presence::Absent
+        })
+    }
+
+    /// Undoes `changes` from the last to the first; the journal then holds `kept` and what could not
+    /// be undone.
+    fn undo_reversed(
+        &mut self,
+        mut changes: Vec<Change>,
+        kept: Vec<Change>,
+    ) -> Result<Report, HostError> {
+        let mut report = Report::default();
+        let mut left = Vec::new();
+        while let Some(change) = changes.pop() {
+            match self.undo(&change) {
+                Ok(Undone::Gone) => report.undone.push(change),
+                Ok(Undone::Foreign(reason)) => report.left.push(Failure { change, reason }),
+                Err(error) => {
+                    left.push(change.clone());
+                    let reason = remedy(&change, &error);
+                    report.left.push(Failure { change, reason });
+                }
+            }
+        }
+        left.reverse();
+        self.made = left;
+        self.made.extend(kept);
+        self.journal.write(&self.made)?;
+        Ok(report)
+    }
+
+    fn undo(&self, change: &Change) -> Result<Undone, NetlinkError> {
+        match self.undo_present(change) {
+            Err(error) if error.is_missing() => Ok(Undone::Gone),
+            other => other,
+        }
+    }
+
+    fn undo_present(&self, change: &Change) -> Result<Undone, NetlinkError> {
+        let netlink = &self.netlink;
+        match change {
+            Change::Clsact { on } => {
+                if !netlink.has_clsact(on.index)? {
+                    return Ok(Undone::Gone);
+                }
+                for direction in [Direction::Ingress, Direction::Egress] {
+                    if !netlink.filters(on.index, direction)?.is_empty() {
+                        return Ok(Undone::Foreign(format!(
+                            "others have put {direction} filters on it; it stays for them"
+                        )));
+                    }
+                }
+                netlink.delete_clsact(on.index)?;
+            }
+            Change::Filter { .. } => match self.present(change)? {
+                Presence::AsWanted => netlink.delete_filter(slot(change))?,
+                Presence::Absent | Presence::Foreign(_) => {}
+            },
+            Change::Rule { .. } => netlink.delete_rule(&rule(change))?,
+            Change::Default { .. } => netlink.delete_route(&route(change))?,
+            Change::Sysctl { path, from, to } => {
+                let now = read_sysctl(path)?;
+                if now == *from {
+                    return Ok(Undone::Gone);
+                }
+                if now != *to {
+                    return Ok(Undone::Foreign(format!(
+                        "somebody has set it to {now} since; it stays so"
+                    )));
+                }
+                write_sysctl(path, from)?;
+            }
+            Change::Address { on, addr, prefix } => netlink.delete_address(&Address {
+                index: on.index,
+                addr: *addr,
+                prefix: *prefix,
+            })?,
+        }
+        Ok(Undone::Gone)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if self.made.is_empty() {
+            self.journal.remove();
+        }
+    }
+}
+
+/// A reconciliation on its way.
+#[derive(Default)]
+struct Step {
+    /// Made before and not asked for (yet).
+    earlier: Vec<Change>,
+    /// Made before or now, and wanted: what the journal will hold in the end.
+    kept: Vec<Change>,
+    /// Made now, also what goes with the TUN: what is undone if a later change fails.
+    fresh: Vec<Change>,
+}
+
+enum Presence {
+    Absent,
+    AsWanted,
+    /// In the way, with a reason.
+    Foreign(String),
+}
+
+enum Undone {
+    Gone,
+    /// Still there, rightly: somebody else relies on it.
+    Foreign(String),
+}
+
+/// `ETH_P_ALL`.
+const ALL: u16 = libc::ETH_P_ALL as u16;
+
+/// Whether making `wanted` leaves no trace of `old`: the same object in the same place.
+fn in_place(old: &Change, wanted: &Change) -> bool {
+    let place = |change: &Change| match change {
+        Change::Filter {
+            priority, handle, ..
+        } => Some((*priority, *handle)),
+        Change::Clsact { .. }
+        | Change::Rule { .. }
+        | Change::Default { .. }
+        | Change::Sysctl { .. }
+        | Change::Address { .. } => None,
+    };
+    old.same_object(wanted) && place(old) == place(wanted)
+}
+
+/// Whether an object bears ipmoved's own name or number, so that it is ours even if the journal that
+/// told of it is lost.
+fn is_unmistakable(change: &Change) -> bool {
+    match change {
+        Change::Filter { .. } | Change::Rule { .. } | Change::Default { .. } => true,
+        Change::Clsact { .. } | Change::Sysctl { .. } | Change::Address { .. } => false,
+    }
+}
+
+fn slot(change: &Change) -> FilterSlot {
+    let Change::Filter {
+        on,
+        direction,
+        priority,
+        handle,
+        ..
+    } = change
+    else {
+        unreachable!("only filters have a slot")
+    };
+    FilterSlot {
+        index: on.index,
+        direction: *direction,
+        priority: *priority,
+        handle: *handle,
+    }
+}
+
+fn rule(change: &Change) -> Rule {
+    let Change::Rule {
+        family,
+        mark,
+        table,
+        priority,
+    } = change
+    else {
+        unreachable!("only rules are rules")
+    };
+    Rule {
+        family: *family,
+        priority: *priority,
+        mark: Some((*mark, u32::MAX)),
+        table: Some(*table),
+        selects_more: false,
+    }
+}
+
+fn route(change: &Change) -> Route {
+    let Change::Default {
+        family,
+        table,
+        dev,
+        metric,
+    } = change
+    else {
+        unreachable!("only routes are routes")
+    };
+    Route {
+        kind: if dev.is_some() {
+            RouteKind::Unicast
+        } else {
+            RouteKind::Blackhole
+        },
+        table: *table,
+        dev: dev.as_ref().map(|dev| dev.index),
+        metric: Some(*metric),
+        ..Route::default_of(*family)
+    }
+}
+
+fn sysctl_path(path: &str) -> PathBuf {
+    Path::new("/proc/sys").join(path)
+}
+
+/// The value of a sysctl in the calling thread's network namespace, without the final newline.
+pub(super) fn read_sysctl(path: &str) -> io::Result<String> {
+    Ok(fs::read_to_string(sysctl_path(path))?.trim_end().to_owned())
+}
+
+fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
+    fs::write(sysctl_path(path), value)
+}
+
+/// The kernel's reason, and what a person can do about it.
+fn remedy(change: &Change, error: &NetlinkError) -> String {
+    let missing = error.is_missing() || error.errno() == Some(Errno::OPNOTSUPP);
+    let what = match change {
+        _ if error.is_denied() => "run as root, or with CAP_NET_ADMIN",
+        _ if error.errno() == Some(Errno::NODEV) => "the interface is gone",
+        Change::Clsact { .. } if error.is_exists() => {
+            "the interface has an ingress qdisc already; replace it by clsact, which takes the same filters"
+        }
+        Change::Clsact { .. } if missing => {
+            "the kernel needs CONFIG_NET_SCH_INGRESS (module sch_ingress)"
+        }
+        Change::Filter { .. } if missing => "the kernel needs CONFIG_NET_CLS_BPF (module cls_bpf)",
+        Change::Rule { .. } if error.errno() == Some(Errno::OPNOTSUPP) => {
+            "the kernel needs CONFIG_IP_MULTIPLE_TABLES"
+        }
+        Change::Default { .. } if error.errno() == Some(Errno::NETDOWN) => {
+            "the interface must be up"
+        }
+        Change::Sysctl { .. } if missing => "the kernel has no such setting",
+        Change::Clsact { .. }
+        | Change::Filter { .. }
+        | Change::Rule { .. }
+        | Change::Default { .. }
+        | Change::Sysctl { .. }
+        | Change::Address { .. } => return error.to_string(),
+    };
+    format!("{error}; {what}")
+}
