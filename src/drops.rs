@@ -56,6 +56,8 @@ drop_reasons! {
     // From the TUN or out of the tunnel: IP packets.
     /// Not an IPv4 or IPv6 packet, truncated, or with lengths that contradict each other.
     IpMalformed = "ip_malformed",
+    /// A virtio header that contradicts the packet it came with.
+    BadOffload = "bad_offload",
     /// A TCP, UDP or ICMP header that is truncated or contradicts itself.
     L4Malformed = "l4_malformed",
     /// A source address that no packet may have here: loopback, multicast, the packet's own destination.
@@ -68,6 +70,8 @@ drop_reasons! {
     NoFlow = "no_flow",
     /// A fragment whose first fragment was not seen.
     FragmentUnknown = "fragment_unknown",
+    /// An ICMP message that is neither a query nor an error: it concerns one link only.
+    IcmpUnsupported = "icmp_unsupported",
     /// An ICMP error that quotes no packet of a known flow.
     IcmpUnrelated = "icmp_unrelated",
     /// The flow table is full of flows that must not be evicted.

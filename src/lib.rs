@@ -2,5 +2,11 @@
 //! `ARCHITECTURE.md` for the rooms of this house and what flows through them.
 
 pub mod drops;
+pub mod flow;
+pub mod fragment;
+pub mod icmp;
 pub mod moved;
+pub mod offload;
+pub mod packet;
 pub mod peer;
+pub mod translate;

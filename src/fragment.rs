@@ -1,0 +1,121 @@
+//! What the first fragment of a packet told, kept for the later ones, which do not say it again.
+//!
+//! Owns a small cache from (source, destination, identification, protocol) to whatever was decided
+//! for the first fragment. Bounded, and forgetful on purpose: a later fragment that comes before
+//! its first, or too long after it, is not known. Nothing is ever put together here.
+
+use std::time::{Duration, Instant};
+
+use crate::flow::Seed;
+use crate::packet::{Addr, Family, Parsed};
+
+/// How long the pieces of one packet may be apart: what Linux waits for them
+/// (`net.ipv4.ipfrag_time`, RFC 791 section 3.2 suggests 15 s, RFC 8200 section 4.5 has 60 s).
+pub const FRAGMENT_LIFE: Duration = Duration::from_secs(30);
+
+/// Sets of the cache: a thousand packets in pieces at a time, whose pieces come right after each
+/// other.
+const SETS: usize = 256;
+/// Packets a set remembers.
+const WAYS: usize = 4;
+
+/// Remembers a `T` for every packet whose first fragment was seen. Takes no memory until then.
+#[derive(Debug)]
+pub struct FragmentCache<T> {
+    sets: Vec<[Option<Slot<T>>; WAYS]>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot<T> {
+    key: Key,
+    seen: Instant,
+    value: T,
+}
+
+/// What all fragments of one packet have in common.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Key {
+    src: Addr,
+    dst: Addr,
+    id: u32,
+    protocol: u8,
+}
+
+impl Key {
+    fn of(parsed: &Parsed, bytes: &[u8]) -> Self {
+        Self {
+            src: parsed.src(bytes),
+            dst: parsed.dst(bytes),
+            id: parsed.fragment_id(),
+            // IPv6 leaves the protocol out of it (RFC 8200 section 4.5).
+            protocol: match parsed.family() {
+                Family::V4 => parsed.protocol(),
+                Family::V6 => 0,
+            },
+        }
+    }
+
+    fn set(&self, seed: &Seed) -> usize {
+        let [a, b] = self.dst.words();
+        let rest = a ^ b.rotate_left(32) ^ u64::from(self.id) << 16;
+        seed.flow(self.src, rest, self.protocol) as usize % SETS
+    }
+}
+
+impl<T: Copy> FragmentCache<T> {
+    /// An empty cache.
+    pub const fn new() -> Self {
+        Self { sets: Vec::new() }
+    }
+
+    /// Remembers `value` for the later fragments of the packet that `parsed` is the first one of.
+    /// The oldest of the set has to go if there is no room.
+    ///
+    /// `bytes` are those that the later fragments will have too: before any rewriting.
+    pub fn remember(&mut self, now: Instant, seed: &Seed, parsed: &Parsed, bytes: &[u8], value: T) {
+        if self.sets.is_empty() {
+            self.sets.resize(SETS, [const { None }; WAYS]);
+        }
+        let key = Key::of(parsed, bytes);
+        let set = &mut self.sets[key.set(seed)];
+        let mut place = 0;
+        for (index, slot) in set.iter().enumerate() {
+            match slot {
+                Some(slot) if slot.key == key => {
+                    place = index;
+                    break;
+                }
+                slot if slot.as_ref().map(|slot| slot.seen)
+                    < set[place].as_ref().map(|slot| slot.seen) =>
+                {
+                    place = index;
+                }
+                _ => {}
+            }
+        }
+        set[place] = Some(Slot {
+            key,
+            seen: now,
+            value,
+        });
+    }
+
+    /// What was remembered for the packet that `parsed` is a fragment of.
+    pub fn recall(&self, now: Instant, seed: &Seed, parsed: &Parsed, bytes: &[u8]) -> Option<T> {
+        let key = Key::of(parsed, bytes);
+        self.sets
+            .get(key.set(seed))?
+            .iter()
+            .flatten()
+            .find(|slot| {
+                slot.key == key && now.saturating_duration_since(slot.seen) < FRAGMENT_LIFE
+            })
+            .map(|slot| slot.value)
+    }
+}
+
+impl<T: Copy> Default for FragmentCache<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,193 @@
+//! ICMP errors that the daemon sends itself: too big, and hop limit used up.
+//!
+//! Owns which packets may be answered and what the answer quotes. How often is the caller's to
+//! limit (RFC 1812 section 4.3.2.8, RFC 4443 section 2.4 f), and where it is sent.
+
+use std::net::IpAddr;
+
+use etherparse::icmpv4::{DestUnreachableHeader, TimeExceededCode as TimeExceededV4};
+use etherparse::icmpv6::TimeExceededCode as TimeExceededV6;
+use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder};
+
+use crate::packet::{Family, Fragment, Kind, Parsed};
+
+/// Longest answer over IPv4: what every host takes (RFC 1812 section 4.3.2.3).
+pub const MAX_V4: usize = 576;
+/// Longest answer over IPv6: what every link carries (RFC 4443 section 2.4 c).
+pub const MAX_V6: usize = 1280;
+
+/// Hop limit of an answer (RFC 1700, as Linux has it).
+const HOPS: u8 = 64;
+/// IP header without options and ICMP header.
+const V4_HEADERS: usize = 20 + 8;
+/// IPv6 header and ICMPv6 header.
+const V6_HEADERS: usize = 40 + 8;
+
+/// Writes "fragmentation needed" (RFC 1191) or "packet too big" (RFC 4443) about `packet` to the
+/// front of `out`: from `from`, to the packet's sender, who may send `mtu` bytes.
+///
+/// Returns the answer's length, or `None` where none may be given (RFC 1122 section 3.2.2): to an
+/// ICMP error, a later fragment, a packet to many; or if `from` is of the other family or `out`
+/// shorter than [`MAX_V4`] or [`MAX_V6`].
+pub fn too_big(
+    out: &mut [u8],
+    packet: &[u8],
+    parsed: &Parsed,
+    from: IpAddr,
+    mtu: u32,
+) -> Option<usize> {
+    let v4 = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded {
+        next_hop_mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
+    });
+    answer(
+        out,
+        packet,
+        parsed,
+        from,
+        v4,
+        Icmpv6Type::PacketTooBig { mtu },
+    )
+}
+
+/// Writes "time exceeded in transit" about `packet`; for the rest see [`too_big`].
+pub fn time_exceeded(
+    out: &mut [u8],
+    packet: &[u8],
+    parsed: &Parsed,
+    from: IpAddr,
+) -> Option<usize> {
+    let v4 = Icmpv4Type::TimeExceeded(TimeExceededV4::TtlExceededInTransit);
+    let v6 = Icmpv6Type::TimeExceeded(TimeExceededV6::HopLimitExceeded);
+    answer(out, packet, parsed, from, v4, v6)
+}
+
+fn answer(
+    out: &mut [u8],
+    packet: &[u8],
+    parsed: &Parsed,
+    from: IpAddr,
+    v4: Icmpv4Type,
+    v6: Icmpv6Type,
+) -> Option<usize> {
+    if !may_answer(packet, parsed) {
+        return None;
+    }
+    let packet = &packet[..parsed.total().min(packet.len())];
+    let to = IpAddr::from(parsed.src(packet));
+    let room = out.len();
+    let mut rest = out;
+    match (from, to) {
+        (IpAddr::V4(from), IpAddr::V4(to)) if room >= MAX_V4 => {
+            let quote = &packet[..packet.len().min(MAX_V4 - V4_HEADERS)];
+            PacketBuilder::ipv4(from.octets(), to.octets(), HOPS)
+                .icmpv4(v4)
+                .write(&mut rest, quote)
+                .ok()?;
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) if room >= MAX_V6 => {
+            let quote = &packet[..packet.len().min(MAX_V6 - V6_HEADERS)];
+            PacketBuilder::ipv6(from.octets(), to.octets(), HOPS)
+                .icmpv6(v6)
+                .write(&mut rest, quote)
+                .ok()?;
+        }
+        _ => return None,
+    }
+    Some(room - rest.len())
+}
+
+/// The source is a single host's: no other passes [`Parsed::parse`].
+fn may_answer(packet: &[u8], parsed: &Parsed) -> bool {
+    let to_many = match (parsed.family(), IpAddr::from(parsed.dst(packet))) {
+        (Family::V4, IpAddr::V4(dst)) => dst.is_multicast() || dst.is_broadcast(),
+        (_, dst) => dst.is_multicast(),
+    };
+    !to_many && parsed.kind() != Kind::Error && parsed.fragment() != Fragment::Later
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::Quoted;
+
+    fn udp_v4(dst: [u8; 4], payload: usize) -> Vec<u8> {
+        let mut out = Vec::new();
+        PacketBuilder::ipv4([203, 0, 113, 9], dst, 7)
+            .udp(4000, 53)
+            .write(&mut out, &vec![7; payload])
+            .unwrap();
+        out
+    }
+
+    #[test]
+    fn too_big_says_how_much_and_quotes_the_packet() {
+        let packet = udp_v4([192, 0, 2, 5], 1400);
+        let parsed = Parsed::parse(&packet).unwrap();
+        let mut out = [0; MAX_V6];
+        let from = "192.0.2.5".parse().unwrap();
+        let len = too_big(&mut out, &packet, &parsed, from, 1300).unwrap();
+        assert_eq!(len, MAX_V4);
+        let answer = Parsed::parse(&out[..len]).unwrap();
+        assert_eq!(answer.kind(), Kind::Error);
+        assert_eq!(
+            IpAddr::from(answer.dst(&out)),
+            IpAddr::from([203, 0, 113, 9])
+        );
+        assert_eq!(out[20..22], [3, 4]);
+        assert_eq!(u16::from_be_bytes([out[26], out[27]]), 1300);
+        assert_eq!(out[28..MAX_V4], packet[..MAX_V4 - 28]);
+        let quoted = Quoted::parse(&out, &answer).unwrap();
+        assert_eq!((quoted.src_port(), quoted.dst_port()), (4000, 53));
+        assert_eq!(
+            crate::packet::Sum::default().add(&out[20..len]).fold(),
+            0xffff
+        );
+    }
+
+    #[test]
+    fn time_exceeded_over_ipv6() {
+        let mut packet = Vec::new();
+        let (src, dst) = ([0x20; 16], [0x21; 16]);
+        PacketBuilder::ipv6(src, dst, 1)
+            .icmpv6_echo_request(7, 1)
+            .write(&mut packet, &[1; 2000])
+            .unwrap();
+        let parsed = Parsed::parse(&packet).unwrap();
+        let mut out = [0; MAX_V6];
+        let len = time_exceeded(&mut out, &packet, &parsed, dst.into()).unwrap();
+        assert_eq!(len, MAX_V6);
+        let headers = etherparse::PacketHeaders::from_ip_slice(&out[..len]).unwrap();
+        let icmp = headers.transport.unwrap().icmpv6().unwrap();
+        assert_eq!(icmp.icmp_type.type_u8(), 3);
+        let sum = icmp
+            .icmp_type
+            .calc_checksum(dst, src, &packet[..MAX_V6 - 48]);
+        assert_eq!(icmp.checksum, sum.unwrap());
+        // None to the other family, and none about itself.
+        let v4 = "192.0.2.5".parse().unwrap();
+        assert_eq!(time_exceeded(&mut [0; MAX_V6], &packet, &parsed, v4), None);
+        let about = Parsed::parse(&out).unwrap();
+        assert_eq!(
+            time_exceeded(&mut [0; MAX_V6], &out, &about, src.into()),
+            None
+        );
+    }
+
+    #[test]
+    fn what_may_not_be_answered_is_not() {
+        let from = "192.0.2.5".parse().unwrap();
+        let mut out = [0; MAX_V4];
+        for dst in [[224, 0, 0, 1], [255, 255, 255, 255]] {
+            let packet = udp_v4(dst, 10);
+            let parsed = Parsed::parse(&packet).unwrap();
+            assert_eq!(too_big(&mut out, &packet, &parsed, from, 1300), None);
+        }
+        let mut packet = udp_v4([192, 0, 2, 5], 10);
+        packet[7] = 100;
+        let parsed = Parsed::parse(&packet).unwrap();
+        assert_eq!(time_exceeded(&mut out, &packet, &parsed, from), None);
+        let whole = udp_v4([192, 0, 2, 5], 10);
+        let parsed = Parsed::parse(&whole).unwrap();
+        assert_eq!(too_big(&mut [0; 100], &whole, &parsed, from, 1300), None);
+    }
+}
