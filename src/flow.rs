@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Entries lie in a slab that grows by chunks; two hash indexes of slot numbers find them. Each
-//! entry is in the list of its [`Class`], whose members share a timeout. A packet only notes the
+//! entry is in the list of its class, whose members share a timeout. A packet only notes the
 //! time in its entry; when the head of a list is looked at and was seen since it was put there, it
 //! moves to the tail then. So a list is nearly in order of last use, at no cost per packet.
 //!
@@ -965,7 +965,7 @@ impl Slab {
         }
         let at = self.used;
         self.used += 1;
-        if at as usize % CHUNK == 0 {
+        if (at as usize).is_multiple_of(CHUNK) {
             self.chunks.push(Box::new([entry; CHUNK]));
         } else {
             *self.get_mut(at) = entry;

@@ -9,23 +9,11 @@ pub mod config;
 pub mod daemon;
 
 pub mod drops;
-pub mod ecn;
 pub mod flow;
-mod fragment;
+pub mod fragment;
 pub mod icmp;
-pub mod io;
-pub mod join;
-pub mod kernel;
-
-pub mod lane;
 pub mod moved;
 pub mod offload;
 pub mod packet;
 pub mod peer;
-pub mod replay;
-pub mod session;
-pub mod shared;
-pub mod status;
 pub mod translate;
-pub mod tunnel;
-pub mod wire;

@@ -100,7 +100,12 @@ impl Gate {
                     quoted.src_port(),
                 )
             }),
-            kind => self.takes(addr.into(), parsed.protocol(), kind, parsed.dst_port()),
+            kind @ (Kind::Tcp
+            | Kind::Udp
+            | Kind::Request
+            | Kind::Reply
+            | Kind::Other
+            | Kind::Hidden) => self.takes(addr.into(), parsed.protocol(), kind, parsed.dst_port()),
         };
         let verdict = if ours {
             Verdict::Carry
@@ -147,7 +152,12 @@ impl Gate {
                 }
                 (quoted.kind(), quoted.protocol(), quoted.dst_port())
             }
-            kind => (kind, parsed.protocol(), parsed.src_port()),
+            kind @ (Kind::Tcp
+            | Kind::Udp
+            | Kind::Request
+            | Kind::Reply
+            | Kind::Other
+            | Kind::Hidden) => (kind, parsed.protocol(), parsed.src_port()),
         };
         if !self.takes(src, protocol, kind, port) {
             return Err(DropReason::NotMoved);
