@@ -51,8 +51,8 @@ mod control;
 #[cfg(test)]
 mod tests;
 
-use control::{Control, PART_LEN};
 pub use control::{Announcement, Deliver};
+use control::{Control, PART_LEN};
 
 /// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
 /// four seconds' round trip still ends in a session.
@@ -546,10 +546,9 @@ impl Tunnel {
             }
             Control::ConfigAck { id, part } => {
                 let outgoing = &mut self.outgoing;
-                if id == outgoing.id && outgoing.peer_boot == Some(peer_boot) {
-                    if let Some(acked) = outgoing.acked.get_mut(usize::from(part)) {
-                        *acked = true;
-                    }
+                let ours = id == outgoing.id && outgoing.peer_boot == Some(peer_boot);
+                if let Some(acked) = outgoing.acked.get_mut(usize::from(part)).filter(|_| ours) {
+                    *acked = true;
                 }
             }
             Control::Close => self.handle_close(now, peer_boot),
@@ -648,7 +647,10 @@ impl Tunnel {
         if now >= self.next_ping {
             self.send_ping(now);
         }
-        let quiet = self.activity.last_sent().map(|at| at + self.config.timers.keepalive);
+        let quiet = self
+            .activity
+            .last_sent()
+            .map(|at| at + self.config.timers.keepalive);
         if quiet.is_none_or(|due| now >= due) {
             self.send(now, &Control::Keepalive);
         }
@@ -944,7 +946,10 @@ impl Tunnel {
     /// The peer proved that it holds the keys of a session.
     fn make_usable(&mut self, now: Instant, at: usize) {
         self.sessions[at].usable = true;
-        let (index, peer_boot) = (self.sessions[at].session.index(), self.sessions[at].peer_boot);
+        let (index, peer_boot) = (
+            self.sessions[at].session.index(),
+            self.sessions[at].peer_boot,
+        );
         // No answer is wanted any more to what was asked before this, …
         self.pending.clear();
         self.attempts = 0;
@@ -1073,9 +1078,7 @@ impl Tunnel {
         } else {
             timers.rekey_after + RESPONDER_GRACE
         };
-        let unheard = held
-            .confirm_at
-            .map(|_| session.created() + CONFIRM_TIMEOUT);
+        let unheard = held.confirm_at.map(|_| session.created() + CONFIRM_TIMEOUT);
         let silent = self.silence_since() + timers.answer_timeout;
         [Some(session.created() + rekey), Some(silent), unheard]
             .into_iter()
@@ -1209,8 +1212,7 @@ impl Tunnel {
         let length = datagram.len() + TAG_LEN;
         datagram.resize(length.max(padded_to), 0);
         let counter = sealer.reserve(1).and_then(|mut reserved| reserved.next());
-        let sealed =
-            counter.map(|counter| sealer.seal(counter, Flags::CONTROL, &mut datagram));
+        let sealed = counter.map(|counter| sealer.seal(counter, Flags::CONTROL, &mut datagram));
         if sealed == Some(Ok(())) {
             self.transmits.push_back(Transmit {
                 to,

@@ -176,6 +176,10 @@ fn sign<const N: usize>(keys: &PeerKeys, message: &mut [u8; N]) {
 /// and the chaining key, from which all later keys follow, in plain arrays that it does not wipe.
 struct Wiped<T>(Box<MaybeUninit<T>>);
 
+#[expect(
+    unsafe_code,
+    reason = "the memory has to outlive the value, to be wiped"
+)]
 impl<T> Wiped<T> {
     fn new(value: T) -> Self {
         Self(Box::new(MaybeUninit::new(value)))
@@ -183,17 +187,27 @@ impl<T> Wiped<T> {
 
     fn get_mut(&mut self) -> &mut T {
         // SAFETY: `new` wrote the value, and nothing but `drop` takes it out.
-        #[expect(unsafe_code, reason = "the memory has to outlive the value, to be wiped")]
+        #[expect(
+            unsafe_code,
+            reason = "the memory has to outlive the value, to be wiped"
+        )]
         unsafe {
             self.0.assume_init_mut()
         }
     }
 }
 
+#[expect(
+    unsafe_code,
+    reason = "the memory has to outlive the value, to be wiped"
+)]
 impl<T> Drop for Wiped<T> {
     fn drop(&mut self) {
         // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
-        #[expect(unsafe_code, reason = "the memory has to outlive the value, to be wiped")]
+        #[expect(
+            unsafe_code,
+            reason = "the memory has to outlive the value, to be wiped"
+        )]
         unsafe {
             self.0.assume_init_drop();
         }
@@ -343,10 +357,8 @@ mod tests {
                 .try_into()
                 .unwrap();
         let prologue = hex("4a6f686e2047616c74");
-        let initiator =
-            hex("893e28b9dc6ca8d611ab664754b8ceb7bac5117349a4439a6b0569da977c464a");
-        let responder =
-            hex("bbdb4cdbd309f1a1f2e1456967fe288cadd6f712d65dc7b7793d5e63da6b375b");
+        let initiator = hex("893e28b9dc6ca8d611ab664754b8ceb7bac5117349a4439a6b0569da977c464a");
+        let responder = hex("bbdb4cdbd309f1a1f2e1456967fe288cadd6f712d65dc7b7793d5e63da6b375b");
         let mut alice = handshake(&psk, &prologue, true, &fixed(initiator)).unwrap();
         let mut bob = handshake(&psk, &prologue, false, &fixed(responder)).unwrap();
         let mut step = |first: bool, payload: &str, expected: &str| {

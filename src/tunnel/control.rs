@@ -50,7 +50,11 @@ impl<'a> Control<'a> {
         match *self {
             Self::Keepalive => out.push(1),
             Self::Ping { id } | Self::Pong { id } => {
-                out.push(if matches!(self, Self::Ping { .. }) { 2 } else { 3 });
+                out.push(if matches!(self, Self::Ping { .. }) {
+                    2
+                } else {
+                    3
+                });
                 out.extend_from_slice(&id.to_le_bytes());
             }
             Self::Config {
@@ -71,7 +75,11 @@ impl<'a> Control<'a> {
             }
             Self::Close => out.push(6),
             Self::Probe { size } | Self::ProbeAck { size } => {
-                out.push(if matches!(self, Self::Probe { .. }) { 7 } else { 8 });
+                out.push(if matches!(self, Self::Probe { .. }) {
+                    7
+                } else {
+                    8
+                });
                 out.extend_from_slice(&size.to_le_bytes());
             }
         }
@@ -218,13 +226,17 @@ impl Announcement {
                 if usize::from(count) > MAX_MOVES {
                     return None;
                 }
-                let moves = (0..count).map(|_| Move::decode(rest)).collect::<Option<_>>()?;
+                let moves = (0..count)
+                    .map(|_| Move::decode(rest))
+                    .collect::<Option<_>>()?;
                 Some(Self::Old { moves, mtu })
             }
             2 => {
                 let [flags] = take(rest)?;
                 let has = |bit: u8| flags & (1 << bit) != 0;
-                let v4 = has(0).then(|| take(rest)).map_or(Some(None), |v| v.map(Some))?;
+                let v4 = has(0)
+                    .then(|| take(rest))
+                    .map_or(Some(None), |v| v.map(Some))?;
                 let v6 = has(1)
                     .then(|| take::<16>(rest))
                     .map_or(Some(None), |v| v.map(Some))?;
@@ -312,15 +324,24 @@ mod tests {
         for (message, bytes) in cases {
             assert_eq!(bytes_of(&message), bytes);
             assert_eq!(Control::decode(bytes), Some(message));
-            assert_eq!(Control::decode(&bytes[..bytes.len() - 1]).is_some(), bytes.len() == 9);
+            assert_eq!(
+                Control::decode(&bytes[..bytes.len() - 1]).is_some(),
+                bytes.len() == 9
+            );
         }
         assert_eq!(Control::decode(&[9]), None);
-        assert_eq!(Control::decode(&[4, 9, 0, 0, 0, 2, 2]), None, "no part 2 of 2");
+        assert_eq!(
+            Control::decode(&[4, 9, 0, 0, 0, 2, 2]),
+            None,
+            "no part 2 of 2"
+        );
     }
 
     #[test]
     fn the_largest_announcement_fits() {
-        let ports = (0..64).map(|n| 1000 + 10 * n..=1001 + 10 * n).collect::<Vec<_>>();
+        let ports = (0..64)
+            .map(|n| 1000 + 10 * n..=1001 + 10 * n)
+            .collect::<Vec<_>>();
         let moves = (1..=64)
             .map(|n| Move {
                 addr: format!("2001:db8::{n:x}").parse().unwrap(),
