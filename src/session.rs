@@ -218,10 +218,6 @@ pub struct Admitted {
 }
 
 #[derive(Clone, Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "12 bytes apart; it is copied through a queue without allocation"
-)]
 enum Handshake {
     Initiation([u8; INITIATION_LEN]),
     Response([u8; RESPONSE_LEN]),
@@ -1029,8 +1025,11 @@ pub struct Entropy(Source);
 enum Source {
     System,
     #[cfg(test)]
-    Test(Arc<Mutex<dyn FnMut(&mut [u8]) + Send>>),
+    Test(TestSource),
 }
+
+#[cfg(test)]
+type TestSource = Arc<Mutex<dyn FnMut(&mut [u8]) + Send>>;
 
 /// The system had no randomness to give.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -1089,4 +1088,382 @@ impl fmt::Debug for Entropy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Entropy(..)")
     }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn mac_of(keys: &PeerKeys, message: &[u8]) -> [u8; MAC_LEN] {
+        keys.mac_of(message)
+    }
+
+    /// Two ends of one session, without a handshake.
+    fn ends(cipher: Cipher, lanes: u8) -> [Arc<Session>; 2] {
+        #[expect(clippy::disallowed_methods, reason = "only as a stamp")]
+        let now = Instant::now();
+        let end = |own_role: Role, index: u32, remote: u32| {
+            let entropy = Entropy::of(move |bytes| bytes.copy_from_slice(&index.to_le_bytes()));
+            Session::new(SessionSpec {
+                index: SessionIndexes::default().draw(&entropy).unwrap(),
+                remote,
+                cipher,
+                keys: SplitKeys {
+                    initiator: Zeroizing::new([1; 32]),
+                    responder: Zeroizing::new([2; 32]),
+                },
+                initiator: Role::Old,
+                own_role,
+                own_lanes: lanes,
+                peer_lanes: lanes,
+                peer: PeerId(0),
+                created: now,
+                activity: Arc::new(Activity::new(now)),
+            })
+            .unwrap()
+        };
+        [end(Role::Old, 11, 22), end(Role::New, 22, 11)]
+    }
+
+    fn sealed(session: &Session, lane: u8, plaintext: &[u8]) -> Vec<u8> {
+        let sealer = session.sealer(lane).unwrap();
+        let flags = if lane == CONTROL_LANE {
+            Flags::CONTROL
+        } else {
+            Flags::NONE
+        };
+        let mut datagram = vec![0; DATA_OVERHEAD + plaintext.len()];
+        datagram[DATA_HEADER_LEN..DATA_HEADER_LEN + plaintext.len()].copy_from_slice(plaintext);
+        let counter = sealer.reserve(1).unwrap().next().unwrap();
+        sealer.seal(counter, flags, &mut datagram).unwrap();
+        datagram
+    }
+
+    fn opened(session: &Session, datagram: &[u8]) -> Result<(Opened, Vec<u8>), DropReason> {
+        let mut datagram = datagram.to_vec();
+        let data = Data::parse(&datagram)?;
+        let opened = session.open(data, &mut datagram)?;
+        let plaintext = datagram[opened.plaintext.clone()].to_vec();
+        Ok((opened, plaintext))
+    }
+
+    const CIPHERS: [Cipher; 2] = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
+
+    #[test]
+    fn a_psk_is_32_bytes_in_base64_and_never_printed() {
+        let text = "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=";
+        let psk: Psk = format!("{text}\n").parse().unwrap();
+        assert_eq!(psk.to_base64().as_str(), text);
+        assert_eq!(format!("{psk:?}"), "Psk(..)");
+        assert_eq!(format!("{:?}", PeerKeys::derive(&psk)), "PeerKeys(..)");
+        let refused = |text: &str| text.parse::<Psk>().unwrap_err();
+        assert_eq!(refused(""), PskError::Length(0));
+        assert_eq!(refused(&text[..43]), PskError::Length(43));
+        assert_eq!(refused(&text.replace('A', "?")), PskError::Base64);
+        assert_eq!(refused(&"A".repeat(44)), PskError::Base64, "33 bytes");
+        let zero = format!("{}=", "A".repeat(43));
+        assert_eq!(refused(&zero), PskError::Zero);
+        let made = Psk::generate(&Entropy::system()).unwrap();
+        let again: Psk = made.to_base64().parse().unwrap();
+        assert_eq!(*again.0, *made.0);
+        assert_ne!(*made.0, *Psk::generate(&Entropy::system()).unwrap().0);
+    }
+
+    /// Computed with an independent implementation (Python's hmac and hashlib) from the text of
+    /// contrib/protocol.md.
+    #[test]
+    fn derived_keys_are_those_of_the_protocol_text() {
+        let psk: Psk = "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA="
+            .parse()
+            .unwrap();
+        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let keys = PeerKeys::derive(&psk);
+        assert_eq!(hex(keys.mac.as_slice()), MAC_KEY);
+        assert_eq!(hex(keys.noise.as_slice()), NOISE_KEY);
+        assert_eq!(hex(&keys.mac_of(b"ipmoved")), MAC);
+        let lane = derive(&[1; 32], b"ipmoved v1 lane", &[&[1], &[0]]);
+        assert_eq!(hex(lane.as_slice()), LANE_KEY);
+    }
+
+    #[test]
+    fn lanes_and_directions_have_keys_of_their_own() {
+        for cipher in CIPHERS {
+            let [old, new] = ends(cipher, 3);
+            let mut seen = HashSet::new();
+            for session in [&old, &new] {
+                for lane in [0, 1, 2, CONTROL_LANE] {
+                    let datagram = sealed(session, lane, b"the same plaintext");
+                    assert!(seen.insert(datagram[DATA_HEADER_LEN..].to_vec()));
+                    let other = if session.index() == old.index() {
+                        &new
+                    } else {
+                        &old
+                    };
+                    let (opened, plaintext) = opened(other, &datagram).unwrap();
+                    assert_eq!((opened.lane, opened.counter), (lane, 0));
+                    assert_eq!(plaintext, b"the same plaintext");
+                }
+            }
+            assert!(old.sealer(3).is_none());
+            // A lane that was not announced, forged from one that was.
+            let mut forged = sealed(&old, 0, b"x");
+            forged[2] = 3;
+            assert_eq!(opened(&new, &forged), Err(DropReason::OpenAuth));
+            let reflected = sealed(&old, 0, b"x");
+            assert_eq!(opened(&old, &reflected), Err(DropReason::SessionUnknown));
+        }
+    }
+
+    #[test]
+    fn a_datagram_is_accepted_once() {
+        for cipher in CIPHERS {
+            let [old, new] = ends(cipher, 1);
+            let datagrams = (0..3).map(|n| sealed(&old, 0, &[n])).collect::<Vec<_>>();
+            assert!(!new.is_heard());
+            let (first, _) = opened(&new, &datagrams[0]).unwrap();
+            assert!(first.first && first.newest && new.is_heard());
+            let (third, _) = opened(&new, &datagrams[2]).unwrap();
+            assert!(!third.first && third.newest);
+            let (second, _) = opened(&new, &datagrams[1]).unwrap();
+            assert!(!second.newest, "it was overtaken");
+            for datagram in &datagrams {
+                assert_eq!(opened(&new, datagram), Err(DropReason::Replay));
+            }
+        }
+    }
+
+    #[test]
+    fn a_forged_counter_does_not_move_the_window() {
+        let [old, new] = ends(Cipher::Aes256Gcm, 1);
+        let datagram = sealed(&old, 0, b"x");
+        let mut forged = datagram.clone();
+        forged[14] = 1;
+        assert_eq!(opened(&new, &forged), Err(DropReason::OpenAuth));
+        assert!(!new.is_heard());
+        assert!(opened(&new, &datagram).is_ok());
+    }
+
+    #[test]
+    fn a_batch_over_several_lanes() {
+        let [old, new] = ends(Cipher::Aes256Gcm, 2);
+        let mut batch = new.open_batch();
+        for n in 0..10u8 {
+            let mut datagram = sealed(&old, n / 2 % 2, &[n]);
+            let data = Data::parse(&datagram).unwrap();
+            let opened = batch.open(data, &mut datagram.clone()).unwrap();
+            assert_eq!(opened.plaintext, 16..17);
+            assert_eq!(batch.open(data, &mut datagram), Err(DropReason::Replay));
+        }
+    }
+
+    #[test]
+    fn nonces_do_not_repeat_over_threads_and_end_at_the_limit() {
+        let [old, _] = ends(Cipher::Aes256Gcm, 1);
+        let sealer = old.sealer(0).unwrap();
+        let counters = std::thread::scope(|scope| {
+            let take = || {
+                let reserve = |n: u32| sealer.reserve(n % 5 + 1).unwrap().map(|counter| counter.0);
+                (0..1_000).flat_map(reserve).collect::<Vec<_>>()
+            };
+            let threads = [scope.spawn(take), scope.spawn(take)];
+            threads.map(|thread| thread.join().unwrap()).concat()
+        });
+        let unique = counters.iter().collect::<HashSet<_>>();
+        assert_eq!((unique.len(), counters.len()), (6_000, 6_000));
+        sealer.next.store(REJECT_AFTER_AES - 2, Relaxed);
+        assert!(sealer.reserve(2).is_some());
+        assert!(sealer.reserve(1).is_none());
+        assert!(sealer.reserve(1).is_none());
+    }
+
+    #[test]
+    fn a_retired_session_neither_seals_nor_opens() {
+        let [old, new] = ends(Cipher::Aes256Gcm, 1);
+        let datagram = sealed(&old, 0, b"x");
+        old.retire();
+        new.retire();
+        old.retire();
+        assert!(old.sealer(0).unwrap().reserve(1).is_none());
+        assert!(old.sealer(CONTROL_LANE).unwrap().reserve(1).is_none());
+        assert_eq!(opened(&new, &datagram), Err(DropReason::SessionExpired));
+        assert_eq!(old.messages(), 2, "the failed reservation counts");
+    }
+
+    #[test]
+    fn what_has_no_room_is_not_sealed() {
+        let [old, _] = ends(Cipher::Aes256Gcm, 1);
+        let sealer = old.sealer(0).unwrap();
+        let mut counters = sealer.reserve(100).unwrap();
+        for length in 0..DATA_OVERHEAD {
+            let counter = counters.next().unwrap();
+            assert_eq!(
+                sealer.seal(counter, Flags::NONE, &mut vec![0; length]),
+                Err(NotSealed)
+            );
+        }
+        let counter = counters.next().unwrap();
+        let mut short = vec![0; DATA_OVERHEAD + 2];
+        let result = sealer.seal_from(counter, Flags::NONE, b"a", b"bc", &mut short);
+        assert_eq!(
+            (result, short),
+            (Err(NotSealed), vec![0; DATA_OVERHEAD + 2])
+        );
+    }
+
+    #[test]
+    fn indexes_are_unique_while_in_use() {
+        let indexes = SessionIndexes::default();
+        let mut draws = [5u32, 5, 5, 6].into_iter();
+        let entropy = Entropy::of(move |bytes| {
+            bytes.copy_from_slice(&draws.next().unwrap().to_le_bytes());
+        });
+        let first = indexes.draw(&entropy).unwrap();
+        let second = indexes.draw(&entropy).unwrap();
+        assert_eq!((first.value, second.value, indexes.len()), (5, 6, 2));
+        drop(first);
+        assert_eq!(indexes.len(), 1);
+    }
+
+    #[test]
+    fn the_door_finds_whose_key_it_was() {
+        let keys = [1, 2, 3].map(|byte| PeerKeys::derive(&Psk(Zeroizing::new([byte; 32]))));
+        let door = Door::new(
+            keys[..2]
+                .iter()
+                .cloned()
+                .enumerate()
+                .map(|(n, keys)| (PeerId(n as u16), keys)),
+        );
+        let signed = |keys: &PeerKeys| {
+            let mut bytes = Initiation::write(Role::Old, 1);
+            let (message, tag) = bytes.split_at_mut(INITIATION_LEN - MAC_LEN);
+            tag.copy_from_slice(&keys.mac_of(message));
+            bytes
+        };
+        assert_eq!(door.admit(&signed(&keys[0])).unwrap().peer(), PeerId(0));
+        assert_eq!(door.admit(&signed(&keys[1])).unwrap().peer(), PeerId(1));
+        assert_eq!(
+            door.admit(&signed(&keys[2])).unwrap_err(),
+            DropReason::HandshakeAuth
+        );
+        let data = sealed(&ends(Cipher::Aes256Gcm, 1)[0], 0, b"x");
+        assert_eq!(door.admit(&data).unwrap_err(), DropReason::WireMalformed);
+    }
+
+    #[test]
+    fn offers_survive_the_wire_and_agree_the_same_from_both_sides() {
+        let policies = [
+            CipherPolicy::Auto,
+            CipherPolicy::Only(CIPHERS[0]),
+            CipherPolicy::Only(CIPHERS[1]),
+        ];
+        for policy in policies {
+            assert_eq!(policy.to_string().parse(), Ok(policy));
+            for aes_hardware in [false, true] {
+                let offer = Offer {
+                    policy,
+                    aes_hardware,
+                };
+                assert_eq!(Offer::from_bytes(offer.bytes()), Some(offer));
+                for policy in policies {
+                    let other = Offer {
+                        policy,
+                        aes_hardware: true,
+                    };
+                    assert_eq!(offer.agree(other), other.agree(offer));
+                }
+            }
+        }
+        assert_eq!(Offer::from_bytes([0, 1]), None);
+        assert_eq!(
+            Offer::from_bytes([4, 1]),
+            None,
+            "nothing this version knows"
+        );
+        assert!("rot13".parse::<CipherPolicy>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn payloads_survive_and_no_bytes_panic(
+            bytes in proptest::array::uniform32(any::<u8>()),
+            timestamp: u64, seen: u64, boot: u64, lanes in 1u8..,
+        ) {
+            let offer = Offer { policy: CipherPolicy::Auto, aes_hardware: true };
+            let hello = Hello { timestamp, seen, boot, offer, lanes };
+            prop_assert_eq!(Hello::decode(&hello.encode()), Some(hello));
+            let answer = Answer { boot, cipher: None, offer, lanes };
+            prop_assert_eq!(Answer::decode(&answer.encode()), Some(answer));
+            let _ = Answer::decode(&bytes);
+        }
+
+        #[test]
+        fn in_place_and_from_afar_seal_alike(
+            head in proptest::collection::vec(any::<u8>(), 0..80),
+            payload in proptest::collection::vec(any::<u8>(), 0..1500),
+            chacha: bool,
+        ) {
+            let [old, new] = ends(CIPHERS[usize::from(chacha)], 1);
+            let plaintext = [&head[..], &payload[..]].concat();
+            let in_place = sealed(&old, 0, &plaintext);
+            let mut from_afar = vec![0; DATA_OVERHEAD + plaintext.len()];
+            let sealer = old.sealer(0).unwrap();
+            sealer.seal_from(Counter(0), Flags::NONE, &head, &payload, &mut from_afar).unwrap();
+            prop_assert_eq!(&in_place, &from_afar);
+            prop_assert_eq!(opened(&new, &from_afar).unwrap().1, plaintext);
+        }
+    }
+
+    /// Run by hand, in a release build: `cargo test --release --lib seal_costs -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "a measurement"]
+    #[expect(clippy::disallowed_methods, reason = "it measures")]
+    fn seal_costs() {
+        const ROUNDS: u32 = 200_000;
+        let (head, payload) = ([3u8; 40], [5u8; 1360]);
+        for cipher in CIPHERS {
+            let [old, new] = ends(cipher, 1);
+            let sealer = old.sealer(0).unwrap();
+            let mut datagram = vec![0u8; DATA_OVERHEAD + 1400];
+            for _ in 0..3 {
+                let time = |what: &str, f: &mut dyn FnMut()| {
+                    let start = Instant::now();
+                    (0..ROUNDS).for_each(|_| f());
+                    println!("{cipher} {what}: {:?}", start.elapsed() / ROUNDS);
+                };
+                time("in place", &mut || {
+                    let counter = sealer.reserve(1).unwrap().next().unwrap();
+                    sealer.seal(counter, Flags::NONE, &mut datagram).unwrap();
+                });
+                time("copy, then in place", &mut || {
+                    let counter = sealer.reserve(1).unwrap().next().unwrap();
+                    datagram[16..56].copy_from_slice(&head);
+                    datagram[56..1416].copy_from_slice(&payload);
+                    sealer.seal(counter, Flags::NONE, &mut datagram).unwrap();
+                });
+                time("from afar", &mut || {
+                    let counter = sealer.reserve(1).unwrap().next().unwrap();
+                    sealer
+                        .seal_from(counter, Flags::NONE, &head, &payload, &mut datagram)
+                        .unwrap();
+                });
+                let mut copy = vec![0u8; datagram.len()];
+                time("seal, copy and open", &mut || {
+                    let counter = sealer.reserve(1).unwrap().next().unwrap();
+                    sealer
+                        .seal_from(counter, Flags::NONE, &head, &payload, &mut datagram)
+                        .unwrap();
+                    copy.copy_from_slice(&datagram);
+                    let data = Data::parse(&copy).unwrap();
+                    new.open(data, &mut copy).unwrap();
+                });
+            }
+        }
+    }
+
+    const MAC_KEY: &str = "10e0b114f81ec6294097eadab38c22ab7a30c44f2edd1432f4b01f714b264def";
+    const NOISE_KEY: &str = "f9b6fe85eae8b63780409f222066b9cde225f212057871475af43e367d076244";
+    const MAC: &str = "1756ce573284abc96c3bccb87aecb4ea";
+    const LANE_KEY: &str = "289f5cb0fc9baaa344a24795f241da892c5a21941f420a30038a9f9d1e39d4b5";
 }

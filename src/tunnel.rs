@@ -537,10 +537,9 @@ impl Tunnel {
             }
             Control::ConfigAck { id, part } => {
                 let outgoing = &mut self.outgoing;
-                if id == outgoing.id && outgoing.peer_boot == Some(peer_boot) {
-                    if let Some(acked) = outgoing.acked.get_mut(usize::from(part)) {
-                        *acked = true;
-                    }
+                let ours = id == outgoing.id && outgoing.peer_boot == Some(peer_boot);
+                if let Some(acked) = outgoing.acked.get_mut(usize::from(part)).filter(|_| ours) {
+                    *acked = true;
                 }
             }
             Control::Close => self.handle_close(now, peer_boot),

@@ -176,6 +176,10 @@ fn sign<const N: usize>(keys: &PeerKeys, message: &mut [u8; N]) {
 /// and the chaining key, from which all later keys follow, in plain arrays that it does not wipe.
 struct Wiped<T>(Box<MaybeUninit<T>>);
 
+#[expect(
+    unsafe_code,
+    reason = "the memory has to outlive the value, to be wiped"
+)]
 impl<T> Wiped<T> {
     fn new(value: T) -> Self {
         Self(Box::new(MaybeUninit::new(value)))
@@ -193,6 +197,10 @@ impl<T> Wiped<T> {
     }
 }
 
+#[expect(
+    unsafe_code,
+    reason = "the memory has to outlive the value, to be wiped"
+)]
 impl<T> Drop for Wiped<T> {
     fn drop(&mut self) {
         // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
