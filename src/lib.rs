@@ -3,5 +3,6 @@
 
 pub mod drops;
 pub mod kernel;
+pub mod lab;
 pub mod moved;
 pub mod peer;
