@@ -9,7 +9,7 @@
 use std::thread;
 
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD, SECOND_CLIENT, moved as nth_moved};
-use ipmoved::lab::{Lab, LabError, Probe, Service, UdpService};
+use ipmoved::lab::{Lab, Probe, Service, UdpService};
 use ipmoved::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, SILENCE, moved, setup};
@@ -220,13 +220,11 @@ fn only_the_ports_that_were_moved_move() -> Result {
 #[test]
 fn the_application_may_listen_on_an_address_that_is_named() -> Result {
     moved(|on| {
-        drop(on.daemons.new.terminate()?);
-        let named = on
-            .setup
-            .clone()
-            .args(Role::New, &["--deliver-to", "198.51.100.2"]);
-        named.start(Role::New)?.wait_until_up()?;
-        Ok::<_, LabError>(())
+        on.daemons.new.terminate()?;
+        let named = (on.setup.clone()).args(Role::New, &["--deliver-to", "198.51.100.2"]);
+        let mut daemon = named.start(Role::New)?;
+        daemon.wait_until_up()?;
+        on.lab.client().get(MOVED)?.is_answered_by(NEW)
     })
 }
 

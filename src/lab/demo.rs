@@ -32,8 +32,8 @@ const RECOVERY: Duration = Duration::from_secs(15);
 /// What is said on the connection whose packets the tap looks at.
 const SECRET: &[u8] = b"This sentence can be read by anybody on the way.";
 
-const PICTURE: &str = "\
-                                        ┌─ old server   192.0.2.1     holds the moved
+const PICTURE: &str =
+    "                                        ┌─ old server   192.0.2.1     holds the moved
    client ──────────── router ──────────┤                             address 192.0.2.5
    203.0.113.10                         └─ new server   198.51.100.2  runs the application
 ";

@@ -39,6 +39,7 @@ pub mod traffic;
 
 pub use capture::{Capture, Tap};
 pub use daemon::{Daemon, DaemonSetup, Daemons};
+pub use demo::{DemoError, demo};
 pub use namespace::{Namespace, Output, Process};
 pub use snapshot::Snapshot;
 pub use topology::{Lab, LabBuilder};
