@@ -1,0 +1,21 @@
+//! `ipmoved demo`, as the README starts it.
+
+use std::process::Command;
+use std::time::Duration;
+
+use ipmoved::lab::Namespace;
+
+use crate::stage::{Result, exe};
+
+#[test]
+fn the_demo_sees_every_step_work() -> Result {
+    // In a namespace of its own only so that it is killed if it hangs.
+    let around = Namespace::new("around the demo")?;
+    let mut demo = Command::new(exe());
+    demo.arg("demo");
+    let said = around.output(demo, Duration::from_secs(120))?;
+    assert!(said.status.success(), "{}\n{}", said.stdout, said.stderr);
+    assert!(said.stdout.matches('✓').count() >= 10, "{}", said.stdout);
+    assert!(!said.stdout.contains('✗'), "{}", said.stdout);
+    Ok(())
+}

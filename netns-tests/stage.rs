@@ -1,0 +1,56 @@
+//! What most tests begin with: a lab in which the address has moved.
+
+use std::path::Path;
+use std::time::Duration;
+
+use ipmoved::lab::topology::NEW;
+use ipmoved::lab::{DaemonSetup, Daemons, Lab, LabError, Service};
+
+/// What a test returns: the error is one sentence.
+pub(crate) type Result<T = ()> = std::result::Result<T, LabError>;
+
+/// One megabyte.
+pub(crate) const MEGABYTE: u64 = 1 << 20;
+
+/// How long nothing may come for a port to count as silent.
+pub(crate) const SILENCE: Duration = Duration::from_millis(700);
+
+/// How long a living path may take for an answer.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a connection may take to live on after a crash: TCP tries again after 0.2, 0.4, 0.8,
+/// 1.6, 3.2 and 6.4 s.
+pub(crate) const RECOVERY: Duration = Duration::from_secs(15);
+
+/// The binary under test.
+pub(crate) fn exe() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_ipmoved"))
+}
+
+/// A lab with the application on the new server and both daemons up.
+pub(crate) struct Moved<'lab> {
+    pub(crate) lab: &'lab Lab,
+    pub(crate) setup: DaemonSetup<'lab>,
+    pub(crate) application: Service,
+    pub(crate) daemons: Daemons<'lab>,
+}
+
+/// Plays a test on the standard stage.
+pub(crate) fn moved<T>(test: impl FnOnce(Moved<'_>) -> Result<T>) -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let application = Service::start(lab.new_server(), NEW)?;
+    let daemons = setup.start_both()?;
+    test(Moved {
+        lab: &lab,
+        setup,
+        application,
+        daemons,
+    })
+    .map(drop)
+}
+
+/// The daemons of a lab as the contract writes them, not started.
+pub(crate) fn setup(lab: &Lab) -> Result<DaemonSetup<'_>> {
+    DaemonSetup::new(lab, exe())
+}

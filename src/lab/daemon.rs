@@ -1,0 +1,372 @@
+//! `ipmoved` processes on the two servers of a lab, started with the command lines of the contract.
+//!
+//! Owns how they are started, waited for, signalled and asked. Knows the binary only by its
+//! commands: its arguments, its exit code, what it prints and `status --json`.
+
+use std::fmt::Write as _;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::topology::{MOVED, NEW, OLD};
+use super::{Doing, Lab, LabError, Namespace, Output, Process, Result, poll_until};
+use crate::peer::Role;
+
+/// How long two daemons may take to find each other: a lost first message is sent again after 5 s
+/// (design of the channel: WireGuard's REKEY_TIMEOUT), twice.
+pub const UP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long a command that is no daemon may take.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a daemon may take to undo its changes after SIGTERM.
+pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often `status` is asked while waiting.
+const STATUS_PAUSE: Duration = Duration::from_millis(25);
+
+/// Two daemons that have not been started yet: what they are told.
+#[derive(Clone, Debug)]
+pub struct DaemonSetup<'lab> {
+    lab: &'lab Lab,
+    exe: PathBuf,
+    runtime_dir: Option<PathBuf>,
+    old: Side,
+    new: Side,
+}
+
+#[derive(Clone, Debug)]
+struct Side {
+    peer: IpAddr,
+    psk_file: PathBuf,
+    args: Vec<String>,
+}
+
+impl<'lab> DaemonSetup<'lab> {
+    /// Both daemons as the contract writes them, with a key of their own, moving [`MOVED`].
+    /// `exe` is the `ipmoved` binary. Their run-time files are in the lab's directory.
+    pub fn new(lab: &'lab Lab, exe: &Path) -> Result<Self> {
+        let psk_file = lab.dir().join("psk");
+        if !psk_file.exists() {
+            write_psk(&psk_file)?;
+        }
+        let side = |peer, args: &[String]| Side {
+            peer,
+            psk_file: psk_file.clone(),
+            args: args.to_vec(),
+        };
+        Ok(Self {
+            lab,
+            exe: exe.into(),
+            runtime_dir: Some(lab.dir().join("run")),
+            old: side(NEW.into(), &["--move".into(), MOVED.to_string()]),
+            new: side(OLD.into(), &[]),
+        })
+    }
+
+    /// Moves these (`ADDR[:PORTS][/tcp|/udp]`) instead of [`MOVED`].
+    #[must_use]
+    pub fn moves(mut self, moves: &[&str]) -> Self {
+        let option = |moved: &&str| ["--move".to_owned(), (*moved).to_owned()];
+        self.old.args = moves.iter().flat_map(option).collect();
+        self
+    }
+
+    /// Gives one side more arguments.
+    #[must_use]
+    pub fn args(mut self, role: Role, args: &[&str]) -> Self {
+        let more = args.iter().map(|&arg| arg.to_owned());
+        self.side_mut(role).args.extend(more);
+        self
+    }
+
+    /// Lets one side find its peer at another address.
+    #[must_use]
+    pub fn peer(mut self, role: Role, peer: impl Into<IpAddr>) -> Self {
+        self.side_mut(role).peer = peer.into();
+        self
+    }
+
+    /// Gives one side a new key, which the other does not have.
+    pub fn another_key(mut self, role: Role) -> Result<Self> {
+        let path = self.lab.dir().join(format!("psk-of-{role}"));
+        write_psk(&path)?;
+        self.side_mut(role).psk_file = path;
+        Ok(self)
+    }
+
+    /// Leaves the place of the run-time files to the daemons, as on a real host.
+    #[must_use]
+    pub fn default_runtime_dir(mut self) -> Self {
+        self.runtime_dir = None;
+        self
+    }
+
+    /// The lab the daemons are for.
+    pub fn lab(&self) -> &'lab Lab {
+        self.lab
+    }
+
+    /// The server on which the daemon of that role runs.
+    pub fn host(&self, role: Role) -> &'lab Namespace {
+        match role {
+            Role::Old => self.lab.old_server(),
+            Role::New => self.lab.new_server(),
+        }
+    }
+
+    /// The arguments of one side's daemon.
+    pub fn daemon_args(&self, role: Role) -> Vec<String> {
+        let side = self.side(role);
+        let mut args = vec![
+            "--peer".to_owned(),
+            side.peer.to_string(),
+            "--psk-file".to_owned(),
+            side.psk_file.display().to_string(),
+        ];
+        args.extend_from_slice(&side.args);
+        args
+    }
+
+    /// The command line as a person would type it.
+    pub fn command_line(&self, role: Role) -> String {
+        let mut line = "ipmoved".to_owned();
+        for arg in self.daemon_args(role) {
+            // Writing to a String cannot fail.
+            let _ = write!(line, " {arg}");
+        }
+        line
+    }
+
+    /// Starts one side's daemon and does not wait for it.
+    pub fn start(&self, role: Role) -> Result<Daemon<'lab>> {
+        let mut command = self.command();
+        command.args(self.daemon_args(role));
+        Ok(Daemon {
+            process: self.host(role).spawn(command)?,
+            role,
+            setup: self.clone(),
+        })
+    }
+
+    /// Starts both and waits until each says that it is up.
+    pub fn start_both(&self) -> Result<Daemons<'lab>> {
+        let mut daemons = Daemons {
+            old: self.start(Role::Old)?,
+            new: self.start(Role::New)?,
+        };
+        daemons.wait_until_up()?;
+        Ok(daemons)
+    }
+
+    /// Runs a command of the binary to its end on one server: `["status", "--json"]`, `["cleanup"]`.
+    pub fn run(&self, role: Role, args: &[&str]) -> Result<Output> {
+        let mut command = self.command();
+        command.args(args);
+        self.host(role).output(command, COMMAND_TIMEOUT)
+    }
+
+    /// What `status --json` says on one server.
+    pub fn status(&self, role: Role) -> Result<Status> {
+        let said = self.run(role, &["status", "--json"])?;
+        if !said.status.success() {
+            return Err(LabError::unexpected(format!(
+                "`ipmoved status --json` on the {role} server ended with {}: {}",
+                said.status,
+                said.stderr.trim_end()
+            )));
+        }
+        serde_json::from_str(&said.stdout)
+            .map(Status)
+            .map_err(io::Error::from)
+            .doing(|| format!("read the status of the {role} server: {}", said.stdout))
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.exe);
+        command.env_remove("IPMOVED_PSK");
+        match &self.runtime_dir {
+            Some(dir) => command.env("IPMOVED_RUNTIME_DIR", dir),
+            None => command.env_remove("IPMOVED_RUNTIME_DIR"),
+        };
+        command
+    }
+
+    fn side(&self, role: Role) -> &Side {
+        match role {
+            Role::Old => &self.old,
+            Role::New => &self.new,
+        }
+    }
+
+    fn side_mut(&mut self, role: Role) -> &mut Side {
+        match role {
+            Role::Old => &mut self.old,
+            Role::New => &mut self.new,
+        }
+    }
+}
+
+/// A running daemon; killed when dropped.
+#[derive(Debug)]
+pub struct Daemon<'lab> {
+    process: Process,
+    role: Role,
+    setup: DaemonSetup<'lab>,
+}
+
+impl Daemon<'_> {
+    /// Waits until its only tunnel is up.
+    ///
+    /// # Errors
+    /// If it ends before that, with what it said; or if it takes longer than [`UP_TIMEOUT`].
+    pub fn wait_until_up(&mut self) -> Result<()> {
+        self.wait_for_state("up", UP_TIMEOUT)
+    }
+
+    /// Waits until its only tunnel is `connecting`, `up` or `down`.
+    pub fn wait_for_state(&mut self, state: &str, patience: Duration) -> Result<()> {
+        let mut last = None;
+        let reached = poll_until(patience, STATUS_PAUSE, || {
+            if let Some(status) = self.process.exited() {
+                return Some(Err(LabError::unexpected(format!(
+                    "the daemon of the {} server ended with {status}: {}",
+                    self.role,
+                    self.process.stderr().trim_end()
+                ))));
+            }
+            let status = self.setup.status(self.role);
+            if status.as_ref().is_ok_and(|status| status.state() == state) {
+                return Some(Ok(()));
+            }
+            last = Some(status);
+            None
+        });
+        reached.unwrap_or_else(|| {
+            Err(LabError::unexpected(format!(
+                "the daemon of the {} server is not {state} after {patience:?}: {last:?}; it said: {}",
+                self.role,
+                self.process.stderr().trim_end()
+            )))
+        })
+    }
+
+    /// What `status --json` says.
+    pub fn status(&self) -> Result<Status> {
+        self.setup.status(self.role)
+    }
+
+    /// Its process.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Stops it as an administrator does (SIGTERM) and expects it to end well.
+    pub fn terminate(self) -> Result<Output> {
+        self.stop_by(Signal::TERM)
+    }
+
+    /// Stops it by a signal it can act on, and expects exit code 0.
+    pub fn stop_by(self, signal: Signal) -> Result<Output> {
+        let role = self.role;
+        self.process.signal(signal)?;
+        let said = self.process.wait(STOP_TIMEOUT)?;
+        if !said.status.success() {
+            return Err(LabError::unexpected(format!(
+                "the daemon of the {role} server ended with {} after {signal:?}: {}",
+                said.status, said.stderr
+            )));
+        }
+        Ok(said)
+    }
+
+    /// Kills it without a chance to undo anything (SIGKILL).
+    pub fn kill(self) -> Result<()> {
+        self.process.signal(Signal::KILL)?;
+        self.process.wait(STOP_TIMEOUT).map(drop)
+    }
+}
+
+/// Both daemons of a lab.
+#[derive(Debug)]
+pub struct Daemons<'lab> {
+    /// On the old server.
+    pub old: Daemon<'lab>,
+    /// On the new server.
+    pub new: Daemon<'lab>,
+}
+
+impl Daemons<'_> {
+    /// Waits until both say that they are up.
+    pub fn wait_until_up(&mut self) -> Result<()> {
+        self.old.wait_until_up()?;
+        self.new.wait_until_up()
+    }
+
+    /// Stops both.
+    pub fn terminate(self) -> Result<()> {
+        self.old.terminate()?;
+        self.new.terminate().map(drop)
+    }
+}
+
+/// What `status --json` said.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Status(pub Value);
+
+impl Status {
+    /// The first tunnel; `Null` if there is none.
+    pub fn tunnel(&self) -> &Value {
+        &self.0["tunnels"][0]
+    }
+
+    /// Its state: `connecting`, `up` or `down`; empty if there is none.
+    pub fn state(&self) -> &str {
+        self.tunnel()["state"].as_str().unwrap_or_default()
+    }
+
+    /// How many flows live.
+    pub fn live_flows(&self) -> u64 {
+        self.tunnel()["flows"]["live"].as_u64().unwrap_or_default()
+    }
+
+    /// How many packets or datagrams were dropped for a reason, whoever sent them: those of the
+    /// tunnel and those of strangers are listed apart.
+    pub fn drops(&self, reason: &str) -> u64 {
+        let count = |of: &Value| of["drops"][reason].as_u64().unwrap_or_default();
+        count(self.tunnel()) + count(&self.0)
+    }
+}
+
+/// Writes a new key as `ipmoved genpsk` prints it, readable by its owner alone.
+fn write_psk(path: &Path) -> Result<()> {
+    let doing = || format!("write key {}", path.display());
+    let mut key = [0; 32];
+    aws_lc_rs::rand::fill(&mut key)
+        .map_err(|_| io::Error::other("no randomness"))
+        .doing(doing)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .doing(doing)?;
+    writeln!(file, "{}", BASE64.encode(key)).doing(doing)
+}
+
+/// Reads a key file back, for tests that look for it where it must not be.
+pub fn read_psk(path: &Path) -> Result<String> {
+    fs::read_to_string(path)
+        .map(|text| text.trim_end().to_owned())
+        .doing(|| format!("read key {}", path.display()))
+}

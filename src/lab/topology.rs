@@ -1,0 +1,460 @@
+//! The standard lab: who is where.
+//!
+//! ```text
+//!                                                          ┌──────────────────────────────┐
+//!                                               .254 ┌─────┤ old server "A"               │
+//!  ┌──────────────────┐         ┌────────────┐  ::fe │ eth0│ 192.0.2.1      2001:db8:a::1 │
+//!  │ clients          │ .1  ::1 │            ├───────┘     │ 192.0.2.5 …    2001:db8:a::5 │ moved
+//!  │ 203.0.113.10     ├─────────┤   router   │ old         └──────────────────────────────┘
+//!  │ 203.0.113.11     │eth0     │            │ new         ┌──────────────────────────────┐
+//!  │ 2001:db8:c::10   │  clients│            ├───────┐     │ new server "B"               │
+//!  │ 2001:db8:c::11   │         └────────────┘  .254 │ eth0│ 198.51.100.2   2001:db8:b::2 │
+//!  └──────────────────┘                         ::fe └─────┤                              │
+//!                                                          └──────────────────────────────┘
+//! ```
+//!
+//! Owns the addresses, links, routes and the sysctls that a careful administrator has: strict
+//! `rp_filter` on both servers, forwarding on the router alone. All addresses are from the blocks
+//! for documentation (RFC 5737, RFC 3849). Labs are independent of each other: tests run side by side.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
+
+use super::traffic::Client;
+use super::{Doing, LabError, Namespace, Result, Tap, poll_until};
+use crate::kernel::netlink::{Address, Family, Netlink, NetlinkError, Route, RouteKind};
+
+/// The first client's address.
+pub const CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+/// The first client's IPv6 address.
+pub const CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 0x10);
+/// The second client's address.
+pub const SECOND_CLIENT: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 11);
+/// The second client's IPv6 address.
+pub const SECOND_CLIENT6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 0x11);
+/// The old server's own address.
+pub const OLD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// The old server's own IPv6 address.
+pub const OLD6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 1);
+/// The moved address, configured on the old server.
+pub const MOVED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 5);
+/// The moved IPv6 address, configured on the old server.
+pub const MOVED6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 5);
+/// The new server's address.
+pub const NEW: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
+/// The new server's IPv6 address.
+pub const NEW6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xb, 0, 0, 0, 0, 2);
+
+/// The interface of each host but the router.
+pub const UPLINK: &str = "eth0";
+
+/// Most moved addresses of a lab: 192.0.2.5 to 192.0.2.204.
+pub const MAX_MOVED: u8 = 200;
+
+/// How long the kernel may take to bring up three links; it takes milliseconds.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+const ROUTER_CLIENTS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+const ROUTER_CLIENTS6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1);
+const ROUTER_OLD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 254);
+const ROUTER_OLD6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 0xfe);
+const ROUTER_NEW: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 254);
+const ROUTER_NEW6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xb, 0, 0, 0, 0, 0xfe);
+
+/// One of the three links of the lab.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Leg {
+    /// Between the clients and the router.
+    Clients,
+    /// Between the router and the old server.
+    Old,
+    /// Between the router and the new server.
+    New,
+}
+
+impl Leg {
+    /// The router's interface on this link.
+    pub fn router_interface(self) -> &'static str {
+        match self {
+            Self::Clients => "clients",
+            Self::Old => "old",
+            Self::New => "new",
+        }
+    }
+}
+
+/// What differs from the standard lab.
+#[derive(Clone, Debug)]
+pub struct LabBuilder {
+    mtus: Vec<(Leg, u32)>,
+    moved: u8,
+    rp_filter: bool,
+}
+
+impl Default for LabBuilder {
+    fn default() -> Self {
+        Self {
+            mtus: Vec::new(),
+            moved: 1,
+            rp_filter: true,
+        }
+    }
+}
+
+impl LabBuilder {
+    /// Sets the MTU of one link, on both its ends (1500 otherwise).
+    #[must_use]
+    pub fn mtu(mut self, leg: Leg, mtu: u32) -> Self {
+        self.mtus.push((leg, mtu));
+        self
+    }
+
+    /// How many moved addresses of each family the old server holds: 192.0.2.5, 192.0.2.6, …
+    /// (1 otherwise, at most [`MAX_MOVED`]).
+    #[must_use]
+    pub fn moved(mut self, count: u8) -> Self {
+        self.moved = count.min(MAX_MOVED);
+        self
+    }
+
+    /// Without strict reverse path filtering on the servers.
+    #[must_use]
+    pub fn without_rp_filter(mut self) -> Self {
+        self.rp_filter = false;
+        self
+    }
+
+    /// Builds it.
+    ///
+    /// # Errors
+    /// [`LabError::Privileges`] without the privileges to make network namespaces.
+    pub fn build(self) -> Result<Lab> {
+        let lab = Lab {
+            clients: Namespace::new("clients")?,
+            router: Namespace::new("router")?,
+            old: Namespace::new("old server")?,
+            new: Namespace::new("new server")?,
+            dir: LabDir::new()?,
+        };
+        let hosts = [
+            (&lab.clients, false, false),
+            (&lab.router, true, false),
+            (&lab.old, false, self.rp_filter),
+            (&lab.new, false, self.rp_filter),
+        ];
+        for (host, forwarding, rp_filter) in hosts {
+            // New interfaces start with the settings of `default`; a new namespace may have
+            // inherited those of the machine, so that each is written, off or on.
+            let forwarding = if forwarding { "1" } else { "0" };
+            let rp_filter = if rp_filter { "1" } else { "0" };
+            host.set_sysctls(&[
+                ("ipv4/ip_forward", forwarding),
+                ("ipv6/conf/all/forwarding", forwarding),
+                ("ipv6/conf/default/forwarding", forwarding),
+                ("ipv4/conf/all/rp_filter", rp_filter),
+                ("ipv4/conf/default/rp_filter", rp_filter),
+                ("ipv6/conf/all/disable_ipv6", "0"),
+                ("ipv6/conf/default/disable_ipv6", "0"),
+                // Nobody advertises anything here; a late change would look like a daemon's.
+                ("ipv6/conf/default/accept_ra", "0"),
+                ("ipv6/conf/default/router_solicitations", "0"),
+                ("ipv6/conf/all/accept_dad", "0"),
+                ("ipv6/conf/default/accept_dad", "0"),
+                ("ipv4/ping_group_range", "0 2147483647"),
+            ])?;
+            host.run(|| netlink("bring lo up", |netlink| set_up(netlink, "lo", None, &[])))?;
+        }
+        let moved4 = (0..self.moved).map(|n| (IpAddr::from(moved(n)), 24));
+        let moved6 = (0..self.moved).map(|n| (IpAddr::from(moved6(n)), 64));
+        let on_old: Vec<_> = [(OLD.into(), 24), (OLD6.into(), 64)]
+            .into_iter()
+            .chain(moved4)
+            .chain(moved6)
+            .collect();
+        let on_clients = [
+            (CLIENT.into(), 24),
+            (SECOND_CLIENT.into(), 24),
+            (CLIENT6.into(), 64),
+            (SECOND_CLIENT6.into(), 64),
+        ];
+        let on_new = [(NEW.into(), 24), (NEW6.into(), 64)];
+        let legs = [
+            (
+                Leg::Clients,
+                &lab.clients,
+                &on_clients[..],
+                (ROUTER_CLIENTS, ROUTER_CLIENTS6),
+            ),
+            (Leg::Old, &lab.old, &on_old[..], (ROUTER_OLD, ROUTER_OLD6)),
+            (Leg::New, &lab.new, &on_new[..], (ROUTER_NEW, ROUTER_NEW6)),
+        ];
+        for (leg, host, addresses, gateway) in legs {
+            let mtu = self.mtus.iter().rev().find(|(of, _)| *of == leg);
+            let mtu = mtu.map(|&(_, mtu)| mtu);
+            lab.connect(leg, host, addresses, gateway, mtu)?;
+        }
+        for host in [&lab.clients, &lab.old, &lab.new] {
+            settled(host)?;
+        }
+        Ok(lab)
+    }
+}
+
+/// The `n`th moved address: 192.0.2.5 is number 0.
+pub fn moved(n: u8) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(MOVED) + u32::from(n))
+}
+
+/// The `n`th moved IPv6 address: 2001:db8:a::5 is number 0.
+pub fn moved6(n: u8) -> Ipv6Addr {
+    Ipv6Addr::from(u128::from(MOVED6) + u128::from(n))
+}
+
+/// A client, a router, an old and a new server. Everything is gone when it is dropped.
+#[derive(Debug)]
+pub struct Lab {
+    clients: Namespace,
+    router: Namespace,
+    old: Namespace,
+    new: Namespace,
+    dir: LabDir,
+}
+
+impl Lab {
+    /// The standard lab.
+    pub fn new() -> Result<Self> {
+        Self::builder().build()
+    }
+
+    /// A lab that differs from the standard.
+    pub fn builder() -> LabBuilder {
+        LabBuilder::default()
+    }
+
+    /// The first client, [`CLIENT`].
+    pub fn client(&self) -> Client<'_> {
+        Client::new(&self.clients, CLIENT, CLIENT6)
+    }
+
+    /// The second client, [`SECOND_CLIENT`], on the same host.
+    pub fn second_client(&self) -> Client<'_> {
+        Client::new(&self.clients, SECOND_CLIENT, SECOND_CLIENT6)
+    }
+
+    /// The host of the clients.
+    pub fn clients(&self) -> &Namespace {
+        &self.clients
+    }
+
+    /// The router.
+    pub fn router(&self) -> &Namespace {
+        &self.router
+    }
+
+    /// The old server, A.
+    pub fn old_server(&self) -> &Namespace {
+        &self.old
+    }
+
+    /// The new server, B.
+    pub fn new_server(&self) -> &Namespace {
+        &self.new
+    }
+
+    /// Starts a tap where a host meets the router.
+    pub fn tap(&self, leg: Leg) -> Result<Tap> {
+        match leg {
+            Leg::Clients => Tap::start(&self.clients, UPLINK),
+            Leg::Old => Tap::start(&self.old, UPLINK),
+            Leg::New => Tap::start(&self.new, UPLINK),
+        }
+    }
+
+    /// A directory for keys and run-time files, readable by root alone, gone with the lab.
+    pub fn dir(&self) -> &Path {
+        &self.dir.0
+    }
+
+    /// Lets the router drop everything to `addr` without a word (`false`), or no longer (`true`):
+    /// a path that fails somewhere far away.
+    pub fn set_reachable(&self, addr: impl Into<IpAddr>, reachable: bool) -> Result<()> {
+        let addr = addr.into();
+        let hole = Route {
+            kind: RouteKind::Blackhole,
+            ..Route::to(addr, Family::of(addr).bits())
+        };
+        self.router.run(|| {
+            netlink("cut or mend a path", |netlink| {
+                if reachable {
+                    netlink.delete_route(&hole)
+                } else {
+                    netlink.add_route(&hole)
+                }
+            })
+        })
+    }
+
+    /// Changes the MTU of a link while everything runs: at both ends, or at the router's alone.
+    pub fn set_mtu(&self, leg: Leg, mtu: u32, both_ends: bool) -> Result<()> {
+        let set = |interface: &str| {
+            netlink("set an MTU", |netlink| {
+                netlink.set_link_mtu(index_of(netlink, interface)?, mtu)?;
+                Ok(())
+            })
+        };
+        self.router.run(|| set(leg.router_interface()))?;
+        if both_ends {
+            self.host(leg).run(|| set(UPLINK))?;
+        }
+        Ok(())
+    }
+
+    fn host(&self, leg: Leg) -> &Namespace {
+        match leg {
+            Leg::Clients => &self.clients,
+            Leg::Old => &self.old,
+            Leg::New => &self.new,
+        }
+    }
+
+    fn connect(
+        &self,
+        leg: Leg,
+        host: &Namespace,
+        addresses: &[(IpAddr, u8)],
+        gateway: (Ipv4Addr, Ipv6Addr),
+        mtu: Option<u32>,
+    ) -> Result<()> {
+        let at_router = leg.router_interface();
+        let gateways = [(IpAddr::from(gateway.0), 24), (IpAddr::from(gateway.1), 64)];
+        self.router.run(|| {
+            netlink("connect a host to the router", |netlink| {
+                netlink.add_veth(at_router, UPLINK, Some(host.fd().as_fd()))?;
+                set_up(netlink, at_router, mtu, &gateways)
+            })
+        })?;
+        host.run(|| {
+            netlink("give a host its addresses", |netlink| {
+                set_up(netlink, UPLINK, mtu, addresses)?;
+                for (gateway, _) in gateways {
+                    netlink.add_route(&Route {
+                        via: Some(gateway),
+                        ..Route::default_of(Family::of(gateway))
+                    })?;
+                }
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Talks to the kernel about the calling thread's namespace.
+fn netlink<T>(
+    action: &'static str,
+    talk: impl FnOnce(&Netlink) -> Result<T, NetlinkError>,
+) -> Result<T> {
+    Netlink::new()
+        .and_then(|netlink| talk(&netlink))
+        .map_err(|error| {
+            if error.is_denied() {
+                return LabError::Privileges;
+            }
+            LabError::Step {
+                action: action.into(),
+                source: io::Error::other(error),
+            }
+        })
+}
+
+fn set_up(
+    netlink: &Netlink,
+    interface: &str,
+    mtu: Option<u32>,
+    addresses: &[(IpAddr, u8)],
+) -> Result<(), NetlinkError> {
+    let index = index_of(netlink, interface)?;
+    if let Some(mtu) = mtu {
+        netlink.set_link_mtu(index, mtu)?;
+    }
+    netlink.set_link_up(index)?;
+    for &(addr, prefix) in addresses {
+        netlink.add_address(&Address {
+            index,
+            addr,
+            prefix,
+        })?;
+    }
+    Ok(())
+}
+
+fn index_of(netlink: &Netlink, interface: &str) -> Result<u32, NetlinkError> {
+    let link = netlink.link_by_name(interface)?;
+    link.map(|link| link.index)
+        .ok_or_else(|| io::Error::other(format!("there is no interface {interface}")).into())
+}
+
+/// Waits until the uplink of a host has its link-local address, which the kernel adds in its own
+/// time: what comes after that is somebody's doing.
+fn settled(host: &Namespace) -> Result<()> {
+    // linux/if_addr.h
+    const IFA_F_TENTATIVE: u8 = 0x40;
+    let settled = || {
+        host.run(|| {
+            // Address, interface index, prefix length, scope, flags, interface name.
+            let addresses = fs::read_to_string("/proc/thread-self/net/if_inet6")
+                .doing(|| "read the IPv6 addresses".into())?;
+            let mut link_local = false;
+            for line in addresses.lines() {
+                let flags = line.split_ascii_whitespace().nth(4);
+                let flags = flags.and_then(|flags| u8::from_str_radix(flags, 16).ok());
+                if flags.is_none_or(|flags| flags & IFA_F_TENTATIVE != 0) {
+                    return Ok(false);
+                }
+                link_local |= line.starts_with("fe80") && line.ends_with(UPLINK);
+            }
+            Ok(link_local)
+        })
+    };
+    poll_until(SETTLE_TIMEOUT, Duration::from_millis(2), || {
+        settled().map(|yes| yes.then_some(())).transpose()
+    })
+    .unwrap_or_else(|| {
+        Err(LabError::unexpected(format!(
+            "the addresses of the {} were not ready in {SETTLE_TIMEOUT:?}",
+            host.name()
+        )))
+    })
+}
+
+/// A directory of its own under the system's temporary directory; removed on drop.
+#[derive(Debug)]
+struct LabDir(PathBuf);
+
+impl LabDir {
+    fn new() -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "ipmoved-lab-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Relaxed)
+        );
+        let path = std::env::temp_dir().join(name);
+        let doing = || format!("make directory {}", path.display());
+        fs::create_dir(&path).doing(doing)?;
+        fs::set_permissions(&path, Permissions::from_mode(0o700)).doing(doing)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for LabDir {
+    fn drop(&mut self) {
+        // What is left in the temporary directory is for the system to clear.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
