@@ -9,6 +9,7 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command, LogFormat, RunArgs};
@@ -33,14 +34,13 @@ const LOG_VARIABLE: &str = "IPMOVED_LOG";
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let result = match cli.command {
+    let result = Cli::try_parse().map_or_else(explain, |cli| match cli.command {
         None => run(cli.run),
         Some(Command::Genpsk) => genpsk(),
         Some(Command::Status { json }) => show_status(json),
         Some(Command::Cleanup) => cleanup(),
         Some(Command::Demo) => demo(),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { code, message }) => {
@@ -61,6 +61,28 @@ impl Failure {
         Self {
             code,
             message: message.to_string(),
+        }
+    }
+}
+
+/// Help goes to standard output; a mistake becomes one line, like every other refusal.
+fn explain(error: clap::Error) -> Result<(), Failure> {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => print(&error.to_string()),
+        _ => {
+            let text = error.to_string();
+            let words: Vec<&str> = text
+                .lines()
+                .map(str::trim)
+                .take_while(|line| !line.starts_with("Usage:"))
+                .filter(|line| !line.is_empty() && !line.starts_with("For more information"))
+                .collect();
+            let line = words.join("; ");
+            let line = line.strip_prefix("error: ").unwrap_or(&line);
+            Err(Failure::new(
+                BAD_INPUT,
+                format!("{line}; see `ipmoved --help`"),
+            ))
         }
     }
 }

@@ -336,11 +336,16 @@ impl Lane {
                 });
             }
         };
-        let session = moment
-            .view
-            .sessions
-            .get(&data.receiver)
-            .ok_or(DropReason::SessionUnknown)?;
+        let current;
+        let session = match moment.view.sessions.get(&data.receiver) {
+            Some(session) => session,
+            None => {
+                // It may have been agreed since this wake-up began.
+                current = self.parts.shared.view.load();
+                let session = current.sessions.get(&data.receiver);
+                session.ok_or(DropReason::SessionUnknown)?
+            }
+        };
         let peer = session.peer();
         let opened = session
             .open(data, datagram)
