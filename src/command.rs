@@ -164,10 +164,7 @@ fn cleanup() -> Result<(), Failure> {
 
 fn demo() -> Result<(), Failure> {
     let exe = std::env::current_exe().map_err(|error| Failure::new(FAILED, error))?;
-    {
-        let _ = exe;
-        Err(Failure::new(FAILED, "soon"))
-    }
+    crate::lab::demo(&exe).map_err(|error| Failure::new(FAILED, error))
 }
 
 /// Writes to standard output; a reader that has gone away (`| head`) is no error.

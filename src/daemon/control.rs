@@ -749,7 +749,7 @@ impl Control {
                 .map(|session| now.saturating_duration_since(session.created()).as_secs()),
             mtu: view.mtu,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
-            deliver_to: peer.deliver.and_then(deliver_text),
+            deliver_to: peer.deliver.and_then(|to| deliver_text(to, &peer.moves)),
             flows,
             rx,
             tx,
@@ -783,15 +783,15 @@ fn is_global(addr: Ipv6Addr) -> bool {
     !addr.is_unicast_link_local() && !addr.is_loopback()
 }
 
-fn deliver_text(deliver: Deliver) -> Option<String> {
+/// Where is delivered, for the families that something was moved of.
+fn deliver_text(deliver: Deliver, moves: &[Move]) -> Option<String> {
     match deliver {
         Deliver::Keep => Some("keep".into()),
         Deliver::To { v4, v6 } => {
-            let all: Vec<String> = v4
-                .map(|addr| addr.to_string())
-                .into_iter()
-                .chain(v6.map(|addr| addr.to_string()))
-                .collect();
+            let moved = |v4: bool| moves.iter().any(|moved| moved.addr.is_ipv4() == v4);
+            let v4 = v4.filter(|_| moved(true)).map(IpAddr::V4);
+            let v6 = v6.filter(|_| moved(false)).map(IpAddr::V6);
+            let all: Vec<String> = v4.iter().chain(&v6).map(ToString::to_string).collect();
             (!all.is_empty()).then(|| all.join(", "))
         }
     }

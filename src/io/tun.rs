@@ -18,6 +18,9 @@ pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
 /// Length of the `virtio_net_hdr` in front of each packet.
 pub const VNET_HDR_LEN: usize = 10;
 
+/// The TUN driver's device node.
+const DEVICE: &str = "/dev/net/tun";
+
 /// Packets that wait in the kernel for the daemon to read them. The default of 500 super-packets
 /// is short of what a burst of small packets brings between two wake-ups.
 const TX_QUEUE_LEN: u32 = 1_000;
@@ -57,6 +60,10 @@ impl TunQueue {
     /// The caller has made sure that no interface of that name exists: with more than one queue
     /// the kernel would silently join an existing one.
     pub fn create(name: &str, queues: usize) -> Result<(Vec<Self>, TunFeatures), TunError> {
+        // tun-rs would make the device node; where there is none, somebody took it away.
+        if !std::path::Path::new(DEVICE).exists() {
+            return Err(TunError::NoDriver);
+        }
         let first = DeviceBuilder::new()
             .name(name)
             .enable(false)
