@@ -1062,7 +1062,11 @@ mod tests {
             .fragment
             .is_none_or(|(_, offset, more)| offset == 0 && !more);
         let icmp6 = packet.protocol == ICMPV6 && packet.dst.is_ipv6();
-        if icmp6 && first && packet.options == 0 && matches!(icmp_type, 130..=137 | 143) {
+        // Where the address alone decides, extension headers are not walked: none of the link's own
+        // messages to a unicast address has any.
+        let bare = packet.options == 0 && packet.fragment.is_none();
+        let walked = tunnel.is_some_and(|end| end.ip() == packet.dst);
+        if icmp6 && (bare || first && walked) && matches!(icmp_type, 130..=137 | 143) {
             return false;
         }
         let word = |at: usize| u16::from_be_bytes([packet.payload[at], packet.payload[at + 1]]);
