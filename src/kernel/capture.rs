@@ -216,3 +216,162 @@ fn free_priority(filters: &[Filter]) -> Option<u16> {
     }
     (1..=u16::MAX).find(|priority| !foreign.contains(priority))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Host;
+    use crate::kernel::testing::{
+        Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter, uplink,
+    };
+
+    const HERE: [(&str, u8); 4] = [
+        ("192.0.2.1", 24),
+        ("192.0.2.5", 24),
+        ("2001:db8:a::1", 64),
+        ("2001:db8:a::5", 64),
+    ];
+    const GATEWAYS: [(&str, u8); 2] = [("192.0.2.254", 24), ("2001:db8:a::fe", 64)];
+    /// Family by family: moved address, address of the router.
+    const ENDS: [(&str, &str); 2] = [
+        ("192.0.2.5", "192.0.2.254"),
+        ("2001:db8:a::5", "2001:db8:a::fe"),
+    ];
+
+    fn end(addr: &str, port: u16) -> SocketAddr {
+        SocketAddr::new(addr.parse().unwrap(), port)
+    }
+
+    /// The same packet on its way back: ends exchanged, which leaves every checksum right.
+    fn turned(packet: &[u8]) -> Vec<u8> {
+        let mut out = packet.to_vec();
+        let (addrs, length, l4) = if packet[0] >> 4 == 4 {
+            (12, 4, 20)
+        } else {
+            (8, 16, 40)
+        };
+        out[addrs..addrs + length].copy_from_slice(&packet[addrs + length..addrs + 2 * length]);
+        out[addrs + length..addrs + 2 * length].copy_from_slice(&packet[addrs..addrs + length]);
+        out[l4..l4 + 2].copy_from_slice(&packet[l4 + 2..l4 + 4]);
+        out[l4 + 2..l4 + 4].copy_from_slice(&packet[l4..l4 + 2]);
+        out
+    }
+
+    #[test]
+    fn a_moved_address_is_captured_and_answered_through_the_uplink() {
+        in_fresh_namespace(|| {
+            strict_rp_filter();
+            let netlink = Netlink::new().unwrap();
+            let router = Router::new(&netlink, &HERE, &GATEWAYS);
+            let tun = Tun::new(&netlink, "tun0", false);
+            strict_rp_filter();
+            let moves: Vec<Move> = vec![
+                "192.0.2.5:53".parse().unwrap(),
+                "2001:db8:a::5".parse().unwrap(),
+            ];
+            let uplink = uplink_for(&netlink, moves[0].addr).unwrap();
+            assert_eq!(uplink, router.uplink);
+            let scratch = Scratch::new();
+            let mut host = Host::open(&scratch.0).unwrap();
+            let desired = plan(&netlink, &moves, &uplink, &tun.link, &[]).unwrap();
+            host.reconcile(desired).unwrap();
+
+            for (moved, gateway) in ENDS {
+                let own = bound(end(moved, 53));
+                let client = router.udp(&end(gateway, 4000).to_string());
+                // Found by ARP or neighbour discovery, which A still answers.
+                client.send_to(b"question", end(moved, 53)).unwrap();
+                let (_, packet) = tun.read(|p| p.ends_with(b"question")).expect("captured");
+                assert!(
+                    own.recv(&mut [0; 100]).is_err(),
+                    "A's own stack must not see it"
+                );
+                tun.write(&turned(&packet));
+                let mut buffer = [0; 100];
+                let (length, from) = client.recv_from(&mut buffer).expect("the way back");
+                assert_eq!(
+                    (&buffer[..length], from),
+                    (&b"question"[..], end(moved, 53))
+                );
+            }
+            // The rest of the first address is still A's.
+            let own = bound(end("192.0.2.5", 54));
+            let client = router.udp("192.0.2.254:4001");
+            client.send_to(b"for A", end("192.0.2.5", 54)).unwrap();
+            assert_eq!(own.recv(&mut [0; 100]).unwrap(), 5);
+
+            // Killed: captured into nothing, and nothing answers.
+            drop((tun, host));
+            let own = bound(end("192.0.2.5", 53));
+            client.send_to(b"question", end("192.0.2.5", 53)).unwrap();
+            assert!(own.recv(&mut [0; 100]).is_err());
+            Host::cleanup(&scratch.0).unwrap();
+            client.send_to(b"question", end("192.0.2.5", 53)).unwrap();
+            assert_eq!(own.recv(&mut [0; 100]).unwrap(), 8);
+        });
+    }
+
+    #[test]
+    fn a_bounced_packet_goes_up_into_the_own_stack() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let router = Router::new(&netlink, &HERE, &GATEWAYS);
+            let tun = Tun::new(&netlink, "tun0", false);
+            let moves: Vec<Move> = vec!["192.0.2.5".parse().unwrap()];
+            let scratch = Scratch::new();
+            let mut host = Host::open(&scratch.0).unwrap();
+            let desired = plan(&netlink, &moves, &router.uplink, &tun.link, &[]).unwrap();
+            host.reconcile(desired).unwrap();
+            let own = bound(end("192.0.2.5", 53));
+            let client = router.udp("192.0.2.254:4000");
+            client.send_to(b"question", end("192.0.2.5", 53)).unwrap();
+            let (_, packet) = tun.read(|p| p.ends_with(b"question")).expect("captured");
+            tun.write(&packet);
+            assert_eq!(own.recv(&mut [0; 100]).unwrap(), 8);
+            host.undo_all().unwrap();
+        });
+    }
+
+    #[test]
+    fn the_uplink_is_found_or_asked_for() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let held = uplink(&netlink, "v0", &[("192.0.2.5", 24)]);
+            let addr = |text: &str| text.parse().unwrap();
+            assert_eq!(uplink_for(&netlink, addr("192.0.2.5")).unwrap(), held);
+            let error = uplink_for(&netlink, addr("192.0.2.6"))
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.contains("192.0.2.6") && error.contains("--uplink"),
+                "{error}"
+            );
+            let error = uplink_named(&netlink, "eth7").unwrap_err().to_string();
+            assert_eq!(error, "interface eth7 does not exist (--uplink)");
+            let lo = netlink.link_by_name("lo").unwrap().unwrap();
+            let error = l2_header(&lo).unwrap_err().to_string();
+            assert!(error.contains("lo is of link-layer type 772"), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_free_preference_before_foreign_filters_is_chosen() {
+        let at = |priority, name: &str| Filter {
+            kind: "bpf".into(),
+            priority,
+            handle: 1,
+            protocol: 3,
+            chain: 0,
+            name: Some(name.into()),
+            program_id: None,
+        };
+        assert_eq!(free_priority(&[]), Some(FILTER_PRIORITY));
+        assert_eq!(free_priority(&[at(49152, "x")]), Some(FILTER_PRIORITY));
+        assert_eq!(free_priority(&[at(10, "x")]), Some(9));
+        assert_eq!(free_priority(&[at(1, "x"), at(2, "y")]), Some(3));
+        assert_eq!(
+            free_priority(&[at(1, "ipmoved_reply")]),
+            Some(FILTER_PRIORITY)
+        );
+    }
+}

@@ -541,3 +541,290 @@ fn remedy(change: &Change, error: &NetlinkError) -> String {
     };
     format!("{error}; {what}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::bpf::{Assembler, Reg};
+    use crate::kernel::testing::{Scratch, Tun, in_fresh_namespace, snapshot, sysctl, uplink};
+    use crate::kernel::{capture, steer};
+    use crate::moved::Move;
+
+    struct Stage {
+        scratch: Scratch,
+        netlink: Netlink,
+        uplink: crate::kernel::netlink::Link,
+    }
+
+    fn stage() -> Stage {
+        let netlink = Netlink::new().unwrap();
+        let addrs = [("192.0.2.5", 24), ("2001:db8::5", 64)];
+        Stage {
+            scratch: Scratch::new(),
+            uplink: uplink(&netlink, "up.0", &addrs),
+            netlink,
+        }
+    }
+
+    impl Stage {
+        fn host(&self) -> Host {
+            Host::open(&self.scratch.0).unwrap()
+        }
+
+        fn capture(&self, tun: &Tun) -> Vec<Desired> {
+            let moves: [Move; 2] = ["192.0.2.5".parse().unwrap(), "2001:db8::5".parse().unwrap()];
+            capture::plan(&self.netlink, &moves, &self.uplink, &tun.link, &[]).unwrap()
+        }
+
+        fn steer(&self, tun: &Tun) -> Vec<Desired> {
+            let uplinks = std::slice::from_ref(&self.uplink);
+            steer::plan(&self.netlink, uplinks, &tun.link, 51820, 1000).unwrap()
+        }
+
+        fn tun(&self) -> Tun {
+            Tun::new(&self.netlink, "tun0", false)
+        }
+    }
+
+    /// A program that lets everything pass.
+    fn foreign_program() -> OwnedFd {
+        let mut asm = Assembler::new();
+        asm.mov(Reg::R0, -1);
+        asm.exit();
+        asm.finish("foreign").unwrap().load().unwrap()
+    }
+
+    fn both(stage: &Stage, tun: &Tun) -> Vec<Desired> {
+        let mut all = stage.capture(tun);
+        all.extend(stage.steer(tun));
+        // One TUN cannot carry both programs in one place; the lasting changes are what counts.
+        all.retain(|desired| !desired.with_tun);
+        all
+    }
+
+    #[test]
+    fn undo_restores_everything() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            sysctl("net/ipv4/fwmark_reflect", "3");
+            let before = snapshot(&stage.netlink);
+            for plan in [Stage::capture, Stage::steer, both] {
+                let tun = stage.tun();
+                let mut host = stage.host();
+                host.reconcile(plan(&stage, &tun)).unwrap();
+                assert_ne!(snapshot(&stage.netlink), before);
+                let report = host.undo_all().unwrap();
+                assert!(report.left.is_empty(), "{report:?}");
+                drop(tun);
+                assert_eq!(snapshot(&stage.netlink), before);
+                drop(host);
+                assert!(!stage.scratch.0.exists());
+            }
+        });
+    }
+
+    #[test]
+    fn a_crash_is_taken_over_without_a_gap_and_undone_to_the_original() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let before = snapshot(&stage.netlink);
+            let first = stage.tun();
+            let mut host = stage.host();
+            host.reconcile(both(&stage, &first)).unwrap();
+            let made = host.made().to_vec();
+            // Killed: the TUN goes, the rest stays.
+            drop(host);
+            drop(first);
+            let filters = |direction| {
+                let filters = stage
+                    .netlink
+                    .filters(stage.uplink.index, direction)
+                    .unwrap();
+                filters
+                    .into_iter()
+                    .filter(|f| f.handle != 0)
+                    .collect::<Vec<_>>()
+            };
+            let old = filters(Direction::Ingress);
+            assert_eq!(old.len(), 1);
+
+            let second = stage.tun();
+            let mut host = stage.host();
+            assert_eq!(host.made(), made);
+            let report = host.reconcile(both(&stage, &second)).unwrap();
+            assert!(
+                report.undone.is_empty() && report.left.is_empty(),
+                "{report:?}"
+            );
+            assert_eq!(host.made(), made);
+            let new = filters(Direction::Ingress);
+            assert_eq!(new.len(), 1);
+            assert_eq!(
+                (new[0].priority, new[0].handle),
+                (old[0].priority, old[0].handle)
+            );
+            assert_ne!(new[0].program_id, old[0].program_id);
+            // Another role: what is no longer wanted goes.
+            let report = host.reconcile(stage.capture(&second)).unwrap();
+            assert_eq!(report.undone.len(), made.len() - 2);
+            assert_eq!(host.made().len(), 2);
+            drop(host);
+            drop(second);
+            let report = Host::cleanup(&stage.scratch.0).unwrap();
+            assert_eq!(report.undone.len(), 2);
+            assert_eq!(snapshot(&stage.netlink), before);
+            assert!(!stage.scratch.0.exists());
+        });
+    }
+
+    #[test]
+    fn a_journal_ahead_of_the_kernel_is_undone_too() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let before = snapshot(&stage.netlink);
+            let tun = stage.tun();
+            let mut host = stage.host();
+            let planned: Vec<_> = both(&stage, &tun).into_iter().map(|d| d.change).collect();
+            host.journal.write(&planned).unwrap();
+            host.made = planned.clone();
+            let report = host.undo_all().unwrap();
+            assert_eq!(report.undone.len(), planned.len());
+            drop(tun);
+            assert_eq!(snapshot(&stage.netlink), before);
+        });
+    }
+
+    #[test]
+    fn what_others_have_is_left_to_them() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let index = stage.uplink.index;
+            // Their clsact and filter were there before, at our usual place.
+            stage.netlink.add_clsact(index).unwrap();
+            let place = FilterSlot {
+                index,
+                direction: Direction::Ingress,
+                priority: capture::FILTER_PRIORITY,
+                handle: capture::FILTER_HANDLE,
+            };
+            let foreign = foreign_program();
+            stage
+                .netlink
+                .add_filter(place, foreign.as_fd(), "foreign")
+                .unwrap();
+            sysctl("net/ipv4/tcp_fwmark_accept", "1");
+            let before = snapshot(&stage.netlink);
+            let tun = stage.tun();
+            let mut host = stage.host();
+            host.reconcile(both(&stage, &tun)).unwrap();
+            let filters = stage.netlink.filters(index, Direction::Ingress).unwrap();
+            let ours = filters
+                .iter()
+                .find(|filter| filter.name.as_deref() == Some("ipmoved_capture"));
+            let ours = ours.map(|filter| filter.priority);
+            assert_eq!(ours, Some(capture::FILTER_PRIORITY - 1));
+            assert!(host.undo_all().unwrap().left.is_empty());
+            drop(tun);
+            assert_eq!(snapshot(&stage.netlink), before);
+        });
+    }
+
+    #[test]
+    fn what_others_have_joined_or_changed_stays() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let tun = stage.tun();
+            let mut host = stage.host();
+            host.reconcile(both(&stage, &tun)).unwrap();
+            let place = FilterSlot {
+                index: stage.uplink.index,
+                direction: Direction::Egress,
+                priority: 7,
+                handle: 1,
+            };
+            let foreign = foreign_program();
+            stage
+                .netlink
+                .add_filter(place, foreign.as_fd(), "foreign")
+                .unwrap();
+            sysctl("net/ipv4/fwmark_reflect", "5");
+            let left = host.undo_all().unwrap().left;
+            let left: Vec<_> = left
+                .iter()
+                .map(|failure| failure.change.to_string())
+                .collect();
+            assert_eq!(left.len(), 2, "{left:?}");
+            assert!(
+                left[0].starts_with("sysctl") || left[1].starts_with("sysctl"),
+                "{left:?}"
+            );
+            assert!(stage.netlink.has_clsact(stage.uplink.index).unwrap());
+            let filters = stage
+                .netlink
+                .filters(stage.uplink.index, Direction::Egress)
+                .unwrap();
+            assert!(
+                filters
+                    .iter()
+                    .all(|f| f.name.as_deref() != Some("ipmoved_reply"))
+            );
+            assert!(filters.iter().any(|f| f.name.as_deref() == Some("foreign")));
+        });
+    }
+
+    #[test]
+    fn a_change_that_fails_leaves_nothing_half_done() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let before = snapshot(&stage.netlink);
+            let tun = stage.tun();
+            let mut host = stage.host();
+            let mut desired = both(&stage, &tun);
+            desired.push(Desired::lasting(Change::Sysctl {
+                path: "net/ipv4/no_such_setting".into(),
+                from: String::new(),
+                to: "1".into(),
+            }));
+            let error = host.reconcile(desired).unwrap_err().to_string();
+            assert!(error.contains("sysctl net.ipv4.no_such_setting"), "{error}");
+            assert!(error.contains("no such setting"), "{error}");
+            assert_eq!(host.made(), []);
+            drop(tun);
+            assert_eq!(snapshot(&stage.netlink), before);
+        });
+    }
+
+    #[test]
+    fn a_second_daemon_and_cleanup_are_refused_while_one_runs() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let host = stage.host();
+            for error in [
+                Host::open(&stage.scratch.0).unwrap_err(),
+                Host::cleanup(&stage.scratch.0).unwrap_err(),
+            ] {
+                assert!(error.to_string().contains("already running"), "{error}");
+            }
+            drop(host);
+            // Another namespace never collides.
+            let base = stage.scratch.0.clone();
+            let _host = stage.host();
+            in_fresh_namespace(move || drop(Host::open(&base).unwrap()));
+        });
+    }
+
+    #[test]
+    fn a_vanished_interface_is_named() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let tun = stage.tun();
+            let desired = stage.capture(&tun);
+            stage.netlink.delete_link(stage.uplink.index).unwrap();
+            let error = stage.host().reconcile(desired).unwrap_err().to_string();
+            assert!(
+                error.contains("up.0") && error.contains("interface is gone"),
+                "{error}"
+            );
+        });
+    }
+}

@@ -438,23 +438,7 @@ fn file_error(what: &'static str, path: &Path, error: io::Error) -> JournalError
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A directory that goes with the test.
-    pub(super) struct Scratch(pub(super) PathBuf);
-
-    impl Scratch {
-        fn new(name: &str) -> Self {
-            let dir = std::env::temp_dir().join(format!("ipmoved-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&dir);
-            Self(dir)
-        }
-    }
-
-    impl Drop for Scratch {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
+    use crate::kernel::testing::Scratch;
 
     fn sysctl() -> Change {
         Change::Sysctl {
@@ -527,7 +511,7 @@ mod tests {
 
     #[test]
     fn what_was_written_is_read_by_the_next_daemon() {
-        let scratch = Scratch::new("journal");
+        let scratch = Scratch::new();
         let (journal, changes) = Journal::open(&scratch.0).unwrap();
         assert_eq!(changes, []);
         journal.write(&[sysctl()]).unwrap();
@@ -542,7 +526,7 @@ mod tests {
 
     #[test]
     fn a_second_daemon_is_told_the_pid_of_the_first() {
-        let scratch = Scratch::new("lock");
+        let scratch = Scratch::new();
         let first = Journal::open(&scratch.0).unwrap();
         let error = Journal::open(&scratch.0).unwrap_err().to_string();
         let pid = format!("(pid {})", std::process::id());
@@ -553,7 +537,7 @@ mod tests {
 
     #[test]
     fn a_journal_of_another_boot_or_namespace_is_not_undone() {
-        let scratch = Scratch::new("stale");
+        let scratch = Scratch::new();
         let (mut journal, _) = Journal::open(&scratch.0).unwrap();
         let identity = journal.identity.clone();
         for stale in [
@@ -576,7 +560,7 @@ mod tests {
     #[test]
     fn a_directory_of_others_is_refused() {
         use std::os::unix::fs::PermissionsExt;
-        let scratch = Scratch::new("foreign");
+        let scratch = Scratch::new();
         fs::create_dir(&scratch.0).unwrap();
         fs::set_permissions(&scratch.0, fs::Permissions::from_mode(0o777)).unwrap();
         let error = Journal::open(&scratch.0).unwrap_err();
@@ -585,7 +569,7 @@ mod tests {
 
     #[test]
     fn rubbish_is_not_taken_for_a_journal() {
-        let scratch = Scratch::new("rubbish");
+        let scratch = Scratch::new();
         let (journal, _) = Journal::open(&scratch.0).unwrap();
         fs::write(journal.dir.join(JOURNAL), "{").unwrap();
         let error = journal.read().unwrap_err();

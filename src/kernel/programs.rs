@@ -10,12 +10,14 @@
 //! [`capture`](super::capture) and [`steer`](super::steer).
 //!
 //! All packet reads go through `LD_ABS`/`LD_IND`, which reach into non-linear packets and let a
-//! packet pass that ends too early. A program costs a packet that is none of its business a
-//! handful of loads and one comparison per moved address.
+//! packet pass that ends too early. A packet that is none of a program's business costs a handful of
+//! loads and one comparison per moved address: 40 to 50 ns as BPF_PROG_TEST_RUN counts, on the
+//! machine of the design's measurements; a UDP packet on the new server costs 200 ns.
 //!
 //! Size: at most [`MAX_MOVES`](crate::moved::MAX_MOVES) addresses are compared one by one; ports are
 //! found in a balanced tree, so that no path through the program has more than some hundred
-//! branches (the verifier gives up at 8,192 open ones, and at a million instructions looked at).
+//! branches (the verifier gives up at 8,192 open ones, and at a million instructions looked at;
+//! 64 moves of 64 ranges each are 11,500 instructions, of which it looks at 50,000).
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -1062,7 +1064,11 @@ mod tests {
             .fragment
             .is_none_or(|(_, offset, more)| offset == 0 && !more);
         let icmp6 = packet.protocol == ICMPV6 && packet.dst.is_ipv6();
-        if icmp6 && first && packet.options == 0 && matches!(icmp_type, 130..=137 | 143) {
+        // Where the address alone decides, extension headers are not walked: none of the link's own
+        // messages to a unicast address has any.
+        let bare = packet.options == 0 && packet.fragment.is_none();
+        let walked = tunnel.is_some_and(|end| end.ip() == packet.dst);
+        if icmp6 && (bare || first && walked) && matches!(icmp_type, 130..=137 | 143) {
             return false;
         }
         let word = |at: usize| u16::from_be_bytes([packet.payload[at], packet.payload[at + 1]]);

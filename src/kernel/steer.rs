@@ -168,3 +168,322 @@ fn rule_priority(family: Family, rules: &[Rule]) -> Result<u32, PlanError> {
         Err(PlanError::NoRulePriority(family, next))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+    use std::net::{SocketAddr, TcpListener};
+    use std::os::fd::AsRawFd;
+
+    use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, PacketBuilderStep, SlicedPacket};
+    use etherparse::{IpNumber, TransportSlice};
+
+    use super::*;
+    use crate::kernel::Host;
+    use crate::kernel::testing::{
+        Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter,
+    };
+
+    const HERE: [(&str, u8); 2] = [("198.51.100.2", 24), ("2001:db8:b::2", 64)];
+    const GATEWAYS: [(&str, u8); 2] = [("198.51.100.1", 24), ("2001:db8:b::1", 64)];
+    const CLIENTS: [&str; 2] = ["203.0.113.7", "2001:db8:c::7"];
+
+    /// The new server, steering, under strict reverse path filtering.
+    struct NewServer {
+        tun: Tun,
+        router: Router,
+        host: Host,
+        _scratch: Scratch,
+    }
+
+    impl NewServer {
+        fn new(offload: bool) -> Self {
+            strict_rp_filter();
+            let netlink = Netlink::new().unwrap();
+            let router = Router::new(&netlink, &HERE, &GATEWAYS);
+            let tun = Tun::new(&netlink, "tun0", offload);
+            strict_rp_filter();
+            let scratch = Scratch::new();
+            let mut host = Host::open(&scratch.0).unwrap();
+            let uplinks = uplinks(&netlink, None).unwrap();
+            assert_eq!(uplinks, std::slice::from_ref(&router.uplink));
+            let desired = plan(&netlink, &uplinks, &tun.link, 51820, 1000).unwrap();
+            host.reconcile(desired).unwrap();
+            Self {
+                tun,
+                router,
+                host,
+                _scratch: scratch,
+            }
+        }
+    }
+
+    fn ip(src: &str, dst: &str) -> PacketBuilderStep<etherparse::IpHeaders> {
+        use etherparse::{IpHeaders, Ipv4Header, Ipv6FlowLabel, Ipv6Header};
+        let header = match (src.parse().unwrap(), dst.parse().unwrap()) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                let mut header = Ipv4Header::new(0, 60, IpNumber::UDP, src.octets(), dst.octets());
+                header.as_mut().unwrap().dont_fragment = true;
+                IpHeaders::Ipv4(header.unwrap(), etherparse::Ipv4Extensions::default())
+            }
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                let header = Ipv6Header {
+                    traffic_class: 0,
+                    flow_label: Ipv6FlowLabel::ZERO,
+                    payload_length: 0,
+                    next_header: IpNumber::UDP,
+                    hop_limit: 60,
+                    source: src.octets(),
+                    destination: dst.octets(),
+                };
+                IpHeaders::Ipv6(header, etherparse::Ipv6Extensions::default())
+            }
+            _ => panic!("mixed families"),
+        };
+        PacketBuilder::ip(header)
+    }
+
+    fn udp(src: &str, src_port: u16, dst: &str, dst_port: u16, payload: &[u8]) -> Vec<u8> {
+        let mut packet = Vec::new();
+        let builder = ip(src, dst).udp(src_port, dst_port);
+        builder.write(&mut packet, payload).unwrap();
+        packet
+    }
+
+    /// Whether a packet goes to `client`, and what follows its headers for a UDP packet.
+    fn goes_to(packet: &[u8], client: &str) -> bool {
+        let dst: IpAddr = match packet[0] >> 4 {
+            4 => <[u8; 4]>::try_from(&packet[16..20]).unwrap().into(),
+            _ => <[u8; 16]>::try_from(&packet[24..40]).unwrap().into(),
+        };
+        dst == client.parse::<IpAddr>().unwrap()
+    }
+
+    fn socket_addr(addr: &str, port: u16) -> SocketAddr {
+        SocketAddr::new(addr.parse().unwrap(), port)
+    }
+
+    #[test]
+    fn udp_replies_go_back_into_the_tun_and_direct_ones_do_not() {
+        in_fresh_namespace(|| {
+            let b = NewServer::new(false);
+            for ((here, _), (gateway, client)) in HERE
+                .into_iter()
+                .zip(GATEWAYS.map(|g| g.0).into_iter().zip(CLIENTS))
+            {
+                let server = bound(socket_addr(here, 53));
+                b.tun.write(&udp(client, 4000, here, 53, b"question"));
+                let mut buffer = [0; 100];
+                let (length, from) = server.recv_from(&mut buffer).expect("the stack takes it");
+                assert_eq!(
+                    (&buffer[..length], from),
+                    (&b"question"[..], socket_addr(client, 4000))
+                );
+                b.router.has_seen(b"forget what came");
+
+                server.send_to(b"an unconnected answer", from).unwrap();
+                let (_, packet) = b.tun.read(|p| goes_to(p, client)).expect("steered");
+                let sliced = SlicedPacket::from_ip(&packet).unwrap();
+                let Some(TransportSlice::Udp(reply)) = sliced.transport else {
+                    panic!("{packet:02x?}")
+                };
+                assert_eq!((reply.source_port(), reply.destination_port()), (53, 4000));
+                assert_eq!(reply.payload(), b"an unconnected answer");
+
+                let connected = server.try_clone().unwrap();
+                connected.connect(from).unwrap();
+                connected.send(b"a connected answer").unwrap();
+                assert!(b.tun.read(|p| goes_to(p, client)).is_some());
+                assert!(!b.router.has_seen(b"nected answer"));
+                drop((connected, server));
+
+                // A client that comes directly, and a port that nobody has asked from.
+                let server = bound(socket_addr(here, 53));
+                let direct = b.router.udp(&socket_addr(gateway, 4001).to_string());
+                direct
+                    .send_to(b"direct question", socket_addr(here, 53))
+                    .unwrap();
+                let (_, from) = server.recv_from(&mut buffer).unwrap();
+                server.send_to(b"direct answer", from).unwrap();
+                assert_eq!(direct.recv(&mut buffer).unwrap(), 13);
+                server
+                    .send_to(b"an unasked one", socket_addr(client, 4002))
+                    .unwrap();
+                assert!(b.tun.read(|p| goes_to(p, client)).is_none());
+                assert!(b.router.has_seen(b"an unasked one"));
+            }
+        });
+    }
+
+    #[test]
+    fn replies_of_sixty_thousand_bytes_are_steered_fragment_by_fragment() {
+        in_fresh_namespace(|| {
+            let b = NewServer::new(false);
+            for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {
+                let server = bound(socket_addr(here, 53));
+                b.tun.write(&udp(client, 4000, here, 53, b"question"));
+                let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
+                let answer = vec![0xa5; 60_000];
+                server.send_to(&answer, from).unwrap();
+                let mut seen = 0;
+                while let Some((_, packet)) = b.tun.read(|p| goes_to(p, client)) {
+                    seen += packet.iter().filter(|&&byte| byte == 0xa5).count();
+                    if seen >= answer.len() {
+                        break;
+                    }
+                }
+                assert!(seen >= answer.len(), "{seen} bytes");
+                assert!(!b.router.has_seen(&[0xa5; 100]));
+            }
+        });
+    }
+
+    #[test]
+    #[allow(unsafe_code, reason = "setsockopt(UDP_SEGMENT)")]
+    fn a_super_packet_of_the_application_arrives_whole() {
+        in_fresh_namespace(|| {
+            let segment: libc::c_int = 1200;
+            let b = NewServer::new(true);
+            for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {
+                let server = bound(socket_addr(here, 53));
+                b.tun.write(&udp(client, 4000, here, 53, b"question"));
+                let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
+                // SAFETY: the option's value is an int, and the kernel reads no more.
+                let result = unsafe {
+                    libc::setsockopt(
+                        server.as_raw_fd(),
+                        libc::SOL_UDP,
+                        libc::UDP_SEGMENT,
+                        (&raw const segment).cast(),
+                        size_of::<libc::c_int>() as libc::socklen_t,
+                    )
+                };
+                assert_eq!(result, 0);
+                server.send_to(&[0x5a; 12_000], from).unwrap();
+                let (header, packet) = b.tun.read(|p| goes_to(p, client)).expect("steered");
+                let headers = if here.contains(':') { 48 } else { 28 };
+                const NEEDS_CSUM: u8 = 1;
+                const GSO_UDP_L4: u8 = 5;
+                assert_eq!(packet.len(), headers + 12_000);
+                assert_eq!((header[0], header[1]), (NEEDS_CSUM, GSO_UDP_L4));
+                assert_eq!(u16::from_le_bytes([header[4], header[5]]), 1200);
+                assert!(!b.router.has_seen(&[0x5a; 100]));
+            }
+        });
+    }
+
+    #[test]
+    fn tcp_and_icmp_answers_go_by_their_mark() {
+        in_fresh_namespace(|| {
+            let b = NewServer::new(false);
+            for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {
+                let _listener = TcpListener::bind(socket_addr(here, 80)).unwrap();
+                for (port, flag) in [(80, "SYN-ACK"), (81, "RST")] {
+                    let mut syn = Vec::new();
+                    let builder = ip(client, here).tcp(4000, port, 1000, 64_000).syn();
+                    builder.write(&mut syn, &[]).unwrap();
+                    b.tun.write(&syn);
+                    let (_, packet) = b.tun.read(|p| goes_to(p, client)).expect(flag);
+                    let sliced = SlicedPacket::from_ip(&packet).unwrap();
+                    let Some(TransportSlice::Tcp(tcp)) = sliced.transport else {
+                        panic!("{packet:02x?}")
+                    };
+                    assert_eq!((tcp.syn(), tcp.rst()), (port == 80, port == 81));
+                }
+                // A closed UDP port.
+                b.tun.write(&udp(client, 4000, here, 9, b"anybody?"));
+                let (_, packet) = b
+                    .tun
+                    .read(|p| goes_to(p, client))
+                    .expect("port unreachable");
+                let sliced = SlicedPacket::from_ip(&packet).unwrap();
+                match sliced.transport {
+                    Some(TransportSlice::Icmpv4(icmp)) => {
+                        assert!(matches!(
+                            icmp.icmp_type(),
+                            Icmpv4Type::DestinationUnreachable(_)
+                        ));
+                    }
+                    Some(TransportSlice::Icmpv6(icmp)) => {
+                        assert!(matches!(
+                            icmp.icmp_type(),
+                            Icmpv6Type::DestinationUnreachable(_)
+                        ));
+                    }
+                    other => panic!("{other:?}"),
+                }
+                // Ping.
+                let mut ping = Vec::new();
+                if here.contains(':') {
+                    let builder = ip(client, here).icmpv6_echo_request(7, 1);
+                    builder.write(&mut ping, b"ping").unwrap();
+                } else {
+                    let builder = ip(client, here).icmpv4_echo_request(7, 1);
+                    builder.write(&mut ping, b"ping").unwrap();
+                }
+                b.tun.write(&ping);
+                assert!(
+                    b.tun
+                        .read(|p| goes_to(p, client) && p.ends_with(b"ping"))
+                        .is_some()
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn after_a_crash_replies_fall_silent() {
+        in_fresh_namespace(|| {
+            let b = NewServer::new(false);
+            let (here, client) = (HERE[0].0, CLIENTS[0]);
+            let server = bound(socket_addr(here, 53));
+            b.tun.write(&udp(client, 4000, here, 53, b"question"));
+            let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
+            // The daemon is killed: TUN and lock go, the rest stays.
+            drop((b.tun, b.host));
+            let _ = server.send_to(b"a late answer", from);
+            assert!(!b.router.has_seen(b"a late answer"));
+            let netlink = Netlink::new().unwrap();
+            let refused = netlink.route_get(client.parse().unwrap(), Some(MARK), None);
+            assert_eq!(
+                refused.unwrap_err().errno().map(|errno| errno.kind()),
+                Some(ErrorKind::InvalidInput)
+            );
+        });
+    }
+
+    fn rule(priority: u32, table: u32) -> Rule {
+        Rule {
+            family: Family::V4,
+            priority,
+            mark: None,
+            table: Some(table),
+            selects_more: false,
+        }
+    }
+
+    #[test]
+    fn the_rule_stands_behind_local_and_before_all_others() {
+        let priority = |rules: &[Rule]| rule_priority(Family::V4, rules).ok();
+        let (local, main) = (rule(0, 255), rule(32766, 254));
+        assert_eq!(priority(&[local.clone(), main.clone()]), Some(100));
+        assert_eq!(
+            priority(&[local.clone(), rule(50, 7), main.clone()]),
+            Some(49)
+        );
+        assert_eq!(priority(&[local.clone(), rule(1, 7), main.clone()]), None);
+        assert_eq!(
+            priority(&[rule(5, 9), rule(200, 255), main.clone()]),
+            Some(201)
+        );
+        let left = Rule {
+            mark: Some((MARK, u32::MAX)),
+            ..rule(60, TABLE)
+        };
+        assert_eq!(
+            priority(&[local.clone(), left.clone(), main.clone()]),
+            Some(60)
+        );
+        assert_eq!(priority(&[local, rule(50, 7), left, main]), Some(49));
+    }
+}

@@ -1,25 +1,327 @@
-//! A throwaway network namespace for this room's tests.
+//! Throwaway network namespaces, a TUN and directories for this room's tests.
+#![allow(unsafe_code, reason = "unshare(2) and the TUN's ioctls")]
 
 use std::fmt::Debug;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::UnshareFlags;
+
+use super::netlink::{Address, Direction, Family, Link, Netlink, Route};
 
 /// Runs `test` on a thread of its own in a fresh network namespace, which vanishes with it.
 ///
 /// # Panics
 /// If `test` does, or without the privileges to make a namespace.
-#[allow(unsafe_code, reason = "unshare(2)")]
-pub(crate) fn in_fresh_namespace<T: Send + Debug + 'static>(
+pub(super) fn in_fresh_namespace<T: Send + Debug + 'static>(
     test: impl FnOnce() -> T + Send + 'static,
 ) -> T {
     let thread = std::thread::spawn(move || {
-        // SAFETY: CLONE_NEWNET concerns only this thread, which shares no descriptor table
-        // invariants with anybody: no descriptor is unshared.
+        // SAFETY: CLONE_NEWNET alone: nothing that this thread shares is unshared but the namespace.
         let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) };
         if let Err(error) = unshared {
             panic!("cannot make a network namespace: {error}; run the tests as root");
         }
         test()
+    });
+    match thread.join() {
+        Ok(value) => value,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// A name for a directory that goes with the test.
+pub(super) struct Scratch(pub(super) PathBuf);
+
+impl Scratch {
+    pub(super) fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!(
+            "ipmoved-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Relaxed)
+        );
+        let dir = std::env::temp_dir().join(name);
+        let _ = fs::remove_dir_all(&dir);
+        Self(dir)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// One end of a veth pair in this namespace, up and with addresses; the other end, called `far`, is
+/// up as well.
+pub(super) fn uplink(netlink: &Netlink, name: &str, addrs: &[(&str, u8)]) -> Link {
+    let far = format!("{name}far");
+    netlink.add_veth(name, &far, None).unwrap();
+    let far = netlink.link_by_name(&far).unwrap().unwrap();
+    let link = netlink.link_by_name(name).unwrap().unwrap();
+    netlink.set_link_up(far.index).unwrap();
+    netlink.set_link_up(link.index).unwrap();
+    for &(addr, prefix) in addrs {
+        let addr: IpAddr = addr.parse().unwrap();
+        let index = link.index;
+        netlink
+            .add_address(&Address {
+                index,
+                addr,
+                prefix,
+            })
+            .unwrap();
+    }
+    netlink.link_by_index(link.index).unwrap().unwrap()
+}
+
+pub(super) fn sysctl(path: &str, value: &str) {
+    fs::write(format!("/proc/sys/{path}"), value).unwrap();
+}
+
+/// Strict reverse path filtering on every interface, there and to come.
+pub(super) fn strict_rp_filter() {
+    for entry in fs::read_dir("/proc/sys/net/ipv4/conf").unwrap() {
+        fs::write(entry.unwrap().path().join("rp_filter"), "1").unwrap();
+    }
+}
+
+/// Everything that a daemon may change, in words.
+pub(super) fn snapshot(netlink: &Netlink) -> Vec<String> {
+    let mut out = Vec::new();
+    for link in netlink.links().unwrap() {
+        let qdiscs = netlink.qdiscs(link.index).unwrap();
+        out.push(format!("{} {qdiscs:?}", link.name));
+        for direction in [Direction::Ingress, Direction::Egress] {
+            for filter in netlink.filters(link.index, direction).unwrap() {
+                out.push(format!("{} {direction} {filter:?}", link.name));
+            }
+        }
+    }
+    for family in [Family::V4, Family::V6] {
+        for rule in netlink.rules(family).unwrap() {
+            out.push(format!("{rule:?}"));
+        }
+        for table in [254, super::steer::TABLE] {
+            for route in netlink.routes(family, table).unwrap() {
+                // The kernel adds link-local routes when it gets round to it.
+                if route.dst.0.to_string() == "fe80::" {
+                    continue;
+                }
+                out.push(format!("{route:?}"));
+            }
+        }
+    }
+    for path in [
+        "net/ipv4/tcp_fwmark_accept",
+        "net/ipv4/fwmark_reflect",
+        "net/ipv6/fwmark_reflect",
+        "net/ipv4/ip_forward",
+        "net/ipv4/conf/all/rp_filter",
+        "net/ipv4/conf/all/src_valid_mark",
+    ] {
+        let value = fs::read_to_string(format!("/proc/sys/{path}")).unwrap();
+        out.push(format!("{path} = {value:?}"));
+    }
+    out
+}
+
+/// A TUN without packet information, up.
+pub(super) struct Tun {
+    file: File,
+    pub(super) link: Link,
+    /// Length of the virtio header before each packet.
+    header: usize,
+}
+
+impl Tun {
+    /// With `offload` the kernel may hand over super-packets.
+    pub(super) fn new(netlink: &Netlink, name: &str, offload: bool) -> Self {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .expect("cannot open /dev/net/tun");
+        let mut flags = libc::IFF_TUN | libc::IFF_NO_PI;
+        if offload {
+            flags |= libc::IFF_VNET_HDR;
+        }
+        let mut request = [0_u8; 40];
+        request[..name.len()].copy_from_slice(name.as_bytes());
+        request[16..18].copy_from_slice(&(flags as u16).to_ne_bytes());
+        // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which is 40 bytes.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+        assert_eq!(result, 0, "TUNSETIFF: {}", io::Error::last_os_error());
+        if offload {
+            const TUN_F_USO: libc::c_uint = 0x20 | 0x40;
+            let all = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+            // SAFETY: TUNSETOFFLOAD takes its flags by value.
+            let result =
+                unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, all | TUN_F_USO) };
+            assert_eq!(result, 0, "TUNSETOFFLOAD: {}", io::Error::last_os_error());
+        }
+        let link = netlink.link_by_name(name).unwrap().unwrap();
+        netlink.set_link_mtu(link.index, 1420).unwrap();
+        netlink.set_link_up(link.index).unwrap();
+        Self {
+            file,
+            link: netlink.link_by_index(link.index).unwrap().unwrap(),
+            header: if offload { 10 } else { 0 },
+        }
+    }
+
+    pub(super) fn write(&self, packet: &[u8]) {
+        let mut bytes = vec![0; self.header];
+        bytes.extend(packet);
+        let written = (&self.file).write(&bytes).unwrap();
+        assert_eq!(written, bytes.len());
+    }
+
+    /// The next packet that `wanted` accepts, with its virtio header; `None` after a quarter second.
+    pub(super) fn read(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
+        let mut buffer = vec![0; 70_000];
+        while readable(&self.file) {
+            let length = (&self.file).read(&mut buffer).unwrap();
+            let packet = &buffer[self.header..length];
+            if wanted(packet) {
+                return Some((buffer[..self.header].to_vec(), packet.to_vec()));
+            }
+        }
+        None
+    }
+}
+
+/// Whether something can be read within a quarter second.
+pub(super) fn readable(fd: &impl AsFd) -> bool {
+    let timeout = Timespec::try_from(Duration::from_millis(250)).unwrap();
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap() > 0
+}
+
+/// A router beyond the uplink: a namespace of its own at the other end of a veth pair, which sees
+/// what leaves the uplink.
+pub(super) struct Router {
+    netns: File,
+    /// The uplink's end in the calling thread's namespace.
+    pub(super) uplink: Link,
+    sniffer: socket2::Socket,
+}
+
+impl Router {
+    /// Connects an interface `up0` with `addrs` to a router with `.1`/`::1` of the same networks,
+    /// which is the default gateway.
+    pub(super) fn new(netlink: &Netlink, addrs: &[(&str, u8)], gateways: &[(&str, u8)]) -> Self {
+        let netns = in_fresh_namespace(|| File::open("/proc/thread-self/ns/net").unwrap());
+        netlink
+            .add_veth("up0", "far0", Some(netns.as_fd()))
+            .unwrap();
+        let far: Vec<(IpAddr, u8)> = parsed(gateways);
+        let sniffer = in_namespace(&netns, move || {
+            let netlink = Netlink::new().unwrap();
+            let link = netlink.link_by_name("far0").unwrap().unwrap();
+            let index = link.index;
+            netlink.set_link_up(1).unwrap();
+            netlink.set_link_up(index).unwrap();
+            for (addr, prefix) in far {
+                netlink
+                    .add_address(&Address {
+                        index,
+                        addr,
+                        prefix,
+                    })
+                    .unwrap();
+            }
+            let all = socket2::Protocol::from(i32::from((libc::ETH_P_ALL as u16).to_be()));
+            let socket =
+                socket2::Socket::new(socket2::Domain::PACKET, socket2::Type::RAW, Some(all));
+            let socket = socket.unwrap();
+            socket.set_nonblocking(true).unwrap();
+            socket
+        });
+        let uplink = netlink.link_by_name("up0").unwrap().unwrap();
+        let index = uplink.index;
+        netlink.set_link_up(1).unwrap();
+        netlink.set_link_up(index).unwrap();
+        for (addr, prefix) in parsed(addrs) {
+            netlink
+                .add_address(&Address {
+                    index,
+                    addr,
+                    prefix,
+                })
+                .unwrap();
+        }
+        for (gateway, _) in parsed(gateways) {
+            let route = Route {
+                via: Some(gateway),
+                dev: Some(index),
+                ..Route::default_of(Family::of(gateway))
+            };
+            // IPv6 takes a moment to see that the link is up.
+            let mut tries = 0;
+            while let Err(error) = netlink.add_route(&route) {
+                tries += 1;
+                assert!(tries < 100, "{error}");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        Self {
+            netns,
+            uplink: netlink.link_by_index(index).unwrap().unwrap(),
+            sniffer,
+        }
+    }
+
+    /// A UDP socket of the router.
+    pub(super) fn udp(&self, addr: &str) -> UdpSocket {
+        let addr: SocketAddr = addr.parse().unwrap();
+        in_namespace(&self.netns, move || bound(addr))
+    }
+
+    /// Whether a packet has arrived from the uplink in which `needle` occurs. Forgets what came.
+    pub(super) fn has_seen(&self, needle: &[u8]) -> bool {
+        std::thread::sleep(Duration::from_millis(50));
+        let mut buffer = vec![0; 70_000];
+        let mut seen = false;
+        while let Ok(length) = (&self.sniffer).read(&mut buffer) {
+            seen |= buffer[..length]
+                .windows(needle.len())
+                .any(|part| part == needle);
+        }
+        seen
+    }
+}
+
+/// A UDP socket that waits a quarter second for an answer.
+pub(super) fn bound(addr: SocketAddr) -> UdpSocket {
+    let socket = UdpSocket::bind(addr).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_millis(250)))
+        .unwrap();
+    socket
+}
+
+fn parsed(addrs: &[(&str, u8)]) -> Vec<(IpAddr, u8)> {
+    addrs
+        .iter()
+        .map(|&(addr, prefix)| (addr.parse().unwrap(), prefix))
+        .collect()
+}
+
+fn in_namespace<T: Send + 'static>(netns: &File, run: impl FnOnce() -> T + Send + 'static) -> T {
+    let netns = netns.try_clone().unwrap();
+    let thread = std::thread::spawn(move || {
+        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(netns.as_fd(), kind).unwrap();
+        run()
     });
     match thread.join() {
         Ok(value) => value,
