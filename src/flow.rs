@@ -71,7 +71,7 @@ const PORT_TRIES: u32 = 64;
 /// Where those ports begin: below lie the ports of services.
 const FIRST_PORT: u32 = 1024;
 
-/// Entries allocated together: 14 KiB.
+/// Entries allocated together: 13 KiB.
 const CHUNK: usize = 256;
 
 const NIL: u32 = u32::MAX;
@@ -426,7 +426,7 @@ impl FlowTable {
         self.evict_one(now, limit)
     }
 
-    /// Counters; `live` and `max` are those of `limit`'s share that this table has.
+    /// Counters of this table; `max` is the limit's to say and 0 here.
     pub fn stats(&self) -> FlowStats {
         FlowStats {
             live: self.live as u64,
@@ -786,7 +786,8 @@ mod seen {
     pub(super) const RESET: u8 = 32;
 }
 
-/// One flow. 52 bytes; with both indexes about 75 at a million flows.
+/// One flow. 52 bytes; with both indexes about 73 at a million flows. (In a cache line of its own it
+/// is found no faster: what a cold lookup waits for is the page tables.)
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     client: Addr,
@@ -1016,7 +1017,7 @@ mod tests {
             self.now += time;
         }
 
-        fn from_client(&mut self, key: &Outside, flags: u8) -> Result<Inside, DropReason> {
+        fn client_sends(&mut self, key: &Outside, flags: u8) -> Result<Inside, DropReason> {
             match self.table.client_packet(self.now, key, flags, &self.limit) {
                 Some(inside) => Ok(inside),
                 None => {
@@ -1027,16 +1028,16 @@ mod tests {
             }
         }
 
-        fn from_application(&mut self, key: &Inside, flags: u8) -> Option<Outside> {
+        fn application_sends(&mut self, key: &Inside, flags: u8) -> Option<Outside> {
             self.table
                 .application_packet(self.now, key, flags, &self.limit)
         }
 
         /// A connection with its handshake done.
         fn connect(&mut self, key: &Outside) -> Inside {
-            let inside = self.from_client(key, SYN).unwrap();
-            self.from_application(&inside, SYN_ACK).unwrap();
-            self.from_client(key, ACK).unwrap()
+            let inside = self.client_sends(key, SYN).unwrap();
+            self.application_sends(&inside, SYN_ACK).unwrap();
+            self.client_sends(key, ACK).unwrap()
         }
 
         fn expire(&mut self) {
@@ -1068,44 +1069,44 @@ mod tests {
 
     #[test]
     fn an_entry_is_small() {
-        assert!(size_of::<Entry>() <= 52, "{}", size_of::<Entry>());
+        assert_eq!(size_of::<Entry>(), 52);
     }
 
     #[test]
     fn tcp_states_follow_what_both_sides_send() {
         let mut bed = Bed::new(10);
         let k = key(TCP, 1, 1);
-        let inside = bed.from_client(&k, SYN).unwrap();
+        let inside = bed.client_sends(&k, SYN).unwrap();
         assert_eq!(class(&bed, &k), Class::TcpOpening);
-        bed.from_application(&inside, SYN_ACK).unwrap();
+        bed.application_sends(&inside, SYN_ACK).unwrap();
         assert_eq!(
             class(&bed, &k),
             Class::TcpOpening,
             "a SYN cookie proves nothing"
         );
-        bed.from_client(&k, ACK).unwrap();
+        bed.client_sends(&k, ACK).unwrap();
         assert_eq!(class(&bed, &k), Class::TcpEstablished);
-        bed.from_client(&k, SYN).unwrap();
+        bed.client_sends(&k, SYN).unwrap();
         assert_eq!(
             class(&bed, &k),
             Class::TcpEstablished,
             "a forged SYN changes nothing"
         );
-        bed.from_client(&k, FIN | ACK).unwrap();
+        bed.client_sends(&k, FIN | ACK).unwrap();
         assert_eq!(
             class(&bed, &k),
             Class::TcpEstablished,
             "half-closed may last"
         );
-        bed.from_application(&inside, FIN | ACK).unwrap();
+        bed.application_sends(&inside, FIN | ACK).unwrap();
         assert_eq!(class(&bed, &k), Class::TcpClosing);
-        bed.from_client(&k, SYN).unwrap();
+        bed.client_sends(&k, SYN).unwrap();
         assert_eq!(class(&bed, &k), Class::TcpOpening, "the port is used again");
-        bed.from_application(&inside, RST | ACK).unwrap();
+        bed.application_sends(&inside, RST | ACK).unwrap();
         assert_eq!(class(&bed, &k), Class::TcpReset);
-        bed.from_client(&k, ACK).unwrap();
+        bed.client_sends(&k, ACK).unwrap();
         assert_eq!(class(&bed, &k), Class::TcpReset, "what was under way");
-        bed.from_application(&inside, ACK).unwrap();
+        bed.application_sends(&inside, ACK).unwrap();
         assert_eq!(
             class(&bed, &k),
             Class::TcpEstablished,
@@ -1125,15 +1126,15 @@ mod tests {
         ] {
             let mut bed = Bed::new(10);
             let k = key(protocol, 1, 1);
-            let inside = bed.from_client(&k, SYN).unwrap();
+            let inside = bed.client_sends(&k, SYN).unwrap();
             if both {
-                bed.from_application(&inside, SYN_ACK).unwrap();
-                bed.from_client(&k, ACK).unwrap();
+                bed.application_sends(&inside, SYN_ACK).unwrap();
+                bed.client_sends(&k, ACK).unwrap();
             }
             // Used once on the way: the time counts from there.
             bed.wait(timeout / 2);
             bed.expire();
-            bed.from_client(&k, if both { ACK } else { SYN }).unwrap();
+            bed.client_sends(&k, if both { ACK } else { SYN }).unwrap();
             bed.wait(timeout - Duration::from_secs(1));
             bed.expire();
             assert!(bed.knows(&k), "{protocol} {both}");
@@ -1156,24 +1157,24 @@ mod tests {
         let b = bed.connect(&second);
         assert_eq!(a.client_port, 4000);
         assert_ne!(a, b);
-        assert_eq!(bed.from_application(&a, ACK), Some(first));
-        assert_eq!(bed.from_application(&b, ACK), Some(second));
+        assert_eq!(bed.application_sends(&a, ACK), Some(first));
+        assert_eq!(bed.application_sends(&b, ACK), Some(second));
         assert_eq!(bed.table.stats().collisions, 1);
         // A protocol without ports has nothing to be told apart by.
         let gre = Outside {
             moved_port: 0,
             ..key(47, 1, 0)
         };
-        bed.from_client(&gre, 0).unwrap();
+        bed.client_sends(&gre, 0).unwrap();
         let other = Outside {
             moved: AddrId(7),
             ..gre
         };
-        assert_eq!(bed.from_client(&other, 0), Err(DropReason::FlowCollision));
+        assert_eq!(bed.client_sends(&other, 0), Err(DropReason::FlowCollision));
         assert_eq!(bed.limit.live(), 3);
         // Once the first is over, the second has its place.
         bed.wait(OTHER);
-        assert!(bed.from_client(&other, 0).is_ok());
+        assert!(bed.client_sends(&other, 0).is_ok());
     }
 
     #[test]
@@ -1186,12 +1187,12 @@ mod tests {
             bed.connect(key);
         }
         let udp = key(UDP, 0x0a00_0001, 53);
-        let inside = bed.from_client(&udp, 0).unwrap();
-        bed.from_application(&inside, 0).unwrap();
+        let inside = bed.client_sends(&udp, 0).unwrap();
+        bed.application_sends(&inside, 0).unwrap();
         for source in 0..200_000 {
             let syn = key(TCP, 0x2000_0000 + source * 977, 1);
-            let inside = bed.from_client(&syn, SYN).unwrap();
-            bed.from_application(&inside, SYN_ACK).unwrap();
+            let inside = bed.client_sends(&syn, SYN).unwrap();
+            bed.application_sends(&inside, SYN_ACK).unwrap();
         }
         assert_eq!(bed.limit.live(), 20_000);
         assert!(live.iter().all(|key| bed.knows(key)) && bed.knows(&udp));
@@ -1207,14 +1208,14 @@ mod tests {
             bed.connect(key);
         }
         let new = key(TCP, 2, 1);
-        assert_eq!(bed.from_client(&new, SYN), Err(DropReason::FlowTableFull));
+        assert_eq!(bed.client_sends(&new, SYN), Err(DropReason::FlowTableFull));
         assert_eq!(bed.table.stats().refused, 1);
         // All but the first were used lately: that one goes.
         bed.wait(RECENT_TCP);
         for key in &live[1..] {
-            bed.from_client(key, ACK).unwrap();
+            bed.client_sends(key, ACK).unwrap();
         }
-        assert!(bed.from_client(&new, SYN).is_ok());
+        assert!(bed.client_sends(&new, SYN).is_ok());
         assert!(!bed.knows(&live[0]) && bed.knows(&live[1]));
     }
 
@@ -1223,12 +1224,12 @@ mod tests {
         let mut bed = Bed::new(1000);
         let mut taken = 0;
         for port in 0..2000 {
-            taken += usize::from(bed.from_client(&key(UDP, 1, port), 0).is_ok());
+            taken += usize::from(bed.client_sends(&key(UDP, 1, port), 0).is_ok());
         }
         // Unhindered until the table is three quarters full.
         assert_eq!(taken, 750);
         assert_eq!(bed.table.stats().refused, 1250);
-        assert!(bed.from_client(&key(UDP, 2, 1), 0).is_ok());
+        assert!(bed.client_sends(&key(UDP, 2, 1), 0).is_ok());
     }
 
     #[test]
@@ -1246,7 +1247,7 @@ mod tests {
         bed.table
             .reopen(now, &inside, &outside, ACK, limit)
             .unwrap();
-        assert_eq!(bed.from_client(&outside, ACK), Ok(inside));
+        assert_eq!(bed.client_sends(&outside, ACK), Ok(inside));
         assert_eq!(class(&bed, &outside), Class::TcpEstablished);
     }
 
@@ -1256,7 +1257,7 @@ mod tests {
         let before = bed.table.allocated();
         assert_eq!(before, 0, "no memory without flows");
         for index in 0..1_000_000 {
-            bed.from_client(&key(UDP, index / 4, index as u16), 0)
+            bed.client_sends(&key(UDP, index / 4, index as u16), 0)
                 .unwrap();
         }
         let each = bed.table.allocated() as f64 / 1e6;
@@ -1296,7 +1297,7 @@ mod tests {
                 match step {
                     Step::Client(client, port, moved) => {
                         let key = Outside { moved: AddrId(moved.into()), ..key(UDP, client.into(), port.into()) };
-                        let inside = bed.from_client(&key, 0).unwrap();
+                        let inside = bed.client_sends(&key, 0).unwrap();
                         match model.get_mut(&key).filter(|flow| alive(flow)) {
                             Some(flow) => {
                                 prop_assert_eq!(flow.0, inside);
@@ -1312,7 +1313,7 @@ mod tests {
                     Step::Application(index) if !known.is_empty() => {
                         let inside = known[usize::from(index) % known.len()];
                         let wanted = model.iter_mut().find(|(_, flow)| flow.0 == inside && alive(flow));
-                        let found = bed.from_application(&inside, 0);
+                        let found = bed.application_sends(&inside, 0);
                         prop_assert_eq!(found, wanted.as_ref().map(|(key, _)| **key));
                         if let Some((_, flow)) = wanted { (flow.1, flow.2) = (now, true); }
                     }
