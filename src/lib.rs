@@ -4,6 +4,7 @@
 pub mod drops;
 pub mod moved;
 pub mod peer;
+pub mod pmtu;
 pub mod replay;
 pub mod session;
 pub mod tunnel;
