@@ -67,24 +67,25 @@ impl Failure {
 
 /// Help goes to standard output; a mistake becomes one line, like every other refusal.
 fn explain(error: clap::Error) -> Result<(), Failure> {
-    match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => print(&error.to_string()),
-        _ => {
-            let text = error.to_string();
-            let words: Vec<&str> = text
-                .lines()
-                .map(str::trim)
-                .take_while(|line| !line.starts_with("Usage:"))
-                .filter(|line| !line.is_empty() && !line.starts_with("For more information"))
-                .collect();
-            let line = words.join("; ");
-            let line = line.strip_prefix("error: ").unwrap_or(&line);
-            Err(Failure::new(
-                BAD_INPUT,
-                format!("{line}; see `ipmoved --help`"),
-            ))
-        }
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
+        return print(&error.to_string());
     }
+    let text = error.to_string();
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:"))
+        .filter(|line| !line.is_empty() && !line.starts_with("For more information"))
+        .collect();
+    let line = lines.join("; ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    Err(Failure::new(
+        BAD_INPUT,
+        format!("{line}; see `ipmoved --help`"),
+    ))
 }
 
 fn run(args: RunArgs) -> Result<(), Failure> {

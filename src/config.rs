@@ -504,10 +504,9 @@ fn parse_peer(text: &str) -> Result<PeerAddr, ConfigError> {
     if let Some(inner) = text
         .strip_prefix('[')
         .and_then(|rest| rest.strip_suffix(']'))
+        && let Ok(ip) = inner.parse::<Ipv6Addr>()
     {
-        if let Ok(ip) = inner.parse::<Ipv6Addr>() {
-            return check_peer_ip(ip.into(), DEFAULT_PORT, text);
-        }
+        return check_peer_ip(ip.into(), DEFAULT_PORT, text);
     }
     let (host, port) = match text.split_once(':') {
         None => (text, DEFAULT_PORT),
@@ -629,9 +628,10 @@ fn check_ifname(name: &'static str, value: Option<String>) -> Result<Option<Stri
 
 fn read_psk(path: &Path) -> Result<Psk, ConfigError> {
     let wrong = |error: std::io::Error| ConfigError::File {
-        hint: match error.kind() {
-            std::io::ErrorKind::NotFound => "; make one with `ipmoved genpsk`",
-            _ => " (--psk-file)",
+        hint: if error.kind() == std::io::ErrorKind::NotFound {
+            "; make one with `ipmoved genpsk`"
+        } else {
+            " (--psk-file)"
         },
         path: path.into(),
         error,

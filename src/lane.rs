@@ -628,10 +628,10 @@ impl Sealing<'_> {
     /// Room in the batch for a plaintext of `len` bytes; what is in the way is sent first.
     fn slot(&mut self, len: usize) -> &mut [u8] {
         let len = len + DATA_OVERHEAD;
-        if !self.batch.fits(len, &self.destination) {
-            if let Some((_, datagrams)) = flush(self.batch, self.udp) {
-                self.refused += datagrams;
-            }
+        if !self.batch.fits(len, &self.destination)
+            && let Some((_, datagrams)) = flush(self.batch, self.udp)
+        {
+            self.refused += datagrams;
         }
         self.batch.slot(len)
     }

@@ -19,7 +19,7 @@
 //! | [`moved`], [`peer`], [`drops`] | the words that all rooms share |
 //! | [`packet`], [`offload`], [`ecn`], [`icmp`], [`fragment`] | IP packets: checked once, cut and joined, rewritten, answered |
 //! | [`flow`], [`translate`] | which flow a packet belongs to, and what becomes of it |
-//! | [`wire`], [`session`], [`replay`], [`tunnel`] | the channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
+//! | [`wire`], [`session`], [`replay`], [`tunnel`], [`pmtu`] | the channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
 //! | [`join`], [`batch`] | packets in several datagrams, datagrams in one send |
 //! | [`io`] | the TUN queue and the UDP socket |
 //! | [`kernel`] | every change of the host's network, recorded and undone |
@@ -47,6 +47,7 @@ pub mod moved;
 pub mod offload;
 pub mod packet;
 pub mod peer;
+pub mod pmtu;
 pub mod replay;
 pub mod session;
 pub mod shared;

@@ -295,7 +295,7 @@ impl fmt::Display for Move {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.addr {
             IpAddr::V6(addr) if !self.ports.is_empty() => write!(f, "[{addr}]")?,
-            addr => write!(f, "{addr}")?,
+            IpAddr::V4(_) | IpAddr::V6(_) => write!(f, "{}", self.addr)?,
         }
         for (index, range) in self.ports.iter().enumerate() {
             f.write_str(if index == 0 { ":" } else { "," })?;

@@ -17,7 +17,7 @@
 //! of a lane's replay window, and allocates nothing.
 //!
 //! Secrets are wiped when done: the PSK and what is derived from it by `zeroize`; the state of a
-//! handshake, which snow does not wipe, by [`Wiped`] and [`resolver`]; AEAD keys by AWS-LC, whose
+//! handshake, which snow does not wipe, in `session::noise`; AEAD keys by AWS-LC, whose
 //! `OPENSSL_free` cleanses each allocation it gives back. Copies that the compiler left in dead stack
 //! frames are out of reach, as in every program.
 

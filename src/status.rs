@@ -146,11 +146,9 @@ pub enum StatusError {
 
 /// Asks the daemon that listens at `socket`.
 pub fn ask(socket: &Path) -> Result<Status, StatusError> {
-    let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
-        io::ErrorKind::PermissionDenied => StatusError::Permission(socket.into()),
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            StatusError::NotRunning(socket.into())
-        }
+    let mut stream = UnixStream::connect(socket).map_err(|error| match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => StatusError::Permission(socket.into()),
+        Some(libc::ENOENT | libc::ECONNREFUSED) => StatusError::NotRunning(socket.into()),
         _ => StatusError::Answer(error),
     })?;
     let mut text = String::new();

@@ -39,6 +39,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::drops::DropReason;
 use crate::peer::{Path, PeerId, Role};
+use crate::pmtu::{self, Search};
 use crate::session::{
     Activity, Admitted, Answer, CipherPolicy, Entropy, Hello, Initiating, NoEntropy, Offer,
     PeerKeys, Responding, Session, SessionIndexes, SessionSpec,
@@ -154,6 +155,9 @@ pub struct TunnelConfig {
     pub endpoint: Option<SocketAddr>,
     /// What the peer is told.
     pub announcement: Announcement,
+    /// Largest datagram (UDP payload) that the uplink takes: how far the path MTU is searched for.
+    /// `None` sends no probes and stays at [`pmtu::BASE`].
+    pub max_datagram: Option<u16>,
     /// Usually [`Timers::default`].
     pub timers: Timers,
     /// Shared by all tunnels of the daemon.
@@ -215,6 +219,8 @@ pub enum Event {
     PeerConfig(Announcement),
     /// A round trip took so long.
     Rtt(Duration),
+    /// Largest datagram (UDP payload) that the path carries towards the peer.
+    PathMtu(u16),
     /// The operator should know.
     Warning(Warning),
 }
@@ -385,6 +391,7 @@ pub struct Tunnel {
     ping: Option<(u32, Instant)>,
     pings: u32,
     rtt: Option<Duration>,
+    search: Option<Search>,
     outgoing: Outgoing,
     incoming: Incoming,
 
@@ -420,6 +427,7 @@ impl Tunnel {
             ping: None,
             pings: 0,
             rtt: None,
+            search: config.max_datagram.map(|limit| Search::new(limit, now)),
             outgoing: Outgoing::new(1, &config.announcement, now),
             incoming: Incoming::default(),
             warned: [None; 4],
@@ -461,6 +469,11 @@ impl Tunnel {
         self.rtt
     }
 
+    /// Largest datagram (UDP payload) that the path is known to carry towards the peer.
+    pub fn path_mtu(&self) -> u16 {
+        self.search.as_ref().map_or(pmtu::BASE, Search::current)
+    }
+
     // What arrives.
 
     /// A handshake message that [`Door::admit`](crate::session::Door::admit) let in for this peer.
@@ -498,7 +511,7 @@ impl Tunnel {
         // An old session still delivers what was in flight; where the peer is now, the current one tells.
         let current = self.sending == Some(session.index()) || !self.sessions[at].usable;
         if current {
-            self.learn(from);
+            self.learn(now, from);
         }
         self.heard(now, at);
     }
@@ -544,7 +557,7 @@ impl Tunnel {
             }
             Control::Close => self.handle_close(now, peer_boot),
             Control::Probe { size } => self.send(now, &Control::ProbeAck { size }),
-            Control::ProbeAck { .. } => {}
+            Control::ProbeAck { size } => self.search(|search| search.acked(now, size)),
         }
         Ok(())
     }
@@ -566,6 +579,19 @@ impl Tunnel {
             self.attempts = 0;
             self.next_attempt = self.next_attempt.min(now);
         }
+    }
+
+    /// The uplink takes larger or smaller datagrams than before.
+    pub fn set_max_datagram(&mut self, now: Instant, limit: u16) {
+        if self.config.max_datagram.is_some_and(|old| old != limit) {
+            self.config.max_datagram = Some(limit);
+            self.search(|search| search.set_limit(now, limit));
+        }
+    }
+
+    /// The kernel refused a [`Transmit::probe`] of this length because of its size.
+    pub fn probe_refused(&mut self, now: Instant, length: usize) {
+        self.search(|search| search.refused(now, length));
     }
 
     /// Says good-bye. Nothing is accepted or started after this.
@@ -602,6 +628,7 @@ impl Tunnel {
                 sent.map(|sent| sent + timers.keepalive),
                 down,
                 config,
+                self.probe_due(),
             ]
         });
         let attempt = self
@@ -637,6 +664,9 @@ impl Tunnel {
         }
         if now >= self.next_ping {
             self.send_ping(now);
+        }
+        if self.probe_due().is_some_and(|due| now >= due) {
+            self.send_probe(now);
         }
         let quiet = self
             .activity
@@ -843,7 +873,7 @@ impl Tunnel {
         // It is answered; what else we sent in the meantime need not be.
         self.pending.clear();
         self.activity.heard(now);
-        self.learn(from);
+        self.learn(now, from);
         // A peer that chooses what was not offered is refused as one that chooses nothing.
         let cipher = answer
             .cipher
@@ -1166,6 +1196,36 @@ impl Tunnel {
         }
     }
 
+    /// Nothing is learned about a path from probes to a peer that is not there.
+    fn probe_due(&self) -> Option<Instant> {
+        let up = self.state == State::Up;
+        self.search
+            .as_ref()
+            .filter(|_| up)
+            .map(Search::next_timeout)
+    }
+
+    fn send_probe(&mut self, now: Instant) {
+        let heard = self.activity.last_heard();
+        let mut probe = None;
+        self.search(|search| probe = search.poll(now, heard));
+        if let (Some(size), Some(session)) = (probe, self.session().map(Arc::clone)) {
+            self.send_sealed(now, &session, &Control::Probe { size }, usize::from(size));
+        }
+    }
+
+    /// Does something to the search and tells if that changed its result.
+    fn search(&mut self, with: impl FnOnce(&mut Search)) {
+        if let Some(search) = &mut self.search {
+            let before = search.current();
+            with(search);
+            let after = search.current();
+            if before != after {
+                self.events.push_back(Event::PathMtu(after));
+            }
+        }
+    }
+
     /// The peer's daemon ended: nothing of that run is of use any more.
     fn handle_close(&mut self, now: Instant, peer_boot: u64) {
         let of_run = |held: &&Held| held.peer_boot == peer_boot;
@@ -1223,10 +1283,14 @@ impl Tunnel {
         });
     }
 
-    fn learn(&mut self, from: Path) {
+    fn learn(&mut self, now: Instant, from: Path) {
         if self.learned != Some(from) {
+            let moved = self.learned.is_some_and(|old| old.remote != from.remote);
             self.learned = Some(from);
             self.events.push_back(Event::Endpoint(from));
+            if moved {
+                self.search(|search| search.restart(now));
+            }
         }
     }
 

@@ -31,6 +31,7 @@ use crate::kernel::netlink::{Link, Netlink};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
+use crate::pmtu;
 use crate::session::{Door, Entropy, Offer, PeerKeys, SessionIndexes};
 use crate::shared::{LaneCounters, PeerView, Shared, Translation, View};
 use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus};
@@ -230,6 +231,7 @@ fn peers(
                     offer: Offer::of_this_machine(config.cipher),
                     endpoint,
                     announcement,
+                    max_datagram: Some(pmtu::BASE),
                     timers: Timers::default(),
                     indexes: indexes.clone(),
                     entropy: Entropy::system(),
@@ -367,7 +369,7 @@ impl Control {
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
             for index in 0..self.peers.len() {
-                self.measure_path(index);
+                self.measure_path(now, index);
             }
         }
         // A session has to be in the lanes' hands before the peer learns of it.
@@ -377,8 +379,13 @@ impl Control {
         for peer in &mut self.peers {
             while let Some(transmit) = peer.tunnel.poll_transmit() {
                 let datagram = &transmit.datagram;
-                if let Err(error) = self.udp.send(&transmit.to, 0, datagram, datagram.len()) {
-                    debug!(to = %transmit.to.remote, %error, "sending failed");
+                let sent = self.udp.send(&transmit.to, 0, datagram, datagram.len());
+                match sent {
+                    Err(error) if transmit.probe && is_too_big(&error) => {
+                        peer.tunnel.probe_refused(now, datagram.len());
+                    }
+                    Err(error) => debug!(to = %transmit.to.remote, %error, "sending failed"),
+                    Ok(()) => {}
                 }
             }
         }
@@ -405,11 +412,12 @@ impl Control {
             Event::Endpoint(path) => {
                 self.view.peers[index].path = Some(path);
                 self.view_changed = true;
-                self.measure_path(index);
+                self.measure_path(now, index);
                 self.choose_delivery(now, index, path);
             }
             Event::State(state) => self.state_changed(now, index, state),
             Event::PeerConfig(announcement) => self.peer_announced(now, index, announcement),
+            Event::PathMtu(_) => self.set_mtu(index),
             Event::Rtt(rtt) => debug!(peer = index, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(index, &warning.to_string()),
         }
@@ -576,8 +584,8 @@ impl Control {
         }
     }
 
-    /// Finds out what fits one datagram to a peer: what the route carries, less the headers.
-    fn measure_path(&mut self, index: usize) {
+    /// Tells the tunnel how much the route to its peer takes: up to there it searches.
+    fn measure_path(&mut self, now: Instant, index: usize) {
         self.set_own_addresses();
         let Some(path) = self.view.peers[index].path else {
             return;
@@ -596,7 +604,14 @@ impl Control {
             .filter(|&mtu| mtu > 0)
             .or(link.map(|link| link.mtu));
         let carries = mtu.unwrap_or(MIN_MTU).clamp(MIN_CARRIED, MAX_CARRIED) as usize;
-        let mtu = carries - outer_headers(path.remote) - DATA_OVERHEAD;
+        let datagram = (carries - outer_headers(path.remote)) as u16;
+        self.peers[index].tunnel.set_max_datagram(now, datagram);
+        self.set_mtu(index);
+    }
+
+    /// Tells the lanes what fits one datagram to a peer.
+    fn set_mtu(&mut self, index: usize) {
+        let mtu = usize::from(self.peers[index].tunnel.path_mtu()) - DATA_OVERHEAD;
         if self.view.peers[index].mtu != mtu {
             self.view.peers[index].mtu = mtu;
             self.view_changed = true;
@@ -778,6 +793,10 @@ impl Control {
 /// today, and the largest UDP datagram over IPv4.
 const MIN_CARRIED: u32 = 576;
 const MAX_CARRIED: u32 = 65_535;
+
+fn is_too_big(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EMSGSIZE)
+}
 
 fn is_global(addr: Ipv6Addr) -> bool {
     !addr.is_unicast_link_local() && !addr.is_loopback()

@@ -378,7 +378,9 @@ fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
 fn refused(error: HostError) -> DaemonError {
     match error {
         HostError::Journal(JournalError::Locked { .. }) => DaemonError::Running(error.to_string()),
-        _ => DaemonError::System(error.to_string()),
+        HostError::Journal(_) | HostError::Netlink(_) | HostError::Refused { .. } => {
+            DaemonError::System(error.to_string())
+        }
     }
 }
 

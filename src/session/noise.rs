@@ -187,13 +187,7 @@ impl<T> Wiped<T> {
 
     fn get_mut(&mut self) -> &mut T {
         // SAFETY: `new` wrote the value, and nothing but `drop` takes it out.
-        #[expect(
-            unsafe_code,
-            reason = "the memory has to outlive the value, to be wiped"
-        )]
-        unsafe {
-            self.0.assume_init_mut()
-        }
+        unsafe { self.0.assume_init_mut() }
     }
 }
 
@@ -204,13 +198,7 @@ impl<T> Wiped<T> {
 impl<T> Drop for Wiped<T> {
     fn drop(&mut self) {
         // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
-        #[expect(
-            unsafe_code,
-            reason = "the memory has to outlive the value, to be wiped"
-        )]
-        unsafe {
-            self.0.assume_init_drop();
-        }
+        unsafe { self.0.assume_init_drop() };
         self.0.as_mut().zeroize();
     }
 }

@@ -83,6 +83,7 @@ struct Side {
     configs: Vec<Announcement>,
     warnings: Vec<Warning>,
     rtts: Vec<Duration>,
+    path_mtus: Vec<u16>,
     installs: usize,
 }
 
@@ -121,6 +122,8 @@ struct Link {
     /// Per thousand.
     duplicate: u64,
     cut: bool,
+    /// Larger datagrams disappear.
+    mtu: usize,
 }
 
 struct Pair {
@@ -159,6 +162,7 @@ impl Pair {
                     },
                     endpoint: Some(addr(1 - side)),
                     announcement: announcement(role(side)),
+                    max_datagram: Some(1472),
                     timers: Timers::default(),
                     indexes: SessionIndexes::default(),
                     entropy: Entropy::seeded(seed * 2 + side as u64),
@@ -176,6 +180,7 @@ impl Pair {
                 configs: Vec::new(),
                 warnings: Vec::new(),
                 rtts: Vec::new(),
+                path_mtus: Vec::new(),
                 installs: 0,
             }
         };
@@ -191,6 +196,7 @@ impl Pair {
                 loss: 0,
                 duplicate: 0,
                 cut: false,
+                mtu: 1472,
             },
             random: Entropy::seeded(seed ^ 0xdead),
             record: Vec::new(),
@@ -246,7 +252,8 @@ impl Pair {
         self.record.push((side, bytes.clone()));
         let copies = 1 + usize::from(self.chance(self.link.duplicate));
         for _ in 0..copies {
-            if self.link.cut || self.chance(self.link.loss) {
+            let too_big = bytes.len() > self.link.mtu;
+            if self.link.cut || too_big || self.chance(self.link.loss) {
                 continue;
             }
             let jitter = self.link.jitter.as_micros() as u64;
@@ -385,6 +392,7 @@ impl Pair {
                 Event::State(state) => at.states.push(state),
                 Event::PeerConfig(config) => at.configs.push(config),
                 Event::Rtt(rtt) => at.rtts.push(rtt),
+                Event::PathMtu(size) => at.path_mtus.push(size),
                 Event::Warning(warning) => at.warnings.push(warning),
             }
         }
@@ -942,7 +950,7 @@ proptest! {
     ) {
         let mut pair = Pair::new(u64::from(seed));
         pair.link = Link {
-            delay: millis(delay), jitter: millis(jitter), loss, duplicate, cut: false,
+            delay: millis(delay), jitter: millis(jitter), loss, duplicate, cut: false, mtu: 1400,
         };
         pair.start(NEW);
         pair.start(OLD);
@@ -966,7 +974,7 @@ proptest! {
             }
             pair.run(millis(wait));
         }
-        pair.link = Link { delay: millis(20), jitter: millis(0), loss: 0, duplicate: 0, cut: false };
+        pair.link = Link { delay: millis(20), jitter: millis(0), loss: 0, duplicate: 0, cut: false, mtu: 1400 };
         pair.run(secs(40));
         prop_assert!(pair.agreed(), "{}", pair.drops());
         pair.assert_carries();
@@ -1187,6 +1195,7 @@ fn keepalives_flow_when_nothing_else_does() {
     let mut pair = Pair::new(25);
     for side in &mut pair.sides {
         side.config.timers.ping = secs(100_000);
+        side.config.max_datagram = None;
     }
     pair.start(OLD);
     pair.start(NEW);
@@ -1393,4 +1402,73 @@ fn a_name_that_resolves_anew_is_tried() {
     let took = pair.run_until_agreed(secs(5));
     assert!(took <= secs(2), "{took:?}");
     pair.assert_carries();
+}
+
+// Path MTU.
+
+#[test]
+fn the_path_mtu_is_found_and_followed_in_both_directions() {
+    let mut pair = Pair::up(34);
+    pair.run(secs(1));
+    for side in &pair.sides {
+        assert_eq!(side.tunnel().path_mtu(), 1472, "the first guess");
+        assert_eq!(side.path_mtus, [1472]);
+    }
+    // The path narrows without a word: noticed, searched, settled.
+    pair.link.mtu = 1330;
+    pair.run(secs(60));
+    for side in &pair.sides {
+        let found = usize::from(side.tunnel().path_mtu());
+        assert!((1322..=1330).contains(&found), "{:?}", side.path_mtus);
+        assert_eq!(side.path_mtus[1], pmtu::BASE, "safe in the meantime");
+        assert_eq!(side.states, [State::Up]);
+    }
+    // It widens again: found when it is next looked for.
+    pair.link.mtu = 1472;
+    pair.run(secs(700));
+    for side in &pair.sides {
+        assert_eq!(side.tunnel().path_mtu(), 1472);
+    }
+    pair.assert_no_drops();
+}
+
+#[test]
+fn probes_are_padded_to_their_size_and_marked() {
+    let mut pair = Pair::new(35);
+    pair.start(OLD);
+    pair.start(NEW);
+    pair.run(secs(1));
+    let largest = pair.record.iter().map(|(_, bytes)| bytes.len()).max();
+    assert_eq!(largest, Some(1472));
+    // The kernel says at once that it is too big: the next guess follows without waiting.
+    pair.restart(OLD);
+    pair.run(secs(1));
+    let now = pair.now;
+    let tunnel = pair.sides[OLD].tunnel.as_mut().unwrap();
+    tunnel.set_max_datagram(now, 8_972);
+    while let Some(due) = tunnel.next_timeout().filter(|&due| due <= now) {
+        tunnel.handle_timeout(due.max(now), SystemTime::UNIX_EPOCH + secs(WALL));
+        let mut probes = 0;
+        while let Some(transmit) = tunnel.poll_transmit() {
+            probes += usize::from(transmit.probe);
+            if transmit.probe {
+                tunnel.probe_refused(now, transmit.datagram.len());
+            }
+        }
+        assert!(probes <= 1);
+    }
+    assert_eq!(tunnel.path_mtu(), 1472);
+}
+
+#[test]
+fn a_peer_that_is_away_says_nothing_about_the_path() {
+    let mut pair = Pair::up(36);
+    pair.run(secs(1));
+    pair.link.cut = true;
+    pair.run(secs(100));
+    pair.link.cut = false;
+    pair.run_until_agreed(secs(8));
+    pair.run(secs(20));
+    assert_eq!(pair.sides[OLD].path_mtus, [1472]);
+    assert_eq!(pair.sides[NEW].path_mtus, [1472]);
 }

@@ -1,0 +1,296 @@
+//! The largest datagram that the path to a peer carries: found by probing and followed while running,
+//! without a word of ICMP (RFC 8899, Datagram Packetization Layer PMTU Discovery).
+//!
+//! Owns the search and nothing else: the tunnel makes the probes, seals them and hears of their arrival.
+//! A size is that of a whole datagram as UDP carries it, header and tag included.
+//!
+//! ```text
+//!            probe arrives: raise the floor           a probe of the current size is lost three times
+//!           ┌───────┐                                 while the peer is heard: black hole
+//!           ▼       │          nothing between                 │
+//!  start ─► Searching ───────────────────────────► Settled ────┘──► Searching from the base
+//!           ▲       │   floor and ceiling              │
+//!           └───────┘                                  └─ every ten minutes: Searching for more
+//!            lost three times: lower the ceiling
+//! ```
+
+use std::time::{Duration, Instant};
+
+/// Where the search starts: every path that IPv6 may use carries 1,280 bytes (RFC 8200, section 5), and
+/// 1,200 of UDP payload leave room for its headers (RFC 8899, section 5.1.2).
+pub const BASE: u16 = 1_200;
+
+/// Taken for granted even when the base does not pass: the 576 bytes that every IPv4 host takes, less
+/// the largest IPv4 header and the UDP header (RFC 1122, section 3.3.2).
+const FLOOR: u16 = 508;
+
+/// Probes of one size before it is given up (RFC 8899, section 5.1.2: MAX_PROBES).
+const MAX_PROBES: u32 = 3;
+
+/// How long a probe is waited for: the least that RFC 8899, section 5.1.1 allows.
+const PROBE_TIMER: Duration = Duration::from_secs(1);
+
+/// How often the current size is confirmed. A path that narrows is noticed within this and three probes.
+const CONFIRMATION_TIMER: Duration = Duration::from_secs(5);
+
+/// How often more is looked for (RFC 8899, section 5.1.1).
+const RAISE_TIMER: Duration = Duration::from_secs(600);
+
+/// Closer than this is not worth another probe: half a per cent.
+const GRANULARITY: u16 = 8;
+
+/// The state of the search. See the module.
+#[derive(Debug)]
+pub struct Search {
+    limit: u16,
+    current: u16,
+    phase: Phase,
+    probe: Option<Probe>,
+    next: Instant,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    /// Something below `ceiling`, which did not pass or is one above the limit.
+    Searching { ceiling: u16, guessed: bool },
+    /// The current size is it, until `raise`.
+    Settled { raise: Instant },
+}
+
+#[derive(Debug)]
+struct Probe {
+    size: u16,
+    sent: Instant,
+    lost: u32,
+}
+
+impl Search {
+    /// Searches up to `limit`, the largest datagram that the uplink takes.
+    pub fn new(limit: u16, now: Instant) -> Self {
+        let limit = limit.max(FLOOR);
+        Self {
+            limit,
+            current: BASE.min(limit),
+            phase: Phase::Searching {
+                ceiling: limit.saturating_add(1),
+                guessed: false,
+            },
+            probe: None,
+            next: now,
+        }
+    }
+
+    /// The largest size that is known to pass.
+    pub fn current(&self) -> u16 {
+        self.current
+    }
+
+    /// When [`poll`](Self::poll) has something to do.
+    pub fn next_timeout(&self) -> Instant {
+        self.next
+    }
+
+    /// The path is another one.
+    pub fn restart(&mut self, now: Instant) {
+        *self = Self::new(self.limit, now);
+    }
+
+    /// The uplink takes more or less than before.
+    pub fn set_limit(&mut self, now: Instant, limit: u16) {
+        self.limit = limit.max(FLOOR);
+        self.current = self.current.min(self.limit);
+        self.search_below(now, self.limit.saturating_add(1), false);
+    }
+
+    /// A probe arrived.
+    pub fn acked(&mut self, now: Instant, size: u16) {
+        if self.probe.take_if(|probe| probe.size == size).is_some() {
+            self.current = self.current.max(size);
+            self.next = match self.phase {
+                Phase::Searching { .. } => now,
+                Phase::Settled { .. } => now + CONFIRMATION_TIMER,
+            };
+        }
+    }
+
+    /// This host cannot even send so much.
+    pub fn refused(&mut self, now: Instant, length: usize) {
+        let ours = |probe: &mut Probe| usize::from(probe.size) == length;
+        if let Some(probe) = self.probe.take_if(ours) {
+            self.does_not_pass(now, probe.size);
+        }
+    }
+
+    /// The size of a probe that is to be sent now. `heard` is when the peer last was: a probe that is lost
+    /// in a silence tells nothing about its size.
+    pub fn poll(&mut self, now: Instant, heard: Option<Instant>) -> Option<u16> {
+        if now < self.next {
+            return None;
+        }
+        if let Some(probe) = &mut self.probe {
+            let alive = heard.is_some_and(|heard| heard > probe.sent);
+            probe.lost += u32::from(alive);
+            if probe.lost < MAX_PROBES {
+                probe.sent = now;
+                self.next = now + PROBE_TIMER;
+                return Some(probe.size);
+            }
+            let size = probe.size;
+            self.probe = None;
+            self.does_not_pass(now, size);
+        }
+        let size = self.choose(now)?;
+        self.probe = Some(Probe {
+            size,
+            sent: now,
+            lost: 0,
+        });
+        self.next = now + PROBE_TIMER;
+        Some(size)
+    }
+
+    fn choose(&mut self, now: Instant) -> Option<u16> {
+        match self.phase {
+            Phase::Searching {
+                ceiling,
+                guessed: false,
+            } if ceiling > self.current + 1 => {
+                // Most paths carry what the uplink takes.
+                self.phase = Phase::Searching {
+                    ceiling,
+                    guessed: true,
+                };
+                Some(ceiling - 1)
+            }
+            Phase::Searching { ceiling, .. } if ceiling - self.current > GRANULARITY => {
+                Some(self.current + (ceiling - self.current) / 2)
+            }
+            Phase::Searching { .. } => {
+                let raise = now + RAISE_TIMER;
+                self.phase = Phase::Settled { raise };
+                self.next = now + CONFIRMATION_TIMER;
+                None
+            }
+            Phase::Settled { raise } if now >= raise && self.current < self.limit => {
+                self.search_below(now, self.limit.saturating_add(1), false);
+                self.choose(now)
+            }
+            Phase::Settled { .. } => Some(self.current),
+        }
+    }
+
+    fn does_not_pass(&mut self, now: Instant, size: u16) {
+        if size > self.current {
+            self.search_below(now, size, true);
+            return;
+        }
+        // A black hole: what passed does not any more.
+        let safe = if self.current > BASE { BASE } else { FLOOR };
+        if self.current > safe {
+            self.current = safe;
+            self.search_below(now, size, true);
+        } else {
+            self.next = now + CONFIRMATION_TIMER;
+        }
+    }
+
+    fn search_below(&mut self, now: Instant, ceiling: u16, guessed: bool) {
+        self.phase = Phase::Searching { ceiling, guessed };
+        self.probe = None;
+        self.next = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Runs a search over a path that carries `carries`, losing every `nth` probe besides.
+    fn run(
+        search: &mut Search,
+        mut now: Instant,
+        time: Duration,
+        carries: u16,
+        nth: u32,
+    ) -> Instant {
+        let end = now + time;
+        let mut sent = 0;
+        loop {
+            now = search.next_timeout().max(now);
+            if now > end {
+                return end;
+            }
+            let Some(size) = search.poll(now, Some(now)) else {
+                continue;
+            };
+            sent += 1;
+            if size <= carries && (nth == 0 || sent % nth != 0) {
+                now += Duration::from_millis(30);
+                search.acked(now, size);
+            }
+        }
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a virtual clock has to begin somewhere"
+    )]
+    fn start() -> Instant {
+        Instant::now()
+    }
+
+    #[test]
+    fn the_limit_is_tried_first() {
+        let now = start();
+        let mut search = Search::new(1_472, now);
+        assert_eq!(search.current(), BASE);
+        assert_eq!(search.poll(now, None), Some(1_472));
+        search.acked(now, 1_471);
+        assert_eq!(search.current(), BASE, "no such probe is out");
+        search.acked(now, 1_472);
+        assert_eq!(search.current(), 1_472);
+        assert_eq!(search.poll(now, None), None);
+        assert_eq!(search.next_timeout(), now + CONFIRMATION_TIMER);
+    }
+
+    #[test]
+    fn a_lost_probe_in_silence_tells_nothing() {
+        let mut now = start();
+        let mut search = Search::new(1_472, now);
+        for _ in 0..20 {
+            assert_eq!(search.poll(now, None), Some(1_472));
+            now = search.next_timeout();
+        }
+    }
+
+    #[test]
+    fn a_path_narrower_than_the_base() {
+        let now = start();
+        let mut search = Search::new(1_472, now);
+        run(&mut search, now, Duration::from_secs(120), 900, 0);
+        assert!(
+            (900 - GRANULARITY..=900).contains(&search.current()),
+            "{}",
+            search.current()
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_found_passes_and_is_nearly_all(
+            limit in 508u16..9_000, carries in 508u16..9_000, narrowed in 508u16..9_000, nth in 0u32..6,
+        ) {
+            prop_assume!(nth != 1);
+            let mut now = start();
+            let mut search = Search::new(limit, now);
+            for carries in [carries, narrowed, carries] {
+                now = run(&mut search, now, Duration::from_secs(1_000), carries, nth);
+                let best = carries.min(limit);
+                prop_assert!(search.current() <= best);
+                prop_assert!(search.current() + GRANULARITY >= best, "{} of {best}", search.current());
+                search.set_limit(now, limit);
+            }
+        }
+    }
+}
