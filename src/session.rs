@@ -584,6 +584,7 @@ impl Session {
                 lane,
                 remote: spec.remote,
                 limit: spec.cipher.reject_after(),
+                gathers: spec.cipher == Cipher::Aes256Gcm,
                 next: AtomicU64::new(0),
             })
         });
@@ -724,6 +725,9 @@ pub struct Sealer {
     lane: u8,
     remote: u32,
     limit: u64,
+    /// AWS-LC encrypts a second piece of plaintext as fast as the first: with AES-GCM, not with
+    /// ChaCha20-Poly1305, which takes it byte by byte (measured: five times as long).
+    gathers: bool,
     next: AtomicU64,
 }
 
@@ -783,7 +787,7 @@ impl Sealer {
     }
 
     /// Seals `head` and then `payload` into `datagram`, which is exactly [`DATA_OVERHEAD`] longer than
-    /// both: the payload goes from where it lies to the send batch in one pass.
+    /// both: with AES-GCM the payload goes from where it lies to the send batch in one pass.
     ///
     /// # Errors
     /// [`NotSealed`] if the lengths do not match.
@@ -797,6 +801,12 @@ impl Sealer {
     ) -> Result<(), NotSealed> {
         if datagram.len() != DATA_OVERHEAD + head.len() + payload.len() {
             return Err(NotSealed);
+        }
+        if !self.gathers {
+            let (plain_head, rest) = datagram[DATA_HEADER_LEN..].split_at_mut(head.len());
+            plain_head.copy_from_slice(head);
+            rest[..payload.len()].copy_from_slice(payload);
+            return self.seal(counter, flags, datagram);
         }
         let (header, body) = datagram
             .split_first_chunk_mut::<DATA_HEADER_LEN>()
