@@ -584,7 +584,6 @@ impl Session {
                 lane,
                 remote: spec.remote,
                 limit: spec.cipher.reject_after(),
-                gathers: spec.cipher == Cipher::Aes256Gcm,
                 next: AtomicU64::new(0),
             })
         });
@@ -725,9 +724,6 @@ pub struct Sealer {
     lane: u8,
     remote: u32,
     limit: u64,
-    /// AWS-LC encrypts a second piece of plaintext as fast as the first: with AES-GCM, not with
-    /// ChaCha20-Poly1305, which takes it byte by byte (measured: five times as long).
-    gathers: bool,
     next: AtomicU64,
 }
 
@@ -787,7 +783,11 @@ impl Sealer {
     }
 
     /// Seals `head` and then `payload` into `datagram`, which is exactly [`DATA_OVERHEAD`] longer than
-    /// both: with AES-GCM the payload goes from where it lies to the send batch in one pass.
+    /// both.
+    ///
+    /// Copies and then seals in place. AWS-LC can seal from elsewhere (`seal_out_of_place_scatter`), which
+    /// measured 2 % slower than this with AES-256-GCM at 1,400 bytes (359 against 350 ns; in place alone
+    /// 329), and five times slower with ChaCha20-Poly1305, which takes the second piece byte by byte.
     ///
     /// # Errors
     /// [`NotSealed`] if the lengths do not match.
@@ -802,28 +802,10 @@ impl Sealer {
         if datagram.len() != DATA_OVERHEAD + head.len() + payload.len() {
             return Err(NotSealed);
         }
-        if !self.gathers {
-            let (plain_head, rest) = datagram[DATA_HEADER_LEN..].split_at_mut(head.len());
-            plain_head.copy_from_slice(head);
-            rest[..payload.len()].copy_from_slice(payload);
-            return self.seal(counter, flags, datagram);
-        }
-        let (header, body) = datagram
-            .split_first_chunk_mut::<DATA_HEADER_LEN>()
-            .ok_or(NotSealed)?;
-        let (sealed_head, rest) = body.split_at_mut_checked(head.len()).ok_or(NotSealed)?;
-        let nonce = nonce(counter.0);
-        *header = self.header(counter, flags);
-        self.key
-            .seal_out_of_place_scatter(
-                nonce,
-                Aad::from(&header[..]),
-                head,
-                sealed_head,
-                payload,
-                rest,
-            )
-            .map_err(|_| NotSealed)
+        let (sealed_head, rest) = datagram[DATA_HEADER_LEN..].split_at_mut(head.len());
+        sealed_head.copy_from_slice(head);
+        rest[..payload.len()].copy_from_slice(payload);
+        self.seal(counter, flags, datagram)
     }
 
     fn header(&self, counter: Counter, flags: Flags) -> [u8; DATA_HEADER_LEN] {
@@ -1429,12 +1411,6 @@ pub(crate) mod tests {
                 };
                 time("in place", &mut || {
                     let counter = sealer.reserve(1).unwrap().next().unwrap();
-                    sealer.seal(counter, Flags::NONE, &mut datagram).unwrap();
-                });
-                time("copy, then in place", &mut || {
-                    let counter = sealer.reserve(1).unwrap().next().unwrap();
-                    datagram[16..56].copy_from_slice(&head);
-                    datagram[56..1416].copy_from_slice(&payload);
                     sealer.seal(counter, Flags::NONE, &mut datagram).unwrap();
                 });
                 time("from afar", &mut || {
