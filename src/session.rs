@@ -798,7 +798,12 @@ impl Sealer {
     }
 
     /// Seals `head` and then `payload` into `datagram`, which is exactly [`DATA_OVERHEAD`] longer than
-    /// both: the payload goes from where it lies to the send batch in one pass.
+    /// both.
+    ///
+    /// Copies and then seals in place. AWS-LC can also seal from elsewhere (`seal_out_of_place_scatter`),
+    /// which was no gain: 1,400 bytes with AES-256-GCM took 359 ns that way, 350 ns this way, and 329 ns
+    /// where the plaintext already lay in place; with ChaCha20-Poly1305 it took several times as long, for
+    /// the second piece is encrypted byte by byte.
     ///
     /// # Errors
     /// [`NotSealed`] if the lengths do not match.
@@ -813,22 +818,10 @@ impl Sealer {
         if datagram.len() != DATA_OVERHEAD + head.len() + payload.len() {
             return Err(NotSealed);
         }
-        let (header, body) = datagram
-            .split_first_chunk_mut::<DATA_HEADER_LEN>()
-            .ok_or(NotSealed)?;
-        let (sealed_head, rest) = body.split_at_mut_checked(head.len()).ok_or(NotSealed)?;
-        let nonce = nonce(counter.0);
-        *header = self.header(counter, flags);
-        self.key
-            .seal_out_of_place_scatter(
-                nonce,
-                Aad::from(&header[..]),
-                head,
-                sealed_head,
-                payload,
-                rest,
-            )
-            .map_err(|_| NotSealed)
+        let (sealed_head, rest) = datagram[DATA_HEADER_LEN..].split_at_mut(head.len());
+        sealed_head.copy_from_slice(head);
+        rest[..payload.len()].copy_from_slice(payload);
+        self.seal(counter, flags, datagram)
     }
 
     fn header(&self, counter: Counter, flags: Flags) -> [u8; DATA_HEADER_LEN] {
@@ -1434,12 +1427,6 @@ pub(crate) mod tests {
                 };
                 time("in place", &mut || {
                     let counter = sealer.reserve(1).unwrap().next().unwrap();
-                    sealer.seal(counter, Flags::NONE, &mut datagram).unwrap();
-                });
-                time("copy, then in place", &mut || {
-                    let counter = sealer.reserve(1).unwrap().next().unwrap();
-                    datagram[16..56].copy_from_slice(&head);
-                    datagram[56..1416].copy_from_slice(&payload);
                     sealer.seal(counter, Flags::NONE, &mut datagram).unwrap();
                 });
                 time("from afar", &mut || {

@@ -23,7 +23,7 @@
 //! session loses nothing that is in flight. To send, both sides must come to the same one, also when
 //! their initiations crossed. Each initiation says the highest timestamp that its sender had accepted
 //! from the other; so both sides can tell which of two was made in knowledge of the other and wins, and
-//! when neither was, that of the old server wins: [`Origin::supersedes`].
+//! when neither was, that of the old server wins (`Origin::supersedes`).
 //!
 //! # Clocks
 //!

@@ -1028,6 +1028,38 @@ fn a_long_path_still_gets_its_answer() {
     pair.assert_agreed();
 }
 
+#[test]
+fn a_lost_confirmation_is_repeated_quickly() {
+    let mut pair = Pair::new(37);
+    pair.sides[NEW].config.endpoint = None;
+    pair.start(NEW);
+    pair.start(OLD);
+    pair.run(millis(25));
+    pair.link.cut = true;
+    pair.run(millis(315));
+    assert!(pair.sides[OLD].send_on.is_some() && pair.sides[NEW].send_on.is_none());
+    pair.link.cut = false;
+    let took = pair.run_until_agreed(secs(2));
+    assert!(took <= millis(250) + millis(40), "{took:?}");
+    // Heard, it stops.
+    pair.run(secs(1));
+    let before = pair.record.len();
+    pair.run(secs(3));
+    assert_eq!(pair.record.len(), before);
+}
+
+#[test]
+fn a_session_that_the_peer_forgot_before_it_was_used_is_asked_for_again() {
+    let mut pair = Pair::new(38);
+    pair.sides[NEW].config.endpoint = None;
+    pair.start(NEW);
+    pair.start(OLD);
+    pair.run(millis(25));
+    pair.restart(NEW);
+    let took = pair.run_until_agreed(secs(20));
+    assert!(took >= secs(4) && took <= secs(6), "{took:?}");
+}
+
 // Time.
 
 #[test]
@@ -1272,6 +1304,14 @@ fn a_clock_set_back_locks_nobody_out() {
             let before = pair.sides[1 - side].drops(DropReason::HandshakeReplay);
             pair.run(secs(400));
             pair.assert_agreed();
+            // Also when it is the one to ask.
+            let now = pair.now;
+            let tunnel = pair.sides[side].tunnel.as_mut().unwrap();
+            (tunnel.forced, tunnel.next_attempt) = (true, now);
+            pair.run(secs(1));
+            let session = pair.sides[1 - side].send_on.as_ref().unwrap();
+            assert_eq!(session.initiator(), role(side));
+            assert!(session.created() >= now);
             assert_eq!(
                 pair.sides[1 - side].drops(DropReason::HandshakeReplay),
                 before
