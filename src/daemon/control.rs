@@ -190,7 +190,12 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
             .fold(0, |word, &byte| word << 8 | u64::from(byte))
     };
     Ok(Translation::New(Translator::new(TranslatorConfig {
-        shards: 1,
+        // Enough that two lanes seldom want the same one.
+        shards: if config.lanes == 1 {
+            1
+        } else {
+            4 * usize::from(config.lanes)
+        },
         max_flows: config.max_flows as usize,
         seed: [word(low), word(high)],
         epoch,
