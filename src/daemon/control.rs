@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use super::DaemonError;
-use super::setup::{Ready, resolve};
+use super::setup::{Ready, Tools, resolve};
 use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerConfig};
 use crate::drops::Drops;
@@ -63,14 +63,23 @@ fn outer_headers(to: SocketAddr) -> usize {
     if to.is_ipv4() { 20 + 8 } else { 40 + 8 }
 }
 
-/// Carries packets until a signal, then undoes everything.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+/// Carries packets until a signal, then undoes everything, whatever went wrong.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
-    let mut signals = Signals::new()?;
+    let Ready { mut host, tools } = ready;
+    let mut lanes = Lanes::default();
+    let result = carry(config, tools, &mut lanes).await;
+    let undone = undo(&mut host);
+    lanes.stop();
+    result.and(undone)
+}
+
+/// Carries packets until a signal, then says goodbye.
+#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+async fn carry(config: Config, tools: Tools, lanes: &mut Lanes) -> Result<(), DaemonError> {
     let started = Instant::now();
     let (to_control, mut from_lanes) = mpsc::channel(QUEUE);
-    let Ready {
-        mut host,
+    let Tools {
+        mut signals,
         netlink,
         status,
         queues,
@@ -79,7 +88,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         sockets,
         uplink,
         endpoints,
-    } = ready;
+    } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let lanes_wanted = sockets.len() as u8;
     let keys: Vec<PeerKeys> = config
@@ -123,7 +132,6 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     };
     control.set_own_addresses();
     control.turn(started);
-    let mut lanes = Lanes::default();
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(control.config.peers.len()));
         control.counters.push(Arc::clone(&counters));
@@ -145,10 +153,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     let result = control.serve(&mut signals, &mut from_lanes, &status).await;
     info!("stopping");
     control.close();
-    let undone = undo(&mut host);
-    from_lanes.close();
-    lanes.stop();
-    result.and(undone)
+    result
 }
 
 fn failed(error: impl ToString) -> DaemonError {
@@ -838,13 +843,13 @@ fn answer(mut stream: UnixStream, status: &Status) {
 }
 
 /// The signals that end the daemon.
-struct Signals {
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    fn new() -> Result<Self, DaemonError> {
+    pub(super) fn new() -> Result<Self, DaemonError> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
