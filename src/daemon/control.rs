@@ -26,8 +26,9 @@ use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerConfig};
 use crate::drops::Drops;
 use crate::io::udp::UdpSocket;
-use crate::kernel::Host;
+use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::{Failure, Host, Repairs};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
@@ -49,6 +50,9 @@ const RESOLVE_EVERY: Duration = Duration::from_secs(10);
 /// How often the path to a peer is looked at: its MTU may have changed.
 const PATH_EVERY: Duration = Duration::from_secs(5);
 
+/// How often the kernel is asked whether the daemon's changes are still there.
+const REPAIR_EVERY: Duration = Duration::from_secs(5);
+
 /// Warnings that `status` still shows.
 const KEPT_WARNINGS: usize = 8;
 
@@ -67,7 +71,7 @@ fn outer_headers(to: SocketAddr) -> usize {
 pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
     let Ready { mut host, tools } = ready;
     let mut lanes = Lanes::default();
-    let result = carry(config, tools, &mut lanes).await;
+    let result = carry(config, tools, &mut host, &mut lanes).await;
     let undone = undo(&mut host);
     lanes.stop();
     result.and(undone)
@@ -75,7 +79,12 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
 
 /// Carries packets until a signal, then says goodbye.
 #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
-async fn carry(config: Config, tools: Tools, lanes: &mut Lanes) -> Result<(), DaemonError> {
+async fn carry(
+    config: Config,
+    tools: Tools,
+    host: &mut Host,
+    lanes: &mut Lanes,
+) -> Result<(), DaemonError> {
     let started = Instant::now();
     let (to_control, mut from_lanes) = mpsc::channel(QUEUE);
     let Tools {
@@ -121,6 +130,8 @@ async fn carry(config: Config, tools: Tools, lanes: &mut Lanes) -> Result<(), Da
         counters: Vec::new(),
         started,
         next_path: started,
+        next_repair: started + REPAIR_EVERY,
+        broken: Vec::new(),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -150,7 +161,9 @@ async fn carry(config: Config, tools: Tools, lanes: &mut Lanes) -> Result<(), Da
     }
     control.announce_start();
     notify_ready();
-    let result = control.serve(&mut signals, &mut from_lanes, &status).await;
+    let result = control
+        .serve(host, &mut signals, &mut from_lanes, &status)
+        .await;
     info!("stopping");
     control.close();
     result
@@ -286,6 +299,9 @@ struct Control {
     counters: Vec<Arc<LaneCounters>>,
     started: Instant,
     next_path: Instant,
+    next_repair: Instant,
+    /// Kernel changes that somebody has taken away and that cannot be made again.
+    broken: Vec<Change>,
     offloads: Offloads,
     warnings: VecDeque<String>,
 }
@@ -295,6 +311,7 @@ impl Control {
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     async fn serve(
         &mut self,
+        host: &mut Host,
         signals: &mut Signals,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         status: &UnixListener,
@@ -303,6 +320,7 @@ impl Control {
         loop {
             let now = Instant::now();
             self.turn(now);
+            self.repair(now, host);
             self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -325,7 +343,7 @@ impl Control {
         self.peers
             .iter()
             .filter_map(|peer| peer.tunnel.next_timeout())
-            .chain([self.next_path])
+            .chain([self.next_path, self.next_repair])
             .min()
             .unwrap_or(self.next_path)
     }
@@ -623,6 +641,30 @@ impl Control {
         }
     }
 
+    // The host.
+
+    /// Makes again what others have taken away.
+    fn repair(&mut self, now: Instant, host: &mut Host) {
+        if now < self.next_repair {
+            return;
+        }
+        self.next_repair = now + REPAIR_EVERY;
+        let Repairs { made, failed } = host.repair();
+        for change in made {
+            let line = format!("somebody removed {change}; it is back");
+            warn!("{line}");
+            self.keep_warning(line);
+        }
+        for Failure { change, reason } in &failed {
+            if !self.broken.contains(change) {
+                let line = format!("{change} is gone and cannot be made again: {reason}");
+                warn!("{line}");
+                self.keep_warning(line);
+            }
+        }
+        self.broken = failed.into_iter().map(|failure| failure.change).collect();
+    }
+
     // Names.
 
     /// Looks up again the names of peers that do not answer.
@@ -680,7 +722,10 @@ impl Control {
     fn warn(&mut self, index: usize, text: &str) {
         let name = self.name(index);
         warn!(peer = name, "{text}");
-        let line = format!("{name}: {text}");
+        self.keep_warning(format!("{name}: {text}"));
+    }
+
+    fn keep_warning(&mut self, line: String) {
         self.warnings.retain(|known| *known != line);
         if self.warnings.len() == KEPT_WARNINGS {
             self.warnings.pop_front();
