@@ -21,13 +21,14 @@ use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use super::DaemonError;
-use super::setup::{Ready, resolve};
+use super::setup::{Ready, Tools, resolve};
 use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerConfig};
 use crate::drops::Drops;
 use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS, UdpSocket};
-use crate::kernel::Host;
+use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::{Failure, Host, Repairs};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
@@ -49,6 +50,9 @@ const RESOLVE_EVERY: Duration = Duration::from_secs(10);
 /// How often the path to a peer is looked at: its MTU may have changed.
 const PATH_EVERY: Duration = Duration::from_secs(5);
 
+/// How often the kernel is asked whether the daemon's changes are still there.
+const REPAIR_EVERY: Duration = Duration::from_secs(5);
+
 /// Warnings that `status` still shows.
 const KEPT_WARNINGS: usize = 8;
 
@@ -63,14 +67,28 @@ fn outer_headers(to: SocketAddr) -> usize {
     if to.is_ipv4() { 20 + 8 } else { 40 + 8 }
 }
 
-/// Carries packets until a signal, then undoes everything.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+/// Carries packets until a signal, then undoes everything, whatever went wrong.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
-    let mut signals = Signals::new()?;
+    let Ready { mut host, tools } = ready;
+    let mut lanes = Lanes::default();
+    let result = carry(config, tools, &mut host, &mut lanes).await;
+    let undone = undo(&mut host);
+    lanes.stop();
+    result.and(undone)
+}
+
+/// Carries packets until a signal, then says goodbye.
+#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+async fn carry(
+    config: Config,
+    tools: Tools,
+    host: &mut Host,
+    lanes: &mut Lanes,
+) -> Result<(), DaemonError> {
     let started = Instant::now();
     let (to_control, mut from_lanes) = mpsc::channel(QUEUE);
-    let Ready {
-        mut host,
+    let Tools {
+        mut signals,
         netlink,
         status,
         queues,
@@ -79,7 +97,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         sockets,
         uplink,
         endpoints,
-    } = ready;
+    } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let lanes_wanted = sockets.len() as u8;
     let keys: Vec<PeerKeys> = config
@@ -112,6 +130,8 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         counters: Vec::new(),
         started,
         next_path: started,
+        next_repair: started + REPAIR_EVERY,
+        broken: Vec::new(),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -123,7 +143,6 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     };
     control.set_own_addresses();
     control.turn(started);
-    let mut lanes = Lanes::default();
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(control.config.peers.len()));
         control.counters.push(Arc::clone(&counters));
@@ -142,13 +161,12 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     }
     control.announce_start();
     notify_ready();
-    let result = control.serve(&mut signals, &mut from_lanes, &status).await;
+    let result = control
+        .serve(host, &mut signals, &mut from_lanes, &status)
+        .await;
     info!("stopping");
     control.close();
-    let undone = undo(&mut host);
-    from_lanes.close();
-    lanes.stop();
-    result.and(undone)
+    result
 }
 
 fn failed(error: impl ToString) -> DaemonError {
@@ -286,6 +304,9 @@ struct Control {
     counters: Vec<Arc<LaneCounters>>,
     started: Instant,
     next_path: Instant,
+    next_repair: Instant,
+    /// Kernel changes that somebody has taken away and that cannot be made again.
+    broken: Vec<Change>,
     offloads: Offloads,
     warnings: VecDeque<String>,
 }
@@ -295,6 +316,7 @@ impl Control {
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     async fn serve(
         &mut self,
+        host: &mut Host,
         signals: &mut Signals,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         status: &UnixListener,
@@ -303,6 +325,7 @@ impl Control {
         loop {
             let now = Instant::now();
             self.turn(now);
+            self.repair(now, host);
             self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -325,7 +348,7 @@ impl Control {
         self.peers
             .iter()
             .filter_map(|peer| peer.tunnel.next_timeout())
-            .chain([self.next_path])
+            .chain([self.next_path, self.next_repair])
             .min()
             .unwrap_or(self.next_path)
     }
@@ -647,6 +670,30 @@ impl Control {
         }
     }
 
+    // The host.
+
+    /// Makes again what others have taken away.
+    fn repair(&mut self, now: Instant, host: &mut Host) {
+        if now < self.next_repair {
+            return;
+        }
+        self.next_repair = now + REPAIR_EVERY;
+        let Repairs { made, failed } = host.repair();
+        for change in made {
+            let line = format!("somebody removed {change}; it is back");
+            warn!("{line}");
+            self.keep_warning(line);
+        }
+        for Failure { change, reason } in &failed {
+            if !self.broken.contains(change) {
+                let line = format!("{change} is gone and cannot be made again: {reason}");
+                warn!("{line}");
+                self.keep_warning(line);
+            }
+        }
+        self.broken = failed.into_iter().map(|failure| failure.change).collect();
+    }
+
     // Names.
 
     /// Looks up again the names of peers that do not answer.
@@ -704,7 +751,10 @@ impl Control {
     fn warn(&mut self, index: usize, text: &str) {
         let name = self.name(index);
         warn!(peer = name, "{text}");
-        let line = format!("{name}: {text}");
+        self.keep_warning(format!("{name}: {text}"));
+    }
+
+    fn keep_warning(&mut self, line: String) {
         self.warnings.retain(|known| *known != line);
         if self.warnings.len() == KEPT_WARNINGS {
             self.warnings.pop_front();
@@ -867,13 +917,13 @@ fn answer(mut stream: UnixStream, status: &Status) {
 }
 
 /// The signals that end the daemon.
-struct Signals {
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    fn new() -> Result<Self, DaemonError> {
+    pub(super) fn new() -> Result<Self, DaemonError> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,

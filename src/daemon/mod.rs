@@ -48,10 +48,15 @@ impl fmt::Display for DaemonError {
 /// # Errors
 /// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
 pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
-    let ready = setup::Ready::new(&config, runtime_dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
-    runtime.block_on(control::run(config, ready))
+    let result = runtime.block_on(async {
+        let ready = setup::Ready::new(&config, runtime_dir)?;
+        control::run(config, ready).await
+    });
+    // A name that is being looked up would keep the process for as long as the resolver is patient.
+    runtime.shutdown_background();
+    result
 }
