@@ -9,9 +9,17 @@
 //! Each test builds a lab of its own, so they run side by side. Needs root; says so and fails without.
 
 mod bad_input;
+mod bad_packets;
 mod demo;
+mod flood;
+mod fragments;
+mod hops;
+mod impostor;
+mod ipv6;
 mod lanes;
+mod mtu;
 mod privacy;
+mod protocols;
 mod restart;
 mod serving;
 mod stage;

@@ -79,6 +79,8 @@ pub struct Config {
     pub cipher: CipherPolicy,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// Packets too big for one datagram go in several.
+    pub split: bool,
     /// Offloads to do without.
     pub without: Vec<Offload>,
     /// The key stood on the command line, where other users can read it.
@@ -288,6 +290,7 @@ impl Config {
             lanes,
             cipher: args.cipher.or(file.cipher).unwrap_or_default(),
             log_format: args.log_format.or(file.log_format).unwrap_or_default(),
+            split: !(args.no_split || file.no_split),
             without: if args.without.is_empty() {
                 file.without
             } else {
@@ -360,6 +363,7 @@ struct FileConfig {
     lanes: Option<u8>,
     cipher: Option<CipherPolicy>,
     log_format: Option<LogFormat>,
+    no_split: bool,
     without: Vec<Offload>,
     peers: Vec<FilePeer>,
 }

@@ -34,7 +34,7 @@ use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu;
 use crate::session::{Door, Entropy, Offer, PeerKeys, SessionIndexes};
-use crate::shared::{LaneCounters, PeerView, Shared, Translation, View};
+use crate::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View};
 use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus};
 use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
@@ -47,8 +47,12 @@ const QUEUE: usize = 256;
 /// How often a name is looked up again while the peer does not answer.
 const RESOLVE_EVERY: Duration = Duration::from_secs(10);
 
-/// How often the path to a peer is looked at: its MTU may have changed.
-const PATH_EVERY: Duration = Duration::from_secs(5);
+/// How often the path to a peer is looked at: its MTU may have changed. What a router says arrives at
+/// the kernel's route, which tells nobody; a transfer that is too big stalls until it is asked.
+const PATH_EVERY: Duration = Duration::from_secs(1);
+
+/// How often this server's addresses are listed, for the case that some were added.
+const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
 /// How often the kernel is asked whether the daemon's changes are still there.
 const REPAIR_EVERY: Duration = Duration::from_secs(5);
@@ -119,6 +123,7 @@ async fn carry(
         view: View {
             sessions: Default::default(),
             peers: vec![PeerView::default(); config.peers.len()],
+            hop: Hop::default(),
         },
         view_changed: true,
         config,
@@ -132,6 +137,7 @@ async fn carry(
         next_path: started,
         next_repair: started + REPAIR_EVERY,
         broken: Vec::new(),
+        next_addresses: started,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -152,6 +158,7 @@ async fn carry(
             tun,
             uso: tso && features.uso,
             tso,
+            split: control.config.split,
             udp,
             shared: Arc::clone(&shared),
             counters,
@@ -307,6 +314,7 @@ struct Control {
     next_repair: Instant,
     /// Kernel changes that somebody has taken away and that cannot be made again.
     broken: Vec<Change>,
+    next_addresses: Instant,
     offloads: Offloads,
     warnings: VecDeque<String>,
 }
@@ -394,8 +402,13 @@ impl Control {
                 self.event(now, index, event);
             }
         }
+        if now >= self.next_addresses {
+            self.next_addresses = now + ADDRESSES_EVERY;
+            self.set_own_addresses();
+        }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
+            self.measure_link(now);
             for index in 0..self.peers.len() {
                 self.measure_path(now, index);
             }
@@ -598,23 +611,62 @@ impl Control {
             .find_map(|held| choose(held.addr))
     }
 
-    /// Tells the translator which sources no client may claim.
-    fn set_own_addresses(&self) {
-        let Translation::New(translator) = &self.shared.translation else {
-            return;
+    /// Looks at this server's addresses: on the new server no client may claim them as its source, on
+    /// the old one they are what ICMP messages are sent from.
+    fn set_own_addresses(&mut self) {
+        let held = match self.netlink.addresses() {
+            Ok(held) => held,
+            Err(error) => return warn!("cannot list this server's addresses: {error}"),
         };
-        match self.netlink.addresses() {
-            Ok(held) => {
-                let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
-                translator.set_own_addresses(&own);
+        if let Translation::New(translator) = &self.shared.translation {
+            let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
+            return translator.set_own_addresses(&own);
+        }
+        let moved: Vec<IpAddr> = self
+            .peers
+            .iter()
+            .flat_map(|peer| &peer.moves)
+            .filter(|moved| moved.is_whole())
+            .map(|moved| moved.addr)
+            .collect();
+        let own = held
+            .iter()
+            .filter(|held| held.index == self.uplink.index && !moved.contains(&held.addr));
+        let (mut v4, mut v6) = (None, None);
+        for held in own {
+            match held.addr {
+                IpAddr::V4(addr) => v4 = v4.or(Some(addr)),
+                IpAddr::V6(addr) if is_global(addr) => v6 = v6.or(Some(addr)),
+                IpAddr::V6(_) => {}
             }
-            Err(error) => warn!("cannot list this server's addresses: {error}"),
+        }
+        let hop = &mut self.view.hop;
+        self.view_changed |= (hop.v4, hop.v6) != (v4, v6);
+        (hop.v4, hop.v6) = (v4, v6);
+    }
+
+    /// Looks at the link to the clients, whose MTU may have changed.
+    fn measure_link(&mut self, now: Instant) {
+        if let Ok(Some(link)) = self.netlink.link_by_index(self.uplink.index) {
+            self.uplink = link;
+        }
+        let mtu = self.uplink.mtu as usize;
+        if self.config.role != Role::Old || self.view.hop.mtu == mtu {
+            return;
+        }
+        self.view.hop.mtu = mtu;
+        self.view_changed = true;
+        let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
+        for peer in &mut self.peers {
+            // The new server's host is not to send more than the clients' link takes.
+            let moves = peer.moves.clone();
+            let announcement = Announcement::Old { moves, mtu };
+            peer.tunnel.set_announcement(now, announcement);
         }
     }
 
     /// Tells the tunnel how much the route to its peer takes: up to there it searches.
     fn measure_path(&mut self, now: Instant, index: usize) {
-        self.set_own_addresses();
         let Some(path) = self.view.peers[index].path else {
             return;
         };
