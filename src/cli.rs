@@ -111,6 +111,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
+    /// Seconds after which a session is replaced, for tests that want many. [default: 120]
+    #[arg(long, value_name = "SECONDS", hide = true)]
+    pub rekey_after: Option<u64>,
+
     /// Do without an offload, to work around a driver.
     #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]
     pub without: Vec<Offload>,

@@ -19,6 +19,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::config::Config;
+use crate::confine;
 
 /// Why the daemon did not start, or ended.
 #[derive(Debug)]
@@ -49,9 +50,14 @@ impl fmt::Display for DaemonError {
 /// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
 pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
     let ready = setup::Ready::new(&config, runtime_dir)?;
+    // Before the first thread: what is given up is given up by those that follow as well.
+    confine::drop_privileges();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
-    runtime.block_on(control::run(config, ready))
+    let result = runtime.block_on(control::run(config, ready));
+    // A name that is still being looked up is nobody's business any more.
+    runtime.shutdown_background();
+    result
 }
