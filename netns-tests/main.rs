@@ -8,12 +8,22 @@
 //!
 //! Each test builds a lab of its own, so they run side by side. Needs root; says so and fails without.
 
+mod attack;
 mod bad_input;
+mod confined;
 mod demo;
+mod endpoints;
+mod on_path;
 mod privacy;
+mod protocol_text;
+mod rekey;
+mod relay;
 mod restart;
+mod second;
 mod serving;
+mod several;
 mod stage;
 mod status;
+mod stream;
 mod the_lab;
 mod undo;
