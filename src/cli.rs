@@ -120,6 +120,9 @@ pub struct RunArgs {
     /// instead of carrying them in two datagrams.
     #[arg(long)]
     pub no_split: bool,
+    /// Seconds after which a session is replaced, for tests that want many. [default: 120]
+    #[arg(long, value_name = "SECONDS", hide = true)]
+    pub rekey_after: Option<u64>,
 
     /// Do without an offload, to work around a driver.
     #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]

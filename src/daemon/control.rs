@@ -33,16 +33,12 @@ use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu;
-use crate::session::{Door, Entropy, Offer, PeerKeys, SessionIndexes};
-use crate::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View};
+use crate::session::{Door, Entropy, Offer, SessionIndexes};
+use crate::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
 use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus};
 use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
 use crate::wire::DATA_OVERHEAD;
-
-/// What may wait for the control task. Only peers' handshakes and control messages get here, a few
-/// a second; more means that somebody replays them.
-const QUEUE: usize = 256;
 
 /// How often a name is looked up again while the peer does not answer.
 const RESOLVE_EVERY: Duration = Duration::from_secs(10);
@@ -90,7 +86,8 @@ async fn carry(
     lanes: &mut Lanes,
 ) -> Result<(), DaemonError> {
     let started = Instant::now();
-    let (to_control, mut from_lanes) = mpsc::channel(QUEUE);
+    // Each peer has places of its own; one more for a lane's last word.
+    let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(config.peers.len()) + 1);
     let Tools {
         mut signals,
         netlink,
@@ -104,22 +101,18 @@ async fn carry(
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let lanes_wanted = sockets.len() as u8;
-    let keys: Vec<PeerKeys> = config
-        .peers
-        .iter()
-        .map(|peer| PeerKeys::derive(&peer.psk))
-        .collect();
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(View::default()),
         translation: translation(&config, started)?,
-        door: Door::new(peer_ids(&config).zip(keys.iter().cloned())),
+        door: Door::new(peer_ids(&config).zip(config.peers.iter().map(|peer| peer.keys.clone()))),
         drops: Drops::default(),
         peer_drops: config.peers.iter().map(|_| Drops::default()).collect(),
+        waiting: config.peers.iter().map(|_| Waiting::default()).collect(),
     });
     let udp = sockets[0].try_clone().map_err(failed)?;
     let tso = !config.without.contains(&Offload::TunGso);
     let mut control = Control {
-        peers: peers(&config, &keys, &endpoints, lanes_wanted, &uplink, started)?,
+        peers: peers(&config, &endpoints, lanes_wanted, &uplink, started)?,
         view: View {
             sessions: Default::default(),
             peers: vec![PeerView::default(); config.peers.len()],
@@ -229,18 +222,21 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
 
 fn peers(
     config: &Config,
-    keys: &[PeerKeys],
     endpoints: &[Option<SocketAddr>],
     lanes: u8,
     uplink: &Link,
     now: Instant,
 ) -> Result<Vec<Peer>, DaemonError> {
     let indexes = SessionIndexes::default();
+    let timers = match config.rekey_after {
+        Some(rekey_after) => Timers::with_rekey_after(rekey_after),
+        None => Timers::default(),
+    };
     let mtu = uplink.mtu.min(u32::from(u16::MAX)) as u16;
     peer_ids(config)
         .zip(&config.peers)
-        .zip(keys.iter().zip(endpoints))
-        .map(|((id, peer), (keys, &endpoint))| {
+        .zip(endpoints)
+        .map(|((id, peer), &endpoint)| {
             let announcement = match config.role {
                 Role::Old => Announcement::Old {
                     moves: peer.moves.clone(),
@@ -255,14 +251,14 @@ fn peers(
             let tunnel = Tunnel::new(
                 TunnelConfig {
                     peer: id,
-                    keys: keys.clone(),
+                    keys: peer.keys.clone(),
                     role: config.role,
                     lanes,
                     offer: Offer::of_this_machine(config.cipher),
                     endpoint,
                     announcement,
                     max_datagram: Some(pmtu::BASE),
-                    timers: Timers::default(),
+                    timers,
                     indexes: indexes.clone(),
                     entropy: Entropy::system(),
                 },
@@ -273,10 +269,14 @@ fn peers(
                 id,
                 tunnel,
                 moves: peer.moves.clone(),
+                refused: Vec::new(),
+                client_mtu: None,
                 deliver: None,
                 state: State::Connecting,
                 next_resolve: now + RESOLVE_EVERY,
                 resolving: false,
+                resolved: 0,
+                unresolved: None,
             })
         })
         .collect()
@@ -288,12 +288,23 @@ struct Peer {
     tunnel: Tunnel,
     /// What moved: from the settings on the old server, from the peer on the new one.
     moves: Vec<Move>,
+    /// What the old server says has moved, but has moved from another one already (new server).
+    refused: Vec<Move>,
+    /// MTU of the old server's link to the clients (new server).
+    client_mtu: Option<u32>,
     /// Where the new server delivers, once known.
     deliver: Option<Deliver>,
     state: State,
     next_resolve: Instant,
     resolving: bool,
+    /// How often its name was looked up again.
+    resolved: usize,
+    /// Why it could not be the last time.
+    unresolved: Option<String>,
 }
+
+/// What looking a name up came to.
+type Resolved = Result<SocketAddr, String>;
 
 /// Everything that is not a packet.
 struct Control {
@@ -363,6 +374,9 @@ impl Control {
 
     /// What a lane passes on.
     fn handle(&mut self, now: Instant, message: ToControl) -> Result<(), DaemonError> {
+        if let Some((peer, queue)) = message.origin() {
+            self.shared.waiting[usize::from(peer.0)].leave(queue);
+        }
         let (peer, result) = match message {
             ToControl::Handshake { path, admitted } => {
                 let peer = admitted.peer();
@@ -371,11 +385,13 @@ impl Control {
             }
             ToControl::Control {
                 session,
-                path,
+                heard_from,
                 message,
             } => {
                 let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
-                tunnel.session_heard(now, &session, path);
+                if let Some(path) = heard_from {
+                    tunnel.session_heard(now, &session, path);
+                }
                 let result = tunnel.handle_control(now, &session, &message);
                 (session.peer(), result)
             }
@@ -497,36 +513,53 @@ impl Control {
 
     /// The old server says what it has moved here.
     fn peer_moved(&mut self, now: Instant, index: usize, moves: Vec<Move>, mtu: u16) {
-        let (accepted, refused): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(|moved| {
-            let others = self
-                .peers
-                .iter()
-                .filter(|peer| usize::from(peer.id.0) != index);
-            !others
-                .flat_map(|peer| &peer.moves)
-                .any(|other| other.overlaps(moved))
-        });
-        for moved in &refused {
-            self.warn(
-                index,
-                &format!("{moved} has moved here from another old server already; ignored"),
-            );
+        self.accept_moves(now, index, moves);
+        // What it has let go of may be what another one was refused.
+        for other in 0..self.peers.len() {
+            let peer = &self.peers[other];
+            if other != index && !peer.refused.is_empty() {
+                let moves = peer.moves.iter().chain(&peer.refused).cloned().collect();
+                self.accept_moves(now, other, moves);
+            }
         }
-        let names: Vec<String> = accepted.iter().map(ToString::to_string).collect();
-        info!(peer = self.name(index), moved = names.join(" "), "serving");
-        if let Translation::New(translator) = &self.shared.translation
-            && let Err(error) = translator.set_moves(self.peers[index].id, accepted.clone())
-        {
-            self.warn(index, &error.to_string());
-        }
-        self.peers[index].moves = accepted;
-        // What the application sends has to fit the old server's link to the clients too.
-        let mtu = u32::from(mtu).clamp(MIN_MTU, self.uplink.mtu.max(MIN_MTU));
+        // What the application sends has to fit each old server's link to the clients too.
+        self.peers[index].client_mtu = Some(u32::from(mtu));
+        let mtus = self.peers.iter().filter_map(|peer| peer.client_mtu);
+        let mtu = mtus.min().unwrap_or(MIN_MTU);
+        let mtu = mtu.clamp(MIN_MTU, self.uplink.mtu.max(MIN_MTU));
         if mtu != self.tun.mtu {
             match self.netlink.set_link_mtu(self.tun.index, mtu) {
                 Ok(()) => self.tun.mtu = mtu,
                 Err(error) => warn!("cannot set the MTU of {} to {mtu}: {error}", self.tun.name),
             }
+        }
+    }
+
+    /// Serves what no other old server has moved here; the first to say so has it.
+    fn accept_moves(&mut self, now: Instant, index: usize, moves: Vec<Move>) {
+        let others = |moved: &Move| {
+            self.peers
+                .iter()
+                .filter(|peer| usize::from(peer.id.0) != index)
+                .flat_map(|peer| &peer.moves)
+                .all(|other| !other.overlaps(moved))
+        };
+        let (accepted, refused): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(others);
+        if refused != self.peers[index].refused {
+            for moved in &refused {
+                self.warn(index, &taken(moved));
+            }
+            self.peers[index].refused = refused;
+        }
+        if accepted != self.peers[index].moves {
+            let names: Vec<String> = accepted.iter().map(ToString::to_string).collect();
+            info!(peer = self.name(index), moved = names.join(" "), "serving");
+            if let Translation::New(translator) = &self.shared.translation
+                && let Err(error) = translator.set_moves(self.peers[index].id, accepted.clone())
+            {
+                self.warn(index, &error.to_string());
+            }
+            self.peers[index].moves = accepted;
         }
         if let Some(path) = self.view.peers[index].path {
             self.choose_delivery(now, index, path);
@@ -591,6 +624,8 @@ impl Control {
                 self.warn(index, error);
             }
         }
+        // What is refused was told here when it was; there it is told with everything else.
+        let error = error.or(self.peers[index].refused.first().map(taken));
         let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
         self.peers[index].tunnel.set_announcement(
             now,
@@ -749,7 +784,7 @@ impl Control {
     // Names.
 
     /// Looks up again the names of peers that do not answer.
-    fn resolve_names(&mut self, now: Instant, to: &mpsc::Sender<(usize, Option<SocketAddr>)>) {
+    fn resolve_names(&mut self, now: Instant, to: &mpsc::Sender<(usize, Resolved)>) {
         for (index, peer) in self.peers.iter_mut().enumerate() {
             let Some(endpoint) = &self.config.peers[index].endpoint else {
                 continue;
@@ -760,19 +795,30 @@ impl Control {
             }
             peer.resolving = true;
             peer.next_resolve = now + RESOLVE_EVERY;
-            let (endpoint, to) = (endpoint.clone(), to.clone());
+            peer.resolved += 1;
+            let (endpoint, turn, to) = (endpoint.clone(), peer.resolved, to.clone());
             tokio::task::spawn_blocking(move || {
                 // The daemon may be ending.
-                let _ = to.blocking_send((index, resolve(&endpoint)));
+                let _ = to.blocking_send((index, resolve(&endpoint, turn)));
             });
         }
     }
 
-    fn resolved(&mut self, now: Instant, index: usize, addr: Option<SocketAddr>) {
+    fn resolved(&mut self, now: Instant, index: usize, result: Resolved) {
         let peer = &mut self.peers[index];
         peer.resolving = false;
-        if addr.is_some() {
-            peer.tunnel.set_endpoint(now, addr);
+        let failure = match result {
+            Ok(addr) => {
+                peer.tunnel.set_endpoint(now, Some(addr));
+                None
+            }
+            Err(error) => Some(error),
+        };
+        if peer.unresolved != failure {
+            peer.unresolved.clone_from(&failure);
+            if let Some(error) = failure {
+                self.warn(index, &format!("{error}; trying again"));
+            }
         }
     }
 
@@ -924,6 +970,11 @@ impl Control {
 /// today, and the largest UDP datagram over IPv4.
 const MIN_CARRIED: u32 = 576;
 const MAX_CARRIED: u32 = 65_535;
+
+/// Why something is not served, for the operators of both servers.
+fn taken(moved: &Move) -> String {
+    format!("{moved} has moved here from another old server already; it is not served for this one")
+}
 
 fn is_too_big(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EMSGSIZE)

@@ -19,6 +19,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::config::Config;
+use crate::confine;
 
 /// Why the daemon did not start, or ended.
 #[derive(Debug)]
@@ -54,6 +55,8 @@ pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
         .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
     let result = runtime.block_on(async {
         let ready = setup::Ready::new(&config, runtime_dir)?;
+        // Before the first thread: what is given up is given up by those that follow as well.
+        confine::drop_privileges();
         control::run(config, ready).await
     });
     // A name that is being looked up would keep the process for as long as the resolver is patient.

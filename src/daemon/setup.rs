@@ -63,7 +63,10 @@ impl Ready {
         let endpoints = config
             .peers
             .iter()
-            .map(|peer| peer.endpoint.as_ref().and_then(resolve))
+            .map(|peer| {
+                let found = resolve(peer.endpoint.as_ref()?, 0);
+                found.map_err(|error| warn!("{error}; trying again")).ok()
+            })
             .collect::<Vec<_>>();
         let found = Found::new(&netlink, config, &endpoints)?;
         let sockets = bind(config)?;
@@ -316,20 +319,17 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// Looks a peer's name up; `None`, with a warning, if that fails for now.
-pub(super) fn resolve(peer: &PeerAddr) -> Option<SocketAddr> {
-    let found = (peer.host.as_str(), peer.port).to_socket_addrs();
-    match found.map(|mut all| all.next()) {
-        Ok(Some(addr)) => Some(addr),
-        Ok(None) => {
-            warn!("{} has no address; trying again", peer.host);
-            None
-        }
-        Err(error) => {
-            warn!("cannot look up {}: {error}; trying again", peer.host);
-            None
-        }
-    }
+/// Looks a peer's name up. Of several addresses it gives another one each `turn`.
+pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String> {
+    let found = (peer.host.as_str(), peer.port)
+        .to_socket_addrs()
+        .map_err(|error| format!("cannot look up {}: {error}", peer.host))?
+        .collect::<Vec<_>>();
+    let addr = turn
+        .checked_rem(found.len())
+        .and_then(|turn| found.get(turn));
+    addr.copied()
+        .ok_or_else(|| format!("{} has no address", peer.host))
 }
 
 /// Opens the UDP sockets, one a lane: both families where the host has IPv6.
