@@ -10,7 +10,7 @@
 //!  old server: 192.0.2.5 off the interface, proxy ARP for it, route 192.0.2.5/32 → device, forwarding,
 //!              MSS clamped to the device
 //!  new server: from the device: connection mark 1, DNAT to 198.51.100.2; replies of marked
-//!              connections: mark 1 → rule → table 100 → device
+//!              connections: mark 1 → rule → table 100 → device, but for the old server itself
 //! ```
 
 use std::env;
@@ -270,8 +270,8 @@ fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
         });
         match there {
             Some(Ok(_)) => {}
-            Some(Err(status)) => bail!("it ended with {status}: {}", process.stderr()),
-            None => bail!("its device did not come up: {}", process.stderr()),
+            Some(Err(status)) => bail!("it ended with {status}: {}", words(&process)),
+            None => bail!("its device did not come up: {}", words(&process)),
         }
         ends.push(WireGuard { process, device });
     }
@@ -305,6 +305,16 @@ fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
         .map_err(|_| anyhow::anyhow!("there are two ends"))
 }
 
+/// The last line that a process said: wireguard-go begins with a banner.
+fn words(process: &Process) -> String {
+    let said = process.stderr() + &process.stdout();
+    let line = said
+        .lines()
+        .rev()
+        .find(|line| line.contains(char::is_alphabetic));
+    line.unwrap_or("nothing was said").trim().to_owned()
+}
+
 /// Leads the moved address over a device and the replies back: see the module.
 fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
     let [on_old, on_new] = devices;
@@ -322,8 +332,10 @@ fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
     firewall(
         old,
         &format!(
-            "table ip way3 {{ chain forward {{ type filter hook forward priority mangle; \
-             tcp flags syn tcp option maxseg size set {mss}; }} }}"
+            "table ip way3 {{
+               chain forward {{ type filter hook forward priority mangle;
+                 tcp flags syn tcp option maxseg size set {mss}; }}
+             }}"
         ),
         &[&format!(
             "-t mangle -A FORWARD -p tcp --tcp-flags SYN,RST SYN -j TCPMSS --set-mss {mss}"
@@ -337,11 +349,11 @@ fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
         new,
         &format!(
             "table ip way3 {{
-               chain mark {{ type filter hook prerouting priority mangle;
+               chain marking {{ type filter hook prerouting priority mangle;
                  iifname \"{on_new}\" ct mark set 1; }}
                chain translate {{ type nat hook prerouting priority dstnat;
                  iifname \"{on_new}\" ip daddr {MOVED} dnat to {NEW}; }}
-               chain reply {{ type route hook output priority mangle;
+               chain replies {{ type route hook output priority mangle;
                  ct mark 1 meta mark set ct mark; }}
              }}"
         ),
@@ -351,7 +363,9 @@ fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
             "-t mangle -A OUTPUT -m connmark --mark 1 -j CONNMARK --restore-mark",
         ],
     )?;
-    sh(new, "ip rule add fwmark 1 lookup 100")?;
+    // VXLAN routes its own datagrams by the mark of what is in them: without this rule, into itself.
+    sh(new, &format!("ip rule add pref 90 to {OLD} lookup main"))?;
+    sh(new, "ip rule add pref 100 fwmark 1 lookup 100")?;
     sh(
         new,
         &format!("ip route add default via {OLD_INNER} dev {on_new} table 100"),
