@@ -10,6 +10,7 @@
 
 mod bad_input;
 mod demo;
+mod lanes;
 mod privacy;
 mod restart;
 mod serving;
