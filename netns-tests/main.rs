@@ -13,6 +13,7 @@ mod bad_input;
 mod confined;
 mod demo;
 mod endpoints;
+mod lanes;
 mod on_path;
 mod privacy;
 mod protocol_text;

@@ -99,6 +99,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub max_flows: Option<u32>,
 
+    /// Threads that carry packets, each with a queue and a socket of its own. [default: half of the
+    /// processors, at most 8]
+    #[arg(long, value_name = "N")]
+    pub lanes: Option<u8>,
+
     /// Cipher of the tunnel. [default: auto, the faster of those that both servers have in hardware]
     #[arg(long, value_name = "CIPHER")]
     pub cipher: Option<CipherPolicy>,

@@ -37,6 +37,13 @@ pub const MAX_PEERS: usize = 256;
 const MIN_REKEY_AFTER: u64 = 1;
 const MAX_REKEY_AFTER: u64 = 120;
 
+/// Most lanes `--lanes` may ask for: beyond the cores of any server this is run on, each lane costs
+/// memory and keys.
+pub const MAX_LANES: u8 = 64;
+
+/// Most lanes taken unless told otherwise.
+const MAX_DEFAULT_LANES: usize = 8;
+
 /// Longest interface name (`IFNAMSIZ` less the final NUL).
 const MAX_IFNAME: usize = 15;
 
@@ -72,6 +79,8 @@ pub struct Config {
     pub uplink: Option<String>,
     /// Most flows remembered.
     pub max_flows: u32,
+    /// Threads that carry packets.
+    pub lanes: u8,
     /// Which ciphers may be used.
     pub cipher: CipherPolicy,
     /// How log lines are written.
@@ -274,6 +283,11 @@ impl Config {
                 format!("must be from 1 to {MAX_MAX_FLOWS}"),
             ));
         }
+        let lanes = args.lanes.or(file.lanes).unwrap_or_else(default_lanes);
+        if !(1..=MAX_LANES).contains(&lanes) {
+            let problem = format!("must be from 1 to {MAX_LANES}");
+            return Err(flag("--lanes", lanes, problem));
+        }
         Ok(Self {
             role,
             peers,
@@ -281,6 +295,7 @@ impl Config {
             tun: check_ifname("--tun", args.tun.or(file.tun))?.unwrap_or(DEFAULT_TUN.into()),
             uplink: check_ifname("--uplink", args.uplink.or(file.uplink))?,
             max_flows,
+            lanes,
             cipher: args.cipher.or(file.cipher).unwrap_or_default(),
             log_format: args.log_format.or(file.log_format).unwrap_or_default(),
             without: if args.without.is_empty() {
@@ -353,6 +368,7 @@ struct FileConfig {
     tun: Option<String>,
     uplink: Option<String>,
     max_flows: Option<u32>,
+    lanes: Option<u8>,
     cipher: Option<CipherPolicy>,
     rekey_after: Option<u64>,
     log_format: Option<LogFormat>,
@@ -465,6 +481,13 @@ impl FileConfig {
             }
         })
     }
+}
+
+/// Half of the processors: the other half is for the applications and the kernel's own share of the
+/// work, and two lanes on two processors were no faster than one.
+fn default_lanes() -> u8 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (processors / 2).clamp(1, MAX_DEFAULT_LANES) as u8
 }
 
 fn flag(flag: &'static str, value: impl ToString, problem: String) -> ConfigError {
@@ -792,6 +815,8 @@ mod tests {
                 format!("{key} --peer 192.0.2.1 --max-flows 0"),
                 "--max-flows",
             ),
+            (format!("{key} --peer 192.0.2.1 --lanes 0"), "--lanes"),
+            (format!("{key} --peer 192.0.2.1 --lanes 65"), "--lanes"),
             (format!("{key} --peer 192.0.2.1 --cipher des"), "cipher"),
         ] {
             let error = config(&line).unwrap_err();

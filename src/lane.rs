@@ -1,13 +1,13 @@
 //! The journey of a packet. A lane is one thread that owns one TUN queue and one UDP socket.
 //!
-//! Out of this host, from the TUN into the tunnel ([`Lane::outbound`]):
+//! Out of this host, from the TUN into the tunnel ([`Lane::drain_tun`]):
 //!
 //! 1. read a super-packet with its `virtio_net_hdr`;
 //! 2. parse it, look its flow up and rewrite it, once ([`Lane::route_out`]);
-//! 3. cut it to datagrams and seal each where it lies in the send batch ([`Lane::seal_all`]);
+//! 3. cut it to datagrams and seal each where it lies in the send batch ([`Sealing::seal_all`]);
 //! 4. send the batch in one call ([`Lane::flush_udp`]).
 //!
-//! Into this host, from the tunnel to the TUN ([`Lane::inbound`]):
+//! Into this host, from the tunnel to the TUN ([`Lane::drain_udp`]):
 //!
 //! 1. receive a batch of datagrams;
 //! 2. open each where it lies ([`Lane::open`]);
@@ -38,15 +38,27 @@ use crate::join::{Joiner, Part, Stream};
 use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
 use crate::packet::{Parsed, clamp_mss};
 use crate::peer::{Path, PeerId};
-use crate::session::{Admitted, Sealer, Session};
+use crate::session::{Admitted, OpenBatch, Sealer, Session};
 use crate::shared::{LaneCounters, Queue, Shared, Translation, View};
 use crate::translate::{Gate, Verdict};
 use crate::tunnel::MAX_MESSAGE;
 use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 
-/// Batches handled from one side before the other side gets its turn. More amortises the wake-up
-/// further; 8 was worth 25 to 40 % over 1, and latency suffers beyond it.
-const BURST: usize = 8;
+/// Frames or batches taken from one side before the other side gets its turn. More amortises the
+/// wake-up further: 8 was worth 25 to 40 % over 1 for full super-packets; small packets, of which
+/// one batch holds many, are worth more.
+const BURST: usize = 64;
+
+/// Bytes taken from the TUN before the other side gets its turn: 8 full super-packets, beyond which
+/// latency suffers.
+const BURST_BYTES: usize = 8 * 65_536;
+
+/// Batches received before the other side gets its turn, for the same reason.
+const BURST_BATCHES: usize = 8;
+
+/// Receive slots. A super-packet of 64 KiB takes two sends once it is sealed; the two slots let what
+/// arrives in two batches be joined to one again.
+const SLOTS: usize = 2;
 
 /// How often expiring flows are looked at, and longest wait without a packet.
 const TICK: Duration = Duration::from_secs(1);
@@ -129,15 +141,45 @@ pub struct Lane {
     frame: Box<[u8]>,
     /// What is about to be sent.
     batch: SendBatch,
-    /// What was received, opened in place.
+    /// What was received, opened in place: [`SLOTS`] of [`RECV_SLOT`].
     slab: Box<[u8]>,
+    /// The slot that was received into last.
+    slot: usize,
+    /// What was opened and not yet delivered.
+    opened: Vec<Plain>,
     /// Whose packets the coalescer holds.
     joining: PeerId,
+    /// The slot that the first of them lies in.
+    joining_slot: usize,
     coalescer: Coalescer,
     joiner: Joiner,
     /// Where a packet that is split is put together first.
     scratch: Box<[u8]>,
     ticked: Instant,
+}
+
+/// What poll said, or what is known to wait.
+#[derive(Clone, Copy, Default)]
+struct Ready {
+    tun: bool,
+    udp: bool,
+    stop: bool,
+}
+
+impl Ready {
+    fn any(self) -> bool {
+        self.tun || self.udp || self.stop
+    }
+}
+
+/// A packet, or a part of one, that was opened.
+struct Plain {
+    peer: PeerId,
+    /// Where it lies in the slab.
+    range: Range<usize>,
+    flags: Flags,
+    stream: Stream,
+    counter: u64,
 }
 
 /// What a packet may know of its surroundings while it passes.
@@ -154,8 +196,11 @@ impl Lane {
         let mut lane = Self {
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
             batch: SendBatch::new(),
-            slab: vec![0; RECV_SLOT].into_boxed_slice(),
+            slab: vec![0; SLOTS * RECV_SLOT].into_boxed_slice(),
+            slot: 0,
+            opened: Vec::new(),
             joining: PeerId(0),
+            joining_slot: 0,
             coalescer: Coalescer::new(parts.uso),
             joiner: Joiner::default(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
@@ -163,27 +208,38 @@ impl Lane {
             parts,
         };
         let shared = Arc::clone(&lane.parts.shared);
+        let mut ready = Ready::default();
         loop {
-            match lane.wait() {
-                Ok(false) => {}
-                Ok(true) => return,
-                Err(error) => return lane.fail(format!("waiting for packets failed: {error}")),
+            // What had more than its turn's worth is not asked again.
+            if !ready.any() {
+                ready = match lane.wait() {
+                    Ok(ready) => ready,
+                    Err(error) => return lane.fail(format!("waiting for packets failed: {error}")),
+                };
+            }
+            if ready.stop {
+                return;
             }
             let view = shared.view.load_full();
             let moment = Moment {
                 now: Instant::now(),
                 view: &view,
             };
-            let result = lane.burst(moment);
-            lane.tick(moment.now);
-            if let Err(error) = result {
-                return lane.fail(error);
+            if ready.udp {
+                ready.udp = lane.drain_udp(moment);
             }
+            if ready.tun {
+                ready.tun = match lane.drain_tun(moment) {
+                    Ok(more) => more,
+                    Err(error) => return lane.fail(error),
+                };
+            }
+            lane.tick(moment.now);
         }
     }
 
-    /// Waits until something is to be done; true if that is to stop.
-    fn wait(&self) -> io::Result<bool> {
+    /// Waits until something is to be done.
+    fn wait(&self) -> io::Result<Ready> {
         let mut fds = [
             PollFd::from_borrowed_fd(self.parts.tun.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.parts.udp.as_fd(), PollFlags::IN),
@@ -194,48 +250,46 @@ impl Lane {
             tv_nsec: 0,
         };
         match poll(&mut fds, Some(&timeout)) {
-            Ok(_) => Ok(!fds[2].revents().is_empty()),
-            Err(rustix::io::Errno::INTR) => Ok(false),
+            Ok(_) => Ok(Ready {
+                tun: !fds[0].revents().is_empty(),
+                udp: !fds[1].revents().is_empty(),
+                stop: !fds[2].revents().is_empty(),
+            }),
+            Err(rustix::io::Errno::INTR) => Ok(Ready::default()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Handles what waits on both sides, in turns.
-    fn burst(&mut self, moment: Moment<'_>) -> Result<(), String> {
-        for _ in 0..BURST {
-            let more = self.inbound(moment);
-            let more = self.outbound(moment)? || more;
-            if !more {
-                break;
-            }
-        }
-        self.flush_udp();
-        Ok(())
-    }
-
     // Out of this host.
 
-    /// Takes one frame from the TUN into the tunnel; false if none waits.
-    fn outbound(&mut self, moment: Moment<'_>) -> Result<bool, String> {
-        let len = match self.parts.tun.recv(&mut self.frame) {
-            Ok(len) => len,
-            Err(error) => {
-                return match error.raw_os_error() {
-                    Some(libc::EAGAIN) => Ok(false),
-                    Some(libc::EINTR) => Ok(true),
+    /// Takes what waits at the TUN into the tunnel, up to a turn's worth; whether more may wait.
+    fn drain_tun(&mut self, moment: Moment<'_>) -> Result<bool, String> {
+        let (mut frames, mut bytes) = (0, 0);
+        let result = loop {
+            match self.parts.tun.recv(&mut self.frame) {
+                Ok(len) => {
+                    if let Err(drop) = self.route_out(moment, len) {
+                        self.count(drop);
+                    }
+                    (frames, bytes) = (frames + 1, bytes + len);
+                    if frames == BURST || bytes >= BURST_BYTES {
+                        break Ok(true);
+                    }
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => break Ok(false),
+                    Some(libc::EINTR) => {}
                     // Set down by somebody: nothing to read until it is up again.
                     Some(libc::EIO) => {
                         std::thread::sleep(DEVICE_DOWN_PAUSE);
-                        Ok(false)
+                        break Ok(false);
                     }
-                    _ => Err(format!("the TUN interface is gone: {error}")),
-                };
+                    _ => break Err(format!("the TUN interface is gone: {error}")),
+                },
             }
         };
-        if let Err(drop) = self.route_out(moment, len) {
-            self.count(drop);
-        }
-        Ok(true)
+        self.flush_udp();
+        result
     }
 
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
@@ -308,74 +362,130 @@ impl Lane {
 
     // Into this host.
 
-    /// Takes one batch of datagrams out of the tunnel; false if none waits.
-    fn inbound(&mut self, moment: Moment<'_>) -> bool {
-        let received = match self.parts.udp.recv(&mut self.slab) {
-            Ok(received) => received,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-            Err(error) => {
-                debug!(%error, "receiving failed");
-                // An error that was queued on the socket is gone once it was told; whatever else
-                // it was, waiting for the next datagram is right.
-                return false;
+    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may wait.
+    fn drain_udp(&mut self, moment: Moment<'_>) -> bool {
+        let mut more = true;
+        for _ in 0..BURST_BATCHES {
+            self.slot = self.free_slot(moment);
+            let start = self.slot * RECV_SLOT;
+            match self.parts.udp.recv(&mut self.slab[start..][..RECV_SLOT]) {
+                Ok(received) => self.open_all(moment, &received),
+                Err(error) => {
+                    // An error that was queued on the socket is gone once it was told; whatever
+                    // else it was, waiting for the next datagram is right.
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        debug!(%error, "receiving failed");
+                    }
+                    more = false;
+                    break;
+                }
             }
-        };
-        let mut start = 0;
-        while start < received.len {
-            let end = received.len.min(start + received.stride);
-            if let Err(drop) = self.open(moment, start..end, &received) {
-                self.count(drop);
+        }
+        self.flush_tun(moment);
+        more
+    }
+
+    /// A slot that holds nothing the coalescer still needs: the one used last if it can be, since
+    /// that is in the processor's cache.
+    fn free_slot(&mut self, moment: Moment<'_>) -> usize {
+        if self.coalescer.is_empty() {
+            return self.slot;
+        }
+        let next = (self.slot + 1) % SLOTS;
+        if self.joining_slot == next {
+            self.flush_tun(moment);
+            return self.slot;
+        }
+        next
+    }
+
+    /// Opens every datagram of the batch in the current slot, then delivers what was in them.
+    fn open_all(&mut self, moment: Moment<'_>, received: &Received) {
+        let mut opened = std::mem::take(&mut self.opened);
+        let base = self.slot * RECV_SLOT;
+        // The lock of a replay window is taken once a batch and is free again before anything is
+        // written.
+        let mut opening = None;
+        let mut start = base;
+        while start < base + received.len {
+            let end = (base + received.len).min(start + received.stride);
+            match self.open(moment, &mut opening, start..end, received) {
+                Ok(Some(plain)) => opened.push(plain),
+                Ok(None) => {}
+                Err(drop) => self.count(drop),
             }
             start = end;
         }
-        self.flush_tun(moment);
-        true
+        drop(opening);
+        for plain in opened.drain(..) {
+            let result = if plain.flags.has(Flags::CONTINUES) || plain.flags.has(Flags::MORE) {
+                self.join(moment, &plain, received.ecn)
+            } else {
+                self.deliver(moment, &plain, received.ecn)
+            };
+            if let Err(drop) = result {
+                self.count(drop);
+            }
+        }
+        self.opened = opened;
     }
 
-    /// Opens the datagram in `self.slab[range]` and passes on what is in it.
-    fn open(
+    /// Opens the datagram in `self.slab[range]`; what is not a packet goes to the control task.
+    fn open<'v>(
         &mut self,
-        moment: Moment<'_>,
+        moment: Moment<'v>,
+        opening: &mut Option<(u32, OpenBatch<'v>)>,
         range: Range<usize>,
         received: &Received,
-    ) -> Result<(), Dropped> {
+    ) -> Result<Option<Plain>, Dropped> {
         let datagram = &mut self.slab[range.clone()];
         let data = match Message::parse(datagram)? {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
                 let admitted = self.parts.shared.door.admit(datagram)?;
-                let message = ToControl::Handshake {
+                self.tell(ToControl::Handshake {
                     path: received.path,
                     admitted,
-                };
-                return self.tell(message);
+                })?;
+                return Ok(None);
             }
         };
         let current;
-        let session = match moment.view.sessions.get(&data.receiver) {
-            Some(session) => session,
+        let (session, opened) = match moment.view.sessions.get(&data.receiver) {
+            Some(session) => {
+                if opening
+                    .as_ref()
+                    .is_none_or(|(index, _)| *index != data.receiver)
+                {
+                    // Let go of one session's window before another's is taken.
+                    *opening = None;
+                }
+                let (_, batch) =
+                    opening.get_or_insert_with(|| (data.receiver, session.open_batch()));
+                (session, batch.open(data, datagram))
+            }
             None => {
                 // It may have been agreed since this wake-up began.
                 current = self.parts.shared.view.load();
                 let session = current.sessions.get(&data.receiver);
-                session.ok_or(DropReason::SessionUnknown)?
+                let session = session.ok_or(DropReason::SessionUnknown)?;
+                (session, session.open(data, datagram))
             }
         };
         let peer = session.peer();
-        let opened = session
-            .open(data, datagram)
-            .map_err(|reason| Dropped::of(peer, reason))?;
+        let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
         session.activity().heard(moment.now);
-        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
         let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
+        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
         if opened.flags.has(Flags::CONTROL) {
             let length = plaintext.len().min(MAX_MESSAGE);
-            return self.tell(ToControl::Control {
+            self.tell(ToControl::Control {
                 session: Arc::clone(session),
                 // One that was held up on the way says where the peer was, not where it is.
                 heard_from: (opened.first || moved).then_some(received.path),
                 message: self.slab[plaintext][..length].to_vec(),
-            });
+            })?;
+            return Ok(None);
         }
         if opened.first || moved {
             // If the control task is too busy now, the next datagram tells it.
@@ -384,62 +494,60 @@ impl Lane {
                 path: received.path,
             });
         }
-        let partial = opened.flags.has(Flags::CSUM_PARTIAL);
-        let (continues, more) = (
-            opened.flags.has(Flags::CONTINUES),
-            opened.flags.has(Flags::MORE),
-        );
-        if !continues && !more {
-            return self.deliver(moment, peer, plaintext, partial, received.ecn);
-        }
+        Ok(Some(Plain {
+            peer,
+            range: plaintext,
+            flags: opened.flags,
+            stream: Stream {
+                session: data.receiver,
+                lane: opened.lane,
+            },
+            counter: opened.counter,
+        }))
+    }
+
+    /// Takes a part of a packet, and delivers the packet once all of it is here.
+    fn join(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
         // What came before it goes first.
         self.flush_tun(moment);
-        let stream = Stream {
-            session: data.receiver,
-            lane: opened.lane,
-        };
         let part = Part {
-            counter: opened.counter,
-            continues,
-            more,
-            bytes: &self.slab[plaintext],
+            counter: plain.counter,
+            continues: plain.flags.has(Flags::CONTINUES),
+            more: plain.flags.has(Flags::MORE),
+            bytes: &self.slab[plain.range.clone()],
         };
-        let whole = self.joiner.push(stream, part);
-        let result = match whole {
+        let partial = plain.flags.has(Flags::CSUM_PARTIAL);
+        let result = match self.joiner.push(plain.stream, part) {
             None => Ok(()),
-            Some(packet) => pass_in(&self.parts, moment, peer, packet, partial, received.ecn),
+            Some(packet) => pass_in(&self.parts, moment, plain.peer, packet, partial, outer_ecn),
         };
         let incomplete = self.joiner.take_incomplete();
-        self.parts.shared.peer_drops[usize::from(peer.0)]
+        self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
         result
     }
 
-    /// Joins the packet in `self.slab[range]` to the one before it, if it continues it.
-    fn deliver(
-        &mut self,
-        moment: Moment<'_>,
-        peer: PeerId,
-        range: Range<usize>,
-        partial: bool,
-        outer_ecn: u8,
-    ) -> Result<(), Dropped> {
-        let known = |reason| Dropped::of(peer, reason);
+    /// Joins a packet to the one before it, if it continues it.
+    fn deliver(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+        let known = |reason| Dropped::of(plain.peer, reason);
+        let range = plain.range.clone();
+        let partial = plain.flags.has(Flags::CSUM_PARTIAL);
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
-        if peer != self.joining || !self.parts.tso {
+        if plain.peer != self.joining || !self.parts.tso {
             self.flush_tun(moment);
-            self.joining = peer;
+            self.joining = plain.peer;
         }
-        if self
+        let mut pushed = self
             .coalescer
-            .push(&self.slab, range.clone(), &parsed, partial)
-            == Push::MustFlush
-        {
+            .push(&self.slab, range.clone(), &parsed, partial);
+        if pushed == Push::MustFlush {
             self.flush_tun(moment);
-            // An empty coalescer takes any packet.
-            let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
+            pushed = self.coalescer.push(&self.slab, range, &parsed, partial);
+        }
+        if pushed == Push::Started {
+            self.joining_slot = self.slot;
         }
         Ok(())
     }
@@ -450,7 +558,8 @@ impl Lane {
         let Some(joined) = self.coalescer.finish(&mut self.slab) else {
             return;
         };
-        let (packets, bytes) = (joined.packets, joined.parsed.total());
+        let packets = joined.packets;
+        let bytes = joined.parsed.total() + (packets - 1) * joined.parsed.payload();
         let mut parsed = joined.parsed;
         let head = &mut self.slab[joined.parts[0].clone()];
         if let Err(drop) = route_in(&self.parts, moment, peer, head, &mut parsed, joined.partial) {
@@ -581,39 +690,54 @@ struct Sealed {
 impl Sealing<'_> {
     fn seal_all(&mut self, mut segments: Segments<'_>, scratch: &mut [u8]) -> Sealed {
         let mut sealed = Sealed::default();
-        while let Some(len) = segments.next_len() {
-            let result = if len <= self.mtu {
-                self.seal_segment(&mut segments, len)
-            } else {
-                self.seal_split(&mut segments, scratch)
-            };
-            match result {
-                Ok(()) => {
-                    sealed.packets += 1;
-                    sealed.bytes += len;
-                }
-                Err(reason) => {
-                    sealed.stopped = Some(reason);
-                    break;
-                }
-            }
-        }
+        // The first segment is the longest.
+        let result = if segments.next_len().is_some_and(|len| len <= self.mtu) {
+            self.seal_segments(&mut segments, &mut sealed)
+        } else {
+            self.seal_splits(&mut segments, scratch, &mut sealed)
+        };
+        sealed.stopped = result.err();
         sealed
     }
 
-    /// One packet, one datagram: written where it is sealed and sent from.
-    fn seal_segment(&mut self, segments: &mut Segments<'_>, len: usize) -> Result<(), DropReason> {
-        let counter = self.sealer.reserve(1).and_then(|mut all| all.next());
-        let counter = counter.ok_or(DropReason::NoSession)?;
+    /// One datagram a packet: each is written where it is sealed and sent from.
+    fn seal_segments(
+        &mut self,
+        segments: &mut Segments<'_>,
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
         let sealer = self.sealer;
-        let slot = self.slot(len);
-        let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
-            return Ok(());
-        };
-        sealer
-            .seal(counter, checksum_flag(segment.csum_partial), slot)
-            .map_err(|_| DropReason::TooBig)?;
-        self.batch.commit(len + DATA_OVERHEAD, self.destination);
+        let counters = sealer.reserve(segments.remaining() as u32);
+        for counter in counters.ok_or(DropReason::NoSession)? {
+            let Some(len) = segments.next_len() else {
+                break;
+            };
+            let slot = self.slot(len);
+            let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
+                break;
+            };
+            sealer
+                .seal(counter, checksum_flag(segment.csum_partial), slot)
+                .map_err(|_| DropReason::TooBig)?;
+            self.batch.commit(len + DATA_OVERHEAD, self.destination);
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
+        Ok(())
+    }
+
+    /// Several datagrams a packet.
+    fn seal_splits(
+        &mut self,
+        segments: &mut Segments<'_>,
+        scratch: &mut [u8],
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
+        while let Some(len) = segments.next_len() {
+            self.seal_split(segments, scratch)?;
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
         Ok(())
     }
 

@@ -57,7 +57,7 @@ impl Ready {
             })
             .collect::<Vec<_>>();
         let found = Found::new(&netlink, config, &endpoints)?;
-        let sockets = vec![bind(config)?];
+        let sockets = bind(config)?;
         let (queues, features) =
             TunQueue::create(&config.tun, sockets.len()).map_err(|error| match error {
                 TunError::Exists(_) => DaemonError::Input(error.to_string()),
@@ -311,14 +311,15 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
         .ok_or_else(|| format!("{} has no address", peer.host))
 }
 
-/// Opens the UDP socket: both families where the host has IPv6.
-fn bind(config: &Config) -> Result<UdpSocket, DaemonError> {
+/// Opens the UDP sockets, one a lane: both families where the host has IPv6.
+fn bind(config: &Config) -> Result<Vec<UdpSocket>, DaemonError> {
     let options = UdpOptions {
         gso: !config.without.contains(&Offload::UdpGso),
         gro: !config.without.contains(&Offload::UdpGro),
     };
     let (ip, port) = config.listen;
-    let any = |ip: IpAddr| UdpSocket::bind(SocketAddr::new(ip, port), false, options);
+    let lanes = usize::from(config.lanes);
+    let any = |ip: IpAddr| UdpSocket::bind_lanes(SocketAddr::new(ip, port), lanes, options);
     let bound = match ip {
         Some(ip) => any(ip),
         None => any(Ipv6Addr::UNSPECIFIED.into()).or_else(|error| match error.raw_os_error() {

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::peer::Path;
+use crate::wire::{LANE_AT, TYPE_DATA};
 
 /// Most datagrams one `UDP_SEGMENT` send may hold (`UDP_MAX_SEGMENTS`; later kernels allow 128).
 pub const MAX_SEGMENTS: usize = 64;
@@ -113,6 +114,32 @@ impl UdpSocket {
             gro,
             gso_fallbacks: AtomicU64::new(0),
         })
+    }
+
+    /// Opens `lanes` sockets on one port; each gets the datagrams of the sender's lanes that equal
+    /// its number modulo `lanes`.
+    ///
+    /// The kernel asks a classic BPF program of ours which socket takes a datagram
+    /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)); where it has none, it spreads by addresses, and one
+    /// lane does the work of all.
+    pub fn bind_lanes(
+        listen: SocketAddr,
+        lanes: usize,
+        options: UdpOptions,
+    ) -> io::Result<Vec<Self>> {
+        if lanes <= 1 {
+            return Ok(vec![Self::bind(listen, false, options)?]);
+        }
+        // The first decides whether the port is free: with the option set on all of them, another
+        // program of root's that also sets it could share the port unnoticed.
+        drop(Self::bind(listen, false, options)?);
+        let sockets = (0..lanes)
+            .map(|_| Self::bind(listen, true, options))
+            .collect::<io::Result<Vec<_>>>()?;
+        if let Err(error) = choose_by_lane(&sockets[0].socket, lanes) {
+            tracing::debug!(%error, "datagrams cannot be given to their lanes");
+        }
+        Ok(sockets)
     }
 
     /// The port bound to.
@@ -466,6 +493,55 @@ fn is_gone(error: &io::Error) -> bool {
     )
 }
 
+/// Attaches the program that gives a data datagram to the socket of its lane and everything else to
+/// the first.
+fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let program = [
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 0),
+        op(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            0,
+            3,
+            u32::from(TYPE_DATA),
+        ),
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, LANE_AT),
+        op(
+            libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K,
+            0,
+            0,
+            lanes as u32,
+        ),
+        op(libc::BPF_RET | libc::BPF_A, 0, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ];
+    let filter = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: `filter` and the program it points to live across the call, which copies them; its
+    // length is given with it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const filter).cast(),
+            size_of::<libc::sock_fprog>() as u32,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Options of IPv4 on a socket of the IPv6 family are a convenience there and required otherwise.
 fn only_if(required: bool) -> impl Fn(io::Error) -> io::Result<()> {
     move |error| if required { Err(error) } else { Ok(()) }
@@ -571,6 +647,39 @@ mod tests {
         path6.remote = format!("[::1]:{}", d.port().unwrap()).parse().unwrap();
         c.send(&path6, 0, b"seven", 5).unwrap();
         assert_eq!(drain(&d).len(), 1);
+    }
+
+    #[test]
+    fn each_lane_gets_its_own_datagrams() {
+        let (a, _, _) = pair(UdpOptions::default());
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let port = UdpSocket::bind(listen, false, UdpOptions::default())
+            .unwrap()
+            .port()
+            .unwrap();
+        let listen = SocketAddr::from(([127, 0, 0, 1], port));
+        let lanes = UdpSocket::bind_lanes(listen, 3, UdpOptions::default()).unwrap();
+        let path = Path {
+            remote: listen,
+            local: None,
+        };
+        // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake message.
+        for lane in [0, 1, 2, 3, 4, 5, 6, 7, 255] {
+            a.send(&path, 0, &[TYPE_DATA, 0, lane, 0], 4).unwrap();
+        }
+        a.send(&path, 0, &[1, 1, 2, 0], 4).unwrap();
+        let got: Vec<Vec<u8>> = lanes
+            .iter()
+            .map(|lane| drain(lane).iter().map(|(bytes, _)| bytes[2]).collect())
+            .collect();
+        assert_eq!(got, [vec![0, 3, 6, 255, 2], vec![1, 4, 7], vec![2, 5]]);
+        let taken = UdpSocket::bind_lanes(listen, 2, UdpOptions::default());
+        let kind = taken.err().map(|error| error.kind());
+        assert_eq!(
+            kind,
+            Some(io::ErrorKind::AddrInUse),
+            "the port is ours alone"
+        );
     }
 
     #[test]
