@@ -152,7 +152,8 @@ pub struct Lane {
     /// The slot that the first of them lies in.
     joining_slot: usize,
     coalescer: Coalescer,
-    joiner: Joiner,
+    /// One for each peer, so that none has to make room for another.
+    joiners: Vec<Joiner>,
     /// Where a packet that is split is put together first.
     scratch: Box<[u8]>,
     ticked: Instant,
@@ -202,7 +203,9 @@ impl Lane {
             joining: PeerId(0),
             joining_slot: 0,
             coalescer: Coalescer::new(parts.uso),
-            joiner: Joiner::default(),
+            joiners: (0..parts.counters.peers.len())
+                .map(|_| Joiner::default())
+                .collect(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
             ticked: Instant::now(),
             parts,
@@ -517,11 +520,12 @@ impl Lane {
             bytes: &self.slab[plain.range.clone()],
         };
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
-        let result = match self.joiner.push(plain.stream, part) {
+        let joiner = &mut self.joiners[usize::from(plain.peer.0)];
+        let result = match joiner.push(plain.stream, part) {
             None => Ok(()),
             Some(packet) => pass_in(&self.parts, moment, plain.peer, packet, partial, outer_ecn),
         };
-        let incomplete = self.joiner.take_incomplete();
+        let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
         result
