@@ -256,7 +256,29 @@ impl UdpSocket {
         result
     }
 
+    /// Sends from the address that the peer knows, or, if that is not ours any more, from the one that
+    /// the kernel chooses: the peer follows.
     fn send_message(
+        &self,
+        path: &Path,
+        ecn: u8,
+        bytes: &[u8],
+        segment: Option<u16>,
+    ) -> io::Result<()> {
+        let sent = self.send_from(path, ecn, bytes, segment);
+        match &sent {
+            Err(error) if path.local.is_some() && is_gone(error) => {
+                let path = Path {
+                    local: None,
+                    ..*path
+                };
+                self.send_from(&path, ecn, bytes, segment)
+            }
+            Ok(()) | Err(_) => sent,
+        }
+    }
+
+    fn send_from(
         &self,
         path: &Path,
         ecn: u8,
@@ -511,6 +533,15 @@ fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
     }
 }
 
+/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says `EINVAL`, of
+/// IPv4 `ENETUNREACH` on newer kernels, and both of much else.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH)
+    )
+}
+
 /// Options of IPv4 on a socket of the IPv6 family are a convenience there and required otherwise.
 fn only_if(required: bool) -> impl Fn(io::Error) -> io::Result<()> {
     move |error| if required { Err(error) } else { Ok(()) }
@@ -630,6 +661,25 @@ mod tests {
             Some(io::ErrorKind::AddrInUse),
             "the port is ours alone"
         );
+    }
+
+    #[test]
+    fn an_address_that_is_not_ours_any_more_does_not_stop_the_datagram() {
+        let (a, b, mut path) = pair(UdpOptions::default());
+        path.local = Some([192, 0, 2, 99].into());
+        a.send(&path, 0, &[7; 1_500], 1_000).unwrap();
+        assert_eq!(drain(&b).len(), 2);
+        path.local = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9].into());
+        let (c, d, mut path6) = {
+            let bind = |text: &str| {
+                let options = UdpOptions::default();
+                UdpSocket::bind(text.parse().unwrap(), false, options).unwrap()
+            };
+            (bind("[::]:0"), bind("[::1]:0"), path)
+        };
+        path6.remote = format!("[::1]:{}", d.port().unwrap()).parse().unwrap();
+        c.send(&path6, 0, b"seven", 5).unwrap();
+        assert_eq!(drain(&d).len(), 1);
     }
 
     #[test]
