@@ -26,15 +26,15 @@ use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerConfig};
 use crate::drops::Drops;
 use crate::io::udp::UdpSocket;
-use crate::kernel::Host;
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::{Host, keep};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu;
 use crate::session::{Door, Entropy, Offer, PeerKeys, SessionIndexes};
 use crate::shared::{LaneCounters, PeerView, Shared, Translation, View};
-use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus};
+use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus, Way};
 use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
 use crate::wire::DATA_OVERHEAD;
@@ -70,7 +70,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     let started = Instant::now();
     let (to_control, mut from_lanes) = mpsc::channel(QUEUE);
     let Ready {
-        mut host,
+        host,
         netlink,
         status,
         queues,
@@ -104,6 +104,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         },
         view_changed: true,
         config,
+        host,
         shared: Arc::clone(&shared),
         netlink,
         udp,
@@ -145,13 +146,13 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     let result = control.serve(&mut signals, &mut from_lanes, &status).await;
     info!("stopping");
     control.close();
-    let undone = undo(&mut host);
+    let undone = undo(&mut control.host);
     from_lanes.close();
     lanes.stop();
     result.and(undone)
 }
 
-fn failed(error: impl ToString) -> DaemonError {
+pub(super) fn failed(error: impl ToString) -> DaemonError {
     DaemonError::Failed(error.to_string())
 }
 
@@ -159,7 +160,7 @@ fn peer_ids(config: &Config) -> impl Iterator<Item = PeerId> {
     (0..config.peers.len() as u16).map(PeerId)
 }
 
-fn undo(host: &mut Host) -> Result<(), DaemonError> {
+pub(super) fn undo(host: &mut Host) -> Result<(), DaemonError> {
     let left = host.undo_all().map_err(failed)?.left;
     if left.is_empty() {
         return Ok(());
@@ -243,6 +244,7 @@ fn peers(
                 id,
                 tunnel,
                 moves: peer.moves.clone(),
+                announced: false,
                 deliver: None,
                 state: State::Connecting,
                 next_resolve: now + RESOLVE_EVERY,
@@ -258,6 +260,8 @@ struct Peer {
     tunnel: Tunnel,
     /// What moved: from the settings on the old server, from the peer on the new one.
     moves: Vec<Move>,
+    /// It has said what it moved here, so that what it does not name is withdrawn.
+    announced: bool,
     /// Where the new server delivers, once known.
     deliver: Option<Deliver>,
     state: State,
@@ -268,6 +272,7 @@ struct Peer {
 /// Everything that is not a packet.
 struct Control {
     config: Config,
+    host: Host,
     shared: Arc<Shared>,
     netlink: Netlink,
     /// The first lane's socket, for what the tunnels send.
@@ -479,6 +484,7 @@ impl Control {
             self.warn(index, &error.to_string());
         }
         self.peers[index].moves = accepted;
+        self.peers[index].announced = true;
         // What the application sends has to fit the old server's link to the clients too.
         let mtu = u32::from(mtu).clamp(MIN_MTU, self.uplink.mtu.max(MIN_MTU));
         if mtu != self.tun.mtu {
@@ -490,18 +496,34 @@ impl Control {
         if let Some(path) = self.view.peers[index].path {
             self.choose_delivery(now, index, path);
         }
+        for map in self.config.peers[index].deliver.clone() {
+            let moved = self.peers[index].moves.iter();
+            let names = |moved: &Move| {
+                let port = moved.ports.is_empty()
+                    || moved.ports.iter().any(|range| range.contains(&map.port));
+                moved.addr == map.moved && port
+            };
+            if !moved.clone().any(names) {
+                let text = format!("--deliver {map}: that port has not moved here");
+                self.warn(index, &text);
+            }
+        }
     }
 
     /// Settles where packets from a peer are delivered, and tells the peer.
     fn choose_delivery(&mut self, now: Instant, index: usize, path: Path) {
-        let Translation::New(translator) = &self.shared.translation else {
+        let shared = Arc::clone(&self.shared);
+        let Translation::New(translator) = &shared.translation else {
             return;
         };
+        let ports = self.config.peers[index].deliver.clone();
+        let held = self.hold_kept();
         let (deliver, delivery) = match self.config.peers[index].deliver_to {
             DeliverTo::Keep => (
                 Deliver::Keep,
                 Delivery {
                     keep: true,
+                    ports,
                     ..Delivery::default()
                 },
             ),
@@ -525,7 +547,8 @@ impl Control {
                 let delivery = Delivery {
                     v4,
                     v6,
-                    ..Delivery::default()
+                    keep: false,
+                    ports,
                 };
                 (Deliver::To { v4, v6 }, delivery)
             }
@@ -541,6 +564,7 @@ impl Control {
             let family = if moved.addr.is_ipv4() { "IPv4" } else { "IPv6" };
             format!("{moved} cannot be delivered: the new server has no {family} address; give it one with --deliver-to")
         });
+        let error = error.or(held.err());
         if let Err(error) = translator.set_delivery(self.peers[index].id, delivery) {
             self.warn(index, &error.to_string());
         }
@@ -559,6 +583,40 @@ impl Control {
                 error,
             },
         );
+    }
+
+    /// Takes the moved addresses whose packets are kept as they are (`--deliver-to keep`), and lets
+    /// go of those that are withdrawn. Until every such peer has said what it moved, what an earlier
+    /// run left is kept: the application may be listening there.
+    fn hold_kept(&mut self) -> Result<(), String> {
+        let keeping = || {
+            let peers = self.peers.iter().zip(&self.config.peers);
+            peers.filter(|(_, config)| config.deliver_to == DeliverTo::Keep)
+        };
+        if keeping().next().is_none() {
+            return Ok(());
+        }
+        let mut wanted: Vec<IpAddr> = keeping()
+            .flat_map(|(peer, _)| peer.moves.iter().map(|moved| moved.addr))
+            .collect();
+        if keeping().any(|(peer, _)| !peer.announced) {
+            wanted.extend(keep::held(self.host.made()));
+        }
+        wanted.sort_unstable();
+        wanted.dedup();
+        let cannot = |error: String| format!("a moved address cannot be held: {error}");
+        let desired = keep::plan(self.host.netlink(), &wanted, &self.tun, self.host.made())
+            .map_err(|error| cannot(error.to_string()))?;
+        let report = (self.host.reconcile_part(keep::is_part, desired))
+            .map_err(|error| cannot(error.to_string()))?;
+        for change in report.undone {
+            info!("undone: {change}");
+        }
+        for failure in report.left {
+            warn!("{}: {}", failure.change, failure.reason);
+        }
+        self.set_own_addresses();
+        Ok(())
     }
 
     /// The first address of the uplink that `choose` accepts.
@@ -704,6 +762,7 @@ impl Control {
             .map(|lane| lane.tun_gso_fallbacks.load(Relaxed))
             .sum();
         Status {
+            way: Way::Tunnel,
             tunnels: self
                 .peers
                 .iter()
@@ -738,6 +797,8 @@ impl Control {
                     live: stats.live,
                     max: stats.max,
                     evicted: stats.evicted,
+                    collisions: stats.collisions,
+                    refused: stats.refused,
                 }
             }
         };
@@ -748,7 +809,6 @@ impl Control {
                 *drops.entry(reason).or_default() += count;
             }
         }
-        let _ = config;
         TunnelStatus {
             peer: self.name(index),
             endpoint: view.path.map(|path| path.remote.to_string()),
@@ -765,6 +825,7 @@ impl Control {
             mtu: view.mtu,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             deliver_to: peer.deliver.and_then(|to| deliver_text(to, &peer.moves)),
+            deliver: config.deliver.iter().map(ToString::to_string).collect(),
             flows,
             rx,
             tx,
@@ -816,7 +877,7 @@ fn deliver_text(deliver: Deliver, moves: &[Move]) -> Option<String> {
     }
 }
 
-fn names(drops: &Drops) -> BTreeMap<String, u64> {
+pub(super) fn names(drops: &Drops) -> BTreeMap<String, u64> {
     drops
         .iter()
         .map(|(reason, count)| (reason.name().to_owned(), count))
@@ -824,7 +885,7 @@ fn names(drops: &Drops) -> BTreeMap<String, u64> {
 }
 
 /// Sends the status and hangs up; a client that does not read is given up.
-fn answer(mut stream: UnixStream, status: &Status) {
+pub(super) fn answer(mut stream: UnixStream, status: &Status) {
     let text = match serde_json::to_vec(status) {
         Ok(text) => text,
         Err(error) => return warn!("cannot write the status: {error}"),
@@ -838,20 +899,20 @@ fn answer(mut stream: UnixStream, status: &Status) {
 }
 
 /// The signals that end the daemon.
-struct Signals {
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    fn new() -> Result<Self, DaemonError> {
+    pub(super) fn new() -> Result<Self, DaemonError> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
         })
     }
 
-    async fn recv(&mut self) {
+    pub(super) async fn recv(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
@@ -898,7 +959,7 @@ impl Lanes {
 }
 
 /// Tells the service manager that everything is set up (`sd_notify(3)`).
-fn notify_ready() {
+pub(super) fn notify_ready() {
     let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
         return;
     };

@@ -164,6 +164,8 @@ pub enum Helper {
     KtimeGetNs = 5,
     /// `(ifindex, flags) → verdict`.
     Redirect = 23,
+    /// `(skb, offset, from, length, flags) → 0 or an error`.
+    SkbStoreBytes = 9,
     /// `(skb, offset, to, length) → 0 or an error`.
     SkbLoadBytes = 26,
     /// `(skb, bytes, flags) → 0 or an error`.

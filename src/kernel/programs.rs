@@ -19,6 +19,8 @@
 //! branches (the verifier gives up at 8,192 open ones, and at a million instructions looked at;
 //! 64 moves of 64 ranges each are 11,500 instructions, of which it looks at 50,000).
 
+mod masquerade;
+
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
@@ -27,7 +29,9 @@ use std::time::Duration;
 use super::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Size};
 use crate::moved::{Move, TCP, Transport, UDP};
 
-use Reg::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
+pub use masquerade::{Pair, Way, answers, way_out};
+
+use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 
 /// Start of the names of all programs, by which the daemon recognises its own filters.
 pub const NAME_PREFIX: &str = "ipmoved_";
@@ -536,6 +540,7 @@ impl Capture {
             other: a.label(),
         };
         a.mov(R6, R1);
+        masquerade::pass_bounced(a);
         a.load(Size::W, R0, R6, SKB_PKT_TYPE);
         a.jump_if(R0, If::Ne, i32::from(libc::PACKET_HOST), ways.pass);
         a.load(Size::W, R0, R6, SKB_VLAN_PRESENT);
