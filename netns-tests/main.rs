@@ -17,3 +17,4 @@ mod stage;
 mod status;
 mod the_lab;
 mod undo;
+mod ways;

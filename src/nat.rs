@@ -153,9 +153,10 @@ impl Nat {
         let dst = IpAddr::from(parsed.dst(bytes));
         match self.targets.iter().find(|target| target.own == dst) {
             // An address of which ports were moved may be the one that the server is asked from.
-            Some(&target) if self.is_answer(&target, bytes, parsed) => {
+            Some(&target) if self.is_answer(now, &target, bytes, parsed) => {
                 self.from_server(now, target, bytes, parsed, partial)
             }
+            Some(_) if !self.gate.is_moved(dst.into()) => Ok(Outcome::Bounce),
             _ => self.from_client(now, bytes, parsed, partial),
         }
     }
@@ -277,7 +278,7 @@ impl Nat {
     }
 
     /// Whether a packet to the old server's own address may be an answer to a translated one.
-    fn is_answer(&self, target: &Target, bytes: &[u8], parsed: &Parsed) -> bool {
+    fn is_answer(&self, now: Instant, target: &Target, bytes: &[u8], parsed: &Parsed) -> bool {
         match parsed.kind() {
             Kind::Error => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
                 quoted.src(bytes) == target.own.into() && quoted.dst(bytes) == target.to.into()
@@ -286,7 +287,11 @@ impl Nat {
                 parsed.src(bytes) == target.to.into() && PORTS.contains(&parsed.dst_port())
             }
             Kind::Reply => parsed.src(bytes) == target.to.into(),
-            Kind::Hidden => parsed.src(bytes) == target.to.into(),
+            // Goes where its first one went.
+            Kind::Hidden => {
+                let known = self.to_client.recall(now, &self.seed, parsed, bytes);
+                known.is_some()
+            }
             Kind::Request | Kind::Other => false,
         }
     }

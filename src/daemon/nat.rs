@@ -145,20 +145,34 @@ fn find_server(
         Some(index) => netlink.link_by_index(index).map_err(system)?,
         None => None,
     };
-    let own = route.ok().and_then(|route| route.prefsrc);
-    let (Some(link), Some(own)) = (link.filter(|link| !link.loopback), own) else {
+    let Some(link) = link.filter(|link| !link.loopback) else {
         return input(format!(
-            "--to {to}: no route leads there from an address of this server; `ip route get {to}` says why"
+            "--to {to}: no route leads there; `ip route get {to}` says why"
         ));
     };
-    if let Some(moved) = (settings.moves.iter()).find(|moved| moved.addr == own && moved.is_whole())
-    {
+    // What all of has moved, clients speak to. Of IPv6 addresses the kernel may prefer it all the
+    // same, and another will do; of IPv4 ones it prefers the primary one, so that was a mistake.
+    let is_moved = |addr: IpAddr| {
+        let mut moves = settings.moves.iter();
+        moves.any(|moved| moved.addr == addr && moved.is_whole())
+    };
+    let of_link = held
+        .iter()
+        .filter(|held| held.index == link.index && held.addr.is_ipv4() == to.is_ipv4())
+        .map(|held| held.addr)
+        .filter(|addr| matches!(addr, IpAddr::V6(addr) if !addr.is_unicast_link_local()));
+    let preferred = route.ok().and_then(|route| route.prefsrc);
+    let Some(own) = preferred
+        .into_iter()
+        .chain(of_link)
+        .find(|&addr| !is_moved(addr))
+    else {
         return input(format!(
-            "--move {0} would take the address this server itself uses to reach {to}, \
-             your login included; move only the service's ports, as in --move {0}:80,443/tcp",
-            moved.addr
+            "--to {to}: every address this server can speak to it from has moved, your login included; \
+             move only the service's ports, as in --move {}:80,443/tcp",
+            settings.moves[0].addr
         ));
-    }
+    };
     Ok(Towards { to, own, link })
 }
 
