@@ -52,7 +52,9 @@ pub fn plan(
     ports: &RangeInclusive<u16>,
 ) -> Result<Vec<Desired>, PlanError> {
     let way = |link: &Link| -> Result<Way, PlanError> {
+        let answers = towards.iter().any(|end| end.link.index == link.index);
         Ok(Way {
+            captures: u32::from(link.index == uplink.index) + u32::from(answers),
             ifindex: link.index,
             l2_header: l2_header(link)?,
             mac: link.mac,

@@ -22,8 +22,12 @@ use super::{
 };
 use crate::kernel::bpf::Alu;
 
-/// The mark of a bounced packet on its way through the captures, which take it off again: "ipmb".
+/// The mark of a bounced packet that has one capture to pass, which takes it off again: "ipmb". With
+/// another capture before that one, it is the next number.
 const BOUNCED: u32 = 0x6970_6d62;
+
+/// Most captures at one interface: of moved addresses and of answers. They run in any order.
+const MAX_CAPTURES: u32 = 2;
 
 /// Length of an Ethernet header, and where [`bounce`] makes one on the stack.
 const ETHERNET: i32 = 14;
@@ -41,6 +45,8 @@ pub struct Way {
     pub l2_header: u32,
     /// Its own link-layer address, where it has one.
     pub mac: Option<[u8; 6]>,
+    /// How many captures stand at its ingress (at most two).
+    pub captures: u32,
 }
 
 /// From whom the new server is asked, and where it is.
@@ -176,13 +182,15 @@ pub fn way_out(
 
 /// Lets a bounced packet pass, as if it had never been captured; goes on with any other.
 pub(super) fn pass_bounced(a: &mut Assembler) {
-    let next = a.label();
-    a.load(Size::W, R0, R6, SKB_MARK);
-    a.jump_if(R0, If::Ne, BOUNCED, next);
-    a.mov(R0, 0);
-    a.store(Size::W, R6, SKB_MARK, R0);
-    verdict(a, TC_ACT_UNSPEC);
-    a.bind(next);
+    for left in 0..MAX_CAPTURES {
+        let next = a.label();
+        a.load(Size::W, R0, R6, SKB_MARK);
+        a.jump_if(R0, If::Ne, BOUNCED + left, next);
+        a.mov(R0, if left == 0 { 0 } else { BOUNCED + left - 1 });
+        a.store(Size::W, R6, SKB_MARK, R0);
+        verdict(a, TC_ACT_UNSPEC);
+        a.bind(next);
+    }
 }
 
 /// A packet to the address of the pair, IPv4. R9: whether it is from the other.
@@ -391,7 +399,11 @@ fn bounce(a: &mut Assembler, way: Way) {
         a.mov(R5, 0);
         a.call(Helper::SkbStoreBytes);
     }
-    a.mov(R0, BOUNCED);
+    debug_assert!(
+        (1..=MAX_CAPTURES).contains(&way.captures),
+        "or it comes back"
+    );
+    a.mov(R0, BOUNCED + way.captures - 1);
     a.store(Size::W, R6, SKB_MARK, R0);
     a.mov(R1, way.ifindex);
     a.mov(R2, INGRESS);
