@@ -36,3 +36,4 @@ mod status;
 mod stream;
 mod the_lab;
 mod undo;
+mod ways;

@@ -20,6 +20,8 @@
 //! branches (the verifier gives up at 8,192 open ones, and at a million instructions looked at;
 //! 64 moves of 64 ranges each are 11,500 instructions, of which it looks at 50,000).
 
+mod masquerade;
+
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
@@ -27,6 +29,8 @@ use std::time::Duration;
 
 use super::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Size};
 use crate::moved::{Move, TCP, Transport, UDP};
+
+pub use masquerade::{Pair, Way, answers, way_out};
 
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 
@@ -61,7 +65,8 @@ const DESTINATION_OPTIONS: u8 = 60;
 const TC_ACT_UNSPEC: i32 = -1;
 
 /// The mark of a packet on its way from the TUN to the uplink's ingress: "ipmb". It is taken off
-/// there, and no packet comes from the wire with a mark.
+/// there, and no packet comes from the wire with a mark. With another capture to pass before, it is
+/// the next number.
 const BOUNCED: u32 = 0x6970_6d62;
 
 /// `bpf_redirect`: as if the packet had arrived there.
@@ -572,20 +577,8 @@ impl Capture {
             fragment: a.label(),
             other: a.label(),
         };
-        let (arrived, bounced) = (a.label(), a.label());
         a.mov(R6, R1);
-        a.load(Size::W, R0, R6, SKB_MARK);
-        a.jump_if(R0, If::Eq, BOUNCED, bounced);
-        a.jump(arrived);
-        // Without the uplink's address in its header it would count as another host's.
-        a.bind(bounced);
-        a.mov(R0, 0);
-        a.store(Size::W, R6, SKB_MARK, R0);
-        a.mov(R1, R6);
-        a.mov(R2, i32::from(libc::PACKET_HOST));
-        a.call(Helper::SkbChangeType);
-        verdict(a, TC_ACT_UNSPEC);
-        a.bind(arrived);
+        masquerade::pass_bounced(a);
         a.load(Size::W, R0, R6, SKB_PKT_TYPE);
         a.jump_if(R0, If::Ne, i32::from(libc::PACKET_HOST), ways.pass);
         a.load(Size::W, R0, R6, SKB_VLAN_PRESENT);
