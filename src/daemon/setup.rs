@@ -267,7 +267,8 @@ fn check_old(
             if Some(moved.addr) == ours {
                 return Err(DaemonError::Input(format!(
                     "--move {0} would take the address this server itself uses to reach the peer, \
-                     your login included; move only the service's ports, as in --move {0}:80,443/tcp",
+                     your login included; move only the service's ports, as in --move {0}:80,443/tcp, \
+                     or let this server use another of its addresses (--listen ADDR:PORT)",
                     moved.addr
                 )));
             }
