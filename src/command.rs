@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command, LogFormat, RunArgs};
 use crate::config::{self, Config};
+use crate::confine;
 use crate::daemon::{self, DaemonError};
 use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
@@ -91,10 +92,9 @@ fn explain(error: clap::Error) -> Result<(), Failure> {
 fn run(args: RunArgs) -> Result<(), Failure> {
     let config = Config::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
     start_log(config.log_format);
-    if config.psk_exposed {
-        tracing::warn!(
-            "the key on the command line can be read by every user of this host; use --psk-file"
-        );
+    confine::forget_command_line();
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
     }
     daemon::run(config, &config::runtime_dir()).map_err(|error| Failure {
         code: match &error {

@@ -42,8 +42,9 @@ use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed, clamp_mss};
 use crate::peer::{Path, PeerId};
 use crate::session::{Admitted, OpenBatch, Sealer, Session};
-use crate::shared::{LaneCounters, Shared, Translation, View};
+use crate::shared::{LaneCounters, Queue, Shared, Translation, View};
 use crate::translate::{Gate, Verdict};
+use crate::tunnel::MAX_MESSAGE;
 use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 
 /// Frames or batches taken from one side before the other side gets its turn. More amortises the
@@ -85,9 +86,9 @@ pub enum ToControl {
     Control {
         /// The session it came in.
         session: Arc<Session>,
-        /// Where it came from.
-        path: Path,
-        /// The plaintext.
+        /// Where it came from, if that says something new of where the peer is.
+        heard_from: Option<Path>,
+        /// The plaintext, as far as it can mean anything.
         message: Vec<u8>,
     },
     /// The lane cannot go on.
@@ -99,6 +100,19 @@ pub enum ToControl {
         /// Where it was heard from.
         path: Path,
     },
+}
+
+impl ToControl {
+    /// Whose it is, and in which queue it waits.
+    pub fn origin(&self) -> Option<(PeerId, Queue)> {
+        match self {
+            Self::Handshake { admitted, .. } => Some((admitted.peer(), Queue::Handshakes)),
+            Self::Control { session, .. } | Self::Heard { session, .. } => {
+                Some((session.peer(), Queue::Messages))
+            }
+            Self::Failed(_) => None,
+        }
+    }
 }
 
 /// What a lane is made of.
@@ -479,15 +493,17 @@ impl Lane {
         let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
         session.activity().heard(moment.now);
         let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
+        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
         if opened.flags.has(Flags::CONTROL) {
+            let length = plaintext.len().min(MAX_MESSAGE);
             self.tell(ToControl::Control {
                 session: Arc::clone(session),
-                path: received.path,
-                message: self.slab[plaintext].to_vec(),
+                // One that was held up on the way says where the peer was, not where it is.
+                heard_from: (opened.first || moved).then_some(received.path),
+                message: self.slab[plaintext][..length].to_vec(),
             })?;
             return Ok(None);
         }
-        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
         if opened.first || moved {
             // If the control task is too busy now, the next datagram tells it.
             let _ = self.tell(ToControl::Heard {
@@ -621,12 +637,21 @@ impl Lane {
 
     // Beside the packets.
 
-    /// Passes something to the control task, unless that is too busy.
+    /// Passes something to the control task, unless that has enough of this peer's to do.
     fn tell(&self, message: ToControl) -> Result<(), Dropped> {
-        self.parts
-            .control
-            .try_send(message)
-            .map_err(|_| DropReason::ControlBusy.into())
+        let Some((peer, queue)) = message.origin() else {
+            return Ok(());
+        };
+        let waiting = &self.parts.shared.waiting[usize::from(peer.0)];
+        let busy = Dropped::of(peer, DropReason::ControlBusy);
+        if !waiting.enter(queue) {
+            return Err(busy);
+        }
+        self.parts.control.try_send(message).map_err(|_| {
+            // The control task is ending.
+            waiting.leave(queue);
+            busy
+        })
     }
 
     /// Counts a drop where it belongs.

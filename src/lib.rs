@@ -23,6 +23,7 @@
 //! | [`join`], [`batch`] | packets in several datagrams, datagrams in one send |
 //! | [`io`] | the TUN queue and the UDP socket |
 //! | [`kernel`] | every change of the host's network, recorded and undone |
+//! | [`confine`] | what the process gives up: privileges, system calls, copies of keys |
 //! | [`lane`], [`shared`], [`daemon`], [`status`] | the loops, what they share with the control task, and the rest of the daemon |
 //! | [`lab`] | throwaway namespaces for the demo, the tests and the benches |
 //!
@@ -33,6 +34,7 @@ pub mod batch;
 pub mod cli;
 pub mod command;
 pub mod config;
+pub mod confine;
 pub mod daemon;
 pub mod drops;
 pub mod ecn;

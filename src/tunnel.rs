@@ -52,7 +52,7 @@ mod control;
 #[cfg(test)]
 mod tests;
 
-pub use control::{Announcement, Deliver};
+pub use control::{Announcement, Deliver, MAX_MESSAGE};
 use control::{Control, PART_LEN};
 
 /// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
