@@ -236,24 +236,3 @@ fn ports_that_stay_are_refused_by_the_old_server() -> Result {
     }
     lab.client().udp((MOVED, 53), b"moved").map(drop)
 }
-
-#[test]
-fn zz_manual() -> Result {
-    let lab = Lab::new()?;
-    let setup = setup(&lab)?.moves(&FAMILIES);
-    let _daemons = setup.start_both()?;
-    for args in [
-        &["-n", "-w", "1", "192.0.2.5"][..],
-        &["-n", "-w", "1", "-I", "192.0.2.5"],
-        &["-n", "-w", "1", "2001:db8:a::5"],
-        &["-n", "-w", "1", "-I", "2001:db8:a::5"],
-    ] {
-        let mut c = std::process::Command::new("traceroute");
-        c.args(args);
-        println!(
-            "{}",
-            lab.clients().output(c, Duration::from_secs(20))?.stdout
-        );
-    }
-    Ok(())
-}
