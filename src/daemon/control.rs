@@ -712,24 +712,23 @@ impl Control<'_> {
             let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
             return translator.set_own_addresses(&own);
         }
-        let moved: Vec<IpAddr> = self
-            .peers
+        let moves = || self.peers.iter().flat_map(|peer| &peer.moves);
+        let mut own: Vec<IpAddr> = held
             .iter()
-            .flat_map(|peer| &peer.moves)
-            .filter(|moved| moved.is_whole())
-            .map(|moved| moved.addr)
+            .filter(|held| held.index == self.uplink.index)
+            .map(|held| held.addr)
+            .filter(|&addr| !moves().any(|moved| moved.addr == addr && moved.is_whole()))
             .collect();
-        let own = held
-            .iter()
-            .filter(|held| held.index == self.uplink.index && !moved.contains(&held.addr));
-        let (mut v4, mut v6) = (None, None);
-        for held in own {
-            match held.addr {
-                IpAddr::V4(addr) => v4 = v4.or(Some(addr)),
-                IpAddr::V6(addr) if is_global(addr) => v6 = v6.or(Some(addr)),
-                IpAddr::V6(_) => {}
-            }
-        }
+        // One of which nothing has moved, if there is one.
+        own.sort_by_key(|&addr| moves().any(|moved| moved.addr == addr));
+        let v4 = own.iter().find_map(|&addr| match addr {
+            IpAddr::V4(addr) => Some(addr),
+            IpAddr::V6(_) => None,
+        });
+        let v6 = own.iter().find_map(|&addr| match addr {
+            IpAddr::V6(addr) if is_global(addr) => Some(addr),
+            IpAddr::V6(_) | IpAddr::V4(_) => None,
+        });
         let hop = &mut self.view.hop;
         self.view_changed |= (hop.v4, hop.v6) != (v4, v6);
         (hop.v4, hop.v6) = (v4, v6);

@@ -282,7 +282,8 @@ fn check_old(
             if ours.contains(&moved.addr) {
                 return Err(DaemonError::Input(format!(
                     "--move {moved} would take the address this server itself uses to reach the peer, \
-                     your login included; move only the service's ports, as in --move {}",
+                     your login included; move only the service's ports, as in --move {}, \
+                     or let this server use another of its addresses (--listen ADDR:PORT)",
                     Move {
                         ports: vec![80..=80, 443..=443],
                         transport: Some(Transport::Tcp),
