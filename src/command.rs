@@ -93,9 +93,6 @@ fn run(args: RunArgs) -> Result<(), Failure> {
     let config = Config::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
     start_log(config.log_format);
     confine::forget_command_line();
-    for warning in &config.warnings {
-        tracing::warn!("{warning}");
-    }
     daemon::run(config, &config::runtime_dir()).map_err(|error| Failure {
         code: match &error {
             DaemonError::Input(_) => BAD_INPUT,

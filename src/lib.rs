@@ -40,6 +40,8 @@ pub mod drops;
 pub mod ecn;
 pub mod flow;
 pub mod fragment;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod icmp;
 pub mod io;
 pub mod join;

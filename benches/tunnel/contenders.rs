@@ -113,6 +113,9 @@ impl<'lab> Contender<'lab> {
                 let args: Vec<&str> = daemon_args.iter().map(String::as_str).collect();
                 let mut daemons = DaemonSetup::new(lab, exe.as_deref().unwrap_or(own))?
                     .args(Role::Old, &args)
+                    // Room for a million half-open flows from one client, which may have a quarter
+                    // of a table. Tables grow with their flows, not with this.
+                    .args(Role::New, &["--max-flows", "4200000"])
                     .args(Role::New, &args)
                     .start_both()?;
                 let pids = [daemons.old.process().id(), daemons.new.process().id()];

@@ -16,6 +16,7 @@
 //! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
 //! | [`load`] | traffic: TCP streams, UDP floods, pings, connections |
 //! | [`measures`] | what is measured in a round, and the counters read around it |
+//! | [`profile`] | where the daemons' time goes, as `perf` sees it |
 //! | [`report`] | table, JSON, SVG, and the page in `contrib` |
 //!
 //! Everything lives in namespaces without names and goes with this process, however it ends. Needs
@@ -44,6 +45,7 @@ use report::Report;
 mod contenders;
 mod load;
 mod measures;
+mod profile;
 mod report;
 
 #[derive(Parser)]
@@ -70,7 +72,10 @@ struct Args {
     /// Fill the flow table with a million flows even with --quick
     #[arg(long)]
     flows: bool,
-    /// Write table and picture into contrib/performance.md and .svg
+    /// Sample the daemons with `perf` under one TCP stream (always with --page, if it is on PATH)
+    #[arg(long)]
+    profile: bool,
+    /// Write table, profile and picture into contrib/performance.md and .svg
     #[arg(long)]
     page: bool,
     /// Passed by cargo
@@ -162,6 +167,16 @@ fn run(args: &Args) -> Result<()> {
             let figures = measures::many_flows(contender, &effort)
                 .with_context(|| format!("{}, many flows", contender.name()))?;
             report.add(contender.name(), figures);
+        }
+    }
+    if args.profile || args.page {
+        for contender in contenders.iter().filter(|one| one.is_ipmoved()) {
+            let name = contender.name();
+            eprint!("\rprofiling {name:<50}");
+            match profile::of(contender, contender.lab().dir()) {
+                Ok(text) => report.profile(&name, text),
+                Err(error) => report.skipped(&format!("profile of {name}"), &format!("{error:#}")),
+            }
         }
     }
     eprintln!("\r{:<60}", "");

@@ -1,8 +1,8 @@
 //! What a run says: one table, the goals, JSON for machines, a picture for people.
 //!
 //! Owns the figures of all rounds and their medians. `target/bench/tunnel.json` has every round,
-//! `target/bench/tunnel.md` the table, `target/bench/tunnel.svg` the picture; with `--page` the last two
-//! are put into `contrib`.
+//! `target/bench/tunnel.md` the table, `target/bench/tunnel.svg` the picture; with `--page` table,
+//! profile and picture are put into `contrib`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,6 +18,9 @@ use crate::measures::{Better, Effort, FIGURES, Figure, Figures};
 /// Between these lines the page holds the table.
 const BEGIN: &str = "<!-- figures: written by `cargo bench --bench tunnel -- --page` -->";
 const END: &str = "<!-- end of figures -->";
+/// And between these the profile.
+const BEGIN_PROFILE: &str = "<!-- profile: written by the same -->";
+const END_PROFILE: &str = "<!-- end of profile -->";
 
 /// The contender that the others are held against, and the yardsticks.
 const SUBJECT: &str = "ipmoved";
@@ -28,6 +31,7 @@ pub(crate) struct Report {
     effort: Effort,
     contenders: Vec<(String, BTreeMap<&'static str, Vec<f64>>)>,
     skipped: Vec<(String, String)>,
+    profiles: Vec<(String, String)>,
 }
 
 impl Report {
@@ -37,12 +41,18 @@ impl Report {
             effort,
             contenders: Vec::new(),
             skipped: Vec::new(),
+            profiles: Vec::new(),
         }
     }
 
     /// Notes that a contender could not be had.
     pub(crate) fn skipped(&mut self, name: &str, why: &str) {
         self.skipped.push((name.to_owned(), why.to_owned()));
+    }
+
+    /// Adds where a contender's time goes.
+    pub(crate) fn profile(&mut self, name: &str, text: String) {
+        self.profiles.push((name.to_owned(), text));
     }
 
     /// Adds figures of one round.
@@ -61,23 +71,34 @@ impl Report {
     pub(crate) fn finish(&self, took: Duration, page: bool) -> Result<()> {
         let text = self.text(took);
         println!("{text}");
+        for (name, profile) in &self.profiles {
+            println!("profile of {name}\n\n{profile}");
+        }
         let directory = directory()?;
         write(&directory.join("tunnel.md"), &text)?;
         write(&directory.join("tunnel.json"), &self.json(took)?)?;
         write(&directory.join("tunnel.svg"), &self.svg())?;
         println!("also in {}", directory.display());
         if page {
-            let contrib = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib");
-            let path = contrib.join("performance.md");
-            let before = fs::read_to_string(&path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            let lines = || format!("{} has no lines `{BEGIN}` and `{END}`", path.display());
-            let (head, rest) = before.split_once(BEGIN).with_context(lines)?;
-            let (_, tail) = rest.split_once(END).with_context(lines)?;
-            write(&path, &format!("{head}{BEGIN}\n\n{text}\n{END}{tail}"))?;
-            write(&contrib.join("performance.svg"), &self.svg())?;
-            println!("and in {}", path.display());
+            self.write_page(&text)?;
         }
+        Ok(())
+    }
+
+    fn write_page(&self, text: &str) -> Result<()> {
+        let contrib = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib");
+        let path = contrib.join("performance.md");
+        let mut page =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        page = put_between(&page, BEGIN, END, text)?;
+        let profile = self.profiles.iter().find(|(name, _)| name == SUBJECT);
+        // Without perf the last one stays.
+        if let Some((_, profile)) = profile {
+            page = put_between(&page, BEGIN_PROFILE, END_PROFILE, profile)?;
+        }
+        write(&path, &page)?;
+        write(&contrib.join("performance.svg"), &self.svg())?;
+        println!("and in {}", path.display());
         Ok(())
     }
 
@@ -341,6 +362,17 @@ impl Report {
         out.push_str("</svg>\n");
         out
     }
+}
+
+/// Replaces what a page has between two lines.
+fn put_between(page: &str, begin: &str, end: &str, text: &str) -> Result<String> {
+    let missing = || format!("the page has no lines `{begin}` and `{end}`");
+    let (head, rest) = page.split_once(begin).with_context(missing)?;
+    let (_, tail) = rest.split_once(end).with_context(missing)?;
+    Ok(format!(
+        "{head}{begin}\n\n{}\n\n{end}{tail}",
+        text.trim_end()
+    ))
 }
 
 fn median(values: &[f64]) -> Option<f64> {

@@ -824,7 +824,12 @@ impl Control {
 
     // What people see.
 
-    fn announce_start(&self) {
+    /// Says what this daemon is, once it is: a refusal stands alone on its line.
+    fn announce_start(&mut self) {
+        for text in std::mem::take(&mut self.config.warnings) {
+            warn!("{text}");
+            self.keep_warning(text);
+        }
         for (peer, config) in self.peers.iter().zip(&self.config.peers) {
             let name = self.name(usize::from(peer.id.0));
             match self.config.role {
