@@ -16,13 +16,21 @@
 
 mod attack;
 mod bad_input;
+mod bad_packets;
 mod confined;
 mod demo;
 mod endpoints;
+mod flood;
+mod fragments;
+mod hops;
+mod impostor;
+mod ipv6;
 mod lanes;
+mod mtu;
 mod on_path;
 mod privacy;
 mod protocol_text;
+mod protocols;
 mod rekey;
 mod relay;
 mod restart;

@@ -116,6 +116,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
+    /// Answer packets that are too big for the tunnel ("fragmentation needed", "packet too big")
+    /// instead of carrying them in two datagrams.
+    #[arg(long)]
+    pub no_split: bool,
     /// Seconds after which a session is replaced, for tests that want many. [default: 120]
     #[arg(long, value_name = "SECONDS", hide = true)]
     pub rekey_after: Option<u64>,

@@ -19,7 +19,7 @@ use crate::daemon::{self, DaemonError};
 use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
 use crate::session::{Entropy, Psk};
-use crate::status;
+use crate::status::{self, StatusError};
 
 /// Failed while running.
 const FAILED: u8 = 1;
@@ -93,9 +93,6 @@ fn run(args: RunArgs) -> Result<(), Failure> {
     let config = Config::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
     start_log(config.log_format);
     confine::forget_command_line();
-    for warning in &config.warnings {
-        tracing::warn!("{warning}");
-    }
     daemon::run(config, &config::runtime_dir()).map_err(|error| Failure {
         code: match &error {
             DaemonError::Input(_) => BAD_INPUT,
@@ -127,8 +124,14 @@ fn genpsk() -> Result<(), Failure> {
 fn show_status(json: bool) -> Result<(), Failure> {
     let namespace = journal::namespace_dir(&config::runtime_dir())
         .map_err(|error| Failure::new(SYSTEM, error))?;
-    let status = status::ask(&namespace.join(status::SOCKET))
-        .map_err(|error| Failure::new(OTHER_DAEMON, error))?;
+    let status = status::ask(&namespace.join(status::SOCKET)).map_err(|error| {
+        let code = match &error {
+            StatusError::NotRunning(_) => OTHER_DAEMON,
+            StatusError::Permission(_) => SYSTEM,
+            StatusError::Answer(_) => FAILED,
+        };
+        Failure::new(code, error)
+    })?;
     if json {
         let text = serde_json::to_string_pretty(&status);
         print(&format!(

@@ -33,16 +33,15 @@ pub const MAX_MAX_FLOWS: u32 = 16_000_000;
 /// Most peers one daemon serves: a stranger's datagram costs one hash a peer.
 pub const MAX_PEERS: usize = 256;
 
-/// Least and most seconds that `--rekey-after` takes; the most is the protocol's own number.
-const MIN_REKEY_AFTER: u64 = 1;
-const MAX_REKEY_AFTER: u64 = 120;
-
 /// Most lanes `--lanes` may ask for: beyond the cores of any server this is run on, each lane costs
 /// memory and keys.
 pub const MAX_LANES: u8 = 64;
 
 /// Most lanes taken unless told otherwise.
 const MAX_DEFAULT_LANES: usize = 8;
+/// Least and most seconds that `--rekey-after` takes; the most is the protocol's own number.
+const MIN_REKEY_AFTER: u64 = 1;
+const MAX_REKEY_AFTER: u64 = 120;
 
 /// Longest interface name (`IFNAMSIZ` less the final NUL).
 const MAX_IFNAME: usize = 15;
@@ -85,6 +84,8 @@ pub struct Config {
     pub cipher: CipherPolicy,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// Packets too big for one datagram go in several.
+    pub split: bool,
     /// Offloads to do without.
     pub without: Vec<Offload>,
     /// How long a session is used before the next is asked for, if not as the protocol says.
@@ -298,6 +299,7 @@ impl Config {
             lanes,
             cipher: args.cipher.or(file.cipher).unwrap_or_default(),
             log_format: args.log_format.or(file.log_format).unwrap_or_default(),
+            split: !(args.no_split || file.no_split),
             without: if args.without.is_empty() {
                 file.without
             } else {
@@ -372,6 +374,7 @@ struct FileConfig {
     cipher: Option<CipherPolicy>,
     rekey_after: Option<u64>,
     log_format: Option<LogFormat>,
+    no_split: bool,
     without: Vec<Offload>,
     peers: Vec<FilePeer>,
 }

@@ -18,6 +18,8 @@
 //! task, and what is not a packet (handshakes, control messages) goes to it through a bounded queue.
 //! There is no allocation per packet and no lock is held across a system call.
 
+mod aside;
+
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use aside::{Arriving, Aside};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 use tracing::debug;
@@ -36,7 +39,7 @@ use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
 use crate::io::udp::{RECV_SLOT, Received, UdpSocket};
 use crate::join::{Joiner, Part, Stream};
 use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
-use crate::packet::{Parsed, clamp_mss};
+use crate::packet::{Fragment, Parsed, clamp_mss};
 use crate::peer::{Path, PeerId};
 use crate::session::{Admitted, OpenBatch, Sealer, Session};
 use crate::shared::{LaneCounters, Queue, Shared, Translation, View};
@@ -122,6 +125,8 @@ pub struct LaneParts {
     pub uso: bool,
     /// The TUN takes super-packets at all (`--without tun-gso` says no).
     pub tso: bool,
+    /// Packets too big for one datagram go in several (`--no-split` says no).
+    pub split: bool,
     /// Its socket.
     pub udp: UdpSocket,
     /// What it shares with the control task.
@@ -156,6 +161,8 @@ pub struct Lane {
     joiners: Vec<Joiner>,
     /// Where a packet that is split is put together first.
     scratch: Box<[u8]>,
+    /// For packets out of the ordinary.
+    aside: Aside,
     ticked: Instant,
 }
 
@@ -207,6 +214,7 @@ impl Lane {
                 .map(|_| Joiner::default())
                 .collect(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
+            aside: Aside::new(Instant::now()),
             ticked: Instant::now(),
             parts,
         };
@@ -271,8 +279,9 @@ impl Lane {
         let result = loop {
             match self.parts.tun.recv(&mut self.frame) {
                 Ok(len) => {
-                    if let Err(drop) = self.route_out(moment, len) {
-                        self.count(drop);
+                    let result = self.route_out(moment, len);
+                    if result.is_err() || self.aside.has_news() {
+                        self.after_frame(moment, len, result);
                     }
                     (frames, bytes) = (frames + 1, bytes + len);
                     if frames == BURST || bytes >= BURST_BYTES {
@@ -302,11 +311,18 @@ impl Lane {
             .ok_or(DropReason::IpMalformed)?;
         let vnet = VnetHdr::read(vnet);
         let mut parsed = Parsed::parse(packet)?;
+        if parsed.fragment() != Fragment::None {
+            self.aside.note_piece(moment, &parsed, packet)?;
+        }
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
         let peer = match &self.parts.shared.translation {
             Translation::Old(gates) => match judge(gates, moment.now, &parsed, packet)? {
-                (peer, Verdict::Carry) => peer,
+                (peer, Verdict::Carry) => {
+                    let left = parsed.decrement_ttl(packet);
+                    left.map_err(|reason| Dropped::of(peer, reason))?;
+                    peer
+                }
                 (_, Verdict::Bounce) => return self.bounce(len),
             },
             Translation::New(translator) => {
@@ -333,6 +349,7 @@ impl Lane {
                 .ok_or(Dropped::of(peer, DropReason::NoSession))?,
             destination,
             mtu: view.mtu,
+            split: self.parts.split,
             refused: 0,
         };
         let sealed = sealing.seal_all(segments, &mut self.scratch);
@@ -523,8 +540,16 @@ impl Lane {
         let joiner = &mut self.joiners[usize::from(plain.peer.0)];
         let result = match joiner.push(plain.stream, part) {
             None => Ok(()),
-            Some(packet) => pass_in(&self.parts, moment, plain.peer, packet, partial, outer_ecn),
+            Some(packet) => {
+                let how = Arriving {
+                    peer: plain.peer,
+                    partial,
+                    outer_ecn,
+                };
+                self.aside.pass_in(&self.parts, moment, packet, how)
+            }
         };
+        self.send_answer(moment);
         let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
@@ -538,6 +563,9 @@ impl Lane {
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
+        if parsed.fragment() != Fragment::None {
+            return self.deliver_piece(moment, plain, outer_ecn);
+        }
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
         if plain.peer != self.joining || !self.parts.tso {
             self.flush_tun(moment);
@@ -567,8 +595,16 @@ impl Lane {
         let mut parsed = joined.parsed;
         let head = &mut self.slab[joined.parts[0].clone()];
         if let Err(drop) = route_in(&self.parts, moment, peer, head, &mut parsed, joined.partial) {
-            self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
-            return;
+            let how = Arriving {
+                peer,
+                partial: joined.partial,
+                outer_ecn: 0,
+            };
+            let refused = (self.aside).refuse_in(&self.parts, moment, head, &parsed, how, drop);
+            if let Err(drop) = refused {
+                self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
+            }
+            return self.send_answer(moment);
         }
         let vnet = joined.vnet.to_bytes();
         let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
@@ -624,19 +660,19 @@ impl Lane {
 
     /// Counts a drop where it belongs.
     fn count(&self, drop: Dropped) {
-        match drop.peer {
-            Some(peer) => self.parts.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
-            None => self.parts.shared.drops.count(drop.reason),
-        }
+        self.parts.count(drop);
     }
 
-    /// Lets flows expire. One lane does it for all.
+    /// Lets fragments and flows expire. Of the flows one lane takes care for all.
     fn tick(&mut self, now: Instant) {
-        if self.parts.number != 0 || now.duration_since(self.ticked) < TICK {
+        if now.duration_since(self.ticked) < TICK {
             return;
         }
         self.ticked = now;
-        if let Translation::New(translator) = &self.parts.shared.translation {
+        self.expire_pieces(now);
+        if self.parts.number == 0
+            && let Translation::New(translator) = &self.parts.shared.translation
+        {
             translator.expire(now, EXPIRY_BUDGET);
         }
     }
@@ -645,6 +681,16 @@ impl Lane {
     fn fail(&self, what: String) {
         // The control task is gone only if the daemon is ending already.
         let _ = self.parts.control.blocking_send(ToControl::Failed(what));
+    }
+}
+
+impl LaneParts {
+    /// Counts a drop where it belongs.
+    fn count(&self, drop: Dropped) {
+        match drop.peer {
+            Some(peer) => self.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
+            None => self.shared.drops.count(drop.reason),
+        }
     }
 }
 
@@ -678,6 +724,8 @@ struct Sealing<'a> {
     destination: Destination,
     /// Largest plaintext of one datagram.
     mtu: usize,
+    /// What is larger may go in several.
+    split: bool,
     /// Datagrams that the kernel did not take.
     refused: u64,
 }
@@ -697,8 +745,10 @@ impl Sealing<'_> {
         // The first segment is the longest.
         let result = if segments.next_len().is_some_and(|len| len <= self.mtu) {
             self.seal_segments(&mut segments, &mut sealed)
-        } else {
+        } else if self.split {
             self.seal_splits(&mut segments, scratch, &mut sealed)
+        } else {
+            self.seal_cuts(&mut segments, scratch, &mut sealed)
         };
         sealed.stopped = result.err();
         sealed
@@ -738,7 +788,10 @@ impl Sealing<'_> {
         sealed: &mut Sealed,
     ) -> Result<(), DropReason> {
         while let Some(len) = segments.next_len() {
-            self.seal_split(segments, scratch)?;
+            let Some(segment) = segments.next_into(scratch) else {
+                break;
+            };
+            self.seal_parts(&scratch[..segment.len], checksum_flag(segment.csum_partial))?;
             sealed.packets += 1;
             sealed.bytes += len;
         }
@@ -746,21 +799,13 @@ impl Sealing<'_> {
     }
 
     /// One packet in several datagrams of equal length, which suits the batch.
-    fn seal_split(
-        &mut self,
-        segments: &mut Segments<'_>,
-        scratch: &mut [u8],
-    ) -> Result<(), DropReason> {
-        let Some(segment) = segments.next_into(scratch) else {
-            return Ok(());
-        };
-        let packet = &scratch[..segment.len];
+    fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
         let count = packet.len().div_ceil(self.mtu);
         let size = packet.len().div_ceil(count);
         let counters = self.sealer.reserve(count as u32);
         let counters = counters.ok_or(DropReason::NoSession)?;
         for (index, (part, counter)) in packet.chunks(size).zip(counters).enumerate() {
-            let mut flags = checksum_flag(segment.csum_partial);
+            let mut flags = all;
             if index > 0 {
                 flags = flags.with(Flags::CONTINUES);
             }
@@ -798,17 +843,18 @@ fn judge(
     parsed: &Parsed,
     packet: &[u8],
 ) -> Result<(PeerId, Verdict), DropReason> {
-    let mut bounce = None;
+    let mut outcome = Err(DropReason::NotMoved);
     for (index, gate) in gates.iter().enumerate() {
         let peer = PeerId(index as u16);
         match gate.check_captured(now, parsed, packet) {
             Ok(Verdict::Carry) => return Ok((peer, Verdict::Carry)),
             // Another part of the address may have moved to another peer.
-            Ok(Verdict::Bounce) => bounce = Some((peer, Verdict::Bounce)),
+            Ok(Verdict::Bounce) => outcome = Ok((peer, Verdict::Bounce)),
+            Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
             Err(_) => {}
         }
     }
-    bounce.ok_or(DropReason::NotMoved)
+    outcome
 }
 
 fn checksum_flag(partial: bool) -> Flags {
@@ -869,15 +915,26 @@ fn route_in(
     partial: bool,
 ) -> Result<(), Dropped> {
     match &parts.shared.translation {
-        Translation::Old(gates) => {
-            gates[usize::from(peer.0)].check_returning(moment.now, parsed, packet)
-        }
+        Translation::Old(gates) => gates[usize::from(peer.0)]
+            .check_returning(moment.now, parsed, packet)
+            .and_then(|()| parsed.decrement_ttl(packet))
+            .and_then(|()| fits_link(packet, parsed, moment.view.hop.mtu)),
         Translation::New(translator) => {
             translator.inbound(moment.now, peer, packet, parsed, partial)
         }
     }
     .map_err(|reason| Dropped::of(peer, reason))?;
     clamp(packet, parsed, moment.view.peer(peer).mtu, partial);
+    Ok(())
+}
+
+/// Whether a packet, or each that the head of a super-packet stands for, fits the link to the clients:
+/// on the way there nobody else looks.
+#[inline]
+fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReason> {
+    if packet.len().min(parsed.total()) > mtu && mtu > 0 {
+        return Err(DropReason::TooBig);
+    }
     Ok(())
 }
 

@@ -17,7 +17,7 @@
 //! |---|---|
 //! | [`cli`], [`config`], [`command`] | what was typed, what it means, what is printed |
 //! | [`moved`], [`peer`], [`drops`] | the words that all rooms share |
-//! | [`packet`], [`offload`], [`ecn`], [`icmp`], [`fragment`] | IP packets: checked once, cut and joined, rewritten, answered |
+//! | [`packet`], [`offload`], [`ecn`], [`icmp`], [`answer`], [`fragment`], [`pieces`] | IP packets: checked once, cut and joined, rewritten, answered |
 //! | [`flow`], [`translate`] | which flow a packet belongs to, and what becomes of it |
 //! | [`wire`], [`session`], [`replay`], [`tunnel`], [`pmtu`] | the channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
 //! | [`join`], [`batch`] | packets in several datagrams, datagrams in one send |
@@ -29,6 +29,7 @@
 //!
 //! The core (everything but `io`, `kernel`, `lane`, `daemon`, `lab`) does no I/O and reads no clock.
 
+pub mod answer;
 pub mod batch;
 pub mod cli;
 pub mod command;
@@ -51,6 +52,7 @@ pub mod moved;
 pub mod offload;
 pub mod packet;
 pub mod peer;
+pub mod pieces;
 pub mod pmtu;
 pub mod replay;
 pub mod session;

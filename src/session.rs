@@ -549,6 +549,7 @@ pub struct Activity {
     epoch: Instant,
     heard: AtomicU64,
     sent: AtomicU64,
+    spoke: AtomicU64,
 }
 
 impl Activity {
@@ -558,6 +559,7 @@ impl Activity {
             epoch,
             heard: AtomicU64::new(0),
             sent: AtomicU64::new(0),
+            spoke: AtomicU64::new(0),
         }
     }
 
@@ -566,9 +568,14 @@ impl Activity {
         self.raise(&self.heard, now);
     }
 
-    /// A sealed datagram went out.
+    /// A packet went out.
     pub fn sent(&self, now: Instant) {
         self.raise(&self.sent, now);
+    }
+
+    /// A control message went out.
+    pub fn spoke(&self, now: Instant) {
+        self.raise(&self.spoke, now);
     }
 
     /// When a datagram last came in; `None` if none did.
@@ -578,6 +585,11 @@ impl Activity {
 
     /// When a datagram last went out; `None` if none did.
     pub fn last_sent(&self) -> Option<Instant> {
+        self.last_carried().max(self.read(&self.spoke))
+    }
+
+    /// When a packet last went out; `None` if none did.
+    pub fn last_carried(&self) -> Option<Instant> {
         self.read(&self.sent)
     }
 

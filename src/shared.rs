@@ -5,12 +5,14 @@
 //! same cache line.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
 
 use crate::drops::Drops;
+use crate::packet::Family;
 use crate::peer::{Path, PeerId};
 use crate::session::{Door, Session};
 use crate::status::Traffic;
@@ -101,6 +103,29 @@ pub struct View {
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
     pub peers: Vec<PeerView>,
+    /// The old server as a hop between clients and the application.
+    pub hop: Hop,
+}
+
+/// What a host is to packets that only pass through it.
+#[derive(Clone, Copy, Default)]
+pub struct Hop {
+    /// Its own address of each family, which has not moved.
+    pub v4: Option<Ipv4Addr>,
+    /// See `v4`.
+    pub v6: Option<Ipv6Addr>,
+    /// MTU of the link to the clients, in bytes.
+    pub mtu: usize,
+}
+
+impl Hop {
+    /// The address that it speaks from.
+    pub fn addr(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.v4.map(IpAddr::V4),
+            Family::V6 => self.v6.map(IpAddr::V6),
+        }
+    }
 }
 
 impl View {

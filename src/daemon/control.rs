@@ -21,19 +21,20 @@ use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use super::DaemonError;
-use super::setup::{Ready, resolve};
+use super::setup::{Ready, Tools, resolve};
 use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerConfig};
 use crate::drops::Drops;
 use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS, UdpSocket};
-use crate::kernel::Host;
+use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::{Failure, Host, Repairs};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu;
 use crate::session::{Door, Entropy, Offer, SessionIndexes};
-use crate::shared::{LaneCounters, PeerView, Shared, Translation, View, Waiting};
+use crate::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
 use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus};
 use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
@@ -42,8 +43,15 @@ use crate::wire::DATA_OVERHEAD;
 /// How often a name is looked up again while the peer does not answer.
 const RESOLVE_EVERY: Duration = Duration::from_secs(10);
 
-/// How often the path to a peer is looked at: its MTU may have changed.
-const PATH_EVERY: Duration = Duration::from_secs(5);
+/// How often the path to a peer is looked at: its MTU may have changed. What a router says arrives at
+/// the kernel's route, which tells nobody; a transfer that is too big stalls until it is asked.
+const PATH_EVERY: Duration = Duration::from_secs(1);
+
+/// How often this server's addresses are listed, for the case that some were added.
+const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
+
+/// How often the kernel is asked whether the daemon's changes are still there.
+const REPAIR_EVERY: Duration = Duration::from_secs(5);
 
 /// Warnings that `status` still shows.
 const KEPT_WARNINGS: usize = 8;
@@ -59,15 +67,29 @@ fn outer_headers(to: SocketAddr) -> usize {
     if to.is_ipv4() { 20 + 8 } else { 40 + 8 }
 }
 
-/// Carries packets until a signal, then undoes everything.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+/// Carries packets until a signal, then undoes everything, whatever went wrong.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
-    let mut signals = Signals::new()?;
+    let Ready { mut host, tools } = ready;
+    let mut lanes = Lanes::default();
+    let result = carry(config, tools, &mut host, &mut lanes).await;
+    let undone = undo(&mut host);
+    lanes.stop();
+    result.and(undone)
+}
+
+/// Carries packets until a signal, then says goodbye.
+#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+async fn carry(
+    config: Config,
+    tools: Tools,
+    host: &mut Host,
+    lanes: &mut Lanes,
+) -> Result<(), DaemonError> {
     let started = Instant::now();
     // Each peer has places of its own; one more for a lane's last word.
     let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(config.peers.len()) + 1);
-    let Ready {
-        mut host,
+    let Tools {
+        mut signals,
         netlink,
         status,
         queues,
@@ -76,7 +98,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         sockets,
         uplink,
         endpoints,
-    } = ready;
+    } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let lanes_wanted = sockets.len() as u8;
     let shared = Arc::new(Shared {
@@ -94,6 +116,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         view: View {
             sessions: Default::default(),
             peers: vec![PeerView::default(); config.peers.len()],
+            hop: Hop::default(),
         },
         view_changed: true,
         config,
@@ -105,6 +128,9 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         counters: Vec::new(),
         started,
         next_path: started,
+        next_repair: started + REPAIR_EVERY,
+        broken: Vec::new(),
+        next_addresses: started,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -116,7 +142,6 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     };
     control.set_own_addresses();
     control.turn(started);
-    let mut lanes = Lanes::default();
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(control.config.peers.len()));
         control.counters.push(Arc::clone(&counters));
@@ -126,6 +151,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
             tun,
             uso: tso && features.uso,
             tso,
+            split: control.config.split,
             udp,
             shared: Arc::clone(&shared),
             counters,
@@ -135,13 +161,12 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     }
     control.announce_start();
     notify_ready();
-    let result = control.serve(&mut signals, &mut from_lanes, &status).await;
+    let result = control
+        .serve(host, &mut signals, &mut from_lanes, &status)
+        .await;
     info!("stopping");
     control.close();
-    let undone = undo(&mut host);
-    from_lanes.close();
-    lanes.stop();
-    result.and(undone)
+    result
 }
 
 fn failed(error: impl ToString) -> DaemonError {
@@ -297,6 +322,10 @@ struct Control {
     counters: Vec<Arc<LaneCounters>>,
     started: Instant,
     next_path: Instant,
+    next_repair: Instant,
+    /// Kernel changes that somebody has taken away and that cannot be made again.
+    broken: Vec<Change>,
+    next_addresses: Instant,
     offloads: Offloads,
     warnings: VecDeque<String>,
 }
@@ -306,6 +335,7 @@ impl Control {
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     async fn serve(
         &mut self,
+        host: &mut Host,
         signals: &mut Signals,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         status: &UnixListener,
@@ -314,6 +344,7 @@ impl Control {
         loop {
             let now = Instant::now();
             self.turn(now);
+            self.repair(now, host);
             self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -336,7 +367,7 @@ impl Control {
         self.peers
             .iter()
             .filter_map(|peer| peer.tunnel.next_timeout())
-            .chain([self.next_path])
+            .chain([self.next_path, self.next_repair])
             .min()
             .unwrap_or(self.next_path)
     }
@@ -387,8 +418,13 @@ impl Control {
                 self.event(now, index, event);
             }
         }
+        if now >= self.next_addresses {
+            self.next_addresses = now + ADDRESSES_EVERY;
+            self.set_own_addresses();
+        }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
+            self.measure_link(now);
             for index in 0..self.peers.len() {
                 self.measure_path(now, index);
             }
@@ -610,23 +646,62 @@ impl Control {
             .find_map(|held| choose(held.addr))
     }
 
-    /// Tells the translator which sources no client may claim.
-    fn set_own_addresses(&self) {
-        let Translation::New(translator) = &self.shared.translation else {
-            return;
+    /// Looks at this server's addresses: on the new server no client may claim them as its source, on
+    /// the old one they are what ICMP messages are sent from.
+    fn set_own_addresses(&mut self) {
+        let held = match self.netlink.addresses() {
+            Ok(held) => held,
+            Err(error) => return warn!("cannot list this server's addresses: {error}"),
         };
-        match self.netlink.addresses() {
-            Ok(held) => {
-                let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
-                translator.set_own_addresses(&own);
+        if let Translation::New(translator) = &self.shared.translation {
+            let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
+            return translator.set_own_addresses(&own);
+        }
+        let moved: Vec<IpAddr> = self
+            .peers
+            .iter()
+            .flat_map(|peer| &peer.moves)
+            .filter(|moved| moved.is_whole())
+            .map(|moved| moved.addr)
+            .collect();
+        let own = held
+            .iter()
+            .filter(|held| held.index == self.uplink.index && !moved.contains(&held.addr));
+        let (mut v4, mut v6) = (None, None);
+        for held in own {
+            match held.addr {
+                IpAddr::V4(addr) => v4 = v4.or(Some(addr)),
+                IpAddr::V6(addr) if is_global(addr) => v6 = v6.or(Some(addr)),
+                IpAddr::V6(_) => {}
             }
-            Err(error) => warn!("cannot list this server's addresses: {error}"),
+        }
+        let hop = &mut self.view.hop;
+        self.view_changed |= (hop.v4, hop.v6) != (v4, v6);
+        (hop.v4, hop.v6) = (v4, v6);
+    }
+
+    /// Looks at the link to the clients, whose MTU may have changed.
+    fn measure_link(&mut self, now: Instant) {
+        if let Ok(Some(link)) = self.netlink.link_by_index(self.uplink.index) {
+            self.uplink = link;
+        }
+        let mtu = self.uplink.mtu as usize;
+        if self.config.role != Role::Old || self.view.hop.mtu == mtu {
+            return;
+        }
+        self.view.hop.mtu = mtu;
+        self.view_changed = true;
+        let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
+        for peer in &mut self.peers {
+            // The new server's host is not to send more than the clients' link takes.
+            let moves = peer.moves.clone();
+            let announcement = Announcement::Old { moves, mtu };
+            peer.tunnel.set_announcement(now, announcement);
         }
     }
 
     /// Tells the tunnel how much the route to its peer takes: up to there it searches.
     fn measure_path(&mut self, now: Instant, index: usize) {
-        self.set_own_addresses();
         let Some(path) = self.view.peers[index].path else {
             return;
         };
@@ -682,6 +757,30 @@ impl Control {
         }
     }
 
+    // The host.
+
+    /// Makes again what others have taken away.
+    fn repair(&mut self, now: Instant, host: &mut Host) {
+        if now < self.next_repair {
+            return;
+        }
+        self.next_repair = now + REPAIR_EVERY;
+        let Repairs { made, failed } = host.repair();
+        for change in made {
+            let line = format!("somebody removed {change}; it is back");
+            warn!("{line}");
+            self.keep_warning(line);
+        }
+        for Failure { change, reason } in &failed {
+            if !self.broken.contains(change) {
+                let line = format!("{change} is gone and cannot be made again: {reason}");
+                warn!("{line}");
+                self.keep_warning(line);
+            }
+        }
+        self.broken = failed.into_iter().map(|failure| failure.change).collect();
+    }
+
     // Names.
 
     /// Looks up again the names of peers that do not answer.
@@ -725,7 +824,12 @@ impl Control {
 
     // What people see.
 
-    fn announce_start(&self) {
+    /// Says what this daemon is, once it is: a refusal stands alone on its line.
+    fn announce_start(&mut self) {
+        for text in std::mem::take(&mut self.config.warnings) {
+            warn!("{text}");
+            self.keep_warning(text);
+        }
         for (peer, config) in self.peers.iter().zip(&self.config.peers) {
             let name = self.name(usize::from(peer.id.0));
             match self.config.role {
@@ -750,7 +854,10 @@ impl Control {
     fn warn(&mut self, index: usize, text: &str) {
         let name = self.name(index);
         warn!(peer = name, "{text}");
-        let line = format!("{name}: {text}");
+        self.keep_warning(format!("{name}: {text}"));
+    }
+
+    fn keep_warning(&mut self, line: String) {
         self.warnings.retain(|known| *known != line);
         if self.warnings.len() == KEPT_WARNINGS {
             self.warnings.pop_front();
@@ -918,13 +1025,13 @@ fn answer(mut stream: UnixStream, status: &Status) {
 }
 
 /// The signals that end the daemon.
-struct Signals {
+pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl Signals {
-    fn new() -> Result<Self, DaemonError> {
+    pub(super) fn new() -> Result<Self, DaemonError> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,

@@ -49,15 +49,17 @@ impl fmt::Display for DaemonError {
 /// # Errors
 /// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
 pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
-    let ready = setup::Ready::new(&config, runtime_dir)?;
-    // Before the first thread: what is given up is given up by those that follow as well.
-    confine::drop_privileges();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
-    let result = runtime.block_on(control::run(config, ready));
-    // A name that is still being looked up is nobody's business any more.
+    let result = runtime.block_on(async {
+        let ready = setup::Ready::new(&config, runtime_dir)?;
+        // Before the first thread: what is given up is given up by those that follow as well.
+        confine::drop_privileges();
+        control::run(config, ready).await
+    });
+    // A name that is being looked up would keep the process for as long as the resolver is patient.
     runtime.shutdown_background();
     result
 }

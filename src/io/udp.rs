@@ -484,15 +484,6 @@ fn set_buffers(socket: &Socket) {
     }
 }
 
-/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says `EINVAL`, of
-/// IPv4 `ENETUNREACH` on newer kernels, and both of much else.
-fn is_gone(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH)
-    )
-}
-
 /// Attaches the program that gives a data datagram to the socket of its lane and everything else to
 /// the first.
 fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
@@ -540,6 +531,15 @@ fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says `EINVAL`, of
+/// IPv4 `ENETUNREACH` on newer kernels, and both of much else.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH)
+    )
 }
 
 /// Options of IPv4 on a socket of the IPv6 family are a convenience there and required otherwise.
@@ -631,25 +631,6 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_is_not_ours_any_more_does_not_stop_the_datagram() {
-        let (a, b, mut path) = pair(UdpOptions::default());
-        path.local = Some([192, 0, 2, 99].into());
-        a.send(&path, 0, &[7; 1_500], 1_000).unwrap();
-        assert_eq!(drain(&b).len(), 2);
-        path.local = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9].into());
-        let (c, d, mut path6) = {
-            let bind = |text: &str| {
-                let options = UdpOptions::default();
-                UdpSocket::bind(text.parse().unwrap(), false, options).unwrap()
-            };
-            (bind("[::]:0"), bind("[::1]:0"), path)
-        };
-        path6.remote = format!("[::1]:{}", d.port().unwrap()).parse().unwrap();
-        c.send(&path6, 0, b"seven", 5).unwrap();
-        assert_eq!(drain(&d).len(), 1);
-    }
-
-    #[test]
     fn each_lane_gets_its_own_datagrams() {
         let (a, _, _) = pair(UdpOptions::default());
         let listen = "127.0.0.1:0".parse().unwrap();
@@ -680,6 +661,25 @@ mod tests {
             Some(io::ErrorKind::AddrInUse),
             "the port is ours alone"
         );
+    }
+
+    #[test]
+    fn an_address_that_is_not_ours_any_more_does_not_stop_the_datagram() {
+        let (a, b, mut path) = pair(UdpOptions::default());
+        path.local = Some([192, 0, 2, 99].into());
+        a.send(&path, 0, &[7; 1_500], 1_000).unwrap();
+        assert_eq!(drain(&b).len(), 2);
+        path.local = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9].into());
+        let (c, d, mut path6) = {
+            let bind = |text: &str| {
+                let options = UdpOptions::default();
+                UdpSocket::bind(text.parse().unwrap(), false, options).unwrap()
+            };
+            (bind("[::]:0"), bind("[::1]:0"), path)
+        };
+        path6.remote = format!("[::1]:{}", d.port().unwrap()).parse().unwrap();
+        c.send(&path6, 0, b"seven", 5).unwrap();
+        assert_eq!(drain(&d).len(), 1);
     }
 
     #[test]

@@ -22,4 +22,4 @@ pub mod steer;
 #[cfg(test)]
 mod testing;
 
-pub use host::{Desired, Failure, Host, HostError, Report};
+pub use host::{Desired, Failure, Host, HostError, Repairs, Report};

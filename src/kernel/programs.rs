@@ -4,6 +4,7 @@
 //!            old server                                      new server
 //!   uplink ingress ── capture ──► TUN              TUN ingress ── steer_mark ──► stack (marked)
 //!   TUN ingress ── return_path ──► uplink          uplink egress ── steer_egress ──► TUN
+//!                   └─ bounced: uplink ingress, past capture
 //! ```
 //!
 //! Owns what each program decides about a packet. Attaching them is the business of
@@ -27,7 +28,7 @@ use std::time::Duration;
 use super::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Size};
 use crate::moved::{Move, TCP, Transport, UDP};
 
-use Reg::{R0, R1, R2, R3, R4, R6, R7, R8, R9, R10};
+use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 
 /// Start of the names of all programs, by which the daemon recognises its own filters.
 pub const NAME_PREFIX: &str = "ipmoved_";
@@ -59,6 +60,16 @@ const DESTINATION_OPTIONS: u8 = 60;
 /// too early gets verdict 0 instead, which is to pass it at once.)
 const TC_ACT_UNSPEC: i32 = -1;
 
+/// The mark of a packet on its way from the TUN to the uplink's ingress: "ipmb". It is taken off
+/// there, and no packet comes from the wire with a mark.
+const BOUNCED: u32 = 0x6970_6d62;
+
+/// `bpf_redirect`: as if the packet had arrived there.
+const BPF_F_INGRESS: i32 = 1;
+
+/// Offset of the EtherType in an Ethernet header.
+const ETHERTYPE_AT: i32 = 12;
+
 /// Offsets in `struct __sk_buff`.
 const SKB_PKT_TYPE: i16 = 4;
 const SKB_MARK: i16 = 8;
@@ -72,6 +83,7 @@ const SKB_VLAN_PRESENT: i16 = 20;
 /// * A move of ports takes TCP and UDP packets by destination port, ICMP errors that quote a
 ///   packet from such a port, and every fragment of the transports concerned, since only the first
 ///   one shows its port.
+/// * A packet that the daemon gave back ([`return_path`]) passes.
 /// * Only packets for this host without a VLAN tag; and never a UDP datagram to an address and port
 ///   in `tunnel` (unspecified address: any), nor an ICMP error about one from there.
 ///
@@ -95,7 +107,9 @@ pub fn capture(
 /// Sends what the daemon writes to its TUN out of the uplink: for the ingress of the old server's TUN.
 ///
 /// The neighbour is resolved by the kernel; no forwarding, sysctl or netfilter hook takes part, and
-/// the TTL stays. Packets *to* a moved address (bounced ones) go up into this host's own stack.
+/// the TTL stays. Packets *to* a moved address (bounced ones) arrive on the uplink once more, where
+/// [`capture`] lets them pass: this host's own stack sees them as it would without a daemon, so that
+/// strict reverse path filtering and firewall rules for the uplink judge them alike.
 ///
 /// # Errors
 /// If the program is too large.
@@ -106,11 +120,11 @@ pub fn return_path(
 ) -> Result<Program, BpfError> {
     let mut asm = Assembler::new();
     let a = &mut asm;
-    let (v6, send, bounced) = (a.label(), a.label(), a.label());
+    let (v6, send, bounced, other) = (a.label(), a.label(), a.label(), a.label());
     a.mov(R6, R1);
     a.load(Size::W, R0, R6, SKB_PROTOCOL);
     a.jump_if(R0, If::Eq, ethertype(libc::ETH_P_IPV6), v6);
-    a.jump_if(R0, If::Ne, ethertype(libc::ETH_P_IP), bounced);
+    a.jump_if(R0, If::Ne, ethertype(libc::ETH_P_IP), other);
     a.load_packet(Size::W, 16);
     for moved in moves {
         if let IpAddr::V4(addr) = moved.addr {
@@ -146,6 +160,29 @@ pub fn return_path(
     }
     a.exit();
     a.bind(bounced);
+    if uplink_l2_header > 0 {
+        a.mov(R1, R6);
+        a.mov(R2, uplink_l2_header);
+        a.mov(R3, 0);
+        a.call(Helper::SkbChangeHead);
+        // The new header is all zeros; of it only the EtherType is looked at.
+        a.load(Size::W, R0, R6, SKB_PROTOCOL);
+        a.store(Size::H, R10, -8, R0);
+        a.mov(R1, R6);
+        a.mov(R2, ETHERTYPE_AT);
+        a.mov(R3, R10);
+        a.alu(Alu::Add, R3, -8);
+        a.mov(R4, 2);
+        a.mov(R5, 0);
+        a.call(Helper::SkbStoreBytes);
+    }
+    a.mov(R0, BOUNCED);
+    a.store(Size::W, R6, SKB_MARK, R0);
+    a.mov(R1, uplink_ifindex);
+    a.mov(R2, BPF_F_INGRESS);
+    a.call(Helper::Redirect);
+    a.exit();
+    a.bind(other);
     verdict(a, TC_ACT_UNSPEC);
     asm.finish("ipmoved_return")
 }
@@ -535,7 +572,20 @@ impl Capture {
             fragment: a.label(),
             other: a.label(),
         };
+        let (arrived, bounced) = (a.label(), a.label());
         a.mov(R6, R1);
+        a.load(Size::W, R0, R6, SKB_MARK);
+        a.jump_if(R0, If::Eq, BOUNCED, bounced);
+        a.jump(arrived);
+        // Without the uplink's address in its header it would count as another host's.
+        a.bind(bounced);
+        a.mov(R0, 0);
+        a.store(Size::W, R6, SKB_MARK, R0);
+        a.mov(R1, R6);
+        a.mov(R2, i32::from(libc::PACKET_HOST));
+        a.call(Helper::SkbChangeType);
+        verdict(a, TC_ACT_UNSPEC);
+        a.bind(arrived);
         a.load(Size::W, R0, R6, SKB_PKT_TYPE);
         a.jump_if(R0, If::Ne, i32::from(libc::PACKET_HOST), ways.pass);
         a.load(Size::W, R0, R6, SKB_VLAN_PRESENT);

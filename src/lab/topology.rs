@@ -367,6 +367,16 @@ impl Lab {
         })
     }
 
+    /// Lets the router drop everything to a whole network: nobody is there.
+    pub fn set_unreachable_net(&self, net: Ipv4Addr, prefix: u8) -> Result<()> {
+        let hole = Route {
+            kind: RouteKind::Blackhole,
+            ..Route::to(net.into(), prefix)
+        };
+        self.router
+            .run(|| netlink("make a network empty", |netlink| netlink.add_route(&hole)))
+    }
+
     /// Changes the MTU of a link while everything runs: at both ends, or at the router's alone.
     pub fn set_mtu(&self, leg: Leg, mtu: u32, both_ends: bool) -> Result<()> {
         let set = |interface: &str| {
