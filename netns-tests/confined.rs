@@ -200,9 +200,13 @@ fn a_key_file_that_others_can_read_is_warned_of() -> Result {
         let file = setup.psk_file(Role::New);
         fs::set_permissions(file, fs::Permissions::from_mode(mode)).map_err(failed)?;
         let mut daemon = setup.start(Role::New)?;
-        daemon.wait_for_state("connecting", PATIENCE)?;
-        let said = daemon.process().stderr();
         let words = format!("close it: chmod 600 {}", file.display());
+        // The warnings come before it says what it is.
+        let said = poll_until(PATIENCE, Duration::from_millis(20), || {
+            let said = daemon.process().stderr();
+            said.contains("this is the new server").then_some(said)
+        });
+        let said = said.ok_or_else(|| LabError::unexpected("it did not start"))?;
         assert_eq!(said.contains(&words), warned, "{mode:o}: {said}");
     }
     Ok(())
