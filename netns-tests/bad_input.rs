@@ -74,6 +74,9 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
             "--deliver-to",
         ),
         (&["--deliver-to", "nonsense"], "nonsense"),
+        // The address of the administrator's own login, whole or all of its TCP.
+        (&["--move", "192.0.2.1"], "your login"),
+        (&["--move", "192.0.2.1/tcp"], "your login"),
     ];
     let after_move: &[(&[&str], &str)] = &[
         (&["--uplink", "eth7"], "eth7"),
@@ -115,6 +118,8 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         (&["--peer", "198.51.100.2", "--psk-file", &short], &short),
         (&["--peer", "198.51.100.2", "--psk-file", &empty], &empty),
         (&["--peer", "198.51.100.2", "--psk", "too short"], "--psk"),
+        // The same, while it is not known where the peer is.
+        (&["--psk-file", &psk, "--move", "192.0.2.1"], "your login"),
         (&["--config", &nowhere_toml], &nowhere_toml),
         (&["--config", &unknown], "colour"),
         (&["--config", &broken], &broken),
@@ -144,6 +149,22 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         }
     }
     assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+    Snapshot::of(lab.old_server())?.is_same_as(&before)
+}
+
+#[test]
+fn a_status_socket_that_cannot_be_made_changes_nothing() -> Result {
+    let lab = Lab::new()?;
+    let before = Snapshot::of(lab.old_server())?;
+    let setup = setup(&lab)?;
+    let mut command = Command::new(exe());
+    // Longer than a socket's name may be.
+    let deep = lab.dir().join("x".repeat(100));
+    command
+        .args(setup.daemon_args(Role::Old))
+        .env("IPMOVED_RUNTIME_DIR", &deep);
+    let said = lab.old_server().output(command, COMMAND_TIMEOUT)?;
+    assert_eq!(complaint(&said, SYSTEM, "status.sock"), None);
     Snapshot::of(lab.old_server())?.is_same_as(&before)
 }
 

@@ -8,13 +8,38 @@
 //!
 //! Each test builds a lab of its own, so they run side by side. Needs root; says so and fails without.
 
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "tests on real kernels read the real clock, and print what they measured"
+)]
+
+mod attack;
 mod bad_input;
+mod bad_packets;
+mod confined;
 mod demo;
+mod endpoints;
+mod flood;
+mod fragments;
+mod hops;
+mod impostor;
+mod ipv6;
+mod lanes;
+mod mtu;
+mod on_path;
 mod privacy;
+mod protocol_text;
+mod protocols;
+mod rekey;
+mod relay;
 mod restart;
+mod second;
 mod serving;
+mod several;
 mod stage;
 mod status;
+mod stream;
 mod the_lab;
 mod undo;
 mod ways;

@@ -12,6 +12,9 @@ pub(crate) type Result<T = ()> = std::result::Result<T, LabError>;
 /// One megabyte.
 pub(crate) const MEGABYTE: u64 = 1 << 20;
 
+/// The moved address of each family.
+pub(crate) const FAMILIES: [&str; 2] = ["192.0.2.5", "2001:db8:a::5"];
+
 /// How long nothing may come for a port to count as silent.
 pub(crate) const SILENCE: Duration = Duration::from_millis(700);
 

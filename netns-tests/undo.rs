@@ -6,8 +6,12 @@
 //!                          └── new server   (snapshot before and after)
 //! ```
 
+use std::thread;
+use std::time::Duration;
+
+use ipmoved::lab::daemon::STOP_TIMEOUT;
 use ipmoved::lab::topology::{MOVED, NEW};
-use ipmoved::lab::{Daemons, Lab, Service, Snapshot};
+use ipmoved::lab::{Daemons, Lab, Service, Snapshot, poll_until};
 use ipmoved::peer::Role;
 use rustix::process::Signal;
 
@@ -27,6 +31,33 @@ fn after_sigint_everything_is_as_before() -> Result {
 }
 
 #[test]
+fn after_sigterm_at_any_moment_of_the_start_everything_is_as_before() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let before = [lab.old_server(), lab.new_server()].map(Snapshot::of);
+    for millis in (0..60).step_by(4) {
+        for role in [Role::Old, Role::New] {
+            let mut daemon = setup.start(role)?;
+            thread::sleep(Duration::from_millis(millis));
+            daemon.process().signal(Signal::TERM)?;
+            poll_until(STOP_TIMEOUT, Duration::from_millis(1), || {
+                daemon.process().exited()
+            })
+            .expect("SIGTERM ends it");
+        }
+    }
+    same(&lab, before)
+}
+
+#[test]
+fn after_sigterm_no_file_is_left() -> Result {
+    let lab = Lab::new()?;
+    setup(&lab)?.start_both()?.terminate()?;
+    assert!(!lab.dir().join("run").exists());
+    Ok(())
+}
+
+#[test]
 fn after_sigkill_cleanup_leaves_everything_as_before() -> Result {
     undone(|lab, daemons| {
         daemons.old.kill()?;
@@ -38,6 +69,7 @@ fn after_sigkill_cleanup_leaves_everything_as_before() -> Result {
             let again = setup.run(role, &["cleanup"])?;
             assert!(again.status.success(), "a second time: {again:?}");
         }
+        assert!(!lab.dir().join("run").exists(), "a file is left");
         Ok(())
     })
 }

@@ -107,6 +107,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub max_flows: Option<u32>,
 
+    /// Threads that carry packets, each with a queue and a socket of its own. [default: half of the
+    /// processors, at most 8]
+    #[arg(long, value_name = "N")]
+    pub lanes: Option<u8>,
+
     /// Cipher of the tunnel. [default: auto, the faster of those that both servers have in hardware]
     #[arg(long, value_name = "CIPHER")]
     pub cipher: Option<CipherPolicy>,
@@ -118,6 +123,14 @@ pub struct RunArgs {
     /// Read the same settings from a TOML file; flags win over it.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+
+    /// Answer packets that are too big for the tunnel ("fragmentation needed", "packet too big")
+    /// instead of carrying them in two datagrams.
+    #[arg(long)]
+    pub no_split: bool,
+    /// Seconds after which a session is replaced, for tests that want many. [default: 120]
+    #[arg(long, value_name = "SECONDS", hide = true)]
+    pub rekey_after: Option<u64>,
 
     /// Do without an offload, to work around a driver.
     #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]

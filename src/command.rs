@@ -14,11 +14,12 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cli::{Cli, Command, LogFormat, NatArgs, RunArgs};
 use crate::config::{self, Config, NatSettings};
+use crate::confine;
 use crate::daemon::{self, DaemonError};
 use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
 use crate::session::{Entropy, Psk};
-use crate::status;
+use crate::status::{self, StatusError};
 
 /// Failed while running.
 const FAILED: u8 = 1;
@@ -92,11 +93,7 @@ fn explain(error: clap::Error) -> Result<(), Failure> {
 fn run(args: RunArgs) -> Result<(), Failure> {
     let config = Config::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
     start_log(config.log_format);
-    if config.psk_exposed {
-        tracing::warn!(
-            "the key on the command line can be read by every user of this host; use --psk-file"
-        );
-    }
+    confine::forget_command_line();
     daemon::run(config, &config::runtime_dir()).map_err(ended)
 }
 
@@ -138,8 +135,14 @@ fn genpsk() -> Result<(), Failure> {
 fn show_status(json: bool) -> Result<(), Failure> {
     let namespace = journal::namespace_dir(&config::runtime_dir())
         .map_err(|error| Failure::new(SYSTEM, error))?;
-    let status = status::ask(&namespace.join(status::SOCKET))
-        .map_err(|error| Failure::new(OTHER_DAEMON, error))?;
+    let status = status::ask(&namespace.join(status::SOCKET)).map_err(|error| {
+        let code = match &error {
+            StatusError::NotRunning(_) => OTHER_DAEMON,
+            StatusError::Permission(_) => SYSTEM,
+            StatusError::Answer(_) => FAILED,
+        };
+        Failure::new(code, error)
+    })?;
     if json {
         let text = serde_json::to_string_pretty(&status);
         print(&format!(

@@ -6,7 +6,9 @@
 use std::fs;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use zeroize::Zeroizing;
@@ -14,7 +16,7 @@ use zeroize::Zeroizing;
 use crate::cli::{LogFormat, NatArgs, Offload, RunArgs};
 use crate::moved::{MAX_MOVES, Move, MoveError};
 use crate::peer::Role;
-use crate::session::{CipherPolicy, Psk, PskError};
+use crate::session::{CipherPolicy, PeerKeys, Psk, PskError};
 use crate::translate::PortMap;
 
 /// The UDP port both servers use unless told otherwise.
@@ -31,6 +33,16 @@ pub const MAX_MAX_FLOWS: u32 = 16_000_000;
 
 /// Most peers one daemon serves: a stranger's datagram costs one hash a peer.
 pub const MAX_PEERS: usize = 256;
+
+/// Most lanes `--lanes` may ask for: beyond the cores of any server this is run on, each lane costs
+/// memory and keys.
+pub const MAX_LANES: u8 = 64;
+
+/// Most lanes taken unless told otherwise.
+const MAX_DEFAULT_LANES: usize = 8;
+/// Least and most seconds that `--rekey-after` takes; the most is the protocol's own number.
+const MIN_REKEY_AFTER: u64 = 1;
+const MAX_REKEY_AFTER: u64 = 120;
 
 /// Longest interface name (`IFNAMSIZ` less the final NUL).
 const MAX_IFNAME: usize = 15;
@@ -70,14 +82,20 @@ pub struct Config {
     pub uplink: Option<String>,
     /// Most flows remembered.
     pub max_flows: u32,
+    /// Threads that carry packets.
+    pub lanes: u8,
     /// Which ciphers may be used.
     pub cipher: CipherPolicy,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// Packets too big for one datagram go in several.
+    pub split: bool,
     /// Offloads to do without.
     pub without: Vec<Offload>,
-    /// The key stood on the command line, where other users can read it.
-    pub psk_exposed: bool,
+    /// How long a session is used before the next is asked for, if not as the protocol says.
+    pub rekey_after: Option<Duration>,
+    /// What an administrator should know of these settings.
+    pub warnings: Vec<String>,
 }
 
 /// One peer's settings.
@@ -85,8 +103,8 @@ pub struct Config {
 pub struct PeerConfig {
     /// Where it is; `None` waits for it to call.
     pub endpoint: Option<PeerAddr>,
-    /// The key shared with it.
-    pub psk: Psk,
+    /// What the key shared with it became. The key itself is gone by now.
+    pub keys: PeerKeys,
     /// What moved to it (old server).
     pub moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
@@ -191,32 +209,36 @@ pub enum ConfigError {
 impl Config {
     /// Joins what was typed, the environment and the configuration file.
     pub fn new(args: RunArgs) -> Result<Self, ConfigError> {
+        let mut warnings = Vec::new();
         let file = match &args.config {
-            Some(path) => FileConfig::read(path)?,
+            Some(path) => FileConfig::read(path, &mut warnings)?,
             None => FileConfig::default(),
         };
         let variable = std::env::var(PSK_VARIABLE)
             .ok()
             .filter(|text| !text.is_empty())
             .map(Zeroizing::new);
-        Self::join(args, file, variable)
+        Self::join(args, file, variable, warnings)
     }
 
     fn join(
         args: RunArgs,
         file: FileConfig,
         variable: Option<Zeroizing<String>>,
+        mut warnings: Vec<String>,
     ) -> Result<Self, ConfigError> {
-        let psk_exposed = args.psk.is_some();
+        if args.psk.is_some() {
+            warnings.push(
+                "the key on the command line can be read by every user of this host; use --psk-file"
+                    .into(),
+            );
+        }
         // A flag wins over the variable, the variable over the file.
         let (psk, psk_file) = match (args.psk, args.psk_file, variable) {
             (Some(text), _, _) => (Some(("--psk", Zeroizing::new(text))), None),
             (None, Some(path), _) => (None, Some(path)),
             (None, None, Some(text)) => (Some((PSK_VARIABLE, text)), None),
-            (None, None, None) => (
-                file.psk.map(|text| ("psk", Zeroizing::new(text))),
-                file.psk_file,
-            ),
+            (None, None, None) => (file.psk.map(|Secret(text)| ("psk", text)), file.psk_file),
         };
         let moves = if args.moves.is_empty() {
             parse_moves(&file.moves)?
@@ -243,21 +265,19 @@ impl Config {
         };
         let mut peers = Vec::new();
         if file.peers.is_empty() || top.is_any() {
-            peers.push(top.resolve()?);
+            peers.push(top.resolve(&mut warnings)?);
         }
         for peer in file.peers {
             peers.push(
                 PeerSettings {
                     peer: peer.peer,
-                    psk: peer
-                        .psk
-                        .map(|text| ("psk".to_owned(), Zeroizing::new(text))),
+                    psk: peer.psk.map(|Secret(text)| ("psk".to_owned(), text)),
                     psk_file: peer.psk_file,
                     moves: parse_moves(&peer.moves)?,
                     deliver_to: peer.deliver_to.map(OneOrMany::into_vec).unwrap_or_default(),
                     deliver: peer.deliver.into_vec(),
                 }
-                .resolve()?,
+                .resolve(&mut warnings)?,
             );
         }
         check_peers(&peers)?;
@@ -267,6 +287,11 @@ impl Config {
             Role::New
         };
         let max_flows = check_max_flows(args.max_flows.or(file.max_flows))?;
+        let lanes = args.lanes.or(file.lanes).unwrap_or_else(default_lanes);
+        if !(1..=MAX_LANES).contains(&lanes) {
+            let problem = format!("must be from 1 to {MAX_LANES}");
+            return Err(flag("--lanes", lanes, problem));
+        }
         Ok(Self {
             role,
             peers,
@@ -274,14 +299,17 @@ impl Config {
             tun: check_ifname("--tun", args.tun.or(file.tun))?.unwrap_or(DEFAULT_TUN.into()),
             uplink: check_ifname("--uplink", args.uplink.or(file.uplink))?,
             max_flows,
+            lanes,
             cipher: args.cipher.or(file.cipher).unwrap_or_default(),
             log_format: args.log_format.or(file.log_format).unwrap_or_default(),
+            split: !(args.no_split || file.no_split),
             without: if args.without.is_empty() {
                 file.without
             } else {
                 args.without
             },
-            psk_exposed,
+            rekey_after: parse_rekey_after(args.rekey_after.or(file.rekey_after))?,
+            warnings,
         })
     }
 }
@@ -373,7 +401,7 @@ impl PeerSettings {
             || !self.deliver.is_empty()
     }
 
-    fn resolve(self) -> Result<PeerConfig, ConfigError> {
+    fn resolve(self, warnings: &mut Vec<String>) -> Result<PeerConfig, ConfigError> {
         if self.peer.is_none() && self.psk.is_none() && self.psk_file.is_none() {
             return Err(ConfigError::NoPeer("--psk-file FILE"));
         }
@@ -392,13 +420,13 @@ impl PeerSettings {
         }
         Ok(PeerConfig {
             endpoint: self.peer.as_deref().map(parse_peer).transpose()?,
-            psk: match (self.psk, self.psk_file) {
+            keys: PeerKeys::derive(&match (self.psk, self.psk_file) {
                 (Some((origin, text)), _) => text
                     .parse::<Psk>()
                     .map_err(|error| ConfigError::Psk { origin, error })?,
-                (None, Some(path)) => read_psk(&path)?,
+                (None, Some(path)) => read_psk(&path, warnings)?,
                 (None, None) => return Err(ConfigError::NoPsk),
-            },
+            }),
             moves: self.moves,
             deliver_to: parse_deliver_to(&self.deliver_to)?,
             deliver: parse_deliver(&self.deliver)?,
@@ -411,7 +439,7 @@ impl PeerSettings {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 struct FileConfig {
     peer: Option<String>,
-    psk: Option<String>,
+    psk: Option<Secret>,
     psk_file: Option<PathBuf>,
     #[serde(rename = "move")]
     moves: OneOrMany,
@@ -421,8 +449,11 @@ struct FileConfig {
     tun: Option<String>,
     uplink: Option<String>,
     max_flows: Option<u32>,
+    lanes: Option<u8>,
     cipher: Option<CipherPolicy>,
+    rekey_after: Option<u64>,
     log_format: Option<LogFormat>,
+    no_split: bool,
     without: Vec<Offload>,
     peers: Vec<FilePeer>,
 }
@@ -431,12 +462,29 @@ struct FileConfig {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 struct FilePeer {
     peer: Option<String>,
-    psk: Option<String>,
+    psk: Option<Secret>,
     psk_file: Option<PathBuf>,
     #[serde(rename = "move")]
     moves: OneOrMany,
     deliver_to: Option<OneOrMany>,
     deliver: OneOrMany,
+}
+
+/// A text that is overwritten when it is done with.
+#[derive(Deserialize)]
+#[serde(from = "String")]
+struct Secret(Zeroizing<String>);
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
 }
 
 /// `"192.0.2.5"` as well as `["192.0.2.5", "192.0.2.6"]`.
@@ -487,16 +535,21 @@ impl Listen {
 }
 
 impl FileConfig {
-    fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|error| ConfigError::File {
+    fn read(path: &Path, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
+        let mut text = Zeroizing::new(String::new());
+        let open = open_to_read(path, u64::MAX, &mut text).map_err(|error| ConfigError::File {
             path: path.into(),
             error,
             hint: " (--config)",
         })?;
-        Self::parse(&text).map_err(|message| ConfigError::Toml {
+        let file = Self::parse(&text).map_err(|message| ConfigError::Toml {
             path: path.into(),
             message,
-        })
+        })?;
+        if open && (file.psk.is_some() || file.peers.iter().any(|peer| peer.psk.is_some())) {
+            warnings.push(exposed(path));
+        }
+        Ok(file)
     }
 
     fn parse(text: &str) -> Result<Self, String> {
@@ -511,6 +564,13 @@ impl FileConfig {
             }
         })
     }
+}
+
+/// Half of the processors: the other half is for the applications and the kernel's own share of the
+/// work, and two lanes on two processors were no faster than one.
+fn default_lanes() -> u8 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    (processors / 2).clamp(1, MAX_DEFAULT_LANES) as u8
 }
 
 fn flag(flag: &'static str, value: impl ToString, problem: String) -> ConfigError {
@@ -558,7 +618,7 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
         ));
     }
     for (index, a) in peers.iter().enumerate() {
-        if peers[index + 1..].iter().any(|b| a.psk == b.psk) {
+        if peers[index + 1..].iter().any(|b| a.keys == b.keys) {
             return Err(flag(
                 "psk",
                 "",
@@ -567,6 +627,19 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
         }
     }
     Ok(())
+}
+
+/// Seconds from one session to the next: no faster than an initiation is repeated, no slower than the
+/// protocol has it.
+fn parse_rekey_after(seconds: Option<u64>) -> Result<Option<Duration>, ConfigError> {
+    match seconds {
+        Some(wrong) if !(MIN_REKEY_AFTER..=MAX_REKEY_AFTER).contains(&wrong) => Err(flag(
+            "--rekey-after",
+            wrong,
+            format!("must be from {MIN_REKEY_AFTER} to {MAX_REKEY_AFTER} seconds"),
+        )),
+        seconds => Ok(seconds.map(Duration::from_secs)),
+    }
 }
 
 fn check_moves(moves: &[&Move]) -> Result<(), ConfigError> {
@@ -811,7 +884,7 @@ fn check_ifname(name: &'static str, value: Option<String>) -> Result<Option<Stri
     }
 }
 
-fn read_psk(path: &Path) -> Result<Psk, ConfigError> {
+fn read_psk(path: &Path, warnings: &mut Vec<String>) -> Result<Psk, ConfigError> {
     let wrong = |error: std::io::Error| ConfigError::File {
         hint: if error.kind() == std::io::ErrorKind::NotFound {
             "; make one with `ipmoved genpsk`"
@@ -822,13 +895,30 @@ fn read_psk(path: &Path) -> Result<Psk, ConfigError> {
         error,
     };
     let mut text = Zeroizing::new(String::new());
-    fs::File::open(path)
-        .and_then(|file| file.take(MAX_KEY_FILE).read_to_string(&mut text))
-        .map_err(wrong)?;
+    if open_to_read(path, MAX_KEY_FILE, &mut text).map_err(wrong)? {
+        warnings.push(exposed(path));
+    }
     text.parse::<Psk>().map_err(|error| ConfigError::Psk {
         origin: path.display().to_string(),
         error,
     })
+}
+
+/// Reads a file that may hold a key; tells whether other users can, too.
+fn open_to_read(path: &Path, most: u64, text: &mut String) -> std::io::Result<bool> {
+    /// Read or write for the group or for everybody.
+    const OTHERS: u32 = 0o066;
+    let file = fs::File::open(path)?;
+    let open = file.metadata()?.permissions().mode() & OTHERS != 0;
+    file.take(most).read_to_string(text)?;
+    Ok(open)
+}
+
+fn exposed(path: &Path) -> String {
+    format!(
+        "{0} holds a key and is open to other users of this host; close it: chmod 600 {0}",
+        path.display()
+    )
 }
 
 #[cfg(test)]
@@ -846,7 +936,7 @@ mod tests {
         let words = ["ipmoved"].into_iter().chain(line.split_whitespace());
         let cli = crate::cli::Cli::try_parse_from(words).map_err(|error| error.to_string())?;
         let file = FileConfig::parse(file)?;
-        Config::join(cli.run, file, None).map_err(|error| error.to_string())
+        Config::join(cli.run, file, None, Vec::new()).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -913,6 +1003,8 @@ mod tests {
                 format!("{key} --peer 192.0.2.1 --max-flows 0"),
                 "--max-flows",
             ),
+            (format!("{key} --peer 192.0.2.1 --lanes 0"), "--lanes"),
+            (format!("{key} --peer 192.0.2.1 --lanes 65"), "--lanes"),
             (format!("{key} --peer 192.0.2.1 --cipher des"), "cipher"),
         ] {
             let error = config(&line).unwrap_err();

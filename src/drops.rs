@@ -70,6 +70,8 @@ drop_reasons! {
     NoFlow = "no_flow",
     /// A fragment whose first fragment was not seen.
     FragmentUnknown = "fragment_unknown",
+    /// A fragment that writes over another one of its packet, or follows one that did.
+    FragmentOverlap = "fragment_overlap",
     /// An ICMP message that is neither a query nor an error: it concerns one link only.
     IcmpUnsupported = "icmp_unsupported",
     /// An ICMP error that quotes no packet of a known flow.
@@ -88,6 +90,8 @@ drop_reasons! {
     EcnBroken = "ecn_broken",
     /// Hop limit used up.
     TtlExpired = "ttl_expired",
+    /// An ICMP answer about one of the two above that was not given: there were too many.
+    AnswerLimited = "answer_limited",
 
     // On the way out.
     /// There is no session with the peer (yet).

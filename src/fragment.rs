@@ -34,7 +34,7 @@ struct Slot<T> {
 
 /// What all fragments of one packet have in common.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Key {
+pub(crate) struct Key {
     src: Addr,
     dst: Addr,
     id: u32,
@@ -42,7 +42,7 @@ struct Key {
 }
 
 impl Key {
-    fn of(parsed: &Parsed, bytes: &[u8]) -> Self {
+    pub(crate) fn of(parsed: &Parsed, bytes: &[u8]) -> Self {
         Self {
             src: parsed.src(bytes),
             dst: parsed.dst(bytes),

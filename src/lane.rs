@@ -1,13 +1,13 @@
 //! The journey of a packet. A lane is one thread that owns one TUN queue and one UDP socket.
 //!
-//! Out of this host, from the TUN into the tunnel ([`Lane::outbound`]):
+//! Out of this host, from the TUN into the tunnel ([`Lane::drain_tun`]):
 //!
 //! 1. read a super-packet with its `virtio_net_hdr`;
 //! 2. parse it, look its flow up and rewrite it, once ([`Lane::route_out`]);
-//! 3. cut it to datagrams and seal each where it lies in the send batch ([`Lane::seal_all`]);
+//! 3. cut it to datagrams and seal each where it lies in the send batch ([`Sealing::seal_all`]);
 //! 4. send the batch in one call ([`Lane::flush_udp`]).
 //!
-//! Into this host, from the tunnel to the TUN ([`Lane::inbound`]):
+//! Into this host, from the tunnel to the TUN ([`Lane::drain_udp`]):
 //!
 //! 1. receive a batch of datagrams;
 //! 2. open each where it lies ([`Lane::open`]);
@@ -18,6 +18,8 @@
 //! task, and what is not a packet (handshakes, control messages) goes to it through a bounded queue.
 //! There is no allocation per packet and no lock is held across a system call.
 
+mod aside;
+
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use aside::{Arriving, Aside};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 use tracing::debug;
@@ -36,16 +39,29 @@ use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
 use crate::io::udp::{RECV_SLOT, Received, UdpSocket};
 use crate::join::{Joiner, Part, Stream};
 use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
-use crate::packet::{Parsed, clamp_mss};
+use crate::packet::{Fragment, Parsed, clamp_mss};
 use crate::peer::{Path, PeerId};
-use crate::session::{Admitted, Sealer, Session};
-use crate::shared::{LaneCounters, Shared, Translation, View};
+use crate::session::{Admitted, OpenBatch, Sealer, Session};
+use crate::shared::{LaneCounters, Queue, Shared, Translation, View};
 use crate::translate::{Gate, Verdict};
+use crate::tunnel::MAX_MESSAGE;
 use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 
-/// Batches handled from one side before the other side gets its turn. More amortises the wake-up
-/// further; 8 was worth 25 to 40 % over 1, and latency suffers beyond it.
-const BURST: usize = 8;
+/// Frames or batches taken from one side before the other side gets its turn. More amortises the
+/// wake-up further: 8 was worth 25 to 40 % over 1 for full super-packets; small packets, of which
+/// one batch holds many, are worth more.
+const BURST: usize = 64;
+
+/// Bytes taken from the TUN before the other side gets its turn: 8 full super-packets, beyond which
+/// latency suffers.
+const BURST_BYTES: usize = 8 * 65_536;
+
+/// Batches received before the other side gets its turn, for the same reason.
+const BURST_BATCHES: usize = 8;
+
+/// Receive slots. A super-packet of 64 KiB takes two sends once it is sealed; the two slots let what
+/// arrives in two batches be joined to one again.
+const SLOTS: usize = 2;
 
 /// How often expiring flows are looked at, and longest wait without a packet.
 const TICK: Duration = Duration::from_secs(1);
@@ -70,9 +86,9 @@ pub enum ToControl {
     Control {
         /// The session it came in.
         session: Arc<Session>,
-        /// Where it came from.
-        path: Path,
-        /// The plaintext.
+        /// Where it came from, if that says something new of where the peer is.
+        heard_from: Option<Path>,
+        /// The plaintext, as far as it can mean anything.
         message: Vec<u8>,
     },
     /// The lane cannot go on.
@@ -86,6 +102,19 @@ pub enum ToControl {
     },
 }
 
+impl ToControl {
+    /// Whose it is, and in which queue it waits.
+    pub fn origin(&self) -> Option<(PeerId, Queue)> {
+        match self {
+            Self::Handshake { admitted, .. } => Some((admitted.peer(), Queue::Handshakes)),
+            Self::Control { session, .. } | Self::Heard { session, .. } => {
+                Some((session.peer(), Queue::Messages))
+            }
+            Self::Failed(_) => None,
+        }
+    }
+}
+
 /// What a lane is made of.
 pub struct LaneParts {
     /// Its number, which chooses its keys.
@@ -96,6 +125,8 @@ pub struct LaneParts {
     pub uso: bool,
     /// The TUN takes super-packets at all (`--without tun-gso` says no).
     pub tso: bool,
+    /// Packets too big for one datagram go in several (`--no-split` says no).
+    pub split: bool,
     /// Its socket.
     pub udp: UdpSocket,
     /// What it shares with the control task.
@@ -115,15 +146,48 @@ pub struct Lane {
     frame: Box<[u8]>,
     /// What is about to be sent.
     batch: SendBatch,
-    /// What was received, opened in place.
+    /// What was received, opened in place: [`SLOTS`] of [`RECV_SLOT`].
     slab: Box<[u8]>,
+    /// The slot that was received into last.
+    slot: usize,
+    /// What was opened and not yet delivered.
+    opened: Vec<Plain>,
     /// Whose packets the coalescer holds.
     joining: PeerId,
+    /// The slot that the first of them lies in.
+    joining_slot: usize,
     coalescer: Coalescer,
-    joiner: Joiner,
+    /// One for each peer, so that none has to make room for another.
+    joiners: Vec<Joiner>,
     /// Where a packet that is split is put together first.
     scratch: Box<[u8]>,
+    /// For packets out of the ordinary.
+    aside: Aside,
     ticked: Instant,
+}
+
+/// What poll said, or what is known to wait.
+#[derive(Clone, Copy, Default)]
+struct Ready {
+    tun: bool,
+    udp: bool,
+    stop: bool,
+}
+
+impl Ready {
+    fn any(self) -> bool {
+        self.tun || self.udp || self.stop
+    }
+}
+
+/// A packet, or a part of one, that was opened.
+struct Plain {
+    peer: PeerId,
+    /// Where it lies in the slab.
+    range: Range<usize>,
+    flags: Flags,
+    stream: Stream,
+    counter: u64,
 }
 
 /// What a packet may know of its surroundings while it passes.
@@ -140,36 +204,53 @@ impl Lane {
         let mut lane = Self {
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
             batch: SendBatch::new(),
-            slab: vec![0; RECV_SLOT].into_boxed_slice(),
+            slab: vec![0; SLOTS * RECV_SLOT].into_boxed_slice(),
+            slot: 0,
+            opened: Vec::new(),
             joining: PeerId(0),
+            joining_slot: 0,
             coalescer: Coalescer::new(parts.uso),
-            joiner: Joiner::default(),
+            joiners: (0..parts.counters.peers.len())
+                .map(|_| Joiner::default())
+                .collect(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
+            aside: Aside::new(Instant::now()),
             ticked: Instant::now(),
             parts,
         };
         let shared = Arc::clone(&lane.parts.shared);
+        let mut ready = Ready::default();
         loop {
-            match lane.wait() {
-                Ok(false) => {}
-                Ok(true) => return,
-                Err(error) => return lane.fail(format!("waiting for packets failed: {error}")),
+            // What had more than its turn's worth is not asked again.
+            if !ready.any() {
+                ready = match lane.wait() {
+                    Ok(ready) => ready,
+                    Err(error) => return lane.fail(format!("waiting for packets failed: {error}")),
+                };
+            }
+            if ready.stop {
+                return;
             }
             let view = shared.view.load_full();
             let moment = Moment {
                 now: Instant::now(),
                 view: &view,
             };
-            let result = lane.burst(moment);
-            lane.tick(moment.now);
-            if let Err(error) = result {
-                return lane.fail(error);
+            if ready.udp {
+                ready.udp = lane.drain_udp(moment);
             }
+            if ready.tun {
+                ready.tun = match lane.drain_tun(moment) {
+                    Ok(more) => more,
+                    Err(error) => return lane.fail(error),
+                };
+            }
+            lane.tick(moment.now);
         }
     }
 
-    /// Waits until something is to be done; true if that is to stop.
-    fn wait(&self) -> io::Result<bool> {
+    /// Waits until something is to be done.
+    fn wait(&self) -> io::Result<Ready> {
         let mut fds = [
             PollFd::from_borrowed_fd(self.parts.tun.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.parts.udp.as_fd(), PollFlags::IN),
@@ -180,48 +261,47 @@ impl Lane {
             tv_nsec: 0,
         };
         match poll(&mut fds, Some(&timeout)) {
-            Ok(_) => Ok(!fds[2].revents().is_empty()),
-            Err(rustix::io::Errno::INTR) => Ok(false),
+            Ok(_) => Ok(Ready {
+                tun: !fds[0].revents().is_empty(),
+                udp: !fds[1].revents().is_empty(),
+                stop: !fds[2].revents().is_empty(),
+            }),
+            Err(rustix::io::Errno::INTR) => Ok(Ready::default()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Handles what waits on both sides, in turns.
-    fn burst(&mut self, moment: Moment<'_>) -> Result<(), String> {
-        for _ in 0..BURST {
-            let more = self.inbound(moment);
-            let more = self.outbound(moment)? || more;
-            if !more {
-                break;
-            }
-        }
-        self.flush_udp();
-        Ok(())
-    }
-
     // Out of this host.
 
-    /// Takes one frame from the TUN into the tunnel; false if none waits.
-    fn outbound(&mut self, moment: Moment<'_>) -> Result<bool, String> {
-        let len = match self.parts.tun.recv(&mut self.frame) {
-            Ok(len) => len,
-            Err(error) => {
-                return match error.raw_os_error() {
-                    Some(libc::EAGAIN) => Ok(false),
-                    Some(libc::EINTR) => Ok(true),
+    /// Takes what waits at the TUN into the tunnel, up to a turn's worth; whether more may wait.
+    fn drain_tun(&mut self, moment: Moment<'_>) -> Result<bool, String> {
+        let (mut frames, mut bytes) = (0, 0);
+        let result = loop {
+            match self.parts.tun.recv(&mut self.frame) {
+                Ok(len) => {
+                    let result = self.route_out(moment, len);
+                    if result.is_err() || self.aside.has_news() {
+                        self.after_frame(moment, len, result);
+                    }
+                    (frames, bytes) = (frames + 1, bytes + len);
+                    if frames == BURST || bytes >= BURST_BYTES {
+                        break Ok(true);
+                    }
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => break Ok(false),
+                    Some(libc::EINTR) => {}
                     // Set down by somebody: nothing to read until it is up again.
                     Some(libc::EIO) => {
                         std::thread::sleep(DEVICE_DOWN_PAUSE);
-                        Ok(false)
+                        break Ok(false);
                     }
-                    _ => Err(format!("the TUN interface is gone: {error}")),
-                };
+                    _ => break Err(format!("the TUN interface is gone: {error}")),
+                },
             }
         };
-        if let Err(drop) = self.route_out(moment, len) {
-            self.count(drop);
-        }
-        Ok(true)
+        self.flush_udp();
+        result
     }
 
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
@@ -231,11 +311,18 @@ impl Lane {
             .ok_or(DropReason::IpMalformed)?;
         let vnet = VnetHdr::read(vnet);
         let mut parsed = Parsed::parse(packet)?;
+        if parsed.fragment() != Fragment::None {
+            self.aside.note_piece(moment, &parsed, packet)?;
+        }
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
         let peer = match &self.parts.shared.translation {
             Translation::Old(gates) => match judge(gates, moment.now, &parsed, packet)? {
-                (peer, Verdict::Carry) => peer,
+                (peer, Verdict::Carry) => {
+                    let left = parsed.decrement_ttl(packet);
+                    left.map_err(|reason| Dropped::of(peer, reason))?;
+                    peer
+                }
                 (_, Verdict::Bounce) => return self.bounce(len),
             },
             Translation::New(translator) => {
@@ -262,6 +349,7 @@ impl Lane {
                 .ok_or(Dropped::of(peer, DropReason::NoSession))?,
             destination,
             mtu: view.mtu,
+            split: self.parts.split,
             refused: 0,
         };
         let sealed = sealing.seal_all(segments, &mut self.scratch);
@@ -294,71 +382,130 @@ impl Lane {
 
     // Into this host.
 
-    /// Takes one batch of datagrams out of the tunnel; false if none waits.
-    fn inbound(&mut self, moment: Moment<'_>) -> bool {
-        let received = match self.parts.udp.recv(&mut self.slab) {
-            Ok(received) => received,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
-            Err(error) => {
-                debug!(%error, "receiving failed");
-                // An error that was queued on the socket is gone once it was told; whatever else
-                // it was, waiting for the next datagram is right.
-                return false;
+    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may wait.
+    fn drain_udp(&mut self, moment: Moment<'_>) -> bool {
+        let mut more = true;
+        for _ in 0..BURST_BATCHES {
+            self.slot = self.free_slot(moment);
+            let start = self.slot * RECV_SLOT;
+            match self.parts.udp.recv(&mut self.slab[start..][..RECV_SLOT]) {
+                Ok(received) => self.open_all(moment, &received),
+                Err(error) => {
+                    // An error that was queued on the socket is gone once it was told; whatever
+                    // else it was, waiting for the next datagram is right.
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        debug!(%error, "receiving failed");
+                    }
+                    more = false;
+                    break;
+                }
             }
-        };
-        let mut start = 0;
-        while start < received.len {
-            let end = received.len.min(start + received.stride);
-            if let Err(drop) = self.open(moment, start..end, &received) {
-                self.count(drop);
+        }
+        self.flush_tun(moment);
+        more
+    }
+
+    /// A slot that holds nothing the coalescer still needs: the one used last if it can be, since
+    /// that is in the processor's cache.
+    fn free_slot(&mut self, moment: Moment<'_>) -> usize {
+        if self.coalescer.is_empty() {
+            return self.slot;
+        }
+        let next = (self.slot + 1) % SLOTS;
+        if self.joining_slot == next {
+            self.flush_tun(moment);
+            return self.slot;
+        }
+        next
+    }
+
+    /// Opens every datagram of the batch in the current slot, then delivers what was in them.
+    fn open_all(&mut self, moment: Moment<'_>, received: &Received) {
+        let mut opened = std::mem::take(&mut self.opened);
+        let base = self.slot * RECV_SLOT;
+        // The lock of a replay window is taken once a batch and is free again before anything is
+        // written.
+        let mut opening = None;
+        let mut start = base;
+        while start < base + received.len {
+            let end = (base + received.len).min(start + received.stride);
+            match self.open(moment, &mut opening, start..end, received) {
+                Ok(Some(plain)) => opened.push(plain),
+                Ok(None) => {}
+                Err(drop) => self.count(drop),
             }
             start = end;
         }
-        self.flush_tun(moment);
-        true
+        drop(opening);
+        for plain in opened.drain(..) {
+            let result = if plain.flags.has(Flags::CONTINUES) || plain.flags.has(Flags::MORE) {
+                self.join(moment, &plain, received.ecn)
+            } else {
+                self.deliver(moment, &plain, received.ecn)
+            };
+            if let Err(drop) = result {
+                self.count(drop);
+            }
+        }
+        self.opened = opened;
     }
 
-    /// Opens the datagram in `self.slab[range]` and passes on what is in it.
-    fn open(
+    /// Opens the datagram in `self.slab[range]`; what is not a packet goes to the control task.
+    fn open<'v>(
         &mut self,
-        moment: Moment<'_>,
+        moment: Moment<'v>,
+        opening: &mut Option<(u32, OpenBatch<'v>)>,
         range: Range<usize>,
         received: &Received,
-    ) -> Result<(), Dropped> {
+    ) -> Result<Option<Plain>, Dropped> {
         let datagram = &mut self.slab[range.clone()];
         let data = match Message::parse(datagram)? {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
                 let admitted = self.parts.shared.door.admit(datagram)?;
-                return self.tell(ToControl::Handshake {
+                self.tell(ToControl::Handshake {
                     path: received.path,
                     admitted,
-                });
+                })?;
+                return Ok(None);
             }
         };
         let current;
-        let session = match moment.view.sessions.get(&data.receiver) {
-            Some(session) => session,
+        let (session, opened) = match moment.view.sessions.get(&data.receiver) {
+            Some(session) => {
+                if opening
+                    .as_ref()
+                    .is_none_or(|(index, _)| *index != data.receiver)
+                {
+                    // Let go of one session's window before another's is taken.
+                    *opening = None;
+                }
+                let (_, batch) =
+                    opening.get_or_insert_with(|| (data.receiver, session.open_batch()));
+                (session, batch.open(data, datagram))
+            }
             None => {
                 // It may have been agreed since this wake-up began.
                 current = self.parts.shared.view.load();
                 let session = current.sessions.get(&data.receiver);
-                session.ok_or(DropReason::SessionUnknown)?
+                let session = session.ok_or(DropReason::SessionUnknown)?;
+                (session, session.open(data, datagram))
             }
         };
         let peer = session.peer();
-        let opened = session
-            .open(data, datagram)
-            .map_err(|reason| Dropped::of(peer, reason))?;
+        let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
         session.activity().heard(moment.now);
-        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
         let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
+        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
         if opened.flags.has(Flags::CONTROL) {
-            return self.tell(ToControl::Control {
+            let length = plaintext.len().min(MAX_MESSAGE);
+            self.tell(ToControl::Control {
                 session: Arc::clone(session),
-                path: received.path,
-                message: self.slab[plaintext].to_vec(),
-            });
+                // One that was held up on the way says where the peer was, not where it is.
+                heard_from: (opened.first || moved).then_some(received.path),
+                message: self.slab[plaintext][..length].to_vec(),
+            })?;
+            return Ok(None);
         }
         if opened.first || moved {
             // If the control task is too busy now, the next datagram tells it.
@@ -367,62 +514,72 @@ impl Lane {
                 path: received.path,
             });
         }
-        let partial = opened.flags.has(Flags::CSUM_PARTIAL);
-        let (continues, more) = (
-            opened.flags.has(Flags::CONTINUES),
-            opened.flags.has(Flags::MORE),
-        );
-        if !continues && !more {
-            return self.deliver(moment, peer, plaintext, partial, received.ecn);
-        }
+        Ok(Some(Plain {
+            peer,
+            range: plaintext,
+            flags: opened.flags,
+            stream: Stream {
+                session: data.receiver,
+                lane: opened.lane,
+            },
+            counter: opened.counter,
+        }))
+    }
+
+    /// Takes a part of a packet, and delivers the packet once all of it is here.
+    fn join(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
         // What came before it goes first.
         self.flush_tun(moment);
-        let stream = Stream {
-            session: data.receiver,
-            lane: opened.lane,
-        };
         let part = Part {
-            counter: opened.counter,
-            continues,
-            more,
-            bytes: &self.slab[plaintext],
+            counter: plain.counter,
+            continues: plain.flags.has(Flags::CONTINUES),
+            more: plain.flags.has(Flags::MORE),
+            bytes: &self.slab[plain.range.clone()],
         };
-        let whole = self.joiner.push(stream, part);
-        let result = match whole {
+        let partial = plain.flags.has(Flags::CSUM_PARTIAL);
+        let joiner = &mut self.joiners[usize::from(plain.peer.0)];
+        let result = match joiner.push(plain.stream, part) {
             None => Ok(()),
-            Some(packet) => pass_in(&self.parts, moment, peer, packet, partial, received.ecn),
+            Some(packet) => {
+                let how = Arriving {
+                    peer: plain.peer,
+                    partial,
+                    outer_ecn,
+                };
+                self.aside.pass_in(&self.parts, moment, packet, how)
+            }
         };
-        let incomplete = self.joiner.take_incomplete();
-        self.parts.shared.peer_drops[usize::from(peer.0)]
+        self.send_answer(moment);
+        let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
+        self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
         result
     }
 
-    /// Joins the packet in `self.slab[range]` to the one before it, if it continues it.
-    fn deliver(
-        &mut self,
-        moment: Moment<'_>,
-        peer: PeerId,
-        range: Range<usize>,
-        partial: bool,
-        outer_ecn: u8,
-    ) -> Result<(), Dropped> {
-        let known = |reason| Dropped::of(peer, reason);
+    /// Joins a packet to the one before it, if it continues it.
+    fn deliver(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+        let known = |reason| Dropped::of(plain.peer, reason);
+        let range = plain.range.clone();
+        let partial = plain.flags.has(Flags::CSUM_PARTIAL);
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
-        ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
-        if peer != self.joining || !self.parts.tso {
-            self.flush_tun(moment);
-            self.joining = peer;
+        if parsed.fragment() != Fragment::None {
+            return self.deliver_piece(moment, plain, outer_ecn);
         }
-        if self
-            .coalescer
-            .push(&self.slab, range.clone(), &parsed, partial)
-            == Push::MustFlush
-        {
+        ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
+        if plain.peer != self.joining || !self.parts.tso {
             self.flush_tun(moment);
-            // An empty coalescer takes any packet.
-            let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
+            self.joining = plain.peer;
+        }
+        let mut pushed = self
+            .coalescer
+            .push(&self.slab, range.clone(), &parsed, partial);
+        if pushed == Push::MustFlush {
+            self.flush_tun(moment);
+            pushed = self.coalescer.push(&self.slab, range, &parsed, partial);
+        }
+        if pushed == Push::Started {
+            self.joining_slot = self.slot;
         }
         Ok(())
     }
@@ -433,12 +590,21 @@ impl Lane {
         let Some(joined) = self.coalescer.finish(&mut self.slab) else {
             return;
         };
-        let (packets, bytes) = (joined.packets, joined.parsed.total());
+        let packets = joined.packets;
+        let bytes = joined.parsed.total() + (packets - 1) * joined.parsed.payload();
         let mut parsed = joined.parsed;
         let head = &mut self.slab[joined.parts[0].clone()];
         if let Err(drop) = route_in(&self.parts, moment, peer, head, &mut parsed, joined.partial) {
-            self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
-            return;
+            let how = Arriving {
+                peer,
+                partial: joined.partial,
+                outer_ecn: 0,
+            };
+            let refused = (self.aside).refuse_in(&self.parts, moment, head, &parsed, how, drop);
+            if let Err(drop) = refused {
+                self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
+            }
+            return self.send_answer(moment);
         }
         let vnet = joined.vnet.to_bytes();
         let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
@@ -475,29 +641,38 @@ impl Lane {
 
     // Beside the packets.
 
-    /// Passes something to the control task, unless that is too busy.
+    /// Passes something to the control task, unless that has enough of this peer's to do.
     fn tell(&self, message: ToControl) -> Result<(), Dropped> {
-        self.parts
-            .control
-            .try_send(message)
-            .map_err(|_| DropReason::ControlBusy.into())
+        let Some((peer, queue)) = message.origin() else {
+            return Ok(());
+        };
+        let waiting = &self.parts.shared.waiting[usize::from(peer.0)];
+        let busy = Dropped::of(peer, DropReason::ControlBusy);
+        if !waiting.enter(queue) {
+            return Err(busy);
+        }
+        self.parts.control.try_send(message).map_err(|_| {
+            // The control task is ending.
+            waiting.leave(queue);
+            busy
+        })
     }
 
     /// Counts a drop where it belongs.
     fn count(&self, drop: Dropped) {
-        match drop.peer {
-            Some(peer) => self.parts.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
-            None => self.parts.shared.drops.count(drop.reason),
-        }
+        self.parts.count(drop);
     }
 
-    /// Lets flows expire. One lane does it for all.
+    /// Lets fragments and flows expire. Of the flows one lane takes care for all.
     fn tick(&mut self, now: Instant) {
-        if self.parts.number != 0 || now.duration_since(self.ticked) < TICK {
+        if now.duration_since(self.ticked) < TICK {
             return;
         }
         self.ticked = now;
-        if let Translation::New(translator) = &self.parts.shared.translation {
+        self.expire_pieces(now);
+        if self.parts.number == 0
+            && let Translation::New(translator) = &self.parts.shared.translation
+        {
             translator.expire(now, EXPIRY_BUDGET);
         }
     }
@@ -506,6 +681,16 @@ impl Lane {
     fn fail(&self, what: String) {
         // The control task is gone only if the daemon is ending already.
         let _ = self.parts.control.blocking_send(ToControl::Failed(what));
+    }
+}
+
+impl LaneParts {
+    /// Counts a drop where it belongs.
+    fn count(&self, drop: Dropped) {
+        match drop.peer {
+            Some(peer) => self.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
+            None => self.shared.drops.count(drop.reason),
+        }
     }
 }
 
@@ -539,6 +724,8 @@ struct Sealing<'a> {
     destination: Destination,
     /// Largest plaintext of one datagram.
     mtu: usize,
+    /// What is larger may go in several.
+    split: bool,
     /// Datagrams that the kernel did not take.
     refused: u64,
 }
@@ -555,58 +742,70 @@ struct Sealed {
 impl Sealing<'_> {
     fn seal_all(&mut self, mut segments: Segments<'_>, scratch: &mut [u8]) -> Sealed {
         let mut sealed = Sealed::default();
-        while let Some(len) = segments.next_len() {
-            let result = if len <= self.mtu {
-                self.seal_segment(&mut segments, len)
-            } else {
-                self.seal_split(&mut segments, scratch)
-            };
-            match result {
-                Ok(()) => {
-                    sealed.packets += 1;
-                    sealed.bytes += len;
-                }
-                Err(reason) => {
-                    sealed.stopped = Some(reason);
-                    break;
-                }
-            }
-        }
+        // The first segment is the longest.
+        let result = if segments.next_len().is_some_and(|len| len <= self.mtu) {
+            self.seal_segments(&mut segments, &mut sealed)
+        } else if self.split {
+            self.seal_splits(&mut segments, scratch, &mut sealed)
+        } else {
+            self.seal_cuts(&mut segments, scratch, &mut sealed)
+        };
+        sealed.stopped = result.err();
         sealed
     }
 
-    /// One packet, one datagram: written where it is sealed and sent from.
-    fn seal_segment(&mut self, segments: &mut Segments<'_>, len: usize) -> Result<(), DropReason> {
-        let counter = self.sealer.reserve(1).and_then(|mut all| all.next());
-        let counter = counter.ok_or(DropReason::NoSession)?;
+    /// One datagram a packet: each is written where it is sealed and sent from.
+    fn seal_segments(
+        &mut self,
+        segments: &mut Segments<'_>,
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
         let sealer = self.sealer;
-        let slot = self.slot(len);
-        let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
-            return Ok(());
-        };
-        sealer
-            .seal(counter, checksum_flag(segment.csum_partial), slot)
-            .map_err(|_| DropReason::TooBig)?;
-        self.batch.commit(len + DATA_OVERHEAD, self.destination);
+        let counters = sealer.reserve(segments.remaining() as u32);
+        for counter in counters.ok_or(DropReason::NoSession)? {
+            let Some(len) = segments.next_len() else {
+                break;
+            };
+            let slot = self.slot(len);
+            let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
+                break;
+            };
+            sealer
+                .seal(counter, checksum_flag(segment.csum_partial), slot)
+                .map_err(|_| DropReason::TooBig)?;
+            self.batch.commit(len + DATA_OVERHEAD, self.destination);
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
+        Ok(())
+    }
+
+    /// Several datagrams a packet.
+    fn seal_splits(
+        &mut self,
+        segments: &mut Segments<'_>,
+        scratch: &mut [u8],
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
+        while let Some(len) = segments.next_len() {
+            let Some(segment) = segments.next_into(scratch) else {
+                break;
+            };
+            self.seal_parts(&scratch[..segment.len], checksum_flag(segment.csum_partial))?;
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
         Ok(())
     }
 
     /// One packet in several datagrams of equal length, which suits the batch.
-    fn seal_split(
-        &mut self,
-        segments: &mut Segments<'_>,
-        scratch: &mut [u8],
-    ) -> Result<(), DropReason> {
-        let Some(segment) = segments.next_into(scratch) else {
-            return Ok(());
-        };
-        let packet = &scratch[..segment.len];
+    fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
         let count = packet.len().div_ceil(self.mtu);
         let size = packet.len().div_ceil(count);
         let counters = self.sealer.reserve(count as u32);
         let counters = counters.ok_or(DropReason::NoSession)?;
         for (index, (part, counter)) in packet.chunks(size).zip(counters).enumerate() {
-            let mut flags = checksum_flag(segment.csum_partial);
+            let mut flags = all;
             if index > 0 {
                 flags = flags.with(Flags::CONTINUES);
             }
@@ -644,17 +843,18 @@ fn judge(
     parsed: &Parsed,
     packet: &[u8],
 ) -> Result<(PeerId, Verdict), DropReason> {
-    let mut bounce = None;
+    let mut outcome = Err(DropReason::NotMoved);
     for (index, gate) in gates.iter().enumerate() {
         let peer = PeerId(index as u16);
         match gate.check_captured(now, parsed, packet) {
             Ok(Verdict::Carry) => return Ok((peer, Verdict::Carry)),
             // Another part of the address may have moved to another peer.
-            Ok(Verdict::Bounce) => bounce = Some((peer, Verdict::Bounce)),
+            Ok(Verdict::Bounce) => outcome = Ok((peer, Verdict::Bounce)),
+            Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
             Err(_) => {}
         }
     }
-    bounce.ok_or(DropReason::NotMoved)
+    outcome
 }
 
 fn checksum_flag(partial: bool) -> Flags {
@@ -715,15 +915,26 @@ fn route_in(
     partial: bool,
 ) -> Result<(), Dropped> {
     match &parts.shared.translation {
-        Translation::Old(gates) => {
-            gates[usize::from(peer.0)].check_returning(moment.now, parsed, packet)
-        }
+        Translation::Old(gates) => gates[usize::from(peer.0)]
+            .check_returning(moment.now, parsed, packet)
+            .and_then(|()| parsed.decrement_ttl(packet))
+            .and_then(|()| fits_link(packet, parsed, moment.view.hop.mtu)),
         Translation::New(translator) => {
             translator.inbound(moment.now, peer, packet, parsed, partial)
         }
     }
     .map_err(|reason| Dropped::of(peer, reason))?;
     clamp(packet, parsed, moment.view.peer(peer).mtu, partial);
+    Ok(())
+}
+
+/// Whether a packet, or each that the head of a super-packet stands for, fits the link to the clients:
+/// on the way there nobody else looks.
+#[inline]
+fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReason> {
+    if packet.len().min(parsed.total()) > mtu && mtu > 0 {
+        return Err(DropReason::TooBig);
+    }
     Ok(())
 }
 

@@ -17,26 +17,31 @@
 //! |---|---|
 //! | [`cli`], [`config`], [`command`] | what was typed, what it means, what is printed |
 //! | [`moved`], [`peer`], [`drops`] | the words that all rooms share |
-//! | [`packet`], [`offload`], [`ecn`], [`icmp`], [`fragment`] | IP packets: checked once, cut and joined, rewritten, answered |
+//! | [`packet`], [`offload`], [`ecn`], [`icmp`], [`answer`], [`fragment`], [`pieces`] | IP packets: checked once, cut and joined, rewritten, answered |
 //! | [`flow`], [`translate`], [`nat`] | which flow a packet belongs to, and what becomes of it |
 //! | [`wire`], [`session`], [`replay`], [`tunnel`], [`pmtu`] | the channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
 //! | [`join`], [`batch`] | packets in several datagrams, datagrams in one send |
 //! | [`io`] | the TUN queue and the UDP socket |
 //! | [`kernel`] | every change of the host's network, recorded and undone |
+//! | [`confine`] | what the process gives up: privileges, system calls, copies of keys |
 //! | [`lane`], [`shared`], [`daemon`], [`status`] | the loops, what they share with the control task, and the rest of the daemon |
 //! | [`lab`] | throwaway namespaces for the demo, the tests and the benches |
 //!
 //! The core (everything but `io`, `kernel`, `lane`, `daemon`, `lab`) does no I/O and reads no clock.
 
+pub mod answer;
 pub mod batch;
 pub mod cli;
 pub mod command;
 pub mod config;
+pub mod confine;
 pub mod daemon;
 pub mod drops;
 pub mod ecn;
 pub mod flow;
 pub mod fragment;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod icmp;
 pub mod io;
 pub mod join;
@@ -48,6 +53,7 @@ pub mod nat;
 pub mod offload;
 pub mod packet;
 pub mod peer;
+pub mod pieces;
 pub mod pmtu;
 pub mod replay;
 pub mod session;

@@ -27,11 +27,22 @@ const FLOOR: u16 = 508;
 /// Probes of one size before it is given up (RFC 8899, section 5.1.2: MAX_PROBES).
 const MAX_PROBES: u32 = 3;
 
-/// How long a probe is waited for: the least that RFC 8899, section 5.1.1 allows.
+/// How long a probe is waited for while the round trip time is not known: the least that RFC 8899,
+/// section 5.1.1 allows then.
 const PROBE_TIMER: Duration = Duration::from_secs(1);
 
-/// How often the current size is confirmed. A path that narrows is noticed within this and three probes.
+/// Once it is known, this many round trips (the same section lets the timer be derived from them) …
+const PROBE_ROUND_TRIPS: u32 = 4;
+
+/// … but not less than TCP waits (RFC 6298 as Linux has it): the peer may be busy.
+const MIN_PROBE_TIMER: Duration = Duration::from_millis(200);
+
+/// How often the current size is confirmed.
 const CONFIRMATION_TIMER: Duration = Duration::from_secs(5);
+
+/// How often while packets are carried: a path that narrows without a word is noticed within this and
+/// three probes, before TCP inside the tunnel has lost more than a few seconds.
+const BUSY_CONFIRMATION_TIMER: Duration = Duration::from_secs(1);
 
 /// How often more is looked for (RFC 8899, section 5.1.1).
 const RAISE_TIMER: Duration = Duration::from_secs(600);
@@ -47,6 +58,10 @@ pub struct Search {
     phase: Phase,
     probe: Option<Probe>,
     next: Instant,
+    /// How long a probe is waited for.
+    timer: Duration,
+    /// When the current size was last confirmed, or began to be.
+    confirmed: Instant,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,6 +77,7 @@ struct Probe {
     size: u16,
     sent: Instant,
     lost: u32,
+    repeats: u32,
 }
 
 impl Search {
@@ -77,6 +93,8 @@ impl Search {
             },
             probe: None,
             next: now,
+            timer: PROBE_TIMER,
+            confirmed: now,
         }
     }
 
@@ -88,6 +106,18 @@ impl Search {
     /// When [`poll`](Self::poll) has something to do.
     pub fn next_timeout(&self) -> Instant {
         self.next
+    }
+
+    /// A round trip took so long.
+    pub fn set_rtt(&mut self, rtt: Duration) {
+        self.timer = (rtt * PROBE_ROUND_TRIPS).clamp(MIN_PROBE_TIMER, PROBE_TIMER);
+    }
+
+    /// Whether a probe is out that was just sent again: worth knowing whether the peer is there. Not
+    /// for ever, though: a peer that is gone is found by other means.
+    pub fn is_doubtful(&self) -> bool {
+        let repeats = self.probe.as_ref().map_or(0, |probe| probe.repeats);
+        (1..=MAX_PROBES).contains(&repeats)
     }
 
     /// The path is another one.
@@ -108,8 +138,9 @@ impl Search {
             self.current = self.current.max(size);
             self.next = match self.phase {
                 Phase::Searching { .. } => now,
-                Phase::Settled { .. } => now + CONFIRMATION_TIMER,
+                Phase::Settled { .. } => now + BUSY_CONFIRMATION_TIMER,
             };
+            self.confirmed = now;
         }
     }
 
@@ -122,8 +153,13 @@ impl Search {
     }
 
     /// The size of a probe that is to be sent now. `heard` is when the peer last was: a probe that is lost
-    /// in a silence tells nothing about its size.
-    pub fn poll(&mut self, now: Instant, heard: Option<Instant>) -> Option<u16> {
+    /// in a silence tells nothing about its size. `carried` is when a packet last was.
+    pub fn poll(
+        &mut self,
+        now: Instant,
+        heard: Option<Instant>,
+        carried: Option<Instant>,
+    ) -> Option<u16> {
         if now < self.next {
             return None;
         }
@@ -132,20 +168,33 @@ impl Search {
             probe.lost += u32::from(alive);
             if probe.lost < MAX_PROBES {
                 probe.sent = now;
-                self.next = now + PROBE_TIMER;
+                probe.repeats = probe.repeats.saturating_add(1);
+                self.next = now
+                    + if alive {
+                        self.timer
+                    } else {
+                        PROBE_TIMER.min(self.timer * probe.repeats)
+                    };
                 return Some(probe.size);
             }
             let size = probe.size;
             self.probe = None;
             self.does_not_pass(now, size);
         }
+        let busy = carried.is_some_and(|carried| carried > self.confirmed);
+        let settled = matches!(self.phase, Phase::Settled { .. });
+        if settled && !busy && now < self.confirmed + CONFIRMATION_TIMER {
+            self.next = now + BUSY_CONFIRMATION_TIMER;
+            return None;
+        }
         let size = self.choose(now)?;
         self.probe = Some(Probe {
             size,
             sent: now,
             lost: 0,
+            repeats: 0,
         });
-        self.next = now + PROBE_TIMER;
+        self.next = now + self.timer;
         Some(size)
     }
 
@@ -168,7 +217,8 @@ impl Search {
             Phase::Searching { .. } => {
                 let raise = now + RAISE_TIMER;
                 self.phase = Phase::Settled { raise };
-                self.next = now + CONFIRMATION_TIMER;
+                self.confirmed = now;
+                self.next = now + BUSY_CONFIRMATION_TIMER;
                 None
             }
             Phase::Settled { raise } if now >= raise && self.current < self.limit => {
@@ -221,7 +271,7 @@ mod tests {
             if now > end {
                 return end;
             }
-            let Some(size) = search.poll(now, Some(now)) else {
+            let Some(size) = search.poll(now, Some(now), None) else {
                 continue;
             };
             sent += 1;
@@ -245,13 +295,58 @@ mod tests {
         let now = start();
         let mut search = Search::new(1_472, now);
         assert_eq!(search.current(), BASE);
-        assert_eq!(search.poll(now, None), Some(1_472));
+        assert_eq!(search.poll(now, None, None), Some(1_472));
         search.acked(now, 1_471);
         assert_eq!(search.current(), BASE, "no such probe is out");
         search.acked(now, 1_472);
         assert_eq!(search.current(), 1_472);
-        assert_eq!(search.poll(now, None), None);
-        assert_eq!(search.next_timeout(), now + CONFIRMATION_TIMER);
+        assert_eq!(search.poll(now, None, None), None);
+        assert_eq!(search.next_timeout(), now + BUSY_CONFIRMATION_TIMER);
+    }
+
+    /// When the size is next confirmed, if packets are carried all the time or never.
+    fn confirmed_after(carried: bool) -> Duration {
+        let start = start();
+        let mut search = Search::new(1_472, start);
+        run(&mut search, start, Duration::ZERO, 1_472, 0);
+        let mut now = start;
+        loop {
+            now = search.next_timeout().max(now);
+            if search
+                .poll(now, Some(now), carried.then_some(now))
+                .is_some()
+            {
+                return now - start;
+            }
+        }
+    }
+
+    #[test]
+    fn a_path_in_use_is_confirmed_more_often() {
+        let idle = CONFIRMATION_TIMER..CONFIRMATION_TIMER + BUSY_CONFIRMATION_TIMER;
+        assert!(
+            idle.contains(&confirmed_after(false)),
+            "{:?}",
+            confirmed_after(false)
+        );
+        assert!(confirmed_after(true) <= BUSY_CONFIRMATION_TIMER + Duration::from_millis(100));
+    }
+
+    #[test]
+    fn a_black_hole_in_use_is_noticed_within_two_seconds() {
+        let mut now = start();
+        let mut search = Search::new(1_472, now);
+        search.set_rtt(Duration::from_millis(20));
+        run(&mut search, now, Duration::from_secs(1), 1_472, 0);
+        now += Duration::from_secs(1);
+        let narrowed = now;
+        while search.current() == 1_472 {
+            now = search.next_timeout().max(now);
+            let _ = search.poll(now, Some(now), Some(now));
+        }
+        let took = now - narrowed;
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        assert_eq!(search.current(), BASE);
     }
 
     #[test]
@@ -259,7 +354,7 @@ mod tests {
         let mut now = start();
         let mut search = Search::new(1_472, now);
         for _ in 0..20 {
-            assert_eq!(search.poll(now, None), Some(1_472));
+            assert_eq!(search.poll(now, None, None), Some(1_472));
             now = search.next_timeout();
         }
     }

@@ -89,13 +89,6 @@ impl Psk {
     }
 }
 
-impl PartialEq for Psk {
-    /// In constant time, as befits a secret.
-    fn eq(&self, other: &Self) -> bool {
-        aws_lc_rs::constant_time::verify_slices_are_equal(&*self.0, &*other.0).is_ok()
-    }
-}
-
 impl fmt::Debug for Psk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Psk(..)")
@@ -165,6 +158,13 @@ impl PeerKeys {
     }
 }
 
+impl PartialEq for PeerKeys {
+    /// In constant time. Each half follows from the same secret, so one of them tells.
+    fn eq(&self, other: &Self) -> bool {
+        aws_lc_rs::constant_time::verify_slices_are_equal(&*self.mac, &*other.mac).is_ok()
+    }
+}
+
 impl fmt::Debug for PeerKeys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("PeerKeys(..)")
@@ -173,17 +173,59 @@ impl fmt::Debug for PeerKeys {
 
 /// The door for handshake messages: one keyed hash per configured peer and nothing else.
 ///
-/// Shared by all lanes, so that what a stranger sends never reaches the control task.
+/// Shared by all lanes, so that what a stranger sends never reaches the control task, nor what was let
+/// in before: who sends a recording again and again costs no more than a stranger.
 #[derive(Debug, Default)]
 pub struct Door {
-    peers: Vec<(PeerId, PeerKeys)>,
+    peers: Vec<Admission>,
+}
+
+/// Handshake messages of a peer that are remembered: those of some hours, for there are two every two
+/// minutes, and some more while the peer does not answer. What is forgotten is refused by the tunnel.
+const REMEMBERED: usize = 512;
+
+struct Admission {
+    peer: PeerId,
+    keys: PeerKeys,
+    /// Half of each mac that came, at the place that the mac itself chooses. Nobody without the key can
+    /// choose a mac, so nobody can have a message of the peer refused.
+    seen: Box<[AtomicU64]>,
+}
+
+impl Admission {
+    fn new(peer: PeerId, keys: PeerKeys) -> Self {
+        Self {
+            peer,
+            keys,
+            seen: (0..REMEMBERED).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// Whether a message with this mac is one that was not let in before.
+    fn is_new(&self, tag: &[u8; MAC_LEN]) -> bool {
+        let (place, rest) = (u64_at(tag, 0), u64_at(tag, 8));
+        let seen = &self.seen[(place % REMEMBERED as u64) as usize];
+        // One in 2^64 messages has 0 here and is taken for one that came before: it is sent anew.
+        seen.swap(rest, Relaxed) != rest
+    }
+}
+
+impl fmt::Debug for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Admission")
+            .field("peer", &self.peer)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Door {
     /// Opens to these peers.
     pub fn new(peers: impl IntoIterator<Item = (PeerId, PeerKeys)>) -> Self {
         Self {
-            peers: peers.into_iter().collect(),
+            peers: peers
+                .into_iter()
+                .map(|(peer, keys)| Admission::new(peer, keys))
+                .collect(),
         }
     }
 
@@ -191,7 +233,8 @@ impl Door {
     ///
     /// # Errors
     /// [`DropReason::WireMalformed`] and [`DropReason::WireVersion`] as [`Message::parse`] has them,
-    /// [`DropReason::HandshakeAuth`] if it was made with no peer's key.
+    /// [`DropReason::HandshakeAuth`] if it was made with no peer's key,
+    /// [`DropReason::HandshakeReplay`] if the same one was let in before.
     pub fn admit(&self, datagram: &[u8]) -> Result<Admitted, DropReason> {
         let message = match Message::parse(datagram)? {
             Message::Initiation(_) => datagram.try_into().map(Handshake::Initiation),
@@ -202,11 +245,18 @@ impl Door {
         let (signed, tag) = datagram
             .split_last_chunk::<MAC_LEN>()
             .ok_or(DropReason::WireMalformed)?;
-        self.peers
+        let admission = self
+            .peers
             .iter()
-            .find(|(_, keys)| mac(&keys.mac, signed).verify(tag.into()).is_ok())
-            .map(|&(peer, _)| Admitted { peer, message })
-            .ok_or(DropReason::HandshakeAuth)
+            .find(|of| mac(&of.keys.mac, signed).verify(tag.into()).is_ok())
+            .ok_or(DropReason::HandshakeAuth)?;
+        if !admission.is_new(tag) {
+            return Err(DropReason::HandshakeReplay);
+        }
+        Ok(Admitted {
+            peer: admission.peer,
+            message,
+        })
     }
 }
 
@@ -434,7 +484,7 @@ impl Hello {
         bytes
     }
 
-    fn decode(bytes: &[u8; INITIATION_PAYLOAD_LEN]) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8; INITIATION_PAYLOAD_LEN]) -> Option<Self> {
         let lanes = bytes[26];
         (lanes > 0).then_some(Self {
             timestamp: u64_at(bytes, 0),
@@ -499,6 +549,7 @@ pub struct Activity {
     epoch: Instant,
     heard: AtomicU64,
     sent: AtomicU64,
+    spoke: AtomicU64,
 }
 
 impl Activity {
@@ -508,6 +559,7 @@ impl Activity {
             epoch,
             heard: AtomicU64::new(0),
             sent: AtomicU64::new(0),
+            spoke: AtomicU64::new(0),
         }
     }
 
@@ -516,9 +568,14 @@ impl Activity {
         self.raise(&self.heard, now);
     }
 
-    /// A sealed datagram went out.
+    /// A packet went out.
     pub fn sent(&self, now: Instant) {
         self.raise(&self.sent, now);
+    }
+
+    /// A control message went out.
+    pub fn spoke(&self, now: Instant) {
+        self.raise(&self.spoke, now);
     }
 
     /// When a datagram last came in; `None` if none did.
@@ -528,6 +585,11 @@ impl Activity {
 
     /// When a datagram last went out; `None` if none did.
     pub fn last_sent(&self) -> Option<Instant> {
+        self.last_carried().max(self.read(&self.spoke))
+    }
+
+    /// When a packet last went out; `None` if none did.
+    pub fn last_carried(&self) -> Option<Instant> {
         self.read(&self.sent)
     }
 
@@ -1336,6 +1398,11 @@ pub(crate) mod tests {
         };
         assert_eq!(door.admit(&signed(&keys[0])).unwrap().peer(), PeerId(0));
         assert_eq!(door.admit(&signed(&keys[1])).unwrap().peer(), PeerId(1));
+        assert_eq!(
+            door.admit(&signed(&keys[1])).unwrap_err(),
+            DropReason::HandshakeReplay,
+            "the same again"
+        );
         assert_eq!(
             door.admit(&signed(&keys[2])).unwrap_err(),
             DropReason::HandshakeAuth

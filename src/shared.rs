@@ -5,12 +5,14 @@
 //! same cache line.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
 
 use crate::drops::Drops;
+use crate::packet::Family;
 use crate::peer::{Path, PeerId};
 use crate::session::{Door, Session};
 use crate::status::Traffic;
@@ -28,6 +30,62 @@ pub struct Shared {
     pub drops: Drops,
     /// Drops that belong to a peer.
     pub peer_drops: Vec<Drops>,
+    /// What of each peer waits for the control task.
+    pub waiting: Vec<Waiting>,
+}
+
+/// What one peer may have waiting for the control task, so that a flood in one peer's name never
+/// keeps another's messages out.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    handshakes: AtomicU32,
+    messages: AtomicU32,
+}
+
+/// In which of a peer's two queues something waits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Queue {
+    /// Handshake messages, of which anybody who recorded them can send more.
+    Handshakes,
+    /// What came inside a session, which only the peer can make.
+    Messages,
+}
+
+impl Queue {
+    /// Most that may wait. A peer has at most four initiations under way, and says at most 17 parts of
+    /// an announcement, their acknowledgements and a few more at once.
+    pub const fn limit(self) -> u32 {
+        match self {
+            Self::Handshakes => 16,
+            Self::Messages => 64,
+        }
+    }
+}
+
+impl Waiting {
+    /// What all peers together may have waiting.
+    pub const fn limit(peers: usize) -> usize {
+        peers * (Queue::Handshakes.limit() + Queue::Messages.limit()) as usize
+    }
+
+    /// Takes a place; false if there is none.
+    pub fn enter(&self, queue: Queue) -> bool {
+        let enter = |count: u32| (count < queue.limit()).then_some(count + 1);
+        let count = self.count(queue);
+        count.fetch_update(Relaxed, Relaxed, enter).is_ok()
+    }
+
+    /// Gives a place back that was taken.
+    pub fn leave(&self, queue: Queue) {
+        self.count(queue).fetch_sub(1, Relaxed);
+    }
+
+    fn count(&self, queue: Queue) -> &AtomicU32 {
+        match queue {
+            Queue::Handshakes => &self.handshakes,
+            Queue::Messages => &self.messages,
+        }
+    }
 }
 
 /// What the role makes of a packet.
@@ -45,6 +103,29 @@ pub struct View {
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
     pub peers: Vec<PeerView>,
+    /// The old server as a hop between clients and the application.
+    pub hop: Hop,
+}
+
+/// What a host is to packets that only pass through it.
+#[derive(Clone, Copy, Default)]
+pub struct Hop {
+    /// Its own address of each family, which has not moved.
+    pub v4: Option<Ipv4Addr>,
+    /// See `v4`.
+    pub v6: Option<Ipv6Addr>,
+    /// MTU of the link to the clients, in bytes.
+    pub mtu: usize,
+}
+
+impl Hop {
+    /// The address that it speaks from.
+    pub fn addr(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.v4.map(IpAddr::V4),
+            Family::V6 => self.v6.map(IpAddr::V6),
+        }
+    }
 }
 
 impl View {
@@ -137,5 +218,25 @@ impl TrafficCounter {
     pub fn add_to(&self, total: &mut Traffic) {
         total.packets += self.packets.load(Relaxed);
         total.bytes += self.bytes.load(Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_of_handshakes_takes_no_place_of_messages() {
+        let waiting = Waiting::default();
+        let mut taken = 0;
+        while waiting.enter(Queue::Handshakes) {
+            taken += 1;
+        }
+        assert_eq!(taken, Queue::Handshakes.limit());
+        assert!(waiting.enter(Queue::Messages));
+        waiting.leave(Queue::Handshakes);
+        assert!(waiting.enter(Queue::Handshakes));
+        assert!(!waiting.enter(Queue::Handshakes));
+        assert_eq!(Waiting::limit(3), 240);
     }
 }

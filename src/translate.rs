@@ -67,7 +67,8 @@ impl Gate {
     /// the flow they quote; what cannot be told is the old server's.
     ///
     /// # Errors
-    /// [`DropReason::NotMoved`] if no part of the destination was moved.
+    /// [`DropReason::NotMoved`] if no part of the destination was moved;
+    /// [`DropReason::FragmentUnknown`] if the first fragment has not been seen yet.
     pub fn check_captured(
         &self,
         now: Instant,
@@ -88,7 +89,7 @@ impl Gate {
         if parsed.fragment() == Fragment::Later {
             let cache = lock(&self.captured);
             let verdict = cache.recall(now, &self.seed, parsed, bytes);
-            return Ok(verdict.unwrap_or(Verdict::Bounce));
+            return verdict.ok_or(DropReason::FragmentUnknown);
         }
         let ours = match parsed.kind() {
             // It is about a packet that left from the moved address.
@@ -1391,7 +1392,8 @@ mod tests {
         assert_eq!(captured(&part, &ours), carry);
         assert_eq!(captured(&part, &theirs), bounce);
         let [first, second] = fragments(&ours, 16, 1);
-        assert_eq!(captured(&part, &second), bounce, "not known yet");
+        let unknown = Err(DropReason::FragmentUnknown);
+        assert_eq!(captured(&part, &second), unknown, "not known yet");
         assert_eq!(captured(&part, &first), carry);
         assert_eq!(captured(&part, &second), carry);
         let [first, second] = fragments(&theirs, 16, 2);

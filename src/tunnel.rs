@@ -52,7 +52,7 @@ mod control;
 #[cfg(test)]
 mod tests;
 
-pub use control::{Announcement, Deliver};
+pub use control::{Announcement, Deliver, MAX_MESSAGE};
 use control::{Control, PART_LEN};
 
 /// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
@@ -1121,6 +1121,7 @@ impl Tunnel {
         if let Some((_, sent)) = self.ping.take_if(|(expected, _)| *expected == id) {
             let rtt = now.saturating_duration_since(sent);
             self.rtt = Some(rtt);
+            self.search(|search| search.set_rtt(rtt));
             self.events.push_back(Event::Rtt(rtt));
         }
     }
@@ -1208,9 +1209,14 @@ impl Tunnel {
     fn send_probe(&mut self, now: Instant) {
         let heard = self.activity.last_heard();
         let mut probe = None;
-        self.search(|search| probe = search.poll(now, heard));
+        let carried = self.activity.last_carried();
+        self.search(|search| probe = search.poll(now, heard, carried));
         if let (Some(size), Some(session)) = (probe, self.session().map(Arc::clone)) {
             self.send_sealed(now, &session, &Control::Probe { size }, usize::from(size));
+            if self.search.as_ref().is_some_and(Search::is_doubtful) {
+                // Whether the size is lost or everything is: the answer to something small tells.
+                self.send_ping(now);
+            }
         }
     }
 
@@ -1253,7 +1259,7 @@ impl Tunnel {
         padded_to: usize,
     ) {
         // Also if it cannot be: the pace of trying is the same.
-        self.activity.sent(now);
+        self.activity.spoke(now);
         let (Some(to), Some(sealer)) = (self.endpoint(), session.sealer(CONTROL_LANE)) else {
             return;
         };

@@ -28,6 +28,8 @@ pub const TYPE_RESPONSE: u8 = 2;
 /// Byte 0 of a [`Data`] datagram.
 pub const TYPE_DATA: u8 = 4;
 
+/// Where the sender's lane lies in a [`Data`] datagram.
+pub const LANE_AT: u32 = 2;
 /// Length of the keyed hash at the end of both handshake messages: 128 bits, as WireGuard's `mac1`.
 pub const MAC_LEN: usize = 16;
 /// Length of the AEAD tag of both ciphers.

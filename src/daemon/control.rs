@@ -21,33 +21,37 @@ use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use super::DaemonError;
-use super::setup::{Ready, resolve};
+use super::setup::{Ready, Tools, resolve};
 use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerConfig};
 use crate::drops::Drops;
-use crate::io::udp::UdpSocket;
+use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS, UdpSocket};
+use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Host, keep};
+use crate::kernel::{Failure, Host, Repairs, keep};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu;
-use crate::session::{Door, Entropy, Offer, PeerKeys, SessionIndexes};
-use crate::shared::{LaneCounters, PeerView, Shared, Translation, View};
+use crate::session::{Door, Entropy, Offer, SessionIndexes};
+use crate::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
 use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus, Way};
 use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
 use crate::wire::DATA_OVERHEAD;
 
-/// What may wait for the control task. Only peers' handshakes and control messages get here, a few
-/// a second; more means that somebody replays them.
-const QUEUE: usize = 256;
-
 /// How often a name is looked up again while the peer does not answer.
 const RESOLVE_EVERY: Duration = Duration::from_secs(10);
 
-/// How often the path to a peer is looked at: its MTU may have changed.
-const PATH_EVERY: Duration = Duration::from_secs(5);
+/// How often the path to a peer is looked at: its MTU may have changed. What a router says arrives at
+/// the kernel's route, which tells nobody; a transfer that is too big stalls until it is asked.
+const PATH_EVERY: Duration = Duration::from_secs(1);
+
+/// How often this server's addresses are listed, for the case that some were added.
+const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
+
+/// How often the kernel is asked whether the daemon's changes are still there.
+const REPAIR_EVERY: Duration = Duration::from_secs(5);
 
 /// Warnings that `status` still shows.
 const KEPT_WARNINGS: usize = 8;
@@ -63,14 +67,29 @@ fn outer_headers(to: SocketAddr) -> usize {
     if to.is_ipv4() { 20 + 8 } else { 40 + 8 }
 }
 
-/// Carries packets until a signal, then undoes everything.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+/// Carries packets until a signal, then undoes everything, whatever went wrong.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
-    let mut signals = Signals::new()?;
+    let Ready { mut host, tools } = ready;
+    let mut lanes = Lanes::default();
+    let result = carry(config, tools, &mut host, &mut lanes).await;
+    let undone = undo(&mut host);
+    lanes.stop();
+    result.and(undone)
+}
+
+/// Carries packets until a signal, then says goodbye.
+#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
+async fn carry(
+    config: Config,
+    tools: Tools,
+    host: &mut Host,
+    lanes: &mut Lanes,
+) -> Result<(), DaemonError> {
     let started = Instant::now();
-    let (to_control, mut from_lanes) = mpsc::channel(QUEUE);
-    let Ready {
-        host,
+    // Each peer has places of its own; one more for a lane's last word.
+    let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(config.peers.len()) + 1);
+    let Tools {
+        mut signals,
         netlink,
         status,
         queues,
@@ -79,28 +98,25 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         sockets,
         uplink,
         endpoints,
-    } = ready;
+    } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let lanes_wanted = sockets.len() as u8;
-    let keys: Vec<PeerKeys> = config
-        .peers
-        .iter()
-        .map(|peer| PeerKeys::derive(&peer.psk))
-        .collect();
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(View::default()),
         translation: translation(&config, started)?,
-        door: Door::new(peer_ids(&config).zip(keys.iter().cloned())),
+        door: Door::new(peer_ids(&config).zip(config.peers.iter().map(|peer| peer.keys.clone()))),
         drops: Drops::default(),
         peer_drops: config.peers.iter().map(|_| Drops::default()).collect(),
+        waiting: config.peers.iter().map(|_| Waiting::default()).collect(),
     });
     let udp = sockets[0].try_clone().map_err(failed)?;
     let tso = !config.without.contains(&Offload::TunGso);
     let mut control = Control {
-        peers: peers(&config, &keys, &endpoints, lanes_wanted, &uplink, started)?,
+        peers: peers(&config, &endpoints, lanes_wanted, &uplink, started)?,
         view: View {
             sessions: Default::default(),
             peers: vec![PeerView::default(); config.peers.len()],
+            hop: Hop::default(),
         },
         view_changed: true,
         config,
@@ -113,6 +129,9 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
         counters: Vec::new(),
         started,
         next_path: started,
+        next_repair: started + REPAIR_EVERY,
+        broken: Vec::new(),
+        next_addresses: started,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -124,7 +143,6 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     };
     control.set_own_addresses();
     control.turn(started);
-    let mut lanes = Lanes::default();
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(control.config.peers.len()));
         control.counters.push(Arc::clone(&counters));
@@ -134,6 +152,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
             tun,
             uso: tso && features.uso,
             tso,
+            split: control.config.split,
             udp,
             shared: Arc::clone(&shared),
             counters,
@@ -146,10 +165,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
     let result = control.serve(&mut signals, &mut from_lanes, &status).await;
     info!("stopping");
     control.close();
-    let undone = undo(&mut control.host);
-    from_lanes.close();
-    lanes.stop();
-    result.and(undone)
+    result
 }
 
 pub(super) fn failed(error: impl ToString) -> DaemonError {
@@ -191,7 +207,12 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
             .fold(0, |word, &byte| word << 8 | u64::from(byte))
     };
     Ok(Translation::New(Translator::new(TranslatorConfig {
-        shards: 1,
+        // Enough that two lanes seldom want the same one.
+        shards: if config.lanes == 1 {
+            1
+        } else {
+            4 * usize::from(config.lanes)
+        },
         max_flows: config.max_flows as usize,
         seed: [word(low), word(high)],
         epoch,
@@ -200,18 +221,21 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
 
 fn peers(
     config: &Config,
-    keys: &[PeerKeys],
     endpoints: &[Option<SocketAddr>],
     lanes: u8,
     uplink: &Link,
     now: Instant,
 ) -> Result<Vec<Peer>, DaemonError> {
     let indexes = SessionIndexes::default();
+    let timers = match config.rekey_after {
+        Some(rekey_after) => Timers::with_rekey_after(rekey_after),
+        None => Timers::default(),
+    };
     let mtu = uplink.mtu.min(u32::from(u16::MAX)) as u16;
     peer_ids(config)
         .zip(&config.peers)
-        .zip(keys.iter().zip(endpoints))
-        .map(|((id, peer), (keys, &endpoint))| {
+        .zip(endpoints)
+        .map(|((id, peer), &endpoint)| {
             let announcement = match config.role {
                 Role::Old => Announcement::Old {
                     moves: peer.moves.clone(),
@@ -226,14 +250,14 @@ fn peers(
             let tunnel = Tunnel::new(
                 TunnelConfig {
                     peer: id,
-                    keys: keys.clone(),
+                    keys: peer.keys.clone(),
                     role: config.role,
                     lanes,
                     offer: Offer::of_this_machine(config.cipher),
                     endpoint,
                     announcement,
                     max_datagram: Some(pmtu::BASE),
-                    timers: Timers::default(),
+                    timers,
                     indexes: indexes.clone(),
                     entropy: Entropy::system(),
                 },
@@ -244,11 +268,15 @@ fn peers(
                 id,
                 tunnel,
                 moves: peer.moves.clone(),
+                refused: Vec::new(),
+                client_mtu: None,
                 announced: false,
                 deliver: None,
                 state: State::Connecting,
                 next_resolve: now + RESOLVE_EVERY,
                 resolving: false,
+                resolved: 0,
+                unresolved: None,
             })
         })
         .collect()
@@ -260,6 +288,10 @@ struct Peer {
     tunnel: Tunnel,
     /// What moved: from the settings on the old server, from the peer on the new one.
     moves: Vec<Move>,
+    /// What the old server says has moved, but has moved from another one already (new server).
+    refused: Vec<Move>,
+    /// MTU of the old server's link to the clients (new server).
+    client_mtu: Option<u32>,
     /// It has said what it moved here, so that what it does not name is withdrawn.
     announced: bool,
     /// Where the new server delivers, once known.
@@ -267,12 +299,19 @@ struct Peer {
     state: State,
     next_resolve: Instant,
     resolving: bool,
+    /// How often its name was looked up again.
+    resolved: usize,
+    /// Why it could not be the last time.
+    unresolved: Option<String>,
 }
 
+/// What looking a name up came to.
+type Resolved = Result<SocketAddr, String>;
+
 /// Everything that is not a packet.
-struct Control {
+struct Control<'h> {
     config: Config,
-    host: Host,
+    host: &'h mut Host,
     shared: Arc<Shared>,
     netlink: Netlink,
     /// The first lane's socket, for what the tunnels send.
@@ -286,11 +325,15 @@ struct Control {
     counters: Vec<Arc<LaneCounters>>,
     started: Instant,
     next_path: Instant,
+    next_repair: Instant,
+    /// Kernel changes that somebody has taken away and that cannot be made again.
+    broken: Vec<Change>,
+    next_addresses: Instant,
     offloads: Offloads,
     warnings: VecDeque<String>,
 }
 
-impl Control {
+impl Control<'_> {
     /// Waits for whatever comes first, until a signal.
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     async fn serve(
@@ -303,6 +346,7 @@ impl Control {
         loop {
             let now = Instant::now();
             self.turn(now);
+            self.repair(now);
             self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -325,13 +369,16 @@ impl Control {
         self.peers
             .iter()
             .filter_map(|peer| peer.tunnel.next_timeout())
-            .chain([self.next_path])
+            .chain([self.next_path, self.next_repair])
             .min()
             .unwrap_or(self.next_path)
     }
 
     /// What a lane passes on.
     fn handle(&mut self, now: Instant, message: ToControl) -> Result<(), DaemonError> {
+        if let Some((peer, queue)) = message.origin() {
+            self.shared.waiting[usize::from(peer.0)].leave(queue);
+        }
         let (peer, result) = match message {
             ToControl::Handshake { path, admitted } => {
                 let peer = admitted.peer();
@@ -340,11 +387,13 @@ impl Control {
             }
             ToControl::Control {
                 session,
-                path,
+                heard_from,
                 message,
             } => {
                 let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
-                tunnel.session_heard(now, &session, path);
+                if let Some(path) = heard_from {
+                    tunnel.session_heard(now, &session, path);
+                }
                 let result = tunnel.handle_control(now, &session, &message);
                 (session.peer(), result)
             }
@@ -371,8 +420,13 @@ impl Control {
                 self.event(now, index, event);
             }
         }
+        if now >= self.next_addresses {
+            self.next_addresses = now + ADDRESSES_EVERY;
+            self.set_own_addresses();
+        }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
+            self.measure_link(now);
             for index in 0..self.peers.len() {
                 self.measure_path(now, index);
             }
@@ -461,37 +515,54 @@ impl Control {
 
     /// The old server says what it has moved here.
     fn peer_moved(&mut self, now: Instant, index: usize, moves: Vec<Move>, mtu: u16) {
-        let (accepted, refused): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(|moved| {
-            let others = self
-                .peers
-                .iter()
-                .filter(|peer| usize::from(peer.id.0) != index);
-            !others
-                .flat_map(|peer| &peer.moves)
-                .any(|other| other.overlaps(moved))
-        });
-        for moved in &refused {
-            self.warn(
-                index,
-                &format!("{moved} has moved here from another old server already; ignored"),
-            );
-        }
-        let names: Vec<String> = accepted.iter().map(ToString::to_string).collect();
-        info!(peer = self.name(index), moved = names.join(" "), "serving");
-        if let Translation::New(translator) = &self.shared.translation
-            && let Err(error) = translator.set_moves(self.peers[index].id, accepted.clone())
-        {
-            self.warn(index, &error.to_string());
-        }
-        self.peers[index].moves = accepted;
         self.peers[index].announced = true;
-        // What the application sends has to fit the old server's link to the clients too.
-        let mtu = u32::from(mtu).clamp(MIN_MTU, self.uplink.mtu.max(MIN_MTU));
+        self.accept_moves(now, index, moves);
+        // What it has let go of may be what another one was refused.
+        for other in 0..self.peers.len() {
+            let peer = &self.peers[other];
+            if other != index && !peer.refused.is_empty() {
+                let moves = peer.moves.iter().chain(&peer.refused).cloned().collect();
+                self.accept_moves(now, other, moves);
+            }
+        }
+        // What the application sends has to fit each old server's link to the clients too.
+        self.peers[index].client_mtu = Some(u32::from(mtu));
+        let mtus = self.peers.iter().filter_map(|peer| peer.client_mtu);
+        let mtu = mtus.min().unwrap_or(MIN_MTU);
+        let mtu = mtu.clamp(MIN_MTU, self.uplink.mtu.max(MIN_MTU));
         if mtu != self.tun.mtu {
             match self.netlink.set_link_mtu(self.tun.index, mtu) {
                 Ok(()) => self.tun.mtu = mtu,
                 Err(error) => warn!("cannot set the MTU of {} to {mtu}: {error}", self.tun.name),
             }
+        }
+    }
+
+    /// Serves what no other old server has moved here; the first to say so has it.
+    fn accept_moves(&mut self, now: Instant, index: usize, moves: Vec<Move>) {
+        let others = |moved: &Move| {
+            self.peers
+                .iter()
+                .filter(|peer| usize::from(peer.id.0) != index)
+                .flat_map(|peer| &peer.moves)
+                .all(|other| !other.overlaps(moved))
+        };
+        let (accepted, refused): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(others);
+        if refused != self.peers[index].refused {
+            for moved in &refused {
+                self.warn(index, &taken(moved));
+            }
+            self.peers[index].refused = refused;
+        }
+        if accepted != self.peers[index].moves {
+            let names: Vec<String> = accepted.iter().map(ToString::to_string).collect();
+            info!(peer = self.name(index), moved = names.join(" "), "serving");
+            if let Translation::New(translator) = &self.shared.translation
+                && let Err(error) = translator.set_moves(self.peers[index].id, accepted.clone())
+            {
+                self.warn(index, &error.to_string());
+            }
+            self.peers[index].moves = accepted;
         }
         if let Some(path) = self.view.peers[index].path {
             self.choose_delivery(now, index, path);
@@ -574,6 +645,8 @@ impl Control {
                 self.warn(index, error);
             }
         }
+        // What is refused was told here when it was; there it is told with everything else.
+        let error = error.or(self.peers[index].refused.first().map(taken));
         let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
         self.peers[index].tunnel.set_announcement(
             now,
@@ -628,23 +701,61 @@ impl Control {
             .find_map(|held| choose(held.addr))
     }
 
-    /// Tells the translator which sources no client may claim.
-    fn set_own_addresses(&self) {
-        let Translation::New(translator) = &self.shared.translation else {
-            return;
+    /// Looks at this server's addresses: on the new server no client may claim them as its source, on
+    /// the old one they are what ICMP messages are sent from.
+    fn set_own_addresses(&mut self) {
+        let held = match self.netlink.addresses() {
+            Ok(held) => held,
+            Err(error) => return warn!("cannot list this server's addresses: {error}"),
         };
-        match self.netlink.addresses() {
-            Ok(held) => {
-                let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
-                translator.set_own_addresses(&own);
-            }
-            Err(error) => warn!("cannot list this server's addresses: {error}"),
+        if let Translation::New(translator) = &self.shared.translation {
+            let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
+            return translator.set_own_addresses(&own);
+        }
+        let moves = || self.peers.iter().flat_map(|peer| &peer.moves);
+        let mut own: Vec<IpAddr> = held
+            .iter()
+            .filter(|held| held.index == self.uplink.index)
+            .map(|held| held.addr)
+            .filter(|&addr| !moves().any(|moved| moved.addr == addr && moved.is_whole()))
+            .collect();
+        // One of which nothing has moved, if there is one.
+        own.sort_by_key(|&addr| moves().any(|moved| moved.addr == addr));
+        let v4 = own.iter().find_map(|&addr| match addr {
+            IpAddr::V4(addr) => Some(addr),
+            IpAddr::V6(_) => None,
+        });
+        let v6 = own.iter().find_map(|&addr| match addr {
+            IpAddr::V6(addr) if is_global(addr) => Some(addr),
+            IpAddr::V6(_) | IpAddr::V4(_) => None,
+        });
+        let hop = &mut self.view.hop;
+        self.view_changed |= (hop.v4, hop.v6) != (v4, v6);
+        (hop.v4, hop.v6) = (v4, v6);
+    }
+
+    /// Looks at the link to the clients, whose MTU may have changed.
+    fn measure_link(&mut self, now: Instant) {
+        if let Ok(Some(link)) = self.netlink.link_by_index(self.uplink.index) {
+            self.uplink = link;
+        }
+        let mtu = self.uplink.mtu as usize;
+        if self.config.role != Role::Old || self.view.hop.mtu == mtu {
+            return;
+        }
+        self.view.hop.mtu = mtu;
+        self.view_changed = true;
+        let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
+        for peer in &mut self.peers {
+            // The new server's host is not to send more than the clients' link takes.
+            let moves = peer.moves.clone();
+            let announcement = Announcement::Old { moves, mtu };
+            peer.tunnel.set_announcement(now, announcement);
         }
     }
 
     /// Tells the tunnel how much the route to its peer takes: up to there it searches.
     fn measure_path(&mut self, now: Instant, index: usize) {
-        self.set_own_addresses();
         let Some(path) = self.view.peers[index].path else {
             return;
         };
@@ -673,13 +784,61 @@ impl Control {
         if self.view.peers[index].mtu != mtu {
             self.view.peers[index].mtu = mtu;
             self.view_changed = true;
+            self.fit_super_packets();
         }
+    }
+
+    /// Lets the application's TCP make super-packets that fill one send exactly: one read, one send,
+    /// one receive, one write.
+    ///
+    /// Not on the old server: what it captures is made elsewhere, and its kernel would only cut what
+    /// is longer.
+    fn fit_super_packets(&self) {
+        let mtu = self
+            .view
+            .peers
+            .iter()
+            .map(|peer| peer.mtu)
+            .filter(|&mtu| mtu > 0)
+            .max();
+        let (Role::New, Some(mtu)) = (self.config.role, mtu) else {
+            return;
+        };
+        let segments = (MAX_BATCH / (mtu + DATA_OVERHEAD)).clamp(1, MAX_SEGMENTS) as u32;
+        // Only speed hangs on it.
+        if let Err(error) = self.netlink.set_link_gso_max_segs(self.tun.index, segments) {
+            debug!(%error, segments, "super-packets stay as long as they are");
+        }
+    }
+
+    // The host.
+
+    /// Makes again what others have taken away.
+    fn repair(&mut self, now: Instant) {
+        if now < self.next_repair {
+            return;
+        }
+        self.next_repair = now + REPAIR_EVERY;
+        let Repairs { made, failed } = self.host.repair();
+        for change in made {
+            let line = format!("somebody removed {change}; it is back");
+            warn!("{line}");
+            self.keep_warning(line);
+        }
+        for Failure { change, reason } in &failed {
+            if !self.broken.contains(change) {
+                let line = format!("{change} is gone and cannot be made again: {reason}");
+                warn!("{line}");
+                self.keep_warning(line);
+            }
+        }
+        self.broken = failed.into_iter().map(|failure| failure.change).collect();
     }
 
     // Names.
 
     /// Looks up again the names of peers that do not answer.
-    fn resolve_names(&mut self, now: Instant, to: &mpsc::Sender<(usize, Option<SocketAddr>)>) {
+    fn resolve_names(&mut self, now: Instant, to: &mpsc::Sender<(usize, Resolved)>) {
         for (index, peer) in self.peers.iter_mut().enumerate() {
             let Some(endpoint) = &self.config.peers[index].endpoint else {
                 continue;
@@ -690,25 +849,41 @@ impl Control {
             }
             peer.resolving = true;
             peer.next_resolve = now + RESOLVE_EVERY;
-            let (endpoint, to) = (endpoint.clone(), to.clone());
+            peer.resolved += 1;
+            let (endpoint, turn, to) = (endpoint.clone(), peer.resolved, to.clone());
             tokio::task::spawn_blocking(move || {
                 // The daemon may be ending.
-                let _ = to.blocking_send((index, resolve(&endpoint)));
+                let _ = to.blocking_send((index, resolve(&endpoint, turn)));
             });
         }
     }
 
-    fn resolved(&mut self, now: Instant, index: usize, addr: Option<SocketAddr>) {
+    fn resolved(&mut self, now: Instant, index: usize, result: Resolved) {
         let peer = &mut self.peers[index];
         peer.resolving = false;
-        if addr.is_some() {
-            peer.tunnel.set_endpoint(now, addr);
+        let failure = match result {
+            Ok(addr) => {
+                peer.tunnel.set_endpoint(now, Some(addr));
+                None
+            }
+            Err(error) => Some(error),
+        };
+        if peer.unresolved != failure {
+            peer.unresolved.clone_from(&failure);
+            if let Some(error) = failure {
+                self.warn(index, &format!("{error}; trying again"));
+            }
         }
     }
 
     // What people see.
 
-    fn announce_start(&self) {
+    /// Says what this daemon is, once it is: a refusal stands alone on its line.
+    fn announce_start(&mut self) {
+        for text in std::mem::take(&mut self.config.warnings) {
+            warn!("{text}");
+            self.keep_warning(text);
+        }
         for (peer, config) in self.peers.iter().zip(&self.config.peers) {
             let name = self.name(usize::from(peer.id.0));
             match self.config.role {
@@ -733,7 +908,10 @@ impl Control {
     fn warn(&mut self, index: usize, text: &str) {
         let name = self.name(index);
         warn!(peer = name, "{text}");
-        let line = format!("{name}: {text}");
+        self.keep_warning(format!("{name}: {text}"));
+    }
+
+    fn keep_warning(&mut self, line: String) {
         self.warnings.retain(|known| *known != line);
         if self.warnings.len() == KEPT_WARNINGS {
             self.warnings.pop_front();
@@ -854,6 +1032,11 @@ impl Control {
 /// today, and the largest UDP datagram over IPv4.
 const MIN_CARRIED: u32 = 576;
 const MAX_CARRIED: u32 = 65_535;
+
+/// Why something is not served, for the operators of both servers.
+fn taken(moved: &Move) -> String {
+    format!("{moved} has moved here from another old server already; it is not served for this one")
+}
 
 fn is_too_big(error: &std::io::Error) -> bool {
     error.raw_os_error() == Some(libc::EMSGSIZE)

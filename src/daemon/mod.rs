@@ -22,6 +22,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::config::Config;
+use crate::confine;
 
 pub use nat::run as run_nat;
 
@@ -53,10 +54,17 @@ impl fmt::Display for DaemonError {
 /// # Errors
 /// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
 pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
-    let ready = setup::Ready::new(&config, runtime_dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
-    runtime.block_on(control::run(config, ready))
+    let result = runtime.block_on(async {
+        let ready = setup::Ready::new(&config, runtime_dir)?;
+        // Before the first thread: what is given up is given up by those that follow as well.
+        confine::drop_privileges();
+        control::run(config, ready).await
+    });
+    // A name that is being looked up would keep the process for as long as the resolver is patient.
+    runtime.shutdown_background();
+    result
 }

@@ -10,6 +10,7 @@ use std::path::Path;
 use tracing::warn;
 
 use super::DaemonError;
+use super::control::Signals;
 use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerAddr, PeerConfig};
 use crate::io::tun::{TunError, TunFeatures, TunQueue};
@@ -17,7 +18,7 @@ use crate::io::udp::{UdpOptions, UdpSocket};
 use crate::kernel::journal::JournalError;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Desired, Host, HostError, capture, keep, steer};
-use crate::moved::Move;
+use crate::moved::{Move, Transport};
 use crate::peer::Role;
 use crate::status::SOCKET;
 
@@ -25,6 +26,14 @@ use crate::status::SOCKET;
 pub(super) struct Ready {
     /// The door to kernel changes, holding those that were made.
     pub(super) host: Host,
+    /// What the daemon works with.
+    pub(super) tools: Tools,
+}
+
+/// What the daemon works with.
+pub(super) struct Tools {
+    /// Those that end the daemon: from before the first change on they wait to be obeyed.
+    pub(super) signals: Signals,
     /// Asks the kernel.
     pub(super) netlink: Netlink,
     /// Where `ipmoved status` connects.
@@ -44,25 +53,32 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    /// Checks everything, then changes what has to be changed.
+    /// Checks everything, then changes what has to be changed. To be called inside the runtime.
+    ///
+    /// # Errors
+    /// See [`DaemonError`]; what was changed before is undone.
     pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self, DaemonError> {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir).map_err(refused)?;
         let endpoints = config
             .peers
             .iter()
-            .map(|peer| peer.endpoint.as_ref().and_then(resolve))
+            .map(|peer| {
+                let found = resolve(peer.endpoint.as_ref()?, 0);
+                found.map_err(|error| warn!("{error}; trying again")).ok()
+            })
             .collect::<Vec<_>>();
         let found = Found::new(&netlink, config, &endpoints)?;
-        let sockets = vec![bind(config)?];
+        let sockets = bind(config)?;
+        let status = listen(&host)?;
+        let signals = Signals::new()?;
         let (queues, features) =
             TunQueue::create(&config.tun, sockets.len()).map_err(tun_refused)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
         found.change(&mut host, config, &endpoints, &tun, port)?;
-        let status = listen(&host)?;
-        Ok(Self {
-            host,
+        let tools = Tools {
+            signals,
             netlink,
             status,
             queues,
@@ -71,7 +87,8 @@ impl Ready {
             sockets,
             uplink: found.uplink,
             endpoints,
-        })
+        };
+        Ok(Self { host, tools })
     }
 }
 
@@ -239,41 +256,49 @@ fn check_old(
 ) -> Result<(), DaemonError> {
     let addresses = netlink.addresses().map_err(system)?;
     for (peer, endpoint) in config.peers.iter().zip(endpoints) {
-        let Some(remote) = endpoint.map(|endpoint| endpoint.ip()) else {
-            continue;
-        };
-        if addresses.iter().any(|held| held.addr == remote) {
+        let remote = endpoint.map(|endpoint| endpoint.ip());
+        if let Some(remote) = remote
+            && addresses.iter().any(|held| held.addr == remote)
+        {
             return Err(DaemonError::Input(format!(
                 "--peer {remote} is an address of this server itself; give that of the other one"
             )));
         }
-        let ours = config
-            .listen
-            .0
-            .filter(|ip| !ip.is_unspecified())
-            .or_else(|| {
-                netlink
-                    .route_get(remote, None, None)
-                    .ok()
-                    .and_then(|route| route.prefsrc)
-            });
-        for moved in peer.moves.iter().filter(|moved| moved.is_whole()) {
-            if moved.addr == remote {
+        // Where the peer is may not be known yet; then it is a host out there like any other.
+        let towards = remote.map_or(PUBLIC.to_vec(), |remote| vec![remote]);
+        let ours: Vec<IpAddr> = match config.listen.0.filter(|ip| !ip.is_unspecified()) {
+            Some(ip) => vec![ip],
+            None => towards
+                .into_iter()
+                .filter_map(|to| netlink.route_get(to, None, None).ok()?.prefsrc)
+                .collect(),
+        };
+        for moved in peer.moves.iter().filter(|moved| takes_logins(moved)) {
+            if Some(moved.addr) == remote {
                 return Err(DaemonError::Input(format!(
-                    "--move {} is the peer's own address; give the address that clients still use",
-                    moved.addr
+                    "--move {moved} is the peer's own address; give the address that clients still use"
                 )));
             }
-            if Some(moved.addr) == ours {
+            if ours.contains(&moved.addr) {
                 return Err(DaemonError::Input(format!(
-                    "--move {0} would take the address this server itself uses to reach the peer, \
-                     your login included; move only the service's ports, as in --move {0}:80,443/tcp",
-                    moved.addr
+                    "--move {moved} would take the address this server itself uses to reach the peer, \
+                     your login included; move only the service's ports, as in --move {}, \
+                     or let this server use another of its addresses (--listen ADDR:PORT)",
+                    Move {
+                        ports: vec![80..=80, 443..=443],
+                        transport: Some(Transport::Tcp),
+                        ..moved.clone()
+                    }
                 )));
             }
         }
     }
     Ok(())
+}
+
+/// Whether a move takes all of an address's TCP, and with it every way to log in.
+fn takes_logins(moved: &Move) -> bool {
+    moved.ports.is_empty() && moved.transport != Some(Transport::Udp)
 }
 
 /// The new server delivers to its own addresses only.
@@ -306,30 +331,28 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<(), DaemonError> {
     Ok(())
 }
 
-/// Looks a peer's name up; `None`, with a warning, if that fails for now.
-pub(super) fn resolve(peer: &PeerAddr) -> Option<SocketAddr> {
-    let found = (peer.host.as_str(), peer.port).to_socket_addrs();
-    match found.map(|mut all| all.next()) {
-        Ok(Some(addr)) => Some(addr),
-        Ok(None) => {
-            warn!("{} has no address; trying again", peer.host);
-            None
-        }
-        Err(error) => {
-            warn!("cannot look up {}: {error}; trying again", peer.host);
-            None
-        }
-    }
+/// Looks a peer's name up. Of several addresses it gives another one each `turn`.
+pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String> {
+    let found = (peer.host.as_str(), peer.port)
+        .to_socket_addrs()
+        .map_err(|error| format!("cannot look up {}: {error}", peer.host))?
+        .collect::<Vec<_>>();
+    let addr = turn
+        .checked_rem(found.len())
+        .and_then(|turn| found.get(turn));
+    addr.copied()
+        .ok_or_else(|| format!("{} has no address", peer.host))
 }
 
-/// Opens the UDP socket: both families where the host has IPv6.
-fn bind(config: &Config) -> Result<UdpSocket, DaemonError> {
+/// Opens the UDP sockets, one a lane: both families where the host has IPv6.
+fn bind(config: &Config) -> Result<Vec<UdpSocket>, DaemonError> {
     let options = UdpOptions {
         gso: !config.without.contains(&Offload::UdpGso),
         gro: !config.without.contains(&Offload::UdpGro),
     };
     let (ip, port) = config.listen;
-    let any = |ip: IpAddr| UdpSocket::bind(SocketAddr::new(ip, port), false, options);
+    let lanes = usize::from(config.lanes);
+    let any = |ip: IpAddr| UdpSocket::bind_lanes(SocketAddr::new(ip, port), lanes, options);
     let bound = match ip {
         Some(ip) => any(ip),
         None => any(Ipv6Addr::UNSPECIFIED.into()).or_else(|error| match error.raw_os_error() {

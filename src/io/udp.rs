@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::peer::Path;
+use crate::wire::{LANE_AT, TYPE_DATA};
 
 /// Most datagrams one `UDP_SEGMENT` send may hold (`UDP_MAX_SEGMENTS`; later kernels allow 128).
 pub const MAX_SEGMENTS: usize = 64;
@@ -113,6 +114,32 @@ impl UdpSocket {
             gro,
             gso_fallbacks: AtomicU64::new(0),
         })
+    }
+
+    /// Opens `lanes` sockets on one port; each gets the datagrams of the sender's lanes that equal
+    /// its number modulo `lanes`.
+    ///
+    /// The kernel asks a classic BPF program of ours which socket takes a datagram
+    /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)); where it has none, it spreads by addresses, and one
+    /// lane does the work of all.
+    pub fn bind_lanes(
+        listen: SocketAddr,
+        lanes: usize,
+        options: UdpOptions,
+    ) -> io::Result<Vec<Self>> {
+        if lanes <= 1 {
+            return Ok(vec![Self::bind(listen, false, options)?]);
+        }
+        // The first decides whether the port is free: with the option set on all of them, another
+        // program of root's that also sets it could share the port unnoticed.
+        drop(Self::bind(listen, false, options)?);
+        let sockets = (0..lanes)
+            .map(|_| Self::bind(listen, true, options))
+            .collect::<io::Result<Vec<_>>>()?;
+        if let Err(error) = choose_by_lane(&sockets[0].socket, lanes) {
+            tracing::debug!(%error, "datagrams cannot be given to their lanes");
+        }
+        Ok(sockets)
     }
 
     /// The port bound to.
@@ -229,7 +256,29 @@ impl UdpSocket {
         result
     }
 
+    /// Sends from the address that the peer knows, or, if that is not ours any more, from the one that
+    /// the kernel chooses: the peer follows.
     fn send_message(
+        &self,
+        path: &Path,
+        ecn: u8,
+        bytes: &[u8],
+        segment: Option<u16>,
+    ) -> io::Result<()> {
+        let sent = self.send_from(path, ecn, bytes, segment);
+        match &sent {
+            Err(error) if path.local.is_some() && is_gone(error) => {
+                let path = Path {
+                    local: None,
+                    ..*path
+                };
+                self.send_from(&path, ecn, bytes, segment)
+            }
+            Ok(()) | Err(_) => sent,
+        }
+    }
+
+    fn send_from(
         &self,
         path: &Path,
         ecn: u8,
@@ -435,6 +484,64 @@ fn set_buffers(socket: &Socket) {
     }
 }
 
+/// Attaches the program that gives a data datagram to the socket of its lane and everything else to
+/// the first.
+fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let program = [
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 0),
+        op(
+            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+            0,
+            3,
+            u32::from(TYPE_DATA),
+        ),
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, LANE_AT),
+        op(
+            libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K,
+            0,
+            0,
+            lanes as u32,
+        ),
+        op(libc::BPF_RET | libc::BPF_A, 0, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ];
+    let filter = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: `filter` and the program it points to live across the call, which copies them; its
+    // length is given with it.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const filter).cast(),
+            size_of::<libc::sock_fprog>() as u32,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says `EINVAL`, of
+/// IPv4 `ENETUNREACH` on newer kernels, and both of much else.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINVAL | libc::EADDRNOTAVAIL | libc::ENETUNREACH)
+    )
+}
+
 /// Options of IPv4 on a socket of the IPv6 family are a convenience there and required otherwise.
 fn only_if(required: bool) -> impl Fn(io::Error) -> io::Result<()> {
     move |error| if required { Err(error) } else { Ok(()) }
@@ -521,6 +628,58 @@ mod tests {
     #[test]
     fn a_batch_arrives_as_its_datagrams() {
         batch_arrives(UdpOptions::default());
+    }
+
+    #[test]
+    fn each_lane_gets_its_own_datagrams() {
+        let (a, _, _) = pair(UdpOptions::default());
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let port = UdpSocket::bind(listen, false, UdpOptions::default())
+            .unwrap()
+            .port()
+            .unwrap();
+        let listen = SocketAddr::from(([127, 0, 0, 1], port));
+        let lanes = UdpSocket::bind_lanes(listen, 3, UdpOptions::default()).unwrap();
+        let path = Path {
+            remote: listen,
+            local: None,
+        };
+        // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake message.
+        for lane in [0, 1, 2, 3, 4, 5, 6, 7, 255] {
+            a.send(&path, 0, &[TYPE_DATA, 0, lane, 0], 4).unwrap();
+        }
+        a.send(&path, 0, &[1, 1, 2, 0], 4).unwrap();
+        let got: Vec<Vec<u8>> = lanes
+            .iter()
+            .map(|lane| drain(lane).iter().map(|(bytes, _)| bytes[2]).collect())
+            .collect();
+        assert_eq!(got, [vec![0, 3, 6, 255, 2], vec![1, 4, 7], vec![2, 5]]);
+        let taken = UdpSocket::bind_lanes(listen, 2, UdpOptions::default());
+        let kind = taken.err().map(|error| error.kind());
+        assert_eq!(
+            kind,
+            Some(io::ErrorKind::AddrInUse),
+            "the port is ours alone"
+        );
+    }
+
+    #[test]
+    fn an_address_that_is_not_ours_any_more_does_not_stop_the_datagram() {
+        let (a, b, mut path) = pair(UdpOptions::default());
+        path.local = Some([192, 0, 2, 99].into());
+        a.send(&path, 0, &[7; 1_500], 1_000).unwrap();
+        assert_eq!(drain(&b).len(), 2);
+        path.local = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9].into());
+        let (c, d, mut path6) = {
+            let bind = |text: &str| {
+                let options = UdpOptions::default();
+                UdpSocket::bind(text.parse().unwrap(), false, options).unwrap()
+            };
+            (bind("[::]:0"), bind("[::1]:0"), path)
+        };
+        path6.remote = format!("[::1]:{}", d.port().unwrap()).parse().unwrap();
+        c.send(&path6, 0, b"seven", 5).unwrap();
+        assert_eq!(drain(&d).len(), 1);
     }
 
     #[test]

@@ -162,12 +162,14 @@ pub enum Helper {
     MapDelete = 3,
     /// `() → nanoseconds since boot, suspend excluded`.
     KtimeGetNs = 5,
-    /// `(ifindex, flags) → verdict`.
-    Redirect = 23,
     /// `(skb, offset, from, length, flags) → 0 or an error`.
     SkbStoreBytes = 9,
+    /// `(ifindex, flags) → verdict`.
+    Redirect = 23,
     /// `(skb, offset, to, length) → 0 or an error`.
     SkbLoadBytes = 26,
+    /// `(skb, packet type) → 0 or an error`.
+    SkbChangeType = 32,
     /// `(skb, bytes, flags) → 0 or an error`.
     SkbChangeHead = 43,
     /// `(ifindex, params, params length, flags) → verdict`.

@@ -314,20 +314,25 @@ mod tests {
     #[test]
     fn a_bounced_packet_goes_up_into_the_own_stack() {
         in_fresh_namespace(|| {
+            strict_rp_filter();
             let netlink = Netlink::new().unwrap();
             let router = Router::new(&netlink, &HERE, &GATEWAYS);
             let tun = Tun::new(&netlink, "tun0", false);
-            let moves: Vec<Move> = vec!["192.0.2.5".parse().unwrap()];
+            strict_rp_filter();
+            let moves = ["192.0.2.5", "2001:db8:a::5"];
+            let moves: Vec<Move> = moves.iter().map(|text| text.parse().unwrap()).collect();
             let scratch = Scratch::new();
             let mut host = Host::open(&scratch.0).unwrap();
             let desired = plan(&netlink, &moves, &router.uplink, &tun.link, &[]).unwrap();
             host.reconcile(desired).unwrap();
-            let own = bound(end("192.0.2.5", 53));
-            let client = router.udp("192.0.2.254:4000");
-            client.send_to(b"question", end("192.0.2.5", 53)).unwrap();
-            let (_, packet) = tun.read(|p| p.ends_with(b"question")).expect("captured");
-            tun.write(&packet);
-            assert_eq!(own.recv(&mut [0; 100]).unwrap(), 8);
+            for (moved, gateway) in ENDS {
+                let own = bound(end(moved, 53));
+                let client = router.udp(&end(gateway, 4000).to_string());
+                client.send_to(b"question", end(moved, 53)).unwrap();
+                let (_, packet) = tun.read(|p| p.ends_with(b"question")).expect("captured");
+                tun.write(&packet);
+                assert_eq!(own.recv(&mut [0; 100]).unwrap(), 8, "{moved}");
+            }
             host.undo_all().unwrap();
         });
     }

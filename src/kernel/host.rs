@@ -73,6 +73,15 @@ pub struct Report {
     pub left: Vec<Failure>,
 }
 
+/// What somebody had taken away.
+#[derive(Debug, Default)]
+pub struct Repairs {
+    /// Made again.
+    pub made: Vec<Change>,
+    /// Still missing.
+    pub failed: Vec<Failure>,
+}
+
 /// Why the host's state could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
@@ -99,6 +108,8 @@ pub struct Host {
     journal: Journal,
     /// What the journal holds, in the order in which it was made.
     made: Vec<Change>,
+    /// What was last asked for, to be made again if somebody takes it away.
+    wanted: Vec<Desired>,
 }
 
 impl Host {
@@ -114,6 +125,7 @@ impl Host {
             netlink: Netlink::new()?,
             journal,
             made,
+            wanted: Vec::new(),
         })
     }
 
@@ -147,6 +159,7 @@ impl Host {
     /// # Errors
     /// If a change fails: those that this call has made are undone.
     pub fn reconcile(&mut self, desired: Vec<Desired>) -> Result<Report, HostError> {
+        self.wanted.clear();
         let step = Step {
             earlier: std::mem::take(&mut self.made),
             ..Step::default()
@@ -157,10 +170,10 @@ impl Host {
     fn reconcile_step(
         &mut self,
         mut step: Step,
-        desired: Vec<Desired>,
+        mut desired: Vec<Desired>,
     ) -> Result<Report, HostError> {
-        for mut desired in desired {
-            if let Err(error) = self.take(&mut step, &mut desired) {
+        for desired in &mut desired {
+            if let Err(error) = self.take(&mut step, desired) {
                 for change in step.fresh.iter().rev() {
                     let _ = self.undo(change);
                 }
@@ -171,10 +184,68 @@ impl Host {
                 return Err(error);
             }
         }
+        self.wanted.append(&mut desired);
         self.undo_reversed(step.earlier, step.kept)
     }
 
-    /// The same for a part of what is made: of that, what is not wanted is undone; the rest stays.
+    /// Makes again what others have taken away since [`reconcile`](Self::reconcile): a network manager
+    /// that removes rules and routes it does not know (as systemd-networkd does whenever it starts), a
+    /// TUN that was down for a moment, a `sysctl --system`. Cheap enough for every few seconds.
+    pub fn repair(&mut self) -> Repairs {
+        let mut repairs = Repairs::default();
+        let mut wanted = std::mem::take(&mut self.wanted);
+        for desired in &mut wanted {
+            match self.repair_one(desired) {
+                Ok(false) => {}
+                Ok(true) => repairs.made.push(desired.change.clone()),
+                Err(error) => repairs.failed.push(Failure {
+                    change: desired.change.clone(),
+                    reason: match error {
+                        HostError::Refused { reason, .. } => reason,
+                        HostError::Journal(_) | HostError::Netlink(_) => error.to_string(),
+                    },
+                }),
+            }
+        }
+        self.wanted = wanted;
+        repairs
+    }
+
+    /// Whether it was missing.
+    fn repair_one(&mut self, desired: &mut Desired) -> Result<bool, HostError> {
+        let refused = |change: &Change, reason| HostError::Refused {
+            change: Box::new(change.clone()),
+            reason,
+        };
+        let change = &desired.change;
+        // A route is asked for again: to list the routes may mean to read all of the Internet's.
+        if !matches!(change, Change::Default { .. }) {
+            match self.present(change) {
+                Ok(Presence::AsWanted) => return Ok(false),
+                Ok(Presence::Absent) => {}
+                Ok(Presence::Foreign(reason)) => return Err(refused(change, reason)),
+                Err(error) => return Err(refused(change, remedy(change, &error))),
+            }
+        }
+        // The value that somebody wants now is the one to come back to.
+        if let Change::Sysctl { path, from, .. } = &mut desired.change {
+            *from = read_sysctl(path).map_err(NetlinkError::from)?;
+        }
+        let change = &desired.change;
+        if !desired.with_tun && !self.made.contains(change) {
+            self.made.retain(|made| !made.same_object(change));
+            // Undone last: a qdisc after the filters on it.
+            self.made.insert(0, change.clone());
+            self.journal.write(&self.made)?;
+        }
+        match self.make(desired, false) {
+            Ok(()) => Ok(true),
+            Err(error) if error.is_exists() => Ok(false),
+            Err(error) => Err(refused(change, remedy(change, &error))),
+        }
+    }
+
+    /// As [`reconcile`](Self::reconcile) for a part of what is made: of that, what is not wanted is undone; the rest stays.
     ///
     /// # Errors
     /// If a change fails: those that this call has made are undone.
@@ -183,6 +254,7 @@ impl Host {
         part: impl Fn(&Change) -> bool,
         desired: Vec<Desired>,
     ) -> Result<Report, HostError> {
+        self.wanted.retain(|desired| !part(&desired.change));
         let made = std::mem::take(&mut self.made);
         let (earlier, kept) = made.into_iter().partition(part);
         self.reconcile_step(
@@ -200,6 +272,7 @@ impl Host {
     /// # Errors
     /// If the journal cannot be written.
     pub fn undo_all(&mut self) -> Result<Report, HostError> {
+        self.wanted.clear();
         let made = std::mem::take(&mut self.made);
         self.undo_reversed(made, Vec::new())
     }
@@ -841,6 +914,58 @@ mod tests {
             let _host = stage.host();
             in_fresh_namespace(move || drop(Host::open(&base).unwrap()));
         });
+    }
+
+    #[test]
+    fn what_others_take_away_comes_back_and_still_goes_in_the_end() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let netlink = &stage.netlink;
+            sysctl("net/ipv6/fwmark_reflect", "1");
+            let mut before = snapshot(netlink);
+            let tun = stage.tun();
+            let mut host = stage.host();
+            host.reconcile(stage.steer(&tun)).unwrap();
+            let untouched = snapshot(netlink);
+            assert!(host.repair().made.is_empty());
+            assert_eq!(snapshot(netlink), untouched);
+
+            // A network manager starts, a `sysctl --system`, a TUN that was down for a moment.
+            for change in host.made().to_vec() {
+                if matches!(change, Change::Rule { .. }) {
+                    netlink.delete_rule(&rule(&change)).unwrap();
+                }
+            }
+            sysctl("net/ipv4/tcp_fwmark_accept", "0");
+            sysctl("net/ipv6/fwmark_reflect", "0");
+            netlink.delete_clsact(stage.uplink.index).unwrap();
+            netlink.set_link_down(tun.link.index).unwrap();
+            let repairs = host.repair();
+            let down: Vec<_> = repairs.failed.iter().map(|f| &f.reason).collect();
+            assert_eq!(down.len(), 2, "{down:?}");
+            assert!(down.iter().all(|reason| reason.contains("must be up")));
+            netlink.set_link_up(tun.link.index).unwrap();
+            let repairs = host.repair();
+            assert!(repairs.failed.is_empty(), "{repairs:?}");
+            assert_eq!(repairs.made.len(), 2, "{repairs:?}");
+            assert_eq!(sorted(snapshot(netlink)), sorted(untouched));
+
+            assert!(host.undo_all().unwrap().left.is_empty());
+            drop(tun);
+            // What was set to 0 meanwhile is 0 again, whatever it was before.
+            for line in &mut before {
+                if line.starts_with("net/ipv6/fwmark_reflect") {
+                    *line = "net/ipv6/fwmark_reflect = \"0\\n\"".into();
+                }
+            }
+            assert_eq!(snapshot(netlink), before);
+        });
+    }
+
+    /// In an order of its own, since what comes back may come back elsewhere in a list.
+    fn sorted(mut lines: Vec<String>) -> Vec<String> {
+        lines.sort();
+        lines
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! /run/ipmoved/net-4026531833/   one directory per network namespace, by its inode
 //!     lock                       held with flock(2) while a daemon lives; its pid
 //!     journal                    boot id, namespace cookie, changes in the order they were made
+//!     status.sock                where `ipmoved status` asks; the daemon's, removed with the rest
 //! ```
 #![allow(
     unsafe_code,
@@ -27,11 +28,14 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::netlink::{Direction, Family};
+use crate::status::SOCKET;
 
 /// Where the directories of all namespaces lie. It is emptied at boot, as the kernel's state is.
 pub const BASE_DIR: &str = "/run/ipmoved";
 
 const JOURNAL: &str = "journal";
+/// The journal while it is being written.
+const JOURNAL_NEXT: &str = "journal.next";
 const LOCK: &str = "lock";
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -293,7 +297,7 @@ impl Journal {
     /// Replaces the journal: a reader sees the old one or the new one, whole.
     pub(super) fn write(&self, changes: &[Change]) -> Result<(), JournalError> {
         let path = self.dir.join(JOURNAL);
-        let next = self.dir.join("journal.next");
+        let next = self.dir.join(JOURNAL_NEXT);
         let contents = Contents {
             version: VERSION,
             identity: self.identity.clone(),
@@ -310,9 +314,10 @@ impl Journal {
 
     /// Removes the journal, and its directory if nobody else has put anything there.
     pub(super) fn remove(&self) {
-        let _ = fs::remove_file(self.dir.join(JOURNAL));
         // While we hold the lock; whoever waits for it sees that the file is no longer there.
-        let _ = fs::remove_file(self.dir.join(LOCK));
+        for ours in [JOURNAL, JOURNAL_NEXT, SOCKET, LOCK] {
+            let _ = fs::remove_file(self.dir.join(ours));
+        }
         let _ = fs::remove_dir(&self.dir);
         if let Some(base) = self.dir.parent() {
             let _ = fs::remove_dir(base);

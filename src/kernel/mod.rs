@@ -25,4 +25,4 @@ pub mod steer;
 #[cfg(test)]
 mod testing;
 
-pub use host::{Desired, Failure, Host, HostError, Report};
+pub use host::{Desired, Failure, Host, HostError, Repairs, Report};

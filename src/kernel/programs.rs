@@ -4,6 +4,7 @@
 //!            old server                                      new server
 //!   uplink ingress ── capture ──► TUN              TUN ingress ── steer_mark ──► stack (marked)
 //!   TUN ingress ── return_path ──► uplink          uplink egress ── steer_egress ──► TUN
+//!                   └─ bounced: uplink ingress, past capture
 //! ```
 //!
 //! Owns what each program decides about a packet. Attaching them is the business of
@@ -63,6 +64,17 @@ const DESTINATION_OPTIONS: u8 = 60;
 /// too early gets verdict 0 instead, which is to pass it at once.)
 const TC_ACT_UNSPEC: i32 = -1;
 
+/// The mark of a packet on its way from the TUN to the uplink's ingress: "ipmb". It is taken off
+/// there, and no packet comes from the wire with a mark. With another capture to pass before, it is
+/// the next number.
+const BOUNCED: u32 = 0x6970_6d62;
+
+/// `bpf_redirect`: as if the packet had arrived there.
+const BPF_F_INGRESS: i32 = 1;
+
+/// Offset of the EtherType in an Ethernet header.
+const ETHERTYPE_AT: i32 = 12;
+
 /// Offsets in `struct __sk_buff`.
 const SKB_PKT_TYPE: i16 = 4;
 const SKB_MARK: i16 = 8;
@@ -76,6 +88,7 @@ const SKB_VLAN_PRESENT: i16 = 20;
 /// * A move of ports takes TCP and UDP packets by destination port, ICMP errors that quote a
 ///   packet from such a port, and every fragment of the transports concerned, since only the first
 ///   one shows its port.
+/// * A packet that the daemon gave back ([`return_path`]) passes.
 /// * Only packets for this host without a VLAN tag; and never a UDP datagram to an address and port
 ///   in `tunnel` (unspecified address: any), nor an ICMP error about one from there.
 ///
@@ -99,7 +112,9 @@ pub fn capture(
 /// Sends what the daemon writes to its TUN out of the uplink: for the ingress of the old server's TUN.
 ///
 /// The neighbour is resolved by the kernel; no forwarding, sysctl or netfilter hook takes part, and
-/// the TTL stays. Packets *to* a moved address (bounced ones) go up into this host's own stack.
+/// the TTL stays. Packets *to* a moved address (bounced ones) arrive on the uplink once more, where
+/// [`capture`] lets them pass: this host's own stack sees them as it would without a daemon, so that
+/// strict reverse path filtering and firewall rules for the uplink judge them alike.
 ///
 /// # Errors
 /// If the program is too large.
@@ -110,11 +125,11 @@ pub fn return_path(
 ) -> Result<Program, BpfError> {
     let mut asm = Assembler::new();
     let a = &mut asm;
-    let (v6, send, bounced) = (a.label(), a.label(), a.label());
+    let (v6, send, bounced, other) = (a.label(), a.label(), a.label(), a.label());
     a.mov(R6, R1);
     a.load(Size::W, R0, R6, SKB_PROTOCOL);
     a.jump_if(R0, If::Eq, ethertype(libc::ETH_P_IPV6), v6);
-    a.jump_if(R0, If::Ne, ethertype(libc::ETH_P_IP), bounced);
+    a.jump_if(R0, If::Ne, ethertype(libc::ETH_P_IP), other);
     a.load_packet(Size::W, 16);
     for moved in moves {
         if let IpAddr::V4(addr) = moved.addr {
@@ -150,6 +165,29 @@ pub fn return_path(
     }
     a.exit();
     a.bind(bounced);
+    if uplink_l2_header > 0 {
+        a.mov(R1, R6);
+        a.mov(R2, uplink_l2_header);
+        a.mov(R3, 0);
+        a.call(Helper::SkbChangeHead);
+        // The new header is all zeros; of it only the EtherType is looked at.
+        a.load(Size::W, R0, R6, SKB_PROTOCOL);
+        a.store(Size::H, R10, -8, R0);
+        a.mov(R1, R6);
+        a.mov(R2, ETHERTYPE_AT);
+        a.mov(R3, R10);
+        a.alu(Alu::Add, R3, -8);
+        a.mov(R4, 2);
+        a.mov(R5, 0);
+        a.call(Helper::SkbStoreBytes);
+    }
+    a.mov(R0, BOUNCED);
+    a.store(Size::W, R6, SKB_MARK, R0);
+    a.mov(R1, uplink_ifindex);
+    a.mov(R2, BPF_F_INGRESS);
+    a.call(Helper::Redirect);
+    a.exit();
+    a.bind(other);
     verdict(a, TC_ACT_UNSPEC);
     asm.finish("ipmoved_return")
 }
@@ -182,10 +220,29 @@ impl FlowMaps {
 /// The kernel itself carries the mark into accepted sockets (`tcp_fwmark_accept`) and into resets and
 /// ICMP answers (`fwmark_reflect`); a UDP socket has nowhere to keep it, hence [`steer_egress`].
 ///
+/// A reply without TCP is routed to `uplink` before it is redirected, and what the kernel learns of the
+/// path MTU belongs to a route: so ICMP that says a packet was too big, of any protocol but TCP and
+/// ICMP, whose replies are routed by the mark, arrives on `uplink` instead, without a mark.
+///
 /// # Errors
 /// If the program is too large.
-pub fn steer_mark(mark: u32, maps: &FlowMaps) -> Result<Program, BpfError> {
-    steer_mark_at(mark, maps, 0)
+pub fn steer_mark(
+    mark: u32,
+    maps: &FlowMaps,
+    uplink: Option<Entrance>,
+) -> Result<Program, BpfError> {
+    steer_mark_at(mark, maps, 0, uplink)
+}
+
+/// An interface on which packets are let in.
+#[derive(Clone, Copy, Debug)]
+pub struct Entrance {
+    /// Its index.
+    pub ifindex: u32,
+    /// Length of its link-layer header, in bytes.
+    pub l2_header: u32,
+    /// Its hardware address, if it has such a header.
+    pub mac: [u8; 6],
 }
 
 /// Redirects replies of remembered flows into the TUN: for the egress of the new server's uplinks.
@@ -355,10 +412,19 @@ const VALUE: i16 = -56;
 /// Where [`steer_egress`] keeps the identification of a fragment.
 const IDENTIFICATION: i16 = -44;
 
-fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, BpfError> {
+fn steer_mark_at(
+    mark: u32,
+    maps: &FlowMaps,
+    l2_header: u32,
+    uplink: Option<Entrance>,
+) -> Result<Program, BpfError> {
+    // Destination unreachable with fragmentation needed (RFC 1191); packet too big (RFC 4443).
+    const TOO_BIG_V4: i32 = 0x0304;
+    const TOO_BIG_V6: i32 = 0x0200;
     let mut asm = Assembler::new();
     let a = &mut asm;
     let (v6, done, transport) = (a.label(), a.label(), a.label());
+    let (icmp_v4, icmp_v6, enter) = (a.label(), a.label(), a.label());
     let build = a.label();
     a.mov(R6, R1);
     a.mov(R0, mark);
@@ -371,7 +437,7 @@ fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, 
     a.load_packet(Size::B, l2_header + 9);
     a.mov(R8, R0);
     a.jump_if(R8, If::Eq, i32::from(TCP), done);
-    a.jump_if(R8, If::Eq, i32::from(ICMP), done);
+    a.jump_if(R8, If::Eq, i32::from(ICMP), icmp_v4);
     store_family(a, 4);
     load_bytes(a, l2_header + 16, KEY_LOCAL, 4, done);
     load_bytes(a, l2_header + 12, KEY_REMOTE, 4, done);
@@ -394,7 +460,7 @@ fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, 
     a.jump_if(R8, If::Eq, i32::from(UDP), done);
     a.bind(known);
     a.jump_if(R8, If::Eq, i32::from(TCP), done);
-    a.jump_if(R8, If::Eq, i32::from(ICMPV6), done);
+    a.jump_if(R8, If::Eq, i32::from(ICMPV6), icmp_v6);
     store_family(a, 6);
     load_bytes(a, l2_header + 24, KEY_LOCAL, 16, done);
     load_bytes(a, l2_header + 8, KEY_REMOTE, 16, done);
@@ -420,6 +486,27 @@ fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, 
     a.alu(Alu::Add, R3, i32::from(VALUE));
     a.mov(R4, 0);
     a.call(Helper::MapUpdate);
+    a.jump(done);
+
+    a.bind(icmp_v4);
+    load_ipv4_header_end(a, l2_header, done);
+    a.load_packet_at(Size::H, R7, 0);
+    a.jump_if(R0, If::Ne, TOO_BIG_V4, done);
+    a.load_packet_at(Size::B, R7, 8 + 9);
+    a.jump_if(R0, If::Eq, i32::from(TCP), done);
+    a.jump_if(R0, If::Ne, i32::from(ICMP), enter);
+    a.jump(done);
+    a.bind(icmp_v6);
+    a.load_packet_at(Size::H, R7, 0);
+    a.jump_if(R0, If::Ne, TOO_BIG_V6, done);
+    a.load_packet_at(Size::B, R7, 8 + 6);
+    a.jump_if(R0, If::Eq, i32::from(TCP), done);
+    a.jump_if(R0, If::Ne, i32::from(ICMPV6), enter);
+    a.jump(done);
+    a.bind(enter);
+    if let Some(uplink) = uplink {
+        enter_by(a, uplink);
+    }
     a.bind(done);
     verdict(a, TC_ACT_UNSPEC);
     asm.finish("ipmoved_mark")
@@ -820,6 +907,37 @@ fn verdict(a: &mut Assembler, verdict: i32) {
 fn redirect_to(a: &mut Assembler, ifindex: u32) {
     a.mov(R1, ifindex);
     a.mov(R2, 0);
+    a.call(Helper::Redirect);
+    a.exit();
+}
+
+/// The packet, which has no link-layer header, arrives on another interface, without a mark.
+fn enter_by(a: &mut Assembler, at: Entrance) {
+    if at.l2_header > 0 {
+        a.mov(R1, R6);
+        a.mov(R2, at.l2_header);
+        a.mov(R3, 0);
+        a.call(Helper::SkbChangeHead);
+        // To the interface's own address, from nobody's.
+        let [a0, a1, a2, a3, a4, a5] = at.mac;
+        a.store(Size::W, R10, -16, u32::from_ne_bytes([a0, a1, a2, a3]));
+        a.store(Size::H, R10, -12, i32::from(u16::from_ne_bytes([a4, a5])));
+        a.store(Size::H, R10, -10, 0);
+        a.store(Size::W, R10, -8, 0);
+        a.load(Size::W, R0, R6, SKB_PROTOCOL);
+        a.store(Size::H, R10, -4, R0);
+        a.mov(R1, R6);
+        a.mov(R2, 0);
+        a.mov(R3, R10);
+        a.alu(Alu::Add, R3, -16);
+        a.mov(R4, at.l2_header);
+        a.mov(R5, 0);
+        a.call(Helper::SkbStoreBytes);
+    }
+    a.mov(R0, 0);
+    a.store(Size::W, R6, SKB_MARK, R0);
+    a.mov(R1, at.ifindex);
+    a.mov(R2, BPF_F_INGRESS);
     a.call(Helper::Redirect);
     a.exit();
 }
@@ -1288,7 +1406,10 @@ mod tests {
         fn new() -> Self {
             let maps = FlowMaps::new(1000).expect("run the tests as root");
             Self {
-                mark: steer_mark_at(MARK, &maps, L2).unwrap().load().unwrap(),
+                mark: steer_mark_at(MARK, &maps, L2, None)
+                    .unwrap()
+                    .load()
+                    .unwrap(),
                 egress: steer_egress(&maps, L2, 1, 51820).unwrap().load().unwrap(),
             }
         }

@@ -162,6 +162,11 @@ impl Capture {
         self.frames.is_empty()
     }
 
+    /// The frames, as they lay on the interface.
+    pub fn frames(&self) -> impl Iterator<Item = &[u8]> {
+        self.frames.iter().map(|frame| &**frame)
+    }
+
     /// How many frames contain `needle` anywhere.
     pub fn frames_with(&self, needle: &[u8]) -> usize {
         let first = needle.first();

@@ -3,6 +3,7 @@
 //! Owns how they are started, waited for, signalled and asked. Knows the binary only by its
 //! commands: its arguments, its exit code, what it prints and `status --json`.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
@@ -46,9 +47,10 @@ pub struct DaemonSetup<'lab> {
 
 #[derive(Clone, Debug)]
 struct Side {
-    peer: IpAddr,
+    peer: Option<String>,
     psk_file: PathBuf,
     args: Vec<String>,
+    hosts: Option<PathBuf>,
 }
 
 impl<'lab> DaemonSetup<'lab> {
@@ -59,10 +61,11 @@ impl<'lab> DaemonSetup<'lab> {
         if !psk_file.exists() {
             write_psk(&psk_file)?;
         }
-        let side = |peer, args: &[String]| Side {
-            peer,
+        let side = |peer: IpAddr, args: &[String]| Side {
+            peer: Some(peer.to_string()),
             psk_file: psk_file.clone(),
             args: args.to_vec(),
+            hosts: None,
         };
         Ok(Self {
             lab,
@@ -92,8 +95,30 @@ impl<'lab> DaemonSetup<'lab> {
     /// Lets one side find its peer at another address.
     #[must_use]
     pub fn peer(mut self, role: Role, peer: impl Into<IpAddr>) -> Self {
-        self.side_mut(role).peer = peer.into();
+        self.side_mut(role).peer = Some(peer.into().to_string());
         self
+    }
+
+    /// Lets one side wait to be found: it is not told where its peer is.
+    #[must_use]
+    pub fn without_peer(mut self, role: Role) -> Self {
+        self.side_mut(role).peer = None;
+        self
+    }
+
+    /// Lets one side know its peer by name, with a file of its own in the place of `/etc/hosts` and
+    /// nobody else to ask.
+    #[must_use]
+    pub fn peer_by_name(mut self, role: Role, name: &str, hosts: &Path) -> Self {
+        let side = self.side_mut(role);
+        side.peer = Some(name.into());
+        side.hosts = Some(hosts.into());
+        self
+    }
+
+    /// The file with one side's key.
+    pub fn psk_file(&self, role: Role) -> &Path {
+        &self.side(role).psk_file
     }
 
     /// Gives one side a new key, which the other does not have.
@@ -127,12 +152,11 @@ impl<'lab> DaemonSetup<'lab> {
     /// The arguments of one side's daemon.
     pub fn daemon_args(&self, role: Role) -> Vec<String> {
         let side = self.side(role);
-        let mut args = vec![
-            "--peer".to_owned(),
-            side.peer.to_string(),
-            "--psk-file".to_owned(),
-            side.psk_file.display().to_string(),
-        ];
+        let mut args = Vec::new();
+        if let Some(peer) = &side.peer {
+            args.extend(["--peer".to_owned(), peer.clone()]);
+        }
+        args.extend(["--psk-file".to_owned(), side.psk_file.display().to_string()]);
         args.extend_from_slice(&side.args);
         args
     }
@@ -151,6 +175,9 @@ impl<'lab> DaemonSetup<'lab> {
     pub fn start(&self, role: Role) -> Result<Daemon<'lab>> {
         let mut command = self.command();
         command.args(self.daemon_args(role));
+        if let Some(hosts) = &self.side(role).hosts {
+            super::namespace::with_hosts(&mut command, hosts)?;
+        }
         Ok(Daemon {
             process: self.host(role).spawn(command)?,
             role,
@@ -202,7 +229,8 @@ impl<'lab> DaemonSetup<'lab> {
             .doing(|| format!("read the status of the {role} server: {}", said.stdout))
     }
 
-    fn command(&self) -> Command {
+    /// The binary, ready to be given arguments, with its run-time files where those of this lab are.
+    pub fn command(&self) -> Command {
         let mut command = Command::new(&self.exe);
         command.env_remove("IPMOVED_PSK");
         match &self.runtime_dir {
@@ -350,21 +378,38 @@ impl Status {
         self.tunnel()["state"].as_str().unwrap_or_default()
     }
 
+    /// Every drop that was counted, by reason, whoever sent it.
+    pub fn all_drops(&self) -> BTreeMap<String, u64> {
+        let tunnels = self.0["tunnels"].as_array().map_or(&[][..], Vec::as_slice);
+        // Of a single tunnel, strangers' drops are shown with its own.
+        let strangers = (tunnels.len() > 1).then_some(&self.0);
+        let mut all = BTreeMap::new();
+        for of in tunnels.iter().chain(strangers) {
+            for (reason, count) in of["drops"].as_object().into_iter().flatten() {
+                *all.entry(reason.clone()).or_default() += count.as_u64().unwrap_or_default();
+            }
+        }
+        all
+    }
+
+    /// Where the first tunnel's peer is; empty if that is not known.
+    pub fn endpoint(&self) -> &str {
+        self.tunnel()["endpoint"].as_str().unwrap_or_default()
+    }
+
     /// How many flows live.
     pub fn live_flows(&self) -> u64 {
         self.tunnel()["flows"]["live"].as_u64().unwrap_or_default()
     }
 
-    /// How many packets or datagrams were dropped for a reason, whoever sent them: those of the
-    /// tunnel and those of strangers are listed apart.
+    /// How many packets or datagrams were dropped for a reason, whoever sent them.
     pub fn drops(&self, reason: &str) -> u64 {
-        let count = |of: &Value| of["drops"][reason].as_u64().unwrap_or_default();
-        count(self.tunnel()) + count(&self.0)
+        self.all_drops().get(reason).copied().unwrap_or_default()
     }
 }
 
 /// Writes a new key as `ipmoved genpsk` prints it, readable by its owner alone.
-fn write_psk(path: &Path) -> Result<()> {
+pub fn write_psk(path: &Path) -> Result<()> {
     let doing = || format!("write key {}", path.display());
     let mut key = [0; 32];
     aws_lc_rs::rand::fill(&mut key)

@@ -15,6 +15,7 @@
 //! | [`topology`] | who is where: addresses, links, routes |
 //! | [`traffic`] | clients and services with real sockets |
 //! | [`capture`] | a tap on an interface, and questions about what passed |
+//! | [`raw`] | packets of any protocol, source and damage |
 //! | [`snapshot`] | the state of a namespace as comparable text |
 //! | [`daemon`] | `ipmoved` processes: start, wait, signal, read `status` |
 //! | [`demo`] | `ipmoved demo`: the story, step by step |
@@ -33,6 +34,7 @@ pub mod capture;
 pub mod daemon;
 pub mod demo;
 pub mod namespace;
+pub mod raw;
 pub mod snapshot;
 pub mod topology;
 pub mod traffic;
@@ -41,6 +43,7 @@ pub use capture::{Capture, Tap};
 pub use daemon::{Daemon, DaemonSetup, Daemons};
 pub use demo::{DemoError, demo};
 pub use namespace::{Namespace, Output, Process};
+pub use raw::{RawSocket, Watch, Wire, packets};
 pub use snapshot::Snapshot;
 pub use topology::{Lab, LabBuilder};
 pub use traffic::{Answer, Client, Conversation, Probe, Service, UdpService};

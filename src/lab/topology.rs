@@ -62,9 +62,11 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
 
 const ROUTER_CLIENTS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 const ROUTER_CLIENTS6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1);
-const ROUTER_OLD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 254);
+/// The router's address on the old server's side.
+pub const ROUTER_OLD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 254);
 const ROUTER_OLD6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xa, 0, 0, 0, 0, 0xfe);
-const ROUTER_NEW: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 254);
+/// The router's address on the new server's side.
+pub const ROUTER_NEW: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 254);
 const ROUTER_NEW6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xb, 0, 0, 0, 0, 0xfe);
 
 /// One of the three links of the lab.
@@ -211,6 +213,16 @@ pub fn moved(n: u8) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(MOVED) + u32::from(n))
 }
 
+/// The own address of the `n`th further old server; from the block for benchmarks (RFC 2544).
+pub fn more_old(n: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 18, n, 1)
+}
+
+/// The moved address of the `n`th further old server.
+pub fn more_moved(n: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 18, n, 5)
+}
+
 /// The `n`th moved IPv6 address: 2001:db8:a::5 is number 0.
 pub fn moved6(n: u8) -> Ipv6Addr {
     Ipv6Addr::from(u128::from(MOVED6) + u128::from(n))
@@ -267,6 +279,61 @@ impl Lab {
         &self.new
     }
 
+    /// Adds one more old server, `n` from 1 to 200, with one moved address: [`more_old`], [`more_moved`].
+    pub fn add_old_server(&self, n: u8) -> Result<Namespace> {
+        let host = Namespace::new(&format!("old server {n}"))?;
+        host.set_sysctls(&[
+            ("ipv4/conf/all/rp_filter", "1"),
+            ("ipv4/conf/default/rp_filter", "1"),
+        ])?;
+        host.run(|| netlink("bring lo up", |netlink| set_up(netlink, "lo", None, &[])))?;
+        let at_router = format!("old{n}");
+        let gateway = Ipv4Addr::new(198, 18, n, 254);
+        self.router.run(|| {
+            netlink("connect a host to the router", |netlink| {
+                netlink.add_veth(&at_router, UPLINK, Some(host.fd().as_fd()))?;
+                set_up(netlink, &at_router, None, &[(gateway.into(), 24)])
+            })
+        })?;
+        host.run(|| {
+            netlink("give a host its addresses", |netlink| {
+                let addresses = [(more_old(n).into(), 24), (more_moved(n).into(), 24)];
+                set_up(netlink, UPLINK, None, &addresses)?;
+                netlink.add_route(&Route {
+                    via: Some(gateway.into()),
+                    ..Route::default_of(Family::V4)
+                })
+            })
+        })?;
+        Ok(host)
+    }
+
+    /// Gives a host's uplink one more address, or takes one away.
+    pub fn set_address(
+        &self,
+        host: &Namespace,
+        interface: &str,
+        addr: impl Into<IpAddr>,
+        prefix: u8,
+        present: bool,
+    ) -> Result<()> {
+        let addr = addr.into();
+        host.run(|| {
+            netlink("change an address", |netlink| {
+                let address = Address {
+                    index: index_of(netlink, interface)?,
+                    addr,
+                    prefix,
+                };
+                if present {
+                    netlink.add_address(&address)
+                } else {
+                    netlink.delete_address(&address)
+                }
+            })
+        })
+    }
+
     /// Starts a tap where a host meets the router.
     pub fn tap(&self, leg: Leg) -> Result<Tap> {
         match leg {
@@ -298,6 +365,16 @@ impl Lab {
                 }
             })
         })
+    }
+
+    /// Lets the router drop everything to a whole network: nobody is there.
+    pub fn set_unreachable_net(&self, net: Ipv4Addr, prefix: u8) -> Result<()> {
+        let hole = Route {
+            kind: RouteKind::Blackhole,
+            ..Route::to(net.into(), prefix)
+        };
+        self.router
+            .run(|| netlink("make a network empty", |netlink| netlink.add_route(&hole)))
     }
 
     /// Changes the MTU of a link while everything runs: at both ends, or at the router's alone.

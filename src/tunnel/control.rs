@@ -13,6 +13,10 @@ use crate::wire::role_byte;
 /// path carries that IPv6 may use (RFC 8200, section 5: 1,280).
 pub(crate) const PART_LEN: usize = 1_100;
 
+/// Most bytes of a control message that can mean anything: the head of a part, its bytes, and one more,
+/// so that a part that is too long is still seen to be. What is behind is padding.
+pub const MAX_MESSAGE: usize = 7 + PART_LEN + 1;
+
 /// Most parts of an announcement: 64 moves of 64 port ranges take 17,604 bytes.
 pub(crate) const MAX_PARTS: usize = 17;
 

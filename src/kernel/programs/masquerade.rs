@@ -15,16 +15,12 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use super::{
-    Assembler, BpfError, FRAGMENT, Helper, ICMP, ICMPV6, IPV6_HEADER, If, Label, Program, R0, R1,
-    R2, R3, R4, R5, R6, R7, R8, R9, R10, SKB_MARK, SKB_PKT_TYPE, SKB_PROTOCOL, SKB_VLAN_PRESENT,
-    Size, TC_ACT_UNSPEC, TCP, UDP, ethertype, jump_unless_v6_destination, load_ipv4_header_end,
-    load_v6_destination, redirect_to, verdict, walk_extension_headers,
+    Assembler, BOUNCED, BpfError, FRAGMENT, Helper, ICMP, ICMPV6, IPV6_HEADER, If, Label, Program,
+    R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10, SKB_MARK, SKB_PKT_TYPE, SKB_PROTOCOL,
+    SKB_VLAN_PRESENT, Size, TC_ACT_UNSPEC, TCP, UDP, ethertype, jump_unless_v6_destination,
+    load_ipv4_header_end, load_v6_destination, redirect_to, verdict, walk_extension_headers,
 };
 use crate::kernel::bpf::Alu;
-
-/// The mark of a bounced packet that has one capture to pass, which takes it off again: "ipmb". With
-/// another capture before that one, it is the next number.
-const BOUNCED: u32 = 0x6970_6d62;
 
 /// Most captures at one interface: of moved addresses and of answers. They run in any order.
 const MAX_CAPTURES: u32 = 2;
@@ -188,6 +184,10 @@ pub(super) fn pass_bounced(a: &mut Assembler) {
         a.jump_if(R0, If::Ne, BOUNCED + left, next);
         a.mov(R0, if left == 0 { 0 } else { BOUNCED + left - 1 });
         a.store(Size::W, R6, SKB_MARK, R0);
+        // Without the uplink's address in its header it would count as another host's.
+        a.mov(R1, R6);
+        a.mov(R2, i32::from(libc::PACKET_HOST));
+        a.call(Helper::SkbChangeType);
         verdict(a, TC_ACT_UNSPEC);
         a.bind(next);
     }

@@ -1,0 +1,749 @@
+//! What the micro benches measure: one packet, one super-packet or one flow at a time, through the
+//! same public functions that a lane calls.
+//!
+//! Owns the cases alone; `micro.rs` times them and `instructions.rs` counts them, so that both
+//! speak of the same work. A case repeats one step; what a step uses up is made again every
+//! [`Case::round`] steps by [`Work::prepare`], which is neither timed nor counted.
+
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a bench is an edge: tables and sessions are made as of now"
+)]
+
+use std::hint::black_box;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail};
+use etherparse::PacketBuilder;
+
+use ipmoved::batch::{Destination, SendBatch};
+use ipmoved::drops::DropReason;
+use ipmoved::flow::{AddrId, FlowTable, Inside, Limit, Outside, Seed, TCP_RESET};
+use ipmoved::moved::{Move, TCP};
+use ipmoved::offload::{
+    Coalescer, GSO_TCPV4, MAX_PARTS, NEEDS_CSUM, Offload, Push, Segments, VnetHdr,
+};
+use ipmoved::packet::{ACK, Parsed, RST};
+use ipmoved::peer::{Path, PeerId, Role};
+use ipmoved::session::{
+    Cipher, CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
+};
+use ipmoved::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use ipmoved::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
+use ipmoved::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
+
+/// Something that is repeated.
+pub(crate) trait Work {
+    /// Makes what the next round of steps uses up.
+    fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What is measured. Only called after [`prepare`](Self::prepare), at most a round's times.
+    fn step(&mut self);
+}
+
+/// One line of the benches.
+pub(crate) struct Case {
+    /// `what/of what`.
+    pub(crate) name: &'static str,
+    /// Bytes of IP packet that one step handles, if that means anything.
+    pub(crate) bytes: u64,
+    /// Steps for which one preparation is enough.
+    pub(crate) round: u32,
+    /// Makes what it needs.
+    pub(crate) build: fn() -> Result<Box<dyn Work>>,
+}
+
+/// IP packet that fits a datagram on a path of 1,500 bytes.
+const PACKET: usize = 1_440;
+/// A small one: an ACK with timestamps is not much smaller.
+const SMALL: usize = 64;
+/// Segments of the super-packet: what the kernel makes of 64 KB.
+const SEGMENTS: usize = 48;
+/// Its payload per segment.
+const MSS: usize = 1_350;
+/// Steps that use up something: enough that a round is long against the clock's resolution.
+const ROUND: u32 = 4_096;
+
+const FEW: usize = 1_000;
+const MANY: usize = 1_000_000;
+
+type End = (Ipv4Addr, u16);
+const CLIENT: End = (Ipv4Addr::new(203, 0, 113, 10), 40_000);
+const MOVED: End = (Ipv4Addr::new(192, 0, 2, 5), 80);
+const NEW: End = (Ipv4Addr::new(198, 51, 100, 2), 80);
+
+/// Every case.
+pub(crate) fn all() -> Vec<Case> {
+    let case = |name, bytes: usize, round, build| Case {
+        name,
+        bytes: bytes as u64,
+        round,
+        build,
+    };
+    vec![
+        case("seal/1440 aes-256-gcm", PACKET, ROUND, || {
+            Seal::build(Cipher::Aes256Gcm, PACKET)
+        }),
+        case("seal/64 aes-256-gcm", SMALL, ROUND, || {
+            Seal::build(Cipher::Aes256Gcm, SMALL)
+        }),
+        case("seal/1440 chacha20-poly1305", PACKET, ROUND, || {
+            Seal::build(Cipher::ChaCha20Poly1305, PACKET)
+        }),
+        case("open/1440 aes-256-gcm", PACKET, ROUND, || {
+            Open::build(Cipher::Aes256Gcm, PACKET)
+        }),
+        case("open/64 aes-256-gcm", SMALL, ROUND, || {
+            Open::build(Cipher::Aes256Gcm, SMALL)
+        }),
+        case("open/1440 chacha20-poly1305", PACKET, ROUND, || {
+            Open::build(Cipher::ChaCha20Poly1305, PACKET)
+        }),
+        case("parse/tcp", 0, ROUND, || {
+            Ok(Box::new(Parse(tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?)))
+        }),
+        case("check/captured", 0, ROUND, Check::build),
+        case("rewrite/inbound", 0, ROUND, || Rewrite::build(true)),
+        case("rewrite/outbound", 0, ROUND, || Rewrite::build(false)),
+        case("segment/48", SEGMENTS * MSS, ROUND, || {
+            Ok(Box::new(Segment::new()?))
+        }),
+        case("segment and seal/48", SEGMENTS * MSS, ROUND, || {
+            Ok(Box::new(SegmentAndSeal::new()?))
+        }),
+        case("coalesce/44", COALESCED * MSS, ROUND, || {
+            Ok(Box::new(Coalesce::new()?))
+        }),
+        case("flow lookup/1 k", 0, ROUND, || Lookup::build(FEW)),
+        case("flow lookup/1 M", 0, ROUND, || Lookup::build(MANY)),
+        case("flow insert/1 k", 0, ROUND, || Insert::build(FEW)),
+        case("flow insert/1 M", 0, ROUND, || Insert::build(MANY)),
+        case("flow expiry/1 k", 0, ROUND, || Expire::build(FEW)),
+        case("flow expiry/1 M", 0, ROUND, || Expire::build(MANY)),
+    ]
+}
+
+// Sealing and opening.
+
+struct Seal {
+    joined: Joined,
+    datagram: Vec<u8>,
+}
+
+impl Seal {
+    fn build(cipher: Cipher, len: usize) -> Result<Box<dyn Work>> {
+        Ok(Box::new(Self {
+            joined: Joined::by(cipher)?,
+            datagram: vec![0; len + DATA_OVERHEAD],
+        }))
+    }
+}
+
+impl Work for Seal {
+    fn prepare(&mut self) -> Result<()> {
+        seal(&self.joined.from, &mut self.datagram).context("a datagram was not sealed")
+    }
+
+    fn step(&mut self) {
+        black_box(seal(&self.joined.from, &mut self.datagram));
+    }
+}
+
+struct Open {
+    joined: Joined,
+    sealed: Vec<u8>,
+    stride: usize,
+    at: usize,
+}
+
+impl Open {
+    fn build(cipher: Cipher, len: usize) -> Result<Box<dyn Work>> {
+        let stride = len + DATA_OVERHEAD;
+        Ok(Box::new(Self {
+            joined: Joined::by(cipher)?,
+            sealed: vec![0; stride * ROUND as usize],
+            stride,
+            at: 0,
+        }))
+    }
+}
+
+impl Work for Open {
+    fn prepare(&mut self) -> Result<()> {
+        self.at = 0;
+        for datagram in self.sealed.chunks_exact_mut(self.stride) {
+            seal(&self.joined.from, datagram).context("a datagram was not sealed")?;
+        }
+        let mut another = vec![0; self.stride];
+        seal(&self.joined.from, &mut another).context("a datagram was not sealed")?;
+        match open(&self.joined.to, &mut another) {
+            Ok(_) => Ok(()),
+            Err(reason) => bail!("a datagram was not opened: {}", reason.name()),
+        }
+    }
+
+    fn step(&mut self) {
+        let datagram = &mut self.sealed[self.at..self.at + self.stride];
+        self.at += self.stride;
+        let _ = black_box(open(&self.joined.to, datagram));
+    }
+}
+
+fn seal(session: &Session, datagram: &mut [u8]) -> Option<()> {
+    let sealer = session.sealer(0)?;
+    let counter = sealer.reserve(1)?.next()?;
+    sealer.seal(counter, Flags::CSUM_PARTIAL, datagram).ok()
+}
+
+fn open(session: &Session, datagram: &mut [u8]) -> Result<usize, DropReason> {
+    let Message::Data(data) = Message::parse(datagram)? else {
+        return Err(DropReason::WireMalformed);
+    };
+    let opened = session.open(data, datagram)?;
+    Ok(opened.plaintext.len())
+}
+
+/// The same session as both sides hold it: a handshake of two tunnels in this process. The session ends
+/// with either of them.
+struct Joined {
+    from: Arc<Session>,
+    to: Arc<Session>,
+    _tunnels: [Tunnel; 2],
+}
+
+impl Joined {
+    fn by(cipher: Cipher) -> Result<Self> {
+        let (now, wall) = (Instant::now(), SystemTime::now());
+        let keys = PeerKeys::derive(&Psk::generate(&Entropy::system())?);
+        let addr = |role| -> SocketAddr {
+            match role {
+                Role::Old => ([192, 0, 2, 1], 51_850).into(),
+                Role::New => (NEW.0, 51_850).into(),
+            }
+        };
+        let tunnel = |role: Role| {
+            let config = TunnelConfig {
+                peer: PeerId(0),
+                keys: keys.clone(),
+                role,
+                lanes: 1,
+                offer: Offer::of_this_machine(CipherPolicy::Only(cipher)),
+                // One side begins, so that initiations do not cross.
+                endpoint: (role == Role::Old).then(|| addr(role.other())),
+                announcement: match role {
+                    Role::Old => Announcement::Old {
+                        moves: vec![],
+                        mtu: 1_500,
+                    },
+                    Role::New => Announcement::New {
+                        deliver: Deliver::Keep,
+                        mtu: 1_500,
+                        error: None,
+                    },
+                },
+                max_datagram: None,
+                timers: Timers::default(),
+                indexes: SessionIndexes::default(),
+                entropy: Entropy::system(),
+            };
+            Tunnel::new(config, now)
+        };
+        let (mut old, mut new) = (tunnel(Role::Old)?, tunnel(Role::New)?);
+        let door = Door::new([(PeerId(0), keys.clone())]);
+        let pass = |from: &mut Tunnel, to: &mut Tunnel| -> Result<()> {
+            let sent = from.poll_transmit().context("nothing was sent")?;
+            let path = Path {
+                remote: addr(from.role()),
+                local: None,
+            };
+            let Ok(admitted) = door.admit(&sent.datagram) else {
+                bail!("the handshake was not admitted");
+            };
+            if to.handle_handshake(now, path, &admitted).is_err() {
+                bail!("the handshake was not accepted");
+            }
+            Ok(())
+        };
+        old.handle_timeout(now, wall);
+        pass(&mut old, &mut new)?;
+        pass(&mut new, &mut old)?;
+        let session = |tunnel: &mut Tunnel| loop {
+            match tunnel.poll_event() {
+                Some(Event::SessionInstalled(session)) => break Ok(session),
+                Some(_) => {}
+                None => bail!("the handshake came to no session"),
+            }
+        };
+        Ok(Self {
+            from: session(&mut old)?,
+            to: session(&mut new)?,
+            _tunnels: [old, new],
+        })
+    }
+}
+
+// Packets.
+
+struct Parse(Vec<u8>);
+
+impl Work for Parse {
+    fn step(&mut self) {
+        let _ = black_box(Parsed::parse(black_box(&self.0)));
+    }
+}
+
+struct Check {
+    gate: Gate,
+    packet: Vec<u8>,
+    now: Instant,
+}
+
+impl Check {
+    fn build() -> Result<Box<dyn Work>> {
+        Ok(Box::new(Self {
+            gate: Gate::new(vec![whole(MOVED.0)]),
+            packet: tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?,
+            now: Instant::now(),
+        }))
+    }
+}
+
+impl Work for Check {
+    fn step(&mut self) {
+        if let Ok(parsed) = Parsed::parse(&self.packet) {
+            let verdict = self.gate.check_captured(self.now, &parsed, &self.packet);
+            let _ = black_box(verdict);
+        }
+    }
+}
+
+/// Parse, look up, rewrite. The packet is put back each time: 20 bytes of the header are copied.
+struct Rewrite {
+    translator: Translator,
+    now: Instant,
+    inbound: bool,
+    fresh: Vec<u8>,
+    packet: Vec<u8>,
+}
+
+impl Rewrite {
+    fn build(inbound: bool) -> Result<Box<dyn Work>> {
+        let now = Instant::now();
+        let translator = Translator::new(TranslatorConfig {
+            shards: 1,
+            max_flows: FEW,
+            seed: [1, 2],
+            epoch: now,
+        });
+        translator.set_moves(PeerId(0), vec![whole(MOVED.0)])?;
+        let delivery = Delivery {
+            v4: Some(NEW.0),
+            ..Delivery::default()
+        };
+        translator.set_delivery(PeerId(0), delivery)?;
+        let mut there = tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?;
+        let fresh = if inbound {
+            there.clone()
+        } else {
+            tcp(NEW, CLIENT, 0, &[0; 1_400], true)?
+        };
+        let mut work = Self {
+            translator,
+            now,
+            inbound,
+            packet: fresh.clone(),
+            fresh,
+        };
+        // The flow begins with a packet of the client.
+        let Ok(mut parsed) = Parsed::parse(&there) else {
+            bail!("the bench's packet is not understood");
+        };
+        let opened = work
+            .translator
+            .inbound(now, PeerId(0), &mut there, &mut parsed, true);
+        if opened.is_err() || work.rewrite().is_err() {
+            bail!("the bench's packet is not translated: {opened:?}");
+        }
+        Ok(Box::new(work))
+    }
+
+    fn rewrite(&mut self) -> Result<(), DropReason> {
+        const HEADERS: usize = 40;
+        self.packet[..HEADERS].copy_from_slice(&self.fresh[..HEADERS]);
+        let (now, packet) = (self.now, &mut self.packet[..]);
+        let mut parsed = Parsed::parse(packet)?;
+        if self.inbound {
+            self.translator
+                .inbound(now, PeerId(0), packet, &mut parsed, true)
+        } else {
+            let peer = self.translator.outbound(now, packet, &mut parsed, true)?;
+            debug_assert_eq!(peer, PeerId(0));
+            Ok(())
+        }
+    }
+}
+
+impl Work for Rewrite {
+    fn step(&mut self) {
+        let _ = black_box(self.rewrite());
+    }
+}
+
+// Super-packets.
+
+struct Segment {
+    vnet: VnetHdr,
+    packet: Vec<u8>,
+    out: Vec<u8>,
+}
+
+impl Segment {
+    fn new() -> Result<Self> {
+        let payload = vec![0x5a; SEGMENTS * MSS];
+        let packet = tcp(CLIENT, MOVED, 0, &payload, true)?;
+        Ok(Self {
+            vnet: VnetHdr {
+                flags: NEEDS_CSUM,
+                gso_type: GSO_TCPV4,
+                hdr_len: 40,
+                gso_size: MSS as u16,
+                csum_start: 20,
+                csum_offset: 16,
+            },
+            packet,
+            out: vec![0; MSS + 40],
+        })
+    }
+
+    /// Cuts the super-packet and hands each segment's room to `with`, which fills it.
+    fn cut(
+        vnet: &VnetHdr,
+        packet: &mut [u8],
+        mut each: impl FnMut(&mut Segments<'_>, usize),
+    ) -> Result<(), DropReason> {
+        let parsed = Parsed::parse(packet)?;
+        let offload = Offload::accept(vnet, packet, &parsed)?;
+        let mut segments = Segments::new(offload, packet, &parsed, PACKET);
+        while let Some(len) = segments.next_len() {
+            each(&mut segments, len);
+        }
+        Ok(())
+    }
+}
+
+impl Work for Segment {
+    fn prepare(&mut self) -> Result<()> {
+        let mut count = 0;
+        let cut = Self::cut(&self.vnet, &mut self.packet, |segments, len| {
+            segments.next_into(&mut self.out[..len]);
+            count += 1;
+        });
+        if cut.is_err() || count != SEGMENTS {
+            bail!("the super-packet was cut in {count}: {cut:?}");
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) {
+        let cut = Self::cut(&self.vnet, &mut self.packet, |segments, len| {
+            black_box(segments.next_into(&mut self.out[..len]));
+        });
+        debug_assert!(cut.is_ok());
+    }
+}
+
+/// What the old server does with a super-packet between the two system calls.
+struct SegmentAndSeal {
+    segment: Segment,
+    joined: Joined,
+    batch: SendBatch,
+    to: Destination,
+}
+
+impl SegmentAndSeal {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            segment: Segment::new()?,
+            joined: Joined::by(Cipher::Aes256Gcm)?,
+            batch: SendBatch::new(),
+            to: Destination {
+                peer: PeerId(0),
+                path: Path {
+                    remote: (NEW.0, 51_850).into(),
+                    local: None,
+                },
+                ecn: 0,
+            },
+        })
+    }
+}
+
+impl Work for SegmentAndSeal {
+    fn prepare(&mut self) -> Result<()> {
+        self.segment.prepare()?;
+        seal(&self.joined.from, &mut [0; PACKET]).context("a datagram was not sealed")
+    }
+
+    fn step(&mut self) {
+        let Self {
+            segment: Segment { vnet, packet, .. },
+            joined,
+            batch,
+            to,
+        } = self;
+        let cut = Segment::cut(vnet, packet, |segments, len| {
+            let datagram = len + DATA_OVERHEAD;
+            if !batch.fits(datagram, to) {
+                black_box(batch.take());
+            }
+            let slot = batch.slot(datagram);
+            segments.next_into(&mut slot[DATA_HEADER_LEN..]);
+            if seal(&joined.from, slot).is_some() {
+                batch.commit(datagram, *to);
+            }
+        });
+        black_box(batch.take());
+        debug_assert!(cut.is_ok());
+    }
+}
+
+/// What one receive gives at most: 44 datagrams of a path of 1,500 bytes.
+const COALESCED: usize = 44;
+
+/// Plaintexts side by side, parsed and joined. The head is put back each time.
+struct Coalesce {
+    slab: Vec<u8>,
+    head: Vec<u8>,
+    stride: usize,
+    coalescer: Coalescer,
+}
+
+impl Coalesce {
+    fn new() -> Result<Self> {
+        const { assert!(COALESCED <= MAX_PARTS) };
+        let mut slab = Vec::new();
+        for n in 0..COALESCED {
+            slab.extend(tcp(CLIENT, MOVED, n as u32, &[0; MSS], true)?);
+        }
+        let stride = slab.len() / COALESCED;
+        let mut work = Self {
+            head: slab[..stride].to_vec(),
+            slab,
+            stride,
+            coalescer: Coalescer::new(true),
+        };
+        if work.join() != Some(COALESCED) {
+            bail!("the packets were not joined to one");
+        }
+        Ok(work)
+    }
+
+    fn join(&mut self) -> Option<usize> {
+        self.slab[..40].copy_from_slice(&self.head[..40]);
+        for at in (0..self.slab.len()).step_by(self.stride) {
+            let range = at..at + self.stride;
+            let parsed = Parsed::parse(&self.slab[range.clone()]).ok()?;
+            if self.coalescer.push(&self.slab, range, &parsed, true) == Push::MustFlush {
+                return None;
+            }
+        }
+        let joined = self.coalescer.finish(&mut self.slab)?;
+        Some(joined.packets)
+    }
+}
+
+impl Work for Coalesce {
+    fn step(&mut self) {
+        black_box(self.join());
+    }
+}
+
+// Flows.
+
+/// A table of flows that were answered, as they are met in operation.
+struct Flows {
+    table: FlowTable,
+    limit: Limit,
+    now: Instant,
+    epoch: Instant,
+    count: usize,
+}
+
+impl Flows {
+    fn new(count: usize) -> Result<Self> {
+        let now = Instant::now();
+        let mut flows = Self {
+            table: FlowTable::new(Seed::new([1, 2]), now),
+            limit: Limit::new(2 * MANY),
+            now,
+            epoch: now,
+            count,
+        };
+        for n in 0..count {
+            let inside = flows.open(n, ACK)?;
+            let limit = &flows.limit;
+            flows.table.application_packet(now, &inside, ACK, limit);
+        }
+        Ok(flows)
+    }
+
+    fn open(&mut self, n: usize, tcp_flags: u8) -> Result<Inside> {
+        self.table
+            .open(self.now, &outside(n), AddrId(1), 80, tcp_flags, &self.limit)
+            .map_err(|reason| anyhow::anyhow!("flow {n} was not opened: {}", reason.name()))
+    }
+
+    /// Lets the flows beyond the first `count` go, which were reset. The others outlive some
+    /// hundred of that; then the table is made anew.
+    fn clear(&mut self) -> Result<()> {
+        self.now += TCP_RESET + Duration::from_secs(1);
+        self.table.expire(self.now, usize::MAX, &self.limit);
+        if self.now.duration_since(self.epoch) > Duration::from_secs(3_600) {
+            *self = Self::new(self.count)?;
+        }
+        Ok(())
+    }
+}
+
+/// Flow number `n`: 256 ports on each client address.
+fn outside(n: usize) -> Outside {
+    let client = Ipv4Addr::from(0x0a00_0000 + (n >> 8) as u32);
+    Outside {
+        peer: PeerId(0),
+        protocol: TCP,
+        client: client.into(),
+        client_port: 1_024 + (n & 0xff) as u16,
+        moved: AddrId(0),
+        moved_port: 80,
+    }
+}
+
+struct Lookup {
+    flows: Flows,
+    n: usize,
+}
+
+impl Lookup {
+    fn build(count: usize) -> Result<Box<dyn Work>> {
+        let flows = Flows::new(count)?;
+        Ok(Box::new(Self { flows, n: 0 }))
+    }
+}
+
+impl Work for Lookup {
+    fn step(&mut self) {
+        // A stride without a common factor with the count: each flow in turn, none next to the last.
+        self.n = (self.n + 611_953) % self.flows.count;
+        let Flows {
+            table, limit, now, ..
+        } = &mut self.flows;
+        let found = table.client_packet(*now, &outside(self.n), ACK, limit);
+        debug_assert!(found.is_some());
+        black_box(found);
+    }
+}
+
+struct Insert {
+    flows: Flows,
+    n: usize,
+}
+
+impl Insert {
+    fn build(count: usize) -> Result<Box<dyn Work>> {
+        let flows = Flows::new(count)?;
+        Ok(Box::new(Self { flows, n: 0 }))
+    }
+}
+
+impl Work for Insert {
+    fn prepare(&mut self) -> Result<()> {
+        self.n = self.flows.count;
+        self.flows.clear()
+    }
+
+    fn step(&mut self) {
+        self.n += 1;
+        let opened = self.flows.open(self.n, RST);
+        debug_assert!(opened.is_ok());
+        let _ = black_box(opened);
+    }
+}
+
+struct Expire {
+    flows: Flows,
+}
+
+impl Expire {
+    fn build(count: usize) -> Result<Box<dyn Work>> {
+        let flows = Flows::new(count)?;
+        Ok(Box::new(Self { flows }))
+    }
+}
+
+impl Work for Expire {
+    fn prepare(&mut self) -> Result<()> {
+        self.flows.clear()?;
+        for n in 0..ROUND as usize {
+            self.flows.open(self.flows.count + n, RST)?;
+        }
+        self.flows.now += TCP_RESET + Duration::from_secs(1);
+        Ok(())
+    }
+
+    fn step(&mut self) {
+        let Flows {
+            table, limit, now, ..
+        } = &mut self.flows;
+        let removed = table.expire(*now, 1, limit);
+        debug_assert_eq!(removed, 1);
+        black_box(removed);
+    }
+}
+
+// What the cases are made of.
+
+/// Everything that goes to an address.
+fn whole(addr: Ipv4Addr) -> Move {
+    Move {
+        addr: addr.into(),
+        ports: vec![],
+        transport: None,
+    }
+}
+
+/// A segment of a TCP connection, the `n`th of a row; its checksum partial or complete.
+fn tcp(src: End, dst: End, n: u32, payload: &[u8], partial: bool) -> Result<Vec<u8>> {
+    let mut packet = Vec::new();
+    let seq = 1 + n * payload.len() as u32;
+    PacketBuilder::ipv4(src.0.octets(), dst.0.octets(), 64)
+        .tcp(src.1, dst.1, seq, 65_535)
+        .ack(1)
+        .write(&mut packet, payload)?;
+    // Consecutive identifications, as a sender cuts them; the header's sum follows.
+    packet[4..6].copy_from_slice(&(n as u16).to_be_bytes());
+    packet[10..12].fill(0);
+    let header = !sum(&packet[..20], 0);
+    packet[10..12].copy_from_slice(&header.to_be_bytes());
+    if partial {
+        let length = (packet.len() - 20) as u32;
+        let pseudo = sum(&packet[12..20], u32::from(TCP) + length);
+        packet[36..38].copy_from_slice(&pseudo.to_be_bytes());
+    }
+    Ok(packet)
+}
+
+/// One's complement sum (RFC 1071) of an even number of bytes.
+fn sum(bytes: &[u8], start: u32) -> u16 {
+    let words = bytes.chunks_exact(2);
+    let mut sum = words.fold(start, |sum, word| {
+        sum + u32::from(u16::from_be_bytes([word[0], word[1]]))
+    });
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}

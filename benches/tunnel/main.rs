@@ -1,0 +1,234 @@
+//! The whole tunnel, side by side with what else carries a moved address: `cargo bench --bench tunnel`.
+//!
+//! ```text
+//!                       ┌── old server 192.0.2.1, holds 192.0.2.5 (moved)
+//!  client ── router ────┤              ║ what is compared
+//!                       └── new server 198.51.100.2: sinks and sources
+//! ```
+//!
+//! Each contender gets a lab of its own, all of them stand at the same time, and the rounds are
+//! interleaved: what disturbs the machine disturbs all. Figures are medians over the rounds, and what
+//! a reader should take from them are the ratios: all five parties (client, router, both servers,
+//! generator) share this machine's processors.
+//!
+//! | room | owns |
+//! |---|---|
+//! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
+//! | [`load`] | traffic: TCP streams, UDP floods, pings, connections |
+//! | [`measures`] | what is measured in a round, and the counters read around it |
+//! | [`profile`] | where the daemons' time goes, as `perf` sees it |
+//! | [`report`] | table, JSON, SVG, and the page in `contrib` |
+//!
+//! Everything lives in namespaces without names and goes with this process, however it ends. Needs
+//! root. Foreign programs (`ip`, `nft` or `iptables`, `wg`, `wireguard-go`, …) set up the others;
+//! what is not on PATH is left out, and said. `ipmoved` and the traffic need none.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command")]
+#![allow(
+    clippy::disallowed_methods,
+    reason = "a bench measures real kernels by the real clock"
+)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+
+use contenders::{Contender, Kind};
+use ipmoved::lab::Lab;
+use measures::Effort;
+use report::Report;
+
+mod contenders;
+mod load;
+mod measures;
+mod profile;
+mod report;
+
+#[derive(Parser)]
+#[command(about = "The whole tunnel, side by side with what else carries a moved address")]
+struct Args {
+    /// Less of everything: under two minutes
+    #[arg(long)]
+    quick: bool,
+    /// Rounds, of which the medians are taken (5; with --quick 3)
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Seconds of each TCP run (3; with --quick 0.7)
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Only contenders whose name contains one of these (comma-separated)
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Another ipmoved binary, as a contender of its own: before and after in one run
+    #[arg(long)]
+    against: Vec<PathBuf>,
+    /// More arguments for both ipmoved daemons, such as "--lanes 2"
+    #[arg(long, value_name = "ARGS", allow_hyphen_values = true)]
+    daemon_args: Option<String>,
+    /// Fill the flow table with a million flows even with --quick
+    #[arg(long)]
+    flows: bool,
+    /// Sample the daemons with `perf` under one TCP stream (always with --page, if it is on PATH)
+    #[arg(long)]
+    profile: bool,
+    /// Write table, profile and picture into contrib/performance.md and .svg
+    #[arg(long)]
+    page: bool,
+    /// Passed by cargo
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+/// Set by SIGINT and SIGTERM.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    // `cargo test --benches` starts benches as well, without this argument.
+    if !args.bench {
+        println!("to be run by `cargo bench --bench tunnel`");
+        return ExitCode::SUCCESS;
+    }
+    watch_signals();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let started = Instant::now();
+    let mut effort = if args.quick {
+        Effort::QUICK
+    } else {
+        Effort::FULL
+    };
+    if let Some(seconds) = args.seconds {
+        effort.tcp = Duration::from_secs_f64(seconds);
+    }
+    let rounds = args.rounds.unwrap_or(if args.quick { 3 } else { 5 }).max(1);
+    let wanted = |kind: &Kind| {
+        let name = kind.name();
+        args.only.is_empty() || args.only.iter().any(|part| name.contains(part.as_str()))
+    };
+    let daemon_args: Vec<String> = args
+        .daemon_args
+        .iter()
+        .flat_map(|text| text.split_whitespace().map(str::to_owned))
+        .collect();
+    let kinds: Vec<Kind> = Kind::all(&args.against)
+        .into_iter()
+        .filter(wanted)
+        .collect();
+    if kinds.is_empty() {
+        bail!("--only names none of the contenders");
+    }
+    let labs = kinds
+        .iter()
+        .map(|_| Lab::new())
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut report = Report::new(rounds, effort);
+    let mut contenders = Vec::new();
+    for (kind, lab) in kinds.iter().zip(&labs) {
+        pass()?;
+        let name = kind.name();
+        match Contender::start(kind, lab, &daemon_args) {
+            Ok(contender) => contenders.push(contender),
+            // The bench is for the tunnel: without it there is nothing to say.
+            Err(error) if kind.is_ipmoved() => return Err(error.context(name)),
+            Err(error) => report.skipped(&name, &format!("{error:#}")),
+        }
+    }
+    for contender in &contenders {
+        report.add(contender.name(), measures::at_rest(contender)?);
+    }
+    for round in 1..=rounds {
+        for contender in &contenders {
+            eprint!(
+                "\rround {round} of {rounds}: {:<24} {:>4} s ",
+                contender.name(),
+                started.elapsed().as_secs()
+            );
+            let figures = measures::round(contender, &effort)
+                .with_context(|| format!("{}, round {round}", contender.name()))?;
+            report.add(contender.name(), figures);
+        }
+    }
+    if args.flows || !args.quick {
+        for contender in contenders.iter().filter(|one| one.is_ipmoved()) {
+            eprint!("\rfilling the flow table of {:<24}", contender.name());
+            let figures = measures::many_flows(contender, &effort)
+                .with_context(|| format!("{}, many flows", contender.name()))?;
+            report.add(contender.name(), figures);
+        }
+    }
+    if args.profile || args.page {
+        for contender in contenders.iter().filter(|one| one.is_ipmoved()) {
+            let name = contender.name();
+            eprint!("\rprofiling {name:<50}");
+            match profile::of(contender, contender.lab().dir()) {
+                Ok(text) => report.profile(&name, text),
+                Err(error) => report.skipped(&format!("profile of {name}"), &format!("{error:#}")),
+            }
+        }
+    }
+    eprintln!("\r{:<60}", "");
+    // Stopped here rather than dropped, so that one that does not end well is reported.
+    for contender in contenders {
+        contender.stop()?;
+    }
+    drop(labs);
+    report.finish(started.elapsed(), args.page)
+}
+
+/// Refuses to go on after a signal.
+fn pass() -> Result<()> {
+    if INTERRUPTED.load(Relaxed) {
+        bail!("interrupted; everything has been removed");
+    }
+    Ok(())
+}
+
+/// Sleeps, unless interrupted.
+fn rest(time: Duration) -> Result<()> {
+    const STEP: Duration = Duration::from_millis(50);
+    let end = Instant::now() + time;
+    loop {
+        pass()?;
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        std::thread::sleep(left.min(STEP));
+    }
+}
+
+/// Takes SIGINT and SIGTERM, so that what is set up is taken down; a second one ends at once.
+fn watch_signals() {
+    std::thread::spawn(|| -> std::io::Result<()> {
+        use tokio::signal::unix::{SignalKind, signal};
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()?;
+        runtime.block_on(async {
+            let mut int = signal(SignalKind::interrupt())?;
+            let mut term = signal(SignalKind::terminate())?;
+            loop {
+                tokio::select! {
+                    _ = int.recv() => {}
+                    _ = term.recv() => {}
+                }
+                if INTERRUPTED.swap(true, Relaxed) {
+                    std::process::exit(130);
+                }
+            }
+        })
+    });
+}

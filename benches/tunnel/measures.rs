@@ -1,0 +1,395 @@
+//! What is measured of a contender in a round, and the kernel's counters read around it.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use ipmoved::lab::{LabError, Namespace};
+
+use crate::contenders::Contender;
+use crate::load::{self, Direction, Flood};
+use crate::rest;
+
+/// How much time is spent on each measurement.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effort {
+    pub(crate) tcp: Duration,
+    pub(crate) flood: Duration,
+    pub(crate) connections: Duration,
+    pub(crate) pings: usize,
+    /// Steps of the search for the highest rate without loss; 0 leaves it out.
+    pub(crate) search: usize,
+}
+
+impl Effort {
+    /// Of a run that is quoted.
+    pub(crate) const FULL: Self = Self {
+        tcp: Duration::from_secs(3),
+        flood: Duration::from_millis(1_500),
+        connections: Duration::from_millis(1_500),
+        pings: 400,
+        search: 6,
+    };
+    /// Of a run in passing.
+    pub(crate) const QUICK: Self = Self {
+        tcp: Duration::from_millis(700),
+        flood: Duration::from_millis(500),
+        connections: Duration::from_millis(500),
+        pings: 100,
+        search: 0,
+    };
+}
+
+/// One step of the search for the highest rate without loss.
+const SEARCH_STEP: Duration = Duration::from_millis(350);
+/// Loss that counts as none.
+const CLEAN: f64 = 0.01;
+
+/// Flows of the large table.
+const FLOWS: usize = 1_000_000;
+/// How fast they are begun, in flows a second: below what any build carries without loss, as a lost
+/// datagram is a flow that is not there.
+const FLOW_PACE: f64 = 60_000.0;
+
+/// Names of figures, in the order of the table, with unit and what is better.
+pub(crate) const FIGURES: &[Figure] = &[
+    figure("tcp forward", "Gbit/s", Better::More, 2),
+    figure("tcp reverse", "Gbit/s", Better::More, 2),
+    figure("tcp forward, 4 streams", "Gbit/s", Better::More, 2),
+    figure("cpu old, forward", "s/GB", Better::Less, 2),
+    figure("cpu new, forward", "s/GB", Better::Less, 2),
+    figure("cpu old, reverse", "s/GB", Better::Less, 2),
+    figure("cpu new, reverse", "s/GB", Better::Less, 2),
+    figure("cpu machine, forward", "s/GB", Better::Less, 2),
+    figure("udp 64 received", "kpps", Better::More, 0),
+    figure("udp 64 offered", "kpps", Better::More, 0),
+    figure("udp 64 dropped by daemons", "%", Better::Less, 2),
+    figure("udp 64 overran queues", "%", Better::Less, 1),
+    figure("udp 64 without loss", "kpps", Better::More, 0),
+    figure("udp 1200 received", "kpps", Better::More, 0),
+    figure("udp 1200 offered", "kpps", Better::More, 0),
+    figure("udp 1200 dropped by daemons", "%", Better::Less, 2),
+    figure("udp 1200 overran queues", "%", Better::Less, 1),
+    figure("udp 1200 without loss", "kpps", Better::More, 0),
+    figure("ping, median", "ms", Better::Less, 3),
+    figure("ping, 90 %", "ms", Better::Less, 3),
+    figure("ping, 99 %", "ms", Better::Less, 3),
+    figure("connections", "/s", Better::More, 0),
+    figure("memory old, no flows", "MB", Better::Less, 1),
+    figure("memory new, no flows", "MB", Better::Less, 1),
+    figure("flows opened", "", Better::More, 0),
+    figure("memory a flow", "bytes", Better::Less, 0),
+    figure("tcp forward, 1 M flows", "Gbit/s", Better::More, 2),
+];
+
+/// One line of the table.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Figure {
+    pub(crate) name: &'static str,
+    pub(crate) unit: &'static str,
+    pub(crate) better: Better,
+    pub(crate) decimals: usize,
+}
+
+/// Which way is better.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Better {
+    More,
+    Less,
+}
+
+const fn figure(name: &'static str, unit: &'static str, better: Better, decimals: usize) -> Figure {
+    Figure {
+        name,
+        unit,
+        better,
+        decimals,
+    }
+}
+
+/// What was measured: name and value.
+pub(crate) type Figures = Vec<(&'static str, f64)>;
+
+/// Before any traffic.
+pub(crate) fn at_rest(contender: &Contender<'_>) -> Result<Figures> {
+    let Some([old, new]) = contender.pids() else {
+        return Ok(vec![]);
+    };
+    Ok(vec![
+        ("memory old, no flows", resident(old)? / 1e6),
+        ("memory new, no flows", resident(new)? / 1e6),
+    ])
+}
+
+/// Everything that is measured in each round.
+pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
+    let (lab, target) = (contender.lab(), contender.target());
+    let mut figures = Figures::new();
+    let forward = stream(contender, 1, Direction::Forward, effort.tcp)?;
+    figures.push(("tcp forward", forward.gbit_per_s));
+    figures.push(("cpu machine, forward", forward.machine));
+    if let Some([old, new]) = forward.daemons {
+        figures.extend([("cpu old, forward", old), ("cpu new, forward", new)]);
+    }
+    let reverse = stream(contender, 1, Direction::Reverse, effort.tcp)?;
+    figures.push(("tcp reverse", reverse.gbit_per_s));
+    if let Some([old, new]) = reverse.daemons {
+        figures.extend([("cpu old, reverse", old), ("cpu new, reverse", new)]);
+    }
+    let four = stream(contender, 4, Direction::Forward, effort.tcp)?;
+    figures.push(("tcp forward, 4 streams", four.gbit_per_s));
+
+    let names = [
+        "udp 64 received",
+        "udp 64 offered",
+        "udp 64 dropped by daemons",
+        "udp 64 overran queues",
+        "udp 64 without loss",
+    ];
+    figures.extend(datagrams(contender, 64, names, effort)?);
+    let names = [
+        "udp 1200 received",
+        "udp 1200 offered",
+        "udp 1200 dropped by daemons",
+        "udp 1200 overran queues",
+        "udp 1200 without loss",
+    ];
+    figures.extend(datagrams(contender, 1_200, names, effort)?);
+
+    let trips = load::pings(lab, target, effort.pings)?;
+    let percentile = |share: f64| {
+        let at = (trips.len() as f64 * share) as usize;
+        trips
+            .get(at.min(trips.len().saturating_sub(1)))
+            .map_or(f64::NAN, |trip| trip.as_secs_f64() * 1e3)
+    };
+    figures.extend([
+        ("ping, median", percentile(0.5)),
+        ("ping, 90 %", percentile(0.9)),
+        ("ping, 99 %", percentile(0.99)),
+    ]);
+    let connections = load::connections(lab, target, effort.connections)?;
+    figures.push(("connections", connections));
+    Ok(figures)
+}
+
+/// Memory and throughput with a million flows.
+pub(crate) fn many_flows(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
+    let (Some(daemons), Some([_, new])) = (contender.daemons(), contender.pids()) else {
+        return Ok(vec![]);
+    };
+    let (before, flows) = (resident(new)?, daemons.new.status()?.live_flows());
+    load::open_flows(contender.lab(), contender.target(), FLOWS, FLOW_PACE)?;
+    rest(Duration::from_millis(500))?;
+    let live = daemons.new.status()?.live_flows();
+    let grown = resident(new)? - before;
+    let full = stream(contender, 1, Direction::Forward, effort.tcp)?;
+    let opened = live.saturating_sub(flows) as f64;
+    Ok(vec![
+        ("flows opened", opened),
+        ("memory a flow", grown / opened),
+        ("tcp forward, 1 M flows", full.gbit_per_s),
+    ])
+}
+
+struct Stream {
+    gbit_per_s: f64,
+    /// CPU seconds for 10⁹ bytes of payload: the old server's process, the new server's.
+    daemons: Option<[f64; 2]>,
+    /// The whole machine's, generators and everybody else included.
+    machine: f64,
+}
+
+fn stream(
+    contender: &Contender<'_>,
+    streams: usize,
+    direction: Direction,
+    time: Duration,
+) -> Result<Stream> {
+    let mut readings = Vec::new();
+    let at = || {
+        let daemons = match contender.pids() {
+            Some([old, new]) => Some([cpu_of(old)?, cpu_of(new)?]),
+            None => None,
+        };
+        readings.push((daemons, cpu_of_machine()?));
+        Ok(())
+    };
+    let (lab, target) = (contender.lab(), contender.target());
+    let (bytes, took) = load::tcp(lab, target, streams, direction, time, at)?;
+    let [before, after] = &readings[..] else {
+        anyhow::bail!("the counters are read twice");
+    };
+    let gigabytes = bytes as f64 / 1e9;
+    let daemons = before.0.zip(after.0);
+    Ok(Stream {
+        gbit_per_s: bytes as f64 * 8e-9 / took.as_secs_f64(),
+        daemons: daemons
+            .map(|(before, after)| [0, 1].map(|side| (after[side] - before[side]) / gigabytes)),
+        machine: (after.1 - before.1) / gigabytes,
+    })
+}
+
+/// A flood as fast as one thread can, and the highest pace that arrives whole.
+fn datagrams(
+    contender: &Contender<'_>,
+    payload: usize,
+    [received, offered, dropped, overran, clean]: [&'static str; 5],
+    effort: &Effort,
+) -> Result<Figures> {
+    let (lab, target) = (contender.lab(), contender.target());
+    let before = losses(contender)?;
+    let flood = load::flood(lab, target, payload, None, effort.flood)?;
+    let after = losses(contender)?;
+    let share = |count: u64| count as f64 / flood.sent.max(1) as f64 * 100.0;
+    let mut figures = vec![(received, flood.rate / 1e3), (offered, flood.offered / 1e3)];
+    if let (Some(before), Some(after)) = (before.dropped, after.dropped) {
+        figures.push((dropped, share(after - before)));
+    }
+    if let (Some(before), Some(after)) = (before.overran, after.overran) {
+        figures.push((overran, share(after - before)));
+    }
+    if effort.search > 0 {
+        figures.push((
+            clean,
+            search(contender, payload, &flood, effort.search)? / 1e3,
+        ));
+    }
+    Ok(figures)
+}
+
+/// Halves the interval in which the highest pace without loss must lie.
+fn search(contender: &Contender<'_>, payload: usize, flood: &Flood, steps: usize) -> Result<f64> {
+    let (lab, target) = (contender.lab(), contender.target());
+    let (mut low, mut high) = (0.0, flood.offered);
+    // Under a flood the receiver starves: without it more may arrive than arrived then.
+    let mut pace = flood.rate.min(flood.offered * 0.9);
+    for _ in 0..steps {
+        let tried = load::flood(lab, target, payload, Some(pace), SEARCH_STEP)?;
+        if tried.loss() < CLEAN && tried.offered > pace * 0.9 {
+            low = pace;
+        } else {
+            high = pace;
+        }
+        pace = (low + high) / 2.0;
+    }
+    Ok(low)
+}
+
+/// Packets that did not get through the tunnel.
+struct Losses {
+    /// What the daemons say that they dropped.
+    dropped: Option<u64>,
+    /// What the kernel dropped in front of a process: the TUN's queue, the socket's buffer.
+    overran: Option<u64>,
+}
+
+fn losses(contender: &Contender<'_>) -> Result<Losses> {
+    let dropped = match contender.daemons() {
+        None => None,
+        Some(daemons) => {
+            Some(all_drops(&daemons.old.status()?.0) + all_drops(&daemons.new.status()?.0))
+        }
+    };
+    let lab = contender.lab();
+    let overran = match contender.queues() {
+        None => None,
+        Some(([old, _], port)) => {
+            Some(queue_drops(lab.old_server(), old)? + socket_drops(lab.new_server(), port)?)
+        }
+    };
+    Ok(Losses { dropped, overran })
+}
+
+/// Every counter of every `drops` object.
+fn all_drops(status: &Value) -> u64 {
+    let sum = |drops: &Value| {
+        drops
+            .as_object()
+            .map_or(0, |all| all.values().filter_map(Value::as_u64).sum())
+    };
+    let tunnels = status["tunnels"].as_array();
+    sum(&status["drops"]) + tunnels.map_or(0, |all| all.iter().map(|one| sum(&one["drops"])).sum())
+}
+
+/// Packets for a process that did not fit the queue of its TUN device.
+fn queue_drops(host: &Namespace, device: &str) -> Result<u64> {
+    let text = read(host, "/proc/thread-self/net/dev")?;
+    // Receive: bytes packets errs drop fifo frame compressed multicast; transmit: bytes packets errs drop.
+    let line = text
+        .lines()
+        .find_map(|line| line.trim_start().strip_prefix(device)?.strip_prefix(':'));
+    line.and_then(|line| line.split_ascii_whitespace().nth(11)?.parse().ok())
+        .with_context(|| format!("no counters of {device}"))
+}
+
+/// Datagrams that did not fit the buffers of the sockets of a port.
+fn socket_drops(host: &Namespace, port: u16) -> Result<u64> {
+    let mut drops = 0;
+    for table in ["udp", "udp6"] {
+        let text = read(host, &format!("/proc/thread-self/net/{table}"))?;
+        for line in text.lines().skip(1) {
+            let mut fields = line.split_ascii_whitespace();
+            let local = fields.nth(1).and_then(|local| local.rsplit(':').next());
+            let is_it = local.and_then(|hex| u16::from_str_radix(hex, 16).ok()) == Some(port);
+            if let Some(count) = fields.last().filter(|_| is_it) {
+                drops += count.parse::<u64>()?;
+            }
+        }
+    }
+    Ok(drops)
+}
+
+fn read(host: &Namespace, path: &str) -> Result<String> {
+    Ok(host.run(|| {
+        fs::read_to_string(path)
+            .map_err(|error| LabError::unexpected(format!("cannot read {path}: {error}")))
+    })?)
+}
+
+/// Ticks a second of the times in /proc: fixed by the kernel's interface to programs.
+const TICKS: f64 = 100.0;
+
+/// CPU seconds that a process has used, in itself and in the kernel.
+fn cpu_of(pid: u32) -> Result<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, which may hold anything, ends with the last parenthesis; utime and stime are fields 14
+    // and 15.
+    let (_, fields) = text.rsplit_once(')').context("a stat without a name")?;
+    let ticks: u64 = fields
+        .split_ascii_whitespace()
+        .skip(11)
+        .take(2)
+        .filter_map(|field| field.parse::<u64>().ok())
+        .sum();
+    Ok(ticks as f64 / TICKS)
+}
+
+/// CPU seconds that the machine has been busy.
+fn cpu_of_machine() -> Result<f64> {
+    let text = fs::read_to_string("/proc/stat")?;
+    let line = text.lines().next().unwrap_or_default();
+    let fields: Vec<u64> = line
+        .split_ascii_whitespace()
+        .skip(1)
+        .filter_map(|field| field.parse().ok())
+        .collect();
+    // user nice system idle iowait irq softirq
+    let busy: u64 = [0, 1, 2, 5, 6]
+        .iter()
+        .filter_map(|&at| fields.get(at))
+        .sum();
+    Ok(busy as f64 / TICKS)
+}
+
+/// Bytes of memory that a process holds.
+fn resident(pid: u32) -> Result<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kilobytes = text
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:")?.split_ascii_whitespace().next())
+        .and_then(|text| text.parse::<f64>().ok());
+    Ok(kilobytes.context("a process without memory")? * 1024.0)
+}

@@ -1,0 +1,183 @@
+//! Where the time of the two daemons goes under one TCP stream, as `perf` sees it.
+//!
+//! Samples the process clock, which works in virtual machines without counters of their own. There,
+//! what runs with interrupts off is seen where they are switched on again: wake-ups show as
+//! `_raw_spin_unlock_irqrestore` and `finish_task_switch`. Work of the network that the kernel does in
+//! a daemon's time (the router's and the other hosts' too, in a lab) counts as the daemon's.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::contenders::Contender;
+use crate::load::{self, Direction};
+
+/// How long is looked.
+const TIME: Duration = Duration::from_secs(4);
+/// Samples a second.
+const RATE: &str = "1999";
+/// Symbols that are named.
+const NAMED: usize = 8;
+
+/// What a symbol is part of: the first of these with a word that is in its name.
+const PARTS: &[(&str, &[&str])] = &[
+    (
+        "sealing and opening",
+        &[
+            "gcm",
+            "aead",
+            "aes_",
+            "chacha",
+            "poly1305",
+            "EVP_",
+            "CRYPTO_",
+            "iv_len",
+            "Sealer",
+            "OpenBatch",
+            "aws_lc",
+        ],
+    ),
+    ("this project's own code", &["ipmoved"]),
+    (
+        "copying",
+        &[
+            "_copy_",
+            "copy_page",
+            "memcpy",
+            "memmove",
+            "object_size",
+            "iov_iter",
+        ],
+    ),
+    (
+        "waiting and waking",
+        &[
+            "schedule",
+            "task_switch",
+            "irqrestore",
+            "poll",
+            "wake",
+            "select",
+            "idle",
+        ],
+    ),
+];
+const REST: [(&str, &str); 2] = [
+    ("[k]", "the kernel's network stack and the rest of it"),
+    ("", "the rest of the process"),
+];
+
+/// Samples both daemons, one direction after the other; text for the page.
+pub(crate) fn of(contender: &Contender<'_>, scratch: &Path) -> Result<String> {
+    let Some(pids) = contender.pids() else {
+        bail!("no process carries it");
+    };
+    let mut out = String::new();
+    for (direction, name) in [
+        (Direction::Forward, "forward, from client to application"),
+        (Direction::Reverse, "reverse, from application to client"),
+    ] {
+        let data = scratch.join("perf.data");
+        record(contender, direction, pids, &data)?;
+        for (pid, side) in pids.into_iter().zip(["old", "new"]) {
+            let symbols = report(&data, pid)?;
+            // Writing to a String cannot fail.
+            let _ = writeln!(out, "{side} server, {name}:\n");
+            for (part, share) in parts(&symbols) {
+                let _ = writeln!(out, "* {share:.0} % {part}");
+            }
+            let most: Vec<String> = symbols
+                .iter()
+                .take(NAMED)
+                .map(|(share, name)| {
+                    let name = name.trim_start_matches("[.] ").trim_start_matches("[k] ");
+                    format!("`{name}` {share:.1}")
+                })
+                .collect();
+            let _ = writeln!(out, "* most: {}\n", most.join(", "));
+        }
+    }
+    Ok(out)
+}
+
+fn record(
+    contender: &Contender<'_>,
+    direction: Direction,
+    pids: [u32; 2],
+    data: &Path,
+) -> Result<()> {
+    let mut perf = Command::new("perf");
+    perf.args(["record", "-q", "-F", RATE, "-e", "cpu-clock", "-p"])
+        .arg(format!("{},{}", pids[0], pids[1]))
+        .arg("-o")
+        .arg(data)
+        .args(["--", "sleep"])
+        .arg(TIME.as_secs().to_string());
+    let mut perf = Some(perf);
+    let mut recording = None;
+    // Begins when the stream has found its speed.
+    let at = || {
+        if let Some(mut perf) = perf.take() {
+            recording = Some(thread::spawn(move || perf.output()));
+        }
+        Ok(())
+    };
+    let (lab, target) = (contender.lab(), contender.target());
+    load::tcp(lab, target, 1, direction, TIME + TIME / 8, at)?;
+    let said = recording
+        .and_then(|recording| recording.join().ok())
+        .context("perf was not started")?
+        .context("cannot start perf")?;
+    if !said.status.success() {
+        bail!("perf: {}", String::from_utf8_lossy(&said.stderr).trim());
+    }
+    Ok(())
+}
+
+/// Share in per cent and name of each symbol, largest first.
+fn report(data: &Path, pid: u32) -> Result<Vec<(f64, String)>> {
+    let said = Command::new("perf")
+        .args(["report", "--stdio", "--no-children", "-g", "none", "-i"])
+        .arg(data)
+        .args(["--percentage", "relative", "--sort", "sym", "--pid"])
+        .arg(pid.to_string())
+        .output()
+        .context("cannot start perf")?;
+    let text = String::from_utf8_lossy(&said.stdout);
+    let symbols: Vec<(f64, String)> = text
+        .lines()
+        .filter_map(|line| {
+            let (share, name) = line.trim_start().split_once('%')?;
+            Some((share.parse().ok()?, name.trim().to_owned()))
+        })
+        .collect();
+    if symbols.is_empty() {
+        bail!(
+            "perf saw nothing: {}",
+            String::from_utf8_lossy(&said.stderr).trim()
+        );
+    }
+    Ok(symbols)
+}
+
+fn parts(symbols: &[(f64, String)]) -> Vec<(&'static str, f64)> {
+    let names = PARTS.iter().map(|&(part, _)| part);
+    let names = names.chain(REST.map(|(_, part)| part));
+    let mut shares: Vec<(&'static str, f64)> = names.map(|part| (part, 0.0)).collect();
+    for (share, name) in symbols {
+        let known = PARTS
+            .iter()
+            .position(|(_, words)| words.iter().any(|word| name.contains(word)));
+        let at = known.unwrap_or_else(|| {
+            let rest = REST.iter().position(|(mark, _)| name.starts_with(mark));
+            PARTS.len() + rest.unwrap_or(1)
+        });
+        shares[at].1 += share;
+    }
+    shares.sort_unstable_by(|one, other| other.1.total_cmp(&one.1));
+    shares
+}

@@ -1,0 +1,116 @@
+//! Many flows, and many that are none.
+//!
+//! ```text
+//!  clients ─┐
+//!           ├─ router ──┬── old server
+//!  10.x.y.z ┘           └── new server: flow table of --max-flows
+//!  (nobody there)
+//! ```
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::thread;
+use std::time::Duration;
+
+use ipmoved::lab::topology::{MOVED, NEW};
+use ipmoved::lab::{Lab, LabError, Service, Wire, packets};
+use ipmoved::peer::Role;
+
+use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
+
+/// The `n`th address and port of those that do not exist.
+fn nobody(n: u32) -> (Ipv4Addr, u16) {
+    let addr = Ipv4Addr::from(0x0a00_0000 + n % 0x00ff_0000 + 1);
+    (addr, 1_024 + (n % 50_000) as u16)
+}
+
+/// Sends these packets as fast as they are taken without losing most of them.
+fn flood(wire: &Wire, packets: impl Iterator<Item = Vec<u8>>) -> Result {
+    // As many as the queue of the TUN holds, less what others need.
+    const BURST: usize = 400;
+    for (index, packet) in packets.enumerate() {
+        wire.send(&packet)?;
+        if index % BURST == 0 {
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flood_of_spoofed_syns_takes_nothing_from_anybody() -> Result {
+    const FLOOD: u32 = 200_000;
+    const MAX: u64 = 50_000;
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::New, &["--max-flows", &MAX.to_string()]);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _daemons = setup.start_both()?;
+    // What the new server answers to nobody ends at the router.
+    lab.set_unreachable_net(Ipv4Addr::new(10, 0, 0, 0), 8)?;
+    let mut conversations = (0..50)
+        .map(|_| lab.client().converse(MOVED))
+        .collect::<Result<Vec<_>>>()?;
+    let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
+    let client = lab.client();
+    thread::scope(|scope| {
+        let download = scope.spawn(|| client.download(MOVED, 32 * MEGABYTE));
+        flood(
+            &wire,
+            (0..FLOOD).map(|n| packets::syn(nobody(n), (MOVED, 80))),
+        )?;
+        download.join().unwrap()
+    })?;
+    let status = setup.status(Role::New)?;
+    assert!(status.live_flows() <= MAX, "{status:?}");
+    let evicted = status.tunnel()["flows"]["evicted"].as_u64();
+    assert!(evicted > Some(MAX), "{status:?}");
+    for (number, conversation) in conversations.iter_mut().enumerate() {
+        conversation.exchange(format!("still there, {number}?").as_bytes(), PATIENCE)?;
+    }
+    client.download(MOVED, MEGABYTE).map(drop)
+}
+
+#[test]
+fn a_million_flows_fit_in_128_bytes_each() -> Result {
+    const FLOWS: u32 = 1_000_000;
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let mut daemons = setup.start_both()?;
+    let mut conversation = lab.client().converse(MOVED)?;
+    let resident = |daemon: &mut ipmoved::lab::Daemon<'_>| {
+        let path = format!("/proc/{}/status", daemon.process().id());
+        let text = fs::read_to_string(&path).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+            .map(|kilobytes| kilobytes * 1024)
+            .ok_or_else(|| LabError::unexpected(format!("no VmRSS in {path}")))
+    };
+    let before = [resident(&mut daemons.old)?, resident(&mut daemons.new)?];
+    let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
+    // Nothing listens there; the new server says so to a few and is silent to the rest.
+    let datagram = |n| packets::udp((nobody(n).0.into(), nobody(n).1), (MOVED.into(), 9), b"");
+    let mut live = 0;
+    let mut passes = 0;
+    while passes < 6 {
+        passes += 1;
+        flood(&wire, (0..FLOWS).map(datagram))?;
+        live = setup.status(Role::New)?.live_flows();
+        if live >= u64::from(FLOWS) * 99 / 100 {
+            break;
+        }
+    }
+    assert!(live >= u64::from(FLOWS) * 99 / 100, "{live} flows");
+    let after = [resident(&mut daemons.old)?, resident(&mut daemons.new)?];
+    let grown = after[1].saturating_sub(before[1]);
+    println!(
+        "{live} flows in {passes} passes: {} bytes each; the old server grew by {} bytes",
+        grown / live,
+        after[0].saturating_sub(before[0])
+    );
+    assert!(grown <= 128 * live, "{grown} bytes for {live} flows");
+    // The old server keeps nothing of a flow.
+    assert!(after[0] < before[0] + (8 << 20), "{before:?} {after:?}");
+    conversation.exchange(b"still there?", PATIENCE)?;
+    lab.client().get(MOVED)?.is_answered_by(NEW).map(drop)
+}

@@ -1,0 +1,169 @@
+//! A holder of the key in place of the old server: it makes a session like any peer and then sends
+//! what no daemon would.
+
+#![allow(
+    clippy::disallowed_methods,
+    reason = "it talks to a real daemon, so it reads the real clock"
+)]
+
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use ipmoved::config::DEFAULT_PORT;
+use ipmoved::lab::daemon::read_psk;
+use ipmoved::lab::topology::{NEW, OLD};
+use ipmoved::lab::{Lab, LabError};
+use ipmoved::moved::Move;
+use ipmoved::peer::{Path, PeerId, Role};
+use ipmoved::session::{
+    CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
+};
+use ipmoved::tunnel::{Announcement, Event, Timers, Tunnel, TunnelConfig};
+use ipmoved::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
+
+use crate::stage::{PATIENCE, Result};
+
+/// Somebody with the key, on the old server.
+pub(crate) struct Impostor {
+    socket: UdpSocket,
+    tunnel: Tunnel,
+    door: Door,
+    sessions: HashMap<u32, Arc<Session>>,
+    sending: Option<Arc<Session>>,
+}
+
+fn failed(error: impl std::fmt::Display) -> LabError {
+    LabError::unexpected(format!("the impostor failed: {error}"))
+}
+
+impl Impostor {
+    /// Makes a session with the daemon of the new server and announces that this has moved.
+    pub(crate) fn new(lab: &Lab, moves: &[&str]) -> Result<Self> {
+        let psk: Psk = read_psk(&lab.dir().join("psk"))?.parse().map_err(failed)?;
+        let keys = PeerKeys::derive(&psk);
+        let socket =
+            (lab.old_server()).run(|| UdpSocket::bind((OLD, DEFAULT_PORT)).map_err(failed))?;
+        socket
+            .set_read_timeout(Some(Duration::from_millis(20)))
+            .map_err(failed)?;
+        let moves: Vec<Move> = moves
+            .iter()
+            .map(|text| text.parse().map_err(failed))
+            .collect::<Result<_>>()?;
+        let config = TunnelConfig {
+            peer: PeerId(0),
+            keys: keys.clone(),
+            role: Role::Old,
+            lanes: 1,
+            offer: Offer::of_this_machine(CipherPolicy::default()),
+            endpoint: Some(SocketAddr::from((NEW, DEFAULT_PORT))),
+            announcement: Announcement::Old { moves, mtu: 1_500 },
+            max_datagram: None,
+            timers: Timers::default(),
+            indexes: SessionIndexes::default(),
+            entropy: Entropy::system(),
+        };
+        let mut impostor = Self {
+            socket,
+            tunnel: Tunnel::new(config, Instant::now()).map_err(failed)?,
+            door: Door::new([(PeerId(0), keys)]),
+            sessions: HashMap::new(),
+            sending: None,
+        };
+        let deadline = Instant::now() + PATIENCE;
+        let mut introduced = false;
+        while impostor.sending.is_none() || !introduced {
+            if Instant::now() > deadline {
+                return Err(failed("no session"));
+            }
+            introduced |= impostor.turn()?;
+        }
+        // What was announced is on its way, and acknowledged in a moment.
+        for _ in 0..10 {
+            impostor.turn()?;
+        }
+        Ok(impostor)
+    }
+
+    /// Sends an IP packet, or what passes for one, as if a client had sent it.
+    pub(crate) fn send(&self, packet: &[u8]) -> Result {
+        let session = self.sending.as_ref().ok_or_else(|| failed("no session"))?;
+        let sealer = session.sealer(0).ok_or_else(|| failed("no lane"))?;
+        let mut counters = sealer.reserve(1).ok_or_else(|| failed("no counter"))?;
+        let counter = counters.next().ok_or_else(|| failed("no counter"))?;
+        let mut datagram = vec![0; packet.len() + DATA_OVERHEAD];
+        datagram[DATA_HEADER_LEN..][..packet.len()].copy_from_slice(packet);
+        (sealer.seal(counter, Flags::NONE, &mut datagram)).map_err(|_| failed("not sealed"))?;
+        self.socket
+            .send_to(&datagram, (NEW, DEFAULT_PORT))
+            .map_err(failed)
+            .map(drop)
+    }
+
+    /// Does what is due and takes one datagram; whether the peer has introduced itself.
+    fn turn(&mut self) -> Result<bool> {
+        let now = Instant::now();
+        self.tunnel.handle_timeout(now, SystemTime::now());
+        let mut buffer = [0; 2_000];
+        match self.socket.recv_from(&mut buffer) {
+            Ok((len, from)) => self.take(now, &mut buffer[..len], from),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let mut introduced = false;
+        while let Some(event) = self.tunnel.poll_event() {
+            match event {
+                Event::SessionInstalled(session) => {
+                    self.sessions.insert(session.index(), session);
+                }
+                Event::SendOn(session) => self.sending = Some(session),
+                Event::PeerConfig(_) => introduced = true,
+                Event::SessionRemoved(_)
+                | Event::SendOff
+                | Event::Endpoint(_)
+                | Event::State(_)
+                | Event::Rtt(_)
+                | Event::PathMtu(_)
+                | Event::Warning(_) => {}
+            }
+        }
+        while let Some(transmit) = self.tunnel.poll_transmit() {
+            self.socket
+                .send_to(&transmit.datagram, transmit.to.remote)
+                .map_err(failed)?;
+        }
+        Ok(introduced)
+    }
+
+    fn take(&mut self, now: Instant, datagram: &mut [u8], from: SocketAddr) {
+        let path = Path {
+            remote: from,
+            local: Some(IpAddr::from(OLD)),
+        };
+        // What is not meant for it is nothing to an impostor.
+        match Message::parse(datagram) {
+            Ok(Message::Data(data)) => {
+                let Some(session) = self.sessions.get(&data.receiver).cloned() else {
+                    return;
+                };
+                let Ok(opened) = session.open(data, datagram) else {
+                    return;
+                };
+                self.tunnel.session_heard(now, &session, path);
+                if opened.flags.has(Flags::CONTROL) {
+                    let message = &datagram[opened.plaintext];
+                    let _ = self.tunnel.handle_control(now, &session, message);
+                }
+            }
+            Ok(Message::Initiation(_) | Message::Response(_)) => {
+                if let Ok(admitted) = self.door.admit(datagram) {
+                    let _ = self.tunnel.handle_handshake(now, path, &admitted);
+                }
+            }
+            Err(_) => {}
+        }
+    }
+}

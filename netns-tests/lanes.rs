@@ -1,0 +1,121 @@
+//! Any number of lanes on either side, and every offload missing, carry the same bytes.
+//!
+//! ```text
+//!  client ── router ──┬── old server 192.0.2.1, holds 192.0.2.5 (moved), lanes 1, 2 or 8
+//!                     │              ║ one UDP port on either side
+//!                     └── new server 198.51.100.2, lanes 1, 2 or 8
+//! ```
+
+use std::fs;
+use std::thread;
+
+use ipmoved::lab::topology::{MOVED, NEW};
+use ipmoved::lab::{Lab, LabError, Namespace, Service, UdpService};
+use ipmoved::peer::Role;
+
+use crate::stage::{MEGABYTE, Result, setup};
+
+/// Connections that run side by side.
+const STREAMS: usize = 6;
+
+#[test]
+fn two_lanes_on_either_side_carry_every_stream_whole() -> Result {
+    streams_arrive_whole("2", "2")
+}
+
+#[test]
+fn eight_lanes_and_one_carry_every_stream_whole() -> Result {
+    streams_arrive_whole("8", "1")
+}
+
+#[test]
+fn two_lanes_and_eight_carry_every_stream_whole() -> Result {
+    streams_arrive_whole("2", "8")
+}
+
+fn streams_arrive_whole(old: &str, new: &str) -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?
+        .args(Role::Old, &["--lanes", old])
+        .args(Role::New, &["--lanes", new]);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let echo = UdpService::start(lab.new_server(), (NEW, 7))?;
+    let daemons = setup.start_both()?;
+    let late = out_of_order(lab.new_server())?;
+    thread::scope(|scope| {
+        let streams: Vec<_> = (0..STREAMS as u64)
+            .map(|n| {
+                let client = lab.client();
+                scope.spawn(move || {
+                    client.upload(MOVED, 4 * MEGABYTE + n)?;
+                    client.download(MOVED, 4 * MEGABYTE + n)
+                })
+            })
+            .collect();
+        streams
+            .into_iter()
+            .try_for_each(|stream| stream.join().unwrap().map(drop))
+    })?;
+    // A flow stays in its lane: six uploads of 4 MB are 17,000 segments.
+    let late = out_of_order(lab.new_server())? - late;
+    assert!(late < 170, "{late} segments came out of order");
+    lab.client().get_many(MOVED, 50)?;
+    for n in 0..20u8 {
+        lab.client().udp((MOVED, 7), &[n; 100])?;
+    }
+    assert_eq!(echo.peers().len(), 20);
+    for daemon in [&daemons.old, &daemons.new] {
+        let status = daemon.status()?;
+        assert_eq!(status.drops("open_auth"), 0);
+        assert_eq!(status.drops("replay"), 0);
+    }
+    Ok(())
+}
+
+/// TCP segments that came out of order to a host so far (`TCPOFOQueue`).
+fn out_of_order(host: &Namespace) -> Result<u64> {
+    host.run(|| {
+        let text = fs::read_to_string("/proc/thread-self/net/netstat")
+            .map_err(|error| LabError::Unexpected(error.to_string()))?;
+        let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+        let (names, values) = (lines.next(), lines.next());
+        names
+            .into_iter()
+            .flat_map(str::split_whitespace)
+            .zip(values.into_iter().flat_map(str::split_whitespace))
+            .find(|(name, _)| *name == "TCPOFOQueue")
+            .and_then(|(_, value)| value.parse().ok())
+            .ok_or_else(|| LabError::Unexpected("no TCPOFOQueue in netstat".into()))
+    })
+}
+
+#[test]
+fn without_any_offload_the_same_bytes_arrive() -> Result {
+    let lab = Lab::new()?;
+    let without = ["--without", "udp-gso,udp-gro,tun-gso"];
+    let setup = setup(&lab)?
+        .args(Role::Old, &without)
+        .args(Role::New, &without);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let daemons = setup.start_both()?;
+    lab.client().upload(MOVED, 8 * MEGABYTE + 1)?;
+    lab.client().download(MOVED, 8 * MEGABYTE + 1)?;
+    for daemon in [&daemons.old, &daemons.new] {
+        let text = daemon.status()?.0["offloads"].clone();
+        for offload in ["udp_gso", "udp_gro", "tun_tso"] {
+            assert_eq!(text[offload], false, "{offload} is shown as missing");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn one_side_without_offloads_understands_the_other() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::New, &["--without", "udp-gso,udp-gro,tun-gso"]);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _daemons = setup.start_both()?;
+    lab.client().upload(MOVED, 8 * MEGABYTE + 1)?;
+    lab.client().download(MOVED, 8 * MEGABYTE + 1)?;
+    Ok(())
+}

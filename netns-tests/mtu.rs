@@ -1,0 +1,371 @@
+//! Packets of every size get through, or their sender is told how much does.
+//!
+//! ```text
+//!                   clients' link          ┌── old server ──┐
+//!  clients ──────── (1,280 … 9,000) router ┤                ║ tunnel, path MTU 1,300 … 1,500
+//!                                          └── new server ──┘
+//! ```
+
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6};
+use ipmoved::lab::{
+    DaemonSetup, Lab, LabError, RawSocket, Service, UdpService, Wire, packets, poll_until, raw,
+};
+use ipmoved::peer::Role;
+use socket2::SockRef;
+
+use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};
+
+/// What a path of 1,500 bytes leaves for a packet: less 20 (IP), 8 (UDP) and 32 (tunnel).
+const FULL: u64 = 1_440;
+
+/// How often something is sent until a sender has learned the path MTU: TCP would try as often.
+const TRIES: usize = 4;
+
+/// Waits until a side's tunnel MTU is as wanted.
+fn mtu(setup: &DaemonSetup<'_>, role: Role, wanted: impl Fn(u64) -> bool) -> Result<u64> {
+    let mut last = 0;
+    poll_until(Duration::from_secs(8), Duration::from_millis(50), || {
+        let status = setup.status(role).ok()?;
+        last = status.tunnel()["mtu"].as_u64()?;
+        wanted(last).then_some(last)
+    })
+    .ok_or_else(|| LabError::unexpected(format!("the tunnel MTU of the {role} server is {last}")))
+}
+
+fn settled(setup: &DaemonSetup<'_>) -> Result {
+    mtu(setup, Role::Old, |mtu| mtu == FULL)?;
+    mtu(setup, Role::New, |mtu| mtu == FULL).map(drop)
+}
+
+/// Answers a few bytes with many, again until they arrive; how often it took.
+fn answers_arrive(lab: &Lab, to: IpAddr, at: IpAddr, size: usize) -> Result<usize> {
+    let at = SocketAddr::new(at, 53);
+    let server = lab.new_server().run(|| {
+        UdpSocket::bind(at).map_err(|error| LabError::unexpected(format!("bind {at}: {error}")))
+    })?;
+    let client = lab.client().udp_socket((to, 53))?;
+    let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
+    client.send(b"much, please").map_err(failed)?;
+    server.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    let (_, asker) = server.recv_from(&mut [0; 100]).map_err(failed)?;
+    client
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .map_err(failed)?;
+    let answer = vec![b'm'; size];
+    let mut buffer = vec![0; size + 1];
+    for tries in 1..=TRIES {
+        // The kernel may tell with this call that the last one was too long.
+        let _ = server.send_to(&answer, asker);
+        if client.recv(&mut buffer).is_ok_and(|len| len == size) {
+            return Ok(tries);
+        }
+    }
+    Err(LabError::unexpected(format!(
+        "an answer of {size} bytes from {to} did not arrive in {TRIES} tries"
+    )))
+}
+
+#[test]
+fn the_mss_of_both_sides_fits_the_tunnel() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    for (moved, new, headers) in [
+        (IpAddr::from(MOVED), IpAddr::from(NEW), 40),
+        (MOVED6.into(), NEW6.into(), 60),
+    ] {
+        let addr = SocketAddr::new(new, 80);
+        let listener = lab
+            .new_server()
+            .run(|| TcpListener::bind(addr).map_err(|e| LabError::unexpected(e.to_string())))?;
+        let client = lab.client().connect(moved)?;
+        let (server, _) = listener.accept().unwrap();
+        for (side, stream) in [("client", &client), ("server", &server)] {
+            let mss = u64::from(SockRef::from(stream).tcp_mss().unwrap());
+            assert!(
+                (1_300..=FULL - headers).contains(&mss),
+                "{mss} at the {side}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn packets_that_fill_the_path_pass_with_dont_fragment() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let _echoes = [
+        UdpService::start(lab.new_server(), (NEW, 53))?,
+        UdpService::start(lab.new_server(), (NEW6, 53))?,
+    ];
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    lab.client().udp((MOVED, 53), &[b'f'; 1_472])?;
+    lab.client().udp((MOVED6, 53), &[b'f'; 1_452])?;
+    lab.client().ping(MOVED, 1_472)?;
+    lab.client().ping(MOVED6, 1_452)?;
+    Ok(())
+}
+
+#[test]
+fn super_packets_of_big_datagrams_pass() -> Result {
+    const COUNT: usize = 20;
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let _echoes = [
+        UdpService::start(lab.new_server(), (NEW, 53))?,
+        UdpService::start(lab.new_server(), (NEW6, 53))?,
+    ];
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    for (moved, size) in [
+        (IpAddr::from(MOVED), 1_472),
+        (MOVED.into(), 1_000),
+        (MOVED6.into(), 1_452),
+    ] {
+        let socket = lab.client().udp_socket((moved, 53))?;
+        raw::set_segment(&socket, size as u16)?;
+        let all: Vec<u8> = (0..COUNT * size).map(|at| (at / size) as u8).collect();
+        assert_eq!(socket.send(&all).unwrap(), all.len());
+        let mut buffer = [0; 2_000];
+        for number in 0..COUNT {
+            let len = socket.recv(&mut buffer).unwrap();
+            assert_eq!((len, buffer[0]), (size, number as u8), "{moved}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn without_splitting_senders_are_told_how_much_passes() -> Result {
+    let lab = Lab::new()?;
+    let setup = (setup(&lab)?.moves(&FAMILIES))
+        .args(Role::Old, &["--no-split"])
+        .args(Role::New, &["--no-split"]);
+    let _echoes = [
+        UdpService::start(lab.new_server(), (NEW, 53))?,
+        UdpService::start(lab.new_server(), (NEW6, 53))?,
+    ];
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    for (moved, client, icmp, told) in [
+        (IpAddr::from(MOVED), IpAddr::from(CLIENT), 1, [3, 4]),
+        (MOVED6.into(), CLIENT6.into(), 58, [2, 0]),
+    ] {
+        let errors = RawSocket::open(lab.clients(), client, icmp)?;
+        // The first attempts of client and application are lost, and both learn from it.
+        let tries = (1..=TRIES).find(|_| lab.client().udp((moved, 53), &[b'f'; 1_452]).is_ok());
+        assert!(tries.is_some_and(|tries| tries > 1), "{moved}: {tries:?}");
+        let (from, error) = errors.expect(PATIENCE, |message| message.starts_with(&told))?;
+        assert_eq!(from, moved);
+        let mtu = u32::from_be_bytes([error[4], error[5], error[6], error[7]]);
+        assert_eq!(u64::from(mtu), FULL);
+        lab.client().udp((moved, 53), &[b'f'; 1_452])?;
+    }
+    for role in [Role::Old, Role::New] {
+        let status = setup.status(role)?;
+        assert!(status.drops("too_big") > 0, "{role}: {status:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_splitting_what_may_be_cut_is_cut() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::Old, &["--no-split"]);
+    let echo = UdpService::start(lab.new_server(), (NEW, 53))?;
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
+    let mut packet = packets::udp((CLIENT.into(), 4_000), (MOVED.into(), 53), &[b'c'; 1_472]);
+    packet[6] = 0;
+    packets::mend(&mut packet);
+    wire.send(&packet)?;
+    let seen = poll_until(PATIENCE, Duration::from_millis(10), || echo.peers().pop());
+    assert_eq!(seen, Some(SocketAddr::from((CLIENT, 4_000))));
+    Ok(())
+}
+
+#[test]
+fn a_clients_link_may_be_narrow() -> Result {
+    let lab = Lab::builder().mtu(Leg::Clients, 1_280).build()?;
+    serves_all_sizes(&lab, &[1, 1_200, 1_260, 4_000])
+}
+
+#[test]
+fn a_clients_link_may_be_wide() -> Result {
+    let lab = Lab::builder()
+        .mtu(Leg::Clients, 9_000)
+        .mtu(Leg::Old, 9_000)
+        .build()?;
+    serves_all_sizes(&lab, &[1, 1_472, 8_000, 20_000])
+}
+
+/// TCP in both directions, UDP of these sizes and a ping of each, over both families.
+fn serves_all_sizes(lab: &Lab, sizes: &[usize]) -> Result {
+    let setup = setup(lab)?.moves(&FAMILIES);
+    let _applications = [
+        Service::start(lab.new_server(), NEW)?,
+        Service::start(lab.new_server(), NEW6)?,
+    ];
+    let _echoes = [
+        UdpService::start(lab.new_server(), (NEW, 53))?,
+        UdpService::start(lab.new_server(), (NEW6, 53))?,
+    ];
+    let _daemons = setup.start_both()?;
+    for moved in [IpAddr::from(MOVED), MOVED6.into()] {
+        lab.client().download(moved, 2 * MEGABYTE)?;
+        lab.client().upload(moved, 2 * MEGABYTE)?;
+        for &size in sizes {
+            let payload = vec![b's'; size];
+            // Where an answer is too long for a link, the application's host has to learn it first.
+            let answered = (1..=TRIES).find(|_| lab.client().udp((moved, 53), &payload).is_ok());
+            assert!(answered.is_some(), "{size} bytes of UDP to {moved}");
+            let answered = (1..=TRIES).find(|_| lab.client().ping(moved, size).is_ok());
+            assert!(answered.is_some(), "a ping of {size} bytes to {moved}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_narrow_link_behind_the_router_is_learned_by_the_application() -> Result {
+    for moves in [
+        FAMILIES,
+        ["192.0.2.5:80/tcp", "[2001:db8:a::5]:80/tcp"],
+        ["192.0.2.5:53,80", "[2001:db8:a::5]:53,80"],
+    ] {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?.moves(&moves);
+        let _applications = [
+            Service::start(lab.new_server(), NEW)?,
+            Service::start(lab.new_server(), NEW6)?,
+        ];
+        let _daemons = setup.start_both()?;
+        lab.set_mtu(Leg::Clients, 1_280, false)?;
+        for (moved, new) in [
+            (IpAddr::from(MOVED), IpAddr::from(NEW)),
+            (MOVED6.into(), NEW6.into()),
+        ] {
+            let took = lab.client().download(moved, 2 * MEGABYTE)?.took;
+            assert!(took < PATIENCE, "{took:?}");
+            if moves[0] != "192.0.2.5:80/tcp" {
+                answers_arrive(&lab, moved, new, 1_400)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_narrow_link_behind_the_router_is_learned_by_the_old_servers_own_services() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&["192.0.2.5:80/tcp", "[2001:db8:a::5]:80/tcp"]);
+    let _own = [
+        Service::start(lab.old_server(), (MOVED, 8080))?,
+        Service::start(lab.old_server(), (MOVED6, 8080))?,
+    ];
+    let _daemons = setup.start_both()?;
+    lab.set_mtu(Leg::Clients, 1_280, false)?;
+    for moved in [IpAddr::from(MOVED), MOVED6.into()] {
+        let took = lab.client().download((moved, 8080), 2 * MEGABYTE)?.took;
+        assert!(took < PATIENCE, "{took:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_narrow_link_of_the_old_server_is_learned_by_the_application() -> Result {
+    let lab = Lab::builder().mtu(Leg::Old, 1_280).build()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _daemons = setup.start_both()?;
+    lab.client().download(MOVED, MEGABYTE)?;
+    assert!(answers_arrive(&lab, MOVED.into(), NEW.into(), 1_400)? > 1);
+    assert!(answers_arrive(&lab, MOVED6.into(), NEW6.into(), 1_400)? > 1);
+    Ok(())
+}
+
+/// Bytes of a transfer that is still running after [`MEANWHILE`].
+const LONG: u64 = 96 * MEGABYTE;
+const MEANWHILE: Duration = Duration::from_millis(150);
+
+/// How long such a transfer may take if it is held up once: TCP tries again after 0.2, 0.4, 0.8 and
+/// 1.6 s, and what is left takes the rest.
+const HELD_UP: Duration = Duration::from_secs(12);
+
+#[test]
+fn a_path_that_narrows_under_a_transfer_is_followed_when_the_router_says_so() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    let client = lab.client();
+    thread::scope(|scope| {
+        let transfer = scope.spawn(|| client.upload(MOVED, LONG));
+        thread::sleep(MEANWHILE);
+        lab.set_mtu(Leg::New, 1_300, false)?;
+        let took = transfer.join().unwrap()?.took;
+        assert!((MEANWHILE..HELD_UP).contains(&took), "{took:?}");
+        mtu(&setup, Role::Old, |mtu| mtu == 1_300 - 60).map(drop)
+    })
+}
+
+#[test]
+fn a_path_that_narrows_under_a_transfer_is_followed_without_a_word() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    let client = lab.client();
+    thread::scope(|scope| {
+        let transfer = scope.spawn(|| client.download(MOVED, LONG));
+        thread::sleep(MEANWHILE);
+        // Longer frames than the far end of a link takes vanish there.
+        lab.set_mtu(Leg::New, 1_300, false)?;
+        let took = transfer.join().unwrap()?.took;
+        assert!((MEANWHILE..HELD_UP).contains(&took), "{took:?}");
+        mtu(&setup, Role::New, |mtu| mtu <= 1_300 - 60).map(drop)
+    })
+}
+
+#[test]
+fn a_link_of_the_server_itself_is_followed_down_and_up_again() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    let client = lab.client();
+    thread::scope(|scope| {
+        let transfer = scope.spawn(|| client.download(MOVED, LONG));
+        thread::sleep(MEANWHILE);
+        lab.set_mtu(Leg::New, 1_300, true)?;
+        let took = transfer.join().unwrap()?.took;
+        assert!((MEANWHILE..HELD_UP).contains(&took), "{took:?}");
+        mtu(&setup, Role::New, |mtu| mtu == 1_300 - 60)?;
+        lab.set_mtu(Leg::New, 1_500, true)?;
+        mtu(&setup, Role::New, |mtu| mtu == FULL)?;
+        client.download(MOVED, MEGABYTE).map(drop)
+    })
+}
+
+#[test]
+fn an_ipv6_path_below_the_least_ipv6_mtu_still_carries_it() -> Result {
+    let lab = Lab::builder().mtu(Leg::New, 1_300).build()?;
+    let setup = (setup(&lab)?.moves(&FAMILIES)).args(Role::Old, &["--no-split"]);
+    let _echo = UdpService::start(lab.new_server(), (NEW6, 53))?;
+    let _daemons = setup.start_both()?;
+    mtu(&setup, Role::Old, |mtu| mtu < 1_280)?;
+    lab.client()
+        .udp((MOVED6, 53), &[b'6'; 1_280 - 48])
+        .map(drop)
+}

@@ -1,0 +1,233 @@
+//! `contrib/protocol.md` is complete: a second implementation made from it works with the daemon.
+//!
+//! ```text
+//!                                        ┌── old server 192.0.2.1: the second implementation, or the daemon
+//!  client ─────────────────── router ────┤              ║ tunnel
+//!                                        └── new server 198.51.100.2: the daemon, or the second implementation
+//! ```
+
+use std::net::UdpSocket;
+use std::time::Duration;
+
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use ipmoved::lab::daemon::read_psk;
+use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
+use ipmoved::lab::{Lab, LabError, Namespace, UdpService, poll_until};
+use ipmoved::peer::Role;
+
+use crate::second::Second;
+use crate::stage::{PATIENCE, Result, SILENCE, setup};
+
+/// The UDP port that daemons listen on by default.
+const PORT: u16 = 51_850;
+
+/// A socket on a host, connected to a daemon.
+pub(crate) fn socket_to(host: &Namespace, daemon: std::net::Ipv4Addr) -> Result<UdpSocket> {
+    host.run(|| {
+        UdpSocket::bind("0.0.0.0:0")
+            .and_then(|socket| socket.connect((daemon, PORT)).map(|()| socket))
+            .map_err(|error| LabError::unexpected(format!("no socket: {error}")))
+    })
+}
+
+/// Section 6: what an old server says that has moved these addresses, whole.
+pub(crate) fn old_announcement(id: u32, moved: &[std::net::Ipv4Addr]) -> Vec<u8> {
+    let mut message = vec![4];
+    message.extend(id.to_le_bytes());
+    message.extend([0, 1]);
+    message.push(1);
+    message.extend(1500u16.to_le_bytes());
+    message.push(moved.len() as u8);
+    for addr in moved {
+        message.push(4);
+        message.extend(addr.octets());
+        message.extend([0, 0]);
+    }
+    message
+}
+
+#[test]
+fn it_can_be_the_old_server_of_our_daemon() -> Result {
+    for cipher in ["aes-256-gcm", "chacha20-poly1305"] {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?
+            .without_peer(Role::New)
+            .args(Role::New, &["--cipher", cipher]);
+        let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
+        let mut daemon = setup.start(Role::New)?;
+        daemon.wait_for_state("connecting", PATIENCE)?;
+        let psk = read_psk(setup.psk_file(Role::New))?;
+        let mut second = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+        second.shake_hands()?;
+        daemon.wait_until_up()?;
+        assert_eq!(daemon.status()?.tunnel()["cipher"], cipher);
+
+        second.control(&old_announcement(1, &[MOVED]));
+        second.serve(PATIENCE, |it| {
+            it.heard(&[5, 1, 0, 0, 0, 0]) && it.announcement.contains_key(&0)
+        })?;
+        // Role, MTU, flags (IPv4 and IPv6 here), where IPv4 is delivered to.
+        let told = &second.announcement[&0];
+        assert_eq!((told[0], &told[1..3]), (2, &1500u16.to_le_bytes()[..]));
+        assert_eq!(told[3] & 0b1101, 1, "{told:?}");
+        assert_eq!(told[4..8], NEW.octets());
+
+        second.control(&[2, 7, 0, 0, 0]);
+        second.serve(PATIENCE, |it| it.heard(&[3, 7, 0, 0, 0]))?;
+        let mut probe = vec![0; 1_300 - 32];
+        probe[..3].copy_from_slice(&[7, 0x14, 0x05]);
+        second.control(&probe);
+        second.serve(PATIENCE, |it| it.heard(&[8, 0x14, 0x05]))?;
+
+        // A packet there, and the application's answer back, with the moved address as its source.
+        for round in 0..3u8 {
+            let mut packet = Vec::new();
+            PacketBuilder::ipv4(CLIENT.octets(), MOVED.octets(), 60)
+                .udp(4000, 53)
+                .write(&mut packet, &[round; 30])
+                .expect("a packet");
+            second.packets.clear();
+            second.packet(&packet);
+            second.serve(PATIENCE, |it| !it.packets.is_empty())?;
+            let replies = std::mem::take(&mut second.packets);
+            let reply = SlicedPacket::from_ip(&replies[0]).expect("an IP packet");
+            let Some(NetSlice::Ipv4(ip)) = &reply.net else {
+                panic!("not IPv4: {reply:?}");
+            };
+            assert_eq!(ip.header().source_addr(), MOVED);
+            assert_eq!(ip.header().destination_addr(), CLIENT);
+            let Some(TransportSlice::Udp(udp)) = &reply.transport else {
+                panic!("not UDP: {reply:?}");
+            };
+            assert_eq!((udp.source_port(), udp.destination_port()), (53, 4000));
+            assert_eq!(udp.payload(), [round; 30]);
+            // The next one goes over a session of its own.
+            second.shake_hands()?;
+        }
+        let status = daemon.status()?;
+        assert_eq!(status.all_drops().len(), 0, "{:?}", status.all_drops());
+        assert_eq!(status.state(), "up");
+        assert_eq!(status.tunnel()["moved"][0], MOVED.to_string());
+
+        second.control(&[6]);
+        daemon.wait_for_state("down", PATIENCE)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn it_can_be_the_new_server_of_our_daemon() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.without_peer(Role::New);
+    let psk = read_psk(setup.psk_file(Role::New))?;
+    // On the port that the old server's daemon is told to turn to.
+    let socket = lab.new_server().run(|| {
+        UdpSocket::bind((NEW, PORT))
+            .and_then(|socket| socket.connect((OLD, PORT)).map(|()| socket))
+            .map_err(|error| LabError::unexpected(format!("no socket: {error}")))
+    })?;
+    let mut second = Second::new(socket, &psk, 2);
+    let mut daemon = setup.start(Role::Old)?;
+    second.grant()?;
+    // The initiator shows its keys by a keepalive; then we may send.
+    second.serve(PATIENCE, |it| it.heard(&[1]))?;
+    let told = [&[4, 1, 0, 0, 0, 0, 1, 2, 0xdc, 5, 1][..], &NEW.octets()].concat();
+    second.control(&told);
+    second.serve(PATIENCE, |it| {
+        it.heard(&[5, 1, 0, 0, 0, 0]) && it.announcement.contains_key(&0)
+    })?;
+    daemon.wait_until_up()?;
+    let moved = &second.announcement[&0];
+    assert_eq!((moved[0], moved[3]), (1, 1), "one move");
+    assert_eq!(moved[4..], [&[4][..], &MOVED.octets(), &[0, 0]].concat());
+    assert_eq!(daemon.status()?.tunnel()["deliver_to"], NEW.to_string());
+
+    // A client asks the moved address; the second implementation is the application, too.
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| lab.client().udp((MOVED, 53), b"anybody there?"));
+        second.serve(PATIENCE, |it| !it.packets.is_empty())?;
+        let packets = std::mem::take(&mut second.packets);
+        let asked = SlicedPacket::from_ip(&packets[0]).expect("an IP packet");
+        let Some(TransportSlice::Udp(udp)) = &asked.transport else {
+            panic!("not UDP: {asked:?}");
+        };
+        assert_eq!(udp.payload(), b"anybody there?");
+        let mut reply = Vec::new();
+        PacketBuilder::ipv4(MOVED.octets(), CLIENT.octets(), 60)
+            .udp(53, udp.source_port())
+            .write(&mut reply, b"anybody there?")
+            .expect("a packet");
+        second.packet(&reply);
+        let answered = asking.join();
+        answered.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(())
+    })
+}
+
+#[test]
+fn what_the_text_refuses_is_refused_and_counted() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.without_peer(Role::New);
+    let mut daemon = setup.start(Role::New)?;
+    daemon.wait_for_state("connecting", PATIENCE)?;
+    let psk = read_psk(setup.psk_file(Role::New))?;
+    let mut second = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    second.shake_hands()?;
+    daemon.wait_until_up()?;
+    let refused = |what: &str, reason: &str, datagram: Vec<u8>| -> Result {
+        let before = setup.status(Role::New)?.drops(reason);
+        second.socket().send(&datagram).expect("sent");
+        let counted = poll_until(PATIENCE, Duration::from_millis(20), || {
+            let status = setup.status(Role::New).ok()?;
+            (status.drops(reason) > before).then_some(())
+        });
+        counted.ok_or(LabError::unexpected(format!("{what}: no {reason}")))
+    };
+    let mut other = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    other.shake_hands()?;
+    let replayed = other.seal(8, 255, &[1]);
+    other.socket().send(&replayed).expect("sent");
+    refused("a replay", "replay", replayed)?;
+    let good = other.seal(0, 0, &[0; 40]);
+    let changed = |at: usize, to: u8| {
+        let mut datagram = good.clone();
+        datagram[at] = to;
+        datagram
+    };
+    refused("an unknown flag", "wire_malformed", changed(1, 16))?;
+    refused("a reserved byte", "wire_malformed", changed(3, 1))?;
+    refused("a changed flag", "open_auth", changed(1, 1))?;
+    refused("another counter", "open_auth", changed(8, 77))?;
+    refused("a lane not announced", "open_auth", changed(2, 9))?;
+    refused("another index", "session_unknown", {
+        let mut datagram = good.clone();
+        datagram[4] ^= 1;
+        datagram
+    })?;
+    refused("no IP packet", "ip_malformed", good.clone())?;
+    refused(
+        "an unknown message",
+        "wire_malformed",
+        other.seal(8, 255, &[99]),
+    )?;
+    refused(
+        "an empty message",
+        "wire_malformed",
+        other.seal(8, 255, &[]),
+    )?;
+    let stale = other.initiation();
+    let newer = other.initiation();
+    other.socket().send(&newer.bytes).expect("sent");
+    std::thread::sleep(SILENCE);
+    refused("an older initiation", "handshake_replay", stale.bytes)?;
+    let mut version = other.initiation().bytes;
+    version[1] = 2;
+    refused("another version", "wire_version", version)?;
+    let mut tampered = other.initiation().bytes;
+    tampered[50] ^= 1;
+    refused("a changed initiation", "handshake_auth", tampered)?;
+    let mut same_role = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 2);
+    let initiation = same_role.initiation();
+    refused("the same role", "handshake_role", initiation.bytes)?;
+    Ok(())
+}
