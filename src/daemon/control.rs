@@ -51,7 +51,7 @@ const PATH_EVERY: Duration = Duration::from_secs(1);
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
 /// How often the kernel is asked whether the daemon's changes are still there.
-const REPAIR_EVERY: Duration = Duration::from_secs(5);
+pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
 
 /// Warnings that `status` still shows.
 const KEPT_WARNINGS: usize = 8;

@@ -26,6 +26,8 @@ pub struct Desired {
     pub program: Option<OwnedFd>,
     /// It goes when the TUN goes, and needs no journal.
     pub with_tun: bool,
+    /// Whoever changes it later has the last word: it is not made again.
+    pub once: bool,
 }
 
 impl Desired {
@@ -35,6 +37,7 @@ impl Desired {
             change,
             program: None,
             with_tun: false,
+            once: false,
         }
     }
 
@@ -44,6 +47,11 @@ impl Desired {
             with_tun: true,
             ..Self::lasting(change)
         }
+    }
+
+    /// Not to be made again when others change it.
+    pub fn once(self) -> Self {
+        Self { once: true, ..self }
     }
 
     /// With the program of a filter.
@@ -194,7 +202,7 @@ impl Host {
     pub fn repair(&mut self) -> Repairs {
         let mut repairs = Repairs::default();
         let mut wanted = std::mem::take(&mut self.wanted);
-        for desired in &mut wanted {
+        for desired in wanted.iter_mut().filter(|desired| !desired.once) {
             match self.repair_one(desired) {
                 Ok(false) => {}
                 Ok(true) => repairs.made.push(desired.change.clone()),
