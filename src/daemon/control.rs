@@ -344,7 +344,7 @@ impl Control {
         loop {
             let now = Instant::now();
             self.turn(now);
-            self.repair(now, host);
+            self.repair(now, host)?;
             self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -760,9 +760,12 @@ impl Control {
     // The host.
 
     /// Makes again what others have taken away.
-    fn repair(&mut self, now: Instant, host: &mut Host) {
+    ///
+    /// # Errors
+    /// If only a new start can: the old server's programs know their interface by its number.
+    fn repair(&mut self, now: Instant, host: &mut Host) -> Result<(), DaemonError> {
         if now < self.next_repair {
-            return;
+            return Ok(());
         }
         self.next_repair = now + REPAIR_EVERY;
         let Repairs { made, failed } = host.repair();
@@ -779,6 +782,17 @@ impl Control {
             }
         }
         self.broken = failed.into_iter().map(|failure| failure.change).collect();
+        let again = match self.config.role {
+            Role::Old if !self.broken.is_empty() => self.netlink.link_by_name(&self.uplink.name),
+            Role::Old | Role::New => return Ok(()),
+        };
+        match again {
+            Ok(Some(link)) if link.index != self.uplink.index => Err(DaemonError::Failed(format!(
+                "interface {} was deleted and made again, and has to be captured from anew: start ipmoved again",
+                link.name
+            ))),
+            _ => Ok(()),
+        }
     }
 
     // Names.
