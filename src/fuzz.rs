@@ -30,8 +30,11 @@ use crate::wire::{DATA_OVERHEAD, Data, Message};
 const MOVED: &str = "192.0.2.5";
 const MOVED_PORT: &str = "[2001:db8::5]:80/tcp";
 
+/// What is done with the bytes.
+pub type Target = fn(&[u8]);
+
 /// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, fn(&[u8])); 7] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("datagram", datagram),
     ("handshake", handshake),
     ("control", control),

@@ -4,7 +4,8 @@
 //! ```text
 //! TUN ingress: mark ──► TCP:  tcp_fwmark_accept hands the mark to the accepted socket ──┐
 //!                  ├──► RST, ICMP answers: fwmark_reflect ─────────────────────────────┴► ip rule ──► table: default dev TUN
-//!                  └──► UDP and the rest: the flow is remembered ──► uplink egress: redirect ──► TUN
+//!                  ├──► UDP and the rest: the flow is remembered ──► uplink egress: redirect ──► TUN
+//!                  └──► "too big" about UDP and the rest: uplink ingress, so that its route learns the path MTU
 //! ```
 //!
 //! Owns the mark, the table and their places. A rule that selects by mark touches no packet but
@@ -20,7 +21,7 @@ use super::capture::{PlanError, clsact, default_routes, filter, interface, l2_he
 use super::host::read_sysctl;
 use super::journal::Change;
 use super::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
-use super::programs::{self, FlowMaps};
+use super::programs::{self, Entrance, FlowMaps};
 
 /// The mark of what came out of the TUN: "ipmv". Compared whole, so that it never meets the single
 /// bits that others use.
@@ -95,7 +96,14 @@ pub fn plan(
         desired.push(Desired::lasting(clsact(uplink)));
         desired.push(Desired::lasting(place).program(reply.load()?));
     }
-    let mark = programs::steer_mark(MARK, &maps)?;
+    let entrance = uplinks.first().map(|uplink| {
+        l2_header(uplink).map(|l2_header| Entrance {
+            ifindex: uplink.index,
+            l2_header,
+            mac: uplink.mac.unwrap_or_default(),
+        })
+    });
+    let mark = programs::steer_mark(MARK, &maps, entrance.transpose()?)?;
     let place = filter(netlink, tun, Direction::Ingress, mark.name())?;
     desired.push(Desired::with_tun(clsact(tun)));
     desired.push(Desired::with_tun(place).program(mark.load()?));
