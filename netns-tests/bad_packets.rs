@@ -119,7 +119,7 @@ fn bad() -> Vec<Bad> {
         (
             "an ICMP error about nothing",
             "icmp_unrelated",
-            icmp(&[3, 3, 0, 0, 0, 0, 0, 0]),
+            icmp(&[&[3, 3][..], &[0; 34]].concat()),
         ),
         ("itself as its source", "bad_source", from4(MOVED)),
         ("itself as its source in IPv6", "bad_source", v6_loop),

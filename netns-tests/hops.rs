@@ -62,13 +62,14 @@ fn ways() -> [Way; 2] {
 /// A protocol that no kernel handles (RFC 3692 has it for experiments).
 const EXPERIMENT: u8 = 253;
 
-fn set_hops(socket: &UdpSocket, to: IpAddr, hops: u32) {
+fn set_hops(socket: &UdpSocket, to: IpAddr, hops: u32) -> Result {
     let socket = SockRef::from(socket);
-    if to.is_ipv4() {
-        socket.set_ttl_v4(hops).unwrap();
+    let set = if to.is_ipv4() {
+        socket.set_ttl_v4(hops)
     } else {
-        socket.set_unicast_hops_v6(hops).unwrap();
-    }
+        socket.set_unicast_hops_v6(hops)
+    };
+    set.map_err(|error| LabError::unexpected(format!("cannot set a hop limit: {error}")))
 }
 
 #[test]
@@ -118,7 +119,7 @@ fn traceroute_shows_the_router_the_old_server_and_the_moved_address() -> Result 
                 (3, way.moved, way.closed),
             ] {
                 let probe = lab.client().udp_socket((way.moved, 33_434))?;
-                set_hops(&probe, way.moved, hops);
+                set_hops(&probe, way.moved, hops)?;
                 probe.send(b"traceroute").unwrap();
                 let (answers, _) = heard.expect(PATIENCE, |message| message.starts_with(&says))?;
                 assert_eq!(answers, from, "hop {hops}");
@@ -170,7 +171,7 @@ fn the_application_hears_that_its_packets_expire() -> Result {
         let client = lab.client().udp_socket((way.moved, 53))?;
         client.send(b"?").unwrap();
         let (_, asker) = application.recv_from(&mut [0; 10]).unwrap();
-        set_hops(&application, way.new, 1);
+        set_hops(&application, way.new, 1)?;
         application.send_to(b"!", asker).unwrap();
         let says = [way.expired, 0];
         let (from, _) = heard.expect(PATIENCE, |message| message.starts_with(&says))?;
@@ -185,7 +186,7 @@ fn there_are_not_too_many_answers() -> Result {
     let setup = setup(&lab)?;
     let _daemons = setup.start_both()?;
     let probe = lab.client().udp_socket((MOVED, 33_434))?;
-    set_hops(&probe, MOVED.into(), 2);
+    set_hops(&probe, MOVED.into(), 2)?;
     for _ in 0..1_000 {
         // An answer that came in between is told by the next call.
         let _ = probe.send(b"traceroute");

@@ -15,12 +15,14 @@ use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};
 
 #[test]
 fn both_families_are_served_through_a_tunnel_of_either() -> Result {
-    for (new, old) in [
-        (IpAddr::from(NEW), IpAddr::from(OLD)),
-        (NEW6.into(), OLD6.into()),
+    // Of several IPv6 addresses the kernel would use the newest, which here is the moved one.
+    for (new, old, listen) in [
+        (IpAddr::from(NEW), IpAddr::from(OLD), "192.0.2.1:51850"),
+        (NEW6.into(), OLD6.into(), "[2001:db8:a::1]:51850"),
     ] {
         let lab = Lab::new()?;
         let setup = (setup(&lab)?.moves(&FAMILIES))
+            .args(Role::Old, &["--listen", listen])
             .peer(Role::Old, new)
             .peer(Role::New, old);
         let _applications = [

@@ -8,6 +8,12 @@
 //!
 //! Each test builds a lab of its own, so they run side by side. Needs root; says so and fails without.
 
+#![allow(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "tests on real kernels read the real clock, and print what they measured"
+)]
+
 mod attack;
 mod bad_input;
 mod bad_packets;
@@ -36,3 +42,4 @@ mod status;
 mod stream;
 mod the_lab;
 mod undo;
+mod ways;

@@ -26,6 +26,16 @@ pub enum About {
     Expired,
 }
 
+impl About {
+    /// What there is to say about a packet that was dropped; `mtu` is what would have fitted.
+    pub fn of(reason: DropReason, mtu: usize) -> Option<Self> {
+        if reason == DropReason::TooBig {
+            return Some(Self::TooBig(mtu));
+        }
+        (reason == DropReason::TtlExpired).then_some(Self::Expired)
+    }
+}
+
 /// Makes answers, and not too many.
 #[derive(Debug)]
 pub struct Answers {

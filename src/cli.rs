@@ -44,6 +44,9 @@ pub struct Cli {
 pub enum Command {
     /// Make a new key for --psk-file and print it.
     Genpsk,
+    /// Translate both addresses on the old server alone: nothing runs on the new server, which sees
+    /// this one's address instead of the clients', and nothing is encrypted.
+    Nat(NatArgs),
     /// Show what the daemon of this network namespace is doing.
     Status {
         /// Print the stable JSON form.
@@ -82,6 +85,11 @@ pub struct RunArgs {
     /// [default: the address the peer reaches this server on]
     #[arg(long, value_name = "ADDR|keep")]
     pub deliver_to: Vec<String>,
+
+    /// A port of a moved address that the application serves elsewhere on the new server. Repeatable.
+    /// Examples: 192.0.2.5:80=198.51.100.2:8080 [2001:db8::5]:53/udp=[2001:db8::2]:5353
+    #[arg(long, value_name = "MOVED:PORT[/tcp|/udp]=ADDR:PORT")]
+    pub deliver: Vec<String>,
 
     /// UDP port to listen on, with an address if only that one is to be used. [default: 51850]
     #[arg(long, value_name = "[ADDR:]PORT")]
@@ -127,6 +135,36 @@ pub struct RunArgs {
     /// Do without an offload, to work around a driver.
     #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]
     pub without: Vec<Offload>,
+}
+
+/// The flags of `ipmoved nat`.
+#[derive(Debug, Default, Args)]
+pub struct NatArgs {
+    /// An address that has moved away from this server. Repeatable.
+    /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp
+    #[arg(long = "move", value_name = "ADDR[:PORTS][/tcp|/udp]", required = true)]
+    pub moves: Vec<Move>,
+
+    /// The new server, once per address family; with a port if the one that was moved is served at
+    /// another there.
+    #[arg(long, value_name = "ADDR[:PORT]", required = true)]
+    pub to: Vec<String>,
+
+    /// Name of the network interface that packets are taken through. [default: ipmoved0]
+    #[arg(long, value_name = "NAME")]
+    pub tun: Option<String>,
+
+    /// The interface that clients' packets use. [default: found from the addresses and routes]
+    #[arg(long, value_name = "IFACE")]
+    pub uplink: Option<String>,
+
+    /// Most flows remembered at once. [default: 1000000]
+    #[arg(long, value_name = "N")]
+    pub max_flows: Option<u32>,
+
+    /// How to write the log. [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
 }
 
 /// How log lines are written.

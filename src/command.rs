@@ -12,14 +12,14 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Cli, Command, LogFormat, RunArgs};
-use crate::config::{self, Config};
+use crate::cli::{Cli, Command, LogFormat, NatArgs, RunArgs};
+use crate::config::{self, Config, NatSettings};
 use crate::confine;
 use crate::daemon::{self, DaemonError};
 use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
 use crate::session::{Entropy, Psk};
-use crate::status;
+use crate::status::{self, StatusError};
 
 /// Failed while running.
 const FAILED: u8 = 1;
@@ -37,6 +37,7 @@ const LOG_VARIABLE: &str = "IPMOVED_LOG";
 pub fn main() -> ExitCode {
     let result = Cli::try_parse().map_or_else(explain, |cli| match cli.command {
         None => run(cli.run),
+        Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
         Some(Command::Status { json }) => show_status(json),
         Some(Command::Cleanup) => cleanup(),
@@ -93,10 +94,17 @@ fn run(args: RunArgs) -> Result<(), Failure> {
     let config = Config::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
     start_log(config.log_format);
     confine::forget_command_line();
-    for warning in &config.warnings {
-        tracing::warn!("{warning}");
-    }
-    daemon::run(config, &config::runtime_dir()).map_err(|error| Failure {
+    daemon::run(config, &config::runtime_dir()).map_err(ended)
+}
+
+fn nat(args: NatArgs) -> Result<(), Failure> {
+    let settings = NatSettings::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
+    start_log(settings.log_format);
+    daemon::run_nat(settings, &config::runtime_dir()).map_err(ended)
+}
+
+fn ended(error: DaemonError) -> Failure {
+    Failure {
         code: match &error {
             DaemonError::Input(_) => BAD_INPUT,
             DaemonError::System(_) => SYSTEM,
@@ -104,7 +112,7 @@ fn run(args: RunArgs) -> Result<(), Failure> {
             DaemonError::Failed(_) => FAILED,
         },
         message: error.to_string(),
-    })
+    }
 }
 
 fn start_log(format: LogFormat) {
@@ -127,8 +135,14 @@ fn genpsk() -> Result<(), Failure> {
 fn show_status(json: bool) -> Result<(), Failure> {
     let namespace = journal::namespace_dir(&config::runtime_dir())
         .map_err(|error| Failure::new(SYSTEM, error))?;
-    let status = status::ask(&namespace.join(status::SOCKET))
-        .map_err(|error| Failure::new(OTHER_DAEMON, error))?;
+    let status = status::ask(&namespace.join(status::SOCKET)).map_err(|error| {
+        let code = match &error {
+            StatusError::NotRunning(_) => OTHER_DAEMON,
+            StatusError::Permission(_) => SYSTEM,
+            StatusError::Answer(_) => FAILED,
+        };
+        Failure::new(code, error)
+    })?;
     if json {
         let text = serde_json::to_string_pretty(&status);
         print(&format!(

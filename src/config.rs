@@ -13,10 +13,11 @@ use std::time::Duration;
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
-use crate::cli::{LogFormat, Offload, RunArgs};
+use crate::cli::{LogFormat, NatArgs, Offload, RunArgs};
 use crate::moved::{MAX_MOVES, Move, MoveError};
 use crate::peer::Role;
 use crate::session::{CipherPolicy, PeerKeys, Psk, PskError};
+use crate::translate::PortMap;
 
 /// The UDP port both servers use unless told otherwise.
 pub const DEFAULT_PORT: u16 = 51_850;
@@ -45,6 +46,9 @@ const MAX_REKEY_AFTER: u64 = 120;
 
 /// Longest interface name (`IFNAMSIZ` less the final NUL).
 const MAX_IFNAME: usize = 15;
+
+/// Most `--deliver` of one peer: they are searched one by one for every new flow.
+pub const MAX_PORT_MAPS: usize = 256;
 
 /// Longest key file that is read: 44 characters of base64, white space, and room for a mistake to
 /// be explained.
@@ -105,6 +109,8 @@ pub struct PeerConfig {
     pub moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub deliver_to: DeliverTo,
+    /// Ports that are delivered elsewhere (new server).
+    pub deliver: Vec<PortMap>,
 }
 
 /// An address or name with a port.
@@ -244,12 +250,18 @@ impl Config {
         } else {
             args.deliver_to
         };
+        let deliver = if args.deliver.is_empty() {
+            file.deliver.into_vec()
+        } else {
+            args.deliver
+        };
         let top = PeerSettings {
             peer: args.peer.or(file.peer),
             psk: psk.map(|(origin, text)| (origin.to_owned(), text)),
             psk_file,
             moves,
             deliver_to,
+            deliver,
         };
         let mut peers = Vec::new();
         if file.peers.is_empty() || top.is_any() {
@@ -263,6 +275,7 @@ impl Config {
                     psk_file: peer.psk_file,
                     moves: parse_moves(&peer.moves)?,
                     deliver_to: peer.deliver_to.map(OneOrMany::into_vec).unwrap_or_default(),
+                    deliver: peer.deliver.into_vec(),
                 }
                 .resolve(&mut warnings)?,
             );
@@ -273,17 +286,7 @@ impl Config {
         } else {
             Role::New
         };
-        let max_flows = args
-            .max_flows
-            .or(file.max_flows)
-            .unwrap_or(DEFAULT_MAX_FLOWS);
-        if !(1..=MAX_MAX_FLOWS).contains(&max_flows) {
-            return Err(flag(
-                "--max-flows",
-                max_flows,
-                format!("must be from 1 to {MAX_MAX_FLOWS}"),
-            ));
-        }
+        let max_flows = check_max_flows(args.max_flows.or(file.max_flows))?;
         let lanes = args.lanes.or(file.lanes).unwrap_or_else(default_lanes);
         if !(1..=MAX_LANES).contains(&lanes) {
             let problem = format!("must be from 1 to {MAX_LANES}");
@@ -311,6 +314,73 @@ impl Config {
     }
 }
 
+/// The settings of `ipmoved nat`.
+#[derive(Debug)]
+pub struct NatSettings {
+    /// What moved.
+    pub moves: Vec<Move>,
+    /// The new server, at most once of each family, and its port if that is another.
+    pub to: Vec<(IpAddr, Option<u16>)>,
+    /// Name of the TUN interface.
+    pub tun: String,
+    /// The interface clients' packets use, if it is not to be found.
+    pub uplink: Option<String>,
+    /// Most flows remembered.
+    pub max_flows: u32,
+    /// How log lines are written.
+    pub log_format: LogFormat,
+}
+
+impl NatSettings {
+    /// Makes sense of what was typed.
+    pub fn new(args: NatArgs) -> Result<Self, ConfigError> {
+        check_moves(&args.moves.iter().collect::<Vec<_>>())?;
+        let mut to: Vec<(IpAddr, Option<u16>)> = Vec::new();
+        for text in &args.to {
+            let (ip, port) = parse_to(text)?;
+            if to.iter().any(|(other, _)| other.is_ipv4() == ip.is_ipv4()) {
+                let problem = "one address of each family is enough".into();
+                return Err(flag("--to", text, problem));
+            }
+            to.push((ip, port));
+        }
+        for moved in &args.moves {
+            let family = if moved.addr.is_ipv4() { "IPv4" } else { "IPv6" };
+            let Some((ip, port)) = to
+                .iter()
+                .find(|(ip, _)| ip.is_ipv4() == moved.addr.is_ipv4())
+            else {
+                let problem = format!("there is no {family} address to translate it to; add --to");
+                return Err(flag("--move", moved, problem));
+            };
+            if moved.addr == *ip {
+                let problem = "is the new server's own address; give the one clients still use";
+                return Err(flag("--move", moved, problem.into()));
+            }
+            let one_port =
+                matches!(moved.ports.as_slice(), [range] if range.start() == range.end());
+            if port.is_some() && !one_port {
+                let problem = "--to names a port, so this has to name one too, as in 192.0.2.5:80";
+                return Err(flag("--move", moved, problem.into()));
+            }
+        }
+        // A way that nothing moves along would capture for nothing.
+        to.retain(|(ip, _)| {
+            args.moves
+                .iter()
+                .any(|moved| moved.addr.is_ipv4() == ip.is_ipv4())
+        });
+        Ok(Self {
+            moves: args.moves,
+            to,
+            tun: check_ifname("--tun", args.tun)?.unwrap_or(DEFAULT_TUN.into()),
+            uplink: check_ifname("--uplink", args.uplink)?,
+            max_flows: check_max_flows(args.max_flows)?,
+            log_format: args.log_format.unwrap_or_default(),
+        })
+    }
+}
+
 /// One peer as it was written.
 struct PeerSettings {
     peer: Option<String>,
@@ -318,6 +388,7 @@ struct PeerSettings {
     psk_file: Option<PathBuf>,
     moves: Vec<Move>,
     deliver_to: Vec<String>,
+    deliver: Vec<String>,
 }
 
 impl PeerSettings {
@@ -327,19 +398,25 @@ impl PeerSettings {
             || self.psk_file.is_some()
             || !self.moves.is_empty()
             || !self.deliver_to.is_empty()
+            || !self.deliver.is_empty()
     }
 
     fn resolve(self, warnings: &mut Vec<String>) -> Result<PeerConfig, ConfigError> {
         if self.peer.is_none() && self.psk.is_none() && self.psk_file.is_none() {
             return Err(ConfigError::NoPeer("--psk-file FILE"));
         }
-        if !self.moves.is_empty() && !self.deliver_to.is_empty() {
-            return Err(flag(
-                "--deliver-to",
-                self.deliver_to.join(" "),
-                "belongs on the new server; this one is the old server, since it is given --move"
-                    .into(),
-            ));
+        for (name, values) in [
+            ("--deliver-to", &self.deliver_to),
+            ("--deliver", &self.deliver),
+        ] {
+            if !self.moves.is_empty() && !values.is_empty() {
+                return Err(flag(
+                    name,
+                    values.join(" "),
+                    "belongs on the new server; this one is the old server, since it is given --move"
+                        .into(),
+                ));
+            }
         }
         Ok(PeerConfig {
             endpoint: self.peer.as_deref().map(parse_peer).transpose()?,
@@ -352,6 +429,7 @@ impl PeerSettings {
             }),
             moves: self.moves,
             deliver_to: parse_deliver_to(&self.deliver_to)?,
+            deliver: parse_deliver(&self.deliver)?,
         })
     }
 }
@@ -366,6 +444,7 @@ struct FileConfig {
     #[serde(rename = "move")]
     moves: OneOrMany,
     deliver_to: Option<OneOrMany>,
+    deliver: OneOrMany,
     listen: Option<Listen>,
     tun: Option<String>,
     uplink: Option<String>,
@@ -388,6 +467,7 @@ struct FilePeer {
     #[serde(rename = "move")]
     moves: OneOrMany,
     deliver_to: Option<OneOrMany>,
+    deliver: OneOrMany,
 }
 
 /// A text that is overwritten when it is done with.
@@ -521,15 +601,12 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
             format!("one daemon serves at most {MAX_PEERS} peers"),
         ));
     }
-    let moves: Vec<&Move> = peers.iter().flat_map(|peer| &peer.moves).collect();
-    if moves.len() > MAX_MOVES {
-        return Err(ConfigError::TooManyMoves(moves.len()));
-    }
-    for (index, a) in moves.iter().enumerate() {
-        if let Some(b) = moves[index + 1..].iter().find(|b| a.overlaps(b)) {
-            return Err(ConfigError::Overlap((*a).clone(), (*b).clone()));
-        }
-    }
+    check_moves(
+        &peers
+            .iter()
+            .flat_map(|peer| &peer.moves)
+            .collect::<Vec<_>>(),
+    )?;
     let old = peers.iter().filter(|peer| !peer.moves.is_empty()).count();
     if old != 0 && old != peers.len() {
         return Err(flag(
@@ -563,6 +640,55 @@ fn parse_rekey_after(seconds: Option<u64>) -> Result<Option<Duration>, ConfigErr
         )),
         seconds => Ok(seconds.map(Duration::from_secs)),
     }
+}
+
+fn check_moves(moves: &[&Move]) -> Result<(), ConfigError> {
+    if moves.len() > MAX_MOVES {
+        return Err(ConfigError::TooManyMoves(moves.len()));
+    }
+    for (index, a) in moves.iter().enumerate() {
+        if let Some(b) = moves[index + 1..].iter().find(|b| a.overlaps(b)) {
+            return Err(ConfigError::Overlap((*a).clone(), (*b).clone()));
+        }
+    }
+    Ok(())
+}
+
+fn check_max_flows(wanted: Option<u32>) -> Result<u32, ConfigError> {
+    let max_flows = wanted.unwrap_or(DEFAULT_MAX_FLOWS);
+    if (1..=MAX_MAX_FLOWS).contains(&max_flows) {
+        Ok(max_flows)
+    } else {
+        Err(flag(
+            "--max-flows",
+            max_flows,
+            format!("must be from 1 to {MAX_MAX_FLOWS}"),
+        ))
+    }
+}
+
+/// Reads `ADDR[:PORT]` of `ipmoved nat --to`.
+fn parse_to(text: &str) -> Result<(IpAddr, Option<u16>), ConfigError> {
+    let (ip, port) = match (text.parse::<IpAddr>(), text.parse::<SocketAddr>()) {
+        (Ok(ip), _) => (ip, None),
+        (_, Ok(addr)) => (addr.ip(), Some(addr.port())),
+        _ => {
+            return Err(flag(
+                "--to",
+                text,
+                "is not an IP address; write 198.51.100.2, 198.51.100.2:8080 or [2001:db8::2]:8080"
+                    .into(),
+            ));
+        }
+    };
+    if ip.is_unspecified() || ip.is_multicast() || ip.is_loopback() || port == Some(0) {
+        return Err(flag(
+            "--to",
+            text,
+            "is not an address another server can be reached at".into(),
+        ));
+    }
+    Ok((ip, port))
 }
 
 /// Reads `HOST[:PORT]`; a bare IPv6 address needs no brackets.
@@ -677,6 +803,65 @@ fn parse_deliver_to(texts: &[String]) -> Result<DeliverTo, ConfigError> {
         }
     }
     Ok(DeliverTo::Addresses { v4, v6 })
+}
+
+/// Reads every `MOVED:PORT[/tcp|/udp]=ADDR:PORT`; no packet may belong to two of them.
+fn parse_deliver(texts: &[String]) -> Result<Vec<PortMap>, ConfigError> {
+    if texts.len() > MAX_PORT_MAPS {
+        return Err(flag(
+            "--deliver",
+            texts.len(),
+            format!("at most {MAX_PORT_MAPS} ports can be delivered elsewhere"),
+        ));
+    }
+    let mut maps: Vec<(Move, PortMap)> = Vec::new();
+    for text in texts {
+        let wrong = |problem: String| flag("--deliver", text, problem);
+        let Some((from, to)) = text.split_once('=') else {
+            return Err(wrong(
+                "says not where to; write 192.0.2.5:80=198.51.100.2:8080".into(),
+            ));
+        };
+        let moved: Move = from.parse().map_err(|error| wrong(format!("{error}")))?;
+        let port = match moved.ports.as_slice() {
+            [range] if range.start() == range.end() => *range.start(),
+            _ => {
+                return Err(wrong(
+                    "has to name one port of a moved address on the left, as in 192.0.2.5:80"
+                        .into(),
+                ));
+            }
+        };
+        let to: SocketAddr = to.parse().map_err(|_| {
+            wrong(format!(
+                "`{to}` is not an address and port of this server, as in 198.51.100.2:8080 or [2001:db8::2]:8080"
+            ))
+        })?;
+        let host = to.ip();
+        if to.port() == 0 || host.is_unspecified() || host.is_multicast() || host.is_loopback() {
+            return Err(wrong(
+                "clients' packets cannot be delivered there; give an address of this server's network interface, and a port"
+                    .into(),
+            ));
+        }
+        if host.is_ipv4() != moved.addr.is_ipv4() {
+            return Err(wrong(
+                "joins IPv4 with IPv6; both have to be the same".into(),
+            ));
+        }
+        if let Some((other, _)) = maps.iter().find(|(other, _)| other.overlaps(&moved)) {
+            return Err(wrong(format!("{other} is delivered elsewhere already")));
+        }
+        let map = PortMap {
+            transport: moved.transport,
+            moved: moved.addr,
+            port,
+            to: host,
+            to_port: to.port(),
+        };
+        maps.push((moved, map));
+    }
+    Ok(maps.into_iter().map(|(_, map)| map).collect())
 }
 
 fn check_ifname(name: &'static str, value: Option<String>) -> Result<Option<String>, ConfigError> {
@@ -825,6 +1010,90 @@ mod tests {
             let error = config(&line).unwrap_err();
             assert!(error.contains(says), "{line}: {error}");
         }
+    }
+
+    fn nat(line: &str) -> Result<NatSettings, String> {
+        let words = ["ipmoved", "nat"]
+            .into_iter()
+            .chain(line.split_whitespace());
+        let cli = crate::cli::Cli::try_parse_from(words).map_err(|error| error.to_string())?;
+        match cli.command {
+            Some(crate::cli::Command::Nat(args)) => {
+                NatSettings::new(args).map_err(|error| error.to_string())
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn way_one_has_one_line_too() {
+        let good = nat("--move 192.0.2.5 --to 198.51.100.2 --to 2001:db8::2").unwrap();
+        assert_eq!(good.to, [("198.51.100.2".parse().unwrap(), None)]);
+        let good = nat("--move [2001:db8::5]:80/tcp --to [2001:db8::2]:8080").unwrap();
+        assert_eq!(good.to, [("2001:db8::2".parse().unwrap(), Some(8080))]);
+        for (line, says) in [
+            ("--move 192.0.2.5", "--to"),
+            ("--to 198.51.100.2", "--move"),
+            ("--move 192.0.2.5 --to www", "not an IP address"),
+            ("--move 192.0.2.5 --to 127.0.0.1", "can be reached"),
+            ("--move 192.0.2.5 --to 2001:db8::2", "no IPv4 address"),
+            ("--move 192.0.2.5 --to 192.0.2.5", "own address"),
+            ("--move 192.0.2.5 --to 198.51.100.2:80", "names a port"),
+            (
+                "--move 192.0.2.5 --move 192.0.2.5:1 --to 198.51.100.2",
+                "overlap",
+            ),
+            (
+                "--move 192.0.2.5 --to 198.51.100.2 --to 198.51.100.3",
+                "each family",
+            ),
+            (
+                "--move 192.0.2.5 --to 198.51.100.2 --max-flows 0",
+                "--max-flows",
+            ),
+        ] {
+            let error = nat(line).unwrap_err();
+            assert!(error.contains(says), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_port_may_be_delivered_elsewhere() {
+        let line = format!("--peer 192.0.2.1 --psk {KEY}");
+        let read = |more: &str| config(&format!("{line} {more}"));
+        let good = read(
+            "--deliver 192.0.2.5:80=198.51.100.2:8080 --deliver [2001:db8::5]:53/udp=[2001:db8::2]:5353",
+        )
+        .unwrap();
+        let shown: Vec<String> = (good.peers[0].deliver.iter().map(ToString::to_string)).collect();
+        assert_eq!(
+            shown,
+            [
+                "192.0.2.5:80=198.51.100.2:8080",
+                "[2001:db8::5]:53/udp=[2001:db8::2]:5353"
+            ]
+        );
+        let file = "deliver = [\"192.0.2.5:80/tcp=198.51.100.2:8080\"]";
+        assert_eq!(config_with(&line, file).unwrap().peers[0].deliver.len(), 1);
+        for (text, says) in [
+            ("192.0.2.5:80", "where to"),
+            ("192.0.2.5=198.51.100.2:80", "one port"),
+            ("192.0.2.5:80-81=198.51.100.2:80", "one port"),
+            ("192.0.2.5:0=198.51.100.2:80", "not a port"),
+            ("192.0.2.5:80=198.51.100.2", "address and port"),
+            ("192.0.2.5:80=198.51.100.2:0", "cannot be delivered"),
+            ("192.0.2.5:80=127.0.0.1:80", "cannot be delivered"),
+            ("192.0.2.5:80=[2001:db8::2]:80", "IPv6"),
+            (
+                "192.0.2.5:80=198.51.100.2:1 --deliver 192.0.2.5:80/udp=198.51.100.2:2",
+                "already",
+            ),
+        ] {
+            let error = read(&format!("--deliver {text}")).unwrap_err();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+        let old = format!("{line} --move 192.0.2.5 --deliver 192.0.2.5:80=198.51.100.2:8080");
+        assert!(config(&old).unwrap_err().contains("new server"));
     }
 
     #[test]

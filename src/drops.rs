@@ -80,6 +80,10 @@ drop_reasons! {
     FlowTableFull = "flow_table_full",
     /// Two flows would have become one after rewriting, and no port was left to tell them apart.
     FlowCollision = "flow_collision",
+    /// Way 1: every port that could stand for a new flow to its destination is in use.
+    PortsExhausted = "ports_exhausted",
+    /// Way 1: a protocol without ports (or ICMP identifiers), whose answers could not be told apart.
+    NoPorts = "no_ports",
     /// Larger than the tunnel can carry.
     TooBig = "too_big",
     /// A router marked congestion on a packet whose sender does not understand the mark (RFC 6040).

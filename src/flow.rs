@@ -16,11 +16,15 @@
 //! time in its entry; when the head of a list is looked at and was seen since it was put there, it
 //! moves to the tail then. So a list is nearly in order of last use, at no cost per packet.
 //!
+//! Where both addresses are translated (way 1), the inner view has one address in place of every
+//! client's, and a port that is borrowed from a range ([`Masquerade`]); all else is the same.
+//!
 //! At the limit a new flow takes the place of an old one, in this order: closed and one-way flows,
 //! oldest first; idle flows without a connection; TCP connections idle for half an hour. If nothing
 //! qualifies the new flow is refused: a flood cannot take what is in use.
 
 use std::hash::BuildHasher;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -28,7 +32,7 @@ use hashbrown::HashTable;
 
 use crate::drops::DropReason;
 use crate::moved::{TCP, UDP};
-use crate::packet::{ACK, Addr, FIN, ICMP, ICMPV6, RST, SYN};
+use crate::packet::{ACK, Addr, FIN, Family, ICMP, ICMPV6, RST, SYN};
 use crate::peer::PeerId;
 
 /// TCP, no handshake seen to its end: not less than 4 minutes (RFC 5382 REQ-5, "partially open").
@@ -70,6 +74,9 @@ const EVICT_TRIES: usize = 8;
 const PORT_TRIES: u32 = 64;
 /// Where those ports begin: below lie the ports of services.
 const FIRST_PORT: u32 = 1024;
+/// Step from one port that is tried to the next. A prime that does not divide the range comes by every
+/// port before any twice.
+const PORT_STEP: u32 = 7919;
 
 /// Entries allocated together: 13 KiB.
 const CHUNK: usize = 256;
@@ -103,7 +110,7 @@ pub struct Outside {
 pub struct Inside {
     /// IP protocol number.
     pub protocol: u8,
-    /// The client.
+    /// The client, or who stands for it ([`Masquerade`]).
     pub client: Addr,
     /// Its port, or another one if two flows would be one otherwise.
     pub client_port: u16,
@@ -111,6 +118,29 @@ pub struct Inside {
     pub delivery: AddrId,
     /// The port there.
     pub delivery_port: u16,
+}
+
+/// What stands for every client in the inner views of a table.
+#[derive(Clone, Debug)]
+pub struct Masquerade {
+    /// In place of IPv4 clients.
+    pub v4: Addr,
+    /// In place of IPv6 clients.
+    pub v6: Addr,
+    /// The ports that are borrowed, for flows to each port of the application's host anew.
+    pub ports: RangeInclusive<u16>,
+    /// Chooses the first port that is tried: with the same seed a flow that is made anew after a
+    /// restart has the port that it had, unless another was faster.
+    pub seed: Seed,
+}
+
+impl Masquerade {
+    fn of(&self, client: Addr) -> Addr {
+        match client.family() {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+    }
 }
 
 /// Secret keys of the hashes, so that no one outside can choose what collides.
@@ -248,6 +278,7 @@ pub struct FlowStats {
 /// The flows of one shard.
 pub struct FlowTable {
     seed: Seed,
+    masquerade: Option<Masquerade>,
     epoch: Instant,
     slab: Slab,
     outside: HashTable<u32>,
@@ -266,6 +297,7 @@ impl FlowTable {
     pub fn new(seed: Seed, epoch: Instant) -> Self {
         Self {
             seed,
+            masquerade: None,
             epoch,
             slab: Slab::default(),
             outside: HashTable::new(),
@@ -276,6 +308,14 @@ impl FlowTable {
             evicted: 0,
             collisions: 0,
             refused: 0,
+        }
+    }
+
+    /// The same with one address in place of every client's.
+    pub fn masquerading(seed: Seed, epoch: Instant, masquerade: Masquerade) -> Self {
+        Self {
+            masquerade: Some(masquerade),
+            ..Self::new(seed, epoch)
         }
     }
 
@@ -295,7 +335,7 @@ impl FlowTable {
             return None;
         }
         self.note(at, now, Side::Client, tcp_flags);
-        Some(self.slab.get(at).inside())
+        Some(inner(&self.masquerade, self.slab.get(at)))
     }
 
     /// A packet from the application: finds its flow and notes the packet.
@@ -319,7 +359,8 @@ impl FlowTable {
 
     /// The inner view of a flow, without noting anything.
     pub fn peek_outside(&self, key: &Outside) -> Option<Inside> {
-        self.find_outside(key).map(|at| self.slab.get(at).inside())
+        self.find_outside(key)
+            .map(|at| inner(&self.masquerade, self.slab.get(at)))
     }
 
     /// The outer view of a flow, without noting anything.
@@ -330,10 +371,10 @@ impl FlowTable {
     /// Makes the flow that a packet from the client begins, or goes on with after a restart.
     ///
     /// `key` must not be there yet. The inner client port is the outer one, unless that would make
-    /// the flow another one's equal.
+    /// the flow another one's equal; or one that is borrowed.
     ///
     /// # Errors
-    /// [`DropReason::FlowTableFull`], [`DropReason::FlowCollision`].
+    /// [`DropReason::FlowTableFull`], [`DropReason::FlowCollision`], [`DropReason::PortsExhausted`].
     pub fn open(
         &mut self,
         now: Instant,
@@ -354,6 +395,20 @@ impl FlowTable {
         };
         // Room first: what is evicted for it cannot be in the way any more.
         self.make_room(now, key.client, limit)?;
+        if let Some(masquerade) = &self.masquerade {
+            let first = masquerade.seed.outside(key) as u32;
+            let inside = Inside {
+                client: masquerade.of(key.client),
+                ..inside
+            };
+            let Some(inside) = self.borrow_port(now, inside, first, limit) else {
+                limit.give_back();
+                self.refused += 1;
+                return Err(DropReason::PortsExhausted);
+            };
+            self.insert(now, key, &inside, Side::Client, tcp_flags);
+            return Ok(inside);
+        }
         let Some((inside, collided)) = self.free_inside(now, inside, limit) else {
             limit.give_back();
             return Err(DropReason::FlowCollision);
@@ -463,7 +518,9 @@ impl FlowTable {
     fn find_inside(&self, key: &Inside) -> Option<u32> {
         let slab = &self.slab;
         self.inside
-            .find(self.seed.inside(key), |&at| slab.get(at).is_inside(key))
+            .find(self.seed.inside(key), |&at| {
+                inner(&self.masquerade, slab.get(at)) == *key
+            })
             .copied()
     }
 
@@ -518,16 +575,52 @@ impl FlowTable {
             return None;
         }
         let span = u32::from(u16::MAX) + 1 - FIRST_PORT;
-        // A prime step that does not divide the range comes by every port before any twice.
         let start = (self.seed.inside(&wanted) >> 32) as u32;
         (0..PORT_TRIES)
             .map(|index| Inside {
-                client_port: (FIRST_PORT + start.wrapping_add(index.wrapping_mul(7919)) % span)
+                client_port: (FIRST_PORT + start.wrapping_add(index.wrapping_mul(PORT_STEP)) % span)
                     as u16,
                 ..wanted
             })
             .find(|key| self.is_free(now, key, limit))
             .map(|key| (key, true))
+    }
+
+    /// The inner view with a port of the range that is free there. If all that are tried are taken,
+    /// the flow of them that can best be done without gives its own.
+    fn borrow_port(
+        &mut self,
+        now: u32,
+        wanted: Inside,
+        first: u32,
+        limit: &Limit,
+    ) -> Option<Inside> {
+        let ports = self.masquerade.as_ref()?.ports.clone();
+        let span = u32::from(*ports.end()) - u32::from(*ports.start()) + 1;
+        let mut best: Option<(u8, u32, u32, Inside)> = None;
+        for index in 0..PORT_TRIES.min(span) {
+            let offset = first.wrapping_add(index.wrapping_mul(PORT_STEP)) % span;
+            let key = Inside {
+                client_port: ports.start() + offset as u16,
+                ..wanted
+            };
+            if self.is_free(now, &key, limit) {
+                return Some(key);
+            }
+            let Some(at) = self.find_inside(&key) else {
+                continue;
+            };
+            let entry = self.slab.get(at);
+            if let Some(rank) = entry.class.dispensable(now.saturating_sub(entry.last_seen))
+                && best.is_none_or(|(other, seen, ..)| (rank, entry.last_seen) < (other, seen))
+            {
+                best = Some((rank, entry.last_seen, at, key));
+            }
+        }
+        let (_, _, at, key) = best?;
+        self.remove(at, limit);
+        self.evicted += 1;
+        Some(key)
     }
 
     fn is_free(&mut self, now: u32, key: &Inside, limit: &Limit) -> bool {
@@ -546,13 +639,13 @@ impl FlowTable {
         entry.seen = entry.after(side, tcp_flags);
         entry.class = Class::of(entry.protocol, entry.seen);
         let at = self.slab.add(entry);
-        let (seed, slab) = (&self.seed, &self.slab);
+        let (seed, slab, masquerade) = (&self.seed, &self.slab, &self.masquerade);
         self.outside
             .insert_unique(seed.outside(outside), at, |&at| {
                 seed.outside(&slab.get(at).outside())
             });
         self.inside.insert_unique(seed.inside(inside), at, |&at| {
-            seed.inside(&slab.get(at).inside())
+            seed.inside(&inner(masquerade, slab.get(at)))
         });
         self.live += 1;
         self.link(at, now);
@@ -563,7 +656,7 @@ impl FlowTable {
         let entry = self.slab.get(at);
         let (outside, inside) = (
             self.seed.outside(&entry.outside()),
-            self.seed.inside(&entry.inside()),
+            self.seed.inside(&inner(&self.masquerade, entry)),
         );
         for (index, hash) in [(&mut self.outside, outside), (&mut self.inside, inside)] {
             match index.find_entry(hash, |&other| other == at) {
@@ -685,6 +778,19 @@ impl std::fmt::Debug for FlowTable {
     }
 }
 
+/// The inner view of a flow: an entry has room for one address, and the other is always the same.
+#[inline]
+fn inner(masquerade: &Option<Masquerade>, entry: &Entry) -> Inside {
+    let inside = entry.inside();
+    match masquerade {
+        None => inside,
+        Some(masquerade) => Inside {
+            client: masquerade.of(inside.client),
+            ..inside
+        },
+    }
+}
+
 /// Whether a protocol's flows are told apart by a port that may be rewritten.
 fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
@@ -751,6 +857,19 @@ impl Class {
             Self::OtherOneWay | Self::Other => OTHER,
         };
         timeout.as_secs() as u32
+    }
+
+    /// How readily a flow gives way that was not seen for `idle` seconds, the least first; `None` if it
+    /// is in use. The order of [`FlowTable::dispensable`].
+    fn dispensable(self, idle: u32) -> Option<u8> {
+        match self {
+            Self::TcpReset => Some(0),
+            Self::TcpOpening | Self::UdpOneWay | Self::IcmpOneWay | Self::OtherOneWay => Some(1),
+            Self::TcpClosing | Self::Udp | Self::Icmp | Self::Other => {
+                (u64::from(idle) >= RECENT.as_secs()).then_some(2)
+            }
+            Self::TcpEstablished => (u64::from(idle) >= RECENT_TCP.as_secs()).then_some(3),
+        }
     }
 
     fn is_one_way(self) -> bool {
@@ -833,11 +952,6 @@ impl Entry {
     #[inline]
     fn is_outside(&self, key: &Outside) -> bool {
         self.outside() == *key
-    }
-
-    #[inline]
-    fn is_inside(&self, key: &Inside) -> bool {
-        self.inside() == *key
     }
 
     #[inline]

@@ -11,6 +11,9 @@ use std::collections::{BTreeMap, VecDeque};
 /// only when the path reorders or loses; the part that has waited longest then gives way.
 const MAX_WAITING: usize = 256;
 
+/// Most bytes of parts that wait: [`MAX_WAITING`] of the longest that any path of today carries.
+const MAX_BYTES: usize = MAX_WAITING * 9_216;
+
 /// Longest packet that can be joined.
 const MAX_PACKET: usize = 65_535;
 
@@ -42,6 +45,8 @@ pub struct Joiner {
     waiting: BTreeMap<(Stream, u64), Held>,
     /// The waiting parts by age, oldest first; also names of parts that wait no more.
     ages: VecDeque<(Stream, u64)>,
+    /// Bytes of the waiting parts.
+    bytes: usize,
     packet: Vec<u8>,
     incomplete: u64,
 }
@@ -60,7 +65,10 @@ impl Joiner {
             more: part.more,
             bytes: part.bytes.to_vec(),
         };
-        self.waiting.insert((stream, part.counter), held);
+        self.bytes += held.bytes.len();
+        if let Some(same) = self.waiting.insert((stream, part.counter), held) {
+            self.bytes -= same.bytes.len();
+        }
         let Some((first, last)) = self.run(stream, part.counter) else {
             self.ages.push_back((stream, part.counter));
             self.make_room();
@@ -69,6 +77,7 @@ impl Joiner {
         self.packet.clear();
         for counter in first..=last {
             if let Some(held) = self.waiting.remove(&(stream, counter)) {
+                self.bytes -= held.bytes.len();
                 self.packet.extend_from_slice(&held.bytes);
             }
         }
@@ -101,11 +110,15 @@ impl Joiner {
     }
 
     fn make_room(&mut self) {
-        while self.waiting.len() > MAX_WAITING || self.ages.len() > 2 * MAX_WAITING {
+        while self.waiting.len() > MAX_WAITING
+            || self.bytes > MAX_BYTES
+            || self.ages.len() > 2 * MAX_WAITING
+        {
             let Some(oldest) = self.ages.pop_front() else {
                 return;
             };
-            if self.waiting.remove(&oldest).is_some() {
+            if let Some(held) = self.waiting.remove(&oldest) {
+                self.bytes -= held.bytes.len();
                 self.incomplete += 1;
             }
         }
@@ -183,6 +196,24 @@ mod tests {
                 .is_some()
         );
         assert!(joiner.push(STREAM, cut(&packet, 1_400, 0)[1]).is_none());
+    }
+
+    #[test]
+    fn long_parts_give_way_earlier() {
+        let long = vec![5; 60_000];
+        let mut joiner = Joiner::default();
+        for counter in 0..200 {
+            let part = Part {
+                counter: counter * 2,
+                continues: false,
+                more: true,
+                bytes: &long,
+            };
+            assert!(joiner.push(STREAM, part).is_none());
+            let held: usize = joiner.waiting.values().map(|held| held.bytes.len()).sum();
+            assert!(held == joiner.bytes && held <= MAX_BYTES);
+        }
+        assert!(joiner.take_incomplete() > 100);
     }
 
     #[test]

@@ -157,7 +157,8 @@ pub struct Lane {
     /// The slot that the first of them lies in.
     joining_slot: usize,
     coalescer: Coalescer,
-    joiner: Joiner,
+    /// One for each peer, so that none has to make room for another.
+    joiners: Vec<Joiner>,
     /// Where a packet that is split is put together first.
     scratch: Box<[u8]>,
     /// For packets out of the ordinary.
@@ -209,7 +210,9 @@ impl Lane {
             joining: PeerId(0),
             joining_slot: 0,
             coalescer: Coalescer::new(parts.uso),
-            joiner: Joiner::default(),
+            joiners: (0..parts.counters.peers.len())
+                .map(|_| Joiner::default())
+                .collect(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
             aside: Aside::new(Instant::now()),
             ticked: Instant::now(),
@@ -534,7 +537,8 @@ impl Lane {
             bytes: &self.slab[plain.range.clone()],
         };
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
-        let result = match self.joiner.push(plain.stream, part) {
+        let joiner = &mut self.joiners[usize::from(plain.peer.0)];
+        let result = match joiner.push(plain.stream, part) {
             None => Ok(()),
             Some(packet) => {
                 let how = Arriving {
@@ -546,7 +550,7 @@ impl Lane {
             }
         };
         self.send_answer(moment);
-        let incomplete = self.joiner.take_incomplete();
+        let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
         result

@@ -18,7 +18,7 @@
 //! | [`cli`], [`config`], [`command`] | what was typed, what it means, what is printed |
 //! | [`moved`], [`peer`], [`drops`] | the words that all rooms share |
 //! | [`packet`], [`offload`], [`ecn`], [`icmp`], [`answer`], [`fragment`], [`pieces`] | IP packets: checked once, cut and joined, rewritten, answered |
-//! | [`flow`], [`translate`] | which flow a packet belongs to, and what becomes of it |
+//! | [`flow`], [`translate`], [`nat`] | which flow a packet belongs to, and what becomes of it |
 //! | [`wire`], [`session`], [`replay`], [`tunnel`], [`pmtu`] | the channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
 //! | [`join`], [`batch`] | packets in several datagrams, datagrams in one send |
 //! | [`io`] | the TUN queue and the UDP socket |
@@ -40,6 +40,8 @@ pub mod drops;
 pub mod ecn;
 pub mod flow;
 pub mod fragment;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod icmp;
 pub mod io;
 pub mod join;
@@ -47,6 +49,7 @@ pub mod kernel;
 pub mod lab;
 pub mod lane;
 pub mod moved;
+pub mod nat;
 pub mod offload;
 pub mod packet;
 pub mod peer;

@@ -77,7 +77,7 @@ struct Probe {
     size: u16,
     sent: Instant,
     lost: u32,
-    repeated: bool,
+    repeats: u32,
 }
 
 impl Search {
@@ -113,9 +113,11 @@ impl Search {
         self.timer = (rtt * PROBE_ROUND_TRIPS).clamp(MIN_PROBE_TIMER, PROBE_TIMER);
     }
 
-    /// Whether a probe is out that was sent more than once: worth knowing whether the peer is there.
+    /// Whether a probe is out that was just sent again: worth knowing whether the peer is there. Not
+    /// for ever, though: a peer that is gone is found by other means.
     pub fn is_doubtful(&self) -> bool {
-        self.probe.as_ref().is_some_and(|probe| probe.repeated)
+        let repeats = self.probe.as_ref().map_or(0, |probe| probe.repeats);
+        (1..=MAX_PROBES).contains(&repeats)
     }
 
     /// The path is another one.
@@ -166,8 +168,13 @@ impl Search {
             probe.lost += u32::from(alive);
             if probe.lost < MAX_PROBES {
                 probe.sent = now;
-                probe.repeated = true;
-                self.next = now + self.timer;
+                probe.repeats = probe.repeats.saturating_add(1);
+                self.next = now
+                    + if alive {
+                        self.timer
+                    } else {
+                        PROBE_TIMER.min(self.timer * probe.repeats)
+                    };
                 return Some(probe.size);
             }
             let size = probe.size;
@@ -185,7 +192,7 @@ impl Search {
             size,
             sent: now,
             lost: 0,
-            repeated: false,
+            repeats: 0,
         });
         self.next = now + self.timer;
         Some(size)

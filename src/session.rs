@@ -484,7 +484,7 @@ impl Hello {
         bytes
     }
 
-    fn decode(bytes: &[u8; INITIATION_PAYLOAD_LEN]) -> Option<Self> {
+    pub(crate) fn decode(bytes: &[u8; INITIATION_PAYLOAD_LEN]) -> Option<Self> {
         let lanes = bytes[26];
         (lanes > 0).then_some(Self {
             timestamp: u64_at(bytes, 0),

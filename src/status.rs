@@ -28,6 +28,9 @@ const MAX_ANSWER: u64 = 16 << 20;
 /// Everything the daemon says of itself.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Status {
+    /// How packets get to the new server.
+    #[serde(default)]
+    pub way: Way,
     /// One for each peer.
     pub tunnels: Vec<TunnelStatus>,
     /// The tunnel interface.
@@ -46,6 +49,17 @@ pub struct Status {
     pub drops: BTreeMap<String, u64>,
     /// What an administrator should know, newest last.
     pub warnings: Vec<String>,
+}
+
+/// How packets get to the new server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// Through the encrypted tunnel to its daemon.
+    #[default]
+    Tunnel,
+    /// With both addresses translated (`ipmoved nat`): no daemon there, and no tunnel.
+    Nat,
 }
 
 /// One peer and what goes to and from it.
@@ -71,6 +85,9 @@ pub struct TunnelStatus {
     pub moved: Vec<String>,
     /// Where the new server delivers: an address, one of each family, or `keep`.
     pub deliver_to: Option<String>,
+    /// Ports that are delivered elsewhere, as `--deliver` names them (new server).
+    #[serde(default)]
+    pub deliver: Vec<String>,
     /// The flow table (new server).
     pub flows: Flows,
     /// IP packets that came out of the tunnel.
@@ -102,6 +119,13 @@ pub struct Flows {
     pub max: u64,
     /// Flows given up before their time to make room.
     pub evicted: u64,
+    /// Flows whose client port was changed on the way in, since they would have been one with
+    /// another otherwise: the same client and port at two moved addresses.
+    #[serde(default)]
+    pub collisions: u64,
+    /// New flows that were turned away for want of room.
+    #[serde(default)]
+    pub refused: u64,
 }
 
 /// IP packets and their bytes.
@@ -170,7 +194,17 @@ impl Status {
 
     fn write_text(&self, out: &mut String) -> std::fmt::Result {
         for tunnel in &self.tunnels {
-            tunnel.write_text(out)?;
+            tunnel.write_text(out, self.way)?;
+        }
+        if self.way == Way::Nat {
+            return writeln!(
+                out,
+                "ipmoved {} nat (pid {}), up {}, interface {}, nothing is encrypted",
+                self.version,
+                self.pid,
+                duration(self.uptime_s),
+                self.tun
+            );
         }
         writeln!(
             out,
@@ -205,16 +239,21 @@ impl Status {
 }
 
 impl TunnelStatus {
-    fn write_text(&self, out: &mut String) -> std::fmt::Result {
+    fn write_text(&self, out: &mut String, way: Way) -> std::fmt::Result {
         let state = match self.state {
             State::Connecting => "connecting",
             State::Up => "up",
             State::Down => "down",
         };
         let other = self.role.other();
-        writeln!(out, "tunnel to {other} server {}: {state}", self.peer)?;
+        match way {
+            Way::Tunnel => writeln!(out, "tunnel to {other} server {}: {state}", self.peer)?,
+            Way::Nat => writeln!(out, "translating to {other} server {}: {state}", self.peer)?,
+        }
         let endpoint = self.endpoint.as_deref().unwrap_or("not heard from yet");
-        writeln!(out, "  endpoint   {endpoint}")?;
+        if way == Way::Tunnel {
+            writeln!(out, "  endpoint   {endpoint}")?;
+        }
         if let (Some(cipher), Some(age)) = (&self.cipher, self.handshake_age_s) {
             let age = duration(age);
             write!(out, "  session    {cipher}, keys {age} old")?;
@@ -231,17 +270,36 @@ impl TunnelStatus {
             Some(to) => writeln!(out, "  moved      {moved} → {to}")?,
             None => writeln!(out, "  moved      {moved}")?,
         }
+        if !self.deliver.is_empty() {
+            writeln!(out, "  deliver    {}", self.deliver.join(" "))?;
+        }
         writeln!(out, "  mtu        {} bytes", self.mtu)?;
-        if self.role == Role::New {
-            let Flows { live, max, evicted } = self.flows;
-            writeln!(out, "  flows      {live} of {max}, {evicted} evicted")?;
+        if self.role == Role::New || way == Way::Nat {
+            let Flows {
+                live,
+                max,
+                evicted,
+                collisions,
+                refused,
+            } = self.flows;
+            write!(out, "  flows      {live} of {max}, {evicted} evicted")?;
+            for (count, what) in [(collisions, "told apart by port"), (refused, "refused")] {
+                if count > 0 {
+                    write!(out, ", {count} {what}")?;
+                }
+            }
+            writeln!(out)?;
         }
         let line = |traffic: Traffic| {
             let Traffic { packets, bytes } = traffic;
             format!("{packets} packets, {}", size(bytes))
         };
-        writeln!(out, "  received   {}", line(self.rx))?;
-        writeln!(out, "  sent       {}", line(self.tx))?;
+        let (from, to) = match way {
+            Way::Tunnel => ("received", "sent"),
+            Way::Nat => ("to clients", "to server"),
+        };
+        writeln!(out, "  {from:<10} {}", line(self.rx))?;
+        writeln!(out, "  {to:<10} {}", line(self.tx))?;
         write_drops(out, "dropped", &self.drops)
     }
 }
@@ -292,6 +350,7 @@ mod tests {
 
     fn example() -> Status {
         Status {
+            way: Way::Tunnel,
             tunnels: vec![TunnelStatus {
                 peer: "192.0.2.1:51850".into(),
                 endpoint: Some("192.0.2.1:51850".into()),
@@ -303,10 +362,13 @@ mod tests {
                 mtu: 1440,
                 moved: vec!["192.0.2.5".into()],
                 deliver_to: Some("198.51.100.2".into()),
+                deliver: vec!["192.0.2.5:80=198.51.100.2:8080".into()],
                 flows: Flows {
                     live: 3,
                     max: 10,
                     evicted: 0,
+                    collisions: 2,
+                    refused: 0,
                 },
                 rx: Traffic {
                     packets: 2,
@@ -348,7 +410,9 @@ mod tests {
             "tx",
             "drops",
         ];
+        let added = ["deliver"];
         contract.sort_unstable();
+        names.retain(|name| !added.contains(name));
         assert_eq!(names, contract);
         assert_eq!(tunnel["role"], "new");
         assert_eq!(tunnel["state"], "up");
@@ -361,6 +425,8 @@ mod tests {
         for part in [
             "tunnel to old server 192.0.2.1:51850: up",
             "192.0.2.5 → 198.51.100.2",
+            "deliver    192.0.2.5:80=198.51.100.2:8080",
+            "3 of 10, 0 evicted, 2 told apart by port\n",
             "keys 1 min 1 s old, round trip 0.17 ms",
             "replay 1",
             "without UDP GSO",

@@ -15,7 +15,7 @@
 //! packets to two moved addresses with one delivery address keep their own identifications, which a
 //! client chooses per destination, so two of them could meet (RFC 6864 section 5.2).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -169,6 +169,12 @@ impl Gate {
         Ok(())
     }
 
+    /// Whether anything of an address was moved.
+    pub fn is_moved(&self, addr: Addr) -> bool {
+        let addr = IpAddr::from(addr);
+        self.moves.iter().any(|moved| moved.addr == addr)
+    }
+
     fn takes(&self, addr: Addr, protocol: u8, kind: Kind, port: u16) -> bool {
         let addr = IpAddr::from(addr);
         self.moves
@@ -216,6 +222,21 @@ pub struct PortMap {
     pub to: IpAddr,
     /// The port there.
     pub to_port: u16,
+}
+
+impl std::fmt::Display for PortMap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let transport = match self.transport {
+            None => "",
+            Some(Transport::Tcp) => "/tcp",
+            Some(Transport::Udp) => "/udp",
+        };
+        let (moved, to) = (
+            SocketAddr::new(self.moved, self.port),
+            SocketAddr::new(self.to, self.to_port),
+        );
+        write!(f, "{moved}{transport}={to}")
+    }
 }
 
 /// Why moves or a delivery could not be set.

@@ -28,14 +28,14 @@ use crate::drops::Drops;
 use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS, UdpSocket};
 use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Failure, Host, Repairs};
+use crate::kernel::{Failure, Host, Repairs, keep};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu;
 use crate::session::{Door, Entropy, Offer, SessionIndexes};
 use crate::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
-use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus};
+use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus, Way};
 use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
 use crate::wire::DATA_OVERHEAD;
@@ -120,6 +120,7 @@ async fn carry(
         },
         view_changed: true,
         config,
+        host,
         shared: Arc::clone(&shared),
         netlink,
         udp,
@@ -161,15 +162,13 @@ async fn carry(
     }
     control.announce_start();
     notify_ready();
-    let result = control
-        .serve(host, &mut signals, &mut from_lanes, &status)
-        .await;
+    let result = control.serve(&mut signals, &mut from_lanes, &status).await;
     info!("stopping");
     control.close();
     result
 }
 
-fn failed(error: impl ToString) -> DaemonError {
+pub(super) fn failed(error: impl ToString) -> DaemonError {
     DaemonError::Failed(error.to_string())
 }
 
@@ -177,7 +176,7 @@ fn peer_ids(config: &Config) -> impl Iterator<Item = PeerId> {
     (0..config.peers.len() as u16).map(PeerId)
 }
 
-fn undo(host: &mut Host) -> Result<(), DaemonError> {
+pub(super) fn undo(host: &mut Host) -> Result<(), DaemonError> {
     let left = host.undo_all().map_err(failed)?.left;
     if left.is_empty() {
         return Ok(());
@@ -271,6 +270,7 @@ fn peers(
                 moves: peer.moves.clone(),
                 refused: Vec::new(),
                 client_mtu: None,
+                announced: false,
                 deliver: None,
                 state: State::Connecting,
                 next_resolve: now + RESOLVE_EVERY,
@@ -292,6 +292,8 @@ struct Peer {
     refused: Vec<Move>,
     /// MTU of the old server's link to the clients (new server).
     client_mtu: Option<u32>,
+    /// It has said what it moved here, so that what it does not name is withdrawn.
+    announced: bool,
     /// Where the new server delivers, once known.
     deliver: Option<Deliver>,
     state: State,
@@ -307,8 +309,9 @@ struct Peer {
 type Resolved = Result<SocketAddr, String>;
 
 /// Everything that is not a packet.
-struct Control {
+struct Control<'h> {
     config: Config,
+    host: &'h mut Host,
     shared: Arc<Shared>,
     netlink: Netlink,
     /// The first lane's socket, for what the tunnels send.
@@ -330,12 +333,11 @@ struct Control {
     warnings: VecDeque<String>,
 }
 
-impl Control {
+impl Control<'_> {
     /// Waits for whatever comes first, until a signal.
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     async fn serve(
         &mut self,
-        host: &mut Host,
         signals: &mut Signals,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         status: &UnixListener,
@@ -344,7 +346,7 @@ impl Control {
         loop {
             let now = Instant::now();
             self.turn(now);
-            self.repair(now, host);
+            self.repair(now);
             self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -513,6 +515,7 @@ impl Control {
 
     /// The old server says what it has moved here.
     fn peer_moved(&mut self, now: Instant, index: usize, moves: Vec<Move>, mtu: u16) {
+        self.peers[index].announced = true;
         self.accept_moves(now, index, moves);
         // What it has let go of may be what another one was refused.
         for other in 0..self.peers.len() {
@@ -564,18 +567,34 @@ impl Control {
         if let Some(path) = self.view.peers[index].path {
             self.choose_delivery(now, index, path);
         }
+        for map in self.config.peers[index].deliver.clone() {
+            let moved = self.peers[index].moves.iter();
+            let names = |moved: &Move| {
+                let port = moved.ports.is_empty()
+                    || moved.ports.iter().any(|range| range.contains(&map.port));
+                moved.addr == map.moved && port
+            };
+            if !moved.clone().any(names) {
+                let text = format!("--deliver {map}: that port has not moved here");
+                self.warn(index, &text);
+            }
+        }
     }
 
     /// Settles where packets from a peer are delivered, and tells the peer.
     fn choose_delivery(&mut self, now: Instant, index: usize, path: Path) {
-        let Translation::New(translator) = &self.shared.translation else {
+        let shared = Arc::clone(&self.shared);
+        let Translation::New(translator) = &shared.translation else {
             return;
         };
+        let ports = self.config.peers[index].deliver.clone();
+        let held = self.hold_kept();
         let (deliver, delivery) = match self.config.peers[index].deliver_to {
             DeliverTo::Keep => (
                 Deliver::Keep,
                 Delivery {
                     keep: true,
+                    ports,
                     ..Delivery::default()
                 },
             ),
@@ -599,7 +618,8 @@ impl Control {
                 let delivery = Delivery {
                     v4,
                     v6,
-                    ..Delivery::default()
+                    keep: false,
+                    ports,
                 };
                 (Deliver::To { v4, v6 }, delivery)
             }
@@ -615,6 +635,7 @@ impl Control {
             let family = if moved.addr.is_ipv4() { "IPv4" } else { "IPv6" };
             format!("{moved} cannot be delivered: the new server has no {family} address; give it one with --deliver-to")
         });
+        let error = error.or(held.err());
         if let Err(error) = translator.set_delivery(self.peers[index].id, delivery) {
             self.warn(index, &error.to_string());
         }
@@ -637,6 +658,40 @@ impl Control {
         );
     }
 
+    /// Takes the moved addresses whose packets are kept as they are (`--deliver-to keep`), and lets
+    /// go of those that are withdrawn. Until every such peer has said what it moved, what an earlier
+    /// run left is kept: the application may be listening there.
+    fn hold_kept(&mut self) -> Result<(), String> {
+        let keeping = || {
+            let peers = self.peers.iter().zip(&self.config.peers);
+            peers.filter(|(_, config)| config.deliver_to == DeliverTo::Keep)
+        };
+        if keeping().next().is_none() {
+            return Ok(());
+        }
+        let mut wanted: Vec<IpAddr> = keeping()
+            .flat_map(|(peer, _)| peer.moves.iter().map(|moved| moved.addr))
+            .collect();
+        if keeping().any(|(peer, _)| !peer.announced) {
+            wanted.extend(keep::held(self.host.made()));
+        }
+        wanted.sort_unstable();
+        wanted.dedup();
+        let cannot = |error: String| format!("a moved address cannot be held: {error}");
+        let desired = keep::plan(self.host.netlink(), &wanted, &self.tun, self.host.made())
+            .map_err(|error| cannot(error.to_string()))?;
+        let report = (self.host.reconcile_part(keep::is_part, desired))
+            .map_err(|error| cannot(error.to_string()))?;
+        for change in report.undone {
+            info!("undone: {change}");
+        }
+        for failure in report.left {
+            warn!("{}: {}", failure.change, failure.reason);
+        }
+        self.set_own_addresses();
+        Ok(())
+    }
+
     /// The first address of the uplink that `choose` accepts.
     fn own_address<T>(&self, choose: impl Fn(IpAddr) -> Option<T>) -> Option<T> {
         let addresses = self.netlink.addresses().ok()?;
@@ -657,24 +712,23 @@ impl Control {
             let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
             return translator.set_own_addresses(&own);
         }
-        let moved: Vec<IpAddr> = self
-            .peers
+        let moves = || self.peers.iter().flat_map(|peer| &peer.moves);
+        let mut own: Vec<IpAddr> = held
             .iter()
-            .flat_map(|peer| &peer.moves)
-            .filter(|moved| moved.is_whole())
-            .map(|moved| moved.addr)
+            .filter(|held| held.index == self.uplink.index)
+            .map(|held| held.addr)
+            .filter(|&addr| !moves().any(|moved| moved.addr == addr && moved.is_whole()))
             .collect();
-        let own = held
-            .iter()
-            .filter(|held| held.index == self.uplink.index && !moved.contains(&held.addr));
-        let (mut v4, mut v6) = (None, None);
-        for held in own {
-            match held.addr {
-                IpAddr::V4(addr) => v4 = v4.or(Some(addr)),
-                IpAddr::V6(addr) if is_global(addr) => v6 = v6.or(Some(addr)),
-                IpAddr::V6(_) => {}
-            }
-        }
+        // One of which nothing has moved, if there is one.
+        own.sort_by_key(|&addr| moves().any(|moved| moved.addr == addr));
+        let v4 = own.iter().find_map(|&addr| match addr {
+            IpAddr::V4(addr) => Some(addr),
+            IpAddr::V6(_) => None,
+        });
+        let v6 = own.iter().find_map(|&addr| match addr {
+            IpAddr::V6(addr) if is_global(addr) => Some(addr),
+            IpAddr::V6(_) | IpAddr::V4(_) => None,
+        });
         let hop = &mut self.view.hop;
         self.view_changed |= (hop.v4, hop.v6) != (v4, v6);
         (hop.v4, hop.v6) = (v4, v6);
@@ -760,12 +814,12 @@ impl Control {
     // The host.
 
     /// Makes again what others have taken away.
-    fn repair(&mut self, now: Instant, host: &mut Host) {
+    fn repair(&mut self, now: Instant) {
         if now < self.next_repair {
             return;
         }
         self.next_repair = now + REPAIR_EVERY;
-        let Repairs { made, failed } = host.repair();
+        let Repairs { made, failed } = self.host.repair();
         for change in made {
             let line = format!("somebody removed {change}; it is back");
             warn!("{line}");
@@ -824,7 +878,12 @@ impl Control {
 
     // What people see.
 
-    fn announce_start(&self) {
+    /// Says what this daemon is, once it is: a refusal stands alone on its line.
+    fn announce_start(&mut self) {
+        for text in std::mem::take(&mut self.config.warnings) {
+            warn!("{text}");
+            self.keep_warning(text);
+        }
         for (peer, config) in self.peers.iter().zip(&self.config.peers) {
             let name = self.name(usize::from(peer.id.0));
             match self.config.role {
@@ -881,6 +940,7 @@ impl Control {
             .map(|lane| lane.tun_gso_fallbacks.load(Relaxed))
             .sum();
         Status {
+            way: Way::Tunnel,
             tunnels: self
                 .peers
                 .iter()
@@ -915,6 +975,8 @@ impl Control {
                     live: stats.live,
                     max: stats.max,
                     evicted: stats.evicted,
+                    collisions: stats.collisions,
+                    refused: stats.refused,
                 }
             }
         };
@@ -925,7 +987,6 @@ impl Control {
                 *drops.entry(reason).or_default() += count;
             }
         }
-        let _ = config;
         TunnelStatus {
             peer: self.name(index),
             endpoint: view.path.map(|path| path.remote.to_string()),
@@ -942,6 +1003,7 @@ impl Control {
             mtu: view.mtu,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             deliver_to: peer.deliver.and_then(|to| deliver_text(to, &peer.moves)),
+            deliver: config.deliver.iter().map(ToString::to_string).collect(),
             flows,
             rx,
             tx,
@@ -998,7 +1060,7 @@ fn deliver_text(deliver: Deliver, moves: &[Move]) -> Option<String> {
     }
 }
 
-fn names(drops: &Drops) -> BTreeMap<String, u64> {
+pub(super) fn names(drops: &Drops) -> BTreeMap<String, u64> {
     drops
         .iter()
         .map(|(reason, count)| (reason.name().to_owned(), count))
@@ -1006,7 +1068,7 @@ fn names(drops: &Drops) -> BTreeMap<String, u64> {
 }
 
 /// Sends the status and hangs up; a client that does not read is given up.
-fn answer(mut stream: UnixStream, status: &Status) {
+pub(super) fn answer(mut stream: UnixStream, status: &Status) {
     let text = match serde_json::to_vec(status) {
         Ok(text) => text,
         Err(error) => return warn!("cannot write the status: {error}"),
@@ -1033,7 +1095,7 @@ impl Signals {
         })
     }
 
-    async fn recv(&mut self) {
+    pub(super) async fn recv(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
@@ -1080,7 +1142,7 @@ impl Lanes {
 }
 
 /// Tells the service manager that everything is set up (`sd_notify(3)`).
-fn notify_ready() {
+pub(super) fn notify_ready() {
     let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
         return;
     };

@@ -9,10 +9,13 @@
 //!     └──► control: one thread, everything else  (control)
 //! ```
 //!
+//! Way 1, without a tunnel, is [`nat`]'s.
+//!
 //! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
 //! goes through is `lane`'s.
 
 mod control;
+mod nat;
 mod setup;
 
 use std::fmt;
@@ -20,6 +23,8 @@ use std::path::Path;
 
 use crate::config::Config;
 use crate::confine;
+
+pub use nat::run as run_nat;
 
 /// Why the daemon did not start, or ended.
 #[derive(Debug)]

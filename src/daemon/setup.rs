@@ -12,12 +12,12 @@ use tracing::warn;
 use super::DaemonError;
 use super::control::Signals;
 use crate::cli::Offload;
-use crate::config::{Config, DeliverTo, PeerAddr};
+use crate::config::{Config, DeliverTo, PeerAddr, PeerConfig};
 use crate::io::tun::{TunError, TunFeatures, TunQueue};
 use crate::io::udp::{UdpOptions, UdpSocket};
 use crate::kernel::journal::JournalError;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Host, HostError, capture, steer};
+use crate::kernel::{Desired, Host, HostError, capture, keep, steer};
 use crate::moved::{Move, Transport};
 use crate::peer::Role;
 use crate::status::SOCKET;
@@ -73,12 +73,7 @@ impl Ready {
         let status = listen(&host)?;
         let signals = Signals::new()?;
         let (queues, features) =
-            TunQueue::create(&config.tun, sockets.len()).map_err(|error| match error {
-                TunError::Exists(_) => DaemonError::Input(error.to_string()),
-                TunError::Permission(_) | TunError::NoDriver | TunError::Other(..) => {
-                    DaemonError::System(error.to_string())
-                }
-            })?;
+            TunQueue::create(&config.tun, sockets.len()).map_err(tun_refused)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
         found.change(&mut host, config, &endpoints, &tun, port)?;
@@ -114,7 +109,9 @@ impl Found {
                 TunError::Exists(config.tun.clone()).to_string(),
             ));
         }
-        let uplink = find_uplink(netlink, config, endpoints)?;
+        let moves: Vec<&Move> = config.peers.iter().flat_map(|peer| &peer.moves).collect();
+        let towards: Vec<IpAddr> = endpoints.iter().flatten().map(SocketAddr::ip).collect();
+        let uplink = find_uplink(netlink, config.uplink.as_deref(), &moves, &towards)?;
         if uplink.loopback {
             return Err(DaemonError::Input(format!(
                 "{} is the loopback interface; name the one clients' packets use with --uplink",
@@ -137,7 +134,7 @@ impl Found {
         tun: &Link,
         port: u16,
     ) -> Result<(), DaemonError> {
-        let desired = match config.role {
+        let mut desired = match config.role {
             Role::Old => {
                 let moves: Vec<Move> = config
                     .peers
@@ -169,6 +166,12 @@ impl Found {
             }
         }
         .map_err(system)?;
+        let keeps = |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep;
+        if config.peers.iter().any(keeps) {
+            // Which of them are still wanted, the peers will say.
+            let left = host.made().iter().filter(|change| keep::is_part(change));
+            desired.extend(left.cloned().map(Desired::lasting));
+        }
         for failure in host.reconcile(desired).map_err(system)?.left {
             warn!(
                 "left by an earlier run and still there: {}: {}",
@@ -181,12 +184,13 @@ impl Found {
 
 /// The interface named with `--uplink`; else, on the old server, the one that holds the moved
 /// address; else the one that leads to the peer; else that of the default route.
-fn find_uplink(
+pub(super) fn find_uplink(
     netlink: &Netlink,
-    config: &Config,
-    endpoints: &[Option<SocketAddr>],
+    named: Option<&str>,
+    moves: &[&Move],
+    towards: &[IpAddr],
 ) -> Result<Link, DaemonError> {
-    if let Some(name) = &config.uplink {
+    if let Some(name) = named {
         return netlink.link_by_name(name).map_err(system)?.ok_or_else(|| {
             DaemonError::Input(format!(
                 "interface {name} does not exist (--uplink); `ip link` lists those that do"
@@ -194,9 +198,9 @@ fn find_uplink(
         });
     }
     let by_index = |index: u32| netlink.link_by_index(index).map_err(system);
-    let mut holding: Option<(Link, &Move)> = None;
+    let mut holding: Option<(Link, &&Move)> = None;
     let addresses = netlink.addresses().map_err(system)?;
-    for moved in config.peers.iter().flat_map(|peer| &peer.moves) {
+    for moved in moves {
         let Some(address) = addresses.iter().find(|held| held.addr == moved.addr) else {
             warn!(
                 "{} is not configured on this server: its packets come only if the network routes them here",
@@ -221,12 +225,8 @@ fn find_uplink(
     if let Some((link, _)) = holding {
         return Ok(link);
     }
-    let probes = endpoints
-        .iter()
-        .flatten()
-        .map(SocketAddr::ip)
-        .filter(|ip| !ip.is_loopback());
-    for ip in probes.chain(PUBLIC) {
+    let probes = towards.iter().filter(|ip| !ip.is_loopback());
+    for ip in probes.copied().chain(PUBLIC) {
         let Ok(route) = netlink.route_get(ip, None, None) else {
             continue;
         };
@@ -282,7 +282,8 @@ fn check_old(
             if ours.contains(&moved.addr) {
                 return Err(DaemonError::Input(format!(
                     "--move {moved} would take the address this server itself uses to reach the peer, \
-                     your login included; move only the service's ports, as in --move {}",
+                     your login included; move only the service's ports, as in --move {}, \
+                     or let this server use another of its addresses (--listen ADDR:PORT)",
                     Move {
                         ports: vec![80..=80, 443..=443],
                         transport: Some(Transport::Tcp),
@@ -304,6 +305,17 @@ fn takes_logins(moved: &Move) -> bool {
 fn check_new(netlink: &Netlink, config: &Config) -> Result<(), DaemonError> {
     let addresses = netlink.addresses().map_err(system)?;
     for peer in &config.peers {
+        let keeps = peer.deliver_to == DeliverTo::Keep;
+        for map in &peer.deliver {
+            // A moved address that is kept is held as soon as the peer has named it.
+            let will_be = keeps && map.to == map.moved;
+            if !will_be && !addresses.iter().any(|held| held.addr == map.to) {
+                return Err(DaemonError::Input(format!(
+                    "--deliver {map}: {} is not an address of this server; `ip addr` lists those that are",
+                    map.to
+                )));
+            }
+        }
         let DeliverTo::Addresses { v4, v6 } = peer.deliver_to else {
             continue;
         };
@@ -362,8 +374,17 @@ fn bind(config: &Config) -> Result<Vec<UdpSocket>, DaemonError> {
     })
 }
 
+pub(super) fn tun_refused(error: TunError) -> DaemonError {
+    match error {
+        TunError::Exists(_) => DaemonError::Input(error.to_string()),
+        TunError::Permission(_) | TunError::NoDriver | TunError::Other(..) => {
+            DaemonError::System(error.to_string())
+        }
+    }
+}
+
 /// Brings the TUN up, without addresses, and keeps the kernel from speaking on it of its own accord.
-fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link, DaemonError> {
+pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link, DaemonError> {
     let tun = netlink
         .link_by_name(name)
         .map_err(system)?
@@ -382,7 +403,7 @@ fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link, DaemonErro
 
 /// Opens the socket `ipmoved status` connects to. The lock of the namespace is held, so whatever
 /// lies there is a dead predecessor's.
-fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
+pub(super) fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
     let path = host.dir().join(SOCKET);
     let problem = |error: io::Error| {
         DaemonError::System(format!("cannot listen on {}: {error}", path.display()))
@@ -397,7 +418,7 @@ fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
 }
 
 /// Why the host cannot be taken charge of.
-fn refused(error: HostError) -> DaemonError {
+pub(super) fn refused(error: HostError) -> DaemonError {
     match error {
         HostError::Journal(JournalError::Locked { .. }) => DaemonError::Running(error.to_string()),
         HostError::Journal(_) | HostError::Netlink(_) | HostError::Refused { .. } => {
@@ -406,6 +427,6 @@ fn refused(error: HostError) -> DaemonError {
     }
 }
 
-fn system(error: impl ToString) -> DaemonError {
+pub(super) fn system(error: impl ToString) -> DaemonError {
     DaemonError::System(error.to_string())
 }

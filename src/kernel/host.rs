@@ -158,12 +158,20 @@ impl Host {
     ///
     /// # Errors
     /// If a change fails: those that this call has made are undone.
-    pub fn reconcile(&mut self, mut desired: Vec<Desired>) -> Result<Report, HostError> {
+    pub fn reconcile(&mut self, desired: Vec<Desired>) -> Result<Report, HostError> {
         self.wanted.clear();
-        let mut step = Step {
+        let step = Step {
             earlier: std::mem::take(&mut self.made),
             ..Step::default()
         };
+        self.reconcile_step(step, desired)
+    }
+
+    fn reconcile_step(
+        &mut self,
+        mut step: Step,
+        mut desired: Vec<Desired>,
+    ) -> Result<Report, HostError> {
         for desired in &mut desired {
             if let Err(error) = self.take(&mut step, desired) {
                 for change in step.fresh.iter().rev() {
@@ -176,7 +184,7 @@ impl Host {
                 return Err(error);
             }
         }
-        self.wanted = desired;
+        self.wanted.append(&mut desired);
         self.undo_reversed(step.earlier, step.kept)
     }
 
@@ -235,6 +243,28 @@ impl Host {
             Err(error) if error.is_exists() => Ok(false),
             Err(error) => Err(refused(change, remedy(change, &error))),
         }
+    }
+
+    /// As [`reconcile`](Self::reconcile) for a part of what is made: of that, what is not wanted is undone; the rest stays.
+    ///
+    /// # Errors
+    /// If a change fails: those that this call has made are undone.
+    pub fn reconcile_part(
+        &mut self,
+        part: impl Fn(&Change) -> bool,
+        desired: Vec<Desired>,
+    ) -> Result<Report, HostError> {
+        self.wanted.retain(|desired| !part(&desired.change));
+        let made = std::mem::take(&mut self.made);
+        let (earlier, kept) = made.into_iter().partition(part);
+        self.reconcile_step(
+            Step {
+                earlier,
+                kept,
+                fresh: Vec::new(),
+            },
+            desired,
+        )
     }
 
     /// Undoes everything, in reverse. What could not be undone stays in the journal.
@@ -310,7 +340,7 @@ impl Host {
             change @ Change::Rule { .. } => netlink.add_rule(&rule(change)),
             change @ Change::Default { .. } => netlink.add_route(&route(change)),
             Change::Sysctl { path, to, .. } => Ok(write_sysctl(path, to)?),
-            Change::Address { on, addr, prefix } => netlink.add_address(&Address {
+            Change::Address { on, addr, prefix } => netlink.add_quiet_address(&Address {
                 index: on.index,
                 addr: *addr,
                 prefix: *prefix,
@@ -580,8 +610,9 @@ pub(super) fn read_sysctl(path: &str) -> io::Result<String> {
     Ok(fs::read_to_string(sysctl_path(path))?.trim_end().to_owned())
 }
 
+/// With a newline: without it nothing at all would be written where the value is empty.
 fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
-    fs::write(sysctl_path(path), value)
+    fs::write(sysctl_path(path), format!("{value}\n"))
 }
 
 /// The kernel's reason, and what a person can do about it.

@@ -38,6 +38,8 @@ const JOURNAL: &str = "journal";
 const JOURNAL_NEXT: &str = "journal.next";
 const LOCK: &str = "lock";
 
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// Version of the journal's format; a journal of another version is not understood.
 const VERSION: u32 = 1;
 
@@ -103,7 +105,8 @@ pub enum Change {
         /// The value that is wanted.
         to: String,
     },
-    /// An address on an interface.
+    /// An address that this host is reached at and never speaks from unasked (IPv4: scope host;
+    /// IPv6: deprecated).
     Address {
         /// The interface.
         on: Interface,
@@ -345,7 +348,6 @@ impl Journal {
 
 impl Identity {
     fn of_this_namespace() -> Result<Self, JournalError> {
-        const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
         let boot_id = fs::read_to_string(BOOT_ID)
             .map_err(|error| file_error("read", Path::new(BOOT_ID), error))?;
         Ok(Self {
@@ -353,6 +355,12 @@ impl Identity {
             netns_cookie: netns_cookie(),
         })
     }
+}
+
+/// The random identity of this boot of the machine; `None` if `/proc` is not there.
+pub fn boot_id() -> Option<String> {
+    let text = fs::read_to_string(BOOT_ID).ok()?;
+    Some(text.trim().to_owned())
 }
 
 fn netns_cookie() -> Option<u64> {

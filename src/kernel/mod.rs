@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   capture, steer    what is wanted on the old and on the new server, as values
+//!   keep, masquerade  the same for the ways that keep the moved address, or translate both
 //!   Host              the one door: makes wanted changes, undoes them, survives a crash
 //!   journal           what was changed, written down first
 //!   programs, bpf     the programs at the interfaces, and how they get into the kernel
@@ -15,6 +16,8 @@ pub mod bpf;
 pub mod capture;
 mod host;
 pub mod journal;
+pub mod keep;
+pub mod masquerade;
 pub mod netlink;
 pub mod programs;
 pub mod steer;

@@ -18,7 +18,9 @@ use netlink_packet_core::{
     NLM_F_REPLACE, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader,
     NetlinkMessage, NetlinkPayload, NlasIterator,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope, CacheInfo,
+};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
@@ -510,6 +512,24 @@ impl Netlink {
     /// Adds an address; an IPv6 address is usable at once (no duplicate address detection).
     pub fn add_address(&self, address: &Address) -> Result<()> {
         let request = RouteNetlinkMessage::NewAddress(address_message(address));
+        self.acked("add address", request, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Adds an address that is answered from, but not chosen as the source of anything else: of
+    /// scope host (IPv4), or deprecated (IPv6, RFC 4862 section 5.5.4).
+    pub fn add_quiet_address(&self, address: &Address) -> Result<()> {
+        let mut message = address_message(address);
+        match address.addr {
+            IpAddr::V4(_) => message.header.scope = AddressScope::Host,
+            IpAddr::V6(_) => {
+                let mut lifetimes = CacheInfo::default();
+                lifetimes.ifa_valid = u32::MAX;
+                lifetimes.ifa_preferred = 0;
+                let attributes = &mut message.attributes;
+                attributes.push(AddressAttribute::CacheInfo(lifetimes));
+            }
+        }
+        let request = RouteNetlinkMessage::NewAddress(message);
         self.acked("add address", request, NLM_F_CREATE | NLM_F_EXCL)
     }
 

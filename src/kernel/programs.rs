@@ -20,6 +20,8 @@
 //! branches (the verifier gives up at 8,192 open ones, and at a million instructions looked at;
 //! 64 moves of 64 ranges each are 11,500 instructions, of which it looks at 50,000).
 
+mod masquerade;
+
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
@@ -27,6 +29,8 @@ use std::time::Duration;
 
 use super::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Size};
 use crate::moved::{Move, TCP, Transport, UDP};
+
+pub use masquerade::{Pair, Way, answers, way_out};
 
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
 
@@ -61,7 +65,8 @@ const DESTINATION_OPTIONS: u8 = 60;
 const TC_ACT_UNSPEC: i32 = -1;
 
 /// The mark of a packet on its way from the TUN to the uplink's ingress: "ipmb". It is taken off
-/// there, and no packet comes from the wire with a mark.
+/// there, and no packet comes from the wire with a mark. With another capture to pass before, it is
+/// the next number.
 const BOUNCED: u32 = 0x6970_6d62;
 
 /// `bpf_redirect`: as if the packet had arrived there.
@@ -215,10 +220,29 @@ impl FlowMaps {
 /// The kernel itself carries the mark into accepted sockets (`tcp_fwmark_accept`) and into resets and
 /// ICMP answers (`fwmark_reflect`); a UDP socket has nowhere to keep it, hence [`steer_egress`].
 ///
+/// A reply without TCP is routed to `uplink` before it is redirected, and what the kernel learns of the
+/// path MTU belongs to a route: so ICMP that says a packet was too big, of any protocol but TCP and
+/// ICMP, whose replies are routed by the mark, arrives on `uplink` instead, without a mark.
+///
 /// # Errors
 /// If the program is too large.
-pub fn steer_mark(mark: u32, maps: &FlowMaps) -> Result<Program, BpfError> {
-    steer_mark_at(mark, maps, 0)
+pub fn steer_mark(
+    mark: u32,
+    maps: &FlowMaps,
+    uplink: Option<Entrance>,
+) -> Result<Program, BpfError> {
+    steer_mark_at(mark, maps, 0, uplink)
+}
+
+/// An interface on which packets are let in.
+#[derive(Clone, Copy, Debug)]
+pub struct Entrance {
+    /// Its index.
+    pub ifindex: u32,
+    /// Length of its link-layer header, in bytes.
+    pub l2_header: u32,
+    /// Its hardware address, if it has such a header.
+    pub mac: [u8; 6],
 }
 
 /// Redirects replies of remembered flows into the TUN: for the egress of the new server's uplinks.
@@ -388,10 +412,19 @@ const VALUE: i16 = -56;
 /// Where [`steer_egress`] keeps the identification of a fragment.
 const IDENTIFICATION: i16 = -44;
 
-fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, BpfError> {
+fn steer_mark_at(
+    mark: u32,
+    maps: &FlowMaps,
+    l2_header: u32,
+    uplink: Option<Entrance>,
+) -> Result<Program, BpfError> {
+    // Destination unreachable with fragmentation needed (RFC 1191); packet too big (RFC 4443).
+    const TOO_BIG_V4: i32 = 0x0304;
+    const TOO_BIG_V6: i32 = 0x0200;
     let mut asm = Assembler::new();
     let a = &mut asm;
     let (v6, done, transport) = (a.label(), a.label(), a.label());
+    let (icmp_v4, icmp_v6, enter) = (a.label(), a.label(), a.label());
     let build = a.label();
     a.mov(R6, R1);
     a.mov(R0, mark);
@@ -404,7 +437,7 @@ fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, 
     a.load_packet(Size::B, l2_header + 9);
     a.mov(R8, R0);
     a.jump_if(R8, If::Eq, i32::from(TCP), done);
-    a.jump_if(R8, If::Eq, i32::from(ICMP), done);
+    a.jump_if(R8, If::Eq, i32::from(ICMP), icmp_v4);
     store_family(a, 4);
     load_bytes(a, l2_header + 16, KEY_LOCAL, 4, done);
     load_bytes(a, l2_header + 12, KEY_REMOTE, 4, done);
@@ -427,7 +460,7 @@ fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, 
     a.jump_if(R8, If::Eq, i32::from(UDP), done);
     a.bind(known);
     a.jump_if(R8, If::Eq, i32::from(TCP), done);
-    a.jump_if(R8, If::Eq, i32::from(ICMPV6), done);
+    a.jump_if(R8, If::Eq, i32::from(ICMPV6), icmp_v6);
     store_family(a, 6);
     load_bytes(a, l2_header + 24, KEY_LOCAL, 16, done);
     load_bytes(a, l2_header + 8, KEY_REMOTE, 16, done);
@@ -453,6 +486,27 @@ fn steer_mark_at(mark: u32, maps: &FlowMaps, l2_header: u32) -> Result<Program, 
     a.alu(Alu::Add, R3, i32::from(VALUE));
     a.mov(R4, 0);
     a.call(Helper::MapUpdate);
+    a.jump(done);
+
+    a.bind(icmp_v4);
+    load_ipv4_header_end(a, l2_header, done);
+    a.load_packet_at(Size::H, R7, 0);
+    a.jump_if(R0, If::Ne, TOO_BIG_V4, done);
+    a.load_packet_at(Size::B, R7, 8 + 9);
+    a.jump_if(R0, If::Eq, i32::from(TCP), done);
+    a.jump_if(R0, If::Ne, i32::from(ICMP), enter);
+    a.jump(done);
+    a.bind(icmp_v6);
+    a.load_packet_at(Size::H, R7, 0);
+    a.jump_if(R0, If::Ne, TOO_BIG_V6, done);
+    a.load_packet_at(Size::B, R7, 8 + 6);
+    a.jump_if(R0, If::Eq, i32::from(TCP), done);
+    a.jump_if(R0, If::Ne, i32::from(ICMPV6), enter);
+    a.jump(done);
+    a.bind(enter);
+    if let Some(uplink) = uplink {
+        enter_by(a, uplink);
+    }
     a.bind(done);
     verdict(a, TC_ACT_UNSPEC);
     asm.finish("ipmoved_mark")
@@ -572,20 +626,8 @@ impl Capture {
             fragment: a.label(),
             other: a.label(),
         };
-        let (arrived, bounced) = (a.label(), a.label());
         a.mov(R6, R1);
-        a.load(Size::W, R0, R6, SKB_MARK);
-        a.jump_if(R0, If::Eq, BOUNCED, bounced);
-        a.jump(arrived);
-        // Without the uplink's address in its header it would count as another host's.
-        a.bind(bounced);
-        a.mov(R0, 0);
-        a.store(Size::W, R6, SKB_MARK, R0);
-        a.mov(R1, R6);
-        a.mov(R2, i32::from(libc::PACKET_HOST));
-        a.call(Helper::SkbChangeType);
-        verdict(a, TC_ACT_UNSPEC);
-        a.bind(arrived);
+        masquerade::pass_bounced(a);
         a.load(Size::W, R0, R6, SKB_PKT_TYPE);
         a.jump_if(R0, If::Ne, i32::from(libc::PACKET_HOST), ways.pass);
         a.load(Size::W, R0, R6, SKB_VLAN_PRESENT);
@@ -865,6 +907,37 @@ fn verdict(a: &mut Assembler, verdict: i32) {
 fn redirect_to(a: &mut Assembler, ifindex: u32) {
     a.mov(R1, ifindex);
     a.mov(R2, 0);
+    a.call(Helper::Redirect);
+    a.exit();
+}
+
+/// The packet, which has no link-layer header, arrives on another interface, without a mark.
+fn enter_by(a: &mut Assembler, at: Entrance) {
+    if at.l2_header > 0 {
+        a.mov(R1, R6);
+        a.mov(R2, at.l2_header);
+        a.mov(R3, 0);
+        a.call(Helper::SkbChangeHead);
+        // To the interface's own address, from nobody's.
+        let [a0, a1, a2, a3, a4, a5] = at.mac;
+        a.store(Size::W, R10, -16, u32::from_ne_bytes([a0, a1, a2, a3]));
+        a.store(Size::H, R10, -12, i32::from(u16::from_ne_bytes([a4, a5])));
+        a.store(Size::H, R10, -10, 0);
+        a.store(Size::W, R10, -8, 0);
+        a.load(Size::W, R0, R6, SKB_PROTOCOL);
+        a.store(Size::H, R10, -4, R0);
+        a.mov(R1, R6);
+        a.mov(R2, 0);
+        a.mov(R3, R10);
+        a.alu(Alu::Add, R3, -16);
+        a.mov(R4, at.l2_header);
+        a.mov(R5, 0);
+        a.call(Helper::SkbStoreBytes);
+    }
+    a.mov(R0, 0);
+    a.store(Size::W, R6, SKB_MARK, R0);
+    a.mov(R1, at.ifindex);
+    a.mov(R2, BPF_F_INGRESS);
     a.call(Helper::Redirect);
     a.exit();
 }
@@ -1333,7 +1406,10 @@ mod tests {
         fn new() -> Self {
             let maps = FlowMaps::new(1000).expect("run the tests as root");
             Self {
-                mark: steer_mark_at(MARK, &maps, L2).unwrap().load().unwrap(),
+                mark: steer_mark_at(MARK, &maps, L2, None)
+                    .unwrap()
+                    .load()
+                    .unwrap(),
                 egress: steer_egress(&maps, L2, 1, 51820).unwrap().load().unwrap(),
             }
         }

@@ -4,7 +4,8 @@
 //! ```text
 //! TUN ingress: mark ──► TCP:  tcp_fwmark_accept hands the mark to the accepted socket ──┐
 //!                  ├──► RST, ICMP answers: fwmark_reflect ─────────────────────────────┴► ip rule ──► table: default dev TUN
-//!                  └──► UDP and the rest: the flow is remembered ──► uplink egress: redirect ──► TUN
+//!                  ├──► UDP and the rest: the flow is remembered ──► uplink egress: redirect ──► TUN
+//!                  └──► "too big" about UDP and the rest: uplink ingress, so that its route learns the path MTU
 //! ```
 //!
 //! Owns the mark, the table and their places. A rule that selects by mark touches no packet but
@@ -20,7 +21,7 @@ use super::capture::{PlanError, clsact, default_routes, filter, interface, l2_he
 use super::host::read_sysctl;
 use super::journal::Change;
 use super::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
-use super::programs::{self, FlowMaps};
+use super::programs::{self, Entrance, FlowMaps};
 
 /// The mark of what came out of the TUN: "ipmv". Compared whole, so that it never meets the single
 /// bits that others use.
@@ -95,19 +96,32 @@ pub fn plan(
         desired.push(Desired::lasting(clsact(uplink)));
         desired.push(Desired::lasting(place).program(reply.load()?));
     }
-    let mark = programs::steer_mark(MARK, &maps)?;
+    let entrance = uplinks.first().map(|uplink| {
+        l2_header(uplink).map(|l2_header| Entrance {
+            ifindex: uplink.index,
+            l2_header,
+            mac: uplink.mac.unwrap_or_default(),
+        })
+    });
+    let mark = programs::steer_mark(MARK, &maps, entrance.transpose()?)?;
     let place = filter(netlink, tun, Direction::Ingress, mark.name())?;
     desired.push(Desired::with_tun(clsact(tun)));
     desired.push(Desired::with_tun(place).program(mark.load()?));
     Ok(desired)
 }
 
-/// The interfaces on which replies may leave: those of the default routes, and the one towards the
-/// peer.
+/// The interfaces on which replies may leave: those of the default routes, the one towards the peer,
+/// and every other one with an address, for any of them may have a route to some clients.
 ///
 /// # Errors
 /// If the kernel cannot be asked.
 pub fn uplinks(netlink: &Netlink, peer: Option<IpAddr>) -> Result<Vec<Link>, NetlinkError> {
+    let held: Vec<u32> = netlink
+        .addresses()?
+        .into_iter()
+        .filter(|held| !is_link_local(held.addr))
+        .map(|held| held.index)
+        .collect();
     let mut indices = default_routes(netlink, Family::V4)?;
     indices.extend(default_routes(netlink, Family::V6)?);
     if let Some(peer) = peer
@@ -118,8 +132,20 @@ pub fn uplinks(netlink: &Netlink, peer: Option<IpAddr>) -> Result<Vec<Link>, Net
     let links = netlink.links()?;
     Ok(links
         .into_iter()
-        .filter(|link| !link.loopback && indices.contains(&link.index))
+        .filter(|link| {
+            // One that cannot be used matters only if it is needed.
+            let other = held.contains(&link.index) && l2_header(link).is_ok();
+            !link.loopback && (indices.contains(&link.index) || other)
+        })
         .collect())
+}
+
+/// Every interface that is up has such an IPv6 address, and no client is reached from it.
+fn is_link_local(addr: IpAddr) -> bool {
+    match addr {
+        IpAddr::V4(addr) => addr.is_link_local(),
+        IpAddr::V6(addr) => addr.is_unicast_link_local(),
+    }
 }
 
 /// Whether the kernel routes IPv6 into the TUN.
@@ -181,7 +207,7 @@ mod tests {
     use super::*;
     use crate::kernel::Host;
     use crate::kernel::testing::{
-        Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter,
+        Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter, uplink,
     };
 
     const HERE: [(&str, u8); 2] = [("198.51.100.2", 24), ("2001:db8:b::2", 64)];
@@ -312,6 +338,21 @@ mod tests {
                 assert!(b.tun.read(|p| goes_to(p, client)).is_none());
                 assert!(b.router.has_seen(b"an unasked one"));
             }
+        });
+    }
+
+    #[test]
+    fn every_interface_that_may_lead_to_clients_is_an_uplink() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let router = Router::new(&netlink, &HERE, &GATEWAYS);
+            let tun = Tun::new(&netlink, "tun0", false);
+            let second = uplink(&netlink, "second", &[("10.1.0.2", 24)]);
+            let _bare = uplink(&netlink, "bare", &[]);
+            netlink.set_link_up(tun.link.index).unwrap();
+            let names = |links: Vec<Link>| links.into_iter().map(|link| link.name).collect();
+            let found: Vec<String> = names(uplinks(&netlink, None).unwrap());
+            assert_eq!(found, [router.uplink.name.clone(), second.name]);
         });
     }
 

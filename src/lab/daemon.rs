@@ -185,6 +185,17 @@ impl<'lab> DaemonSetup<'lab> {
         })
     }
 
+    /// Starts `ipmoved nat` with these arguments on the old server; nothing runs on the new one.
+    pub fn start_nat(&self, args: &[&str]) -> Result<Daemon<'lab>> {
+        let mut command = self.command();
+        command.arg("nat").args(args);
+        Ok(Daemon {
+            process: self.host(Role::Old).spawn(command)?,
+            role: Role::Old,
+            setup: self.clone(),
+        })
+    }
+
     /// Starts both and waits until each says that it is up.
     pub fn start_both(&self) -> Result<Daemons<'lab>> {
         let mut daemons = Daemons {
@@ -315,6 +326,11 @@ impl Daemon<'_> {
             )));
         }
         Ok(said)
+    }
+
+    /// Waits for a daemon that refuses to run, and returns what it said.
+    pub fn stop_by_itself(self) -> Result<Output> {
+        self.process.wait(STOP_TIMEOUT)
     }
 
     /// Kills it without a chance to undo anything (SIGKILL).

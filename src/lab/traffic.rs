@@ -110,12 +110,24 @@ pub struct Client<'lab> {
     namespace: &'lab Namespace,
     v4: Ipv4Addr,
     v6: Ipv6Addr,
+    port: u16,
 }
 
 impl<'lab> Client<'lab> {
     /// A client that speaks from these addresses of the host.
     pub fn new(namespace: &'lab Namespace, v4: Ipv4Addr, v6: Ipv6Addr) -> Self {
-        Self { namespace, v4, v6 }
+        Self {
+            namespace,
+            v4,
+            v6,
+            port: 0,
+        }
+    }
+
+    /// The same client, always from this port (any that is free otherwise).
+    #[must_use]
+    pub fn from_port(self, port: u16) -> Self {
+        Self { port, ..self }
     }
 
     /// The host it runs on.
@@ -328,11 +340,12 @@ impl<'lab> Client<'lab> {
         protocol: Protocol,
         to: IpAddr,
     ) -> Result<Socket, io::Error> {
-        let from = SocketAddr::new(self.address_towards((to, 0)), 0);
+        let from = SocketAddr::new(self.address_towards((to, 0)), self.port);
         self.namespace
             .run(|| {
                 Ok((|| {
                     let socket = Socket::new(domain, kind, Some(protocol))?;
+                    socket.set_reuse_address(from.port() != 0)?;
                     socket.bind(&SockAddr::from(from))?;
                     socket.set_read_timeout(Some(TIMEOUT))?;
                     socket.set_write_timeout(Some(TIMEOUT))?;

@@ -139,14 +139,13 @@ impl Aside {
             return Err(drop);
         };
         let mtu = moment.view.hop.mtu;
-        let about = match drop.reason {
-            DropReason::TooBig if may_cut(parsed, packet) && packet.len() >= parsed.total() => {
-                return write_cut(parts, packet, parsed, how, mtu);
-            }
-            DropReason::TooBig => About::TooBig(mtu),
-            DropReason::TtlExpired => About::Expired,
-            _ => return Err(drop),
+        let Some(about) = About::of(drop.reason, mtu) else {
+            return Err(drop);
         };
+        let is_whole = packet.len() >= parsed.total();
+        if about == About::TooBig(mtu) && may_cut(parsed, packet) && is_whole {
+            return write_cut(parts, packet, parsed, how, mtu);
+        }
         // The new server's host takes it for a router's, whichever of this server's addresses it
         // is from.
         let from = moment.view.hop.addr(parsed.family());
@@ -167,10 +166,8 @@ impl Aside {
         peer: PeerId,
         reason: DropReason,
     ) {
-        let about = match reason {
-            DropReason::TooBig => About::TooBig(moment.view.peer(peer).mtu),
-            DropReason::TtlExpired => About::Expired,
-            _ => return,
+        let Some(about) = About::of(reason, moment.view.peer(peer).mtu) else {
+            return;
         };
         let Ok(parsed) = Parsed::parse(packet) else {
             return;

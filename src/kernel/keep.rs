@@ -1,0 +1,120 @@
+//! What the new server needs of its kernel to be reached at a moved address itself
+//! (`--deliver-to keep`): the address, on the loopback interface.
+//!
+//! Owns how it is held without being given away:
+//!
+//! * By default Linux answers ARP on any interface for any address it holds (`arp_ignore` 0), and
+//!   puts any of them into its own requests (`arp_announce` 0). On a link that both servers share, the
+//!   new one would draw the moved address's packets past the old one. So IPv4 addresses get the
+//!   scope host, for which `arp_ignore` 3 does not answer while it goes on answering for every other
+//!   address, and `arp_announce` 2 leaves them out of requests. Where an administrator has set either
+//!   to something stricter, that does as well, and stays.
+//! * IPv6 answers solicitations only for addresses of the interface they arrive on; nothing is needed.
+//! * Neither is chosen as the source of the host's own connections: that is what scope host and, for
+//!   IPv6, a preferred lifetime of zero are for.
+//!
+//! Interfaces that appear later keep their ARP settings (`ip-sysctl`: `conf/default`).
+
+use std::net::IpAddr;
+
+use super::Desired;
+use super::capture::{PlanError, interface};
+use super::host::read_sysctl;
+use super::journal::Change;
+use super::netlink::{Link, Netlink};
+
+/// Do not answer for addresses of scope host; for every other as with 0.
+const ARP_IGNORE: (&str, u32) = ("arp_ignore", 3);
+/// Always the best local address for the target, never just the packet's source.
+const ARP_ANNOUNCE: (&str, u32) = ("arp_announce", 2);
+
+/// What holds `addrs`, but for those that this host has of itself; those stay as they are.
+///
+/// `made` is what the journal holds, by which the daemon's own addresses are told from others.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn plan(
+    netlink: &Netlink,
+    addrs: &[IpAddr],
+    tun: &Link,
+    made: &[Change],
+) -> Result<Vec<Desired>, PlanError> {
+    let links = netlink.links()?;
+    let Some(lo) = links.iter().find(|link| link.loopback) else {
+        return Ok(Vec::new());
+    };
+    let there = netlink.addresses()?;
+    let ours: Vec<IpAddr> = held(made).collect();
+    let mine: Vec<IpAddr> = addrs
+        .iter()
+        .copied()
+        .filter(|addr| ours.contains(addr) || there.iter().all(|held| held.addr != *addr))
+        .collect();
+    let mut desired = Vec::new();
+    if mine.iter().any(IpAddr::is_ipv4) {
+        let ethernet = |link: &&Link| {
+            link.link_type == libc::ARPHRD_ETHER && !link.loopback && link.index != tun.index
+        };
+        // Before the address: nobody may hear of it.
+        for link in links.iter().filter(ethernet) {
+            let quiet = [ARP_IGNORE, ARP_ANNOUNCE];
+            desired.extend(quiet.into_iter().filter_map(|it| sysctl(link, it, made)));
+        }
+    }
+    let address = |addr: IpAddr| Change::Address {
+        on: interface(lo),
+        addr,
+        prefix: if addr.is_ipv4() { 32 } else { 128 },
+    };
+    desired.extend(mine.into_iter().map(address));
+    Ok(desired.into_iter().map(Desired::lasting).collect())
+}
+
+/// The addresses among `made`.
+pub fn held(made: &[Change]) -> impl Iterator<Item = IpAddr> {
+    made.iter().filter_map(|change| match change {
+        Change::Address { addr, .. } => Some(*addr),
+        Change::Clsact { .. }
+        | Change::Filter { .. }
+        | Change::Rule { .. }
+        | Change::Default { .. }
+        | Change::Sysctl { .. } => None,
+    })
+}
+
+/// Whether a change is one of those that [`plan`] names.
+pub fn is_part(change: &Change) -> bool {
+    match change {
+        Change::Address { .. } => true,
+        Change::Sysctl { path, .. } => [ARP_IGNORE.0, ARP_ANNOUNCE.0]
+            .iter()
+            .any(|name| path.rsplit('/').next() == Some(name)),
+        Change::Clsact { .. }
+        | Change::Filter { .. }
+        | Change::Rule { .. }
+        | Change::Default { .. } => false,
+    }
+}
+
+/// The setting of an interface, if it is too weak as it is. The stronger of the interface's and of
+/// that for all counts.
+fn sysctl(link: &Link, (name, to): (&str, u32), made: &[Change]) -> Option<Change> {
+    let path = format!("net/ipv4/conf/{}/{name}", link.name);
+    let value = |path: &str| read_sysctl(path).ok()?.parse::<u32>().ok();
+    let from = value(&path)?;
+    let counts = from.max(value(&format!("net/ipv4/conf/all/{name}")).unwrap_or(0));
+    let ours = made
+        .iter()
+        .any(|change| matches!(change, Change::Sysctl { path: known, .. } if *known == path));
+    let weak = if name == ARP_IGNORE.0 {
+        counts == 0
+    } else {
+        counts < to
+    };
+    (ours || weak).then(|| Change::Sysctl {
+        path,
+        from: from.to_string(),
+        to: to.to_string(),
+    })
+}
