@@ -85,8 +85,8 @@ pub struct Nat {
     targets: Vec<Target>,
     /// By [`AddrId`]: what was moved, and the targets.
     addrs: Vec<Addr>,
-    to_server: FragmentCache<u16>,
-    to_client: FragmentCache<Back>,
+    pieces_to_server: FragmentCache<u16>,
+    pieces_to_client: FragmentCache<Back>,
     /// The identification of the next IPv4 packet in fragments.
     next_id: u16,
 }
@@ -132,8 +132,8 @@ impl Nat {
             limit: Limit::new(config.max_flows),
             targets: config.targets,
             addrs,
-            to_server: FragmentCache::new(),
-            to_client: FragmentCache::new(),
+            pieces_to_server: FragmentCache::new(),
+            pieces_to_client: FragmentCache::new(),
             next_id: 0,
         }
     }
@@ -154,10 +154,10 @@ impl Nat {
         match self.targets.iter().find(|target| target.own == dst) {
             // An address of which ports were moved may be the one that the server is asked from.
             Some(&target) if self.is_answer(now, &target, bytes, parsed) => {
-                self.from_server(now, target, bytes, parsed, partial)
+                self.server_packet(now, target, bytes, parsed, partial)
             }
             Some(_) if !self.gate.is_moved(dst.into()) => Ok(Outcome::Bounce),
-            _ => self.from_client(now, bytes, parsed, partial),
+            _ => self.client_packet(now, bytes, parsed, partial),
         }
     }
 
@@ -175,7 +175,7 @@ impl Nat {
     }
 
     /// From a client to a moved address.
-    fn from_client(
+    fn client_packet(
         &mut self,
         now: Instant,
         bytes: &mut [u8],
@@ -193,7 +193,7 @@ impl Nat {
             return Err(DropReason::BadSource);
         }
         if parsed.fragment() == Fragment::Later {
-            let known = self.to_server.recall(now, &self.seed, parsed, bytes);
+            let known = self.pieces_to_server.recall(now, &self.seed, parsed, bytes);
             let id = known.ok_or(DropReason::FragmentUnknown)?;
             parsed.decrement_ttl(bytes)?;
             set_fragment_id(bytes, parsed, id);
@@ -203,7 +203,7 @@ impl Nat {
         }
         match parsed.kind() {
             Kind::Tcp | Kind::Udp | Kind::Request => {}
-            Kind::Error => return self.error_from_client(moved, target, bytes, parsed, partial),
+            Kind::Error => return self.client_error(moved, target, bytes, parsed, partial),
             // An answer to a query that no one here sent.
             Kind::Reply => return Err(DropReason::NoFlow),
             Kind::Other | Kind::Hidden => return Err(DropReason::NoPorts),
@@ -231,7 +231,8 @@ impl Nat {
         parsed.decrement_ttl(bytes)?;
         if parsed.fragment() == Fragment::First {
             let id = self.fragment_id();
-            self.to_server.remember(now, &self.seed, parsed, bytes, id);
+            self.pieces_to_server
+                .remember(now, &self.seed, parsed, bytes, id);
             set_fragment_id(bytes, parsed, id);
         }
         parsed.set_src(bytes, inside.client, partial);
@@ -242,7 +243,7 @@ impl Nat {
     }
 
     /// An ICMP error from the client's side about an answer; the new server hears it from here.
-    fn error_from_client(
+    fn client_error(
         &self,
         moved: AddrId,
         target: Target,
@@ -289,7 +290,7 @@ impl Nat {
             Kind::Reply => parsed.src(bytes) == target.to.into(),
             // Goes where its first one went.
             Kind::Hidden => {
-                let known = self.to_client.recall(now, &self.seed, parsed, bytes);
+                let known = self.pieces_to_client.recall(now, &self.seed, parsed, bytes);
                 known.is_some()
             }
             Kind::Request | Kind::Other => false,
@@ -297,7 +298,7 @@ impl Nat {
     }
 
     /// From the new server to a borrowed port of the old one's own address, or an error about one.
-    fn from_server(
+    fn server_packet(
         &mut self,
         now: Instant,
         target: Target,
@@ -310,9 +311,10 @@ impl Nat {
         };
         match parsed.kind() {
             Kind::Tcp | Kind::Udp | Kind::Reply => {}
-            Kind::Error => return self.error_from_server(delivery, target, bytes, parsed, partial),
+            Kind::Error => return self.server_error(delivery, target, bytes, parsed, partial),
             Kind::Hidden => {
-                let Some(back) = self.to_client.recall(now, &self.seed, parsed, bytes) else {
+                let Some(back) = self.pieces_to_client.recall(now, &self.seed, parsed, bytes)
+                else {
                     return Ok(Outcome::Bounce);
                 };
                 parsed.decrement_ttl(bytes)?;
@@ -347,7 +349,7 @@ impl Nat {
                 client: outside.client,
                 id: self.fragment_id(),
             };
-            self.to_client
+            self.pieces_to_client
                 .remember(now, &self.seed, parsed, bytes, back);
             set_fragment_id(bytes, parsed, back.id);
         }
@@ -360,7 +362,7 @@ impl Nat {
 
     /// An ICMP error about a translated packet, from wherever; the client hears it from the moved
     /// address, since no other may be spoken for.
-    fn error_from_server(
+    fn server_error(
         &self,
         delivery: AddrId,
         target: Target,
@@ -500,9 +502,10 @@ mod tests {
             dst: plan.src,
             src_port: plan.dst_port,
             dst_port: plan.src_port,
-            kind: match plan.kind {
-                Kind::Request => Kind::Reply,
-                kind => kind,
+            kind: if plan.kind == Kind::Request {
+                Kind::Reply
+            } else {
+                plan.kind
             },
             flags: SYN | ACK,
             ..plan.clone()
