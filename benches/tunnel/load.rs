@@ -311,29 +311,45 @@ fn once(to: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Begins `count` UDP flows towards the target: each another pair of ports.
-pub(crate) fn open_flows(lab: &Lab, target: Ipv4Addr, count: usize, pace: f64) -> Result<()> {
+/// Begins `count` UDP flows towards the target, each another pair of ports, `pace` a second. What is
+/// lost on the way is a flow that is not there: it goes on from the beginning until `enough` says so.
+pub(crate) fn open_flows(
+    lab: &Lab,
+    target: Ipv4Addr,
+    count: usize,
+    pace: f64,
+    mut enough: impl FnMut() -> Result<bool>,
+) -> Result<()> {
     /// Ports of the target that each source port turns to.
     const FAN: usize = 50_000;
     const FIRST: usize = 10_000;
-    let started = Instant::now();
-    let mut sent = 0;
-    while sent < count {
-        let socket = lab
-            .clients()
-            .run(|| bind((Ipv4Addr::UNSPECIFIED, 0).into()))?;
-        for n in 0..FAN.min(count - sent) {
+    /// Sent without a pause: a fraction of a TUN's queue, which holds 500.
+    const AT_ONCE: usize = 64;
+    /// Flows begun first must not have expired when the last ones are.
+    const PASSES: usize = 3;
+    let sockets = (0..count.div_ceil(FAN))
+        .map(|_| {
+            lab.clients()
+                .run(|| bind((Ipv4Addr::UNSPECIFIED, 0).into()))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    for _ in 0..PASSES {
+        let started = Instant::now();
+        for n in 0..count {
+            let to = (target, (FIRST + n % FAN) as u16);
             // A refusal is ICMP about an earlier one: nobody listens there.
-            let to = (target, (FIRST + n) as u16);
-            if socket.send_to(&[0], to).is_err() {
-                socket.send_to(&[0], to).context("a flow was not begun")?;
+            if sockets[n / FAN].send_to(&[0], to).is_err() {
+                let _ = sockets[n / FAN].send_to(&[0], to);
             }
-            sent += 1;
-            if sent % 256 == 0 {
+            if n % AT_ONCE == 0 {
                 pass()?;
-                let due = Duration::from_secs_f64(sent as f64 / pace);
+                let due = Duration::from_secs_f64(n as f64 / pace);
                 thread::sleep(due.saturating_sub(started.elapsed()));
             }
+        }
+        rest(DRAIN)?;
+        if enough()? {
+            break;
         }
     }
     Ok(())

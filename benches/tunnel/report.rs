@@ -215,7 +215,7 @@ impl Report {
             (
                 "1 M flows as fast as one",
                 of("tcp forward, 1 M flows")
-                    .zip(of("tcp forward"))
+                    .zip(of("tcp forward, few flows"))
                     .map(|(many, one)| (format!("{:.2}", many / one), many >= 0.95 * one)),
             ),
             (
