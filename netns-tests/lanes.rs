@@ -54,7 +54,10 @@ fn streams_arrive_whole(old: &str, new: &str) -> Result {
             .collect();
         streams
             .into_iter()
-            .try_for_each(|stream| stream.join().unwrap().map(drop))
+            .try_for_each(|stream| match stream.join() {
+                Ok(transfer) => transfer.map(drop),
+                Err(_) => Err(LabError::Unexpected("a stream's thread panicked".into())),
+            })
     })?;
     // A flow stays in its lane: six uploads of 4 MB are 17,000 segments.
     let late = out_of_order(lab.new_server())? - late;

@@ -74,7 +74,7 @@ fn an_application_on_the_kept_address_is_served() -> Result {
         (client.get(addr)?.is_answered_by(addr)?).for_the_client_itself()?;
         client.download(addr, 4 * MEGABYTE)?;
         client.upload(addr, 4 * MEGABYTE)?;
-        for size in [0, 1200, 1372] {
+        for size in [0, 1200, 1372, 9_000] {
             client.udp((addr, 53), &vec![b'u'; size])?;
         }
         client.ping(addr, 56)?;
@@ -263,6 +263,28 @@ fn with_both_translated_large_datagrams_arrive_in_fragments() -> Result {
         }
         lab.client().ping(moved, 5_000)?;
     }
+    Ok(())
+}
+
+#[test]
+fn with_both_translated_a_narrow_path_is_told_to_the_client() -> Result {
+    let lab = Lab::new()?;
+    let daemon = nat(&setup(&lab)?, NAT)?;
+    for (moved, new) in [
+        (IpAddr::from(MOVED), IpAddr::from(NEW)),
+        (MOVED6.into(), NEW6.into()),
+    ] {
+        let _application = Service::start(lab.new_server(), new)?;
+        let mut conversation = lab.client().converse(moved)?;
+        conversation.exchange(&[b'w'; 100_000], PATIENCE)?;
+        // Between the servers, where neither end of the connection sees it.
+        lab.set_mtu(Leg::New, 1_300, false)?;
+        conversation.exchange(&[b'n'; 100_000], RECOVERY)?;
+        lab.client().upload(moved, MEGABYTE)?;
+        lab.set_mtu(Leg::New, 1_500, false)?;
+    }
+    let status = daemon.status()?;
+    assert_eq!(status.drops("icmp_unrelated"), 0, "{status:?}");
     Ok(())
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Owns the flags and their help texts. What they mean together is `config`'s business.
 
+#![allow(rustdoc::broken_intra_doc_links)] // help texts show IPv6 addresses in brackets
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};

@@ -14,6 +14,7 @@ use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use crate::cli::{LogFormat, NatArgs, Offload, RunArgs};
+use crate::kernel::journal::BASE_DIR;
 use crate::moved::{MAX_MOVES, Move, MoveError};
 use crate::peer::Role;
 use crate::session::{CipherPolicy, PeerKeys, Psk, PskError};
@@ -64,7 +65,7 @@ pub const RUNTIME_DIR_VARIABLE: &str = "IPMOVED_RUNTIME_DIR";
 pub fn runtime_dir() -> PathBuf {
     std::env::var_os(RUNTIME_DIR_VARIABLE)
         .filter(|dir| !dir.is_empty())
-        .map_or_else(|| "/run/ipmoved".into(), PathBuf::from)
+        .map_or_else(|| BASE_DIR.into(), PathBuf::from)
 }
 
 /// The settings of one daemon.

@@ -179,8 +179,8 @@ fn secret_variables(bytes: &[u8]) -> Vec<Range<usize>> {
         .collect()
 }
 
-/// Gives up every privilege but those in [`NEEDED`], the way to new ones, core dumps, and the system
-/// calls in [`FORBIDDEN`]. Threads that are started later inherit all of it.
+/// Gives up every privilege but those in `NEEDED`, the way to new ones, core dumps, and the system
+/// calls in `FORBIDDEN`. Threads that are started later inherit all of it.
 pub fn drop_privileges() {
     let note = |what: &str, result: Result<(), String>| {
         if let Err(error) = result {

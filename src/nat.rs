@@ -85,8 +85,8 @@ pub struct Nat {
     targets: Vec<Target>,
     /// By [`AddrId`]: what was moved, and the targets.
     addrs: Vec<Addr>,
-    to_server: FragmentCache<u16>,
-    to_client: FragmentCache<Back>,
+    pieces_to_server: FragmentCache<u16>,
+    pieces_to_client: FragmentCache<Back>,
     /// The identification of the next IPv4 packet in fragments.
     next_id: u16,
 }
@@ -132,8 +132,8 @@ impl Nat {
             limit: Limit::new(config.max_flows),
             targets: config.targets,
             addrs,
-            to_server: FragmentCache::new(),
-            to_client: FragmentCache::new(),
+            pieces_to_server: FragmentCache::new(),
+            pieces_to_client: FragmentCache::new(),
             next_id: 0,
         }
     }
@@ -154,10 +154,10 @@ impl Nat {
         match self.targets.iter().find(|target| target.own == dst) {
             // An address of which ports were moved may be the one that the server is asked from.
             Some(&target) if self.is_answer(now, &target, bytes, parsed) => {
-                self.from_server(now, target, bytes, parsed, partial)
+                self.server_packet(now, target, bytes, parsed, partial)
             }
             Some(_) if !self.gate.is_moved(dst.into()) => Ok(Outcome::Bounce),
-            _ => self.from_client(now, bytes, parsed, partial),
+            _ => self.client_packet(now, bytes, parsed, partial),
         }
     }
 
@@ -175,7 +175,7 @@ impl Nat {
     }
 
     /// From a client to a moved address.
-    fn from_client(
+    fn client_packet(
         &mut self,
         now: Instant,
         bytes: &mut [u8],
@@ -193,7 +193,7 @@ impl Nat {
             return Err(DropReason::BadSource);
         }
         if parsed.fragment() == Fragment::Later {
-            let known = self.to_server.recall(now, &self.seed, parsed, bytes);
+            let known = self.pieces_to_server.recall(now, &self.seed, parsed, bytes);
             let id = known.ok_or(DropReason::FragmentUnknown)?;
             parsed.decrement_ttl(bytes)?;
             set_fragment_id(bytes, parsed, id);
@@ -203,7 +203,7 @@ impl Nat {
         }
         match parsed.kind() {
             Kind::Tcp | Kind::Udp | Kind::Request => {}
-            Kind::Error => return self.error_from_client(moved, target, bytes, parsed, partial),
+            Kind::Error => return self.client_error(moved, target, bytes, parsed, partial),
             // An answer to a query that no one here sent.
             Kind::Reply => return Err(DropReason::NoFlow),
             Kind::Other | Kind::Hidden => return Err(DropReason::NoPorts),
@@ -231,7 +231,8 @@ impl Nat {
         parsed.decrement_ttl(bytes)?;
         if parsed.fragment() == Fragment::First {
             let id = self.fragment_id();
-            self.to_server.remember(now, &self.seed, parsed, bytes, id);
+            self.pieces_to_server
+                .remember(now, &self.seed, parsed, bytes, id);
             set_fragment_id(bytes, parsed, id);
         }
         parsed.set_src(bytes, inside.client, partial);
@@ -242,7 +243,7 @@ impl Nat {
     }
 
     /// An ICMP error from the client's side about an answer; the new server hears it from here.
-    fn error_from_client(
+    fn client_error(
         &self,
         moved: AddrId,
         target: Target,
@@ -289,7 +290,7 @@ impl Nat {
             Kind::Reply => parsed.src(bytes) == target.to.into(),
             // Goes where its first one went.
             Kind::Hidden => {
-                let known = self.to_client.recall(now, &self.seed, parsed, bytes);
+                let known = self.pieces_to_client.recall(now, &self.seed, parsed, bytes);
                 known.is_some()
             }
             Kind::Request | Kind::Other => false,
@@ -297,7 +298,7 @@ impl Nat {
     }
 
     /// From the new server to a borrowed port of the old one's own address, or an error about one.
-    fn from_server(
+    fn server_packet(
         &mut self,
         now: Instant,
         target: Target,
@@ -310,9 +311,10 @@ impl Nat {
         };
         match parsed.kind() {
             Kind::Tcp | Kind::Udp | Kind::Reply => {}
-            Kind::Error => return self.error_from_server(delivery, target, bytes, parsed, partial),
+            Kind::Error => return self.server_error(delivery, target, bytes, parsed, partial),
             Kind::Hidden => {
-                let Some(back) = self.to_client.recall(now, &self.seed, parsed, bytes) else {
+                let Some(back) = self.pieces_to_client.recall(now, &self.seed, parsed, bytes)
+                else {
                     return Ok(Outcome::Bounce);
                 };
                 parsed.decrement_ttl(bytes)?;
@@ -347,7 +349,7 @@ impl Nat {
                 client: outside.client,
                 id: self.fragment_id(),
             };
-            self.to_client
+            self.pieces_to_client
                 .remember(now, &self.seed, parsed, bytes, back);
             set_fragment_id(bytes, parsed, back.id);
         }
@@ -360,7 +362,7 @@ impl Nat {
 
     /// An ICMP error about a translated packet, from wherever; the client hears it from the moved
     /// address, since no other may be spoken for.
-    fn error_from_server(
+    fn server_error(
         &self,
         delivery: AddrId,
         target: Target,
@@ -431,5 +433,332 @@ impl std::fmt::Debug for Nat {
 fn set_fragment_id(bytes: &mut [u8], parsed: &mut Parsed, id: u16) {
     if parsed.family() == Family::V4 {
         parsed.set_ipv4_id(bytes, id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::icmp;
+    use crate::packet::testing::{Plan, assert_sums, complete, plans};
+    use crate::packet::{ACK, SYN};
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    const CLIENT: &str = "203.0.113.9";
+    const MOVED: &str = "192.0.2.5";
+    const MOVED6: &str = "2001:db8:a::5";
+    const OWN: &str = "192.0.2.1";
+    const SERVER: &str = "198.51.100.2";
+
+    fn targets(port: Option<u16>) -> Vec<Target> {
+        [(SERVER, OWN), ("2001:db8:b::2", "2001:db8:a::1")]
+            .map(|(to, own)| Target {
+                to: to.parse().unwrap(),
+                port,
+                own: own.parse().unwrap(),
+            })
+            .to_vec()
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "any point in time will do as a beginning"
+    )]
+    fn bed(moves: &[&str], port: Option<u16>, max_flows: usize) -> (Nat, Instant) {
+        let now = Instant::now();
+        let nat = Nat::new(NatConfig {
+            moves: moves.iter().map(|text| text.parse().unwrap()).collect(),
+            targets: targets(port),
+            max_flows,
+            seed: Seed::new([1, 2]),
+            port_seed: Seed::new([3, 4]),
+            epoch: now,
+        });
+        (nat, now)
+    }
+
+    fn pass(nat: &mut Nat, now: Instant, bytes: &mut [u8]) -> Result<Outcome, DropReason> {
+        let mut parsed = Parsed::parse(bytes)?;
+        let outcome = nat.translate(now, bytes, &mut parsed, false);
+        if outcome.is_ok() {
+            assert_eq!(Parsed::parse(bytes), Ok(parsed));
+        }
+        outcome
+    }
+
+    fn syn(client_port: u16) -> Plan {
+        Plan {
+            flags: SYN,
+            src_port: client_port,
+            ..Plan::new(Kind::Tcp, CLIENT, MOVED)
+        }
+    }
+
+    /// What the server answers to `plan`.
+    fn reply(plan: &Plan) -> Plan {
+        Plan {
+            src: plan.dst,
+            dst: plan.src,
+            src_port: plan.dst_port,
+            dst_port: plan.src_port,
+            kind: if plan.kind == Kind::Request {
+                Kind::Reply
+            } else {
+                plan.kind
+            },
+            flags: SYN | ACK,
+            ..plan.clone()
+        }
+    }
+
+    fn later(plan: &Plan, hops: u8) -> Plan {
+        Plan {
+            ttl: plan.ttl - hops,
+            ..plan.clone()
+        }
+    }
+
+    /// An ICMP error that quotes all of `about`.
+    fn error(about: &[u8], from: IpAddr) -> Vec<u8> {
+        let parsed = Parsed::parse(about).unwrap();
+        let mut out = [0; icmp::MAX_V6];
+        let len = icmp::too_big(&mut out, about, &parsed, from, 1300).unwrap();
+        out[..len].to_vec()
+    }
+
+    proptest! {
+        #[test]
+        fn there_and_back_is_the_identity_but_for_the_hops(
+            plan in plans(), partial in any::<bool>(), mapped in any::<bool>(),
+        ) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let plan = Plan {
+                dst: if v4 { MOVED } else { MOVED6 }.parse().unwrap(),
+                ttl: plan.ttl.max(3),
+                ..plan
+            };
+            let partial = partial && plan.kind != Kind::Request;
+            let port = mapped.then_some(8080);
+            let (mut nat, now) = bed(&[MOVED, MOVED6], port, 1000);
+            let build = |plan: &Plan| if partial { plan.build_partial() } else { plan.build() };
+            let target = targets(port)[usize::from(!v4)];
+
+            let mut bytes = build(&plan);
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            let outcome = nat.translate(now, &mut bytes, &mut parsed, partial);
+            prop_assert_eq!(outcome, Ok(Outcome::ToServer));
+            prop_assert!(PORTS.contains(&parsed.src_port()));
+            let mut seen = Plan {
+                src: target.own,
+                dst: target.to,
+                src_port: parsed.src_port(),
+                ..later(&plan, 1)
+            };
+            if mapped && plan.kind != Kind::Request { seen.dst_port = 8080; }
+            prop_assert_eq!(&bytes, &build(&seen));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+
+            let mut bytes = build(&reply(&seen));
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            let outcome = nat.translate(now, &mut bytes, &mut parsed, partial);
+            prop_assert_eq!(outcome, Ok(Outcome::ToClient));
+            prop_assert_eq!(&bytes, &build(&later(&reply(&plan), 2)));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+            if partial { complete(&mut bytes); }
+            assert_sums(&bytes);
+        }
+
+        #[test]
+        fn errors_are_translated_inside_and_out(plan in plans()) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let router: IpAddr = if v4 { "192.0.2.99" } else { "2001:db8::99" }.parse().unwrap();
+            let dst: IpAddr = if v4 { MOVED } else { MOVED6 }.parse().unwrap();
+            let plan = Plan { dst, ttl: plan.ttl.max(3), ..plan };
+            let (mut nat, now) = bed(&[MOVED, MOVED6], None, 1000);
+            let target = targets(None)[usize::from(!v4)];
+            let mut seen = plan.build();
+            prop_assert_eq!(pass(&mut nat, now, &mut seen), Ok(Outcome::ToServer));
+            let hop = |mut bytes: Vec<u8>| {
+                Parsed::parse(&bytes).unwrap().decrement_ttl(&mut bytes).unwrap();
+                bytes
+            };
+
+            // A router towards the server, about the request: heard from the moved address.
+            let mut bytes = error(&seen, router);
+            prop_assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToClient));
+            prop_assert_eq!(bytes, hop(error(&later(&plan, 1).build(), dst)));
+
+            // A router towards the client, about the answer: heard from the old server.
+            let ports = Parsed::parse(&seen).unwrap();
+            let answer = reply(&Plan {
+                src: target.own,
+                dst: target.to,
+                src_port: ports.src_port(),
+                dst_port: ports.dst_port(),
+                ..plan.clone()
+            });
+            if plan.kind != Kind::Request {
+                let mut bytes = error(&reply(&plan).build(), router);
+                prop_assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToServer));
+                prop_assert_eq!(bytes, hop(error(&answer.build(), target.own)));
+            }
+        }
+    }
+
+    #[test]
+    fn the_old_servers_own_packets_are_bounced_as_they_are() {
+        let (mut nat, now) = bed(&["192.0.2.5:80/tcp"], None, 1000);
+        let mut bounced = |plan: Plan| {
+            let before = plan.build();
+            let mut bytes = before.clone();
+            assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::Bounce));
+            assert_eq!(bytes, before);
+        };
+        // An answer to a ping of its own, whatever the identifier.
+        let id = *PORTS.start();
+        bounced(Plan {
+            dst_port: id,
+            ..Plan::new(Kind::Reply, SERVER, OWN)
+        });
+        // The first fragment of what the server sends to another port, as a whole here.
+        bounced(Plan {
+            dst_port: 53,
+            ..Plan::new(Kind::Udp, SERVER, OWN)
+        });
+        // Another port of the moved address.
+        bounced(Plan {
+            dst_port: 81,
+            ..Plan::new(Kind::Tcp, CLIENT, MOVED)
+        });
+        // An error about what it sent itself.
+        let own = Plan {
+            src_port: id,
+            ..Plan::new(Kind::Tcp, OWN, SERVER)
+        };
+        let before = error(&own.build(), "192.0.2.99".parse().unwrap());
+        let mut bytes = before.clone();
+        assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::Bounce));
+        assert_eq!(bytes, before);
+    }
+
+    #[test]
+    fn what_cannot_be_translated_is_dropped_with_a_reason() {
+        let (mut nat, now) = bed(&[MOVED], None, 1000);
+        let mut dropped = |plan: Plan| pass(&mut nat, now, &mut plan.build());
+        // Of a flow that is not known: a reset would end it.
+        let unknown = Plan {
+            dst_port: *PORTS.end(),
+            ..Plan::new(Kind::Tcp, SERVER, OWN)
+        };
+        assert_eq!(dropped(unknown), Err(DropReason::NoFlow));
+        let reply = Plan::new(Kind::Reply, CLIENT, MOVED);
+        assert_eq!(dropped(reply), Err(DropReason::NoFlow));
+        let own = Plan::new(Kind::Tcp, OWN, MOVED);
+        assert_eq!(dropped(own), Err(DropReason::BadSource));
+        let worn = Plan { ttl: 1, ..syn(1) };
+        assert_eq!(dropped(worn), Err(DropReason::TtlExpired));
+        let mut gre = Plan::new(Kind::Udp, CLIENT, MOVED).build();
+        gre[9] = 47;
+        gre[10..12].fill(0);
+        let sum = !crate::packet::Sum::default().add(&gre[..20]).fold();
+        gre[10..12].copy_from_slice(&sum.to_ne_bytes());
+        assert_eq!(pass(&mut nat, now, &mut gre), Err(DropReason::NoPorts));
+    }
+
+    #[test]
+    fn ports_are_the_same_after_a_restart() {
+        let ports = || -> Vec<u16> {
+            let (mut nat, now) = bed(&[MOVED], None, 1000);
+            let mut port = |client_port| {
+                let mut bytes = syn(client_port).build();
+                assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToServer));
+                Parsed::parse(&bytes).unwrap().src_port()
+            };
+            (1000..1010).map(&mut port).collect()
+        };
+        let mut first = ports();
+        assert_eq!(first, ports());
+        first.sort_unstable();
+        first.dedup();
+        assert_eq!(first.len(), 10, "told apart");
+    }
+
+    #[test]
+    fn a_flood_takes_no_port_that_is_in_use() {
+        let (mut nat, now) = bed(&[MOVED], None, 100_000);
+        let mut established = Vec::new();
+        for port in 2000..2100 {
+            let plan = syn(port);
+            let mut bytes = plan.build();
+            let _ = pass(&mut nat, now, &mut bytes).unwrap();
+            let borrowed = Parsed::parse(&bytes).unwrap().src_port();
+            let mut answer = Plan {
+                dst_port: borrowed,
+                flags: SYN | ACK,
+                ..Plan::new(Kind::Tcp, SERVER, OWN)
+            };
+            answer.src_port = 80;
+            let _ = pass(&mut nat, now, &mut answer.build()).unwrap();
+            let ack = Plan { flags: ACK, ..plan };
+            let _ = pass(&mut nat, now, &mut ack.build()).unwrap();
+            established.push((ack, borrowed));
+        }
+        for source in 0..40_000_u32 {
+            let plan = Plan {
+                src: IpAddr::from((0x0b00_0000 + source).to_be_bytes()),
+                ..syn(3000)
+            };
+            let _ = pass(&mut nat, now, &mut plan.build()).unwrap();
+        }
+        let stats = nat.stats();
+        assert!(stats.live <= 16_384, "{stats:?}");
+        assert!(stats.evicted > 20_000, "{stats:?}");
+        for (plan, borrowed) in established {
+            let mut bytes = plan.build();
+            let _ = pass(&mut nat, now, &mut bytes).unwrap();
+            assert_eq!(Parsed::parse(&bytes).unwrap().src_port(), borrowed);
+        }
+    }
+
+    #[test]
+    fn when_all_ports_are_in_use_the_next_is_turned_away() {
+        let (mut nat, now) = bed(&[MOVED], None, 100_000);
+        let mut udp = |source: u32, dst_port: u16| {
+            let plan = Plan {
+                src: IpAddr::from((0x0b00_0000 + source).to_be_bytes()),
+                dst_port,
+                ..Plan::new(Kind::Udp, CLIENT, MOVED)
+            };
+            let mut bytes = plan.build();
+            let _ = pass(&mut nat, now, &mut bytes)?;
+            let borrowed = Parsed::parse(&bytes).unwrap().src_port();
+            let answer = Plan {
+                src_port: dst_port,
+                dst_port: borrowed,
+                ..Plan::new(Kind::Udp, SERVER, OWN)
+            };
+            pass(&mut nat, now, &mut answer.build())
+        };
+        let refused = (0..20_000)
+            .filter(|&source| udp(source, 53).is_err())
+            .count();
+        assert!((3_616..4_000).contains(&refused), "{refused}");
+        assert_eq!(
+            udp(30_000, 54),
+            Ok(Outcome::ToClient),
+            "another port has room"
+        );
+        assert_eq!(udp(30_001, 53), Err(DropReason::PortsExhausted));
+        // Idle ones give way.
+        let mut bytes = Plan::new(Kind::Udp, CLIENT, MOVED);
+        bytes.dst_port = 53;
+        let late = now + Duration::from_secs(11);
+        assert_eq!(
+            pass(&mut nat, late, &mut bytes.build()),
+            Ok(Outcome::ToServer)
+        );
     }
 }

@@ -1063,6 +1063,9 @@ mod tests {
             let answer_inside = reply(&delivered).build();
             let least = if v4 { 28 } else { 48 };
             let len = if whole { answer.len() } else { least + keep_quote.index(answer.len() - least + 1) };
+            // Half a checksum says nothing and is left as it is.
+            let half_a_checksum = plan.kind == Kind::Tcp && len == least - 8 + 17;
+            let len = len + usize::from(half_a_checksum);
             let mut error = too_big(&answer, len, router);
             bed.inbound(&mut error).unwrap();
             prop_assert_eq!(error, too_big(&answer_inside, len, router));

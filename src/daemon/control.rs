@@ -51,7 +51,7 @@ const PATH_EVERY: Duration = Duration::from_secs(1);
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
 /// How often the kernel is asked whether the daemon's changes are still there.
-const REPAIR_EVERY: Duration = Duration::from_secs(5);
+pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
 
 /// Warnings that `status` still shows.
 const KEPT_WARNINGS: usize = 8;
@@ -346,7 +346,7 @@ impl Control<'_> {
         loop {
             let now = Instant::now();
             self.turn(now);
-            self.repair(now);
+            self.repair(now)?;
             self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -814,9 +814,12 @@ impl Control<'_> {
     // The host.
 
     /// Makes again what others have taken away.
-    fn repair(&mut self, now: Instant) {
+    ///
+    /// # Errors
+    /// If only a new start can: the old server's programs know their interface by its number.
+    fn repair(&mut self, now: Instant) -> Result<(), DaemonError> {
         if now < self.next_repair {
-            return;
+            return Ok(());
         }
         self.next_repair = now + REPAIR_EVERY;
         let Repairs { made, failed } = self.host.repair();
@@ -833,6 +836,17 @@ impl Control<'_> {
             }
         }
         self.broken = failed.into_iter().map(|failure| failure.change).collect();
+        let again = match self.config.role {
+            Role::Old if !self.broken.is_empty() => self.netlink.link_by_name(&self.uplink.name),
+            Role::Old | Role::New => return Ok(()),
+        };
+        match again {
+            Ok(Some(link)) if link.index != self.uplink.index => Err(DaemonError::Failed(format!(
+                "interface {} was deleted and made again, and has to be captured from anew: start ipmoved again",
+                link.name
+            ))),
+            _ => Ok(()),
+        }
     }
 
     // Names.

@@ -9,7 +9,7 @@
 //!     └──► control: one thread, everything else  (control)
 //! ```
 //!
-//! Way 1, without a tunnel, is [`nat`]'s.
+//! Way 1, without a tunnel, is `nat`'s.
 //!
 //! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
 //! goes through is `lane`'s.

@@ -13,6 +13,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -21,16 +22,17 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::DaemonError;
-use super::control::{Signals, answer, failed, names, notify_ready, undo};
+use super::control::{REPAIR_EVERY, Signals, answer, failed, names, notify_ready, undo};
 use super::setup::{find_uplink, listen, raise_tun, refused, system, tun_refused};
 use crate::config::NatSettings;
+use crate::confine;
 use crate::drops::{DropReason, Drops};
 use crate::flow::{FlowStats, Seed};
 use crate::icmp;
 use crate::io::tun::{MAX_FRAME, TunError, TunQueue, VNET_HDR_LEN};
 use crate::kernel::masquerade::{self, Towards};
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Host, journal};
+use crate::kernel::{Failure, Host, Repairs, journal};
 use crate::nat::{Nat, NatConfig, Outcome, PORTS, Target};
 use crate::offload::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
 use crate::packet::Parsed;
@@ -58,25 +60,58 @@ const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 /// # Errors
 /// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
 pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError> {
-    let ready = Ready::new(&settings, runtime_dir)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
-    runtime.block_on(serve(settings, ready))
+    runtime.block_on(async {
+        let Ready { mut host, tools } = Ready::new(&settings, runtime_dir)?;
+        // Before the first thread: what is given up is given up by those that follow as well.
+        confine::drop_privileges();
+        let mut thread = None;
+        let result = carry(settings, tools, &mut host, &mut thread).await;
+        let undone = undo(&mut host);
+        if let Some(thread) = thread {
+            thread.stop();
+        }
+        result.and(undone)
+    })
 }
 
 /// A host that is ready to translate.
 struct Ready {
     host: Host,
+    tools: Tools,
+}
+
+/// What the daemon works with.
+struct Tools {
+    signals: Signals,
     status: std::os::unix::net::UnixListener,
     queue: TunQueue,
     uplink: Link,
     towards: Vec<Towards>,
 }
 
+/// The thread that carries packets.
+struct Thread {
+    handle: JoinHandle<()>,
+    stop: OwnedFd,
+}
+
+impl Thread {
+    fn stop(self) {
+        if let Err(error) = rustix::io::write(&self.stop, &1u64.to_ne_bytes()) {
+            warn!("cannot stop the lane: {error}");
+        }
+        if self.handle.join().is_err() {
+            warn!("the lane had crashed");
+        }
+    }
+}
+
 impl Ready {
-    /// Checks everything, then changes what has to be changed.
+    /// Checks everything, then changes what has to be changed. To be called inside the runtime.
     fn new(settings: &NatSettings, runtime_dir: &Path) -> Result<Self, DaemonError> {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir).map_err(refused)?;
@@ -104,6 +139,8 @@ impl Ready {
                 PORTS.end()
             )));
         }
+        let status = listen(&host)?;
+        let signals = Signals::new()?;
         let (queues, _) = TunQueue::create(&settings.tun, 1).map_err(tun_refused)?;
         let queue = queues.into_iter().next();
         let queue = queue.ok_or_else(|| system("the TUN interface has no queue"))?;
@@ -117,13 +154,14 @@ impl Ready {
                 failure.change, failure.reason
             );
         }
-        Ok(Self {
-            status: listen(&host)?,
-            host,
+        let tools = Tools {
+            signals,
+            status,
             queue,
             uplink,
             towards,
-        })
+        };
+        Ok(Self { host, tools })
     }
 }
 
@@ -176,18 +214,22 @@ fn find_server(
     Ok(Towards { to, own, link })
 }
 
-/// Translates packets until a signal, then undoes everything.
+/// Translates packets until a signal.
 #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
-async fn serve(settings: NatSettings, ready: Ready) -> Result<(), DaemonError> {
-    let mut signals = Signals::new()?;
+async fn carry(
+    settings: NatSettings,
+    tools: Tools,
+    host: &mut Host,
+    running: &mut Option<Thread>,
+) -> Result<(), DaemonError> {
     let started = Instant::now();
-    let Ready {
-        mut host,
+    let Tools {
+        mut signals,
         status,
         queue,
         uplink,
         towards,
-    } = ready;
+    } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let targets = towards
         .iter()
@@ -216,7 +258,7 @@ async fn serve(settings: NatSettings, ready: Ready) -> Result<(), DaemonError> {
         stop: stop.try_clone().map_err(failed)?,
         answers: ANSWERS,
     };
-    let thread = std::thread::Builder::new()
+    let handle = std::thread::Builder::new()
         .name("nat".into())
         .spawn(move || {
             if let Err(error) = lane.run() {
@@ -225,6 +267,7 @@ async fn serve(settings: NatSettings, ready: Ready) -> Result<(), DaemonError> {
             }
         })
         .map_err(failed)?;
+    *running = Some(Thread { handle, stop });
     for end in &towards {
         info!(
             uplink = uplink.name,
@@ -234,6 +277,7 @@ async fn serve(settings: NatSettings, ready: Ready) -> Result<(), DaemonError> {
         );
     }
     notify_ready();
+    let mut repair = tokio::time::interval(REPAIR_EVERY);
     let result = loop {
         tokio::select! {
             () = signals.recv() => break Ok(()),
@@ -245,17 +289,19 @@ async fn serve(settings: NatSettings, ready: Ready) -> Result<(), DaemonError> {
                 }
                 Err(error) => warn!("the status socket failed: {error}"),
             },
+            _ = repair.tick() => {
+                let Repairs { made, failed } = host.repair();
+                for change in made {
+                    warn!("somebody removed {change}; it is back");
+                }
+                for Failure { change, reason } in failed {
+                    warn!("{change} is gone and cannot be made again: {reason}");
+                }
+            }
         }
     };
     info!("stopping");
-    let undone = undo(&mut host);
-    if let Err(error) = rustix::io::write(&stop, &1u64.to_ne_bytes()) {
-        warn!("cannot stop the lane: {error}");
-    }
-    if thread.join().is_err() {
-        warn!("the lane had crashed");
-    }
-    result.and(undone)
+    result
 }
 
 /// Chooses the same ports after a restart, and others than anybody outside could guess: 122 random

@@ -6,7 +6,7 @@
 //! daemon and then leads into nothing, so that moved addresses fall silent instead of answering
 //! with resets.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::Desired;
 use super::bpf::BpfError;
@@ -39,12 +39,6 @@ pub enum PlanError {
     /// A program cannot be loaded.
     #[error(transparent)]
     Bpf(#[from] BpfError),
-    /// Nothing leads to clients.
-    #[error("no interface holds {0} and there is no default route; name one with --uplink")]
-    NoUplink(IpAddr),
-    /// The interface that was named does not exist.
-    #[error("interface {0} does not exist (--uplink)")]
-    NoInterface(String),
     /// An interface whose packets the programs cannot read.
     #[error(
         "interface {name} is of link-layer type {link_type}, which ipmoved cannot use; name an Ethernet, PPP or raw IP interface with --uplink"
@@ -89,41 +83,6 @@ pub fn plan(
         Desired::lasting(clsact(uplink)),
         Desired::lasting(on_uplink).program(capture.load()?),
     ])
-}
-
-/// The interface on which packets to `addr` arrive: the one that holds it, else (as on a host that
-/// has it on `lo`) that of the default route.
-///
-/// # Errors
-/// If there is neither.
-pub fn uplink_for(netlink: &Netlink, addr: IpAddr) -> Result<Link, PlanError> {
-    let links = netlink.links()?;
-    let holder = netlink
-        .addresses()?
-        .into_iter()
-        .filter(|held| held.addr == addr)
-        .filter_map(|held| links.iter().find(|link| link.index == held.index))
-        .find(|link| !link.loopback);
-    if let Some(link) = holder {
-        return Ok(link.clone());
-    }
-    let index = default_routes(netlink, Family::of(addr))?
-        .into_iter()
-        .next();
-    links
-        .into_iter()
-        .find(|link| Some(link.index) == index)
-        .ok_or(PlanError::NoUplink(addr))
-}
-
-/// The interface called `name`.
-///
-/// # Errors
-/// If there is none.
-pub fn uplink_named(netlink: &Netlink, name: &str) -> Result<Link, PlanError> {
-    netlink
-        .link_by_name(name)?
-        .ok_or_else(|| PlanError::NoInterface(name.to_owned()))
 }
 
 /// Length of the header before the IP header on an interface, in bytes.
@@ -222,7 +181,7 @@ mod tests {
     use super::*;
     use crate::kernel::Host;
     use crate::kernel::testing::{
-        Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter, uplink,
+        Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter,
     };
 
     const HERE: [(&str, u8); 4] = [
@@ -269,11 +228,9 @@ mod tests {
                 "192.0.2.5:53".parse().unwrap(),
                 "2001:db8:a::5".parse().unwrap(),
             ];
-            let uplink = uplink_for(&netlink, moves[0].addr).unwrap();
-            assert_eq!(uplink, router.uplink);
             let scratch = Scratch::new();
             let mut host = Host::open(&scratch.0).unwrap();
-            let desired = plan(&netlink, &moves, &uplink, &tun.link, &[]).unwrap();
+            let desired = plan(&netlink, &moves, &router.uplink, &tun.link, &[]).unwrap();
             host.reconcile(desired).unwrap();
 
             for (moved, gateway) in ENDS {
@@ -338,21 +295,9 @@ mod tests {
     }
 
     #[test]
-    fn the_uplink_is_found_or_asked_for() {
+    fn an_interface_that_cannot_be_used_is_named() {
         in_fresh_namespace(|| {
             let netlink = Netlink::new().unwrap();
-            let held = uplink(&netlink, "v0", &[("192.0.2.5", 24)]);
-            let addr = |text: &str| text.parse().unwrap();
-            assert_eq!(uplink_for(&netlink, addr("192.0.2.5")).unwrap(), held);
-            let error = uplink_for(&netlink, addr("192.0.2.6"))
-                .unwrap_err()
-                .to_string();
-            assert!(
-                error.contains("192.0.2.6") && error.contains("--uplink"),
-                "{error}"
-            );
-            let error = uplink_named(&netlink, "eth7").unwrap_err().to_string();
-            assert_eq!(error, "interface eth7 does not exist (--uplink)");
             let lo = netlink.link_by_name("lo").unwrap().unwrap();
             let error = l2_header(&lo).unwrap_err().to_string();
             assert!(error.contains("lo is of link-layer type 772"), "{error}");

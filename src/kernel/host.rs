@@ -26,6 +26,8 @@ pub struct Desired {
     pub program: Option<OwnedFd>,
     /// It goes when the TUN goes, and needs no journal.
     pub with_tun: bool,
+    /// Whoever changes it later has the last word: it is not made again.
+    pub once: bool,
 }
 
 impl Desired {
@@ -35,6 +37,7 @@ impl Desired {
             change,
             program: None,
             with_tun: false,
+            once: false,
         }
     }
 
@@ -44,6 +47,11 @@ impl Desired {
             with_tun: true,
             ..Self::lasting(change)
         }
+    }
+
+    /// Not to be made again when others change it.
+    pub fn once(self) -> Self {
+        Self { once: true, ..self }
     }
 
     /// With the program of a filter.
@@ -180,7 +188,7 @@ impl Host {
                 step.kept.retain(|change| !step.fresh.contains(change));
                 self.made = step.earlier;
                 self.made.append(&mut step.kept);
-                self.journal.write(&self.made)?;
+                self.record()?;
                 return Err(error);
             }
         }
@@ -194,7 +202,7 @@ impl Host {
     pub fn repair(&mut self) -> Repairs {
         let mut repairs = Repairs::default();
         let mut wanted = std::mem::take(&mut self.wanted);
-        for desired in &mut wanted {
+        for desired in wanted.iter_mut().filter(|desired| !desired.once) {
             match self.repair_one(desired) {
                 Ok(false) => {}
                 Ok(true) => repairs.made.push(desired.change.clone()),
@@ -310,7 +318,13 @@ impl Host {
             }
             step.kept.push(change.clone());
             let all: Vec<_> = step.earlier.iter().chain(&step.kept).cloned().collect();
-            self.journal.write(&all)?;
+            if let Err(error) = self.journal.write(&all) {
+                // Not written down, not made.
+                if !present {
+                    step.kept.pop();
+                }
+                return Err(error.into());
+            }
         }
         if !present {
             step.fresh.push(change.clone());
@@ -426,8 +440,17 @@ impl Host {
         left.reverse();
         self.made = left;
         self.made.extend(kept);
-        self.journal.write(&self.made)?;
+        self.record()?;
         Ok(report)
+    }
+
+    /// Writes down what is made. To write that nothing is takes no room on a full disk.
+    fn record(&self) -> Result<(), JournalError> {
+        if self.made.is_empty() {
+            self.journal.clear();
+            return Ok(());
+        }
+        self.journal.write(&self.made)
     }
 
     fn undo(&self, change: &Change) -> Result<Undone, NetlinkError> {
@@ -618,6 +641,13 @@ fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
 /// The kernel's reason, and what a person can do about it.
 fn remedy(change: &Change, error: &NetlinkError) -> String {
     let missing = error.is_missing() || error.errno() == Some(Errno::OPNOTSUPP);
+    let said = match error {
+        // Nothing went through netlink.
+        NetlinkError::Socket(error) if matches!(change, Change::Sysctl { .. }) => error.to_string(),
+        NetlinkError::Socket(_) | NetlinkError::Refused { .. } | NetlinkError::Malformed { .. } => {
+            error.to_string()
+        }
+    };
     let what = match change {
         _ if error.is_denied() => "run as root, or with CAP_NET_ADMIN",
         _ if error.errno() == Some(Errno::NODEV) => "the interface is gone",
@@ -635,14 +665,17 @@ fn remedy(change: &Change, error: &NetlinkError) -> String {
             "the interface must be up"
         }
         Change::Sysctl { .. } if missing => "the kernel has no such setting",
+        Change::Sysctl { .. } if error.errno() == Some(Errno::ROFS) => {
+            "/proc/sys is read-only here, as in most containers; set it on the host, or run ipmoved there"
+        }
         Change::Clsact { .. }
         | Change::Filter { .. }
         | Change::Rule { .. }
         | Change::Default { .. }
         | Change::Sysctl { .. }
-        | Change::Address { .. } => return error.to_string(),
+        | Change::Address { .. } => return said,
     };
-    format!("{error}; {what}")
+    format!("{said}; {what}")
 }
 
 #[cfg(test)]

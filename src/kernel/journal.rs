@@ -312,6 +312,13 @@ impl Journal {
         write().map_err(|error| file_error("write", &path, error))
     }
 
+    /// Removes the journal: nothing is changed.
+    pub(super) fn clear(&self) {
+        for ours in [JOURNAL, JOURNAL_NEXT] {
+            let _ = fs::remove_file(self.dir.join(ours));
+        }
+    }
+
     /// Removes the journal, and its directory if nobody else has put anything there.
     pub(super) fn remove(&self) {
         // While we hold the lock; whoever waits for it sees that the file is no longer there.

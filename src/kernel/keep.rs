@@ -118,3 +118,98 @@ fn sysctl(link: &Link, (name, to): (&str, u32), made: &[Change]) -> Option<Chang
         to: to.to_string(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Host;
+    use crate::kernel::netlink::Address;
+    use crate::kernel::testing::{Router, Scratch, Tun, bound, in_fresh_namespace, snapshot};
+
+    const HERE: [(&str, u8); 1] = [("192.0.2.2", 24)];
+    const GATEWAY: [(&str, u8); 1] = [("192.0.2.254", 24)];
+    /// Of the same network: the old server is next door.
+    const MOVED: [u8; 4] = [192, 0, 2, 5];
+
+    fn socket(addr: [u8; 4]) -> std::net::UdpSocket {
+        bound((IpAddr::from(addr), 53).into())
+    }
+
+    #[test]
+    fn a_shared_network_does_not_learn_of_a_kept_address() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let router = Router::new(&netlink, &HERE, &GATEWAY);
+            let tun = Tun::new(&netlink, "tun0", false);
+            let neighbour = router.udp("192.0.2.254:4000");
+            let to_moved = || neighbour.send_to(b"for the old server", (IpAddr::from(MOVED), 53));
+            let settings = || {
+                ["up0/arp_ignore", "up0/arp_announce"]
+                    .map(|name| read_sysctl(&format!("net/ipv4/conf/{name}")).unwrap())
+            };
+            let before = (snapshot(&netlink), netlink.addresses().unwrap(), settings());
+            let scratch = Scratch::new();
+            let mut host = Host::open(&scratch.0).unwrap();
+            let keep = |host: &mut Host, addrs: &[IpAddr]| {
+                let desired = plan(host.netlink(), addrs, &tun.link, host.made()).unwrap();
+                host.reconcile_part(is_part, desired).unwrap();
+            };
+            keep(&mut host, &[MOVED.into()]);
+            let own = socket(MOVED);
+            to_moved().unwrap();
+            assert!(own.recv(&mut [0; 100]).is_err(), "ARP was answered");
+            assert!(!router.has_seen(&[0; 1500]));
+            // A neighbour that is not there: only requests leave, and they are not from it.
+            let _ = own.send_to(b"anybody", "192.0.2.77:9");
+            assert!(!router.has_seen(&MOVED), "it was announced");
+            // Every other address is still answered for.
+            neighbour.send_to(b"hello", "192.0.2.2:53").unwrap();
+            assert_eq!(socket([192, 0, 2, 2]).recv(&mut [0; 9]).ok(), None);
+            let other = socket([192, 0, 2, 2]);
+            neighbour.send_to(b"hello", "192.0.2.2:53").unwrap();
+            assert_eq!(other.recv(&mut [0; 9]).unwrap(), 5);
+            // Nor is it the source of anything that does not ask for it.
+            let route = netlink.route_get("192.0.2.254".parse().unwrap(), None, None);
+            assert_eq!(route.unwrap().prefsrc, Some("192.0.2.2".parse().unwrap()));
+            keep(&mut host, &[]);
+            let after = (snapshot(&netlink), netlink.addresses().unwrap(), settings());
+            assert_eq!(after, before);
+
+            // The same without care, so that the test above means something.
+            let lo = Address {
+                index: 1,
+                addr: MOVED.into(),
+                prefix: 32,
+            };
+            netlink.add_address(&lo).unwrap();
+            drop(own);
+            let own = socket(MOVED);
+            std::thread::sleep(std::time::Duration::from_millis(1100));
+            to_moved().unwrap();
+            assert_eq!(own.recv(&mut [0; 100]).unwrap(), 18);
+            router.has_seen(&MOVED);
+            let _ = own.send_to(b"anybody", "192.0.2.78:9");
+            assert!(router.has_seen(&MOVED));
+        });
+    }
+
+    #[test]
+    fn what_an_administrator_made_stricter_stays() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let _router = Router::new(&netlink, &HERE, &GATEWAY);
+            let tun = Tun::new(&netlink, "tun0", false);
+            crate::kernel::testing::sysctl("net/ipv4/conf/up0/arp_ignore", "1");
+            crate::kernel::testing::sysctl("net/ipv4/conf/all/arp_announce", "2");
+            let desired = plan(&netlink, &[MOVED.into()], &tun.link, &[]).unwrap();
+            let changes: Vec<String> = desired.iter().map(|it| it.change.to_string()).collect();
+            assert_eq!(changes, ["address 192.0.2.5/32 on lo"]);
+            let v6 = "2001:db8:a::5".parse().unwrap();
+            let desired = plan(&netlink, &[v6], &tun.link, &[]).unwrap();
+            assert_eq!(desired.len(), 1, "IPv6 needs no more");
+            // What is there already is left alone.
+            let there = plan(&netlink, &["192.0.2.2".parse().unwrap()], &tun.link, &[]);
+            assert!(there.unwrap().is_empty());
+        });
+    }
+}

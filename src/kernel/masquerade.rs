@@ -76,7 +76,8 @@ pub fn plan(
         Desired::with_tun(clsact(tun)),
         Desired::with_tun(on_tun).program(out.load()?),
     ];
-    desired.extend(reservation(ports).map(Desired::lasting));
+    // A list that others add to: theirs must not be overwritten with what it was before.
+    desired.extend(reservation(ports).map(|change| Desired::lasting(change).once()));
     let mut links: Vec<&Link> = Vec::new();
     for end in towards {
         if links.iter().all(|known| known.index != end.link.index) {

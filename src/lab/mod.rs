@@ -18,7 +18,7 @@
 //! | [`raw`] | packets of any protocol, source and damage |
 //! | [`snapshot`] | the state of a namespace as comparable text |
 //! | [`daemon`] | `ipmoved` processes: start, wait, signal, read `status` |
-//! | [`demo`] | `ipmoved demo`: the story, step by step |
+//! | [`mod@demo`] | `ipmoved demo`: the story, step by step |
 
 // The lab is an edge: it waits for real kernels and real processes.
 #![allow(
