@@ -18,6 +18,7 @@ use crate::confine;
 use crate::daemon::{self, DaemonError};
 use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
+use crate::lab::{DemoError, LabError};
 use crate::session::{Entropy, Psk};
 use crate::status::{self, StatusError};
 
@@ -82,7 +83,7 @@ fn explain(error: clap::Error) -> Result<(), Failure> {
         .take_while(|line| !line.starts_with("Usage:"))
         .filter(|line| !line.is_empty() && !line.starts_with("For more information"))
         .collect();
-    let line = lines.join("; ");
+    let line = lines.join("; ").replace(":; ", ": ");
     let line = line.strip_prefix("error: ").unwrap_or(&line);
     Err(Failure::new(
         BAD_INPUT,
@@ -179,7 +180,10 @@ fn cleanup() -> Result<(), Failure> {
 
 fn demo() -> Result<(), Failure> {
     let exe = std::env::current_exe().map_err(|error| Failure::new(FAILED, error))?;
-    crate::lab::demo(&exe).map_err(|error| Failure::new(FAILED, error))
+    crate::lab::demo(&exe).map_err(|error| {
+        let privileges = matches!(error, DemoError::Lab(LabError::Privileges));
+        Failure::new(if privileges { SYSTEM } else { FAILED }, error)
+    })
 }
 
 /// Writes to standard output; a reader that has gone away (`| head`) is no error.
