@@ -314,20 +314,26 @@ impl Lane {
         if parsed.fragment() != Fragment::None {
             self.aside.note_piece(moment, &parsed, packet)?;
         }
-        let offload = Offload::accept(&vnet, packet, &parsed)?;
-        let partial = offload.partial();
-        let peer = match &self.parts.shared.translation {
+        let captured = match &self.parts.shared.translation {
             Translation::Old(gates) => match judge(gates, moment.now, &parsed, packet)? {
-                (peer, Verdict::Carry) => {
-                    let left = parsed.decrement_ttl(packet);
-                    left.map_err(|reason| Dropped::of(peer, reason))?;
-                    peer
-                }
+                (peer, Verdict::Carry) => Some(peer),
                 (_, Verdict::Bounce) => return self.bounce(len),
             },
-            Translation::New(translator) => {
+            Translation::New(_) => None,
+        };
+        // What is bounced goes back as it came: a checksum is only finished behind this line.
+        let offload = Offload::accept(&vnet, packet, &parsed)?;
+        let partial = offload.partial();
+        let peer = match (&self.parts.shared.translation, captured) {
+            (Translation::New(translator), _) => {
                 translator.outbound(moment.now, packet, &mut parsed, partial)?
             }
+            (Translation::Old(_), Some(peer)) => {
+                let left = parsed.decrement_ttl(packet);
+                left.map_err(|reason| Dropped::of(peer, reason))?;
+                peer
+            }
+            (Translation::Old(_), None) => return Err(DropReason::NotMoved.into()),
         };
         let view = moment.view.peer(peer);
         let (Some(session), Some(path)) = (&view.session, view.path) else {

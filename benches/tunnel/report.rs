@@ -188,11 +188,11 @@ impl Report {
                 more("tcp reverse", "vxlan", 0.6),
             ),
             (
-                "TCP forward ≥ 3 × wireguard-go",
+                "TCP forward ≥ 3 × wireguard-go on PATH",
                 more("tcp forward", "wireguard-go", 3.0),
             ),
             (
-                "TCP reverse ≥ 3 × wireguard-go",
+                "TCP reverse ≥ 3 × wireguard-go on PATH",
                 more("tcp reverse", "wireguard-go", 3.0),
             ),
             (
