@@ -241,6 +241,9 @@ fn others_do_not_suffer(
                 status.0["tunnels"][1]["drops"]
             );
             assert!(told < Duration::from_secs(1), "{told:?}");
+            // What was too much was the mad peer's alone.
+            let late = &setup.status(Role::New)?.0["tunnels"][0]["drops"]["control_busy"];
+            assert!(late.is_null(), "the other peer had to wait: {late}");
             let echoed = echoes.back.len() as u64;
             assert!(
                 echoed >= echoes.sent * 9 / 10,
