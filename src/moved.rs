@@ -277,7 +277,7 @@ fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, MoveError> {
 }
 
 /// Sorts ranges and joins those that touch.
-fn joined(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
+pub(crate) fn joined(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
     ranges.sort_by_key(|range| *range.start());
     let mut out: Vec<RangeInclusive<u16>> = Vec::with_capacity(ranges.len());
     for range in ranges {

@@ -28,7 +28,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use super::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Size};
-use crate::moved::{Move, TCP, Transport, UDP};
+use crate::moved::{Move, TCP, Transport, UDP, joined};
 
 pub use masquerade::{Pair, Way, answers, way_out};
 
@@ -569,25 +569,10 @@ fn scopes(moves: &[Move], tunnel: &[SocketAddr]) -> Vec<Scope> {
         }
     }
     for scope in &mut scopes {
-        scope.tcp = disjoint(std::mem::take(&mut scope.tcp));
-        scope.udp = disjoint(std::mem::take(&mut scope.udp));
+        scope.tcp = joined(std::mem::take(&mut scope.tcp));
+        scope.udp = joined(std::mem::take(&mut scope.udp));
     }
     scopes
-}
-
-/// Sorts ranges and joins those that touch.
-fn disjoint(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
-    ranges.sort_by_key(|range| *range.start());
-    let mut out: Vec<RangeInclusive<u16>> = Vec::with_capacity(ranges.len());
-    for range in ranges {
-        match out.last_mut() {
-            Some(last) if u32::from(*range.start()) <= u32::from(*last.end()) + 1 => {
-                *last = *last.start()..=*last.end().max(range.end());
-            }
-            _ => out.push(range),
-        }
-    }
-    out
 }
 
 /// The capture program in the making. R6 is the packet, R7 where its transport header begins and
