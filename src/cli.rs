@@ -190,4 +190,6 @@ pub enum Offload {
     UdpGro,
     /// Writing several packets to the TUN in one call.
     TunGso,
+    /// Writing more to the TUN in one call than the IPv4 length field can tell.
+    BigTcp,
 }

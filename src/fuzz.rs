@@ -17,7 +17,7 @@ use crate::ecn;
 use crate::icmp;
 use crate::join::{Joiner, Part, Stream};
 use crate::moved::Move;
-use crate::offload::{Coalescer, Offload, Push, Segments, VnetHdr};
+use crate::offload::{Coalescer, Offload, Push, Reach, Segments, VnetHdr};
 use crate::packet::{Parsed, clamp_mss};
 use crate::peer::{Path, PeerId, Role};
 use crate::session::{
@@ -315,7 +315,12 @@ pub fn parts(bytes: &[u8]) {
 pub fn coalesce(bytes: &[u8]) {
     let mut slab = bytes.to_vec();
     slab.truncate(65_536);
-    let mut coalescer = Coalescer::new(bytes.len().is_multiple_of(2));
+    let reach = if bytes.len().is_multiple_of(3) {
+        Reach::Here
+    } else {
+        Reach::Further
+    };
+    let mut coalescer = Coalescer::new(bytes.len().is_multiple_of(2), reach);
     let mut at = 0;
     let finish = |coalescer: &mut Coalescer, slab: &mut [u8]| {
         let Some(joined) = coalescer.finish(slab) else {

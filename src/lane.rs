@@ -38,7 +38,7 @@ use crate::ecn;
 use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
 use crate::io::udp::{RECV_SLOT, Received, UdpSocket};
 use crate::join::{Joiner, Part, Stream};
-use crate::offload::{Coalescer, MAX_PARTS, Offload, Push, Segments, VnetHdr};
+use crate::offload::{Coalescer, MAX_BIG, Offload, Push, Reach, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed, clamp_mss};
 use crate::peer::{Path, PeerId};
 use crate::session::{Admitted, OpenBatch, Sealer, Session};
@@ -59,9 +59,14 @@ const BURST_BYTES: usize = 8 * 65_536;
 /// Batches received before the other side gets its turn, for the same reason.
 const BURST_BATCHES: usize = 8;
 
-/// Receive slots. A super-packet of 64 KiB takes two sends once it is sealed; the two slots let what
-/// arrives in two batches be joined to one again.
-const SLOTS: usize = 2;
+/// Receive slots: as many as what is joined may lie in, begun anywhere in the first. A super-packet of
+/// 64 KiB takes two sends once it is sealed, so that even it arrives in two batches.
+const fn slots(reach: Reach) -> usize {
+    match reach {
+        Reach::Here => MAX_BIG.div_ceil(RECV_SLOT) + 1,
+        Reach::Further => 2,
+    }
+}
 
 /// How often expiring flows are looked at, and longest wait without a packet.
 const TICK: Duration = Duration::from_secs(1);
@@ -125,6 +130,8 @@ pub struct LaneParts {
     pub uso: bool,
     /// The TUN takes super-packets at all (`--without tun-gso` says no).
     pub tso: bool,
+    /// Where super-packets written to it go.
+    pub reach: Reach,
     /// Packets too big for one datagram go in several (`--no-split` says no).
     pub split: bool,
     /// Its socket.
@@ -146,7 +153,7 @@ pub struct Lane {
     frame: Box<[u8]>,
     /// What is about to be sent.
     batch: SendBatch,
-    /// What was received, opened in place: [`SLOTS`] of [`RECV_SLOT`].
+    /// What was received, opened in place: [`slots`] of [`RECV_SLOT`].
     slab: Box<[u8]>,
     /// The slot that was received into last.
     slot: usize,
@@ -204,12 +211,12 @@ impl Lane {
         let mut lane = Self {
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
             batch: SendBatch::new(),
-            slab: vec![0; SLOTS * RECV_SLOT].into_boxed_slice(),
+            slab: vec![0; slots(parts.reach) * RECV_SLOT].into_boxed_slice(),
             slot: 0,
             opened: Vec::new(),
             joining: PeerId(0),
             joining_slot: 0,
-            coalescer: Coalescer::new(parts.uso),
+            coalescer: Coalescer::new(parts.uso, parts.reach),
             joiners: (0..parts.counters.peers.len())
                 .map(|_| Joiner::default())
                 .collect(),
@@ -417,7 +424,7 @@ impl Lane {
         if self.coalescer.is_empty() {
             return self.slot;
         }
-        let next = (self.slot + 1) % SLOTS;
+        let next = (self.slot + 1) % slots(self.parts.reach);
         if self.joining_slot == next {
             self.flush_tun(moment);
             return self.slot;
@@ -613,15 +620,11 @@ impl Lane {
             return self.send_answer(moment);
         }
         let vnet = joined.vnet.to_bytes();
-        let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
-        slices[0] = IoSlice::new(&vnet);
-        for (slice, part) in slices[1..].iter_mut().zip(joined.parts) {
-            *slice = IoSlice::new(&self.slab[part.clone()]);
-        }
-        let result = self.parts.tun.send(&slices[..=joined.parts.len()]);
+        let result = (self.parts.tun).send_joined(&vnet, &self.slab, joined.parts);
         let result = match result {
-            // Some kernels refuse super-packets that are right: write its packets one by one.
-            Err(error) if packets > 1 && error.raw_os_error() == Some(libc::EINVAL) => {
+            // Some kernels refuse super-packets that are right, and one may have no memory in pieces
+            // as large as the longest ask for: write its packets one by one.
+            Err(error) if packets > 1 && is_too_much(&error) => {
                 let fallbacks = &self.parts.counters.tun_gso_fallbacks;
                 fallbacks.store(fallbacks.load(Relaxed) + 1, Relaxed);
                 let (vnet, parts) = self.coalescer.unjoin(&mut self.slab);
@@ -909,6 +912,14 @@ fn pass_in(
         .rx
         .add(1, packet.len());
     Ok(())
+}
+
+/// Whether the kernel may take in parts what it did not take whole.
+fn is_too_much(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINVAL | libc::EMSGSIZE | libc::ENOMEM | libc::ENOBUFS)
+    )
 }
 
 /// Checks and rewrites a packet, or the head of a super-packet, that came out of the tunnel.

@@ -43,13 +43,22 @@ pub const GSO_UDP_L4: u8 = 5;
 /// (`VIRTIO_NET_HDR_GSO_ECN`).
 pub const GSO_ECN: u8 = 0x80;
 
-/// Most packets that are joined to one: the kernel takes no more datagrams in one UDP super-packet
-/// (`UDP_MAX_SEGMENTS`, 64 before Linux 6.9), and a full one of TCP has 47.
-pub const MAX_PARTS: usize = 64;
+/// Most packets that are joined to one of TCP: [`MAX_BIG`] of them at the MSS of a tunnel over
+/// Ethernet, 1,388 bytes, are 189.
+pub const MAX_PARTS: usize = 192;
+
+/// Most datagrams that are joined to one of UDP: the kernel takes no more (`UDP_MAX_SEGMENTS`, 64
+/// before Linux 6.9).
+const MAX_DATAGRAMS: usize = 64;
 
 /// Largest packet that is joined: the IPv4 length field, which the kernel applies to IPv6 too
 /// (`GSO_LEGACY_MAX_SIZE`).
 pub const MAX_SUPER: usize = 65_535;
+
+/// Largest packet that is joined where the kernel takes BIG TCP: four times as long. The kernel's
+/// limit is twice this (`GRO_MAX_SIZE`); 128 KiB gain half as much, and all of it has to lie in
+/// receive slots, which are to stay in the processor's cache.
+pub const MAX_BIG: usize = 4 * 65_535;
 
 /// Least payload a TCP cut may have. A tunnel that carries less than this beside the headers is
 /// better served by splitting packets.
@@ -404,12 +413,20 @@ pub enum Push {
 /// Only packets with a partial checksum are joined: they were authenticated as a whole on the way,
 /// and their sums follow from their lengths.
 ///
+/// For packets that end on this host more can be had ([`Reach::Here`]): the kernel's BIG TCP over
+/// IPv4 (Linux 6.3 on, `Documentation/networking` and its `iph_totlen`), a super-packet that is
+/// longer than the length field can tell, which then says zero. Each write runs the receiving TCP
+/// and is acknowledged on its own, so that a quarter of the writes costs both servers less. And PSH
+/// does not end a super-packet there: what came behind it is handed to the application with it,
+/// and nobody cuts it again.
+///
 /// One round: [`push`](Self::push) until [`Push::MustFlush`] or the buffer's end,
 /// [`finish`](Self::finish), write, and, if the kernel refused the write with `EINVAL`,
 /// [`unjoin`](Self::unjoin) and write each.
 #[derive(Debug)]
 pub struct Coalescer {
     uso: bool,
+    reach: Reach,
     parts: [Range<usize>; MAX_PARTS],
     count: usize,
     state: State,
@@ -421,6 +438,15 @@ pub struct Coalescer {
     next_seq: u32,
     last_flags: u8,
     id: u16,
+}
+
+/// Where joined packets go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reach {
+    /// To this host's own TCP, which takes BIG TCP.
+    Here,
+    /// On to a link, where they are cut again, or to a kernel that knows no BIG TCP.
+    Further,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -453,9 +479,10 @@ pub struct Super<'a> {
 
 impl Coalescer {
     /// An empty one. `uso`: the TUN takes UDP super-packets (`TUN_F_USO4 | TUN_F_USO6`).
-    pub fn new(uso: bool) -> Self {
+    pub fn new(uso: bool, reach: Reach) -> Self {
         Self {
             uso,
+            reach,
             parts: [const { 0..0 }; MAX_PARTS],
             count: 0,
             state: State::Empty,
@@ -601,7 +628,7 @@ impl Coalescer {
             && match parsed.kind() {
                 Kind::Tcp => {
                     let flags = parsed.tcp_flags();
-                    flags & !PLAIN_FLAGS == 0 && flags & ACK != 0 && flags & (PSH | FIN) == 0
+                    flags & !PLAIN_FLAGS == 0 && flags & ACK != 0 && flags & self.last() == 0
                 }
                 Kind::Udp => self.uso && udp_fills(packet, parsed),
                 Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => false,
@@ -632,11 +659,16 @@ impl Coalescer {
     ) -> Option<()> {
         let head = self.head?;
         let payload = parsed.payload_len();
+        let (parts, bytes) = match (head.kind(), head.family(), self.reach) {
+            (Kind::Tcp, Family::V4, Reach::Here) => (MAX_PARTS, MAX_BIG),
+            (Kind::Tcp, _, _) => (MAX_PARTS, MAX_SUPER),
+            _ => (MAX_DATAGRAMS, MAX_SUPER),
+        };
         let fits = partial
-            && self.count < MAX_PARTS
+            && self.count < parts
             && payload > 0
             && payload <= self.size
-            && self.total + payload <= MAX_SUPER;
+            && self.total + payload <= bytes;
         // The same place for every field, which leaves only the bytes themselves to compare.
         let alike = parsed.kind() == head.kind()
             && parsed.family() == head.family()
@@ -666,8 +698,8 @@ impl Coalescer {
                 return None;
             }
             self.next_seq = self.next_seq.wrapping_add(payload as u32);
-            self.last_flags = flags;
-            closes |= flags & (PSH | FIN) != 0;
+            self.last_flags |= flags;
+            closes |= flags & self.last() != 0;
         } else if a[..4] != b[..4] || !udp_fills(packet, parsed) {
             return None;
         }
@@ -679,6 +711,15 @@ impl Coalescer {
             self.state = State::Closed;
         }
         Some(())
+    }
+
+    /// The flags that nothing may be joined behind.
+    #[inline]
+    fn last(&self) -> u8 {
+        match self.reach {
+            Reach::Here => FIN,
+            Reach::Further => FIN | PSH,
+        }
     }
 
     /// Whether two IP headers without options may stand for one.
@@ -809,7 +850,7 @@ mod tests {
 
             let packets: Vec<_> = pieces.into_iter().map(|(piece, _)| piece).collect();
             let (mut slab, ranges) = slab(&packets);
-            let mut coalescer = Coalescer::new(true);
+            let mut coalescer = Coalescer::new(true, Reach::Further);
             for (index, range) in ranges.iter().enumerate() {
                 let wanted = if index == 0 { Push::Started } else { Push::Joined };
                 prop_assert_eq!(push(&mut coalescer, &slab, range, true), wanted);
@@ -982,7 +1023,7 @@ mod tests {
             }
             change(&mut next);
             let (slab, ranges) = slab(&[first.build_partial(), next]);
-            let mut coalescer = Coalescer::new(true);
+            let mut coalescer = Coalescer::new(true, Reach::Further);
             assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
             push(&mut coalescer, &slab, &ranges[1], partial) == Push::Joined
         };
@@ -1043,7 +1084,7 @@ mod tests {
         let udp = plan(Kind::Udp, true, 100);
         assert!(joins(&udp, &udp, none, true));
         let (slab, ranges) = slab(&[udp.build_partial(), udp.build_partial()]);
-        let mut coalescer = Coalescer::new(false);
+        let mut coalescer = Coalescer::new(false, Reach::Further);
         assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
         assert_eq!(
             push(&mut coalescer, &slab, &ranges[1], true),
@@ -1063,7 +1104,7 @@ mod tests {
             })
             .collect();
         let (mut slab, ranges) = slab(&packets);
-        let mut coalescer = Coalescer::new(false);
+        let mut coalescer = Coalescer::new(false, Reach::Further);
         for range in &ranges[..MAX_PARTS] {
             assert_ne!(push(&mut coalescer, &slab, range, true), Push::MustFlush);
         }
@@ -1086,7 +1127,7 @@ mod tests {
     fn a_full_checksum_is_written_plain() {
         let (mut slab, ranges) = slab(&[plan(Kind::Tcp, false, 100).build()]);
         let before = slab.clone();
-        let mut coalescer = Coalescer::new(false);
+        let mut coalescer = Coalescer::new(false, Reach::Further);
         assert_eq!(
             push(&mut coalescer, &slab, &ranges[0], false),
             Push::Started

@@ -363,14 +363,16 @@ impl Parsed {
     /// the pseudo-header. The sum of the bytes that came or went is the caller's to mend if the
     /// checksum is full; if it is partial nothing is left to do.
     ///
-    /// `total` has to hold the headers and fit the length field.
+    /// `total` has to hold the headers. An IPv4 length that does not fit its field becomes zero, as
+    /// in the kernel's BIG TCP; the pseudo-header of such a packet has it in full.
     pub fn set_total(&mut self, bytes: &mut [u8], total: usize, partial: bool) {
         debug_assert!(total >= self.payload());
-        let old_l4 = (self.total() - self.l4()) as u16;
-        let new_l4 = (total - self.l4()) as u16;
+        let old_l4 = (self.total() - self.l4()) as u32;
+        let new_l4 = (total - self.l4()) as u32;
         match self.family {
             Family::V4 => {
-                let delta = replace(bytes, 2, (total as u16).to_be_bytes());
+                let field = u16::try_from(total).unwrap_or(0);
+                let delta = replace(bytes, 2, field.to_be_bytes());
                 mend_full(bytes, 10, delta);
             }
             Family::V6 => {
@@ -384,7 +386,7 @@ impl Parsed {
             Sum::default()
         };
         let body = if self.kind == Kind::Udp {
-            replace(bytes, self.l4() + 4, new_l4.to_be_bytes())
+            replace(bytes, self.l4() + 4, (new_l4 as u16).to_be_bytes())
         } else {
             Sum::default()
         };

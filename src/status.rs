@@ -148,6 +148,9 @@ pub struct Offloads {
     pub tun_tso: bool,
     /// UDP super-packets exchanged with the TUN (Linux 6.2 on).
     pub tun_uso: bool,
+    /// TCP super-packets over IPv4 longer than 64 KiB written to the TUN (Linux 6.3 on); only ever on
+    /// the new server, where they end.
+    pub tun_big_tcp: bool,
     /// Batches the kernel refused, sent datagram by datagram.
     pub udp_gso_fallbacks: u64,
     /// Super-packets the kernel refused, written packet by packet.
@@ -192,6 +195,11 @@ impl Status {
         out
     }
 
+    /// Whether this is the new server.
+    fn is_new(&self) -> bool {
+        self.tunnels.iter().any(|tunnel| tunnel.role == Role::New)
+    }
+
     fn write_text(&self, out: &mut String) -> std::fmt::Result {
         for tunnel in &self.tunnels {
             tunnel.write_text(out, self.way)?;
@@ -221,6 +229,7 @@ impl Status {
             (off.udp_gro, "UDP GRO"),
             (off.tun_tso, "TUN TSO"),
             (off.tun_uso, "TUN USO"),
+            (off.tun_big_tcp || !self.is_new(), "BIG TCP"),
         ]
         .into_iter()
         .filter_map(|(there, name)| (!there).then_some(name))

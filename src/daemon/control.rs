@@ -31,6 +31,7 @@ use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, keep};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::moved::Move;
+use crate::offload::Reach;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu;
 use crate::session::{Door, Entropy, Offer, SessionIndexes};
@@ -111,6 +112,11 @@ async fn carry(
     });
     let udp = sockets[0].try_clone().map_err(failed)?;
     let tso = !config.without.contains(&Offload::TunGso);
+    // What the old server writes goes on to a link.
+    let big_tcp = tso
+        && config.role == Role::New
+        && tun.big_tcp
+        && !config.without.contains(&Offload::BigTcp);
     let mut control = Control {
         peers: peers(&config, &endpoints, lanes_wanted, &uplink, started)?,
         view: View {
@@ -137,6 +143,7 @@ async fn carry(
             udp_gro: sockets[0].gro(),
             tun_tso: tso,
             tun_uso: tso && features.uso,
+            tun_big_tcp: big_tcp,
             ..Offloads::default()
         },
         warnings: VecDeque::new(),
@@ -152,6 +159,7 @@ async fn carry(
             tun,
             uso: tso && features.uso,
             tso,
+            reach: if big_tcp { Reach::Here } else { Reach::Further },
             split: control.config.split,
             udp,
             shared: Arc::clone(&shared),

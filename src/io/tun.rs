@@ -8,9 +8,12 @@
 //! queue is closed, however the process ends.
 
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
+
+use crate::offload::MAX_PARTS;
 
 /// Largest frame: a `virtio_net_hdr` and an IP packet of 65,535 bytes.
 pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
@@ -91,6 +94,23 @@ impl TunQueue {
     /// Reads one frame into `frame` ([`MAX_FRAME`] long); `WouldBlock` when none waits.
     pub fn recv(&self, frame: &mut [u8]) -> io::Result<usize> {
         self.0.recv(frame)
+    }
+
+    /// Writes one frame, gathered from the `virtio_net_hdr` and `parts` of `slab`, at most
+    /// [`MAX_PARTS`].
+    pub fn send_joined(&self, vnet: &[u8], slab: &[u8], parts: &[Range<usize>]) -> io::Result<()> {
+        // Most packets come alone, and room for all slices is some kilobytes to clear.
+        match parts {
+            [packet] => self.send(&[IoSlice::new(vnet), IoSlice::new(&slab[packet.clone()])]),
+            _ => {
+                let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
+                slices[0] = IoSlice::new(vnet);
+                for (slice, part) in slices[1..].iter_mut().zip(parts) {
+                    *slice = IoSlice::new(&slab[part.clone()]);
+                }
+                self.send(&slices[..=parts.len()])
+            }
+        }
     }
 
     /// Writes one frame, gathered from `parts`, the first of which starts with the `virtio_net_hdr`.

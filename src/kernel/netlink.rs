@@ -46,6 +46,9 @@ pub const TABLE_MAIN: u32 = 254;
 /// (`NLM_F_DUMP_INTR`); a table that changes faster than that is read as it is.
 const MAX_DUMP_TRIES: usize = 8;
 
+/// See linux/if_link.h; not in every libc.
+const IFLA_GRO_IPV4_MAX_SIZE: u16 = 64;
+
 /// `ETH_P_ALL` in the kernel's `tcm_info`: big-endian in the low half.
 const PROTOCOL_ALL: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
 
@@ -156,6 +159,9 @@ pub struct Link {
     pub link_type: u16,
     /// Hardware address, where the link layer is Ethernet-like.
     pub mac: Option<[u8; 6]>,
+    /// The kernel knows BIG TCP over IPv4: it tells how long a super-packet may become when it is
+    /// received (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels it was backported to).
+    pub big_tcp: bool,
 }
 
 /// An address on an interface.
@@ -968,12 +974,14 @@ fn read_link(payload: &[u8]) -> Option<Link> {
         loopback: flags & libc::IFF_LOOPBACK as u32 != 0,
         link_type: u16::from_ne_bytes([header[2], header[3]]),
         mac: None,
+        big_tcp: false,
     };
     for (kind, value) in attributes(rest) {
         match kind {
             libc::IFLA_IFNAME => link.name = text(value),
             libc::IFLA_MTU => link.mtu = word(value)?,
             libc::IFLA_ADDRESS => link.mac = value.try_into().ok(),
+            IFLA_GRO_IPV4_MAX_SIZE => link.big_tcp = true,
             _ => {}
         }
     }
