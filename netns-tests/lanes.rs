@@ -10,7 +10,7 @@ use std::fs;
 use std::thread;
 
 use ipmoved::lab::topology::{MOVED, NEW};
-use ipmoved::lab::{Lab, LabError, Namespace, Service, UdpService};
+use ipmoved::lab::{Daemon, Lab, LabError, Namespace, Service, Tap, UdpService};
 use ipmoved::peer::Role;
 
 use crate::stage::{MEGABYTE, Result, setup};
@@ -108,6 +108,56 @@ fn without_any_offload_the_same_bytes_arrive() -> Result {
         for offload in ["udp_gso", "udp_gro", "tun_tso"] {
             assert_eq!(text[offload], false, "{offload} is shown as missing");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_new_server_writes_more_at_once_than_a_length_field_can_tell() -> Result {
+    assert!(longer_than_told(&[])? > 0);
+    assert_eq!(longer_than_told(&["--without", "big-tcp"])?, 0);
+    Ok(())
+}
+
+/// How many super-packets came out of the new server's TUN with an IPv4 length of zero (BIG TCP) while
+/// a file was uploaded and another downloaded, both whole.
+fn longer_than_told(args: &[&str]) -> Result<usize> {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::New, args);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let daemons = setup.start_both()?;
+    let client = lab.client();
+    let tap = Tap::start(lab.new_server(), "ipmoved0")?;
+    client.upload(MOVED, 32 * MEGABYTE + 1)?;
+    let seen = tap.stop()?;
+    client.download(MOVED, 8 * MEGABYTE + 1)?;
+    let offloads = |daemon: &Daemon<'_>| daemon.status().map(|all| all.0["offloads"].clone());
+    let (old, new) = (offloads(&daemons.old)?, offloads(&daemons.new)?);
+    assert_eq!(
+        old["tun_big_tcp"], false,
+        "what the old server writes goes on to a link"
+    );
+    assert_eq!(new["tun_big_tcp"], args.is_empty());
+    assert_eq!(new["tun_gso_fallbacks"], 0);
+    let is_big = |frame: &&[u8]| frame.len() > 65_535 && frame[2..4] == [0, 0];
+    Ok(seen.frames().filter(is_big).count())
+}
+
+#[test]
+fn where_the_kernel_refuses_joined_packets_they_arrive_one_by_one() -> Result {
+    let lab = Lab::new()?;
+    let refused = ["--without", "joined-writes"];
+    let setup = setup(&lab)?
+        .args(Role::Old, &refused)
+        .args(Role::New, &refused);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let daemons = setup.start_both()?;
+    lab.client().upload(MOVED, 8 * MEGABYTE + 1)?;
+    lab.client().download(MOVED, 8 * MEGABYTE + 1)?;
+    for daemon in [&daemons.old, &daemons.new] {
+        let status = daemon.status()?.0;
+        let fallbacks = status["offloads"]["tun_gso_fallbacks"].as_u64();
+        assert!(fallbacks > Some(0), "{status}");
     }
     Ok(())
 }

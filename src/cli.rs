@@ -192,4 +192,6 @@ pub enum Offload {
     TunGso,
     /// Writing more to the TUN in one call than the IPv4 length field can tell.
     BigTcp,
+    /// The kernel taking joined packets: each such write is refused, as some kernels do.
+    JoinedWrites,
 }

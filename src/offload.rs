@@ -758,7 +758,7 @@ fn udp_fills(packet: &[u8], parsed: &Parsed) -> bool {
 mod tests {
     use super::*;
     use crate::packet::testing::{Plan, assert_sums, complete, make_partial};
-    use crate::packet::{Addr, RST, SYN};
+    use crate::packet::{Addr, RST, SYN, Sum};
     use proptest::prelude::*;
     use std::net::Ipv4Addr;
 
@@ -1121,6 +1121,90 @@ mod tests {
         let alone = coalescer.finish(&mut slab).unwrap();
         assert_eq!((alone.packets, alone.vnet.gso_type), (1, GSO_NONE));
         assert_eq!((alone.vnet.flags, alone.vnet.csum_start), (NEEDS_CSUM, 40));
+    }
+
+    /// Adjacent packets of one stream, `count` of `size` bytes.
+    fn stream(count: u32, size: usize, v6: bool) -> Vec<Vec<u8>> {
+        let first = plan(Kind::Tcp, v6, size);
+        let packet = |index: u32| {
+            let plan = Plan {
+                seq: first.seq.wrapping_add(index * size as u32),
+                ..first.clone()
+            };
+            plan.build_partial()
+        };
+        (0..count).map(packet).collect()
+    }
+
+    /// How many of `packets` are joined to one.
+    fn joined(packets: &[Vec<u8>], reach: Reach) -> usize {
+        let (slab, ranges) = slab(packets);
+        let mut coalescer = Coalescer::new(true, reach);
+        let mut taken = |range| push(&mut coalescer, &slab, range, true) != Push::MustFlush;
+        ranges
+            .iter()
+            .map_while(|range| taken(range).then_some(()))
+            .count()
+    }
+
+    #[test]
+    fn more_than_the_length_field_can_tell_is_joined_only_where_it_ends() {
+        let packets = stream(200, 1_388, false);
+        assert_eq!(joined(&packets, Reach::Further), 47);
+        assert_eq!(joined(&packets, Reach::Here), 188);
+        assert_eq!(joined(&stream(200, 1_368, true), Reach::Here), 47, "IPv6");
+        assert_eq!(joined(&stream(300, 100, false), Reach::Here), MAX_PARTS);
+
+        let (mut slab, ranges) = slab(&packets[..100]);
+        let mut coalescer = Coalescer::new(true, Reach::Here);
+        for range in &ranges {
+            assert_ne!(push(&mut coalescer, &slab, range, true), Push::MustFlush);
+        }
+        let whole = coalescer.finish(&mut slab).unwrap();
+        assert_eq!(whole.parsed.total(), 40 + 100 * 1_388);
+        assert_eq!(whole.vnet.gso_size, 1_388);
+        let head = &slab[whole.parts[0].clone()];
+        assert_eq!(
+            head[2..4],
+            [0, 0],
+            "the kernel takes its length from the packet itself"
+        );
+        assert_eq!(
+            Sum::default().add(&head[..20]).fold(),
+            0xffff,
+            "the sum of the IP header"
+        );
+        // The pseudo-header has the whole length (tcp_gso_segment takes it from there).
+        let length = (20 + 100 * 1_388u32).to_be_bytes();
+        let pseudo = pseudo_sum(head, Family::V4, 6).add(&length);
+        assert_eq!(field::<2>(head, 36), pseudo.fold().to_ne_bytes());
+
+        // Refused: each as it was, but for the identification, which now counts.
+        let (_, parts) = coalescer.unjoin(&mut slab);
+        assert_eq!(parts.len(), 100);
+        for (index, (part, packet)) in parts.iter().zip(&packets).enumerate() {
+            let single = &slab[part.clone()];
+            assert_eq!(Sum::default().add(&single[..20]).fold(), 0xffff);
+            assert_eq!(single[2..4], packet[2..4]);
+            assert_eq!(u16::from_be_bytes(field(single, 4)), index as u16);
+            assert_eq!(single[12..], packet[12..]);
+        }
+    }
+
+    #[test]
+    fn a_push_ends_nothing_where_the_stream_ends() {
+        let mut packets = stream(6, 1_000, false);
+        packets[1][33] |= PSH;
+        packets[4][33] |= FIN;
+        assert_eq!(joined(&packets, Reach::Further), 2);
+        assert_eq!(joined(&packets, Reach::Here), 5);
+        let (mut slab, ranges) = slab(&packets[..4]);
+        let mut coalescer = Coalescer::new(true, Reach::Here);
+        for range in &ranges {
+            assert_ne!(push(&mut coalescer, &slab, range, true), Push::MustFlush);
+        }
+        let whole = coalescer.finish(&mut slab).unwrap();
+        assert_eq!(slab[whole.parts[0].start + 33], ACK | PSH);
     }
 
     #[test]

@@ -234,10 +234,16 @@ impl Status {
         .into_iter()
         .filter_map(|(there, name)| (!there).then_some(name))
         .collect();
-        if missing.is_empty() {
-            writeln!(out, "  offloads   all in use")?;
-        } else {
-            writeln!(out, "  offloads   without {} (slower)", missing.join(", "))?;
+        match missing.as_slice() {
+            [] => write!(out, "  offloads   all in use")?,
+            _ => write!(out, "  offloads   without {} (slower)", missing.join(", "))?,
+        }
+        match off.udp_gso_fallbacks + off.tun_gso_fallbacks {
+            0 => writeln!(out)?,
+            refused => writeln!(
+                out,
+                ", {refused} batches refused by the kernel and sent singly"
+            )?,
         }
         write_drops(out, "strangers", &self.drops)?;
         for warning in &self.warnings {

@@ -141,7 +141,7 @@ impl Ready {
         }
         let status = listen(&host)?;
         let signals = Signals::new()?;
-        let (queues, _) = TunQueue::create(&settings.tun, 1).map_err(tun_refused)?;
+        let (queues, _) = TunQueue::create(&settings.tun, 1, false).map_err(tun_refused)?;
         let queue = queues.into_iter().next();
         let queue = queue.ok_or_else(|| system("the TUN interface has no queue"))?;
         let tun = raise_tun(&netlink, &settings.tun, uplink.mtu)?;

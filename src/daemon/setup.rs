@@ -72,8 +72,9 @@ impl Ready {
         let sockets = bind(config)?;
         let status = listen(&host)?;
         let signals = Signals::new()?;
+        let refuses_joined = config.without.contains(&Offload::JoinedWrites);
         let (queues, features) =
-            TunQueue::create(&config.tun, sockets.len()).map_err(tun_refused)?;
+            TunQueue::create(&config.tun, sockets.len(), refuses_joined).map_err(tun_refused)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
         found.change(&mut host, config, &endpoints, &tun, port)?;

@@ -55,14 +55,23 @@ pub struct TunFeatures {
 }
 
 /// One queue of the TUN device.
-pub struct TunQueue(SyncDevice);
+pub struct TunQueue {
+    device: SyncDevice,
+    /// Joined packets are not even tried, as if this kernel refused them (`--without joined-writes`).
+    refuses_joined: bool,
+}
 
 impl TunQueue {
     /// Makes the device `name` with `queues` queues, down and without addresses.
     ///
     /// The caller has made sure that no interface of that name exists: with more than one queue
-    /// the kernel would silently join an existing one.
-    pub fn create(name: &str, queues: usize) -> Result<(Vec<Self>, TunFeatures), TunError> {
+    /// the kernel would silently join an existing one. `refuses_joined` makes every joined write fail
+    /// with `EINVAL`, for tests.
+    pub fn create(
+        name: &str,
+        queues: usize,
+        refuses_joined: bool,
+    ) -> Result<(Vec<Self>, TunFeatures), TunError> {
         // tun-rs would make the device node; where there is none, somebody took it away.
         if !std::path::Path::new(DEVICE).exists() {
             return Err(TunError::NoDriver);
@@ -88,12 +97,16 @@ impl TunQueue {
                 .set_nonblocking(true)
                 .map_err(|error| explain(name, error))?;
         }
-        Ok((all.into_iter().map(Self).collect(), features))
+        let queue = |device| Self {
+            device,
+            refuses_joined,
+        };
+        Ok((all.into_iter().map(queue).collect(), features))
     }
 
     /// Reads one frame into `frame` ([`MAX_FRAME`] long); `WouldBlock` when none waits.
     pub fn recv(&self, frame: &mut [u8]) -> io::Result<usize> {
-        self.0.recv(frame)
+        self.device.recv(frame)
     }
 
     /// Writes one frame, gathered from the `virtio_net_hdr` and `parts` of `slab`, at most
@@ -102,6 +115,7 @@ impl TunQueue {
         // Most packets come alone, and room for all slices is some kilobytes to clear.
         match parts {
             [packet] => self.send(&[IoSlice::new(vnet), IoSlice::new(&slab[packet.clone()])]),
+            _ if self.refuses_joined => Err(io::Error::from_raw_os_error(libc::EINVAL)),
             _ => {
                 let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
                 slices[0] = IoSlice::new(vnet);
@@ -115,7 +129,7 @@ impl TunQueue {
 
     /// Writes one frame, gathered from `parts`, the first of which starts with the `virtio_net_hdr`.
     pub fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        self.0.send_vectored(parts).map(drop)
+        self.device.send_vectored(parts).map(drop)
     }
 }
 
@@ -123,7 +137,7 @@ impl AsFd for TunQueue {
     #[allow(unsafe_code)]
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor belongs to the device and stays open as long as `self` is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.0.as_raw_fd()) }
+        unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
     }
 }
 

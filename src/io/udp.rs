@@ -13,6 +13,7 @@ use std::io;
 use std::mem::{self, MaybeUninit};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use socket2::{Domain, Protocol, Socket, Type};
@@ -73,7 +74,8 @@ pub struct UdpSocket {
     ipv6: bool,
     gso: AtomicBool,
     gro: bool,
-    gso_fallbacks: AtomicU64,
+    /// Of all sockets of the port.
+    gso_fallbacks: Arc<AtomicU64>,
 }
 
 impl UdpSocket {
@@ -112,7 +114,7 @@ impl UdpSocket {
             ipv6,
             gso: AtomicBool::new(gso),
             gro,
-            gso_fallbacks: AtomicU64::new(0),
+            gso_fallbacks: Arc::default(),
         })
     }
 
@@ -133,9 +135,13 @@ impl UdpSocket {
         // The first decides whether the port is free: with the option set on all of them, another
         // program of root's that also sets it could share the port unnoticed.
         drop(Self::bind(listen, false, options)?);
-        let sockets = (0..lanes)
+        let mut sockets = (0..lanes)
             .map(|_| Self::bind(listen, true, options))
             .collect::<io::Result<Vec<_>>>()?;
+        let gso_fallbacks = Arc::<AtomicU64>::default();
+        for socket in &mut sockets {
+            socket.gso_fallbacks = Arc::clone(&gso_fallbacks);
+        }
         if let Err(error) = choose_by_lane(&sockets[0].socket, lanes) {
             tracing::debug!(%error, "datagrams cannot be given to their lanes");
         }
@@ -158,7 +164,7 @@ impl UdpSocket {
         self.gro
     }
 
-    /// Batches that the kernel refused and that left datagram by datagram.
+    /// Batches that the kernel refused and that left datagram by datagram, on all sockets of the port.
     pub fn gso_fallbacks(&self) -> u64 {
         self.gso_fallbacks.load(Relaxed)
     }
@@ -170,7 +176,7 @@ impl UdpSocket {
             ipv6: self.ipv6,
             gso: AtomicBool::new(self.gso()),
             gro: self.gro,
-            gso_fallbacks: AtomicU64::new(0),
+            gso_fallbacks: Arc::clone(&self.gso_fallbacks),
         })
     }
 

@@ -30,8 +30,8 @@ const MAX_BYTES: usize = 128 << 20;
 /// lost while the reading thread waits for a core.
 const RECEIVE_BUFFER: usize = 64 << 20;
 
-/// Longest frame: a GSO super-packet of 64 KiB with its link header.
-const MAX_FRAME: usize = 66_000;
+/// Longest frame: a super-packet of BIG TCP (`GRO_MAX_SIZE`) with its link header.
+const MAX_FRAME: usize = 8 * 65_536;
 
 /// How long the tap waits for a frame before it looks whether it is to stop, and how long the
 /// interface must be quiet before a stopped tap ends.
