@@ -574,6 +574,13 @@ impl Lane {
         let known = |reason| Dropped::of(plain.peer, reason);
         let range = plain.range.clone();
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
+        if plain.peer == self.joining
+            && self.parts.tso
+            && ecn::changes_nothing(outer_ecn)
+            && self.coalescer.follow(&self.slab, range.clone(), partial)
+        {
+            return Ok(());
+        }
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
         if parsed.fragment() != Fragment::None {

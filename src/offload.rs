@@ -438,6 +438,8 @@ pub struct Coalescer {
     next_seq: u32,
     last_flags: u8,
     id: u16,
+    /// Known once a second packet was looked at.
+    likeness: Likeness,
 }
 
 /// Where joined packets go.
@@ -493,6 +495,7 @@ impl Coalescer {
             next_seq: 0,
             last_flags: 0,
             id: 0,
+            likeness: Likeness::NONE,
         }
     }
 
@@ -658,53 +661,76 @@ impl Coalescer {
         partial: bool,
     ) -> Option<()> {
         let head = self.head?;
-        let payload = parsed.payload_len();
-        let (parts, bytes) = match (head.kind(), head.family(), self.reach) {
-            (Kind::Tcp, Family::V4, Reach::Here) => (MAX_PARTS, MAX_BIG),
-            (Kind::Tcp, _, _) => (MAX_PARTS, MAX_SUPER),
-            _ => (MAX_DATAGRAMS, MAX_SUPER),
-        };
-        let fits = partial
-            && self.count < parts
-            && payload > 0
-            && payload <= self.size
-            && self.total + payload <= bytes;
         // The same place for every field, which leaves only the bytes themselves to compare.
         let alike = parsed.kind() == head.kind()
             && parsed.family() == head.family()
             && parsed.fragment() == Fragment::None
             && parsed.l4() == head.l4()
             && parsed.payload() == head.payload();
-        if !fits || !alike {
+        if !alike || !partial {
             return None;
+        }
+        self.append(slab, range.start..range.start + parsed.total())
+    }
+
+    /// Joins the packet at `slab[range]`, which was not parsed, if it is one of TCP that continues the
+    /// super-packet and is as long as its first: then all that parsing would find is known.
+    ///
+    /// What it does not join may still be joined by [`push`](Self::push).
+    #[inline]
+    pub fn follow(&mut self, slab: &[u8], range: Range<usize>, csum_partial: bool) -> bool {
+        let Some(head) = self.head else {
+            return false;
+        };
+        if self.state != State::Open || head.kind() != Kind::Tcp || !csum_partial {
+            return false;
         }
         let first = &slab[self.parts[0].clone()];
-        let packet = &slab[range.start..range.start + parsed.total()];
-        if !self.same_ip(first, packet, parsed.family()) {
+        let packet = &slab[range.clone()];
+        let as_long = packet.len() == first.len()
+            && match head.family() {
+                Family::V4 => packet[0] == first[0] && packet[2..4] == first[2..4],
+                Family::V6 => packet[4..6] == first[4..6],
+            };
+        as_long && self.append(slab, range).is_some()
+    }
+
+    /// Appends the packet at `slab[range]`, whose fields lie where those of the first lie.
+    #[inline]
+    fn append(&mut self, slab: &[u8], range: Range<usize>) -> Option<()> {
+        let head = self.head?;
+        let (l4, header) = (head.l4(), head.payload());
+        let payload = range.len() - header;
+        let (parts, bytes) = match (head.kind(), head.family(), self.reach) {
+            (Kind::Tcp, Family::V4, Reach::Here) => (MAX_PARTS, MAX_BIG),
+            (Kind::Tcp, _, _) => (MAX_PARTS, MAX_SUPER),
+            _ => (MAX_DATAGRAMS, MAX_SUPER),
+        };
+        let fits = self.count < parts
+            && payload > 0
+            && payload <= self.size
+            && self.total + payload <= bytes;
+        if self.count == 1 {
+            self.likeness = Likeness::of(&slab[self.parts[0].clone()][..header], &head);
+        }
+        let packet = &slab[range.clone()];
+        if !fits || !self.likeness.holds(&slab[range.start..]) || !self.id_follows(packet, &head) {
             return None;
         }
-        let l4 = parsed.l4();
-        let (a, b) = (&first[l4..parsed.payload()], &packet[l4..parsed.payload()]);
+        let fields = &packet[l4..];
         let mut closes = payload < self.size;
-        if parsed.kind() == Kind::Tcp {
-            let flags = parsed.tcp_flags();
-            let same = a[..4] == b[..4]
-                && a[8..13] == b[8..13]
-                && (a[13] ^ flags) & !(CWR | FIN | PSH) == 0
-                && flags & CWR == 0
-                && a[14..16] == b[14..16]
-                && a[18..] == b[18..];
-            if !same || tcp_seq(packet, parsed) != self.next_seq {
+        if head.kind() == Kind::Tcp {
+            let flags = fields[13];
+            if flags & CWR != 0 || u32::from_be_bytes(field(fields, 4)) != self.next_seq {
                 return None;
             }
             self.next_seq = self.next_seq.wrapping_add(payload as u32);
             self.last_flags |= flags;
             closes |= flags & self.last() != 0;
-        } else if a[..4] != b[..4] || !udp_fills(packet, parsed) {
+        } else if usize::from(u16::from_be_bytes(field(fields, 4))) != fields.len() {
             return None;
         }
-        let start = range.start + parsed.payload();
-        self.parts[self.count] = start..start + payload;
+        self.parts[self.count] = range.start + header..range.end;
         self.count += 1;
         self.total += payload;
         if closes {
@@ -722,23 +748,86 @@ impl Coalescer {
         }
     }
 
-    /// Whether two IP headers without options may stand for one.
+    /// Whether an IPv4 identification may follow.
     #[inline]
-    fn same_ip(&self, first: &[u8], packet: &[u8], family: Family) -> bool {
+    fn id_follows(&self, packet: &[u8], head: &Parsed) -> bool {
         const DONT_FRAGMENT: u8 = 0x40;
-        match family {
+        let id = u16::from_be_bytes(field(packet, 4));
+        head.family() == Family::V6
+            || id == self.id.wrapping_add(self.count as u16)
+            // An atomic datagram's identification says nothing (RFC 6864 section 4).
+            || id == self.id && packet[6] & DONT_FRAGMENT != 0
+    }
+}
+
+/// Words of the longest headers that are joined: IPv6 without extensions and TCP with all options.
+const HEADER_WORDS: usize = (IPV6_HEADER + 60).div_ceil(8);
+
+/// What the headers of all packets joined to one have in common, to be compared in words.
+#[derive(Clone, Copy, Debug)]
+struct Likeness {
+    words: usize,
+    mask: [u64; HEADER_WORDS],
+    wanted: [u64; HEADER_WORDS],
+}
+
+impl Likeness {
+    const NONE: Self = Self {
+        words: 0,
+        mask: [0; HEADER_WORDS],
+        wanted: [0; HEADER_WORDS],
+    };
+
+    /// Of packets like the one with this header, which has no IP options.
+    fn of(header: &[u8], parsed: &Parsed) -> Self {
+        let mut mask = [0; HEADER_WORDS * 8];
+        let mut wanted = [0; HEADER_WORDS * 8];
+        let Some(wanted_header) = wanted.get_mut(..header.len()) else {
+            return Self::NONE;
+        };
+        wanted_header.copy_from_slice(header);
+        mask[..header.len()].fill(0xff);
+        match parsed.family() {
+            // Length and identification, checksum.
             Family::V4 => {
-                let id = u16::from_be_bytes(field(packet, 4));
-                let counts = id == self.id.wrapping_add(self.count as u16);
-                // An atomic datagram's identification says nothing (RFC 6864 section 4).
-                let constant = id == self.id && packet[6] & DONT_FRAGMENT != 0;
-                first[1] == packet[1]
-                    && first[6..10] == packet[6..10]
-                    && first[12..20] == packet[12..20]
-                    && (counts || constant)
+                mask[2..6].fill(0);
+                mask[10..12].fill(0);
             }
-            Family::V6 => first[..4] == packet[..4] && first[6..40] == packet[6..40],
+            // Length.
+            Family::V6 => mask[4..6].fill(0),
         }
+        let l4 = &mut mask[parsed.l4()..];
+        if parsed.kind() == Kind::Tcp {
+            // Sequence number; flags; checksum.
+            l4[4..8].fill(0);
+            l4[13] = !(CWR | FIN | PSH);
+            l4[16..18].fill(0);
+        } else {
+            // Length and checksum.
+            l4[4..8].fill(0);
+        }
+        let word = |bytes: &[u8], index: usize| u64::from_ne_bytes(field(bytes, index * 8));
+        let mask = std::array::from_fn(|index| word(&mask, index));
+        Self {
+            words: header.len().div_ceil(8),
+            mask,
+            wanted: std::array::from_fn(|index| word(&wanted, index) & mask[index]),
+        }
+    }
+
+    /// Whether what begins here is alike; not if the buffer ends within the last word.
+    #[inline]
+    fn holds(&self, bytes: &[u8]) -> bool {
+        let Some(bytes) = bytes.get(..self.words * 8) else {
+            return false;
+        };
+        let differing = bytes
+            .chunks_exact(8)
+            .zip(self.mask.iter().zip(&self.wanted))
+            .fold(0, |sum, (bytes, (mask, wanted))| {
+                sum | (u64::from_ne_bytes(field(bytes, 0)) & mask ^ wanted)
+            });
+        self.words > 0 && differing == 0
     }
 }
 
@@ -1121,6 +1210,40 @@ mod tests {
         let alone = coalescer.finish(&mut slab).unwrap();
         assert_eq!((alone.packets, alone.vnet.gso_type), (1, GSO_NONE));
         assert_eq!((alone.vnet.flags, alone.vnet.csum_start), (NEEDS_CSUM, 40));
+    }
+
+    proptest! {
+        /// What is joined without parsing is what would be joined with it, to the same super-packet.
+        #[test]
+        fn following_is_joining(
+            v6 in any::<bool>(), here in any::<bool>(), size in 1usize..1_400, at in 0usize..60, bit in 0u8..8,
+            second in 1usize..4,
+        ) {
+            let reach = if here { Reach::Here } else { Reach::Further };
+            let mut packets = stream(4, size, v6);
+            let at = at.min(packets[second].len() - 1);
+            packets[second][at] ^= 1 << bit;
+            let (slab, ranges) = slab(&packets);
+            let (mut parsing, mut following) = (Coalescer::new(true, reach), Coalescer::new(true, reach));
+            for range in &ranges {
+                let Ok(parsed) = Parsed::parse(&slab[range.clone()]) else {
+                    prop_assert!(!following.follow(&slab, range.clone(), true));
+                    break;
+                };
+                let wanted = parsing.push(&slab, range.clone(), &parsed, true);
+                if following.follow(&slab, range.clone(), true) {
+                    prop_assert_eq!(wanted, Push::Joined);
+                } else {
+                    prop_assert_eq!(following.push(&slab, range.clone(), &parsed, true), wanted);
+                }
+                if wanted == Push::MustFlush {
+                    break;
+                }
+            }
+            let (mut one, mut other) = (slab.clone(), slab);
+            let one = format!("{:?}", parsing.finish(&mut one));
+            prop_assert_eq!(one, format!("{:?}", following.finish(&mut other)));
+        }
     }
 
     /// Adjacent packets of one stream, `count` of `size` bytes.
