@@ -19,6 +19,7 @@
 //! There is no allocation per packet and no lock is held across a system call.
 
 mod aside;
+mod room;
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -28,6 +29,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use aside::{Arriving, Aside};
+use room::Room;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
 use tracing::debug;
@@ -52,19 +54,17 @@ use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 /// one batch holds many, are worth more.
 const BURST: usize = 64;
 
-/// Bytes taken from the TUN before the other side gets its turn: 8 full super-packets, beyond which
+/// Bytes taken from one side before the other side gets its turn: 8 full super-packets, beyond which
 /// latency suffers.
 const BURST_BYTES: usize = 8 * 65_536;
 
-/// Batches received before the other side gets its turn, for the same reason.
-const BURST_BATCHES: usize = 8;
-
-/// Receive slots: as many as what is joined may lie in, begun anywhere in the first. A super-packet of
+/// Size of the receive buffer: what is joined at most, begun anywhere in a batch. A super-packet of
 /// 64 KiB takes two sends once it is sealed, so that even it arrives in two batches.
-const fn slots(reach: Reach) -> usize {
+const fn receive_buffer(reach: Reach) -> usize {
     match reach {
-        Reach::Here => MAX_BIG.div_ceil(RECV_SLOT) + 1,
-        Reach::Further => 2,
+        // Headers and tags make it a sixteenth more.
+        Reach::Here => (MAX_BIG.div_ceil(RECV_SLOT) + 2) * RECV_SLOT,
+        Reach::Further => 2 * RECV_SLOT,
     }
 }
 
@@ -153,16 +153,13 @@ pub struct Lane {
     frame: Box<[u8]>,
     /// What is about to be sent.
     batch: SendBatch,
-    /// What was received, opened in place: [`slots`] of [`RECV_SLOT`].
+    /// What was received, opened in place.
     slab: Box<[u8]>,
-    /// The slot that was received into last.
-    slot: usize,
+    room: Room,
     /// What was opened and not yet delivered.
     opened: Vec<Plain>,
     /// Whose packets the coalescer holds.
     joining: PeerId,
-    /// The slot that the first of them lies in.
-    joining_slot: usize,
     coalescer: Coalescer,
     /// One for each peer, so that none has to make room for another.
     joiners: Vec<Joiner>,
@@ -211,11 +208,10 @@ impl Lane {
         let mut lane = Self {
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
             batch: SendBatch::new(),
-            slab: vec![0; slots(parts.reach) * RECV_SLOT].into_boxed_slice(),
-            slot: 0,
+            slab: vec![0; receive_buffer(parts.reach)].into_boxed_slice(),
+            room: Room::new(receive_buffer(parts.reach)),
             opened: Vec::new(),
             joining: PeerId(0),
-            joining_slot: 0,
             coalescer: Coalescer::new(parts.uso, parts.reach),
             joiners: (0..parts.counters.peers.len())
                 .map(|_| Joiner::default())
@@ -397,12 +393,15 @@ impl Lane {
 
     /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may wait.
     fn drain_udp(&mut self, moment: Moment<'_>) -> bool {
-        let mut more = true;
-        for _ in 0..BURST_BATCHES {
-            self.slot = self.free_slot(moment);
-            let start = self.slot * RECV_SLOT;
+        let (mut more, mut batches, mut bytes) = (true, 0, 0);
+        while batches < BURST && bytes < BURST_BYTES {
+            let start = self.make_room(moment);
             match self.parts.udp.recv(&mut self.slab[start..][..RECV_SLOT]) {
-                Ok(received) => self.open_all(moment, &received),
+                Ok(received) => {
+                    (batches, bytes) = (batches + 1, bytes + received.len);
+                    self.room.took(start, received.len);
+                    self.open_all(moment, start, &received);
+                }
                 Err(error) => {
                     // An error that was queued on the socket is gone once it was told; whatever
                     // else it was, waiting for the next datagram is right.
@@ -418,24 +417,19 @@ impl Lane {
         more
     }
 
-    /// A slot that holds nothing the coalescer still needs: the one used last if it can be, since
-    /// that is in the processor's cache.
-    fn free_slot(&mut self, moment: Moment<'_>) -> usize {
-        if self.coalescer.is_empty() {
-            return self.slot;
-        }
-        let next = (self.slot + 1) % slots(self.parts.reach);
-        if self.joining_slot == next {
-            self.flush_tun(moment);
-            return self.slot;
-        }
-        next
+    /// Where the next batch may be received to; what is in the way is written first.
+    fn make_room(&mut self, moment: Moment<'_>) -> usize {
+        self.room
+            .next(self.coalescer.held_from())
+            .unwrap_or_else(|| {
+                self.flush_tun(moment);
+                0
+            })
     }
 
-    /// Opens every datagram of the batch in the current slot, then delivers what was in them.
-    fn open_all(&mut self, moment: Moment<'_>, received: &Received) {
+    /// Opens every datagram of the batch at `base`, then delivers what was in them.
+    fn open_all(&mut self, moment: Moment<'_>, base: usize, received: &Received) {
         let mut opened = std::mem::take(&mut self.opened);
-        let base = self.slot * RECV_SLOT;
         // The lock of a replay window is taken once a batch and is free again before anything is
         // written.
         let mut opening = None;
@@ -591,15 +585,13 @@ impl Lane {
             self.flush_tun(moment);
             self.joining = plain.peer;
         }
-        let mut pushed = self
+        let pushed = self
             .coalescer
             .push(&self.slab, range.clone(), &parsed, partial);
         if pushed == Push::MustFlush {
             self.flush_tun(moment);
-            pushed = self.coalescer.push(&self.slab, range, &parsed, partial);
-        }
-        if pushed == Push::Started {
-            self.joining_slot = self.slot;
+            // Into what is empty now everything goes.
+            let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
         }
         Ok(())
     }

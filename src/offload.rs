@@ -505,6 +505,12 @@ impl Coalescer {
         matches!(self.state, State::Empty | State::Finished | State::Unjoined)
     }
 
+    /// Where the first packet that waits to be finished lies in the buffer.
+    #[inline]
+    pub fn held_from(&self) -> Option<usize> {
+        (!self.is_empty()).then_some(self.parts[0].start)
+    }
+
     /// Takes the packet at `slab[range]`, whose fields are `parsed`.
     #[inline]
     pub fn push(

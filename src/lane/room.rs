@@ -1,0 +1,113 @@
+//! Where in the receive buffer the next batch of datagrams goes.
+//!
+//! Packets are opened where they were received and lie there until what they are joined to is
+//! written. Batches follow one another in the buffer, around its end, so that many small ones can be
+//! joined as well as a few large ones; where one would meet packets that still lie there, these have
+//! to be written first.
+
+use crate::io::udp::RECV_SLOT;
+
+/// The part of a receive buffer that the next batch may take.
+#[derive(Debug)]
+pub(super) struct Room {
+    size: usize,
+    /// Where the last batch ended.
+    end: usize,
+}
+
+impl Room {
+    /// For a buffer of `size` bytes, at least [`RECV_SLOT`].
+    pub(super) fn new(size: usize) -> Self {
+        debug_assert!(size >= RECV_SLOT);
+        Self { size, end: 0 }
+    }
+
+    /// Where the next batch may begin, [`RECV_SLOT`] bytes long; `held` is where the first packet that
+    /// still lies in the buffer does. `None` if there is no room before that is written.
+    ///
+    /// Without such a packet it is the beginning, which is the likeliest to be in the processor's cache.
+    #[inline]
+    pub(super) fn next(&self, held: Option<usize>) -> Option<usize> {
+        let Some(held) = held else {
+            return Some(0);
+        };
+        let next = if self.end + RECV_SLOT <= self.size {
+            self.end
+        } else {
+            0
+        };
+        (next > held || next + RECV_SLOT <= held).then_some(next)
+    }
+
+    /// A batch of `len` bytes was received at `start`.
+    #[inline]
+    pub(super) fn took(&mut self, start: usize, len: usize) {
+        self.end = start + len;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever arrives and whenever it is written, no batch is received over what still lies there.
+        #[test]
+        fn what_is_held_is_never_received_over(
+            slots in 1usize..5, extra in 0usize..RECV_SLOT,
+            batches in prop::collection::vec((0usize..=RECV_SLOT, 0usize..8), 1..60),
+        ) {
+            let size = slots * RECV_SLOT + extra;
+            let mut room = Room::new(size);
+            // What was received and not yet written, oldest first.
+            let mut lying: Vec<std::ops::Range<usize>> = Vec::new();
+            for (len, written) in batches {
+                let held = lying.first().map(|range| range.start);
+                let start = room.next(held).unwrap_or_else(|| {
+                    lying.clear();
+                    room.next(None).unwrap()
+                });
+                prop_assert!(start + RECV_SLOT <= size);
+                for range in &lying {
+                    prop_assert!(start >= range.end || start + RECV_SLOT <= range.start);
+                }
+                room.took(start, len);
+                if len > 0 {
+                    lying.push(start..start + len);
+                }
+                // Joining ended in the midst of the last batch, or somewhere before.
+                let written = written.min(lying.len());
+                lying.drain(..written);
+            }
+        }
+    }
+
+    #[test]
+    fn small_batches_follow_one_another() {
+        let mut room = Room::new(2 * RECV_SLOT);
+        let mut held = None;
+        let mut starts = Vec::new();
+        while let Some(start) = room.next(held) {
+            room.took(start, 1_472);
+            held = Some(0);
+            starts.push(start);
+        }
+        assert_eq!(starts.len(), 1 + RECV_SLOT / 1_472);
+    }
+
+    #[test]
+    fn full_batches_go_around_the_end() {
+        let mut room = Room::new(2 * RECV_SLOT);
+        room.took(0, RECV_SLOT);
+        assert_eq!(room.next(Some(10)), Some(RECV_SLOT));
+        room.took(RECV_SLOT, RECV_SLOT);
+        assert_eq!(
+            room.next(Some(10)),
+            None,
+            "joined over both: to be written first"
+        );
+        assert_eq!(room.next(Some(RECV_SLOT)), Some(0));
+        assert_eq!(room.next(None), Some(0));
+    }
+}
