@@ -163,6 +163,22 @@ fn where_the_kernel_refuses_joined_packets_they_arrive_one_by_one() -> Result {
 }
 
 #[test]
+fn where_the_tun_takes_no_more_than_17_pages_less_is_joined() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::New, &["--without", "long-writes"]);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let daemons = setup.start_both()?;
+    lab.client().upload(MOVED, 32 * MEGABYTE + 1)?;
+    let status = daemons.new.status()?.0;
+    assert_eq!(
+        status["offloads"]["tun_gso_fallbacks"], 1,
+        "tried once a lane"
+    );
+    assert_eq!(status["offloads"]["tun_big_tcp"], false);
+    Ok(())
+}
+
+#[test]
 fn one_side_without_offloads_understands_the_other() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?.args(Role::New, &["--without", "udp-gso,udp-gro,tun-gso"]);

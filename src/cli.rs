@@ -194,4 +194,6 @@ pub enum Offload {
     BigTcp,
     /// The kernel taking joined packets: each such write is refused, as some kernels do.
     JoinedWrites,
+    /// The kernel taking more than 17 pages: each such write is refused, as Linux 6.3 to 6.5 do.
+    LongWrites,
 }

@@ -18,7 +18,7 @@ use crate::icmp;
 use crate::join::{Joiner, Part, Stream};
 use crate::moved::Move;
 use crate::offload::{Coalescer, Offload, Push, Reach, Segments, VnetHdr};
-use crate::packet::{Parsed, clamp_mss};
+use crate::packet::{Kind, Parsed, clamp_mss};
 use crate::peer::{Path, PeerId, Role};
 use crate::session::{
     CipherPolicy, Door, Entropy, Hello, Initiating, Offer, PeerKeys, Psk, Session, SessionIndexes,
@@ -311,44 +311,94 @@ pub fn parts(bytes: &[u8]) {
     assert!(given_up <= bytes.len() as u64);
 }
 
-/// Packets side by side in one slab, each behind its length, as they come out of a batch.
+/// Packets side by side in one slab, as they come out of a batch. Each is behind its length, of which the
+/// high bits say how often it comes again, as the next of its stream, and whether its checksum is
+/// partial.
 pub fn coalesce(bytes: &[u8]) {
-    let mut slab = bytes.to_vec();
-    slab.truncate(65_536);
+    /// Enough for more than 64 KiB to be joined.
+    const MOST: usize = 200_000;
     let reach = if bytes.len().is_multiple_of(3) {
         Reach::Here
     } else {
         Reach::Further
     };
-    let mut coalescer = Coalescer::new(bytes.len().is_multiple_of(2), reach);
-    let mut at = 0;
-    let finish = |coalescer: &mut Coalescer, slab: &mut [u8]| {
-        let Some(joined) = coalescer.finish(slab) else {
-            return;
-        };
-        let (packets, total) = (joined.packets, joined.parsed.total());
-        let sum: usize = joined.parts.iter().map(ExactSizeIterator::len).sum();
-        assert_eq!(sum, total, "all of it and no more");
-        assert!(packets >= 1 && joined.parts.len() >= packets.min(2));
-        let (_, parts) = coalescer.unjoin(slab);
-        for part in parts {
-            assert!(Parsed::parse(&slab[part.clone()]).is_ok());
+    let uso = bytes.len().is_multiple_of(2);
+    let (mut slab, mut ranges) = (Vec::new(), Vec::new());
+    let mut rest = bytes;
+    while let Some((length, after)) = rest.split_first_chunk::<2>() {
+        let length = u16::from_le_bytes(*length);
+        let (packet, after) = after.split_at(after.len().min(usize::from(length & 0x07ff)));
+        rest = after;
+        let again = u32::from(length >> 11 & 0xf) * 4;
+        for copy in 0..=again {
+            if slab.len() + packet.len() > MOST {
+                break;
+            }
+            let start = slab.len();
+            slab.extend_from_slice(packet);
+            advance(&mut slab[start..], copy);
+            ranges.push((start..slab.len(), length >> 15 == 1));
         }
-    };
-    while at + 2 < slab.len() {
-        let length = usize::from(u16::from_le_bytes([slab[at], slab[at + 1]])) & 0x0fff;
-        let range = at + 2..(at + 2 + length).min(slab.len());
-        at = range.end;
-        let Ok(parsed) = Parsed::parse(&slab[range.clone()]) else {
+    }
+
+    // What may be followed without parsing, and everything parsed: both have to come to the same.
+    let (mut following, mut parsing) = (Coalescer::new(uso, reach), Coalescer::new(uso, reach));
+    let mut twin = slab.clone();
+    for (range, partial) in ranges {
+        let parsed = Parsed::parse(&slab[range.clone()]);
+        let followed = following.follow(&slab, range.clone(), partial);
+        let Ok(parsed) = parsed else {
+            assert!(!followed, "followed what does not parse");
             continue;
         };
         let range = range.start..range.start + parsed.total();
-        if coalescer.push(&slab, range.clone(), &parsed, false) == Push::MustFlush {
-            finish(&mut coalescer, &mut slab);
-            let _ = coalescer.push(&slab, range, &parsed, false);
+        if followed {
+            let pushed = parsing.push(&twin, range, &parsed, partial);
+            assert_eq!(pushed, Push::Joined);
+            continue;
+        }
+        let pushed = following.push(&slab, range.clone(), &parsed, partial);
+        assert_eq!(parsing.push(&twin, range.clone(), &parsed, partial), pushed);
+        if pushed == Push::MustFlush {
+            take_apart(&mut following, &mut slab);
+            take_apart(&mut parsing, &mut twin);
+            let _ = following.push(&slab, range.clone(), &parsed, partial);
+            let _ = parsing.push(&twin, range, &parsed, partial);
         }
     }
-    finish(&mut coalescer, &mut slab);
+    take_apart(&mut following, &mut slab);
+    take_apart(&mut parsing, &mut twin);
+    assert_eq!(slab, twin);
+}
+
+/// Makes of a packet the one that comes `copies` later in its stream.
+fn advance(packet: &mut [u8], copies: u32) {
+    let Ok(parsed) = Parsed::parse(packet) else {
+        return;
+    };
+    let (at, payload) = (parsed.l4() + 4, parsed.payload_len() as u32);
+    if parsed.kind() == Kind::Tcp
+        && let Some(seq) = packet.get_mut(at..).and_then(<[u8]>::first_chunk_mut)
+    {
+        *seq = u32::from_be_bytes(*seq)
+            .wrapping_add(payload.wrapping_mul(copies))
+            .to_be_bytes();
+    }
+}
+
+/// Finishes what is held, and takes it apart again.
+fn take_apart(coalescer: &mut Coalescer, slab: &mut [u8]) {
+    let Some(joined) = coalescer.finish(slab) else {
+        return;
+    };
+    let (packets, total) = (joined.packets, joined.parsed.total());
+    let sum: usize = joined.parts.iter().map(ExactSizeIterator::len).sum();
+    assert_eq!(sum, total, "all of it and no more");
+    assert!(packets >= 1 && joined.parts.len() >= packets.min(2));
+    let (_, parts) = coalescer.unjoin(slab);
+    for part in parts {
+        assert!(Parsed::parse(&slab[part.clone()]).is_ok());
+    }
 }
 
 /// A move, as it is typed and as it is announced.

@@ -40,7 +40,7 @@ use crate::ecn;
 use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
 use crate::io::udp::{RECV_SLOT, Received, UdpSocket};
 use crate::join::{Joiner, Part, Stream};
-use crate::offload::{Coalescer, MAX_BIG, Offload, Push, Reach, Segments, VnetHdr};
+use crate::offload::{Coalescer, MAX_BIG, MAX_SUPER, Offload, Push, Reach, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed, clamp_mss};
 use crate::peer::{Path, PeerId};
 use crate::session::{Admitted, OpenBatch, Sealer, Session};
@@ -70,6 +70,9 @@ const fn receive_buffer(reach: Reach) -> usize {
 
 /// How often expiring flows are looked at, and longest wait without a packet.
 const TICK: Duration = Duration::from_secs(1);
+
+/// Pause before more than 64 KiB are joined again after the kernel had no memory for it.
+const LONG_PAUSE: Duration = Duration::from_secs(10);
 
 /// Pause before an interface that somebody set down is read again.
 const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
@@ -168,6 +171,8 @@ pub struct Lane {
     /// For packets out of the ordinary.
     aside: Aside,
     ticked: Instant,
+    /// When more than 64 KiB are joined again.
+    long_again: Option<Instant>,
 }
 
 /// What poll said, or what is known to wait.
@@ -219,6 +224,7 @@ impl Lane {
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
             aside: Aside::new(Instant::now()),
             ticked: Instant::now(),
+            long_again: None,
             parts,
         };
         let shared = Arc::clone(&lane.parts.shared);
@@ -618,20 +624,14 @@ impl Lane {
             }
             return self.send_answer(moment);
         }
-        let vnet = joined.vnet.to_bytes();
+        let (vnet, joined_partial) = (joined.vnet.to_bytes(), joined.partial);
         let result = (self.parts.tun).send_joined(&vnet, &self.slab, joined.parts);
         let result = match result {
-            // Some kernels refuse super-packets that are right, and one may have no memory in pieces
-            // as large as the longest ask for: write its packets one by one.
             Err(error) if packets > 1 && is_too_much(&error) => {
-                let fallbacks = &self.parts.counters.tun_gso_fallbacks;
-                fallbacks.store(fallbacks.load(Relaxed) + 1, Relaxed);
-                let (vnet, parts) = self.coalescer.unjoin(&mut self.slab);
-                let vnet = vnet.to_bytes();
-                parts.iter().try_for_each(|part| {
-                    let packet = IoSlice::new(&self.slab[part.clone()]);
-                    self.parts.tun.send(&[IoSlice::new(&vnet), packet])
-                })
+                if parsed.total() > MAX_SUPER {
+                    self.stay_short(moment.now, &error);
+                }
+                self.write_apart(parsed.total(), joined_partial)
             }
             result => result,
         };
@@ -645,6 +645,42 @@ impl Lane {
                     .add(DropReason::TunWriteFailed, packets as u64);
             }
         }
+    }
+
+    /// Joins no more than 64 KiB: for good if this kernel's TUN takes no more, for a while if the kernel
+    /// has no memory in pieces as large as that.
+    #[cold]
+    fn stay_short(&mut self, now: Instant, error: &io::Error) {
+        let passes = matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS));
+        self.long_again = passes.then_some(now + LONG_PAUSE);
+        self.coalescer.set_reach(Reach::Further);
+        self.parts.counters.big_tcp_refused.store(true, Relaxed);
+        debug!(%error, "the TUN takes no more than 64 KiB");
+    }
+
+    /// Writes what the kernel did not take whole: what is longer than 64 KiB in such super-packets, what
+    /// is not packet by packet.
+    #[cold]
+    fn write_apart(&mut self, total: usize, partial: bool) -> io::Result<()> {
+        let fallbacks = &self.parts.counters.tun_gso_fallbacks;
+        fallbacks.store(fallbacks.load(Relaxed) + 1, Relaxed);
+        let (vnet, parts) = self.coalescer.unjoin(&mut self.slab);
+        if total <= MAX_SUPER {
+            return write_singly(&self.parts.tun, vnet, &self.slab, parts);
+        }
+        let parts = parts.to_vec();
+        let mut shorter = Coalescer::new(self.parts.uso, Reach::Further);
+        for part in parts {
+            let parsed = Parsed::parse(&self.slab[part.clone()]);
+            // It was parsed before, and its head only rewritten since.
+            let parsed = parsed.map_err(|_| io::ErrorKind::InvalidData)?;
+            let push = shorter.push(&self.slab, part.clone(), &parsed, partial);
+            if push == Push::MustFlush {
+                write_joined(&self.parts.tun, &mut shorter, &mut self.slab)?;
+                let _ = shorter.push(&self.slab, part, &parsed, partial);
+            }
+        }
+        write_joined(&self.parts.tun, &mut shorter, &mut self.slab)
     }
 
     // Beside the packets.
@@ -678,6 +714,11 @@ impl Lane {
         }
         self.ticked = now;
         self.expire_pieces(now);
+        if self.long_again.is_some_and(|at| at <= now) {
+            self.long_again = None;
+            self.coalescer.set_reach(self.parts.reach);
+            self.parts.counters.big_tcp_refused.store(false, Relaxed);
+        }
         if self.parts.number == 0
             && let Translation::New(translator) = &self.parts.shared.translation
         {
@@ -911,6 +952,32 @@ fn pass_in(
         .rx
         .add(1, packet.len());
     Ok(())
+}
+
+/// Writes what was joined, packet by packet if the kernel does not take it whole.
+fn write_joined(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -> io::Result<()> {
+    let Some(joined) = coalescer.finish(slab) else {
+        return Ok(());
+    };
+    match tun.send_joined(&joined.vnet.to_bytes(), slab, joined.parts) {
+        Err(error) if joined.packets > 1 && is_too_much(&error) => {
+            let (vnet, parts) = coalescer.unjoin(slab);
+            write_singly(tun, vnet, slab, parts)
+        }
+        result => result,
+    }
+}
+
+fn write_singly(
+    tun: &TunQueue,
+    vnet: VnetHdr,
+    slab: &[u8],
+    parts: &[Range<usize>],
+) -> io::Result<()> {
+    let vnet = vnet.to_bytes();
+    parts
+        .iter()
+        .try_for_each(|part| tun.send(&[IoSlice::new(&vnet), IoSlice::new(&slab[part.clone()])]))
 }
 
 /// Whether the kernel may take in parts what it did not take whole.

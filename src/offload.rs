@@ -44,7 +44,7 @@ pub const GSO_UDP_L4: u8 = 5;
 pub const GSO_ECN: u8 = 0x80;
 
 /// Most packets that are joined to one of TCP: [`MAX_BIG`] of them at the MSS of a tunnel over
-/// Ethernet, 1,388 bytes, are 189.
+/// Ethernet, 1,388 bytes, are 188.
 pub const MAX_PARTS: usize = 192;
 
 /// Most datagrams that are joined to one of UDP: the kernel takes no more (`UDP_MAX_SEGMENTS`, 64
@@ -55,9 +55,9 @@ const MAX_DATAGRAMS: usize = 64;
 /// (`GSO_LEGACY_MAX_SIZE`).
 pub const MAX_SUPER: usize = 65_535;
 
-/// Largest packet that is joined where the kernel takes BIG TCP: four times as long. The kernel's
-/// limit is twice this (`GRO_MAX_SIZE`); 128 KiB gain half as much, and all of it has to lie in
-/// receive slots, which are to stay in the processor's cache.
+/// Largest packet that is joined where the kernel takes BIG TCP: four times as long. 128 KiB gain half
+/// as much; the kernel takes 512 KiB (17 fragments of 32 KiB, Linux 6.6 on), but all of it has to lie
+/// in the receive buffer, which is to stay in the processor's cache.
 pub const MAX_BIG: usize = 4 * 65_535;
 
 /// Least payload a TCP cut may have. A tunnel that carries less than this beside the headers is
@@ -414,15 +414,15 @@ pub enum Push {
 /// and their sums follow from their lengths.
 ///
 /// For packets that end on this host more can be had ([`Reach::Here`]): the kernel's BIG TCP over
-/// IPv4 (Linux 6.3 on, `Documentation/networking` and its `iph_totlen`), a super-packet that is
-/// longer than the length field can tell, which then says zero. Each write runs the receiving TCP
+/// IPv4 (`iph_totlen` in `linux/ip.h`, Linux 6.3 on; the TUN takes it from 6.6 on), a super-packet
+/// that is longer than the length field can tell, which then says zero. Each write runs the receiving TCP
 /// and is acknowledged on its own, so that a quarter of the writes costs both servers less. And PSH
 /// does not end a super-packet there: what came behind it is handed to the application with it,
 /// and nobody cuts it again.
 ///
 /// One round: [`push`](Self::push) until [`Push::MustFlush`] or the buffer's end,
-/// [`finish`](Self::finish), write, and, if the kernel refused the write with `EINVAL`,
-/// [`unjoin`](Self::unjoin) and write each.
+/// [`finish`](Self::finish), write, and, if the kernel refused the write, [`unjoin`](Self::unjoin) and
+/// write each.
 #[derive(Debug)]
 pub struct Coalescer {
     uso: bool,
@@ -497,6 +497,11 @@ impl Coalescer {
             id: 0,
             likeness: Likeness::NONE,
         }
+    }
+
+    /// From the next super-packet on, where joined packets go.
+    pub fn set_reach(&mut self, reach: Reach) {
+        self.reach = reach;
     }
 
     /// Whether nothing waits to be finished.
@@ -695,7 +700,7 @@ impl Coalescer {
         let packet = &slab[range.clone()];
         let as_long = packet.len() == first.len()
             && match head.family() {
-                Family::V4 => packet[0] == first[0] && packet[2..4] == first[2..4],
+                Family::V4 => packet[2..4] == first[2..4],
                 Family::V6 => packet[4..6] == first[4..6],
             };
         as_long && self.append(slab, range).is_some()
@@ -716,7 +721,7 @@ impl Coalescer {
             && payload > 0
             && payload <= self.size
             && self.total + payload <= bytes;
-        if self.count == 1 {
+        if fits && self.count == 1 {
             self.likeness = Likeness::of(&slab[self.parts[0].clone()][..header], &head);
         }
         let packet = &slab[range.clone()];

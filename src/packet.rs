@@ -363,10 +363,14 @@ impl Parsed {
     /// the pseudo-header. The sum of the bytes that came or went is the caller's to mend if the
     /// checksum is full; if it is partial nothing is left to do.
     ///
-    /// `total` has to hold the headers. An IPv4 length that does not fit its field becomes zero, as
-    /// in the kernel's BIG TCP; the pseudo-header of such a packet has it in full.
+    /// `total` has to hold the headers and fit the length fields, but for TCP over IPv4: there a length
+    /// that does not becomes zero, as in the kernel's BIG TCP, and the pseudo-header has it in full.
     pub fn set_total(&mut self, bytes: &mut [u8], total: usize, partial: bool) {
         debug_assert!(total >= self.payload());
+        debug_assert!(
+            total <= 65_535 || (self.family == Family::V4 && self.kind == Kind::Tcp),
+            "only BIG TCP over IPv4 is longer"
+        );
         let old_l4 = (self.total() - self.l4()) as u32;
         let new_l4 = (total - self.l4()) as u32;
         match self.family {

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
 
@@ -176,6 +176,8 @@ pub struct LaneCounters {
     pub peers: Vec<PeerCounters>,
     /// Super-packets that the TUN refused whole and that were written packet by packet.
     pub tun_gso_fallbacks: AtomicU64,
+    /// The TUN refused more than 64 KiB; at present it is not tried.
+    pub big_tcp_refused: AtomicBool,
 }
 
 /// What one lane carried for one peer.
@@ -201,6 +203,7 @@ impl LaneCounters {
         Self {
             peers: (0..peers).map(|_| PeerCounters::default()).collect(),
             tun_gso_fallbacks: AtomicU64::new(0),
+            big_tcp_refused: AtomicBool::new(false),
         }
     }
 }

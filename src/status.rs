@@ -139,6 +139,7 @@ pub struct Traffic {
 
 /// Which kernel offloads are in use; where one is not, the daemon does the work itself.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Offloads {
     /// Batches of datagrams sent in one call.
     pub udp_gso: bool,
@@ -148,8 +149,8 @@ pub struct Offloads {
     pub tun_tso: bool,
     /// UDP super-packets exchanged with the TUN (Linux 6.2 on).
     pub tun_uso: bool,
-    /// TCP super-packets over IPv4 longer than 64 KiB written to the TUN (Linux 6.3 on); only ever on
-    /// the new server, where they end.
+    /// TCP super-packets over IPv4 longer than 64 KiB written to the TUN (Linux 6.6 on); only ever on
+    /// the new server, where they end, and no more once the kernel refused one.
     pub tun_big_tcp: bool,
     /// Batches the kernel refused, sent datagram by datagram.
     pub udp_gso_fallbacks: u64,
@@ -240,10 +241,7 @@ impl Status {
         }
         match off.udp_gso_fallbacks + off.tun_gso_fallbacks {
             0 => writeln!(out)?,
-            refused => writeln!(
-                out,
-                ", {refused} batches refused by the kernel and sent singly"
-            )?,
+            refused => writeln!(out, ", refused by the kernel and taken apart: {refused}")?,
         }
         write_drops(out, "strangers", &self.drops)?;
         for warning in &self.warnings {

@@ -961,6 +961,8 @@ impl Control<'_> {
             .iter()
             .map(|lane| lane.tun_gso_fallbacks.load(Relaxed))
             .sum();
+        let refused = |lane: &Arc<LaneCounters>| lane.big_tcp_refused.load(Relaxed);
+        offloads.tun_big_tcp &= !self.counters.iter().any(refused);
         Status {
             way: Way::Tunnel,
             tunnels: self

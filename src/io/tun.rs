@@ -54,23 +54,35 @@ pub struct TunFeatures {
     pub uso: bool,
 }
 
+/// Writes that fail as on a kernel that refuses them, so that tests see what is done then.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refusal {
+    /// What the kernel itself refuses.
+    Nothing,
+    /// `EINVAL` for every joined packet.
+    Joined,
+    /// `EMSGSIZE` for what takes more than 17 pages (`MAX_SKB_FRAGS`), as on Linux 6.3 to 6.5.
+    Long,
+}
+
+/// What [`Refusal::Long`] lets pass, in bytes.
+const LONG: usize = 17 * 4_096;
+
 /// One queue of the TUN device.
 pub struct TunQueue {
     device: SyncDevice,
-    /// Joined packets are not even tried, as if this kernel refused them (`--without joined-writes`).
-    refuses_joined: bool,
+    refuses: Refusal,
 }
 
 impl TunQueue {
     /// Makes the device `name` with `queues` queues, down and without addresses.
     ///
     /// The caller has made sure that no interface of that name exists: with more than one queue
-    /// the kernel would silently join an existing one. `refuses_joined` makes every joined write fail
-    /// with `EINVAL`, for tests.
+    /// the kernel would silently join an existing one.
     pub fn create(
         name: &str,
         queues: usize,
-        refuses_joined: bool,
+        refuses: Refusal,
     ) -> Result<(Vec<Self>, TunFeatures), TunError> {
         // tun-rs would make the device node; where there is none, somebody took it away.
         if !std::path::Path::new(DEVICE).exists() {
@@ -97,10 +109,7 @@ impl TunQueue {
                 .set_nonblocking(true)
                 .map_err(|error| explain(name, error))?;
         }
-        let queue = |device| Self {
-            device,
-            refuses_joined,
-        };
+        let queue = |device| Self { device, refuses };
         Ok((all.into_iter().map(queue).collect(), features))
     }
 
@@ -115,7 +124,8 @@ impl TunQueue {
         // Most packets come alone, and room for all slices is some kilobytes to clear.
         match parts {
             [packet] => self.send(&[IoSlice::new(vnet), IoSlice::new(&slab[packet.clone()])]),
-            _ if self.refuses_joined => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            _ if self.refuses == Refusal::Joined => refused(libc::EINVAL),
+            _ if self.refuses == Refusal::Long && length(parts) > LONG => refused(libc::EMSGSIZE),
             _ => {
                 let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
                 slices[0] = IoSlice::new(vnet);
@@ -139,6 +149,14 @@ impl AsFd for TunQueue {
         // SAFETY: the descriptor belongs to the device and stays open as long as `self` is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
     }
+}
+
+fn length(parts: &[Range<usize>]) -> usize {
+    parts.iter().map(ExactSizeIterator::len).sum()
+}
+
+fn refused(errno: i32) -> io::Result<()> {
+    Err(io::Error::from_raw_os_error(errno))
 }
 
 fn explain(name: &str, error: io::Error) -> TunError {
