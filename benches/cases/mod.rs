@@ -23,7 +23,7 @@ use ipmoved::drops::DropReason;
 use ipmoved::flow::{AddrId, FlowTable, Inside, Limit, Outside, Seed, TCP_RESET};
 use ipmoved::moved::{Move, TCP};
 use ipmoved::offload::{
-    Coalescer, GSO_TCPV4, MAX_PARTS, NEEDS_CSUM, Offload, Push, Segments, VnetHdr,
+    Coalescer, GSO_TCPV4, MAX_PARTS, NEEDS_CSUM, Offload, Push, Reach, Segments, VnetHdr,
 };
 use ipmoved::packet::{ACK, Parsed, RST};
 use ipmoved::peer::{Path, PeerId, Role};
@@ -534,7 +534,7 @@ impl Coalesce {
             head: slab[..stride].to_vec(),
             slab,
             stride,
-            coalescer: Coalescer::new(true),
+            coalescer: Coalescer::new(true, Reach::Further),
         };
         if work.join() != Some(COALESCED) {
             bail!("the packets were not joined to one");
