@@ -290,12 +290,13 @@ pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result
             Ok((done.load(Relaxed) - before) as f64 / started.elapsed().as_secs_f64())
         })();
         stop.store(true, Relaxed);
+        // Wakes accept(), and refuses who waits to be accepted: a client would wait for its answer until
+        // its time is over. Fails only if the socket is shut down already.
+        let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
         for client in clients {
             // It has nothing to report but a panic, which the hook has told.
             let _ = client.join();
         }
-        // Wakes accept(); fails only if the socket is shut down already.
-        let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
         measured
     })
 }
