@@ -260,8 +260,9 @@ fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
         let mut command = Command::new(program);
         command.arg("-f");
         if program != "wireguard-go" {
-            // Else they become somebody who may not open the device.
-            command.arg("--disable-drop-privileges");
+            // Else they become whoever logged in, who may not open the device, and end where nobody
+            // logged in.
+            command.args(["--disable-drop-privileges", "-v", "error"]);
         }
         command.arg(&device).env("LOG_LEVEL", "error");
         let mut process = host.spawn(command)?;
