@@ -84,6 +84,21 @@ impl Kind {
     pub(crate) fn is_ipmoved(&self) -> bool {
         matches!(self, Self::Ipmoved(_))
     }
+
+    /// Whether its highest rate without loss is searched, which takes long.
+    fn is_searched(&self) -> bool {
+        matches!(self, Self::Ipmoved(_) | Self::Vxlan | Self::Direct)
+    }
+
+    /// Whether it is measured on impaired paths, which takes long too.
+    fn is_impaired(&self) -> bool {
+        self.is_searched() || matches!(self, Self::WireGuard("wireguard-go"))
+    }
+
+    /// Whether `--quick` leaves it out: one program of its sort is enough there.
+    pub(crate) fn is_left_out_when_quick(&self) -> bool {
+        matches!(self, Self::WireGuard("boringtun-cli" | "gotatun"))
+    }
 }
 
 /// One way, set up and running.
@@ -159,6 +174,14 @@ impl<'lab> Contender<'lab> {
 
     pub(crate) fn is_ipmoved(&self) -> bool {
         self.kind.is_ipmoved()
+    }
+
+    pub(crate) fn is_searched(&self) -> bool {
+        self.kind.is_searched()
+    }
+
+    pub(crate) fn is_impaired(&self) -> bool {
+        self.kind.is_impaired()
     }
 
     pub(crate) fn lab(&self) -> &'lab Lab {
@@ -260,8 +283,9 @@ fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
         let mut command = Command::new(program);
         command.arg("-f");
         if program != "wireguard-go" {
-            // Else they become somebody who may not open the device.
-            command.arg("--disable-drop-privileges");
+            // Else they become whoever logged in, who may not open the device, and end where nobody
+            // logged in.
+            command.args(["--disable-drop-privileges", "-v", "error"]);
         }
         command.arg(&device).env("LOG_LEVEL", "error");
         let mut process = host.spawn(command)?;
@@ -398,7 +422,7 @@ fn two_sided_nat(lab: &Lab) -> Result<()> {
 }
 
 /// Sets rules by `nft`, or by `iptables` where that is all there is.
-fn firewall(host: &Namespace, ruleset: &str, rules: &[&str]) -> Result<()> {
+pub(crate) fn firewall(host: &Namespace, ruleset: &str, rules: &[&str]) -> Result<()> {
     if on_path("nft") {
         sh(host, &format!("nft -f - <<'END'\n{ruleset}\nEND"))?;
         return Ok(());
@@ -412,8 +436,20 @@ fn firewall(host: &Namespace, ruleset: &str, rules: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Takes back what [`firewall`] set: its table, or each of its rules.
+pub(crate) fn firewall_off(host: &Namespace, table: &str, rules: &[&str]) -> Result<()> {
+    if on_path("nft") {
+        sh(host, &format!("nft delete table ip {table}"))?;
+        return Ok(());
+    }
+    for rule in rules {
+        sh(host, &format!("iptables {}", rule.replacen("-A", "-D", 1)))?;
+    }
+    Ok(())
+}
+
 /// Runs a line on a host; what it printed, or what it complained about.
-fn sh(host: &Namespace, line: &str) -> Result<String> {
+pub(crate) fn sh(host: &Namespace, line: &str) -> Result<String> {
     let mut command = Command::new("sh");
     command.args(["-c", line]);
     let said = host.output(command, PATIENCE)?;

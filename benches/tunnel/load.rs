@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use ipmoved::lab::topology::NEW;
@@ -51,23 +51,75 @@ pub(crate) enum Direction {
     Reverse,
 }
 
+/// Congestion controls that slow down when packets are lost, the usual one first.
+const LOSS_BASED: [&[u8]; 2] = [b"cubic", b"reno"];
+
+/// TCP streams that run at the same time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Streams {
+    /// How many.
+    pub(crate) count: usize,
+    pub(crate) direction: Direction,
+    pub(crate) congestion: Congestion,
+}
+
+impl Streams {
+    /// Streams with the machine's congestion control.
+    pub(crate) const fn new(count: usize, direction: Direction) -> Self {
+        Self {
+            count,
+            direction,
+            congestion: Congestion::Default,
+        }
+    }
+
+    /// The same with one that takes a lost packet for congestion.
+    pub(crate) const fn loss_based(self) -> Self {
+        Self {
+            congestion: Congestion::LossBased,
+            ..self
+        }
+    }
+}
+
+/// How a sender finds its speed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Congestion {
+    /// As the machine does.
+    Default,
+    /// By losses: CUBIC (RFC 9438), or Reno where the kernel has no other.
+    LossBased,
+}
+
+impl Congestion {
+    /// Gives it to a socket that is not connected yet: one that began with BBR would go on to pace.
+    /// What a listener has is inherited.
+    fn set(self, socket: SockRef<'_>) -> Result<()> {
+        let set = |name: &&[u8]| socket.set_tcp_congestion(name).is_ok();
+        if self == Self::LossBased && !LOSS_BASED.iter().any(set) {
+            bail!("the kernel allows neither CUBIC nor Reno");
+        }
+        Ok(())
+    }
+}
+
 /// Runs TCP streams and returns the payload bytes that arrived while measured, and how long that was.
 /// `at` is called at the beginning and at the end of that time.
 pub(crate) fn tcp(
     lab: &Lab,
     target: Ipv4Addr,
-    streams: usize,
-    direction: Direction,
+    streams: Streams,
     time: Duration,
     mut at: impl FnMut() -> Result<()>,
 ) -> Result<(u64, Duration)> {
     let listener = listen(lab)?;
+    streams.congestion.set(SockRef::from(&listener))?;
     let port = listener.local_addr()?.port();
     let mut pairs = Vec::new();
-    for _ in 0..streams {
-        let client = connect(lab, (target, port).into())?;
+    for _ in 0..streams.count {
+        let client = connect(lab, (target, port).into(), streams.congestion)?;
         let (server, _) = listener.accept()?;
-        pairs.push(match direction {
+        pairs.push(match streams.direction {
             Direction::Forward => (client, server),
             Direction::Reverse => (server, client),
         });
@@ -290,12 +342,13 @@ pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result
             Ok((done.load(Relaxed) - before) as f64 / started.elapsed().as_secs_f64())
         })();
         stop.store(true, Relaxed);
+        // Wakes accept(), and refuses who waits to be accepted: a client would wait for its answer until
+        // its time is over. Fails only if the socket is shut down already.
+        let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
         for client in clients {
             // It has nothing to report but a panic, which the hook has told.
             let _ = client.join();
         }
-        // Wakes accept(); fails only if the socket is shut down already.
-        let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
         measured
     })
 }
@@ -361,11 +414,13 @@ fn listen(lab: &Lab) -> Result<TcpListener> {
         .run(|| TcpListener::bind((NEW, 0)).map_err(in_words))?)
 }
 
-fn connect(lab: &Lab, to: SocketAddr) -> Result<TcpStream> {
-    let stream = lab
+fn connect(lab: &Lab, to: SocketAddr, congestion: Congestion) -> Result<TcpStream> {
+    let socket = lab
         .clients()
-        .run(|| TcpStream::connect_timeout(&to, TIMEOUT).map_err(in_words))?;
-    Ok(stream)
+        .run(|| Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).map_err(in_words))?;
+    congestion.set(SockRef::from(&socket))?;
+    socket.connect_timeout(&to.into(), TIMEOUT)?;
+    Ok(socket.into())
 }
 
 fn bind(addr: SocketAddr) -> Result<UdpSocket, LabError> {

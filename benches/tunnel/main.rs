@@ -1,4 +1,4 @@
-//! The whole tunnel, side by side with what else carries a moved address: `cargo bench --bench tunnel`.
+//! The possible tunnel, side by side with what else carries a moved address: `cargo bench --bench tunnel`.
 //!
 //! ```text
 //!                       ┌── old server 192.0.2.1, holds 192.0.2.5 (moved)
@@ -14,14 +14,17 @@
 //! | room | owns |
 //! |---|---|
 //! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
+//! | [`delay`] | a path with a length, for the impaired ones |
+//! | [`impair`] | loss and reordering on the way to the new server |
 //! | [`load`] | traffic: TCP streams, UDP floods, pings, connections |
 //! | [`measures`] | what is measured in a round, and the counters read around it |
 //! | [`profile`] | where the daemons' time goes, as `perf` sees it |
 //! | [`report`] | table, JSON, SVG, and the page in `contrib` |
 //!
 //! Everything lives in namespaces without names and goes with this process, however it ends. Needs
-//! root. Foreign programs (`ip`, `nft` or `iptables`, `wg`, `wireguard-go`, …) set up the others;
-//! what is not on PATH is left out, and said. `ipmoved` and the traffic need none.
+//! root. Foreign programs (`ip`, `nft` or `iptables`, `wg`, `wireguard-go`, …) set up the others, and
+//! with `tc` the impaired paths; what is not on PATH is left out, and said. `ipmoved` and the traffic
+//! need none.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command")]
 #![allow(
@@ -43,13 +46,15 @@ use measures::Effort;
 use report::Report;
 
 mod contenders;
+mod delay;
+mod impair;
 mod load;
 mod measures;
 mod profile;
 mod report;
 
 #[derive(Parser)]
-#[command(about = "The whole tunnel, side by side with what else carries a moved address")]
+#[command(about = "The possible tunnel, side by side with what else carries a moved address")]
 struct Args {
     /// Less of everything: under two minutes
     #[arg(long)]
@@ -57,7 +62,7 @@ struct Args {
     /// Rounds, of which the medians are taken (5; with --quick 3)
     #[arg(long)]
     rounds: Option<usize>,
-    /// Seconds of each TCP run (3; with --quick 0.7)
+    /// Seconds of each TCP run (2; with --quick 0.7)
     #[arg(long)]
     seconds: Option<f64>,
     /// Only contenders whose name contains one of these (comma-separated)
@@ -134,11 +139,22 @@ fn run(args: &Args) -> Result<()> {
         .iter()
         .map(|_| Lab::new())
         .collect::<Result<Vec<_>, _>>()?;
+    let possible = impair::probe(&labs[0]);
+    if possible.is_err() {
+        effort.impaired = 0;
+    }
     let mut report = Report::new(rounds, effort);
+    if let Err(error) = possible {
+        report.skipped("impaired paths", &format!("{error:#}"));
+    }
     let mut contenders = Vec::new();
     for (kind, lab) in kinds.iter().zip(&labs) {
         pass()?;
         let name = kind.name();
+        if args.quick && args.only.is_empty() && kind.is_left_out_when_quick() {
+            report.skipped(&name, "by --quick; --only names it");
+            continue;
+        }
         match Contender::start(kind, lab, &daemon_args) {
             Ok(contender) => contenders.push(contender),
             // The bench is for the tunnel: without it there is nothing to say.
@@ -159,6 +175,11 @@ fn run(args: &Args) -> Result<()> {
             let figures = measures::round(contender, &effort)
                 .with_context(|| format!("{}, round {round}", contender.name()))?;
             report.add(contender.name(), figures);
+            if round <= effort.impaired {
+                let figures = measures::impaired_paths(contender, &effort)
+                    .with_context(|| format!("{}, round {round}", contender.name()))?;
+                report.add(contender.name(), figures);
+            }
         }
     }
     if args.flows || !args.quick {

@@ -3,13 +3,14 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use ipmoved::lab::{LabError, Namespace};
 
 use crate::contenders::Contender;
-use crate::load::{self, Direction, Flood};
+use crate::impair::{Impairment, impaired};
+use crate::load::{self, Direction, Flood, Streams};
 
 /// How much time is spent on each measurement.
 #[derive(Clone, Copy, Debug)]
@@ -20,16 +21,19 @@ pub(crate) struct Effort {
     pub(crate) pings: usize,
     /// Steps of the search for the highest rate without loss; 0 leaves it out.
     pub(crate) search: usize,
+    /// Rounds in which impaired paths are measured as well, at most; 0 leaves them out.
+    pub(crate) impaired: usize,
 }
 
 impl Effort {
     /// Of a run that is quoted.
     pub(crate) const FULL: Self = Self {
-        tcp: Duration::from_secs(3),
-        flood: Duration::from_millis(1_500),
-        connections: Duration::from_millis(1_500),
+        tcp: Duration::from_secs(2),
+        flood: Duration::from_secs(1),
+        connections: Duration::from_secs(1),
         pings: 400,
-        search: 6,
+        search: 5,
+        impaired: 3,
     };
     /// Of a run in passing.
     pub(crate) const QUICK: Self = Self {
@@ -38,6 +42,7 @@ impl Effort {
         connections: Duration::from_millis(500),
         pings: 100,
         search: 0,
+        impaired: 1,
     };
 }
 
@@ -52,14 +57,46 @@ const FLOWS: usize = 1_000_000;
 /// has to wait for a processor.
 const FLOW_PACE: f64 = 40_000.0;
 
+/// One stream each way, and several.
+const FORWARD: Streams = Streams::new(1, Direction::Forward);
+const REVERSE: Streams = Streams::new(1, Direction::Reverse);
+const FOUR: Streams = Streams::new(4, Direction::Forward);
+
 /// Runs of which the medians are taken, with few flows and with many.
 const REPEATED: usize = 3;
+
+/// What is done to the path, the figure of it, and the figure of what is left of the first one.
+const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
+    (Impairment::Nothing, "tcp, packets cut", None),
+    (
+        Impairment::Loss { per_mille: 10 },
+        "tcp, 1 % loss",
+        Some("left at 1 % loss"),
+    ),
+    (
+        Impairment::Loss { per_mille: 30 },
+        "tcp, 3 % loss",
+        Some("left at 3 % loss"),
+    ),
+    (
+        Impairment::Reordering,
+        "tcp, reordered",
+        Some("left when reordered"),
+    ),
+];
 
 /// Names of figures, in the order of the table, with unit and what is better.
 pub(crate) const FIGURES: &[Figure] = &[
     figure("tcp forward", "Gbit/s", Better::More, 2),
     figure("tcp reverse", "Gbit/s", Better::More, 2),
     figure("tcp forward, 4 streams", "Gbit/s", Better::More, 2),
+    figure("tcp, packets cut", "Gbit/s", Better::More, 2),
+    figure("tcp, 1 % loss", "Gbit/s", Better::More, 3),
+    figure("tcp, 3 % loss", "Gbit/s", Better::More, 3),
+    figure("tcp, reordered", "Gbit/s", Better::More, 2),
+    figure("left at 1 % loss", "%", Better::More, 1),
+    figure("left at 3 % loss", "%", Better::More, 1),
+    figure("left when reordered", "%", Better::More, 1),
     figure("cpu old, forward", "s/GB", Better::Less, 2),
     figure("cpu new, forward", "s/GB", Better::Less, 2),
     figure("cpu old, reverse", "s/GB", Better::Less, 2),
@@ -130,18 +167,18 @@ pub(crate) fn at_rest(contender: &Contender<'_>) -> Result<Figures> {
 pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
     let (lab, target) = (contender.lab(), contender.target());
     let mut figures = Figures::new();
-    let forward = stream(contender, 1, Direction::Forward, effort.tcp)?;
+    let forward = stream(contender, FORWARD, effort.tcp)?;
     figures.push(("tcp forward", forward.gbit_per_s));
     figures.push(("cpu machine, forward", forward.machine));
     if let Some([old, new]) = forward.daemons {
         figures.extend([("cpu old, forward", old), ("cpu new, forward", new)]);
     }
-    let reverse = stream(contender, 1, Direction::Reverse, effort.tcp)?;
+    let reverse = stream(contender, REVERSE, effort.tcp)?;
     figures.push(("tcp reverse", reverse.gbit_per_s));
     if let Some([old, new]) = reverse.daemons {
         figures.extend([("cpu old, reverse", old), ("cpu new, reverse", new)]);
     }
-    let four = stream(contender, 4, Direction::Forward, effort.tcp)?;
+    let four = stream(contender, FOUR, effort.tcp)?;
     figures.push(("tcp forward, 4 streams", four.gbit_per_s));
 
     let names = [
@@ -178,6 +215,28 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
     Ok(figures)
 }
 
+/// Throughput on impaired paths, and what share of the contender's own on a sound path is left.
+pub(crate) fn impaired_paths(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
+    let mut figures = Figures::new();
+    if !contender.is_impaired() {
+        return Ok(figures);
+    }
+    let mut sound = f64::NAN;
+    for (impairment, name, left) in IMPAIRMENTS {
+        let streams = FOUR.loss_based();
+        let stream = impaired(contender.lab(), impairment, || {
+            stream(contender, streams, effort.tcp)
+        })
+        .context(name)?;
+        figures.push((name, stream.gbit_per_s));
+        match left {
+            None => sound = stream.gbit_per_s,
+            Some(left) => figures.push((left, stream.gbit_per_s / sound * 100.0)),
+        }
+    }
+    Ok(figures)
+}
+
 /// Memory and throughput with a million flows, throughput just before it beside it.
 pub(crate) fn many_flows(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
     let (Some(daemons), Some([_, new])) = (contender.daemons(), contender.pids()) else {
@@ -185,7 +244,7 @@ pub(crate) fn many_flows(contender: &Contender<'_>, effort: &Effort) -> Result<F
     };
     let mut figures = Figures::new();
     for _ in 0..REPEATED {
-        let few = stream(contender, 1, Direction::Forward, effort.tcp)?;
+        let few = stream(contender, FORWARD, effort.tcp)?;
         figures.push(("tcp forward, few flows", few.gbit_per_s));
     }
     let (before, flows) = (resident(new)?, daemons.new.status()?.live_flows());
@@ -199,7 +258,7 @@ pub(crate) fn many_flows(contender: &Contender<'_>, effort: &Effort) -> Result<F
     let opened = live.saturating_sub(flows) as f64;
     figures.extend([("flows opened", opened), ("memory a flow", grown / opened)]);
     for _ in 0..REPEATED {
-        let full = stream(contender, 1, Direction::Forward, effort.tcp)?;
+        let full = stream(contender, FORWARD, effort.tcp)?;
         figures.push(("tcp forward, 1 M flows", full.gbit_per_s));
     }
     Ok(figures)
@@ -213,12 +272,7 @@ struct Stream {
     machine: f64,
 }
 
-fn stream(
-    contender: &Contender<'_>,
-    streams: usize,
-    direction: Direction,
-    time: Duration,
-) -> Result<Stream> {
+fn stream(contender: &Contender<'_>, streams: Streams, time: Duration) -> Result<Stream> {
     let mut readings = Vec::new();
     let at = || {
         let daemons = match contender.pids() {
@@ -229,9 +283,9 @@ fn stream(
         Ok(())
     };
     let (lab, target) = (contender.lab(), contender.target());
-    let (bytes, took) = load::tcp(lab, target, streams, direction, time, at)?;
+    let (bytes, took) = load::tcp(lab, target, streams, time, at)?;
     let [before, after] = &readings[..] else {
-        anyhow::bail!("the counters are read twice");
+        bail!("the counters are read twice");
     };
     let gigabytes = bytes as f64 / 1e9;
     let daemons = before.0.zip(after.0);
@@ -262,7 +316,7 @@ fn datagrams(
     if let (Some(before), Some(after)) = (before.overran, after.overran) {
         figures.push((overran, share(after - before)));
     }
-    if effort.search > 0 {
+    if effort.search > 0 && contender.is_searched() {
         figures.push((
             clean,
             search(contender, payload, &flood, effort.search)? / 1e3,
@@ -327,13 +381,38 @@ fn all_drops(status: &Value) -> u64 {
 
 /// Packets for a process that did not fit the queue of its TUN device.
 fn queue_drops(host: &Namespace, device: &str) -> Result<u64> {
+    Ok(sent_by(host, device)?.dropped)
+}
+
+/// What a device has sent.
+pub(crate) struct Sent {
+    pub(crate) bytes: u64,
+    /// Super-packets count as one.
+    pub(crate) packets: u64,
+    /// Packets that it did not take.
+    dropped: u64,
+}
+
+/// Reads the counters of a device's sending side.
+pub(crate) fn sent_by(host: &Namespace, device: &str) -> Result<Sent> {
     let text = read(host, "/proc/thread-self/net/dev")?;
     // Receive: bytes packets errs drop fifo frame compressed multicast; transmit: bytes packets errs drop.
     let line = text
         .lines()
-        .find_map(|line| line.trim_start().strip_prefix(device)?.strip_prefix(':'));
-    line.and_then(|line| line.split_ascii_whitespace().nth(11)?.parse().ok())
-        .with_context(|| format!("no counters of {device}"))
+        .find_map(|line| line.trim_start().strip_prefix(device)?.strip_prefix(':'))
+        .with_context(|| format!("no counters of {device}"))?;
+    let numbers: Vec<u64> = line
+        .split_ascii_whitespace()
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
+    match numbers[..] {
+        [_, _, _, _, _, _, _, _, bytes, packets, _, dropped, ..] => Ok(Sent {
+            bytes,
+            packets,
+            dropped,
+        }),
+        _ => bail!("the counters of {device} are not eight each way"),
+    }
 }
 
 /// Datagrams that did not fit the buffers of the sockets of a port.

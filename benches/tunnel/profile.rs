@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::contenders::Contender;
-use crate::load::{self, Direction};
+use crate::load::{self, Direction, Streams};
 
 /// How long is looked.
 const TIME: Duration = Duration::from_secs(4);
@@ -127,7 +127,8 @@ fn record(
         Ok(())
     };
     let (lab, target) = (contender.lab(), contender.target());
-    load::tcp(lab, target, 1, direction, TIME + TIME / 8, at)?;
+    let streams = Streams::new(1, direction);
+    load::tcp(lab, target, streams, TIME + TIME / 8, at)?;
     let said = recording
         .and_then(|recording| recording.join().ok())
         .context("perf was not started")?

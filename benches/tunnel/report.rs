@@ -117,9 +117,10 @@ impl Report {
         // Writing to a String cannot fail.
         let _ = write!(
             out,
-            "\nMedians of {} interleaved rounds; {:.1} s of each TCP run, {:.1} s of each flood, {} pings. \
-             {} The run took {:.0} s.\n",
+            "\nMedians of {} interleaved rounds, {} on impaired paths; {:.1} s of each TCP run, \
+             {:.1} s of each flood, {} pings. {} The run took {:.0} s.\n",
             self.rounds,
+            effort.impaired.min(self.rounds),
             effort.tcp.as_secs_f64(),
             effort.flood.as_secs_f64(),
             effort.pings,
@@ -194,6 +195,18 @@ impl Report {
             (
                 "TCP reverse ≥ 3 × wireguard-go on PATH",
                 more("tcp reverse", "wireguard-go", 3.0),
+            ),
+            (
+                "TCP at 1 % loss ≥ 0.9 × direct",
+                more("tcp, 1 % loss", "direct", 0.9),
+            ),
+            (
+                "TCP at 3 % loss ≥ 0.9 × direct",
+                more("tcp, 3 % loss", "direct", 0.9),
+            ),
+            (
+                "TCP left when reordered ≥ 0.9 × what direct has left",
+                more("left when reordered", "direct", 0.9),
             ),
             (
                 "CPU old server ≤ 0.6 s/GB",
@@ -274,6 +287,7 @@ impl Report {
             .collect();
         Ok(serde_json::to_string_pretty(&json!({
             "rounds": self.rounds,
+            "impaired_rounds": self.effort.impaired.min(self.rounds),
             "tcp_seconds": self.effort.tcp.as_secs_f64(),
             "took_s": took.as_secs_f64(),
             "machine": machine(),
