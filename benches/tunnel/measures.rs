@@ -37,9 +37,9 @@ impl Effort {
     };
     /// Of a run in passing.
     pub(crate) const QUICK: Self = Self {
-        tcp: Duration::from_millis(700),
-        flood: Duration::from_millis(500),
-        connections: Duration::from_millis(500),
+        tcp: Duration::from_millis(500),
+        flood: Duration::from_millis(400),
+        connections: Duration::from_millis(400),
         pings: 100,
         search: 0,
         impaired: 1,
