@@ -62,7 +62,7 @@ struct Args {
     /// Rounds, of which the medians are taken (5; with --quick 3)
     #[arg(long)]
     rounds: Option<usize>,
-    /// Seconds of each TCP run (2; with --quick 0.7)
+    /// Seconds of each TCP run (2; with --quick 0.5)
     #[arg(long)]
     seconds: Option<f64>,
     /// Only contenders whose name contains one of these (comma-separated)
