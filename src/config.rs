@@ -567,11 +567,12 @@ impl FileConfig {
     }
 }
 
-/// Half of the processors: the other half is for the applications and the kernel's own share of the
-/// work, and two lanes on two processors were no faster than one.
+/// One a processor: a lane without packets costs nothing but its buffers. Two lanes on two processors
+/// that client, router and both servers share carried four streams 1.2 times as fast as one lane, and
+/// one stream as fast.
 fn default_lanes() -> u8 {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    (processors / 2).clamp(1, MAX_DEFAULT_LANES) as u8
+    processors.clamp(1, MAX_DEFAULT_LANES) as u8
 }
 
 fn flag(flag: &'static str, value: impl ToString, problem: String) -> ConfigError {

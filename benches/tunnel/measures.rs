@@ -66,7 +66,7 @@ const FOUR: Streams = Streams::new(4, Direction::Forward);
 const MANY: Streams = Streams::new(16, Direction::Forward).loss_based();
 
 /// Runs of which the medians are taken, with few flows and with many.
-const REPEATED: usize = 3;
+const REPEATED: usize = 5;
 
 /// What is done to the path, the figure of it, and the figure of what is left of the first one.
 const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
