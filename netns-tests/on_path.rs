@@ -258,7 +258,8 @@ fn flipped_bits_are_refused_and_cost_nothing_else() -> Result {
     thread::sleep(SILENCE);
     for role in [Role::Old, Role::New] {
         let drops = drops(&setup, role)?;
-        assert!(drops.get("open_auth") > Some(&100), "{drops:?}");
+        // One way go acknowledgements, which are few: what was joined is acknowledged once.
+        assert!(drops.get("open_auth") > Some(&30), "{drops:?}");
         assert_eq!(drops.get("replay"), None, "{drops:?}");
         assert_eq!(setup.status(role)?.state(), "up");
     }
