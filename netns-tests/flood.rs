@@ -9,11 +9,12 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipmoved::lab::topology::{MOVED, NEW};
-use ipmoved::lab::{Lab, LabError, Service, Wire, packets};
+use ipmoved::lab::{Lab, LabError, Service, UdpService, Wire, packets, raw};
 use ipmoved::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
@@ -125,4 +126,56 @@ fn a_million_flows_fit_in_128_bytes_each() -> Result {
     assert!(after[0] < before[0] + (8 << 20), "{before:?} {after:?}");
     conversation.exchange(b"still there?", PATIENCE)?;
     lab.client().get(MOVED)?.is_answered_by(NEW).map(drop)
+}
+
+/// One way that never runs empty keeps neither the other way nor the end of the daemon waiting.
+#[test]
+fn a_flood_without_a_pause_holds_up_neither_the_way_back_nor_the_end() -> Result {
+    /// Far longer than a turn, far shorter than the flood.
+    const SOON: Duration = Duration::from_secs(2);
+    let lab = Lab::new()?;
+    // One lane, so that nothing else can serve the way back.
+    let setup = setup(&lab)?.args(Role::Old, &["--lanes", "1"]);
+    let _echo = UdpService::start(lab.new_server(), (NEW, 7))?;
+    let daemons = setup.start_both()?;
+    let client = lab.client();
+    let stop = AtomicBool::new(false);
+    let came_back = || {
+        let status = setup.status(Role::Old)?;
+        let packets = status.tunnel()["rx"]["packets"].as_u64();
+        packets.ok_or_else(|| LabError::unexpected("no count of packets"))
+    };
+    let (before, after, took) = thread::scope(|scope| {
+        // Super-packets: sending one costs a fraction of what it costs to cut and seal it.
+        let floods: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| -> Result {
+                    let socket = client.udp_socket((MOVED, 7))?;
+                    raw::set_segment(&socket, 1_000)?;
+                    while !stop.load(Relaxed) {
+                        // What does not fit a queue is lost, as in any flood.
+                        let _ = socket.send(&[0; 60_000]);
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let result = (|| {
+            thread::sleep(Duration::from_millis(500));
+            let before = came_back()?;
+            thread::sleep(SOON);
+            let after = came_back()?;
+            let asked = Instant::now();
+            daemons.old.terminate()?;
+            Ok((before, after, asked.elapsed()))
+        })();
+        stop.store(true, Relaxed);
+        for flood in floods {
+            flood.join().unwrap()?;
+        }
+        result
+    })?;
+    assert!(after > before + 1_000, "{before} to {after} packets back");
+    assert!(took < SOON, "ended after {took:?}");
+    Ok(())
 }

@@ -187,6 +187,14 @@ impl Ready {
     fn any(self) -> bool {
         self.tun || self.udp || self.stop
     }
+
+    fn or(self, other: Self) -> Self {
+        Self {
+            tun: self.tun || other.tun,
+            udp: self.udp || other.udp,
+            stop: self.stop || other.stop,
+        }
+    }
 }
 
 /// A packet, or a part of one, that was opened.
@@ -230,13 +238,12 @@ impl Lane {
         let shared = Arc::clone(&lane.parts.shared);
         let mut ready = Ready::default();
         loop {
-            // What had more than its turn's worth is not asked again.
-            if !ready.any() {
-                ready = match lane.wait() {
-                    Ok(ready) => ready,
-                    Err(error) => return lane.fail(format!("waiting for packets failed: {error}")),
-                };
-            }
+            // What had more than its turn's worth goes on at once, but never without asking the others.
+            let patience = if ready.any() { Duration::ZERO } else { TICK };
+            ready = match lane.wait(patience) {
+                Ok(now_ready) => ready.or(now_ready),
+                Err(error) => return lane.fail(format!("waiting for packets failed: {error}")),
+            };
             if ready.stop {
                 return;
             }
@@ -258,16 +265,16 @@ impl Lane {
         }
     }
 
-    /// Waits until something is to be done.
-    fn wait(&self) -> io::Result<Ready> {
+    /// Waits until something is to be done, at most this long.
+    fn wait(&self, patience: Duration) -> io::Result<Ready> {
         let mut fds = [
             PollFd::from_borrowed_fd(self.parts.tun.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.parts.udp.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.parts.stop.as_fd(), PollFlags::IN),
         ];
         let timeout = Timespec {
-            tv_sec: TICK.as_secs() as i64,
-            tv_nsec: 0,
+            tv_sec: patience.as_secs() as i64,
+            tv_nsec: patience.subsec_nanos().into(),
         };
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) => Ok(Ready {
