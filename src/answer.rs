@@ -10,7 +10,7 @@ use crate::drops::DropReason;
 use crate::icmp::{self, MAX_V6};
 use crate::packet::Parsed;
 
-/// Answers a lane gives in a second: what Linux allows itself (`net.ipv4.icmp_msgs_per_sec`;
+/// Answers that one direction of a lane gives in a second: what Linux allows itself (`net.ipv4.icmp_msgs_per_sec`;
 /// RFC 1812 section 4.3.2.8 and RFC 4443 section 2.4 f ask for a limit).
 pub const ANSWERS_PER_SECOND: u32 = 1_000;
 
@@ -82,15 +82,10 @@ impl Answers {
     }
 
     /// The answer that was made, once.
+    #[inline]
     pub fn take(&mut self) -> Option<&mut [u8]> {
         let len = std::mem::take(&mut self.len);
         (len > 0).then(|| &mut self.out[..len])
-    }
-
-    /// Whether an answer waits to be taken.
-    #[inline]
-    pub fn waits(&self) -> bool {
-        self.len > 0
     }
 
     /// A token bucket.

@@ -10,8 +10,11 @@
 
 use std::io::IoSlice;
 use std::net::IpAddr;
+use std::time::Instant;
 
-use super::{Dropped, Lane, LaneParts, Moment, Sealing, checksum_flag, pass_in};
+use super::inbound::{Inbound, Plain, pass_in};
+use super::outbound::{Outbound, Sealed, Sealing, checksum_flag};
+use super::{Dropped, LaneParts, Moment};
 use crate::answer::{About, Answers};
 use crate::drops::DropReason;
 use crate::io::tun::VNET_HDR_LEN;
@@ -26,14 +29,12 @@ use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
 /// (RFC 8200 section 5).
 const IPV6_MIN_MTU: usize = 1_280;
 
-/// What a lane keeps for the extraordinary.
-pub(super) struct Aside {
-    pub(super) answers: Answers,
+/// What one direction of a lane keeps for the extraordinary; fragments wait with a `T` each.
+pub(super) struct Aside<T> {
+    answers: Answers,
     overlaps: Overlaps,
-    /// Frames from the TUN.
-    leaving: Waiting<()>,
-    /// Packets out of the tunnel.
-    arriving: Waiting<Arriving>,
+    /// Frames from the TUN, or packets out of the tunnel.
+    waiting: Waiting<T>,
     /// A first fragment passed, which others may have waited for.
     first: Option<u32>,
 }
@@ -46,13 +47,12 @@ pub(super) struct Arriving {
     pub(super) outer_ecn: u8,
 }
 
-impl Aside {
-    pub(super) fn new(now: std::time::Instant) -> Self {
+impl<T> Aside<T> {
+    pub(super) fn new(now: Instant) -> Self {
         Self {
             answers: Answers::new(now),
             overlaps: Overlaps::default(),
-            leaving: Waiting::default(),
-            arriving: Waiting::default(),
+            waiting: Waiting::default(),
             first: None,
         }
     }
@@ -75,7 +75,9 @@ impl Aside {
     pub(super) fn has_news(&self) -> bool {
         self.first.is_some()
     }
+}
 
+impl Aside<Arriving> {
     /// Like [`pass_in`], for a packet that is a fragment or was put together.
     pub(super) fn pass_in(
         &mut self,
@@ -99,7 +101,7 @@ impl Aside {
         };
         if is_piece && drop.reason == DropReason::FragmentUnknown {
             let id = parsed.fragment_id();
-            for given_up in self.arriving.keep(moment.now, id, how, packet) {
+            for given_up in self.waiting.keep(moment.now, id, how, packet) {
                 parts.count(Dropped::of(given_up.with.peer, drop.reason));
             }
             return Ok(());
@@ -109,13 +111,13 @@ impl Aside {
 
     /// What came before its first fragment can be told now.
     fn release_arriving(&mut self, parts: &LaneParts, moment: Moment<'_>, id: u32) {
-        for mut held in self.arriving.take(id) {
+        for mut held in self.waiting.take(id) {
             let how = held.with;
             let packet = &mut held.bytes;
             match pass_in(parts, moment, how.peer, packet, how.partial, how.outer_ecn) {
                 Err(drop) if drop.reason == DropReason::FragmentUnknown => {
                     // Another packet's with the same identification.
-                    self.arriving.keep(moment.now, id, how, packet);
+                    self.waiting.keep(moment.now, id, how, packet);
                 }
                 Err(drop) => parts.count(drop),
                 Ok(()) => {}
@@ -156,7 +158,9 @@ impl Aside {
         }
         Err(drop)
     }
+}
 
+impl Aside<()> {
     /// A packet from the TUN goes no further: answer it, if that may be.
     fn refuse_out(
         &mut self,
@@ -231,7 +235,7 @@ fn write_cut(
     Ok(())
 }
 
-impl Lane {
+impl Outbound {
     /// What is left to do after the frame in `self.frame[..len]`.
     #[cold]
     pub(super) fn after_frame(
@@ -243,14 +247,14 @@ impl Lane {
         let first = self.aside.first.take();
         let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
         match (result, first) {
-            (Ok(()), Some(id)) => self.release_leaving(moment, id),
+            (Ok(()), Some(id)) => self.release(moment, id),
             (Ok(()), None) => {}
             (Err(drop), _) if drop.reason == DropReason::FragmentUnknown => {
                 let Ok(parsed) = Parsed::parse(packet) else {
                     return;
                 };
                 let (id, frame) = (parsed.fragment_id(), &self.frame[..len]);
-                for _ in self.aside.leaving.keep(moment.now, id, (), frame) {
+                for _ in self.aside.waiting.keep(moment.now, id, (), frame) {
                     self.parts.count(drop);
                 }
             }
@@ -264,15 +268,53 @@ impl Lane {
         }
     }
 
+    /// What came before its first fragment can be told now.
+    fn release(&mut self, moment: Moment<'_>, id: u32) {
+        for held in self.aside.waiting.take(id) {
+            let len = held.bytes.len();
+            self.frame[..len].copy_from_slice(&held.bytes);
+            match self.route(moment, len) {
+                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
+                    // Another packet's with the same identification.
+                    self.aside.waiting.keep(moment.now, id, (), &held.bytes);
+                }
+                Err(drop) => self.parts.count(drop),
+                Ok(()) => {}
+            }
+        }
+        self.aside.first = None;
+    }
+
+    /// Takes an answer about a packet that came out of the tunnel back into it.
+    #[cold]
+    fn send_back(&mut self, moment: Moment<'_>, answer: &[u8]) {
+        let len = VNET_HDR_LEN + answer.len();
+        self.frame[..VNET_HDR_LEN].copy_from_slice(&VnetHdr::default().to_bytes());
+        self.frame[VNET_HDR_LEN..len].copy_from_slice(answer);
+        if let Err(drop) = self.route(moment, len) {
+            self.parts.count(drop);
+        }
+        self.flush();
+    }
+
+    /// Gives up fragments whose first never came.
+    pub(super) fn tick(&mut self, now: Instant) {
+        while self.aside.waiting.expire(now).is_some() {
+            self.parts.count(DropReason::FragmentUnknown.into());
+        }
+    }
+}
+
+impl Inbound {
     /// Writes a fragment that came out of the tunnel.
     pub(super) fn deliver_piece(
         &mut self,
         moment: Moment<'_>,
-        plain: &super::Plain,
+        plain: &Plain,
         outer_ecn: u8,
     ) -> Result<(), Dropped> {
         // What came before it goes first.
-        self.flush_tun(moment);
+        self.flush(moment);
         let how = Arriving {
             peer: plain.peer,
             partial: plain.flags.has(Flags::CSUM_PARTIAL),
@@ -284,53 +326,19 @@ impl Lane {
         result
     }
 
-    /// What came before its first fragment can be told now.
-    fn release_leaving(&mut self, moment: Moment<'_>, id: u32) {
-        for held in self.aside.leaving.take(id) {
-            let len = held.bytes.len();
-            self.frame[..len].copy_from_slice(&held.bytes);
-            match self.route_out(moment, len) {
-                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
-                    // Another packet's with the same identification.
-                    self.aside.leaving.keep(moment.now, id, (), &held.bytes);
-                }
-                Err(drop) => self.parts.count(drop),
-                Ok(()) => {}
-            }
-        }
-        self.aside.first = None;
-    }
-
     /// Sends an answer about a packet that came out of the tunnel back into it.
     #[inline]
     pub(super) fn send_answer(&mut self, moment: Moment<'_>) {
-        if self.aside.answers.waits() {
-            self.send_waiting_answer(moment);
+        if let Some(answer) = self.aside.answers.take() {
+            self.answering.send_back(moment, answer);
         }
-    }
-
-    #[cold]
-    fn send_waiting_answer(&mut self, moment: Moment<'_>) {
-        let Some(answer) = self.aside.answers.take() else {
-            return;
-        };
-        let len = VNET_HDR_LEN + answer.len();
-        self.frame[..VNET_HDR_LEN].copy_from_slice(&VnetHdr::default().to_bytes());
-        self.frame[VNET_HDR_LEN..len].copy_from_slice(answer);
-        if let Err(drop) = self.route_out(moment, len) {
-            self.parts.count(drop);
-        }
-        self.flush_udp();
     }
 
     /// Gives up fragments whose first never came.
-    pub(super) fn expire_pieces(&mut self, now: std::time::Instant) {
-        let unknown = DropReason::FragmentUnknown;
-        while self.aside.leaving.expire(now).is_some() {
-            self.parts.count(unknown.into());
-        }
-        while let Some(held) = self.aside.arriving.expire(now) {
-            self.parts.count(Dropped::of(held.with.peer, unknown));
+    pub(super) fn expire_pieces(&mut self, now: Instant) {
+        while let Some(held) = self.aside.waiting.expire(now) {
+            let unknown = Dropped::of(held.with.peer, DropReason::FragmentUnknown);
+            self.parts.count(unknown);
         }
     }
 }
@@ -343,7 +351,7 @@ impl Sealing<'_> {
         &mut self,
         segments: &mut Segments<'_>,
         scratch: &mut [u8],
-        sealed: &mut super::Sealed,
+        sealed: &mut Sealed,
     ) -> Result<(), DropReason> {
         while let Some(len) = segments.next_len() {
             let Some(segment) = segments.next_into(scratch) else {

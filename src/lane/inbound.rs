@@ -1,0 +1,497 @@
+//! Into this host: out of the tunnel to a queue of the TUN, as the head of [`super`] tells.
+//!
+//! Owns what is on its way here. Whoever holds an [`Inbound`] may run it.
+
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use tracing::debug;
+
+use super::aside::{Arriving, Aside};
+use super::outbound::Outbound;
+use super::room::Room;
+use super::{BURST, BURST_BYTES, Dropped, LaneParts, Moment, ToControl, clamp};
+use crate::drops::DropReason;
+use crate::ecn;
+use crate::io::tun::TunQueue;
+use crate::io::udp::{RECV_SLOT, Received};
+use crate::join::{Joiner, Part, Stream};
+use crate::offload::{Coalescer, MAX_BIG, MAX_SUPER, Push, Reach, VnetHdr};
+use crate::packet::{Fragment, Parsed};
+use crate::peer::PeerId;
+use crate::session::OpenBatch;
+use crate::shared::Translation;
+use crate::tunnel::MAX_MESSAGE;
+use crate::wire::{Flags, Message};
+
+/// Size of the receive buffer: what is joined at most, begun anywhere in a batch. A super-packet of
+/// 64 KiB takes two sends once it is sealed, so that even it arrives in two batches.
+const fn receive_buffer(reach: Reach) -> usize {
+    match reach {
+        // Headers and tags make it a sixteenth more.
+        Reach::Here => (MAX_BIG.div_ceil(RECV_SLOT) + 2) * RECV_SLOT,
+        Reach::Further => 2 * RECV_SLOT,
+    }
+}
+
+/// Pause before more than 64 KiB are joined again after the kernel had no memory for it.
+const LONG_PAUSE: Duration = Duration::from_secs(10);
+
+/// A packet, or a part of one, that was opened.
+pub(super) struct Plain {
+    pub(super) peer: PeerId,
+    /// Where it lies in the slab.
+    pub(super) range: Range<usize>,
+    pub(super) flags: Flags,
+    stream: Stream,
+    counter: u64,
+}
+
+/// One direction of a lane: tunnel to TUN.
+pub(super) struct Inbound {
+    pub(super) parts: Arc<LaneParts>,
+    /// What was received, opened in place.
+    pub(super) slab: Box<[u8]>,
+    room: Room,
+    /// What was opened and not yet delivered.
+    opened: Vec<Plain>,
+    /// Whose packets the coalescer holds.
+    joining: PeerId,
+    coalescer: Coalescer,
+    /// One for each peer, so that none has to make room for another.
+    joiners: Vec<Joiner>,
+    /// When more than 64 KiB are joined again.
+    long_again: Option<Instant>,
+    /// For packets out of the ordinary.
+    pub(super) aside: Aside<Arriving>,
+    /// Takes answers back into the tunnel.
+    pub(super) answering: Outbound,
+}
+
+impl Inbound {
+    /// With nothing on its way.
+    pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
+        Self {
+            slab: vec![0; receive_buffer(parts.reach)].into_boxed_slice(),
+            room: Room::new(receive_buffer(parts.reach)),
+            opened: Vec::new(),
+            joining: PeerId(0),
+            coalescer: Coalescer::new(parts.uso, parts.reach),
+            joiners: (0..parts.counters.peers.len())
+                .map(|_| Joiner::default())
+                .collect(),
+            long_again: None,
+            aside: Aside::new(now),
+            answering: Outbound::new(Arc::clone(&parts), now),
+            parts,
+        }
+    }
+
+    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may wait.
+    pub(super) fn drain(&mut self, moment: Moment<'_>) -> bool {
+        let (mut more, mut batches, mut bytes) = (true, 0, 0);
+        while batches < BURST && bytes < BURST_BYTES {
+            let start = self.make_room(moment);
+            match self.parts.udp.recv(&mut self.slab[start..][..RECV_SLOT]) {
+                Ok(received) => {
+                    (batches, bytes) = (batches + 1, bytes + received.len);
+                    self.room.took(start, received.len);
+                    self.open_all(moment, start, &received);
+                }
+                Err(error) => {
+                    // An error that was queued on the socket is gone once it was told; whatever
+                    // else it was, waiting for the next datagram is right.
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        debug!(%error, "receiving failed");
+                    }
+                    more = false;
+                    break;
+                }
+            }
+        }
+        self.flush(moment);
+        more
+    }
+
+    /// Where the next batch may be received to; what is in the way is written first.
+    fn make_room(&mut self, moment: Moment<'_>) -> usize {
+        self.room
+            .next(self.coalescer.held_from())
+            .unwrap_or_else(|| {
+                self.flush(moment);
+                0
+            })
+    }
+
+    /// Opens every datagram of the batch at `base`, then delivers what was in them.
+    fn open_all(&mut self, moment: Moment<'_>, base: usize, received: &Received) {
+        let mut opened = std::mem::take(&mut self.opened);
+        // The lock of a replay window is taken once a batch and is free again before anything is
+        // written.
+        let mut opening = None;
+        let mut start = base;
+        while start < base + received.len {
+            let end = (base + received.len).min(start + received.stride);
+            match self.open(moment, &mut opening, start..end, received) {
+                Ok(Some(plain)) => opened.push(plain),
+                Ok(None) => {}
+                Err(drop) => self.parts.count(drop),
+            }
+            start = end;
+        }
+        drop(opening);
+        for plain in opened.drain(..) {
+            let result = if plain.flags.has(Flags::CONTINUES) || plain.flags.has(Flags::MORE) {
+                self.join(moment, &plain, received.ecn)
+            } else {
+                self.deliver(moment, &plain, received.ecn)
+            };
+            if let Err(drop) = result {
+                self.parts.count(drop);
+            }
+        }
+        self.opened = opened;
+    }
+
+    /// Opens the datagram in `self.slab[range]`; what is not a packet goes to the control task.
+    fn open<'v>(
+        &mut self,
+        moment: Moment<'v>,
+        opening: &mut Option<(u32, OpenBatch<'v>)>,
+        range: Range<usize>,
+        received: &Received,
+    ) -> Result<Option<Plain>, Dropped> {
+        let datagram = &mut self.slab[range.clone()];
+        let data = match Message::parse(datagram)? {
+            Message::Data(data) => data,
+            Message::Initiation(_) | Message::Response(_) => {
+                let admitted = self.parts.shared.door.admit(datagram)?;
+                self.parts.tell(ToControl::Handshake {
+                    path: received.path,
+                    admitted,
+                })?;
+                return Ok(None);
+            }
+        };
+        let current;
+        let (session, opened) = match moment.view.sessions.get(&data.receiver) {
+            Some(session) => {
+                if opening
+                    .as_ref()
+                    .is_none_or(|(index, _)| *index != data.receiver)
+                {
+                    // Let go of one session's window before another's is taken.
+                    *opening = None;
+                }
+                let (_, batch) =
+                    opening.get_or_insert_with(|| (data.receiver, session.open_batch()));
+                (session, batch.open(data, datagram))
+            }
+            None => {
+                // It may have been agreed since this wake-up began.
+                current = self.parts.shared.view.load();
+                let session = current.sessions.get(&data.receiver);
+                let session = session.ok_or(DropReason::SessionUnknown)?;
+                (session, session.open(data, datagram))
+            }
+        };
+        let peer = session.peer();
+        let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
+        session.activity().heard(moment.now);
+        let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
+        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
+        if opened.flags.has(Flags::CONTROL) {
+            let length = plaintext.len().min(MAX_MESSAGE);
+            self.parts.tell(ToControl::Control {
+                session: Arc::clone(session),
+                // One that was held up on the way says where the peer was, not where it is.
+                heard_from: (opened.first || moved).then_some(received.path),
+                message: self.slab[plaintext][..length].to_vec(),
+            })?;
+            return Ok(None);
+        }
+        if opened.first || moved {
+            // If the control task is too busy now, the next datagram tells it.
+            let _ = self.parts.tell(ToControl::Heard {
+                session: Arc::clone(session),
+                path: received.path,
+            });
+        }
+        Ok(Some(Plain {
+            peer,
+            range: plaintext,
+            flags: opened.flags,
+            stream: Stream {
+                session: data.receiver,
+                lane: opened.lane,
+            },
+            counter: opened.counter,
+        }))
+    }
+
+    /// Takes a part of a packet, and delivers the packet once all of it is here.
+    fn join(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+        // What came before it goes first.
+        self.flush(moment);
+        let part = Part {
+            counter: plain.counter,
+            continues: plain.flags.has(Flags::CONTINUES),
+            more: plain.flags.has(Flags::MORE),
+            bytes: &self.slab[plain.range.clone()],
+        };
+        let partial = plain.flags.has(Flags::CSUM_PARTIAL);
+        let joiner = &mut self.joiners[usize::from(plain.peer.0)];
+        let result = match joiner.push(plain.stream, part) {
+            None => Ok(()),
+            Some(packet) => {
+                let how = Arriving {
+                    peer: plain.peer,
+                    partial,
+                    outer_ecn,
+                };
+                self.aside.pass_in(&self.parts, moment, packet, how)
+            }
+        };
+        self.send_answer(moment);
+        let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
+        self.parts.shared.peer_drops[usize::from(plain.peer.0)]
+            .add(DropReason::JoinIncomplete, incomplete);
+        result
+    }
+
+    /// Joins a packet to the one before it, if it continues it.
+    fn deliver(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+        let known = |reason| Dropped::of(plain.peer, reason);
+        let range = plain.range.clone();
+        let partial = plain.flags.has(Flags::CSUM_PARTIAL);
+        if plain.peer == self.joining
+            && self.parts.tso
+            && ecn::changes_nothing(outer_ecn)
+            && self.coalescer.follow(&self.slab, range.clone(), partial)
+        {
+            return Ok(());
+        }
+        let packet = &mut self.slab[range.clone()];
+        let parsed = Parsed::parse(packet).map_err(known)?;
+        if parsed.fragment() != Fragment::None {
+            return self.deliver_piece(moment, plain, outer_ecn);
+        }
+        ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
+        if plain.peer != self.joining || !self.parts.tso {
+            self.flush(moment);
+            self.joining = plain.peer;
+        }
+        let pushed = self
+            .coalescer
+            .push(&self.slab, range.clone(), &parsed, partial);
+        if pushed == Push::MustFlush {
+            self.flush(moment);
+            // Into what is empty now everything goes.
+            let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
+        }
+        Ok(())
+    }
+
+    /// Rewrites what was joined and writes it to the TUN.
+    pub(super) fn flush(&mut self, moment: Moment<'_>) {
+        let peer = self.joining;
+        let Some(joined) = self.coalescer.finish(&mut self.slab) else {
+            return;
+        };
+        let packets = joined.packets;
+        let bytes = joined.parsed.total() + (packets - 1) * joined.parsed.payload();
+        let mut parsed = joined.parsed;
+        let head = &mut self.slab[joined.parts[0].clone()];
+        if let Err(drop) = route_in(&self.parts, moment, peer, head, &mut parsed, joined.partial) {
+            let how = Arriving {
+                peer,
+                partial: joined.partial,
+                outer_ecn: 0,
+            };
+            let refused = (self.aside).refuse_in(&self.parts, moment, head, &parsed, how, drop);
+            if let Err(drop) = refused {
+                self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
+            }
+            return self.send_answer(moment);
+        }
+        let (vnet, joined_partial) = (joined.vnet.to_bytes(), joined.partial);
+        let result = match write_whole(&self.parts.tun, &vnet, &self.slab, joined.parts) {
+            Ok(None) => Ok(()),
+            Ok(Some(error)) => {
+                if parsed.total() > MAX_SUPER {
+                    self.stay_short(moment.now, &error);
+                }
+                self.write_apart(parsed.total(), joined_partial)
+            }
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(()) => self.parts.counters.peers[usize::from(peer.0)]
+                .rx
+                .add(packets, bytes),
+            Err(error) => {
+                debug!(%error, "the TUN refused a packet");
+                self.parts.shared.peer_drops[usize::from(peer.0)]
+                    .add(DropReason::TunWriteFailed, packets as u64);
+            }
+        }
+    }
+
+    /// Joins no more than 64 KiB: for good if this kernel's TUN takes no more, for a while if the kernel
+    /// has no memory in pieces as large as that.
+    #[cold]
+    fn stay_short(&mut self, now: Instant, error: &io::Error) {
+        let passes = matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS));
+        self.long_again = passes.then_some(now + LONG_PAUSE);
+        self.coalescer.set_reach(Reach::Further);
+        self.parts.counters.big_tcp_refused.store(true, Relaxed);
+        debug!(%error, "the TUN takes no more than 64 KiB");
+    }
+
+    /// Writes what the kernel did not take whole: what is longer than 64 KiB in such super-packets, what
+    /// is not packet by packet.
+    #[cold]
+    fn write_apart(&mut self, total: usize, partial: bool) -> io::Result<()> {
+        let fallbacks = &self.parts.counters.tun_gso_fallbacks;
+        fallbacks.store(fallbacks.load(Relaxed) + 1, Relaxed);
+        let (vnet, parts) = self.coalescer.unjoin(&mut self.slab);
+        if total <= MAX_SUPER {
+            return write_singly(&self.parts.tun, vnet, &self.slab, parts);
+        }
+        let parts = parts.to_vec();
+        let mut shorter = Coalescer::new(self.parts.uso, Reach::Further);
+        for part in parts {
+            let parsed = Parsed::parse(&self.slab[part.clone()]);
+            // It was parsed before, and its head only rewritten since.
+            let parsed = parsed.map_err(|_| io::ErrorKind::InvalidData)?;
+            let push = shorter.push(&self.slab, part.clone(), &parsed, partial);
+            if push == Push::MustFlush {
+                write_joined(&self.parts.tun, &mut shorter, &mut self.slab)?;
+                let _ = shorter.push(&self.slab, part, &parsed, partial);
+            }
+        }
+        write_joined(&self.parts.tun, &mut shorter, &mut self.slab)
+    }
+
+    /// Lets fragments expire, and joins more than 64 KiB again once it is time.
+    pub(super) fn tick(&mut self, now: Instant) {
+        self.expire_pieces(now);
+        self.answering.tick(now);
+        if self.long_again.is_some_and(|at| at <= now) {
+            self.long_again = None;
+            self.coalescer.set_reach(self.parts.reach);
+            self.parts.counters.big_tcp_refused.store(false, Relaxed);
+        }
+    }
+}
+
+/// Rewrites one packet that was not joined with others and writes it to the TUN.
+pub(super) fn pass_in(
+    parts: &LaneParts,
+    moment: Moment<'_>,
+    peer: PeerId,
+    packet: &mut [u8],
+    partial: bool,
+    outer_ecn: u8,
+) -> Result<(), Dropped> {
+    let known = |reason| Dropped::of(peer, reason);
+    let mut parsed = Parsed::parse(packet).map_err(known)?;
+    ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
+    let vnet = VnetHdr::single(&parsed, partial).to_bytes();
+    route_in(parts, moment, peer, packet, &mut parsed, partial)?;
+    let packet = &packet[..parsed.total()];
+    parts
+        .tun
+        .send(&[IoSlice::new(&vnet), IoSlice::new(packet)])
+        .map_err(|error| {
+            debug!(%error, "the TUN refused a packet");
+            known(DropReason::TunWriteFailed)
+        })?;
+    parts.counters.peers[usize::from(peer.0)]
+        .rx
+        .add(1, packet.len());
+    Ok(())
+}
+
+/// Writes what was joined, packet by packet if the kernel does not take it whole.
+fn write_joined(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -> io::Result<()> {
+    let Some(joined) = coalescer.finish(slab) else {
+        return Ok(());
+    };
+    if write_whole(tun, &joined.vnet.to_bytes(), slab, joined.parts)?.is_none() {
+        return Ok(());
+    }
+    let (vnet, parts) = coalescer.unjoin(slab);
+    write_singly(tun, vnet, slab, parts)
+}
+
+/// Writes a packet of these parts; if the kernel did not take it whole but may take its parts, what it
+/// said.
+fn write_whole(
+    tun: &TunQueue,
+    vnet: &[u8],
+    slab: &[u8],
+    parts: &[Range<usize>],
+) -> io::Result<Option<io::Error>> {
+    match tun.send_joined(vnet, slab, parts) {
+        Ok(()) => Ok(None),
+        Err(error) if parts.len() > 1 && is_too_much(&error) => Ok(Some(error)),
+        Err(error) => Err(error),
+    }
+}
+
+fn write_singly(
+    tun: &TunQueue,
+    vnet: VnetHdr,
+    slab: &[u8],
+    parts: &[Range<usize>],
+) -> io::Result<()> {
+    let vnet = vnet.to_bytes();
+    parts
+        .iter()
+        .try_for_each(|part| tun.send(&[IoSlice::new(&vnet), IoSlice::new(&slab[part.clone()])]))
+}
+
+/// Whether the kernel may take in parts what it did not take whole.
+fn is_too_much(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINVAL | libc::EMSGSIZE | libc::ENOMEM | libc::ENOBUFS)
+    )
+}
+
+/// Checks and rewrites a packet, or the head of a super-packet, that came out of the tunnel.
+fn route_in(
+    parts: &LaneParts,
+    moment: Moment<'_>,
+    peer: PeerId,
+    packet: &mut [u8],
+    parsed: &mut Parsed,
+    partial: bool,
+) -> Result<(), Dropped> {
+    match &parts.shared.translation {
+        Translation::Old(gates) => gates[usize::from(peer.0)]
+            .check_returning(moment.now, parsed, packet)
+            .and_then(|()| parsed.decrement_ttl(packet))
+            .and_then(|()| fits_link(packet, parsed, moment.view.hop.mtu)),
+        Translation::New(translator) => {
+            translator.inbound(moment.now, peer, packet, parsed, partial)
+        }
+    }
+    .map_err(|reason| Dropped::of(peer, reason))?;
+    clamp(packet, parsed, moment.view.peer(peer).mtu, partial);
+    Ok(())
+}
+
+/// Whether a packet, or each that the head of a super-packet stands for, fits the link to the clients:
+/// on the way there nobody else looks.
+#[inline]
+fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReason> {
+    if packet.len().min(parsed.total()) > mtu && mtu > 0 {
+        return Err(DropReason::TooBig);
+    }
+    Ok(())
+}

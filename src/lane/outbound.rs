@@ -1,0 +1,325 @@
+//! Out of this host: from a queue of the TUN into the tunnel, as the head of [`super`] tells.
+//!
+//! Owns what is on its way there. Whoever holds an [`Outbound`] may run it; two of one lane, of which
+//! one only answers, never use a counter twice, for those are given out by the session.
+
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tracing::debug;
+
+use super::aside::Aside;
+use super::{BURST, BURST_BYTES, DEVICE_DOWN_PAUSE, Dropped, LaneParts, Moment, clamp};
+use crate::batch::{Destination, SendBatch};
+use crate::drops::DropReason;
+use crate::ecn;
+use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
+use crate::io::udp::UdpSocket;
+use crate::offload::{Offload, Segments, VnetHdr};
+use crate::packet::{Fragment, Parsed};
+use crate::peer::PeerId;
+use crate::session::Sealer;
+use crate::shared::Translation;
+use crate::translate::{Gate, Verdict};
+use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
+
+/// One direction of a lane: TUN to tunnel.
+pub(super) struct Outbound {
+    pub(super) parts: Arc<LaneParts>,
+    /// What was read from the TUN.
+    pub(super) frame: Box<[u8]>,
+    /// What is about to be sent.
+    batch: SendBatch,
+    /// Where a packet that is split is put together first.
+    scratch: Box<[u8]>,
+    /// For packets out of the ordinary.
+    pub(super) aside: Aside<()>,
+}
+
+impl Outbound {
+    /// With nothing on its way.
+    pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
+        Self {
+            parts,
+            frame: vec![0; MAX_FRAME].into_boxed_slice(),
+            batch: SendBatch::new(),
+            scratch: vec![0; MAX_FRAME].into_boxed_slice(),
+            aside: Aside::new(now),
+        }
+    }
+
+    /// Takes what waits at the TUN into the tunnel, up to a turn's worth; whether more may wait.
+    pub(super) fn drain(&mut self, moment: Moment<'_>) -> Result<bool, String> {
+        let (mut frames, mut bytes) = (0, 0);
+        let result = loop {
+            match self.parts.tun.recv(&mut self.frame) {
+                Ok(len) => {
+                    let result = self.route(moment, len);
+                    if result.is_err() || self.aside.has_news() {
+                        self.after_frame(moment, len, result);
+                    }
+                    (frames, bytes) = (frames + 1, bytes + len);
+                    if frames == BURST || bytes >= BURST_BYTES {
+                        break Ok(true);
+                    }
+                }
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => break Ok(false),
+                    Some(libc::EINTR) => {}
+                    // Set down by somebody: nothing to read until it is up again.
+                    Some(libc::EIO) => {
+                        std::thread::sleep(DEVICE_DOWN_PAUSE);
+                        break Ok(false);
+                    }
+                    _ => break Err(format!("the TUN interface is gone: {error}")),
+                },
+            }
+        };
+        self.flush();
+        result
+    }
+
+    /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
+    pub(super) fn route(&mut self, moment: Moment<'_>, len: usize) -> Result<(), Dropped> {
+        let (vnet, packet) = self.frame[..len]
+            .split_first_chunk_mut::<VNET_HDR_LEN>()
+            .ok_or(DropReason::IpMalformed)?;
+        let vnet = VnetHdr::read(vnet);
+        let mut parsed = Parsed::parse(packet)?;
+        if parsed.fragment() != Fragment::None {
+            self.aside.note_piece(moment, &parsed, packet)?;
+        }
+        let captured = match &self.parts.shared.translation {
+            Translation::Old(gates) => match judge(gates, moment.now, &parsed, packet)? {
+                (peer, Verdict::Carry) => Some(peer),
+                (_, Verdict::Bounce) => return self.bounce(len),
+            },
+            Translation::New(_) => None,
+        };
+        // What is bounced goes back as it came: a checksum is only finished behind this line.
+        let offload = Offload::accept(&vnet, packet, &parsed)?;
+        let partial = offload.partial();
+        let peer = match (&self.parts.shared.translation, captured) {
+            (Translation::New(translator), _) => {
+                translator.outbound(moment.now, packet, &mut parsed, partial)?
+            }
+            (Translation::Old(_), Some(peer)) => {
+                let left = parsed.decrement_ttl(packet);
+                left.map_err(|reason| Dropped::of(peer, reason))?;
+                peer
+            }
+            (Translation::Old(_), None) => return Err(DropReason::NotMoved.into()),
+        };
+        let view = moment.view.peer(peer);
+        let (Some(session), Some(path)) = (&view.session, view.path) else {
+            return Err(Dropped::of(peer, DropReason::NoSession));
+        };
+        clamp(packet, &parsed, view.mtu, partial);
+        let destination = Destination {
+            peer,
+            path,
+            ecn: ecn::inner(packet, &parsed),
+        };
+        let segments = Segments::new(offload, packet, &parsed, view.mtu);
+        let counters = &self.parts.counters.peers[usize::from(peer.0)].tx;
+        let mut sealing = Sealing {
+            batch: &mut self.batch,
+            udp: &self.parts.udp,
+            sealer: session
+                .sealer(self.parts.number)
+                .ok_or(Dropped::of(peer, DropReason::NoSession))?,
+            destination,
+            mtu: view.mtu,
+            split: self.parts.split,
+            refused: 0,
+        };
+        let sealed = sealing.seal_all(segments, &mut self.scratch);
+        let refused = sealing.refused;
+        session.activity().sent(moment.now);
+        counters.add(sealed.packets, sealed.bytes);
+        self.parts.shared.peer_drops[usize::from(peer.0)].add(DropReason::SendFailed, refused);
+        match sealed.stopped {
+            None => Ok(()),
+            Some(reason) => Err(Dropped::of(peer, reason)),
+        }
+    }
+
+    /// Gives a packet that was captured with others, but has not moved, back to this host's stack.
+    fn bounce(&self, len: usize) -> Result<(), Dropped> {
+        self.parts
+            .tun
+            .send(&[IoSlice::new(&self.frame[..len])])
+            .map_err(|_| DropReason::TunWriteFailed.into())
+    }
+
+    /// Sends what waits in the batch.
+    pub(super) fn flush(&mut self) {
+        let refused = flush(&mut self.batch, &self.parts.udp);
+        if let Some((peer, datagrams)) = refused {
+            self.parts.shared.peer_drops[usize::from(peer.0)]
+                .add(DropReason::SendFailed, datagrams);
+        }
+    }
+}
+
+/// Cuts one packet, however long, and seals the pieces into the batch.
+pub(super) struct Sealing<'a> {
+    pub(super) batch: &'a mut SendBatch,
+    udp: &'a UdpSocket,
+    pub(super) sealer: &'a Sealer,
+    pub(super) destination: Destination,
+    /// Largest plaintext of one datagram.
+    pub(super) mtu: usize,
+    /// What is larger may go in several.
+    split: bool,
+    /// Datagrams that the kernel did not take.
+    refused: u64,
+}
+
+/// What became of the pieces.
+#[derive(Default)]
+pub(super) struct Sealed {
+    pub(super) packets: usize,
+    pub(super) bytes: usize,
+    /// Why not all of them were sealed.
+    stopped: Option<DropReason>,
+}
+
+impl Sealing<'_> {
+    fn seal_all(&mut self, mut segments: Segments<'_>, scratch: &mut [u8]) -> Sealed {
+        let mut sealed = Sealed::default();
+        // The first segment is the longest.
+        let result = if segments.next_len().is_some_and(|len| len <= self.mtu) {
+            self.seal_segments(&mut segments, &mut sealed)
+        } else if self.split {
+            self.seal_splits(&mut segments, scratch, &mut sealed)
+        } else {
+            self.seal_cuts(&mut segments, scratch, &mut sealed)
+        };
+        sealed.stopped = result.err();
+        sealed
+    }
+
+    /// One datagram a packet: each is written where it is sealed and sent from.
+    fn seal_segments(
+        &mut self,
+        segments: &mut Segments<'_>,
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
+        let sealer = self.sealer;
+        let counters = sealer.reserve(segments.remaining() as u32);
+        for counter in counters.ok_or(DropReason::NoSession)? {
+            let Some(len) = segments.next_len() else {
+                break;
+            };
+            let slot = self.slot(len);
+            let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
+                break;
+            };
+            sealer
+                .seal(counter, checksum_flag(segment.csum_partial), slot)
+                .map_err(|_| DropReason::TooBig)?;
+            self.batch.commit(len + DATA_OVERHEAD, self.destination);
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
+        Ok(())
+    }
+
+    /// Several datagrams a packet.
+    fn seal_splits(
+        &mut self,
+        segments: &mut Segments<'_>,
+        scratch: &mut [u8],
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
+        while let Some(len) = segments.next_len() {
+            let Some(segment) = segments.next_into(scratch) else {
+                break;
+            };
+            self.seal_parts(&scratch[..segment.len], checksum_flag(segment.csum_partial))?;
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
+        Ok(())
+    }
+
+    /// One packet in several datagrams of equal length, which suits the batch.
+    pub(super) fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
+        let count = packet.len().div_ceil(self.mtu);
+        let size = packet.len().div_ceil(count);
+        let counters = self.sealer.reserve(count as u32);
+        let counters = counters.ok_or(DropReason::NoSession)?;
+        for (index, (part, counter)) in packet.chunks(size).zip(counters).enumerate() {
+            let mut flags = all;
+            if index > 0 {
+                flags = flags.with(Flags::CONTINUES);
+            }
+            if index + 1 < count {
+                flags = flags.with(Flags::MORE);
+            }
+            let sealer = self.sealer;
+            let slot = self.slot(part.len());
+            slot[DATA_HEADER_LEN..][..part.len()].copy_from_slice(part);
+            sealer
+                .seal(counter, flags, slot)
+                .map_err(|_| DropReason::TooBig)?;
+            self.batch
+                .commit(part.len() + DATA_OVERHEAD, self.destination);
+        }
+        Ok(())
+    }
+
+    /// Room in the batch for a plaintext of `len` bytes; what is in the way is sent first.
+    pub(super) fn slot(&mut self, len: usize) -> &mut [u8] {
+        let len = len + DATA_OVERHEAD;
+        if !self.batch.fits(len, &self.destination)
+            && let Some((_, datagrams)) = flush(self.batch, self.udp)
+        {
+            self.refused += datagrams;
+        }
+        self.batch.slot(len)
+    }
+}
+
+/// Finds the peer that a captured packet's destination moved to.
+fn judge(
+    gates: &[Gate],
+    now: Instant,
+    parsed: &Parsed,
+    packet: &[u8],
+) -> Result<(PeerId, Verdict), DropReason> {
+    let mut outcome = Err(DropReason::NotMoved);
+    for (index, gate) in gates.iter().enumerate() {
+        let peer = PeerId(index as u16);
+        match gate.check_captured(now, parsed, packet) {
+            Ok(Verdict::Carry) => return Ok((peer, Verdict::Carry)),
+            // Another part of the address may have moved to another peer.
+            Ok(Verdict::Bounce) => outcome = Ok((peer, Verdict::Bounce)),
+            Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
+            Err(_) => {}
+        }
+    }
+    outcome
+}
+
+pub(super) fn checksum_flag(partial: bool) -> Flags {
+    if partial {
+        Flags::CSUM_PARTIAL
+    } else {
+        Flags::NONE
+    }
+}
+
+/// Sends the batch; tells whose it was and how many datagrams were in it if the kernel refused any.
+fn flush(batch: &mut SendBatch, udp: &UdpSocket) -> Option<(PeerId, u64)> {
+    let (destination, bytes, stride, count) = batch.take()?;
+    match udp.send(&destination.path, destination.ecn, bytes, stride) {
+        Ok(()) => None,
+        Err(error) => {
+            debug!(%error, "sending failed");
+            Some((destination.peer, count as u64))
+        }
+    }
+}
