@@ -22,8 +22,8 @@ mod aside;
 mod inbound;
 mod outbound;
 mod room;
+mod second;
 
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +31,10 @@ use std::time::{Duration, Instant};
 use inbound::Inbound;
 use outbound::Outbound;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+pub use second::Crowd;
+use second::{LONG_WINDOW, Load, Second};
 use tokio::sync::mpsc;
+use tracing::debug;
 
 use crate::drops::DropReason;
 use crate::io::tun::TunQueue;
@@ -133,7 +136,11 @@ pub struct LaneParts {
 pub struct Lane {
     parts: Arc<LaneParts>,
     outbound: Outbound,
-    inbound: Inbound,
+    /// `None` while the second thread has it.
+    inbound: Option<Box<Inbound>>,
+    /// `None` where it could not be started.
+    second: Option<Second>,
+    load: Load,
     ticked: Instant,
 }
 
@@ -143,11 +150,13 @@ struct Ready {
     tun: bool,
     udp: bool,
     stop: bool,
+    /// The second thread has laid down what it was given.
+    back: bool,
 }
 
 impl Ready {
     fn any(self) -> bool {
-        self.tun || self.udp || self.stop
+        self.tun || self.udp || self.stop || self.back
     }
 
     fn or(self, other: Self) -> Self {
@@ -155,6 +164,7 @@ impl Ready {
             tun: self.tun || other.tun,
             udp: self.udp || other.udp,
             stop: self.stop || other.stop,
+            back: self.back || other.back,
         }
     }
 }
@@ -171,61 +181,119 @@ impl Lane {
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
     pub fn run(parts: LaneParts) {
         let (parts, now) = (Arc::new(parts), Instant::now());
+        let second = Second::start(&parts);
+        let second = second.map_err(|error| debug!(%error, "a lane has no second thread"));
         let mut lane = Self {
             outbound: Outbound::new(Arc::clone(&parts), now),
-            inbound: Inbound::new(Arc::clone(&parts), now),
+            inbound: Some(Box::new(Inbound::new(Arc::clone(&parts), now))),
+            second: second.ok(),
+            load: Load::new(now),
             ticked: now,
             parts,
         };
-        let shared = Arc::clone(&lane.parts.shared);
+        if let Err(error) = lane.carry() {
+            // The control task is gone only if the daemon is ending already.
+            let _ = (lane.parts.control).blocking_send(ToControl::Failed(error));
+        }
+        lane.load.end(&lane.parts.shared.crowd);
+        if let Some(second) = lane.second
+            && second.end().is_err()
+        {
+            debug!("the second thread of a lane had crashed");
+        }
+    }
+
+    /// Carries packets until told to stop, or until that is not possible any more.
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, thrice per wake-up
+    fn carry(&mut self) -> Result<(), String> {
+        let shared = Arc::clone(&self.parts.shared);
         let mut ready = Ready::default();
         loop {
-            // What had more than its turn's worth goes on at once, but never without asking the others.
-            let patience = if ready.any() { Duration::ZERO } else { TICK };
-            ready = match lane.wait(patience) {
-                Ok(now_ready) => ready.or(now_ready),
-                Err(error) => return lane.fail(format!("waiting for packets failed: {error}")),
-            };
+            ready = self.wait(ready)?;
             if ready.stop {
-                return;
+                return Ok(());
             }
             let view = shared.view.load_full();
             let moment = Moment {
                 now: Instant::now(),
                 view: &view,
             };
-            if ready.udp {
-                ready.udp = lane.inbound.drain(moment);
+            if ready.back {
+                ready.back = false;
+                self.take_back()?;
             }
+            ready.udp = match &mut self.inbound {
+                Some(inbound) if ready.udp => inbound.drain(moment),
+                _ => false,
+            };
+            let turned = Instant::now();
             if ready.tun {
-                ready.tun = match lane.outbound.drain(moment) {
-                    Ok(more) => more,
-                    Err(error) => return lane.fail(error),
-                };
+                ready.tun = self.outbound.drain(moment)?;
             }
-            lane.tick(moment.now);
+            self.tick(moment.now);
+            let now = Instant::now();
+            self.share(now, [now - turned, turned - moment.now]);
         }
     }
 
-    /// Waits until something is to be done, at most this long.
-    fn wait(&self, patience: Duration) -> io::Result<Ready> {
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.parts.tun.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.parts.udp.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.parts.stop.as_fd(), PollFlags::IN),
-        ];
-        let timeout = Timespec {
-            tv_sec: patience.as_secs() as i64,
-            tv_nsec: patience.subsec_nanos().into(),
+    /// Waits until something is to be done, beside what is known to wait.
+    fn wait(&self, known: Ready) -> Result<Ready, String> {
+        let parts = &self.parts;
+        // A descriptor that is not asked is replaced by one that is asked anyway.
+        let stop = parts.stop.as_fd();
+        let (udp, back) = match (&self.inbound, &self.second) {
+            (None, Some(second)) => (stop, second.is_back()),
+            _ => (parts.udp.as_fd(), stop),
         };
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(_) => Ok(Ready {
-                tun: !fds[0].revents().is_empty(),
-                udp: !fds[1].revents().is_empty(),
-                stop: !fds[2].revents().is_empty(),
-            }),
-            Err(rustix::io::Errno::INTR) => Ok(Ready::default()),
-            Err(error) => Err(error.into()),
+        let mut fds = [parts.tun.as_fd(), udp, stop, back]
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        // What had more than its turn's worth goes on at once, but never without asking the others.
+        let patience = match &self.inbound {
+            _ if known.any() => Duration::ZERO,
+            Some(_) => TICK,
+            None => LONG_WINDOW,
+        };
+        match poll(&mut fds, Some(&timespec(patience))) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(known),
+            Err(error) => return Err(format!("waiting for packets failed: {error}")),
+        }
+        let [tun, udp, stop, back] = fds.map(|fd| !fd.revents().is_empty());
+        Ok(known.or(Ready {
+            tun,
+            udp,
+            stop,
+            back,
+        }))
+    }
+
+    /// Gives one way to the second thread if both are too much for this one, and takes it back once
+    /// they are not; this thread has just spent so much on the way out and on the way into this host.
+    fn share(&mut self, now: Instant, spent: [Duration; 2]) {
+        let Some(second) = &self.second else {
+            return;
+        };
+        let crowd = &self.parts.shared.crowd;
+        let two = self.load.note(now, spent, second.awake(), crowd);
+        match self.inbound.take() {
+            Some(inbound) if two => self.inbound = second.give(inbound).err(),
+            None if !two => second.recall(),
+            as_it_is => self.inbound = as_it_is,
+        }
+    }
+
+    /// Takes what the second thread has laid down.
+    fn take_back(&mut self) -> Result<(), String> {
+        let Some(second) = &self.second else {
+            return Ok(());
+        };
+        match second.take_back() {
+            Ok(None) => Ok(()),
+            Ok(back) => {
+                self.inbound = back;
+                Ok(())
+            }
+            Err(_) => Err("the thread that takes packets out of the tunnel crashed".into()),
         }
     }
 
@@ -236,18 +304,14 @@ impl Lane {
         }
         self.ticked = now;
         self.outbound.tick(now);
-        self.inbound.tick(now);
+        if let Some(inbound) = &mut self.inbound {
+            inbound.tick(now);
+        }
         if self.parts.number == 0
             && let Translation::New(translator) = &self.parts.shared.translation
         {
             translator.expire(now, EXPIRY_BUDGET);
         }
-    }
-
-    /// Ends the lane and with it the daemon.
-    fn fail(&self, what: String) {
-        // The control task is gone only if the daemon is ending already.
-        let _ = self.parts.control.blocking_send(ToControl::Failed(what));
     }
 }
 
@@ -297,6 +361,13 @@ impl Dropped {
 impl From<DropReason> for Dropped {
     fn from(reason: DropReason) -> Self {
         Self { peer: None, reason }
+    }
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: time.subsec_nanos().into(),
     }
 }
 

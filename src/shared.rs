@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use arc_swap::ArcSwap;
 
 use crate::drops::Drops;
+use crate::lane::Crowd;
 use crate::packet::Family;
 use crate::peer::{Path, PeerId};
 use crate::session::{Door, Session};
@@ -32,6 +33,8 @@ pub struct Shared {
     pub peer_drops: Vec<Drops>,
     /// What of each peer waits for the control task.
     pub waiting: Vec<Waiting>,
+    /// How many lanes have more to do than one thread can.
+    pub crowd: Crowd,
 }
 
 /// What one peer may have waiting for the control task, so that a flood in one peer's name never
@@ -182,7 +185,6 @@ pub struct LaneCounters {
 
 /// What one lane carried for one peer.
 #[derive(Default)]
-#[repr(align(64))]
 pub struct PeerCounters {
     /// Out of the tunnel.
     pub rx: TrafficCounter,
@@ -190,8 +192,9 @@ pub struct PeerCounters {
     pub tx: TrafficCounter,
 }
 
-/// IP packets and their bytes.
+/// IP packets and their bytes. Aligned so that two threads, one for each way, do not share a cache line.
 #[derive(Default)]
+#[repr(align(64))]
 pub struct TrafficCounter {
     packets: AtomicU64,
     bytes: AtomicU64,
@@ -209,12 +212,10 @@ impl LaneCounters {
 }
 
 impl TrafficCounter {
-    /// Counts packets that were carried. Only the owning lane writes.
+    /// Counts packets that were carried.
     pub fn add(&self, packets: usize, bytes: usize) {
-        self.packets
-            .store(self.packets.load(Relaxed) + packets as u64, Relaxed);
-        self.bytes
-            .store(self.bytes.load(Relaxed) + bytes as u64, Relaxed);
+        self.packets.fetch_add(packets as u64, Relaxed);
+        self.bytes.fetch_add(bytes as u64, Relaxed);
     }
 
     /// Adds what was counted to `total`.

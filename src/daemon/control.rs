@@ -29,7 +29,7 @@ use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS, UdpSocket};
 use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, keep};
-use crate::lane::{Lane, LaneParts, ToControl};
+use crate::lane::{Crowd, Lane, LaneParts, ToControl};
 use crate::moved::Move;
 use crate::offload::Reach;
 use crate::peer::{Path, PeerId, Role};
@@ -109,6 +109,7 @@ async fn carry(
         drops: Drops::default(),
         peer_drops: config.peers.iter().map(|_| Drops::default()).collect(),
         waiting: config.peers.iter().map(|_| Waiting::default()).collect(),
+        crowd: Crowd::new(std::thread::available_parallelism().map_or(1, usize::from)),
     });
     let udp = sockets[0].try_clone().map_err(failed)?;
     let tso = !config.without.contains(&Offload::TunGso);
