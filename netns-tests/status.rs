@@ -57,6 +57,24 @@ fn the_json_is_the_schema_of_the_contract() -> Result {
 }
 
 #[test]
+fn a_cipher_named_on_one_server_is_used_on_both() -> Result {
+    for cipher in ["aes-256-gcm", "chacha20-poly1305", "aegis-256x4"] {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?.args(Role::Old, &["--cipher", cipher]);
+        let _application = Service::start(lab.new_server(), NEW)?;
+        let daemons = setup.start_both()?;
+        lab.client().upload(MOVED, MEGABYTE)?;
+        lab.client().download(MOVED, MEGABYTE)?;
+        for daemon in [&daemons.old, &daemons.new] {
+            let status = daemon.status()?;
+            assert_eq!(status.tunnel()["cipher"], cipher);
+            assert_eq!(status.drops("open_auth"), 0);
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_text_says_the_same_to_people() -> Result {
     moved(|on| {
         for (role, peer) in [(Role::Old, NEW), (Role::New, OLD)] {

@@ -109,12 +109,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub max_flows: Option<u32>,
 
-    /// Threads that carry packets, each with a queue and a socket of its own. [default: half of the
-    /// processors, at most 8]
+    /// Lanes: each carries packets with a thread, a queue and a socket of its own. [default: one for each
+    /// processor, at most 8]
     #[arg(long, value_name = "N")]
     pub lanes: Option<u8>,
 
-    /// Cipher of the tunnel. [default: auto, the faster of those that both servers have in hardware]
+    /// Cipher of the tunnel: auto, aes-256-gcm, chacha20-poly1305, or aegis-256x4, which is faster but not
+    /// a standard yet; named on one server, it is used on both. [default: auto, the faster standard one]
     #[arg(long, value_name = "CIPHER")]
     pub cipher: Option<CipherPolicy>,
 

@@ -133,7 +133,7 @@ impl Bed {
 
 fn offer() -> Offer {
     Offer {
-        policy: CipherPolicy::Auto,
+        ciphers: CipherPolicy::Auto.into(),
         aes_hardware: true,
     }
 }

@@ -18,7 +18,7 @@
 //!
 //! Secrets are wiped when done: the PSK and what is derived from it by `zeroize`; the state of a
 //! handshake, which snow does not wipe, in `session::noise`; AEAD keys by AWS-LC, whose
-//! `OPENSSL_free` cleanses each allocation it gives back. Copies that the compiler left in dead stack
+//! `OPENSSL_free` cleanses each allocation it gives back, those of AEGIS by `zeroize`. Copies that the compiler left in dead stack
 //! frames are out of reach, as in every program.
 
 use std::collections::HashSet;
@@ -29,9 +29,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use aws_lc_rs::aead::{
-    AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey,
-};
+use aegis::aegis256x4::Aegis256X4;
+use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::hkdf;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -59,12 +58,12 @@ pub const KEY_LEN: usize = 32;
 /// that is 2^34.5 blocks, which leaves an attacker an advantage of about 2^-60 over a random function
 /// (Luykx and Paterson, "Limits on authenticated encryption use in TLS", 2017).
 const REKEY_AFTER_AES: u64 = 1 << 28;
-/// The same for ChaCha20-Poly1305, where only the counter's width matters: WireGuard's number.
-const REKEY_AFTER_CHACHA: u64 = 1 << 60;
+/// The same for the others, where only the counter's width matters: WireGuard's number.
+const REKEY_AFTER_OTHERS: u64 = 1 << 60;
 /// Sixteen times [`REKEY_AFTER_AES`]: more than 20 million datagrams a second for the life of a session.
 const REJECT_AFTER_AES: u64 = 1 << 32;
 /// Leaves room above, so that no number of lanes that run into the limit can make the counter wrap.
-const REJECT_AFTER_CHACHA: u64 = 1 << 62;
+const REJECT_AFTER_OTHERS: u64 = 1 << 62;
 /// Added to a lane's counter when its session has ended: every reservation fails from then on.
 const RETIRED: u64 = 1 << 63;
 
@@ -294,14 +293,21 @@ pub enum Cipher {
     Aes256Gcm,
     /// ChaCha20-Poly1305.
     ChaCha20Poly1305,
+    /// AEGIS-256X4 (draft-irtf-cfrg-aegis-aead), three times as fast again where the processor has
+    /// instructions for AES on long vectors. Not a standard yet, so only for those who ask for it.
+    Aegis256X4,
 }
 
 impl Cipher {
+    /// All there are.
+    const ALL: [Self; 3] = [Self::Aes256Gcm, Self::ChaCha20Poly1305, Self::Aegis256X4];
+
     /// The name as on the command line and in `status`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Aes256Gcm => "aes-256-gcm",
             Self::ChaCha20Poly1305 => "chacha20-poly1305",
+            Self::Aegis256X4 => "aegis-256x4",
         }
     }
 
@@ -309,21 +315,14 @@ impl Cipher {
     pub(crate) fn rekey_after(self) -> u64 {
         match self {
             Self::Aes256Gcm => REKEY_AFTER_AES,
-            Self::ChaCha20Poly1305 => REKEY_AFTER_CHACHA,
+            Self::ChaCha20Poly1305 | Self::Aegis256X4 => REKEY_AFTER_OTHERS,
         }
     }
 
     fn reject_after(self) -> u64 {
         match self {
             Self::Aes256Gcm => REJECT_AFTER_AES,
-            Self::ChaCha20Poly1305 => REJECT_AFTER_CHACHA,
-        }
-    }
-
-    fn algorithm(self) -> &'static Algorithm {
-        match self {
-            Self::Aes256Gcm => &AES_256_GCM,
-            Self::ChaCha20Poly1305 => &CHACHA20_POLY1305,
+            Self::ChaCha20Poly1305 | Self::Aegis256X4 => REJECT_AFTER_OTHERS,
         }
     }
 
@@ -332,13 +331,12 @@ impl Cipher {
         match self {
             Self::Aes256Gcm => 1,
             Self::ChaCha20Poly1305 => 2,
+            Self::Aegis256X4 => 4,
         }
     }
 
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Aes256Gcm, Self::ChaCha20Poly1305]
-            .into_iter()
-            .find(|cipher| cipher.byte() == byte)
+        Self::ALL.into_iter().find(|cipher| cipher.byte() == byte)
     }
 }
 
@@ -351,28 +349,29 @@ impl fmt::Display for Cipher {
 /// Which ciphers this side allows (`--cipher`).
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum CipherPolicy {
-    /// The faster one for the two machines.
+    /// Any, but of themselves two sides choose between the standard ones, the faster for both machines.
     #[default]
     Auto,
     /// This one or no session.
     Only(Cipher),
 }
 
-/// Not one of `auto`, `aes-256-gcm`, `chacha20-poly1305`.
+/// Not one of `auto`, `aes-256-gcm`, `chacha20-poly1305`, `aegis-256x4`.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("`{0}` is not a cipher; write auto, aes-256-gcm or chacha20-poly1305")]
+#[error("`{0}` is not a cipher; write auto, aes-256-gcm, chacha20-poly1305 or aegis-256x4")]
 pub struct CipherError(String);
 
 impl FromStr for CipherPolicy {
     type Err = CipherError;
 
     fn from_str(text: &str) -> Result<Self, CipherError> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "aes-256-gcm" => Ok(Self::Only(Cipher::Aes256Gcm)),
-            "chacha20-poly1305" => Ok(Self::Only(Cipher::ChaCha20Poly1305)),
-            _ => Err(CipherError(text.into())),
+        if text == "auto" {
+            return Ok(Self::Auto);
         }
+        let named = Cipher::ALL.into_iter().find(|cipher| cipher.name() == text);
+        named
+            .map(Self::Only)
+            .ok_or_else(|| CipherError(text.into()))
     }
 }
 
@@ -397,52 +396,80 @@ impl fmt::Display for CipherPolicy {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Offer {
     /// What it allows.
-    pub policy: CipherPolicy,
+    pub ciphers: Ciphers,
     /// Whether its processor has instructions for AES and GCM.
     pub aes_hardware: bool,
+}
+
+/// A set of ciphers, none of them unknown.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ciphers(u8);
+
+impl Ciphers {
+    fn has(self, cipher: Cipher) -> bool {
+        self.0 & cipher.byte() != 0
+    }
+
+    fn all() -> Self {
+        Self(
+            Cipher::ALL
+                .iter()
+                .fold(0, |all, cipher| all | cipher.byte()),
+        )
+    }
+}
+
+impl From<CipherPolicy> for Ciphers {
+    fn from(policy: CipherPolicy) -> Self {
+        match policy {
+            CipherPolicy::Auto => Self::all(),
+            CipherPolicy::Only(cipher) => Self(cipher.byte()),
+        }
+    }
+}
+
+impl fmt::Display for Ciphers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let allowed = Cipher::ALL.into_iter().filter(|&cipher| self.has(cipher));
+        for (index, cipher) in allowed.enumerate() {
+            let comma = if index > 0 { ", " } else { "" };
+            write!(f, "{comma}{cipher}")?;
+        }
+        Ok(())
+    }
 }
 
 impl Offer {
     /// The offer of a daemon on this processor.
     pub fn of_this_machine(policy: CipherPolicy) -> Self {
         Self {
-            policy,
+            ciphers: policy.into(),
             aes_hardware: has_aes_hardware(),
         }
     }
 
-    fn allows(self, cipher: Cipher) -> bool {
-        self.policy == CipherPolicy::Auto || self.policy == CipherPolicy::Only(cipher)
-    }
-
-    /// The cipher of a session between two sides: AES where both have it in hardware, otherwise
+    /// The cipher of a session between two sides: AES-GCM where both have it in hardware, otherwise
     /// ChaCha20, otherwise what one side insists on and the other allows.
     pub fn agree(self, other: Self) -> Option<Cipher> {
-        let both = |cipher| self.allows(cipher) && other.allows(cipher);
+        use Cipher::{Aegis256X4, Aes256Gcm, ChaCha20Poly1305};
+        let both = |cipher| self.ciphers.has(cipher) && other.ciphers.has(cipher);
         let order = if self.aes_hardware && other.aes_hardware {
-            [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305]
+            [Aes256Gcm, ChaCha20Poly1305, Aegis256X4]
         } else {
-            [Cipher::ChaCha20Poly1305, Cipher::Aes256Gcm]
+            [ChaCha20Poly1305, Aes256Gcm, Aegis256X4]
         };
         order.into_iter().find(|&cipher| both(cipher))
     }
 
     fn bytes(self) -> [u8; 2] {
-        let allowed = match self.policy {
-            CipherPolicy::Auto => Cipher::Aes256Gcm.byte() | Cipher::ChaCha20Poly1305.byte(),
-            CipherPolicy::Only(cipher) => cipher.byte(),
-        };
-        [allowed, u8::from(self.aes_hardware)]
+        [self.ciphers.0, u8::from(self.aes_hardware)]
     }
 
     /// Bits that this version does not know are ciphers it cannot choose: they are passed over.
     fn from_bytes([allowed, hardware]: [u8; 2]) -> Option<Self> {
-        let policy = match allowed & 3 {
-            3 => CipherPolicy::Auto,
-            one => CipherPolicy::Only(Cipher::from_byte(one)?),
-        };
-        Some(Self {
-            policy,
+        let known = allowed & Ciphers::all().0;
+        (known != 0).then_some(Self {
+            ciphers: Ciphers(known),
             aes_hardware: hardware & 1 == 1,
         })
     }
@@ -652,8 +679,7 @@ impl Session {
         let lanes = |count: u8| (0..count).chain([CONTROL_LANE]);
         let key = |split: &[u8; KEY_LEN], lane: u8| {
             let key = derive(split, b"ipmoved v1 lane", &[&[spec.cipher.byte()], &[lane]]);
-            let unbound = UnboundKey::new(spec.cipher.algorithm(), key.as_slice()).ok()?;
-            Some(LessSafeKey::new(unbound))
+            Key::new(spec.cipher, key)
         };
         let sealers = lanes(spec.own_lanes).map(|lane| {
             Some(Sealer {
@@ -797,7 +823,7 @@ fn at_lane<T>(lanes: &[T], lane: u8) -> Option<&T> {
 /// the pair of lines that x86 fetches together.
 #[repr(align(128))]
 pub struct Sealer {
-    key: LessSafeKey,
+    key: Key,
     lane: u8,
     remote: u32,
     limit: u64,
@@ -849,13 +875,9 @@ impl Sealer {
             .split_first_chunk_mut::<DATA_HEADER_LEN>()
             .ok_or(NotSealed)?;
         let (plaintext, tag) = body.split_last_chunk_mut::<TAG_LEN>().ok_or(NotSealed)?;
-        let nonce = nonce(counter.0);
+        let nonce = counter.0;
         *header = self.header(counter, flags);
-        let sealed = self
-            .key
-            .seal_in_place_separate_tag(nonce, Aad::from(&header[..]), plaintext)
-            .map_err(|_| NotSealed)?;
-        tag.copy_from_slice(sealed.as_ref());
+        *tag = self.key.seal(nonce, header, plaintext).ok_or(NotSealed)?;
         Ok(())
     }
 
@@ -909,7 +931,7 @@ impl fmt::Debug for Sealer {
 /// Opens what one lane of the peer sent.
 #[repr(align(128))]
 struct Opener {
-    key: LessSafeKey,
+    key: Key,
     window: Mutex<Window>,
 }
 
@@ -959,9 +981,8 @@ impl OpenBatch<'_> {
             .ok_or(DropReason::WireMalformed)?;
         let length = opener
             .key
-            .open_in_place(nonce(data.counter), Aad::from(&header[..]), body)
-            .map_err(|_| DropReason::OpenAuth)?
-            .len();
+            .open(data.counter, header, body)
+            .ok_or(DropReason::OpenAuth)?;
         let fresh = self
             .window_of(data.lane, opener)
             .accept(data.counter)
@@ -998,11 +1019,68 @@ impl fmt::Debug for Opener {
     }
 }
 
-/// The counter in the last eight bytes, as WireGuard has it.
-fn nonce(counter: u64) -> Nonce {
-    let mut bytes = [0; NONCE_LEN];
-    bytes[NONCE_LEN - 8..].copy_from_slice(&counter.to_le_bytes());
-    Nonce::assume_unique_for_key(bytes)
+/// The key of one lane and direction.
+enum Key {
+    /// Wiped by AWS-LC.
+    AwsLc(LessSafeKey),
+    /// As it is: the cipher sets itself up anew for each datagram, which takes it some nanoseconds.
+    Aegis(Zeroizing<[u8; KEY_LEN]>),
+}
+
+impl Key {
+    fn new(cipher: Cipher, key: Zeroizing<[u8; KEY_LEN]>) -> Option<Self> {
+        let algorithm = match cipher {
+            Cipher::Aes256Gcm => &AES_256_GCM,
+            Cipher::ChaCha20Poly1305 => &CHACHA20_POLY1305,
+            Cipher::Aegis256X4 => return Some(Self::Aegis(key)),
+        };
+        let unbound = UnboundKey::new(algorithm, key.as_slice()).ok()?;
+        Some(Self::AwsLc(LessSafeKey::new(unbound)))
+    }
+
+    /// Encrypts `text`; gives the tag of it and of `header`. It fails for no length there is.
+    fn seal(
+        &self,
+        counter: u64,
+        header: &[u8; DATA_HEADER_LEN],
+        text: &mut [u8],
+    ) -> Option<[u8; TAG_LEN]> {
+        match self {
+            Self::AwsLc(key) => {
+                let nonce = Nonce::assume_unique_for_key(nonce(counter));
+                let tag = key.seal_in_place_separate_tag(nonce, Aad::from(header), text);
+                tag.ok()?.as_ref().try_into().ok()
+            }
+            Self::Aegis(key) => {
+                let aegis = Aegis256X4::<TAG_LEN>::new(key, &nonce(counter));
+                Some(aegis.encrypt_in_place(text, header))
+            }
+        }
+    }
+
+    /// Decrypts `text` before the tag at its end, if that is the tag of it and of `header`; its length.
+    fn open(&self, counter: u64, header: &[u8; DATA_HEADER_LEN], text: &mut [u8]) -> Option<usize> {
+        match self {
+            Self::AwsLc(key) => {
+                let nonce = Nonce::assume_unique_for_key(nonce(counter));
+                let opened = key.open_in_place(nonce, Aad::from(header), text);
+                opened.ok().map(|opened| opened.len())
+            }
+            Self::Aegis(key) => {
+                let (text, tag) = text.split_last_chunk_mut::<TAG_LEN>()?;
+                let aegis = Aegis256X4::<TAG_LEN>::new(key, &nonce(counter));
+                let opened = aegis.decrypt_in_place(text, tag, header);
+                opened.ok().map(|()| text.len())
+            }
+        }
+    }
+}
+
+/// The counter in the last eight bytes, as WireGuard has it, zeros before it.
+fn nonce<const N: usize>(counter: u64) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes[N - 8..].copy_from_slice(&counter.to_le_bytes());
+    bytes
 }
 
 /// HKDF-SHA256 (RFC 5869) to one key.
@@ -1203,7 +1281,7 @@ pub(crate) mod tests {
         Ok((opened, plaintext))
     }
 
-    const CIPHERS: [Cipher; 2] = [Cipher::Aes256Gcm, Cipher::ChaCha20Poly1305];
+    const CIPHERS: [Cipher; 3] = Cipher::ALL;
 
     #[test]
     fn a_psk_is_32_bytes_in_base64_and_never_printed() {
@@ -1240,6 +1318,27 @@ pub(crate) mod tests {
         let lane = derive(&[1; 32], b"ipmoved v1 lane", &[&[1], &[0]]);
         assert_eq!(hex(lane.as_slice()), LANE_KEY);
     }
+
+    /// The draft's test vectors of AEGIS-256X4: earlier drafts defined another cipher by this name. The
+    /// ciphertext of the second is that of 05060708, not of the 04050607 that it prints.
+    #[test]
+    fn aegis_is_that_of_the_draft() {
+        let key: [u8; 32] = std::array::from_fn(|at| at as u8);
+        let nonce: [u8; 32] = std::array::from_fn(|at| at as u8 + 16);
+        let aegis = || Aegis256X4::<TAG_LEN>::new(&key, &nonce);
+        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let tag = aegis().encrypt_in_place(&mut [], &[]);
+        assert_eq!(hex(&tag), "3b7fee6cee7bf17888ad11ed2397beb4");
+        let mut text: [u8; 120] = std::array::from_fn(|at| at as u8 % 4 + 5);
+        let tag = aegis().encrypt_in_place(&mut text, &[1, 2, 3, 4, 1, 2, 3, 4]);
+        assert_eq!(hex(&text), AEGIS_TEXT);
+        assert_eq!(hex(&tag), "ec44b512d713f745547be345bcc66b6c");
+    }
+
+    const AEGIS_TEXT: &str = "bec109547f8316d598b3b7d947ad4c0ef5b98e217cffa0d858ad49ae34109a95\
+        abc5b5fada820c4d6ae2fca0f5e2444e52a04a1edb7bec71408de3e199500521\
+        94506be3ba6a4de51a15a577ea0e4c14f7539a13e751a555f48d0f49fecffb22\
+        0525e60d381e2efa803b09b7164ba59fdc66656affd51e06";
 
     #[test]
     fn lanes_and_directions_have_keys_of_their_own() {
@@ -1413,22 +1512,19 @@ pub(crate) mod tests {
 
     #[test]
     fn offers_survive_the_wire_and_agree_the_same_from_both_sides() {
-        let policies = [
-            CipherPolicy::Auto,
-            CipherPolicy::Only(CIPHERS[0]),
-            CipherPolicy::Only(CIPHERS[1]),
-        ];
+        let only = CIPHERS.map(CipherPolicy::Only);
+        let policies = [CipherPolicy::Auto, only[0], only[1], only[2]];
         for policy in policies {
             assert_eq!(policy.to_string().parse(), Ok(policy));
             for aes_hardware in [false, true] {
                 let offer = Offer {
-                    policy,
+                    ciphers: policy.into(),
                     aes_hardware,
                 };
                 assert_eq!(Offer::from_bytes(offer.bytes()), Some(offer));
                 for policy in policies {
                     let other = Offer {
-                        policy,
+                        ciphers: policy.into(),
                         aes_hardware: true,
                     };
                     assert_eq!(offer.agree(other), other.agree(offer));
@@ -1437,9 +1533,23 @@ pub(crate) mod tests {
         }
         assert_eq!(Offer::from_bytes([0, 1]), None);
         assert_eq!(
-            Offer::from_bytes([4, 1]),
+            Offer::from_bytes([8, 1]),
             None,
             "nothing this version knows"
+        );
+        let earlier = Offer::from_bytes([3, 1]).unwrap();
+        let aegis = Offer {
+            ciphers: only[2].into(),
+            aes_hardware: true,
+        };
+        assert_eq!(
+            earlier.agree(aegis),
+            None,
+            "a version that does not know it"
+        );
+        assert_eq!(
+            earlier.ciphers.to_string(),
+            "aes-256-gcm, chacha20-poly1305"
         );
         assert!("rot13".parse::<CipherPolicy>().is_err());
     }
@@ -1450,7 +1560,7 @@ pub(crate) mod tests {
             bytes in proptest::array::uniform32(any::<u8>()),
             timestamp: u64, seen: u64, boot: u64, lanes in 1u8..,
         ) {
-            let offer = Offer { policy: CipherPolicy::Auto, aes_hardware: true };
+            let offer = Offer { ciphers: CipherPolicy::Auto.into(), aes_hardware: true };
             let hello = Hello { timestamp, seen, boot, offer, lanes };
             prop_assert_eq!(Hello::decode(&hello.encode()), Some(hello));
             let answer = Answer { boot, cipher: None, offer, lanes };

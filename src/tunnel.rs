@@ -41,8 +41,8 @@ use crate::drops::DropReason;
 use crate::peer::{Path, PeerId, Role};
 use crate::pmtu::{self, Search};
 use crate::session::{
-    Activity, Admitted, Answer, CipherPolicy, Entropy, Hello, Initiating, NoEntropy, Offer,
-    PeerKeys, Responding, Session, SessionIndexes, SessionSpec,
+    Activity, Admitted, Answer, Ciphers, Entropy, Hello, Initiating, NoEntropy, Offer, PeerKeys,
+    Responding, Session, SessionIndexes, SessionSpec,
 };
 use crate::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
@@ -233,9 +233,9 @@ pub enum Warning {
     /// The two sides allow no common cipher.
     NoCommonCipher {
         /// What this side allows.
-        ours: CipherPolicy,
+        ours: Ciphers,
         /// What the peer allows.
-        theirs: CipherPolicy,
+        theirs: Ciphers,
     },
     /// The peer announced something that this version does not understand.
     ConfigUnreadable,
@@ -256,7 +256,7 @@ impl fmt::Display for Warning {
             ),
             Self::NoCommonCipher { ours, theirs } => write!(
                 f,
-                "no common cipher: --cipher is {ours} here and {theirs} at the peer; make them agree"
+                "no common cipher: --cipher allows {ours} here and {theirs} at the peer; make them agree"
             ),
             Self::ConfigUnreadable => f.write_str(
                 "the peer announced something this version does not understand; \
@@ -1352,8 +1352,8 @@ impl Tunnel {
     }
 
     fn warn_cipher(&mut self, now: Instant, theirs: Offer) {
-        let ours = self.config.offer.policy;
-        let theirs = theirs.policy;
+        let ours = self.config.offer.ciphers;
+        let theirs = theirs.ciphers;
         self.warn(now, Warning::NoCommonCipher { ours, theirs });
     }
 

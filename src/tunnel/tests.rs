@@ -13,7 +13,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::drops::Drops;
-use crate::session::{Cipher, Door, Psk};
+use crate::session::{Cipher, CipherPolicy, Door, Psk};
 use crate::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
@@ -157,7 +157,7 @@ impl Pair {
                     role: role(side),
                     lanes: 2,
                     offer: Offer {
-                        policy: CipherPolicy::Auto,
+                        ciphers: CipherPolicy::Auto.into(),
                         aes_hardware: true,
                     },
                     endpoint: Some(addr(1 - side)),
@@ -618,6 +618,7 @@ fn the_cipher_is_the_faster_one_for_both() {
     let auto = CipherPolicy::Auto;
     let aes = CipherPolicy::Only(Cipher::Aes256Gcm);
     let chacha = CipherPolicy::Only(Cipher::ChaCha20Poly1305);
+    let aegis = CipherPolicy::Only(Cipher::Aegis256X4);
     let cases = [
         ((auto, true), (auto, true), Some(Cipher::Aes256Gcm)),
         ((auto, true), (auto, false), Some(Cipher::ChaCha20Poly1305)),
@@ -625,13 +626,16 @@ fn the_cipher_is_the_faster_one_for_both() {
         ((chacha, true), (auto, true), Some(Cipher::ChaCha20Poly1305)),
         ((auto, false), (aes, true), Some(Cipher::Aes256Gcm)),
         ((aes, true), (chacha, true), None),
+        ((auto, true), (aegis, true), Some(Cipher::Aegis256X4)),
+        ((auto, false), (aegis, false), Some(Cipher::Aegis256X4)),
+        ((aes, true), (aegis, true), None),
     ];
     for (old, new, expected) in cases {
         for (old, new) in [(old, new), (new, old)] {
             let mut pair = Pair::new(6);
             for (side, (policy, aes_hardware)) in [(OLD, old), (NEW, new)] {
                 pair.sides[side].config.offer = Offer {
-                    policy,
+                    ciphers: policy.into(),
                     aes_hardware,
                 };
                 pair.start(side);
