@@ -46,6 +46,8 @@ pub(crate) enum Kind {
     Direct,
     /// This project's binary, or another build of it.
     Ipmoved(Option<PathBuf>),
+    /// This project's binary with the cipher that has to be asked for.
+    IpmovedAegis,
     /// Way 3 in the kernel, in plaintext: the yardstick.
     Vxlan,
     /// Way 1 in the kernel: DNAT and SNAT on the old server.
@@ -60,6 +62,7 @@ impl Kind {
         let mut all = vec![Self::Ipmoved(None)];
         all.extend(against.iter().cloned().map(|exe| Self::Ipmoved(Some(exe))));
         all.extend([
+            Self::IpmovedAegis,
             Self::Vxlan,
             Self::WireGuard("wireguard-go"),
             Self::WireGuard("boringtun-cli"),
@@ -75,6 +78,7 @@ impl Kind {
             Self::Direct => "direct".into(),
             Self::Ipmoved(None) => "ipmoved".into(),
             Self::Ipmoved(Some(exe)) => format!("ipmoved {}", exe.display()),
+            Self::IpmovedAegis => "ipmoved, aegis".into(),
             Self::Vxlan => "vxlan".into(),
             Self::TwoSidedNat => "way 1".into(),
             Self::WireGuard(program) => (*program).into(),
@@ -82,6 +86,11 @@ impl Kind {
     }
 
     pub(crate) fn is_ipmoved(&self) -> bool {
+        matches!(self, Self::Ipmoved(_) | Self::IpmovedAegis)
+    }
+
+    /// Whether its time is sampled and its flow table filled: with another cipher both are alike.
+    fn is_looked_into(&self) -> bool {
         matches!(self, Self::Ipmoved(_))
     }
 
@@ -95,9 +104,12 @@ impl Kind {
         self.is_searched() || matches!(self, Self::WireGuard("wireguard-go"))
     }
 
-    /// Whether `--quick` leaves it out: one program of its sort is enough there.
+    /// Whether `--quick` leaves it out: one of its sort is enough there.
     pub(crate) fn is_left_out_when_quick(&self) -> bool {
-        matches!(self, Self::WireGuard("boringtun-cli" | "gotatun"))
+        matches!(
+            self,
+            Self::WireGuard("boringtun-cli" | "gotatun") | Self::IpmovedAegis
+        )
     }
 }
 
@@ -123,10 +135,18 @@ impl<'lab> Contender<'lab> {
     pub(crate) fn start(kind: &Kind, lab: &'lab Lab, daemon_args: &[String]) -> Result<Self> {
         let running = match kind {
             Kind::Direct => Running::Kernel,
-            Kind::Ipmoved(exe) => {
+            Kind::Ipmoved(_) | Kind::IpmovedAegis => {
                 let own = Path::new(env!("CARGO_BIN_EXE_ipmoved"));
-                let args: Vec<&str> = daemon_args.iter().map(String::as_str).collect();
-                let mut daemons = DaemonSetup::new(lab, exe.as_deref().unwrap_or(own))?
+                let exe = if let Kind::Ipmoved(Some(other)) = kind {
+                    other
+                } else {
+                    own
+                };
+                let mut args: Vec<&str> = daemon_args.iter().map(String::as_str).collect();
+                if matches!(kind, Kind::IpmovedAegis) {
+                    args.extend(["--cipher", "aegis-256x4"]);
+                }
+                let mut daemons = DaemonSetup::new(lab, exe)?
                     .args(Role::Old, &args)
                     // Room for a million half-open flows from one client, which may have a quarter
                     // of a table. Tables grow with their flows, not with this.
@@ -172,8 +192,12 @@ impl<'lab> Contender<'lab> {
         self.kind.name()
     }
 
-    pub(crate) fn is_ipmoved(&self) -> bool {
-        self.kind.is_ipmoved()
+    pub(crate) fn kind(&self) -> &Kind {
+        &self.kind
+    }
+
+    pub(crate) fn is_looked_into(&self) -> bool {
+        self.kind.is_looked_into()
     }
 
     pub(crate) fn is_searched(&self) -> bool {
@@ -192,7 +216,11 @@ impl<'lab> Contender<'lab> {
     pub(crate) fn target(&self) -> Ipv4Addr {
         match self.kind {
             Kind::Direct => NEW,
-            Kind::Ipmoved(_) | Kind::Vxlan | Kind::TwoSidedNat | Kind::WireGuard(_) => MOVED,
+            Kind::Ipmoved(_)
+            | Kind::IpmovedAegis
+            | Kind::Vxlan
+            | Kind::TwoSidedNat
+            | Kind::WireGuard(_) => MOVED,
         }
     }
 

@@ -183,15 +183,18 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     if args.flows || !args.quick {
-        for contender in contenders.iter().filter(|one| one.is_ipmoved()) {
-            eprint!("\rfilling the flow table of {:<24}", contender.name());
-            let figures = measures::many_flows(contender, &effort)
-                .with_context(|| format!("{}, many flows", contender.name()))?;
-            report.add(contender.name(), figures);
+        for few in contenders.iter().filter(|one| one.is_looked_into()) {
+            eprint!("\rfilling the flow table of {:<24}", few.name());
+            let lab = Lab::new()?;
+            let many = Contender::start(few.kind(), &lab, &daemon_args)?;
+            let figures = measures::many_flows(few, &many, &effort)
+                .with_context(|| format!("{}, many flows", few.name()))?;
+            report.add(few.name(), figures);
+            many.stop()?;
         }
     }
     if args.profile || args.page {
-        for contender in contenders.iter().filter(|one| one.is_ipmoved()) {
+        for contender in contenders.iter().filter(|one| one.is_looked_into()) {
             let name = contender.name();
             eprint!("\rprofiling {name:<50}");
             match profile::of(contender, contender.lab().dir()) {
