@@ -8,12 +8,13 @@
 
 use std::fs;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use ipmoved::lab::topology::{MOVED, NEW};
-use ipmoved::lab::{Daemon, Lab, LabError, Namespace, Service, Tap, UdpService};
+use ipmoved::lab::{Daemon, Lab, LabError, Namespace, Service, Tap, UdpService, raw};
 use ipmoved::peer::Role;
 
-use crate::stage::{MEGABYTE, Result, setup};
+use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 
 /// Connections that run side by side.
 const STREAMS: usize = 6;
@@ -90,6 +91,69 @@ fn out_of_order(host: &Namespace) -> Result<u64> {
             .and_then(|(_, value)| value.parse().ok())
             .ok_or_else(|| LabError::Unexpected("no TCPOFOQueue in netstat".into()))
     })
+}
+
+/// The way into the old server changes hands while packets go both ways, and comes back.
+#[test]
+fn a_lane_has_a_second_thread_as_long_as_it_needs_one() -> Result {
+    /// Longer than a lane is watched before the second thread has nothing to do any more.
+    const CALM: Duration = Duration::from_millis(500);
+    if thread::available_parallelism().is_ok_and(|processors| processors.get() < 2) {
+        println!("with one processor there is no second thread to be seen");
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let one = ["--lanes", "1"];
+    let setup = setup(&lab)?.args(Role::Old, &one).args(Role::New, &one);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let mut daemons = setup.start_both()?;
+    let (client, pid) = (lab.client(), daemons.old.process().id());
+    for round in 0..3 {
+        let before = second_thread(pid)?;
+        // More than a lane can seal, to a port where nobody listens.
+        let socket = client.udp_socket((MOVED, 9))?;
+        raw::set_segment(&socket, 1_000)?;
+        let asked = Instant::now();
+        while second_thread(pid)? == before {
+            // What does not fit a queue is lost, and what nobody hears is said now and then.
+            let _ = socket.send(&[0; 60_000]);
+            assert!(
+                asked.elapsed() < PATIENCE,
+                "round {round}: not seen at work"
+            );
+        }
+        client.upload(MOVED, 8 * MEGABYTE + round)?;
+        client.download(MOVED, 8 * MEGABYTE + round)?;
+        thread::sleep(CALM);
+        let before = second_thread(pid)?;
+        client.get_many(MOVED, 50)?;
+        assert_eq!(second_thread(pid)?, before, "round {round}: it sleeps");
+    }
+    for daemon in [&daemons.old, &daemons.new] {
+        assert_eq!(daemon.status()?.all_drops(), Default::default());
+    }
+    daemons.terminate()
+}
+
+/// How often the second thread of a daemon's only lane has run.
+fn second_thread(pid: u32) -> Result<u64> {
+    let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
+    for task in fs::read_dir(format!("/proc/{pid}/task")).map_err(failed)? {
+        let task = task.map_err(failed)?.path();
+        if fs::read_to_string(task.join("comm"))
+            .map_err(failed)?
+            .trim()
+            != "lane-0-in"
+        {
+            continue;
+        }
+        // Nanoseconds run, nanoseconds waited, slices (Documentation/scheduler/sched-stats.rst).
+        let text = fs::read_to_string(task.join("schedstat")).map_err(failed)?;
+        if let Some(Ok(slices)) = text.split_whitespace().nth(2).map(str::parse) {
+            return Ok(slices);
+        }
+    }
+    Err(LabError::unexpected("the lane has no second thread"))
 }
 
 #[test]

@@ -296,9 +296,9 @@ fn a_narrow_link_of_the_old_server_is_learned_by_the_application() -> Result {
 const LONG: u64 = 96 * MEGABYTE;
 const MEANWHILE: Duration = Duration::from_millis(50);
 
-/// How long such a transfer may take if it is held up once: TCP tries again after 0.2, 0.4, 0.8, 1.6 and
-/// 3.2 s, and what is left takes the rest.
-const HELD_UP: Duration = Duration::from_secs(20);
+/// How long such a transfer may take if it is held up once: TCP tries again after 0.2, 0.4, 0.8 and
+/// 1.6 s, and what is left takes the rest.
+const HELD_UP: Duration = Duration::from_secs(12);
 
 #[test]
 fn a_path_that_narrows_under_a_transfer_is_followed_when_the_router_says_so() -> Result {

@@ -506,7 +506,7 @@ impl Coalescer {
 
     /// Whether nothing waits to be finished.
     #[inline]
-    pub fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         matches!(self.state, State::Empty | State::Finished | State::Unjoined)
     }
 
@@ -644,7 +644,7 @@ impl Coalescer {
                     let flags = parsed.tcp_flags();
                     flags & !PLAIN_FLAGS == 0 && flags & ACK != 0 && flags & self.last() == 0
                 }
-                Kind::Udp => self.uso && udp_fills(packet, parsed),
+                Kind::Udp => self.uso && udp_fills(&packet[parsed.l4()..]),
                 Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => false,
             };
         self.state = if joinable { State::Open } else { State::Closed };
@@ -738,7 +738,7 @@ impl Coalescer {
             self.next_seq = self.next_seq.wrapping_add(payload as u32);
             self.last_flags |= flags;
             closes |= flags & self.last() != 0;
-        } else if usize::from(u16::from_be_bytes(field(fields, 4))) != fields.len() {
+        } else if !udp_fills(fields) {
             return None;
         }
         self.parts[self.count] = range.start + header..range.end;
@@ -847,11 +847,10 @@ fn tcp_seq(packet: &[u8], parsed: &Parsed) -> u32 {
     u32::from_be_bytes(field(packet, parsed.l4() + 4))
 }
 
-/// Whether the UDP length is that of the packet: no surplus behind the datagram.
+/// Whether the UDP length is that of the datagram up to the packet's end: no surplus behind it.
 #[inline]
-fn udp_fills(packet: &[u8], parsed: &Parsed) -> bool {
-    let len = u16::from_be_bytes(field(packet, parsed.l4() + 4));
-    usize::from(len) == parsed.total() - parsed.l4()
+fn udp_fills(datagram: &[u8]) -> bool {
+    usize::from(u16::from_be_bytes(field(datagram, 4))) == datagram.len()
 }
 
 #[cfg(test)]
@@ -916,7 +915,25 @@ mod tests {
             ranges.push(slab.len()..slab.len() + packet.len());
             slab.extend(packet);
         }
+        // A receive buffer goes on behind the last packet: headers are compared in words.
+        slab.extend([0xee; 16]);
         (slab, ranges)
+    }
+
+    #[test]
+    fn a_header_that_ends_with_the_buffer_is_not_compared_beyond_it() {
+        let first = plan(Kind::Tcp, true, 3);
+        let second = Plan {
+            seq: first.seq.wrapping_add(3),
+            ..plan(Kind::Tcp, true, 3)
+        };
+        let (mut slab, ranges) = slab(&[first.build_partial(), second.build_partial()]);
+        for wanted in [Push::Joined, Push::MustFlush] {
+            let mut coalescer = Coalescer::new(true, Reach::Further);
+            assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
+            assert_eq!(push(&mut coalescer, &slab, &ranges[1], true), wanted);
+            slab.truncate(ranges[1].end);
+        }
     }
 
     fn push(coalescer: &mut Coalescer, slab: &[u8], range: &Range<usize>, partial: bool) -> Push {

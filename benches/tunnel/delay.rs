@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use ipmoved::io::tun::{MAX_FRAME, Refusal, TunQueue};
+use ipmoved::io::tun::{MAX_FRAME, TunOptions, TunQueue};
 use ipmoved::lab::{LabError, Namespace};
 
 use crate::contenders::sh;
@@ -51,7 +51,7 @@ impl<'lab> Delay<'lab> {
     /// Delays what comes in by `interface`.
     pub(crate) fn start(router: &'lab Namespace, interface: &str) -> Result<Self> {
         let queue = router.run(|| {
-            let (mut queues, _) = TunQueue::create(DEVICE, 1, Refusal::Nothing)
+            let (mut queues, _) = TunQueue::create(DEVICE, 1, TunOptions::default())
                 .map_err(|error| LabError::unexpected(error.to_string()))?;
             queues
                 .pop()

@@ -71,6 +71,9 @@ const REST: [(&str, &str); 2] = [
     ("", "the rest of the process"),
 ];
 
+/// What softirqs run in, by today's name and by that before Linux 6.11.
+const SOFTIRQS: [&str; 2] = ["handle_softirqs", "__do_softirq"];
+
 /// Samples both daemons, one direction after the other; text for the page.
 pub(crate) fn of(contender: &Contender<'_>, scratch: &Path) -> Result<String> {
     let Some(pids) = contender.pids() else {
@@ -84,7 +87,8 @@ pub(crate) fn of(contender: &Contender<'_>, scratch: &Path) -> Result<String> {
         let data = scratch.join("perf.data");
         record(contender, direction, pids, &data)?;
         for (pid, side) in pids.into_iter().zip(["old", "new"]) {
-            let symbols = report(&data, pid)?;
+            let symbols = report(&data, pid, "--no-children")?;
+            let within = report(&data, pid, "--children")?;
             // Writing to a String cannot fail.
             let _ = writeln!(out, "{side} server, {name}:\n");
             for (part, share) in parts(&symbols) {
@@ -98,7 +102,14 @@ pub(crate) fn of(contender: &Contender<'_>, scratch: &Path) -> Result<String> {
                     format!("`{name}` {share:.1}")
                 })
                 .collect();
-            let _ = writeln!(out, "* most: {}\n", most.join(", "));
+            let _ = writeln!(out, "* most: {}", most.join(", "));
+            let softirqs = within
+                .iter()
+                .find(|(_, name)| SOFTIRQS.iter().any(|one| name.contains(one)));
+            if let Some((share, _)) = softirqs {
+                let _ = writeln!(out, "* {share:.0} % of all that within softirqs");
+            }
+            out.push('\n');
         }
     }
     Ok(out)
@@ -111,7 +122,7 @@ fn record(
     data: &Path,
 ) -> Result<()> {
     let mut perf = Command::new("perf");
-    perf.args(["record", "-q", "-F", RATE, "-e", "cpu-clock", "-p"])
+    perf.args(["record", "-q", "-g", "-F", RATE, "-e", "cpu-clock", "-p"])
         .arg(format!("{},{}", pids[0], pids[1]))
         .arg("-o")
         .arg(data)
@@ -139,10 +150,11 @@ fn record(
     Ok(())
 }
 
-/// Share in per cent and name of each symbol, largest first.
-fn report(data: &Path, pid: u32) -> Result<Vec<(f64, String)>> {
+/// Share in per cent and name of each symbol, largest first: of what ran in it, or with `--children` also
+/// of what it called.
+fn report(data: &Path, pid: u32, children: &str) -> Result<Vec<(f64, String)>> {
     let said = Command::new("perf")
-        .args(["report", "--stdio", "--no-children", "-g", "none", "-i"])
+        .args(["report", "--stdio", children, "-g", "none", "-i"])
         .arg(data)
         .args(["--percentage", "relative", "--sort", "sym", "--pid"])
         .arg(pid.to_string())
@@ -152,7 +164,9 @@ fn report(data: &Path, pid: u32) -> Result<Vec<(f64, String)>> {
     let symbols: Vec<(f64, String)> = text
         .lines()
         .filter_map(|line| {
-            let (share, name) = line.trim_start().split_once('%')?;
+            let (share, rest) = line.trim_start().split_once('%')?;
+            // With children, what ran in the symbol itself comes second.
+            let name = rest.rsplit_once('%').map_or(rest, |(_, name)| name);
             Some((share.parse().ok()?, name.trim().to_owned()))
         })
         .collect();

@@ -29,7 +29,7 @@ use crate::confine;
 use crate::drops::{DropReason, Drops};
 use crate::flow::{FlowStats, Seed};
 use crate::icmp;
-use crate::io::tun::{MAX_FRAME, Refusal, TunError, TunQueue, VNET_HDR_LEN};
+use crate::io::tun::{MAX_FRAME, TunError, TunOptions, TunQueue, VNET_HDR_LEN};
 use crate::kernel::masquerade::{self, Towards};
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, journal};
@@ -142,7 +142,7 @@ impl Ready {
         let status = listen(&host)?;
         let signals = Signals::new()?;
         let (queues, _) =
-            TunQueue::create(&settings.tun, 1, Refusal::Nothing).map_err(tun_refused)?;
+            TunQueue::create(&settings.tun, 1, TunOptions::default()).map_err(tun_refused)?;
         let queue = queues.into_iter().next();
         let queue = queue.ok_or_else(|| system("the TUN interface has no queue"))?;
         let tun = raise_tun(&netlink, &settings.tun, uplink.mtu)?;

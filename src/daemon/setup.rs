@@ -13,7 +13,7 @@ use super::DaemonError;
 use super::control::Signals;
 use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerAddr, PeerConfig};
-use crate::io::tun::{Refusal, TunError, TunFeatures, TunQueue};
+use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{UdpOptions, UdpSocket};
 use crate::kernel::journal::JournalError;
 use crate::kernel::netlink::{Link, Netlink};
@@ -72,9 +72,12 @@ impl Ready {
         let sockets = bind(config)?;
         let status = listen(&host)?;
         let signals = Signals::new()?;
-        let refuses = refusal(config);
+        let options = TunOptions {
+            joined: !config.without.contains(&Offload::JoinedWrites),
+            long: !config.without.contains(&Offload::LongWrites),
+        };
         let (queues, features) =
-            TunQueue::create(&config.tun, sockets.len(), refuses).map_err(tun_refused)?;
+            TunQueue::create(&config.tun, sockets.len(), options).map_err(tun_refused)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
         found.change(&mut host, config, &endpoints, &tun, port)?;
@@ -381,17 +384,6 @@ pub(super) fn tun_refused(error: TunError) -> DaemonError {
         TunError::Permission(_) | TunError::NoDriver | TunError::Other(..) => {
             DaemonError::System(error.to_string())
         }
-    }
-}
-
-/// Which writes to the TUN are to fail, for tests.
-fn refusal(config: &Config) -> Refusal {
-    if config.without.contains(&Offload::JoinedWrites) {
-        Refusal::Joined
-    } else if config.without.contains(&Offload::LongWrites) {
-        Refusal::Long
-    } else {
-        Refusal::Nothing
     }
 }
 

@@ -54,24 +54,32 @@ pub struct TunFeatures {
     pub uso: bool,
 }
 
-/// Writes that fail as on a kernel that refuses them, so that tests see what is done then.
+/// Writes that may be refused as by kernels that cannot, to test what is done then.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Refusal {
-    /// What the kernel itself refuses.
-    Nothing,
-    /// `EINVAL` for every joined packet.
-    Joined,
-    /// `EMSGSIZE` for what takes more than 17 pages (`MAX_SKB_FRAGS`), as on Linux 6.3 to 6.5.
-    Long,
+pub struct TunOptions {
+    /// Joined packets are taken; otherwise each is `EINVAL`.
+    pub joined: bool,
+    /// What takes more than 17 pages (`MAX_SKB_FRAGS`) is; otherwise it is `EMSGSIZE`, as on Linux 6.3 to
+    /// 6.5.
+    pub long: bool,
 }
 
-/// What [`Refusal::Long`] lets pass, in bytes.
+impl Default for TunOptions {
+    fn default() -> Self {
+        Self {
+            joined: true,
+            long: true,
+        }
+    }
+}
+
+/// What is taken without [`TunOptions::long`], in bytes.
 const LONG: usize = 17 * 4_096;
 
 /// One queue of the TUN device.
 pub struct TunQueue {
     device: SyncDevice,
-    refuses: Refusal,
+    options: TunOptions,
 }
 
 impl TunQueue {
@@ -82,7 +90,7 @@ impl TunQueue {
     pub fn create(
         name: &str,
         queues: usize,
-        refuses: Refusal,
+        options: TunOptions,
     ) -> Result<(Vec<Self>, TunFeatures), TunError> {
         // tun-rs would make the device node; where there is none, somebody took it away.
         if !std::path::Path::new(DEVICE).exists() {
@@ -109,7 +117,7 @@ impl TunQueue {
                 .set_nonblocking(true)
                 .map_err(|error| explain(name, error))?;
         }
-        let queue = |device| Self { device, refuses };
+        let queue = |device| Self { device, options };
         Ok((all.into_iter().map(queue).collect(), features))
     }
 
@@ -124,8 +132,8 @@ impl TunQueue {
         // Most packets come alone, and room for all slices is some kilobytes to clear.
         match parts {
             [packet] => self.send(&[IoSlice::new(vnet), IoSlice::new(&slab[packet.clone()])]),
-            _ if self.refuses == Refusal::Joined => refused(libc::EINVAL),
-            _ if self.refuses == Refusal::Long && length(parts) > LONG => refused(libc::EMSGSIZE),
+            _ if !self.options.joined => refused(libc::EINVAL),
+            _ if !self.options.long && length(parts) > LONG => refused(libc::EMSGSIZE),
             _ => {
                 let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
                 slices[0] = IoSlice::new(vnet);
