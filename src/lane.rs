@@ -24,7 +24,7 @@ mod outbound;
 mod room;
 mod second;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ use inbound::Inbound;
 use outbound::Outbound;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 pub use second::Crowd;
-use second::{LONG_WINDOW, Load, Second};
+use second::{LONG_WINDOW, Load, Second, Work};
 use tokio::sync::mpsc;
 use tracing::debug;
 
@@ -139,7 +139,7 @@ pub struct Lane {
     /// `None` while the second thread has it.
     inbound: Option<Box<Inbound>>,
     /// `None` where it could not be started.
-    second: Option<Second>,
+    second: Option<Second<Inbound>>,
     load: Load,
     ticked: Instant,
 }
@@ -181,7 +181,7 @@ impl Lane {
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
     pub fn run(parts: LaneParts) {
         let (parts, now) = (Arc::new(parts), Instant::now());
-        let second = Second::start(&parts);
+        let second = Second::start(format!("lane-{}-in", parts.number));
         let second = second.map_err(|error| debug!(%error, "a lane has no second thread"));
         let mut lane = Self {
             outbound: Outbound::new(Arc::clone(&parts), now),
@@ -299,19 +299,42 @@ impl Lane {
 
     /// Lets fragments and flows expire. Of the flows one lane takes care for all.
     fn tick(&mut self, now: Instant) {
+        if let Some(inbound) = &mut self.inbound {
+            inbound.tick(now);
+        }
         if now.duration_since(self.ticked) < TICK {
             return;
         }
         self.ticked = now;
         self.outbound.tick(now);
-        if let Some(inbound) = &mut self.inbound {
-            inbound.tick(now);
-        }
         if self.parts.number == 0
             && let Translation::New(translator) = &self.parts.shared.translation
         {
             translator.expire(now, EXPIRY_BUDGET);
         }
+    }
+}
+
+/// What the second thread does.
+impl Work for Inbound {
+    fn work(&self) -> BorrowedFd<'_> {
+        self.parts.udp.as_fd()
+    }
+
+    fn stop(&self) -> BorrowedFd<'_> {
+        self.parts.stop.as_fd()
+    }
+
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
+    fn turn(&mut self, waits: bool) -> bool {
+        let view = self.parts.shared.view.load_full();
+        let moment = Moment {
+            now: Instant::now(),
+            view: &view,
+        };
+        let more = waits && self.drain(moment);
+        self.tick(moment.now);
+        more
     }
 }
 

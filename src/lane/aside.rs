@@ -10,6 +10,7 @@
 
 use std::io::IoSlice;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::inbound::{Inbound, Plain, pass_in};
@@ -330,7 +331,9 @@ impl Inbound {
     #[inline]
     pub(super) fn send_answer(&mut self, moment: Moment<'_>) {
         if let Some(answer) = self.aside.answers.take() {
-            self.answering.send_back(moment, answer);
+            self.answering
+                .get_or_insert_with(|| Box::new(Outbound::new(Arc::clone(&self.parts), moment.now)))
+                .send_back(moment, answer);
         }
     }
 

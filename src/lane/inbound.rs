@@ -13,7 +13,7 @@ use tracing::debug;
 use super::aside::{Arriving, Aside};
 use super::outbound::Outbound;
 use super::room::Room;
-use super::{BURST, BURST_BYTES, Dropped, LaneParts, Moment, ToControl, clamp};
+use super::{BURST, BURST_BYTES, Dropped, LaneParts, Moment, TICK, ToControl, clamp};
 use crate::drops::DropReason;
 use crate::ecn;
 use crate::io::tun::TunQueue;
@@ -67,8 +67,9 @@ pub(super) struct Inbound {
     long_again: Option<Instant>,
     /// For packets out of the ordinary.
     pub(super) aside: Aside<Arriving>,
-    /// Takes answers back into the tunnel.
-    pub(super) answering: Outbound,
+    /// Takes answers back into the tunnel, once there was one.
+    pub(super) answering: Option<Box<Outbound>>,
+    ticked: Instant,
 }
 
 impl Inbound {
@@ -85,7 +86,8 @@ impl Inbound {
                 .collect(),
             long_again: None,
             aside: Aside::new(now),
-            answering: Outbound::new(Arc::clone(&parts), now),
+            answering: None,
+            ticked: now,
             parts,
         }
     }
@@ -376,10 +378,13 @@ impl Inbound {
         write_joined(&self.parts.tun, &mut shorter, &mut self.slab)
     }
 
-    /// Lets fragments expire, and joins more than 64 KiB again once it is time.
+    /// Lets fragments expire, and joins more than 64 KiB again once it is time; to be called often.
     pub(super) fn tick(&mut self, now: Instant) {
+        if now.duration_since(self.ticked) < TICK {
+            return;
+        }
+        self.ticked = now;
         self.expire_pieces(now);
-        self.answering.tick(now);
         if self.long_again.is_some_and(|at| at <= now) {
             self.long_again = None;
             self.coalescer.set_reach(self.parts.reach);

@@ -24,14 +24,14 @@ use std::{io, mem};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use super::inbound::Inbound;
-use super::{LaneParts, Moment, TICK, timespec};
+use super::{TICK, timespec};
 
 /// What makes a lane one for two threads.
 struct Limits {
     /// How long it is watched before anything is said of it.
     window: Duration,
-    /// At least this share of one thread's time is spent.
+    /// At least this share of one thread's time it is awake: running, waiting for a processor, or for
+    /// room to send, in which case what comes in should not wait with it.
     share: f64,
     /// Out of this host at least so many times as much of it as into it.
     ///
@@ -40,9 +40,10 @@ struct Limits {
     lean: f64,
 }
 
-/// Some hundred super-packets at full speed, and still too short for anybody to notice.
+/// Some hundreds of super-packets at full speed, too short for anybody to notice, and too long for a
+/// thread that was kept from its processor once to be taken for a busy one.
 const BEGIN: Limits = Limits {
-    window: Duration::from_millis(10),
+    window: Duration::from_millis(20),
     share: 0.9,
     lean: 3.0,
 };
@@ -57,26 +58,42 @@ const STAY: Limits = Limits {
 /// How often a lane with two threads is looked at, if nothing else wakes it.
 pub(super) const LONG_WINDOW: Duration = Duration::from_millis(50);
 
+/// What a thread can do for another: the way into this host, or what a test makes of it.
+pub(super) trait Work: Send + 'static {
+    /// Becomes readable when there is something to do.
+    fn work(&self) -> BorrowedFd<'_>;
+
+    /// Becomes readable, for good, once there is nothing to do any more.
+    fn stop(&self) -> BorrowedFd<'_>;
+
+    /// Does a turn's worth if something waits, and what else has to be done now and then; whether more
+    /// may wait.
+    fn turn(&mut self, waits: bool) -> bool;
+}
+
 /// The second thread, and the way between it and the first.
-pub(super) struct Second {
-    given: SyncSender<Box<Inbound>>,
-    back: Receiver<Box<Inbound>>,
+///
+/// Dropped without having been [ended](Self::end), it lays down what it was given and goes.
+pub(super) struct Second<W> {
+    /// `None` once the thread is to end.
+    given: Option<SyncSender<Box<W>>>,
+    back: Receiver<Box<W>>,
     /// Asks for what was given.
     recall: OwnedFd,
     /// Readable once it is back, or never will be.
     is_back: OwnedFd,
     /// Nanoseconds that the thread was awake.
     awake: Arc<AtomicU64>,
-    thread: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
 }
 
-/// What the second thread holds.
-struct Ends {
-    given: Receiver<Box<Inbound>>,
-    back: SyncSender<Box<Inbound>>,
+/// What the second thread holds. In this order they are dropped: the bell rings last.
+struct Ends<W> {
+    given: Receiver<Box<W>>,
+    back: SyncSender<Box<W>>,
     recall: OwnedFd,
-    is_back: Doorbell,
     awake: Arc<AtomicU64>,
+    is_back: Doorbell,
 }
 
 /// Rings when it is dropped too, so that a thread that crashed is not waited for.
@@ -86,9 +103,9 @@ struct Doorbell(OwnedFd);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Crashed;
 
-impl Second {
-    /// Starts the thread of a lane; it sleeps until it is given something.
-    pub(super) fn start(parts: &LaneParts) -> io::Result<Self> {
+impl<W: Work> Second<W> {
+    /// Starts a thread; it sleeps until it is given something.
+    pub(super) fn start(name: String) -> io::Result<Self> {
         let (give, given) = sync_channel(1);
         let (give_back, back) = sync_channel(1);
         let recall = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
@@ -98,28 +115,31 @@ impl Second {
             given,
             back: give_back,
             recall: recall.try_clone()?,
-            is_back: Doorbell(is_back.try_clone()?),
             awake: Arc::clone(&awake),
+            is_back: Doorbell(is_back.try_clone()?),
         };
         let thread = std::thread::Builder::new()
-            .name(format!("lane-{}-in", parts.number))
+            .name(name)
             .spawn(move || ends.serve())?;
         Ok(Self {
-            given: give,
+            given: Some(give),
             back,
             recall,
             is_back,
             awake,
-            thread,
+            thread: Some(thread),
         })
     }
 
-    /// Gives the way into this host to the thread; what it does not take comes back.
-    pub(super) fn give(&self, inbound: Box<Inbound>) -> Result<(), Box<Inbound>> {
+    /// Gives work to the thread; what it does not take comes back.
+    pub(super) fn give(&self, work: Box<W>) -> Result<(), Box<W>> {
+        let Some(given) = &self.given else {
+            return Err(work);
+        };
         // Asked for once more when it was on its way back already.
         clear(&self.recall);
-        self.given.try_send(inbound).map_err(|error| match error {
-            TrySendError::Full(inbound) | TrySendError::Disconnected(inbound) => inbound,
+        given.try_send(work).map_err(|error| match error {
+            TrySendError::Full(work) | TrySendError::Disconnected(work) => work,
         })
     }
 
@@ -134,75 +154,67 @@ impl Second {
     }
 
     /// Takes back what the thread has laid down, if it has.
-    pub(super) fn take_back(&self) -> Result<Option<Box<Inbound>>, Crashed> {
+    pub(super) fn take_back(&self) -> Result<Option<Box<W>>, Crashed> {
         clear(&self.is_back);
         match self.back.try_recv() {
-            Ok(inbound) => Ok(Some(inbound)),
+            Ok(work) => Ok(Some(work)),
             Err(TryRecvError::Empty) => Ok(None),
             Err(TryRecvError::Disconnected) => Err(Crashed),
         }
     }
 
-    /// How long the thread was awake, since it was started.
+    /// How long the thread was awake, since it was started: running, or waiting for a processor.
     pub(super) fn awake(&self) -> Duration {
         Duration::from_nanos(self.awake.load(Relaxed))
     }
 
-    /// Ends the thread, which still runs only if the lane was not told to stop.
-    pub(super) fn end(self) -> Result<(), Crashed> {
-        drop(self.given);
+    /// Ends the thread and waits for it.
+    pub(super) fn end(mut self) -> Result<(), Crashed> {
+        self.given = None;
         ring(&self.recall);
-        self.thread.join().map_err(|_| Crashed)
+        let thread = self.thread.take();
+        thread.map_or(Ok(()), |thread| thread.join().map_err(|_| Crashed))
     }
 }
 
-impl Ends {
+impl<W> Drop for Second<W> {
+    fn drop(&mut self) {
+        ring(&self.recall);
+    }
+}
+
+impl<W: Work> Ends<W> {
     fn serve(self) {
-        while let Ok(mut inbound) = self.given.recv() {
-            self.run(&mut inbound);
+        while let Ok(mut work) = self.given.recv() {
+            self.run(&mut *work);
             clear(&self.recall);
-            if self.back.send(inbound).is_err() {
+            if self.back.send(work).is_err() {
                 return;
             }
             ring(&self.is_back.0);
         }
     }
 
-    /// Runs the way into this host until it is recalled, or the lane is to stop.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
-    fn run(&self, inbound: &mut Inbound) {
-        let parts = Arc::clone(&inbound.parts);
-        let mut ticked = Instant::now();
+    /// Works until the work is recalled, or is to stop.
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, twice per wake-up
+    fn run(&self, work: &mut W) {
         let mut more = false;
         loop {
-            let mut fds = [
-                PollFd::from_borrowed_fd(parts.udp.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(self.recall.as_fd(), PollFlags::IN),
-                PollFd::from_borrowed_fd(parts.stop.as_fd(), PollFlags::IN),
-            ];
+            let mut fds = [work.work(), self.recall.as_fd(), work.stop()]
+                .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
             let patience = if more { Duration::ZERO } else { TICK };
             match poll(&mut fds, Some(&timespec(patience))) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 // The first thread will see the same, and knows whom to tell.
                 Err(_) => return,
             }
-            let [socket, recall, stop] = fds.map(|fd| !fd.revents().is_empty());
+            let [waits, recall, stop] = fds.map(|fd| !fd.revents().is_empty());
             if recall || stop {
                 return;
             }
-            let view = parts.shared.view.load_full();
-            let moment = Moment {
-                now: Instant::now(),
-                view: &view,
-            };
-            if socket || more {
-                more = inbound.drain(moment);
-            }
-            if moment.now.duration_since(ticked) >= TICK {
-                ticked = moment.now;
-                inbound.tick(moment.now);
-            }
-            let awake = moment.now.elapsed().as_nanos() as u64;
+            let woken = Instant::now();
+            more = work.turn(waits || more);
+            let awake = woken.elapsed().as_nanos() as u64;
             // Nobody else writes it.
             self.awake.store(self.awake.load(Relaxed) + awake, Relaxed);
         }
@@ -270,7 +282,8 @@ pub(super) struct Load {
     into: Duration,
     second: Duration,
     is_busy: bool,
-    leans_out: bool,
+    /// It should have two threads.
+    is_for_two: bool,
 }
 
 impl Load {
@@ -282,7 +295,7 @@ impl Load {
             into: Duration::ZERO,
             second: Duration::ZERO,
             is_busy: false,
-            leans_out: false,
+            is_for_two: false,
         }
     }
 
@@ -299,17 +312,19 @@ impl Load {
     ) -> bool {
         self.out += out;
         self.into += into;
-        let limits = if self.is_busy { STAY } else { BEGIN };
+        let limits = if self.is_for_two { STAY } else { BEGIN };
         let window = now.saturating_duration_since(self.since);
         if window >= limits.window {
             self.into += second.saturating_sub(mem::replace(&mut self.second, second));
             let was = self.is_busy;
             self.is_busy = self.out + self.into >= window.mul_f64(limits.share);
-            self.leans_out = self.out >= self.into.mul_f64(limits.lean);
             crowd.set_busy(was, self.is_busy);
+            let leans_out = self.out >= self.into.mul_f64(limits.lean);
+            self.is_for_two = self.is_busy && leans_out;
             (self.since, self.out, self.into) = (now, Duration::ZERO, Duration::ZERO);
         }
-        self.is_busy && self.leans_out && crowd.has_room()
+        self.is_for_two &= crowd.has_room();
+        self.is_for_two
     }
 
     /// The lane ends.
@@ -364,6 +379,10 @@ mod tests {
         let mut load = Load::new(now);
         assert!(!lasts(&mut load, &mut now, [0.3, 0.7], &crowd));
         assert!(!lasts(&mut load, &mut now, [0.5, 0.5], &crowd));
+        assert!(
+            !lasts(&mut load, &mut now, [0.7, 0.3], &crowd),
+            "busy, but not to begin with"
+        );
         load.end(&crowd);
         let mut load = Load::new(now);
         assert!(lasts(&mut load, &mut now, [0.8, 0.2], &crowd));
@@ -394,12 +413,129 @@ mod tests {
         let spent = |out| [out, Duration::ZERO];
         now += Duration::from_secs(60);
         assert!(!load.note(now, spent(MS), Duration::ZERO, &crowd));
-        now += 9 * MS;
+        now += 19 * MS;
         assert!(
-            !load.note(now, spent(9 * MS), Duration::ZERO, &crowd),
+            !load.note(now, spent(19 * MS), Duration::ZERO, &crowd),
             "too short"
         );
         now += MS;
         assert!(load.note(now, spent(MS), Duration::ZERO, &crowd));
+    }
+
+    /// Counts the turns in which something waited; a turn takes what waits.
+    struct Turns {
+        waits: OwnedFd,
+        stop: OwnedFd,
+        turns: usize,
+        /// The turn in which it crashes.
+        crash: Option<usize>,
+    }
+
+    impl Work for Turns {
+        fn work(&self) -> BorrowedFd<'_> {
+            self.waits.as_fd()
+        }
+
+        fn stop(&self) -> BorrowedFd<'_> {
+            self.stop.as_fd()
+        }
+
+        fn turn(&mut self, waits: bool) -> bool {
+            self.turns += usize::from(waits);
+            assert!(self.crash != Some(self.turns), "as the test wants it");
+            clear(&self.waits);
+            false
+        }
+    }
+
+    /// A thread, something for it to do, and the other ends of its bells.
+    fn stage(crash: Option<usize>) -> (Second<Turns>, Box<Turns>, [OwnedFd; 2]) {
+        let bell = || eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let (waits, stop) = (bell(), bell());
+        let ends = [waits.try_clone().unwrap(), stop.try_clone().unwrap()];
+        let turns = Turns {
+            waits,
+            stop,
+            turns: 0,
+            crash,
+        };
+        let second = Second::start("test-in".into()).unwrap();
+        (second, Box::new(turns), ends)
+    }
+
+    /// Whether a descriptor becomes readable soon.
+    fn comes(fd: BorrowedFd<'_>) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        poll(&mut fds, Some(&timespec(Duration::from_secs(5)))).unwrap() == 1
+    }
+
+    /// Waits until the thread has taken what waited.
+    fn is_taken(fd: &OwnedFd) {
+        let end = start() + Duration::from_secs(5);
+        while comes_now(fd.as_fd()) {
+            assert!(start() < end, "not taken");
+            std::thread::yield_now();
+        }
+    }
+
+    fn comes_now(fd: BorrowedFd<'_>) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+        poll(&mut fds, Some(&timespec(Duration::ZERO))).unwrap() == 1
+    }
+
+    #[test]
+    fn what_is_given_is_worked_on_and_comes_back_when_asked_for() {
+        let (second, mut turns, [waits, _stop]) = stage(None);
+        for round in 1..=20 {
+            assert!(second.give(turns).is_ok());
+            ring(&waits);
+            is_taken(&waits);
+            assert!(!comes_now(second.is_back()), "it stays until asked for");
+            second.recall();
+            // As the lane does until it is back.
+            second.recall();
+            assert!(comes(second.is_back()));
+            turns = second.take_back().unwrap().unwrap();
+            assert_eq!(turns.turns, round);
+            second.recall();
+            assert_eq!(second.take_back().map(|none| none.is_none()), Ok(true));
+        }
+        assert!(second.awake() > Duration::ZERO);
+        assert_eq!(second.end(), Ok(()));
+    }
+
+    #[test]
+    fn it_ends_with_and_without_work_and_with_work_that_stopped() {
+        let (second, turns, _bells) = stage(None);
+        assert_eq!(second.end(), Ok(()));
+        let (second, _, _bells) = stage(None);
+        assert!(second.give(turns).is_ok());
+        assert_eq!(second.end(), Ok(()));
+        let (second, turns, [_waits, stop]) = stage(None);
+        assert!(second.give(turns).is_ok());
+        ring(&stop);
+        assert!(comes(second.is_back()), "laid down without being asked");
+        assert_eq!(second.end(), Ok(()));
+    }
+
+    #[test]
+    fn it_goes_when_nobody_is_there_any_more() {
+        let (second, turns, _bells) = stage(None);
+        assert!(second.give(turns).is_ok());
+        let is_back = second.is_back.try_clone().unwrap();
+        drop(second);
+        assert!(comes(is_back.as_fd()));
+    }
+
+    #[test]
+    fn a_crash_is_told() {
+        let (second, turns, [waits, _stop]) = stage(Some(2));
+        assert!(second.give(turns).is_ok());
+        ring(&waits);
+        is_taken(&waits);
+        ring(&waits);
+        assert!(comes(second.is_back()));
+        assert_eq!(second.take_back().map(drop), Err(Crashed));
+        assert_eq!(second.end(), Err(Crashed));
     }
 }
