@@ -115,7 +115,8 @@ pub struct RunArgs {
     pub lanes: Option<u8>,
 
     /// Cipher of the tunnel: auto, aes-256-gcm, chacha20-poly1305, or aegis-256x4, which is faster but not
-    /// a standard yet; named on one server, it is used on both. [default: auto, the faster standard one]
+    /// a standard yet. Two servers that say auto never use that; one that names a cipher makes the other follow.
+    /// [default: auto, the faster standard one]
     #[arg(long, value_name = "CIPHER")]
     pub cipher: Option<CipherPolicy>,
 

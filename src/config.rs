@@ -567,7 +567,7 @@ impl FileConfig {
     }
 }
 
-/// One a processor: a lane without packets costs nothing but its buffers. Two lanes on two processors
+/// One a processor: a lane without packets costs nothing but its buffers and two threads that sleep. Two lanes on two processors
 /// that client, router and both servers share carried four streams 1.2 times as fast as one lane, and
 /// one stream as fast.
 fn default_lanes() -> u8 {

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A is the old server, B the new one. Both run the same two straight loops ([`lane`]); on A
-//! `translate` only checks. A lane is one thread with one TUN queue and one UDP socket.
+//! `translate` only checks. A lane is one TUN queue, one UDP socket and the thread that serves both; a second
+//! thread helps it out while one is not enough.
 //!
 //! # The rooms
 //!

@@ -94,6 +94,9 @@ pub(crate) fn all() -> Vec<Case> {
         case("seal/1440 chacha20-poly1305", PACKET, ROUND, || {
             Seal::build(Cipher::ChaCha20Poly1305, PACKET)
         }),
+        case("seal/1440 aegis-256x4", PACKET, ROUND, || {
+            Seal::build(Cipher::Aegis256X4, PACKET)
+        }),
         case("open/1440 aes-256-gcm", PACKET, ROUND, || {
             Open::build(Cipher::Aes256Gcm, PACKET)
         }),
@@ -102,6 +105,9 @@ pub(crate) fn all() -> Vec<Case> {
         }),
         case("open/1440 chacha20-poly1305", PACKET, ROUND, || {
             Open::build(Cipher::ChaCha20Poly1305, PACKET)
+        }),
+        case("open/1440 aegis-256x4", PACKET, ROUND, || {
+            Open::build(Cipher::Aegis256X4, PACKET)
         }),
         case("parse/tcp", 0, ROUND, || {
             Ok(Box::new(Parse(tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?)))

@@ -3,7 +3,7 @@
 //! ```text
 //!   setup ──► host checked, sockets and TUN open, kernel changed (journaled)
 //!     │
-//!     ├──► lanes: one thread each, carrying packets            (lane)
+//!     ├──► lanes: one thread each, or two, carrying packets    (lane)
 //!     │       │ handshakes, control messages     ▲ sessions, endpoints
 //!     │       ▼                                  │
 //!     └──► control: one thread, everything else  (control)
