@@ -123,8 +123,16 @@ fn the_key_is_not_in_the_memory_of_a_daemon_that_runs() -> Result {
 
 #[test]
 fn keys_of_sessions_that_ended_are_not_in_memory() -> Result {
+    ["auto", "aegis-256x4"]
+        .into_iter()
+        .try_for_each(no_keys_of_sessions_that_ended)
+}
+
+fn no_keys_of_sessions_that_ended(cipher: &str) -> Result {
     let lab = Lab::new()?;
-    let setup = setup(&lab)?.without_peer(Role::New);
+    let setup = setup(&lab)?
+        .without_peer(Role::New)
+        .args(Role::New, &["--cipher", cipher]);
     let mut daemon = setup.start(Role::New)?;
     daemon.wait_for_state("connecting", PATIENCE)?;
     let psk = read_psk(setup.psk_file(Role::New))?;

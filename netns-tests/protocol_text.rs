@@ -48,7 +48,7 @@ pub(crate) fn old_announcement(id: u32, moved: &[std::net::Ipv4Addr]) -> Vec<u8>
 
 #[test]
 fn it_can_be_the_old_server_of_our_daemon() -> Result {
-    for cipher in ["aes-256-gcm", "chacha20-poly1305"] {
+    for cipher in ["aes-256-gcm", "chacha20-poly1305", "aegis-256x4"] {
         let lab = Lab::new()?;
         let setup = setup(&lab)?
             .without_peer(Role::New)

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::net::UdpSocket;
 use std::time::{Duration, Instant, SystemTime};
 
+use aegis::aegis256x4::Aegis256X4;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::hkdf;
 use base64::Engine as _;
@@ -27,6 +28,7 @@ pub(crate) const CONTROL: u8 = 8;
 /// Cipher bits of the handshake.
 const AES: u8 = 1;
 const CHACHA: u8 = 2;
+const AEGIS: u8 = 4;
 
 /// One side of a channel, on a socket that is connected to the daemon's.
 pub(crate) struct Second {
@@ -147,7 +149,7 @@ impl Second {
         payload[..8].copy_from_slice(&self.timestamp.to_le_bytes());
         payload[8..16].copy_from_slice(&self.seen.to_le_bytes());
         payload[16..24].copy_from_slice(&self.boot.to_le_bytes());
-        payload[24] = AES | CHACHA;
+        payload[24] = AES | CHACHA | AEGIS;
         payload[25] = 1;
         payload[26] = 2;
         let mut noise = self
@@ -236,16 +238,14 @@ impl Second {
             assert!(u64_at(&payload, 0) > self.seen, "timestamps rise");
             self.seen = u64_at(&payload, 0);
             let index = u32::from_le_bytes(random());
-            let cipher = if payload[24] & CHACHA != 0 {
-                CHACHA
-            } else {
-                AES
-            };
+            let mut ours = [CHACHA, AES, AEGIS].into_iter();
+            let cipher = ours.find(|bit| payload[24] & bit != 0);
+            let cipher = cipher.expect("a cipher that we know");
             let mut answer = [0; 32];
             answer[..8].copy_from_slice(&self.boot.to_le_bytes());
             // We allow what we choose, and have no instructions for AES.
             answer[8] = cipher;
-            answer[9] = AES | CHACHA;
+            answer[9] = AES | CHACHA | AEGIS;
             answer[11] = 1;
             let mut response = vec![0; 108];
             response[..4].copy_from_slice(&[2, 1, self.role, 0]);
@@ -278,13 +278,9 @@ impl Second {
         header[..4].copy_from_slice(&[4, flags, lane, 0]);
         header[4..8].copy_from_slice(&session.remote_index.to_le_bytes());
         header[8..].copy_from_slice(&counter.to_le_bytes());
-        let nonce = nonce(*counter);
+        let number = *counter;
         *counter += 1;
-        let mut body = plaintext.to_vec();
-        session
-            .key(&session.send, lane)
-            .seal_in_place_append_tag(nonce, Aad::from(header), &mut body)
-            .expect("sealed");
+        let body = session.seal(lane, number, header, plaintext);
         [&header[..], &body].concat()
     }
 
@@ -311,16 +307,8 @@ impl Second {
             .chain(&self.earlier)
             .find(|session| session.own_index == u32_at(datagram, 4))?;
         let (flags, lane) = (datagram[1], datagram[2]);
-        let mut body = datagram[16..].to_vec();
-        let plaintext = session
-            .key(&session.receive, lane)
-            .open_in_place(
-                nonce(u64_at(datagram, 8)),
-                Aad::from(&datagram[..16]),
-                &mut body,
-            )
-            .ok()?;
-        Some((flags, lane, plaintext.to_vec()))
+        let plaintext = session.open(lane, datagram)?;
+        Some((flags, lane, plaintext))
     }
 
     fn await_datagram(&mut self, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
@@ -396,13 +384,51 @@ impl Second {
 
 impl Session {
     /// Section 3: the key of a direction and lane.
-    fn key(&self, split: &[u8; 32], lane: u8) -> LessSafeKey {
-        let key = hkdf(b"ipmoved v1 lane", split, &[self.cipher, lane]);
+    fn key(&self, split: &[u8; 32], lane: u8) -> [u8; 32] {
+        hkdf(b"ipmoved v1 lane", split, &[self.cipher, lane])
+    }
+
+    fn aws_lc(&self, key: &[u8; 32]) -> LessSafeKey {
         let algorithm = match self.cipher {
             AES => &AES_256_GCM,
             _ => &CHACHA20_POLY1305,
         };
-        LessSafeKey::new(UnboundKey::new(algorithm, &key).expect("a key"))
+        LessSafeKey::new(UnboundKey::new(algorithm, key).expect("a key"))
+    }
+
+    /// Section 4: ciphertext and tag.
+    fn seal(&self, lane: u8, counter: u64, header: [u8; 16], plaintext: &[u8]) -> Vec<u8> {
+        let key = self.key(&self.send, lane);
+        let mut body = plaintext.to_vec();
+        if self.cipher == AEGIS {
+            let aegis = Aegis256X4::<16>::new(&key, &nonce(counter));
+            let tag = aegis.encrypt_in_place(&mut body, &header);
+            body.extend(tag);
+        } else {
+            let nonce = Nonce::assume_unique_for_key(nonce(counter));
+            self.aws_lc(&key)
+                .seal_in_place_append_tag(nonce, Aad::from(header), &mut body)
+                .expect("sealed");
+        }
+        body
+    }
+
+    /// Section 4: the plaintext.
+    fn open(&self, lane: u8, datagram: &[u8]) -> Option<Vec<u8>> {
+        let key = self.key(&self.receive, lane);
+        let (header, body) = datagram.split_at(16);
+        let counter = u64_at(datagram, 8);
+        let mut body = body.to_vec();
+        if self.cipher == AEGIS {
+            let tag: [u8; 16] = body.split_off(body.len() - 16).try_into().ok()?;
+            let aegis = Aegis256X4::<16>::new(&key, &nonce(counter));
+            aegis.decrypt_in_place(&mut body, &tag, header).ok()?;
+            return Some(body);
+        }
+        let nonce = Nonce::assume_unique_for_key(nonce(counter));
+        let key = self.aws_lc(&key);
+        let opened = key.open_in_place(nonce, Aad::from(header), &mut body);
+        opened.ok().map(|plaintext| plaintext.to_vec())
     }
 
     /// The secrets that both sides hold for it: the split keys and those of the first lane.
@@ -417,8 +443,8 @@ impl Session {
     }
 }
 
-fn nonce(counter: u64) -> Nonce {
-    let mut bytes = [0; 12];
-    bytes[4..].copy_from_slice(&counter.to_le_bytes());
-    Nonce::assume_unique_for_key(bytes)
+fn nonce<const N: usize>(counter: u64) -> [u8; N] {
+    let mut bytes = [0; N];
+    bytes[N - 8..].copy_from_slice(&counter.to_le_bytes());
+    bytes
 }
