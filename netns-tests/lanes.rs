@@ -116,8 +116,10 @@ fn a_lane_has_a_second_thread_as_long_as_it_needs_one() -> Result {
         raw::set_segment(&socket, 1_000)?;
         let asked = Instant::now();
         while second_thread(pid) == before {
-            // What does not fit a queue is lost, and what nobody hears is said now and then.
-            let _ = socket.send(&[0; 60_000]);
+            for _ in 0..32 {
+                // What does not fit a queue is lost, and what nobody hears is said now and then.
+                let _ = socket.send(&[0; 60_000]);
+            }
             assert!(
                 asked.elapsed() < PATIENCE,
                 "round {round}: not seen at work"

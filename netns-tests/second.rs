@@ -431,15 +431,12 @@ impl Session {
         opened.ok().map(|plaintext| plaintext.to_vec())
     }
 
-    /// The secrets that both sides hold for it: the split keys and those of the first lane.
+    /// The secrets that both sides hold for it: the split keys, those of the first lane and of the control lane.
     pub(crate) fn secrets(&self) -> Vec<[u8; 32]> {
-        let lane = |split: &[u8; 32]| hkdf(b"ipmoved v1 lane", split, &[self.cipher, 0]);
-        vec![
-            self.send,
-            self.receive,
-            lane(&self.send),
-            lane(&self.receive),
-        ]
+        let lanes = [0, CONTROL_LANE].into_iter();
+        let keys =
+            lanes.flat_map(|lane| [&self.send, &self.receive].map(|split| self.key(split, lane)));
+        keys.chain([self.send, self.receive]).collect()
     }
 }
 

@@ -109,13 +109,13 @@ pub struct RunArgs {
     #[arg(long, value_name = "N")]
     pub max_flows: Option<u32>,
 
-    /// Lanes: each carries packets with a thread, a queue and a socket of its own. [default: one for each
-    /// processor, at most 8]
+    /// Lanes: each carries packets with a queue, a socket and a thread of its own, or two while it is busy.
+    /// [default: one for each processor, at most 8]
     #[arg(long, value_name = "N")]
     pub lanes: Option<u8>,
 
     /// Cipher of the tunnel: auto, aes-256-gcm, chacha20-poly1305, or aegis-256x4, which is faster but not
-    /// a standard yet. Two servers that say auto never use that; one that names a cipher makes the other follow.
+    /// a standard yet. Two servers that say auto never use that. A server that says auto follows one that names a cipher.
     /// [default: auto, the faster standard one]
     #[arg(long, value_name = "CIPHER")]
     pub cipher: Option<CipherPolicy>,

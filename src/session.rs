@@ -18,7 +18,7 @@
 //!
 //! Secrets are wiped when done: the PSK and what is derived from it by `zeroize`; the state of a
 //! handshake, which snow does not wipe, in `session::noise`; AEAD keys by AWS-LC, whose
-//! `OPENSSL_free` cleanses each allocation it gives back, those of AEGIS by `zeroize`. Copies that the compiler left in dead stack
+//! `OPENSSL_free` cleanses each allocation it gives back, those of AEGIS, and the copies that its library makes, by `zeroize`. Copies that the compiler left in dead stack
 //! frames are out of reach, as in every program.
 
 use std::collections::HashSet;
@@ -1036,7 +1036,12 @@ impl Key {
         let algorithm = match cipher {
             Cipher::Aes256Gcm => &AES_256_GCM,
             Cipher::ChaCha20Poly1305 => &CHACHA20_POLY1305,
-            Cipher::Aegis256X4 => return Some(Self::Aegis(Box::new(key))),
+            Cipher::Aegis256X4 => {
+                // Copied, not moved: what is moved from is not wiped.
+                let mut kept = Box::new(Zeroizing::new([0; KEY_LEN]));
+                kept.copy_from_slice(key.as_slice());
+                return Some(Self::Aegis(kept));
+            }
         };
         let unbound = UnboundKey::new(algorithm, key.as_slice()).ok()?;
         Some(Self::AwsLc(LessSafeKey::new(unbound)))
@@ -1056,8 +1061,9 @@ impl Key {
                 tag.ok()?.as_ref().try_into().ok()
             }
             Self::Aegis(key) => {
-                let aegis = Aegis256X4::<TAG_LEN>::new(key, &nonce(counter));
-                Some(aegis.encrypt_in_place(text, header))
+                let tag = aegis_seal(key, counter, header, text);
+                wipe_stack();
+                Some(tag)
             }
         }
     }
@@ -1072,12 +1078,44 @@ impl Key {
             }
             Self::Aegis(key) => {
                 let (text, tag) = text.split_last_chunk_mut::<TAG_LEN>()?;
-                let aegis = Aegis256X4::<TAG_LEN>::new(key, &nonce(counter));
-                let opened = aegis.decrypt_in_place(text, tag, header);
-                opened.ok().map(|()| text.len())
+                let opened = aegis_open(key, counter, header, text, tag);
+                wipe_stack();
+                opened.then_some(text.len())
             }
         }
     }
+}
+
+/// In a frame of its own: the library copies the key there, and [`wipe_stack`] comes after it.
+#[inline(never)]
+fn aegis_seal(
+    key: &[u8; KEY_LEN],
+    counter: u64,
+    header: &[u8; DATA_HEADER_LEN],
+    text: &mut [u8],
+) -> [u8; TAG_LEN] {
+    Aegis256X4::<TAG_LEN>::new(key, &nonce(counter)).encrypt_in_place(text, header)
+}
+
+/// See [`aegis_seal`].
+#[inline(never)]
+fn aegis_open(
+    key: &[u8; KEY_LEN],
+    counter: u64,
+    header: &[u8; DATA_HEADER_LEN],
+    text: &mut [u8],
+    tag: &[u8; TAG_LEN],
+) -> bool {
+    let aegis = Aegis256X4::<TAG_LEN>::new(key, &nonce(counter));
+    aegis.decrypt_in_place(text, tag, header).is_ok()
+}
+
+/// Overwrites the stack where the frame of the last call was: more than key, nonce and what is saved take
+/// there twice.
+#[inline(never)]
+fn wipe_stack() {
+    let mut frame = [0u64; 48];
+    frame.zeroize();
 }
 
 /// The counter in the last eight bytes, as WireGuard has it, zeros before it.

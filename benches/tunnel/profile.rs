@@ -6,7 +6,7 @@
 //! a daemon's time (the router's and the other hosts' too, in a lab) counts as the daemon's.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -84,11 +84,12 @@ pub(crate) fn of(contender: &Contender<'_>, scratch: &Path) -> Result<String> {
         (Direction::Forward, "forward, from client to application"),
         (Direction::Reverse, "reverse, from application to client"),
     ] {
-        let data = scratch.join("perf.data");
+        // A recording each: of one of both, perf credits what both run in the kernel to one of them.
+        let data = ["old", "new"].map(|side| scratch.join(format!("perf-{side}.data")));
         record(contender, direction, pids, &data)?;
-        for (pid, side) in pids.into_iter().zip(["old", "new"]) {
-            let symbols = report(&data, pid, "--no-children")?;
-            let within = report(&data, pid, "--children")?;
+        for (data, side) in data.iter().zip(["old", "new"]) {
+            let symbols = report(data, "--no-children")?;
+            let within = report(data, "--children")?;
             // Writing to a String cannot fail.
             let _ = writeln!(out, "{side} server, {name}:\n");
             for (part, share) in parts(&symbols) {
@@ -119,45 +120,49 @@ fn record(
     contender: &Contender<'_>,
     direction: Direction,
     pids: [u32; 2],
-    data: &Path,
+    data: &[PathBuf; 2],
 ) -> Result<()> {
-    let mut perf = Command::new("perf");
-    perf.args(["record", "-q", "-g", "-F", RATE, "-e", "cpu-clock", "-p"])
-        .arg(format!("{},{}", pids[0], pids[1]))
-        .arg("-o")
-        .arg(data)
-        .args(["--", "sleep"])
-        .arg(TIME.as_secs().to_string());
-    let mut perf = Some(perf);
-    let mut recording = None;
+    let mut perfs: Vec<Command> = pids
+        .iter()
+        .zip(data)
+        .map(|(pid, data)| {
+            let mut perf = Command::new("perf");
+            perf.args(["record", "-q", "-g", "-F", RATE, "-e", "cpu-clock", "-p"])
+                .arg(pid.to_string())
+                .arg("-o")
+                .arg(data)
+                .args(["--", "sleep"])
+                .arg(TIME.as_secs().to_string());
+            perf
+        })
+        .collect();
+    let mut recordings = Vec::new();
     // Begins when the stream has found its speed.
     let at = || {
-        if let Some(mut perf) = perf.take() {
-            recording = Some(thread::spawn(move || perf.output()));
-        }
+        let started = perfs.drain(..);
+        recordings.extend(started.map(|mut perf| thread::spawn(move || perf.output())));
         Ok(())
     };
     let (lab, target) = (contender.lab(), contender.target());
     let streams = Streams::new(1, direction);
     load::tcp(lab, target, streams, TIME + TIME / 8, at)?;
-    let said = recording
-        .and_then(|recording| recording.join().ok())
-        .context("perf was not started")?
-        .context("cannot start perf")?;
-    if !said.status.success() {
-        bail!("perf: {}", String::from_utf8_lossy(&said.stderr).trim());
+    for recording in recordings {
+        let said = recording.join().ok().context("perf crashed")?;
+        let said = said.context("cannot start perf")?;
+        if !said.status.success() {
+            bail!("perf: {}", String::from_utf8_lossy(&said.stderr).trim());
+        }
     }
     Ok(())
 }
 
 /// Share in per cent and name of each symbol, largest first: of what ran in it, or with `--children` also
 /// of what it called.
-fn report(data: &Path, pid: u32, children: &str) -> Result<Vec<(f64, String)>> {
+fn report(data: &Path, children: &str) -> Result<Vec<(f64, String)>> {
     let said = Command::new("perf")
         .args(["report", "--stdio", children, "-g", "none", "-i"])
         .arg(data)
-        .args(["--percentage", "relative", "--sort", "sym", "--pid"])
-        .arg(pid.to_string())
+        .args(["--percentage", "relative", "--sort", "sym"])
         .output()
         .context("cannot start perf")?;
     let text = String::from_utf8_lossy(&said.stdout);

@@ -316,11 +316,16 @@ impl Load {
         let window = now.saturating_duration_since(self.since);
         if window >= limits.window {
             self.into += second.saturating_sub(mem::replace(&mut self.second, second));
-            let was = self.is_busy;
-            self.is_busy = self.out + self.into >= window.mul_f64(limits.share);
-            crowd.set_busy(was, self.is_busy);
+            let is_above = |share| self.out + self.into >= window.mul_f64(share);
             let leans_out = self.out >= self.into.mul_f64(limits.lean);
-            self.is_for_two = self.is_busy && leans_out;
+            self.is_for_two = leans_out && is_above(limits.share);
+            let is_busy = is_above(if self.is_busy {
+                STAY.share
+            } else {
+                BEGIN.share
+            });
+            crowd.set_busy(self.is_busy, is_busy);
+            self.is_busy = is_busy;
             (self.since, self.out, self.into) = (now, Duration::ZERO, Duration::ZERO);
         }
         self.is_for_two &= crowd.has_room();
