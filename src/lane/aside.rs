@@ -24,7 +24,7 @@ use crate::packet::{Family, Parsed};
 use crate::peer::PeerId;
 use crate::pieces::{Cut, Overlaps, Waiting, complete, is_first, may_cut};
 use crate::shared::Translation;
-use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
+use crate::wire::Flags;
 
 /// Every link that carries IPv6 carries this much; one that does not must cut and join below it
 /// (RFC 8200 section 5).
@@ -371,7 +371,7 @@ impl Sealing<'_> {
                 let mut cut = Cut::new(&parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
                 let mut piece = vec![0; self.mtu];
                 while let Some(len) = cut.next_into(&mut piece) {
-                    self.seal_one(&piece[..len])?;
+                    self.seal_parts(&piece[..len], Flags::NONE)?;
                 }
             } else if segment.len > self.mtu {
                 return Err(DropReason::TooBig);
@@ -381,20 +381,6 @@ impl Sealing<'_> {
             sealed.packets += 1;
             sealed.bytes += len;
         }
-        Ok(())
-    }
-
-    fn seal_one(&mut self, packet: &[u8]) -> Result<(), DropReason> {
-        let counter = self.sealer.reserve(1).and_then(|mut all| all.next());
-        let counter = counter.ok_or(DropReason::NoSession)?;
-        let sealer = self.sealer;
-        let slot = self.slot(packet.len());
-        slot[DATA_HEADER_LEN..][..packet.len()].copy_from_slice(packet);
-        sealer
-            .seal(counter, Flags::NONE, slot)
-            .map_err(|_| DropReason::TooBig)?;
-        self.batch
-            .commit(packet.len() + DATA_OVERHEAD, self.destination);
         Ok(())
     }
 }

@@ -165,10 +165,10 @@ impl Outbound {
 
 /// Cuts one packet, however long, and seals the pieces into the batch.
 pub(super) struct Sealing<'a> {
-    pub(super) batch: &'a mut SendBatch,
+    batch: &'a mut SendBatch,
     udp: &'a UdpSocket,
-    pub(super) sealer: &'a Sealer,
-    pub(super) destination: Destination,
+    sealer: &'a Sealer,
+    destination: Destination,
     /// Largest plaintext of one datagram.
     pub(super) mtu: usize,
     /// What is larger may go in several.
@@ -272,7 +272,7 @@ impl Sealing<'_> {
     }
 
     /// Room in the batch for a plaintext of `len` bytes; what is in the way is sent first.
-    pub(super) fn slot(&mut self, len: usize) -> &mut [u8] {
+    fn slot(&mut self, len: usize) -> &mut [u8] {
         let len = len + DATA_OVERHEAD;
         if !self.batch.fits(len, &self.destination)
             && let Some((_, datagrams)) = flush(self.batch, self.udp)
