@@ -319,6 +319,7 @@ fn a_path_that_narrows_under_a_transfer_is_followed_when_the_router_says_so() ->
     thread::scope(|scope| {
         let transfer = scope.spawn(|| client.upload(MOVED, LONG));
         is_running(&setup, Role::Old)?;
+        assert!(!transfer.is_finished(), "it is over already");
         lab.set_mtu(Leg::New, 1_300, false)?;
         let took = transfer.join().unwrap()?.took;
         assert!(took < HELD_UP, "{took:?}");
@@ -337,6 +338,7 @@ fn a_path_that_narrows_under_a_transfer_is_followed_without_a_word() -> Result {
     thread::scope(|scope| {
         let transfer = scope.spawn(|| client.download(MOVED, LONG));
         is_running(&setup, Role::New)?;
+        assert!(!transfer.is_finished(), "it is over already");
         // Longer frames than the far end of a link takes vanish there.
         lab.set_mtu(Leg::New, 1_300, false)?;
         let took = transfer.join().unwrap()?.took;
@@ -356,6 +358,7 @@ fn a_link_of_the_server_itself_is_followed_down_and_up_again() -> Result {
     thread::scope(|scope| {
         let transfer = scope.spawn(|| client.download(MOVED, LONG));
         is_running(&setup, Role::New)?;
+        assert!(!transfer.is_finished(), "it is over already");
         lab.set_mtu(Leg::New, 1_300, true)?;
         let took = transfer.join().unwrap()?.took;
         assert!(took < HELD_UP, "{took:?}");
