@@ -25,7 +25,7 @@ use super::setup::{Ready, Tools, resolve};
 use crate::cli::Offload;
 use crate::config::{Config, DeliverTo, PeerConfig};
 use crate::drops::Drops;
-use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS, UdpSocket};
+use crate::io::udp::UdpSocket;
 use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, keep};
@@ -793,30 +793,6 @@ impl Control<'_> {
         if self.view.peers[index].mtu != mtu {
             self.view.peers[index].mtu = mtu;
             self.view_changed = true;
-            self.fit_super_packets();
-        }
-    }
-
-    /// Lets the application's TCP make super-packets that fill one send exactly: one read, one send,
-    /// one receive, one write.
-    ///
-    /// Not on the old server: what it captures is made elsewhere, and its kernel would only cut what
-    /// is longer.
-    fn fit_super_packets(&self) {
-        let mtu = self
-            .view
-            .peers
-            .iter()
-            .map(|peer| peer.mtu)
-            .filter(|&mtu| mtu > 0)
-            .max();
-        let (Role::New, Some(mtu)) = (self.config.role, mtu) else {
-            return;
-        };
-        let segments = (MAX_BATCH / (mtu + DATA_OVERHEAD)).clamp(1, MAX_SEGMENTS) as u32;
-        // Only speed hangs on it.
-        if let Err(error) = self.netlink.set_link_gso_max_segs(self.tun.index, segments) {
-            debug!(%error, segments, "super-packets stay as long as they are");
         }
     }
 

@@ -453,12 +453,6 @@ impl Netlink {
         self.set_link("set interface MTU", index, LinkAttribute::Mtu(mtu))
     }
 
-    /// Sets how many segments a super-packet of this host's own TCP may have on an interface.
-    pub fn set_link_gso_max_segs(&self, index: u32, segments: u32) -> Result<()> {
-        let attribute = LinkAttribute::GsoMaxSegs(segments);
-        self.set_link("set the largest super-packet", index, attribute)
-    }
-
     /// Renames an interface (which older kernels only do while it is down).
     pub fn rename_link(&self, index: u32, name: &str) -> Result<()> {
         self.set_link(
