@@ -27,6 +27,10 @@ const FLOOR: u16 = 508;
 /// Probes of one size before it is given up (RFC 8899, section 5.1.2: MAX_PROBES).
 const MAX_PROBES: u32 = 3;
 
+/// How often in a row a silent peer is asked whether it is there. Answers are lost as probes are; who is gone
+/// does not answer, and is found by other means.
+const MAX_ASKED: u32 = 5;
+
 /// How long a probe is waited for while the round trip time is not known: the least that RFC 8899,
 /// section 5.1.1 allows then.
 const PROBE_TIMER: Duration = Duration::from_secs(1);
@@ -76,8 +80,10 @@ enum Phase {
 struct Probe {
     size: u16,
     sent: Instant,
+    /// How often it was lost, although the peer was heard meanwhile.
     lost: u32,
-    repeats: u32,
+    /// How often in a row neither it nor anything else was answered.
+    silent: u32,
 }
 
 impl Search {
@@ -116,8 +122,8 @@ impl Search {
     /// Whether a probe is out that was just sent again: worth knowing whether the peer is there. Not
     /// for ever, though: a peer that is gone is found by other means.
     pub fn is_doubtful(&self) -> bool {
-        let repeats = self.probe.as_ref().map_or(0, |probe| probe.repeats);
-        (1..=MAX_PROBES).contains(&repeats)
+        let probe = self.probe.as_ref();
+        probe.is_some_and(|probe| probe.lost + probe.silent > 0 && probe.silent <= MAX_ASKED)
     }
 
     /// The path is another one.
@@ -165,16 +171,14 @@ impl Search {
         }
         if let Some(probe) = &mut self.probe {
             let alive = heard.is_some_and(|heard| heard > probe.sent);
-            probe.lost += u32::from(alive);
+            if alive {
+                (probe.lost, probe.silent) = (probe.lost + 1, 0);
+            } else {
+                probe.silent = probe.silent.saturating_add(1);
+            }
             if probe.lost < MAX_PROBES {
                 probe.sent = now;
-                probe.repeats = probe.repeats.saturating_add(1);
-                self.next = now
-                    + if alive {
-                        self.timer
-                    } else {
-                        PROBE_TIMER.min(self.timer * probe.repeats)
-                    };
+                self.next = now + PROBE_TIMER.min(self.timer.saturating_mul(probe.silent.max(1)));
                 return Some(probe.size);
             }
             let size = probe.size;
@@ -192,7 +196,7 @@ impl Search {
             size,
             sent: now,
             lost: 0,
-            repeats: 0,
+            silent: 0,
         });
         self.next = now + self.timer;
         Some(size)

@@ -572,8 +572,9 @@ fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
 
 /// When something was last heard from a peer and sent to it, on whatever session and lane.
 ///
-/// Lanes write it once a batch; the tunnel's timers read it. Milliseconds since an epoch, so that a
-/// time fits an atomic.
+/// Lanes write it once a batch; the tunnel's timers read it. Microseconds since an epoch, so that a
+/// time fits an atomic. After a pause it is exact: whether an answer came behind its question is asked
+/// of peers that are a tenth of a millisecond away.
 #[derive(Debug)]
 pub struct Activity {
     epoch: Instant,
@@ -583,6 +584,9 @@ pub struct Activity {
 }
 
 impl Activity {
+    /// How much later something has to be for it to be written, in microseconds.
+    const STALE: u64 = 1_000;
+
     /// Starts a record at `epoch`: nothing heard, nothing sent.
     pub fn new(epoch: Instant) -> Self {
         Self {
@@ -625,17 +629,18 @@ impl Activity {
 
     fn raise(&self, cell: &AtomicU64, now: Instant) {
         // One above, so that 0 can mean never.
-        let millis = now.saturating_duration_since(self.epoch).as_millis() as u64 + 1;
-        // The cell is shared by all lanes: write it only when the millisecond is a new one.
-        if cell.load(Relaxed) < millis {
-            cell.fetch_max(millis, Relaxed);
+        let micros = now.saturating_duration_since(self.epoch).as_micros() as u64 + 1;
+        // The cell is shared by all lanes: under load it is written once in so long.
+        let known = cell.load(Relaxed);
+        if known == 0 || known + Self::STALE <= micros {
+            cell.fetch_max(micros, Relaxed);
         }
     }
 
     fn read(&self, cell: &AtomicU64) -> Option<Instant> {
-        let millis = cell.load(Relaxed).checked_sub(1)?;
+        let micros = cell.load(Relaxed).checked_sub(1)?;
         self.epoch
-            .checked_add(std::time::Duration::from_millis(millis))
+            .checked_add(std::time::Duration::from_micros(micros))
     }
 }
 

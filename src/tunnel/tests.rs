@@ -1474,6 +1474,45 @@ fn a_name_that_resolves_anew_is_tried() {
 
 // Path MTU.
 
+/// What sends big packets hears nothing but the answers to its questions, and those within the
+/// millisecond: a transfer that is stuck, to a peer nearby.
+#[test]
+fn a_path_that_narrows_is_noticed_in_time_though_only_answers_are_heard() {
+    for step in 0..40 {
+        let mut pair = Pair::up(step);
+        pair.link.delay = Duration::from_micros(150);
+        pair.run(secs(1) + Duration::from_micros(25_025 * step));
+        pair.link.mtu = 1_300;
+        let narrowed = pair.now;
+        while pair.sides[NEW].tunnel().path_mtu() == 1472 {
+            pair.send_data(NEW);
+            pair.run(millis(50));
+            let took = pair.now - narrowed;
+            assert!(took < secs(2), "{took:?} and more, at {step}");
+        }
+    }
+}
+
+/// Questions and answers are lost as well: what one silence does not tell is asked again.
+#[test]
+fn a_path_that_narrows_and_loses_datagrams_is_noticed_as_soon() {
+    let mut took: Vec<Duration> = (0..101)
+        .map(|seed| {
+            let mut pair = Pair::up(seed);
+            (pair.link.mtu, pair.link.loss) = (1_300, 250);
+            let narrowed = pair.now;
+            while pair.sides[NEW].tunnel().path_mtu() == 1472 {
+                pair.send_data(NEW);
+                pair.run(millis(50));
+            }
+            pair.now - narrowed
+        })
+        .collect();
+    took.sort_unstable();
+    assert!(took[50] < secs(2), "{took:?}");
+    assert!(took[100] < secs(6), "{took:?}");
+}
+
 #[test]
 fn the_path_mtu_is_found_and_followed_in_both_directions() {
     let mut pair = Pair::up(34);
