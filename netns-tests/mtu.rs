@@ -304,9 +304,9 @@ fn is_running(setup: &DaemonSetup<'_>, role: Role) -> Result {
     running.ok_or_else(|| LabError::unexpected("the transfer does not begin"))
 }
 
-/// How long such a transfer may take if it is held up once: TCP tries again after 0.2, 0.4, 0.8, 1.6, 3.2 and,
-/// on a busy machine, 6.4 s, and what is left takes the rest.
-const HELD_UP: Duration = Duration::from_secs(20);
+/// How long such a transfer may take: it is noticed within two seconds, and TCP tries again after 0.2, 0.4, 0.8,
+/// 1.6 and, on a busy machine, 3.2 s; what is left takes the rest.
+const HELD_UP: Duration = Duration::from_secs(12);
 
 #[test]
 fn a_path_that_narrows_under_a_transfer_is_followed_when_the_router_says_so() -> Result {
@@ -330,7 +330,8 @@ fn a_path_that_narrows_under_a_transfer_is_followed_when_the_router_says_so() ->
 #[test]
 fn a_path_that_narrows_under_a_transfer_is_followed_without_a_word() -> Result {
     let lab = Lab::new()?;
-    let setup = setup(&lab)?;
+    // A veth lets super-packets pass, however long the packets in them are.
+    let setup = setup(&lab)?.args(Role::New, &["--without", "udp-gso"]);
     let _application = Service::start(lab.new_server(), NEW)?;
     let _daemons = setup.start_both()?;
     settled(&setup)?;
@@ -339,11 +340,11 @@ fn a_path_that_narrows_under_a_transfer_is_followed_without_a_word() -> Result {
         let transfer = scope.spawn(|| client.download(MOVED, LONG));
         is_running(&setup, Role::New)?;
         assert!(!transfer.is_finished(), "it is over already");
-        // Longer frames than the far end of a link takes vanish there.
+        // Longer frames than the far end of a link takes vanish there; it takes a VLAN tag more.
         lab.set_mtu(Leg::New, 1_300, false)?;
         let took = transfer.join().unwrap()?.took;
         assert!(took < HELD_UP, "{took:?}");
-        mtu(&setup, Role::New, |mtu| mtu <= 1_300 - 60).map(drop)
+        mtu(&setup, Role::New, |mtu| mtu <= 1_300 + 4 - 60).map(drop)
     })
 }
 
