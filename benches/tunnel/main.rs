@@ -34,14 +34,13 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 
 use contenders::{Contender, Kind};
-use ipmoved::lab::Lab;
+use ipmoved::lab::{Lab, interrupt};
 use measures::Effort;
 use report::Report;
 
@@ -88,9 +87,6 @@ struct Args {
     bench: bool,
 }
 
-/// Set by SIGINT and SIGTERM.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
 fn main() -> ExitCode {
     let args = Args::parse();
     // `cargo test --benches` starts benches as well, without this argument.
@@ -98,7 +94,7 @@ fn main() -> ExitCode {
         println!("to be run by `cargo bench --bench tunnel`");
         return ExitCode::SUCCESS;
     }
-    watch_signals();
+    interrupt::watch();
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -214,7 +210,7 @@ fn run(args: &Args) -> Result<()> {
 
 /// Refuses to go on after a signal.
 fn pass() -> Result<()> {
-    if INTERRUPTED.load(Relaxed) {
+    if interrupt::came() {
         bail!("interrupted; everything has been removed");
     }
     Ok(())
@@ -232,27 +228,4 @@ fn rest(time: Duration) -> Result<()> {
         }
         std::thread::sleep(left.min(STEP));
     }
-}
-
-/// Takes SIGINT and SIGTERM, so that what is set up is taken down; a second one ends at once.
-fn watch_signals() {
-    std::thread::spawn(|| -> std::io::Result<()> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()?;
-        runtime.block_on(async {
-            let mut int = signal(SignalKind::interrupt())?;
-            let mut term = signal(SignalKind::terminate())?;
-            loop {
-                tokio::select! {
-                    _ = int.recv() => {}
-                    _ = term.recv() => {}
-                }
-                if INTERRUPTED.swap(true, Relaxed) {
-                    std::process::exit(130);
-                }
-            }
-        })
-    });
 }

@@ -7,15 +7,12 @@
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::daemon::{Daemon, DaemonSetup, Daemons};
 use super::topology::{CLIENT, Leg, MOVED, NEW, OLD};
 use super::traffic::listeners;
-use super::{Lab, LabError, Probe, Result, Service, Snapshot, UdpService};
+use super::{Lab, LabError, Probe, Result, Service, Snapshot, UdpService, interrupt};
 use crate::peer::Role;
 
 /// Size of the download: more than any buffer on the way holds, and a second's work.
@@ -70,7 +67,7 @@ pub fn demo(exe: &Path) -> Result<(), DemoError> {
 
 fn demo_to(exe: &Path, out: &mut dyn Write) -> Result<(), DemoError> {
     let started = Instant::now();
-    let interrupted = watch_signals();
+    interrupt::watch();
     let lab = Lab::new()?;
     writeln!(
         out,
@@ -78,7 +75,6 @@ fn demo_to(exe: &Path, out: &mut dyn Write) -> Result<(), DemoError> {
     )?;
     let mut story = Story {
         out,
-        interrupted,
         steps: 0,
         failed: 0,
     };
@@ -379,7 +375,6 @@ fn only_listener(lab: &Lab, expected: SocketAddr) -> Result<SocketAddr> {
 /// Numbers the steps and says how they went.
 struct Story<'out> {
     out: &'out mut dyn Write,
-    interrupted: Arc<AtomicBool>,
     steps: usize,
     failed: usize,
 }
@@ -396,7 +391,7 @@ impl Story<'_> {
         self.out.flush()?;
         let seen = play();
         // The signal reaches the daemons too, so that what was seen means nothing.
-        if self.interrupted.load(Relaxed) {
+        if interrupt::came() {
             return Err(DemoError::Interrupted);
         }
         match seen {
@@ -411,31 +406,4 @@ impl Story<'_> {
             }
         }
     }
-}
-
-/// Takes SIGINT and SIGTERM, so that the demo ends between two steps and cleans up; a second one
-/// ends it at once.
-fn watch_signals() -> Arc<AtomicBool> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&interrupted);
-    thread::spawn(move || -> io::Result<()> {
-        use tokio::signal::unix::{SignalKind, signal};
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()?;
-        runtime.block_on(async {
-            let mut int = signal(SignalKind::interrupt())?;
-            let mut term = signal(SignalKind::terminate())?;
-            loop {
-                tokio::select! {
-                    _ = int.recv() => {}
-                    _ = term.recv() => {}
-                }
-                if flag.swap(true, Relaxed) {
-                    std::process::exit(130);
-                }
-            }
-        })
-    });
-    interrupted
 }

@@ -18,6 +18,7 @@
 //! | [`raw`] | packets of any protocol, source and damage |
 //! | [`snapshot`] | the state of a namespace as comparable text |
 //! | [`daemon`] | `ipmoved` processes: start, wait, signal, read `status` |
+//! | [`interrupt`] | SIGINT and SIGTERM, for commands that take down what they set up |
 //! | [`mod@demo`] | `ipmoved demo`: the story, step by step |
 
 // The lab is an edge: it waits for real kernels and real processes.
@@ -33,6 +34,7 @@ use std::time::{Duration, Instant};
 pub mod capture;
 pub mod daemon;
 pub mod demo;
+pub mod interrupt;
 pub mod namespace;
 pub mod raw;
 pub mod snapshot;
