@@ -27,8 +27,8 @@ const FLOOR: u16 = 508;
 /// Probes of one size before it is given up (RFC 8899, section 5.1.2: MAX_PROBES).
 const MAX_PROBES: u32 = 3;
 
-/// How often in a row a silent peer is asked whether it is there. Answers are lost as probes are; who is gone
-/// does not answer, and is found by other means.
+/// How often in a row a silent peer is asked whether it is there: where every fourth datagram is lost, two
+/// of a hundred are silent so often. A peer that is gone is found by other means.
 const MAX_ASKED: u32 = 5;
 
 /// How long a probe is waited for while the round trip time is not known: the least that RFC 8899,
@@ -40,6 +40,9 @@ const PROBE_ROUND_TRIPS: u32 = 4;
 
 /// … but not less than TCP waits (RFC 6298 as Linux has it): the peer may be busy.
 const MIN_PROBE_TIMER: Duration = Duration::from_millis(200);
+
+/// … and not more than a second above the longest round trip that a tunnel has to bear.
+const MAX_PROBE_TIMER: Duration = Duration::from_secs(5);
 
 /// How often the current size is confirmed.
 const CONFIRMATION_TIMER: Duration = Duration::from_secs(5);
@@ -82,7 +85,7 @@ struct Probe {
     sent: Instant,
     /// How often it was lost, although the peer was heard meanwhile.
     lost: u32,
-    /// How often in a row neither it nor anything else was answered.
+    /// How often in a row nothing was heard after it was sent.
     silent: u32,
 }
 
@@ -116,11 +119,11 @@ impl Search {
 
     /// A round trip took so long.
     pub fn set_rtt(&mut self, rtt: Duration) {
-        self.timer = (rtt * PROBE_ROUND_TRIPS).clamp(MIN_PROBE_TIMER, PROBE_TIMER);
+        self.timer =
+            (rtt.saturating_mul(PROBE_ROUND_TRIPS)).clamp(MIN_PROBE_TIMER, MAX_PROBE_TIMER);
     }
 
-    /// Whether a probe is out that was just sent again: worth knowing whether the peer is there. Not
-    /// for ever, though: a peer that is gone is found by other means.
+    /// Whether a probe is out that was just sent again: worth knowing whether the peer is there.
     pub fn is_doubtful(&self) -> bool {
         let probe = self.probe.as_ref();
         probe.is_some_and(|probe| probe.lost + probe.silent > 0 && probe.silent <= MAX_ASKED)
@@ -178,7 +181,8 @@ impl Search {
             }
             if probe.lost < MAX_PROBES {
                 probe.sent = now;
-                self.next = now + PROBE_TIMER.min(self.timer.saturating_mul(probe.silent.max(1)));
+                let backed_off = PROBE_TIMER.min(self.timer * probe.silent.min(MAX_ASKED));
+                self.next = now + self.timer.max(backed_off);
                 return Some(probe.size);
             }
             let size = probe.size;
@@ -351,6 +355,36 @@ mod tests {
         let took = now - narrowed;
         assert!(took < Duration::from_secs(2), "{took:?}");
         assert_eq!(search.current(), BASE);
+    }
+
+    #[test]
+    fn a_silent_peer_is_asked_a_few_times_and_again_once_it_was_heard() {
+        let mut now = start();
+        let mut search = Search::new(1_472, now);
+        let mut asked = |times: usize, heard: bool| {
+            let asks = (0..times).filter(|_| {
+                let _ = search.poll(now, heard.then_some(now), None);
+                now = search.next_timeout();
+                search.is_doubtful()
+            });
+            asks.count()
+        };
+        assert_eq!(asked(1, false), 0, "a first probe is no reason");
+        assert_eq!(asked(20, false), MAX_ASKED as usize);
+        assert_eq!(asked(1, true), 1);
+        assert_eq!(asked(20, false), MAX_ASKED as usize);
+    }
+
+    #[test]
+    fn a_probe_is_waited_for_longer_than_the_round_trip() {
+        let now = start();
+        let mut search = Search::new(1_472, now);
+        for rtt in [0, 1, 60, 300, 4_000].map(Duration::from_millis) {
+            search.set_rtt(rtt);
+            assert!(search.timer > rtt + MIN_PROBE_TIMER / 2, "{rtt:?}");
+        }
+        let _ = search.poll(now, None, None);
+        assert_eq!(search.next_timeout(), now + MAX_PROBE_TIMER);
     }
 
     #[test]

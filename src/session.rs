@@ -573,8 +573,8 @@ fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
 /// When something was last heard from a peer and sent to it, on whatever session and lane.
 ///
 /// Lanes write it once a batch; the tunnel's timers read it. Microseconds since an epoch, so that a
-/// time fits an atomic. After a pause it is exact: whether an answer came behind its question is asked
-/// of peers that are a tenth of a millisecond away.
+/// time fits an atomic: whether an answer came after its question is asked of peers that are a tenth of
+/// a millisecond away.
 #[derive(Debug)]
 pub struct Activity {
     epoch: Instant,
@@ -584,8 +584,8 @@ pub struct Activity {
 }
 
 impl Activity {
-    /// How much later something has to be for it to be written, in microseconds.
-    const STALE: u64 = 1_000;
+    /// Pause between two writes of the lanes, in microseconds: they share the cell, and no timer is finer.
+    const WRITE_PAUSE: u64 = 1_000;
 
     /// Starts a record at `epoch`: nothing heard, nothing sent.
     pub fn new(epoch: Instant) -> Self {
@@ -597,9 +597,14 @@ impl Activity {
         }
     }
 
-    /// An authenticated datagram came in.
+    /// An authenticated datagram came in. Known to the millisecond while there are many.
     pub fn heard(&self, now: Instant) {
         self.raise(&self.heard, now);
+    }
+
+    /// A handshake or control message came in, of which there are few. Known exactly.
+    pub fn answered(&self, now: Instant) {
+        self.heard.fetch_max(self.micros(now), Relaxed);
     }
 
     /// A packet went out.
@@ -628,13 +633,15 @@ impl Activity {
     }
 
     fn raise(&self, cell: &AtomicU64, now: Instant) {
-        // One above, so that 0 can mean never.
-        let micros = now.saturating_duration_since(self.epoch).as_micros() as u64 + 1;
-        // The cell is shared by all lanes: under load it is written once in so long.
-        let known = cell.load(Relaxed);
-        if known == 0 || known + Self::STALE <= micros {
+        let (micros, known) = (self.micros(now), cell.load(Relaxed));
+        if known == 0 || known + Self::WRITE_PAUSE <= micros {
             cell.fetch_max(micros, Relaxed);
         }
+    }
+
+    /// One above, so that 0 can mean never.
+    fn micros(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.epoch).as_micros() as u64 + 1
     }
 
     fn read(&self, cell: &AtomicU64) -> Option<Instant> {
@@ -1329,6 +1336,35 @@ pub(crate) mod tests {
     }
 
     const CIPHERS: [Cipher; 3] = Cipher::ALL;
+
+    #[test]
+    fn what_was_heard_is_known_to_the_millisecond_and_answers_exactly() {
+        #[expect(clippy::disallowed_methods, reason = "only as a beginning")]
+        let epoch = Instant::now();
+        let activity = Activity::new(epoch);
+        let at = |micros| epoch + std::time::Duration::from_micros(micros);
+        assert_eq!(activity.last_heard(), None);
+        activity.heard(at(300));
+        assert_eq!(activity.last_heard(), Some(at(300)), "the first");
+        activity.heard(at(1_299));
+        assert_eq!(activity.last_heard(), Some(at(300)), "within the pause");
+        activity.heard(at(1_300));
+        assert_eq!(activity.last_heard(), Some(at(1_300)));
+        activity.answered(at(1_400));
+        assert_eq!(activity.last_heard(), Some(at(1_400)));
+        activity.answered(at(1_350));
+        assert_eq!(
+            activity.last_heard(),
+            Some(at(1_400)),
+            "a later one was first"
+        );
+        assert_eq!(
+            (activity.last_carried(), activity.last_sent()),
+            (None, None)
+        );
+        activity.spoke(at(0));
+        assert_eq!(activity.last_sent(), Some(at(0)));
+    }
 
     #[test]
     fn a_psk_is_32_bytes_in_base64_and_never_printed() {

@@ -504,7 +504,7 @@ impl Tunnel {
     /// A lane opened a datagram of `session` that was the first on it, or the newest of its lane with
     /// another source than [`Event::Endpoint`] last said.
     pub fn session_heard(&mut self, now: Instant, session: &Session, from: Path) {
-        self.activity.heard(now);
+        self.activity.answered(now);
         let Some(at) = self.position(session.index()) else {
             return;
         };
@@ -527,7 +527,7 @@ impl Tunnel {
         session: &Session,
         plaintext: &[u8],
     ) -> Result<(), DropReason> {
-        self.activity.heard(now);
+        self.activity.answered(now);
         let at = self
             .position(session.index())
             .ok_or(DropReason::SessionUnknown)?;
@@ -872,7 +872,7 @@ impl Tunnel {
         };
         // It is answered; what else we sent in the meantime need not be.
         self.pending.clear();
-        self.activity.heard(now);
+        self.activity.answered(now);
         self.learn(now, from);
         // A peer that chooses what was not offered is refused as one that chooses nothing.
         let cipher = answer

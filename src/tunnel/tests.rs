@@ -1482,6 +1482,7 @@ fn a_path_that_narrows_is_noticed_in_time_though_only_answers_are_heard() {
         let mut pair = Pair::up(step);
         pair.link.delay = Duration::from_micros(150);
         pair.run(secs(1) + Duration::from_micros(25_025 * step));
+        assert_eq!(pair.sides[NEW].tunnel().path_mtu(), 1472);
         pair.link.mtu = 1_300;
         let narrowed = pair.now;
         while pair.sides[NEW].tunnel().path_mtu() == 1472 {
@@ -1499,11 +1500,13 @@ fn a_path_that_narrows_and_loses_datagrams_is_noticed_as_soon() {
     let mut took: Vec<Duration> = (0..101)
         .map(|seed| {
             let mut pair = Pair::up(seed);
+            assert_eq!(pair.sides[NEW].tunnel().path_mtu(), 1472);
             (pair.link.mtu, pair.link.loss) = (1_300, 250);
             let narrowed = pair.now;
             while pair.sides[NEW].tunnel().path_mtu() == 1472 {
                 pair.send_data(NEW);
                 pair.run(millis(50));
+                assert!(pair.now < narrowed + secs(60), "never, with {seed}");
             }
             pair.now - narrowed
         })
