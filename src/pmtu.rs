@@ -119,8 +119,8 @@ impl Search {
 
     /// A round trip took so long.
     pub fn set_rtt(&mut self, rtt: Duration) {
-        self.timer =
-            (rtt.saturating_mul(PROBE_ROUND_TRIPS)).clamp(MIN_PROBE_TIMER, MAX_PROBE_TIMER);
+        let timer = rtt.saturating_mul(PROBE_ROUND_TRIPS);
+        self.timer = timer.clamp(MIN_PROBE_TIMER, MAX_PROBE_TIMER);
     }
 
     /// Whether a probe is out that was just sent again: worth knowing whether the peer is there.
