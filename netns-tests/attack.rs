@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use ipmoved::lab::daemon::{read_psk, write_psk};
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, LabError, Process, Service, UdpService, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::protocol_text::{old_announcement, socket_to};
 use crate::relay::{Dice, PORT};

@@ -16,7 +16,7 @@ use std::process::Command;
 
 use ipmoved::lab::daemon::COMMAND_TIMEOUT;
 use ipmoved::lab::{Lab, Output, Snapshot};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 use rustix::mount::MountFlags;
 use rustix::thread::{CapabilitiesSecureBits, UnshareFlags};
 

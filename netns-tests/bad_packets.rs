@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6, OLD};
 use ipmoved::lab::{Lab, UdpService, Watch, Wire, packets, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::impostor::Impostor;
 use crate::stage::{FAMILIES, PATIENCE, Result, setup};

@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD;
 use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::protocol_text::socket_to;
 use crate::second::Second;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{Lab, LabError, Service, UdpService, Wire, packets, raw};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6, OLD, OLD6};
 use ipmoved::lab::{Lab, LabError, Probe, RawSocket, Service, UdpService, Watch};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 use socket2::SockRef;
 
 use crate::stage::{FAMILIES, PATIENCE, Result, SILENCE, setup};

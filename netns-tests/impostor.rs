@@ -12,17 +12,17 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ipmoved::config::DEFAULT_PORT;
+use ipmoved::channel::session::{
+    CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
+};
+use ipmoved::channel::tunnel::{Announcement, Event, Timers, Tunnel, TunnelConfig};
+use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError};
-use ipmoved::moved::Move;
-use ipmoved::peer::{Path, PeerId, Role};
-use ipmoved::session::{
-    CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
-};
-use ipmoved::tunnel::{Announcement, Event, Timers, Tunnel, TunnelConfig};
-use ipmoved::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
+use ipmoved::model::moved::Move;
+use ipmoved::model::peer::{Path, PeerId, Role};
+use ipmoved::settings::config::DEFAULT_PORT;
 
 use crate::stage::{PATIENCE, Result};
 

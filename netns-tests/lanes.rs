@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{Daemon, Lab, LabError, Namespace, Service, Tap, UdpService, raw};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 

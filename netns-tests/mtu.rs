@@ -14,7 +14,7 @@ use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6};
 use ipmoved::lab::{
     DaemonSetup, Lab, LabError, RawSocket, Service, UdpService, Wire, packets, poll_until, raw,
 };
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 use socket2::SockRef;
 
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};

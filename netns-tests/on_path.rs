@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipmoved::lab::topology::{MOVED, NEW, OLD};
 use ipmoved::lab::{DaemonSetup, Lab, LabError, Service, UdpService, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::relay::{Dice, Fate, PORT, Relay};
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE};

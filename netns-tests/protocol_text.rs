@@ -13,7 +13,7 @@ use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, LabError, Namespace, UdpService, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::second::Second;
 use crate::stage::{PATIENCE, Result, SILENCE, setup};

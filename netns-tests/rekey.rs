@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{DaemonSetup, Lab, Service, UdpService, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::relay::{Dice, Fate, Relay};
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use ipmoved::lab::topology::{NEW, OLD, ROUTER_NEW, ROUTER_OLD};
 use ipmoved::lab::{DaemonSetup, Lab, LabError};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::stage::{Result, setup};

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use ipmoved::lab::topology::{Leg, MOVED, NEW};
 use ipmoved::lab::{Daemon, Daemons, Lab, Probe, Service};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, Moved, PATIENCE, RECOVERY, Result, SILENCE, moved, setup};
 

@@ -10,7 +10,7 @@ use std::thread;
 
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD, SECOND_CLIENT, moved as nth_moved};
 use ipmoved::lab::{Lab, Probe, Service, UdpService};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, SILENCE, moved, setup};
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 use ipmoved::lab::daemon::write_psk;
 use ipmoved::lab::topology::{NEW, more_moved, more_old};
 use ipmoved::lab::{Lab, LabError, Namespace, Process, Service, UdpService, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 use serde_json::Value;
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup};

@@ -7,7 +7,7 @@
 
 use ipmoved::lab::topology::{MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, Service};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, Result, moved, setup};
 

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use ipmoved::lab::capture::PacketKind;
+use ipmoved::lab::tap::PacketKind;
 use ipmoved::lab::topology::{CLIENT, Leg, MOVED, MOVED6, NEW, NEW6, OLD, SECOND_CLIENT};
 use ipmoved::lab::{Lab, LabError, Probe, Service, Snapshot, UdpService};
 

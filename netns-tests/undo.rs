@@ -12,7 +12,7 @@ use std::time::Duration;
 use ipmoved::lab::daemon::STOP_TIMEOUT;
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{Daemons, Lab, Service, Snapshot, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 use rustix::process::Signal;
 
 use crate::stage::{MEGABYTE, Result, setup};

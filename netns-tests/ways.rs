@@ -18,7 +18,7 @@ use ipmoved::lab::{
     Daemon, DaemonSetup, Daemons, Lab, LabError, Namespace, Probe, Service, Snapshot, UdpService,
     poll_until,
 };
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
@@ -230,7 +230,7 @@ fn with_both_translated_the_application_sees_the_old_server() -> Result {
         }
         for peer in application.peers().iter().chain(&echo.peers()) {
             assert_eq!(peer.ip(), old);
-            assert!(ipmoved::nat::PORTS.contains(&peer.port()), "{peer}");
+            assert!(ipmoved::flow::nat::PORTS.contains(&peer.port()), "{peer}");
         }
         // Refused by the new server's stack, and told to the client by the moved address.
         let probe = lab.client().probe_tcp((moved, 81), PATIENCE)?;
@@ -331,7 +331,7 @@ fn with_both_translated_the_old_servers_own_traffic_is_its_own() -> Result {
         own.ping(NEW, 5_000)?;
     }
     for peer in application.peers() {
-        assert!(!ipmoved::nat::PORTS.contains(&peer.port()), "{peer}");
+        assert!(!ipmoved::flow::nat::PORTS.contains(&peer.port()), "{peer}");
     }
     let _own = Service::start(lab.old_server(), OLD)?;
     lab.client().get(OLD)?.is_answered_by(OLD)?;

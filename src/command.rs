@@ -12,15 +12,16 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
 
-use crate::cli::{Cli, Command, LogFormat, NatArgs, RunArgs};
-use crate::config::{self, Config, NatSettings};
-use crate::confine;
+use crate::channel::session::{Entropy, Psk};
+use crate::daemon::confine;
+use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError};
 use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
 use crate::lab::{DemoError, LabError};
-use crate::session::{Entropy, Psk};
-use crate::status::{self, StatusError};
+use crate::model::runtime::STATUS_SOCKET;
+use crate::settings::args::{Cli, Command, LogFormat, NatArgs, RunArgs};
+use crate::settings::config::{self, Config, NatSettings};
 
 /// Failed while running.
 const FAILED: u8 = 1;
@@ -136,7 +137,7 @@ fn genpsk() -> Result<(), Failure> {
 fn show_status(json: bool) -> Result<(), Failure> {
     let namespace = journal::namespace_dir(&config::runtime_dir())
         .map_err(|error| Failure::new(SYSTEM, error))?;
-    let status = status::ask(&namespace.join(status::SOCKET)).map_err(|error| {
+    let status = status_socket::ask(&namespace.join(STATUS_SOCKET)).map_err(|error| {
         let code = match &error {
             StatusError::NotRunning(_) => OTHER_DAEMON,
             StatusError::Permission(_) => SYSTEM,

@@ -14,52 +14,34 @@
 //!
 //! # The rooms
 //!
-//! | room | owns |
-//! |---|---|
-//! | [`cli`], [`config`], [`command`] | what was typed, what it means, what is printed |
-//! | [`moved`], [`peer`], [`drops`] | the words that all rooms share |
-//! | [`packet`], [`offload`], [`ecn`], [`icmp`], [`answer`], [`fragment`], [`pieces`] | IP packets: checked once, cut and joined, rewritten, answered |
-//! | [`flow`], [`translate`], [`nat`] | which flow a packet belongs to, and what becomes of it |
-//! | [`wire`], [`session`], [`replay`], [`tunnel`], [`pmtu`] | the channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
-//! | [`join`], [`batch`] | packets in several datagrams, datagrams in one send |
-//! | [`io`] | the TUN queue and the UDP socket |
-//! | [`kernel`] | every change of the host's network, recorded and undone |
-//! | [`confine`] | what the process gives up: privileges, system calls, copies of keys |
-//! | [`lane`], [`shared`], [`daemon`], [`status`] | the loops, what they share with the control task, and the rest of the daemon |
-//! | [`lab`] | throwaway namespaces for the demo, the tests and the benches |
+//! A folder is a floor; each uses those above it in this table, and none below.
 //!
-//! The core (everything but `io`, `kernel`, `lane`, `daemon`, `lab`) does no I/O and reads no clock.
+//! | folder | owns |
+//! |---|---|
+//! | [`model`] | the words that all rooms share: what moved, who is at the other end, why a packet was dropped, what `status` says |
+//! | [`packet`] | IP packets: checked once, cut and joined, rewritten, answered |
+//! | [`flow`] | which flow a packet belongs to, and what becomes of it |
+//! | [`channel`] | the encrypted channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
+//! | [`io`] | the TUN queue, the UDP socket, and the batch that is sent in one call |
+//! | [`settings`] | what was typed, and what it means |
+//! | [`kernel`] | every change of the host's network, recorded and undone |
+//! | [`lane`] | the two loops that carry packets, and what they share with the control task |
+//! | [`daemon`] | the process: set-up, control task, privileges |
+//! | [`lab`] | throwaway namespaces for the demo, the tests and the benches |
+//! | [`command`] | what is printed |
+//!
+//! `model`, `packet`, `flow` and `channel` do no I/O and read no clock.
 
-pub mod answer;
-pub mod batch;
-pub mod cli;
+pub mod channel;
 pub mod command;
-pub mod config;
-pub mod confine;
 pub mod daemon;
-pub mod drops;
-pub mod ecn;
 pub mod flow;
-pub mod fragment;
-#[cfg(any(test, fuzzing))]
-pub mod fuzz;
-pub mod icmp;
 pub mod io;
-pub mod join;
 pub mod kernel;
 pub mod lab;
 pub mod lane;
-pub mod moved;
-pub mod nat;
-pub mod offload;
+pub mod model;
 pub mod packet;
-pub mod peer;
-pub mod pieces;
-pub mod pmtu;
-pub mod replay;
-pub mod session;
-pub mod shared;
-pub mod status;
-pub mod translate;
-pub mod tunnel;
-pub mod wire;
+pub mod settings;
+#[cfg(any(test, fuzzing))]
+pub mod testing;

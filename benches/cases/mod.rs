@@ -18,21 +18,22 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
-use ipmoved::batch::{Destination, SendBatch};
-use ipmoved::drops::DropReason;
-use ipmoved::flow::{AddrId, FlowTable, Inside, Limit, Outside, Seed, TCP_RESET};
-use ipmoved::moved::{Move, TCP};
-use ipmoved::offload::{
+use ipmoved::channel::session::{
+    Cipher, CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
+};
+use ipmoved::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
+use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
+use ipmoved::flow::seed::Seed;
+use ipmoved::flow::table::{AddrId, FlowTable, Inside, Limit, Outside, TCP_RESET};
+use ipmoved::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use ipmoved::io::batch::{Destination, SendBatch};
+use ipmoved::model::drops::DropReason;
+use ipmoved::model::moved::{Move, TCP};
+use ipmoved::model::peer::{Path, PeerId, Role};
+use ipmoved::packet::offload::{
     Coalescer, GSO_TCPV4, MAX_PARTS, NEEDS_CSUM, Offload, Push, Reach, Segments, VnetHdr,
 };
 use ipmoved::packet::{ACK, Parsed, RST};
-use ipmoved::peer::{Path, PeerId, Role};
-use ipmoved::session::{
-    Cipher, CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
-};
-use ipmoved::translate::{Delivery, Gate, Translator, TranslatorConfig};
-use ipmoved::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
-use ipmoved::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
 
 /// Something that is repeated.
 pub(crate) trait Work {

@@ -25,7 +25,7 @@ use rustix::process::Signal;
 
 use ipmoved::lab::topology::{MOVED, NEW, OLD, UPLINK};
 use ipmoved::lab::{DaemonSetup, Daemons, Lab, Namespace, Process, poll_until};
-use ipmoved::peer::Role;
+use ipmoved::model::peer::Role;
 
 /// How long a command or a process's device may take.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -22,24 +22,24 @@ use tracing::{debug, error, info, warn};
 
 use super::DaemonError;
 use super::setup::{Ready, Tools, resolve};
-use crate::cli::Offload;
-use crate::config::{Config, DeliverTo, PeerConfig};
-use crate::drops::Drops;
+use crate::channel::pmtu;
+use crate::channel::session::{Door, Entropy, Offer, SessionIndexes};
+use crate::channel::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
+use crate::channel::wire::DATA_OVERHEAD;
+use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::io::udp::UdpSocket;
 use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, keep};
+use crate::lane::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
 use crate::lane::{Crowd, Lane, LaneParts, ToControl};
-use crate::moved::Move;
-use crate::offload::Reach;
-use crate::peer::{Path, PeerId, Role};
-use crate::pmtu;
-use crate::session::{Door, Entropy, Offer, SessionIndexes};
-use crate::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
-use crate::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus, Way};
-use crate::translate::{Delivery, Gate, Translator, TranslatorConfig};
-use crate::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
-use crate::wire::DATA_OVERHEAD;
+use crate::model::drops::Drops;
+use crate::model::moved::Move;
+use crate::model::peer::{Path, PeerId, Role};
+use crate::model::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus, Way};
+use crate::packet::offload::Reach;
+use crate::settings::args::Offload;
+use crate::settings::config::{Config, DeliverTo, PeerConfig};
 
 /// How often a name is looked up again while the peer does not answer.
 const RESOLVE_EVERY: Duration = Duration::from_secs(10);

@@ -14,15 +14,16 @@
 //! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
 //! goes through is `lane`'s.
 
+pub mod confine;
 mod control;
 mod nat;
 mod setup;
+pub mod status_socket;
 
 use std::fmt;
 use std::path::Path;
 
-use crate::config::Config;
-use crate::confine;
+use crate::settings::config::Config;
 
 pub use nat::run as run_nat;
 

@@ -11,16 +11,16 @@ use tracing::warn;
 
 use super::DaemonError;
 use super::control::Signals;
-use crate::cli::Offload;
-use crate::config::{Config, DeliverTo, PeerAddr, PeerConfig};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{UdpOptions, UdpSocket};
 use crate::kernel::journal::JournalError;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Desired, Host, HostError, capture, keep, steer};
-use crate::moved::{Move, Transport};
-use crate::peer::Role;
-use crate::status::SOCKET;
+use crate::model::moved::{Move, Transport};
+use crate::model::peer::Role;
+use crate::model::runtime::STATUS_SOCKET;
+use crate::settings::args::Offload;
+use crate::settings::config::{Config, DeliverTo, PeerAddr, PeerConfig};
 
 /// A host that is ready to carry packets.
 pub(super) struct Ready {
@@ -408,7 +408,7 @@ pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link,
 /// Opens the socket `ipmoved status` connects to. The lock of the namespace is held, so whatever
 /// lies there is a dead predecessor's.
 pub(super) fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
-    let path = host.dir().join(SOCKET);
+    let path = host.dir().join(STATUS_SOCKET);
     let problem = |error: io::Error| {
         DaemonError::System(format!("cannot listen on {}: {error}", path.display()))
     };

@@ -3,5 +3,6 @@
 //! Owns system calls on these two and the detection of what they can do. Knows nothing of packets'
 //! contents, sessions or flows.
 
+pub mod batch;
 pub mod tun;
 pub mod udp;

@@ -13,7 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use crate::offload::MAX_PARTS;
+use crate::packet::offload::MAX_PARTS;
 
 /// Largest frame: a `virtio_net_hdr` and an IP packet of 65,535 bytes.
 pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;

@@ -18,8 +18,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::peer::Path;
-use crate::wire::{LANE_AT, TYPE_DATA};
+use crate::channel::wire::{LANE_AT, TYPE_DATA};
+use crate::model::peer::Path;
 
 /// Most datagrams one `UDP_SEGMENT` send may hold (`UDP_MAX_SEGMENTS`; later kernels allow 128).
 pub const MAX_SEGMENTS: usize = 64;

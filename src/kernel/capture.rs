@@ -15,7 +15,7 @@ use super::netlink::{
     Direction, Family, Filter, Link, Netlink, NetlinkError, RouteKind, TABLE_MAIN,
 };
 use super::programs::{self, NAME_PREFIX};
-use crate::moved::Move;
+use crate::model::moved::Move;
 
 /// Preference of the daemon's filters, unless a foreign one stands before it: low, to run before
 /// filters that the kernel numbers (from 49152 down), with room for administrators to be earlier.

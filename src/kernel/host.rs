@@ -684,7 +684,7 @@ mod tests {
     use crate::kernel::bpf::{Assembler, Reg};
     use crate::kernel::testing::{Scratch, Tun, in_fresh_namespace, snapshot, sysctl, uplink};
     use crate::kernel::{capture, steer};
-    use crate::moved::Move;
+    use crate::model::moved::Move;
 
     struct Stage {
         scratch: Scratch,

@@ -28,10 +28,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::netlink::{Direction, Family};
-use crate::status::SOCKET;
-
-/// Where the directories of all namespaces lie. It is emptied at boot, as the kernel's state is.
-pub const BASE_DIR: &str = "/run/ipmoved";
+use crate::model::runtime::STATUS_SOCKET;
 
 const JOURNAL: &str = "journal";
 /// The journal while it is being written.
@@ -322,7 +319,7 @@ impl Journal {
     /// Removes the journal, and its directory if nobody else has put anything there.
     pub(super) fn remove(&self) {
         // While we hold the lock; whoever waits for it sees that the file is no longer there.
-        for ours in [JOURNAL, JOURNAL_NEXT, SOCKET, LOCK] {
+        for ours in [JOURNAL, JOURNAL_NEXT, STATUS_SOCKET, LOCK] {
             let _ = fs::remove_file(self.dir.join(ours));
         }
         let _ = fs::remove_dir(&self.dir);

@@ -23,7 +23,7 @@ use super::host::read_sysctl;
 use super::journal::Change;
 use super::netlink::{Direction, Link, Netlink};
 use super::programs::{self, Pair, Way};
-use crate::moved::Move;
+use crate::model::moved::Move;
 
 /// Ports that the kernel does not give to sockets that name none (`ip-sysctl`); for IPv6 too.
 const RESERVED: &str = "net/ipv4/ip_local_reserved_ports";
@@ -242,7 +242,7 @@ fn address(hex: &str) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nat::PORTS;
+    use crate::flow::nat::PORTS;
 
     #[test]
     fn reserved_ports_are_joined_as_the_kernel_joins_them() {

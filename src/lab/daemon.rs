@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use super::topology::{MOVED, NEW, OLD};
 use super::{Doing, Lab, LabError, Namespace, Output, Process, Result, poll_until};
-use crate::peer::Role;
+use crate::model::peer::Role;
 
 /// How long two daemons may take to find each other: a lost first message is sent again after 5 s
 /// (design of the channel: WireGuard's REKEY_TIMEOUT), twice.

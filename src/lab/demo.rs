@@ -13,7 +13,7 @@ use super::daemon::{Daemon, DaemonSetup, Daemons};
 use super::topology::{CLIENT, Leg, MOVED, NEW, OLD};
 use super::traffic::listeners;
 use super::{Lab, LabError, Probe, Result, Service, Snapshot, UdpService, interrupt};
-use crate::peer::Role;
+use crate::model::peer::Role;
 
 /// Size of the download: more than any buffer on the way holds, and a second's work.
 const DOWNLOAD: u64 = 64 << 20;

@@ -14,7 +14,7 @@
 //! | [`namespace`] | a namespace, threads and processes inside it |
 //! | [`topology`] | who is where: addresses, links, routes |
 //! | [`traffic`] | clients and services with real sockets |
-//! | [`capture`] | a tap on an interface, and questions about what passed |
+//! | [`tap`] | a tap on an interface, and questions about what passed |
 //! | [`raw`] | packets of any protocol, source and damage |
 //! | [`snapshot`] | the state of a namespace as comparable text |
 //! | [`daemon`] | `ipmoved` processes: start, wait, signal, read `status` |
@@ -31,22 +31,22 @@ use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
 
-pub mod capture;
 pub mod daemon;
 pub mod demo;
 pub mod interrupt;
 pub mod namespace;
 pub mod raw;
 pub mod snapshot;
+pub mod tap;
 pub mod topology;
 pub mod traffic;
 
-pub use capture::{Capture, Tap};
 pub use daemon::{Daemon, DaemonSetup, Daemons};
 pub use demo::{DemoError, demo};
 pub use namespace::{Namespace, Output, Process};
 pub use raw::{RawSocket, Watch, Wire, packets};
 pub use snapshot::Snapshot;
+pub use tap::{Capture, Tap};
 pub use topology::{Lab, LabBuilder};
 pub use traffic::{Answer, Client, Conversation, Probe, Service, UdpService};
 

@@ -10,22 +10,22 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use super::aside::{Arriving, Aside};
 use super::outbound::Outbound;
-use super::room::Room;
+use super::receive_ring::Room;
+use super::slow_path::{Arriving, Aside};
 use super::{BURST, BURST_BYTES, Dropped, LaneParts, Moment, TICK, ToControl, clamp};
-use crate::drops::DropReason;
-use crate::ecn;
+use crate::channel::parts::{Joiner, Part, Stream};
+use crate::channel::session::OpenBatch;
+use crate::channel::tunnel::MAX_MESSAGE;
+use crate::channel::wire::{Flags, Message};
 use crate::io::tun::TunQueue;
 use crate::io::udp::{RECV_SLOT, Received};
-use crate::join::{Joiner, Part, Stream};
-use crate::offload::{Coalescer, MAX_BIG, MAX_SUPER, Push, Reach, VnetHdr};
+use crate::lane::shared::Translation;
+use crate::model::drops::DropReason;
+use crate::model::peer::PeerId;
+use crate::packet::ecn;
+use crate::packet::offload::{Coalescer, MAX_BIG, MAX_SUPER, Push, Reach, VnetHdr};
 use crate::packet::{Fragment, Parsed};
-use crate::peer::PeerId;
-use crate::session::OpenBatch;
-use crate::shared::Translation;
-use crate::tunnel::MAX_MESSAGE;
-use crate::wire::{Flags, Message};
 
 /// Size of the receive buffer: what is joined at most, begun anywhere in a batch. A super-packet of
 /// 64 KiB takes two sends once it is sealed, so that even it arrives in two batches.

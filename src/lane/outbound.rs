@@ -9,20 +9,20 @@ use std::time::Instant;
 
 use tracing::debug;
 
-use super::aside::Aside;
+use super::slow_path::Aside;
 use super::{BURST, BURST_BYTES, DEVICE_DOWN_PAUSE, Dropped, LaneParts, Moment, clamp};
-use crate::batch::{Destination, SendBatch};
-use crate::drops::DropReason;
-use crate::ecn;
+use crate::channel::session::Sealer;
+use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
+use crate::flow::translate::{Gate, Verdict};
+use crate::io::batch::{Destination, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
 use crate::io::udp::UdpSocket;
-use crate::offload::{Offload, Segments, VnetHdr};
+use crate::lane::shared::Translation;
+use crate::model::drops::DropReason;
+use crate::model::peer::PeerId;
+use crate::packet::ecn;
+use crate::packet::offload::{Offload, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed};
-use crate::peer::PeerId;
-use crate::session::Sealer;
-use crate::shared::Translation;
-use crate::translate::{Gate, Verdict};
-use crate::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
 
 /// One direction of a lane: TUN to tunnel.
 pub(super) struct Outbound {

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ipmoved::fuzz::coalesce(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ipmoved::testing::fuzz::coalesce(bytes));

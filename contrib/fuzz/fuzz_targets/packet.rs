@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ipmoved::fuzz::packet(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ipmoved::testing::fuzz::packet(bytes));

@@ -1,0 +1,405 @@
+//! The control messages that two tunnels exchange inside a session: their bytes, and what each side
+//! announces to the other.
+//!
+//! Authenticated bytes still come from another program: reading refuses what is wrong and never panics.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use crate::channel::wire::role_byte;
+use crate::model::moved::{MAX_MOVES, Move};
+use crate::model::peer::Role;
+
+/// Most bytes of an announcement in one message: with every header it stays below 1,200, which every
+/// path carries that IPv6 may use (RFC 8200, section 5: 1,280).
+pub(crate) const PART_LEN: usize = 1_100;
+
+/// Most bytes of a control message that can mean anything: the head of a part, its bytes, and one more,
+/// so that a part that is too long is still seen to be. What is behind is padding.
+pub const MAX_MESSAGE: usize = 7 + PART_LEN + 1;
+
+/// Most parts of an announcement: 64 moves of 64 port ranges take 17,604 bytes.
+pub(crate) const MAX_PARTS: usize = 17;
+
+/// Most bytes of the text for the operator of the other side: a line of a log.
+const MAX_ERROR_LEN: usize = 256;
+
+/// A control message.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Control<'a> {
+    /// Says that the sender lives, and that it holds the keys of the session.
+    Keepalive,
+    /// Asks for a [`Control::Pong`] with the same number.
+    Ping { id: u32 },
+    /// Answers a [`Control::Ping`].
+    Pong { id: u32 },
+    /// A part of an [`Announcement`].
+    Config {
+        id: u32,
+        part: u8,
+        parts: u8,
+        body: &'a [u8],
+    },
+    /// That part came in.
+    ConfigAck { id: u32, part: u8 },
+    /// The sender ends.
+    Close,
+    /// Fills a datagram of this size, to see whether it arrives.
+    Probe { size: u16 },
+    /// A probe of this size arrived.
+    ProbeAck { size: u16 },
+}
+
+impl<'a> Control<'a> {
+    pub(crate) fn encode(&self, out: &mut Vec<u8>) {
+        match *self {
+            Self::Keepalive => out.push(1),
+            Self::Ping { id } | Self::Pong { id } => {
+                out.push(if matches!(self, Self::Ping { .. }) {
+                    2
+                } else {
+                    3
+                });
+                out.extend_from_slice(&id.to_le_bytes());
+            }
+            Self::Config {
+                id,
+                part,
+                parts,
+                body,
+            } => {
+                out.push(4);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.extend_from_slice(&[part, parts]);
+                out.extend_from_slice(body);
+            }
+            Self::ConfigAck { id, part } => {
+                out.push(5);
+                out.extend_from_slice(&id.to_le_bytes());
+                out.push(part);
+            }
+            Self::Close => out.push(6),
+            Self::Probe { size } | Self::ProbeAck { size } => {
+                out.push(if matches!(self, Self::Probe { .. }) {
+                    7
+                } else {
+                    8
+                });
+                out.extend_from_slice(&size.to_le_bytes());
+            }
+        }
+    }
+
+    /// Reads a message. Bytes behind what a type needs are padding, or news from a later version.
+    pub(crate) fn decode(bytes: &'a [u8]) -> Option<Self> {
+        let mut rest = bytes;
+        let rest = &mut rest;
+        let [kind] = take(rest)?;
+        Some(match kind {
+            1 => Self::Keepalive,
+            2 | 3 => {
+                let id = u32::from_le_bytes(take(rest)?);
+                if kind == 2 {
+                    Self::Ping { id }
+                } else {
+                    Self::Pong { id }
+                }
+            }
+            4 => {
+                let id = u32::from_le_bytes(take(rest)?);
+                let [part, parts] = take(rest)?;
+                let right = part < parts && usize::from(parts) <= MAX_PARTS;
+                if !right || rest.len() > PART_LEN {
+                    return None;
+                }
+                Self::Config {
+                    id,
+                    part,
+                    parts,
+                    body: rest,
+                }
+            }
+            5 => {
+                let id = u32::from_le_bytes(take(rest)?);
+                let [part] = take(rest)?;
+                Self::ConfigAck { id, part }
+            }
+            6 => Self::Close,
+            7 | 8 => {
+                let size = u16::from_le_bytes(take(rest)?);
+                if kind == 7 {
+                    Self::Probe { size }
+                } else {
+                    Self::ProbeAck { size }
+                }
+            }
+            _ => return None,
+        })
+    }
+}
+
+/// What one side tells the other about itself, once they have a session and whenever it changes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Announcement {
+    /// Of the old server.
+    Old {
+        /// The moved addresses that it captures.
+        moves: Vec<Move>,
+        /// MTU of its uplink, for the clients' packets.
+        mtu: u16,
+    },
+    /// Of the new server.
+    New {
+        /// Where it delivers.
+        deliver: Deliver,
+        /// MTU of its uplink.
+        mtu: u16,
+        /// What hinders it, for the operator of the old server: one line.
+        error: Option<String>,
+    },
+}
+
+/// Where the new server delivers packets for moved addresses (`--deliver-to`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Deliver {
+    /// To the moved address itself, which it holds.
+    Keep,
+    /// To its own address of the packet's family, if it has one.
+    To {
+        /// For IPv4.
+        v4: Option<Ipv4Addr>,
+        /// For IPv6.
+        v6: Option<Ipv6Addr>,
+    },
+}
+
+impl Announcement {
+    /// Whose announcement it is.
+    pub fn role(&self) -> Role {
+        match self {
+            Self::Old { .. } => Role::Old,
+            Self::New { .. } => Role::New,
+        }
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = vec![role_byte(self.role())];
+        match self {
+            Self::Old { moves, mtu } => {
+                debug_assert!(moves.len() <= MAX_MOVES, "refused when configured");
+                out.extend_from_slice(&mtu.to_le_bytes());
+                out.push(moves.len() as u8);
+                for moved in moves {
+                    moved.encode(&mut out);
+                }
+            }
+            Self::New {
+                deliver,
+                mtu,
+                error,
+            } => {
+                out.extend_from_slice(&mtu.to_le_bytes());
+                let (keep, v4, v6) = match *deliver {
+                    Deliver::Keep => (true, None, None),
+                    Deliver::To { v4, v6 } => (false, v4, v6),
+                };
+                let flags = u8::from(v4.is_some())
+                    | u8::from(v6.is_some()) << 1
+                    | u8::from(keep) << 2
+                    | u8::from(error.is_some()) << 3;
+                out.push(flags);
+                out.extend(v4.iter().flat_map(Ipv4Addr::octets));
+                out.extend(v6.iter().flat_map(Ipv6Addr::octets));
+                if let Some(error) = error {
+                    let text = &error[..boundary(error, MAX_ERROR_LEN)];
+                    out.extend_from_slice(&(text.len() as u16).to_le_bytes());
+                    out.extend_from_slice(text.as_bytes());
+                }
+            }
+        }
+        out
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut rest = bytes;
+        let rest = &mut rest;
+        let [role] = take(rest)?;
+        let mtu = u16::from_le_bytes(take(rest)?);
+        match role {
+            1 => {
+                let [count] = take(rest)?;
+                if usize::from(count) > MAX_MOVES {
+                    return None;
+                }
+                let moves = (0..count)
+                    .map(|_| Move::decode(rest))
+                    .collect::<Option<_>>()?;
+                Some(Self::Old { moves, mtu })
+            }
+            2 => {
+                let [flags] = take(rest)?;
+                let has = |bit: u8| flags & (1 << bit) != 0;
+                let v4 = has(0)
+                    .then(|| take(rest))
+                    .map_or(Some(None), |v| v.map(Some))?;
+                let v6 = has(1)
+                    .then(|| take::<16>(rest))
+                    .map_or(Some(None), |v| v.map(Some))?;
+                let deliver = match (has(2), v4, v6) {
+                    (true, None, None) => Deliver::Keep,
+                    (true, ..) => return None,
+                    (false, v4, v6) => Deliver::To {
+                        v4: v4.map(|octets: [u8; 4]| octets.into()),
+                        v6: v6.map(Into::into),
+                    },
+                };
+                let error = match has(3) {
+                    true => Some(take_line(rest)?),
+                    false => None,
+                };
+                Some(Self::New {
+                    deliver,
+                    mtu,
+                    error,
+                })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// A text that will stand in a log and on a terminal: no control characters, whatever the peer sent.
+fn take_line(rest: &mut &[u8]) -> Option<String> {
+    let length = usize::from(u16::from_le_bytes(take(rest)?));
+    if length > MAX_ERROR_LEN {
+        return None;
+    }
+    let (text, tail) = rest.split_at_checked(length)?;
+    *rest = tail;
+    let text = std::str::from_utf8(text).ok()?;
+    Some(text.replace(char::is_control, " "))
+}
+
+fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+    let (head, tail) = rest.split_first_chunk::<N>()?;
+    *rest = tail;
+    Some(*head)
+}
+
+/// The last place at or before `at` where a text can be cut; `str::floor_char_boundary` is newer than
+/// the Rust this package promises to build with.
+fn boundary(text: &str, at: usize) -> usize {
+    (0..=at.min(text.len()))
+        .rev()
+        .find(|&at| text.is_char_boundary(at))
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn bytes_of(message: &Control<'_>) -> Vec<u8> {
+        let mut out = Vec::new();
+        message.encode(&mut out);
+        out
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let cases: [(Control<'_>, &[u8]); 8] = [
+            (Control::Keepalive, &[1]),
+            (Control::Ping { id: 1 }, &[2, 1, 0, 0, 0]),
+            (Control::Pong { id: 1 }, &[3, 1, 0, 0, 0]),
+            (
+                Control::Config {
+                    id: 9,
+                    part: 1,
+                    parts: 2,
+                    body: b"ab",
+                },
+                &[4, 9, 0, 0, 0, 1, 2, b'a', b'b'],
+            ),
+            (Control::ConfigAck { id: 9, part: 1 }, &[5, 9, 0, 0, 0, 1]),
+            (Control::Close, &[6]),
+            (Control::Probe { size: 1_200 }, &[7, 0xb0, 4]),
+            (Control::ProbeAck { size: 1_200 }, &[8, 0xb0, 4]),
+        ];
+        for (message, bytes) in cases {
+            assert_eq!(bytes_of(&message), bytes);
+            assert_eq!(Control::decode(bytes), Some(message));
+            assert_eq!(
+                Control::decode(&bytes[..bytes.len() - 1]).is_some(),
+                bytes.len() == 9
+            );
+        }
+        assert_eq!(Control::decode(&[9]), None);
+        assert_eq!(
+            Control::decode(&[4, 9, 0, 0, 0, 2, 2]),
+            None,
+            "no part 2 of 2"
+        );
+    }
+
+    #[test]
+    fn the_largest_announcement_fits() {
+        let ports = (0..64)
+            .map(|n| 1000 + 10 * n..=1001 + 10 * n)
+            .collect::<Vec<_>>();
+        let moves = (1..=64)
+            .map(|n| Move {
+                addr: format!("2001:db8::{n:x}").parse().unwrap(),
+                ports: ports.clone(),
+                transport: None,
+            })
+            .collect();
+        let announcement = Announcement::Old { moves, mtu: 1500 };
+        let bytes = announcement.encode();
+        assert!(bytes.len() <= MAX_PARTS * PART_LEN, "{}", bytes.len());
+        assert_eq!(Announcement::decode(&bytes), Some(announcement));
+    }
+
+    #[test]
+    fn an_error_for_the_operator_is_one_line() {
+        let announcement = |error: &str| Announcement::New {
+            deliver: Deliver::Keep,
+            mtu: 1500,
+            error: Some(error.into()),
+        };
+        let read = |error: &str| Announcement::decode(&announcement(error).encode());
+        assert_eq!(read("a\n\x1b[31mb"), Some(announcement("a  [31mb")));
+        let long = "ü".repeat(200);
+        assert_eq!(read(&long), Some(announcement(&long[..MAX_ERROR_LEN])));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_reading_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64), kind in 0u8..10) {
+            let mut bytes = bytes;
+            let _ = Control::decode(&bytes);
+            if let Some(read) = Announcement::decode(&bytes) {
+                prop_assert_eq!(Announcement::decode(&read.encode()), Some(read));
+            }
+            if let Some(first) = bytes.first_mut() {
+                *first = kind;
+            }
+            if let Some(message) = Control::decode(&bytes) {
+                let again = bytes_of(&message);
+                prop_assert_eq!(&bytes[..again.len()], &again[..]);
+            }
+            let _ = Announcement::decode(&bytes);
+        }
+
+        #[test]
+        fn what_the_new_server_says_comes_back(
+            v4 in any::<Option<[u8; 4]>>(), v6 in any::<Option<[u8; 16]>>(), keep in any::<bool>(),
+            mtu in any::<u16>(), error in proptest::option::of("[a-z ]{0,100}"),
+        ) {
+            let deliver = if keep { Deliver::Keep } else {
+                Deliver::To { v4: v4.map(Into::into), v6: v6.map(Into::into) }
+            };
+            let announcement = Announcement::New { deliver, mtu, error };
+            prop_assert_eq!(Announcement::decode(&announcement.encode()), Some(announcement));
+        }
+    }
+}

@@ -1,0 +1,765 @@
+//! Way 1: both addresses of a packet are translated, on the old server alone.
+//!
+//! Owns what becomes of a packet between the two captures (moved addresses from clients, borrowed
+//! ports from the new server) and the way out. Flows, their states, timeouts and limits are
+//! [`flow`](crate::flow::table)'s, which also borrows the ports. Must not touch sockets, devices or the clock.
+//!
+//! ```text
+//! client:cport → moved:port   ──►   own:borrowed → new server:port
+//! client:cport ← moved:port   ◄──   own:borrowed ← new server:port
+//! ```
+//!
+//! What is carried: TCP, UDP, ICMP queries (their identifier is the port), ICMP errors about any of
+//! these in both directions, and fragments behind their first one. Other protocols have nothing
+//! that would tell the answers to two clients apart; they are dropped and counted.
+//!
+//! IPv4 fragments get identifications of the daemon's own: many clients' packets share one source
+//! address from here on, and RFC 6864 wants them apart. (IPv6 ones have 32 random bits; they stay.)
+
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::time::Instant;
+
+use crate::flow::fragments::FragmentCache;
+use crate::flow::seed::Seed;
+use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Masquerade, Outside};
+use crate::flow::translate::{Gate, Verdict};
+use crate::model::drops::DropReason;
+use crate::model::moved::Move;
+use crate::model::peer::PeerId;
+use crate::packet::{Addr, Family, Fragment, Kind, Parsed, Quoted, Rewrite};
+
+/// The ports that are borrowed. Two blocks of 8,192, above what services use and inside the range
+/// that Linux gives its own connections (32768–60999), a good part of which stays free; their bounds
+/// are powers of two, so that any packet filter can name them.
+pub const PORTS: RangeInclusive<u16> = 40_960..=57_343;
+
+/// There is one other end.
+const PEER: PeerId = PeerId(0);
+
+/// Where moved addresses of one family are translated to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Target {
+    /// The new server.
+    pub to: IpAddr,
+    /// Its port, if it is not the one that was asked.
+    pub port: Option<u16>,
+    /// The old server's own address, from which the new one is asked.
+    pub own: IpAddr,
+}
+
+/// What a translation is made of.
+#[derive(Clone, Debug)]
+pub struct NatConfig {
+    /// What was moved.
+    pub moves: Vec<Move>,
+    /// At most one target of each family; every move's family has one.
+    pub targets: Vec<Target>,
+    /// Most flows at a time (`--max-flows`).
+    pub max_flows: usize,
+    /// Keys of the flow table's hashes.
+    pub seed: Seed,
+    /// Key by which ports are chosen; the same after a restart.
+    pub port_seed: Seed,
+    /// A time not later than any `now` that follows.
+    pub epoch: Instant,
+}
+
+/// What is to be done with a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Outcome {
+    /// Out, to the new server.
+    ToServer,
+    /// Out, to the client.
+    ToClient,
+    /// It was the old server's own, and has not been changed: up into its stack.
+    Bounce,
+}
+
+/// The translation of one daemon.
+pub struct Nat {
+    gate: Gate,
+    seed: Seed,
+    table: FlowTable,
+    limit: Limit,
+    targets: Vec<Target>,
+    /// By [`AddrId`]: what was moved, and the targets.
+    addrs: Vec<Addr>,
+    pieces_to_server: FragmentCache<u16>,
+    pieces_to_client: FragmentCache<Back>,
+    /// The identification of the next IPv4 packet in fragments.
+    next_id: u16,
+}
+
+/// Where later fragments of an answer go.
+#[derive(Clone, Copy, Debug)]
+struct Back {
+    moved: AddrId,
+    client: Addr,
+    id: u16,
+}
+
+impl Nat {
+    /// A translation without flows.
+    pub fn new(config: NatConfig) -> Self {
+        let mut addrs: Vec<Addr> = Vec::new();
+        let moved = config.moves.iter().map(|moved| moved.addr);
+        for addr in moved.chain(config.targets.iter().map(|target| target.to)) {
+            if !addrs.contains(&addr.into()) {
+                addrs.push(addr.into());
+            }
+        }
+        let own = |v4: bool| {
+            let target = config.targets.iter().find(|t| t.own.is_ipv4() == v4);
+            // A family without a target has no moves either.
+            let none = if v4 {
+                IpAddr::from([0; 4])
+            } else {
+                IpAddr::from([0; 16])
+            };
+            target.map_or(none, |target| target.own).into()
+        };
+        let masquerade = Masquerade {
+            v4: own(true),
+            v6: own(false),
+            ports: PORTS,
+            seed: config.port_seed,
+        };
+        Self {
+            gate: Gate::new(config.moves),
+            seed: config.seed,
+            table: FlowTable::masquerading(config.seed, config.epoch, masquerade),
+            limit: Limit::new(config.max_flows),
+            targets: config.targets,
+            addrs,
+            pieces_to_server: FragmentCache::new(),
+            pieces_to_client: FragmentCache::new(),
+            next_id: 0,
+        }
+    }
+
+    /// Translates a packet that either capture took. `bytes` are those `parsed` was made from, of a
+    /// super-packet its head; `partial`: whether its checksum is.
+    ///
+    /// # Errors
+    /// Why it is to be dropped. It is unchanged after [`DropReason::TtlExpired`], which wants an answer.
+    pub fn translate(
+        &mut self,
+        now: Instant,
+        bytes: &mut [u8],
+        parsed: &mut Parsed,
+        partial: bool,
+    ) -> Result<Outcome, DropReason> {
+        let dst = IpAddr::from(parsed.dst(bytes));
+        match self.targets.iter().find(|target| target.own == dst) {
+            // An address of which ports were moved may be the one that the server is asked from.
+            Some(&target) if self.is_answer(now, &target, bytes, parsed) => {
+                self.server_packet(now, target, bytes, parsed, partial)
+            }
+            Some(_) if !self.gate.is_moved(dst.into()) => Ok(Outcome::Bounce),
+            _ => self.client_packet(now, bytes, parsed, partial),
+        }
+    }
+
+    /// Forgets flows whose time is up, looking at no more than `budget`.
+    pub fn expire(&mut self, now: Instant, budget: usize) {
+        self.table.expire(now, budget, &self.limit);
+    }
+
+    /// Counters of the flows.
+    pub fn stats(&self) -> FlowStats {
+        FlowStats {
+            max: self.limit.max() as u64,
+            ..self.table.stats()
+        }
+    }
+
+    /// From a client to a moved address.
+    fn client_packet(
+        &mut self,
+        now: Instant,
+        bytes: &mut [u8],
+        parsed: &mut Parsed,
+        partial: bool,
+    ) -> Result<Outcome, DropReason> {
+        match self.gate.check_captured(now, parsed, bytes)? {
+            Verdict::Carry => {}
+            Verdict::Bounce => return Ok(Outcome::Bounce),
+        }
+        let (src, dst) = (parsed.src(bytes), parsed.dst(bytes));
+        let moved = self.id(dst).ok_or(DropReason::NotMoved)?;
+        let target = *self.target(parsed.family()).ok_or(DropReason::NoDelivery)?;
+        if self.is_own(src) {
+            return Err(DropReason::BadSource);
+        }
+        if parsed.fragment() == Fragment::Later {
+            let known = self.pieces_to_server.recall(now, &self.seed, parsed, bytes);
+            let id = known.ok_or(DropReason::FragmentUnknown)?;
+            parsed.decrement_ttl(bytes)?;
+            set_fragment_id(bytes, parsed, id);
+            parsed.set_src(bytes, target.own.into(), false);
+            parsed.set_dst(bytes, target.to.into(), false);
+            return Ok(Outcome::ToServer);
+        }
+        match parsed.kind() {
+            Kind::Tcp | Kind::Udp | Kind::Request => {}
+            Kind::Error => return self.client_error(moved, target, bytes, parsed, partial),
+            // An answer to a query that no one here sent.
+            Kind::Reply => return Err(DropReason::NoFlow),
+            Kind::Other | Kind::Hidden => return Err(DropReason::NoPorts),
+        }
+        let key = Outside {
+            peer: PEER,
+            protocol: parsed.protocol(),
+            client: src,
+            client_port: parsed.src_port(),
+            moved,
+            moved_port: parsed.dst_port(),
+        };
+        let flags = parsed.tcp_flags();
+        let mut inside = self.table.client_packet(now, &key, flags, &self.limit);
+        if inside.is_none() {
+            let port = match parsed.kind() {
+                Kind::Tcp | Kind::Udp => target.port.unwrap_or(key.moved_port),
+                Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => 0,
+            };
+            let to = self.id(target.to.into()).ok_or(DropReason::NoDelivery)?;
+            let opened = self.table.open(now, &key, to, port, flags, &self.limit);
+            inside = Some(opened?);
+        }
+        let inside = inside.ok_or(DropReason::NoFlow)?;
+        parsed.decrement_ttl(bytes)?;
+        if parsed.fragment() == Fragment::First {
+            let id = self.fragment_id();
+            self.pieces_to_server
+                .remember(now, &self.seed, parsed, bytes, id);
+            set_fragment_id(bytes, parsed, id);
+        }
+        parsed.set_src(bytes, inside.client, partial);
+        parsed.set_dst(bytes, target.to.into(), partial);
+        parsed.set_src_port(bytes, inside.client_port, partial);
+        parsed.set_dst_port(bytes, inside.delivery_port, partial);
+        Ok(Outcome::ToServer)
+    }
+
+    /// An ICMP error from the client's side about an answer; the new server hears it from here.
+    fn client_error(
+        &self,
+        moved: AddrId,
+        target: Target,
+        bytes: &mut [u8],
+        parsed: &Parsed,
+        partial: bool,
+    ) -> Result<Outcome, DropReason> {
+        let quoted = Quoted::parse(bytes, parsed)?;
+        if quoted.src(bytes) != parsed.dst(bytes) {
+            return Err(DropReason::IcmpUnrelated);
+        }
+        let key = Outside {
+            peer: PEER,
+            protocol: quoted.protocol(),
+            client: quoted.dst(bytes),
+            client_port: quoted.dst_port(),
+            moved,
+            moved_port: quoted.src_port(),
+        };
+        let inside = self.table.peek_outside(&key);
+        let inside = inside.ok_or(DropReason::IcmpUnrelated)?;
+        parsed.decrement_ttl(bytes)?;
+        parsed.set_src(bytes, target.own.into(), partial);
+        parsed.set_dst(bytes, target.to.into(), partial);
+        let change = Rewrite {
+            src: Some(target.to.into()),
+            src_port: Some(inside.delivery_port),
+            dst: Some(target.own.into()),
+            dst_port: Some(inside.client_port),
+        };
+        quoted.rewrite(bytes, parsed, &change);
+        Ok(Outcome::ToServer)
+    }
+
+    /// Whether a packet to the old server's own address may be an answer to a translated one.
+    fn is_answer(&self, now: Instant, target: &Target, bytes: &[u8], parsed: &Parsed) -> bool {
+        match parsed.kind() {
+            Kind::Error => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
+                quoted.src(bytes) == target.own.into() && quoted.dst(bytes) == target.to.into()
+            }),
+            Kind::Tcp | Kind::Udp => {
+                parsed.src(bytes) == target.to.into() && PORTS.contains(&parsed.dst_port())
+            }
+            Kind::Reply => parsed.src(bytes) == target.to.into(),
+            // Goes where its first one went.
+            Kind::Hidden => {
+                let known = self.pieces_to_client.recall(now, &self.seed, parsed, bytes);
+                known.is_some()
+            }
+            Kind::Request | Kind::Other => false,
+        }
+    }
+
+    /// From the new server to a borrowed port of the old one's own address, or an error about one.
+    fn server_packet(
+        &mut self,
+        now: Instant,
+        target: Target,
+        bytes: &mut [u8],
+        parsed: &mut Parsed,
+        partial: bool,
+    ) -> Result<Outcome, DropReason> {
+        let Some(delivery) = self.id(target.to.into()) else {
+            return Ok(Outcome::Bounce);
+        };
+        match parsed.kind() {
+            Kind::Tcp | Kind::Udp | Kind::Reply => {}
+            Kind::Error => return self.server_error(delivery, target, bytes, parsed, partial),
+            Kind::Hidden => {
+                let Some(back) = self.pieces_to_client.recall(now, &self.seed, parsed, bytes)
+                else {
+                    return Ok(Outcome::Bounce);
+                };
+                parsed.decrement_ttl(bytes)?;
+                set_fragment_id(bytes, parsed, back.id);
+                parsed.set_src(bytes, self.addr(back.moved), false);
+                parsed.set_dst(bytes, back.client, false);
+                return Ok(Outcome::ToClient);
+            }
+            Kind::Request | Kind::Other => return Ok(Outcome::Bounce),
+        }
+        let key = Inside {
+            protocol: parsed.protocol(),
+            client: parsed.dst(bytes),
+            client_port: parsed.dst_port(),
+            delivery,
+            delivery_port: parsed.src_port(),
+        };
+        let flags = parsed.tcp_flags();
+        let found = self.table.application_packet(now, &key, flags, &self.limit);
+        let outside = match (found, parsed.kind()) {
+            (Some(outside), _) => outside,
+            // The old server's own pings have identifiers from anywhere.
+            (None, Kind::Reply) => return Ok(Outcome::Bounce),
+            // Of a flow from before a restart, whose client will speak again: a reset from the old
+            // server's own stack, which knows nothing of it, would end it.
+            (None, _) => return Err(DropReason::NoFlow),
+        };
+        parsed.decrement_ttl(bytes)?;
+        if parsed.fragment() == Fragment::First {
+            let back = Back {
+                moved: outside.moved,
+                client: outside.client,
+                id: self.fragment_id(),
+            };
+            self.pieces_to_client
+                .remember(now, &self.seed, parsed, bytes, back);
+            set_fragment_id(bytes, parsed, back.id);
+        }
+        parsed.set_src(bytes, self.addr(outside.moved), partial);
+        parsed.set_dst(bytes, outside.client, partial);
+        parsed.set_src_port(bytes, outside.moved_port, partial);
+        parsed.set_dst_port(bytes, outside.client_port, partial);
+        Ok(Outcome::ToClient)
+    }
+
+    /// An ICMP error about a translated packet, from wherever; the client hears it from the moved
+    /// address, since no other may be spoken for.
+    fn server_error(
+        &self,
+        delivery: AddrId,
+        target: Target,
+        bytes: &mut [u8],
+        parsed: &Parsed,
+        partial: bool,
+    ) -> Result<Outcome, DropReason> {
+        let quoted = Quoted::parse(bytes, parsed)?;
+        let key = Inside {
+            protocol: quoted.protocol(),
+            client: target.own.into(),
+            client_port: quoted.src_port(),
+            delivery,
+            delivery_port: quoted.dst_port(),
+        };
+        let Some(outside) = self.table.peek_inside(&key) else {
+            return Ok(Outcome::Bounce);
+        };
+        parsed.decrement_ttl(bytes)?;
+        let moved = self.addr(outside.moved);
+        parsed.set_src(bytes, moved, partial);
+        parsed.set_dst(bytes, outside.client, partial);
+        let change = Rewrite {
+            src: Some(outside.client),
+            src_port: Some(outside.client_port),
+            dst: Some(moved),
+            dst_port: Some(outside.moved_port),
+        };
+        quoted.rewrite(bytes, parsed, &change);
+        Ok(Outcome::ToClient)
+    }
+
+    fn id(&self, addr: Addr) -> Option<AddrId> {
+        let at = self.addrs.iter().position(|&known| known == addr)?;
+        Some(AddrId(at as u16))
+    }
+
+    fn addr(&self, id: AddrId) -> Addr {
+        self.addrs[usize::from(id.0)]
+    }
+
+    fn target(&self, family: Family) -> Option<&Target> {
+        let v4 = family == Family::V4;
+        self.targets.iter().find(|target| target.to.is_ipv4() == v4)
+    }
+
+    /// A source that no client may have: ours.
+    fn is_own(&self, addr: Addr) -> bool {
+        let ours = self.targets.iter().any(|target| addr == target.own.into());
+        ours || self.gate.is_moved(addr)
+    }
+
+    fn fragment_id(&mut self) -> u16 {
+        self.next_id = self.next_id.wrapping_add(1);
+        self.next_id
+    }
+}
+
+impl std::fmt::Debug for Nat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Nat")
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Puts the daemon's own identification into an IPv4 fragment.
+fn set_fragment_id(bytes: &mut [u8], parsed: &mut Parsed, id: u16) {
+    if parsed.family() == Family::V4 {
+        parsed.set_ipv4_id(bytes, id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::icmp;
+    use crate::packet::testing::{Plan, assert_sums, complete, plans};
+    use crate::packet::{ACK, SYN};
+    use proptest::prelude::*;
+    use std::time::Duration;
+
+    const CLIENT: &str = "203.0.113.9";
+    const MOVED: &str = "192.0.2.5";
+    const MOVED6: &str = "2001:db8:a::5";
+    const OWN: &str = "192.0.2.1";
+    const SERVER: &str = "198.51.100.2";
+
+    fn targets(port: Option<u16>) -> Vec<Target> {
+        [(SERVER, OWN), ("2001:db8:b::2", "2001:db8:a::1")]
+            .map(|(to, own)| Target {
+                to: to.parse().unwrap(),
+                port,
+                own: own.parse().unwrap(),
+            })
+            .to_vec()
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "any point in time will do as a beginning"
+    )]
+    fn bed(moves: &[&str], port: Option<u16>, max_flows: usize) -> (Nat, Instant) {
+        let now = Instant::now();
+        let nat = Nat::new(NatConfig {
+            moves: moves.iter().map(|text| text.parse().unwrap()).collect(),
+            targets: targets(port),
+            max_flows,
+            seed: Seed::new([1, 2]),
+            port_seed: Seed::new([3, 4]),
+            epoch: now,
+        });
+        (nat, now)
+    }
+
+    fn pass(nat: &mut Nat, now: Instant, bytes: &mut [u8]) -> Result<Outcome, DropReason> {
+        let mut parsed = Parsed::parse(bytes)?;
+        let outcome = nat.translate(now, bytes, &mut parsed, false);
+        if outcome.is_ok() {
+            assert_eq!(Parsed::parse(bytes), Ok(parsed));
+        }
+        outcome
+    }
+
+    fn syn(client_port: u16) -> Plan {
+        Plan {
+            flags: SYN,
+            src_port: client_port,
+            ..Plan::new(Kind::Tcp, CLIENT, MOVED)
+        }
+    }
+
+    /// What the server answers to `plan`.
+    fn reply(plan: &Plan) -> Plan {
+        Plan {
+            src: plan.dst,
+            dst: plan.src,
+            src_port: plan.dst_port,
+            dst_port: plan.src_port,
+            kind: if plan.kind == Kind::Request {
+                Kind::Reply
+            } else {
+                plan.kind
+            },
+            flags: SYN | ACK,
+            ..plan.clone()
+        }
+    }
+
+    fn later(plan: &Plan, hops: u8) -> Plan {
+        Plan {
+            ttl: plan.ttl - hops,
+            ..plan.clone()
+        }
+    }
+
+    /// An ICMP error that quotes all of `about`.
+    fn error(about: &[u8], from: IpAddr) -> Vec<u8> {
+        let parsed = Parsed::parse(about).unwrap();
+        let mut out = [0; icmp::MAX_V6];
+        let len = icmp::too_big(&mut out, about, &parsed, from, 1300).unwrap();
+        out[..len].to_vec()
+    }
+
+    proptest! {
+        #[test]
+        fn there_and_back_is_the_identity_but_for_the_hops(
+            plan in plans(), partial in any::<bool>(), mapped in any::<bool>(),
+        ) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let plan = Plan {
+                dst: if v4 { MOVED } else { MOVED6 }.parse().unwrap(),
+                ttl: plan.ttl.max(3),
+                ..plan
+            };
+            let partial = partial && plan.kind != Kind::Request;
+            let port = mapped.then_some(8080);
+            let (mut nat, now) = bed(&[MOVED, MOVED6], port, 1000);
+            let build = |plan: &Plan| if partial { plan.build_partial() } else { plan.build() };
+            let target = targets(port)[usize::from(!v4)];
+
+            let mut bytes = build(&plan);
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            let outcome = nat.translate(now, &mut bytes, &mut parsed, partial);
+            prop_assert_eq!(outcome, Ok(Outcome::ToServer));
+            prop_assert!(PORTS.contains(&parsed.src_port()));
+            let mut seen = Plan {
+                src: target.own,
+                dst: target.to,
+                src_port: parsed.src_port(),
+                ..later(&plan, 1)
+            };
+            if mapped && plan.kind != Kind::Request { seen.dst_port = 8080; }
+            prop_assert_eq!(&bytes, &build(&seen));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+
+            let mut bytes = build(&reply(&seen));
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            let outcome = nat.translate(now, &mut bytes, &mut parsed, partial);
+            prop_assert_eq!(outcome, Ok(Outcome::ToClient));
+            prop_assert_eq!(&bytes, &build(&later(&reply(&plan), 2)));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+            if partial { complete(&mut bytes); }
+            assert_sums(&bytes);
+        }
+
+        #[test]
+        fn errors_are_translated_inside_and_out(plan in plans()) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let router: IpAddr = if v4 { "192.0.2.99" } else { "2001:db8::99" }.parse().unwrap();
+            let dst: IpAddr = if v4 { MOVED } else { MOVED6 }.parse().unwrap();
+            let plan = Plan { dst, ttl: plan.ttl.max(3), ..plan };
+            let (mut nat, now) = bed(&[MOVED, MOVED6], None, 1000);
+            let target = targets(None)[usize::from(!v4)];
+            let mut seen = plan.build();
+            prop_assert_eq!(pass(&mut nat, now, &mut seen), Ok(Outcome::ToServer));
+            let hop = |mut bytes: Vec<u8>| {
+                Parsed::parse(&bytes).unwrap().decrement_ttl(&mut bytes).unwrap();
+                bytes
+            };
+
+            // A router towards the server, about the request: heard from the moved address.
+            let mut bytes = error(&seen, router);
+            prop_assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToClient));
+            prop_assert_eq!(bytes, hop(error(&later(&plan, 1).build(), dst)));
+
+            // A router towards the client, about the answer: heard from the old server.
+            let ports = Parsed::parse(&seen).unwrap();
+            let answer = reply(&Plan {
+                src: target.own,
+                dst: target.to,
+                src_port: ports.src_port(),
+                dst_port: ports.dst_port(),
+                ..plan.clone()
+            });
+            if plan.kind != Kind::Request {
+                let mut bytes = error(&reply(&plan).build(), router);
+                prop_assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToServer));
+                prop_assert_eq!(bytes, hop(error(&answer.build(), target.own)));
+            }
+        }
+    }
+
+    #[test]
+    fn the_old_servers_own_packets_are_bounced_as_they_are() {
+        let (mut nat, now) = bed(&["192.0.2.5:80/tcp"], None, 1000);
+        let mut bounced = |plan: Plan| {
+            let before = plan.build();
+            let mut bytes = before.clone();
+            assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::Bounce));
+            assert_eq!(bytes, before);
+        };
+        // An answer to a ping of its own, whatever the identifier.
+        let id = *PORTS.start();
+        bounced(Plan {
+            dst_port: id,
+            ..Plan::new(Kind::Reply, SERVER, OWN)
+        });
+        // The first fragment of what the server sends to another port, as a whole here.
+        bounced(Plan {
+            dst_port: 53,
+            ..Plan::new(Kind::Udp, SERVER, OWN)
+        });
+        // Another port of the moved address.
+        bounced(Plan {
+            dst_port: 81,
+            ..Plan::new(Kind::Tcp, CLIENT, MOVED)
+        });
+        // An error about what it sent itself.
+        let own = Plan {
+            src_port: id,
+            ..Plan::new(Kind::Tcp, OWN, SERVER)
+        };
+        let before = error(&own.build(), "192.0.2.99".parse().unwrap());
+        let mut bytes = before.clone();
+        assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::Bounce));
+        assert_eq!(bytes, before);
+    }
+
+    #[test]
+    fn what_cannot_be_translated_is_dropped_with_a_reason() {
+        let (mut nat, now) = bed(&[MOVED], None, 1000);
+        let mut dropped = |plan: Plan| pass(&mut nat, now, &mut plan.build());
+        // Of a flow that is not known: a reset would end it.
+        let unknown = Plan {
+            dst_port: *PORTS.end(),
+            ..Plan::new(Kind::Tcp, SERVER, OWN)
+        };
+        assert_eq!(dropped(unknown), Err(DropReason::NoFlow));
+        let reply = Plan::new(Kind::Reply, CLIENT, MOVED);
+        assert_eq!(dropped(reply), Err(DropReason::NoFlow));
+        let own = Plan::new(Kind::Tcp, OWN, MOVED);
+        assert_eq!(dropped(own), Err(DropReason::BadSource));
+        let worn = Plan { ttl: 1, ..syn(1) };
+        assert_eq!(dropped(worn), Err(DropReason::TtlExpired));
+        let mut gre = Plan::new(Kind::Udp, CLIENT, MOVED).build();
+        gre[9] = 47;
+        gre[10..12].fill(0);
+        let sum = !crate::packet::Sum::default().add(&gre[..20]).fold();
+        gre[10..12].copy_from_slice(&sum.to_ne_bytes());
+        assert_eq!(pass(&mut nat, now, &mut gre), Err(DropReason::NoPorts));
+    }
+
+    #[test]
+    fn ports_are_the_same_after_a_restart() {
+        let ports = || -> Vec<u16> {
+            let (mut nat, now) = bed(&[MOVED], None, 1000);
+            let mut port = |client_port| {
+                let mut bytes = syn(client_port).build();
+                assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToServer));
+                Parsed::parse(&bytes).unwrap().src_port()
+            };
+            (1000..1010).map(&mut port).collect()
+        };
+        let mut first = ports();
+        assert_eq!(first, ports());
+        first.sort_unstable();
+        first.dedup();
+        assert_eq!(first.len(), 10, "told apart");
+    }
+
+    #[test]
+    fn a_flood_takes_no_port_that_is_in_use() {
+        let (mut nat, now) = bed(&[MOVED], None, 100_000);
+        let mut established = Vec::new();
+        for port in 2000..2100 {
+            let plan = syn(port);
+            let mut bytes = plan.build();
+            let _ = pass(&mut nat, now, &mut bytes).unwrap();
+            let borrowed = Parsed::parse(&bytes).unwrap().src_port();
+            let mut answer = Plan {
+                dst_port: borrowed,
+                flags: SYN | ACK,
+                ..Plan::new(Kind::Tcp, SERVER, OWN)
+            };
+            answer.src_port = 80;
+            let _ = pass(&mut nat, now, &mut answer.build()).unwrap();
+            let ack = Plan { flags: ACK, ..plan };
+            let _ = pass(&mut nat, now, &mut ack.build()).unwrap();
+            established.push((ack, borrowed));
+        }
+        for source in 0..40_000_u32 {
+            let plan = Plan {
+                src: IpAddr::from((0x0b00_0000 + source).to_be_bytes()),
+                ..syn(3000)
+            };
+            let _ = pass(&mut nat, now, &mut plan.build()).unwrap();
+        }
+        let stats = nat.stats();
+        assert!(stats.live <= 16_384, "{stats:?}");
+        assert!(stats.evicted > 20_000, "{stats:?}");
+        for (plan, borrowed) in established {
+            let mut bytes = plan.build();
+            let _ = pass(&mut nat, now, &mut bytes).unwrap();
+            assert_eq!(Parsed::parse(&bytes).unwrap().src_port(), borrowed);
+        }
+    }
+
+    #[test]
+    fn when_all_ports_are_in_use_the_next_is_turned_away() {
+        let (mut nat, now) = bed(&[MOVED], None, 100_000);
+        let mut udp = |source: u32, dst_port: u16| {
+            let plan = Plan {
+                src: IpAddr::from((0x0b00_0000 + source).to_be_bytes()),
+                dst_port,
+                ..Plan::new(Kind::Udp, CLIENT, MOVED)
+            };
+            let mut bytes = plan.build();
+            let _ = pass(&mut nat, now, &mut bytes)?;
+            let borrowed = Parsed::parse(&bytes).unwrap().src_port();
+            let answer = Plan {
+                src_port: dst_port,
+                dst_port: borrowed,
+                ..Plan::new(Kind::Udp, SERVER, OWN)
+            };
+            pass(&mut nat, now, &mut answer.build())
+        };
+        let refused = (0..20_000)
+            .filter(|&source| udp(source, 53).is_err())
+            .count();
+        assert!((3_616..4_000).contains(&refused), "{refused}");
+        assert_eq!(
+            udp(30_000, 54),
+            Ok(Outcome::ToClient),
+            "another port has room"
+        );
+        assert_eq!(udp(30_001, 53), Err(DropReason::PortsExhausted));
+        // Idle ones give way.
+        let mut bytes = Plan::new(Kind::Udp, CLIENT, MOVED);
+        bytes.dst_port = 53;
+        let late = now + Duration::from_secs(11);
+        assert_eq!(
+            pass(&mut nat, late, &mut bytes.build()),
+            Ok(Outcome::ToServer)
+        );
+    }
+}

@@ -1,0 +1,61 @@
+//! The secret that the hashes of all tables of flows begin with.
+
+use std::hash::BuildHasher;
+
+use crate::packet::Addr;
+
+/// Secret keys of the hashes, so that no one outside can choose what collides.
+#[derive(Clone, Copy)]
+pub struct Seed([u64; 4]);
+
+impl Seed {
+    /// From two words that are hard to guess.
+    pub fn new(words: [u64; 2]) -> Self {
+        let mut state = words[0] ^ 0x9e37_79b9_7f4a_7c15;
+        Self(std::array::from_fn(|_| {
+            state = fold(
+                state ^ 0xa076_1d64_78bd_642f,
+                words[1] ^ 0xe703_7ed1_a0b4_28db,
+            )
+            .wrapping_add(state);
+            state
+        }))
+    }
+
+    /// From the standard library's own source of random keys.
+    pub fn random() -> Self {
+        let keys = std::hash::RandomState::new();
+        Self::new([keys.hash_one(1), keys.hash_one(2)])
+    }
+
+    /// Hash of an address alone: every flow of a client has the same.
+    #[inline]
+    pub(crate) fn client(&self, client: Addr) -> u64 {
+        let [a, b] = client.words();
+        let hash = fold(a ^ self.0[0], b ^ self.0[1]);
+        fold(hash ^ self.0[2], self.0[3])
+    }
+
+    #[inline]
+    pub(crate) fn flow(&self, client: Addr, ports: u64, protocol: u8) -> u64 {
+        let [a, b] = client.words();
+        let hash = fold(a ^ self.0[1], b ^ self.0[0]);
+        fold(
+            hash ^ ports ^ self.0[3],
+            hash.rotate_left(32) ^ self.0[2] ^ u64::from(protocol),
+        )
+    }
+}
+
+impl std::fmt::Debug for Seed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Seed(..)")
+    }
+}
+
+/// Both halves of a product: the mixing step of the hashes.
+#[inline]
+fn fold(a: u64, b: u64) -> u64 {
+    let product = u128::from(a) * u128::from(b);
+    product as u64 ^ (product >> 64) as u64
+}

@@ -1,0 +1,1433 @@
+//! Where packet meets flow: what may pass, and under which addresses.
+//!
+//! Owns the old server's checks ([`Gate`]) and the new server's rewriting ([`Translator`]): which
+//! flow a packet, an ICMP error or a fragment belongs to, and what its addresses become. Must not
+//! touch sockets, devices or the clock. A super-packet is translated like a single one: once.
+//!
+//! ```text
+//!             old server                          new server
+//! client ──► Gate::check_captured ──► tunnel ──► Translator::inbound  ──► application
+//! client ◄── Gate::check_returning ◄── tunnel ◄── Translator::outbound ◄── application
+//!            (nothing rewritten)                 (moved address ⇄ delivery address)
+//! ```
+//!
+//! Both families, never one into the other. Fragments go where their first one went; the pieces of
+//! packets to two moved addresses with one delivery address keep their own identifications, which a
+//! client chooses per destination, so two of them could meet (RFC 6864 section 5.2).
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+
+use crate::flow::fragments::FragmentCache;
+use crate::flow::seed::Seed;
+use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
+use crate::model::drops::DropReason;
+use crate::model::moved::{Move, Transport};
+use crate::model::peer::PeerId;
+use crate::packet::{ACK, Addr, Family, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
+
+/// Most shards of the flow table: more than any machine has lanes.
+const MAX_SHARDS: usize = 256;
+
+/// Whose a packet is that the capture on the old server handed over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Verdict {
+    /// The tunnel's.
+    Carry,
+    /// The old server's own: to be written back to the TUN as it is, for local delivery.
+    Bounce,
+}
+
+/// The old server's checks. Shared by the lanes.
+#[derive(Debug)]
+pub struct Gate {
+    moves: Vec<Move>,
+    seed: Seed,
+    captured: Mutex<FragmentCache<Verdict>>,
+    returning: Mutex<FragmentCache<()>>,
+}
+
+impl Gate {
+    /// The gate of what was moved.
+    pub fn new(moves: Vec<Move>) -> Self {
+        Self {
+            moves,
+            seed: Seed::random(),
+            captured: Mutex::new(FragmentCache::new()),
+            returning: Mutex::new(FragmentCache::new()),
+        }
+    }
+
+    /// Judges a packet that was captured on its way to a moved address.
+    ///
+    /// Of an address that was moved in part, later fragments follow their first one, and ICMP errors
+    /// the flow they quote; what cannot be told is the old server's.
+    ///
+    /// # Errors
+    /// [`DropReason::NotMoved`] if no part of the destination was moved;
+    /// [`DropReason::FragmentUnknown`] if the first fragment has not been seen yet.
+    pub fn check_captured(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<Verdict, DropReason> {
+        let addr = IpAddr::from(parsed.dst(bytes));
+        let mut known = false;
+        for moved in self.moves.iter().filter(|moved| moved.addr == addr) {
+            if moved.is_whole() {
+                return Ok(Verdict::Carry);
+            }
+            known = true;
+        }
+        if !known {
+            return Err(DropReason::NotMoved);
+        }
+        if parsed.fragment() == Fragment::Later {
+            let cache = lock(&self.captured);
+            let verdict = cache.recall(now, &self.seed, parsed, bytes);
+            return verdict.ok_or(DropReason::FragmentUnknown);
+        }
+        let ours = match parsed.kind() {
+            // It is about a packet that left from the moved address.
+            Kind::Error => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
+                self.takes(
+                    quoted.src(bytes),
+                    quoted.protocol(),
+                    quoted.kind(),
+                    quoted.src_port(),
+                )
+            }),
+            kind @ (Kind::Tcp
+            | Kind::Udp
+            | Kind::Request
+            | Kind::Reply
+            | Kind::Other
+            | Kind::Hidden) => self.takes(addr.into(), parsed.protocol(), kind, parsed.dst_port()),
+        };
+        let verdict = if ours {
+            Verdict::Carry
+        } else {
+            Verdict::Bounce
+        };
+        if parsed.fragment() == Fragment::First {
+            lock(&self.captured).remember(now, &self.seed, parsed, bytes, verdict);
+        }
+        Ok(verdict)
+    }
+
+    /// Judges a packet that came out of the tunnel on its way to a client: the new server speaks
+    /// for what was moved and for nothing else.
+    ///
+    /// # Errors
+    /// [`DropReason::NotMoved`], [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`].
+    pub fn check_returning(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<(), DropReason> {
+        let src = parsed.src(bytes);
+        let addr = IpAddr::from(src);
+        if self
+            .moves
+            .iter()
+            .any(|moved| moved.addr == addr && moved.is_whole())
+        {
+            return Ok(());
+        }
+        if parsed.fragment() == Fragment::Later {
+            return lock(&self.returning)
+                .recall(now, &self.seed, parsed, bytes)
+                .ok_or(DropReason::FragmentUnknown);
+        }
+        let (kind, protocol, port) = match parsed.kind() {
+            // It is about a packet that came to the moved address.
+            Kind::Error => {
+                let quoted = Quoted::parse(bytes, parsed)?;
+                if quoted.dst(bytes) != src {
+                    return Err(DropReason::IcmpUnrelated);
+                }
+                (quoted.kind(), quoted.protocol(), quoted.dst_port())
+            }
+            kind @ (Kind::Tcp
+            | Kind::Udp
+            | Kind::Request
+            | Kind::Reply
+            | Kind::Other
+            | Kind::Hidden) => (kind, parsed.protocol(), parsed.src_port()),
+        };
+        if !self.takes(src, protocol, kind, port) {
+            return Err(DropReason::NotMoved);
+        }
+        if parsed.fragment() == Fragment::First {
+            lock(&self.returning).remember(now, &self.seed, parsed, bytes, ());
+        }
+        Ok(())
+    }
+
+    /// Whether anything of an address was moved.
+    pub fn is_moved(&self, addr: Addr) -> bool {
+        let addr = IpAddr::from(addr);
+        self.moves.iter().any(|moved| moved.addr == addr)
+    }
+
+    fn takes(&self, addr: Addr, protocol: u8, kind: Kind, port: u16) -> bool {
+        let addr = IpAddr::from(addr);
+        self.moves
+            .iter()
+            .any(|moved| moved.addr == addr && moved.takes(protocol, port_of(kind, port)))
+    }
+}
+
+/// How the new server's translator is made.
+#[derive(Clone, Copy, Debug)]
+pub struct TranslatorConfig {
+    /// Parts of the flow table that are locked apart; rounded up to a power of two.
+    pub shards: usize,
+    /// Most flows at a time (`--max-flows`).
+    pub max_flows: usize,
+    /// Two random words.
+    pub seed: [u64; 2],
+    /// A time not later than any `now` that follows.
+    pub epoch: Instant,
+}
+
+/// Where the packets that come through one peer are delivered.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Delivery {
+    /// Delivery address for IPv4.
+    pub v4: Option<Ipv4Addr>,
+    /// Delivery address for IPv6.
+    pub v6: Option<Ipv6Addr>,
+    /// No rewriting: the new server holds the moved address itself (`--deliver-to keep`).
+    pub keep: bool,
+    /// Ports that are delivered elsewhere; the first that fits counts. With `keep` too.
+    pub ports: Vec<PortMap>,
+}
+
+/// One port of a moved address that is delivered to another address or port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PortMap {
+    /// TCP or UDP alone.
+    pub transport: Option<Transport>,
+    /// The moved address.
+    pub moved: IpAddr,
+    /// The port there.
+    pub port: u16,
+    /// The delivery address, of the same family.
+    pub to: IpAddr,
+    /// The port there.
+    pub to_port: u16,
+}
+
+impl std::fmt::Display for PortMap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let transport = match self.transport {
+            None => "",
+            Some(Transport::Tcp) => "/tcp",
+            Some(Transport::Udp) => "/udp",
+        };
+        let (moved, to) = (
+            SocketAddr::new(self.moved, self.port),
+            SocketAddr::new(self.to, self.to_port),
+        );
+        write!(f, "{moved}{transport}={to}")
+    }
+}
+
+/// Why moves or a delivery could not be set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum RouteError {
+    /// More addresses than [`AddrId`] can number were named since the daemon started.
+    #[error(
+        "more than 65,536 addresses were moved or delivered to since the start; restart the daemon"
+    )]
+    TooManyAddresses,
+    /// A port map from one family to the other.
+    #[error("cannot deliver {0} to {1}: one is IPv4, the other IPv6")]
+    Families(IpAddr, IpAddr),
+}
+
+/// The new server's rewriting. Shared by the lanes; a lane locks the shard of the packet's client
+/// and nothing else, and only while it looks the flow up.
+pub struct Translator {
+    seed: Seed,
+    limit: Limit,
+    shards: Box<[Shard]>,
+    routes: ArcSwap<Routes>,
+    /// Held while routes are exchanged.
+    changing: Mutex<()>,
+    inbound_pieces: Mutex<FragmentCache<AddrId>>,
+    outbound_pieces: Mutex<FragmentCache<(PeerId, AddrId)>>,
+}
+
+/// A table in cache lines of its own.
+#[repr(align(128))]
+struct Shard(Mutex<FlowTable>);
+
+impl Translator {
+    /// A translator that knows no moves and no deliveries yet.
+    pub fn new(config: TranslatorConfig) -> Self {
+        let seed = Seed::new(config.seed);
+        let shards = config.shards.clamp(1, MAX_SHARDS).next_power_of_two();
+        Self {
+            seed,
+            limit: Limit::new(config.max_flows),
+            shards: (0..shards)
+                .map(|_| Shard(Mutex::new(FlowTable::new(seed, config.epoch))))
+                .collect(),
+            routes: ArcSwap::default(),
+            changing: Mutex::new(()),
+            inbound_pieces: Mutex::new(FragmentCache::new()),
+            outbound_pieces: Mutex::new(FragmentCache::new()),
+        }
+    }
+
+    /// What `peer` has moved, in place of what it had moved before. Flows of what is no longer
+    /// moved are forgotten in their own time; their packets are dropped at once.
+    ///
+    /// # Errors
+    /// [`RouteError`]; nothing is changed then.
+    pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) -> Result<(), RouteError> {
+        self.change(|routes| routes.peer_mut(peer).moves = moves)
+    }
+
+    /// Where the packets of `peer` are delivered. Flows that are under way stay where they are.
+    ///
+    /// # Errors
+    /// [`RouteError`]; nothing is changed then.
+    pub fn set_delivery(&self, peer: PeerId, delivery: Delivery) -> Result<(), RouteError> {
+        for map in &delivery.ports {
+            if map.moved.is_ipv4() != map.to.is_ipv4() {
+                return Err(RouteError::Families(map.moved, map.to));
+            }
+        }
+        self.change(|routes| routes.peer_mut(peer).delivery = delivery)
+    }
+
+    /// This host's own addresses, which no client may claim.
+    pub fn set_own_addresses(&self, own: &[IpAddr]) {
+        let mut own: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();
+        own.sort_unstable();
+        // Names no new address, so it cannot fail.
+        let _ = self.change(|routes| routes.own = own);
+    }
+
+    /// Translates a packet that came from `peer`'s client: destination from the moved address to
+    /// where it is delivered.
+    ///
+    /// `bytes` are those that `parsed` was made from, of a joined super-packet its head. `partial`:
+    /// whether its checksum is.
+    ///
+    /// # Errors
+    /// Why the packet is to be dropped; it may be rewritten in part then.
+    pub fn inbound(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        bytes: &mut [u8],
+        parsed: &mut Parsed,
+        partial: bool,
+    ) -> Result<(), DropReason> {
+        let routes = self.routes.load();
+        let moved = routes
+            .peers
+            .get(usize::from(peer.0))
+            .and_then(|routes| routes.moved(parsed.dst(bytes)))
+            .ok_or(DropReason::NotMoved)?;
+        if parsed.fragment() == Fragment::Later {
+            return self.inbound_piece(now, &routes, moved, bytes, parsed);
+        }
+        if parsed.kind() == Kind::Error {
+            return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
+        }
+        if !moved.takes(parsed.protocol(), parsed.kind(), parsed.dst_port()) {
+            return Err(DropReason::NotMoved);
+        }
+        let key = Outside {
+            peer,
+            protocol: parsed.protocol(),
+            client: parsed.src(bytes),
+            client_port: parsed.src_port(),
+            moved: moved.id,
+            moved_port: parsed.dst_port(),
+        };
+        let flags = parsed.tcp_flags();
+        let found = {
+            let mut table = self.table(key.client);
+            table.client_packet(now, &key, flags, &self.limit)
+        };
+        let inside = match found {
+            Some(inside) => inside,
+            None => self.open(now, &routes, moved, &key, parsed)?,
+        };
+        if parsed.fragment() == Fragment::First {
+            lock(&self.inbound_pieces).remember(now, &self.seed, parsed, bytes, inside.delivery);
+        }
+        if inside.delivery != key.moved {
+            parsed.set_dst(bytes, routes.addr(inside.delivery), partial);
+        }
+        if inside.delivery_port != key.moved_port {
+            parsed.set_dst_port(bytes, inside.delivery_port, partial);
+        }
+        if inside.client_port != key.client_port {
+            parsed.set_src_port(bytes, inside.client_port, partial);
+        }
+        Ok(())
+    }
+
+    /// Translates a packet that the application's host sent to a client: source from the delivery
+    /// address back to the moved one. Returns the peer that it goes through.
+    ///
+    /// A packet of an unknown flow that can only be one goes on with it: that is how a sending
+    /// application is heard again after a restart of the daemon.
+    ///
+    /// # Errors
+    /// Why the packet is to be dropped; it may be rewritten in part then.
+    pub fn outbound(
+        &self,
+        now: Instant,
+        bytes: &mut [u8],
+        parsed: &mut Parsed,
+        partial: bool,
+    ) -> Result<PeerId, DropReason> {
+        let routes = self.routes.load();
+        if parsed.kind() == Kind::Error {
+            return self.outbound_error(&routes, bytes, parsed, partial);
+        }
+        let delivery = routes.id(parsed.src(bytes)).ok_or(DropReason::NoFlow)?;
+        if parsed.fragment() == Fragment::Later {
+            let (peer, moved) = lock(&self.outbound_pieces)
+                .recall(now, &self.seed, parsed, bytes)
+                .ok_or(DropReason::FragmentUnknown)?;
+            parsed.set_src(bytes, routes.addr(moved), partial);
+            return Ok(peer);
+        }
+        let key = Inside {
+            protocol: parsed.protocol(),
+            client: parsed.dst(bytes),
+            client_port: parsed.dst_port(),
+            delivery,
+            delivery_port: parsed.src_port(),
+        };
+        let flags = parsed.tcp_flags();
+        let found = {
+            let mut table = self.table(key.client);
+            table.application_packet(now, &key, flags, &self.limit)
+        };
+        let outside = match found {
+            Some(outside) => outside,
+            None => self.reopen(now, &routes, &key, parsed)?,
+        };
+        if parsed.fragment() == Fragment::First {
+            let value = (outside.peer, outside.moved);
+            lock(&self.outbound_pieces).remember(now, &self.seed, parsed, bytes, value);
+        }
+        if outside.moved != delivery {
+            parsed.set_src(bytes, routes.addr(outside.moved), partial);
+        }
+        if outside.moved_port != key.delivery_port {
+            parsed.set_src_port(bytes, outside.moved_port, partial);
+        }
+        if outside.client_port != key.client_port {
+            parsed.set_dst_port(bytes, outside.client_port, partial);
+        }
+        Ok(outside.peer)
+    }
+
+    /// Forgets flows whose time is up, looking at no more than `budget` of each shard; to be called
+    /// every second. Returns how many.
+    pub fn expire(&self, now: Instant, budget: usize) -> usize {
+        self.shards
+            .iter()
+            .map(|shard| lock(&shard.0).expire(now, budget, &self.limit))
+            .sum()
+    }
+
+    /// Counters of all flows.
+    pub fn stats(&self) -> FlowStats {
+        let mut all = FlowStats {
+            max: self.limit.max() as u64,
+            ..FlowStats::default()
+        };
+        for shard in &self.shards {
+            let stats = lock(&shard.0).stats();
+            all.live += stats.live;
+            all.evicted += stats.evicted;
+            all.collisions += stats.collisions;
+            all.refused += stats.refused;
+        }
+        all
+    }
+
+    /// Bytes that the flow table has allocated.
+    pub fn allocated(&self) -> usize {
+        self.shards
+            .iter()
+            .map(|shard| lock(&shard.0).allocated())
+            .sum()
+    }
+
+    /// A later fragment from a client.
+    fn inbound_piece(
+        &self,
+        now: Instant,
+        routes: &Routes,
+        moved: &Moved,
+        bytes: &mut [u8],
+        parsed: &Parsed,
+    ) -> Result<(), DropReason> {
+        let known = lock(&self.inbound_pieces).recall(now, &self.seed, parsed, bytes);
+        let delivery = match known {
+            Some(delivery) => delivery,
+            // Every packet of the address goes to one place: the first one is not needed.
+            None if moved.is_whole && moved.ports.is_empty() => {
+                if routes.is_own(parsed.src(bytes)) {
+                    return Err(DropReason::BadSource);
+                }
+                moved.delivery.ok_or(DropReason::NoDelivery)?
+            }
+            None => return Err(DropReason::FragmentUnknown),
+        };
+        parsed.set_dst(bytes, routes.addr(delivery), false);
+        Ok(())
+    }
+
+    /// An ICMP error from the client's side, about a packet that the application sent.
+    fn inbound_error(
+        &self,
+        routes: &Routes,
+        peer: PeerId,
+        moved: &Moved,
+        bytes: &mut [u8],
+        parsed: &Parsed,
+        partial: bool,
+    ) -> Result<(), DropReason> {
+        let quoted = Quoted::parse(bytes, parsed)?;
+        if quoted.src(bytes) != parsed.dst(bytes) {
+            return Err(DropReason::IcmpUnrelated);
+        }
+        if routes.is_own(parsed.src(bytes)) {
+            return Err(DropReason::BadSource);
+        }
+        let key = Outside {
+            peer,
+            protocol: quoted.protocol(),
+            client: quoted.dst(bytes),
+            client_port: quoted.dst_port(),
+            moved: moved.id,
+            moved_port: quoted.src_port(),
+        };
+        let inside = self
+            .table(key.client)
+            .peek_outside(&key)
+            .ok_or(DropReason::IcmpUnrelated)?;
+        let delivery = routes.addr(inside.delivery);
+        parsed.set_dst(bytes, delivery, partial);
+        let change = Rewrite {
+            src: Some(delivery),
+            src_port: Some(inside.delivery_port),
+            dst: None,
+            dst_port: Some(inside.client_port),
+        };
+        quoted.rewrite(bytes, parsed, &change);
+        Ok(())
+    }
+
+    /// An ICMP error from the application's side, about a packet that a client sent. Whoever it is
+    /// from, the client hears it from the moved address: no other could be spoken for.
+    fn outbound_error(
+        &self,
+        routes: &Routes,
+        bytes: &mut [u8],
+        parsed: &Parsed,
+        partial: bool,
+    ) -> Result<PeerId, DropReason> {
+        let quoted = Quoted::parse(bytes, parsed)?;
+        let client = quoted.src(bytes);
+        if client != parsed.dst(bytes) {
+            return Err(DropReason::IcmpUnrelated);
+        }
+        let key = Inside {
+            protocol: quoted.protocol(),
+            client,
+            client_port: quoted.src_port(),
+            delivery: routes
+                .id(quoted.dst(bytes))
+                .ok_or(DropReason::IcmpUnrelated)?,
+            delivery_port: quoted.dst_port(),
+        };
+        let outside = self
+            .table(client)
+            .peek_inside(&key)
+            .ok_or(DropReason::IcmpUnrelated)?;
+        let moved = routes.addr(outside.moved);
+        parsed.set_src(bytes, moved, partial);
+        let change = Rewrite {
+            src: None,
+            src_port: Some(outside.client_port),
+            dst: Some(moved),
+            dst_port: Some(outside.moved_port),
+        };
+        quoted.rewrite(bytes, parsed, &change);
+        Ok(outside.peer)
+    }
+
+    /// Begins a flow with a client's packet.
+    #[cold]
+    fn open(
+        &self,
+        now: Instant,
+        routes: &Routes,
+        moved: &Moved,
+        key: &Outside,
+        parsed: &Parsed,
+    ) -> Result<Inside, DropReason> {
+        if routes.is_own(key.client) {
+            return Err(DropReason::BadSource);
+        }
+        // An answer to a query that no one here sent.
+        if parsed.kind() == Kind::Reply {
+            return Err(DropReason::NoFlow);
+        }
+        let (delivery, port) = moved.delivery(parsed.kind(), parsed.dst_port())?;
+        let flags = parsed.tcp_flags();
+        let try_open = || {
+            let mut table = self.table(key.client);
+            // Another lane may have been faster.
+            match table.client_packet(now, key, flags, &self.limit) {
+                Some(inside) => Ok(inside),
+                None => table.open(now, key, delivery, port, flags, &self.limit),
+            }
+        };
+        match try_open() {
+            Err(DropReason::FlowTableFull) if self.evict_elsewhere(now, key.client) => try_open(),
+            outcome => outcome,
+        }
+    }
+
+    /// Goes on with a flow by the application's packet, if it can only be one.
+    #[cold]
+    fn reopen(
+        &self,
+        now: Instant,
+        routes: &Routes,
+        key: &Inside,
+        parsed: &Parsed,
+    ) -> Result<Outside, DropReason> {
+        let flags = parsed.tcp_flags();
+        let begins = match parsed.kind() {
+            Kind::Tcp => flags & (SYN | ACK) == SYN,
+            Kind::Request => true,
+            Kind::Udp | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => false,
+        };
+        if begins || routes.is_own(key.client) {
+            return Err(DropReason::NoFlow);
+        }
+        let mut origins =
+            routes.origins(key.protocol, parsed.kind(), key.delivery, key.delivery_port);
+        let (Some((peer, moved, moved_port)), None) = (origins.next(), origins.next()) else {
+            return Err(DropReason::NoFlow);
+        };
+        let outside = Outside {
+            peer,
+            protocol: key.protocol,
+            client: key.client,
+            client_port: key.client_port,
+            moved,
+            moved_port,
+        };
+        let mut table = self.table(key.client);
+        match table.application_packet(now, key, flags, &self.limit) {
+            Some(outside) => Ok(outside),
+            None => table
+                .reopen(now, key, &outside, flags, &self.limit)
+                .map(|()| outside),
+        }
+    }
+
+    /// Evicts a flow from another shard than `client`'s, of those that are not busy.
+    fn evict_elsewhere(&self, now: Instant, client: Addr) -> bool {
+        if self.limit.live() < self.limit.max() {
+            // Not for want of room: one source had its share.
+            return false;
+        }
+        let own = self.shard(client);
+        let others = (1..self.shards.len()).map(|step| (own + step) % self.shards.len());
+        others
+            .filter_map(|index| self.shards[index].0.try_lock().ok())
+            .any(|mut table| table.evict(now, &self.limit))
+    }
+
+    #[inline]
+    fn table(&self, client: Addr) -> MutexGuard<'_, FlowTable> {
+        lock(&self.shards[self.shard(client)].0)
+    }
+
+    #[inline]
+    fn shard(&self, client: Addr) -> usize {
+        // The high half: the low bits choose other things.
+        (self.seed.client(client) >> 32) as usize & (self.shards.len() - 1)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Routes)) -> Result<(), RouteError> {
+        let _one_at_a_time = lock(&self.changing);
+        let mut routes = Routes::clone(&self.routes.load());
+        change(&mut routes);
+        routes.resolve()?;
+        self.routes.store(Arc::new(routes));
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Translator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Translator")
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Everything that is configured, made ready for lookup. Exchanged as a whole.
+#[derive(Clone, Default)]
+struct Routes {
+    /// By [`AddrId`]; only ever grows.
+    addrs: Vec<Addr>,
+    /// The same, to be searched.
+    ids: Vec<(Addr, AddrId)>,
+    own: Vec<Addr>,
+    /// By [`PeerId`].
+    peers: Vec<PeerRoutes>,
+}
+
+#[derive(Clone, Default)]
+struct PeerRoutes {
+    moves: Vec<Move>,
+    delivery: Delivery,
+    /// The moved addresses, sorted; made from the two above.
+    resolved: Vec<Moved>,
+}
+
+/// One moved address of one peer.
+#[derive(Clone)]
+struct Moved {
+    addr: Addr,
+    id: AddrId,
+    is_whole: bool,
+    moves: Vec<Move>,
+    /// Where it is delivered, unless a port map says otherwise.
+    delivery: Option<AddrId>,
+    ports: Vec<MappedPort>,
+}
+
+#[derive(Clone, Copy)]
+struct MappedPort {
+    transport: Option<Transport>,
+    port: u16,
+    to: AddrId,
+    to_port: u16,
+}
+
+impl Routes {
+    #[inline]
+    fn addr(&self, id: AddrId) -> Addr {
+        self.addrs[usize::from(id.0)]
+    }
+
+    #[inline]
+    fn id(&self, addr: Addr) -> Option<AddrId> {
+        self.ids
+            .binary_search_by_key(&addr, |&(addr, _)| addr)
+            .ok()
+            .map(|at| self.ids[at].1)
+    }
+
+    fn is_own(&self, addr: Addr) -> bool {
+        self.own.binary_search(&addr).is_ok() || self.id(addr).is_some()
+    }
+
+    fn peer_mut(&mut self, peer: PeerId) -> &mut PeerRoutes {
+        let index = usize::from(peer.0);
+        if self.peers.len() <= index {
+            self.peers.resize(index + 1, PeerRoutes::default());
+        }
+        &mut self.peers[index]
+    }
+
+    /// Where a packet that leaves from `delivery` could have been asked: peer, moved address, port.
+    fn origins(
+        &self,
+        protocol: u8,
+        kind: Kind,
+        delivery: AddrId,
+        port: u16,
+    ) -> impl Iterator<Item = (PeerId, AddrId, u16)> {
+        self.peers
+            .iter()
+            .enumerate()
+            .flat_map(move |(peer, routes)| {
+                routes.resolved.iter().flat_map(move |moved| {
+                    let mapped = moved
+                        .ports
+                        .iter()
+                        .filter(move |map| map.to == delivery && map.to_port == port)
+                        .map(|map| map.port);
+                    mapped
+                        .chain(std::iter::once(port))
+                        .enumerate()
+                        .filter(move |&(index, moved_port)| {
+                            let first = index == 0 || moved_port != port;
+                            let forwards = moved.delivery(kind, moved_port) == Ok((delivery, port));
+                            first && forwards && moved.takes(protocol, kind, moved_port)
+                        })
+                        .map(move |(_, moved_port)| (PeerId(peer as u16), moved.id, moved_port))
+                })
+            })
+    }
+
+    /// Makes what is looked up from what is configured.
+    fn resolve(&mut self) -> Result<(), RouteError> {
+        let mut peers = std::mem::take(&mut self.peers);
+        for peer in &mut peers {
+            let mut addrs: Vec<Addr> = peer.moves.iter().map(|moved| moved.addr.into()).collect();
+            addrs.sort_unstable();
+            addrs.dedup();
+            peer.resolved = addrs
+                .into_iter()
+                .map(|addr| self.resolve_one(addr, &peer.moves, &peer.delivery))
+                .collect::<Result<_, _>>()?;
+        }
+        self.peers = peers;
+        Ok(())
+    }
+
+    fn resolve_one(
+        &mut self,
+        addr: Addr,
+        moves: &[Move],
+        delivery: &Delivery,
+    ) -> Result<Moved, RouteError> {
+        let ip = IpAddr::from(addr);
+        let moves: Vec<Move> = moves
+            .iter()
+            .filter(|moved| moved.addr == ip)
+            .cloned()
+            .collect();
+        let to = match addr.family() {
+            _ if delivery.keep => Some(addr),
+            Family::V4 => delivery.v4.map(Addr::from),
+            Family::V6 => delivery.v6.map(Addr::from),
+        };
+        Ok(Moved {
+            addr,
+            id: self.number(addr)?,
+            is_whole: moves.iter().any(Move::is_whole),
+            moves,
+            delivery: to.map(|to| self.number(to)).transpose()?,
+            ports: delivery
+                .ports
+                .iter()
+                .filter(|map| map.moved == ip)
+                .map(|map| {
+                    Ok(MappedPort {
+                        transport: map.transport,
+                        port: map.port,
+                        to: self.number(map.to.into())?,
+                        to_port: map.to_port,
+                    })
+                })
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    fn number(&mut self, addr: Addr) -> Result<AddrId, RouteError> {
+        match self.ids.binary_search_by_key(&addr, |&(addr, _)| addr) {
+            Ok(at) => Ok(self.ids[at].1),
+            Err(at) => {
+                let id =
+                    u16::try_from(self.addrs.len()).map_err(|_| RouteError::TooManyAddresses)?;
+                self.addrs.push(addr);
+                self.ids.insert(at, (addr, AddrId(id)));
+                Ok(AddrId(id))
+            }
+        }
+    }
+}
+
+impl PeerRoutes {
+    #[inline]
+    fn moved(&self, addr: Addr) -> Option<&Moved> {
+        self.resolved
+            .binary_search_by_key(&addr, |moved| moved.addr)
+            .ok()
+            .map(|at| &self.resolved[at])
+    }
+}
+
+impl Moved {
+    #[inline]
+    fn takes(&self, protocol: u8, kind: Kind, port: u16) -> bool {
+        self.is_whole
+            || self
+                .moves
+                .iter()
+                .any(|moved| moved.takes(protocol, port_of(kind, port)))
+    }
+
+    /// Where a packet of this kind to `port` goes.
+    fn delivery(&self, kind: Kind, port: u16) -> Result<(AddrId, u16), DropReason> {
+        let transport = match kind {
+            Kind::Tcp => Some(Transport::Tcp),
+            Kind::Udp => Some(Transport::Udp),
+            Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => None,
+        };
+        let mapped = self.ports.iter().find(|map| {
+            transport.is_some()
+                && map.port == port
+                && (map.transport.is_none() || map.transport == transport)
+        });
+        match (mapped, self.delivery) {
+            (Some(map), _) => Ok((map.to, map.to_port)),
+            (None, Some(delivery)) => Ok((delivery, port)),
+            (None, None) => Err(DropReason::NoDelivery),
+        }
+    }
+}
+
+/// The port as [`Move::takes`] wants it: only what is a port.
+#[inline]
+fn port_of(kind: Kind, port: u16) -> Option<u16> {
+    matches!(kind, Kind::Tcp | Kind::Udp).then_some(port)
+}
+
+/// A lock that a panic elsewhere does not close: what it guards is whole between any two calls.
+#[inline]
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::icmp;
+    use crate::packet::testing::{Plan, assert_sums, complete, plans};
+    use crate::packet::{RST, Sum};
+    use proptest::prelude::*;
+
+    const PEER: PeerId = PeerId(1);
+    const CLIENT: &str = "203.0.113.9";
+    const MOVED: &str = "192.0.2.5";
+    const DELIVERY: &str = "198.51.100.2";
+    const CLIENT6: &str = "2001:db8:c::9";
+    const MOVED6: &str = "2001:db8:a::5";
+    const DELIVERY6: &str = "2001:db8:b::2";
+
+    struct Bed {
+        translator: Translator,
+        now: Instant,
+    }
+
+    impl Bed {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "any point in time will do as a beginning"
+        )]
+        fn new(moves: &[&str], delivery: Delivery) -> Self {
+            let now = Instant::now();
+            let translator = Translator::new(TranslatorConfig {
+                shards: 4,
+                max_flows: 1000,
+                seed: [1, 2],
+                epoch: now,
+            });
+            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
+            translator.set_moves(PEER, moves).unwrap();
+            translator.set_delivery(PEER, delivery).unwrap();
+            translator.set_own_addresses(&["198.51.100.77".parse().unwrap()]);
+            Self { translator, now }
+        }
+
+        fn simple() -> Self {
+            Self::new(&[MOVED, MOVED6], delivery())
+        }
+
+        fn inbound(&self, bytes: &mut [u8]) -> Result<(), DropReason> {
+            let mut parsed = Parsed::parse(bytes)?;
+            self.translator
+                .inbound(self.now, PEER, bytes, &mut parsed, false)?;
+            assert_eq!(Parsed::parse(bytes), Ok(parsed));
+            Ok(())
+        }
+
+        fn outbound(&self, bytes: &mut [u8]) -> Result<PeerId, DropReason> {
+            let mut parsed = Parsed::parse(bytes)?;
+            let peer = self
+                .translator
+                .outbound(self.now, bytes, &mut parsed, false)?;
+            assert_eq!(Parsed::parse(bytes), Ok(parsed));
+            Ok(peer)
+        }
+    }
+
+    fn delivery() -> Delivery {
+        Delivery {
+            v4: Some(DELIVERY.parse().unwrap()),
+            v6: Some(DELIVERY6.parse().unwrap()),
+            ..Delivery::default()
+        }
+    }
+
+    fn request(kind: Kind) -> Plan {
+        Plan {
+            flags: SYN,
+            ..Plan::new(kind, CLIENT, MOVED)
+        }
+    }
+
+    /// What a host answers to `plan`.
+    fn reply(plan: &Plan) -> Plan {
+        Plan {
+            src: plan.dst,
+            dst: plan.src,
+            src_port: plan.dst_port,
+            dst_port: plan.src_port,
+            kind: if plan.kind == Kind::Request {
+                Kind::Reply
+            } else {
+                plan.kind
+            },
+            flags: SYN | ACK,
+            ..plan.clone()
+        }
+    }
+
+    fn moved_to(plan: &Plan, dst: &str) -> Plan {
+        Plan {
+            dst: dst.parse().unwrap(),
+            ..plan.clone()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn there_and_back_is_the_identity(
+            plan in plans(), partial in any::<bool>(), keep in any::<bool>(), mapped in any::<bool>(),
+        ) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let plan = moved_to(&plan, if v4 { MOVED } else { MOVED6 });
+            let partial = partial && plan.kind != Kind::Request;
+            let mut wanted = if keep { plan.clone() } else { moved_to(&plan, if v4 { DELIVERY } else { DELIVERY6 }) };
+            let mut ports = Vec::new();
+            if mapped {
+                ports.push(PortMap { transport: None, moved: plan.dst, port: plan.dst_port, to: wanted.dst, to_port: 8080 });
+                if plan.kind != Kind::Request { wanted.dst_port = 8080; }
+            }
+            let bed = Bed::new(&[MOVED, MOVED6], Delivery { keep, ports, ..delivery() });
+            let build = |plan: &Plan| if partial { plan.build_partial() } else { plan.build() };
+
+            let mut bytes = build(&plan);
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            bed.translator.inbound(bed.now, PEER, &mut bytes, &mut parsed, partial).unwrap();
+            prop_assert_eq!(&bytes, &build(&wanted));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+
+            let mut bytes = build(&reply(&wanted));
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            let peer = bed.translator.outbound(bed.now, &mut bytes, &mut parsed, partial);
+            prop_assert_eq!(peer, Ok(PEER));
+            prop_assert_eq!(&bytes, &build(&reply(&plan)));
+            prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
+            if partial { complete(&mut bytes); }
+            assert_sums(&bytes);
+        }
+
+        #[test]
+        fn errors_are_translated_inside_and_out(
+            plan in plans(), keep_quote in any::<prop::sample::Index>(), whole in any::<bool>(),
+        ) {
+            if plan.kind == Kind::Reply { return Ok(()); }
+            let v4 = plan.src.is_ipv4();
+            let plan = moved_to(&plan, if v4 { MOVED } else { MOVED6 });
+            let delivered = moved_to(&plan, if v4 { DELIVERY } else { DELIVERY6 });
+            let router: IpAddr = if v4 { "192.0.2.99" } else { "2001:db8::99" }.parse().unwrap();
+            let bed = Bed::simple();
+            bed.inbound(&mut plan.build()).unwrap();
+
+            // From a router on the client's side, about the answer.
+            let answer = reply(&plan).build();
+            let answer_inside = reply(&delivered).build();
+            let least = if v4 { 28 } else { 48 };
+            let len = if whole { answer.len() } else { least + keep_quote.index(answer.len() - least + 1) };
+            // Half a checksum says nothing and is left as it is.
+            let half_a_checksum = plan.kind == Kind::Tcp && len == least - 8 + 17;
+            let len = len + usize::from(half_a_checksum);
+            let mut error = too_big(&answer, len, router);
+            bed.inbound(&mut error).unwrap();
+            prop_assert_eq!(error, too_big(&answer_inside, len, router));
+
+            // From the application's host, about the request; heard from the moved address.
+            let request = plan.build();
+            let request_inside = delivered.build();
+            let len = len.min(request.len());
+            let mut error = too_big(&request_inside, len, delivered.dst);
+            prop_assert_eq!(bed.outbound(&mut error), Ok(PEER));
+            prop_assert_eq!(error, too_big(&request, len, plan.dst));
+        }
+    }
+
+    /// An ICMP error from `from` that quotes the first `len` bytes of `about`.
+    fn too_big(about: &[u8], len: usize, from: IpAddr) -> Vec<u8> {
+        let parsed = Parsed::parse(about).unwrap();
+        let mut out = [0; icmp::MAX_V6];
+        let all = icmp::too_big(&mut out, about, &parsed, from, 1300).unwrap();
+        let cut = about.len() - len;
+        let mut out = out[..all - cut].to_vec();
+        let head = if from.is_ipv4() { 20 } else { 40 };
+        // Cut the quotation and set lengths and checksums anew.
+        if from.is_ipv4() {
+            out[2..4].copy_from_slice(&((all - cut) as u16).to_be_bytes());
+            out[10..12].fill(0);
+            let sum = !Sum::default().add(&out[..20]).fold();
+            out[10..12].copy_from_slice(&sum.to_ne_bytes());
+        } else {
+            out[4..6].copy_from_slice(&((all - cut - 40) as u16).to_be_bytes());
+        }
+        out[head + 2..head + 4].fill(0);
+        let mut sum = Sum::default().add(&out[head..]);
+        if from.is_ipv6() {
+            let len = ((out.len() - head) as u16).to_be_bytes();
+            sum = sum
+                .and(Sum::default().add(&out[8..40]))
+                .word([0, 58])
+                .word(len);
+        }
+        out[head + 2..head + 4].copy_from_slice(&(!sum.fold()).to_ne_bytes());
+        out
+    }
+
+    #[test]
+    fn each_reply_comes_from_the_address_that_was_asked() {
+        let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
+        for kind in [Kind::Tcp, Kind::Udp, Kind::Request] {
+            for dst in [MOVED, "192.0.2.6"] {
+                let plan = moved_to(&request(kind), dst);
+                let mut bytes = plan.build();
+                bed.inbound(&mut bytes).unwrap();
+                let parsed = Parsed::parse(&bytes).unwrap();
+                let arrived = Plan {
+                    src_port: parsed.src_port(),
+                    ..moved_to(&plan, DELIVERY)
+                };
+                assert_eq!(bytes, arrived.build());
+                let mut answer = reply(&arrived).build();
+                bed.outbound(&mut answer).unwrap();
+                assert_eq!(answer, reply(&plan).build());
+            }
+        }
+        let stats = bed.translator.stats();
+        assert_eq!((stats.live, stats.collisions), (6, 3));
+    }
+
+    #[test]
+    fn nothing_else_passes() {
+        let bed = Bed::new(&["192.0.2.5:80/tcp"], delivery());
+        let with = |change: &dyn Fn(&mut Plan)| {
+            let mut plan = request(Kind::Tcp);
+            change(&mut plan);
+            bed.inbound(&mut plan.build())
+        };
+        assert_eq!(with(&|_| ()), Ok(()));
+        assert_eq!(with(&|p| p.dst_port = 81), Err(DropReason::NotMoved));
+        assert_eq!(with(&|p| p.kind = Kind::Udp), Err(DropReason::NotMoved));
+        assert_eq!(
+            with(&|p| p.dst = DELIVERY.parse().unwrap()),
+            Err(DropReason::NotMoved)
+        );
+        let own = Err(DropReason::BadSource);
+        assert_eq!(with(&|p| p.src = DELIVERY.parse().unwrap()), own);
+        assert_eq!(with(&|p| p.src = "198.51.100.77".parse().unwrap()), own);
+        let mut parsed = Parsed::parse(&request(Kind::Tcp).build()).unwrap();
+        let mut bytes = request(Kind::Tcp).build();
+        for peer in [PeerId(0), PeerId(9)] {
+            let got = bed
+                .translator
+                .inbound(bed.now, peer, &mut bytes, &mut parsed, false);
+            assert_eq!(got, Err(DropReason::NotMoved), "another peer's");
+        }
+        let v4_only = Delivery {
+            v6: None,
+            ..delivery()
+        };
+        let bed = Bed::new(&[MOVED6], v4_only);
+        let v6 = Plan::new(Kind::Tcp, CLIENT6, MOVED6);
+        assert_eq!(bed.inbound(&mut v6.build()), Err(DropReason::NoDelivery));
+        assert_eq!(
+            bed.inbound(&mut request(Kind::Reply).build()),
+            Err(DropReason::NotMoved)
+        );
+    }
+
+    #[test]
+    fn the_application_is_heard_after_a_restart() {
+        let bed = Bed::new(&["192.0.2.5:80/tcp", "192.0.2.6:81/tcp"], delivery());
+        let plan = request(Kind::Tcp);
+        let data = Plan {
+            flags: ACK,
+            ..reply(&moved_to(&plan, DELIVERY))
+        };
+        let mut bytes = data.build();
+        assert_eq!(bed.outbound(&mut bytes), Ok(PEER));
+        assert_eq!(
+            bytes,
+            Plan {
+                flags: ACK,
+                ..reply(&plan)
+            }
+            .build()
+        );
+        // The client's next packet belongs to the same flow.
+        bed.inbound(
+            &mut Plan {
+                flags: ACK,
+                ..plan.clone()
+            }
+            .build(),
+        )
+        .unwrap();
+        assert_eq!(bed.translator.stats().live, 1);
+        // A connection of the application's own is none, nor is a port that was not moved.
+        let syn = Plan {
+            flags: SYN,
+            dst_port: 9,
+            ..data.clone()
+        };
+        assert_eq!(bed.outbound(&mut syn.build()), Err(DropReason::NoFlow));
+        let other = Plan {
+            src_port: 82,
+            ..data.clone()
+        };
+        assert_eq!(bed.outbound(&mut other.build()), Err(DropReason::NoFlow));
+        // Two moved addresses could have been asked: none is guessed.
+        let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
+        assert_eq!(bed.outbound(&mut data.build()), Err(DropReason::NoFlow));
+        // A mapped port is found by where it is delivered, and its own number is not.
+        let ports = vec![PortMap {
+            transport: None,
+            moved: MOVED.parse().unwrap(),
+            port: 80,
+            to: DELIVERY.parse().unwrap(),
+            to_port: 8080,
+        }];
+        let bed = Bed::new(
+            &["192.0.2.5:80/tcp"],
+            Delivery {
+                ports,
+                ..delivery()
+            },
+        );
+        assert_eq!(bed.outbound(&mut data.build()), Err(DropReason::NoFlow));
+        let mut bytes = Plan {
+            src_port: 8080,
+            ..data.clone()
+        }
+        .build();
+        assert_eq!(bed.outbound(&mut bytes), Ok(PEER));
+        assert_eq!(
+            bytes,
+            Plan {
+                flags: ACK,
+                ..reply(&plan)
+            }
+            .build()
+        );
+        let mut reset = Plan {
+            flags: RST,
+            src_port: 8080,
+            ..data
+        }
+        .build();
+        assert_eq!(bed.outbound(&mut reset), Ok(PEER));
+    }
+
+    /// Cuts an IP packet in two fragments, the second from `at` (a multiple of 8) of the payload.
+    fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
+        if packet[0] >> 4 == 4 {
+            let piece = |range: std::ops::Range<usize>, more: bool| {
+                let mut out = packet[..20].to_vec();
+                out.extend(&packet[20..][range.clone()]);
+                let len = out.len() as u16;
+                out[2..4].copy_from_slice(&len.to_be_bytes());
+                out[5] = id;
+                let field = (range.start / 8) as u16 | if more { 0x2000 } else { 0 };
+                out[6..8].copy_from_slice(&field.to_be_bytes());
+                out[10..12].fill(0);
+                let sum = !Sum::default().add(&out[..20]).fold();
+                out[10..12].copy_from_slice(&sum.to_ne_bytes());
+                out
+            };
+            return [piece(0..at, true), piece(at..packet.len() - 20, false)];
+        }
+        let piece = |range: std::ops::Range<usize>, more: bool| {
+            let mut out = packet[..40].to_vec();
+            let field = range.start as u16 | u16::from(more);
+            let [high, low] = field.to_be_bytes();
+            out.extend([packet[6], 0, high, low, 0, 0, 0, id]);
+            out[6] = 44;
+            out.extend(&packet[40..][range]);
+            let len = (out.len() - 40) as u16;
+            out[4..6].copy_from_slice(&len.to_be_bytes());
+            out
+        };
+        [piece(0..at, true), piece(at..packet.len() - 40, false)]
+    }
+
+    #[test]
+    fn fragments_go_where_their_first_one_goes() {
+        for v6 in [false, true] {
+            let (client, moved, to) = if v6 {
+                (CLIENT6, MOVED6, DELIVERY6)
+            } else {
+                (CLIENT, MOVED, DELIVERY)
+            };
+            let part = if v6 {
+                "[2001:db8:a::5]:80/udp"
+            } else {
+                "192.0.2.5:80/udp"
+            };
+            let plan = Plan::new(Kind::Udp, client, moved);
+            let arrived = moved_to(&plan, to);
+            for (scope, whole) in [(moved, true), (part, false)] {
+                let bed = Bed::new(&[scope], delivery());
+                let [mut first, mut second] = fragments(&plan.build(), 16, 7);
+                let wanted = fragments(&arrived.build(), 16, 7);
+                if !whole {
+                    let early = bed.inbound(&mut second.clone());
+                    assert_eq!(early, Err(DropReason::FragmentUnknown));
+                }
+                bed.inbound(&mut first).unwrap();
+                bed.inbound(&mut second).unwrap();
+                assert_eq!([first, second], wanted);
+
+                let [mut first, mut second] = fragments(&reply(&arrived).build(), 16, 9);
+                let wanted = fragments(&reply(&plan).build(), 16, 9);
+                let early = bed.outbound(&mut second.clone());
+                assert_eq!(early, Err(DropReason::FragmentUnknown));
+                assert_eq!(bed.outbound(&mut first), Ok(PEER));
+                assert_eq!(bed.outbound(&mut second), Ok(PEER));
+                assert_eq!([first, second], wanted);
+            }
+            // Of a whole move, a later fragment needs no first one.
+            let bed = Bed::new(&[moved], delivery());
+            let [_, mut second] = fragments(&plan.build(), 16, 7);
+            bed.inbound(&mut second).unwrap();
+            assert_eq!(second, fragments(&arrived.build(), 16, 7)[1]);
+        }
+    }
+
+    #[test]
+    fn errors_about_nothing_known_are_dropped() {
+        let bed = Bed::simple();
+        let router = "192.0.2.99".parse().unwrap();
+        let about = reply(&request(Kind::Tcp)).build();
+        let mut error = too_big(&about, 28, router);
+        assert_eq!(bed.inbound(&mut error), Err(DropReason::IcmpUnrelated));
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        assert_eq!(bed.inbound(&mut error.clone()), Ok(()));
+        let forged = too_big(&about, 28, DELIVERY.parse().unwrap());
+        assert_eq!(bed.inbound(&mut forged.clone()), Err(DropReason::BadSource));
+        let short = too_big(&about, 27, router);
+        assert_eq!(
+            bed.inbound(&mut short.clone()),
+            Err(DropReason::IcmpUnrelated)
+        );
+    }
+
+    #[test]
+    fn room_is_made_in_other_shards() {
+        let bed = Bed::simple();
+        for source in 0..1500u32 {
+            let plan = Plan {
+                src: IpAddr::from((0x0b00_0000 + source).to_be_bytes()),
+                ..request(Kind::Tcp)
+            };
+            assert_eq!(bed.inbound(&mut plan.build()), Ok(()));
+        }
+        let stats = bed.translator.stats();
+        assert_eq!((stats.live, stats.max, stats.evicted), (1000, 1000, 500));
+    }
+
+    #[test]
+    fn the_gate_knows_what_is_whose() {
+        let bed = Bed::simple();
+        let now = bed.now;
+        let gate =
+            |moves: &[&str]| Gate::new(moves.iter().map(|text| text.parse().unwrap()).collect());
+        let captured = |gate: &Gate, bytes: &[u8]| {
+            gate.check_captured(now, &Parsed::parse(bytes).unwrap(), bytes)
+        };
+        let returning = |gate: &Gate, bytes: &[u8]| {
+            gate.check_returning(now, &Parsed::parse(bytes).unwrap(), bytes)
+        };
+        let (carry, bounce) = (Ok(Verdict::Carry), Ok(Verdict::Bounce));
+        let whole = gate(&[MOVED]);
+        let udp = Plan::new(Kind::Udp, CLIENT, MOVED);
+        assert_eq!(captured(&whole, &udp.build()), carry);
+        assert_eq!(captured(&whole, &fragments(&udp.build(), 16, 1)[1]), carry);
+        assert_eq!(
+            captured(&whole, &moved_to(&udp, DELIVERY).build()),
+            Err(DropReason::NotMoved)
+        );
+        assert_eq!(returning(&whole, &reply(&udp).build()), Ok(()));
+        assert_eq!(returning(&whole, &udp.build()), Err(DropReason::NotMoved));
+
+        let part = gate(&["192.0.2.5:80/udp"]);
+        let ours = udp.build();
+        let theirs = Plan {
+            dst_port: 81,
+            ..udp.clone()
+        }
+        .build();
+        assert_eq!(captured(&part, &ours), carry);
+        assert_eq!(captured(&part, &theirs), bounce);
+        let [first, second] = fragments(&ours, 16, 1);
+        let unknown = Err(DropReason::FragmentUnknown);
+        assert_eq!(captured(&part, &second), unknown, "not known yet");
+        assert_eq!(captured(&part, &first), carry);
+        assert_eq!(captured(&part, &second), carry);
+        let [first, second] = fragments(&theirs, 16, 2);
+        assert_eq!(captured(&part, &first), bounce);
+        assert_eq!(captured(&part, &second), bounce);
+        // An error goes to whoever sent what it quotes.
+        let router = "192.0.2.99".parse().unwrap();
+        assert_eq!(
+            captured(&part, &too_big(&reply(&udp).build(), 28, router)),
+            carry
+        );
+        let other = Plan {
+            src_port: 81,
+            ..reply(&udp)
+        };
+        assert_eq!(
+            captured(&part, &too_big(&other.build(), 28, router)),
+            bounce
+        );
+
+        let back = reply(&udp);
+        assert_eq!(returning(&part, &back.build()), Ok(()));
+        assert_eq!(returning(&part, &other.build()), Err(DropReason::NotMoved));
+        let [first, second] = fragments(&back.build(), 16, 3);
+        assert_eq!(returning(&part, &second), Err(DropReason::FragmentUnknown));
+        assert_eq!(returning(&part, &first), Ok(()));
+        assert_eq!(returning(&part, &second), Ok(()));
+        let about_ours = too_big(&ours, 28, MOVED.parse().unwrap());
+        assert_eq!(returning(&part, &about_ours), Ok(()));
+        let about_theirs = too_big(&theirs, 28, MOVED.parse().unwrap());
+        assert_eq!(returning(&part, &about_theirs), Err(DropReason::NotMoved));
+    }
+}

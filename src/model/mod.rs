@@ -1,0 +1,8 @@
+//! The words that all rooms share: what moved, who is at the other end, why a packet was dropped, what
+//! the daemon says of itself, and where its files lie.
+
+pub mod drops;
+pub mod moved;
+pub mod peer;
+pub mod runtime;
+pub mod status;

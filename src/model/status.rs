@@ -1,0 +1,405 @@
+//! What the daemon says of itself: the stable JSON of `ipmoved status --json`, and its text form.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::peer::Role;
+
+/// Everything the daemon says of itself.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// How packets get to the new server.
+    #[serde(default)]
+    pub way: Way,
+    /// One for each peer.
+    pub tunnels: Vec<TunnelStatus>,
+    /// The tunnel interface.
+    pub tun: String,
+    /// The UDP port listened on.
+    pub port: u16,
+    /// The daemon's version.
+    pub version: String,
+    /// The daemon's process.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// Which kernel offloads are in use.
+    pub offloads: Offloads,
+    /// What was dropped that belongs to no peer: strangers' datagrams.
+    pub drops: BTreeMap<String, u64>,
+    /// What an administrator should know, newest last.
+    pub warnings: Vec<String>,
+}
+
+/// How packets get to the new server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// Through the encrypted tunnel to its daemon.
+    #[default]
+    Tunnel,
+    /// With both addresses translated (`ipmoved nat`): no daemon there, and no tunnel.
+    Nat,
+}
+
+/// One peer and what goes to and from it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct TunnelStatus {
+    /// The peer as configured, or its address if it is not.
+    pub peer: String,
+    /// The address it was last heard from.
+    pub endpoint: Option<String>,
+    /// What this daemon is: the old or the new server.
+    pub role: Role,
+    /// Whether packets pass.
+    pub state: State,
+    /// The cipher in use.
+    pub cipher: Option<String>,
+    /// Round trip over the tunnel, in milliseconds.
+    pub rtt_ms: Option<f64>,
+    /// Seconds since the keys in use were agreed.
+    pub handshake_age_s: Option<u64>,
+    /// Largest IP packet that fits one datagram, in bytes; larger ones are carried in several.
+    pub mtu: usize,
+    /// What was moved.
+    pub moved: Vec<String>,
+    /// Where the new server delivers: an address, one of each family, or `keep`.
+    pub deliver_to: Option<String>,
+    /// Ports that are delivered elsewhere, as `--deliver` names them (new server).
+    #[serde(default)]
+    pub deliver: Vec<String>,
+    /// The flow table (new server).
+    pub flows: Flows,
+    /// IP packets that came out of the tunnel.
+    pub rx: Traffic,
+    /// IP packets that went into the tunnel.
+    pub tx: Traffic,
+    /// What was dropped, by reason.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// Whether packets pass.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// Not yet.
+    Connecting,
+    /// Yes.
+    Up,
+    /// No more: the peer has fallen silent or said goodbye.
+    Down,
+}
+
+/// The flow table's counters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Flows {
+    /// Flows remembered now.
+    pub live: u64,
+    /// Most that may be (`--max-flows`).
+    pub max: u64,
+    /// Flows given up before their time to make room.
+    pub evicted: u64,
+    /// Flows whose client port was changed on the way in, since they would have been one with
+    /// another otherwise: the same client and port at two moved addresses.
+    #[serde(default)]
+    pub collisions: u64,
+    /// New flows that were turned away for want of room.
+    #[serde(default)]
+    pub refused: u64,
+}
+
+/// IP packets and their bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Traffic {
+    /// IP packets, each segment of a super-packet counted.
+    pub packets: u64,
+    /// Bytes of these, IP header included.
+    pub bytes: u64,
+}
+
+/// Which kernel offloads are in use; where one is not, the daemon does the work itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Offloads {
+    /// Batches of datagrams sent in one call.
+    pub udp_gso: bool,
+    /// Batches of datagrams received in one call.
+    pub udp_gro: bool,
+    /// TCP super-packets written to the TUN.
+    pub tun_tso: bool,
+    /// UDP super-packets exchanged with the TUN (Linux 6.2 on).
+    pub tun_uso: bool,
+    /// TCP super-packets over IPv4 longer than 64 KiB written to the TUN (Linux 6.6 on); only ever on
+    /// the new server, where they end, and no more once the kernel refused one.
+    pub tun_big_tcp: bool,
+    /// Batches the kernel refused, sent datagram by datagram.
+    pub udp_gso_fallbacks: u64,
+    /// Super-packets the kernel refused, written packet by packet.
+    pub tun_gso_fallbacks: u64,
+}
+
+impl Status {
+    /// For people: the state first, what is wrong last, where the eye ends.
+    pub fn to_text(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        let _ = self.write_text(&mut out);
+        out
+    }
+
+    /// Whether this is the new server.
+    fn is_new(&self) -> bool {
+        self.tunnels.iter().any(|tunnel| tunnel.role == Role::New)
+    }
+
+    fn write_text(&self, out: &mut String) -> std::fmt::Result {
+        for tunnel in &self.tunnels {
+            tunnel.write_text(out, self.way)?;
+        }
+        if self.way == Way::Nat {
+            return writeln!(
+                out,
+                "ipmoved {} nat (pid {}), up {}, interface {}, nothing is encrypted",
+                self.version,
+                self.pid,
+                duration(self.uptime_s),
+                self.tun
+            );
+        }
+        writeln!(
+            out,
+            "ipmoved {} (pid {}), up {}, interface {}, UDP port {}",
+            self.version,
+            self.pid,
+            duration(self.uptime_s),
+            self.tun,
+            self.port
+        )?;
+        let off = &self.offloads;
+        let missing: Vec<&str> = [
+            (off.udp_gso, "UDP GSO"),
+            (off.udp_gro, "UDP GRO"),
+            (off.tun_tso, "TUN TSO"),
+            (off.tun_uso, "TUN USO"),
+            (off.tun_big_tcp || !self.is_new(), "BIG TCP"),
+        ]
+        .into_iter()
+        .filter_map(|(there, name)| (!there).then_some(name))
+        .collect();
+        match missing.as_slice() {
+            [] => write!(out, "  offloads   all in use")?,
+            _ => write!(out, "  offloads   without {} (slower)", missing.join(", "))?,
+        }
+        match off.udp_gso_fallbacks + off.tun_gso_fallbacks {
+            0 => writeln!(out)?,
+            refused => writeln!(out, ", refused by the kernel and taken apart: {refused}")?,
+        }
+        write_drops(out, "strangers", &self.drops)?;
+        for warning in &self.warnings {
+            writeln!(out, "  warning    {warning}")?;
+        }
+        Ok(())
+    }
+}
+
+impl TunnelStatus {
+    fn write_text(&self, out: &mut String, way: Way) -> std::fmt::Result {
+        let state = match self.state {
+            State::Connecting => "connecting",
+            State::Up => "up",
+            State::Down => "down",
+        };
+        let other = self.role.other();
+        match way {
+            Way::Tunnel => writeln!(out, "tunnel to {other} server {}: {state}", self.peer)?,
+            Way::Nat => writeln!(out, "translating to {other} server {}: {state}", self.peer)?,
+        }
+        let endpoint = self.endpoint.as_deref().unwrap_or("not heard from yet");
+        if way == Way::Tunnel {
+            writeln!(out, "  endpoint   {endpoint}")?;
+        }
+        if let (Some(cipher), Some(age)) = (&self.cipher, self.handshake_age_s) {
+            let age = duration(age);
+            write!(out, "  session    {cipher}, keys {age} old")?;
+            match self.rtt_ms {
+                Some(rtt) => writeln!(out, ", round trip {rtt:.2} ms")?,
+                None => writeln!(out)?,
+            }
+        }
+        let moved = match self.moved.as_slice() {
+            [] => "nothing yet (the old server names it with --move)".to_owned(),
+            some => some.join(" "),
+        };
+        match &self.deliver_to {
+            Some(to) => writeln!(out, "  moved      {moved} → {to}")?,
+            None => writeln!(out, "  moved      {moved}")?,
+        }
+        if !self.deliver.is_empty() {
+            writeln!(out, "  deliver    {}", self.deliver.join(" "))?;
+        }
+        writeln!(out, "  mtu        {} bytes", self.mtu)?;
+        if self.role == Role::New || way == Way::Nat {
+            let Flows {
+                live,
+                max,
+                evicted,
+                collisions,
+                refused,
+            } = self.flows;
+            write!(out, "  flows      {live} of {max}, {evicted} evicted")?;
+            for (count, what) in [(collisions, "told apart by port"), (refused, "refused")] {
+                if count > 0 {
+                    write!(out, ", {count} {what}")?;
+                }
+            }
+            writeln!(out)?;
+        }
+        let line = |traffic: Traffic| {
+            let Traffic { packets, bytes } = traffic;
+            format!("{packets} packets, {}", size(bytes))
+        };
+        let (from, to) = match way {
+            Way::Tunnel => ("received", "sent"),
+            Way::Nat => ("to clients", "to server"),
+        };
+        writeln!(out, "  {from:<10} {}", line(self.rx))?;
+        writeln!(out, "  {to:<10} {}", line(self.tx))?;
+        write_drops(out, "dropped", &self.drops)
+    }
+}
+
+fn write_drops(out: &mut String, label: &str, drops: &BTreeMap<String, u64>) -> std::fmt::Result {
+    if drops.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<String> = drops
+        .iter()
+        .map(|(reason, count)| format!("{reason} {count}"))
+        .collect();
+    writeln!(out, "  {label:<10} {}", list.join(", "))
+}
+
+fn duration(seconds: u64) -> String {
+    let (days, hours) = (seconds / 86_400, seconds / 3_600 % 24);
+    let (minutes, seconds) = (seconds / 60 % 60, seconds % 60);
+    if days > 0 {
+        format!("{days} d {hours} h")
+    } else if hours > 0 {
+        format!("{hours} h {minutes} min")
+    } else if minutes > 0 {
+        format!("{minutes} min {seconds} s")
+    } else {
+        format!("{seconds} s")
+    }
+}
+
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["bytes", "KB", "MB", "GB", "TB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1_000.0 && unit + 1 < UNITS.len() {
+        value /= 1_000.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} bytes")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Status {
+        Status {
+            way: Way::Tunnel,
+            tunnels: vec![TunnelStatus {
+                peer: "192.0.2.1:51850".into(),
+                endpoint: Some("192.0.2.1:51850".into()),
+                role: Role::New,
+                state: State::Up,
+                cipher: Some("aes-256-gcm".into()),
+                rtt_ms: Some(0.17),
+                handshake_age_s: Some(61),
+                mtu: 1440,
+                moved: vec!["192.0.2.5".into()],
+                deliver_to: Some("198.51.100.2".into()),
+                deliver: vec!["192.0.2.5:80=198.51.100.2:8080".into()],
+                flows: Flows {
+                    live: 3,
+                    max: 10,
+                    evicted: 0,
+                    collisions: 2,
+                    refused: 0,
+                },
+                rx: Traffic {
+                    packets: 2,
+                    bytes: 3_000,
+                },
+                tx: Traffic::default(),
+                drops: BTreeMap::from([("replay".into(), 1)]),
+            }],
+            tun: "ipmoved0".into(),
+            port: 51_850,
+            version: "0.1.0".into(),
+            pid: 1,
+            uptime_s: 3_700,
+            offloads: Offloads::default(),
+            drops: BTreeMap::new(),
+            warnings: vec!["the peer says no".into()],
+        }
+    }
+
+    #[test]
+    fn the_json_has_the_names_of_the_contract() {
+        let json = serde_json::to_value(example()).unwrap();
+        let tunnel = json["tunnels"][0].as_object().unwrap();
+        let mut names: Vec<&str> = tunnel.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let mut contract = [
+            "peer",
+            "endpoint",
+            "role",
+            "state",
+            "cipher",
+            "rtt_ms",
+            "handshake_age_s",
+            "mtu",
+            "moved",
+            "deliver_to",
+            "flows",
+            "rx",
+            "tx",
+            "drops",
+        ];
+        let added = ["deliver"];
+        contract.sort_unstable();
+        names.retain(|name| !added.contains(name));
+        assert_eq!(names, contract);
+        assert_eq!(tunnel["role"], "new");
+        assert_eq!(tunnel["state"], "up");
+        assert_eq!(serde_json::from_value::<Status>(json).unwrap(), example());
+    }
+
+    #[test]
+    fn the_text_says_what_matters() {
+        let text = example().to_text();
+        for part in [
+            "tunnel to old server 192.0.2.1:51850: up",
+            "192.0.2.5 → 198.51.100.2",
+            "deliver    192.0.2.5:80=198.51.100.2:8080",
+            "3 of 10, 0 evicted, 2 told apart by port\n",
+            "keys 1 min 1 s old, round trip 0.17 ms",
+            "replay 1",
+            "without UDP GSO",
+            "warning    the peer says no",
+            "3.0 KB",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! What is said about packets that cannot go on, and how often.
+//!
+//! Owns the choice of words ([`About`]), the buffer they are written to and the limit of their rate.
+//! What they look like is [`icmp`]'s business, and where they are sent the lane's.
+
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::model::drops::DropReason;
+use crate::packet::Parsed;
+use crate::packet::icmp::{self, MAX_V6};
+
+/// Answers that one direction of a lane gives in a second: what Linux allows itself (`net.ipv4.icmp_msgs_per_sec`;
+/// RFC 1812 section 4.3.2.8 and RFC 4443 section 2.4 f ask for a limit).
+pub const ANSWERS_PER_SECOND: u32 = 1_000;
+
+/// Answers that may follow each other at once (`net.ipv4.icmp_msgs_burst`).
+pub const ANSWER_BURST: u32 = 50;
+
+/// Why a packet does not go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum About {
+    /// It is longer than this many bytes, and may not be cut.
+    TooBig(usize),
+    /// Its hop limit is used up.
+    Expired,
+}
+
+impl About {
+    /// What there is to say about a packet that was dropped; `mtu` is what would have fitted.
+    pub fn of(reason: DropReason, mtu: usize) -> Option<Self> {
+        if reason == DropReason::TooBig {
+            return Some(Self::TooBig(mtu));
+        }
+        (reason == DropReason::TtlExpired).then_some(Self::Expired)
+    }
+}
+
+/// Makes answers, and not too many.
+#[derive(Debug)]
+pub struct Answers {
+    tokens: u32,
+    refilled: Instant,
+    out: Box<[u8]>,
+    len: usize,
+}
+
+impl Answers {
+    /// Ready for a burst.
+    pub fn new(now: Instant) -> Self {
+        Self {
+            tokens: ANSWER_BURST,
+            refilled: now,
+            out: vec![0; MAX_V6].into_boxed_slice(),
+            len: 0,
+        }
+    }
+
+    /// Writes an answer about `packet`, to its source and from `from`; `false` if none may be given
+    /// about such a packet. It is kept until [`Self::take`].
+    ///
+    /// # Errors
+    /// [`DropReason::AnswerLimited`] if there were too many.
+    pub fn make(
+        &mut self,
+        now: Instant,
+        about: About,
+        packet: &[u8],
+        parsed: &Parsed,
+        from: IpAddr,
+    ) -> Result<bool, DropReason> {
+        let made = match about {
+            About::TooBig(mtu) => icmp::too_big(&mut self.out, packet, parsed, from, mtu as u32),
+            About::Expired => icmp::time_exceeded(&mut self.out, packet, parsed, from),
+        };
+        let Some(len) = made else { return Ok(false) };
+        if !self.may_speak(now) {
+            return Err(DropReason::AnswerLimited);
+        }
+        self.len = len;
+        Ok(true)
+    }
+
+    /// The answer that was made, once.
+    #[inline]
+    pub fn take(&mut self) -> Option<&mut [u8]> {
+        let len = std::mem::take(&mut self.len);
+        (len > 0).then(|| &mut self.out[..len])
+    }
+
+    /// A token bucket.
+    fn may_speak(&mut self, now: Instant) -> bool {
+        let pace = Duration::from_secs(1) / ANSWERS_PER_SECOND;
+        let passed = now.saturating_duration_since(self.refilled);
+        let fresh = (passed.as_nanos() / pace.as_nanos()).min(u128::from(ANSWER_BURST)) as u32;
+        if fresh > 0 {
+            self.tokens = (self.tokens + fresh).min(ANSWER_BURST);
+            self.refilled = now;
+        }
+        let speaks = self.tokens > 0;
+        self.tokens -= u32::from(speaks);
+        speaks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::Kind;
+    use crate::packet::testing::Plan;
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a virtual clock has to begin somewhere"
+    )]
+    fn start() -> Instant {
+        Instant::now()
+    }
+
+    #[test]
+    fn a_burst_and_then_a_pace() {
+        let now = start();
+        let mut answers = Answers::new(now);
+        let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
+        let parsed = Parsed::parse(&packet).unwrap();
+        let from = "192.0.2.1".parse().unwrap();
+        let mut ask = |now| answers.make(now, About::Expired, &packet, &parsed, from);
+        for _ in 0..ANSWER_BURST {
+            assert_eq!(ask(now), Ok(true));
+        }
+        assert_eq!(ask(now), Err(DropReason::AnswerLimited));
+        assert_eq!(ask(now + Duration::from_millis(1)), Ok(true));
+        let given = (0..5_000u64)
+            .filter(|&at| ask(now + Duration::from_micros(2_000 + at * 200)).is_ok())
+            .count();
+        assert!((900..=1_100).contains(&given), "{given} in a second");
+    }
+
+    #[test]
+    fn an_answer_is_taken_once() {
+        let now = start();
+        let mut answers = Answers::new(now);
+        let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
+        let parsed = Parsed::parse(&packet).unwrap();
+        let from = "192.0.2.5".parse().unwrap();
+        assert_eq!(
+            answers.make(now, About::TooBig(1300), &packet, &parsed, from),
+            Ok(true)
+        );
+        assert!(
+            answers
+                .take()
+                .is_some_and(|answer| answer[20..22] == [3, 4])
+        );
+        assert!(answers.take().is_none());
+        let other = "2001:db8::1".parse().unwrap();
+        assert_eq!(
+            answers.make(now, About::Expired, &packet, &parsed, other),
+            Ok(false)
+        );
+    }
+}

@@ -1,0 +1,4 @@
+//! What was typed, and what it means.
+
+pub mod args;
+pub mod config;

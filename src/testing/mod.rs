@@ -1,0 +1,3 @@
+//! What tests and fuzzers share.
+
+pub mod fuzz;
