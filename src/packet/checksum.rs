@@ -1,0 +1,109 @@
+//! The Internet checksum, and how it is mended where a field changes (RFC 1071, RFC 1624).
+
+use crate::model::moved::UDP;
+use crate::packet::addr::Family;
+use crate::packet::field::{UDP_LITE, field, put};
+
+/// A one's complement sum that is not folded yet.
+///
+/// In the byte order of the machine: such a sum comes out with its bytes swapped, and stored in the
+/// same order they are right again (RFC 1071 section 2 B). Holds some 2^32 words without overflow.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(crate) struct Sum(pub(super) u64);
+
+impl Sum {
+    /// What replacing `old` by `new`, both of whole words, adds.
+    #[inline]
+    pub(crate) fn change<const N: usize>(old: [u8; N], new: [u8; N]) -> Self {
+        const { assert!(N.is_multiple_of(2) && N > 0) };
+        let mut sum = 0;
+        if N == 2 {
+            sum += u64::from(!u16::from_ne_bytes(field(&old, 0)));
+            sum += u64::from(u16::from_ne_bytes(field(&new, 0)));
+        } else {
+            for at in (0..N).step_by(4) {
+                sum += u64::from(!u32::from_ne_bytes(field(&old, at)));
+                sum += u64::from(u32::from_ne_bytes(field(&new, at)));
+            }
+        }
+        Self(sum)
+    }
+
+    /// Both sums as one.
+    #[inline]
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self(self.0 + other.0)
+    }
+
+    /// With one more word, given as it is in memory.
+    #[inline]
+    pub(crate) fn word(self, word: [u8; 2]) -> Self {
+        Self(self.0 + u64::from(u16::from_ne_bytes(word)))
+    }
+
+    /// With all of `bytes`; an odd last byte counts as if a zero followed.
+    #[inline]
+    pub(crate) fn add(self, bytes: &[u8]) -> Self {
+        let (words, rest) = bytes.as_chunks::<4>();
+        let mut sum: u64 = words
+            .iter()
+            .map(|word| u64::from(u32::from_ne_bytes(*word)))
+            .sum();
+        let (halves, rest) = rest.as_chunks::<2>();
+        if let [half] = halves {
+            sum += u64::from(u16::from_ne_bytes(*half));
+        }
+        if let [byte] = rest {
+            sum += u64::from(u16::from_ne_bytes([*byte, 0]));
+        }
+        Self(self.0 + sum)
+    }
+
+    /// Folded to 16 bits; store it with `to_ne_bytes`.
+    #[inline]
+    pub(crate) fn fold(self) -> u16 {
+        let sum = (self.0 & 0xffff_ffff) + (self.0 >> 32);
+        let sum = (sum & 0xffff_ffff) + (sum >> 32);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let sum = (sum & 0xffff) + (sum >> 16);
+        sum as u16
+    }
+}
+
+/// The sum of a pseudo-header without its length (RFC 793, RFC 8200 section 8.1).
+pub(crate) fn pseudo_sum(header: &[u8], family: Family, protocol: u8) -> Sum {
+    let addrs = match family {
+        Family::V4 => &header[12..20],
+        Family::V6 => &header[8..40],
+    };
+    Sum::default().add(addrs).word([0, protocol])
+}
+
+/// Puts `new` at `at` and says what that adds to a sum.
+#[inline]
+pub(super) fn replace<const N: usize>(bytes: &mut [u8], at: usize, new: [u8; N]) -> Sum {
+    let old = field(bytes, at);
+    put(bytes, at, new);
+    Sum::change(old, new)
+}
+
+/// RFC 1624, equation 3.
+#[inline]
+pub(super) fn mend_full(bytes: &mut [u8], at: usize, delta: Sum) {
+    let old = u16::from_ne_bytes(field(bytes, at));
+    let new = !delta.and(Sum(u64::from(!old))).fold();
+    put(bytes, at, new.to_ne_bytes());
+}
+
+/// The same for an upper layer where 0 may mean that there is no checksum (RFC 768): 0 stays 0, and
+/// what comes out as 0 is written as its equal 0xffff.
+#[inline]
+pub(super) fn mend_l4_full(bytes: &mut [u8], at: usize, protocol: u8, delta: Sum) {
+    if protocol == UDP && field::<2>(bytes, at) == [0, 0] {
+        return;
+    }
+    mend_full(bytes, at, delta);
+    if matches!(protocol, UDP | UDP_LITE) && field::<2>(bytes, at) == [0, 0] {
+        put(bytes, at, [0xff, 0xff]);
+    }
+}

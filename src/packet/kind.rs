@@ -1,0 +1,45 @@
+//! What an IP packet carries: ports, a query, an error, or something known by its number alone.
+
+use crate::packet::addr::Family;
+
+/// What follows the IP header.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Kind {
+    /// TCP, with ports.
+    Tcp,
+    /// UDP, with ports.
+    Udp,
+    /// An ICMP query (echo request and its like): its identifier is the source port, the
+    /// destination port is 0.
+    Request,
+    /// An answer to an ICMP query: its identifier is the destination port, the source port is 0.
+    Reply,
+    /// An ICMP error, which quotes the packet it is about ([`Quoted`]).
+    Error,
+    /// Any other protocol, known by its number alone.
+    Other,
+    /// A later fragment: what follows is a piece of the payload.
+    Hidden,
+}
+
+pub(super) fn icmp_kind(family: Family, icmp_type: u8) -> Option<Kind> {
+    match (family, icmp_type) {
+        // Echo, timestamp, information, address mask.
+        (Family::V4, 8 | 13 | 15 | 17) | (Family::V6, 128) => Some(Kind::Request),
+        (Family::V4, 0 | 14 | 16 | 18) | (Family::V6, 129) => Some(Kind::Reply),
+        // Unreachable (with too big), time exceeded, parameter problem. Source quench is
+        // deprecated (RFC 6633), redirects concern the link they were sent on.
+        (Family::V4, 3 | 11 | 12) | (Family::V6, 1..=4) => Some(Kind::Error),
+        _ => None,
+    }
+}
+
+/// The identifier on the side where a client has its port.
+pub(super) fn icmp_ports(kind: Kind, l4: &[u8]) -> (u16, u16) {
+    let id = u16::from_be_bytes([l4[4], l4[5]]);
+    match kind {
+        Kind::Request => (id, 0),
+        Kind::Reply => (0, id),
+        Kind::Tcp | Kind::Udp | Kind::Error | Kind::Other | Kind::Hidden => (0, 0),
+    }
+}

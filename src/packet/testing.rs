@@ -1,0 +1,222 @@
+//! Packets to try things on, and etherparse as the judge of their checksums.
+
+use std::net::IpAddr;
+
+use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
+use proptest::prelude::*;
+
+use crate::packet::checksum::{Sum, pseudo_sum};
+use crate::packet::field::{ACK, CWR, FIN, PSH, RST, SYN, put};
+use crate::packet::{Kind, Parsed};
+
+/// What is sent.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) src: IpAddr,
+    pub(crate) dst: IpAddr,
+    pub(crate) ttl: u8,
+    pub(crate) src_port: u16,
+    pub(crate) dst_port: u16,
+    pub(crate) kind: Kind,
+    pub(crate) flags: u8,
+    pub(crate) seq: u32,
+    pub(crate) mss: Option<u16>,
+    pub(crate) payload: Vec<u8>,
+}
+
+impl Plan {
+    pub(crate) fn new(kind: Kind, src: &str, dst: &str) -> Self {
+        Self {
+            src: src.parse().unwrap(),
+            dst: dst.parse().unwrap(),
+            ttl: 64,
+            src_port: if kind == Kind::Reply { 0 } else { 40_000 },
+            dst_port: if kind == Kind::Request { 0 } else { 80 },
+            kind,
+            flags: ACK,
+            seq: 1_000,
+            mss: None,
+            payload: b"some payload".to_vec(),
+        }
+    }
+
+    /// The packet as etherparse makes it, with full checksums.
+    pub(crate) fn build(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        let ip = match (self.src, self.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                PacketBuilder::ipv4(src.octets(), dst.octets(), self.ttl)
+            }
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                PacketBuilder::ipv6(src.octets(), dst.octets(), self.ttl)
+            }
+            _ => panic!("one family"),
+        };
+        let v4 = self.src.is_ipv4();
+        match self.kind {
+            Kind::Tcp => {
+                let mut tcp = ip.tcp(self.src_port, self.dst_port, self.seq, 512);
+                let set = |flag| self.flags & flag != 0;
+                if set(ACK) {
+                    tcp = tcp.ack(77);
+                }
+                if set(SYN) {
+                    tcp = tcp.syn();
+                }
+                if set(FIN) {
+                    tcp = tcp.fin();
+                }
+                if set(RST) {
+                    tcp = tcp.rst();
+                }
+                if set(PSH) {
+                    tcp = tcp.psh();
+                }
+                if set(CWR) {
+                    tcp = tcp.cwr();
+                }
+                if let Some(mss) = self.mss {
+                    use etherparse::TcpOptionElement::{MaximumSegmentSize, Noop};
+                    tcp = tcp.options(&[Noop, MaximumSegmentSize(mss)]).unwrap();
+                }
+                tcp.write(&mut out, &self.payload)
+            }
+            Kind::Udp => ip
+                .udp(self.src_port, self.dst_port)
+                .write(&mut out, &self.payload),
+            Kind::Request if v4 => ip
+                .icmpv4_echo_request(self.src_port, 3)
+                .write(&mut out, &self.payload),
+            Kind::Reply if v4 => ip
+                .icmpv4_echo_reply(self.dst_port, 3)
+                .write(&mut out, &self.payload),
+            Kind::Request => ip
+                .icmpv6_echo_request(self.src_port, 3)
+                .write(&mut out, &self.payload),
+            Kind::Reply => ip
+                .icmpv6_echo_reply(self.dst_port, 3)
+                .write(&mut out, &self.payload),
+            Kind::Error | Kind::Other | Kind::Hidden => panic!("not built here"),
+        }
+        .unwrap();
+        out
+    }
+
+    /// The same with a partial checksum.
+    pub(crate) fn build_partial(&self) -> Vec<u8> {
+        let mut out = self.build();
+        make_partial(&mut out);
+        out
+    }
+}
+
+pub(crate) fn make_partial(packet: &mut [u8]) {
+    let parsed = Parsed::parse(packet).unwrap();
+    let len = ((parsed.total() - parsed.l4()) as u16).to_be_bytes();
+    let sum = pseudo_sum(packet, parsed.family(), parsed.protocol()).word(len);
+    put(packet, parsed.csum_at().unwrap(), sum.fold().to_ne_bytes());
+}
+
+/// Does what hardware would do for a partial checksum.
+pub(crate) fn complete(packet: &mut [u8]) {
+    let parsed = Parsed::parse(packet).unwrap();
+    let sum = !Sum::default().add(&packet[parsed.l4()..]).fold();
+    let sum = if sum == 0 && parsed.kind() == Kind::Udp {
+        0xffff
+    } else {
+        sum
+    };
+    put(packet, parsed.csum_at().unwrap(), sum.to_ne_bytes());
+}
+
+/// Compares every checksum of a whole packet with etherparse's own computation.
+pub(crate) fn assert_sums(packet: &[u8]) {
+    let headers = PacketHeaders::from_ip_slice(packet).unwrap();
+    let payload = headers.payload.slice();
+    match headers.net.unwrap() {
+        NetHeaders::Ipv4(ip, _) => {
+            assert_eq!(ip.header_checksum, ip.calc_header_checksum());
+            match headers.transport.unwrap() {
+                TransportHeader::Tcp(tcp) => {
+                    assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, payload).unwrap());
+                }
+                TransportHeader::Udp(udp) => {
+                    assert_eq!(udp.checksum, udp.calc_checksum_ipv4(&ip, payload).unwrap());
+                }
+                TransportHeader::Icmpv4(icmp) => {
+                    assert_eq!(icmp.checksum, icmp.icmp_type.calc_checksum(payload));
+                }
+                TransportHeader::Icmpv6(_) | TransportHeader::Igmp(_) => panic!("not IPv4"),
+            }
+        }
+        NetHeaders::Ipv6(ip, _) => match headers.transport.unwrap() {
+            TransportHeader::Tcp(tcp) => {
+                assert_eq!(tcp.checksum, tcp.calc_checksum_ipv6(&ip, payload).unwrap());
+            }
+            TransportHeader::Udp(udp) => {
+                assert_eq!(udp.checksum, udp.calc_checksum_ipv6(&ip, payload).unwrap());
+            }
+            TransportHeader::Icmpv6(icmp) => {
+                let sum = icmp
+                    .icmp_type
+                    .calc_checksum(ip.source, ip.destination, payload);
+                assert_eq!(icmp.checksum, sum.unwrap());
+            }
+            TransportHeader::Icmpv4(_) | TransportHeader::Igmp(_) => panic!("not IPv6"),
+        },
+        NetHeaders::Arp(_) => panic!("ARP"),
+    }
+}
+
+pub(crate) fn addrs() -> impl Strategy<Value = (IpAddr, IpAddr)> {
+    let v4 = (any::<[u8; 3]>(), any::<[u8; 3]>());
+    let v6 = (any::<[u8; 14]>(), any::<[u8; 14]>());
+    prop_oneof![
+        v4.prop_map(|(a, b)| {
+            let addr = |first, rest: [u8; 3]| IpAddr::from([first, rest[0], rest[1], rest[2]]);
+            (addr(11, a), addr(12, b))
+        }),
+        v6.prop_map(|(a, b)| {
+            let addr = |second, rest: [u8; 14]| {
+                let mut out = [0x20; 16];
+                out[1] = second;
+                out[2..].copy_from_slice(&rest);
+                IpAddr::from(out)
+            };
+            (addr(1, a), addr(2, b))
+        }),
+    ]
+}
+
+/// Any packet that a client could send, addresses aside.
+pub(crate) fn plans() -> impl Strategy<Value = Plan> {
+    let kinds = prop_oneof![
+        Just(Kind::Tcp),
+        Just(Kind::Udp),
+        Just(Kind::Request),
+        Just(Kind::Reply)
+    ];
+    let payload = prop::collection::vec(any::<u8>(), 0..200);
+    let mss = prop::option::of(500u16..9000);
+    (
+        addrs(),
+        kinds,
+        any::<[u16; 2]>(),
+        2u8..,
+        any::<u32>(),
+        payload,
+        mss,
+    )
+        .prop_map(|((src, dst), kind, ports, ttl, seq, payload, mss)| Plan {
+            src,
+            dst,
+            ttl,
+            src_port: if kind == Kind::Reply { 0 } else { ports[0] },
+            dst_port: if kind == Kind::Request { 0 } else { ports[1] },
+            kind,
+            flags: if mss.is_some() { SYN } else { ACK },
+            seq,
+            mss,
+            payload,
+        })
+}
