@@ -15,6 +15,7 @@
 
 mod addr;
 mod checksum;
+pub mod coalesce;
 pub mod ecn;
 mod field;
 pub mod fragment;
@@ -26,8 +27,10 @@ mod mss;
 pub mod offload;
 mod parsed;
 mod quoted;
+pub mod segment;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod vnet;
 
 pub use addr::{Addr, Family};
 pub(crate) use checksum::{Sum, pseudo_sum};

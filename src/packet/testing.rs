@@ -7,7 +7,9 @@ use proptest::prelude::*;
 
 use crate::packet::checksum::{Sum, pseudo_sum};
 use crate::packet::field::{ACK, CWR, FIN, PSH, RST, SYN, put};
-use crate::packet::{Kind, Parsed};
+use crate::packet::segment::Segments;
+use crate::packet::vnet::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Offload, VnetHdr};
+use crate::packet::{Family, Kind, Parsed};
 
 /// What is sent.
 #[derive(Clone, Debug)]
@@ -219,4 +221,49 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
             mss,
             payload,
         })
+}
+
+const V4: (&str, &str) = ("203.0.113.9", "192.0.2.5");
+const V6: (&str, &str) = ("2001:db8::9", "2001:db8::5");
+
+pub(crate) fn plan(kind: Kind, v6: bool, payload: usize) -> Plan {
+    let (src, dst) = if v6 { V6 } else { V4 };
+    let payload = (0..payload).map(|at| (at * 7 + at / 251) as u8).collect();
+    Plan {
+        payload,
+        ..Plan::new(kind, src, dst)
+    }
+}
+
+pub(crate) fn vnet(parsed: &Parsed, size: u16, partial: bool) -> VnetHdr {
+    let gso_type = match (parsed.kind(), parsed.family()) {
+        (Kind::Udp, _) => GSO_UDP_L4,
+        (_, Family::V4) => GSO_TCPV4,
+        (_, Family::V6) => GSO_TCPV6,
+    };
+    let ecn = if parsed.tcp_flags() & CWR != 0 {
+        GSO_ECN
+    } else {
+        0
+    };
+    VnetHdr {
+        gso_type: gso_type | ecn,
+        gso_size: size,
+        hdr_len: parsed.payload() as u16,
+        ..VnetHdr::single(parsed, partial)
+    }
+}
+
+pub(crate) fn cut(packet: &mut [u8], vnet: &VnetHdr, max: usize) -> Vec<(Vec<u8>, bool)> {
+    let parsed = Parsed::parse(packet).unwrap();
+    let offload = Offload::accept(vnet, packet, &parsed).unwrap();
+    let mut segments = Segments::new(offload, packet, &parsed, max);
+    let mut out = vec![0; 70_000];
+    let mut all = Vec::new();
+    while let Some(len) = segments.next_len() {
+        let segment = segments.next_into(&mut out[..len]).unwrap();
+        all.push((out[..segment.len].to_vec(), segment.csum_partial));
+    }
+    assert_eq!(segments.remaining(), 0);
+    all
 }
