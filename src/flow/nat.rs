@@ -21,9 +21,9 @@ use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use crate::flow::fragments::FragmentCache;
+use crate::flow::gate::{Gate, Verdict};
 use crate::flow::seed::Seed;
 use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Masquerade, Outside};
-use crate::flow::translate::{Gate, Verdict};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -441,7 +441,7 @@ fn set_fragment_id(bytes: &mut [u8], parsed: &mut Parsed, id: u16) {
 mod tests {
     use super::*;
     use crate::packet::icmp;
-    use crate::packet::testing::{Plan, assert_sums, complete, plans};
+    use crate::packet::testing::{Plan, assert_sums, complete, plans, reply};
     use crate::packet::{ACK, SYN};
     use proptest::prelude::*;
     use std::time::Duration;
@@ -493,23 +493,6 @@ mod tests {
             flags: SYN,
             src_port: client_port,
             ..Plan::new(Kind::Tcp, CLIENT, MOVED)
-        }
-    }
-
-    /// What the server answers to `plan`.
-    fn reply(plan: &Plan) -> Plan {
-        Plan {
-            src: plan.dst,
-            dst: plan.src,
-            src_port: plan.dst_port,
-            dst_port: plan.src_port,
-            kind: if plan.kind == Kind::Request {
-                Kind::Reply
-            } else {
-                plan.kind
-            },
-            flags: SYN | ACK,
-            ..plan.clone()
         }
     }
 

@@ -1,10 +1,9 @@
-//! Where packet meets flow: what may pass, and under which addresses.
+//! Where packet meets flow on the new server: under which addresses a packet goes on.
 //!
-//! Owns the old server's checks ([`Gate`]) and the new server's rewriting ([`Translator`]): which
-//! flow a packet, an ICMP error or a fragment belongs to, and what its addresses become. Must not
-//! touch sockets, devices or the clock. A super-packet is translated like a single one: once.
+//! Owns the rewriting ([`Translator`]): which flow a packet, an ICMP error or a fragment belongs to,
+//! and what its addresses become. Must not touch sockets, devices or the clock. A super-packet is
+//! translated like a single one: once.
 //!
-//! ```text
 //!             old server                          new server
 //! client ──► Gate::check_captured ──► tunnel ──► Translator::inbound  ──► application
 //! client ◄── Gate::check_returning ◄── tunnel ◄── Translator::outbound ◄── application
@@ -15,174 +14,26 @@
 //! packets to two moved addresses with one delivery address keep their own identifications, which a
 //! client chooses per destination, so two of them could meet (RFC 6864 section 5.2).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
 use crate::flow::fragments::FragmentCache;
+pub use crate::flow::gate::{Gate, Verdict};
+use crate::flow::lock;
+pub use crate::flow::routes::{Delivery, PortMap, RouteError};
+use crate::flow::routes::{Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
 use crate::model::drops::DropReason;
-use crate::model::moved::{Move, Transport};
+use crate::model::moved::Move;
 use crate::model::peer::PeerId;
-use crate::packet::{ACK, Addr, Family, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
+use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
 /// Most shards of the flow table: more than any machine has lanes.
 const MAX_SHARDS: usize = 256;
-
-/// Whose a packet is that the capture on the old server handed over.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[must_use]
-pub enum Verdict {
-    /// The tunnel's.
-    Carry,
-    /// The old server's own: to be written back to the TUN as it is, for local delivery.
-    Bounce,
-}
-
-/// The old server's checks. Shared by the lanes.
-#[derive(Debug)]
-pub struct Gate {
-    moves: Vec<Move>,
-    seed: Seed,
-    captured: Mutex<FragmentCache<Verdict>>,
-    returning: Mutex<FragmentCache<()>>,
-}
-
-impl Gate {
-    /// The gate of what was moved.
-    pub fn new(moves: Vec<Move>) -> Self {
-        Self {
-            moves,
-            seed: Seed::random(),
-            captured: Mutex::new(FragmentCache::new()),
-            returning: Mutex::new(FragmentCache::new()),
-        }
-    }
-
-    /// Judges a packet that was captured on its way to a moved address.
-    ///
-    /// Of an address that was moved in part, later fragments follow their first one, and ICMP errors
-    /// the flow they quote; what cannot be told is the old server's.
-    ///
-    /// # Errors
-    /// [`DropReason::NotMoved`] if no part of the destination was moved;
-    /// [`DropReason::FragmentUnknown`] if the first fragment has not been seen yet.
-    pub fn check_captured(
-        &self,
-        now: Instant,
-        parsed: &Parsed,
-        bytes: &[u8],
-    ) -> Result<Verdict, DropReason> {
-        let addr = IpAddr::from(parsed.dst(bytes));
-        let mut known = false;
-        for moved in self.moves.iter().filter(|moved| moved.addr == addr) {
-            if moved.is_whole() {
-                return Ok(Verdict::Carry);
-            }
-            known = true;
-        }
-        if !known {
-            return Err(DropReason::NotMoved);
-        }
-        if parsed.fragment() == Fragment::Later {
-            let cache = lock(&self.captured);
-            let verdict = cache.recall(now, &self.seed, parsed, bytes);
-            return verdict.ok_or(DropReason::FragmentUnknown);
-        }
-        let ours = match parsed.kind() {
-            // It is about a packet that left from the moved address.
-            Kind::Error => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
-                self.takes(
-                    quoted.src(bytes),
-                    quoted.protocol(),
-                    quoted.kind(),
-                    quoted.src_port(),
-                )
-            }),
-            kind @ (Kind::Tcp
-            | Kind::Udp
-            | Kind::Request
-            | Kind::Reply
-            | Kind::Other
-            | Kind::Hidden) => self.takes(addr.into(), parsed.protocol(), kind, parsed.dst_port()),
-        };
-        let verdict = if ours {
-            Verdict::Carry
-        } else {
-            Verdict::Bounce
-        };
-        if parsed.fragment() == Fragment::First {
-            lock(&self.captured).remember(now, &self.seed, parsed, bytes, verdict);
-        }
-        Ok(verdict)
-    }
-
-    /// Judges a packet that came out of the tunnel on its way to a client: the new server speaks
-    /// for what was moved and for nothing else.
-    ///
-    /// # Errors
-    /// [`DropReason::NotMoved`], [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`].
-    pub fn check_returning(
-        &self,
-        now: Instant,
-        parsed: &Parsed,
-        bytes: &[u8],
-    ) -> Result<(), DropReason> {
-        let src = parsed.src(bytes);
-        let addr = IpAddr::from(src);
-        if self
-            .moves
-            .iter()
-            .any(|moved| moved.addr == addr && moved.is_whole())
-        {
-            return Ok(());
-        }
-        if parsed.fragment() == Fragment::Later {
-            return lock(&self.returning)
-                .recall(now, &self.seed, parsed, bytes)
-                .ok_or(DropReason::FragmentUnknown);
-        }
-        let (kind, protocol, port) = match parsed.kind() {
-            // It is about a packet that came to the moved address.
-            Kind::Error => {
-                let quoted = Quoted::parse(bytes, parsed)?;
-                if quoted.dst(bytes) != src {
-                    return Err(DropReason::IcmpUnrelated);
-                }
-                (quoted.kind(), quoted.protocol(), quoted.dst_port())
-            }
-            kind @ (Kind::Tcp
-            | Kind::Udp
-            | Kind::Request
-            | Kind::Reply
-            | Kind::Other
-            | Kind::Hidden) => (kind, parsed.protocol(), parsed.src_port()),
-        };
-        if !self.takes(src, protocol, kind, port) {
-            return Err(DropReason::NotMoved);
-        }
-        if parsed.fragment() == Fragment::First {
-            lock(&self.returning).remember(now, &self.seed, parsed, bytes, ());
-        }
-        Ok(())
-    }
-
-    /// Whether anything of an address was moved.
-    pub fn is_moved(&self, addr: Addr) -> bool {
-        let addr = IpAddr::from(addr);
-        self.moves.iter().any(|moved| moved.addr == addr)
-    }
-
-    fn takes(&self, addr: Addr, protocol: u8, kind: Kind, port: u16) -> bool {
-        let addr = IpAddr::from(addr);
-        self.moves
-            .iter()
-            .any(|moved| moved.addr == addr && moved.takes(protocol, port_of(kind, port)))
-    }
-}
 
 /// How the new server's translator is made.
 #[derive(Clone, Copy, Debug)]
@@ -195,62 +46,6 @@ pub struct TranslatorConfig {
     pub seed: [u64; 2],
     /// A time not later than any `now` that follows.
     pub epoch: Instant,
-}
-
-/// Where the packets that come through one peer are delivered.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Delivery {
-    /// Delivery address for IPv4.
-    pub v4: Option<Ipv4Addr>,
-    /// Delivery address for IPv6.
-    pub v6: Option<Ipv6Addr>,
-    /// No rewriting: the new server holds the moved address itself (`--deliver-to keep`).
-    pub keep: bool,
-    /// Ports that are delivered elsewhere; the first that fits counts. With `keep` too.
-    pub ports: Vec<PortMap>,
-}
-
-/// One port of a moved address that is delivered to another address or port.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PortMap {
-    /// TCP or UDP alone.
-    pub transport: Option<Transport>,
-    /// The moved address.
-    pub moved: IpAddr,
-    /// The port there.
-    pub port: u16,
-    /// The delivery address, of the same family.
-    pub to: IpAddr,
-    /// The port there.
-    pub to_port: u16,
-}
-
-impl std::fmt::Display for PortMap {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let transport = match self.transport {
-            None => "",
-            Some(Transport::Tcp) => "/tcp",
-            Some(Transport::Udp) => "/udp",
-        };
-        let (moved, to) = (
-            SocketAddr::new(self.moved, self.port),
-            SocketAddr::new(self.to, self.to_port),
-        );
-        write!(f, "{moved}{transport}={to}")
-    }
-}
-
-/// Why moves or a delivery could not be set.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum RouteError {
-    /// More addresses than [`AddrId`] can number were named since the daemon started.
-    #[error(
-        "more than 65,536 addresses were moved or delivered to since the start; restart the daemon"
-    )]
-    TooManyAddresses,
-    /// A port map from one family to the other.
-    #[error("cannot deliver {0} to {1}: one is IPv4, the other IPv6")]
-    Families(IpAddr, IpAddr),
 }
 
 /// The new server's rewriting. Shared by the lanes; a lane locks the shard of the packet's client
@@ -693,230 +488,12 @@ impl std::fmt::Debug for Translator {
     }
 }
 
-/// Everything that is configured, made ready for lookup. Exchanged as a whole.
-#[derive(Clone, Default)]
-struct Routes {
-    /// By [`AddrId`]; only ever grows.
-    addrs: Vec<Addr>,
-    /// The same, to be searched.
-    ids: Vec<(Addr, AddrId)>,
-    own: Vec<Addr>,
-    /// By [`PeerId`].
-    peers: Vec<PeerRoutes>,
-}
-
-#[derive(Clone, Default)]
-struct PeerRoutes {
-    moves: Vec<Move>,
-    delivery: Delivery,
-    /// The moved addresses, sorted; made from the two above.
-    resolved: Vec<Moved>,
-}
-
-/// One moved address of one peer.
-#[derive(Clone)]
-struct Moved {
-    addr: Addr,
-    id: AddrId,
-    is_whole: bool,
-    moves: Vec<Move>,
-    /// Where it is delivered, unless a port map says otherwise.
-    delivery: Option<AddrId>,
-    ports: Vec<MappedPort>,
-}
-
-#[derive(Clone, Copy)]
-struct MappedPort {
-    transport: Option<Transport>,
-    port: u16,
-    to: AddrId,
-    to_port: u16,
-}
-
-impl Routes {
-    #[inline]
-    fn addr(&self, id: AddrId) -> Addr {
-        self.addrs[usize::from(id.0)]
-    }
-
-    #[inline]
-    fn id(&self, addr: Addr) -> Option<AddrId> {
-        self.ids
-            .binary_search_by_key(&addr, |&(addr, _)| addr)
-            .ok()
-            .map(|at| self.ids[at].1)
-    }
-
-    fn is_own(&self, addr: Addr) -> bool {
-        self.own.binary_search(&addr).is_ok() || self.id(addr).is_some()
-    }
-
-    fn peer_mut(&mut self, peer: PeerId) -> &mut PeerRoutes {
-        let index = usize::from(peer.0);
-        if self.peers.len() <= index {
-            self.peers.resize(index + 1, PeerRoutes::default());
-        }
-        &mut self.peers[index]
-    }
-
-    /// Where a packet that leaves from `delivery` could have been asked: peer, moved address, port.
-    fn origins(
-        &self,
-        protocol: u8,
-        kind: Kind,
-        delivery: AddrId,
-        port: u16,
-    ) -> impl Iterator<Item = (PeerId, AddrId, u16)> {
-        self.peers
-            .iter()
-            .enumerate()
-            .flat_map(move |(peer, routes)| {
-                routes.resolved.iter().flat_map(move |moved| {
-                    let mapped = moved
-                        .ports
-                        .iter()
-                        .filter(move |map| map.to == delivery && map.to_port == port)
-                        .map(|map| map.port);
-                    mapped
-                        .chain(std::iter::once(port))
-                        .enumerate()
-                        .filter(move |&(index, moved_port)| {
-                            let first = index == 0 || moved_port != port;
-                            let forwards = moved.delivery(kind, moved_port) == Ok((delivery, port));
-                            first && forwards && moved.takes(protocol, kind, moved_port)
-                        })
-                        .map(move |(_, moved_port)| (PeerId(peer as u16), moved.id, moved_port))
-                })
-            })
-    }
-
-    /// Makes what is looked up from what is configured.
-    fn resolve(&mut self) -> Result<(), RouteError> {
-        let mut peers = std::mem::take(&mut self.peers);
-        for peer in &mut peers {
-            let mut addrs: Vec<Addr> = peer.moves.iter().map(|moved| moved.addr.into()).collect();
-            addrs.sort_unstable();
-            addrs.dedup();
-            peer.resolved = addrs
-                .into_iter()
-                .map(|addr| self.resolve_one(addr, &peer.moves, &peer.delivery))
-                .collect::<Result<_, _>>()?;
-        }
-        self.peers = peers;
-        Ok(())
-    }
-
-    fn resolve_one(
-        &mut self,
-        addr: Addr,
-        moves: &[Move],
-        delivery: &Delivery,
-    ) -> Result<Moved, RouteError> {
-        let ip = IpAddr::from(addr);
-        let moves: Vec<Move> = moves
-            .iter()
-            .filter(|moved| moved.addr == ip)
-            .cloned()
-            .collect();
-        let to = match addr.family() {
-            _ if delivery.keep => Some(addr),
-            Family::V4 => delivery.v4.map(Addr::from),
-            Family::V6 => delivery.v6.map(Addr::from),
-        };
-        Ok(Moved {
-            addr,
-            id: self.number(addr)?,
-            is_whole: moves.iter().any(Move::is_whole),
-            moves,
-            delivery: to.map(|to| self.number(to)).transpose()?,
-            ports: delivery
-                .ports
-                .iter()
-                .filter(|map| map.moved == ip)
-                .map(|map| {
-                    Ok(MappedPort {
-                        transport: map.transport,
-                        port: map.port,
-                        to: self.number(map.to.into())?,
-                        to_port: map.to_port,
-                    })
-                })
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    fn number(&mut self, addr: Addr) -> Result<AddrId, RouteError> {
-        match self.ids.binary_search_by_key(&addr, |&(addr, _)| addr) {
-            Ok(at) => Ok(self.ids[at].1),
-            Err(at) => {
-                let id =
-                    u16::try_from(self.addrs.len()).map_err(|_| RouteError::TooManyAddresses)?;
-                self.addrs.push(addr);
-                self.ids.insert(at, (addr, AddrId(id)));
-                Ok(AddrId(id))
-            }
-        }
-    }
-}
-
-impl PeerRoutes {
-    #[inline]
-    fn moved(&self, addr: Addr) -> Option<&Moved> {
-        self.resolved
-            .binary_search_by_key(&addr, |moved| moved.addr)
-            .ok()
-            .map(|at| &self.resolved[at])
-    }
-}
-
-impl Moved {
-    #[inline]
-    fn takes(&self, protocol: u8, kind: Kind, port: u16) -> bool {
-        self.is_whole
-            || self
-                .moves
-                .iter()
-                .any(|moved| moved.takes(protocol, port_of(kind, port)))
-    }
-
-    /// Where a packet of this kind to `port` goes.
-    fn delivery(&self, kind: Kind, port: u16) -> Result<(AddrId, u16), DropReason> {
-        let transport = match kind {
-            Kind::Tcp => Some(Transport::Tcp),
-            Kind::Udp => Some(Transport::Udp),
-            Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => None,
-        };
-        let mapped = self.ports.iter().find(|map| {
-            transport.is_some()
-                && map.port == port
-                && (map.transport.is_none() || map.transport == transport)
-        });
-        match (mapped, self.delivery) {
-            (Some(map), _) => Ok((map.to, map.to_port)),
-            (None, Some(delivery)) => Ok((delivery, port)),
-            (None, None) => Err(DropReason::NoDelivery),
-        }
-    }
-}
-
-/// The port as [`Move::takes`] wants it: only what is a port.
-#[inline]
-fn port_of(kind: Kind, port: u16) -> Option<u16> {
-    matches!(kind, Kind::Tcp | Kind::Udp).then_some(port)
-}
-
-/// A lock that a panic elsewhere does not close: what it guards is whole between any two calls.
-#[inline]
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packet::icmp;
-    use crate::packet::testing::{Plan, assert_sums, complete, plans};
-    use crate::packet::{RST, Sum};
+    use crate::flow::routes::PortMap;
+    use crate::packet::RST;
+    use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
     use proptest::prelude::*;
 
     const PEER: PeerId = PeerId(1);
@@ -986,23 +563,6 @@ mod tests {
         Plan {
             flags: SYN,
             ..Plan::new(kind, CLIENT, MOVED)
-        }
-    }
-
-    /// What a host answers to `plan`.
-    fn reply(plan: &Plan) -> Plan {
-        Plan {
-            src: plan.dst,
-            dst: plan.src,
-            src_port: plan.dst_port,
-            dst_port: plan.src_port,
-            kind: if plan.kind == Kind::Request {
-                Kind::Reply
-            } else {
-                plan.kind
-            },
-            flags: SYN | ACK,
-            ..plan.clone()
         }
     }
 
@@ -1082,35 +642,6 @@ mod tests {
     }
 
     /// An ICMP error from `from` that quotes the first `len` bytes of `about`.
-    fn too_big(about: &[u8], len: usize, from: IpAddr) -> Vec<u8> {
-        let parsed = Parsed::parse(about).unwrap();
-        let mut out = [0; icmp::MAX_V6];
-        let all = icmp::too_big(&mut out, about, &parsed, from, 1300).unwrap();
-        let cut = about.len() - len;
-        let mut out = out[..all - cut].to_vec();
-        let head = if from.is_ipv4() { 20 } else { 40 };
-        // Cut the quotation and set lengths and checksums anew.
-        if from.is_ipv4() {
-            out[2..4].copy_from_slice(&((all - cut) as u16).to_be_bytes());
-            out[10..12].fill(0);
-            let sum = !Sum::default().add(&out[..20]).fold();
-            out[10..12].copy_from_slice(&sum.to_ne_bytes());
-        } else {
-            out[4..6].copy_from_slice(&((all - cut - 40) as u16).to_be_bytes());
-        }
-        out[head + 2..head + 4].fill(0);
-        let mut sum = Sum::default().add(&out[head..]);
-        if from.is_ipv6() {
-            let len = ((out.len() - head) as u16).to_be_bytes();
-            sum = sum
-                .and(Sum::default().add(&out[8..40]))
-                .word([0, 58])
-                .word(len);
-        }
-        out[head + 2..head + 4].copy_from_slice(&(!sum.fold()).to_ne_bytes());
-        out
-    }
-
     #[test]
     fn each_reply_comes_from_the_address_that_was_asked() {
         let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
@@ -1255,38 +786,6 @@ mod tests {
         assert_eq!(bed.outbound(&mut reset), Ok(PEER));
     }
 
-    /// Cuts an IP packet in two fragments, the second from `at` (a multiple of 8) of the payload.
-    fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
-        if packet[0] >> 4 == 4 {
-            let piece = |range: std::ops::Range<usize>, more: bool| {
-                let mut out = packet[..20].to_vec();
-                out.extend(&packet[20..][range.clone()]);
-                let len = out.len() as u16;
-                out[2..4].copy_from_slice(&len.to_be_bytes());
-                out[5] = id;
-                let field = (range.start / 8) as u16 | if more { 0x2000 } else { 0 };
-                out[6..8].copy_from_slice(&field.to_be_bytes());
-                out[10..12].fill(0);
-                let sum = !Sum::default().add(&out[..20]).fold();
-                out[10..12].copy_from_slice(&sum.to_ne_bytes());
-                out
-            };
-            return [piece(0..at, true), piece(at..packet.len() - 20, false)];
-        }
-        let piece = |range: std::ops::Range<usize>, more: bool| {
-            let mut out = packet[..40].to_vec();
-            let field = range.start as u16 | u16::from(more);
-            let [high, low] = field.to_be_bytes();
-            out.extend([packet[6], 0, high, low, 0, 0, 0, id]);
-            out[6] = 44;
-            out.extend(&packet[40..][range]);
-            let len = (out.len() - 40) as u16;
-            out[4..6].copy_from_slice(&len.to_be_bytes());
-            out
-        };
-        [piece(0..at, true), piece(at..packet.len() - 40, false)]
-    }
-
     #[test]
     fn fragments_go_where_their_first_one_goes() {
         for v6 in [false, true] {
@@ -1360,74 +859,5 @@ mod tests {
         }
         let stats = bed.translator.stats();
         assert_eq!((stats.live, stats.max, stats.evicted), (1000, 1000, 500));
-    }
-
-    #[test]
-    fn the_gate_knows_what_is_whose() {
-        let bed = Bed::simple();
-        let now = bed.now;
-        let gate =
-            |moves: &[&str]| Gate::new(moves.iter().map(|text| text.parse().unwrap()).collect());
-        let captured = |gate: &Gate, bytes: &[u8]| {
-            gate.check_captured(now, &Parsed::parse(bytes).unwrap(), bytes)
-        };
-        let returning = |gate: &Gate, bytes: &[u8]| {
-            gate.check_returning(now, &Parsed::parse(bytes).unwrap(), bytes)
-        };
-        let (carry, bounce) = (Ok(Verdict::Carry), Ok(Verdict::Bounce));
-        let whole = gate(&[MOVED]);
-        let udp = Plan::new(Kind::Udp, CLIENT, MOVED);
-        assert_eq!(captured(&whole, &udp.build()), carry);
-        assert_eq!(captured(&whole, &fragments(&udp.build(), 16, 1)[1]), carry);
-        assert_eq!(
-            captured(&whole, &moved_to(&udp, DELIVERY).build()),
-            Err(DropReason::NotMoved)
-        );
-        assert_eq!(returning(&whole, &reply(&udp).build()), Ok(()));
-        assert_eq!(returning(&whole, &udp.build()), Err(DropReason::NotMoved));
-
-        let part = gate(&["192.0.2.5:80/udp"]);
-        let ours = udp.build();
-        let theirs = Plan {
-            dst_port: 81,
-            ..udp.clone()
-        }
-        .build();
-        assert_eq!(captured(&part, &ours), carry);
-        assert_eq!(captured(&part, &theirs), bounce);
-        let [first, second] = fragments(&ours, 16, 1);
-        let unknown = Err(DropReason::FragmentUnknown);
-        assert_eq!(captured(&part, &second), unknown, "not known yet");
-        assert_eq!(captured(&part, &first), carry);
-        assert_eq!(captured(&part, &second), carry);
-        let [first, second] = fragments(&theirs, 16, 2);
-        assert_eq!(captured(&part, &first), bounce);
-        assert_eq!(captured(&part, &second), bounce);
-        // An error goes to whoever sent what it quotes.
-        let router = "192.0.2.99".parse().unwrap();
-        assert_eq!(
-            captured(&part, &too_big(&reply(&udp).build(), 28, router)),
-            carry
-        );
-        let other = Plan {
-            src_port: 81,
-            ..reply(&udp)
-        };
-        assert_eq!(
-            captured(&part, &too_big(&other.build(), 28, router)),
-            bounce
-        );
-
-        let back = reply(&udp);
-        assert_eq!(returning(&part, &back.build()), Ok(()));
-        assert_eq!(returning(&part, &other.build()), Err(DropReason::NotMoved));
-        let [first, second] = fragments(&back.build(), 16, 3);
-        assert_eq!(returning(&part, &second), Err(DropReason::FragmentUnknown));
-        assert_eq!(returning(&part, &first), Ok(()));
-        assert_eq!(returning(&part, &second), Ok(()));
-        let about_ours = too_big(&ours, 28, MOVED.parse().unwrap());
-        assert_eq!(returning(&part, &about_ours), Ok(()));
-        let about_theirs = too_big(&theirs, 28, MOVED.parse().unwrap());
-        assert_eq!(returning(&part, &about_theirs), Err(DropReason::NotMoved));
     }
 }

@@ -9,7 +9,7 @@ use crate::packet::checksum::{Sum, pseudo_sum};
 use crate::packet::field::{ACK, CWR, FIN, PSH, RST, SYN, put};
 use crate::packet::segment::Segments;
 use crate::packet::vnet::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Offload, VnetHdr};
-use crate::packet::{Family, Kind, Parsed};
+use crate::packet::{Family, Kind, Parsed, icmp};
 
 /// What is sent.
 #[derive(Clone, Debug)]
@@ -266,4 +266,83 @@ pub(crate) fn cut(packet: &mut [u8], vnet: &VnetHdr, max: usize) -> Vec<(Vec<u8>
     }
     assert_eq!(segments.remaining(), 0);
     all
+}
+
+/// What a host answers to `plan`.
+pub(crate) fn reply(plan: &Plan) -> Plan {
+    Plan {
+        src: plan.dst,
+        dst: plan.src,
+        src_port: plan.dst_port,
+        dst_port: plan.src_port,
+        kind: if plan.kind == Kind::Request {
+            Kind::Reply
+        } else {
+            plan.kind
+        },
+        flags: SYN | ACK,
+        ..plan.clone()
+    }
+}
+
+/// Cuts an IP packet in two fragments, the second from `at` (a multiple of 8) of the payload.
+pub(crate) fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
+    if packet[0] >> 4 == 4 {
+        let piece = |range: std::ops::Range<usize>, more: bool| {
+            let mut out = packet[..20].to_vec();
+            out.extend(&packet[20..][range.clone()]);
+            let len = out.len() as u16;
+            out[2..4].copy_from_slice(&len.to_be_bytes());
+            out[5] = id;
+            let field = (range.start / 8) as u16 | if more { 0x2000 } else { 0 };
+            out[6..8].copy_from_slice(&field.to_be_bytes());
+            out[10..12].fill(0);
+            let sum = !Sum::default().add(&out[..20]).fold();
+            out[10..12].copy_from_slice(&sum.to_ne_bytes());
+            out
+        };
+        return [piece(0..at, true), piece(at..packet.len() - 20, false)];
+    }
+    let piece = |range: std::ops::Range<usize>, more: bool| {
+        let mut out = packet[..40].to_vec();
+        let field = range.start as u16 | u16::from(more);
+        let [high, low] = field.to_be_bytes();
+        out.extend([packet[6], 0, high, low, 0, 0, 0, id]);
+        out[6] = 44;
+        out.extend(&packet[40..][range]);
+        let len = (out.len() - 40) as u16;
+        out[4..6].copy_from_slice(&len.to_be_bytes());
+        out
+    };
+    [piece(0..at, true), piece(at..packet.len() - 40, false)]
+}
+
+/// An ICMP error from `from` that quotes the first `len` bytes of `about`.
+pub(crate) fn too_big(about: &[u8], len: usize, from: IpAddr) -> Vec<u8> {
+    let parsed = Parsed::parse(about).unwrap();
+    let mut out = [0; icmp::MAX_V6];
+    let all = icmp::too_big(&mut out, about, &parsed, from, 1300).unwrap();
+    let cut = about.len() - len;
+    let mut out = out[..all - cut].to_vec();
+    let head = if from.is_ipv4() { 20 } else { 40 };
+    // Cut the quotation and set lengths and checksums anew.
+    if from.is_ipv4() {
+        out[2..4].copy_from_slice(&((all - cut) as u16).to_be_bytes());
+        out[10..12].fill(0);
+        let sum = !Sum::default().add(&out[..20]).fold();
+        out[10..12].copy_from_slice(&sum.to_ne_bytes());
+    } else {
+        out[4..6].copy_from_slice(&((all - cut - 40) as u16).to_be_bytes());
+    }
+    out[head + 2..head + 4].fill(0);
+    let mut sum = Sum::default().add(&out[head..]);
+    if from.is_ipv6() {
+        let len = ((out.len() - head) as u16).to_be_bytes();
+        sum = sum
+            .and(Sum::default().add(&out[8..40]))
+            .word([0, 58])
+            .word(len);
+    }
+    out[head + 2..head + 4].copy_from_slice(&(!sum.fold()).to_ne_bytes());
+    out
 }
