@@ -92,7 +92,7 @@ impl Class {
     }
 
     /// How readily a flow gives way that was not seen for `idle` seconds, the least first; `None` if it
-    /// is in use. The order of [`FlowTable::dispensable`].
+    /// is in use. The order of `FlowTable::dispensable`.
     pub(super) fn dispensable(self, idle: u32) -> Option<u8> {
         match self {
             Self::TcpReset => Some(0),

@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::packet::Kind;
 
-/// The port as [`Move::takes`] wants it: only what is a port.
+/// The port as [`Move::takes`](crate::model::moved::Move::takes) wants it: only what is a port.
 #[inline]
 fn port_of(kind: Kind, port: u16) -> Option<u16> {
     matches!(kind, Kind::Tcp | Kind::Udp).then_some(port)

@@ -197,7 +197,7 @@ impl Nat {
             let known = self.pieces_to_server.recall(now, &self.seed, parsed, bytes);
             let id = known.ok_or(DropReason::FragmentUnknown)?;
             parsed.decrement_ttl(bytes)?;
-            set_fragment_id(bytes, parsed, id);
+            parsed.set_ipv4_id(bytes, id);
             parsed.set_src(bytes, target.own.into(), false);
             parsed.set_dst(bytes, target.to.into(), false);
             return Ok(Outcome::ToServer);
@@ -234,7 +234,7 @@ impl Nat {
             let id = self.fragment_id();
             self.pieces_to_server
                 .remember(now, &self.seed, parsed, bytes, id);
-            set_fragment_id(bytes, parsed, id);
+            parsed.set_ipv4_id(bytes, id);
         }
         parsed.set_src(bytes, inside.client, partial);
         parsed.set_dst(bytes, target.to.into(), partial);
@@ -319,7 +319,7 @@ impl Nat {
                     return Ok(Outcome::Bounce);
                 };
                 parsed.decrement_ttl(bytes)?;
-                set_fragment_id(bytes, parsed, back.id);
+                parsed.set_ipv4_id(bytes, back.id);
                 parsed.set_src(bytes, self.addr(back.moved), false);
                 parsed.set_dst(bytes, back.client, false);
                 return Ok(Outcome::ToClient);
@@ -352,7 +352,7 @@ impl Nat {
             };
             self.pieces_to_client
                 .remember(now, &self.seed, parsed, bytes, back);
-            set_fragment_id(bytes, parsed, back.id);
+            parsed.set_ipv4_id(bytes, back.id);
         }
         parsed.set_src(bytes, self.addr(outside.moved), partial);
         parsed.set_dst(bytes, outside.client, partial);
@@ -430,18 +430,11 @@ impl std::fmt::Debug for Nat {
     }
 }
 
-/// Puts the daemon's own identification into an IPv4 fragment.
-fn set_fragment_id(bytes: &mut [u8], parsed: &mut Parsed, id: u16) {
-    if parsed.family() == Family::V4 {
-        parsed.set_ipv4_id(bytes, id);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::packet::icmp;
-    use crate::packet::testing::{Plan, assert_sums, complete, plans, reply};
+    use crate::packet::testing::{Plan, assert_sums, complete, plans, reply, set_ipv4_checksum};
     use crate::packet::{ACK, SYN};
     use proptest::prelude::*;
     use std::time::Duration;
@@ -646,9 +639,7 @@ mod tests {
         assert_eq!(dropped(worn), Err(DropReason::TtlExpired));
         let mut gre = Plan::new(Kind::Udp, CLIENT, MOVED).build();
         gre[9] = 47;
-        gre[10..12].fill(0);
-        let sum = !crate::packet::Sum::default().add(&gre[..20]).fold();
-        gre[10..12].copy_from_slice(&sum.to_ne_bytes());
+        set_ipv4_checksum(&mut gre);
         assert_eq!(pass(&mut nat, now, &mut gre), Err(DropReason::NoPorts));
     }
 

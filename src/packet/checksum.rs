@@ -2,7 +2,7 @@
 
 use crate::model::moved::UDP;
 use crate::packet::addr::Family;
-use crate::packet::field::{UDP_LITE, field, put};
+use crate::packet::field::{UDP_LITE, get, ipv4, ipv6, put};
 
 /// A one's complement sum that is not folded yet.
 ///
@@ -18,12 +18,12 @@ impl Sum {
         const { assert!(N.is_multiple_of(2) && N > 0) };
         let mut sum = 0;
         if N == 2 {
-            sum += u64::from(!u16::from_ne_bytes(field(&old, 0)));
-            sum += u64::from(u16::from_ne_bytes(field(&new, 0)));
+            sum += u64::from(!u16::from_ne_bytes(get(&old, 0)));
+            sum += u64::from(u16::from_ne_bytes(get(&new, 0)));
         } else {
             for at in (0..N).step_by(4) {
-                sum += u64::from(!u32::from_ne_bytes(field(&old, at)));
-                sum += u64::from(u32::from_ne_bytes(field(&new, at)));
+                sum += u64::from(!u32::from_ne_bytes(get(&old, at)));
+                sum += u64::from(u32::from_ne_bytes(get(&new, at)));
             }
         }
         Self(sum)
@@ -73,16 +73,27 @@ impl Sum {
 /// The sum of a pseudo-header without its length (RFC 793, RFC 8200 section 8.1).
 pub(crate) fn pseudo_sum(header: &[u8], family: Family, protocol: u8) -> Sum {
     let addrs = match family {
-        Family::V4 => &header[12..20],
-        Family::V6 => &header[8..40],
+        Family::V4 => &header[ipv4::SRC..ipv4::HEADER_LEN],
+        Family::V6 => &header[ipv6::SRC..ipv6::HEADER_LEN],
     };
     Sum::default().add(addrs).word([0, protocol])
+}
+
+/// The finished checksum, as it is stored, of bytes that sum up to `sum`, with the pseudo-header and
+/// without the checksum itself. With `never_zero`, as UDP wants it, the other zero of one's
+/// complement stands for a zero, which would say that there is no checksum (RFC 768).
+#[inline]
+pub(crate) fn finish(sum: Sum, never_zero: bool) -> [u8; 2] {
+    match !sum.fold() {
+        0 if never_zero => [0xff, 0xff],
+        sum => sum.to_ne_bytes(),
+    }
 }
 
 /// Puts `new` at `at` and says what that adds to a sum.
 #[inline]
 pub(super) fn replace<const N: usize>(bytes: &mut [u8], at: usize, new: [u8; N]) -> Sum {
-    let old = field(bytes, at);
+    let old = get(bytes, at);
     put(bytes, at, new);
     Sum::change(old, new)
 }
@@ -90,7 +101,7 @@ pub(super) fn replace<const N: usize>(bytes: &mut [u8], at: usize, new: [u8; N])
 /// RFC 1624, equation 3.
 #[inline]
 pub(super) fn mend_full(bytes: &mut [u8], at: usize, delta: Sum) {
-    let old = u16::from_ne_bytes(field(bytes, at));
+    let old = u16::from_ne_bytes(get(bytes, at));
     let new = !delta.and(Sum(u64::from(!old))).fold();
     put(bytes, at, new.to_ne_bytes());
 }
@@ -99,11 +110,11 @@ pub(super) fn mend_full(bytes: &mut [u8], at: usize, delta: Sum) {
 /// what comes out as 0 is written as its equal 0xffff.
 #[inline]
 pub(super) fn mend_l4_full(bytes: &mut [u8], at: usize, protocol: u8, delta: Sum) {
-    if protocol == UDP && field::<2>(bytes, at) == [0, 0] {
+    if protocol == UDP && get::<2>(bytes, at) == [0, 0] {
         return;
     }
     mend_full(bytes, at, delta);
-    if matches!(protocol, UDP | UDP_LITE) && field::<2>(bytes, at) == [0, 0] {
+    if matches!(protocol, UDP | UDP_LITE) && get::<2>(bytes, at) == [0, 0] {
         put(bytes, at, [0xff, 0xff]);
     }
 }

@@ -10,11 +10,10 @@
 
 use std::ops::Range;
 
+use crate::packet::field::{get, get_u16, get_u32, ipv4, ipv6, put, tcp, udp};
 use crate::packet::segment::PLAIN_FLAGS;
 use crate::packet::vnet::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VnetHdr};
-use crate::packet::{
-    ACK, CWR, FIN, Family, Fragment, IPV4_HEADER, IPV6_HEADER, Kind, PSH, Parsed, field, put,
-};
+use crate::packet::{ACK, CWR, FIN, Family, Fragment, Kind, PSH, Parsed};
 
 /// Most packets that are joined to one of TCP: [`MAX_BIG`] of them at the MSS of a tunnel over
 /// Ethernet, 1,388 bytes, are 188.
@@ -229,10 +228,10 @@ impl Coalescer {
             self.state = State::Unjoined;
             let start = self.parts[0].start;
             let is_tcp = parsed.kind() == Kind::Tcp;
-            let id = u16::from_be_bytes(field(slab, start + 4));
+            let id = get_u16(slab, start + ipv4::ID);
             let (seq, flags) = if is_tcp {
-                let seq = u32::from_be_bytes(field(slab, start + l4 + 4));
-                (seq, slab[start + l4 + 13])
+                let seq = get_u32(slab, start + l4 + tcp::SEQ);
+                (seq, slab[start + l4 + tcp::FLAGS])
             } else {
                 (0, 0)
             };
@@ -246,13 +245,12 @@ impl Coalescer {
                 let packet = &mut slab[self.parts[index].clone()];
                 let mut shrunk = parsed.with_total(self.total);
                 shrunk.set_total(packet, packet.len(), true);
-                if parsed.family() == Family::V4 && index > 0 {
-                    let new = id.wrapping_add(index as u16);
-                    shrunk.set_ipv4_id(packet, new);
+                if index > 0 {
+                    shrunk.set_ipv4_id(packet, id.wrapping_add(index as u16));
                 }
                 if is_tcp {
                     let seq = seq.wrapping_add((index * self.size) as u32);
-                    put(packet, l4 + 4, seq.to_be_bytes());
+                    put(packet, l4 + tcp::SEQ, seq.to_be_bytes());
                     let mut flags = flags;
                     if index + 1 < self.count {
                         flags &= !(FIN | PSH);
@@ -260,7 +258,7 @@ impl Coalescer {
                     if index > 0 {
                         flags &= !CWR;
                     }
-                    packet[l4 + 13] = flags;
+                    packet[l4 + tcp::FLAGS] = flags;
                 }
             }
         }
@@ -272,8 +270,8 @@ impl Coalescer {
         let range = range.start..range.start + parsed.total();
         let packet = &slab[range.clone()];
         let plain_ip = match parsed.family() {
-            Family::V4 => parsed.l4() == IPV4_HEADER,
-            Family::V6 => parsed.l4() == IPV6_HEADER,
+            Family::V4 => parsed.l4() == ipv4::HEADER_LEN,
+            Family::V6 => parsed.l4() == ipv6::HEADER_LEN,
         };
         let joinable = partial
             && plain_ip
@@ -296,7 +294,7 @@ impl Coalescer {
         self.last_flags = 0;
         if joinable {
             self.size = parsed.payload_len();
-            self.id = u16::from_be_bytes(field(packet, 4));
+            self.id = get_u16(packet, ipv4::ID);
             if parsed.kind() == Kind::Tcp {
                 self.next_seq = tcp_seq(packet, parsed).wrapping_add(self.size as u32);
             }
@@ -338,10 +336,11 @@ impl Coalescer {
         }
         let first = &slab[self.parts[0].clone()];
         let packet = &slab[range.clone()];
+        let same = |field| get::<2>(packet, field) == get::<2>(first, field);
         let as_long = packet.len() == first.len()
             && match head.family() {
-                Family::V4 => packet[2..4] == first[2..4],
-                Family::V6 => packet[4..6] == first[4..6],
+                Family::V4 => same(ipv4::TOTAL_LEN),
+                Family::V6 => same(ipv6::PAYLOAD_LEN),
             };
         as_long && self.append(slab, range).is_some()
     }
@@ -371,8 +370,8 @@ impl Coalescer {
         let fields = &packet[l4..];
         let mut closes = payload < self.size;
         if head.kind() == Kind::Tcp {
-            let flags = fields[13];
-            if flags & CWR != 0 || u32::from_be_bytes(field(fields, 4)) != self.next_seq {
+            let flags = fields[tcp::FLAGS];
+            if flags & CWR != 0 || get_u32(fields, tcp::SEQ) != self.next_seq {
                 return None;
             }
             self.next_seq = self.next_seq.wrapping_add(payload as u32);
@@ -402,17 +401,16 @@ impl Coalescer {
     /// Whether an IPv4 identification may follow.
     #[inline]
     fn id_follows(&self, packet: &[u8], head: &Parsed) -> bool {
-        const DONT_FRAGMENT: u8 = 0x40;
-        let id = u16::from_be_bytes(field(packet, 4));
+        let id = get_u16(packet, ipv4::ID);
         head.family() == Family::V6
             || id == self.id.wrapping_add(self.count as u16)
             // An atomic datagram's identification says nothing (RFC 6864 section 4).
-            || id == self.id && packet[6] & DONT_FRAGMENT != 0
+            || id == self.id && get_u16(packet, ipv4::FRAGMENT) & ipv4::DONT_FRAGMENT != 0
     }
 }
 
 /// Words of the longest headers that are joined: IPv6 without extensions and TCP with all options.
-const HEADER_WORDS: usize = (IPV6_HEADER + 60).div_ceil(8);
+const HEADER_WORDS: usize = (ipv6::HEADER_LEN + tcp::MAX_HEADER_LEN).div_ceil(8);
 
 /// What the headers of all packets joined to one have in common, to be compared in words.
 #[derive(Clone, Copy, Debug)]
@@ -439,25 +437,21 @@ impl Likeness {
         wanted_header.copy_from_slice(header);
         mask[..header.len()].fill(0xff);
         match parsed.family() {
-            // Length and identification, checksum.
             Family::V4 => {
-                mask[2..6].fill(0);
-                mask[10..12].fill(0);
+                mask[ipv4::TOTAL_LEN..ipv4::FRAGMENT].fill(0);
+                mask[ipv4::CHECKSUM..ipv4::SRC].fill(0);
             }
-            // Length.
-            Family::V6 => mask[4..6].fill(0),
+            Family::V6 => mask[ipv6::PAYLOAD_LEN..ipv6::NEXT_HEADER].fill(0),
         }
         let l4 = &mut mask[parsed.l4()..];
         if parsed.kind() == Kind::Tcp {
-            // Sequence number; flags; checksum.
-            l4[4..8].fill(0);
-            l4[13] = !(CWR | FIN | PSH);
-            l4[16..18].fill(0);
+            l4[tcp::SEQ..tcp::ACK_NUMBER].fill(0);
+            l4[tcp::FLAGS] = !(CWR | FIN | PSH);
+            l4[tcp::CHECKSUM..tcp::URGENT].fill(0);
         } else {
-            // Length and checksum.
-            l4[4..8].fill(0);
+            l4[udp::LEN..udp::HEADER_LEN].fill(0);
         }
-        let word = |bytes: &[u8], index: usize| u64::from_ne_bytes(field(bytes, index * 8));
+        let word = |bytes: &[u8], index: usize| u64::from_ne_bytes(get(bytes, index * 8));
         let mask = std::array::from_fn(|index| word(&mask, index));
         Self {
             words: header.len().div_ceil(8),
@@ -476,7 +470,7 @@ impl Likeness {
             .chunks_exact(8)
             .zip(self.mask.iter().zip(&self.wanted))
             .fold(0, |sum, (bytes, (mask, wanted))| {
-                sum | (u64::from_ne_bytes(field(bytes, 0)) & mask ^ wanted)
+                sum | (u64::from_ne_bytes(get(bytes, 0)) & mask ^ wanted)
             });
         self.words > 0 && differing == 0
     }
@@ -484,21 +478,24 @@ impl Likeness {
 
 #[inline]
 fn tcp_seq(packet: &[u8], parsed: &Parsed) -> u32 {
-    u32::from_be_bytes(field(packet, parsed.l4() + 4))
+    get_u32(packet, parsed.l4() + tcp::SEQ)
 }
 
 /// Whether the UDP length is that of the datagram up to the packet's end: no surplus behind it.
 #[inline]
 fn udp_fills(datagram: &[u8]) -> bool {
-    usize::from(u16::from_be_bytes(field(datagram, 4))) == datagram.len()
+    usize::from(get_u16(datagram, udp::LEN)) == datagram.len()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packet::testing::{Plan, assert_sums, complete, cut, plan, vnet};
+    use crate::model::moved::TCP;
+    use crate::packet::testing::{
+        Plan, assert_sums, checksum, complete, cut, plan, pseudo_header, vnet,
+    };
     use crate::packet::vnet::{GSO_NONE, NEEDS_CSUM};
-    use crate::packet::{Addr, RST, SYN, Sum, pseudo_sum};
+    use crate::packet::{Addr, RST, SYN};
     use proptest::prelude::*;
     use std::net::Ipv4Addr;
 
@@ -786,24 +783,19 @@ mod tests {
             [0, 0],
             "the kernel takes its length from the packet itself"
         );
-        assert_eq!(
-            Sum::default().add(&head[..20]).fold(),
-            0xffff,
-            "the sum of the IP header"
-        );
+        assert_eq!(checksum(&head[..20]), [0, 0], "that of the IP header");
         // The pseudo-header has the whole length (tcp_gso_segment takes it from there).
-        let length = (20 + 100 * 1_388u32).to_be_bytes();
-        let pseudo = pseudo_sum(head, Family::V4, 6).add(&length);
-        assert_eq!(field::<2>(head, 36), pseudo.fold().to_ne_bytes());
+        let pseudo = pseudo_header(head, TCP, 20 + 100 * 1_388);
+        assert_eq!(head[36..38], pseudo);
 
         // Refused: each as it was, but for the identification, which now counts.
         let (_, parts) = coalescer.unjoin(&mut slab);
         assert_eq!(parts.len(), 100);
         for (index, (part, packet)) in parts.iter().zip(&packets).enumerate() {
             let single = &slab[part.clone()];
-            assert_eq!(Sum::default().add(&single[..20]).fold(), 0xffff);
+            assert_eq!(checksum(&single[..20]), [0, 0]);
             assert_eq!(single[2..4], packet[2..4]);
-            assert_eq!(u16::from_be_bytes(field(single, 4)), index as u16);
+            assert_eq!(get_u16(single, ipv4::ID), index as u16);
             assert_eq!(single[12..], packet[12..]);
         }
     }

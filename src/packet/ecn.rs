@@ -4,7 +4,7 @@
 //! the outer header is carried over to the inner one. The rest of the traffic class stays inside.
 
 use crate::model::drops::DropReason;
-use crate::packet::{Family, Parsed};
+use crate::packet::Parsed;
 
 /// Not ECN-capable.
 const NOT_ECT: u8 = 0;
@@ -13,12 +13,9 @@ const ECT_1: u8 = 1;
 /// Congestion experienced.
 const CE: u8 = 3;
 
-/// The packet's ECN field, for the outer header (RFC 6040 section 4.1).
+/// The packet's ECN field, which the outer header takes (RFC 6040 section 4.1).
 pub fn inner(packet: &[u8], parsed: &Parsed) -> u8 {
-    match parsed.family() {
-        Family::V4 => packet[1] & 3,
-        Family::V6 => packet[1] >> 4 & 3,
-    }
+    parsed.ecn(packet)
 }
 
 /// Whether [`carry_over`] leaves every packet as it is.
@@ -32,7 +29,7 @@ pub fn changes_nothing(outer: u8) -> bool {
 /// [`DropReason::EcnBroken`] where a router marked a packet whose sender does not understand it: to
 /// be dropped, as the router would have done.
 pub fn carry_over(packet: &mut [u8], parsed: &Parsed, outer: u8) -> Result<(), DropReason> {
-    let own = inner(packet, parsed);
+    let own = parsed.ecn(packet);
     let new = match (own, outer) {
         (NOT_ECT, CE) => return Err(DropReason::EcnBroken),
         (NOT_ECT, _) => NOT_ECT,
@@ -42,26 +39,9 @@ pub fn carry_over(packet: &mut [u8], parsed: &Parsed, outer: u8) -> Result<(), D
         (own, _) => own,
     };
     if new != own {
-        set(packet, parsed, new);
+        parsed.set_ecn(packet, new);
     }
     Ok(())
-}
-
-fn set(packet: &mut [u8], parsed: &Parsed, ecn: u8) {
-    match parsed.family() {
-        Family::V4 => {
-            let old = u16::from_be_bytes([packet[0], packet[1]]);
-            packet[1] = packet[1] & !3 | ecn;
-            let new = u16::from_be_bytes([packet[0], packet[1]]);
-            // RFC 1624, equation 3.
-            let sum = u16::from_be_bytes([packet[10], packet[11]]);
-            let mut sum = u32::from(!sum) + u32::from(!old) + u32::from(new);
-            sum = (sum & 0xffff) + (sum >> 16);
-            sum = (sum & 0xffff) + (sum >> 16);
-            packet[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-        }
-        Family::V6 => packet[1] = packet[1] & !0x30 | ecn << 4,
-    }
 }
 
 #[cfg(test)]
@@ -76,7 +56,7 @@ mod tests {
             .write(&mut packet, b"x")
             .unwrap();
         let parsed = Parsed::parse(&packet).unwrap();
-        set(&mut packet, &parsed, ecn);
+        parsed.set_ecn(&mut packet, ecn);
         packet
     }
 

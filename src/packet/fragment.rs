@@ -10,7 +10,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::model::drops::DropReason;
-use crate::packet::{Addr, Family, Fragment, IPV6_HEADER, Kind, Parsed, Sum, put};
+use crate::packet::checksum::{Sum, finish};
+use crate::packet::field::{get_u16, ipv4, put};
+use crate::packet::{Addr, Family, Fragment, Parsed};
 
 /// How long the pieces of one packet may be apart: what Linux waits for them
 /// (`net.ipv4.ipfrag_time`, RFC 791 section 3.2 suggests 15 s, RFC 8200 section 4.5 has 60 s).
@@ -84,7 +86,7 @@ impl Overlaps {
     /// one, or if one did before: nothing more of that packet is carried.
     pub fn check(&mut self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> Result<(), DropReason> {
         let key = Key::of(parsed, bytes);
-        let piece = place(parsed, bytes);
+        let piece = parsed.fragment_range(bytes);
         let known = self.watched.iter_mut().rev().find(|watched| {
             watched.key == key && now.saturating_duration_since(watched.since) < FRAGMENT_LIFE
         });
@@ -112,38 +114,6 @@ impl Overlaps {
         }
         Ok(())
     }
-}
-
-/// Which bytes of the whole packet's payload a fragment holds.
-fn place(parsed: &Parsed, bytes: &[u8]) -> Range<usize> {
-    let (start, payload) = match parsed.family() {
-        Family::V4 => {
-            let word = u16::from_be_bytes([bytes[6], bytes[7]]);
-            (usize::from(word & 0x1fff) * 8, header_len(bytes))
-        }
-        Family::V6 => {
-            // The door has walked these headers: they end inside the packet.
-            let (mut kind, mut at) = (bytes[6], IPV6_HEADER);
-            while kind != FRAGMENT_HEADER && at + 8 <= parsed.l4() {
-                kind = bytes[at];
-                at += 8 + usize::from(bytes[at + 1]) * 8;
-            }
-            match bytes.get(at..at + 8) {
-                Some(header) => {
-                    let word = u16::from_be_bytes([header[2], header[3]]);
-                    (usize::from(word & 0xfff8), at + 8)
-                }
-                None => (0, parsed.l4()),
-            }
-        }
-    };
-    start..start + parsed.total().saturating_sub(payload)
-}
-
-const FRAGMENT_HEADER: u8 = 44;
-
-fn header_len(bytes: &[u8]) -> usize {
-    usize::from(bytes[0] & 0x0f) * 4
 }
 
 /// Later fragments that came before their first.
@@ -218,24 +188,15 @@ impl<T> Waiting<T> {
     }
 }
 
-/// Whether a router may cut the packet (RFC 791; in IPv6 only its sender may).
+/// Whether a router may cut the packet ([`Parsed::may_fragment`]).
 pub fn may_cut(parsed: &Parsed, bytes: &[u8]) -> bool {
-    const DONT_FRAGMENT: u8 = 0x40;
-    parsed.family() == Family::V4 && bytes[6] & DONT_FRAGMENT == 0
+    parsed.may_fragment(bytes)
 }
 
-/// Writes the checksum of a packet that has only the sum of its pseudo-header.
+/// Writes the checksum of a packet that has only the sum of its pseudo-header
+/// ([`Parsed::finish_checksum`]).
 pub fn complete(parsed: &Parsed, bytes: &mut [u8]) {
-    let Some(at) = parsed.csum_at() else { return };
-    let sum = !Sum::default()
-        .add(&bytes[parsed.l4()..parsed.total()])
-        .fold();
-    let sum = if sum == 0 && parsed.kind() == Kind::Udp {
-        0xffff
-    } else {
-        sum
-    };
-    put(bytes, at, sum.to_ne_bytes());
+    parsed.finish_checksum(bytes);
 }
 
 /// The pieces of an IPv4 packet for which [`may_cut`] holds, none longer than `mtu`. Its checksum
@@ -252,7 +213,7 @@ pub struct Cut<'a> {
 impl<'a> Cut<'a> {
     /// `None` if not even eight bytes fit beside the header.
     pub fn new(parsed: &Parsed, packet: &'a [u8], mtu: usize) -> Option<Self> {
-        let header = header_len(packet);
+        let header = parsed.l4();
         let size = mtu.checked_sub(header)? / 8 * 8;
         (size > 0).then_some(Self {
             packet: &packet[..parsed.total()],
@@ -272,15 +233,17 @@ impl<'a> Cut<'a> {
         let total = self.header + len;
         out[..self.header].copy_from_slice(&self.packet[..self.header]);
         out[self.header..total].copy_from_slice(&payload[..len]);
-        const MORE: u16 = 0x2000;
-        let old = u16::from_be_bytes([self.packet[6], self.packet[7]]);
-        let more = if len < payload.len() { MORE } else { 0 };
-        let field = (old | more) + ((self.at - self.header) / 8) as u16;
-        put(out, 2, (total as u16).to_be_bytes());
-        put(out, 6, field.to_be_bytes());
-        put(out, 10, [0, 0]);
-        let sum = !Sum::default().add(&out[..self.header]).fold();
-        put(out, 10, sum.to_ne_bytes());
+        // Of a packet that is a fragment itself, the offsets go on and its own flag stays.
+        let mut word = get_u16(self.packet, ipv4::FRAGMENT);
+        word += ((self.at - self.header) / 8) as u16;
+        if len < payload.len() {
+            word |= ipv4::MORE_FRAGMENTS;
+        }
+        put(out, ipv4::TOTAL_LEN, (total as u16).to_be_bytes());
+        put(out, ipv4::FRAGMENT, word.to_be_bytes());
+        put(out, ipv4::CHECKSUM, [0, 0]);
+        let sum = Sum::default().add(&out[..self.header]);
+        put(out, ipv4::CHECKSUM, finish(sum, false));
         self.at += len;
         Some(total)
     }
@@ -295,7 +258,8 @@ pub fn is_first(parsed: &Parsed) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packet::testing::{Plan, assert_sums};
+    use crate::packet::Kind;
+    use crate::packet::testing::{Plan, assert_sums, checksum, set_ipv4_checksum};
     use proptest::prelude::*;
 
     #[expect(
@@ -322,10 +286,7 @@ mod tests {
         plan.payload = (0..payload).map(|at| at as u8).collect();
         let mut packet = plan.build();
         packet[6] = 0;
-        let parsed = Parsed::parse(&packet).unwrap();
-        packet[10..12].fill(0);
-        let sum = !Sum::default().add(&packet[..parsed.l4()]).fold();
-        packet[10..12].copy_from_slice(&sum.to_ne_bytes());
+        set_ipv4_checksum(&mut packet);
         packet
     }
 
@@ -340,7 +301,7 @@ mod tests {
                 let field = u16::from_be_bytes([piece[6], piece[7]]);
                 prop_assert_eq!(usize::from(field & 0x1fff) * 8, whole.len() - 20);
                 prop_assert_eq!(field & 0x2000 != 0, index + 1 < all.len());
-                prop_assert_eq!(Sum::default().add(&piece[..20]).fold(), 0xffff);
+                prop_assert_eq!(checksum(&piece[..20]), [0, 0]);
                 prop_assert!(Parsed::parse(piece).is_ok());
                 whole.extend(&piece[20..]);
             }
@@ -394,7 +355,7 @@ mod tests {
         );
         let parsed = Parsed::parse(&plain).unwrap();
         assert_eq!(parsed.fragment(), Fragment::Later);
-        assert_eq!(place(&parsed, &plain), 1_232..1_232 + payload);
+        assert_eq!(parsed.fragment_range(&plain), 1_232..1_232 + payload);
     }
 
     #[test]

@@ -3,11 +3,16 @@
 
 use crate::model::drops::DropReason;
 use crate::model::moved::TCP;
-use crate::packet::field::field;
+use crate::packet::field::{get_u16, get_u32, ipv6, ipv6_fragment};
 
 /// Most IPv6 extension headers that are walked. RFC 8200 section 4.1 names six that may stand
 /// before the upper layer, one of them twice; a longer chain only serves to hide something.
 pub const MAX_EXTENSION_HEADERS: usize = 8;
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const DESTINATION: u8 = 60;
 
 /// Whether the packet is a fragment.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -33,10 +38,6 @@ impl Chain {
     /// later fragment's payload, or the end of `packet`.
     #[inline]
     pub(super) fn walk(packet: &[u8], at: usize, protocol: u8) -> Result<Self, DropReason> {
-        const HOP_BY_HOP: u8 = 0;
-        const ROUTING: u8 = 43;
-        const FRAGMENT: u8 = 44;
-        const DESTINATION: u8 = 60;
         let mut chain = Self {
             l4: at,
             protocol,
@@ -53,7 +54,7 @@ impl Chain {
             let Some(header) = packet[chain.l4..].first_chunk::<8>() else {
                 return Err(DropReason::IpMalformed);
             };
-            let mut len = 8 + usize::from(header[1]) * 8;
+            let mut len = extension_len(header);
             match chain.protocol {
                 // The destination would not be the last one, which is what the checksum covers.
                 ROUTING if header[3] != 0 => return Err(DropReason::IpMalformed),
@@ -61,13 +62,14 @@ impl Chain {
                     if chain.fragment != Fragment::None {
                         return Err(DropReason::IpMalformed);
                     }
-                    len = 8;
-                    let piece = u16::from_be_bytes([header[2], header[3]]);
-                    let (offset, more) = (usize::from(piece & 0xfff8), piece & 1 != 0);
+                    len = ipv6_fragment::HEADER_LEN;
+                    let word = get_u16(header, ipv6_fragment::FRAGMENT);
+                    let offset = usize::from(word & ipv6_fragment::FRAGMENT_OFFSET);
+                    let more = word & ipv6_fragment::MORE_FRAGMENTS != 0;
                     if offset != 0 || more {
                         let rest = packet.len() - chain.l4 - len;
                         chain.fragment = check_fragment(offset, more, rest, header[0])?;
-                        chain.fragment_id = u32::from_be_bytes(field(header, 4));
+                        chain.fragment_id = get_u32(header, ipv6_fragment::ID);
                     }
                 }
                 _ => {}
@@ -85,6 +87,27 @@ impl Chain {
     }
 }
 
+/// Length of an IPv6 extension header other than that of a fragment (RFC 8200 section 4.2).
+#[inline]
+fn extension_len(header: &[u8; 8]) -> usize {
+    8 + usize::from(header[1]) * 8
+}
+
+/// Where the part of an IPv6 packet begins that its fragment header is about, if it has one before
+/// `l4`. Its headers have passed [`Chain::walk`].
+pub(super) fn fragmented_part(packet: &[u8], l4: usize) -> Option<usize> {
+    let (mut kind, mut at) = (*packet.get(ipv6::NEXT_HEADER)?, ipv6::HEADER_LEN);
+    while at < l4 {
+        let header = packet.get(at..)?.first_chunk::<8>()?;
+        if kind == FRAGMENT {
+            return Some(at + ipv6_fragment::HEADER_LEN);
+        }
+        kind = header[0];
+        at += extension_len(header);
+    }
+    None
+}
+
 /// What kind of fragment `len` bytes at `offset` are.
 pub(super) fn check_fragment(
     offset: usize,
@@ -92,7 +115,7 @@ pub(super) fn check_fragment(
     len: usize,
     protocol: u8,
 ) -> Result<Fragment, DropReason> {
-    // An empty or ragged piece, one that ends beyond the largest packet, or one that could write
+    // An empty or ragged fragment, one that ends beyond the largest packet, or one that could write
     // over the flags of a TCP header already judged (RFC 1858 section 3.3).
     let ragged = more && !len.is_multiple_of(8);
     let beyond = offset + len > usize::from(u16::MAX);

@@ -9,6 +9,7 @@ use etherparse::icmpv4::{DestUnreachableHeader, TimeExceededCode as TimeExceeded
 use etherparse::icmpv6::TimeExceededCode as TimeExceededV6;
 use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder};
 
+use crate::packet::field::{icmp, ipv4, ipv6};
 use crate::packet::{Family, Fragment, Kind, Parsed};
 
 /// Longest answer over IPv4: what every host takes (RFC 1812 section 4.3.2.3).
@@ -19,9 +20,9 @@ pub const MAX_V6: usize = 1280;
 /// Hop limit of an answer (RFC 1700, as Linux has it).
 const HOPS: u8 = 64;
 /// IP header without options and ICMP header.
-const V4_HEADERS: usize = 20 + 8;
+const V4_HEADERS: usize = ipv4::HEADER_LEN + icmp::HEADER_LEN;
 /// IPv6 header and ICMPv6 header.
-const V6_HEADERS: usize = 40 + 8;
+const V6_HEADERS: usize = ipv6::HEADER_LEN + icmp::HEADER_LEN;
 
 /// Writes "fragmentation needed" (RFC 1191) or "packet too big" (RFC 4443) about `packet` to the
 /// front of `out`: from `from`, to the packet's sender, who may send `mtu` bytes.
@@ -109,6 +110,7 @@ fn may_answer(packet: &[u8], parsed: &Parsed) -> bool {
 mod tests {
     use super::*;
     use crate::packet::Quoted;
+    use crate::packet::testing::checksum;
 
     fn udp_v4(dst: [u8; 4], payload: usize) -> Vec<u8> {
         let mut out = Vec::new();
@@ -138,10 +140,7 @@ mod tests {
         assert_eq!(out[28..MAX_V4], packet[..MAX_V4 - 28]);
         let quoted = Quoted::parse(&out, &answer).unwrap();
         assert_eq!((quoted.src_port(), quoted.dst_port()), (4000, 53));
-        assert_eq!(
-            crate::packet::Sum::default().add(&out[20..len]).fold(),
-            0xffff
-        );
+        assert_eq!(checksum(&out[20..len]), [0, 0]);
     }
 
     #[test]

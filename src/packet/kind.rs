@@ -1,6 +1,7 @@
 //! What an IP packet carries: ports, a query, an error, or something known by its number alone.
 
 use crate::packet::addr::Family;
+use crate::packet::field::{get_u16, icmp};
 
 /// What follows the IP header.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -18,7 +19,7 @@ pub enum Kind {
     Error,
     /// Any other protocol, known by its number alone.
     Other,
-    /// A later fragment: what follows is a piece of the payload.
+    /// A later fragment: what follows is a part of the payload.
     Hidden,
 }
 
@@ -36,7 +37,7 @@ pub(super) fn icmp_kind(family: Family, icmp_type: u8) -> Option<Kind> {
 
 /// The identifier on the side where a client has its port.
 pub(super) fn icmp_ports(kind: Kind, l4: &[u8]) -> (u16, u16) {
-    let id = u16::from_be_bytes([l4[4], l4[5]]);
+    let id = get_u16(l4, icmp::ID);
     match kind {
         Kind::Request => (id, 0),
         Kind::Reply => (0, id),

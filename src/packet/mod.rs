@@ -33,9 +33,7 @@ pub(crate) mod testing;
 pub mod vnet;
 
 pub use addr::{Addr, Family};
-pub(crate) use checksum::{Sum, pseudo_sum};
-pub use field::{ACK, CWR, ECE, FIN, ICMP, ICMPV6, PSH, RST, SYN, URG};
-pub(crate) use field::{IPV4_HEADER, IPV6_HEADER, field, put};
+pub use field::{ACK, CWR, ECE, FIN, ICMP, ICMPV6, PSH, RST, SYN};
 pub use headers::{Fragment, MAX_EXTENSION_HEADERS};
 pub use kind::Kind;
 pub use mss::clamp_mss;

@@ -2,7 +2,7 @@
 
 use crate::packet::addr::Family;
 use crate::packet::checksum::Sum;
-use crate::packet::field::{SYN, field, put};
+use crate::packet::field::{SYN, get, put, tcp};
 use crate::packet::kind::Kind;
 use crate::packet::parsed::Parsed;
 
@@ -25,10 +25,10 @@ pub fn clamp_mss(
         Family::V4 => max_v4,
         Family::V6 => max_v6,
     };
-    let Some(at) = find_mss(&bytes[..parsed.payload()], parsed.l4() + 20) else {
+    let Some(at) = find_mss(&bytes[..parsed.payload()], parsed.l4() + tcp::HEADER_LEN) else {
         return false;
     };
-    let old: [u8; 2] = field(bytes, at);
+    let old: [u8; 2] = get(bytes, at);
     if u16::from_be_bytes(old) <= max {
         return false;
     }

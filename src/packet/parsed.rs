@@ -1,11 +1,15 @@
 //! One packet that has been checked: where its fields lie, and how they are changed.
 
+use std::ops::Range;
+
 use crate::model::drops::DropReason;
 use crate::model::moved::{TCP, UDP};
 use crate::packet::addr::{Addr, Family, V4_MAPPED};
-use crate::packet::checksum::{Sum, mend_full, mend_l4_full, replace};
-use crate::packet::field::{DCCP, ICMP, ICMPV6, IPV4_HEADER, IPV6_HEADER, UDP_LITE, field, put};
-use crate::packet::headers::{Chain, Fragment, check_fragment, check_options};
+use crate::packet::checksum::{Sum, finish, mend_full, mend_l4_full, replace};
+use crate::packet::field::{
+    DCCP, ICMP, ICMPV6, UDP_LITE, get, get_u16, icmp, ipv4, ipv6, ipv6_fragment, put, tcp, udp,
+};
+use crate::packet::headers::{Chain, Fragment, check_fragment, check_options, fragmented_part};
 use crate::packet::kind::{Kind, icmp_kind, icmp_ports};
 
 /// Where things lie in one packet that has passed the door.
@@ -136,8 +140,8 @@ impl Parsed {
     #[inline]
     pub fn src(&self, bytes: &[u8]) -> Addr {
         match self.family {
-            Family::V4 => Addr::v4(field(bytes, 12)),
-            Family::V6 => Addr(field(bytes, 8)),
+            Family::V4 => Addr::v4(get(bytes, ipv4::SRC)),
+            Family::V6 => Addr(get(bytes, ipv6::SRC)),
         }
     }
 
@@ -145,8 +149,8 @@ impl Parsed {
     #[inline]
     pub fn dst(&self, bytes: &[u8]) -> Addr {
         match self.family {
-            Family::V4 => Addr::v4(field(bytes, 16)),
-            Family::V6 => Addr(field(bytes, 24)),
+            Family::V4 => Addr::v4(get(bytes, ipv4::DST)),
+            Family::V6 => Addr(get(bytes, ipv6::DST)),
         }
     }
 
@@ -154,8 +158,8 @@ impl Parsed {
     #[inline]
     pub fn set_src(&self, bytes: &mut [u8], addr: Addr, partial: bool) {
         let at = match self.family {
-            Family::V4 => 12,
-            Family::V6 => 8,
+            Family::V4 => ipv4::SRC,
+            Family::V6 => ipv6::SRC,
         };
         self.set_addr(bytes, at, addr, partial);
     }
@@ -164,8 +168,8 @@ impl Parsed {
     #[inline]
     pub fn set_dst(&self, bytes: &mut [u8], addr: Addr, partial: bool) {
         let at = match self.family {
-            Family::V4 => 16,
-            Family::V6 => 24,
+            Family::V4 => ipv4::DST,
+            Family::V6 => ipv6::DST,
         };
         self.set_addr(bytes, at, addr, partial);
     }
@@ -174,8 +178,8 @@ impl Parsed {
     /// A packet without one is left alone.
     pub fn set_src_port(&mut self, bytes: &mut [u8], port: u16, partial: bool) {
         let at = match self.kind {
-            Kind::Tcp | Kind::Udp => self.l4(),
-            Kind::Request => self.l4() + 4,
+            Kind::Tcp | Kind::Udp => self.l4() + udp::SRC_PORT,
+            Kind::Request => self.l4() + icmp::ID,
             Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => return,
         };
         self.src_port = port;
@@ -186,8 +190,8 @@ impl Parsed {
     /// A packet without one is left alone.
     pub fn set_dst_port(&mut self, bytes: &mut [u8], port: u16, partial: bool) {
         let at = match self.kind {
-            Kind::Tcp | Kind::Udp => self.l4() + 2,
-            Kind::Reply => self.l4() + 4,
+            Kind::Tcp | Kind::Udp => self.l4() + udp::DST_PORT,
+            Kind::Reply => self.l4() + icmp::ID,
             Kind::Request | Kind::Error | Kind::Other | Kind::Hidden => return,
         };
         self.dst_port = port;
@@ -211,11 +215,12 @@ impl Parsed {
         match self.family {
             Family::V4 => {
                 let field = u16::try_from(total).unwrap_or(0);
-                let delta = replace(bytes, 2, field.to_be_bytes());
-                mend_full(bytes, 10, delta);
+                let delta = replace(bytes, ipv4::TOTAL_LEN, field.to_be_bytes());
+                mend_full(bytes, ipv4::CHECKSUM, delta);
             }
             Family::V6 => {
-                let _ = replace(bytes, 4, ((total - IPV6_HEADER) as u16).to_be_bytes());
+                let field = (total - ipv6::HEADER_LEN) as u16;
+                put(bytes, ipv6::PAYLOAD_LEN, field.to_be_bytes());
             }
         }
         self.total = total as u32;
@@ -225,18 +230,20 @@ impl Parsed {
             Sum::default()
         };
         let body = if self.kind == Kind::Udp {
-            replace(bytes, self.l4() + 4, (new_l4 as u16).to_be_bytes())
+            replace(bytes, self.l4() + udp::LEN, (new_l4 as u16).to_be_bytes())
         } else {
             Sum::default()
         };
         self.mend_l4(bytes, pseudo, body, partial);
     }
 
-    /// Puts another identification into the header of an IPv4 packet.
+    /// Puts another identification into the header of an IPv4 packet; one of IPv6 is left alone.
     pub(crate) fn set_ipv4_id(&mut self, bytes: &mut [u8], id: u16) {
-        debug_assert_eq!(self.family, Family::V4);
-        let delta = replace(bytes, 4, id.to_be_bytes());
-        mend_full(bytes, 10, delta);
+        if self.family != Family::V4 {
+            return;
+        }
+        let delta = replace(bytes, ipv4::ID, id.to_be_bytes());
+        mend_full(bytes, ipv4::CHECKSUM, delta);
         self.fragment_id = id.into();
     }
 
@@ -245,7 +252,68 @@ impl Parsed {
     pub(crate) fn add_tcp_flags(&mut self, bytes: &mut [u8], flags: u8) {
         debug_assert_eq!(self.kind, Kind::Tcp);
         self.tcp_flags |= flags;
-        bytes[self.l4() + 13] = self.tcp_flags;
+        bytes[self.l4() + tcp::FLAGS] = self.tcp_flags;
+    }
+
+    /// Which bytes of the whole packet's payload a fragment holds; of a packet that is none, all.
+    pub fn fragment_range(&self, bytes: &[u8]) -> Range<usize> {
+        let (start, from) = match (self.family, self.fragment) {
+            (Family::V4, _) => {
+                let word = get_u16(bytes, ipv4::FRAGMENT) & ipv4::FRAGMENT_OFFSET;
+                (usize::from(word) * 8, self.l4())
+            }
+            // Its fragment header is the last that was walked.
+            (Family::V6, Fragment::Later) => {
+                let header = self.l4() - ipv6_fragment::HEADER_LEN;
+                let word = get_u16(bytes, header + ipv6_fragment::FRAGMENT);
+                let offset = word & ipv6_fragment::FRAGMENT_OFFSET;
+                (usize::from(offset), self.l4())
+            }
+            // More extension headers may follow that of the fragment, and are a part of it.
+            (Family::V6, Fragment::First) => {
+                let from = fragmented_part(bytes, self.l4());
+                (0, from.unwrap_or(self.l4()))
+            }
+            (Family::V6, Fragment::None) => (0, self.l4()),
+        };
+        start..start + self.total() - from
+    }
+
+    /// Whether a router may fragment the packet (RFC 791; in IPv6 only its sender may).
+    pub fn may_fragment(&self, bytes: &[u8]) -> bool {
+        self.family == Family::V4 && get_u16(bytes, ipv4::FRAGMENT) & ipv4::DONT_FRAGMENT == 0
+    }
+
+    /// The ECN field (RFC 3168 section 5).
+    #[inline]
+    pub fn ecn(&self, bytes: &[u8]) -> u8 {
+        match self.family {
+            Family::V4 => bytes[ipv4::TRAFFIC_CLASS] & 3,
+            Family::V6 => bytes[ipv6::VERSION_CLASS + 1] >> 4 & 3,
+        }
+    }
+
+    /// Puts another ECN field, of two bits, and mends the IPv4 header checksum.
+    pub fn set_ecn(&self, bytes: &mut [u8], ecn: u8) {
+        match self.family {
+            Family::V4 => {
+                let [version, class] = get(bytes, ipv4::VERSION_IHL);
+                let delta = replace(bytes, ipv4::VERSION_IHL, [version, class & !3 | ecn]);
+                mend_full(bytes, ipv4::CHECKSUM, delta);
+            }
+            Family::V6 => {
+                let byte = &mut bytes[ipv6::VERSION_CLASS + 1];
+                *byte = *byte & !0x30 | ecn << 4;
+            }
+        }
+    }
+
+    /// Makes the upper-layer checksum full, which is partial: what hardware does for a kernel that
+    /// leaves it so. `bytes` have to be the whole packet.
+    pub fn finish_checksum(&self, bytes: &mut [u8]) {
+        let Some(at) = self.csum_at() else { return };
+        let sum = Sum::default().add(&bytes[self.l4()..self.total()]);
+        put(bytes, at, finish(sum, self.kind == Kind::Udp));
     }
 
     /// The same packet with the total length that its bytes have by now.
@@ -260,8 +328,8 @@ impl Parsed {
     #[inline]
     pub fn ttl(&self, bytes: &[u8]) -> u8 {
         match self.family {
-            Family::V4 => bytes[8],
-            Family::V6 => bytes[7],
+            Family::V4 => bytes[ipv4::TTL],
+            Family::V6 => bytes[ipv6::HOP_LIMIT],
         }
     }
 
@@ -277,11 +345,11 @@ impl Parsed {
         }
         match self.family {
             Family::V4 => {
-                let protocol = bytes[9];
-                let delta = replace(bytes, 8, [ttl - 1, protocol]);
-                mend_full(bytes, 10, delta);
+                let protocol = bytes[ipv4::PROTOCOL];
+                let delta = replace(bytes, ipv4::TTL, [ttl - 1, protocol]);
+                mend_full(bytes, ipv4::CHECKSUM, delta);
             }
-            Family::V6 => bytes[7] = ttl - 1,
+            Family::V6 => bytes[ipv6::HOP_LIMIT] = ttl - 1,
         }
         Ok(())
     }
@@ -302,7 +370,7 @@ impl Parsed {
             Family::V4 => {
                 let [.., a, b, c, d] = addr.0;
                 let delta = replace(bytes, at, [a, b, c, d]);
-                mend_full(bytes, 10, delta);
+                mend_full(bytes, ipv4::CHECKSUM, delta);
                 delta
             }
             Family::V6 => replace(bytes, at, addr.0),
@@ -324,7 +392,7 @@ impl Parsed {
     pub(super) fn mend_l4(&self, bytes: &mut [u8], pseudo: Sum, body: Sum, partial: bool) {
         let Some(at) = self.csum_at() else { return };
         if partial {
-            let old = u16::from_ne_bytes(field(bytes, at));
+            let old = u16::from_ne_bytes(get(bytes, at));
             put(bytes, at, pseudo.and(Sum(old.into())).fold().to_ne_bytes());
         } else {
             mend_l4_full(bytes, at, self.protocol, pseudo.and(body));
@@ -333,39 +401,41 @@ impl Parsed {
 
     #[inline]
     fn parse_v4(bytes: &[u8]) -> Result<Self, DropReason> {
-        let Some(header) = bytes.first_chunk::<IPV4_HEADER>() else {
+        let Some(header) = bytes.first_chunk::<{ ipv4::HEADER_LEN }>() else {
             return Err(DropReason::IpMalformed);
         };
-        let l4 = usize::from(header[0] & 0x0f) * 4;
-        let total = usize::from(u16::from_be_bytes([header[2], header[3]]));
-        if l4 < IPV4_HEADER || total < l4 || total > bytes.len() {
+        let l4 = ipv4::header_len(header[ipv4::VERSION_IHL]);
+        let total = usize::from(get_u16(header, ipv4::TOTAL_LEN));
+        if l4 < ipv4::HEADER_LEN || total < l4 || total > bytes.len() {
             return Err(DropReason::IpMalformed);
         }
-        let src: [u8; 4] = field(header, 12);
+        let src: [u8; 4] = get(header, ipv4::SRC);
         // 0/8 and 127/8 never leave a host, 224/4 is no one's source, 240/4 is reserved (RFC 6890).
-        if matches!(src[0], 0 | 127 | 224..) || src == field::<4>(header, 16) {
+        if matches!(src[0], 0 | 127 | 224..) || src == get::<4>(header, ipv4::DST) {
             return Err(DropReason::BadSource);
         }
-        if l4 > IPV4_HEADER {
-            check_options(&bytes[IPV4_HEADER..l4])?;
+        if l4 > ipv4::HEADER_LEN {
+            check_options(&bytes[ipv4::HEADER_LEN..l4])?;
         }
-        let piece = u16::from_be_bytes([header[6], header[7]]);
-        let fragment = if piece & 0x3fff == 0 {
+        let protocol = header[ipv4::PROTOCOL];
+        let word = get_u16(header, ipv4::FRAGMENT);
+        let fragment = if word & (ipv4::MORE_FRAGMENTS | ipv4::FRAGMENT_OFFSET) == 0 {
             Fragment::None
         } else {
-            let offset = usize::from(piece & 0x1fff) * 8;
-            check_fragment(offset, piece & 0x2000 != 0, total - l4, header[9])?
+            let offset = usize::from(word & ipv4::FRAGMENT_OFFSET) * 8;
+            let more = word & ipv4::MORE_FRAGMENTS != 0;
+            check_fragment(offset, more, total - l4, protocol)?
         };
         Self {
             total: total as u32,
-            fragment_id: u16::from_be_bytes([header[4], header[5]]).into(),
+            fragment_id: get_u16(header, ipv4::ID).into(),
             l4: l4 as u16,
             payload: l4 as u16,
             csum_at: 0,
             src_port: 0,
             dst_port: 0,
             family: Family::V4,
-            protocol: header[9],
+            protocol,
             kind: Kind::Hidden,
             fragment,
             tcp_flags: 0,
@@ -375,21 +445,21 @@ impl Parsed {
 
     #[inline]
     fn parse_v6(bytes: &[u8]) -> Result<Self, DropReason> {
-        let Some(header) = bytes.first_chunk::<IPV6_HEADER>() else {
+        let Some(header) = bytes.first_chunk::<{ ipv6::HEADER_LEN }>() else {
             return Err(DropReason::IpMalformed);
         };
-        let total = IPV6_HEADER + usize::from(u16::from_be_bytes([header[4], header[5]]));
+        let total = ipv6::HEADER_LEN + usize::from(get_u16(header, ipv6::PAYLOAD_LEN));
         if total > bytes.len() {
             return Err(DropReason::IpMalformed);
         }
-        let (src, dst): ([u8; 16], [u8; 16]) = (field(header, 8), field(header, 24));
+        let (src, dst): ([u8; 16], [u8; 16]) = (get(header, ipv6::SRC), get(header, ipv6::DST));
         if src == dst || is_bad_v6_source(src) {
             return Err(DropReason::BadSource);
         }
         if dst[..12] == V4_MAPPED {
             return Err(DropReason::IpMalformed);
         }
-        let chain = Chain::walk(&bytes[..total], IPV6_HEADER, header[6])?;
+        let chain = Chain::walk(&bytes[..total], ipv6::HEADER_LEN, header[ipv6::NEXT_HEADER])?;
         Self {
             total: total as u32,
             fragment_id: chain.fragment_id,
@@ -416,52 +486,53 @@ impl Parsed {
         let l4 = &packet[self.l4()..];
         match (self.protocol, self.family) {
             (TCP, _) => {
-                let Some(header) = l4.first_chunk::<20>() else {
+                let Some(header) = l4.first_chunk::<{ tcp::HEADER_LEN }>() else {
                     return Err(DropReason::L4Malformed);
                 };
-                let len = header[12] >> 4;
+                let len = header[tcp::DATA_OFFSET] >> 4;
                 if len < 5 || usize::from(len) * 4 > l4.len() {
                     return Err(DropReason::L4Malformed);
                 }
                 self.kind = Kind::Tcp;
-                self.tcp_flags = header[13];
+                self.tcp_flags = header[tcp::FLAGS];
                 self.payload = self.l4 + u16::from(len) * 4;
-                self.csum_at = self.l4 + 16;
+                self.csum_at = self.l4 + tcp::CHECKSUM as u16;
                 self.read_ports(l4);
             }
             (UDP, _) => {
-                let Some(header) = l4.first_chunk::<8>() else {
+                let Some(header) = l4.first_chunk::<{ udp::HEADER_LEN }>() else {
                     return Err(DropReason::L4Malformed);
                 };
                 // Less than the packet holds is allowed: the surplus area of RFC 9868.
-                let len = usize::from(u16::from_be_bytes([header[4], header[5]]));
-                if len < 8 || (len > l4.len() && self.fragment == Fragment::None) {
+                let len = usize::from(get_u16(header, udp::LEN));
+                if len < udp::HEADER_LEN || (len > l4.len() && self.fragment == Fragment::None) {
                     return Err(DropReason::L4Malformed);
                 }
                 self.kind = Kind::Udp;
-                self.payload = self.l4 + 8;
-                self.csum_at = self.l4 + 6;
+                self.payload = self.l4 + udp::HEADER_LEN as u16;
+                self.csum_at = self.l4 + udp::CHECKSUM as u16;
                 self.read_ports(l4);
             }
             (ICMP, Family::V4) | (ICMPV6, Family::V6) => {
-                let Some(header) = l4.first_chunk::<8>() else {
+                let Some(header) = l4.first_chunk::<{ icmp::HEADER_LEN }>() else {
                     return Err(DropReason::L4Malformed);
                 };
-                self.kind = icmp_kind(self.family, header[0]).ok_or(DropReason::IcmpUnsupported)?;
+                self.kind = icmp_kind(self.family, header[icmp::TYPE])
+                    .ok_or(DropReason::IcmpUnsupported)?;
                 if self.kind == Kind::Error && self.fragment != Fragment::None {
                     // An error is never larger than what every link carries.
                     return Err(DropReason::L4Malformed);
                 }
-                self.payload = self.l4 + 8;
-                self.csum_at = self.l4 + 2;
+                self.payload = self.l4 + icmp::HEADER_LEN as u16;
+                self.csum_at = self.l4 + icmp::CHECKSUM as u16;
                 (self.src_port, self.dst_port) = icmp_ports(self.kind, l4);
             }
             (UDP_LITE | DCCP, _) => {
-                if l4.len() < 8 {
+                if l4.len() < udp::HEADER_LEN {
                     return Err(DropReason::L4Malformed);
                 }
                 self.kind = Kind::Other;
-                self.csum_at = self.l4 + 6;
+                self.csum_at = self.l4 + udp::CHECKSUM as u16;
             }
             _ => self.kind = Kind::Other,
         }
@@ -470,8 +541,8 @@ impl Parsed {
 
     #[inline]
     fn read_ports(&mut self, l4: &[u8]) {
-        self.src_port = u16::from_be_bytes([l4[0], l4[1]]);
-        self.dst_port = u16::from_be_bytes([l4[2], l4[3]]);
+        self.src_port = get_u16(l4, udp::SRC_PORT);
+        self.dst_port = get_u16(l4, udp::DST_PORT);
     }
 }
 
@@ -630,7 +701,7 @@ mod tests {
         for first in [0, 127, 224, 240, 255] {
             assert_eq!(tcp(&|b| b[12] = first), Some(BadSource));
         }
-        // A second piece that would cover the flags; a ragged one; one beyond the end.
+        // A second fragment that would cover the flags; a ragged one; one beyond the end.
         assert_eq!(tcp(&|b| b[7] = 1), Some(IpMalformed));
         assert_eq!(tcp(&|b| b[6] = 0x20), None);
         let ragged = |b: &mut Vec<u8>| (b[6], b[3]) = (0x20, b[3] - 1);

@@ -4,7 +4,9 @@ use crate::model::drops::DropReason;
 use crate::model::moved::{TCP, UDP};
 use crate::packet::addr::{Addr, Family};
 use crate::packet::checksum::{Sum, mend_full, mend_l4_full, replace};
-use crate::packet::field::{DCCP, ICMP, ICMPV6, IPV4_HEADER, IPV6_HEADER, UDP_LITE, field};
+use crate::packet::field::{
+    DCCP, ICMP, ICMPV6, UDP_LITE, get, get_u16, icmp, ipv4, ipv6, tcp, udp,
+};
 use crate::packet::headers::{Chain, Fragment};
 use crate::packet::kind::{Kind, icmp_kind, icmp_ports};
 use crate::packet::parsed::Parsed;
@@ -57,20 +59,25 @@ impl Quoted {
         let quote = &bytes[at..];
         let (l4, protocol) = match error.family() {
             Family::V4 => {
-                let header = quote.first_chunk::<IPV4_HEADER>()?;
-                let len = usize::from(header[0] & 0x0f) * 4;
-                let later = u16::from_be_bytes([header[6], header[7]]) & 0x1fff != 0;
-                if header[0] >> 4 != 4 || len < IPV4_HEADER || len > quote.len() || later {
+                let header = quote.first_chunk::<{ ipv4::HEADER_LEN }>()?;
+                let len = ipv4::header_len(header[ipv4::VERSION_IHL]);
+                let later = get_u16(header, ipv4::FRAGMENT) & ipv4::FRAGMENT_OFFSET != 0;
+                if header[ipv4::VERSION_IHL] >> 4 != 4
+                    || len < ipv4::HEADER_LEN
+                    || len > quote.len()
+                    || later
+                {
                     return None;
                 }
-                (at + len, header[9])
+                (at + len, header[ipv4::PROTOCOL])
             }
             Family::V6 => {
-                let header = quote.first_chunk::<IPV6_HEADER>()?;
-                if header[0] >> 4 != 6 {
+                let header = quote.first_chunk::<{ ipv6::HEADER_LEN }>()?;
+                if header[ipv6::VERSION_CLASS] >> 4 != 6 {
                     return None;
                 }
-                let chain = Chain::walk(bytes, at + IPV6_HEADER, header[6]).ok()?;
+                let chain =
+                    Chain::walk(bytes, at + ipv6::HEADER_LEN, header[ipv6::NEXT_HEADER]).ok()?;
                 if chain.fragment == Fragment::Later {
                     return None;
                 }
@@ -92,23 +99,27 @@ impl Quoted {
         let csum = match (protocol, error.family()) {
             (TCP | UDP, _) => {
                 let ports = l4.first_chunk::<8>()?;
-                out.src_port = u16::from_be_bytes([ports[0], ports[1]]);
-                out.dst_port = u16::from_be_bytes([ports[2], ports[3]]);
+                out.src_port = get_u16(ports, udp::SRC_PORT);
+                out.dst_port = get_u16(ports, udp::DST_PORT);
                 out.kind = if protocol == TCP {
                     Kind::Tcp
                 } else {
                     Kind::Udp
                 };
-                if protocol == TCP { 16 } else { 6 }
+                if protocol == TCP {
+                    tcp::CHECKSUM
+                } else {
+                    udp::CHECKSUM
+                }
             }
             (ICMP, Family::V4) | (ICMPV6, Family::V6) => {
                 let header = l4.first_chunk::<8>()?;
-                out.kind =
-                    icmp_kind(error.family(), header[0]).filter(|&kind| kind != Kind::Error)?;
+                out.kind = icmp_kind(error.family(), header[icmp::TYPE])
+                    .filter(|&kind| kind != Kind::Error)?;
                 (out.src_port, out.dst_port) = icmp_ports(out.kind, l4);
-                2
+                icmp::CHECKSUM
             }
-            (UDP_LITE | DCCP, _) => 6,
+            (UDP_LITE | DCCP, _) => udp::CHECKSUM,
             _ => return Some(out),
         };
         // Eight bytes are all that RFC 792 promises; the checksum of TCP lies behind them.
@@ -141,16 +152,16 @@ impl Quoted {
     /// Source address of the quoted packet.
     pub fn src(&self, bytes: &[u8]) -> Addr {
         match self.family {
-            Family::V4 => Addr::v4(field(bytes, usize::from(self.at) + 12)),
-            Family::V6 => Addr(field(bytes, usize::from(self.at) + 8)),
+            Family::V4 => Addr::v4(get(bytes, usize::from(self.at) + ipv4::SRC)),
+            Family::V6 => Addr(get(bytes, usize::from(self.at) + ipv6::SRC)),
         }
     }
 
     /// Destination address of the quoted packet.
     pub fn dst(&self, bytes: &[u8]) -> Addr {
         match self.family {
-            Family::V4 => Addr::v4(field(bytes, usize::from(self.at) + 16)),
-            Family::V6 => Addr(field(bytes, usize::from(self.at) + 24)),
+            Family::V4 => Addr::v4(get(bytes, usize::from(self.at) + ipv4::DST)),
+            Family::V6 => Addr(get(bytes, usize::from(self.at) + ipv6::DST)),
         }
     }
 
@@ -159,18 +170,19 @@ impl Quoted {
     pub fn rewrite(&self, bytes: &mut [u8], error: &Parsed, change: &Rewrite) {
         // Everything that can change lies between the quoted IP header and the end of the longest
         // plain transport header; the difference of its sums is what the error's checksum needs.
-        let reach = usize::from(self.at)..usize::from(self.end).min(usize::from(self.l4) + 20);
+        let reach =
+            usize::from(self.at)..usize::from(self.end).min(usize::from(self.l4) + tcp::HEADER_LEN);
         let before = Sum::default().add(&bytes[reach.clone()]);
         let (src_at, dst_at) = match self.family {
-            Family::V4 => (12, 16),
-            Family::V6 => (8, 24),
+            Family::V4 => (ipv4::SRC, ipv4::DST),
+            Family::V6 => (ipv6::SRC, ipv6::DST),
         };
         self.set_addr(bytes, src_at, change.src);
         self.set_addr(bytes, dst_at, change.dst);
         let (src_at, dst_at) = match self.kind {
-            Kind::Tcp | Kind::Udp => (Some(0), Some(2)),
-            Kind::Request => (Some(4), None),
-            Kind::Reply => (None, Some(4)),
+            Kind::Tcp | Kind::Udp => (Some(udp::SRC_PORT), Some(udp::DST_PORT)),
+            Kind::Request => (Some(icmp::ID), None),
+            Kind::Reply => (None, Some(icmp::ID)),
             Kind::Error | Kind::Other | Kind::Hidden => (None, None),
         };
         for (at, port) in [(src_at, change.src_port), (dst_at, change.dst_port)] {
@@ -191,7 +203,7 @@ impl Quoted {
             Family::V4 => {
                 let [.., a, b, c, d] = addr.0;
                 let delta = replace(bytes, at + offset, [a, b, c, d]);
-                mend_full(bytes, at + 10, delta);
+                mend_full(bytes, at + ipv4::CHECKSUM, delta);
                 if self.protocol != ICMP {
                     self.mend(bytes, delta);
                 }

@@ -9,11 +9,10 @@
 //!             out:     headers│p1   headers│p2   headers│p3       (each into the send batch)
 //! ```
 
+use crate::packet::checksum::{Sum, finish, pseudo_sum};
+use crate::packet::field::{get, get_u16, get_u32, ipv4, ipv6, put, tcp, udp};
 use crate::packet::vnet::Offload;
-use crate::packet::{
-    ACK, CWR, ECE, FIN, Family, Fragment, IPV6_HEADER, Kind, PSH, Parsed, Sum, field, pseudo_sum,
-    put,
-};
+use crate::packet::{ACK, CWR, ECE, FIN, Family, Fragment, Kind, PSH, Parsed};
 
 /// Least payload a TCP cut may have. A tunnel that carries less than this beside the headers is
 /// better served by splitting packets.
@@ -96,7 +95,7 @@ impl<'a> Segments<'a> {
             Some(at)
                 if !offload.partial
                     && parsed.family() == Family::V4
-                    && field::<2>(packet, at) == [0, 0] =>
+                    && get::<2>(packet, at) == [0, 0] =>
             {
                 Shape::BareUdp
             }
@@ -123,14 +122,14 @@ impl<'a> Segments<'a> {
             return out;
         }
         if out.family == Family::V4 {
-            out.id = u16::from_be_bytes(field(header, 4));
+            out.id = get_u16(header, ipv4::ID);
             out.ip = Sum::default()
-                .add(&header[..2])
-                .add(&header[6..10])
-                .add(&header[12..out.l4]);
+                .add(&header[..ipv4::TOTAL_LEN])
+                .add(&header[ipv4::FRAGMENT..ipv4::CHECKSUM])
+                .add(&header[ipv4::SRC..out.l4]);
         }
         if is_tcp {
-            out.seq = u32::from_be_bytes(field(header, out.l4 + 4));
+            out.seq = get_u32(header, out.l4 + tcp::SEQ);
         }
         out.pseudo = pseudo_sum(header, out.family, parsed.protocol());
         out
@@ -179,17 +178,24 @@ impl<'a> Segments<'a> {
             Family::V4 => {
                 let len = (out.len() as u16).to_be_bytes();
                 let id = self.id.to_be_bytes();
-                put(out, 2, len);
-                put(out, 4, id);
-                put(out, 10, (!self.ip.word(len).word(id).fold()).to_ne_bytes());
+                put(out, ipv4::TOTAL_LEN, len);
+                put(out, ipv4::ID, id);
+                put(
+                    out,
+                    ipv4::CHECKSUM,
+                    finish(self.ip.word(len).word(id), false),
+                );
                 self.id = self.id.wrapping_add(1);
             }
-            Family::V6 => put(out, 4, ((out.len() - IPV6_HEADER) as u16).to_be_bytes()),
+            Family::V6 => {
+                let len = ((out.len() - ipv6::HEADER_LEN) as u16).to_be_bytes();
+                put(out, ipv6::PAYLOAD_LEN, len);
+            }
         }
         match self.shape {
             Shape::Whole => return,
             Shape::Tcp => {
-                put(out, self.l4 + 4, self.seq.to_be_bytes());
+                put(out, self.l4 + tcp::SEQ, self.seq.to_be_bytes());
                 self.seq = self.seq.wrapping_add(payload as u32);
                 let mut flags = self.flags;
                 if self.left > 0 {
@@ -198,24 +204,19 @@ impl<'a> Segments<'a> {
                 if !self.first {
                     flags &= !CWR;
                 }
-                out[self.l4 + 13] = flags;
+                out[self.l4 + tcp::FLAGS] = flags;
             }
-            Shape::Udp => put(out, self.l4 + 4, l4_len),
-            Shape::BareUdp => return put(out, self.l4 + 4, l4_len),
+            Shape::Udp => put(out, self.l4 + udp::LEN, l4_len),
+            Shape::BareUdp => return put(out, self.l4 + udp::LEN, l4_len),
         }
         let pseudo = self.pseudo.word(l4_len);
         let sum = if self.partial {
-            pseudo.fold()
+            pseudo.fold().to_ne_bytes()
         } else {
             put(out, self.csum_at, [0, 0]);
-            let sum = !pseudo.add(&out[self.l4..]).fold();
-            if sum == 0 && self.shape == Shape::Udp {
-                0xffff
-            } else {
-                sum
-            }
+            finish(pseudo.add(&out[self.l4..]), self.shape == Shape::Udp)
         };
-        put(out, self.csum_at, sum.to_ne_bytes());
+        put(out, self.csum_at, sum);
     }
 }
 

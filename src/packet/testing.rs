@@ -2,11 +2,11 @@
 
 use std::net::IpAddr;
 
+use etherparse::checksum::Sum16BitWords;
 use etherparse::{NetHeaders, PacketBuilder, PacketHeaders, TransportHeader};
 use proptest::prelude::*;
 
-use crate::packet::checksum::{Sum, pseudo_sum};
-use crate::packet::field::{ACK, CWR, FIN, PSH, RST, SYN, put};
+use crate::packet::field::{ACK, CWR, FIN, ICMPV6, PSH, RST, SYN, put};
 use crate::packet::segment::Segments;
 use crate::packet::vnet::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Offload, VnetHdr};
 use crate::packet::{Family, Kind, Parsed, icmp};
@@ -112,23 +112,47 @@ impl Plan {
     }
 }
 
+/// Leaves the sum of the pseudo-header alone in place of the checksum, as a kernel does that leaves
+/// the rest to hardware.
 pub(crate) fn make_partial(packet: &mut [u8]) {
     let parsed = Parsed::parse(packet).unwrap();
-    let len = ((parsed.total() - parsed.l4()) as u16).to_be_bytes();
-    let sum = pseudo_sum(packet, parsed.family(), parsed.protocol()).word(len);
-    put(packet, parsed.csum_at().unwrap(), sum.fold().to_ne_bytes());
+    let len = (parsed.total() - parsed.l4()) as u32;
+    let sum = pseudo_header(packet, parsed.protocol(), len);
+    put(packet, parsed.csum_at().unwrap(), sum);
+}
+
+/// The sum of a packet's pseudo-header, as a partial checksum has it.
+pub(crate) fn pseudo_header(packet: &[u8], protocol: u8, len: u32) -> [u8; 2] {
+    let addrs = if packet[0] >> 4 == 4 { 12..20 } else { 8..40 };
+    let mut sum = Sum16BitWords::new()
+        .add_slice(&packet[addrs])
+        .add_2bytes([0, protocol]);
+    (!sum.add_4bytes(len.to_be_bytes()).ones_complement()).to_ne_bytes()
 }
 
 /// Does what hardware would do for a partial checksum.
 pub(crate) fn complete(packet: &mut [u8]) {
     let parsed = Parsed::parse(packet).unwrap();
-    let sum = !Sum::default().add(&packet[parsed.l4()..]).fold();
-    let sum = if sum == 0 && parsed.kind() == Kind::Udp {
-        0xffff
-    } else {
-        sum
+    let sum = match checksum(&packet[parsed.l4()..]) {
+        [0, 0] if parsed.kind() == Kind::Udp => [0xff, 0xff],
+        sum => sum,
     };
-    put(packet, parsed.csum_at().unwrap(), sum.to_ne_bytes());
+    put(packet, parsed.csum_at().unwrap(), sum);
+}
+
+/// The checksum of `bytes` by etherparse, as it is stored; zero if they contain it already.
+pub(crate) fn checksum(bytes: &[u8]) -> [u8; 2] {
+    Sum16BitWords::new()
+        .add_slice(bytes)
+        .ones_complement()
+        .to_ne_bytes()
+}
+
+/// Makes the checksum of an IPv4 header without options right.
+pub(crate) fn set_ipv4_checksum(packet: &mut [u8]) {
+    packet[10..12].fill(0);
+    let sum = checksum(&packet[..20]);
+    packet[10..12].copy_from_slice(&sum);
 }
 
 /// Compares every checksum of a whole packet with etherparse's own computation.
@@ -226,6 +250,7 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
 const V4: (&str, &str) = ("203.0.113.9", "192.0.2.5");
 const V6: (&str, &str) = ("2001:db8::9", "2001:db8::5");
 
+/// A packet with `payload` bytes of which no two runs are alike.
 pub(crate) fn plan(kind: Kind, v6: bool, payload: usize) -> Plan {
     let (src, dst) = if v6 { V6 } else { V4 };
     let payload = (0..payload).map(|at| (at * 7 + at / 251) as u8).collect();
@@ -235,6 +260,7 @@ pub(crate) fn plan(kind: Kind, v6: bool, payload: usize) -> Plan {
     }
 }
 
+/// What the kernel says of `parsed` as a super-packet of segments of `size` bytes.
 pub(crate) fn vnet(parsed: &Parsed, size: u16, partial: bool) -> VnetHdr {
     let gso_type = match (parsed.kind(), parsed.family()) {
         (Kind::Udp, _) => GSO_UDP_L4,
@@ -254,6 +280,7 @@ pub(crate) fn vnet(parsed: &Parsed, size: u16, partial: bool) -> VnetHdr {
     }
 }
 
+/// All segments of a packet, and whether their checksums are partial.
 pub(crate) fn cut(packet: &mut [u8], vnet: &VnetHdr, max: usize) -> Vec<(Vec<u8>, bool)> {
     let parsed = Parsed::parse(packet).unwrap();
     let offload = Offload::accept(vnet, packet, &parsed).unwrap();
@@ -296,9 +323,7 @@ pub(crate) fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
             out[5] = id;
             let field = (range.start / 8) as u16 | if more { 0x2000 } else { 0 };
             out[6..8].copy_from_slice(&field.to_be_bytes());
-            out[10..12].fill(0);
-            let sum = !Sum::default().add(&out[..20]).fold();
-            out[10..12].copy_from_slice(&sum.to_ne_bytes());
+            set_ipv4_checksum(&mut out);
             out
         };
         return [piece(0..at, true), piece(at..packet.len() - 20, false)];
@@ -328,21 +353,17 @@ pub(crate) fn too_big(about: &[u8], len: usize, from: IpAddr) -> Vec<u8> {
     // Cut the quotation and set lengths and checksums anew.
     if from.is_ipv4() {
         out[2..4].copy_from_slice(&((all - cut) as u16).to_be_bytes());
-        out[10..12].fill(0);
-        let sum = !Sum::default().add(&out[..20]).fold();
-        out[10..12].copy_from_slice(&sum.to_ne_bytes());
+        set_ipv4_checksum(&mut out);
     } else {
         out[4..6].copy_from_slice(&((all - cut - 40) as u16).to_be_bytes());
     }
-    out[head + 2..head + 4].fill(0);
-    let mut sum = Sum::default().add(&out[head..]);
-    if from.is_ipv6() {
-        let len = ((out.len() - head) as u16).to_be_bytes();
-        sum = sum
-            .and(Sum::default().add(&out[8..40]))
-            .word([0, 58])
-            .word(len);
-    }
-    out[head + 2..head + 4].copy_from_slice(&(!sum.fold()).to_ne_bytes());
+    let pseudo = if from.is_ipv4() {
+        [0, 0]
+    } else {
+        pseudo_header(&out, ICMPV6, (out.len() - head) as u32)
+    };
+    out[head + 2..head + 4].copy_from_slice(&pseudo);
+    let sum = checksum(&out[head..]);
+    out[head + 2..head + 4].copy_from_slice(&sum);
     out
 }

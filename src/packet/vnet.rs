@@ -2,7 +2,9 @@
 //! whether that is true.
 
 use crate::model::drops::DropReason;
-use crate::packet::{Family, Fragment, IPV4_HEADER, IPV6_HEADER, Kind, Parsed, Sum, field, put};
+use crate::packet::checksum::{Sum, finish};
+use crate::packet::field::{get, ipv4, ipv6, put};
+use crate::packet::{Family, Fragment, Kind, Parsed};
 
 /// Length of [`VnetHdr`] on a TUN with `IFF_VNET_HDR` (`struct virtio_net_hdr`; the longer forms
 /// are asked for with `TUNSETVNETHDRSZ`).
@@ -47,7 +49,7 @@ impl VnetHdr {
     /// Reads the header from the front of what a TUN gave.
     #[inline]
     pub fn read(bytes: &[u8; VNET_LEN]) -> Self {
-        let word = |at| u16::from_ne_bytes(field(bytes, at));
+        let word = |at| u16::from_ne_bytes(get(bytes, at));
         Self {
             flags: bytes[0],
             gso_type: bytes[1],
@@ -117,16 +119,16 @@ impl Offload {
             && parsed.csum_at() == Some(at);
         if needs_csum && !partial {
             let headers_end = match parsed.family() {
-                Family::V4 => IPV4_HEADER,
-                Family::V6 => IPV6_HEADER,
+                Family::V4 => ipv4::HEADER_LEN,
+                Family::V6 => ipv6::HEADER_LEN,
             };
             if vnet.gso_type != GSO_NONE || start < headers_end || at + 2 > total {
                 return Err(DropReason::BadOffload);
             }
             // The field is inside the range and holds the pseudo-header's sum already.
-            let sum = !Sum::default().add(&packet[start..total]).fold();
-            let sum = if sum == 0 { 0xffff } else { sum };
-            put(packet, at, sum.to_ne_bytes());
+            // Whatever protocol it is of, no receiver minds the other zero.
+            let sum = Sum::default().add(&packet[start..total]);
+            put(packet, at, finish(sum, true));
         }
         let wanted = match vnet.gso_type & !GSO_ECN {
             GSO_NONE if vnet.gso_type == GSO_NONE => return Ok(Self { cut: None, partial }),
