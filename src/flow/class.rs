@@ -1,9 +1,13 @@
-//! How long a flow is remembered, and which one gives way first: policy without mechanism.
+//! What is known of a flow, how long that is worth keeping, and which flow gives way first.
+//!
+//! Owns the states of a flow ([`Seen`]), the classes that follow from them, the timeout of each, and
+//! the order of eviction. This is policy alone: the entries lie in [`table`](super::table), which
+//! asks here.
 
 use std::time::Duration;
 
 use crate::model::moved::{TCP, UDP};
-use crate::packet::{ICMP, ICMPV6};
+use crate::packet::{ACK, FIN, ICMP, ICMPV6, RST, SYN};
 
 /// TCP, no handshake seen to its end: not less than 4 minutes (RFC 5382 REQ-5, "partially open").
 pub const TCP_OPENING: Duration = Duration::from_secs(240);
@@ -28,7 +32,47 @@ pub const RECENT: Duration = Duration::from_secs(10);
 /// its next packet makes the flow anew where only one is possible.
 pub const RECENT_TCP: Duration = Duration::from_secs(1800);
 
-/// The lists: flows with the same timeout.
+/// How flows give way to new ones: those of the first tier before those of the next, and within a
+/// tier the one that was not used for the longest time.
+pub(super) const EVICTION_ORDER: [Tier; 4] = [
+    Tier {
+        classes: &[Class::TcpReset],
+        idle: Duration::ZERO,
+    },
+    Tier {
+        classes: &[
+            Class::TcpOpening,
+            Class::UdpOneWay,
+            Class::IcmpOneWay,
+            Class::OtherOneWay,
+        ],
+        idle: Duration::ZERO,
+    },
+    Tier {
+        classes: &[Class::TcpClosing, Class::Icmp, Class::Udp, Class::Other],
+        idle: RECENT,
+    },
+    Tier {
+        classes: &[Class::TcpEstablished],
+        idle: RECENT_TCP,
+    },
+];
+
+/// Classes whose flows are equally easy to do without.
+pub(super) struct Tier {
+    pub(super) classes: &'static [Class],
+    /// A flow that was used more recently than this is in use, and stays.
+    idle: Duration,
+}
+
+impl Tier {
+    /// Whether a flow may go that was not used for `idle` seconds.
+    pub(super) fn lets_go(&self, idle: u32) -> bool {
+        u64::from(idle) >= self.idle.as_secs()
+    }
+}
+
+/// Flows that are treated alike: they have one timeout and one place in the order of eviction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub(super) enum Class {
@@ -59,13 +103,12 @@ impl Class {
         Self::Other,
     ];
 
-    pub(super) fn of(protocol: u8, seen: u8) -> Self {
-        use seen::{ANSWERED, BOTH, FIN_BOTH, RESET};
-        let answered = seen & BOTH == BOTH;
+    pub(super) fn of(protocol: u8, seen: Seen) -> Self {
+        let answered = seen.has(Seen::BOTH);
         match protocol {
-            TCP if seen & RESET != 0 => Self::TcpReset,
-            TCP if seen & FIN_BOTH == FIN_BOTH => Self::TcpClosing,
-            TCP if answered && seen & ANSWERED != 0 => Self::TcpEstablished,
+            TCP if seen.has(Seen::RESET) => Self::TcpReset,
+            TCP if seen.has(Seen::FIN_BOTH) => Self::TcpClosing,
+            TCP if answered && seen.has(Seen::ANSWERED) => Self::TcpEstablished,
             TCP => Self::TcpOpening,
             UDP if answered => Self::Udp,
             UDP => Self::UdpOneWay,
@@ -76,6 +119,7 @@ impl Class {
         }
     }
 
+    /// Seconds after its last packet until a flow is forgotten.
     #[inline]
     pub(super) fn timeout(self) -> u32 {
         let timeout = match self {
@@ -91,19 +135,16 @@ impl Class {
         timeout.as_secs() as u32
     }
 
-    /// How readily a flow gives way that was not seen for `idle` seconds, the least first; `None` if it
-    /// is in use. The order of `FlowTable::dispensable`.
-    pub(super) fn dispensable(self, idle: u32) -> Option<u8> {
-        match self {
-            Self::TcpReset => Some(0),
-            Self::TcpOpening | Self::UdpOneWay | Self::IcmpOneWay | Self::OtherOneWay => Some(1),
-            Self::TcpClosing | Self::Udp | Self::Icmp | Self::Other => {
-                (u64::from(idle) >= RECENT.as_secs()).then_some(2)
-            }
-            Self::TcpEstablished => (u64::from(idle) >= RECENT_TCP.as_secs()).then_some(3),
-        }
+    /// The tier of [`EVICTION_ORDER`] in which a flow gives way that was not used for `idle` seconds;
+    /// `None` if it is in use.
+    pub(super) fn eviction_tier(self, idle: u32) -> Option<usize> {
+        EVICTION_ORDER
+            .iter()
+            .position(|tier| tier.classes.contains(&self))
+            .filter(|&index| EVICTION_ORDER[index].lets_go(idle))
     }
 
+    /// Whether only one side was heard, or no handshake came to its end: what a flood consists of.
     pub(super) fn is_one_way(self) -> bool {
         match self {
             Self::TcpOpening | Self::UdpOneWay | Self::IcmpOneWay | Self::OtherOneWay => true,
@@ -125,14 +166,85 @@ pub(super) enum Side {
 }
 
 /// What was seen of a flow.
-pub(super) mod seen {
-    pub(in crate::flow) const CLIENT: u8 = 1;
-    pub(in crate::flow) const APPLICATION: u8 = 2;
-    pub(in crate::flow) const BOTH: u8 = CLIENT | APPLICATION;
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Seen(u8);
+
+impl Seen {
+    const CLIENT: Self = Self(1);
+    const APPLICATION: Self = Self(2);
+    const BOTH: Self = Self(1 | 2);
     /// The client sent a TCP packet other than its SYN: with an answer seen, its handshake is done.
-    pub(in crate::flow) const ANSWERED: u8 = 4;
-    pub(in crate::flow) const FIN_CLIENT: u8 = 8;
-    pub(in crate::flow) const FIN_APPLICATION: u8 = 16;
-    pub(in crate::flow) const FIN_BOTH: u8 = FIN_CLIENT | FIN_APPLICATION;
-    pub(in crate::flow) const RESET: u8 = 32;
+    const ANSWERED: Self = Self(4);
+    const FIN_CLIENT: Self = Self(8);
+    const FIN_APPLICATION: Self = Self(16);
+    const FIN_BOTH: Self = Self(8 | 16);
+    const RESET: Self = Self(32);
+
+    /// What will have been seen once a packet of `protocol` from `side` is.
+    #[inline]
+    pub(super) fn after(self, protocol: u8, side: Side, tcp_flags: u8) -> Self {
+        let own = match side {
+            Side::Client => Self::CLIENT,
+            Side::Application => Self::APPLICATION,
+        };
+        if protocol != TCP {
+            return self.with(own);
+        }
+        if tcp_flags & RST != 0 {
+            return self.with(own).with(Self::RESET);
+        }
+        match side {
+            Side::Client if tcp_flags & (SYN | ACK) == SYN => {
+                // A SYN on a closed connection opens another; on a live one it is a repetition or
+                // a forgery, and the application's answer will tell.
+                let closed = self.has(Self::RESET) || self.has(Self::FIN_BOTH);
+                if closed { own } else { self.with(own) }
+            }
+            Side::Client => {
+                let seen = self.with(own).with(Self::ANSWERED);
+                if tcp_flags & FIN != 0 {
+                    seen.with(Self::FIN_CLIENT)
+                } else {
+                    seen
+                }
+            }
+            // The application, next door, goes on: the RST was not accepted.
+            Side::Application => {
+                let seen = Self(self.0 & !Self::RESET.0).with(own);
+                if tcp_flags & FIN != 0 {
+                    seen.with(Self::FIN_APPLICATION)
+                } else {
+                    seen
+                }
+            }
+        }
+    }
+
+    #[inline]
+    fn has(self, all: Self) -> bool {
+        self.0 & all.0 == all.0
+    }
+
+    #[inline]
+    fn with(self, more: Self) -> Self {
+        Self(self.0 | more.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_class_has_one_place_in_the_order_of_eviction() {
+        for class in Class::ALL {
+            let tiers = EVICTION_ORDER
+                .iter()
+                .filter(|tier| tier.classes.contains(&class));
+            assert_eq!(tiers.count(), 1, "{class:?}");
+            assert_eq!(class.is_one_way(), class.eviction_tier(0) == Some(1));
+        }
+        let established = |idle| Class::TcpEstablished.eviction_tier(idle);
+        assert_eq!((established(1_799), established(1_800)), (None, Some(3)));
+    }
 }

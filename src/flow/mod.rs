@@ -6,6 +6,7 @@ pub mod gate;
 pub mod nat;
 pub mod routes;
 pub mod seed;
+mod slab;
 pub mod table;
 pub mod translate;
 

@@ -30,12 +30,13 @@ use std::time::Instant;
 use hashbrown::HashTable;
 
 pub use crate::flow::class::TCP_RESET;
-use crate::flow::class::{Class, RECENT, RECENT_TCP, Side, seen};
+use crate::flow::class::{Class, EVICTION_ORDER, Seen, Side, Tier};
 use crate::flow::seed::Seed;
+use crate::flow::slab::{List, Slab};
 use crate::model::drops::DropReason;
 use crate::model::moved::{TCP, UDP};
 use crate::model::peer::PeerId;
-use crate::packet::{ACK, Addr, FIN, Family, ICMP, ICMPV6, RST, SYN};
+use crate::packet::{Addr, Family, ICMP, ICMPV6};
 
 /// From this share of the limit on (3/4), one source may not have more than its share.
 const PRESSURE: (usize, usize) = (3, 4);
@@ -56,11 +57,6 @@ const FIRST_PORT: u32 = 1024;
 /// Step from one port that is tried to the next. A prime that does not divide the range comes by every
 /// port before any twice.
 const PORT_STEP: u32 = 7919;
-
-/// Entries allocated together: 13 KiB.
-const CHUNK: usize = 256;
-
-const NIL: u32 = u32::MAX;
 
 /// Number of an address that the translator knows: keys stay small, and an address is never
 /// forgotten while the daemon runs.
@@ -186,7 +182,7 @@ pub struct FlowTable {
     seed: Seed,
     masquerade: Option<Masquerade>,
     epoch: Instant,
-    slab: Slab,
+    slab: Slab<Entry>,
     outside: HashTable<u32>,
     inside: HashTable<u32>,
     lists: [List; Class::COUNT],
@@ -359,10 +355,9 @@ impl FlowTable {
         for class in Class::ALL {
             let timeout = class.timeout();
             while looked < budget {
-                let at = self.lists[class as usize].head;
-                if at == NIL {
+                let Some(at) = self.lists[class as usize].first() else {
                     break;
-                }
+                };
                 let entry = self.slab.get(at);
                 if entry.is_expired(now) {
                     self.remove(at, limit);
@@ -400,8 +395,7 @@ impl FlowTable {
 
     /// Bytes that the table has allocated.
     pub fn allocated(&self) -> usize {
-        self.slab.chunks.capacity() * size_of::<Box<[Entry; CHUNK]>>()
-            + self.slab.chunks.len() * size_of::<[Entry; CHUNK]>()
+        self.slab.allocated()
             + self.outside.allocation_size()
             + self.inside.allocation_size()
             + self.sources.capacity() * size_of::<u32>()
@@ -437,7 +431,7 @@ impl FlowTable {
     fn note(&mut self, at: u32, now: u32, side: Side, tcp_flags: u8) {
         let entry = self.slab.get_mut(at);
         entry.last_seen = now;
-        let seen = entry.after(side, tcp_flags);
+        let seen = entry.seen.after(entry.protocol, side, tcp_flags);
         if seen != entry.seen {
             entry.seen = seen;
             self.reclass(at, now);
@@ -505,7 +499,7 @@ impl FlowTable {
     ) -> Option<Inside> {
         let ports = self.masquerade.as_ref()?.ports.clone();
         let span = u32::from(*ports.end()) - u32::from(*ports.start()) + 1;
-        let mut best: Option<(u8, u32, u32, Inside)> = None;
+        let mut best: Option<(usize, u32, u32, Inside)> = None;
         for index in 0..PORT_TRIES.min(span) {
             let offset = first.wrapping_add(index.wrapping_mul(PORT_STEP)) % span;
             let key = Inside {
@@ -519,10 +513,11 @@ impl FlowTable {
                 continue;
             };
             let entry = self.slab.get(at);
-            if let Some(rank) = entry.class.dispensable(now.saturating_sub(entry.last_seen))
-                && best.is_none_or(|(other, seen, ..)| (rank, entry.last_seen) < (other, seen))
+            let idle = now.saturating_sub(entry.last_seen);
+            if let Some(tier) = entry.class.eviction_tier(idle)
+                && best.is_none_or(|(other, seen, ..)| (tier, entry.last_seen) < (other, seen))
             {
-                best = Some((rank, entry.last_seen, at, key));
+                best = Some((tier, entry.last_seen, at, key));
             }
         }
         let (_, _, at, key) = best?;
@@ -544,7 +539,7 @@ impl FlowTable {
 
     fn insert(&mut self, now: u32, outside: &Outside, inside: &Inside, side: Side, tcp_flags: u8) {
         let mut entry = Entry::new(outside, inside, now);
-        entry.seen = entry.after(side, tcp_flags);
+        entry.seen = entry.seen.after(entry.protocol, side, tcp_flags);
         entry.class = Class::of(entry.protocol, entry.seen);
         let at = self.slab.add(entry);
         let (seed, slab, masquerade) = (&self.seed, &self.slab, &self.masquerade);
@@ -589,33 +584,23 @@ impl FlowTable {
 
     /// The flow to give up first.
     fn dispensable(&mut self, now: u32) -> Option<u32> {
-        let closed = self.lists[Class::TcpReset as usize].head;
-        if closed != NIL {
-            return Some(closed);
+        // Of those that were reset any will do, used meanwhile or not.
+        if let Some(reset) = self.lists[Class::TcpReset as usize].first() {
+            return Some(reset);
         }
-        let one_way = [
-            Class::TcpOpening,
-            Class::UdpOneWay,
-            Class::IcmpOneWay,
-            Class::OtherOneWay,
-        ];
-        if let Some(at) = self.oldest(&one_way, now, 0) {
-            return Some(at);
-        }
-        let unconnected = [Class::TcpClosing, Class::Icmp, Class::Udp, Class::Other];
-        self.oldest(&unconnected, now, RECENT.as_secs() as u32)
-            .or_else(|| self.oldest(&[Class::TcpEstablished], now, RECENT_TCP.as_secs() as u32))
+        EVICTION_ORDER
+            .iter()
+            .find_map(|tier| self.least_recent(tier, now))
     }
 
-    /// The member of these lists that was not seen for the longest time, and at least for `idle`.
-    fn oldest(&mut self, classes: &[Class], now: u32, idle: u32) -> Option<u32> {
+    /// The flow of this tier that was not used for the longest time, unless it is in use.
+    fn least_recent(&mut self, tier: &Tier, now: u32) -> Option<u32> {
         let mut best: Option<(u32, u32)> = None;
-        for &class in classes {
+        for &class in tier.classes {
             for tries in 1.. {
-                let at = self.lists[class as usize].head;
-                if at == NIL {
+                let Some(at) = self.lists[class as usize].first() else {
                     break;
-                }
+                };
                 let entry = self.slab.get(at);
                 if entry.was_used_since_placed() && tries < EVICT_TRIES {
                     self.unlink(at);
@@ -628,26 +613,18 @@ impl FlowTable {
                 break;
             }
         }
-        best.filter(|(seen, _)| now.saturating_sub(*seen) >= idle)
+        best.filter(|(seen, _)| tier.lets_go(now.saturating_sub(*seen)))
             .map(|(_, at)| at)
     }
 
     /// Appends to the list of the entry's class.
     fn link(&mut self, at: u32, now: u32) {
-        let class = self.slab.get(at).class;
-        let tail = self.lists[class as usize].tail;
         let entry = self.slab.get_mut(at);
         entry.placed = now;
-        entry.next = NIL;
-        entry.prev = tail;
-        if tail == NIL {
-            self.lists[class as usize].head = at;
-        } else {
-            self.slab.get_mut(tail).next = at;
-        }
-        self.lists[class as usize].tail = at;
+        let (class, client) = (entry.class, entry.client);
+        self.slab.append(&mut self.lists[class as usize], at);
         if class.is_one_way() {
-            let source = self.source(self.slab.get(at).client);
+            let source = self.source(client);
             if self.sources.is_empty() {
                 self.sources.resize(SOURCES, 0);
             }
@@ -655,21 +632,13 @@ impl FlowTable {
         }
     }
 
+    /// Takes out of the list of the entry's class.
     fn unlink(&mut self, at: u32) {
         let entry = self.slab.get(at);
-        let (class, prev, next) = (entry.class, entry.prev, entry.next);
-        if prev == NIL {
-            self.lists[class as usize].head = next;
-        } else {
-            self.slab.get_mut(prev).next = next;
-        }
-        if next == NIL {
-            self.lists[class as usize].tail = prev;
-        } else {
-            self.slab.get_mut(next).prev = prev;
-        }
+        let (class, client) = (entry.class, entry.client);
+        self.slab.unlink(&mut self.lists[class as usize], at);
         if class.is_one_way() {
-            let source = self.source(self.slab.get(at).client);
+            let source = self.source(client);
             self.sources[source] -= 1;
         }
     }
@@ -705,7 +674,7 @@ fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
 }
 
-/// One flow. 52 bytes; with both indexes about 73 at a million flows. (In a cache line of its own it
+/// One flow. 52 bytes with its links; with both indexes about 73 at a million flows. (In a cache line of its own it
 /// is found no faster: what a cold lookup waits for is the page tables.)
 #[derive(Clone, Copy, Debug)]
 struct Entry {
@@ -719,13 +688,10 @@ struct Entry {
     delivery: AddrId,
     protocol: u8,
     class: Class,
-    seen: u8,
+    seen: Seen,
     /// Seconds since the table's epoch, as is `placed`: when the entry was put into its list.
     last_seen: u32,
     placed: u32,
-    prev: u32,
-    /// The next in its list; of a free slot, the next free one.
-    next: u32,
 }
 
 impl Entry {
@@ -741,11 +707,9 @@ impl Entry {
             delivery: inside.delivery,
             protocol: outside.protocol,
             class: Class::Other,
-            seen: 0,
+            seen: Seen::default(),
             last_seen: now,
             placed: now,
-            prev: NIL,
-            next: NIL,
         }
     }
 
@@ -785,114 +749,6 @@ impl Entry {
     fn was_used_since_placed(&self) -> bool {
         self.last_seen > self.placed
     }
-
-    /// What will have been seen once this packet is.
-    #[inline]
-    fn after(&self, side: Side, tcp_flags: u8) -> u8 {
-        let own = match side {
-            Side::Client => seen::CLIENT,
-            Side::Application => seen::APPLICATION,
-        };
-        if self.protocol != TCP {
-            return self.seen | own;
-        }
-        if tcp_flags & RST != 0 {
-            return self.seen | own | seen::RESET;
-        }
-        match side {
-            Side::Client if tcp_flags & (SYN | ACK) == SYN => {
-                // A SYN on a closed connection opens another; on a live one it is a repetition or
-                // a forgery, and the application's answer will tell.
-                let closed =
-                    self.seen & seen::RESET != 0 || self.seen & seen::FIN_BOTH == seen::FIN_BOTH;
-                if closed { own } else { self.seen | own }
-            }
-            Side::Client => {
-                let fin = if tcp_flags & FIN != 0 {
-                    seen::FIN_CLIENT
-                } else {
-                    0
-                };
-                self.seen | own | seen::ANSWERED | fin
-            }
-            // The application, next door, goes on: the RST was not accepted.
-            Side::Application => {
-                let fin = if tcp_flags & FIN != 0 {
-                    seen::FIN_APPLICATION
-                } else {
-                    0
-                };
-                (self.seen & !seen::RESET) | own | fin
-            }
-        }
-    }
-}
-
-/// Head and tail of an intrusive list.
-#[derive(Clone, Copy, Debug)]
-struct List {
-    head: u32,
-    tail: u32,
-}
-
-impl List {
-    const EMPTY: Self = Self {
-        head: NIL,
-        tail: NIL,
-    };
-}
-
-/// Entries by number; numbers of removed ones are given out again. Grows by chunks and never moves
-/// an entry; what a flood made it grow to is kept for the next one.
-struct Slab {
-    chunks: Vec<Box<[Entry; CHUNK]>>,
-    used: u32,
-    free: u32,
-}
-
-impl Default for Slab {
-    fn default() -> Self {
-        Self {
-            chunks: Vec::new(),
-            used: 0,
-            free: NIL,
-        }
-    }
-}
-
-impl Slab {
-    #[inline]
-    fn get(&self, at: u32) -> &Entry {
-        &self.chunks[at as usize / CHUNK][at as usize % CHUNK]
-    }
-
-    #[inline]
-    fn get_mut(&mut self, at: u32) -> &mut Entry {
-        &mut self.chunks[at as usize / CHUNK][at as usize % CHUNK]
-    }
-
-    fn add(&mut self, entry: Entry) -> u32 {
-        if self.free != NIL {
-            let at = self.free;
-            self.free = self.get(at).next;
-            *self.get_mut(at) = entry;
-            return at;
-        }
-        let at = self.used;
-        self.used += 1;
-        if (at as usize).is_multiple_of(CHUNK) {
-            self.chunks.push(Box::new([entry; CHUNK]));
-        } else {
-            *self.get_mut(at) = entry;
-        }
-        at
-    }
-
-    fn free(&mut self, at: u32) {
-        let free = self.free;
-        self.get_mut(at).next = free;
-        self.free = at;
-    }
 }
 
 #[inline]
@@ -916,8 +772,10 @@ fn inside_hash(seed: &Seed, key: &Inside) -> u64 {
 mod tests {
     use super::*;
     use crate::flow::class::{
-        ICMP_QUERY, OTHER, TCP_ESTABLISHED, TCP_OPENING, UDP_BOTH_WAYS, UDP_ONE_WAY,
+        ICMP_QUERY, OTHER, RECENT_TCP, TCP_ESTABLISHED, TCP_OPENING, UDP_BOTH_WAYS, UDP_ONE_WAY,
     };
+    use crate::flow::slab::slot_size;
+    use crate::packet::{ACK, FIN, RST, SYN};
     use proptest::prelude::*;
     use std::collections::HashMap;
     use std::net::Ipv4Addr;
@@ -1004,7 +862,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_small() {
-        assert_eq!(size_of::<Entry>(), 52);
+        assert_eq!(slot_size::<Entry>(), 52);
     }
 
     #[test]
