@@ -46,7 +46,8 @@ impl Move {
         self.ports.is_empty() && self.transport.is_none()
     }
 
-    /// Whether a packet of IP protocol `protocol` with port `port` at the moved address belongs to it.
+    /// Whether a packet of IP protocol `protocol` with port `port` at the moved address belongs to
+    /// it.
     ///
     /// `port` is `None` where the protocol has none or it is not known (ICMP, a later fragment):
     /// then only a whole move takes the packet.
@@ -205,7 +206,10 @@ pub enum MoveError {
     #[error("port range {0}-{1} runs backwards; write {1}-{0}")]
     Range(u16, u16),
     /// More ranges than [`MAX_PORT_RANGES`].
-    #[error("{0} port ranges are more than {max}; move the whole address, or join ranges", max = MAX_PORT_RANGES)]
+    #[error(
+        "{0} port ranges are more than {max}; move the whole address, or join ranges",
+        max = MAX_PORT_RANGES
+    )]
     TooManyRanges(usize),
     /// Something other than `/tcp` or `/udp`.
     #[error("`/{0}` is not known; only /tcp and /udp can be moved on their own")]
@@ -237,7 +241,7 @@ impl FromStr for Move {
         };
         moved.check()?;
         Ok(Self {
-            ports: joined(moved.ports),
+            ports: merged(moved.ports),
             ..moved
         })
     }
@@ -276,8 +280,8 @@ fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, MoveError> {
         .collect()
 }
 
-/// Sorts ranges and joins those that touch.
-pub(crate) fn joined(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
+/// Sorts ranges and merges those that touch.
+pub(crate) fn merged(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive<u16>> {
     ranges.sort_by_key(|range| *range.start());
     let mut out: Vec<RangeInclusive<u16>> = Vec::with_capacity(ranges.len());
     for range in ranges {
@@ -393,8 +397,14 @@ mod tests {
             ports in proptest::collection::vec((1u16.., 0u16..100), 0..6),
             transport in 0usize..3,
         ) {
-            let addr = if v6 { format!("2001:db8::{host:x}").parse().unwrap() } else { IpAddr::from([192, 0, 2, host]) };
-            let ports = joined(ports.into_iter().map(|(first, more)| first..=first.saturating_add(more)).collect());
+            let addr = if v6 {
+                format!("2001:db8::{host:x}").parse().unwrap()
+            } else {
+                IpAddr::from([192, 0, 2, host])
+            };
+            let ranges = ports.into_iter();
+            let ranges = ranges.map(|(first, more)| first..=first.saturating_add(more));
+            let ports = merged(ranges.collect());
             let transport = [None, Some(Transport::Tcp), Some(Transport::Udp)][transport];
             let moved = Move { addr, ports, transport };
             prop_assert_eq!(moved.to_string().parse::<Move>().unwrap(), moved.clone());

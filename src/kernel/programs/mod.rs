@@ -28,7 +28,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use super::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Size};
-use crate::model::moved::{Move, TCP, Transport, UDP, joined};
+use crate::model::moved::{Move, TCP, Transport, UDP, merged};
 
 pub use masquerade::{Pair, Way, answers, way_out};
 
@@ -569,8 +569,8 @@ fn scopes(moves: &[Move], tunnel: &[SocketAddr]) -> Vec<Scope> {
         }
     }
     for scope in &mut scopes {
-        scope.tcp = joined(std::mem::take(&mut scope.tcp));
-        scope.udp = joined(std::mem::take(&mut scope.udp));
+        scope.tcp = merged(std::mem::take(&mut scope.tcp));
+        scope.udp = merged(std::mem::take(&mut scope.udp));
     }
     scopes
 }
