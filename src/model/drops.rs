@@ -38,7 +38,8 @@ drop_reasons! {
     HandshakeAuth = "handshake_auth",
     /// A handshake message that was seen before, or is older than one that was.
     HandshakeReplay = "handshake_replay",
-    /// A handshake message of a peer that claims the same role as this daemon (or our own, reflected).
+    /// A handshake message of a peer that claims the same role as this daemon (or our own,
+    /// reflected).
     HandshakeRole = "handshake_role",
     /// A handshake response to no initiation that is under way.
     HandshakeUnexpected = "handshake_unexpected",
@@ -50,7 +51,7 @@ drop_reasons! {
     OpenAuth = "open_auth",
     /// A data datagram whose counter was seen before or lies behind the replay window.
     Replay = "replay",
-    /// Half of a split packet whose other half never came.
+    /// A part of a split packet whose other parts never came.
     JoinIncomplete = "join_incomplete",
 
     // From the TUN or out of the tunnel: IP packets.
@@ -60,7 +61,8 @@ drop_reasons! {
     BadOffload = "bad_offload",
     /// A TCP, UDP or ICMP header that is truncated or contradicts itself.
     L4Malformed = "l4_malformed",
-    /// A source address that no packet may have here: loopback, multicast, the packet's own destination.
+    /// A source address that no packet may have here: loopback, multicast, the packet's own
+    /// destination.
     BadSource = "bad_source",
     /// The destination is not an address that was moved.
     NotMoved = "not_moved",
@@ -80,17 +82,19 @@ drop_reasons! {
     FlowTableFull = "flow_table_full",
     /// Two flows would have become one after rewriting, and no port was left to tell them apart.
     FlowCollision = "flow_collision",
-    /// Way 1: every port that could stand for a new flow to its destination is in use.
+    /// `ipmoved nat`: every port that could stand for a new flow to its destination is in use.
     PortsExhausted = "ports_exhausted",
-    /// Way 1: a protocol without ports (or ICMP identifiers), whose answers could not be told apart.
+    /// `ipmoved nat`: a protocol without ports (or ICMP identifiers), so that replies to two
+    /// clients could not be told apart.
     NoPorts = "no_ports",
-    /// Larger than the tunnel can carry.
+    /// Larger than the tunnel can carry, or than the next link, and not to be fragmented.
     TooBig = "too_big",
     /// A router marked congestion on a packet whose sender does not understand the mark (RFC 6040).
     EcnBroken = "ecn_broken",
     /// Hop limit used up.
     TtlExpired = "ttl_expired",
-    /// An ICMP answer about one of the two above that was not given: there were too many.
+    /// An ICMP error about a packet that is too big, or whose hop limit is used up, that was not
+    /// sent: there were too many.
     AnswerLimited = "answer_limited",
 
     // On the way out.
