@@ -1,8 +1,8 @@
 //! What is known of a flow, how long that is worth keeping, and which flow gives way first.
 //!
-//! Owns the states of a flow ([`Seen`]), the classes that follow from them, the timeout of each, and
-//! the order of eviction. This is policy alone: the entries lie in [`table`](super::table), which
-//! asks here.
+//! Owns the states of a flow ([`Seen`]), the classes that follow from them, the timeout of each,
+//! and the order of eviction. This is policy alone: the entries lie in [`table`](super::table),
+//! which asks here.
 
 use std::time::Duration;
 
@@ -135,8 +135,8 @@ impl Class {
         timeout.as_secs() as u32
     }
 
-    /// The tier of [`EVICTION_ORDER`] in which a flow gives way that was not used for `idle` seconds;
-    /// `None` if it is in use.
+    /// The tier of [`EVICTION_ORDER`] in which a flow gives way that was not used for `idle`
+    /// seconds; `None` if it is in use.
     pub(super) fn eviction_tier(self, idle: u32) -> Option<usize> {
         EVICTION_ORDER
             .iter()

@@ -10,8 +10,8 @@ use crate::flow::seed::Seed;
 use crate::packet::Parsed;
 use crate::packet::fragment::{FRAGMENT_LIFE, Key};
 
-/// Sets of the cache: a thousand packets in pieces at a time, whose pieces come right after each
-/// other.
+/// Sets of the cache: a thousand fragmented packets at a time, whose fragments come right after
+/// each other.
 const SETS: usize = 256;
 /// Packets a set remembers.
 const WAYS: usize = 4;

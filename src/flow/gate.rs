@@ -46,8 +46,8 @@ impl Gate {
 
     /// Judges a packet that was captured on its way to a moved address.
     ///
-    /// Of an address that was moved in part, later fragments follow their first one, and ICMP errors
-    /// the flow they quote; what cannot be told is the old server's.
+    /// Of an address that was moved in part, later fragments follow their first one, and ICMP
+    /// errors the flow they quote; what cannot be told is the old server's.
     ///
     /// # Errors
     /// [`DropReason::NotMoved`] if no part of the destination was moved;

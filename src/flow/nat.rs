@@ -1,8 +1,9 @@
-//! Way 1: both addresses of a packet are translated, on the old server alone.
+//! `ipmoved nat`: both addresses of a packet are translated, on the old server alone.
 //!
 //! Owns what becomes of a packet between the two captures (moved addresses from clients, borrowed
 //! ports from the new server) and the way out. Flows, their states, timeouts and limits are
-//! [`flow`](crate::flow::table)'s, which also borrows the ports. Must not touch sockets, devices or the clock.
+//! [`table`](crate::flow::table)'s, which also borrows the ports. Must not touch sockets,
+//! devices or the clock.
 //!
 //! ```text
 //! client:cport → moved:port   ──►   own:borrowed → new server:port
@@ -30,8 +31,8 @@ use crate::model::peer::PeerId;
 use crate::packet::{Addr, Family, Fragment, Kind, Parsed, Quoted, Rewrite};
 
 /// The ports that are borrowed. Two blocks of 8,192, above what services use and inside the range
-/// that Linux gives its own connections (32768–60999), a good part of which stays free; their bounds
-/// are powers of two, so that any packet filter can name them.
+/// that Linux gives its own connections (32768–60999), a good part of which stays free; their
+/// bounds are powers of two, so that any packet filter can name them.
 pub const PORTS: RangeInclusive<u16> = 40_960..=57_343;
 
 /// There is one other end.
@@ -86,8 +87,8 @@ pub struct Nat {
     targets: Vec<Target>,
     /// By [`AddrId`]: what was moved, and the targets.
     addrs: Vec<Addr>,
-    pieces_to_server: FragmentCache<u16>,
-    pieces_to_client: FragmentCache<Back>,
+    fragments_to_server: FragmentCache<u16>,
+    fragments_to_client: FragmentCache<Back>,
     /// The identification of the next IPv4 packet in fragments.
     next_id: u16,
 }
@@ -133,8 +134,8 @@ impl Nat {
             limit: Limit::new(config.max_flows),
             targets: config.targets,
             addrs,
-            pieces_to_server: FragmentCache::new(),
-            pieces_to_client: FragmentCache::new(),
+            fragments_to_server: FragmentCache::new(),
+            fragments_to_client: FragmentCache::new(),
             next_id: 0,
         }
     }
@@ -143,7 +144,8 @@ impl Nat {
     /// super-packet its head; `partial`: whether its checksum is.
     ///
     /// # Errors
-    /// Why it is to be dropped. It is unchanged after [`DropReason::TtlExpired`], which wants an answer.
+    /// Why it is to be dropped. It is unchanged after [`DropReason::TtlExpired`], of
+    /// which the sender is to be told.
     pub fn translate(
         &mut self,
         now: Instant,
@@ -194,7 +196,9 @@ impl Nat {
             return Err(DropReason::BadSource);
         }
         if parsed.fragment() == Fragment::Later {
-            let known = self.pieces_to_server.recall(now, &self.seed, parsed, bytes);
+            let known = self
+                .fragments_to_server
+                .recall(now, &self.seed, parsed, bytes);
             let id = known.ok_or(DropReason::FragmentUnknown)?;
             parsed.decrement_ttl(bytes)?;
             parsed.set_ipv4_id(bytes, id);
@@ -232,7 +236,7 @@ impl Nat {
         parsed.decrement_ttl(bytes)?;
         if parsed.fragment() == Fragment::First {
             let id = self.fragment_id();
-            self.pieces_to_server
+            self.fragments_to_server
                 .remember(now, &self.seed, parsed, bytes, id);
             parsed.set_ipv4_id(bytes, id);
         }
@@ -291,7 +295,9 @@ impl Nat {
             Kind::Reply => parsed.src(bytes) == target.to.into(),
             // Goes where its first one went.
             Kind::Hidden => {
-                let known = self.pieces_to_client.recall(now, &self.seed, parsed, bytes);
+                let known = self
+                    .fragments_to_client
+                    .recall(now, &self.seed, parsed, bytes);
                 known.is_some()
             }
             Kind::Request | Kind::Other => false,
@@ -314,7 +320,9 @@ impl Nat {
             Kind::Tcp | Kind::Udp | Kind::Reply => {}
             Kind::Error => return self.server_error(delivery, target, bytes, parsed, partial),
             Kind::Hidden => {
-                let Some(back) = self.pieces_to_client.recall(now, &self.seed, parsed, bytes)
+                let Some(back) = self
+                    .fragments_to_client
+                    .recall(now, &self.seed, parsed, bytes)
                 else {
                     return Ok(Outcome::Bounce);
                 };
@@ -350,7 +358,7 @@ impl Nat {
                 client: outside.client,
                 id: self.fragment_id(),
             };
-            self.pieces_to_client
+            self.fragments_to_client
                 .remember(now, &self.seed, parsed, bytes, back);
             parsed.set_ipv4_id(bytes, back.id);
         }

@@ -161,13 +161,17 @@ mod tests {
         /// Two lists through one slab, as queues from whose middle is taken.
         #[test]
         fn lists_behave_as_queues(
-            steps in prop::collection::vec((0u8..3, any::<bool>(), any::<prop::sample::Index>()), 0..600),
+            steps in prop::collection::vec(
+                (0u8..3, any::<bool>(), any::<prop::sample::Index>()),
+                0..600,
+            ),
         ) {
             let mut slab = Slab::default();
             let mut lists = [List::EMPTY; 2];
             let mut wanted = [VecDeque::new(), VecDeque::new()];
             for (value, (step, which, index)) in steps.into_iter().enumerate() {
-                let (list, queue) = (&mut lists[usize::from(which)], &mut wanted[usize::from(which)]);
+                let which = usize::from(which);
+                let (list, queue) = (&mut lists[which], &mut wanted[which]);
                 if step > 0 || queue.is_empty() {
                     let at = slab.add(value);
                     slab.append(list, at);

@@ -16,8 +16,8 @@
 //! time in its entry; when the head of a list is looked at and was seen since it was put there, it
 //! moves to the tail then. So a list is nearly in order of last use, at no cost per packet.
 //!
-//! Where both addresses are translated (way 1), the inner view has one address in place of every
-//! client's, and a port that is borrowed from a range ([`Masquerade`]); all else is the same.
+//! Where both addresses are translated (`ipmoved nat`), the inner view has one address in place of
+//! every client's, and a port that is borrowed from a range ([`Masquerade`]); all else is the same.
 //!
 //! At the limit a new flow takes the place of an old one, in this order: closed and one-way flows,
 //! oldest first; idle flows without a connection; TCP connections idle for half an hour. If nothing
@@ -54,8 +54,8 @@ const EVICT_TRIES: usize = 8;
 const PORT_TRIES: u32 = 64;
 /// Where those ports begin: below lie the ports of services.
 const FIRST_PORT: u32 = 1024;
-/// Step from one port that is tried to the next. A prime that does not divide the range comes by every
-/// port before any twice.
+/// Step from one port that is tried to the next. A prime that does not divide the range comes by
+/// every port before any twice.
 const PORT_STEP: u32 = 7919;
 
 /// Number of an address that the translator knows: keys stay small, and an address is never
@@ -276,7 +276,8 @@ impl FlowTable {
     /// the flow another one's equal; or one that is borrowed.
     ///
     /// # Errors
-    /// [`DropReason::FlowTableFull`], [`DropReason::FlowCollision`], [`DropReason::PortsExhausted`].
+    /// [`DropReason::FlowTableFull`], [`DropReason::FlowCollision`],
+    /// [`DropReason::PortsExhausted`].
     pub fn open(
         &mut self,
         now: Instant,
@@ -323,8 +324,8 @@ impl FlowTable {
     /// Makes the flow that a packet from the application goes on with after a restart.
     ///
     /// # Errors
-    /// [`DropReason::FlowTableFull`]; [`DropReason::NoFlow`] if the client knows a flow by `outside`
-    /// that has another inner view.
+    /// [`DropReason::FlowTableFull`]; [`DropReason::NoFlow`] if the client knows a flow by
+    /// `outside` that has another inner view.
     pub fn reopen(
         &mut self,
         now: Instant,
@@ -674,8 +675,8 @@ fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
 }
 
-/// One flow. 52 bytes with its links; with both indexes about 73 at a million flows. (In a cache line of its own it
-/// is found no faster: what a cold lookup waits for is the page tables.)
+/// One flow. 52 bytes with its links; with both indexes about 73 at a million flows. (In a cache
+/// line of its own it is found no faster: what a cold lookup waits for is the page tables.)
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     client: Addr,
@@ -1068,7 +1069,8 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
-            4 => (0u8..4, 0u8..4, 0u8..3).prop_map(|(client, port, moved)| Step::Client(client, port, moved)),
+            4 => (0u8..4, 0u8..4, 0u8..3)
+                .prop_map(|(client, port, moved)| Step::Client(client, port, moved)),
             4 => any::<u8>().prop_map(Step::Application),
             1 => (1u16..200).prop_map(Step::Wait),
             1 => Just(Step::Expire),
@@ -1086,10 +1088,14 @@ mod tests {
             let timeout = |both| if both { UDP_BOTH_WAYS } else { UDP_ONE_WAY };
             for step in steps {
                 let now = bed.now;
-                let alive = |(_, seen, both): &(Inside, Instant, bool)| now - *seen < timeout(*both);
+                let alive =
+                    |(_, seen, both): &(Inside, Instant, bool)| now - *seen < timeout(*both);
                 match step {
                     Step::Client(client, port, moved) => {
-                        let key = Outside { moved: AddrId(moved.into()), ..key(UDP, client.into(), port.into()) };
+                        let key = Outside {
+                            moved: AddrId(moved.into()),
+                            ..key(UDP, client.into(), port.into())
+                        };
                         let inside = bed.client_sends(&key, 0).unwrap();
                         match model.get_mut(&key).filter(|flow| alive(flow)) {
                             Some(flow) => {
@@ -1097,7 +1103,8 @@ mod tests {
                                 flow.1 = now;
                             }
                             None => {
-                                prop_assert!(model.values().filter(|flow| alive(flow)).all(|flow| flow.0 != inside));
+                                let mut others = model.values().filter(|flow| alive(flow));
+                                prop_assert!(others.all(|flow| flow.0 != inside));
                                 model.insert(key, (inside, now, false));
                             }
                         }
@@ -1105,7 +1112,9 @@ mod tests {
                     }
                     Step::Application(index) if !known.is_empty() => {
                         let inside = known[usize::from(index) % known.len()];
-                        let wanted = model.iter_mut().find(|(_, flow)| flow.0 == inside && alive(flow));
+                        let wanted = model
+                            .iter_mut()
+                            .find(|(_, flow)| flow.0 == inside && alive(flow));
                         let found = bed.application_sends(&inside, 0);
                         prop_assert_eq!(found, wanted.as_ref().map(|(key, _)| **key));
                         if let Some((_, flow)) = wanted { (flow.1, flow.2) = (now, true); }
@@ -1115,7 +1124,8 @@ mod tests {
                     Step::Expire => bed.expire(),
                 }
                 let now = bed.now;
-                let live = model.values().filter(|(_, seen, both)| now - *seen < timeout(*both)).count();
+                let flows = model.values();
+                let live = flows.filter(|(_, seen, both)| now - *seen < timeout(*both)).count();
                 prop_assert!(bed.limit.live() >= live);
                 prop_assert_eq!(bed.limit.live(), bed.table.live);
             }

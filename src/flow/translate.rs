@@ -1,8 +1,8 @@
 //! Where packet meets flow on the new server: under which addresses a packet goes on.
 //!
-//! Owns the rewriting ([`Translator`]): which flow a packet, an ICMP error or a fragment belongs to,
-//! and what its addresses become. Must not touch sockets, devices or the clock. A super-packet is
-//! translated like a single one: once.
+//! Owns the rewriting ([`Translator`]): which flow a packet, an ICMP error or a fragment belongs
+//! to, and what its addresses become. Must not touch sockets, devices or the clock. A super-packet
+//! is translated like a single one: once.
 //!
 //!             old server                          new server
 //! client ──► Gate::check_captured ──► tunnel ──► Translator::inbound  ──► application
@@ -10,7 +10,7 @@
 //!            (nothing rewritten)                 (moved address ⇄ delivery address)
 //! ```
 //!
-//! Both families, never one into the other. Fragments go where their first one went; the pieces of
+//! Both families, never one into the other. Fragments go where their first one went; those of
 //! packets to two moved addresses with one delivery address keep their own identifications, which a
 //! client chooses per destination, so two of them could meet (RFC 6864 section 5.2).
 
@@ -57,8 +57,8 @@ pub struct Translator {
     routes: ArcSwap<Routes>,
     /// Held while routes are exchanged.
     changing: Mutex<()>,
-    inbound_pieces: Mutex<FragmentCache<AddrId>>,
-    outbound_pieces: Mutex<FragmentCache<(PeerId, AddrId)>>,
+    inbound_fragments: Mutex<FragmentCache<AddrId>>,
+    outbound_fragments: Mutex<FragmentCache<(PeerId, AddrId)>>,
 }
 
 /// A table in cache lines of its own.
@@ -78,8 +78,8 @@ impl Translator {
                 .collect(),
             routes: ArcSwap::default(),
             changing: Mutex::new(()),
-            inbound_pieces: Mutex::new(FragmentCache::new()),
-            outbound_pieces: Mutex::new(FragmentCache::new()),
+            inbound_fragments: Mutex::new(FragmentCache::new()),
+            outbound_fragments: Mutex::new(FragmentCache::new()),
         }
     }
 
@@ -116,8 +116,8 @@ impl Translator {
     /// Translates a packet that came from `peer`'s client: destination from the moved address to
     /// where it is delivered.
     ///
-    /// `bytes` are those that `parsed` was made from, of a joined super-packet its head. `partial`:
-    /// whether its checksum is.
+    /// `bytes` are those that `parsed` was made from, of a coalesced super-packet its head.
+    /// `partial`: whether its checksum is.
     ///
     /// # Errors
     /// Why the packet is to be dropped; it may be rewritten in part then.
@@ -136,7 +136,7 @@ impl Translator {
             .and_then(|routes| routes.moved(parsed.dst(bytes)))
             .ok_or(DropReason::NotMoved)?;
         if parsed.fragment() == Fragment::Later {
-            return self.inbound_piece(now, &routes, moved, bytes, parsed);
+            return self.inbound_later_fragment(now, &routes, moved, bytes, parsed);
         }
         if parsed.kind() == Kind::Error {
             return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
@@ -162,7 +162,7 @@ impl Translator {
             None => self.open(now, &routes, moved, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
-            lock(&self.inbound_pieces).remember(now, &self.seed, parsed, bytes, inside.delivery);
+            lock(&self.inbound_fragments).remember(now, &self.seed, parsed, bytes, inside.delivery);
         }
         if inside.delivery != key.moved {
             parsed.set_dst(bytes, routes.addr(inside.delivery), partial);
@@ -197,7 +197,7 @@ impl Translator {
         }
         let delivery = routes.id(parsed.src(bytes)).ok_or(DropReason::NoFlow)?;
         if parsed.fragment() == Fragment::Later {
-            let (peer, moved) = lock(&self.outbound_pieces)
+            let (peer, moved) = lock(&self.outbound_fragments)
                 .recall(now, &self.seed, parsed, bytes)
                 .ok_or(DropReason::FragmentUnknown)?;
             parsed.set_src(bytes, routes.addr(moved), partial);
@@ -221,7 +221,7 @@ impl Translator {
         };
         if parsed.fragment() == Fragment::First {
             let value = (outside.peer, outside.moved);
-            lock(&self.outbound_pieces).remember(now, &self.seed, parsed, bytes, value);
+            lock(&self.outbound_fragments).remember(now, &self.seed, parsed, bytes, value);
         }
         if outside.moved != delivery {
             parsed.set_src(bytes, routes.addr(outside.moved), partial);
@@ -269,7 +269,7 @@ impl Translator {
     }
 
     /// A later fragment from a client.
-    fn inbound_piece(
+    fn inbound_later_fragment(
         &self,
         now: Instant,
         routes: &Routes,
@@ -277,7 +277,7 @@ impl Translator {
         bytes: &mut [u8],
         parsed: &Parsed,
     ) -> Result<(), DropReason> {
-        let known = lock(&self.inbound_pieces).recall(now, &self.seed, parsed, bytes);
+        let known = lock(&self.inbound_fragments).recall(now, &self.seed, parsed, bytes);
         let delivery = match known {
             Some(delivery) => delivery,
             // Every packet of the address goes to one place: the first one is not needed.
@@ -576,16 +576,24 @@ mod tests {
     proptest! {
         #[test]
         fn there_and_back_is_the_identity(
-            plan in plans(), partial in any::<bool>(), keep in any::<bool>(), mapped in any::<bool>(),
+            plan in plans(), partial in any::<bool>(), keep in any::<bool>(),
+            mapped in any::<bool>(),
         ) {
             if plan.kind == Kind::Reply { return Ok(()); }
             let v4 = plan.src.is_ipv4();
             let plan = moved_to(&plan, if v4 { MOVED } else { MOVED6 });
             let partial = partial && plan.kind != Kind::Request;
-            let mut wanted = if keep { plan.clone() } else { moved_to(&plan, if v4 { DELIVERY } else { DELIVERY6 }) };
+            let to = if v4 { DELIVERY } else { DELIVERY6 };
+            let mut wanted = if keep { plan.clone() } else { moved_to(&plan, to) };
             let mut ports = Vec::new();
             if mapped {
-                ports.push(PortMap { transport: None, moved: plan.dst, port: plan.dst_port, to: wanted.dst, to_port: 8080 });
+                ports.push(PortMap {
+                    transport: None,
+                    moved: plan.dst,
+                    port: plan.dst_port,
+                    to: wanted.dst,
+                    to_port: 8080,
+                });
                 if plan.kind != Kind::Request { wanted.dst_port = 8080; }
             }
             let bed = Bed::new(&[MOVED, MOVED6], Delivery { keep, ports, ..delivery() });
@@ -623,7 +631,8 @@ mod tests {
             let answer = reply(&plan).build();
             let answer_inside = reply(&delivered).build();
             let least = if v4 { 28 } else { 48 };
-            let len = if whole { answer.len() } else { least + keep_quote.index(answer.len() - least + 1) };
+            let less = least + keep_quote.index(answer.len() - least + 1);
+            let len = if whole { answer.len() } else { less };
             // Half a checksum says nothing and is left as it is.
             let half_a_checksum = plan.kind == Kind::Tcp && len == least - 8 + 17;
             let len = len + usize::from(half_a_checksum);

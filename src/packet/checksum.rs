@@ -79,8 +79,8 @@ pub(crate) fn pseudo_sum(header: &[u8], family: Family, protocol: u8) -> Sum {
     Sum::default().add(addrs).word([0, protocol])
 }
 
-/// The finished checksum, as it is stored, of bytes that sum up to `sum`, with the pseudo-header and
-/// without the checksum itself. With `never_zero`, as UDP wants it, the other zero of one's
+/// The finished checksum, as it is stored, of bytes that sum up to `sum`, with the pseudo-header
+/// and without the checksum itself. With `never_zero`, as UDP wants it, the other zero of one's
 /// complement stands for a zero, which would say that there is no checksum (RFC 768).
 #[inline]
 pub(crate) fn finish(sum: Sum, never_zero: bool) -> [u8; 2] {

@@ -1,7 +1,12 @@
-//! Adjacent segments joined to one super-packet again.
+//! Coalescing: adjacent segments become one super-packet again, which the kernel takes in one
+//! write.
 //!
-//! Owns what may be joined. Must not touch a device, and nothing here allocates: joined payloads stay
+//! Owns what may be coalesced. Must not touch a device, and nothing here allocates: payloads stay
 //! where they lie and are gathered by `writev`.
+//!
+//! By hand, and not by tun-rs's GRO: that one copies every packet to the heap and looks its flow up
+//! in a table. Segments of one super-packet arrive side by side here, so that no table is needed,
+//! and with partial checksums, so that nothing is summed up.
 //!
 //! ```text
 //! slab:       headers│p1 … headers│p2 … headers│p3                (opened in place)
@@ -15,21 +20,21 @@ use crate::packet::segment::PLAIN_FLAGS;
 use crate::packet::vnet::{GSO_ECN, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VnetHdr};
 use crate::packet::{ACK, CWR, FIN, Family, Fragment, Kind, PSH, Parsed};
 
-/// Most packets that are joined to one of TCP: [`MAX_BIG`] of them at the MSS of a tunnel over
+/// Most TCP segments in a super-packet: [`MAX_BIG`] of them at the MSS of a tunnel over
 /// Ethernet, 1,388 bytes, are 188.
 pub const MAX_PARTS: usize = 192;
 
-/// Most datagrams that are joined to one of UDP: the kernel takes no more (`UDP_MAX_SEGMENTS`, 64
+/// Most datagrams in a super-packet of UDP: the kernel takes no more (`UDP_MAX_SEGMENTS`, 64
 /// before Linux 6.9).
 const MAX_DATAGRAMS: usize = 64;
 
-/// Largest packet that is joined: the IPv4 length field, which the kernel applies to IPv6 too
+/// Largest super-packet that is made: the IPv4 length field, which the kernel applies to IPv6 too
 /// (`GSO_LEGACY_MAX_SIZE`).
 pub const MAX_SUPER: usize = 65_535;
 
-/// Largest packet that is joined where the kernel takes BIG TCP: four times as long. 128 KiB gain half
-/// as much; the kernel takes 512 KiB (17 fragments of 32 KiB, Linux 6.6 on), but all of it has to lie
-/// in the receive buffer, which is to stay in the processor's cache.
+/// Largest super-packet that is made where the kernel takes BIG TCP: four times as long. 128 KiB
+/// gain half as much; the kernel takes 512 KiB (17 fragments of 32 KiB, Linux 6.6 on), but all of
+/// it has to lie in the receive buffer, which is to stay in the processor's cache.
 pub const MAX_BIG: usize = 4 * 65_535;
 
 /// What became of a packet given to the [`Coalescer`].
@@ -44,24 +49,24 @@ pub enum Push {
     MustFlush,
 }
 
-/// Joins adjacent packets of one buffer to a super-packet, without moving a byte of payload.
+/// Coalesces adjacent packets of one buffer, without moving a byte of payload.
 ///
-/// What may be joined follows the kernel's own receive offload (`tcp_gro_receive`,
+/// What may be coalesced follows the kernel's own receive offload (`tcp_gro_receive`,
 /// `inet_gro_receive`): the same headers but for length, identification, sequence number, PSH and
-/// FIN; sequence numbers without a gap; equal payloads, of which only the last may be shorter.
-/// Only packets with a partial checksum are joined: they were authenticated as a whole on the way,
+/// FIN; sequence numbers without a gap; equal payloads, of which only the last may be shorter. Only
+/// packets with a partial checksum are coalesced: they were authenticated as a whole on the way,
 /// and their sums follow from their lengths.
 ///
 /// For packets that end on this host more can be had ([`Reach::Here`]): the kernel's BIG TCP over
 /// IPv4 (`iph_totlen` in `linux/ip.h`, Linux 6.3 on; the TUN takes it from 6.6 on), a super-packet
-/// that is longer than the length field can tell, which then says zero. Each write runs the receiving TCP
-/// and is acknowledged on its own, so that a quarter of the writes costs both servers less. And PSH
-/// does not end a super-packet there: what came behind it is handed to the application with it,
-/// and nobody cuts it again.
+/// that is longer than the length field can tell, which then says zero. Each write runs the
+/// receiving TCP and is acknowledged on its own, so that a quarter of the writes costs both servers
+/// less. And PSH does not end a super-packet there: what came behind it is handed to the
+/// application with it, and nobody segments it again.
 ///
 /// One round: [`push`](Self::push) until [`Push::MustFlush`] or the buffer's end,
-/// [`finish`](Self::finish), write, and, if the kernel refused the write, [`unjoin`](Self::unjoin) and
-/// write each.
+/// [`finish`](Self::finish), write, and, if the kernel refused the write, [`unjoin`](Self::unjoin)
+/// and write each.
 #[derive(Debug)]
 pub struct Coalescer {
     uso: bool,
@@ -81,12 +86,12 @@ pub struct Coalescer {
     likeness: Likeness,
 }
 
-/// Where joined packets go.
+/// Where super-packets go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Reach {
     /// To this host's own TCP, which takes BIG TCP.
     Here,
-    /// On to a link, where they are cut again, or to a kernel that knows no BIG TCP.
+    /// On to a link, where they are segmented again, or to a kernel that knows no BIG TCP.
     Further,
 }
 
@@ -94,7 +99,7 @@ pub enum Reach {
 enum State {
     Empty,
     Open,
-    /// Nothing more can follow: a short or pushed segment, or one that is never joined.
+    /// Nothing more can follow: a short or pushed segment, or one that is never coalesced.
     Closed,
     /// Handed out; the next push starts anew.
     Finished,
@@ -138,7 +143,7 @@ impl Coalescer {
         }
     }
 
-    /// From the next super-packet on, where joined packets go.
+    /// From the next super-packet on, where super-packets go.
     pub fn set_reach(&mut self, reach: Reach) {
         self.reach = reach;
     }
@@ -170,7 +175,7 @@ impl Coalescer {
                 Push::Started
             }
             State::Closed => Push::MustFlush,
-            State::Open => match self.join(slab, &range, parsed, csum_partial) {
+            State::Open => match self.coalesce(slab, &range, parsed, csum_partial) {
                 Some(()) => Push::Joined,
                 None => Push::MustFlush,
             },
@@ -273,7 +278,7 @@ impl Coalescer {
             Family::V4 => parsed.l4() == ipv4::HEADER_LEN,
             Family::V6 => parsed.l4() == ipv6::HEADER_LEN,
         };
-        let joinable = partial
+        let coalescable = partial
             && plain_ip
             && parsed.fragment() == Fragment::None
             && parsed.payload_len() > 0
@@ -285,14 +290,18 @@ impl Coalescer {
                 Kind::Udp => self.uso && udp_fills(&packet[parsed.l4()..]),
                 Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => false,
             };
-        self.state = if joinable { State::Open } else { State::Closed };
+        self.state = if coalescable {
+            State::Open
+        } else {
+            State::Closed
+        };
         self.parts[0] = range;
         self.count = 1;
         self.head = Some(*parsed);
         self.partial = partial;
         self.total = parsed.total();
         self.last_flags = 0;
-        if joinable {
+        if coalescable {
             self.size = parsed.payload_len();
             self.id = get_u16(packet, ipv4::ID);
             if parsed.kind() == Kind::Tcp {
@@ -302,7 +311,7 @@ impl Coalescer {
     }
 
     #[inline]
-    fn join(
+    fn coalesce(
         &mut self,
         slab: &[u8],
         range: &Range<usize>,
@@ -322,10 +331,11 @@ impl Coalescer {
         self.append(slab, range.start..range.start + parsed.total())
     }
 
-    /// Joins the packet at `slab[range]`, which was not parsed, if it is one of TCP that continues the
-    /// super-packet and is as long as its first: then all that parsing would find is known.
+    /// Appends the packet at `slab[range]`, which was not parsed, if it is one of TCP that
+    /// continues the super-packet and is as long as its first: then all that parsing would find is
+    /// known.
     ///
-    /// What it does not join may still be joined by [`push`](Self::push).
+    /// What it does not append may still be appended by [`push`](Self::push).
     #[inline]
     pub fn follow(&mut self, slab: &[u8], range: Range<usize>, csum_partial: bool) -> bool {
         let Some(head) = self.head else {
@@ -389,7 +399,7 @@ impl Coalescer {
         Some(())
     }
 
-    /// The flags that nothing may be joined behind.
+    /// The flags behind which nothing may be appended.
     #[inline]
     fn last(&self) -> u8 {
         match self.reach {
@@ -409,10 +419,11 @@ impl Coalescer {
     }
 }
 
-/// Words of the longest headers that are joined: IPv6 without extensions and TCP with all options.
+/// Words of the longest headers that are compared: IPv6 without extensions and TCP with all
+/// options.
 const HEADER_WORDS: usize = (ipv6::HEADER_LEN + tcp::MAX_HEADER_LEN).div_ceil(8);
 
-/// What the headers of all packets joined to one have in common, to be compared in words.
+/// What the headers of all packets of one super-packet have in common, to be compared in words.
 #[derive(Clone, Copy, Debug)]
 struct Likeness {
     words: usize,
@@ -492,7 +503,7 @@ mod tests {
     use super::*;
     use crate::model::moved::TCP;
     use crate::packet::testing::{
-        Plan, assert_sums, checksum, complete, cut, plan, pseudo_header, vnet,
+        Plan, assert_sums, checksum, complete, plan, pseudo_header, segments, vnet,
     };
     use crate::packet::vnet::{GSO_NONE, NEEDS_CSUM};
     use crate::packet::{Addr, RST, SYN};
@@ -536,9 +547,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn cut_and_joined_is_what_it_was(
-            udp in any::<bool>(), v6 in any::<bool>(), size in 100u16..1400, count in 2usize..40, short in 1u16..100,
-            flags in prop::sample::select(vec![ACK, ACK | PSH, ACK | FIN, ACK | PSH | CWR]), seq in any::<u32>(),
+        fn segmented_and_coalesced_is_what_it_was(
+            udp in any::<bool>(), v6 in any::<bool>(), size in 100u16..1400, count in 2usize..40,
+            short in 1u16..100, seq in any::<u32>(),
+            flags in prop::sample::select(vec![ACK, ACK | PSH, ACK | FIN, ACK | PSH | CWR]),
         ) {
             let kind = if udp { Kind::Udp } else { Kind::Tcp };
             let payload = (usize::from(size) * count - usize::from(short)).min(65_000);
@@ -546,56 +558,59 @@ mod tests {
             let mut packet = plan.build_partial();
             let parsed = Parsed::parse(&packet).unwrap();
             let vnet = vnet(&parsed, size, true);
-            let pieces = cut(&mut packet, &vnet, 1500);
-            prop_assert_eq!(pieces.len(), payload.div_ceil(size.into()));
+            let all = segments(&mut packet, &vnet, 1500);
+            prop_assert_eq!(all.len(), payload.div_ceil(size.into()));
             let mut stream: Vec<u8> = Vec::new();
-            for (piece, partial) in &pieces {
+            for (segment, partial) in &all {
                 prop_assert!(*partial);
-                let mut whole = piece.clone();
+                let mut whole = segment.clone();
                 complete(&mut whole);
                 assert_sums(&whole);
-                stream.extend(&piece[parsed.payload()..]);
+                stream.extend(&segment[parsed.payload()..]);
             }
             prop_assert_eq!(&stream, &plan.payload);
 
-            let packets: Vec<_> = pieces.into_iter().map(|(piece, _)| piece).collect();
+            let packets: Vec<_> = all.into_iter().map(|(segment, _)| segment).collect();
             let (mut slab, ranges) = slab(&packets);
             let mut coalescer = Coalescer::new(true, Reach::Further);
             for (index, range) in ranges.iter().enumerate() {
                 let wanted = if index == 0 { Push::Started } else { Push::Joined };
                 prop_assert_eq!(push(&mut coalescer, &slab, range, true), wanted);
             }
-            let joined = coalescer.finish(&mut slab).unwrap();
-            prop_assert_eq!(joined.packets, packets.len());
-            if packets.len() > 1 { prop_assert_eq!(joined.vnet, vnet); }
-            prop_assert_eq!(joined.parsed, parsed);
-            let gathered: Vec<u8> = joined.parts.iter().flat_map(|part| slab[part.clone()].to_vec()).collect();
+            let whole = coalescer.finish(&mut slab).unwrap();
+            prop_assert_eq!(whole.packets, packets.len());
+            if packets.len() > 1 { prop_assert_eq!(whole.vnet, vnet); }
+            prop_assert_eq!(whole.parsed, parsed);
+            let parts = whole.parts.iter();
+            let gathered: Vec<u8> = parts.flat_map(|part| slab[part.clone()].to_vec()).collect();
             prop_assert_eq!(&gathered, &packet);
 
             // A rewrite of the head reaches all packets that it is taken apart into.
-            let head = joined.parts[0].clone();
-            let addr: Addr = if v6 { parsed.src(&packet) } else { Ipv4Addr::new(8, 8, 4, 4).into() };
-            joined.parsed.set_src(&mut slab[head], addr, true);
+            let head = whole.parts[0].clone();
+            let other: Addr = Ipv4Addr::new(8, 8, 4, 4).into();
+            let addr = if v6 { parsed.src(&packet) } else { other };
+            whole.parsed.set_src(&mut slab[head], addr, true);
             let mut rewritten = packet.clone();
             parsed.set_src(&mut rewritten, addr, true);
-            let wanted = cut(&mut rewritten, &vnet, 1500);
+            let wanted = segments(&mut rewritten, &vnet, 1500);
             for _ in 0..2 {
                 let (single, parts) = coalescer.unjoin(&mut slab);
                 prop_assert_eq!(single, VnetHdr::single(&parsed, true));
-                let singles: Vec<_> = parts.iter().map(|part| (slab[part.clone()].to_vec(), true)).collect();
+                let bytes = parts.iter().map(|part| slab[part.clone()].to_vec());
+                let singles: Vec<_> = bytes.map(|bytes| (bytes, true)).collect();
                 prop_assert_eq!(&singles, &wanted);
             }
         }
     }
 
     #[test]
-    fn what_does_not_follow_is_not_joined() {
+    fn what_does_not_follow_is_not_coalesced() {
         let first = plan(Kind::Tcp, false, 100);
         let second = Plan {
             seq: first.seq + 100,
             ..first.clone()
         };
-        let joins = |first: &Plan, second: &Plan, change: &dyn Fn(&mut [u8]), partial| {
+        let coalesce = |first: &Plan, second: &Plan, change: &dyn Fn(&mut [u8]), partial| {
             let mut next = second.build_partial();
             if next[0] >> 4 == 4 {
                 let mut parsed = Parsed::parse(&next).unwrap();
@@ -608,8 +623,8 @@ mod tests {
             push(&mut coalescer, &slab, &ranges[1], partial) == Push::Joined
         };
         let none: &dyn Fn(&mut [u8]) = &|_| ();
-        assert!(joins(&first, &second, none, true));
-        assert!(!joins(&first, &second, none, false), "a full checksum");
+        assert!(coalesce(&first, &second, none, true));
+        assert!(!coalesce(&first, &second, none, false), "a full checksum");
         for (name, at) in [
             ("TOS", 1),
             ("id", 4),
@@ -623,14 +638,17 @@ mod tests {
             ("window", 35),
             ("urgent", 39),
         ] {
-            assert!(!joins(&first, &second, &|b| b[at] ^= 4, true), "{name}");
+            assert!(!coalesce(&first, &second, &|b| b[at] ^= 4, true), "{name}");
         }
         for flag in [SYN, RST, CWR] {
-            assert!(!joins(&first, &second, &|b| b[33] |= flag, true), "{flag}");
+            assert!(
+                !coalesce(&first, &second, &|b| b[33] |= flag, true),
+                "{flag}"
+            );
         }
-        assert!(joins(&first, &second, &|b| b[33] |= PSH | FIN, true));
+        assert!(coalesce(&first, &second, &|b| b[33] |= PSH | FIN, true));
         let longer = plan(Kind::Tcp, false, 101).payload;
-        assert!(!joins(
+        assert!(!coalesce(
             &first,
             &Plan {
                 payload: longer,
@@ -643,13 +661,13 @@ mod tests {
             flags: ACK | PSH,
             ..first.clone()
         };
-        assert!(!joins(&pushed, &second, none, true));
+        assert!(!coalesce(&pushed, &second, none, true));
         let empty = Plan {
             payload: Vec::new(),
             ..first.clone()
         };
         assert!(
-            !joins(
+            !coalesce(
                 &empty,
                 &Plan {
                     seq: first.seq,
@@ -662,7 +680,7 @@ mod tests {
         );
         // UDP without USO, and with it.
         let udp = plan(Kind::Udp, true, 100);
-        assert!(joins(&udp, &udp, none, true));
+        assert!(coalesce(&udp, &udp, none, true));
         let (slab, ranges) = slab(&[udp.build_partial(), udp.build_partial()]);
         let mut coalescer = Coalescer::new(false, Reach::Further);
         assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
@@ -704,18 +722,20 @@ mod tests {
     }
 
     proptest! {
-        /// What is joined without parsing is what would be joined with it, to the same super-packet.
+        /// What is appended without parsing is what would be appended with it, to the same
+        /// super-packet.
         #[test]
-        fn following_is_joining(
-            v6 in any::<bool>(), here in any::<bool>(), size in 1usize..1_400, at in 0usize..60, bit in 0u8..8,
-            second in 1usize..4,
+        fn following_is_pushing(
+            v6 in any::<bool>(), here in any::<bool>(), size in 1usize..1_400, at in 0usize..60,
+            bit in 0u8..8, second in 1usize..4,
         ) {
             let reach = if here { Reach::Here } else { Reach::Further };
             let mut packets = stream(4, size, v6);
             let at = at.min(packets[second].len() - 1);
             packets[second][at] ^= 1 << bit;
             let (slab, ranges) = slab(&packets);
-            let (mut parsing, mut following) = (Coalescer::new(true, reach), Coalescer::new(true, reach));
+            let mut parsing = Coalescer::new(true, reach);
+            let mut following = Coalescer::new(true, reach);
             for range in &ranges {
                 let Ok(parsed) = Parsed::parse(&slab[range.clone()]) else {
                     prop_assert!(!following.follow(&slab, range.clone(), true));
@@ -750,8 +770,8 @@ mod tests {
         (0..count).map(packet).collect()
     }
 
-    /// How many of `packets` are joined to one.
-    fn joined(packets: &[Vec<u8>], reach: Reach) -> usize {
+    /// How many of `packets` make one super-packet.
+    fn coalesced(packets: &[Vec<u8>], reach: Reach) -> usize {
         let (slab, ranges) = slab(packets);
         let mut coalescer = Coalescer::new(true, reach);
         let mut taken = |range| push(&mut coalescer, &slab, range, true) != Push::MustFlush;
@@ -762,12 +782,16 @@ mod tests {
     }
 
     #[test]
-    fn more_than_the_length_field_can_tell_is_joined_only_where_it_ends() {
+    fn more_than_the_length_field_can_tell_is_coalesced_only_where_it_ends() {
         let packets = stream(200, 1_388, false);
-        assert_eq!(joined(&packets, Reach::Further), 47);
-        assert_eq!(joined(&packets, Reach::Here), 188);
-        assert_eq!(joined(&stream(200, 1_368, true), Reach::Here), 47, "IPv6");
-        assert_eq!(joined(&stream(300, 100, false), Reach::Here), MAX_PARTS);
+        assert_eq!(coalesced(&packets, Reach::Further), 47);
+        assert_eq!(coalesced(&packets, Reach::Here), 188);
+        assert_eq!(
+            coalesced(&stream(200, 1_368, true), Reach::Here),
+            47,
+            "IPv6"
+        );
+        assert_eq!(coalesced(&stream(300, 100, false), Reach::Here), MAX_PARTS);
 
         let (mut slab, ranges) = slab(&packets[..100]);
         let mut coalescer = Coalescer::new(true, Reach::Here);
@@ -805,8 +829,8 @@ mod tests {
         let mut packets = stream(6, 1_000, false);
         packets[1][33] |= PSH;
         packets[4][33] |= FIN;
-        assert_eq!(joined(&packets, Reach::Further), 2);
-        assert_eq!(joined(&packets, Reach::Here), 5);
+        assert_eq!(coalesced(&packets, Reach::Further), 2);
+        assert_eq!(coalesced(&packets, Reach::Here), 5);
         let (mut slab, ranges) = slab(&packets[..4]);
         let mut coalescer = Coalescer::new(true, Reach::Here);
         for range in &ranges {

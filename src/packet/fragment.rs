@@ -1,9 +1,10 @@
 //! Fragments on their way through a lane: those that must wait, those that contradict each other,
 //! and those that are made here.
 //!
-//! Owns what has to be known of a fragmented packet without ever putting it together: which bytes of
-//! it were seen ([`Overlaps`]), and later fragments that came before the first, which alone says whose
-//! they are ([`Waiting`]). Where fragments go is [`translate`](crate::flow::translate)'s business.
+//! Owns what has to be known of a fragmented packet without ever putting it together: which bytes
+//! of it were seen ([`Overlaps`]), and later fragments that came before the first, which alone says
+//! whose they are ([`Waiting`]). Where fragments go is [`translate`](crate::flow::translate)'s
+//! business.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -14,20 +15,20 @@ use crate::packet::checksum::{Sum, finish};
 use crate::packet::field::{get_u16, ipv4, put};
 use crate::packet::{Addr, Family, Fragment, Parsed};
 
-/// How long the pieces of one packet may be apart: what Linux waits for them
+/// How long the fragments of one packet may be apart: what Linux waits for them
 /// (`net.ipv4.ipfrag_time`, RFC 791 section 3.2 suggests 15 s, RFC 8200 section 4.5 has 60 s).
 pub const FRAGMENT_LIFE: Duration = Duration::from_secs(30);
 
-/// Fragmented packets watched at a time; their pieces come right after each other.
+/// Fragmented packets watched at a time; their fragments come right after each other.
 const WATCHED: usize = 128;
 
-/// Pieces of one packet: 65,535 bytes in pieces of 576, and more only to make work.
-const MAX_PIECES: usize = 120;
+/// Fragments of one packet: 65,535 bytes in fragments of 576, and more only to make work.
+const MAX_FRAGMENTS: usize = 120;
 
-/// Pieces that wait for their first: two packets of 64 KB whose pieces come in reverse.
+/// Fragments that wait for their first: two packets of 64 KB whose fragments come in reverse.
 const MAX_WAITING: usize = 128;
 
-/// Bytes of the pieces that wait.
+/// Bytes of the fragments that wait.
 const MAX_WAITING_BYTES: usize = 1 << 20;
 
 /// What all fragments of one packet have in common.
@@ -86,7 +87,7 @@ impl Overlaps {
     /// one, or if one did before: nothing more of that packet is carried.
     pub fn check(&mut self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> Result<(), DropReason> {
         let key = Key::of(parsed, bytes);
-        let piece = parsed.fragment_range(bytes);
+        let range = parsed.fragment_range(bytes);
         let known = self.watched.iter_mut().rev().find(|watched| {
             watched.key == key && now.saturating_duration_since(watched.since) < FRAGMENT_LIFE
         });
@@ -97,20 +98,20 @@ impl Overlaps {
             self.watched.push_back(Watched {
                 key,
                 since: now,
-                seen: vec![piece],
+                seen: vec![range],
                 spoilt: false,
             });
             return Ok(());
         };
-        let repeated = watched.seen.contains(&piece);
-        let clashes = |seen: &Range<usize>| seen.start < piece.end && piece.start < seen.end;
+        let repeated = watched.seen.contains(&range);
+        let clashes = |seen: &Range<usize>| seen.start < range.end && range.start < seen.end;
         watched.spoilt |=
-            !repeated && (watched.seen.len() == MAX_PIECES || watched.seen.iter().any(clashes));
+            !repeated && (watched.seen.len() == MAX_FRAGMENTS || watched.seen.iter().any(clashes));
         if watched.spoilt {
             return Err(DropReason::FragmentOverlap);
         }
         if !repeated {
-            watched.seen.push(piece);
+            watched.seen.push(range);
         }
         Ok(())
     }
@@ -188,7 +189,7 @@ impl<T> Waiting<T> {
     }
 }
 
-/// Whether a router may cut the packet ([`Parsed::may_fragment`]).
+/// Whether a router may fragment the packet ([`Parsed::may_fragment`]).
 pub fn may_cut(parsed: &Parsed, bytes: &[u8]) -> bool {
     parsed.may_fragment(bytes)
 }
@@ -199,13 +200,13 @@ pub fn complete(parsed: &Parsed, bytes: &mut [u8]) {
     parsed.finish_checksum(bytes);
 }
 
-/// The pieces of an IPv4 packet for which [`may_cut`] holds, none longer than `mtu`. Its checksum
-/// has to be complete.
+/// The fragments of an IPv4 packet for which [`may_cut`] holds, none longer than `mtu`. Its
+/// checksum has to be complete.
 #[derive(Debug)]
 pub struct Cut<'a> {
     packet: &'a [u8],
     header: usize,
-    /// Payload bytes of each piece but the last.
+    /// Payload bytes of each fragment but the last.
     size: usize,
     at: usize,
 }
@@ -223,7 +224,7 @@ impl<'a> Cut<'a> {
         })
     }
 
-    /// Writes the next piece to the front of `out` and returns its length.
+    /// Writes the next fragment to the front of `out` and returns its length.
     pub fn next_into(&mut self, out: &mut [u8]) -> Option<usize> {
         let payload = &self.packet[self.at..];
         if payload.is_empty() {
@@ -270,7 +271,7 @@ mod tests {
         Instant::now()
     }
 
-    fn pieces(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
+    fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
         let parsed = Parsed::parse(packet).unwrap();
         let mut cut = Cut::new(&parsed, packet, mtu).unwrap();
         let mut all = Vec::new();
@@ -292,18 +293,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pieces_make_the_packet_again(payload in 0usize..5_000, mtu in 68usize..1_500, twice in 68usize..1_500) {
+        fn fragments_make_the_packet_again(
+            payload in 0usize..5_000, mtu in 68usize..1_500, twice in 68usize..1_500,
+        ) {
             let packet = udp(payload);
             let mut whole = packet[..20].to_vec();
-            let all = pieces(&packet, mtu).iter().flat_map(|piece| pieces(piece, twice)).collect::<Vec<_>>();
-            for (index, piece) in all.iter().enumerate() {
-                prop_assert!(piece.len() <= mtu.min(twice));
-                let field = u16::from_be_bytes([piece[6], piece[7]]);
+            let once = fragments(&packet, mtu);
+            let all: Vec<_> = once.iter().flat_map(|one| fragments(one, twice)).collect();
+            for (index, fragment) in all.iter().enumerate() {
+                prop_assert!(fragment.len() <= mtu.min(twice));
+                let field = u16::from_be_bytes([fragment[6], fragment[7]]);
                 prop_assert_eq!(usize::from(field & 0x1fff) * 8, whole.len() - 20);
                 prop_assert_eq!(field & 0x2000 != 0, index + 1 < all.len());
-                prop_assert_eq!(checksum(&piece[..20]), [0, 0]);
-                prop_assert!(Parsed::parse(piece).is_ok());
-                whole.extend(&piece[20..]);
+                prop_assert_eq!(checksum(&fragment[..20]), [0, 0]);
+                prop_assert!(Parsed::parse(fragment).is_ok());
+                whole.extend(&fragment[20..]);
             }
             prop_assert_eq!(&whole[20..], &packet[20..]);
         }
@@ -323,13 +327,13 @@ mod tests {
     fn an_overlap_spoils_the_packet() {
         let now = start();
         let packet = udp(3_000);
-        let all = pieces(&packet, 1_020);
-        let check = |overlaps: &mut Overlaps, piece: &[u8]| {
-            overlaps.check(now, &Parsed::parse(piece).unwrap(), piece)
+        let all = fragments(&packet, 1_020);
+        let check = |overlaps: &mut Overlaps, fragment: &[u8]| {
+            overlaps.check(now, &Parsed::parse(fragment).unwrap(), fragment)
         };
         let mut overlaps = Overlaps::default();
-        for piece in all.iter().rev() {
-            assert_eq!(check(&mut overlaps, piece), Ok(()));
+        for fragment in all.iter().rev() {
+            assert_eq!(check(&mut overlaps, fragment), Ok(()));
         }
         assert_eq!(check(&mut overlaps, &all[1]), Ok(()), "sent twice");
         let mut over = all[1].clone();
@@ -343,10 +347,10 @@ mod tests {
     }
 
     #[test]
-    fn ipv6_pieces_are_placed_behind_their_headers() {
+    fn ipv6_fragments_are_placed_behind_their_headers() {
         let mut plain = Plan::new(Kind::Udp, "2001:db8::9", "2001:db8::5").build();
         let payload = plain.len() - 40;
-        // Destination options, then the fragment header of a piece at 1,232.
+        // Destination options, then the fragment header of a fragment at 1,232.
         plain[5] += 16;
         plain[6] = 60;
         plain.splice(

@@ -1,7 +1,7 @@
 //! What is said about packets that cannot go on, and how often.
 //!
-//! Owns the choice of words ([`About`]), the buffer they are written to and the limit of their rate.
-//! What they look like is [`icmp`]'s business, and where they are sent the lane's.
+//! Owns the choice of words ([`About`]), the buffer they are written to and the limit of their
+//! rate. What they look like is [`icmp`]'s business, and where they are sent the lane's.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -10,8 +10,9 @@ use crate::model::drops::DropReason;
 use crate::packet::Parsed;
 use crate::packet::icmp::{self, MAX_V6};
 
-/// Answers that one direction of a lane gives in a second: what Linux allows itself (`net.ipv4.icmp_msgs_per_sec`;
-/// RFC 1812 section 4.3.2.8 and RFC 4443 section 2.4 f ask for a limit).
+/// Answers that one direction of a lane gives in a second: what Linux allows itself
+/// (`net.ipv4.icmp_msgs_per_sec`; RFC 1812 section 4.3.2.8 and RFC 4443 section 2.4 f ask for a
+/// limit).
 pub const ANSWERS_PER_SECOND: u32 = 1_000;
 
 /// Answers that may follow each other at once (`net.ipv4.icmp_msgs_burst`).
@@ -20,7 +21,7 @@ pub const ANSWER_BURST: u32 = 50;
 /// Why a packet does not go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum About {
-    /// It is longer than this many bytes, and may not be cut.
+    /// It is longer than this many bytes, and may not be fragmented.
     TooBig(usize),
     /// Its hop limit is used up.
     Expired,

@@ -1,11 +1,16 @@
-//! Super-packets: what the kernel hands over as one packet with a virtio header, cut into segments.
+//! Segmentation: what the kernel hands over as one super-packet becomes packets that the tunnel
+//! carries.
 //!
-//! Owns how TCP and UDP are cut. Must not touch a device, and nothing here allocates: segments are
-//! written where the caller says.
+//! Owns how TCP and UDP are segmented. Must not touch a device, and nothing here allocates:
+//! segments are written where the caller says.
+//!
+//! By hand, and not by tun-rs's `gso_split`: that one finishes the checksum of every segment. Here
+//! a partial one stays partial across the tunnel, so the payload is copied once and never summed
+//! up.
 //!
 //! ```text
 //! TUN read:   vnet │ headers │ payload ........................ │
-//!                      └─ cut ─┬──────────┬──────────┐
+//!                      └───────┬──────────┬──────────┐
 //!             out:     headers│p1   headers│p2   headers│p3       (each into the send batch)
 //! ```
 
@@ -14,17 +19,17 @@ use crate::packet::field::{get, get_u16, get_u32, ipv4, ipv6, put, tcp, udp};
 use crate::packet::vnet::Offload;
 use crate::packet::{ACK, CWR, ECE, FIN, Family, Fragment, Kind, PSH, Parsed};
 
-/// Least payload a TCP cut may have. A tunnel that carries less than this beside the headers is
-/// better served by splitting packets.
-const MIN_CUT: usize = 64;
+/// Least payload of a TCP segment that is made smaller than its sender wanted. A tunnel that
+/// carries less than this beside the headers is better served by splitting packets.
+const MIN_SEGMENT_PAYLOAD: usize = 64;
 
-/// TCP flags that may appear in a packet that is cut or joined.
+/// TCP flags that may appear in a packet that is segmented or coalesced.
 pub(super) const PLAIN_FLAGS: u8 = ACK | PSH | FIN | ECE | CWR;
 
 /// One packet that [`Segments`] wrote.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Segment {
-    /// Its length. More than `max_segment` only where cutting is not allowed: the caller splits.
+    /// Its length. More than `max_segment` only where segmenting is not allowed: the caller splits.
     pub len: usize,
     /// Whether its TCP or UDP checksum is partial.
     pub csum_partial: bool,
@@ -32,9 +37,10 @@ pub struct Segment {
 
 /// The segments of one packet, written one by one where the caller wants them.
 ///
-/// Headers and payload are copied once. TCP is cut at `gso_size`, or smaller where the tunnel
-/// carries less (any cut of a byte stream is as good); a single plain TCP packet that is too large
-/// and has a partial checksum is cut just so. UDP is cut where its sender said and nowhere else.
+/// Headers and payload are copied once. TCP is segmented by `gso_size`, or smaller where the tunnel
+/// carries less (a byte stream has no boundaries to keep), and so is a single plain TCP packet that
+/// is too large and has a partial checksum. UDP is segmented where its sender said and nowhere
+/// else.
 #[derive(Debug)]
 pub struct Segments<'a> {
     header: &'a [u8],
@@ -68,22 +74,22 @@ enum Shape {
 }
 
 impl<'a> Segments<'a> {
-    /// Prepares to cut `packet`, of which no segment shall be longer than `max_segment` bytes.
+    /// Prepares to segment `packet`, of which no segment shall be longer than `max_segment` bytes.
     #[inline]
     pub fn new(offload: Offload, packet: &'a [u8], parsed: &Parsed, max_segment: usize) -> Self {
         let packet = &packet[..parsed.total()];
         let (header, payload) = packet.split_at(parsed.payload());
         let room = max_segment.saturating_sub(header.len());
         let is_tcp = parsed.kind() == Kind::Tcp;
-        let size = match offload.cut {
-            Some(size) if is_tcp && room >= MIN_CUT => usize::from(size).min(room),
+        let size = match offload.segment_size {
+            Some(size) if is_tcp && room >= MIN_SEGMENT_PAYLOAD => usize::from(size).min(room),
             Some(size) => usize::from(size),
             None if packet.len() > max_segment
                 && is_tcp
                 && offload.partial
                 && parsed.fragment() == Fragment::None
                 && parsed.tcp_flags() & !PLAIN_FLAGS == 0
-                && room >= MIN_CUT =>
+                && room >= MIN_SEGMENT_PAYLOAD =>
             {
                 room
             }
@@ -224,8 +230,8 @@ impl<'a> Segments<'a> {
 mod tests {
     use super::*;
     use crate::packet::SYN;
-    use crate::packet::testing::{Plan, assert_sums, cut, plan, vnet};
-    use crate::packet::vnet::{VNET_LEN, VnetHdr};
+    use crate::packet::testing::{Plan, assert_sums, plan, segments, vnet};
+    use crate::packet::vnet::{VNET_HDR_LEN, VnetHdr};
     use proptest::prelude::*;
 
     proptest! {
@@ -236,16 +242,16 @@ mod tests {
             let kind = if udp { Kind::Udp } else { Kind::Tcp };
             let mut packet = plan(kind, v6, payload).build();
             let parsed = Parsed::parse(&packet).unwrap();
-            for (piece, partial) in cut(&mut packet, &vnet(&parsed, size, false), 1500) {
+            for (segment, partial) in segments(&mut packet, &vnet(&parsed, size, false), 1500) {
                 prop_assert!(!partial);
-                assert_sums(&piece);
+                assert_sums(&segment);
             }
         }
 
         #[test]
         fn no_virtio_header_makes_it_panic(
-            udp in any::<bool>(), v6 in any::<bool>(), vnet in any::<[u8; VNET_LEN]>(), near in any::<bool>(),
-            payload in 0usize..300, max in 0usize..400,
+            udp in any::<bool>(), v6 in any::<bool>(), vnet in any::<[u8; VNET_HDR_LEN]>(),
+            near in any::<bool>(), payload in 0usize..300, max in 0usize..400,
         ) {
             let kind = if udp { Kind::Udp } else { Kind::Tcp };
             let mut packet = plan(kind, v6, payload).build();
@@ -259,9 +265,9 @@ mod tests {
                 vnet.gso_type %= 8;
             }
             if let Ok(offload) = Offload::accept(&vnet, &mut packet, &parsed) {
-                let mut segments = Segments::new(offload, &packet, &parsed, max);
+                let mut left = Segments::new(offload, &packet, &parsed, max);
                 let mut out = [0; 2000];
-                while let Some(segment) = segments.next_into(&mut out) {
+                while let Some(segment) = left.next_into(&mut out) {
                     prop_assert!(Parsed::parse(&out[..segment.len]).is_ok());
                 }
             }
@@ -269,33 +275,33 @@ mod tests {
     }
 
     #[test]
-    fn tcp_is_cut_smaller_where_the_tunnel_carries_less() {
+    fn tcp_segments_are_smaller_where_the_tunnel_carries_less() {
         let mut packet = plan(Kind::Tcp, false, 5000).build_partial();
         let parsed = Parsed::parse(&packet).unwrap();
-        let lens = |pieces: Vec<(Vec<u8>, bool)>| -> Vec<usize> {
-            pieces.iter().map(|(piece, _)| piece.len()).collect()
+        let lens = |all: Vec<(Vec<u8>, bool)>| -> Vec<usize> {
+            all.iter().map(|(segment, _)| segment.len()).collect()
         };
-        let pieces = cut(&mut packet, &vnet(&parsed, 1460, true), 1400);
-        assert_eq!(lens(pieces), [1400, 1400, 1400, 960]);
+        let all = segments(&mut packet, &vnet(&parsed, 1460, true), 1400);
+        assert_eq!(lens(all), [1400, 1400, 1400, 960]);
         // A single large packet too, but only if its sum is partial and it is plain data.
         let single = VnetHdr::single(&parsed, true);
         assert_eq!(
-            lens(cut(&mut packet, &single, 1400)),
+            lens(segments(&mut packet, &single, 1400)),
             [1400, 1400, 1400, 960]
         );
         let mut full = plan(Kind::Tcp, false, 2000).build();
-        assert_eq!(lens(cut(&mut full, &VnetHdr::default(), 1400)), [2040]);
+        assert_eq!(lens(segments(&mut full, &VnetHdr::default(), 1400)), [2040]);
         let mut syn = Plan {
             flags: SYN,
             ..plan(Kind::Tcp, false, 2000)
         }
         .build_partial();
-        assert_eq!(lens(cut(&mut syn, &single, 1400)), [2040]);
+        assert_eq!(lens(segments(&mut syn, &single, 1400)), [2040]);
         // UDP keeps its boundaries: the caller splits.
         let mut udp = plan(Kind::Udp, false, 3000).build_partial();
         let parsed = Parsed::parse(&udp).unwrap();
         assert_eq!(
-            lens(cut(&mut udp, &vnet(&parsed, 1472, true), 1400)),
+            lens(segments(&mut udp, &vnet(&parsed, 1472, true), 1400)),
             [1500, 1500, 84]
         );
     }
@@ -308,9 +314,9 @@ mod tests {
         }
         .build_partial();
         let parsed = Parsed::parse(&packet).unwrap();
-        let flags: Vec<u8> = cut(&mut packet, &vnet(&parsed, 100, true), 1400)
+        let flags: Vec<u8> = segments(&mut packet, &vnet(&parsed, 100, true), 1400)
             .iter()
-            .map(|(piece, _)| Parsed::parse(piece).unwrap().tcp_flags())
+            .map(|(segment, _)| Parsed::parse(segment).unwrap().tcp_flags())
             .collect();
         assert_eq!(flags, [ACK | CWR, ACK, ACK | PSH | FIN]);
     }

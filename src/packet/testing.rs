@@ -281,17 +281,17 @@ pub(crate) fn vnet(parsed: &Parsed, size: u16, partial: bool) -> VnetHdr {
 }
 
 /// All segments of a packet, and whether their checksums are partial.
-pub(crate) fn cut(packet: &mut [u8], vnet: &VnetHdr, max: usize) -> Vec<(Vec<u8>, bool)> {
+pub(crate) fn segments(packet: &mut [u8], vnet: &VnetHdr, max: usize) -> Vec<(Vec<u8>, bool)> {
     let parsed = Parsed::parse(packet).unwrap();
     let offload = Offload::accept(vnet, packet, &parsed).unwrap();
-    let mut segments = Segments::new(offload, packet, &parsed, max);
+    let mut left = Segments::new(offload, packet, &parsed, max);
     let mut out = vec![0; 70_000];
     let mut all = Vec::new();
-    while let Some(len) = segments.next_len() {
-        let segment = segments.next_into(&mut out[..len]).unwrap();
+    while let Some(len) = left.next_len() {
+        let segment = left.next_into(&mut out[..len]).unwrap();
         all.push((out[..segment.len].to_vec(), segment.csum_partial));
     }
-    assert_eq!(segments.remaining(), 0);
+    assert_eq!(left.remaining(), 0);
     all
 }
 
@@ -312,10 +312,10 @@ pub(crate) fn reply(plan: &Plan) -> Plan {
     }
 }
 
-/// Cuts an IP packet in two fragments, the second from `at` (a multiple of 8) of the payload.
+/// An IP packet in two fragments, the second from `at` (a multiple of 8) of the payload.
 pub(crate) fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
     if packet[0] >> 4 == 4 {
-        let piece = |range: std::ops::Range<usize>, more: bool| {
+        let fragment = |range: std::ops::Range<usize>, more: bool| {
             let mut out = packet[..20].to_vec();
             out.extend(&packet[20..][range.clone()]);
             let len = out.len() as u16;
@@ -326,9 +326,12 @@ pub(crate) fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
             set_ipv4_checksum(&mut out);
             out
         };
-        return [piece(0..at, true), piece(at..packet.len() - 20, false)];
+        return [
+            fragment(0..at, true),
+            fragment(at..packet.len() - 20, false),
+        ];
     }
-    let piece = |range: std::ops::Range<usize>, more: bool| {
+    let fragment = |range: std::ops::Range<usize>, more: bool| {
         let mut out = packet[..40].to_vec();
         let field = range.start as u16 | u16::from(more);
         let [high, low] = field.to_be_bytes();
@@ -339,7 +342,10 @@ pub(crate) fn fragments(packet: &[u8], at: usize, id: u8) -> [Vec<u8>; 2] {
         out[4..6].copy_from_slice(&len.to_be_bytes());
         out
     };
-    [piece(0..at, true), piece(at..packet.len() - 40, false)]
+    [
+        fragment(0..at, true),
+        fragment(at..packet.len() - 40, false),
+    ]
 }
 
 /// An ICMP error from `from` that quotes the first `len` bytes of `about`.
@@ -347,15 +353,15 @@ pub(crate) fn too_big(about: &[u8], len: usize, from: IpAddr) -> Vec<u8> {
     let parsed = Parsed::parse(about).unwrap();
     let mut out = [0; icmp::MAX_V6];
     let all = icmp::too_big(&mut out, about, &parsed, from, 1300).unwrap();
-    let cut = about.len() - len;
-    let mut out = out[..all - cut].to_vec();
+    let missing = about.len() - len;
+    let mut out = out[..all - missing].to_vec();
     let head = if from.is_ipv4() { 20 } else { 40 };
-    // Cut the quotation and set lengths and checksums anew.
+    // Truncate the quotation and set lengths and checksums anew.
     if from.is_ipv4() {
-        out[2..4].copy_from_slice(&((all - cut) as u16).to_be_bytes());
+        out[2..4].copy_from_slice(&((all - missing) as u16).to_be_bytes());
         set_ipv4_checksum(&mut out);
     } else {
-        out[4..6].copy_from_slice(&((all - cut - 40) as u16).to_be_bytes());
+        out[4..6].copy_from_slice(&((all - missing - 40) as u16).to_be_bytes());
     }
     let pseudo = if from.is_ipv4() {
         [0, 0]

@@ -8,7 +8,7 @@ use crate::packet::{Family, Fragment, Kind, Parsed};
 
 /// Length of [`VnetHdr`] on a TUN with `IFF_VNET_HDR` (`struct virtio_net_hdr`; the longer forms
 /// are asked for with `TUNSETVNETHDRSZ`).
-pub const VNET_LEN: usize = 10;
+pub const VNET_HDR_LEN: usize = 10;
 
 /// Checksum not finished: sum up from `csum_start`, store at `csum_offset` behind it
 /// (`VIRTIO_NET_HDR_F_NEEDS_CSUM`, virtio 1.2 section 5.1.6).
@@ -21,7 +21,7 @@ pub const GSO_NONE: u8 = 0;
 pub const GSO_TCPV4: u8 = 1;
 /// TCP over IPv6 (`VIRTIO_NET_HDR_GSO_TCPV6`).
 pub const GSO_TCPV6: u8 = 4;
-/// UDP, cut into datagrams (`VIRTIO_NET_HDR_GSO_UDP_L4`, USO).
+/// UDP, segmented into datagrams (`VIRTIO_NET_HDR_GSO_UDP_L4`, USO).
 pub const GSO_UDP_L4: u8 = 5;
 /// Or-ed to the TCP types: CWR is set and belongs to the first segment
 /// (`VIRTIO_NET_HDR_GSO_ECN`).
@@ -48,7 +48,7 @@ pub struct VnetHdr {
 impl VnetHdr {
     /// Reads the header from the front of what a TUN gave.
     #[inline]
-    pub fn read(bytes: &[u8; VNET_LEN]) -> Self {
+    pub fn read(bytes: &[u8; VNET_HDR_LEN]) -> Self {
         let word = |at| u16::from_ne_bytes(get(bytes, at));
         Self {
             flags: bytes[0],
@@ -62,7 +62,7 @@ impl VnetHdr {
 
     /// The header as a TUN takes it.
     #[inline]
-    pub fn to_bytes(self) -> [u8; VNET_LEN] {
+    pub fn to_bytes(self) -> [u8; VNET_HDR_LEN] {
         let mut out = [self.flags, self.gso_type, 0, 0, 0, 0, 0, 0, 0, 0];
         put(&mut out, 2, self.hdr_len.to_ne_bytes());
         put(&mut out, 4, self.gso_size.to_ne_bytes());
@@ -92,15 +92,15 @@ impl VnetHdr {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Offload {
     /// Payload bytes per segment, of a super-packet.
-    pub(super) cut: Option<u16>,
+    pub(super) segment_size: Option<u16>,
     pub(super) partial: bool,
 }
 
 impl Offload {
     /// Holds `vnet` against the packet it came with.
     ///
-    /// A `NEEDS_CSUM` that means something else than the packet's own TCP or UDP checksum (that of a
-    /// packet inside, say) is satisfied here, in `packet`.
+    /// A `NEEDS_CSUM` that means something else than the packet's own TCP or UDP checksum (that of
+    /// a packet inside, say) is satisfied here, in `packet`.
     ///
     /// # Errors
     /// [`DropReason::BadOffload`] where the two contradict each other.
@@ -131,7 +131,12 @@ impl Offload {
             put(packet, at, finish(sum, true));
         }
         let wanted = match vnet.gso_type & !GSO_ECN {
-            GSO_NONE if vnet.gso_type == GSO_NONE => return Ok(Self { cut: None, partial }),
+            GSO_NONE if vnet.gso_type == GSO_NONE => {
+                return Ok(Self {
+                    segment_size: None,
+                    partial,
+                });
+            }
             GSO_TCPV4 => (Kind::Tcp, Some(Family::V4)),
             GSO_TCPV6 => (Kind::Tcp, Some(Family::V6)),
             GSO_UDP_L4 if vnet.gso_type == GSO_UDP_L4 => (Kind::Udp, None),
@@ -144,7 +149,7 @@ impl Offload {
             return Err(DropReason::BadOffload);
         }
         Ok(Self {
-            cut: Some(vnet.gso_size),
+            segment_size: Some(vnet.gso_size),
             partial,
         })
     }
