@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use crate::flow::fragments::FragmentCache;
+use crate::flow::lock;
 use crate::flow::seed::Seed;
-use crate::flow::{lock, port_of};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::packet::{Addr, Fragment, Kind, Parsed, Quoted};
@@ -160,9 +160,9 @@ impl Gate {
 
     fn takes(&self, addr: Addr, protocol: u8, kind: Kind, port: u16) -> bool {
         let addr = IpAddr::from(addr);
-        self.moves
-            .iter()
-            .any(|moved| moved.addr == addr && moved.takes(protocol, port_of(kind, port)))
+        self.moves.iter().any(|moved| {
+            moved.addr == addr && moved.takes(protocol, kind.has_ports().then_some(port))
+        })
     }
 }
 
@@ -170,6 +170,7 @@ impl Gate {
 mod tests {
     use super::*;
     use crate::packet::testing::{Plan, fragments, reply, too_big};
+    use crate::testing::epoch;
 
     const CLIENT: &str = "203.0.113.9";
     const MOVED: &str = "192.0.2.5";
@@ -183,12 +184,8 @@ mod tests {
     }
 
     #[test]
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "any point in time will do as a beginning"
-    )]
     fn the_gate_knows_what_is_whose() {
-        let now = Instant::now();
+        let now = epoch();
         let gate =
             |moves: &[&str]| Gate::new(moves.iter().map(|text| text.parse().unwrap()).collect());
         let captured = |gate: &Gate, bytes: &[u8]| {

@@ -1,4 +1,17 @@
 //! Whose a packet is: the table of flows, and what becomes of a packet in each role.
+//!
+//! | file | owns |
+//! |---|---|
+//! | [`gate`] | the old server's checks: what may pass |
+//! | [`translate`], [`routes`] | the new server's rewriting, and what is configured for it |
+//! | [`nat`] | both addresses rewritten, on the old server alone |
+//! | [`table`] | the flows, found from either side |
+//! | [`class`] | how long a flow is kept, and which gives way first |
+//! | `slab` | entries by number, and lists through them |
+//! | [`fragments`] | what the first fragment of a packet told, for the later ones |
+//! | [`seed`] | the secret of the hashes |
+//!
+//! Must not touch sockets, devices or the clock.
 
 pub mod class;
 pub mod fragments;
@@ -11,14 +24,6 @@ pub mod table;
 pub mod translate;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use crate::packet::Kind;
-
-/// The port as [`Move::takes`](crate::model::moved::Move::takes) wants it: only what is a port.
-#[inline]
-fn port_of(kind: Kind, port: u16) -> Option<u16> {
-    matches!(kind, Kind::Tcp | Kind::Udp).then_some(port)
-}
 
 /// A lock that a panic elsewhere does not close: what it guards is whole between any two calls.
 #[inline]

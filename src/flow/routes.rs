@@ -5,7 +5,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::flow::port_of;
 use crate::flow::table::AddrId;
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, Transport};
@@ -251,7 +250,7 @@ impl Moved {
             || self
                 .moves
                 .iter()
-                .any(|moved| moved.takes(protocol, port_of(kind, port)))
+                .any(|moved| moved.takes(protocol, kind.has_ports().then_some(port)))
     }
 
     /// Where a packet of this kind to `port` goes.

@@ -777,6 +777,7 @@ mod tests {
     };
     use crate::flow::slab::slot_size;
     use crate::packet::{ACK, FIN, RST, SYN};
+    use crate::testing::epoch;
     use proptest::prelude::*;
     use std::collections::HashMap;
     use std::net::Ipv4Addr;
@@ -794,12 +795,8 @@ mod tests {
     }
 
     impl Bed {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "any point in time will do as a beginning"
-        )]
         fn new(max: usize) -> Self {
-            let now = Instant::now();
+            let now = epoch();
             Self {
                 table: FlowTable::new(Seed::new([1, 2]), now),
                 limit: Limit::new(max),

@@ -494,6 +494,7 @@ mod tests {
     use crate::flow::routes::PortMap;
     use crate::packet::RST;
     use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
+    use crate::testing::epoch;
     use proptest::prelude::*;
 
     const PEER: PeerId = PeerId(1);
@@ -510,12 +511,8 @@ mod tests {
     }
 
     impl Bed {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "any point in time will do as a beginning"
-        )]
         fn new(moves: &[&str], delivery: Delivery) -> Self {
-            let now = Instant::now();
+            let now = epoch();
             let translator = Translator::new(TranslatorConfig {
                 shards: 4,
                 max_flows: 1000,

@@ -1,6 +1,6 @@
 //! ICMP errors that the daemon sends itself: too big, and hop limit used up.
 //!
-//! Owns which packets may be answered and what the answer quotes. How often is the caller's to
+//! Owns about which packets an error may be sent, and what it quotes. How often is the caller's to
 //! limit (RFC 1812 section 4.3.2.8, RFC 4443 section 2.4 f), and where it is sent.
 
 use std::net::IpAddr;
@@ -10,14 +10,14 @@ use etherparse::icmpv6::TimeExceededCode as TimeExceededV6;
 use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder};
 
 use crate::packet::field::{icmp, ipv4, ipv6};
-use crate::packet::{Family, Fragment, Kind, Parsed};
+use crate::packet::{Family, Fragment, IPV6_MIN_MTU, Kind, Parsed};
 
-/// Longest answer over IPv4: what every host takes (RFC 1812 section 4.3.2.3).
+/// Longest ICMP error over IPv4: what every host takes (RFC 1812 section 4.3.2.3).
 pub const MAX_V4: usize = 576;
-/// Longest answer over IPv6: what every link carries (RFC 4443 section 2.4 c).
-pub const MAX_V6: usize = 1280;
+/// Longest ICMP error over IPv6: what every link carries (RFC 4443 section 2.4 c).
+pub const MAX_V6: usize = IPV6_MIN_MTU;
 
-/// Hop limit of an answer (RFC 1700, as Linux has it).
+/// Hop limit of an error (RFC 1700, as Linux has it).
 const HOPS: u8 = 64;
 /// IP header without options and ICMP header.
 const V4_HEADERS: usize = ipv4::HEADER_LEN + icmp::HEADER_LEN;
@@ -27,7 +27,7 @@ const V6_HEADERS: usize = ipv6::HEADER_LEN + icmp::HEADER_LEN;
 /// Writes "fragmentation needed" (RFC 1191) or "packet too big" (RFC 4443) about `packet` to the
 /// front of `out`: from `from`, to the packet's sender, who may send `mtu` bytes.
 ///
-/// Returns the answer's length, or `None` where none may be given (RFC 1122 section 3.2.2): to an
+/// Returns the error's length, or `None` where none may be sent (RFC 1122 section 3.2.2): about an
 /// ICMP error, a later fragment, a packet to many; or if `from` is of the other family or `out`
 /// shorter than [`MAX_V4`] or [`MAX_V6`].
 pub fn too_big(
@@ -40,7 +40,7 @@ pub fn too_big(
     let v4 = Icmpv4Type::DestinationUnreachable(DestUnreachableHeader::FragmentationNeeded {
         next_hop_mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
     });
-    answer(
+    error(
         out,
         packet,
         parsed,
@@ -59,10 +59,10 @@ pub fn time_exceeded(
 ) -> Option<usize> {
     let v4 = Icmpv4Type::TimeExceeded(TimeExceededV4::TtlExceededInTransit);
     let v6 = Icmpv6Type::TimeExceeded(TimeExceededV6::HopLimitExceeded);
-    answer(out, packet, parsed, from, v4, v6)
+    error(out, packet, parsed, from, v4, v6)
 }
 
-fn answer(
+fn error(
     out: &mut [u8],
     packet: &[u8],
     parsed: &Parsed,
@@ -70,7 +70,7 @@ fn answer(
     v4: Icmpv4Type,
     v6: Icmpv6Type,
 ) -> Option<usize> {
-    if !may_answer(packet, parsed) {
+    if !may_report(packet, parsed) {
         return None;
     }
     let packet = &packet[..parsed.total().min(packet.len())];
@@ -98,7 +98,7 @@ fn answer(
 }
 
 /// The source is a single host's: no other passes [`Parsed::parse`].
-fn may_answer(packet: &[u8], parsed: &Parsed) -> bool {
+fn may_report(packet: &[u8], parsed: &Parsed) -> bool {
     let to_many = match (parsed.family(), IpAddr::from(parsed.dst(packet))) {
         (Family::V4, IpAddr::V4(dst)) => dst.is_multicast() || dst.is_broadcast(),
         (_, dst) => dst.is_multicast(),

@@ -10,12 +10,12 @@ use crate::model::drops::DropReason;
 use crate::packet::Parsed;
 use crate::packet::icmp::{self, MAX_V6};
 
-/// Answers that one direction of a lane gives in a second: what Linux allows itself
+/// ICMP errors that one direction of a lane sends in a second: what Linux allows itself
 /// (`net.ipv4.icmp_msgs_per_sec`; RFC 1812 section 4.3.2.8 and RFC 4443 section 2.4 f ask for a
 /// limit).
 pub const ANSWERS_PER_SECOND: u32 = 1_000;
 
-/// Answers that may follow each other at once (`net.ipv4.icmp_msgs_burst`).
+/// ICMP errors that may follow each other at once (`net.ipv4.icmp_msgs_burst`).
 pub const ANSWER_BURST: u32 = 50;
 
 /// Why a packet does not go on.
@@ -37,7 +37,7 @@ impl About {
     }
 }
 
-/// Makes answers, and not too many.
+/// Makes ICMP errors, and not too many.
 #[derive(Debug)]
 pub struct Answers {
     tokens: u32,
@@ -57,7 +57,7 @@ impl Answers {
         }
     }
 
-    /// Writes an answer about `packet`, to its source and from `from`; `false` if none may be given
+    /// Writes an error about `packet`, to its source and from `from`; `false` if none may be sent
     /// about such a packet. It is kept until [`Self::take`].
     ///
     /// # Errors
@@ -82,7 +82,7 @@ impl Answers {
         Ok(true)
     }
 
-    /// The answer that was made, once.
+    /// The error that was made, once.
     #[inline]
     pub fn take(&mut self) -> Option<&mut [u8]> {
         let len = std::mem::take(&mut self.len);
@@ -109,18 +109,11 @@ mod tests {
     use super::*;
     use crate::packet::Kind;
     use crate::packet::testing::Plan;
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a virtual clock has to begin somewhere"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
+    use crate::testing::epoch;
 
     #[test]
     fn a_burst_and_then_a_pace() {
-        let now = start();
+        let now = epoch();
         let mut answers = Answers::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();
@@ -139,7 +132,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_taken_once() {
-        let now = start();
+        let now = epoch();
         let mut answers = Answers::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();

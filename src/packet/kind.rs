@@ -23,6 +23,14 @@ pub enum Kind {
     Hidden,
 }
 
+impl Kind {
+    /// Whether packets of this kind have ports, rather than something that stands for them.
+    #[inline]
+    pub fn has_ports(self) -> bool {
+        matches!(self, Self::Tcp | Self::Udp)
+    }
+}
+
 pub(super) fn icmp_kind(family: Family, icmp_type: u8) -> Option<Kind> {
     match (family, icmp_type) {
         // Echo, timestamp, information, address mask.

@@ -12,6 +12,19 @@
 //!
 //! Setters mend and never recompute: a packet that came with a wrong checksum leaves with a wrong
 //! one, so that the receiver still sees the damage.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `addr` | addresses of both families as one type |
+//! | `field` | where the fields of the headers lie, and what may stand in them |
+//! | `kind`, `headers` | what follows the IP header, and what may stand in between |
+//! | `parsed` | the check, and the setters |
+//! | `quoted` | the packet that an ICMP error quotes |
+//! | `checksum` | the sum, and how it is mended |
+//! | `mss`, [`ecn`] | what a tunnel has to say in a packet that passes |
+//! | [`fragment`] | fragments that wait, contradict each other, or are made here |
+//! | [`vnet`], [`segment`], [`coalesce`] | super-packets, taken apart and made again |
+//! | [`icmp`], [`icmp_reply`] | ICMP errors of the daemon's own, and how many |
 
 mod addr;
 mod checksum;
@@ -33,7 +46,7 @@ pub(crate) mod testing;
 pub mod vnet;
 
 pub use addr::{Addr, Family};
-pub use field::{ACK, CWR, ECE, FIN, ICMP, ICMPV6, PSH, RST, SYN};
+pub use field::{ACK, CWR, ECE, FIN, ICMP, ICMPV6, IPV6_MIN_MTU, PSH, RST, SYN};
 pub use headers::{Fragment, MAX_EXTENSION_HEADERS};
 pub use kind::Kind;
 pub use mss::clamp_mss;

@@ -13,8 +13,6 @@ pub const VNET_HDR_LEN: usize = 10;
 /// Checksum not finished: sum up from `csum_start`, store at `csum_offset` behind it
 /// (`VIRTIO_NET_HDR_F_NEEDS_CSUM`, virtio 1.2 section 5.1.6).
 pub const NEEDS_CSUM: u8 = 1;
-/// Checksum found right by the device (`VIRTIO_NET_HDR_F_DATA_VALID`).
-pub const DATA_VALID: u8 = 2;
 /// Not a super-packet (`VIRTIO_NET_HDR_GSO_NONE`).
 pub const GSO_NONE: u8 = 0;
 /// TCP over IPv4 (`VIRTIO_NET_HDR_GSO_TCPV4`).
@@ -31,7 +29,7 @@ pub const GSO_ECN: u8 = 0x80;
 /// otherwise (`TUNSETVNETLE`; linux/virtio_net.h, Documentation/networking/tuntap.rst).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct VnetHdr {
-    /// [`NEEDS_CSUM`], [`DATA_VALID`].
+    /// [`NEEDS_CSUM`] or nothing that matters here.
     pub flags: u8,
     /// [`GSO_NONE`] and its like, perhaps with [`GSO_ECN`].
     pub gso_type: u8,
