@@ -2,8 +2,9 @@
 //! rewriting, and how long that is remembered.
 //!
 //! Owns the two views of a flow ([`Outside`]: as the client sees it, [`Inside`]: as the
-//! application's host sees it), their states and timeouts, and what happens when memory runs out.
-//! Must not touch packets, and reads no clock: every call is told the time.
+//! application's host sees it), how either is found, and what happens when memory runs out. How long
+//! a flow is kept, and which gives way first, is [`class`](super::class)'s to say. Must not touch
+//! packets, and reads no clock: every call is told the time.
 //!
 //! ```text
 //!   Outside {peer, client:port, moved:port}  ──►  entry  ◄──  Inside {client:port', delivery:port}
@@ -622,10 +623,10 @@ impl FlowTable {
     fn link(&mut self, at: u32, now: u32) {
         let entry = self.slab.get_mut(at);
         entry.placed = now;
-        let (class, client) = (entry.class, entry.client);
+        let class = entry.class;
         self.slab.append(&mut self.lists[class as usize], at);
         if class.is_one_way() {
-            let source = self.source(client);
+            let source = self.source(self.slab.get(at).client);
             if self.sources.is_empty() {
                 self.sources.resize(SOURCES, 0);
             }
@@ -635,11 +636,10 @@ impl FlowTable {
 
     /// Takes out of the list of the entry's class.
     fn unlink(&mut self, at: u32) {
-        let entry = self.slab.get(at);
-        let (class, client) = (entry.class, entry.client);
+        let class = self.slab.get(at).class;
         self.slab.unlink(&mut self.lists[class as usize], at);
         if class.is_one_way() {
-            let source = self.source(client);
+            let source = self.source(self.slab.get(at).client);
             self.sources[source] -= 1;
         }
     }

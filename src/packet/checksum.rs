@@ -79,15 +79,15 @@ pub(crate) fn pseudo_sum(header: &[u8], family: Family, protocol: u8) -> Sum {
     Sum::default().add(addrs).word([0, protocol])
 }
 
-/// The finished checksum, as it is stored, of bytes that sum up to `sum`, with the pseudo-header
-/// and without the checksum itself. With `never_zero`, as UDP wants it, the other zero of one's
-/// complement stands for a zero, which would say that there is no checksum (RFC 768).
+/// The finished checksum of bytes that sum up to `sum`, with the pseudo-header and without the
+/// checksum itself; store it with `to_ne_bytes`.
+///
+/// With `never_zero`, as UDP wants it, the other zero of one's complement stands for a zero, which
+/// would say that there is no checksum (RFC 768).
 #[inline]
-pub(crate) fn finish(sum: Sum, never_zero: bool) -> [u8; 2] {
-    match !sum.fold() {
-        0 if never_zero => [0xff, 0xff],
-        sum => sum.to_ne_bytes(),
-    }
+pub(crate) fn finish(sum: Sum, never_zero: bool) -> u16 {
+    let sum = !sum.fold();
+    if sum == 0 && never_zero { 0xffff } else { sum }
 }
 
 /// Puts `new` at `at` and says what that adds to a sum.

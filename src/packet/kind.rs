@@ -13,7 +13,7 @@ pub enum Kind {
     /// An ICMP query (echo request and its like): its identifier is the source port, the
     /// destination port is 0.
     Request,
-    /// An answer to an ICMP query: its identifier is the destination port, the source port is 0.
+    /// A reply to an ICMP query: its identifier is the destination port, the source port is 0.
     Reply,
     /// An ICMP error, which quotes the packet it is about ([`Quoted`]).
     Error,

@@ -320,7 +320,7 @@ impl Parsed {
     pub fn finish_checksum(&self, bytes: &mut [u8]) {
         let Some(at) = self.csum_at() else { return };
         let sum = Sum::default().add(&bytes[self.l4()..self.total()]);
-        put(bytes, at, finish(sum, self.kind == Kind::Udp));
+        put(bytes, at, finish(sum, self.kind == Kind::Udp).to_ne_bytes());
     }
 
     /// The same packet with the total length that its bytes have by now.
@@ -619,6 +619,14 @@ mod tests {
         }
 
         #[test]
+        fn a_finished_partial_sum_is_the_full_one(plan in plans()) {
+            if matches!(plan.kind, Kind::Request | Kind::Reply) { return Ok(()); }
+            let mut bytes = plan.build_partial();
+            Parsed::parse(&bytes).unwrap().finish_checksum(&mut bytes);
+            prop_assert_eq!(&bytes, &plan.build());
+        }
+
+        #[test]
         fn no_bytes_make_the_door_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
             try_all(bytes);
         }
@@ -654,6 +662,11 @@ mod tests {
             clamp_mss(&mut bytes, &parsed, 1200, 1200, partial);
             let _ = parsed.decrement_ttl(&mut bytes);
         }
+        parsed.set_ecn(&mut bytes, 3);
+        assert_eq!(parsed.ecn(&bytes), 3);
+        let range = parsed.fragment_range(&bytes);
+        assert!(range.len() <= parsed.total() && parsed.total() - range.len() <= parsed.l4());
+        parsed.finish_checksum(&mut bytes);
         if let Ok(quoted) = Quoted::parse(&bytes, &parsed) {
             let change = Rewrite {
                 src: Some(dst),
@@ -663,6 +676,49 @@ mod tests {
             };
             quoted.rewrite(&mut bytes, &parsed, &change);
         }
+    }
+
+    #[test]
+    fn fragments_know_their_place() {
+        for (src, dst, header) in [
+            ("203.0.113.9", "192.0.2.5", 20),
+            ("2001:db8::9", "2001:db8::5", 40),
+        ] {
+            let whole = Plan::new(Kind::Udp, src, dst).build();
+            let range = |bytes: &[u8]| Parsed::parse(bytes).unwrap().fragment_range(bytes);
+            let len = whole.len() - header;
+            assert_eq!(range(&whole), 0..len);
+            let [first, second] = fragments(&whole, 16, 7);
+            assert_eq!((range(&first), range(&second)), (0..16, 16..len));
+        }
+    }
+
+    #[test]
+    fn ipv6_fragments_are_placed_behind_their_headers() {
+        let plain = Plan {
+            // The first fragment of several has whole words of eight bytes.
+            payload: vec![7; 16],
+            ..Plan::new(Kind::Udp, "2001:db8::9", "2001:db8::5")
+        };
+        let plain = plain.build();
+        let len = plain.len() - 40;
+        let with = |first: u8, headers: [u8; 16]| {
+            let mut bytes = plain.clone();
+            bytes[5] += 16;
+            bytes[6] = first;
+            bytes.splice(40..40, headers);
+            let parsed = Parsed::parse(&bytes).unwrap();
+            (parsed.fragment(), parsed.fragment_range(&bytes))
+        };
+        // Destination options, then the fragment header of a fragment at 1,232.
+        let later = [44, 0, 1, 4, 0, 0, 0, 0, 17, 0, 4, 0xd0, 0, 0, 0, 7];
+        assert_eq!(with(60, later), (Fragment::Later, 1_232..1_232 + len));
+        // Destination options behind the fragment header are a part of the fragment.
+        let first = [60, 0, 0, 1, 0, 0, 0, 7, 17, 0, 1, 4, 0, 0, 0, 0];
+        assert_eq!(with(44, first), (Fragment::First, 0..8 + len));
+        // An atomic fragment is none.
+        let atomic = [60, 0, 0, 0, 0, 0, 0, 7, 17, 0, 1, 4, 0, 0, 0, 0];
+        assert_eq!(with(44, atomic), (Fragment::None, 0..len));
     }
 
     #[test]

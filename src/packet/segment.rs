@@ -186,11 +186,8 @@ impl<'a> Segments<'a> {
                 let id = self.id.to_be_bytes();
                 put(out, ipv4::TOTAL_LEN, len);
                 put(out, ipv4::ID, id);
-                put(
-                    out,
-                    ipv4::CHECKSUM,
-                    finish(self.ip.word(len).word(id), false),
-                );
+                let sum = finish(self.ip.word(len).word(id), false);
+                put(out, ipv4::CHECKSUM, sum.to_ne_bytes());
                 self.id = self.id.wrapping_add(1);
             }
             Family::V6 => {
@@ -217,12 +214,12 @@ impl<'a> Segments<'a> {
         }
         let pseudo = self.pseudo.word(l4_len);
         let sum = if self.partial {
-            pseudo.fold().to_ne_bytes()
+            pseudo.fold()
         } else {
             put(out, self.csum_at, [0, 0]);
             finish(pseudo.add(&out[self.l4..]), self.shape == Shape::Udp)
         };
-        put(out, self.csum_at, sum);
+        put(out, self.csum_at, sum.to_ne_bytes());
     }
 }
 

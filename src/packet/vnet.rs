@@ -126,7 +126,7 @@ impl Offload {
             // The field is inside the range and holds the pseudo-header's sum already.
             // Whatever protocol it is of, no receiver minds the other zero.
             let sum = Sum::default().add(&packet[start..total]);
-            put(packet, at, finish(sum, true));
+            put(packet, at, finish(sum, true).to_ne_bytes());
         }
         let wanted = match vnet.gso_type & !GSO_ECN {
             GSO_NONE if vnet.gso_type == GSO_NONE => {

@@ -2,11 +2,12 @@
 
 pub mod fuzz;
 
-/// Where the virtual clock of a test begins.
+/// Where a virtual clock begins: any point in time will do. The one place where unit tests of rooms
+/// without a clock look at the real one.
 #[cfg(test)]
 #[expect(
     clippy::disallowed_methods,
-    reason = "any point in time will do as a beginning"
+    reason = "a virtual clock has to begin somewhere"
 )]
 pub(crate) fn epoch() -> std::time::Instant {
     std::time::Instant::now()
