@@ -15,7 +15,7 @@
 //! packets to two moved addresses with one delivery address keep their own identifications, which a
 //! client chooses per destination, so two of them could meet (RFC 6864 section 5.2).
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -27,6 +27,7 @@ use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::PeerId;
+use crate::model::port_map::PortMap;
 use crate::packet::{ACK, Addr, Family, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
 /// Most shards of the flow table: more than any machine has lanes.
@@ -208,36 +209,6 @@ pub struct Delivery {
     pub keep: bool,
     /// Ports that are delivered elsewhere; the first that fits counts. With `keep` too.
     pub ports: Vec<PortMap>,
-}
-
-/// One port of a moved address that is delivered to another address or port.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PortMap {
-    /// TCP or UDP alone.
-    pub transport: Option<Transport>,
-    /// The moved address.
-    pub moved: IpAddr,
-    /// The port there.
-    pub port: u16,
-    /// The delivery address, of the same family.
-    pub to: IpAddr,
-    /// The port there.
-    pub to_port: u16,
-}
-
-impl std::fmt::Display for PortMap {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let transport = match self.transport {
-            None => "",
-            Some(Transport::Tcp) => "/tcp",
-            Some(Transport::Udp) => "/udp",
-        };
-        let (moved, to) = (
-            SocketAddr::new(self.moved, self.port),
-            SocketAddr::new(self.to, self.to_port),
-        );
-        write!(f, "{moved}{transport}={to}")
-    }
 }
 
 /// Why moves or a delivery could not be set.

@@ -14,9 +14,9 @@ use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use crate::channel::session::{CipherPolicy, PeerKeys, Psk, PskError};
-use crate::flow::translate::PortMap;
 use crate::model::moved::{MAX_MOVES, Move, MoveError};
 use crate::model::peer::Role;
+use crate::model::port_map::PortMap;
 use crate::model::runtime::BASE_DIR;
 use crate::settings::args::{LogFormat, NatArgs, Offload, RunArgs};
 
