@@ -3,14 +3,10 @@
 //! Joins command line, environment and configuration file, checks everything that can be checked
 //! without touching the system, and says in one line what is wrong and what to do about it.
 
-use std::fs;
-use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use crate::channel::session::{CipherPolicy, PeerKeys, Psk, PskError};
@@ -19,6 +15,8 @@ use crate::model::peer::Role;
 use crate::model::port_map::PortMap;
 use crate::model::runtime::BASE_DIR;
 use crate::settings::args::{LogFormat, NatArgs, Offload, RunArgs};
+use crate::settings::file::{FileConfig, Listen, OneOrMany, Secret};
+use crate::settings::psk::read_psk;
 
 /// The UDP port both servers use unless told otherwise.
 pub const DEFAULT_PORT: u16 = 51_850;
@@ -50,10 +48,6 @@ const MAX_IFNAME: usize = 15;
 
 /// Most `--deliver` of one peer: they are searched one by one for every new flow.
 pub const MAX_PORT_MAPS: usize = 256;
-
-/// Longest key file that is read: 44 characters of base64, white space, and room for a mistake to
-/// be explained.
-const MAX_KEY_FILE: u64 = 4_096;
 
 /// The environment variable that may hold the key.
 pub const PSK_VARIABLE: &str = "IPMOVED_PSK";
@@ -435,138 +429,6 @@ impl PeerSettings {
     }
 }
 
-/// The configuration file: the flags' names without the dashes, and `[[peers]]` for several.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-struct FileConfig {
-    peer: Option<String>,
-    psk: Option<Secret>,
-    psk_file: Option<PathBuf>,
-    #[serde(rename = "move")]
-    moves: OneOrMany,
-    deliver_to: Option<OneOrMany>,
-    deliver: OneOrMany,
-    listen: Option<Listen>,
-    tun: Option<String>,
-    uplink: Option<String>,
-    max_flows: Option<u32>,
-    lanes: Option<u8>,
-    cipher: Option<CipherPolicy>,
-    rekey_after: Option<u64>,
-    log_format: Option<LogFormat>,
-    no_split: bool,
-    without: Vec<Offload>,
-    peers: Vec<FilePeer>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-struct FilePeer {
-    peer: Option<String>,
-    psk: Option<Secret>,
-    psk_file: Option<PathBuf>,
-    #[serde(rename = "move")]
-    moves: OneOrMany,
-    deliver_to: Option<OneOrMany>,
-    deliver: OneOrMany,
-}
-
-/// A text that is overwritten when it is done with.
-#[derive(Deserialize)]
-#[serde(from = "String")]
-struct Secret(Zeroizing<String>);
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(Zeroizing::new(text))
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secret(..)")
-    }
-}
-
-/// `"192.0.2.5"` as well as `["192.0.2.5", "192.0.2.6"]`.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
-}
-
-impl Default for OneOrMany {
-    fn default() -> Self {
-        Self::Many(Vec::new())
-    }
-}
-
-impl OneOrMany {
-    fn as_slice(&self) -> &[String] {
-        match self {
-            Self::One(one) => std::slice::from_ref(one),
-            Self::Many(many) => many,
-        }
-    }
-
-    fn into_vec(self) -> Vec<String> {
-        match self {
-            Self::One(one) => vec![one],
-            Self::Many(many) => many,
-        }
-    }
-}
-
-/// `51850` as well as `"192.0.2.1:51850"`.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Listen {
-    Port(u16),
-    Text(String),
-}
-
-impl Listen {
-    fn into_text(self) -> String {
-        match self {
-            Self::Port(port) => port.to_string(),
-            Self::Text(text) => text,
-        }
-    }
-}
-
-impl FileConfig {
-    fn read(path: &Path, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
-        let mut text = Zeroizing::new(String::new());
-        let open = open_to_read(path, u64::MAX, &mut text).map_err(|error| ConfigError::File {
-            path: path.into(),
-            error,
-            hint: " (--config)",
-        })?;
-        let file = Self::parse(&text).map_err(|message| ConfigError::Toml {
-            path: path.into(),
-            message,
-        })?;
-        if open && (file.psk.is_some() || file.peers.iter().any(|peer| peer.psk.is_some())) {
-            warnings.push(exposed(path));
-        }
-        Ok(file)
-    }
-
-    fn parse(text: &str) -> Result<Self, String> {
-        toml::from_str(text).map_err(|error| {
-            let line = error
-                .span()
-                .map(|span| text[..span.start].matches('\n').count() + 1);
-            let message = error.message().replace('\n', " ");
-            match line {
-                Some(line) => format!("line {line}: {message}"),
-                None => message,
-            }
-        })
-    }
-}
-
 /// One a processor: a lane without packets costs nothing but its buffers and two threads that sleep. Two lanes on two processors
 /// that client, router and both servers share carried four streams 1.2 times as fast as one lane, and
 /// one stream as fast.
@@ -884,43 +746,6 @@ fn check_ifname(name: &'static str, value: Option<String>) -> Result<Option<Stri
             format!("is not an interface name (1 to {MAX_IFNAME} letters, digits, - . _)"),
         ))
     }
-}
-
-fn read_psk(path: &Path, warnings: &mut Vec<String>) -> Result<Psk, ConfigError> {
-    let wrong = |error: std::io::Error| ConfigError::File {
-        hint: if error.kind() == std::io::ErrorKind::NotFound {
-            "; make one with `ipmoved genpsk`"
-        } else {
-            " (--psk-file)"
-        },
-        path: path.into(),
-        error,
-    };
-    let mut text = Zeroizing::new(String::new());
-    if open_to_read(path, MAX_KEY_FILE, &mut text).map_err(wrong)? {
-        warnings.push(exposed(path));
-    }
-    text.parse::<Psk>().map_err(|error| ConfigError::Psk {
-        origin: path.display().to_string(),
-        error,
-    })
-}
-
-/// Reads a file that may hold a key; tells whether other users can, too.
-fn open_to_read(path: &Path, most: u64, text: &mut String) -> std::io::Result<bool> {
-    /// Read or write for the group or for everybody.
-    const OTHERS: u32 = 0o066;
-    let file = fs::File::open(path)?;
-    let open = file.metadata()?.permissions().mode() & OTHERS != 0;
-    file.take(most).read_to_string(text)?;
-    Ok(open)
-}
-
-fn exposed(path: &Path) -> String {
-    format!(
-        "{0} holds a key and is open to other users of this host; close it: chmod 600 {0}",
-        path.display()
-    )
 }
 
 #[cfg(test)]

@@ -2,3 +2,5 @@
 
 pub mod args;
 pub mod config;
+mod file;
+mod psk;
