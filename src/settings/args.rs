@@ -1,6 +1,7 @@
 //! What was typed: the command line as clap reads it, before anything is made of it.
 //!
-//! Owns the flags and their help texts. What they mean together is `config`'s business.
+//! Owns the flags, which are the keys of the configuration file too, and their help texts. What
+//! they mean together is `config`'s business.
 
 #![allow(rustdoc::broken_intra_doc_links)] // help texts show IPv6 addresses in brackets
 
@@ -37,7 +38,12 @@ Exit codes:
 /// for the moved address and carries them, encrypted, to the new one, which hands them to the
 /// application with the client's own address and brings the replies back the same way.
 #[derive(Debug, Parser)]
-#[command(name = "ipmoved", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+#[command(
+    name = "ipmoved",
+    version,
+    after_help = AFTER_HELP,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Cli {
     /// What to do; without a command the tunnel is run.
     #[command(subcommand)]
@@ -51,10 +57,10 @@ pub struct Cli {
 /// The commands beside running the tunnel.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a new key for --psk-file and print it.
+    /// Make a new key and print it, for the --psk-file of both servers.
     Genpsk,
-    /// Translate both addresses on the old server alone: nothing runs on the new server, which sees
-    /// this one's address instead of the clients', and nothing is encrypted.
+    /// Translate both addresses on the old server alone (mode nat). Nothing runs on the new server,
+    /// which sees this server's address instead of the clients', and nothing is encrypted.
     Nat(NatArgs),
     /// Show what the daemon of this network namespace is doing.
     Status {
@@ -64,7 +70,7 @@ pub enum Command {
     },
     /// Undo what a killed daemon left in the kernel.
     Cleanup,
-    /// Show a moved address being served, in namespaces of this machine that vanish afterwards.
+    /// Show a moved address being served, in network namespaces that vanish afterwards.
     Demo,
 }
 
@@ -79,7 +85,8 @@ pub struct RunArgs {
     #[command(flatten)]
     pub daemon: DaemonArgs,
 
-    /// Read the same settings from a TOML file; flags win over it.
+    /// TOML file with the same settings: its keys are the flags' names without the dashes. What is
+    /// given as a flag as well, the flag decides.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -88,35 +95,38 @@ pub struct RunArgs {
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct PeerArgs {
-    /// The other server: an address or a name, with :PORT if it does not listen on 51850.
+    /// The other server: its address or name, with :PORT if it does not listen on 51850. One of the
+    /// two servers may leave this out and wait for the other.
     #[arg(long, value_name = "HOST[:PORT]")]
     #[serde(deserialize_with = "one")]
     pub peer: Option<PeerAddr>,
 
-    /// File with the key both servers share, as `ipmoved genpsk` prints it.
+    /// File with the key that both servers share; `ipmoved genpsk` makes one.
     #[arg(long, value_name = "FILE", conflicts_with = "psk")]
     pub psk_file: Option<PathBuf>,
 
-    /// The key itself; other users of this host can see it on the command line. Can also be given
-    /// in the environment variable IPMOVED_PSK.
+    /// The key itself. Other users of this host can see it on the command line: use --psk-file, or
+    /// the environment variable IPMOVED_PSK.
     #[arg(long, value_name = "BASE64")]
     #[serde(deserialize_with = "one")]
     pub psk: Option<Psk>,
 
-    /// An address that has moved away from this server; makes this the old server. Repeatable.
+    /// An address that has moved away from this server, whole or only some of its ports. Makes this
+    /// the old server. Repeatable.
     /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp
     #[arg(long = "move", value_name = "ADDR[:PORTS][/tcp|/udp]")]
     #[serde(rename = "move", deserialize_with = "many")]
     pub moves: Vec<Move>,
 
-    /// Where the application listens on the new server, once per address family; `keep` leaves
-    /// packets as they are, for an application that listens on the moved address itself.
-    /// [default: the address the peer reaches this server on]
+    /// On the new server: the address the application listens on. Can be given once for IPv4 and
+    /// once for IPv6. `keep` leaves packets as they are (mode keep): the application listens on the
+    /// moved address itself. [default: the address the peer reaches this server on]
     #[arg(long, value_name = "ADDR|keep")]
     #[serde(deserialize_with = "many")]
     pub deliver_to: Vec<DeliverTo>,
 
-    /// A port of a moved address that the application serves elsewhere on the new server. Repeatable.
+    /// On the new server: deliver one port of a moved address to another port or address.
+    /// Repeatable.
     /// Examples: 192.0.2.5:80=198.51.100.2:8080 [2001:db8::5]:53/udp=[2001:db8::2]:5353
     #[arg(long, value_name = "MOVED:PORT[/tcp|/udp]=ADDR:PORT")]
     #[serde(deserialize_with = "many")]
@@ -127,7 +137,7 @@ pub struct PeerArgs {
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct DaemonArgs {
-    /// UDP port to listen on, with an address if only that one is to be used. [default: 51850]
+    /// UDP port for the tunnel, with an address to use only that one. [default: 51850]
     #[arg(long, value_name = "[ADDR:]PORT")]
     #[serde(deserialize_with = "one")]
     pub listen: Option<Listen>,
@@ -137,25 +147,26 @@ pub struct DaemonArgs {
     #[serde(deserialize_with = "one")]
     pub tun: Option<InterfaceName>,
 
-    /// The interface that clients' packets use. [default: found from the addresses and routes]
+    /// Network interface that clients' packets use. [default: found from the addresses and routes]
     #[arg(long, value_name = "IFACE")]
     #[serde(deserialize_with = "one")]
     pub uplink: Option<InterfaceName>,
 
-    /// Most flows the new server remembers at once. [default: 1000000]
+    /// Most flows that the new server remembers at once. [default: 1000000]
     #[arg(long, value_name = "N")]
     #[serde(deserialize_with = "one")]
     pub max_flows: Option<MaxFlows>,
 
-    /// Lanes: each carries packets with a queue, a socket and a thread of its own, or two while it is busy.
-    /// [default: one for each processor, at most 8]
+    /// Number of lanes. Each carries packets with a TUN queue, a UDP socket and a thread of its
+    /// own; a busy one takes a second thread. [default: one for each processor, at most 8]
     #[arg(long, value_name = "N")]
     #[serde(deserialize_with = "one")]
     pub lanes: Option<Lanes>,
 
-    /// Cipher of the tunnel: auto, aes-256-gcm, chacha20-poly1305, or aegis-256x4, which is faster but not
-    /// a standard yet. Two servers that say auto never use that. A server that says auto follows one that names a cipher.
-    /// [default: auto, the faster standard one]
+    /// Cipher of the tunnel: auto, aes-256-gcm, chacha20-poly1305 or aegis-256x4. With auto on both
+    /// servers, they use AES-256-GCM if both have hardware for it, else ChaCha20-Poly1305. With
+    /// auto on one, it uses the cipher that the other names. aegis-256x4 is the fastest, but not a
+    /// standard yet: it is only used if a server names it. [default: auto]
     #[arg(long, value_name = "CIPHER")]
     #[serde(deserialize_with = "one")]
     pub cipher: Option<CipherPolicy>,
@@ -165,8 +176,9 @@ pub struct DaemonArgs {
     #[serde(deserialize_with = "one")]
     pub log_format: Option<LogFormat>,
 
-    /// Answer packets that are too big for the tunnel ("fragmentation needed", "packet too big")
-    /// instead of carrying them in two datagrams.
+    /// Do not split packets that are too big for one datagram over several. They are fragmented
+    /// where their sender allows it, and answered with "fragmentation needed" or "packet too big"
+    /// otherwise.
     #[arg(long)]
     pub no_split: bool,
 
@@ -184,21 +196,22 @@ pub struct DaemonArgs {
 /// The flags of `ipmoved nat`.
 #[derive(Debug, Default, Args)]
 pub struct NatArgs {
-    /// An address that has moved away from this server. Repeatable.
+    /// An address that has moved away from this server, whole or only some of its ports.
+    /// Repeatable.
     /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp
     #[arg(long = "move", value_name = "ADDR[:PORTS][/tcp|/udp]", required = true)]
     pub moves: Vec<Move>,
 
-    /// The new server, once per address family; with a port if the one that was moved is served at
-    /// another there.
+    /// The new server's address. Can be given once for IPv4 and once for IPv6. With a port, if the
+    /// application listens on another port there than the one that moved.
     #[arg(long, value_name = "ADDR[:PORT]", required = true)]
     pub to: Vec<NewServer>,
 
-    /// Name of the network interface that packets are taken through. [default: ipmoved0]
+    /// Name of the network interface that packets pass through. [default: ipmoved0]
     #[arg(long, value_name = "NAME")]
     pub tun: Option<InterfaceName>,
 
-    /// The interface that clients' packets use. [default: found from the addresses and routes]
+    /// Network interface that clients' packets use. [default: found from the addresses and routes]
     #[arg(long, value_name = "IFACE")]
     pub uplink: Option<InterfaceName>,
 
@@ -232,7 +245,7 @@ pub enum Offload {
     TunGso,
     /// Writing more to the TUN in one call than the IPv4 length field can tell.
     BigTcp,
-    /// The kernel taking joined packets: each such write is refused, as some kernels do.
+    /// The kernel taking coalesced packets: each such write is refused, as some kernels do.
     JoinedWrites,
     /// The kernel taking more than 17 pages: each such write is refused, as Linux 6.3 to 6.5 do.
     LongWrites,

@@ -133,7 +133,7 @@ pub enum ConfigError {
     #[error("{0} and {1} overlap: a packet can only move once")]
     Overlap(Move, Move),
     /// Too many moves.
-    #[error("{0} moved addresses are more than {max}: use ranges, or move whole addresses", max = MAX_MOVES)]
+    #[error("{0} moved addresses are more than {MAX_MOVES}: use ranges, or move whole addresses")]
     TooManyMoves(usize),
     /// Too many peers.
     #[error("{0} peers are more than {MAX_PEERS}, the most that one daemon serves")]

@@ -303,7 +303,7 @@ pub struct InterfaceName(String);
 
 /// The text is a name that Linux does not take for an interface.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("`{0}` is not an interface name (1 to {max} letters, digits, - . _)", max = MAX_INTERFACE_NAME)]
+#[error("`{0}` is not an interface name (1 to {MAX_INTERFACE_NAME} letters, digits, - . _)")]
 pub struct InterfaceNameError(String);
 
 impl FromStr for InterfaceName {
