@@ -229,7 +229,11 @@ impl Config {
     }
 
     /// Lets flags win over the file.
-    fn merge(args: RunArgs, file: File, mut warnings: Vec<String>) -> Result<Self, ConfigError> {
+    pub(crate) fn merge(
+        args: RunArgs,
+        file: File,
+        mut warnings: Vec<String>,
+    ) -> Result<Self, ConfigError> {
         file.peer.check(&Origin::File(file.path.clone()))?;
         let top = args.peer.over(file.peer);
         let mut peers = Vec::new();
@@ -712,6 +716,34 @@ mod tests {
         ] {
             let error = config_with("", &text).unwrap_err();
             assert!(error.contains(says), "{text}\n{error}");
+        }
+    }
+    #[test]
+    fn what_the_readme_and_the_unit_show_is_read() {
+        let readme = include_str!("../../README.md");
+        let blocks = |language: &str| {
+            let begin = format!("```{language}\n");
+            let rest = readme.split(begin.as_str()).skip(1);
+            rest.map(|rest| rest.split("```").next().unwrap())
+                .collect::<Vec<_>>()
+        };
+        let files = blocks("toml");
+        assert!(files.len() >= 2, "{files:?}");
+        for text in files {
+            let file = File::parse(text).unwrap_or_else(|mistake| panic!("{text}\n{mistake}"));
+            assert!(file.peer.peer.is_some() || !file.peers.is_empty(), "{text}");
+        }
+        let lines = blocks("sh").concat();
+        let lines = lines.lines().filter(|line| line.starts_with("ipmoved "));
+        let unit = include_str!("../../contrib/ipmoved.service");
+        let started = unit
+            .lines()
+            .filter_map(|line| line.strip_prefix("ExecStart=/usr/local/sbin/"));
+        let typed: Vec<&str> = lines.chain(started).collect();
+        assert!(typed.len() >= 3, "{typed:?}");
+        for line in typed {
+            let words = line.split('#').next().unwrap().split_whitespace();
+            Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{line}\n{error}"));
         }
     }
 }

@@ -26,22 +26,22 @@ const LIKE: f64 = 0.7;
 #[derive(Debug, Default)]
 pub(crate) struct File {
     /// Where it lies; empty if there is none.
-    pub(super) path: PathBuf,
+    pub(crate) path: PathBuf,
     /// The daemon's settings.
-    pub(super) daemon: DaemonArgs,
+    pub(crate) daemon: DaemonArgs,
     /// The one peer whose settings stand at the top.
-    pub(super) peer: PeerArgs,
+    pub(crate) peer: PeerArgs,
     /// The peers that have a table each.
-    pub(super) peers: Vec<PeerTable>,
+    pub(crate) peers: Vec<PeerTable>,
 }
 
 /// One `[[peers]]`.
 #[derive(Debug)]
-pub(super) struct PeerTable {
+pub(crate) struct PeerTable {
     /// The line it begins on.
-    pub(super) line: usize,
+    pub(crate) line: usize,
     /// What it says.
-    pub(super) peer: PeerArgs,
+    pub(crate) peer: PeerArgs,
 }
 
 /// What is wrong with the file, and where.
@@ -64,7 +64,7 @@ impl fmt::Display for Mistake {
 
 impl File {
     /// Reads the file. If it holds a key that others can read, `warnings` says so.
-    pub(super) fn read(path: &Path, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
+    pub(crate) fn read(path: &Path, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
         let mut text = Zeroizing::new(String::new());
         let open = open_to_read(path, u64::MAX, &mut text).map_err(|error| ConfigError::File {
             path: path.into(),
