@@ -133,6 +133,44 @@ pub struct PeerArgs {
     pub deliver: Vec<PortMap>,
 }
 
+impl PeerArgs {
+    /// These, and what they leave out as `file` has it.
+    pub(super) fn over(self, file: Self) -> Self {
+        // One setting with two names.
+        let (psk, psk_file) = if self.psk.is_some() || self.psk_file.is_some() {
+            (self.psk, self.psk_file)
+        } else {
+            (file.psk, file.psk_file)
+        };
+        Self {
+            peer: self.peer.or(file.peer),
+            psk_file,
+            psk,
+            moves: first_given(self.moves, file.moves),
+            deliver_to: first_given(self.deliver_to, file.deliver_to),
+            deliver: first_given(self.deliver, file.deliver),
+        }
+    }
+
+    /// Whether nothing is said of it.
+    pub(super) fn is_empty(&self) -> bool {
+        let Self {
+            peer,
+            psk_file,
+            psk,
+            moves,
+            deliver_to,
+            deliver,
+        } = self;
+        peer.is_none()
+            && psk_file.is_none()
+            && psk.is_none()
+            && moves.is_empty()
+            && deliver_to.is_empty()
+            && deliver.is_empty()
+    }
+}
+
 /// What is said of the daemon as a whole, by flags or at the top of the configuration file.
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
@@ -191,6 +229,29 @@ pub struct DaemonArgs {
     #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]
     #[serde(deserialize_with = "many")]
     pub without: Vec<Offload>,
+}
+
+impl DaemonArgs {
+    /// These, and what they leave out as `file` has it.
+    pub(super) fn over(self, file: Self) -> Self {
+        Self {
+            listen: self.listen.or(file.listen),
+            tun: self.tun.or(file.tun),
+            uplink: self.uplink.or(file.uplink),
+            max_flows: self.max_flows.or(file.max_flows),
+            lanes: self.lanes.or(file.lanes),
+            cipher: self.cipher.or(file.cipher),
+            log_format: self.log_format.or(file.log_format),
+            no_split: self.no_split || file.no_split,
+            rekey_after: self.rekey_after.or(file.rekey_after),
+            without: first_given(self.without, file.without),
+        }
+    }
+}
+
+/// A list of the command line replaces that of the file.
+fn first_given<T>(flags: Vec<T>, file: Vec<T>) -> Vec<T> {
+    if flags.is_empty() { file } else { flags }
 }
 
 /// The flags of `ipmoved nat`.

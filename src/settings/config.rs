@@ -14,7 +14,7 @@ use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::peer::Role;
 use crate::model::port_map::PortMap;
 use crate::model::runtime::BASE_DIR;
-use crate::settings::args::{DaemonArgs, LogFormat, NatArgs, Offload, PeerArgs, RunArgs};
+use crate::settings::args::{LogFormat, NatArgs, Offload, PeerArgs, RunArgs};
 use crate::settings::file::{File, Mistake};
 use crate::settings::psk;
 use crate::settings::values::{Bounded, DeliverTo, Listen, NewServer, PeerAddr};
@@ -94,14 +94,17 @@ pub struct PeerConfig {
 /// Why the settings were refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// No peer at all.
+    /// Neither peer nor key.
     #[error(
-        "who is the other server? give --peer HOST (only one of the two may leave it out) \
-         and a key: --psk-file FILE"
+        "{0} is missing: give the other server's address or name, \
+         and the key that both share (--psk-file FILE)"
     )]
-    NoPeer,
+    NoPeer(Setting),
     /// No key.
-    #[error("no key: give {0} FILE (make one with `ipmoved genpsk`), the same on both servers")]
+    #[error(
+        "{0} is missing: give the file with the key that both servers share \
+         (`ipmoved genpsk` makes one)"
+    )]
     NoPsk(Setting),
     /// A key that is none.
     #[error("{origin}: {error}")]
@@ -234,7 +237,7 @@ impl Config {
         file: File,
         mut warnings: Vec<String>,
     ) -> Result<Self, ConfigError> {
-        file.peer.check(&Origin::File(file.path.clone()))?;
+        check_peer(&file.peer, &Origin::File(file.path.clone()))?;
         let top = args.peer.over(file.peer);
         let mut peers = Vec::new();
         if file.peers.is_empty() || !top.is_empty() {
@@ -279,9 +282,9 @@ impl PeerConfig {
         warnings: &mut Vec<String>,
     ) -> Result<Self, ConfigError> {
         if given.peer.is_none() && given.psk.is_none() && given.psk_file.is_none() {
-            return Err(ConfigError::NoPeer);
+            return Err(ConfigError::NoPeer(origin.setting("peer")));
         }
-        let deliver_to = given.check(origin)?;
+        let deliver_to = check_peer(&given, origin)?;
         let psk = match (given.psk, given.psk_file) {
             (Some(psk), _) => psk,
             (None, Some(path)) => psk::read(&path, warnings)?,
@@ -297,92 +300,32 @@ impl PeerConfig {
     }
 }
 
-impl PeerArgs {
-    /// These, and what they leave out as `file` has it.
-    fn over(self, file: Self) -> Self {
-        // One setting with two names.
-        let (psk, psk_file) = if self.psk.is_some() || self.psk_file.is_some() {
-            (self.psk, self.psk_file)
-        } else {
-            (file.psk, file.psk_file)
-        };
-        Self {
-            peer: self.peer.or(file.peer),
-            psk_file,
-            psk,
-            moves: first_given(self.moves, file.moves),
-            deliver_to: first_given(self.deliver_to, file.deliver_to),
-            deliver: first_given(self.deliver, file.deliver),
+/// Checks what holds between the settings of one peer; says where it delivers.
+fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigError> {
+    for (name, is_given) in [
+        ("deliver-to", !given.deliver_to.is_empty()),
+        ("deliver", !given.deliver.is_empty()),
+    ] {
+        if is_given && !given.moves.is_empty() {
+            let problem = "belongs on the new server; this one is the old server, \
+                           since `move` is given";
+            return Err(origin.refuse(name, problem));
         }
     }
-
-    fn is_empty(&self) -> bool {
-        let Self {
-            peer,
-            psk_file,
-            psk,
-            moves,
-            deliver_to,
-            deliver,
-        } = self;
-        peer.is_none()
-            && psk_file.is_none()
-            && psk.is_none()
-            && moves.is_empty()
-            && deliver_to.is_empty()
-            && deliver.is_empty()
+    if given.deliver.len() > MAX_PORT_MAPS {
+        let problem = format!(
+            "{} ports are more than {MAX_PORT_MAPS}, the most that can be delivered elsewhere",
+            given.deliver.len()
+        );
+        return Err(origin.refuse("deliver", problem));
     }
-
-    /// Checks what holds between the settings of one peer; says where it delivers.
-    fn check(&self, origin: &Origin) -> Result<DeliverTo, ConfigError> {
-        for (name, given) in [
-            ("deliver-to", !self.deliver_to.is_empty()),
-            ("deliver", !self.deliver.is_empty()),
-        ] {
-            if given && !self.moves.is_empty() {
-                let problem = "belongs on the new server; this one is the old server, \
-                               since `move` is given";
-                return Err(origin.refuse(name, problem));
-            }
-        }
-        if self.deliver.len() > MAX_PORT_MAPS {
-            let problem = format!(
-                "{} ports are more than {MAX_PORT_MAPS}, the most that can be delivered elsewhere",
-                self.deliver.len()
-            );
+    for (index, a) in given.deliver.iter().enumerate() {
+        if let Some(b) = given.deliver[..index].iter().find(|b| a.overlaps(b)) {
+            let problem = format!("`{a}`: {b} says already where that is delivered");
             return Err(origin.refuse("deliver", problem));
         }
-        for (index, a) in self.deliver.iter().enumerate() {
-            if let Some(b) = self.deliver[..index].iter().find(|b| a.overlaps(b)) {
-                let problem = format!("`{a}`: {b} says already where that is delivered");
-                return Err(origin.refuse("deliver", problem));
-            }
-        }
-        DeliverTo::all(&self.deliver_to).map_err(|error| origin.refuse("deliver-to", error))
     }
-}
-
-impl DaemonArgs {
-    /// These, and what they leave out as `file` has it.
-    fn over(self, file: Self) -> Self {
-        Self {
-            listen: self.listen.or(file.listen),
-            tun: self.tun.or(file.tun),
-            uplink: self.uplink.or(file.uplink),
-            max_flows: self.max_flows.or(file.max_flows),
-            lanes: self.lanes.or(file.lanes),
-            cipher: self.cipher.or(file.cipher),
-            log_format: self.log_format.or(file.log_format),
-            no_split: self.no_split || file.no_split,
-            rekey_after: self.rekey_after.or(file.rekey_after),
-            without: first_given(self.without, file.without),
-        }
-    }
-}
-
-/// A list of the command line replaces that of the file.
-fn first_given<T>(flags: Vec<T>, file: Vec<T>) -> Vec<T> {
-    if flags.is_empty() { file } else { flags }
+    DeliverTo::all(&given.deliver_to).map_err(|error| origin.refuse("deliver-to", error))
 }
 
 /// Checks what holds between peers.
@@ -548,8 +491,8 @@ mod tests {
         let peer = "--peer 192.0.2.1";
         let key = format!("--psk {KEY}");
         for (line, says) in [
-            (String::new(), "--peer"),
-            (peer.into(), "give --psk-file FILE"),
+            (String::new(), "--peer is missing"),
+            (peer.into(), "--psk-file is missing"),
             (format!("{peer} --psk abc"), "--psk"),
             (format!("{peer} --psk-file /nonexistent"), "genpsk"),
             (
@@ -704,7 +647,7 @@ mod tests {
             ),
             (
                 format!("[[peers]]\npeer = \"a\"\n{}", file(other, "")),
-                "give x.toml: [[peers]] on line 1: psk-file FILE",
+                "x.toml: [[peers]] on line 1: psk-file is missing",
             ),
             (
                 format!(
