@@ -162,7 +162,7 @@ async fn carry(
             uso: tso && features.uso,
             tso,
             reach: if big_tcp { Reach::Here } else { Reach::Further },
-            split: control.config.split,
+            no_split: control.config.no_split,
             udp,
             shared: Arc::clone(&shared),
             counters,

@@ -66,8 +66,8 @@ pub struct Config {
     pub cipher: CipherPolicy,
     /// How log lines are written.
     pub log_format: LogFormat,
-    /// Packets too big for one datagram go in several.
-    pub split: bool,
+    /// Packets too big for one datagram do not go in several.
+    pub no_split: bool,
     /// Offloads to do without.
     pub without: Vec<Offload>,
     /// How long a session is used before the next is asked for, if not as the protocol says.
@@ -265,7 +265,7 @@ impl Config {
                 .map_or_else(default_lanes, |lanes| lanes.get() as u8),
             cipher: daemon.cipher.unwrap_or_default(),
             log_format: daemon.log_format.unwrap_or_default(),
-            split: !daemon.no_split,
+            no_split: daemon.no_split,
             without: daemon.without,
             rekey_after: daemon
                 .rekey_after
