@@ -22,7 +22,7 @@ use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError};
 use ipmoved::model::moved::Move;
 use ipmoved::model::peer::{Path, PeerId, Role};
-use ipmoved::settings::config::DEFAULT_PORT;
+use ipmoved::settings::values::DEFAULT_PORT;
 
 use crate::stage::{PATIENCE, Result};
 

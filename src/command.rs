@@ -5,11 +5,12 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr)] // this is the command line's own voice
 
+use std::error::Error as _;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ErrorKind};
 use tracing_subscriber::EnvFilter;
 
 use crate::channel::session::{Entropy, Psk};
@@ -77,30 +78,79 @@ fn explain(error: clap::Error) -> Result<(), Failure> {
     ) {
         return print(&error.to_string());
     }
-    let text = error.to_string();
-    let lines: Vec<&str> = text
-        .lines()
-        .map(str::trim)
-        .take_while(|line| !line.starts_with("Usage:"))
-        .filter(|line| !line.is_empty() && !line.starts_with("For more information"))
-        .collect();
-    let line = lines.join("; ").replace(":; ", ": ");
-    let line = line.strip_prefix("error: ").unwrap_or(&line);
-    Err(Failure::new(
-        BAD_INPUT,
-        format!("{line}; see `ipmoved --help`"),
-    ))
+    Err(refuse(mistake(&error)))
+}
+
+/// What is wrong with the command line. A value is repeated only by its own type, so that a key
+/// never is.
+fn mistake(error: &clap::Error) -> String {
+    const HELP: &str = "see `ipmoved --help`";
+    let said = |kind| error.get(kind).map(ToString::to_string);
+    let arg = said(ContextKind::InvalidArg).unwrap_or_default();
+    // What clap shows is the flag with its placeholder: `--listen <[ADDR:]PORT>`.
+    let flag = arg.split(' ').next().unwrap_or_default();
+    let value = said(ContextKind::InvalidValue).unwrap_or_default();
+    let instead =
+        |kind| said(kind).map_or_else(|| HELP.into(), |it| format!("did you mean `{it}`?"));
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "kinds that no flag of ours leads to are told in clap's own words"
+    )]
+    match error.kind() {
+        ErrorKind::ValueValidation => {
+            let problem = error
+                .source()
+                .map_or_else(|| HELP.into(), ToString::to_string);
+            format!("{flag}: {problem}")
+        }
+        ErrorKind::InvalidValue if value.is_empty() => format!("{flag} needs a value: {arg}"),
+        ErrorKind::InvalidValue => {
+            let valid = said(ContextKind::ValidValue).unwrap_or_default();
+            format!("{flag}: `{value}` is none of {valid}")
+        }
+        ErrorKind::UnknownArgument => {
+            let instead = instead(ContextKind::SuggestedArg);
+            format!("`{flag}` is not a flag of this command; {instead}")
+        }
+        ErrorKind::InvalidSubcommand => {
+            let name = said(ContextKind::InvalidSubcommand).unwrap_or_default();
+            let instead = instead(ContextKind::SuggestedSubcommand);
+            format!("`{name}` is not a command; {instead}")
+        }
+        ErrorKind::ArgumentConflict => {
+            let prior = said(ContextKind::PriorArg).unwrap_or_default();
+            match said(ContextKind::InvalidSubcommand) {
+                Some(name) => format!("`{name}` takes no flags before it; {HELP}"),
+                None if prior == arg => format!("{flag} is given more than once; it takes one"),
+                None => format!("{arg} and {prior} cannot both be given; choose one"),
+            }
+        }
+        ErrorKind::MissingRequiredArgument => format!("{arg} is missing; {HELP}"),
+        other => format!("{other} {arg}; {HELP}"),
+    }
+}
+
+/// Bad input, in one line whatever was typed.
+fn refuse(mistake: impl ToString) -> Failure {
+    let mut line = String::new();
+    for c in mistake.to_string().chars() {
+        match c {
+            c if c.is_control() => line.extend(c.escape_default()),
+            c => line.push(c),
+        }
+    }
+    Failure::new(BAD_INPUT, line)
 }
 
 fn run(args: RunArgs) -> Result<(), Failure> {
-    let config = Config::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
+    let config = Config::new(args).map_err(refuse)?;
     start_log(config.log_format);
     confine::forget_command_line();
     daemon::run(config, &config::runtime_dir()).map_err(ended)
 }
 
 fn nat(args: NatArgs) -> Result<(), Failure> {
-    let settings = NatSettings::new(args).map_err(|error| Failure::new(BAD_INPUT, error))?;
+    let settings = NatSettings::new(args).map_err(refuse)?;
     start_log(settings.log_format);
     daemon::run_nat(settings, &config::runtime_dir()).map_err(ended)
 }
@@ -192,5 +242,90 @@ fn print(text: &str) -> Result<(), Failure> {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::new(FAILED, error)),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(line: &str) -> Failure {
+        let words = ["ipmoved"].into_iter().chain(line.split(' '));
+        explain(Cli::try_parse_from(words).unwrap_err()).unwrap_err()
+    }
+
+    #[test]
+    fn a_mistake_of_the_command_line_is_one_line() {
+        let mut wrong = Vec::new();
+        for (line, says) in [
+            (
+                "--move 192.0.2",
+                "--move: `192.0.2` is not an IP address; \
+                 write 192.0.2.5, 192.0.2.5:80,443/tcp or [2001:db8::5]:53/udp",
+            ),
+            (
+                "--move www",
+                "--move: `www` is a name; give the moved address itself, as in 192.0.2.5",
+            ),
+            (
+                "--log-format xml",
+                "--log-format: `xml` is none of text, json",
+            ),
+            (
+                "--log-format ",
+                "--log-format needs a value: --log-format <FORMAT>",
+            ),
+            (
+                "--move",
+                "--move needs a value: --move <ADDR[:PORTS][/tcp|/udp]>",
+            ),
+            ("--psk-file ", "--psk-file needs a value: --psk-file <FILE>"),
+            (
+                "--per 192.0.2.1",
+                "`--per` is not a flag of this command; did you mean `--peer`?",
+            ),
+            (
+                "--colour",
+                "`--colour` is not a flag of this command; see `ipmoved --help`",
+            ),
+            (
+                "nat --peer a",
+                "`--peer` is not a flag of this command; see `ipmoved --help`",
+            ),
+            (
+                "frobnicate",
+                "`frobnicate` is not a command; see `ipmoved --help`",
+            ),
+            ("stats", "`stats` is not a command; did you mean `status`?"),
+            (
+                "--tun a status",
+                "`status` takes no flags before it; see `ipmoved --help`",
+            ),
+            (
+                "--tun a --tun b",
+                "--tun is given more than once; it takes one",
+            ),
+            (
+                "--psk AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA= --psk-file b",
+                "--psk <BASE64> and --psk-file <FILE> cannot both be given; choose one",
+            ),
+            (
+                "nat --move 192.0.2.5",
+                "--to <ADDR[:PORT]> is missing; see `ipmoved --help`",
+            ),
+            ("--no-split=yes", "unexpected value"),
+            (
+                "--move a\nb\u{1b}[2J",
+                "--move: `a\\nb\\u{1b}[2J` is a name",
+            ),
+        ] {
+            let Failure { code, message } = refused(line);
+            assert_eq!(code, BAD_INPUT, "{line}");
+            assert_eq!(message.lines().count(), 1, "{message}");
+            if !message.starts_with(says) {
+                wrong.push(format!("{line}\n    {message}\n    {says}"));
+            }
+        }
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     }
 }

@@ -23,7 +23,7 @@ use seccompiler::{
 use tracing::debug;
 use zeroize::Zeroizing;
 
-use crate::settings::config::PSK_VARIABLE;
+use crate::settings::psk::PSK_VARIABLE;
 
 /// What the daemon still does after its start that takes privileges: it changes links and undoes its
 /// routes, rules and filters. Programs are loaded and the device is made before.

@@ -39,7 +39,8 @@ use crate::model::peer::{Path, PeerId, Role};
 use crate::model::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus, Way};
 use crate::packet::offload::Reach;
 use crate::settings::args::Offload;
-use crate::settings::config::{Config, DeliverTo, PeerConfig};
+use crate::settings::config::{Config, PeerConfig};
+use crate::settings::values::DeliverTo;
 
 /// How often a name is looked up again while the peer does not answer.
 const RESOLVE_EVERY: Duration = Duration::from_secs(10);
@@ -161,7 +162,7 @@ async fn carry(
             uso: tso && features.uso,
             tso,
             reach: if big_tcp { Reach::Here } else { Reach::Further },
-            split: control.config.split,
+            no_split: control.config.no_split,
             udp,
             shared: Arc::clone(&shared),
             counters,

@@ -124,7 +124,7 @@ impl Ready {
             let error = TunError::Exists(settings.tun.clone());
             return Err(DaemonError::Input(error.to_string()));
         }
-        let servers: Vec<IpAddr> = settings.to.iter().map(|to| to.0).collect();
+        let servers: Vec<IpAddr> = settings.to.iter().map(|to| to.ip).collect();
         let moves: Vec<_> = settings.moves.iter().collect();
         let uplink = find_uplink(&netlink, settings.uplink.as_deref(), &moves, &servers)?;
         let towards = servers
@@ -236,9 +236,9 @@ async fn carry(
     let targets = towards
         .iter()
         .zip(&settings.to)
-        .map(|(towards, &(to, port))| Target {
-            to,
-            port,
+        .map(|(towards, to)| Target {
+            to: to.ip,
+            port: to.port,
             own: towards.own,
         })
         .collect();
@@ -379,7 +379,7 @@ fn report(
         tunnels: towards
             .iter()
             .zip(&settings.to)
-            .map(|(end, &(_, port))| entry(end, port))
+            .map(|(end, to)| entry(end, to.port))
             .collect(),
         tun: settings.tun.clone(),
         port: 0,

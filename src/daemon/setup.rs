@@ -20,7 +20,8 @@ use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
 use crate::model::runtime::STATUS_SOCKET;
 use crate::settings::args::Offload;
-use crate::settings::config::{Config, DeliverTo, PeerAddr, PeerConfig};
+use crate::settings::config::{Config, PeerConfig};
+use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 
 /// A host that is ready to carry packets.
 pub(super) struct Ready {
@@ -270,7 +271,7 @@ fn check_old(
         }
         // Where the peer is may not be known yet; then it is a host out there like any other.
         let towards = remote.map_or(PUBLIC.to_vec(), |remote| vec![remote]);
-        let ours: Vec<IpAddr> = match config.listen.0.filter(|ip| !ip.is_unspecified()) {
+        let ours: Vec<IpAddr> = match config.listen.ip.filter(|ip| !ip.is_unspecified()) {
             Some(ip) => vec![ip],
             None => towards
                 .into_iter()
@@ -354,7 +355,7 @@ fn bind(config: &Config) -> Result<Vec<UdpSocket>, DaemonError> {
         gso: !config.without.contains(&Offload::UdpGso),
         gro: !config.without.contains(&Offload::UdpGro),
     };
-    let (ip, port) = config.listen;
+    let Listen { ip, port } = config.listen;
     let lanes = usize::from(config.lanes);
     let any = |ip: IpAddr| UdpSocket::bind_lanes(SocketAddr::new(ip, port), lanes, options);
     let bound = match ip {

@@ -9,6 +9,7 @@ use crate::flow::table::AddrId;
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::PeerId;
+use crate::model::port_map::PortMap;
 use crate::packet::{Addr, Family, Kind};
 
 /// Where the packets that come through one peer are delivered.
@@ -22,36 +23,6 @@ pub struct Delivery {
     pub keep: bool,
     /// Ports that are delivered elsewhere; the first that fits counts. With `keep` too.
     pub ports: Vec<PortMap>,
-}
-
-/// One port of a moved address that is delivered to another address or port.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct PortMap {
-    /// TCP or UDP alone.
-    pub transport: Option<Transport>,
-    /// The moved address.
-    pub moved: IpAddr,
-    /// The port there.
-    pub port: u16,
-    /// The delivery address, of the same family.
-    pub to: IpAddr,
-    /// The port there.
-    pub to_port: u16,
-}
-
-impl std::fmt::Display for PortMap {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let transport = match self.transport {
-            None => "",
-            Some(Transport::Tcp) => "/tcp",
-            Some(Transport::Udp) => "/udp",
-        };
-        let (moved, to) = (
-            SocketAddr::new(self.moved, self.port),
-            SocketAddr::new(self.to, self.to_port),
-        );
-        write!(f, "{moved}{transport}={to}")
-    }
 }
 
 /// Why moves or a delivery could not be set.

@@ -23,7 +23,7 @@ use arc_swap::ArcSwap;
 use crate::flow::fragments::FragmentCache;
 pub use crate::flow::gate::{Gate, Verdict};
 use crate::flow::lock;
-pub use crate::flow::routes::{Delivery, PortMap, RouteError};
+pub use crate::flow::routes::{Delivery, RouteError};
 use crate::flow::routes::{Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
@@ -491,7 +491,7 @@ impl std::fmt::Debug for Translator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::routes::PortMap;
+    use crate::model::port_map::PortMap;
     use crate::packet::RST;
     use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
     use crate::testing::epoch;

@@ -119,8 +119,8 @@ pub struct LaneParts {
     pub tso: bool,
     /// Where super-packets written to it go.
     pub reach: Reach,
-    /// Packets too big for one datagram go in several (`--no-split` says no).
-    pub split: bool,
+    /// Packets too big for one datagram do not go in several (`--no-split`).
+    pub no_split: bool,
     /// Its socket.
     pub udp: UdpSocket,
     /// What it shares with the control task.

@@ -131,7 +131,7 @@ impl Outbound {
                 .ok_or(Dropped::of(peer, DropReason::NoSession))?,
             destination,
             mtu: view.mtu,
-            split: self.parts.split,
+            no_split: self.parts.no_split,
             refused: 0,
         };
         let sealed = sealing.seal_all(segments, &mut self.scratch);
@@ -171,8 +171,8 @@ pub(super) struct Sealing<'a> {
     destination: Destination,
     /// Largest plaintext of one datagram.
     pub(super) mtu: usize,
-    /// What is larger may go in several.
-    split: bool,
+    /// What is larger does not go in several.
+    no_split: bool,
     /// Datagrams that the kernel did not take.
     refused: u64,
 }
@@ -192,10 +192,10 @@ impl Sealing<'_> {
         // The first segment is the longest.
         let result = if segments.next_len().is_some_and(|len| len <= self.mtu) {
             self.seal_segments(&mut segments, &mut sealed)
-        } else if self.split {
-            self.seal_splits(&mut segments, scratch, &mut sealed)
-        } else {
+        } else if self.no_split {
             self.seal_cuts(&mut segments, scratch, &mut sealed)
+        } else {
+            self.seal_splits(&mut segments, scratch, &mut sealed)
         };
         sealed.stopped = result.err();
         sealed

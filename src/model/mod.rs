@@ -4,5 +4,6 @@
 pub mod drops;
 pub mod moved;
 pub mod peer;
+pub mod port_map;
 pub mod runtime;
 pub mod status;

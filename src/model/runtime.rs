@@ -1,6 +1,7 @@
 //! Where the daemon keeps what it needs while it runs.
 
-/// Where the directories of all network namespaces lie. It is emptied at boot, as the kernel's state is.
+/// Holds one directory for each network namespace. The system empties it at boot, when what a
+/// daemon changed in the kernel is gone as well.
 pub const BASE_DIR: &str = "/run/ipmoved";
 
 /// Name of the status socket in the directory of the namespace.

@@ -40,7 +40,8 @@ pub enum Way {
     /// Through the encrypted tunnel to its daemon.
     #[default]
     Tunnel,
-    /// With both addresses translated (`ipmoved nat`): no daemon there, and no tunnel.
+    /// With both addresses translated on the old server (`ipmoved nat`): no daemon on the new one,
+    /// no tunnel.
     Nat,
 }
 
@@ -88,7 +89,7 @@ pub enum State {
     Connecting,
     /// Yes.
     Up,
-    /// No more: the peer has fallen silent or said goodbye.
+    /// No longer: the peer fell silent or said goodbye.
     Down,
 }
 
@@ -101,11 +102,11 @@ pub struct Flows {
     pub max: u64,
     /// Flows given up before their time to make room.
     pub evicted: u64,
-    /// Flows whose client port was changed on the way in, since they would have been one with
-    /// another otherwise: the same client and port at two moved addresses.
+    /// Flows that got another client port, since the same client used one port at two moved
+    /// addresses that are delivered to one.
     #[serde(default)]
     pub collisions: u64,
-    /// New flows that were turned away for want of room.
+    /// New flows that were refused because the table was full.
     #[serde(default)]
     pub refused: u64,
 }
@@ -131,8 +132,8 @@ pub struct Offloads {
     pub tun_tso: bool,
     /// UDP super-packets exchanged with the TUN (Linux 6.2 on).
     pub tun_uso: bool,
-    /// TCP super-packets over IPv4 longer than 64 KiB written to the TUN (Linux 6.6 on); only ever on
-    /// the new server, where they end, and no more once the kernel refused one.
+    /// TCP super-packets over IPv4 of more than 64 KiB written to the TUN (Linux 6.6 on). Only on
+    /// the new server, where they end; switched off when the kernel refuses one.
     pub tun_big_tcp: bool,
     /// Batches the kernel refused, sent datagram by datagram.
     pub udp_gso_fallbacks: u64,

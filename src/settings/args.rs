@@ -1,15 +1,23 @@
 //! What was typed: the command line as clap reads it, before anything is made of it.
 //!
-//! Owns the flags and their help texts. What they mean together is `config`'s business.
+//! Owns the flags, which are the keys of the configuration file too, and their help texts. What
+//! they mean together is `config`'s business.
 
 #![allow(rustdoc::broken_intra_doc_links)] // help texts show IPv6 addresses in brackets
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Deserialize;
 
-use crate::channel::session::CipherPolicy;
+use crate::channel::session::{CipherPolicy, Psk};
 use crate::model::moved::Move;
+use crate::model::port_map::PortMap;
+use crate::settings::from_text::{many, one};
+use crate::settings::values::{
+    DeliverTo, InterfaceName, Lanes, Listen, MaxFlows, NewServer, PeerAddr, RekeyAfter,
+};
 
 /// The exit codes, as the help and the README document them.
 const AFTER_HELP: &str = "\
@@ -30,7 +38,12 @@ Exit codes:
 /// for the moved address and carries them, encrypted, to the new one, which hands them to the
 /// application with the client's own address and brings the replies back the same way.
 #[derive(Debug, Parser)]
-#[command(name = "ipmoved", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+#[command(
+    name = "ipmoved",
+    version,
+    after_help = AFTER_HELP,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Cli {
     /// What to do; without a command the tunnel is run.
     #[command(subcommand)]
@@ -44,10 +57,10 @@ pub struct Cli {
 /// The commands beside running the tunnel.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make a new key for --psk-file and print it.
+    /// Make a new key and print it, for the --psk-file of both servers.
     Genpsk,
-    /// Translate both addresses on the old server alone: nothing runs on the new server, which sees
-    /// this one's address instead of the clients', and nothing is encrypted.
+    /// Translate both addresses on the old server alone (mode nat). Nothing runs on the new server,
+    /// which sees this server's address instead of the clients', and nothing is encrypted.
     Nat(NatArgs),
     /// Show what the daemon of this network namespace is doing.
     Status {
@@ -57,114 +70,215 @@ pub enum Command {
     },
     /// Undo what a killed daemon left in the kernel.
     Cleanup,
-    /// Show a moved address being served, in namespaces of this machine that vanish afterwards.
+    /// Show a moved address being served, in network namespaces that vanish afterwards.
     Demo,
 }
 
 /// The flags that run the tunnel.
 #[derive(Debug, Default, Args)]
 pub struct RunArgs {
-    /// The other server: an address or a name, with :PORT if it does not listen on 51850.
-    #[arg(long, value_name = "HOST[:PORT]")]
-    pub peer: Option<String>,
+    /// The flags about the peer.
+    #[command(flatten)]
+    pub peer: PeerArgs,
 
-    /// File with the key both servers share, as `ipmoved genpsk` prints it.
+    /// The flags about the daemon.
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+
+    /// TOML file with the same settings: its keys are the flags' names without the dashes. What is
+    /// given as a flag as well, the flag decides.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// What is said of one peer, by flags or by a table of the configuration file.
+#[derive(Debug, Default, Args, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct PeerArgs {
+    /// The other server: its address or name, with :PORT if it does not listen on 51850. One of the
+    /// two servers may leave this out and wait for the other.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    #[serde(deserialize_with = "one")]
+    pub peer: Option<PeerAddr>,
+
+    /// File with the key that both servers share; `ipmoved genpsk` makes one.
     #[arg(long, value_name = "FILE", conflicts_with = "psk")]
     pub psk_file: Option<PathBuf>,
 
-    /// The key itself; other users of this host can see it on the command line. Can also be given
-    /// in the environment variable IPMOVED_PSK.
+    /// The key itself. Other users of this host can see it on the command line: use --psk-file, or
+    /// the environment variable IPMOVED_PSK.
     #[arg(long, value_name = "BASE64")]
-    pub psk: Option<String>,
+    #[serde(deserialize_with = "one")]
+    pub psk: Option<Psk>,
 
-    /// An address that has moved away from this server; makes this the old server. Repeatable.
+    /// An address that has moved away from this server, whole or only some of its ports. Makes this
+    /// the old server. Repeatable.
     /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp
     #[arg(long = "move", value_name = "ADDR[:PORTS][/tcp|/udp]")]
+    #[serde(rename = "move", deserialize_with = "many")]
     pub moves: Vec<Move>,
 
-    /// Where the application listens on the new server, once per address family; `keep` leaves
-    /// packets as they are, for an application that listens on the moved address itself.
-    /// [default: the address the peer reaches this server on]
+    /// On the new server: the address the application listens on. Can be given once for IPv4 and
+    /// once for IPv6. `keep` leaves packets as they are (mode keep): the application listens on the
+    /// moved address itself. [default: the address the peer reaches this server on]
     #[arg(long, value_name = "ADDR|keep")]
-    pub deliver_to: Vec<String>,
+    #[serde(deserialize_with = "many")]
+    pub deliver_to: Vec<DeliverTo>,
 
-    /// A port of a moved address that the application serves elsewhere on the new server. Repeatable.
+    /// On the new server: deliver one port of a moved address to another port or address.
+    /// Repeatable.
     /// Examples: 192.0.2.5:80=198.51.100.2:8080 [2001:db8::5]:53/udp=[2001:db8::2]:5353
     #[arg(long, value_name = "MOVED:PORT[/tcp|/udp]=ADDR:PORT")]
-    pub deliver: Vec<String>,
+    #[serde(deserialize_with = "many")]
+    pub deliver: Vec<PortMap>,
+}
 
-    /// UDP port to listen on, with an address if only that one is to be used. [default: 51850]
+impl PeerArgs {
+    /// These, and what they leave out as `file` has it.
+    pub(super) fn over(self, file: Self) -> Self {
+        // One setting with two names.
+        let (psk, psk_file) = if self.psk.is_some() || self.psk_file.is_some() {
+            (self.psk, self.psk_file)
+        } else {
+            (file.psk, file.psk_file)
+        };
+        Self {
+            peer: self.peer.or(file.peer),
+            psk_file,
+            psk,
+            moves: first_given(self.moves, file.moves),
+            deliver_to: first_given(self.deliver_to, file.deliver_to),
+            deliver: first_given(self.deliver, file.deliver),
+        }
+    }
+
+    /// Whether nothing is said of it.
+    pub(super) fn is_empty(&self) -> bool {
+        let Self {
+            peer,
+            psk_file,
+            psk,
+            moves,
+            deliver_to,
+            deliver,
+        } = self;
+        peer.is_none()
+            && psk_file.is_none()
+            && psk.is_none()
+            && moves.is_empty()
+            && deliver_to.is_empty()
+            && deliver.is_empty()
+    }
+}
+
+/// What is said of the daemon as a whole, by flags or at the top of the configuration file.
+#[derive(Debug, Default, Args, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct DaemonArgs {
+    /// UDP port for the tunnel, with an address to use only that one. [default: 51850]
     #[arg(long, value_name = "[ADDR:]PORT")]
-    pub listen: Option<String>,
+    #[serde(deserialize_with = "one")]
+    pub listen: Option<Listen>,
 
     /// Name of the tunnel's network interface. [default: ipmoved0]
     #[arg(long, value_name = "NAME")]
-    pub tun: Option<String>,
+    #[serde(deserialize_with = "one")]
+    pub tun: Option<InterfaceName>,
 
-    /// The interface that clients' packets use. [default: found from the addresses and routes]
+    /// Network interface that clients' packets use. [default: found from the addresses and routes]
     #[arg(long, value_name = "IFACE")]
-    pub uplink: Option<String>,
+    #[serde(deserialize_with = "one")]
+    pub uplink: Option<InterfaceName>,
 
-    /// Most flows the new server remembers at once. [default: 1000000]
+    /// Most flows that the new server remembers at once. [default: 1000000]
     #[arg(long, value_name = "N")]
-    pub max_flows: Option<u32>,
+    #[serde(deserialize_with = "one")]
+    pub max_flows: Option<MaxFlows>,
 
-    /// Lanes: each carries packets with a queue, a socket and a thread of its own, or two while it is busy.
-    /// [default: one for each processor, at most 8]
+    /// Number of lanes. Each carries packets with a TUN queue, a UDP socket and a thread of its
+    /// own; a busy one takes a second thread. [default: one for each processor, at most 8]
     #[arg(long, value_name = "N")]
-    pub lanes: Option<u8>,
+    #[serde(deserialize_with = "one")]
+    pub lanes: Option<Lanes>,
 
-    /// Cipher of the tunnel: auto, aes-256-gcm, chacha20-poly1305, or aegis-256x4, which is faster but not
-    /// a standard yet. Two servers that say auto never use that. A server that says auto follows one that names a cipher.
-    /// [default: auto, the faster standard one]
+    /// Cipher of the tunnel: auto, aes-256-gcm, chacha20-poly1305 or aegis-256x4. With auto on both
+    /// servers, they use AES-256-GCM if both have hardware for it, else ChaCha20-Poly1305. With
+    /// auto on one, it uses the cipher that the other names. aegis-256x4 is the fastest, but not a
+    /// standard yet: it is only used if a server names it. [default: auto]
     #[arg(long, value_name = "CIPHER")]
+    #[serde(deserialize_with = "one")]
     pub cipher: Option<CipherPolicy>,
 
     /// How to write the log. [default: text]
     #[arg(long, value_name = "FORMAT")]
+    #[serde(deserialize_with = "one")]
     pub log_format: Option<LogFormat>,
 
-    /// Read the same settings from a TOML file; flags win over it.
-    #[arg(long, value_name = "FILE")]
-    pub config: Option<PathBuf>,
-
-    /// Answer packets that are too big for the tunnel ("fragmentation needed", "packet too big")
-    /// instead of carrying them in two datagrams.
+    /// Do not split packets that are too big for one datagram over several. They are fragmented
+    /// where their sender allows it, and answered with "fragmentation needed" or "packet too big"
+    /// otherwise.
     #[arg(long)]
     pub no_split: bool,
+
     /// Seconds after which a session is replaced, for tests that want many. [default: 120]
     #[arg(long, value_name = "SECONDS", hide = true)]
-    pub rekey_after: Option<u64>,
+    #[serde(deserialize_with = "one")]
+    pub rekey_after: Option<RekeyAfter>,
 
     /// Do without an offload, to work around a driver.
     #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]
+    #[serde(deserialize_with = "many")]
     pub without: Vec<Offload>,
+}
+
+impl DaemonArgs {
+    /// These, and what they leave out as `file` has it.
+    pub(super) fn over(self, file: Self) -> Self {
+        Self {
+            listen: self.listen.or(file.listen),
+            tun: self.tun.or(file.tun),
+            uplink: self.uplink.or(file.uplink),
+            max_flows: self.max_flows.or(file.max_flows),
+            lanes: self.lanes.or(file.lanes),
+            cipher: self.cipher.or(file.cipher),
+            log_format: self.log_format.or(file.log_format),
+            no_split: self.no_split || file.no_split,
+            rekey_after: self.rekey_after.or(file.rekey_after),
+            without: first_given(self.without, file.without),
+        }
+    }
+}
+
+/// A list of the command line replaces that of the file.
+fn first_given<T>(flags: Vec<T>, file: Vec<T>) -> Vec<T> {
+    if flags.is_empty() { file } else { flags }
 }
 
 /// The flags of `ipmoved nat`.
 #[derive(Debug, Default, Args)]
 pub struct NatArgs {
-    /// An address that has moved away from this server. Repeatable.
+    /// An address that has moved away from this server, whole or only some of its ports.
+    /// Repeatable.
     /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp
     #[arg(long = "move", value_name = "ADDR[:PORTS][/tcp|/udp]", required = true)]
     pub moves: Vec<Move>,
 
-    /// The new server, once per address family; with a port if the one that was moved is served at
-    /// another there.
+    /// The new server's address. Can be given once for IPv4 and once for IPv6. With a port, if the
+    /// application listens on another port there than the one that moved.
     #[arg(long, value_name = "ADDR[:PORT]", required = true)]
-    pub to: Vec<String>,
+    pub to: Vec<NewServer>,
 
-    /// Name of the network interface that packets are taken through. [default: ipmoved0]
+    /// Name of the network interface that packets pass through. [default: ipmoved0]
     #[arg(long, value_name = "NAME")]
-    pub tun: Option<String>,
+    pub tun: Option<InterfaceName>,
 
-    /// The interface that clients' packets use. [default: found from the addresses and routes]
+    /// Network interface that clients' packets use. [default: found from the addresses and routes]
     #[arg(long, value_name = "IFACE")]
-    pub uplink: Option<String>,
+    pub uplink: Option<InterfaceName>,
 
     /// Most flows remembered at once. [default: 1000000]
     #[arg(long, value_name = "N")]
-    pub max_flows: Option<u32>,
+    pub max_flows: Option<MaxFlows>,
 
     /// How to write the log. [default: text]
     #[arg(long, value_name = "FORMAT")]
@@ -172,8 +286,7 @@ pub struct NatArgs {
 }
 
 /// How log lines are written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 pub enum LogFormat {
     /// For people.
     #[default]
@@ -183,8 +296,7 @@ pub enum LogFormat {
 }
 
 /// An offload that can be done without.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Offload {
     /// Sending several datagrams in one call.
     UdpGso,
@@ -194,8 +306,43 @@ pub enum Offload {
     TunGso,
     /// Writing more to the TUN in one call than the IPv4 length field can tell.
     BigTcp,
-    /// The kernel taking joined packets: each such write is refused, as some kernels do.
+    /// The kernel taking coalesced packets: each such write is refused, as some kernels do.
     JoinedWrites,
     /// The kernel taking more than 17 pages: each such write is refused, as Linux 6.3 to 6.5 do.
     LongWrites,
+}
+
+/// A word that is none of those a flag takes.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("`{text}` is none of {}", known.join(", "))]
+pub struct WordError {
+    text: String,
+    known: Vec<String>,
+}
+
+impl FromStr for LogFormat {
+    type Err = WordError;
+
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        word(text)
+    }
+}
+
+impl FromStr for Offload {
+    type Err = WordError;
+
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        word(text)
+    }
+}
+
+/// Reads a word as clap does, which knows the words of a `ValueEnum` by itself.
+fn word<T: ValueEnum>(text: &str) -> Result<T, WordError> {
+    T::from_str(text, false).map_err(|_| WordError {
+        text: text.into(),
+        known: T::value_variants()
+            .iter()
+            .filter_map(|variant| Some(variant.to_possible_value()?.get_name().to_owned()))
+            .collect(),
+    })
 }

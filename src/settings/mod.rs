@@ -1,4 +1,13 @@
 //! What was typed, and what it means.
+//!
+//! A flag is born in three places: a field of [`args`] (its name on the command line and in the
+//! file, its help, its type) with its line of `over`, which lets it win over the file; a field of
+//! [`config::Config`]; and whoever uses that. If its value has a syntax of its own, the type stands
+//! in [`values`], with the one `FromStr` that reads it from both.
 
 pub mod args;
 pub mod config;
+pub(crate) mod file;
+mod from_text;
+pub(crate) mod psk;
+pub mod values;

@@ -26,6 +26,9 @@ use crate::packet::ecn;
 use crate::packet::icmp;
 use crate::packet::offload::{Coalescer, Offload, Push, Reach, Segments, VnetHdr};
 use crate::packet::{Kind, Parsed, clamp_mss};
+use crate::settings::args::RunArgs;
+use crate::settings::config::Config;
+use crate::settings::file::File;
 
 const MOVED: &str = "192.0.2.5";
 const MOVED_PORT: &str = "[2001:db8::5]:80/tcp";
@@ -34,7 +37,7 @@ const MOVED_PORT: &str = "[2001:db8::5]:80/tcp";
 pub type Target = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("datagram", datagram),
     ("handshake", handshake),
     ("control", control),
@@ -42,6 +45,7 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("parts", parts),
     ("coalesce", coalesce),
     ("moved", moved),
+    ("settings", settings),
 ];
 
 /// A new server's tunnel that has a session with an old one's.
@@ -421,6 +425,41 @@ pub fn moved(bytes: &[u8]) {
     }
 }
 
+/// A configuration file. The files it names are not opened.
+pub fn settings(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let mut file = match File::parse(text) {
+        Ok(file) => file,
+        Err(mistake) => {
+            assert!(!mistake.message.contains('\n'), "{mistake}");
+            if let Some((line, column)) = mistake.at {
+                let line = text.split('\n').nth(line - 1).expect("a line of the text");
+                assert!(column <= line.chars().count() + 1, "{mistake}");
+            }
+            return;
+        }
+    };
+    file.peer.psk_file = None;
+    for table in &mut file.peers {
+        table.peer.psk_file = None;
+    }
+    let Ok(config) = Config::merge(RunArgs::default(), file, Vec::new()) else {
+        return;
+    };
+    assert!(!config.peers.is_empty() && config.lanes > 0 && config.max_flows > 0);
+    for peer in &config.peers {
+        if let Some(endpoint) = &peer.endpoint {
+            assert_eq!(endpoint.to_string().parse().as_ref(), Ok(endpoint));
+        }
+        for map in &peer.deliver {
+            assert_eq!(map.to_string().parse().as_ref(), Ok(map));
+        }
+        assert!(peer.moves.is_empty() || config.role == Role::Old);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -530,5 +569,10 @@ mod tests {
     #[test]
     fn moves() {
         run(6);
+    }
+
+    #[test]
+    fn configuration_files() {
+        run(7);
     }
 }

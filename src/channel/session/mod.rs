@@ -375,14 +375,6 @@ impl FromStr for CipherPolicy {
     }
 }
 
-impl<'de> serde::Deserialize<'de> for CipherPolicy {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
-}
-
 impl fmt::Display for CipherPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
