@@ -541,6 +541,79 @@ mod tests {
         assert_eq!(Journal::open(&scratch.0).unwrap().1, []);
     }
 
+    /// A journal as version 1 has always written it, whatever the types inside are called.
+    const VERSION_1: &str = r#"{
+  "version": 1,
+  "boot_id": "BOOT",
+  "netns_cookie": 7,
+  "changes": [
+    {
+      "change": "clsact",
+      "on": {
+        "index": 2,
+        "name": "eth0"
+      }
+    },
+    {
+      "change": "filter",
+      "on": {
+        "index": 2,
+        "name": "eth0"
+      },
+      "direction": "ingress",
+      "priority": 40,
+      "handle": 1,
+      "program": "ipmoved_capture"
+    },
+    {
+      "change": "rule",
+      "family": "V4",
+      "mark": 1768975734,
+      "table": 1768975734,
+      "priority": 100
+    },
+    {
+      "change": "default",
+      "family": "V6",
+      "table": 1768975734,
+      "dev": null,
+      "metric": 4000000
+    },
+    {
+      "change": "default",
+      "family": "V4",
+      "table": 7,
+      "dev": {
+        "index": 2,
+        "name": "eth0"
+      },
+      "metric": 1
+    },
+    {
+      "change": "sysctl",
+      "path": "net/ipv4/tcp_fwmark_accept",
+      "from": "0",
+      "to": "1"
+    },
+    {
+      "change": "address",
+      "on": {
+        "index": 1,
+        "name": "lo"
+      },
+      "addr": "192.0.2.5",
+      "prefix": 32
+    }
+  ]
+}"#;
+
+    #[test]
+    fn a_journal_of_an_earlier_version_of_the_program_is_read_and_written_alike() {
+        let contents: Contents = serde_json::from_str(VERSION_1).unwrap();
+        assert_eq!(contents.changes.len(), 7);
+        assert_eq!(serde_json::to_string_pretty(&contents).unwrap(), VERSION_1);
+    }
+
     #[test]
     fn a_second_daemon_is_told_the_pid_of_the_first() {
         let scratch = Scratch::new();
