@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 
 use super::Desired;
 use super::bpf::BpfError;
-use super::journal::{Change, Interface};
+use super::change::{BpfFilter, Change, Clsact, Interface};
 use super::netlink::{
     Direction, Family, Filter, Link, Netlink, NetlinkError, RouteKind, TABLE_MAIN,
 };
@@ -113,16 +113,13 @@ pub(super) fn default_routes(netlink: &Netlink, family: Family) -> Result<Vec<u3
 }
 
 pub(super) fn interface(link: &Link) -> Interface {
-    Interface {
-        index: link.index,
-        name: link.name.clone(),
-    }
+    Interface::from(link)
 }
 
 pub(super) fn clsact(link: &Link) -> Change {
-    Change::Clsact {
+    Change::Clsact(Clsact {
         on: interface(link),
-    }
+    })
 }
 
 /// The place for a program: the one it has, else one before every foreign filter, else the first
@@ -144,13 +141,13 @@ pub(super) fn filter(
             FILTER_HANDLE,
         ),
     };
-    Ok(Change::Filter {
+    Ok(Change::Filter(BpfFilter {
         on: interface(link),
         direction,
         priority,
         handle,
         program: program.to_owned(),
-    })
+    }))
 }
 
 fn free_priority(filters: &[Filter]) -> Option<u16> {

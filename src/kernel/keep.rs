@@ -19,8 +19,7 @@ use std::net::IpAddr;
 
 use super::Desired;
 use super::capture::{PlanError, interface};
-use super::host::read_sysctl;
-use super::journal::Change;
+use super::change::{Change, QuietAddress, Sysctl, read_sysctl};
 use super::netlink::{Link, Netlink};
 
 /// Do not answer for addresses of scope host; for every other as with 0.
@@ -62,10 +61,12 @@ pub fn plan(
             desired.extend(quiet.into_iter().filter_map(|it| sysctl(link, it, made)));
         }
     }
-    let address = |addr: IpAddr| Change::Address {
-        on: interface(lo),
-        addr,
-        prefix: if addr.is_ipv4() { 32 } else { 128 },
+    let address = |addr: IpAddr| {
+        Change::Address(QuietAddress {
+            on: interface(lo),
+            addr,
+            prefix: if addr.is_ipv4() { 32 } else { 128 },
+        })
     };
     desired.extend(mine.into_iter().map(address));
     Ok(desired.into_iter().map(Desired::lasting).collect())
@@ -74,26 +75,23 @@ pub fn plan(
 /// The addresses among `made`.
 pub fn held(made: &[Change]) -> impl Iterator<Item = IpAddr> {
     made.iter().filter_map(|change| match change {
-        Change::Address { addr, .. } => Some(*addr),
-        Change::Clsact { .. }
-        | Change::Filter { .. }
-        | Change::Rule { .. }
-        | Change::Default { .. }
-        | Change::Sysctl { .. } => None,
+        Change::Address(address) => Some(address.addr),
+        Change::Clsact(_)
+        | Change::Filter(_)
+        | Change::Rule(_)
+        | Change::Route(_)
+        | Change::Sysctl(_) => None,
     })
 }
 
 /// Whether a change is one of those that [`plan`] names.
 pub fn is_part(change: &Change) -> bool {
     match change {
-        Change::Address { .. } => true,
-        Change::Sysctl { path, .. } => [ARP_IGNORE.0, ARP_ANNOUNCE.0]
+        Change::Address(_) => true,
+        Change::Sysctl(sysctl) => [ARP_IGNORE.0, ARP_ANNOUNCE.0]
             .iter()
-            .any(|name| path.rsplit('/').next() == Some(name)),
-        Change::Clsact { .. }
-        | Change::Filter { .. }
-        | Change::Rule { .. }
-        | Change::Default { .. } => false,
+            .any(|name| sysctl.path.rsplit('/').next() == Some(name)),
+        Change::Clsact(_) | Change::Filter(_) | Change::Rule(_) | Change::Route(_) => false,
     }
 }
 
@@ -106,16 +104,18 @@ fn sysctl(link: &Link, (name, to): (&str, u32), made: &[Change]) -> Option<Chang
     let counts = from.max(value(&format!("net/ipv4/conf/all/{name}")).unwrap_or(0));
     let ours = made
         .iter()
-        .any(|change| matches!(change, Change::Sysctl { path: known, .. } if *known == path));
+        .any(|change| matches!(change, Change::Sysctl(known) if known.path == path));
     let weak = if name == ARP_IGNORE.0 {
         counts == 0
     } else {
         counts < to
     };
-    (ours || weak).then(|| Change::Sysctl {
-        path,
-        from: from.to_string(),
-        to: to.to_string(),
+    (ours || weak).then(|| {
+        Change::Sysctl(Sysctl {
+            path,
+            from: from.to_string(),
+            to: to.to_string(),
+        })
     })
 }
 

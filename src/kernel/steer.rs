@@ -18,8 +18,7 @@ use std::path::Path;
 
 use super::Desired;
 use super::capture::{PlanError, clsact, default_routes, filter, interface, l2_header};
-use super::host::read_sysctl;
-use super::journal::Change;
+use super::change::{Change, DefaultRoute, MarkRule, Sysctl, read_sysctl};
 use super::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
 use super::programs::{self, Entrance, FlowMaps};
 
@@ -62,20 +61,22 @@ pub fn plan(
         if family == Family::V6 && !has_ipv6(tun) {
             continue;
         }
-        let default = |dev, metric| Change::Default {
-            family,
-            table: TABLE,
-            dev,
-            metric,
+        let default = |dev, metric| {
+            Change::Route(DefaultRoute {
+                family,
+                table: TABLE,
+                dev,
+                metric,
+            })
         };
         desired.push(Desired::lasting(default(None, BLACKHOLE_METRIC)));
         desired.push(Desired::with_tun(default(Some(interface(tun)), TUN_METRIC)));
-        desired.push(Desired::lasting(Change::Rule {
+        desired.push(Desired::lasting(Change::Rule(MarkRule {
             family,
             mark: MARK,
             table: TABLE,
             priority: rule_priority(family, &netlink.rules(family)?)?,
-        }));
+        })));
         let reflect = match family {
             Family::V4 => "net/ipv4/fwmark_reflect",
             Family::V6 => "net/ipv6/fwmark_reflect",
@@ -156,11 +157,11 @@ fn has_ipv6(tun: &Link) -> bool {
 /// A switch that is to be on. One that cannot be read is written anyway, and the kernel says why not.
 fn sysctl(path: String) -> Change {
     debug_assert!(Path::new(&path).is_relative(), "below /proc/sys");
-    Change::Sysctl {
+    Change::Sysctl(Sysctl {
         from: read_sysctl(&path).unwrap_or_default(),
         to: "1".to_owned(),
         path,
-    }
+    })
 }
 
 /// Behind the rule for local addresses (or marked packets would not reach this host) and before
