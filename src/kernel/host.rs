@@ -411,7 +411,9 @@ mod tests {
     use crate::kernel::bpf::{Assembler, Reg};
     use crate::kernel::change::Sysctl;
     use crate::kernel::netlink::{Direction, FilterSlot};
-    use crate::kernel::testing::{Scratch, Tun, in_fresh_namespace, snapshot, sysctl, uplink};
+    use crate::kernel::testing::{
+        Scratch, Tun, delete_link, in_fresh_namespace, set_link_down, snapshot, sysctl, uplink,
+    };
     use crate::kernel::{capture, steer};
     use crate::model::moved::Move;
 
@@ -701,7 +703,7 @@ mod tests {
             sysctl("net/ipv4/tcp_fwmark_accept", "0");
             sysctl("net/ipv6/fwmark_reflect", "0");
             netlink.delete_clsact(stage.uplink.index).unwrap();
-            netlink.set_link_down(tun.link.index).unwrap();
+            set_link_down(netlink, tun.link.index).unwrap();
             let repairs = host.repair();
             let down: Vec<_> = repairs.failed.iter().map(|f| &f.reason).collect();
             assert_eq!(down.len(), 2, "{down:?}");
@@ -736,7 +738,7 @@ mod tests {
             let stage = stage();
             let tun = stage.tun();
             let desired = stage.capture(&tun);
-            stage.netlink.delete_link(stage.uplink.index).unwrap();
+            delete_link(&stage.netlink, stage.uplink.index).unwrap();
             let error = stage.host().reconcile(desired).unwrap_err().to_string();
             assert!(
                 error.contains("up.0") && error.contains("interface is gone"),

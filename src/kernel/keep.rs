@@ -125,6 +125,7 @@ mod tests {
     use crate::kernel::Host;
     use crate::kernel::netlink::Address;
     use crate::kernel::testing::{Router, Scratch, Tun, bound, in_fresh_namespace, snapshot};
+    use crate::lab::wiring::Wiring;
 
     const HERE: [(&str, u8); 1] = [("192.0.2.2", 24)];
     const GATEWAY: [(&str, u8); 1] = [("192.0.2.254", 24)];
