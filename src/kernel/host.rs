@@ -3,7 +3,8 @@
 //! Owns the order of things: a change is written to the journal, then made; it is undone in
 //! reverse, then struck out. What is there already and not ours is left alone; what a killed
 //! predecessor left is taken over without a gap. What is wanted is decided elsewhere
-//! ([`capture`](super::capture), [`steer`](super::steer)).
+//! ([`plan`](super::plan)); how each kind of change is found, made and undone is its own business
+//! ([`change`](super::change)).
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -414,7 +415,7 @@ mod tests {
     use crate::kernel::testing::{
         Scratch, Tun, delete_link, in_fresh_namespace, set_link_down, snapshot, sysctl, uplink,
     };
-    use crate::kernel::{capture, steer};
+    use crate::kernel::{capture, plan, steer};
     use crate::model::moved::Move;
 
     struct Stage {
@@ -571,8 +572,8 @@ mod tests {
             let place = FilterSlot {
                 index,
                 direction: Direction::Ingress,
-                priority: capture::FILTER_PRIORITY,
-                handle: capture::FILTER_HANDLE,
+                priority: plan::FILTER_PRIORITY,
+                handle: plan::FILTER_HANDLE,
             };
             let foreign = foreign_program();
             stage
@@ -589,7 +590,7 @@ mod tests {
                 .iter()
                 .find(|filter| filter.name.as_deref() == Some("ipmoved_capture"));
             let ours = ours.map(|filter| filter.priority);
-            assert_eq!(ours, Some(capture::FILTER_PRIORITY - 1));
+            assert_eq!(ours, Some(plan::FILTER_PRIORITY - 1));
             assert!(host.undo_all().unwrap().left.is_empty());
             drop(tun);
             assert_eq!(snapshot(&stage.netlink), before);

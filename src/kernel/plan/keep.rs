@@ -17,10 +17,10 @@
 
 use std::net::IpAddr;
 
-use super::Desired;
-use super::capture::{PlanError, interface};
-use super::change::{Change, QuietAddress, Sysctl, read_sysctl};
-use super::netlink::{Link, Netlink};
+use super::PlanError;
+use crate::kernel::Desired;
+use crate::kernel::change::{Change, Interface, QuietAddress, Sysctl, read_sysctl};
+use crate::kernel::netlink::{Link, Netlink};
 
 /// Do not answer for addresses of scope host; for every other as with 0.
 const ARP_IGNORE: (&str, u32) = ("arp_ignore", 3);
@@ -63,7 +63,7 @@ pub fn plan(
     }
     let address = |addr: IpAddr| {
         Change::Address(QuietAddress {
-            on: interface(lo),
+            on: Interface::from(lo),
             addr,
             prefix: if addr.is_ipv4() { 32 } else { 128 },
         })

@@ -17,11 +17,11 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use super::Desired;
-use super::capture::{FILTER_HANDLE, PlanError, clsact, filter, l2_header};
-use super::change::{Change, Sysctl, read_sysctl};
-use super::netlink::{Direction, Link, Netlink};
-use super::programs::{self, Pair, Way};
+use super::{FILTER_HANDLE, PlanError, clsact, filter, l2_header};
+use crate::kernel::Desired;
+use crate::kernel::change::{Change, Sysctl, read_sysctl};
+use crate::kernel::netlink::{Direction, Link, Netlink};
+use crate::kernel::programs::{self, Pair, Way};
 use crate::model::moved::Move;
 
 /// Ports that the kernel does not give to sockets that name none (`ip-sysctl`); for IPv6 too.

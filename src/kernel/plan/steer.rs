@@ -16,11 +16,11 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use super::Desired;
-use super::capture::{PlanError, clsact, default_routes, filter, interface, l2_header};
-use super::change::{Change, DefaultRoute, MarkRule, Sysctl, read_sysctl};
-use super::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
-use super::programs::{self, Entrance, FlowMaps};
+use super::{PlanError, clsact, default_routes, filter, l2_header};
+use crate::kernel::Desired;
+use crate::kernel::change::{Change, DefaultRoute, Interface, MarkRule, Sysctl, read_sysctl};
+use crate::kernel::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
+use crate::kernel::programs::{self, Entrance, FlowMaps};
 
 /// The mark of what came out of the TUN: "ipmv". Compared whole, so that it never meets the single
 /// bits that others use.
@@ -70,7 +70,10 @@ pub fn plan(
             })
         };
         desired.push(Desired::lasting(default(None, BLACKHOLE_METRIC)));
-        desired.push(Desired::with_tun(default(Some(interface(tun)), TUN_METRIC)));
+        desired.push(Desired::with_tun(default(
+            Some(Interface::from(tun)),
+            TUN_METRIC,
+        )));
         desired.push(Desired::lasting(Change::Rule(MarkRule {
             family,
             mark: MARK,
