@@ -1046,7 +1046,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::kernel::bpf::tests::run;
+    use crate::kernel::bpf::test_run::run;
     use crate::model::moved::{MAX_MOVES, MAX_PORT_RANGES};
 
     const TC_ACT_REDIRECT: i32 = 7;
