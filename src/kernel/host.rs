@@ -349,8 +349,8 @@ impl Host {
         }
     }
 
-    /// Undoes `changes` from the last to the first; the journal then holds `kept` and what could not
-    /// be undone.
+    /// Undoes `changes` from the last to the first; the journal then holds `kept` and what could
+    /// not be undone.
     fn undo_reversed(
         &mut self,
         mut changes: Vec<Change>,

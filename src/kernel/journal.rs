@@ -1,9 +1,9 @@
 //! What the daemon has changed in the kernel, written down before it is done.
 //!
-//! Owns the journal file: a reader sees the old one or the new one, whole, and one of another boot or
-//! of a namespace that is gone is not believed. Makes and undoes nothing: that is the business of
-//! [`Host`](super::Host). Only whoever holds the lock of the [directory](super::runtime_dir) has a
-//! journal there.
+//! Owns the journal file: a reader sees the old one or the new one, whole, and one of another boot
+//! or of a namespace that is gone is not believed. Makes and undoes nothing: that is the business
+//! of [`Host`](super::Host). Only whoever holds the lock of the [directory](super::runtime_dir) has
+//! a journal there.
 //!
 //! ```text
 //! journal   version, boot id, namespace cookie, changes in the order they were made
@@ -41,7 +41,8 @@ pub enum JournalError {
     File(#[from] RuntimeDirError),
     /// A journal that makes no sense.
     #[error(
-        "{} cannot be understood: {error}; remove it, and what an earlier ipmoved left in the kernel",
+        "{} cannot be understood: {error}; remove it, and what an earlier ipmoved left in the \
+         kernel",
         path.display()
     )]
     Malformed {
@@ -76,7 +77,8 @@ struct Contents {
 }
 
 impl Journal {
-    /// Reads what an earlier daemon left in the directory of the calling thread's network namespace.
+    /// Reads what an earlier daemon left in the directory of the calling thread's network
+    /// namespace.
     pub(super) fn open(dir: &RuntimeDir) -> Result<(Self, Vec<Change>), JournalError> {
         let journal = Self {
             dir: dir.path().to_owned(),

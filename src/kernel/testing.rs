@@ -1,5 +1,5 @@
-//! What this room's tests are made of, on top of the lab's namespaces: an uplink, a router that sees
-//! what leaves it, a TUN, and what a daemon may change as comparable text.
+//! What this room's tests are made of, on top of the lab's namespaces: an uplink, a router that
+//! sees what leaves it, a TUN, and what a daemon may change as comparable text.
 
 use std::fs;
 use std::io::Read;

@@ -288,8 +288,8 @@ impl Assembler {
         self.push(Self::JMP | 0x90, 0, 0, 0, 0);
     }
 
-    /// Resolves the jumps, and leaves out what no path reaches (which the verifier would refuse), so
-    /// that a generator may write down parts that nothing happens to lead to.
+    /// Resolves the jumps, and leaves out what no path reaches (which the verifier would refuse),
+    /// so that a generator may write down parts that nothing happens to lead to.
     ///
     /// # Errors
     /// If a jump is too far for its 16 bits, or goes to a label that was never bound.

@@ -105,8 +105,8 @@ impl Program {
             prog_flags: 0,
             prog_name: object_name(self.name),
         };
-        // SAFETY: the attribute has the layout of BPF_PROG_LOAD; its pointers refer to the code, the
-        // licence and the log, which outlive the call and have the sizes given.
+        // SAFETY: the attribute has the layout of BPF_PROG_LOAD; its pointers refer to the code,
+        // the licence and the log, which outlive the call and have the sizes given.
         unsafe { bpf_fd(BPF_PROG_LOAD, &mut attr) }
     }
 }

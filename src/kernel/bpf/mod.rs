@@ -36,7 +36,8 @@ const MAX_NAME: usize = 15;
 pub enum BpfError {
     /// No privileges.
     #[error(
-        "the kernel lets only privileged processes load BPF programs; run as root, or with CAP_BPF and CAP_NET_ADMIN"
+        "the kernel lets only privileged processes load BPF programs; run as root, or with CAP_BPF \
+         and CAP_NET_ADMIN"
     )]
     Denied,
     /// A kernel without it.
@@ -44,7 +45,8 @@ pub enum BpfError {
     Absent,
     /// The kernel's verifier refused.
     #[error(
-        "the kernel refuses BPF program {name}: {errno}: {words}; kernels from 5.10 on should take it"
+        "the kernel refuses BPF program {name}: {errno}: {words}; kernels from 5.10 on should take \
+         it"
     )]
     Load {
         /// The program's name.

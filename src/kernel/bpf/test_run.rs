@@ -45,7 +45,8 @@ pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
         ctx_in: 0,
         ctx_out: context.as_mut_ptr() as u64,
     };
-    // SAFETY: the attribute has the layout of BPF_PROG_TEST_RUN; frame and context outlive the call.
+    // SAFETY: the attribute has the layout of BPF_PROG_TEST_RUN; frame and context outlive the
+    // call.
     unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr) }.expect("BPF_PROG_TEST_RUN");
     Outcome {
         verdict: attr.retval.cast_signed(),

@@ -101,8 +101,8 @@ impl Change {
         self.same_object(earlier) && self.kind().place() == earlier.kind().place()
     }
 
-    /// Whether the object bears ipmoved's own name or number, so that it is ours even if the journal
-    /// that told of it is lost.
+    /// Whether the object bears ipmoved's own name or number, so that it is ours even if the
+    /// journal that told of it is lost.
     pub(super) fn is_unmistakable(&self) -> bool {
         self.kind().is_unmistakable()
     }

@@ -26,8 +26,8 @@ pub struct Link {
     /// Hardware address, where the link layer is Ethernet-like.
     pub mac: Option<[u8; 6]>,
     /// The kernel knows BIG TCP over IPv4: it tells how long a super-packet may become when it is
-    /// received (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels it was backported to). Whether a TUN
-    /// takes one (6.6) shows when one is written.
+    /// received (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels it was backported to). Whether a
+    /// TUN takes one (6.6) shows when one is written.
     pub big_tcp: bool,
 }
 

@@ -1,5 +1,5 @@
-//! What the old server needs of its kernel: packets to moved addresses go into the TUN, and what the
-//! daemon writes to the TUN goes out of the uplink.
+//! What the old server needs of its kernel: packets to moved addresses go into the TUN, and what
+//! the daemon writes to the TUN goes out of the uplink.
 //!
 //! Owns the order of the two. The addresses stay configured where they are, so ARP and neighbour
 //! discovery go on being answered. The filter on the uplink outlives the daemon and then leads into
@@ -15,8 +15,8 @@ use crate::model::moved::Move;
 
 /// What the old server needs: capture on `uplink`, the way back from `tun`.
 ///
-/// `tunnel` are the tunnel's own ends on this host, whose datagrams are never captured. The TUN must
-/// exist. Nothing is changed yet, but the programs are in the kernel.
+/// `tunnel` are the tunnel's own ends on this host, whose datagrams are never captured. The TUN
+/// must exist. Nothing is changed yet, but the programs are in the kernel.
 ///
 /// # Errors
 /// If the kernel refuses a program, or `uplink` is of a kind that cannot be used.

@@ -4,14 +4,15 @@
 //! Owns how it is held without being given away:
 //!
 //! * By default Linux answers ARP on any interface for any address it holds (`arp_ignore` 0), and
-//!   puts any of them into its own requests (`arp_announce` 0). On a link that both servers share, the
-//!   new one would draw the moved address's packets past the old one. So IPv4 addresses get the
-//!   scope host, for which `arp_ignore` 3 does not answer while it goes on answering for every other
-//!   address, and `arp_announce` 2 leaves them out of requests. Where an administrator has set either
-//!   to something stricter, that does as well, and stays.
-//! * IPv6 answers solicitations only for addresses of the interface they arrive on; nothing is needed.
-//! * Neither is chosen as the source of the host's own connections: that is what scope host and, for
-//!   IPv6, a preferred lifetime of zero are for.
+//!   puts any of them into its own requests (`arp_announce` 0). On a link that both servers share,
+//!   the new one would draw the moved address's packets past the old one. So IPv4 addresses get the
+//!   scope host, for which `arp_ignore` 3 does not answer while it goes on answering for every
+//!   other address, and `arp_announce` 2 leaves them out of requests. Where an administrator has
+//!   set either to something stricter, that does as well, and stays.
+//! * IPv6 answers solicitations only for addresses of the interface they arrive on; nothing is
+//!   needed.
+//! * Neither is chosen as the source of the host's own connections: that is what scope host and,
+//!   for IPv6, a preferred lifetime of zero are for.
 //!
 //! Interfaces that appear later keep their ARP settings (`ip-sysctl`: `conf/default`).
 

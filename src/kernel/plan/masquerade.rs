@@ -262,7 +262,8 @@ mod tests {
         let (local, port, remote, over) = socket(line).unwrap();
         assert_eq!((local, port), ("127.0.0.1".parse().unwrap(), 0xa000));
         assert!(remote.is_unspecified() && !over);
-        let line = "   1: 0000000000000000FFFF00000100007F:0050 00000000000000000000000000000000:0000 06 0";
+        let line = "   1: 0000000000000000FFFF00000100007F:0050 \
+                    00000000000000000000000000000000:0000 06 0";
         let (local, port, _, over) = socket(line).unwrap();
         assert_eq!((local, port), ("127.0.0.1".parse().unwrap(), 80));
         assert!(over);

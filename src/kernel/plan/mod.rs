@@ -7,8 +7,8 @@
 //!   masquerade   the old server alone, translating both addresses
 //! ```
 //!
-//! Owns the places that the plans share: which interfaces can be used, and where filters stand among
-//! those of others. [`Host`](super::Host) makes what is planned, and undoes it.
+//! Owns the places that the plans share: which interfaces can be used, and where filters stand
+//! among those of others. [`Host`](super::Host) makes what is planned, and undoes it.
 
 pub mod capture;
 pub mod keep;
@@ -46,7 +46,8 @@ pub enum PlanError {
     Bpf(#[from] BpfError),
     /// An interface whose packets the programs cannot read.
     #[error(
-        "interface {name} is of link-layer type {link_type}, which ipmoved cannot use; name an Ethernet, PPP or raw IP interface with --uplink"
+        "interface {name} is of link-layer type {link_type}, which ipmoved cannot use; name an \
+         Ethernet, PPP or raw IP interface with --uplink"
     )]
     LinkType {
         /// Its name.
