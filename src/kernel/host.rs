@@ -408,12 +408,15 @@ struct Step {
 
 #[cfg(test)]
 mod tests {
+    use rustix::thread::CapabilitySet;
+
     use super::*;
     use crate::kernel::bpf::{Assembler, Reg};
     use crate::kernel::change::Sysctl;
     use crate::kernel::netlink::{Direction, FilterSlot};
     use crate::kernel::testing::{
-        Scratch, Tun, delete_link, in_fresh_namespace, set_link_down, snapshot, sysctl, uplink,
+        Scratch, Tun, capabilities_of_the_unit, delete_link, in_fresh_namespace, keep_only,
+        set_link_down, snapshot, sysctl, uplink,
     };
     use crate::kernel::{capture, plan, steer};
     use crate::model::moved::Move;
@@ -731,6 +734,34 @@ mod tests {
     fn sorted(mut lines: Vec<String>) -> Vec<String> {
         lines.sort();
         lines
+    }
+
+    #[test]
+    fn one_privilege_is_enough_to_repair_and_to_undo() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let before = snapshot(&stage.netlink);
+            let tun = stage.tun();
+            keep_only(capabilities_of_the_unit());
+            let mut host = stage.host();
+            host.reconcile(both(&stage, &tun)).unwrap();
+            // What the daemon keeps once it has started: programs can be attached, but not loaded.
+            keep_only(CapabilitySet::NET_ADMIN);
+            let refused = steer::plan(&stage.netlink, &[], &tun.link, 51820, 1000);
+            assert!(refused.is_err());
+            stage.netlink.delete_clsact(stage.uplink.index).unwrap();
+            sysctl("net/ipv4/tcp_fwmark_accept", "0");
+            let repairs = host.repair();
+            assert!(repairs.failed.is_empty(), "{repairs:?}");
+            let made: Vec<_> = repairs.made.iter().map(Change::to_string).collect();
+            for kind in ["qdisc clsact", "filter on up.0", "sysctl"] {
+                assert!(made.iter().any(|line| line.starts_with(kind)), "{made:?}");
+            }
+            let report = host.undo_all().unwrap();
+            assert!(report.left.is_empty(), "{report:?}");
+            drop(tun);
+            assert_eq!(snapshot(&stage.netlink), before);
+        });
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
 use super::netlink::{Address, Direction, Family, Link, Netlink, NetlinkError, Route};
@@ -31,6 +32,34 @@ pub(super) fn in_fresh_namespace<T: Send>(test: impl FnOnce() -> T + Send) -> T 
 
 fn inside<T: Send>(namespace: &Namespace, run: impl FnOnce() -> T + Send) -> T {
     namespace.run(|| Ok(run())).unwrap()
+}
+
+/// What the systemd unit in `contrib` leaves the daemon, until it gives up more by itself.
+pub(super) fn capabilities_of_the_unit() -> CapabilitySet {
+    const UNIT: &str = include_str!("../../contrib/ipmoved.service");
+    let line = UNIT
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .expect("the unit bounds the daemon's capabilities");
+    line.split_whitespace()
+        .map(|name| {
+            let known = name.strip_prefix("CAP_").and_then(CapabilitySet::from_name);
+            known.unwrap_or_else(|| panic!("{name} is no capability"))
+        })
+        .collect()
+}
+
+/// Takes every other capability from the calling thread, for good: to be called in a
+/// [fresh namespace](in_fresh_namespace), which has a thread of its own. Where the tests run without
+/// one of them, as in many containers, they do without it.
+pub(super) fn keep_only(capabilities: CapabilitySet) {
+    let held = rustix::thread::capabilities(None).unwrap().permitted;
+    let sets = CapabilitySets {
+        effective: held & capabilities,
+        permitted: held & capabilities,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, sets).expect("run the tests as root");
 }
 
 /// A name for a directory that goes with the test.
