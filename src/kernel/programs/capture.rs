@@ -432,6 +432,7 @@ mod tests {
     };
     use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
     use crate::model::moved::{MAX_MOVES, MAX_PORT_RANGES};
+    use crate::packet::MAX_EXTENSION_HEADERS;
 
     /// What the capture program should decide, from [`Move::takes`].
     fn should_take(moves: &[Move], tunnel: Option<SocketAddr>, packet: &Packet) -> bool {
@@ -652,5 +653,20 @@ mod tests {
         }
         return_path(&moves, L2, 1).unwrap().load().unwrap();
         return_path(&moves, 0, 1).unwrap().load().unwrap();
+    }
+
+    #[test]
+    fn as_many_extension_headers_are_skipped_as_the_daemon_skips() {
+        let program = capture(&moves(&["[2001:db8::6]:80/tcp"]), L2, 1, &[]).unwrap();
+        let program = program.load().expect("run the tests as root");
+        for (headers, expected) in [
+            (1, true),
+            (MAX_EXTENSION_HEADERS, true),
+            (MAX_EXTENSION_HEADERS + 1, false),
+        ] {
+            let packet = Packet::new("2001:db8::99", "2001:db8::6", TCP, ports(1, 80));
+            let packet = packet.behind_options(headers);
+            assert_eq!(taken(program.as_fd(), &packet), expected, "{headers}");
+        }
     }
 }

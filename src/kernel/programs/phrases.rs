@@ -14,6 +14,7 @@ use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R10};
 use super::headers::{ethernet, extension, fragment, icmp, icmpv6, ipv4, ipv6, skb};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
+use crate::packet::MAX_EXTENSION_HEADERS;
 
 /// The packet, `struct __sk_buff *`; where packet loads look for it.
 pub(super) const PACKET: Reg = R6;
@@ -23,10 +24,6 @@ pub(super) const TRANSPORT: Reg = R7;
 
 /// The IP protocol of the transport header.
 pub(super) const PROTOCOL: Reg = R8;
-
-/// IPv6 extension headers that are skipped to find the transport header (RFC 8200 section 4.1
-/// recommends an order with four before it that may be skipped; more are not a client's traffic).
-const MAX_EXTENSION_HEADERS: usize = 6;
 
 /// Verdict of a direct-action filter: go on with the next filter, if there is one. (A packet that
 /// ends too early gets verdict 0 instead, which is to pass it at once.)
@@ -114,6 +111,9 @@ pub(super) fn load_ipv4_header_end(a: &mut Assembler, l2: u32, bad: Label) {
 
 /// TRANSPORT = where the header after the extension headers begins, PROTOCOL = which one it is. At
 /// the fragment header of a real fragment: to `fragmented`, with TRANSPORT there.
+///
+/// As many are skipped as the daemon skips: what it can read of a flow, a program must find as well,
+/// or requests and replies would part. With more, PROTOCOL is an extension header.
 pub(super) fn walk_extension_headers(a: &mut Assembler, l2: u32, fragmented: Label) {
     let done = a.label();
     a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);

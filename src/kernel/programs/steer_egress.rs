@@ -206,6 +206,7 @@ mod tests {
     use crate::kernel::bpf::test_run::run;
     use crate::kernel::programs::steer_ingress::steer_ingress_behind;
     use crate::kernel::programs::testing::{L2, Packet, frame, ports, taken};
+    use crate::packet::MAX_EXTENSION_HEADERS;
 
     const MARK: u32 = 0x6970_6d76;
 
@@ -273,6 +274,15 @@ mod tests {
             steering.arrives(&Packet::new(client, here, 47, ports(1, 2)));
             assert!(steering.is_steered(&Packet::new(here, client, 47, ports(3, 4))));
         }
+    }
+
+    #[test]
+    fn replies_are_steered_whatever_stood_before_the_request() {
+        let steering = Steering::new();
+        let (client, here) = ENDS[1];
+        let request = Packet::new(client, here, UDP, ports(40_000, 53));
+        steering.arrives(&request.behind_options(MAX_EXTENSION_HEADERS));
+        assert!(steering.is_steered(&Packet::new(here, client, UDP, ports(53, 40_000))));
     }
 
     #[test]

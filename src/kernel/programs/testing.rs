@@ -102,6 +102,20 @@ impl Packet {
         out
     }
 
+    /// IPv6, with as many headers of destination options before its payload, one at least.
+    pub(super) fn behind_options(self, headers: usize) -> Self {
+        // A `PadN` of four bytes fills the header.
+        let options = |next| [next, 0, 1, 4, 0, 0, 0, 0];
+        let mut payload = options(ipv6::DESTINATION_OPTIONS).repeat(headers - 1);
+        payload.extend(options(self.protocol));
+        payload.extend(self.payload);
+        Self {
+            protocol: ipv6::DESTINATION_OPTIONS,
+            payload,
+            ..self
+        }
+    }
+
     pub(super) fn icmp_error(from: &str, quoted: &Self) -> Self {
         let dst = quoted.src.to_string();
         let (protocol, kind) = if quoted.src.is_ipv4() {
