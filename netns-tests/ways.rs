@@ -145,16 +145,7 @@ fn keeping_leaves_nothing_behind() -> Result {
 #[test]
 fn an_address_that_the_new_server_has_of_itself_stays() -> Result {
     let lab = Lab::new()?;
-    let failed = |error| LabError::unexpected(format!("netlink: {error}"));
-    lab.new_server().run(|| {
-        let netlink = Netlink::new().map_err(failed)?;
-        let address = Address {
-            index: 1,
-            addr: MOVED.into(),
-            prefix: 32,
-        };
-        netlink.add_address(&address).map_err(failed)
-    })?;
+    lab.set_address(lab.new_server(), "lo", MOVED, 32, true)?;
     let before = Snapshot::of(lab.new_server())?;
     let setup = setup(&lab)?;
     let _application = Service::start(lab.new_server(), MOVED)?;

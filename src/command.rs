@@ -17,8 +17,7 @@ use crate::channel::session::{Entropy, Psk};
 use crate::daemon::confine;
 use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError};
-use crate::kernel::journal::{self, JournalError};
-use crate::kernel::{Host, HostError};
+use crate::kernel::{Host, HostError, RuntimeDirError, namespace_dir};
 use crate::lab::{DemoError, LabError};
 use crate::model::runtime::STATUS_SOCKET;
 use crate::settings::args::{Cli, Command, LogFormat, NatArgs, RunArgs};
@@ -185,8 +184,8 @@ fn genpsk() -> Result<(), Failure> {
 }
 
 fn show_status(json: bool) -> Result<(), Failure> {
-    let namespace = journal::namespace_dir(&config::runtime_dir())
-        .map_err(|error| Failure::new(SYSTEM, error))?;
+    let namespace =
+        namespace_dir(&config::runtime_dir()).map_err(|error| Failure::new(SYSTEM, error))?;
     let status = status_socket::ask(&namespace.join(STATUS_SOCKET)).map_err(|error| {
         let code = match &error {
             StatusError::NotRunning(_) => OTHER_DAEMON,
@@ -209,8 +208,11 @@ fn show_status(json: bool) -> Result<(), Failure> {
 fn cleanup() -> Result<(), Failure> {
     let report = Host::cleanup(&config::runtime_dir()).map_err(|error| {
         let code = match &error {
-            HostError::Journal(JournalError::Locked { .. }) => OTHER_DAEMON,
-            HostError::Journal(_) | HostError::Netlink(_) | HostError::Refused { .. } => SYSTEM,
+            HostError::RuntimeDir(RuntimeDirError::Locked { .. }) => OTHER_DAEMON,
+            HostError::RuntimeDir(_)
+            | HostError::Journal(_)
+            | HostError::Netlink(_)
+            | HostError::Refused { .. } => SYSTEM,
         };
         Failure::new(code, error)
     })?;

@@ -28,9 +28,8 @@ use crate::channel::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel
 use crate::channel::wire::DATA_OVERHEAD;
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::io::udp::UdpSocket;
-use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Failure, Host, Repairs, keep};
+use crate::kernel::{Change, Failure, Host, Repairs, keep};
 use crate::lane::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
 use crate::lane::{Crowd, Lane, LaneParts, ToControl};
 use crate::model::drops::Drops;

@@ -13,9 +13,8 @@ use super::DaemonError;
 use super::control::Signals;
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{UdpOptions, UdpSocket};
-use crate::kernel::journal::JournalError;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Desired, Host, HostError, capture, keep, steer};
+use crate::kernel::{Desired, Host, HostError, RuntimeDirError, capture, keep, steer};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
 use crate::model::runtime::STATUS_SOCKET;
@@ -425,10 +424,13 @@ pub(super) fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
 /// Why the host cannot be taken charge of.
 pub(super) fn refused(error: HostError) -> DaemonError {
     match error {
-        HostError::Journal(JournalError::Locked { .. }) => DaemonError::Running(error.to_string()),
-        HostError::Journal(_) | HostError::Netlink(_) | HostError::Refused { .. } => {
-            DaemonError::System(error.to_string())
+        HostError::RuntimeDir(RuntimeDirError::Locked { .. }) => {
+            DaemonError::Running(error.to_string())
         }
+        HostError::RuntimeDir(_)
+        | HostError::Journal(_)
+        | HostError::Netlink(_)
+        | HostError::Refused { .. } => DaemonError::System(error.to_string()),
     }
 }
 

@@ -3,19 +3,16 @@
 //! Owns the order of things: a change is written to the journal, then made; it is undone in
 //! reverse, then struck out. What is there already and not ours is left alone; what a killed
 //! predecessor left is taken over without a gap. What is wanted is decided elsewhere
-//! ([`capture`](super::capture), [`steer`](super::steer)).
+//! ([`plan`](super::plan)); how each kind of change is found, made and undone is its own business
+//! ([`change`](super::change)).
 
-use std::fs;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use rustix::io::Errno;
-
-use super::journal::{Change, Journal, JournalError};
-use super::netlink::{
-    Address, Direction, FilterSlot, Netlink, NetlinkError, Route, RouteKind, Rule,
-};
+use super::change::{Change, ChangeError, Means, Presence, Undone};
+use super::journal::{Journal, JournalError};
+use super::netlink::{Netlink, NetlinkError};
+use super::runtime_dir::{RuntimeDir, RuntimeDirError};
 
 /// A change that is wanted.
 #[derive(Debug)]
@@ -61,6 +58,17 @@ impl Desired {
             ..self
         }
     }
+
+    fn refused_by(&self, error: &ChangeError) -> HostError {
+        self.refused(self.change.remedy(error))
+    }
+
+    fn refused(&self, reason: String) -> HostError {
+        HostError::Refused {
+            change: Box::new(self.change.clone()),
+            reason,
+        }
+    }
 }
 
 /// A change that could not be undone.
@@ -93,7 +101,10 @@ pub struct Repairs {
 /// Why the host's state could not be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// The journal cannot be used, or another daemon uses it.
+    /// The directory of the namespace cannot be used, or another daemon uses it.
+    #[error(transparent)]
+    RuntimeDir(#[from] RuntimeDirError),
+    /// The journal cannot be used.
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The kernel cannot be asked.
@@ -113,6 +124,7 @@ pub enum HostError {
 #[derive(Debug)]
 pub struct Host {
     netlink: Netlink,
+    dir: RuntimeDir,
     journal: Journal,
     /// What the journal holds, in the order in which it was made.
     made: Vec<Change>,
@@ -128,9 +140,11 @@ impl Host {
     /// # Errors
     /// If another daemon is in charge, or the journal cannot be used.
     pub fn open(base: &Path) -> Result<Self, HostError> {
-        let (journal, made) = Journal::open(base)?;
+        let dir = RuntimeDir::open(base)?;
+        let (journal, made) = Journal::open(&dir)?;
         Ok(Self {
             netlink: Netlink::new()?,
+            dir,
             journal,
             made,
             wanted: Vec::new(),
@@ -152,7 +166,7 @@ impl Host {
 
     /// The directory of this namespace, which only root may enter.
     pub fn dir(&self) -> &Path {
-        self.journal.dir()
+        self.dir.path()
     }
 
     /// The lasting changes that are made, in their order.
@@ -183,7 +197,7 @@ impl Host {
         for desired in &mut desired {
             if let Err(error) = self.take(&mut step, desired) {
                 for change in step.fresh.iter().rev() {
-                    let _ = self.undo(change);
+                    let _ = change.undo(&self.netlink);
                 }
                 step.kept.retain(|change| !step.fresh.contains(change));
                 self.made = step.earlier;
@@ -196,9 +210,10 @@ impl Host {
         self.undo_reversed(step.earlier, step.kept)
     }
 
-    /// Makes again what others have taken away since [`reconcile`](Self::reconcile): a network manager
-    /// that removes rules and routes it does not know (as systemd-networkd does whenever it starts), a
-    /// TUN that was down for a moment, a `sysctl --system`. Cheap enough for every few seconds.
+    /// Makes again what others have taken away since [`reconcile`](Self::reconcile): a network
+    /// manager that removes rules and routes it does not know (as systemd-networkd does whenever it
+    /// starts), a TUN that was down for a moment, a `sysctl --system`. Cheap enough for every few
+    /// seconds.
     pub fn repair(&mut self) -> Repairs {
         let mut repairs = Repairs::default();
         let mut wanted = std::mem::take(&mut self.wanted);
@@ -210,7 +225,9 @@ impl Host {
                     change: desired.change.clone(),
                     reason: match error {
                         HostError::Refused { reason, .. } => reason,
-                        HostError::Journal(_) | HostError::Netlink(_) => error.to_string(),
+                        HostError::RuntimeDir(_)
+                        | HostError::Journal(_)
+                        | HostError::Netlink(_) => error.to_string(),
                     },
                 }),
             }
@@ -221,24 +238,17 @@ impl Host {
 
     /// Whether it was missing.
     fn repair_one(&mut self, desired: &mut Desired) -> Result<bool, HostError> {
-        let refused = |change: &Change, reason| HostError::Refused {
-            change: Box::new(change.clone()),
-            reason,
-        };
-        let change = &desired.change;
-        // A route is asked for again: to list the routes may mean to read all of the Internet's.
-        if !matches!(change, Change::Default { .. }) {
-            match self.present(change) {
+        if !desired.change.is_costly_to_find() {
+            match desired.change.present(&self.netlink) {
                 Ok(Presence::AsWanted) => return Ok(false),
                 Ok(Presence::Absent) => {}
-                Ok(Presence::Foreign(reason)) => return Err(refused(change, reason)),
-                Err(error) => return Err(refused(change, remedy(change, &error))),
+                Ok(Presence::Foreign(reason)) => return Err(desired.refused(reason)),
+                Err(error) => return Err(desired.refused_by(&error)),
             }
         }
         // The value that somebody wants now is the one to come back to.
-        if let Change::Sysctl { path, from, .. } = &mut desired.change {
-            *from = read_sysctl(path).map_err(NetlinkError::from)?;
-        }
+        let renewed = desired.change.renew_original();
+        renewed.map_err(|error| desired.refused_by(&error))?;
         let change = &desired.change;
         if !desired.with_tun && !self.made.contains(change) {
             self.made.retain(|made| !made.same_object(change));
@@ -249,11 +259,12 @@ impl Host {
         match self.make(desired, false) {
             Ok(()) => Ok(true),
             Err(error) if error.is_exists() => Ok(false),
-            Err(error) => Err(refused(change, remedy(change, &error))),
+            Err(error) => Err(desired.refused_by(&error)),
         }
     }
 
-    /// As [`reconcile`](Self::reconcile) for a part of what is made: of that, what is not wanted is undone; the rest stays.
+    /// As [`reconcile`](Self::reconcile) for a part of what is made: of that, what is not wanted is
+    /// undone; the rest stays.
     ///
     /// # Errors
     /// If a change fails: those that this call has made are undone.
@@ -291,28 +302,21 @@ impl Host {
             .earlier
             .iter()
             .position(|change| change.same_object(&desired.change));
-        let known_change = known.map(|index| &step.earlier[index]);
-        if let (Change::Sysctl { from, .. }, Some(Change::Sysctl { from: original, .. })) =
-            (&mut desired.change, known_change)
-        {
-            original.clone_into(from);
+        if let Some(index) = known {
+            desired.change.keep_original(&step.earlier[index]);
         }
         let change = &desired.change;
-        let refused = |reason| HostError::Refused {
-            change: Box::new(change.clone()),
-            reason,
-        };
-        let present = match self.present(change) {
-            Err(error) => return Err(refused(remedy(change, &error))),
-            Ok(Presence::Foreign(reason)) => return Err(refused(reason)),
+        let present = match change.present(&self.netlink) {
+            Err(error) => return Err(desired.refused_by(&error)),
+            Ok(Presence::Foreign(reason)) => return Err(desired.refused(reason)),
             // Somebody else's, and as we want it: nothing to make, nothing to undo.
-            Ok(Presence::AsWanted) if known.is_none() && !is_unmistakable(change) => return Ok(()),
+            Ok(Presence::AsWanted) if known.is_none() && !change.is_unmistakable() => return Ok(()),
             Ok(Presence::AsWanted) => true,
             Ok(Presence::Absent) => false,
         };
         if !desired.with_tun {
             if let Some(index) = known
-                && in_place(&step.earlier[index], change)
+                && change.takes_the_place_of(&step.earlier[index])
             {
                 step.earlier.remove(index);
             }
@@ -330,95 +334,23 @@ impl Host {
             step.fresh.push(change.clone());
         }
         self.make(desired, present)
-            .map_err(|error| refused(remedy(change, &error)))
+            .map_err(|error| desired.refused_by(&error))
     }
 
-    fn make(&self, desired: &Desired, present: bool) -> Result<(), NetlinkError> {
-        let netlink = &self.netlink;
-        match &desired.change {
-            Change::Filter { program, .. } => {
-                let Some(fd) = &desired.program else {
-                    return Err(NetlinkError::Malformed {
-                        request: "add bpf filter",
-                    });
-                };
-                let slot = slot(&desired.change);
-                if present {
-                    netlink.replace_filter(slot, fd.as_fd(), program)
-                } else {
-                    netlink.add_filter(slot, fd.as_fd(), program)
-                }
-            }
-            _ if present => Ok(()),
-            Change::Clsact { on } => netlink.add_clsact(on.index),
-            change @ Change::Rule { .. } => netlink.add_rule(&rule(change)),
-            change @ Change::Default { .. } => netlink.add_route(&route(change)),
-            Change::Sysctl { path, to, .. } => Ok(write_sysctl(path, to)?),
-            Change::Address { on, addr, prefix } => netlink.add_quiet_address(&Address {
-                index: on.index,
-                addr: *addr,
-                prefix: *prefix,
-            }),
+    fn make(&self, desired: &Desired, present: bool) -> Result<(), ChangeError> {
+        let with = Means {
+            netlink: &self.netlink,
+            program: desired.program.as_ref().map(AsFd::as_fd),
+        };
+        if present {
+            desired.change.renew(&with)
+        } else {
+            desired.change.make(&with)
         }
     }
 
-    /// Whether the object is there, and whose it is.
-    fn present(&self, change: &Change) -> Result<Presence, NetlinkError> {
-        let netlink = &self.netlink;
-        let there = match change {
-            Change::Clsact { on } => netlink.has_clsact(on.index)?,
-            Change::Filter {
-                on,
-                direction,
-                priority,
-                handle,
-                program,
-            } => {
-                let filters = netlink.filters(on.index, *direction)?;
-                let mut at = filters.iter().filter(|f| f.priority == *priority);
-                let foreign = at.clone().find(|f| f.kind != "bpf" || f.protocol != ALL);
-                if let Some(foreign) = foreign {
-                    return Ok(Presence::Foreign(format!(
-                        "pref {priority} is taken by a {} filter that is not ipmoved's; move that one",
-                        foreign.kind
-                    )));
-                }
-                match at.find(|f| f.handle == *handle) {
-                    None => false,
-                    Some(filter) if filter.name.as_deref() == Some(program) => true,
-                    Some(filter) => {
-                        return Ok(Presence::Foreign(format!(
-                            "its place is taken by bpf {}; move that one",
-                            filter.name.as_deref().unwrap_or("(without a name)")
-                        )));
-                    }
-                }
-            }
-            Change::Rule { family, .. } => netlink.rules(*family)?.contains(&rule(change)),
-            Change::Default { family, table, .. } => {
-                let wanted = route(change);
-                netlink.routes(*family, *table)?.iter().any(|route| {
-                    // IPv6 says that a blackhole leads to lo.
-                    let dev = wanted.kind == RouteKind::Blackhole || route.dev == wanted.dev;
-                    let metric = route.metric.unwrap_or(0) == wanted.metric.unwrap_or(0);
-                    route.dst == wanted.dst && route.kind == wanted.kind && metric && dev
-                })
-            }
-            Change::Sysctl { path, to, .. } => read_sysctl(path)? == *to,
-            Change::Address { on, addr, .. } => netlink
-                .addresses()?
-                .iter()
-                .any(|address| address.index == on.index && address.addr == *addr),
-        };
-        Ok(if there {
-            Presence::AsWanted
-        } else {
-            Presence::Absent
-        })
-    }
-
-    /// Undoes `changes` from the last to the first; the journal then holds `kept` and what could not
-    /// be undone.
+    /// Undoes `changes` from the last to the first; the journal then holds `kept` and what could
+    /// not be undone.
     fn undo_reversed(
         &mut self,
         mut changes: Vec<Change>,
@@ -427,12 +359,12 @@ impl Host {
         let mut report = Report::default();
         let mut left = Vec::new();
         while let Some(change) = changes.pop() {
-            match self.undo(&change) {
+            match change.undo(&self.netlink) {
                 Ok(Undone::Gone) => report.undone.push(change),
                 Ok(Undone::Foreign(reason)) => report.left.push(Failure { change, reason }),
                 Err(error) => {
                     left.push(change.clone());
-                    let reason = remedy(&change, &error);
+                    let reason = change.remedy(&error);
                     report.left.push(Failure { change, reason });
                 }
             }
@@ -452,62 +384,13 @@ impl Host {
         }
         self.journal.write(&self.made)
     }
-
-    fn undo(&self, change: &Change) -> Result<Undone, NetlinkError> {
-        match self.undo_present(change) {
-            Err(error) if error.is_missing() => Ok(Undone::Gone),
-            other => other,
-        }
-    }
-
-    fn undo_present(&self, change: &Change) -> Result<Undone, NetlinkError> {
-        let netlink = &self.netlink;
-        match change {
-            Change::Clsact { on } => {
-                if !netlink.has_clsact(on.index)? {
-                    return Ok(Undone::Gone);
-                }
-                for direction in [Direction::Ingress, Direction::Egress] {
-                    if !netlink.filters(on.index, direction)?.is_empty() {
-                        return Ok(Undone::Foreign(format!(
-                            "others have put {direction} filters on it; it stays for them"
-                        )));
-                    }
-                }
-                netlink.delete_clsact(on.index)?;
-            }
-            Change::Filter { .. } => match self.present(change)? {
-                Presence::AsWanted => netlink.delete_filter(slot(change))?,
-                Presence::Absent | Presence::Foreign(_) => {}
-            },
-            Change::Rule { .. } => netlink.delete_rule(&rule(change))?,
-            Change::Default { .. } => netlink.delete_route(&route(change))?,
-            Change::Sysctl { path, from, to } => {
-                let now = read_sysctl(path)?;
-                if now == *from {
-                    return Ok(Undone::Gone);
-                }
-                if now != *to {
-                    return Ok(Undone::Foreign(format!(
-                        "somebody has set it to {now} since; it stays so"
-                    )));
-                }
-                write_sysctl(path, from)?;
-            }
-            Change::Address { on, addr, prefix } => netlink.delete_address(&Address {
-                index: on.index,
-                addr: *addr,
-                prefix: *prefix,
-            })?,
-        }
-        Ok(Undone::Gone)
-    }
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
         if self.made.is_empty() {
-            self.journal.remove();
+            self.journal.clear();
+            self.dir.remove();
         }
     }
 }
@@ -523,167 +406,19 @@ struct Step {
     fresh: Vec<Change>,
 }
 
-enum Presence {
-    Absent,
-    AsWanted,
-    /// In the way, with a reason.
-    Foreign(String),
-}
-
-enum Undone {
-    Gone,
-    /// Still there, rightly: somebody else relies on it.
-    Foreign(String),
-}
-
-/// `ETH_P_ALL`.
-const ALL: u16 = libc::ETH_P_ALL as u16;
-
-/// Whether making `wanted` leaves no trace of `old`: the same object in the same place.
-fn in_place(old: &Change, wanted: &Change) -> bool {
-    let place = |change: &Change| match change {
-        Change::Filter {
-            priority, handle, ..
-        } => Some((*priority, *handle)),
-        Change::Clsact { .. }
-        | Change::Rule { .. }
-        | Change::Default { .. }
-        | Change::Sysctl { .. }
-        | Change::Address { .. } => None,
-    };
-    old.same_object(wanted) && place(old) == place(wanted)
-}
-
-/// Whether an object bears ipmoved's own name or number, so that it is ours even if the journal that
-/// told of it is lost.
-fn is_unmistakable(change: &Change) -> bool {
-    match change {
-        Change::Filter { .. } | Change::Rule { .. } | Change::Default { .. } => true,
-        Change::Clsact { .. } | Change::Sysctl { .. } | Change::Address { .. } => false,
-    }
-}
-
-fn slot(change: &Change) -> FilterSlot {
-    let Change::Filter {
-        on,
-        direction,
-        priority,
-        handle,
-        ..
-    } = change
-    else {
-        unreachable!("only filters have a slot")
-    };
-    FilterSlot {
-        index: on.index,
-        direction: *direction,
-        priority: *priority,
-        handle: *handle,
-    }
-}
-
-fn rule(change: &Change) -> Rule {
-    let Change::Rule {
-        family,
-        mark,
-        table,
-        priority,
-    } = change
-    else {
-        unreachable!("only rules are rules")
-    };
-    Rule {
-        family: *family,
-        priority: *priority,
-        mark: Some((*mark, u32::MAX)),
-        table: Some(*table),
-        selects_more: false,
-    }
-}
-
-fn route(change: &Change) -> Route {
-    let Change::Default {
-        family,
-        table,
-        dev,
-        metric,
-    } = change
-    else {
-        unreachable!("only routes are routes")
-    };
-    Route {
-        kind: if dev.is_some() {
-            RouteKind::Unicast
-        } else {
-            RouteKind::Blackhole
-        },
-        table: *table,
-        dev: dev.as_ref().map(|dev| dev.index),
-        metric: Some(*metric),
-        ..Route::default_of(*family)
-    }
-}
-
-fn sysctl_path(path: &str) -> PathBuf {
-    Path::new("/proc/sys").join(path)
-}
-
-/// The value of a sysctl in the calling thread's network namespace, without the final newline.
-pub(super) fn read_sysctl(path: &str) -> io::Result<String> {
-    Ok(fs::read_to_string(sysctl_path(path))?.trim_end().to_owned())
-}
-
-/// With a newline: without it nothing at all would be written where the value is empty.
-fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
-    fs::write(sysctl_path(path), format!("{value}\n"))
-}
-
-/// The kernel's reason, and what a person can do about it.
-fn remedy(change: &Change, error: &NetlinkError) -> String {
-    let missing = error.is_missing() || error.errno() == Some(Errno::OPNOTSUPP);
-    let said = match error {
-        // Nothing went through netlink.
-        NetlinkError::Socket(error) if matches!(change, Change::Sysctl { .. }) => error.to_string(),
-        NetlinkError::Socket(_) | NetlinkError::Refused { .. } | NetlinkError::Malformed { .. } => {
-            error.to_string()
-        }
-    };
-    let what = match change {
-        _ if error.is_denied() => "run as root, or with CAP_NET_ADMIN",
-        _ if error.errno() == Some(Errno::NODEV) => "the interface is gone",
-        Change::Clsact { .. } if error.is_exists() => {
-            "the interface has an ingress qdisc already; replace it by clsact, which takes the same filters"
-        }
-        Change::Clsact { .. } if missing => {
-            "the kernel needs CONFIG_NET_SCH_INGRESS (module sch_ingress)"
-        }
-        Change::Filter { .. } if missing => "the kernel needs CONFIG_NET_CLS_BPF (module cls_bpf)",
-        Change::Rule { .. } if error.errno() == Some(Errno::OPNOTSUPP) => {
-            "the kernel needs CONFIG_IP_MULTIPLE_TABLES"
-        }
-        Change::Default { .. } if error.errno() == Some(Errno::NETDOWN) => {
-            "the interface must be up"
-        }
-        Change::Sysctl { .. } if missing => "the kernel has no such setting",
-        Change::Sysctl { .. } if error.errno() == Some(Errno::ROFS) => {
-            "/proc/sys is read-only here, as in most containers; set it on the host, or run ipmoved there"
-        }
-        Change::Clsact { .. }
-        | Change::Filter { .. }
-        | Change::Rule { .. }
-        | Change::Default { .. }
-        | Change::Sysctl { .. }
-        | Change::Address { .. } => return said,
-    };
-    format!("{said}; {what}")
-}
-
 #[cfg(test)]
 mod tests {
+    use rustix::thread::CapabilitySet;
+
     use super::*;
     use crate::kernel::bpf::{Assembler, Reg};
-    use crate::kernel::testing::{Scratch, Tun, in_fresh_namespace, snapshot, sysctl, uplink};
-    use crate::kernel::{capture, steer};
+    use crate::kernel::change::Sysctl;
+    use crate::kernel::netlink::{Direction, FilterSlot};
+    use crate::kernel::testing::{
+        Scratch, Tun, capabilities_of_the_unit, delete_link, in_fresh_namespace, keep_only,
+        set_link_down, snapshot, sysctl, uplink,
+    };
+    use crate::kernel::{capture, plan, steer};
     use crate::model::moved::Move;
 
     struct Stage {
@@ -840,8 +575,8 @@ mod tests {
             let place = FilterSlot {
                 index,
                 direction: Direction::Ingress,
-                priority: capture::FILTER_PRIORITY,
-                handle: capture::FILTER_HANDLE,
+                priority: plan::FILTER_PRIORITY,
+                handle: plan::FILTER_HANDLE,
             };
             let foreign = foreign_program();
             stage
@@ -858,7 +593,7 @@ mod tests {
                 .iter()
                 .find(|filter| filter.name.as_deref() == Some("ipmoved_capture"));
             let ours = ours.map(|filter| filter.priority);
-            assert_eq!(ours, Some(capture::FILTER_PRIORITY - 1));
+            assert_eq!(ours, Some(plan::FILTER_PRIORITY - 1));
             assert!(host.undo_all().unwrap().left.is_empty());
             drop(tun);
             assert_eq!(snapshot(&stage.netlink), before);
@@ -916,11 +651,11 @@ mod tests {
             let tun = stage.tun();
             let mut host = stage.host();
             let mut desired = both(&stage, &tun);
-            desired.push(Desired::lasting(Change::Sysctl {
+            desired.push(Desired::lasting(Change::Sysctl(Sysctl {
                 path: "net/ipv4/no_such_setting".into(),
                 from: String::new(),
                 to: "1".into(),
-            }));
+            })));
             let error = host.reconcile(desired).unwrap_err().to_string();
             assert!(error.contains("sysctl net.ipv4.no_such_setting"), "{error}");
             assert!(error.contains("no such setting"), "{error}");
@@ -965,14 +700,14 @@ mod tests {
 
             // A network manager starts, a `sysctl --system`, a TUN that was down for a moment.
             for change in host.made().to_vec() {
-                if matches!(change, Change::Rule { .. }) {
-                    netlink.delete_rule(&rule(&change)).unwrap();
+                if matches!(change, Change::Rule(_)) {
+                    change.undo(netlink).unwrap();
                 }
             }
             sysctl("net/ipv4/tcp_fwmark_accept", "0");
             sysctl("net/ipv6/fwmark_reflect", "0");
             netlink.delete_clsact(stage.uplink.index).unwrap();
-            netlink.set_link_down(tun.link.index).unwrap();
+            set_link_down(netlink, tun.link.index).unwrap();
             let repairs = host.repair();
             let down: Vec<_> = repairs.failed.iter().map(|f| &f.reason).collect();
             assert_eq!(down.len(), 2, "{down:?}");
@@ -1002,12 +737,40 @@ mod tests {
     }
 
     #[test]
+    fn one_privilege_is_enough_to_repair_and_to_undo() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let before = snapshot(&stage.netlink);
+            let tun = stage.tun();
+            keep_only(capabilities_of_the_unit());
+            let mut host = stage.host();
+            host.reconcile(both(&stage, &tun)).unwrap();
+            // What the daemon keeps once it has started: programs can be attached, but not loaded.
+            keep_only(CapabilitySet::NET_ADMIN);
+            let refused = steer::plan(&stage.netlink, &[], &tun.link, 51820, 1000);
+            assert!(refused.is_err());
+            stage.netlink.delete_clsact(stage.uplink.index).unwrap();
+            sysctl("net/ipv4/tcp_fwmark_accept", "0");
+            let repairs = host.repair();
+            assert!(repairs.failed.is_empty(), "{repairs:?}");
+            let made: Vec<_> = repairs.made.iter().map(Change::to_string).collect();
+            for kind in ["qdisc clsact", "filter on up.0", "sysctl"] {
+                assert!(made.iter().any(|line| line.starts_with(kind)), "{made:?}");
+            }
+            let report = host.undo_all().unwrap();
+            assert!(report.left.is_empty(), "{report:?}");
+            drop(tun);
+            assert_eq!(snapshot(&stage.netlink), before);
+        });
+    }
+
+    #[test]
     fn a_vanished_interface_is_named() {
         in_fresh_namespace(|| {
             let stage = stage();
             let tun = stage.tun();
             let desired = stage.capture(&tun);
-            stage.netlink.delete_link(stage.uplink.index).unwrap();
+            delete_link(&stage.netlink, stage.uplink.index).unwrap();
             let error = stage.host().reconcile(desired).unwrap_err().to_string();
             assert!(
                 error.contains("up.0") && error.contains("interface is gone"),

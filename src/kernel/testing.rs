@@ -1,40 +1,65 @@
-//! Throwaway network namespaces, a TUN and directories for this room's tests.
-#![allow(unsafe_code, reason = "unshare(2) and the TUN's ioctls")]
+//! What this room's tests are made of, on top of the lab's namespaces: an uplink, a router that
+//! sees what leaves it, a TUN, and what a daemon may change as comparable text.
 
-use std::fmt::Debug;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::fs;
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::thread::UnshareFlags;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use tun_rs::{DeviceBuilder, SyncDevice};
 
-use super::netlink::{Address, Direction, Family, Link, Netlink, Route};
+use super::netlink::{Address, Direction, Family, Link, Netlink, NetlinkError, Route};
+use crate::lab::wiring::Wiring;
+use crate::lab::{Namespace, poll_until};
 
-/// Runs `test` on a thread of its own in a fresh network namespace, which vanishes with it.
+/// How long a test waits for what should come, and for what should not.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// Runs `test` in a fresh network namespace, which vanishes with it.
 ///
 /// # Panics
 /// If `test` does, or without the privileges to make a namespace.
-pub(super) fn in_fresh_namespace<T: Send + Debug + 'static>(
-    test: impl FnOnce() -> T + Send + 'static,
-) -> T {
-    let thread = std::thread::spawn(move || {
-        // SAFETY: CLONE_NEWNET alone: nothing that this thread shares is unshared but the namespace.
-        let unshared = unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) };
-        if let Err(error) = unshared {
-            panic!("cannot make a network namespace: {error}; run the tests as root");
-        }
-        test()
-    });
-    match thread.join() {
-        Ok(value) => value,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
+pub(super) fn in_fresh_namespace<T: Send>(test: impl FnOnce() -> T + Send) -> T {
+    let namespace = Namespace::new("test").expect("run the tests as root");
+    inside(&namespace, test)
+}
+
+fn inside<T: Send>(namespace: &Namespace, run: impl FnOnce() -> T + Send) -> T {
+    namespace.run(|| Ok(run())).unwrap()
+}
+
+/// What the systemd unit in `contrib` leaves the daemon, until it gives up more by itself.
+pub(super) fn capabilities_of_the_unit() -> CapabilitySet {
+    const UNIT: &str = include_str!("../../contrib/ipmoved.service");
+    let line = UNIT
+        .lines()
+        .find_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .expect("the unit bounds the daemon's capabilities");
+    line.split_whitespace()
+        .map(|name| {
+            let known = name.strip_prefix("CAP_").and_then(CapabilitySet::from_name);
+            known.unwrap_or_else(|| panic!("{name} is no capability"))
+        })
+        .collect()
+}
+
+/// Takes every other capability from the calling thread, for good: to be called in a
+/// [fresh namespace](in_fresh_namespace), which has a thread of its own. Where the tests run without
+/// one of them, as in many containers, they do without it.
+pub(super) fn keep_only(capabilities: CapabilitySet) {
+    let held = rustix::thread::capabilities(None).unwrap().permitted;
+    let sets = CapabilitySets {
+        effective: held & capabilities,
+        permitted: held & capabilities,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, sets).expect("run the tests as root");
 }
 
 /// A name for a directory that goes with the test.
@@ -60,10 +85,36 @@ impl Drop for Scratch {
     }
 }
 
+/// A pair of connected interfaces in this namespace, both up, of which the first is returned.
+pub(super) fn veth(netlink: &Netlink) -> Link {
+    uplink(netlink, "v0", &[])
+}
+
+pub(super) fn set_link_down(netlink: &Netlink, index: u32) -> Result<(), NetlinkError> {
+    let mut message = link_message(index);
+    message.header.change_mask = LinkFlags::Up;
+    let request = RouteNetlinkMessage::SetLink(message);
+    netlink.acked("set interface down", request, 0)
+}
+
+pub(super) fn delete_link(netlink: &Netlink, index: u32) -> Result<(), NetlinkError> {
+    let request = RouteNetlinkMessage::DelLink(link_message(index));
+    netlink.acked("delete interface", request, 0)
+}
+
+fn link_message(index: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message
+}
+
 /// One end of a veth pair in this namespace, up and with addresses; the other end, called `far`, is
 /// up as well.
 pub(super) fn uplink(netlink: &Netlink, name: &str, addrs: &[(&str, u8)]) -> Link {
-    let far = format!("{name}far");
+    let far = match name {
+        "v0" => "v1".to_owned(),
+        name => format!("{name}far"),
+    };
     netlink.add_veth(name, &far, None).unwrap();
     let far = netlink.link_by_name(&far).unwrap().unwrap();
     let link = netlink.link_by_name(name).unwrap().unwrap();
@@ -134,9 +185,9 @@ pub(super) fn snapshot(netlink: &Netlink) -> Vec<String> {
     out
 }
 
-/// A TUN without packet information, up.
+/// A TUN, up.
 pub(super) struct Tun {
-    file: File,
+    device: SyncDevice,
     pub(super) link: Link,
     /// Length of the virtio header before each packet.
     header: usize,
@@ -145,35 +196,18 @@ pub(super) struct Tun {
 impl Tun {
     /// With `offload` the kernel may hand over super-packets.
     pub(super) fn new(netlink: &Netlink, name: &str, offload: bool) -> Self {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/net/tun")
-            .expect("cannot open /dev/net/tun");
-        let mut flags = libc::IFF_TUN | libc::IFF_NO_PI;
-        if offload {
-            flags |= libc::IFF_VNET_HDR;
-        }
-        let mut request = [0_u8; 40];
-        request[..name.len()].copy_from_slice(name.as_bytes());
-        request[16..18].copy_from_slice(&(flags as u16).to_ne_bytes());
-        // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which is 40 bytes.
-        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
-        assert_eq!(result, 0, "TUNSETIFF: {}", io::Error::last_os_error());
-        if offload {
-            const TUN_F_USO: libc::c_uint = 0x20 | 0x40;
-            let all = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
-            // SAFETY: TUNSETOFFLOAD takes its flags by value.
-            let result =
-                unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, all | TUN_F_USO) };
-            assert_eq!(result, 0, "TUNSETOFFLOAD: {}", io::Error::last_os_error());
-        }
+        let device = DeviceBuilder::new()
+            .name(name)
+            .enable(false)
+            .offload(offload)
+            .build_sync()
+            .expect("cannot make a TUN");
+        device.set_nonblocking(true).unwrap();
         let link = netlink.link_by_name(name).unwrap().unwrap();
         netlink.set_link_mtu(link.index, 1420).unwrap();
         netlink.set_link_up(link.index).unwrap();
         Self {
-            file,
+            device,
             link: netlink.link_by_index(link.index).unwrap().unwrap(),
             header: if offload { 10 } else { 0 },
         }
@@ -182,34 +216,28 @@ impl Tun {
     pub(super) fn write(&self, packet: &[u8]) {
         let mut bytes = vec![0; self.header];
         bytes.extend(packet);
-        let written = (&self.file).write(&bytes).unwrap();
+        let written = self.device.send(&bytes).unwrap();
         assert_eq!(written, bytes.len());
     }
 
-    /// The next packet that `wanted` accepts, with its virtio header; `None` after a quarter second.
+    /// The next packet that `wanted` accepts, with its virtio header.
     pub(super) fn read(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut buffer = vec![0; 70_000];
-        while readable(&self.file) {
-            let length = (&self.file).read(&mut buffer).unwrap();
-            let packet = &buffer[self.header..length];
+        loop {
+            let next = || self.device.recv(&mut buffer).ok();
+            let length = poll_until(PATIENCE, Duration::from_millis(1), next)?;
+            let (header, packet) = buffer[..length].split_at(self.header);
             if wanted(packet) {
-                return Some((buffer[..self.header].to_vec(), packet.to_vec()));
+                return Some((header.to_vec(), packet.to_vec()));
             }
         }
-        None
     }
-}
-
-/// Whether something can be read within a quarter second.
-pub(super) fn readable(fd: &impl AsFd) -> bool {
-    let timeout = Timespec::try_from(Duration::from_millis(250)).unwrap();
-    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout)).unwrap() > 0
 }
 
 /// A router beyond the uplink: a namespace of its own at the other end of a veth pair, which sees
 /// what leaves the uplink.
 pub(super) struct Router {
-    netns: File,
+    namespace: Namespace,
     /// The uplink's end in the calling thread's namespace.
     pub(super) uplink: Link,
     sniffer: socket2::Socket,
@@ -219,12 +247,11 @@ impl Router {
     /// Connects an interface `up0` with `addrs` to a router with `.1`/`::1` of the same networks,
     /// which is the default gateway.
     pub(super) fn new(netlink: &Netlink, addrs: &[(&str, u8)], gateways: &[(&str, u8)]) -> Self {
-        let netns = in_fresh_namespace(|| File::open("/proc/thread-self/ns/net").unwrap());
-        netlink
-            .add_veth("up0", "far0", Some(netns.as_fd()))
-            .unwrap();
+        let namespace = Namespace::new("router").unwrap();
+        let there = Some(namespace.fd().as_fd());
+        netlink.add_veth("up0", "far0", there).unwrap();
         let far: Vec<(IpAddr, u8)> = parsed(gateways);
-        let sniffer = in_namespace(&netns, move || {
+        let sniffer = inside(&namespace, || {
             let netlink = Netlink::new().unwrap();
             let link = netlink.link_by_name("far0").unwrap().unwrap();
             let index = link.index;
@@ -274,7 +301,7 @@ impl Router {
             }
         }
         Self {
-            netns,
+            namespace,
             uplink: netlink.link_by_index(index).unwrap().unwrap(),
             sniffer,
         }
@@ -283,7 +310,7 @@ impl Router {
     /// A UDP socket of the router.
     pub(super) fn udp(&self, addr: &str) -> UdpSocket {
         let addr: SocketAddr = addr.parse().unwrap();
-        in_namespace(&self.netns, move || bound(addr))
+        inside(&self.namespace, || bound(addr))
     }
 
     /// Whether a packet has arrived from the uplink in which `needle` occurs. Forgets what came.
@@ -303,9 +330,7 @@ impl Router {
 /// A UDP socket that waits a quarter second for an answer.
 pub(super) fn bound(addr: SocketAddr) -> UdpSocket {
     let socket = UdpSocket::bind(addr).unwrap();
-    socket
-        .set_read_timeout(Some(Duration::from_millis(250)))
-        .unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
     socket
 }
 
@@ -314,17 +339,4 @@ fn parsed(addrs: &[(&str, u8)]) -> Vec<(IpAddr, u8)> {
         .iter()
         .map(|&(addr, prefix)| (addr.parse().unwrap(), prefix))
         .collect()
-}
-
-fn in_namespace<T: Send + 'static>(netns: &File, run: impl FnOnce() -> T + Send + 'static) -> T {
-    let netns = netns.try_clone().unwrap();
-    let thread = std::thread::spawn(move || {
-        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
-        rustix::thread::move_into_link_name_space(netns.as_fd(), kind).unwrap();
-        run()
-    });
-    match thread.join() {
-        Ok(value) => value,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
 }

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | [`namespace`] | a namespace, threads and processes inside it |
 //! | [`topology`] | who is where: addresses, links, routes |
+//! | [`wiring`] | the requests to the kernel that only a lab makes |
 //! | [`traffic`] | clients and services with real sockets |
 //! | [`tap`] | a tap on an interface, and questions about what passed |
 //! | [`raw`] | packets of any protocol, source and damage |
@@ -40,6 +41,7 @@ pub mod snapshot;
 pub mod tap;
 pub mod topology;
 pub mod traffic;
+pub(crate) mod wiring;
 
 pub use daemon::{Daemon, DaemonSetup, Daemons};
 pub use demo::{DemoError, demo};

@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use super::traffic::Client;
+use super::wiring::Wiring;
 use super::{Doing, LabError, Namespace, Result, Tap, poll_until};
 use crate::kernel::netlink::{Address, Family, Netlink, NetlinkError, Route, RouteKind};
 

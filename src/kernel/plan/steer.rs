@@ -1,11 +1,13 @@
-//! What the new server needs of its kernel: replies to what came out of the TUN go back into it, and
-//! everything else goes its ordinary way.
+//! What the new server needs of its kernel: replies to what came out of the TUN go back into it,
+//! and everything else goes its ordinary way.
 //!
 //! ```text
-//! TUN ingress: mark ──► TCP:  tcp_fwmark_accept hands the mark to the accepted socket ──┐
-//!                  ├──► RST, ICMP answers: fwmark_reflect ─────────────────────────────┴► ip rule ──► table: default dev TUN
-//!                  ├──► UDP and the rest: the flow is remembered ──► uplink egress: redirect ──► TUN
-//!                  └──► "too big" about UDP and the rest: uplink ingress, so that its route learns the path MTU
+//! TUN ingress: mark
+//!   ├─► TCP: tcp_fwmark_accept hands the mark to the accepted socket ─┐
+//!   ├─► RST, ICMP answers: fwmark_reflect ────────────────────────────┴─► ip rule
+//!   │                                                          ─► table: default dev TUN
+//!   ├─► UDP and the rest: the flow is remembered ─► uplink egress: redirect ─► TUN
+//!   └─► "too big" about UDP and the rest: uplink ingress, so that its route learns the path MTU
 //! ```
 //!
 //! Owns the mark, the table and their places. A rule that selects by mark touches no packet but
@@ -16,12 +18,11 @@
 use std::net::IpAddr;
 use std::path::Path;
 
-use super::Desired;
-use super::capture::{PlanError, clsact, default_routes, filter, interface, l2_header};
-use super::host::read_sysctl;
-use super::journal::Change;
-use super::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
-use super::programs::{self, Entrance, FlowMaps};
+use super::{PlanError, clsact, default_routes, filter, l2_header};
+use crate::kernel::Desired;
+use crate::kernel::change::{Change, DefaultRoute, Interface, MarkRule, Sysctl, read_sysctl};
+use crate::kernel::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
+use crate::kernel::programs::{self, Entrance, FlowMaps};
 
 /// The mark of what came out of the TUN: "ipmv". Compared whole, so that it never meets the single
 /// bits that others use.
@@ -40,11 +41,11 @@ const BLACKHOLE_METRIC: u32 = 4_000_000;
 /// Flows without TCP that are remembered by default; 65,536 take some 10 MB of kernel memory.
 pub const MAX_FLOWS: u32 = 65_536;
 
-/// What the new server needs: marks on `tun`, the way back into it, and on every one of `uplinks` the
-/// redirection of replies without TCP.
+/// What the new server needs: marks on `tun`, the way back into it, and on every one of `uplinks`
+/// the redirection of replies without TCP.
 ///
-/// The TUN must be up. `tunnel_port` is the tunnel's own UDP port on this host; `max_flows` bounds the
-/// flows without TCP. Nothing is changed yet, but the programs are in the kernel.
+/// The TUN must be up. `tunnel_port` is the tunnel's own UDP port on this host; `max_flows` bounds
+/// the flows without TCP. Nothing is changed yet, but the programs are in the kernel.
 ///
 /// # Errors
 /// If the kernel refuses a program, or an interface or rule is in the way.
@@ -62,20 +63,25 @@ pub fn plan(
         if family == Family::V6 && !has_ipv6(tun) {
             continue;
         }
-        let default = |dev, metric| Change::Default {
-            family,
-            table: TABLE,
-            dev,
-            metric,
+        let default = |dev, metric| {
+            Change::Route(DefaultRoute {
+                family,
+                table: TABLE,
+                dev,
+                metric,
+            })
         };
         desired.push(Desired::lasting(default(None, BLACKHOLE_METRIC)));
-        desired.push(Desired::with_tun(default(Some(interface(tun)), TUN_METRIC)));
-        desired.push(Desired::lasting(Change::Rule {
+        desired.push(Desired::with_tun(default(
+            Some(Interface::from(tun)),
+            TUN_METRIC,
+        )));
+        desired.push(Desired::lasting(Change::Rule(MarkRule {
             family,
             mark: MARK,
             table: TABLE,
             priority: rule_priority(family, &netlink.rules(family)?)?,
-        }));
+        })));
         let reflect = match family {
             Family::V4 => "net/ipv4/fwmark_reflect",
             Family::V6 => "net/ipv6/fwmark_reflect",
@@ -103,15 +109,15 @@ pub fn plan(
             mac: uplink.mac.unwrap_or_default(),
         })
     });
-    let mark = programs::steer_mark(MARK, &maps, entrance.transpose()?)?;
+    let mark = programs::steer_ingress(MARK, &maps, entrance.transpose()?)?;
     let place = filter(netlink, tun, Direction::Ingress, mark.name())?;
     desired.push(Desired::with_tun(clsact(tun)));
     desired.push(Desired::with_tun(place).program(mark.load()?));
     Ok(desired)
 }
 
-/// The interfaces on which replies may leave: those of the default routes, the one towards the peer,
-/// and every other one with an address, for any of them may have a route to some clients.
+/// The interfaces on which replies may leave: those of the default routes, the one towards the
+/// peer, and every other one with an address, for any of them may have a route to some clients.
 ///
 /// # Errors
 /// If the kernel cannot be asked.
@@ -153,14 +159,15 @@ fn has_ipv6(tun: &Link) -> bool {
     read_sysctl(&format!("net/ipv6/conf/{}/disable_ipv6", tun.name)).is_ok_and(|value| value == "0")
 }
 
-/// A switch that is to be on. One that cannot be read is written anyway, and the kernel says why not.
+/// A switch that is to be on. One that cannot be read is written anyway, and the kernel says why
+/// not.
 fn sysctl(path: String) -> Change {
     debug_assert!(Path::new(&path).is_relative(), "below /proc/sys");
-    Change::Sysctl {
+    Change::Sysctl(Sysctl {
         from: read_sysctl(&path).unwrap_or_default(),
         to: "1".to_owned(),
         path,
-    }
+    })
 }
 
 /// Behind the rule for local addresses (or marked packets would not reach this host) and before

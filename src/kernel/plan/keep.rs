@@ -4,24 +4,24 @@
 //! Owns how it is held without being given away:
 //!
 //! * By default Linux answers ARP on any interface for any address it holds (`arp_ignore` 0), and
-//!   puts any of them into its own requests (`arp_announce` 0). On a link that both servers share, the
-//!   new one would draw the moved address's packets past the old one. So IPv4 addresses get the
-//!   scope host, for which `arp_ignore` 3 does not answer while it goes on answering for every other
-//!   address, and `arp_announce` 2 leaves them out of requests. Where an administrator has set either
-//!   to something stricter, that does as well, and stays.
-//! * IPv6 answers solicitations only for addresses of the interface they arrive on; nothing is needed.
-//! * Neither is chosen as the source of the host's own connections: that is what scope host and, for
-//!   IPv6, a preferred lifetime of zero are for.
+//!   puts any of them into its own requests (`arp_announce` 0). On a link that both servers share,
+//!   the new one would draw the moved address's packets past the old one. So IPv4 addresses get the
+//!   scope host, for which `arp_ignore` 3 does not answer while it goes on answering for every
+//!   other address, and `arp_announce` 2 leaves them out of requests. Where an administrator has
+//!   set either to something stricter, that does as well, and stays.
+//! * IPv6 answers solicitations only for addresses of the interface they arrive on; nothing is
+//!   needed.
+//! * Neither is chosen as the source of the host's own connections: that is what scope host and,
+//!   for IPv6, a preferred lifetime of zero are for.
 //!
 //! Interfaces that appear later keep their ARP settings (`ip-sysctl`: `conf/default`).
 
 use std::net::IpAddr;
 
-use super::Desired;
-use super::capture::{PlanError, interface};
-use super::host::read_sysctl;
-use super::journal::Change;
-use super::netlink::{Link, Netlink};
+use super::PlanError;
+use crate::kernel::Desired;
+use crate::kernel::change::{Change, Interface, QuietAddress, Sysctl, read_sysctl};
+use crate::kernel::netlink::{Link, Netlink};
 
 /// Do not answer for addresses of scope host; for every other as with 0.
 const ARP_IGNORE: (&str, u32) = ("arp_ignore", 3);
@@ -62,10 +62,12 @@ pub fn plan(
             desired.extend(quiet.into_iter().filter_map(|it| sysctl(link, it, made)));
         }
     }
-    let address = |addr: IpAddr| Change::Address {
-        on: interface(lo),
-        addr,
-        prefix: if addr.is_ipv4() { 32 } else { 128 },
+    let address = |addr: IpAddr| {
+        Change::Address(QuietAddress {
+            on: Interface::from(lo),
+            addr,
+            prefix: if addr.is_ipv4() { 32 } else { 128 },
+        })
     };
     desired.extend(mine.into_iter().map(address));
     Ok(desired.into_iter().map(Desired::lasting).collect())
@@ -74,26 +76,23 @@ pub fn plan(
 /// The addresses among `made`.
 pub fn held(made: &[Change]) -> impl Iterator<Item = IpAddr> {
     made.iter().filter_map(|change| match change {
-        Change::Address { addr, .. } => Some(*addr),
-        Change::Clsact { .. }
-        | Change::Filter { .. }
-        | Change::Rule { .. }
-        | Change::Default { .. }
-        | Change::Sysctl { .. } => None,
+        Change::Address(address) => Some(address.addr),
+        Change::Clsact(_)
+        | Change::Filter(_)
+        | Change::Rule(_)
+        | Change::Route(_)
+        | Change::Sysctl(_) => None,
     })
 }
 
 /// Whether a change is one of those that [`plan`] names.
 pub fn is_part(change: &Change) -> bool {
     match change {
-        Change::Address { .. } => true,
-        Change::Sysctl { path, .. } => [ARP_IGNORE.0, ARP_ANNOUNCE.0]
+        Change::Address(_) => true,
+        Change::Sysctl(sysctl) => [ARP_IGNORE.0, ARP_ANNOUNCE.0]
             .iter()
-            .any(|name| path.rsplit('/').next() == Some(name)),
-        Change::Clsact { .. }
-        | Change::Filter { .. }
-        | Change::Rule { .. }
-        | Change::Default { .. } => false,
+            .any(|name| sysctl.path.rsplit('/').next() == Some(name)),
+        Change::Clsact(_) | Change::Filter(_) | Change::Rule(_) | Change::Route(_) => false,
     }
 }
 
@@ -106,16 +105,18 @@ fn sysctl(link: &Link, (name, to): (&str, u32), made: &[Change]) -> Option<Chang
     let counts = from.max(value(&format!("net/ipv4/conf/all/{name}")).unwrap_or(0));
     let ours = made
         .iter()
-        .any(|change| matches!(change, Change::Sysctl { path: known, .. } if *known == path));
+        .any(|change| matches!(change, Change::Sysctl(known) if known.path == path));
     let weak = if name == ARP_IGNORE.0 {
         counts == 0
     } else {
         counts < to
     };
-    (ours || weak).then(|| Change::Sysctl {
-        path,
-        from: from.to_string(),
-        to: to.to_string(),
+    (ours || weak).then(|| {
+        Change::Sysctl(Sysctl {
+            path,
+            from: from.to_string(),
+            to: to.to_string(),
+        })
     })
 }
 
@@ -125,6 +126,7 @@ mod tests {
     use crate::kernel::Host;
     use crate::kernel::netlink::Address;
     use crate::kernel::testing::{Router, Scratch, Tun, bound, in_fresh_namespace, snapshot};
+    use crate::lab::wiring::Wiring;
 
     const HERE: [(&str, u8); 1] = [("192.0.2.2", 24)];
     const GATEWAY: [(&str, u8); 1] = [("192.0.2.254", 24)];

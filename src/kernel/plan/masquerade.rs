@@ -17,12 +17,11 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use super::Desired;
-use super::capture::{FILTER_HANDLE, PlanError, clsact, filter, l2_header};
-use super::host::read_sysctl;
-use super::journal::Change;
-use super::netlink::{Direction, Link, Netlink};
-use super::programs::{self, Pair, Way};
+use super::{FILTER_HANDLE, PlanError, clsact, filter, l2_header};
+use crate::kernel::Desired;
+use crate::kernel::change::{Change, Sysctl, read_sysctl};
+use crate::kernel::netlink::{Direction, Link, Netlink};
+use crate::kernel::programs::{self, Pair, Way};
 use crate::model::moved::Move;
 
 /// Ports that the kernel does not give to sockets that name none (`ip-sysctl`); for IPv6 too.
@@ -96,10 +95,10 @@ pub fn plan(
         let answers = programs::answers(&pairs, ports, l2_header(link)?, tun.index)?;
         let mut place = filter(netlink, link, Direction::Ingress, answers.name())?;
         // Beside the capture, which may have the same preference.
-        if let Change::Filter { handle, .. } = &mut place
-            && *handle == FILTER_HANDLE
+        if let Change::Filter(place) = &mut place
+            && place.handle == FILTER_HANDLE
         {
-            *handle = FILTER_HANDLE + 1;
+            place.handle = FILTER_HANDLE + 1;
         }
         if link.index != uplink.index {
             desired.push(Desired::lasting(clsact(link)));
@@ -119,11 +118,11 @@ pub fn plan(
 /// The ports that somebody else has reserved stay so.
 fn reservation(ports: &RangeInclusive<u16>) -> Option<Change> {
     let from = read_sysctl(RESERVED).ok()?;
-    Some(Change::Sysctl {
+    Some(Change::Sysctl(Sysctl {
         path: RESERVED.to_owned(),
         to: with_reserved(&from, ports),
         from,
-    })
+    }))
 }
 
 /// A list of ports and ranges with one more, as the kernel writes it: sorted, and joined where they
@@ -263,7 +262,8 @@ mod tests {
         let (local, port, remote, over) = socket(line).unwrap();
         assert_eq!((local, port), ("127.0.0.1".parse().unwrap(), 0xa000));
         assert!(remote.is_unspecified() && !over);
-        let line = "   1: 0000000000000000FFFF00000100007F:0050 00000000000000000000000000000000:0000 06 0";
+        let line = "   1: 0000000000000000FFFF00000100007F:0050 \
+                    00000000000000000000000000000000:0000 06 0";
         let (local, port, _, over) = socket(line).unwrap();
         assert_eq!((local, port), ("127.0.0.1".parse().unwrap(), 80));
         assert!(over);

@@ -1,0 +1,452 @@
+//! Instructions, labels and how they become a program.
+//!
+//! Instruction set: `Documentation/bpf/standardization/instruction-set.rst`.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::load::Program;
+use super::{BpfError, MAX_NAME};
+
+/// A register. R0 is a result, R1–R5 are arguments and lost in calls and packet loads, R6–R9 are
+/// kept, R10 is the stack frame's end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs, reason = "they are their names")]
+pub enum Reg {
+    R0,
+    R1,
+    R2,
+    R3,
+    R4,
+    R5,
+    R6,
+    R7,
+    R8,
+    R9,
+    R10,
+}
+
+/// Width of a memory access.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Size {
+    /// One byte.
+    B,
+    /// Two bytes.
+    H,
+    /// Four bytes.
+    W,
+    /// Eight bytes.
+    Dw,
+}
+
+impl Size {
+    fn bits(self) -> u8 {
+        match self {
+            Self::W => 0x00,
+            Self::H => 0x08,
+            Self::B => 0x10,
+            Self::Dw => 0x18,
+        }
+    }
+}
+
+/// Arithmetic on 64 bits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs, reason = "they are their names")]
+pub enum Alu {
+    Add,
+    Sub,
+    Or,
+    And,
+    Lsh,
+    Rsh,
+    Mov,
+}
+
+impl Alu {
+    fn bits(self) -> u8 {
+        match self {
+            Self::Add => 0x00,
+            Self::Sub => 0x10,
+            Self::Or => 0x40,
+            Self::And => 0x50,
+            Self::Lsh => 0x60,
+            Self::Rsh => 0x70,
+            Self::Mov => 0xb0,
+        }
+    }
+}
+
+/// An unsigned comparison of the lower 32 bits, or of all 64 for [`Assembler::jump_if_wide`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum If {
+    /// Equal.
+    Eq,
+    /// Not equal.
+    Ne,
+    /// Above.
+    Gt,
+    /// Above or equal.
+    Ge,
+    /// Below.
+    Lt,
+    /// Below or equal.
+    Le,
+    /// Some bit in common.
+    Set,
+}
+
+impl If {
+    fn bits(self) -> u8 {
+        match self {
+            Self::Eq => 0x10,
+            Self::Gt => 0x20,
+            Self::Ge => 0x30,
+            Self::Set => 0x40,
+            Self::Ne => 0x50,
+            Self::Lt => 0xa0,
+            Self::Le => 0xb0,
+        }
+    }
+}
+
+/// The second operand of an instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operand {
+    /// A register.
+    Reg(Reg),
+    /// A constant, sign-extended where 64 bits are wanted.
+    Imm(i32),
+}
+
+impl From<Reg> for Operand {
+    fn from(reg: Reg) -> Self {
+        Self::Reg(reg)
+    }
+}
+
+impl From<i32> for Operand {
+    fn from(imm: i32) -> Self {
+        Self::Imm(imm)
+    }
+}
+
+impl From<u32> for Operand {
+    fn from(imm: u32) -> Self {
+        Self::Imm(imm.cast_signed())
+    }
+}
+
+/// Functions of the kernel that programs may call, all there in 5.10 and for any licence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(i32)]
+pub enum Helper {
+    /// `(map, key) → value or 0`.
+    MapLookup = 1,
+    /// `(map, key, value, flags)`.
+    MapUpdate = 2,
+    /// `(map, key)`.
+    MapDelete = 3,
+    /// `() → nanoseconds since boot, suspend excluded`.
+    KtimeGetNs = 5,
+    /// `(skb, offset, from, length, flags) → 0 or an error`.
+    SkbStoreBytes = 9,
+    /// `(ifindex, flags) → verdict`.
+    Redirect = 23,
+    /// `(skb, offset, to, length) → 0 or an error`.
+    SkbLoadBytes = 26,
+    /// `(skb, packet type) → 0 or an error`.
+    SkbChangeType = 32,
+    /// `(skb, bytes, flags) → 0 or an error`.
+    SkbChangeHead = 43,
+    /// `(ifindex, params, params length, flags) → verdict`.
+    RedirectNeigh = 152,
+}
+
+/// A place in the code to jump to; bound once, after the last jump or before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub struct Label(usize);
+
+/// Writes a program, instruction by instruction.
+#[derive(Default)]
+pub struct Assembler {
+    code: Vec<Instruction>,
+    labels: Vec<Option<usize>>,
+    jumps: Vec<(usize, Label)>,
+}
+
+impl Assembler {
+    const LD: u8 = 0x00;
+    const LDX: u8 = 0x01;
+    const ST: u8 = 0x02;
+    const STX: u8 = 0x03;
+    const JMP: u8 = 0x05;
+    const JMP32: u8 = 0x06;
+    const ALU64: u8 = 0x07;
+    const FROM_REG: u8 = 0x08;
+    const MODE_ABS: u8 = 0x20;
+    const MODE_IND: u8 = 0x40;
+    const MODE_MEM: u8 = 0x60;
+
+    /// An empty program.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A label that is not bound yet.
+    pub fn label(&mut self) -> Label {
+        self.labels.push(None);
+        Label(self.labels.len() - 1)
+    }
+
+    /// Binds a label to the next instruction.
+    pub fn bind(&mut self, label: Label) {
+        debug_assert!(self.labels[label.0].is_none(), "bound twice");
+        self.labels[label.0] = Some(self.code.len());
+    }
+
+    /// `dst = dst op operand`.
+    pub fn alu(&mut self, op: Alu, dst: Reg, operand: impl Into<Operand>) {
+        self.with_operand(Self::ALU64 | op.bits(), dst, operand.into());
+    }
+
+    /// `dst = operand`.
+    pub fn mov(&mut self, dst: Reg, operand: impl Into<Operand>) {
+        self.alu(Alu::Mov, dst, operand);
+    }
+
+    /// `dst = imm`, all 64 bits.
+    pub fn mov_wide(&mut self, dst: Reg, imm: u64) {
+        self.load_wide(dst, 0, imm);
+    }
+
+    /// `dst = map`; the program keeps the map when `map` is closed.
+    pub fn load_map(&mut self, dst: Reg, map: BorrowedFd<'_>) {
+        const PSEUDO_MAP_FD: u8 = 1;
+        self.load_wide(dst, PSEUDO_MAP_FD, map.as_raw_fd() as u64);
+    }
+
+    /// `R0 =` the packet's bytes at `offset`, in host order; R6 is the context. Past the packet's
+    /// end the program ends with verdict 0: the packet passes.
+    pub fn load_packet(&mut self, size: Size, offset: u32) {
+        let opcode = Self::LD | Self::MODE_ABS | size.bits();
+        self.push(opcode, 0, 0, 0, offset.cast_signed());
+    }
+
+    /// As [`Self::load_packet`], at `base + offset`.
+    pub fn load_packet_at(&mut self, size: Size, base: Reg, offset: u32) {
+        let opcode = Self::LD | Self::MODE_IND | size.bits();
+        self.push(opcode, 0, base as u8, 0, offset.cast_signed());
+    }
+
+    /// `dst = *(base + offset)`.
+    pub fn load(&mut self, size: Size, dst: Reg, base: Reg, offset: i16) {
+        let opcode = Self::LDX | Self::MODE_MEM | size.bits();
+        self.push(opcode, dst as u8, base as u8, offset, 0);
+    }
+
+    /// `*(base + offset) = operand`.
+    pub fn store(&mut self, size: Size, base: Reg, offset: i16, operand: impl Into<Operand>) {
+        let (class, src, imm) = match operand.into() {
+            Operand::Reg(src) => (Self::STX, src as u8, 0),
+            Operand::Imm(imm) => (Self::ST, 0, imm),
+        };
+        self.push(
+            class | Self::MODE_MEM | size.bits(),
+            base as u8,
+            src,
+            offset,
+            imm,
+        );
+    }
+
+    /// Jumps.
+    pub fn jump(&mut self, to: Label) {
+        self.jumps.push((self.code.len(), to));
+        self.push(Self::JMP, 0, 0, 0, 0);
+    }
+
+    /// Jumps if the lower 32 bits compare so.
+    pub fn jump_if(&mut self, dst: Reg, cond: If, operand: impl Into<Operand>, to: Label) {
+        self.jumps.push((self.code.len(), to));
+        self.with_operand(Self::JMP32 | cond.bits(), dst, operand.into());
+    }
+
+    /// Jumps if all 64 bits compare so.
+    pub fn jump_if_wide(&mut self, dst: Reg, cond: If, operand: impl Into<Operand>, to: Label) {
+        self.jumps.push((self.code.len(), to));
+        self.with_operand(Self::JMP | cond.bits(), dst, operand.into());
+    }
+
+    /// Calls a function of the kernel: arguments in R1–R5, result in R0.
+    pub fn call(&mut self, helper: Helper) {
+        self.push(Self::JMP | 0x80, 0, 0, 0, helper as i32);
+    }
+
+    /// Ends the program with the verdict in R0.
+    pub fn exit(&mut self) {
+        self.push(Self::JMP | 0x90, 0, 0, 0, 0);
+    }
+
+    /// Resolves the jumps, and leaves out what no path reaches (which the verifier would refuse),
+    /// so that a generator may write down parts that nothing happens to lead to.
+    ///
+    /// # Errors
+    /// If a jump is too far for its 16 bits, or goes to a label that was never bound.
+    pub fn finish(self, name: &'static str) -> Result<Program, BpfError> {
+        debug_assert!(name.len() <= MAX_NAME, "the kernel would cut it");
+        let mut targets = vec![None; self.code.len()];
+        for &(at, label) in &self.jumps {
+            targets[at] = Some(self.labels[label.0].ok_or(BpfError::Jump { name })?);
+        }
+        let reached = self.reached(&targets);
+        // Where each instruction ends up.
+        let mut moved_to = Vec::with_capacity(self.code.len());
+        let mut kept = 0_usize;
+        for &reached in &reached {
+            moved_to.push(kept);
+            kept += usize::from(reached);
+        }
+        let mut code = Vec::with_capacity(kept);
+        for (at, mut instruction) in self.code.into_iter().enumerate() {
+            if !reached[at] {
+                continue;
+            }
+            if let Some(target) = targets[at] {
+                let offset = moved_to[target] as i64 - code.len() as i64 - 1;
+                instruction.offset = i16::try_from(offset).map_err(|_| BpfError::Jump { name })?;
+            }
+            code.push(instruction.encode());
+        }
+        Ok(Program::new(name, code))
+    }
+
+    /// Which instructions some path from the first one leads to.
+    fn reached(&self, targets: &[Option<usize>]) -> Vec<bool> {
+        const JUMP: u8 = Assembler::JMP;
+        const EXIT: u8 = Assembler::JMP | 0x90;
+        let mut reached = vec![false; self.code.len()];
+        let mut paths = vec![0];
+        while let Some(mut at) = paths.pop() {
+            while at < reached.len() && !reached[at] {
+                reached[at] = true;
+                paths.extend(targets[at]);
+                match self.code[at].opcode {
+                    JUMP | EXIT => break,
+                    _ => at += 1,
+                }
+            }
+        }
+        reached
+    }
+
+    fn with_operand(&mut self, opcode: u8, dst: Reg, operand: Operand) {
+        match operand {
+            Operand::Reg(src) => self.push(opcode | Self::FROM_REG, dst as u8, src as u8, 0, 0),
+            Operand::Imm(imm) => self.push(opcode, dst as u8, 0, 0, imm),
+        }
+    }
+
+    fn load_wide(&mut self, dst: Reg, src: u8, imm: u64) {
+        let opcode = Self::LD | Size::Dw.bits();
+        self.push(opcode, dst as u8, src, 0, imm as i32);
+        self.push(0, 0, 0, 0, (imm >> 32) as i32);
+    }
+
+    fn push(&mut self, opcode: u8, dst: u8, src: u8, offset: i16, imm: i32) {
+        self.code.push(Instruction {
+            opcode,
+            dst,
+            src,
+            offset,
+            imm,
+        });
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Instruction {
+    opcode: u8,
+    dst: u8,
+    src: u8,
+    offset: i16,
+    imm: i32,
+}
+
+impl Instruction {
+    /// `struct bpf_insn`, in which the order of the two register nibbles follows the byte order.
+    fn encode(self) -> [u8; 8] {
+        let regs = if cfg!(target_endian = "little") {
+            self.src << 4 | self.dst
+        } else {
+            self.dst << 4 | self.src
+        };
+        let [o0, o1] = self.offset.to_ne_bytes();
+        let [i0, i1, i2, i3] = self.imm.to_ne_bytes();
+        [self.opcode, regs, o0, o1, i0, i1, i2, i3]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instructions_are_encoded_as_the_standard_says() {
+        let mut asm = Assembler::new();
+        let end = asm.label();
+        asm.mov(Reg::R6, Reg::R1);
+        asm.load_packet(Size::H, 12);
+        asm.jump_if(Reg::R0, If::Ne, 0x0800, end);
+        asm.store(Size::W, Reg::R10, -4, 7);
+        asm.call(Helper::Redirect);
+        asm.bind(end);
+        asm.mov(Reg::R0, -1);
+        asm.exit();
+        let program = asm.finish("t").unwrap();
+        assert_eq!(
+            program.code(),
+            [
+                [0xbf, 0x16, 0, 0, 0, 0, 0, 0],
+                [0x28, 0, 0, 0, 12, 0, 0, 0],
+                [0x56, 0, 2, 0, 0, 8, 0, 0],
+                [0x62, 0x0a, 0xfc, 0xff, 7, 0, 0, 0],
+                [0x85, 0, 0, 0, 23, 0, 0, 0],
+                [0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
+                [0x95, 0, 0, 0, 0, 0, 0, 0],
+            ]
+        );
+    }
+
+    #[test]
+    fn a_jump_too_far_or_to_nowhere_is_refused() {
+        let mut asm = Assembler::new();
+        let end = asm.label();
+        asm.jump(end);
+        assert!(matches!(asm.finish("t"), Err(BpfError::Jump { .. })));
+        let mut asm = Assembler::new();
+        let end = asm.label();
+        asm.jump_if(Reg::R1, If::Eq, 0, end);
+        for _ in 0..40_000 {
+            asm.mov(Reg::R0, 0);
+        }
+        asm.bind(end);
+        asm.exit();
+        assert!(matches!(asm.finish("t"), Err(BpfError::Jump { .. })));
+    }
+
+    #[test]
+    fn what_nothing_leads_to_is_left_out() {
+        let mut asm = Assembler::new();
+        let end = asm.label();
+        asm.mov(Reg::R0, 0);
+        asm.jump(end);
+        asm.mov(Reg::R0, 1);
+        asm.exit();
+        asm.bind(end);
+        asm.exit();
+        let program = asm.finish("t").unwrap();
+        assert_eq!(program.len(), 3);
+        program.load().expect("run the tests as root");
+    }
+}

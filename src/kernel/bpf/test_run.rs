@@ -1,0 +1,55 @@
+//! Packets shown to loaded programs, without an interface.
+
+use std::ffi::c_int;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::bpf;
+
+/// What became of a packet that was shown to a program.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::kernel) struct Outcome {
+    pub(in crate::kernel) verdict: i32,
+    pub(in crate::kernel) mark: u32,
+}
+
+/// Shows a frame to a loaded program (`BPF_PROG_TEST_RUN`), as if received on `lo`.
+pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
+    #[repr(C)]
+    struct Attr {
+        prog_fd: u32,
+        retval: u32,
+        data_size_in: u32,
+        data_size_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+        ctx_size_in: u32,
+        ctx_size_out: u32,
+        ctx_in: u64,
+        ctx_out: u64,
+    }
+    const BPF_PROG_TEST_RUN: c_int = 10;
+    let mut context = [0_u32; 48];
+    let mut attr = Attr {
+        prog_fd: program.as_raw_fd() as u32,
+        retval: 0,
+        data_size_in: frame.len() as u32,
+        data_size_out: 0,
+        data_in: frame.as_ptr() as u64,
+        data_out: 0,
+        repeat: 1,
+        duration: 0,
+        ctx_size_in: 0,
+        ctx_size_out: size_of_val(&context) as u32,
+        ctx_in: 0,
+        ctx_out: context.as_mut_ptr() as u64,
+    };
+    // SAFETY: the attribute has the layout of BPF_PROG_TEST_RUN; frame and context outlive the
+    // call.
+    unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr) }.expect("BPF_PROG_TEST_RUN");
+    Outcome {
+        verdict: attr.retval.cast_signed(),
+        mark: context[2],
+    }
+}

@@ -1,0 +1,72 @@
+//! An address that this host is reached at and never speaks from unasked (IPv4: scope host; IPv6:
+//! deprecated).
+
+use std::fmt;
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use crate::kernel::netlink::{Address, Netlink};
+
+/// An address on an interface.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct QuietAddress {
+    /// The interface.
+    pub on: Interface,
+    /// The address.
+    pub addr: IpAddr,
+    /// Prefix length.
+    pub prefix: u8,
+}
+
+impl QuietAddress {
+    fn address(&self) -> Address {
+        Address {
+            index: self.on.index,
+            addr: self.addr,
+            prefix: self.prefix,
+        }
+    }
+}
+
+impl fmt::Display for QuietAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "address {}/{} on {}",
+            self.addr, self.prefix, self.on.name
+        )
+    }
+}
+
+impl Kind for QuietAddress {
+    fn object(&self) -> String {
+        format!("address {} {}", self.on.index, self.addr)
+    }
+
+    /// An administrator may hold it as well.
+    fn is_unmistakable(&self) -> bool {
+        false
+    }
+
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        let addresses = netlink.addresses()?;
+        Ok(Presence::of(addresses.iter().any(|address| {
+            address.index == self.on.index && address.addr == self.addr
+        })))
+    }
+
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        Ok(with.netlink.add_quiet_address(&self.address())?)
+    }
+
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        netlink.delete_address(&self.address())?;
+        Ok(Undone::Gone)
+    }
+
+    fn remedy(&self, _error: &ChangeError) -> Option<&'static str> {
+        None
+    }
+}

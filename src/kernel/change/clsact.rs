@@ -1,0 +1,68 @@
+//! The clsact qdisc on an interface, which carries filters and does nothing of itself.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use crate::kernel::netlink::{Direction, Netlink};
+
+/// The clsact qdisc on an interface.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Clsact {
+    /// The interface.
+    pub on: Interface,
+}
+
+impl fmt::Display for Clsact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "qdisc clsact on {}", self.on.name)
+    }
+}
+
+impl Kind for Clsact {
+    fn object(&self) -> String {
+        format!("clsact {}", self.on.index)
+    }
+
+    /// Others may have made it, for filters of their own.
+    fn is_unmistakable(&self) -> bool {
+        false
+    }
+
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        Ok(Presence::of(netlink.has_clsact(self.on.index)?))
+    }
+
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        Ok(with.netlink.add_clsact(self.on.index)?)
+    }
+
+    /// The qdisc takes every filter along, so it stays as long as others have any on it.
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        if !netlink.has_clsact(self.on.index)? {
+            return Ok(Undone::Gone);
+        }
+        for direction in [Direction::Ingress, Direction::Egress] {
+            if !netlink.filters(self.on.index, direction)?.is_empty() {
+                return Ok(Undone::Foreign(format!(
+                    "others have put {direction} filters on it; it stays for them"
+                )));
+            }
+        }
+        netlink.delete_clsact(self.on.index)?;
+        Ok(Undone::Gone)
+    }
+
+    fn remedy(&self, error: &ChangeError) -> Option<&'static str> {
+        if error.is_exists() {
+            return Some(
+                "the interface has an ingress qdisc already; replace it by clsact, which takes the \
+                 same filters",
+            );
+        }
+        error
+            .is_unsupported()
+            .then_some("the kernel needs CONFIG_NET_SCH_INGRESS (module sch_ingress)")
+    }
+}

@@ -1,0 +1,127 @@
+//! A BPF program as a direct-action filter on a clsact qdisc.
+//!
+//! A filter is known by the name of its program: one that an earlier daemon left is replaced in one
+//! step, so that every packet meets either the old program or the new one.
+
+use std::fmt;
+use std::os::fd::BorrowedFd;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use crate::kernel::netlink::{Direction, FilterSlot, Netlink};
+
+/// `ETH_P_ALL`: the filter sees every protocol.
+const ALL_PROTOCOLS: u16 = libc::ETH_P_ALL as u16;
+
+/// A program on one side of an interface.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BpfFilter {
+    /// The interface.
+    pub on: Interface,
+    /// Its side.
+    pub direction: Direction,
+    /// Preference; the lower runs first.
+    pub priority: u16,
+    /// Handle within the preference.
+    pub handle: u32,
+    /// Name of the program.
+    pub program: String,
+}
+
+impl BpfFilter {
+    fn slot(&self) -> FilterSlot {
+        FilterSlot {
+            index: self.on.index,
+            direction: self.direction,
+            priority: self.priority,
+            handle: self.handle,
+        }
+    }
+}
+
+impl fmt::Display for BpfFilter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            on,
+            direction,
+            priority,
+            handle,
+            program,
+        } = self;
+        write!(
+            f,
+            "filter on {} {direction} pref {priority} handle {handle:#x}: bpf {program}",
+            on.name
+        )
+    }
+}
+
+impl Kind for BpfFilter {
+    fn object(&self) -> String {
+        format!(
+            "filter {} {} {}",
+            self.on.index, self.direction, self.program
+        )
+    }
+
+    fn place(&self) -> Option<(u16, u32)> {
+        Some((self.priority, self.handle))
+    }
+
+    fn is_unmistakable(&self) -> bool {
+        true
+    }
+
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        let priority = self.priority;
+        let filters = netlink.filters(self.on.index, self.direction)?;
+        let mut here = filters.iter().filter(|filter| filter.priority == priority);
+        let mut others = here.clone();
+        if let Some(other) = others.find(|f| f.kind != "bpf" || f.protocol != ALL_PROTOCOLS) {
+            return Ok(Presence::Foreign(format!(
+                "pref {priority} is taken by a {} filter that is not ipmoved's; move that one",
+                other.kind
+            )));
+        }
+        Ok(match here.find(|filter| filter.handle == self.handle) {
+            None => Presence::Absent,
+            Some(filter) if filter.name.as_deref() == Some(&self.program) => Presence::AsWanted,
+            Some(filter) => Presence::Foreign(format!(
+                "its place is taken by bpf {}; move that one",
+                filter.name.as_deref().unwrap_or("(without a name)")
+            )),
+        })
+    }
+
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        let program = loaded(with)?;
+        Ok(with
+            .netlink
+            .add_filter(self.slot(), program, &self.program)?)
+    }
+
+    fn renew(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        let (slot, program) = (self.slot(), loaded(with)?);
+        Ok(with.netlink.replace_filter(slot, program, &self.program)?)
+    }
+
+    /// Whatever else stands in its place by now is not ours to take away.
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        match self.present(netlink)? {
+            Presence::AsWanted => netlink.delete_filter(self.slot())?,
+            Presence::Absent | Presence::Foreign(_) => {}
+        }
+        Ok(Undone::Gone)
+    }
+
+    fn remedy(&self, error: &ChangeError) -> Option<&'static str> {
+        error
+            .is_unsupported()
+            .then_some("the kernel needs CONFIG_NET_CLS_BPF (module cls_bpf)")
+    }
+}
+
+fn loaded<'a>(with: &Means<'a>) -> Result<BorrowedFd<'a>, ChangeError> {
+    with.program.ok_or(ChangeError::NoProgram)
+}

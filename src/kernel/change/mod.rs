@@ -1,0 +1,364 @@
+//! The vocabulary of changes: one file for each kind of thing that is changed in the kernel.
+//!
+//! ```text
+//!   clsact    the qdisc that carries filters
+//!   filter    a BPF program on a side of an interface
+//!   rule      a policy routing rule for a mark
+//!   route     a default route in a table of our own
+//!   sysctl    a setting under /proc/sys
+//!   address   an address that is held and never spoken from unasked
+//! ```
+//!
+//! Each kind knows how to find its object, make it, undo it, and what a person can do when the
+//! kernel refuses; [`Change`] only hands on to it. The order of things, and what becomes of a
+//! change that fails, is the business of [`Host`](super::Host).
+//!
+//! A new kind is a new file, a variant of [`Change`] and a line in `Change::kind`. Each kind is
+//! written to the journal as it stands here, so a field that is renamed keeps its old name there.
+
+mod address;
+mod clsact;
+mod filter;
+mod route;
+mod rule;
+mod sysctl;
+
+use std::fmt;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::netlink::{Link, Netlink, NetlinkError};
+
+pub use address::QuietAddress;
+pub use clsact::Clsact;
+pub use filter::BpfFilter;
+pub use route::DefaultRoute;
+pub use rule::MarkRule;
+pub use sysctl::Sysctl;
+
+pub(super) use sysctl::read_sysctl;
+
+/// An interface, known by its index; the name is for people.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Interface {
+    /// Interface index.
+    pub index: u32,
+    /// Its name when it was looked up.
+    pub name: String,
+}
+
+impl From<&Link> for Interface {
+    fn from(link: &Link) -> Self {
+        Self {
+            index: link.index,
+            name: link.name.clone(),
+        }
+    }
+}
+
+/// One change to the kernel's state.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "change", rename_all = "snake_case")]
+pub enum Change {
+    /// The clsact qdisc on an interface.
+    Clsact(Clsact),
+    /// A BPF program on a clsact qdisc.
+    Filter(BpfFilter),
+    /// A policy routing rule.
+    Rule(MarkRule),
+    /// A default route.
+    #[serde(rename = "default")]
+    Route(DefaultRoute),
+    /// A setting under `/proc/sys`.
+    Sysctl(Sysctl),
+    /// An address.
+    Address(QuietAddress),
+}
+
+impl Change {
+    fn kind(&self) -> &dyn Kind {
+        match self {
+            Self::Clsact(change) => change,
+            Self::Filter(change) => change,
+            Self::Rule(change) => change,
+            Self::Route(change) => change,
+            Self::Sysctl(change) => change,
+            Self::Address(change) => change,
+        }
+    }
+
+    /// Whether both concern the same object, perhaps with other values.
+    pub fn same_object(&self, other: &Self) -> bool {
+        self.kind().object() == other.kind().object()
+    }
+
+    /// Whether making this change leaves no trace of an `earlier` one: the same object in the same
+    /// place.
+    pub(super) fn takes_the_place_of(&self, earlier: &Self) -> bool {
+        self.same_object(earlier) && self.kind().place() == earlier.kind().place()
+    }
+
+    /// Whether the object bears ipmoved's own name or number, so that it is ours even if the
+    /// journal that told of it is lost.
+    pub(super) fn is_unmistakable(&self) -> bool {
+        self.kind().is_unmistakable()
+    }
+
+    /// Whether asking for the object may take long, so that it is better made without asking.
+    pub(super) fn is_costly_to_find(&self) -> bool {
+        self.kind().is_costly_to_find()
+    }
+
+    /// Undoing it brings back what was there before an `earlier` change of the same object.
+    pub(super) fn keep_original(&mut self, earlier: &Self) {
+        if let (Self::Sysctl(change), Self::Sysctl(earlier)) = (self, earlier) {
+            change.from.clone_from(&earlier.from);
+        }
+    }
+
+    /// Undoing it brings back what is there now.
+    pub(super) fn renew_original(&mut self) -> Result<(), ChangeError> {
+        if let Self::Sysctl(change) = self {
+            change.from = read_sysctl(&change.path)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the object is there, and whose it is.
+    pub(super) fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        self.kind().present(netlink)
+    }
+
+    /// Makes what is not there.
+    pub(super) fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        self.kind().make(with)
+    }
+
+    /// Brings what is there up to date.
+    pub(super) fn renew(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        self.kind().renew(with)
+    }
+
+    /// Undoes it. An object that is gone already is as good.
+    pub(super) fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        match self.kind().undo(netlink) {
+            Err(error) if error.is_missing() => Ok(Undone::Gone),
+            other => other,
+        }
+    }
+
+    /// The kernel's reason, and what a person can do about it.
+    pub(super) fn remedy(&self, error: &ChangeError) -> String {
+        let remedy = if error.is_denied() {
+            Some("run as root, or with CAP_NET_ADMIN")
+        } else if error.errno() == Some(Errno::NODEV) {
+            Some("the interface is gone")
+        } else {
+            self.kind().remedy(error)
+        };
+        match remedy {
+            Some(remedy) => format!("{error}; {remedy}"),
+            None => error.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.kind().fmt(f)
+    }
+}
+
+/// What each kind of change answers for. `Display` says it as people write it.
+trait Kind: fmt::Display {
+    /// Names the object that is changed, whatever its values.
+    fn object(&self) -> String;
+
+    /// Where the object stands, if it may stand in several places.
+    fn place(&self) -> Option<(u16, u32)> {
+        None
+    }
+
+    /// See [`Change::is_unmistakable`].
+    fn is_unmistakable(&self) -> bool;
+
+    /// See [`Change::is_costly_to_find`].
+    fn is_costly_to_find(&self) -> bool {
+        false
+    }
+
+    /// See [`Change::present`].
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError>;
+
+    /// See [`Change::make`].
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError>;
+
+    /// See [`Change::renew`].
+    fn renew(&self, _with: &Means<'_>) -> Result<(), ChangeError> {
+        Ok(())
+    }
+
+    /// Undoes what is there; an error that says it is missing counts as done.
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError>;
+
+    /// What a person can do about an error, beyond what can be said of every kind.
+    fn remedy(&self, error: &ChangeError) -> Option<&'static str>;
+}
+
+/// What a change is made with.
+pub(super) struct Means<'a> {
+    /// The kernel.
+    pub(super) netlink: &'a Netlink,
+    /// The program, for a filter.
+    pub(super) program: Option<BorrowedFd<'a>>,
+}
+
+/// Whether an object is there.
+pub(super) enum Presence {
+    /// It is not.
+    Absent,
+    /// It is, with the values that are wanted.
+    AsWanted,
+    /// Something of others is in the way, with a reason.
+    Foreign(String),
+}
+
+impl Presence {
+    fn of(there: bool) -> Self {
+        if there { Self::AsWanted } else { Self::Absent }
+    }
+}
+
+/// What undoing came to.
+pub(super) enum Undone {
+    /// The object is gone, or as it was before.
+    Gone,
+    /// Still there, rightly: somebody else relies on it.
+    Foreign(String),
+}
+
+/// Why a change could not be looked for, made or undone.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ChangeError {
+    /// The kernel refused.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A file under `/proc/sys` could not be read or written.
+    #[error(transparent)]
+    File(#[from] io::Error),
+    /// A filter was to be made and nobody had loaded its program.
+    #[error("its program is not loaded")]
+    NoProgram,
+}
+
+impl ChangeError {
+    /// The kernel's error number, if it was the kernel that refused.
+    fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Netlink(error) => error.errno(),
+            Self::File(error) => Errno::from_io_error(error),
+            Self::NoProgram => None,
+        }
+    }
+
+    /// The object exists already.
+    pub(super) fn is_exists(&self) -> bool {
+        matches!(self, Self::Netlink(error) if error.is_exists())
+    }
+
+    /// The object, or what it belongs to, does not exist.
+    fn is_missing(&self) -> bool {
+        match self {
+            Self::Netlink(error) => error.is_missing(),
+            Self::File(error) => error.kind() == io::ErrorKind::NotFound,
+            Self::NoProgram => false,
+        }
+    }
+
+    /// As [`is_missing`](Self::is_missing), or the kernel does not know this kind of object.
+    fn is_unsupported(&self) -> bool {
+        self.is_missing() || self.errno() == Some(Errno::OPNOTSUPP)
+    }
+
+    /// Privileges are missing.
+    fn is_denied(&self) -> bool {
+        matches!(self.errno(), Some(Errno::PERM | Errno::ACCESS))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::netlink::{Direction, Family};
+
+    #[test]
+    fn changes_read_as_people_write_them() {
+        let eth0 = Interface {
+            index: 2,
+            name: "eth0".into(),
+        };
+        for (change, text) in [
+            (
+                Change::Clsact(Clsact { on: eth0.clone() }),
+                "qdisc clsact on eth0",
+            ),
+            (
+                Change::Filter(BpfFilter {
+                    on: eth0.clone(),
+                    direction: Direction::Ingress,
+                    priority: 40,
+                    handle: 1,
+                    program: "ipmoved_capture".into(),
+                }),
+                "filter on eth0 ingress pref 40 handle 0x1: bpf ipmoved_capture",
+            ),
+            (
+                Change::Rule(MarkRule {
+                    family: Family::V6,
+                    mark: 0x6970_6d76,
+                    table: 7,
+                    priority: 100,
+                }),
+                "IPv6 rule pref 100: fwmark 0x69706d76 lookup 7",
+            ),
+            (
+                Change::Route(DefaultRoute {
+                    family: Family::V4,
+                    table: 7,
+                    dev: None,
+                    metric: 4_000_000,
+                }),
+                "IPv4 route in table 7: blackhole default metric 4000000",
+            ),
+            (
+                Change::Sysctl(Sysctl {
+                    path: "net/ipv4/tcp_fwmark_accept".into(),
+                    from: "0".into(),
+                    to: "1".into(),
+                }),
+                "sysctl net.ipv4.tcp_fwmark_accept: 0 → 1",
+            ),
+            (
+                Change::Sysctl(Sysctl {
+                    path: "net/ipv4/conf/eth0.5/src_valid_mark".into(),
+                    from: "0".into(),
+                    to: "1".into(),
+                }),
+                "sysctl net.ipv4.conf.eth0/5.src_valid_mark: 0 → 1",
+            ),
+            (
+                Change::Address(QuietAddress {
+                    on: eth0,
+                    addr: "192.0.2.5".parse().unwrap(),
+                    prefix: 32,
+                }),
+                "address 192.0.2.5/32 on eth0",
+            ),
+        ] {
+            assert_eq!(change.to_string(), text);
+        }
+    }
+}

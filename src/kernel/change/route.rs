@@ -1,0 +1,93 @@
+//! A default route into an interface, or without one into nothing.
+
+use std::fmt;
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use crate::kernel::netlink::{Family, Netlink, Route, RouteKind};
+
+/// A default route in a table of our own.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DefaultRoute {
+    /// IPv4 or IPv6.
+    pub family: Family,
+    /// The table.
+    pub table: u32,
+    /// The interface; `None` is a blackhole.
+    pub dev: Option<Interface>,
+    /// Metric; the lower is preferred.
+    pub metric: u32,
+}
+
+impl DefaultRoute {
+    fn route(&self) -> Route {
+        Route {
+            kind: match self.dev {
+                Some(_) => RouteKind::Unicast,
+                None => RouteKind::Blackhole,
+            },
+            table: self.table,
+            dev: self.dev.as_ref().map(|dev| dev.index),
+            metric: Some(self.metric),
+            ..Route::default_of(self.family)
+        }
+    }
+}
+
+impl fmt::Display for DefaultRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            family,
+            table,
+            dev,
+            metric,
+        } = self;
+        write!(f, "{family} route in table {table}: ")?;
+        match dev {
+            Some(dev) => write!(f, "default dev {} metric {metric}", dev.name),
+            None => write!(f, "blackhole default metric {metric}"),
+        }
+    }
+}
+
+impl Kind for DefaultRoute {
+    /// A route has no values beside what it is: with another metric it is another one.
+    fn object(&self) -> String {
+        format!("route {self:?}")
+    }
+
+    fn is_unmistakable(&self) -> bool {
+        true
+    }
+
+    /// To list the routes may mean to read all of the Internet's.
+    fn is_costly_to_find(&self) -> bool {
+        true
+    }
+
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        let wanted = self.route();
+        let routes = netlink.routes(self.family, self.table)?;
+        Ok(Presence::of(routes.iter().any(|route| {
+            // IPv6 says that a blackhole leads to lo.
+            let dev = wanted.kind == RouteKind::Blackhole || route.dev == wanted.dev;
+            let metric = route.metric.unwrap_or(0) == wanted.metric.unwrap_or(0);
+            route.dst == wanted.dst && route.kind == wanted.kind && metric && dev
+        })))
+    }
+
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        Ok(with.netlink.add_route(&self.route())?)
+    }
+
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        netlink.delete_route(&self.route())?;
+        Ok(Undone::Gone)
+    }
+
+    fn remedy(&self, error: &ChangeError) -> Option<&'static str> {
+        (error.errno() == Some(Errno::NETDOWN)).then_some("the interface must be up")
+    }
+}

@@ -1,0 +1,79 @@
+//! A policy routing rule `fwmark MARK lookup TABLE`.
+
+use std::fmt;
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::{ChangeError, Kind, Means, Presence, Undone};
+use crate::kernel::netlink::{Family, Netlink, Rule};
+
+/// A rule that sends what bears a mark to a table.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MarkRule {
+    /// IPv4 or IPv6.
+    pub family: Family,
+    /// The mark, compared whole.
+    pub mark: u32,
+    /// The table.
+    pub table: u32,
+    /// Preference; the lower is asked first.
+    pub priority: u32,
+}
+
+impl MarkRule {
+    fn rule(&self) -> Rule {
+        Rule {
+            family: self.family,
+            priority: self.priority,
+            mark: Some((self.mark, u32::MAX)),
+            table: Some(self.table),
+            selects_more: false,
+        }
+    }
+}
+
+impl fmt::Display for MarkRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            family,
+            mark,
+            table,
+            priority,
+        } = self;
+        write!(
+            f,
+            "{family} rule pref {priority}: fwmark {mark:#x} lookup {table}"
+        )
+    }
+}
+
+impl Kind for MarkRule {
+    /// A rule has no values beside what it is: with another preference it is another one.
+    fn object(&self) -> String {
+        format!("rule {self}")
+    }
+
+    fn is_unmistakable(&self) -> bool {
+        true
+    }
+
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        let rules = netlink.rules(self.family)?;
+        Ok(Presence::of(rules.contains(&self.rule())))
+    }
+
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        Ok(with.netlink.add_rule(&self.rule())?)
+    }
+
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        netlink.delete_rule(&self.rule())?;
+        Ok(Undone::Gone)
+    }
+
+    fn remedy(&self, error: &ChangeError) -> Option<&'static str> {
+        (error.errno() == Some(Errno::OPNOTSUPP))
+            .then_some("the kernel needs CONFIG_IP_MULTIPLE_TABLES")
+    }
+}

@@ -1,0 +1,93 @@
+//! Addresses on interfaces.
+
+use std::net::IpAddr;
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope, CacheInfo,
+};
+
+use super::{Family, Netlink, Result, attributes, ip, word};
+
+/// An address on an interface.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Address {
+    /// Index of the interface that holds it.
+    pub index: u32,
+    /// The address.
+    pub addr: IpAddr,
+    /// Prefix length.
+    pub prefix: u8,
+}
+
+impl Netlink {
+    /// Every address of both families.
+    pub fn addresses(&self) -> Result<Vec<Address>> {
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let answers = self.dump("list addresses", request)?;
+        Ok(answers.iter().filter_map(|a| read_address(a)).collect())
+    }
+
+    /// Adds an address that is answered from, but not chosen as the source of anything else: of
+    /// scope host (IPv4), or deprecated (IPv6, RFC 4862 section 5.5.4).
+    pub fn add_quiet_address(&self, address: &Address) -> Result<()> {
+        let mut message = address_message(address);
+        match address.addr {
+            IpAddr::V4(_) => message.header.scope = AddressScope::Host,
+            IpAddr::V6(_) => {
+                let mut lifetimes = CacheInfo::default();
+                lifetimes.ifa_valid = u32::MAX;
+                lifetimes.ifa_preferred = 0;
+                let attributes = &mut message.attributes;
+                attributes.push(AddressAttribute::CacheInfo(lifetimes));
+            }
+        }
+        let request = RouteNetlinkMessage::NewAddress(message);
+        self.acked("add address", request, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Deletes an address.
+    pub fn delete_address(&self, address: &Address) -> Result<()> {
+        let request = RouteNetlinkMessage::DelAddress(address_message(address));
+        self.acked("delete address", request, 0)
+    }
+}
+
+/// An address as the kernel is told of it; an IPv6 address is usable at once (no duplicate address
+/// detection).
+pub(crate) fn address_message(address: &Address) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = Family::of(address.addr).raw();
+    message.header.prefix_len = address.prefix;
+    message.header.index = address.index;
+    message.attributes = match address.addr {
+        IpAddr::V4(_) => vec![
+            AddressAttribute::Local(address.addr),
+            AddressAttribute::Address(address.addr),
+        ],
+        IpAddr::V6(_) => {
+            message.header.flags = AddressHeaderFlags::Nodad;
+            vec![AddressAttribute::Address(address.addr)]
+        }
+    };
+    message
+}
+
+fn read_address(payload: &[u8]) -> Option<Address> {
+    let (header, rest) = payload.split_first_chunk::<8>()?;
+    let (mut addr, mut local) = (None, None);
+    for (kind, value) in attributes(rest) {
+        match kind {
+            libc::IFA_ADDRESS => addr = ip(value),
+            libc::IFA_LOCAL => local = ip(value),
+            _ => {}
+        }
+    }
+    Some(Address {
+        index: word(&header[4..8])?,
+        // On a point-to-point link IFA_ADDRESS is the other end's.
+        addr: local.or(addr)?,
+        prefix: header[1],
+    })
+}

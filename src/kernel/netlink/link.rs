@@ -1,0 +1,125 @@
+//! Network interfaces.
+
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+
+use super::{Netlink, Result, attributes, text, word};
+
+/// See linux/if_link.h; not in every libc.
+const IFLA_GRO_IPV4_MAX_SIZE: u16 = 64;
+
+/// A network interface.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Interface name.
+    pub name: String,
+    /// Largest packet in bytes, without the link-layer header.
+    pub mtu: u32,
+    /// Administratively up (`IFF_UP`).
+    pub up: bool,
+    /// Loopback (`IFF_LOOPBACK`).
+    pub loopback: bool,
+    /// Link-layer type, one of `ARPHRD_*`.
+    pub link_type: u16,
+    /// Hardware address, where the link layer is Ethernet-like.
+    pub mac: Option<[u8; 6]>,
+    /// The kernel knows BIG TCP over IPv4: it tells how long a super-packet may become when it is
+    /// received (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels it was backported to). Whether a
+    /// TUN takes one (6.6) shows when one is written.
+    pub big_tcp: bool,
+}
+
+impl Netlink {
+    /// Every interface.
+    pub fn links(&self) -> Result<Vec<Link>> {
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let answers = self.dump("list interfaces", request)?;
+        Ok(answers.iter().filter_map(|a| read_link(a)).collect())
+    }
+
+    /// The interface called `name`; `None` if there is none.
+    pub fn link_by_name(&self, name: &str) -> Result<Option<Link>> {
+        Ok(self.links()?.into_iter().find(|link| link.name == name))
+    }
+
+    /// The interface with this index; `None` if there is none.
+    pub fn link_by_index(&self, index: u32) -> Result<Option<Link>> {
+        Ok(self.links()?.into_iter().find(|link| link.index == index))
+    }
+
+    /// Sets an interface up.
+    pub fn set_link_up(&self, index: u32) -> Result<()> {
+        let mut message = link_message(index);
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        self.acked("set interface up", RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    /// Sets the MTU of an interface, in bytes.
+    pub fn set_link_mtu(&self, index: u32, mtu: u32) -> Result<()> {
+        let mut message = link_message(index);
+        message.attributes.push(LinkAttribute::Mtu(mtu));
+        let request = RouteNetlinkMessage::SetLink(message);
+        self.acked("set interface MTU", request, 0)
+    }
+}
+
+fn link_message(index: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message
+}
+
+fn read_link(payload: &[u8]) -> Option<Link> {
+    let (header, rest) = payload.split_first_chunk::<16>()?;
+    let flags = word(&header[8..12])?;
+    let mut link = Link {
+        index: word(&header[4..8])?,
+        name: String::new(),
+        mtu: 0,
+        up: flags & libc::IFF_UP as u32 != 0,
+        loopback: flags & libc::IFF_LOOPBACK as u32 != 0,
+        link_type: u16::from_ne_bytes([header[2], header[3]]),
+        mac: None,
+        big_tcp: false,
+    };
+    for (kind, value) in attributes(rest) {
+        match kind {
+            libc::IFLA_IFNAME => link.name = text(value),
+            libc::IFLA_MTU => link.mtu = word(value)?,
+            libc::IFLA_ADDRESS => link.mac = value.try_into().ok(),
+            IFLA_GRO_IPV4_MAX_SIZE => link.big_tcp = true,
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::testing::{delete_link, in_fresh_namespace, set_link_down, veth};
+    use crate::lab::wiring::Wiring;
+
+    #[test]
+    fn links_come_change_and_go() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let lo = netlink.link_by_name("lo").unwrap().unwrap();
+            assert!(lo.loopback && !lo.up && lo.link_type == libc::ARPHRD_LOOPBACK);
+            let link = veth(&netlink);
+            assert_eq!(link.link_type, libc::ARPHRD_ETHER);
+            assert!(link.mac.is_some());
+            netlink.set_link_mtu(link.index, 1300).unwrap();
+            set_link_down(&netlink, link.index).unwrap();
+            let changed = netlink.link_by_index(link.index).unwrap().unwrap();
+            assert_eq!((changed.mtu, changed.up), (1300, false));
+            assert!(netlink.add_veth("v0", "v2", None).unwrap_err().is_exists());
+            delete_link(&netlink, link.index).unwrap();
+            assert_eq!(netlink.link_by_name("v1").unwrap(), None);
+            assert!(delete_link(&netlink, link.index).unwrap_err().is_missing());
+        });
+    }
+}

@@ -1,0 +1,395 @@
+//! Routes, and the question which way a packet would go.
+
+use std::net::IpAddr;
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::route::{
+    RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{Family, Netlink, NetlinkError, Result, attributes, ip, word};
+
+/// The kernel's table of routes to its own addresses.
+pub const TABLE_LOCAL: u32 = 255;
+/// The kernel's table of ordinary routes.
+pub const TABLE_MAIN: u32 = 254;
+
+/// A route. One that has several next hops is read as several routes, one each.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Route {
+    /// Destination network; a prefix length of 0 is the default route.
+    pub dst: (IpAddr, u8),
+    /// What becomes of the packet.
+    pub kind: RouteKind,
+    /// Routing table.
+    pub table: u32,
+    /// Gateway, if the destination is not on the link.
+    pub via: Option<IpAddr>,
+    /// Interface index.
+    pub dev: Option<u32>,
+    /// Metric; the lower is preferred.
+    pub metric: Option<u32>,
+    /// Preferred source address.
+    pub src: Option<IpAddr>,
+    /// Path MTU of the route, in bytes.
+    pub mtu: Option<u32>,
+}
+
+impl Route {
+    /// The default route of a family in the main table; set what else it needs.
+    pub fn default_of(family: Family) -> Self {
+        Self::to(family.unspecified(), 0)
+    }
+
+    /// A unicast route to a network in the main table; set what else it needs.
+    pub fn to(addr: IpAddr, prefix: u8) -> Self {
+        Self {
+            dst: (addr, prefix),
+            kind: RouteKind::Unicast,
+            table: TABLE_MAIN,
+            via: None,
+            dev: None,
+            metric: None,
+            src: None,
+            mtu: None,
+        }
+    }
+
+    /// IPv4 or IPv6.
+    pub fn family(&self) -> Family {
+        Family::of(self.dst.0)
+    }
+}
+
+/// What a route does with a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RouteKind {
+    /// Sends it on.
+    Unicast,
+    /// Delivers it on this host.
+    Local,
+    /// Discards it silently.
+    Blackhole,
+    /// Any other `RTN_*`.
+    Other(u8),
+}
+
+impl RouteKind {
+    fn raw(self) -> u8 {
+        match self {
+            Self::Unicast => libc::RTN_UNICAST,
+            Self::Local => libc::RTN_LOCAL,
+            Self::Blackhole => libc::RTN_BLACKHOLE,
+            Self::Other(raw) => raw,
+        }
+    }
+
+    fn from_raw(raw: u8) -> Self {
+        match raw {
+            libc::RTN_UNICAST => Self::Unicast,
+            libc::RTN_LOCAL => Self::Local,
+            libc::RTN_BLACKHOLE => Self::Blackhole,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// The kernel's answer to "which way would this packet go".
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RouteAnswer {
+    /// Whether it would be sent, or delivered on this host.
+    pub kind: RouteKind,
+    /// Index of the outgoing interface.
+    pub oif: Option<u32>,
+    /// Gateway, if the destination is not on the link.
+    pub gateway: Option<IpAddr>,
+    /// The source address that the kernel would choose.
+    pub prefsrc: Option<IpAddr>,
+    /// The MTU of the route or learned for the path; where it is absent the interface's counts.
+    pub mtu: Option<u32>,
+}
+
+impl Netlink {
+    /// Every route of a family in one table; none if the table does not exist.
+    pub fn routes(&self, family: Family, table: u32) -> Result<Vec<Route>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family.raw();
+        message.attributes.push(RouteAttribute::Table(table));
+        match self.dump("list routes", RouteNetlinkMessage::GetRoute(message)) {
+            Ok(answers) => Ok(answers
+                .iter()
+                .flat_map(|answer| read_route(answer))
+                .filter(|route| route.family() == family && route.table == table)
+                .collect()),
+            Err(error) if error.is_missing() => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Adds a route; an error if one with the same destination, table and metric exists.
+    pub fn add_route(&self, route: &Route) -> Result<()> {
+        let request = RouteNetlinkMessage::NewRoute(route_message(route));
+        self.acked("add route", request, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Deletes a route.
+    pub fn delete_route(&self, route: &Route) -> Result<()> {
+        let mut message = route_message(route);
+        message.header.scope = RouteScope::NoWhere;
+        self.acked("delete route", RouteNetlinkMessage::DelRoute(message), 0)
+    }
+
+    /// Which way a packet to `dst` would go, optionally with a mark or from a source address.
+    pub fn route_get(
+        &self,
+        dst: IpAddr,
+        mark: Option<u32>,
+        src: Option<IpAddr>,
+    ) -> Result<RouteAnswer> {
+        const WHAT: &str = "look up route";
+        let bits = Family::of(dst).bits();
+        let mut message = RouteMessage::default();
+        message.header.address_family = Family::of(dst).raw();
+        message.header.destination_prefix_length = bits;
+        message
+            .attributes
+            .push(RouteAttribute::Destination(dst.into()));
+        if let Some(src) = src {
+            message.header.source_prefix_length = bits;
+            message.attributes.push(RouteAttribute::Source(src.into()));
+        }
+        if let Some(mark) = mark {
+            message.attributes.push(RouteAttribute::Mark(mark));
+        }
+        let request = RouteNetlinkMessage::GetRoute(message);
+        let answers = self.exchange(WHAT, request, NLM_F_ACK)?;
+        let route = answers.iter().find_map(|answer| read_route(answer).pop());
+        let route = route.ok_or(NetlinkError::Malformed { request: WHAT })?;
+        Ok(RouteAnswer {
+            kind: route.kind,
+            oif: route.dev,
+            gateway: route.via,
+            prefsrc: route.src,
+            mtu: route.mtu,
+        })
+    }
+}
+
+fn route_message(route: &Route) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let on_link = route.via.is_none() && route.kind == RouteKind::Unicast;
+    message.header = RouteHeader {
+        address_family: route.family().raw(),
+        destination_prefix_length: route.dst.1,
+        protocol: RouteProtocol::Static,
+        scope: if on_link && route.family() == Family::V4 {
+            RouteScope::Link
+        } else {
+            RouteScope::Universe
+        },
+        kind: RouteType::from(route.kind.raw()),
+        ..RouteHeader::default()
+    };
+    let attributes = &mut message.attributes;
+    attributes.push(RouteAttribute::Table(route.table));
+    if route.dst.1 > 0 {
+        attributes.push(RouteAttribute::Destination(route.dst.0.into()));
+    }
+    attributes.extend(route.via.map(|via| RouteAttribute::Gateway(via.into())));
+    attributes.extend(route.dev.map(RouteAttribute::Oif));
+    attributes.extend(route.metric.map(RouteAttribute::Priority));
+    attributes.extend(route.src.map(|src| RouteAttribute::PrefSource(src.into())));
+    let mtu = route.mtu.map(RouteMetric::Mtu);
+    attributes.extend(mtu.map(|mtu| RouteAttribute::Metrics(vec![mtu])));
+    message
+}
+
+fn read_route(payload: &[u8]) -> Vec<Route> {
+    fn read(payload: &[u8]) -> Option<Vec<Route>> {
+        let (header, rest) = payload.split_first_chunk::<12>()?;
+        let family = Family::from_raw(header[0])?;
+        let mut route = Route::to(family.unspecified(), header[1]);
+        route.kind = RouteKind::from_raw(header[7]);
+        route.table = header[4].into();
+        let mut hops = Vec::new();
+        for (kind, value) in attributes(rest) {
+            match kind {
+                libc::RTA_DST => route.dst.0 = ip(value)?,
+                libc::RTA_TABLE => route.table = word(value)?,
+                libc::RTA_OIF => route.dev = word(value),
+                libc::RTA_GATEWAY => route.via = ip(value),
+                libc::RTA_VIA => route.via = value.get(2..).and_then(ip),
+                libc::RTA_PRIORITY => route.metric = word(value),
+                libc::RTA_PREFSRC => route.src = ip(value),
+                libc::RTA_METRICS => {
+                    let mut metrics = attributes(value);
+                    let mtu = metrics.find(|&(metric, _)| metric == RTAX_MTU);
+                    route.mtu = mtu.and_then(|(_, value)| word(value));
+                }
+                libc::RTA_MULTIPATH => hops = next_hops(value),
+                _ => {}
+            }
+        }
+        if hops.is_empty() {
+            return Some(vec![route]);
+        }
+        let routes = hops.into_iter().map(|(dev, via)| Route {
+            dev: Some(dev),
+            via,
+            ..route.clone()
+        });
+        Some(routes.collect())
+    }
+    read(payload).unwrap_or_default()
+}
+
+const RTAX_MTU: u16 = 2;
+
+/// `struct rtnexthop`s: length (u16), flags, hops, interface index, attributes.
+fn next_hops(mut rest: &[u8]) -> Vec<(u32, Option<IpAddr>)> {
+    let mut hops = Vec::new();
+    while let Some((header, _)) = rest.split_first_chunk::<8>() {
+        let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let Some(hop) = rest.get(8..length) else {
+            break;
+        };
+        let Some(dev) = word(&header[4..8]) else {
+            break;
+        };
+        let via = attributes(hop).find_map(|(kind, value)| match kind {
+            libc::RTA_GATEWAY => ip(value),
+            libc::RTA_VIA => value.get(2..).and_then(ip),
+            _ => None,
+        });
+        hops.push((dev, via));
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    hops
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+    use crate::kernel::netlink::{Address, Rule};
+    use crate::kernel::testing::{in_fresh_namespace, veth};
+    use crate::lab::wiring::Wiring;
+
+    #[test]
+    fn addresses_and_routes_come_and_go() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let index = veth(&netlink).index;
+            for (addr, prefix, far) in [
+                ("192.0.2.5", 24, "198.51.100.0"),
+                ("2001:db8::5", 64, "2001:db8:f::"),
+            ] {
+                let addr: IpAddr = addr.parse().unwrap();
+                let family = Family::of(addr);
+                let address = Address {
+                    index,
+                    addr,
+                    prefix,
+                };
+                netlink.add_address(&address).unwrap();
+                assert!(netlink.add_address(&address).unwrap_err().is_exists());
+                assert!(netlink.addresses().unwrap().contains(&address));
+                let route = Route {
+                    dev: Some(index),
+                    metric: Some(77),
+                    table: 0x6970_6d76,
+                    mtu: Some(1400),
+                    ..Route::to(far.parse().unwrap(), prefix)
+                };
+                netlink.add_route(&route).unwrap();
+                assert!(netlink.add_route(&route).unwrap_err().is_exists());
+                let blackhole = Route {
+                    kind: RouteKind::Blackhole,
+                    metric: Some(4_000_000),
+                    table: 0x6970_6d76,
+                    ..Route::default_of(family)
+                };
+                netlink.add_route(&blackhole).unwrap();
+                let listed = netlink.routes(family, 0x6970_6d76).unwrap();
+                assert!(listed.contains(&route), "{listed:?}");
+                assert!(listed.iter().any(|r| r.kind == RouteKind::Blackhole
+                    && r.dst.1 == 0
+                    && r.metric == Some(4_000_000)));
+                netlink.delete_route(&blackhole).unwrap();
+                netlink.delete_route(&route).unwrap();
+                assert!(netlink.delete_route(&route).unwrap_err().is_missing());
+                assert_eq!(netlink.routes(family, 0x6970_6d76).unwrap(), []);
+                assert_eq!(netlink.routes(family, 4711).unwrap(), []);
+                netlink.delete_address(&address).unwrap();
+                assert!(netlink.delete_address(&address).unwrap_err().is_missing());
+            }
+        });
+    }
+
+    #[test]
+    fn the_kernel_is_asked_for_the_way() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let index = veth(&netlink).index;
+            let addr: IpAddr = "192.0.2.5".parse().unwrap();
+            netlink
+                .add_address(&Address {
+                    index,
+                    addr,
+                    prefix: 24,
+                })
+                .unwrap();
+            let gateway: IpAddr = "192.0.2.254".parse().unwrap();
+            let default = Route {
+                via: Some(gateway),
+                mtu: Some(1400),
+                ..Route::default_of(Family::V4)
+            };
+            netlink.add_route(&default).unwrap();
+            let local = netlink.route_get(addr, None, None).unwrap();
+            assert_eq!(local.kind, RouteKind::Local);
+            let far = "203.0.113.7".parse().unwrap();
+            let answer = netlink.route_get(far, None, None).unwrap();
+            assert_eq!(answer.oif, Some(index));
+            assert_eq!(answer.gateway, Some(gateway));
+            assert_eq!(answer.prefsrc, Some(addr));
+            assert_eq!(answer.mtu, Some(1400));
+
+            let rule = Rule {
+                family: Family::V4,
+                priority: 100,
+                mark: Some((0x6970_6d76, u32::MAX)),
+                table: Some(0x6970_6d76),
+                selects_more: false,
+            };
+            netlink.add_rule(&rule).unwrap();
+            assert!(netlink.add_rule(&rule).unwrap_err().is_exists());
+            assert!(netlink.rules(Family::V4).unwrap().contains(&rule));
+            let blackhole = Route {
+                kind: RouteKind::Blackhole,
+                table: 0x6970_6d76,
+                ..Route::default_of(Family::V4)
+            };
+            netlink.add_route(&blackhole).unwrap();
+            let refused = netlink.route_get(far, Some(0x6970_6d76), None).unwrap_err();
+            assert_eq!(refused.errno(), Some(Errno::INVAL));
+            assert!(netlink.route_get(far, Some(1), Some(addr)).is_ok());
+            netlink.delete_rule(&rule).unwrap();
+            assert!(netlink.delete_rule(&rule).unwrap_err().is_missing());
+            assert_eq!(netlink.rules(Family::V4).unwrap().len(), 3);
+            assert_eq!(
+                netlink
+                    .rules(Family::V6)
+                    .unwrap()
+                    .iter()
+                    .filter(|r| r.selects_more)
+                    .count(),
+                0
+            );
+        });
+    }
+}

@@ -1,0 +1,672 @@
+//! Captures packets to moved addresses: for the ingress of the old server's uplink.
+//!
+//! * A whole move takes every packet to the address but neighbour discovery and multicast listener
+//!   discovery, which stay with the kernel that holds the address.
+//! * A move of ports takes TCP and UDP packets by destination port, ICMP errors that quote a packet
+//!   from such a port, and every fragment of the transports concerned, since only the first one
+//!   shows its port.
+//! * A packet that the daemon gave back ([`return_path`](super::return_path())) passes.
+//! * Only packets for this host without a VLAN tag; and never a UDP datagram to one of the tunnel's
+//!   own ends, nor an ICMP error about one from there.
+//!
+//! ```text
+//! pass_bounced();
+//! if (skb->pkt_type != PACKET_HOST || skb->vlan_present) pass;
+//! if (IPv4) {
+//!     for each scope: if (ip.daddr == scope.addr) { if by_address take; else goto parse; }
+//!     pass;
+//! parse:
+//!     if (fragment) goto fragment;
+//!     if (TCP or UDP) port = destination;
+//!     else if (ICMP error && quoted.saddr == ip.daddr && quoted is TCP or UDP and shows its ports)
+//!         port = quoted source, protocol = quoted protocol;
+//!     else goto other;
+//!     goto port;
+//! } else if (IPv6) {
+//!     the same, past extension headers; and the link's own ICMPv6 passes, by address too
+//! } else pass;
+//!
+//! other:     if (scope.whole) take; else pass;
+//! fragment:  if (scope.whole || protocol in scope) take; else pass;
+//! port:      if (UDP && port in scope.tunnel_ports) pass;
+//!            if (port in scope.ranges(protocol)) take; else pass;
+//!
+//! take:      return redirect(tun, 0);
+//! pass:      return TC_ACT_UNSPEC;
+//! ```
+//!
+//! Ports are found in a balanced tree, so that no path through the program has more than some
+//! hundred branches. The trees stand last, each with its own ways out, so that no jump spans more
+//! than one of them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+
+use Reg::{R0, R9, R10};
+
+use super::headers::{fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, ports};
+use super::phrases::{
+    DESTINATION_KEPT, Expected, PROTOCOL, TC_ACT_UNSPEC, TRANSPORT, branch_by_family,
+    jump_if_it_has_ports, jump_if_link_scoped_icmpv6, jump_unless_icmpv6_error,
+    jump_unless_v6_destination, keep_packet, load_ipv4_header_end, load_v6_destination,
+    pass_bounced, pass_unless_for_this_host, quoted_flow_v4, quoted_flow_v6, redirect_to, verdict,
+    walk_extension_headers,
+};
+use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
+use crate::model::moved::{Move, TCP, Transport, UDP, merged};
+
+/// Which [`Scope`] the destination is, by its index.
+const SCOPE: Reg = R9;
+
+/// The port that decides, once the transport header has been read.
+const PORT: Reg = TRANSPORT;
+
+/// The program for `moves`, which leads into the TUN. `tunnel` are the tunnel's own ends on this
+/// host (unspecified address: any).
+///
+/// # Errors
+/// If the program is too large.
+pub fn capture(
+    moves: &[Move],
+    l2_header: u32,
+    tun_ifindex: u32,
+    tunnel: &[SocketAddr],
+) -> Result<Program, BpfError> {
+    Capture {
+        asm: Assembler::new(),
+        l2: l2_header,
+        tun_ifindex,
+        scopes: scopes(moves, tunnel),
+    }
+    .assemble()
+}
+
+/// What was moved of one address, from all its moves.
+struct Scope {
+    addr: IpAddr,
+    whole: bool,
+    tcp: Vec<RangeInclusive<u16>>,
+    udp: Vec<RangeInclusive<u16>>,
+    /// UDP ports of the tunnel's own end at this address.
+    tunnel_ports: Vec<u16>,
+}
+
+impl Scope {
+    /// Whether the address alone decides.
+    fn by_address(&self) -> bool {
+        self.whole && self.tunnel_ports.is_empty()
+    }
+}
+
+fn scopes(moves: &[Move], tunnel: &[SocketAddr]) -> Vec<Scope> {
+    let mut scopes: Vec<Scope> = Vec::new();
+    for moved in moves {
+        let index = scopes.iter().position(|scope| scope.addr == moved.addr);
+        let index = index.unwrap_or_else(|| {
+            let at_addr = |end: &&SocketAddr| {
+                end.ip() == moved.addr
+                    || end.ip().is_unspecified() && (end.is_ipv6() || moved.addr.is_ipv4())
+            };
+            let mut ports: Vec<_> = tunnel
+                .iter()
+                .filter(at_addr)
+                .map(SocketAddr::port)
+                .collect();
+            ports.sort_unstable();
+            ports.dedup();
+            scopes.push(Scope {
+                addr: moved.addr,
+                whole: false,
+                tcp: Vec::new(),
+                udp: Vec::new(),
+                tunnel_ports: ports,
+            });
+            scopes.len() - 1
+        });
+        let scope = &mut scopes[index];
+        scope.whole |= moved.is_whole();
+        let ports = if moved.ports.is_empty() {
+            vec![0..=u16::MAX]
+        } else {
+            moved.ports.clone()
+        };
+        if moved.transport != Some(Transport::Udp) {
+            scope.tcp.extend(ports.iter().cloned());
+        }
+        if moved.transport != Some(Transport::Tcp) {
+            scope.udp.extend(ports);
+        }
+    }
+    for scope in &mut scopes {
+        scope.tcp = merged(std::mem::take(&mut scope.tcp));
+        scope.udp = merged(std::mem::take(&mut scope.udp));
+    }
+    scopes
+}
+
+/// The capture program in the making.
+struct Capture {
+    asm: Assembler,
+    l2: u32,
+    tun_ifindex: u32,
+    scopes: Vec<Scope>,
+}
+
+/// Where the part that reads addresses and headers leads to. SCOPE is known in all but the first
+/// two.
+#[derive(Clone, Copy)]
+struct Ways {
+    pass: Label,
+    redirect: Label,
+    /// PORT is a port of TCP or UDP at the moved address, PROTOCOL says which.
+    port: Label,
+    /// A fragment of PROTOCOL.
+    fragment: Label,
+    /// A packet without ports.
+    other: Label,
+}
+
+impl Capture {
+    fn assemble(mut self) -> Result<Program, BpfError> {
+        let a = &mut self.asm;
+        let v6 = a.label();
+        let ways = Ways {
+            pass: a.label(),
+            redirect: a.label(),
+            port: a.label(),
+            fragment: a.label(),
+            other: a.label(),
+        };
+        keep_packet(a);
+        pass_bounced(a);
+        pass_unless_for_this_host(a, ways.pass);
+        branch_by_family(a, v6, ways.pass);
+        self.ipv4(ways);
+        self.asm.bind(v6);
+        self.ipv6(ways);
+        self.asm.bind(ways.redirect);
+        redirect_to(&mut self.asm, self.tun_ifindex);
+        self.asm.bind(ways.pass);
+        verdict(&mut self.asm, TC_ACT_UNSPEC);
+        self.decide_other(ways.other);
+        self.decide_fragment(ways.fragment);
+        self.decide_port(ways.port);
+        self.asm.finish("ipmoved_capture")
+    }
+
+    fn ipv4(&mut self, ways: Ways) {
+        let (a, l2) = (&mut self.asm, self.l2);
+        let parse = a.label();
+        a.load_packet(Size::W, l2 + ipv4::DESTINATION);
+        for (index, scope) in self.scopes.iter().enumerate() {
+            let IpAddr::V4(addr) = scope.addr else {
+                continue;
+            };
+            if scope.by_address() {
+                a.jump_if(R0, If::Eq, addr.to_bits(), ways.redirect);
+            } else {
+                a.mov(SCOPE, index as i32);
+                a.jump_if(R0, If::Eq, addr.to_bits(), parse);
+            }
+        }
+        a.jump(ways.pass);
+
+        a.bind(parse);
+        let [.., kept] = DESTINATION_KEPT;
+        a.store(Size::W, R10, kept, R0);
+        load_ipv4_header_end(a, l2, ways.pass);
+        a.load_packet(Size::B, l2 + ipv4::PROTOCOL);
+        a.mov(PROTOCOL, R0);
+        a.load_packet(Size::H, l2 + ipv4::FLAGS_AND_OFFSET);
+        a.jump_if(R0, If::Set, ipv4::FRAGMENTED, ways.fragment);
+        let (error, destination_port) = (a.label(), a.label());
+        jump_if_it_has_ports(a, destination_port);
+        a.jump_if(PROTOCOL, If::Ne, i32::from(icmpv4::PROTOCOL), ways.other);
+        a.load_packet_at(Size::B, TRANSPORT, icmp::TYPE);
+        for kind in icmpv4::ERRORS {
+            a.jump_if(R0, If::Eq, kind, error);
+        }
+        a.jump(ways.other);
+
+        // The moved address is the source of what it complains of.
+        a.bind(error);
+        let sender = (ipv4::SOURCE, Expected::Kept(&[kept]));
+        let quoted = quoted_flow_v4(a, &[sender], ways.other);
+        go_by_port_of_quoted(a, quoted, ways);
+        a.bind(destination_port);
+        go_by_destination_port(a, ways);
+    }
+
+    fn ipv6(&mut self, ways: Ways) {
+        let (a, l2) = (&mut self.asm, self.l2);
+        let (by_address, parse, icmp) = (a.label(), a.label(), a.label());
+        load_v6_destination(a, l2);
+        for (index, scope) in self.scopes.iter().enumerate() {
+            let IpAddr::V6(addr) = scope.addr else {
+                continue;
+            };
+            let next = a.label();
+            jump_unless_v6_destination(a, addr, next);
+            a.mov(SCOPE, index as i32);
+            a.jump(if scope.by_address() {
+                by_address
+            } else {
+                parse
+            });
+            a.bind(next);
+        }
+        a.jump(ways.pass);
+
+        // Extension headers are not walked here: the link's own messages have none that may be
+        // skipped.
+        a.bind(by_address);
+        a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);
+        a.jump_if(R0, If::Ne, i32::from(icmpv6::PROTOCOL), ways.redirect);
+        a.load_packet(Size::B, l2 + ipv6::LEN + icmp::TYPE);
+        jump_if_link_scoped_icmpv6(a, ways.pass);
+        a.jump(ways.redirect);
+
+        a.bind(parse);
+        let (fragmented, destination_port) = (a.label(), a.label());
+        walk_extension_headers(a, l2, fragmented);
+        jump_if_it_has_ports(a, destination_port);
+        a.jump_if(PROTOCOL, If::Eq, i32::from(icmpv6::PROTOCOL), icmp);
+        a.jump(ways.other);
+        a.bind(fragmented);
+        a.load_packet_at(Size::B, TRANSPORT, fragment::NEXT_HEADER);
+        a.mov(PROTOCOL, R0);
+        a.jump(ways.fragment);
+
+        a.bind(icmp);
+        a.load_packet_at(Size::B, TRANSPORT, icmp::TYPE);
+        jump_if_link_scoped_icmpv6(a, ways.pass);
+        jump_unless_icmpv6_error(a, ways.other);
+        let sender = (ipv6::SOURCE, Expected::Kept(&DESTINATION_KEPT));
+        let quoted = quoted_flow_v6(a, &[sender], ways.other);
+        go_by_port_of_quoted(a, quoted, ways);
+        a.bind(destination_port);
+        go_by_destination_port(a, ways);
+    }
+
+    fn decide_other(&mut self, other: Label) {
+        let a = &mut self.asm;
+        let take = a.label();
+        a.bind(other);
+        for (index, scope) in self.scopes.iter().enumerate() {
+            if scope.whole && !scope.by_address() {
+                a.jump_if(SCOPE, If::Eq, index as i32, take);
+            }
+        }
+        verdict(a, TC_ACT_UNSPEC);
+        a.bind(take);
+        redirect_to(a, self.tun_ifindex);
+    }
+
+    fn decide_fragment(&mut self, fragment: Label) {
+        let a = &mut self.asm;
+        let take = a.label();
+        a.bind(fragment);
+        for (index, scope) in self.scopes.iter().enumerate() {
+            if scope.by_address() {
+                continue;
+            }
+            let next = a.label();
+            a.jump_if(SCOPE, If::Ne, index as i32, next);
+            if scope.whole {
+                a.jump(take);
+            }
+            for (protocol, ranges) in [(TCP, &scope.tcp), (UDP, &scope.udp)] {
+                if !ranges.is_empty() {
+                    a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), take);
+                }
+            }
+            a.bind(next);
+        }
+        verdict(a, TC_ACT_UNSPEC);
+        a.bind(take);
+        redirect_to(a, self.tun_ifindex);
+    }
+
+    fn decide_port(&mut self, port: Label) {
+        self.asm.bind(port);
+        for (index, scope) in self.scopes.iter().enumerate() {
+            if scope.by_address() {
+                continue;
+            }
+            let a = &mut self.asm;
+            let everything = [0..=u16::MAX];
+            let (tcp, udp) = if scope.whole {
+                (&everything[..], &everything[..])
+            } else {
+                (&scope.tcp[..], &scope.udp[..])
+            };
+            if !scope.tunnel_ports.is_empty() {
+                let (next, own) = (a.label(), a.label());
+                a.jump_if(SCOPE, If::Ne, index as i32, next);
+                a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), next);
+                for &port in &scope.tunnel_ports {
+                    a.jump_if(PORT, If::Eq, i32::from(port), own);
+                }
+                a.jump(next);
+                a.bind(own);
+                verdict(a, TC_ACT_UNSPEC);
+                a.bind(next);
+            }
+            if tcp == udp {
+                tree(a, index, None, tcp, self.tun_ifindex);
+            } else {
+                tree(a, index, Some(TCP), tcp, self.tun_ifindex);
+                tree(a, index, Some(UDP), udp, self.tun_ifindex);
+            }
+        }
+        verdict(&mut self.asm, TC_ACT_UNSPEC);
+    }
+}
+
+/// PORT = the port that a quoted packet was sent from; its transport header is `at` behind
+/// TRANSPORT.
+fn go_by_port_of_quoted(a: &mut Assembler, at: u32, ways: Ways) {
+    let has_ports = a.label();
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), has_ports);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), ways.other);
+    a.bind(has_ports);
+    a.load_packet_at(Size::H, TRANSPORT, at + ports::SOURCE);
+    a.mov(PORT, R0);
+    a.jump(ways.port);
+}
+
+fn go_by_destination_port(a: &mut Assembler, ways: Ways) {
+    a.load_packet_at(Size::H, TRANSPORT, ports::DESTINATION);
+    a.mov(PORT, R0);
+    a.jump(ways.port);
+}
+
+/// Decides for one scope (and protocol) by PORT; goes on behind it for any other.
+fn tree(
+    a: &mut Assembler,
+    scope: usize,
+    protocol: Option<u8>,
+    ranges: &[RangeInclusive<u16>],
+    tun_ifindex: u32,
+) {
+    fn node(a: &mut Assembler, ranges: &[RangeInclusive<u16>], hit: Label, miss: Label) {
+        let middle = ranges.len() / 2;
+        let Some(range) = ranges.get(middle) else {
+            a.jump(miss);
+            return;
+        };
+        let below = if middle == 0 { miss } else { a.label() };
+        a.jump_if(PORT, If::Lt, i32::from(*range.start()), below);
+        a.jump_if(PORT, If::Le, i32::from(*range.end()), hit);
+        node(a, &ranges[middle + 1..], hit, miss);
+        if middle > 0 {
+            a.bind(below);
+            node(a, &ranges[..middle], hit, miss);
+        }
+    }
+    let (next, hit, miss) = (a.label(), a.label(), a.label());
+    a.jump_if(SCOPE, If::Ne, scope as i32, next);
+    if let Some(protocol) = protocol {
+        a.jump_if(PROTOCOL, If::Ne, i32::from(protocol), next);
+    }
+    node(a, ranges, hit, miss);
+    a.bind(hit);
+    redirect_to(a, tun_ifindex);
+    a.bind(miss);
+    verdict(a, TC_ACT_UNSPEC);
+    a.bind(next);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::os::fd::AsFd;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernel::bpf::test_run::run;
+    use crate::kernel::programs::return_path;
+    use crate::kernel::programs::testing::{
+        L2, Packet, TC_ACT_REDIRECT, frame, moves, ports, taken,
+    };
+    use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
+    use crate::model::moved::{MAX_MOVES, MAX_PORT_RANGES};
+    use crate::packet::MAX_EXTENSION_HEADERS;
+
+    /// What the capture program should decide, from [`Move::takes`].
+    fn should_take(moves: &[Move], tunnel: Option<SocketAddr>, packet: &Packet) -> bool {
+        let of_tunnel = |port: u16, protocol: u8| {
+            tunnel
+                .is_some_and(|end| end.ip() == packet.dst && end.port() == port && protocol == UDP)
+        };
+        let icmp_type = packet.payload.first().copied().unwrap_or(0);
+        let first = packet
+            .fragment
+            .is_none_or(|(_, offset, more)| offset == 0 && !more);
+        let icmp6 = packet.protocol == icmpv6::PROTOCOL && packet.dst.is_ipv6();
+        // Where the address alone decides, extension headers are not walked: none of the link's own
+        // messages to a unicast address has any.
+        let bare = packet.options == 0 && packet.fragment.is_none();
+        let walked = tunnel.is_some_and(|end| end.ip() == packet.dst);
+        if icmp6 && (bare || first && walked) && matches!(icmp_type, 130..=137 | 143) {
+            return false;
+        }
+        let word = |at: usize| u16::from_be_bytes([packet.payload[at], packet.payload[at + 1]]);
+        let port = (first && [TCP, UDP].contains(&packet.protocol)).then(|| word(2));
+        if port.is_some_and(|port| of_tunnel(port, packet.protocol)) {
+            return false;
+        }
+        moves.iter().filter(|m| m.addr == packet.dst).any(|moved| {
+            moved.takes(packet.protocol, port)
+                || !first && (1..=u16::MAX).any(|port| moved.takes(packet.protocol, Some(port)))
+        })
+    }
+
+    fn packets() -> impl Strategy<Value = Packet> {
+        let host = prop::sample::select(vec![1_u8, 5, 6, 7, 8]);
+        let protocol =
+            prop::sample::select(vec![TCP, UDP, icmpv4::PROTOCOL, icmpv6::PROTOCOL, 47, 132]);
+        let port = prop_oneof![
+            prop::sample::select(vec![
+                22_u16, 53, 79, 80, 81, 443, 8000, 8100, 8101, 51820, 65535
+            ]),
+            any::<u16>()
+        ];
+        let fragment = prop::option::weighted(0.3, (any::<u16>(), 0_u16..100, any::<bool>()));
+        (
+            any::<bool>(),
+            host,
+            protocol,
+            port,
+            0_u8..4,
+            fragment,
+            any::<u8>(),
+        )
+            .prop_map(|(v6, host, protocol, port, options, fragment, kind)| {
+                let (src, dst) = if v6 {
+                    ("2001:db8::99".into(), format!("2001:db8::{host}"))
+                } else {
+                    ("203.0.113.7".to_owned(), format!("192.0.2.{host}"))
+                };
+                let mut payload = ports(1234, port);
+                if [icmpv4::PROTOCOL, icmpv6::PROTOCOL].contains(&protocol) {
+                    // Errors need a quoted packet; they have a test of their own.
+                    let errors = if protocol == icmpv4::PROTOCOL {
+                        &[3, 11, 12][..]
+                    } else {
+                        &[1, 2, 3, 4]
+                    };
+                    payload[0] = if errors.contains(&kind) { 128 } else { kind };
+                }
+                Packet {
+                    options,
+                    fragment,
+                    ..Packet::new(&src, &dst, protocol, payload)
+                }
+            })
+    }
+
+    #[test]
+    fn capture_takes_what_was_moved_and_nothing_else() {
+        let moves = moves(&[
+            "192.0.2.5",
+            "192.0.2.6:80,443,8000-8100/tcp",
+            "192.0.2.6:53/udp",
+            "192.0.2.7/udp",
+            "192.0.2.8",
+            "2001:db8::5",
+            "[2001:db8::6]:80,443,8000-8100",
+            "2001:db8::7/tcp",
+            "2001:db8::8",
+        ]);
+        for tunnel in [None, Some("192.0.2.8:51820"), Some("[2001:db8::8]:443")] {
+            let tunnel: Option<SocketAddr> = tunnel.map(|end| end.parse().unwrap());
+            let program = capture(&moves, L2, 1, tunnel.as_slice()).unwrap();
+            let program = program.load().expect("run the tests as root");
+            proptest!(|(packet in packets())| {
+                let expected = should_take(&moves, tunnel, &packet);
+                prop_assert_eq!(taken(program.as_fd(), &packet), expected, "{:?}", packet);
+            });
+        }
+    }
+
+    #[test]
+    fn icmp_errors_go_where_their_flow_lives() {
+        let moves = moves(&["192.0.2.6:80/tcp", "[2001:db8::6]:80/tcp", "192.0.2.8"]);
+        let tunnel = ["192.0.2.8:51820".parse().unwrap()];
+        let program = capture(&moves, L2, 1, &tunnel).unwrap().load().unwrap();
+        for (router, client, moved) in [
+            ("198.51.100.1", "203.0.113.7", "192.0.2.6"),
+            ("2001:db8:1::1", "2001:db8:2::1", "2001:db8::6"),
+        ] {
+            for (protocol, source, options, expected) in [
+                (TCP, 80, 0, true),
+                (TCP, 81, 0, false),
+                (UDP, 80, 0, false),
+                (47, 80, 0, false),
+                (TCP, 80, 2, moved.contains('.')),
+            ] {
+                let mut quoted = Packet::new(moved, client, protocol, ports(source, 999));
+                quoted.options = options;
+                let error = Packet::icmp_error(router, &quoted);
+                assert_eq!(taken(program.as_fd(), &error), expected, "{error:?}");
+            }
+            let mut quoted = Packet::new(moved, client, TCP, ports(80, 999));
+            quoted.fragment = Some((1, 0, true));
+            assert!(taken(program.as_fd(), &Packet::icmp_error(router, &quoted)));
+            quoted.fragment = Some((1, 8, true));
+            assert!(!taken(
+                program.as_fd(),
+                &Packet::icmp_error(router, &quoted)
+            ));
+            // Someone else's packet in the quote.
+            let mut error =
+                Packet::icmp_error(router, &Packet::new(client, moved, TCP, ports(80, 9)));
+            error.dst = moved.parse().unwrap();
+            assert!(!taken(program.as_fd(), &error));
+        }
+        // Path MTU of the tunnel itself, which ends at an address that moved whole.
+        let own = Packet::new("192.0.2.8", "198.51.100.2", UDP, ports(51820, 51820));
+        assert!(!taken(
+            program.as_fd(),
+            &Packet::icmp_error("198.51.100.1", &own)
+        ));
+        let other = Packet::new("192.0.2.8", "198.51.100.2", UDP, ports(53, 51820));
+        assert!(taken(
+            program.as_fd(),
+            &Packet::icmp_error("198.51.100.1", &other)
+        ));
+    }
+
+    #[test]
+    fn truncated_and_foreign_frames_pass() {
+        let moves = moves(&["192.0.2.6:80", "[2001:db8::6]:80", "2001:db8::5"]);
+        let program = capture(&moves, L2, 1, &[]).unwrap().load().unwrap();
+        for packet in [
+            Packet::new("203.0.113.7", "192.0.2.6", TCP, ports(1, 80)),
+            Packet::new("2001:db8::99", "2001:db8::6", TCP, ports(1, 80)),
+        ] {
+            assert!(taken(program.as_fd(), &packet));
+            let whole = frame(&packet.bytes());
+            let needed = whole.len() - 20;
+            // BPF_PROG_TEST_RUN wants the IP header whole.
+            let headers = if packet.dst.is_ipv4() { 34 } else { 54 };
+            for length in headers..needed {
+                let verdict = run(program.as_fd(), &whole[..length]).verdict;
+                assert_ne!(verdict, TC_ACT_REDIRECT, "{length} bytes");
+            }
+            let mut foreign = whole.clone();
+            foreign[0] = 2; // another host's MAC address
+            assert_eq!(run(program.as_fd(), &foreign).verdict, TC_ACT_UNSPEC);
+            let mut arp = whole;
+            arp[12..14].copy_from_slice(&[8, 6]);
+            assert_eq!(run(program.as_fd(), &arp).verdict, TC_ACT_UNSPEC);
+        }
+    }
+
+    #[test]
+    fn as_many_moves_as_may_be_asked_for_load() {
+        let ranges: Vec<_> = (0..MAX_PORT_RANGES as u16)
+            .map(|n| 4 * n + 1..=4 * n + 2)
+            .collect();
+        let each = |spread: bool, v6: bool| -> Vec<Move> {
+            (0..MAX_MOVES as u16)
+                .map(|n| Move {
+                    addr: match (spread, v6) {
+                        (true, false) => Ipv4Addr::new(192, 0, 2, n as u8).into(),
+                        (true, true) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, n).into(),
+                        (false, _) => Ipv4Addr::new(192, 0, 2, 1).into(),
+                    },
+                    ports: ranges
+                        .iter()
+                        .map(|r| r.start() + 512 * n..=r.end() + 512 * n)
+                        .collect(),
+                    transport: (n == 0).then_some(Transport::Udp),
+                })
+                .collect()
+        };
+        let all = [each(true, false), each(true, true), each(false, false)];
+        in_fresh_namespace(|| {
+            // Without CAP_PERFMON the verifier looks at more.
+            keep_only(capabilities_of_the_unit());
+            all.into_iter().for_each(they_load);
+        });
+    }
+
+    /// The program for `moves` loads, and decides rightly about the last of them.
+    fn they_load(moves: Vec<Move>) {
+        let tunnel = ["192.0.2.1:1".parse().unwrap()];
+        let program = capture(&moves, L2, 1, &tunnel).unwrap();
+        let loaded = program.load().unwrap();
+        let last = &moves[MAX_MOVES - 1];
+        let src = if last.addr.is_ipv4() {
+            "203.0.113.7"
+        } else {
+            "2001:db8::99"
+        };
+        let at = |port| Packet::new(src, &last.addr.to_string(), TCP, ports(1, port));
+        for range in &last.ports {
+            assert!(taken(loaded.as_fd(), &at(*range.start())));
+            assert!(taken(loaded.as_fd(), &at(*range.end())));
+            assert!(!taken(loaded.as_fd(), &at(range.end() + 1)));
+        }
+        return_path(&moves, L2, 1).unwrap().load().unwrap();
+        return_path(&moves, 0, 1).unwrap().load().unwrap();
+    }
+
+    #[test]
+    fn as_many_extension_headers_are_skipped_as_the_daemon_skips() {
+        let program = capture(&moves(&["[2001:db8::6]:80/tcp"]), L2, 1, &[]).unwrap();
+        let program = program.load().expect("run the tests as root");
+        for (headers, expected) in [
+            (1, true),
+            (MAX_EXTENSION_HEADERS, true),
+            (MAX_EXTENSION_HEADERS + 1, false),
+        ] {
+            let packet = Packet::new("2001:db8::99", "2001:db8::6", TCP, ports(1, 80));
+            let packet = packet.behind_options(headers);
+            assert_eq!(taken(program.as_fd(), &packet), expected, "{headers}");
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Where the fields lie that programs read, in bytes from the start of each header, and the values
+//! that they compare them with. The names are those of the RFCs and of `linux/bpf.h`.
+
+/// `struct __sk_buff`.
+pub(super) mod skb {
+    pub(crate) const PKT_TYPE: i16 = 4;
+    pub(crate) const MARK: i16 = 8;
+    /// The EtherType, in network order.
+    pub(crate) const PROTOCOL: i16 = 16;
+    pub(crate) const VLAN_PRESENT: i16 = 20;
+}
+
+/// Ethernet II.
+pub(super) mod ethernet {
+    pub(crate) const TYPE: i32 = 12;
+    pub(crate) const LEN: i32 = 14;
+}
+
+/// IPv4: RFC 791 section 3.1.
+pub(super) mod ipv4 {
+    pub(crate) const VERSION_AND_IHL: u32 = 0;
+    pub(crate) const IDENTIFICATION: u32 = 4;
+    pub(crate) const FLAGS_AND_OFFSET: u32 = 6;
+    pub(crate) const PROTOCOL: u32 = 9;
+    pub(crate) const SOURCE: u32 = 12;
+    pub(crate) const DESTINATION: u32 = 16;
+    /// Length without options.
+    pub(crate) const LEN: u32 = 20;
+
+    /// In the first byte: version 4, and the header's length in words.
+    pub(crate) const VERSION_MASK: i32 = 0xf0;
+    pub(crate) const VERSION_4: i32 = 0x40;
+    pub(crate) const IHL_MASK: i32 = 0x0f;
+
+    /// In `FLAGS_AND_OFFSET`.
+    pub(crate) const MORE_FRAGMENTS: i32 = 0x2000;
+    pub(crate) const OFFSET_MASK: i32 = 0x1fff;
+    /// Some bit of these is set in every fragment, and in nothing else.
+    pub(crate) const FRAGMENTED: i32 = MORE_FRAGMENTS | OFFSET_MASK;
+}
+
+/// IPv6: RFC 8200 section 3.
+pub(super) mod ipv6 {
+    pub(crate) const NEXT_HEADER: u32 = 6;
+    pub(crate) const SOURCE: u32 = 8;
+    pub(crate) const DESTINATION: u32 = 24;
+    /// Length without extension headers.
+    pub(crate) const LEN: u32 = 40;
+
+    pub(crate) const HOP_BY_HOP: u8 = 0;
+    pub(crate) const ROUTING: u8 = 43;
+    pub(crate) const FRAGMENT: u8 = 44;
+    pub(crate) const DESTINATION_OPTIONS: u8 = 60;
+}
+
+/// IPv6 extension headers but the fragment header: RFC 8200 sections 4.3, 4.4 and 4.6.
+pub(super) mod extension {
+    pub(crate) const NEXT_HEADER: u32 = 0;
+    /// In units of 8 bytes, not counting the first.
+    pub(crate) const LENGTH: u32 = 1;
+}
+
+/// The IPv6 fragment header: RFC 8200 section 4.5.
+pub(super) mod fragment {
+    pub(crate) const NEXT_HEADER: u32 = 0;
+    pub(crate) const OFFSET_AND_M: u32 = 2;
+    pub(crate) const IDENTIFICATION: u32 = 4;
+    pub(crate) const LEN: u32 = 8;
+
+    /// In `OFFSET_AND_M`.
+    pub(crate) const MORE: i32 = 0x0001;
+    pub(crate) const OFFSET_MASK: i32 = 0xfff8;
+    /// None of these is set in an atomic fragment (RFC 6946), which is a whole packet.
+    pub(crate) const FRAGMENTED: i32 = MORE | OFFSET_MASK;
+    /// Below it the offset is 0: the first fragment.
+    pub(crate) const SECOND: i32 = 8;
+}
+
+/// TCP and UDP: RFC 9293 section 3.1, RFC 768.
+pub(super) mod ports {
+    pub(crate) const SOURCE: u32 = 0;
+    pub(crate) const DESTINATION: u32 = 2;
+}
+
+/// ICMP for both families: RFC 792, RFC 4443.
+pub(super) mod icmp {
+    pub(crate) const TYPE: u32 = 0;
+    /// Type and code, read as one number of 16 bits.
+    pub(crate) const TYPE_AND_CODE: u32 = 0;
+    /// Of an echo or timestamp message.
+    pub(crate) const IDENTIFIER: u32 = 4;
+    /// Where an error quotes the packet that it is about.
+    pub(crate) const QUOTED: u32 = 8;
+}
+
+/// ICMP, the protocol and its messages: RFC 792.
+pub(super) mod icmpv4 {
+    pub(crate) const PROTOCOL: u8 = 1;
+    /// Destination unreachable, time exceeded, parameter problem.
+    pub(crate) const ERRORS: [i32; 3] = [3, 11, 12];
+    /// Echo reply, timestamp reply.
+    pub(crate) const REPLIES: [i32; 2] = [0, 14];
+    /// Destination unreachable, fragmentation needed (RFC 1191): type and code.
+    pub(crate) const TOO_BIG: i32 = 0x0304;
+}
+
+/// ICMPv6, the protocol and its messages: RFC 4443.
+pub(super) mod icmpv6 {
+    pub(crate) const PROTOCOL: u8 = 58;
+    /// The errors are 1 to 4.
+    pub(crate) const LAST_ERROR: i32 = 4;
+    pub(crate) const ECHO_REPLY: i32 = 129;
+    /// Packet too big: type and code.
+    pub(crate) const TOO_BIG: i32 = 0x0200;
+    /// Multicast listener discovery and neighbour discovery, which are the link's own business: 130
+    /// to 137 and 143 (RFC 2710, 4861, 3810).
+    pub(crate) const FIRST_OF_LINK: i32 = 130;
+    pub(crate) const LAST_OF_LINK: i32 = 137;
+    pub(crate) const LISTENER_REPORT_V2: i32 = 143;
+}

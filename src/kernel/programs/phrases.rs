@@ -1,0 +1,341 @@
+//! What several programs say alike, each phrase once.
+//!
+//! Registers, in all programs: R0 is what was loaded last or what a call returned, R1 to R5 are
+//! lost in calls and packet loads. The four that are kept have names: [`PACKET`], [`TRANSPORT`],
+//! [`PROTOCOL`], and R9, which each program names for itself.
+//!
+//! A packet load past the packet's end ends the program with verdict 0, so every phrase that loads
+//! may end the program: the packet passes.
+
+use std::net::Ipv6Addr;
+
+use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R10};
+
+use super::headers::{ethernet, extension, fragment, icmp, icmpv6, ipv4, ipv6, skb};
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+use crate::model::moved::{TCP, UDP};
+use crate::packet::MAX_EXTENSION_HEADERS;
+
+/// The packet, `struct __sk_buff *`; where packet loads look for it.
+pub(super) const PACKET: Reg = R6;
+
+/// Where the transport header begins, in bytes from the start of the frame.
+pub(super) const TRANSPORT: Reg = R7;
+
+/// The IP protocol of the transport header.
+pub(super) const PROTOCOL: Reg = R8;
+
+/// Verdict of a direct-action filter: go on with the next filter, if there is one. (A packet that
+/// ends too early gets verdict 0 instead, which is to pass it at once.)
+pub(super) const TC_ACT_UNSPEC: i32 = -1;
+
+/// `bpf_redirect`: as if the packet had arrived there.
+const BPF_F_INGRESS: i32 = 1;
+
+/// Where [`load_v6_destination`] keeps the destination on the stack, as four words (IPv4: the
+/// last).
+pub(super) const DESTINATION_KEPT: [i16; 4] = [-16, -12, -8, -4];
+
+/// Where [`write_ethernet_header`] makes the header on the stack.
+const ETHERNET_MADE: i16 = -16;
+
+/// The mark of a packet on its way from the TUN to the uplink's ingress: "ipmb". It is taken off
+/// there, and no packet comes from the wire with a mark. With another capture to pass before, it is
+/// the next number.
+pub(super) const BOUNCED: u32 = 0x6970_6d62;
+
+/// Most captures at one interface: of moved addresses and of answers. They run in any order.
+pub(super) const MAX_CAPTURES: u32 = 2;
+
+// Which packets are looked at.
+
+/// The first instruction of every program: the context is kept where packet loads look for it.
+pub(super) fn keep_packet(a: &mut Assembler) {
+    a.mov(PACKET, R1);
+}
+
+/// To `pass`, unless the packet is for this host and has no VLAN tag.
+pub(super) fn pass_unless_for_this_host(a: &mut Assembler, pass: Label) {
+    a.load(Size::W, R0, PACKET, skb::PKT_TYPE);
+    a.jump_if(R0, If::Ne, i32::from(libc::PACKET_HOST), pass);
+    pass_if_tagged(a, pass);
+}
+
+pub(super) fn pass_if_tagged(a: &mut Assembler, pass: Label) {
+    a.load(Size::W, R0, PACKET, skb::VLAN_PRESENT);
+    a.jump_if(R0, If::Ne, 0, pass);
+}
+
+/// IPv4 goes on; IPv6 to `v6`, anything else to `other`.
+pub(super) fn branch_by_family(a: &mut Assembler, v6: Label, other: Label) {
+    jump_if_v6(a, v6);
+    a.jump_if(R0, If::Ne, ethertype(libc::ETH_P_IP), other);
+}
+
+/// R0 = the EtherType as the context has it.
+pub(super) fn jump_if_v6(a: &mut Assembler, v6: Label) {
+    a.load(Size::W, R0, PACKET, skb::PROTOCOL);
+    a.jump_if(R0, If::Eq, ethertype(libc::ETH_P_IPV6), v6);
+}
+
+/// Lets a bounced packet pass, as if it had never been captured; goes on with any other.
+pub(super) fn pass_bounced(a: &mut Assembler) {
+    for left in 0..MAX_CAPTURES {
+        let next = a.label();
+        a.load(Size::W, R0, PACKET, skb::MARK);
+        a.jump_if(R0, If::Ne, BOUNCED + left, next);
+        a.mov(R0, if left == 0 { 0 } else { BOUNCED + left - 1 });
+        a.store(Size::W, PACKET, skb::MARK, R0);
+        // Without the uplink's address in its header it would count as another host's.
+        a.mov(R1, PACKET);
+        a.mov(R2, i32::from(libc::PACKET_HOST));
+        a.call(Helper::SkbChangeType);
+        verdict(a, TC_ACT_UNSPEC);
+        a.bind(next);
+    }
+}
+
+// What is read of a packet.
+
+/// TRANSPORT = where the IPv4 header ends; to `bad` if it is none.
+pub(super) fn load_ipv4_header_end(a: &mut Assembler, l2: u32, bad: Label) {
+    a.load_packet(Size::B, l2 + ipv4::VERSION_AND_IHL);
+    a.mov(TRANSPORT, R0);
+    a.alu(Alu::And, R0, ipv4::VERSION_MASK);
+    a.jump_if(R0, If::Ne, ipv4::VERSION_4, bad);
+    a.alu(Alu::And, TRANSPORT, ipv4::IHL_MASK);
+    a.alu(Alu::Lsh, TRANSPORT, 2);
+    a.jump_if(TRANSPORT, If::Lt, ipv4::LEN, bad);
+    a.alu(Alu::Add, TRANSPORT, l2);
+}
+
+/// TRANSPORT = where the header after the extension headers begins, PROTOCOL = which one it is. At
+/// the fragment header of a real fragment: to `fragmented`, with TRANSPORT there.
+///
+/// As many are skipped as the daemon skips: what it can read of a flow, a program must find as well,
+/// or requests and replies would part. With more, PROTOCOL is an extension header.
+pub(super) fn walk_extension_headers(a: &mut Assembler, l2: u32, fragmented: Label) {
+    let done = a.label();
+    a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);
+    a.mov(PROTOCOL, R0);
+    a.mov(TRANSPORT, l2 + ipv6::LEN);
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        let (options, fragment_header, next) = (a.label(), a.label(), a.label());
+        a.jump_if(PROTOCOL, If::Eq, i32::from(ipv6::FRAGMENT), fragment_header);
+        for header in [ipv6::HOP_BY_HOP, ipv6::ROUTING, ipv6::DESTINATION_OPTIONS] {
+            a.jump_if(PROTOCOL, If::Eq, i32::from(header), options);
+        }
+        a.jump(done);
+        a.bind(options);
+        a.load_packet_at(Size::B, TRANSPORT, extension::NEXT_HEADER);
+        a.mov(PROTOCOL, R0);
+        a.load_packet_at(Size::B, TRANSPORT, extension::LENGTH);
+        a.alu(Alu::Add, R0, 1);
+        a.alu(Alu::Lsh, R0, 3);
+        a.alu(Alu::Add, TRANSPORT, R0);
+        a.jump(next);
+        a.bind(fragment_header);
+        a.load_packet_at(Size::H, TRANSPORT, fragment::OFFSET_AND_M);
+        a.jump_if(R0, If::Set, fragment::FRAGMENTED, fragmented);
+        a.load_packet_at(Size::B, TRANSPORT, fragment::NEXT_HEADER);
+        a.mov(PROTOCOL, R0);
+        a.alu(Alu::Add, TRANSPORT, fragment::LEN);
+        a.bind(next);
+    }
+    a.bind(done);
+}
+
+/// R1 to R4 = the words of the IPv6 destination, which are kept on the stack as well.
+pub(super) fn load_v6_destination(a: &mut Assembler, l2: u32) {
+    for (word, slot) in (0..).zip(DESTINATION_KEPT) {
+        a.load_packet(Size::W, l2 + ipv6::DESTINATION + 4 * word);
+        a.store(Size::W, R10, slot, R0);
+    }
+    for (reg, slot) in [R1, R2, R3, R4].into_iter().zip(DESTINATION_KEPT) {
+        a.load(Size::W, reg, R10, slot);
+    }
+}
+
+/// After [`load_v6_destination`]; the last word tells most addresses apart.
+pub(super) fn jump_unless_v6_destination(a: &mut Assembler, addr: Ipv6Addr, other: Label) {
+    let bits = addr.to_bits();
+    for (reg, shift) in [(R4, 0), (R3, 32), (R2, 64), (R1, 96)] {
+        a.jump_if(reg, If::Ne, (bits >> shift) as u32, other);
+    }
+}
+
+/// R0 is an ICMPv6 type: to `to` if it is the link's own business.
+pub(super) fn jump_if_link_scoped_icmpv6(a: &mut Assembler, to: Label) {
+    let no = a.label();
+    a.jump_if(R0, If::Eq, icmpv6::LISTENER_REPORT_V2, to);
+    a.jump_if(R0, If::Lt, icmpv6::FIRST_OF_LINK, no);
+    a.jump_if(R0, If::Le, icmpv6::LAST_OF_LINK, to);
+    a.bind(no);
+}
+
+/// R0 is an ICMPv6 type: to `other` unless it is an error's.
+pub(super) fn jump_unless_icmpv6_error(a: &mut Assembler, other: Label) {
+    a.jump_if(R0, If::Eq, 0, other);
+    a.jump_if(R0, If::Gt, icmpv6::LAST_ERROR, other);
+}
+
+/// What an address in a quoted packet has to be, word by word.
+#[derive(Clone, Copy)]
+pub(super) enum Expected<'a> {
+    /// This one.
+    Is(&'a [u32]),
+    /// What lies at these places of the stack.
+    Kept(&'a [i16]),
+}
+
+/// IPv4, of a packet that an ICMP error quotes. TRANSPORT is at the ICMP header. To `other` if the
+/// quoted packet has other addresses than expected, or is a fragment without ports. Afterwards
+/// PROTOCOL is the quoted packet's, and its transport header lies as far behind TRANSPORT as this
+/// returns.
+#[must_use]
+pub(super) fn quoted_flow_v4(
+    a: &mut Assembler,
+    addresses: &[(u32, Expected<'_>)],
+    other: Label,
+) -> u32 {
+    const AT: u32 = icmp::QUOTED;
+    for &(address, expected) in addresses {
+        jump_unless_quoted_address(a, AT + address, expected, other);
+    }
+    a.load_packet_at(Size::H, TRANSPORT, AT + ipv4::FLAGS_AND_OFFSET);
+    a.jump_if(R0, If::Set, ipv4::OFFSET_MASK, other);
+    a.load_packet_at(Size::B, TRANSPORT, AT + ipv4::PROTOCOL);
+    a.mov(PROTOCOL, R0);
+    a.load_packet_at(Size::B, TRANSPORT, AT + ipv4::VERSION_AND_IHL);
+    a.alu(Alu::And, R0, ipv4::IHL_MASK);
+    a.alu(Alu::Lsh, R0, 2);
+    a.alu(Alu::Add, TRANSPORT, R0);
+    AT
+}
+
+/// As [`quoted_flow_v4`] for IPv6; of extension headers it knows the fragment header alone.
+#[must_use]
+pub(super) fn quoted_flow_v6(
+    a: &mut Assembler,
+    addresses: &[(u32, Expected<'_>)],
+    other: Label,
+) -> u32 {
+    const AT: u32 = icmp::QUOTED;
+    const FRAGMENT_AT: u32 = AT + ipv6::LEN;
+    for &(address, expected) in addresses {
+        jump_unless_quoted_address(a, AT + address, expected, other);
+    }
+    let whole = a.label();
+    a.load_packet_at(Size::B, TRANSPORT, AT + ipv6::NEXT_HEADER);
+    a.mov(PROTOCOL, R0);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(ipv6::FRAGMENT), whole);
+    a.load_packet_at(Size::H, TRANSPORT, FRAGMENT_AT + fragment::OFFSET_AND_M);
+    a.jump_if(R0, If::Set, fragment::OFFSET_MASK, other);
+    a.load_packet_at(Size::B, TRANSPORT, FRAGMENT_AT + fragment::NEXT_HEADER);
+    a.mov(PROTOCOL, R0);
+    a.alu(Alu::Add, TRANSPORT, fragment::LEN);
+    a.bind(whole);
+    AT + ipv6::LEN
+}
+
+fn jump_unless_quoted_address(a: &mut Assembler, at: u32, expected: Expected<'_>, other: Label) {
+    match expected {
+        Expected::Is(words) => {
+            for (word, &bits) in (0..).zip(words) {
+                a.load_packet_at(Size::W, TRANSPORT, at + 4 * word);
+                a.jump_if(R0, If::Ne, bits, other);
+            }
+        }
+        Expected::Kept(slots) => {
+            for (word, &slot) in (0..).zip(slots) {
+                a.load_packet_at(Size::W, TRANSPORT, at + 4 * word);
+                a.load(Size::W, R1, R10, slot);
+                a.jump_if(R0, If::Ne, R1, other);
+            }
+        }
+    }
+}
+
+/// The words of an address, as packet loads give them.
+pub(super) fn words(addr: Ipv6Addr) -> [u32; 4] {
+    [96, 64, 32, 0].map(|shift| (addr.to_bits() >> shift) as u32)
+}
+
+/// To `to` if PROTOCOL is TCP or UDP.
+pub(super) fn jump_if_it_has_ports(a: &mut Assembler, to: Label) {
+    for protocol in [TCP, UDP] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), to);
+    }
+}
+
+// What becomes of a packet.
+
+pub(super) fn verdict(a: &mut Assembler, verdict: i32) {
+    a.mov(R0, verdict);
+    a.exit();
+}
+
+/// Into the TUN, or out of any other interface as it is.
+pub(super) fn redirect_to(a: &mut Assembler, ifindex: u32) {
+    a.mov(R1, ifindex);
+    a.mov(R2, 0);
+    a.call(Helper::Redirect);
+    a.exit();
+}
+
+/// Out of an interface, from the TUN, where it has no link-layer header; the kernel finds the
+/// neighbour.
+pub(super) fn send_out(a: &mut Assembler, ifindex: u32, l2_header: u32) {
+    if l2_header == 0 {
+        redirect_to(a, ifindex);
+        return;
+    }
+    make_room_for_header(a, l2_header);
+    a.mov(R1, ifindex);
+    a.mov(R2, 0);
+    a.mov(R3, 0);
+    a.mov(R4, 0);
+    a.call(Helper::RedirectNeigh);
+    a.exit();
+}
+
+/// In at an interface, with a mark; the packet has its link-layer header already.
+pub(super) fn arrive_at(a: &mut Assembler, ifindex: u32, mark: u32) {
+    a.mov(R0, mark);
+    a.store(Size::W, PACKET, skb::MARK, R0);
+    a.mov(R1, ifindex);
+    a.mov(R2, BPF_F_INGRESS);
+    a.call(Helper::Redirect);
+    a.exit();
+}
+
+/// Room for a link-layer header before the packet, all zeros.
+pub(super) fn make_room_for_header(a: &mut Assembler, l2_header: u32) {
+    a.mov(R1, PACKET);
+    a.mov(R2, l2_header);
+    a.mov(R3, 0);
+    a.call(Helper::SkbChangeHead);
+}
+
+/// After [`make_room_for_header`]: an Ethernet header of the packet's own EtherType.
+pub(super) fn write_ethernet_header(a: &mut Assembler, to: [u8; 6], from: [u8; 6]) {
+    let addresses = [to, from].concat();
+    for (slot, word) in (ETHERNET_MADE..).step_by(4).zip(addresses.chunks_exact(4)) {
+        let word = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
+        a.store(Size::W, R10, slot, word);
+    }
+    a.load(Size::W, R0, PACKET, skb::PROTOCOL);
+    a.store(Size::H, R10, ETHERNET_MADE + ethernet::TYPE as i16, R0);
+    a.mov(R1, PACKET);
+    a.mov(R2, 0);
+    a.mov(R3, R10);
+    a.alu(Alu::Add, R3, i32::from(ETHERNET_MADE));
+    a.mov(R4, ethernet::LEN);
+    a.mov(R5, 0);
+    a.call(Helper::SkbStoreBytes);
+}
+
+/// `__sk_buff.protocol` holds the EtherType in network order.
+pub(super) fn ethertype(protocol: i32) -> i32 {
+    i32::from((protocol as u16).to_be())
+}

@@ -1,0 +1,114 @@
+//! Sends what the daemon writes to its TUN where it belongs: for the ingress of the TUN, where the
+//! old server translates both addresses.
+//!
+//! To the new server, to clients through the uplink, or, to an address of this host itself, up into
+//! its own stack as if it came in on their interface. What the daemon has no flow for is the host's
+//! own and is *bounced*: it is put back where it came from, at the ingress of its interface, so
+//! that reverse path filters and firewalls see it as they would have; a mark lets it pass the
+//! captures there.
+//!
+//! ```text
+//! if (!IP) return TC_ACT_UNSPEC;
+//! if (ip.daddr == one of local) {
+//!     write an Ethernet header from and to the interface's own address;
+//!     skb->mark = BOUNCED + captures - 1;
+//!     return redirect(local.ifindex, BPF_F_INGRESS);
+//! }
+//! way = ip.daddr == one of servers ? server : uplink;
+//! skb_change_head(way.l2_header);
+//! return redirect_neigh(way.ifindex);      // without link-layer header: redirect(way.ifindex, 0)
+//! ```
+
+use std::net::IpAddr;
+
+use Reg::R0;
+
+use super::headers::ipv4;
+use super::phrases::{
+    BOUNCED, MAX_CAPTURES, TC_ACT_UNSPEC, arrive_at, branch_by_family, jump_unless_v6_destination,
+    keep_packet, load_v6_destination, make_room_for_header, send_out, verdict,
+    write_ethernet_header,
+};
+use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
+
+/// An interface, as a program has to know it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Way {
+    /// Its index.
+    pub ifindex: u32,
+    /// Length of its link-layer header: of Ethernet, or none.
+    pub l2_header: u32,
+    /// Its own link-layer address, where it has one.
+    pub mac: Option<[u8; 6]>,
+    /// How many captures stand at its ingress (at most two).
+    pub captures: u32,
+}
+
+/// The program for an uplink, the new servers and this host's own addresses.
+///
+/// # Errors
+/// If the program is too large.
+pub fn way_out(
+    uplink: Way,
+    servers: &[(IpAddr, Way)],
+    local: &[(IpAddr, Way)],
+) -> Result<Program, BpfError> {
+    let mut asm = Assembler::new();
+    let a = &mut asm;
+    let (v6, out, pass) = (a.label(), a.label(), a.label());
+    let local: Vec<(IpAddr, Way, Label)> = local
+        .iter()
+        .map(|&(ip, way)| (ip, way, a.label()))
+        .collect();
+    let servers: Vec<(IpAddr, Way, Label)> = servers
+        .iter()
+        .map(|&(ip, way)| (ip, way, a.label()))
+        .collect();
+    keep_packet(a);
+    branch_by_family(a, v6, pass);
+    a.load_packet(Size::W, ipv4::DESTINATION);
+    for (ip, _, label) in local.iter().chain(&servers) {
+        if let IpAddr::V4(addr) = ip {
+            a.jump_if(R0, If::Eq, addr.to_bits(), *label);
+        }
+    }
+    a.jump(out);
+    a.bind(v6);
+    load_v6_destination(a, 0);
+    for (ip, _, label) in local.iter().chain(&servers) {
+        if let IpAddr::V6(addr) = ip {
+            let next = a.label();
+            jump_unless_v6_destination(a, *addr, next);
+            a.jump(*label);
+            a.bind(next);
+        }
+    }
+    a.bind(out);
+    send_out(a, uplink.ifindex, uplink.l2_header);
+    for (_, way, label) in servers {
+        a.bind(label);
+        send_out(a, way.ifindex, way.l2_header);
+    }
+    for (_, way, label) in local {
+        a.bind(label);
+        bounce(a, way);
+    }
+    a.bind(pass);
+    verdict(a, TC_ACT_UNSPEC);
+    asm.finish("ipmoved_return")
+}
+
+/// In at an interface, once more.
+fn bounce(a: &mut Assembler, way: Way) {
+    if way.l2_header > 0 {
+        let mac = way.mac.unwrap_or_default();
+        make_room_for_header(a, way.l2_header);
+        // The address that matters is the destination.
+        write_ethernet_header(a, mac, mac);
+    }
+    debug_assert!(
+        (1..=MAX_CAPTURES).contains(&way.captures),
+        "or it comes back"
+    );
+    arrive_at(a, way.ifindex, BOUNCED + way.captures - 1);
+}

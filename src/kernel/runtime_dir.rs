@@ -1,0 +1,188 @@
+//! The directory of a network namespace under `/run`, and the lock that keeps a second daemon out.
+//!
+//! Owns who may use it: root alone, one daemon at a time. What lies in it is the business of those
+//! who put it there.
+//!
+//! ```text
+//! /run/ipmoved/net-4026531833/   one directory per network namespace, by its inode
+//!     lock                       held with flock(2) while a daemon lives; its pid
+//!     journal                    see `journal`
+//!     status.sock                where `ipmoved status` asks; the daemon's, removed with the rest
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use crate::model::runtime::STATUS_SOCKET;
+
+const LOCK: &str = "lock";
+
+/// Why the directory of a namespace could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeDirError {
+    /// Another daemon holds the lock.
+    #[error("ipmoved (pid {pid}) is already running in this network namespace; stop it first")]
+    Locked {
+        /// Its process id, as it wrote it.
+        pid: String,
+    },
+    /// A directory that others may write to.
+    #[error("{0} is not a directory of root's own; remove it")]
+    Foreign(PathBuf),
+    /// A file that could not be read or written.
+    #[error("cannot {what} {}: {error}", path.display())]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The error.
+        error: io::Error,
+    },
+}
+
+impl RuntimeDirError {
+    pub(super) fn file(what: &'static str, path: &Path, error: io::Error) -> Self {
+        Self::File {
+            what,
+            path: path.to_owned(),
+            error,
+        }
+    }
+}
+
+/// The directory of the calling thread's network namespace, below `base`. It need not exist.
+///
+/// # Errors
+/// If `/proc` is not there.
+pub fn namespace_dir(base: &Path) -> Result<PathBuf, RuntimeDirError> {
+    const NAMESPACE: &str = "/proc/thread-self/ns/net";
+    let inode = fs::metadata(NAMESPACE)
+        .map_err(|error| RuntimeDirError::file("read", Path::new(NAMESPACE), error))?
+        .ino();
+    Ok(base.join(format!("net-{inode}")))
+}
+
+/// The locked directory of one network namespace.
+#[derive(Debug)]
+pub(super) struct RuntimeDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl RuntimeDir {
+    /// Locks the directory of the calling thread's network namespace, and makes it if need be.
+    pub(super) fn open(base: &Path) -> Result<Self, RuntimeDirError> {
+        let path = namespace_dir(base)?;
+        let lock = lock(base, &path)?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes the directory if nobody else has put anything there.
+    pub(super) fn remove(&self) {
+        // While we hold the lock; whoever waits for it sees that the file is no longer there.
+        for ours in [STATUS_SOCKET, LOCK] {
+            let _ = fs::remove_file(self.path.join(ours));
+        }
+        let _ = fs::remove_dir(&self.path);
+        if let Some(base) = self.path.parent() {
+            let _ = fs::remove_dir(base);
+        }
+    }
+}
+
+fn lock(base: &Path, dir: &Path) -> Result<File, RuntimeDirError> {
+    let path = dir.join(LOCK);
+    loop {
+        for dir in [base, dir] {
+            private_dir(dir)?;
+        }
+        let mut file = match private_file().open(&path) {
+            // Removed by its last holder between the two steps.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other.map_err(|error| RuntimeDirError::file("open", &path, error))?,
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let mut pid = String::new();
+                let _ = file.read_to_string(&mut pid);
+                return Err(RuntimeDirError::Locked {
+                    pid: pid.trim().to_owned(),
+                });
+            }
+            Err(errno) => return Err(RuntimeDirError::file("lock", &path, errno.into())),
+        }
+        // The lock counts only if it is still the file that others would open.
+        let inode = |metadata: io::Result<fs::Metadata>| metadata.map(|m| m.ino()).ok();
+        if inode(file.metadata()) != inode(fs::metadata(&path)) {
+            continue;
+        }
+        file.set_len(0)
+            .and_then(|()| writeln!(file, "{}", std::process::id()))
+            .map_err(|error| RuntimeDirError::file("write", &path, error))?;
+        return Ok(file);
+    }
+}
+
+fn private_dir(dir: &Path) -> Result<(), RuntimeDirError> {
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(RuntimeDirError::file("create", dir, error));
+        }
+        _ => {}
+    }
+    let metadata =
+        fs::symlink_metadata(dir).map_err(|error| RuntimeDirError::file("read", dir, error))?;
+    let ours = metadata.is_dir()
+        && metadata.uid() == rustix::process::geteuid().as_raw()
+        && metadata.mode() & 0o022 == 0;
+    if ours {
+        Ok(())
+    } else {
+        Err(RuntimeDirError::Foreign(dir.to_owned()))
+    }
+}
+
+/// How a file is opened that only root may read.
+pub(super) fn private_file() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).mode(0o600);
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::testing::Scratch;
+
+    #[test]
+    fn a_second_daemon_is_told_the_pid_of_the_first() {
+        let scratch = Scratch::new();
+        let first = RuntimeDir::open(&scratch.0).unwrap();
+        let error = RuntimeDir::open(&scratch.0).unwrap_err().to_string();
+        let pid = format!("(pid {})", std::process::id());
+        assert!(error.contains(&pid), "{error}");
+        drop(first);
+        RuntimeDir::open(&scratch.0).unwrap();
+    }
+
+    #[test]
+    fn a_directory_of_others_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let scratch = Scratch::new();
+        fs::create_dir(&scratch.0).unwrap();
+        fs::set_permissions(&scratch.0, fs::Permissions::from_mode(0o777)).unwrap();
+        let error = RuntimeDir::open(&scratch.0).unwrap_err();
+        assert!(matches!(error, RuntimeDirError::Foreign(_)), "{error}");
+    }
+}
