@@ -32,7 +32,7 @@ pub const TYPE_DATA: u8 = 4;
 pub const LANE_AT: u32 = 2;
 /// Length of the keyed hash at the end of both handshake messages: 128 bits, as WireGuard's `mac1`.
 pub const MAC_LEN: usize = 16;
-/// Length of the AEAD tag of both ciphers.
+/// Length of the AEAD tag, which is the same for every cipher.
 pub const TAG_LEN: usize = 16;
 /// Length of an X25519 public key.
 const EPHEMERAL_LEN: usize = 32;
@@ -60,8 +60,6 @@ pub const DATA_OVERHEAD: usize = DATA_HEADER_LEN + TAG_LEN;
 
 /// The lane of the control task: no data lane has this number.
 pub const CONTROL_LANE: u8 = 255;
-/// Most data lanes one side may have: every number but [`CONTROL_LANE`].
-pub const MAX_LANES: u8 = 255;
 
 /// What byte 1 of a data datagram says about its plaintext.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
