@@ -15,11 +15,15 @@ use snow::resolvers::{CryptoResolver, DefaultResolver};
 use snow::types::{Cipher, Dh, Hash, Random};
 use snow::{Builder, HandshakeState};
 
-use super::{
-    Answer, DropReason, Entropy, Hello, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation,
-    KEY_LEN, MAC_LEN, PeerKeys, RESPONSE_LEN, RESPONSE_PAYLOAD_LEN, Response, Role, SessionIndex,
-    Zeroize, Zeroizing, wire,
+use zeroize::{Zeroize, Zeroizing};
+
+use super::{Answer, Entropy, Hello, KEY_LEN, PeerKeys, SessionIndex};
+use crate::channel::wire::{
+    self, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation, MAC_LEN, RESPONSE_LEN,
+    RESPONSE_PAYLOAD_LEN, Response,
 };
+use crate::model::drops::DropReason;
+use crate::model::peer::Role;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 

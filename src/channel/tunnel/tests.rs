@@ -689,8 +689,7 @@ fn a_key_that_opens_the_door_but_not_the_handshake() {
     // Right mac, wrong Noise message: only a bug or a holder of the PSK can make this.
     let mut forged = Initiation::write(Role::New, 5).to_vec();
     let signed = INITIATION_LEN - wire::MAC_LEN;
-    let tag =
-        crate::channel::session::tests::mac_of(&pair.sides[NEW].config.keys, &forged[..signed]);
+    let tag = pair.sides[NEW].config.keys.mac_of(&forged[..signed]);
     forged[signed..].copy_from_slice(&tag);
     pair.deliver(OLD, addr(NEW), forged);
     assert_eq!(pair.sides[OLD].drops(DropReason::HandshakeAuth), 1);
@@ -764,8 +763,7 @@ fn the_role_is_bound_by_the_handshake_too() {
     let mut bytes = pair.last(OLD, TYPE_INITIATION);
     bytes[2] = 2;
     let signed = INITIATION_LEN - wire::MAC_LEN;
-    let tag =
-        crate::channel::session::tests::mac_of(&pair.sides[OLD].config.keys, &bytes[..signed]);
+    let tag = pair.sides[OLD].config.keys.mac_of(&bytes[..signed]);
     bytes[signed..].copy_from_slice(&tag);
     pair.deliver(OLD, addr(NEW), bytes);
     assert_eq!(pair.sides[OLD].drops(DropReason::HandshakeAuth), 1);
