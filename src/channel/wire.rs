@@ -262,10 +262,7 @@ impl Data {
             flags,
             lane,
             receiver: u32_at(header, 4),
-            counter: u64::from_le_bytes([
-                header[8], header[9], header[10], header[11], header[12], header[13], header[14],
-                header[15],
-            ]),
+            counter: u64_at(header, 8),
         })
     }
 
@@ -301,6 +298,12 @@ fn handshake_role(datagram: &[u8]) -> Result<Role, DropReason> {
 
 fn u32_at<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+pub(crate) fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(word)
 }
 
 #[cfg(test)]

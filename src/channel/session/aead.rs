@@ -11,7 +11,7 @@ use super::{Cipher, KEY_LEN};
 use crate::channel::wire::{DATA_HEADER_LEN, TAG_LEN};
 
 /// The key of one lane and direction.
-pub(super) enum Key {
+pub(super) enum LaneKey {
     /// Wiped by AWS-LC.
     AwsLc(LessSafeKey),
     /// As it is: the cipher sets itself up anew for each datagram, which takes it some nanoseconds. Where it
@@ -19,7 +19,7 @@ pub(super) enum Key {
     Aegis(Box<Zeroizing<[u8; KEY_LEN]>>),
 }
 
-impl Key {
+impl LaneKey {
     pub(super) fn new(cipher: Cipher, key: Zeroizing<[u8; KEY_LEN]>) -> Option<Self> {
         let algorithm = match cipher {
             Cipher::Aes256Gcm => &AES_256_GCM,

@@ -1,9 +1,10 @@
 //! The secret of two daemons, and the keys that follow from it.
 //!
-//! Owns the pre-shared key and the derivation (HKDF-SHA256); what is derived is wiped when it is
-//! dropped, and never printed.
+//! Owns the pre-shared key, the derivation (HKDF-SHA256), and [`Wiped`] for secrets of types that do
+//! not wipe themselves. Every secret here is wiped when it is dropped, and is never printed.
 
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::str::FromStr;
 
 use aws_lc_rs::hkdf;
@@ -12,7 +13,7 @@ use base64::engine::general_purpose::STANDARD;
 use blake2::Blake2sMac;
 use blake2::digest::consts::U16;
 use blake2::digest::{KeyInit, Mac};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use super::{Entropy, NoEntropy};
 use crate::channel::wire::MAC_LEN;
@@ -92,8 +93,8 @@ impl FromStr for Psk {
 /// What one peer's PSK is used as: it is needed no longer once these exist.
 #[derive(Clone)]
 pub struct PeerKeys {
-    pub(super) mac: Zeroizing<[u8; KEY_LEN]>,
-    pub(super) noise: Zeroizing<[u8; KEY_LEN]>,
+    mac: Zeroizing<[u8; KEY_LEN]>,
+    noise: Zeroizing<[u8; KEY_LEN]>,
 }
 
 impl PeerKeys {
@@ -105,8 +106,25 @@ impl PeerKeys {
         }
     }
 
+    /// The keyed hash that ends a handshake message.
     pub(crate) fn mac_of(&self, message: &[u8]) -> [u8; MAC_LEN] {
-        mac(&self.mac, message).finalize().into_bytes().into()
+        self.hash(message).finalize().into_bytes().into()
+    }
+
+    /// Whether `mac` is that of `message`; compares in constant time.
+    pub(super) fn verify(&self, message: &[u8], mac: &[u8; MAC_LEN]) -> bool {
+        self.hash(message).verify(mac.into()).is_ok()
+    }
+
+    /// The pre-shared key of the handshake.
+    pub(super) fn noise(&self) -> &[u8; KEY_LEN] {
+        &self.noise
+    }
+
+    fn hash(&self, message: &[u8]) -> Blake2sMac<U16> {
+        let mut mac = <Blake2sMac<U16> as KeyInit>::new((&*self.mac).into());
+        mac.update(message);
+        mac
     }
 }
 
@@ -135,10 +153,37 @@ pub(super) fn derive(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Zeroizing<[u
     key
 }
 
-pub(super) fn mac(key: &[u8; KEY_LEN], message: &[u8]) -> Blake2sMac<U16> {
-    let mut mac = <Blake2sMac<U16> as KeyInit>::new(key.into());
-    mac.update(message);
-    mac
+/// A value whose memory is overwritten when it is dropped, whatever it is made of.
+///
+/// For the state of a handshake: snow keeps the PSK and the chaining key, from which all later keys
+/// follow, in plain arrays that it does not wipe.
+pub(super) struct Wiped<T>(Box<MaybeUninit<T>>);
+
+#[expect(
+    unsafe_code,
+    reason = "the memory has to outlive the value, to be wiped"
+)]
+impl<T> Wiped<T> {
+    pub(super) fn new(value: T) -> Self {
+        Self(Box::new(MaybeUninit::new(value)))
+    }
+
+    pub(super) fn get_mut(&mut self) -> &mut T {
+        // SAFETY: `new` wrote the value, and nothing but `drop` takes it out.
+        unsafe { self.0.assume_init_mut() }
+    }
+}
+
+#[expect(
+    unsafe_code,
+    reason = "the memory has to outlive the value, to be wiped"
+)]
+impl<T> Drop for Wiped<T> {
+    fn drop(&mut self) {
+        // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
+        unsafe { self.0.assume_init_drop() };
+        self.0.as_mut().zeroize();
+    }
 }
 
 #[cfg(test)]
@@ -179,6 +224,14 @@ mod tests {
         assert_eq!(hex(&keys.mac_of(b"ipmoved")), MAC);
         let lane = derive(&[1; 32], b"ipmoved v1 lane", &[&[1], &[0]]);
         assert_eq!(hex(lane.as_slice()), LANE_KEY);
+    }
+
+    #[test]
+    fn wiped_memory_is_zero() {
+        let mut wiped = Wiped::new([0xa5_u8; 64]);
+        assert_eq!(wiped.get_mut(), &[0xa5; 64]);
+        wiped.0.as_mut().zeroize();
+        assert_eq!(wiped.get_mut(), &[0; 64], "what drop does last");
     }
 
     const MAC_KEY: &str = "10e0b114f81ec6294097eadab38c22ab7a30c44f2edd1432f4b01f714b264def";

@@ -1,74 +1,33 @@
 //! The check that every handshake message has to pass first: the keyed hash at its end.
 //!
-//! Owns what is known of each peer for that, and which messages came before. Knows nothing of what a
-//! message says.
+//! Owns one key per configured peer, and the memory of which messages were let in before. Does not
+//! look into a message: what it says is read by `noise`, and judged by `tunnel`.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use blake2::digest::Mac;
-
 use super::PeerKeys;
-use super::keys::mac;
-use super::payload::u64_at;
-use crate::channel::wire::{INITIATION_LEN, MAC_LEN, Message, RESPONSE_LEN};
+use crate::channel::wire::{INITIATION_LEN, MAC_LEN, Message, RESPONSE_LEN, u64_at};
 use crate::model::drops::DropReason;
 use crate::model::peer::PeerId;
 
-/// The door for handshake messages: one keyed hash per configured peer and nothing else.
+/// Lets in the handshake messages of configured peers, each of them once. It costs one keyed hash per
+/// peer, and nothing else.
 ///
-/// Shared by all lanes, so that what a stranger sends never reaches the control task, nor what was let
-/// in before: who sends a recording again and again costs no more than a stranger.
+/// All lanes share it, so that what a stranger sends never reaches the control task. A recording that
+/// is sent again and again does not reach it either: it costs no more than a stranger's message.
 #[derive(Debug, Default)]
 pub struct Door {
-    peers: Vec<Admission>,
-}
-
-/// Handshake messages of a peer that are remembered: those of some hours, for there are two every two
-/// minutes, and some more while the peer does not answer. What is forgotten is refused by the tunnel.
-const REMEMBERED: usize = 512;
-
-struct Admission {
-    peer: PeerId,
-    keys: PeerKeys,
-    /// Half of each mac that came, at the place that the mac itself chooses. Nobody without the key can
-    /// choose a mac, so nobody can have a message of the peer refused.
-    seen: Box<[AtomicU64]>,
-}
-
-impl Admission {
-    fn new(peer: PeerId, keys: PeerKeys) -> Self {
-        Self {
-            peer,
-            keys,
-            seen: (0..REMEMBERED).map(|_| AtomicU64::new(0)).collect(),
-        }
-    }
-
-    /// Whether a message with this mac is one that was not let in before.
-    fn is_new(&self, tag: &[u8; MAC_LEN]) -> bool {
-        let (place, rest) = (u64_at(tag, 0), u64_at(tag, 8));
-        let seen = &self.seen[(place % REMEMBERED as u64) as usize];
-        // One in 2^64 messages has 0 here and is taken for one that came before: it is sent anew.
-        seen.swap(rest, Relaxed) != rest
-    }
-}
-
-impl fmt::Debug for Admission {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Admission")
-            .field("peer", &self.peer)
-            .finish_non_exhaustive()
-    }
+    peers: Vec<KnownPeer>,
 }
 
 impl Door {
-    /// Opens to these peers.
+    /// Lets in the messages of these peers.
     pub fn new(peers: impl IntoIterator<Item = (PeerId, PeerKeys)>) -> Self {
         Self {
             peers: peers
                 .into_iter()
-                .map(|(peer, keys)| Admission::new(peer, keys))
+                .map(|(id, keys)| KnownPeer::new(id, keys))
                 .collect(),
         }
     }
@@ -86,19 +45,19 @@ impl Door {
             Message::Data(_) => return Err(DropReason::WireMalformed),
         }
         .map_err(|_| DropReason::WireMalformed)?;
-        let (signed, tag) = datagram
+        let (signed, mac) = datagram
             .split_last_chunk::<MAC_LEN>()
             .ok_or(DropReason::WireMalformed)?;
-        let admission = self
+        let peer = self
             .peers
             .iter()
-            .find(|of| mac(&of.keys.mac, signed).verify(tag.into()).is_ok())
+            .find(|peer| peer.keys.verify(signed, mac))
             .ok_or(DropReason::HandshakeAuth)?;
-        if !admission.is_new(tag) {
+        if !peer.is_new(mac) {
             return Err(DropReason::HandshakeReplay);
         }
         Ok(Admitted {
-            peer: admission.peer,
+            peer: peer.id,
             message,
         })
     }
@@ -128,6 +87,45 @@ impl Admitted {
             Handshake::Initiation(bytes) => Message::parse(bytes),
             Handshake::Response(bytes) => Message::parse(bytes),
         }
+    }
+}
+
+/// How many handshake messages of a peer are remembered: those of some hours, for two come every two
+/// minutes, and some more while the peer does not answer. The tunnel refuses what is forgotten here.
+const REMEMBERED: usize = 512;
+
+struct KnownPeer {
+    id: PeerId,
+    keys: PeerKeys,
+    /// A hash table of the macs that were let in. The first half of a mac says in which slot its second
+    /// half is kept. Only a holder of the key can make a mac, so a stranger cannot fill a slot and have
+    /// the peer's next message refused.
+    seen: Box<[AtomicU64]>,
+}
+
+impl KnownPeer {
+    fn new(id: PeerId, keys: PeerKeys) -> Self {
+        Self {
+            id,
+            keys,
+            seen: (0..REMEMBERED).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// Whether no message with this mac was let in before.
+    fn is_new(&self, mac: &[u8; MAC_LEN]) -> bool {
+        let (first, second) = (u64_at(mac, 0), u64_at(mac, 8));
+        let slot = &self.seen[(first % REMEMBERED as u64) as usize];
+        // An empty slot is 0. So one mac in 2^64 is refused although it is new; its sender tries again.
+        slot.swap(second, Relaxed) != second
+    }
+}
+
+impl fmt::Debug for KnownPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KnownPeer")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 

@@ -1,29 +1,32 @@
-//! Keys: what the shared secret becomes, the handshake that makes a session of it, and the sealing and
-//! opening of datagrams under that session.
+//! One agreed session: its keys, its lanes, and how both are put together.
 //!
-//! The only room that uses `snow`, and the only one that holds keys. It knows one message at a time:
-//! when to start a handshake, which of two sessions is used and whether an old timestamp is refused is
+//! The only room that uses `snow`, and the only one that holds keys. It knows one message at a time.
+//! When to start a handshake, which of two sessions is used, and whether an old timestamp is refused is
 //! decided in `tunnel`; what the bytes look like is written in `wire`.
 //!
 //! ```text
-//! PSK ──HKDF──► mac key    a stranger's handshake message dies here, at one keyed hash: Door
-//!       └─────► noise key  NNpsk0: the first message dies at one AEAD check, before any DH
+//! PSK ──HKDF──► mac key    a stranger's handshake message fails at one keyed hash       mac_check
+//!  keys └─────► noise key  NNpsk0: its first message fails at one AEAD, before any DH   noise, payload
 //!                  │ split
 //!                  ├─► initiator → responder ──HKDF── one key per lane: Sealer here, Opener there
 //!                  └─► responder → initiator ──HKDF── one key per lane: Opener here, Sealer there
+//!                                                                             cipher, aead, seal
 //! ```
 //!
-//! A [`Session`] is shared by the control task and all lanes. What lanes call takes no lock but the one
-//! of a lane's replay window, and allocates nothing.
+//! The control task and all lanes share a [`Session`]. What lanes call takes no lock but the one of a
+//! lane's replay window, and allocates nothing.
 //!
-//! Secrets are wiped when done: the PSK and what is derived from it by `zeroize`; the state of a
-//! handshake, which snow does not wipe, in `session::noise`; AEAD keys by AWS-LC, whose
-//! `OPENSSL_free` cleanses each allocation it gives back, those of AEGIS, and the copies that its library makes, by `zeroize`. Copies that the compiler left in dead stack
-//! frames are out of reach, as in every program.
+//! Secrets are wiped when they are no longer needed:
+//! * the PSK, and what is derived from it, by `zeroize` (`keys`);
+//! * the state of a handshake, which snow does not wipe, by `keys::Wiped` and the resolver in `noise`;
+//! * the keys of AES-GCM and ChaCha20 by AWS-LC, whose `OPENSSL_free` cleanses what it frees;
+//! * those of AEGIS, and the copies that its library makes on the stack, by `aead`.
+//!
+//! Copies that the compiler left in other dead stack frames are out of reach, as in every program.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 use crate::channel::wire::{CONTROL_LANE, Data};
@@ -53,9 +56,9 @@ pub(crate) use index::SessionIndex;
 pub(crate) use noise::{Initiating, Responding, SplitKeys};
 pub(crate) use payload::{Answer, Hello};
 
-use aead::Key;
+use aead::LaneKey;
 use keys::derive;
-use seal::{Opener, RETIRED};
+use seal::Opener;
 
 /// Everything a [`Session`] is made of.
 pub(crate) struct SessionSpec {
@@ -100,23 +103,13 @@ impl Session {
         let lanes = |count: u8| (0..count).chain([CONTROL_LANE]);
         let key = |split: &[u8; KEY_LEN], lane: u8| {
             let key = derive(split, b"ipmoved v1 lane", &[&[spec.cipher.byte()], &[lane]]);
-            Key::new(spec.cipher, key)
+            LaneKey::new(spec.cipher, key)
         };
         let sealers = lanes(spec.own_lanes).map(|lane| {
-            Some(Sealer {
-                key: key(tx, lane)?,
-                lane,
-                remote: spec.remote,
-                limit: spec.cipher.reject_after(),
-                next: AtomicU64::new(0),
-            })
+            let limit = spec.cipher.reject_after();
+            Some(Sealer::new(key(tx, lane)?, lane, spec.remote, limit))
         });
-        let openers = lanes(spec.peer_lanes).map(|lane| {
-            Some(Opener {
-                key: key(rx, lane)?,
-                window: Mutex::default(),
-            })
-        });
+        let openers = lanes(spec.peer_lanes).map(|lane| Some(Opener::new(key(rx, lane)?)));
         Some(Arc::new(Self {
             sealers: sealers.collect::<Option<_>>()?,
             openers: openers.collect::<Option<_>>()?,
@@ -180,11 +173,8 @@ impl Session {
 
     /// Most datagrams sealed on one of its lanes.
     pub fn messages(&self) -> u64 {
-        self.sealers
-            .iter()
-            .map(|sealer| sealer.next.load(Relaxed) & !RETIRED)
-            .max()
-            .unwrap_or(0)
+        let reserved = self.sealers.iter().map(Sealer::reserved);
+        reserved.max().unwrap_or(0)
     }
 
     /// Ends the session: nothing is sealed or opened on it any more, even by a lane that still holds it.
@@ -192,7 +182,7 @@ impl Session {
     pub(crate) fn retire(&self) {
         self.retired.store(true, Relaxed);
         for sealer in &self.sealers {
-            sealer.next.fetch_or(RETIRED, Relaxed);
+            sealer.retire();
         }
     }
 
@@ -212,10 +202,7 @@ impl Session {
     /// Opens a batch of datagrams, taking the lock of a lane's window once as long as they come from
     /// one lane.
     pub fn open_batch(&self) -> OpenBatch<'_> {
-        OpenBatch {
-            session: self,
-            window: None,
-        }
+        OpenBatch::new(self)
     }
 }
 

@@ -8,8 +8,6 @@
 //! The prologue binds the version and the role of the initiator, so that a message that is sent back to
 //! its maker is refused by the handshake itself, not only by its header.
 
-use std::mem::MaybeUninit;
-
 use snow::params::{CipherChoice, DHChoice, HashChoice};
 use snow::resolvers::{CryptoResolver, DefaultResolver};
 use snow::types::{Cipher, Dh, Hash, Random};
@@ -17,6 +15,7 @@ use snow::{Builder, HandshakeState};
 
 use zeroize::{Zeroize, Zeroizing};
 
+use super::keys::Wiped;
 use super::{Answer, Entropy, Hello, KEY_LEN, PeerKeys, SessionIndex};
 use crate::channel::wire::{
     self, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation, MAC_LEN, RESPONSE_LEN,
@@ -58,7 +57,7 @@ impl Initiating {
         hello: &Hello,
         entropy: &Entropy,
     ) -> Option<(Self, [u8; INITIATION_LEN])> {
-        let mut noise = handshake(&keys.noise, &prologue(role), true, entropy)?;
+        let mut noise = handshake(keys.noise(), &prologue(role), true, entropy)?;
         let mut message = Initiation::write(role, index.value);
         noise
             .get_mut()
@@ -107,7 +106,7 @@ impl Responding {
         initiation: &Initiation<'_>,
         entropy: &Entropy,
     ) -> Result<(Self, Hello), DropReason> {
-        let mut noise = handshake(&keys.noise, &prologue(initiation.role()), false, entropy)
+        let mut noise = handshake(keys.noise(), &prologue(initiation.role()), false, entropy)
             .ok_or(DropReason::ControlBusy)?;
         let mut payload = [0; INITIATION_PAYLOAD_LEN];
         let length = noise
@@ -174,37 +173,6 @@ fn split(noise: &mut HandshakeState) -> SplitKeys {
 fn sign<const N: usize>(keys: &PeerKeys, message: &mut [u8; N]) {
     let (signed, tag) = message.split_at_mut(N - MAC_LEN);
     tag.copy_from_slice(&keys.mac_of(signed));
-}
-
-/// A value whose memory is overwritten when it is dropped, whatever it is made of: snow keeps the PSK
-/// and the chaining key, from which all later keys follow, in plain arrays that it does not wipe.
-struct Wiped<T>(Box<MaybeUninit<T>>);
-
-#[expect(
-    unsafe_code,
-    reason = "the memory has to outlive the value, to be wiped"
-)]
-impl<T> Wiped<T> {
-    fn new(value: T) -> Self {
-        Self(Box::new(MaybeUninit::new(value)))
-    }
-
-    fn get_mut(&mut self) -> &mut T {
-        // SAFETY: `new` wrote the value, and nothing but `drop` takes it out.
-        unsafe { self.0.assume_init_mut() }
-    }
-}
-
-#[expect(
-    unsafe_code,
-    reason = "the memory has to outlive the value, to be wiped"
-)]
-impl<T> Drop for Wiped<T> {
-    fn drop(&mut self) {
-        // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
-        unsafe { self.0.assume_init_drop() };
-        self.0.as_mut().zeroize();
-    }
 }
 
 /// snow's own primitives, with our randomness, and with their keys overwritten at the end: they keep
@@ -412,13 +380,5 @@ mod tests {
             "4361726c204d656e676572",
             "416d1af83e9fa6966ce4e871156b131aa9bd7e9a1d6f8794f4872a",
         );
-    }
-
-    #[test]
-    fn wiped_memory_is_zero() {
-        let mut wiped = Wiped::new([0xa5_u8; 64]);
-        assert_eq!(wiped.get_mut(), &[0xa5; 64]);
-        wiped.0.as_mut().zeroize();
-        assert_eq!(wiped.get_mut(), &[0; 64], "what drop does last");
     }
 }

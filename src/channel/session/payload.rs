@@ -3,7 +3,7 @@
 //! Owns the bytes of both payloads. What they mean is decided in `tunnel`.
 
 use super::{Cipher, Offer};
-use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN};
+use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN, u64_at};
 
 /// What the initiator says inside its first message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,12 +79,6 @@ impl Answer {
             lanes,
         })
     }
-}
-
-pub(super) fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_le_bytes(word)
 }
 
 #[cfg(test)]

@@ -8,24 +8,24 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::aead::Key;
+use super::aead::LaneKey;
 use super::{Session, at_lane};
 use crate::channel::replay::{Fresh, Window};
 use crate::channel::wire::{DATA_HEADER_LEN, Data, Flags, TAG_LEN};
 use crate::model::drops::DropReason;
 
-/// Added to a lane's counter when its session has ended: every reservation fails from then on.
-pub(super) const RETIRED: u64 = 1 << 63;
+/// Set in a lane's counter when its session has ended: every reservation fails from then on.
+const RETIRED: u64 = 1 << 63;
 
 /// Seals what one lane sends. Aligned so that the counters of two lanes never share a cache line, nor
 /// the pair of lines that x86 fetches together.
 #[repr(align(128))]
 pub struct Sealer {
-    pub(super) key: Key,
-    pub(super) lane: u8,
-    pub(super) remote: u32,
-    pub(super) limit: u64,
-    pub(super) next: AtomicU64,
+    key: LaneKey,
+    lane: u8,
+    remote: u32,
+    limit: u64,
+    next: AtomicU64,
 }
 
 /// The right to seal one datagram. It cannot be copied, so no nonce is used twice.
@@ -50,6 +50,17 @@ impl Iterator for Reserved {
 pub struct NotSealed;
 
 impl Sealer {
+    /// Seals on `lane` for the peer's session `remote`, at most `limit` datagrams.
+    pub(super) fn new(key: LaneKey, lane: u8, remote: u32, limit: u64) -> Self {
+        Self {
+            key,
+            lane,
+            remote,
+            limit,
+            next: AtomicU64::new(0),
+        }
+    }
+
     /// Reserves `count` consecutive counters; `None` once the key is used up or the session has ended.
     ///
     /// Two threads that share a lane never get the same one.
@@ -79,6 +90,16 @@ impl Sealer {
         Ok(())
     }
 
+    /// How many counters were reserved, whether or not they were granted.
+    pub(super) fn reserved(&self) -> u64 {
+        self.next.load(Relaxed) & !RETIRED
+    }
+
+    /// From now on every reservation fails.
+    pub(super) fn retire(&self) {
+        self.next.fetch_or(RETIRED, Relaxed);
+    }
+
     fn header(&self, counter: Counter, flags: Flags) -> [u8; DATA_HEADER_LEN] {
         Data {
             flags,
@@ -102,8 +123,23 @@ impl fmt::Debug for Sealer {
 /// Opens what one lane of the peer sent.
 #[repr(align(128))]
 pub(super) struct Opener {
-    pub(super) key: Key,
-    pub(super) window: Mutex<Window>,
+    key: LaneKey,
+    window: Mutex<Window>,
+}
+
+impl Opener {
+    pub(super) fn new(key: LaneKey) -> Self {
+        Self {
+            key,
+            window: Mutex::default(),
+        }
+    }
+}
+
+impl fmt::Debug for Opener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Opener(..)")
+    }
 }
 
 /// A datagram that was opened.
@@ -126,11 +162,18 @@ pub struct Opened {
 /// Opens datagrams of one session. Keep it no longer than a batch: it may hold a lane's window.
 #[derive(Debug)]
 pub struct OpenBatch<'a> {
-    pub(super) session: &'a Session,
-    pub(super) window: Option<(u8, MutexGuard<'a, Window>)>,
+    session: &'a Session,
+    window: Option<(u8, MutexGuard<'a, Window>)>,
 }
 
-impl OpenBatch<'_> {
+impl<'a> OpenBatch<'a> {
+    pub(super) fn new(session: &'a Session) -> Self {
+        Self {
+            session,
+            window: None,
+        }
+    }
+
     /// Opens `datagram`, whose header `data` was read from it, in place.
     ///
     /// # Errors
@@ -168,9 +211,7 @@ impl OpenBatch<'_> {
             first,
         })
     }
-}
 
-impl<'a> OpenBatch<'a> {
     fn window_of(&mut self, lane: u8, opener: &'a Opener) -> &mut Window {
         // Let go before the next is taken: two threads can then never wait for each other.
         if self.window.as_ref().is_some_and(|(held, _)| *held != lane) {
@@ -181,12 +222,6 @@ impl<'a> OpenBatch<'a> {
             (lane, window)
         });
         window
-    }
-}
-
-impl fmt::Debug for Opener {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Opener(..)")
     }
 }
 
