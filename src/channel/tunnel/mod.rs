@@ -39,8 +39,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::channel::pmtu::{self, Search};
 use crate::channel::session::{
-    Activity, Admitted, Answer, Ciphers, Entropy, Hello, Initiating, NoEntropy, Offer, PeerKeys,
-    Responding, Session, SessionIndexes, SessionSpec,
+    Activity, Admitted, Answer, Hello, Initiating, NoEntropy, Offer, Responding, Session,
+    SessionSpec,
 };
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
@@ -48,12 +48,21 @@ use crate::channel::wire::{
 use crate::model::drops::DropReason;
 use crate::model::peer::{Path, PeerId, Role};
 
+mod announcement;
+mod config;
+mod event;
 mod messages;
+mod sessions;
 #[cfg(test)]
 mod tests;
 
+pub use config::{Timers, TunnelConfig};
+pub use event::{Event, State, Transmit, Warning};
 pub use messages::{Announcement, Deliver, MAX_MESSAGE};
+
+use announcement::{CONFIG_RETRY, Incoming, Outgoing};
 use messages::{Control, PART_LEN};
+use sessions::{Held, Origin};
 
 /// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
 /// four seconds' round trip still ends in a session.
@@ -77,9 +86,6 @@ const CONFIRM_RETRY: Duration = Duration::from_millis(250);
 /// Unheard for so long, a new session is not what the peer has: ask again.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pace of re-sending an announcement that was not acknowledged.
-const CONFIG_RETRY: Duration = Duration::from_secs(1);
-
 /// At most one initiation of ours in this time because of a stale one: replayed messages must not make
 /// us talk.
 const STALE_ANSWER_PACE: Duration = Duration::from_secs(5);
@@ -91,273 +97,11 @@ const WARNING_PACE: Duration = Duration::from_secs(60);
 /// initiator cannot.
 const RESPONDER_GRACE: Duration = Duration::from_secs(30);
 
-/// The times of the protocol. The defaults are WireGuard's where it has them ("WireGuard: Next
-/// Generation Kernel Network Tunnel", section 6).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Timers {
-    /// A session this old is replaced: 120 s.
-    pub rekey_after: Duration,
-    /// A session this old is refused: 180 s.
-    pub reject_after: Duration,
-    /// Something is sent at least this often: 10 s.
-    pub keepalive: Duration,
-    /// Nothing heard for so long means that the session or the path is gone: 15 s.
-    pub answer_timeout: Duration,
-    /// Nothing heard for so long means that the peer is down: 25 s.
-    pub down_after: Duration,
-    /// Pace of retries: 5 s, up to a third more at random.
-    pub retry: Duration,
-    /// Pace of the first retries: 1 s, likewise.
-    pub fast_retry: Duration,
-    /// Pace of round trip measurements: 5 s.
-    pub ping: Duration,
-}
-
-impl Default for Timers {
-    fn default() -> Self {
-        Self {
-            rekey_after: Duration::from_secs(120),
-            reject_after: Duration::from_secs(180),
-            keepalive: Duration::from_secs(10),
-            answer_timeout: Duration::from_secs(15),
-            down_after: Duration::from_secs(25),
-            retry: Duration::from_secs(5),
-            fast_retry: Duration::from_secs(1),
-            ping: Duration::from_secs(5),
-        }
-    }
-}
-
-impl Timers {
-    /// The defaults with another interval between sessions, for tests that want many of them.
-    pub fn with_rekey_after(rekey_after: Duration) -> Self {
-        Self {
-            rekey_after,
-            ..Self::default()
-        }
-    }
-}
-
-/// What a tunnel is made of.
-#[derive(Clone, Debug)]
-pub struct TunnelConfig {
-    /// The peer's place in the daemon's configuration.
-    pub peer: PeerId,
-    /// Derived from the secret shared with it.
-    pub keys: PeerKeys,
-    /// This side's role.
-    pub role: Role,
-    /// This side's data lanes.
-    pub lanes: u8,
-    /// This side's ciphers.
-    pub offer: Offer,
-    /// `--peer`; without it this side waits to be found.
-    pub endpoint: Option<SocketAddr>,
-    /// What the peer is told.
-    pub announcement: Announcement,
-    /// Largest datagram (UDP payload) that the uplink takes: how far the path MTU is searched for.
-    /// `None` sends no probes and stays at [`pmtu::BASE`].
-    pub max_datagram: Option<u16>,
-    /// Usually [`Timers::default`].
-    pub timers: Timers,
-    /// Shared by all tunnels of the daemon.
-    pub indexes: SessionIndexes,
-    /// Usually [`Entropy::system`].
-    pub entropy: Entropy,
-}
-
-/// A datagram of the control task.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Transmit {
-    /// Where it goes.
-    pub to: Path,
-    /// What is sent.
-    pub datagram: Vec<u8>,
-    /// It asks whether the path carries its size: it must be sent with "don't fragment", and a refusal
-    /// of the kernel because of its size is nothing to report.
-    pub probe: bool,
-}
-
-/// Whether the peer is there.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum State {
-    /// It was not reached yet.
-    Connecting,
-    /// It answers.
-    Up,
-    /// It answered once and does not now.
-    Down,
-}
-
-impl State {
-    /// The name as in `status`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Connecting => "connecting",
-            Self::Up => "up",
-            Self::Down => "down",
-        }
-    }
-}
-
-/// What has happened.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// Lanes accept datagrams on it from now on.
-    SessionInstalled(Arc<Session>),
-    /// Lanes forget the session of this index.
-    SessionRemoved(u32),
-    /// Lanes seal on it from now on.
-    SendOn(Arc<Session>),
-    /// Lanes have nothing to seal on.
-    SendOff,
-    /// Where lanes send to from now on.
-    Endpoint(Path),
-    /// The peer came or went.
-    State(State),
-    /// The peer announced this.
-    PeerConfig(Announcement),
-    /// A round trip took so long.
-    Rtt(Duration),
-    /// Largest datagram (UDP payload) that the path carries towards the peer.
-    PathMtu(u16),
-    /// The operator should know.
-    Warning(Warning),
-}
-
-/// What is wrong in a way that only an operator can mend.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Warning {
-    /// The peer has this side's role, or somebody sends our own messages back.
-    SameRole(Role),
-    /// The two sides allow no common cipher.
-    NoCommonCipher {
-        /// What this side allows.
-        ours: Ciphers,
-        /// What the peer allows.
-        theirs: Ciphers,
-    },
-    /// The peer announced something that this version does not understand.
-    ConfigUnreadable,
-    /// The system gave no randomness, so no handshake can be made.
-    NoEntropy,
-}
-
-impl fmt::Display for Warning {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::SameRole(Role::Old) => f.write_str(
-                "the peer, too, was given --move: give it to the old server only \
-                 (or somebody sends our own messages back to us)",
-            ),
-            Self::SameRole(Role::New) => f.write_str(
-                "neither this daemon nor the peer was given --move: give it to the old server \
-                 (or somebody sends our own messages back to us)",
-            ),
-            Self::NoCommonCipher { ours, theirs } => write!(
-                f,
-                "no common cipher: --cipher allows {ours} here and {theirs} at the peer; make them agree"
-            ),
-            Self::ConfigUnreadable => f.write_str(
-                "the peer announced something this version does not understand; \
-                 run the same version on both servers",
-            ),
-            Self::NoEntropy => {
-                f.write_str("the system's random number generator failed: no handshake is possible")
-            }
-        }
-    }
-}
-
-/// What both sides know of how a session was asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Origin {
-    initiator: Role,
-    timestamp: u64,
-    /// The highest timestamp that the initiator had accepted from the responder.
-    seen: u64,
-}
-
-impl Origin {
-    /// Whether this session is sent on rather than `other`. Both sides answer alike, for it is made only
-    /// of what both know: of two sessions of one initiator the later one; of two of different initiators
-    /// the one that was asked for in knowledge of the other; if their initiations crossed, the one that
-    /// the old server asked for.
-    fn supersedes(&self, other: &Self) -> bool {
-        if self.initiator == other.initiator {
-            self.timestamp > other.timestamp
-        } else if self.seen >= other.timestamp {
-            true
-        } else if other.seen >= self.timestamp {
-            false
-        } else {
-            self.initiator == Role::Old
-        }
-    }
-}
-
-/// A session and what the tunnel knows of it.
-#[derive(Debug)]
-struct Held {
-    session: Arc<Session>,
-    origin: Origin,
-    /// Which run of the peer's daemon agreed to it.
-    peer_boot: u64,
-    /// The peer proved that it holds the keys: it may be sent on.
-    usable: bool,
-    /// When the peer is next shown that we hold the keys; for the initiator, until it is heard.
-    confirm_at: Option<Instant>,
-}
-
-impl Held {
-    fn supersedes(&self, other: &Self) -> bool {
-        // A restarted peer has lost every session of its last run.
-        self.peer_boot != other.peer_boot || self.origin.supersedes(&other.origin)
-    }
-}
-
 /// An initiation that may still be answered.
 struct Pending {
     initiating: Initiating,
     origin: Origin,
     sent: Instant,
-}
-
-/// Our announcement, on its way.
-struct Outgoing {
-    id: u32,
-    parts: Vec<Vec<u8>>,
-    acked: Vec<bool>,
-    /// The run of the peer that `acked` is about.
-    peer_boot: Option<u64>,
-    send_at: Instant,
-}
-
-impl Outgoing {
-    fn new(id: u32, announcement: &Announcement, now: Instant) -> Self {
-        let parts = announcement
-            .encode()
-            .chunks(PART_LEN)
-            .map(<[u8]>::to_vec)
-            .collect::<Vec<_>>();
-        Self {
-            id,
-            acked: vec![false; parts.len()],
-            parts,
-            peer_boot: None,
-            send_at: now,
-        }
-    }
-}
-
-/// The peer's announcement, as far as it came in.
-#[derive(Default)]
-struct Incoming {
-    peer_boot: u64,
-    /// The last that was complete, 0 if none.
-    done: u32,
-    id: u32,
-    parts: Vec<Option<Vec<u8>>>,
 }
 
 /// One peer. See the module.

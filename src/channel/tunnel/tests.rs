@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::channel::session::{Cipher, CipherPolicy, Door, Psk};
+use crate::channel::session::{Cipher, CipherPolicy, Door, Entropy, PeerKeys, Psk, SessionIndexes};
 use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
