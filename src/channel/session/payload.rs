@@ -12,8 +12,8 @@ pub(crate) struct Hello {
     pub(crate) timestamp: u64,
     /// The highest timestamp accepted from the peer, 0 if none.
     pub(crate) seen: u64,
-    /// Drawn when the daemon started: tells that it was restarted.
-    pub(crate) boot: u64,
+    /// Names this run of the sender: drawn at random when it starts, so that a restart is seen.
+    pub(crate) run: u64,
     /// Its ciphers.
     pub(crate) offer: Offer,
     /// On how many data lanes it will send.
@@ -25,7 +25,7 @@ impl Hello {
         let mut bytes = [0; INITIATION_PAYLOAD_LEN];
         bytes[..8].copy_from_slice(&self.timestamp.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.seen.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.boot.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.run.to_le_bytes());
         bytes[24..26].copy_from_slice(&self.offer.bytes());
         bytes[26] = self.lanes;
         bytes
@@ -36,7 +36,7 @@ impl Hello {
         (lanes > 0).then_some(Self {
             timestamp: u64_at(bytes, 0),
             seen: u64_at(bytes, 8),
-            boot: u64_at(bytes, 16),
+            run: u64_at(bytes, 16),
             offer: Offer::from_bytes([bytes[24], bytes[25]])?,
             lanes,
         })
@@ -46,8 +46,8 @@ impl Hello {
 /// What the responder says inside its answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Answer {
-    /// Drawn when the daemon started.
-    pub(crate) boot: u64,
+    /// Names this run of the sender.
+    pub(crate) run: u64,
     /// The cipher it chose; `None` refuses, for want of a common one.
     pub(crate) cipher: Option<Cipher>,
     /// Its ciphers.
@@ -59,7 +59,7 @@ pub(crate) struct Answer {
 impl Answer {
     pub(super) fn encode(&self) -> [u8; RESPONSE_PAYLOAD_LEN] {
         let mut bytes = [0; RESPONSE_PAYLOAD_LEN];
-        bytes[..8].copy_from_slice(&self.boot.to_le_bytes());
+        bytes[..8].copy_from_slice(&self.run.to_le_bytes());
         bytes[8] = self.cipher.map_or(0, Cipher::byte);
         bytes[9..11].copy_from_slice(&self.offer.bytes());
         bytes[11] = self.lanes;
@@ -73,7 +73,7 @@ impl Answer {
         };
         let lanes = bytes[11];
         (lanes > 0).then_some(Self {
-            boot: u64_at(bytes, 0),
+            run: u64_at(bytes, 0),
             cipher,
             offer: Offer::from_bytes([bytes[9], bytes[10]])?,
             lanes,
@@ -91,12 +91,12 @@ mod tests {
         #[test]
         fn payloads_survive_and_no_bytes_panic(
             bytes in proptest::array::uniform32(any::<u8>()),
-            timestamp: u64, seen: u64, boot: u64, lanes in 1u8..,
+            timestamp: u64, seen: u64, run: u64, lanes in 1u8..,
         ) {
             let offer = Offer { ciphers: CipherPolicy::Auto.into(), aes_hardware: true };
-            let hello = Hello { timestamp, seen, boot, offer, lanes };
+            let hello = Hello { timestamp, seen, run, offer, lanes };
             prop_assert_eq!(Hello::decode(&hello.encode()), Some(hello));
-            let answer = Answer { boot, cipher: None, offer, lanes };
+            let answer = Answer { run, cipher: None, offer, lanes };
             prop_assert_eq!(Answer::decode(&answer.encode()), Some(answer));
             let _ = Answer::decode(&bytes);
         }

@@ -13,7 +13,7 @@ pub(super) struct Outgoing {
     pub(super) parts: Vec<Vec<u8>>,
     pub(super) acked: Vec<bool>,
     /// The run of the peer that `acked` is about.
-    pub(super) peer_boot: Option<u64>,
+    pub(super) peer_run: Option<u64>,
     pub(super) send_at: Instant,
 }
 
@@ -28,7 +28,7 @@ impl Outgoing {
             id,
             acked: vec![false; parts.len()],
             parts,
-            peer_boot: None,
+            peer_run: None,
             send_at: now,
         }
     }
@@ -37,7 +37,7 @@ impl Outgoing {
 /// The peer's announcement, as far as it came in.
 #[derive(Default)]
 pub(super) struct Incoming {
-    pub(super) peer_boot: u64,
+    pub(super) peer_run: u64,
     /// The last that was complete, 0 if none.
     pub(super) done: u32,
     pub(super) id: u32,

@@ -61,7 +61,7 @@ pub use event::{Event, State, Transmit, Warning};
 pub use messages::{Announcement, Deliver, MAX_MESSAGE};
 
 use announcement::{CONFIG_RETRY, Incoming, Outgoing};
-use messages::{Control, PART_LEN};
+use messages::{ControlMessage, PART_LEN};
 use sessions::{Held, Origin};
 
 /// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
@@ -108,13 +108,14 @@ struct Pending {
 pub struct Tunnel {
     config: TunnelConfig,
     activity: Arc<Activity>,
-    boot: u64,
+    /// Names this run of our daemon.
+    run: u64,
     /// The last timestamp we used, or one that the peer says we have to exceed.
     timestamp: u64,
-    /// The highest timestamp accepted from the peer, …
+    /// The highest timestamp accepted from the peer.
     seen: u64,
-    /// … and which run of its daemon it came from.
-    seen_boot: u64,
+    /// The run of the peer's daemon that used the timestamp in `seen`.
+    seen_run: u64,
 
     state: State,
     closed: bool,
@@ -150,13 +151,13 @@ impl Tunnel {
     /// # Errors
     /// [`NoEntropy`] if the system has no randomness to give.
     pub fn new(config: TunnelConfig, now: Instant) -> Result<Self, NoEntropy> {
-        let boot = config.entropy.u64()?;
+        let run = config.entropy.u64()?;
         Ok(Self {
             activity: Arc::new(Activity::new(now)),
-            boot,
+            run,
             timestamp: 0,
             seen: 0,
-            seen_boot: 0,
+            seen_run: 0,
             state: State::Connecting,
             closed: false,
             learned: None,
@@ -275,33 +276,33 @@ impl Tunnel {
         let at = self
             .position(session.index())
             .ok_or(DropReason::SessionUnknown)?;
-        let peer_boot = self.sessions[at].peer_boot;
+        let peer_run = self.sessions[at].peer_run;
         self.heard(now, at);
-        match Control::decode(plaintext).ok_or(DropReason::WireMalformed)? {
-            Control::Keepalive => {}
-            Control::Ping { id } => self.send(now, &Control::Pong { id }),
-            Control::Pong { id } => self.handle_pong(now, id),
-            Control::Config {
+        match ControlMessage::decode(plaintext).ok_or(DropReason::WireMalformed)? {
+            ControlMessage::Keepalive => {}
+            ControlMessage::Ping { id } => self.send(now, &ControlMessage::Pong { id }),
+            ControlMessage::Pong { id } => self.handle_pong(now, id),
+            ControlMessage::Config {
                 id,
                 part,
                 parts,
                 body,
             } => {
-                if self.is_current_run(peer_boot) {
-                    self.send(now, &Control::ConfigAck { id, part });
-                    self.handle_config(now, peer_boot, id, part, parts, body);
+                if self.is_current_run(peer_run) {
+                    self.send(now, &ControlMessage::ConfigAck { id, part });
+                    self.handle_config(now, peer_run, id, part, parts, body);
                 }
             }
-            Control::ConfigAck { id, part } => {
+            ControlMessage::ConfigAck { id, part } => {
                 let outgoing = &mut self.outgoing;
-                let ours = id == outgoing.id && outgoing.peer_boot == Some(peer_boot);
+                let ours = id == outgoing.id && outgoing.peer_run == Some(peer_run);
                 if let Some(acked) = outgoing.acked.get_mut(usize::from(part)).filter(|_| ours) {
                     *acked = true;
                 }
             }
-            Control::Close => self.handle_close(now, peer_boot),
-            Control::Probe { size } => self.send(now, &Control::ProbeAck { size }),
-            Control::ProbeAck { size } => self.search(|search| search.acked(now, size)),
+            ControlMessage::Close => self.handle_close(now, peer_run),
+            ControlMessage::Probe { size } => self.send(now, &ControlMessage::ProbeAck { size }),
+            ControlMessage::ProbeAck { size } => self.search(|search| search.acked(now, size)),
         }
         Ok(())
     }
@@ -340,7 +341,7 @@ impl Tunnel {
 
     /// Says good-bye. Nothing is accepted or started after this.
     pub fn close(&mut self, now: Instant) {
-        self.send(now, &Control::Close);
+        self.send(now, &ControlMessage::Close);
         self.closed = true;
         self.pending.clear();
         while let Some(index) = self.sessions.first().map(|held| held.session.index()) {
@@ -417,7 +418,7 @@ impl Tunnel {
             .last_sent()
             .map(|at| at + self.config.timers.keepalive);
         if quiet.is_none_or(|due| now >= due) {
-            self.send(now, &Control::Keepalive);
+            self.send(now, &ControlMessage::Keepalive);
         }
     }
 
@@ -460,7 +461,7 @@ impl Tunnel {
         let hello = Hello {
             timestamp: self.next_timestamp(wall),
             seen: self.seen,
-            boot: self.boot,
+            run: self.run,
             offer: self.config.offer,
             lanes: self.config.lanes,
         };
@@ -519,20 +520,20 @@ impl Tunnel {
         self.timestamp = self.timestamp.max(hello.seen);
         if hello.timestamp <= self.seen {
             // Within one run timestamps rise: then it is a replay, or was overtaken on the way.
-            if hello.boot != self.seen_boot {
+            if hello.run != self.seen_run {
                 self.answer_stale(now);
             }
             return Err(DropReason::HandshakeReplay);
         }
         self.seen = hello.timestamp;
-        self.seen_boot = hello.boot;
+        self.seen_run = hello.run;
         let TunnelConfig {
             keys, role, offer, ..
         } = &self.config;
         let (role, offer) = (*role, *offer);
         let cipher = offer.agree(hello.offer);
         let answer = Answer {
-            boot: self.boot,
+            run: self.run,
             cipher,
             offer,
             lanes: self.config.lanes,
@@ -574,7 +575,7 @@ impl Tunnel {
                     timestamp: hello.timestamp,
                     seen: hello.seen,
                 },
-                hello.boot,
+                hello.run,
             );
             // The peer has the next word; an initiation of ours would only cross its own.
             let pace = self.with_jitter(self.config.timers.fast_retry);
@@ -642,7 +643,7 @@ impl Tunnel {
                 activity: Arc::clone(&self.activity),
             },
             pending.origin,
-            answer.boot,
+            answer.run,
         );
         if let Some(at) = index.and_then(|index| self.position(index)) {
             self.sessions[at].confirm_at = Some(now);
@@ -656,7 +657,7 @@ impl Tunnel {
     // Sessions.
 
     /// Accepts a session for receiving, and gives up the oldest if there are too many.
-    fn install(&mut self, spec: SessionSpec, origin: Origin, peer_boot: u64) -> Option<u32> {
+    fn install(&mut self, spec: SessionSpec, origin: Origin, peer_run: u64) -> Option<u32> {
         let session = Session::new(spec)?;
         let index = session.index();
         self.events
@@ -664,7 +665,7 @@ impl Tunnel {
         self.sessions.push(Held {
             session,
             origin,
-            peer_boot,
+            peer_run,
             usable: false,
             confirm_at: None,
         });
@@ -703,7 +704,7 @@ impl Tunnel {
         if !held.usable {
             self.make_usable(now, at);
             // The initiator repeats itself until it hears us.
-            self.send(now, &Control::Keepalive);
+            self.send(now, &ControlMessage::Keepalive);
         }
         self.observe(now);
     }
@@ -711,9 +712,9 @@ impl Tunnel {
     /// The peer proved that it holds the keys of a session.
     fn make_usable(&mut self, now: Instant, at: usize) {
         self.sessions[at].usable = true;
-        let (index, peer_boot) = (
+        let (index, peer_run) = (
             self.sessions[at].session.index(),
-            self.sessions[at].peer_boot,
+            self.sessions[at].peer_run,
         );
         // No answer is wanted any more to what was asked before this, …
         self.pending.clear();
@@ -721,7 +722,7 @@ impl Tunnel {
         self.next_attempt = now;
         self.forced = false;
         // … and what an earlier run of the peer asked for will never be used.
-        let dead = |held: &Held| !held.usable && held.peer_boot != peer_boot;
+        let dead = |held: &Held| !held.usable && held.peer_run != peer_run;
         while let Some(held) = self.sessions.iter().find(|held| dead(held)) {
             self.remove(held.session.index());
         }
@@ -752,8 +753,8 @@ impl Tunnel {
         let held = &self.sessions[at];
         self.events
             .push_back(Event::SendOn(Arc::clone(&held.session)));
-        if self.outgoing.peer_boot != Some(held.peer_boot) {
-            self.outgoing.peer_boot = Some(held.peer_boot);
+        if self.outgoing.peer_run != Some(held.peer_run) {
+            self.outgoing.peer_run = Some(held.peer_run);
             self.outgoing.acked.fill(false);
             self.outgoing.send_at = now;
         }
@@ -805,7 +806,7 @@ impl Tunnel {
             if held.confirm_at.is_some_and(|due| now >= due) {
                 held.confirm_at = Some(now + CONFIRM_RETRY);
                 let session = Arc::clone(&held.session);
-                self.send_sealed(now, &session, &Control::Keepalive, 0);
+                self.send_sealed(now, &session, &ControlMessage::Keepalive, 0);
             }
         }
     }
@@ -874,22 +875,22 @@ impl Tunnel {
         self.pings = self.pings.wrapping_add(1);
         self.ping = Some((self.pings, now));
         self.next_ping = now + self.config.timers.ping;
-        self.send(now, &Control::Ping { id: self.pings });
+        self.send(now, &ControlMessage::Ping { id: self.pings });
     }
 
     fn handle_config(
         &mut self,
         now: Instant,
-        peer_boot: u64,
+        peer_run: u64,
         id: u32,
         part: u8,
         parts: u8,
         body: &[u8],
     ) {
         let incoming = &mut self.incoming;
-        if incoming.peer_boot != peer_boot {
+        if incoming.peer_run != peer_run {
             *incoming = Incoming {
-                peer_boot,
+                peer_run,
                 ..Incoming::default()
             };
         }
@@ -921,7 +922,7 @@ impl Tunnel {
 
     fn send_config(&mut self, now: Instant) {
         self.outgoing.send_at = now + CONFIG_RETRY;
-        self.outgoing.peer_boot = self.sending_held().map(|held| held.peer_boot);
+        self.outgoing.peer_run = self.sending_held().map(|held| held.peer_run);
         let (id, parts) = (self.outgoing.id, self.outgoing.parts.len() as u8);
         for part in 0..parts {
             let at = usize::from(part);
@@ -929,7 +930,7 @@ impl Tunnel {
                 let body = std::mem::take(&mut self.outgoing.parts[at]);
                 self.send(
                     now,
-                    &Control::Config {
+                    &ControlMessage::Config {
                         id,
                         part,
                         parts,
@@ -956,7 +957,12 @@ impl Tunnel {
         let carried = self.activity.last_carried();
         self.search(|search| probe = search.poll(now, heard, carried));
         if let (Some(size), Some(session)) = (probe, self.session().map(Arc::clone)) {
-            self.send_sealed(now, &session, &Control::Probe { size }, usize::from(size));
+            self.send_sealed(
+                now,
+                &session,
+                &ControlMessage::Probe { size },
+                usize::from(size),
+            );
             if self.search.as_ref().is_some_and(Search::is_doubtful) {
                 // Whether the size is lost or everything is: the answer to something small tells.
                 self.send_ping(now);
@@ -977,8 +983,8 @@ impl Tunnel {
     }
 
     /// The peer's daemon ended: nothing of that run is of use any more.
-    fn handle_close(&mut self, now: Instant, peer_boot: u64) {
-        let of_run = |held: &&Held| held.peer_boot == peer_boot;
+    fn handle_close(&mut self, now: Instant, peer_run: u64) {
+        let of_run = |held: &&Held| held.peer_run == peer_run;
         while let Some(held) = self.sessions.iter().find(of_run) {
             self.remove(held.session.index());
         }
@@ -989,7 +995,7 @@ impl Tunnel {
     }
 
     /// Sends a control message on the session in use.
-    fn send(&mut self, now: Instant, message: &Control<'_>) {
+    fn send(&mut self, now: Instant, message: &ControlMessage<'_>) {
         if let Some(session) = self.session().map(Arc::clone) {
             self.send_sealed(now, &session, message, 0);
         }
@@ -999,7 +1005,7 @@ impl Tunnel {
         &mut self,
         now: Instant,
         session: &Session,
-        message: &Control<'_>,
+        message: &ControlMessage<'_>,
         padded_to: usize,
     ) {
         // Also if it cannot be: the pace of trying is the same.
@@ -1085,9 +1091,9 @@ impl Tunnel {
         self.sessions.get(at)
     }
 
-    fn is_current_run(&self, peer_boot: u64) -> bool {
+    fn is_current_run(&self, peer_run: u64) -> bool {
         self.sending_held()
-            .is_some_and(|held| held.peer_boot == peer_boot)
+            .is_some_and(|held| held.peer_run == peer_run)
     }
 
     fn set_state(&mut self, state: State) {

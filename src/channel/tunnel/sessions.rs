@@ -39,7 +39,7 @@ pub(super) struct Held {
     pub(super) session: Arc<Session>,
     pub(super) origin: Origin,
     /// Which run of the peer's daemon agreed to it.
-    pub(super) peer_boot: u64,
+    pub(super) peer_run: u64,
     /// The peer proved that it holds the keys: it may be sent on.
     pub(super) usable: bool,
     /// When the peer is next shown that we hold the keys; for the initiator, until it is heard.
@@ -49,6 +49,6 @@ pub(super) struct Held {
 impl Held {
     pub(super) fn supersedes(&self, other: &Self) -> bool {
         // A restarted peer has lost every session of its last run.
-        self.peer_boot != other.peer_boot || self.origin.supersedes(&other.origin)
+        self.peer_run != other.peer_run || self.origin.supersedes(&other.origin)
     }
 }
