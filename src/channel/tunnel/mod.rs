@@ -60,28 +60,19 @@ pub use config::{Timers, TunnelConfig};
 pub use event::{Event, State, Transmit, Warning};
 pub use messages::{Announcement, Deliver, MAX_MESSAGE};
 
-use announcement::{CONFIG_RETRY, Incoming, Outgoing};
+use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};
-use sessions::{Held, Origin};
+use sessions::{Origin, Sending, Sessions};
 
 /// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
 /// four seconds' round trip still ends in a session.
 const MAX_PENDING: usize = 4;
-
-/// Sessions we granted on which nothing was heard yet: more than the peer can have pending.
-const MAX_UNCONFIRMED: usize = MAX_PENDING + 1;
-
-/// Sessions in use for receiving: the current one, the one before, and both of a crossing.
-const MAX_USABLE: usize = 4;
 
 /// How long an initiation waits for its answer.
 const PENDING_LIFE: Duration = Duration::from_secs(10);
 
 /// Retries that follow each other quickly before the pace slows down.
 const FAST_ATTEMPTS: u32 = 20;
-
-/// Pace of the keepalives by which the initiator shows a new session to the responder, until it is heard.
-const CONFIRM_RETRY: Duration = Duration::from_millis(250);
 
 /// Unheard for so long, a new session is not what the peer has: ask again.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
@@ -122,9 +113,7 @@ pub struct Tunnel {
     /// Where the last authenticated datagram came from.
     learned: Option<Path>,
 
-    sessions: Vec<Held>,
-    /// Index of the session that lanes send on.
-    sending: Option<u32>,
+    sessions: Sessions,
     pending: VecDeque<Pending>,
     attempts: u32,
     next_attempt: Instant,
@@ -161,8 +150,7 @@ impl Tunnel {
             state: State::Connecting,
             closed: false,
             learned: None,
-            sessions: Vec::new(),
-            sending: None,
+            sessions: Sessions::default(),
             pending: VecDeque::new(),
             attempts: 0,
             next_attempt: now,
@@ -173,7 +161,7 @@ impl Tunnel {
             pings: 0,
             rtt: None,
             search: config.max_datagram.map(|limit| Search::new(limit, now)),
-            outgoing: Outgoing::new(1, &config.announcement, now),
+            outgoing: Outgoing::new(&config.announcement, now),
             incoming: Incoming::default(),
             warned: [None; 4],
             transmits: VecDeque::new(),
@@ -206,7 +194,7 @@ impl Tunnel {
 
     /// The session that lanes send on.
     pub fn session(&self) -> Option<&Arc<Session>> {
-        self.sending_held().map(|held| &held.session)
+        self.sessions.current().map(|current| &current.session)
     }
 
     /// The last round trip.
@@ -250,15 +238,14 @@ impl Tunnel {
     /// another source than [`Event::Endpoint`] last said.
     pub fn session_heard(&mut self, now: Instant, session: &Session, from: Path) {
         self.activity.answered(now);
-        let Some(at) = self.position(session.index()) else {
+        let Some(agreed) = self.sessions.get(session.index()) else {
             return;
         };
         // An old session still delivers what was in flight; where the peer is now, the current one tells.
-        let current = self.sending == Some(session.index()) || !self.sessions[at].usable;
-        if current {
+        if self.sessions.is_current(session.index()) || !agreed.usable {
             self.learn(now, from);
         }
-        self.heard(now, at);
+        self.heard(now, session.index());
     }
 
     /// A lane opened a control message on `session`.
@@ -273,11 +260,9 @@ impl Tunnel {
         plaintext: &[u8],
     ) -> Result<(), DropReason> {
         self.activity.answered(now);
-        let at = self
-            .position(session.index())
-            .ok_or(DropReason::SessionUnknown)?;
-        let peer_run = self.sessions[at].peer_run;
-        self.heard(now, at);
+        let agreed = self.sessions.get(session.index());
+        let peer_run = agreed.ok_or(DropReason::SessionUnknown)?.peer_run;
+        self.heard(now, session.index());
         match ControlMessage::decode(plaintext).ok_or(DropReason::WireMalformed)? {
             ControlMessage::Keepalive => {}
             ControlMessage::Ping { id } => self.send(now, &ControlMessage::Pong { id }),
@@ -293,13 +278,7 @@ impl Tunnel {
                     self.handle_config(now, peer_run, id, part, parts, body);
                 }
             }
-            ControlMessage::ConfigAck { id, part } => {
-                let outgoing = &mut self.outgoing;
-                let ours = id == outgoing.id && outgoing.peer_run == Some(peer_run);
-                if let Some(acked) = outgoing.acked.get_mut(usize::from(part)).filter(|_| ours) {
-                    *acked = true;
-                }
-            }
+            ControlMessage::ConfigAck { id, part } => self.outgoing.acked(peer_run, id, part),
             ControlMessage::Close => self.handle_close(now, peer_run),
             ControlMessage::Probe { size } => self.send(now, &ControlMessage::ProbeAck { size }),
             ControlMessage::ProbeAck { size } => self.search(|search| search.acked(now, size)),
@@ -312,7 +291,7 @@ impl Tunnel {
     /// Tells the peer something else than before.
     pub fn set_announcement(&mut self, now: Instant, announcement: Announcement) {
         if announcement != self.config.announcement {
-            self.outgoing = Outgoing::new(self.outgoing.id.wrapping_add(1), &announcement, now);
+            self.outgoing.replace(&announcement, now);
             self.config.announcement = announcement;
         }
     }
@@ -344,9 +323,7 @@ impl Tunnel {
         self.send(now, &ControlMessage::Close);
         self.closed = true;
         self.pending.clear();
-        while let Some(index) = self.sessions.first().map(|held| held.session.index()) {
-            self.remove(index);
-        }
+        self.sessions.clear(&mut self.events);
         self.stop_sending();
     }
 
@@ -359,15 +336,15 @@ impl Tunnel {
             return None;
         }
         let timers = &self.config.timers;
-        let sessions = self.sessions.iter().flat_map(|held| {
-            let expiry = held.session.created() + timers.reject_after;
-            [Some(expiry), held.confirm_at]
+        let sessions = self.sessions.iter().flat_map(|agreed| {
+            let expiry = agreed.session.created() + timers.reject_after;
+            [Some(expiry), agreed.confirm_at]
         });
         let pending = self.pending.iter().map(|p| Some(p.sent + PENDING_LIFE));
-        let sending = self.sending_held().into_iter().flat_map(|_| {
+        let sending = self.sessions.current().into_iter().flat_map(|_| {
             let sent = self.activity.last_sent();
             let down = (self.state == State::Up).then(|| self.silence_since() + timers.down_after);
-            let config = self.config_due();
+            let config = self.outgoing.due();
             [
                 Some(self.next_ping),
                 sent.map(|sent| sent + timers.keepalive),
@@ -401,10 +378,10 @@ impl Tunnel {
         {
             self.initiate(now, wall);
         }
-        if self.sending.is_none() {
+        if !self.sessions.is_sending() {
             return;
         }
-        if self.config_due().is_some_and(|due| now >= due) {
+        if self.outgoing.due().is_some_and(|due| now >= due) {
             self.send_config(now);
         }
         if now >= self.next_ping {
@@ -556,7 +533,7 @@ impl Tunnel {
             return Err(DropReason::ControlBusy);
         };
         if let (Some(cipher), Some(index)) = (cipher, index) {
-            self.install(
+            self.sessions.install(
                 SessionSpec {
                     index,
                     remote: initiation.sender(),
@@ -576,6 +553,7 @@ impl Tunnel {
                     seen: hello.seen,
                 },
                 hello.run,
+                &mut self.events,
             );
             // The peer has the next word; an initiation of ours would only cross its own.
             let pace = self.with_jitter(self.config.timers.fast_retry);
@@ -628,7 +606,7 @@ impl Tunnel {
             self.slow_down(now);
             return Ok(());
         };
-        let index = self.install(
+        let index = self.sessions.install(
             SessionSpec {
                 index: pending.initiating.into_index(),
                 remote: response.sender(),
@@ -644,10 +622,11 @@ impl Tunnel {
             },
             pending.origin,
             answer.run,
+            &mut self.events,
         );
-        if let Some(at) = index.and_then(|index| self.position(index)) {
-            self.sessions[at].confirm_at = Some(now);
-            self.make_usable(now, at);
+        if let Some(index) = index {
+            self.sessions.begin_confirming(index, now);
+            self.make_usable(now, index);
             self.confirm(now);
             self.observe(now);
         }
@@ -656,53 +635,10 @@ impl Tunnel {
 
     // Sessions.
 
-    /// Accepts a session for receiving, and gives up the oldest if there are too many.
-    fn install(&mut self, spec: SessionSpec, origin: Origin, peer_run: u64) -> Option<u32> {
-        let session = Session::new(spec)?;
-        let index = session.index();
-        self.events
-            .push_back(Event::SessionInstalled(Arc::clone(&session)));
-        self.sessions.push(Held {
-            session,
-            origin,
-            peer_run,
-            usable: false,
-            confirm_at: None,
-        });
-        self.evict(false, MAX_UNCONFIRMED);
-        Some(index)
-    }
-
-    /// Gives up the oldest sessions of a kind while there are more than `most`.
-    fn evict(&mut self, usable: bool, most: usize) {
-        let kind = |held: &&Held| held.usable == usable;
-        while self.sessions.iter().filter(kind).count() > most {
-            let oldest = self
-                .sessions
-                .iter()
-                .filter(kind)
-                .map(|held| held.session.index())
-                .find(|&index| Some(index) != self.sending);
-            match oldest {
-                Some(index) => self.remove(index),
-                None => return,
-            }
-        }
-    }
-
-    fn remove(&mut self, index: u32) {
-        if let Some(at) = self.position(index) {
-            self.sessions.remove(at).session.retire();
-            self.events.push_back(Event::SessionRemoved(index));
-        }
-    }
-
     /// Something authenticated came in on a session.
-    fn heard(&mut self, now: Instant, at: usize) {
-        let held = &mut self.sessions[at];
-        held.confirm_at = None;
-        if !held.usable {
-            self.make_usable(now, at);
+    fn heard(&mut self, now: Instant, index: u32) {
+        if self.sessions.heard(index) {
+            self.make_usable(now, index);
             // The initiator repeats itself until it hears us.
             self.send(now, &ControlMessage::Keepalive);
         }
@@ -710,115 +646,62 @@ impl Tunnel {
     }
 
     /// The peer proved that it holds the keys of a session.
-    fn make_usable(&mut self, now: Instant, at: usize) {
-        self.sessions[at].usable = true;
-        let (index, peer_run) = (
-            self.sessions[at].session.index(),
-            self.sessions[at].peer_run,
-        );
-        // No answer is wanted any more to what was asked before this, …
+    fn make_usable(&mut self, now: Instant, index: u32) {
+        // What was asked for before this needs no answer any more.
         self.pending.clear();
         self.attempts = 0;
         self.next_attempt = now;
         self.forced = false;
-        // … and what an earlier run of the peer asked for will never be used.
-        let dead = |held: &Held| !held.usable && held.peer_run != peer_run;
-        while let Some(held) = self.sessions.iter().find(|held| dead(held)) {
-            self.remove(held.session.index());
-        }
-        let switch = match (self.position(index), self.sending_held()) {
-            (Some(at), Some(current)) => self.sessions[at].supersedes(current),
-            (Some(_), None) => true,
-            (None, _) => false,
-        };
-        if switch {
-            self.send_on(now, index);
-        }
-        // What is not sent on needs no proof of ours.
-        let sending = self.sending;
-        for held in &mut self.sessions {
-            if Some(held.session.index()) != sending {
-                held.confirm_at = None;
-            }
-        }
-        self.evict(true, MAX_USABLE);
-    }
-
-    fn send_on(&mut self, now: Instant, index: u32) {
-        let Some(at) = self.position(index) else {
-            return;
-        };
-        let first = self.sending.is_none();
-        self.sending = Some(index);
-        let held = &self.sessions[at];
-        self.events
-            .push_back(Event::SendOn(Arc::clone(&held.session)));
-        if self.outgoing.peer_run != Some(held.peer_run) {
-            self.outgoing.peer_run = Some(held.peer_run);
-            self.outgoing.acked.fill(false);
-            self.outgoing.send_at = now;
-        }
-        if first {
-            self.next_ping = now;
-        }
-    }
-
-    fn stop_sending(&mut self) {
-        if self.sending.take().is_some() {
-            self.events.push_back(Event::SendOff);
-        }
-        if self.state == State::Up {
-            self.set_state(State::Down);
-        }
+        let sending = self.sessions.make_usable(index, &mut self.events);
+        self.follow(now, sending);
     }
 
     /// Ends what is too old.
     fn expire(&mut self, now: Instant) {
         let life = self.config.timers.reject_after;
-        let expired = |held: &&Held| now >= held.session.created() + life;
-        while let Some(held) = self.sessions.iter().find(expired) {
-            self.remove(held.session.index());
-        }
-        if self.sending.is_some() && self.sending_held().is_none() {
-            // Any other that the peer proved is better than none.
-            let best = self
-                .sessions
-                .iter()
-                .filter(|held| held.usable)
-                .reduce(|best, held| if held.supersedes(best) { held } else { best })
-                .map(|held| held.session.index());
-            match best {
-                Some(index) => self.send_on(now, index),
-                None => self.stop_sending(),
-            }
-        }
+        let sending = self.sessions.expire(now, life, &mut self.events);
+        self.follow(now, sending);
         self.pending
             .retain(|pending| now < pending.sent + PENDING_LIFE);
     }
 
+    /// Does what follows from a change of the session that is sent on.
+    fn follow(&mut self, now: Instant, sending: Sending) {
+        match sending {
+            Sending::Unchanged => {}
+            Sending::Switched { first } => {
+                if let Some(current) = self.sessions.current() {
+                    self.outgoing.send_to(current.peer_run, now);
+                }
+                if first {
+                    self.next_ping = now;
+                }
+            }
+            Sending::Lost => self.stop_sending(),
+        }
+    }
+
+    fn stop_sending(&mut self) {
+        self.sessions.stop_sending(&mut self.events);
+        if self.state == State::Up {
+            self.set_state(State::Down);
+        }
+    }
+
     /// Shows the peer that we hold the keys of what we asked for, until we hear that it knows.
     fn confirm(&mut self, now: Instant) {
-        for at in 0..self.sessions.len() {
-            let held = &mut self.sessions[at];
-            if held.session.is_heard() {
-                held.confirm_at = None;
-            }
-            if held.confirm_at.is_some_and(|due| now >= due) {
-                held.confirm_at = Some(now + CONFIRM_RETRY);
-                let session = Arc::clone(&held.session);
-                self.send_sealed(now, &session, &ControlMessage::Keepalive, 0);
-            }
+        while let Some(session) = self.sessions.take_unconfirmed(now) {
+            self.send_sealed(now, &session, &ControlMessage::Keepalive, 0);
         }
     }
 
     /// Sees from the times that lanes left whether the peer is there.
     fn observe(&mut self, now: Instant) {
         // What lanes opened first and could not report.
-        let unreported = |held: &Held| !held.usable && held.session.is_heard();
-        while let Some(at) = self.sessions.iter().position(unreported) {
-            self.make_usable(now, at);
+        while let Some(index) = self.sessions.heard_but_not_usable() {
+            self.make_usable(now, index);
         }
-        if self.sending.is_none() {
+        if !self.sessions.is_sending() {
             return;
         }
         let silent = now >= self.silence_since() + self.config.timers.down_after;
@@ -832,10 +715,10 @@ impl Tunnel {
     /// When a handshake is wanted, whatever the pace of attempts; possibly long ago.
     fn handshake_wanted_at(&self) -> Instant {
         let timers = &self.config.timers;
-        let Some(held) = self.sending_held().filter(|_| !self.forced) else {
+        let Some(current) = self.sessions.current().filter(|_| !self.forced) else {
             return self.next_attempt;
         };
-        let session = &held.session;
+        let session = &current.session;
         if session.messages() >= session.cipher().rekey_after() {
             return self.next_attempt;
         }
@@ -844,7 +727,9 @@ impl Tunnel {
         } else {
             timers.rekey_after + RESPONDER_GRACE
         };
-        let unheard = held.confirm_at.map(|_| session.created() + CONFIRM_TIMEOUT);
+        let unheard = current
+            .confirm_at
+            .map(|_| session.created() + CONFIRM_TIMEOUT);
         let silent = self.silence_since() + timers.answer_timeout;
         [Some(session.created() + rekey), Some(silent), unheard]
             .into_iter()
@@ -855,7 +740,8 @@ impl Tunnel {
 
     /// Since when nothing was heard. A session begins with a sign of life.
     fn silence_since(&self) -> Instant {
-        let created = self.sending_held().map(|held| held.session.created());
+        let current = self.sessions.current();
+        let created = current.map(|current| current.session.created());
         let heard = self.activity.last_heard();
         heard.max(created).unwrap_or(self.next_attempt)
     }
@@ -887,27 +773,10 @@ impl Tunnel {
         parts: u8,
         body: &[u8],
     ) {
-        let incoming = &mut self.incoming;
-        if incoming.peer_run != peer_run {
-            *incoming = Incoming {
-                peer_run,
-                ..Incoming::default()
-            };
-        }
-        if id <= incoming.done || id < incoming.id {
-            return;
-        }
-        if id > incoming.id || incoming.parts.len() != usize::from(parts) {
-            incoming.id = id;
-            incoming.parts = vec![None; usize::from(parts)];
-        }
-        incoming.parts[usize::from(part)] = Some(body.to_vec());
-        let Some(whole) = incoming.parts.iter().cloned().collect::<Option<Vec<_>>>() else {
+        let Some(whole) = self.incoming.push(peer_run, id, part, parts, body) else {
             return;
         };
-        incoming.done = id;
-        incoming.parts.clear();
-        match Announcement::decode(&whole.concat()) {
+        match Announcement::decode(&whole) {
             Some(announcement) if announcement.role() == self.config.role.other() => {
                 self.events.push_back(Event::PeerConfig(announcement));
             }
@@ -915,30 +784,17 @@ impl Tunnel {
         }
     }
 
-    fn config_due(&self) -> Option<Instant> {
-        let open = self.outgoing.acked.iter().any(|acked| !acked);
-        open.then_some(self.outgoing.send_at)
-    }
-
     fn send_config(&mut self, now: Instant) {
-        self.outgoing.send_at = now + CONFIG_RETRY;
-        self.outgoing.peer_run = self.sending_held().map(|held| held.peer_run);
-        let (id, parts) = (self.outgoing.id, self.outgoing.parts.len() as u8);
-        for part in 0..parts {
-            let at = usize::from(part);
-            if !self.outgoing.acked[at] {
-                let body = std::mem::take(&mut self.outgoing.parts[at]);
-                self.send(
-                    now,
-                    &ControlMessage::Config {
-                        id,
-                        part,
-                        parts,
-                        body: &body,
-                    },
-                );
-                self.outgoing.parts[at] = body;
-            }
+        let peer_run = self.sessions.current().map(|current| current.peer_run);
+        let (id, parts) = (self.outgoing.id(), self.outgoing.count());
+        for (part, body) in self.outgoing.take_due(now, peer_run) {
+            let message = ControlMessage::Config {
+                id,
+                part,
+                parts,
+                body: &body,
+            };
+            self.send(now, &message);
         }
     }
 
@@ -984,11 +840,8 @@ impl Tunnel {
 
     /// The peer's daemon ended: nothing of that run is of use any more.
     fn handle_close(&mut self, now: Instant, peer_run: u64) {
-        let of_run = |held: &&Held| held.peer_run == peer_run;
-        while let Some(held) = self.sessions.iter().find(of_run) {
-            self.remove(held.session.index());
-        }
-        if self.sending_held().is_none() {
+        self.sessions.remove_run(peer_run, &mut self.events);
+        if self.sessions.current().is_none() {
             self.stop_sending();
             self.slow_down(now);
         }
@@ -1080,20 +933,9 @@ impl Tunnel {
         pace + Duration::from_millis(random % third)
     }
 
-    fn position(&self, index: u32) -> Option<usize> {
-        self.sessions
-            .iter()
-            .position(|held| held.session.index() == index)
-    }
-
-    fn sending_held(&self) -> Option<&Held> {
-        let at = self.position(self.sending?)?;
-        self.sessions.get(at)
-    }
-
     fn is_current_run(&self, peer_run: u64) -> bool {
-        self.sending_held()
-            .is_some_and(|held| held.peer_run == peer_run)
+        let current = self.sessions.current();
+        current.is_some_and(|current| current.peer_run == peer_run)
     }
 
     fn set_state(&mut self, state: State) {
@@ -1121,22 +963,13 @@ impl Tunnel {
     }
 }
 
-impl Drop for Tunnel {
-    fn drop(&mut self) {
-        // A lane may hold a session a little longer; it must not use it.
-        for held in &self.sessions {
-            held.session.retire();
-        }
-    }
-}
-
 impl fmt::Debug for Tunnel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tunnel")
             .field("peer", &self.config.peer)
             .field("role", &self.config.role)
             .field("state", &self.state)
-            .field("sending", &self.sending)
+            .field("sending", &self.session())
             .finish_non_exhaustive()
     }
 }

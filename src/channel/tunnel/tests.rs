@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 
+use super::sessions::{MAX_UNCONFIRMED, MAX_USABLE};
 use super::*;
 use crate::channel::session::{Cipher, CipherPolicy, Door, Entropy, PeerKeys, Psk, SessionIndexes};
 use crate::channel::wire::{
