@@ -12,10 +12,11 @@ use clap::Parser;
 use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
 
-use crate::channel::session::{Entropy, Psk};
+use crate::channel::session::Psk;
 use crate::daemon::confine;
 use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError};
+use crate::io::entropy;
 use crate::kernel::journal::{self, JournalError};
 use crate::kernel::{Host, HostError};
 use crate::lab::{DemoError, LabError};
@@ -130,7 +131,7 @@ fn start_log(format: LogFormat) {
 }
 
 fn genpsk() -> Result<(), Failure> {
-    let psk = Psk::generate(&Entropy::system()).map_err(|error| Failure::new(FAILED, error))?;
+    let psk = Psk::generate(&entropy::system()).map_err(|error| Failure::new(FAILED, error))?;
     print(&format!("{}\n", *psk.to_base64()))
 }
 

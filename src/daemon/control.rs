@@ -23,10 +23,11 @@ use tracing::{debug, error, info, warn};
 use super::DaemonError;
 use super::setup::{Ready, Tools, resolve};
 use crate::channel::pmtu;
-use crate::channel::session::{Door, Entropy, Offer, SessionIndexes};
+use crate::channel::session::{Door, Offer, SessionIndexes};
 use crate::channel::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::DATA_OVERHEAD;
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use crate::io::entropy;
 use crate::io::udp::UdpSocket;
 use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
@@ -208,7 +209,7 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
         return Ok(Translation::Old(gates.collect()));
     }
     let mut seed = [0; 16];
-    Entropy::system().fill(&mut seed).map_err(failed)?;
+    entropy::system().fill(&mut seed).map_err(failed)?;
     let (low, high) = seed.split_at(8);
     let word = |bytes: &[u8]| {
         bytes
@@ -268,7 +269,7 @@ fn peers(
                     max_datagram: Some(pmtu::BASE),
                     timers,
                     indexes: indexes.clone(),
-                    entropy: Entropy::system(),
+                    entropy: entropy::system(),
                 },
                 now,
             )

@@ -4,5 +4,6 @@
 //! contents, sessions or flows.
 
 pub mod batch;
+pub mod entropy;
 pub mod tun;
 pub mod udp;

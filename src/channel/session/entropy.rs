@@ -1,22 +1,15 @@
-//! Where the channel's random bytes come from.
+//! Where the channel's random bytes come from: not from here, but from whoever makes a tunnel.
 
 use std::fmt;
+use std::sync::Arc;
 #[cfg(test)]
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
-/// Where random bytes come from: the system, or in tests a source that gives the same ones each run.
+/// A source of random bytes: `io::entropy::system`, or in tests one that gives the same each time.
 #[derive(Clone)]
-pub struct Entropy(Source);
+pub struct Entropy(Arc<Source>);
 
-#[derive(Clone)]
-enum Source {
-    System,
-    #[cfg(test)]
-    Test(TestSource),
-}
-
-#[cfg(test)]
-type TestSource = Arc<Mutex<dyn FnMut(&mut [u8]) + Send>>;
+type Source = dyn Fn(&mut [u8]) -> Result<(), NoEntropy> + Send + Sync;
 
 /// The system had no randomness to give.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -24,9 +17,11 @@ type TestSource = Arc<Mutex<dyn FnMut(&mut [u8]) + Send>>;
 pub struct NoEntropy;
 
 impl Entropy {
-    /// The system's random number generator.
-    pub fn system() -> Self {
-        Self(Source::System)
+    /// The bytes that `source` gives.
+    pub fn new(
+        source: impl Fn(&mut [u8]) -> Result<(), NoEntropy> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(source))
     }
 
     /// Fills `bytes`.
@@ -34,14 +29,7 @@ impl Entropy {
     /// # Errors
     /// [`NoEntropy`] if the source failed.
     pub fn fill(&self, bytes: &mut [u8]) -> Result<(), NoEntropy> {
-        match &self.0 {
-            Source::System => aws_lc_rs::rand::fill(bytes).map_err(|_| NoEntropy),
-            #[cfg(test)]
-            Source::Test(source) => {
-                (source.lock().unwrap())(bytes);
-                Ok(())
-            }
-        }
+        (self.0)(bytes)
     }
 
     pub(crate) fn u64(&self) -> Result<u64, NoEntropy> {
@@ -52,7 +40,11 @@ impl Entropy {
 
     #[cfg(test)]
     pub(crate) fn of(source: impl FnMut(&mut [u8]) + Send + 'static) -> Self {
-        Self(Source::Test(Arc::new(Mutex::new(source))))
+        let source = Mutex::new(source);
+        Self::new(move |bytes| {
+            (source.lock().unwrap())(bytes);
+            Ok(())
+        })
     }
 
     /// SplitMix64 (Steele, Lea, Flood, 2014).

@@ -175,8 +175,8 @@ fn sign<const N: usize>(keys: &PeerKeys, message: &mut [u8; N]) {
     tag.copy_from_slice(&keys.mac_of(signed));
 }
 
-/// snow's own primitives, with our randomness, and with their keys overwritten at the end: they keep
-/// them on the heap, where [`Wiped`] does not reach.
+/// snow's own primitives, with their keys overwritten at the end: they keep them on the heap, where
+/// [`Wiped`] does not reach. Randomness is ours alone: snow is built without a source of its own.
 struct WipingResolver(Entropy);
 
 impl CryptoResolver for WipingResolver {

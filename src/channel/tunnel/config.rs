@@ -33,7 +33,7 @@ pub struct TunnelConfig {
     pub timers: Timers,
     /// Shared by all tunnels of the daemon.
     pub indexes: SessionIndexes,
-    /// Usually [`Entropy::system`].
+    /// Usually the system's: `io::entropy::system`.
     pub entropy: Entropy,
 }
 
