@@ -205,7 +205,7 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
         let gates = config
             .peers
             .iter()
-            .map(|peer| Gate::new(peer.moves.clone()));
+            .map(|peer| Gate::new(peer.moves.clone(), entropy::seed()));
         return Ok(Translation::Old(gates.collect()));
     }
     let mut seed = [0; 16];

@@ -19,6 +19,7 @@ use crate::channel::session::{
 };
 use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::{DATA_OVERHEAD, Data, Message};
+use crate::flow::seed::Seed;
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::model::moved::Move;
@@ -285,7 +286,7 @@ fn ways() -> (Gate, Translator, Instant) {
         ..Delivery::default()
     };
     translator.set_delivery(PeerId(0), delivery).unwrap();
-    (Gate::new(moves), translator, now)
+    (Gate::new(moves, Seed::new([1, 2])), translator, now)
 }
 
 /// Parts of packets in any order: three bytes each say what they are.
