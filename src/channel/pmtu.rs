@@ -262,6 +262,7 @@ impl Search {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::epoch;
     use proptest::prelude::*;
 
     /// Runs a search over a path that carries `carries`, losing every `nth` probe besides.
@@ -290,17 +291,9 @@ mod tests {
         }
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a virtual clock has to begin somewhere"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
-
     #[test]
     fn the_limit_is_tried_first() {
-        let now = start();
+        let now = epoch();
         let mut search = Search::new(1_472, now);
         assert_eq!(search.current(), BASE);
         assert_eq!(search.poll(now, None, None), Some(1_472));
@@ -314,7 +307,7 @@ mod tests {
 
     /// When the size is next confirmed, if packets are carried all the time or never.
     fn confirmed_after(carried: bool) -> Duration {
-        let start = start();
+        let start = epoch();
         let mut search = Search::new(1_472, start);
         run(&mut search, start, Duration::ZERO, 1_472, 0);
         let mut now = start;
@@ -342,7 +335,7 @@ mod tests {
 
     #[test]
     fn a_black_hole_in_use_is_noticed_within_two_seconds() {
-        let mut now = start();
+        let mut now = epoch();
         let mut search = Search::new(1_472, now);
         search.set_rtt(Duration::from_millis(20));
         run(&mut search, now, Duration::from_secs(1), 1_472, 0);
@@ -359,7 +352,7 @@ mod tests {
 
     #[test]
     fn a_silent_peer_is_asked_a_few_times_and_again_once_it_was_heard() {
-        let mut now = start();
+        let mut now = epoch();
         let mut search = Search::new(1_472, now);
         let mut asked = |times: usize, heard: bool| {
             let asks = (0..times).filter(|_| {
@@ -377,7 +370,7 @@ mod tests {
 
     #[test]
     fn a_probe_is_waited_for_longer_than_the_round_trip() {
-        let now = start();
+        let now = epoch();
         let mut search = Search::new(1_472, now);
         for rtt in [0, 1, 60, 300, 4_000].map(Duration::from_millis) {
             search.set_rtt(rtt);
@@ -389,7 +382,7 @@ mod tests {
 
     #[test]
     fn a_lost_probe_in_silence_tells_nothing() {
-        let mut now = start();
+        let mut now = epoch();
         let mut search = Search::new(1_472, now);
         for _ in 0..20 {
             assert_eq!(search.poll(now, None, None), Some(1_472));
@@ -399,7 +392,7 @@ mod tests {
 
     #[test]
     fn a_path_narrower_than_the_base() {
-        let now = start();
+        let now = epoch();
         let mut search = Search::new(1_472, now);
         run(&mut search, now, Duration::from_secs(120), 900, 0);
         assert!(
@@ -415,7 +408,7 @@ mod tests {
             limit in 508u16..9_000, carries in 508u16..9_000, narrowed in 508u16..9_000, nth in 0u32..6,
         ) {
             prop_assume!(nth != 1);
-            let mut now = start();
+            let mut now = epoch();
             let mut search = Search::new(limit, now);
             for carries in [carries, narrowed, carries] {
                 now = run(&mut search, now, Duration::from_secs(1_000), carries, nth);

@@ -443,6 +443,7 @@ mod tests {
     use crate::packet::icmp;
     use crate::packet::testing::{Plan, assert_sums, complete, plans};
     use crate::packet::{ACK, SYN};
+    use crate::testing::epoch;
     use proptest::prelude::*;
     use std::time::Duration;
 
@@ -462,12 +463,8 @@ mod tests {
             .to_vec()
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "any point in time will do as a beginning"
-    )]
     fn bed(moves: &[&str], port: Option<u16>, max_flows: usize) -> (Nat, Instant) {
-        let now = Instant::now();
+        let now = epoch();
         let nat = Nat::new(NatConfig {
             moves: moves.iter().map(|text| text.parse().unwrap()).collect(),
             targets: targets(port),

@@ -1045,6 +1045,7 @@ fn inside_hash(seed: &Seed, key: &Inside) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::epoch;
     use proptest::prelude::*;
     use std::collections::HashMap;
     use std::net::Ipv4Addr;
@@ -1061,12 +1062,8 @@ mod tests {
     }
 
     impl Bed {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "any point in time will do as a beginning"
-        )]
         fn new(max: usize) -> Self {
-            let now = Instant::now();
+            let now = epoch();
             Self {
                 table: FlowTable::new(Seed::new([1, 2]), now),
                 limit: Limit::new(max),

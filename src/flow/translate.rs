@@ -917,6 +917,7 @@ mod tests {
     use crate::packet::icmp;
     use crate::packet::testing::{Plan, assert_sums, complete, plans};
     use crate::packet::{RST, Sum};
+    use crate::testing::epoch;
     use proptest::prelude::*;
 
     const PEER: PeerId = PeerId(1);
@@ -933,12 +934,8 @@ mod tests {
     }
 
     impl Bed {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "any point in time will do as a beginning"
-        )]
         fn new(moves: &[&str], delivery: Delivery) -> Self {
-            let now = Instant::now();
+            let now = epoch();
             let translator = Translator::new(TranslatorConfig {
                 shards: 4,
                 max_flows: 1000,

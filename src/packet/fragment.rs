@@ -296,15 +296,8 @@ pub fn is_first(parsed: &Parsed) -> bool {
 mod tests {
     use super::*;
     use crate::packet::testing::{Plan, assert_sums};
+    use crate::testing::epoch;
     use proptest::prelude::*;
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a virtual clock has to begin somewhere"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
 
     fn pieces(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
         let parsed = Parsed::parse(packet).unwrap();
@@ -360,7 +353,7 @@ mod tests {
 
     #[test]
     fn an_overlap_spoils_the_packet() {
-        let now = start();
+        let now = epoch();
         let packet = udp(3_000);
         let all = pieces(&packet, 1_020);
         let check = |overlaps: &mut Overlaps, piece: &[u8]| {
@@ -399,7 +392,7 @@ mod tests {
 
     #[test]
     fn what_waits_is_bounded_and_forgotten() {
-        let now = start();
+        let now = epoch();
         let mut waiting = Waiting::default();
         for id in 0..MAX_WAITING as u32 {
             assert!(waiting.keep(now, id, (), &[0; 100]).is_empty());

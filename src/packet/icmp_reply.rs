@@ -108,18 +108,11 @@ mod tests {
     use super::*;
     use crate::packet::Kind;
     use crate::packet::testing::Plan;
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a virtual clock has to begin somewhere"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
+    use crate::testing::epoch;
 
     #[test]
     fn a_burst_and_then_a_pace() {
-        let now = start();
+        let now = epoch();
         let mut answers = Answers::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();
@@ -138,7 +131,7 @@ mod tests {
 
     #[test]
     fn an_answer_is_taken_once() {
-        let now = start();
+        let now = epoch();
         let mut answers = Answers::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();

@@ -86,11 +86,11 @@ impl Activity {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::epoch;
 
     #[test]
     fn what_was_heard_is_known_to_the_millisecond_and_answers_exactly() {
-        #[expect(clippy::disallowed_methods, reason = "only as a beginning")]
-        let epoch = Instant::now();
+        let epoch = epoch();
         let activity = Activity::new(epoch);
         let at = |micros| epoch + Duration::from_micros(micros);
         assert_eq!(activity.last_heard(), None);

@@ -236,11 +236,11 @@ mod tests {
 
     use super::*;
     use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
+    use crate::testing::epoch;
 
     /// Two ends of one session, without a handshake.
     pub(super) fn ends(cipher: Cipher, lanes: u8) -> [Arc<Session>; 2] {
-        #[expect(clippy::disallowed_methods, reason = "only as a stamp")]
-        let now = Instant::now();
+        let now = epoch();
         let end = |own_role: Role, index: u32, remote: u32| {
             let entropy = Entropy::of(move |bytes| bytes.copy_from_slice(&index.to_le_bytes()));
             Session::new(SessionSpec {

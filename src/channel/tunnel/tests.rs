@@ -18,6 +18,7 @@ use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
 use crate::model::drops::Drops;
+use crate::testing::epoch;
 
 const OLD: usize = 0;
 const NEW: usize = 1;
@@ -144,11 +145,7 @@ struct Pair {
 impl Pair {
     /// Neither side runs yet.
     fn new(seed: u64) -> Self {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "somewhere a virtual clock has to begin"
-        )]
-        let now = Instant::now();
+        let now = epoch();
         let side = |side: usize| {
             let keys = PeerKeys::derive(&psk(7));
             Side {
