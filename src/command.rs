@@ -3,7 +3,12 @@
 //! The binary's edge: the one place that prints, and that turns every error into one line saying
 //! what failed, on which object, and what to do.
 
-#![allow(clippy::print_stdout, clippy::print_stderr)] // this is the command line's own voice
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "an edge: the command line's own voice"
+)]
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;

@@ -18,6 +18,11 @@
 //! task, and what is not a packet (handshakes, control messages) goes to it through a bounded queue.
 //! There is no allocation per packet and no lock is held across a system call.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "an edge: its loops read the clock and run threads"
+)]
+
 mod helper;
 mod inbound;
 mod outbound;

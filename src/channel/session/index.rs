@@ -1,13 +1,13 @@
 //! The numbers under which sessions receive, unique over all peers of a daemon.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Entropy, NoEntropy};
 
 /// The session indexes that are in use, over all peers of a daemon.
 #[derive(Clone, Default, Debug)]
-pub struct SessionIndexes(Arc<Mutex<HashSet<u32>>>);
+pub struct SessionIndexes(Arc<Mutex<BTreeSet<u32>>>);
 
 impl SessionIndexes {
     /// Draws an index that is not in use. It is free again when the returned value is dropped.

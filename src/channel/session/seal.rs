@@ -235,6 +235,7 @@ mod tests {
     use crate::channel::wire::DATA_OVERHEAD;
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "two threads that share a lane")]
     fn nonces_do_not_repeat_over_threads_and_end_at_the_limit() {
         let [old, _] = ends(Cipher::Aes256Gcm, 1);
         let sealer = old.sealer(0).unwrap();
