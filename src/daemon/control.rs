@@ -80,7 +80,6 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
 }
 
 /// Carries packets until a signal, then says goodbye.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
 async fn carry(
     config: Config,
     tools: Tools,
@@ -345,7 +344,6 @@ struct Control<'h> {
 
 impl Control<'_> {
     /// Waits for whatever comes first, until a signal.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     async fn serve(
         &mut self,
         signals: &mut Signals,
@@ -421,7 +419,6 @@ impl Control<'_> {
     }
 
     /// Lets every tunnel do what is due, and carries out what comes of it.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     fn turn(&mut self, now: Instant) {
         let wall = SystemTime::now();
         for index in 0..self.peers.len() {
@@ -1016,7 +1013,6 @@ impl Control<'_> {
     // The end.
 
     /// Says goodbye to every peer.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     fn close(&mut self) {
         let now = Instant::now();
         for peer in &mut self.peers {

@@ -218,7 +218,6 @@ fn find_server(
 }
 
 /// Translates packets until a signal.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
 async fn carry(
     settings: NatSettings,
     tools: Tools,
@@ -405,7 +404,6 @@ struct Lane {
 
 impl Lane {
     /// Runs until told to stop.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per burst
     fn run(mut self) -> Result<(), String> {
         let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
         let mut ticked = Instant::now();

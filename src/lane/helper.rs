@@ -196,7 +196,6 @@ impl<W: Work> Ends<W> {
     }
 
     /// Works until the work is recalled, or is to stop.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, twice per wake-up
     fn run(&self, work: &mut W) {
         let mut more = false;
         loop {
