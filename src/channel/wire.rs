@@ -1,8 +1,9 @@
-//! What a datagram between two daemons looks like: the layouts of `contrib/protocol.md`, byte by byte.
+//! What a datagram between two daemons looks like: the layouts of `contrib/protocol.md`, byte by
+//! byte.
 //!
-//! Owns the views over the three message types. A view is made once, by a `parse` that checks length,
-//! type, version and reserved bytes; everything after relies on it and cannot panic. Knows no keys:
-//! a view says nothing about who wrote the bytes (`session` does).
+//! Owns the views over the three message types. A view is made once, by a `parse` that checks
+//! length, type, version and reserved bytes; everything after relies on it and cannot panic. Knows
+//! no keys: a view says nothing about who wrote the bytes (`session` does).
 //!
 //! ```text
 //! Initiation  0 type 1 | 1 version | 2 role | 3 reserved | 4 sender index

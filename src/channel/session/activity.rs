@@ -1,13 +1,13 @@
-//! When a peer was last heard and last sent to, shared by the lanes and the tunnel's timers.
+//! When a peer was last heard and last sent to: written by the lanes, read by the tunnel's timers.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// When something was last heard from a peer and sent to it, on whatever session and lane.
 ///
-/// Lanes write it once a batch; the tunnel's timers read it. Microseconds since an epoch, so that a
-/// time fits an atomic: whether an answer came after its question is asked of peers that are a tenth of
-/// a millisecond away.
+/// Lanes write it once a batch; the tunnel's timers read it. Times are microseconds since an epoch,
+/// so that they fit an atomic. They are no coarser, because the tunnel asks whether an answer came
+/// after its question, and a peer may be a tenth of a millisecond away.
 #[derive(Debug)]
 pub struct Activity {
     epoch: Instant,
@@ -17,7 +17,8 @@ pub struct Activity {
 }
 
 impl Activity {
-    /// Pause between two writes of the lanes, in microseconds: they share the cell, and no timer is finer.
+    /// Least time between two writes of the lanes, in microseconds. They share the cell, and none
+    /// of the timers that depend on it is finer.
     const WRITE_PAUSE: u64 = 1_000;
 
     /// Starts a record at `epoch`: nothing heard, nothing sent.
@@ -30,12 +31,13 @@ impl Activity {
         }
     }
 
-    /// An authenticated datagram came in. Known to the millisecond while there are many.
+    /// An authenticated datagram came in. While there are many, the time is kept to the
+    /// millisecond.
     pub fn heard(&self, now: Instant) {
         self.raise(&self.heard, now);
     }
 
-    /// A handshake or control message came in, of which there are few. Known exactly.
+    /// A handshake or control message came in. There are few, so the time is kept exactly.
     pub fn answered(&self, now: Instant) {
         self.heard.fetch_max(self.micros(now), Relaxed);
     }
@@ -72,7 +74,7 @@ impl Activity {
         }
     }
 
-    /// One above, so that 0 can mean never.
+    /// Microseconds since the epoch plus one, since 0 means never.
     fn micros(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.epoch).as_micros() as u64 + 1
     }

@@ -14,8 +14,8 @@ use crate::channel::wire::{DATA_HEADER_LEN, TAG_LEN};
 pub(super) enum LaneKey {
     /// Wiped by AWS-LC.
     AwsLc(LessSafeKey),
-    /// As it is: the cipher sets itself up anew for each datagram, which takes it some nanoseconds. Where it
-    /// stays, so that moving the lane leaves no copy behind.
+    /// As it is: the cipher sets itself up anew for each datagram, which takes it some nanoseconds.
+    /// Where it stays, so that moving the lane leaves no copy behind.
     Aegis(Box<Zeroizing<[u8; KEY_LEN]>>),
 }
 
@@ -56,7 +56,8 @@ impl LaneKey {
         }
     }
 
-    /// Decrypts `text` before the tag at its end, if that is the tag of it and of `header`; its length.
+    /// Decrypts `text` before the tag at its end, if that is the tag of it and of `header`; its
+    /// length.
     pub(super) fn open(
         &self,
         counter: u64,
@@ -103,8 +104,8 @@ fn aegis_open(
     aegis.decrypt_in_place(text, tag, header).is_ok()
 }
 
-/// Overwrites the stack where the frame of the last call was: more than key, nonce and what is saved take
-/// there twice.
+/// Overwrites the stack where the frame of the last call was: more than key, nonce and what is
+/// saved take there twice.
 #[inline(never)]
 fn wipe_stack() {
     let mut frame = [0u64; 48];
@@ -122,8 +123,8 @@ fn nonce<const N: usize>(counter: u64) -> [u8; N] {
 mod tests {
     use super::*;
 
-    /// The draft's test vectors of AEGIS-256X4: earlier drafts defined another cipher by this name. The
-    /// ciphertext of the second is that of 05060708, not of the 04050607 that it prints.
+    /// The draft's test vectors of AEGIS-256X4: earlier drafts defined another cipher by this name.
+    /// The ciphertext of the second is that of 05060708, not of the 04050607 that it prints.
     #[test]
     fn aegis_is_that_of_the_draft() {
         let key: [u8; 32] = std::array::from_fn(|at| at as u8);

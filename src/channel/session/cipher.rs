@@ -5,18 +5,19 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Most datagrams sealed under one AES-256-GCM key before a new session is asked for. At 1,400 bytes
-/// that is 2^34.5 blocks, which leaves an attacker an advantage of about 2^-60 over a random function
-/// (Luykx and Paterson, "Limits on authenticated encryption use in TLS", 2017).
+/// Most datagrams sealed under one AES-256-GCM key before a new session is asked for. At 1,400
+/// bytes that is 2^34.5 blocks, which leaves an attacker an advantage of about 2^-60 over a random
+/// function (Luykx and Paterson, "Limits on authenticated encryption use in TLS", 2017).
 const REKEY_AFTER_AES: u64 = 1 << 28;
 
-/// The same for the others, where only the counter's width matters: WireGuard's number.
+/// The same for the other ciphers, where only the counter's width matters: WireGuard's number.
 const REKEY_AFTER_OTHERS: u64 = 1 << 60;
 
-/// Sixteen times [`REKEY_AFTER_AES`]: more than 20 million datagrams a second for the life of a session.
+/// Sixteen times [`REKEY_AFTER_AES`]. A session that lives 180 s would reach it at more than 20
+/// million datagrams a second.
 pub(super) const REJECT_AFTER_AES: u64 = 1 << 32;
 
-/// Leaves room above, so that no number of lanes that run into the limit can make the counter wrap.
+/// Far enough below 2^63 that the counter cannot wrap, however often a lane asks beyond the limit.
 const REJECT_AFTER_OTHERS: u64 = 1 << 62;
 
 /// How a session's datagrams are sealed.
@@ -82,7 +83,7 @@ impl fmt::Display for Cipher {
 /// Which ciphers this side allows (`--cipher`).
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum CipherPolicy {
-    /// Any, but of themselves two sides choose between the standard ones, the faster for both machines.
+    /// Any. Two sides that both allow any choose the standard one that is faster on both machines.
     #[default]
     Auto,
     /// This one or no session.
@@ -201,8 +202,8 @@ impl Offer {
         [self.ciphers.0, u8::from(self.aes_hardware)]
     }
 
-    /// Bits that this version does not know are ciphers it cannot choose: they are passed over. With no
-    /// others there is none in common, which the peer has to be told.
+    /// Bits that this version does not know are ciphers it cannot choose, and are ignored. An offer
+    /// of only such bits is still read: the peer has to be told that there is no common cipher.
     pub(super) fn from_bytes([allowed, hardware]: [u8; 2]) -> Option<Self> {
         (allowed != 0).then_some(Self {
             ciphers: Ciphers(allowed & Ciphers::all().0),

@@ -1,7 +1,7 @@
 //! The secret of two daemons, and the keys that follow from it.
 //!
-//! Owns the pre-shared key, the derivation (HKDF-SHA256), and [`Wiped`] for secrets of types that do
-//! not wipe themselves. Every secret here is wiped when it is dropped, and is never printed.
+//! Owns the pre-shared key, the derivation (HKDF-SHA256), and [`Wiped`] for secrets of types that
+//! do not wipe themselves. Every secret here is wiped when it is dropped, and is never printed.
 
 use std::fmt;
 use std::mem::MaybeUninit;
@@ -53,7 +53,8 @@ impl fmt::Debug for Psk {
 pub enum PskError {
     /// Not 44 characters, the base64 form of 32 bytes.
     #[error(
-        "the key has {0} characters where 44 are expected (32 bytes in base64); make one with `ipmoved genpsk`"
+        "the key has {0} characters where 44 are expected (32 bytes in base64); \
+         make one with `ipmoved genpsk`"
     )]
     Length(usize),
     /// Not base64.

@@ -11,11 +11,12 @@ use crate::channel::wire::{INITIATION_LEN, MAC_LEN, Message, RESPONSE_LEN, u64_a
 use crate::model::drops::DropReason;
 use crate::model::peer::PeerId;
 
-/// Lets in the handshake messages of configured peers, each of them once. It costs one keyed hash per
-/// peer, and nothing else.
+/// Lets in the handshake messages of configured peers, each of them once. It costs one keyed hash
+/// per peer, and nothing else.
 ///
-/// All lanes share it, so that what a stranger sends never reaches the control task. A recording that
-/// is sent again and again does not reach it either: it costs no more than a stranger's message.
+/// All lanes share it, so that what a stranger sends never reaches the control task. A recording
+/// that is sent again and again does not reach it either: it costs no more than a stranger's
+/// message.
 #[derive(Debug, Default)]
 pub struct Door {
     peers: Vec<KnownPeer>,
@@ -35,8 +36,8 @@ impl Door {
     /// Finds the peer whose key made a handshake message. Allocates nothing.
     ///
     /// # Errors
-    /// [`DropReason::WireMalformed`] and [`DropReason::WireVersion`] as [`Message::parse`] has them,
-    /// [`DropReason::HandshakeAuth`] if it was made with no peer's key,
+    /// [`DropReason::WireMalformed`] and [`DropReason::WireVersion`] as [`Message::parse`] has
+    /// them, [`DropReason::HandshakeAuth`] if it was made with no peer's key,
     /// [`DropReason::HandshakeReplay`] if the same one was let in before.
     pub fn admit(&self, datagram: &[u8]) -> Result<Admitted, DropReason> {
         let message = match Message::parse(datagram)? {
@@ -90,16 +91,17 @@ impl Admitted {
     }
 }
 
-/// How many handshake messages of a peer are remembered: those of some hours, for two come every two
-/// minutes, and some more while the peer does not answer. The tunnel refuses what is forgotten here.
+/// How many handshake messages of a peer are remembered: those of some hours, for two come every
+/// two minutes, and some more while the peer does not answer. The tunnel refuses what is forgotten
+/// here.
 const REMEMBERED: usize = 512;
 
 struct KnownPeer {
     id: PeerId,
     keys: PeerKeys,
-    /// A hash table of the macs that were let in. The first half of a mac says in which slot its second
-    /// half is kept. Only a holder of the key can make a mac, so a stranger cannot fill a slot and have
-    /// the peer's next message refused.
+    /// A hash table of the macs that were let in. The first half of a mac says in which slot its
+    /// second half is kept. Only a holder of the key can make a mac, so a stranger cannot fill a
+    /// slot and have the peer's next message refused.
     seen: Box<[AtomicU64]>,
 }
 
@@ -116,7 +118,8 @@ impl KnownPeer {
     fn is_new(&self, mac: &[u8; MAC_LEN]) -> bool {
         let (first, second) = (u64_at(mac, 0), u64_at(mac, 8));
         let slot = &self.seen[(first % REMEMBERED as u64) as usize];
-        // An empty slot is 0. So one mac in 2^64 is refused although it is new; its sender tries again.
+        // An empty slot is 0. So one mac in 2^64 is refused although it is new; its sender tries
+        // again.
         slot.swap(second, Relaxed) != second
     }
 }

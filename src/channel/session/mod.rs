@@ -1,24 +1,34 @@
 //! One agreed session: its keys, its lanes, and how both are put together.
 //!
-//! The only room that uses `snow`, and the only one that holds keys. It knows one message at a time.
-//! When to start a handshake, which of two sessions is used, and whether an old timestamp is refused is
-//! decided in `tunnel`; what the bytes look like is written in `wire`.
+//! The only room that uses `snow`, and the only one that holds keys. It knows one message at a
+//! time. When to start a handshake, which of two sessions is used, and whether an old timestamp is
+//! refused is decided in `tunnel`; what the bytes look like is written in `wire`.
 //!
 //! ```text
-//! PSK ──HKDF──► mac key    a stranger's handshake message fails at one keyed hash       mac_check
-//!  keys └─────► noise key  NNpsk0: its first message fails at one AEAD, before any DH   noise, payload
+//! PSK ──HKDF──► mac key    a stranger's handshake message fails at one keyed hash
+//!       └─────► noise key  NNpsk0: without the PSK it fails at one AEAD, before any Diffie-Hellman
 //!                  │ split
 //!                  ├─► initiator → responder ──HKDF── one key per lane: Sealer here, Opener there
 //!                  └─► responder → initiator ──HKDF── one key per lane: Opener here, Sealer there
-//!                                                                             cipher, aead, seal
 //! ```
 //!
-//! The control task and all lanes share a [`Session`]. What lanes call takes no lock but the one of a
-//! lane's replay window, and allocates nothing.
+//! | file | owns |
+//! |---|---|
+//! | `keys` | the PSK, the derivation, memory that is wiped |
+//! | `mac_check` | the keyed hash that every handshake message has to pass first |
+//! | `noise`, `payload` | the handshake, and what it says inside its encryption |
+//! | `cipher` | the ciphers, and how two sides choose one |
+//! | `aead`, `seal` | one key; the lanes' counters and windows |
+//! | `activity` | when the peer was last heard and sent to |
+//! | `index`, `entropy` | the numbers of sessions; where random bytes come from |
+//!
+//! The control task and all lanes share a [`Session`]. What lanes call takes no lock but the one of
+//! a lane's replay window, and allocates nothing.
 //!
 //! Secrets are wiped when they are no longer needed:
 //! * the PSK, and what is derived from it, by `zeroize` (`keys`);
-//! * the state of a handshake, which snow does not wipe, by `keys::Wiped` and the resolver in `noise`;
+//! * the state of a handshake, which snow does not wipe, by `keys::Wiped` and the resolver in
+//!   `noise`;
 //! * the keys of AES-GCM and ChaCha20 by AWS-LC, whose `OPENSSL_free` cleanses what it frees;
 //! * those of AEGIS, and the copies that its library makes on the stack, by `aead`.
 //!
@@ -177,8 +187,8 @@ impl Session {
         reserved.max().unwrap_or(0)
     }
 
-    /// Ends the session: nothing is sealed or opened on it any more, even by a lane that still holds it.
-    /// The keys are wiped when the last holder lets go.
+    /// Ends the session: nothing is sealed or opened on it any more, even by a lane that still
+    /// holds it. The keys are wiped when the last holder lets go.
     pub(crate) fn retire(&self) {
         self.retired.store(true, Relaxed);
         for sealer in &self.sealers {
@@ -186,7 +196,8 @@ impl Session {
         }
     }
 
-    /// The sealer of one of this side's lanes, or of [`CONTROL_LANE`]; `None` if there is no such lane.
+    /// The sealer of one of this side's lanes, or of [`CONTROL_LANE`]; `None` if there is no such
+    /// lane.
     pub fn sealer(&self, lane: u8) -> Option<&Sealer> {
         at_lane(&self.sealers, lane)
     }
@@ -199,8 +210,8 @@ impl Session {
         self.open_batch().open(data, datagram)
     }
 
-    /// Opens a batch of datagrams, taking the lock of a lane's window once as long as they come from
-    /// one lane.
+    /// Opens a batch of datagrams, taking the lock of a lane's window once as long as they come
+    /// from one lane.
     pub fn open_batch(&self) -> OpenBatch<'_> {
         OpenBatch::new(self)
     }

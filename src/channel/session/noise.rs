@@ -5,8 +5,8 @@
 //! <- e, ee      payload Answer
 //! ```
 //!
-//! The prologue binds the version and the role of the initiator, so that a message that is sent back to
-//! its maker is refused by the handshake itself, not only by its header.
+//! The prologue binds the version and the role of the initiator, so that a message that is sent
+//! back to its maker is refused by the handshake itself, not only by its header.
 
 use snow::params::{CipherChoice, DHChoice, HashChoice};
 use snow::resolvers::{CryptoResolver, DefaultResolver};
@@ -72,8 +72,8 @@ impl Initiating {
         self.index.value
     }
 
-    /// Reads the response. One that is not right leaves the handshake as it was, so that the right one
-    /// can still come.
+    /// Reads the response. One that is not right leaves the handshake as it was, so that the right
+    /// one can still come.
     pub(crate) fn read(
         &mut self,
         response: &Response<'_>,
@@ -209,7 +209,8 @@ impl Random for NoiseRandom {
 
 struct WipingDh {
     dh: Box<dyn Dh>,
-    /// A key was set or made. Without one there is nothing to wipe, and wiping costs a multiplication.
+    /// A key was set or made. Without one there is nothing to wipe, and wiping costs a
+    /// multiplication.
     secret: bool,
 }
 
@@ -343,12 +344,14 @@ mod tests {
         step(
             true,
             "4c756477696720766f6e204d69736573",
-            "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c7944fda936bec35a8adfdff198386f7d5475880897edaaf7495314c99095a2e4d66a",
+            "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c7944\
+             fda936bec35a8adfdff198386f7d5475880897edaaf7495314c99095a2e4d66a",
         );
         step(
             false,
             "4d757272617920526f746862617264",
-            "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f1448088434cd2a371993ba41ea11448024fca32766b169183c9e691a7a433279da7e729",
+            "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f144808843\
+             4cd2a371993ba41ea11448024fca32766b169183c9e691a7a433279da7e729",
         );
         assert_eq!(
             alice.get_mut().get_handshake_hash(),

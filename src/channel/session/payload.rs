@@ -8,7 +8,8 @@ use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN, u64_at}
 /// What the initiator says inside its first message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Hello {
-    /// Nanoseconds since 1970, but always above the last: tells a fresh initiation from a replayed one.
+    /// Nanoseconds since 1970, and always more than in the last initiation: tells a new one from a
+    /// replayed one.
     pub(crate) timestamp: u64,
     /// The highest timestamp accepted from the peer, 0 if none.
     pub(crate) seen: u64,
@@ -43,7 +44,7 @@ impl Hello {
     }
 }
 
-/// What the responder says inside its answer.
+/// What the responder says inside its message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Answer {
     /// Names this run of the sender.

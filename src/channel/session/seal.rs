@@ -1,7 +1,7 @@
-//! The sealing of datagrams and their opening, lane by lane.
+//! Sealing and opening of datagrams, lane by lane.
 //!
-//! Owns the counters of what is sent and the windows of what was received. What lanes call here takes no
-//! lock but the one of a lane's window, and allocates nothing.
+//! Owns the counters of what is sent and the windows of what was received. The AEAD itself is
+//! `aead`'s.
 
 use std::fmt;
 use std::ops::Range;
@@ -17,8 +17,8 @@ use crate::model::drops::DropReason;
 /// Set in a lane's counter when its session has ended: every reservation fails from then on.
 const RETIRED: u64 = 1 << 63;
 
-/// Seals what one lane sends. Aligned so that the counters of two lanes never share a cache line, nor
-/// the pair of lines that x86 fetches together.
+/// Seals what one lane sends. Aligned so that the counters of two lanes never share a cache line,
+/// nor the pair of lines that x86 fetches together.
 #[repr(align(128))]
 pub struct Sealer {
     key: LaneKey,
@@ -44,7 +44,8 @@ impl Iterator for Reserved {
     }
 }
 
-/// A datagram that could not be sealed: its buffer has no room for header and tag. It must not be sent.
+/// A datagram that could not be sealed: its buffer has no room for header and tag. It must not be
+/// sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("no room for header and tag")]
 pub struct NotSealed;
@@ -61,7 +62,8 @@ impl Sealer {
         }
     }
 
-    /// Reserves `count` consecutive counters; `None` once the key is used up or the session has ended.
+    /// Reserves `count` consecutive counters; `None` once the key is used up or the session has
+    /// ended.
     ///
     /// Two threads that share a lane never get the same one.
     pub fn reserve(&self, count: u32) -> Option<Reserved> {
@@ -70,7 +72,8 @@ impl Sealer {
         (end <= self.limit).then_some(Reserved(first..end))
     }
 
-    /// Seals in place: `datagram` holds 16 bytes for the header, the plaintext, 16 bytes for the tag.
+    /// Seals in place: `datagram` holds 16 bytes for the header, the plaintext, 16 bytes for the
+    /// tag.
     ///
     /// # Errors
     /// [`NotSealed`] if it is too short for that.
@@ -153,13 +156,14 @@ pub struct Opened {
     pub counter: u64,
     /// Where the plaintext lies in the datagram.
     pub plaintext: Range<usize>,
-    /// It is the newest of its lane: its source is where the peer is now.
+    /// It is the newest of its lane, so the peer is now where it came from.
     pub newest: bool,
-    /// It is the first on its session: the tunnel has to be told.
+    /// It is the first on its session, and the tunnel has to be told.
     pub first: bool,
 }
 
-/// Opens datagrams of one session. Keep it no longer than a batch: it may hold a lane's window.
+/// Opens datagrams of one session. It may hold the lock of a lane's window, so keep it no longer
+/// than a batch.
 #[derive(Debug)]
 pub struct OpenBatch<'a> {
     session: &'a Session,
@@ -177,8 +181,8 @@ impl<'a> OpenBatch<'a> {
     /// Opens `datagram`, whose header `data` was read from it, in place.
     ///
     /// # Errors
-    /// [`DropReason::SessionUnknown`] if it is for another session, [`DropReason::SessionExpired`] after
-    /// the session's end, [`DropReason::OpenAuth`] if it was not made by the peer,
+    /// [`DropReason::SessionUnknown`] if it is for another session, [`DropReason::SessionExpired`]
+    /// after the session's end, [`DropReason::OpenAuth`] if it was not made by the peer,
     /// [`DropReason::Replay`] if it was seen before or is too old to tell.
     pub fn open(&mut self, data: Data, datagram: &mut [u8]) -> Result<Opened, DropReason> {
         let session = self.session;
@@ -213,7 +217,7 @@ impl<'a> OpenBatch<'a> {
     }
 
     fn window_of(&mut self, lane: u8, opener: &'a Opener) -> &mut Window {
-        // Let go before the next is taken: two threads can then never wait for each other.
+        // The lock is released before the next is taken, so two threads never wait for each other.
         if self.window.as_ref().is_some_and(|(held, _)| *held != lane) {
             self.window = None;
         }

@@ -1,7 +1,7 @@
 //! The transfer of an announcement, which may be larger than a datagram, part by part.
 //!
-//! Owns which parts were acknowledged and which came in, each of them for one run of the peer: a peer
-//! that was restarted knows nothing. What an announcement says is written in `messages`.
+//! Owns which parts were acknowledged and which came in, each of them for one run of the peer: a
+//! peer that was restarted knows nothing. What an announcement says is written in `messages`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -40,8 +40,8 @@ pub struct Transmit {
     pub to: Path,
     /// What is sent.
     pub datagram: Vec<u8>,
-    /// It asks whether the path carries its size: it must be sent with "don't fragment", and a refusal
-    /// of the kernel because of its size is nothing to report.
+    /// It asks whether the path carries its size: it must be sent with "don't fragment", and a
+    /// refusal of the kernel because of its size is nothing to report.
     pub probe: bool,
 }
 
@@ -98,7 +98,8 @@ impl fmt::Display for Warning {
             ),
             Self::NoCommonCipher { ours, theirs } => write!(
                 f,
-                "no common cipher: --cipher allows {ours} here and {theirs} at the peer; make them agree"
+                "no common cipher: --cipher allows {ours} here and {theirs} at the peer; \
+                 make them agree"
             ),
             Self::ConfigUnreadable => f.write_str(
                 "the peer announced something this version does not understand; \

@@ -1,7 +1,8 @@
 //! The control messages that two tunnels exchange inside a session: their bytes, and what each side
 //! announces to the other.
 //!
-//! Authenticated bytes still come from another program: reading refuses what is wrong and never panics.
+//! Authenticated bytes still come from another program: reading refuses what is wrong and never
+//! panics.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -9,12 +10,12 @@ use crate::channel::wire::role_byte;
 use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::peer::Role;
 
-/// Most bytes of an announcement in one message: with every header it stays below 1,200, which every
-/// path carries that IPv6 may use (RFC 8200, section 5: 1,280).
+/// Most bytes of an announcement in one message: with every header it stays below 1,200, which
+/// every path carries that IPv6 may use (RFC 8200, section 5: 1,280).
 pub(crate) const PART_LEN: usize = 1_100;
 
-/// Most bytes of a control message that can mean anything: the head of a part, its bytes, and one more,
-/// so that a part that is too long is still seen to be. What is behind is padding.
+/// Most bytes of a control message that can mean anything: the head of a part, its bytes, and one
+/// more, so that a part that is too long is still seen to be. What is behind is padding.
 pub const MAX_MESSAGE: usize = 7 + PART_LEN + 1;
 
 /// Most parts of an announcement: 64 moves of 64 port ranges take 17,604 bytes.
@@ -267,7 +268,8 @@ impl Announcement {
     }
 }
 
-/// A text that will stand in a log and on a terminal: no control characters, whatever the peer sent.
+/// A text that will stand in a log and on a terminal: no control characters, whatever the peer
+/// sent.
 fn take_line(rest: &mut &[u8]) -> Option<String> {
     let length = usize::from(u16::from_le_bytes(take(rest)?));
     if length > MAX_ERROR_LEN {
@@ -285,8 +287,8 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*head)
 }
 
-/// The last place at or before `at` where a text can be cut; `str::floor_char_boundary` is newer than
-/// the Rust this package promises to build with.
+/// The last place at or before `at` where a text can be cut; `str::floor_char_boundary` is newer
+/// than the Rust this package promises to build with.
 fn boundary(text: &str, at: usize) -> usize {
     (0..=at.min(text.len()))
         .rev()
@@ -377,7 +379,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_reading_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64), kind in 0u8..10) {
+        fn no_bytes_make_reading_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..64), kind in 0u8..10,
+        ) {
             let mut bytes = bytes;
             let _ = ControlMessage::decode(&bytes);
             if let Some(read) = Announcement::decode(&bytes) {

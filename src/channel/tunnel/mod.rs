@@ -1,9 +1,10 @@
-//! One peer: when to shake hands, which session to send on, whether the peer is there, what it said.
+//! One peer: when to shake hands, which session to send on, whether the peer is there, what it
+//! said.
 //!
-//! A state machine without sockets and clocks: the daemon's control task hands it what arrived and what
-//! time it is, and takes from it what to send and what has happened. Data packets do not pass here: lanes
-//! seal and open them on the [`Session`]s that this room hands out, and leave the times in
-//! [`Activity`]. Keys and handshake messages are made in `session`, layouts in `wire`.
+//! A state machine without sockets and clocks: the daemon's control task hands it what arrived and
+//! what time it is, and takes from it what to send and what has happened. Data packets do not pass
+//! here: lanes seal and open them on the [`Session`]s that this room hands out, and leave the times
+//! in [`Activity`]. Keys and handshake messages are made in `session`, layouts in `wire`.
 //!
 //! ```text
 //!            lane: Door::admit                       lane: Session::open
@@ -11,25 +12,27 @@
 //!                    ▼                                 ▼
 //!            handle_handshake ──────────┐   ┌─ session_heard, handle_control
 //!                                       ▼   ▼
-//!  handle_timeout (next_timeout) ──►  Tunnel  ──► poll_event     install, send on, remove, state, …
-//!                                              ──► poll_transmit  handshake and control datagrams
+//!  handle_timeout (next_timeout) ──►  Tunnel  ──► poll_event     sessions, endpoint, state
+//!                                              ──► poll_transmit  handshake, control datagrams
 //! ```
 //!
-//! Take events before transmits: a session must be in the lanes' hands before the peer learns of it.
+//! Take events before transmits: a session must be in the lanes' hands before the peer learns of
+//! it.
 //!
 //! # Which session
 //!
 //! Any session that both sides agreed on is accepted for receiving until it expires, so a change of
-//! session loses nothing that is in flight. To send, both sides must come to the same one, also when
-//! their initiations crossed. Each initiation says the highest timestamp that its sender had accepted
-//! from the other; so both sides can tell which of two was made in knowledge of the other and wins, and
-//! when neither was, that of the old server wins (`Origin::supersedes`).
+//! session loses nothing that is in flight. To send, both sides must come to the same one, also
+//! when their initiations crossed. Each initiation says the highest timestamp that its sender had
+//! accepted from the other; so both sides can tell which of two was made in knowledge of the other
+//! and wins, and when neither was, that of the old server wins (`Origin::supersedes`).
 //!
 //! # Clocks
 //!
-//! A timestamp that does not rise is refused: that is what stops replayed initiations. A host that was
-//! restarted with its clock set back would be locked out by it. So the refusing side initiates itself,
-//! towards the endpoint that it knows, and its message carries the timestamp that the other has to exceed.
+//! An initiation whose timestamp is not higher than the last one is refused: that stops replays. A
+//! host that was restarted with its clock set back would be locked out. So the side that refuses
+//! initiates itself, towards the endpoint that it knows, and its message carries the timestamp that
+//! the other has to exceed.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -37,7 +40,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::channel::pmtu::{self, Search};
+use crate::channel::pmtu::{self, MtuDiscovery};
 use crate::channel::session::{
     Activity, Admitted, Answer, Hello, Initiating, NoEntropy, Offer, Responding, Session,
     SessionSpec,
@@ -64,8 +67,8 @@ use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};
 use sessions::{Origin, Sending, Sessions};
 
-/// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
-/// four seconds' round trip still ends in a session.
+/// Initiations of ours that may still be answered. Retries go out each second at first, so a path
+/// of four seconds' round trip still ends in a session.
 const MAX_PENDING: usize = 4;
 
 /// How long an initiation waits for its answer.
@@ -74,17 +77,18 @@ const PENDING_LIFE: Duration = Duration::from_secs(10);
 /// Retries that follow each other quickly before the pace slows down.
 const FAST_ATTEMPTS: u32 = 20;
 
-/// Unheard for so long, a new session is not what the peer has: ask again.
+/// When the peer has not been heard on a new session for this long, it does not have that session:
+/// ask again.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// At most one initiation of ours in this time because of a stale one: replayed messages must not make
-/// us talk.
+/// At most one initiation in this time in answer to stale ones: whoever replays messages must not
+/// be able to make us talk.
 const STALE_ANSWER_PACE: Duration = Duration::from_secs(5);
 
 /// At most one warning of a kind in this time.
 const WARNING_PACE: Duration = Duration::from_secs(60);
 
-/// The responder of a session asks for the next this much later than its initiator, in case the
+/// How much later than its initiator the responder of a session asks for the next one, in case the
 /// initiator cannot.
 const RESPONDER_GRACE: Duration = Duration::from_secs(30);
 
@@ -117,7 +121,7 @@ pub struct Tunnel {
     pending: VecDeque<Pending>,
     attempts: u32,
     next_attempt: Instant,
-    /// Initiate once although nothing else calls for it.
+    /// Initiate once, even if no timer asks for it.
     forced: bool,
     stale_answered: Option<Instant>,
 
@@ -125,7 +129,7 @@ pub struct Tunnel {
     ping: Option<(u32, Instant)>,
     pings: u32,
     rtt: Option<Duration>,
-    search: Option<Search>,
+    mtu: Option<MtuDiscovery>,
     outgoing: Outgoing,
     incoming: Incoming,
 
@@ -160,7 +164,9 @@ impl Tunnel {
             ping: None,
             pings: 0,
             rtt: None,
-            search: config.max_datagram.map(|limit| Search::new(limit, now)),
+            mtu: config
+                .max_datagram
+                .map(|limit| MtuDiscovery::new(limit, now)),
             outgoing: Outgoing::new(&config.announcement, now),
             incoming: Incoming::default(),
             warned: [None; 4],
@@ -204,17 +210,18 @@ impl Tunnel {
 
     /// Largest datagram (UDP payload) that the path is known to carry towards the peer.
     pub fn path_mtu(&self) -> u16 {
-        self.search.as_ref().map_or(pmtu::BASE, Search::current)
+        self.mtu.as_ref().map_or(pmtu::BASE, MtuDiscovery::current)
     }
 
     // What arrives.
 
-    /// A handshake message that [`Door::admit`](crate::channel::session::Door::admit) let in for this peer.
+    /// A handshake message that [`Door::admit`](crate::channel::session::Door::admit) let in for
+    /// this peer.
     ///
     /// # Errors
     /// [`DropReason::HandshakeRole`], [`DropReason::HandshakeReplay`],
-    /// [`DropReason::HandshakeUnexpected`], [`DropReason::HandshakeAuth`], [`DropReason::WireMalformed`]:
-    /// it was not accepted, for the caller to count.
+    /// [`DropReason::HandshakeUnexpected`], [`DropReason::HandshakeAuth`],
+    /// [`DropReason::WireMalformed`]: it was not accepted, for the caller to count.
     pub fn handle_handshake(
         &mut self,
         now: Instant,
@@ -234,14 +241,15 @@ impl Tunnel {
         }
     }
 
-    /// A lane opened a datagram of `session` that was the first on it, or the newest of its lane with
-    /// another source than [`Event::Endpoint`] last said.
+    /// A lane opened a datagram of `session` that was the first on it, or the newest of its lane
+    /// with another source than [`Event::Endpoint`] last said.
     pub fn session_heard(&mut self, now: Instant, session: &Session, from: Path) {
         self.activity.answered(now);
         let Some(agreed) = self.sessions.get(session.index()) else {
             return;
         };
-        // An old session still delivers what was in flight; where the peer is now, the current one tells.
+        // An old session still delivers what was in flight; where the peer is now, the current one
+        // tells.
         if self.sessions.is_current(session.index()) || !agreed.usable {
             self.learn(now, from);
         }
@@ -281,7 +289,7 @@ impl Tunnel {
             ControlMessage::ConfigAck { id, part } => self.outgoing.acked(peer_run, id, part),
             ControlMessage::Close => self.handle_close(now, peer_run),
             ControlMessage::Probe { size } => self.send(now, &ControlMessage::ProbeAck { size }),
-            ControlMessage::ProbeAck { size } => self.search(|search| search.acked(now, size)),
+            ControlMessage::ProbeAck { size } => self.discover(|mtu| mtu.acked(now, size)),
         }
         Ok(())
     }
@@ -309,13 +317,13 @@ impl Tunnel {
     pub fn set_max_datagram(&mut self, now: Instant, limit: u16) {
         if self.config.max_datagram.is_some_and(|old| old != limit) {
             self.config.max_datagram = Some(limit);
-            self.search(|search| search.set_limit(now, limit));
+            self.discover(|mtu| mtu.set_limit(now, limit));
         }
     }
 
     /// The kernel refused a [`Transmit::probe`] of this length because of its size.
     pub fn probe_refused(&mut self, now: Instant, length: usize) {
-        self.search(|search| search.refused(now, length));
+        self.discover(|mtu| mtu.refused(now, length));
     }
 
     /// Says good-bye. Nothing is accepted or started after this.
@@ -329,8 +337,8 @@ impl Tunnel {
 
     // What time does.
 
-    /// When [`handle_timeout`](Self::handle_timeout) is to be called next; ask again after every call
-    /// that changes something.
+    /// When [`handle_timeout`](Self::handle_timeout) is to be called next; ask again after every
+    /// call that changes something.
     pub fn next_timeout(&self) -> Option<Instant> {
         if self.closed {
             return None;
@@ -565,8 +573,8 @@ impl Tunnel {
         Ok(())
     }
 
-    /// A peer whose clock was set back is told what to exceed, at the endpoint that we know: whoever
-    /// replays its messages learns nothing.
+    /// A peer whose clock was set back is told what to exceed, at the endpoint that we know:
+    /// whoever replays its messages learns nothing.
     fn answer_stale(&mut self, now: Instant) {
         let recently = self
             .stale_answered
@@ -752,7 +760,7 @@ impl Tunnel {
         if let Some((_, sent)) = self.ping.take_if(|(expected, _)| *expected == id) {
             let rtt = now.saturating_duration_since(sent);
             self.rtt = Some(rtt);
-            self.search(|search| search.set_rtt(rtt));
+            self.discover(|mtu| mtu.set_rtt(rtt));
             self.events.push_back(Event::Rtt(rtt));
         }
     }
@@ -801,17 +809,17 @@ impl Tunnel {
     /// Nothing is learned about a path from probes to a peer that is not there.
     fn probe_due(&self) -> Option<Instant> {
         let up = self.state == State::Up;
-        self.search
+        self.mtu
             .as_ref()
             .filter(|_| up)
-            .map(Search::next_timeout)
+            .map(MtuDiscovery::next_timeout)
     }
 
     fn send_probe(&mut self, now: Instant) {
         let heard = self.activity.last_heard();
         let mut probe = None;
         let carried = self.activity.last_carried();
-        self.search(|search| probe = search.poll(now, heard, carried));
+        self.discover(|mtu| probe = mtu.poll(now, heard, carried));
         if let (Some(size), Some(session)) = (probe, self.session().map(Arc::clone)) {
             self.send_sealed(
                 now,
@@ -819,19 +827,19 @@ impl Tunnel {
                 &ControlMessage::Probe { size },
                 usize::from(size),
             );
-            if self.search.as_ref().is_some_and(Search::is_doubtful) {
+            if self.mtu.as_ref().is_some_and(MtuDiscovery::is_doubtful) {
                 // Whether the size is lost or everything is: the answer to something small tells.
                 self.send_ping(now);
             }
         }
     }
 
-    /// Does something to the search and tells if that changed its result.
-    fn search(&mut self, with: impl FnOnce(&mut Search)) {
-        if let Some(search) = &mut self.search {
-            let before = search.current();
-            with(search);
-            let after = search.current();
+    /// Tells the discovery of the path MTU something, and the daemon if that changed the result.
+    fn discover(&mut self, with: impl FnOnce(&mut MtuDiscovery)) {
+        if let Some(mtu) = &mut self.mtu {
+            let before = mtu.current();
+            with(mtu);
+            let after = mtu.current();
             if before != after {
                 self.events.push_back(Event::PathMtu(after));
             }
@@ -898,7 +906,7 @@ impl Tunnel {
             self.learned = Some(from);
             self.events.push_back(Event::Endpoint(from));
             if moved {
-                self.search(|search| search.restart(now));
+                self.discover(|mtu| mtu.restart(now));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The sessions that both sides agreed on, and which of them is sent on.
 //!
-//! Owns the rules that the head of `tunnel` calls "Which session", and the bounds on how many sessions
-//! there are. What follows from a change for everything else is the tunnel's business.
+//! Owns the rules that the head of `tunnel` calls "Which session", and the bounds on how many
+//! sessions there are. What follows from a change for everything else is the tunnel's business.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -31,10 +31,10 @@ pub(super) struct Origin {
 }
 
 impl Origin {
-    /// Whether this session is sent on rather than `other`. Both sides answer alike, for it is made only
-    /// of what both know: of two sessions of one initiator the later one; of two of different initiators
-    /// the one that was asked for in knowledge of the other; if their initiations crossed, the one that
-    /// the old server asked for.
+    /// Whether this session is sent on rather than `other`. Both sides answer alike, for it is made
+    /// only of what both know: of two sessions of one initiator the later one; of two of different
+    /// initiators the one that was asked for in knowledge of the other; if their initiations
+    /// crossed, the one that the old server asked for.
     pub(super) fn supersedes(&self, other: &Self) -> bool {
         if self.initiator == other.initiator {
             self.timestamp > other.timestamp
@@ -207,8 +207,8 @@ impl Sessions {
         sending
     }
 
-    /// Ends the sessions that are older than `life`. If the current one is among them, any other that
-    /// the peer proved is better than none.
+    /// Ends the sessions that are older than `life`. If the current one is among them, any other
+    /// that the peer proved is better than none.
     pub(super) fn expire(
         &mut self,
         now: Instant,
