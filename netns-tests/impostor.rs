@@ -13,10 +13,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ipmoved::channel::session::{
-    CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
+    CipherPolicy, Door, Offer, PeerKeys, Psk, Session, SessionIndexes,
 };
 use ipmoved::channel::tunnel::{Announcement, Event, Timers, Tunnel, TunnelConfig};
 use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
+use ipmoved::io::entropy;
 use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError};
@@ -64,7 +65,7 @@ impl Impostor {
             max_datagram: None,
             timers: Timers::default(),
             indexes: SessionIndexes::default(),
-            entropy: Entropy::system(),
+            entropy: entropy::system(),
         };
         let mut impostor = Self {
             socket,

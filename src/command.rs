@@ -3,7 +3,12 @@
 //! The binary's edge: the one place that prints, and that turns every error into one line saying
 //! what failed, on which object, and what to do.
 
-#![allow(clippy::print_stdout, clippy::print_stderr)] // this is the command line's own voice
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods,
+    reason = "an edge: the command line's own voice"
+)]
 
 use std::error::Error as _;
 use std::io::{self, IsTerminal, Write};
@@ -13,10 +18,11 @@ use clap::Parser;
 use clap::error::{ContextKind, ErrorKind};
 use tracing_subscriber::EnvFilter;
 
-use crate::channel::session::{Entropy, Psk};
+use crate::channel::session::Psk;
 use crate::daemon::confine;
 use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError};
+use crate::io::entropy;
 use crate::kernel::{Host, HostError, RuntimeDirError, namespace_dir};
 use crate::lab::{DemoError, LabError};
 use crate::model::runtime::STATUS_SOCKET;
@@ -179,7 +185,7 @@ fn start_log(format: LogFormat) {
 }
 
 fn genpsk() -> Result<(), Failure> {
-    let psk = Psk::generate(&Entropy::system()).map_err(|error| Failure::new(FAILED, error))?;
+    let psk = Psk::generate(&entropy::system()).map_err(|error| Failure::new(FAILED, error))?;
     print(&format!("{}\n", *psk.to_base64()))
 }
 

@@ -30,7 +30,8 @@
 //! | [`lab`] | throwaway namespaces for the demo, the tests and the benches |
 //! | [`command`] | what is printed |
 //!
-//! `model`, `packet`, `flow` and `channel` do no I/O and read no clock.
+//! `model`, `packet`, `flow` and `channel` do no I/O and read neither a clock nor randomness;
+//! `clippy.toml` holds them to it.
 
 pub mod channel;
 pub mod command;

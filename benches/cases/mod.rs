@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
 use ipmoved::channel::session::{
-    Cipher, CipherPolicy, Door, Entropy, Offer, PeerKeys, Psk, Session, SessionIndexes,
+    Cipher, CipherPolicy, Door, Offer, PeerKeys, Psk, Session, SessionIndexes,
 };
 use ipmoved::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
@@ -27,6 +27,7 @@ use ipmoved::flow::seed::Seed;
 use ipmoved::flow::table::{AddrId, FlowTable, Inside, Limit, Outside, TCP_RESET};
 use ipmoved::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use ipmoved::io::batch::{Destination, SendBatch};
+use ipmoved::io::entropy;
 use ipmoved::model::drops::DropReason;
 use ipmoved::model::moved::{Move, TCP};
 use ipmoved::model::peer::{Path, PeerId, Role};
@@ -225,7 +226,7 @@ struct Joined {
 impl Joined {
     fn by(cipher: Cipher) -> Result<Self> {
         let (now, wall) = (Instant::now(), SystemTime::now());
-        let keys = PeerKeys::derive(&Psk::generate(&Entropy::system())?);
+        let keys = PeerKeys::derive(&Psk::generate(&entropy::system())?);
         let addr = |role| -> SocketAddr {
             match role {
                 Role::Old => ([192, 0, 2, 1], 51_850).into(),
@@ -255,7 +256,7 @@ impl Joined {
                 max_datagram: None,
                 timers: Timers::default(),
                 indexes: SessionIndexes::default(),
-                entropy: Entropy::system(),
+                entropy: entropy::system(),
             };
             Tunnel::new(config, now)
         };
@@ -312,7 +313,7 @@ struct Check {
 impl Check {
     fn build() -> Result<Box<dyn Work>> {
         Ok(Box::new(Self {
-            gate: Gate::new(vec![whole(MOVED.0)]),
+            gate: Gate::new(vec![whole(MOVED.0)], Seed::new([1, 2])),
             packet: tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?,
             now: Instant::now(),
         }))

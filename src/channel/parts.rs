@@ -1,20 +1,22 @@
-//! Packets too big for one datagram: cut into parts by the sender, joined again here.
+//! The reassembly of packets that were too big for one datagram and came in parts.
 //!
 //! The parts of one packet have consecutive counters of one session and lane. Every part but the
-//! last says that more follow, every part but the first that it continues the counter before it
-//! (`contrib/protocol.md`). Owns the bytes of packets that are not complete yet; knows nothing of
-//! what is in them. All parts have been authenticated.
+//! last says that more follow; every part but the first says that it continues the counter before
+//! it (`contrib/protocol.md`).
+//!
+//! Owns the bytes of packets that are not complete yet. Does not look into them, and does not
+//! authenticate: what comes here has been opened.
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Most parts that wait for others. Parts are sent back to back, so more than a few packets wait
-/// only when the path reorders or loses; the part that has waited longest then gives way.
+/// Most parts that wait for others. The parts of a packet are sent back to back, so more than a few
+/// wait only when the path reorders or loses. Then the part that has waited longest gives way.
 const MAX_WAITING: usize = 256;
 
 /// Most bytes of parts that wait: [`MAX_WAITING`] of the longest that any path of today carries.
 const MAX_BYTES: usize = MAX_WAITING * 9_216;
 
-/// Longest packet that can be joined.
+/// Longest packet: what the length field of an IPv4 header can say.
 const MAX_PACKET: usize = 65_535;
 
 /// Whose parts they are.
@@ -31,9 +33,9 @@ pub struct Stream {
 pub struct Part<'a> {
     /// Its counter.
     pub counter: u64,
-    /// It continues the packet of the counter before it.
+    /// It continues the packet that the part before it began.
     pub continues: bool,
-    /// The packet goes on with the next counter.
+    /// The packet goes on in the part with the next counter.
     pub more: bool,
     /// Its bytes.
     pub bytes: &'a [u8],
@@ -42,16 +44,18 @@ pub struct Part<'a> {
 /// Parts that wait for the others of their packet.
 #[derive(Default)]
 pub struct Joiner {
-    waiting: BTreeMap<(Stream, u64), Held>,
-    /// The waiting parts by age, oldest first; also names of parts that wait no more.
+    waiting: BTreeMap<(Stream, u64), WaitingPart>,
+    /// The waiting parts by age, oldest first. Parts that wait no more may still be named.
     ages: VecDeque<(Stream, u64)>,
     /// Bytes of the waiting parts.
     bytes: usize,
+    /// The last packet that was complete; its memory serves for the next one.
     packet: Vec<u8>,
+    /// Parts that were given up.
     incomplete: u64,
 }
 
-struct Held {
+struct WaitingPart {
     continues: bool,
     more: bool,
     bytes: Vec<u8>,
@@ -60,25 +64,25 @@ struct Held {
 impl Joiner {
     /// Takes a part; gives the whole packet when it was the last one missing.
     pub fn push(&mut self, stream: Stream, part: Part<'_>) -> Option<&mut [u8]> {
-        let held = Held {
+        let waiting = WaitingPart {
             continues: part.continues,
             more: part.more,
             bytes: part.bytes.to_vec(),
         };
-        self.bytes += held.bytes.len();
-        if let Some(same) = self.waiting.insert((stream, part.counter), held) {
+        self.bytes += waiting.bytes.len();
+        if let Some(same) = self.waiting.insert((stream, part.counter), waiting) {
             self.bytes -= same.bytes.len();
         }
-        let Some((first, last)) = self.run(stream, part.counter) else {
+        let Some((first, last)) = self.whole(stream, part.counter) else {
             self.ages.push_back((stream, part.counter));
             self.make_room();
             return None;
         };
         self.packet.clear();
         for counter in first..=last {
-            if let Some(held) = self.waiting.remove(&(stream, counter)) {
-                self.bytes -= held.bytes.len();
-                self.packet.extend_from_slice(&held.bytes);
+            if let Some(part) = self.waiting.remove(&(stream, counter)) {
+                self.bytes -= part.bytes.len();
+                self.packet.extend_from_slice(&part.bytes);
             }
         }
         if self.waiting.is_empty() {
@@ -91,13 +95,14 @@ impl Joiner {
         Some(&mut self.packet)
     }
 
-    /// How many parts were given up since the last call, because others never came.
+    /// How many parts were given up since the last call because the rest of their packet never
+    /// came.
     pub fn take_incomplete(&mut self) -> u64 {
         std::mem::take(&mut self.incomplete)
     }
 
     /// The first and last counter of the packet that `counter` belongs to, if all of it is here.
-    fn run(&self, stream: Stream, counter: u64) -> Option<(u64, u64)> {
+    fn whole(&self, stream: Stream, counter: u64) -> Option<(u64, u64)> {
         let part = |counter: u64| self.waiting.get(&(stream, counter));
         let (mut first, mut last) = (counter, counter);
         while part(first)?.continues {
@@ -117,8 +122,8 @@ impl Joiner {
             let Some(oldest) = self.ages.pop_front() else {
                 return;
             };
-            if let Some(held) = self.waiting.remove(&oldest) {
-                self.bytes -= held.bytes.len();
+            if let Some(part) = self.waiting.remove(&oldest) {
+                self.bytes -= part.bytes.len();
                 self.incomplete += 1;
             }
         }
@@ -210,8 +215,8 @@ mod tests {
                 bytes: &long,
             };
             assert!(joiner.push(STREAM, part).is_none());
-            let held: usize = joiner.waiting.values().map(|held| held.bytes.len()).sum();
-            assert!(held == joiner.bytes && held <= MAX_BYTES);
+            let waiting: usize = joiner.waiting.values().map(|part| part.bytes.len()).sum();
+            assert!(waiting == joiner.bytes && waiting <= MAX_BYTES);
         }
         assert!(joiner.take_incomplete() > 100);
     }
@@ -258,7 +263,8 @@ mod tests {
                     out.push(packet.to_vec());
                 }
             }
-            let mut want: Vec<_> = packets.into_iter().filter(|packet| packet.len() > size).collect();
+            let mut want: Vec<_> =
+                packets.into_iter().filter(|packet| packet.len() > size).collect();
             want.sort();
             out.sort();
             prop_assert_eq!(out, want);

@@ -1,54 +1,59 @@
-//! The largest datagram that the path to a peer carries: found by probing and followed while running,
-//! without a word of ICMP (RFC 8899, Datagram Packetization Layer PMTU Discovery).
+//! The largest datagram that the path to a peer carries: found by probing and followed while
+//! running, without a word of ICMP (RFC 8899, Datagram Packetization Layer PMTU Discovery).
 //!
-//! Owns the search and nothing else: the tunnel makes the probes, seals them and hears of their arrival.
-//! A size is that of a whole datagram as UDP carries it, header and tag included.
+//! Owns the search and nothing else: the tunnel makes the probes, seals them and hears of their
+//! arrival. Reads no clock. A size is that of a whole datagram as UDP carries it, header and tag
+//! included.
 //!
 //! ```text
-//!            probe arrives: raise the floor           a probe of the current size is lost three times
-//!           ┌───────┐                                 while the peer is heard: black hole
-//!           ▼       │          nothing between                 │
-//!  start ─► Searching ───────────────────────────► Settled ────┘──► Searching from the base
-//!           ▲       │   floor and ceiling              │
-//!           └───────┘                                  └─ every ten minutes: Searching for more
-//!            lost three times: lower the ceiling
+//!          probe arrives: raise the floor      a probe of the current size is lost three times
+//!           ┌───────┐                            while the peer is heard: black hole
+//!           ▼       │      nothing between             │
+//!  start ─► Searching ──────────────────────► Settled ─┘──► Searching from the base
+//!           ▲       │    floor and ceiling      │
+//!           └───────┘                           └─ every ten minutes: Searching for more
+//!          lost three times: lower the ceiling
 //! ```
 
 use std::time::{Duration, Instant};
 
-/// Where the search starts: every path that IPv6 may use carries 1,280 bytes (RFC 8200, section 5), and
-/// 1,200 of UDP payload leave room for its headers (RFC 8899, section 5.1.2).
+/// Where the search starts: every path that IPv6 may use carries 1,280 bytes (RFC 8200, section 5),
+/// and 1,200 of UDP payload leave room for its headers (RFC 8899, section 5.1.2).
 pub const BASE: u16 = 1_200;
 
-/// Taken for granted even when the base does not pass: the 576 bytes that every IPv4 host takes, less
-/// the largest IPv4 header and the UDP header (RFC 1122, section 3.3.2).
+/// Taken for granted even when the base does not pass: the 576 bytes that every IPv4 host takes,
+/// less the largest IPv4 header and the UDP header (RFC 1122, section 3.3.2).
 const FLOOR: u16 = 508;
 
 /// Probes of one size before it is given up (RFC 8899, section 5.1.2: MAX_PROBES).
 const MAX_PROBES: u32 = 3;
 
-/// How often in a row a silent peer is asked whether it is there: where every fourth datagram is lost, two
-/// of a hundred are silent so often. A peer that is gone is found by other means.
+/// How often in a row a silent peer is asked whether it is there. On a path that loses every fourth
+/// datagram, two peers of a hundred stay silent that often although they are there. That a peer is
+/// gone is found by other means.
 const MAX_ASKED: u32 = 5;
 
 /// How long a probe is waited for while the round trip time is not known: the least that RFC 8899,
-/// section 5.1.1 allows then.
+/// section 5.1.1 allows in that case.
 const PROBE_TIMER: Duration = Duration::from_secs(1);
 
-/// Once it is known, this many round trips (the same section lets the timer be derived from them) …
+/// How many round trips a probe is waited for once the round trip time is known (RFC 8899, section
+/// 5.1.1 lets the timer be derived from it).
 const PROBE_ROUND_TRIPS: u32 = 4;
 
-/// … but not less than TCP waits (RFC 6298 as Linux has it): the peer may be busy.
+/// A probe is waited for at least this long, as TCP waits at least (RFC 6298 as Linux has it): the
+/// peer may be busy.
 const MIN_PROBE_TIMER: Duration = Duration::from_millis(200);
 
-/// … and not more than a second above the longest round trip that a tunnel has to bear.
+/// A probe is waited for at most this long: a second more than the longest round trip that a tunnel
+/// has to bear.
 const MAX_PROBE_TIMER: Duration = Duration::from_secs(5);
 
 /// How often the current size is confirmed.
 const CONFIRMATION_TIMER: Duration = Duration::from_secs(5);
 
-/// How often while packets are carried: a path that narrows without a word is noticed within this and
-/// three probes, before TCP inside the tunnel has lost more than a few seconds.
+/// How often the current size is confirmed while packets are carried. A path that narrows without a
+/// word is noticed within this time and three probes, so TCP inside the tunnel loses a few seconds.
 const BUSY_CONFIRMATION_TIMER: Duration = Duration::from_secs(1);
 
 /// How often more is looked for (RFC 8899, section 5.1.1).
@@ -57,13 +62,17 @@ const RAISE_TIMER: Duration = Duration::from_secs(600);
 /// Closer than this is not worth another probe: half a per cent.
 const GRANULARITY: u16 = 8;
 
-/// The state of the search. See the module.
+/// The discovery of one path's MTU. See the module.
 #[derive(Debug)]
-pub struct Search {
+pub struct MtuDiscovery {
+    /// The largest datagram that the uplink takes.
     limit: u16,
+    /// The largest datagram that is known to pass.
     current: u16,
     phase: Phase,
+    /// The probe that is out.
     probe: Option<Probe>,
+    /// When there is something to do.
     next: Instant,
     /// How long a probe is waited for.
     timer: Duration,
@@ -73,9 +82,13 @@ pub struct Search {
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
-    /// Something below `ceiling`, which did not pass or is one above the limit.
-    Searching { ceiling: u16, guessed: bool },
-    /// The current size is it, until `raise`.
+    /// Between the current size and `ceiling`, which did not pass or is one above the limit.
+    Searching {
+        ceiling: u16,
+        /// Go on by halves. The first guess, that the path carries what the uplink takes, was made.
+        guessed: bool,
+    },
+    /// The current size is kept until `raise`, when more is looked for.
     Settled { raise: Instant },
 }
 
@@ -83,13 +96,13 @@ enum Phase {
 struct Probe {
     size: u16,
     sent: Instant,
-    /// How often it was lost, although the peer was heard meanwhile.
+    /// How often it was lost although the peer was heard in the meantime.
     lost: u32,
     /// How often in a row nothing was heard after it was sent.
     silent: u32,
 }
 
-impl Search {
+impl MtuDiscovery {
     /// Searches up to `limit`, the largest datagram that the uplink takes.
     pub fn new(limit: u16, now: Instant) -> Self {
         let limit = limit.max(FLOOR);
@@ -117,13 +130,14 @@ impl Search {
         self.next
     }
 
-    /// A round trip took so long.
+    /// The last round trip took this long.
     pub fn set_rtt(&mut self, rtt: Duration) {
         let timer = rtt.saturating_mul(PROBE_ROUND_TRIPS);
         self.timer = timer.clamp(MIN_PROBE_TIMER, MAX_PROBE_TIMER);
     }
 
-    /// Whether a probe is out that was just sent again: worth knowing whether the peer is there.
+    /// Whether a probe is out that had to be sent again, so that it is worth asking whether the
+    /// peer is there at all.
     pub fn is_doubtful(&self) -> bool {
         let probe = self.probe.as_ref();
         probe.is_some_and(|probe| probe.lost + probe.silent > 0 && probe.silent <= MAX_ASKED)
@@ -161,8 +175,10 @@ impl Search {
         }
     }
 
-    /// The size of a probe that is to be sent now. `heard` is when the peer last was: a probe that is lost
-    /// in a silence tells nothing about its size. `carried` is when a packet last was.
+    /// The size of the probe that is to be sent now, if one is.
+    ///
+    /// `heard` is when the peer was last heard: a probe that is lost while the peer is silent tells
+    /// nothing about its size. `carried` is when a packet was last carried.
     pub fn poll(
         &mut self,
         now: Instant,
@@ -212,7 +228,6 @@ impl Search {
                 ceiling,
                 guessed: false,
             } if ceiling > self.current + 1 => {
-                // Most paths carry what the uplink takes.
                 self.phase = Phase::Searching {
                     ceiling,
                     guessed: true,
@@ -262,11 +277,12 @@ impl Search {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::epoch;
     use proptest::prelude::*;
 
     /// Runs a search over a path that carries `carries`, losing every `nth` probe besides.
     fn run(
-        search: &mut Search,
+        search: &mut MtuDiscovery,
         mut now: Instant,
         time: Duration,
         carries: u16,
@@ -290,18 +306,10 @@ mod tests {
         }
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a virtual clock has to begin somewhere"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
-
     #[test]
     fn the_limit_is_tried_first() {
-        let now = start();
-        let mut search = Search::new(1_472, now);
+        let now = epoch();
+        let mut search = MtuDiscovery::new(1_472, now);
         assert_eq!(search.current(), BASE);
         assert_eq!(search.poll(now, None, None), Some(1_472));
         search.acked(now, 1_471);
@@ -314,8 +322,8 @@ mod tests {
 
     /// When the size is next confirmed, if packets are carried all the time or never.
     fn confirmed_after(carried: bool) -> Duration {
-        let start = start();
-        let mut search = Search::new(1_472, start);
+        let start = epoch();
+        let mut search = MtuDiscovery::new(1_472, start);
         run(&mut search, start, Duration::ZERO, 1_472, 0);
         let mut now = start;
         loop {
@@ -342,8 +350,8 @@ mod tests {
 
     #[test]
     fn a_black_hole_in_use_is_noticed_within_two_seconds() {
-        let mut now = start();
-        let mut search = Search::new(1_472, now);
+        let mut now = epoch();
+        let mut search = MtuDiscovery::new(1_472, now);
         search.set_rtt(Duration::from_millis(20));
         run(&mut search, now, Duration::from_secs(1), 1_472, 0);
         now += Duration::from_secs(1);
@@ -359,8 +367,8 @@ mod tests {
 
     #[test]
     fn a_silent_peer_is_asked_a_few_times_and_again_once_it_was_heard() {
-        let mut now = start();
-        let mut search = Search::new(1_472, now);
+        let mut now = epoch();
+        let mut search = MtuDiscovery::new(1_472, now);
         let mut asked = |times: usize, heard: bool| {
             let asks = (0..times).filter(|_| {
                 let _ = search.poll(now, heard.then_some(now), None);
@@ -377,8 +385,8 @@ mod tests {
 
     #[test]
     fn a_probe_is_waited_for_longer_than_the_round_trip() {
-        let now = start();
-        let mut search = Search::new(1_472, now);
+        let now = epoch();
+        let mut search = MtuDiscovery::new(1_472, now);
         for rtt in [0, 1, 60, 300, 4_000].map(Duration::from_millis) {
             search.set_rtt(rtt);
             assert!(search.timer > rtt + MIN_PROBE_TIMER / 2, "{rtt:?}");
@@ -389,8 +397,8 @@ mod tests {
 
     #[test]
     fn a_lost_probe_in_silence_tells_nothing() {
-        let mut now = start();
-        let mut search = Search::new(1_472, now);
+        let mut now = epoch();
+        let mut search = MtuDiscovery::new(1_472, now);
         for _ in 0..20 {
             assert_eq!(search.poll(now, None, None), Some(1_472));
             now = search.next_timeout();
@@ -399,8 +407,8 @@ mod tests {
 
     #[test]
     fn a_path_narrower_than_the_base() {
-        let now = start();
-        let mut search = Search::new(1_472, now);
+        let now = epoch();
+        let mut search = MtuDiscovery::new(1_472, now);
         run(&mut search, now, Duration::from_secs(120), 900, 0);
         assert!(
             (900 - GRANULARITY..=900).contains(&search.current()),
@@ -412,16 +420,18 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_found_passes_and_is_nearly_all(
-            limit in 508u16..9_000, carries in 508u16..9_000, narrowed in 508u16..9_000, nth in 0u32..6,
+            limit in 508u16..9_000, carries in 508u16..9_000, narrowed in 508u16..9_000,
+            nth in 0u32..6,
         ) {
             prop_assume!(nth != 1);
-            let mut now = start();
-            let mut search = Search::new(limit, now);
+            let mut now = epoch();
+            let mut search = MtuDiscovery::new(limit, now);
             for carries in [carries, narrowed, carries] {
                 now = run(&mut search, now, Duration::from_secs(1_000), carries, nth);
                 let best = carries.min(limit);
                 prop_assert!(search.current() <= best);
-                prop_assert!(search.current() + GRANULARITY >= best, "{} of {best}", search.current());
+                let current = search.current();
+                prop_assert!(current + GRANULARITY >= best, "{current} of {best}");
                 search.set_limit(now, limit);
             }
         }

@@ -1,22 +1,24 @@
 //! Which packets of a lane were already received: the sliding window of RFC 6479.
 //!
-//! The window is a ring of 64-bit words. Sliding forward clears whole words instead of shifting bits,
-//! so one word of the ring is always spare: [`WINDOW`] counters behind the newest are remembered.
+//! The window is a ring of 64-bit words. Sliding forward clears whole words instead of shifting
+//! bits, so one word of the ring is always spare: [`WINDOW`] counters behind the newest are
+//! remembered.
 //!
 //! ```text
-//!   counter / 64      … 126   127 │ 128   129   130 …           newest counter in word 130
-//!   word in the ring      126   127 │   0     1     2              word 3 is the oldest that is kept,
-//!                                 wraps at 128                     cleared when the newest reaches 131
+//!   counter / 64         126   127 │ 128   129   130        newest counter in word 130
+//!   word in the ring     126   127 │   0     1     2        word 3 is the oldest that is kept,
+//!                              wraps at 128                 cleared when the newest reaches 131
 //! ```
 //!
-//! What it does not do: decide who wrote a packet. [`Window::accept`] must be asked after the AEAD tag
-//! was verified, never before, or a forged counter would close the window for real packets.
+//! It does not decide who wrote a packet. Ask [`Window::accept`] only after the AEAD tag was
+//! verified: otherwise a forged counter would close the window for real packets.
 
-/// Words of the ring; a power of two, so that the place of a word is a mask away.
+/// Words of the ring: a power of two, so that a word is found with a mask.
 const WORDS: usize = 128;
 const BITS: u64 = u64::BITS as u64;
 
-/// How far behind the newest counter a packet is still told from a replay: 8,128, as WireGuard has it.
+/// How far behind the newest counter a late packet can still be told from a replay: 8,128, as
+/// WireGuard has it.
 pub const WINDOW: u64 = (WORDS as u64 - 1) * BITS;
 
 /// The counters that were received on one lane of one session.
@@ -41,7 +43,7 @@ impl Default for Window {
 pub enum Fresh {
     /// It is newer than every packet before it.
     Newest,
-    /// It was overtaken on the way.
+    /// A newer one arrived before it.
     Late,
 }
 

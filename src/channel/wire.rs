@@ -1,8 +1,9 @@
-//! What a datagram between two daemons looks like: the layouts of `contrib/protocol.md`, byte by byte.
+//! What a datagram between two daemons looks like: the layouts of `contrib/protocol.md`, byte by
+//! byte.
 //!
-//! Owns the views over the three message types. A view is made once, by a `parse` that checks length,
-//! type, version and reserved bytes; everything after relies on it and cannot panic. Knows no keys:
-//! a view says nothing about who wrote the bytes (`session` does).
+//! Owns the views over the three message types. A view is made once, by a `parse` that checks
+//! length, type, version and reserved bytes; everything after relies on it and cannot panic. Knows
+//! no keys: a view says nothing about who wrote the bytes (`session` does).
 //!
 //! ```text
 //! Initiation  0 type 1 | 1 version | 2 role | 3 reserved | 4 sender index
@@ -32,7 +33,7 @@ pub const TYPE_DATA: u8 = 4;
 pub const LANE_AT: u32 = 2;
 /// Length of the keyed hash at the end of both handshake messages: 128 bits, as WireGuard's `mac1`.
 pub const MAC_LEN: usize = 16;
-/// Length of the AEAD tag of both ciphers.
+/// Length of the AEAD tag, which is the same for every cipher.
 pub const TAG_LEN: usize = 16;
 /// Length of an X25519 public key.
 const EPHEMERAL_LEN: usize = 32;
@@ -60,8 +61,6 @@ pub const DATA_OVERHEAD: usize = DATA_HEADER_LEN + TAG_LEN;
 
 /// The lane of the control task: no data lane has this number.
 pub const CONTROL_LANE: u8 = 255;
-/// Most data lanes one side may have: every number but [`CONTROL_LANE`].
-pub const MAX_LANES: u8 = 255;
 
 /// What byte 1 of a data datagram says about its plaintext.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
@@ -264,10 +263,7 @@ impl Data {
             flags,
             lane,
             receiver: u32_at(header, 4),
-            counter: u64::from_le_bytes([
-                header[8], header[9], header[10], header[11], header[12], header[13], header[14],
-                header[15],
-            ]),
+            counter: u64_at(header, 8),
         })
     }
 
@@ -303,6 +299,12 @@ fn handshake_role(datagram: &[u8]) -> Result<Role, DropReason> {
 
 fn u32_at<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+pub(crate) fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(word)
 }
 
 #[cfg(test)]

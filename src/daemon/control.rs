@@ -23,10 +23,11 @@ use tracing::{debug, error, info, warn};
 use super::DaemonError;
 use super::setup::{Ready, Tools, resolve};
 use crate::channel::pmtu;
-use crate::channel::session::{Door, Entropy, Offer, SessionIndexes};
+use crate::channel::session::{Door, Offer, SessionIndexes};
 use crate::channel::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::DATA_OVERHEAD;
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use crate::io::entropy;
 use crate::io::udp::UdpSocket;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Change, Failure, Host, Repairs, keep};
@@ -79,7 +80,6 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
 }
 
 /// Carries packets until a signal, then says goodbye.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
 async fn carry(
     config: Config,
     tools: Tools,
@@ -204,11 +204,11 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
         let gates = config
             .peers
             .iter()
-            .map(|peer| Gate::new(peer.moves.clone()));
+            .map(|peer| Gate::new(peer.moves.clone(), entropy::seed()));
         return Ok(Translation::Old(gates.collect()));
     }
     let mut seed = [0; 16];
-    Entropy::system().fill(&mut seed).map_err(failed)?;
+    entropy::system().fill(&mut seed).map_err(failed)?;
     let (low, high) = seed.split_at(8);
     let word = |bytes: &[u8]| {
         bytes
@@ -268,7 +268,7 @@ fn peers(
                     max_datagram: Some(pmtu::BASE),
                     timers,
                     indexes: indexes.clone(),
-                    entropy: Entropy::system(),
+                    entropy: entropy::system(),
                 },
                 now,
             )
@@ -344,7 +344,6 @@ struct Control<'h> {
 
 impl Control<'_> {
     /// Waits for whatever comes first, until a signal.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     async fn serve(
         &mut self,
         signals: &mut Signals,
@@ -420,7 +419,6 @@ impl Control<'_> {
     }
 
     /// Lets every tunnel do what is due, and carries out what comes of it.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     fn turn(&mut self, now: Instant) {
         let wall = SystemTime::now();
         for index in 0..self.peers.len() {
@@ -1015,7 +1013,6 @@ impl Control<'_> {
     // The end.
 
     /// Says goodbye to every peer.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
     fn close(&mut self) {
         let now = Instant::now();
         for peer in &mut self.peers {

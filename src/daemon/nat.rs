@@ -28,6 +28,7 @@ use crate::daemon::confine;
 use crate::flow::nat::{Nat, NatConfig, Outcome, PORTS, Target};
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
+use crate::io::entropy;
 use crate::io::tun::{MAX_FRAME, TunError, TunOptions, TunQueue, VNET_HDR_LEN};
 use crate::kernel::masquerade::{self, Towards};
 use crate::kernel::netlink::{Link, Netlink};
@@ -217,7 +218,6 @@ fn find_server(
 }
 
 /// Translates packets until a signal.
-#[allow(clippy::disallowed_methods)] // the edge: here the clock is read
 async fn carry(
     settings: NatSettings,
     tools: Tools,
@@ -246,7 +246,7 @@ async fn carry(
         moves: settings.moves.clone(),
         targets,
         max_flows: settings.max_flows as usize,
-        seed: Seed::random(),
+        seed: entropy::seed(),
         port_seed: port_seed(),
         epoch: started,
     });
@@ -310,7 +310,7 @@ async fn carry(
 /// bits that the kernel made when it booted.
 fn port_seed() -> Seed {
     let Some(id) = journal::boot_id() else {
-        return Seed::random();
+        return entropy::seed();
     };
     let digits: Vec<u8> = id.bytes().filter(u8::is_ascii_hexdigit).collect();
     let (high, low) = digits.split_at(digits.len() / 2);
@@ -404,7 +404,6 @@ struct Lane {
 
 impl Lane {
     /// Runs until told to stop.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per burst
     fn run(mut self) -> Result<(), String> {
         let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
         let mut ticked = Instant::now();

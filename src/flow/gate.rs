@@ -35,10 +35,10 @@ pub struct Gate {
 
 impl Gate {
     /// The gate of what was moved.
-    pub fn new(moves: Vec<Move>) -> Self {
+    pub fn new(moves: Vec<Move>, seed: Seed) -> Self {
         Self {
             moves,
-            seed: Seed::random(),
+            seed,
             captured: Mutex::new(FragmentCache::new()),
             returning: Mutex::new(FragmentCache::new()),
         }
@@ -186,8 +186,10 @@ mod tests {
     #[test]
     fn the_gate_knows_what_is_whose() {
         let now = epoch();
-        let gate =
-            |moves: &[&str]| Gate::new(moves.iter().map(|text| text.parse().unwrap()).collect());
+        let gate = |moves: &[&str]| {
+            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
+            Gate::new(moves, Seed::new([1, 2]))
+        };
         let captured = |gate: &Gate, bytes: &[u8]| {
             gate.check_captured(now, &Parsed::parse(bytes).unwrap(), bytes)
         };

@@ -3,7 +3,7 @@
 //!
 //! Must not touch packets, sockets or the clock.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::flow::table::AddrId;
 use crate::model::drops::DropReason;

@@ -1,7 +1,5 @@
 //! The secret that the hashes of all tables of flows begin with.
 
-use std::hash::BuildHasher;
-
 use crate::packet::Addr;
 
 /// Secret keys of the hashes, so that no one outside can choose what collides.
@@ -20,12 +18,6 @@ impl Seed {
             .wrapping_add(state);
             state
         }))
-    }
-
-    /// From the standard library's own source of random keys.
-    pub fn random() -> Self {
-        let keys = std::hash::RandomState::new();
-        Self::new([keys.hash_one(1), keys.hash_one(2)])
     }
 
     /// Hash of an address alone: every flow of a client has the same.

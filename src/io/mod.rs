@@ -3,6 +3,12 @@
 //! Owns system calls on these two and the detection of what they can do. Knows nothing of packets'
 //! contents, sessions or flows.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "an edge: it opens sockets and draws randomness"
+)]
+
 pub mod batch;
+pub mod entropy;
 pub mod tun;
 pub mod udp;

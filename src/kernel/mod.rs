@@ -14,6 +14,11 @@
 //! Nothing outside this room changes links, routes, rules, filters or sysctls; the packets' way
 //! through TUN and sockets is none of its business.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "an edge: it reads and writes the kernel's files"
+)]
+
 pub mod bpf;
 pub mod change;
 mod host;

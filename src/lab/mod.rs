@@ -22,10 +22,9 @@
 //! | [`interrupt`] | SIGINT and SIGTERM, for commands that take down what they set up |
 //! | [`mod@demo`] | `ipmoved demo`: the story, step by step |
 
-// The lab is an edge: it waits for real kernels and real processes.
 #![allow(
     clippy::disallowed_methods,
-    reason = "the lab talks to real kernels, so it reads the real clock"
+    reason = "an edge: the lab waits for real kernels and real processes"
 )]
 
 use std::fmt;

@@ -196,7 +196,6 @@ impl<W: Work> Ends<W> {
     }
 
     /// Works until the work is recalled, or is to stop.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, twice per wake-up
     fn run(&self, work: &mut W) {
         let mut more = false;
         loop {
@@ -341,14 +340,7 @@ impl Load {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a virtual clock has to begin somewhere"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
+    use crate::testing::epoch;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -368,7 +360,7 @@ mod tests {
 
     #[test]
     fn only_a_lane_that_does_not_sleep_gets_a_second_thread_and_keeps_it_while_it_needs_it() {
-        let (crowd, mut now) = (Crowd::new(2), start());
+        let (crowd, mut now) = (Crowd::new(2), epoch());
         let mut load = Load::new(now);
         assert!(!lasts(&mut load, &mut now, [0.7, 0.1], &crowd));
         assert!(lasts(&mut load, &mut now, [0.75, 0.2], &crowd));
@@ -380,7 +372,7 @@ mod tests {
 
     #[test]
     fn a_lane_that_works_most_on_what_comes_in_keeps_one_thread() {
-        let (crowd, mut now) = (Crowd::new(2), start());
+        let (crowd, mut now) = (Crowd::new(2), epoch());
         let mut load = Load::new(now);
         assert!(!lasts(&mut load, &mut now, [0.3, 0.7], &crowd));
         assert!(!lasts(&mut load, &mut now, [0.5, 0.5], &crowd));
@@ -400,7 +392,7 @@ mod tests {
 
     #[test]
     fn as_many_busy_lanes_as_processors_have_one_thread_each() {
-        let (crowd, mut now) = (Crowd::new(2), start());
+        let (crowd, mut now) = (Crowd::new(2), epoch());
         let (mut one, mut other) = (Load::new(now), Load::new(now));
         assert!(lasts(&mut one, &mut now, [1.0, 0.0], &crowd));
         assert!(!lasts(&mut other, &mut now, [1.0, 0.0], &crowd));
@@ -413,7 +405,7 @@ mod tests {
 
     #[test]
     fn a_long_sleep_is_no_load() {
-        let (crowd, mut now) = (Crowd::new(8), start());
+        let (crowd, mut now) = (Crowd::new(8), epoch());
         let mut load = Load::new(now);
         let spent = |out| [out, Duration::ZERO];
         now += Duration::from_secs(60);
@@ -476,9 +468,9 @@ mod tests {
 
     /// Waits until the thread has taken what waited.
     fn is_taken(fd: &OwnedFd) {
-        let end = start() + Duration::from_secs(5);
+        let end = epoch() + Duration::from_secs(5);
         while comes_now(fd.as_fd()) {
-            assert!(start() < end, "not taken");
+            assert!(epoch() < end, "not taken");
             std::thread::yield_now();
         }
     }

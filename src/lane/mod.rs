@@ -18,6 +18,11 @@
 //! task, and what is not a packet (handshakes, control messages) goes to it through a bounded queue.
 //! There is no allocation per packet and no lock is held across a system call.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "an edge: its loops read the clock and run threads"
+)]
+
 mod helper;
 mod inbound;
 mod outbound;
@@ -179,7 +184,6 @@ struct Moment<'a> {
 
 impl Lane {
     /// Runs until told to stop.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
     pub fn run(parts: LaneParts) {
         let (parts, now) = (Arc::new(parts), Instant::now());
         let second = Second::start(format!("lane-{}-in", parts.number));
@@ -205,7 +209,6 @@ impl Lane {
     }
 
     /// Carries packets until told to stop, or until that is not possible any more.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, thrice per wake-up
     fn carry(&mut self) -> Result<(), String> {
         let shared = Arc::clone(&self.parts.shared);
         let mut ready = Ready::default();
@@ -326,7 +329,6 @@ impl Work for Inbound {
         self.parts.stop.as_fd()
     }
 
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
     fn turn(&mut self, waits: bool) -> bool {
         let view = self.parts.shared.view.load_full();
         let moment = Moment {

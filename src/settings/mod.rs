@@ -5,6 +5,11 @@
 //! [`config::Config`]; and whoever uses that. If its value has a syntax of its own, the type stands
 //! in [`values`], with the one `FromStr` that reads it from both.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "an edge: it reads files and the environment"
+)]
+
 pub mod args;
 pub mod config;
 pub(crate) mod file;

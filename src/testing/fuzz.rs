@@ -19,7 +19,9 @@ use crate::channel::session::{
 };
 use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::{DATA_OVERHEAD, Data, Message};
+use crate::flow::seed::Seed;
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use crate::io::entropy;
 use crate::model::moved::Move;
 use crate::model::peer::{Path, PeerId, Role};
 use crate::packet::ecn;
@@ -77,7 +79,7 @@ impl Bed {
                 max_datagram: Some(1_472),
                 timers: Timers::default(),
                 indexes: SessionIndexes::default(),
-                entropy: Entropy::system(),
+                entropy: entropy::system(),
             };
             Tunnel::new(config, now).unwrap()
         };
@@ -118,7 +120,7 @@ impl Bed {
             door,
             new,
             session,
-            entropy: Entropy::system(),
+            entropy: entropy::system(),
         }
     }
 
@@ -288,7 +290,7 @@ fn ways() -> (Gate, Translator, Instant) {
         ..Delivery::default()
     };
     translator.set_delivery(PeerId(0), delivery).unwrap();
-    (Gate::new(moves), translator, now)
+    (Gate::new(moves, Seed::new([1, 2])), translator, now)
 }
 
 /// Parts of packets in any order: three bytes each say what they are.
@@ -488,7 +490,7 @@ mod tests {
             .ok()
             .and_then(|text| text.parse().ok());
         let time = seconds.map_or(MOMENT, Duration::from_secs);
-        let seed = seconds.map_or(7, |_| Entropy::system().u64().unwrap());
+        let seed = seconds.map_or(7, |_| entropy::system().u64().unwrap());
         let dice = Entropy::seeded(seed);
         let roll = |below: usize| (dice.u64().unwrap() % below.max(1) as u64) as usize;
         let started = Instant::now();

@@ -5,21 +5,24 @@
 //! <- e, ee      payload Answer
 //! ```
 //!
-//! The prologue binds the version and the role of the initiator, so that a message that is sent back to
-//! its maker is refused by the handshake itself, not only by its header.
-
-use std::mem::MaybeUninit;
+//! The prologue binds the version and the role of the initiator, so that a message that is sent
+//! back to its maker is refused by the handshake itself, not only by its header.
 
 use snow::params::{CipherChoice, DHChoice, HashChoice};
 use snow::resolvers::{CryptoResolver, DefaultResolver};
 use snow::types::{Cipher, Dh, Hash, Random};
 use snow::{Builder, HandshakeState};
 
-use super::{
-    Answer, DropReason, Entropy, Hello, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation,
-    KEY_LEN, MAC_LEN, PeerKeys, RESPONSE_LEN, RESPONSE_PAYLOAD_LEN, Response, Role, SessionIndex,
-    Zeroize, Zeroizing, wire,
+use zeroize::{Zeroize, Zeroizing};
+
+use super::keys::Wiped;
+use super::{Answer, Entropy, Hello, KEY_LEN, PeerKeys, SessionIndex};
+use crate::channel::wire::{
+    self, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation, MAC_LEN, RESPONSE_LEN,
+    RESPONSE_PAYLOAD_LEN, Response,
 };
+use crate::model::drops::DropReason;
+use crate::model::peer::Role;
 
 const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
 
@@ -54,7 +57,7 @@ impl Initiating {
         hello: &Hello,
         entropy: &Entropy,
     ) -> Option<(Self, [u8; INITIATION_LEN])> {
-        let mut noise = handshake(&keys.noise, &prologue(role), true, entropy)?;
+        let mut noise = handshake(keys.noise(), &prologue(role), true, entropy)?;
         let mut message = Initiation::write(role, index.value);
         noise
             .get_mut()
@@ -69,8 +72,8 @@ impl Initiating {
         self.index.value
     }
 
-    /// Reads the response. One that is not right leaves the handshake as it was, so that the right one
-    /// can still come.
+    /// Reads the response. One that is not right leaves the handshake as it was, so that the right
+    /// one can still come.
     pub(crate) fn read(
         &mut self,
         response: &Response<'_>,
@@ -103,7 +106,7 @@ impl Responding {
         initiation: &Initiation<'_>,
         entropy: &Entropy,
     ) -> Result<(Self, Hello), DropReason> {
-        let mut noise = handshake(&keys.noise, &prologue(initiation.role()), false, entropy)
+        let mut noise = handshake(keys.noise(), &prologue(initiation.role()), false, entropy)
             .ok_or(DropReason::ControlBusy)?;
         let mut payload = [0; INITIATION_PAYLOAD_LEN];
         let length = noise
@@ -172,39 +175,8 @@ fn sign<const N: usize>(keys: &PeerKeys, message: &mut [u8; N]) {
     tag.copy_from_slice(&keys.mac_of(signed));
 }
 
-/// A value whose memory is overwritten when it is dropped, whatever it is made of: snow keeps the PSK
-/// and the chaining key, from which all later keys follow, in plain arrays that it does not wipe.
-struct Wiped<T>(Box<MaybeUninit<T>>);
-
-#[expect(
-    unsafe_code,
-    reason = "the memory has to outlive the value, to be wiped"
-)]
-impl<T> Wiped<T> {
-    fn new(value: T) -> Self {
-        Self(Box::new(MaybeUninit::new(value)))
-    }
-
-    fn get_mut(&mut self) -> &mut T {
-        // SAFETY: `new` wrote the value, and nothing but `drop` takes it out.
-        unsafe { self.0.assume_init_mut() }
-    }
-}
-
-#[expect(
-    unsafe_code,
-    reason = "the memory has to outlive the value, to be wiped"
-)]
-impl<T> Drop for Wiped<T> {
-    fn drop(&mut self) {
-        // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
-        unsafe { self.0.assume_init_drop() };
-        self.0.as_mut().zeroize();
-    }
-}
-
-/// snow's own primitives, with our randomness, and with their keys overwritten at the end: they keep
-/// them on the heap, where [`Wiped`] does not reach.
+/// snow's own primitives, with their keys overwritten at the end: they keep them on the heap, where
+/// [`Wiped`] does not reach. Randomness is ours alone: snow is built without a source of its own.
 struct WipingResolver(Entropy);
 
 impl CryptoResolver for WipingResolver {
@@ -237,7 +209,8 @@ impl Random for NoiseRandom {
 
 struct WipingDh {
     dh: Box<dyn Dh>,
-    /// A key was set or made. Without one there is nothing to wipe, and wiping costs a multiplication.
+    /// A key was set or made. Without one there is nothing to wipe, and wiping costs a
+    /// multiplication.
     secret: bool,
 }
 
@@ -371,12 +344,14 @@ mod tests {
         step(
             true,
             "4c756477696720766f6e204d69736573",
-            "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c7944fda936bec35a8adfdff198386f7d5475880897edaaf7495314c99095a2e4d66a",
+            "ca35def5ae56cec33dc2036731ab14896bc4c75dbb07a61f879f8e3afa4c7944\
+             fda936bec35a8adfdff198386f7d5475880897edaaf7495314c99095a2e4d66a",
         );
         step(
             false,
             "4d757272617920526f746862617264",
-            "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f1448088434cd2a371993ba41ea11448024fca32766b169183c9e691a7a433279da7e729",
+            "95ebc60d2b1fa672c1f46a8aa265ef51bfe38e7ccb39ec5be34069f144808843\
+             4cd2a371993ba41ea11448024fca32766b169183c9e691a7a433279da7e729",
         );
         assert_eq!(
             alice.get_mut().get_handshake_hash(),
@@ -408,13 +383,5 @@ mod tests {
             "4361726c204d656e676572",
             "416d1af83e9fa6966ce4e871156b131aa9bd7e9a1d6f8794f4872a",
         );
-    }
-
-    #[test]
-    fn wiped_memory_is_zero() {
-        let mut wiped = Wiped::new([0xa5_u8; 64]);
-        assert_eq!(wiped.get_mut(), &[0xa5; 64]);
-        wiped.0.as_mut().zeroize();
-        assert_eq!(wiped.get_mut(), &[0; 64], "what drop does last");
     }
 }

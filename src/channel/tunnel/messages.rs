@@ -1,7 +1,8 @@
 //! The control messages that two tunnels exchange inside a session: their bytes, and what each side
 //! announces to the other.
 //!
-//! Authenticated bytes still come from another program: reading refuses what is wrong and never panics.
+//! Authenticated bytes still come from another program: reading refuses what is wrong and never
+//! panics.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -9,12 +10,12 @@ use crate::channel::wire::role_byte;
 use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::peer::Role;
 
-/// Most bytes of an announcement in one message: with every header it stays below 1,200, which every
-/// path carries that IPv6 may use (RFC 8200, section 5: 1,280).
+/// Most bytes of an announcement in one message: with every header it stays below 1,200, which
+/// every path carries that IPv6 may use (RFC 8200, section 5: 1,280).
 pub(crate) const PART_LEN: usize = 1_100;
 
-/// Most bytes of a control message that can mean anything: the head of a part, its bytes, and one more,
-/// so that a part that is too long is still seen to be. What is behind is padding.
+/// Most bytes of a control message that can mean anything: the head of a part, its bytes, and one
+/// more, so that a part that is too long is still seen to be. What is behind is padding.
 pub const MAX_MESSAGE: usize = 7 + PART_LEN + 1;
 
 /// Most parts of an announcement: 64 moves of 64 port ranges take 17,604 bytes.
@@ -25,12 +26,12 @@ const MAX_ERROR_LEN: usize = 256;
 
 /// A control message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Control<'a> {
+pub(crate) enum ControlMessage<'a> {
     /// Says that the sender lives, and that it holds the keys of the session.
     Keepalive,
-    /// Asks for a [`Control::Pong`] with the same number.
+    /// Asks for a [`ControlMessage::Pong`] with the same number.
     Ping { id: u32 },
-    /// Answers a [`Control::Ping`].
+    /// Answers a [`ControlMessage::Ping`].
     Pong { id: u32 },
     /// A part of an [`Announcement`].
     Config {
@@ -49,7 +50,7 @@ pub(crate) enum Control<'a> {
     ProbeAck { size: u16 },
 }
 
-impl<'a> Control<'a> {
+impl<'a> ControlMessage<'a> {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         match *self {
             Self::Keepalive => out.push(1),
@@ -267,7 +268,8 @@ impl Announcement {
     }
 }
 
-/// A text that will stand in a log and on a terminal: no control characters, whatever the peer sent.
+/// A text that will stand in a log and on a terminal: no control characters, whatever the peer
+/// sent.
 fn take_line(rest: &mut &[u8]) -> Option<String> {
     let length = usize::from(u16::from_le_bytes(take(rest)?));
     if length > MAX_ERROR_LEN {
@@ -285,8 +287,8 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*head)
 }
 
-/// The last place at or before `at` where a text can be cut; `str::floor_char_boundary` is newer than
-/// the Rust this package promises to build with.
+/// The last place at or before `at` where a text can be cut; `str::floor_char_boundary` is newer
+/// than the Rust this package promises to build with.
 fn boundary(text: &str, at: usize) -> usize {
     (0..=at.min(text.len()))
         .rev()
@@ -299,7 +301,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn bytes_of(message: &Control<'_>) -> Vec<u8> {
+    fn bytes_of(message: &ControlMessage<'_>) -> Vec<u8> {
         let mut out = Vec::new();
         message.encode(&mut out);
         out
@@ -307,12 +309,12 @@ mod tests {
 
     #[test]
     fn golden_bytes() {
-        let cases: [(Control<'_>, &[u8]); 8] = [
-            (Control::Keepalive, &[1]),
-            (Control::Ping { id: 1 }, &[2, 1, 0, 0, 0]),
-            (Control::Pong { id: 1 }, &[3, 1, 0, 0, 0]),
+        let cases: [(ControlMessage<'_>, &[u8]); 8] = [
+            (ControlMessage::Keepalive, &[1]),
+            (ControlMessage::Ping { id: 1 }, &[2, 1, 0, 0, 0]),
+            (ControlMessage::Pong { id: 1 }, &[3, 1, 0, 0, 0]),
             (
-                Control::Config {
+                ControlMessage::Config {
                     id: 9,
                     part: 1,
                     parts: 2,
@@ -320,22 +322,25 @@ mod tests {
                 },
                 &[4, 9, 0, 0, 0, 1, 2, b'a', b'b'],
             ),
-            (Control::ConfigAck { id: 9, part: 1 }, &[5, 9, 0, 0, 0, 1]),
-            (Control::Close, &[6]),
-            (Control::Probe { size: 1_200 }, &[7, 0xb0, 4]),
-            (Control::ProbeAck { size: 1_200 }, &[8, 0xb0, 4]),
+            (
+                ControlMessage::ConfigAck { id: 9, part: 1 },
+                &[5, 9, 0, 0, 0, 1],
+            ),
+            (ControlMessage::Close, &[6]),
+            (ControlMessage::Probe { size: 1_200 }, &[7, 0xb0, 4]),
+            (ControlMessage::ProbeAck { size: 1_200 }, &[8, 0xb0, 4]),
         ];
         for (message, bytes) in cases {
             assert_eq!(bytes_of(&message), bytes);
-            assert_eq!(Control::decode(bytes), Some(message));
+            assert_eq!(ControlMessage::decode(bytes), Some(message));
             assert_eq!(
-                Control::decode(&bytes[..bytes.len() - 1]).is_some(),
+                ControlMessage::decode(&bytes[..bytes.len() - 1]).is_some(),
                 bytes.len() == 9
             );
         }
-        assert_eq!(Control::decode(&[9]), None);
+        assert_eq!(ControlMessage::decode(&[9]), None);
         assert_eq!(
-            Control::decode(&[4, 9, 0, 0, 0, 2, 2]),
+            ControlMessage::decode(&[4, 9, 0, 0, 0, 2, 2]),
             None,
             "no part 2 of 2"
         );
@@ -374,16 +379,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_reading_panic(bytes in proptest::collection::vec(any::<u8>(), 0..64), kind in 0u8..10) {
+        fn no_bytes_make_reading_panic(
+            bytes in proptest::collection::vec(any::<u8>(), 0..64), kind in 0u8..10,
+        ) {
             let mut bytes = bytes;
-            let _ = Control::decode(&bytes);
+            let _ = ControlMessage::decode(&bytes);
             if let Some(read) = Announcement::decode(&bytes) {
                 prop_assert_eq!(Announcement::decode(&read.encode()), Some(read));
             }
             if let Some(first) = bytes.first_mut() {
                 *first = kind;
             }
-            if let Some(message) = Control::decode(&bytes) {
+            if let Some(message) = ControlMessage::decode(&bytes) {
                 let again = bytes_of(&message);
                 prop_assert_eq!(&bytes[..again.len()], &again[..]);
             }

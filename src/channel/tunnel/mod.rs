@@ -1,9 +1,10 @@
-//! One peer: when to shake hands, which session to send on, whether the peer is there, what it said.
+//! One peer: when to shake hands, which session to send on, whether the peer is there, what it
+//! said.
 //!
-//! A state machine without sockets and clocks: the daemon's control task hands it what arrived and what
-//! time it is, and takes from it what to send and what has happened. Data packets do not pass here: lanes
-//! seal and open them on the [`Session`]s that this room hands out, and leave the times in
-//! [`Activity`]. Keys and handshake messages are made in `session`, layouts in `wire`.
+//! A state machine without sockets and clocks: the daemon's control task hands it what arrived and
+//! what time it is, and takes from it what to send and what has happened. Data packets do not pass
+//! here: lanes seal and open them on the [`Session`]s that this room hands out, and leave the times
+//! in [`Activity`]. Keys and handshake messages are made in `session`, layouts in `wire`.
 //!
 //! ```text
 //!            lane: Door::admit                       lane: Session::open
@@ -11,25 +12,27 @@
 //!                    ▼                                 ▼
 //!            handle_handshake ──────────┐   ┌─ session_heard, handle_control
 //!                                       ▼   ▼
-//!  handle_timeout (next_timeout) ──►  Tunnel  ──► poll_event     install, send on, remove, state, …
-//!                                              ──► poll_transmit  handshake and control datagrams
+//!  handle_timeout (next_timeout) ──►  Tunnel  ──► poll_event     sessions, endpoint, state
+//!                                              ──► poll_transmit  handshake, control datagrams
 //! ```
 //!
-//! Take events before transmits: a session must be in the lanes' hands before the peer learns of it.
+//! Take events before transmits: a session must be in the lanes' hands before the peer learns of
+//! it.
 //!
 //! # Which session
 //!
 //! Any session that both sides agreed on is accepted for receiving until it expires, so a change of
-//! session loses nothing that is in flight. To send, both sides must come to the same one, also when
-//! their initiations crossed. Each initiation says the highest timestamp that its sender had accepted
-//! from the other; so both sides can tell which of two was made in knowledge of the other and wins, and
-//! when neither was, that of the old server wins (`Origin::supersedes`).
+//! session loses nothing that is in flight. To send, both sides must come to the same one, also
+//! when their initiations crossed. Each initiation says the highest timestamp that its sender had
+//! accepted from the other; so both sides can tell which of two was made in knowledge of the other
+//! and wins, and when neither was, that of the old server wins (`Origin::supersedes`).
 //!
 //! # Clocks
 //!
-//! A timestamp that does not rise is refused: that is what stops replayed initiations. A host that was
-//! restarted with its clock set back would be locked out by it. So the refusing side initiates itself,
-//! towards the endpoint that it knows, and its message carries the timestamp that the other has to exceed.
+//! An initiation whose timestamp is not higher than the last one is refused: that stops replays. A
+//! host that was restarted with its clock set back would be locked out. So the side that refuses
+//! initiates itself, towards the endpoint that it knows, and its message carries the timestamp that
+//! the other has to exceed.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -37,10 +40,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::channel::pmtu::{self, Search};
+use crate::channel::pmtu::{self, MtuDiscovery};
 use crate::channel::session::{
-    Activity, Admitted, Answer, Ciphers, Entropy, Hello, Initiating, NoEntropy, Offer, PeerKeys,
-    Responding, Session, SessionIndexes, SessionSpec,
+    Activity, Admitted, Answer, Hello, Initiating, NoEntropy, Offer, Responding, Session,
+    SessionSpec,
 };
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
@@ -48,22 +51,25 @@ use crate::channel::wire::{
 use crate::model::drops::DropReason;
 use crate::model::peer::{Path, PeerId, Role};
 
+mod announcement;
+mod config;
+mod event;
 mod messages;
+mod sessions;
 #[cfg(test)]
 mod tests;
 
+pub use config::{Timers, TunnelConfig};
+pub use event::{Event, State, Transmit, Warning};
 pub use messages::{Announcement, Deliver, MAX_MESSAGE};
-use messages::{Control, PART_LEN};
 
-/// Initiations of ours that may still be answered. Retries go out each second at first, so a path of
-/// four seconds' round trip still ends in a session.
+use announcement::{Incoming, Outgoing};
+use messages::{ControlMessage, PART_LEN};
+use sessions::{Origin, Sending, Sessions};
+
+/// Initiations of ours that may still be answered. Retries go out each second at first, so a path
+/// of four seconds' round trip still ends in a session.
 const MAX_PENDING: usize = 4;
-
-/// Sessions we granted on which nothing was heard yet: more than the peer can have pending.
-const MAX_UNCONFIRMED: usize = MAX_PENDING + 1;
-
-/// Sessions in use for receiving: the current one, the one before, and both of a crossing.
-const MAX_USABLE: usize = 4;
 
 /// How long an initiation waits for its answer.
 const PENDING_LIFE: Duration = Duration::from_secs(10);
@@ -71,250 +77,20 @@ const PENDING_LIFE: Duration = Duration::from_secs(10);
 /// Retries that follow each other quickly before the pace slows down.
 const FAST_ATTEMPTS: u32 = 20;
 
-/// Pace of the keepalives by which the initiator shows a new session to the responder, until it is heard.
-const CONFIRM_RETRY: Duration = Duration::from_millis(250);
-
-/// Unheard for so long, a new session is not what the peer has: ask again.
+/// When the peer has not been heard on a new session for this long, it does not have that session:
+/// ask again.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Pace of re-sending an announcement that was not acknowledged.
-const CONFIG_RETRY: Duration = Duration::from_secs(1);
-
-/// At most one initiation of ours in this time because of a stale one: replayed messages must not make
-/// us talk.
+/// At most one initiation in this time in answer to stale ones: whoever replays messages must not
+/// be able to make us talk.
 const STALE_ANSWER_PACE: Duration = Duration::from_secs(5);
 
 /// At most one warning of a kind in this time.
 const WARNING_PACE: Duration = Duration::from_secs(60);
 
-/// The responder of a session asks for the next this much later than its initiator, in case the
+/// How much later than its initiator the responder of a session asks for the next one, in case the
 /// initiator cannot.
 const RESPONDER_GRACE: Duration = Duration::from_secs(30);
-
-/// The times of the protocol. The defaults are WireGuard's where it has them ("WireGuard: Next
-/// Generation Kernel Network Tunnel", section 6).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Timers {
-    /// A session this old is replaced: 120 s.
-    pub rekey_after: Duration,
-    /// A session this old is refused: 180 s.
-    pub reject_after: Duration,
-    /// Something is sent at least this often: 10 s.
-    pub keepalive: Duration,
-    /// Nothing heard for so long means that the session or the path is gone: 15 s.
-    pub answer_timeout: Duration,
-    /// Nothing heard for so long means that the peer is down: 25 s.
-    pub down_after: Duration,
-    /// Pace of retries: 5 s, up to a third more at random.
-    pub retry: Duration,
-    /// Pace of the first retries: 1 s, likewise.
-    pub fast_retry: Duration,
-    /// Pace of round trip measurements: 5 s.
-    pub ping: Duration,
-}
-
-impl Default for Timers {
-    fn default() -> Self {
-        Self {
-            rekey_after: Duration::from_secs(120),
-            reject_after: Duration::from_secs(180),
-            keepalive: Duration::from_secs(10),
-            answer_timeout: Duration::from_secs(15),
-            down_after: Duration::from_secs(25),
-            retry: Duration::from_secs(5),
-            fast_retry: Duration::from_secs(1),
-            ping: Duration::from_secs(5),
-        }
-    }
-}
-
-impl Timers {
-    /// The defaults with another interval between sessions, for tests that want many of them.
-    pub fn with_rekey_after(rekey_after: Duration) -> Self {
-        Self {
-            rekey_after,
-            ..Self::default()
-        }
-    }
-}
-
-/// What a tunnel is made of.
-#[derive(Clone, Debug)]
-pub struct TunnelConfig {
-    /// The peer's place in the daemon's configuration.
-    pub peer: PeerId,
-    /// Derived from the secret shared with it.
-    pub keys: PeerKeys,
-    /// This side's role.
-    pub role: Role,
-    /// This side's data lanes.
-    pub lanes: u8,
-    /// This side's ciphers.
-    pub offer: Offer,
-    /// `--peer`; without it this side waits to be found.
-    pub endpoint: Option<SocketAddr>,
-    /// What the peer is told.
-    pub announcement: Announcement,
-    /// Largest datagram (UDP payload) that the uplink takes: how far the path MTU is searched for.
-    /// `None` sends no probes and stays at [`pmtu::BASE`].
-    pub max_datagram: Option<u16>,
-    /// Usually [`Timers::default`].
-    pub timers: Timers,
-    /// Shared by all tunnels of the daemon.
-    pub indexes: SessionIndexes,
-    /// Usually [`Entropy::system`].
-    pub entropy: Entropy,
-}
-
-/// A datagram of the control task.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Transmit {
-    /// Where it goes.
-    pub to: Path,
-    /// What is sent.
-    pub datagram: Vec<u8>,
-    /// It asks whether the path carries its size: it must be sent with "don't fragment", and a refusal
-    /// of the kernel because of its size is nothing to report.
-    pub probe: bool,
-}
-
-/// Whether the peer is there.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum State {
-    /// It was not reached yet.
-    Connecting,
-    /// It answers.
-    Up,
-    /// It answered once and does not now.
-    Down,
-}
-
-impl State {
-    /// The name as in `status`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Connecting => "connecting",
-            Self::Up => "up",
-            Self::Down => "down",
-        }
-    }
-}
-
-/// What has happened.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// Lanes accept datagrams on it from now on.
-    SessionInstalled(Arc<Session>),
-    /// Lanes forget the session of this index.
-    SessionRemoved(u32),
-    /// Lanes seal on it from now on.
-    SendOn(Arc<Session>),
-    /// Lanes have nothing to seal on.
-    SendOff,
-    /// Where lanes send to from now on.
-    Endpoint(Path),
-    /// The peer came or went.
-    State(State),
-    /// The peer announced this.
-    PeerConfig(Announcement),
-    /// A round trip took so long.
-    Rtt(Duration),
-    /// Largest datagram (UDP payload) that the path carries towards the peer.
-    PathMtu(u16),
-    /// The operator should know.
-    Warning(Warning),
-}
-
-/// What is wrong in a way that only an operator can mend.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Warning {
-    /// The peer has this side's role, or somebody sends our own messages back.
-    SameRole(Role),
-    /// The two sides allow no common cipher.
-    NoCommonCipher {
-        /// What this side allows.
-        ours: Ciphers,
-        /// What the peer allows.
-        theirs: Ciphers,
-    },
-    /// The peer announced something that this version does not understand.
-    ConfigUnreadable,
-    /// The system gave no randomness, so no handshake can be made.
-    NoEntropy,
-}
-
-impl fmt::Display for Warning {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::SameRole(Role::Old) => f.write_str(
-                "the peer, too, was given --move: give it to the old server only \
-                 (or somebody sends our own messages back to us)",
-            ),
-            Self::SameRole(Role::New) => f.write_str(
-                "neither this daemon nor the peer was given --move: give it to the old server \
-                 (or somebody sends our own messages back to us)",
-            ),
-            Self::NoCommonCipher { ours, theirs } => write!(
-                f,
-                "no common cipher: --cipher allows {ours} here and {theirs} at the peer; make them agree"
-            ),
-            Self::ConfigUnreadable => f.write_str(
-                "the peer announced something this version does not understand; \
-                 run the same version on both servers",
-            ),
-            Self::NoEntropy => {
-                f.write_str("the system's random number generator failed: no handshake is possible")
-            }
-        }
-    }
-}
-
-/// What both sides know of how a session was asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Origin {
-    initiator: Role,
-    timestamp: u64,
-    /// The highest timestamp that the initiator had accepted from the responder.
-    seen: u64,
-}
-
-impl Origin {
-    /// Whether this session is sent on rather than `other`. Both sides answer alike, for it is made only
-    /// of what both know: of two sessions of one initiator the later one; of two of different initiators
-    /// the one that was asked for in knowledge of the other; if their initiations crossed, the one that
-    /// the old server asked for.
-    fn supersedes(&self, other: &Self) -> bool {
-        if self.initiator == other.initiator {
-            self.timestamp > other.timestamp
-        } else if self.seen >= other.timestamp {
-            true
-        } else if other.seen >= self.timestamp {
-            false
-        } else {
-            self.initiator == Role::Old
-        }
-    }
-}
-
-/// A session and what the tunnel knows of it.
-#[derive(Debug)]
-struct Held {
-    session: Arc<Session>,
-    origin: Origin,
-    /// Which run of the peer's daemon agreed to it.
-    peer_boot: u64,
-    /// The peer proved that it holds the keys: it may be sent on.
-    usable: bool,
-    /// When the peer is next shown that we hold the keys; for the initiator, until it is heard.
-    confirm_at: Option<Instant>,
-}
-
-impl Held {
-    fn supersedes(&self, other: &Self) -> bool {
-        // A restarted peer has lost every session of its last run.
-        self.peer_boot != other.peer_boot || self.origin.supersedes(&other.origin)
-    }
-}
 
 /// An initiation that may still be answered.
 struct Pending {
@@ -323,67 +99,29 @@ struct Pending {
     sent: Instant,
 }
 
-/// Our announcement, on its way.
-struct Outgoing {
-    id: u32,
-    parts: Vec<Vec<u8>>,
-    acked: Vec<bool>,
-    /// The run of the peer that `acked` is about.
-    peer_boot: Option<u64>,
-    send_at: Instant,
-}
-
-impl Outgoing {
-    fn new(id: u32, announcement: &Announcement, now: Instant) -> Self {
-        let parts = announcement
-            .encode()
-            .chunks(PART_LEN)
-            .map(<[u8]>::to_vec)
-            .collect::<Vec<_>>();
-        Self {
-            id,
-            acked: vec![false; parts.len()],
-            parts,
-            peer_boot: None,
-            send_at: now,
-        }
-    }
-}
-
-/// The peer's announcement, as far as it came in.
-#[derive(Default)]
-struct Incoming {
-    peer_boot: u64,
-    /// The last that was complete, 0 if none.
-    done: u32,
-    id: u32,
-    parts: Vec<Option<Vec<u8>>>,
-}
-
 /// One peer. See the module.
 pub struct Tunnel {
     config: TunnelConfig,
     activity: Arc<Activity>,
-    boot: u64,
+    /// Names this run of our daemon.
+    run: u64,
     /// The last timestamp we used, or one that the peer says we have to exceed.
     timestamp: u64,
-    /// The highest timestamp accepted from the peer, …
+    /// The highest timestamp accepted from the peer.
     seen: u64,
-    /// … and which run of its daemon it came from.
-    seen_boot: u64,
+    /// The run of the peer's daemon that used the timestamp in `seen`.
+    seen_run: u64,
 
     state: State,
     closed: bool,
     /// Where the last authenticated datagram came from.
     learned: Option<Path>,
 
-    sessions: Vec<Held>,
-    /// Index of the session that lanes send on.
-    sending: Option<u32>,
+    sessions: Sessions,
     pending: VecDeque<Pending>,
     attempts: u32,
     next_attempt: Instant,
-    /// Initiate once although nothing else calls for it.
+    /// Initiate once, even if no timer asks for it.
     forced: bool,
     stale_answered: Option<Instant>,
 
@@ -391,7 +129,7 @@ pub struct Tunnel {
     ping: Option<(u32, Instant)>,
     pings: u32,
     rtt: Option<Duration>,
-    search: Option<Search>,
+    mtu: Option<MtuDiscovery>,
     outgoing: Outgoing,
     incoming: Incoming,
 
@@ -406,18 +144,17 @@ impl Tunnel {
     /// # Errors
     /// [`NoEntropy`] if the system has no randomness to give.
     pub fn new(config: TunnelConfig, now: Instant) -> Result<Self, NoEntropy> {
-        let boot = config.entropy.u64()?;
+        let run = config.entropy.u64()?;
         Ok(Self {
             activity: Arc::new(Activity::new(now)),
-            boot,
+            run,
             timestamp: 0,
             seen: 0,
-            seen_boot: 0,
+            seen_run: 0,
             state: State::Connecting,
             closed: false,
             learned: None,
-            sessions: Vec::new(),
-            sending: None,
+            sessions: Sessions::default(),
             pending: VecDeque::new(),
             attempts: 0,
             next_attempt: now,
@@ -427,8 +164,10 @@ impl Tunnel {
             ping: None,
             pings: 0,
             rtt: None,
-            search: config.max_datagram.map(|limit| Search::new(limit, now)),
-            outgoing: Outgoing::new(1, &config.announcement, now),
+            mtu: config
+                .max_datagram
+                .map(|limit| MtuDiscovery::new(limit, now)),
+            outgoing: Outgoing::new(&config.announcement, now),
             incoming: Incoming::default(),
             warned: [None; 4],
             transmits: VecDeque::new(),
@@ -461,7 +200,7 @@ impl Tunnel {
 
     /// The session that lanes send on.
     pub fn session(&self) -> Option<&Arc<Session>> {
-        self.sending_held().map(|held| &held.session)
+        self.sessions.current().map(|current| &current.session)
     }
 
     /// The last round trip.
@@ -471,17 +210,18 @@ impl Tunnel {
 
     /// Largest datagram (UDP payload) that the path is known to carry towards the peer.
     pub fn path_mtu(&self) -> u16 {
-        self.search.as_ref().map_or(pmtu::BASE, Search::current)
+        self.mtu.as_ref().map_or(pmtu::BASE, MtuDiscovery::current)
     }
 
     // What arrives.
 
-    /// A handshake message that [`Door::admit`](crate::channel::session::Door::admit) let in for this peer.
+    /// A handshake message that [`Door::admit`](crate::channel::session::Door::admit) let in for
+    /// this peer.
     ///
     /// # Errors
     /// [`DropReason::HandshakeRole`], [`DropReason::HandshakeReplay`],
-    /// [`DropReason::HandshakeUnexpected`], [`DropReason::HandshakeAuth`], [`DropReason::WireMalformed`]:
-    /// it was not accepted, for the caller to count.
+    /// [`DropReason::HandshakeUnexpected`], [`DropReason::HandshakeAuth`],
+    /// [`DropReason::WireMalformed`]: it was not accepted, for the caller to count.
     pub fn handle_handshake(
         &mut self,
         now: Instant,
@@ -501,19 +241,19 @@ impl Tunnel {
         }
     }
 
-    /// A lane opened a datagram of `session` that was the first on it, or the newest of its lane with
-    /// another source than [`Event::Endpoint`] last said.
+    /// A lane opened a datagram of `session` that was the first on it, or the newest of its lane
+    /// with another source than [`Event::Endpoint`] last said.
     pub fn session_heard(&mut self, now: Instant, session: &Session, from: Path) {
         self.activity.answered(now);
-        let Some(at) = self.position(session.index()) else {
+        let Some(agreed) = self.sessions.get(session.index()) else {
             return;
         };
-        // An old session still delivers what was in flight; where the peer is now, the current one tells.
-        let current = self.sending == Some(session.index()) || !self.sessions[at].usable;
-        if current {
+        // An old session still delivers what was in flight; where the peer is now, the current one
+        // tells.
+        if self.sessions.is_current(session.index()) || !agreed.usable {
             self.learn(now, from);
         }
-        self.heard(now, at);
+        self.heard(now, session.index());
     }
 
     /// A lane opened a control message on `session`.
@@ -528,36 +268,28 @@ impl Tunnel {
         plaintext: &[u8],
     ) -> Result<(), DropReason> {
         self.activity.answered(now);
-        let at = self
-            .position(session.index())
-            .ok_or(DropReason::SessionUnknown)?;
-        let peer_boot = self.sessions[at].peer_boot;
-        self.heard(now, at);
-        match Control::decode(plaintext).ok_or(DropReason::WireMalformed)? {
-            Control::Keepalive => {}
-            Control::Ping { id } => self.send(now, &Control::Pong { id }),
-            Control::Pong { id } => self.handle_pong(now, id),
-            Control::Config {
+        let agreed = self.sessions.get(session.index());
+        let peer_run = agreed.ok_or(DropReason::SessionUnknown)?.peer_run;
+        self.heard(now, session.index());
+        match ControlMessage::decode(plaintext).ok_or(DropReason::WireMalformed)? {
+            ControlMessage::Keepalive => {}
+            ControlMessage::Ping { id } => self.send(now, &ControlMessage::Pong { id }),
+            ControlMessage::Pong { id } => self.handle_pong(now, id),
+            ControlMessage::Config {
                 id,
                 part,
                 parts,
                 body,
             } => {
-                if self.is_current_run(peer_boot) {
-                    self.send(now, &Control::ConfigAck { id, part });
-                    self.handle_config(now, peer_boot, id, part, parts, body);
+                if self.is_current_run(peer_run) {
+                    self.send(now, &ControlMessage::ConfigAck { id, part });
+                    self.handle_config(now, peer_run, id, part, parts, body);
                 }
             }
-            Control::ConfigAck { id, part } => {
-                let outgoing = &mut self.outgoing;
-                let ours = id == outgoing.id && outgoing.peer_boot == Some(peer_boot);
-                if let Some(acked) = outgoing.acked.get_mut(usize::from(part)).filter(|_| ours) {
-                    *acked = true;
-                }
-            }
-            Control::Close => self.handle_close(now, peer_boot),
-            Control::Probe { size } => self.send(now, &Control::ProbeAck { size }),
-            Control::ProbeAck { size } => self.search(|search| search.acked(now, size)),
+            ControlMessage::ConfigAck { id, part } => self.outgoing.acked(peer_run, id, part),
+            ControlMessage::Close => self.handle_close(now, peer_run),
+            ControlMessage::Probe { size } => self.send(now, &ControlMessage::ProbeAck { size }),
+            ControlMessage::ProbeAck { size } => self.discover(|mtu| mtu.acked(now, size)),
         }
         Ok(())
     }
@@ -567,7 +299,7 @@ impl Tunnel {
     /// Tells the peer something else than before.
     pub fn set_announcement(&mut self, now: Instant, announcement: Announcement) {
         if announcement != self.config.announcement {
-            self.outgoing = Outgoing::new(self.outgoing.id.wrapping_add(1), &announcement, now);
+            self.outgoing.replace(&announcement, now);
             self.config.announcement = announcement;
         }
     }
@@ -585,44 +317,42 @@ impl Tunnel {
     pub fn set_max_datagram(&mut self, now: Instant, limit: u16) {
         if self.config.max_datagram.is_some_and(|old| old != limit) {
             self.config.max_datagram = Some(limit);
-            self.search(|search| search.set_limit(now, limit));
+            self.discover(|mtu| mtu.set_limit(now, limit));
         }
     }
 
     /// The kernel refused a [`Transmit::probe`] of this length because of its size.
     pub fn probe_refused(&mut self, now: Instant, length: usize) {
-        self.search(|search| search.refused(now, length));
+        self.discover(|mtu| mtu.refused(now, length));
     }
 
     /// Says good-bye. Nothing is accepted or started after this.
     pub fn close(&mut self, now: Instant) {
-        self.send(now, &Control::Close);
+        self.send(now, &ControlMessage::Close);
         self.closed = true;
         self.pending.clear();
-        while let Some(index) = self.sessions.first().map(|held| held.session.index()) {
-            self.remove(index);
-        }
+        self.sessions.clear(&mut self.events);
         self.stop_sending();
     }
 
     // What time does.
 
-    /// When [`handle_timeout`](Self::handle_timeout) is to be called next; ask again after every call
-    /// that changes something.
+    /// When [`handle_timeout`](Self::handle_timeout) is to be called next; ask again after every
+    /// call that changes something.
     pub fn next_timeout(&self) -> Option<Instant> {
         if self.closed {
             return None;
         }
         let timers = &self.config.timers;
-        let sessions = self.sessions.iter().flat_map(|held| {
-            let expiry = held.session.created() + timers.reject_after;
-            [Some(expiry), held.confirm_at]
+        let sessions = self.sessions.iter().flat_map(|agreed| {
+            let expiry = agreed.session.created() + timers.reject_after;
+            [Some(expiry), agreed.confirm_at]
         });
         let pending = self.pending.iter().map(|p| Some(p.sent + PENDING_LIFE));
-        let sending = self.sending_held().into_iter().flat_map(|_| {
+        let sending = self.sessions.current().into_iter().flat_map(|_| {
             let sent = self.activity.last_sent();
             let down = (self.state == State::Up).then(|| self.silence_since() + timers.down_after);
-            let config = self.config_due();
+            let config = self.outgoing.due();
             [
                 Some(self.next_ping),
                 sent.map(|sent| sent + timers.keepalive),
@@ -656,10 +386,10 @@ impl Tunnel {
         {
             self.initiate(now, wall);
         }
-        if self.sending.is_none() {
+        if !self.sessions.is_sending() {
             return;
         }
-        if self.config_due().is_some_and(|due| now >= due) {
+        if self.outgoing.due().is_some_and(|due| now >= due) {
             self.send_config(now);
         }
         if now >= self.next_ping {
@@ -673,7 +403,7 @@ impl Tunnel {
             .last_sent()
             .map(|at| at + self.config.timers.keepalive);
         if quiet.is_none_or(|due| now >= due) {
-            self.send(now, &Control::Keepalive);
+            self.send(now, &ControlMessage::Keepalive);
         }
     }
 
@@ -716,7 +446,7 @@ impl Tunnel {
         let hello = Hello {
             timestamp: self.next_timestamp(wall),
             seen: self.seen,
-            boot: self.boot,
+            run: self.run,
             offer: self.config.offer,
             lanes: self.config.lanes,
         };
@@ -775,20 +505,20 @@ impl Tunnel {
         self.timestamp = self.timestamp.max(hello.seen);
         if hello.timestamp <= self.seen {
             // Within one run timestamps rise: then it is a replay, or was overtaken on the way.
-            if hello.boot != self.seen_boot {
+            if hello.run != self.seen_run {
                 self.answer_stale(now);
             }
             return Err(DropReason::HandshakeReplay);
         }
         self.seen = hello.timestamp;
-        self.seen_boot = hello.boot;
+        self.seen_run = hello.run;
         let TunnelConfig {
             keys, role, offer, ..
         } = &self.config;
         let (role, offer) = (*role, *offer);
         let cipher = offer.agree(hello.offer);
         let answer = Answer {
-            boot: self.boot,
+            run: self.run,
             cipher,
             offer,
             lanes: self.config.lanes,
@@ -811,7 +541,7 @@ impl Tunnel {
             return Err(DropReason::ControlBusy);
         };
         if let (Some(cipher), Some(index)) = (cipher, index) {
-            self.install(
+            self.sessions.install(
                 SessionSpec {
                     index,
                     remote: initiation.sender(),
@@ -830,7 +560,8 @@ impl Tunnel {
                     timestamp: hello.timestamp,
                     seen: hello.seen,
                 },
-                hello.boot,
+                hello.run,
+                &mut self.events,
             );
             // The peer has the next word; an initiation of ours would only cross its own.
             let pace = self.with_jitter(self.config.timers.fast_retry);
@@ -842,8 +573,8 @@ impl Tunnel {
         Ok(())
     }
 
-    /// A peer whose clock was set back is told what to exceed, at the endpoint that we know: whoever
-    /// replays its messages learns nothing.
+    /// A peer whose clock was set back is told what to exceed, at the endpoint that we know:
+    /// whoever replays its messages learns nothing.
     fn answer_stale(&mut self, now: Instant) {
         let recently = self
             .stale_answered
@@ -883,7 +614,7 @@ impl Tunnel {
             self.slow_down(now);
             return Ok(());
         };
-        let index = self.install(
+        let index = self.sessions.install(
             SessionSpec {
                 index: pending.initiating.into_index(),
                 remote: response.sender(),
@@ -898,11 +629,12 @@ impl Tunnel {
                 activity: Arc::clone(&self.activity),
             },
             pending.origin,
-            answer.boot,
+            answer.run,
+            &mut self.events,
         );
-        if let Some(at) = index.and_then(|index| self.position(index)) {
-            self.sessions[at].confirm_at = Some(now);
-            self.make_usable(now, at);
+        if let Some(index) = index {
+            self.sessions.begin_confirming(index, now);
+            self.make_usable(now, index);
             self.confirm(now);
             self.observe(now);
         }
@@ -911,169 +643,73 @@ impl Tunnel {
 
     // Sessions.
 
-    /// Accepts a session for receiving, and gives up the oldest if there are too many.
-    fn install(&mut self, spec: SessionSpec, origin: Origin, peer_boot: u64) -> Option<u32> {
-        let session = Session::new(spec)?;
-        let index = session.index();
-        self.events
-            .push_back(Event::SessionInstalled(Arc::clone(&session)));
-        self.sessions.push(Held {
-            session,
-            origin,
-            peer_boot,
-            usable: false,
-            confirm_at: None,
-        });
-        self.evict(false, MAX_UNCONFIRMED);
-        Some(index)
-    }
-
-    /// Gives up the oldest sessions of a kind while there are more than `most`.
-    fn evict(&mut self, usable: bool, most: usize) {
-        let kind = |held: &&Held| held.usable == usable;
-        while self.sessions.iter().filter(kind).count() > most {
-            let oldest = self
-                .sessions
-                .iter()
-                .filter(kind)
-                .map(|held| held.session.index())
-                .find(|&index| Some(index) != self.sending);
-            match oldest {
-                Some(index) => self.remove(index),
-                None => return,
-            }
-        }
-    }
-
-    fn remove(&mut self, index: u32) {
-        if let Some(at) = self.position(index) {
-            self.sessions.remove(at).session.retire();
-            self.events.push_back(Event::SessionRemoved(index));
-        }
-    }
-
     /// Something authenticated came in on a session.
-    fn heard(&mut self, now: Instant, at: usize) {
-        let held = &mut self.sessions[at];
-        held.confirm_at = None;
-        if !held.usable {
-            self.make_usable(now, at);
+    fn heard(&mut self, now: Instant, index: u32) {
+        if self.sessions.heard(index) {
+            self.make_usable(now, index);
             // The initiator repeats itself until it hears us.
-            self.send(now, &Control::Keepalive);
+            self.send(now, &ControlMessage::Keepalive);
         }
         self.observe(now);
     }
 
     /// The peer proved that it holds the keys of a session.
-    fn make_usable(&mut self, now: Instant, at: usize) {
-        self.sessions[at].usable = true;
-        let (index, peer_boot) = (
-            self.sessions[at].session.index(),
-            self.sessions[at].peer_boot,
-        );
-        // No answer is wanted any more to what was asked before this, …
+    fn make_usable(&mut self, now: Instant, index: u32) {
+        // What was asked for before this needs no answer any more.
         self.pending.clear();
         self.attempts = 0;
         self.next_attempt = now;
         self.forced = false;
-        // … and what an earlier run of the peer asked for will never be used.
-        let dead = |held: &Held| !held.usable && held.peer_boot != peer_boot;
-        while let Some(held) = self.sessions.iter().find(|held| dead(held)) {
-            self.remove(held.session.index());
-        }
-        let switch = match (self.position(index), self.sending_held()) {
-            (Some(at), Some(current)) => self.sessions[at].supersedes(current),
-            (Some(_), None) => true,
-            (None, _) => false,
-        };
-        if switch {
-            self.send_on(now, index);
-        }
-        // What is not sent on needs no proof of ours.
-        let sending = self.sending;
-        for held in &mut self.sessions {
-            if Some(held.session.index()) != sending {
-                held.confirm_at = None;
-            }
-        }
-        self.evict(true, MAX_USABLE);
-    }
-
-    fn send_on(&mut self, now: Instant, index: u32) {
-        let Some(at) = self.position(index) else {
-            return;
-        };
-        let first = self.sending.is_none();
-        self.sending = Some(index);
-        let held = &self.sessions[at];
-        self.events
-            .push_back(Event::SendOn(Arc::clone(&held.session)));
-        if self.outgoing.peer_boot != Some(held.peer_boot) {
-            self.outgoing.peer_boot = Some(held.peer_boot);
-            self.outgoing.acked.fill(false);
-            self.outgoing.send_at = now;
-        }
-        if first {
-            self.next_ping = now;
-        }
-    }
-
-    fn stop_sending(&mut self) {
-        if self.sending.take().is_some() {
-            self.events.push_back(Event::SendOff);
-        }
-        if self.state == State::Up {
-            self.set_state(State::Down);
-        }
+        let sending = self.sessions.make_usable(index, &mut self.events);
+        self.follow(now, sending);
     }
 
     /// Ends what is too old.
     fn expire(&mut self, now: Instant) {
         let life = self.config.timers.reject_after;
-        let expired = |held: &&Held| now >= held.session.created() + life;
-        while let Some(held) = self.sessions.iter().find(expired) {
-            self.remove(held.session.index());
-        }
-        if self.sending.is_some() && self.sending_held().is_none() {
-            // Any other that the peer proved is better than none.
-            let best = self
-                .sessions
-                .iter()
-                .filter(|held| held.usable)
-                .reduce(|best, held| if held.supersedes(best) { held } else { best })
-                .map(|held| held.session.index());
-            match best {
-                Some(index) => self.send_on(now, index),
-                None => self.stop_sending(),
-            }
-        }
+        let sending = self.sessions.expire(now, life, &mut self.events);
+        self.follow(now, sending);
         self.pending
             .retain(|pending| now < pending.sent + PENDING_LIFE);
     }
 
+    /// Does what follows from a change of the session that is sent on.
+    fn follow(&mut self, now: Instant, sending: Sending) {
+        match sending {
+            Sending::Unchanged => {}
+            Sending::Switched { first } => {
+                if let Some(current) = self.sessions.current() {
+                    self.outgoing.send_to(current.peer_run, now);
+                }
+                if first {
+                    self.next_ping = now;
+                }
+            }
+            Sending::Lost => self.stop_sending(),
+        }
+    }
+
+    fn stop_sending(&mut self) {
+        self.sessions.stop_sending(&mut self.events);
+        if self.state == State::Up {
+            self.set_state(State::Down);
+        }
+    }
+
     /// Shows the peer that we hold the keys of what we asked for, until we hear that it knows.
     fn confirm(&mut self, now: Instant) {
-        for at in 0..self.sessions.len() {
-            let held = &mut self.sessions[at];
-            if held.session.is_heard() {
-                held.confirm_at = None;
-            }
-            if held.confirm_at.is_some_and(|due| now >= due) {
-                held.confirm_at = Some(now + CONFIRM_RETRY);
-                let session = Arc::clone(&held.session);
-                self.send_sealed(now, &session, &Control::Keepalive, 0);
-            }
+        while let Some(session) = self.sessions.take_unconfirmed(now) {
+            self.send_sealed(now, &session, &ControlMessage::Keepalive, 0);
         }
     }
 
     /// Sees from the times that lanes left whether the peer is there.
     fn observe(&mut self, now: Instant) {
         // What lanes opened first and could not report.
-        let unreported = |held: &Held| !held.usable && held.session.is_heard();
-        while let Some(at) = self.sessions.iter().position(unreported) {
-            self.make_usable(now, at);
+        while let Some(index) = self.sessions.heard_but_not_usable() {
+            self.make_usable(now, index);
         }
-        if self.sending.is_none() {
+        if !self.sessions.is_sending() {
             return;
         }
         let silent = now >= self.silence_since() + self.config.timers.down_after;
@@ -1087,10 +723,10 @@ impl Tunnel {
     /// When a handshake is wanted, whatever the pace of attempts; possibly long ago.
     fn handshake_wanted_at(&self) -> Instant {
         let timers = &self.config.timers;
-        let Some(held) = self.sending_held().filter(|_| !self.forced) else {
+        let Some(current) = self.sessions.current().filter(|_| !self.forced) else {
             return self.next_attempt;
         };
-        let session = &held.session;
+        let session = &current.session;
         if session.messages() >= session.cipher().rekey_after() {
             return self.next_attempt;
         }
@@ -1099,7 +735,9 @@ impl Tunnel {
         } else {
             timers.rekey_after + RESPONDER_GRACE
         };
-        let unheard = held.confirm_at.map(|_| session.created() + CONFIRM_TIMEOUT);
+        let unheard = current
+            .confirm_at
+            .map(|_| session.created() + CONFIRM_TIMEOUT);
         let silent = self.silence_since() + timers.answer_timeout;
         [Some(session.created() + rekey), Some(silent), unheard]
             .into_iter()
@@ -1110,7 +748,8 @@ impl Tunnel {
 
     /// Since when nothing was heard. A session begins with a sign of life.
     fn silence_since(&self) -> Instant {
-        let created = self.sending_held().map(|held| held.session.created());
+        let current = self.sessions.current();
+        let created = current.map(|current| current.session.created());
         let heard = self.activity.last_heard();
         heard.max(created).unwrap_or(self.next_attempt)
     }
@@ -1121,7 +760,7 @@ impl Tunnel {
         if let Some((_, sent)) = self.ping.take_if(|(expected, _)| *expected == id) {
             let rtt = now.saturating_duration_since(sent);
             self.rtt = Some(rtt);
-            self.search(|search| search.set_rtt(rtt));
+            self.discover(|mtu| mtu.set_rtt(rtt));
             self.events.push_back(Event::Rtt(rtt));
         }
     }
@@ -1130,39 +769,22 @@ impl Tunnel {
         self.pings = self.pings.wrapping_add(1);
         self.ping = Some((self.pings, now));
         self.next_ping = now + self.config.timers.ping;
-        self.send(now, &Control::Ping { id: self.pings });
+        self.send(now, &ControlMessage::Ping { id: self.pings });
     }
 
     fn handle_config(
         &mut self,
         now: Instant,
-        peer_boot: u64,
+        peer_run: u64,
         id: u32,
         part: u8,
         parts: u8,
         body: &[u8],
     ) {
-        let incoming = &mut self.incoming;
-        if incoming.peer_boot != peer_boot {
-            *incoming = Incoming {
-                peer_boot,
-                ..Incoming::default()
-            };
-        }
-        if id <= incoming.done || id < incoming.id {
-            return;
-        }
-        if id > incoming.id || incoming.parts.len() != usize::from(parts) {
-            incoming.id = id;
-            incoming.parts = vec![None; usize::from(parts)];
-        }
-        incoming.parts[usize::from(part)] = Some(body.to_vec());
-        let Some(whole) = incoming.parts.iter().cloned().collect::<Option<Vec<_>>>() else {
+        let Some(whole) = self.incoming.push(peer_run, id, part, parts, body) else {
             return;
         };
-        incoming.done = id;
-        incoming.parts.clear();
-        match Announcement::decode(&whole.concat()) {
+        match Announcement::decode(&whole) {
             Some(announcement) if announcement.role() == self.config.role.other() => {
                 self.events.push_back(Event::PeerConfig(announcement));
             }
@@ -1170,62 +792,54 @@ impl Tunnel {
         }
     }
 
-    fn config_due(&self) -> Option<Instant> {
-        let open = self.outgoing.acked.iter().any(|acked| !acked);
-        open.then_some(self.outgoing.send_at)
-    }
-
     fn send_config(&mut self, now: Instant) {
-        self.outgoing.send_at = now + CONFIG_RETRY;
-        self.outgoing.peer_boot = self.sending_held().map(|held| held.peer_boot);
-        let (id, parts) = (self.outgoing.id, self.outgoing.parts.len() as u8);
-        for part in 0..parts {
-            let at = usize::from(part);
-            if !self.outgoing.acked[at] {
-                let body = std::mem::take(&mut self.outgoing.parts[at]);
-                self.send(
-                    now,
-                    &Control::Config {
-                        id,
-                        part,
-                        parts,
-                        body: &body,
-                    },
-                );
-                self.outgoing.parts[at] = body;
-            }
+        let peer_run = self.sessions.current().map(|current| current.peer_run);
+        let (id, parts) = (self.outgoing.id(), self.outgoing.count());
+        for (part, body) in self.outgoing.take_due(now, peer_run) {
+            let message = ControlMessage::Config {
+                id,
+                part,
+                parts,
+                body: &body,
+            };
+            self.send(now, &message);
         }
     }
 
     /// Nothing is learned about a path from probes to a peer that is not there.
     fn probe_due(&self) -> Option<Instant> {
         let up = self.state == State::Up;
-        self.search
+        self.mtu
             .as_ref()
             .filter(|_| up)
-            .map(Search::next_timeout)
+            .map(MtuDiscovery::next_timeout)
     }
 
     fn send_probe(&mut self, now: Instant) {
         let heard = self.activity.last_heard();
         let mut probe = None;
         let carried = self.activity.last_carried();
-        self.search(|search| probe = search.poll(now, heard, carried));
+        self.discover(|mtu| probe = mtu.poll(now, heard, carried));
         if let (Some(size), Some(session)) = (probe, self.session().map(Arc::clone)) {
-            self.send_sealed(now, &session, &Control::Probe { size }, usize::from(size));
-            if self.search.as_ref().is_some_and(Search::is_doubtful) {
+            self.send_sealed(
+                now,
+                &session,
+                &ControlMessage::Probe { size },
+                usize::from(size),
+            );
+            if self.mtu.as_ref().is_some_and(MtuDiscovery::is_doubtful) {
                 // Whether the size is lost or everything is: the answer to something small tells.
                 self.send_ping(now);
             }
         }
     }
 
-    /// Does something to the search and tells if that changed its result.
-    fn search(&mut self, with: impl FnOnce(&mut Search)) {
-        if let Some(search) = &mut self.search {
-            let before = search.current();
-            with(search);
-            let after = search.current();
+    /// Tells the discovery of the path MTU something, and the daemon if that changed the result.
+    fn discover(&mut self, with: impl FnOnce(&mut MtuDiscovery)) {
+        if let Some(mtu) = &mut self.mtu {
+            let before = mtu.current();
+            with(mtu);
+            let after = mtu.current();
             if before != after {
                 self.events.push_back(Event::PathMtu(after));
             }
@@ -1233,19 +847,16 @@ impl Tunnel {
     }
 
     /// The peer's daemon ended: nothing of that run is of use any more.
-    fn handle_close(&mut self, now: Instant, peer_boot: u64) {
-        let of_run = |held: &&Held| held.peer_boot == peer_boot;
-        while let Some(held) = self.sessions.iter().find(of_run) {
-            self.remove(held.session.index());
-        }
-        if self.sending_held().is_none() {
+    fn handle_close(&mut self, now: Instant, peer_run: u64) {
+        self.sessions.remove_run(peer_run, &mut self.events);
+        if self.sessions.current().is_none() {
             self.stop_sending();
             self.slow_down(now);
         }
     }
 
     /// Sends a control message on the session in use.
-    fn send(&mut self, now: Instant, message: &Control<'_>) {
+    fn send(&mut self, now: Instant, message: &ControlMessage<'_>) {
         if let Some(session) = self.session().map(Arc::clone) {
             self.send_sealed(now, &session, message, 0);
         }
@@ -1255,7 +866,7 @@ impl Tunnel {
         &mut self,
         now: Instant,
         session: &Session,
-        message: &Control<'_>,
+        message: &ControlMessage<'_>,
         padded_to: usize,
     ) {
         // Also if it cannot be: the pace of trying is the same.
@@ -1295,7 +906,7 @@ impl Tunnel {
             self.learned = Some(from);
             self.events.push_back(Event::Endpoint(from));
             if moved {
-                self.search(|search| search.restart(now));
+                self.discover(|mtu| mtu.restart(now));
             }
         }
     }
@@ -1330,20 +941,9 @@ impl Tunnel {
         pace + Duration::from_millis(random % third)
     }
 
-    fn position(&self, index: u32) -> Option<usize> {
-        self.sessions
-            .iter()
-            .position(|held| held.session.index() == index)
-    }
-
-    fn sending_held(&self) -> Option<&Held> {
-        let at = self.position(self.sending?)?;
-        self.sessions.get(at)
-    }
-
-    fn is_current_run(&self, peer_boot: u64) -> bool {
-        self.sending_held()
-            .is_some_and(|held| held.peer_boot == peer_boot)
+    fn is_current_run(&self, peer_run: u64) -> bool {
+        let current = self.sessions.current();
+        current.is_some_and(|current| current.peer_run == peer_run)
     }
 
     fn set_state(&mut self, state: State) {
@@ -1371,22 +971,13 @@ impl Tunnel {
     }
 }
 
-impl Drop for Tunnel {
-    fn drop(&mut self) {
-        // A lane may hold a session a little longer; it must not use it.
-        for held in &self.sessions {
-            held.session.retire();
-        }
-    }
-}
-
 impl fmt::Debug for Tunnel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Tunnel")
             .field("peer", &self.config.peer)
             .field("role", &self.config.role)
             .field("state", &self.state)
-            .field("sending", &self.sending)
+            .field("sending", &self.session())
             .finish_non_exhaustive()
     }
 }

@@ -1,22 +1,24 @@
-//! Two tunnels in one process, under a virtual clock and a network that can do to datagrams what the
-//! internet does and more.
+//! Two tunnels in one process, under a virtual clock and a network that can do to datagrams what
+//! the internet does and more.
 //!
 //! ```text
 //!   Side 0: old ──┐   loss, duplication, delay, reordering, cut   ┌── Side 1: new
 //!   192.0.2.1     └── Pair: one clock, one queue of datagrams ────┘   198.51.100.2
 //! ```
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use proptest::prelude::*;
 
+use super::sessions::{MAX_UNCONFIRMED, MAX_USABLE};
 use super::*;
-use crate::channel::session::{Cipher, CipherPolicy, Door, Psk};
+use crate::channel::session::{Cipher, CipherPolicy, Door, Entropy, PeerKeys, Psk, SessionIndexes};
 use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
 use crate::model::drops::Drops;
+use crate::testing::epoch;
 
 const OLD: usize = 0;
 const NEW: usize = 1;
@@ -143,11 +145,7 @@ struct Pair {
 impl Pair {
     /// Neither side runs yet.
     fn new(seed: u64) -> Self {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "somewhere a virtual clock has to begin"
-        )]
-        let now = Instant::now();
+        let now = epoch();
         let side = |side: usize| {
             let keys = PeerKeys::derive(&psk(7));
             Side {
@@ -689,8 +687,7 @@ fn a_key_that_opens_the_door_but_not_the_handshake() {
     // Right mac, wrong Noise message: only a bug or a holder of the PSK can make this.
     let mut forged = Initiation::write(Role::New, 5).to_vec();
     let signed = INITIATION_LEN - wire::MAC_LEN;
-    let tag =
-        crate::channel::session::tests::mac_of(&pair.sides[NEW].config.keys, &forged[..signed]);
+    let tag = pair.sides[NEW].config.keys.mac_of(&forged[..signed]);
     forged[signed..].copy_from_slice(&tag);
     pair.deliver(OLD, addr(NEW), forged);
     assert_eq!(pair.sides[OLD].drops(DropReason::HandshakeAuth), 1);
@@ -764,8 +761,7 @@ fn the_role_is_bound_by_the_handshake_too() {
     let mut bytes = pair.last(OLD, TYPE_INITIATION);
     bytes[2] = 2;
     let signed = INITIATION_LEN - wire::MAC_LEN;
-    let tag =
-        crate::channel::session::tests::mac_of(&pair.sides[OLD].config.keys, &bytes[..signed]);
+    let tag = pair.sides[OLD].config.keys.mac_of(&bytes[..signed]);
     bytes[signed..].copy_from_slice(&tag);
     pair.deliver(OLD, addr(NEW), bytes);
     assert_eq!(pair.sides[OLD].drops(DropReason::HandshakeAuth), 1);
@@ -840,7 +836,7 @@ proptest! {
         rest in proptest::collection::vec(any::<u8>(), 0..200),
         kind in 0u8..6,
     ) {
-        thread_local!(static PAIR: std::cell::RefCell<Pair> = std::cell::RefCell::new(Pair::up(14)));
+        thread_local!(static PAIR: RefCell<Pair> = RefCell::new(Pair::up(14)));
         PAIR.with_borrow_mut(|pair| {
             let mut bytes = [&start[..], &rest[..]].concat();
             let before = (pair.record.len(), pair.sides[NEW].installs);
@@ -850,7 +846,8 @@ proptest! {
             for (byte, value) in bytes.iter_mut().zip([kind, wire::VERSION, 1, 0]) {
                 *byte = value;
             }
-            bytes.resize(match kind { 1 => INITIATION_LEN, 2 => RESPONSE_LEN, _ => bytes.len() }, 0x55);
+            let length = match kind { 1 => INITIATION_LEN, 2 => RESPONSE_LEN, _ => bytes.len() };
+            bytes.resize(length, 0x55);
             pair.deliver(NEW, addr(OLD), bytes.clone());
             if bytes.len() >= DATA_OVERHEAD {
                 let index = *pair.sides[NEW].table.keys().next().unwrap();
@@ -967,7 +964,8 @@ fn crossed_initiations_end_in_the_old_servers_session() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whatever the network does, once it behaves again both sides send on one session within seconds.
+    /// Whatever the network does, once it behaves again both sides send on one session within
+    /// seconds.
     #[test]
     fn any_schedule_converges(
         seed in any::<u32>(), loss in 0u64..400, duplicate in 0u64..300,
@@ -1000,7 +998,9 @@ proptest! {
             }
             pair.run(millis(wait));
         }
-        pair.link = Link { delay: millis(20), jitter: millis(0), loss: 0, duplicate: 0, cut: false, mtu: 1400 };
+        pair.link = Link {
+            delay: millis(20), jitter: millis(0), loss: 0, duplicate: 0, cut: false, mtu: 1400,
+        };
         pair.run(secs(40));
         prop_assert!(pair.agreed(), "{}", pair.drops());
         pair.assert_carries();
@@ -1014,10 +1014,12 @@ proptest! {
         }
     }
 
-    /// Two sessions compare the same way from both ends, and the comparison has no ties and no cycles
-    /// among sessions that one pair of runs can make.
+    /// Two sessions compare the same way from both ends, and the comparison has no ties and no
+    /// cycles among sessions that one pair of runs can make.
     #[test]
-    fn both_ends_prefer_the_same_session(schedule in proptest::collection::vec(any::<(bool, bool)>(), 3..10)) {
+    fn both_ends_prefer_the_same_session(
+        schedule in proptest::collection::vec(any::<(bool, bool)>(), 3..10),
+    ) {
         let (mut clock, mut known) = (0, [0u64; 2]);
         let mut last = [0u64; 2];
         let mut origins = Vec::new();
@@ -1373,7 +1375,8 @@ fn a_clock_that_steps_while_running_changes_nothing() {
 #[test]
 fn stale_messages_make_us_talk_only_now_and_then_and_only_to_the_peer() {
     let mut pair = Pair::up(30);
-    // What an earlier run of the peer sent: authentic, and never seen to be stale by this one's clock.
+    // What an earlier run of the peer sent: authentic, and never seen to be stale by this one's
+    // clock.
     let side = usize::from(pair.sent(OLD, TYPE_INITIATION) == 0);
     let captured = pair.last(side, TYPE_INITIATION);
     pair.restart(side);

@@ -1,0 +1,120 @@
+//! When a peer was last heard and last sent to: written by the lanes, read by the tunnel's timers.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+/// When something was last heard from a peer and sent to it, on whatever session and lane.
+///
+/// Lanes write it once a batch; the tunnel's timers read it. Times are microseconds since an epoch,
+/// so that they fit an atomic. They are no coarser, because the tunnel asks whether an answer came
+/// after its question, and a peer may be a tenth of a millisecond away.
+#[derive(Debug)]
+pub struct Activity {
+    epoch: Instant,
+    heard: AtomicU64,
+    sent: AtomicU64,
+    spoke: AtomicU64,
+}
+
+impl Activity {
+    /// Least time between two writes of the lanes, in microseconds. They share the cell, and none
+    /// of the timers that depend on it is finer.
+    const WRITE_PAUSE: u64 = 1_000;
+
+    /// Starts a record at `epoch`: nothing heard, nothing sent.
+    pub fn new(epoch: Instant) -> Self {
+        Self {
+            epoch,
+            heard: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            spoke: AtomicU64::new(0),
+        }
+    }
+
+    /// An authenticated datagram came in. While there are many, the time is kept to the
+    /// millisecond.
+    pub fn heard(&self, now: Instant) {
+        self.raise(&self.heard, now);
+    }
+
+    /// A handshake or control message came in. There are few, so the time is kept exactly.
+    pub fn answered(&self, now: Instant) {
+        self.heard.fetch_max(self.micros(now), Relaxed);
+    }
+
+    /// A packet went out.
+    pub fn sent(&self, now: Instant) {
+        self.raise(&self.sent, now);
+    }
+
+    /// A control message went out.
+    pub fn spoke(&self, now: Instant) {
+        self.raise(&self.spoke, now);
+    }
+
+    /// When a datagram last came in; `None` if none did.
+    pub fn last_heard(&self) -> Option<Instant> {
+        self.read(&self.heard)
+    }
+
+    /// When a datagram last went out; `None` if none did.
+    pub fn last_sent(&self) -> Option<Instant> {
+        self.last_carried().max(self.read(&self.spoke))
+    }
+
+    /// When a packet last went out; `None` if none did.
+    pub fn last_carried(&self) -> Option<Instant> {
+        self.read(&self.sent)
+    }
+
+    fn raise(&self, cell: &AtomicU64, now: Instant) {
+        let (micros, known) = (self.micros(now), cell.load(Relaxed));
+        if known == 0 || known + Self::WRITE_PAUSE <= micros {
+            cell.fetch_max(micros, Relaxed);
+        }
+    }
+
+    /// Microseconds since the epoch plus one, since 0 means never.
+    fn micros(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.epoch).as_micros() as u64 + 1
+    }
+
+    fn read(&self, cell: &AtomicU64) -> Option<Instant> {
+        let micros = cell.load(Relaxed).checked_sub(1)?;
+        self.epoch.checked_add(Duration::from_micros(micros))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+
+    #[test]
+    fn what_was_heard_is_known_to_the_millisecond_and_answers_exactly() {
+        let epoch = epoch();
+        let activity = Activity::new(epoch);
+        let at = |micros| epoch + Duration::from_micros(micros);
+        assert_eq!(activity.last_heard(), None);
+        activity.heard(at(300));
+        assert_eq!(activity.last_heard(), Some(at(300)), "the first");
+        activity.heard(at(1_299));
+        assert_eq!(activity.last_heard(), Some(at(300)), "within the pause");
+        activity.heard(at(1_300));
+        assert_eq!(activity.last_heard(), Some(at(1_300)));
+        activity.answered(at(1_400));
+        assert_eq!(activity.last_heard(), Some(at(1_400)));
+        activity.answered(at(1_350));
+        assert_eq!(
+            activity.last_heard(),
+            Some(at(1_400)),
+            "a later one was first"
+        );
+        assert_eq!(
+            (activity.last_carried(), activity.last_sent()),
+            (None, None)
+        );
+        activity.spoke(at(0));
+        assert_eq!(activity.last_sent(), Some(at(0)));
+    }
+}

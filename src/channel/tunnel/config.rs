@@ -1,0 +1,85 @@
+//! What a tunnel is made of, and the times by which it runs.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::messages::Announcement;
+#[cfg(doc)]
+use crate::channel::pmtu;
+use crate::channel::session::{Entropy, Offer, PeerKeys, SessionIndexes};
+use crate::model::peer::{PeerId, Role};
+
+/// What a tunnel is made of.
+#[derive(Clone, Debug)]
+pub struct TunnelConfig {
+    /// The peer's place in the daemon's configuration.
+    pub peer: PeerId,
+    /// Derived from the secret shared with it.
+    pub keys: PeerKeys,
+    /// This side's role.
+    pub role: Role,
+    /// This side's data lanes.
+    pub lanes: u8,
+    /// This side's ciphers.
+    pub offer: Offer,
+    /// `--peer`; without it this side waits to be found.
+    pub endpoint: Option<SocketAddr>,
+    /// What the peer is told.
+    pub announcement: Announcement,
+    /// Largest datagram (UDP payload) that the uplink takes: how far the path MTU is searched for.
+    /// `None` sends no probes and stays at [`pmtu::BASE`].
+    pub max_datagram: Option<u16>,
+    /// Usually [`Timers::default`].
+    pub timers: Timers,
+    /// Shared by all tunnels of the daemon.
+    pub indexes: SessionIndexes,
+    /// Usually the system's: `io::entropy::system`.
+    pub entropy: Entropy,
+}
+
+/// The times of the protocol. The defaults are WireGuard's where it has them ("WireGuard: Next
+/// Generation Kernel Network Tunnel", section 6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timers {
+    /// A session this old is replaced: 120 s.
+    pub rekey_after: Duration,
+    /// A session this old is refused: 180 s.
+    pub reject_after: Duration,
+    /// Something is sent at least this often: 10 s.
+    pub keepalive: Duration,
+    /// Nothing heard for so long means that the session or the path is gone: 15 s.
+    pub answer_timeout: Duration,
+    /// Nothing heard for so long means that the peer is down: 25 s.
+    pub down_after: Duration,
+    /// Pace of retries: 5 s, up to a third more at random.
+    pub retry: Duration,
+    /// Pace of the first retries: 1 s, likewise.
+    pub fast_retry: Duration,
+    /// Pace of round trip measurements: 5 s.
+    pub ping: Duration,
+}
+
+impl Default for Timers {
+    fn default() -> Self {
+        Self {
+            rekey_after: Duration::from_secs(120),
+            reject_after: Duration::from_secs(180),
+            keepalive: Duration::from_secs(10),
+            answer_timeout: Duration::from_secs(15),
+            down_after: Duration::from_secs(25),
+            retry: Duration::from_secs(5),
+            fast_retry: Duration::from_secs(1),
+            ping: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Timers {
+    /// The defaults with another interval between sessions, for tests that want many of them.
+    pub fn with_rekey_after(rekey_after: Duration) -> Self {
+        Self {
+            rekey_after,
+            ..Self::default()
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! What a tunnel asks of the daemon around it: datagrams to send, and what has happened.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::messages::Announcement;
+use crate::channel::session::{Ciphers, Session};
+use crate::model::peer::{Path, Role};
+
+/// What has happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Lanes accept datagrams on it from now on.
+    SessionInstalled(Arc<Session>),
+    /// Lanes forget the session of this index.
+    SessionRemoved(u32),
+    /// Lanes seal on it from now on.
+    SendOn(Arc<Session>),
+    /// Lanes have nothing to seal on.
+    SendOff,
+    /// Where lanes send to from now on.
+    Endpoint(Path),
+    /// The peer came or went.
+    State(State),
+    /// The peer announced this.
+    PeerConfig(Announcement),
+    /// A round trip took so long.
+    Rtt(Duration),
+    /// Largest datagram (UDP payload) that the path carries towards the peer.
+    PathMtu(u16),
+    /// The operator should know.
+    Warning(Warning),
+}
+
+/// A datagram of the control task.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Transmit {
+    /// Where it goes.
+    pub to: Path,
+    /// What is sent.
+    pub datagram: Vec<u8>,
+    /// It asks whether the path carries its size: it must be sent with "don't fragment", and a
+    /// refusal of the kernel because of its size is nothing to report.
+    pub probe: bool,
+}
+
+/// Whether the peer is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    /// It was not reached yet.
+    Connecting,
+    /// It answers.
+    Up,
+    /// It answered once and does not now.
+    Down,
+}
+
+impl State {
+    /// The name as in `status`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connecting => "connecting",
+            Self::Up => "up",
+            Self::Down => "down",
+        }
+    }
+}
+
+/// What is wrong in a way that only an operator can mend.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Warning {
+    /// The peer has this side's role, or somebody sends our own messages back.
+    SameRole(Role),
+    /// The two sides allow no common cipher.
+    NoCommonCipher {
+        /// What this side allows.
+        ours: Ciphers,
+        /// What the peer allows.
+        theirs: Ciphers,
+    },
+    /// The peer announced something that this version does not understand.
+    ConfigUnreadable,
+    /// The system gave no randomness, so no handshake can be made.
+    NoEntropy,
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SameRole(Role::Old) => f.write_str(
+                "the peer, too, was given --move: give it to the old server only \
+                 (or somebody sends our own messages back to us)",
+            ),
+            Self::SameRole(Role::New) => f.write_str(
+                "neither this daemon nor the peer was given --move: give it to the old server \
+                 (or somebody sends our own messages back to us)",
+            ),
+            Self::NoCommonCipher { ours, theirs } => write!(
+                f,
+                "no common cipher: --cipher allows {ours} here and {theirs} at the peer; \
+                 make them agree"
+            ),
+            Self::ConfigUnreadable => f.write_str(
+                "the peer announced something this version does not understand; \
+                 run the same version on both servers",
+            ),
+            Self::NoEntropy => {
+                f.write_str("the system's random number generator failed: no handshake is possible")
+            }
+        }
+    }
+}
