@@ -2,6 +2,7 @@
 
 pub mod fragments;
 pub mod nat;
+pub mod role;
 pub mod seed;
 pub mod table;
 pub mod translate;
