@@ -13,15 +13,14 @@ use tracing::debug;
 use super::outbound::Outbound;
 use super::receive_ring::Room;
 use super::slow_path::{Arriving, Aside};
-use super::{BURST, BURST_BYTES, Dropped, LaneParts, Moment, TICK, ToControl, clamp};
+use super::{BURST, BURST_BYTES, LaneParts, Moment, TICK, ToControl, clamp};
 use crate::channel::parts::{Joiner, Part, Stream};
 use crate::channel::session::OpenBatch;
 use crate::channel::tunnel::MAX_MESSAGE;
 use crate::channel::wire::{Flags, Message};
 use crate::io::tun::TunQueue;
 use crate::io::udp::{RECV_SLOT, Received};
-use crate::lane::shared::Translation;
-use crate::model::drops::DropReason;
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::ecn;
 use crate::packet::offload::{Coalescer, MAX_BIG, MAX_SUPER, Push, Reach, VnetHdr};
@@ -477,26 +476,11 @@ fn route_in(
     parsed: &mut Parsed,
     partial: bool,
 ) -> Result<(), Dropped> {
-    match &parts.shared.translation {
-        Translation::Old(gates) => gates[usize::from(peer.0)]
-            .check_returning(moment.now, parsed, packet)
-            .and_then(|()| parsed.decrement_ttl(packet))
-            .and_then(|()| fits_link(packet, parsed, moment.view.hop.mtu)),
-        Translation::New(translator) => {
-            translator.inbound(moment.now, peer, packet, parsed, partial)
-        }
-    }
-    .map_err(|reason| Dropped::of(peer, reason))?;
+    parts
+        .shared
+        .translation
+        .inbound(moment.now, &moment.view.hop, peer, packet, parsed, partial)
+        .map_err(|reason| Dropped::of(peer, reason))?;
     clamp(packet, parsed, moment.view.peer(peer).mtu, partial);
-    Ok(())
-}
-
-/// Whether a packet, or each that the head of a super-packet stands for, fits the link to the clients:
-/// on the way there nobody else looks.
-#[inline]
-fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReason> {
-    if packet.len().min(parsed.total()) > mtu && mtu > 0 {
-        return Err(DropReason::TooBig);
-    }
     Ok(())
 }

@@ -40,8 +40,8 @@ use tracing::debug;
 use crate::channel::session::{Admitted, Session};
 use crate::io::tun::TunQueue;
 use crate::io::udp::UdpSocket;
-use crate::lane::shared::{LaneCounters, Queue, Shared, Translation, View};
-use crate::model::drops::DropReason;
+use crate::lane::shared::{LaneCounters, Queue, Shared, View};
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::{Path, PeerId};
 use crate::packet::offload::Reach;
 use crate::packet::{Parsed, clamp_mss};
@@ -308,10 +308,8 @@ impl Lane {
         }
         self.ticked = now;
         self.outbound.tick(now);
-        if self.parts.number == 0
-            && let Translation::New(translator) = &self.parts.shared.translation
-        {
-            translator.expire(now, EXPIRY_BUDGET);
+        if self.parts.number == 0 {
+            self.parts.shared.translation.expire(now, EXPIRY_BUDGET);
         }
     }
 }
@@ -363,28 +361,6 @@ impl LaneParts {
             Some(peer) => self.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
             None => self.shared.drops.count(drop.reason),
         }
-    }
-}
-
-/// A packet that goes no further, and whose it was.
-#[derive(Clone, Copy, Debug)]
-struct Dropped {
-    peer: Option<PeerId>,
-    reason: DropReason,
-}
-
-impl Dropped {
-    fn of(peer: PeerId, reason: DropReason) -> Self {
-        Self {
-            peer: Some(peer),
-            reason,
-        }
-    }
-}
-
-impl From<DropReason> for Dropped {
-    fn from(reason: DropReason) -> Self {
-        Self { peer: None, reason }
     }
 }
 

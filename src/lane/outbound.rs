@@ -10,15 +10,14 @@ use std::time::Instant;
 use tracing::debug;
 
 use super::slow_path::Aside;
-use super::{BURST, BURST_BYTES, DEVICE_DOWN_PAUSE, Dropped, LaneParts, Moment, clamp};
+use super::{BURST, BURST_BYTES, DEVICE_DOWN_PAUSE, LaneParts, Moment, clamp};
 use crate::channel::session::Sealer;
 use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
-use crate::flow::translate::{Gate, Verdict};
+use crate::flow::role::Judgement;
 use crate::io::batch::{Destination, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
 use crate::io::udp::UdpSocket;
-use crate::lane::shared::Translation;
-use crate::model::drops::DropReason;
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::ecn;
 use crate::packet::offload::{Offload, Segments, VnetHdr};
@@ -90,27 +89,14 @@ impl Outbound {
         if parsed.fragment() != Fragment::None {
             self.aside.note_piece(moment, &parsed, packet)?;
         }
-        let captured = match &self.parts.shared.translation {
-            Translation::Old(gates) => match judge(gates, moment.now, &parsed, packet)? {
-                (peer, Verdict::Carry) => Some(peer),
-                (_, Verdict::Bounce) => return self.bounce(len),
-            },
-            Translation::New(_) => None,
+        let forwarder = &self.parts.shared.translation;
+        let Judgement::Carry(outgoing) = forwarder.judge(moment.now, &parsed, packet)? else {
+            return self.bounce(len);
         };
         // What is bounced goes back as it came: a checksum is only finished behind this line.
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
-        let peer = match (&self.parts.shared.translation, captured) {
-            (Translation::New(translator), _) => {
-                translator.outbound(moment.now, packet, &mut parsed, partial)?
-            }
-            (Translation::Old(_), Some(peer)) => {
-                let left = parsed.decrement_ttl(packet);
-                left.map_err(|reason| Dropped::of(peer, reason))?;
-                peer
-            }
-            (Translation::Old(_), None) => return Err(DropReason::NotMoved.into()),
-        };
+        let peer = outgoing.rewrite(moment.now, packet, &mut parsed, partial)?;
         let view = moment.view.peer(peer);
         let (Some(session), Some(path)) = (&view.session, view.path) else {
             return Err(Dropped::of(peer, DropReason::NoSession));
@@ -281,27 +267,6 @@ impl Sealing<'_> {
         }
         self.batch.slot(len)
     }
-}
-
-/// Finds the peer that a captured packet's destination moved to.
-fn judge(
-    gates: &[Gate],
-    now: Instant,
-    parsed: &Parsed,
-    packet: &[u8],
-) -> Result<(PeerId, Verdict), DropReason> {
-    let mut outcome = Err(DropReason::NotMoved);
-    for (index, gate) in gates.iter().enumerate() {
-        let peer = PeerId(index as u16);
-        match gate.check_captured(now, parsed, packet) {
-            Ok(Verdict::Carry) => return Ok((peer, Verdict::Carry)),
-            // Another part of the address may have moved to another peer.
-            Ok(Verdict::Bounce) => outcome = Ok((peer, Verdict::Bounce)),
-            Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
-            Err(_) => {}
-        }
-    }
-    outcome
 }
 
 pub(super) fn checksum_flag(partial: bool) -> Flags {

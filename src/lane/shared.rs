@@ -5,26 +5,24 @@
 //! same cache line.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
 use arc_swap::ArcSwap;
 
 use crate::channel::session::{Door, Session};
-use crate::flow::translate::{Gate, Translator};
+use crate::flow::role::{Forwarder, Hop};
 use crate::lane::Crowd;
 use crate::model::drops::Drops;
 use crate::model::peer::{Path, PeerId};
 use crate::model::status::Traffic;
-use crate::packet::Family;
 
 /// Everything that lanes need to know beside the packet in hand.
 pub struct Shared {
     /// Sessions and endpoints, replaced whole when anything changes.
     pub view: ArcSwap<View>,
     /// What happens to a packet between TUN and tunnel.
-    pub translation: Translation,
+    pub translation: Forwarder,
     /// Lets in handshake messages that were made with a peer's key.
     pub door: Door,
     /// Drops that belong to no peer: strangers' datagrams.
@@ -91,14 +89,6 @@ impl Waiting {
     }
 }
 
-/// What the role makes of a packet.
-pub enum Translation {
-    /// The old server: nothing is rewritten, but only moved addresses pass. One gate a peer.
-    Old(Vec<Gate>),
-    /// The new server: the flow table rewrites.
-    New(Translator),
-}
-
 /// Who may send what where, at one moment.
 #[derive(Clone, Default)]
 pub struct View {
@@ -108,27 +98,6 @@ pub struct View {
     pub peers: Vec<PeerView>,
     /// The old server as a hop between clients and the application.
     pub hop: Hop,
-}
-
-/// What a host is to packets that only pass through it.
-#[derive(Clone, Copy, Default)]
-pub struct Hop {
-    /// Its own address of each family, which has not moved.
-    pub v4: Option<Ipv4Addr>,
-    /// See `v4`.
-    pub v6: Option<Ipv6Addr>,
-    /// MTU of the link to the clients, in bytes.
-    pub mtu: usize,
-}
-
-impl Hop {
-    /// The address that it speaks from.
-    pub fn addr(&self, family: Family) -> Option<IpAddr> {
-        match family {
-            Family::V4 => self.v4.map(IpAddr::V4),
-            Family::V6 => self.v6.map(IpAddr::V6),
-        }
-    }
 }
 
 impl View {

@@ -9,17 +9,16 @@
 //! that what it quotes is what the application's host has sent.
 
 use std::io::IoSlice;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::inbound::{Inbound, Plain, pass_in};
 use super::outbound::{Outbound, Sealed, Sealing, checksum_flag};
-use super::{Dropped, LaneParts, Moment};
+use super::{LaneParts, Moment};
 use crate::channel::wire::Flags;
+use crate::flow::role::ReplyTo;
 use crate::io::tun::VNET_HDR_LEN;
-use crate::lane::shared::Translation;
-use crate::model::drops::DropReason;
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::fragment::{Cut, Overlaps, Waiting, complete, is_first, may_cut};
 use crate::packet::icmp_reply::{About, Answers};
@@ -138,7 +137,8 @@ impl Aside<Arriving> {
         how: Arriving,
         drop: Dropped,
     ) -> Result<(), Dropped> {
-        let Translation::Old(_) = &parts.shared.translation else {
+        let forwarder = &parts.shared.translation;
+        let Some(from) = forwarder.inbound_reply_from(&moment.view.hop, parsed, packet) else {
             return Err(drop);
         };
         let mtu = moment.view.hop.mtu;
@@ -149,10 +149,6 @@ impl Aside<Arriving> {
         if about == About::TooBig(mtu) && may_cut(parsed, packet) && is_whole {
             return write_cut(parts, packet, parsed, how, mtu);
         }
-        // The new server's host takes it for a router's, whichever of this server's addresses it
-        // is from.
-        let from = moment.view.hop.addr(parsed.family());
-        let from = from.unwrap_or_else(|| parsed.src(packet).into());
         let made = self.answers.make(moment.now, about, packet, parsed, from);
         if let Err(reason) = made {
             parts.count(Dropped::of(how.peer, reason));
@@ -177,29 +173,21 @@ impl Aside<()> {
         let Ok(parsed) = Parsed::parse(packet) else {
             return;
         };
-        let asked = IpAddr::from(parsed.dst(packet));
-        let from = match (&parts.shared.translation, about) {
-            // A hop on the way, which traceroute shows under the old server's own address.
-            (Translation::Old(_), About::Expired) => {
-                moment.view.hop.addr(parsed.family()).unwrap_or(asked)
-            }
-            // The moved address speaks; on the new server, for all that its host can tell, the
-            // client: the one address that is sure to be let in by whatever let the client in.
-            (Translation::Old(_), About::TooBig(_)) | (Translation::New(_), _) => asked,
-        };
-        match self.answers.make(moment.now, about, packet, &parsed, from) {
+        let forwarder = &parts.shared.translation;
+        let path = forwarder.outbound_reply(about, &moment.view.hop, &parsed, packet);
+        match (self.answers).make(moment.now, about, packet, &parsed, path.from) {
             Ok(_) => {}
             Err(reason) => return parts.count(Dropped::of(peer, reason)),
         }
         let Some(answer) = self.answers.take() else {
             return;
         };
-        let sent = match &parts.shared.translation {
-            Translation::Old(_) => parts
+        let sent = match path.to {
+            ReplyTo::Client => parts
                 .tun
                 .send(&[IoSlice::new(&[0; VNET_HDR_LEN]), IoSlice::new(answer)])
                 .map_err(|_| Dropped::of(peer, DropReason::TunWriteFailed)),
-            Translation::New(_) => pass_in(parts, moment, peer, answer, false, 0),
+            ReplyTo::Application => pass_in(parts, moment, peer, answer, false, 0),
         };
         if let Err(drop) = sent {
             parts.count(drop);
