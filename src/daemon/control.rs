@@ -33,7 +33,7 @@ use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, keep};
 use crate::lane::shared::{LaneCounters, PeerView, Shared, View, Waiting};
-use crate::lane::{Crowd, Lane, LaneParts, ToControl};
+use crate::lane::{BusyLanes, Lane, LaneParts, ToControl};
 use crate::model::drops::Drops;
 use crate::model::moved::Move;
 use crate::model::peer::{Path, PeerId, Role};
@@ -110,7 +110,7 @@ async fn carry(
         drops: Drops::default(),
         peer_drops: config.peers.iter().map(|_| Drops::default()).collect(),
         waiting: config.peers.iter().map(|_| Waiting::default()).collect(),
-        crowd: Crowd::new(std::thread::available_parallelism().map_or(1, usize::from)),
+        busy_lanes: BusyLanes::new(std::thread::available_parallelism().map_or(1, usize::from)),
     });
     let udp = sockets[0].try_clone().map_err(failed)?;
     let tso = !config.without.contains(&Offload::TunGso);

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use super::outbound::Outbound;
-use super::receive_ring::Room;
+use super::receive_ring::ReceiveRing;
 use super::slow_path::{Arriving, Aside};
-use super::{BURST, BURST_BYTES, LaneParts, Moment, TICK, ToControl, clamp};
+use super::{BURST, BURST_BYTES, Context, LaneParts, TICK, ToControl, clamp};
 use crate::channel::parts::{Joiner, Part, Stream};
 use crate::channel::session::OpenBatch;
 use crate::channel::tunnel::MAX_MESSAGE;
@@ -54,7 +54,7 @@ pub(super) struct Inbound {
     pub(super) parts: Arc<LaneParts>,
     /// What was received, opened in place.
     pub(super) slab: Box<[u8]>,
-    room: Room,
+    ring: ReceiveRing,
     /// What was opened and not yet delivered.
     opened: Vec<Plain>,
     /// Whose packets the coalescer holds.
@@ -76,7 +76,7 @@ impl Inbound {
     pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
         Self {
             slab: vec![0; receive_buffer(parts.reach)].into_boxed_slice(),
-            room: Room::new(receive_buffer(parts.reach)),
+            ring: ReceiveRing::new(receive_buffer(parts.reach)),
             opened: Vec::new(),
             joining: PeerId(0),
             coalescer: Coalescer::new(parts.uso, parts.reach),
@@ -92,15 +92,15 @@ impl Inbound {
     }
 
     /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may wait.
-    pub(super) fn drain(&mut self, moment: Moment<'_>) -> bool {
+    pub(super) fn drain(&mut self, context: Context<'_>) -> bool {
         let (mut more, mut batches, mut bytes) = (true, 0, 0);
         while batches < BURST && bytes < BURST_BYTES {
-            let start = self.make_room(moment);
+            let start = self.make_room(context);
             match self.parts.udp.recv(&mut self.slab[start..][..RECV_SLOT]) {
                 Ok(received) => {
                     (batches, bytes) = (batches + 1, bytes + received.len);
-                    self.room.took(start, received.len);
-                    self.open_all(moment, start, &received);
+                    self.ring.took(start, received.len);
+                    self.open_all(context, start, &received);
                 }
                 Err(error) => {
                     // An error that was queued on the socket is gone once it was told; whatever
@@ -113,22 +113,22 @@ impl Inbound {
                 }
             }
         }
-        self.flush(moment);
+        self.flush(context);
         more
     }
 
     /// Where the next batch may be received to; what is in the way is written first.
-    fn make_room(&mut self, moment: Moment<'_>) -> usize {
-        self.room
+    fn make_room(&mut self, context: Context<'_>) -> usize {
+        self.ring
             .next(self.coalescer.held_from())
             .unwrap_or_else(|| {
-                self.flush(moment);
+                self.flush(context);
                 0
             })
     }
 
     /// Opens every datagram of the batch at `base`, then delivers what was in them.
-    fn open_all(&mut self, moment: Moment<'_>, base: usize, received: &Received) {
+    fn open_all(&mut self, context: Context<'_>, base: usize, received: &Received) {
         let mut opened = std::mem::take(&mut self.opened);
         // The lock of a replay window is taken once a batch and is free again before anything is
         // written.
@@ -136,7 +136,7 @@ impl Inbound {
         let mut start = base;
         while start < base + received.len {
             let end = (base + received.len).min(start + received.stride);
-            match self.open(moment, &mut opening, start..end, received) {
+            match self.open(context, &mut opening, start..end, received) {
                 Ok(Some(plain)) => opened.push(plain),
                 Ok(None) => {}
                 Err(drop) => self.parts.count(drop),
@@ -146,9 +146,9 @@ impl Inbound {
         drop(opening);
         for plain in opened.drain(..) {
             let result = if plain.flags.has(Flags::CONTINUES) || plain.flags.has(Flags::MORE) {
-                self.join(moment, &plain, received.ecn)
+                self.join(context, &plain, received.ecn)
             } else {
-                self.deliver(moment, &plain, received.ecn)
+                self.deliver(context, &plain, received.ecn)
             };
             if let Err(drop) = result {
                 self.parts.count(drop);
@@ -160,7 +160,7 @@ impl Inbound {
     /// Opens the datagram in `self.slab[range]`; what is not a packet goes to the control task.
     fn open<'v>(
         &mut self,
-        moment: Moment<'v>,
+        context: Context<'v>,
         opening: &mut Option<(u32, OpenBatch<'v>)>,
         range: Range<usize>,
         received: &Received,
@@ -178,7 +178,7 @@ impl Inbound {
             }
         };
         let current;
-        let (session, opened) = match moment.view.sessions.get(&data.receiver) {
+        let (session, opened) = match context.view.sessions.get(&data.receiver) {
             Some(session) => {
                 if opening
                     .as_ref()
@@ -201,9 +201,9 @@ impl Inbound {
         };
         let peer = session.peer();
         let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
-        session.activity().heard(moment.now);
+        session.activity().heard(context.now);
         let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
-        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
+        let moved = opened.newest && context.view.peer(peer).path != Some(received.path);
         if opened.flags.has(Flags::CONTROL) {
             let length = plaintext.len().min(MAX_MESSAGE);
             self.parts.tell(ToControl::Control {
@@ -234,9 +234,9 @@ impl Inbound {
     }
 
     /// Takes a part of a packet, and delivers the packet once all of it is here.
-    fn join(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+    fn join(&mut self, context: Context<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
         // What came before it goes first.
-        self.flush(moment);
+        self.flush(context);
         let part = Part {
             counter: plain.counter,
             continues: plain.flags.has(Flags::CONTINUES),
@@ -253,10 +253,10 @@ impl Inbound {
                     partial,
                     outer_ecn,
                 };
-                self.aside.pass_in(&self.parts, moment, packet, how)
+                self.aside.pass_in(&self.parts, context, packet, how)
             }
         };
-        self.send_answer(moment);
+        self.send_answer(context);
         let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
@@ -264,7 +264,12 @@ impl Inbound {
     }
 
     /// Joins a packet to the one before it, if it continues it.
-    fn deliver(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+    fn deliver(
+        &mut self,
+        context: Context<'_>,
+        plain: &Plain,
+        outer_ecn: u8,
+    ) -> Result<(), Dropped> {
         let known = |reason| Dropped::of(plain.peer, reason);
         let range = plain.range.clone();
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
@@ -278,18 +283,18 @@ impl Inbound {
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
         if parsed.fragment() != Fragment::None {
-            return self.deliver_piece(moment, plain, outer_ecn);
+            return self.deliver_piece(context, plain, outer_ecn);
         }
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
         if plain.peer != self.joining || !self.parts.tso {
-            self.flush(moment);
+            self.flush(context);
             self.joining = plain.peer;
         }
         let pushed = self
             .coalescer
             .push(&self.slab, range.clone(), &parsed, partial);
         if pushed == Push::MustFlush {
-            self.flush(moment);
+            self.flush(context);
             // Into what is empty now everything goes.
             let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
         }
@@ -297,7 +302,7 @@ impl Inbound {
     }
 
     /// Rewrites what was joined and writes it to the TUN.
-    pub(super) fn flush(&mut self, moment: Moment<'_>) {
+    pub(super) fn flush(&mut self, context: Context<'_>) {
         let peer = self.joining;
         let Some(joined) = self.coalescer.finish(&mut self.slab) else {
             return;
@@ -306,24 +311,31 @@ impl Inbound {
         let bytes = joined.parsed.total() + (packets - 1) * joined.parsed.payload();
         let mut parsed = joined.parsed;
         let head = &mut self.slab[joined.parts[0].clone()];
-        if let Err(drop) = route_in(&self.parts, moment, peer, head, &mut parsed, joined.partial) {
+        if let Err(drop) = route_in(
+            &self.parts,
+            context,
+            peer,
+            head,
+            &mut parsed,
+            joined.partial,
+        ) {
             let how = Arriving {
                 peer,
                 partial: joined.partial,
                 outer_ecn: 0,
             };
-            let refused = (self.aside).refuse_in(&self.parts, moment, head, &parsed, how, drop);
+            let refused = (self.aside).refuse_in(&self.parts, context, head, &parsed, how, drop);
             if let Err(drop) = refused {
                 self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
             }
-            return self.send_answer(moment);
+            return self.send_answer(context);
         }
         let (vnet, joined_partial) = (joined.vnet.to_bytes(), joined.partial);
         let result = match write_whole(&self.parts.tun, &vnet, &self.slab, joined.parts) {
             Ok(None) => Ok(()),
             Ok(Some(error)) => {
                 if parsed.total() > MAX_SUPER {
-                    self.stay_short(moment.now, &error);
+                    self.stay_short(context.now, &error);
                 }
                 self.write_apart(parsed.total(), joined_partial)
             }
@@ -395,7 +407,7 @@ impl Inbound {
 /// Rewrites one packet that was not joined with others and writes it to the TUN.
 pub(super) fn pass_in(
     parts: &LaneParts,
-    moment: Moment<'_>,
+    context: Context<'_>,
     peer: PeerId,
     packet: &mut [u8],
     partial: bool,
@@ -405,7 +417,7 @@ pub(super) fn pass_in(
     let mut parsed = Parsed::parse(packet).map_err(known)?;
     ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
     let vnet = VnetHdr::single(&parsed, partial).to_bytes();
-    route_in(parts, moment, peer, packet, &mut parsed, partial)?;
+    route_in(parts, context, peer, packet, &mut parsed, partial)?;
     let packet = &packet[..parsed.total()];
     parts
         .tun
@@ -470,7 +482,7 @@ fn is_too_much(error: &io::Error) -> bool {
 /// Checks and rewrites a packet, or the head of a super-packet, that came out of the tunnel.
 fn route_in(
     parts: &LaneParts,
-    moment: Moment<'_>,
+    context: Context<'_>,
     peer: PeerId,
     packet: &mut [u8],
     parsed: &mut Parsed,
@@ -479,8 +491,15 @@ fn route_in(
     parts
         .shared
         .translation
-        .inbound(moment.now, &moment.view.hop, peer, packet, parsed, partial)
+        .inbound(
+            context.now,
+            &context.view.hop,
+            peer,
+            packet,
+            parsed,
+            partial,
+        )
         .map_err(|reason| Dropped::of(peer, reason))?;
-    clamp(packet, parsed, moment.view.peer(peer).mtu, partial);
+    clamp(packet, parsed, context.view.peer(peer).mtu, partial);
     Ok(())
 }

@@ -20,6 +20,7 @@
 
 mod helper;
 mod inbound;
+mod load;
 mod outbound;
 mod receive_ring;
 pub mod shared;
@@ -29,9 +30,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use helper::Crowd;
-use helper::{LONG_WINDOW, Load, Second, Work};
+use helper::{InboundHelper, Work};
 use inbound::Inbound;
+pub use load::BusyLanes;
+use load::{LONG_WINDOW, Load};
 use outbound::Outbound;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::mpsc;
@@ -137,10 +139,10 @@ pub struct LaneParts {
 pub struct Lane {
     parts: Arc<LaneParts>,
     outbound: Outbound,
-    /// `None` while the second thread has it.
+    /// `None` while the helper thread has it.
     inbound: Option<Box<Inbound>>,
     /// `None` where it could not be started.
-    second: Option<Second<Inbound>>,
+    helper: Option<InboundHelper<Inbound>>,
     load: Load,
     ticked: Instant,
 }
@@ -151,7 +153,7 @@ struct Ready {
     tun: bool,
     udp: bool,
     stop: bool,
-    /// The second thread has laid down what it was given.
+    /// The helper has laid down what it was given.
     back: bool,
 }
 
@@ -172,7 +174,7 @@ impl Ready {
 
 /// What a packet may know of its surroundings while it passes.
 #[derive(Clone, Copy)]
-struct Moment<'a> {
+struct Context<'a> {
     now: Instant,
     view: &'a View,
 }
@@ -182,12 +184,12 @@ impl Lane {
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
     pub fn run(parts: LaneParts) {
         let (parts, now) = (Arc::new(parts), Instant::now());
-        let second = Second::start(format!("lane-{}-in", parts.number));
-        let second = second.map_err(|error| debug!(%error, "a lane has no second thread"));
+        let helper = InboundHelper::start(format!("lane-{}-in", parts.number));
+        let helper = helper.map_err(|error| debug!(%error, "a lane has no helper thread"));
         let mut lane = Self {
             outbound: Outbound::new(Arc::clone(&parts), now),
             inbound: Some(Box::new(Inbound::new(Arc::clone(&parts), now))),
-            second: second.ok(),
+            helper: helper.ok(),
             load: Load::new(now),
             ticked: now,
             parts,
@@ -196,11 +198,11 @@ impl Lane {
             // The control task is gone only if the daemon is ending already.
             let _ = (lane.parts.control).blocking_send(ToControl::Failed(error));
         }
-        lane.load.end(&lane.parts.shared.crowd);
-        if let Some(second) = lane.second
-            && second.end().is_err()
+        lane.load.end(&lane.parts.shared.busy_lanes);
+        if let Some(helper) = lane.helper
+            && helper.end().is_err()
         {
-            debug!("the second thread of a lane had crashed");
+            debug!("the helper thread of a lane had crashed");
         }
     }
 
@@ -215,7 +217,7 @@ impl Lane {
                 return Ok(());
             }
             let view = shared.view.load_full();
-            let moment = Moment {
+            let context = Context {
                 now: Instant::now(),
                 view: &view,
             };
@@ -224,16 +226,16 @@ impl Lane {
                 self.take_back()?;
             }
             ready.udp = match &mut self.inbound {
-                Some(inbound) if ready.udp => inbound.drain(moment),
+                Some(inbound) if ready.udp => inbound.drain(context),
                 _ => false,
             };
             let turned = Instant::now();
             if ready.tun {
-                ready.tun = self.outbound.drain(moment)?;
+                ready.tun = self.outbound.drain(context)?;
             }
-            self.tick(moment.now);
+            self.tick(context.now);
             let now = Instant::now();
-            self.share(now, [now - turned, turned - moment.now]);
+            self.share(now, [now - turned, turned - context.now]);
         }
     }
 
@@ -242,8 +244,8 @@ impl Lane {
         let parts = &self.parts;
         // A descriptor that is not asked is replaced by one that is asked anyway.
         let stop = parts.stop.as_fd();
-        let (udp, back) = match (&self.inbound, &self.second) {
-            (None, Some(second)) => (stop, second.is_back()),
+        let (udp, back) = match (&self.inbound, &self.helper) {
+            (None, Some(helper)) => (stop, helper.is_back()),
             _ => (parts.udp.as_fd(), stop),
         };
         let mut fds = [parts.tun.as_fd(), udp, stop, back]
@@ -268,27 +270,27 @@ impl Lane {
         }))
     }
 
-    /// Gives one way to the second thread if both are too much for this one, and takes it back once
+    /// Gives one way to the helper thread if both are too much for this one, and takes it back once
     /// they are not; this thread has just spent so much on the way out and on the way into this host.
     fn share(&mut self, now: Instant, spent: [Duration; 2]) {
-        let Some(second) = &self.second else {
+        let Some(helper) = &self.helper else {
             return;
         };
-        let crowd = &self.parts.shared.crowd;
-        let two = self.load.note(now, spent, second.awake(), crowd);
+        let busy_lanes = &self.parts.shared.busy_lanes;
+        let wants_helper = self.load.note(now, spent, helper.awake(), busy_lanes);
         match self.inbound.take() {
-            Some(inbound) if two => self.inbound = second.give(inbound).err(),
-            None if !two => second.recall(),
+            Some(inbound) if wants_helper => self.inbound = helper.give(inbound).err(),
+            None if !wants_helper => helper.recall(),
             as_it_is => self.inbound = as_it_is,
         }
     }
 
-    /// Takes what the second thread has laid down.
+    /// Takes what the helper thread has laid down.
     fn take_back(&mut self) -> Result<(), String> {
-        let Some(second) = &self.second else {
+        let Some(helper) = &self.helper else {
             return Ok(());
         };
-        match second.take_back() {
+        match helper.take_back() {
             Ok(None) => Ok(()),
             Ok(back) => {
                 self.inbound = back;
@@ -314,7 +316,7 @@ impl Lane {
     }
 }
 
-/// What the second thread does.
+/// What the helper thread does.
 impl Work for Inbound {
     fn work(&self) -> BorrowedFd<'_> {
         self.parts.udp.as_fd()
@@ -327,12 +329,12 @@ impl Work for Inbound {
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
     fn turn(&mut self, waits: bool) -> bool {
         let view = self.parts.shared.view.load_full();
-        let moment = Moment {
+        let context = Context {
             now: Instant::now(),
             view: &view,
         };
-        let more = waits && self.drain(moment);
-        self.tick(moment.now);
+        let more = waits && self.drain(context);
+        self.tick(context.now);
         more
     }
 }

@@ -10,7 +10,7 @@ use std::time::Instant;
 use tracing::debug;
 
 use super::slow_path::Aside;
-use super::{BURST, BURST_BYTES, DEVICE_DOWN_PAUSE, LaneParts, Moment, clamp};
+use super::{BURST, BURST_BYTES, Context, DEVICE_DOWN_PAUSE, LaneParts, clamp};
 use crate::channel::session::Sealer;
 use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
 use crate::flow::role::Judgement;
@@ -49,14 +49,14 @@ impl Outbound {
     }
 
     /// Takes what waits at the TUN into the tunnel, up to a turn's worth; whether more may wait.
-    pub(super) fn drain(&mut self, moment: Moment<'_>) -> Result<bool, String> {
+    pub(super) fn drain(&mut self, context: Context<'_>) -> Result<bool, String> {
         let (mut frames, mut bytes) = (0, 0);
         let result = loop {
             match self.parts.tun.recv(&mut self.frame) {
                 Ok(len) => {
-                    let result = self.route(moment, len);
+                    let result = self.route(context, len);
                     if result.is_err() || self.aside.has_news() {
-                        self.after_frame(moment, len, result);
+                        self.after_frame(context, len, result);
                     }
                     (frames, bytes) = (frames + 1, bytes + len);
                     if frames == BURST || bytes >= BURST_BYTES {
@@ -80,24 +80,24 @@ impl Outbound {
     }
 
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
-    pub(super) fn route(&mut self, moment: Moment<'_>, len: usize) -> Result<(), Dropped> {
+    pub(super) fn route(&mut self, context: Context<'_>, len: usize) -> Result<(), Dropped> {
         let (vnet, packet) = self.frame[..len]
             .split_first_chunk_mut::<VNET_HDR_LEN>()
             .ok_or(DropReason::IpMalformed)?;
         let vnet = VnetHdr::read(vnet);
         let mut parsed = Parsed::parse(packet)?;
         if parsed.fragment() != Fragment::None {
-            self.aside.note_piece(moment, &parsed, packet)?;
+            self.aside.note_piece(context, &parsed, packet)?;
         }
         let forwarder = &self.parts.shared.translation;
-        let Judgement::Carry(outgoing) = forwarder.judge(moment.now, &parsed, packet)? else {
+        let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {
             return self.bounce(len);
         };
         // What is bounced goes back as it came: a checksum is only finished behind this line.
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
-        let peer = outgoing.rewrite(moment.now, packet, &mut parsed, partial)?;
-        let view = moment.view.peer(peer);
+        let peer = outgoing.rewrite(context.now, packet, &mut parsed, partial)?;
+        let view = context.view.peer(peer);
         let (Some(session), Some(path)) = (&view.session, view.path) else {
             return Err(Dropped::of(peer, DropReason::NoSession));
         };
@@ -122,7 +122,7 @@ impl Outbound {
         };
         let sealed = sealing.seal_all(segments, &mut self.scratch);
         let refused = sealing.refused;
-        session.activity().sent(moment.now);
+        session.activity().sent(context.now);
         counters.add(sealed.packets, sealed.bytes);
         self.parts.shared.peer_drops[usize::from(peer.0)].add(DropReason::SendFailed, refused);
         match sealed.stopped {

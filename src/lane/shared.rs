@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 
 use crate::channel::session::{Door, Session};
 use crate::flow::role::{Forwarder, Hop};
-use crate::lane::Crowd;
+use crate::lane::load::BusyLanes;
 use crate::model::drops::Drops;
 use crate::model::peer::{Path, PeerId};
 use crate::model::status::Traffic;
@@ -32,7 +32,7 @@ pub struct Shared {
     /// What of each peer waits for the control task.
     pub waiting: Vec<Waiting>,
     /// How many lanes have more to do than one thread can.
-    pub crowd: Crowd,
+    pub busy_lanes: BusyLanes,
 }
 
 /// What one peer may have waiting for the control task, so that a flood in one peer's name never

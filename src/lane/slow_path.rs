@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::inbound::{Inbound, Plain, pass_in};
 use super::outbound::{Outbound, Sealed, Sealing, checksum_flag};
-use super::{LaneParts, Moment};
+use super::{Context, LaneParts};
 use crate::channel::wire::Flags;
 use crate::flow::role::ReplyTo;
 use crate::io::tun::VNET_HDR_LEN;
@@ -61,11 +61,11 @@ impl<T> Aside<T> {
     #[cold]
     pub(super) fn note_piece(
         &mut self,
-        moment: Moment<'_>,
+        context: Context<'_>,
         parsed: &Parsed,
         packet: &[u8],
     ) -> Result<(), DropReason> {
-        self.overlaps.check(moment.now, parsed, packet)?;
+        self.overlaps.check(context.now, parsed, packet)?;
         self.first = is_first(parsed).then(|| parsed.fragment_id());
         Ok(())
     }
@@ -82,7 +82,7 @@ impl Aside<Arriving> {
     pub(super) fn pass_in(
         &mut self,
         parts: &LaneParts,
-        moment: Moment<'_>,
+        context: Context<'_>,
         packet: &mut [u8],
         how: Arriving,
     ) -> Result<(), Dropped> {
@@ -90,34 +90,35 @@ impl Aside<Arriving> {
         let parsed = Parsed::parse(packet).map_err(known)?;
         let is_piece = parsed.fragment() != crate::packet::Fragment::None;
         if is_piece {
-            self.note_piece(moment, &parsed, packet).map_err(known)?;
+            self.note_piece(context, &parsed, packet).map_err(known)?;
         }
         let first = self.first.take();
-        let Err(drop) = pass_in(parts, moment, how.peer, packet, how.partial, how.outer_ecn) else {
+        let Err(drop) = pass_in(parts, context, how.peer, packet, how.partial, how.outer_ecn)
+        else {
             if let Some(id) = first {
-                self.release_arriving(parts, moment, id);
+                self.release_arriving(parts, context, id);
             }
             return Ok(());
         };
         if is_piece && drop.reason == DropReason::FragmentUnknown {
             let id = parsed.fragment_id();
-            for given_up in self.waiting.keep(moment.now, id, how, packet) {
+            for given_up in self.waiting.keep(context.now, id, how, packet) {
                 parts.count(Dropped::of(given_up.with.peer, drop.reason));
             }
             return Ok(());
         }
-        self.refuse_in(parts, moment, packet, &parsed, how, drop)
+        self.refuse_in(parts, context, packet, &parsed, how, drop)
     }
 
     /// What came before its first fragment can be told now.
-    fn release_arriving(&mut self, parts: &LaneParts, moment: Moment<'_>, id: u32) {
+    fn release_arriving(&mut self, parts: &LaneParts, context: Context<'_>, id: u32) {
         for mut held in self.waiting.take(id) {
             let how = held.with;
             let packet = &mut held.bytes;
-            match pass_in(parts, moment, how.peer, packet, how.partial, how.outer_ecn) {
+            match pass_in(parts, context, how.peer, packet, how.partial, how.outer_ecn) {
                 Err(drop) if drop.reason == DropReason::FragmentUnknown => {
                     // Another packet's with the same identification.
-                    self.waiting.keep(moment.now, id, how, packet);
+                    self.waiting.keep(context.now, id, how, packet);
                 }
                 Err(drop) => parts.count(drop),
                 Ok(()) => {}
@@ -131,17 +132,17 @@ impl Aside<Arriving> {
     pub(super) fn refuse_in(
         &mut self,
         parts: &LaneParts,
-        moment: Moment<'_>,
+        context: Context<'_>,
         packet: &mut [u8],
         parsed: &Parsed,
         how: Arriving,
         drop: Dropped,
     ) -> Result<(), Dropped> {
         let forwarder = &parts.shared.translation;
-        let Some(from) = forwarder.inbound_reply_from(&moment.view.hop, parsed, packet) else {
+        let Some(from) = forwarder.inbound_reply_from(&context.view.hop, parsed, packet) else {
             return Err(drop);
         };
-        let mtu = moment.view.hop.mtu;
+        let mtu = context.view.hop.mtu;
         let Some(about) = About::of(drop.reason, mtu) else {
             return Err(drop);
         };
@@ -149,7 +150,7 @@ impl Aside<Arriving> {
         if about == About::TooBig(mtu) && may_cut(parsed, packet) && is_whole {
             return write_cut(parts, packet, parsed, how, mtu);
         }
-        let made = self.answers.make(moment.now, about, packet, parsed, from);
+        let made = self.answers.make(context.now, about, packet, parsed, from);
         if let Err(reason) = made {
             parts.count(Dropped::of(how.peer, reason));
         }
@@ -162,20 +163,20 @@ impl Aside<()> {
     fn refuse_out(
         &mut self,
         parts: &LaneParts,
-        moment: Moment<'_>,
+        context: Context<'_>,
         packet: &[u8],
         peer: PeerId,
         reason: DropReason,
     ) {
-        let Some(about) = About::of(reason, moment.view.peer(peer).mtu) else {
+        let Some(about) = About::of(reason, context.view.peer(peer).mtu) else {
             return;
         };
         let Ok(parsed) = Parsed::parse(packet) else {
             return;
         };
         let forwarder = &parts.shared.translation;
-        let path = forwarder.outbound_reply(about, &moment.view.hop, &parsed, packet);
-        match (self.answers).make(moment.now, about, packet, &parsed, path.from) {
+        let path = forwarder.outbound_reply(about, &context.view.hop, &parsed, packet);
+        match (self.answers).make(context.now, about, packet, &parsed, path.from) {
             Ok(_) => {}
             Err(reason) => return parts.count(Dropped::of(peer, reason)),
         }
@@ -187,7 +188,7 @@ impl Aside<()> {
                 .tun
                 .send(&[IoSlice::new(&[0; VNET_HDR_LEN]), IoSlice::new(answer)])
                 .map_err(|_| Dropped::of(peer, DropReason::TunWriteFailed)),
-            ReplyTo::Application => pass_in(parts, moment, peer, answer, false, 0),
+            ReplyTo::Application => pass_in(parts, context, peer, answer, false, 0),
         };
         if let Err(drop) = sent {
             parts.count(drop);
@@ -229,21 +230,21 @@ impl Outbound {
     #[cold]
     pub(super) fn after_frame(
         &mut self,
-        moment: Moment<'_>,
+        context: Context<'_>,
         len: usize,
         result: Result<(), Dropped>,
     ) {
         let first = self.aside.first.take();
         let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
         match (result, first) {
-            (Ok(()), Some(id)) => self.release(moment, id),
+            (Ok(()), Some(id)) => self.release(context, id),
             (Ok(()), None) => {}
             (Err(drop), _) if drop.reason == DropReason::FragmentUnknown => {
                 let Ok(parsed) = Parsed::parse(packet) else {
                     return;
                 };
                 let (id, frame) = (parsed.fragment_id(), &self.frame[..len]);
-                for _ in self.aside.waiting.keep(moment.now, id, (), frame) {
+                for _ in self.aside.waiting.keep(context.now, id, (), frame) {
                     self.parts.count(drop);
                 }
             }
@@ -251,21 +252,21 @@ impl Outbound {
                 self.parts.count(drop);
                 if let Some(peer) = drop.peer {
                     self.aside
-                        .refuse_out(&self.parts, moment, packet, peer, drop.reason);
+                        .refuse_out(&self.parts, context, packet, peer, drop.reason);
                 }
             }
         }
     }
 
     /// What came before its first fragment can be told now.
-    fn release(&mut self, moment: Moment<'_>, id: u32) {
+    fn release(&mut self, context: Context<'_>, id: u32) {
         for held in self.aside.waiting.take(id) {
             let len = held.bytes.len();
             self.frame[..len].copy_from_slice(&held.bytes);
-            match self.route(moment, len) {
+            match self.route(context, len) {
                 Err(drop) if drop.reason == DropReason::FragmentUnknown => {
                     // Another packet's with the same identification.
-                    self.aside.waiting.keep(moment.now, id, (), &held.bytes);
+                    self.aside.waiting.keep(context.now, id, (), &held.bytes);
                 }
                 Err(drop) => self.parts.count(drop),
                 Ok(()) => {}
@@ -276,11 +277,11 @@ impl Outbound {
 
     /// Takes an answer about a packet that came out of the tunnel back into it.
     #[cold]
-    fn send_back(&mut self, moment: Moment<'_>, answer: &[u8]) {
+    fn send_back(&mut self, context: Context<'_>, answer: &[u8]) {
         let len = VNET_HDR_LEN + answer.len();
         self.frame[..VNET_HDR_LEN].copy_from_slice(&VnetHdr::default().to_bytes());
         self.frame[VNET_HDR_LEN..len].copy_from_slice(answer);
-        if let Err(drop) = self.route(moment, len) {
+        if let Err(drop) = self.route(context, len) {
             self.parts.count(drop);
         }
         self.flush();
@@ -298,30 +299,32 @@ impl Inbound {
     /// Writes a fragment that came out of the tunnel.
     pub(super) fn deliver_piece(
         &mut self,
-        moment: Moment<'_>,
+        context: Context<'_>,
         plain: &Plain,
         outer_ecn: u8,
     ) -> Result<(), Dropped> {
         // What came before it goes first.
-        self.flush(moment);
+        self.flush(context);
         let how = Arriving {
             peer: plain.peer,
             partial: plain.flags.has(Flags::CSUM_PARTIAL),
             outer_ecn,
         };
         let packet = &mut self.slab[plain.range.clone()];
-        let result = self.aside.pass_in(&self.parts, moment, packet, how);
-        self.send_answer(moment);
+        let result = self.aside.pass_in(&self.parts, context, packet, how);
+        self.send_answer(context);
         result
     }
 
     /// Sends an answer about a packet that came out of the tunnel back into it.
     #[inline]
-    pub(super) fn send_answer(&mut self, moment: Moment<'_>) {
+    pub(super) fn send_answer(&mut self, context: Context<'_>) {
         if let Some(answer) = self.aside.answers.take() {
             self.answering
-                .get_or_insert_with(|| Box::new(Outbound::new(Arc::clone(&self.parts), moment.now)))
-                .send_back(moment, answer);
+                .get_or_insert_with(|| {
+                    Box::new(Outbound::new(Arc::clone(&self.parts), context.now))
+                })
+                .send_back(context, answer);
         }
     }
 
