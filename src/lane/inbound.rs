@@ -23,7 +23,7 @@ use crate::io::udp::{RECV_SLOT, Received};
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::ecn;
-use crate::packet::offload::{Coalescer, MAX_BIG, MAX_SUPER, Push, Reach, VnetHdr};
+use crate::packet::offload::{Coalescer, MAX_BIG, MAX_PARTS, MAX_SUPER, Push, Reach, VnetHdr};
 use crate::packet::{Fragment, Parsed};
 
 /// Size of the receive buffer: what is joined at most, begun anywhere in a batch. A super-packet of
@@ -452,11 +452,31 @@ fn write_whole(
     slab: &[u8],
     parts: &[Range<usize>],
 ) -> io::Result<Option<io::Error>> {
-    match tun.send_joined(vnet, slab, parts) {
+    // Most packets come alone, and room for all slices is some kilobytes to clear.
+    if let [packet] = parts {
+        let packet = IoSlice::new(&slab[packet.clone()]);
+        return tun.send(&[IoSlice::new(vnet), packet]).map(|()| None);
+    }
+    match write_gathered(tun, vnet, slab, parts) {
         Ok(()) => Ok(None),
-        Err(error) if parts.len() > 1 && is_too_much(&error) => Ok(Some(error)),
+        Err(error) if is_too_much(&error) => Ok(Some(error)),
         Err(error) => Err(error),
     }
+}
+
+/// Writes one packet from where its parts lie.
+fn write_gathered(
+    tun: &TunQueue,
+    vnet: &[u8],
+    slab: &[u8],
+    parts: &[Range<usize>],
+) -> io::Result<()> {
+    let mut slices = [IoSlice::new(&[]); 1 + MAX_PARTS];
+    slices[0] = IoSlice::new(vnet);
+    for (slice, part) in slices[1..].iter_mut().zip(parts) {
+        *slice = IoSlice::new(&slab[part.clone()]);
+    }
+    tun.send_joined(&slices[..=parts.len()])
 }
 
 fn write_singly(
