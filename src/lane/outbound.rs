@@ -14,11 +14,9 @@ use super::{BURST, BURST_BYTES, Context, DEVICE_DOWN_PAUSE, LaneParts, clamp};
 use crate::channel::session::Sealer;
 use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
 use crate::flow::role::Judgement;
-use crate::io::batch::{Destination, SendBatch};
+use crate::io::batch::{Batch, Destination, Reservation, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
-use crate::io::udp::UdpSocket;
 use crate::model::drops::{DropReason, Dropped};
-use crate::model::peer::PeerId;
 use crate::packet::ecn;
 use crate::packet::offload::{Offload, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed};
@@ -110,21 +108,17 @@ impl Outbound {
         let segments = Segments::new(offload, packet, &parsed, view.mtu);
         let counters = &self.parts.counters.peers[usize::from(peer.0)].tx;
         let mut sealing = Sealing {
+            parts: &self.parts,
             batch: &mut self.batch,
-            udp: &self.parts.udp,
             sealer: session
                 .sealer(self.parts.number)
                 .ok_or(Dropped::of(peer, DropReason::NoSession))?,
             destination,
             mtu: view.mtu,
-            split: self.parts.split,
-            refused: 0,
         };
         let sealed = sealing.seal_all(segments, &mut self.scratch);
-        let refused = sealing.refused;
         session.activity().sent(context.now);
         counters.add(sealed.packets, sealed.bytes);
-        self.parts.shared.peer_drops[usize::from(peer.0)].add(DropReason::SendFailed, refused);
         match sealed.stopped {
             None => Ok(()),
             Some(reason) => Err(Dropped::of(peer, reason)),
@@ -141,26 +135,20 @@ impl Outbound {
 
     /// Sends what waits in the batch.
     pub(super) fn flush(&mut self) {
-        let refused = flush(&mut self.batch, &self.parts.udp);
-        if let Some((peer, datagrams)) = refused {
-            self.parts.shared.peer_drops[usize::from(peer.0)]
-                .add(DropReason::SendFailed, datagrams);
+        if let Some(batch) = self.batch.take() {
+            send(&self.parts, batch);
         }
     }
 }
 
 /// Cuts one packet, however long, and seals the pieces into the batch.
 pub(super) struct Sealing<'a> {
+    parts: &'a LaneParts,
     batch: &'a mut SendBatch,
-    udp: &'a UdpSocket,
     sealer: &'a Sealer,
     destination: Destination,
     /// Largest plaintext of one datagram.
     pub(super) mtu: usize,
-    /// What is larger may go in several.
-    split: bool,
-    /// Datagrams that the kernel did not take.
-    refused: u64,
 }
 
 /// What became of the pieces.
@@ -178,7 +166,7 @@ impl Sealing<'_> {
         // The first segment is the longest.
         let result = if segments.next_len().is_some_and(|len| len <= self.mtu) {
             self.seal_segments(&mut segments, &mut sealed)
-        } else if self.split {
+        } else if self.parts.split {
             self.seal_splits(&mut segments, scratch, &mut sealed)
         } else {
             self.seal_cuts(&mut segments, scratch, &mut sealed)
@@ -199,14 +187,14 @@ impl Sealing<'_> {
             let Some(len) = segments.next_len() else {
                 break;
             };
-            let slot = self.slot(len);
+            let mut slot = self.reserve(len);
             let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
                 break;
             };
             sealer
-                .seal(counter, checksum_flag(segment.csum_partial), slot)
+                .seal(counter, checksum_flag(segment.csum_partial), &mut slot)
                 .map_err(|_| DropReason::TooBig)?;
-            self.batch.commit(len + DATA_OVERHEAD, self.destination);
+            slot.commit();
             sealed.packets += 1;
             sealed.bytes += len;
         }
@@ -246,26 +234,26 @@ impl Sealing<'_> {
                 flags = flags.with(Flags::MORE);
             }
             let sealer = self.sealer;
-            let slot = self.slot(part.len());
+            let mut slot = self.reserve(part.len());
             slot[DATA_HEADER_LEN..][..part.len()].copy_from_slice(part);
             sealer
-                .seal(counter, flags, slot)
+                .seal(counter, flags, &mut slot)
                 .map_err(|_| DropReason::TooBig)?;
-            self.batch
-                .commit(part.len() + DATA_OVERHEAD, self.destination);
+            slot.commit();
         }
         Ok(())
     }
 
     /// Room in the batch for a plaintext of `len` bytes; what is in the way is sent first.
-    fn slot(&mut self, len: usize) -> &mut [u8] {
-        let len = len + DATA_OVERHEAD;
-        if !self.batch.fits(len, &self.destination)
-            && let Some((_, datagrams)) = flush(self.batch, self.udp)
-        {
-            self.refused += datagrams;
-        }
-        self.batch.slot(len)
+    #[inline]
+    fn reserve(&mut self, len: usize) -> Reservation<'_> {
+        let Self {
+            parts,
+            batch,
+            destination,
+            ..
+        } = self;
+        batch.reserve(len + DATA_OVERHEAD, destination, |batch| send(parts, batch))
     }
 }
 
@@ -277,14 +265,12 @@ pub(super) fn checksum_flag(partial: bool) -> Flags {
     }
 }
 
-/// Sends the batch; tells whose it was and how many datagrams were in it if the kernel refused any.
-fn flush(batch: &mut SendBatch, udp: &UdpSocket) -> Option<(PeerId, u64)> {
-    let (destination, bytes, stride, count) = batch.take()?;
-    match udp.send(&destination.path, destination.ecn, bytes, stride) {
-        Ok(()) => None,
-        Err(error) => {
-            debug!(%error, "sending failed");
-            Some((destination.peer, count as u64))
-        }
+/// Sends a batch, and counts it for its peer if the kernel refused any of it.
+fn send(parts: &LaneParts, batch: Batch<'_>) {
+    let Destination { peer, path, ecn } = &batch.destination;
+    if let Err(error) = parts.udp.send(path, *ecn, batch.bytes, batch.stride) {
+        debug!(%error, "sending failed");
+        parts.shared.peer_drops[usize::from(peer.0)]
+            .add(DropReason::SendFailed, batch.count as u64);
     }
 }
