@@ -32,8 +32,8 @@ use crate::io::udp::UdpSocket;
 use crate::kernel::journal::Change;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, keep};
-use crate::lane::shared::{LaneCounters, PeerView, Shared, View, Waiting};
-use crate::lane::{BusyLanes, Lane, LaneParts, ToControl};
+use crate::lane::shared::{LaneCounters, PeerView, Shared, View};
+use crate::lane::{BusyLanes, Lane, LaneParts, ToControl, Waiting};
 use crate::model::drops::Drops;
 use crate::model::moved::Move;
 use crate::model::peer::{Path, PeerId, Role};
@@ -386,11 +386,8 @@ impl Control<'_> {
 
     /// What a lane passes on.
     fn handle(&mut self, now: Instant, message: ToControl) -> Result<(), DaemonError> {
-        if let Some((peer, queue)) = message.origin() {
-            self.shared.waiting[usize::from(peer.0)].leave(queue);
-        }
         let (peer, result) = match message {
-            ToControl::Handshake { path, admitted } => {
+            ToControl::Handshake { path, admitted, .. } => {
                 let peer = admitted.peer();
                 let tunnel = &mut self.peers[usize::from(peer.0)].tunnel;
                 (peer, tunnel.handle_handshake(now, path, &admitted))
@@ -399,6 +396,7 @@ impl Control<'_> {
                 session,
                 heard_from,
                 message,
+                ..
             } => {
                 let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
                 if let Some(path) = heard_from {
@@ -407,12 +405,12 @@ impl Control<'_> {
                 let result = tunnel.handle_control(now, &session, &message);
                 (session.peer(), result)
             }
-            ToControl::Heard { session, path } => {
+            ToControl::Heard { session, path, .. } => {
                 let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
                 tunnel.session_heard(now, &session, path);
                 return Ok(());
             }
-            ToControl::Failed(what) => return Err(DaemonError::Failed(what)),
+            ToControl::Failed(error) => return Err(failed(error)),
         };
         if let Err(reason) = result {
             self.shared.peer_drops[usize::from(peer.0)].count(reason);

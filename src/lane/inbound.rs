@@ -4,16 +4,19 @@
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use tracing::debug;
 
+use super::helper::Work;
 use super::outbound::Outbound;
 use super::receive_ring::ReceiveRing;
+use super::shared::{BURST, BURST_BYTES, Context, LaneParts, TICK};
 use super::slow_path::{Arriving, Aside};
-use super::{BURST, BURST_BYTES, Context, LaneParts, TICK, ToControl, clamp};
+use super::to_control::{Queue, ToControl};
 use crate::channel::parts::{Joiner, Part, Stream};
 use crate::channel::session::OpenBatch;
 use crate::channel::tunnel::MAX_MESSAGE;
@@ -170,10 +173,14 @@ impl Inbound {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
                 let admitted = self.parts.shared.door.admit(datagram)?;
-                self.parts.tell(ToControl::Handshake {
-                    path: received.path,
-                    admitted,
-                })?;
+                self.parts
+                    .tell(admitted.peer(), Queue::Handshakes, |permit| {
+                        ToControl::Handshake {
+                            path: received.path,
+                            admitted,
+                            permit,
+                        }
+                    })?;
                 return Ok(None);
             }
         };
@@ -206,20 +213,26 @@ impl Inbound {
         let moved = opened.newest && context.view.peer(peer).path != Some(received.path);
         if opened.flags.has(Flags::CONTROL) {
             let length = plaintext.len().min(MAX_MESSAGE);
-            self.parts.tell(ToControl::Control {
-                session: Arc::clone(session),
-                // One that was held up on the way says where the peer was, not where it is.
-                heard_from: (opened.first || moved).then_some(received.path),
-                message: self.slab[plaintext][..length].to_vec(),
-            })?;
+            let message = &self.slab[plaintext][..length];
+            self.parts
+                .tell(peer, Queue::Messages, |permit| ToControl::Control {
+                    session: Arc::clone(session),
+                    // One that was held up on the way says where the peer was, not where it is.
+                    heard_from: (opened.first || moved).then_some(received.path),
+                    message: message.to_vec(),
+                    permit,
+                })?;
             return Ok(None);
         }
         if opened.first || moved {
             // If the control task is too busy now, the next datagram tells it.
-            let _ = self.parts.tell(ToControl::Heard {
-                session: Arc::clone(session),
-                path: received.path,
-            });
+            let _ = self
+                .parts
+                .tell(peer, Queue::Messages, |permit| ToControl::Heard {
+                    session: Arc::clone(session),
+                    path: received.path,
+                    permit,
+                });
         }
         Ok(Some(Plain {
             peer,
@@ -404,6 +417,29 @@ impl Inbound {
     }
 }
 
+/// What the helper thread does.
+impl Work for Inbound {
+    fn work(&self) -> BorrowedFd<'_> {
+        self.parts.udp.as_fd()
+    }
+
+    fn stop(&self) -> BorrowedFd<'_> {
+        self.parts.stop.as_fd()
+    }
+
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
+    fn turn(&mut self, waits: bool) -> bool {
+        let view = self.parts.shared.view.load_full();
+        let context = Context {
+            now: Instant::now(),
+            view: &view,
+        };
+        let more = waits && self.drain(context);
+        self.tick(context.now);
+        more
+    }
+}
+
 /// Rewrites one packet that was not joined with others and writes it to the TUN.
 pub(super) fn pass_in(
     parts: &LaneParts,
@@ -520,6 +556,6 @@ fn route_in(
             partial,
         )
         .map_err(|reason| Dropped::of(peer, reason))?;
-    clamp(packet, parsed, context.view.peer(peer).mtu, partial);
+    context.view.peer(peer).clamp_mss(packet, parsed, partial);
     Ok(())
 }

@@ -25,115 +25,26 @@ mod outbound;
 mod receive_ring;
 pub mod shared;
 mod slow_path;
+mod to_control;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use helper::{InboundHelper, Work};
+use helper::{InboundHelper, timespec};
 use inbound::Inbound;
 pub use load::BusyLanes;
 use load::{LONG_WINDOW, Load};
 use outbound::Outbound;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tokio::sync::mpsc;
+use rustix::event::{PollFd, PollFlags, poll};
+pub use shared::LaneParts;
+use shared::{Context, TICK};
+pub use to_control::{LaneError, ToControl, Waiting};
 use tracing::debug;
-
-use crate::channel::session::{Admitted, Session};
-use crate::io::tun::TunQueue;
-use crate::io::udp::UdpSocket;
-use crate::lane::shared::{LaneCounters, Queue, Shared, View};
-use crate::model::drops::{DropReason, Dropped};
-use crate::model::peer::{Path, PeerId};
-use crate::packet::offload::Reach;
-use crate::packet::{Parsed, clamp_mss};
-
-/// Frames or batches taken from one side before the other side gets its turn. More amortises the
-/// wake-up further: 8 was worth 25 to 40 % over 1 for full super-packets; small packets, of which
-/// one batch holds many, are worth more.
-const BURST: usize = 64;
-
-/// Bytes taken from one side before the other side gets its turn: 8 full super-packets, beyond which
-/// latency suffers.
-const BURST_BYTES: usize = 8 * 65_536;
-
-/// How often expiring flows are looked at, and longest wait without a packet.
-const TICK: Duration = Duration::from_secs(1);
-
-/// Pause before an interface that somebody set down is read again.
-const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// Flows examined for expiry per tick, so that a full table cannot hold up packets: at this rate a
 /// million flows are gone through in a quarter of an hour, far below the shortest long timeout.
 const EXPIRY_BUDGET: usize = 1_024;
-
-/// What a lane passes to the control task.
-pub enum ToControl {
-    /// A handshake message that was made with a peer's key.
-    Handshake {
-        /// Where it came from.
-        path: Path,
-        /// The message.
-        admitted: Admitted,
-    },
-    /// A control message that was authenticated.
-    Control {
-        /// The session it came in.
-        session: Arc<Session>,
-        /// Where it came from, if that says something new of where the peer is.
-        heard_from: Option<Path>,
-        /// The plaintext, as far as it can mean anything.
-        message: Vec<u8>,
-    },
-    /// The lane cannot go on.
-    Failed(String),
-    /// The peer was heard on a session for the first time, or from elsewhere than before.
-    Heard {
-        /// The session.
-        session: Arc<Session>,
-        /// Where it was heard from.
-        path: Path,
-    },
-}
-
-impl ToControl {
-    /// Whose it is, and in which queue it waits.
-    pub fn origin(&self) -> Option<(PeerId, Queue)> {
-        match self {
-            Self::Handshake { admitted, .. } => Some((admitted.peer(), Queue::Handshakes)),
-            Self::Control { session, .. } | Self::Heard { session, .. } => {
-                Some((session.peer(), Queue::Messages))
-            }
-            Self::Failed(_) => None,
-        }
-    }
-}
-
-/// What a lane is made of.
-pub struct LaneParts {
-    /// Its number, which chooses its keys.
-    pub number: u8,
-    /// Its queue of the TUN.
-    pub tun: TunQueue,
-    /// The TUN takes UDP super-packets.
-    pub uso: bool,
-    /// The TUN takes super-packets at all (`--without tun-gso` says no).
-    pub tso: bool,
-    /// Where super-packets written to it go.
-    pub reach: Reach,
-    /// Packets too big for one datagram go in several (`--no-split` says no).
-    pub split: bool,
-    /// Its socket.
-    pub udp: UdpSocket,
-    /// What it shares with the control task.
-    pub shared: Arc<Shared>,
-    /// Its counters.
-    pub counters: Arc<LaneCounters>,
-    /// The way to the control task.
-    pub control: mpsc::Sender<ToControl>,
-    /// Readable once the lane is to stop.
-    pub stop: OwnedFd,
-}
 
 /// One lane, running.
 pub struct Lane {
@@ -172,13 +83,6 @@ impl Ready {
     }
 }
 
-/// What a packet may know of its surroundings while it passes.
-#[derive(Clone, Copy)]
-struct Context<'a> {
-    now: Instant,
-    view: &'a View,
-}
-
 impl Lane {
     /// Runs until told to stop.
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
@@ -208,7 +112,7 @@ impl Lane {
 
     /// Carries packets until told to stop, or until that is not possible any more.
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, thrice per wake-up
-    fn carry(&mut self) -> Result<(), String> {
+    fn carry(&mut self) -> Result<(), LaneError> {
         let shared = Arc::clone(&self.parts.shared);
         let mut ready = Ready::default();
         loop {
@@ -240,7 +144,7 @@ impl Lane {
     }
 
     /// Waits until something is to be done, beside what is known to wait.
-    fn wait(&self, known: Ready) -> Result<Ready, String> {
+    fn wait(&self, known: Ready) -> Result<Ready, LaneError> {
         let parts = &self.parts;
         // A descriptor that is not asked is replaced by one that is asked anyway.
         let stop = parts.stop.as_fd();
@@ -259,7 +163,7 @@ impl Lane {
         match poll(&mut fds, Some(&timespec(patience))) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(known),
-            Err(error) => return Err(format!("waiting for packets failed: {error}")),
+            Err(error) => return Err(LaneError::Wait(error.into())),
         }
         let [tun, udp, stop, back] = fds.map(|fd| !fd.revents().is_empty());
         Ok(known.or(Ready {
@@ -286,7 +190,7 @@ impl Lane {
     }
 
     /// Takes what the helper thread has laid down.
-    fn take_back(&mut self) -> Result<(), String> {
+    fn take_back(&mut self) -> Result<(), LaneError> {
         let Some(helper) = &self.helper else {
             return Ok(());
         };
@@ -296,7 +200,7 @@ impl Lane {
                 self.inbound = back;
                 Ok(())
             }
-            Err(_) => Err("the thread that takes packets out of the tunnel crashed".into()),
+            Err(_) => Err(LaneError::HelperCrashed),
         }
     }
 
@@ -314,67 +218,4 @@ impl Lane {
             self.parts.shared.translation.expire(now, EXPIRY_BUDGET);
         }
     }
-}
-
-/// What the helper thread does.
-impl Work for Inbound {
-    fn work(&self) -> BorrowedFd<'_> {
-        self.parts.udp.as_fd()
-    }
-
-    fn stop(&self) -> BorrowedFd<'_> {
-        self.parts.stop.as_fd()
-    }
-
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
-    fn turn(&mut self, waits: bool) -> bool {
-        let view = self.parts.shared.view.load_full();
-        let context = Context {
-            now: Instant::now(),
-            view: &view,
-        };
-        let more = waits && self.drain(context);
-        self.tick(context.now);
-        more
-    }
-}
-
-impl LaneParts {
-    /// Passes something to the control task, unless that has enough of this peer's to do.
-    fn tell(&self, message: ToControl) -> Result<(), Dropped> {
-        let Some((peer, queue)) = message.origin() else {
-            return Ok(());
-        };
-        let waiting = &self.shared.waiting[usize::from(peer.0)];
-        let busy = Dropped::of(peer, DropReason::ControlBusy);
-        if !waiting.enter(queue) {
-            return Err(busy);
-        }
-        self.control.try_send(message).map_err(|_| {
-            // The control task is ending.
-            waiting.leave(queue);
-            busy
-        })
-    }
-
-    /// Counts a drop where it belongs.
-    fn count(&self, drop: Dropped) {
-        match drop.peer {
-            Some(peer) => self.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
-            None => self.shared.drops.count(drop.reason),
-        }
-    }
-}
-
-fn timespec(time: Duration) -> Timespec {
-    Timespec {
-        tv_sec: time.as_secs() as i64,
-        tv_nsec: time.subsec_nanos().into(),
-    }
-}
-
-/// Clamps the MSS of a SYN or SYN-ACK to what fits one datagram.
-fn clamp(packet: &mut [u8], parsed: &Parsed, mtu: usize, partial: bool) {
-    let room = |headers: usize| mtu.saturating_sub(headers).min(usize::from(u16::MAX)) as u16;
-    clamp_mss(packet, parsed, room(40), room(60), partial);
 }

@@ -5,12 +5,13 @@
 
 use std::io::IoSlice;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::debug;
 
+use super::shared::{BURST, BURST_BYTES, Context, LaneParts};
 use super::slow_path::Aside;
-use super::{BURST, BURST_BYTES, Context, DEVICE_DOWN_PAUSE, LaneParts, clamp};
+use super::to_control::LaneError;
 use crate::channel::session::Sealer;
 use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
 use crate::flow::role::Judgement;
@@ -20,6 +21,9 @@ use crate::model::drops::{DropReason, Dropped};
 use crate::packet::ecn;
 use crate::packet::offload::{Offload, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed};
+
+/// Pause before an interface that somebody set down is read again.
+const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// One direction of a lane: TUN to tunnel.
 pub(super) struct Outbound {
@@ -47,7 +51,7 @@ impl Outbound {
     }
 
     /// Takes what waits at the TUN into the tunnel, up to a turn's worth; whether more may wait.
-    pub(super) fn drain(&mut self, context: Context<'_>) -> Result<bool, String> {
+    pub(super) fn drain(&mut self, context: Context<'_>) -> Result<bool, LaneError> {
         let (mut frames, mut bytes) = (0, 0);
         let result = loop {
             match self.parts.tun.recv(&mut self.frame) {
@@ -69,7 +73,7 @@ impl Outbound {
                         std::thread::sleep(DEVICE_DOWN_PAUSE);
                         break Ok(false);
                     }
-                    _ => break Err(format!("the TUN interface is gone: {error}")),
+                    _ => break Err(LaneError::TunGone(error)),
                 },
             }
         };
@@ -99,7 +103,7 @@ impl Outbound {
         let (Some(session), Some(path)) = (&view.session, view.path) else {
             return Err(Dropped::of(peer, DropReason::NoSession));
         };
-        clamp(packet, &parsed, view.mtu, partial);
+        view.clamp_mss(packet, &parsed, partial);
         let destination = Destination {
             peer,
             path,

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use super::inbound::{Inbound, Plain, pass_in};
 use super::outbound::{Outbound, Sealed, Sealing, checksum_flag};
-use super::{Context, LaneParts};
+use super::shared::{Context, LaneParts};
 use crate::channel::wire::Flags;
 use crate::flow::role::ReplyTo;
 use crate::io::tun::VNET_HDR_LEN;
