@@ -35,9 +35,17 @@ pub(super) trait Work: Send + 'static {
     /// Becomes readable, for good, once there is nothing to do any more.
     fn stop(&self) -> BorrowedFd<'_>;
 
-    /// Does a turn's worth if something waits, and what else has to be done now and then; whether more
-    /// may wait.
-    fn turn(&mut self, waits: bool) -> bool;
+    /// Does a turn's worth if something waits, and what else has to be done now and then.
+    fn turn(&mut self, waits: bool) -> Turn;
+}
+
+/// What came of a turn.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Turn {
+    /// More may wait.
+    pub(super) more: bool,
+    /// There is something that the lane's own thread should look at.
+    pub(super) has_news: bool,
 }
 
 /// The helper thread, as the lane's own thread sees it.
@@ -49,8 +57,8 @@ pub(super) struct InboundHelper<W> {
     back: Receiver<Box<W>>,
     /// Asks for what was given.
     recall: OwnedFd,
-    /// Readable once it is back, or never will be.
-    is_back: OwnedFd,
+    /// Readable once it is back or has news, or never will be back.
+    bell: OwnedFd,
     /// Nanoseconds that the thread was awake.
     awake: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
@@ -62,7 +70,7 @@ struct Ends<W> {
     back: SyncSender<Box<W>>,
     recall: OwnedFd,
     awake: Arc<AtomicU64>,
-    is_back: Doorbell,
+    bell: Doorbell,
 }
 
 /// Rings when it is dropped too, so that a thread that crashed is not waited for.
@@ -78,14 +86,14 @@ impl<W: Work> InboundHelper<W> {
         let (give, given) = sync_channel(1);
         let (give_back, back) = sync_channel(1);
         let recall = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let is_back = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let awake = Arc::new(AtomicU64::new(0));
         let ends = Ends {
             given,
             back: give_back,
             recall: recall.try_clone()?,
             awake: Arc::clone(&awake),
-            is_back: Doorbell(is_back.try_clone()?),
+            bell: Doorbell(bell.try_clone()?),
         };
         let thread = std::thread::Builder::new()
             .name(name)
@@ -94,7 +102,7 @@ impl<W: Work> InboundHelper<W> {
             given: Some(give),
             back,
             recall,
-            is_back,
+            bell,
             awake,
             thread: Some(thread),
         })
@@ -112,19 +120,19 @@ impl<W: Work> InboundHelper<W> {
         })
     }
 
-    /// Asks for it. Once it is back, [`Self::is_back`] is readable.
+    /// Asks for it. Once it is back, [`Self::bell`] is readable.
     pub(super) fn recall(&self) {
         ring(&self.recall);
     }
 
-    /// Becomes readable when [`Self::take_back`] has something to say.
-    pub(super) fn is_back(&self) -> BorrowedFd<'_> {
-        self.is_back.as_fd()
+    /// Becomes readable when the work is back or has news, or the thread has crashed.
+    pub(super) fn bell(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
     }
 
     /// Takes back what the thread has laid down, if it has.
     pub(super) fn take_back(&self) -> Result<Option<Box<W>>, Crashed> {
-        clear(&self.is_back);
+        clear(&self.bell);
         match self.back.try_recv() {
             Ok(work) => Ok(Some(work)),
             Err(TryRecvError::Empty) => Ok(None),
@@ -160,7 +168,7 @@ impl<W: Work> Ends<W> {
             if self.back.send(work).is_err() {
                 return;
             }
-            ring(&self.is_back.0);
+            ring(&self.bell.0);
         }
     }
 
@@ -182,7 +190,11 @@ impl<W: Work> Ends<W> {
                 return;
             }
             let woken = Instant::now();
-            more = work.turn(waits || more);
+            let turn = work.turn(waits || more);
+            more = turn.more;
+            if turn.has_news {
+                ring(&self.bell.0);
+            }
             let awake = woken.elapsed().as_nanos() as u64;
             // Nobody else writes it.
             self.awake.store(self.awake.load(Relaxed) + awake, Relaxed);
@@ -218,6 +230,8 @@ pub(super) fn timespec(time: Duration) -> Timespec {
 
 #[cfg(test)]
 mod tests {
+    use std::mem;
+
     use super::*;
 
     #[expect(
@@ -235,6 +249,8 @@ mod tests {
         turns: usize,
         /// The turn in which it crashes.
         crash: Option<usize>,
+        /// Has news in its next turn.
+        has_news: bool,
     }
 
     impl Work for Turns {
@@ -246,11 +262,14 @@ mod tests {
             self.stop.as_fd()
         }
 
-        fn turn(&mut self, waits: bool) -> bool {
+        fn turn(&mut self, waits: bool) -> Turn {
             self.turns += usize::from(waits);
             assert!(self.crash != Some(self.turns), "as the test wants it");
             clear(&self.waits);
-            false
+            Turn {
+                more: false,
+                has_news: mem::take(&mut self.has_news),
+            }
         }
     }
 
@@ -264,6 +283,7 @@ mod tests {
             stop,
             turns: 0,
             crash,
+            has_news: false,
         };
         let helper = InboundHelper::start("test-in".into()).unwrap();
         (helper, Box::new(turns), ends)
@@ -296,17 +316,32 @@ mod tests {
             assert!(helper.give(turns).is_ok());
             ring(&waits);
             is_taken(&waits);
-            assert!(!comes_now(helper.is_back()), "it stays until asked for");
+            assert!(!comes_now(helper.bell()), "it stays until asked for");
             helper.recall();
             // As the lane does until it is back.
             helper.recall();
-            assert!(comes(helper.is_back()));
+            assert!(comes(helper.bell()));
             turns = helper.take_back().unwrap().unwrap();
             assert_eq!(turns.turns, round);
             helper.recall();
             assert_eq!(helper.take_back().map(|none| none.is_none()), Ok(true));
         }
         assert!(helper.awake() > Duration::ZERO);
+        assert_eq!(helper.end(), Ok(()));
+    }
+
+    #[test]
+    fn news_are_told_without_giving_the_work_back() {
+        let (helper, mut turns, [waits, _stop]) = stage(None);
+        turns.has_news = true;
+        assert!(helper.give(turns).is_ok());
+        ring(&waits);
+        assert!(comes(helper.bell()));
+        assert_eq!(helper.take_back().map(|none| none.is_none()), Ok(true));
+        assert!(!comes_now(helper.bell()), "told once");
+        helper.recall();
+        assert!(comes(helper.bell()));
+        assert!(helper.take_back().is_ok_and(|back| back.is_some()));
         assert_eq!(helper.end(), Ok(()));
     }
 
@@ -320,7 +355,7 @@ mod tests {
         let (helper, turns, [_waits, stop]) = stage(None);
         assert!(helper.give(turns).is_ok());
         ring(&stop);
-        assert!(comes(helper.is_back()), "laid down without being asked");
+        assert!(comes(helper.bell()), "laid down without being asked");
         assert_eq!(helper.end(), Ok(()));
     }
 
@@ -328,9 +363,9 @@ mod tests {
     fn it_goes_when_nobody_is_there_any_more() {
         let (helper, turns, _bells) = stage(None);
         assert!(helper.give(turns).is_ok());
-        let is_back = helper.is_back.try_clone().unwrap();
+        let bell = helper.bell.try_clone().unwrap();
         drop(helper);
-        assert!(comes(is_back.as_fd()));
+        assert!(comes(bell.as_fd()));
     }
 
     #[test]
@@ -340,7 +375,7 @@ mod tests {
         ring(&waits);
         is_taken(&waits);
         ring(&waits);
-        assert!(comes(helper.is_back()));
+        assert!(comes(helper.bell()));
         assert_eq!(helper.take_back().map(drop), Err(Crashed));
         assert_eq!(helper.end(), Err(Crashed));
     }

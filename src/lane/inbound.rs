@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use super::helper::Work;
-use super::outbound::Outbound;
+use super::helper::{Turn, Work};
+use super::outbox::Outbox;
 use super::receive_ring::ReceiveRing;
 use super::shared::{BURST, BURST_BYTES, Context, LaneParts, TICK};
-use super::slow_path::{Arriving, Aside};
+use super::slow_path::{InboundOutcome, SlowPath};
 use super::to_control::{Queue, ToControl};
+use super::to_host::{self, Arrival};
 use crate::channel::parts::{Joiner, Part, Stream};
 use crate::channel::session::OpenBatch;
 use crate::channel::tunnel::MAX_MESSAGE;
@@ -43,20 +44,20 @@ const fn receive_buffer(reach: Reach) -> usize {
 const LONG_PAUSE: Duration = Duration::from_secs(10);
 
 /// A packet, or a part of one, that was opened.
-pub(super) struct Plain {
-    pub(super) peer: PeerId,
+struct Plain {
+    peer: PeerId,
     /// Where it lies in the slab.
-    pub(super) range: Range<usize>,
-    pub(super) flags: Flags,
+    range: Range<usize>,
+    flags: Flags,
     stream: Stream,
     counter: u64,
 }
 
 /// One direction of a lane: tunnel to TUN.
 pub(super) struct Inbound {
-    pub(super) parts: Arc<LaneParts>,
+    parts: Arc<LaneParts>,
     /// What was received, opened in place.
-    pub(super) slab: Box<[u8]>,
+    slab: Box<[u8]>,
     ring: ReceiveRing,
     /// What was opened and not yet delivered.
     opened: Vec<Plain>,
@@ -67,16 +68,20 @@ pub(super) struct Inbound {
     joiners: Vec<Joiner>,
     /// When more than 64 KiB are joined again.
     long_again: Option<Instant>,
-    /// For packets out of the ordinary.
-    pub(super) aside: Aside<Arriving>,
-    /// Takes answers back into the tunnel, once there was one.
-    pub(super) answering: Option<Box<Outbound>>,
+    detour: Detour,
     ticked: Instant,
+}
+
+/// The way of packets out of the ordinary: fragments, those that were put together from parts, and
+/// those that do not go on.
+struct Detour {
+    slow_path: SlowPath<Arrival>,
+    outbox: Outbox,
 }
 
 impl Inbound {
     /// With nothing on its way.
-    pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
+    pub(super) fn new(parts: Arc<LaneParts>, outbox: Outbox, now: Instant) -> Self {
         Self {
             slab: vec![0; receive_buffer(parts.reach)].into_boxed_slice(),
             ring: ReceiveRing::new(receive_buffer(parts.reach)),
@@ -87,8 +92,10 @@ impl Inbound {
                 .map(|_| Joiner::default())
                 .collect(),
             long_again: None,
-            aside: Aside::new(now),
-            answering: None,
+            detour: Detour {
+                slow_path: SlowPath::new(now),
+                outbox,
+            },
             ticked: now,
             parts,
         }
@@ -261,15 +268,14 @@ impl Inbound {
         let result = match joiner.push(plain.stream, part) {
             None => Ok(()),
             Some(packet) => {
-                let how = Arriving {
+                let arrival = Arrival {
                     peer: plain.peer,
                     partial,
                     outer_ecn,
                 };
-                self.aside.pass_in(&self.parts, context, packet, how)
+                self.detour.deliver(&self.parts, context, packet, arrival)
             }
         };
-        self.send_answer(context);
         let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
@@ -296,7 +302,7 @@ impl Inbound {
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
         if parsed.fragment() != Fragment::None {
-            return self.deliver_piece(context, plain, outer_ecn);
+            return self.deliver_fragment(context, plain, outer_ecn);
         }
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
         if plain.peer != self.joining || !self.parts.tso {
@@ -314,8 +320,27 @@ impl Inbound {
         Ok(())
     }
 
+    /// Writes a fragment, which is not joined with anything.
+    #[cold]
+    fn deliver_fragment(
+        &mut self,
+        context: Context<'_>,
+        plain: &Plain,
+        outer_ecn: u8,
+    ) -> Result<(), Dropped> {
+        // What came before it goes first.
+        self.flush(context);
+        let arrival = Arrival {
+            peer: plain.peer,
+            partial: plain.flags.has(Flags::CSUM_PARTIAL),
+            outer_ecn,
+        };
+        let packet = &mut self.slab[plain.range.clone()];
+        self.detour.deliver(&self.parts, context, packet, arrival)
+    }
+
     /// Rewrites what was joined and writes it to the TUN.
-    pub(super) fn flush(&mut self, context: Context<'_>) {
+    fn flush(&mut self, context: Context<'_>) {
         let peer = self.joining;
         let Some(joined) = self.coalescer.finish(&mut self.slab) else {
             return;
@@ -324,33 +349,29 @@ impl Inbound {
         let bytes = joined.parsed.total() + (packets - 1) * joined.parsed.payload();
         let mut parsed = joined.parsed;
         let head = &mut self.slab[joined.parts[0].clone()];
-        if let Err(drop) = route_in(
-            &self.parts,
-            context,
-            peer,
-            head,
-            &mut parsed,
-            joined.partial,
-        ) {
-            let how = Arriving {
+        let partial = joined.partial;
+        let routed = to_host::rewrite(&self.parts, context, peer, head, &mut parsed, partial);
+        if let Err(drop) = routed {
+            let arrival = Arrival {
                 peer,
-                partial: joined.partial,
+                partial,
                 outer_ecn: 0,
             };
-            let refused = (self.aside).refuse_in(&self.parts, context, head, &parsed, how, drop);
+            let parts = &self.parts;
+            let refused = (self.detour).refuse(parts, context, head, &parsed, arrival, drop);
             if let Err(drop) = refused {
-                self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
+                parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
             }
-            return self.send_answer(context);
+            return;
         }
-        let (vnet, joined_partial) = (joined.vnet.to_bytes(), joined.partial);
+        let vnet = joined.vnet.to_bytes();
         let result = match write_whole(&self.parts.tun, &vnet, &self.slab, joined.parts) {
             Ok(None) => Ok(()),
             Ok(Some(error)) => {
                 if parsed.total() > MAX_SUPER {
                     self.stay_short(context.now, &error);
                 }
-                self.write_apart(parsed.total(), joined_partial)
+                self.write_apart(parsed.total(), partial)
             }
             Err(error) => Err(error),
         };
@@ -402,13 +423,21 @@ impl Inbound {
         write_joined(&self.parts.tun, &mut shorter, &mut self.slab)
     }
 
+    /// Whether there is something new in the outbox; to be asked after each turn.
+    pub(super) fn has_posted(&mut self) -> bool {
+        self.detour.outbox.take_news()
+    }
+
     /// Lets fragments expire, and joins more than 64 KiB again once it is time; to be called often.
     pub(super) fn tick(&mut self, now: Instant) {
         if now.duration_since(self.ticked) < TICK {
             return;
         }
         self.ticked = now;
-        self.expire_pieces(now);
+        while let Some(held) = self.detour.slow_path.expire(now) {
+            let unknown = DropReason::FragmentUnknown;
+            self.parts.count(Dropped::of(held.with.peer, unknown));
+        }
         if self.long_again.is_some_and(|at| at <= now) {
             self.long_again = None;
             self.coalescer.set_reach(self.parts.reach);
@@ -428,7 +457,7 @@ impl Work for Inbound {
     }
 
     #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
-    fn turn(&mut self, waits: bool) -> bool {
+    fn turn(&mut self, waits: bool) -> Turn {
         let view = self.parts.shared.view.load_full();
         let context = Context {
             now: Instant::now(),
@@ -436,36 +465,106 @@ impl Work for Inbound {
         };
         let more = waits && self.drain(context);
         self.tick(context.now);
-        more
+        Turn {
+            more,
+            has_news: self.has_posted(),
+        }
     }
 }
 
-/// Rewrites one packet that was not joined with others and writes it to the TUN.
-pub(super) fn pass_in(
-    parts: &LaneParts,
-    context: Context<'_>,
-    peer: PeerId,
-    packet: &mut [u8],
-    partial: bool,
-    outer_ecn: u8,
-) -> Result<(), Dropped> {
-    let known = |reason| Dropped::of(peer, reason);
-    let mut parsed = Parsed::parse(packet).map_err(known)?;
-    ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
-    let vnet = VnetHdr::single(&parsed, partial).to_bytes();
-    route_in(parts, context, peer, packet, &mut parsed, partial)?;
-    let packet = &packet[..parsed.total()];
-    parts
-        .tun
-        .send(&[IoSlice::new(&vnet), IoSlice::new(packet)])
-        .map_err(|error| {
-            debug!(%error, "the TUN refused a packet");
-            known(DropReason::TunWriteFailed)
-        })?;
-    parts.counters.peers[usize::from(peer.0)]
-        .rx
-        .add(1, packet.len());
-    Ok(())
+impl Detour {
+    /// Writes a packet that is not joined with others.
+    fn deliver(
+        &mut self,
+        parts: &LaneParts,
+        context: Context<'_>,
+        packet: &mut [u8],
+        arrival: Arrival,
+    ) -> Result<(), Dropped> {
+        let known = |reason| Dropped::of(arrival.peer, reason);
+        let parsed = Parsed::parse(packet).map_err(known)?;
+        if parsed.fragment() != Fragment::None {
+            (self.slow_path)
+                .note_fragment(context.now, &parsed, packet)
+                .map_err(known)?;
+        }
+        match to_host::deliver(parts, context, packet, arrival) {
+            Ok(()) => {
+                self.release(parts, context);
+                Ok(())
+            }
+            Err(drop) => self.refuse(parts, context, packet, &parsed, arrival, drop),
+        }
+    }
+
+    /// Lets those fragments follow that came before the first one, which has just gone on.
+    fn release(&mut self, parts: &LaneParts, context: Context<'_>) {
+        let Some(released) = self.slow_path.release() else {
+            return;
+        };
+        for mut held in released.fragments {
+            match to_host::deliver(parts, context, &mut held.bytes, held.with) {
+                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
+                    // Another packet's with the same identification.
+                    self.hold(parts, context, released.id, &held.bytes, held.with);
+                }
+                Err(drop) => parts.count(drop),
+                Ok(()) => {}
+            }
+        }
+    }
+
+    /// Does with a packet, or the head of a super-packet, what is done in place of writing it.
+    ///
+    /// # Errors
+    /// It is dropped, which is for the caller to count.
+    #[cold]
+    fn refuse(
+        &mut self,
+        parts: &LaneParts,
+        context: Context<'_>,
+        packet: &mut [u8],
+        parsed: &Parsed,
+        arrival: Arrival,
+        drop: Dropped,
+    ) -> Result<(), Dropped> {
+        let forwarder = &parts.shared.translation;
+        let slow_path = &mut self.slow_path;
+        match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop.reason) {
+            InboundOutcome::Hold(id) => {
+                self.hold(parts, context, id, packet, arrival);
+                return Ok(());
+            }
+            InboundOutcome::Fragment(mtu) => {
+                return to_host::write_fragments(parts, packet, parsed, arrival, mtu);
+            }
+            InboundOutcome::Reply(bytes) => {
+                if let Err(reason) = self.outbox.post(bytes) {
+                    parts.count(Dropped::of(arrival.peer, reason));
+                }
+            }
+            InboundOutcome::ReplyLimited => {
+                parts.count(Dropped::of(arrival.peer, DropReason::AnswerLimited));
+            }
+            InboundOutcome::Drop => {}
+        }
+        Err(drop)
+    }
+
+    /// Keeps a fragment until its first one comes.
+    fn hold(
+        &mut self,
+        parts: &LaneParts,
+        context: Context<'_>,
+        id: u32,
+        packet: &[u8],
+        arrival: Arrival,
+    ) {
+        for given_up in self.slow_path.hold(context.now, id, arrival, packet) {
+            let unknown = DropReason::FragmentUnknown;
+            parts.count(Dropped::of(given_up.with.peer, unknown));
+        }
+    }
 }
 
 /// Writes what was joined, packet by packet if the kernel does not take it whole.
@@ -533,29 +632,4 @@ fn is_too_much(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EINVAL | libc::EMSGSIZE | libc::ENOMEM | libc::ENOBUFS)
     )
-}
-
-/// Checks and rewrites a packet, or the head of a super-packet, that came out of the tunnel.
-fn route_in(
-    parts: &LaneParts,
-    context: Context<'_>,
-    peer: PeerId,
-    packet: &mut [u8],
-    parsed: &mut Parsed,
-    partial: bool,
-) -> Result<(), Dropped> {
-    parts
-        .shared
-        .translation
-        .inbound(
-            context.now,
-            &context.view.hop,
-            peer,
-            packet,
-            parsed,
-            partial,
-        )
-        .map_err(|reason| Dropped::of(peer, reason))?;
-    context.view.peer(peer).clamp_mss(packet, parsed, partial);
-    Ok(())
 }

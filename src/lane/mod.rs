@@ -4,7 +4,8 @@
 //!
 //! 1. read a super-packet with its `virtio_net_hdr`;
 //! 2. parse it, look its flow up and rewrite it, once ([`Outbound::route`]);
-//! 3. cut it to datagrams and seal each where it lies in the send batch ([`outbound::Sealing::seal_all`]);
+//! 3. cut it to datagrams and seal each where it lies in the send batch
+//!    (`Sealing::seal_all` in [`outbound`]);
 //! 4. send the batch in one call ([`Outbound::flush`]).
 //!
 //! Into this host, from the tunnel to the TUN ([`Inbound::drain`]):
@@ -14,6 +15,25 @@
 //! 3. join it with the one before it, if the two are adjacent ([`Inbound::deliver`]);
 //! 4. parse, look the flow up and rewrite, once, and write it to the TUN ([`Inbound::flush`]).
 //!
+//! A packet that does not go on is the business of the slow path ([`slow_path`]), which decides what
+//! becomes of it; the two ways do it. An ICMP error about a packet out of the tunnel has to go back
+//! into it: the way in puts it into the [`outbox`], and the way out sends it.
+//!
+//! Files use each other in one direction, from the bottom of this list to its top:
+//!
+//! | file | owns |
+//! |---|---|
+//! | [`load`] | how busy a lane is |
+//! | [`to_control`] | what a lane passes to the control task, and the bound on it |
+//! | [`shared`] | what the control task and both ways of a lane share |
+//! | [`receive_ring`] | where the next datagrams are received to |
+//! | [`outbox`] | what the way in wants sent |
+//! | [`helper`] | the second thread |
+//! | [`slow_path`] | what becomes of packets out of the ordinary |
+//! | [`to_host`] | one packet rewritten and written to the TUN |
+//! | [`outbound`], [`inbound`] | the two ways |
+//! | this one | the lane, which runs them |
+//!
 //! Nothing here waits for anybody else: sessions and endpoints come as a snapshot from the control
 //! task, and what is not a packet (handshakes, control messages) goes to it through a bounded queue.
 //! There is no allocation per packet and no lock is held across a system call.
@@ -22,11 +42,14 @@ mod helper;
 mod inbound;
 mod load;
 mod outbound;
+mod outbox;
 mod receive_ring;
 pub mod shared;
 mod slow_path;
 mod to_control;
+mod to_host;
 
+use std::mem;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,6 +59,7 @@ use inbound::Inbound;
 pub use load::BusyLanes;
 use load::{LONG_WINDOW, Load};
 use outbound::Outbound;
+use outbox::{Outbox, Posted};
 use rustix::event::{PollFd, PollFlags, poll};
 pub use shared::LaneParts;
 use shared::{Context, TICK};
@@ -54,6 +78,8 @@ pub struct Lane {
     inbound: Option<Box<Inbound>>,
     /// `None` where it could not be started.
     helper: Option<InboundHelper<Inbound>>,
+    /// ICMP errors that the way into this host wants sent back into the tunnel.
+    posted: Posted,
     load: Load,
     ticked: Instant,
 }
@@ -64,13 +90,13 @@ struct Ready {
     tun: bool,
     udp: bool,
     stop: bool,
-    /// The helper has laid down what it was given.
-    back: bool,
+    /// The helper has laid down what it was given, or has something to send.
+    bell: bool,
 }
 
 impl Ready {
     fn any(self) -> bool {
-        self.tun || self.udp || self.stop || self.back
+        self.tun || self.udp || self.stop || self.bell
     }
 
     fn or(self, other: Self) -> Self {
@@ -78,7 +104,7 @@ impl Ready {
             tun: self.tun || other.tun,
             udp: self.udp || other.udp,
             stop: self.stop || other.stop,
-            back: self.back || other.back,
+            bell: self.bell || other.bell,
         }
     }
 }
@@ -90,10 +116,12 @@ impl Lane {
         let (parts, now) = (Arc::new(parts), Instant::now());
         let helper = InboundHelper::start(format!("lane-{}-in", parts.number));
         let helper = helper.map_err(|error| debug!(%error, "a lane has no helper thread"));
+        let (outbox, posted) = Outbox::pair();
         let mut lane = Self {
             outbound: Outbound::new(Arc::clone(&parts), now),
-            inbound: Some(Box::new(Inbound::new(Arc::clone(&parts), now))),
+            inbound: Some(Box::new(Inbound::new(Arc::clone(&parts), outbox, now))),
             helper: helper.ok(),
+            posted,
             load: Load::new(now),
             ticked: now,
             parts,
@@ -125,14 +153,21 @@ impl Lane {
                 now: Instant::now(),
                 view: &view,
             };
-            if ready.back {
-                ready.back = false;
+            // It rings for both: what was laid down, and replies that are to be sent.
+            let mut has_replies = mem::take(&mut ready.bell);
+            if has_replies {
                 self.take_back()?;
             }
-            ready.udp = match &mut self.inbound {
-                Some(inbound) if ready.udp => inbound.drain(context),
-                _ => false,
-            };
+            match &mut self.inbound {
+                Some(inbound) if ready.udp => {
+                    ready.udp = inbound.drain(context);
+                    has_replies |= inbound.has_posted();
+                }
+                Some(_) | None => ready.udp = false,
+            }
+            if has_replies {
+                self.outbound.send_replies(context, self.posted.drain());
+            }
             let turned = Instant::now();
             if ready.tun {
                 ready.tun = self.outbound.drain(context)?;
@@ -148,11 +183,11 @@ impl Lane {
         let parts = &self.parts;
         // A descriptor that is not asked is replaced by one that is asked anyway.
         let stop = parts.stop.as_fd();
-        let (udp, back) = match (&self.inbound, &self.helper) {
-            (None, Some(helper)) => (stop, helper.is_back()),
+        let (udp, bell) = match (&self.inbound, &self.helper) {
+            (None, Some(helper)) => (stop, helper.bell()),
             _ => (parts.udp.as_fd(), stop),
         };
-        let mut fds = [parts.tun.as_fd(), udp, stop, back]
+        let mut fds = [parts.tun.as_fd(), udp, stop, bell]
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         // What had more than its turn's worth goes on at once, but never without asking the others.
         let patience = match &self.inbound {
@@ -165,12 +200,12 @@ impl Lane {
             Err(rustix::io::Errno::INTR) => return Ok(known),
             Err(error) => return Err(LaneError::Wait(error.into())),
         }
-        let [tun, udp, stop, back] = fds.map(|fd| !fd.revents().is_empty());
+        let [tun, udp, stop, bell] = fds.map(|fd| !fd.revents().is_empty());
         Ok(known.or(Ready {
             tun,
             udp,
             stop,
-            back,
+            bell,
         }))
     }
 

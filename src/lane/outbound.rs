@@ -1,7 +1,6 @@
 //! Out of this host: from a queue of the TUN into the tunnel, as the head of [`super`] tells.
 //!
-//! Owns what is on its way there. Whoever holds an [`Outbound`] may run it; two of one lane, of which
-//! one only answers, never use a counter twice, for those are given out by the session.
+//! Owns what is on its way there. Whoever holds an [`Outbound`] may run it.
 
 use std::io::IoSlice;
 use std::sync::Arc;
@@ -10,32 +9,33 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use super::shared::{BURST, BURST_BYTES, Context, LaneParts};
-use super::slow_path::Aside;
+use super::slow_path::{OutboundOutcome, SlowPath, Unsplit, unsplit};
 use super::to_control::LaneError;
+use super::to_host::{self, Arrival};
 use crate::channel::session::Sealer;
 use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
-use crate::flow::role::Judgement;
+use crate::flow::role::{Judgement, ReplyTo};
 use crate::io::batch::{Batch, Destination, Reservation, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
 use crate::model::drops::{DropReason, Dropped};
-use crate::packet::ecn;
+use crate::packet::fragment::{Cut, complete};
 use crate::packet::offload::{Offload, Segments, VnetHdr};
-use crate::packet::{Fragment, Parsed};
+use crate::packet::{Fragment, Parsed, ecn};
 
 /// Pause before an interface that somebody set down is read again.
 const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// One direction of a lane: TUN to tunnel.
 pub(super) struct Outbound {
-    pub(super) parts: Arc<LaneParts>,
+    parts: Arc<LaneParts>,
     /// What was read from the TUN.
-    pub(super) frame: Box<[u8]>,
+    frame: Box<[u8]>,
     /// What is about to be sent.
     batch: SendBatch,
     /// Where a packet that is split is put together first.
     scratch: Box<[u8]>,
-    /// For packets out of the ordinary.
-    pub(super) aside: Aside<()>,
+    /// For packets out of the ordinary. What it holds are whole frames.
+    slow_path: SlowPath<()>,
 }
 
 impl Outbound {
@@ -46,7 +46,7 @@ impl Outbound {
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
             batch: SendBatch::new(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
-            aside: Aside::new(now),
+            slow_path: SlowPath::new(now),
         }
     }
 
@@ -57,7 +57,7 @@ impl Outbound {
             match self.parts.tun.recv(&mut self.frame) {
                 Ok(len) => {
                     let result = self.route(context, len);
-                    if result.is_err() || self.aside.has_news() {
+                    if result.is_err() || self.slow_path.has_first() {
                         self.after_frame(context, len, result);
                     }
                     (frames, bytes) = (frames + 1, bytes + len);
@@ -81,15 +81,40 @@ impl Outbound {
         result
     }
 
+    /// Sends ICMP errors about packets that came out of the tunnel back into it.
+    #[cold]
+    pub(super) fn send_replies(
+        &mut self,
+        context: Context<'_>,
+        replies: impl Iterator<Item = Vec<u8>>,
+    ) {
+        for reply in replies {
+            let len = VNET_HDR_LEN + reply.len();
+            self.frame[..VNET_HDR_LEN].copy_from_slice(&VnetHdr::default().to_bytes());
+            self.frame[VNET_HDR_LEN..len].copy_from_slice(&reply);
+            if let Err(drop) = self.route(context, len) {
+                self.parts.count(drop);
+            }
+        }
+        self.flush();
+    }
+
+    /// Gives up fragments whose first one never came.
+    pub(super) fn tick(&mut self, now: Instant) {
+        while self.slow_path.expire(now).is_some() {
+            self.parts.count(DropReason::FragmentUnknown.into());
+        }
+    }
+
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
-    pub(super) fn route(&mut self, context: Context<'_>, len: usize) -> Result<(), Dropped> {
+    fn route(&mut self, context: Context<'_>, len: usize) -> Result<(), Dropped> {
         let (vnet, packet) = self.frame[..len]
             .split_first_chunk_mut::<VNET_HDR_LEN>()
             .ok_or(DropReason::IpMalformed)?;
         let vnet = VnetHdr::read(vnet);
         let mut parsed = Parsed::parse(packet)?;
         if parsed.fragment() != Fragment::None {
-            self.aside.note_piece(context, &parsed, packet)?;
+            (self.slow_path).note_fragment(context.now, &parsed, packet)?;
         }
         let forwarder = &self.parts.shared.translation;
         let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {
@@ -137,8 +162,75 @@ impl Outbound {
             .map_err(|_| DropReason::TunWriteFailed.into())
     }
 
+    /// What is left to do after the frame in `self.frame[..len]`, which was routed or was not.
+    #[cold]
+    fn after_frame(&mut self, context: Context<'_>, len: usize, result: Result<(), Dropped>) {
+        match result {
+            Ok(()) => self.release(context),
+            Err(drop) => self.refuse(context, len, drop),
+        }
+    }
+
+    /// Lets those fragments follow that came before the first one, which has just gone on.
+    fn release(&mut self, context: Context<'_>) {
+        let Some(released) = self.slow_path.release() else {
+            return;
+        };
+        for held in released.fragments {
+            let len = held.bytes.len();
+            self.frame[..len].copy_from_slice(&held.bytes);
+            match self.route(context, len) {
+                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
+                    // Another packet's with the same identification.
+                    let (now, id) = (context.now, released.id);
+                    for _ in self.slow_path.hold(now, id, (), &held.bytes) {
+                        self.parts.count(drop);
+                    }
+                }
+                Err(drop) => self.parts.count(drop),
+                Ok(()) => {}
+            }
+        }
+    }
+
+    /// Does with the frame in `self.frame[..len]` what is done in place of carrying it.
+    fn refuse(&mut self, context: Context<'_>, len: usize, drop: Dropped) {
+        let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
+        let forwarder = &self.parts.shared.translation;
+        let refused = (self.slow_path).refuse_outbound(context, forwarder, packet, drop);
+        let told = match refused {
+            OutboundOutcome::Hold(id) => {
+                for _ in (self.slow_path).hold(context.now, id, (), &self.frame[..len]) {
+                    self.parts.count(drop);
+                }
+                return;
+            }
+            OutboundOutcome::Drop => Ok(()),
+            OutboundOutcome::ReplyLimited => Err(Dropped {
+                reason: DropReason::AnswerLimited,
+                ..drop
+            }),
+            OutboundOutcome::Reply { peer, to, bytes } => match to {
+                ReplyTo::Client => to_host::write_as_is(&self.parts, bytes)
+                    .map_err(|reason| Dropped::of(peer, reason)),
+                ReplyTo::Application => {
+                    let arrival = Arrival {
+                        peer,
+                        partial: false,
+                        outer_ecn: 0,
+                    };
+                    to_host::deliver(&self.parts, context, bytes, arrival)
+                }
+            },
+        };
+        self.parts.count(drop);
+        if let Err(drop) = told {
+            self.parts.count(drop);
+        }
+    }
+
     /// Sends what waits in the batch.
-    pub(super) fn flush(&mut self) {
+    fn flush(&mut self) {
         if let Some(batch) = self.batch.take() {
             send(&self.parts, batch);
         }
@@ -146,20 +238,20 @@ impl Outbound {
 }
 
 /// Cuts one packet, however long, and seals the pieces into the batch.
-pub(super) struct Sealing<'a> {
+struct Sealing<'a> {
     parts: &'a LaneParts,
     batch: &'a mut SendBatch,
     sealer: &'a Sealer,
     destination: Destination,
     /// Largest plaintext of one datagram.
-    pub(super) mtu: usize,
+    mtu: usize,
 }
 
 /// What became of the pieces.
 #[derive(Default)]
-pub(super) struct Sealed {
-    pub(super) packets: usize,
-    pub(super) bytes: usize,
+struct Sealed {
+    packets: usize,
+    bytes: usize,
     /// Why not all of them were sealed.
     stopped: Option<DropReason>,
 }
@@ -173,7 +265,7 @@ impl Sealing<'_> {
         } else if self.parts.split {
             self.seal_splits(&mut segments, scratch, &mut sealed)
         } else {
-            self.seal_cuts(&mut segments, scratch, &mut sealed)
+            self.seal_unsplit(&mut segments, scratch, &mut sealed)
         };
         sealed.stopped = result.err();
         sealed
@@ -223,8 +315,48 @@ impl Sealing<'_> {
         Ok(())
     }
 
+    /// Packets that may be too big for a datagram, where none is to be split.
+    #[cold]
+    fn seal_unsplit(
+        &mut self,
+        segments: &mut Segments<'_>,
+        scratch: &mut [u8],
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
+        while let Some(len) = segments.next_len() {
+            let Some(segment) = segments.next_into(scratch) else {
+                break;
+            };
+            let packet = &mut scratch[..segment.len];
+            let parsed = Parsed::parse(packet)?;
+            match unsplit(&parsed, packet, self.mtu) {
+                Unsplit::Whole => self.seal_parts(packet, checksum_flag(segment.csum_partial))?,
+                Unsplit::Fragment => {
+                    if segment.csum_partial {
+                        complete(&parsed, packet);
+                    }
+                    self.seal_fragments(&parsed, packet)?;
+                }
+                Unsplit::Refuse => return Err(DropReason::TooBig),
+            }
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
+        Ok(())
+    }
+
+    /// One IPv4 packet in fragments, each in a datagram.
+    fn seal_fragments(&mut self, parsed: &Parsed, packet: &[u8]) -> Result<(), DropReason> {
+        let mut fragments = Cut::new(parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
+        let mut fragment = vec![0; self.mtu];
+        while let Some(len) = fragments.next_into(&mut fragment) {
+            self.seal_parts(&fragment[..len], Flags::NONE)?;
+        }
+        Ok(())
+    }
+
     /// One packet in several datagrams of equal length, which suits the batch.
-    pub(super) fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
+    fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
         let count = packet.len().div_ceil(self.mtu);
         let size = packet.len().div_ceil(count);
         let counters = self.sealer.reserve(count as u32);
@@ -261,7 +393,7 @@ impl Sealing<'_> {
     }
 }
 
-pub(super) fn checksum_flag(partial: bool) -> Flags {
+fn checksum_flag(partial: bool) -> Flags {
     if partial {
         Flags::CSUM_PARTIAL
     } else {
