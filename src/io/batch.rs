@@ -74,8 +74,8 @@ impl SendBatch {
         }
     }
 
-    /// Room for a datagram of `len` bytes to `destination`, at most [`MAX_BATCH`]. What it cannot be
-    /// sent with is handed to `send` first.
+    /// Room for a datagram of `len` bytes to `destination`, at most [`MAX_BATCH`]. What it cannot
+    /// be sent with is handed to `send` first.
     #[inline]
     pub fn reserve<'a>(
         &'a mut self,

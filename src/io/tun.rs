@@ -33,7 +33,8 @@ pub enum TunError {
     Permission(String),
     /// The kernel has no TUN driver, or this container hides it.
     #[error(
-        "this system has no /dev/net/tun: load the module with `modprobe tun`, or pass the device into the container"
+        "this system has no /dev/net/tun: load the module with `modprobe tun`, \
+         or pass the device into the container"
     )]
     NoDriver,
     /// Somebody else's interface has the name.
@@ -56,7 +57,8 @@ pub struct TunFeatures {
 pub struct TunOptions {
     /// Joined packets are taken; otherwise each is `EINVAL`.
     pub joined: bool,
-    /// What takes more than 17 pages (`MAX_SKB_FRAGS`) is; otherwise it is `EMSGSIZE`, as on Linux 6.3 to
+    /// What takes more than 17 pages (`MAX_SKB_FRAGS`) is; otherwise it is `EMSGSIZE`, as on Linux
+    /// 6.3 to
     /// 6.5.
     pub long: bool,
 }
@@ -123,7 +125,8 @@ impl TunQueue {
         self.device.recv(frame)
     }
 
-    /// Writes one frame, gathered from `parts`, the first of which starts with the `virtio_net_hdr`.
+    /// Writes one frame, gathered from `parts`, the first of which starts with the
+    /// `virtio_net_hdr`.
     pub fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         self.device.send_vectored(parts).map(drop)
     }
@@ -144,7 +147,8 @@ impl TunQueue {
 impl AsFd for TunQueue {
     #[allow(unsafe_code)]
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor belongs to the device and stays open as long as `self` is borrowed.
+        // SAFETY: the descriptor belongs to the device and stays open as long as `self` is
+        // borrowed.
         unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
     }
 }

@@ -7,7 +7,8 @@
 //! One socket serves both families where the host has IPv6: IPv4 peers then appear as IPv4, never
 //! as mapped addresses.
 
-#![allow(unsafe_code)] // recvmsg and sendmsg with control messages; each block says why it is sound.
+// recvmsg and sendmsg with control messages; each block says why it is sound.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::mem::{self, MaybeUninit};
@@ -173,7 +174,8 @@ impl UdpSocket {
         self.gro
     }
 
-    /// Batches that the kernel refused and that left datagram by datagram, on all sockets of the port.
+    /// Batches that the kernel refused and that left datagram by datagram, on all sockets of the
+    /// port.
     pub fn gso_fallbacks(&self) -> u64 {
         self.gso_fallbacks.load(Relaxed)
     }
@@ -189,7 +191,8 @@ impl UdpSocket {
         })
     }
 
-    /// Receives a batch of datagrams of one sender without waiting; `WouldBlock` when none is there.
+    /// Receives a batch of datagrams of one sender without waiting; `WouldBlock` when none is
+    /// there.
     pub fn recv(&self, slot: &mut [u8]) -> io::Result<Received> {
         let mut name = MaybeUninit::<libc::sockaddr_storage>::zeroed();
         let mut control = Control([MaybeUninit::uninit(); CONTROL_LEN]);
@@ -240,8 +243,8 @@ impl UdpSocket {
         Ok(received)
     }
 
-    /// Sends `batch` to `path` as datagrams of `stride` bytes (the last may be shorter), waiting for
-    /// room in the socket buffer.
+    /// Sends `batch` to `path` as datagrams of `stride` bytes (the last may be shorter), waiting
+    /// for room in the socket buffer.
     ///
     /// # Errors
     /// The kernel's, for the last datagram that it refused; those before it have left.
@@ -271,8 +274,8 @@ impl UdpSocket {
         result
     }
 
-    /// Sends from the address that the peer knows, or, if that is not ours any more, from the one that
-    /// the kernel chooses: the peer follows.
+    /// Sends from the address that the peer knows, or, if that is not ours any more, from the one
+    /// that the kernel chooses: the peer follows.
     fn send_message(
         &self,
         path: &Path,
@@ -548,8 +551,8 @@ fn choose_by_lane(socket: &Socket, lanes: usize, field: LaneField) -> io::Result
     }
 }
 
-/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says `EINVAL`, of
-/// IPv4 `ENETUNREACH` on newer kernels, and both of much else.
+/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says
+/// `EINVAL`, of IPv4 `ENETUNREACH` on newer kernels, and both of much else.
 fn is_gone(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -664,7 +667,8 @@ mod tests {
             remote: listen,
             local: None,
         };
-        // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake message.
+        // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake
+        // message.
         for lane in [0, 1, 2, 3, 4, 5, 6, 7, 255] {
             a.send(&path, 0, &[4, 0, lane, 0], 4).unwrap();
         }

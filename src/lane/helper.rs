@@ -9,11 +9,11 @@
 //!
 //! A lane is best served by one thread: what it wrote to the TUN is often answered before it looks
 //! there, so that a packet and its answer cost one wake-up less. A second thread is worth its own
-//! wake-ups only where the first one never sleeps. It is given the way into this host whole, so that
-//! the two share nothing while they carry packets.
+//! wake-ups only where the first one never sleeps. It is given the way into this host whole, so
+//! that the two share nothing while they carry packets.
 //!
-//! Owns the thread and how work is given to it and taken back. Does not decide when ([`super::load`])
-//! and does not know what the work is ([`Work`]).
+//! Owns the thread and how work is given to it and taken back. Does not decide when
+//! ([`super::load`]) and does not know what the work is ([`Work`]).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

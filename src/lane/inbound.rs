@@ -101,7 +101,8 @@ impl Inbound {
         }
     }
 
-    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may wait.
+    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may
+    /// wait.
     pub(super) fn drain(&mut self, context: Context<'_>) -> bool {
         let (mut more, mut batches, mut bytes) = (true, 0, 0);
         while batches < BURST && bytes < BURST_BYTES {
@@ -387,8 +388,8 @@ impl Inbound {
         }
     }
 
-    /// Joins no more than 64 KiB: for good if this kernel's TUN takes no more, for a while if the kernel
-    /// has no memory in pieces as large as that.
+    /// Joins no more than 64 KiB: for good if this kernel's TUN takes no more, for a while if the
+    /// kernel has no memory in pieces as large as that.
     #[cold]
     fn stay_short(&mut self, now: Instant, error: &io::Error) {
         let passes = matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS));
@@ -398,8 +399,8 @@ impl Inbound {
         debug!(%error, "the TUN takes no more than 64 KiB");
     }
 
-    /// Writes what the kernel did not take whole: what is longer than 64 KiB in such super-packets, what
-    /// is not packet by packet.
+    /// Writes what the kernel did not take whole: what is longer than 64 KiB in such super-packets,
+    /// what is not packet by packet.
     #[cold]
     fn write_apart(&mut self, total: usize, partial: bool) -> io::Result<()> {
         let fallbacks = &self.parts.counters.tun_gso_fallbacks;
@@ -579,8 +580,8 @@ fn write_joined(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -> i
     write_singly(tun, vnet, slab, parts)
 }
 
-/// Writes a packet of these parts; if the kernel did not take it whole but may take its parts, what it
-/// said.
+/// Writes a packet of these parts; if the kernel did not take it whole but may take its parts, what
+/// it said.
 fn write_whole(
     tun: &TunQueue,
     vnet: &[u8],

@@ -1,7 +1,7 @@
 //! How busy a lane is, and whether it should have a helper thread.
 //!
-//! Owns the measure ([`Load`]) and its limits, and the count of busy lanes ([`BusyLanes`]). Starts no
-//! thread: that is the helper's room.
+//! Owns the measure ([`Load`]) and its limits, and the count of busy lanes ([`BusyLanes`]). Starts
+//! no thread: that is the helper's room.
 
 use std::mem;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -70,8 +70,8 @@ impl Load {
         }
     }
 
-    /// Takes in how long the lane's own thread has just spent on the way out of this host and on the
-    /// way into it, and for how long the helper was awake since it was started.
+    /// Takes in how long the lane's own thread has just spent on the way out of this host and on
+    /// the way into it, and for how long the helper was awake since it was started.
     ///
     /// Tells whether the lane should have a helper from `now` on.
     pub(super) fn note(
@@ -118,13 +118,14 @@ struct Limits {
     share: f64,
     /// Least ratio of the time spent on the way out of this host to that on the way into it.
     ///
-    /// The host's own stack answers what comes in within the very write that hands it over, so where
-    /// that is most of the work, one thread does both with fewer wake-ups.
+    /// The host's own stack answers what comes in within the very write that hands it over, so
+    /// where that is most of the work, one thread does both with fewer wake-ups.
     lean: f64,
 }
 
-/// To get a helper. The window is some hundreds of super-packets at full speed: too short for anybody
-/// to notice, and long enough that one delay by the scheduler does not make a lane look busy.
+/// To get a helper. The window is some hundreds of super-packets at full speed: too short for
+/// anybody to notice, and long enough that one delay by the scheduler does not make a lane look
+/// busy.
 const BEGIN: Limits = Limits {
     window: Duration::from_millis(20),
     share: 0.9,

@@ -15,9 +15,9 @@
 //! 3. join it with the one before it, if the two are adjacent ([`Inbound::deliver`]);
 //! 4. parse, look the flow up and rewrite, once, and write it to the TUN ([`Inbound::flush`]).
 //!
-//! A packet that does not go on is the business of the slow path ([`slow_path`]), which decides what
-//! becomes of it; the two ways do it. An ICMP error about a packet out of the tunnel has to go back
-//! into it: the way in puts it into the [`outbox`], and the way out sends it.
+//! A packet that does not go on is the business of the slow path ([`slow_path`]), which decides
+//! what becomes of it; the two ways do it. An ICMP error about a packet out of the tunnel has to go
+//! back into it: the way in puts it into the [`outbox`], and the way out sends it.
 //!
 //! Files use each other in one direction, from the bottom of this list to its top:
 //!
@@ -35,8 +35,8 @@
 //! | this one | the lane, which runs them |
 //!
 //! Nothing here waits for anybody else: sessions and endpoints come as a snapshot from the control
-//! task, and what is not a packet (handshakes, control messages) goes to it through a bounded queue.
-//! There is no allocation per packet and no lock is held across a system call.
+//! task, and what is not a packet (handshakes, control messages) goes to it through a bounded
+//! queue. There is no allocation per packet and no lock is held across a system call.
 
 mod helper;
 mod inbound;
@@ -210,7 +210,8 @@ impl Lane {
     }
 
     /// Gives one way to the helper thread if both are too much for this one, and takes it back once
-    /// they are not; this thread has just spent so much on the way out and on the way into this host.
+    /// they are not; this thread has just spent so much on the way out and on the way into this
+    /// host.
     fn share(&mut self, now: Instant, spent: [Duration; 2]) {
         let Some(helper) = &self.helper else {
             return;

@@ -1,7 +1,7 @@
 //! ICMP errors that the way into this host has made and the way out of it is to send.
 //!
-//! Owns the queue between the two, which are run by one thread or by two ([`super::helper`]), and its
-//! bound. Wakes nobody: whoever runs the way in says that there is something.
+//! Owns the queue between the two, which are run by one thread or by two ([`super::helper`]), and
+//! its bound. Wakes nobody: whoever runs the way in says that there is something.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 

@@ -1,9 +1,9 @@
 //! Where in the receive buffer the next batch of datagrams goes.
 //!
 //! Packets are opened where they were received and lie there until what they are joined to is
-//! written. Batches follow one another in the buffer, around its end, so that many small ones can be
-//! joined as well as a few large ones; where one would meet packets that still lie there, these have
-//! to be written first.
+//! written. Batches follow one another in the buffer, around its end, so that many small ones can
+//! be joined as well as a few large ones; where one would meet packets that still lie there, these
+//! have to be written first.
 
 use crate::io::udp::RECV_SLOT;
 
@@ -22,17 +22,19 @@ impl ReceiveRing {
         Self { size, end: 0 }
     }
 
-    /// Where the next batch may begin, [`RECV_SLOT`] bytes long; `held` is where the first packet that
-    /// still lies in the buffer does. `None` if there is no room before that is written.
+    /// Where the next batch may begin, [`RECV_SLOT`] bytes long; `held` is where the first packet
+    /// that still lies in the buffer does. `None` if there is no room before that is written.
     ///
-    /// Without such a packet it is the beginning, which is the likeliest to be in the processor's cache.
+    /// Without such a packet it is the beginning, which is the likeliest to be in the processor's
+    /// cache.
     #[inline]
     pub(super) fn next(&self, held: Option<usize>) -> Option<usize> {
         let Some(held) = held else {
             return Some(0);
         };
         if self.end <= held {
-            // Around the end already, and never twice: what begins at the beginning still lies there.
+            // Around the end already, and never twice: what begins at the beginning still lies
+            // there.
             return (self.end + RECV_SLOT <= held).then_some(self.end);
         }
         if self.end + RECV_SLOT <= self.size {
@@ -66,11 +68,14 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-        /// Whatever arrives and whenever it is written, no batch is received over what still lies there.
+        /// Whatever arrives and whenever it is written, no batch is received over what still lies
+        /// there.
         #[test]
         fn what_is_held_is_never_received_over(
             slots in 1usize..5, extra in 0usize..RECV_SLOT,
-            batches in prop::collection::vec((len(), written(), any::<prop::sample::Index>()), 1..60),
+            batches in prop::collection::vec(
+                (len(), written(), any::<prop::sample::Index>()), 1..60,
+            ),
         ) {
             let size = slots * RECV_SLOT + extra;
             let mut ring = ReceiveRing::new(size);

@@ -1,5 +1,5 @@
-//! What the control task and the lanes share, and both ways of a lane: who may send what where, what
-//! a lane is made of, and what was counted.
+//! What the control task and the lanes share, and both ways of a lane: who may send what where,
+//! what a lane is made of, and what was counted.
 //!
 //! The control task publishes a new [`View`] whenever something changes; lanes read the current one
 //! once per wake-up without waiting. Counters are kept per lane, so that lanes never write to the
@@ -31,8 +31,8 @@ use crate::packet::{Parsed, clamp_mss};
 /// one batch holds many, are worth more.
 pub(super) const BURST: usize = 64;
 
-/// Bytes taken from one side before the other side gets its turn: 8 full super-packets, beyond which
-/// latency suffers.
+/// Bytes taken from one side before the other side gets its turn: 8 full super-packets, beyond
+/// which latency suffers.
 pub(super) const BURST_BYTES: usize = 8 * 65_536;
 
 /// How often expiring flows are looked at, and longest wait without a packet.
@@ -193,7 +193,8 @@ pub struct PeerCounters {
     pub tx: TrafficCounter,
 }
 
-/// IP packets and their bytes. Aligned so that two threads, one for each way, do not share a cache line.
+/// IP packets and their bytes. Aligned so that two threads, one for each way, do not share a cache
+/// line.
 #[derive(Default)]
 #[repr(align(64))]
 pub struct TrafficCounter {

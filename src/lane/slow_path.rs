@@ -1,13 +1,13 @@
 //! What becomes of packets out of the ordinary: fragments, and those that do not go on.
 //!
-//! Owns what has to be remembered of them (fragments that wait for their first one, which bytes of a
-//! fragmented packet were seen, how many ICMP errors may still be sent) and decides. What it decides
-//! it returns as a value, and the two loops carry it out: nothing here touches the TUN, the socket or
-//! a counter, and nothing here is on the path of an ordinary packet.
+//! Owns what has to be remembered of them (fragments that wait for their first one, which bytes of
+//! a fragmented packet were seen, how many ICMP errors may still be sent) and decides. What it
+//! decides it returns as a value, and the two loops carry it out: nothing here touches the TUN, the
+//! socket or a counter, and nothing here is on the path of an ordinary packet.
 //!
 //! ```text
-//! TUN ──► outbound ──► tunnel    refused: Hold, Drop, or Reply, which is written to the TUN
-//! TUN ◄── inbound ◄─── tunnel    refused: Hold, Drop, Fragment, or Reply, which goes into the tunnel
+//! TUN ──► outbound ──► tunnel    Drop, Hold, or Reply, which is written to the TUN
+//! TUN ◄── inbound ◄─── tunnel    Drop, Hold, Fragment, or Reply, which goes into the tunnel
 //! ```
 
 use std::net::IpAddr;
@@ -25,13 +25,14 @@ use crate::packet::{Family, Fragment, Parsed};
 /// (RFC 8200 section 5).
 const IPV6_MIN_MTU: usize = 1_280;
 
-/// What one direction of a lane remembers of packets out of the ordinary. A fragment that waits comes
-/// with a `T`, which says how it came.
+/// What one direction of a lane remembers of packets out of the ordinary. A fragment that waits
+/// comes with a `T`, which says how it came.
 pub(super) struct SlowPath<T> {
     replies: Answers,
     overlaps: Overlaps,
     held: Waiting<T>,
-    /// Identification of the first fragment that was noted last, until it is known whether it went on.
+    /// Identification of the first fragment that was noted last, until it is known whether it went
+    /// on.
     first: Option<u32>,
 }
 
@@ -118,8 +119,8 @@ impl<T> SlowPath<T> {
         Ok(())
     }
 
-    /// Whether the packet that has just gone on was a first fragment, so that there may be something
-    /// to [release](Self::release).
+    /// Whether the packet that has just gone on was a first fragment, so that there may be
+    /// something to [release](Self::release).
     #[inline]
     pub(super) fn has_first(&self) -> bool {
         self.first.is_some()
@@ -183,8 +184,8 @@ impl<T> SlowPath<T> {
         }
     }
 
-    /// Decides about a packet out of the tunnel, or the head of a super-packet, that is not written,
-    /// for the reason given.
+    /// Decides about a packet out of the tunnel, or the head of a super-packet, that is not
+    /// written, for the reason given.
     #[cold]
     pub(super) fn refuse_inbound(
         &mut self,

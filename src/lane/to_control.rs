@@ -1,7 +1,7 @@
 //! What a lane passes to the control task, and how much of it may wait there.
 //!
-//! Owns the messages and the bound for each peer ([`Waiting`]). A message carries the place it takes
-//! in its peer's share; whoever drops the message gives the place back.
+//! Owns the messages and the bound for each peer ([`Waiting`]). A message carries the place it
+//! takes in its peer's share; whoever drops the message gives the place back.
 
 use std::io;
 use std::sync::Arc;
@@ -104,8 +104,8 @@ impl Default for Waiting {
 }
 
 impl Queue {
-    /// Most that may wait. A peer has at most four initiations under way, and says at most 17 parts of
-    /// an announcement, their acknowledgements and a few more at once.
+    /// Most that may wait. A peer has at most four initiations under way, and says at most 17 parts
+    /// of an announcement, their acknowledgements and a few more at once.
     const fn limit(self) -> usize {
         match self {
             Self::Handshakes => 16,

@@ -1,5 +1,5 @@
-//! The last step into this host, which both ways of a lane take: a packet is rewritten and written to
-//! the TUN.
+//! The last step into this host, which both ways of a lane take: a packet is rewritten and written
+//! to the TUN.
 //!
 //! Owns no state. Packets that go alone are written here; super-packets, which are most, are put
 //! together and written by [`super::inbound`].
@@ -71,7 +71,8 @@ pub(super) fn write_as_is(parts: &LaneParts, packet: &[u8]) -> Result<(), DropRe
     write(parts, &[0; VNET_HDR_LEN], packet)
 }
 
-/// Writes an IPv4 packet, which was rewritten already, to the TUN in fragments of at most `mtu` bytes.
+/// Writes an IPv4 packet, which was rewritten already, to the TUN in fragments of at most `mtu`
+/// bytes.
 pub(super) fn write_fragments(
     parts: &LaneParts,
     packet: &mut [u8],
