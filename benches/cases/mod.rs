@@ -504,14 +504,12 @@ impl Work for SegmentAndSeal {
             to,
         } = self;
         let cut = Segment::cut(vnet, packet, |segments, len| {
-            let datagram = len + DATA_OVERHEAD;
-            if !batch.fits(datagram, to) {
-                black_box(batch.take());
-            }
-            let slot = batch.slot(datagram);
+            let mut slot = batch.reserve(len + DATA_OVERHEAD, to, |full| {
+                black_box(full);
+            });
             segments.next_into(&mut slot[DATA_HEADER_LEN..]);
-            if seal(&joined.from, slot).is_some() {
-                batch.commit(datagram, *to);
+            if seal(&joined.from, &mut slot).is_some() {
+                slot.commit();
             }
         });
         black_box(batch.take());

@@ -26,13 +26,14 @@ use crate::channel::pmtu;
 use crate::channel::session::{Door, Offer, SessionIndexes};
 use crate::channel::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::DATA_OVERHEAD;
+use crate::flow::role::{Forwarder as Translation, Hop};
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::UdpSocket;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Change, Failure, Host, Repairs, keep};
-use crate::lane::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
-use crate::lane::{Crowd, Lane, LaneParts, ToControl};
+use crate::lane::shared::{LaneCounters, PeerView, Shared, View};
+use crate::lane::{BusyLanes, Lane, LaneParts, ToControl, Waiting};
 use crate::model::drops::Drops;
 use crate::model::moved::Move;
 use crate::model::peer::{Path, PeerId, Role};
@@ -109,7 +110,7 @@ async fn carry(
         drops: Drops::default(),
         peer_drops: config.peers.iter().map(|_| Drops::default()).collect(),
         waiting: config.peers.iter().map(|_| Waiting::default()).collect(),
-        crowd: Crowd::new(std::thread::available_parallelism().map_or(1, usize::from)),
+        busy_lanes: BusyLanes::new(std::thread::available_parallelism().map_or(1, usize::from)),
     });
     let udp = sockets[0].try_clone().map_err(failed)?;
     let tso = !config.without.contains(&Offload::TunGso);
@@ -384,11 +385,8 @@ impl Control<'_> {
 
     /// What a lane passes on.
     fn handle(&mut self, now: Instant, message: ToControl) -> Result<(), DaemonError> {
-        if let Some((peer, queue)) = message.origin() {
-            self.shared.waiting[usize::from(peer.0)].leave(queue);
-        }
         let (peer, result) = match message {
-            ToControl::Handshake { path, admitted } => {
+            ToControl::Handshake { path, admitted, .. } => {
                 let peer = admitted.peer();
                 let tunnel = &mut self.peers[usize::from(peer.0)].tunnel;
                 (peer, tunnel.handle_handshake(now, path, &admitted))
@@ -397,6 +395,7 @@ impl Control<'_> {
                 session,
                 heard_from,
                 message,
+                ..
             } => {
                 let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
                 if let Some(path) = heard_from {
@@ -405,12 +404,12 @@ impl Control<'_> {
                 let result = tunnel.handle_control(now, &session, &message);
                 (session.peer(), result)
             }
-            ToControl::Heard { session, path } => {
+            ToControl::Heard { session, path, .. } => {
                 let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
                 tunnel.session_heard(now, &session, path);
                 return Ok(());
             }
-            ToControl::Failed(what) => return Err(DaemonError::Failed(what)),
+            ToControl::Failed(error) => return Err(failed(error)),
         };
         if let Err(reason) = result {
             self.shared.peer_drops[usize::from(peer.0)].count(reason);

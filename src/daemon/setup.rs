@@ -11,8 +11,9 @@ use tracing::warn;
 
 use super::DaemonError;
 use super::control::Signals;
+use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
-use crate::io::udp::{UdpOptions, UdpSocket};
+use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Desired, Host, HostError, RuntimeDirError, capture, keep, steer};
 use crate::model::moved::{Move, Transport};
@@ -356,7 +357,11 @@ fn bind(config: &Config) -> Result<Vec<UdpSocket>, DaemonError> {
     };
     let Listen { ip, port } = config.listen;
     let lanes = usize::from(config.lanes);
-    let any = |ip: IpAddr| UdpSocket::bind_lanes(SocketAddr::new(ip, port), lanes, options);
+    let field = LaneField {
+        message_type: TYPE_DATA,
+        at: LANE_AT,
+    };
+    let any = |ip: IpAddr| UdpSocket::bind_lanes(SocketAddr::new(ip, port), lanes, field, options);
     let bound = match ip {
         Some(ip) => any(ip),
         None => any(Ipv6Addr::UNSPECIFIED.into()).or_else(|error| match error.raw_os_error() {

@@ -3,6 +3,7 @@
 //! | file | owns |
 //! |---|---|
 //! | [`gate`] | the old server's checks: what may pass |
+//! | [`role`] | what the server's role makes of a packet |
 //! | [`translate`], [`routes`] | the new server's rewriting, and what is configured for it |
 //! | [`nat`] | both addresses rewritten, on the old server alone |
 //! | [`table`] | the flows, found from either side |
@@ -17,6 +18,7 @@ pub mod class;
 pub mod fragments;
 pub mod gate;
 pub mod nat;
+pub mod role;
 pub mod routes;
 pub mod seed;
 mod slab;

@@ -4,6 +4,8 @@
 //! committed is not there. All datagrams of a batch go to one destination and have the length of
 //! the first, but for the last, which may be shorter.
 
+use std::ops::{Deref, DerefMut};
+
 use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS};
 use crate::model::peer::{Path, PeerId};
 
@@ -21,12 +23,40 @@ pub struct Destination {
 /// Datagrams that wait to be sent together.
 pub struct SendBatch {
     buffer: Box<[u8]>,
+    filled: Filled,
+}
+
+/// What of a batch's buffer is in use.
+#[derive(Default)]
+struct Filled {
     len: usize,
     stride: usize,
     count: usize,
     /// A shorter datagram was committed: it has to be the last.
     closed: bool,
     destination: Option<Destination>,
+}
+
+/// Room in a batch for one datagram, to be written into. Dropped without having been
+/// [committed](Self::commit), it leaves nothing behind.
+#[must_use]
+pub struct Reservation<'a> {
+    slot: &'a mut [u8],
+    filled: &'a mut Filled,
+    destination: &'a Destination,
+}
+
+/// Datagrams that are sent together.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// Where they go.
+    pub destination: Destination,
+    /// Their bytes, side by side.
+    pub bytes: &'a [u8],
+    /// Length of each but the last, which may be shorter.
+    pub stride: usize,
+    /// How many there are.
+    pub count: usize,
 }
 
 impl Default for SendBatch {
@@ -40,18 +70,85 @@ impl SendBatch {
     pub fn new() -> Self {
         Self {
             buffer: vec![0; MAX_BATCH].into_boxed_slice(),
-            len: 0,
-            stride: 0,
-            count: 0,
-            closed: false,
-            destination: None,
+            filled: Filled::default(),
         }
     }
 
-    /// Whether a datagram of `len` bytes to `destination` can join what waits.
-    pub fn fits(&self, len: usize, destination: &Destination) -> bool {
+    /// Room for a datagram of `len` bytes to `destination`, at most [`MAX_BATCH`]. What it cannot
+    /// be sent with is handed to `send` first.
+    #[inline]
+    pub fn reserve<'a>(
+        &'a mut self,
+        len: usize,
+        destination: &'a Destination,
+        send: impl FnOnce(Batch<'_>),
+    ) -> Reservation<'a> {
+        if !self.filled.fits(len, destination)
+            && let Some(batch) = self.take()
+        {
+            send(batch);
+        }
+        let start = self.filled.len;
+        Reservation {
+            slot: &mut self.buffer[start..start + len],
+            filled: &mut self.filled,
+            destination,
+        }
+    }
+
+    /// Empties the batch; `None` if nothing waits.
+    pub fn take(&mut self) -> Option<Batch<'_>> {
+        let filled = std::mem::take(&mut self.filled);
+        Some(Batch {
+            destination: filled.destination?,
+            bytes: &self.buffer[..filled.len],
+            stride: filled.stride,
+            count: filled.count,
+        })
+    }
+}
+
+impl Reservation<'_> {
+    /// Adds the datagram that was written here to the batch.
+    #[inline]
+    pub fn commit(self) {
+        let Self {
+            slot,
+            filled,
+            destination,
+        } = self;
+        if filled.destination.is_none() {
+            filled.destination = Some(*destination);
+            filled.stride = slot.len();
+        }
+        filled.closed = slot.len() < filled.stride;
+        filled.len += slot.len();
+        filled.count += 1;
+    }
+}
+
+impl Deref for Reservation<'_> {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        self.slot
+    }
+}
+
+impl DerefMut for Reservation<'_> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.slot
+    }
+}
+
+impl Filled {
+    /// Whether a datagram of `len` bytes to `destination` can be sent with what waits.
+    #[inline]
+    fn fits(&self, len: usize, destination: &Destination) -> bool {
         match &self.destination {
-            None => len <= MAX_BATCH,
+            None => true,
             Some(current) => {
                 current == destination
                     && !self.closed
@@ -60,30 +157,6 @@ impl SendBatch {
                     && self.len + len <= MAX_BATCH
             }
         }
-    }
-
-    /// Room for a datagram of `len` bytes, for which [`fits`](Self::fits) holds.
-    pub fn slot(&mut self, len: usize) -> &mut [u8] {
-        &mut self.buffer[self.len..self.len + len]
-    }
-
-    /// Adds the datagram of `len` bytes that was written to the slot.
-    pub fn commit(&mut self, len: usize, destination: Destination) {
-        if self.destination.is_none() {
-            self.destination = Some(destination);
-            self.stride = len;
-        }
-        self.closed = len < self.stride;
-        self.len += len;
-        self.count += 1;
-    }
-
-    /// Empties the batch: where it goes, its bytes, the length of each datagram, and how many.
-    pub fn take(&mut self) -> Option<(Destination, &[u8], usize, usize)> {
-        let destination = self.destination.take()?;
-        let (len, count) = (self.len, self.count);
-        (self.len, self.count, self.closed) = (0, 0, false);
-        Some((destination, &self.buffer[..len], self.stride, count))
     }
 }
 
@@ -102,13 +175,17 @@ mod tests {
         }
     }
 
+    /// Adds a datagram; whether it fitted beside what waited.
     fn push(batch: &mut SendBatch, len: usize, to: Destination) -> bool {
-        let fits = batch.fits(len, &to);
-        if fits {
-            batch.slot(len).fill(len as u8);
-            batch.commit(len, to);
-        }
+        let mut fits = true;
+        let mut slot = batch.reserve(len, &to, |_| fits = false);
+        slot.fill(len as u8);
+        slot.commit();
         fits
+    }
+
+    fn fits(batch: &SendBatch, len: usize, to: Destination) -> bool {
+        batch.filled.fits(len, &to)
     }
 
     #[test]
@@ -116,24 +193,56 @@ mod tests {
         let (mut batch, to) = (SendBatch::new(), destination(1));
         assert!(batch.take().is_none());
         assert!(push(&mut batch, 100, to) && push(&mut batch, 100, to));
-        assert!(!push(&mut batch, 101, to), "longer than the first");
-        assert!(!push(&mut batch, 100, destination(2)), "to somebody else");
+        assert!(!fits(&batch, 101, to), "longer than the first");
+        assert!(!fits(&batch, 100, destination(2)), "to somebody else");
         assert!(push(&mut batch, 7, to));
-        assert!(!push(&mut batch, 7, to), "behind a shorter one");
-        let (_, bytes, stride, count) = batch.take().unwrap();
-        assert_eq!((bytes.len(), stride, count), (207, 100, 3));
+        assert!(!fits(&batch, 7, to), "behind a shorter one");
+        let taken = batch.take().unwrap();
+        assert_eq!(
+            (taken.bytes.len(), taken.stride, taken.count),
+            (207, 100, 3)
+        );
         assert!(push(&mut batch, 101, to), "empty again");
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_sent_first() {
+        let mut batch = SendBatch::new();
+        push(&mut batch, 100, destination(1));
+        let mut sent = None;
+        let to = destination(2);
+        let slot = batch.reserve(300, &to, |batch| {
+            sent = Some((batch.destination, batch.bytes.len()));
+        });
+        slot.commit();
+        assert_eq!(sent, Some((destination(1), 100)));
+        let taken = batch.take().unwrap();
+        assert_eq!((taken.destination, taken.bytes.len()), (to, 300));
+    }
+
+    #[test]
+    fn what_is_not_committed_is_not_there() {
+        let (mut batch, to) = (SendBatch::new(), destination(1));
+        batch.reserve(100, &to, |_| ()).fill(1);
+        assert!(batch.take().is_none());
+        assert!(push(&mut batch, 80, to));
+        batch.reserve(70, &to, |_| ()).fill(1);
+        assert!(push(&mut batch, 80, to), "not closed by a shorter one");
+        let taken = batch.take().unwrap();
+        assert_eq!((taken.bytes, taken.count), (&[80; 160][..], 2));
     }
 
     #[test]
     fn never_more_than_one_send_can_hold() {
         let (mut batch, to) = (SendBatch::new(), destination(1));
-        while push(&mut batch, 1_472, to) {}
-        let (_, bytes, ..) = batch.take().unwrap();
-        assert_eq!(bytes.len() / 1_472, 44);
-        while push(&mut batch, 80, to) {}
-        assert_eq!(batch.take().unwrap().3, MAX_SEGMENTS);
-        let (_, stride) = (assert!(!batch.fits(MAX_BATCH + 1, &to)), batch.stride);
-        assert_eq!(stride, 80);
+        while fits(&batch, 1_472, to) {
+            push(&mut batch, 1_472, to);
+        }
+        assert_eq!(batch.take().unwrap().bytes.len() / 1_472, 44);
+        while fits(&batch, 80, to) {
+            push(&mut batch, 80, to);
+        }
+        assert_eq!(batch.take().unwrap().count, MAX_SEGMENTS);
+        assert!(push(&mut batch, MAX_BATCH, to));
     }
 }

@@ -8,12 +8,9 @@
 //! queue is closed, however the process ends.
 
 use std::io::{self, IoSlice};
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
-
-use crate::packet::offload::MAX_PARTS;
 
 /// Largest frame: a `virtio_net_hdr` and an IP packet of 65,535 bytes.
 pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
@@ -36,7 +33,8 @@ pub enum TunError {
     Permission(String),
     /// The kernel has no TUN driver, or this container hides it.
     #[error(
-        "this system has no /dev/net/tun: load the module with `modprobe tun`, or pass the device into the container"
+        "this system has no /dev/net/tun: load the module with `modprobe tun`, \
+         or pass the device into the container"
     )]
     NoDriver,
     /// Somebody else's interface has the name.
@@ -59,7 +57,8 @@ pub struct TunFeatures {
 pub struct TunOptions {
     /// Joined packets are taken; otherwise each is `EINVAL`.
     pub joined: bool,
-    /// What takes more than 17 pages (`MAX_SKB_FRAGS`) is; otherwise it is `EMSGSIZE`, as on Linux 6.3 to
+    /// What takes more than 17 pages (`MAX_SKB_FRAGS`) is; otherwise it is `EMSGSIZE`, as on Linux
+    /// 6.3 to
     /// 6.5.
     pub long: bool,
 }
@@ -126,41 +125,36 @@ impl TunQueue {
         self.device.recv(frame)
     }
 
-    /// Writes one frame, gathered from the `virtio_net_hdr` and `parts` of `slab`, at most
-    /// [`MAX_PARTS`].
-    pub fn send_joined(&self, vnet: &[u8], slab: &[u8], parts: &[Range<usize>]) -> io::Result<()> {
-        // Most packets come alone, and room for all slices is some kilobytes to clear.
-        match parts {
-            [packet] => self.send(&[IoSlice::new(vnet), IoSlice::new(&slab[packet.clone()])]),
-            _ if !self.options.joined => refused(libc::EINVAL),
-            _ if !self.options.long && length(parts) > LONG => refused(libc::EMSGSIZE),
-            _ => {
-                let mut slices = [IoSlice::new(&[]); MAX_PARTS + 1];
-                slices[0] = IoSlice::new(vnet);
-                for (slice, part) in slices[1..].iter_mut().zip(parts) {
-                    *slice = IoSlice::new(&slab[part.clone()]);
-                }
-                self.send(&slices[..=parts.len()])
-            }
-        }
-    }
-
-    /// Writes one frame, gathered from `parts`, the first of which starts with the `virtio_net_hdr`.
+    /// Writes one frame, gathered from `parts`, the first of which starts with the
+    /// `virtio_net_hdr`.
     pub fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         self.device.send_vectored(parts).map(drop)
+    }
+
+    /// Like [`send`](Self::send), for a packet that was put together from several: those are what
+    /// [`TunOptions`] may have refused.
+    pub fn send_joined(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        if !self.options.joined {
+            return refused(libc::EINVAL);
+        }
+        if !self.options.long && length(parts) - VNET_HDR_LEN > LONG {
+            return refused(libc::EMSGSIZE);
+        }
+        self.send(parts)
     }
 }
 
 impl AsFd for TunQueue {
     #[allow(unsafe_code)]
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor belongs to the device and stays open as long as `self` is borrowed.
+        // SAFETY: the descriptor belongs to the device and stays open as long as `self` is
+        // borrowed.
         unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
     }
 }
 
-fn length(parts: &[Range<usize>]) -> usize {
-    parts.iter().map(ExactSizeIterator::len).sum()
+fn length(parts: &[IoSlice<'_>]) -> usize {
+    parts.iter().map(|part| part.len()).sum()
 }
 
 fn refused(errno: i32) -> io::Result<()> {

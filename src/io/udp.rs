@@ -7,7 +7,8 @@
 //! One socket serves both families where the host has IPv6: IPv4 peers then appear as IPv4, never
 //! as mapped addresses.
 
-#![allow(unsafe_code)] // recvmsg and sendmsg with control messages; each block says why it is sound.
+// recvmsg and sendmsg with control messages; each block says why it is sound.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::mem::{self, MaybeUninit};
@@ -18,7 +19,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::model::peer::Path;
 
 /// Most datagrams one `UDP_SEGMENT` send may hold (`UDP_MAX_SEGMENTS`; later kernels allow 128).
@@ -66,6 +66,15 @@ impl Default for UdpOptions {
             gro: true,
         }
     }
+}
+
+/// Where a datagram says which of its sender's lanes it is from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LaneField {
+    /// First byte of the datagrams that say so.
+    pub message_type: u8,
+    /// Offset of the byte that holds the lane's number.
+    pub at: u32,
 }
 
 /// One lane's UDP socket.
@@ -119,7 +128,7 @@ impl UdpSocket {
     }
 
     /// Opens `lanes` sockets on one port; each gets the datagrams of the sender's lanes that equal
-    /// its number modulo `lanes`.
+    /// its number modulo `lanes`, the first also those without a [`LaneField`].
     ///
     /// The kernel asks a classic BPF program of ours which socket takes a datagram
     /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)); where it has none, it spreads by addresses, and one
@@ -127,6 +136,7 @@ impl UdpSocket {
     pub fn bind_lanes(
         listen: SocketAddr,
         lanes: usize,
+        field: LaneField,
         options: UdpOptions,
     ) -> io::Result<Vec<Self>> {
         if lanes <= 1 {
@@ -142,7 +152,7 @@ impl UdpSocket {
         for socket in &mut sockets {
             socket.gso_fallbacks = Arc::clone(&gso_fallbacks);
         }
-        if let Err(error) = choose_by_lane(&sockets[0].socket, lanes) {
+        if let Err(error) = choose_by_lane(&sockets[0].socket, lanes, field) {
             tracing::debug!(%error, "datagrams cannot be given to their lanes");
         }
         Ok(sockets)
@@ -164,7 +174,8 @@ impl UdpSocket {
         self.gro
     }
 
-    /// Batches that the kernel refused and that left datagram by datagram, on all sockets of the port.
+    /// Batches that the kernel refused and that left datagram by datagram, on all sockets of the
+    /// port.
     pub fn gso_fallbacks(&self) -> u64 {
         self.gso_fallbacks.load(Relaxed)
     }
@@ -180,7 +191,8 @@ impl UdpSocket {
         })
     }
 
-    /// Receives a batch of datagrams of one sender without waiting; `WouldBlock` when none is there.
+    /// Receives a batch of datagrams of one sender without waiting; `WouldBlock` when none is
+    /// there.
     pub fn recv(&self, slot: &mut [u8]) -> io::Result<Received> {
         let mut name = MaybeUninit::<libc::sockaddr_storage>::zeroed();
         let mut control = Control([MaybeUninit::uninit(); CONTROL_LEN]);
@@ -231,8 +243,8 @@ impl UdpSocket {
         Ok(received)
     }
 
-    /// Sends `batch` to `path` as datagrams of `stride` bytes (the last may be shorter), waiting for
-    /// room in the socket buffer.
+    /// Sends `batch` to `path` as datagrams of `stride` bytes (the last may be shorter), waiting
+    /// for room in the socket buffer.
     ///
     /// # Errors
     /// The kernel's, for the last datagram that it refused; those before it have left.
@@ -262,8 +274,8 @@ impl UdpSocket {
         result
     }
 
-    /// Sends from the address that the peer knows, or, if that is not ours any more, from the one that
-    /// the kernel chooses: the peer follows.
+    /// Sends from the address that the peer knows, or, if that is not ours any more, from the one
+    /// that the kernel chooses: the peer follows.
     fn send_message(
         &self,
         path: &Path,
@@ -490,9 +502,9 @@ fn set_buffers(socket: &Socket) {
     }
 }
 
-/// Attaches the program that gives a data datagram to the socket of its lane and everything else to
-/// the first.
-fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
+/// Attaches the program that gives a datagram that names a lane to the socket of that lane, and
+/// everything else to the first.
+fn choose_by_lane(socket: &Socket, lanes: usize, field: LaneField) -> io::Result<()> {
     let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: code as u16,
         jt,
@@ -505,9 +517,9 @@ fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
             libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
             0,
             3,
-            u32::from(TYPE_DATA),
+            u32::from(field.message_type),
         ),
-        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, LANE_AT),
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, field.at),
         op(
             libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K,
             0,
@@ -539,8 +551,8 @@ fn choose_by_lane(socket: &Socket, lanes: usize) -> io::Result<()> {
     }
 }
 
-/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says `EINVAL`, of
-/// IPv4 `ENETUNREACH` on newer kernels, and both of much else.
+/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says
+/// `EINVAL`, of IPv4 `ENETUNREACH` on newer kernels, and both of much else.
 fn is_gone(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -645,14 +657,20 @@ mod tests {
             .port()
             .unwrap();
         let listen = SocketAddr::from(([127, 0, 0, 1], port));
-        let lanes = UdpSocket::bind_lanes(listen, 3, UdpOptions::default()).unwrap();
+        let field = LaneField {
+            message_type: 4,
+            at: 2,
+        };
+        let options = UdpOptions::default();
+        let lanes = UdpSocket::bind_lanes(listen, 3, field, options).unwrap();
         let path = Path {
             remote: listen,
             local: None,
         };
-        // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake message.
+        // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake
+        // message.
         for lane in [0, 1, 2, 3, 4, 5, 6, 7, 255] {
-            a.send(&path, 0, &[TYPE_DATA, 0, lane, 0], 4).unwrap();
+            a.send(&path, 0, &[4, 0, lane, 0], 4).unwrap();
         }
         a.send(&path, 0, &[1, 1, 2, 0], 4).unwrap();
         let got: Vec<Vec<u8>> = lanes
@@ -660,7 +678,7 @@ mod tests {
             .map(|lane| drain(lane).iter().map(|(bytes, _)| bytes[2]).collect())
             .collect();
         assert_eq!(got, [vec![0, 3, 6, 255, 2], vec![1, 4, 7], vec![2, 5]]);
-        let taken = UdpSocket::bind_lanes(listen, 2, UdpOptions::default());
+        let taken = UdpSocket::bind_lanes(listen, 2, field, options);
         let kind = taken.err().map(|error| error.kind());
         assert_eq!(
             kind,

@@ -4,27 +4,30 @@
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use super::outbound::Outbound;
-use super::receive_ring::Room;
-use super::slow_path::{Arriving, Aside};
-use super::{BURST, BURST_BYTES, Dropped, LaneParts, Moment, TICK, ToControl, clamp};
+use super::helper::{Turn, Work};
+use super::outbox::Outbox;
+use super::receive_ring::ReceiveRing;
+use super::shared::{BURST, BURST_BYTES, Context, LaneParts, TICK};
+use super::slow_path::{InboundOutcome, SlowPath};
+use super::to_control::{Queue, ToControl};
+use super::to_host::{self, Arrival};
 use crate::channel::parts::{Joiner, Part, Stream};
 use crate::channel::session::OpenBatch;
 use crate::channel::tunnel::MAX_MESSAGE;
 use crate::channel::wire::{Flags, Message};
 use crate::io::tun::TunQueue;
 use crate::io::udp::{RECV_SLOT, Received};
-use crate::lane::shared::Translation;
-use crate::model::drops::DropReason;
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::ecn;
-use crate::packet::offload::{Coalescer, MAX_BIG, MAX_SUPER, Push, Reach, VnetHdr};
+use crate::packet::offload::{Coalescer, MAX_BIG, MAX_PARTS, MAX_SUPER, Push, Reach, VnetHdr};
 use crate::packet::{Fragment, Parsed};
 
 /// Size of the receive buffer: what is joined at most, begun anywhere in a batch. A super-packet of
@@ -41,21 +44,21 @@ const fn receive_buffer(reach: Reach) -> usize {
 const LONG_PAUSE: Duration = Duration::from_secs(10);
 
 /// A packet, or a part of one, that was opened.
-pub(super) struct Plain {
-    pub(super) peer: PeerId,
+struct Plain {
+    peer: PeerId,
     /// Where it lies in the slab.
-    pub(super) range: Range<usize>,
-    pub(super) flags: Flags,
+    range: Range<usize>,
+    flags: Flags,
     stream: Stream,
     counter: u64,
 }
 
 /// One direction of a lane: tunnel to TUN.
 pub(super) struct Inbound {
-    pub(super) parts: Arc<LaneParts>,
+    parts: Arc<LaneParts>,
     /// What was received, opened in place.
-    pub(super) slab: Box<[u8]>,
-    room: Room,
+    slab: Box<[u8]>,
+    ring: ReceiveRing,
     /// What was opened and not yet delivered.
     opened: Vec<Plain>,
     /// Whose packets the coalescer holds.
@@ -65,19 +68,23 @@ pub(super) struct Inbound {
     joiners: Vec<Joiner>,
     /// When more than 64 KiB are joined again.
     long_again: Option<Instant>,
-    /// For packets out of the ordinary.
-    pub(super) aside: Aside<Arriving>,
-    /// Takes answers back into the tunnel, once there was one.
-    pub(super) answering: Option<Box<Outbound>>,
+    detour: Detour,
     ticked: Instant,
+}
+
+/// The way of packets out of the ordinary: fragments, those that were put together from parts, and
+/// those that do not go on.
+struct Detour {
+    slow_path: SlowPath<Arrival>,
+    outbox: Outbox,
 }
 
 impl Inbound {
     /// With nothing on its way.
-    pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
+    pub(super) fn new(parts: Arc<LaneParts>, outbox: Outbox, now: Instant) -> Self {
         Self {
             slab: vec![0; receive_buffer(parts.reach)].into_boxed_slice(),
-            room: Room::new(receive_buffer(parts.reach)),
+            ring: ReceiveRing::new(receive_buffer(parts.reach)),
             opened: Vec::new(),
             joining: PeerId(0),
             coalescer: Coalescer::new(parts.uso, parts.reach),
@@ -85,23 +92,26 @@ impl Inbound {
                 .map(|_| Joiner::default())
                 .collect(),
             long_again: None,
-            aside: Aside::new(now),
-            answering: None,
+            detour: Detour {
+                slow_path: SlowPath::new(now),
+                outbox,
+            },
             ticked: now,
             parts,
         }
     }
 
-    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may wait.
-    pub(super) fn drain(&mut self, moment: Moment<'_>) -> bool {
+    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may
+    /// wait.
+    pub(super) fn drain(&mut self, context: Context<'_>) -> bool {
         let (mut more, mut batches, mut bytes) = (true, 0, 0);
         while batches < BURST && bytes < BURST_BYTES {
-            let start = self.make_room(moment);
+            let start = self.make_room(context);
             match self.parts.udp.recv(&mut self.slab[start..][..RECV_SLOT]) {
                 Ok(received) => {
                     (batches, bytes) = (batches + 1, bytes + received.len);
-                    self.room.took(start, received.len);
-                    self.open_all(moment, start, &received);
+                    self.ring.took(start, received.len);
+                    self.open_all(context, start, &received);
                 }
                 Err(error) => {
                     // An error that was queued on the socket is gone once it was told; whatever
@@ -114,22 +124,22 @@ impl Inbound {
                 }
             }
         }
-        self.flush(moment);
+        self.flush(context);
         more
     }
 
     /// Where the next batch may be received to; what is in the way is written first.
-    fn make_room(&mut self, moment: Moment<'_>) -> usize {
-        self.room
+    fn make_room(&mut self, context: Context<'_>) -> usize {
+        self.ring
             .next(self.coalescer.held_from())
             .unwrap_or_else(|| {
-                self.flush(moment);
+                self.flush(context);
                 0
             })
     }
 
     /// Opens every datagram of the batch at `base`, then delivers what was in them.
-    fn open_all(&mut self, moment: Moment<'_>, base: usize, received: &Received) {
+    fn open_all(&mut self, context: Context<'_>, base: usize, received: &Received) {
         let mut opened = std::mem::take(&mut self.opened);
         // The lock of a replay window is taken once a batch and is free again before anything is
         // written.
@@ -137,7 +147,7 @@ impl Inbound {
         let mut start = base;
         while start < base + received.len {
             let end = (base + received.len).min(start + received.stride);
-            match self.open(moment, &mut opening, start..end, received) {
+            match self.open(context, &mut opening, start..end, received) {
                 Ok(Some(plain)) => opened.push(plain),
                 Ok(None) => {}
                 Err(drop) => self.parts.count(drop),
@@ -147,9 +157,9 @@ impl Inbound {
         drop(opening);
         for plain in opened.drain(..) {
             let result = if plain.flags.has(Flags::CONTINUES) || plain.flags.has(Flags::MORE) {
-                self.join(moment, &plain, received.ecn)
+                self.join(context, &plain, received.ecn)
             } else {
-                self.deliver(moment, &plain, received.ecn)
+                self.deliver(context, &plain, received.ecn)
             };
             if let Err(drop) = result {
                 self.parts.count(drop);
@@ -161,7 +171,7 @@ impl Inbound {
     /// Opens the datagram in `self.slab[range]`; what is not a packet goes to the control task.
     fn open<'v>(
         &mut self,
-        moment: Moment<'v>,
+        context: Context<'v>,
         opening: &mut Option<(u32, OpenBatch<'v>)>,
         range: Range<usize>,
         received: &Received,
@@ -171,15 +181,19 @@ impl Inbound {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
                 let admitted = self.parts.shared.door.admit(datagram)?;
-                self.parts.tell(ToControl::Handshake {
-                    path: received.path,
-                    admitted,
-                })?;
+                self.parts
+                    .tell(admitted.peer(), Queue::Handshakes, |permit| {
+                        ToControl::Handshake {
+                            path: received.path,
+                            admitted,
+                            permit,
+                        }
+                    })?;
                 return Ok(None);
             }
         };
         let current;
-        let (session, opened) = match moment.view.sessions.get(&data.receiver) {
+        let (session, opened) = match context.view.sessions.get(&data.receiver) {
             Some(session) => {
                 if opening
                     .as_ref()
@@ -202,25 +216,31 @@ impl Inbound {
         };
         let peer = session.peer();
         let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
-        session.activity().heard(moment.now);
+        session.activity().heard(context.now);
         let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
-        let moved = opened.newest && moment.view.peer(peer).path != Some(received.path);
+        let moved = opened.newest && context.view.peer(peer).path != Some(received.path);
         if opened.flags.has(Flags::CONTROL) {
             let length = plaintext.len().min(MAX_MESSAGE);
-            self.parts.tell(ToControl::Control {
-                session: Arc::clone(session),
-                // One that was held up on the way says where the peer was, not where it is.
-                heard_from: (opened.first || moved).then_some(received.path),
-                message: self.slab[plaintext][..length].to_vec(),
-            })?;
+            let message = &self.slab[plaintext][..length];
+            self.parts
+                .tell(peer, Queue::Messages, |permit| ToControl::Control {
+                    session: Arc::clone(session),
+                    // One that was held up on the way says where the peer was, not where it is.
+                    heard_from: (opened.first || moved).then_some(received.path),
+                    message: message.to_vec(),
+                    permit,
+                })?;
             return Ok(None);
         }
         if opened.first || moved {
             // If the control task is too busy now, the next datagram tells it.
-            let _ = self.parts.tell(ToControl::Heard {
-                session: Arc::clone(session),
-                path: received.path,
-            });
+            let _ = self
+                .parts
+                .tell(peer, Queue::Messages, |permit| ToControl::Heard {
+                    session: Arc::clone(session),
+                    path: received.path,
+                    permit,
+                });
         }
         Ok(Some(Plain {
             peer,
@@ -235,9 +255,9 @@ impl Inbound {
     }
 
     /// Takes a part of a packet, and delivers the packet once all of it is here.
-    fn join(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+    fn join(&mut self, context: Context<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
         // What came before it goes first.
-        self.flush(moment);
+        self.flush(context);
         let part = Part {
             counter: plain.counter,
             continues: plain.flags.has(Flags::CONTINUES),
@@ -249,15 +269,14 @@ impl Inbound {
         let result = match joiner.push(plain.stream, part) {
             None => Ok(()),
             Some(packet) => {
-                let how = Arriving {
+                let arrival = Arrival {
                     peer: plain.peer,
                     partial,
                     outer_ecn,
                 };
-                self.aside.pass_in(&self.parts, moment, packet, how)
+                self.detour.deliver(&self.parts, context, packet, arrival)
             }
         };
-        self.send_answer(moment);
         let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
@@ -265,7 +284,12 @@ impl Inbound {
     }
 
     /// Joins a packet to the one before it, if it continues it.
-    fn deliver(&mut self, moment: Moment<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+    fn deliver(
+        &mut self,
+        context: Context<'_>,
+        plain: &Plain,
+        outer_ecn: u8,
+    ) -> Result<(), Dropped> {
         let known = |reason| Dropped::of(plain.peer, reason);
         let range = plain.range.clone();
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
@@ -279,26 +303,45 @@ impl Inbound {
         let packet = &mut self.slab[range.clone()];
         let parsed = Parsed::parse(packet).map_err(known)?;
         if parsed.fragment() != Fragment::None {
-            return self.deliver_piece(moment, plain, outer_ecn);
+            return self.deliver_fragment(context, plain, outer_ecn);
         }
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
         if plain.peer != self.joining || !self.parts.tso {
-            self.flush(moment);
+            self.flush(context);
             self.joining = plain.peer;
         }
         let pushed = self
             .coalescer
             .push(&self.slab, range.clone(), &parsed, partial);
         if pushed == Push::MustFlush {
-            self.flush(moment);
+            self.flush(context);
             // Into what is empty now everything goes.
             let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
         }
         Ok(())
     }
 
+    /// Writes a fragment, which is not joined with anything.
+    #[cold]
+    fn deliver_fragment(
+        &mut self,
+        context: Context<'_>,
+        plain: &Plain,
+        outer_ecn: u8,
+    ) -> Result<(), Dropped> {
+        // What came before it goes first.
+        self.flush(context);
+        let arrival = Arrival {
+            peer: plain.peer,
+            partial: plain.flags.has(Flags::CSUM_PARTIAL),
+            outer_ecn,
+        };
+        let packet = &mut self.slab[plain.range.clone()];
+        self.detour.deliver(&self.parts, context, packet, arrival)
+    }
+
     /// Rewrites what was joined and writes it to the TUN.
-    pub(super) fn flush(&mut self, moment: Moment<'_>) {
+    fn flush(&mut self, context: Context<'_>) {
         let peer = self.joining;
         let Some(joined) = self.coalescer.finish(&mut self.slab) else {
             return;
@@ -307,26 +350,29 @@ impl Inbound {
         let bytes = joined.parsed.total() + (packets - 1) * joined.parsed.payload();
         let mut parsed = joined.parsed;
         let head = &mut self.slab[joined.parts[0].clone()];
-        if let Err(drop) = route_in(&self.parts, moment, peer, head, &mut parsed, joined.partial) {
-            let how = Arriving {
+        let partial = joined.partial;
+        let routed = to_host::rewrite(&self.parts, context, peer, head, &mut parsed, partial);
+        if let Err(drop) = routed {
+            let arrival = Arrival {
                 peer,
-                partial: joined.partial,
+                partial,
                 outer_ecn: 0,
             };
-            let refused = (self.aside).refuse_in(&self.parts, moment, head, &parsed, how, drop);
+            let parts = &self.parts;
+            let refused = (self.detour).refuse(parts, context, head, &parsed, arrival, drop);
             if let Err(drop) = refused {
-                self.parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
+                parts.shared.peer_drops[usize::from(peer.0)].add(drop.reason, packets as u64);
             }
-            return self.send_answer(moment);
+            return;
         }
-        let (vnet, joined_partial) = (joined.vnet.to_bytes(), joined.partial);
+        let vnet = joined.vnet.to_bytes();
         let result = match write_whole(&self.parts.tun, &vnet, &self.slab, joined.parts) {
             Ok(None) => Ok(()),
             Ok(Some(error)) => {
                 if parsed.total() > MAX_SUPER {
-                    self.stay_short(moment.now, &error);
+                    self.stay_short(context.now, &error);
                 }
-                self.write_apart(parsed.total(), joined_partial)
+                self.write_apart(parsed.total(), partial)
             }
             Err(error) => Err(error),
         };
@@ -342,8 +388,8 @@ impl Inbound {
         }
     }
 
-    /// Joins no more than 64 KiB: for good if this kernel's TUN takes no more, for a while if the kernel
-    /// has no memory in pieces as large as that.
+    /// Joins no more than 64 KiB: for good if this kernel's TUN takes no more, for a while if the
+    /// kernel has no memory in pieces as large as that.
     #[cold]
     fn stay_short(&mut self, now: Instant, error: &io::Error) {
         let passes = matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS));
@@ -353,8 +399,8 @@ impl Inbound {
         debug!(%error, "the TUN takes no more than 64 KiB");
     }
 
-    /// Writes what the kernel did not take whole: what is longer than 64 KiB in such super-packets, what
-    /// is not packet by packet.
+    /// Writes what the kernel did not take whole: what is longer than 64 KiB in such super-packets,
+    /// what is not packet by packet.
     #[cold]
     fn write_apart(&mut self, total: usize, partial: bool) -> io::Result<()> {
         let fallbacks = &self.parts.counters.tun_gso_fallbacks;
@@ -378,13 +424,21 @@ impl Inbound {
         write_joined(&self.parts.tun, &mut shorter, &mut self.slab)
     }
 
+    /// Whether there is something new in the outbox; to be asked after each turn.
+    pub(super) fn has_posted(&mut self) -> bool {
+        self.detour.outbox.take_news()
+    }
+
     /// Lets fragments expire, and joins more than 64 KiB again once it is time; to be called often.
     pub(super) fn tick(&mut self, now: Instant) {
         if now.duration_since(self.ticked) < TICK {
             return;
         }
         self.ticked = now;
-        self.expire_pieces(now);
+        while let Some(held) = self.detour.slow_path.expire(now) {
+            let unknown = DropReason::FragmentUnknown;
+            self.parts.count(Dropped::of(held.with.peer, unknown));
+        }
         if self.long_again.is_some_and(|at| at <= now) {
             self.long_again = None;
             self.coalescer.set_reach(self.parts.reach);
@@ -393,32 +447,125 @@ impl Inbound {
     }
 }
 
-/// Rewrites one packet that was not joined with others and writes it to the TUN.
-pub(super) fn pass_in(
-    parts: &LaneParts,
-    moment: Moment<'_>,
-    peer: PeerId,
-    packet: &mut [u8],
-    partial: bool,
-    outer_ecn: u8,
-) -> Result<(), Dropped> {
-    let known = |reason| Dropped::of(peer, reason);
-    let mut parsed = Parsed::parse(packet).map_err(known)?;
-    ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
-    let vnet = VnetHdr::single(&parsed, partial).to_bytes();
-    route_in(parts, moment, peer, packet, &mut parsed, partial)?;
-    let packet = &packet[..parsed.total()];
-    parts
-        .tun
-        .send(&[IoSlice::new(&vnet), IoSlice::new(packet)])
-        .map_err(|error| {
-            debug!(%error, "the TUN refused a packet");
-            known(DropReason::TunWriteFailed)
-        })?;
-    parts.counters.peers[usize::from(peer.0)]
-        .rx
-        .add(1, packet.len());
-    Ok(())
+/// What the helper thread does.
+impl Work for Inbound {
+    fn work(&self) -> BorrowedFd<'_> {
+        self.parts.udp.as_fd()
+    }
+
+    fn stop(&self) -> BorrowedFd<'_> {
+        self.parts.stop.as_fd()
+    }
+
+    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
+    fn turn(&mut self, waits: bool) -> Turn {
+        let view = self.parts.shared.view.load_full();
+        let context = Context {
+            now: Instant::now(),
+            view: &view,
+        };
+        let more = waits && self.drain(context);
+        self.tick(context.now);
+        Turn {
+            more,
+            has_news: self.has_posted(),
+        }
+    }
+}
+
+impl Detour {
+    /// Writes a packet that is not joined with others.
+    fn deliver(
+        &mut self,
+        parts: &LaneParts,
+        context: Context<'_>,
+        packet: &mut [u8],
+        arrival: Arrival,
+    ) -> Result<(), Dropped> {
+        let known = |reason| Dropped::of(arrival.peer, reason);
+        let parsed = Parsed::parse(packet).map_err(known)?;
+        if parsed.fragment() != Fragment::None {
+            (self.slow_path)
+                .note_fragment(context.now, &parsed, packet)
+                .map_err(known)?;
+        }
+        match to_host::deliver(parts, context, packet, arrival) {
+            Ok(()) => {
+                self.release(parts, context);
+                Ok(())
+            }
+            Err(drop) => self.refuse(parts, context, packet, &parsed, arrival, drop),
+        }
+    }
+
+    /// Lets those fragments follow that came before the first one, which has just gone on.
+    fn release(&mut self, parts: &LaneParts, context: Context<'_>) {
+        let Some(released) = self.slow_path.release() else {
+            return;
+        };
+        for mut held in released.fragments {
+            match to_host::deliver(parts, context, &mut held.bytes, held.with) {
+                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
+                    // Another packet's with the same identification.
+                    self.hold(parts, context, released.id, &held.bytes, held.with);
+                }
+                Err(drop) => parts.count(drop),
+                Ok(()) => {}
+            }
+        }
+    }
+
+    /// Does with a packet, or the head of a super-packet, what is done in place of writing it.
+    ///
+    /// # Errors
+    /// It is dropped, which is for the caller to count.
+    #[cold]
+    fn refuse(
+        &mut self,
+        parts: &LaneParts,
+        context: Context<'_>,
+        packet: &mut [u8],
+        parsed: &Parsed,
+        arrival: Arrival,
+        drop: Dropped,
+    ) -> Result<(), Dropped> {
+        let forwarder = &parts.shared.translation;
+        let slow_path = &mut self.slow_path;
+        match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop.reason) {
+            InboundOutcome::Hold(id) => {
+                self.hold(parts, context, id, packet, arrival);
+                return Ok(());
+            }
+            InboundOutcome::Fragment(mtu) => {
+                return to_host::write_fragments(parts, packet, parsed, arrival, mtu);
+            }
+            InboundOutcome::Reply(bytes) => {
+                if let Err(reason) = self.outbox.post(bytes) {
+                    parts.count(Dropped::of(arrival.peer, reason));
+                }
+            }
+            InboundOutcome::ReplyLimited => {
+                parts.count(Dropped::of(arrival.peer, DropReason::AnswerLimited));
+            }
+            InboundOutcome::Drop => {}
+        }
+        Err(drop)
+    }
+
+    /// Keeps a fragment until its first one comes.
+    fn hold(
+        &mut self,
+        parts: &LaneParts,
+        context: Context<'_>,
+        id: u32,
+        packet: &[u8],
+        arrival: Arrival,
+    ) {
+        for given_up in self.slow_path.hold(context.now, id, arrival, packet) {
+            let unknown = DropReason::FragmentUnknown;
+            parts.count(Dropped::of(given_up.with.peer, unknown));
+        }
+    }
 }
 
 /// Writes what was joined, packet by packet if the kernel does not take it whole.
@@ -433,19 +580,39 @@ fn write_joined(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -> i
     write_singly(tun, vnet, slab, parts)
 }
 
-/// Writes a packet of these parts; if the kernel did not take it whole but may take its parts, what it
-/// said.
+/// Writes a packet of these parts; if the kernel did not take it whole but may take its parts, what
+/// it said.
 fn write_whole(
     tun: &TunQueue,
     vnet: &[u8],
     slab: &[u8],
     parts: &[Range<usize>],
 ) -> io::Result<Option<io::Error>> {
-    match tun.send_joined(vnet, slab, parts) {
+    // Most packets come alone, and room for all slices is some kilobytes to clear.
+    if let [packet] = parts {
+        let packet = IoSlice::new(&slab[packet.clone()]);
+        return tun.send(&[IoSlice::new(vnet), packet]).map(|()| None);
+    }
+    match write_gathered(tun, vnet, slab, parts) {
         Ok(()) => Ok(None),
-        Err(error) if parts.len() > 1 && is_too_much(&error) => Ok(Some(error)),
+        Err(error) if is_too_much(&error) => Ok(Some(error)),
         Err(error) => Err(error),
     }
+}
+
+/// Writes one packet from where its parts lie.
+fn write_gathered(
+    tun: &TunQueue,
+    vnet: &[u8],
+    slab: &[u8],
+    parts: &[Range<usize>],
+) -> io::Result<()> {
+    let mut slices = [IoSlice::new(&[]); 1 + MAX_PARTS];
+    slices[0] = IoSlice::new(vnet);
+    for (slice, part) in slices[1..].iter_mut().zip(parts) {
+        *slice = IoSlice::new(&slab[part.clone()]);
+    }
+    tun.send_joined(&slices[..=parts.len()])
 }
 
 fn write_singly(
@@ -466,37 +633,4 @@ fn is_too_much(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EINVAL | libc::EMSGSIZE | libc::ENOMEM | libc::ENOBUFS)
     )
-}
-
-/// Checks and rewrites a packet, or the head of a super-packet, that came out of the tunnel.
-fn route_in(
-    parts: &LaneParts,
-    moment: Moment<'_>,
-    peer: PeerId,
-    packet: &mut [u8],
-    parsed: &mut Parsed,
-    partial: bool,
-) -> Result<(), Dropped> {
-    match &parts.shared.translation {
-        Translation::Old(gates) => gates[usize::from(peer.0)]
-            .check_returning(moment.now, parsed, packet)
-            .and_then(|()| parsed.decrement_ttl(packet))
-            .and_then(|()| fits_link(packet, parsed, moment.view.hop.mtu)),
-        Translation::New(translator) => {
-            translator.inbound(moment.now, peer, packet, parsed, partial)
-        }
-    }
-    .map_err(|reason| Dropped::of(peer, reason))?;
-    clamp(packet, parsed, moment.view.peer(peer).mtu, partial);
-    Ok(())
-}
-
-/// Whether a packet, or each that the head of a super-packet stands for, fits the link to the clients:
-/// on the way there nobody else looks.
-#[inline]
-fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReason> {
-    if packet.len().min(parsed.total()) > mtu && mtu > 0 {
-        return Err(DropReason::TooBig);
-    }
-    Ok(())
 }

@@ -1,40 +1,41 @@
 //! Out of this host: from a queue of the TUN into the tunnel, as the head of [`super`] tells.
 //!
-//! Owns what is on its way there. Whoever holds an [`Outbound`] may run it; two of one lane, of which
-//! one only answers, never use a counter twice, for those are given out by the session.
+//! Owns what is on its way there. Whoever holds an [`Outbound`] may run it.
 
 use std::io::IoSlice;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::debug;
 
-use super::slow_path::Aside;
-use super::{BURST, BURST_BYTES, DEVICE_DOWN_PAUSE, Dropped, LaneParts, Moment, clamp};
+use super::shared::{BURST, BURST_BYTES, Context, LaneParts};
+use super::slow_path::{OutboundOutcome, SlowPath, Unsplit, unsplit};
+use super::to_control::LaneError;
+use super::to_host::{self, Arrival};
 use crate::channel::session::Sealer;
 use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
-use crate::flow::translate::{Gate, Verdict};
-use crate::io::batch::{Destination, SendBatch};
+use crate::flow::role::{Judgement, ReplyTo};
+use crate::io::batch::{Batch, Destination, Reservation, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
-use crate::io::udp::UdpSocket;
-use crate::lane::shared::Translation;
-use crate::model::drops::DropReason;
-use crate::model::peer::PeerId;
-use crate::packet::ecn;
+use crate::model::drops::{DropReason, Dropped};
+use crate::packet::fragment::{Cut, complete};
 use crate::packet::offload::{Offload, Segments, VnetHdr};
-use crate::packet::{Fragment, Parsed};
+use crate::packet::{Fragment, Parsed, ecn};
+
+/// Pause before an interface that somebody set down is read again.
+const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// One direction of a lane: TUN to tunnel.
 pub(super) struct Outbound {
-    pub(super) parts: Arc<LaneParts>,
+    parts: Arc<LaneParts>,
     /// What was read from the TUN.
-    pub(super) frame: Box<[u8]>,
+    frame: Box<[u8]>,
     /// What is about to be sent.
     batch: SendBatch,
     /// Where a packet that is split is put together first.
     scratch: Box<[u8]>,
-    /// For packets out of the ordinary.
-    pub(super) aside: Aside<()>,
+    /// For packets out of the ordinary. What it holds are whole frames.
+    slow_path: SlowPath<()>,
 }
 
 impl Outbound {
@@ -45,19 +46,19 @@ impl Outbound {
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
             batch: SendBatch::new(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
-            aside: Aside::new(now),
+            slow_path: SlowPath::new(now),
         }
     }
 
     /// Takes what waits at the TUN into the tunnel, up to a turn's worth; whether more may wait.
-    pub(super) fn drain(&mut self, moment: Moment<'_>) -> Result<bool, String> {
+    pub(super) fn drain(&mut self, context: Context<'_>) -> Result<bool, LaneError> {
         let (mut frames, mut bytes) = (0, 0);
         let result = loop {
             match self.parts.tun.recv(&mut self.frame) {
                 Ok(len) => {
-                    let result = self.route(moment, len);
-                    if result.is_err() || self.aside.has_news() {
-                        self.after_frame(moment, len, result);
+                    let result = self.route(context, len);
+                    if result.is_err() || self.slow_path.has_first() {
+                        self.after_frame(context, len, result);
                     }
                     (frames, bytes) = (frames + 1, bytes + len);
                     if frames == BURST || bytes >= BURST_BYTES {
@@ -72,7 +73,7 @@ impl Outbound {
                         std::thread::sleep(DEVICE_DOWN_PAUSE);
                         break Ok(false);
                     }
-                    _ => break Err(format!("the TUN interface is gone: {error}")),
+                    _ => break Err(LaneError::TunGone(error)),
                 },
             }
         };
@@ -80,42 +81,54 @@ impl Outbound {
         result
     }
 
+    /// Sends ICMP errors about packets that came out of the tunnel back into it.
+    #[cold]
+    pub(super) fn send_replies(
+        &mut self,
+        context: Context<'_>,
+        replies: impl Iterator<Item = Vec<u8>>,
+    ) {
+        for reply in replies {
+            let len = VNET_HDR_LEN + reply.len();
+            self.frame[..VNET_HDR_LEN].copy_from_slice(&VnetHdr::default().to_bytes());
+            self.frame[VNET_HDR_LEN..len].copy_from_slice(&reply);
+            if let Err(drop) = self.route(context, len) {
+                self.parts.count(drop);
+            }
+        }
+        self.flush();
+    }
+
+    /// Gives up fragments whose first one never came.
+    pub(super) fn tick(&mut self, now: Instant) {
+        while self.slow_path.expire(now).is_some() {
+            self.parts.count(DropReason::FragmentUnknown.into());
+        }
+    }
+
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
-    pub(super) fn route(&mut self, moment: Moment<'_>, len: usize) -> Result<(), Dropped> {
+    fn route(&mut self, context: Context<'_>, len: usize) -> Result<(), Dropped> {
         let (vnet, packet) = self.frame[..len]
             .split_first_chunk_mut::<VNET_HDR_LEN>()
             .ok_or(DropReason::IpMalformed)?;
         let vnet = VnetHdr::read(vnet);
         let mut parsed = Parsed::parse(packet)?;
         if parsed.fragment() != Fragment::None {
-            self.aside.note_piece(moment, &parsed, packet)?;
+            (self.slow_path).note_fragment(context.now, &parsed, packet)?;
         }
-        let captured = match &self.parts.shared.translation {
-            Translation::Old(gates) => match judge(gates, moment.now, &parsed, packet)? {
-                (peer, Verdict::Carry) => Some(peer),
-                (_, Verdict::Bounce) => return self.bounce(len),
-            },
-            Translation::New(_) => None,
+        let forwarder = &self.parts.shared.translation;
+        let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {
+            return self.bounce(len);
         };
         // What is bounced goes back as it came: a checksum is only finished behind this line.
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
-        let peer = match (&self.parts.shared.translation, captured) {
-            (Translation::New(translator), _) => {
-                translator.outbound(moment.now, packet, &mut parsed, partial)?
-            }
-            (Translation::Old(_), Some(peer)) => {
-                let left = parsed.decrement_ttl(packet);
-                left.map_err(|reason| Dropped::of(peer, reason))?;
-                peer
-            }
-            (Translation::Old(_), None) => return Err(DropReason::NotMoved.into()),
-        };
-        let view = moment.view.peer(peer);
+        let peer = outgoing.rewrite(context.now, packet, &mut parsed, partial)?;
+        let view = context.view.peer(peer);
         let (Some(session), Some(path)) = (&view.session, view.path) else {
             return Err(Dropped::of(peer, DropReason::NoSession));
         };
-        clamp(packet, &parsed, view.mtu, partial);
+        view.clamp_mss(packet, &parsed, partial);
         let destination = Destination {
             peer,
             path,
@@ -124,21 +137,17 @@ impl Outbound {
         let segments = Segments::new(offload, packet, &parsed, view.mtu);
         let counters = &self.parts.counters.peers[usize::from(peer.0)].tx;
         let mut sealing = Sealing {
+            parts: &self.parts,
             batch: &mut self.batch,
-            udp: &self.parts.udp,
             sealer: session
                 .sealer(self.parts.number)
                 .ok_or(Dropped::of(peer, DropReason::NoSession))?,
             destination,
             mtu: view.mtu,
-            no_split: self.parts.no_split,
-            refused: 0,
         };
         let sealed = sealing.seal_all(segments, &mut self.scratch);
-        let refused = sealing.refused;
-        session.activity().sent(moment.now);
+        session.activity().sent(context.now);
         counters.add(sealed.packets, sealed.bytes);
-        self.parts.shared.peer_drops[usize::from(peer.0)].add(DropReason::SendFailed, refused);
         match sealed.stopped {
             None => Ok(()),
             Some(reason) => Err(Dropped::of(peer, reason)),
@@ -153,35 +162,96 @@ impl Outbound {
             .map_err(|_| DropReason::TunWriteFailed.into())
     }
 
+    /// What is left to do after the frame in `self.frame[..len]`, which was routed or was not.
+    #[cold]
+    fn after_frame(&mut self, context: Context<'_>, len: usize, result: Result<(), Dropped>) {
+        match result {
+            Ok(()) => self.release(context),
+            Err(drop) => self.refuse(context, len, drop),
+        }
+    }
+
+    /// Lets those fragments follow that came before the first one, which has just gone on.
+    fn release(&mut self, context: Context<'_>) {
+        let Some(released) = self.slow_path.release() else {
+            return;
+        };
+        for held in released.fragments {
+            let len = held.bytes.len();
+            self.frame[..len].copy_from_slice(&held.bytes);
+            match self.route(context, len) {
+                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
+                    // Another packet's with the same identification.
+                    let (now, id) = (context.now, released.id);
+                    for _ in self.slow_path.hold(now, id, (), &held.bytes) {
+                        self.parts.count(drop);
+                    }
+                }
+                Err(drop) => self.parts.count(drop),
+                Ok(()) => {}
+            }
+        }
+    }
+
+    /// Does with the frame in `self.frame[..len]` what is done in place of carrying it.
+    fn refuse(&mut self, context: Context<'_>, len: usize, drop: Dropped) {
+        let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
+        let forwarder = &self.parts.shared.translation;
+        let refused = (self.slow_path).refuse_outbound(context, forwarder, packet, drop);
+        let told = match refused {
+            OutboundOutcome::Hold(id) => {
+                for _ in (self.slow_path).hold(context.now, id, (), &self.frame[..len]) {
+                    self.parts.count(drop);
+                }
+                return;
+            }
+            OutboundOutcome::Drop => Ok(()),
+            OutboundOutcome::ReplyLimited => Err(Dropped {
+                reason: DropReason::AnswerLimited,
+                ..drop
+            }),
+            OutboundOutcome::Reply { peer, to, bytes } => match to {
+                ReplyTo::Client => to_host::write_as_is(&self.parts, bytes)
+                    .map_err(|reason| Dropped::of(peer, reason)),
+                ReplyTo::Application => {
+                    let arrival = Arrival {
+                        peer,
+                        partial: false,
+                        outer_ecn: 0,
+                    };
+                    to_host::deliver(&self.parts, context, bytes, arrival)
+                }
+            },
+        };
+        self.parts.count(drop);
+        if let Err(drop) = told {
+            self.parts.count(drop);
+        }
+    }
+
     /// Sends what waits in the batch.
-    pub(super) fn flush(&mut self) {
-        let refused = flush(&mut self.batch, &self.parts.udp);
-        if let Some((peer, datagrams)) = refused {
-            self.parts.shared.peer_drops[usize::from(peer.0)]
-                .add(DropReason::SendFailed, datagrams);
+    fn flush(&mut self) {
+        if let Some(batch) = self.batch.take() {
+            send(&self.parts, batch);
         }
     }
 }
 
 /// Cuts one packet, however long, and seals the pieces into the batch.
-pub(super) struct Sealing<'a> {
+struct Sealing<'a> {
+    parts: &'a LaneParts,
     batch: &'a mut SendBatch,
-    udp: &'a UdpSocket,
     sealer: &'a Sealer,
     destination: Destination,
     /// Largest plaintext of one datagram.
-    pub(super) mtu: usize,
-    /// What is larger does not go in several.
-    no_split: bool,
-    /// Datagrams that the kernel did not take.
-    refused: u64,
+    mtu: usize,
 }
 
 /// What became of the pieces.
 #[derive(Default)]
-pub(super) struct Sealed {
-    pub(super) packets: usize,
-    pub(super) bytes: usize,
+struct Sealed {
+    packets: usize,
+    bytes: usize,
     /// Why not all of them were sealed.
     stopped: Option<DropReason>,
 }
@@ -192,8 +262,8 @@ impl Sealing<'_> {
         // The first segment is the longest.
         let result = if segments.next_len().is_some_and(|len| len <= self.mtu) {
             self.seal_segments(&mut segments, &mut sealed)
-        } else if self.no_split {
-            self.seal_cuts(&mut segments, scratch, &mut sealed)
+        } else if self.parts.no_split {
+            self.seal_unsplit(&mut segments, scratch, &mut sealed)
         } else {
             self.seal_splits(&mut segments, scratch, &mut sealed)
         };
@@ -213,14 +283,14 @@ impl Sealing<'_> {
             let Some(len) = segments.next_len() else {
                 break;
             };
-            let slot = self.slot(len);
+            let mut slot = self.reserve(len);
             let Some(segment) = segments.next_into(&mut slot[DATA_HEADER_LEN..]) else {
                 break;
             };
             sealer
-                .seal(counter, checksum_flag(segment.csum_partial), slot)
+                .seal(counter, checksum_flag(segment.csum_partial), &mut slot)
                 .map_err(|_| DropReason::TooBig)?;
-            self.batch.commit(len + DATA_OVERHEAD, self.destination);
+            slot.commit();
             sealed.packets += 1;
             sealed.bytes += len;
         }
@@ -245,8 +315,48 @@ impl Sealing<'_> {
         Ok(())
     }
 
+    /// Packets that may be too big for a datagram, where none is to be split.
+    #[cold]
+    fn seal_unsplit(
+        &mut self,
+        segments: &mut Segments<'_>,
+        scratch: &mut [u8],
+        sealed: &mut Sealed,
+    ) -> Result<(), DropReason> {
+        while let Some(len) = segments.next_len() {
+            let Some(segment) = segments.next_into(scratch) else {
+                break;
+            };
+            let packet = &mut scratch[..segment.len];
+            let parsed = Parsed::parse(packet)?;
+            match unsplit(&parsed, packet, self.mtu) {
+                Unsplit::Whole => self.seal_parts(packet, checksum_flag(segment.csum_partial))?,
+                Unsplit::Fragment => {
+                    if segment.csum_partial {
+                        complete(&parsed, packet);
+                    }
+                    self.seal_fragments(&parsed, packet)?;
+                }
+                Unsplit::Refuse => return Err(DropReason::TooBig),
+            }
+            sealed.packets += 1;
+            sealed.bytes += len;
+        }
+        Ok(())
+    }
+
+    /// One IPv4 packet in fragments, each in a datagram.
+    fn seal_fragments(&mut self, parsed: &Parsed, packet: &[u8]) -> Result<(), DropReason> {
+        let mut fragments = Cut::new(parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
+        let mut fragment = vec![0; self.mtu];
+        while let Some(len) = fragments.next_into(&mut fragment) {
+            self.seal_parts(&fragment[..len], Flags::NONE)?;
+        }
+        Ok(())
+    }
+
     /// One packet in several datagrams of equal length, which suits the batch.
-    pub(super) fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
+    fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
         let count = packet.len().div_ceil(self.mtu);
         let size = packet.len().div_ceil(count);
         let counters = self.sealer.reserve(count as u32);
@@ -260,51 +370,30 @@ impl Sealing<'_> {
                 flags = flags.with(Flags::MORE);
             }
             let sealer = self.sealer;
-            let slot = self.slot(part.len());
+            let mut slot = self.reserve(part.len());
             slot[DATA_HEADER_LEN..][..part.len()].copy_from_slice(part);
             sealer
-                .seal(counter, flags, slot)
+                .seal(counter, flags, &mut slot)
                 .map_err(|_| DropReason::TooBig)?;
-            self.batch
-                .commit(part.len() + DATA_OVERHEAD, self.destination);
+            slot.commit();
         }
         Ok(())
     }
 
     /// Room in the batch for a plaintext of `len` bytes; what is in the way is sent first.
-    fn slot(&mut self, len: usize) -> &mut [u8] {
-        let len = len + DATA_OVERHEAD;
-        if !self.batch.fits(len, &self.destination)
-            && let Some((_, datagrams)) = flush(self.batch, self.udp)
-        {
-            self.refused += datagrams;
-        }
-        self.batch.slot(len)
+    #[inline]
+    fn reserve(&mut self, len: usize) -> Reservation<'_> {
+        let Self {
+            parts,
+            batch,
+            destination,
+            ..
+        } = self;
+        batch.reserve(len + DATA_OVERHEAD, destination, |batch| send(parts, batch))
     }
 }
 
-/// Finds the peer that a captured packet's destination moved to.
-fn judge(
-    gates: &[Gate],
-    now: Instant,
-    parsed: &Parsed,
-    packet: &[u8],
-) -> Result<(PeerId, Verdict), DropReason> {
-    let mut outcome = Err(DropReason::NotMoved);
-    for (index, gate) in gates.iter().enumerate() {
-        let peer = PeerId(index as u16);
-        match gate.check_captured(now, parsed, packet) {
-            Ok(Verdict::Carry) => return Ok((peer, Verdict::Carry)),
-            // Another part of the address may have moved to another peer.
-            Ok(Verdict::Bounce) => outcome = Ok((peer, Verdict::Bounce)),
-            Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
-            Err(_) => {}
-        }
-    }
-    outcome
-}
-
-pub(super) fn checksum_flag(partial: bool) -> Flags {
+fn checksum_flag(partial: bool) -> Flags {
     if partial {
         Flags::CSUM_PARTIAL
     } else {
@@ -312,14 +401,12 @@ pub(super) fn checksum_flag(partial: bool) -> Flags {
     }
 }
 
-/// Sends the batch; tells whose it was and how many datagrams were in it if the kernel refused any.
-fn flush(batch: &mut SendBatch, udp: &UdpSocket) -> Option<(PeerId, u64)> {
-    let (destination, bytes, stride, count) = batch.take()?;
-    match udp.send(&destination.path, destination.ecn, bytes, stride) {
-        Ok(()) => None,
-        Err(error) => {
-            debug!(%error, "sending failed");
-            Some((destination.peer, count as u64))
-        }
+/// Sends a batch, and counts it for its peer if the kernel refused any of it.
+fn send(parts: &LaneParts, batch: Batch<'_>) {
+    let Destination { peer, path, ecn } = &batch.destination;
+    if let Err(error) = parts.udp.send(path, *ecn, batch.bytes, batch.stride) {
+        debug!(%error, "sending failed");
+        parts.shared.peer_drops[usize::from(peer.0)]
+            .add(DropReason::SendFailed, batch.count as u64);
     }
 }

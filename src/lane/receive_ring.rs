@@ -1,38 +1,40 @@
 //! Where in the receive buffer the next batch of datagrams goes.
 //!
 //! Packets are opened where they were received and lie there until what they are joined to is
-//! written. Batches follow one another in the buffer, around its end, so that many small ones can be
-//! joined as well as a few large ones; where one would meet packets that still lie there, these have
-//! to be written first.
+//! written. Batches follow one another in the buffer, around its end, so that many small ones can
+//! be joined as well as a few large ones; where one would meet packets that still lie there, these
+//! have to be written first.
 
 use crate::io::udp::RECV_SLOT;
 
 /// The part of a receive buffer that the next batch may take.
 #[derive(Debug)]
-pub(super) struct Room {
+pub(super) struct ReceiveRing {
     size: usize,
     /// Where the last batch ended.
     end: usize,
 }
 
-impl Room {
+impl ReceiveRing {
     /// For a buffer of `size` bytes, at least [`RECV_SLOT`].
     pub(super) fn new(size: usize) -> Self {
         debug_assert!(size >= RECV_SLOT);
         Self { size, end: 0 }
     }
 
-    /// Where the next batch may begin, [`RECV_SLOT`] bytes long; `held` is where the first packet that
-    /// still lies in the buffer does. `None` if there is no room before that is written.
+    /// Where the next batch may begin, [`RECV_SLOT`] bytes long; `held` is where the first packet
+    /// that still lies in the buffer does. `None` if there is no room before that is written.
     ///
-    /// Without such a packet it is the beginning, which is the likeliest to be in the processor's cache.
+    /// Without such a packet it is the beginning, which is the likeliest to be in the processor's
+    /// cache.
     #[inline]
     pub(super) fn next(&self, held: Option<usize>) -> Option<usize> {
         let Some(held) = held else {
             return Some(0);
         };
         if self.end <= held {
-            // Around the end already, and never twice: what begins at the beginning still lies there.
+            // Around the end already, and never twice: what begins at the beginning still lies
+            // there.
             return (self.end + RECV_SLOT <= held).then_some(self.end);
         }
         if self.end + RECV_SLOT <= self.size {
@@ -66,27 +68,30 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-        /// Whatever arrives and whenever it is written, no batch is received over what still lies there.
+        /// Whatever arrives and whenever it is written, no batch is received over what still lies
+        /// there.
         #[test]
         fn what_is_held_is_never_received_over(
             slots in 1usize..5, extra in 0usize..RECV_SLOT,
-            batches in prop::collection::vec((len(), written(), any::<prop::sample::Index>()), 1..60),
+            batches in prop::collection::vec(
+                (len(), written(), any::<prop::sample::Index>()), 1..60,
+            ),
         ) {
             let size = slots * RECV_SLOT + extra;
-            let mut room = Room::new(size);
+            let mut ring = ReceiveRing::new(size);
             // What was received and not yet written, oldest first.
             let mut lying: Vec<std::ops::Range<usize>> = Vec::new();
             for (len, written, from) in batches {
                 let held = lying.first().map(|range| range.start);
-                let start = room.next(held).unwrap_or_else(|| {
+                let start = ring.next(held).unwrap_or_else(|| {
                     lying.clear();
-                    room.next(None).unwrap()
+                    ring.next(None).unwrap()
                 });
                 prop_assert!(start + RECV_SLOT <= size);
                 for range in &lying {
                     prop_assert!(start >= range.end || start + RECV_SLOT <= range.start);
                 }
-                room.took(start, len);
+                ring.took(start, len);
                 if len > 0 {
                     lying.push(start..start + len);
                 }
@@ -102,23 +107,23 @@ mod tests {
 
     #[test]
     fn nothing_goes_around_the_end_twice() {
-        let mut room = Room::new(2 * RECV_SLOT);
+        let mut ring = ReceiveRing::new(2 * RECV_SLOT);
         let held = Some(126_608);
-        room.took(126_592, 2_944);
-        assert_eq!(room.next(held), Some(0));
-        room.took(0, 1_211);
-        assert_eq!(room.next(held), Some(1_211));
-        room.took(1_211, 64_716);
-        assert_eq!(room.next(held), None, "the batch at 1,211 still lies there");
+        ring.took(126_592, 2_944);
+        assert_eq!(ring.next(held), Some(0));
+        ring.took(0, 1_211);
+        assert_eq!(ring.next(held), Some(1_211));
+        ring.took(1_211, 64_716);
+        assert_eq!(ring.next(held), None, "the batch at 1,211 still lies there");
     }
 
     #[test]
     fn small_batches_follow_one_another() {
-        let mut room = Room::new(2 * RECV_SLOT);
+        let mut ring = ReceiveRing::new(2 * RECV_SLOT);
         let mut held = None;
         let mut starts = Vec::new();
-        while let Some(start) = room.next(held) {
-            room.took(start, 1_472);
+        while let Some(start) = ring.next(held) {
+            ring.took(start, 1_472);
             held = Some(0);
             starts.push(start);
         }
@@ -127,16 +132,16 @@ mod tests {
 
     #[test]
     fn full_batches_go_around_the_end() {
-        let mut room = Room::new(2 * RECV_SLOT);
-        room.took(0, RECV_SLOT);
-        assert_eq!(room.next(Some(10)), Some(RECV_SLOT));
-        room.took(RECV_SLOT, RECV_SLOT);
+        let mut ring = ReceiveRing::new(2 * RECV_SLOT);
+        ring.took(0, RECV_SLOT);
+        assert_eq!(ring.next(Some(10)), Some(RECV_SLOT));
+        ring.took(RECV_SLOT, RECV_SLOT);
         assert_eq!(
-            room.next(Some(10)),
+            ring.next(Some(10)),
             None,
             "joined over both: to be written first"
         );
-        assert_eq!(room.next(Some(RECV_SLOT)), Some(0));
-        assert_eq!(room.next(None), Some(0));
+        assert_eq!(ring.next(Some(RECV_SLOT)), Some(0));
+        assert_eq!(ring.next(None), Some(0));
     }
 }

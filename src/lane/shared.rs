@@ -1,30 +1,82 @@
-//! What the control task and the lanes share: who may send what where, and what was counted.
+//! What the control task and the lanes share, and both ways of a lane: who may send what where,
+//! what a lane is made of, and what was counted.
 //!
 //! The control task publishes a new [`View`] whenever something changes; lanes read the current one
 //! once per wake-up without waiting. Counters are kept per lane, so that lanes never write to the
 //! same cache line.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::channel::session::{Door, Session};
-use crate::flow::translate::{Gate, Translator};
-use crate::lane::Crowd;
-use crate::model::drops::Drops;
+use crate::flow::role::{Forwarder, Hop};
+use crate::io::tun::TunQueue;
+use crate::io::udp::UdpSocket;
+use crate::lane::load::BusyLanes;
+use crate::lane::to_control::{Queue, ToControl, Waiting};
+use crate::model::drops::{DropReason, Dropped, Drops};
 use crate::model::peer::{Path, PeerId};
 use crate::model::status::Traffic;
-use crate::packet::Family;
+use crate::packet::offload::Reach;
+use crate::packet::{Parsed, clamp_mss};
+
+/// Frames or batches taken from one side before the other side gets its turn. More amortises the
+/// wake-up further: 8 was worth 25 to 40 % over 1 for full super-packets; small packets, of which
+/// one batch holds many, are worth more.
+pub(super) const BURST: usize = 64;
+
+/// Bytes taken from one side before the other side gets its turn: 8 full super-packets, beyond
+/// which latency suffers.
+pub(super) const BURST_BYTES: usize = 8 * 65_536;
+
+/// How often expiring flows are looked at, and longest wait without a packet.
+pub(super) const TICK: Duration = Duration::from_secs(1);
+
+/// What a lane is made of.
+pub struct LaneParts {
+    /// Its number, which chooses its keys.
+    pub number: u8,
+    /// Its queue of the TUN.
+    pub tun: TunQueue,
+    /// The TUN takes UDP super-packets.
+    pub uso: bool,
+    /// The TUN takes super-packets at all (`--without tun-gso` says no).
+    pub tso: bool,
+    /// Where super-packets written to it go.
+    pub reach: Reach,
+    /// Packets too big for one datagram do not go in several (`--no-split`).
+    pub no_split: bool,
+    /// Its socket.
+    pub udp: UdpSocket,
+    /// What it shares with the control task.
+    pub shared: Arc<Shared>,
+    /// Its counters.
+    pub counters: Arc<LaneCounters>,
+    /// The way to the control task.
+    pub control: mpsc::Sender<ToControl>,
+    /// Readable once the lane is to stop.
+    pub stop: OwnedFd,
+}
+
+/// What a packet may know of its surroundings while it passes.
+#[derive(Clone, Copy)]
+pub(super) struct Context<'a> {
+    pub(super) now: Instant,
+    pub(super) view: &'a View,
+}
 
 /// Everything that lanes need to know beside the packet in hand.
 pub struct Shared {
     /// Sessions and endpoints, replaced whole when anything changes.
     pub view: ArcSwap<View>,
     /// What happens to a packet between TUN and tunnel.
-    pub translation: Translation,
+    pub translation: Forwarder,
     /// Lets in handshake messages that were made with a peer's key.
     pub door: Door,
     /// Drops that belong to no peer: strangers' datagrams.
@@ -34,69 +86,7 @@ pub struct Shared {
     /// What of each peer waits for the control task.
     pub waiting: Vec<Waiting>,
     /// How many lanes have more to do than one thread can.
-    pub crowd: Crowd,
-}
-
-/// What one peer may have waiting for the control task, so that a flood in one peer's name never
-/// keeps another's messages out.
-#[derive(Debug, Default)]
-pub struct Waiting {
-    handshakes: AtomicU32,
-    messages: AtomicU32,
-}
-
-/// In which of a peer's two queues something waits.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Queue {
-    /// Handshake messages, of which anybody who recorded them can send more.
-    Handshakes,
-    /// What came inside a session, which only the peer can make.
-    Messages,
-}
-
-impl Queue {
-    /// Most that may wait. A peer has at most four initiations under way, and says at most 17 parts of
-    /// an announcement, their acknowledgements and a few more at once.
-    pub const fn limit(self) -> u32 {
-        match self {
-            Self::Handshakes => 16,
-            Self::Messages => 64,
-        }
-    }
-}
-
-impl Waiting {
-    /// What all peers together may have waiting.
-    pub const fn limit(peers: usize) -> usize {
-        peers * (Queue::Handshakes.limit() + Queue::Messages.limit()) as usize
-    }
-
-    /// Takes a place; false if there is none.
-    pub fn enter(&self, queue: Queue) -> bool {
-        let enter = |count: u32| (count < queue.limit()).then_some(count + 1);
-        let count = self.count(queue);
-        count.fetch_update(Relaxed, Relaxed, enter).is_ok()
-    }
-
-    /// Gives a place back that was taken.
-    pub fn leave(&self, queue: Queue) {
-        self.count(queue).fetch_sub(1, Relaxed);
-    }
-
-    fn count(&self, queue: Queue) -> &AtomicU32 {
-        match queue {
-            Queue::Handshakes => &self.handshakes,
-            Queue::Messages => &self.messages,
-        }
-    }
-}
-
-/// What the role makes of a packet.
-pub enum Translation {
-    /// The old server: nothing is rewritten, but only moved addresses pass. One gate a peer.
-    Old(Vec<Gate>),
-    /// The new server: the flow table rewrites.
-    New(Translator),
+    pub busy_lanes: BusyLanes,
 }
 
 /// Who may send what where, at one moment.
@@ -110,23 +100,25 @@ pub struct View {
     pub hop: Hop,
 }
 
-/// What a host is to packets that only pass through it.
-#[derive(Clone, Copy, Default)]
-pub struct Hop {
-    /// Its own address of each family, which has not moved.
-    pub v4: Option<Ipv4Addr>,
-    /// See `v4`.
-    pub v6: Option<Ipv6Addr>,
-    /// MTU of the link to the clients, in bytes.
-    pub mtu: usize,
-}
+impl LaneParts {
+    /// Passes something of `peer` to the control task, unless that has enough of this peer's to do.
+    pub(super) fn tell(
+        &self,
+        peer: PeerId,
+        queue: Queue,
+        message: impl FnOnce(OwnedSemaphorePermit) -> ToControl,
+    ) -> Result<(), Dropped> {
+        let busy = Dropped::of(peer, DropReason::ControlBusy);
+        let permit = self.shared.waiting[usize::from(peer.0)].enter(queue);
+        // If sending fails, the control task is ending.
+        (self.control.try_send(message(permit.ok_or(busy)?))).map_err(|_| busy)
+    }
 
-impl Hop {
-    /// The address that it speaks from.
-    pub fn addr(&self, family: Family) -> Option<IpAddr> {
-        match family {
-            Family::V4 => self.v4.map(IpAddr::V4),
-            Family::V6 => self.v6.map(IpAddr::V6),
+    /// Counts a drop where it belongs.
+    pub(super) fn count(&self, drop: Dropped) {
+        match drop.peer {
+            Some(peer) => self.shared.peer_drops[usize::from(peer.0)].count(drop.reason),
+            None => self.shared.drops.count(drop.reason),
         }
     }
 }
@@ -147,6 +139,15 @@ pub struct PeerView {
     pub path: Option<Path>,
     /// Largest plaintext of one datagram, in bytes: the tunnel MTU.
     pub mtu: usize,
+}
+
+impl PeerView {
+    /// Clamps the MSS of a SYN or SYN-ACK to what fits one datagram.
+    #[inline]
+    pub(super) fn clamp_mss(&self, packet: &mut [u8], parsed: &Parsed, partial: bool) {
+        let room = |headers: usize| self.mtu.saturating_sub(headers).min(usize::from(u16::MAX));
+        clamp_mss(packet, parsed, room(40) as u16, room(60) as u16, partial);
+    }
 }
 
 /// Session indexes are random already.
@@ -192,7 +193,8 @@ pub struct PeerCounters {
     pub tx: TrafficCounter,
 }
 
-/// IP packets and their bytes. Aligned so that two threads, one for each way, do not share a cache line.
+/// IP packets and their bytes. Aligned so that two threads, one for each way, do not share a cache
+/// line.
 #[derive(Default)]
 #[repr(align(64))]
 pub struct TrafficCounter {
@@ -222,25 +224,5 @@ impl TrafficCounter {
     pub fn add_to(&self, total: &mut Traffic) {
         total.packets += self.packets.load(Relaxed);
         total.bytes += self.bytes.load(Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_flood_of_handshakes_takes_no_place_of_messages() {
-        let waiting = Waiting::default();
-        let mut taken = 0;
-        while waiting.enter(Queue::Handshakes) {
-            taken += 1;
-        }
-        assert_eq!(taken, Queue::Handshakes.limit());
-        assert!(waiting.enter(Queue::Messages));
-        waiting.leave(Queue::Handshakes);
-        assert!(waiting.enter(Queue::Handshakes));
-        assert!(!waiting.enter(Queue::Handshakes));
-        assert_eq!(Waiting::limit(3), 240);
     }
 }

@@ -1,386 +1,527 @@
-//! What is out of the ordinary: packets that are answered instead of carried, and fragments.
+//! What becomes of packets out of the ordinary: fragments, and those that do not go on.
 //!
-//! Owns the way of such packets through the lane, so that the loops stay straight. Nothing here is
-//! on the path of an ordinary packet.
+//! Owns what has to be remembered of them (fragments that wait for their first one, which bytes of
+//! a fragmented packet were seen, how many ICMP errors may still be sent) and decides. What it
+//! decides it returns as a value, and the two loops carry it out: nothing here touches the TUN, the
+//! socket or a counter, and nothing here is on the path of an ordinary packet.
 //!
-//! An answer goes back the way the packet came: on the old server about a client's packet straight to
-//! the TUN, which leads to the uplink; about the application's packet into the tunnel, where the new
-//! server translates it like a router's. On the new server it takes the way of a client's packet, so
-//! that what it quotes is what the application's host has sent.
+//! ```text
+//! TUN ──► outbound ──► tunnel    Drop, Hold, or Reply, which is written to the TUN
+//! TUN ◄── inbound ◄─── tunnel    Drop, Hold, Fragment, or Reply, which goes into the tunnel
+//! ```
 
-use std::io::IoSlice;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Instant;
 
-use super::inbound::{Inbound, Plain, pass_in};
-use super::outbound::{Outbound, Sealed, Sealing, checksum_flag};
-use super::{Dropped, LaneParts, Moment};
-use crate::channel::wire::Flags;
-use crate::io::tun::VNET_HDR_LEN;
-use crate::lane::shared::Translation;
-use crate::model::drops::DropReason;
+use super::shared::Context;
+use crate::flow::role::{Forwarder, ReplyTo};
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
-use crate::packet::fragment::{Cut, Overlaps, Waiting, complete, is_first, may_cut};
+use crate::packet::fragment::{Held, Overlaps, Waiting, is_first, may_cut};
 use crate::packet::icmp_reply::{About, Answers};
-use crate::packet::offload::{Segments, VnetHdr};
-use crate::packet::{Family, Parsed};
+use crate::packet::{Family, Fragment, Parsed};
 
 /// Every link that carries IPv6 carries this much; one that does not must cut and join below it
 /// (RFC 8200 section 5).
 const IPV6_MIN_MTU: usize = 1_280;
 
-/// What one direction of a lane keeps for the extraordinary; fragments wait with a `T` each.
-pub(super) struct Aside<T> {
-    answers: Answers,
+/// What one direction of a lane remembers of packets out of the ordinary. A fragment that waits
+/// comes with a `T`, which says how it came.
+pub(super) struct SlowPath<T> {
+    replies: Answers,
     overlaps: Overlaps,
-    /// Frames from the TUN, or packets out of the tunnel.
-    waiting: Waiting<T>,
-    /// A first fragment passed, which others may have waited for.
+    held: Waiting<T>,
+    /// Identification of the first fragment that was noted last, until it is known whether it went
+    /// on.
     first: Option<u32>,
 }
 
-/// How a packet came out of the tunnel.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Arriving {
-    pub(super) peer: PeerId,
-    pub(super) partial: bool,
-    pub(super) outer_ecn: u8,
+/// Fragments whose first one has gone on, so that they can follow it.
+pub(super) struct Released<T> {
+    /// Their identification.
+    pub(super) id: u32,
+    /// In the order they came.
+    pub(super) fragments: Vec<Held<T>>,
 }
 
-impl<T> Aside<T> {
+/// What becomes of a packet from the TUN that did not go on.
+#[derive(PartialEq, Eq, Debug)]
+#[must_use]
+pub(super) enum OutboundOutcome<'a> {
+    /// It is dropped.
+    Drop,
+    /// It waits for its first fragment: [`SlowPath::hold`] it under this identification.
+    Hold(u32),
+    /// It is dropped, and its sender is told.
+    Reply {
+        /// Whose the packet was.
+        peer: PeerId,
+        /// Whom the ICMP error is for; it is written to the TUN.
+        to: ReplyTo,
+        /// The ICMP error.
+        bytes: &'a mut [u8],
+    },
+    /// It is dropped, and its sender is not told because others were told too often.
+    ReplyLimited,
+}
+
+/// What becomes of a packet out of the tunnel that did not go on.
+#[derive(PartialEq, Eq, Debug)]
+#[must_use]
+pub(super) enum InboundOutcome<'a> {
+    /// It is dropped.
+    Drop,
+    /// It waits for its first fragment: [`SlowPath::hold`] it under this identification.
+    Hold(u32),
+    /// It goes on in fragments of at most so many bytes.
+    Fragment(usize),
+    /// It is dropped, and its sender is told by this ICMP error, which is sent into the tunnel.
+    Reply(&'a mut [u8]),
+    /// It is dropped, and its sender is not told because others were told too often.
+    ReplyLimited,
+}
+
+/// How a packet is sent where none is split over several datagrams (`--no-split`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Unsplit {
+    /// As it is. Longer than a datagram is only what every IPv6 link carries; that is split anyway.
+    Whole,
+    /// In IP fragments, each in a datagram.
+    Fragment,
+    /// Not at all: it is too big.
+    Refuse,
+}
+
+impl<T> SlowPath<T> {
+    /// With nothing to remember.
     pub(super) fn new(now: Instant) -> Self {
         Self {
-            answers: Answers::new(now),
+            replies: Answers::new(now),
             overlaps: Overlaps::default(),
-            waiting: Waiting::default(),
+            held: Waiting::default(),
             first: None,
         }
     }
 
-    /// Takes note of a fragment that comes by.
+    /// Takes note of a fragment before it goes on.
+    ///
+    /// # Errors
+    /// [`DropReason::FragmentOverlap`].
     #[cold]
-    pub(super) fn note_piece(
+    pub(super) fn note_fragment(
         &mut self,
-        moment: Moment<'_>,
+        now: Instant,
         parsed: &Parsed,
         packet: &[u8],
     ) -> Result<(), DropReason> {
-        self.overlaps.check(moment.now, parsed, packet)?;
+        self.overlaps.check(now, parsed, packet)?;
         self.first = is_first(parsed).then(|| parsed.fragment_id());
         Ok(())
     }
 
-    /// Whether there is something to do after a packet that left without a reason to drop it.
+    /// Whether the packet that has just gone on was a first fragment, so that there may be
+    /// something to [release](Self::release).
     #[inline]
-    pub(super) fn has_news(&self) -> bool {
+    pub(super) fn has_first(&self) -> bool {
         self.first.is_some()
     }
-}
 
-impl Aside<Arriving> {
-    /// Like [`pass_in`], for a packet that is a fragment or was put together.
-    pub(super) fn pass_in(
-        &mut self,
-        parts: &LaneParts,
-        moment: Moment<'_>,
-        packet: &mut [u8],
-        how: Arriving,
-    ) -> Result<(), Dropped> {
-        let known = |reason| Dropped::of(how.peer, reason);
-        let parsed = Parsed::parse(packet).map_err(known)?;
-        let is_piece = parsed.fragment() != crate::packet::Fragment::None;
-        if is_piece {
-            self.note_piece(moment, &parsed, packet).map_err(known)?;
-        }
-        let first = self.first.take();
-        let Err(drop) = pass_in(parts, moment, how.peer, packet, how.partial, how.outer_ecn) else {
-            if let Some(id) = first {
-                self.release_arriving(parts, moment, id);
-            }
-            return Ok(());
-        };
-        if is_piece && drop.reason == DropReason::FragmentUnknown {
-            let id = parsed.fragment_id();
-            for given_up in self.waiting.keep(moment.now, id, how, packet) {
-                parts.count(Dropped::of(given_up.with.peer, drop.reason));
-            }
-            return Ok(());
-        }
-        self.refuse_in(parts, moment, packet, &parsed, how, drop)
+    /// The fragment noted last has gone on. If it was a first one, hands out what waited for it.
+    pub(super) fn release(&mut self) -> Option<Released<T>> {
+        let id = self.first.take()?;
+        Some(Released {
+            id,
+            fragments: self.held.take(id),
+        })
     }
 
-    /// What came before its first fragment can be told now.
-    fn release_arriving(&mut self, parts: &LaneParts, moment: Moment<'_>, id: u32) {
-        for mut held in self.waiting.take(id) {
-            let how = held.with;
-            let packet = &mut held.bytes;
-            match pass_in(parts, moment, how.peer, packet, how.partial, how.outer_ecn) {
-                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
-                    // Another packet's with the same identification.
-                    self.waiting.keep(moment.now, id, how, packet);
-                }
-                Err(drop) => parts.count(drop),
-                Ok(()) => {}
-            }
-        }
+    /// Keeps a fragment until its first one comes. Hands out those that had to make room for it.
+    #[must_use]
+    pub(super) fn hold(&mut self, now: Instant, id: u32, with: T, bytes: &[u8]) -> Vec<Held<T>> {
+        self.held.keep(now, id, with, bytes)
     }
 
-    /// A packet for a client goes no further: cut it or answer it, if that may be. The answer
-    /// waits in `answers`.
+    /// Hands out a fragment whose first one never came, as long as there is one.
+    pub(super) fn expire(&mut self, now: Instant) -> Option<Held<T>> {
+        self.held.expire(now)
+    }
+
+    /// Decides about a packet from the TUN that is not carried, for the reason given.
     #[cold]
-    pub(super) fn refuse_in(
+    pub(super) fn refuse_outbound(
         &mut self,
-        parts: &LaneParts,
-        moment: Moment<'_>,
-        packet: &mut [u8],
-        parsed: &Parsed,
-        how: Arriving,
-        drop: Dropped,
-    ) -> Result<(), Dropped> {
-        let Translation::Old(_) = &parts.shared.translation else {
-            return Err(drop);
-        };
-        let mtu = moment.view.hop.mtu;
-        let Some(about) = About::of(drop.reason, mtu) else {
-            return Err(drop);
-        };
-        let is_whole = packet.len() >= parsed.total();
-        if about == About::TooBig(mtu) && may_cut(parsed, packet) && is_whole {
-            return write_cut(parts, packet, parsed, how, mtu);
-        }
-        // The new server's host takes it for a router's, whichever of this server's addresses it
-        // is from.
-        let from = moment.view.hop.addr(parsed.family());
-        let from = from.unwrap_or_else(|| parsed.src(packet).into());
-        let made = self.answers.make(moment.now, about, packet, parsed, from);
-        if let Err(reason) = made {
-            parts.count(Dropped::of(how.peer, reason));
-        }
-        Err(drop)
-    }
-}
-
-impl Aside<()> {
-    /// A packet from the TUN goes no further: answer it, if that may be.
-    fn refuse_out(
-        &mut self,
-        parts: &LaneParts,
-        moment: Moment<'_>,
+        context: Context<'_>,
+        forwarder: &Forwarder,
         packet: &[u8],
-        peer: PeerId,
-        reason: DropReason,
-    ) {
-        let Some(about) = About::of(reason, moment.view.peer(peer).mtu) else {
-            return;
+        drop: Dropped,
+    ) -> OutboundOutcome<'_> {
+        self.first = None;
+        if drop.reason == DropReason::FragmentUnknown {
+            return match Parsed::parse(packet) {
+                Ok(parsed) => OutboundOutcome::Hold(parsed.fragment_id()),
+                Err(_) => OutboundOutcome::Drop,
+            };
+        }
+        // Only who knows whose a packet was has something to say about it.
+        let Some(peer) = drop.peer else {
+            return OutboundOutcome::Drop;
+        };
+        let Some(about) = About::of(drop.reason, context.view.peer(peer).mtu) else {
+            return OutboundOutcome::Drop;
         };
         let Ok(parsed) = Parsed::parse(packet) else {
-            return;
+            return OutboundOutcome::Drop;
         };
-        let asked = IpAddr::from(parsed.dst(packet));
-        let from = match (&parts.shared.translation, about) {
-            // A hop on the way, which traceroute shows under the old server's own address.
-            (Translation::Old(_), About::Expired) => {
-                moment.view.hop.addr(parsed.family()).unwrap_or(asked)
-            }
-            // The moved address speaks; on the new server, for all that its host can tell, the
-            // client: the one address that is sure to be let in by whatever let the client in.
-            (Translation::Old(_), About::TooBig(_)) | (Translation::New(_), _) => asked,
-        };
-        match self.answers.make(moment.now, about, packet, &parsed, from) {
-            Ok(_) => {}
-            Err(reason) => return parts.count(Dropped::of(peer, reason)),
-        }
-        let Some(answer) = self.answers.take() else {
-            return;
-        };
-        let sent = match &parts.shared.translation {
-            Translation::Old(_) => parts
-                .tun
-                .send(&[IoSlice::new(&[0; VNET_HDR_LEN]), IoSlice::new(answer)])
-                .map_err(|_| Dropped::of(peer, DropReason::TunWriteFailed)),
-            Translation::New(_) => pass_in(parts, moment, peer, answer, false, 0),
-        };
-        if let Err(drop) = sent {
-            parts.count(drop);
+        let path = forwarder.outbound_reply(about, &context.view.hop, &parsed, packet);
+        match self.reply(context.now, about, packet, &parsed, path.from) {
+            Ok(Some(bytes)) => OutboundOutcome::Reply {
+                peer,
+                to: path.to,
+                bytes,
+            },
+            Ok(None) => OutboundOutcome::Drop,
+            Err(Limited) => OutboundOutcome::ReplyLimited,
         }
     }
-}
 
-/// Writes an IPv4 packet to the TUN in pieces that the uplink takes.
-fn write_cut(
-    parts: &LaneParts,
-    packet: &mut [u8],
-    parsed: &Parsed,
-    how: Arriving,
-    mtu: usize,
-) -> Result<(), Dropped> {
-    let known = |reason| Dropped::of(how.peer, reason);
-    if how.partial {
-        complete(parsed, packet);
-    }
-    let mut cut = Cut::new(parsed, packet, mtu).ok_or(known(DropReason::TooBig))?;
-    let mut piece = vec![0; mtu];
-    while let Some(len) = cut.next_into(&mut piece) {
-        parts
-            .tun
-            .send(&[
-                IoSlice::new(&[0; VNET_HDR_LEN]),
-                IoSlice::new(&piece[..len]),
-            ])
-            .map_err(|_| known(DropReason::TunWriteFailed))?;
-    }
-    parts.counters.peers[usize::from(how.peer.0)]
-        .rx
-        .add(1, parsed.total());
-    Ok(())
-}
-
-impl Outbound {
-    /// What is left to do after the frame in `self.frame[..len]`.
+    /// Decides about a packet out of the tunnel, or the head of a super-packet, that is not
+    /// written, for the reason given.
     #[cold]
-    pub(super) fn after_frame(
+    pub(super) fn refuse_inbound(
         &mut self,
-        moment: Moment<'_>,
-        len: usize,
-        result: Result<(), Dropped>,
-    ) {
-        let first = self.aside.first.take();
-        let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
-        match (result, first) {
-            (Ok(()), Some(id)) => self.release(moment, id),
-            (Ok(()), None) => {}
-            (Err(drop), _) if drop.reason == DropReason::FragmentUnknown => {
-                let Ok(parsed) = Parsed::parse(packet) else {
-                    return;
-                };
-                let (id, frame) = (parsed.fragment_id(), &self.frame[..len]);
-                for _ in self.aside.waiting.keep(moment.now, id, (), frame) {
-                    self.parts.count(drop);
-                }
-            }
-            (Err(drop), _) => {
-                self.parts.count(drop);
-                if let Some(peer) = drop.peer {
-                    self.aside
-                        .refuse_out(&self.parts, moment, packet, peer, drop.reason);
-                }
-            }
+        context: Context<'_>,
+        forwarder: &Forwarder,
+        packet: &[u8],
+        parsed: &Parsed,
+        reason: DropReason,
+    ) -> InboundOutcome<'_> {
+        self.first = None;
+        if reason == DropReason::FragmentUnknown && parsed.fragment() != Fragment::None {
+            return InboundOutcome::Hold(parsed.fragment_id());
         }
-    }
-
-    /// What came before its first fragment can be told now.
-    fn release(&mut self, moment: Moment<'_>, id: u32) {
-        for held in self.aside.waiting.take(id) {
-            let len = held.bytes.len();
-            self.frame[..len].copy_from_slice(&held.bytes);
-            match self.route(moment, len) {
-                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
-                    // Another packet's with the same identification.
-                    self.aside.waiting.keep(moment.now, id, (), &held.bytes);
-                }
-                Err(drop) => self.parts.count(drop),
-                Ok(()) => {}
-            }
-        }
-        self.aside.first = None;
-    }
-
-    /// Takes an answer about a packet that came out of the tunnel back into it.
-    #[cold]
-    fn send_back(&mut self, moment: Moment<'_>, answer: &[u8]) {
-        let len = VNET_HDR_LEN + answer.len();
-        self.frame[..VNET_HDR_LEN].copy_from_slice(&VnetHdr::default().to_bytes());
-        self.frame[VNET_HDR_LEN..len].copy_from_slice(answer);
-        if let Err(drop) = self.route(moment, len) {
-            self.parts.count(drop);
-        }
-        self.flush();
-    }
-
-    /// Gives up fragments whose first never came.
-    pub(super) fn tick(&mut self, now: Instant) {
-        while self.aside.waiting.expire(now).is_some() {
-            self.parts.count(DropReason::FragmentUnknown.into());
-        }
-    }
-}
-
-impl Inbound {
-    /// Writes a fragment that came out of the tunnel.
-    pub(super) fn deliver_piece(
-        &mut self,
-        moment: Moment<'_>,
-        plain: &Plain,
-        outer_ecn: u8,
-    ) -> Result<(), Dropped> {
-        // What came before it goes first.
-        self.flush(moment);
-        let how = Arriving {
-            peer: plain.peer,
-            partial: plain.flags.has(Flags::CSUM_PARTIAL),
-            outer_ecn,
+        let hop = &context.view.hop;
+        let Some(about) = About::of(reason, hop.mtu) else {
+            return InboundOutcome::Drop;
         };
-        let packet = &mut self.slab[plain.range.clone()];
-        let result = self.aside.pass_in(&self.parts, moment, packet, how);
-        self.send_answer(moment);
-        result
-    }
-
-    /// Sends an answer about a packet that came out of the tunnel back into it.
-    #[inline]
-    pub(super) fn send_answer(&mut self, moment: Moment<'_>) {
-        if let Some(answer) = self.aside.answers.take() {
-            self.answering
-                .get_or_insert_with(|| Box::new(Outbound::new(Arc::clone(&self.parts), moment.now)))
-                .send_back(moment, answer);
+        let Some(from) = forwarder.inbound_reply_from(hop, parsed, packet) else {
+            return InboundOutcome::Drop;
+        };
+        let is_whole = packet.len() >= parsed.total();
+        if about == About::TooBig(hop.mtu) && may_cut(parsed, packet) && is_whole {
+            return InboundOutcome::Fragment(hop.mtu);
+        }
+        match self.reply(context.now, about, packet, parsed, from) {
+            Ok(Some(bytes)) => InboundOutcome::Reply(bytes),
+            Ok(None) => InboundOutcome::Drop,
+            Err(Limited) => InboundOutcome::ReplyLimited,
         }
     }
 
-    /// Gives up fragments whose first never came.
-    pub(super) fn expire_pieces(&mut self, now: Instant) {
-        while let Some(held) = self.aside.waiting.expire(now) {
-            let unknown = Dropped::of(held.with.peer, DropReason::FragmentUnknown);
-            self.parts.count(unknown);
-        }
+    /// Makes an ICMP error about a packet, if one may be sent about such a packet.
+    fn reply(
+        &mut self,
+        now: Instant,
+        about: About,
+        packet: &[u8],
+        parsed: &Parsed,
+        from: IpAddr,
+    ) -> Result<Option<&mut [u8]>, Limited> {
+        let made = self.replies.make(now, about, packet, parsed, from);
+        made.map_err(|_| Limited)?;
+        Ok(self.replies.take())
     }
 }
 
-impl Sealing<'_> {
-    /// Packets that are too big for a datagram where splitting is switched off: cut as a router does,
-    /// or refused.
-    #[cold]
-    pub(super) fn seal_cuts(
-        &mut self,
-        segments: &mut Segments<'_>,
-        scratch: &mut [u8],
-        sealed: &mut Sealed,
-    ) -> Result<(), DropReason> {
-        while let Some(len) = segments.next_len() {
-            let Some(segment) = segments.next_into(scratch) else {
-                break;
+/// How a packet is sent in datagrams that hold `mtu` bytes of it, where none is split.
+pub(super) fn unsplit(parsed: &Parsed, packet: &[u8], mtu: usize) -> Unsplit {
+    if parsed.family() == Family::V6 && packet.len() <= IPV6_MIN_MTU {
+        Unsplit::Whole
+    } else if may_cut(parsed, packet) {
+        Unsplit::Fragment
+    } else if packet.len() > mtu {
+        Unsplit::Refuse
+    } else {
+        Unsplit::Whole
+    }
+}
+
+/// There were too many ICMP errors of late.
+struct Limited;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::role::Hop;
+    use crate::flow::seed::Seed;
+    use crate::flow::translate::{Gate, Translator, TranslatorConfig};
+    use crate::lane::shared::{PeerView, View};
+    use crate::packet::Kind;
+    use crate::packet::icmp_reply::ANSWER_BURST;
+    use crate::packet::testing::Plan;
+    use crate::testing::epoch;
+
+    const PEER: PeerId = PeerId(0);
+    const CLIENT: &str = "203.0.113.9";
+    const MOVED: &str = "192.0.2.5";
+    const TUNNEL_MTU: usize = 1_300;
+    const LINK_MTU: usize = 1_200;
+
+    fn old() -> Forwarder {
+        let moves = vec![MOVED.parse().unwrap()];
+        Forwarder::Old(vec![Gate::new(moves, Seed::new([1, 2]))])
+    }
+
+    fn new() -> Forwarder {
+        Forwarder::New(Translator::new(TranslatorConfig {
+            shards: 1,
+            max_flows: 10,
+            seed: [1, 2],
+            epoch: epoch(),
+        }))
+    }
+
+    fn view() -> View {
+        View {
+            peers: vec![PeerView {
+                mtu: TUNNEL_MTU,
+                ..PeerView::default()
+            }],
+            hop: Hop {
+                v4: Some([192, 0, 2, 1].into()),
+                v6: None,
+                mtu: LINK_MTU,
+            },
+            ..View::default()
+        }
+    }
+
+    /// An IPv4 packet of this length, which may be fragmented or may not.
+    fn packet(src: &str, dst: &str, len: usize, may_fragment: bool) -> Vec<u8> {
+        let mut plan = Plan::new(Kind::Udp, src, dst);
+        plan.payload = vec![0; len - 28];
+        let mut packet = plan.build();
+        packet[6] = if may_fragment { 0 } else { 0x40 };
+        packet
+    }
+
+    /// A fragment of the packet with this identification.
+    fn fragment(id: u8, first: bool) -> Vec<u8> {
+        let mut packet = packet(CLIENT, MOVED, 68, true);
+        (packet[4], packet[5]) = (0, id);
+        (packet[6], packet[7]) = if first { (0x20, 0) } else { (0, 6) };
+        packet
+    }
+
+    struct Bed<'v> {
+        slow_path: SlowPath<u8>,
+        context: Context<'v>,
+        forwarder: Forwarder,
+    }
+
+    impl<'v> Bed<'v> {
+        fn new(forwarder: Forwarder, view: &'v View) -> Self {
+            let now = epoch();
+            Self {
+                slow_path: SlowPath::new(now),
+                context: Context { now, view },
+                forwarder,
+            }
+        }
+
+        fn note(&mut self, packet: &[u8]) -> Result<(), DropReason> {
+            let parsed = Parsed::parse(packet).unwrap();
+            let now = self.context.now;
+            self.slow_path.note_fragment(now, &parsed, packet)
+        }
+
+        fn outbound(&mut self, packet: &[u8], drop: Dropped) -> OutboundOutcome<'_> {
+            (self.slow_path).refuse_outbound(self.context, &self.forwarder, packet, drop)
+        }
+
+        fn inbound(&mut self, packet: &[u8], reason: DropReason) -> InboundOutcome<'_> {
+            let parsed = Parsed::parse(packet).unwrap();
+            (self.slow_path).refuse_inbound(self.context, &self.forwarder, packet, &parsed, reason)
+        }
+    }
+
+    /// Source, destination, and type and code of an ICMP error.
+    fn icmp(bytes: &[u8]) -> (String, String, [u8; 2]) {
+        let parsed = Parsed::parse(bytes).unwrap();
+        let addr = |addr| IpAddr::from(addr).to_string();
+        let kind = [bytes[parsed.l4()], bytes[parsed.l4() + 1]];
+        (addr(parsed.src(bytes)), addr(parsed.dst(bytes)), kind)
+    }
+
+    fn told(from: &str, to: &str, kind: [u8; 2]) -> (String, String, [u8; 2]) {
+        (from.into(), to.into(), kind)
+    }
+
+    const TOO_BIG: [u8; 2] = [3, 4];
+    const EXPIRED: [u8; 2] = [11, 0];
+
+    #[test]
+    fn fragments_wait_for_their_first_one_and_follow_it_in_order() {
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let now = bed.context.now;
+        let (first, later, another) = (fragment(1, true), fragment(1, false), fragment(2, false));
+        for (with, packet) in [(1, &later), (2, &another), (3, &later)] {
+            assert_eq!(bed.note(packet), Ok(()));
+            let unknown = DropReason::FragmentUnknown.into();
+            let OutboundOutcome::Hold(id) = bed.outbound(packet, unknown) else {
+                panic!("not held");
             };
-            let packet = &mut scratch[..segment.len];
-            let parsed = Parsed::parse(packet)?;
-            if parsed.family() == Family::V6 && len <= IPV6_MIN_MTU {
-                self.seal_parts(packet, checksum_flag(segment.csum_partial))?;
-            } else if may_cut(&parsed, packet) {
-                if segment.csum_partial {
-                    complete(&parsed, packet);
-                }
-                let mut cut = Cut::new(&parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
-                let mut piece = vec![0; self.mtu];
-                while let Some(len) = cut.next_into(&mut piece) {
-                    self.seal_parts(&piece[..len], Flags::NONE)?;
-                }
-            } else if segment.len > self.mtu {
-                return Err(DropReason::TooBig);
-            } else {
-                self.seal_parts(packet, checksum_flag(segment.csum_partial))?;
-            }
-            sealed.packets += 1;
-            sealed.bytes += len;
+            assert!(bed.slow_path.hold(now, id, with, packet).is_empty());
         }
-        Ok(())
+        assert!(bed.slow_path.release().is_none(), "no first one yet");
+        assert_eq!(bed.note(&first), Ok(()));
+        assert!(bed.slow_path.has_first());
+        let released = bed.slow_path.release().unwrap();
+        assert_eq!(released.id, 1);
+        let order: Vec<u8> = released.fragments.iter().map(|held| held.with).collect();
+        assert_eq!(order, [1, 3]);
+        assert!(!bed.slow_path.has_first(), "released once");
+    }
+
+    #[test]
+    fn nothing_follows_a_first_fragment_that_did_not_go_on() {
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let (first, later) = (fragment(1, true), fragment(1, false));
+        let now = bed.context.now;
+        assert!(bed.slow_path.hold(now, 1, 1, &later).is_empty());
+        assert_eq!(bed.note(&first), Ok(()));
+        let not_moved = DropReason::NotMoved.into();
+        assert_eq!(bed.outbound(&first, not_moved), OutboundOutcome::Drop);
+        assert!(bed.slow_path.release().is_none());
+        assert_eq!(bed.note(&first), Ok(()));
+        assert_eq!(
+            bed.inbound(&first, DropReason::NotMoved),
+            InboundOutcome::Drop
+        );
+        assert!(bed.slow_path.release().is_none());
+    }
+
+    #[test]
+    fn a_fragment_that_writes_over_another_is_refused_before_it_goes_on() {
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let first = fragment(1, true);
+        let mut over = fragment(1, false);
+        over[7] = 1;
+        assert_eq!(bed.note(&first), Ok(()));
+        assert_eq!(bed.note(&over), Err(DropReason::FragmentOverlap));
+    }
+
+    #[test]
+    fn the_old_server_tells_clients_itself() {
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let big = packet(CLIENT, MOVED, 1_400, false);
+        let drop = Dropped::of(PEER, DropReason::TooBig);
+        let outcome = bed.outbound(&big, drop);
+        let OutboundOutcome::Reply { to, bytes, .. } = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(to, ReplyTo::Client);
+        assert_eq!(icmp(bytes), told(MOVED, CLIENT, TOO_BIG));
+        assert_eq!(bytes[26..28], (TUNNEL_MTU as u16).to_be_bytes());
+        let drop = Dropped::of(PEER, DropReason::TtlExpired);
+        let outcome = bed.outbound(&big, drop);
+        let OutboundOutcome::Reply { to, bytes, .. } = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(to, ReplyTo::Client);
+        assert_eq!(icmp(bytes), told("192.0.2.1", CLIENT, EXPIRED));
+    }
+
+    #[test]
+    fn the_new_server_tells_the_application_in_the_clients_name() {
+        let view = view();
+        let mut bed = Bed::new(new(), &view);
+        let big = packet(MOVED, CLIENT, 1_400, false);
+        let drop = Dropped::of(PEER, DropReason::TooBig);
+        let outcome = bed.outbound(&big, drop);
+        let OutboundOutcome::Reply { to, bytes, .. } = outcome else {
+            panic!("{outcome:?}");
+        };
+        assert_eq!(to, ReplyTo::Application);
+        assert_eq!(icmp(bytes), told(CLIENT, MOVED, TOO_BIG));
+        // It is the last hop of what comes out of the tunnel.
+        let inbound = bed.inbound(&big, DropReason::TtlExpired);
+        assert_eq!(inbound, InboundOutcome::Drop);
+    }
+
+    #[test]
+    fn what_the_link_is_too_narrow_for_is_fragmented_or_its_sender_told() {
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let too_big = DropReason::TooBig;
+        let whole = packet(MOVED, CLIENT, 1_400, true);
+        assert_eq!(
+            bed.inbound(&whole, too_big),
+            InboundOutcome::Fragment(LINK_MTU)
+        );
+        let mut replied = |packet: &[u8]| {
+            let parsed = Parsed::parse(&whole).unwrap();
+            let (context, forwarder) = (bed.context, &bed.forwarder);
+            let slow_path = &mut bed.slow_path;
+            let outcome = slow_path.refuse_inbound(context, forwarder, packet, &parsed, too_big);
+            let InboundOutcome::Reply(bytes) = outcome else {
+                panic!("{outcome:?}");
+            };
+            icmp(bytes)
+        };
+        let from_hop = told("192.0.2.1", MOVED, TOO_BIG);
+        let fixed = packet(MOVED, CLIENT, 1_400, false);
+        assert_eq!(replied(&fixed), from_hop);
+        // Of a super-packet only the head is at hand.
+        assert_eq!(replied(&whole[..1_300]), from_hop);
+    }
+
+    #[test]
+    fn most_packets_are_dropped_without_a_word() {
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let packet = packet(CLIENT, MOVED, 100, false);
+        let drop = Dropped::of(PEER, DropReason::NoSession);
+        assert_eq!(bed.outbound(&packet, drop), OutboundOutcome::Drop);
+        let nobodys = DropReason::TtlExpired.into();
+        assert_eq!(bed.outbound(&packet, nobodys), OutboundOutcome::Drop);
+        let inbound = bed.inbound(&packet, DropReason::IcmpUnrelated);
+        assert_eq!(inbound, InboundOutcome::Drop);
+    }
+
+    #[test]
+    fn too_many_are_not_told() {
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let packet = packet(CLIENT, MOVED, 100, false);
+        let drop = Dropped::of(PEER, DropReason::TtlExpired);
+        for _ in 0..ANSWER_BURST {
+            let outcome = bed.outbound(&packet, drop);
+            assert!(matches!(outcome, OutboundOutcome::Reply { .. }));
+        }
+        let outcome = bed.outbound(&packet, drop);
+        assert_eq!(outcome, OutboundOutcome::ReplyLimited);
+        let inbound = bed.inbound(&packet, DropReason::TtlExpired);
+        assert_eq!(inbound, InboundOutcome::ReplyLimited);
+    }
+
+    #[test]
+    fn without_splitting_what_may_be_is_fragmented_and_ipv6_has_its_least_mtu() {
+        let how = |packet: &[u8], mtu| unsplit(&Parsed::parse(packet).unwrap(), packet, mtu);
+        let v4 = |may_fragment| packet(CLIENT, MOVED, 1_400, may_fragment);
+        assert_eq!(how(&v4(true), 1_300), Unsplit::Fragment);
+        assert_eq!(how(&v4(false), 1_300), Unsplit::Refuse);
+        assert_eq!(how(&v4(false), 1_400), Unsplit::Whole);
+        let v6 = |len: usize| {
+            let mut plan = Plan::new(Kind::Udp, "2001:db8:c::9", "2001:db8:a::5");
+            plan.payload = vec![0; len - 48];
+            plan.build()
+        };
+        assert_eq!(how(&v6(IPV6_MIN_MTU), 1_200), Unsplit::Whole);
+        assert_eq!(how(&v6(IPV6_MIN_MTU + 1), 1_200), Unsplit::Refuse);
+        assert_eq!(how(&v6(IPV6_MIN_MTU + 1), 1_400), Unsplit::Whole);
     }
 }

@@ -5,6 +5,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::model::peer::PeerId;
+
 macro_rules! drop_reasons {
     ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal,)+) => {
         /// The reason a packet or datagram was dropped.
@@ -106,6 +108,31 @@ drop_reasons! {
     TunWriteFailed = "tun_write_failed",
     /// The control task was too busy to take a handshake or control message.
     ControlBusy = "control_busy",
+}
+
+/// A packet that goes no further, and whose it was, if that is known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Dropped {
+    /// The peer that it came from or was going to.
+    pub peer: Option<PeerId>,
+    /// Why.
+    pub reason: DropReason,
+}
+
+impl Dropped {
+    /// A packet of `peer`.
+    pub fn of(peer: PeerId, reason: DropReason) -> Self {
+        Self {
+            peer: Some(peer),
+            reason,
+        }
+    }
+}
+
+impl From<DropReason> for Dropped {
+    fn from(reason: DropReason) -> Self {
+        Self { peer: None, reason }
+    }
 }
 
 /// One counter per [`DropReason`].

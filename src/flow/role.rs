@@ -1,0 +1,419 @@
+//! What the role of a server makes of a packet: whose it is, under which addresses it goes on, and
+//! who speaks to its sender when it does not.
+//!
+//! Owns the difference between the old server's checks ([`Gate`]) and the new server's rewriting
+//! ([`Translator`]), so that whoever carries packets asks once and need not know which server this
+//! is. Must not touch sockets, devices or the clock.
+//!
+//! ```text
+//!                        old server                       new server
+//! TUN ──► judge          a gate takes it, or bounces it   always taken
+//!         rewrite        hop limit                        Translator::outbound
+//! TUN ◄── inbound        gate, hop limit, link MTU        Translator::inbound
+//! ```
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
+
+use crate::flow::table::FlowStats;
+use crate::flow::translate::{Gate, Translator, Verdict};
+use crate::model::drops::{DropReason, Dropped};
+use crate::model::peer::PeerId;
+use crate::packet::icmp_reply::About;
+use crate::packet::{Family, Parsed};
+
+/// Sends packets on as the role of this server wants it. Shared by the lanes.
+pub enum Forwarder {
+    /// The old server: nothing is rewritten, but only moved addresses pass. One gate a peer.
+    Old(Vec<Gate>),
+    /// The new server: the flow table rewrites.
+    New(Translator),
+}
+
+/// Whose a packet from the TUN is.
+#[must_use]
+pub enum Judgement<'a> {
+    /// The tunnel's.
+    Carry(Outgoing<'a>),
+    /// This host's own: to be written back to the TUN as it is.
+    Bounce,
+}
+
+/// How a packet that the tunnel takes is made ready for it.
+#[must_use]
+pub enum Outgoing<'a> {
+    /// It was captured on its way to an address that moved to this peer.
+    Captured(PeerId),
+    /// The application's host sent it, and the flow table says to whom.
+    Returning(&'a Translator),
+}
+
+/// What this host is to packets that only pass through it.
+#[derive(Clone, Copy, Default)]
+pub struct Hop {
+    /// Its own address of each family, which has not moved.
+    pub v4: Option<Ipv4Addr>,
+    /// See `v4`.
+    pub v6: Option<Ipv6Addr>,
+    /// MTU of the link to the clients, in bytes; 0 while it is not known.
+    pub mtu: usize,
+}
+
+/// How the sender of a packet from the TUN is told that it does not go on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ReplyPath {
+    /// Source of the ICMP error.
+    pub from: IpAddr,
+    /// Whom it is for.
+    pub to: ReplyTo,
+}
+
+/// Whom an ICMP error about a packet from the TUN is for; it goes back to the TUN either way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ReplyTo {
+    /// A client: the error is written as it is, and leaves through the uplink.
+    Client,
+    /// The application: the error is translated like a client's packet, so that it quotes what the
+    /// application's host has sent.
+    Application,
+}
+
+impl Forwarder {
+    /// Judges a packet that was read from the TUN, before anything of it is changed.
+    ///
+    /// # Errors
+    /// [`DropReason::NotMoved`] or [`DropReason::FragmentUnknown`], on the old server.
+    #[inline]
+    pub fn judge(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        packet: &[u8],
+    ) -> Result<Judgement<'_>, DropReason> {
+        match self {
+            Self::Old(gates) => judge_captured(gates, now, parsed, packet),
+            Self::New(translator) => Ok(Judgement::Carry(Outgoing::Returning(translator))),
+        }
+    }
+
+    /// Checks and rewrites a packet of `peer`, or the head of a super-packet, that came out of the
+    /// tunnel. `partial`: whether its checksum is.
+    ///
+    /// # Errors
+    /// Why the packet is to be dropped; it may be rewritten in part then.
+    #[inline]
+    pub fn inbound(
+        &self,
+        now: Instant,
+        hop: &Hop,
+        peer: PeerId,
+        packet: &mut [u8],
+        parsed: &mut Parsed,
+        partial: bool,
+    ) -> Result<(), DropReason> {
+        match self {
+            Self::Old(gates) => gates[usize::from(peer.0)]
+                .check_returning(now, parsed, packet)
+                .and_then(|()| parsed.decrement_ttl(packet))
+                .and_then(|()| fits_link(packet, parsed, hop.mtu)),
+            Self::New(translator) => translator.inbound(now, peer, packet, parsed, partial),
+        }
+    }
+
+    /// How the sender of a packet that was read from the TUN is told why it does not go on.
+    pub fn outbound_reply(
+        &self,
+        about: About,
+        hop: &Hop,
+        parsed: &Parsed,
+        packet: &[u8],
+    ) -> ReplyPath {
+        let asked = IpAddr::from(parsed.dst(packet));
+        match (self, about) {
+            // A hop on the way, which traceroute shows under the old server's own address.
+            (Self::Old(_), About::Expired) => ReplyPath {
+                from: hop.addr(parsed.family()).unwrap_or(asked),
+                to: ReplyTo::Client,
+            },
+            // The moved address speaks.
+            (Self::Old(_), About::TooBig(_)) => ReplyPath {
+                from: asked,
+                to: ReplyTo::Client,
+            },
+            // For all that the application's host can tell, the client speaks: the one address
+            // that is sure to be let in by whatever let the client in.
+            (Self::New(_), _) => ReplyPath {
+                from: asked,
+                to: ReplyTo::Application,
+            },
+        }
+    }
+
+    /// Who tells the sender of a packet that came out of the tunnel why it does not go on; the ICMP
+    /// error goes back into the tunnel. `None` on the new server: what came there has arrived, and
+    /// its host speaks for itself.
+    pub fn inbound_reply_from(&self, hop: &Hop, parsed: &Parsed, packet: &[u8]) -> Option<IpAddr> {
+        match self {
+            // The new server's host takes it for a router's, whichever of this server's addresses
+            // it is from.
+            Self::Old(_) => Some(
+                hop.addr(parsed.family())
+                    .unwrap_or_else(|| parsed.src(packet).into()),
+            ),
+            Self::New(_) => None,
+        }
+    }
+
+    /// Lets flows expire, at most `budget` of those that are looked at.
+    pub fn expire(&self, now: Instant, budget: usize) {
+        if let Self::New(translator) = self {
+            translator.expire(now, budget);
+        }
+    }
+
+    /// The new server's rewriting; `None` on the old server, which has none.
+    pub fn translator(&self) -> Option<&Translator> {
+        match self {
+            Self::Old(_) => None,
+            Self::New(translator) => Some(translator),
+        }
+    }
+
+    /// What the flow table counted; all zero on the old server, which has none.
+    pub fn flow_stats(&self) -> FlowStats {
+        self.translator().map(Translator::stats).unwrap_or_default()
+    }
+}
+
+impl Outgoing<'_> {
+    /// Rewrites the packet for the tunnel and tells which peer it goes to. `partial`: whether its
+    /// checksum is.
+    ///
+    /// # Errors
+    /// Why the packet is to be dropped; it may be rewritten in part then.
+    #[inline]
+    pub fn rewrite(
+        self,
+        now: Instant,
+        packet: &mut [u8],
+        parsed: &mut Parsed,
+        partial: bool,
+    ) -> Result<PeerId, Dropped> {
+        match self {
+            Self::Captured(peer) => match parsed.decrement_ttl(packet) {
+                Ok(()) => Ok(peer),
+                Err(reason) => Err(Dropped::of(peer, reason)),
+            },
+            Self::Returning(translator) => Ok(translator.outbound(now, packet, parsed, partial)?),
+        }
+    }
+}
+
+impl Hop {
+    /// The address that it speaks from.
+    pub fn addr(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.v4.map(IpAddr::V4),
+            Family::V6 => self.v6.map(IpAddr::V6),
+        }
+    }
+}
+
+/// Finds the peer that a captured packet's destination moved to.
+#[inline]
+fn judge_captured(
+    gates: &[Gate],
+    now: Instant,
+    parsed: &Parsed,
+    packet: &[u8],
+) -> Result<Judgement<'static>, DropReason> {
+    let mut outcome = Err(DropReason::NotMoved);
+    for (index, gate) in gates.iter().enumerate() {
+        match gate.check_captured(now, parsed, packet) {
+            Ok(Verdict::Carry) => {
+                let peer = PeerId(index as u16);
+                return Ok(Judgement::Carry(Outgoing::Captured(peer)));
+            }
+            // Another part of the address may have moved to another peer.
+            Ok(Verdict::Bounce) => outcome = Ok(Judgement::Bounce),
+            Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
+            Err(_) => {}
+        }
+    }
+    outcome
+}
+
+/// Whether a packet, or each that the head of a super-packet stands for, fits the link to the
+/// clients: on the way there nobody else looks.
+#[inline]
+fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReason> {
+    if packet.len().min(parsed.total()) > mtu && mtu > 0 {
+        return Err(DropReason::TooBig);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::seed::Seed;
+    use crate::flow::translate::{Delivery, TranslatorConfig};
+    use crate::packet::Kind;
+    use crate::packet::testing::Plan;
+    use crate::testing::epoch;
+
+    const CLIENT: &str = "203.0.113.9";
+    const MOVED: &str = "192.0.2.5";
+    const DELIVERY: &str = "198.51.100.2";
+    const HOP: Hop = Hop {
+        v4: Some(Ipv4Addr::new(192, 0, 2, 1)),
+        v6: None,
+        mtu: 1_500,
+    };
+
+    /// The old server, each of whose peers has been given these moves.
+    fn old(moves: &[&[&str]]) -> Forwarder {
+        let gate = |moves: &&[&str]| {
+            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
+            Gate::new(moves, Seed::new([1, 2]))
+        };
+        Forwarder::Old(moves.iter().map(gate).collect())
+    }
+
+    /// The new server, to which its only peer has moved [`MOVED`].
+    fn new() -> Forwarder {
+        let translator = Translator::new(TranslatorConfig {
+            shards: 1,
+            max_flows: 10,
+            seed: [1, 2],
+            epoch: epoch(),
+        });
+        let delivery = Delivery {
+            v4: Some(DELIVERY.parse().unwrap()),
+            ..Delivery::default()
+        };
+        let moves = vec![MOVED.parse().unwrap()];
+        translator.set_moves(PeerId(0), moves).unwrap();
+        translator.set_delivery(PeerId(0), delivery).unwrap();
+        Forwarder::New(translator)
+    }
+
+    fn request(port: u16) -> Vec<u8> {
+        let mut plan = Plan::new(Kind::Udp, CLIENT, MOVED);
+        plan.dst_port = port;
+        plan.build()
+    }
+
+    /// Whose a packet from the TUN is: a peer's, or this host's own.
+    fn judged(forwarder: &Forwarder, packet: &mut [u8]) -> Result<Option<PeerId>, DropReason> {
+        let (now, mut parsed) = (epoch(), Parsed::parse(packet)?);
+        match forwarder.judge(now, &parsed, packet)? {
+            Judgement::Carry(outgoing) => outgoing
+                .rewrite(now, packet, &mut parsed, false)
+                .map(Some)
+                .map_err(|dropped| dropped.reason),
+            Judgement::Bounce => Ok(None),
+        }
+    }
+
+    #[test]
+    fn the_old_server_finds_the_peer_a_port_has_moved_to() {
+        let forwarder = old(&[&["192.0.2.5:80"], &["192.0.2.5:443"]]);
+        let whose = |port| judged(&forwarder, &mut request(port));
+        assert_eq!(whose(80), Ok(Some(PeerId(0))));
+        assert_eq!(whose(443), Ok(Some(PeerId(1))));
+        assert_eq!(whose(22), Ok(None), "no peer's, so this host's own");
+        let elsewhere = Plan::new(Kind::Udp, CLIENT, "192.0.2.6").build();
+        assert_eq!(
+            judged(&forwarder, &mut elsewhere.clone()),
+            Err(DropReason::NotMoved)
+        );
+    }
+
+    #[test]
+    fn the_old_server_says_whose_the_packet_was_that_has_no_hop_left() {
+        let forwarder = old(&[&["192.0.2.6"], &[MOVED]]);
+        let mut packet = request(80);
+        packet[8] = 1;
+        let mut parsed = Parsed::parse(&packet).unwrap();
+        let Ok(Judgement::Carry(outgoing)) = forwarder.judge(epoch(), &parsed, &packet) else {
+            panic!("not taken");
+        };
+        assert_eq!(
+            outgoing.rewrite(epoch(), &mut packet, &mut parsed, false),
+            Err(Dropped::of(PeerId(1), DropReason::TtlExpired))
+        );
+    }
+
+    #[test]
+    fn the_new_server_takes_what_answers_a_flow() {
+        let forwarder = new();
+        let mut packet = request(80);
+        let mut parsed = Parsed::parse(&packet).unwrap();
+        let inbound = |packet: &mut [u8], parsed: &mut Parsed| {
+            forwarder.inbound(epoch(), &HOP, PeerId(0), packet, parsed, false)
+        };
+        assert_eq!(inbound(&mut packet, &mut parsed), Ok(()));
+        assert_eq!(
+            IpAddr::from(parsed.dst(&packet)),
+            DELIVERY.parse::<IpAddr>().unwrap()
+        );
+        let mut plan = Plan::new(Kind::Udp, DELIVERY, CLIENT);
+        (plan.src_port, plan.dst_port) = (parsed.dst_port(), parsed.src_port());
+        assert_eq!(judged(&forwarder, &mut plan.build()), Ok(Some(PeerId(0))));
+        plan.src = "198.51.100.3".parse().unwrap();
+        assert_eq!(
+            judged(&forwarder, &mut plan.build()),
+            Err(DropReason::NoFlow)
+        );
+        assert_eq!(forwarder.flow_stats().live, 1);
+    }
+
+    #[test]
+    fn the_old_server_lets_out_what_speaks_for_a_moved_address_and_fits_the_link() {
+        let forwarder = old(&[&[MOVED]]);
+        let narrow = Hop { mtu: 40, ..HOP };
+        let unknown = Hop { mtu: 0, ..HOP };
+        let leaves = |hop: &Hop, src: &str, payload: usize| {
+            let mut plan = Plan::new(Kind::Udp, src, CLIENT);
+            plan.payload = vec![0; payload];
+            let mut packet = plan.build();
+            let mut parsed = Parsed::parse(&packet).unwrap();
+            forwarder.inbound(epoch(), hop, PeerId(0), &mut packet, &mut parsed, false)
+        };
+        assert_eq!(leaves(&HOP, MOVED, 100), Ok(()));
+        assert_eq!(leaves(&HOP, "192.0.2.6", 100), Err(DropReason::NotMoved));
+        assert_eq!(leaves(&narrow, MOVED, 12), Ok(()));
+        assert_eq!(leaves(&narrow, MOVED, 13), Err(DropReason::TooBig));
+        assert_eq!(leaves(&unknown, MOVED, 100), Ok(()));
+    }
+
+    #[test]
+    fn who_speaks_about_a_packet_that_does_not_go_on() {
+        let packet = request(80);
+        let parsed = Parsed::parse(&packet).unwrap();
+        let path = |from: &str, to| ReplyPath {
+            from: from.parse().unwrap(),
+            to,
+        };
+        let (old, new, nobody) = (old(&[&[MOVED]]), new(), Hop::default());
+        let outbound = |forwarder: &Forwarder, about, hop| {
+            forwarder.outbound_reply(about, hop, &parsed, &packet)
+        };
+        let (hop, expired, big) = ("192.0.2.1", About::Expired, About::TooBig(1_300));
+        assert_eq!(outbound(&old, expired, &HOP), path(hop, ReplyTo::Client));
+        assert_eq!(
+            outbound(&old, expired, &nobody),
+            path(MOVED, ReplyTo::Client)
+        );
+        assert_eq!(outbound(&old, big, &HOP), path(MOVED, ReplyTo::Client));
+        assert_eq!(outbound(&new, big, &HOP), path(MOVED, ReplyTo::Application));
+        let inbound = |forwarder: &Forwarder, hop| {
+            let from = forwarder.inbound_reply_from(hop, &parsed, &packet);
+            from.map(|addr| addr.to_string())
+        };
+        assert_eq!(inbound(&old, &HOP).as_deref(), Some(hop));
+        assert_eq!(inbound(&old, &nobody).as_deref(), Some(CLIENT));
+        assert_eq!(inbound(&new, &HOP), None);
+    }
+}
