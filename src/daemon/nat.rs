@@ -1,60 +1,36 @@
-//! Way 1 as a daemon: the old server alone translates both addresses. No peer, no channel, nothing
-//! encrypted; one thread reads a packet from the TUN, translates it and writes it back.
+//! The daemon of `ipmoved nat`: the old server alone translates both addresses. There is no peer, no
+//! channel, and nothing is encrypted.
 //!
-//! Owns the order of things, like [`control`](super::control) for the tunnel, and this loop:
-//!
-//! 1. read a super-packet with its `virtio_net_hdr`;
-//! 2. parse it, look its flow up and rewrite its head, once ([`Nat::translate`]);
-//! 3. write it back whole: the program at the TUN's ingress sends it out, or up.
+//! Owns the order of things, as [`control`](super::control) does for the tunnel. What happens to a
+//! packet is [`lane::nat`](crate::lane::nat)'s business.
 
 use std::collections::BTreeMap;
-use std::io::IoSlice;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::DaemonError;
 use super::control::{REPAIR_EVERY, Signals, answer, failed, names, notify_ready, undo};
 use super::setup::{find_uplink, listen, raise_tun, refused, system, tun_refused};
 use crate::daemon::confine;
-use crate::flow::nat::{Nat, NatConfig, Outcome, PORTS, Target};
+use crate::flow::nat::{Nat, NatConfig, PORTS, Target};
 use crate::flow::seed::Seed;
-use crate::flow::table::FlowStats;
-use crate::io::tun::{MAX_FRAME, TunError, TunOptions, TunQueue, VNET_HDR_LEN};
+use crate::io::tun::{TunError, TunOptions, TunQueue};
 use crate::kernel::masquerade::{self, Towards};
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Failure, Host, Repairs, journal};
-use crate::model::drops::{DropReason, Drops};
+use crate::lane::nat::{NatCounters, NatLane};
 use crate::model::peer::Role;
-use crate::model::status::{Flows, Offloads, State, Status, Traffic, TunnelStatus, Way};
-use crate::packet::Parsed;
-use crate::packet::icmp;
-use crate::packet::offload::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
+use crate::model::status::{Flows, Offloads, State, Status, TunnelStatus, Way};
 use crate::settings::config::NatSettings;
-
-/// How often expiring flows are looked at, and longest wait without a packet.
-const TICK: Duration = Duration::from_secs(1);
-
-/// Flows examined for expiry per tick; see [`lane`](crate::lane).
-const EXPIRY_BUDGET: usize = 1_024;
-
-/// Packets handled before the clock is read again.
-const BURST: usize = 64;
-
-/// Answers to packets whose hop limit is used up, per second: what Linux allows itself
-/// (`net.ipv4.icmp_msgs_per_sec`).
-const ANSWERS: u32 = 1_000;
-
-/// Pause before an interface that somebody set down is read again.
-const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// Runs until a signal ends it, and undoes everything then.
 ///
@@ -250,16 +226,16 @@ async fn carry(
         port_seed: port_seed(),
         epoch: started,
     });
-    let counters = Arc::new(Counters::default());
+    let counters = Arc::new(NatCounters::default());
     let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed)?;
     let (tell, mut ended) = mpsc::channel(1);
-    let lane = Lane {
+    let lane = NatLane::new(
         queue,
         nat,
-        counters: Arc::clone(&counters),
-        stop: stop.try_clone().map_err(failed)?,
-        answers: ANSWERS,
-    };
+        Arc::clone(&counters),
+        stop.try_clone().map_err(failed)?,
+        started,
+    );
     let handle = std::thread::Builder::new()
         .name("nat".into())
         .spawn(move || {
@@ -322,29 +298,16 @@ fn port_seed() -> Seed {
     Seed::new([word(high), word(low)])
 }
 
-/// What the lane counts, for `status`.
-#[derive(Default)]
-struct Counters {
-    drops: Drops,
-    /// To clients and to the new server.
-    traffic: Mutex<[Traffic; 2]>,
-    flows: Mutex<FlowStats>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// What `status` says: one entry for each address that is translated to.
 fn report(
     settings: &NatSettings,
     towards: &[Towards],
     uplink: &Link,
-    counters: &Counters,
+    counters: &NatCounters,
     up: Duration,
 ) -> Status {
-    let [rx, tx] = *lock(&counters.traffic);
-    let stats = *lock(&counters.flows);
+    let (rx, tx) = (counters.to_clients(), counters.to_server());
+    let stats = counters.flows();
     let entry = |end: &Towards, port: Option<u16>| TunnelStatus {
         peer: end.to.to_string(),
         endpoint: Some(end.to.to_string()),
@@ -389,138 +352,5 @@ fn report(
         offloads: Offloads::default(),
         drops: BTreeMap::new(),
         warnings: Vec::new(),
-    }
-}
-
-/// The thread that carries packets.
-struct Lane {
-    queue: TunQueue,
-    nat: Nat,
-    counters: Arc<Counters>,
-    stop: OwnedFd,
-    /// Answers that may still be given this second.
-    answers: u32,
-}
-
-impl Lane {
-    /// Runs until told to stop.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per burst
-    fn run(mut self) -> Result<(), String> {
-        let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
-        let mut ticked = Instant::now();
-        while !self.wait()? {
-            let now = Instant::now();
-            for _ in 0..BURST {
-                if !self.pass(now, &mut frame)? {
-                    break;
-                }
-            }
-            if now.duration_since(ticked) >= TICK {
-                ticked = now;
-                self.answers = ANSWERS;
-                self.nat.expire(now, EXPIRY_BUDGET);
-            }
-            *lock(&self.counters.flows) = self.nat.stats();
-        }
-        Ok(())
-    }
-
-    /// Waits until something is to be done; true if that is to stop.
-    fn wait(&self) -> Result<bool, String> {
-        let mut fds = [
-            PollFd::from_borrowed_fd(self.queue.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
-        ];
-        let timeout = Timespec {
-            tv_sec: TICK.as_secs() as i64,
-            tv_nsec: 0,
-        };
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(_) => Ok(!fds[1].revents().is_empty()),
-            Err(rustix::io::Errno::INTR) => Ok(false),
-            Err(error) => Err(format!("waiting for packets failed: {error}")),
-        }
-    }
-
-    /// Takes one frame through; false if none waits.
-    fn pass(&mut self, now: Instant, frame: &mut [u8]) -> Result<bool, String> {
-        let len = match self.queue.recv(frame) {
-            Ok(len) => len,
-            Err(error) => {
-                return match error.raw_os_error() {
-                    Some(libc::EAGAIN) => Ok(false),
-                    Some(libc::EINTR) => Ok(true),
-                    // Set down by somebody: nothing to read until it is up again.
-                    Some(libc::EIO) => {
-                        std::thread::sleep(DEVICE_DOWN_PAUSE);
-                        Ok(false)
-                    }
-                    _ => Err(format!("the TUN interface is gone: {error}")),
-                };
-            }
-        };
-        if let Err(reason) = self.translate(now, &mut frame[..len]) {
-            self.counters.drops.count(reason);
-        }
-        Ok(true)
-    }
-
-    fn translate(&mut self, now: Instant, frame: &mut [u8]) -> Result<(), DropReason> {
-        let (header, packet) = frame
-            .split_first_chunk_mut::<VNET_HDR_LEN>()
-            .ok_or(DropReason::IpMalformed)?;
-        let vnet = VnetHdr::read(header);
-        let mut parsed = Parsed::parse(packet)?;
-        let offload = Offload::accept(&vnet, packet, &parsed)?;
-        let partial = offload.partial();
-        if vnet.flags & NEEDS_CSUM != 0 && !partial {
-            // The checksum meant was another one, and is finished now.
-            *header = VnetHdr::default().to_bytes();
-        }
-        let bytes = parsed.total();
-        let segments = match vnet.gso_type {
-            GSO_NONE => 1,
-            _ => (parsed.payload_len()).div_ceil(usize::from(vnet.gso_size).max(1)),
-        };
-        let outcome = self.nat.translate(now, packet, &mut parsed, partial);
-        let side = match outcome {
-            Ok(Outcome::ToClient) => Some(0),
-            Ok(Outcome::ToServer) => Some(1),
-            Ok(Outcome::Bounce) => None,
-            Err(DropReason::TtlExpired) => {
-                self.answer(packet, &parsed);
-                return Err(DropReason::TtlExpired);
-            }
-            Err(reason) => return Err(reason),
-        };
-        self.queue
-            .send(&[IoSlice::new(header), IoSlice::new(packet)])
-            .map_err(|error| {
-                debug!(%error, "the TUN refused a packet");
-                DropReason::TunWriteFailed
-            })?;
-        if let Some(side) = side {
-            let traffic = &mut lock(&self.counters.traffic)[side];
-            traffic.packets += segments as u64;
-            traffic.bytes += bytes as u64;
-        }
-        Ok(())
-    }
-
-    /// Tells the sender that the hop limit was used up here.
-    fn answer(&mut self, packet: &[u8], parsed: &Parsed) {
-        if self.answers == 0 {
-            return;
-        }
-        let mut out = [0; icmp::MAX_V6];
-        let from = IpAddr::from(parsed.dst(packet));
-        if let Some(len) = icmp::time_exceeded(&mut out, packet, parsed, from) {
-            self.answers -= 1;
-            let header = VnetHdr::default().to_bytes();
-            // One that is not heard is as good as one that got lost.
-            let _ = self
-                .queue
-                .send(&[IoSlice::new(&header), IoSlice::new(&out[..len])]);
-        }
     }
 }

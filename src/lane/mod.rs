@@ -20,6 +20,7 @@
 
 mod helper;
 mod inbound;
+pub mod nat;
 mod outbound;
 mod receive_ring;
 pub mod shared;
