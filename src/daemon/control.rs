@@ -4,24 +4,24 @@
 //! question on the status socket, a name to look up, a signal. What the tunnels decide becomes a
 //! new view for the lanes. Nothing here is ever waited for by a lane.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use rustix::event::{EventfdFlags, eventfd};
-use tokio::io::AsyncWriteExt;
-use tokio::net::{UnixListener, UnixStream};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
-use super::DaemonError;
+use super::service::{
+    REPAIR_EVERY, Repairer, Result, Signals, Threads, failed, notify_ready, notify_status,
+    notify_stopping, undo,
+};
 use super::setup::{Ready, Tools, resolve};
+use super::status_socket;
+use super::warnings::Warnings;
 use crate::channel::pmtu;
 use crate::channel::session::{Door, Entropy, Offer, SessionIndexes};
 use crate::channel::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
@@ -29,7 +29,7 @@ use crate::channel::wire::DATA_OVERHEAD;
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::io::udp::UdpSocket;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Change, Failure, Host, Repairs, keep};
+use crate::kernel::{Host, keep};
 use crate::lane::shared::{Hop, LaneCounters, PeerView, Shared, Translation, View, Waiting};
 use crate::lane::{Crowd, Lane, LaneParts, ToControl};
 use crate::model::drops::Drops;
@@ -51,15 +51,6 @@ const PATH_EVERY: Duration = Duration::from_secs(1);
 /// How often this server's addresses are listed, for the case that some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
-/// How often the kernel is asked whether the daemon's changes are still there.
-pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
-
-/// Warnings that `status` still shows.
-const KEPT_WARNINGS: usize = 8;
-
-/// How long a client of the status socket may take to read.
-const STATUS_PATIENCE: Duration = Duration::from_secs(5);
-
 /// Smallest MTU an interface that carries IPv6 may have (RFC 8200 section 5).
 const MIN_MTU: u32 = 1_280;
 
@@ -69,9 +60,9 @@ fn outer_headers(to: SocketAddr) -> usize {
 }
 
 /// Carries packets until a signal, then undoes everything, whatever went wrong.
-pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
+pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
     let Ready { mut host, tools } = ready;
-    let mut lanes = Lanes::default();
+    let mut lanes = Threads::default();
     let result = carry(config, tools, &mut host, &mut lanes).await;
     let undone = undo(&mut host);
     lanes.stop();
@@ -80,12 +71,7 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
 
 /// Carries packets until a signal, then says goodbye.
 #[allow(clippy::disallowed_methods)] // the edge: here the clock is read
-async fn carry(
-    config: Config,
-    tools: Tools,
-    host: &mut Host,
-    lanes: &mut Lanes,
-) -> Result<(), DaemonError> {
+async fn carry(config: Config, tools: Tools, host: &mut Host, lanes: &mut Threads) -> Result<()> {
     let started = Instant::now();
     // Each peer has places of its own; one more for a lane's last word.
     let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(config.peers.len()) + 1);
@@ -137,7 +123,7 @@ async fn carry(
         started,
         next_path: started,
         next_repair: started + REPAIR_EVERY,
-        broken: Vec::new(),
+        repairer: Repairer::default(),
         next_addresses: started,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
@@ -147,59 +133,46 @@ async fn carry(
             tun_big_tcp: big_tcp,
             ..Offloads::default()
         },
-        warnings: VecDeque::new(),
+        warnings: Warnings::default(),
     };
     control.set_own_addresses();
     control.turn(started);
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(control.config.peers.len()));
         control.counters.push(Arc::clone(&counters));
-        let stop = lanes.stop_fd()?;
-        lanes.start(LaneParts {
-            number: number as u8,
-            tun,
-            uso: tso && features.uso,
-            tso,
-            reach: if big_tcp { Reach::Here } else { Reach::Further },
-            no_split: control.config.no_split,
-            udp,
-            shared: Arc::clone(&shared),
-            counters,
-            control: to_control.clone(),
-            stop,
+        let reach = if big_tcp { Reach::Here } else { Reach::Further };
+        let no_split = control.config.no_split;
+        let (shared, control) = (Arc::clone(&shared), to_control.clone());
+        lanes.start(format!("lane-{number}"), move |stop| {
+            Lane::run(LaneParts {
+                number: number as u8,
+                tun,
+                uso: tso && features.uso,
+                tso,
+                reach,
+                no_split,
+                udp,
+                shared,
+                counters,
+                control,
+                stop,
+            });
         })?;
     }
     control.announce_start();
-    notify_ready();
+    notify_ready(&control.summary());
     let result = control.serve(&mut signals, &mut from_lanes, &status).await;
-    info!("stopping");
+    notify_stopping();
     control.close();
     result
-}
-
-pub(super) fn failed(error: impl ToString) -> DaemonError {
-    DaemonError::Failed(error.to_string())
 }
 
 fn peer_ids(config: &Config) -> impl Iterator<Item = PeerId> {
     (0..config.peers.len() as u16).map(PeerId)
 }
 
-pub(super) fn undo(host: &mut Host) -> Result<(), DaemonError> {
-    let left = host.undo_all().map_err(failed)?.left;
-    if left.is_empty() {
-        return Ok(());
-    }
-    for failure in &left {
-        error!("{}: {}", failure.change, failure.reason);
-    }
-    Err(failed(
-        "not everything could be undone; `ipmoved cleanup` tries again",
-    ))
-}
-
 /// What the role makes of packets.
-fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonError> {
+fn translation(config: &Config, epoch: Instant) -> Result<Translation> {
     if config.role == Role::Old {
         let gates = config
             .peers
@@ -234,7 +207,7 @@ fn peers(
     lanes: u8,
     uplink: &Link,
     now: Instant,
-) -> Result<Vec<Peer>, DaemonError> {
+) -> Result<Vec<Peer>> {
     let indexes = SessionIndexes::default();
     let timers = match config.rekey_after {
         Some(rekey_after) => Timers::with_rekey_after(rekey_after),
@@ -335,11 +308,10 @@ struct Control<'h> {
     started: Instant,
     next_path: Instant,
     next_repair: Instant,
-    /// Kernel changes that somebody has taken away and that cannot be made again.
-    broken: Vec<Change>,
+    repairer: Repairer,
     next_addresses: Instant,
     offloads: Offloads,
-    warnings: VecDeque<String>,
+    warnings: Warnings,
 }
 
 impl Control<'_> {
@@ -350,7 +322,7 @@ impl Control<'_> {
         signals: &mut Signals,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         status: &UnixListener,
-    ) -> Result<(), DaemonError> {
+    ) -> Result<()> {
         let (resolved_to, mut resolved) = mpsc::channel(self.peers.len());
         loop {
             let now = Instant::now();
@@ -365,10 +337,9 @@ impl Control<'_> {
                     None => return Err(failed("all lanes have ended")),
                 },
                 Some((peer, addr)) = resolved.recv() => self.resolved(Instant::now(), peer, addr),
-                connection = status.accept() => match connection {
-                    Ok((stream, _)) => answer(stream, &self.status(Instant::now())),
-                    Err(error) => warn!("the status socket failed: {error}"),
-                },
+                connection = status.accept() => {
+                    status_socket::answer(connection, || self.status(Instant::now()));
+                }
                 () = wake => {}
             }
         }
@@ -384,7 +355,7 @@ impl Control<'_> {
     }
 
     /// What a lane passes on.
-    fn handle(&mut self, now: Instant, message: ToControl) -> Result<(), DaemonError> {
+    fn handle(&mut self, now: Instant, message: ToControl) -> Result<()> {
         if let Some((peer, queue)) = message.origin() {
             self.shared.waiting[usize::from(peer.0)].leave(queue);
         }
@@ -411,7 +382,7 @@ impl Control<'_> {
                 tunnel.session_heard(now, &session, path);
                 return Ok(());
             }
-            ToControl::Failed(what) => return Err(DaemonError::Failed(what)),
+            ToControl::Failed(what) => return Err(failed(what)),
         };
         if let Err(reason) = result {
             self.shared.peer_drops[usize::from(peer.0)].count(reason);
@@ -487,7 +458,7 @@ impl Control<'_> {
             Event::PeerConfig(announcement) => self.peer_announced(now, index, announcement),
             Event::PathMtu(_) => self.set_mtu(index),
             Event::Rtt(rtt) => debug!(peer = index, ?rtt, "round trip"),
-            Event::Warning(warning) => self.warn(index, &warning.to_string()),
+            Event::Warning(warning) => self.warn(now, index, &warning.to_string()),
         }
     }
 
@@ -502,6 +473,7 @@ impl Control<'_> {
             State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
             State::Connecting => {}
         }
+        notify_status(&self.summary());
     }
 
     /// What the peer says of itself.
@@ -513,7 +485,7 @@ impl Control<'_> {
             (Announcement::New { deliver, error, .. }, Translation::Old(_)) => {
                 self.peers[index].deliver = Some(deliver);
                 if let Some(error) = error {
-                    self.warn(index, &format!("the new server says: {error}"));
+                    self.warn(now, index, &format!("the new server says: {error}"));
                 }
             }
             // The handshake does not let two daemons of one role agree.
@@ -559,7 +531,7 @@ impl Control<'_> {
         let (accepted, refused): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(others);
         if refused != self.peers[index].refused {
             for moved in &refused {
-                self.warn(index, &taken(moved));
+                self.warn(now, index, &taken(moved));
             }
             self.peers[index].refused = refused;
         }
@@ -569,7 +541,7 @@ impl Control<'_> {
             if let Translation::New(translator) = &self.shared.translation
                 && let Err(error) = translator.set_moves(self.peers[index].id, accepted.clone())
             {
-                self.warn(index, &error.to_string());
+                self.warn(now, index, &error.to_string());
             }
             self.peers[index].moves = accepted;
         }
@@ -585,7 +557,7 @@ impl Control<'_> {
             };
             if !moved.clone().any(names) {
                 let text = format!("--deliver {map}: that port has not moved here");
-                self.warn(index, &text);
+                self.warn(now, index, &text);
             }
         }
     }
@@ -646,12 +618,12 @@ impl Control<'_> {
         });
         let error = error.or(held.err());
         if let Err(error) = translator.set_delivery(self.peers[index].id, delivery) {
-            self.warn(index, &error.to_string());
+            self.warn(now, index, &error.to_string());
         }
         if self.peers[index].deliver != Some(deliver) {
             self.peers[index].deliver = Some(deliver);
             if let Some(error) = &error {
-                self.warn(index, error);
+                self.warn(now, index, error);
             }
         }
         // What is refused was told here when it was; there it is told with everything else.
@@ -802,31 +774,17 @@ impl Control<'_> {
     ///
     /// # Errors
     /// If only a new start can: the old server's programs know their interface by its number.
-    fn repair(&mut self, now: Instant) -> Result<(), DaemonError> {
+    fn repair(&mut self, now: Instant) -> Result<()> {
         if now < self.next_repair {
             return Ok(());
         }
         self.next_repair = now + REPAIR_EVERY;
-        let Repairs { made, failed } = self.host.repair();
-        for change in made {
-            let line = format!("somebody removed {change}; it is back");
-            warn!("{line}");
-            self.keep_warning(line);
+        let broken = self.repairer.repair(now, self.host, &mut self.warnings);
+        if !broken || self.config.role == Role::New {
+            return Ok(());
         }
-        for Failure { change, reason } in &failed {
-            if !self.broken.contains(change) {
-                let line = format!("{change} is gone and cannot be made again: {reason}");
-                warn!("{line}");
-                self.keep_warning(line);
-            }
-        }
-        self.broken = failed.into_iter().map(|failure| failure.change).collect();
-        let again = match self.config.role {
-            Role::Old if !self.broken.is_empty() => self.netlink.link_by_name(&self.uplink.name),
-            Role::Old | Role::New => return Ok(()),
-        };
-        match again {
-            Ok(Some(link)) if link.index != self.uplink.index => Err(DaemonError::Failed(format!(
+        match self.netlink.link_by_name(&self.uplink.name) {
+            Ok(Some(link)) if link.index != self.uplink.index => Err(failed(format!(
                 "interface {} was deleted and made again, and has to be captured from anew: start ipmoved again",
                 link.name
             ))),
@@ -870,7 +828,7 @@ impl Control<'_> {
         if peer.unresolved != failure {
             peer.unresolved.clone_from(&failure);
             if let Some(error) = failure {
-                self.warn(index, &format!("{error}; trying again"));
+                self.warn(now, index, &format!("{error}; trying again"));
             }
         }
     }
@@ -881,7 +839,7 @@ impl Control<'_> {
     fn announce_start(&mut self) {
         for text in std::mem::take(&mut self.config.warnings) {
             warn!("{text}");
-            self.keep_warning(text);
+            let _ = self.warnings.keep(self.started, text);
         }
         for (peer, config) in self.peers.iter().zip(&self.config.peers) {
             let name = self.name(usize::from(peer.id.0));
@@ -904,18 +862,22 @@ impl Control<'_> {
         }
     }
 
-    fn warn(&mut self, index: usize, text: &str) {
+    fn warn(&mut self, now: Instant, index: usize, text: &str) {
         let name = self.name(index);
-        warn!(peer = name, "{text}");
-        self.keep_warning(format!("{name}: {text}"));
+        if self.warnings.keep(now, format!("{name}: {text}")) {
+            warn!(peer = name, "{text}");
+        }
     }
 
-    fn keep_warning(&mut self, line: String) {
-        self.warnings.retain(|known| *known != line);
-        if self.warnings.len() == KEPT_WARNINGS {
-            self.warnings.pop_front();
-        }
-        self.warnings.push_back(line);
+    /// How the tunnels do, for the service manager.
+    fn summary(&self) -> String {
+        let up = self.peers.iter().filter(|peer| peer.state == State::Up);
+        let all = self.peers.len();
+        format!(
+            "{} server, {} of {all} tunnels up",
+            self.config.role,
+            up.count()
+        )
     }
 
     /// The peer as configured, or as it was heard.
@@ -955,7 +917,7 @@ impl Control<'_> {
             uptime_s: now.duration_since(self.started).as_secs(),
             offloads,
             drops: names(&self.shared.drops),
-            warnings: self.warnings.iter().cloned().collect(),
+            warnings: self.warnings.lines(),
         }
     }
 
@@ -1066,98 +1028,4 @@ pub(super) fn names(drops: &Drops) -> BTreeMap<String, u64> {
         .iter()
         .map(|(reason, count)| (reason.name().to_owned(), count))
         .collect()
-}
-
-/// Sends the status and hangs up; a client that does not read is given up.
-pub(super) fn answer(mut stream: UnixStream, status: &Status) {
-    let text = match serde_json::to_vec(status) {
-        Ok(text) => text,
-        Err(error) => return warn!("cannot write the status: {error}"),
-    };
-    tokio::spawn(async move {
-        let sent = tokio::time::timeout(STATUS_PATIENCE, stream.write_all(&text)).await;
-        if !matches!(sent, Ok(Ok(()))) {
-            debug!("a client of the status socket went away");
-        }
-    });
-}
-
-/// The signals that end the daemon.
-pub(super) struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    pub(super) fn new() -> Result<Self, DaemonError> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate()).map_err(failed)?,
-            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
-        })
-    }
-
-    pub(super) async fn recv(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
-}
-
-/// The threads that carry packets.
-#[derive(Default)]
-struct Lanes {
-    threads: Vec<JoinHandle<()>>,
-    stop: Vec<OwnedFd>,
-}
-
-impl Lanes {
-    /// A descriptor that becomes readable when the lanes are to stop.
-    fn stop_fd(&mut self) -> Result<OwnedFd, DaemonError> {
-        let fd = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed)?;
-        self.stop.push(fd.try_clone().map_err(failed)?);
-        Ok(fd)
-    }
-
-    fn start(&mut self, parts: LaneParts) -> Result<(), DaemonError> {
-        let thread = std::thread::Builder::new()
-            .name(format!("lane-{}", parts.number))
-            .spawn(move || Lane::run(parts))
-            .map_err(failed)?;
-        self.threads.push(thread);
-        Ok(())
-    }
-
-    fn stop(self) {
-        for fd in &self.stop {
-            if let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes()) {
-                warn!("cannot stop a lane: {error}");
-            }
-        }
-        for thread in self.threads {
-            if thread.join().is_err() {
-                warn!("a lane had crashed");
-            }
-        }
-    }
-}
-
-/// Tells the service manager that everything is set up (`sd_notify(3)`).
-pub(super) fn notify_ready() {
-    let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    let name = address.to_string_lossy().into_owned();
-    let sent = (|| {
-        use std::os::linux::net::SocketAddrExt;
-        use std::os::unix::net::{SocketAddr, UnixDatagram};
-        let to = match name.strip_prefix('@') {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
-            None => SocketAddr::from_pathname(&name)?,
-        };
-        UnixDatagram::unbound()?.send_to_addr(b"READY=1", &to)
-    })();
-    if let Err(error) = sent {
-        warn!("cannot tell the service manager that all is ready: {error}");
-    }
 }

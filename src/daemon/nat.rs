@@ -6,27 +6,29 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::info;
 
-use super::DaemonError;
-use super::control::{REPAIR_EVERY, Signals, answer, failed, names, notify_ready, undo};
-use super::setup::{find_uplink, listen, raise_tun, refused, system, tun_refused};
+use super::control::names;
+use super::service::{
+    DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, failed, input,
+    notify_ready, notify_stopping, system, undo, warn_of_left,
+};
+use super::setup::{find_uplink, raise_tun};
+use super::status_socket;
+use super::warnings::Warnings;
 use crate::daemon::confine;
 use crate::flow::nat::{Nat, NatConfig, PORTS, Target};
 use crate::flow::seed::Seed;
 use crate::io::tun::{TunError, TunOptions, TunQueue};
 use crate::kernel::masquerade::{self, Towards};
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Failure, Host, Repairs, journal};
+use crate::kernel::{Host, journal};
 use crate::lane::nat::{NatCounters, NatLane};
 use crate::model::peer::Role;
 use crate::model::status::{Flows, Offloads, State, Status, TunnelStatus, Way};
@@ -37,20 +39,14 @@ use crate::settings::config::NatSettings;
 /// # Errors
 /// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
 pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
-    runtime.block_on(async {
+    block_on(async {
         let Ready { mut host, tools } = Ready::new(&settings, runtime_dir)?;
         // Before the first thread: what is given up is given up by those that follow as well.
         confine::drop_privileges();
-        let mut thread = None;
-        let result = carry(settings, tools, &mut host, &mut thread).await;
+        let mut threads = Threads::default();
+        let result = carry(settings, tools, &mut host, &mut threads).await;
         let undone = undo(&mut host);
-        if let Some(thread) = thread {
-            thread.stop();
-        }
+        threads.stop();
         result.and(undone)
     })
 }
@@ -70,35 +66,17 @@ struct Tools {
     towards: Vec<Towards>,
 }
 
-/// The thread that carries packets.
-struct Thread {
-    handle: JoinHandle<()>,
-    stop: OwnedFd,
-}
-
-impl Thread {
-    fn stop(self) {
-        if let Err(error) = rustix::io::write(&self.stop, &1u64.to_ne_bytes()) {
-            warn!("cannot stop the lane: {error}");
-        }
-        if self.handle.join().is_err() {
-            warn!("the lane had crashed");
-        }
-    }
-}
-
 impl Ready {
     /// Checks everything, then changes what has to be changed. To be called inside the runtime.
-    fn new(settings: &NatSettings, runtime_dir: &Path) -> Result<Self, DaemonError> {
+    fn new(settings: &NatSettings, runtime_dir: &Path) -> Result<Self> {
         let netlink = Netlink::new().map_err(system)?;
-        let mut host = Host::open(runtime_dir).map_err(refused)?;
+        let mut host = Host::open(runtime_dir)?;
         if netlink
             .link_by_name(&settings.tun)
             .map_err(system)?
             .is_some()
         {
-            let error = TunError::Exists(settings.tun.clone());
-            return Err(DaemonError::Input(error.to_string()));
+            return Err(TunError::Exists(settings.tun.clone()).into());
         }
         let servers: Vec<IpAddr> = settings.to.iter().map(|to| to.ip).collect();
         let moves: Vec<_> = settings.moves.iter().collect();
@@ -109,29 +87,22 @@ impl Ready {
             .collect::<Result<Vec<_>, _>>()?;
         // What a killed predecessor reserved keeps everybody else out; its own flows are no sockets.
         if let Some(conflict) = masquerade::conflict(&PORTS, &towards) {
-            return Err(DaemonError::Input(format!(
+            return Err(input(format!(
                 "{conflict} is in use on this server, and ports {}-{} have to stand for clients: \
                  close it, or let it use another",
                 PORTS.start(),
                 PORTS.end()
             )));
         }
-        let status = listen(&host)?;
+        let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
-        let (queues, _) =
-            TunQueue::create(&settings.tun, 1, TunOptions::default()).map_err(tun_refused)?;
+        let (queues, _) = TunQueue::create(&settings.tun, 1, TunOptions::default())?;
         let queue = queues.into_iter().next();
         let queue = queue.ok_or_else(|| system("the TUN interface has no queue"))?;
         let tun = raise_tun(&netlink, &settings.tun, uplink.mtu)?;
         let moves = &settings.moves;
         let desired = masquerade::plan(&netlink, moves, &uplink, &towards, &tun, &PORTS);
-        let report = host.reconcile(desired.map_err(system)?).map_err(system)?;
-        for failure in report.left {
-            warn!(
-                "left by an earlier run and still there: {}: {}",
-                failure.change, failure.reason
-            );
-        }
+        warn_of_left(&host.reconcile(desired.map_err(system)?)?);
         let tools = Tools {
             signals,
             status,
@@ -144,17 +115,12 @@ impl Ready {
 }
 
 /// The way to the new server, and the address it is asked from.
-fn find_server(
-    netlink: &Netlink,
-    settings: &NatSettings,
-    to: IpAddr,
-) -> Result<Towards, DaemonError> {
-    let input = |text: String| Err(DaemonError::Input(text));
+fn find_server(netlink: &Netlink, settings: &NatSettings, to: IpAddr) -> Result<Towards> {
     let held = netlink.addresses().map_err(system)?;
     if held.iter().any(|held| held.addr == to) {
-        return input(format!(
+        return Err(input(format!(
             "--to {to} is an address of this server itself; give that of the other one"
-        ));
+        )));
     }
     let route = netlink.route_get(to, None, None);
     let link = match route.as_ref().ok().and_then(|route| route.oif) {
@@ -162,9 +128,9 @@ fn find_server(
         None => None,
     };
     let Some(link) = link.filter(|link| !link.loopback) else {
-        return input(format!(
+        return Err(input(format!(
             "--to {to}: no route leads there; `ip route get {to}` says why"
-        ));
+        )));
     };
     // What all of has moved, clients speak to. Of IPv6 addresses the kernel may prefer it all the
     // same, and another will do; of IPv4 ones it prefers the primary one, so that was a mistake.
@@ -183,11 +149,11 @@ fn find_server(
         .chain(of_link)
         .find(|&addr| !is_moved(addr))
     else {
-        return input(format!(
+        return Err(input(format!(
             "--to {to}: every address this server can speak to it from has moved, your login included; \
              move only the service's ports, as in --move {}:80,443/tcp",
             settings.moves[0].addr
-        ));
+        )));
     };
     Ok(Towards { to, own, link })
 }
@@ -198,8 +164,8 @@ async fn carry(
     settings: NatSettings,
     tools: Tools,
     host: &mut Host,
-    running: &mut Option<Thread>,
-) -> Result<(), DaemonError> {
+    threads: &mut Threads,
+) -> Result<()> {
     let started = Instant::now();
     let Tools {
         mut signals,
@@ -227,25 +193,14 @@ async fn carry(
         epoch: started,
     });
     let counters = Arc::new(NatCounters::default());
-    let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed)?;
     let (tell, mut ended) = mpsc::channel(1);
-    let lane = NatLane::new(
-        queue,
-        nat,
-        Arc::clone(&counters),
-        stop.try_clone().map_err(failed)?,
-        started,
-    );
-    let handle = std::thread::Builder::new()
-        .name("nat".into())
-        .spawn(move || {
-            if let Err(error) = lane.run() {
-                // The other end is gone only if the daemon is ending already.
-                let _ = tell.blocking_send(error);
-            }
-        })
-        .map_err(failed)?;
-    *running = Some(Thread { handle, stop });
+    let counts = Arc::clone(&counters);
+    threads.start("nat".into(), move |stop| {
+        if let Err(error) = NatLane::new(queue, nat, counts, stop, started).run() {
+            // The other end is gone only if the daemon is ending already.
+            let _ = tell.blocking_send(error);
+        }
+    })?;
     for end in &towards {
         info!(
             uplink = uplink.name,
@@ -254,31 +209,24 @@ async fn carry(
             "translating both addresses: the new server sees this one's, and nothing is encrypted"
         );
     }
-    notify_ready();
+    let servers: Vec<String> = towards.iter().map(|end| end.to.to_string()).collect();
+    notify_ready(&format!("translating to {}", servers.join(" and ")));
     let mut repair = tokio::time::interval(REPAIR_EVERY);
+    let (mut repairer, mut warnings) = (Repairer::default(), Warnings::default());
     let result = loop {
         tokio::select! {
             () = signals.recv() => break Ok(()),
-            Some(error) = ended.recv() => break Err(DaemonError::Failed(error)),
-            connection = status.accept() => match connection {
-                Ok((stream, _)) => {
-                    let up = Instant::now().duration_since(started);
-                    answer(stream, &report(&settings, &towards, &uplink, &counters, up));
-                }
-                Err(error) => warn!("the status socket failed: {error}"),
-            },
+            Some(error) = ended.recv() => break Err(failed(error)),
+            connection = status.accept() => status_socket::answer(connection, || {
+                let up = Instant::now().duration_since(started);
+                report(&settings, &towards, &uplink, &counters, up, warnings.lines())
+            }),
             _ = repair.tick() => {
-                let Repairs { made, failed } = host.repair();
-                for change in made {
-                    warn!("somebody removed {change}; it is back");
-                }
-                for Failure { change, reason } in failed {
-                    warn!("{change} is gone and cannot be made again: {reason}");
-                }
+                repairer.repair(Instant::now(), host, &mut warnings);
             }
         }
     };
-    info!("stopping");
+    notify_stopping();
     result
 }
 
@@ -305,6 +253,7 @@ fn report(
     uplink: &Link,
     counters: &NatCounters,
     up: Duration,
+    warnings: Vec<String>,
 ) -> Status {
     let (rx, tx) = (counters.to_clients(), counters.to_server());
     let stats = counters.flows();
@@ -351,6 +300,6 @@ fn report(
         uptime_s: up.as_secs(),
         offloads: Offloads::default(),
         drops: BTreeMap::new(),
-        warnings: Vec::new(),
+        warnings,
     }
 }
