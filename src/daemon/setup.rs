@@ -195,8 +195,9 @@ pub(super) fn find_uplink(
     for moved in moves {
         let Some(address) = addresses.iter().find(|held| held.addr == moved.addr) else {
             warn!(
-                "{} is not configured on this server: its packets come only if the network routes them here",
-                moved.addr
+                address = %moved.addr,
+                "not configured on this server: its packets come only if the network routes \
+                 them here"
             );
             continue;
         };
@@ -206,7 +207,8 @@ pub(super) fn find_uplink(
         match &holding {
             Some((first, other)) if first.index != link.index => {
                 return Err(input(format!(
-                    "{} is on {} and {} on {}: one ipmoved serves one interface; name it with --uplink",
+                    "{} is on {} and {} on {}: one ipmoved serves one interface; \
+                     name it with --uplink",
                     other.addr, first.name, moved.addr, link.name
                 )));
             }
@@ -263,13 +265,15 @@ fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>
         for moved in peer.moves.iter().filter(|moved| takes_logins(moved)) {
             if Some(moved.addr) == remote {
                 return Err(input(format!(
-                    "--move {moved} is the peer's own address; give the address that clients still use"
+                    "--move {moved} is the peer's own address; \
+                     give the address that clients still use"
                 )));
             }
             if ours.contains(&moved.addr) {
                 return Err(input(format!(
-                    "--move {moved} would take the address this server itself uses to reach the peer, \
-                     your login included; move only the service's ports, as in --move {}, \
+                    "--move {moved} would take the address this server itself uses to reach \
+                     the peer, your login included; move only the service's ports, \
+                     as in --move {}, \
                      or let this server use another of its addresses (--listen ADDR:PORT)",
                     Move {
                         ports: vec![80..=80, 443..=443],
@@ -298,7 +302,8 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<()> {
             let will_be = keeps && map.to == map.moved;
             if !will_be && !addresses.iter().any(|held| held.addr == map.to) {
                 return Err(input(format!(
-                    "--deliver {map}: {} is not an address of this server; `ip addr` lists those that are",
+                    "--deliver {map}: {} is not an address of this server; \
+                     `ip addr` lists those that are",
                     map.to
                 )));
             }
@@ -310,7 +315,8 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<()> {
         for addr in wanted {
             if !addresses.iter().any(|held| held.addr == addr) {
                 return Err(input(format!(
-                    "--deliver-to {addr} is not an address of this server; `ip addr` lists those that are"
+                    "--deliver-to {addr} is not an address of this server; \
+                     `ip addr` lists those that are"
                 )));
             }
         }
@@ -361,7 +367,8 @@ fn bind(config: &Config) -> Result<Vec<UdpSocket>> {
     })
 }
 
-/// Brings the TUN up, without addresses, and keeps the kernel from speaking on it of its own accord.
+/// Brings the TUN up, without addresses, and keeps the kernel from speaking on it of its own
+/// accord.
 pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link> {
     let tun = netlink
         .link_by_name(name)

@@ -54,8 +54,8 @@ pub fn ask(socket: &Path) -> Result<Status, StatusError> {
     serde_json::from_str(&text).map_err(|error| StatusError::Answer(error.into()))
 }
 
-/// Opens the daemon's end in the directory of its namespace, whose lock it holds: whatever lies there
-/// is a dead predecessor's.
+/// Opens the daemon's end in the directory of its namespace, whose lock it holds: whatever lies
+/// there is a dead predecessor's.
 pub(super) fn listen(dir: &Path) -> Result<UnixListener> {
     let path = dir.join(STATUS_SOCKET);
     let opened = || {

@@ -1,4 +1,5 @@
-//! What an administrator should know: which lines `status` still shows, and when one is logged again.
+//! What an administrator should know: which lines `status` still shows, and when one is logged
+//! again.
 //!
 //! Owns the newest few lines. It reads no clock and logs nothing; whoever keeps a line here logs it
 //! if told to.
