@@ -6,17 +6,23 @@
 //!     ├──► lanes: one thread each, or two, carrying packets    (lane)
 //!     │       │ handshakes, control messages     ▲ sessions, endpoints
 //!     │       ▼                                  │
-//!     └──► control: one thread, everything else  (control)
+//!     └──► control: one thread, everything else; it asks
+//!             the tunnels   how to reach a peer                (channel)
+//!             the policy    what to do                         (policy)
 //! ```
 //!
-//! Way 1, without a tunnel, is `nat`'s.
+//! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
+//! threads, undo, errors), `warnings` and `report` (what `ipmoved status` is told), and
+//! `status_socket` (how it is told).
 //!
 //! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
-//! goes through is `lane`'s.
+//! goes through is `lane`'s, and neither knows of the daemon.
 
 pub mod confine;
 mod control;
 mod nat;
+mod policy;
+mod report;
 mod service;
 mod setup;
 pub mod status_socket;
@@ -24,6 +30,7 @@ mod warnings;
 
 use std::path::Path;
 
+use crate::model::peer::PeerId;
 use crate::settings::config::Config;
 
 pub use nat::run as run_nat;
@@ -40,4 +47,9 @@ pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
         confine::drop_privileges();
         control::run(config, ready).await
     })
+}
+
+/// A peer's place in what there is one of for each.
+fn index(peer: PeerId) -> usize {
+    usize::from(peer.0)
 }

@@ -1,20 +1,19 @@
-//! The daemon of `ipmoved nat`: the old server alone translates both addresses. There is no peer, no
-//! channel, and nothing is encrypted.
+//! The daemon of `ipmoved nat`: the old server alone translates both addresses. There is no peer,
+//! no channel, and nothing is encrypted.
 //!
 //! Owns the order of things, as [`control`](super::control) does for the tunnel. What happens to a
 //! packet is [`lane::nat`](crate::lane::nat)'s business.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::info;
 
-use super::control::names;
+use super::report;
 use super::service::{
     DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, failed, input,
     notify_ready, notify_stopping, system, undo, warn_of_left,
@@ -30,8 +29,6 @@ use crate::kernel::masquerade::{self, Towards};
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Host, journal};
 use crate::lane::nat::{NatCounters, NatLane};
-use crate::model::peer::Role;
-use crate::model::status::{Flows, Offloads, State, Status, TunnelStatus, Way};
 use crate::settings::config::NatSettings;
 
 /// Runs until a signal ends it, and undoes everything then.
@@ -85,7 +82,8 @@ impl Ready {
             .iter()
             .map(|&to| find_server(&netlink, settings, to))
             .collect::<Result<Vec<_>, _>>()?;
-        // What a killed predecessor reserved keeps everybody else out; its own flows are no sockets.
+        // What a killed predecessor reserved keeps everybody else out; its own flows are no
+        // sockets.
         if let Some(conflict) = masquerade::conflict(&PORTS, &towards) {
             return Err(input(format!(
                 "{conflict} is in use on this server, and ports {}-{} have to stand for clients: \
@@ -150,8 +148,8 @@ fn find_server(netlink: &Netlink, settings: &NatSettings, to: IpAddr) -> Result<
         .find(|&addr| !is_moved(addr))
     else {
         return Err(input(format!(
-            "--to {to}: every address this server can speak to it from has moved, your login included; \
-             move only the service's ports, as in --move {}:80,443/tcp",
+            "--to {to}: every address this server can speak to it from has moved, \
+             your login included; move only the service's ports, as in --move {}:80,443/tcp",
             settings.moves[0].addr
         )));
     };
@@ -218,8 +216,13 @@ async fn carry(
             () = signals.recv() => break Ok(()),
             Some(error) = ended.recv() => break Err(failed(error)),
             connection = status.accept() => status_socket::answer(connection, || {
-                let up = Instant::now().duration_since(started);
-                report(&settings, &towards, &uplink, &counters, up, warnings.lines())
+                let daemon = report::Daemon {
+                    tun: settings.tun.clone(),
+                    port: 0,
+                    up: started.elapsed(),
+                    warnings: warnings.lines(),
+                };
+                report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),
             _ = repair.tick() => {
                 repairer.repair(Instant::now(), host, &mut warnings);
@@ -244,62 +247,4 @@ fn port_seed() -> Seed {
         })
     };
     Seed::new([word(high), word(low)])
-}
-
-/// What `status` says: one entry for each address that is translated to.
-fn report(
-    settings: &NatSettings,
-    towards: &[Towards],
-    uplink: &Link,
-    counters: &NatCounters,
-    up: Duration,
-    warnings: Vec<String>,
-) -> Status {
-    let (rx, tx) = (counters.to_clients(), counters.to_server());
-    let stats = counters.flows();
-    let entry = |end: &Towards, port: Option<u16>| TunnelStatus {
-        peer: end.to.to_string(),
-        endpoint: Some(end.to.to_string()),
-        role: Role::Old,
-        state: State::Up,
-        cipher: None,
-        rtt_ms: None,
-        handshake_age_s: None,
-        mtu: end.link.mtu.min(uplink.mtu) as usize,
-        moved: (settings.moves.iter())
-            .filter(|moved| moved.addr.is_ipv4() == end.to.is_ipv4())
-            .map(ToString::to_string)
-            .collect(),
-        deliver_to: Some(match port {
-            None => end.to.to_string(),
-            Some(port) => std::net::SocketAddr::new(end.to, port).to_string(),
-        }),
-        deliver: Vec::new(),
-        flows: Flows {
-            live: stats.live,
-            max: stats.max,
-            evicted: stats.evicted,
-            collisions: stats.collisions,
-            refused: stats.refused,
-        },
-        rx,
-        tx,
-        drops: names(&counters.drops),
-    };
-    Status {
-        way: Way::Nat,
-        tunnels: towards
-            .iter()
-            .zip(&settings.to)
-            .map(|(end, to)| entry(end, to.port))
-            .collect(),
-        tun: settings.tun.clone(),
-        port: 0,
-        version: env!("CARGO_PKG_VERSION").into(),
-        pid: std::process::id(),
-        uptime_s: up.as_secs(),
-        offloads: Offloads::default(),
-        drops: BTreeMap::new(),
-        warnings,
-    }
 }

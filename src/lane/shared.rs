@@ -111,7 +111,7 @@ pub struct View {
 }
 
 /// What a host is to packets that only pass through it.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Hop {
     /// Its own address of each family, which has not moved.
     pub v4: Option<Ipv4Addr>,
