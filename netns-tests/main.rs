@@ -35,6 +35,7 @@ mod rekey;
 mod relay;
 mod restart;
 mod second;
+mod service_manager;
 mod serving;
 mod several;
 mod stage;

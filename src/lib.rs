@@ -26,7 +26,7 @@
 //! | [`settings`] | what was typed, and what it means |
 //! | [`kernel`] | every change of the host's network, recorded and undone |
 //! | [`lane`] | the two loops that carry packets, and what they share with the control task |
-//! | [`daemon`] | the process: set-up, control task, privileges |
+//! | [`daemon`] | the process: set-up, what it decides, control task, privileges |
 //! | [`lab`] | throwaway namespaces for the demo, the tests and the benches |
 //! | [`command`] | what is printed |
 //!

@@ -1,12 +1,12 @@
-//! What the daemon gives up once it does not need it any more: copies of the key, privileges, system
-//! calls. Whoever takes the daemon over through a mistake in it finds little to go on with.
+//! What the daemon gives up once it does not need it any more: copies of the key, privileges,
+//! system calls. Whoever takes the daemon over through a mistake in it finds little to go on with.
 //!
-//! Owns nothing that the daemon needs to work: where the kernel cannot do one of these, the daemon says
-//! so at DEBUG and goes on.
+//! Owns nothing that the daemon needs to work: where the kernel cannot do one of these, the daemon
+//! says so at DEBUG and goes on.
 //!
 //! What cannot be reached: the copies of a key that `clap`, `toml` and the standard library made of
-//! arguments and file, on the heap and on the stack; they are freed, and overwritten only by what comes
-//! next. A key in a file of its own (`--psk-file`) is read into one buffer that is wiped.
+//! arguments and file, on the heap and on the stack; they are freed, and overwritten only by what
+//! comes next. A key in a file of its own (`--psk-file`) is read into one buffer that is wiped.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,8 +25,8 @@ use zeroize::Zeroizing;
 
 use crate::settings::psk::PSK_VARIABLE;
 
-/// What the daemon still does after its start that takes privileges: it changes links and undoes its
-/// routes, rules and filters. Programs are loaded and the device is made before.
+/// What the daemon still does after its start that takes privileges: it changes links and undoes
+/// its routes, rules and filters. Programs are loaded and the device is made before.
 const NEEDED: CapabilitySet = CapabilitySet::NET_ADMIN;
 
 /// Highest capability there is (`CAP_CHECKPOINT_RESTORE`).
@@ -40,10 +40,11 @@ const FAMILIES: [i32; 4] = [
     libc::AF_UNIX,
 ];
 
-/// System calls that the daemon never makes, and that lead out of it: to other programs, other processes,
-/// other namespaces, other files than its own, the kernel itself, or around this filter. A list of what is
-/// forbidden, not of what is allowed: a C library that one day undoes our routes with a call we had not
-/// thought of must not be stopped half way. The systemd unit has a list of what is allowed.
+/// System calls that the daemon never makes, and that lead out of it: to other programs, other
+/// processes, other namespaces, other files than its own, the kernel itself, or around this filter.
+/// A list of what is forbidden, not of what is allowed: a C library that one day undoes our routes
+/// with a call we had not thought of must not be stopped half way. The systemd unit has a list of
+/// what is allowed.
 const FORBIDDEN: &[i64] = &[
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -113,8 +114,8 @@ pub fn forget_command_line() {
 fn forget() -> io::Result<()> {
     let stat = fs::read_to_string("/proc/self/stat")?;
     let [arguments, environment] = areas(&stat).ok_or(io::ErrorKind::InvalidData)?;
-    // The process writes to itself by the file that the kernel has for that, over strings that nobody
-    // holds: what the standard library gives of them are copies.
+    // The process writes to itself by the file that the kernel has for that, over strings that
+    // nobody holds: what the standard library gives of them are copies.
     let memory = File::options()
         .read(true)
         .write(true)
@@ -203,8 +204,8 @@ fn drop_capabilities() -> rustix::io::Result<()> {
     for number in 0..=LAST_CAPABILITY {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         if !NEEDED.contains(capability) {
-            // Fails for those that the kernel does not know, and without CAP_SETPCAP: then nothing can be
-            // regained from it either, since nothing can be executed.
+            // Fails for those that the kernel does not know, and without CAP_SETPCAP: then nothing
+            // can be regained from it either, since nothing can be executed.
             let _ = rustix::thread::remove_capability_from_bounding_set(capability);
         }
     }

@@ -1,79 +1,64 @@
 //! The control task: everything that is not a packet.
 //!
 //! One thread that waits for whatever comes first: what lanes pass on, a timer of a tunnel, a
-//! question on the status socket, a name to look up, a signal. What the tunnels decide becomes a
-//! new view for the lanes. Nothing here is ever waited for by a lane.
+//! question on the status socket, a name that was looked up, a signal. It hands what it saw to the
+//! tunnels (channel) and to the [`Policy`] (decisions), and carries out what they say; what
+//! concerns lanes becomes a new view for them. Nothing here is ever waited for by a lane.
+//!
+//! Owns the order of things and every call to the kernel while the daemon runs. Decides nothing.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use rustix::event::{EventfdFlags, eventfd};
-use tokio::io::AsyncWriteExt;
-use tokio::net::{UnixListener, UnixStream};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
-use super::DaemonError;
+use super::index;
+use super::policy::{
+    Action, Addresses, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu,
+};
+use super::report;
+use super::service::{
+    Cause, REPAIR_EVERY, Repairer, Result, Signals, Threads, failed, notify_ready, notify_status,
+    notify_stopping, undo,
+};
 use super::setup::{Ready, Tools, resolve};
+use super::status_socket;
+use super::warnings::Warnings;
 use crate::channel::pmtu;
-use crate::channel::session::{Door, Offer, SessionIndexes};
-use crate::channel::tunnel::{Announcement, Deliver, Event, State, Timers, Tunnel, TunnelConfig};
-use crate::channel::wire::DATA_OVERHEAD;
-use crate::flow::role::{Forwarder as Translation, Hop};
-use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use crate::channel::session::{Door, Offer, PeerKeys, SessionIndexes};
+use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
+use crate::flow::role::{Forwarder, Hop};
+use crate::flow::translate::{Gate, Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::UdpSocket;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Change, Failure, Host, Repairs, keep};
+use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, PeerView, Shared, View};
 use crate::lane::{BusyLanes, Lane, LaneParts, ToControl, Waiting};
 use crate::model::drops::Drops;
-use crate::model::moved::Move;
-use crate::model::peer::{Path, PeerId, Role};
-use crate::model::status::{self, Flows, Offloads, Status, Traffic, TunnelStatus, Way};
+use crate::model::peer::{PeerId, Role};
+use crate::model::status::{Offloads, Status};
 use crate::packet::offload::Reach;
 use crate::settings::args::Offload;
 use crate::settings::config::{Config, PeerConfig};
-use crate::settings::values::DeliverTo;
+use crate::settings::values::PeerAddr;
 
-/// How often a name is looked up again while the peer does not answer.
-const RESOLVE_EVERY: Duration = Duration::from_secs(10);
-
-/// How often the path to a peer is looked at: its MTU may have changed. What a router says arrives at
-/// the kernel's route, which tells nobody; a transfer that is too big stalls until it is asked.
+/// How often the path to a peer is looked at: its MTU may have changed. What a router says arrives
+/// at the kernel's route, which tells nobody; a transfer that is too big stalls until it is asked.
 const PATH_EVERY: Duration = Duration::from_secs(1);
 
 /// How often this server's addresses are listed, for the case that some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
-/// How often the kernel is asked whether the daemon's changes are still there.
-pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
-
-/// Warnings that `status` still shows.
-const KEPT_WARNINGS: usize = 8;
-
-/// How long a client of the status socket may take to read.
-const STATUS_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Smallest MTU an interface that carries IPv6 may have (RFC 8200 section 5).
-const MIN_MTU: u32 = 1_280;
-
-/// IP and UDP headers in front of a datagram.
-fn outer_headers(to: SocketAddr) -> usize {
-    if to.is_ipv4() { 20 + 8 } else { 40 + 8 }
-}
-
 /// Carries packets until a signal, then undoes everything, whatever went wrong.
-pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError> {
+pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
     let Ready { mut host, tools } = ready;
-    let mut lanes = Lanes::default();
+    let mut lanes = Threads::default();
     let result = carry(config, tools, &mut host, &mut lanes).await;
     let undone = undo(&mut host);
     lanes.stop();
@@ -82,14 +67,15 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<(), DaemonError>
 
 /// Carries packets until a signal, then says goodbye.
 async fn carry(
-    config: Config,
+    mut config: Config,
     tools: Tools,
     host: &mut Host,
-    lanes: &mut Lanes,
-) -> Result<(), DaemonError> {
+    lanes: &mut Threads,
+) -> Result<()> {
     let started = Instant::now();
+    let peers = config.peers.len();
     // Each peer has places of its own; one more for a lane's last word.
-    let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(config.peers.len()) + 1);
+    let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(peers) + 1);
     let Tools {
         mut signals,
         netlink,
@@ -102,44 +88,60 @@ async fn carry(
         endpoints,
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
-    let lanes_wanted = sockets.len() as u8;
+    let (keys, rules) = take_peers(&mut config);
+    let facts = HostFacts {
+        uplink_mtu: uplink.mtu,
+        tun_mtu: tun.mtu,
+        left: keep::held(host.made()).collect(),
+    };
+    let policy = Policy::new(config.role, rules, facts, started);
+    let tunnels = tunnels(
+        &config,
+        &policy,
+        &keys,
+        &endpoints,
+        sockets.len() as u8,
+        started,
+    )?;
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(View::default()),
-        translation: translation(&config, started)?,
-        door: Door::new(peer_ids(&config).zip(config.peers.iter().map(|peer| peer.keys.clone()))),
+        translation: translation(&config, &policy, started)?,
+        door: Door::new(policy.peers().zip(keys)),
         drops: Drops::default(),
-        peer_drops: config.peers.iter().map(|_| Drops::default()).collect(),
-        waiting: config.peers.iter().map(|_| Waiting::default()).collect(),
+        peer_drops: policy.peers().map(|_| Drops::default()).collect(),
+        waiting: policy.peers().map(|_| Waiting::default()).collect(),
         busy_lanes: BusyLanes::new(std::thread::available_parallelism().map_or(1, usize::from)),
     });
-    let udp = sockets[0].try_clone().map_err(failed)?;
     let tso = !config.without.contains(&Offload::TunGso);
     // What the old server writes goes on to a link.
     let big_tcp = tso
         && config.role == Role::New
         && tun.big_tcp
         && !config.without.contains(&Offload::BigTcp);
+    let (to_names, mut names) = mpsc::channel(peers);
     let mut control = Control {
-        peers: peers(&config, &endpoints, lanes_wanted, &uplink, started)?,
-        view: View {
-            sessions: Default::default(),
-            peers: vec![PeerView::default(); config.peers.len()],
-            hop: Hop::default(),
-        },
-        view_changed: true,
-        config,
+        role: config.role,
+        policy,
+        tunnels,
         host,
         shared: Arc::clone(&shared),
         netlink,
-        udp,
+        udp: sockets[0].try_clone().map_err(failed)?,
         tun,
         uplink,
+        view: View {
+            sessions: Default::default(),
+            peers: vec![PeerView::default(); peers],
+            hop: Hop::default(),
+        },
+        view_changed: true,
         counters: Vec::new(),
+        names: to_names,
         started,
         next_path: started,
         next_repair: started + REPAIR_EVERY,
-        broken: Vec::new(),
         next_addresses: started,
+        repairer: Repairer::default(),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -148,75 +150,103 @@ async fn carry(
             tun_big_tcp: big_tcp,
             ..Offloads::default()
         },
-        warnings: VecDeque::new(),
+        warnings: Warnings::default(),
     };
-    control.set_own_addresses();
     control.turn(started);
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
-        let counters = Arc::new(LaneCounters::new(control.config.peers.len()));
+        let counters = Arc::new(LaneCounters::new(peers));
         control.counters.push(Arc::clone(&counters));
-        let stop = lanes.stop_fd()?;
-        lanes.start(LaneParts {
-            number: number as u8,
-            tun,
-            uso: tso && features.uso,
-            tso,
-            reach: if big_tcp { Reach::Here } else { Reach::Further },
-            no_split: control.config.no_split,
-            udp,
-            shared: Arc::clone(&shared),
-            counters,
-            control: to_control.clone(),
-            stop,
+        let reach = if big_tcp { Reach::Here } else { Reach::Further };
+        let (shared, control) = (Arc::clone(&shared), to_control.clone());
+        let no_split = config.no_split;
+        lanes.start(format!("lane-{number}"), move |stop| {
+            Lane::run(LaneParts {
+                number: number as u8,
+                tun,
+                uso: tso && features.uso,
+                tso,
+                reach,
+                no_split,
+                udp,
+                shared,
+                counters,
+                control,
+                stop,
+            });
         })?;
     }
-    control.announce_start();
-    notify_ready();
-    let result = control.serve(&mut signals, &mut from_lanes, &status).await;
-    info!("stopping");
+    control.announce_start(config.warnings);
+    notify_ready(&control.summary());
+    let result = control
+        .serve(&mut signals, &mut from_lanes, &mut names, &status)
+        .await;
+    notify_stopping();
     control.close();
     result
 }
 
-pub(super) fn failed(error: impl ToString) -> DaemonError {
-    DaemonError::Failed(error.to_string())
+/// Takes the peers out of the settings: their keys for the tunnels, the rest for the policy.
+fn take_peers(config: &mut Config) -> (Vec<PeerKeys>, Vec<PeerRules>) {
+    let each = |peer: PeerConfig| {
+        let rules = PeerRules {
+            endpoint: peer.endpoint,
+            moves: peer.moves,
+            deliver_to: peer.deliver_to,
+            deliver: peer.deliver,
+        };
+        (peer.keys, rules)
+    };
+    std::mem::take(&mut config.peers)
+        .into_iter()
+        .map(each)
+        .unzip()
 }
 
-fn peer_ids(config: &Config) -> impl Iterator<Item = PeerId> {
-    (0..config.peers.len() as u16).map(PeerId)
-}
-
-pub(super) fn undo(host: &mut Host) -> Result<(), DaemonError> {
-    let left = host.undo_all().map_err(failed)?.left;
-    if left.is_empty() {
-        return Ok(());
-    }
-    for failure in &left {
-        error!("{}: {}", failure.change, failure.reason);
-    }
-    Err(failed(
-        "not everything could be undone; `ipmoved cleanup` tries again",
-    ))
+/// One for each peer.
+fn tunnels(
+    config: &Config,
+    policy: &Policy,
+    keys: &[PeerKeys],
+    endpoints: &[Option<SocketAddr>],
+    lanes: u8,
+    now: Instant,
+) -> Result<Vec<Tunnel>> {
+    let indexes = SessionIndexes::default();
+    let timers = config
+        .rekey_after
+        .map_or_else(Timers::default, Timers::with_rekey_after);
+    policy
+        .peers()
+        .map(|peer| {
+            let config = TunnelConfig {
+                peer,
+                keys: keys[index(peer)].clone(),
+                role: config.role,
+                lanes,
+                offer: Offer::of_this_machine(config.cipher),
+                endpoint: endpoints[index(peer)],
+                announcement: policy.announcement(peer),
+                max_datagram: Some(pmtu::BASE),
+                timers,
+                indexes: indexes.clone(),
+                entropy: entropy::system(),
+            };
+            Tunnel::new(config, now).map_err(failed)
+        })
+        .collect()
 }
 
 /// What the role makes of packets.
-fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonError> {
+fn translation(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwarder> {
     if config.role == Role::Old {
-        let gates = config
-            .peers
-            .iter()
-            .map(|peer| Gate::new(peer.moves.clone(), entropy::seed()));
-        return Ok(Translation::Old(gates.collect()));
+        let gates = policy
+            .peers()
+            .map(|peer| Gate::new(policy.moves(peer).to_vec(), entropy::seed()));
+        return Ok(Forwarder::Old(gates.collect()));
     }
-    let mut seed = [0; 16];
-    entropy::system().fill(&mut seed).map_err(failed)?;
-    let (low, high) = seed.split_at(8);
-    let word = |bytes: &[u8]| {
-        bytes
-            .iter()
-            .fold(0, |word, &byte| word << 8 | u64::from(byte))
-    };
-    Ok(Translation::New(Translator::new(TranslatorConfig {
+    let entropy = entropy::system();
+    let word = || entropy.u64().map_err(failed);
+    Ok(Forwarder::New(Translator::new(TranslatorConfig {
         // Enough that two lanes seldom want the same one.
         shards: if config.lanes == 1 {
             1
@@ -224,103 +254,20 @@ fn translation(config: &Config, epoch: Instant) -> Result<Translation, DaemonErr
             4 * usize::from(config.lanes)
         },
         max_flows: config.max_flows as usize,
-        seed: [word(low), word(high)],
+        seed: [word()?, word()?],
         epoch,
     })))
 }
 
-fn peers(
-    config: &Config,
-    endpoints: &[Option<SocketAddr>],
-    lanes: u8,
-    uplink: &Link,
-    now: Instant,
-) -> Result<Vec<Peer>, DaemonError> {
-    let indexes = SessionIndexes::default();
-    let timers = match config.rekey_after {
-        Some(rekey_after) => Timers::with_rekey_after(rekey_after),
-        None => Timers::default(),
-    };
-    let mtu = uplink.mtu.min(u32::from(u16::MAX)) as u16;
-    peer_ids(config)
-        .zip(&config.peers)
-        .zip(endpoints)
-        .map(|((id, peer), &endpoint)| {
-            let announcement = match config.role {
-                Role::Old => Announcement::Old {
-                    moves: peer.moves.clone(),
-                    mtu,
-                },
-                Role::New => Announcement::New {
-                    deliver: Deliver::To { v4: None, v6: None },
-                    mtu,
-                    error: None,
-                },
-            };
-            let tunnel = Tunnel::new(
-                TunnelConfig {
-                    peer: id,
-                    keys: peer.keys.clone(),
-                    role: config.role,
-                    lanes,
-                    offer: Offer::of_this_machine(config.cipher),
-                    endpoint,
-                    announcement,
-                    max_datagram: Some(pmtu::BASE),
-                    timers,
-                    indexes: indexes.clone(),
-                    entropy: entropy::system(),
-                },
-                now,
-            )
-            .map_err(failed)?;
-            Ok(Peer {
-                id,
-                tunnel,
-                moves: peer.moves.clone(),
-                refused: Vec::new(),
-                client_mtu: None,
-                announced: false,
-                deliver: None,
-                state: State::Connecting,
-                next_resolve: now + RESOLVE_EVERY,
-                resolving: false,
-                resolved: 0,
-                unresolved: None,
-            })
-        })
-        .collect()
-}
-
-/// One peer, as the control task sees it.
-struct Peer {
-    id: PeerId,
-    tunnel: Tunnel,
-    /// What moved: from the settings on the old server, from the peer on the new one.
-    moves: Vec<Move>,
-    /// What the old server says has moved, but has moved from another one already (new server).
-    refused: Vec<Move>,
-    /// MTU of the old server's link to the clients (new server).
-    client_mtu: Option<u32>,
-    /// It has said what it moved here, so that what it does not name is withdrawn.
-    announced: bool,
-    /// Where the new server delivers, once known.
-    deliver: Option<Deliver>,
-    state: State,
-    next_resolve: Instant,
-    resolving: bool,
-    /// How often its name was looked up again.
-    resolved: usize,
-    /// Why it could not be the last time.
-    unresolved: Option<String>,
-}
-
-/// What looking a name up came to.
-type Resolved = Result<SocketAddr, String>;
+/// What looking a peer's name up came to.
+type Found = (PeerId, Result<SocketAddr, String>);
 
 /// Everything that is not a packet.
 struct Control<'h> {
-    config: Config,
+    role: Role,
+    policy: Policy,
+    /// One for each peer, by [`PeerId`].
+    tunnels: Vec<Tunnel>,
     host: &'h mut Host,
     shared: Arc<Shared>,
     netlink: Netlink,
@@ -328,19 +275,19 @@ struct Control<'h> {
     udp: UdpSocket,
     tun: Link,
     uplink: Link,
-    peers: Vec<Peer>,
     /// What the lanes see once it is published.
     view: View,
     view_changed: bool,
     counters: Vec<Arc<LaneCounters>>,
+    /// Where names that were looked up come from.
+    names: mpsc::Sender<Found>,
     started: Instant,
     next_path: Instant,
     next_repair: Instant,
-    /// Kernel changes that somebody has taken away and that cannot be made again.
-    broken: Vec<Change>,
     next_addresses: Instant,
+    repairer: Repairer,
     offloads: Offloads,
-    warnings: VecDeque<String>,
+    warnings: Warnings,
 }
 
 impl Control<'_> {
@@ -349,14 +296,13 @@ impl Control<'_> {
         &mut self,
         signals: &mut Signals,
         from_lanes: &mut mpsc::Receiver<ToControl>,
+        names: &mut mpsc::Receiver<Found>,
         status: &UnixListener,
-    ) -> Result<(), DaemonError> {
-        let (resolved_to, mut resolved) = mpsc::channel(self.peers.len());
+    ) -> Result<()> {
         loop {
             let now = Instant::now();
             self.turn(now);
             self.repair(now)?;
-            self.resolve_names(now, &resolved_to);
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
                 () = signals.recv() => return Ok(()),
@@ -364,31 +310,32 @@ impl Control<'_> {
                     Some(message) => self.handle(Instant::now(), message)?,
                     None => return Err(failed("all lanes have ended")),
                 },
-                Some((peer, addr)) = resolved.recv() => self.resolved(Instant::now(), peer, addr),
-                connection = status.accept() => match connection {
-                    Ok((stream, _)) => answer(stream, &self.status(Instant::now())),
-                    Err(error) => warn!("the status socket failed: {error}"),
-                },
+                Some((peer, found)) = names.recv() => {
+                    self.see(Instant::now(), Input::LookedUp(peer, found));
+                }
+                connection = status.accept() => {
+                    status_socket::answer(connection, || self.status(Instant::now()));
+                }
                 () = wake => {}
             }
         }
     }
 
     fn next_timeout(&self) -> Instant {
-        self.peers
+        self.tunnels
             .iter()
-            .filter_map(|peer| peer.tunnel.next_timeout())
+            .filter_map(Tunnel::next_timeout)
             .chain([self.next_path, self.next_repair])
             .min()
             .unwrap_or(self.next_path)
     }
 
     /// What a lane passes on.
-    fn handle(&mut self, now: Instant, message: ToControl) -> Result<(), DaemonError> {
+    fn handle(&mut self, now: Instant, message: ToControl) -> Result<()> {
         let (peer, result) = match message {
             ToControl::Handshake { path, admitted, .. } => {
                 let peer = admitted.peer();
-                let tunnel = &mut self.peers[usize::from(peer.0)].tunnel;
+                let tunnel = &mut self.tunnels[index(peer)];
                 (peer, tunnel.handle_handshake(now, path, &admitted))
             }
             ToControl::Control {
@@ -397,7 +344,7 @@ impl Control<'_> {
                 message,
                 ..
             } => {
-                let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
+                let tunnel = &mut self.tunnels[index(session.peer())];
                 if let Some(path) = heard_from {
                     tunnel.session_heard(now, &session, path);
                 }
@@ -405,58 +352,53 @@ impl Control<'_> {
                 (session.peer(), result)
             }
             ToControl::Heard { session, path, .. } => {
-                let tunnel = &mut self.peers[usize::from(session.peer().0)].tunnel;
+                let tunnel = &mut self.tunnels[index(session.peer())];
                 tunnel.session_heard(now, &session, path);
                 return Ok(());
             }
-            ToControl::Failed(error) => return Err(failed(error)),
+            ToControl::Failed(what) => return Err(failed(what)),
         };
         if let Err(reason) = result {
-            self.shared.peer_drops[usize::from(peer.0)].count(reason);
+            self.shared.peer_drops[index(peer)].count(reason);
         }
         Ok(())
     }
 
-    /// Lets every tunnel do what is due, and carries out what comes of it.
+    /// Lets the tunnels and the policy do what is due, and carries out what comes of it.
     fn turn(&mut self, now: Instant) {
         let wall = SystemTime::now();
-        for index in 0..self.peers.len() {
-            self.peers[index].tunnel.handle_timeout(now, wall);
-            while let Some(event) = self.peers[index].tunnel.poll_event() {
-                self.event(now, index, event);
+        for peer in self.policy.peers() {
+            self.tunnels[index(peer)].handle_timeout(now, wall);
+            while let Some(event) = self.tunnels[index(peer)].poll_event() {
+                self.event(now, peer, event);
             }
         }
         if now >= self.next_addresses {
             self.next_addresses = now + ADDRESSES_EVERY;
-            self.set_own_addresses();
+            self.look_at_addresses(now);
         }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
-            self.measure_link(now);
-            for index in 0..self.peers.len() {
-                self.measure_path(now, index);
+            self.look_at_uplink(now);
+            for peer in self.policy.peers() {
+                self.look_at_route(now, peer);
             }
         }
+        self.policy.handle_timeout(now);
+        self.carry_out(now);
         // A session has to be in the lanes' hands before the peer learns of it.
         if std::mem::take(&mut self.view_changed) {
             self.shared.view.store(Arc::new(self.view.clone()));
         }
-        for peer in &mut self.peers {
-            while let Some(transmit) = peer.tunnel.poll_transmit() {
-                let datagram = &transmit.datagram;
-                let sent = self.udp.send(&transmit.to, 0, datagram, datagram.len());
-                match sent {
-                    Err(error) if transmit.probe && is_too_big(&error) => {
-                        peer.tunnel.probe_refused(now, datagram.len());
-                    }
-                    Err(error) => debug!(to = %transmit.to.remote, %error, "sending failed"),
-                    Ok(()) => {}
-                }
+        for tunnel in &mut self.tunnels {
+            while let Some(transmit) = tunnel.poll_transmit() {
+                send(&self.udp, now, tunnel, &transmit);
             }
         }
     }
 
-    fn event(&mut self, now: Instant, index: usize, event: Event) {
+    fn event(&mut self, now: Instant, peer: PeerId, event: Event) {
+        let view = &mut self.view.peers[index(peer)];
         match event {
             Event::SessionInstalled(session) => {
                 self.view.sessions.insert(session.index(), session);
@@ -467,302 +409,178 @@ impl Control<'_> {
                 self.view_changed = true;
             }
             Event::SendOn(session) => {
-                self.view.peers[index].session = Some(session);
+                view.session = Some(session);
                 self.view_changed = true;
             }
             Event::SendOff => {
-                self.view.peers[index].session = None;
+                view.session = None;
                 self.view_changed = true;
             }
             Event::Endpoint(path) => {
-                self.view.peers[index].path = Some(path);
+                view.path = Some(path);
                 self.view_changed = true;
-                self.measure_path(now, index);
-                self.choose_delivery(now, index, path);
+                self.look_before_choosing(now);
+                self.see(now, Input::Endpoint(peer, path));
+                self.look_at_route(now, peer);
             }
-            Event::State(state) => self.state_changed(now, index, state),
-            Event::PeerConfig(announcement) => self.peer_announced(now, index, announcement),
-            Event::PathMtu(_) => self.set_mtu(index),
-            Event::Rtt(rtt) => debug!(peer = index, ?rtt, "round trip"),
-            Event::Warning(warning) => self.warn(index, &warning.to_string()),
+            Event::State(state) => self.state_changed(now, peer, state),
+            Event::PeerConfig(announcement) => {
+                self.look_before_choosing(now);
+                self.see(now, Input::Announced(peer, announcement));
+            }
+            Event::PathMtu(_) => self.set_mtu(peer),
+            Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
+            Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),
         }
     }
 
-    fn state_changed(&mut self, now: Instant, index: usize, state: State) {
-        let peer = &mut self.peers[index];
-        peer.state = state;
-        // Its address may have changed: look it up at once.
-        peer.next_resolve = now;
-        let name = self.name(index);
+    fn state_changed(&mut self, now: Instant, peer: PeerId, state: State) {
+        self.see(now, Input::State(peer, state));
+        let name = self.policy.name(peer);
         match state {
             State::Up => info!(peer = name, "tunnel up"),
             State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
             State::Connecting => {}
         }
+        notify_status(&self.summary());
     }
 
-    /// What the peer says of itself.
-    fn peer_announced(&mut self, now: Instant, index: usize, announcement: Announcement) {
-        match (announcement, &self.shared.translation) {
-            (Announcement::Old { moves, mtu }, Translation::New(_)) => {
-                self.peer_moved(now, index, moves, mtu);
-            }
-            (Announcement::New { deliver, error, .. }, Translation::Old(_)) => {
-                self.peers[index].deliver = Some(deliver);
-                if let Some(error) = error {
-                    self.warn(index, &format!("the new server says: {error}"));
+    // The policy.
+
+    /// Tells the policy what was seen, and does what it says.
+    fn see(&mut self, now: Instant, input: Input) {
+        self.policy.handle(now, input);
+        self.carry_out(now);
+    }
+
+    fn carry_out(&mut self, now: Instant) {
+        while let Some(action) = self.policy.poll_action() {
+            match action {
+                Action::Serve(peer, moves) => {
+                    let names: Vec<String> = moves.iter().map(ToString::to_string).collect();
+                    let name = self.policy.name(peer);
+                    info!(peer = name, moved = names.join(" "), "serving");
+                    self.translate(now, peer, |it| it.set_moves(peer, moves.to_vec()));
                 }
-            }
-            // The handshake does not let two daemons of one role agree.
-            (Announcement::Old { .. }, Translation::Old(_))
-            | (Announcement::New { .. }, Translation::New(_)) => {}
-        }
-    }
-
-    /// The old server says what it has moved here.
-    fn peer_moved(&mut self, now: Instant, index: usize, moves: Vec<Move>, mtu: u16) {
-        self.peers[index].announced = true;
-        self.accept_moves(now, index, moves);
-        // What it has let go of may be what another one was refused.
-        for other in 0..self.peers.len() {
-            let peer = &self.peers[other];
-            if other != index && !peer.refused.is_empty() {
-                let moves = peer.moves.iter().chain(&peer.refused).cloned().collect();
-                self.accept_moves(now, other, moves);
-            }
-        }
-        // What the application sends has to fit each old server's link to the clients too.
-        self.peers[index].client_mtu = Some(u32::from(mtu));
-        let mtus = self.peers.iter().filter_map(|peer| peer.client_mtu);
-        let mtu = mtus.min().unwrap_or(MIN_MTU);
-        let mtu = mtu.clamp(MIN_MTU, self.uplink.mtu.max(MIN_MTU));
-        if mtu != self.tun.mtu {
-            match self.netlink.set_link_mtu(self.tun.index, mtu) {
-                Ok(()) => self.tun.mtu = mtu,
-                Err(error) => warn!("cannot set the MTU of {} to {mtu}: {error}", self.tun.name),
-            }
-        }
-    }
-
-    /// Serves what no other old server has moved here; the first to say so has it.
-    fn accept_moves(&mut self, now: Instant, index: usize, moves: Vec<Move>) {
-        let others = |moved: &Move| {
-            self.peers
-                .iter()
-                .filter(|peer| usize::from(peer.id.0) != index)
-                .flat_map(|peer| &peer.moves)
-                .all(|other| !other.overlaps(moved))
-        };
-        let (accepted, refused): (Vec<Move>, Vec<Move>) = moves.into_iter().partition(others);
-        if refused != self.peers[index].refused {
-            for moved in &refused {
-                self.warn(index, &taken(moved));
-            }
-            self.peers[index].refused = refused;
-        }
-        if accepted != self.peers[index].moves {
-            let names: Vec<String> = accepted.iter().map(ToString::to_string).collect();
-            info!(peer = self.name(index), moved = names.join(" "), "serving");
-            if let Translation::New(translator) = &self.shared.translation
-                && let Err(error) = translator.set_moves(self.peers[index].id, accepted.clone())
-            {
-                self.warn(index, &error.to_string());
-            }
-            self.peers[index].moves = accepted;
-        }
-        if let Some(path) = self.view.peers[index].path {
-            self.choose_delivery(now, index, path);
-        }
-        for map in self.config.peers[index].deliver.clone() {
-            let moved = self.peers[index].moves.iter();
-            let names = |moved: &Move| {
-                let port = moved.ports.is_empty()
-                    || moved.ports.iter().any(|range| range.contains(&map.port));
-                moved.addr == map.moved && port
-            };
-            if !moved.clone().any(names) {
-                let text = format!("--deliver {map}: that port has not moved here");
-                self.warn(index, &text);
+                Action::Deliver(peer, delivery) => {
+                    self.translate(now, peer, |it| it.set_delivery(peer, delivery));
+                }
+                Action::Hold(wanted) => {
+                    let result = self.hold(&wanted).map_err(|error| error.to_string());
+                    self.policy.handle(now, Input::Held(result));
+                    self.read_addresses(now);
+                }
+                Action::OwnAddresses(own) => {
+                    if let Forwarder::New(translator) = &self.shared.translation {
+                        translator.set_own_addresses(&own);
+                    }
+                }
+                Action::Hop(hop) => {
+                    self.view.hop = hop;
+                    self.view_changed = true;
+                }
+                Action::SetTunMtu(mtu) => self.set_tun_mtu(now, mtu),
+                Action::Announce(peer, announcement) => {
+                    self.tunnels[index(peer)].set_announcement(now, announcement);
+                }
+                Action::ProbeUpTo(peer, datagram) => {
+                    self.tunnels[index(peer)].set_max_datagram(now, datagram);
+                }
+                Action::LookUp { peer, name, turn } => self.look_up(peer, name, turn),
+                Action::Call(peer, addr) => {
+                    self.tunnels[index(peer)].set_endpoint(now, Some(addr));
+                }
+                Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
             }
         }
     }
 
-    /// Settles where packets from a peer are delivered, and tells the peer.
-    fn choose_delivery(&mut self, now: Instant, index: usize, path: Path) {
-        let shared = Arc::clone(&self.shared);
-        let Translation::New(translator) = &shared.translation else {
+    /// Changes what the new server makes of packets.
+    fn translate<E: std::fmt::Display>(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        change: impl FnOnce(&Translator) -> Result<(), E>,
+    ) {
+        let Forwarder::New(translator) = &self.shared.translation else {
             return;
         };
-        let ports = self.config.peers[index].deliver.clone();
-        let held = self.hold_kept();
-        let (deliver, delivery) = match self.config.peers[index].deliver_to {
-            DeliverTo::Keep => (
-                Deliver::Keep,
-                Delivery {
-                    keep: true,
-                    ports,
-                    ..Delivery::default()
-                },
-            ),
-            DeliverTo::Addresses { v4, v6 } => {
-                // The address the peer reaches us on; of the other family, the interface's first.
-                let reached = path.local;
-                let v4 = v4.or_else(|| match reached {
-                    Some(IpAddr::V4(addr)) => Some(addr),
-                    _ => self.own_address(|addr| match addr {
-                        IpAddr::V4(addr) => Some(addr),
-                        IpAddr::V6(_) => None,
-                    }),
-                });
-                let v6 = v6.or_else(|| match reached {
-                    Some(IpAddr::V6(addr)) => Some(addr),
-                    _ => self.own_address(|addr| match addr {
-                        IpAddr::V6(addr) if is_global(addr) => Some(addr),
-                        IpAddr::V6(_) | IpAddr::V4(_) => None,
-                    }),
-                });
-                let delivery = Delivery {
-                    v4,
-                    v6,
-                    keep: false,
-                    ports,
-                };
-                (Deliver::To { v4, v6 }, delivery)
-            }
-        };
-        let missing = self.peers[index].moves.iter().find(|moved| match deliver {
-            Deliver::Keep => false,
-            Deliver::To { v4, v6 } => match moved.addr {
-                IpAddr::V4(_) => v4.is_none(),
-                IpAddr::V6(_) => v6.is_none(),
-            },
-        });
-        let error = missing.map(|moved| {
-            let family = if moved.addr.is_ipv4() { "IPv4" } else { "IPv6" };
-            format!("{moved} cannot be delivered: the new server has no {family} address; give it one with --deliver-to")
-        });
-        let error = error.or(held.err());
-        if let Err(error) = translator.set_delivery(self.peers[index].id, delivery) {
-            self.warn(index, &error.to_string());
+        if let Err(error) = change(translator) {
+            self.warn(now, peer, &error.to_string());
         }
-        if self.peers[index].deliver != Some(deliver) {
-            self.peers[index].deliver = Some(deliver);
-            if let Some(error) = &error {
-                self.warn(index, error);
-            }
-        }
-        // What is refused was told here when it was; there it is told with everything else.
-        let error = error.or(self.peers[index].refused.first().map(taken));
-        let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
-        self.peers[index].tunnel.set_announcement(
-            now,
-            Announcement::New {
-                deliver,
-                mtu,
-                error,
-            },
-        );
     }
 
-    /// Takes the moved addresses whose packets are kept as they are (`--deliver-to keep`), and lets
-    /// go of those that are withdrawn. Until every such peer has said what it moved, what an earlier
-    /// run left is kept: the application may be listening there.
-    fn hold_kept(&mut self) -> Result<(), String> {
-        let keeping = || {
-            let peers = self.peers.iter().zip(&self.config.peers);
-            peers.filter(|(_, config)| config.deliver_to == DeliverTo::Keep)
-        };
-        if keeping().next().is_none() {
-            return Ok(());
-        }
-        let mut wanted: Vec<IpAddr> = keeping()
-            .flat_map(|(peer, _)| peer.moves.iter().map(|moved| moved.addr))
-            .collect();
-        if keeping().any(|(peer, _)| !peer.announced) {
-            wanted.extend(keep::held(self.host.made()));
-        }
-        wanted.sort_unstable();
-        wanted.dedup();
-        let cannot = |error: String| format!("a moved address cannot be held: {error}");
-        let desired = keep::plan(self.host.netlink(), &wanted, &self.tun, self.host.made())
-            .map_err(|error| cannot(error.to_string()))?;
-        let report = (self.host.reconcile_part(keep::is_part, desired))
-            .map_err(|error| cannot(error.to_string()))?;
+    /// Takes these moved addresses, whose packets are kept as they are (`--deliver-to keep`), and
+    /// lets go of all others.
+    fn hold(&mut self, wanted: &[IpAddr]) -> Result<(), Cause> {
+        let desired = keep::plan(self.host.netlink(), wanted, &self.tun, self.host.made())?;
+        let report = self.host.reconcile_part(keep::is_part, desired)?;
         for change in report.undone {
-            info!("undone: {change}");
+            info!(%change, "undone");
         }
         for failure in report.left {
-            warn!("{}: {}", failure.change, failure.reason);
+            warn!(change = %failure.change, reason = failure.reason, "cannot undo a kernel change");
         }
-        self.set_own_addresses();
         Ok(())
     }
 
-    /// The first address of the uplink that `choose` accepts.
-    fn own_address<T>(&self, choose: impl Fn(IpAddr) -> Option<T>) -> Option<T> {
-        let addresses = self.netlink.addresses().ok()?;
-        addresses
-            .into_iter()
-            .filter(|held| held.index == self.uplink.index)
-            .find_map(|held| choose(held.addr))
+    fn set_tun_mtu(&mut self, now: Instant, mtu: u32) {
+        let interface = &self.tun.name;
+        match self.netlink.set_link_mtu(self.tun.index, mtu) {
+            Ok(()) => self.policy.handle(now, Input::TunMtu(mtu)),
+            Err(error) => warn!(interface, mtu, %error, "cannot set the MTU"),
+        }
     }
 
-    /// Looks at this server's addresses: on the new server no client may claim them as its source, on
-    /// the old one they are what ICMP messages are sent from.
-    fn set_own_addresses(&mut self) {
+    /// Looks a name up, as long as that takes.
+    fn look_up(&self, peer: PeerId, name: PeerAddr, turn: usize) {
+        let names = self.names.clone();
+        tokio::task::spawn_blocking(move || {
+            // The daemon may be ending.
+            let _ = names.blocking_send((peer, resolve(&name, turn)));
+        });
+    }
+
+    // What the kernel says.
+
+    /// Looks at this server's addresses: on the new server no client may claim them as its source,
+    /// on the old one they are what ICMP messages are sent from.
+    fn look_at_addresses(&mut self, now: Instant) {
+        self.read_addresses(now);
+        self.carry_out(now);
+    }
+
+    /// The new server delivers to one of the addresses that there are now.
+    fn look_before_choosing(&mut self, now: Instant) {
+        if self.role == Role::New {
+            self.look_at_addresses(now);
+        }
+    }
+
+    fn read_addresses(&mut self, now: Instant) {
         let held = match self.netlink.addresses() {
             Ok(held) => held,
-            Err(error) => return warn!("cannot list this server's addresses: {error}"),
+            Err(error) => return warn!(%error, "cannot list this server's addresses"),
         };
-        if let Translation::New(translator) = &self.shared.translation {
-            let own: Vec<IpAddr> = held.into_iter().map(|held| held.addr).collect();
-            return translator.set_own_addresses(&own);
-        }
-        let moves = || self.peers.iter().flat_map(|peer| &peer.moves);
-        let mut own: Vec<IpAddr> = held
-            .iter()
-            .filter(|held| held.index == self.uplink.index)
-            .map(|held| held.addr)
-            .filter(|&addr| !moves().any(|moved| moved.addr == addr && moved.is_whole()))
-            .collect();
-        // One of which nothing has moved, if there is one.
-        own.sort_by_key(|&addr| moves().any(|moved| moved.addr == addr));
-        let v4 = own.iter().find_map(|&addr| match addr {
-            IpAddr::V4(addr) => Some(addr),
-            IpAddr::V6(_) => None,
-        });
-        let v6 = own.iter().find_map(|&addr| match addr {
-            IpAddr::V6(addr) if is_global(addr) => Some(addr),
-            IpAddr::V6(_) | IpAddr::V4(_) => None,
-        });
-        let hop = &mut self.view.hop;
-        self.view_changed |= (hop.v4, hop.v6) != (v4, v6);
-        (hop.v4, hop.v6) = (v4, v6);
+        let of_uplink = held.iter().filter(|held| held.index == self.uplink.index);
+        let addresses = Addresses {
+            uplink: of_uplink.map(|held| held.addr).collect(),
+            all: held.iter().map(|held| held.addr).collect(),
+        };
+        self.policy.handle(now, Input::Addresses(addresses));
     }
 
     /// Looks at the link to the clients, whose MTU may have changed.
-    fn measure_link(&mut self, now: Instant) {
+    fn look_at_uplink(&mut self, now: Instant) {
         if let Ok(Some(link)) = self.netlink.link_by_index(self.uplink.index) {
             self.uplink = link;
         }
-        let mtu = self.uplink.mtu as usize;
-        if self.config.role != Role::Old || self.view.hop.mtu == mtu {
-            return;
-        }
-        self.view.hop.mtu = mtu;
-        self.view_changed = true;
-        let mtu = self.uplink.mtu.min(u32::from(u16::MAX)) as u16;
-        for peer in &mut self.peers {
-            // The new server's host is not to send more than the clients' link takes.
-            let moves = peer.moves.clone();
-            let announcement = Announcement::Old { moves, mtu };
-            peer.tunnel.set_announcement(now, announcement);
-        }
+        self.see(now, Input::UplinkMtu(self.uplink.mtu));
     }
 
-    /// Tells the tunnel how much the route to its peer takes: up to there it searches.
-    fn measure_path(&mut self, now: Instant, index: usize) {
-        let Some(path) = self.view.peers[index].path else {
+    /// Looks at how much the route to a peer takes: up to there its tunnel searches.
+    fn look_at_route(&mut self, now: Instant, peer: PeerId) {
+        let Some(path) = self.view.peers[index(peer)].path else {
             return;
         };
         let to = path.remote.ip();
@@ -773,239 +591,132 @@ impl Control<'_> {
         let link = route
             .oif
             .and_then(|oif| self.netlink.link_by_index(oif).ok().flatten());
-        // A route's own MTU is what a router on the path said, or what the administrator did.
-        let mtu = route
-            .mtu
-            .filter(|&mtu| mtu > 0)
-            .or(link.map(|link| link.mtu));
-        let carries = mtu.unwrap_or(MIN_MTU).clamp(MIN_CARRIED, MAX_CARRIED) as usize;
-        let datagram = (carries - outer_headers(path.remote)) as u16;
-        self.peers[index].tunnel.set_max_datagram(now, datagram);
-        self.set_mtu(index);
+        let size = RouteSize {
+            route: route.mtu,
+            link: link.map(|link| link.mtu),
+        };
+        self.see(now, Input::Route(peer, size));
+        self.set_mtu(peer);
     }
 
     /// Tells the lanes what fits one datagram to a peer.
-    fn set_mtu(&mut self, index: usize) {
-        let mtu = usize::from(self.peers[index].tunnel.path_mtu()) - DATA_OVERHEAD;
-        if self.view.peers[index].mtu != mtu {
-            self.view.peers[index].mtu = mtu;
+    fn set_mtu(&mut self, peer: PeerId) {
+        let mtu = tunnel_mtu(self.tunnels[index(peer)].path_mtu());
+        let view = &mut self.view.peers[index(peer)];
+        if view.mtu != mtu {
+            view.mtu = mtu;
             self.view_changed = true;
         }
     }
-
-    // The host.
 
     /// Makes again what others have taken away.
     ///
     /// # Errors
     /// If only a new start can: the old server's programs know their interface by its number.
-    fn repair(&mut self, now: Instant) -> Result<(), DaemonError> {
+    fn repair(&mut self, now: Instant) -> Result<()> {
         if now < self.next_repair {
             return Ok(());
         }
         self.next_repair = now + REPAIR_EVERY;
-        let Repairs { made, failed } = self.host.repair();
-        for change in made {
-            let line = format!("somebody removed {change}; it is back");
-            warn!("{line}");
-            self.keep_warning(line);
+        let broken = self.repairer.repair(now, self.host, &mut self.warnings);
+        if !broken || self.role == Role::New {
+            return Ok(());
         }
-        for Failure { change, reason } in &failed {
-            if !self.broken.contains(change) {
-                let line = format!("{change} is gone and cannot be made again: {reason}");
-                warn!("{line}");
-                self.keep_warning(line);
-            }
-        }
-        self.broken = failed.into_iter().map(|failure| failure.change).collect();
-        let again = match self.config.role {
-            Role::Old if !self.broken.is_empty() => self.netlink.link_by_name(&self.uplink.name),
-            Role::Old | Role::New => return Ok(()),
-        };
-        match again {
-            Ok(Some(link)) if link.index != self.uplink.index => Err(DaemonError::Failed(format!(
-                "interface {} was deleted and made again, and has to be captured from anew: start ipmoved again",
+        match self.netlink.link_by_name(&self.uplink.name) {
+            Ok(Some(link)) if link.index != self.uplink.index => Err(failed(format!(
+                "interface {} was deleted and made again, and has to be captured from anew: \
+                 start ipmoved again",
                 link.name
             ))),
             _ => Ok(()),
         }
     }
 
-    // Names.
-
-    /// Looks up again the names of peers that do not answer.
-    fn resolve_names(&mut self, now: Instant, to: &mpsc::Sender<(usize, Resolved)>) {
-        for (index, peer) in self.peers.iter_mut().enumerate() {
-            let Some(endpoint) = &self.config.peers[index].endpoint else {
-                continue;
-            };
-            let is_name = endpoint.host.parse::<IpAddr>().is_err();
-            if !is_name || peer.state == State::Up || peer.resolving || now < peer.next_resolve {
-                continue;
-            }
-            peer.resolving = true;
-            peer.next_resolve = now + RESOLVE_EVERY;
-            peer.resolved += 1;
-            let (endpoint, turn, to) = (endpoint.clone(), peer.resolved, to.clone());
-            tokio::task::spawn_blocking(move || {
-                // The daemon may be ending.
-                let _ = to.blocking_send((index, resolve(&endpoint, turn)));
-            });
-        }
-    }
-
-    fn resolved(&mut self, now: Instant, index: usize, result: Resolved) {
-        let peer = &mut self.peers[index];
-        peer.resolving = false;
-        let failure = match result {
-            Ok(addr) => {
-                peer.tunnel.set_endpoint(now, Some(addr));
-                None
-            }
-            Err(error) => Some(error),
-        };
-        if peer.unresolved != failure {
-            peer.unresolved.clone_from(&failure);
-            if let Some(error) = failure {
-                self.warn(index, &format!("{error}; trying again"));
-            }
-        }
-    }
-
     // What people see.
 
     /// Says what this daemon is, once it is: a refusal stands alone on its line.
-    fn announce_start(&mut self) {
-        for text in std::mem::take(&mut self.config.warnings) {
-            warn!("{text}");
-            self.keep_warning(text);
+    fn announce_start(&mut self, warnings: Vec<String>) {
+        for text in warnings {
+            if self.warnings.keep(self.started, text.clone()) {
+                warn!("{text}");
+            }
         }
-        for (peer, config) in self.peers.iter().zip(&self.config.peers) {
-            let name = self.name(usize::from(peer.id.0));
-            match self.config.role {
+        let uplink = &self.uplink.name;
+        for peer in self.policy.peers() {
+            let name = self.policy.name(peer);
+            match self.role {
                 Role::Old => {
-                    let moved: Vec<String> = config.moves.iter().map(ToString::to_string).collect();
-                    info!(
-                        moved = moved.join(" "),
-                        uplink = self.uplink.name,
-                        peer = name,
-                        "this is the old server"
-                    );
+                    let moves = self.policy.moves(peer).iter();
+                    let moved: Vec<String> = moves.map(ToString::to_string).collect();
+                    let moved = moved.join(" ");
+                    info!(moved, uplink, peer = name, "this is the old server");
                 }
-                Role::New => info!(
-                    uplink = self.uplink.name,
-                    peer = name,
-                    "this is the new server"
-                ),
+                Role::New => info!(uplink, peer = name, "this is the new server"),
             }
         }
     }
 
-    fn warn(&mut self, index: usize, text: &str) {
-        let name = self.name(index);
-        warn!(peer = name, "{text}");
-        self.keep_warning(format!("{name}: {text}"));
+    fn warn(&mut self, now: Instant, peer: PeerId, text: &str) {
+        let name = self.policy.name(peer);
+        if self.warnings.keep(now, format!("{name}: {text}")) {
+            warn!(peer = name, "{text}");
+        }
     }
 
-    fn keep_warning(&mut self, line: String) {
-        self.warnings.retain(|known| *known != line);
-        if self.warnings.len() == KEPT_WARNINGS {
-            self.warnings.pop_front();
-        }
-        self.warnings.push_back(line);
-    }
-
-    /// The peer as configured, or as it was heard.
-    fn name(&self, index: usize) -> String {
-        match (
-            &self.config.peers[index].endpoint,
-            self.view.peers[index].path,
-        ) {
-            (Some(endpoint), _) => endpoint.to_string(),
-            (None, Some(path)) => path.remote.to_string(),
-            (None, None) => "(any address)".into(),
-        }
+    /// How the tunnels do, for the service manager.
+    fn summary(&self) -> String {
+        let states = self.policy.peers().map(|peer| self.policy.state(peer));
+        report::summary(self.role, states)
     }
 
     fn status(&self, now: Instant) -> Status {
         let mut offloads = self.offloads;
         offloads.udp_gso_fallbacks = self.udp.gso_fallbacks();
-        offloads.tun_gso_fallbacks = self
-            .counters
-            .iter()
-            .map(|lane| lane.tun_gso_fallbacks.load(Relaxed))
-            .sum();
-        let refused = |lane: &Arc<LaneCounters>| lane.big_tcp_refused.load(Relaxed);
-        offloads.tun_big_tcp &= !self.counters.iter().any(refused);
-        Status {
-            way: Way::Tunnel,
-            tunnels: self
-                .peers
-                .iter()
-                .zip(&self.config.peers)
-                .map(|(peer, config)| self.tunnel_status(now, peer, config))
-                .collect(),
-            tun: self.tun.name.clone(),
-            port: self.udp.port().unwrap_or_default(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            pid: std::process::id(),
-            uptime_s: now.duration_since(self.started).as_secs(),
-            offloads,
-            drops: names(&self.shared.drops),
-            warnings: self.warnings.iter().cloned().collect(),
-        }
-    }
-
-    fn tunnel_status(&self, now: Instant, peer: &Peer, config: &PeerConfig) -> TunnelStatus {
-        let index = usize::from(peer.id.0);
-        let view = &self.view.peers[index];
-        let session = peer.tunnel.session();
-        let (mut rx, mut tx) = (Traffic::default(), Traffic::default());
         for lane in &self.counters {
-            lane.peers[index].rx.add_to(&mut rx);
-            lane.peers[index].tx.add_to(&mut tx);
+            offloads.tun_gso_fallbacks += lane.tun_gso_fallbacks.load(Relaxed);
+            offloads.tun_big_tcp &= !lane.big_tcp_refused.load(Relaxed);
         }
         let flows = match &self.shared.translation {
-            Translation::Old(_) => Flows::default(),
-            Translation::New(translator) => {
-                let stats = translator.stats();
-                Flows {
-                    live: stats.live,
-                    max: stats.max,
-                    evicted: stats.evicted,
-                    collisions: stats.collisions,
-                    refused: stats.refused,
-                }
-            }
+            Forwarder::Old(_) => None,
+            Forwarder::New(translator) => Some(translator.stats()),
         };
-        let mut drops = names(&self.shared.peer_drops[index]);
-        if self.peers.len() == 1 {
-            // With one peer, what strangers send is best seen where one looks first.
-            for (reason, count) in names(&self.shared.drops) {
-                *drops.entry(reason).or_default() += count;
-            }
-        }
-        TunnelStatus {
-            peer: self.name(index),
-            endpoint: view.path.map(|path| path.remote.to_string()),
-            role: self.config.role,
-            state: match peer.state {
-                State::Connecting => status::State::Connecting,
-                State::Up => status::State::Up,
-                State::Down => status::State::Down,
-            },
-            cipher: session.map(|session| session.cipher().to_string()),
-            rtt_ms: peer.tunnel.rtt().map(|rtt| rtt.as_secs_f64() * 1_000.0),
-            handshake_age_s: session
-                .map(|session| now.saturating_duration_since(session.created()).as_secs()),
-            mtu: view.mtu,
-            moved: peer.moves.iter().map(ToString::to_string).collect(),
-            deliver_to: peer.deliver.and_then(|to| deliver_text(to, &peer.moves)),
-            deliver: config.deliver.iter().map(ToString::to_string).collect(),
+        let daemon = report::Daemon {
+            tun: self.tun.name.clone(),
+            port: self.udp.port().unwrap_or_default(),
+            up: now.duration_since(self.started),
+            warnings: self.warnings.lines(),
+        };
+        let peers = self.policy.peers().map(|peer| self.known(now, peer));
+        report::tunnels(
+            daemon,
+            peers.collect(),
             flows,
-            rx,
-            tx,
-            drops,
+            offloads,
+            &self.counters,
+            &self.shared.drops,
+        )
+    }
+
+    /// What is known of a peer.
+    fn known(&self, now: Instant, peer: PeerId) -> report::Peer<'_> {
+        let (view, tunnel) = (&self.view.peers[index(peer)], &self.tunnels[index(peer)]);
+        let session = tunnel.session().map(|session| {
+            let age = now.saturating_duration_since(session.created());
+            (session.cipher().to_string(), age)
+        });
+        let ports = self.policy.ports(peer).iter();
+        report::Peer {
+            name: self.policy.name(peer),
+            role: self.role,
+            endpoint: view.path.map(|path| path.remote),
+            state: self.policy.state(peer),
+            session,
+            rtt: tunnel.rtt(),
+            mtu: view.mtu,
+            moves: self.policy.moves(peer),
+            deliver: self.policy.delivery(peer),
+            ports: ports.map(ToString::to_string).collect(),
+            drops: &self.shared.peer_drops[index(peer)],
         }
     }
 
@@ -1014,146 +725,24 @@ impl Control<'_> {
     /// Says goodbye to every peer.
     fn close(&mut self) {
         let now = Instant::now();
-        for peer in &mut self.peers {
-            peer.tunnel.close(now);
-            while let Some(transmit) = peer.tunnel.poll_transmit() {
-                let datagram = &transmit.datagram;
+        for tunnel in &mut self.tunnels {
+            tunnel.close(now);
+            while let Some(transmit) = tunnel.poll_transmit() {
                 // A goodbye that does not leave is noticed by its absence.
-                let _ = self.udp.send(&transmit.to, 0, datagram, datagram.len());
+                send(&self.udp, now, tunnel, &transmit);
             }
         }
     }
 }
 
-/// Smallest and largest IP packet a path is taken to carry: RFC 791's 576 less what nobody uses
-/// today, and the largest UDP datagram over IPv4.
-const MIN_CARRIED: u32 = 576;
-const MAX_CARRIED: u32 = 65_535;
-
-/// Why something is not served, for the operators of both servers.
-fn taken(moved: &Move) -> String {
-    format!("{moved} has moved here from another old server already; it is not served for this one")
-}
-
-fn is_too_big(error: &std::io::Error) -> bool {
-    error.raw_os_error() == Some(libc::EMSGSIZE)
-}
-
-fn is_global(addr: Ipv6Addr) -> bool {
-    !addr.is_unicast_link_local() && !addr.is_loopback()
-}
-
-/// Where is delivered, for the families that something was moved of.
-fn deliver_text(deliver: Deliver, moves: &[Move]) -> Option<String> {
-    match deliver {
-        Deliver::Keep => Some("keep".into()),
-        Deliver::To { v4, v6 } => {
-            let moved = |v4: bool| moves.iter().any(|moved| moved.addr.is_ipv4() == v4);
-            let v4 = v4.filter(|_| moved(true)).map(IpAddr::V4);
-            let v6 = v6.filter(|_| moved(false)).map(IpAddr::V6);
-            let all: Vec<String> = v4.iter().chain(&v6).map(ToString::to_string).collect();
-            (!all.is_empty()).then(|| all.join(", "))
+/// Sends what a tunnel says, and tells it if a probe was too big for the kernel.
+fn send(udp: &UdpSocket, now: Instant, tunnel: &mut Tunnel, transmit: &Transmit) {
+    let datagram = &transmit.datagram;
+    match udp.send(&transmit.to, 0, datagram, datagram.len()) {
+        Err(error) if transmit.probe && error.raw_os_error() == Some(libc::EMSGSIZE) => {
+            tunnel.probe_refused(now, datagram.len());
         }
-    }
-}
-
-pub(super) fn names(drops: &Drops) -> BTreeMap<String, u64> {
-    drops
-        .iter()
-        .map(|(reason, count)| (reason.name().to_owned(), count))
-        .collect()
-}
-
-/// Sends the status and hangs up; a client that does not read is given up.
-pub(super) fn answer(mut stream: UnixStream, status: &Status) {
-    let text = match serde_json::to_vec(status) {
-        Ok(text) => text,
-        Err(error) => return warn!("cannot write the status: {error}"),
-    };
-    tokio::spawn(async move {
-        let sent = tokio::time::timeout(STATUS_PATIENCE, stream.write_all(&text)).await;
-        if !matches!(sent, Ok(Ok(()))) {
-            debug!("a client of the status socket went away");
-        }
-    });
-}
-
-/// The signals that end the daemon.
-pub(super) struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    pub(super) fn new() -> Result<Self, DaemonError> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate()).map_err(failed)?,
-            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
-        })
-    }
-
-    pub(super) async fn recv(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
-}
-
-/// The threads that carry packets.
-#[derive(Default)]
-struct Lanes {
-    threads: Vec<JoinHandle<()>>,
-    stop: Vec<OwnedFd>,
-}
-
-impl Lanes {
-    /// A descriptor that becomes readable when the lanes are to stop.
-    fn stop_fd(&mut self) -> Result<OwnedFd, DaemonError> {
-        let fd = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed)?;
-        self.stop.push(fd.try_clone().map_err(failed)?);
-        Ok(fd)
-    }
-
-    fn start(&mut self, parts: LaneParts) -> Result<(), DaemonError> {
-        let thread = std::thread::Builder::new()
-            .name(format!("lane-{}", parts.number))
-            .spawn(move || Lane::run(parts))
-            .map_err(failed)?;
-        self.threads.push(thread);
-        Ok(())
-    }
-
-    fn stop(self) {
-        for fd in &self.stop {
-            if let Err(error) = rustix::io::write(fd, &1u64.to_ne_bytes()) {
-                warn!("cannot stop a lane: {error}");
-            }
-        }
-        for thread in self.threads {
-            if thread.join().is_err() {
-                warn!("a lane had crashed");
-            }
-        }
-    }
-}
-
-/// Tells the service manager that everything is set up (`sd_notify(3)`).
-pub(super) fn notify_ready() {
-    let Some(address) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    let name = address.to_string_lossy().into_owned();
-    let sent = (|| {
-        use std::os::linux::net::SocketAddrExt;
-        use std::os::unix::net::{SocketAddr, UnixDatagram};
-        let to = match name.strip_prefix('@') {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
-            None => SocketAddr::from_pathname(&name)?,
-        };
-        UnixDatagram::unbound()?.send_to_addr(b"READY=1", &to)
-    })();
-    if let Err(error) = sent {
-        warn!("cannot tell the service manager that all is ready: {error}");
+        Err(error) => debug!(to = %transmit.to.remote, %error, "sending failed"),
+        Ok(()) => {}
     }
 }

@@ -6,13 +6,17 @@
 //!     ├──► lanes: one thread each, or two, carrying packets    (lane)
 //!     │       │ handshakes, control messages     ▲ sessions, endpoints
 //!     │       ▼                                  │
-//!     └──► control: one thread, everything else  (control)
+//!     └──► control: one thread, everything else; it asks
+//!             the tunnels   how to reach a peer                (channel)
+//!             the policy    what to do                         (policy)
 //! ```
 //!
-//! Way 1, without a tunnel, is `nat`'s.
+//! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
+//! threads, undo, errors), `warnings` and `report` (what `ipmoved status` is told), and
+//! `status_socket` (how it is told).
 //!
 //! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
-//! goes through is `lane`'s.
+//! goes through is `lane`'s, and neither knows of the daemon.
 
 #![expect(
     clippy::disallowed_methods,
@@ -22,55 +26,35 @@
 pub mod confine;
 mod control;
 mod nat;
+mod policy;
+mod report;
+mod service;
 mod setup;
 pub mod status_socket;
+mod warnings;
 
-use std::fmt;
 use std::path::Path;
 
+use crate::model::peer::PeerId;
 use crate::settings::config::Config;
 
 pub use nat::run as run_nat;
-
-/// Why the daemon did not start, or ended.
-#[derive(Debug)]
-pub enum DaemonError {
-    /// What it was told does not fit this host; nothing was changed.
-    Input(String),
-    /// This host cannot do it; nothing was changed.
-    System(String),
-    /// Another one runs already.
-    Running(String),
-    /// Something broke while it ran.
-    Failed(String),
-}
-
-impl fmt::Display for DaemonError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Input(text) | Self::System(text) | Self::Running(text) | Self::Failed(text) => {
-                f.write_str(text)
-            }
-        }
-    }
-}
+pub use service::{Cause, DaemonError};
 
 /// Runs until a signal ends it, and undoes everything then.
 ///
 /// # Errors
 /// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
 pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| DaemonError::System(format!("cannot start the event loop: {error}")))?;
-    let result = runtime.block_on(async {
+    service::block_on(async {
         let ready = setup::Ready::new(&config, runtime_dir)?;
         // Before the first thread: what is given up is given up by those that follow as well.
         confine::drop_privileges();
         control::run(config, ready).await
-    });
-    // A name that is being looked up would keep the process for as long as the resolver is patient.
-    runtime.shutdown_background();
-    result
+    })
+}
+
+/// A peer's place in what there is one of for each.
+fn index(peer: PeerId) -> usize {
+    usize::from(peer.0)
 }

@@ -2,23 +2,21 @@
 //!
 //! Nothing is changed before all that can be known to be wrong has been refused.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use tracing::warn;
 
-use super::DaemonError;
-use super::control::Signals;
+use super::service::{Result, Signals, cannot, input, system, warn_of_left};
+use super::status_socket;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::{Desired, Host, HostError, RuntimeDirError, capture, keep, steer};
+use crate::kernel::{Desired, Host, capture, keep, steer};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
-use crate::model::runtime::STATUS_SOCKET;
 use crate::settings::args::Offload;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::{DeliverTo, Listen, PeerAddr};
@@ -57,28 +55,29 @@ impl Ready {
     /// Checks everything, then changes what has to be changed. To be called inside the runtime.
     ///
     /// # Errors
-    /// See [`DaemonError`]; what was changed before is undone.
-    pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self, DaemonError> {
+    /// See [`DaemonError`](super::DaemonError); what was changed before is undone.
+    pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self> {
         let netlink = Netlink::new().map_err(system)?;
-        let mut host = Host::open(runtime_dir).map_err(refused)?;
+        let mut host = Host::open(runtime_dir)?;
         let endpoints = config
             .peers
             .iter()
             .map(|peer| {
                 let found = resolve(peer.endpoint.as_ref()?, 0);
-                found.map_err(|error| warn!("{error}; trying again")).ok()
+                found
+                    .map_err(|error| warn!(error, "a peer is not found by its name; trying again"))
+                    .ok()
             })
             .collect::<Vec<_>>();
         let found = Found::new(&netlink, config, &endpoints)?;
         let sockets = bind(config)?;
-        let status = listen(&host)?;
+        let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
         let options = TunOptions {
             joined: !config.without.contains(&Offload::JoinedWrites),
             long: !config.without.contains(&Offload::LongWrites),
         };
-        let (queues, features) =
-            TunQueue::create(&config.tun, sockets.len(), options).map_err(tun_refused)?;
+        let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
         found.change(&mut host, config, &endpoints, &tun, port)?;
@@ -104,21 +103,15 @@ struct Found {
 
 impl Found {
     /// Holds the settings against the host.
-    fn new(
-        netlink: &Netlink,
-        config: &Config,
-        endpoints: &[Option<SocketAddr>],
-    ) -> Result<Self, DaemonError> {
+    fn new(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>]) -> Result<Self> {
         if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
-            return Err(DaemonError::Input(
-                TunError::Exists(config.tun.clone()).to_string(),
-            ));
+            return Err(TunError::Exists(config.tun.clone()).into());
         }
         let moves: Vec<&Move> = config.peers.iter().flat_map(|peer| &peer.moves).collect();
         let towards: Vec<IpAddr> = endpoints.iter().flatten().map(SocketAddr::ip).collect();
         let uplink = find_uplink(netlink, config.uplink.as_deref(), &moves, &towards)?;
         if uplink.loopback {
-            return Err(DaemonError::Input(format!(
+            return Err(input(format!(
                 "{} is the loopback interface; name the one clients' packets use with --uplink",
                 uplink.name
             )));
@@ -138,7 +131,7 @@ impl Found {
         endpoints: &[Option<SocketAddr>],
         tun: &Link,
         port: u16,
-    ) -> Result<(), DaemonError> {
+    ) -> Result<()> {
         let mut desired = match config.role {
             Role::Old => {
                 let moves: Vec<Move> = config
@@ -177,12 +170,7 @@ impl Found {
             let left = host.made().iter().filter(|change| keep::is_part(change));
             desired.extend(left.cloned().map(Desired::lasting));
         }
-        for failure in host.reconcile(desired).map_err(system)?.left {
-            warn!(
-                "left by an earlier run and still there: {}: {}",
-                failure.change, failure.reason
-            );
-        }
+        warn_of_left(&host.reconcile(desired)?);
         Ok(())
     }
 }
@@ -194,10 +182,10 @@ pub(super) fn find_uplink(
     named: Option<&str>,
     moves: &[&Move],
     towards: &[IpAddr],
-) -> Result<Link, DaemonError> {
+) -> Result<Link> {
     if let Some(name) = named {
         return netlink.link_by_name(name).map_err(system)?.ok_or_else(|| {
-            DaemonError::Input(format!(
+            input(format!(
                 "interface {name} does not exist (--uplink); `ip link` lists those that do"
             ))
         });
@@ -208,8 +196,9 @@ pub(super) fn find_uplink(
     for moved in moves {
         let Some(address) = addresses.iter().find(|held| held.addr == moved.addr) else {
             warn!(
-                "{} is not configured on this server: its packets come only if the network routes them here",
-                moved.addr
+                address = %moved.addr,
+                "not configured on this server: its packets come only if the network routes \
+                 them here"
             );
             continue;
         };
@@ -218,8 +207,9 @@ pub(super) fn find_uplink(
         };
         match &holding {
             Some((first, other)) if first.index != link.index => {
-                return Err(DaemonError::Input(format!(
-                    "{} is on {} and {} on {}: one ipmoved serves one interface; name it with --uplink",
+                return Err(input(format!(
+                    "{} is on {} and {} on {}: one ipmoved serves one interface; \
+                     name it with --uplink",
                     other.addr, first.name, moved.addr, link.name
                 )));
             }
@@ -241,9 +231,8 @@ pub(super) fn find_uplink(
             return Ok(link);
         }
     }
-    Err(DaemonError::Input(
-        "no route leads out of this server: name the interface clients' packets use with --uplink"
-            .into(),
+    Err(input(
+        "no route leads out of this server: name the interface clients' packets use with --uplink",
     ))
 }
 
@@ -254,18 +243,14 @@ const PUBLIC: [IpAddr; 2] = [
 ];
 
 /// The old server must not move the address it speaks to its peer from, nor move one to itself.
-fn check_old(
-    netlink: &Netlink,
-    config: &Config,
-    endpoints: &[Option<SocketAddr>],
-) -> Result<(), DaemonError> {
+fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>]) -> Result<()> {
     let addresses = netlink.addresses().map_err(system)?;
     for (peer, endpoint) in config.peers.iter().zip(endpoints) {
         let remote = endpoint.map(|endpoint| endpoint.ip());
         if let Some(remote) = remote
             && addresses.iter().any(|held| held.addr == remote)
         {
-            return Err(DaemonError::Input(format!(
+            return Err(input(format!(
                 "--peer {remote} is an address of this server itself; give that of the other one"
             )));
         }
@@ -280,14 +265,16 @@ fn check_old(
         };
         for moved in peer.moves.iter().filter(|moved| takes_logins(moved)) {
             if Some(moved.addr) == remote {
-                return Err(DaemonError::Input(format!(
-                    "--move {moved} is the peer's own address; give the address that clients still use"
+                return Err(input(format!(
+                    "--move {moved} is the peer's own address; \
+                     give the address that clients still use"
                 )));
             }
             if ours.contains(&moved.addr) {
-                return Err(DaemonError::Input(format!(
-                    "--move {moved} would take the address this server itself uses to reach the peer, \
-                     your login included; move only the service's ports, as in --move {}, \
+                return Err(input(format!(
+                    "--move {moved} would take the address this server itself uses to reach \
+                     the peer, your login included; move only the service's ports, \
+                     as in --move {}, \
                      or let this server use another of its addresses (--listen ADDR:PORT)",
                     Move {
                         ports: vec![80..=80, 443..=443],
@@ -307,7 +294,7 @@ fn takes_logins(moved: &Move) -> bool {
 }
 
 /// The new server delivers to its own addresses only.
-fn check_new(netlink: &Netlink, config: &Config) -> Result<(), DaemonError> {
+fn check_new(netlink: &Netlink, config: &Config) -> Result<()> {
     let addresses = netlink.addresses().map_err(system)?;
     for peer in &config.peers {
         let keeps = peer.deliver_to == DeliverTo::Keep;
@@ -315,8 +302,9 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<(), DaemonError> {
             // A moved address that is kept is held as soon as the peer has named it.
             let will_be = keeps && map.to == map.moved;
             if !will_be && !addresses.iter().any(|held| held.addr == map.to) {
-                return Err(DaemonError::Input(format!(
-                    "--deliver {map}: {} is not an address of this server; `ip addr` lists those that are",
+                return Err(input(format!(
+                    "--deliver {map}: {} is not an address of this server; \
+                     `ip addr` lists those that are",
                     map.to
                 )));
             }
@@ -327,8 +315,9 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<(), DaemonError> {
         let wanted = v4.map(IpAddr::V4).into_iter().chain(v6.map(IpAddr::V6));
         for addr in wanted {
             if !addresses.iter().any(|held| held.addr == addr) {
-                return Err(DaemonError::Input(format!(
-                    "--deliver-to {addr} is not an address of this server; `ip addr` lists those that are"
+                return Err(input(format!(
+                    "--deliver-to {addr} is not an address of this server; \
+                     `ip addr` lists those that are"
                 )));
             }
         }
@@ -350,7 +339,7 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
 }
 
 /// Opens the UDP sockets, one a lane: both families where the host has IPv6.
-fn bind(config: &Config) -> Result<Vec<UdpSocket>, DaemonError> {
+fn bind(config: &Config) -> Result<Vec<UdpSocket>> {
     let options = UdpOptions {
         gso: !config.without.contains(&Offload::UdpGso),
         gro: !config.without.contains(&Offload::UdpGro),
@@ -371,33 +360,25 @@ fn bind(config: &Config) -> Result<Vec<UdpSocket>, DaemonError> {
         }),
     };
     bound.map_err(|error| match error.raw_os_error() {
-        Some(libc::EADDRINUSE) => DaemonError::Input(format!(
+        Some(libc::EADDRINUSE) => input(format!(
             "UDP port {port} is in use by another program; choose another with --listen \
              (and name it in the other server's --peer)"
         )),
-        Some(libc::EADDRNOTAVAIL) => DaemonError::Input(format!(
+        Some(libc::EADDRNOTAVAIL) => input(format!(
             "--listen {} is not an address of this server",
             ip.map_or_else(String::new, |ip| ip.to_string())
         )),
-        _ => DaemonError::System(format!("cannot open UDP port {port}: {error}")),
+        _ => cannot(format!("open UDP port {port}"), error),
     })
 }
 
-pub(super) fn tun_refused(error: TunError) -> DaemonError {
-    match error {
-        TunError::Exists(_) => DaemonError::Input(error.to_string()),
-        TunError::Permission(_) | TunError::NoDriver | TunError::Other(..) => {
-            DaemonError::System(error.to_string())
-        }
-    }
-}
-
-/// Brings the TUN up, without addresses, and keeps the kernel from speaking on it of its own accord.
-pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link, DaemonError> {
+/// Brings the TUN up, without addresses, and keeps the kernel from speaking on it of its own
+/// accord.
+pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link> {
     let tun = netlink
         .link_by_name(name)
         .map_err(system)?
-        .ok_or_else(|| DaemonError::System(format!("the interface {name} vanished")))?;
+        .ok_or_else(|| system(format!("the interface {name} vanished")))?;
     // No link-local address, hence no router solicitations: an interface without IPv6 has no such
     // file, and needs none.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode"), "1");
@@ -408,37 +389,4 @@ pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link,
         up: true,
         ..tun
     })
-}
-
-/// Opens the socket `ipmoved status` connects to. The lock of the namespace is held, so whatever
-/// lies there is a dead predecessor's.
-pub(super) fn listen(host: &Host) -> Result<UnixListener, DaemonError> {
-    let path = host.dir().join(STATUS_SOCKET);
-    let problem = |error: io::Error| {
-        DaemonError::System(format!("cannot listen on {}: {error}", path.display()))
-    };
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(problem(error)),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&path).map_err(problem)?;
-    listener.set_nonblocking(true).map_err(problem)?;
-    Ok(listener)
-}
-
-/// Why the host cannot be taken charge of.
-pub(super) fn refused(error: HostError) -> DaemonError {
-    match error {
-        HostError::RuntimeDir(RuntimeDirError::Locked { .. }) => {
-            DaemonError::Running(error.to_string())
-        }
-        HostError::RuntimeDir(_)
-        | HostError::Journal(_)
-        | HostError::Netlink(_)
-        | HostError::Refused { .. } => DaemonError::System(error.to_string()),
-    }
-}
-
-pub(super) fn system(error: impl ToString) -> DaemonError {
-    DaemonError::System(error.to_string())
 }

@@ -1,18 +1,26 @@
-//! How `ipmoved status` asks the daemon.
+//! How `ipmoved status` and the daemon speak: both ends of the status socket.
 //!
 //! The socket lies in the runtime directory of the daemon's network namespace, which only root can
 //! enter, so that daemons in different namespaces never meet. A client connects and reads one JSON
 //! document; nothing is ever read from it.
 
 use std::io::{self, Read};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::io::AsyncWriteExt;
+use tracing::{debug, warn};
+
+use super::service::{Result, cannot};
+use crate::model::runtime::STATUS_SOCKET;
 use crate::model::status::Status;
 
 /// How long `ipmoved status` waits for a daemon that does not answer.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a client of the daemon may take to read.
+const READ_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Longest answer read: 256 peers with 64 moves of 64 port ranges each stay below it.
 const MAX_ANSWER: u64 = 16 << 20;
@@ -44,4 +52,41 @@ pub fn ask(socket: &Path) -> Result<Status, StatusError> {
         .and_then(|()| (&mut stream).take(MAX_ANSWER).read_to_string(&mut text))
         .map_err(StatusError::Answer)?;
     serde_json::from_str(&text).map_err(|error| StatusError::Answer(error.into()))
+}
+
+/// Opens the daemon's end in the directory of its namespace, whose lock it holds: whatever lies
+/// there is a dead predecessor's.
+pub(super) fn listen(dir: &Path) -> Result<UnixListener> {
+    let path = dir.join(STATUS_SOCKET);
+    let opened = || {
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    opened().map_err(|error| cannot(format!("listen on {}", path.display()), error))
+}
+
+/// Sends the status to a client that connected, and hangs up; one that does not read is given up.
+pub(super) fn answer(
+    connection: io::Result<(tokio::net::UnixStream, tokio::net::unix::SocketAddr)>,
+    status: impl FnOnce() -> Status,
+) {
+    let mut stream = match connection {
+        Ok((stream, _)) => stream,
+        Err(error) => return warn!(%error, "the status socket failed"),
+    };
+    let text = match serde_json::to_vec(&status()) {
+        Ok(text) => text,
+        Err(error) => return warn!(%error, "cannot write the status"),
+    };
+    tokio::spawn(async move {
+        let sent = tokio::time::timeout(READ_PATIENCE, stream.write_all(&text)).await;
+        if !matches!(sent, Ok(Ok(()))) {
+            debug!("a client of the status socket went away");
+        }
+    });
 }

@@ -49,7 +49,7 @@ pub enum Outgoing<'a> {
 }
 
 /// What this host is to packets that only pass through it.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Hop {
     /// Its own address of each family, which has not moved.
     pub v4: Option<Ipv4Addr>,

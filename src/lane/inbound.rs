@@ -457,7 +457,6 @@ impl Work for Inbound {
         self.parts.stop.as_fd()
     }
 
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, once per wake-up
     fn turn(&mut self, waits: bool) -> Turn {
         let view = self.parts.shared.view.load_full();
         let context = Context {

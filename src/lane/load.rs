@@ -142,14 +142,7 @@ const STAY: Limits = Limits {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a virtual clock has to begin somewhere"
-    )]
-    fn start() -> Instant {
-        Instant::now()
-    }
+    use crate::testing::epoch;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -169,7 +162,7 @@ mod tests {
 
     #[test]
     fn only_a_lane_that_does_not_sleep_gets_a_helper_and_keeps_it_while_it_needs_it() {
-        let (busy_lanes, mut now) = (BusyLanes::new(2), start());
+        let (busy_lanes, mut now) = (BusyLanes::new(2), epoch());
         let mut load = Load::new(now);
         assert!(!lasts(&mut load, &mut now, [0.7, 0.1], &busy_lanes));
         assert!(lasts(&mut load, &mut now, [0.75, 0.2], &busy_lanes));
@@ -184,7 +177,7 @@ mod tests {
 
     #[test]
     fn a_lane_that_works_most_on_what_comes_in_keeps_one_thread() {
-        let (busy_lanes, mut now) = (BusyLanes::new(2), start());
+        let (busy_lanes, mut now) = (BusyLanes::new(2), epoch());
         let mut load = Load::new(now);
         assert!(!lasts(&mut load, &mut now, [0.3, 0.7], &busy_lanes));
         assert!(!lasts(&mut load, &mut now, [0.5, 0.5], &busy_lanes));
@@ -204,7 +197,7 @@ mod tests {
 
     #[test]
     fn as_many_busy_lanes_as_processors_have_one_thread_each() {
-        let (busy_lanes, mut now) = (BusyLanes::new(2), start());
+        let (busy_lanes, mut now) = (BusyLanes::new(2), epoch());
         let (mut one, mut other) = (Load::new(now), Load::new(now));
         assert!(lasts(&mut one, &mut now, [1.0, 0.0], &busy_lanes));
         assert!(!lasts(&mut other, &mut now, [1.0, 0.0], &busy_lanes));
@@ -217,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_long_sleep_is_no_load() {
-        let (busy_lanes, mut now) = (BusyLanes::new(8), start());
+        let (busy_lanes, mut now) = (BusyLanes::new(8), epoch());
         let mut load = Load::new(now);
         let spent = |out| [out, Duration::ZERO];
         now += Duration::from_secs(60);

@@ -46,6 +46,7 @@
 mod helper;
 mod inbound;
 mod load;
+pub mod nat;
 mod outbound;
 mod outbox;
 mod receive_ring;
@@ -143,7 +144,6 @@ impl Lane {
     }
 
     /// Carries packets until told to stop, or until that is not possible any more.
-    #[allow(clippy::disallowed_methods)] // the edge: here the clock is read, thrice per wake-up
     fn carry(&mut self) -> Result<(), LaneError> {
         let shared = Arc::clone(&self.parts.shared);
         let mut ready = Ready::default();

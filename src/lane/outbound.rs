@@ -4,11 +4,11 @@
 
 use std::io::IoSlice;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tracing::debug;
 
-use super::shared::{BURST, BURST_BYTES, Context, LaneParts};
+use super::shared::{BURST, BURST_BYTES, Context, DEVICE_DOWN_PAUSE, LaneParts};
 use super::slow_path::{OutboundOutcome, SlowPath, Unsplit, unsplit};
 use super::to_control::LaneError;
 use super::to_host::{self, Arrival};
@@ -21,9 +21,6 @@ use crate::model::drops::{DropReason, Dropped};
 use crate::packet::fragment::{Cut, complete};
 use crate::packet::offload::{Offload, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed, ecn};
-
-/// Pause before an interface that somebody set down is read again.
-const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// One direction of a lane: TUN to tunnel.
 pub(super) struct Outbound {

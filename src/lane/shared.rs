@@ -35,6 +35,9 @@ pub(super) const BURST: usize = 64;
 /// which latency suffers.
 pub(super) const BURST_BYTES: usize = 8 * 65_536;
 
+/// Pause before an interface that somebody set down is read again.
+pub(super) const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
+
 /// How often expiring flows are looked at, and longest wait without a packet.
 pub(super) const TICK: Duration = Duration::from_secs(1);
 

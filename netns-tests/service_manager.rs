@@ -1,0 +1,110 @@
+//! The daemon as a service: what its manager and its administrator are told while it runs.
+
+use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
+
+use ipmoved::kernel::netlink::Netlink;
+use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
+use ipmoved::lab::{Daemon, Lab, LabError, Namespace, poll_until};
+use ipmoved::model::peer::Role;
+use rustix::process::Signal;
+
+use crate::stage::{PATIENCE, Result, moved, setup};
+
+#[test]
+fn the_service_manager_is_told_when_all_is_ready_what_is_up_and_when_it_ends() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let manager = Manager::new(&lab)?;
+    let mut command = setup.command();
+    command.args(setup.daemon_args(Role::New));
+    command.env("NOTIFY_SOCKET", manager.path());
+    let new = lab.new_server().spawn(command)?;
+    manager.hears("READY=1\nSTATUS=new server, 0 of 1 tunnels up\n")?;
+    let _old = setup.start(Role::Old)?;
+    manager.hears("STATUS=new server, 1 of 1 tunnels up\n")?;
+    new.signal(Signal::TERM)?;
+    manager.hears("STOPPING=1\n")?;
+    let said = new.wait(STOP_TIMEOUT)?;
+    assert!(said.status.success(), "{said:?}");
+    Ok(())
+}
+
+#[test]
+fn what_somebody_takes_away_is_made_again_and_said_so() -> Result {
+    moved(|on| {
+        take_away(on.lab.old_server())?;
+        says_so(&on.daemons.old)?;
+        on.lab.client().get(ipmoved::lab::topology::MOVED)?;
+        Ok(())
+    })
+}
+
+#[test]
+fn with_both_translated_it_is_said_too() -> Result {
+    let lab = Lab::new()?;
+    let nat = ["--move", "192.0.2.5", "--to", "198.51.100.2"];
+    let daemon = setup(&lab)?.start_nat(&nat)?;
+    let started = poll_until(UP_TIMEOUT, Duration::from_millis(50), || {
+        daemon.status().ok().map(drop)
+    });
+    assert!(started.is_some(), "it does not run");
+    take_away(lab.old_server())?;
+    says_so(&daemon)
+}
+
+/// What is told a service manager.
+struct Manager(UnixDatagram, std::path::PathBuf);
+
+impl Manager {
+    fn new(lab: &Lab) -> Result<Self> {
+        let path = lab.dir().join("notify");
+        let socket = UnixDatagram::bind(&path).map_err(failed)?;
+        socket.set_read_timeout(Some(UP_TIMEOUT)).map_err(failed)?;
+        Ok(Self(socket, path))
+    }
+
+    fn path(&self) -> &std::path::Path {
+        &self.1
+    }
+
+    /// Waits until it is told this.
+    fn hears(&self, wanted: &str) -> Result {
+        let mut told = [0; 1_000];
+        loop {
+            let length = self.0.recv(&mut told).map_err(failed)?;
+            if told[..length] == *wanted.as_bytes() {
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Removes every program of a host, as whoever sets up traffic control anew does.
+fn take_away(host: &Namespace) -> Result {
+    host.run(|| {
+        let netlink = Netlink::new().map_err(failed)?;
+        let links = netlink.links().map_err(failed)?;
+        for link in links.iter().filter(|link| !link.loopback) {
+            if netlink.has_clsact(link.index).map_err(failed)? {
+                netlink.delete_clsact(link.index).map_err(failed)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Waits until `status` shows that something was made again.
+fn says_so(daemon: &Daemon<'_>) -> Result {
+    let said = poll_until(3 * PATIENCE, Duration::from_millis(200), || {
+        let status = daemon.status().ok()?;
+        let warnings = status.0["warnings"].as_array()?.clone();
+        let said = |line: &serde_json::Value| line.to_string().contains("it is back");
+        warnings.iter().any(said).then_some(())
+    });
+    said.ok_or_else(|| LabError::unexpected("status says nothing of it"))
+}
+
+fn failed(error: impl std::fmt::Display) -> LabError {
+    LabError::unexpected(error.to_string())
+}

@@ -1,0 +1,275 @@
+//! Which of this host's addresses are used: those that the new server delivers to, and those that
+//! the old server speaks from as a router on the way.
+//!
+//! Owns the choice alone, as functions of what is known.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::channel::tunnel::Deliver;
+use crate::flow::translate::Delivery;
+use crate::model::moved::Move;
+use crate::model::port_map::PortMap;
+use crate::settings::values::DeliverTo;
+
+/// Where packets from a peer are delivered, as the peer is told and as the lanes do it.
+///
+/// Without an address in the settings, the one that the peer reaches this host on (`reached`) is
+/// taken; for the other family, the first one of the uplink.
+pub(super) fn choose(
+    to: DeliverTo,
+    ports: &[PortMap],
+    reached: Option<IpAddr>,
+    uplink: &[IpAddr],
+) -> (Deliver, Delivery) {
+    let ports = ports.to_vec();
+    match to {
+        DeliverTo::Keep => (
+            Deliver::Keep,
+            Delivery {
+                keep: true,
+                ports,
+                ..Delivery::default()
+            },
+        ),
+        DeliverTo::Addresses { v4, v6 } => {
+            let (reached_v4, reached_v6) = match reached {
+                Some(IpAddr::V4(addr)) => (Some(addr), None),
+                Some(IpAddr::V6(addr)) => (None, Some(addr)),
+                None => (None, None),
+            };
+            let v4 = v4.or(reached_v4).or_else(|| first_v4(uplink));
+            let v6 = v6.or(reached_v6).or_else(|| first_v6(uplink));
+            let delivery = Delivery {
+                v4,
+                v6,
+                keep: false,
+                ports,
+            };
+            (Deliver::To { v4, v6 }, delivery)
+        }
+    }
+}
+
+/// A move that is not delivered: this host has no address of its family.
+pub(super) fn undeliverable(deliver: Deliver, moves: &[Move]) -> Option<&Move> {
+    moves.iter().find(|moved| match deliver {
+        Deliver::Keep => false,
+        Deliver::To { v4, v6 } => match moved.addr {
+            IpAddr::V4(_) => v4.is_none(),
+            IpAddr::V6(_) => v6.is_none(),
+        },
+    })
+}
+
+/// The family of the address that moved, by its name.
+pub(super) fn family(moved: &Move) -> &'static str {
+    match moved.addr {
+        IpAddr::V4(_) => "IPv4",
+        IpAddr::V6(_) => "IPv6",
+    }
+}
+
+/// The port maps for which nothing has moved.
+pub(super) fn not_moved<'a>(
+    ports: &'a [PortMap],
+    moves: &[Move],
+) -> impl Iterator<Item = &'a PortMap> {
+    ports.iter().filter(|map| {
+        !moves.iter().any(|moved| {
+            let of_port = |ports: &std::ops::RangeInclusive<u16>| ports.contains(&map.port);
+            moved.addr == map.moved && (moved.ports.is_empty() || moved.ports.iter().any(of_port))
+        })
+    })
+}
+
+/// What the old server's ICMP messages are sent from: addresses of its uplink that have not moved
+/// as a whole, and of these rather one of which nothing has.
+pub(super) fn hop<'a>(
+    uplink: &[IpAddr],
+    moves: impl Iterator<Item = &'a Move> + Clone,
+) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
+    let moves = || moves.clone();
+    let mut own: Vec<IpAddr> = uplink
+        .iter()
+        .copied()
+        .filter(|&addr| !moves().any(|moved| moved.addr == addr && moved.is_whole()))
+        .collect();
+    own.sort_by_key(|&addr| moves().any(|moved| moved.addr == addr));
+    (first_v4(&own), first_v6(&own))
+}
+
+fn first_v4(addresses: &[IpAddr]) -> Option<Ipv4Addr> {
+    addresses.iter().find_map(|&addr| match addr {
+        IpAddr::V4(addr) => Some(addr),
+        IpAddr::V6(_) => None,
+    })
+}
+
+fn first_v6(addresses: &[IpAddr]) -> Option<Ipv6Addr> {
+    let is_global = |addr: Ipv6Addr| !addr.is_unicast_link_local() && !addr.is_loopback();
+    addresses.iter().find_map(|&addr| match addr {
+        IpAddr::V6(addr) if is_global(addr) => Some(addr),
+        IpAddr::V6(_) | IpAddr::V4(_) => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addresses(text: &str) -> Vec<IpAddr> {
+        text.split_whitespace()
+            .map(|addr| addr.parse().unwrap())
+            .collect()
+    }
+
+    fn moves(text: &str) -> Vec<Move> {
+        text.split_whitespace()
+            .map(|moved| moved.parse().unwrap())
+            .collect()
+    }
+
+    fn v4(text: &str) -> Option<Ipv4Addr> {
+        (text != "-").then(|| text.parse().unwrap())
+    }
+
+    fn v6(text: &str) -> Option<Ipv6Addr> {
+        (text != "-").then(|| text.parse().unwrap())
+    }
+
+    #[test]
+    fn each_family_is_delivered_to_an_address_of_its_own() {
+        const UPLINK: &str = "198.51.100.9 198.51.100.2 fe80::1 2001:db8::9 2001:db8::2";
+        for (told_v4, told_v6, reached, uplink, to_v4, to_v6) in [
+            // Where the peer reaches this host, and the uplink's first of the other family.
+            (
+                "-",
+                "-",
+                "198.51.100.2",
+                UPLINK,
+                "198.51.100.2",
+                "2001:db8::9",
+            ),
+            (
+                "-",
+                "-",
+                "2001:db8::2",
+                UPLINK,
+                "198.51.100.9",
+                "2001:db8::2",
+            ),
+            ("-", "-", "", UPLINK, "198.51.100.9", "2001:db8::9"),
+            // What the settings say counts for its family alone.
+            (
+                "10.0.0.1",
+                "-",
+                "198.51.100.2",
+                UPLINK,
+                "10.0.0.1",
+                "2001:db8::9",
+            ),
+            (
+                "-",
+                "fd00::1",
+                "198.51.100.2",
+                UPLINK,
+                "198.51.100.2",
+                "fd00::1",
+            ),
+            // A host of one family.
+            (
+                "-",
+                "-",
+                "198.51.100.2",
+                "198.51.100.2",
+                "198.51.100.2",
+                "-",
+            ),
+            ("-", "-", "198.51.100.2", "fe80::1 ::1", "198.51.100.2", "-"),
+            ("-", "-", "2001:db8::2", "2001:db8::2", "-", "2001:db8::2"),
+        ] {
+            let told = DeliverTo::Addresses {
+                v4: v4(told_v4),
+                v6: v6(told_v6),
+            };
+            let reached = addresses(reached).first().copied();
+            let (deliver, delivery) = choose(told, &[], reached, &addresses(uplink));
+            let (v4, v6) = (v4(to_v4), v6(to_v6));
+            assert_eq!(deliver, Deliver::To { v4, v6 });
+            assert_eq!((delivery.v4, delivery.v6, delivery.keep), (v4, v6, false));
+        }
+    }
+
+    #[test]
+    fn what_is_kept_is_not_rewritten() {
+        let reached = addresses("198.51.100.2").first().copied();
+        let (deliver, delivery) = choose(DeliverTo::Keep, &[], reached, &addresses("198.51.100.2"));
+        assert_eq!(deliver, Deliver::Keep);
+        assert!(delivery.keep && delivery.v4.is_none() && delivery.v6.is_none());
+        assert_eq!(
+            undeliverable(deliver, &moves("192.0.2.5 2001:db8::5")),
+            None
+        );
+    }
+
+    #[test]
+    fn a_move_of_a_family_that_this_host_lacks_is_named() {
+        let deliver = |v4: Option<&str>, v6: Option<&str>| Deliver::To {
+            v4: v4.map(|addr| addr.parse().unwrap()),
+            v6: v6.map(|addr| addr.parse().unwrap()),
+        };
+        let both = moves("192.0.2.5 [2001:db8::5]:80");
+        let here = Some("198.51.100.2");
+        assert_eq!(undeliverable(deliver(here, None), &both), Some(&both[1]));
+        assert_eq!(
+            undeliverable(deliver(None, Some("fd00::1")), &both),
+            Some(&both[0])
+        );
+        assert_eq!(undeliverable(deliver(here, Some("fd00::1")), &both), None);
+        assert_eq!(undeliverable(deliver(here, None), &both[..1]), None);
+    }
+
+    #[test]
+    fn a_port_that_has_not_moved_is_named() {
+        let map = |moved: &str, port| PortMap {
+            transport: None,
+            moved: moved.parse().unwrap(),
+            port,
+            to: moved.parse().unwrap(),
+            to_port: 8_080,
+        };
+        for (moved, port, named) in [
+            ("192.0.2.5", 80, false),
+            ("192.0.2.5:80,443", 443, false),
+            ("192.0.2.5:80,443", 25, true),
+            ("192.0.2.6", 80, true),
+            ("", 80, true),
+        ] {
+            let ports = [map("192.0.2.5", port)];
+            let found = not_moved(&ports, &moves(moved)).count() == 1;
+            assert_eq!(found, named, "{moved} {port}");
+        }
+    }
+
+    #[test]
+    fn the_old_server_speaks_from_what_has_not_moved() {
+        for (uplink, moved, says_v4, says_v6) in [
+            ("192.0.2.1 192.0.2.5", "192.0.2.5", "192.0.2.1", "-"),
+            ("192.0.2.5 192.0.2.1", "192.0.2.5", "192.0.2.1", "-"),
+            ("192.0.2.5", "192.0.2.5", "-", "-"),
+            // An address of which ports have moved will do, if there is no other.
+            ("192.0.2.5", "192.0.2.5:80", "192.0.2.5", "-"),
+            ("192.0.2.5 192.0.2.1", "192.0.2.5:80", "192.0.2.1", "-"),
+            ("fe80::1 2001:db8::1", "192.0.2.5", "-", "2001:db8::1"),
+            (
+                "2001:db8::5 2001:db8::1 192.0.2.1",
+                "2001:db8::5",
+                "192.0.2.1",
+                "2001:db8::1",
+            ),
+        ] {
+            let said = hop(&addresses(uplink), moves(moved).iter());
+            assert_eq!(said, (v4(says_v4), v6(says_v6)), "{uplink} without {moved}");
+        }
+    }
+}

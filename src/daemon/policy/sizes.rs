@@ -1,0 +1,90 @@
+//! How large packets may be: towards a peer, through the tunnel, and on the TUN.
+//!
+//! Owns the arithmetic alone. What the path really carries, the tunnel finds out by probes.
+
+use std::net::SocketAddr;
+
+use crate::channel::wire::DATA_OVERHEAD;
+
+/// Smallest MTU an interface that carries IPv6 may have (RFC 8200 section 5).
+const MIN_MTU: u32 = 1_280;
+
+/// Smallest and largest IP packet a path is taken to carry: RFC 791's 576 less what nobody uses
+/// today, and the largest UDP datagram over IPv4.
+const MIN_CARRIED: u32 = 576;
+const MAX_CARRIED: u32 = 65_535;
+
+/// What the kernel says of the way to a peer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::daemon) struct RouteSize {
+    /// The route's own MTU: what a router on the path said, or an administrator.
+    pub(in crate::daemon) route: Option<u32>,
+    /// That of the interface it leads out of.
+    pub(in crate::daemon) link: Option<u32>,
+}
+
+/// Largest UDP payload that the way to `remote` is known to take: so far the tunnel probes.
+pub(super) fn max_datagram(remote: SocketAddr, size: RouteSize) -> u16 {
+    let headers = if remote.is_ipv4() { 20 + 8 } else { 40 + 8 };
+    let mtu = size.route.filter(|&mtu| mtu > 0).or(size.link);
+    let carried = mtu.unwrap_or(MIN_MTU).clamp(MIN_CARRIED, MAX_CARRIED);
+    (carried - headers) as u16
+}
+
+/// Largest IP packet that fits one datagram, where a datagram takes `path_mtu` bytes of payload.
+pub(in crate::daemon) fn tunnel_mtu(path_mtu: u16) -> usize {
+    usize::from(path_mtu) - DATA_OVERHEAD
+}
+
+/// MTU of the new server's TUN: what its application sends has to fit the link that each old server
+/// has to its clients, and its own.
+pub(super) fn tun_mtu(client_links: impl Iterator<Item = u32>, uplink: u32) -> u32 {
+    let smallest = client_links.min().unwrap_or(MIN_MTU);
+    smallest.clamp(MIN_MTU, uplink.max(MIN_MTU))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_datagram_is_what_the_route_takes_less_its_headers() {
+        for (remote, route, link, payload) in [
+            ("192.0.2.1:51850", None, Some(1_500), 1_472),
+            ("[2001:db8::1]:51850", None, Some(1_500), 1_452),
+            // What a router said counts more than the interface.
+            ("192.0.2.1:51850", Some(1_400), Some(1_500), 1_372),
+            ("192.0.2.1:51850", Some(0), Some(1_500), 1_472),
+            ("192.0.2.1:51850", None, Some(9_000), 8_972),
+            // Nothing known, and what cannot be.
+            ("192.0.2.1:51850", None, None, 1_252),
+            ("192.0.2.1:51850", Some(68), Some(1_500), 548),
+            ("192.0.2.1:51850", None, Some(65_536), 65_507),
+            ("[2001:db8::1]:51850", None, Some(65_536), 65_487),
+        ] {
+            let size = RouteSize { route, link };
+            let remote = remote.parse().unwrap();
+            assert_eq!(max_datagram(remote, size), payload, "{remote} {size:?}");
+        }
+    }
+
+    #[test]
+    fn the_tun_takes_no_more_than_the_smallest_link_to_clients() {
+        for (links, uplink, mtu) in [
+            (&[1_500][..], 1_500, 1_500),
+            (&[1_500, 1_400], 1_500, 1_400),
+            (&[9_000], 1_500, 1_500),
+            (&[9_000, 9_000], 9_000, 9_000),
+            // IPv6 needs this much of any interface.
+            (&[576], 1_500, 1_280),
+            (&[1_500], 576, 1_280),
+            (&[], 1_500, 1_280),
+        ] {
+            assert_eq!(
+                tun_mtu(links.iter().copied(), uplink),
+                mtu,
+                "{links:?} {uplink}"
+            );
+        }
+    }
+}

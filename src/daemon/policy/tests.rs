@@ -1,0 +1,523 @@
+//! The decisions as a whole: what is seen goes in, what is to be done comes out.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "a test asks for one kind of action among many"
+)]
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const OLD: PeerId = PeerId(0);
+const OTHER_OLD: PeerId = PeerId(1);
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a virtual clock has to begin somewhere"
+)]
+fn start() -> Instant {
+    Instant::now()
+}
+
+fn moves(text: &str) -> Vec<Move> {
+    text.split_whitespace()
+        .map(|moved| moved.parse().unwrap())
+        .collect()
+}
+
+fn addresses(text: &str) -> Vec<IpAddr> {
+    text.split_whitespace()
+        .map(|addr| addr.parse().unwrap())
+        .collect()
+}
+
+fn rules(deliver_to: DeliverTo) -> PeerRules {
+    PeerRules {
+        endpoint: None,
+        moves: Vec::new(),
+        deliver_to,
+        deliver: Vec::new(),
+    }
+}
+
+const ANYWHERE: DeliverTo = DeliverTo::Addresses { v4: None, v6: None };
+
+/// A policy, and the time that it is told.
+struct Machine {
+    policy: Policy,
+    now: Instant,
+}
+
+impl Machine {
+    fn new(role: Role, rules: Vec<PeerRules>, left: &str) -> Self {
+        let host = HostFacts {
+            uplink_mtu: 1_500,
+            tun_mtu: 1_500,
+            left: addresses(left),
+        };
+        let now = start();
+        let policy = Policy::new(role, rules, host, now);
+        Self { policy, now }
+    }
+
+    /// A new server at 198.51.100.2 to which every peer has found its way.
+    fn reached(rules: Vec<PeerRules>, left: &str) -> Self {
+        let mut machine = Self::new(Role::New, rules, left);
+        let uplink = addresses("198.51.100.2");
+        let all = addresses("127.0.0.1 198.51.100.2");
+        machine.does(Input::Addresses(Addresses { all, uplink }));
+        for peer in machine.policy.peers() {
+            machine.does(Input::Endpoint(peer, path()));
+        }
+        machine
+    }
+
+    /// What it does about something.
+    fn does(&mut self, input: Input) -> Vec<Action> {
+        self.policy.handle(self.now, input);
+        self.actions()
+    }
+
+    fn moves(&mut self, peer: PeerId, text: &str) -> Vec<Action> {
+        let moves = moves(text);
+        let announcement = Announcement::Old { moves, mtu: 1_500 };
+        self.does(Input::Announced(peer, announcement))
+    }
+
+    /// What is due after some time.
+    fn after(&mut self, time: Duration) -> Vec<Action> {
+        self.now += time;
+        self.policy.handle_timeout(self.now);
+        self.actions()
+    }
+
+    fn actions(&mut self) -> Vec<Action> {
+        std::iter::from_fn(|| self.policy.poll_action()).collect()
+    }
+}
+
+fn path() -> Path {
+    Path {
+        remote: "192.0.2.1:51850".parse().unwrap(),
+        local: Some("198.51.100.2".parse().unwrap()),
+    }
+}
+
+fn warnings(actions: &[Action]) -> Vec<String> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Warn(_, warning) => Some(warning.to_string()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// What each peer is told last: its number, and why not everything is delivered.
+fn told(actions: &[Action]) -> Vec<(PeerId, Option<String>)> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Announce(peer, Announcement::New { error, .. }) => Some((*peer, error.clone())),
+            _ => None,
+        })
+        .collect()
+}
+
+fn served(actions: &[Action]) -> Vec<(PeerId, Vec<Move>)> {
+    actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Serve(peer, moves) => Some((*peer, moves.to_vec())),
+            _ => None,
+        })
+        .collect()
+}
+
+fn held(actions: &[Action]) -> Option<Vec<IpAddr>> {
+    actions.iter().rev().find_map(|action| match action {
+        Action::Hold(wanted) => Some(wanted.clone()),
+        _ => None,
+    })
+}
+
+#[test]
+fn what_an_old_server_moves_is_served_and_delivered_where_it_reaches_us() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
+    let actions = new.moves(OLD, "192.0.2.5");
+    assert_eq!(served(&actions), [(OLD, moves("192.0.2.5"))]);
+    let v4 = Some("198.51.100.2".parse().unwrap());
+    let deliver = Deliver::To { v4, v6: None };
+    let announcement = Announcement::New {
+        deliver,
+        mtu: 1_500,
+        error: None,
+    };
+    assert_eq!(actions.last(), Some(&Action::Announce(OLD, announcement)));
+    assert_eq!(new.policy.delivery(OLD), Some(deliver));
+    assert!(warnings(&actions).is_empty());
+    // Said again, nothing is served anew.
+    assert!(served(&new.moves(OLD, "192.0.2.5")).is_empty());
+    // Withdrawn, nothing is served any more.
+    assert_eq!(served(&new.moves(OLD, "")), [(OLD, Vec::new())]);
+}
+
+#[test]
+fn a_second_claim_is_refused_on_both_sides_until_the_first_is_gone() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE), rules(ANYWHERE)], "");
+    new.moves(OLD, "192.0.2.5");
+    let actions = new.moves(OTHER_OLD, "192.0.2.5:80 192.0.2.7");
+    let refusal = "192.0.2.5:80 has moved here from another old server already; \
+                   it is not served for this one";
+    assert_eq!(served(&actions), [(OTHER_OLD, moves("192.0.2.7"))]);
+    assert_eq!(warnings(&actions), [refusal]);
+    assert_eq!(told(&actions), [(OTHER_OLD, Some(refusal.into()))]);
+    let actions = new.moves(OLD, "192.0.2.6");
+    let now_served = [
+        (OLD, moves("192.0.2.6")),
+        (OTHER_OLD, moves("192.0.2.7 192.0.2.5:80")),
+    ];
+    assert_eq!(served(&actions), now_served);
+    assert_eq!(told(&actions), [(OLD, None), (OTHER_OLD, None)]);
+    assert!(warnings(&actions).is_empty());
+}
+
+#[test]
+fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
+    let why = "2001:db8::5 cannot be delivered: the new server has no IPv6 address; \
+               give it one with --deliver-to";
+    let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
+    assert_eq!(warnings(&actions), [why]);
+    assert_eq!(told(&actions), [(OLD, Some(why.into()))]);
+    // It is said once; the peer may ask again.
+    let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
+    assert!(warnings(&actions).is_empty());
+    assert_eq!(told(&actions), [(OLD, Some(why.into()))]);
+    // The host is given one.
+    let both = addresses("198.51.100.2 2001:db8::2");
+    let all = both.clone();
+    new.does(Input::Addresses(Addresses { all, uplink: both }));
+    let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
+    assert_eq!(told(&actions), [(OLD, None)]);
+}
+
+#[test]
+fn nothing_is_delivered_before_it_is_known_where() {
+    let mut new = Machine::new(Role::New, vec![rules(ANYWHERE)], "");
+    let actions = new.moves(OLD, "192.0.2.5");
+    assert_eq!(served(&actions), [(OLD, moves("192.0.2.5"))]);
+    assert!(told(&actions).is_empty());
+    let actions = new.does(Input::Endpoint(OLD, path()));
+    assert_eq!(told(&actions), [(OLD, None)]);
+    assert_eq!(held(&actions), None, "nothing is kept here");
+}
+
+#[test]
+fn a_deliver_without_a_move_is_warned_of() {
+    let map = PortMap {
+        transport: None,
+        moved: "192.0.2.5".parse().unwrap(),
+        port: 80,
+        to: "198.51.100.2".parse().unwrap(),
+        to_port: 8_080,
+    };
+    let rules = PeerRules {
+        deliver: vec![map],
+        ..rules(ANYWHERE)
+    };
+    let mut new = Machine::reached(vec![rules], "");
+    let actions = new.moves(OLD, "192.0.2.5:443");
+    let warning = "--deliver 192.0.2.5:80=198.51.100.2:8080: that port has not moved here";
+    assert_eq!(warnings(&actions), [warning]);
+    assert!(warnings(&new.moves(OLD, "192.0.2.5")).is_empty());
+}
+
+#[test]
+fn what_an_earlier_run_held_stays_until_every_peer_that_keeps_has_spoken() {
+    let keep = || rules(DeliverTo::Keep);
+    let rules = vec![keep(), keep(), rules(ANYWHERE)];
+    let mut new = Machine::reached(rules, "192.0.2.5 192.0.2.6");
+    let at_first = new.does(Input::Endpoint(OLD, path()));
+    assert_eq!(held(&at_first), Some(addresses("192.0.2.5 192.0.2.6")));
+    let actions = new.moves(OLD, "192.0.2.5:80 192.0.2.5:443");
+    assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.6")));
+    let actions = new.moves(OTHER_OLD, "192.0.2.7");
+    assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
+    // What the third peer moves is delivered to another address, and not held.
+    let actions = new.moves(PeerId(2), "192.0.2.8");
+    assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
+    let actions = new.moves(OLD, "");
+    assert_eq!(held(&actions), Some(addresses("192.0.2.7")));
+}
+
+#[test]
+fn an_address_is_held_before_anything_is_delivered_to_it() {
+    let mut new = Machine::reached(vec![rules(DeliverTo::Keep)], "");
+    let actions = new.moves(OLD, "192.0.2.5");
+    let at = |wanted: fn(&Action) -> bool| actions.iter().position(wanted).unwrap();
+    let hold = at(|action| matches!(action, Action::Hold(_)));
+    let deliver = at(|action| matches!(action, Action::Deliver(..)));
+    let announce = at(|action| matches!(action, Action::Announce(..)));
+    assert!(hold < deliver && deliver < announce, "{actions:?}");
+}
+
+#[test]
+fn an_address_that_cannot_be_held_is_told_once_to_those_it_concerns() {
+    let both = vec![rules(DeliverTo::Keep), rules(ANYWHERE)];
+    let mut new = Machine::reached(both, "");
+    new.moves(OLD, "192.0.2.5");
+    let why = "a moved address cannot be held: no loopback";
+    let failed = || Input::Held(Err("no loopback".into()));
+    let actions = new.does(failed());
+    assert_eq!(warnings(&actions), [why]);
+    assert_eq!(told(&actions)[0], (OLD, Some(why.into())));
+    assert_eq!(told(&actions)[1], (OTHER_OLD, None));
+    assert!(new.does(failed()).is_empty());
+    let actions = new.does(Input::Held(Ok(())));
+    assert!(warnings(&actions).is_empty());
+    assert_eq!(told(&actions)[0], (OLD, None));
+}
+
+#[test]
+fn the_tun_follows_the_smallest_link_to_clients() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE), rules(ANYWHERE)], "");
+    let says = |mtu: u16| Announcement::Old {
+        moves: Vec::new(),
+        mtu,
+    };
+    let sets = |actions: Vec<Action>| {
+        actions.into_iter().find_map(|action| match action {
+            Action::SetTunMtu(mtu) => Some(mtu),
+            _ => None,
+        })
+    };
+    assert_eq!(
+        sets(new.does(Input::Announced(OLD, says(1_400)))),
+        Some(1_400)
+    );
+    // As long as that was not done, it is asked for again.
+    assert_eq!(
+        sets(new.does(Input::Announced(OTHER_OLD, says(9_000)))),
+        Some(1_400)
+    );
+    new.does(Input::TunMtu(1_400));
+    assert_eq!(
+        sets(new.does(Input::Announced(OTHER_OLD, says(1_500)))),
+        None
+    );
+    assert_eq!(
+        sets(new.does(Input::Announced(OLD, says(1_500)))),
+        Some(1_500)
+    );
+}
+
+#[test]
+fn own_addresses_are_told_to_the_lanes_when_they_change() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
+    let have = |text: &str| {
+        let all = addresses(text);
+        let uplink = Vec::new();
+        Input::Addresses(Addresses { all, uplink })
+    };
+    let both = addresses("198.51.100.2 203.0.113.1");
+    let actions = new.does(have("198.51.100.2 203.0.113.1"));
+    assert_eq!(actions, [Action::OwnAddresses(both)]);
+    assert!(new.does(have("198.51.100.2 203.0.113.1")).is_empty());
+}
+
+/// An old server that moved something to one peer.
+fn old(moved: &str) -> Machine {
+    let rules = PeerRules {
+        moves: moves(moved),
+        ..rules(ANYWHERE)
+    };
+    Machine::new(Role::Old, vec![rules], "")
+}
+
+#[test]
+fn the_old_server_announces_its_moves_and_its_link() {
+    let mut old = old("192.0.2.5:80/tcp");
+    let announcement = |mtu| Announcement::Old {
+        moves: moves("192.0.2.5:80/tcp"),
+        mtu,
+    };
+    assert_eq!(old.policy.announcement(OLD), announcement(1_500));
+    let hop = |mtu| Hop {
+        mtu,
+        ..Hop::default()
+    };
+    let actions = old.does(Input::UplinkMtu(1_400));
+    assert_eq!(
+        actions,
+        [
+            Action::Hop(hop(1_400)),
+            Action::Announce(OLD, announcement(1_400))
+        ]
+    );
+    assert!(old.does(Input::UplinkMtu(1_400)).is_empty());
+    // Nobody can say more than 16 bits hold, nor has to.
+    old.does(Input::UplinkMtu(65_536));
+    assert_eq!(old.policy.announcement(OLD), announcement(u16::MAX));
+}
+
+#[test]
+fn the_old_server_speaks_from_an_address_that_stayed() {
+    let mut old = old("192.0.2.5");
+    let uplink = addresses("192.0.2.5 192.0.2.1 fe80::1 2001:db8::1");
+    let all = uplink.clone();
+    let seen = Input::Addresses(Addresses { all, uplink });
+    let hop = Hop {
+        v4: Some("192.0.2.1".parse().unwrap()),
+        v6: Some("2001:db8::1".parse().unwrap()),
+        mtu: 0,
+    };
+    assert_eq!(old.does(seen.clone()), [Action::Hop(hop)]);
+    assert!(old.does(seen).is_empty());
+}
+
+#[test]
+fn the_old_server_repeats_what_the_new_one_complains_of() {
+    let mut old = old("192.0.2.5");
+    let says = |error: Option<&str>| {
+        let announcement = Announcement::New {
+            deliver: Deliver::Keep,
+            mtu: 1_500,
+            error: error.map(Into::into),
+        };
+        Input::Announced(OLD, announcement)
+    };
+    assert!(old.does(says(None)).is_empty());
+    assert_eq!(old.policy.delivery(OLD), Some(Deliver::Keep));
+    let actions = old.does(says(Some("no such address")));
+    assert_eq!(warnings(&actions), ["the new server says: no such address"]);
+}
+
+#[test]
+fn a_peer_of_the_same_role_decides_nothing() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
+    let announcement = Announcement::New {
+        deliver: Deliver::Keep,
+        mtu: 1_500,
+        error: Some("nonsense".into()),
+    };
+    assert!(new.does(Input::Announced(OLD, announcement)).is_empty());
+    assert!(old("192.0.2.5").moves(OLD, "192.0.2.6").is_empty());
+}
+
+#[test]
+fn the_tunnel_probes_as_far_as_the_route_goes() {
+    let mut old = old("192.0.2.5");
+    let size = RouteSize {
+        route: Some(1_400),
+        link: Some(1_500),
+    };
+    assert!(
+        old.does(Input::Route(OLD, size)).is_empty(),
+        "towards where?"
+    );
+    old.does(Input::Endpoint(OLD, path()));
+    let actions = old.does(Input::Route(OLD, size));
+    assert_eq!(actions, [Action::ProbeUpTo(OLD, 1_372)]);
+}
+
+#[test]
+fn a_name_is_looked_up_while_nobody_answers_there() {
+    let peer = |host: &str| PeerRules {
+        endpoint: Some(PeerAddr {
+            host: host.into(),
+            port: 51_850,
+        }),
+        ..rules(ANYWHERE)
+    };
+    let both = vec![peer("old.example"), peer("192.0.2.1")];
+    let mut new = Machine::new(Role::New, both, "");
+    let second = Duration::from_secs(1);
+    let turn = |actions: Vec<Action>| match actions.as_slice() {
+        [] => None,
+        [
+            Action::LookUp {
+                peer: OLD, turn, ..
+            },
+        ] => Some(*turn),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        turn(new.after(second)),
+        None,
+        "it was looked up at the start"
+    );
+    assert_eq!(turn(new.after(9 * second)), Some(1));
+    assert_eq!(turn(new.after(60 * second)), None, "one at a time");
+    let unknown = || Input::LookedUp(OLD, Err("cannot look up old.example".into()));
+    assert_eq!(
+        warnings(&new.does(unknown())),
+        ["cannot look up old.example; trying again"]
+    );
+    assert_eq!(turn(new.after(second)), Some(2));
+    assert!(new.does(unknown()).is_empty(), "that is no news");
+    assert_eq!(turn(new.after(10 * second)), Some(3));
+    let addr = "192.0.2.1:51850".parse().unwrap();
+    let actions = new.does(Input::LookedUp(OLD, Ok(addr)));
+    assert_eq!(actions, [Action::Call(OLD, addr)]);
+    new.does(Input::State(OLD, State::Up));
+    assert_eq!(turn(new.after(60 * second)), None, "it answers");
+    new.does(Input::State(OLD, State::Down));
+    assert_eq!(turn(new.after(Duration::ZERO)), Some(4), "no time is lost");
+}
+
+#[test]
+fn a_peer_is_named_as_the_settings_have_it() {
+    let mut rules = vec![rules(ANYWHERE), rules(ANYWHERE)];
+    rules[1].endpoint = Some(PeerAddr {
+        host: "2001:db8::1".into(),
+        port: 4_000,
+    });
+    let mut new = Machine::new(Role::New, rules, "");
+    assert_eq!(new.policy.name(OLD), "(any address)");
+    assert_eq!(new.policy.name(OTHER_OLD), "[2001:db8::1]:4000");
+    for peer in [OLD, OTHER_OLD] {
+        new.does(Input::Endpoint(peer, path()));
+    }
+    assert_eq!(new.policy.name(OLD), "192.0.2.1:51850");
+    assert_eq!(new.policy.name(OTHER_OLD), "[2001:db8::1]:4000");
+}
+
+proptest! {
+    /// The lanes are told of one peer after the other, and carry packets in between.
+    #[test]
+    fn at_no_moment_do_the_lanes_serve_one_packet_for_two_peers(
+        announcements in proptest::collection::vec((0..3u16, any_moves()), 1..30),
+    ) {
+        let everybody = (0..3).map(|_| rules(ANYWHERE)).collect();
+        let mut new = Machine::reached(everybody, "");
+        let mut lanes: Vec<Vec<Move>> = vec![Vec::new(); 3];
+        for (peer, text) in announcements {
+            for (peer, moves) in served(&new.moves(PeerId(peer), &text)) {
+                lanes[index(peer)] = moves;
+                for (one, other) in [(0, 1), (0, 2), (1, 2)] {
+                    let overlaps = |moved: &Move| lanes[one].iter().any(|it| it.overlaps(moved));
+                    prop_assert!(!lanes[other].iter().any(overlaps), "{lanes:?}");
+                }
+            }
+            for peer in new.policy.peers() {
+                prop_assert_eq!(&**new.policy.moves(peer), &*lanes[index(peer)]);
+            }
+        }
+    }
+}
+
+fn any_moves() -> impl Strategy<Value = String> {
+    const MOVES: [&str; 6] = [
+        "192.0.2.5",
+        "192.0.2.5:80",
+        "192.0.2.5:80-90/tcp",
+        "192.0.2.5:85/udp",
+        "192.0.2.6",
+        "2001:db8::5",
+    ];
+    proptest::sample::subsequence(&MOVES[..], 0..4).prop_map(|moves| moves.join(" "))
+}

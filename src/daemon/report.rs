@@ -1,0 +1,321 @@
+//! What `ipmoved status` is told, built from what is known.
+//!
+//! Owns the choice of what is shown where. It is a function of values, views and counters, and asks
+//! nobody. The form is [`model::status`](crate::model::status)'s business.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use crate::channel::tunnel::{self, Deliver};
+use crate::flow::table::FlowStats;
+use crate::kernel::masquerade::Towards;
+use crate::lane::nat::NatCounters;
+use crate::lane::shared::LaneCounters;
+use crate::model::drops::Drops;
+use crate::model::moved::Move;
+use crate::model::peer::Role;
+use crate::model::status::{Flows, Offloads, State, Status, Traffic, TunnelStatus, Way};
+use crate::settings::config::NatSettings;
+use crate::settings::values::NewServer;
+
+/// What is known of the daemon as a whole.
+pub(super) struct Daemon {
+    /// Name of the TUN.
+    pub(super) tun: String,
+    /// The UDP port listened on; 0 where there is none.
+    pub(super) port: u16,
+    /// How long it runs.
+    pub(super) up: Duration,
+    /// What an administrator should know.
+    pub(super) warnings: Vec<String>,
+}
+
+/// What is known of one peer.
+pub(super) struct Peer<'a> {
+    /// As configured, or as heard.
+    pub(super) name: String,
+    /// What this daemon is to it.
+    pub(super) role: Role,
+    /// Where it was last heard from.
+    pub(super) endpoint: Option<SocketAddr>,
+    /// Whether it is there.
+    pub(super) state: tunnel::State,
+    /// The cipher in use, and how old its keys are.
+    pub(super) session: Option<(String, Duration)>,
+    /// The round trip.
+    pub(super) rtt: Option<Duration>,
+    /// Largest IP packet that fits one datagram to it.
+    pub(super) mtu: usize,
+    /// What has moved.
+    pub(super) moves: &'a [Move],
+    /// Where the new server delivers.
+    pub(super) deliver: Option<Deliver>,
+    /// Ports that are delivered elsewhere.
+    pub(super) ports: Vec<String>,
+    /// What was dropped of it.
+    pub(super) drops: &'a Drops,
+}
+
+/// The status of a daemon with tunnels: one for each peer, in the order of the settings.
+pub(super) fn tunnels(
+    daemon: Daemon,
+    peers: Vec<Peer<'_>>,
+    flows: Option<FlowStats>,
+    offloads: Offloads,
+    lanes: &[impl AsRef<LaneCounters>],
+    strangers: &Drops,
+) -> Status {
+    let alone = peers.len() == 1;
+    let tunnel = |(index, peer): (usize, Peer<'_>)| {
+        let mut drops = names(peer.drops);
+        if alone {
+            // With one peer, what strangers send is best seen where one looks first.
+            for (reason, count) in names(strangers) {
+                *drops.entry(reason).or_default() += count;
+            }
+        }
+        let (mut rx, mut tx) = (Traffic::default(), Traffic::default());
+        for lane in lanes {
+            let carried = &lane.as_ref().peers[index];
+            carried.rx.add_to(&mut rx);
+            carried.tx.add_to(&mut tx);
+        }
+        let (cipher, age) = peer.session.unzip();
+        TunnelStatus {
+            peer: peer.name,
+            endpoint: peer.endpoint.map(|addr| addr.to_string()),
+            role: peer.role,
+            state: match peer.state {
+                tunnel::State::Connecting => State::Connecting,
+                tunnel::State::Up => State::Up,
+                tunnel::State::Down => State::Down,
+            },
+            cipher,
+            rtt_ms: peer.rtt.map(|rtt| rtt.as_secs_f64() * 1_000.0),
+            handshake_age_s: age.map(|age| age.as_secs()),
+            mtu: peer.mtu,
+            moved: peer.moves.iter().map(ToString::to_string).collect(),
+            deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
+            deliver: peer.ports,
+            flows: flows.map(shown).unwrap_or_default(),
+            rx,
+            tx,
+            drops,
+        }
+    };
+    let tunnels = peers.into_iter().enumerate().map(tunnel).collect();
+    status(Way::Tunnel, daemon, tunnels, offloads, names(strangers))
+}
+
+/// The status of `ipmoved nat`: one entry for each address that is translated to.
+pub(super) fn translated(
+    daemon: Daemon,
+    settings: &NatSettings,
+    towards: &[Towards],
+    uplink_mtu: u32,
+    counters: &NatCounters,
+) -> Status {
+    let flows = shown(counters.flows());
+    let entry = |(end, to): (&Towards, &NewServer)| TunnelStatus {
+        peer: end.to.to_string(),
+        endpoint: Some(end.to.to_string()),
+        role: Role::Old,
+        state: State::Up,
+        cipher: None,
+        rtt_ms: None,
+        handshake_age_s: None,
+        mtu: end.link.mtu.min(uplink_mtu) as usize,
+        moved: (settings.moves.iter())
+            .filter(|moved| moved.addr.is_ipv4() == end.to.is_ipv4())
+            .map(ToString::to_string)
+            .collect(),
+        deliver_to: Some(match to.port {
+            None => end.to.to_string(),
+            Some(port) => SocketAddr::new(end.to, port).to_string(),
+        }),
+        deliver: Vec::new(),
+        flows,
+        rx: counters.to_clients(),
+        tx: counters.to_server(),
+        drops: names(&counters.drops),
+    };
+    let entries = towards.iter().zip(&settings.to).map(entry).collect();
+    let (offloads, strangers) = (Offloads::default(), BTreeMap::new());
+    status(Way::Nat, daemon, entries, offloads, strangers)
+}
+
+/// How the tunnels do, in one line for the service manager.
+pub(super) fn summary(role: Role, states: impl ExactSizeIterator<Item = tunnel::State>) -> String {
+    let all = states.len();
+    let up = states.filter(|&state| state == tunnel::State::Up).count();
+    format!("{role} server, {up} of {all} tunnels up")
+}
+
+fn status(
+    way: Way,
+    daemon: Daemon,
+    tunnels: Vec<TunnelStatus>,
+    offloads: Offloads,
+    drops: BTreeMap<String, u64>,
+) -> Status {
+    Status {
+        way,
+        tunnels,
+        tun: daemon.tun,
+        port: daemon.port,
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        uptime_s: daemon.up.as_secs(),
+        offloads,
+        drops,
+        warnings: daemon.warnings,
+    }
+}
+
+/// Where is delivered, for the families that something was moved of.
+fn delivered_to(deliver: Deliver, moves: &[Move]) -> Option<String> {
+    match deliver {
+        Deliver::Keep => Some("keep".into()),
+        Deliver::To { v4, v6 } => {
+            let moved = |v4: bool| moves.iter().any(|moved| moved.addr.is_ipv4() == v4);
+            let v4 = v4.filter(|_| moved(true)).map(IpAddr::V4);
+            let v6 = v6.filter(|_| moved(false)).map(IpAddr::V6);
+            let all: Vec<String> = v4.iter().chain(&v6).map(ToString::to_string).collect();
+            (!all.is_empty()).then(|| all.join(", "))
+        }
+    }
+}
+
+fn shown(stats: FlowStats) -> Flows {
+    Flows {
+        live: stats.live,
+        max: stats.max,
+        evicted: stats.evicted,
+        collisions: stats.collisions,
+        refused: stats.refused,
+    }
+}
+
+fn names(drops: &Drops) -> BTreeMap<String, u64> {
+    drops
+        .iter()
+        .map(|(reason, count)| (reason.name().to_owned(), count))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::model::drops::DropReason;
+
+    fn moves(names: &[&str]) -> Vec<Move> {
+        names.iter().map(|name| name.parse().unwrap()).collect()
+    }
+
+    fn peer<'a>(name: &str, moves: &'a [Move], drops: &'a Drops) -> Peer<'a> {
+        Peer {
+            name: name.into(),
+            role: Role::New,
+            endpoint: Some("192.0.2.1:51850".parse().unwrap()),
+            state: tunnel::State::Up,
+            session: Some(("aes-256-gcm".into(), Duration::from_secs(61))),
+            rtt: Some(Duration::from_micros(170)),
+            mtu: 1_440,
+            moves,
+            deliver: Some(Deliver::To {
+                v4: Some("198.51.100.2".parse().unwrap()),
+                v6: Some("2001:db8::2".parse().unwrap()),
+            }),
+            ports: Vec::new(),
+            drops,
+        }
+    }
+
+    fn daemon() -> Daemon {
+        Daemon {
+            tun: "ipmoved0".into(),
+            port: 51_850,
+            up: Duration::from_secs(90),
+            warnings: vec!["somebody removed a filter; it is back".into()],
+        }
+    }
+
+    fn report(peers: Vec<Peer<'_>>, strangers: &Drops) -> Status {
+        let lanes: Vec<Arc<LaneCounters>> = (0..2)
+            .map(|_| Arc::new(LaneCounters::new(peers.len())))
+            .collect();
+        lanes[0].peers[0].rx.add(3, 300);
+        lanes[1].peers[0].rx.add(1, 100);
+        lanes[1].peers[0].tx.add(2, 80);
+        tunnels(
+            daemon(),
+            peers,
+            None,
+            Offloads::default(),
+            &lanes,
+            strangers,
+        )
+    }
+
+    #[test]
+    fn strangers_are_shown_with_the_only_peer_but_with_none_of_several() {
+        let (strangers, of_peer) = (Drops::default(), Drops::default());
+        strangers.add(DropReason::HandshakeAuth, 5);
+        of_peer.add(DropReason::HandshakeAuth, 2);
+        of_peer.add(DropReason::NotMoved, 1);
+        let moved = moves(&["192.0.2.5"]);
+        let status = report(vec![peer("a", &moved, &of_peer)], &strangers);
+        assert_eq!(status.tunnels[0].drops["handshake_auth"], 7);
+        assert_eq!(status.tunnels[0].drops["not_moved"], 1);
+        assert_eq!(status.drops["handshake_auth"], 5);
+        let two = vec![peer("a", &moved, &of_peer), peer("b", &[], &of_peer)];
+        let status = report(two, &strangers);
+        assert_eq!(status.tunnels[0].drops["handshake_auth"], 2);
+        assert_eq!(status.drops["handshake_auth"], 5);
+    }
+
+    #[test]
+    fn what_the_lanes_counted_is_added_up() {
+        let drops = Drops::default();
+        let status = report(vec![peer("a", &[], &drops), peer("b", &[], &drops)], &drops);
+        let (rx, tx) = (status.tunnels[0].rx, status.tunnels[0].tx);
+        assert_eq!((rx.packets, rx.bytes), (4, 400));
+        assert_eq!((tx.packets, tx.bytes), (2, 80));
+        assert_eq!(status.tunnels[1].rx, Traffic::default());
+        assert_eq!(status.warnings, daemon().warnings);
+        assert_eq!(status.uptime_s, 90);
+    }
+
+    #[test]
+    fn delivery_is_shown_for_the_families_that_moved() {
+        let both = Deliver::To {
+            v4: Some("198.51.100.2".parse().unwrap()),
+            v6: Some("2001:db8::2".parse().unwrap()),
+        };
+        for (deliver, moved, shown) in [
+            (both, &["192.0.2.5"][..], Some("198.51.100.2")),
+            (both, &["2001:db8::5"], Some("2001:db8::2")),
+            (
+                both,
+                &["192.0.2.5", "2001:db8::5"],
+                Some("198.51.100.2, 2001:db8::2"),
+            ),
+            (both, &[], None),
+            (Deliver::To { v4: None, v6: None }, &["192.0.2.5"], None),
+            (Deliver::Keep, &["192.0.2.5"], Some("keep")),
+        ] {
+            assert_eq!(delivered_to(deliver, &moves(moved)).as_deref(), shown);
+        }
+    }
+
+    #[test]
+    fn the_service_manager_hears_how_many_tunnels_are_up() {
+        use tunnel::State::{Connecting, Down, Up};
+        let states = [Up, Down, Connecting, Up];
+        let said = summary(Role::New, states.into_iter());
+        assert_eq!(said, "new server, 2 of 4 tunnels up");
+    }
+}

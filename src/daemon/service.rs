@@ -1,0 +1,288 @@
+//! What every way of running needs of the service around it: why it ends and with what, the event
+//! loop, the signals that end it, what the service manager is told, the threads that carry packets,
+//! and the undoing of kernel changes.
+//!
+//! Owns no decision and no packet. `control` (the tunnel) and `nat` use it alike.
+
+use std::error::Error;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use sd_notify::NotifyState;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{error, info, warn};
+
+use super::warnings::Warnings;
+use crate::io::tun::TunError;
+use crate::kernel::{Change, Failure, Host, HostError, Repairs, Report, RuntimeDirError};
+
+/// How often the kernel is asked whether the daemon's changes are still there.
+pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
+
+/// What lies behind a [`DaemonError`]: its text is what the user reads.
+pub type Cause = Box<dyn Error + Send + Sync>;
+
+/// Why the daemon did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// What it was told does not fit this host; nothing was changed.
+    #[error(transparent)]
+    Input(Cause),
+    /// This host cannot do it; nothing was changed.
+    #[error(transparent)]
+    System(Cause),
+    /// Another one runs already.
+    #[error(transparent)]
+    Running(Cause),
+    /// Something broke while it ran.
+    #[error(transparent)]
+    Failed(Cause),
+}
+
+pub(super) type Result<T, E = DaemonError> = std::result::Result<T, E>;
+
+/// The settings do not fit this host.
+pub(super) fn input(cause: impl Into<Cause>) -> DaemonError {
+    DaemonError::Input(cause.into())
+}
+
+/// This host cannot do it.
+pub(super) fn system(cause: impl Into<Cause>) -> DaemonError {
+    DaemonError::System(cause.into())
+}
+
+/// Something broke while the daemon ran.
+pub(super) fn failed(cause: impl Into<Cause>) -> DaemonError {
+    DaemonError::Failed(cause.into())
+}
+
+/// This host cannot do `what`, because of `source`.
+pub(super) fn cannot(what: String, source: io::Error) -> DaemonError {
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot {what}: {source}")]
+    struct Cannot {
+        what: String,
+        source: io::Error,
+    }
+    system(Cannot { what, source })
+}
+
+impl From<HostError> for DaemonError {
+    fn from(error: HostError) -> Self {
+        match error {
+            HostError::RuntimeDir(RuntimeDirError::Locked { .. }) => Self::Running(error.into()),
+            HostError::RuntimeDir(_)
+            | HostError::Journal(_)
+            | HostError::Netlink(_)
+            | HostError::Refused { .. } => Self::System(error.into()),
+        }
+    }
+}
+
+impl From<TunError> for DaemonError {
+    fn from(error: TunError) -> Self {
+        match error {
+            TunError::Exists(_) => Self::Input(error.into()),
+            TunError::Permission(_) | TunError::NoDriver | TunError::Other(..) => {
+                Self::System(error.into())
+            }
+        }
+    }
+}
+
+/// Does `work` in an event loop of one thread.
+pub(super) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| cannot("start the event loop".into(), error))?;
+    let result = runtime.block_on(work);
+    // A name that is being looked up would keep the process for as long as the resolver is patient.
+    runtime.shutdown_background();
+    result
+}
+
+/// The signals that end the daemon.
+pub(super) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From now on they wait to be received. To be called inside the event loop.
+    pub(super) fn new() -> Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(failed)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+        })
+    }
+
+    /// Waits for one of them.
+    pub(super) async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Tells the service manager that everything is set up, and how things stand, in one line.
+pub(super) fn notify_ready(status: &str) {
+    notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+/// Tells the service manager how things stand, in one line.
+pub(super) fn notify_status(status: &str) {
+    notify(&[NotifyState::Status(status)]);
+}
+
+/// Tells the service manager, and the log, that the daemon is ending.
+pub(super) fn notify_stopping() {
+    info!("stopping");
+    notify(&[NotifyState::Stopping]);
+}
+
+/// Does nothing where no service manager asked to be told (`sd_notify(3)`).
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        warn!(%error, "cannot tell the service manager how the daemon does");
+    }
+}
+
+/// The threads that carry packets, each with a descriptor that tells it to stop.
+#[derive(Default)]
+pub(super) struct Threads {
+    running: Vec<JoinHandle<()>>,
+    stops: Vec<OwnedFd>,
+}
+
+impl Threads {
+    /// Starts a thread; what it is given becomes readable when it is to stop.
+    pub(super) fn start(
+        &mut self,
+        name: String,
+        run: impl FnOnce(OwnedFd) + Send + 'static,
+    ) -> Result<()> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed)?;
+        let told = stop.try_clone().map_err(failed)?;
+        let thread = std::thread::Builder::new().name(name);
+        self.running
+            .push(thread.spawn(move || run(told)).map_err(failed)?);
+        self.stops.push(stop);
+        Ok(())
+    }
+
+    /// Stops all of them, and waits until they have.
+    pub(super) fn stop(self) {
+        for stop in &self.stops {
+            if let Err(error) = rustix::io::write(stop, &1u64.to_ne_bytes()) {
+                warn!(%error, "cannot stop a lane");
+            }
+        }
+        for thread in self.running {
+            if thread.join().is_err() {
+                warn!("a lane had crashed");
+            }
+        }
+    }
+}
+
+/// Looks after the kernel changes while the daemon runs.
+#[derive(Default)]
+pub(super) struct Repairer {
+    /// Changes that somebody has taken away and that cannot be made again.
+    broken: Vec<Change>,
+}
+
+impl Repairer {
+    /// Makes again what others have taken away; true if something is missing even so.
+    pub(super) fn repair(&mut self, now: Instant, host: &mut Host, known: &mut Warnings) -> bool {
+        let Repairs { made, failed } = host.repair();
+        for change in made {
+            if known.keep(now, format!("somebody removed {change}; it is back")) {
+                warn!(%change, "somebody removed a kernel change; it is back");
+            }
+        }
+        for Failure { change, reason } in &failed {
+            let text = format!("{change} is gone and cannot be made again: {reason}");
+            if !self.broken.contains(change) && known.keep(now, text) {
+                warn!(%change, reason, "a kernel change is gone and cannot be made again");
+            }
+        }
+        self.broken = failed.into_iter().map(|failure| failure.change).collect();
+        !self.broken.is_empty()
+    }
+}
+
+/// Says what an earlier run left that could not be undone.
+pub(super) fn warn_of_left(report: &Report) {
+    for Failure { change, reason } in &report.left {
+        warn!(%change, reason, "left by an earlier run and still there");
+    }
+}
+
+/// Undoes every kernel change.
+pub(super) fn undo(host: &mut Host) -> Result<()> {
+    let left = host.undo_all().map_err(failed)?.left;
+    if left.is_empty() {
+        return Ok(());
+    }
+    for Failure { change, reason } in &left {
+        error!(%change, reason, "cannot undo a kernel change");
+    }
+    Err(failed(
+        "not everything could be undone; `ipmoved cleanup` tries again",
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_what_its_cause_says_and_leads_to_it() {
+        let refused = || io::Error::from_raw_os_error(libc::EADDRINUSE);
+        let error = cannot("open UDP port 51850".into(), refused());
+        assert_eq!(
+            error.to_string(),
+            format!("cannot open UDP port 51850: {}", refused())
+        );
+        let cause = error.source().expect("what the kernel said");
+        assert_eq!(cause.to_string(), refused().to_string());
+        assert_eq!(
+            failed("all lanes have ended").to_string(),
+            "all lanes have ended"
+        );
+    }
+
+    #[test]
+    fn who_is_to_blame_decides_the_exit_code() {
+        let exists = DaemonError::from(TunError::Exists("ipmoved0".into()));
+        assert!(matches!(exists, DaemonError::Input(_)), "{exists:?}");
+        let denied = DaemonError::from(TunError::Permission("ipmoved0".into()));
+        assert!(matches!(denied, DaemonError::System(_)), "{denied:?}");
+    }
+
+    #[test]
+    fn threads_stop_when_they_are_told() {
+        let mut threads = Threads::default();
+        let (say, said) = std::sync::mpsc::channel();
+        for number in 0..3u8 {
+            let say = say.clone();
+            let run = move |stop: OwnedFd| {
+                let mut one = [0; 8];
+                let told = rustix::io::read(&stop, &mut one).is_ok();
+                let _ = say.send((number, told));
+            };
+            threads.start(format!("test-{number}"), run).unwrap();
+        }
+        assert!(said.try_recv().is_err(), "nobody told them yet");
+        threads.stop();
+        let mut stopped: Vec<_> = said.try_iter().collect();
+        stopped.sort_unstable();
+        assert_eq!(stopped, [(0, true), (1, true), (2, true)]);
+    }
+}
