@@ -2,9 +2,9 @@
 //! rewriting, and how long that is remembered.
 //!
 //! Owns the two views of a flow ([`Outside`]: as the client sees it, [`Inside`]: as the
-//! application's host sees it), how either is found, and what happens when memory runs out. How long
-//! a flow is kept, and which gives way first, is [`class`](super::class)'s to say. Must not touch
-//! packets, and reads no clock: every call is told the time.
+//! application's host sees it), how either is found, and what happens when memory runs out. How
+//! long a flow is kept, and which gives way first, is [`class`](super::class)'s to say. Must not
+//! touch packets, and reads no clock: every call is told the time.
 //!
 //! ```text
 //!   Outside {peer, client:port, moved:port}  ──►  entry  ◄──  Inside {client:port', delivery:port}

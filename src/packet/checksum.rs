@@ -118,3 +118,34 @@ pub(super) fn mend_l4_full(bytes: &mut [u8], at: usize, protocol: u8, delta: Sum
         put(bytes, at, [0xff, 0xff]);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::testing::checksum;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn sums_are_those_of_etherparse(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let sum = finish(Sum::default().add(&bytes), false);
+            prop_assert_eq!(sum.to_ne_bytes(), checksum(&bytes));
+        }
+
+        #[test]
+        fn a_mended_sum_is_the_new_one(
+            mut bytes in prop::collection::vec(any::<u8>(), 12..100), new in any::<[u8; 4]>(),
+            at in any::<prop::sample::Index>(),
+        ) {
+            // The checksum lies at the front; what is replaced, anywhere behind it.
+            bytes[..2].fill(0);
+            let sum = checksum(&bytes);
+            put(&mut bytes, 0, sum);
+            let at = 2 + at.index((bytes.len() - 6) / 2) * 2;
+            let delta = replace(&mut bytes, at, new);
+            mend_full(&mut bytes, 0, delta);
+            // One's complement has two zeros.
+            prop_assert!(matches!(checksum(&bytes), [0, 0] | [0xff, 0xff]));
+        }
+    }
+}

@@ -1,7 +1,7 @@
-//! ICMP errors about packets that cannot go on, and how many of them.
+//! ICMP replies: errors about packets that cannot go on, and how many of them.
 //!
-//! Owns which error it is ([`About`]), the buffer it is written to and the limit of their rate. What
-//! they look like is [`icmp`]'s business, and where they are sent the lane's.
+//! Owns which error it is ([`About`]), the buffer it is written to and the limit of their rate.
+//! What they look like is [`icmp`]'s business, and where they are sent the lane's.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
