@@ -15,8 +15,9 @@
 //! |---|---|
 //! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
 //! | [`delay`] | a path with a length, for the impaired ones |
+//! | [`flood`] | UDP as fast as it goes, or at a pace |
 //! | [`impair`] | loss and reordering on the way to the new server |
-//! | [`load`] | traffic: TCP streams, UDP floods, pings, connections |
+//! | [`load`] | traffic: TCP streams, pings, connections |
 //! | [`measures`] | what is measured in a round, and the counters read around it |
 //! | [`profile`] | where the daemons' time goes, as `perf` sees it |
 //! | [`report`] | table, JSON, SVG, and the page in `contrib` |
@@ -46,6 +47,7 @@ use report::Report;
 
 mod contenders;
 mod delay;
+mod flood;
 mod impair;
 mod load;
 mod measures;

@@ -9,8 +9,9 @@ use serde_json::Value;
 use ipmoved::lab::{LabError, Namespace};
 
 use crate::contenders::Contender;
+use crate::flood::{self, Flood};
 use crate::impair::{Impairment, impaired};
-use crate::load::{self, Direction, Flood, Streams};
+use crate::load::{self, Direction, Streams};
 
 /// How much time is spent on each measurement.
 #[derive(Clone, Copy, Debug)]
@@ -320,7 +321,7 @@ fn datagrams(
 ) -> Result<Figures> {
     let (lab, target) = (contender.lab(), contender.target());
     let before = losses(contender)?;
-    let flood = load::flood(lab, target, payload, None, effort.flood)?;
+    let flood = flood::flood(lab, target, payload, None, effort.flood)?;
     let after = losses(contender)?;
     let share = |count: u64| count as f64 / flood.sent.max(1) as f64 * 100.0;
     let mut figures = vec![(received, flood.rate / 1e3), (offered, flood.offered / 1e3)];
@@ -346,7 +347,7 @@ fn search(contender: &Contender<'_>, payload: usize, flood: &Flood, steps: usize
     // Under a flood the receiver starves: without it more may arrive than arrived then.
     let mut pace = flood.rate.min(flood.offered * 0.9);
     for _ in 0..steps {
-        let tried = load::flood(lab, target, payload, Some(pace), SEARCH_STEP)?;
+        let tried = flood::flood(lab, target, payload, Some(pace), SEARCH_STEP)?;
         if tried.loss() < CLEAN && tried.offered > pace * 0.9 {
             low = pace;
         } else {

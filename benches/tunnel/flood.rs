@@ -1,0 +1,216 @@
+//! UDP floods from the client to the new server of a lab.
+//!
+//! Owns sender and sink: plain sockets in threads of this process, made inside the namespaces. Knows
+//! nothing of tunnels.
+
+#![allow(
+    unsafe_code,
+    reason = "sendmmsg and recvmmsg: a system call a packet makes the generator the bottleneck"
+)]
+
+use std::io;
+use std::mem;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use socket2::SockRef;
+
+use ipmoved::lab::Lab;
+use ipmoved::lab::topology::NEW;
+
+use crate::load::{DRAIN, LOOK, bind, in_words};
+use crate::rest;
+
+/// Datagrams given to the kernel, or taken from it, in one call.
+const BURST: usize = 64;
+/// The sink's buffer: what counts is what arrives, not how quick the bench reads.
+const SINK_BUFFER: usize = 16 << 20;
+
+/// What became of a flood.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Flood {
+    /// Datagrams sent, in all.
+    pub(crate) sent: u64,
+    /// Datagrams that arrived, in all.
+    pub(crate) received: u64,
+    /// Datagrams sent a second.
+    pub(crate) offered: f64,
+    /// Datagrams received a second, while it was steady.
+    pub(crate) rate: f64,
+}
+
+impl Flood {
+    /// Share that did not arrive.
+    pub(crate) fn loss(&self) -> f64 {
+        1.0 - self.received as f64 / self.sent.max(1) as f64
+    }
+}
+
+/// Sends datagrams of `payload` bytes to the new server, `pace` a second, or as fast as one thread
+/// can.
+pub(crate) fn flood(
+    lab: &Lab,
+    target: Ipv4Addr,
+    payload: usize,
+    pace: Option<f64>,
+    time: Duration,
+) -> Result<Flood> {
+    let sink = lab.new_server().run(|| bind((NEW, 0).into()))?;
+    SockRef::from(&sink).set_read_timeout(Some(LOOK))?;
+    force_buffer(&sink)?;
+    let port = sink.local_addr()?.port();
+    let source = lab.clients().run(|| {
+        let socket = bind((Ipv4Addr::UNSPECIFIED, 0).into())?;
+        socket.connect((target, port)).map_err(in_words)?;
+        Ok(socket)
+    })?;
+    let (stop, end) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let bytes = vec![0x5a; payload];
+            let started = Instant::now();
+            let mut done = 0;
+            while !stop.load(Relaxed) {
+                let count = match pace {
+                    None => BURST,
+                    Some(pace) => {
+                        let due = (pace * started.elapsed().as_secs_f64()) as u64;
+                        match usize::try_from(due - done.min(due)) {
+                            Ok(0) | Err(_) => {
+                                thread::sleep(Duration::from_micros(50));
+                                continue;
+                            }
+                            Ok(count) => count.min(BURST),
+                        }
+                    }
+                };
+                // An error is ICMP about an earlier datagram, or a full queue: it was not sent.
+                done += send_burst(&source, &bytes, count).unwrap_or(0);
+                sent.store(done, Relaxed);
+            }
+        });
+        scope.spawn(|| {
+            let mut room = vec![0; BURST * 2_048];
+            while !end.load(Relaxed) {
+                if let Ok(n) = receive_burst(&sink, &mut room) {
+                    received.fetch_add(n, Relaxed);
+                }
+            }
+        });
+        let measured = (|| {
+            // The first tenth fills the queues.
+            rest(time / 10)?;
+            let before = (Instant::now(), sent.load(Relaxed), received.load(Relaxed));
+            rest(time)?;
+            let took = before.0.elapsed().as_secs_f64();
+            let offered = (sent.load(Relaxed) - before.1) as f64 / took;
+            let rate = (received.load(Relaxed) - before.2) as f64 / took;
+            stop.store(true, Relaxed);
+            rest(DRAIN)?;
+            Ok((offered, rate))
+        })();
+        stop.store(true, Relaxed);
+        end.store(true, Relaxed);
+        measured
+    })
+    .map(|(offered, rate)| Flood {
+        sent: sent.load(Relaxed),
+        received: received.load(Relaxed),
+        offered,
+        rate,
+    })
+}
+
+fn force_buffer(socket: &UdpSocket) -> Result<()> {
+    // socket2 and rustix know only the option that stops at rmem_max.
+    let size = SINK_BUFFER as libc::c_int;
+    // SAFETY: the option's value is a C int that lives until the call returns; the descriptor is open.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUFFORCE,
+            (&raw const size).cast(),
+            size_of_val(&size) as libc::socklen_t,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error()).context("cannot enlarge the sink's buffer");
+    }
+    Ok(())
+}
+
+/// Sends the same datagram `count` times; how many the kernel took.
+fn send_burst(socket: &UdpSocket, bytes: &[u8], count: usize) -> io::Result<u64> {
+    let mut slice = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: zero is a valid value of every field: no address, no control data, no slices.
+    let mut messages: [libc::mmsghdr; BURST] = unsafe { mem::zeroed() };
+    for message in &mut messages {
+        message.msg_hdr.msg_iov = &raw mut slice;
+        message.msg_hdr.msg_iovlen = 1;
+    }
+    // SAFETY: `count` is no more than there are messages; each points to `slice`, which points to
+    // `bytes`, and the kernel only reads those. All outlive the call.
+    let sent = unsafe {
+        libc::sendmmsg(
+            socket.as_raw_fd(),
+            messages.as_mut_ptr(),
+            count.min(BURST) as libc::c_uint,
+            0,
+        )
+    };
+    u64::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// Receives datagrams into `room`; how many there were.
+fn receive_burst(socket: &UdpSocket, room: &mut [u8]) -> io::Result<u64> {
+    let mut slices: Vec<libc::iovec> = room
+        .chunks_exact_mut(room.len() / BURST)
+        .map(|slot| libc::iovec {
+            iov_base: slot.as_mut_ptr().cast(),
+            iov_len: slot.len(),
+        })
+        .collect();
+    // SAFETY: zero is a valid value of every field: no address, no control data, no slices.
+    let mut messages: [libc::mmsghdr; BURST] = unsafe { mem::zeroed() };
+    for (message, slice) in messages.iter_mut().zip(&mut slices) {
+        message.msg_hdr.msg_iov = slice;
+        message.msg_hdr.msg_iovlen = 1;
+    }
+    wait_readable(socket)?;
+    // SAFETY: every message points to a slice of its own, every slice to a part of `room` of its own;
+    // all outlive the call.
+    let received = unsafe {
+        libc::recvmmsg(
+            socket.as_raw_fd(),
+            messages.as_mut_ptr(),
+            BURST as libc::c_uint,
+            libc::MSG_DONTWAIT,
+            std::ptr::null_mut(),
+        )
+    };
+    u64::try_from(received).map_err(|_| io::Error::last_os_error())
+}
+
+/// recvmmsg's own timeout is looked at between datagrams only.
+fn wait_readable(socket: &UdpSocket) -> io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let socket: BorrowedFd<'_> = std::os::fd::AsFd::as_fd(socket);
+    let timeout = Timespec {
+        tv_sec: 0,
+        tv_nsec: LOOK.as_nanos() as i64,
+    };
+    poll(
+        &mut [PollFd::from_borrowed_fd(socket, PollFlags::IN)],
+        Some(&timeout),
+    )?;
+    Ok(())
+}
