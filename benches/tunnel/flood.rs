@@ -1,11 +1,16 @@
 //! UDP floods from the client to the new server of a lab.
 //!
-//! Owns sender and sink: plain sockets in threads of this process, made inside the namespaces. Knows
-//! nothing of tunnels.
+//! Owns sender and sink: plain sockets in threads of this process, made inside the namespaces.
+//! Knows nothing of tunnels.
+//!
+//! How many datagrams a call takes decides who is fast. Many in a call are carried to the first
+//! queue one behind the other, and whoever empties that queue finds many at a time; with one in a
+//! call the kernel's way costs most, for everybody. Both are measured: a figure of one kind says
+//! nothing of the other.
 
 #![allow(
     unsafe_code,
-    reason = "sendmmsg and recvmmsg: a system call a packet makes the generator the bottleneck"
+    reason = "sendmmsg and recvmmsg, and the buffer that a reader of many needs"
 )]
 
 use std::io;
@@ -27,8 +32,25 @@ use crate::rest;
 
 /// Datagrams given to the kernel, or taken from it, in one call.
 const BURST: usize = 64;
-/// The sink's buffer: what counts is what arrives, not how quick the bench reads.
+/// The buffer of a sink that reads many: what counts is what arrives, not how quick the bench is.
 const SINK_BUFFER: usize = 16 << 20;
+
+/// How datagrams are handed to the kernel and taken from it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Calls {
+    /// Up to [`BURST`] in a call, by programs that were written for it.
+    Batched,
+    /// One in a call, as most programs do, and with the buffer that a socket has by itself.
+    OneEach,
+}
+
+/// What is sent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Datagrams {
+    /// Bytes of each, without headers.
+    pub(crate) payload: usize,
+    pub(crate) calls: Calls,
+}
 
 /// What became of a flood.
 #[derive(Clone, Copy, Debug)]
@@ -50,18 +72,19 @@ impl Flood {
     }
 }
 
-/// Sends datagrams of `payload` bytes to the new server, `pace` a second, or as fast as one thread
-/// can.
+/// Sends datagrams to the new server, `pace` a second, or as fast as one thread can.
 pub(crate) fn flood(
     lab: &Lab,
     target: Ipv4Addr,
-    payload: usize,
+    datagrams: Datagrams,
     pace: Option<f64>,
     time: Duration,
 ) -> Result<Flood> {
     let sink = lab.new_server().run(|| bind((NEW, 0).into()))?;
     SockRef::from(&sink).set_read_timeout(Some(LOOK))?;
-    force_buffer(&sink)?;
+    if datagrams.calls == Calls::Batched {
+        force_buffer(&sink)?;
+    }
     let port = sink.local_addr()?.port();
     let source = lab.clients().run(|| {
         let socket = bind((Ipv4Addr::UNSPECIFIED, 0).into())?;
@@ -72,7 +95,7 @@ pub(crate) fn flood(
     let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
-            let bytes = vec![0x5a; payload];
+            let bytes = vec![0x5a; datagrams.payload];
             let started = Instant::now();
             let mut done = 0;
             while !stop.load(Relaxed) {
@@ -89,17 +112,14 @@ pub(crate) fn flood(
                         }
                     }
                 };
-                // An error is ICMP about an earlier datagram, or a full queue: it was not sent.
-                done += send_burst(&source, &bytes, count).unwrap_or(0);
+                done += datagrams.calls.send(&source, &bytes, count);
                 sent.store(done, Relaxed);
             }
         });
         scope.spawn(|| {
             let mut room = vec![0; BURST * 2_048];
             while !end.load(Relaxed) {
-                if let Ok(n) = receive_burst(&sink, &mut room) {
-                    received.fetch_add(n, Relaxed);
-                }
+                received.fetch_add(datagrams.calls.receive(&sink, &mut room), Relaxed);
             }
         });
         let measured = (|| {
@@ -126,10 +146,32 @@ pub(crate) fn flood(
     })
 }
 
+impl Calls {
+    /// Sends the same datagram `count` times; how many the kernel took. An error is ICMP about an
+    /// earlier datagram, or a full queue: it was not sent.
+    fn send(self, socket: &UdpSocket, bytes: &[u8], count: usize) -> u64 {
+        match self {
+            Self::Batched => send_burst(socket, bytes, count).unwrap_or(0),
+            Self::OneEach => (0..count)
+                .map(|_| u64::from(socket.send(bytes).is_ok()))
+                .sum(),
+        }
+    }
+
+    /// Waits for datagrams; how many there were.
+    fn receive(self, socket: &UdpSocket, room: &mut [u8]) -> u64 {
+        match self {
+            Self::Batched => receive_burst(socket, room).unwrap_or(0),
+            Self::OneEach => u64::from(socket.recv(room).is_ok()),
+        }
+    }
+}
+
 fn force_buffer(socket: &UdpSocket) -> Result<()> {
     // socket2 and rustix know only the option that stops at rmem_max.
     let size = SINK_BUFFER as libc::c_int;
-    // SAFETY: the option's value is a C int that lives until the call returns; the descriptor is open.
+    // SAFETY: the option's value is a C int that lives until the call returns; the descriptor is
+    // open.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -186,8 +228,8 @@ fn receive_burst(socket: &UdpSocket, room: &mut [u8]) -> io::Result<u64> {
         message.msg_hdr.msg_iovlen = 1;
     }
     wait_readable(socket)?;
-    // SAFETY: every message points to a slice of its own, every slice to a part of `room` of its own;
-    // all outlive the call.
+    // SAFETY: every message points to a slice of its own, every slice to a part of `room` of its
+    // own; all outlive the call.
     let received = unsafe {
         libc::recvmmsg(
             socket.as_raw_fd(),

@@ -9,7 +9,7 @@ use serde_json::Value;
 use ipmoved::lab::{LabError, Namespace};
 
 use crate::contenders::Contender;
-use crate::flood::{self, Flood};
+use crate::flood::{self, Calls, Datagrams, Flood};
 use crate::impair::{Impairment, impaired};
 use crate::load::{self, Direction, Streams};
 
@@ -69,6 +69,53 @@ const MANY: Streams = Streams::new(16, Direction::Forward).loss_based();
 /// Runs of which the medians are taken, with few flows and with many.
 const REPEATED: usize = 5;
 
+/// The floods and their figures: received, offered, lost, dropped by daemons, overran queues,
+/// without loss.
+const FLOODS: [(Datagrams, [&str; 6]); 3] = [
+    (
+        Datagrams {
+            payload: 64,
+            calls: Calls::Batched,
+        },
+        [
+            "udp 64 B, batched, received",
+            "udp 64 B, batched, offered",
+            "udp 64 B, batched, lost",
+            "udp 64 B, batched, dropped by daemons",
+            "udp 64 B, batched, overran queues",
+            "udp 64 B, batched, without loss",
+        ],
+    ),
+    (
+        Datagrams {
+            payload: 64,
+            calls: Calls::OneEach,
+        },
+        [
+            "udp 64 B, one call each, received",
+            "udp 64 B, one call each, offered",
+            "udp 64 B, one call each, lost",
+            "udp 64 B, one call each, dropped by daemons",
+            "udp 64 B, one call each, overran queues",
+            "udp 64 B, one call each, without loss",
+        ],
+    ),
+    (
+        Datagrams {
+            payload: 1_200,
+            calls: Calls::Batched,
+        },
+        [
+            "udp 1200 B, batched, received",
+            "udp 1200 B, batched, offered",
+            "udp 1200 B, batched, lost",
+            "udp 1200 B, batched, dropped by daemons",
+            "udp 1200 B, batched, overran queues",
+            "udp 1200 B, batched, without loss",
+        ],
+    ),
+];
+
 /// What is done to the path, the figure of it, and the figure of what is left of the first one.
 const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
     (Impairment::Nothing, "tcp, packets cut", None),
@@ -106,16 +153,49 @@ pub(crate) const FIGURES: &[Figure] = &[
     figure("cpu old, reverse", "s/GB", Better::Less, 2),
     figure("cpu new, reverse", "s/GB", Better::Less, 2),
     figure("cpu machine, forward", "s/GB", Better::Less, 2),
-    figure("udp 64 received", "kpps", Better::More, 0),
-    figure("udp 64 offered", "kpps", Better::More, 0),
-    figure("udp 64 dropped by daemons", "%", Better::Less, 2),
-    figure("udp 64 overran queues", "%", Better::Less, 1),
-    figure("udp 64 without loss", "kpps", Better::More, 0),
-    figure("udp 1200 received", "kpps", Better::More, 0),
-    figure("udp 1200 offered", "kpps", Better::More, 0),
-    figure("udp 1200 dropped by daemons", "%", Better::Less, 2),
-    figure("udp 1200 overran queues", "%", Better::Less, 1),
-    figure("udp 1200 without loss", "kpps", Better::More, 0),
+    figure("udp 64 B, batched, received", "kpps", Better::More, 0),
+    figure("udp 64 B, batched, offered", "kpps", Better::More, 0),
+    figure("udp 64 B, batched, lost", "%", Better::Less, 1),
+    figure(
+        "udp 64 B, batched, dropped by daemons",
+        "%",
+        Better::Less,
+        2,
+    ),
+    figure("udp 64 B, batched, overran queues", "%", Better::Less, 1),
+    figure("udp 64 B, batched, without loss", "kpps", Better::More, 0),
+    figure("udp 64 B, one call each, received", "kpps", Better::More, 0),
+    figure("udp 64 B, one call each, offered", "kpps", Better::More, 0),
+    figure("udp 64 B, one call each, lost", "%", Better::Less, 1),
+    figure(
+        "udp 64 B, one call each, dropped by daemons",
+        "%",
+        Better::Less,
+        2,
+    ),
+    figure(
+        "udp 64 B, one call each, overran queues",
+        "%",
+        Better::Less,
+        1,
+    ),
+    figure(
+        "udp 64 B, one call each, without loss",
+        "kpps",
+        Better::More,
+        0,
+    ),
+    figure("udp 1200 B, batched, received", "kpps", Better::More, 0),
+    figure("udp 1200 B, batched, offered", "kpps", Better::More, 0),
+    figure("udp 1200 B, batched, lost", "%", Better::Less, 1),
+    figure(
+        "udp 1200 B, batched, dropped by daemons",
+        "%",
+        Better::Less,
+        2,
+    ),
+    figure("udp 1200 B, batched, overran queues", "%", Better::Less, 1),
+    figure("udp 1200 B, batched, without loss", "kpps", Better::More, 0),
     figure("ping, median", "ms", Better::Less, 3),
     figure("ping, 90 %", "ms", Better::Less, 3),
     figure("ping, 99 %", "ms", Better::Less, 3),
@@ -185,22 +265,9 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
     let four = stream(contender, FOUR, effort.tcp)?;
     figures.push(("tcp forward, 4 streams", four.gbit_per_s));
 
-    let names = [
-        "udp 64 received",
-        "udp 64 offered",
-        "udp 64 dropped by daemons",
-        "udp 64 overran queues",
-        "udp 64 without loss",
-    ];
-    figures.extend(datagrams(contender, 64, names, effort)?);
-    let names = [
-        "udp 1200 received",
-        "udp 1200 offered",
-        "udp 1200 dropped by daemons",
-        "udp 1200 overran queues",
-        "udp 1200 without loss",
-    ];
-    figures.extend(datagrams(contender, 1_200, names, effort)?);
+    for (datagrams, names) in FLOODS {
+        figures.extend(flooded(contender, datagrams, names, effort)?);
+    }
 
     let trips = load::pings(lab, target, effort.pings)?;
     let percentile = |share: f64| {
@@ -313,18 +380,22 @@ fn stream(contender: &Contender<'_>, streams: Streams, time: Duration) -> Result
 }
 
 /// A flood as fast as one thread can, and the highest pace that arrives whole.
-fn datagrams(
+fn flooded(
     contender: &Contender<'_>,
-    payload: usize,
-    [received, offered, dropped, overran, clean]: [&'static str; 5],
+    datagrams: Datagrams,
+    [received, offered, lost, dropped, overran, clean]: [&'static str; 6],
     effort: &Effort,
 ) -> Result<Figures> {
     let (lab, target) = (contender.lab(), contender.target());
     let before = losses(contender)?;
-    let flood = flood::flood(lab, target, payload, None, effort.flood)?;
+    let flood = flood::flood(lab, target, datagrams, None, effort.flood)?;
     let after = losses(contender)?;
     let share = |count: u64| count as f64 / flood.sent.max(1) as f64 * 100.0;
-    let mut figures = vec![(received, flood.rate / 1e3), (offered, flood.offered / 1e3)];
+    let mut figures = vec![
+        (received, flood.rate / 1e3),
+        (offered, flood.offered / 1e3),
+        (lost, flood.loss() * 100.0),
+    ];
     if let (Some(before), Some(after)) = (before.dropped, after.dropped) {
         figures.push((dropped, share(after - before)));
     }
@@ -334,20 +405,25 @@ fn datagrams(
     if effort.search > 0 && contender.is_searched() {
         figures.push((
             clean,
-            search(contender, payload, &flood, effort.search)? / 1e3,
+            search(contender, datagrams, &flood, effort.search)? / 1e3,
         ));
     }
     Ok(figures)
 }
 
 /// Halves the interval in which the highest pace without loss must lie.
-fn search(contender: &Contender<'_>, payload: usize, flood: &Flood, steps: usize) -> Result<f64> {
+fn search(
+    contender: &Contender<'_>,
+    datagrams: Datagrams,
+    flood: &Flood,
+    steps: usize,
+) -> Result<f64> {
     let (lab, target) = (contender.lab(), contender.target());
     let (mut low, mut high) = (0.0, flood.offered);
     // Under a flood the receiver starves: without it more may arrive than arrived then.
     let mut pace = flood.rate.min(flood.offered * 0.9);
     for _ in 0..steps {
-        let tried = flood::flood(lab, target, payload, Some(pace), SEARCH_STEP)?;
+        let tried = flood::flood(lab, target, datagrams, Some(pace), SEARCH_STEP)?;
         if tried.loss() < CLEAN && tried.offered > pace * 0.9 {
             low = pace;
         } else {
