@@ -6,7 +6,8 @@
 //! How many datagrams a call takes decides who is fast. Many in a call are carried to the first
 //! queue one behind the other, and whoever empties that queue finds many at a time; with one in a
 //! call the kernel's way costs most, for everybody. Both are measured: a figure of one kind says
-//! nothing of the other.
+//! nothing of the other. Many flows in turn are the hardest: no two datagrams that follow each other
+//! belong together, so that nobody can join them.
 
 #![allow(
     unsafe_code,
@@ -15,7 +16,7 @@
 
 use std::io;
 use std::mem;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -47,9 +48,11 @@ pub(crate) enum Calls {
 /// What is sent.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Datagrams {
-    /// Bytes of each, without headers.
-    pub(crate) payload: usize,
+    /// Bytes of each, without headers: the least and the most, and what lies between in turn.
+    pub(crate) payload: [usize; 2],
     pub(crate) calls: Calls,
+    /// Flows, each from a port of its own: every call is for the next one.
+    pub(crate) flows: usize,
 }
 
 /// What became of a flood.
@@ -86,16 +89,12 @@ pub(crate) fn flood(
         force_buffer(&sink)?;
     }
     let port = sink.local_addr()?.port();
-    let source = lab.clients().run(|| {
-        let socket = bind((Ipv4Addr::UNSPECIFIED, 0).into())?;
-        socket.connect((target, port)).map_err(in_words)?;
-        Ok(socket)
-    })?;
+    let mut source = Source::new(lab, datagrams, (target, port).into())?;
     let (stop, end) = (AtomicBool::new(false), AtomicBool::new(false));
     let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
-        scope.spawn(|| {
-            let bytes = vec![0x5a; datagrams.payload];
+        let (stop, sent) = (&stop, &sent);
+        scope.spawn(move || {
             let started = Instant::now();
             let mut done = 0;
             while !stop.load(Relaxed) {
@@ -112,7 +111,7 @@ pub(crate) fn flood(
                         }
                     }
                 };
-                done += datagrams.calls.send(&source, &bytes, count);
+                done += source.send(count);
                 sent.store(done, Relaxed);
             }
         });
@@ -146,18 +145,62 @@ pub(crate) fn flood(
     })
 }
 
-impl Calls {
-    /// Sends the same datagram `count` times; how many the kernel took. An error is ICMP about an
-    /// earlier datagram, or a full queue: it was not sent.
-    fn send(self, socket: &UdpSocket, bytes: &[u8], count: usize) -> u64 {
-        match self {
-            Self::Batched => send_burst(socket, bytes, count).unwrap_or(0),
-            Self::OneEach => (0..count)
-                .map(|_| u64::from(socket.send(bytes).is_ok()))
-                .sum(),
+/// What a flood comes from.
+struct Source {
+    datagrams: Datagrams,
+    /// One for each flow.
+    sockets: Vec<UdpSocket>,
+    bytes: Vec<u8>,
+    calls: usize,
+}
+
+impl Source {
+    fn new(lab: &Lab, datagrams: Datagrams, to: SocketAddr) -> Result<Self> {
+        let sockets = lab.clients().run(|| {
+            let flow = |_| {
+                let socket = bind((Ipv4Addr::UNSPECIFIED, 0).into())?;
+                socket.connect(to).map_err(in_words)?;
+                Ok(socket)
+            };
+            (0..datagrams.flows).map(flow).collect()
+        })?;
+        Ok(Self {
+            datagrams,
+            sockets,
+            bytes: vec![0x5a; datagrams.payload[1]],
+            calls: 0,
+        })
+    }
+
+    /// Sends `count` datagrams; how many the kernel took. An error is ICMP about an earlier one, or
+    /// a full queue: it was not sent.
+    fn send(&mut self, count: usize) -> u64 {
+        match self.datagrams.calls {
+            Calls::Batched => {
+                let (socket, bytes) = self.next();
+                send_burst(socket, bytes, count).unwrap_or(0)
+            }
+            Calls::OneEach => {
+                let mut one = || {
+                    let (socket, bytes) = self.next();
+                    u64::from(socket.send(bytes).is_ok())
+                };
+                (0..count).map(|_| one()).sum()
+            }
         }
     }
 
+    /// Whose turn it is, and with what.
+    fn next(&mut self) -> (&UdpSocket, &[u8]) {
+        let [least, most] = self.datagrams.payload;
+        let len = least + self.calls % (most - least + 1);
+        let socket = &self.sockets[self.calls % self.sockets.len()];
+        self.calls += 1;
+        (socket, &self.bytes[..len])
+    }
+}
+
+impl Calls {
     /// Waits for datagrams; how many there were.
     fn receive(self, socket: &UdpSocket, room: &mut [u8]) -> u64 {
         match self {

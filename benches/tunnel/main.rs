@@ -39,6 +39,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use contenders::{Contender, Kind};
 use ipmoved::lab::{Lab, interrupt};
@@ -108,6 +109,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
+    allow_open_files();
     let mut effort = if args.quick {
         Effort::QUICK
     } else {
@@ -208,6 +210,15 @@ fn run(args: &Args) -> Result<()> {
     }
     drop(labs);
     report.finish(started.elapsed(), args.page)
+}
+
+/// Allows as many open files as an administrator lets us have: a flood of many flows has a socket
+/// for each, and some machines begin with 1,024.
+fn allow_open_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // If it is refused, the socket that is too many says so.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Refuses to go on after a signal.

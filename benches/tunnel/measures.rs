@@ -71,11 +71,12 @@ const REPEATED: usize = 5;
 
 /// The floods and their figures: received, offered, lost, dropped by daemons, overran queues,
 /// without loss.
-const FLOODS: [(Datagrams, [&str; 6]); 3] = [
+const FLOODS: [(Datagrams, [&str; 6]); 4] = [
     (
         Datagrams {
-            payload: 64,
+            payload: [64; 2],
             calls: Calls::Batched,
+            flows: 1,
         },
         [
             "udp 64 B, batched, received",
@@ -88,8 +89,9 @@ const FLOODS: [(Datagrams, [&str; 6]); 3] = [
     ),
     (
         Datagrams {
-            payload: 64,
+            payload: [64; 2],
             calls: Calls::OneEach,
+            flows: 1,
         },
         [
             "udp 64 B, one call each, received",
@@ -102,8 +104,24 @@ const FLOODS: [(Datagrams, [&str; 6]); 3] = [
     ),
     (
         Datagrams {
-            payload: 1_200,
+            payload: [64, 200],
+            calls: Calls::OneEach,
+            flows: 1_000,
+        },
+        [
+            "udp, 1,000 flows in turn, received",
+            "udp, 1,000 flows in turn, offered",
+            "udp, 1,000 flows in turn, lost",
+            "udp, 1,000 flows in turn, dropped by daemons",
+            "udp, 1,000 flows in turn, overran queues",
+            "udp, 1,000 flows in turn, without loss",
+        ],
+    ),
+    (
+        Datagrams {
+            payload: [1_200; 2],
             calls: Calls::Batched,
+            flows: 1,
         },
         [
             "udp 1200 B, batched, received",
@@ -181,6 +199,32 @@ pub(crate) const FIGURES: &[Figure] = &[
     ),
     figure(
         "udp 64 B, one call each, without loss",
+        "kpps",
+        Better::More,
+        0,
+    ),
+    figure(
+        "udp, 1,000 flows in turn, received",
+        "kpps",
+        Better::More,
+        0,
+    ),
+    figure("udp, 1,000 flows in turn, offered", "kpps", Better::More, 0),
+    figure("udp, 1,000 flows in turn, lost", "%", Better::Less, 1),
+    figure(
+        "udp, 1,000 flows in turn, dropped by daemons",
+        "%",
+        Better::Less,
+        2,
+    ),
+    figure(
+        "udp, 1,000 flows in turn, overran queues",
+        "%",
+        Better::Less,
+        1,
+    ),
+    figure(
+        "udp, 1,000 flows in turn, without loss",
         "kpps",
         Better::More,
         0,
