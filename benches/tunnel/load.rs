@@ -229,12 +229,7 @@ pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result
                 })
             })
             .collect();
-        let measured = (|| {
-            rest(time / 10)?;
-            let (started, before) = (Instant::now(), done.load(Relaxed));
-            rest(time)?;
-            Ok((done.load(Relaxed) - before) as f64 / started.elapsed().as_secs_f64())
-        })();
+        let measured = rate(&done, time);
         stop.store(true, Relaxed);
         // Wakes accept(), and refuses who waits to be accepted: a client would wait for its answer until
         // its time is over. Fails only if the socket is shut down already.
@@ -302,13 +297,21 @@ pub(crate) fn open_flows(
     Ok(())
 }
 
-fn listen(lab: &Lab) -> Result<TcpListener> {
+/// How much a second is counted, from when it goes on steadily.
+pub(crate) fn rate(count: &AtomicU64, time: Duration) -> Result<f64> {
+    rest(time / 10)?;
+    let (started, before) = (Instant::now(), count.load(Relaxed));
+    rest(time)?;
+    Ok((count.load(Relaxed) - before) as f64 / started.elapsed().as_secs_f64())
+}
+
+pub(crate) fn listen(lab: &Lab) -> Result<TcpListener> {
     Ok(lab
         .new_server()
         .run(|| TcpListener::bind((NEW, 0)).map_err(in_words))?)
 }
 
-fn connect(lab: &Lab, to: SocketAddr, congestion: Congestion) -> Result<TcpStream> {
+pub(crate) fn connect(lab: &Lab, to: SocketAddr, congestion: Congestion) -> Result<TcpStream> {
     let socket = lab
         .clients()
         .run(|| Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).map_err(in_words))?;

@@ -15,6 +15,7 @@
 //! |---|---|
 //! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
 //! | [`delay`] | a path with a length, for the impaired ones |
+//! | [`exchange`] | round trips of small messages, many under way |
 //! | [`flood`] | UDP as fast as it goes, or at a pace |
 //! | [`impair`] | loss and reordering on the way to the new server |
 //! | [`load`] | traffic: TCP streams, pings, connections |
@@ -48,6 +49,7 @@ use report::Report;
 
 mod contenders;
 mod delay;
+mod exchange;
 mod flood;
 mod impair;
 mod load;

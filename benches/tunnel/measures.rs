@@ -9,6 +9,7 @@ use serde_json::Value;
 use ipmoved::lab::{LabError, Namespace};
 
 use crate::contenders::Contender;
+use crate::exchange::{self, Messages};
 use crate::flood::{self, Calls, Datagrams, Flood};
 use crate::impair::{Impairment, impaired};
 use crate::load::{self, Direction, Streams};
@@ -18,6 +19,7 @@ use crate::load::{self, Direction, Streams};
 pub(crate) struct Effort {
     pub(crate) tcp: Duration,
     pub(crate) flood: Duration,
+    pub(crate) round_trips: Duration,
     pub(crate) connections: Duration,
     pub(crate) pings: usize,
     /// Steps of the search for the highest rate without loss; 0 leaves it out.
@@ -31,6 +33,7 @@ impl Effort {
     pub(crate) const FULL: Self = Self {
         tcp: Duration::from_secs(2),
         flood: Duration::from_secs(1),
+        round_trips: Duration::from_secs(1),
         connections: Duration::from_secs(1),
         pings: 400,
         search: 5,
@@ -40,6 +43,7 @@ impl Effort {
     pub(crate) const QUICK: Self = Self {
         tcp: Duration::from_millis(500),
         flood: Duration::from_millis(400),
+        round_trips: Duration::from_millis(400),
         connections: Duration::from_millis(400),
         pings: 100,
         search: 0,
@@ -133,6 +137,17 @@ const FLOODS: [(Datagrams, [&str; 6]); 4] = [
         ],
     ),
 ];
+
+/// As a resolver has them from somebody who asks much.
+const QUERIES: Messages = Messages {
+    payload: 64,
+    outstanding: 32,
+};
+/// As a busy service has them: hardly ever do two packets of one connection follow each other.
+const REQUESTS: Messages = Messages {
+    payload: 100,
+    outstanding: 256,
+};
 
 /// What is done to the path, the figure of it, and the figure of what is left of the first one.
 const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
@@ -240,6 +255,13 @@ pub(crate) const FIGURES: &[Figure] = &[
     ),
     figure("udp 1200 B, batched, overran queues", "%", Better::Less, 1),
     figure("udp 1200 B, batched, without loss", "kpps", Better::More, 0),
+    figure("round trips, udp 64 B, 32 at a time", "/s", Better::More, 0),
+    figure(
+        "round trips, tcp 100 B, 256 connections",
+        "/s",
+        Better::More,
+        0,
+    ),
     figure("ping, median", "ms", Better::Less, 3),
     figure("ping, 90 %", "ms", Better::Less, 3),
     figure("ping, 99 %", "ms", Better::Less, 3),
@@ -312,6 +334,13 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
     for (datagrams, names) in FLOODS {
         figures.extend(flooded(contender, datagrams, names, effort)?);
     }
+
+    let udp = exchange::udp(lab, target, QUERIES, effort.round_trips)?;
+    let tcp = exchange::tcp(lab, target, REQUESTS, effort.round_trips)?;
+    figures.extend([
+        ("round trips, udp 64 B, 32 at a time", udp),
+        ("round trips, tcp 100 B, 256 connections", tcp),
+    ]);
 
     let trips = load::pings(lab, target, effort.pings)?;
     let percentile = |share: f64| {
