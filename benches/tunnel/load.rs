@@ -6,14 +6,15 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use ipmoved::lab::topology::NEW;
+use ipmoved::kernel::netlink::{Netlink, Route};
+use ipmoved::lab::topology::{CLIENT, NEW};
 use ipmoved::lab::{Lab, LabError};
 
 use crate::{pass, rest};
@@ -38,6 +39,49 @@ pub(crate) enum Direction {
     Forward,
     /// From the application to the client.
     Reverse,
+}
+
+/// Where connections come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Clients {
+    /// All from one address.
+    One,
+    /// From [`MANY_CLIENTS`] addresses in turn.
+    Many,
+}
+
+/// Some less than their network has addresses; the figure's name tells the number.
+const MANY_CLIENTS: usize = 250;
+/// Their network and its length: from the block for benchmarks (RFC 2544).
+const MANY_NET: (Ipv4Addr, u8) = (Ipv4Addr::new(198, 19, 0, 0), 24);
+
+impl Clients {
+    fn address(self, n: usize) -> Ipv4Addr {
+        match self {
+            Self::One => CLIENT,
+            Self::Many => {
+                let host = 1 + n % MANY_CLIENTS;
+                Ipv4Addr::from_bits(MANY_NET.0.to_bits() + host as u32)
+            }
+        }
+    }
+}
+
+/// Lets the clients' host speak from the addresses of [`Clients::Many`]. The router reaches them by
+/// way of it: neighbours for each of them would not fit the kernel's table, which all labs share.
+pub(crate) fn add_clients(lab: &Lab) -> Result<()> {
+    let (net, len) = MANY_NET;
+    // An address of the loopback device makes its whole network local.
+    lab.set_address(lab.clients(), "lo", Clients::Many.address(0), len, true)?;
+    let route = Route {
+        via: Some(CLIENT.into()),
+        ..Route::to(net.into(), len)
+    };
+    lab.router().run(|| {
+        let added = Netlink::new().and_then(|netlink| netlink.add_route(&route));
+        added.map_err(|error| LabError::unexpected(error.to_string()))
+    })?;
+    Ok(())
 }
 
 /// Congestion controls that slow down when packets are lost, the usual one first.
@@ -191,12 +235,21 @@ pub(crate) fn pings(lab: &Lab, target: Ipv4Addr, count: usize) -> Result<Vec<Dur
     Ok(trips)
 }
 
-/// TCP connections a second: opened, one byte each way, closed by the server, one after the other in a
-/// few threads.
-pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result<f64> {
+/// TCP connections a second: opened, one byte each way, closed by the server, one after the other in
+/// a few threads, from one address or from the next one each.
+pub(crate) fn connections(
+    lab: &Lab,
+    target: Ipv4Addr,
+    clients: Clients,
+    time: Duration,
+) -> Result<f64> {
     let listener = listen(lab)?;
     let to = SocketAddr::from((target, listener.local_addr()?.port()));
-    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (stop, done, next) = (
+        AtomicBool::new(false),
+        AtomicU64::new(0),
+        AtomicUsize::new(0),
+    );
     listener.set_nonblocking(false)?;
     thread::scope(|scope| {
         for _ in 0..2 {
@@ -214,13 +267,14 @@ pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result
                 }
             });
         }
-        let clients: Vec<_> = (0..CONNECTORS)
+        let connectors: Vec<_> = (0..CONNECTORS)
             .map(|_| {
-                let (stop, done) = (&stop, &done);
+                let (stop, done, next) = (&stop, &done, &next);
                 scope.spawn(move || {
                     lab.clients().run(|| {
                         while !stop.load(Relaxed) {
-                            if once(to).is_ok() {
+                            let from = clients.address(next.fetch_add(1, Relaxed));
+                            if once(from, to).is_ok() {
                                 done.fetch_add(1, Relaxed);
                             }
                         }
@@ -234,16 +288,19 @@ pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result
         // Wakes accept(), and refuses who waits to be accepted: a client would wait for its answer until
         // its time is over. Fails only if the socket is shut down already.
         let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
-        for client in clients {
+        for connector in connectors {
             // It has nothing to report but a panic, which the hook has told.
-            let _ = client.join();
+            let _ = connector.join();
         }
         measured
     })
 }
 
-fn once(to: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
+fn once(from: Ipv4Addr, to: SocketAddr) -> io::Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    socket.bind(&SocketAddr::from((from, 0)).into())?;
+    socket.connect_timeout(&to.into(), TIMEOUT)?;
+    let mut stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(&[1])?;
     let mut answer = Vec::new();

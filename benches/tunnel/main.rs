@@ -139,8 +139,12 @@ fn run(args: &Args) -> Result<()> {
     }
     let labs = kinds
         .iter()
-        .map(|_| Lab::new())
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|_| {
+            let lab = Lab::new()?;
+            load::add_clients(&lab)?;
+            Ok(lab)
+        })
+        .collect::<Result<Vec<_>>>()?;
     let possible = impair::probe(&labs[0]);
     if possible.is_err() {
         effort.impaired = 0;

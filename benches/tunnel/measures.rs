@@ -12,7 +12,7 @@ use crate::contenders::Contender;
 use crate::exchange::{self, Messages};
 use crate::flood::{self, Calls, Datagrams, Flood};
 use crate::impair::{Impairment, impaired};
-use crate::load::{self, Direction, Streams};
+use crate::load::{self, Clients, Direction, Streams};
 
 /// How much time is spent on each measurement.
 #[derive(Clone, Copy, Debug)]
@@ -265,7 +265,8 @@ pub(crate) const FIGURES: &[Figure] = &[
     figure("ping, median", "ms", Better::Less, 3),
     figure("ping, 90 %", "ms", Better::Less, 3),
     figure("ping, 99 %", "ms", Better::Less, 3),
-    figure("connections", "/s", Better::More, 0),
+    figure("connections, 1 client", "/s", Better::More, 0),
+    figure("connections, 250 clients", "/s", Better::More, 0),
     figure("memory old, no flows", "MB", Better::Less, 1),
     figure("memory new, no flows", "MB", Better::Less, 1),
     figure("flows opened", "", Better::More, 0),
@@ -354,8 +355,13 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
         ("ping, 90 %", percentile(0.9)),
         ("ping, 99 %", percentile(0.99)),
     ]);
-    let connections = load::connections(lab, target, effort.connections)?;
-    figures.push(("connections", connections));
+    for (clients, name) in [
+        (Clients::One, "connections, 1 client"),
+        (Clients::Many, "connections, 250 clients"),
+    ] {
+        let rate = load::connections(lab, target, clients, effort.connections)?;
+        figures.push((name, rate));
+    }
     Ok(figures)
 }
 

@@ -332,7 +332,7 @@ impl Report {
             "udp 64 B, batched, received",
             "udp 64 B, one call each, received",
             "ping, median",
-            "connections",
+            "connections, 1 client",
         ];
         const WIDTH: usize = 380;
         const BAR: usize = 16;
