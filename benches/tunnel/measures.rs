@@ -73,71 +73,6 @@ const MANY: Streams = Streams::new(16, Direction::Forward).loss_based();
 /// Runs of which the medians are taken, with few flows and with many.
 const REPEATED: usize = 5;
 
-/// The floods and their figures: received, offered, lost, dropped by daemons, overran queues,
-/// without loss.
-const FLOODS: [(Datagrams, [&str; 6]); 4] = [
-    (
-        Datagrams {
-            payload: [64; 2],
-            calls: Calls::Batched,
-            flows: 1,
-        },
-        [
-            "udp 64 B, batched, received",
-            "udp 64 B, batched, offered",
-            "udp 64 B, batched, lost",
-            "udp 64 B, batched, dropped by daemons",
-            "udp 64 B, batched, overran queues",
-            "udp 64 B, batched, without loss",
-        ],
-    ),
-    (
-        Datagrams {
-            payload: [64; 2],
-            calls: Calls::OneEach,
-            flows: 1,
-        },
-        [
-            "udp 64 B, one call each, received",
-            "udp 64 B, one call each, offered",
-            "udp 64 B, one call each, lost",
-            "udp 64 B, one call each, dropped by daemons",
-            "udp 64 B, one call each, overran queues",
-            "udp 64 B, one call each, without loss",
-        ],
-    ),
-    (
-        Datagrams {
-            payload: [64, 200],
-            calls: Calls::OneEach,
-            flows: 1_000,
-        },
-        [
-            "udp, 1,000 flows in turn, received",
-            "udp, 1,000 flows in turn, offered",
-            "udp, 1,000 flows in turn, lost",
-            "udp, 1,000 flows in turn, dropped by daemons",
-            "udp, 1,000 flows in turn, overran queues",
-            "udp, 1,000 flows in turn, without loss",
-        ],
-    ),
-    (
-        Datagrams {
-            payload: [1_200; 2],
-            calls: Calls::Batched,
-            flows: 1,
-        },
-        [
-            "udp 1200 B, batched, received",
-            "udp 1200 B, batched, offered",
-            "udp 1200 B, batched, lost",
-            "udp 1200 B, batched, dropped by daemons",
-            "udp 1200 B, batched, overran queues",
-            "udp 1200 B, batched, without loss",
-        ],
-    ),
-];
-
 /// As a resolver has them from somebody who asks much.
 const QUERIES: Messages = Messages {
     payload: 64,
@@ -169,8 +104,14 @@ const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
     ),
 ];
 
-/// Names of figures, in the order of the table, with unit and what is better.
-pub(crate) const FIGURES: &[Figure] = &[
+/// The lines of the table, in its order.
+pub(crate) fn figures() -> impl Iterator<Item = &'static Figure> {
+    let floods = FLOODS.iter().flat_map(|(_, figures)| figures);
+    STREAMS.iter().chain(floods).chain(OTHERS)
+}
+
+/// Figures of TCP streams.
+const STREAMS: &[Figure] = &[
     figure("tcp forward", "Gbit/s", Better::More, 2),
     figure("tcp reverse", "Gbit/s", Better::More, 2),
     figure("tcp forward, 4 streams", "Gbit/s", Better::More, 2),
@@ -186,75 +127,65 @@ pub(crate) const FIGURES: &[Figure] = &[
     figure("cpu old, reverse", "s/GB", Better::Less, 2),
     figure("cpu new, reverse", "s/GB", Better::Less, 2),
     figure("cpu machine, forward", "s/GB", Better::Less, 2),
-    figure("udp 64 B, batched, received", "kpps", Better::More, 0),
-    figure("udp 64 B, batched, offered", "kpps", Better::More, 0),
-    figure("udp 64 B, batched, lost", "%", Better::Less, 1),
-    figure(
-        "udp 64 B, batched, dropped by daemons",
-        "%",
-        Better::Less,
-        2,
+];
+
+/// The figures of a flood.
+macro_rules! flood_figures {
+    ($flood:literal) => {
+        [
+            figure(concat!($flood, ", received"), "kpps", Better::More, 0),
+            figure(concat!($flood, ", offered"), "kpps", Better::More, 0),
+            figure(concat!($flood, ", lost"), "%", Better::Less, 1),
+            figure(
+                concat!($flood, ", dropped by daemons"),
+                "%",
+                Better::Less,
+                2,
+            ),
+            figure(concat!($flood, ", overran queues"), "%", Better::Less, 1),
+            figure(concat!($flood, ", without loss"), "kpps", Better::More, 0),
+        ]
+    };
+}
+
+/// The floods and their figures, which [`flooded`] measures.
+const FLOODS: [(Datagrams, [Figure; 6]); 4] = [
+    (
+        Datagrams {
+            payload: [64; 2],
+            calls: Calls::Batched,
+            flows: 1,
+        },
+        flood_figures!("udp 64 B, batched"),
     ),
-    figure("udp 64 B, batched, overran queues", "%", Better::Less, 1),
-    figure("udp 64 B, batched, without loss", "kpps", Better::More, 0),
-    figure("udp 64 B, one call each, received", "kpps", Better::More, 0),
-    figure("udp 64 B, one call each, offered", "kpps", Better::More, 0),
-    figure("udp 64 B, one call each, lost", "%", Better::Less, 1),
-    figure(
-        "udp 64 B, one call each, dropped by daemons",
-        "%",
-        Better::Less,
-        2,
+    (
+        Datagrams {
+            payload: [64; 2],
+            calls: Calls::OneEach,
+            flows: 1,
+        },
+        flood_figures!("udp 64 B, one call each"),
     ),
-    figure(
-        "udp 64 B, one call each, overran queues",
-        "%",
-        Better::Less,
-        1,
+    (
+        Datagrams {
+            payload: [64, 200],
+            calls: Calls::OneEach,
+            flows: 1_000,
+        },
+        flood_figures!("udp, 1,000 flows in turn"),
     ),
-    figure(
-        "udp 64 B, one call each, without loss",
-        "kpps",
-        Better::More,
-        0,
+    (
+        Datagrams {
+            payload: [1_200; 2],
+            calls: Calls::Batched,
+            flows: 1,
+        },
+        flood_figures!("udp 1200 B, batched"),
     ),
-    figure(
-        "udp, 1,000 flows in turn, received",
-        "kpps",
-        Better::More,
-        0,
-    ),
-    figure("udp, 1,000 flows in turn, offered", "kpps", Better::More, 0),
-    figure("udp, 1,000 flows in turn, lost", "%", Better::Less, 1),
-    figure(
-        "udp, 1,000 flows in turn, dropped by daemons",
-        "%",
-        Better::Less,
-        2,
-    ),
-    figure(
-        "udp, 1,000 flows in turn, overran queues",
-        "%",
-        Better::Less,
-        1,
-    ),
-    figure(
-        "udp, 1,000 flows in turn, without loss",
-        "kpps",
-        Better::More,
-        0,
-    ),
-    figure("udp 1200 B, batched, received", "kpps", Better::More, 0),
-    figure("udp 1200 B, batched, offered", "kpps", Better::More, 0),
-    figure("udp 1200 B, batched, lost", "%", Better::Less, 1),
-    figure(
-        "udp 1200 B, batched, dropped by daemons",
-        "%",
-        Better::Less,
-        2,
-    ),
-    figure("udp 1200 B, batched, overran queues", "%", Better::Less, 1),
-    figure("udp 1200 B, batched, without loss", "kpps", Better::More, 0),
+];
+
+/// All other figures.
+const OTHERS: &[Figure] = &[
     figure("round trips, udp 64 B, 32 at a time", "/s", Better::More, 0),
     figure(
         "round trips, tcp 100 B, 256 connections",
@@ -332,7 +263,8 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
     let four = stream(contender, FOUR, effort.tcp)?;
     figures.push(("tcp forward, 4 streams", four.gbit_per_s));
 
-    for (datagrams, names) in FLOODS {
+    for (datagrams, of_flood) in FLOODS {
+        let names = of_flood.map(|figure| figure.name);
         figures.extend(flooded(contender, datagrams, names, effort)?);
     }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use crate::measures::{Better, Effort, FIGURES, Figure, Figures};
+use crate::measures::{Better, Effort, Figure, Figures, figures};
 
 /// Between these lines the page holds the table.
 const BEGIN: &str = "<!-- figures: written by `cargo bench --bench tunnel -- --page` -->";
@@ -114,7 +114,7 @@ impl Report {
 
     fn text(&self, took: Duration) -> String {
         let mut rows = vec![self.head()];
-        for figure in FIGURES {
+        for figure in figures() {
             rows.extend(self.row(figure));
         }
         let mut out = aligned(&rows);
@@ -292,8 +292,7 @@ impl Report {
                 let figures: BTreeMap<_, _> = figures
                     .iter()
                     .map(|(figure, values)| {
-                        let unit = FIGURES
-                            .iter()
+                        let unit = crate::measures::figures()
                             .find(|known| known.name == *figure)
                             .map(|known| known.unit);
                         (
@@ -337,8 +336,7 @@ impl Report {
         const WIDTH: usize = 380;
         const BAR: usize = 16;
         const LABEL: usize = 110;
-        let panels: Vec<&Figure> = FIGURES
-            .iter()
+        let panels: Vec<&Figure> = figures()
             .filter(|figure| SHOWN.contains(&figure.name))
             .filter(|figure| self.row(figure).is_some())
             .collect();
