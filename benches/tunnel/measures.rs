@@ -149,7 +149,7 @@ macro_rules! flood_figures {
 }
 
 /// The floods and their figures, which [`flooded`] measures.
-const FLOODS: [(Datagrams, [Figure; 6]); 4] = [
+const FLOODS: [(Datagrams, [Figure; 6]); 5] = [
     (
         Datagrams {
             payload: [64; 2],
@@ -181,6 +181,14 @@ const FLOODS: [(Datagrams, [Figure; 6]); 4] = [
             flows: 1,
         },
         flood_figures!("udp 1200 B, batched"),
+    ),
+    (
+        Datagrams {
+            payload: [1_200; 2],
+            calls: Calls::OneEach,
+            flows: 1,
+        },
+        flood_figures!("udp 1200 B, one call each"),
     ),
 ];
 
