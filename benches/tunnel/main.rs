@@ -14,12 +14,13 @@
 //! | room | owns |
 //! |---|---|
 //! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
+//! | [`counters`] | what the kernel has counted |
 //! | [`delay`] | a path with a length, for the impaired ones |
 //! | [`exchange`] | round trips of small messages, many under way |
 //! | [`flood`] | UDP as fast as it goes, or at a pace |
 //! | [`impair`] | loss and reordering on the way to the new server |
 //! | [`load`] | traffic: TCP streams, pings, connections |
-//! | [`measures`] | what is measured in a round, and the counters read around it |
+//! | [`measures`] | what is measured in a round |
 //! | [`profile`] | where the daemons' time goes, as `perf` sees it |
 //! | [`report`] | table, JSON, SVG, and the page in `contrib` |
 //!
@@ -48,6 +49,7 @@ use measures::Effort;
 use report::Report;
 
 mod contenders;
+mod counters;
 mod delay;
 mod exchange;
 mod flood;
