@@ -28,6 +28,7 @@ use socket2::SockRef;
 use ipmoved::lab::Lab;
 use ipmoved::lab::topology::NEW;
 
+use crate::counters::socket_drops;
 use crate::load::{DRAIN, LOOK, bind, in_words};
 use crate::rest;
 
@@ -62,6 +63,8 @@ pub(crate) struct Flood {
     pub(crate) sent: u64,
     /// Datagrams that arrived, in all.
     pub(crate) received: u64,
+    /// Datagrams that came, but did not fit the buffer of a sink that had no processor in time.
+    pub(crate) overran: u64,
     /// Datagrams sent a second.
     pub(crate) offered: f64,
     /// Datagrams received a second, while it was steady.
@@ -137,11 +140,14 @@ pub(crate) fn flood(
         end.store(true, Relaxed);
         measured
     })
-    .map(|(offered, rate)| Flood {
-        sent: sent.load(Relaxed),
-        received: received.load(Relaxed),
-        offered,
-        rate,
+    .and_then(|(offered, rate)| {
+        Ok(Flood {
+            sent: sent.load(Relaxed),
+            received: received.load(Relaxed),
+            overran: socket_drops(lab.new_server(), port)?,
+            offered,
+            rate,
+        })
     })
 }
 

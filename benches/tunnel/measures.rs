@@ -141,13 +141,19 @@ macro_rules! flood_figures {
                 2,
             ),
             figure(concat!($flood, ", overran queues"), "%", Better::Less, 1),
+            figure(
+                concat!($flood, ", overran the receiver"),
+                "%",
+                Better::Less,
+                1,
+            ),
             figure(concat!($flood, ", without loss"), "kpps", Better::More, 0),
         ]
     };
 }
 
 /// The floods and their figures, which [`flooded`] measures.
-const FLOODS: [(Datagrams, [Figure; 6]); 5] = [
+const FLOODS: [(Datagrams, [Figure; 7]); 5] = [
     (
         Datagrams {
             payload: [64; 2],
@@ -400,7 +406,15 @@ fn stream(contender: &Contender<'_>, streams: Streams, time: Duration) -> Result
 fn flooded(
     contender: &Contender<'_>,
     datagrams: Datagrams,
-    [received, offered, lost, dropped, overran, clean]: [&'static str; 6],
+    [
+        received,
+        offered,
+        lost,
+        dropped,
+        overran,
+        at_receiver,
+        clean,
+    ]: [&'static str; 7],
     effort: &Effort,
 ) -> Result<Figures> {
     let (lab, target) = (contender.lab(), contender.target());
@@ -412,6 +426,7 @@ fn flooded(
         (received, flood.rate / 1e3),
         (offered, flood.offered / 1e3),
         (lost, flood.loss() * 100.0),
+        (at_receiver, share(flood.overran)),
     ];
     if let (Some(before), Some(after)) = (before.dropped, after.dropped) {
         figures.push((dropped, share(after - before)));
