@@ -3,11 +3,12 @@
 //! Owns sender and sink: plain sockets in threads of this process, made inside the namespaces.
 //! Knows nothing of tunnels.
 //!
-//! How many datagrams a call takes decides who is fast. Many in a call are carried to the first
-//! queue one behind the other, and whoever empties that queue finds many at a time; with one in a
-//! call the kernel's way costs most, for everybody. Both are measured: a figure of one kind says
-//! nothing of the other. Many flows in turn are the hardest: no two datagrams that follow each other
-//! belong together, so that nobody can join them.
+//! What arrives depends on the programs at both ends as much as on the path. Most send one datagram
+//! in a call, read one in a call, and leave the receive buffer as it is; some were written for many
+//! in a call and a large buffer. Where processors are short, a small buffer overflows while its
+//! reader waits for one. A figure of one kind says nothing of the other, so that each is measured.
+//! Many flows in turn are the hardest: no two datagrams that follow each other belong together, so
+//! that nobody can join them.
 
 #![allow(
     unsafe_code,
@@ -34,7 +35,7 @@ use crate::rest;
 
 /// Datagrams given to the kernel, or taken from it, in one call.
 const BURST: usize = 64;
-/// The buffer of a sink that reads many: what counts is what arrives, not how quick the bench is.
+/// [`Buffer::Large`]: what counts is what arrives, not how quick the bench is.
 const SINK_BUFFER: usize = 16 << 20;
 
 /// How datagrams are handed to the kernel and taken from it.
@@ -42,8 +43,17 @@ const SINK_BUFFER: usize = 16 << 20;
 pub(crate) enum Calls {
     /// Up to [`BURST`] in a call, by programs that were written for it.
     Batched,
-    /// One in a call, as most programs do, and with the buffer that a socket has by itself.
+    /// One in a call, as most programs do.
     OneEach,
+}
+
+/// The receive buffer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Buffer {
+    /// The one that a socket has by itself (`net.core.rmem_default`): some hundred small datagrams.
+    Default,
+    /// Room for all that comes while the reader waits for a processor.
+    Large,
 }
 
 /// What is sent.
@@ -52,6 +62,7 @@ pub(crate) struct Datagrams {
     /// Bytes of each, without headers: the least and the most, and what lies between in turn.
     pub(crate) payload: [usize; 2],
     pub(crate) calls: Calls,
+    pub(crate) buffer: Buffer,
     /// Flows, each from a port of its own: every call is for the next one.
     pub(crate) flows: usize,
 }
@@ -88,7 +99,7 @@ pub(crate) fn flood(
 ) -> Result<Flood> {
     let sink = lab.new_server().run(|| bind((NEW, 0).into()))?;
     SockRef::from(&sink).set_read_timeout(Some(LOOK))?;
-    if datagrams.calls == Calls::Batched {
+    if datagrams.buffer == Buffer::Large {
         force_buffer(&sink)?;
     }
     let port = sink.local_addr()?.port();

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::contenders::Contender;
 use crate::counters::{cpu_of, cpu_of_machine, queue_drops, resident, socket_drops};
 use crate::exchange::{self, Messages};
-use crate::flood::{self, Calls, Datagrams, Flood};
+use crate::flood::{self, Buffer, Calls, Datagrams, Flood};
 use crate::impair::{Impairment, impaired};
 use crate::load::{self, Clients, Direction, Streams};
 
@@ -153,11 +153,12 @@ macro_rules! flood_figures {
 }
 
 /// The floods and their figures, which [`flooded`] measures.
-const FLOODS: [(Datagrams, [Figure; 7]); 5] = [
+const FLOODS: [(Datagrams, [Figure; 7]); 6] = [
     (
         Datagrams {
             payload: [64; 2],
             calls: Calls::Batched,
+            buffer: Buffer::Large,
             flows: 1,
         },
         flood_figures!("udp 64 B, batched"),
@@ -166,14 +167,25 @@ const FLOODS: [(Datagrams, [Figure; 7]); 5] = [
         Datagrams {
             payload: [64; 2],
             calls: Calls::OneEach,
+            buffer: Buffer::Default,
             flows: 1,
         },
         flood_figures!("udp 64 B, one call each"),
     ),
     (
         Datagrams {
+            payload: [64; 2],
+            calls: Calls::OneEach,
+            buffer: Buffer::Large,
+            flows: 1,
+        },
+        flood_figures!("udp 64 B, one call each, large buffer"),
+    ),
+    (
+        Datagrams {
             payload: [64, 200],
             calls: Calls::OneEach,
+            buffer: Buffer::Default,
             flows: 1_000,
         },
         flood_figures!("udp, 1,000 flows in turn"),
@@ -182,6 +194,7 @@ const FLOODS: [(Datagrams, [Figure; 7]); 5] = [
         Datagrams {
             payload: [1_200; 2],
             calls: Calls::Batched,
+            buffer: Buffer::Large,
             flows: 1,
         },
         flood_figures!("udp 1200 B, batched"),
@@ -190,6 +203,7 @@ const FLOODS: [(Datagrams, [Figure; 7]); 5] = [
         Datagrams {
             payload: [1_200; 2],
             calls: Calls::OneEach,
+            buffer: Buffer::Default,
             flows: 1,
         },
         flood_figures!("udp 1200 B, one call each"),
