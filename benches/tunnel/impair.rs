@@ -19,8 +19,8 @@ use ipmoved::lab::topology::UPLINK;
 use ipmoved::lab::{Lab, Namespace};
 
 use crate::contenders::{firewall, firewall_off, sh};
+use crate::counters::sent_by;
 use crate::delay::Delay;
-use crate::measures::sent_by;
 
 /// The router's interface to the new server.
 const SEGMENT: &str = "new";

@@ -1,26 +1,20 @@
 //! Traffic between the client and the new server of a lab.
 //!
-//! Owns the generators: TCP streams, UDP floods, pings, short connections. They are plain sockets
-//! with large buffers in threads of this process, made inside the namespaces; a socket stays in the
-//! namespace in which it was made, whichever thread uses it. Knows nothing of tunnels.
-
-#![allow(
-    unsafe_code,
-    reason = "sendmmsg and recvmmsg: one system call a packet would make the generator the bottleneck"
-)]
+//! Owns the generators: TCP streams, pings, short connections. They are plain sockets with large
+//! buffers in threads of this process, made inside the namespaces; a socket stays in the namespace
+//! in which it was made, whichever thread uses it. Knows nothing of tunnels.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::mem;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use ipmoved::lab::topology::NEW;
+use ipmoved::kernel::netlink::{Netlink, Route};
+use ipmoved::lab::topology::{CLIENT, NEW};
 use ipmoved::lab::{Lab, LabError};
 
 use crate::{pass, rest};
@@ -32,13 +26,9 @@ const RAMP: Duration = Duration::from_millis(400);
 /// A path on which nothing moves for so long is broken.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a thread that waits looks whether it is to end.
-const LOOK: Duration = Duration::from_millis(100);
-/// Datagrams given to the kernel, or taken from it, in one call.
-const BURST: usize = 64;
-/// The sink's buffer: what counts is what arrives, not how quick the bench reads.
-const SINK_BUFFER: usize = 16 << 20;
+pub(crate) const LOOK: Duration = Duration::from_millis(100);
 /// How long what is under way may take to arrive after a flood.
-const DRAIN: Duration = Duration::from_millis(150);
+pub(crate) const DRAIN: Duration = Duration::from_millis(150);
 /// Clients that open connections at the same time.
 const CONNECTORS: usize = 4;
 
@@ -49,6 +39,49 @@ pub(crate) enum Direction {
     Forward,
     /// From the application to the client.
     Reverse,
+}
+
+/// Where connections come from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Clients {
+    /// All from one address.
+    One,
+    /// From [`MANY_CLIENTS`] addresses in turn.
+    Many,
+}
+
+/// Some less than their network has addresses; the figure's name tells the number.
+const MANY_CLIENTS: usize = 250;
+/// Their network and its length: from the block for benchmarks (RFC 2544).
+const MANY_NET: (Ipv4Addr, u8) = (Ipv4Addr::new(198, 19, 0, 0), 24);
+
+impl Clients {
+    fn address(self, n: usize) -> Ipv4Addr {
+        match self {
+            Self::One => CLIENT,
+            Self::Many => {
+                let host = 1 + n % MANY_CLIENTS;
+                Ipv4Addr::from_bits(MANY_NET.0.to_bits() + host as u32)
+            }
+        }
+    }
+}
+
+/// Lets the clients' host speak from the addresses of [`Clients::Many`]. The router reaches them by
+/// way of it: neighbours for each of them would not fit the kernel's table, which all labs share.
+pub(crate) fn add_clients(lab: &Lab) -> Result<()> {
+    let (net, len) = MANY_NET;
+    // An address of the loopback device makes its whole network local.
+    lab.set_address(lab.clients(), "lo", Clients::Many.address(0), len, true)?;
+    let route = Route {
+        via: Some(CLIENT.into()),
+        ..Route::to(net.into(), len)
+    };
+    lab.router().run(|| {
+        let added = Netlink::new().and_then(|netlink| netlink.add_route(&route));
+        added.map_err(|error| LabError::unexpected(error.to_string()))
+    })?;
+    Ok(())
 }
 
 /// Congestion controls that slow down when packets are lost, the usual one first.
@@ -160,101 +193,6 @@ pub(crate) fn tcp(
     })
 }
 
-/// What became of a flood.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Flood {
-    /// Datagrams sent, in all.
-    pub(crate) sent: u64,
-    /// Datagrams that arrived, in all.
-    pub(crate) received: u64,
-    /// Datagrams sent a second.
-    pub(crate) offered: f64,
-    /// Datagrams received a second, while it was steady.
-    pub(crate) rate: f64,
-}
-
-impl Flood {
-    /// Share that did not arrive.
-    pub(crate) fn loss(&self) -> f64 {
-        1.0 - self.received as f64 / self.sent.max(1) as f64
-    }
-}
-
-/// Sends datagrams of `payload` bytes to the new server, `pace` a second, or as fast as one thread can.
-pub(crate) fn flood(
-    lab: &Lab,
-    target: Ipv4Addr,
-    payload: usize,
-    pace: Option<f64>,
-    time: Duration,
-) -> Result<Flood> {
-    let sink = lab.new_server().run(|| bind((NEW, 0).into()))?;
-    SockRef::from(&sink).set_read_timeout(Some(LOOK))?;
-    force_buffer(&sink)?;
-    let port = sink.local_addr()?.port();
-    let source = lab.clients().run(|| {
-        let socket = bind((Ipv4Addr::UNSPECIFIED, 0).into())?;
-        socket.connect((target, port)).map_err(in_words)?;
-        Ok(socket)
-    })?;
-    let (stop, end) = (AtomicBool::new(false), AtomicBool::new(false));
-    let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let bytes = vec![0x5a; payload];
-            let started = Instant::now();
-            let mut done = 0;
-            while !stop.load(Relaxed) {
-                let count = match pace {
-                    None => BURST,
-                    Some(pace) => {
-                        let due = (pace * started.elapsed().as_secs_f64()) as u64;
-                        match usize::try_from(due - done.min(due)) {
-                            Ok(0) | Err(_) => {
-                                thread::sleep(Duration::from_micros(50));
-                                continue;
-                            }
-                            Ok(count) => count.min(BURST),
-                        }
-                    }
-                };
-                // An error is ICMP about an earlier datagram, or a full queue: it was not sent.
-                done += send_burst(&source, &bytes, count).unwrap_or(0);
-                sent.store(done, Relaxed);
-            }
-        });
-        scope.spawn(|| {
-            let mut room = vec![0; BURST * 2_048];
-            while !end.load(Relaxed) {
-                if let Ok(n) = receive_burst(&sink, &mut room) {
-                    received.fetch_add(n, Relaxed);
-                }
-            }
-        });
-        let measured = (|| {
-            // The first tenth fills the queues.
-            rest(time / 10)?;
-            let before = (Instant::now(), sent.load(Relaxed), received.load(Relaxed));
-            rest(time)?;
-            let took = before.0.elapsed().as_secs_f64();
-            let offered = (sent.load(Relaxed) - before.1) as f64 / took;
-            let rate = (received.load(Relaxed) - before.2) as f64 / took;
-            stop.store(true, Relaxed);
-            rest(DRAIN)?;
-            Ok((offered, rate))
-        })();
-        stop.store(true, Relaxed);
-        end.store(true, Relaxed);
-        measured
-    })
-    .map(|(offered, rate)| Flood {
-        sent: sent.load(Relaxed),
-        received: received.load(Relaxed),
-        offered,
-        rate,
-    })
-}
-
 /// Round trips of ICMP echoes, one after the other, sorted.
 pub(crate) fn pings(lab: &Lab, target: Ipv4Addr, count: usize) -> Result<Vec<Duration>> {
     /// Between two: about the rate of somebody who types.
@@ -297,12 +235,21 @@ pub(crate) fn pings(lab: &Lab, target: Ipv4Addr, count: usize) -> Result<Vec<Dur
     Ok(trips)
 }
 
-/// TCP connections a second: opened, one byte each way, closed by the server, one after the other in a
-/// few threads.
-pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result<f64> {
+/// TCP connections a second: opened, one byte each way, closed by the server, one after the other in
+/// a few threads, from one address or from the next one each.
+pub(crate) fn connections(
+    lab: &Lab,
+    target: Ipv4Addr,
+    clients: Clients,
+    time: Duration,
+) -> Result<f64> {
     let listener = listen(lab)?;
     let to = SocketAddr::from((target, listener.local_addr()?.port()));
-    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (stop, done, next) = (
+        AtomicBool::new(false),
+        AtomicU64::new(0),
+        AtomicUsize::new(0),
+    );
     listener.set_nonblocking(false)?;
     thread::scope(|scope| {
         for _ in 0..2 {
@@ -320,13 +267,14 @@ pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result
                 }
             });
         }
-        let clients: Vec<_> = (0..CONNECTORS)
+        let connectors: Vec<_> = (0..CONNECTORS)
             .map(|_| {
-                let (stop, done) = (&stop, &done);
+                let (stop, done, next) = (&stop, &done, &next);
                 scope.spawn(move || {
                     lab.clients().run(|| {
                         while !stop.load(Relaxed) {
-                            if once(to).is_ok() {
+                            let from = clients.address(next.fetch_add(1, Relaxed));
+                            if once(from, to).is_ok() {
                                 done.fetch_add(1, Relaxed);
                             }
                         }
@@ -335,26 +283,24 @@ pub(crate) fn connections(lab: &Lab, target: Ipv4Addr, time: Duration) -> Result
                 })
             })
             .collect();
-        let measured = (|| {
-            rest(time / 10)?;
-            let (started, before) = (Instant::now(), done.load(Relaxed));
-            rest(time)?;
-            Ok((done.load(Relaxed) - before) as f64 / started.elapsed().as_secs_f64())
-        })();
+        let measured = rate(&done, time);
         stop.store(true, Relaxed);
         // Wakes accept(), and refuses who waits to be accepted: a client would wait for its answer until
         // its time is over. Fails only if the socket is shut down already.
         let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
-        for client in clients {
+        for connector in connectors {
             // It has nothing to report but a panic, which the hook has told.
-            let _ = client.join();
+            let _ = connector.join();
         }
         measured
     })
 }
 
-fn once(to: SocketAddr) -> io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, TIMEOUT)?;
+fn once(from: Ipv4Addr, to: SocketAddr) -> io::Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    socket.bind(&SocketAddr::from((from, 0)).into())?;
+    socket.connect_timeout(&to.into(), TIMEOUT)?;
+    let mut stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.write_all(&[1])?;
     let mut answer = Vec::new();
@@ -408,13 +354,21 @@ pub(crate) fn open_flows(
     Ok(())
 }
 
-fn listen(lab: &Lab) -> Result<TcpListener> {
+/// How much a second is counted, from when it goes on steadily.
+pub(crate) fn rate(count: &AtomicU64, time: Duration) -> Result<f64> {
+    rest(time / 10)?;
+    let (started, before) = (Instant::now(), count.load(Relaxed));
+    rest(time)?;
+    Ok((count.load(Relaxed) - before) as f64 / started.elapsed().as_secs_f64())
+}
+
+pub(crate) fn listen(lab: &Lab) -> Result<TcpListener> {
     Ok(lab
         .new_server()
         .run(|| TcpListener::bind((NEW, 0)).map_err(in_words))?)
 }
 
-fn connect(lab: &Lab, to: SocketAddr, congestion: Congestion) -> Result<TcpStream> {
+pub(crate) fn connect(lab: &Lab, to: SocketAddr, congestion: Congestion) -> Result<TcpStream> {
     let socket = lab
         .clients()
         .run(|| Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).map_err(in_words))?;
@@ -423,99 +377,10 @@ fn connect(lab: &Lab, to: SocketAddr, congestion: Congestion) -> Result<TcpStrea
     Ok(socket.into())
 }
 
-fn bind(addr: SocketAddr) -> Result<UdpSocket, LabError> {
+pub(crate) fn bind(addr: SocketAddr) -> Result<UdpSocket, LabError> {
     UdpSocket::bind(addr).map_err(in_words)
 }
 
-fn in_words(error: io::Error) -> LabError {
+pub(crate) fn in_words(error: io::Error) -> LabError {
     LabError::unexpected(error.to_string())
-}
-
-fn force_buffer(socket: &UdpSocket) -> Result<()> {
-    // socket2 and rustix know only the option that stops at rmem_max.
-    let size = SINK_BUFFER as libc::c_int;
-    // SAFETY: the option's value is a C int that lives until the call returns; the descriptor is open.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVBUFFORCE,
-            (&raw const size).cast(),
-            size_of_val(&size) as libc::socklen_t,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error()).context("cannot enlarge the sink's buffer");
-    }
-    Ok(())
-}
-
-/// Sends the same datagram `count` times; how many the kernel took.
-fn send_burst(socket: &UdpSocket, bytes: &[u8], count: usize) -> io::Result<u64> {
-    let mut slice = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
-    // SAFETY: zero is a valid value of every field: no address, no control data, no slices.
-    let mut messages: [libc::mmsghdr; BURST] = unsafe { mem::zeroed() };
-    for message in &mut messages {
-        message.msg_hdr.msg_iov = &raw mut slice;
-        message.msg_hdr.msg_iovlen = 1;
-    }
-    // SAFETY: `count` is no more than there are messages; each points to `slice`, which points to
-    // `bytes`, and the kernel only reads those. All outlive the call.
-    let sent = unsafe {
-        libc::sendmmsg(
-            socket.as_raw_fd(),
-            messages.as_mut_ptr(),
-            count.min(BURST) as libc::c_uint,
-            0,
-        )
-    };
-    u64::try_from(sent).map_err(|_| io::Error::last_os_error())
-}
-
-/// Receives datagrams into `room`; how many there were.
-fn receive_burst(socket: &UdpSocket, room: &mut [u8]) -> io::Result<u64> {
-    let mut slices: Vec<libc::iovec> = room
-        .chunks_exact_mut(room.len() / BURST)
-        .map(|slot| libc::iovec {
-            iov_base: slot.as_mut_ptr().cast(),
-            iov_len: slot.len(),
-        })
-        .collect();
-    // SAFETY: zero is a valid value of every field: no address, no control data, no slices.
-    let mut messages: [libc::mmsghdr; BURST] = unsafe { mem::zeroed() };
-    for (message, slice) in messages.iter_mut().zip(&mut slices) {
-        message.msg_hdr.msg_iov = slice;
-        message.msg_hdr.msg_iovlen = 1;
-    }
-    wait_readable(socket)?;
-    // SAFETY: every message points to a slice of its own, every slice to a part of `room` of its own;
-    // all outlive the call.
-    let received = unsafe {
-        libc::recvmmsg(
-            socket.as_raw_fd(),
-            messages.as_mut_ptr(),
-            BURST as libc::c_uint,
-            libc::MSG_DONTWAIT,
-            std::ptr::null_mut(),
-        )
-    };
-    u64::try_from(received).map_err(|_| io::Error::last_os_error())
-}
-
-/// recvmmsg's own timeout is looked at between datagrams only.
-fn wait_readable(socket: &UdpSocket) -> io::Result<()> {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let socket: BorrowedFd<'_> = std::os::fd::AsFd::as_fd(socket);
-    let timeout = Timespec {
-        tv_sec: 0,
-        tv_nsec: LOOK.as_nanos() as i64,
-    };
-    poll(
-        &mut [PollFd::from_borrowed_fd(socket, PollFlags::IN)],
-        Some(&timeout),
-    )?;
-    Ok(())
 }

@@ -14,10 +14,13 @@
 //! | room | owns |
 //! |---|---|
 //! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
+//! | [`counters`] | what the kernel has counted |
 //! | [`delay`] | a path with a length, for the impaired ones |
+//! | [`exchange`] | round trips of small messages, many under way |
+//! | [`flood`] | UDP as fast as it goes, or at a pace |
 //! | [`impair`] | loss and reordering on the way to the new server |
-//! | [`load`] | traffic: TCP streams, UDP floods, pings, connections |
-//! | [`measures`] | what is measured in a round, and the counters read around it |
+//! | [`load`] | traffic: TCP streams, pings, connections |
+//! | [`measures`] | what is measured in a round |
 //! | [`profile`] | where the daemons' time goes, as `perf` sees it |
 //! | [`report`] | table, JSON, SVG, and the page in `contrib` |
 //!
@@ -38,6 +41,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use rustix::process::{Resource, getrlimit, setrlimit};
 
 use contenders::{Contender, Kind};
 use ipmoved::lab::{Lab, interrupt};
@@ -45,7 +49,10 @@ use measures::Effort;
 use report::Report;
 
 mod contenders;
+mod counters;
 mod delay;
+mod exchange;
+mod flood;
 mod impair;
 mod load;
 mod measures;
@@ -106,6 +113,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     let started = Instant::now();
+    allow_open_files();
     let mut effort = if args.quick {
         Effort::QUICK
     } else {
@@ -133,8 +141,12 @@ fn run(args: &Args) -> Result<()> {
     }
     let labs = kinds
         .iter()
-        .map(|_| Lab::new())
-        .collect::<Result<Vec<_>, _>>()?;
+        .map(|_| {
+            let lab = Lab::new()?;
+            load::add_clients(&lab)?;
+            Ok(lab)
+        })
+        .collect::<Result<Vec<_>>>()?;
     let possible = impair::probe(&labs[0]);
     if possible.is_err() {
         effort.impaired = 0;
@@ -206,6 +218,15 @@ fn run(args: &Args) -> Result<()> {
     }
     drop(labs);
     report.finish(started.elapsed(), args.page)
+}
+
+/// Allows as many open files as an administrator lets us have: a flood of many flows has a socket
+/// for each, and some machines begin with 1,024.
+fn allow_open_files() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // If it is refused, the socket that is too many says so.
+    let _ = setrlimit(Resource::Nofile, limit);
 }
 
 /// Refuses to go on after a signal.

@@ -1,22 +1,23 @@
-//! What is measured of a contender in a round, and the kernel's counters read around it.
+//! What is measured of a contender in a round.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use ipmoved::lab::{LabError, Namespace};
-
 use crate::contenders::Contender;
+use crate::counters::{cpu_of, cpu_of_machine, queue_drops, resident, socket_drops};
+use crate::exchange::{self, Messages};
+use crate::flood::{self, Buffer, Calls, Datagrams, Flood};
 use crate::impair::{Impairment, impaired};
-use crate::load::{self, Direction, Flood, Streams};
+use crate::load::{self, Clients, Direction, Streams};
 
 /// How much time is spent on each measurement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Effort {
     pub(crate) tcp: Duration,
     pub(crate) flood: Duration,
+    pub(crate) round_trips: Duration,
     pub(crate) connections: Duration,
     pub(crate) pings: usize,
     /// Steps of the search for the highest rate without loss; 0 leaves it out.
@@ -30,6 +31,7 @@ impl Effort {
     pub(crate) const FULL: Self = Self {
         tcp: Duration::from_secs(2),
         flood: Duration::from_secs(1),
+        round_trips: Duration::from_secs(1),
         connections: Duration::from_secs(1),
         pings: 400,
         search: 5,
@@ -39,6 +41,7 @@ impl Effort {
     pub(crate) const QUICK: Self = Self {
         tcp: Duration::from_millis(500),
         flood: Duration::from_millis(400),
+        round_trips: Duration::from_millis(400),
         connections: Duration::from_millis(400),
         pings: 100,
         search: 0,
@@ -68,6 +71,17 @@ const MANY: Streams = Streams::new(16, Direction::Forward).loss_based();
 /// Runs of which the medians are taken, with few flows and with many.
 const REPEATED: usize = 5;
 
+/// As a resolver has them from somebody who asks much.
+const QUERIES: Messages = Messages {
+    payload: 64,
+    outstanding: 32,
+};
+/// As a busy service has them: hardly ever do two packets of one connection follow each other.
+const REQUESTS: Messages = Messages {
+    payload: 100,
+    outstanding: 256,
+};
+
 /// What is done to the path, the figure of it, and the figure of what is left of the first one.
 const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
     (Impairment::Nothing, "tcp, packets cut", None),
@@ -88,8 +102,14 @@ const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
     ),
 ];
 
-/// Names of figures, in the order of the table, with unit and what is better.
-pub(crate) const FIGURES: &[Figure] = &[
+/// The lines of the table, in its order.
+pub(crate) fn figures() -> impl Iterator<Item = &'static Figure> {
+    let floods = FLOODS.iter().flat_map(|(_, figures)| figures);
+    STREAMS.iter().chain(floods).chain(OTHERS)
+}
+
+/// Figures of TCP streams.
+const STREAMS: &[Figure] = &[
     figure("tcp forward", "Gbit/s", Better::More, 2),
     figure("tcp reverse", "Gbit/s", Better::More, 2),
     figure("tcp forward, 4 streams", "Gbit/s", Better::More, 2),
@@ -105,20 +125,105 @@ pub(crate) const FIGURES: &[Figure] = &[
     figure("cpu old, reverse", "s/GB", Better::Less, 2),
     figure("cpu new, reverse", "s/GB", Better::Less, 2),
     figure("cpu machine, forward", "s/GB", Better::Less, 2),
-    figure("udp 64 received", "kpps", Better::More, 0),
-    figure("udp 64 offered", "kpps", Better::More, 0),
-    figure("udp 64 dropped by daemons", "%", Better::Less, 2),
-    figure("udp 64 overran queues", "%", Better::Less, 1),
-    figure("udp 64 without loss", "kpps", Better::More, 0),
-    figure("udp 1200 received", "kpps", Better::More, 0),
-    figure("udp 1200 offered", "kpps", Better::More, 0),
-    figure("udp 1200 dropped by daemons", "%", Better::Less, 2),
-    figure("udp 1200 overran queues", "%", Better::Less, 1),
-    figure("udp 1200 without loss", "kpps", Better::More, 0),
+];
+
+/// The figures of a flood.
+macro_rules! flood_figures {
+    ($flood:literal) => {
+        [
+            figure(concat!($flood, ", received"), "kpps", Better::More, 0),
+            figure(concat!($flood, ", offered"), "kpps", Better::More, 0),
+            figure(concat!($flood, ", lost"), "%", Better::Less, 1),
+            figure(
+                concat!($flood, ", dropped by daemons"),
+                "%",
+                Better::Less,
+                2,
+            ),
+            figure(concat!($flood, ", overran queues"), "%", Better::Less, 1),
+            figure(
+                concat!($flood, ", overran the receiver"),
+                "%",
+                Better::Less,
+                1,
+            ),
+            figure(concat!($flood, ", without loss"), "kpps", Better::More, 0),
+        ]
+    };
+}
+
+/// The floods and their figures, which [`flooded`] measures.
+const FLOODS: [(Datagrams, [Figure; 7]); 6] = [
+    (
+        Datagrams {
+            payload: [64; 2],
+            calls: Calls::Batched,
+            buffer: Buffer::Large,
+            flows: 1,
+        },
+        flood_figures!("udp 64 B, batched"),
+    ),
+    (
+        Datagrams {
+            payload: [64; 2],
+            calls: Calls::OneEach,
+            buffer: Buffer::Default,
+            flows: 1,
+        },
+        flood_figures!("udp 64 B, one call each"),
+    ),
+    (
+        Datagrams {
+            payload: [64; 2],
+            calls: Calls::OneEach,
+            buffer: Buffer::Large,
+            flows: 1,
+        },
+        flood_figures!("udp 64 B, one call each, large buffer"),
+    ),
+    (
+        Datagrams {
+            payload: [64, 200],
+            calls: Calls::OneEach,
+            buffer: Buffer::Default,
+            flows: 1_000,
+        },
+        flood_figures!("udp, 1,000 flows in turn"),
+    ),
+    (
+        Datagrams {
+            payload: [1_200; 2],
+            calls: Calls::Batched,
+            buffer: Buffer::Large,
+            flows: 1,
+        },
+        flood_figures!("udp 1200 B, batched"),
+    ),
+    (
+        Datagrams {
+            payload: [1_200; 2],
+            calls: Calls::OneEach,
+            buffer: Buffer::Default,
+            flows: 1,
+        },
+        flood_figures!("udp 1200 B, one call each"),
+    ),
+];
+
+/// All other figures.
+const OTHERS: &[Figure] = &[
+    figure("round trips, udp 64 B, 32 at a time", "/s", Better::More, 0),
+    figure(
+        "round trips, tcp 100 B, 256 connections",
+        "/s",
+        Better::More,
+        0,
+    ),
     figure("ping, median", "ms", Better::Less, 3),
     figure("ping, 90 %", "ms", Better::Less, 3),
     figure("ping, 99 %", "ms", Better::Less, 3),
-    figure("connections", "/s", Better::More, 0),
+    figure("connections, 1 client", "/s", Better::More, 0),
+    figure("connections, 250 clients", "/s", Better::More, 0),
     figure("memory old, no flows", "MB", Better::Less, 1),
     figure("memory new, no flows", "MB", Better::Less, 1),
     figure("flows opened", "", Better::More, 0),
@@ -184,22 +289,17 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
     let four = stream(contender, FOUR, effort.tcp)?;
     figures.push(("tcp forward, 4 streams", four.gbit_per_s));
 
-    let names = [
-        "udp 64 received",
-        "udp 64 offered",
-        "udp 64 dropped by daemons",
-        "udp 64 overran queues",
-        "udp 64 without loss",
-    ];
-    figures.extend(datagrams(contender, 64, names, effort)?);
-    let names = [
-        "udp 1200 received",
-        "udp 1200 offered",
-        "udp 1200 dropped by daemons",
-        "udp 1200 overran queues",
-        "udp 1200 without loss",
-    ];
-    figures.extend(datagrams(contender, 1_200, names, effort)?);
+    for (datagrams, of_flood) in FLOODS {
+        let names = of_flood.map(|figure| figure.name);
+        figures.extend(flooded(contender, datagrams, names, effort)?);
+    }
+
+    let udp = exchange::udp(lab, target, QUERIES, effort.round_trips)?;
+    let tcp = exchange::tcp(lab, target, REQUESTS, effort.round_trips)?;
+    figures.extend([
+        ("round trips, udp 64 B, 32 at a time", udp),
+        ("round trips, tcp 100 B, 256 connections", tcp),
+    ]);
 
     let trips = load::pings(lab, target, effort.pings)?;
     let percentile = |share: f64| {
@@ -213,8 +313,13 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
         ("ping, 90 %", percentile(0.9)),
         ("ping, 99 %", percentile(0.99)),
     ]);
-    let connections = load::connections(lab, target, effort.connections)?;
-    figures.push(("connections", connections));
+    for (clients, name) in [
+        (Clients::One, "connections, 1 client"),
+        (Clients::Many, "connections, 250 clients"),
+    ] {
+        let rate = load::connections(lab, target, clients, effort.connections)?;
+        figures.push((name, rate));
+    }
     Ok(figures)
 }
 
@@ -312,18 +417,31 @@ fn stream(contender: &Contender<'_>, streams: Streams, time: Duration) -> Result
 }
 
 /// A flood as fast as one thread can, and the highest pace that arrives whole.
-fn datagrams(
+fn flooded(
     contender: &Contender<'_>,
-    payload: usize,
-    [received, offered, dropped, overran, clean]: [&'static str; 5],
+    datagrams: Datagrams,
+    [
+        received,
+        offered,
+        lost,
+        dropped,
+        overran,
+        at_receiver,
+        clean,
+    ]: [&'static str; 7],
     effort: &Effort,
 ) -> Result<Figures> {
     let (lab, target) = (contender.lab(), contender.target());
     let before = losses(contender)?;
-    let flood = load::flood(lab, target, payload, None, effort.flood)?;
+    let flood = flood::flood(lab, target, datagrams, None, effort.flood)?;
     let after = losses(contender)?;
     let share = |count: u64| count as f64 / flood.sent.max(1) as f64 * 100.0;
-    let mut figures = vec![(received, flood.rate / 1e3), (offered, flood.offered / 1e3)];
+    let mut figures = vec![
+        (received, flood.rate / 1e3),
+        (offered, flood.offered / 1e3),
+        (lost, flood.loss() * 100.0),
+        (at_receiver, share(flood.overran)),
+    ];
     if let (Some(before), Some(after)) = (before.dropped, after.dropped) {
         figures.push((dropped, share(after - before)));
     }
@@ -333,20 +451,25 @@ fn datagrams(
     if effort.search > 0 && contender.is_searched() {
         figures.push((
             clean,
-            search(contender, payload, &flood, effort.search)? / 1e3,
+            search(contender, datagrams, &flood, effort.search)? / 1e3,
         ));
     }
     Ok(figures)
 }
 
 /// Halves the interval in which the highest pace without loss must lie.
-fn search(contender: &Contender<'_>, payload: usize, flood: &Flood, steps: usize) -> Result<f64> {
+fn search(
+    contender: &Contender<'_>,
+    datagrams: Datagrams,
+    flood: &Flood,
+    steps: usize,
+) -> Result<f64> {
     let (lab, target) = (contender.lab(), contender.target());
     let (mut low, mut high) = (0.0, flood.offered);
     // Under a flood the receiver starves: without it more may arrive than arrived then.
     let mut pace = flood.rate.min(flood.offered * 0.9);
     for _ in 0..steps {
-        let tried = load::flood(lab, target, payload, Some(pace), SEARCH_STEP)?;
+        let tried = flood::flood(lab, target, datagrams, Some(pace), SEARCH_STEP)?;
         if tried.loss() < CLEAN && tried.offered > pace * 0.9 {
             low = pace;
         } else {
@@ -391,109 +514,4 @@ fn all_drops(status: &Value) -> u64 {
     };
     let tunnels = status["tunnels"].as_array();
     sum(&status["drops"]) + tunnels.map_or(0, |all| all.iter().map(|one| sum(&one["drops"])).sum())
-}
-
-/// Packets for a process that did not fit the queue of its TUN device.
-fn queue_drops(host: &Namespace, device: &str) -> Result<u64> {
-    Ok(sent_by(host, device)?.dropped)
-}
-
-/// What a device has sent.
-pub(crate) struct Sent {
-    pub(crate) bytes: u64,
-    /// Super-packets count as one.
-    pub(crate) packets: u64,
-    /// Packets that it did not take.
-    dropped: u64,
-}
-
-/// Reads the counters of a device's sending side.
-pub(crate) fn sent_by(host: &Namespace, device: &str) -> Result<Sent> {
-    let text = read(host, "/proc/thread-self/net/dev")?;
-    // Receive: bytes packets errs drop fifo frame compressed multicast; transmit: bytes packets errs drop.
-    let line = text
-        .lines()
-        .find_map(|line| line.trim_start().strip_prefix(device)?.strip_prefix(':'))
-        .with_context(|| format!("no counters of {device}"))?;
-    let numbers: Vec<u64> = line
-        .split_ascii_whitespace()
-        .map(str::parse)
-        .collect::<Result<_, _>>()?;
-    match numbers[..] {
-        [_, _, _, _, _, _, _, _, bytes, packets, _, dropped, ..] => Ok(Sent {
-            bytes,
-            packets,
-            dropped,
-        }),
-        _ => bail!("the counters of {device} are not eight each way"),
-    }
-}
-
-/// Datagrams that did not fit the buffers of the sockets of a port.
-fn socket_drops(host: &Namespace, port: u16) -> Result<u64> {
-    let mut drops = 0;
-    for table in ["udp", "udp6"] {
-        let text = read(host, &format!("/proc/thread-self/net/{table}"))?;
-        for line in text.lines().skip(1) {
-            let mut fields = line.split_ascii_whitespace();
-            let local = fields.nth(1).and_then(|local| local.rsplit(':').next());
-            let is_it = local.and_then(|hex| u16::from_str_radix(hex, 16).ok()) == Some(port);
-            if let Some(count) = fields.last().filter(|_| is_it) {
-                drops += count.parse::<u64>()?;
-            }
-        }
-    }
-    Ok(drops)
-}
-
-fn read(host: &Namespace, path: &str) -> Result<String> {
-    Ok(host.run(|| {
-        fs::read_to_string(path)
-            .map_err(|error| LabError::unexpected(format!("cannot read {path}: {error}")))
-    })?)
-}
-
-/// Ticks a second of the times in /proc: fixed by the kernel's interface to programs.
-const TICKS: f64 = 100.0;
-
-/// CPU seconds that a process has used, in itself and in the kernel.
-fn cpu_of(pid: u32) -> Result<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, which may hold anything, ends with the last parenthesis; utime and stime are fields 14
-    // and 15.
-    let (_, fields) = text.rsplit_once(')').context("a stat without a name")?;
-    let ticks: u64 = fields
-        .split_ascii_whitespace()
-        .skip(11)
-        .take(2)
-        .filter_map(|field| field.parse::<u64>().ok())
-        .sum();
-    Ok(ticks as f64 / TICKS)
-}
-
-/// CPU seconds that the machine has been busy.
-fn cpu_of_machine() -> Result<f64> {
-    let text = fs::read_to_string("/proc/stat")?;
-    let line = text.lines().next().unwrap_or_default();
-    let fields: Vec<u64> = line
-        .split_ascii_whitespace()
-        .skip(1)
-        .filter_map(|field| field.parse().ok())
-        .collect();
-    // user nice system idle iowait irq softirq
-    let busy: u64 = [0, 1, 2, 5, 6]
-        .iter()
-        .filter_map(|&at| fields.get(at))
-        .sum();
-    Ok(busy as f64 / TICKS)
-}
-
-/// Bytes of memory that a process holds.
-fn resident(pid: u32) -> Result<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let kilobytes = text
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:")?.split_ascii_whitespace().next())
-        .and_then(|text| text.parse::<f64>().ok());
-    Ok(kilobytes.context("a process without memory")? * 1024.0)
 }
