@@ -125,8 +125,8 @@ fn mistake(error: &clap::Error) -> String {
         ErrorKind::ArgumentConflict => {
             let prior = said(ContextKind::PriorArg).unwrap_or_default();
             match said(ContextKind::InvalidSubcommand) {
-                Some(name) => format!("`{name}` takes no flags before it; {HELP}"),
-                None if prior == arg => format!("{flag} is given more than once; it takes one"),
+                Some(name) => format!("`{name}` follows flags; a command comes first; {HELP}"),
+                None if prior == arg => format!("{flag} can be given only once"),
                 None => format!("{arg} and {prior} cannot both be given; choose one"),
             }
         }
@@ -307,12 +307,9 @@ mod tests {
             ("stats", "`stats` is not a command; did you mean `status`?"),
             (
                 "--tun a status",
-                "`status` takes no flags before it; see `ipmoved --help`",
+                "`status` follows flags; a command comes first; see `ipmoved --help`",
             ),
-            (
-                "--tun a --tun b",
-                "--tun is given more than once; it takes one",
-            ),
+            ("--tun a --tun b", "--tun can be given only once"),
             (
                 "--psk AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA= --psk-file b",
                 "--psk <BASE64> and --psk-file <FILE> cannot both be given; choose one",
