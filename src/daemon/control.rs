@@ -471,7 +471,7 @@ impl Control<'_> {
                     self.read_addresses(now);
                 }
                 Action::OwnAddresses(own) => {
-                    if let Forwarder::New(translator) = &self.shared.translation {
+                    if let Some(translator) = self.shared.translation.translator() {
                         translator.set_own_addresses(&own);
                     }
                 }
@@ -502,7 +502,7 @@ impl Control<'_> {
         peer: PeerId,
         change: impl FnOnce(&Translator) -> Result<(), E>,
     ) {
-        let Forwarder::New(translator) = &self.shared.translation else {
+        let Some(translator) = self.shared.translation.translator() else {
             return;
         };
         if let Err(error) = change(translator) {
@@ -676,10 +676,6 @@ impl Control<'_> {
             offloads.tun_gso_fallbacks += lane.tun_gso_fallbacks.load(Relaxed);
             offloads.tun_big_tcp &= !lane.big_tcp_refused.load(Relaxed);
         }
-        let flows = match &self.shared.translation {
-            Forwarder::Old(_) => None,
-            Forwarder::New(translator) => Some(translator.stats()),
-        };
         let daemon = report::Daemon {
             tun: self.tun.name.clone(),
             port: self.udp.port().unwrap_or_default(),
@@ -690,7 +686,7 @@ impl Control<'_> {
         report::tunnels(
             daemon,
             peers.collect(),
-            flows,
+            self.shared.translation.flow_stats(),
             offloads,
             &self.counters,
             &self.shared.drops,

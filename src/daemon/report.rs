@@ -61,7 +61,7 @@ pub(super) struct Peer<'a> {
 pub(super) fn tunnels(
     daemon: Daemon,
     peers: Vec<Peer<'_>>,
-    flows: Option<FlowStats>,
+    flows: FlowStats,
     offloads: Offloads,
     lanes: &[impl AsRef<LaneCounters>],
     strangers: &Drops,
@@ -98,7 +98,7 @@ pub(super) fn tunnels(
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
-            flows: flows.map(shown).unwrap_or_default(),
+            flows: shown(flows),
             rx,
             tx,
             drops,
@@ -253,7 +253,7 @@ mod tests {
         tunnels(
             daemon(),
             peers,
-            None,
+            FlowStats::default(),
             Offloads::default(),
             &lanes,
             strangers,

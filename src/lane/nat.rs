@@ -19,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use tracing::debug;
 
 use super::shared::{BURST, DEVICE_DOWN_PAUSE, TICK};
-use super::{EXPIRY_BUDGET, timespec};
+use super::{EXPIRY_BUDGET, LaneError, timespec};
 use crate::flow::nat::{Nat, Outcome};
 use crate::flow::table::FlowStats;
 use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
@@ -89,7 +89,7 @@ impl NatLane {
     ///
     /// # Errors
     /// Why that is not possible any more.
-    pub fn run(mut self) -> Result<(), String> {
+    pub fn run(mut self) -> Result<(), LaneError> {
         let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
         let mut ticked = Instant::now();
         while !self.wait()? {
@@ -109,7 +109,7 @@ impl NatLane {
     }
 
     /// Waits until something is to be done; true if that is to stop.
-    fn wait(&self) -> Result<bool, String> {
+    fn wait(&self) -> Result<bool, LaneError> {
         let mut fds = [
             PollFd::from_borrowed_fd(self.queue.as_fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
@@ -117,12 +117,12 @@ impl NatLane {
         match poll(&mut fds, Some(&timespec(TICK))) {
             Ok(_) => Ok(!fds[1].revents().is_empty()),
             Err(rustix::io::Errno::INTR) => Ok(false),
-            Err(error) => Err(format!("waiting for packets failed: {error}")),
+            Err(error) => Err(LaneError::Wait(error.into())),
         }
     }
 
     /// Takes one frame through; false if none waits.
-    fn pass(&mut self, now: Instant, frame: &mut [u8]) -> Result<bool, String> {
+    fn pass(&mut self, now: Instant, frame: &mut [u8]) -> Result<bool, LaneError> {
         let len = match self.queue.recv(frame) {
             Ok(len) => len,
             Err(error) => {
@@ -134,7 +134,7 @@ impl NatLane {
                         std::thread::sleep(DEVICE_DOWN_PAUSE);
                         Ok(false)
                     }
-                    _ => Err(format!("the TUN interface is gone: {error}")),
+                    _ => Err(LaneError::TunGone(error)),
                 };
             }
         };
