@@ -241,7 +241,7 @@ fn translation(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwa
     if config.role == Role::Old {
         let gates = policy
             .peers()
-            .map(|peer| Gate::new(policy.moves(peer).to_vec(), entropy::seed()));
+            .map(|peer| Gate::new(Arc::clone(policy.moves(peer)), entropy::seed()));
         return Ok(Forwarder::Old(gates.collect()));
     }
     let entropy = entropy::system();

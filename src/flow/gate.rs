@@ -4,7 +4,7 @@
 //! new server may speak for. Rewrites nothing. Must not touch sockets, devices or the clock.
 
 use std::net::IpAddr;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use crate::flow::fragments::FragmentCache;
@@ -27,7 +27,7 @@ pub enum Verdict {
 /// The old server's checks. Shared by the lanes.
 #[derive(Debug)]
 pub struct Gate {
-    moves: Vec<Move>,
+    moves: Arc<[Move]>,
     seed: Seed,
     captured: Mutex<FragmentCache<Verdict>>,
     returning: Mutex<FragmentCache<()>>,
@@ -35,7 +35,7 @@ pub struct Gate {
 
 impl Gate {
     /// The gate of what was moved.
-    pub fn new(moves: Vec<Move>, seed: Seed) -> Self {
+    pub fn new(moves: Arc<[Move]>, seed: Seed) -> Self {
         Self {
             moves,
             seed,

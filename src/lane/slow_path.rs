@@ -267,7 +267,7 @@ mod tests {
     const LINK_MTU: usize = 1_200;
 
     fn old() -> Forwarder {
-        let moves = vec![MOVED.parse().unwrap()];
+        let moves = [MOVED.parse().unwrap()].into();
         Forwarder::Old(vec![Gate::new(moves, Seed::new([1, 2]))])
     }
 

@@ -290,7 +290,7 @@ fn ways() -> (Gate, Translator, Instant) {
         ..Delivery::default()
     };
     translator.set_delivery(PeerId(0), delivery).unwrap();
-    (Gate::new(moves, Seed::new([1, 2])), translator, now)
+    (Gate::new(moves.into(), Seed::new([1, 2])), translator, now)
 }
 
 /// Parts of packets in any order: three bytes each say what they are.
