@@ -62,7 +62,7 @@ mod report;
 #[derive(Parser)]
 #[command(about = "The possible tunnel, side by side with what else carries a moved address")]
 struct Args {
-    /// Less of everything: under two minutes
+    /// Less of everything: under three minutes
     #[arg(long)]
     quick: bool,
     /// Rounds, of which the medians are taken (5; with --quick 3)

@@ -40,9 +40,9 @@ impl Effort {
     /// Of a run in passing.
     pub(crate) const QUICK: Self = Self {
         tcp: Duration::from_millis(500),
-        flood: Duration::from_millis(400),
-        round_trips: Duration::from_millis(400),
-        connections: Duration::from_millis(400),
+        flood: Duration::from_millis(300),
+        round_trips: Duration::from_millis(300),
+        connections: Duration::from_millis(300),
         pings: 100,
         search: 0,
         impaired: 1,
