@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ipmoved::channel::session::{
-    CipherPolicy, Door, Offer, PeerKeys, Psk, Session, SessionIndexes,
+    CipherPolicy, MacCheck, Offer, PeerKeys, Psk, Session, SessionIndexes,
 };
 use ipmoved::channel::tunnel::{Announcement, Event, Timers, Tunnel, TunnelConfig};
 use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
@@ -22,7 +22,7 @@ use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError};
 use ipmoved::model::moved::Move;
-use ipmoved::model::peer::{Path, PeerId, Role};
+use ipmoved::model::peer::{Endpoint, PeerId, Role};
 use ipmoved::settings::values::DEFAULT_PORT;
 
 use crate::stage::{PATIENCE, Result};
@@ -31,7 +31,7 @@ use crate::stage::{PATIENCE, Result};
 pub(crate) struct Impostor {
     socket: UdpSocket,
     tunnel: Tunnel,
-    door: Door,
+    mac_check: MacCheck,
     sessions: HashMap<u32, Arc<Session>>,
     sending: Option<Arc<Session>>,
 }
@@ -70,7 +70,7 @@ impl Impostor {
         let mut impostor = Self {
             socket,
             tunnel: Tunnel::new(config, Instant::now()).map_err(failed)?,
-            door: Door::new([(PeerId(0), keys)]),
+            mac_check: MacCheck::new([(PeerId(0), keys)]),
             sessions: HashMap::new(),
             sending: None,
         };
@@ -140,7 +140,7 @@ impl Impostor {
     }
 
     fn take(&mut self, now: Instant, datagram: &mut [u8], from: SocketAddr) {
-        let path = Path {
+        let endpoint = Endpoint {
             remote: from,
             local: Some(IpAddr::from(OLD)),
         };
@@ -153,15 +153,15 @@ impl Impostor {
                 let Ok(opened) = session.open(data, datagram) else {
                     return;
                 };
-                self.tunnel.session_heard(now, &session, path);
+                self.tunnel.session_heard(now, &session, endpoint);
                 if opened.flags.has(Flags::CONTROL) {
                     let message = &datagram[opened.plaintext];
                     let _ = self.tunnel.handle_control(now, &session, message);
                 }
             }
             Ok(Message::Initiation(_) | Message::Response(_)) => {
-                if let Ok(admitted) = self.door.admit(datagram) {
-                    let _ = self.tunnel.handle_handshake(now, path, &admitted);
+                if let Ok(admitted) = self.mac_check.admit(datagram) {
+                    let _ = self.tunnel.handle_handshake(now, endpoint, &admitted);
                 }
             }
             Err(_) => {}

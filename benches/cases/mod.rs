@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
 use ipmoved::channel::session::{
-    Cipher, CipherPolicy, Door, Offer, PeerKeys, Psk, Session, SessionIndexes,
+    Cipher, CipherPolicy, MacCheck, Offer, PeerKeys, Psk, Session, SessionIndexes,
 };
 use ipmoved::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
@@ -30,7 +30,7 @@ use ipmoved::io::batch::{Destination, SendBatch};
 use ipmoved::io::entropy;
 use ipmoved::model::drops::DropReason;
 use ipmoved::model::moved::{Move, TCP};
-use ipmoved::model::peer::{Path, PeerId, Role};
+use ipmoved::model::peer::{Endpoint, PeerId, Role};
 use ipmoved::packet::offload::{
     Coalescer, GSO_TCPV4, MAX_PARTS, NEEDS_CSUM, Offload, Push, Reach, Segments, VnetHdr,
 };
@@ -261,17 +261,17 @@ impl Joined {
             Tunnel::new(config, now)
         };
         let (mut old, mut new) = (tunnel(Role::Old)?, tunnel(Role::New)?);
-        let door = Door::new([(PeerId(0), keys.clone())]);
+        let mac_check = MacCheck::new([(PeerId(0), keys.clone())]);
         let pass = |from: &mut Tunnel, to: &mut Tunnel| -> Result<()> {
             let sent = from.poll_transmit().context("nothing was sent")?;
-            let path = Path {
+            let endpoint = Endpoint {
                 remote: addr(from.role()),
                 local: None,
             };
-            let Ok(admitted) = door.admit(&sent.datagram) else {
+            let Ok(admitted) = mac_check.admit(&sent.datagram) else {
                 bail!("the handshake was not admitted");
             };
-            if to.handle_handshake(now, path, &admitted).is_err() {
+            if to.handle_handshake(now, endpoint, &admitted).is_err() {
                 bail!("the handshake was not accepted");
             }
             Ok(())
@@ -480,7 +480,7 @@ impl SegmentAndSeal {
             batch: SendBatch::new(),
             to: Destination {
                 peer: PeerId(0),
-                path: Path {
+                endpoint: Endpoint {
                     remote: (NEW.0, 51_850).into(),
                     local: None,
                 },

@@ -43,7 +43,7 @@ pub struct Part<'a> {
 
 /// Parts that wait for the others of their packet.
 #[derive(Default)]
-pub struct Joiner {
+pub struct Reassembler {
     waiting: BTreeMap<(Stream, u64), WaitingPart>,
     /// The waiting parts by age, oldest first. Parts that wait no more may still be named.
     ages: VecDeque<(Stream, u64)>,
@@ -61,7 +61,7 @@ struct WaitingPart {
     bytes: Vec<u8>,
 }
 
-impl Joiner {
+impl Reassembler {
     /// Takes a part; gives the whole packet when it was the last one missing.
     pub fn push(&mut self, stream: Stream, part: Part<'_>) -> Option<&mut [u8]> {
         let waiting = WaitingPart {
@@ -158,7 +158,7 @@ mod tests {
     fn two_packets_interleaved_out_of_order() {
         let (a, b) = ([1; 3_000], [2; 2_500]);
         let (pa, pb) = (cut(&a, 1_400, 10), cut(&b, 1_400, 13));
-        let mut joiner = Joiner::default();
+        let mut joiner = Reassembler::default();
         assert!(joiner.push(STREAM, pb[1]).is_none());
         assert!(joiner.push(STREAM, pa[2]).is_none());
         assert!(joiner.push(STREAM, pa[0]).is_none());
@@ -171,7 +171,7 @@ mod tests {
     fn parts_of_other_sessions_and_lanes_do_not_mix() {
         let packet = [3; 2_000];
         let parts = cut(&packet, 1_400, 5);
-        let mut joiner = Joiner::default();
+        let mut joiner = Reassembler::default();
         assert!(joiner.push(STREAM, parts[0]).is_none());
         let other = Stream { lane: 1, ..STREAM };
         assert!(joiner.push(other, parts[1]).is_none());
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn what_never_becomes_whole_gives_way_and_is_counted() {
         let packet = [4; 2_000];
-        let mut joiner = Joiner::default();
+        let mut joiner = Reassembler::default();
         for n in 0..MAX_WAITING as u64 + 3 {
             let first = cut(&packet, 1_400, n * 2)[0];
             assert!(joiner.push(STREAM, first).is_none());
@@ -206,7 +206,7 @@ mod tests {
     #[test]
     fn long_parts_give_way_earlier() {
         let long = vec![5; 60_000];
-        let mut joiner = Joiner::default();
+        let mut joiner = Reassembler::default();
         for counter in 0..200 {
             let part = Part {
                 counter: counter * 2,
@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn counters_at_the_ends_of_their_range_are_harmless() {
-        let mut joiner = Joiner::default();
+        let mut joiner = Reassembler::default();
         let part = |counter, continues, more| Part {
             counter,
             continues,
@@ -256,7 +256,7 @@ mod tests {
             let mut keyed: Vec<_> = parts.into_iter().enumerate()
                 .map(|(n, part)| (order[n % order.len()], part)).collect();
             keyed.sort_by_key(|&(key, _)| key);
-            let mut joiner = Joiner::default();
+            let mut joiner = Reassembler::default();
             let mut out = Vec::new();
             for (_, part) in keyed {
                 if let Some(packet) = joiner.push(STREAM, part) {

@@ -30,7 +30,7 @@ use super::setup::{Ready, Tools, resolve};
 use super::status_socket;
 use super::warnings::Warnings;
 use crate::channel::pmtu;
-use crate::channel::session::{Door, Offer, PeerKeys, SessionIndexes};
+use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Gate, Translator, TranslatorConfig};
@@ -38,7 +38,7 @@ use crate::io::entropy;
 use crate::io::udp::UdpSocket;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Host, keep};
-use crate::lane::shared::{LaneCounters, PeerView, Shared, View};
+use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneParts, ToControl, Waiting};
 use crate::model::drops::Drops;
 use crate::model::peer::{PeerId, Role};
@@ -104,9 +104,9 @@ async fn carry(
         started,
     )?;
     let shared = Arc::new(Shared {
-        view: ArcSwap::from_pointee(View::default()),
+        view: ArcSwap::from_pointee(LaneView::default()),
         translation: translation(&config, &policy, started)?,
-        door: Door::new(policy.peers().zip(keys)),
+        mac_check: MacCheck::new(policy.peers().zip(keys)),
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
@@ -129,7 +129,7 @@ async fn carry(
         udp: sockets[0].try_clone().map_err(failed)?,
         tun,
         uplink,
-        view: View {
+        view: LaneView {
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
             hop: Hop::default(),
@@ -276,7 +276,7 @@ struct Control<'h> {
     tun: Link,
     uplink: Link,
     /// What the lanes see once it is published.
-    view: View,
+    view: LaneView,
     view_changed: bool,
     counters: Vec<Arc<LaneCounters>>,
     /// Where names that were looked up come from.
@@ -333,10 +333,12 @@ impl Control<'_> {
     /// What a lane passes on.
     fn handle(&mut self, now: Instant, message: ToControl) -> Result<()> {
         let (peer, result) = match message {
-            ToControl::Handshake { path, admitted, .. } => {
+            ToControl::Handshake {
+                endpoint, admitted, ..
+            } => {
                 let peer = admitted.peer();
                 let tunnel = &mut self.tunnels[index(peer)];
-                (peer, tunnel.handle_handshake(now, path, &admitted))
+                (peer, tunnel.handle_handshake(now, endpoint, &admitted))
             }
             ToControl::Control {
                 session,
@@ -345,15 +347,17 @@ impl Control<'_> {
                 ..
             } => {
                 let tunnel = &mut self.tunnels[index(session.peer())];
-                if let Some(path) = heard_from {
-                    tunnel.session_heard(now, &session, path);
+                if let Some(endpoint) = heard_from {
+                    tunnel.session_heard(now, &session, endpoint);
                 }
                 let result = tunnel.handle_control(now, &session, &message);
                 (session.peer(), result)
             }
-            ToControl::Heard { session, path, .. } => {
+            ToControl::Heard {
+                session, endpoint, ..
+            } => {
                 let tunnel = &mut self.tunnels[index(session.peer())];
-                tunnel.session_heard(now, &session, path);
+                tunnel.session_heard(now, &session, endpoint);
                 return Ok(());
             }
             ToControl::Failed(what) => return Err(failed(what)),
@@ -416,11 +420,11 @@ impl Control<'_> {
                 view.session = None;
                 self.view_changed = true;
             }
-            Event::Endpoint(path) => {
-                view.path = Some(path);
+            Event::Endpoint(endpoint) => {
+                view.endpoint = Some(endpoint);
                 self.view_changed = true;
                 self.look_before_choosing(now);
-                self.see(now, Input::Endpoint(peer, path));
+                self.see(now, Input::Endpoint(peer, endpoint));
                 self.look_at_route(now, peer);
             }
             Event::State(state) => self.state_changed(now, peer, state),
@@ -580,11 +584,11 @@ impl Control<'_> {
 
     /// Looks at how much the route to a peer takes: up to there its tunnel searches.
     fn look_at_route(&mut self, now: Instant, peer: PeerId) {
-        let Some(path) = self.view.peers[index(peer)].path else {
+        let Some(endpoint) = self.view.peers[index(peer)].endpoint else {
             return;
         };
-        let to = path.remote.ip();
-        let route = self.netlink.route_get(to, None, path.local);
+        let to = endpoint.remote.ip();
+        let route = self.netlink.route_get(to, None, endpoint.local);
         let Ok(route) = route.or_else(|_| self.netlink.route_get(to, None, None)) else {
             return;
         };
@@ -704,7 +708,7 @@ impl Control<'_> {
         report::Peer {
             name: self.policy.name(peer),
             role: self.role,
-            endpoint: view.path.map(|path| path.remote),
+            endpoint: view.endpoint.map(|endpoint| endpoint.remote),
             state: self.policy.state(peer),
             session,
             rtt: tunnel.rtt(),

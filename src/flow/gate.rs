@@ -76,7 +76,7 @@ impl Gate {
         }
         let ours = match parsed.kind() {
             // It is about a packet that left from the moved address.
-            Kind::Error => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
+            Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
                 self.takes(
                     quoted.src(bytes),
                     quoted.protocol(),
@@ -86,10 +86,12 @@ impl Gate {
             }),
             kind @ (Kind::Tcp
             | Kind::Udp
-            | Kind::Request
-            | Kind::Reply
+            | Kind::IcmpQuery
+            | Kind::IcmpReply
             | Kind::Other
-            | Kind::Hidden) => self.takes(addr.into(), parsed.protocol(), kind, parsed.dst_port()),
+            | Kind::LaterFragment) => {
+                self.takes(addr.into(), parsed.protocol(), kind, parsed.dst_port())
+            }
         };
         let verdict = if ours {
             Verdict::Carry
@@ -129,7 +131,7 @@ impl Gate {
         }
         let (kind, protocol, port) = match parsed.kind() {
             // It is about a packet that came to the moved address.
-            Kind::Error => {
+            Kind::IcmpError => {
                 let quoted = Quoted::parse(bytes, parsed)?;
                 if quoted.dst(bytes) != src {
                     return Err(DropReason::IcmpUnrelated);
@@ -138,10 +140,10 @@ impl Gate {
             }
             kind @ (Kind::Tcp
             | Kind::Udp
-            | Kind::Request
-            | Kind::Reply
+            | Kind::IcmpQuery
+            | Kind::IcmpReply
             | Kind::Other
-            | Kind::Hidden) => (kind, parsed.protocol(), parsed.src_port()),
+            | Kind::LaterFragment) => (kind, parsed.protocol(), parsed.src_port()),
         };
         if !self.takes(src, protocol, kind, port) {
             return Err(DropReason::NotMoved);

@@ -207,11 +207,11 @@ impl Nat {
             return Ok(Outcome::ToServer);
         }
         match parsed.kind() {
-            Kind::Tcp | Kind::Udp | Kind::Request => {}
-            Kind::Error => return self.client_error(moved, target, bytes, parsed, partial),
+            Kind::Tcp | Kind::Udp | Kind::IcmpQuery => {}
+            Kind::IcmpError => return self.client_error(moved, target, bytes, parsed, partial),
             // An answer to a query that no one here sent.
-            Kind::Reply => return Err(DropReason::NoFlow),
-            Kind::Other | Kind::Hidden => return Err(DropReason::NoPorts),
+            Kind::IcmpReply => return Err(DropReason::NoFlow),
+            Kind::Other | Kind::LaterFragment => return Err(DropReason::NoPorts),
         }
         let key = Outside {
             peer: PEER,
@@ -226,7 +226,11 @@ impl Nat {
         if inside.is_none() {
             let port = match parsed.kind() {
                 Kind::Tcp | Kind::Udp => target.port.unwrap_or(key.moved_port),
-                Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => 0,
+                Kind::IcmpQuery
+                | Kind::IcmpReply
+                | Kind::IcmpError
+                | Kind::Other
+                | Kind::LaterFragment => 0,
             };
             let to = self.id(target.to.into()).ok_or(DropReason::NoDelivery)?;
             let opened = self.table.open(now, &key, to, port, flags, &self.limit);
@@ -286,21 +290,21 @@ impl Nat {
     /// Whether a packet to the old server's own address may be an answer to a translated one.
     fn is_answer(&self, now: Instant, target: &Target, bytes: &[u8], parsed: &Parsed) -> bool {
         match parsed.kind() {
-            Kind::Error => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
+            Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
                 quoted.src(bytes) == target.own.into() && quoted.dst(bytes) == target.to.into()
             }),
             Kind::Tcp | Kind::Udp => {
                 parsed.src(bytes) == target.to.into() && PORTS.contains(&parsed.dst_port())
             }
-            Kind::Reply => parsed.src(bytes) == target.to.into(),
+            Kind::IcmpReply => parsed.src(bytes) == target.to.into(),
             // Goes where its first one went.
-            Kind::Hidden => {
+            Kind::LaterFragment => {
                 let known = self
                     .fragments_to_client
                     .recall(now, &self.seed, parsed, bytes);
                 known.is_some()
             }
-            Kind::Request | Kind::Other => false,
+            Kind::IcmpQuery | Kind::Other => false,
         }
     }
 
@@ -317,9 +321,9 @@ impl Nat {
             return Ok(Outcome::Bounce);
         };
         match parsed.kind() {
-            Kind::Tcp | Kind::Udp | Kind::Reply => {}
-            Kind::Error => return self.server_error(delivery, target, bytes, parsed, partial),
-            Kind::Hidden => {
+            Kind::Tcp | Kind::Udp | Kind::IcmpReply => {}
+            Kind::IcmpError => return self.server_error(delivery, target, bytes, parsed, partial),
+            Kind::LaterFragment => {
                 let Some(back) = self
                     .fragments_to_client
                     .recall(now, &self.seed, parsed, bytes)
@@ -332,7 +336,7 @@ impl Nat {
                 parsed.set_dst(bytes, back.client, false);
                 return Ok(Outcome::ToClient);
             }
-            Kind::Request | Kind::Other => return Ok(Outcome::Bounce),
+            Kind::IcmpQuery | Kind::Other => return Ok(Outcome::Bounce),
         }
         let key = Inside {
             protocol: parsed.protocol(),
@@ -346,7 +350,7 @@ impl Nat {
         let outside = match (found, parsed.kind()) {
             (Some(outside), _) => outside,
             // The old server's own pings have identifiers from anywhere.
-            (None, Kind::Reply) => return Ok(Outcome::Bounce),
+            (None, Kind::IcmpReply) => return Ok(Outcome::Bounce),
             // Of a flow from before a restart, whose client will speak again: a reset from the old
             // server's own stack, which knows nothing of it, would end it.
             (None, _) => return Err(DropReason::NoFlow),
@@ -514,14 +518,14 @@ mod tests {
         fn there_and_back_is_the_identity_but_for_the_hops(
             plan in plans(), partial in any::<bool>(), mapped in any::<bool>(),
         ) {
-            if plan.kind == Kind::Reply { return Ok(()); }
+            if plan.kind == Kind::IcmpReply { return Ok(()); }
             let v4 = plan.src.is_ipv4();
             let plan = Plan {
                 dst: if v4 { MOVED } else { MOVED6 }.parse().unwrap(),
                 ttl: plan.ttl.max(3),
                 ..plan
             };
-            let partial = partial && plan.kind != Kind::Request;
+            let partial = partial && plan.kind != Kind::IcmpQuery;
             let port = mapped.then_some(8080);
             let (mut nat, now) = bed(&[MOVED, MOVED6], port, 1000);
             let build = |plan: &Plan| if partial { plan.build_partial() } else { plan.build() };
@@ -538,7 +542,7 @@ mod tests {
                 src_port: parsed.src_port(),
                 ..later(&plan, 1)
             };
-            if mapped && plan.kind != Kind::Request { seen.dst_port = 8080; }
+            if mapped && plan.kind != Kind::IcmpQuery { seen.dst_port = 8080; }
             prop_assert_eq!(&bytes, &build(&seen));
             prop_assert_eq!(parsed, Parsed::parse(&bytes).unwrap());
 
@@ -554,7 +558,7 @@ mod tests {
 
         #[test]
         fn errors_are_translated_inside_and_out(plan in plans()) {
-            if plan.kind == Kind::Reply { return Ok(()); }
+            if plan.kind == Kind::IcmpReply { return Ok(()); }
             let v4 = plan.src.is_ipv4();
             let router: IpAddr = if v4 { "192.0.2.99" } else { "2001:db8::99" }.parse().unwrap();
             let dst: IpAddr = if v4 { MOVED } else { MOVED6 }.parse().unwrap();
@@ -582,7 +586,7 @@ mod tests {
                 dst_port: ports.dst_port(),
                 ..plan.clone()
             });
-            if plan.kind != Kind::Request {
+            if plan.kind != Kind::IcmpQuery {
                 let mut bytes = error(&reply(&plan).build(), router);
                 prop_assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToServer));
                 prop_assert_eq!(bytes, hop(error(&answer.build(), target.own)));
@@ -603,7 +607,7 @@ mod tests {
         let id = *PORTS.start();
         bounced(Plan {
             dst_port: id,
-            ..Plan::new(Kind::Reply, SERVER, OWN)
+            ..Plan::new(Kind::IcmpReply, SERVER, OWN)
         });
         // The first fragment of what the server sends to another port, as a whole here.
         bounced(Plan {
@@ -636,7 +640,7 @@ mod tests {
             ..Plan::new(Kind::Tcp, SERVER, OWN)
         };
         assert_eq!(dropped(unknown), Err(DropReason::NoFlow));
-        let reply = Plan::new(Kind::Reply, CLIENT, MOVED);
+        let reply = Plan::new(Kind::IcmpReply, CLIENT, MOVED);
         assert_eq!(dropped(reply), Err(DropReason::NoFlow));
         let own = Plan::new(Kind::Tcp, OWN, MOVED);
         assert_eq!(dropped(own), Err(DropReason::BadSource));

@@ -19,7 +19,7 @@ use crate::flow::table::FlowStats;
 use crate::flow::translate::{Gate, Translator, Verdict};
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
-use crate::packet::icmp_reply::About;
+use crate::packet::icmp_reply::IcmpError;
 use crate::packet::{Family, Parsed};
 
 /// Sends packets on as the role of this server wants it. Shared by the lanes.
@@ -123,7 +123,7 @@ impl Forwarder {
     /// How the sender of a packet that was read from the TUN is told why it does not go on.
     pub fn outbound_reply(
         &self,
-        about: About,
+        about: IcmpError,
         hop: &Hop,
         parsed: &Parsed,
         packet: &[u8],
@@ -131,12 +131,12 @@ impl Forwarder {
         let asked = IpAddr::from(parsed.dst(packet));
         match (self, about) {
             // A hop on the way, which traceroute shows under the old server's own address.
-            (Self::Old(_), About::Expired) => ReplyPath {
+            (Self::Old(_), IcmpError::Expired) => ReplyPath {
                 from: hop.addr(parsed.family()).unwrap_or(asked),
                 to: ReplyTo::Client,
             },
             // The moved address speaks.
-            (Self::Old(_), About::TooBig(_)) => ReplyPath {
+            (Self::Old(_), IcmpError::TooBig(_)) => ReplyPath {
                 from: asked,
                 to: ReplyTo::Client,
             },
@@ -400,7 +400,7 @@ mod tests {
         let outbound = |forwarder: &Forwarder, about, hop| {
             forwarder.outbound_reply(about, hop, &parsed, &packet)
         };
-        let (hop, expired, big) = ("192.0.2.1", About::Expired, About::TooBig(1_300));
+        let (hop, expired, big) = ("192.0.2.1", IcmpError::Expired, IcmpError::TooBig(1_300));
         assert_eq!(outbound(&old, expired, &HOP), path(hop, ReplyTo::Client));
         assert_eq!(
             outbound(&old, expired, &nobody),

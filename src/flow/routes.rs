@@ -229,7 +229,11 @@ impl Moved {
         let transport = match kind {
             Kind::Tcp => Some(Transport::Tcp),
             Kind::Udp => Some(Transport::Udp),
-            Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => None,
+            Kind::IcmpQuery
+            | Kind::IcmpReply
+            | Kind::IcmpError
+            | Kind::Other
+            | Kind::LaterFragment => None,
         };
         let mapped = self.ports.iter().find(|map| {
             transport.is_some()

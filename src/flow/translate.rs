@@ -138,7 +138,7 @@ impl Translator {
         if parsed.fragment() == Fragment::Later {
             return self.inbound_later_fragment(now, &routes, moved, bytes, parsed);
         }
-        if parsed.kind() == Kind::Error {
+        if parsed.kind() == Kind::IcmpError {
             return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
         }
         if !moved.takes(parsed.protocol(), parsed.kind(), parsed.dst_port()) {
@@ -192,7 +192,7 @@ impl Translator {
         partial: bool,
     ) -> Result<PeerId, DropReason> {
         let routes = self.routes.load();
-        if parsed.kind() == Kind::Error {
+        if parsed.kind() == Kind::IcmpError {
             return self.outbound_error(&routes, bytes, parsed, partial);
         }
         let delivery = routes.id(parsed.src(bytes)).ok_or(DropReason::NoFlow)?;
@@ -387,7 +387,7 @@ impl Translator {
             return Err(DropReason::BadSource);
         }
         // An answer to a query that no one here sent.
-        if parsed.kind() == Kind::Reply {
+        if parsed.kind() == Kind::IcmpReply {
             return Err(DropReason::NoFlow);
         }
         let (delivery, port) = moved.delivery(parsed.kind(), parsed.dst_port())?;
@@ -418,8 +418,10 @@ impl Translator {
         let flags = parsed.tcp_flags();
         let begins = match parsed.kind() {
             Kind::Tcp => flags & (SYN | ACK) == SYN,
-            Kind::Request => true,
-            Kind::Udp | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => false,
+            Kind::IcmpQuery => true,
+            Kind::Udp | Kind::IcmpReply | Kind::IcmpError | Kind::Other | Kind::LaterFragment => {
+                false
+            }
         };
         if begins || routes.is_own(key.client) {
             return Err(DropReason::NoFlow);
@@ -576,10 +578,10 @@ mod tests {
             plan in plans(), partial in any::<bool>(), keep in any::<bool>(),
             mapped in any::<bool>(),
         ) {
-            if plan.kind == Kind::Reply { return Ok(()); }
+            if plan.kind == Kind::IcmpReply { return Ok(()); }
             let v4 = plan.src.is_ipv4();
             let plan = moved_to(&plan, if v4 { MOVED } else { MOVED6 });
-            let partial = partial && plan.kind != Kind::Request;
+            let partial = partial && plan.kind != Kind::IcmpQuery;
             let to = if v4 { DELIVERY } else { DELIVERY6 };
             let mut wanted = if keep { plan.clone() } else { moved_to(&plan, to) };
             let mut ports = Vec::new();
@@ -591,7 +593,7 @@ mod tests {
                     to: wanted.dst,
                     to_port: 8080,
                 });
-                if plan.kind != Kind::Request { wanted.dst_port = 8080; }
+                if plan.kind != Kind::IcmpQuery { wanted.dst_port = 8080; }
             }
             let bed = Bed::new(&[MOVED, MOVED6], Delivery { keep, ports, ..delivery() });
             let build = |plan: &Plan| if partial { plan.build_partial() } else { plan.build() };
@@ -616,7 +618,7 @@ mod tests {
         fn errors_are_translated_inside_and_out(
             plan in plans(), keep_quote in any::<prop::sample::Index>(), whole in any::<bool>(),
         ) {
-            if plan.kind == Kind::Reply { return Ok(()); }
+            if plan.kind == Kind::IcmpReply { return Ok(()); }
             let v4 = plan.src.is_ipv4();
             let plan = moved_to(&plan, if v4 { MOVED } else { MOVED6 });
             let delivered = moved_to(&plan, if v4 { DELIVERY } else { DELIVERY6 });
@@ -651,7 +653,7 @@ mod tests {
     #[test]
     fn each_reply_comes_from_the_address_that_was_asked() {
         let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
-        for kind in [Kind::Tcp, Kind::Udp, Kind::Request] {
+        for kind in [Kind::Tcp, Kind::Udp, Kind::IcmpQuery] {
             for dst in [MOVED, "192.0.2.6"] {
                 let plan = moved_to(&request(kind), dst);
                 let mut bytes = plan.build();
@@ -705,7 +707,7 @@ mod tests {
         let v6 = Plan::new(Kind::Tcp, CLIENT6, MOVED6);
         assert_eq!(bed.inbound(&mut v6.build()), Err(DropReason::NoDelivery));
         assert_eq!(
-            bed.inbound(&mut request(Kind::Reply).build()),
+            bed.inbound(&mut request(Kind::IcmpReply).build()),
             Err(DropReason::NotMoved)
         );
     }

@@ -7,7 +7,7 @@
 use std::ops::{Deref, DerefMut};
 
 use crate::io::udp::{MAX_BATCH, MAX_SEGMENTS};
-use crate::model::peer::{Path, PeerId};
+use crate::model::peer::{Endpoint, PeerId};
 
 /// Where a batch goes, and how it is marked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,7 +15,7 @@ pub struct Destination {
     /// The peer.
     pub peer: PeerId,
     /// Its address and ours.
-    pub path: Path,
+    pub endpoint: Endpoint,
     /// ECN field of the outer header (RFC 6040).
     pub ecn: u8,
 }
@@ -167,7 +167,7 @@ mod tests {
     fn destination(port: u16) -> Destination {
         Destination {
             peer: PeerId(0),
-            path: Path {
+            endpoint: Endpoint {
                 remote: ([192, 0, 2, 1], port).into(),
                 local: None,
             },

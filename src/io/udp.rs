@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::model::peer::Path;
+use crate::model::peer::Endpoint;
 
 /// Most datagrams one `UDP_SEGMENT` send may hold (`UDP_MAX_SEGMENTS`; later kernels allow 128).
 pub const MAX_SEGMENTS: usize = 64;
@@ -45,7 +45,7 @@ pub struct Received {
     /// Length of each datagram but the last, which may be shorter.
     pub stride: usize,
     /// Where it came from and the address it was sent to.
-    pub path: Path,
+    pub endpoint: Endpoint,
     /// The outer header's ECN field (RFC 3168), low two bits of the traffic class.
     pub ecn: u8,
 }
@@ -104,7 +104,7 @@ impl UdpSocket {
         set_buffers(&socket);
         set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1).or_else(only_if(!ipv6))?;
         set_option(&socket, libc::IPPROTO_IP, libc::IP_RECVTOS, 1).or_else(only_if(!ipv6))?;
-        // Path MTU discovery without letting the kernel cut or refuse: the tunnel sizes its
+        // Endpoint MTU discovery without letting the kernel cut or refuse: the tunnel sizes its
         // datagrams itself and must be able to probe (ip(7), IP_PMTUDISC_PROBE).
         let probe = libc::IP_PMTUDISC_PROBE;
         set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, probe)
@@ -231,7 +231,7 @@ impl UdpSocket {
         let mut received = Received {
             len,
             stride: len.max(1),
-            path: Path {
+            endpoint: Endpoint {
                 remote,
                 local: None,
             },
@@ -248,13 +248,19 @@ impl UdpSocket {
     ///
     /// # Errors
     /// The kernel's, for the last datagram that it refused; those before it have left.
-    pub fn send(&self, path: &Path, ecn: u8, batch: &[u8], stride: usize) -> io::Result<()> {
+    pub fn send(
+        &self,
+        endpoint: &Endpoint,
+        ecn: u8,
+        batch: &[u8],
+        stride: usize,
+    ) -> io::Result<()> {
         debug_assert!(stride > 0 && batch.len() <= MAX_BATCH);
         if batch.len() <= stride {
-            return self.send_message(path, ecn, batch, None);
+            return self.send_message(endpoint, ecn, batch, None);
         }
         if self.gso() {
-            match self.send_message(path, ecn, batch, Some(stride as u16)) {
+            match self.send_message(endpoint, ecn, batch, Some(stride as u16)) {
                 Ok(()) => return Ok(()),
                 Err(error) => match error.raw_os_error() {
                     // This route, device or size cannot: send this batch plainly and go on.
@@ -267,7 +273,7 @@ impl UdpSocket {
         }
         let mut result = Ok(());
         for datagram in batch.chunks(stride) {
-            if let Err(error) = self.send_message(path, ecn, datagram, None) {
+            if let Err(error) = self.send_message(endpoint, ecn, datagram, None) {
                 result = Err(error);
             }
         }
@@ -278,19 +284,19 @@ impl UdpSocket {
     /// that the kernel chooses: the peer follows.
     fn send_message(
         &self,
-        path: &Path,
+        endpoint: &Endpoint,
         ecn: u8,
         bytes: &[u8],
         segment: Option<u16>,
     ) -> io::Result<()> {
-        let sent = self.send_from(path, ecn, bytes, segment);
+        let sent = self.send_from(endpoint, ecn, bytes, segment);
         match &sent {
-            Err(error) if path.local.is_some() && is_gone(error) => {
-                let path = Path {
+            Err(error) if endpoint.local.is_some() && is_gone(error) => {
+                let endpoint = Endpoint {
                     local: None,
-                    ..*path
+                    ..*endpoint
                 };
-                self.send_from(&path, ecn, bytes, segment)
+                self.send_from(&endpoint, ecn, bytes, segment)
             }
             Ok(()) | Err(_) => sent,
         }
@@ -298,12 +304,12 @@ impl UdpSocket {
 
     fn send_from(
         &self,
-        path: &Path,
+        endpoint: &Endpoint,
         ecn: u8,
         bytes: &[u8],
         segment: Option<u16>,
     ) -> io::Result<()> {
-        let name = socket2::SockAddr::from(self.as_sendable(path.remote));
+        let name = socket2::SockAddr::from(self.as_sendable(endpoint.remote));
         let mut control = Control([MaybeUninit::zeroed(); CONTROL_LEN]);
         let mut iov = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -324,7 +330,7 @@ impl UdpSocket {
         if let Some(size) = segment {
             writer.push(libc::SOL_UDP, libc::UDP_SEGMENT, size);
         }
-        let v4_out = path.remote.is_ipv4();
+        let v4_out = endpoint.remote.is_ipv4();
         if ecn != 0 && v4_out {
             writer.push(libc::IPPROTO_IP, libc::IP_TOS, libc::c_int::from(ecn));
         } else if ecn != 0 {
@@ -334,7 +340,7 @@ impl UdpSocket {
                 libc::c_int::from(ecn),
             );
         }
-        match path.local {
+        match endpoint.local {
             Some(IpAddr::V4(addr)) if v4_out => writer.push(
                 libc::IPPROTO_IP,
                 libc::IP_PKTINFO,
@@ -448,13 +454,13 @@ unsafe fn read_control(message: &libc::msghdr, received: &mut Received) {
                 (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                     let info = data.cast::<libc::in_pktinfo>().read_unaligned();
                     let addr = Ipv4Addr::from(info.ipi_addr.s_addr.to_ne_bytes());
-                    received.path.local = Some(addr.into());
+                    received.endpoint.local = Some(addr.into());
                 }
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                     let info = data.cast::<libc::in6_pktinfo>().read_unaligned();
                     let addr = Ipv6Addr::from(info.ipi6_addr.s6_addr);
                     // A mapped address says the same as IP_PKTINFO does.
-                    received.path.local = Some(addr.to_canonical());
+                    received.endpoint.local = Some(addr.to_canonical());
                 }
                 (libc::IPPROTO_IP, libc::IP_TOS) => received.ecn = data.read() & 3,
                 (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
@@ -593,14 +599,14 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    fn pair(options: UdpOptions) -> (UdpSocket, UdpSocket, Path) {
+    fn pair(options: UdpOptions) -> (UdpSocket, UdpSocket, Endpoint) {
         let bind = |text: &str| UdpSocket::bind(text.parse().unwrap(), false, options).unwrap();
         let (a, b) = (bind("127.0.0.1:0"), bind("[::]:0"));
-        let path = Path {
+        let endpoint = Endpoint {
             remote: SocketAddr::from(([127, 0, 0, 1], b.port().unwrap())),
             local: Some([127, 0, 0, 1].into()),
         };
-        (a, b, path)
+        (a, b, endpoint)
     }
 
     fn drain(socket: &UdpSocket) -> Vec<(Vec<u8>, Received)> {
@@ -625,14 +631,14 @@ mod tests {
     }
 
     fn batch_arrives(options: UdpOptions) {
-        let (a, b, path) = pair(options);
+        let (a, b, endpoint) = pair(options);
         let batch: Vec<u8> = (0..3_300u32).map(|i| (i / 1_000) as u8).collect();
-        a.send(&path, 0, &batch, 1_000).unwrap();
+        a.send(&endpoint, 0, &batch, 1_000).unwrap();
         let got = drain(&b);
         let lengths: Vec<usize> = got.iter().map(|(bytes, _)| bytes.len()).collect();
         assert_eq!(lengths, [1_000, 1_000, 1_000, 300]);
         assert_eq!(got[3].0, [3; 300]);
-        let meta = got[0].1.path;
+        let meta = got[0].1.endpoint;
         assert_eq!(meta.local, Some([127, 0, 0, 1].into()));
         assert_eq!(meta.remote.port(), a.port().unwrap());
         assert!(meta.remote.is_ipv4(), "mapped addresses are unwrapped");
@@ -663,16 +669,16 @@ mod tests {
         };
         let options = UdpOptions::default();
         let lanes = UdpSocket::bind_lanes(listen, 3, field, options).unwrap();
-        let path = Path {
+        let endpoint = Endpoint {
             remote: listen,
             local: None,
         };
         // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake
         // message.
         for lane in [0, 1, 2, 3, 4, 5, 6, 7, 255] {
-            a.send(&path, 0, &[4, 0, lane, 0], 4).unwrap();
+            a.send(&endpoint, 0, &[4, 0, lane, 0], 4).unwrap();
         }
-        a.send(&path, 0, &[1, 1, 2, 0], 4).unwrap();
+        a.send(&endpoint, 0, &[1, 1, 2, 0], 4).unwrap();
         let got: Vec<Vec<u8>> = lanes
             .iter()
             .map(|lane| drain(lane).iter().map(|(bytes, _)| bytes[2]).collect())
@@ -689,17 +695,17 @@ mod tests {
 
     #[test]
     fn an_address_that_is_not_ours_any_more_does_not_stop_the_datagram() {
-        let (a, b, mut path) = pair(UdpOptions::default());
-        path.local = Some([192, 0, 2, 99].into());
-        a.send(&path, 0, &[7; 1_500], 1_000).unwrap();
+        let (a, b, mut endpoint) = pair(UdpOptions::default());
+        endpoint.local = Some([192, 0, 2, 99].into());
+        a.send(&endpoint, 0, &[7; 1_500], 1_000).unwrap();
         assert_eq!(drain(&b).len(), 2);
-        path.local = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9].into());
+        endpoint.local = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9].into());
         let (c, d, mut path6) = {
             let bind = |text: &str| {
                 let options = UdpOptions::default();
                 UdpSocket::bind(text.parse().unwrap(), false, options).unwrap()
             };
-            (bind("[::]:0"), bind("[::1]:0"), path)
+            (bind("[::]:0"), bind("[::1]:0"), endpoint)
         };
         path6.remote = format!("[::1]:{}", d.port().unwrap()).parse().unwrap();
         c.send(&path6, 0, b"seven", 5).unwrap();

@@ -18,7 +18,7 @@ use super::shared::{BURST, BURST_BYTES, Context, LaneParts, TICK};
 use super::slow_path::{InboundOutcome, SlowPath};
 use super::to_control::{Queue, ToControl};
 use super::to_host::{self, Arrival};
-use crate::channel::parts::{Joiner, Part, Stream};
+use crate::channel::parts::{Part, Reassembler, Stream};
 use crate::channel::session::OpenBatch;
 use crate::channel::tunnel::MAX_MESSAGE;
 use crate::channel::wire::{Flags, Message};
@@ -65,7 +65,7 @@ pub(super) struct Inbound {
     joining: PeerId,
     coalescer: Coalescer,
     /// One for each peer, so that none has to make room for another.
-    joiners: Vec<Joiner>,
+    joiners: Vec<Reassembler>,
     /// When more than 64 KiB are joined again.
     long_again: Option<Instant>,
     detour: Detour,
@@ -89,7 +89,7 @@ impl Inbound {
             joining: PeerId(0),
             coalescer: Coalescer::new(parts.uso, parts.reach),
             joiners: (0..parts.counters.peers.len())
-                .map(|_| Joiner::default())
+                .map(|_| Reassembler::default())
                 .collect(),
             long_again: None,
             detour: Detour {
@@ -180,11 +180,11 @@ impl Inbound {
         let data = match Message::parse(datagram)? {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
-                let admitted = self.parts.shared.door.admit(datagram)?;
+                let admitted = self.parts.shared.mac_check.admit(datagram)?;
                 self.parts
                     .tell(admitted.peer(), Queue::Handshakes, |permit| {
                         ToControl::Handshake {
-                            path: received.path,
+                            endpoint: received.endpoint,
                             admitted,
                             permit,
                         }
@@ -218,7 +218,7 @@ impl Inbound {
         let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
         session.activity().heard(context.now);
         let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
-        let moved = opened.newest && context.view.peer(peer).path != Some(received.path);
+        let moved = opened.newest && context.view.peer(peer).endpoint != Some(received.endpoint);
         if opened.flags.has(Flags::CONTROL) {
             let length = plaintext.len().min(MAX_MESSAGE);
             let message = &self.slab[plaintext][..length];
@@ -226,7 +226,7 @@ impl Inbound {
                 .tell(peer, Queue::Messages, |permit| ToControl::Control {
                     session: Arc::clone(session),
                     // One that was held up on the way says where the peer was, not where it is.
-                    heard_from: (opened.first || moved).then_some(received.path),
+                    heard_from: (opened.first || moved).then_some(received.endpoint),
                     message: message.to_vec(),
                     permit,
                 })?;
@@ -238,7 +238,7 @@ impl Inbound {
                 .parts
                 .tell(peer, Queue::Messages, |permit| ToControl::Heard {
                     session: Arc::clone(session),
-                    path: received.path,
+                    endpoint: received.endpoint,
                     permit,
                 });
         }

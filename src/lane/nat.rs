@@ -26,7 +26,7 @@ use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
 use crate::model::drops::{DropReason, Drops};
 use crate::model::status::Traffic;
 use crate::packet::Parsed;
-use crate::packet::icmp_reply::{About, Answers};
+use crate::packet::icmp_reply::{Answers, IcmpError};
 use crate::packet::offload::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
 
 /// What the lane counts, for `status`.
@@ -190,7 +190,10 @@ impl NatLane {
     #[cold]
     fn answer(&mut self, now: Instant, packet: &[u8], parsed: &Parsed) {
         let from = IpAddr::from(parsed.dst(packet));
-        match self.answers.make(now, About::Expired, packet, parsed, from) {
+        match self
+            .answers
+            .make(now, IcmpError::Expired, packet, parsed, from)
+        {
             Ok(_) => {}
             Err(reason) => return self.counters.drops.count(reason),
         }

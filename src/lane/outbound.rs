@@ -122,13 +122,13 @@ impl Outbound {
         let partial = offload.partial();
         let peer = outgoing.rewrite(context.now, packet, &mut parsed, partial)?;
         let view = context.view.peer(peer);
-        let (Some(session), Some(path)) = (&view.session, view.path) else {
+        let (Some(session), Some(endpoint)) = (&view.session, view.endpoint) else {
             return Err(Dropped::of(peer, DropReason::NoSession));
         };
         view.clamp_mss(packet, &parsed, partial);
         let destination = Destination {
             peer,
-            path,
+            endpoint,
             ecn: ecn::inner(packet, &parsed),
         };
         let segments = Segments::new(offload, packet, &parsed, view.mtu);
@@ -400,8 +400,12 @@ fn checksum_flag(partial: bool) -> Flags {
 
 /// Sends a batch, and counts it for its peer if the kernel refused any of it.
 fn send(parts: &LaneParts, batch: Batch<'_>) {
-    let Destination { peer, path, ecn } = &batch.destination;
-    if let Err(error) = parts.udp.send(path, *ecn, batch.bytes, batch.stride) {
+    let Destination {
+        peer,
+        endpoint,
+        ecn,
+    } = &batch.destination;
+    if let Err(error) = parts.udp.send(endpoint, *ecn, batch.bytes, batch.stride) {
         debug!(%error, "sending failed");
         parts.shared.peer_drops[usize::from(peer.0)]
             .add(DropReason::SendFailed, batch.count as u64);

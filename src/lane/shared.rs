@@ -1,7 +1,7 @@
 //! What the control task and the lanes share, and both ways of a lane: who may send what where,
 //! what a lane is made of, and what was counted.
 //!
-//! The control task publishes a new [`View`] whenever something changes; lanes read the current one
+//! The control task publishes a new [`LaneView`] whenever something changes; lanes read the current one
 //! once per wake-up without waiting. Counters are kept per lane, so that lanes never write to the
 //! same cache line.
 
@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
-use crate::channel::session::{Door, Session};
+use crate::channel::session::{MacCheck, Session};
 use crate::flow::role::{Forwarder, Hop};
 use crate::io::tun::TunQueue;
 use crate::io::udp::UdpSocket;
 use crate::lane::load::BusyLanes;
 use crate::lane::to_control::{Queue, ToControl, Waiting};
 use crate::model::drops::{DropReason, Dropped, Drops};
-use crate::model::peer::{Path, PeerId};
+use crate::model::peer::{Endpoint, PeerId};
 use crate::model::status::Traffic;
 use crate::packet::offload::Reach;
 use crate::packet::{Parsed, clamp_mss};
@@ -71,17 +71,17 @@ pub struct LaneParts {
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) now: Instant,
-    pub(super) view: &'a View,
+    pub(super) view: &'a LaneView,
 }
 
 /// Everything that lanes need to know beside the packet in hand.
 pub struct Shared {
     /// Sessions and endpoints, replaced whole when anything changes.
-    pub view: ArcSwap<View>,
+    pub view: ArcSwap<LaneView>,
     /// What happens to a packet between TUN and tunnel.
     pub translation: Forwarder,
     /// Lets in handshake messages that were made with a peer's key.
-    pub door: Door,
+    pub mac_check: MacCheck,
     /// Drops that belong to no peer: strangers' datagrams.
     pub drops: Drops,
     /// Drops that belong to a peer.
@@ -94,7 +94,7 @@ pub struct Shared {
 
 /// Who may send what where, at one moment.
 #[derive(Clone, Default)]
-pub struct View {
+pub struct LaneView {
     /// Every session that datagrams are accepted on, by our index.
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
@@ -126,7 +126,7 @@ impl LaneParts {
     }
 }
 
-impl View {
+impl LaneView {
     /// What is known of `peer`, which is one of those configured.
     pub fn peer(&self, peer: PeerId) -> &PeerView {
         &self.peers[usize::from(peer.0)]
@@ -139,7 +139,7 @@ pub struct PeerView {
     /// The session to seal on; `None` while there is none the peer has proved.
     pub session: Option<Arc<Session>>,
     /// Where to send to.
-    pub path: Option<Path>,
+    pub endpoint: Option<Endpoint>,
     /// Largest plaintext of one datagram, in bytes: the tunnel MTU.
     pub mtu: usize,
 }

@@ -18,7 +18,7 @@ use crate::flow::role::{Forwarder, ReplyTo};
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::fragment::{Held, Overlaps, Waiting, is_first, may_cut};
-use crate::packet::icmp_reply::{About, Answers};
+use crate::packet::icmp_reply::{Answers, IcmpError};
 use crate::packet::{Family, Fragment, Parsed};
 
 /// Every link that carries IPv6 carries this much; one that does not must cut and join below it
@@ -166,17 +166,17 @@ impl<T> SlowPath<T> {
         let Some(peer) = drop.peer else {
             return OutboundOutcome::Drop;
         };
-        let Some(about) = About::of(drop.reason, context.view.peer(peer).mtu) else {
+        let Some(about) = IcmpError::of(drop.reason, context.view.peer(peer).mtu) else {
             return OutboundOutcome::Drop;
         };
         let Ok(parsed) = Parsed::parse(packet) else {
             return OutboundOutcome::Drop;
         };
-        let path = forwarder.outbound_reply(about, &context.view.hop, &parsed, packet);
-        match self.reply(context.now, about, packet, &parsed, path.from) {
+        let sent = forwarder.outbound_reply(about, &context.view.hop, &parsed, packet);
+        match self.reply(context.now, about, packet, &parsed, sent.from) {
             Ok(Some(bytes)) => OutboundOutcome::Reply {
                 peer,
-                to: path.to,
+                to: sent.to,
                 bytes,
             },
             Ok(None) => OutboundOutcome::Drop,
@@ -200,14 +200,14 @@ impl<T> SlowPath<T> {
             return InboundOutcome::Hold(parsed.fragment_id());
         }
         let hop = &context.view.hop;
-        let Some(about) = About::of(reason, hop.mtu) else {
+        let Some(about) = IcmpError::of(reason, hop.mtu) else {
             return InboundOutcome::Drop;
         };
         let Some(from) = forwarder.inbound_reply_from(hop, parsed, packet) else {
             return InboundOutcome::Drop;
         };
         let is_whole = packet.len() >= parsed.total();
-        if about == About::TooBig(hop.mtu) && may_cut(parsed, packet) && is_whole {
+        if about == IcmpError::TooBig(hop.mtu) && may_cut(parsed, packet) && is_whole {
             return InboundOutcome::Fragment(hop.mtu);
         }
         match self.reply(context.now, about, packet, parsed, from) {
@@ -221,7 +221,7 @@ impl<T> SlowPath<T> {
     fn reply(
         &mut self,
         now: Instant,
-        about: About,
+        about: IcmpError,
         packet: &[u8],
         parsed: &Parsed,
         from: IpAddr,
@@ -254,7 +254,7 @@ mod tests {
     use crate::flow::role::Hop;
     use crate::flow::seed::Seed;
     use crate::flow::translate::{Gate, Translator, TranslatorConfig};
-    use crate::lane::shared::{PeerView, View};
+    use crate::lane::shared::{LaneView, PeerView};
     use crate::packet::Kind;
     use crate::packet::icmp_reply::ANSWER_BURST;
     use crate::packet::testing::Plan;
@@ -280,8 +280,8 @@ mod tests {
         }))
     }
 
-    fn view() -> View {
-        View {
+    fn view() -> LaneView {
+        LaneView {
             peers: vec![PeerView {
                 mtu: TUNNEL_MTU,
                 ..PeerView::default()
@@ -291,7 +291,7 @@ mod tests {
                 v6: None,
                 mtu: LINK_MTU,
             },
-            ..View::default()
+            ..LaneView::default()
         }
     }
 
@@ -319,7 +319,7 @@ mod tests {
     }
 
     impl<'v> Bed<'v> {
-        fn new(forwarder: Forwarder, view: &'v View) -> Self {
+        fn new(forwarder: Forwarder, view: &'v LaneView) -> Self {
             let now = epoch();
             Self {
                 slow_path: SlowPath::new(now),

@@ -9,14 +9,14 @@ use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::channel::session::{Admitted, Session};
-use crate::model::peer::Path;
+use crate::model::peer::Endpoint;
 
 /// What a lane passes to the control task.
 pub enum ToControl {
     /// A handshake message that was made with a peer's key.
     Handshake {
         /// Where it came from.
-        path: Path,
+        endpoint: Endpoint,
         /// The message.
         admitted: Admitted,
         /// Its place.
@@ -27,7 +27,7 @@ pub enum ToControl {
         /// The session it came in.
         session: Arc<Session>,
         /// Where it came from, if that says something new of where the peer is.
-        heard_from: Option<Path>,
+        heard_from: Option<Endpoint>,
         /// The plaintext, as far as it can mean anything.
         message: Vec<u8>,
         /// Its place.
@@ -38,7 +38,7 @@ pub enum ToControl {
         /// The session.
         session: Arc<Session>,
         /// Where it was heard from.
-        path: Path,
+        endpoint: Endpoint,
         /// Its place.
         permit: OwnedSemaphorePermit,
     },

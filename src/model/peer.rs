@@ -38,7 +38,7 @@ impl fmt::Display for Role {
 
 /// How a peer is reached: where it is, and which of our addresses it knows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct Path {
+pub struct Endpoint {
     /// Its address and port.
     pub remote: SocketAddr,
     /// The address that its datagrams are sent to; `None` lets the kernel choose.

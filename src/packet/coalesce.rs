@@ -288,7 +288,11 @@ impl Coalescer {
                     flags & !PLAIN_FLAGS == 0 && flags & ACK != 0 && flags & self.last() == 0
                 }
                 Kind::Udp => self.uso && udp_fills(&packet[parsed.l4()..]),
-                Kind::Request | Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => false,
+                Kind::IcmpQuery
+                | Kind::IcmpReply
+                | Kind::IcmpError
+                | Kind::Other
+                | Kind::LaterFragment => false,
             };
         self.state = if coalescable {
             State::Open

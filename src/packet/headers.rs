@@ -210,7 +210,7 @@ mod tests {
         );
         assert_eq!(
             (later.kind(), later.protocol(), later.l4()),
-            (Kind::Hidden, TCP, 48)
+            (Kind::LaterFragment, TCP, 48)
         );
     }
 }

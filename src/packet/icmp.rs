@@ -103,7 +103,7 @@ fn may_report(packet: &[u8], parsed: &Parsed) -> bool {
         (Family::V4, IpAddr::V4(dst)) => dst.is_multicast() || dst.is_broadcast(),
         (_, dst) => dst.is_multicast(),
     };
-    !to_many && parsed.kind() != Kind::Error && parsed.fragment() != Fragment::Later
+    !to_many && parsed.kind() != Kind::IcmpError && parsed.fragment() != Fragment::Later
 }
 
 #[cfg(test)]
@@ -130,7 +130,7 @@ mod tests {
         let len = too_big(&mut out, &packet, &parsed, from, 1300).unwrap();
         assert_eq!(len, MAX_V4);
         let answer = Parsed::parse(&out[..len]).unwrap();
-        assert_eq!(answer.kind(), Kind::Error);
+        assert_eq!(answer.kind(), Kind::IcmpError);
         assert_eq!(
             IpAddr::from(answer.dst(&out)),
             IpAddr::from([203, 0, 113, 9])

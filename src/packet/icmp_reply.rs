@@ -1,6 +1,6 @@
 //! ICMP replies: errors about packets that cannot go on, and how many of them.
 //!
-//! Owns which error it is ([`About`]), the buffer it is written to and the limit of their rate.
+//! Owns which error it is ([`IcmpError`]), the buffer it is written to and the limit of their rate.
 //! What they look like is [`icmp`]'s business, and where they are sent the lane's.
 
 use std::net::IpAddr;
@@ -20,14 +20,14 @@ pub const ANSWER_BURST: u32 = 50;
 
 /// Why a packet does not go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum About {
+pub enum IcmpError {
     /// It is longer than this many bytes, and may not be fragmented.
     TooBig(usize),
     /// Its hop limit is used up.
     Expired,
 }
 
-impl About {
+impl IcmpError {
     /// What there is to say about a packet that was dropped; `mtu` is what would have fitted.
     pub fn of(reason: DropReason, mtu: usize) -> Option<Self> {
         if reason == DropReason::TooBig {
@@ -65,14 +65,16 @@ impl Answers {
     pub fn make(
         &mut self,
         now: Instant,
-        about: About,
+        about: IcmpError,
         packet: &[u8],
         parsed: &Parsed,
         from: IpAddr,
     ) -> Result<bool, DropReason> {
         let made = match about {
-            About::TooBig(mtu) => icmp::too_big(&mut self.out, packet, parsed, from, mtu as u32),
-            About::Expired => icmp::time_exceeded(&mut self.out, packet, parsed, from),
+            IcmpError::TooBig(mtu) => {
+                icmp::too_big(&mut self.out, packet, parsed, from, mtu as u32)
+            }
+            IcmpError::Expired => icmp::time_exceeded(&mut self.out, packet, parsed, from),
         };
         let Some(len) = made else { return Ok(false) };
         if !self.may_speak(now) {
@@ -118,7 +120,7 @@ mod tests {
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();
         let from = "192.0.2.1".parse().unwrap();
-        let mut ask = |now| answers.make(now, About::Expired, &packet, &parsed, from);
+        let mut ask = |now| answers.make(now, IcmpError::Expired, &packet, &parsed, from);
         for _ in 0..ANSWER_BURST {
             assert_eq!(ask(now), Ok(true));
         }
@@ -138,7 +140,7 @@ mod tests {
         let parsed = Parsed::parse(&packet).unwrap();
         let from = "192.0.2.5".parse().unwrap();
         assert_eq!(
-            answers.make(now, About::TooBig(1300), &packet, &parsed, from),
+            answers.make(now, IcmpError::TooBig(1300), &packet, &parsed, from),
             Ok(true)
         );
         assert!(
@@ -149,7 +151,7 @@ mod tests {
         assert!(answers.take().is_none());
         let other = "2001:db8::1".parse().unwrap();
         assert_eq!(
-            answers.make(now, About::Expired, &packet, &parsed, other),
+            answers.make(now, IcmpError::Expired, &packet, &parsed, other),
             Ok(false)
         );
     }

@@ -12,15 +12,15 @@ pub enum Kind {
     Udp,
     /// An ICMP query (echo request and its like): its identifier is the source port, the
     /// destination port is 0.
-    Request,
+    IcmpQuery,
     /// A reply to an ICMP query: its identifier is the destination port, the source port is 0.
-    Reply,
+    IcmpReply,
     /// An ICMP error, which quotes the packet it is about ([`Quoted`]).
-    Error,
+    IcmpError,
     /// Any other protocol, known by its number alone.
     Other,
     /// A later fragment: what follows is a part of the payload.
-    Hidden,
+    LaterFragment,
 }
 
 impl Kind {
@@ -34,11 +34,11 @@ impl Kind {
 pub(super) fn icmp_kind(family: Family, icmp_type: u8) -> Option<Kind> {
     match (family, icmp_type) {
         // Echo, timestamp, information, address mask.
-        (Family::V4, 8 | 13 | 15 | 17) | (Family::V6, 128) => Some(Kind::Request),
-        (Family::V4, 0 | 14 | 16 | 18) | (Family::V6, 129) => Some(Kind::Reply),
+        (Family::V4, 8 | 13 | 15 | 17) | (Family::V6, 128) => Some(Kind::IcmpQuery),
+        (Family::V4, 0 | 14 | 16 | 18) | (Family::V6, 129) => Some(Kind::IcmpReply),
         // Unreachable (with too big), time exceeded, parameter problem. Source quench is
         // deprecated (RFC 6633), redirects concern the link they were sent on.
-        (Family::V4, 3 | 11 | 12) | (Family::V6, 1..=4) => Some(Kind::Error),
+        (Family::V4, 3 | 11 | 12) | (Family::V6, 1..=4) => Some(Kind::IcmpError),
         _ => None,
     }
 }
@@ -47,8 +47,8 @@ pub(super) fn icmp_kind(family: Family, icmp_type: u8) -> Option<Kind> {
 pub(super) fn icmp_ports(kind: Kind, l4: &[u8]) -> (u16, u16) {
     let id = get_u16(l4, icmp::ID);
     match kind {
-        Kind::Request => (id, 0),
-        Kind::Reply => (0, id),
-        Kind::Tcp | Kind::Udp | Kind::Error | Kind::Other | Kind::Hidden => (0, 0),
+        Kind::IcmpQuery => (id, 0),
+        Kind::IcmpReply => (0, id),
+        Kind::Tcp | Kind::Udp | Kind::IcmpError | Kind::Other | Kind::LaterFragment => (0, 0),
     }
 }

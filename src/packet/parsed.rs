@@ -186,8 +186,8 @@ impl Parsed {
     pub fn set_src_port(&mut self, bytes: &mut [u8], port: u16, partial: bool) {
         let at = match self.kind {
             Kind::Tcp | Kind::Udp => self.l4() + udp::SRC_PORT,
-            Kind::Request => self.l4() + icmp::ID,
-            Kind::Reply | Kind::Error | Kind::Other | Kind::Hidden => return,
+            Kind::IcmpQuery => self.l4() + icmp::ID,
+            Kind::IcmpReply | Kind::IcmpError | Kind::Other | Kind::LaterFragment => return,
         };
         self.src_port = port;
         self.set_port(bytes, at, port, partial);
@@ -198,8 +198,8 @@ impl Parsed {
     pub fn set_dst_port(&mut self, bytes: &mut [u8], port: u16, partial: bool) {
         let at = match self.kind {
             Kind::Tcp | Kind::Udp => self.l4() + udp::DST_PORT,
-            Kind::Reply => self.l4() + icmp::ID,
-            Kind::Request | Kind::Error | Kind::Other | Kind::Hidden => return,
+            Kind::IcmpReply => self.l4() + icmp::ID,
+            Kind::IcmpQuery | Kind::IcmpError | Kind::Other | Kind::LaterFragment => return,
         };
         self.dst_port = port;
         self.set_port(bytes, at, port, partial);
@@ -444,7 +444,7 @@ impl Parsed {
             dst_port: 0,
             family: Family::V4,
             protocol,
-            kind: Kind::Hidden,
+            kind: Kind::LaterFragment,
             fragment,
             tcp_flags: 0,
         }
@@ -478,7 +478,7 @@ impl Parsed {
             dst_port: 0,
             family: Family::V6,
             protocol: chain.protocol,
-            kind: Kind::Hidden,
+            kind: Kind::LaterFragment,
             fragment: chain.fragment,
             tcp_flags: 0,
         }
@@ -527,7 +527,7 @@ impl Parsed {
                 };
                 self.kind = icmp_kind(self.family, header[icmp::TYPE])
                     .ok_or(DropReason::IcmpUnsupported)?;
-                if self.kind == Kind::Error && self.fragment != Fragment::None {
+                if self.kind == Kind::IcmpError && self.fragment != Fragment::None {
                     // An error is never larger than what every link carries.
                     return Err(DropReason::L4Malformed);
                 }
@@ -579,7 +579,7 @@ mod tests {
             plan in plans(), (src, dst) in addrs(), ports in any::<[u16; 2]>(),
             partial in any::<bool>(),
         ) {
-            let is_icmp = matches!(plan.kind, Kind::Request | Kind::Reply);
+            let is_icmp = matches!(plan.kind, Kind::IcmpQuery | Kind::IcmpReply);
             let partial = partial && !is_icmp;
             let same_family = src.is_ipv4() == plan.src.is_ipv4();
             let mut wanted = plan.clone();
@@ -587,8 +587,8 @@ mod tests {
             if same_family {
                 (wanted.src, wanted.dst) = (src, dst);
             }
-            if plan.kind != Kind::Reply { wanted.src_port = ports[0]; }
-            if plan.kind != Kind::Request { wanted.dst_port = ports[1]; }
+            if plan.kind != Kind::IcmpReply { wanted.src_port = ports[0]; }
+            if plan.kind != Kind::IcmpQuery { wanted.dst_port = ports[1]; }
             let mut bytes = if partial { plan.build_partial() } else { plan.build() };
             let mut parsed = Parsed::parse(&bytes).unwrap();
             prop_assert_eq!((parsed.src_port(), parsed.dst_port()), (plan.src_port, plan.dst_port));
@@ -609,7 +609,7 @@ mod tests {
         fn a_new_length_mends_the_partial_sum(plan in plans(), more in 0usize..300) {
             let mut longer = plan.clone();
             longer.payload.extend(vec![9; more]);
-            if plan.kind == Kind::Request || plan.kind == Kind::Reply { return Ok(()); }
+            if plan.kind == Kind::IcmpQuery || plan.kind == Kind::IcmpReply { return Ok(()); }
             let mut bytes = plan.build_partial();
             let mut parsed = Parsed::parse(&bytes).unwrap();
             let total = bytes.len() + more;
@@ -621,7 +621,7 @@ mod tests {
 
         #[test]
         fn a_finished_partial_sum_is_the_full_one(plan in plans()) {
-            if matches!(plan.kind, Kind::Request | Kind::Reply) { return Ok(()); }
+            if matches!(plan.kind, Kind::IcmpQuery | Kind::IcmpReply) { return Ok(()); }
             let mut bytes = plan.build_partial();
             Parsed::parse(&bytes).unwrap().finish_checksum(&mut bytes);
             prop_assert_eq!(&bytes, &plan.build());
@@ -786,7 +786,7 @@ mod tests {
         assert_eq!(udp(8), None, "the surplus of RFC 9868");
         assert_eq!(udp(7), Some(L4Malformed));
         assert_eq!(udp(21), Some(L4Malformed));
-        let mut echo = Plan::new(Kind::Request, "203.0.113.9", "192.0.2.5").build();
+        let mut echo = Plan::new(Kind::IcmpQuery, "203.0.113.9", "192.0.2.5").build();
         echo[20] = 5;
         assert_eq!(Parsed::parse(&echo), Err(IcmpUnsupported), "a redirect");
         for src in ["::1", "::", "ff02::1", "fe80::1", "::ffff:192.0.2.1"] {

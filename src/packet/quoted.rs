@@ -51,7 +51,7 @@ impl Quoted {
     }
 
     fn read(bytes: &[u8], error: &Parsed) -> Option<Self> {
-        if error.kind() != Kind::Error {
+        if error.kind() != Kind::IcmpError {
             return None;
         }
         let at = error.payload();
@@ -115,7 +115,7 @@ impl Quoted {
             (ICMP, Family::V4) | (ICMPV6, Family::V6) => {
                 let header = l4.first_chunk::<8>()?;
                 out.kind = icmp_kind(error.family(), header[icmp::TYPE])
-                    .filter(|&kind| kind != Kind::Error)?;
+                    .filter(|&kind| kind != Kind::IcmpError)?;
                 (out.src_port, out.dst_port) = icmp_ports(out.kind, l4);
                 icmp::CHECKSUM
             }
@@ -181,9 +181,9 @@ impl Quoted {
         self.set_addr(bytes, dst_at, change.dst);
         let (src_at, dst_at) = match self.kind {
             Kind::Tcp | Kind::Udp => (Some(udp::SRC_PORT), Some(udp::DST_PORT)),
-            Kind::Request => (Some(icmp::ID), None),
-            Kind::Reply => (None, Some(icmp::ID)),
-            Kind::Error | Kind::Other | Kind::Hidden => (None, None),
+            Kind::IcmpQuery => (Some(icmp::ID), None),
+            Kind::IcmpReply => (None, Some(icmp::ID)),
+            Kind::IcmpError | Kind::Other | Kind::LaterFragment => (None, None),
         };
         for (at, port) in [(src_at, change.src_port), (dst_at, change.dst_port)] {
             if let (Some(at), Some(port)) = (at, port) {

@@ -32,8 +32,8 @@ impl Plan {
             src: src.parse().unwrap(),
             dst: dst.parse().unwrap(),
             ttl: 64,
-            src_port: if kind == Kind::Reply { 0 } else { 40_000 },
-            dst_port: if kind == Kind::Request { 0 } else { 80 },
+            src_port: if kind == Kind::IcmpReply { 0 } else { 40_000 },
+            dst_port: if kind == Kind::IcmpQuery { 0 } else { 80 },
             kind,
             flags: ACK,
             seq: 1_000,
@@ -86,19 +86,19 @@ impl Plan {
             Kind::Udp => ip
                 .udp(self.src_port, self.dst_port)
                 .write(&mut out, &self.payload),
-            Kind::Request if v4 => ip
+            Kind::IcmpQuery if v4 => ip
                 .icmpv4_echo_request(self.src_port, 3)
                 .write(&mut out, &self.payload),
-            Kind::Reply if v4 => ip
+            Kind::IcmpReply if v4 => ip
                 .icmpv4_echo_reply(self.dst_port, 3)
                 .write(&mut out, &self.payload),
-            Kind::Request => ip
+            Kind::IcmpQuery => ip
                 .icmpv6_echo_request(self.src_port, 3)
                 .write(&mut out, &self.payload),
-            Kind::Reply => ip
+            Kind::IcmpReply => ip
                 .icmpv6_echo_reply(self.dst_port, 3)
                 .write(&mut out, &self.payload),
-            Kind::Error | Kind::Other | Kind::Hidden => panic!("not built here"),
+            Kind::IcmpError | Kind::Other | Kind::LaterFragment => panic!("not built here"),
         }
         .unwrap();
         out
@@ -219,8 +219,8 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
     let kinds = prop_oneof![
         Just(Kind::Tcp),
         Just(Kind::Udp),
-        Just(Kind::Request),
-        Just(Kind::Reply)
+        Just(Kind::IcmpQuery),
+        Just(Kind::IcmpReply)
     ];
     let payload = prop::collection::vec(any::<u8>(), 0..200);
     let mss = prop::option::of(500u16..9000);
@@ -237,8 +237,8 @@ pub(crate) fn plans() -> impl Strategy<Value = Plan> {
             src,
             dst,
             ttl,
-            src_port: if kind == Kind::Reply { 0 } else { ports[0] },
-            dst_port: if kind == Kind::Request { 0 } else { ports[1] },
+            src_port: if kind == Kind::IcmpReply { 0 } else { ports[0] },
+            dst_port: if kind == Kind::IcmpQuery { 0 } else { ports[1] },
             kind,
             flags: if mss.is_some() { SYN } else { ACK },
             seq,
@@ -302,8 +302,8 @@ pub(crate) fn reply(plan: &Plan) -> Plan {
         dst: plan.src,
         src_port: plan.dst_port,
         dst_port: plan.src_port,
-        kind: if plan.kind == Kind::Request {
-            Kind::Reply
+        kind: if plan.kind == Kind::IcmpQuery {
+            Kind::IcmpReply
         } else {
             plan.kind
         },

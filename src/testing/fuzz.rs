@@ -13,9 +13,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::channel::parts::{Joiner, Part, Stream};
+use crate::channel::parts::{Part, Reassembler, Stream};
 use crate::channel::session::{
-    CipherPolicy, Door, Entropy, Hello, Initiating, Offer, PeerKeys, Psk, Session, SessionIndexes,
+    CipherPolicy, Entropy, Initiating, InitiationPayload, MacCheck, Offer, PeerKeys, Psk, Session,
+    SessionIndexes,
 };
 use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::{DATA_OVERHEAD, Data, Message};
@@ -23,7 +24,7 @@ use crate::flow::seed::Seed;
 use crate::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::model::moved::Move;
-use crate::model::peer::{Path, PeerId, Role};
+use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::packet::ecn;
 use crate::packet::icmp;
 use crate::packet::offload::{Coalescer, Offload, Push, Reach, Segments, VnetHdr};
@@ -54,7 +55,7 @@ pub const TARGETS: [(&str, Target); 8] = [
 struct Bed {
     now: Instant,
     keys: PeerKeys,
-    door: Door,
+    mac_check: MacCheck,
     new: Tunnel,
     session: Arc<Session>,
     entropy: Entropy,
@@ -92,13 +93,13 @@ impl Bed {
             error: None,
         };
         let mut new = tunnel(Role::New, announcement);
-        let door = Door::new([(PeerId(0), keys.clone())]);
+        let mac_check = MacCheck::new([(PeerId(0), keys.clone())]);
         old.handle_timeout(now, SystemTime::UNIX_EPOCH);
         let initiation = old.poll_transmit().unwrap().datagram;
-        let admitted = door.admit(&initiation).unwrap();
+        let admitted = mac_check.admit(&initiation).unwrap();
         new.handle_handshake(now, path(1), &admitted).unwrap();
         let response = new.poll_transmit().unwrap().datagram;
-        let admitted = door.admit(&response).unwrap();
+        let admitted = mac_check.admit(&response).unwrap();
         old.handle_handshake(now, path(2), &admitted).unwrap();
         let mut installed = None;
         while let Some(event) = new.poll_event() {
@@ -117,7 +118,7 @@ impl Bed {
         Self {
             now,
             keys,
-            door,
+            mac_check,
             new,
             session,
             entropy: entropy::system(),
@@ -144,8 +145,8 @@ fn offer() -> Offer {
     }
 }
 
-fn path(host: u8) -> Path {
-    Path {
+fn path(host: u8) -> Endpoint {
+    Endpoint {
         remote: SocketAddr::from(([192, 0, 2, host], 51_850)),
         local: Some([198, 51, 100, 2].into()),
     }
@@ -168,7 +169,7 @@ pub fn datagram(bytes: &[u8]) {
         Err(_) => {}
     }
     with_bed(|bed| {
-        assert!(bed.door.admit(bytes).is_err(), "nobody guesses a mac");
+        assert!(bed.mac_check.admit(bytes).is_err(), "nobody guesses a mac");
         let mut forged = bytes.to_vec();
         if forged.len() >= 8 {
             forged[..1].copy_from_slice(&[4]);
@@ -184,7 +185,7 @@ pub fn datagram(bytes: &[u8]) {
 pub fn handshake(bytes: &[u8]) {
     with_bed(|bed| {
         for payload in bytes.as_chunks::<48>().0.iter().take(8) {
-            let Some(hello) = Hello::decode(payload) else {
+            let Some(hello) = InitiationPayload::decode(payload) else {
                 continue;
             };
             let role = if payload[47] & 7 == 7 {
@@ -195,7 +196,7 @@ pub fn handshake(bytes: &[u8]) {
             let index = SessionIndexes::default().draw(&bed.entropy).unwrap();
             let begun = Initiating::begin(&bed.keys, role, index, &hello, &bed.entropy);
             let (_, message) = begun.unwrap();
-            let admitted = bed.door.admit(&message).unwrap();
+            let admitted = bed.mac_check.admit(&message).unwrap();
             bed.now += Duration::from_millis(u64::from(payload[46]) * 100);
             let _ = bed
                 .new
@@ -295,7 +296,7 @@ fn ways() -> (Gate, Translator, Instant) {
 
 /// Parts of packets in any order: three bytes each say what they are.
 pub fn parts(bytes: &[u8]) {
-    let mut joiner = Joiner::default();
+    let mut joiner = Reassembler::default();
     let mut given_up = 0;
     for part in bytes.as_chunks::<3>().0 {
         let stream = Stream {

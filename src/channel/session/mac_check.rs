@@ -18,11 +18,11 @@ use crate::model::peer::PeerId;
 /// that is sent again and again does not reach it either: it costs no more than a stranger's
 /// message.
 #[derive(Debug, Default)]
-pub struct Door {
+pub struct MacCheck {
     peers: Vec<KnownPeer>,
 }
 
-impl Door {
+impl MacCheck {
     /// Lets in the messages of these peers.
     pub fn new(peers: impl IntoIterator<Item = (PeerId, PeerKeys)>) -> Self {
         Self {
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn the_door_finds_whose_key_it_was() {
         let keys = [1, 2, 3].map(|byte| PeerKeys::derive(&Psk(Zeroizing::new([byte; 32]))));
-        let door = Door::new(
+        let mac_check = MacCheck::new(
             keys[..2]
                 .iter()
                 .cloned()
@@ -157,18 +157,27 @@ mod tests {
             tag.copy_from_slice(&keys.mac_of(message));
             bytes
         };
-        assert_eq!(door.admit(&signed(&keys[0])).unwrap().peer(), PeerId(0));
-        assert_eq!(door.admit(&signed(&keys[1])).unwrap().peer(), PeerId(1));
         assert_eq!(
-            door.admit(&signed(&keys[1])).unwrap_err(),
+            mac_check.admit(&signed(&keys[0])).unwrap().peer(),
+            PeerId(0)
+        );
+        assert_eq!(
+            mac_check.admit(&signed(&keys[1])).unwrap().peer(),
+            PeerId(1)
+        );
+        assert_eq!(
+            mac_check.admit(&signed(&keys[1])).unwrap_err(),
             DropReason::HandshakeReplay,
             "the same again"
         );
         assert_eq!(
-            door.admit(&signed(&keys[2])).unwrap_err(),
+            mac_check.admit(&signed(&keys[2])).unwrap_err(),
             DropReason::HandshakeAuth
         );
         let data = sealed(&ends(Cipher::Aes256Gcm, 1)[0], 0, b"x");
-        assert_eq!(door.admit(&data).unwrap_err(), DropReason::WireMalformed);
+        assert_eq!(
+            mac_check.admit(&data).unwrap_err(),
+            DropReason::WireMalformed
+        );
     }
 }

@@ -59,12 +59,12 @@ pub use cipher::{Cipher, CipherError, CipherPolicy, Ciphers, Offer};
 pub use entropy::{Entropy, NoEntropy};
 pub use index::SessionIndexes;
 pub use keys::{KEY_LEN, PeerKeys, Psk, PskError};
-pub use mac_check::{Admitted, Door};
+pub use mac_check::{Admitted, MacCheck};
 pub use seal::{Counter, NotSealed, OpenBatch, Opened, Reserved, Sealer};
 
 pub(crate) use index::SessionIndex;
 pub(crate) use noise::{Initiating, Responding, SplitKeys};
-pub(crate) use payload::{Answer, Hello};
+pub(crate) use payload::{InitiationPayload, ResponsePayload};
 
 use aead::LaneKey;
 use keys::derive;

@@ -1,8 +1,8 @@
 //! The handshake itself: `Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s`, one message at a time.
 //!
 //! ```text
-//! -> psk, e     payload Hello   readable by a holder of the PSK; read without a Diffie-Hellman
-//! <- e, ee      payload Answer
+//! -> psk, e     payload InitiationPayload   readable by a holder of the PSK; read without a Diffie-Hellman
+//! <- e, ee      payload ResponsePayload
 //! ```
 //!
 //! The prologue binds the version and the role of the initiator, so that a message that is sent
@@ -16,7 +16,7 @@ use snow::{Builder, HandshakeState};
 use zeroize::{Zeroize, Zeroizing};
 
 use super::keys::Wiped;
-use super::{Answer, Entropy, Hello, KEY_LEN, PeerKeys, SessionIndex};
+use super::{Entropy, InitiationPayload, KEY_LEN, PeerKeys, ResponsePayload, SessionIndex};
 use crate::channel::wire::{
     self, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation, MAC_LEN, RESPONSE_LEN,
     RESPONSE_PAYLOAD_LEN, Response,
@@ -54,7 +54,7 @@ impl Initiating {
         keys: &PeerKeys,
         role: Role,
         index: SessionIndex,
-        hello: &Hello,
+        hello: &InitiationPayload,
         entropy: &Entropy,
     ) -> Option<(Self, [u8; INITIATION_LEN])> {
         let mut noise = handshake(keys.noise(), &prologue(role), true, entropy)?;
@@ -77,13 +77,13 @@ impl Initiating {
     pub(crate) fn read(
         &mut self,
         response: &Response<'_>,
-    ) -> Result<(Answer, SplitKeys), DropReason> {
+    ) -> Result<(ResponsePayload, SplitKeys), DropReason> {
         let mut payload = [0; RESPONSE_PAYLOAD_LEN];
         let noise = self.noise.get_mut();
         let length = noise
             .read_message(response.noise(), &mut payload)
             .map_err(|_| DropReason::HandshakeAuth)?;
-        let answer = Answer::decode(&payload).filter(|_| length == payload.len());
+        let answer = ResponsePayload::decode(&payload).filter(|_| length == payload.len());
         let keys = split(noise);
         Ok((answer.ok_or(DropReason::WireMalformed)?, keys))
     }
@@ -105,7 +105,7 @@ impl Responding {
         keys: &PeerKeys,
         initiation: &Initiation<'_>,
         entropy: &Entropy,
-    ) -> Result<(Self, Hello), DropReason> {
+    ) -> Result<(Self, InitiationPayload), DropReason> {
         let mut noise = handshake(keys.noise(), &prologue(initiation.role()), false, entropy)
             .ok_or(DropReason::ControlBusy)?;
         let mut payload = [0; INITIATION_PAYLOAD_LEN];
@@ -113,7 +113,7 @@ impl Responding {
             .get_mut()
             .read_message(initiation.noise(), &mut payload)
             .map_err(|_| DropReason::HandshakeAuth)?;
-        let hello = Hello::decode(&payload)
+        let hello = InitiationPayload::decode(&payload)
             .filter(|_| length == payload.len())
             .ok_or(DropReason::WireMalformed)?;
         Ok((Self { noise }, hello))
@@ -126,7 +126,7 @@ impl Responding {
         role: Role,
         sender: u32,
         receiver: u32,
-        answer: &Answer,
+        answer: &ResponsePayload,
     ) -> Option<(SplitKeys, [u8; RESPONSE_LEN])> {
         let mut message = Response::write(role, sender, receiver);
         let noise = self.noise.get_mut();

@@ -7,7 +7,7 @@ use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN, u64_at}
 
 /// What the initiator says inside its first message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Hello {
+pub(crate) struct InitiationPayload {
     /// Nanoseconds since 1970, and always more than in the last initiation: tells a new one from a
     /// replayed one.
     pub(crate) timestamp: u64,
@@ -21,7 +21,7 @@ pub(crate) struct Hello {
     pub(crate) lanes: u8,
 }
 
-impl Hello {
+impl InitiationPayload {
     pub(super) fn encode(&self) -> [u8; INITIATION_PAYLOAD_LEN] {
         let mut bytes = [0; INITIATION_PAYLOAD_LEN];
         bytes[..8].copy_from_slice(&self.timestamp.to_le_bytes());
@@ -46,7 +46,7 @@ impl Hello {
 
 /// What the responder says inside its message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Answer {
+pub(crate) struct ResponsePayload {
     /// Names this run of the sender.
     pub(crate) run: u64,
     /// The cipher it chose; `None` refuses, for want of a common one.
@@ -57,7 +57,7 @@ pub(crate) struct Answer {
     pub(crate) lanes: u8,
 }
 
-impl Answer {
+impl ResponsePayload {
     pub(super) fn encode(&self) -> [u8; RESPONSE_PAYLOAD_LEN] {
         let mut bytes = [0; RESPONSE_PAYLOAD_LEN];
         bytes[..8].copy_from_slice(&self.run.to_le_bytes());
@@ -95,11 +95,11 @@ mod tests {
             timestamp: u64, seen: u64, run: u64, lanes in 1u8..,
         ) {
             let offer = Offer { ciphers: CipherPolicy::Auto.into(), aes_hardware: true };
-            let hello = Hello { timestamp, seen, run, offer, lanes };
-            prop_assert_eq!(Hello::decode(&hello.encode()), Some(hello));
-            let answer = Answer { run, cipher: None, offer, lanes };
-            prop_assert_eq!(Answer::decode(&answer.encode()), Some(answer));
-            let _ = Answer::decode(&bytes);
+            let hello = InitiationPayload { timestamp, seen, run, offer, lanes };
+            prop_assert_eq!(InitiationPayload::decode(&hello.encode()), Some(hello));
+            let answer = ResponsePayload { run, cipher: None, offer, lanes };
+            prop_assert_eq!(ResponsePayload::decode(&answer.encode()), Some(answer));
+            let _ = ResponsePayload::decode(&bytes);
         }
     }
 }

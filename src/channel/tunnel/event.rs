@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::messages::Announcement;
 use crate::channel::session::{Ciphers, Session};
-use crate::model::peer::{Path, Role};
+use crate::model::peer::{Endpoint, Role};
 
 /// What has happened.
 #[derive(Clone, Debug)]
@@ -20,7 +20,7 @@ pub enum Event {
     /// Lanes have nothing to seal on.
     SendOff,
     /// Where lanes send to from now on.
-    Endpoint(Path),
+    Endpoint(Endpoint),
     /// The peer came or went.
     State(State),
     /// The peer announced this.
@@ -37,7 +37,7 @@ pub enum Event {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Transmit {
     /// Where it goes.
-    pub to: Path,
+    pub to: Endpoint,
     /// What is sent.
     pub datagram: Vec<u8>,
     /// It asks whether the path carries its size: it must be sent with "don't fragment", and a

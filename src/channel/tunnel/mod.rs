@@ -7,7 +7,7 @@
 //! in [`Activity`]. Keys and handshake messages are made in `session`, layouts in `wire`.
 //!
 //! ```text
-//!            lane: Door::admit                       lane: Session::open
+//!            lane: MacCheck::admit                       lane: Session::open
 //!                    │ Admitted                        │ first on its session, new source, CONTROL
 //!                    ▼                                 ▼
 //!            handle_handshake ──────────┐   ┌─ session_heard, handle_control
@@ -42,14 +42,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::channel::pmtu::{self, MtuDiscovery};
 use crate::channel::session::{
-    Activity, Admitted, Answer, Hello, Initiating, NoEntropy, Offer, Responding, Session,
-    SessionSpec,
+    Activity, Admitted, Initiating, InitiationPayload, NoEntropy, Offer, Responding,
+    ResponsePayload, Session, SessionSpec,
 };
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
 };
 use crate::model::drops::DropReason;
-use crate::model::peer::{Path, PeerId, Role};
+use crate::model::peer::{Endpoint, PeerId, Role};
 
 mod announcement;
 mod config;
@@ -115,7 +115,7 @@ pub struct Tunnel {
     state: State,
     closed: bool,
     /// Where the last authenticated datagram came from.
-    learned: Option<Path>,
+    learned: Option<Endpoint>,
 
     sessions: Sessions,
     pending: VecDeque<Pending>,
@@ -194,7 +194,7 @@ impl Tunnel {
     }
 
     /// Where the peer is: where it was last heard, or else where it was said to be.
-    pub fn endpoint(&self) -> Option<Path> {
+    pub fn endpoint(&self) -> Option<Endpoint> {
         self.learned.or(self.configured())
     }
 
@@ -215,7 +215,7 @@ impl Tunnel {
 
     // What arrives.
 
-    /// A handshake message that [`Door::admit`](crate::channel::session::Door::admit) let in for
+    /// A handshake message that [`MacCheck::admit`](crate::channel::session::MacCheck::admit) let in for
     /// this peer.
     ///
     /// # Errors
@@ -225,7 +225,7 @@ impl Tunnel {
     pub fn handle_handshake(
         &mut self,
         now: Instant,
-        from: Path,
+        from: Endpoint,
         admitted: &Admitted,
     ) -> Result<(), DropReason> {
         match admitted.message()? {
@@ -243,7 +243,7 @@ impl Tunnel {
 
     /// A lane opened a datagram of `session` that was the first on it, or the newest of its lane
     /// with another source than [`Event::Endpoint`] last said.
-    pub fn session_heard(&mut self, now: Instant, session: &Session, from: Path) {
+    pub fn session_heard(&mut self, now: Instant, session: &Session, from: Endpoint) {
         self.activity.answered(now);
         let Some(agreed) = self.sessions.get(session.index()) else {
             return;
@@ -443,7 +443,7 @@ impl Tunnel {
         };
         self.attempts = self.attempts.saturating_add(1);
         self.next_attempt = now + self.with_jitter(pace);
-        let hello = Hello {
+        let hello = InitiationPayload {
             timestamp: self.next_timestamp(wall),
             seen: self.seen,
             run: self.run,
@@ -496,7 +496,7 @@ impl Tunnel {
     fn handle_initiation(
         &mut self,
         now: Instant,
-        from: Path,
+        from: Endpoint,
         initiation: &Initiation<'_>,
     ) -> Result<(), DropReason> {
         let (responding, hello) =
@@ -517,7 +517,7 @@ impl Tunnel {
         } = &self.config;
         let (role, offer) = (*role, *offer);
         let cipher = offer.agree(hello.offer);
-        let answer = Answer {
+        let answer = ResponsePayload {
             run: self.run,
             cipher,
             offer,
@@ -589,7 +589,7 @@ impl Tunnel {
     fn handle_response(
         &mut self,
         now: Instant,
-        from: Path,
+        from: Endpoint,
         response: &Response<'_>,
     ) -> Result<(), DropReason> {
         let at = self
@@ -892,7 +892,7 @@ impl Tunnel {
 
     // Helpers.
 
-    fn transmit(&mut self, to: Path, datagram: Vec<u8>) {
+    fn transmit(&mut self, to: Endpoint, datagram: Vec<u8>) {
         self.transmits.push_back(Transmit {
             to,
             datagram,
@@ -900,7 +900,7 @@ impl Tunnel {
         });
     }
 
-    fn learn(&mut self, now: Instant, from: Path) {
+    fn learn(&mut self, now: Instant, from: Endpoint) {
         if self.learned != Some(from) {
             let moved = self.learned.is_some_and(|old| old.remote != from.remote);
             self.learned = Some(from);
@@ -911,9 +911,9 @@ impl Tunnel {
         }
     }
 
-    fn configured(&self) -> Option<Path> {
+    fn configured(&self) -> Option<Endpoint> {
         let remote = self.config.endpoint?;
-        Some(Path {
+        Some(Endpoint {
             remote,
             local: None,
         })
@@ -921,7 +921,7 @@ impl Tunnel {
 
     /// Where the next initiation goes: by turns to where the peer was last heard and to where it is
     /// said to be, for after a restart it may be back there.
-    fn attempt_path(&self) -> Option<Path> {
+    fn attempt_path(&self) -> Option<Endpoint> {
         let configured = self.configured();
         match self.attempts % 2 {
             0 => self.learned.or(configured),

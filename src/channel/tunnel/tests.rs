@@ -13,7 +13,9 @@ use proptest::prelude::*;
 
 use super::sessions::{MAX_UNCONFIRMED, MAX_USABLE};
 use super::*;
-use crate::channel::session::{Cipher, CipherPolicy, Door, Entropy, PeerKeys, Psk, SessionIndexes};
+use crate::channel::session::{
+    Cipher, CipherPolicy, Entropy, MacCheck, PeerKeys, Psk, SessionIndexes,
+};
 use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
@@ -75,10 +77,10 @@ struct Side {
     addr: SocketAddr,
     wall_offset: i64,
     tunnel: Option<Tunnel>,
-    door: Door,
+    mac_check: MacCheck,
     table: HashMap<u32, Arc<Session>>,
     send_on: Option<Arc<Session>>,
-    endpoint: Option<Path>,
+    endpoint: Option<Endpoint>,
     drops: Drops,
     got: Vec<u64>,
     states: Vec<State>,
@@ -168,7 +170,7 @@ impl Pair {
                 addr: addr(side),
                 wall_offset: 0,
                 tunnel: None,
-                door: Door::new([(PeerId(0), keys)]),
+                mac_check: MacCheck::new([(PeerId(0), keys)]),
                 table: HashMap::new(),
                 send_on: None,
                 endpoint: None,
@@ -225,7 +227,7 @@ impl Pair {
         side.table.clear();
         side.send_on = None;
         side.endpoint = None;
-        side.door = Door::new([(PeerId(0), side.config.keys.clone())]);
+        side.mac_check = MacCheck::new([(PeerId(0), side.config.keys.clone())]);
     }
 
     fn restart(&mut self, side: usize) {
@@ -387,7 +389,7 @@ impl Pair {
                     at.send_on = Some(session);
                 }
                 Event::SendOff => at.send_on = None,
-                Event::Endpoint(path) => at.endpoint = Some(path),
+                Event::Endpoint(endpoint) => at.endpoint = Some(endpoint),
                 Event::State(state) => at.states.push(state),
                 Event::PeerConfig(config) => at.configs.push(config),
                 Event::Rtt(rtt) => at.rtts.push(rtt),
@@ -486,13 +488,13 @@ fn receive(
     mut bytes: Vec<u8>,
 ) -> Result<(), DropReason> {
     let tunnel = at.tunnel.as_mut().unwrap();
-    let from = Path {
+    let from = Endpoint {
         remote: from,
         local: Some(at.addr.ip()),
     };
     match Message::parse(&bytes)? {
         Message::Initiation(_) | Message::Response(_) => {
-            let admitted = at.door.admit(&bytes)?;
+            let admitted = at.mac_check.admit(&bytes)?;
             assert_eq!(admitted.peer(), PeerId(0));
             tunnel.handle_handshake(now, from, &admitted)
         }
@@ -667,7 +669,7 @@ fn another_key_gets_no_answer() {
     let mut pair = Pair::new(7);
     let keys = PeerKeys::derive(&psk(8));
     pair.sides[NEW].config.keys = keys.clone();
-    pair.sides[NEW].door = Door::new([(PeerId(0), keys)]);
+    pair.sides[NEW].mac_check = MacCheck::new([(PeerId(0), keys)]);
     pair.start(OLD);
     pair.start(NEW);
     pair.run(secs(60));
@@ -895,7 +897,7 @@ fn a_replayed_session_changes_nothing() {
     // Nor if the door has forgotten them: the tunnel refuses each for a reason of its own.
     for side in [OLD, NEW] {
         let at = &mut pair.sides[side];
-        at.door = Door::new([(PeerId(0), at.config.keys.clone())]);
+        at.mac_check = MacCheck::new([(PeerId(0), at.config.keys.clone())]);
         at.drops = Drops::default();
     }
     let length = pair.record.len();
@@ -1388,7 +1390,7 @@ fn stale_messages_make_us_talk_only_now_and_then_and_only_to_the_peer() {
     for _ in 0..100 {
         // Whoever has more recordings than the door remembers.
         let keys = pair.sides[victim].config.keys.clone();
-        pair.sides[victim].door = Door::new([(PeerId(0), keys)]);
+        pair.sides[victim].mac_check = MacCheck::new([(PeerId(0), keys)]);
         pair.deliver(victim, stranger, captured.clone());
         pair.run(millis(100));
         assert!(pair.flying.iter().all(|flying| flying.to != stranger));
@@ -1477,7 +1479,7 @@ fn a_name_that_resolves_anew_is_tried() {
     pair.assert_carries();
 }
 
-// Path MTU.
+// Endpoint MTU.
 
 /// What sends big packets hears nothing but the answers to its questions, and those within the
 /// millisecond: a transfer that is stuck, to a peer nearby.

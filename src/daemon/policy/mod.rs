@@ -55,7 +55,7 @@ use crate::channel::tunnel::{Announcement, Deliver, State};
 use crate::flow::role::Hop;
 use crate::flow::translate::Delivery;
 use crate::model::moved::Move;
-use crate::model::peer::{Path, PeerId, Role};
+use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
 use crate::settings::values::{DeliverTo, PeerAddr};
 
@@ -96,7 +96,7 @@ pub(super) struct Addresses {
 #[derive(Clone, Debug)]
 pub(super) enum Input {
     /// The peer is reached this way from now on.
-    Endpoint(PeerId, Path),
+    Endpoint(PeerId, Endpoint),
     /// The peer came or went.
     State(PeerId, State),
     /// The peer said this of itself.
@@ -193,12 +193,12 @@ pub(super) struct Policy {
 
 #[derive(Debug)]
 struct Peer {
-    endpoint: Option<PeerAddr>,
+    addr: Option<PeerAddr>,
     deliver_to: DeliverTo,
     ports: Vec<PortMap>,
     /// `None` unless it is known by a name.
     lookup: Option<Lookup>,
-    path: Option<Path>,
+    endpoint: Option<Endpoint>,
     state: State,
     /// Where the new server delivers, once that is known.
     deliver: Option<Deliver>,
@@ -220,10 +220,10 @@ impl Policy {
                 let named = rules.endpoint.as_ref().is_some_and(is_name);
                 Peer {
                     lookup: named.then(|| Lookup::new(now)),
-                    endpoint: rules.endpoint,
+                    addr: rules.endpoint,
                     deliver_to: rules.deliver_to,
                     ports: rules.deliver,
-                    path: None,
+                    endpoint: None,
                     state: State::Connecting,
                     deliver: None,
                     trouble: None,
@@ -253,8 +253,8 @@ impl Policy {
     /// Takes something in; what comes of it is for [`Self::poll_action`].
     pub(super) fn handle(&mut self, now: Instant, input: Input) {
         match input {
-            Input::Endpoint(peer, path) => {
-                self.peers[index(peer)].path = Some(path);
+            Input::Endpoint(peer, endpoint) => {
+                self.peers[index(peer)].endpoint = Some(endpoint);
                 self.deliver(peer);
             }
             Input::State(peer, state) => {
@@ -267,8 +267,8 @@ impl Policy {
             Input::Announced(peer, announcement) => self.announced(peer, announcement),
             Input::LookedUp(peer, result) => self.looked_up(peer, result),
             Input::Route(peer, size) => {
-                if let Some(path) = self.peers[index(peer)].path {
-                    let datagram = sizes::max_datagram(path.remote, size);
+                if let Some(endpoint) = self.peers[index(peer)].endpoint {
+                    let datagram = sizes::max_datagram(endpoint.remote, size);
                     self.actions.push_back(Action::ProbeUpTo(peer, datagram));
                 }
             }
@@ -284,7 +284,7 @@ impl Policy {
         for id in self.peers() {
             let peer = &mut self.peers[index(id)];
             let up = peer.state == State::Up;
-            let (Some(lookup), Some(name)) = (&mut peer.lookup, &peer.endpoint) else {
+            let (Some(lookup), Some(name)) = (&mut peer.lookup, &peer.addr) else {
                 continue;
             };
             if let Some(turn) = lookup.due(now, up) {
@@ -305,9 +305,9 @@ impl Policy {
     /// The peer as configured, or as it was heard.
     pub(super) fn name(&self, peer: PeerId) -> String {
         let peer = &self.peers[index(peer)];
-        match (&peer.endpoint, peer.path) {
-            (Some(endpoint), _) => endpoint.to_string(),
-            (None, Some(path)) => path.remote.to_string(),
+        match (&peer.addr, peer.endpoint) {
+            (Some(addr), _) => addr.to_string(),
+            (None, Some(endpoint)) => endpoint.remote.to_string(),
             (None, None) => "(any address)".into(),
         }
     }
@@ -426,13 +426,13 @@ impl Policy {
     /// Settles where packets from a peer are delivered, and tells the peer.
     fn deliver(&mut self, id: PeerId) {
         let peer = &self.peers[index(id)];
-        let (Role::New, Some(path)) = (self.role, peer.path) else {
+        let (Role::New, Some(endpoint)) = (self.role, peer.endpoint) else {
             return;
         };
         let (deliver, delivery) = delivery::choose(
             peer.deliver_to,
             &peer.ports,
-            path.local,
+            endpoint.local,
             &self.addresses.uplink,
         );
         if let Some(wanted) = self.wanted_here() {

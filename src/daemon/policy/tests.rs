@@ -70,7 +70,7 @@ impl Machine {
         let all = addresses("127.0.0.1 198.51.100.2");
         machine.does(Input::Addresses(Addresses { all, uplink }));
         for peer in machine.policy.peers() {
-            machine.does(Input::Endpoint(peer, path()));
+            machine.does(Input::Endpoint(peer, endpoint()));
         }
         machine
     }
@@ -99,8 +99,8 @@ impl Machine {
     }
 }
 
-fn path() -> Path {
-    Path {
+fn endpoint() -> Endpoint {
+    Endpoint {
         remote: "192.0.2.1:51850".parse().unwrap(),
         local: Some("198.51.100.2".parse().unwrap()),
     }
@@ -211,7 +211,7 @@ fn nothing_is_delivered_before_it_is_known_where() {
     let actions = new.moves(OLD, "192.0.2.5");
     assert_eq!(served(&actions), [(OLD, moves("192.0.2.5"))]);
     assert!(told(&actions).is_empty());
-    let actions = new.does(Input::Endpoint(OLD, path()));
+    let actions = new.does(Input::Endpoint(OLD, endpoint()));
     assert_eq!(told(&actions), [(OLD, None)]);
     assert_eq!(held(&actions), None, "nothing is kept here");
 }
@@ -241,7 +241,7 @@ fn what_an_earlier_run_held_stays_until_every_peer_that_keeps_has_spoken() {
     let keep = || rules(DeliverTo::Keep);
     let rules = vec![keep(), keep(), rules(ANYWHERE)];
     let mut new = Machine::reached(rules, "192.0.2.5 192.0.2.6");
-    let at_first = new.does(Input::Endpoint(OLD, path()));
+    let at_first = new.does(Input::Endpoint(OLD, endpoint()));
     assert_eq!(held(&at_first), Some(addresses("192.0.2.5 192.0.2.6")));
     let actions = new.moves(OLD, "192.0.2.5:80 192.0.2.5:443");
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.6")));
@@ -419,7 +419,7 @@ fn the_tunnel_probes_as_far_as_the_route_goes() {
         old.does(Input::Route(OLD, size)).is_empty(),
         "towards where?"
     );
-    old.does(Input::Endpoint(OLD, path()));
+    old.does(Input::Endpoint(OLD, endpoint()));
     let actions = old.does(Input::Route(OLD, size));
     assert_eq!(actions, [Action::ProbeUpTo(OLD, 1_372)]);
 }
@@ -480,7 +480,7 @@ fn a_peer_is_named_as_the_settings_have_it() {
     assert_eq!(new.policy.name(OLD), "(any address)");
     assert_eq!(new.policy.name(OTHER_OLD), "[2001:db8::1]:4000");
     for peer in [OLD, OTHER_OLD] {
-        new.does(Input::Endpoint(peer, path()));
+        new.does(Input::Endpoint(peer, endpoint()));
     }
     assert_eq!(new.policy.name(OLD), "192.0.2.1:51850");
     assert_eq!(new.policy.name(OTHER_OLD), "[2001:db8::1]:4000");
