@@ -105,7 +105,7 @@ async fn carry(
     )?;
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(View::default()),
-        translation: translation(&config, &policy, started)?,
+        forwarder: forwarder(&config, &policy, started)?,
         door: Door::new(policy.peers().zip(keys)),
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
@@ -237,7 +237,7 @@ fn tunnels(
 }
 
 /// What the role makes of packets.
-fn translation(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwarder> {
+fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwarder> {
     if config.role == Role::Old {
         let gates = policy
             .peers()
@@ -471,7 +471,7 @@ impl Control<'_> {
                     self.read_addresses(now);
                 }
                 Action::OwnAddresses(own) => {
-                    if let Some(translator) = self.shared.translation.translator() {
+                    if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_own_addresses(&own);
                     }
                 }
@@ -502,7 +502,7 @@ impl Control<'_> {
         peer: PeerId,
         change: impl FnOnce(&Translator) -> Result<(), E>,
     ) {
-        let Some(translator) = self.shared.translation.translator() else {
+        let Some(translator) = self.shared.forwarder.translator() else {
             return;
         };
         if let Err(error) = change(translator) {
@@ -686,7 +686,7 @@ impl Control<'_> {
         report::tunnels(
             daemon,
             peers.collect(),
-            self.shared.translation.flow_stats(),
+            self.shared.forwarder.flow_stats(),
             offloads,
             &self.counters,
             &self.shared.drops,

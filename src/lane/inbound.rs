@@ -528,7 +528,7 @@ impl Detour {
         arrival: Arrival,
         drop: Dropped,
     ) -> Result<(), Dropped> {
-        let forwarder = &parts.shared.translation;
+        let forwarder = &parts.shared.forwarder;
         let slow_path = &mut self.slow_path;
         match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop.reason) {
             InboundOutcome::Hold(id) => {

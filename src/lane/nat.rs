@@ -18,8 +18,8 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, poll};
 use tracing::debug;
 
-use super::shared::{BURST, DEVICE_DOWN_PAUSE, TICK};
-use super::{EXPIRY_BUDGET, LaneError, timespec};
+use super::shared::{BURST, DEVICE_DOWN_PAUSE, EXPIRY_BUDGET, TICK, timespec};
+use super::to_control::LaneError;
 use crate::flow::nat::{Nat, Outcome};
 use crate::flow::table::FlowStats;
 use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};

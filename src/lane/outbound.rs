@@ -113,7 +113,7 @@ impl Outbound {
         if parsed.fragment() != Fragment::None {
             (self.slow_path).note_fragment(context.now, &parsed, packet)?;
         }
-        let forwarder = &self.parts.shared.translation;
+        let forwarder = &self.parts.shared.forwarder;
         let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {
             return self.bounce(len);
         };
@@ -193,7 +193,7 @@ impl Outbound {
     /// Does with the frame in `self.frame[..len]` what is done in place of carrying it.
     fn refuse(&mut self, context: Context<'_>, len: usize, drop: Dropped) {
         let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
-        let forwarder = &self.parts.shared.translation;
+        let forwarder = &self.parts.shared.forwarder;
         let refused = (self.slow_path).refuse_outbound(context, forwarder, packet, drop);
         let told = match refused {
             OutboundOutcome::Hold(id) => {

@@ -38,7 +38,7 @@ pub(super) fn rewrite(
     partial: bool,
 ) -> Result<(), Dropped> {
     let (now, hop) = (context.now, &context.view.hop);
-    (parts.shared.translation)
+    (parts.shared.forwarder)
         .inbound(now, hop, peer, packet, parsed, partial)
         .map_err(|reason| Dropped::of(peer, reason))?;
     context.view.peer(peer).clamp_mss(packet, parsed, partial);
