@@ -17,9 +17,9 @@ use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, LabError, Process, Service, UdpService, poll_until};
 use ipmoved::model::peer::Role;
 
+use crate::independent_peer::IndependentPeer;
 use crate::protocol_text::{old_announcement, socket_to};
 use crate::relay::{Dice, PORT};
-use crate::second::Second;
 use crate::stage::{MEGABYTE, Moved, PATIENCE, Result, moved, setup};
 use crate::stream::Stream;
 
@@ -191,7 +191,7 @@ fn two_peers(lab: &Lab) -> Result<(Process, String)> {
 
 /// Others are served, shake hands and are told of while `flood` runs again and again.
 fn others_do_not_suffer(
-    flood: impl Fn(&mut Second, &Lab, &AtomicBool) -> Result<u64> + Sync,
+    flood: impl Fn(&mut IndependentPeer, &Lab, &AtomicBool) -> Result<u64> + Sync,
 ) -> Result {
     let lab = Lab::new()?;
     let (new, psk) = two_peers(&lab)?;
@@ -202,7 +202,7 @@ fn others_do_not_suffer(
     old.wait_until_up()?;
     let mut conversation = lab.client().converse(MOVED)?;
     conversation.exchange(b"before", PATIENCE)?;
-    let mut mad = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    let mut mad = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
     mad.shake_hands()?;
     mad.control(&old_announcement(1, &[[203, 0, 113, 200].into()]));
     mad.serve(PATIENCE, |it| it.heard(&[5]))?;

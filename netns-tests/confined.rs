@@ -15,8 +15,8 @@ use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError, poll_until};
 use ipmoved::model::peer::Role;
 
+use crate::independent_peer::IndependentPeer;
 use crate::protocol_text::socket_to;
-use crate::second::Second;
 use crate::stage::{PATIENCE, Result, SILENCE, moved, setup};
 
 /// `CAP_NET_ADMIN`.
@@ -136,7 +136,7 @@ fn no_keys_of_sessions_that_ended(cipher: &str) -> Result {
     let mut daemon = setup.start(Role::New)?;
     daemon.wait_for_state("connecting", PATIENCE)?;
     let psk = read_psk(setup.psk_file(Role::New))?;
-    let mut second = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    let mut second = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
     let mut secrets = Vec::new();
     for _ in 0..3 {
         second.shake_hands()?;

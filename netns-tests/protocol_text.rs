@@ -15,7 +15,7 @@ use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, LabError, Namespace, UdpService, poll_until};
 use ipmoved::model::peer::Role;
 
-use crate::second::Second;
+use crate::independent_peer::IndependentPeer;
 use crate::stage::{PATIENCE, Result, SILENCE, setup};
 
 /// The UDP port that daemons listen on by default.
@@ -57,27 +57,27 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
         let mut daemon = setup.start(Role::New)?;
         daemon.wait_for_state("connecting", PATIENCE)?;
         let psk = read_psk(setup.psk_file(Role::New))?;
-        let mut second = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
-        second.shake_hands()?;
+        let mut peer = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+        peer.shake_hands()?;
         daemon.wait_until_up()?;
         assert_eq!(daemon.status()?.tunnel()["cipher"], cipher);
 
-        second.control(&old_announcement(1, &[MOVED]));
-        second.serve(PATIENCE, |it| {
+        peer.control(&old_announcement(1, &[MOVED]));
+        peer.serve(PATIENCE, |it| {
             it.heard(&[5, 1, 0, 0, 0, 0]) && it.announcement.contains_key(&0)
         })?;
         // Role, MTU, flags (IPv4 and IPv6 here), where IPv4 is delivered to.
-        let told = &second.announcement[&0];
+        let told = &peer.announcement[&0];
         assert_eq!((told[0], &told[1..3]), (2, &1500u16.to_le_bytes()[..]));
         assert_eq!(told[3] & 0b1101, 1, "{told:?}");
         assert_eq!(told[4..8], NEW.octets());
 
-        second.control(&[2, 7, 0, 0, 0]);
-        second.serve(PATIENCE, |it| it.heard(&[3, 7, 0, 0, 0]))?;
+        peer.control(&[2, 7, 0, 0, 0]);
+        peer.serve(PATIENCE, |it| it.heard(&[3, 7, 0, 0, 0]))?;
         let mut probe = vec![0; 1_300 - 32];
         probe[..3].copy_from_slice(&[7, 0x14, 0x05]);
-        second.control(&probe);
-        second.serve(PATIENCE, |it| it.heard(&[8, 0x14, 0x05]))?;
+        peer.control(&probe);
+        peer.serve(PATIENCE, |it| it.heard(&[8, 0x14, 0x05]))?;
 
         // A packet there, and the application's answer back, with the moved address as its source.
         for round in 0..3u8 {
@@ -86,10 +86,10 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
                 .udp(4000, 53)
                 .write(&mut packet, &[round; 30])
                 .expect("a packet");
-            second.packets.clear();
-            second.packet(&packet);
-            second.serve(PATIENCE, |it| !it.packets.is_empty())?;
-            let replies = std::mem::take(&mut second.packets);
+            peer.packets.clear();
+            peer.packet(&packet);
+            peer.serve(PATIENCE, |it| !it.packets.is_empty())?;
+            let replies = std::mem::take(&mut peer.packets);
             let reply = SlicedPacket::from_ip(&replies[0]).expect("an IP packet");
             let Some(NetSlice::Ipv4(ip)) = &reply.net else {
                 panic!("not IPv4: {reply:?}");
@@ -102,14 +102,14 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
             assert_eq!((udp.source_port(), udp.destination_port()), (53, 4000));
             assert_eq!(udp.payload(), [round; 30]);
             // The next one goes over a session of its own.
-            second.shake_hands()?;
+            peer.shake_hands()?;
         }
         let status = daemon.status()?;
         assert_eq!(status.all_drops().len(), 0, "{:?}", status.all_drops());
         assert_eq!(status.state(), "up");
         assert_eq!(status.tunnel()["moved"][0], MOVED.to_string());
 
-        second.control(&[6]);
+        peer.control(&[6]);
         daemon.wait_for_state("down", PATIENCE)?;
     }
     Ok(())
@@ -126,18 +126,18 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
             .and_then(|socket| socket.connect((OLD, PORT)).map(|()| socket))
             .map_err(|error| LabError::unexpected(format!("no socket: {error}")))
     })?;
-    let mut second = Second::new(socket, &psk, 2);
+    let mut peer = IndependentPeer::new(socket, &psk, 2);
     let mut daemon = setup.start(Role::Old)?;
-    second.grant()?;
+    peer.grant()?;
     // The initiator shows its keys by a keepalive; then we may send.
-    second.serve(PATIENCE, |it| it.heard(&[1]))?;
+    peer.serve(PATIENCE, |it| it.heard(&[1]))?;
     let told = [&[4, 1, 0, 0, 0, 0, 1, 2, 0xdc, 5, 1][..], &NEW.octets()].concat();
-    second.control(&told);
-    second.serve(PATIENCE, |it| {
+    peer.control(&told);
+    peer.serve(PATIENCE, |it| {
         it.heard(&[5, 1, 0, 0, 0, 0]) && it.announcement.contains_key(&0)
     })?;
     daemon.wait_until_up()?;
-    let moved = &second.announcement[&0];
+    let moved = &peer.announcement[&0];
     assert_eq!((moved[0], moved[3]), (1, 1), "one move");
     assert_eq!(moved[4..], [&[4][..], &MOVED.octets(), &[0, 0]].concat());
     assert_eq!(daemon.status()?.tunnel()["deliver_to"], NEW.to_string());
@@ -145,8 +145,8 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
     // A client asks the moved address; the second implementation is the application, too.
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| lab.client().udp((MOVED, 53), b"anybody there?"));
-        second.serve(PATIENCE, |it| !it.packets.is_empty())?;
-        let packets = std::mem::take(&mut second.packets);
+        peer.serve(PATIENCE, |it| !it.packets.is_empty())?;
+        let packets = std::mem::take(&mut peer.packets);
         let asked = SlicedPacket::from_ip(&packets[0]).expect("an IP packet");
         let Some(TransportSlice::Udp(udp)) = &asked.transport else {
             panic!("not UDP: {asked:?}");
@@ -157,7 +157,7 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
             .udp(53, udp.source_port())
             .write(&mut reply, b"anybody there?")
             .expect("a packet");
-        second.packet(&reply);
+        peer.packet(&reply);
         let answered = asking.join();
         answered.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         Ok(())
@@ -171,19 +171,19 @@ fn what_the_text_refuses_is_refused_and_counted() -> Result {
     let mut daemon = setup.start(Role::New)?;
     daemon.wait_for_state("connecting", PATIENCE)?;
     let psk = read_psk(setup.psk_file(Role::New))?;
-    let mut second = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
-    second.shake_hands()?;
+    let mut peer = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    peer.shake_hands()?;
     daemon.wait_until_up()?;
     let refused = |what: &str, reason: &str, datagram: Vec<u8>| -> Result {
         let before = setup.status(Role::New)?.drops(reason);
-        second.socket().send(&datagram).expect("sent");
+        peer.socket().send(&datagram).expect("sent");
         let counted = poll_until(PATIENCE, Duration::from_millis(20), || {
             let status = setup.status(Role::New).ok()?;
             (status.drops(reason) > before).then_some(())
         });
         counted.ok_or(LabError::unexpected(format!("{what}: no {reason}")))
     };
-    let mut other = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    let mut other = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
     other.shake_hands()?;
     let replayed = other.seal(8, 255, &[1]);
     other.socket().send(&replayed).expect("sent");
@@ -226,7 +226,7 @@ fn what_the_text_refuses_is_refused_and_counted() -> Result {
     let mut tampered = other.initiation().bytes;
     tampered[50] ^= 1;
     refused("a changed initiation", "handshake_auth", tampered)?;
-    let mut same_role = Second::new(socket_to(lab.old_server(), NEW)?, &psk, 2);
+    let mut same_role = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 2);
     let initiation = same_role.initiation();
     refused("the same role", "handshake_role", initiation.bytes)?;
     Ok(())

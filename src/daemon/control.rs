@@ -44,7 +44,7 @@ use crate::model::drops::Drops;
 use crate::model::peer::{PeerId, Role};
 use crate::model::status::{Offloads, Status};
 use crate::packet::offload::Reach;
-use crate::settings::args::Offload;
+use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::PeerAddr;
 
@@ -105,19 +105,19 @@ async fn carry(
     )?;
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(LaneView::default()),
-        translation: translation(&config, &policy, started)?,
+        forwarder: forwarder(&config, &policy, started)?,
         mac_check: MacCheck::new(policy.peers().zip(keys)),
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
         busy_lanes: BusyLanes::new(std::thread::available_parallelism().map_or(1, usize::from)),
     });
-    let tso = !config.without.contains(&Offload::TunGso);
+    let tso = !config.without.contains(&Without::TunGso);
     // What the old server writes goes on to a link.
     let big_tcp = tso
         && config.role == Role::New
         && tun.big_tcp
-        && !config.without.contains(&Offload::BigTcp);
+        && !config.without.contains(&Without::BigTcp);
     let (to_names, mut names) = mpsc::channel(peers);
     let mut control = Control {
         role: config.role,
@@ -237,7 +237,7 @@ fn tunnels(
 }
 
 /// What the role makes of packets.
-fn translation(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwarder> {
+fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwarder> {
     if config.role == Role::Old {
         let gates = policy
             .peers()
@@ -475,7 +475,7 @@ impl Control<'_> {
                     self.read_addresses(now);
                 }
                 Action::OwnAddresses(own) => {
-                    if let Some(translator) = self.shared.translation.translator() {
+                    if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_own_addresses(&own);
                     }
                 }
@@ -506,7 +506,7 @@ impl Control<'_> {
         peer: PeerId,
         change: impl FnOnce(&Translator) -> Result<(), E>,
     ) {
-        let Some(translator) = self.shared.translation.translator() else {
+        let Some(translator) = self.shared.forwarder.translator() else {
             return;
         };
         if let Err(error) = change(translator) {
@@ -690,7 +690,7 @@ impl Control<'_> {
         report::tunnels(
             daemon,
             peers.collect(),
-            self.shared.translation.flow_stats(),
+            self.shared.forwarder.flow_stats(),
             offloads,
             &self.counters,
             &self.shared.drops,

@@ -17,7 +17,7 @@ use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Desired, Host, capture, keep, steer};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
-use crate::settings::args::Offload;
+use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 
@@ -74,8 +74,8 @@ impl Ready {
         let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
         let options = TunOptions {
-            joined: !config.without.contains(&Offload::JoinedWrites),
-            long: !config.without.contains(&Offload::LongWrites),
+            joined: !config.without.contains(&Without::JoinedWrites),
+            long: !config.without.contains(&Without::LongWrites),
         };
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
@@ -341,8 +341,8 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
 /// Opens the UDP sockets, one a lane: both families where the host has IPv6.
 fn bind(config: &Config) -> Result<Vec<UdpSocket>> {
     let options = UdpOptions {
-        gso: !config.without.contains(&Offload::UdpGso),
-        gro: !config.without.contains(&Offload::UdpGro),
+        gso: !config.without.contains(&Without::UdpGso),
+        gro: !config.without.contains(&Without::UdpGro),
     };
     let Listen { ip, port } = config.listen;
     let lanes = usize::from(config.lanes);

@@ -133,7 +133,7 @@ impl TunQueue {
 
     /// Like [`send`](Self::send), for a packet that was put together from several: those are what
     /// [`TunOptions`] may have refused.
-    pub fn send_joined(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    pub fn send_coalesced(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         if !self.options.joined {
             return refused(libc::EINVAL);
         }

@@ -23,9 +23,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_cha
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use super::shared::TICK;
+use super::shared::{TICK, timespec};
 
 /// What a thread can do for another: the way into this host, or what a test makes of it.
 pub(super) trait Work: Send + 'static {
@@ -217,14 +217,6 @@ fn ring(fd: &OwnedFd) {
 fn clear(fd: &OwnedFd) {
     // Unreadable already, if it fails.
     let _ = rustix::io::read(fd, &mut [0; 8]);
-}
-
-/// A time as `poll` takes it.
-pub(super) fn timespec(time: Duration) -> Timespec {
-    Timespec {
-        tv_sec: time.as_secs() as i64,
-        tv_nsec: time.subsec_nanos().into(),
-    }
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ use crate::packet::ecn;
 use crate::packet::offload::{Coalescer, MAX_BIG, MAX_PARTS, MAX_SUPER, Push, Reach, VnetHdr};
 use crate::packet::{Fragment, Parsed};
 
-/// Size of the receive buffer: what is joined at most, begun anywhere in a batch. A super-packet of
+/// Size of the receive buffer: what is coalesced at most, begun anywhere in a batch. A super-packet of
 /// 64 KiB takes two sends once it is sealed, so that even it arrives in two batches.
 const fn receive_buffer(reach: Reach) -> usize {
     match reach {
@@ -40,7 +40,7 @@ const fn receive_buffer(reach: Reach) -> usize {
     }
 }
 
-/// Pause before more than 64 KiB are joined again after the kernel had no memory for it.
+/// Pause before more than 64 KiB are coalesced again after the kernel had no memory for it.
 const LONG_PAUSE: Duration = Duration::from_secs(10);
 
 /// A packet, or a part of one, that was opened.
@@ -66,7 +66,7 @@ pub(super) struct Inbound {
     coalescer: Coalescer,
     /// One for each peer, so that none has to make room for another.
     joiners: Vec<Reassembler>,
-    /// When more than 64 KiB are joined again.
+    /// When more than 64 KiB are coalesced again.
     long_again: Option<Instant>,
     detour: Detour,
     ticked: Instant,
@@ -157,7 +157,7 @@ impl Inbound {
         drop(opening);
         for plain in opened.drain(..) {
             let result = if plain.flags.has(Flags::CONTINUES) || plain.flags.has(Flags::MORE) {
-                self.join(context, &plain, received.ecn)
+                self.reassemble(context, &plain, received.ecn)
             } else {
                 self.deliver(context, &plain, received.ecn)
             };
@@ -255,7 +255,12 @@ impl Inbound {
     }
 
     /// Takes a part of a packet, and delivers the packet once all of it is here.
-    fn join(&mut self, context: Context<'_>, plain: &Plain, outer_ecn: u8) -> Result<(), Dropped> {
+    fn reassemble(
+        &mut self,
+        context: Context<'_>,
+        plain: &Plain,
+        outer_ecn: u8,
+    ) -> Result<(), Dropped> {
         // What came before it goes first.
         self.flush(context);
         let part = Part {
@@ -321,7 +326,7 @@ impl Inbound {
         Ok(())
     }
 
-    /// Writes a fragment, which is not joined with anything.
+    /// Writes a fragment, which is not coalesced with anything.
     #[cold]
     fn deliver_fragment(
         &mut self,
@@ -340,17 +345,17 @@ impl Inbound {
         self.detour.deliver(&self.parts, context, packet, arrival)
     }
 
-    /// Rewrites what was joined and writes it to the TUN.
+    /// Rewrites what was coalesced and writes it to the TUN.
     fn flush(&mut self, context: Context<'_>) {
         let peer = self.joining;
-        let Some(joined) = self.coalescer.finish(&mut self.slab) else {
+        let Some(coalesced) = self.coalescer.finish(&mut self.slab) else {
             return;
         };
-        let packets = joined.packets;
-        let bytes = joined.parsed.total() + (packets - 1) * joined.parsed.payload();
-        let mut parsed = joined.parsed;
-        let head = &mut self.slab[joined.parts[0].clone()];
-        let partial = joined.partial;
+        let packets = coalesced.packets;
+        let bytes = coalesced.parsed.total() + (packets - 1) * coalesced.parsed.payload();
+        let mut parsed = coalesced.parsed;
+        let head = &mut self.slab[coalesced.parts[0].clone()];
+        let partial = coalesced.partial;
         let routed = to_host::rewrite(&self.parts, context, peer, head, &mut parsed, partial);
         if let Err(drop) = routed {
             let arrival = Arrival {
@@ -365,8 +370,8 @@ impl Inbound {
             }
             return;
         }
-        let vnet = joined.vnet.to_bytes();
-        let result = match write_whole(&self.parts.tun, &vnet, &self.slab, joined.parts) {
+        let vnet = coalesced.vnet.to_bytes();
+        let result = match write_whole(&self.parts.tun, &vnet, &self.slab, coalesced.parts) {
             Ok(None) => Ok(()),
             Ok(Some(error)) => {
                 if parsed.total() > MAX_SUPER {
@@ -417,11 +422,11 @@ impl Inbound {
             let parsed = parsed.map_err(|_| io::ErrorKind::InvalidData)?;
             let push = shorter.push(&self.slab, part.clone(), &parsed, partial);
             if push == Push::MustFlush {
-                write_joined(&self.parts.tun, &mut shorter, &mut self.slab)?;
+                write_coalesced(&self.parts.tun, &mut shorter, &mut self.slab)?;
                 let _ = shorter.push(&self.slab, part, &parsed, partial);
             }
         }
-        write_joined(&self.parts.tun, &mut shorter, &mut self.slab)
+        write_coalesced(&self.parts.tun, &mut shorter, &mut self.slab)
     }
 
     /// Whether there is something new in the outbox; to be asked after each turn.
@@ -473,7 +478,7 @@ impl Work for Inbound {
 }
 
 impl Detour {
-    /// Writes a packet that is not joined with others.
+    /// Writes a packet that is not coalesced with others.
     fn deliver(
         &mut self,
         parts: &LaneParts,
@@ -528,7 +533,7 @@ impl Detour {
         arrival: Arrival,
         drop: Dropped,
     ) -> Result<(), Dropped> {
-        let forwarder = &parts.shared.translation;
+        let forwarder = &parts.shared.forwarder;
         let slow_path = &mut self.slow_path;
         match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop.reason) {
             InboundOutcome::Hold(id) => {
@@ -567,12 +572,12 @@ impl Detour {
     }
 }
 
-/// Writes what was joined, packet by packet if the kernel does not take it whole.
-fn write_joined(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -> io::Result<()> {
-    let Some(joined) = coalescer.finish(slab) else {
+/// Writes what was coalesced, packet by packet if the kernel does not take it whole.
+fn write_coalesced(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -> io::Result<()> {
+    let Some(coalesced) = coalescer.finish(slab) else {
         return Ok(());
     };
-    if write_whole(tun, &joined.vnet.to_bytes(), slab, joined.parts)?.is_none() {
+    if write_whole(tun, &coalesced.vnet.to_bytes(), slab, coalesced.parts)?.is_none() {
         return Ok(());
     }
     let (vnet, parts) = coalescer.unjoin(slab);
@@ -611,7 +616,7 @@ fn write_gathered(
     for (slice, part) in slices[1..].iter_mut().zip(parts) {
         *slice = IoSlice::new(&slab[part.clone()]);
     }
-    tun.send_joined(&slices[..=parts.len()])
+    tun.send_coalesced(&slices[..=parts.len()])
 }
 
 fn write_singly(

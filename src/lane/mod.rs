@@ -19,7 +19,7 @@
 //! what becomes of it; the two ways do it. An ICMP error about a packet out of the tunnel has to go
 //! back into it: the way in puts it into the [`outbox`], and the way out sends it.
 //!
-//! Files use each other in one direction, from the bottom of this list to its top:
+//! Files use each other in one direction, the lower ones in this list those above them:
 //!
 //! | file | owns |
 //! |---|---|
@@ -33,6 +33,7 @@
 //! | [`to_host`] | one packet rewritten and written to the TUN |
 //! | [`outbound`], [`inbound`] | the two ways |
 //! | this one | the lane, which runs them |
+//! | [`nat`] | the loop of `ipmoved nat`, which has no tunnel |
 //!
 //! Nothing here waits for anybody else: sessions and endpoints come as a snapshot from the control
 //! task, and what is not a packet (handshakes, control messages) goes to it through a bounded
@@ -60,7 +61,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use helper::{InboundHelper, timespec};
+use helper::InboundHelper;
 use inbound::Inbound;
 pub use load::BusyLanes;
 use load::{LONG_WINDOW, Load};
@@ -68,13 +69,9 @@ use outbound::Outbound;
 use outbox::{Outbox, Posted};
 use rustix::event::{PollFd, PollFlags, poll};
 pub use shared::LaneParts;
-use shared::{Context, TICK};
+use shared::{Context, EXPIRY_BUDGET, TICK, timespec};
 pub use to_control::{LaneError, ToControl, Waiting};
 use tracing::debug;
-
-/// Flows examined for expiry per tick, so that a full table cannot hold up packets: at this rate a
-/// million flows are gone through in a quarter of an hour, far below the shortest long timeout.
-const EXPIRY_BUDGET: usize = 1_024;
 
 /// One lane, running.
 pub struct Lane {
@@ -255,7 +252,7 @@ impl Lane {
         self.ticked = now;
         self.outbound.tick(now);
         if self.parts.number == 0 {
-            self.parts.shared.translation.expire(now, EXPIRY_BUDGET);
+            self.parts.shared.forwarder.expire(now, EXPIRY_BUDGET);
         }
     }
 }

@@ -18,15 +18,15 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, poll};
 use tracing::debug;
 
-use super::shared::{BURST, DEVICE_DOWN_PAUSE, TICK};
-use super::{EXPIRY_BUDGET, LaneError, timespec};
+use super::shared::{BURST, DEVICE_DOWN_PAUSE, EXPIRY_BUDGET, TICK, timespec};
+use super::to_control::LaneError;
 use crate::flow::nat::{Nat, Outcome};
 use crate::flow::table::FlowStats;
 use crate::io::tun::{MAX_FRAME, TunQueue, VNET_HDR_LEN};
 use crate::model::drops::{DropReason, Drops};
 use crate::model::status::Traffic;
 use crate::packet::Parsed;
-use crate::packet::icmp_reply::{Answers, IcmpError};
+use crate::packet::icmp_reply::{IcmpError, IcmpReplies};
 use crate::packet::offload::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
 
 /// What the lane counts, for `status`.
@@ -62,7 +62,7 @@ const TO_SERVER: usize = 1;
 pub struct NatLane {
     queue: TunQueue,
     nat: Nat,
-    answers: Answers,
+    answers: IcmpReplies,
     counters: Arc<NatCounters>,
     stop: OwnedFd,
 }
@@ -79,7 +79,7 @@ impl NatLane {
         Self {
             queue,
             nat,
-            answers: Answers::new(now),
+            answers: IcmpReplies::new(now),
             counters,
             stop,
         }

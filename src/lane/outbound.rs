@@ -18,7 +18,7 @@ use crate::flow::role::{Judgement, ReplyTo};
 use crate::io::batch::{Batch, Destination, Reservation, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
 use crate::model::drops::{DropReason, Dropped};
-use crate::packet::fragment::{Cut, complete};
+use crate::packet::fragment::{Fragmenter, complete};
 use crate::packet::offload::{Offload, Segments, VnetHdr};
 use crate::packet::{Fragment, Parsed, ecn};
 
@@ -113,7 +113,7 @@ impl Outbound {
         if parsed.fragment() != Fragment::None {
             (self.slow_path).note_fragment(context.now, &parsed, packet)?;
         }
-        let forwarder = &self.parts.shared.translation;
+        let forwarder = &self.parts.shared.forwarder;
         let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {
             return self.bounce(len);
         };
@@ -193,7 +193,7 @@ impl Outbound {
     /// Does with the frame in `self.frame[..len]` what is done in place of carrying it.
     fn refuse(&mut self, context: Context<'_>, len: usize, drop: Dropped) {
         let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
-        let forwarder = &self.parts.shared.translation;
+        let forwarder = &self.parts.shared.forwarder;
         let refused = (self.slow_path).refuse_outbound(context, forwarder, packet, drop);
         let told = match refused {
             OutboundOutcome::Hold(id) => {
@@ -344,7 +344,7 @@ impl Sealing<'_> {
 
     /// One IPv4 packet in fragments, each in a datagram.
     fn seal_fragments(&mut self, parsed: &Parsed, packet: &[u8]) -> Result<(), DropReason> {
-        let mut fragments = Cut::new(parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
+        let mut fragments = Fragmenter::new(parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
         let mut fragment = vec![0; self.mtu];
         while let Some(len) = fragments.next_into(&mut fragment) {
             self.seal_parts(&fragment[..len], Flags::NONE)?;

@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use crate::model::drops::DropReason;
 
 /// Most that wait. As many may be made in a burst as the limit of their rate allows
-/// ([`ANSWER_BURST`](crate::packet::icmp_reply::ANSWER_BURST), 50), and some more while the way out
+/// ([`REPLY_BURST`](crate::packet::icmp_reply::REPLY_BURST), 50), and some more while the way out
 /// is busy with other packets.
 const OUTBOX: usize = 64;
 

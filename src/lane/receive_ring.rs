@@ -1,8 +1,8 @@
 //! Where in the receive buffer the next batch of datagrams goes.
 //!
-//! Packets are opened where they were received and lie there until what they are joined to is
+//! Packets are opened where they were received and lie there until what they are coalesced to is
 //! written. Batches follow one another in the buffer, around its end, so that many small ones can
-//! be joined as well as a few large ones; where one would meet packets that still lie there, these
+//! be coalesced as well as a few large ones; where one would meet packets that still lie there, these
 //! have to be written first.
 
 use crate::io::udp::RECV_SLOT;
@@ -139,7 +139,7 @@ mod tests {
         assert_eq!(
             ring.next(Some(10)),
             None,
-            "joined over both: to be written first"
+            "coalesced over both: to be written first"
         );
         assert_eq!(ring.next(Some(RECV_SLOT)), Some(0));
         assert_eq!(ring.next(None), Some(0));

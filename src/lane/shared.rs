@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use rustix::event::Timespec;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::channel::session::{MacCheck, Session};
@@ -40,6 +41,10 @@ pub(super) const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
 /// How often expiring flows are looked at, and longest wait without a packet.
 pub(super) const TICK: Duration = Duration::from_secs(1);
+
+/// Flows examined for expiry per tick, so that a full table cannot hold up packets: at this rate a
+/// million flows are gone through in a quarter of an hour, far below the shortest long timeout.
+pub(super) const EXPIRY_BUDGET: usize = 1_024;
 
 /// What a lane is made of.
 pub struct LaneParts {
@@ -79,7 +84,7 @@ pub struct Shared {
     /// Sessions and endpoints, replaced whole when anything changes.
     pub view: ArcSwap<LaneView>,
     /// What happens to a packet between TUN and tunnel.
-    pub translation: Forwarder,
+    pub forwarder: Forwarder,
     /// Lets in handshake messages that were made with a peer's key.
     pub mac_check: MacCheck,
     /// Drops that belong to no peer: strangers' datagrams.
@@ -227,5 +232,13 @@ impl TrafficCounter {
     pub fn add_to(&self, total: &mut Traffic) {
         total.packets += self.packets.load(Relaxed);
         total.bytes += self.bytes.load(Relaxed);
+    }
+}
+
+/// A time as `poll` takes it.
+pub(super) fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: time.subsec_nanos().into(),
     }
 }

@@ -17,20 +17,16 @@ use super::shared::Context;
 use crate::flow::role::{Forwarder, ReplyTo};
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
-use crate::packet::fragment::{Held, Overlaps, Waiting, is_first, may_cut};
-use crate::packet::icmp_reply::{Answers, IcmpError};
-use crate::packet::{Family, Fragment, Parsed};
-
-/// Every link that carries IPv6 carries this much; one that does not must cut and join below it
-/// (RFC 8200 section 5).
-const IPV6_MIN_MTU: usize = 1_280;
+use crate::packet::fragment::{Held, HeldFragments, Overlaps, is_first, may_cut};
+use crate::packet::icmp_reply::{IcmpError, IcmpReplies};
+use crate::packet::{Family, Fragment, IPV6_MIN_MTU, Parsed};
 
 /// What one direction of a lane remembers of packets out of the ordinary. A fragment that waits
 /// comes with a `T`, which says how it came.
 pub(super) struct SlowPath<T> {
-    replies: Answers,
+    replies: IcmpReplies,
     overlaps: Overlaps,
-    held: Waiting<T>,
+    held: HeldFragments<T>,
     /// Identification of the first fragment that was noted last, until it is known whether it went
     /// on.
     first: Option<u32>,
@@ -96,9 +92,9 @@ impl<T> SlowPath<T> {
     /// With nothing to remember.
     pub(super) fn new(now: Instant) -> Self {
         Self {
-            replies: Answers::new(now),
+            replies: IcmpReplies::new(now),
             overlaps: Overlaps::default(),
-            held: Waiting::default(),
+            held: HeldFragments::default(),
             first: None,
         }
     }
@@ -256,7 +252,7 @@ mod tests {
     use crate::flow::translate::{Gate, Translator, TranslatorConfig};
     use crate::lane::shared::{LaneView, PeerView};
     use crate::packet::Kind;
-    use crate::packet::icmp_reply::ANSWER_BURST;
+    use crate::packet::icmp_reply::REPLY_BURST;
     use crate::packet::testing::Plan;
     use crate::testing::epoch;
 
@@ -498,7 +494,7 @@ mod tests {
         let mut bed = Bed::new(old(), &view);
         let packet = packet(CLIENT, MOVED, 100, false);
         let drop = Dropped::of(PEER, DropReason::TtlExpired);
-        for _ in 0..ANSWER_BURST {
+        for _ in 0..REPLY_BURST {
             let outcome = bed.outbound(&packet, drop);
             assert!(matches!(outcome, OutboundOutcome::Reply { .. }));
         }

@@ -12,7 +12,7 @@ use super::shared::{Context, LaneParts};
 use crate::io::tun::VNET_HDR_LEN;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
-use crate::packet::fragment::{Cut, complete};
+use crate::packet::fragment::{Fragmenter, complete};
 use crate::packet::offload::VnetHdr;
 use crate::packet::{Parsed, ecn};
 
@@ -38,7 +38,7 @@ pub(super) fn rewrite(
     partial: bool,
 ) -> Result<(), Dropped> {
     let (now, hop) = (context.now, &context.view.hop);
-    (parts.shared.translation)
+    (parts.shared.forwarder)
         .inbound(now, hop, peer, packet, parsed, partial)
         .map_err(|reason| Dropped::of(peer, reason))?;
     context.view.peer(peer).clamp_mss(packet, parsed, partial);
@@ -84,7 +84,7 @@ pub(super) fn write_fragments(
     if arrival.partial {
         complete(parsed, packet);
     }
-    let mut fragments = Cut::new(parsed, packet, mtu).ok_or(known(DropReason::TooBig))?;
+    let mut fragments = Fragmenter::new(parsed, packet, mtu).ok_or(known(DropReason::TooBig))?;
     let mut fragment = vec![0; mtu];
     while let Some(len) = fragments.next_into(&mut fragment) {
         write_as_is(parts, &fragment[..len]).map_err(known)?;

@@ -44,7 +44,7 @@ pub enum Push {
     /// It is the first of a new super-packet.
     Started,
     /// It continues the super-packet.
-    Joined,
+    Coalesced,
     /// It does not belong to what is held: write that ([`Coalescer::finish`]) and push again.
     MustFlush,
 }
@@ -104,7 +104,7 @@ enum State {
     /// Handed out; the next push starts anew.
     Finished,
     /// Handed out and taken apart again.
-    Unjoined,
+    Apart,
 }
 
 /// What a [`Coalescer`] held, ready to be written.
@@ -151,7 +151,7 @@ impl Coalescer {
     /// Whether nothing waits to be finished.
     #[inline]
     fn is_empty(&self) -> bool {
-        matches!(self.state, State::Empty | State::Finished | State::Unjoined)
+        matches!(self.state, State::Empty | State::Finished | State::Apart)
     }
 
     /// Where the first packet that waits to be finished lies in the buffer.
@@ -170,13 +170,13 @@ impl Coalescer {
         csum_partial: bool,
     ) -> Push {
         match self.state {
-            State::Empty | State::Finished | State::Unjoined => {
+            State::Empty | State::Finished | State::Apart => {
                 self.start(slab, range, parsed, csum_partial);
                 Push::Started
             }
             State::Closed => Push::MustFlush,
             State::Open => match self.coalesce(slab, &range, parsed, csum_partial) {
-                Some(()) => Push::Joined,
+                Some(()) => Push::Coalesced,
                 None => Push::MustFlush,
             },
         }
@@ -230,7 +230,7 @@ impl Coalescer {
         let vnet = VnetHdr::single(&parsed, self.partial);
         let (header, l4) = (parsed.payload(), parsed.l4());
         if self.count > 1 && self.state == State::Finished {
-            self.state = State::Unjoined;
+            self.state = State::Apart;
             let start = self.parts[0].start;
             let is_tcp = parsed.kind() == Kind::Tcp;
             let id = get_u16(slab, start + ipv4::ID);
@@ -536,7 +536,7 @@ mod tests {
             ..plan(Kind::Tcp, true, 3)
         };
         let (mut slab, ranges) = slab(&[first.build_partial(), second.build_partial()]);
-        for wanted in [Push::Joined, Push::MustFlush] {
+        for wanted in [Push::Coalesced, Push::MustFlush] {
             let mut coalescer = Coalescer::new(true, Reach::Further);
             assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
             assert_eq!(push(&mut coalescer, &slab, &ranges[1], true), wanted);
@@ -578,7 +578,7 @@ mod tests {
             let (mut slab, ranges) = slab(&packets);
             let mut coalescer = Coalescer::new(true, Reach::Further);
             for (index, range) in ranges.iter().enumerate() {
-                let wanted = if index == 0 { Push::Started } else { Push::Joined };
+                let wanted = if index == 0 { Push::Started } else { Push::Coalesced };
                 prop_assert_eq!(push(&mut coalescer, &slab, range, true), wanted);
             }
             let whole = coalescer.finish(&mut slab).unwrap();
@@ -624,7 +624,7 @@ mod tests {
             let (slab, ranges) = slab(&[first.build_partial(), next]);
             let mut coalescer = Coalescer::new(true, Reach::Further);
             assert_eq!(push(&mut coalescer, &slab, &ranges[0], true), Push::Started);
-            push(&mut coalescer, &slab, &ranges[1], partial) == Push::Joined
+            push(&mut coalescer, &slab, &ranges[1], partial) == Push::Coalesced
         };
         let none: &dyn Fn(&mut [u8]) = &|_| ();
         assert!(coalesce(&first, &second, none, true));
@@ -747,7 +747,7 @@ mod tests {
                 };
                 let wanted = parsing.push(&slab, range.clone(), &parsed, true);
                 if following.follow(&slab, range.clone(), true) {
-                    prop_assert_eq!(wanted, Push::Joined);
+                    prop_assert_eq!(wanted, Push::Coalesced);
                 } else {
                     prop_assert_eq!(following.push(&slab, range.clone(), &parsed, true), wanted);
                 }

@@ -3,7 +3,7 @@
 //!
 //! Owns what has to be known of a fragmented packet without ever putting it together: which bytes
 //! of it were seen ([`Overlaps`]), and later fragments that came before the first, which alone says
-//! whose they are ([`Waiting`]). Where fragments go is [`translate`](crate::flow::translate)'s
+//! whose they are ([`HeldFragments`]). Where fragments go is [`translate`](crate::flow::translate)'s
 //! business.
 
 use std::collections::VecDeque;
@@ -119,7 +119,7 @@ impl Overlaps {
 
 /// Later fragments that came before their first.
 #[derive(Debug)]
-pub struct Waiting<T> {
+pub struct HeldFragments<T> {
     held: VecDeque<Held<T>>,
     bytes: usize,
 }
@@ -135,7 +135,7 @@ pub struct Held<T> {
     pub bytes: Vec<u8>,
 }
 
-impl<T> Default for Waiting<T> {
+impl<T> Default for HeldFragments<T> {
     fn default() -> Self {
         Self {
             held: VecDeque::new(),
@@ -144,7 +144,7 @@ impl<T> Default for Waiting<T> {
     }
 }
 
-impl<T> Waiting<T> {
+impl<T> HeldFragments<T> {
     /// Keeps a fragment, whose identification is `id`. Those that have to make room are handed out.
     pub fn keep(&mut self, now: Instant, id: u32, with: T, bytes: &[u8]) -> Vec<Held<T>> {
         self.bytes += bytes.len();
@@ -203,7 +203,7 @@ pub fn complete(parsed: &Parsed, bytes: &mut [u8]) {
 /// The fragments of an IPv4 packet for which [`may_cut`] holds, none longer than `mtu`. Its
 /// checksum has to be complete.
 #[derive(Debug)]
-pub struct Cut<'a> {
+pub struct Fragmenter<'a> {
     packet: &'a [u8],
     header: usize,
     /// Payload bytes of each fragment but the last.
@@ -211,7 +211,7 @@ pub struct Cut<'a> {
     at: usize,
 }
 
-impl<'a> Cut<'a> {
+impl<'a> Fragmenter<'a> {
     /// `None` if not even eight bytes fit beside the header.
     pub fn new(parsed: &Parsed, packet: &'a [u8], mtu: usize) -> Option<Self> {
         let header = parsed.l4();
@@ -266,7 +266,7 @@ mod tests {
 
     fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
         let parsed = Parsed::parse(packet).unwrap();
-        let mut cut = Cut::new(&parsed, packet, mtu).unwrap();
+        let mut cut = Fragmenter::new(&parsed, packet, mtu).unwrap();
         let mut all = Vec::new();
         let mut out = vec![0; mtu];
         while let Some(len) = cut.next_into(&mut out) {
@@ -332,7 +332,7 @@ mod tests {
     #[test]
     fn what_waits_is_bounded_and_forgotten() {
         let now = epoch();
-        let mut waiting = Waiting::default();
+        let mut waiting = HeldFragments::default();
         for id in 0..MAX_WAITING as u32 {
             assert!(waiting.keep(now, id, (), &[0; 100]).is_empty());
         }

@@ -13,10 +13,10 @@ use crate::packet::icmp::{self, MAX_V6};
 /// ICMP errors that one direction of a lane sends in a second: what Linux allows itself
 /// (`net.ipv4.icmp_msgs_per_sec`; RFC 1812 section 4.3.2.8 and RFC 4443 section 2.4 f ask for a
 /// limit).
-pub const ANSWERS_PER_SECOND: u32 = 1_000;
+pub const REPLIES_PER_SECOND: u32 = 1_000;
 
 /// ICMP errors that may follow each other at once (`net.ipv4.icmp_msgs_burst`).
-pub const ANSWER_BURST: u32 = 50;
+pub const REPLY_BURST: u32 = 50;
 
 /// Why a packet does not go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,18 +39,18 @@ impl IcmpError {
 
 /// Makes ICMP errors, and not too many.
 #[derive(Debug)]
-pub struct Answers {
+pub struct IcmpReplies {
     tokens: u32,
     refilled: Instant,
     out: Box<[u8]>,
     len: usize,
 }
 
-impl Answers {
+impl IcmpReplies {
     /// Ready for a burst.
     pub fn new(now: Instant) -> Self {
         Self {
-            tokens: ANSWER_BURST,
+            tokens: REPLY_BURST,
             refilled: now,
             out: vec![0; MAX_V6].into_boxed_slice(),
             len: 0,
@@ -93,11 +93,11 @@ impl Answers {
 
     /// A token bucket.
     fn may_speak(&mut self, now: Instant) -> bool {
-        let pace = Duration::from_secs(1) / ANSWERS_PER_SECOND;
+        let pace = Duration::from_secs(1) / REPLIES_PER_SECOND;
         let passed = now.saturating_duration_since(self.refilled);
-        let fresh = (passed.as_nanos() / pace.as_nanos()).min(u128::from(ANSWER_BURST)) as u32;
+        let fresh = (passed.as_nanos() / pace.as_nanos()).min(u128::from(REPLY_BURST)) as u32;
         if fresh > 0 {
-            self.tokens = (self.tokens + fresh).min(ANSWER_BURST);
+            self.tokens = (self.tokens + fresh).min(REPLY_BURST);
             self.refilled = now;
         }
         let speaks = self.tokens > 0;
@@ -116,12 +116,12 @@ mod tests {
     #[test]
     fn a_burst_and_then_a_pace() {
         let now = epoch();
-        let mut answers = Answers::new(now);
+        let mut answers = IcmpReplies::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();
         let from = "192.0.2.1".parse().unwrap();
         let mut ask = |now| answers.make(now, IcmpError::Expired, &packet, &parsed, from);
-        for _ in 0..ANSWER_BURST {
+        for _ in 0..REPLY_BURST {
             assert_eq!(ask(now), Ok(true));
         }
         assert_eq!(ask(now), Err(DropReason::AnswerLimited));
@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn an_answer_is_taken_once() {
         let now = epoch();
-        let mut answers = Answers::new(now);
+        let mut answers = IcmpReplies::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();
         let from = "192.0.2.5".parse().unwrap();

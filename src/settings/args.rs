@@ -228,7 +228,7 @@ pub struct DaemonArgs {
     /// Do without an offload, to work around a driver.
     #[arg(long, value_name = "OFFLOAD", value_delimiter = ',', hide = true)]
     #[serde(deserialize_with = "many")]
-    pub without: Vec<Offload>,
+    pub without: Vec<Without>,
 }
 
 impl DaemonArgs {
@@ -297,7 +297,7 @@ pub enum LogFormat {
 
 /// An offload that can be done without.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-pub enum Offload {
+pub enum Without {
     /// Sending several datagrams in one call.
     UdpGso,
     /// Receiving several datagrams in one call.
@@ -328,7 +328,7 @@ impl FromStr for LogFormat {
     }
 }
 
-impl FromStr for Offload {
+impl FromStr for Without {
     type Err = WordError;
 
     fn from_str(text: &str) -> Result<Self, WordError> {

@@ -14,7 +14,7 @@ use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::peer::Role;
 use crate::model::port_map::PortMap;
 use crate::model::runtime::BASE_DIR;
-use crate::settings::args::{LogFormat, NatArgs, Offload, PeerArgs, RunArgs};
+use crate::settings::args::{LogFormat, NatArgs, PeerArgs, RunArgs, Without};
 use crate::settings::file::{File, Mistake};
 use crate::settings::psk;
 use crate::settings::values::{Bounded, DeliverTo, Listen, NewServer, PeerAddr};
@@ -69,7 +69,7 @@ pub struct Config {
     /// Packets too big for one datagram do not go in several.
     pub no_split: bool,
     /// Offloads to do without.
-    pub without: Vec<Offload>,
+    pub without: Vec<Without>,
     /// How long a session is used before the next is asked for, if not as the protocol says.
     pub rekey_after: Option<Duration>,
     /// What an administrator should know of these settings.

@@ -361,7 +361,7 @@ pub fn coalesce(bytes: &[u8]) {
         let range = range.start..range.start + parsed.total();
         if followed {
             let pushed = parsing.push(&twin, range, &parsed, partial);
-            assert_eq!(pushed, Push::Joined);
+            assert_eq!(pushed, Push::Coalesced);
             continue;
         }
         let pushed = following.push(&slab, range.clone(), &parsed, partial);

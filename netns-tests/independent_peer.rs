@@ -31,7 +31,7 @@ const CHACHA: u8 = 2;
 const AEGIS: u8 = 4;
 
 /// One side of a channel, on a socket that is connected to the daemon's.
-pub(crate) struct Second {
+pub(crate) struct IndependentPeer {
     socket: UdpSocket,
     role: u8,
     mac_key: [u8; 32],
@@ -90,7 +90,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-impl Second {
+impl IndependentPeer {
     /// `role`: 1 old, 2 new.
     pub(crate) fn new(socket: UdpSocket, psk: &str, role: u8) -> Self {
         let psk = STANDARD.decode(psk.trim()).expect("a key");
