@@ -15,8 +15,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
+use crate::flow::gate::{Gate, Verdict};
 use crate::flow::table::FlowStats;
-use crate::flow::translate::{Gate, Translator, Verdict};
+use crate::flow::translate::Translator;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::icmp_reply::About;
@@ -256,8 +257,9 @@ fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReaso
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::routes::Delivery;
     use crate::flow::seed::Seed;
-    use crate::flow::translate::{Delivery, TranslatorConfig};
+    use crate::flow::translate::TranslatorConfig;
     use crate::packet::Kind;
     use crate::packet::testing::Plan;
     use crate::testing::epoch;

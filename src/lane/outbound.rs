@@ -19,7 +19,8 @@ use crate::io::batch::{Batch, Destination, Reservation, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
 use crate::model::drops::{DropReason, Dropped};
 use crate::packet::fragment::{Cut, complete};
-use crate::packet::offload::{Offload, Segments, VnetHdr};
+use crate::packet::segment::Segments;
+use crate::packet::vnet::{Offload, VnetHdr};
 use crate::packet::{Fragment, Parsed, ecn};
 
 /// One direction of a lane: TUN to tunnel.

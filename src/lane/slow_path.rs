@@ -19,11 +19,7 @@ use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::fragment::{Held, Overlaps, Waiting, is_first, may_cut};
 use crate::packet::icmp_reply::{About, Answers};
-use crate::packet::{Family, Fragment, Parsed};
-
-/// Every link that carries IPv6 carries this much; one that does not must cut and join below it
-/// (RFC 8200 section 5).
-const IPV6_MIN_MTU: usize = 1_280;
+use crate::packet::{Family, Fragment, IPV6_MIN_MTU, Parsed};
 
 /// What one direction of a lane remembers of packets out of the ordinary. A fragment that waits
 /// comes with a `T`, which says how it came.
@@ -251,9 +247,10 @@ struct Limited;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::gate::Gate;
     use crate::flow::role::Hop;
     use crate::flow::seed::Seed;
-    use crate::flow::translate::{Gate, Translator, TranslatorConfig};
+    use crate::flow::translate::{Translator, TranslatorConfig};
     use crate::lane::shared::{PeerView, View};
     use crate::packet::Kind;
     use crate::packet::icmp_reply::ANSWER_BURST;

@@ -13,7 +13,7 @@ use crate::io::tun::VNET_HDR_LEN;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::fragment::{Cut, complete};
-use crate::packet::offload::VnetHdr;
+use crate::packet::vnet::VnetHdr;
 use crate::packet::{Parsed, ecn};
 
 /// How a packet came out of the tunnel.
