@@ -23,17 +23,20 @@ use ipmoved::channel::session::{
 };
 use ipmoved::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
+use ipmoved::flow::class::TCP_RESET;
+use ipmoved::flow::gate::Gate;
+use ipmoved::flow::routes::Delivery;
 use ipmoved::flow::seed::Seed;
-use ipmoved::flow::table::{AddrId, FlowTable, Inside, Limit, Outside, TCP_RESET};
-use ipmoved::flow::translate::{Delivery, Gate, Translator, TranslatorConfig};
+use ipmoved::flow::table::{AddrId, FlowTable, Inside, Limit, Outside};
+use ipmoved::flow::translate::{Translator, TranslatorConfig};
 use ipmoved::io::batch::{Destination, SendBatch};
 use ipmoved::io::entropy;
 use ipmoved::model::drops::DropReason;
 use ipmoved::model::moved::{Move, TCP};
 use ipmoved::model::peer::{Endpoint, PeerId, Role};
-use ipmoved::packet::offload::{
-    Coalescer, GSO_TCPV4, MAX_PARTS, NEEDS_CSUM, Offload, Push, Reach, Segments, VnetHdr,
-};
+use ipmoved::packet::coalesce::{Coalescer, MAX_PARTS, Push, Reach};
+use ipmoved::packet::segment::Segments;
+use ipmoved::packet::vnet::{GSO_TCPV4, NEEDS_CSUM, Offload, VnetHdr};
 use ipmoved::packet::{ACK, Parsed, RST};
 
 /// Something that is repeated.

@@ -30,7 +30,6 @@ use std::time::Instant;
 
 use hashbrown::HashTable;
 
-pub use crate::flow::class::TCP_RESET;
 use crate::flow::class::{Class, EVICTION_ORDER, Seen, Side, Tier};
 use crate::flow::seed::Seed;
 use crate::flow::slab::{List, Slab};

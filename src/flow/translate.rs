@@ -21,10 +21,8 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 
 use crate::flow::fragments::FragmentCache;
-pub use crate::flow::gate::{Gate, Verdict};
 use crate::flow::lock;
-pub use crate::flow::routes::{Delivery, RouteError};
-use crate::flow::routes::{Moved, Routes};
+use crate::flow::routes::{Delivery, Moved, RouteError, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
 use crate::model::drops::DropReason;

@@ -12,11 +12,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
 
+pub use crate::packet::vnet::VNET_HDR_LEN;
+
 /// Largest frame: a `virtio_net_hdr` and an IP packet of 65,535 bytes.
 pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
-
-/// Length of the `virtio_net_hdr` in front of each packet.
-pub const VNET_HDR_LEN: usize = 10;
 
 /// The TUN driver's device node.
 const DEVICE: &str = "/dev/net/tun";

@@ -26,8 +26,9 @@ use crate::io::tun::TunQueue;
 use crate::io::udp::{RECV_SLOT, Received};
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
+use crate::packet::coalesce::{Coalescer, MAX_BIG, MAX_PARTS, MAX_SUPER, Push, Reach};
 use crate::packet::ecn;
-use crate::packet::offload::{Coalescer, MAX_BIG, MAX_PARTS, MAX_SUPER, Push, Reach, VnetHdr};
+use crate::packet::vnet::VnetHdr;
 use crate::packet::{Fragment, Parsed};
 
 /// Size of the receive buffer: what is coalesced at most, begun anywhere in a batch. A super-packet of

@@ -27,7 +27,7 @@ use crate::model::drops::{DropReason, Drops};
 use crate::model::status::Traffic;
 use crate::packet::Parsed;
 use crate::packet::icmp_reply::{IcmpError, IcmpReplies};
-use crate::packet::offload::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
+use crate::packet::vnet::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
 
 /// What the lane counts, for `status`.
 #[derive(Default)]

@@ -18,8 +18,9 @@ use crate::flow::role::{Judgement, ReplyTo};
 use crate::io::batch::{Batch, Destination, Reservation, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
 use crate::model::drops::{DropReason, Dropped};
-use crate::packet::fragment::{Fragmenter, complete};
-use crate::packet::offload::{Offload, Segments, VnetHdr};
+use crate::packet::fragment::Fragments;
+use crate::packet::segment::Segments;
+use crate::packet::vnet::{Offload, VnetHdr};
 use crate::packet::{Fragment, Parsed, ecn};
 
 /// One direction of a lane: TUN to tunnel.
@@ -330,7 +331,7 @@ impl Sealing<'_> {
                 Unsplit::Whole => self.seal_parts(packet, checksum_flag(segment.csum_partial))?,
                 Unsplit::Fragment => {
                     if segment.csum_partial {
-                        complete(&parsed, packet);
+                        parsed.finish_checksum(packet);
                     }
                     self.seal_fragments(&parsed, packet)?;
                 }
@@ -344,7 +345,7 @@ impl Sealing<'_> {
 
     /// One IPv4 packet in fragments, each in a datagram.
     fn seal_fragments(&mut self, parsed: &Parsed, packet: &[u8]) -> Result<(), DropReason> {
-        let mut fragments = Fragmenter::new(parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
+        let mut fragments = Fragments::new(parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
         let mut fragment = vec![0; self.mtu];
         while let Some(len) = fragments.next_into(&mut fragment) {
             self.seal_parts(&fragment[..len], Flags::NONE)?;

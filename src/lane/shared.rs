@@ -24,7 +24,7 @@ use crate::lane::to_control::{Queue, ToControl, Waiting};
 use crate::model::drops::{DropReason, Dropped, Drops};
 use crate::model::peer::{Endpoint, PeerId};
 use crate::model::status::Traffic;
-use crate::packet::offload::Reach;
+use crate::packet::coalesce::Reach;
 use crate::packet::{Parsed, clamp_mss};
 
 /// Frames or batches taken from one side before the other side gets its turn. More amortises the

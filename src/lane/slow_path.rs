@@ -17,7 +17,7 @@ use super::shared::Context;
 use crate::flow::role::{Forwarder, ReplyTo};
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
-use crate::packet::fragment::{Held, HeldFragments, Overlaps, is_first, may_cut};
+use crate::packet::fragment::{Held, HeldFragments, Overlaps};
 use crate::packet::icmp_reply::{IcmpError, IcmpReplies};
 use crate::packet::{Family, Fragment, IPV6_MIN_MTU, Parsed};
 
@@ -111,7 +111,7 @@ impl<T> SlowPath<T> {
         packet: &[u8],
     ) -> Result<(), DropReason> {
         self.overlaps.check(now, parsed, packet)?;
-        self.first = is_first(parsed).then(|| parsed.fragment_id());
+        self.first = (parsed.fragment() == Fragment::First).then(|| parsed.fragment_id());
         Ok(())
     }
 
@@ -203,7 +203,7 @@ impl<T> SlowPath<T> {
             return InboundOutcome::Drop;
         };
         let is_whole = packet.len() >= parsed.total();
-        if about == IcmpError::TooBig(hop.mtu) && may_cut(parsed, packet) && is_whole {
+        if about == IcmpError::TooBig(hop.mtu) && parsed.may_fragment(packet) && is_whole {
             return InboundOutcome::Fragment(hop.mtu);
         }
         match self.reply(context.now, about, packet, parsed, from) {
@@ -232,7 +232,7 @@ impl<T> SlowPath<T> {
 pub(super) fn unsplit(parsed: &Parsed, packet: &[u8], mtu: usize) -> Unsplit {
     if parsed.family() == Family::V6 && packet.len() <= IPV6_MIN_MTU {
         Unsplit::Whole
-    } else if may_cut(parsed, packet) {
+    } else if parsed.may_fragment(packet) {
         Unsplit::Fragment
     } else if packet.len() > mtu {
         Unsplit::Refuse
@@ -247,9 +247,10 @@ struct Limited;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::gate::Gate;
     use crate::flow::role::Hop;
     use crate::flow::seed::Seed;
-    use crate::flow::translate::{Gate, Translator, TranslatorConfig};
+    use crate::flow::translate::{Translator, TranslatorConfig};
     use crate::lane::shared::{LaneView, PeerView};
     use crate::packet::Kind;
     use crate::packet::icmp_reply::REPLY_BURST;

@@ -12,8 +12,8 @@ use super::shared::{Context, LaneParts};
 use crate::io::tun::VNET_HDR_LEN;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
-use crate::packet::fragment::{Fragmenter, complete};
-use crate::packet::offload::VnetHdr;
+use crate::packet::fragment::Fragments;
+use crate::packet::vnet::VnetHdr;
 use crate::packet::{Parsed, ecn};
 
 /// How a packet came out of the tunnel.
@@ -82,9 +82,9 @@ pub(super) fn write_fragments(
 ) -> Result<(), Dropped> {
     let known = |reason| Dropped::of(arrival.peer, reason);
     if arrival.partial {
-        complete(parsed, packet);
+        parsed.finish_checksum(packet);
     }
-    let mut fragments = Fragmenter::new(parsed, packet, mtu).ok_or(known(DropReason::TooBig))?;
+    let mut fragments = Fragments::new(parsed, packet, mtu).ok_or(known(DropReason::TooBig))?;
     let mut fragment = vec![0; mtu];
     while let Some(len) = fragments.next_into(&mut fragment) {
         write_as_is(parts, &fragment[..len]).map_err(known)?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::model::drops::DropReason;
 use crate::packet::checksum::{Sum, finish};
 use crate::packet::field::{get_u16, ipv4, put};
-use crate::packet::{Addr, Family, Fragment, Parsed};
+use crate::packet::{Addr, Family, Parsed};
 
 /// How long the fragments of one packet may be apart: what Linux waits for them
 /// (`net.ipv4.ipfrag_time`, RFC 791 section 3.2 suggests 15 s, RFC 8200 section 4.5 has 60 s).
@@ -189,21 +189,10 @@ impl<T> HeldFragments<T> {
     }
 }
 
-/// Whether a router may fragment the packet ([`Parsed::may_fragment`]).
-pub fn may_cut(parsed: &Parsed, bytes: &[u8]) -> bool {
-    parsed.may_fragment(bytes)
-}
-
-/// Writes the checksum of a packet that has only the sum of its pseudo-header
-/// ([`Parsed::finish_checksum`]).
-pub fn complete(parsed: &Parsed, bytes: &mut [u8]) {
-    parsed.finish_checksum(bytes);
-}
-
-/// The fragments of an IPv4 packet for which [`may_cut`] holds, none longer than `mtu`. Its
-/// checksum has to be complete.
+/// The fragments of an IPv4 packet that [may be fragmented](Parsed::may_fragment), none longer than
+/// `mtu`. Its checksum has to be full.
 #[derive(Debug)]
-pub struct Fragmenter<'a> {
+pub struct Fragments<'a> {
     packet: &'a [u8],
     header: usize,
     /// Payload bytes of each fragment but the last.
@@ -211,7 +200,7 @@ pub struct Fragmenter<'a> {
     at: usize,
 }
 
-impl<'a> Fragmenter<'a> {
+impl<'a> Fragments<'a> {
     /// `None` if not even eight bytes fit beside the header.
     pub fn new(parsed: &Parsed, packet: &'a [u8], mtu: usize) -> Option<Self> {
         let header = parsed.l4();
@@ -250,12 +239,6 @@ impl<'a> Fragmenter<'a> {
     }
 }
 
-/// Whether `parsed` is the fragment that says whose its packet is.
-#[inline]
-pub fn is_first(parsed: &Parsed) -> bool {
-    parsed.fragment() == Fragment::First
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,10 +249,10 @@ mod tests {
 
     fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
         let parsed = Parsed::parse(packet).unwrap();
-        let mut cut = Fragmenter::new(&parsed, packet, mtu).unwrap();
+        let mut left = Fragments::new(&parsed, packet, mtu).unwrap();
         let mut all = Vec::new();
         let mut out = vec![0; mtu];
-        while let Some(len) = cut.next_into(&mut out) {
+        while let Some(len) = left.next_into(&mut out) {
             all.push(out[..len].to_vec());
         }
         all

@@ -15,7 +15,7 @@ pub enum Kind {
     IcmpQuery,
     /// A reply to an ICMP query: its identifier is the destination port, the source port is 0.
     IcmpReply,
-    /// An ICMP error, which quotes the packet it is about ([`Quoted`]).
+    /// An ICMP error, which quotes the packet it is about ([`Quoted`](crate::packet::Quoted)).
     IcmpError,
     /// Any other protocol, known by its number alone.
     Other,

@@ -37,7 +37,6 @@ pub mod icmp;
 pub mod icmp_reply;
 mod kind;
 mod mss;
-pub mod offload;
 mod parsed;
 mod quoted;
 pub mod segment;

@@ -137,7 +137,7 @@ impl Parsed {
         self.dst_port
     }
 
-    /// The TCP flags ([`SYN`] and its like); 0 for other protocols.
+    /// The TCP flags ([`SYN`](crate::packet::SYN) and its like); 0 for other protocols.
     #[inline]
     pub fn tcp_flags(&self) -> u8 {
         self.tcp_flags

@@ -6,7 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::channel::tunnel::Deliver;
-use crate::flow::translate::Delivery;
+use crate::flow::routes::Delivery;
 use crate::model::moved::Move;
 use crate::model::port_map::PortMap;
 use crate::settings::values::DeliverTo;

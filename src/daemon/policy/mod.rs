@@ -53,7 +53,7 @@ pub(super) use self::sizes::{RouteSize, tunnel_mtu};
 use super::index;
 use crate::channel::tunnel::{Announcement, Deliver, State};
 use crate::flow::role::Hop;
-use crate::flow::translate::Delivery;
+use crate::flow::routes::Delivery;
 use crate::model::moved::Move;
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;

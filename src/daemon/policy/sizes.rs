@@ -2,12 +2,13 @@
 //!
 //! Owns the arithmetic alone. What the path really carries, the tunnel finds out by probes.
 
+use crate::packet::IPV6_MIN_MTU;
 use std::net::SocketAddr;
 
 use crate::channel::wire::DATA_OVERHEAD;
 
 /// Smallest MTU an interface that carries IPv6 may have (RFC 8200 section 5).
-const MIN_MTU: u32 = 1_280;
+const MIN_MTU: u32 = IPV6_MIN_MTU as u32;
 
 /// Smallest and largest IP packet a path is taken to carry: RFC 791's 576 less what nobody uses
 /// today, and the largest UDP datagram over IPv4.
