@@ -9,6 +9,10 @@
 //! the bytes cost there is not what they cost on the processor, what is around them is.
 
 #![allow(
+    clippy::missing_docs_in_private_items,
+    reason = "nothing here is used elsewhere"
+)]
+#![allow(
     clippy::print_stdout,
     clippy::print_stderr,
     clippy::disallowed_methods,

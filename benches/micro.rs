@@ -2,6 +2,11 @@
 //!
 //! Figures of a shared machine are noisy; `cargo bench --bench instructions` counts the same work.
 
+#![allow(
+    clippy::missing_docs_in_private_items,
+    reason = "nothing here is used elsewhere"
+)]
+
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipmoved::internals::Role;
 use ipmoved::lab::daemon::{read_psk, write_psk};
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, LabError, Process, Service, UdpService, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::independent_peer::IndependentPeer;
 use crate::protocol_text::{old_announcement, socket_to};

@@ -14,9 +14,9 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::daemon::COMMAND_TIMEOUT;
 use ipmoved::lab::{Lab, Output, Snapshot};
-use ipmoved::model::peer::Role;
 use rustix::mount::MountFlags;
 use rustix::thread::{CapabilitiesSecureBits, UnshareFlags};
 

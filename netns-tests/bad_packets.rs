@@ -8,9 +8,9 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6, OLD};
 use ipmoved::lab::{Lab, UdpService, Watch, Wire, packets, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::impostor::Impostor;
 use crate::stage::{FAMILIES, PATIENCE, Result, setup};

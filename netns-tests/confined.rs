@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use ipmoved::internals::Role;
 use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::independent_peer::IndependentPeer;
 use crate::protocol_text::socket_to;

@@ -10,10 +10,10 @@ use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::tap::PacketKind;
 use ipmoved::lab::topology::{Leg, MOVED, NEW, OLD, UPLINK};
 use ipmoved::lab::{Lab, LabError, Service, Tap, UdpService, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::relay::{Fate, PORT, Relay};
 use crate::stage::{PATIENCE, Result, SILENCE, moved, setup};

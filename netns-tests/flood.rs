@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{Lab, LabError, Service, UdpService, Wire, packets, raw};
-use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 

@@ -120,7 +120,7 @@ fn a_first_fragment_that_never_comes_is_counted() -> Result {
         wire.send(&pieces[0])?;
     }
     let counted = poll_until(PATIENCE, Duration::from_millis(50), || {
-        let status = setup.status(ipmoved::model::peer::Role::Old).ok()?;
+        let status = setup.status(ipmoved::internals::Role::Old).ok()?;
         (status.drops("fragment_unknown") >= 50).then_some(())
     });
     assert!(counted.is_some(), "more waited than may");

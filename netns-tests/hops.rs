@@ -8,9 +8,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6, OLD, OLD6};
 use ipmoved::lab::{Lab, LabError, Probe, RawSocket, Service, UdpService, Watch};
-use ipmoved::model::peer::Role;
 use socket2::SockRef;
 
 use crate::stage::{FAMILIES, PATIENCE, Result, SILENCE, setup};

@@ -12,18 +12,14 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use ipmoved::channel::session::{
-    CipherPolicy, MacCheck, Offer, PeerKeys, Psk, Session, SessionIndexes,
+use ipmoved::internals::{
+    Announcement, CipherPolicy, DATA_HEADER_LEN, DATA_OVERHEAD, DEFAULT_PORT, Endpoint, Event,
+    Flags, MacCheck, Message, Move, Offer, PeerId, PeerKeys, Psk, Role, Session, SessionIndexes,
+    Timers, Tunnel, TunnelConfig, entropy,
 };
-use ipmoved::channel::tunnel::{Announcement, Event, Timers, Tunnel, TunnelConfig};
-use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
-use ipmoved::io::entropy;
 use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{NEW, OLD};
 use ipmoved::lab::{Lab, LabError};
-use ipmoved::model::moved::Move;
-use ipmoved::model::peer::{Endpoint, PeerId, Role};
-use ipmoved::settings::values::DEFAULT_PORT;
 
 use crate::stage::{PATIENCE, Result};
 

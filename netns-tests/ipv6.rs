@@ -7,9 +7,9 @@
 
 use std::net::{IpAddr, Ipv6Addr};
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT6, MOVED, MOVED6, NEW, NEW6, OLD, OLD6};
 use ipmoved::lab::{Lab, Probe, RawSocket, Service, UdpService};
-use ipmoved::model::peer::Role;
 
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};
 

@@ -10,9 +10,9 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{Daemon, Lab, LabError, Namespace, Service, Tap, UdpService, raw};
-use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 

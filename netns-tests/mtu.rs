@@ -10,11 +10,11 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6};
 use ipmoved::lab::{
     DaemonSetup, Lab, LabError, RawSocket, Service, UdpService, Wire, packets, poll_until, raw,
 };
-use ipmoved::model::peer::Role;
 use socket2::SockRef;
 
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::thread;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW, OLD};
 use ipmoved::lab::{DaemonSetup, Lab, LabError, Service, UdpService, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::relay::{Dice, Fate, PORT, Relay};
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE};

@@ -6,11 +6,11 @@
 //!                                        └──(tap)── new server 198.51.100.2, UDP port 51850
 //! ```
 
+use ipmoved::internals::Role;
 use ipmoved::lab::daemon::{UP_TIMEOUT, read_psk};
 use ipmoved::lab::tap::PacketKind;
 use ipmoved::lab::topology::{CLIENT, Leg, MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, Probe, Service, UdpService, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, moved, setup};
 

@@ -10,10 +10,10 @@ use std::net::UdpSocket;
 use std::time::Duration;
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use ipmoved::internals::Role;
 use ipmoved::lab::daemon::read_psk;
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, LabError, Namespace, UdpService, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::independent_peer::IndependentPeer;
 use crate::stage::{PATIENCE, Result, SILENCE, setup};

@@ -10,9 +10,9 @@ use std::collections::{BTreeSet, HashSet};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{DaemonSetup, Lab, Service, UdpService, poll_until};
-use ipmoved::model::peer::Role;
 
 use crate::relay::{Dice, Fate, Relay};
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};

@@ -16,9 +16,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{NEW, OLD, ROUTER_NEW, ROUTER_OLD};
 use ipmoved::lab::{DaemonSetup, Lab, LabError};
-use ipmoved::model::peer::Role;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::stage::{Result, setup};

@@ -9,9 +9,9 @@
 use std::thread;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{Leg, MOVED, NEW};
 use ipmoved::lab::{Daemon, Daemons, Lab, Probe, Service};
-use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, Moved, PATIENCE, RECOVERY, Result, SILENCE, moved, setup};
 

@@ -3,10 +3,9 @@
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
-use ipmoved::kernel::netlink::Netlink;
+use ipmoved::internals::{Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
 use ipmoved::lab::{Daemon, Lab, LabError, Namespace, poll_until};
-use ipmoved::model::peer::Role;
 use rustix::process::Signal;
 
 use crate::stage::{PATIENCE, Result, moved, setup};

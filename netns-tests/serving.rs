@@ -8,9 +8,9 @@
 
 use std::thread;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD, SECOND_CLIENT, moved as nth_moved};
 use ipmoved::lab::{Lab, Probe, Service, UdpService};
-use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, SILENCE, moved, setup};
 

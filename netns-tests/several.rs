@@ -13,10 +13,10 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::daemon::write_psk;
 use ipmoved::lab::topology::{NEW, more_moved, more_old};
 use ipmoved::lab::{Lab, LabError, Namespace, Process, Service, UdpService, poll_until};
-use ipmoved::model::peer::Role;
 use serde_json::Value;
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup};

@@ -5,9 +5,9 @@
 //!                             └── new server ipmoved0            the same names
 //! ```
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW, OLD};
 use ipmoved::lab::{Lab, Service};
-use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, Result, moved, setup};
 

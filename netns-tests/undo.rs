@@ -9,10 +9,10 @@
 use std::thread;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::daemon::STOP_TIMEOUT;
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{Daemons, Lab, Service, Snapshot, poll_until};
-use ipmoved::model::peer::Role;
 use rustix::process::Signal;
 
 use crate::stage::{MEGABYTE, Result, setup};

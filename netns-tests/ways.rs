@@ -9,7 +9,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use ipmoved::kernel::netlink::{Address, Netlink};
+use ipmoved::internals::{Address, Netlink, Role};
 use ipmoved::lab::topology::{
     CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, OLD, OLD6, moved as nth_moved,
     moved6 as nth_moved6,
@@ -18,7 +18,6 @@ use ipmoved::lab::{
     Daemon, DaemonSetup, Daemons, Lab, LabError, Namespace, Probe, Service, Snapshot, UdpService,
     poll_until,
 };
-use ipmoved::model::peer::Role;
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
@@ -221,7 +220,7 @@ fn with_both_translated_the_application_sees_the_old_server() -> Result {
         }
         for peer in application.peers().iter().chain(&echo.peers()) {
             assert_eq!(peer.ip(), old);
-            assert!(ipmoved::flow::nat::PORTS.contains(&peer.port()), "{peer}");
+            assert!(ipmoved::internals::PORTS.contains(&peer.port()), "{peer}");
         }
         // Refused by the new server's stack, and told to the client by the moved address.
         let probe = lab.client().probe_tcp((moved, 81), PATIENCE)?;
@@ -322,7 +321,7 @@ fn with_both_translated_the_old_servers_own_traffic_is_its_own() -> Result {
         own.ping(NEW, 5_000)?;
     }
     for peer in application.peers() {
-        assert!(!ipmoved::flow::nat::PORTS.contains(&peer.port()), "{peer}");
+        assert!(!ipmoved::internals::PORTS.contains(&peer.port()), "{peer}");
     }
     let _own = Service::start(lab.old_server(), OLD)?;
     lab.client().get(OLD)?.is_answered_by(OLD)?;

@@ -18,26 +18,14 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
-use ipmoved::channel::session::{
-    Cipher, CipherPolicy, MacCheck, Offer, PeerKeys, Psk, Session, SessionIndexes,
+use ipmoved::internals::{
+    ACK, AddrId, Announcement, Cipher, CipherPolicy, Coalescer, DATA_HEADER_LEN, DATA_OVERHEAD,
+    Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable, GSO_TCPV4, Gate,
+    Inside, Limit, MAX_PARTS, MacCheck, Message, Move, NEEDS_CSUM, Offer, Offload, Outside, Parsed,
+    PeerId, PeerKeys, Psk, Push, RST, Reach, Role, Seed, Segments, SendBatch, Session,
+    SessionIndexes, TCP, TCP_RESET, Timers, Translator, TranslatorConfig, Tunnel, TunnelConfig,
+    VnetHdr, entropy,
 };
-use ipmoved::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
-use ipmoved::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
-use ipmoved::flow::class::TCP_RESET;
-use ipmoved::flow::gate::Gate;
-use ipmoved::flow::routes::Delivery;
-use ipmoved::flow::seed::Seed;
-use ipmoved::flow::table::{AddrId, FlowTable, Inside, Limit, Outside};
-use ipmoved::flow::translate::{Translator, TranslatorConfig};
-use ipmoved::io::batch::{Destination, SendBatch};
-use ipmoved::io::entropy;
-use ipmoved::model::drops::DropReason;
-use ipmoved::model::moved::{Move, TCP};
-use ipmoved::model::peer::{Endpoint, PeerId, Role};
-use ipmoved::packet::coalesce::{Coalescer, MAX_PARTS, Push, Reach};
-use ipmoved::packet::segment::Segments;
-use ipmoved::packet::vnet::{GSO_TCPV4, NEEDS_CSUM, Offload, VnetHdr};
-use ipmoved::packet::{ACK, Parsed, RST};
 
 /// Something that is repeated.
 pub(crate) trait Work {

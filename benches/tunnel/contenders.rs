@@ -23,9 +23,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW, OLD, UPLINK};
 use ipmoved::lab::{DaemonSetup, Daemons, Lab, Namespace, Process, poll_until};
-use ipmoved::model::peer::Role;
 
 /// How long a command or a process's device may take.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use ipmoved::io::tun::{MAX_FRAME, TunOptions, TunQueue};
+use ipmoved::internals::{MAX_FRAME, TunOptions, TunQueue};
 use ipmoved::lab::{LabError, Namespace};
 
 use crate::contenders::sh;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use ipmoved::kernel::netlink::{Netlink, Route};
+use ipmoved::internals::{Netlink, Route};
 use ipmoved::lab::topology::{CLIENT, NEW};
 use ipmoved::lab::{Lab, LabError};
 

@@ -29,6 +29,10 @@
 //! with `tc` the impaired paths; what is not on PATH is left out, and said. `ipmoved` and the traffic
 //! need none.
 
+#![allow(
+    clippy::missing_docs_in_private_items,
+    reason = "nothing here is used elsewhere"
+)]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command")]
 #![allow(
     clippy::disallowed_methods,

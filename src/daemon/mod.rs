@@ -39,7 +39,7 @@ use crate::model::peer::PeerId;
 use crate::settings::config::Config;
 
 pub use nat::run as run_nat;
-pub use service::{Cause, DaemonError};
+pub use service::DaemonError;
 
 /// Runs until a signal ends it, and undoes everything then.
 ///

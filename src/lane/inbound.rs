@@ -187,7 +187,7 @@ impl Inbound {
                         ToControl::Handshake {
                             endpoint: received.endpoint,
                             admitted,
-                            permit,
+                            _permit: permit,
                         }
                     })?;
                 return Ok(None);
@@ -229,7 +229,7 @@ impl Inbound {
                     // One that was held up on the way says where the peer was, not where it is.
                     heard_from: (opened.first || moved).then_some(received.endpoint),
                     message: message.to_vec(),
-                    permit,
+                    _permit: permit,
                 })?;
             return Ok(None);
         }
@@ -240,7 +240,7 @@ impl Inbound {
                 .tell(peer, Queue::Messages, |permit| ToControl::Heard {
                     session: Arc::clone(session),
                     endpoint: received.endpoint,
-                    permit,
+                    _permit: permit,
                 });
         }
         Ok(Some(Plain {

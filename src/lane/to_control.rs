@@ -20,7 +20,7 @@ pub enum ToControl {
         /// The message.
         admitted: Admitted,
         /// Its place.
-        permit: OwnedSemaphorePermit,
+        _permit: OwnedSemaphorePermit,
     },
     /// A control message that was authenticated.
     Control {
@@ -31,7 +31,7 @@ pub enum ToControl {
         /// The plaintext, as far as it can mean anything.
         message: Vec<u8>,
         /// Its place.
-        permit: OwnedSemaphorePermit,
+        _permit: OwnedSemaphorePermit,
     },
     /// The peer was heard on a session for the first time, or from elsewhere than before.
     Heard {
@@ -40,7 +40,7 @@ pub enum ToControl {
         /// Where it was heard from.
         endpoint: Endpoint,
         /// Its place.
-        permit: OwnedSemaphorePermit,
+        _permit: OwnedSemaphorePermit,
     },
     /// The lane cannot go on.
     Failed(LaneError),

@@ -41,6 +41,7 @@ pub(crate) struct Key {
 }
 
 impl Key {
+    /// The key of a fragment.
     pub(crate) fn of(parsed: &Parsed, bytes: &[u8]) -> Self {
         Self {
             src: parsed.src(bytes),

@@ -32,6 +32,7 @@ impl Entropy {
         (self.0)(bytes)
     }
 
+    /// A random word.
     pub(crate) fn u64(&self) -> Result<u64, NoEntropy> {
         let mut bytes = [0; 8];
         self.fill(&mut bytes)?;

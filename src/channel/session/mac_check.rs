@@ -83,6 +83,7 @@ impl Admitted {
         self.peer
     }
 
+    /// The message, parsed.
     pub(crate) fn message(&self) -> Result<Message<'_>, DropReason> {
         match &self.message {
             Handshake::Initiation(bytes) => Message::parse(bytes),

@@ -55,12 +55,12 @@ mod payload;
 mod seal;
 
 pub use activity::Activity;
-pub use cipher::{Cipher, CipherError, CipherPolicy, Ciphers, Offer};
+pub use cipher::{Cipher, CipherPolicy, Ciphers, Offer};
 pub use entropy::{Entropy, NoEntropy};
 pub use index::SessionIndexes;
 pub use keys::{KEY_LEN, PeerKeys, Psk, PskError};
 pub use mac_check::{Admitted, MacCheck};
-pub use seal::{Counter, NotSealed, OpenBatch, Opened, Reserved, Sealer};
+pub use seal::{OpenBatch, Opened, Sealer};
 
 pub(crate) use index::SessionIndex;
 pub(crate) use noise::{Initiating, Responding, SplitKeys};
@@ -72,16 +72,27 @@ use seal::Opener;
 
 /// Everything a [`Session`] is made of.
 pub(crate) struct SessionSpec {
+    /// Ours, which the peer sends with each datagram.
     pub(crate) index: SessionIndex,
+    /// The peer's index.
     pub(crate) remote: u32,
+    /// What both agreed on.
     pub(crate) cipher: Cipher,
+    /// One key for each direction, from which those of the lanes are derived.
     pub(crate) keys: SplitKeys,
+    /// Who sent the initiation.
     pub(crate) initiator: Role,
+    /// Which end this is.
     pub(crate) own_role: Role,
+    /// Lanes of this end.
     pub(crate) own_lanes: u8,
+    /// Lanes of the peer.
     pub(crate) peer_lanes: u8,
+    /// The peer.
     pub(crate) peer: PeerId,
+    /// When the handshake was completed here.
     pub(crate) created: Instant,
+    /// The clock of what was sent and received, which outlives the session.
     pub(crate) activity: Arc<Activity>,
 }
 

@@ -32,6 +32,7 @@ impl InitiationPayload {
         bytes
     }
 
+    /// `None` if a peer of this version never sends it.
     pub(crate) fn decode(bytes: &[u8; INITIATION_PAYLOAD_LEN]) -> Option<Self> {
         let lanes = bytes[26];
         (lanes > 0).then_some(Self {

@@ -182,6 +182,7 @@ impl Announcement {
         }
     }
 
+    /// The bytes of the message: its type, then its fields.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = vec![role_byte(self.role())];
         match self {
@@ -220,6 +221,7 @@ impl Announcement {
         out
     }
 
+    /// `None` if no peer of this version sends it.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let mut rest = bytes;
         let rest = &mut rest;

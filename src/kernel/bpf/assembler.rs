@@ -10,7 +10,7 @@ use super::{BpfError, MAX_NAME};
 /// A register. R0 is a result, R1–R5 are arguments and lost in calls and packet loads, R6–R9 are
 /// kept, R10 is the stack frame's end.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(missing_docs, reason = "they are their names")]
+#[allow(clippy::missing_docs_in_private_items, reason = "they are their names")]
 pub enum Reg {
     R0,
     R1,
@@ -51,7 +51,7 @@ impl Size {
 
 /// Arithmetic on 64 bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[allow(missing_docs, reason = "they are their names")]
+#[allow(clippy::missing_docs_in_private_items, reason = "they are their names")]
 pub enum Alu {
     Add,
     Sub,
@@ -446,7 +446,7 @@ mod tests {
         asm.bind(end);
         asm.exit();
         let program = asm.finish("t").unwrap();
-        assert_eq!(program.len(), 3);
+        assert_eq!(program.code().len(), 3);
         program.load().expect("run the tests as root");
     }
 }

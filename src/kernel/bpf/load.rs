@@ -36,15 +36,6 @@ impl Program {
         &self.code
     }
 
-    /// Number of instructions.
-    #[allow(
-        clippy::len_without_is_empty,
-        reason = "an empty program does not load"
-    )]
-    pub fn len(&self) -> usize {
-        self.code.len()
-    }
-
     /// Loads it into the kernel, which keeps it as long as the descriptor or a filter refers to it.
     ///
     /// # Errors

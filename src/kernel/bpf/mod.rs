@@ -24,7 +24,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
-pub use assembler::{Alu, Assembler, Helper, If, Label, Operand, Reg, Size};
+pub use assembler::{Alu, Assembler, Helper, If, Label, Reg, Size};
 pub use load::Program;
 pub use map::{Map, MapKind};
 
