@@ -1,5 +1,5 @@
-//! The helper thread of a lane, which runs the way into this host while both ways together are more
-//! than one thread can do.
+//! The helper thread of a lane. It runs the inbound direction while the two directions together are
+//! more than one thread can do.
 //!
 //! ```text
 //!                  one thread                              two
@@ -7,12 +7,12 @@
 //!   lane-N-in      waits to be given work     ◄──recall──  waits for the socket
 //! ```
 //!
-//! A lane is best served by one thread: what it wrote to the TUN is often answered before it looks
-//! there, so that a packet and its answer cost one wake-up less. A second thread is worth its own
-//! wake-ups only where the first one never sleeps. It is given the way into this host whole, so
-//! that the two share nothing while they carry packets.
+//! A lane is best served by one thread. The reply to a packet that it wrote to the TUN is often
+//! there before it looks again, so that a packet and its reply cost one wake-up less. A helper
+//! thread is worth its own wake-ups only where the lane's own thread never sleeps. It is given the
+//! whole inbound direction, so that the two threads share nothing while they carry packets.
 //!
-//! Owns the thread and how work is given to it and taken back. Does not decide when
+//! Owns the thread, and how it is given work and gives it back. Does not decide when
 //! ([`super::load`]) and does not know what the work is ([`Work`]).
 
 use std::io;
@@ -27,19 +27,19 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::shared::{TICK, timespec};
 
-/// What a thread can do for another: the way into this host, or what a test makes of it.
+/// What the helper thread can do for a lane: the inbound direction, or a stand-in of a test.
 pub(super) trait Work: Send + 'static {
     /// Becomes readable when there is something to do.
     fn work(&self) -> BorrowedFd<'_>;
 
-    /// Becomes readable, for good, once there is nothing to do any more.
+    /// Becomes readable, and stays so, once the work is over.
     fn stop(&self) -> BorrowedFd<'_>;
 
-    /// Does a turn's worth if something waits, and what else has to be done now and then.
+    /// Does a turn's worth if something waits, and whatever else is due now and then.
     fn turn(&mut self, waits: bool) -> Turn;
 }
 
-/// What came of a turn.
+/// The result of a turn.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Turn {
     /// More may wait.
@@ -50,14 +50,14 @@ pub(super) struct Turn {
 
 /// The helper thread, as the lane's own thread sees it.
 ///
-/// Dropped without having been [ended](Self::end), it lays down what it was given and goes.
+/// If it is dropped without having been [ended](Self::end), the thread stops working and ends.
 pub(super) struct InboundHelper<W> {
     /// `None` once the thread is to end.
     given: Option<SyncSender<Box<W>>>,
     back: Receiver<Box<W>>,
-    /// Asks for what was given.
+    /// Asks for the work back.
     recall: OwnedFd,
-    /// Readable once it is back or has news, or never will be back.
+    /// Readable once the work is back, the work has news, or the thread has crashed.
     bell: OwnedFd,
     /// Nanoseconds that the thread was awake.
     awake: Arc<AtomicU64>,
@@ -73,15 +73,15 @@ struct Ends<W> {
     bell: Doorbell,
 }
 
-/// Rings when it is dropped too, so that a thread that crashed is not waited for.
+/// Rings when it is dropped too, so that nobody waits for a thread that crashed.
 struct Doorbell(OwnedFd);
 
-/// The helper thread has crashed, and what it was given is lost with it.
+/// The helper thread has crashed, and the work that it was given is lost with it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Crashed;
 
 impl<W: Work> InboundHelper<W> {
-    /// Starts a thread; it sleeps until it is given something.
+    /// Starts a thread, which sleeps until it is given work.
     pub(super) fn start(name: String) -> io::Result<Self> {
         let (give, given) = sync_channel(1);
         let (give_back, back) = sync_channel(1);
@@ -108,19 +108,20 @@ impl<W: Work> InboundHelper<W> {
         })
     }
 
-    /// Gives work to the thread; what it does not take comes back.
+    /// Gives work to the thread, or returns it if the thread cannot take it.
     pub(super) fn give(&self, work: Box<W>) -> Result<(), Box<W>> {
         let Some(given) = &self.given else {
             return Err(work);
         };
-        // Asked for once more when it was on its way back already.
+        // A recall that came when the last work was on its way back already is not meant for this
+        // work.
         clear(&self.recall);
         given.try_send(work).map_err(|error| match error {
             TrySendError::Full(work) | TrySendError::Disconnected(work) => work,
         })
     }
 
-    /// Asks for it. Once it is back, [`Self::bell`] is readable.
+    /// Asks for the work back. Once it is back, [`Self::bell`] is readable.
     pub(super) fn recall(&self) {
         ring(&self.recall);
     }
@@ -130,7 +131,7 @@ impl<W: Work> InboundHelper<W> {
         self.bell.as_fd()
     }
 
-    /// Takes back what the thread has laid down, if it has.
+    /// Takes the work back, if the thread has given it back.
     pub(super) fn take_back(&self) -> Result<Option<Box<W>>, Crashed> {
         clear(&self.bell);
         match self.back.try_recv() {
@@ -140,7 +141,8 @@ impl<W: Work> InboundHelper<W> {
         }
     }
 
-    /// How long the thread was awake, since it was started: running, or waiting for a processor.
+    /// How long the thread has been awake since it was started: running, or waiting for a
+    /// processor.
     pub(super) fn awake(&self) -> Duration {
         Duration::from_nanos(self.awake.load(Relaxed))
     }
@@ -172,7 +174,7 @@ impl<W: Work> Ends<W> {
         }
     }
 
-    /// Works until the work is recalled, or is to stop.
+    /// Works until the work is recalled or over.
     fn run(&self, work: &mut W) {
         let mut more = false;
         loop {
@@ -181,7 +183,7 @@ impl<W: Work> Ends<W> {
             let patience = if more { Duration::ZERO } else { TICK };
             match poll(&mut fds, Some(&timespec(patience))) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                // The lane's own thread will see the same, and knows whom to tell.
+                // The lane's own thread will see the same error, and knows whom to tell.
                 Err(_) => return,
             }
             let [waits, recall, stop] = fds.map(|fd| !fd.revents().is_empty());
@@ -195,7 +197,7 @@ impl<W: Work> Ends<W> {
                 ring(&self.bell.0);
             }
             let awake = woken.elapsed().as_nanos() as u64;
-            // Nobody else writes it.
+            // No other thread writes it.
             self.awake.store(self.awake.load(Relaxed) + awake, Relaxed);
         }
     }
@@ -215,7 +217,7 @@ fn ring(fd: &OwnedFd) {
 
 /// Makes an event descriptor unreadable.
 fn clear(fd: &OwnedFd) {
-    // Unreadable already, if it fails.
+    // It fails only if the descriptor is unreadable already.
     let _ = rustix::io::read(fd, &mut [0; 8]);
 }
 
@@ -257,7 +259,7 @@ mod tests {
         }
     }
 
-    /// A thread, something for it to do, and the other ends of its bells.
+    /// A helper thread, work for it, and the other ends of the descriptors that the work waits on.
     fn stage(crash: Option<usize>) -> (InboundHelper<Turns>, Box<Turns>, [OwnedFd; 2]) {
         let bell = || eventfd(0, EventfdFlags::NONBLOCK).unwrap();
         let (waits, stop) = (bell(), bell());
@@ -294,15 +296,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_is_worked_on_and_comes_back_when_asked_for() {
+    fn given_work_is_done_and_comes_back_when_recalled() {
         let (helper, mut turns, [waits, _stop]) = stage(None);
         for round in 1..=20 {
             assert!(helper.give(turns).is_ok());
             ring(&waits);
             is_taken(&waits);
-            assert!(!comes_now(helper.bell()), "it stays until asked for");
+            assert!(!comes_now(helper.bell()), "it stays until recalled");
             helper.recall();
-            // As the lane does until it is back.
+            // The lane asks until the work is back, so it may ask more than once.
             helper.recall();
             assert!(comes(helper.bell()));
             turns = helper.take_back().unwrap().unwrap();
@@ -315,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn news_are_told_without_giving_the_work_back() {
+    fn news_is_told_without_giving_the_work_back() {
         let (helper, mut turns, [waits, _stop]) = stage(None);
         turns.has_news = true;
         assert!(helper.give(turns).is_ok());
@@ -339,12 +341,12 @@ mod tests {
         let (helper, turns, [_waits, stop]) = stage(None);
         assert!(helper.give(turns).is_ok());
         ring(&stop);
-        assert!(comes(helper.bell()), "laid down without being asked");
+        assert!(comes(helper.bell()), "given back without being asked");
         assert_eq!(helper.end(), Ok(()));
     }
 
     #[test]
-    fn it_goes_when_nobody_is_there_any_more() {
+    fn it_ends_when_its_lane_is_gone() {
         let (helper, turns, _bells) = stage(None);
         assert!(helper.give(turns).is_ok());
         let bell = helper.bell.try_clone().unwrap();

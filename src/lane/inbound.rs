@@ -1,6 +1,6 @@
-//! Into this host: out of the tunnel to a queue of the TUN, as the head of [`super`] tells.
+//! The inbound direction: out of the tunnel to a queue of the TUN. [`super`] tells its steps.
 //!
-//! Owns what is on its way here. Whoever holds an [`Inbound`] may run it.
+//! Owns the packets that are on their way in. Whoever holds an [`Inbound`] may run it.
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -31,11 +31,12 @@ use crate::packet::ecn;
 use crate::packet::vnet::VnetHdr;
 use crate::packet::{Fragment, Parsed};
 
-/// Size of the receive buffer: what is coalesced at most, begun anywhere in a batch. A super-packet of
-/// 64 KiB takes two sends once it is sealed, so that even it arrives in two batches.
+/// Size of the receive buffer: the most that is coalesced, beginning anywhere in a batch. A
+/// super-packet of 64 KiB takes two sends once it is sealed, so that even it arrives in two
+/// batches.
 const fn receive_buffer(reach: Reach) -> usize {
     match reach {
-        // Headers and tags make it a sixteenth more.
+        // Headers and tags add a sixteenth.
         Reach::Here => (MAX_BIG.div_ceil(RECV_SLOT) + 2) * RECV_SLOT,
         Reach::Further => 2 * RECV_SLOT,
     }
@@ -57,39 +58,39 @@ struct Plain {
 /// One direction of a lane: tunnel to TUN.
 pub(super) struct Inbound {
     parts: Arc<LaneParts>,
-    /// What was received, opened in place.
+    /// Received datagrams, opened in place.
     slab: Box<[u8]>,
     ring: ReceiveRing,
-    /// What was opened and not yet delivered.
+    /// Packets that were opened and not yet delivered.
     opened: Vec<Plain>,
-    /// Whose packets the coalescer holds.
-    joining: PeerId,
+    /// The peer whose packets the coalescer holds.
+    coalescing: PeerId,
     coalescer: Coalescer,
-    /// One for each peer, so that none has to make room for another.
-    joiners: Vec<Reassembler>,
-    /// When more than 64 KiB are coalesced again.
+    /// One for each peer, so that no peer takes another's space.
+    reassemblers: Vec<Reassembler>,
+    /// When to coalesce more than 64 KiB again.
     long_again: Option<Instant>,
     detour: Detour,
     ticked: Instant,
 }
 
-/// The way of packets out of the ordinary: fragments, those that were put together from parts, and
-/// those that do not go on.
+/// The slow path of this direction: fragments, packets that were reassembled from parts, and
+/// packets that do not go on.
 struct Detour {
     slow_path: SlowPath<Arrival>,
     outbox: Outbox,
 }
 
 impl Inbound {
-    /// With nothing on its way.
+    /// Starts with nothing on its way.
     pub(super) fn new(parts: Arc<LaneParts>, outbox: Outbox, now: Instant) -> Self {
         Self {
             slab: vec![0; receive_buffer(parts.reach)].into_boxed_slice(),
             ring: ReceiveRing::new(receive_buffer(parts.reach)),
             opened: Vec::new(),
-            joining: PeerId(0),
+            coalescing: PeerId(0),
             coalescer: Coalescer::new(parts.uso, parts.reach),
-            joiners: (0..parts.counters.peers.len())
+            reassemblers: (0..parts.counters.peers.len())
                 .map(|_| Reassembler::default())
                 .collect(),
             long_again: None,
@@ -102,12 +103,12 @@ impl Inbound {
         }
     }
 
-    /// Takes what waits at the socket out of the tunnel, up to a turn's worth; whether more may
-    /// wait.
+    /// Takes what waits at the socket out of the tunnel, up to a turn's worth. Returns whether more
+    /// may wait.
     pub(super) fn drain(&mut self, context: Context<'_>) -> bool {
         let (mut more, mut batches, mut bytes) = (true, 0, 0);
         while batches < BURST && bytes < BURST_BYTES {
-            let start = self.make_room(context);
+            let start = self.next_slot(context);
             match self.parts.udp.recv(&mut self.slab[start..][..RECV_SLOT]) {
                 Ok(received) => {
                     (batches, bytes) = (batches + 1, bytes + received.len);
@@ -115,8 +116,8 @@ impl Inbound {
                     self.open_all(context, start, &received);
                 }
                 Err(error) => {
-                    // An error that was queued on the socket is gone once it was told; whatever
-                    // else it was, waiting for the next datagram is right.
+                    // The socket reports an error that was queued on it only once. After any other
+                    // error too, the right thing is to wait for the next datagram.
                     if error.kind() != io::ErrorKind::WouldBlock {
                         debug!(%error, "receiving failed");
                     }
@@ -129,8 +130,8 @@ impl Inbound {
         more
     }
 
-    /// Where the next batch may be received to; what is in the way is written first.
-    fn make_room(&mut self, context: Context<'_>) -> usize {
+    /// Where to receive the next batch. Writes what is in the way first.
+    fn next_slot(&mut self, context: Context<'_>) -> usize {
         self.ring
             .next(self.coalescer.held_from())
             .unwrap_or_else(|| {
@@ -142,7 +143,7 @@ impl Inbound {
     /// Opens every datagram of the batch at `base`, then delivers what was in them.
     fn open_all(&mut self, context: Context<'_>, base: usize, received: &Received) {
         let mut opened = std::mem::take(&mut self.opened);
-        // The lock of a replay window is taken once a batch and is free again before anything is
+        // The lock of a replay window is taken once for a batch, and released before anything is
         // written.
         let mut opening = None;
         let mut start = base;
@@ -169,7 +170,7 @@ impl Inbound {
         self.opened = opened;
     }
 
-    /// Opens the datagram in `self.slab[range]`; what is not a packet goes to the control task.
+    /// Opens the datagram in `self.slab[range]`. What is not a packet goes to the control task.
     fn open<'v>(
         &mut self,
         context: Context<'v>,
@@ -200,7 +201,7 @@ impl Inbound {
                     .as_ref()
                     .is_none_or(|(index, _)| *index != data.receiver)
                 {
-                    // Let go of one session's window before another's is taken.
+                    // Release one session's window before taking another's.
                     *opening = None;
                 }
                 let (_, batch) =
@@ -208,7 +209,7 @@ impl Inbound {
                 (session, batch.open(data, datagram))
             }
             None => {
-                // It may have been agreed since this wake-up began.
+                // The session may have been agreed since this wake-up began.
                 current = self.parts.shared.view.load();
                 let session = current.sessions.get(&data.receiver);
                 let session = session.ok_or(DropReason::SessionUnknown)?;
@@ -226,7 +227,7 @@ impl Inbound {
             self.parts
                 .tell(peer, Queue::Messages, |permit| ToControl::Control {
                     session: Arc::clone(session),
-                    // One that was held up on the way says where the peer was, not where it is.
+                    // A datagram that was delayed says where the peer was, not where it is.
                     heard_from: (opened.first || moved).then_some(received.endpoint),
                     message: message.to_vec(),
                     _permit: permit,
@@ -262,7 +263,7 @@ impl Inbound {
         plain: &Plain,
         outer_ecn: u8,
     ) -> Result<(), Dropped> {
-        // What came before it goes first.
+        // Packets that came before it go first.
         self.flush(context);
         let part = Part {
             counter: plain.counter,
@@ -271,8 +272,8 @@ impl Inbound {
             bytes: &self.slab[plain.range.clone()],
         };
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
-        let joiner = &mut self.joiners[usize::from(plain.peer.0)];
-        let result = match joiner.push(plain.stream, part) {
+        let reassembler = &mut self.reassemblers[usize::from(plain.peer.0)];
+        let result = match reassembler.push(plain.stream, part) {
             None => Ok(()),
             Some(packet) => {
                 let arrival = Arrival {
@@ -283,13 +284,13 @@ impl Inbound {
                 self.detour.deliver(&self.parts, context, packet, arrival)
             }
         };
-        let incomplete = self.joiners[usize::from(plain.peer.0)].take_incomplete();
+        let incomplete = self.reassemblers[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
             .add(DropReason::JoinIncomplete, incomplete);
         result
     }
 
-    /// Joins a packet to the one before it, if it continues it.
+    /// Coalesces a packet with the one before it, if it continues that one.
     fn deliver(
         &mut self,
         context: Context<'_>,
@@ -299,7 +300,7 @@ impl Inbound {
         let known = |reason| Dropped::of(plain.peer, reason);
         let range = plain.range.clone();
         let partial = plain.flags.has(Flags::CSUM_PARTIAL);
-        if plain.peer == self.joining
+        if plain.peer == self.coalescing
             && self.parts.tso
             && ecn::changes_nothing(outer_ecn)
             && self.coalescer.follow(&self.slab, range.clone(), partial)
@@ -312,16 +313,16 @@ impl Inbound {
             return self.deliver_fragment(context, plain, outer_ecn);
         }
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
-        if plain.peer != self.joining || !self.parts.tso {
+        if plain.peer != self.coalescing || !self.parts.tso {
             self.flush(context);
-            self.joining = plain.peer;
+            self.coalescing = plain.peer;
         }
         let pushed = self
             .coalescer
             .push(&self.slab, range.clone(), &parsed, partial);
         if pushed == Push::MustFlush {
             self.flush(context);
-            // Into what is empty now everything goes.
+            // The coalescer is empty now, so it takes any packet.
             let _ = self.coalescer.push(&self.slab, range, &parsed, partial);
         }
         Ok(())
@@ -335,7 +336,7 @@ impl Inbound {
         plain: &Plain,
         outer_ecn: u8,
     ) -> Result<(), Dropped> {
-        // What came before it goes first.
+        // Packets that came before it go first.
         self.flush(context);
         let arrival = Arrival {
             peer: plain.peer,
@@ -346,9 +347,9 @@ impl Inbound {
         self.detour.deliver(&self.parts, context, packet, arrival)
     }
 
-    /// Rewrites what was coalesced and writes it to the TUN.
+    /// Rewrites the super-packet that was coalesced, and writes it to the TUN.
     fn flush(&mut self, context: Context<'_>) {
-        let peer = self.joining;
+        let peer = self.coalescing;
         let Some(coalesced) = self.coalescer.finish(&mut self.slab) else {
             return;
         };
@@ -394,8 +395,8 @@ impl Inbound {
         }
     }
 
-    /// Joins no more than 64 KiB: for good if this kernel's TUN takes no more, for a while if the
-    /// kernel has no memory in pieces as large as that.
+    /// Coalesces no more than 64 KiB from now on: for good if this kernel's TUN takes no more, for
+    /// a while if the kernel has no memory in pieces as large as that.
     #[cold]
     fn stay_short(&mut self, now: Instant, error: &io::Error) {
         let passes = matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::ENOBUFS));
@@ -405,13 +406,13 @@ impl Inbound {
         debug!(%error, "the TUN takes no more than 64 KiB");
     }
 
-    /// Writes what the kernel did not take whole: what is longer than 64 KiB in such super-packets,
-    /// what is not packet by packet.
+    /// Writes in smaller units what the kernel did not take whole. A packet of more than 64 KiB
+    /// becomes super-packets of at most 64 KiB; any other is written packet by packet.
     #[cold]
     fn write_apart(&mut self, total: usize, partial: bool) -> io::Result<()> {
         let fallbacks = &self.parts.counters.tun_gso_fallbacks;
         fallbacks.store(fallbacks.load(Relaxed) + 1, Relaxed);
-        let (vnet, parts) = self.coalescer.unjoin(&mut self.slab);
+        let (vnet, parts) = self.coalescer.take_apart(&mut self.slab);
         if total <= MAX_SUPER {
             return write_singly(&self.parts.tun, vnet, &self.slab, parts);
         }
@@ -419,7 +420,7 @@ impl Inbound {
         let mut shorter = Coalescer::new(self.parts.uso, Reach::Further);
         for part in parts {
             let parsed = Parsed::parse(&self.slab[part.clone()]);
-            // It was parsed before, and its head only rewritten since.
+            // It was parsed before, and only its head was rewritten since.
             let parsed = parsed.map_err(|_| io::ErrorKind::InvalidData)?;
             let push = shorter.push(&self.slab, part.clone(), &parsed, partial);
             if push == Push::MustFlush {
@@ -430,12 +431,12 @@ impl Inbound {
         write_coalesced(&self.parts.tun, &mut shorter, &mut self.slab)
     }
 
-    /// Whether there is something new in the outbox; to be asked after each turn.
+    /// Whether there is something new in the outbox. Ask after each turn.
     pub(super) fn has_posted(&mut self) -> bool {
         self.detour.outbox.take_news()
     }
 
-    /// Lets fragments expire, and joins more than 64 KiB again once it is time; to be called often.
+    /// Lets fragments expire, and allows more than 64 KiB again once it is time. Call it often.
     pub(super) fn tick(&mut self, now: Instant) {
         if now.duration_since(self.ticked) < TICK {
             return;
@@ -453,7 +454,7 @@ impl Inbound {
     }
 }
 
-/// What the helper thread does.
+/// The work that the helper thread can do.
 impl Work for Inbound {
     fn work(&self) -> BorrowedFd<'_> {
         self.parts.udp.as_fd()
@@ -503,7 +504,7 @@ impl Detour {
         }
     }
 
-    /// Lets those fragments follow that came before the first one, which has just gone on.
+    /// Sends on the fragments that came before their first one, which has just gone on.
     fn release(&mut self, parts: &LaneParts, context: Context<'_>) {
         let Some(released) = self.slow_path.release() else {
             return;
@@ -511,7 +512,7 @@ impl Detour {
         for mut held in released.fragments {
             match to_host::deliver(parts, context, &mut held.bytes, held.with) {
                 Err(drop) if drop.reason == DropReason::FragmentUnknown => {
-                    // Another packet's with the same identification.
+                    // It belongs to another packet with the same identification.
                     self.hold(parts, context, released.id, &held.bytes, held.with);
                 }
                 Err(drop) => parts.count(drop),
@@ -520,10 +521,10 @@ impl Detour {
         }
     }
 
-    /// Does with a packet, or the head of a super-packet, what is done in place of writing it.
+    /// Handles a packet, or the head of a super-packet, that is not written.
     ///
     /// # Errors
-    /// It is dropped, which is for the caller to count.
+    /// The packet is dropped. The caller counts it.
     #[cold]
     fn refuse(
         &mut self,
@@ -557,7 +558,7 @@ impl Detour {
         Err(drop)
     }
 
-    /// Keeps a fragment until its first one comes.
+    /// Keeps a fragment until the first one of its packet comes.
     fn hold(
         &mut self,
         parts: &LaneParts,
@@ -573,7 +574,7 @@ impl Detour {
     }
 }
 
-/// Writes what was coalesced, packet by packet if the kernel does not take it whole.
+/// Writes what was coalesced, or packet by packet if the kernel does not take it whole.
 fn write_coalesced(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -> io::Result<()> {
     let Some(coalesced) = coalescer.finish(slab) else {
         return Ok(());
@@ -581,19 +582,19 @@ fn write_coalesced(tun: &TunQueue, coalescer: &mut Coalescer, slab: &mut [u8]) -
     if write_whole(tun, &coalesced.vnet.to_bytes(), slab, coalesced.parts)?.is_none() {
         return Ok(());
     }
-    let (vnet, parts) = coalescer.unjoin(slab);
+    let (vnet, parts) = coalescer.take_apart(slab);
     write_singly(tun, vnet, slab, parts)
 }
 
-/// Writes a packet of these parts; if the kernel did not take it whole but may take its parts, what
-/// it said.
+/// Writes one packet that consists of these parts. Returns the kernel's error if it did not take
+/// the packet whole but may take its parts.
 fn write_whole(
     tun: &TunQueue,
     vnet: &[u8],
     slab: &[u8],
     parts: &[Range<usize>],
 ) -> io::Result<Option<io::Error>> {
-    // Most packets come alone, and room for all slices is some kilobytes to clear.
+    // Most packets come alone, and the array for all slices is some kilobytes to clear.
     if let [packet] = parts {
         let packet = IoSlice::new(&slab[packet.clone()]);
         return tun.send(&[IoSlice::new(vnet), packet]).map(|()| None);
@@ -605,7 +606,7 @@ fn write_whole(
     }
 }
 
-/// Writes one packet from where its parts lie.
+/// Writes one packet, gathered from where its parts lie.
 fn write_gathered(
     tun: &TunQueue,
     vnet: &[u8],
@@ -632,7 +633,7 @@ fn write_singly(
         .try_for_each(|part| tun.send(&[IoSlice::new(&vnet), IoSlice::new(&slab[part.clone()])]))
 }
 
-/// Whether the kernel may take in parts what it did not take whole.
+/// Whether the kernel may take in parts what it refused whole.
 fn is_too_much(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

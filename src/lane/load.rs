@@ -1,19 +1,19 @@
 //! How busy a lane is, and whether it should have a helper thread.
 //!
-//! Owns the measure ([`Load`]) and its limits, and the count of busy lanes ([`BusyLanes`]). Starts
-//! no thread: that is the helper's room.
+//! Owns the measure ([`Load`]), its limits, and the count of busy lanes ([`BusyLanes`]). Starts no
+//! thread: that is the business of [`super::helper`].
 
 use std::mem;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// How often a lane with a helper thread is looked at, if nothing else wakes it.
+/// How often the load of a lane with a helper thread is looked at, if nothing else wakes the lane.
 pub(super) const LONG_WINDOW: Duration = Duration::from_millis(50);
 
-/// How many lanes have more to do than a thread can, beside the processors there are.
+/// How many lanes have more to do than one thread can, and how many processors there are.
 ///
-/// A helper thread that has to wait for a processor only takes turns with the lane's own: it is for
-/// lanes that leave processors idle, as one busy stream does.
+/// A helper thread that has to wait for a processor only takes turns with the lane's own thread.
+/// Helpers are for lanes that leave processors idle, as one busy stream does.
 #[derive(Debug)]
 pub struct BusyLanes {
     processors: usize,
@@ -21,7 +21,7 @@ pub struct BusyLanes {
 }
 
 impl BusyLanes {
-    /// With no busy lane.
+    /// Starts with no busy lane.
     pub fn new(processors: usize) -> Self {
         Self {
             processors,
@@ -30,7 +30,7 @@ impl BusyLanes {
     }
 
     /// Whether every busy lane can have two processors.
-    fn has_room(&self) -> bool {
+    fn has_spare_processors(&self) -> bool {
         2 * self.busy.load(Relaxed) <= self.processors
     }
 
@@ -43,22 +43,22 @@ impl BusyLanes {
     }
 }
 
-/// How busy a lane is, and with it whether it should have a helper thread.
+/// How busy a lane is, and whether it should therefore have a helper thread.
 #[derive(Debug)]
 pub(super) struct Load {
     since: Instant,
-    /// Spent since then on the way out of this host.
+    /// Time spent on the outbound direction after `since`.
     out: Duration,
-    /// Spent since then on the way into it.
+    /// Time spent on the inbound direction after `since`.
     into: Duration,
-    /// What the helper had spent, since it was started, when `into` last took it in.
+    /// How long the helper had been awake, since it was started, when `into` last took it in.
     helper: Duration,
     is_busy: bool,
     wants_helper: bool,
 }
 
 impl Load {
-    /// Idle.
+    /// A lane that is idle.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             since: now,
@@ -70,10 +70,10 @@ impl Load {
         }
     }
 
-    /// Takes in how long the lane's own thread has just spent on the way out of this host and on
-    /// the way into it, and for how long the helper was awake since it was started.
+    /// Takes in how long the lane's own thread has just spent on the outbound and on the inbound
+    /// direction, and how long the helper has been awake since it was started.
     ///
-    /// Tells whether the lane should have a helper from `now` on.
+    /// Returns whether the lane should have a helper from `now` on.
     pub(super) fn note(
         &mut self,
         now: Instant,
@@ -99,11 +99,11 @@ impl Load {
             self.is_busy = is_busy;
             (self.since, self.out, self.into) = (now, Duration::ZERO, Duration::ZERO);
         }
-        self.wants_helper &= busy_lanes.has_room();
+        self.wants_helper &= busy_lanes.has_spare_processors();
         self.wants_helper
     }
 
-    /// The lane ends.
+    /// The lane ends, and counts as busy no more.
     pub(super) fn end(&mut self, busy_lanes: &BusyLanes) {
         busy_lanes.set_busy(mem::take(&mut self.is_busy), false);
     }
@@ -114,25 +114,26 @@ struct Limits {
     /// How long the lane is watched before it is judged.
     window: Duration,
     /// Least share of one thread's time that the lane is awake: running, or waiting for a processor
-    /// or for room to send. What comes in should not wait for room to send.
+    /// or for space in the send buffer. Inbound packets should not wait for such space.
     share: f64,
-    /// Least ratio of the time spent on the way out of this host to that on the way into it.
+    /// Least ratio of the time spent outbound to the time spent inbound.
     ///
-    /// The host's own stack answers what comes in within the very write that hands it over, so
-    /// where that is most of the work, one thread does both with fewer wake-ups.
+    /// The host's own stack replies to an inbound packet within the very write that hands it over.
+    /// Where that is most of the work, one thread does both with fewer wake-ups.
     lean: f64,
 }
 
-/// To get a helper. The window is some hundreds of super-packets at full speed: too short for
-/// anybody to notice, and long enough that one delay by the scheduler does not make a lane look
-/// busy.
+/// For a lane to get a helper. The window is some hundreds of super-packets at full speed: too
+/// short for anybody to notice, and long enough that one delay by the scheduler does not make a
+/// lane look busy.
 const BEGIN: Limits = Limits {
     window: Duration::from_millis(20),
     share: 0.9,
     lean: 3.0,
 };
 
-/// To keep it: a longer window and lower limits, so that helpers do not come and go.
+/// For a lane to keep its helper: a longer window and lower limits, so that helpers do not come and
+/// go.
 const STAY: Limits = Limits {
     window: LONG_WINDOW,
     share: 0.7,
@@ -146,8 +147,8 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// Whether a lane has a helper in the end that spends these shares of each millisecond on the
-    /// way out of this host and, in its helper, on the way into it.
+    /// Whether a lane ends up with a helper if it spends these shares of each millisecond on the
+    /// outbound direction and, in its helper, on the inbound one.
     fn lasts(load: &mut Load, now: &mut Instant, shares: [f64; 2], busy_lanes: &BusyLanes) -> bool {
         let mut wants = false;
         let mut helper = load.helper;
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lane_that_works_most_on_what_comes_in_keeps_one_thread() {
+    fn a_mostly_inbound_lane_keeps_one_thread() {
         let (busy_lanes, mut now) = (BusyLanes::new(2), epoch());
         let mut load = Load::new(now);
         assert!(!lasts(&mut load, &mut now, [0.3, 0.7], &busy_lanes));

@@ -1,43 +1,44 @@
 //! The journey of a packet. A lane owns one TUN queue and one UDP socket.
 //!
-//! Out of this host, from the TUN into the tunnel ([`Outbound::drain`]):
+//! Outbound: out of this host, from the TUN into the tunnel ([`Outbound::drain`]).
 //!
 //! 1. read a super-packet with its `virtio_net_hdr`;
 //! 2. parse it, look its flow up and rewrite it, once ([`Outbound::route`]);
-//! 3. cut it to datagrams and seal each where it lies in the send batch
-//!    (`Sealing::seal_all` in [`outbound`]);
+//! 3. segment it into datagrams, and seal each where it lies in the send batch (`Sealing::seal_all`
+//!    in [`outbound`]);
 //! 4. send the batch in one call ([`Outbound::flush`]).
 //!
-//! Into this host, from the tunnel to the TUN ([`Inbound::drain`]):
+//! Inbound: into this host, from the tunnel to the TUN ([`Inbound::drain`]).
 //!
 //! 1. receive a batch of datagrams;
 //! 2. open each where it lies ([`Inbound::open`]);
-//! 3. join it with the one before it, if the two are adjacent ([`Inbound::deliver`]);
+//! 3. coalesce it with the one before it, if the two are adjacent ([`Inbound::deliver`]);
 //! 4. parse, look the flow up and rewrite, once, and write it to the TUN ([`Inbound::flush`]).
 //!
-//! A packet that does not go on is the business of the slow path ([`slow_path`]), which decides
-//! what becomes of it; the two ways do it. An ICMP error about a packet out of the tunnel has to go
-//! back into it: the way in puts it into the [`outbox`], and the way out sends it.
+//! A packet that does not go on is the business of the slow path ([`slow_path`]). It decides what
+//! becomes of the packet, and the direction that read the packet does it. An ICMP error about a
+//! packet out of the tunnel has to go back into it: the inbound direction puts it into the
+//! [`outbox`], and the outbound direction sends it.
 //!
-//! Files use each other in one direction, the lower ones in this list those above them:
+//! Files use each other in one direction: each may use those above it in this list.
 //!
 //! | file | owns |
 //! |---|---|
 //! | [`load`] | how busy a lane is |
 //! | [`to_control`] | what a lane passes to the control task, and the bound on it |
-//! | [`shared`] | what the control task and both ways of a lane share |
-//! | [`receive_ring`] | where the next datagrams are received to |
-//! | [`outbox`] | what the way in wants sent |
-//! | [`helper`] | the second thread |
-//! | [`slow_path`] | what becomes of packets out of the ordinary |
+//! | [`shared`] | what the control task and both directions of a lane share |
+//! | [`receive_ring`] | where to receive the next datagrams |
+//! | [`outbox`] | ICMP errors that the inbound direction wants sent |
+//! | [`helper`] | the helper thread |
+//! | [`slow_path`] | what becomes of packets that are not just carried |
 //! | [`to_host`] | one packet rewritten and written to the TUN |
-//! | [`outbound`], [`inbound`] | the two ways |
+//! | [`outbound`], [`inbound`] | the two directions |
 //! | this one | the lane, which runs them |
 //! | [`nat`] | the loop of `ipmoved nat`, which has no tunnel |
 //!
-//! Nothing here waits for anybody else: sessions and endpoints come as a snapshot from the control
-//! task, and what is not a packet (handshakes, control messages) goes to it through a bounded
-//! queue. There is no allocation per packet and no lock is held across a system call.
+//! Nothing here waits for anybody else. Sessions and endpoints come as a snapshot from the control
+//! task. What is not a packet (handshakes, control messages) goes to that task through a bounded
+//! queue. There is no allocation for each packet, and no lock is held across a system call.
 
 #![expect(
     clippy::disallowed_methods,
@@ -79,21 +80,21 @@ pub struct Lane {
     outbound: Outbound,
     /// `None` while the helper thread has it.
     inbound: Option<Box<Inbound>>,
-    /// `None` where it could not be started.
+    /// `None` if it could not be started.
     helper: Option<InboundHelper<Inbound>>,
-    /// ICMP errors that the way into this host wants sent back into the tunnel.
+    /// ICMP errors that the inbound direction wants sent back into the tunnel.
     posted: Posted,
     load: Load,
     ticked: Instant,
 }
 
-/// What poll said, or what is known to wait.
+/// What is ready: poll has said so, or it was known before.
 #[derive(Clone, Copy, Default)]
 struct Ready {
     tun: bool,
     udp: bool,
     stop: bool,
-    /// The helper has laid down what it was given, or has something to send.
+    /// The helper has given its work back, or has something to send.
     bell: bool,
 }
 
@@ -140,7 +141,7 @@ impl Lane {
         }
     }
 
-    /// Carries packets until told to stop, or until that is not possible any more.
+    /// Carries packets until told to stop, or until it can carry no more.
     fn carry(&mut self) -> Result<(), LaneError> {
         let shared = Arc::clone(&self.parts.shared);
         let mut ready = Ready::default();
@@ -154,7 +155,7 @@ impl Lane {
                 now: Instant::now(),
                 view: &view,
             };
-            // It rings for both: what was laid down, and replies that are to be sent.
+            // The bell rings for both: work that was given back, and replies to send.
             let mut has_replies = mem::take(&mut ready.bell);
             if has_replies {
                 self.take_back()?;
@@ -179,10 +180,10 @@ impl Lane {
         }
     }
 
-    /// Waits until something is to be done, beside what is known to wait.
+    /// Waits until there is something to do, beside what is known to wait.
     fn wait(&self, known: Ready) -> Result<Ready, LaneError> {
         let parts = &self.parts;
-        // A descriptor that is not asked is replaced by one that is asked anyway.
+        // `stop`, which is polled anyway, stands in for a descriptor that is not to be polled.
         let stop = parts.stop.as_fd();
         let (udp, bell) = match (&self.inbound, &self.helper) {
             (None, Some(helper)) => (stop, helper.bell()),
@@ -190,7 +191,8 @@ impl Lane {
         };
         let mut fds = [parts.tun.as_fd(), udp, stop, bell]
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        // What had more than its turn's worth goes on at once, but never without asking the others.
+        // A side that had more than its turn's worth goes on at once, but the others are polled
+        // too.
         let patience = match &self.inbound {
             _ if known.any() => Duration::ZERO,
             Some(_) => TICK,
@@ -210,9 +212,9 @@ impl Lane {
         }))
     }
 
-    /// Gives one way to the helper thread if both are too much for this one, and takes it back once
-    /// they are not; this thread has just spent so much on the way out and on the way into this
-    /// host.
+    /// Gives the inbound direction to the helper thread if both directions are too much for this
+    /// thread, and takes it back once they are not. `spent` is what this thread has just spent on
+    /// the outbound and on the inbound direction.
     fn share(&mut self, now: Instant, spent: [Duration; 2]) {
         let Some(helper) = &self.helper else {
             return;
@@ -226,7 +228,7 @@ impl Lane {
         }
     }
 
-    /// Takes what the helper thread has laid down.
+    /// Takes the work back, if the helper thread has given it back.
     fn take_back(&mut self) -> Result<(), LaneError> {
         let Some(helper) = &self.helper else {
             return Ok(());
@@ -241,7 +243,7 @@ impl Lane {
         }
     }
 
-    /// Lets fragments and flows expire. Of the flows one lane takes care for all.
+    /// Lets fragments and flows expire. One lane takes care of the flows for all lanes.
     fn tick(&mut self, now: Instant) {
         if let Some(inbound) = &mut self.inbound {
             inbound.tick(now);

@@ -4,10 +4,10 @@
 //!
 //! 1. read a super-packet with its `virtio_net_hdr`;
 //! 2. parse it, look its flow up and rewrite its head, once ([`Nat::translate`]);
-//! 3. write it back whole: the program at the TUN's ingress sends it out, or up.
+//! 3. write it back whole: the program at the TUN's ingress sends it out, or up into the stack.
 //!
-//! Owns this loop and what it counts. What a packet becomes is [`flow::nat`](crate::flow::nat)'s
-//! business; what is changed in the kernel, and when the loop ends, is the daemon's.
+//! Owns this loop and its counters. [`flow::nat`](crate::flow::nat) decides what a packet becomes.
+//! The daemon decides what is changed in the kernel, and when the loop ends.
 
 use std::io::IoSlice;
 use std::net::IpAddr;
@@ -32,24 +32,24 @@ use crate::packet::vnet::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
 /// What the lane counts, for `status`.
 #[derive(Default)]
 pub struct NatCounters {
-    /// Packets that went no further.
+    /// Packets that were dropped, by reason.
     pub drops: Drops,
     traffic: Mutex<[Traffic; 2]>,
     flows: Mutex<FlowStats>,
 }
 
 impl NatCounters {
-    /// What was carried to clients.
+    /// Packets that were carried to clients.
     pub fn to_clients(&self) -> Traffic {
         lock(&self.traffic)[TO_CLIENT]
     }
 
-    /// What was carried to the new server.
+    /// Packets that were carried to the new server.
     pub fn to_server(&self) -> Traffic {
         lock(&self.traffic)[TO_SERVER]
     }
 
-    /// The flow table as it was after the last packets.
+    /// The flow table's counters after the last packets.
     pub fn flows(&self) -> FlowStats {
         *lock(&self.flows)
     }
@@ -62,13 +62,13 @@ const TO_SERVER: usize = 1;
 pub struct NatLane {
     queue: TunQueue,
     nat: Nat,
-    answers: IcmpReplies,
+    replies: IcmpReplies,
     counters: Arc<NatCounters>,
     stop: OwnedFd,
 }
 
 impl NatLane {
-    /// Ready to run from `now` on, until `stop` becomes readable.
+    /// A lane that can run from `now` on, until `stop` becomes readable.
     pub fn new(
         queue: TunQueue,
         nat: Nat,
@@ -79,7 +79,7 @@ impl NatLane {
         Self {
             queue,
             nat,
-            answers: IcmpReplies::new(now),
+            replies: IcmpReplies::new(now),
             counters,
             stop,
         }
@@ -88,7 +88,7 @@ impl NatLane {
     /// Carries packets until told to stop.
     ///
     /// # Errors
-    /// Why that is not possible any more.
+    /// Why it can carry no more packets.
     pub fn run(mut self) -> Result<(), LaneError> {
         let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
         let mut ticked = Instant::now();
@@ -108,7 +108,7 @@ impl NatLane {
         Ok(())
     }
 
-    /// Waits until something is to be done; true if that is to stop.
+    /// Waits until there is something to do. Returns true if that is to stop.
     fn wait(&self) -> Result<bool, LaneError> {
         let mut fds = [
             PollFd::from_borrowed_fd(self.queue.as_fd(), PollFlags::IN),
@@ -121,7 +121,7 @@ impl NatLane {
         }
     }
 
-    /// Takes one frame through; false if none waits.
+    /// Carries one frame. Returns false if none waits.
     fn pass(&mut self, now: Instant, frame: &mut [u8]) -> Result<bool, LaneError> {
         let len = match self.queue.recv(frame) {
             Ok(len) => len,
@@ -129,7 +129,8 @@ impl NatLane {
                 return match error.raw_os_error() {
                     Some(libc::EAGAIN) => Ok(false),
                     Some(libc::EINTR) => Ok(true),
-                    // Set down by somebody: nothing to read until it is up again.
+                    // Somebody set the interface down: there is nothing to read until it is up
+                    // again.
                     Some(libc::EIO) => {
                         std::thread::sleep(DEVICE_DOWN_PAUSE);
                         Ok(false)
@@ -153,7 +154,7 @@ impl NatLane {
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
         if vnet.flags & NEEDS_CSUM != 0 && !partial {
-            // The checksum meant was another one, and is finished now.
+            // The header meant another checksum than the packet's own. That one is finished now.
             *header = VnetHdr::default().to_bytes();
         }
         let bytes = parsed.total();
@@ -167,7 +168,7 @@ impl NatLane {
             Ok(Outcome::ToServer) => Some(TO_SERVER),
             Ok(Outcome::Bounce) => None,
             Err(DropReason::TtlExpired) => {
-                self.answer(now, packet, &parsed);
+                self.reply(now, packet, &parsed);
                 return Err(DropReason::TtlExpired);
             }
             Err(reason) => return Err(reason),
@@ -188,21 +189,21 @@ impl NatLane {
 
     /// Tells the sender that the hop limit was used up here.
     #[cold]
-    fn answer(&mut self, now: Instant, packet: &[u8], parsed: &Parsed) {
+    fn reply(&mut self, now: Instant, packet: &[u8], parsed: &Parsed) {
         let from = IpAddr::from(parsed.dst(packet));
         match self
-            .answers
+            .replies
             .make(now, IcmpError::Expired, packet, parsed, from)
         {
             Ok(_) => {}
             Err(reason) => return self.counters.drops.count(reason),
         }
-        if let Some(answer) = self.answers.take() {
+        if let Some(reply) = self.replies.take() {
             let header = VnetHdr::default().to_bytes();
-            // One that is not heard is as good as one that got lost.
+            // An ICMP error that cannot be sent is as good as one that got lost.
             let _ = self
                 .queue
-                .send(&[IoSlice::new(&header), IoSlice::new(answer)]);
+                .send(&[IoSlice::new(&header), IoSlice::new(reply)]);
         }
     }
 }

@@ -1,6 +1,6 @@
-//! Out of this host: from a queue of the TUN into the tunnel, as the head of [`super`] tells.
+//! The outbound direction: from a queue of the TUN into the tunnel. [`super`] tells its steps.
 //!
-//! Owns what is on its way there. Whoever holds an [`Outbound`] may run it.
+//! Owns the packets that are on their way out. Whoever holds an [`Outbound`] may run it.
 
 use std::io::IoSlice;
 use std::sync::Arc;
@@ -26,18 +26,18 @@ use crate::packet::{Fragment, Parsed, ecn};
 /// One direction of a lane: TUN to tunnel.
 pub(super) struct Outbound {
     parts: Arc<LaneParts>,
-    /// What was read from the TUN.
+    /// The frame that was read from the TUN.
     frame: Box<[u8]>,
-    /// What is about to be sent.
+    /// Datagrams that are about to be sent.
     batch: SendBatch,
-    /// Where a packet that is split is put together first.
+    /// Where a packet is put together before it is split.
     scratch: Box<[u8]>,
-    /// For packets out of the ordinary. What it holds are whole frames.
+    /// The slow path of this direction. It keeps whole frames.
     slow_path: SlowPath<()>,
 }
 
 impl Outbound {
-    /// With nothing on its way.
+    /// Starts with nothing on its way.
     pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
         Self {
             parts,
@@ -48,7 +48,8 @@ impl Outbound {
         }
     }
 
-    /// Takes what waits at the TUN into the tunnel, up to a turn's worth; whether more may wait.
+    /// Takes what waits at the TUN into the tunnel, up to a turn's worth. Returns whether more may
+    /// wait.
     pub(super) fn drain(&mut self, context: Context<'_>) -> Result<bool, LaneError> {
         let (mut frames, mut bytes) = (0, 0);
         let result = loop {
@@ -66,7 +67,8 @@ impl Outbound {
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => break Ok(false),
                     Some(libc::EINTR) => {}
-                    // Set down by somebody: nothing to read until it is up again.
+                    // Somebody set the interface down: there is nothing to read until it is up
+                    // again.
                     Some(libc::EIO) => {
                         std::thread::sleep(DEVICE_DOWN_PAUSE);
                         break Ok(false);
@@ -104,7 +106,7 @@ impl Outbound {
         }
     }
 
-    /// Finds where the frame in `self.frame[..len]` goes, rewrites it and has it sealed.
+    /// Finds where the frame in `self.frame[..len]` goes, rewrites it and seals it.
     fn route(&mut self, context: Context<'_>, len: usize) -> Result<(), Dropped> {
         let (vnet, packet) = self.frame[..len]
             .split_first_chunk_mut::<VNET_HDR_LEN>()
@@ -118,7 +120,7 @@ impl Outbound {
         let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {
             return self.bounce(len);
         };
-        // What is bounced goes back as it came: a checksum is only finished behind this line.
+        // A bounced packet goes back as it came, so no checksum may be finished before this line.
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
         let peer = outgoing.rewrite(context.now, packet, &mut parsed, partial)?;
@@ -160,7 +162,7 @@ impl Outbound {
             .map_err(|_| DropReason::TunWriteFailed.into())
     }
 
-    /// What is left to do after the frame in `self.frame[..len]`, which was routed or was not.
+    /// Does what is left to do after `route` has tried the frame in `self.frame[..len]`.
     #[cold]
     fn after_frame(&mut self, context: Context<'_>, len: usize, result: Result<(), Dropped>) {
         match result {
@@ -169,7 +171,7 @@ impl Outbound {
         }
     }
 
-    /// Lets those fragments follow that came before the first one, which has just gone on.
+    /// Sends on the fragments that came before their first one, which has just gone on.
     fn release(&mut self, context: Context<'_>) {
         let Some(released) = self.slow_path.release() else {
             return;
@@ -179,7 +181,7 @@ impl Outbound {
             self.frame[..len].copy_from_slice(&held.bytes);
             match self.route(context, len) {
                 Err(drop) if drop.reason == DropReason::FragmentUnknown => {
-                    // Another packet's with the same identification.
+                    // It belongs to another packet with the same identification.
                     let (now, id) = (context.now, released.id);
                     for _ in self.slow_path.hold(now, id, (), &held.bytes) {
                         self.parts.count(drop);
@@ -191,7 +193,7 @@ impl Outbound {
         }
     }
 
-    /// Does with the frame in `self.frame[..len]` what is done in place of carrying it.
+    /// Handles the frame in `self.frame[..len]`, which is not carried.
     fn refuse(&mut self, context: Context<'_>, len: usize, drop: Dropped) {
         let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
         let forwarder = &self.parts.shared.forwarder;
@@ -235,7 +237,7 @@ impl Outbound {
     }
 }
 
-/// Cuts one packet, however long, and seals the pieces into the batch.
+/// Segments or splits one packet, however long, and seals it into the batch.
 struct Sealing<'a> {
     parts: &'a LaneParts,
     batch: &'a mut SendBatch,
@@ -245,12 +247,12 @@ struct Sealing<'a> {
     mtu: usize,
 }
 
-/// What became of the pieces.
+/// What was sealed of a packet.
 #[derive(Default)]
 struct Sealed {
     packets: usize,
     bytes: usize,
-    /// Why not all of them were sealed.
+    /// Why not all of it was sealed.
     stopped: Option<DropReason>,
 }
 
@@ -269,7 +271,7 @@ impl Sealing<'_> {
         sealed
     }
 
-    /// One datagram a packet: each is written where it is sealed and sent from.
+    /// Seals segments that fit one datagram each: each is written where it is sealed and sent from.
     fn seal_segments(
         &mut self,
         segments: &mut Segments<'_>,
@@ -295,7 +297,7 @@ impl Sealing<'_> {
         Ok(())
     }
 
-    /// Several datagrams a packet.
+    /// Seals packets that are split, each over several datagrams.
     fn seal_splits(
         &mut self,
         segments: &mut Segments<'_>,
@@ -313,7 +315,7 @@ impl Sealing<'_> {
         Ok(())
     }
 
-    /// Packets that may be too big for a datagram, where none is to be split.
+    /// Seals packets that may be too big for a datagram, where none may be split.
     #[cold]
     fn seal_unsplit(
         &mut self,
@@ -343,7 +345,7 @@ impl Sealing<'_> {
         Ok(())
     }
 
-    /// One IPv4 packet in fragments, each in a datagram.
+    /// Seals one IPv4 packet in fragments, each in a datagram.
     fn seal_fragments(&mut self, parsed: &Parsed, packet: &[u8]) -> Result<(), DropReason> {
         let mut fragments = Fragments::new(parsed, packet, self.mtu).ok_or(DropReason::TooBig)?;
         let mut fragment = vec![0; self.mtu];
@@ -353,7 +355,7 @@ impl Sealing<'_> {
         Ok(())
     }
 
-    /// One packet in several datagrams of equal length, which suits the batch.
+    /// Seals one packet in several datagrams of equal length, which suits the batch.
     fn seal_parts(&mut self, packet: &[u8], all: Flags) -> Result<(), DropReason> {
         let count = packet.len().div_ceil(self.mtu);
         let size = packet.len().div_ceil(count);
@@ -378,7 +380,7 @@ impl Sealing<'_> {
         Ok(())
     }
 
-    /// Room in the batch for a plaintext of `len` bytes; what is in the way is sent first.
+    /// Reserves space in the batch for a plaintext of `len` bytes. Sends what is in the way first.
     #[inline]
     fn reserve(&mut self, len: usize) -> Reservation<'_> {
         let Self {
@@ -399,7 +401,7 @@ fn checksum_flag(partial: bool) -> Flags {
     }
 }
 
-/// Sends a batch, and counts it for its peer if the kernel refused any of it.
+/// Sends a batch. Counts it for its peer if the kernel refused any of it.
 fn send(parts: &LaneParts, batch: Batch<'_>) {
     let Destination {
         peer,

@@ -1,24 +1,25 @@
-//! ICMP errors that the way into this host has made and the way out of it is to send.
+//! ICMP errors that the inbound direction has made and the outbound direction has to send.
 //!
-//! Owns the queue between the two, which are run by one thread or by two ([`super::helper`]), and
-//! its bound. Wakes nobody: whoever runs the way in says that there is something.
+//! Owns the queue between the two and its bound. One thread runs both or two do
+//! ([`super::helper`]). Wakes nobody: whoever runs the inbound direction says that something is
+//! there.
 
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use crate::model::drops::DropReason;
 
-/// Most that wait. As many may be made in a burst as the limit of their rate allows
-/// ([`REPLY_BURST`](crate::packet::icmp_reply::REPLY_BURST), 50), and some more while the way out
-/// is busy with other packets.
+/// Most that wait. A burst may be as long as the limit of their rate allows
+/// ([`REPLY_BURST`](crate::packet::icmp_reply::REPLY_BURST), 50), and some more may come while the
+/// outbound direction is busy with other packets.
 const OUTBOX: usize = 64;
 
-/// Where the way into this host puts its ICMP errors.
+/// Where the inbound direction puts its ICMP errors.
 pub(super) struct Outbox {
     posted: SyncSender<Vec<u8>>,
     has_news: bool,
 }
 
-/// Where the way out of this host finds them.
+/// Where the outbound direction finds the ICMP errors of the inbound one.
 pub(super) struct Posted(Receiver<Vec<u8>>);
 
 impl Outbox {
@@ -43,7 +44,7 @@ impl Outbox {
         posted.map_err(|_| DropReason::AnswerLimited)
     }
 
-    /// Whether something was posted since this was last asked.
+    /// Whether something was posted since the last call.
     #[inline]
     pub(super) fn take_news(&mut self) -> bool {
         std::mem::take(&mut self.has_news)
@@ -51,7 +52,7 @@ impl Outbox {
 }
 
 impl Posted {
-    /// What was posted, oldest first; does not wait for more.
+    /// What was posted, oldest first. Does not wait for more.
     pub(super) fn drain(&self) -> impl Iterator<Item = Vec<u8>> {
         self.0.try_iter()
     }

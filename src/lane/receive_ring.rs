@@ -1,9 +1,9 @@
 //! Where in the receive buffer the next batch of datagrams goes.
 //!
-//! Packets are opened where they were received and lie there until what they are coalesced to is
-//! written. Batches follow one another in the buffer, around its end, so that many small ones can
-//! be coalesced as well as a few large ones; where one would meet packets that still lie there, these
-//! have to be written first.
+//! Packets are opened where they were received, and lie there until the super-packet that they are
+//! coalesced into is written. Batches follow one another in the buffer and around its end, so that
+//! many small ones can be coalesced as well as a few large ones. Where a batch would meet packets
+//! that still lie there, those have to be written first.
 
 use crate::io::udp::RECV_SLOT;
 
@@ -22,19 +22,19 @@ impl ReceiveRing {
         Self { size, end: 0 }
     }
 
-    /// Where the next batch may begin, [`RECV_SLOT`] bytes long; `held` is where the first packet
-    /// that still lies in the buffer does. `None` if there is no room before that is written.
+    /// Where the next batch may begin, [`RECV_SLOT`] bytes long. `held` is where the first packet
+    /// lies that is still in the buffer. Returns `None` if there is no space until that is written.
     ///
-    /// Without such a packet it is the beginning, which is the likeliest to be in the processor's
-    /// cache.
+    /// If the buffer holds no packet, the batch begins at its start, which is the likeliest to be
+    /// in the processor's cache.
     #[inline]
     pub(super) fn next(&self, held: Option<usize>) -> Option<usize> {
         let Some(held) = held else {
             return Some(0);
         };
         if self.end <= held {
-            // Around the end already, and never twice: what begins at the beginning still lies
-            // there.
+            // The batches have gone around the end already, and must not do so twice: what lies at
+            // the start still lies there.
             return (self.end + RECV_SLOT <= held).then_some(self.end);
         }
         if self.end + RECV_SLOT <= self.size {
@@ -55,12 +55,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Of a batch: a stray datagram, full, or anything.
+    /// Length of a batch: a stray datagram, full, or anything.
     fn len() -> impl Strategy<Value = usize> {
         prop_oneof![0..=1_472usize, RECV_SLOT - 1_472..=RECV_SLOT, 0..=RECV_SLOT]
     }
 
-    /// Of the batches that lie there.
+    /// How many of the batches that lie there are written.
     fn written() -> impl Strategy<Value = usize> {
         prop_oneof![2 => Just(0usize), 1 => 0usize..8]
     }
@@ -68,10 +68,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2_000))]
 
-        /// Whatever arrives and whenever it is written, no batch is received over what still lies
+        /// Whatever arrives, and whenever it is written, no batch is received over what still lies
         /// there.
         #[test]
-        fn what_is_held_is_never_received_over(
+        fn held_packets_are_never_received_over(
             slots in 1usize..5, extra in 0usize..RECV_SLOT,
             batches in prop::collection::vec(
                 (len(), written(), any::<prop::sample::Index>()), 1..60,
@@ -79,7 +79,7 @@ mod tests {
         ) {
             let size = slots * RECV_SLOT + extra;
             let mut ring = ReceiveRing::new(size);
-            // What was received and not yet written, oldest first.
+            // Batches that were received and not yet written, oldest first.
             let mut lying: Vec<std::ops::Range<usize>> = Vec::new();
             for (len, written, from) in batches {
                 let held = lying.first().map(|range| range.start);
@@ -95,7 +95,7 @@ mod tests {
                 if len > 0 {
                     lying.push(start..start + len);
                 }
-                // Joining ended in the midst of the last batch, or somewhere before.
+                // The coalescer stopped in the middle of the last batch, or somewhere before.
                 let written = written.min(lying.len());
                 lying.drain(..written);
                 if written > 0 && let Some(first) = lying.first_mut() {

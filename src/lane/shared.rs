@@ -1,9 +1,9 @@
-//! What the control task and the lanes share, and both ways of a lane: who may send what where,
-//! what a lane is made of, and what was counted.
+//! What the control task and both directions of each lane share: sessions and endpoints, the parts
+//! of a lane, and counters.
 //!
-//! The control task publishes a new [`LaneView`] whenever something changes; lanes read the current one
-//! once per wake-up without waiting. Counters are kept per lane, so that lanes never write to the
-//! same cache line.
+//! The control task publishes a new [`LaneView`] whenever something changes. Lanes read the current
+//! one once per wake-up, without waiting. Counters are kept per lane, so that lanes never write to
+//! the same cache line.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -28,22 +28,22 @@ use crate::packet::coalesce::Reach;
 use crate::packet::{Parsed, clamp_mss};
 
 /// Frames or batches taken from one side before the other side gets its turn. More amortises the
-/// wake-up further: 8 was worth 25 to 40 % over 1 for full super-packets; small packets, of which
-/// one batch holds many, are worth more.
+/// wake-up further. For full super-packets, 8 gained 25 to 40 % over 1. Small packets, of which one
+/// batch holds many, gain more.
 pub(super) const BURST: usize = 64;
 
-/// Bytes taken from one side before the other side gets its turn: 8 full super-packets, beyond
-/// which latency suffers.
+/// Bytes taken from one side before the other side gets its turn. Latency suffers beyond 8 full
+/// super-packets.
 pub(super) const BURST_BYTES: usize = 8 * 65_536;
 
-/// Pause before an interface that somebody set down is read again.
+/// Pause before a lane reads again from an interface that somebody set down.
 pub(super) const DEVICE_DOWN_PAUSE: Duration = Duration::from_millis(50);
 
-/// How often expiring flows are looked at, and longest wait without a packet.
+/// How often lanes look for expired flows, and the longest wait without a packet.
 pub(super) const TICK: Duration = Duration::from_secs(1);
 
-/// Flows examined for expiry per tick, so that a full table cannot hold up packets: at this rate a
-/// million flows are gone through in a quarter of an hour, far below the shortest long timeout.
+/// Flows examined for expiry per tick, so that a full table cannot hold up packets. At this rate it
+/// takes a quarter of an hour to go through a million flows: far below the shortest long timeout.
 pub(super) const EXPIRY_BUDGET: usize = 1_024;
 
 /// What a lane is made of.
@@ -58,7 +58,7 @@ pub struct LaneParts {
     pub tso: bool,
     /// Where super-packets written to it go.
     pub reach: Reach,
-    /// Packets too big for one datagram do not go in several (`--no-split`).
+    /// Packets that are too big for one datagram are not split (`--no-split`).
     pub no_split: bool,
     /// Its socket.
     pub udp: UdpSocket,
@@ -66,13 +66,13 @@ pub struct LaneParts {
     pub shared: Arc<Shared>,
     /// Its counters.
     pub counters: Arc<LaneCounters>,
-    /// The way to the control task.
+    /// Its queue to the control task.
     pub control: mpsc::Sender<ToControl>,
     /// Readable once the lane is to stop.
     pub stop: OwnedFd,
 }
 
-/// What a packet may know of its surroundings while it passes.
+/// The time and the view that hold for the packets of one turn.
 #[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
     pub(super) now: Instant,
@@ -87,20 +87,20 @@ pub struct Shared {
     pub forwarder: Forwarder,
     /// Lets in handshake messages that were made with a peer's key.
     pub mac_check: MacCheck,
-    /// Drops that belong to no peer: strangers' datagrams.
+    /// Drops that belong to no peer: datagrams of strangers.
     pub drops: Drops,
     /// Drops that belong to a peer.
     pub peer_drops: Vec<Drops>,
-    /// What of each peer waits for the control task.
+    /// What each peer has waiting for the control task.
     pub waiting: Vec<Waiting>,
     /// How many lanes have more to do than one thread can.
     pub busy_lanes: BusyLanes,
 }
 
-/// Who may send what where, at one moment.
+/// Who may send what to whom, at one moment.
 #[derive(Clone, Default)]
 pub struct LaneView {
-    /// Every session that datagrams are accepted on, by our index.
+    /// Every session on which datagrams are accepted, by our index.
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
     pub peers: Vec<PeerView>,
@@ -109,7 +109,7 @@ pub struct LaneView {
 }
 
 impl LaneParts {
-    /// Passes something of `peer` to the control task, unless that has enough of this peer's to do.
+    /// Passes a message of `peer` to the control task, unless enough of this peer's wait there.
     pub(super) fn tell(
         &self,
         peer: PeerId,
@@ -132,7 +132,7 @@ impl LaneParts {
 }
 
 impl LaneView {
-    /// What is known of `peer`, which is one of those configured.
+    /// The view of `peer`, which has to be one of those configured.
     pub fn peer(&self, peer: PeerId) -> &PeerView {
         &self.peers[usize::from(peer.0)]
     }
@@ -141,7 +141,7 @@ impl LaneView {
 /// How a peer is reached at one moment.
 #[derive(Clone, Default)]
 pub struct PeerView {
-    /// The session to seal on; `None` while there is none the peer has proved.
+    /// The session to seal on; `None` while the peer has proved none.
     pub session: Option<Arc<Session>>,
     /// Where to send to.
     pub endpoint: Option<Endpoint>,
@@ -186,9 +186,9 @@ impl std::hash::Hasher for IndexHasher {
 pub struct LaneCounters {
     /// One for each peer, by [`PeerId`].
     pub peers: Vec<PeerCounters>,
-    /// Super-packets that the TUN refused whole and that were written packet by packet.
+    /// Super-packets that the TUN refused whole, so that they were written packet by packet.
     pub tun_gso_fallbacks: AtomicU64,
-    /// The TUN refused more than 64 KiB; at present it is not tried.
+    /// The TUN refused more than 64 KiB, so the lane does not try that at present.
     pub big_tcp_refused: AtomicBool,
 }
 
@@ -201,8 +201,8 @@ pub struct PeerCounters {
     pub tx: TrafficCounter,
 }
 
-/// IP packets and their bytes. Aligned so that two threads, one for each way, do not share a cache
-/// line.
+/// IP packets and their bytes. Aligned so that two threads, one for each direction, do not share a
+/// cache line.
 #[derive(Default)]
 #[repr(align(64))]
 pub struct TrafficCounter {
@@ -211,7 +211,7 @@ pub struct TrafficCounter {
 }
 
 impl LaneCounters {
-    /// All zero.
+    /// Counters that are all zero.
     pub fn new(peers: usize) -> Self {
         Self {
             peers: (0..peers).map(|_| PeerCounters::default()).collect(),

@@ -1,9 +1,9 @@
-//! What becomes of packets out of the ordinary: fragments, and those that do not go on.
+//! What becomes of packets that are not just carried: fragments, and packets that do not go on.
 //!
-//! Owns what has to be remembered of them (fragments that wait for their first one, which bytes of
-//! a fragmented packet were seen, how many ICMP errors may still be sent) and decides. What it
-//! decides it returns as a value, and the two loops carry it out: nothing here touches the TUN, the
-//! socket or a counter, and nothing here is on the path of an ordinary packet.
+//! Owns what has to be remembered of them: fragments that wait for their first one, which bytes of
+//! a fragmented packet were seen, and how many ICMP errors may still be sent. It returns what it
+//! decides as a value, and the two loops carry it out. Nothing here touches the TUN, the socket or
+//! a counter, and no ordinary packet comes here.
 //!
 //! ```text
 //! TUN ──► outbound ──► tunnel    Drop, Hold, or Reply, which is written to the TUN
@@ -21,18 +21,18 @@ use crate::packet::fragment::{Held, HeldFragments, Overlaps};
 use crate::packet::icmp_reply::{IcmpError, IcmpReplies};
 use crate::packet::{Family, Fragment, IPV6_MIN_MTU, Parsed};
 
-/// What one direction of a lane remembers of packets out of the ordinary. A fragment that waits
-/// comes with a `T`, which says how it came.
+/// What one direction of a lane remembers of packets on the slow path. It keeps a `T` with each
+/// fragment that waits, which says how the fragment came.
 pub(super) struct SlowPath<T> {
     replies: IcmpReplies,
     overlaps: Overlaps,
     held: HeldFragments<T>,
-    /// Identification of the first fragment that was noted last, until it is known whether it went
-    /// on.
+    /// Identification of the first fragment that was noted last, until it is known whether that
+    /// went on.
     first: Option<u32>,
 }
 
-/// Fragments whose first one has gone on, so that they can follow it.
+/// Fragments that can follow their first one, which has gone on.
 pub(super) struct Released<T> {
     /// Their identification.
     pub(super) id: u32,
@@ -40,7 +40,7 @@ pub(super) struct Released<T> {
     pub(super) fragments: Vec<Held<T>>,
 }
 
-/// What becomes of a packet from the TUN that did not go on.
+/// What becomes of a packet from the TUN that is not carried.
 #[derive(PartialEq, Eq, Debug)]
 #[must_use]
 pub(super) enum OutboundOutcome<'a> {
@@ -50,18 +50,18 @@ pub(super) enum OutboundOutcome<'a> {
     Hold(u32),
     /// It is dropped, and its sender is told.
     Reply {
-        /// Whose the packet was.
+        /// The peer that the packet belongs to.
         peer: PeerId,
-        /// Whom the ICMP error is for; it is written to the TUN.
+        /// Who gets the ICMP error, which is written to the TUN.
         to: ReplyTo,
         /// The ICMP error.
         bytes: &'a mut [u8],
     },
-    /// It is dropped, and its sender is not told because others were told too often.
+    /// It is dropped. Its sender is not told, because there were too many ICMP errors of late.
     ReplyLimited,
 }
 
-/// What becomes of a packet out of the tunnel that did not go on.
+/// What becomes of a packet out of the tunnel that is not written.
 #[derive(PartialEq, Eq, Debug)]
 #[must_use]
 pub(super) enum InboundOutcome<'a> {
@@ -69,18 +69,19 @@ pub(super) enum InboundOutcome<'a> {
     Drop,
     /// It waits for its first fragment: [`SlowPath::hold`] it under this identification.
     Hold(u32),
-    /// It goes on in fragments of at most so many bytes.
+    /// It goes on in fragments of at most this many bytes.
     Fragment(usize),
-    /// It is dropped, and its sender is told by this ICMP error, which is sent into the tunnel.
+    /// It is dropped. This ICMP error, which goes into the tunnel, tells its sender.
     Reply(&'a mut [u8]),
-    /// It is dropped, and its sender is not told because others were told too often.
+    /// It is dropped. Its sender is not told, because there were too many ICMP errors of late.
     ReplyLimited,
 }
 
-/// How a packet is sent where none is split over several datagrams (`--no-split`).
+/// How to send a packet where none is split over several datagrams (`--no-split`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Unsplit {
-    /// As it is. Longer than a datagram is only what every IPv6 link carries; that is split anyway.
+    /// As it is. It may be longer than a datagram only if every IPv6 link carries its length; then
+    /// it is split all the same.
     Whole,
     /// In IP fragments, each in a datagram.
     Fragment,
@@ -89,7 +90,7 @@ pub(super) enum Unsplit {
 }
 
 impl<T> SlowPath<T> {
-    /// With nothing to remember.
+    /// Starts with nothing to remember.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             replies: IcmpReplies::new(now),
@@ -122,7 +123,8 @@ impl<T> SlowPath<T> {
         self.first.is_some()
     }
 
-    /// The fragment noted last has gone on. If it was a first one, hands out what waited for it.
+    /// The fragment noted last has gone on. If it was a first one, returns those that waited for
+    /// it.
     pub(super) fn release(&mut self) -> Option<Released<T>> {
         let id = self.first.take()?;
         Some(Released {
@@ -131,13 +133,13 @@ impl<T> SlowPath<T> {
         })
     }
 
-    /// Keeps a fragment until its first one comes. Hands out those that had to make room for it.
+    /// Keeps a fragment until its first one comes. Returns those that it displaced.
     #[must_use]
     pub(super) fn hold(&mut self, now: Instant, id: u32, with: T, bytes: &[u8]) -> Vec<Held<T>> {
         self.held.keep(now, id, with, bytes)
     }
 
-    /// Hands out a fragment whose first one never came, as long as there is one.
+    /// Returns a fragment whose first one never came, as long as there is one.
     pub(super) fn expire(&mut self, now: Instant) -> Option<Held<T>> {
         self.held.expire(now)
     }
@@ -158,7 +160,7 @@ impl<T> SlowPath<T> {
                 Err(_) => OutboundOutcome::Drop,
             };
         }
-        // Only who knows whose a packet was has something to say about it.
+        // Nobody is told about a packet that belongs to no peer.
         let Some(peer) = drop.peer else {
             return OutboundOutcome::Drop;
         };
@@ -228,7 +230,7 @@ impl<T> SlowPath<T> {
     }
 }
 
-/// How a packet is sent in datagrams that hold `mtu` bytes of it, where none is split.
+/// How to send a packet in datagrams that hold `mtu` bytes of it, where none is split.
 pub(super) fn unsplit(parsed: &Parsed, packet: &[u8], mtu: usize) -> Unsplit {
     if parsed.family() == Family::V6 && packet.len() <= IPV6_MIN_MTU {
         Unsplit::Whole
@@ -444,13 +446,13 @@ mod tests {
         };
         assert_eq!(to, ReplyTo::Application);
         assert_eq!(icmp(bytes), told(CLIENT, MOVED, TOO_BIG));
-        // It is the last hop of what comes out of the tunnel.
+        // The old server is the last hop of a packet out of the tunnel.
         let inbound = bed.inbound(&big, DropReason::TtlExpired);
         assert_eq!(inbound, InboundOutcome::Drop);
     }
 
     #[test]
-    fn what_the_link_is_too_narrow_for_is_fragmented_or_its_sender_told() {
+    fn a_packet_too_big_for_the_link_is_fragmented_or_its_sender_told() {
         let view = view();
         let mut bed = Bed::new(old(), &view);
         let too_big = DropReason::TooBig;
@@ -490,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn too_many_are_not_told() {
+    fn too_many_icmp_errors_are_not_sent() {
         let view = view();
         let mut bed = Bed::new(old(), &view);
         let packet = packet(CLIENT, MOVED, 100, false);

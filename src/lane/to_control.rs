@@ -1,7 +1,7 @@
 //! What a lane passes to the control task, and how much of it may wait there.
 //!
-//! Owns the messages and the bound for each peer ([`Waiting`]). A message carries the place it
-//! takes in its peer's share; whoever drops the message gives the place back.
+//! Owns the messages and the bound for each peer ([`Waiting`]). A message carries a permit, its
+//! place in the share of its peer. Whoever drops the message gives the place back.
 
 use std::io;
 use std::sync::Arc;
@@ -19,27 +19,27 @@ pub enum ToControl {
         endpoint: Endpoint,
         /// The message.
         admitted: Admitted,
-        /// Its place.
+        /// Its place in its peer's share.
         _permit: OwnedSemaphorePermit,
     },
     /// A control message that was authenticated.
     Control {
         /// The session it came in.
         session: Arc<Session>,
-        /// Where it came from, if that says something new of where the peer is.
+        /// Where it came from, if that says something new about where the peer is.
         heard_from: Option<Endpoint>,
-        /// The plaintext, as far as it can mean anything.
+        /// The plaintext, truncated to the longest message that can mean anything.
         message: Vec<u8>,
-        /// Its place.
+        /// Its place in its peer's share.
         _permit: OwnedSemaphorePermit,
     },
-    /// The peer was heard on a session for the first time, or from elsewhere than before.
+    /// A datagram came from the peer: the first on a session, or one from elsewhere than before.
     Heard {
         /// The session.
         session: Arc<Session>,
-        /// Where it was heard from.
+        /// Where it came from.
         endpoint: Endpoint,
-        /// Its place.
+        /// Its place in its peer's share.
         _permit: OwnedSemaphorePermit,
     },
     /// The lane cannot go on.
@@ -49,13 +49,13 @@ pub enum ToControl {
 /// Why a lane cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
-    /// The kernel does not say any more when packets come.
+    /// The kernel no longer says when packets come.
     #[error("waiting for packets failed: {0}")]
     Wait(#[source] io::Error),
     /// Somebody took the TUN away.
     #[error("the TUN interface is gone: {0}")]
     TunGone(#[source] io::Error),
-    /// The way into this host is lost with its thread.
+    /// The inbound direction is lost with its thread.
     #[error("the thread that takes packets out of the tunnel crashed")]
     HelperCrashed,
 }
@@ -71,19 +71,19 @@ pub struct Waiting {
 /// In which of a peer's two queues something waits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Queue {
-    /// Handshake messages, of which anybody who recorded them can send more.
+    /// Handshake messages. Anybody who has recorded some can send them again.
     Handshakes,
-    /// What came inside a session, which only the peer can make.
+    /// Messages inside a session. Only the peer can make them.
     Messages,
 }
 
 impl Waiting {
-    /// What all peers together may have waiting.
+    /// The most that all peers together may have waiting.
     pub const fn limit(peers: usize) -> usize {
         peers * (Queue::Handshakes.limit() + Queue::Messages.limit())
     }
 
-    /// Takes a place, which is given back when it is dropped; `None` if there is none.
+    /// Takes a place; `None` if there is none. Dropping the permit gives the place back.
     pub(super) fn enter(&self, queue: Queue) -> Option<OwnedSemaphorePermit> {
         let places = match queue {
             Queue::Handshakes => &self.handshakes,
@@ -104,7 +104,7 @@ impl Default for Waiting {
 }
 
 impl Queue {
-    /// Most that may wait. A peer has at most four initiations under way, and says at most 17 parts
+    /// Most that may wait. A peer has at most four initiations under way. It says at most 17 parts
     /// of an announcement, their acknowledgements and a few more at once.
     const fn limit(self) -> usize {
         match self {

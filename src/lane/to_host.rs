@@ -1,8 +1,8 @@
-//! The last step into this host, which both ways of a lane take: a packet is rewritten and written
-//! to the TUN.
+//! The last step into this host, which both directions of a lane take: rewriting a packet and
+//! writing it to the TUN.
 //!
-//! Owns no state. Packets that go alone are written here; super-packets, which are most, are put
-//! together and written by [`super::inbound`].
+//! Owns no state. Single packets are written here. Super-packets, which are most, are coalesced and
+//! written by [`super::inbound`].
 
 use std::io::IoSlice;
 
@@ -19,11 +19,11 @@ use crate::packet::{Parsed, ecn};
 /// How a packet came out of the tunnel.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arrival {
-    /// Whose it is.
+    /// The peer that it came from.
     pub(super) peer: PeerId,
-    /// Its checksum is partial.
+    /// Whether its checksum is partial.
     pub(super) partial: bool,
-    /// ECN field of the datagram that it came in.
+    /// ECN field of the outer header of its datagram.
     pub(super) outer_ecn: u8,
 }
 
@@ -71,7 +71,7 @@ pub(super) fn write_as_is(parts: &LaneParts, packet: &[u8]) -> Result<(), DropRe
     write(parts, &[0; VNET_HDR_LEN], packet)
 }
 
-/// Writes an IPv4 packet, which was rewritten already, to the TUN in fragments of at most `mtu`
+/// Writes an IPv4 packet, which is rewritten already, to the TUN in fragments of at most `mtu`
 /// bytes.
 pub(super) fn write_fragments(
     parts: &LaneParts,

@@ -65,7 +65,7 @@ pub enum Push {
 /// application with it, and nobody segments it again.
 ///
 /// One round: [`push`](Self::push) until [`Push::MustFlush`] or the buffer's end,
-/// [`finish`](Self::finish), write, and, if the kernel refused the write, [`unjoin`](Self::unjoin)
+/// [`finish`](Self::finish), write, and, if the kernel refused the write, [`take_apart`](Self::take_apart)
 /// and write each.
 #[derive(Debug)]
 pub struct Coalescer {
@@ -223,7 +223,7 @@ impl Coalescer {
     ///
     /// Each part still has room for its headers in front of its payload, where its own lay; they
     /// are made anew from the head, so that a rewrite of the head in between reaches all.
-    pub fn unjoin(&mut self, slab: &mut [u8]) -> (VnetHdr, &[Range<usize>]) {
+    pub fn take_apart(&mut self, slab: &mut [u8]) -> (VnetHdr, &[Range<usize>]) {
         let Some(parsed) = self.head else {
             return (VnetHdr::default(), &[]);
         };
@@ -598,7 +598,7 @@ mod tests {
             parsed.set_src(&mut rewritten, addr, true);
             let wanted = segments(&mut rewritten, &vnet, 1500);
             for _ in 0..2 {
-                let (single, parts) = coalescer.unjoin(&mut slab);
+                let (single, parts) = coalescer.take_apart(&mut slab);
                 prop_assert_eq!(single, VnetHdr::single(&parsed, true));
                 let bytes = parts.iter().map(|part| slab[part.clone()].to_vec());
                 let singles: Vec<_> = bytes.map(|bytes| (bytes, true)).collect();
@@ -817,7 +817,7 @@ mod tests {
         assert_eq!(head[36..38], pseudo);
 
         // Refused: each as it was, but for the identification, which now counts.
-        let (_, parts) = coalescer.unjoin(&mut slab);
+        let (_, parts) = coalescer.take_apart(&mut slab);
         assert_eq!(parts.len(), 100);
         for (index, (part, packet)) in parts.iter().zip(&packets).enumerate() {
             let single = &slab[part.clone()];

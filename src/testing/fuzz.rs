@@ -406,7 +406,7 @@ fn take_apart(coalescer: &mut Coalescer, slab: &mut [u8]) {
     let sum: usize = joined.parts.iter().map(ExactSizeIterator::len).sum();
     assert_eq!(sum, total, "all of it and no more");
     assert!(packets >= 1 && joined.parts.len() >= packets.min(2));
-    let (_, parts) = coalescer.unjoin(slab);
+    let (_, parts) = coalescer.take_apart(slab);
     for part in parts {
         assert!(Parsed::parse(&slab[part.clone()]).is_ok());
     }
