@@ -1,8 +1,8 @@
 //! The send batch: sealed datagrams side by side, as one `UDP_SEGMENT` send wants them.
 //!
-//! Reserve, write, commit: a datagram is sealed where it will be sent from, and what is not
-//! committed is not there. All datagrams of a batch go to one destination and have the length of
-//! the first, but for the last, which may be shorter.
+//! Reserve, write, commit: a datagram is sealed where it will be sent from, and only what is
+//! committed is sent. All datagrams of a batch go to one destination. They have the length of the
+//! first, but for the last, which may be shorter.
 
 use std::ops::{Deref, DerefMut};
 
@@ -26,18 +26,18 @@ pub struct SendBatch {
     filled: Filled,
 }
 
-/// What of a batch's buffer is in use.
+/// How much of a batch's buffer is in use.
 #[derive(Default)]
 struct Filled {
     len: usize,
     stride: usize,
     count: usize,
-    /// A shorter datagram was committed: it has to be the last.
+    /// A shorter datagram was committed. It has to be the last.
     closed: bool,
     destination: Option<Destination>,
 }
 
-/// Room in a batch for one datagram, to be written into. Dropped without having been
+/// Space in a batch for one datagram, to be written into. If it is dropped without having been
 /// [committed](Self::commit), it leaves nothing behind.
 #[must_use]
 pub struct Reservation<'a> {
@@ -74,8 +74,8 @@ impl SendBatch {
         }
     }
 
-    /// Room for a datagram of `len` bytes to `destination`, at most [`MAX_BATCH`]. What it cannot
-    /// be sent with is handed to `send` first.
+    /// Reserves space for a datagram of `len` bytes, at most [`MAX_BATCH`], to `destination`. Hands
+    /// to `send` first what the datagram cannot be sent with.
     #[inline]
     pub fn reserve<'a>(
         &'a mut self,
@@ -175,7 +175,7 @@ mod tests {
         }
     }
 
-    /// Adds a datagram; whether it fitted beside what waited.
+    /// Adds a datagram. Returns whether it could be sent with what waited.
     fn push(batch: &mut SendBatch, len: usize, to: Destination) -> bool {
         let mut fits = true;
         let mut slot = batch.reserve(len, &to, |_| fits = false);
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_committed_is_not_there() {
+    fn an_uncommitted_datagram_is_not_sent() {
         let (mut batch, to) = (SendBatch::new(), destination(1));
         batch.reserve(100, &to, |_| ()).fill(1);
         assert!(batch.take().is_none());

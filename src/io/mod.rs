@@ -1,9 +1,9 @@
 //! The edge to the kernel's data path: one TUN queue and one UDP socket per lane.
 //!
-//! Owns system calls on these two, the detection of what they can do, and the batch that one of
-//! them sends. Knows nothing of packets' contents, sessions or flows: it imports from `model`
-//! alone, and is told the two numbers by which datagrams are given to their lanes
-//! ([`udp::LaneField`]).
+//! Owns system calls on these two, the detection of what they can do, the batch that the socket
+//! sends, and the system's randomness. Knows nothing of packets' contents, sessions or flows: its
+//! data path imports from `model` alone, and is given the two numbers by which datagrams find their
+//! lanes ([`udp::LaneField`]).
 
 #![expect(
     clippy::disallowed_methods,

@@ -1,8 +1,8 @@
 //! The TUN device: whole super-packets in both directions.
 //!
 //! Every frame read or written starts with the ten bytes of a `virtio_net_hdr`, so that packets
-//! arrive as the kernel holds them: up to 64 KiB, not yet cut, their checksum not yet computed
-//! (Linux `Documentation/networking/tuntap.rst`, `IFF_VNET_HDR` and `TUNSETOFFLOAD`).
+//! arrive as the kernel holds them: up to 64 KiB, not yet segmented, their checksum not yet
+//! computed (Linux `Documentation/networking/tuntap.rst`, `IFF_VNET_HDR` and `TUNSETOFFLOAD`).
 //!
 //! The device is not persistent: it goes, with its routes and per-device sysctls, when the last
 //! queue is closed, however the process ends.
@@ -20,8 +20,8 @@ pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
 /// The TUN driver's device node.
 const DEVICE: &str = "/dev/net/tun";
 
-/// Packets that wait in the kernel for the daemon to read them. The default of 500 super-packets
-/// is short of what a burst of small packets brings between two wake-ups.
+/// Packets that wait in the kernel for the daemon to read them. A burst of small packets brings
+/// more between two wake-ups than the default of 500.
 const TX_QUEUE_LEN: u32 = 1_000;
 
 /// Why the TUN could not be made.
@@ -51,14 +51,13 @@ pub struct TunFeatures {
     pub uso: bool,
 }
 
-/// Writes that may be refused as by kernels that cannot, to test what is done then.
+/// Writes to refuse as kernels do that cannot take them, to test the fallbacks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TunOptions {
-    /// Joined packets are taken; otherwise each is `EINVAL`.
+    /// Coalesced packets are taken; otherwise each is refused with `EINVAL`.
     pub joined: bool,
-    /// What takes more than 17 pages (`MAX_SKB_FRAGS`) is; otherwise it is `EMSGSIZE`, as on Linux
-    /// 6.3 to
-    /// 6.5.
+    /// Packets of more than 17 pages (`MAX_SKB_FRAGS`) are taken; otherwise each is refused with
+    /// `EMSGSIZE`, as by Linux 6.3 to 6.5.
     pub long: bool,
 }
 
@@ -71,7 +70,7 @@ impl Default for TunOptions {
     }
 }
 
-/// What is taken without [`TunOptions::long`], in bytes.
+/// Longest packet that is taken without [`TunOptions::long`], in bytes.
 const LONG: usize = 17 * 4_096;
 
 /// One queue of the TUN device.
@@ -90,7 +89,7 @@ impl TunQueue {
         queues: usize,
         options: TunOptions,
     ) -> Result<(Vec<Self>, TunFeatures), TunError> {
-        // tun-rs would make the device node; where there is none, somebody took it away.
+        // tun-rs would make the device node. Where there is none, somebody took it away.
         if !std::path::Path::new(DEVICE).exists() {
             return Err(TunError::NoDriver);
         }
@@ -130,8 +129,8 @@ impl TunQueue {
         self.device.send_vectored(parts).map(drop)
     }
 
-    /// Like [`send`](Self::send), for a packet that was put together from several: those are what
-    /// [`TunOptions`] may have refused.
+    /// Like [`send`](Self::send), for a packet that was coalesced. [`TunOptions`] may have it
+    /// refused.
     pub fn send_coalesced(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         if !self.options.joined {
             return refused(libc::EINVAL);

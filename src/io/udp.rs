@@ -1,8 +1,8 @@
 //! The UDP socket: batches of equal datagrams in one system call.
 //!
-//! Sends with `UDP_SEGMENT` (generic segmentation offload) and receives with `UDP_GRO`; where the
-//! kernel or the route cannot, it sends datagram by datagram and goes on. The address a datagram
-//! was sent to is told with it, and a reply leaves from there (`IP_PKTINFO`, `IPV6_PKTINFO`).
+//! Sends with `UDP_SEGMENT` (generic segmentation offload) and receives with `UDP_GRO`. Where the
+//! kernel or the route cannot, it sends datagram by datagram and goes on. With each datagram comes
+//! the address that it was sent to, and a reply leaves from there (`IP_PKTINFO`, `IPV6_PKTINFO`).
 //!
 //! One socket serves both families where the host has IPv6: IPv4 peers then appear as IPv4, never
 //! as mapped addresses.
@@ -34,10 +34,10 @@ pub const RECV_SLOT: usize = 65_536;
 /// 100,000 retransmits in a short test; 4 MiB does not.
 const SOCKET_BUFFER: usize = 4 << 20;
 
-/// Room for the control messages of one datagram, both families, with alignment.
+/// Space for the control messages of one datagram, both families, with alignment.
 const CONTROL_LEN: usize = 256;
 
-/// What came with a batch of datagrams.
+/// A batch of datagrams that was received.
 #[derive(Clone, Copy, Debug)]
 pub struct Received {
     /// Bytes in the slot.
@@ -68,7 +68,7 @@ impl Default for UdpOptions {
     }
 }
 
-/// Where a datagram says which of its sender's lanes it is from.
+/// Where a datagram says which of its sender's lanes it comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LaneField {
     /// First byte of the datagrams that say so.
@@ -83,7 +83,7 @@ pub struct UdpSocket {
     ipv6: bool,
     gso: AtomicBool,
     gro: bool,
-    /// Of all sockets of the port.
+    /// One counter for all sockets of the port.
     gso_fallbacks: Arc<AtomicU64>,
 }
 
@@ -104,7 +104,7 @@ impl UdpSocket {
         set_buffers(&socket);
         set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1).or_else(only_if(!ipv6))?;
         set_option(&socket, libc::IPPROTO_IP, libc::IP_RECVTOS, 1).or_else(only_if(!ipv6))?;
-        // Endpoint MTU discovery without letting the kernel cut or refuse: the tunnel sizes its
+        // Path MTU discovery without letting the kernel fragment or refuse: the tunnel sizes its
         // datagrams itself and must be able to probe (ip(7), IP_PMTUDISC_PROBE).
         let probe = libc::IP_PMTUDISC_PROBE;
         set_option(&socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, probe)
@@ -127,12 +127,12 @@ impl UdpSocket {
         })
     }
 
-    /// Opens `lanes` sockets on one port; each gets the datagrams of the sender's lanes that equal
-    /// its number modulo `lanes`, the first also those without a [`LaneField`].
+    /// Opens `lanes` sockets on one port. Each gets the datagrams of those of the sender's lanes
+    /// whose number modulo `lanes` is its own. The first also gets those without a [`LaneField`].
     ///
     /// The kernel asks a classic BPF program of ours which socket takes a datagram
-    /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)); where it has none, it spreads by addresses, and one
-    /// lane does the work of all.
+    /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)). Where it cannot, it spreads datagrams by their
+    /// addresses, and one lane does the work of all.
     pub fn bind_lanes(
         listen: SocketAddr,
         lanes: usize,
@@ -142,8 +142,8 @@ impl UdpSocket {
         if lanes <= 1 {
             return Ok(vec![Self::bind(listen, false, options)?]);
         }
-        // The first decides whether the port is free: with the option set on all of them, another
-        // program of root's that also sets it could share the port unnoticed.
+        // The first decides whether the port is free. If the option were set on all of them,
+        // another program of root's that also sets it could share the port unnoticed.
         drop(Self::bind(listen, false, options)?);
         let mut sockets = (0..lanes)
             .map(|_| Self::bind(listen, true, options))
@@ -174,8 +174,8 @@ impl UdpSocket {
         self.gro
     }
 
-    /// Batches that the kernel refused and that left datagram by datagram, on all sockets of the
-    /// port.
+    /// Batches that the kernel refused, so that they left datagram by datagram, on all sockets of
+    /// the port.
     pub fn gso_fallbacks(&self) -> u64 {
         self.gso_fallbacks.load(Relaxed)
     }
@@ -243,8 +243,8 @@ impl UdpSocket {
         Ok(received)
     }
 
-    /// Sends `batch` to `path` as datagrams of `stride` bytes (the last may be shorter), waiting
-    /// for room in the socket buffer.
+    /// Sends `batch` to `endpoint` as datagrams of `stride` bytes (the last may be shorter). Waits
+    /// for space in the socket buffer.
     ///
     /// # Errors
     /// The kernel's, for the last datagram that it refused; those before it have left.
@@ -263,7 +263,8 @@ impl UdpSocket {
             match self.send_message(endpoint, ecn, batch, Some(stride as u16)) {
                 Ok(()) => return Ok(()),
                 Err(error) => match error.raw_os_error() {
-                    // This route, device or size cannot: send this batch plainly and go on.
+                    // This route, device or size cannot: send this batch datagram by datagram and
+                    // go on.
                     Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE | libc::EOPNOTSUPP) => {
                         self.gso_fallbacks.fetch_add(1, Relaxed);
                     }
@@ -280,7 +281,7 @@ impl UdpSocket {
         result
     }
 
-    /// Sends from the address that the peer knows, or, if that is not ours any more, from the one
+    /// Sends from the address that the peer knows. If that is no longer ours, sends from the one
     /// that the kernel chooses: the peer follows.
     fn send_message(
         &self,
@@ -497,7 +498,7 @@ fn read_name(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
     }
 }
 
-/// Asks for [`SOCKET_BUFFER`] beyond the system's limit, else for as much as it gives.
+/// Asks for [`SOCKET_BUFFER`] beyond the system's limit, or else for as much as that gives.
 fn set_buffers(socket: &Socket) {
     let size = SOCKET_BUFFER as libc::c_int;
     if set_option(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, size).is_err() {
@@ -508,8 +509,8 @@ fn set_buffers(socket: &Socket) {
     }
 }
 
-/// Attaches the program that gives a datagram that names a lane to the socket of that lane, and
-/// everything else to the first.
+/// Attaches the program that gives a datagram that names a lane to that lane's socket, and every
+/// other datagram to the first socket.
 fn choose_by_lane(socket: &Socket, lanes: usize, field: LaneField) -> io::Result<()> {
     let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
         code: code as u16,
@@ -557,8 +558,8 @@ fn choose_by_lane(socket: &Socket, lanes: usize, field: LaneField) -> io::Result
     }
 }
 
-/// Whether the kernel may have refused a source address that is not its own: of IPv6 it says
-/// `EINVAL`, of IPv4 `ENETUNREACH` on newer kernels, and both of much else.
+/// Whether the kernel may have refused a source address that is not its own. It says `EINVAL` of
+/// IPv6 and, on newer kernels, `ENETUNREACH` of IPv4. It says both of much else too.
 fn is_gone(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -566,7 +567,8 @@ fn is_gone(error: &io::Error) -> bool {
     )
 }
 
-/// Options of IPv4 on a socket of the IPv6 family are a convenience there and required otherwise.
+/// Ignores the error of an option that is not `required`. A socket of the IPv6 family can do
+/// without options of IPv4; one of the IPv4 family cannot.
 fn only_if(required: bool) -> impl Fn(io::Error) -> io::Result<()> {
     move |error| if required { Err(error) } else { Ok(()) }
 }
@@ -694,7 +696,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_is_not_ours_any_more_does_not_stop_the_datagram() {
+    fn a_datagram_leaves_although_its_source_is_no_longer_ours() {
         let (a, b, mut endpoint) = pair(UdpOptions::default());
         endpoint.local = Some([192, 0, 2, 99].into());
         a.send(&endpoint, 0, &[7; 1_500], 1_000).unwrap();
