@@ -6,13 +6,14 @@ use crate::packet::field::{UDP_LITE, get, ipv4, ipv6, put};
 
 /// A one's complement sum that is not folded yet.
 ///
-/// In the byte order of the machine: such a sum comes out with its bytes swapped, and stored in the
-/// same order they are right again (RFC 1071 section 2 B). Holds some 2^32 words without overflow.
+/// It is in the byte order of the machine. Such a sum comes out with its bytes swapped; stored in
+/// the same order, they are right again (RFC 1071 section 2 B). It holds some 2^32 words without
+/// overflow.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub(crate) struct Sum(pub(super) u64);
 
 impl Sum {
-    /// What replacing `old` by `new`, both of whole words, adds.
+    /// What it adds to a sum to replace `old` by `new`, both of whole words.
     #[inline]
     pub(crate) fn change<const N: usize>(old: [u8; N], new: [u8; N]) -> Self {
         const { assert!(N.is_multiple_of(2) && N > 0) };
@@ -29,19 +30,19 @@ impl Sum {
         Self(sum)
     }
 
-    /// Both sums as one.
+    /// Adds two sums.
     #[inline]
     pub(crate) fn and(self, other: Self) -> Self {
         Self(self.0 + other.0)
     }
 
-    /// With one more word, given as it is in memory.
+    /// Adds one more word, given as it is in memory.
     #[inline]
     pub(crate) fn word(self, word: [u8; 2]) -> Self {
         Self(self.0 + u64::from(u16::from_ne_bytes(word)))
     }
 
-    /// With all of `bytes`; an odd last byte counts as if a zero followed.
+    /// Adds all of `bytes`. An odd last byte counts as if a zero followed.
     #[inline]
     pub(crate) fn add(self, bytes: &[u8]) -> Self {
         let (words, rest) = bytes.as_chunks::<4>();
@@ -59,7 +60,7 @@ impl Sum {
         Self(self.0 + sum)
     }
 
-    /// Folded to 16 bits; store it with `to_ne_bytes`.
+    /// Folds the sum to 16 bits. Store it with `to_ne_bytes`.
     #[inline]
     pub(crate) fn fold(self) -> u16 {
         let sum = (self.0 & 0xffff_ffff) + (self.0 >> 32);
@@ -79,18 +80,18 @@ pub(crate) fn pseudo_sum(header: &[u8], family: Family, protocol: u8) -> Sum {
     Sum::default().add(addrs).word([0, protocol])
 }
 
-/// The finished checksum of bytes that sum up to `sum`, with the pseudo-header and without the
-/// checksum itself; store it with `to_ne_bytes`.
+/// The finished checksum of bytes that sum up to `sum`, which includes the pseudo-header but not
+/// the checksum itself. Store it with `to_ne_bytes`.
 ///
-/// With `never_zero`, as UDP wants it, the other zero of one's complement stands for a zero, which
-/// would say that there is no checksum (RFC 768).
+/// `never_zero` is for UDP, where a zero would say that there is no checksum (RFC 768): the other
+/// zero of one's complement stands for it.
 #[inline]
 pub(crate) fn finish(sum: Sum, never_zero: bool) -> u16 {
     let sum = !sum.fold();
     if sum == 0 && never_zero { 0xffff } else { sum }
 }
 
-/// Puts `new` at `at` and says what that adds to a sum.
+/// Writes `new` at `at`, and returns what that adds to a sum.
 #[inline]
 pub(super) fn replace<const N: usize>(bytes: &mut [u8], at: usize, new: [u8; N]) -> Sum {
     let old = get(bytes, at);
@@ -98,7 +99,7 @@ pub(super) fn replace<const N: usize>(bytes: &mut [u8], at: usize, new: [u8; N])
     Sum::change(old, new)
 }
 
-/// RFC 1624, equation 3.
+/// Mends a full checksum (RFC 1624, equation 3).
 #[inline]
 pub(super) fn mend_full(bytes: &mut [u8], at: usize, delta: Sum) {
     let old = u16::from_ne_bytes(get(bytes, at));
@@ -106,8 +107,8 @@ pub(super) fn mend_full(bytes: &mut [u8], at: usize, delta: Sum) {
     put(bytes, at, new.to_ne_bytes());
 }
 
-/// The same for an upper layer where 0 may mean that there is no checksum (RFC 768): 0 stays 0, and
-/// what comes out as 0 is written as its equal 0xffff.
+/// Mends a full checksum of an upper layer where 0 may mean that there is none (RFC 768): 0 stays
+/// 0, and a result of 0 is written as its equal 0xffff.
 #[inline]
 pub(super) fn mend_l4_full(bytes: &mut [u8], at: usize, protocol: u8, delta: Sum) {
     if protocol == UDP && get::<2>(bytes, at) == [0, 0] {
@@ -137,7 +138,7 @@ mod tests {
             mut bytes in prop::collection::vec(any::<u8>(), 12..100), new in any::<[u8; 4]>(),
             at in any::<prop::sample::Index>(),
         ) {
-            // The checksum lies at the front; what is replaced, anywhere behind it.
+            // The checksum lies at the front. The bytes that are replaced lie anywhere behind it.
             bytes[..2].fill(0);
             let sum = checksum(&bytes);
             put(&mut bytes, 0, sum);

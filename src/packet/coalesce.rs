@@ -33,8 +33,8 @@ const MAX_DATAGRAMS: usize = 64;
 pub const MAX_SUPER: usize = 65_535;
 
 /// Largest super-packet that is made where the kernel takes BIG TCP: four times as long. 128 KiB
-/// gain half as much; the kernel takes 512 KiB (17 fragments of 32 KiB, Linux 6.6 on), but all of
-/// it has to lie in the receive buffer, which is to stay in the processor's cache.
+/// would gain half as much. The kernel takes 512 KiB (17 page fragments of 32 KiB, Linux 6.6 on),
+/// but all of it has to lie in the receive buffer, which should stay in the processor's cache.
 pub const MAX_BIG: usize = 4 * 65_535;
 
 /// What became of a packet given to the [`Coalescer`].
@@ -45,7 +45,7 @@ pub enum Push {
     Started,
     /// It continues the super-packet.
     Coalesced,
-    /// It does not belong to what is held: write that ([`Coalescer::finish`]) and push again.
+    /// It does not belong to what is held: write that ([`Coalescer::finish`]) and push it again.
     MustFlush,
 }
 
@@ -57,16 +57,16 @@ pub enum Push {
 /// packets with a partial checksum are coalesced: they were authenticated as a whole on the way,
 /// and their sums follow from their lengths.
 ///
-/// For packets that end on this host more can be had ([`Reach::Here`]): the kernel's BIG TCP over
-/// IPv4 (`iph_totlen` in `linux/ip.h`, Linux 6.3 on; the TUN takes it from 6.6 on), a super-packet
-/// that is longer than the length field can tell, which then says zero. Each write runs the
-/// receiving TCP and is acknowledged on its own, so that a quarter of the writes costs both servers
-/// less. And PSH does not end a super-packet there: what came behind it is handed to the
-/// application with it, and nobody segments it again.
+/// More is possible for packets that end on this host ([`Reach::Here`]). The kernel's BIG TCP over
+/// IPv4 (`iph_totlen` in `linux/ip.h`, Linux 6.3 on; the TUN takes it from 6.6 on) is a
+/// super-packet that is longer than the length field can tell, which then says zero. Each write
+/// runs the receiving TCP and is acknowledged on its own, so that a quarter of the writes costs
+/// both servers less. Nor does PSH end a super-packet there: what follows is handed to the
+/// application together with it, and nobody segments it again.
 ///
 /// One round: [`push`](Self::push) until [`Push::MustFlush`] or the buffer's end,
-/// [`finish`](Self::finish), write, and, if the kernel refused the write, [`take_apart`](Self::take_apart)
-/// and write each.
+/// [`finish`](Self::finish), write. If the kernel refused the write,
+/// [`take_apart`](Self::take_apart) and write each packet.
 #[derive(Debug)]
 pub struct Coalescer {
     uso: bool,
@@ -82,7 +82,7 @@ pub struct Coalescer {
     next_seq: u32,
     last_flags: u8,
     id: u16,
-    /// Known once a second packet was looked at.
+    /// Set once a second packet was looked at.
     likeness: Likeness,
 }
 
@@ -116,7 +116,7 @@ pub struct Super<'a> {
     pub parts: &'a [Range<usize>],
     /// How many packets it is made of.
     pub packets: usize,
-    /// The super-packet's fields: to be used with the bytes of the first part, which hold all its
+    /// The super-packet's fields. Use them with the bytes of the first part, which hold all its
     /// headers.
     pub parsed: Parsed,
     /// Whether its checksum is partial.
@@ -124,7 +124,7 @@ pub struct Super<'a> {
 }
 
 impl Coalescer {
-    /// An empty one. `uso`: the TUN takes UDP super-packets (`TUN_F_USO4 | TUN_F_USO6`).
+    /// An empty coalescer. `uso`: the TUN takes UDP super-packets (`TUN_F_USO4 | TUN_F_USO6`).
     pub fn new(uso: bool, reach: Reach) -> Self {
         Self {
             uso,
@@ -143,7 +143,7 @@ impl Coalescer {
         }
     }
 
-    /// From the next super-packet on, where super-packets go.
+    /// Sets where super-packets go, from the next one on.
     pub fn set_reach(&mut self, reach: Reach) {
         self.reach = reach;
     }
@@ -182,7 +182,7 @@ impl Coalescer {
         }
     }
 
-    /// Patches the headers of what is held and hands it out; `None` if nothing is.
+    /// Patches the headers of what is held and hands it out; `None` if nothing is held.
     #[inline]
     pub fn finish(&mut self, slab: &mut [u8]) -> Option<Super<'_>> {
         if self.is_empty() {
@@ -218,11 +218,11 @@ impl Coalescer {
         })
     }
 
-    /// Makes single packets again out of what [`finish`](Self::finish) last handed out, for a
-    /// kernel that refuses it: each is one range of the slab, all go with the same virtio header.
+    /// Makes single packets again of what [`finish`](Self::finish) last handed out, for a kernel
+    /// that refuses it. Each is one range of the slab, and all go with the same virtio header.
     ///
-    /// Each part still has room for its headers in front of its payload, where its own lay; they
-    /// are made anew from the head, so that a rewrite of the head in between reaches all.
+    /// Each part still has space for its headers in front of its payload, where its own lay. They
+    /// are made anew from the head, so that a rewrite of the head in between reaches all parts.
     pub fn take_apart(&mut self, slab: &mut [u8]) -> (VnetHdr, &[Range<usize>]) {
         let Some(parsed) = self.head else {
             return (VnetHdr::default(), &[]);
@@ -323,7 +323,7 @@ impl Coalescer {
         partial: bool,
     ) -> Option<()> {
         let head = self.head?;
-        // The same place for every field, which leaves only the bytes themselves to compare.
+        // Each field lies at the same place, so that only the bytes themselves are left to compare.
         let alike = parsed.kind() == head.kind()
             && parsed.family() == head.family()
             && parsed.fragment() == Fragment::None
@@ -335,11 +335,10 @@ impl Coalescer {
         self.append(slab, range.start..range.start + parsed.total())
     }
 
-    /// Appends the packet at `slab[range]`, which was not parsed, if it is one of TCP that
-    /// continues the super-packet and is as long as its first: then all that parsing would find is
-    /// known.
+    /// Appends the packet at `slab[range]` without parsing it, if it is a TCP packet that continues
+    /// the super-packet and is as long as its first: then all that parsing would find is known.
     ///
-    /// What it does not append may still be appended by [`push`](Self::push).
+    /// [`push`](Self::push) may still append what this does not.
     #[inline]
     pub fn follow(&mut self, slab: &[u8], range: Range<usize>, csum_partial: bool) -> bool {
         let Some(head) = self.head else {
@@ -412,13 +411,13 @@ impl Coalescer {
         }
     }
 
-    /// Whether an IPv4 identification may follow.
+    /// Whether this IPv4 identification may come next.
     #[inline]
     fn id_follows(&self, packet: &[u8], head: &Parsed) -> bool {
         let id = get_u16(packet, ipv4::ID);
         head.family() == Family::V6
             || id == self.id.wrapping_add(self.count as u16)
-            // An atomic datagram's identification says nothing (RFC 6864 section 4).
+            // The identification of an atomic datagram says nothing (RFC 6864 section 4).
             || id == self.id && get_u16(packet, ipv4::FRAGMENT) & ipv4::DONT_FRAGMENT != 0
     }
 }
@@ -427,7 +426,7 @@ impl Coalescer {
 /// options.
 const HEADER_WORDS: usize = (ipv6::HEADER_LEN + tcp::MAX_HEADER_LEN).div_ceil(8);
 
-/// What the headers of all packets of one super-packet have in common, to be compared in words.
+/// What the headers of all packets of one super-packet have in common, compared in words.
 #[derive(Clone, Copy, Debug)]
 struct Likeness {
     words: usize,
@@ -442,7 +441,7 @@ impl Likeness {
         wanted: [0; HEADER_WORDS],
     };
 
-    /// Of packets like the one with this header, which has no IP options.
+    /// The likeness of packets whose header is like this one. It has no IP options.
     fn of(header: &[u8], parsed: &Parsed) -> Self {
         let mut mask = [0; HEADER_WORDS * 8];
         let mut wanted = [0; HEADER_WORDS * 8];
@@ -475,7 +474,7 @@ impl Likeness {
         }
     }
 
-    /// Whether what begins here is alike; not if the buffer ends within the last word.
+    /// Whether the bytes here are alike. They are not if the buffer ends within the last word.
     #[inline]
     fn holds(&self, bytes: &[u8]) -> bool {
         let Some(bytes) = bytes.get(..self.words * 8) else {
@@ -589,7 +588,7 @@ mod tests {
             let gathered: Vec<u8> = parts.flat_map(|part| slab[part.clone()].to_vec()).collect();
             prop_assert_eq!(&gathered, &packet);
 
-            // A rewrite of the head reaches all packets that it is taken apart into.
+            // A rewrite of the head reaches all packets that the super-packet is taken apart into.
             let head = whole.parts[0].clone();
             let other: Addr = Ipv4Addr::new(8, 8, 4, 4).into();
             let addr = if v6 { parsed.src(&packet) } else { other };
@@ -726,8 +725,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is appended without parsing is what would be appended with it, to the same
-        /// super-packet.
+        /// Appending without parsing makes the same super-packet as appending with it.
         #[test]
         fn following_is_pushing(
             v6 in any::<bool>(), here in any::<bool>(), size in 1usize..1_400, at in 0usize..60,
@@ -816,7 +814,7 @@ mod tests {
         let pseudo = pseudo_header(head, TCP, 20 + 100 * 1_388);
         assert_eq!(head[36..38], pseudo);
 
-        // Refused: each as it was, but for the identification, which now counts.
+        // The kernel refused it: each packet is as it was, but its identification now counts up.
         let (_, parts) = coalescer.take_apart(&mut slab);
         assert_eq!(parts.len(), 100);
         for (index, (part, packet)) in parts.iter().zip(&packets).enumerate() {

@@ -1,7 +1,8 @@
 //! Explicit congestion notification across the tunnel (RFC 6040, normal mode).
 //!
-//! On the way in, the outer header takes the inner one's field; on the way out, a router's mark on
-//! the outer header is carried over to the inner one. The rest of the traffic class stays inside.
+//! At the tunnel's entry, the outer header takes the inner one's field. At its exit, a router's
+//! mark on the outer header is carried over to the inner one. The rest of the traffic class stays
+//! inside.
 
 use crate::model::drops::DropReason;
 use crate::packet::Parsed;
@@ -26,8 +27,8 @@ pub fn changes_nothing(outer: u8) -> bool {
 /// Carries the outer header's field over to the packet (RFC 6040 section 4.2, figure 4).
 ///
 /// # Errors
-/// [`DropReason::EcnBroken`] where a router marked a packet whose sender does not understand it: to
-/// be dropped, as the router would have done.
+/// [`DropReason::EcnBroken`] if a router marked a packet whose sender does not understand the mark.
+/// It has to be dropped, as the router would have done.
 pub fn carry_over(packet: &mut [u8], parsed: &Parsed, outer: u8) -> Result<(), DropReason> {
     let own = parsed.ecn(packet);
     let new = match (own, outer) {

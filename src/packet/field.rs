@@ -13,8 +13,8 @@ pub(super) const UDP_LITE: u8 = 136;
 /// IP protocol number of DCCP (RFC 4340).
 pub(super) const DCCP: u8 = 33;
 
-/// What every link carries that carries IPv6; one that cannot fragments and reassembles below it
-/// (RFC 8200 section 5).
+/// Every link that carries IPv6 carries packets of this size. One that cannot has to fragment and
+/// reassemble them below IPv6 (RFC 8200 section 5).
 pub const IPV6_MIN_MTU: usize = 1_280;
 
 /// TCP flag FIN.

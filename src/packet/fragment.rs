@@ -1,10 +1,9 @@
-//! Fragments on their way through a lane: those that must wait, those that contradict each other,
-//! and those that are made here.
+//! Fragments on their way through a lane: those that wait, those that contradict each other, and
+//! those that are made here.
 //!
-//! Owns what has to be known of a fragmented packet without ever putting it together: which bytes
-//! of it were seen ([`Overlaps`]), and later fragments that came before the first, which alone says
-//! whose they are ([`HeldFragments`]). Where fragments go is [`translate`](crate::flow::translate)'s
-//! business.
+//! Owns what has to be known of a fragmented packet without ever reassembling it: which bytes of it
+//! were seen ([`Overlaps`]), and later fragments that came before the first, which alone says whose
+//! they are ([`HeldFragments`]). [`translate`](crate::flow::translate) decides where fragments go.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -15,20 +14,20 @@ use crate::packet::checksum::{Sum, finish};
 use crate::packet::field::{get_u16, ipv4, put};
 use crate::packet::{Addr, Family, Parsed};
 
-/// How long the fragments of one packet may be apart: what Linux waits for them
-/// (`net.ipv4.ipfrag_time`, RFC 791 section 3.2 suggests 15 s, RFC 8200 section 4.5 has 60 s).
+/// How far apart the fragments of one packet may come: as long as Linux waits for them
+/// (`net.ipv4.ipfrag_time`; RFC 791 section 3.2 suggests 15 s, RFC 8200 section 4.5 has 60 s).
 pub const FRAGMENT_LIFE: Duration = Duration::from_secs(30);
 
-/// Fragmented packets watched at a time; their fragments come right after each other.
+/// Fragmented packets watched at a time. The fragments of one come right after each other.
 const WATCHED: usize = 128;
 
-/// Fragments of one packet: 65,535 bytes in fragments of 576, and more only to make work.
+/// Most fragments of one packet: 65,535 bytes in fragments of 576. More would only make work.
 const MAX_FRAGMENTS: usize = 120;
 
 /// Fragments that wait for their first: two packets of 64 KB whose fragments come in reverse.
 const MAX_WAITING: usize = 128;
 
-/// Bytes of the fragments that wait.
+/// Most bytes of the fragments that wait.
 const MAX_WAITING_BYTES: usize = 1 << 20;
 
 /// What all fragments of one packet have in common.
@@ -47,7 +46,7 @@ impl Key {
             src: parsed.src(bytes),
             dst: parsed.dst(bytes),
             id: parsed.fragment_id(),
-            // IPv6 leaves the protocol out of it (RFC 8200 section 4.5).
+            // In IPv6 the protocol is no part of it (RFC 8200 section 4.5).
             protocol: match parsed.family() {
                 Family::V4 => parsed.protocol(),
                 Family::V6 => 0,
@@ -66,7 +65,7 @@ impl Key {
     }
 }
 
-/// Refuses fragments that write over others (RFC 5722; RFC 1858 for what that is good for).
+/// Refuses fragments that overlap others (RFC 5722; RFC 1858 tells which attacks that stops).
 #[derive(Debug, Default)]
 pub struct Overlaps {
     watched: VecDeque<Watched>,
@@ -125,14 +124,14 @@ pub struct HeldFragments<T> {
     bytes: usize,
 }
 
-/// One of them.
+/// A later fragment that waits.
 #[derive(Debug)]
 pub struct Held<T> {
     id: u32,
     since: Instant,
-    /// What belongs to it.
+    /// What the caller keeps with it.
     pub with: T,
-    /// As it came.
+    /// Its bytes, as it came.
     pub bytes: Vec<u8>,
 }
 
@@ -146,7 +145,7 @@ impl<T> Default for HeldFragments<T> {
 }
 
 impl<T> HeldFragments<T> {
-    /// Keeps a fragment, whose identification is `id`. Those that have to make room are handed out.
+    /// Keeps a fragment, whose identification is `id`. Returns those that it displaced.
     pub fn keep(&mut self, now: Instant, id: u32, with: T, bytes: &[u8]) -> Vec<Held<T>> {
         self.bytes += bytes.len();
         self.held.push_back(Held {
@@ -166,7 +165,7 @@ impl<T> HeldFragments<T> {
         out
     }
 
-    /// Takes out what has waited for longer than its first fragment can be late.
+    /// Takes out a fragment that has waited longer than its first one can be late.
     pub fn expire(&mut self, now: Instant) -> Option<Held<T>> {
         let oldest = self.held.front()?;
         if now.saturating_duration_since(oldest.since) < FRAGMENT_LIFE {
@@ -224,7 +223,7 @@ impl<'a> Fragments<'a> {
         let total = self.header + len;
         out[..self.header].copy_from_slice(&self.packet[..self.header]);
         out[self.header..total].copy_from_slice(&payload[..len]);
-        // Of a packet that is a fragment itself, the offsets go on and its own flag stays.
+        // If the packet is a fragment itself, offsets count on from its own, and its flag stays.
         let mut word = get_u16(self.packet, ipv4::FRAGMENT);
         word += ((self.at - self.header) / 8) as u16;
         if len < payload.len() {

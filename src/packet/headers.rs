@@ -56,7 +56,7 @@ impl Chain {
             };
             let mut len = extension_len(header);
             match chain.protocol {
-                // The destination would not be the last one, which is what the checksum covers.
+                // Then the destination would not be the last one, which the checksum covers.
                 ROUTING if header[3] != 0 => return Err(DropReason::IpMalformed),
                 FRAGMENT => {
                     if chain.fragment != Fragment::None {
@@ -93,8 +93,8 @@ fn extension_len(header: &[u8; 8]) -> usize {
     8 + usize::from(header[1]) * 8
 }
 
-/// Where the part of an IPv6 packet begins that its fragment header is about, if it has one before
-/// `l4`. Its headers have passed [`Chain::walk`].
+/// Where the part of an IPv6 packet begins that its fragment header is about, if there is such a
+/// header before `l4`. [`Chain::walk`] has checked the headers.
 pub(super) fn fragmented_part(packet: &[u8], l4: usize) -> Option<usize> {
     let (mut kind, mut at) = (*packet.get(ipv6::NEXT_HEADER)?, ipv6::HEADER_LEN);
     while at < l4 {

@@ -1,7 +1,7 @@
 //! ICMP errors that the daemon sends itself: too big, and hop limit used up.
 //!
-//! Owns about which packets an error may be sent, and what it quotes. How often is the caller's to
-//! limit (RFC 1812 section 4.3.2.8, RFC 4443 section 2.4 f), and where it is sent.
+//! Owns which packets an error may be sent about, and what it quotes. The caller limits how often
+//! (RFC 1812 section 4.3.2.8, RFC 4443 section 2.4 f), and knows where to send it.
 
 use std::net::IpAddr;
 
@@ -97,7 +97,8 @@ fn error(
     Some(room - rest.len())
 }
 
-/// The source is a single host's: no other passes [`Parsed::parse`].
+/// Whether an error may be sent about a packet. That its source is a single host is sure:
+/// [`Parsed::parse`] lets no other pass.
 fn may_report(packet: &[u8], parsed: &Parsed) -> bool {
     let to_many = match (parsed.family(), IpAddr::from(parsed.dst(packet))) {
         (Family::V4, IpAddr::V4(dst)) => dst.is_multicast() || dst.is_broadcast(),
@@ -129,16 +130,16 @@ mod tests {
         let from = "192.0.2.5".parse().unwrap();
         let len = too_big(&mut out, &packet, &parsed, from, 1300).unwrap();
         assert_eq!(len, MAX_V4);
-        let answer = Parsed::parse(&out[..len]).unwrap();
-        assert_eq!(answer.kind(), Kind::IcmpError);
+        let error = Parsed::parse(&out[..len]).unwrap();
+        assert_eq!(error.kind(), Kind::IcmpError);
         assert_eq!(
-            IpAddr::from(answer.dst(&out)),
+            IpAddr::from(error.dst(&out)),
             IpAddr::from([203, 0, 113, 9])
         );
         assert_eq!(out[20..22], [3, 4]);
         assert_eq!(u16::from_be_bytes([out[26], out[27]]), 1300);
         assert_eq!(out[28..MAX_V4], packet[..MAX_V4 - 28]);
-        let quoted = Quoted::parse(&out, &answer).unwrap();
+        let quoted = Quoted::parse(&out, &error).unwrap();
         assert_eq!((quoted.src_port(), quoted.dst_port()), (4000, 53));
         assert_eq!(checksum(&out[20..len]), [0, 0]);
     }
@@ -162,7 +163,7 @@ mod tests {
             .icmp_type
             .calc_checksum(dst, src, &packet[..MAX_V6 - 48]);
         assert_eq!(icmp.checksum, sum.unwrap());
-        // None to the other family, and none about itself.
+        // No error goes to the other family, and none is about an error.
         let v4 = "192.0.2.5".parse().unwrap();
         assert_eq!(time_exceeded(&mut [0; MAX_V6], &packet, &parsed, v4), None);
         let about = Parsed::parse(&out).unwrap();
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_not_be_answered_is_not() {
+    fn no_error_is_sent_about_what_may_have_none() {
         let from = "192.0.2.5".parse().unwrap();
         let mut out = [0; MAX_V4];
         for dst in [[224, 0, 0, 1], [255, 255, 255, 255]] {

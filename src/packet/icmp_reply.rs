@@ -1,7 +1,7 @@
 //! ICMP replies: errors about packets that cannot go on, and how many of them.
 //!
-//! Owns which error it is ([`IcmpError`]), the buffer it is written to and the limit of their rate.
-//! What they look like is [`icmp`]'s business, and where they are sent the lane's.
+//! Owns which error it is ([`IcmpError`]), the buffer that it is written to, and the limit of their
+//! rate. [`icmp`] knows what an error looks like, and the lane where to send it.
 
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -28,7 +28,7 @@ pub enum IcmpError {
 }
 
 impl IcmpError {
-    /// What there is to say about a packet that was dropped; `mtu` is what would have fitted.
+    /// The error that tells why a packet was dropped, if one does. `mtu` is what would have fitted.
     pub fn of(reason: DropReason, mtu: usize) -> Option<Self> {
         if reason == DropReason::TooBig {
             return Some(Self::TooBig(mtu));
@@ -37,7 +37,7 @@ impl IcmpError {
     }
 }
 
-/// Makes ICMP errors, and not too many.
+/// Makes ICMP errors, but not too many.
 #[derive(Debug)]
 pub struct IcmpReplies {
     tokens: u32,
@@ -57,8 +57,8 @@ impl IcmpReplies {
         }
     }
 
-    /// Writes an error about `packet`, to its source and from `from`; `false` if none may be sent
-    /// about such a packet. It is kept until [`Self::take`].
+    /// Writes an error about `packet`, to its source and from `from`. The error is kept until
+    /// [`Self::take`]. Returns `false` if no error may be sent about such a packet.
     ///
     /// # Errors
     /// [`DropReason::AnswerLimited`] if there were too many.
@@ -84,7 +84,7 @@ impl IcmpReplies {
         Ok(true)
     }
 
-    /// The error that was made, once.
+    /// Takes the error that was made. It can be taken once.
     #[inline]
     pub fn take(&mut self) -> Option<&mut [u8]> {
         let len = std::mem::take(&mut self.len);
@@ -116,11 +116,11 @@ mod tests {
     #[test]
     fn a_burst_and_then_a_pace() {
         let now = epoch();
-        let mut answers = IcmpReplies::new(now);
+        let mut replies = IcmpReplies::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();
         let from = "192.0.2.1".parse().unwrap();
-        let mut ask = |now| answers.make(now, IcmpError::Expired, &packet, &parsed, from);
+        let mut ask = |now| replies.make(now, IcmpError::Expired, &packet, &parsed, from);
         for _ in 0..REPLY_BURST {
             assert_eq!(ask(now), Ok(true));
         }
@@ -133,25 +133,21 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_taken_once() {
+    fn a_reply_is_taken_once() {
         let now = epoch();
-        let mut answers = IcmpReplies::new(now);
+        let mut replies = IcmpReplies::new(now);
         let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
         let parsed = Parsed::parse(&packet).unwrap();
         let from = "192.0.2.5".parse().unwrap();
         assert_eq!(
-            answers.make(now, IcmpError::TooBig(1300), &packet, &parsed, from),
+            replies.make(now, IcmpError::TooBig(1300), &packet, &parsed, from),
             Ok(true)
         );
-        assert!(
-            answers
-                .take()
-                .is_some_and(|answer| answer[20..22] == [3, 4])
-        );
-        assert!(answers.take().is_none());
+        assert!(replies.take().is_some_and(|reply| reply[20..22] == [3, 4]));
+        assert!(replies.take().is_none());
         let other = "2001:db8::1".parse().unwrap();
         assert_eq!(
-            answers.make(now, IcmpError::Expired, &packet, &parsed, other),
+            replies.make(now, IcmpError::Expired, &packet, &parsed, other),
             Ok(false)
         );
     }

@@ -43,7 +43,7 @@ pub(super) fn icmp_kind(family: Family, icmp_type: u8) -> Option<Kind> {
     }
 }
 
-/// The identifier on the side where a client has its port.
+/// The ports that stand for an ICMP identifier, which is on the side where a client has its port.
 pub(super) fn icmp_ports(kind: Kind, l4: &[u8]) -> (u16, u16) {
     let id = get_u16(l4, icmp::ID);
     match kind {

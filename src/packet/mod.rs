@@ -21,10 +21,10 @@
 //! | `parsed` | the check, and the setters |
 //! | `quoted` | the packet that an ICMP error quotes |
 //! | `checksum` | the sum, and how it is mended |
-//! | `mss`, [`ecn`] | what a tunnel has to say in a packet that passes |
+//! | `mss`, [`ecn`] | what a tunnel has to change in a packet that passes |
 //! | [`fragment`] | fragments that wait, contradict each other, or are made here |
-//! | [`vnet`], [`segment`], [`coalesce`] | super-packets, taken apart and made again |
-//! | [`icmp`], [`icmp_reply`] | ICMP errors of the daemon's own, and how many |
+//! | [`vnet`], [`segment`], [`coalesce`] | super-packets, segmented and coalesced again |
+//! | [`icmp`], [`icmp_reply`] | ICMP errors that the daemon itself sends, and how many |
 
 mod addr;
 mod checksum;

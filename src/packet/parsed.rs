@@ -1,8 +1,8 @@
 //! One packet that has been checked: where its fields lie, and how they are changed.
 //!
-//! By hand, and not by etherparse, which is the judge in the tests and writes the ICMP errors: a
+//! By hand, and not by etherparse, which is the oracle in the tests and builds the ICMP errors. A
 //! lane needs 24 bytes of offsets that it can copy, made by looking at the headers once, and
-//! setters that mend a checksum in either of its states. etherparse makes headers of their own and
+//! setters that mend a checksum in either of its states. etherparse makes headers of its own and
 //! sums up anew.
 
 use std::ops::Range;
@@ -17,11 +17,11 @@ use crate::packet::field::{
 use crate::packet::headers::{Chain, Fragment, check_fragment, check_options, fragmented_part};
 use crate::packet::kind::{Kind, icmp_kind, icmp_ports};
 
-/// Where things lie in one packet that has passed the door.
+/// Where things lie in one packet that has been checked.
 ///
-/// Belongs to the bytes it was made from: the methods that take `bytes` panic on a buffer that is
-/// shorter than the headers they touch. They touch headers only, so the head of a super-packet
-/// whose payload lies elsewhere will do.
+/// It belongs to the bytes that it was made from: the methods that take `bytes` panic on a buffer
+/// that is shorter than the headers they touch. They touch headers only, so the head of a
+/// super-packet whose payload lies elsewhere will do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Parsed {
     total: u32,
@@ -68,8 +68,8 @@ impl Parsed {
         self.family
     }
 
-    /// IP protocol number of the upper layer; of a later IPv6 fragment, the number its fragment
-    /// header names, which may be that of a further extension header.
+    /// IP protocol number of the upper layer. For a later IPv6 fragment it is the number that its
+    /// fragment header names, which may be that of a further extension header.
     #[inline]
     pub fn protocol(&self) -> u8 {
         self.protocol
@@ -87,8 +87,7 @@ impl Parsed {
         self.fragment
     }
 
-    /// Identification of a fragment; of an IPv4 packet that is none, its identification all the
-    /// same.
+    /// Identification of a fragment, or of an IPv4 packet that is none.
     #[inline]
     pub fn fragment_id(&self) -> u32 {
         self.fragment_id
@@ -125,7 +124,7 @@ impl Parsed {
         (self.csum_at != 0).then_some(usize::from(self.csum_at))
     }
 
-    /// Source port, or the identifier of an ICMP request; 0 where there is none.
+    /// Source port, or the identifier of an ICMP query; 0 where there is none.
     #[inline]
     pub fn src_port(&self) -> u16 {
         self.src_port
@@ -161,7 +160,7 @@ impl Parsed {
         }
     }
 
-    /// Puts another source address, of the same family, and mends the checksums.
+    /// Replaces the source address by one of the same family, and mends the checksums.
     #[inline]
     pub fn set_src(&self, bytes: &mut [u8], addr: Addr, partial: bool) {
         let at = match self.family {
@@ -171,7 +170,7 @@ impl Parsed {
         self.set_addr(bytes, at, addr, partial);
     }
 
-    /// Puts another destination address, of the same family, and mends the checksums.
+    /// Replaces the destination address by one of the same family, and mends the checksums.
     #[inline]
     pub fn set_dst(&self, bytes: &mut [u8], addr: Addr, partial: bool) {
         let at = match self.family {
@@ -181,8 +180,8 @@ impl Parsed {
         self.set_addr(bytes, at, addr, partial);
     }
 
-    /// Puts another source port, or identifier of an ICMP request, and mends the checksum.
-    /// A packet without one is left alone.
+    /// Replaces the source port, or the identifier of an ICMP query, and mends the checksum. A
+    /// packet without one is left alone.
     pub fn set_src_port(&mut self, bytes: &mut [u8], port: u16, partial: bool) {
         let at = match self.kind {
             Kind::Tcp | Kind::Udp => self.l4() + udp::SRC_PORT,
@@ -193,8 +192,8 @@ impl Parsed {
         self.set_port(bytes, at, port, partial);
     }
 
-    /// Puts another destination port, or identifier of an ICMP reply, and mends the checksum.
-    /// A packet without one is left alone.
+    /// Replaces the destination port, or the identifier of an ICMP reply, and mends the checksum. A
+    /// packet without one is left alone.
     pub fn set_dst_port(&mut self, bytes: &mut [u8], port: u16, partial: bool) {
         let at = match self.kind {
             Kind::Tcp | Kind::Udp => self.l4() + udp::DST_PORT,
@@ -205,13 +204,13 @@ impl Parsed {
         self.set_port(bytes, at, port, partial);
     }
 
-    /// Puts another total length (IP and UDP) and mends the IPv4 header checksum and the length in
-    /// the pseudo-header. The sum of the bytes that came or went is the caller's to mend if the
-    /// checksum is full; if it is partial nothing is left to do.
+    /// Replaces the total length (IP and UDP). Mends the IPv4 header checksum and the length in the
+    /// pseudo-header. If the checksum is full, the caller has to mend it for the bytes that came or
+    /// went; if it is partial, nothing is left to do.
     ///
-    /// `total` has to hold the headers and fit the length fields, but for TCP over IPv4: there a
-    /// length that does not becomes zero, as in the kernel's BIG TCP, and the pseudo-header has it
-    /// in full.
+    /// `total` has to hold the headers and fit the length fields. Only TCP over IPv4 may be longer:
+    /// then the length field becomes zero, as in the kernel's BIG TCP, and the pseudo-header has
+    /// the length in full.
     pub fn set_total(&mut self, bytes: &mut [u8], total: usize, partial: bool) {
         debug_assert!(total >= self.payload());
         debug_assert!(
@@ -245,7 +244,7 @@ impl Parsed {
         self.mend_l4(bytes, pseudo, body, partial);
     }
 
-    /// Puts another identification into the header of an IPv4 packet; one of IPv6 is left alone.
+    /// Replaces the identification in the header of an IPv4 packet. An IPv6 packet is left alone.
     pub(crate) fn set_ipv4_id(&mut self, bytes: &mut [u8], id: u16) {
         if self.family != Family::V4 {
             return;
@@ -255,29 +254,30 @@ impl Parsed {
         self.fragment_id = id.into();
     }
 
-    /// Puts TCP flags (FIN and PSH) in addition to those that are set; the checksum has to be
-    /// partial, which does not know of them.
+    /// Sets TCP flags (FIN and PSH) in addition to those that are set. The checksum has to be
+    /// partial, for then it does not cover them.
     pub(crate) fn add_tcp_flags(&mut self, bytes: &mut [u8], flags: u8) {
         debug_assert_eq!(self.kind, Kind::Tcp);
         self.tcp_flags |= flags;
         bytes[self.l4() + tcp::FLAGS] = self.tcp_flags;
     }
 
-    /// Which bytes of the whole packet's payload a fragment holds; of a packet that is none, all.
+    /// Which bytes of the whole packet's payload a fragment holds. A packet that is none holds all.
     pub fn fragment_range(&self, bytes: &[u8]) -> Range<usize> {
         let (start, from) = match (self.family, self.fragment) {
             (Family::V4, _) => {
                 let word = get_u16(bytes, ipv4::FRAGMENT) & ipv4::FRAGMENT_OFFSET;
                 (usize::from(word) * 8, self.l4())
             }
-            // Its fragment header is the last that was walked.
+            // The fragment header is the last that was walked.
             (Family::V6, Fragment::Later) => {
                 let header = self.l4() - ipv6_fragment::HEADER_LEN;
                 let word = get_u16(bytes, header + ipv6_fragment::FRAGMENT);
                 let offset = word & ipv6_fragment::FRAGMENT_OFFSET;
                 (usize::from(offset), self.l4())
             }
-            // More extension headers may follow that of the fragment, and are a part of it.
+            // More extension headers may follow the fragment header. They are a part of the
+            // fragment.
             (Family::V6, Fragment::First) => {
                 let from = fragmented_part(bytes, self.l4());
                 (0, from.unwrap_or(self.l4()))
@@ -301,7 +301,7 @@ impl Parsed {
         }
     }
 
-    /// Puts another ECN field, of two bits, and mends the IPv4 header checksum.
+    /// Replaces the ECN field, two bits, and mends the IPv4 header checksum.
     pub fn set_ecn(&self, bytes: &mut [u8], ecn: u8) {
         match self.family {
             Family::V4 => {
@@ -316,8 +316,8 @@ impl Parsed {
         }
     }
 
-    /// Makes the upper-layer checksum full, which is partial: what hardware does for a kernel that
-    /// leaves it so. `bytes` have to be the whole packet.
+    /// Makes a partial upper-layer checksum full, as hardware does for a kernel that leaves it
+    /// partial. `bytes` have to be the whole packet.
     pub fn finish_checksum(&self, bytes: &mut [u8]) {
         let Some(at) = self.csum_at() else { return };
         let sum = Sum::default().add(&bytes[self.l4()..self.total()]);
@@ -511,7 +511,7 @@ impl Parsed {
                 let Some(header) = l4.first_chunk::<{ udp::HEADER_LEN }>() else {
                     return Err(DropReason::L4Malformed);
                 };
-                // Less than the packet holds is allowed: the surplus area of RFC 9868.
+                // It may be less than the packet holds: the surplus area of RFC 9868.
                 let len = usize::from(get_u16(header, udp::LEN));
                 if len < udp::HEADER_LEN || (len > l4.len() && self.fragment == Fragment::None) {
                     return Err(DropReason::L4Malformed);
@@ -554,8 +554,8 @@ impl Parsed {
     }
 }
 
-/// Unspecified, loopback, IPv4-mapped, multicast, and link-local, which no router may forward
-/// (RFC 4291 section 2.5.6).
+/// Whether no packet may come from this address: unspecified, loopback, IPv4-mapped, multicast, or
+/// link-local, which no router may forward (RFC 4291 section 2.5.6).
 #[inline]
 fn is_bad_v6_source(src: [u8; 16]) -> bool {
     let first = u16::from_be_bytes([src[0], src[1]]);
@@ -628,12 +628,12 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_door_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+        fn no_bytes_make_parsing_panic(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
             try_all(bytes);
         }
 
         #[test]
-        fn no_damaged_packet_makes_the_door_panic(
+        fn no_damaged_packet_makes_parsing_panic(
             plan in plans(),
             damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
             len in any::<prop::sample::Index>(), keep in any::<bool>(),
@@ -648,7 +648,7 @@ mod tests {
         }
     }
 
-    /// Whatever passes the door can be handled without a panic.
+    /// Whatever parses can be handled without a panic.
     fn try_all(mut bytes: Vec<u8>) {
         let Ok(mut parsed) = Parsed::parse(&bytes) else {
             return;

@@ -34,7 +34,7 @@ pub struct Rewrite {
     pub src: Option<Addr>,
     /// Destination address.
     pub dst: Option<Addr>,
-    /// Source port, or identifier of a request.
+    /// Source port, or identifier of a query.
     pub src_port: Option<u16>,
     /// Destination port, or identifier of a reply.
     pub dst_port: Option<u16>,
@@ -44,8 +44,8 @@ impl Quoted {
     /// Reads the quotation of an ICMP error.
     ///
     /// # Errors
-    /// [`DropReason::IcmpUnrelated`] if nothing is quoted that a flow could be found by: another
-    /// family, a later fragment, an ICMP error, or less than the ports.
+    /// [`DropReason::IcmpUnrelated`] if no flow can be found by what is quoted: another family, a
+    /// later fragment, an ICMP error, or less than the ports.
     pub fn parse(bytes: &[u8], error: &Parsed) -> Result<Self, DropReason> {
         Self::read(bytes, error).ok_or(DropReason::IcmpUnrelated)
     }
@@ -139,7 +139,7 @@ impl Quoted {
         self.kind
     }
 
-    /// Source port of the quoted packet, or identifier of a request.
+    /// Source port of the quoted packet, or identifier of a query.
     pub fn src_port(&self) -> u16 {
         self.src_port
     }
@@ -165,8 +165,8 @@ impl Quoted {
         }
     }
 
-    /// Changes the quoted packet; mends its checksums as far as they are quoted, and that of the
-    /// error around it.
+    /// Changes the quoted packet. Mends its checksums as far as they are quoted, and the checksum
+    /// of the error around it.
     pub fn rewrite(&self, bytes: &mut [u8], error: &Parsed, change: &Rewrite) {
         // Everything that can change lies between the quoted IP header and the end of the longest
         // plain transport header; the difference of its sums is what the error's checksum needs.

@@ -29,7 +29,8 @@ pub(super) const PLAIN_FLAGS: u8 = ACK | PSH | FIN | ECE | CWR;
 /// One packet that [`Segments`] wrote.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Segment {
-    /// Its length. More than `max_segment` only where segmenting is not allowed: the caller splits.
+    /// Its length. If it is more than `max_segment`, segmenting is not allowed and the caller
+    /// splits.
     pub len: usize,
     /// Whether its TCP or UDP checksum is partial.
     pub csum_partial: bool,
@@ -38,9 +39,8 @@ pub struct Segment {
 /// The segments of one packet, written one by one where the caller wants them.
 ///
 /// Headers and payload are copied once. TCP is segmented by `gso_size`, or smaller where the tunnel
-/// carries less (a byte stream has no boundaries to keep), and so is a single plain TCP packet that
-/// is too large and has a partial checksum. UDP is segmented where its sender said and nowhere
-/// else.
+/// carries less: a byte stream has no boundaries to keep. A single plain TCP packet that is too
+/// large and has a partial checksum is segmented too. UDP is segmented only where its sender said.
 #[derive(Debug)]
 pub struct Segments<'a> {
     header: &'a [u8],
@@ -147,7 +147,7 @@ impl<'a> Segments<'a> {
         self.left
     }
 
-    /// Length of the next segment: what [`Self::next_into`] needs room for.
+    /// Length of the next segment: how much space [`Self::next_into`] needs.
     #[inline]
     pub fn next_len(&self) -> Option<usize> {
         (self.left > 0).then(|| self.header.len() + self.payload.len().min(self.size))

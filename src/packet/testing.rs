@@ -1,4 +1,4 @@
-//! Packets to try things on, and etherparse as the judge of their checksums.
+//! Packets for tests, and etherparse as the oracle of their checksums.
 
 use std::net::IpAddr;
 
@@ -112,8 +112,8 @@ impl Plan {
     }
 }
 
-/// Leaves the sum of the pseudo-header alone in place of the checksum, as a kernel does that leaves
-/// the rest to hardware.
+/// Puts the sum of the pseudo-header in place of the checksum, as a kernel does that leaves the
+/// rest to hardware.
 pub(crate) fn make_partial(packet: &mut [u8]) {
     let parsed = Parsed::parse(packet).unwrap();
     let len = (parsed.total() - parsed.l4()) as u32;
@@ -260,7 +260,7 @@ pub(crate) fn plan(kind: Kind, v6: bool, payload: usize) -> Plan {
     }
 }
 
-/// What the kernel says of `parsed` as a super-packet of segments of `size` bytes.
+/// The virtio header by which `parsed` is a super-packet of segments of `size` bytes.
 pub(crate) fn vnet(parsed: &Parsed, size: u16, partial: bool) -> VnetHdr {
     let gso_type = match (parsed.kind(), parsed.family()) {
         (Kind::Udp, _) => GSO_UDP_L4,
@@ -295,7 +295,7 @@ pub(crate) fn segments(packet: &mut [u8], vnet: &VnetHdr, max: usize) -> Vec<(Ve
     all
 }
 
-/// What a host answers to `plan`.
+/// What a host replies to `plan`.
 pub(crate) fn reply(plan: &Plan) -> Plan {
     Plan {
         src: plan.dst,

@@ -86,7 +86,7 @@ impl VnetHdr {
     }
 }
 
-/// What a packet's virtio header says, held against the packet and found true.
+/// What a packet's virtio header says, checked against the packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Offload {
     /// Payload bytes per segment, of a super-packet.
@@ -95,10 +95,10 @@ pub struct Offload {
 }
 
 impl Offload {
-    /// Holds `vnet` against the packet it came with.
+    /// Checks `vnet` against the packet it came with.
     ///
-    /// A `NEEDS_CSUM` that means something else than the packet's own TCP or UDP checksum (that of
-    /// a packet inside, say) is satisfied here, in `packet`.
+    /// `NEEDS_CSUM` may mean another checksum than the packet's own TCP or UDP checksum (that of a
+    /// packet inside, say). That one is finished here, in `packet`.
     ///
     /// # Errors
     /// [`DropReason::BadOffload`] where the two contradict each other.
@@ -123,8 +123,8 @@ impl Offload {
             if vnet.gso_type != GSO_NONE || start < headers_end || at + 2 > total {
                 return Err(DropReason::BadOffload);
             }
-            // The field is inside the range and holds the pseudo-header's sum already.
-            // Whatever protocol it is of, no receiver minds the other zero.
+            // The field is inside the range and holds the pseudo-header's sum already. Whichever
+            // protocol it belongs to, no receiver minds the other zero.
             let sum = Sum::default().add(&packet[start..total]);
             put(packet, at, finish(sum, true).to_ne_bytes());
         }
