@@ -15,9 +15,9 @@ pub const TCP_OPENING: Duration = Duration::from_secs(240);
 pub const TCP_ESTABLISHED: Duration = Duration::from_secs(7440);
 /// TCP, FIN seen from both sides: not less than 4 minutes (RFC 5382 REQ-5, "closing").
 pub const TCP_CLOSING: Duration = Duration::from_secs(240);
-/// TCP after RST: RFC 5382 leaves it open; long enough for what is still under way.
+/// TCP after RST: RFC 5382 leaves it open. Long enough for packets that are still under way.
 pub const TCP_RESET: Duration = Duration::from_secs(10);
-/// UDP, no answer yet: not less than 2 minutes (RFC 4787 REQ-5).
+/// UDP, no reply yet: not less than 2 minutes (RFC 4787 REQ-5).
 pub const UDP_ONE_WAY: Duration = Duration::from_secs(120);
 /// UDP, both directions seen: 5 minutes are recommended (RFC 4787 REQ-5).
 pub const UDP_BOTH_WAYS: Duration = Duration::from_secs(300);
@@ -28,12 +28,12 @@ pub const OTHER: Duration = Duration::from_secs(600);
 
 /// A flow without a connection (UDP, ICMP, closing TCP …) used this recently is not evicted.
 pub const RECENT: Duration = Duration::from_secs(10);
-/// Nor is an established TCP connection used this recently. Evicting an idle one is seldom fatal:
-/// its next packet makes the flow anew where only one is possible.
+/// An established TCP connection used this recently is not evicted either. Evicting an idle one is
+/// seldom fatal: its next packet makes the flow anew where only one is possible.
 pub const RECENT_TCP: Duration = Duration::from_secs(1800);
 
-/// How flows give way to new ones: those of the first tier before those of the next, and within a
-/// tier the one that was not used for the longest time.
+/// How flows give way to new ones: the first tier before the next, and within a tier the flow that
+/// was unused for the longest time.
 pub(super) const EVICTION_ORDER: [Tier; 4] = [
     Tier {
         classes: &[Class::TcpReset],
@@ -58,7 +58,7 @@ pub(super) const EVICTION_ORDER: [Tier; 4] = [
     },
 ];
 
-/// Classes whose flows are equally easy to do without.
+/// Classes whose flows are equally dispensable.
 pub(super) struct Tier {
     pub(super) classes: &'static [Class],
     /// A flow that was used more recently than this is in use, and stays.
@@ -66,7 +66,7 @@ pub(super) struct Tier {
 }
 
 impl Tier {
-    /// Whether a flow may go that was not used for `idle` seconds.
+    /// Whether a flow may go that was unused for `idle` seconds.
     pub(super) fn lets_go(&self, idle: u32) -> bool {
         u64::from(idle) >= self.idle.as_secs()
     }
@@ -104,17 +104,17 @@ impl Class {
     ];
 
     pub(super) fn of(protocol: u8, seen: Seen) -> Self {
-        let answered = seen.has(Seen::BOTH);
+        let replied = seen.has(Seen::BOTH);
         match protocol {
             TCP if seen.has(Seen::RESET) => Self::TcpReset,
             TCP if seen.has(Seen::FIN_BOTH) => Self::TcpClosing,
-            TCP if answered && seen.has(Seen::ANSWERED) => Self::TcpEstablished,
+            TCP if replied && seen.has(Seen::BEYOND_SYN) => Self::TcpEstablished,
             TCP => Self::TcpOpening,
-            UDP if answered => Self::Udp,
+            UDP if replied => Self::Udp,
             UDP => Self::UdpOneWay,
-            ICMP | ICMPV6 if answered => Self::Icmp,
+            ICMP | ICMPV6 if replied => Self::Icmp,
             ICMP | ICMPV6 => Self::IcmpOneWay,
-            _ if answered => Self::Other,
+            _ if replied => Self::Other,
             _ => Self::OtherOneWay,
         }
     }
@@ -135,8 +135,8 @@ impl Class {
         timeout.as_secs() as u32
     }
 
-    /// The tier of [`EVICTION_ORDER`] in which a flow gives way that was not used for `idle`
-    /// seconds; `None` if it is in use.
+    /// The tier of [`EVICTION_ORDER`] in which a flow gives way that was unused for `idle` seconds;
+    /// `None` if it is in use.
     pub(super) fn eviction_tier(self, idle: u32) -> Option<usize> {
         EVICTION_ORDER
             .iter()
@@ -144,7 +144,8 @@ impl Class {
             .filter(|&index| EVICTION_ORDER[index].lets_go(idle))
     }
 
-    /// Whether only one side was heard, or no handshake came to its end: what a flood consists of.
+    /// Whether only one side was seen, or no handshake was completed. A flood consists of such
+    /// flows.
     pub(super) fn is_one_way(self) -> bool {
         match self {
             Self::TcpOpening | Self::UdpOneWay | Self::IcmpOneWay | Self::OtherOneWay => true,
@@ -173,14 +174,15 @@ impl Seen {
     const CLIENT: Self = Self(1);
     const APPLICATION: Self = Self(2);
     const BOTH: Self = Self(1 | 2);
-    /// The client sent a TCP packet other than its SYN: with an answer seen, its handshake is done.
-    const ANSWERED: Self = Self(4);
+    /// The client sent a TCP packet other than its SYN. Once a reply was seen too, the handshake is
+    /// done.
+    const BEYOND_SYN: Self = Self(4);
     const FIN_CLIENT: Self = Self(8);
     const FIN_APPLICATION: Self = Self(16);
     const FIN_BOTH: Self = Self(8 | 16);
     const RESET: Self = Self(32);
 
-    /// What will have been seen once a packet of `protocol` from `side` is.
+    /// What was seen of the flow, including a packet of `protocol` from `side`.
     #[inline]
     pub(super) fn after(self, protocol: u8, side: Side, tcp_flags: u8) -> Self {
         let own = match side {
@@ -195,20 +197,20 @@ impl Seen {
         }
         match side {
             Side::Client if tcp_flags & (SYN | ACK) == SYN => {
-                // A SYN on a closed connection opens another; on a live one it is a repetition or
-                // a forgery, and the application's answer will tell.
+                // A SYN on a closed connection opens another. On a live one it is a repetition or a
+                // forgery, and the application's reply will tell.
                 let closed = self.has(Self::RESET) || self.has(Self::FIN_BOTH);
                 if closed { own } else { self.with(own) }
             }
             Side::Client => {
-                let seen = self.with(own).with(Self::ANSWERED);
+                let seen = self.with(own).with(Self::BEYOND_SYN);
                 if tcp_flags & FIN != 0 {
                     seen.with(Self::FIN_CLIENT)
                 } else {
                     seen
                 }
             }
-            // The application, next door, goes on: the RST was not accepted.
+            // The application, which is next door, goes on: it did not accept the RST.
             Side::Application => {
                 let seen = Self(self.0 & !Self::RESET.0).with(own);
                 if tcp_flags & FIN != 0 {

@@ -2,7 +2,7 @@
 //!
 //! Owns a small cache from (source, destination, identification, protocol) to whatever was decided
 //! for the first fragment. Bounded, and forgetful on purpose: a later fragment that comes before
-//! its first, or too long after it, is not known. Nothing is ever put together here.
+//! its first, or too long after it, is not known. Nothing is ever reassembled here.
 
 use std::time::Instant;
 
@@ -36,9 +36,9 @@ impl<T: Copy> FragmentCache<T> {
     }
 
     /// Remembers `value` for the later fragments of the packet that `parsed` is the first one of.
-    /// The oldest of the set has to go if there is no room.
+    /// If the set is full, its oldest entry goes.
     ///
-    /// `bytes` are those that the later fragments will have too: before any rewriting.
+    /// `bytes` are those from before any rewriting, which the later fragments will have too.
     pub fn remember(&mut self, now: Instant, seed: &Seed, parsed: &Parsed, bytes: &[u8], value: T) {
         if self.sets.is_empty() {
             self.sets.resize(SETS, [const { None }; WAYS]);

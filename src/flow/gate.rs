@@ -1,4 +1,4 @@
-//! The old server's checks: what may pass, on either way.
+//! The old server's checks: what may pass, in either direction.
 //!
 //! Owns which of the captured packets are the tunnel's and which the old server's own, and what the
 //! new server may speak for. Rewrites nothing. Must not touch sockets, devices or the clock.
@@ -14,13 +14,13 @@ use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::packet::{Addr, Fragment, Kind, Parsed, Quoted};
 
-/// Whose a packet is that the capture on the old server handed over.
+/// Who owns a packet that the capture on the old server handed over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub enum Verdict {
     /// The tunnel's.
     Carry,
-    /// The old server's own: to be written back to the TUN as it is, for local delivery.
+    /// The old server's own: it is written back to the TUN as it is, for local delivery.
     Bounce,
 }
 
@@ -34,7 +34,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// The gate of what was moved.
+    /// A gate for what was moved.
     pub fn new(moves: Arc<[Move]>, seed: Seed) -> Self {
         Self {
             moves,
@@ -46,8 +46,8 @@ impl Gate {
 
     /// Judges a packet that was captured on its way to a moved address.
     ///
-    /// Of an address that was moved in part, later fragments follow their first one, and ICMP
-    /// errors the flow they quote; what cannot be told is the old server's.
+    /// If an address was moved in part, later fragments follow their first one, and ICMP errors
+    /// follow the flow that they quote. The old server keeps what cannot be told.
     ///
     /// # Errors
     /// [`DropReason::NotMoved`] if no part of the destination was moved;
@@ -75,7 +75,7 @@ impl Gate {
             return verdict.ok_or(DropReason::FragmentUnknown);
         }
         let ours = match parsed.kind() {
-            // It is about a packet that left from the moved address.
+            // The error is about a packet that left from the moved address.
             Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
                 self.takes(
                     quoted.src(bytes),
@@ -104,8 +104,8 @@ impl Gate {
         Ok(verdict)
     }
 
-    /// Judges a packet that came out of the tunnel on its way to a client: the new server speaks
-    /// for what was moved and for nothing else.
+    /// Judges a packet that came out of the tunnel on its way to a client: the new server may speak
+    /// for what was moved, and for nothing else.
     ///
     /// # Errors
     /// [`DropReason::NotMoved`], [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`].
@@ -130,7 +130,7 @@ impl Gate {
                 .ok_or(DropReason::FragmentUnknown);
         }
         let (kind, protocol, port) = match parsed.kind() {
-            // It is about a packet that came to the moved address.
+            // The error is about a packet that came to the moved address.
             Kind::IcmpError => {
                 let quoted = Quoted::parse(bytes, parsed)?;
                 if quoted.dst(bytes) != src {

@@ -1,4 +1,4 @@
-//! Whose a packet is: the table of flows, and what becomes of a packet in each role.
+//! Which flow a packet belongs to, and what becomes of it in each role.
 //!
 //! | file | owns |
 //! |---|---|
@@ -27,7 +27,8 @@ pub mod translate;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A lock that a panic elsewhere does not close: what it guards is whole between any two calls.
+/// Locks a mutex even if a thread has panicked with it: what it guards is whole between any two
+/// calls.
 #[inline]
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

@@ -1,21 +1,20 @@
 //! `ipmoved nat`: both addresses of a packet are translated, on the old server alone.
 //!
-//! Owns what becomes of a packet between the two captures (moved addresses from clients, borrowed
-//! ports from the new server) and the way out. Flows, their states, timeouts and limits are
-//! [`table`](crate::flow::table)'s, which also borrows the ports. Must not touch sockets,
-//! devices or the clock.
+//! Owns what becomes of a packet that one of the two captures took (moved addresses from clients,
+//! borrowed ports from the new server). [`table`](crate::flow::table) owns flows, their states,
+//! timeouts and limits, and borrows the ports. Must not touch sockets, devices or the clock.
 //!
 //! ```text
 //! client:cport → moved:port   ──►   own:borrowed → new server:port
 //! client:cport ← moved:port   ◄──   own:borrowed ← new server:port
 //! ```
 //!
-//! What is carried: TCP, UDP, ICMP queries (their identifier is the port), ICMP errors about any of
-//! these in both directions, and fragments behind their first one. Other protocols have nothing
-//! that would tell the answers to two clients apart; they are dropped and counted.
+//! It carries TCP, UDP, ICMP queries (their identifier is the port), ICMP errors about any of these
+//! in both directions, and fragments behind their first one. Other protocols have nothing that
+//! would tell the replies to two clients apart; they are dropped and counted.
 //!
-//! IPv4 fragments get identifications of the daemon's own: many clients' packets share one source
-//! address from here on, and RFC 6864 wants them apart. (IPv6 ones have 32 random bits; they stay.)
+//! IPv4 fragments get identifications of the daemon's own: from here on many clients' packets share
+//! one source address, and RFC 6864 wants them apart. (IPv6 ones have 32 random bits; they stay.)
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
@@ -30,12 +29,12 @@ use crate::model::moved::Move;
 use crate::model::peer::PeerId;
 use crate::packet::{Addr, Family, Fragment, Kind, Parsed, Quoted, Rewrite};
 
-/// The ports that are borrowed. Two blocks of 8,192, above what services use and inside the range
-/// that Linux gives its own connections (32768–60999), a good part of which stays free; their
-/// bounds are powers of two, so that any packet filter can name them.
+/// The ports that are borrowed: two blocks of 8,192. They lie above what services use, and inside
+/// the range that Linux gives its own connections (32768–60999), a good part of which stays free.
+/// Their bounds are multiples of the block, so that any packet filter can name them.
 pub const PORTS: RangeInclusive<u16> = 40_960..=57_343;
 
-/// There is one other end.
+/// The only peer: the new server.
 const PEER: PeerId = PeerId(0);
 
 /// Where moved addresses of one family are translated to.
@@ -43,13 +42,13 @@ const PEER: PeerId = PeerId(0);
 pub struct Target {
     /// The new server.
     pub to: IpAddr,
-    /// Its port, if it is not the one that was asked.
+    /// Its port, if it is not the one that the client asked for.
     pub port: Option<u16>,
-    /// The old server's own address, from which the new one is asked.
+    /// The old server's own address, from which packets go to the new server.
     pub own: IpAddr,
 }
 
-/// What a translation is made of.
+/// What a translation needs to know.
 #[derive(Clone, Debug)]
 pub struct NatConfig {
     /// What was moved.
@@ -74,7 +73,7 @@ pub enum Outcome {
     ToServer,
     /// Out, to the client.
     ToClient,
-    /// It was the old server's own, and has not been changed: up into its stack.
+    /// Up, into the old server's own stack: the packet is its own, and unchanged.
     Bounce,
 }
 
@@ -85,7 +84,7 @@ pub struct Nat {
     table: FlowTable,
     limit: Limit,
     targets: Vec<Target>,
-    /// By [`AddrId`]: what was moved, and the targets.
+    /// The moved addresses and the targets, by [`AddrId`].
     addrs: Vec<Addr>,
     fragments_to_server: FragmentCache<u16>,
     fragments_to_client: FragmentCache<Back>,
@@ -93,7 +92,7 @@ pub struct Nat {
     next_id: u16,
 }
 
-/// Where later fragments of an answer go.
+/// Where later fragments of a reply go.
 #[derive(Clone, Copy, Debug)]
 struct Back {
     moved: AddrId,
@@ -140,12 +139,12 @@ impl Nat {
         }
     }
 
-    /// Translates a packet that either capture took. `bytes` are those `parsed` was made from, of a
-    /// super-packet its head; `partial`: whether its checksum is.
+    /// Translates a packet that either capture took. `parsed` was made from `bytes`, which are the
+    /// head of a super-packet if it is one. `partial`: whether its checksum is.
     ///
     /// # Errors
-    /// Why it is to be dropped. It is unchanged after [`DropReason::TtlExpired`], of
-    /// which the sender is to be told.
+    /// Why to drop it. After [`DropReason::TtlExpired`] the packet is unchanged, and its sender has
+    /// to be told.
     pub fn translate(
         &mut self,
         now: Instant,
@@ -155,8 +154,9 @@ impl Nat {
     ) -> Result<Outcome, DropReason> {
         let dst = IpAddr::from(parsed.dst(bytes));
         match self.targets.iter().find(|target| target.own == dst) {
-            // An address of which ports were moved may be the one that the server is asked from.
-            Some(&target) if self.is_answer(now, &target, bytes, parsed) => {
+            // If only ports of an address were moved, the old server may also ask the new one from
+            // it.
+            Some(&target) if self.is_reply(now, &target, bytes, parsed) => {
                 self.server_packet(now, target, bytes, parsed, partial)
             }
             Some(_) if !self.gate.is_moved(dst.into()) => Ok(Outcome::Bounce),
@@ -177,7 +177,7 @@ impl Nat {
         }
     }
 
-    /// From a client to a moved address.
+    /// Translates a client's packet to a moved address.
     fn client_packet(
         &mut self,
         now: Instant,
@@ -209,7 +209,7 @@ impl Nat {
         match parsed.kind() {
             Kind::Tcp | Kind::Udp | Kind::IcmpQuery => {}
             Kind::IcmpError => return self.client_error(moved, target, bytes, parsed, partial),
-            // An answer to a query that no one here sent.
+            // It replies to a query that nobody here sent.
             Kind::IcmpReply => return Err(DropReason::NoFlow),
             Kind::Other | Kind::LaterFragment => return Err(DropReason::NoPorts),
         }
@@ -251,7 +251,8 @@ impl Nat {
         Ok(Outcome::ToServer)
     }
 
-    /// An ICMP error from the client's side about an answer; the new server hears it from here.
+    /// Translates an ICMP error from the client's side about a reply. The new server gets it from
+    /// the old one.
     fn client_error(
         &self,
         moved: AddrId,
@@ -287,8 +288,8 @@ impl Nat {
         Ok(Outcome::ToServer)
     }
 
-    /// Whether a packet to the old server's own address may be an answer to a translated one.
-    fn is_answer(&self, now: Instant, target: &Target, bytes: &[u8], parsed: &Parsed) -> bool {
+    /// Whether a packet to the old server's own address may be a reply to a translated one.
+    fn is_reply(&self, now: Instant, target: &Target, bytes: &[u8], parsed: &Parsed) -> bool {
         match parsed.kind() {
             Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
                 quoted.src(bytes) == target.own.into() && quoted.dst(bytes) == target.to.into()
@@ -297,7 +298,7 @@ impl Nat {
                 parsed.src(bytes) == target.to.into() && PORTS.contains(&parsed.dst_port())
             }
             Kind::IcmpReply => parsed.src(bytes) == target.to.into(),
-            // Goes where its first one went.
+            // It goes where its first fragment went.
             Kind::LaterFragment => {
                 let known = self
                     .fragments_to_client
@@ -308,7 +309,8 @@ impl Nat {
         }
     }
 
-    /// From the new server to a borrowed port of the old one's own address, or an error about one.
+    /// Translates a packet from the new server to a borrowed port of the old one's own address, or
+    /// an error about one.
     fn server_packet(
         &mut self,
         now: Instant,
@@ -351,8 +353,8 @@ impl Nat {
             (Some(outside), _) => outside,
             // The old server's own pings have identifiers from anywhere.
             (None, Kind::IcmpReply) => return Ok(Outcome::Bounce),
-            // Of a flow from before a restart, whose client will speak again: a reset from the old
-            // server's own stack, which knows nothing of it, would end it.
+            // It belongs to a flow from before a restart, whose client will speak again. The old
+            // server's own stack knows nothing of the flow, and its reset would end it.
             (None, _) => return Err(DropReason::NoFlow),
         };
         parsed.decrement_ttl(bytes)?;
@@ -373,8 +375,8 @@ impl Nat {
         Ok(Outcome::ToClient)
     }
 
-    /// An ICMP error about a translated packet, from wherever; the client hears it from the moved
-    /// address, since no other may be spoken for.
+    /// Translates an ICMP error about a translated packet, whoever sent it. The client gets it from
+    /// the moved address, since the old server may speak for no other.
     fn server_error(
         &self,
         delivery: AddrId,
@@ -422,7 +424,7 @@ impl Nat {
         self.targets.iter().find(|target| target.to.is_ipv4() == v4)
     }
 
-    /// A source that no client may have: ours.
+    /// Whether a source is ours, so that no client may have it.
     fn is_own(&self, addr: Addr) -> bool {
         let ours = self.targets.iter().any(|target| addr == target.own.into());
         ours || self.gate.is_moved(addr)
@@ -572,14 +574,16 @@ mod tests {
                 bytes
             };
 
-            // A router towards the server, about the request: heard from the moved address.
+            // A router towards the server reports the request. The client gets it from the moved
+            // address.
             let mut bytes = error(&seen, router);
             prop_assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToClient));
             prop_assert_eq!(bytes, hop(error(&later(&plan, 1).build(), dst)));
 
-            // A router towards the client, about the answer: heard from the old server.
+            // A router towards the client reports the reply. The new server gets it from the old
+            // server.
             let ports = Parsed::parse(&seen).unwrap();
-            let answer = reply(&Plan {
+            let back = reply(&Plan {
                 src: target.own,
                 dst: target.to,
                 src_port: ports.src_port(),
@@ -589,7 +593,7 @@ mod tests {
             if plan.kind != Kind::IcmpQuery {
                 let mut bytes = error(&reply(&plan).build(), router);
                 prop_assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::ToServer));
-                prop_assert_eq!(bytes, hop(error(&answer.build(), target.own)));
+                prop_assert_eq!(bytes, hop(error(&back.build(), target.own)));
             }
         }
     }
@@ -603,13 +607,13 @@ mod tests {
             assert_eq!(pass(&mut nat, now, &mut bytes), Ok(Outcome::Bounce));
             assert_eq!(bytes, before);
         };
-        // An answer to a ping of its own, whatever the identifier.
+        // A reply to a ping of the old server's own, whatever the identifier.
         let id = *PORTS.start();
         bounced(Plan {
             dst_port: id,
             ..Plan::new(Kind::IcmpReply, SERVER, OWN)
         });
-        // The first fragment of what the server sends to another port, as a whole here.
+        // What the server sends to another port, as a whole packet.
         bounced(Plan {
             dst_port: 53,
             ..Plan::new(Kind::Udp, SERVER, OWN)
@@ -619,7 +623,7 @@ mod tests {
             dst_port: 81,
             ..Plan::new(Kind::Tcp, CLIENT, MOVED)
         });
-        // An error about what it sent itself.
+        // An error about a packet that the old server sent itself.
         let own = Plan {
             src_port: id,
             ..Plan::new(Kind::Tcp, OWN, SERVER)
@@ -634,7 +638,7 @@ mod tests {
     fn what_cannot_be_translated_is_dropped_with_a_reason() {
         let (mut nat, now) = bed(&[MOVED], None, 1000);
         let mut dropped = |plan: Plan| pass(&mut nat, now, &mut plan.build());
-        // Of a flow that is not known: a reset would end it.
+        // A packet of an unknown flow: a reset would end the flow.
         let unknown = Plan {
             dst_port: *PORTS.end(),
             ..Plan::new(Kind::Tcp, SERVER, OWN)
@@ -679,13 +683,13 @@ mod tests {
             let mut bytes = plan.build();
             let _ = pass(&mut nat, now, &mut bytes).unwrap();
             let borrowed = Parsed::parse(&bytes).unwrap().src_port();
-            let mut answer = Plan {
+            let mut back = Plan {
                 dst_port: borrowed,
                 flags: SYN | ACK,
                 ..Plan::new(Kind::Tcp, SERVER, OWN)
             };
-            answer.src_port = 80;
-            let _ = pass(&mut nat, now, &mut answer.build()).unwrap();
+            back.src_port = 80;
+            let _ = pass(&mut nat, now, &mut back.build()).unwrap();
             let ack = Plan { flags: ACK, ..plan };
             let _ = pass(&mut nat, now, &mut ack.build()).unwrap();
             established.push((ack, borrowed));
@@ -719,12 +723,12 @@ mod tests {
             let mut bytes = plan.build();
             let _ = pass(&mut nat, now, &mut bytes)?;
             let borrowed = Parsed::parse(&bytes).unwrap().src_port();
-            let answer = Plan {
+            let back = Plan {
                 src_port: dst_port,
                 dst_port: borrowed,
                 ..Plan::new(Kind::Udp, SERVER, OWN)
             };
-            pass(&mut nat, now, &mut answer.build())
+            pass(&mut nat, now, &mut back.build())
         };
         let refused = (0..20_000)
             .filter(|&source| udp(source, 53).is_err())
@@ -733,10 +737,10 @@ mod tests {
         assert_eq!(
             udp(30_000, 54),
             Ok(Outcome::ToClient),
-            "another port has room"
+            "another port is free"
         );
         assert_eq!(udp(30_001, 53), Err(DropReason::PortsExhausted));
-        // Idle ones give way.
+        // Idle flows give way.
         let mut bytes = Plan::new(Kind::Udp, CLIENT, MOVED);
         bytes.dst_port = 53;
         let late = now + Duration::from_secs(11);

@@ -1,5 +1,5 @@
 //! What the role of a server makes of a packet: whose it is, under which addresses it goes on, and
-//! who speaks to its sender when it does not.
+//! who tells its sender when it does not.
 //!
 //! Owns the difference between the old server's checks ([`Gate`]) and the new server's rewriting
 //! ([`Translator`]), so that whoever carries packets asks once and need not know which server this
@@ -25,22 +25,22 @@ use crate::packet::{Family, Parsed};
 
 /// Sends packets on as the role of this server wants it. Shared by the lanes.
 pub enum Forwarder {
-    /// The old server: nothing is rewritten, but only moved addresses pass. One gate a peer.
+    /// The old server: nothing is rewritten, but only moved addresses pass. One gate for each peer.
     Old(Vec<Gate>),
     /// The new server: the flow table rewrites.
     New(Translator),
 }
 
-/// Whose a packet from the TUN is.
+/// Who owns a packet from the TUN.
 #[must_use]
 pub enum Judgement<'a> {
     /// The tunnel's.
     Carry(Outgoing<'a>),
-    /// This host's own: to be written back to the TUN as it is.
+    /// This host's own: it is written back to the TUN as it is.
     Bounce,
 }
 
-/// How a packet that the tunnel takes is made ready for it.
+/// How to make a packet that the tunnel takes ready for it.
 #[must_use]
 pub enum Outgoing<'a> {
     /// It was captured on its way to an address that moved to this peer.
@@ -65,11 +65,11 @@ pub struct Hop {
 pub struct ReplyPath {
     /// Source of the ICMP error.
     pub from: IpAddr,
-    /// Whom it is for.
+    /// Who gets it.
     pub to: ReplyTo,
 }
 
-/// Whom an ICMP error about a packet from the TUN is for; it goes back to the TUN either way.
+/// Who gets an ICMP error about a packet from the TUN. It goes back to the TUN either way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ReplyTo {
     /// A client: the error is written as it is, and leaves through the uplink.
@@ -80,7 +80,7 @@ pub enum ReplyTo {
 }
 
 impl Forwarder {
-    /// Judges a packet that was read from the TUN, before anything of it is changed.
+    /// Judges a packet that was read from the TUN, before anything in it is changed.
     ///
     /// # Errors
     /// [`DropReason::NotMoved`] or [`DropReason::FragmentUnknown`], on the old server.
@@ -101,7 +101,7 @@ impl Forwarder {
     /// tunnel. `partial`: whether its checksum is.
     ///
     /// # Errors
-    /// Why the packet is to be dropped; it may be rewritten in part then.
+    /// Why to drop the packet, which may be rewritten in part then.
     #[inline]
     pub fn inbound(
         &self,
@@ -131,7 +131,8 @@ impl Forwarder {
     ) -> ReplyPath {
         let asked = IpAddr::from(parsed.dst(packet));
         match (self, about) {
-            // A hop on the way, which traceroute shows under the old server's own address.
+            // This server is a hop on the path, which traceroute shows under the server's own
+            // address.
             (Self::Old(_), IcmpError::Expired) => ReplyPath {
                 from: hop.addr(parsed.family()).unwrap_or(asked),
                 to: ReplyTo::Client,
@@ -141,8 +142,8 @@ impl Forwarder {
                 from: asked,
                 to: ReplyTo::Client,
             },
-            // For all that the application's host can tell, the client speaks: the one address
-            // that is sure to be let in by whatever let the client in.
+            // As far as the application's host can tell, the client speaks. That is the one address
+            // that is sure to pass whatever let the client in.
             (Self::New(_), _) => ReplyPath {
                 from: asked,
                 to: ReplyTo::Application,
@@ -150,13 +151,13 @@ impl Forwarder {
         }
     }
 
-    /// Who tells the sender of a packet that came out of the tunnel why it does not go on; the ICMP
-    /// error goes back into the tunnel. `None` on the new server: what came there has arrived, and
-    /// its host speaks for itself.
+    /// The address from which the sender of a packet that came out of the tunnel is told why it
+    /// does not go on. The ICMP error goes back into the tunnel. `None` on the new server: what
+    /// came there has arrived, and its host speaks for itself.
     pub fn inbound_reply_from(&self, hop: &Hop, parsed: &Parsed, packet: &[u8]) -> Option<IpAddr> {
         match self {
             // The new server's host takes it for a router's, whichever of this server's addresses
-            // it is from.
+            // it comes from.
             Self::Old(_) => Some(
                 hop.addr(parsed.family())
                     .unwrap_or_else(|| parsed.src(packet).into()),
@@ -165,7 +166,7 @@ impl Forwarder {
         }
     }
 
-    /// Lets flows expire, at most `budget` of those that are looked at.
+    /// Lets flows expire, examining at most `budget` of each shard.
     pub fn expire(&self, now: Instant, budget: usize) {
         if let Self::New(translator) = self {
             translator.expire(now, budget);
@@ -187,11 +188,11 @@ impl Forwarder {
 }
 
 impl Outgoing<'_> {
-    /// Rewrites the packet for the tunnel and tells which peer it goes to. `partial`: whether its
-    /// checksum is.
+    /// Rewrites the packet for the tunnel, and returns the peer that it goes to. `partial`: whether
+    /// its checksum is.
     ///
     /// # Errors
-    /// Why the packet is to be dropped; it may be rewritten in part then.
+    /// Why to drop the packet, which may be rewritten in part then.
     #[inline]
     pub fn rewrite(
         self,
@@ -211,7 +212,7 @@ impl Outgoing<'_> {
 }
 
 impl Hop {
-    /// The address that it speaks from.
+    /// The address that this host speaks from.
     pub fn addr(&self, family: Family) -> Option<IpAddr> {
         match family {
             Family::V4 => self.v4.map(IpAddr::V4),
@@ -245,7 +246,7 @@ fn judge_captured(
 }
 
 /// Whether a packet, or each that the head of a super-packet stands for, fits the link to the
-/// clients: on the way there nobody else looks.
+/// clients. Nothing else on the path there checks it.
 #[inline]
 fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReason> {
     if packet.len().min(parsed.total()) > mtu && mtu > 0 {
@@ -306,7 +307,7 @@ mod tests {
         plan.build()
     }
 
-    /// Whose a packet from the TUN is: a peer's, or this host's own.
+    /// Who owns a packet from the TUN: a peer, or this host (`None`).
     fn judged(forwarder: &Forwarder, packet: &mut [u8]) -> Result<Option<PeerId>, DropReason> {
         let (now, mut parsed) = (epoch(), Parsed::parse(packet)?);
         match forwarder.judge(now, &parsed, packet)? {
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_server_says_whose_the_packet_was_that_has_no_hop_left() {
+    fn the_old_server_says_whose_an_expired_packet_was() {
         let forwarder = old(&[&["192.0.2.6"], &[MOVED]]);
         let mut packet = request(80);
         packet[8] = 1;
@@ -348,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn the_new_server_takes_what_answers_a_flow() {
+    fn the_new_server_takes_replies_of_a_flow() {
         let forwarder = new();
         let mut packet = request(80);
         let mut parsed = Parsed::parse(&packet).unwrap();
@@ -372,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_server_lets_out_what_speaks_for_a_moved_address_and_fits_the_link() {
+    fn the_old_server_lets_out_only_what_speaks_for_a_moved_address_and_fits_the_link() {
         let forwarder = old(&[&[MOVED]]);
         let narrow = Hop { mtu: 40, ..HOP };
         let unknown = Hop { mtu: 0, ..HOP };

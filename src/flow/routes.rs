@@ -12,7 +12,7 @@ use crate::model::peer::PeerId;
 use crate::model::port_map::PortMap;
 use crate::packet::{Addr, Family, Kind};
 
-/// Where the packets that come through one peer are delivered.
+/// Where to deliver the packets that come through one peer.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Delivery {
     /// Delivery address for IPv4.
@@ -38,12 +38,12 @@ pub enum RouteError {
     Families(IpAddr, IpAddr),
 }
 
-/// Everything that is configured, made ready for lookup. Exchanged as a whole.
+/// Everything that is configured, made ready for lookup. It is replaced as a whole.
 #[derive(Clone, Default)]
 pub(super) struct Routes {
-    /// By [`AddrId`]; only ever grows.
+    /// Addresses by [`AddrId`]. It only ever grows.
     pub(super) addrs: Vec<Addr>,
-    /// The same, to be searched.
+    /// The same addresses, sorted for search.
     ids: Vec<(Addr, AddrId)>,
     pub(super) own: Vec<Addr>,
     /// By [`PeerId`].
@@ -104,7 +104,7 @@ impl Routes {
         &mut self.peers[index]
     }
 
-    /// Where a packet that leaves from `delivery` could have been asked: peer, moved address, port.
+    /// What a packet that leaves from `delivery` may reply to: peer, moved address, port.
     pub(super) fn origins(
         &self,
         protocol: u8,
@@ -135,7 +135,7 @@ impl Routes {
             })
     }
 
-    /// Makes what is looked up from what is configured.
+    /// Makes ready for lookup what is configured.
     pub(super) fn resolve(&mut self) -> Result<(), RouteError> {
         let mut peers = std::mem::take(&mut self.peers);
         for peer in &mut peers {

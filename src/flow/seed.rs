@@ -28,7 +28,7 @@ impl Seed {
         fold(hash ^ self.0[2], self.0[3])
     }
 
-    /// Hash of a flow. `ports` holds whatever tells the flows of a client apart.
+    /// Hash of a flow. `ports` holds whatever tells the flows of one client apart.
     #[inline]
     pub(crate) fn flow(&self, client: Addr, ports: u64, protocol: u8) -> u64 {
         let [a, b] = client.words();

@@ -7,15 +7,15 @@
 /// Values allocated together: 13 KiB of flows.
 const CHUNK: usize = 256;
 
-/// No number: it would take 200 GiB to get there.
+/// Stands for no number: so many values would take 200 GiB.
 const NIL: u32 = u32::MAX;
 
-/// Values by number; numbers of removed ones are given out again. Never moves a value; what a flood
-/// made it grow to is kept for the next one.
+/// Values by number. Numbers of removed values are given out again. It never moves a value, and it
+/// keeps what a flood made it grow to for the next one.
 pub(super) struct Slab<T> {
     chunks: Vec<Box<[Slot<T>; CHUNK]>>,
     used: u32,
-    /// The first free slot of those that were used; each has the next as its `next`.
+    /// The first of the used slots that are free again. The `next` of each is the next of them.
     free: u32,
 }
 
@@ -27,7 +27,7 @@ struct Slot<T> {
     next: u32,
 }
 
-/// First and last of some values of one slab.
+/// The first and the last of some values of one slab.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct List {
     head: u32,
@@ -78,7 +78,7 @@ impl<T: Copy> Slab<T> {
         at
     }
 
-    /// Gives up a value that is in no list.
+    /// Removes a value that is in no list.
     pub(super) fn free(&mut self, at: u32) {
         let free = self.free;
         self.slot_mut(at).next = free;
@@ -158,7 +158,7 @@ mod tests {
     use std::collections::VecDeque;
 
     proptest! {
-        /// Two lists through one slab, as queues from whose middle is taken.
+        /// Two lists through one slab are queues from whose middle values can be taken.
         #[test]
         fn lists_behave_as_queues(
             steps in prop::collection::vec(

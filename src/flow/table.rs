@@ -2,9 +2,9 @@
 //! rewriting, and how long that is remembered.
 //!
 //! Owns the two views of a flow ([`Outside`]: as the client sees it, [`Inside`]: as the
-//! application's host sees it), how either is found, and what happens when memory runs out. How
-//! long a flow is kept, and which gives way first, is [`class`](super::class)'s to say. Must not
-//! touch packets, and reads no clock: every call is told the time.
+//! application's host sees it), how either is found, and what happens when memory runs out.
+//! [`class`](super::class) says how long a flow is kept, and which gives way first. Must not touch
+//! packets, and reads no clock: every call is given the time.
 //!
 //! ```text
 //!   Outside {peer, client:port, moved:port}  ──►  entry  ◄──  Inside {client:port', delivery:port}
@@ -13,9 +13,9 @@
 //! ```
 //!
 //! Entries lie in a slab that grows by chunks; two hash indexes of slot numbers find them. Each
-//! entry is in the list of its class, whose members share a timeout. A packet only notes the
-//! time in its entry; when the head of a list is looked at and was seen since it was put there, it
-//! moves to the tail then. So a list is nearly in order of last use, at no cost per packet.
+//! entry is in the list of its class, whose members share a timeout. A packet only notes the time
+//! in its entry. When the head of a list is examined and was used since it was put there, it moves
+//! to the tail. So a list is nearly in order of last use, at no cost per packet.
 //!
 //! Where both addresses are translated (`ipmoved nat`), the inner view has one address in place of
 //! every client's, and a port that is borrowed from a range ([`Masquerade`]); all else is the same.
@@ -38,28 +38,29 @@ use crate::model::moved::{TCP, UDP};
 use crate::model::peer::PeerId;
 use crate::packet::{Addr, Family, ICMP, ICMPV6};
 
-/// From this share of the limit on (3/4), one source may not have more than its share.
+/// From this share of the limit on (3/4), no source may have more than its share
+/// ([`SOURCE_SHARE`]).
 const PRESSURE: (usize, usize) = (3, 4);
-/// The share of the limit that one source (an IPv4 address, an IPv6 /64) may hold in one-way and
-/// half-open flows under pressure.
+/// Under pressure, one source (an IPv4 address, an IPv6 /64) may hold one in this many of the
+/// limit's flows as one-way and half-open ones: a quarter.
 pub const SOURCE_SHARE: usize = 4;
-/// Counters for that, each shared by the sources that hash to it: 4 KiB a table, and two of some
-/// hundred busy sources seldom meet.
+/// Counters of the flows of one source, each shared by the sources that hash to it. They take 4 KiB
+/// a table, and two of some hundred busy sources seldom meet.
 const SOURCES: usize = 1024;
 
-/// List heads looked at for one eviction, of those that turn out to have been used meanwhile.
+/// List heads examined for one eviction, if they turn out to have been used meanwhile.
 const EVICT_TRIES: usize = 8;
 
 /// Ports tried for a flow that would be mistaken for another.
 const PORT_TRIES: u32 = 64;
 /// Where those ports begin: below lie the ports of services.
 const FIRST_PORT: u32 = 1024;
-/// Step from one port that is tried to the next. A prime that does not divide the range comes by
-/// every port before any twice.
+/// Step from one port that is tried to the next. A prime that does not divide the range visits
+/// every port before any port twice.
 const PORT_STEP: u32 = 7919;
 
-/// Number of an address that the translator knows: keys stay small, and an address is never
-/// forgotten while the daemon runs.
+/// Number of an address that the translator knows. It keeps keys small. No address is forgotten
+/// while the daemon runs.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct AddrId(pub u16);
 
@@ -85,9 +86,9 @@ pub struct Outside {
 pub struct Inside {
     /// IP protocol number.
     pub protocol: u8,
-    /// The client, or who stands for it ([`Masquerade`]).
+    /// The client, or the address that stands for it ([`Masquerade`]).
     pub client: Addr,
-    /// Its port, or another one if two flows would be one otherwise.
+    /// Its port, or another one where two flows would be the same otherwise.
     pub client_port: u16,
     /// The delivery address.
     pub delivery: AddrId,
@@ -102,10 +103,11 @@ pub struct Masquerade {
     pub v4: Addr,
     /// In place of IPv6 clients.
     pub v6: Addr,
-    /// The ports that are borrowed, for flows to each port of the application's host anew.
+    /// The ports that are borrowed. A port is borrowed anew for each port of the application's
+    /// host.
     pub ports: RangeInclusive<u16>,
-    /// Chooses the first port that is tried: with the same seed a flow that is made anew after a
-    /// restart has the port that it had, unless another was faster.
+    /// Chooses the first port that is tried. With the same seed, a flow that is made anew after a
+    /// restart gets the port that it had, unless another flow was faster.
     pub seed: Seed,
 }
 
@@ -165,13 +167,13 @@ impl Limit {
 /// What a table did since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct FlowStats {
-    /// Flows there are.
+    /// Number of flows.
     pub live: u64,
-    /// Flows there may be.
+    /// The most flows there may be.
     pub max: u64,
     /// Flows that had to go before their time.
     pub evicted: u64,
-    /// Flows that were given another client port, to be told from one that was there.
+    /// Flows that got another client port, to tell them from one that was there.
     pub collisions: u64,
     /// New flows that were turned away.
     pub refused: u64,
@@ -195,7 +197,7 @@ pub struct FlowTable {
 }
 
 impl FlowTable {
-    /// An empty table; `epoch` is a time not later than any `now` it will be told.
+    /// An empty table. `epoch` is a time not later than any `now` that follows.
     pub fn new(seed: Seed, epoch: Instant) -> Self {
         Self {
             seed,
@@ -213,7 +215,7 @@ impl FlowTable {
         }
     }
 
-    /// The same with one address in place of every client's.
+    /// An empty table with one address in place of every client's.
     pub fn masquerading(seed: Seed, epoch: Instant, masquerade: Masquerade) -> Self {
         Self {
             masquerade: Some(masquerade),
@@ -270,10 +272,10 @@ impl FlowTable {
         self.find_inside(key).map(|at| self.slab.get(at).outside())
     }
 
-    /// Makes the flow that a packet from the client begins, or goes on with after a restart.
+    /// Makes the flow that a packet from the client begins, or continues after a restart.
     ///
-    /// `key` must not be there yet. The inner client port is the outer one, unless that would make
-    /// the flow another one's equal; or one that is borrowed.
+    /// `key` must not be there yet. The inner client port is borrowed, or it is the outer one,
+    /// unless that would make two flows the same.
     ///
     /// # Errors
     /// [`DropReason::FlowTableFull`], [`DropReason::FlowCollision`],
@@ -296,8 +298,8 @@ impl FlowTable {
             delivery,
             delivery_port,
         };
-        // Room first: what is evicted for it cannot be in the way any more.
-        self.make_room(now, key.client, limit)?;
+        // Make space first: a flow that is evicted for it can no longer be in the way.
+        self.make_space(now, key.client, limit)?;
         if let Some(masquerade) = &self.masquerade {
             let first = outside_hash(&masquerade.seed, key) as u32;
             let inside = Inside {
@@ -321,7 +323,7 @@ impl FlowTable {
         Ok(inside)
     }
 
-    /// Makes the flow that a packet from the application goes on with after a restart.
+    /// Makes the flow that a packet from the application continues after a restart.
     ///
     /// # Errors
     /// [`DropReason::FlowTableFull`]; [`DropReason::NoFlow`] if the client knows a flow by
@@ -342,13 +344,13 @@ impl FlowTable {
             }
             self.remove(at, limit);
         }
-        self.make_room(now, inside.client, limit)?;
+        self.make_space(now, inside.client, limit)?;
         self.insert(now, outside, inside, Side::Application, tcp_flags);
         Ok(())
     }
 
-    /// Removes flows whose time is up, looking at no more than `budget` of them. Returns how many
-    /// it removed. To be called every second or so.
+    /// Removes flows whose time is up, examining at most `budget`. Returns how many it removed.
+    /// Call it every second or so.
     pub fn expire(&mut self, now: Instant, budget: usize, limit: &Limit) -> usize {
         let now = self.tick(now);
         let mut looked = 0;
@@ -377,13 +379,13 @@ impl FlowTable {
         removed
     }
 
-    /// Removes the flow that can best be done without; false if all are in use.
+    /// Removes the most dispensable flow. Returns false if all are in use.
     pub fn evict(&mut self, now: Instant, limit: &Limit) -> bool {
         let now = self.tick(now);
         self.evict_one(now, limit)
     }
 
-    /// Counters of this table; `max` is the limit's to say and 0 here.
+    /// Counters of this table. `max` is 0 here: only the limit knows it.
     pub fn stats(&self) -> FlowStats {
         FlowStats {
             live: self.live as u64,
@@ -451,7 +453,7 @@ impl FlowTable {
     }
 
     /// Takes a place for one more flow of `client`, evicting another if need be.
-    fn make_room(&mut self, now: u32, client: Addr, limit: &Limit) -> Result<(), DropReason> {
+    fn make_space(&mut self, now: u32, client: Addr, limit: &Limit) -> Result<(), DropReason> {
         let held = match self.sources.get(self.source(client)) {
             Some(&held) => held as usize,
             None => 0,
@@ -469,7 +471,7 @@ impl FlowTable {
         Ok(())
     }
 
-    /// The inner view to use, and whether it had to differ from `wanted`.
+    /// The inner view to use, and whether it differs from `wanted`.
     fn free_inside(&mut self, now: u32, wanted: Inside, limit: &Limit) -> Option<(Inside, bool)> {
         if self.is_free(now, &wanted, limit) {
             return Some((wanted, false));
@@ -489,8 +491,8 @@ impl FlowTable {
             .map(|key| (key, true))
     }
 
-    /// The inner view with a port of the range that is free there. If all that are tried are taken,
-    /// the flow of them that can best be done without gives its own.
+    /// The inner view with a port of the range that is free there. If all ports that are tried are
+    /// taken, the most dispensable of their flows gives up its own.
     fn borrow_port(
         &mut self,
         now: u32,
@@ -585,7 +587,7 @@ impl FlowTable {
 
     /// The flow to give up first.
     fn dispensable(&mut self, now: u32) -> Option<u32> {
-        // Of those that were reset any will do, used meanwhile or not.
+        // Any flow that was reset will do, whether it was used meanwhile or not.
         if let Some(reset) = self.lists[Class::TcpReset as usize].first() {
             return Some(reset);
         }
@@ -594,7 +596,7 @@ impl FlowTable {
             .find_map(|tier| self.least_recent(tier, now))
     }
 
-    /// The flow of this tier that was not used for the longest time, unless it is in use.
+    /// The flow of this tier that was unused for the longest time, unless it is in use.
     fn least_recent(&mut self, tier: &Tier, now: u32) -> Option<u32> {
         let mut best: Option<(u32, u32)> = None;
         for &class in tier.classes {
@@ -618,7 +620,7 @@ impl FlowTable {
             .map(|(_, at)| at)
     }
 
-    /// Appends to the list of the entry's class.
+    /// Appends an entry to the list of its class.
     fn link(&mut self, at: u32, now: u32) {
         let entry = self.slab.get_mut(at);
         entry.placed = now;
@@ -633,7 +635,7 @@ impl FlowTable {
         }
     }
 
-    /// Takes out of the list of the entry's class.
+    /// Takes an entry out of the list of its class.
     fn unlink(&mut self, at: u32) {
         let class = self.slab.get(at).class;
         self.slab.unlink(&mut self.lists[class as usize], at);
@@ -656,7 +658,8 @@ impl std::fmt::Debug for FlowTable {
     }
 }
 
-/// The inner view of a flow: an entry has room for one address, and the other is always the same.
+/// The inner view of a flow. An entry has space for one client address: the other is always the
+/// same.
 #[inline]
 fn inner(masquerade: &Option<Masquerade>, entry: &Entry) -> Inside {
     let inside = entry.inside();
@@ -669,13 +672,13 @@ fn inner(masquerade: &Option<Masquerade>, entry: &Entry) -> Inside {
     }
 }
 
-/// Whether a protocol's flows are told apart by a port that may be rewritten.
+/// Whether a port, which may be rewritten, tells the flows of a protocol apart.
 fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
 }
 
 /// One flow. 52 bytes with its links; with both indexes about 73 at a million flows. (In a cache
-/// line of its own it is found no faster: what a cold lookup waits for is the page tables.)
+/// line of its own it is found no faster: a cold lookup waits for the page tables.)
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     client: Addr,
@@ -689,7 +692,8 @@ struct Entry {
     protocol: u8,
     class: Class,
     seen: Seen,
-    /// Seconds since the table's epoch, as is `placed`: when the entry was put into its list.
+    /// Time of the last packet, in seconds since the table's epoch. `placed` is the time at which
+    /// the entry was put into its list, in the same unit.
     last_seen: u32,
     placed: u32,
 }

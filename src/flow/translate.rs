@@ -4,15 +4,17 @@
 //! to, and what its addresses become. Must not touch sockets, devices or the clock. A super-packet
 //! is translated like a single one: once.
 //!
-//!             old server                          new server
-//! client ──► Gate::check_captured ──► tunnel ──► Translator::inbound  ──► application
+//! ```text
+//!             old server                           new server
+//! client ──► Gate::check_captured ──► tunnel ──► Translator::inbound ───► application
 //! client ◄── Gate::check_returning ◄── tunnel ◄── Translator::outbound ◄── application
-//!            (nothing rewritten)                 (moved address ⇄ delivery address)
+//!            (nothing rewritten)                  (moved address ⇄ delivery address)
 //! ```
 //!
-//! Both families, never one into the other. Fragments go where their first one went; those of
-//! packets to two moved addresses with one delivery address keep their own identifications, which a
-//! client chooses per destination, so two of them could meet (RFC 6864 section 5.2).
+//! Both families, never one into the other. Fragments go where their first one went. Fragments of
+//! packets to two moved addresses with one delivery address keep their own identifications. A
+//! client chooses those for each destination, so that two of them could meet (RFC 6864 section
+//! 5.2).
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -36,7 +38,7 @@ const MAX_SHARDS: usize = 256;
 /// How the new server's translator is made.
 #[derive(Clone, Copy, Debug)]
 pub struct TranslatorConfig {
-    /// Parts of the flow table that are locked apart; rounded up to a power of two.
+    /// Parts of the flow table, each behind a lock of its own; rounded up to a power of two.
     pub shards: usize,
     /// Most flows at a time (`--max-flows`).
     pub max_flows: usize,
@@ -46,14 +48,14 @@ pub struct TranslatorConfig {
     pub epoch: Instant,
 }
 
-/// The new server's rewriting. Shared by the lanes; a lane locks the shard of the packet's client
+/// The new server's rewriting. Shared by the lanes. A lane locks the shard of the packet's client
 /// and nothing else, and only while it looks the flow up.
 pub struct Translator {
     seed: Seed,
     limit: Limit,
     shards: Box<[Shard]>,
     routes: ArcSwap<Routes>,
-    /// Held while routes are exchanged.
+    /// Held while routes are replaced.
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<AddrId>>,
     outbound_fragments: Mutex<FragmentCache<(PeerId, AddrId)>>,
@@ -81,8 +83,8 @@ impl Translator {
         }
     }
 
-    /// What `peer` has moved, in place of what it had moved before. Flows of what is no longer
-    /// moved are forgotten in their own time; their packets are dropped at once.
+    /// Sets what `peer` has moved, in place of what it had moved before. Packets of what is no
+    /// longer moved are dropped at once; its flows are forgotten in their own time.
     ///
     /// # Errors
     /// [`RouteError`]; nothing is changed then.
@@ -90,7 +92,8 @@ impl Translator {
         self.change(|routes| routes.peer_mut(peer).moves = moves)
     }
 
-    /// Where the packets of `peer` are delivered. Flows that are under way stay where they are.
+    /// Sets where the packets of `peer` are delivered. Flows that are under way stay where they
+    /// are.
     ///
     /// # Errors
     /// [`RouteError`]; nothing is changed then.
@@ -103,22 +106,22 @@ impl Translator {
         self.change(|routes| routes.peer_mut(peer).delivery = delivery)
     }
 
-    /// This host's own addresses, which no client may claim.
+    /// Sets this host's own addresses, which no client may claim.
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
         let mut own: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();
         own.sort_unstable();
-        // Names no new address, so it cannot fail.
+        // It names no new address, so it cannot fail.
         let _ = self.change(|routes| routes.own = own);
     }
 
     /// Translates a packet that came from `peer`'s client: destination from the moved address to
     /// where it is delivered.
     ///
-    /// `bytes` are those that `parsed` was made from, of a coalesced super-packet its head.
+    /// `parsed` was made from `bytes`, which are the head of a coalesced super-packet if it is one.
     /// `partial`: whether its checksum is.
     ///
     /// # Errors
-    /// Why the packet is to be dropped; it may be rewritten in part then.
+    /// Why to drop the packet, which may be rewritten in part then.
     pub fn inbound(
         &self,
         now: Instant,
@@ -177,11 +180,11 @@ impl Translator {
     /// Translates a packet that the application's host sent to a client: source from the delivery
     /// address back to the moved one. Returns the peer that it goes through.
     ///
-    /// A packet of an unknown flow that can only be one goes on with it: that is how a sending
-    /// application is heard again after a restart of the daemon.
+    /// A packet of an unknown flow continues that flow if only one is possible. So an application
+    /// that keeps sending is heard again after a restart of the daemon.
     ///
     /// # Errors
-    /// Why the packet is to be dropped; it may be rewritten in part then.
+    /// Why to drop the packet, which may be rewritten in part then.
     pub fn outbound(
         &self,
         now: Instant,
@@ -233,8 +236,8 @@ impl Translator {
         Ok(outside.peer)
     }
 
-    /// Forgets flows whose time is up, looking at no more than `budget` of each shard; to be called
-    /// every second. Returns how many.
+    /// Forgets flows whose time is up, examining at most `budget` of each shard. Returns how many.
+    /// Call it every second.
     pub fn expire(&self, now: Instant, budget: usize) -> usize {
         self.shards
             .iter()
@@ -266,7 +269,7 @@ impl Translator {
             .sum()
     }
 
-    /// A later fragment from a client.
+    /// Translates a later fragment from a client.
     fn inbound_later_fragment(
         &self,
         now: Instant,
@@ -278,7 +281,7 @@ impl Translator {
         let known = lock(&self.inbound_fragments).recall(now, &self.seed, parsed, bytes);
         let delivery = match known {
             Some(delivery) => delivery,
-            // Every packet of the address goes to one place: the first one is not needed.
+            // Every packet of the address goes to one place, so the first fragment is not needed.
             None if moved.is_whole && moved.ports.is_empty() => {
                 if routes.is_own(parsed.src(bytes)) {
                     return Err(DropReason::BadSource);
@@ -291,7 +294,7 @@ impl Translator {
         Ok(())
     }
 
-    /// An ICMP error from the client's side, about a packet that the application sent.
+    /// Translates an ICMP error from the client's side, about a packet that the application sent.
     fn inbound_error(
         &self,
         routes: &Routes,
@@ -332,8 +335,9 @@ impl Translator {
         Ok(())
     }
 
-    /// An ICMP error from the application's side, about a packet that a client sent. Whoever it is
-    /// from, the client hears it from the moved address: no other could be spoken for.
+    /// Translates an ICMP error from the application's side, about a packet that a client sent.
+    /// Whoever sent the error, the client gets it from the moved address: we may speak for no
+    /// other.
     fn outbound_error(
         &self,
         routes: &Routes,
@@ -384,7 +388,7 @@ impl Translator {
         if routes.is_own(key.client) {
             return Err(DropReason::BadSource);
         }
-        // An answer to a query that no one here sent.
+        // It replies to a query that nobody here sent.
         if parsed.kind() == Kind::IcmpReply {
             return Err(DropReason::NoFlow);
         }
@@ -404,7 +408,7 @@ impl Translator {
         }
     }
 
-    /// Goes on with a flow by the application's packet, if it can only be one.
+    /// Continues a flow with the application's packet, if only one is possible.
     #[cold]
     fn reopen(
         &self,
@@ -449,7 +453,7 @@ impl Translator {
     /// Evicts a flow from another shard than `client`'s, of those that are not busy.
     fn evict_elsewhere(&self, now: Instant, client: Addr) -> bool {
         if self.limit.live() < self.limit.max() {
-            // Not for want of room: one source had its share.
+            // There is space: one source had its share.
             return false;
         }
         let own = self.shard(client);
@@ -624,20 +628,21 @@ mod tests {
             let bed = Bed::simple();
             bed.inbound(&mut plan.build()).unwrap();
 
-            // From a router on the client's side, about the answer.
-            let answer = reply(&plan).build();
-            let answer_inside = reply(&delivered).build();
+            // From a router on the client's side, about the reply.
+            let back = reply(&plan).build();
+            let back_inside = reply(&delivered).build();
             let least = if v4 { 28 } else { 48 };
-            let less = least + keep_quote.index(answer.len() - least + 1);
-            let len = if whole { answer.len() } else { less };
+            let less = least + keep_quote.index(back.len() - least + 1);
+            let len = if whole { back.len() } else { less };
             // Half a checksum says nothing and is left as it is.
             let half_a_checksum = plan.kind == Kind::Tcp && len == least - 8 + 17;
             let len = len + usize::from(half_a_checksum);
-            let mut error = too_big(&answer, len, router);
+            let mut error = too_big(&back, len, router);
             bed.inbound(&mut error).unwrap();
-            prop_assert_eq!(error, too_big(&answer_inside, len, router));
+            prop_assert_eq!(error, too_big(&back_inside, len, router));
 
-            // From the application's host, about the request; heard from the moved address.
+            // From the application's host, about the request. The client gets it from the moved
+            // address.
             let request = plan.build();
             let request_inside = delivered.build();
             let len = len.min(request.len());
@@ -647,7 +652,6 @@ mod tests {
         }
     }
 
-    /// An ICMP error from `from` that quotes the first `len` bytes of `about`.
     #[test]
     fn each_reply_comes_from_the_address_that_was_asked() {
         let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
@@ -662,9 +666,9 @@ mod tests {
                     ..moved_to(&plan, DELIVERY)
                 };
                 assert_eq!(bytes, arrived.build());
-                let mut answer = reply(&arrived).build();
-                bed.outbound(&mut answer).unwrap();
-                assert_eq!(answer, reply(&plan).build());
+                let mut back = reply(&arrived).build();
+                bed.outbound(&mut back).unwrap();
+                assert_eq!(back, reply(&plan).build());
             }
         }
         let stats = bed.translator.stats();
@@ -711,7 +715,7 @@ mod tests {
     }
 
     #[test]
-    fn the_application_is_heard_after_a_restart() {
+    fn the_application_goes_on_after_a_restart() {
         let bed = Bed::new(&["192.0.2.5:80/tcp", "192.0.2.6:81/tcp"], delivery());
         let plan = request(Kind::Tcp);
         let data = Plan {
@@ -738,7 +742,8 @@ mod tests {
         )
         .unwrap();
         assert_eq!(bed.translator.stats().live, 1);
-        // A connection of the application's own is none, nor is a port that was not moved.
+        // A connection that the application opens is no known flow, nor is a port that was not
+        // moved.
         let syn = Plan {
             flags: SYN,
             dst_port: 9,
@@ -750,10 +755,10 @@ mod tests {
             ..data.clone()
         };
         assert_eq!(bed.outbound(&mut other.build()), Err(DropReason::NoFlow));
-        // Two moved addresses could have been asked: none is guessed.
+        // Either of two moved addresses could have been asked: the daemon does not guess.
         let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
         assert_eq!(bed.outbound(&mut data.build()), Err(DropReason::NoFlow));
-        // A mapped port is found by where it is delivered, and its own number is not.
+        // A mapped port is found by where it is delivered, and not by its own number.
         let ports = vec![PortMap {
             transport: None,
             moved: MOVED.parse().unwrap(),
@@ -827,7 +832,7 @@ mod tests {
                 assert_eq!(bed.outbound(&mut second), Ok(PEER));
                 assert_eq!([first, second], wanted);
             }
-            // Of a whole move, a later fragment needs no first one.
+            // If the whole address was moved, a later fragment needs no first one.
             let bed = Bed::new(&[moved], delivery());
             let [_, mut second] = fragments(&plan.build(), 16, 7);
             bed.inbound(&mut second).unwrap();
@@ -854,7 +859,7 @@ mod tests {
     }
 
     #[test]
-    fn room_is_made_in_other_shards() {
+    fn space_is_made_in_other_shards() {
         let bed = Bed::simple();
         for source in 0..1500u32 {
             let plan = Plan {

@@ -153,8 +153,8 @@ impl PeerView {
     /// Clamps the MSS of a SYN or SYN-ACK to what fits one datagram.
     #[inline]
     pub(super) fn clamp_mss(&self, packet: &mut [u8], parsed: &Parsed, partial: bool) {
-        let room = |headers: usize| self.mtu.saturating_sub(headers).min(usize::from(u16::MAX));
-        clamp_mss(packet, parsed, room(40) as u16, room(60) as u16, partial);
+        let mss = |headers: usize| self.mtu.saturating_sub(headers).min(usize::from(u16::MAX));
+        clamp_mss(packet, parsed, mss(40) as u16, mss(60) as u16, partial);
     }
 }
 

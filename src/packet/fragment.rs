@@ -320,7 +320,7 @@ mod tests {
             assert!(waiting.keep(now, id, (), &[0; 100]).is_empty());
         }
         let out = waiting.keep(now, 7, (), &[1; 100]);
-        assert_eq!(out.len(), 1, "the oldest makes room");
+        assert_eq!(out.len(), 1, "the oldest makes way");
         let taken = waiting.take(7);
         assert_eq!(taken.len(), 2);
         assert_eq!(taken[1].bytes, [1; 100]);

@@ -75,17 +75,17 @@ fn error(
     }
     let packet = &packet[..parsed.total().min(packet.len())];
     let to = IpAddr::from(parsed.src(packet));
-    let room = out.len();
+    let space = out.len();
     let mut rest = out;
     match (from, to) {
-        (IpAddr::V4(from), IpAddr::V4(to)) if room >= MAX_V4 => {
+        (IpAddr::V4(from), IpAddr::V4(to)) if space >= MAX_V4 => {
             let quote = &packet[..packet.len().min(MAX_V4 - V4_HEADERS)];
             PacketBuilder::ipv4(from.octets(), to.octets(), HOPS)
                 .icmpv4(v4)
                 .write(&mut rest, quote)
                 .ok()?;
         }
-        (IpAddr::V6(from), IpAddr::V6(to)) if room >= MAX_V6 => {
+        (IpAddr::V6(from), IpAddr::V6(to)) if space >= MAX_V6 => {
             let quote = &packet[..packet.len().min(MAX_V6 - V6_HEADERS)];
             PacketBuilder::ipv6(from.octets(), to.octets(), HOPS)
                 .icmpv6(v6)
@@ -94,7 +94,7 @@ fn error(
         }
         _ => return None,
     }
-    Some(room - rest.len())
+    Some(space - rest.len())
 }
 
 /// Whether an error may be sent about a packet. That its source is a single host is sure:

@@ -79,19 +79,19 @@ impl<'a> Segments<'a> {
     pub fn new(offload: Offload, packet: &'a [u8], parsed: &Parsed, max_segment: usize) -> Self {
         let packet = &packet[..parsed.total()];
         let (header, payload) = packet.split_at(parsed.payload());
-        let room = max_segment.saturating_sub(header.len());
+        let space = max_segment.saturating_sub(header.len());
         let is_tcp = parsed.kind() == Kind::Tcp;
         let size = match offload.segment_size {
-            Some(size) if is_tcp && room >= MIN_SEGMENT_PAYLOAD => usize::from(size).min(room),
+            Some(size) if is_tcp && space >= MIN_SEGMENT_PAYLOAD => usize::from(size).min(space),
             Some(size) => usize::from(size),
             None if packet.len() > max_segment
                 && is_tcp
                 && offload.partial
                 && parsed.fragment() == Fragment::None
                 && parsed.tcp_flags() & !PLAIN_FLAGS == 0
-                && room >= MIN_SEGMENT_PAYLOAD =>
+                && space >= MIN_SEGMENT_PAYLOAD =>
             {
-                room
+                space
             }
             None => usize::MAX,
         };
