@@ -1,37 +1,50 @@
-//! Serve an address that has moved to another server: `README.md` says what it does, this page what
-//! the house looks like inside.
+//! Serve an address that has moved to another server. `README.md` says what it does; this page
+//! shows how the code is laid out.
 //!
 //! # The journey of a packet
 //!
 //! ```text
-//! client ──► A: uplink ingress ─capture─► TUN ─► [segment, seal] ─► UDP ══► B: [open, join] ─► translate ─► TUN ─► application
-//! client ◄── A: uplink ◄─return path──── TUN ◄─ [open, join] ◄──── UDP ◄══ B: [segment, seal] ◄─ translate ◄─ TUN ◄─ application
+//!            A, the old server                             B, the new server
+//!
+//! client ──► uplink ──► TUN ──► check,      UDP    open,      ──► translate ──► TUN ──► application
+//!            capture            segment,  ══════►  coalesce
+//!                               seal
+//!
+//! client ◄── uplink ◄── TUN ◄── check,      UDP    segment,   ◄── translate ◄── TUN ◄── application
+//!            return path        coalesce, ◄══════  seal
+//!                               open
 //! ```
 //!
-//! A is the old server, B the new one. Both run the same two straight loops ([`lane`]); on A
-//! `translate` only checks. A lane is one TUN queue, one UDP socket and the thread that serves both; a second
-//! thread helps it out while one is not enough.
+//! Both servers run the same two loops, outbound and inbound ([`lane`]); [`flow::role`] makes the
+//! difference: A only checks a packet, B translates it. A packet that is too big for one datagram
+//! is split over several, and reassembled at the other end.
+//!
+//! A lane is one TUN queue, one UDP socket and the thread that serves both. A helper thread takes
+//! over the inbound loop while one thread is not enough.
+//!
+//! `ipmoved nat` has neither B nor a tunnel: one loop on A translates both addresses
+//! ([`lane::nat`]).
 //!
 //! # The rooms
 //!
-//! A folder is a floor; each uses those above it in this table, and none below.
+//! Each folder uses those above it in this table, and none below.
 //!
 //! | folder | owns |
 //! |---|---|
-//! | [`model`] | the words that all rooms share: what moved, who is at the other end, why a packet was dropped, what `status` says |
-//! | [`packet`] | IP packets: checked once, cut and joined, rewritten, answered |
-//! | [`flow`] | which flow a packet belongs to, and what becomes of it |
-//! | [`channel`] | the encrypted channel: layouts, keys, window, state machine (`contrib/protocol.md`) |
-//! | [`io`] | the TUN queue, the UDP socket, and the batch that is sent in one call |
+//! | [`model`] | what all share: what moved, peers, drop reasons, what `status` says |
+//! | [`packet`] | IP packets: checked once, segmented and coalesced, rewritten; ICMP errors |
+//! | [`flow`] | which flow a packet belongs to, and what becomes of it in each role |
+//! | [`channel`] | the encrypted channel (`contrib/protocol.md`): messages, keys, state machine |
+//! | [`io`] | the TUN queue, the UDP socket, the batch sent in one call, randomness |
 //! | [`settings`] | what was typed, and what it means |
 //! | [`kernel`] | every change of the host's network, recorded and undone |
-//! | [`lane`] | the two loops that carry packets, and what they share with the control task |
-//! | [`daemon`] | the process: set-up, what it decides, control task, privileges |
+//! | [`lane`] | the loops that carry packets, and what they share with the control task |
+//! | [`daemon`] | the process: set-up, what it decides, control task, status, privileges |
 //! | [`lab`] | throwaway namespaces for the demo, the tests and the benches |
-//! | [`command`] | what is printed |
+//! | [`command`] | the subcommands, what is printed, and exit codes |
 //!
 //! `model`, `packet`, `flow` and `channel` do no I/O and read neither a clock nor randomness;
-//! `clippy.toml` holds them to it.
+//! `clippy.toml` holds them to it. `testing` is what unit tests and fuzzers share.
 
 pub(crate) mod channel;
 pub mod command;
@@ -47,8 +60,8 @@ pub(crate) mod settings;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
 
-/// What the namespace tests and the benches take from inside the house. It is nobody else's: the
-/// rooms are the crate's own, so that the compiler says what no longer has a user.
+/// What the namespace tests and the benches use of the crate's inside. Nobody else should: the
+/// rooms are private, so that the compiler finds what no longer has a user.
 #[doc(hidden)]
 pub mod internals {
     pub use crate::channel::session::{

@@ -70,7 +70,7 @@ drop_reasons! {
     NotMoved = "not_moved",
     /// The moved address is known, but there is no address of its family to deliver to.
     NoDelivery = "no_delivery",
-    /// A packet that left the application's host belongs to no flow through the tunnel.
+    /// A packet from the application's host that belongs to no flow through the tunnel.
     NoFlow = "no_flow",
     /// A fragment whose first fragment was not seen.
     FragmentUnknown = "fragment_unknown",
@@ -89,17 +89,17 @@ drop_reasons! {
     /// `ipmoved nat`: a protocol without ports (or ICMP identifiers), so that replies to two
     /// clients could not be told apart.
     NoPorts = "no_ports",
-    /// Larger than the tunnel can carry, or than the next link, and not to be fragmented.
+    /// Larger than the tunnel can carry, or than the next link, and must not be fragmented.
     TooBig = "too_big",
     /// A router marked congestion on a packet whose sender does not understand the mark (RFC 6040).
     EcnBroken = "ecn_broken",
     /// Hop limit used up.
     TtlExpired = "ttl_expired",
-    /// An ICMP error about a packet that is too big, or whose hop limit is used up, that was not
-    /// sent: there were too many.
+    /// An ICMP error about a packet that is too big, or whose hop limit is used up, was not sent:
+    /// there were too many.
     AnswerLimited = "answer_limited",
 
-    // On the way out.
+    // Between this daemon and what it hands packets to: the peer, the kernel, the control task.
     /// There is no session with the peer (yet).
     NoSession = "no_session",
     /// The kernel refused to send the datagram.
@@ -120,7 +120,7 @@ pub struct Dropped {
 }
 
 impl Dropped {
-    /// A packet of `peer`.
+    /// A dropped packet of `peer`.
     pub fn of(peer: PeerId, reason: DropReason) -> Self {
         Self {
             peer: Some(peer),

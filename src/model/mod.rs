@@ -1,5 +1,5 @@
-//! The words that all rooms share: what moved, who is at the other end, why a packet was dropped, what
-//! the daemon says of itself, and where its files lie.
+//! The words that all rooms share: what moved, who is at the other end, why a packet was dropped,
+//! what the daemon says of itself, and where its files lie.
 
 pub mod drops;
 pub mod moved;

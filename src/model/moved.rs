@@ -9,7 +9,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 /// Most port ranges one `--move` may name: what the capture program on the old server can test
-/// within the kernel's limit for one program, with room for many moved addresses.
+/// within the kernel's limit for one program, with space for many moved addresses.
 pub const MAX_PORT_RANGES: usize = 64;
 
 /// Most `--move` one old server may have, for the same reason.
@@ -149,7 +149,7 @@ impl Move {
             .all(|pair| u32::from(*pair[0].end()) + 1 < u32::from(*pair[1].start()))
     }
 
-    /// What no move may be, however it was made.
+    /// Refuses what no move may be, however it was made.
     fn check(&self) -> Result<(), MoveError> {
         let unusable = match self.addr {
             IpAddr::V4(addr) => {

@@ -38,7 +38,7 @@ impl PortMap {
 /// Why the text of a `--deliver` was refused.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PortMapError {
-    /// Nothing behind a `=`.
+    /// It has nothing behind a `=`.
     #[error("`{0}` does not say where to deliver; write 192.0.2.5:80=198.51.100.2:8080")]
     NoTarget(String),
     /// The part before the `=` is no move.

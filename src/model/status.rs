@@ -85,11 +85,11 @@ pub struct TunnelStatus {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Not yet.
+    /// Packets do not pass yet.
     Connecting,
-    /// Yes.
+    /// Packets pass.
     Up,
-    /// No longer: the peer fell silent or said goodbye.
+    /// Packets no longer pass: the peer fell silent or said goodbye.
     Down,
 }
 
@@ -100,7 +100,7 @@ pub struct Flows {
     pub live: u64,
     /// Most that may be (`--max-flows`).
     pub max: u64,
-    /// Flows given up before their time to make room.
+    /// Flows given up before their time to make space.
     pub evicted: u64,
     /// Flows that got another client port, since the same client used one port at two moved
     /// addresses that are delivered to one.
@@ -135,14 +135,14 @@ pub struct Offloads {
     /// TCP super-packets over IPv4 of more than 64 KiB written to the TUN (Linux 6.6 on). Only on
     /// the new server, where they end; switched off when the kernel refuses one.
     pub tun_big_tcp: bool,
-    /// Batches the kernel refused, sent datagram by datagram.
+    /// Batches that the kernel refused, so that they were sent datagram by datagram.
     pub udp_gso_fallbacks: u64,
-    /// Super-packets the kernel refused, written packet by packet.
+    /// Super-packets that the kernel refused, so that they were written packet by packet.
     pub tun_gso_fallbacks: u64,
 }
 
 impl Status {
-    /// For people: the state first, what is wrong last, where the eye ends.
+    /// The text form, for people: the state first, and what is wrong last, where the eye ends.
     pub fn to_text(&self) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.

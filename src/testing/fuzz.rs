@@ -1,11 +1,11 @@
-//! The doors through which other people's bytes come in, one function each, for fuzzers.
+//! Fuzz targets: one function for each place where other people's bytes come in.
 //!
-//! `contrib/fuzz` hands these functions to `cargo fuzz`; the tests below run the same ones, from the same
-//! corpus, for a moment each, or for as long as `IPMOVED_FUZZ_SECONDS` says. Whatever the bytes are, nothing
-//! may panic; what else must hold is asserted. The status socket is not among them: nothing is ever read
-//! from it.
+//! `contrib/fuzz` hands these functions to `cargo fuzz`. The tests below run the same ones, from
+//! the same corpus, for a moment each, or for as long as `IPMOVED_FUZZ_SECONDS` says. No bytes may
+//! make them panic, and each asserts what else must hold. The status socket is not among them:
+//! nothing is ever read from it.
 
-// The virtual clock of a fuzzer has to begin somewhere; wrong bytes are what it is all about.
+// The virtual clock of a fuzzer has to begin somewhere, and an `unwrap` that fails is a find.
 #![allow(clippy::disallowed_methods, clippy::unwrap_used, missing_docs)]
 
 use std::cell::RefCell;
@@ -40,7 +40,7 @@ use crate::settings::file::File;
 const MOVED: &str = "192.0.2.5";
 const MOVED_PORT: &str = "[2001:db8::5]:80/tcp";
 
-/// What is done with the bytes.
+/// A fuzz target, called with the bytes.
 pub type Target = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
@@ -129,7 +129,7 @@ impl Bed {
         }
     }
 
-    /// Takes what came of it; it stays within bounds.
+    /// Takes what came of a message, and asserts that it stays within bounds.
     fn drain(&mut self, most: usize) {
         let mut out = 0;
         while self.new.poll_event().is_some() {
@@ -208,7 +208,7 @@ pub fn handshake(bytes: &[u8]) {
             bed.new.handle_timeout(bed.now, SystemTime::UNIX_EPOCH);
             bed.drain(40);
         }
-        // Clocks that were ruined stay so: begin anew.
+        // The message may have ruined the clocks for good: begin anew.
         *bed = Bed::new();
     });
 }
@@ -237,8 +237,8 @@ pub fn control(bytes: &[u8]) {
 
 /// An IP packet out of the tunnel, and one from the TUN behind its virtio header.
 pub fn packet(bytes: &[u8]) {
-    thread_local!(static WAYS: (Gate, Translator, Instant) = ways());
-    WAYS.with(|(gate, translator, now)| {
+    thread_local!(static SERVERS: (Gate, Translator, Instant) = servers());
+    SERVERS.with(|(gate, translator, now)| {
         let Ok(parsed) = Parsed::parse(bytes) else {
             return;
         };
@@ -253,10 +253,10 @@ pub fn packet(bytes: &[u8]) {
             let again = Parsed::parse(&bytes);
             assert!(inbound.is_err() || again.is_ok(), "{inbound:?} {again:?}");
             let _ = translator.outbound(*now, &mut bytes, &mut parsed, partial);
-            let mut answer = [0; 2_048];
+            let mut reply = [0; 2_048];
             let from: IpAddr = MOVED.parse().unwrap();
-            let _ = icmp::too_big(&mut answer, &bytes, &parsed, from, 1_280);
-            let _ = icmp::time_exceeded(&mut answer, &bytes, &parsed, from);
+            let _ = icmp::too_big(&mut reply, &bytes, &parsed, from, 1_280);
+            let _ = icmp::time_exceeded(&mut reply, &bytes, &parsed, from);
         }
     });
     if let Some((vnet, rest)) = bytes.split_first_chunk() {
@@ -279,7 +279,7 @@ pub fn packet(bytes: &[u8]) {
     }
 }
 
-fn ways() -> (Gate, Translator, Instant) {
+fn servers() -> (Gate, Translator, Instant) {
     let now = Instant::now();
     let moves: Vec<Move> = vec![MOVED.parse().unwrap(), MOVED_PORT.parse().unwrap()];
     let translator = Translator::new(TranslatorConfig {
@@ -298,16 +298,16 @@ fn ways() -> (Gate, Translator, Instant) {
     (Gate::new(moves.into(), Seed::new([1, 2])), translator, now)
 }
 
-/// Parts of packets in any order: three bytes each say what they are.
+/// Parts of packets in any order. Three bytes of each say what it is.
 pub fn parts(bytes: &[u8]) {
-    let mut joiner = Reassembler::default();
+    let mut reassembler = Reassembler::default();
     let mut given_up = 0;
     for part in bytes.as_chunks::<3>().0 {
         let stream = Stream {
             session: u32::from(part[0] >> 6),
             lane: part[0] >> 5 & 1,
         };
-        let whole = joiner.push(
+        let whole = reassembler.push(
             stream,
             Part {
                 counter: u64::from(part[1]),
@@ -317,16 +317,16 @@ pub fn parts(bytes: &[u8]) {
             },
         );
         assert!(whole.is_none_or(|packet| packet.len() <= 65_535));
-        given_up += joiner.take_incomplete();
+        given_up += reassembler.take_incomplete();
     }
     assert!(given_up <= bytes.len() as u64);
 }
 
-/// Packets side by side in one slab, as they come out of a batch. Each is behind its length, of which the
-/// high bits say how often it comes again, as the next of its stream, and whether its checksum is
-/// partial.
+/// Packets side by side in one slab, as they come out of a batch. Each lies behind its length. The
+/// high bits of that say how often the packet comes again, as the next of its stream, and whether
+/// its checksum is partial.
 pub fn coalesce(bytes: &[u8]) {
-    /// Enough for more than 64 KiB to be joined.
+    /// Enough to coalesce more than 64 KiB.
     const MOST: usize = 200_000;
     let reach = if bytes.len().is_multiple_of(3) {
         Reach::Here
@@ -352,7 +352,8 @@ pub fn coalesce(bytes: &[u8]) {
         }
     }
 
-    // What may be followed without parsing, and everything parsed: both have to come to the same.
+    // One follows without parsing where it can, the other parses all: both have to come to the
+    // same.
     let (mut following, mut parsing) = (Coalescer::new(uso, reach), Coalescer::new(uso, reach));
     let mut twin = slab.clone();
     for (range, partial) in ranges {
@@ -399,13 +400,13 @@ fn advance(packet: &mut [u8], copies: u32) {
 
 /// Finishes what is held, and takes it apart again.
 fn take_apart(coalescer: &mut Coalescer, slab: &mut [u8]) {
-    let Some(joined) = coalescer.finish(slab) else {
+    let Some(coalesced) = coalescer.finish(slab) else {
         return;
     };
-    let (packets, total) = (joined.packets, joined.parsed.total());
-    let sum: usize = joined.parts.iter().map(ExactSizeIterator::len).sum();
+    let (packets, total) = (coalesced.packets, coalesced.parsed.total());
+    let sum: usize = coalesced.parts.iter().map(ExactSizeIterator::len).sum();
     assert_eq!(sum, total, "all of it and no more");
-    assert!(packets >= 1 && joined.parts.len() >= packets.min(2));
+    assert!(packets >= 1 && coalesced.parts.len() >= packets.min(2));
     let (_, parts) = coalescer.take_apart(slab);
     for part in parts {
         assert!(Parsed::parse(&slab[part.clone()]).is_ok());
@@ -508,7 +509,7 @@ mod tests {
             let result = std::panic::catch_unwind(|| act(&input));
             assert!(result.is_ok(), "{name}, seed {seed}: {input:?}");
             runs += 1;
-            // What is new in length or kind may lead on.
+            // An input that is new in length or kind may lead on to others.
             if runs.is_multiple_of(64) && inputs.len() < 4_096 {
                 inputs.push(input);
             }
