@@ -4,14 +4,14 @@
 //! # The journey of a packet
 //!
 //! ```text
-//!            A, the old server                             B, the new server
+//!            A, the old server                           B, the new server
 //!
-//! client ──► uplink ──► TUN ──► check,      UDP    open,      ──► translate ──► TUN ──► application
-//!            capture            segment,  ══════►  coalesce
+//! client ──► uplink ──► TUN ──► check,      UDP   open,     ──► translate ──► TUN ──► application
+//!            capture            segment,  ══════► coalesce
 //!                               seal
 //!
-//! client ◄── uplink ◄── TUN ◄── check,      UDP    segment,   ◄── translate ◄── TUN ◄── application
-//!            return path        coalesce, ◄══════  seal
+//! client ◄── uplink ◄── TUN ◄── check,      UDP   segment,  ◄── translate ◄── TUN ◄── application
+//!            return path        coalesce, ◄══════ seal
 //!                               open
 //! ```
 //!
