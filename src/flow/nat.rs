@@ -65,7 +65,7 @@ pub struct NatConfig {
     pub epoch: Instant,
 }
 
-/// What is to be done with a packet.
+/// What to do with a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub enum Outcome {
@@ -164,7 +164,7 @@ impl Nat {
         }
     }
 
-    /// Forgets flows whose time is up, looking at no more than `budget`.
+    /// Forgets flows whose time is up, examining at most `budget`.
     pub fn expire(&mut self, now: Instant, budget: usize) {
         self.table.expire(now, budget, &self.limit);
     }

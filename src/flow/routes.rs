@@ -135,7 +135,7 @@ impl Routes {
             })
     }
 
-    /// Makes ready for lookup what is configured.
+    /// Derives what is looked up from what is configured.
     pub(super) fn resolve(&mut self) -> Result<(), RouteError> {
         let mut peers = std::mem::take(&mut self.peers);
         for peer in &mut peers {

@@ -954,7 +954,7 @@ mod tests {
         assert_eq!(bed.application_sends(&a, ACK), Some(first));
         assert_eq!(bed.application_sends(&b, ACK), Some(second));
         assert_eq!(bed.table.stats().collisions, 1);
-        // A protocol without ports has nothing to be told apart by.
+        // A protocol without ports has nothing that tells its flows apart.
         let gre = Outside {
             moved_port: 0,
             ..key(47, 1, 0)

@@ -110,7 +110,7 @@ drop_reasons! {
     ControlBusy = "control_busy",
 }
 
-/// A packet that goes no further, and whose it was, if that is known.
+/// A packet that goes no further, and its peer, if that is known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Dropped {
     /// The peer that it came from or was going to.

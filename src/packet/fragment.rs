@@ -24,7 +24,7 @@ const WATCHED: usize = 128;
 /// Most fragments of one packet: 65,535 bytes in fragments of 576. More would only make work.
 const MAX_FRAGMENTS: usize = 120;
 
-/// Fragments that wait for their first: two packets of 64 KB whose fragments come in reverse.
+/// Most fragments that wait for their first: two packets of 64 KB whose fragments come in reverse.
 const MAX_WAITING: usize = 128;
 
 /// Most bytes of the fragments that wait.

@@ -74,7 +74,7 @@ enum Shape {
 }
 
 impl<'a> Segments<'a> {
-    /// Prepares to segment `packet`, of which no segment shall be longer than `max_segment` bytes.
+    /// Prepares to segment `packet` into segments of at most `max_segment` bytes.
     #[inline]
     pub fn new(offload: Offload, packet: &'a [u8], parsed: &Parsed, max_segment: usize) -> Self {
         let packet = &packet[..parsed.total()];
