@@ -1,4 +1,4 @@
-//! The numbers under which sessions receive, unique over all peers of a daemon.
+//! The numbers under which sessions receive datagrams, unique over all peers of a daemon.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};

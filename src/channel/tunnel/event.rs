@@ -11,21 +11,21 @@ use crate::model::peer::{Endpoint, Role};
 /// What has happened.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Lanes accept datagrams on it from now on.
+    /// Lanes accept datagrams on this session from now on.
     SessionInstalled(Arc<Session>),
-    /// Lanes forget the session of this index.
+    /// Lanes forget the session with this index.
     SessionRemoved(u32),
-    /// Lanes seal on it from now on.
+    /// Lanes seal on this session from now on.
     SendOn(Arc<Session>),
-    /// Lanes have nothing to seal on.
+    /// Lanes have no session to seal on.
     SendOff,
-    /// Where lanes send to from now on.
+    /// Lanes send to this endpoint from now on.
     Endpoint(Endpoint),
     /// The peer came or went.
     State(State),
     /// The peer announced this.
     PeerConfig(Announcement),
-    /// A round trip took so long.
+    /// A round trip took this long.
     Rtt(Duration),
     /// Largest datagram (UDP payload) that the path carries towards the peer.
     PathMtu(u16),
@@ -40,8 +40,8 @@ pub struct Transmit {
     pub to: Endpoint,
     /// What is sent.
     pub datagram: Vec<u8>,
-    /// It asks whether the path carries its size: it must be sent with "don't fragment", and a
-    /// refusal of the kernel because of its size is nothing to report.
+    /// It asks whether the path carries its size. Send it with "don't fragment"; if the kernel
+    /// refuses it because of its size, that is nothing to report.
     pub probe: bool,
 }
 
@@ -52,7 +52,7 @@ pub enum State {
     Connecting,
     /// It answers.
     Up,
-    /// It answered once and does not now.
+    /// It answered once and no longer does.
     Down,
 }
 
@@ -67,7 +67,7 @@ impl State {
     }
 }
 
-/// What is wrong in a way that only an operator can mend.
+/// A problem that only an operator can solve.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Warning {
     /// The peer has this side's role, or somebody sends our own messages back.
