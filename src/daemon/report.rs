@@ -1,7 +1,7 @@
-//! What `ipmoved status` is told, built from what is known.
+//! Builds what `ipmoved status` shows from what is known.
 //!
 //! Owns the choice of what is shown where. It is a function of values, views and counters, and asks
-//! nobody. The form is [`model::status`](crate::model::status)'s business.
+//! nobody. [`model::status`](crate::model::status) owns the form.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -25,7 +25,7 @@ pub(super) struct Daemon {
     pub(super) tun: String,
     /// The UDP port listened on; 0 where there is none.
     pub(super) port: u16,
-    /// How long it runs.
+    /// How long it has been running.
     pub(super) up: Duration,
     /// What an administrator should know.
     pub(super) warnings: Vec<String>,
@@ -33,7 +33,7 @@ pub(super) struct Daemon {
 
 /// What is known of one peer.
 pub(super) struct Peer<'a> {
-    /// As configured, or as heard.
+    /// Its name, as configured or as heard.
     pub(super) name: String,
     /// What this daemon is to it.
     pub(super) role: Role,
@@ -41,7 +41,7 @@ pub(super) struct Peer<'a> {
     pub(super) endpoint: Option<SocketAddr>,
     /// Whether it is there.
     pub(super) state: tunnel::State,
-    /// The cipher in use, and how old its keys are.
+    /// The cipher in use, and the age of its keys.
     pub(super) session: Option<(String, Duration)>,
     /// The round trip.
     pub(super) rtt: Option<Duration>,
@@ -53,11 +53,11 @@ pub(super) struct Peer<'a> {
     pub(super) deliver: Option<Deliver>,
     /// Ports that are delivered elsewhere.
     pub(super) ports: Vec<String>,
-    /// What was dropped of it.
+    /// What was dropped of its packets.
     pub(super) drops: &'a Drops,
 }
 
-/// The status of a daemon with tunnels: one for each peer, in the order of the settings.
+/// The status of a daemon with tunnels: one entry for each peer, in the order of the settings.
 pub(super) fn tunnels(
     daemon: Daemon,
     peers: Vec<Peer<'_>>,
@@ -70,7 +70,7 @@ pub(super) fn tunnels(
     let tunnel = |(index, peer): (usize, Peer<'_>)| {
         let mut drops = names(peer.drops);
         if alone {
-            // With one peer, what strangers send is best seen where one looks first.
+            // With one peer, the strangers' drops are shown with it, since people look there first.
             for (reason, count) in names(strangers) {
                 *drops.entry(reason).or_default() += count;
             }
@@ -173,7 +173,7 @@ fn status(
     }
 }
 
-/// Where is delivered, for the families that something was moved of.
+/// Where the new server delivers, for the families of which something has moved.
 fn delivered_to(deliver: Deliver, moves: &[Move]) -> Option<String> {
     match deliver {
         Deliver::Keep => Some("keep".into()),

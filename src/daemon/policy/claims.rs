@@ -1,10 +1,10 @@
-//! Whose a moved address is.
+//! Which peer a moved address belongs to.
 //!
 //! On the new server several old servers may name the same address, or overlapping ports of it. The
-//! first to name it has it, until it no longer does; the others are refused, and get it then. On
-//! the old server the settings say what moved to whom, and nothing is refused.
+//! first to name it has it for as long as it names it; the others are refused until then. On the
+//! old server the settings say what moved to whom, and nothing is refused.
 //!
-//! Owns the list of what is served for each peer: never a packet for two of them.
+//! Owns the list of what is served for each peer. It never serves one packet for two of them.
 
 use std::sync::Arc;
 
@@ -12,26 +12,26 @@ use crate::daemon::index;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
 
-/// What each peer has moved, and what it may not.
+/// What each peer has moved, and what it was refused.
 #[derive(Debug)]
 pub(super) struct Claims(Vec<Claim>);
 
 #[derive(Debug)]
 struct Claim {
-    /// It has said what it moved, so what it does not name is withdrawn.
+    /// It has announced what it moved, so moves that it does not name are withdrawn.
     announced: bool,
     served: Arc<[Move]>,
-    /// What it named, but another one had.
+    /// What it named although another peer had it.
     refused: Vec<Move>,
 }
 
-/// What came of an announcement for one peer.
+/// What an announcement changed for one peer.
 #[derive(Debug)]
 pub(super) struct Settled {
     pub(super) peer: PeerId,
-    /// More, less or something else is served for it now.
+    /// What is served for it has changed.
     pub(super) served_changed: bool,
-    /// Refused, where that was not so before.
+    /// What it is refused and was not refused before.
     pub(super) refused: Vec<Move>,
 }
 
@@ -48,8 +48,8 @@ impl Claims {
 
     /// `peer` has moved this here, in place of what it had named before.
     ///
-    /// First comes what was settled for `peer`, then what became of those that had been refused
-    /// something: it may be free now.
+    /// The first result is that of `peer`. Then come those of peers that had been refused
+    /// something, which may be free now.
     pub(super) fn announce(&mut self, peer: PeerId, moves: Vec<Move>) -> Vec<Settled> {
         self.0[index(peer)].announced = true;
         let mut settled = vec![self.settle(peer, moves)];
@@ -73,12 +73,12 @@ impl Claims {
         &self.0[index(peer)].served
     }
 
-    /// What is not served for it, since it is for another one.
+    /// What is not served for it, because another peer has it.
     pub(super) fn refused(&self, peer: PeerId) -> &[Move] {
         &self.0[index(peer)].refused
     }
 
-    /// What is served for anybody.
+    /// What is served for any peer.
     pub(super) fn all(&self) -> impl Iterator<Item = &Move> + Clone {
         self.0.iter().flat_map(|claim| claim.served.iter())
     }
@@ -138,7 +138,7 @@ mod tests {
             **claims.served(PeerId(1)),
             moves(&["192.0.2.6:443", "192.0.2.7"])
         );
-        // The first lets go of it: it is the second one's.
+        // The first lets go of it: now the second has it.
         let settled = claims.announce(PeerId(0), moves(&["192.0.2.6:80"]));
         assert_eq!(settled[1].peer, PeerId(1));
         assert!(settled[1].served_changed && settled[1].refused.is_empty());

@@ -75,7 +75,7 @@ impl Machine {
         machine
     }
 
-    /// What it does about something.
+    /// What it does about an input.
     fn does(&mut self, input: Input) -> Vec<Action> {
         self.policy.handle(self.now, input);
         self.actions()
@@ -159,9 +159,9 @@ fn what_an_old_server_moves_is_served_and_delivered_where_it_reaches_us() {
     assert_eq!(actions.last(), Some(&Action::Announce(OLD, announcement)));
     assert_eq!(new.policy.delivery(OLD), Some(deliver));
     assert!(warnings(&actions).is_empty());
-    // Said again, nothing is served anew.
+    // The same announcement again changes nothing.
     assert!(served(&new.moves(OLD, "192.0.2.5")).is_empty());
-    // Withdrawn, nothing is served any more.
+    // After a withdrawal nothing is served any more.
     assert_eq!(served(&new.moves(OLD, "")), [(OLD, Vec::new())]);
 }
 
@@ -193,11 +193,11 @@ fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() 
     let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
     assert_eq!(warnings(&actions), [why]);
     assert_eq!(told(&actions), [(OLD, Some(why.into()))]);
-    // It is said once; the peer may ask again.
+    // The warning comes once, even if the peer announces the same again.
     let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
     assert!(warnings(&actions).is_empty());
     assert_eq!(told(&actions), [(OLD, Some(why.into()))]);
-    // The host is given one.
+    // The host gets one.
     let both = addresses("198.51.100.2 2001:db8::2");
     let all = both.clone();
     new.does(Input::Addresses(Addresses { all, uplink: both }));
@@ -299,7 +299,7 @@ fn the_tun_follows_the_smallest_link_to_clients() {
         sets(new.does(Input::Announced(OLD, says(1_400)))),
         Some(1_400)
     );
-    // As long as that was not done, it is asked for again.
+    // As long as the MTU was not set, it is asked for again.
     assert_eq!(
         sets(new.does(Input::Announced(OTHER_OLD, says(9_000)))),
         Some(1_400)
@@ -359,7 +359,7 @@ fn the_old_server_announces_its_moves_and_its_link() {
         ]
     );
     assert!(old.does(Input::UplinkMtu(1_400)).is_empty());
-    // Nobody can say more than 16 bits hold, nor has to.
+    // An announcement holds no more than 16 bits, and needs no more.
     old.does(Input::UplinkMtu(65_536));
     assert_eq!(old.policy.announcement(OLD), announcement(u16::MAX));
 }
