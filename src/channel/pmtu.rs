@@ -369,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_peer_is_asked_a_few_times_and_again_once_it_was_heard() {
+    fn a_silent_peer_is_asked_a_few_times_and_again_after_it_was_heard() {
         let mut now = epoch();
         let mut search = MtuDiscovery::new(1_472, now);
         let mut asked = |times: usize, heard: bool| {
@@ -422,7 +422,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_found_passes_and_is_nearly_all(
+        fn the_size_that_is_found_passes_and_is_nearly_the_largest(
             limit in 508u16..9_000, carries in 508u16..9_000, narrowed in 508u16..9_000,
             nth in 0u32..6,
         ) {

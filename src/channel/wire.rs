@@ -230,7 +230,7 @@ impl<'a> Response<'a> {
 /// The header of a data datagram, read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Data {
-    /// What the plaintext is.
+    /// How to read the plaintext.
     pub flags: Flags,
     /// The sender's lane, which chooses the key.
     pub lane: u8,

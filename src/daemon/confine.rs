@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forbidden_is_refused_and_the_rest_works() {
+    fn forbidden_calls_are_refused_and_the_rest_work() {
         // It runs in a thread of its own, since a filter stays for good.
         std::thread::spawn(|| {
             forbid().unwrap();

@@ -277,7 +277,7 @@ struct Control<'h> {
     udp: UdpSocket,
     tun: Link,
     uplink: Link,
-    /// What the lanes see once it is published.
+    /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
     counters: Vec<Arc<LaneCounters>>,
@@ -453,7 +453,7 @@ impl Control<'_> {
 
     // The policy.
 
-    /// Tells the policy what was seen, and does what it says.
+    /// Gives an input to the policy, and carries out its actions.
     fn see(&mut self, now: Instant, input: Input) {
         self.policy.handle(now, input);
         self.carry_out(now);
@@ -701,7 +701,7 @@ impl Control<'_> {
         )
     }
 
-    /// What is known of a peer.
+    /// The facts about a peer, for its status.
     fn known(&self, now: Instant, peer: PeerId) -> report::Peer<'_> {
         let (view, tunnel) = (&self.view.peers[index(peer)], &self.tunnels[index(peer)]);
         let session = tunnel.session().map(|session| {

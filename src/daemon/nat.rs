@@ -55,7 +55,7 @@ struct Ready {
     tools: Tools,
 }
 
-/// What the daemon works with.
+/// The daemon's tools.
 struct Tools {
     signals: Signals,
     status: std::os::unix::net::UnixListener,
@@ -83,7 +83,7 @@ impl Ready {
             .iter()
             .map(|&to| find_server(&netlink, settings, to))
             .collect::<Result<Vec<_>, _>>()?;
-        // What a killed predecessor reserved keeps everybody else out of these ports; its own flows
+        // A killed predecessor's reservation keeps everybody else out of these ports; its own flows
         // have no sockets.
         if let Some(conflict) = masquerade::conflict(&PORTS, &towards) {
             return Err(input(format!(

@@ -19,7 +19,7 @@ use crate::model::status::{Flows, Offloads, State, Status, Traffic, TunnelStatus
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
 
-/// What is known of the daemon as a whole.
+/// The facts about the daemon as a whole.
 pub(super) struct Daemon {
     /// Name of the TUN.
     pub(super) tun: String,
@@ -27,15 +27,15 @@ pub(super) struct Daemon {
     pub(super) port: u16,
     /// How long it has been running.
     pub(super) up: Duration,
-    /// What an administrator should know.
+    /// Warnings for an administrator.
     pub(super) warnings: Vec<String>,
 }
 
-/// What is known of one peer.
+/// The facts about one peer.
 pub(super) struct Peer<'a> {
     /// Its name, as configured or as heard.
     pub(super) name: String,
-    /// What this daemon is to it.
+    /// The daemon's role towards it.
     pub(super) role: Role,
     /// Where it was last heard from.
     pub(super) endpoint: Option<SocketAddr>,
@@ -47,13 +47,13 @@ pub(super) struct Peer<'a> {
     pub(super) rtt: Option<Duration>,
     /// Largest IP packet that fits one datagram to it.
     pub(super) mtu: usize,
-    /// What has moved.
+    /// The moves to it or from it.
     pub(super) moves: &'a [Move],
     /// Where the new server delivers.
     pub(super) deliver: Option<Deliver>,
     /// Ports that are delivered elsewhere.
     pub(super) ports: Vec<String>,
-    /// What was dropped of its packets.
+    /// The drops of its packets.
     pub(super) drops: &'a Drops,
 }
 
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_lanes_counted_is_added_up() {
+    fn the_counts_of_the_lanes_are_added_up() {
         let drops = Drops::default();
         let status = report(vec![peer("a", &[], &drops), peer("b", &[], &drops)], &drops);
         let (rx, tx) = (status.tunnels[0].rx, status.tunnels[0].tx);

@@ -22,7 +22,7 @@ use crate::kernel::{Change, Failure, Host, HostError, Repairs, Report, RuntimeDi
 /// How often to ask the kernel whether the daemon's changes are still there.
 pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
 
-/// What lies behind a [`DaemonError`]: its text is what the user reads.
+/// The cause of a [`DaemonError`]: its text is what the user reads.
 pub type Cause = Box<dyn Error + Send + Sync>;
 
 /// Why the daemon did not start, or ended.

@@ -25,11 +25,11 @@ use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 pub(super) struct Ready {
     /// Makes the kernel changes, and holds those that were made.
     pub(super) host: Host,
-    /// What the daemon works with.
+    /// The daemon's tools.
     pub(super) tools: Tools,
 }
 
-/// What the daemon works with.
+/// The daemon's tools.
 pub(super) struct Tools {
     /// The signals that end the daemon. They are caught from before the first change on.
     pub(super) signals: Signals,
@@ -39,7 +39,7 @@ pub(super) struct Tools {
     pub(super) status: UnixListener,
     /// One queue for each lane.
     pub(super) queues: Vec<TunQueue>,
-    /// What the TUN can do.
+    /// The features of the TUN.
     pub(super) features: TunFeatures,
     /// The TUN.
     pub(super) tun: Link,
@@ -96,7 +96,7 @@ impl Ready {
     }
 }
 
-/// What was found out about this host while checking.
+/// The facts about this host that the checks found out.
 struct Found {
     uplink: Link,
 }

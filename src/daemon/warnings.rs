@@ -24,7 +24,7 @@ struct Kept {
 }
 
 impl Warnings {
-    /// Keeps `line` as the newest one; true if it is to be logged.
+    /// Keeps `line` as the newest one; true if the caller has to log it.
     #[must_use]
     pub(super) fn keep(&mut self, now: Instant, line: String) -> bool {
         let known = self.0.iter().position(|kept| kept.line == line);

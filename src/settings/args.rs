@@ -91,7 +91,7 @@ pub struct RunArgs {
     pub config: Option<PathBuf>,
 }
 
-/// What is said of one peer, by flags or by a table of the configuration file.
+/// The settings of one peer, from flags or from a table of the configuration file.
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct PeerArgs {
@@ -152,7 +152,7 @@ impl PeerArgs {
         }
     }
 
-    /// Whether nothing is said about the peer.
+    /// Whether none of the peer's settings is given.
     pub(super) fn is_empty(&self) -> bool {
         let Self {
             peer,
@@ -171,7 +171,7 @@ impl PeerArgs {
     }
 }
 
-/// What is said of the daemon as a whole, by flags or at the top of the configuration file.
+/// The settings of the daemon as a whole, from flags or from the top of the configuration file.
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct DaemonArgs {

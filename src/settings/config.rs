@@ -72,7 +72,7 @@ pub struct Config {
     pub without: Vec<Without>,
     /// How long a session is used before the next one is asked for; `None` as the protocol says.
     pub rekey_after: Option<Duration>,
-    /// What an administrator should know of these settings.
+    /// Warnings about these settings, for an administrator.
     pub warnings: Vec<String>,
 }
 
@@ -81,9 +81,9 @@ pub struct Config {
 pub struct PeerConfig {
     /// Where it is; with `None` this side waits until the peer calls.
     pub endpoint: Option<PeerAddr>,
-    /// What was derived from the key shared with it. The key itself is gone by now.
+    /// The keys derived from the one that is shared with it, which itself is gone by now.
     pub keys: PeerKeys,
-    /// What moved to it (old server).
+    /// The moves to it (old server).
     pub moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub deliver_to: DeliverTo,
@@ -371,7 +371,7 @@ fn default_lanes() -> u8 {
 /// The settings of `ipmoved nat`.
 #[derive(Debug)]
 pub struct NatSettings {
-    /// What moved.
+    /// The moves.
     pub moves: Vec<Move>,
     /// The new server, at most once of each family.
     pub to: Vec<NewServer>,

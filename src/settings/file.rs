@@ -22,7 +22,7 @@ const PEERS: &str = "peers";
 /// How similar to a known key an unknown one has to be to be taken for a typo: clap's number.
 const LIKE: f64 = 0.7;
 
-/// What the file says.
+/// The contents of the file.
 #[derive(Debug, Default)]
 pub(crate) struct File {
     /// Where it lies; empty if there is none.
@@ -40,7 +40,7 @@ pub(crate) struct File {
 pub(crate) struct PeerTable {
     /// The line it begins on.
     pub(crate) line: usize,
-    /// What it says.
+    /// Its settings.
     pub(crate) peer: PeerArgs,
 }
 

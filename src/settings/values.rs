@@ -202,7 +202,7 @@ pub enum DeliverToError {
 }
 
 impl DeliverTo {
-    /// What several `--deliver-to` mean together.
+    /// Takes several `--deliver-to` together.
     ///
     /// # Errors
     /// [`DeliverToError`] if they contradict each other.

@@ -124,7 +124,7 @@ impl fmt::Display for CipherPolicy {
 /// What one side says about its ciphers in the handshake.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Offer {
-    /// What it allows.
+    /// The ciphers it allows.
     pub ciphers: Ciphers,
     /// Whether its processor has instructions for AES and GCM.
     pub aes_hardware: bool,

@@ -40,7 +40,7 @@ impl SessionIndexes {
 /// A drawn index.
 #[derive(Debug)]
 pub(crate) struct SessionIndex {
-    /// What the peer puts into its datagrams.
+    /// The number that the peer puts into its datagrams.
     pub(crate) value: u32,
     used: SessionIndexes,
 }

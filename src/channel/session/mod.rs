@@ -413,7 +413,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sealed_opens_to_the_same(
+        fn a_sealed_plaintext_opens_to_the_same(
             plaintext in proptest::collection::vec(any::<u8>(), 0..1600),
             cipher in proptest::sample::select(CIPHERS.to_vec()),
         ) {

@@ -5,7 +5,7 @@
 use super::{Cipher, Offer};
 use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN, u64_at};
 
-/// What the initiator says inside its first message.
+/// The initiator's payload, inside the first message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct InitiationPayload {
     /// Nanoseconds since 1970, and always more than in the last initiation. It tells a new
@@ -46,7 +46,7 @@ impl InitiationPayload {
     }
 }
 
-/// What the responder says inside its message.
+/// The responder's payload, inside the second message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct ResponsePayload {
     /// Names this run of the sender.

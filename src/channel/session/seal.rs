@@ -148,7 +148,7 @@ impl fmt::Debug for Opener {
 /// A datagram that was opened.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Opened {
-    /// What the plaintext is.
+    /// How to read the plaintext.
     pub flags: Flags,
     /// The peer's lane.
     pub lane: u8,

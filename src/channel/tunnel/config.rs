@@ -9,7 +9,7 @@ use crate::channel::pmtu;
 use crate::channel::session::{Entropy, Offer, PeerKeys, SessionIndexes};
 use crate::model::peer::{PeerId, Role};
 
-/// What a tunnel is made of.
+/// Everything a tunnel is made of.
 #[derive(Clone, Debug)]
 pub struct TunnelConfig {
     /// The peer's place in the daemon's configuration.
@@ -24,7 +24,7 @@ pub struct TunnelConfig {
     pub offer: Offer,
     /// `--peer`; without it this side waits until the peer finds it.
     pub endpoint: Option<SocketAddr>,
-    /// What the peer is told.
+    /// Our announcement to the peer.
     pub announcement: Announcement,
     /// Largest datagram (UDP payload) that the uplink takes: the limit of the search for the path
     /// MTU. With `None` no probes are sent, and the path MTU stays at [`pmtu::BASE`].

@@ -8,7 +8,7 @@ use super::messages::Announcement;
 use crate::channel::session::{Ciphers, Session};
 use crate::model::peer::{Endpoint, Role};
 
-/// What has happened.
+/// Something that the daemon has to react to.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Lanes accept datagrams on this session from now on.
@@ -38,7 +38,7 @@ pub enum Event {
 pub struct Transmit {
     /// Where it goes.
     pub to: Endpoint,
-    /// What is sent.
+    /// The bytes.
     pub datagram: Vec<u8>,
     /// It asks whether the path carries its size. Send it with "don't fragment"; if the kernel
     /// refuses it because of its size, that is nothing to report.
@@ -74,9 +74,9 @@ pub enum Warning {
     SameRole(Role),
     /// The two sides allow no common cipher.
     NoCommonCipher {
-        /// What this side allows.
+        /// The ciphers that this side allows.
         ours: Ciphers,
-        /// What the peer allows.
+        /// The ciphers that the peer allows.
         theirs: Ciphers,
     },
     /// The peer announced something that this version does not understand.

@@ -155,7 +155,8 @@ pub enum Announcement {
         deliver: Deliver,
         /// MTU of its uplink.
         mtu: u16,
-        /// What keeps it from doing its part, for the operator of the old server: one line.
+        /// One line for the operator of the old server, if something keeps this one from
+        /// delivering.
         error: Option<String>,
     },
 }
@@ -401,7 +402,7 @@ mod tests {
         }
 
         #[test]
-        fn what_the_new_server_says_comes_back(
+        fn the_announcement_of_the_new_server_comes_back(
             v4 in any::<Option<[u8; 4]>>(), v6 in any::<Option<[u8; 16]>>(), keep in any::<bool>(),
             mtu in any::<u16>(), error in proptest::option::of("[a-z ]{0,100}"),
         ) {

@@ -297,7 +297,7 @@ impl Tunnel {
 
     // What the daemon wants.
 
-    /// Replaces what the peer is told.
+    /// Replaces our announcement to the peer.
     pub fn set_announcement(&mut self, now: Instant, announcement: Announcement) {
         if announcement != self.config.announcement {
             self.outgoing.replace(&announcement, now);

@@ -1,5 +1,5 @@
 //! Which of this host's addresses are used: those that the new server delivers to, and those that
-//! the old server speaks from as a router on the way.
+//! the old server speaks from as a router on the path.
 //!
 //! Owns the choice alone, as functions of what is known.
 
@@ -159,7 +159,7 @@ mod tests {
                 "2001:db8::2",
             ),
             ("-", "-", "", UPLINK, "198.51.100.9", "2001:db8::9"),
-            // What the settings say counts for its family alone.
+            // An address in the settings counts for its family alone.
             (
                 "10.0.0.1",
                 "-",
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_not_rewritten() {
+    fn kept_packets_are_not_rewritten() {
         let reached = addresses("198.51.100.2").first().copied();
         let (deliver, delivery) = choose(DeliverTo::Keep, &[], reached, &addresses("198.51.100.2"));
         assert_eq!(deliver, Deliver::Keep);

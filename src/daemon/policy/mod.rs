@@ -59,12 +59,12 @@ use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
 use crate::settings::values::{DeliverTo, PeerAddr};
 
-/// What the settings say of one peer.
+/// The settings of one peer.
 #[derive(Debug)]
 pub(super) struct PeerRules {
     /// Where it is; with `None` this side waits until the peer calls.
     pub(super) endpoint: Option<PeerAddr>,
-    /// What moved to it (old server).
+    /// The moves to it (old server).
     pub(super) moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub(super) deliver_to: DeliverTo,
@@ -72,7 +72,7 @@ pub(super) struct PeerRules {
     pub(super) deliver: Vec<PortMap>,
 }
 
-/// What is known of this host when the daemon starts.
+/// The facts about this host when the daemon starts.
 #[derive(Debug)]
 pub(super) struct HostFacts {
     /// MTU of the interface that clients' packets use.
@@ -92,7 +92,7 @@ pub(super) struct Addresses {
     pub(super) uplink: Vec<IpAddr>,
 }
 
-/// What the control task has seen.
+/// Something that the control task has seen.
 #[derive(Clone, Debug)]
 pub(super) enum Input {
     /// The peer is at this endpoint from now on.
@@ -115,12 +115,12 @@ pub(super) enum Input {
     Held(Result<(), String>),
 }
 
-/// What is to be done.
+/// Something that the control task has to do.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) enum Action {
     /// Serve this for the peer, and nothing else (new server).
     Serve(PeerId, Arc<[Move]>),
-    /// Deliver what comes through the peer there (new server).
+    /// Deliver packets that come through the peer there (new server).
     Deliver(PeerId, Delivery),
     /// Hold these moved addresses on this host, and no others (new server).
     Hold(Vec<IpAddr>),
@@ -149,7 +149,7 @@ pub(super) enum Action {
     Warn(PeerId, Warning),
 }
 
-/// What an administrator has to know of a peer.
+/// Something that an administrator has to know about a peer.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub(super) enum Warning {
     /// Another old server was first.
@@ -250,7 +250,7 @@ impl Policy {
         (0..self.peers.len() as u16).map(PeerId)
     }
 
-    /// Takes in what was seen. [`Self::poll_action`] then tells what to do.
+    /// Takes in something that was seen. [`Self::poll_action`] then says what to do.
     pub(super) fn handle(&mut self, now: Instant, input: Input) {
         match input {
             Input::Endpoint(peer, endpoint) => {
@@ -317,7 +317,7 @@ impl Policy {
         self.peers[index(peer)].state
     }
 
-    /// What has moved to the peer, or has moved here from it and is served.
+    /// The moves to the peer, or those from it that are served here.
     pub(super) fn moves(&self, peer: PeerId) -> &Arc<[Move]> {
         self.claims.served(peer)
     }
@@ -332,7 +332,7 @@ impl Policy {
         &self.peers[index(peer)].ports
     }
 
-    /// What the peer is told of this server.
+    /// Our announcement to the peer.
     pub(super) fn announcement(&self, id: PeerId) -> Announcement {
         let mtu = self.uplink_mtu.min(u32::from(u16::MAX)) as u16;
         match self.role {
@@ -374,7 +374,7 @@ impl Policy {
         }
     }
 
-    /// The old server says what it has moved here.
+    /// The old server announced what it has moved here.
     fn moved_here(&mut self, peer: PeerId, moves: Vec<Move>, mtu: u16) {
         for settled in self.claims.announce(peer, moves) {
             self.settle(settled);

@@ -55,11 +55,11 @@ mod tests {
         for (remote, route, link, payload) in [
             ("192.0.2.1:51850", None, Some(1_500), 1_472),
             ("[2001:db8::1]:51850", None, Some(1_500), 1_452),
-            // What a router said counts more than the interface.
+            // The MTU that a router said counts more than that of the interface.
             ("192.0.2.1:51850", Some(1_400), Some(1_500), 1_372),
             ("192.0.2.1:51850", Some(0), Some(1_500), 1_472),
             ("192.0.2.1:51850", None, Some(9_000), 8_972),
-            // Nothing is known, or what is said cannot be.
+            // Nothing is known, or the numbers are impossible.
             ("192.0.2.1:51850", None, None, 1_252),
             ("192.0.2.1:51850", Some(68), Some(1_500), 548),
             ("192.0.2.1:51850", None, Some(65_536), 65_507),
