@@ -60,7 +60,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// What a person is told, and what a script is.
+/// What a person reads, and the exit code for a script.
 struct Failure {
     code: u8,
     message: String,
@@ -86,8 +86,8 @@ fn explain(error: clap::Error) -> Result<(), Failure> {
     Err(refuse(mistake(&error)))
 }
 
-/// What is wrong with the command line. A value is repeated only by its own type, so that a key
-/// never is.
+/// Says what is wrong with the command line. Only a value's own type may repeat the value, so that
+/// a key is never printed.
 fn mistake(error: &clap::Error) -> String {
     const HELP: &str = "see `ipmoved --help`";
     let said = |kind| error.get(kind).map(ToString::to_string);

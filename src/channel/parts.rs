@@ -4,25 +4,26 @@
 //! last says that more follow; every part but the first says that it continues the counter before
 //! it (`contrib/protocol.md`).
 //!
-//! Owns the bytes of packets that are not complete yet. Does not look into them, and does not
-//! authenticate: what comes here has been opened.
+//! Owns the bytes of packets that are not complete yet. It does not look into them and does not
+//! authenticate them: the session has opened them already.
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// Most parts that wait for others. The parts of a packet are sent back to back, so more than a few
-/// wait only when the path reorders or loses. Then the part that has waited longest gives way.
+/// Most parts that wait for others. The sender sends the parts of a packet back to back, so more
+/// than a few wait only when the path reorders or loses. Then the part that has waited longest is
+/// given up.
 const MAX_WAITING: usize = 256;
 
-/// Most bytes of parts that wait: [`MAX_WAITING`] of the longest that any path of today carries.
+/// Most bytes of parts that wait: [`MAX_WAITING`] parts as long as any path of today carries.
 const MAX_BYTES: usize = MAX_WAITING * 9_216;
 
 /// Longest packet: what the length field of an IPv4 header can say.
 const MAX_PACKET: usize = 65_535;
 
-/// Whose parts they are.
+/// Where parts come from: only those of one stream belong together.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Stream {
-    /// Index of the session they came in.
+    /// Index of the session that carried them.
     pub session: u32,
     /// The sender's lane.
     pub lane: u8,
@@ -33,7 +34,7 @@ pub struct Stream {
 pub struct Part<'a> {
     /// Its counter.
     pub counter: u64,
-    /// It continues the packet that the part before it began.
+    /// It continues the packet of the part with the previous counter.
     pub continues: bool,
     /// The packet goes on in the part with the next counter.
     pub more: bool,
@@ -45,13 +46,13 @@ pub struct Part<'a> {
 #[derive(Default)]
 pub struct Reassembler {
     waiting: BTreeMap<(Stream, u64), WaitingPart>,
-    /// The waiting parts by age, oldest first. Parts that wait no more may still be named.
+    /// The waiting parts by age, oldest first. It may also name parts that no longer wait.
     ages: VecDeque<(Stream, u64)>,
     /// Bytes of the waiting parts.
     bytes: usize,
     /// The last packet that was complete; its memory serves for the next one.
     packet: Vec<u8>,
-    /// Parts that were given up.
+    /// Parts given up since [`Self::take_incomplete`] was last called.
     incomplete: u64,
 }
 
@@ -62,7 +63,7 @@ struct WaitingPart {
 }
 
 impl Reassembler {
-    /// Takes a part; gives the whole packet when it was the last one missing.
+    /// Takes a part. Returns the whole packet if this was the last part missing.
     pub fn push(&mut self, stream: Stream, part: Part<'_>) -> Option<&mut [u8]> {
         let waiting = WaitingPart {
             continues: part.continues,
@@ -75,7 +76,7 @@ impl Reassembler {
         }
         let Some((first, last)) = self.whole(stream, part.counter) else {
             self.ages.push_back((stream, part.counter));
-            self.make_room();
+            self.give_up_oldest();
             return None;
         };
         self.packet.clear();
@@ -114,7 +115,7 @@ impl Reassembler {
         Some((first, last))
     }
 
-    fn make_room(&mut self) {
+    fn give_up_oldest(&mut self) {
         while self.waiting.len() > MAX_WAITING
             || self.bytes > MAX_BYTES
             || self.ages.len() > 2 * MAX_WAITING
@@ -140,7 +141,7 @@ mod tests {
         lane: 0,
     };
 
-    fn cut(packet: &[u8], size: usize, counter: u64) -> Vec<Part<'_>> {
+    fn split(packet: &[u8], size: usize, counter: u64) -> Vec<Part<'_>> {
         let count = packet.len().div_ceil(size);
         packet
             .chunks(size)
@@ -157,56 +158,60 @@ mod tests {
     #[test]
     fn two_packets_interleaved_out_of_order() {
         let (a, b) = ([1; 3_000], [2; 2_500]);
-        let (pa, pb) = (cut(&a, 1_400, 10), cut(&b, 1_400, 13));
-        let mut joiner = Reassembler::default();
-        assert!(joiner.push(STREAM, pb[1]).is_none());
-        assert!(joiner.push(STREAM, pa[2]).is_none());
-        assert!(joiner.push(STREAM, pa[0]).is_none());
-        assert_eq!(joiner.push(STREAM, pb[0]).unwrap(), b);
-        assert_eq!(joiner.push(STREAM, pa[1]).unwrap(), a);
-        assert_eq!(joiner.take_incomplete(), 0);
+        let (pa, pb) = (split(&a, 1_400, 10), split(&b, 1_400, 13));
+        let mut reassembler = Reassembler::default();
+        assert!(reassembler.push(STREAM, pb[1]).is_none());
+        assert!(reassembler.push(STREAM, pa[2]).is_none());
+        assert!(reassembler.push(STREAM, pa[0]).is_none());
+        assert_eq!(reassembler.push(STREAM, pb[0]).unwrap(), b);
+        assert_eq!(reassembler.push(STREAM, pa[1]).unwrap(), a);
+        assert_eq!(reassembler.take_incomplete(), 0);
     }
 
     #[test]
     fn parts_of_other_sessions_and_lanes_do_not_mix() {
         let packet = [3; 2_000];
-        let parts = cut(&packet, 1_400, 5);
-        let mut joiner = Reassembler::default();
-        assert!(joiner.push(STREAM, parts[0]).is_none());
+        let parts = split(&packet, 1_400, 5);
+        let mut reassembler = Reassembler::default();
+        assert!(reassembler.push(STREAM, parts[0]).is_none());
         let other = Stream { lane: 1, ..STREAM };
-        assert!(joiner.push(other, parts[1]).is_none());
+        assert!(reassembler.push(other, parts[1]).is_none());
         let other = Stream {
             session: 2,
             ..STREAM
         };
-        assert!(joiner.push(other, parts[1]).is_none());
-        assert_eq!(joiner.push(STREAM, parts[1]).unwrap(), packet);
+        assert!(reassembler.push(other, parts[1]).is_none());
+        assert_eq!(reassembler.push(STREAM, parts[1]).unwrap(), packet);
     }
 
     #[test]
-    fn what_never_becomes_whole_gives_way_and_is_counted() {
+    fn parts_of_packets_that_never_complete_are_given_up_and_counted() {
         let packet = [4; 2_000];
-        let mut joiner = Reassembler::default();
+        let mut reassembler = Reassembler::default();
         for n in 0..MAX_WAITING as u64 + 3 {
-            let first = cut(&packet, 1_400, n * 2)[0];
-            assert!(joiner.push(STREAM, first).is_none());
+            let first = split(&packet, 1_400, n * 2)[0];
+            assert!(reassembler.push(STREAM, first).is_none());
         }
-        assert_eq!(joiner.take_incomplete(), 3);
-        assert_eq!(joiner.waiting.len(), MAX_WAITING);
+        assert_eq!(reassembler.take_incomplete(), 3);
+        assert_eq!(reassembler.waiting.len(), MAX_WAITING);
         // The youngest is still there, the oldest is not.
         let last = MAX_WAITING as u64 + 2;
         assert!(
-            joiner
-                .push(STREAM, cut(&packet, 1_400, last * 2)[1])
+            reassembler
+                .push(STREAM, split(&packet, 1_400, last * 2)[1])
                 .is_some()
         );
-        assert!(joiner.push(STREAM, cut(&packet, 1_400, 0)[1]).is_none());
+        assert!(
+            reassembler
+                .push(STREAM, split(&packet, 1_400, 0)[1])
+                .is_none()
+        );
     }
 
     #[test]
-    fn long_parts_give_way_earlier() {
+    fn long_parts_are_given_up_earlier() {
         let long = vec![5; 60_000];
-        let mut joiner = Reassembler::default();
+        let mut reassembler = Reassembler::default();
         for counter in 0..200 {
             let part = Part {
                 counter: counter * 2,
@@ -214,29 +219,37 @@ mod tests {
                 more: true,
                 bytes: &long,
             };
-            assert!(joiner.push(STREAM, part).is_none());
-            let waiting: usize = joiner.waiting.values().map(|part| part.bytes.len()).sum();
-            assert!(waiting == joiner.bytes && waiting <= MAX_BYTES);
+            assert!(reassembler.push(STREAM, part).is_none());
+            let waiting: usize = reassembler
+                .waiting
+                .values()
+                .map(|part| part.bytes.len())
+                .sum();
+            assert!(waiting == reassembler.bytes && waiting <= MAX_BYTES);
         }
-        assert!(joiner.take_incomplete() > 100);
+        assert!(reassembler.take_incomplete() > 100);
     }
 
     #[test]
     fn counters_at_the_ends_of_their_range_are_harmless() {
-        let mut joiner = Reassembler::default();
+        let mut reassembler = Reassembler::default();
         let part = |counter, continues, more| Part {
             counter,
             continues,
             more,
             bytes: &[0],
         };
-        assert!(joiner.push(STREAM, part(0, true, false)).is_none());
-        assert!(joiner.push(STREAM, part(u64::MAX, false, true)).is_none());
+        assert!(reassembler.push(STREAM, part(0, true, false)).is_none());
+        assert!(
+            reassembler
+                .push(STREAM, part(u64::MAX, false, true))
+                .is_none()
+        );
     }
 
     proptest! {
         #[test]
-        fn any_order_joins_to_what_was_cut(
+        fn parts_in_any_order_reassemble_to_their_packet(
             lengths in proptest::collection::vec(1usize..9_000, 1..5),
             size in 500usize..1_500,
             order in proptest::collection::vec(any::<u16>(), 100),
@@ -246,20 +259,20 @@ mod tests {
             let mut counter = 0;
             let mut parts = Vec::new();
             for packet in &packets {
-                // What fits one datagram never comes here.
+                // A packet that fits one datagram never comes here.
                 if packet.len() > size {
-                    let cut = cut(packet, size, counter);
-                    counter += cut.len() as u64;
-                    parts.extend(cut);
+                    let split = split(packet, size, counter);
+                    counter += split.len() as u64;
+                    parts.extend(split);
                 }
             }
             let mut keyed: Vec<_> = parts.into_iter().enumerate()
                 .map(|(n, part)| (order[n % order.len()], part)).collect();
             keyed.sort_by_key(|&(key, _)| key);
-            let mut joiner = Reassembler::default();
+            let mut reassembler = Reassembler::default();
             let mut out = Vec::new();
             for (_, part) in keyed {
-                if let Some(packet) = joiner.push(STREAM, part) {
+                if let Some(packet) = reassembler.push(STREAM, part) {
                     out.push(packet.to_vec());
                 }
             }

@@ -1,9 +1,9 @@
-//! The largest datagram that the path to a peer carries: found by probing and followed while
-//! running, without a word of ICMP (RFC 8899, Datagram Packetization Layer PMTU Discovery).
+//! The largest datagram that the path to a peer carries. Probes find it, and follow it for as long
+//! as the tunnel runs, without any ICMP (RFC 8899, Datagram Packetization Layer PMTU Discovery).
 //!
-//! Owns the search and nothing else: the tunnel makes the probes, seals them and hears of their
-//! arrival. Reads no clock. A size is that of a whole datagram as UDP carries it, header and tag
-//! included.
+//! Owns the search and nothing else: the tunnel makes and seals the probes, and reports which of
+//! them arrived. Reads no clock. A size is that of a whole datagram as UDP carries it, including
+//! header and tag.
 //!
 //! ```text
 //!          probe arrives: raise the floor      a probe of the current size is lost three times
@@ -18,48 +18,49 @@
 use std::time::{Duration, Instant};
 
 /// Where the search starts: every path that IPv6 may use carries 1,280 bytes (RFC 8200, section 5),
-/// and 1,200 of UDP payload leave room for its headers (RFC 8899, section 5.1.2).
+/// and a UDP payload of 1,200 leaves space for the headers (RFC 8899, section 5.1.2).
 pub const BASE: u16 = 1_200;
 
-/// Taken for granted even when the base does not pass: the 576 bytes that every IPv4 host takes,
-/// less the largest IPv4 header and the UDP header (RFC 1122, section 3.3.2).
+/// The size that is assumed to pass even if the base does not: the 576 bytes that every IPv4 host
+/// takes, less the largest IPv4 header and the UDP header (RFC 1122, section 3.3.2).
 const FLOOR: u16 = 508;
 
-/// Probes of one size before it is given up (RFC 8899, section 5.1.2: MAX_PROBES).
+/// Probes of one size before the size is given up (RFC 8899, section 5.1.2: MAX_PROBES).
 const MAX_PROBES: u32 = 3;
 
-/// How often in a row a silent peer is asked whether it is there. On a path that loses every fourth
-/// datagram, two peers of a hundred stay silent that often although they are there. That a peer is
-/// gone is found by other means.
+/// How many times in a row we ask a silent peer whether it is there. On a path that loses every
+/// fourth datagram, two of a hundred peers that are there stay silent that often. Other timers find
+/// out that a peer is gone.
 const MAX_ASKED: u32 = 5;
 
-/// How long a probe is waited for while the round trip time is not known: the least that RFC 8899,
+/// How long to wait for a probe while the round trip time is not known: the least that RFC 8899,
 /// section 5.1.1 allows in that case.
 const PROBE_TIMER: Duration = Duration::from_secs(1);
 
-/// How many round trips a probe is waited for once the round trip time is known (RFC 8899, section
+/// How many round trips to wait for a probe once the round trip time is known (RFC 8899, section
 /// 5.1.1 lets the timer be derived from it).
 const PROBE_ROUND_TRIPS: u32 = 4;
 
-/// A probe is waited for at least this long, as TCP waits at least (RFC 6298 as Linux has it): the
-/// peer may be busy.
+/// The least time to wait for a probe: as long as TCP waits at least (RFC 6298 as Linux has it),
+/// for the peer may be busy.
 const MIN_PROBE_TIMER: Duration = Duration::from_millis(200);
 
-/// A probe is waited for at most this long: a second more than the longest round trip that a tunnel
-/// has to bear.
+/// The most time to wait for a probe: a second more than the longest round trip that a tunnel has
+/// to bear.
 const MAX_PROBE_TIMER: Duration = Duration::from_secs(5);
 
-/// How often the current size is confirmed.
+/// How often the current size is confirmed while no packets are carried.
 const CONFIRMATION_TIMER: Duration = Duration::from_secs(5);
 
-/// How often the current size is confirmed while packets are carried. A path that narrows without a
-/// word is noticed within this time and three probes, so TCP inside the tunnel loses a few seconds.
+/// How often the current size is confirmed while packets are carried. If the path narrows silently,
+/// this time and three probes pass before it is noticed, so TCP inside the tunnel loses a few
+/// seconds.
 const BUSY_CONFIRMATION_TIMER: Duration = Duration::from_secs(1);
 
-/// How often more is looked for (RFC 8899, section 5.1.1).
+/// How often a larger size is tried (RFC 8899, section 5.1.1).
 const RAISE_TIMER: Duration = Duration::from_secs(600);
 
-/// Closer than this is not worth another probe: half a per cent.
+/// How close the search comes to the largest size. Half a per cent more is not worth another probe.
 const GRANULARITY: u16 = 8;
 
 /// The discovery of one path's MTU. See the module.
@@ -70,25 +71,27 @@ pub struct MtuDiscovery {
     /// The largest datagram that is known to pass.
     current: u16,
     phase: Phase,
-    /// The probe that is out.
+    /// The probe whose arrival we wait for.
     probe: Option<Probe>,
-    /// When there is something to do.
+    /// When [`Self::poll`] has something to do.
     next: Instant,
-    /// How long a probe is waited for.
+    /// How long to wait for a probe.
     timer: Duration,
-    /// When the current size was last confirmed, or began to be.
+    /// When the current size was last confirmed, or chosen without a probe.
     confirmed: Instant,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
-    /// Between the current size and `ceiling`, which did not pass or is one above the limit.
+    /// The size lies between the current one and `ceiling`, which did not pass or is one above the
+    /// limit.
     Searching {
         ceiling: u16,
-        /// Go on by halves. The first guess, that the path carries what the uplink takes, was made.
+        /// The first guess, that the path carries as much as the uplink takes, was tried: go on by
+        /// halves.
         guessed: bool,
     },
-    /// The current size is kept until `raise`, when more is looked for.
+    /// The current size is kept until `raise`; then a larger one is tried.
     Settled { raise: Instant },
 }
 
@@ -96,9 +99,9 @@ enum Phase {
 struct Probe {
     size: u16,
     sent: Instant,
-    /// How often it was lost although the peer was heard in the meantime.
+    /// How many times it was lost although the peer was heard in the meantime.
     lost: u32,
-    /// How often in a row nothing was heard after it was sent.
+    /// How many times in a row the peer was silent after it was sent.
     silent: u32,
 }
 
@@ -130,32 +133,32 @@ impl MtuDiscovery {
         self.next
     }
 
-    /// The last round trip took this long.
+    /// Takes note of the last round trip time.
     pub fn set_rtt(&mut self, rtt: Duration) {
         let timer = rtt.saturating_mul(PROBE_ROUND_TRIPS);
         self.timer = timer.clamp(MIN_PROBE_TIMER, MAX_PROBE_TIMER);
     }
 
-    /// Whether a probe is out that had to be sent again, so that it is worth asking whether the
-    /// peer is there at all.
+    /// Whether a probe is out that had to be sent again. Then it is worth asking whether the peer
+    /// is there at all.
     pub fn is_doubtful(&self) -> bool {
         let probe = self.probe.as_ref();
         probe.is_some_and(|probe| probe.lost + probe.silent > 0 && probe.silent <= MAX_ASKED)
     }
 
-    /// The path is another one.
+    /// Starts over, since datagrams take another path now.
     pub fn restart(&mut self, now: Instant) {
         *self = Self::new(self.limit, now);
     }
 
-    /// The uplink takes more or less than before.
+    /// The uplink takes larger or smaller datagrams than before.
     pub fn set_limit(&mut self, now: Instant, limit: u16) {
         self.limit = limit.max(FLOOR);
         self.current = self.current.min(self.limit);
         self.search_below(now, self.limit.saturating_add(1), false);
     }
 
-    /// A probe arrived.
+    /// A probe of this size arrived.
     pub fn acked(&mut self, now: Instant, size: u16) {
         if self.probe.take_if(|probe| probe.size == size).is_some() {
             self.current = self.current.max(size);
@@ -167,7 +170,7 @@ impl MtuDiscovery {
         }
     }
 
-    /// This host cannot even send so much.
+    /// The kernel refused to send a datagram of this length, since it is too large for the uplink.
     pub fn refused(&mut self, now: Instant, length: usize) {
         let ours = |probe: &mut Probe| usize::from(probe.size) == length;
         if let Some(probe) = self.probe.take_if(ours) {
@@ -175,7 +178,7 @@ impl MtuDiscovery {
         }
     }
 
-    /// The size of the probe that is to be sent now, if one is.
+    /// The size of the probe that is due now, if one is.
     ///
     /// `heard` is when the peer was last heard: a probe that is lost while the peer is silent tells
     /// nothing about its size. `carried` is when a packet was last carried.
@@ -257,7 +260,7 @@ impl MtuDiscovery {
             self.search_below(now, size, true);
             return;
         }
-        // A black hole: what passed does not any more.
+        // A black hole: the size that used to pass no longer does.
         let safe = if self.current > BASE { BASE } else { FLOOR };
         if self.current > safe {
             self.current = safe;
@@ -280,7 +283,7 @@ mod tests {
     use crate::testing::epoch;
     use proptest::prelude::*;
 
-    /// Runs a search over a path that carries `carries`, losing every `nth` probe besides.
+    /// Runs a search over a path that carries `carries` and also loses every `nth` probe.
     fn run(
         search: &mut MtuDiscovery,
         mut now: Instant,
@@ -366,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_peer_is_asked_a_few_times_and_again_once_it_was_heard() {
+    fn a_silent_peer_is_asked_a_few_times_and_again_after_it_was_heard() {
         let mut now = epoch();
         let mut search = MtuDiscovery::new(1_472, now);
         let mut asked = |times: usize, heard: bool| {
@@ -419,7 +422,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_found_passes_and_is_nearly_all(
+        fn the_size_that_is_found_passes_and_is_nearly_the_largest(
             limit in 508u16..9_000, carries in 508u16..9_000, narrowed in 508u16..9_000,
             nth in 0u32..6,
         ) {

@@ -10,7 +10,7 @@
 //!                              wraps at 128                 cleared when the newest reaches 131
 //! ```
 //!
-//! It does not decide who wrote a packet. Ask [`Window::accept`] only after the AEAD tag was
+//! It does not decide who wrote a packet. Call [`Window::accept`] only after the AEAD tag was
 //! verified: otherwise a forged counter would close the window for real packets.
 
 /// Words of the ring: a power of two, so that a word is found with a mask.

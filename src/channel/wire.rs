@@ -1,9 +1,8 @@
 //! What a datagram between two daemons looks like: the layouts of `contrib/protocol.md`, byte by
 //! byte.
-//!
-//! Owns the views over the three message types. A view is made once, by a `parse` that checks
-//! length, type, version and reserved bytes; everything after relies on it and cannot panic. Knows
-//! no keys: a view says nothing about who wrote the bytes (`session` does).
+//! Owns the views over the three message types. Each `parse` checks length, type, version and
+//! reserved bytes once; everything after it relies on that and cannot panic. Knows no keys: a view
+//! says nothing about who wrote the bytes; `session` finds that out.
 //!
 //! ```text
 //! Initiation  0 type 1 | 1 version | 2 role | 3 reserved | 4 sender index
@@ -38,14 +37,15 @@ pub const TAG_LEN: usize = 16;
 /// Length of an X25519 public key.
 const EPHEMERAL_LEN: usize = 32;
 
-/// Length of what an initiation says inside its encryption.
+/// Length of the payload of an initiation, without the tag.
 pub const INITIATION_PAYLOAD_LEN: usize = 48;
-/// Length of what a response says inside its encryption.
+/// Length of the payload of a response, without the tag.
 pub const RESPONSE_PAYLOAD_LEN: usize = 32;
 /// Length of an [`Initiation`], which is fixed.
 pub const INITIATION_LEN: usize =
     INITIATION_NOISE + EPHEMERAL_LEN + INITIATION_PAYLOAD_LEN + TAG_LEN + MAC_LEN;
-/// Length of a [`Response`], which is fixed, and shorter than what asked for it: no amplification.
+/// Length of a [`Response`], which is fixed. It is shorter than the initiation that asked for it,
+/// so nobody can use it to amplify.
 pub const RESPONSE_LEN: usize =
     RESPONSE_NOISE + EPHEMERAL_LEN + RESPONSE_PAYLOAD_LEN + TAG_LEN + MAC_LEN;
 
@@ -56,7 +56,7 @@ const RESPONSE_NOISE: usize = 12;
 
 /// Length of the header of a data datagram, all of which is associated data of the AEAD.
 pub const DATA_HEADER_LEN: usize = 16;
-/// What a data datagram adds to its plaintext.
+/// How many bytes a data datagram adds to its plaintext.
 pub const DATA_OVERHEAD: usize = DATA_HEADER_LEN + TAG_LEN;
 
 /// The lane of the control task: no data lane has this number.
@@ -78,7 +78,7 @@ impl Flags {
     /// A control message of the tunnel, not an IP packet; only on [`CONTROL_LANE`].
     pub const CONTROL: Self = Self(8);
 
-    /// The flags of both.
+    /// All flags of `self` and of `other`.
     pub const fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
@@ -170,7 +170,7 @@ impl<'a> Initiation<'a> {
         bytes
     }
 
-    /// Where [`write`](Self::write) left room for the Noise message.
+    /// Where [`write`](Self::write) left space for the Noise message.
     pub fn noise_mut(bytes: &mut [u8; INITIATION_LEN]) -> &mut [u8] {
         &mut bytes[INITIATION_NOISE..INITIATION_LEN - MAC_LEN]
     }
@@ -221,7 +221,7 @@ impl<'a> Response<'a> {
         bytes
     }
 
-    /// Where [`write`](Self::write) left room for the Noise message.
+    /// Where [`write`](Self::write) left space for the Noise message.
     pub fn noise_mut(bytes: &mut [u8; RESPONSE_LEN]) -> &mut [u8] {
         &mut bytes[RESPONSE_NOISE..RESPONSE_LEN - MAC_LEN]
     }
@@ -230,7 +230,7 @@ impl<'a> Response<'a> {
 /// The header of a data datagram, read.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Data {
-    /// What the plaintext is.
+    /// How to read the plaintext.
     pub flags: Flags,
     /// The sender's lane, which chooses the key.
     pub lane: u8,
@@ -241,7 +241,7 @@ pub struct Data {
 }
 
 impl Data {
-    /// Reads the header; the datagram then has room for header and tag.
+    /// Reads the header. A datagram that passes is long enough for header and tag.
     ///
     /// # Errors
     /// [`DropReason::WireMalformed`] if it is too short, of another type, or has reserved bits set.
@@ -287,7 +287,8 @@ pub fn role_byte(role: Role) -> u8 {
     }
 }
 
-/// What both handshake messages begin with.
+/// Checks the version and the reserved byte, and reads the role: both handshake messages begin
+/// alike.
 fn handshake_role(datagram: &[u8]) -> Result<Role, DropReason> {
     match datagram {
         [_, VERSION, 1, 0, ..] => Ok(Role::Old),
@@ -301,7 +302,7 @@ fn u32_at<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// The little-endian word at an offset, which must leave room for it.
+/// The little-endian word at `at`. The eight bytes from there must lie within `bytes`.
 pub(crate) fn u64_at<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
     let mut word = [0; 8];
     word.copy_from_slice(&bytes[at..at + 8]);
@@ -351,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_reserved_is_refused() {
+    fn reserved_bytes_are_refused() {
         let refuse = |datagram: &[u8], at: usize, byte: u8| {
             let mut datagram = datagram.to_vec();
             datagram[at] = byte;

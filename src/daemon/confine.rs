@@ -1,12 +1,12 @@
-//! What the daemon gives up once it does not need it any more: copies of the key, privileges,
-//! system calls. Whoever takes the daemon over through a mistake in it finds little to go on with.
+//! What the daemon gives up once it no longer needs it: copies of the key, privileges, system
+//! calls. Whoever takes the daemon over through a bug in it finds little to work with.
 //!
-//! Owns nothing that the daemon needs to work: where the kernel cannot do one of these, the daemon
+//! Owns nothing that the daemon needs to work: if the kernel cannot do one of these, the daemon
 //! says so at DEBUG and goes on.
 //!
-//! What cannot be reached: the copies of a key that `clap`, `toml` and the standard library made of
-//! arguments and file, on the heap and on the stack; they are freed, and overwritten only by what
-//! comes next. A key in a file of its own (`--psk-file`) is read into one buffer that is wiped.
+//! The copies of a key that `clap`, `toml` and the standard library made of arguments and file, on
+//! the heap and on the stack, are out of reach. They are freed, and overwritten only by what comes
+//! next. A key in a file of its own (`--psk-file`) is read into one buffer that is wiped.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -25,14 +25,14 @@ use zeroize::Zeroizing;
 
 use crate::settings::psk::PSK_VARIABLE;
 
-/// What the daemon still does after its start that takes privileges: it changes links and undoes
-/// its routes, rules and filters. Programs are loaded and the device is made before.
+/// The privilege that the daemon needs after its start: it changes links and undoes its routes,
+/// rules and filters. Before it gives up the others, it loads programs and makes the device.
 const NEEDED: CapabilitySet = CapabilitySet::NET_ADMIN;
 
-/// Highest capability there is (`CAP_CHECKPOINT_RESTORE`).
+/// The highest capability there is (`CAP_CHECKPOINT_RESTORE`).
 const LAST_CAPABILITY: u32 = 40;
 
-/// Address families the daemon and the resolver of libc open sockets of.
+/// Address families of the sockets that the daemon and the resolver of libc open.
 const FAMILIES: [i32; 4] = [
     libc::AF_INET,
     libc::AF_INET6,
@@ -41,10 +41,10 @@ const FAMILIES: [i32; 4] = [
 ];
 
 /// System calls that the daemon never makes, and that lead out of it: to other programs, other
-/// processes, other namespaces, other files than its own, the kernel itself, or around this filter.
-/// A list of what is forbidden, not of what is allowed: a C library that one day undoes our routes
-/// with a call we had not thought of must not be stopped half way. The systemd unit has a list of
-/// what is allowed.
+/// processes, other namespaces, files that are not its own, the kernel itself, or around this
+/// filter. The list names what is forbidden, not what is allowed: one day a C library may undo our
+/// routes with a call that we had not thought of, and must not be stopped half way. The systemd
+/// unit has a list of what is allowed.
 const FORBIDDEN: &[i64] = &[
     libc::SYS_execve,
     libc::SYS_execveat,
@@ -104,18 +104,18 @@ const FORBIDDEN: &[i64] = &[
 /// Overwrites the key where the kernel shows it to others: in the arguments (`ps`) and in the
 /// environment (`/proc/PID/environ`) that the process was started with.
 ///
-/// To be called while there is one thread, after the settings have been read.
+/// Call it while there is one thread, after the settings have been read.
 pub fn forget_command_line() {
     if let Err(error) = forget() {
-        debug!(%error, "the start of this process stays readable");
+        debug!(%error, "arguments and environment of this process stay readable");
     }
 }
 
 fn forget() -> io::Result<()> {
     let stat = fs::read_to_string("/proc/self/stat")?;
     let [arguments, environment] = areas(&stat).ok_or(io::ErrorKind::InvalidData)?;
-    // The process writes to itself by the file that the kernel has for that, over strings that
-    // nobody holds: what the standard library gives of them are copies.
+    // The process writes to itself through the file that the kernel has for that. Nobody holds the
+    // strings that it overwrites: the standard library hands out copies.
     let memory = File::options()
         .read(true)
         .write(true)
@@ -147,7 +147,7 @@ fn areas(stat: &str) -> Option<[Range<u64>; 2]> {
     Some([area(48)?, area(50)?])
 }
 
-/// The strings of such an area, as ranges.
+/// The strings of such an area, each with its range.
 fn strings(bytes: &[u8]) -> impl Iterator<Item = (Range<usize>, &[u8])> {
     let mut start = 0;
     bytes.split(|&byte| byte == 0).map(move |text| {
@@ -180,8 +180,8 @@ fn secret_variables(bytes: &[u8]) -> Vec<Range<usize>> {
         .collect()
 }
 
-/// Gives up every privilege but those in `NEEDED`, the way to new ones, core dumps, and the system
-/// calls in `FORBIDDEN`. Threads that are started later inherit all of it.
+/// Gives up every privilege but those in `NEEDED`, every means to gain new ones, core dumps, and
+/// the system calls in `FORBIDDEN`. Threads that start later inherit all of it.
 pub fn drop_privileges() {
     let note = |what: &str, result: Result<(), String>| {
         if let Err(error) = result {
@@ -204,8 +204,8 @@ fn drop_capabilities() -> rustix::io::Result<()> {
     for number in 0..=LAST_CAPABILITY {
         let capability = CapabilitySet::from_bits_retain(1 << number);
         if !NEEDED.contains(capability) {
-            // Fails for those that the kernel does not know, and without CAP_SETPCAP: then nothing
-            // can be regained from it either, since nothing can be executed.
+            // This fails for capabilities that the kernel does not know, and without CAP_SETPCAP.
+            // Nothing can be regained from the set then either, since nothing can be executed.
             let _ = rustix::thread::remove_capability_from_bounding_set(capability);
         }
     }
@@ -288,8 +288,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forbidden_is_refused_and_the_rest_works() {
-        // In a thread of its own: a filter stays for good.
+    fn forbidden_calls_are_refused_and_the_rest_work() {
+        // It runs in a thread of its own, since a filter stays for good.
         std::thread::spawn(|| {
             forbid().unwrap();
             let refused = |result: rustix::io::Result<()>| {

@@ -1,9 +1,9 @@
-//! The control task: everything that is not a packet.
+//! The control task: everything but carrying packets.
 //!
-//! One thread that waits for whatever comes first: what lanes pass on, a timer of a tunnel, a
-//! question on the status socket, a name that was looked up, a signal. It hands what it saw to the
-//! tunnels (channel) and to the [`Policy`] (decisions), and carries out what they say; what
-//! concerns lanes becomes a new view for them. Nothing here is ever waited for by a lane.
+//! One thread that waits for whatever comes first: a message from a lane, a timer of a tunnel, a
+//! request on the status socket, a name that was looked up, a signal. It hands these to the tunnels
+//! (channel) and to the [`Policy`] (decisions), and carries out what they say. What concerns lanes
+//! becomes a new view for them. No lane ever waits for this task.
 //!
 //! Owns the order of things and every call to the kernel while the daemon runs. Decides nothing.
 
@@ -49,11 +49,11 @@ use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::PeerAddr;
 
-/// How often the path to a peer is looked at: its MTU may have changed. What a router says arrives
-/// at the kernel's route, which tells nobody; a transfer that is too big stalls until it is asked.
+/// How often to look at the path to a peer, whose MTU may have changed. A router's message changes
+/// the kernel's route, but the kernel tells nobody. A transfer that is too big stalls until we ask.
 const PATH_EVERY: Duration = Duration::from_secs(1);
 
-/// How often this server's addresses are listed, for the case that some were added.
+/// How often to list this server's addresses, in case some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
 /// Carries packets until a signal, then undoes everything, whatever went wrong.
@@ -75,7 +75,8 @@ async fn carry(
 ) -> Result<()> {
     let started = Instant::now();
     let peers = config.peers.len();
-    // Each peer has places of its own; one more for a lane's last word.
+    // Each peer has places of its own in the queue, and there is one more for a lane's last
+    // message.
     let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(peers) + 1);
     let Tools {
         mut signals,
@@ -114,7 +115,7 @@ async fn carry(
         busy_lanes: BusyLanes::new(std::thread::available_parallelism().map_or(1, usize::from)),
     });
     let tso = !config.without.contains(&Without::TunGso);
-    // What the old server writes goes on to a link.
+    // Not on the old server: its packets leave on a link, which takes no such sizes.
     let big_tcp = tso
         && config.role == Role::New
         && tun.big_tcp
@@ -203,7 +204,7 @@ fn take_peers(config: &mut Config) -> (Vec<PeerKeys>, Vec<PeerRules>) {
         .unzip()
 }
 
-/// One for each peer.
+/// Makes the tunnels, one for each peer.
 fn tunnels(
     config: &Config,
     policy: &Policy,
@@ -237,7 +238,7 @@ fn tunnels(
         .collect()
 }
 
-/// What the role makes of packets.
+/// Makes the forwarder: gates on the old server, a translator on the new one.
 fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwarder> {
     if config.role == Role::Old {
         let gates = policy
@@ -248,7 +249,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
     let entropy = entropy::system();
     let word = || entropy.u64().map_err(failed);
     Ok(Forwarder::New(Translator::new(TranslatorConfig {
-        // Enough that two lanes seldom want the same one.
+        // Enough shards that two lanes seldom want the same one.
         shards: if config.lanes == 1 {
             1
         } else {
@@ -260,27 +261,27 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
     })))
 }
 
-/// What looking a peer's name up came to.
+/// The result of looking up a peer's name.
 type Found = (PeerId, Result<SocketAddr, String>);
 
-/// Everything that is not a packet.
+/// The control task.
 struct Control<'h> {
     role: Role,
     policy: Policy,
-    /// One for each peer, by [`PeerId`].
+    /// The tunnels, by [`PeerId`].
     tunnels: Vec<Tunnel>,
     host: &'h mut Host,
     shared: Arc<Shared>,
     netlink: Netlink,
-    /// The first lane's socket, for what the tunnels send.
+    /// The first lane's socket: the tunnels' datagrams leave through it.
     udp: UdpSocket,
     tun: Link,
     uplink: Link,
-    /// What the lanes see once it is published.
+    /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
     counters: Vec<Arc<LaneCounters>>,
-    /// Where names that were looked up come from.
+    /// Where the results of look-ups are sent.
     names: mpsc::Sender<Found>,
     started: Instant,
     next_path: Instant,
@@ -315,7 +316,7 @@ impl Control<'_> {
                     self.see(Instant::now(), Input::LookedUp(peer, found));
                 }
                 connection = status.accept() => {
-                    status_socket::answer(connection, || self.status(Instant::now()));
+                    status_socket::send_status(connection, || self.status(Instant::now()));
                 }
                 () = wake => {}
             }
@@ -331,7 +332,7 @@ impl Control<'_> {
             .unwrap_or(self.next_path)
     }
 
-    /// What a lane passes on.
+    /// Handles what a lane passed on.
     fn handle(&mut self, now: Instant, message: ToControl) -> Result<()> {
         let (peer, result) = match message {
             ToControl::Handshake {
@@ -369,7 +370,7 @@ impl Control<'_> {
         Ok(())
     }
 
-    /// Lets the tunnels and the policy do what is due, and carries out what comes of it.
+    /// Lets the tunnels and the policy do what is due, and carries out the result.
     fn turn(&mut self, now: Instant) {
         let wall = SystemTime::now();
         for peer in self.policy.peers() {
@@ -452,7 +453,7 @@ impl Control<'_> {
 
     // The policy.
 
-    /// Tells the policy what was seen, and does what it says.
+    /// Gives an input to the policy, and carries out its actions.
     fn see(&mut self, now: Instant, input: Input) {
         self.policy.handle(now, input);
         self.carry_out(now);
@@ -500,7 +501,7 @@ impl Control<'_> {
         }
     }
 
-    /// Changes what the new server makes of packets.
+    /// Changes how the new server translates.
     fn translate<E: std::fmt::Display>(
         &mut self,
         now: Instant,
@@ -515,7 +516,7 @@ impl Control<'_> {
         }
     }
 
-    /// Takes these moved addresses, whose packets are kept as they are (`--deliver-to keep`), and
+    /// Takes these moved addresses, for which `--deliver-to keep` leaves packets as they are, and
     /// lets go of all others.
     fn hold(&mut self, wanted: &[IpAddr]) -> Result<(), Cause> {
         let desired = keep::plan(self.host.netlink(), wanted, &self.tun, self.host.made())?;
@@ -537,25 +538,25 @@ impl Control<'_> {
         }
     }
 
-    /// Looks a name up, as long as that takes.
+    /// Looks a name up on a thread of its own, since a resolver may take long.
     fn look_up(&self, peer: PeerId, name: PeerAddr, turn: usize) {
         let names = self.names.clone();
         tokio::task::spawn_blocking(move || {
-            // The daemon may be ending.
+            // Nobody receives the result if the daemon is ending.
             let _ = names.blocking_send((peer, resolve(&name, turn)));
         });
     }
 
     // What the kernel says.
 
-    /// Looks at this server's addresses: on the new server no client may claim them as its source,
-    /// on the old one they are what ICMP messages are sent from.
+    /// Looks at this server's addresses. On the new server no client may claim one of them as its
+    /// source; on the old one ICMP replies are sent from them.
     fn look_at_addresses(&mut self, now: Instant) {
         self.read_addresses(now);
         self.carry_out(now);
     }
 
-    /// The new server delivers to one of the addresses that there are now.
+    /// Lists the addresses anew, since the new server is about to choose one to deliver to.
     fn look_before_choosing(&mut self, now: Instant) {
         if self.role == Role::New {
             self.look_at_addresses(now);
@@ -575,7 +576,7 @@ impl Control<'_> {
         self.policy.handle(now, Input::Addresses(addresses));
     }
 
-    /// Looks at the link to the clients, whose MTU may have changed.
+    /// Looks at the uplink, whose MTU may have changed.
     fn look_at_uplink(&mut self, now: Instant) {
         if let Ok(Some(link)) = self.netlink.link_by_index(self.uplink.index) {
             self.uplink = link;
@@ -583,7 +584,8 @@ impl Control<'_> {
         self.see(now, Input::UplinkMtu(self.uplink.mtu));
     }
 
-    /// Looks at how much the route to a peer takes: up to there its tunnel searches.
+    /// Looks at how large a packet the route to a peer takes: the tunnel's probes go up to that
+    /// size.
     fn look_at_route(&mut self, now: Instant, peer: PeerId) {
         let Some(endpoint) = self.view.peers[index(peer)].endpoint else {
             return;
@@ -604,7 +606,7 @@ impl Control<'_> {
         self.set_mtu(peer);
     }
 
-    /// Tells the lanes what fits one datagram to a peer.
+    /// Tells the lanes how large a packet may be to fit one datagram to a peer.
     fn set_mtu(&mut self, peer: PeerId) {
         let mtu = tunnel_mtu(self.tunnels[index(peer)].path_mtu());
         let view = &mut self.view.peers[index(peer)];
@@ -614,10 +616,11 @@ impl Control<'_> {
         }
     }
 
-    /// Makes again what others have taken away.
+    /// Makes changes again that others have removed.
     ///
     /// # Errors
-    /// If only a new start can: the old server's programs know their interface by its number.
+    /// If only a new start can do that: the old server's programs know their interface by its
+    /// number.
     fn repair(&mut self, now: Instant) -> Result<()> {
         if now < self.next_repair {
             return Ok(());
@@ -629,7 +632,7 @@ impl Control<'_> {
         }
         match self.netlink.link_by_name(&self.uplink.name) {
             Ok(Some(link)) if link.index != self.uplink.index => Err(failed(format!(
-                "interface {} was deleted and made again, and has to be captured from anew: \
+                "interface {} was deleted and made again; to capture from the new one, \
                  start ipmoved again",
                 link.name
             ))),
@@ -639,7 +642,7 @@ impl Control<'_> {
 
     // What people see.
 
-    /// Says what this daemon is, once it is: a refusal stands alone on its line.
+    /// Logs what this daemon is once it has started, so that a refusal stands alone on its line.
     fn announce_start(&mut self, warnings: Vec<String>) {
         for text in warnings {
             if self.warnings.keep(self.started, text.clone()) {
@@ -668,7 +671,7 @@ impl Control<'_> {
         }
     }
 
-    /// How the tunnels do, for the service manager.
+    /// The state of the tunnels, for the service manager.
     fn summary(&self) -> String {
         let states = self.policy.peers().map(|peer| self.policy.state(peer));
         report::summary(self.role, states)
@@ -698,7 +701,7 @@ impl Control<'_> {
         )
     }
 
-    /// What is known of a peer.
+    /// The facts about a peer, for its status.
     fn known(&self, now: Instant, peer: PeerId) -> report::Peer<'_> {
         let (view, tunnel) = (&self.view.peers[index(peer)], &self.tunnels[index(peer)]);
         let session = tunnel.session().map(|session| {
@@ -729,14 +732,14 @@ impl Control<'_> {
         for tunnel in &mut self.tunnels {
             tunnel.close(now);
             while let Some(transmit) = tunnel.poll_transmit() {
-                // A goodbye that does not leave is noticed by its absence.
+                // If a goodbye is lost, the peer notices the silence.
                 send(&self.udp, now, tunnel, &transmit);
             }
         }
     }
 }
 
-/// Sends what a tunnel says, and tells it if a probe was too big for the kernel.
+/// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel.
 fn send(udp: &UdpSocket, now: Instant, tunnel: &mut Tunnel, transmit: &Transmit) {
     let datagram = &transmit.datagram;
     match udp.send(&transmit.to, 0, datagram, datagram.len()) {

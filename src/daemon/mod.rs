@@ -48,13 +48,13 @@ pub use service::DaemonError;
 pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
     service::block_on(async {
         let ready = setup::Ready::new(&config, runtime_dir)?;
-        // Before the first thread: what is given up is given up by those that follow as well.
+        // Before the first thread starts: later threads inherit what this one gives up.
         confine::drop_privileges();
         control::run(config, ready).await
     })
 }
 
-/// A peer's place in what there is one of for each.
+/// A peer's place in a list that has one entry for each peer.
 fn index(peer: PeerId) -> usize {
     usize::from(peer.0)
 }

@@ -39,7 +39,7 @@ use crate::settings::config::NatSettings;
 pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError> {
     block_on(async {
         let Ready { mut host, tools } = Ready::new(&settings, runtime_dir)?;
-        // Before the first thread: what is given up is given up by those that follow as well.
+        // Before the first thread starts: later threads inherit what this one gives up.
         confine::drop_privileges();
         let mut threads = Threads::default();
         let result = carry(settings, tools, &mut host, &mut threads).await;
@@ -55,7 +55,7 @@ struct Ready {
     tools: Tools,
 }
 
-/// What the daemon works with.
+/// The daemon's tools.
 struct Tools {
     signals: Signals,
     status: std::os::unix::net::UnixListener,
@@ -65,7 +65,7 @@ struct Tools {
 }
 
 impl Ready {
-    /// Checks everything, then changes what has to be changed. To be called inside the runtime.
+    /// Checks everything, then changes what has to be changed. Call it inside the runtime.
     fn new(settings: &NatSettings, runtime_dir: &Path) -> Result<Self> {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
@@ -83,8 +83,8 @@ impl Ready {
             .iter()
             .map(|&to| find_server(&netlink, settings, to))
             .collect::<Result<Vec<_>, _>>()?;
-        // What a killed predecessor reserved keeps everybody else out; its own flows are no
-        // sockets.
+        // A killed predecessor's reservation keeps everybody else out of these ports; its own flows
+        // have no sockets.
         if let Some(conflict) = masquerade::conflict(&PORTS, &towards) {
             return Err(input(format!(
                 "{conflict} is in use on this server, and ports {}-{} have to stand for clients: \
@@ -113,7 +113,7 @@ impl Ready {
     }
 }
 
-/// The way to the new server, and the address it is asked from.
+/// The route to the new server, and the address from which this server speaks to it.
 fn find_server(netlink: &Netlink, settings: &NatSettings, to: IpAddr) -> Result<Towards> {
     let held = netlink.addresses().map_err(system)?;
     if held.iter().any(|held| held.addr == to) {
@@ -131,8 +131,9 @@ fn find_server(netlink: &Netlink, settings: &NatSettings, to: IpAddr) -> Result<
             "--to {to}: no route leads there; `ip route get {to}` says why"
         )));
     };
-    // What all of has moved, clients speak to. Of IPv6 addresses the kernel may prefer it all the
-    // same, and another will do; of IPv4 ones it prefers the primary one, so that was a mistake.
+    // Clients speak to an address that has moved as a whole. Among IPv6 addresses the kernel may
+    // prefer it all the same, and another one will do. Among IPv4 addresses it prefers the primary
+    // one, so moving that was a mistake.
     let is_moved = |addr: IpAddr| {
         let mut moves = settings.moves.iter();
         moves.any(|moved| moved.addr == addr && moved.is_whole())
@@ -195,7 +196,7 @@ async fn carry(
     let counts = Arc::clone(&counters);
     threads.start("nat".into(), move |stop| {
         if let Err(error) = NatLane::new(queue, nat, counts, stop, started).run() {
-            // The other end is gone only if the daemon is ending already.
+            // Nobody receives it only if the daemon is ending already.
             let _ = tell.blocking_send(error);
         }
     })?;
@@ -215,7 +216,7 @@ async fn carry(
         tokio::select! {
             () = signals.recv() => break Ok(()),
             Some(error) = ended.recv() => break Err(failed(error)),
-            connection = status.accept() => status_socket::answer(connection, || {
+            connection = status.accept() => status_socket::send_status(connection, || {
                 let daemon = report::Daemon {
                     tun: settings.tun.clone(),
                     port: 0,
@@ -233,8 +234,8 @@ async fn carry(
     result
 }
 
-/// Chooses the same ports after a restart, and others than anybody outside could guess: 122 random
-/// bits that the kernel made when it booted.
+/// Makes the ports the same after a restart, and impossible to guess from outside: 122 random bits
+/// that the kernel drew when it booted.
 fn port_seed() -> Seed {
     let Some(id) = journal::boot_id() else {
         return entropy::seed();

@@ -1,7 +1,7 @@
-//! What `ipmoved status` is told, built from what is known.
+//! Builds what `ipmoved status` shows from what is known.
 //!
 //! Owns the choice of what is shown where. It is a function of values, views and counters, and asks
-//! nobody. The form is [`model::status`](crate::model::status)'s business.
+//! nobody. [`model::status`](crate::model::status) owns the form.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -19,45 +19,45 @@ use crate::model::status::{Flows, Offloads, State, Status, Traffic, TunnelStatus
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
 
-/// What is known of the daemon as a whole.
+/// The facts about the daemon as a whole.
 pub(super) struct Daemon {
     /// Name of the TUN.
     pub(super) tun: String,
     /// The UDP port listened on; 0 where there is none.
     pub(super) port: u16,
-    /// How long it runs.
+    /// How long it has been running.
     pub(super) up: Duration,
-    /// What an administrator should know.
+    /// Warnings for an administrator.
     pub(super) warnings: Vec<String>,
 }
 
-/// What is known of one peer.
+/// The facts about one peer.
 pub(super) struct Peer<'a> {
-    /// As configured, or as heard.
+    /// Its name, as configured or as heard.
     pub(super) name: String,
-    /// What this daemon is to it.
+    /// The daemon's role towards it.
     pub(super) role: Role,
     /// Where it was last heard from.
     pub(super) endpoint: Option<SocketAddr>,
     /// Whether it is there.
     pub(super) state: tunnel::State,
-    /// The cipher in use, and how old its keys are.
+    /// The cipher in use, and the age of its keys.
     pub(super) session: Option<(String, Duration)>,
     /// The round trip.
     pub(super) rtt: Option<Duration>,
     /// Largest IP packet that fits one datagram to it.
     pub(super) mtu: usize,
-    /// What has moved.
+    /// The moves to it or from it.
     pub(super) moves: &'a [Move],
     /// Where the new server delivers.
     pub(super) deliver: Option<Deliver>,
     /// Ports that are delivered elsewhere.
     pub(super) ports: Vec<String>,
-    /// What was dropped of it.
+    /// The drops of its packets.
     pub(super) drops: &'a Drops,
 }
 
-/// The status of a daemon with tunnels: one for each peer, in the order of the settings.
+/// The status of a daemon with tunnels: one entry for each peer, in the order of the settings.
 pub(super) fn tunnels(
     daemon: Daemon,
     peers: Vec<Peer<'_>>,
@@ -70,7 +70,7 @@ pub(super) fn tunnels(
     let tunnel = |(index, peer): (usize, Peer<'_>)| {
         let mut drops = names(peer.drops);
         if alone {
-            // With one peer, what strangers send is best seen where one looks first.
+            // With one peer, the strangers' drops are shown with it, since people look there first.
             for (reason, count) in names(strangers) {
                 *drops.entry(reason).or_default() += count;
             }
@@ -173,7 +173,7 @@ fn status(
     }
 }
 
-/// Where is delivered, for the families that something was moved of.
+/// Where the new server delivers, for the families of which something has moved.
 fn delivered_to(deliver: Deliver, moves: &[Move]) -> Option<String> {
     match deliver {
         Deliver::Keep => Some("keep".into()),
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_lanes_counted_is_added_up() {
+    fn the_counts_of_the_lanes_are_added_up() {
         let drops = Drops::default();
         let status = report(vec![peer("a", &[], &drops), peer("b", &[], &drops)], &drops);
         let (rx, tx) = (status.tunnels[0].rx, status.tunnels[0].tx);

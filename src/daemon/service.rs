@@ -1,8 +1,8 @@
-//! What every way of running needs of the service around it: why it ends and with what, the event
-//! loop, the signals that end it, what the service manager is told, the threads that carry packets,
-//! and the undoing of kernel changes.
+//! What every mode needs of the service around it: the reasons for which it ends, the event loop,
+//! the signals that end it, messages to the service manager, the threads that carry packets, and
+//! the undoing of kernel changes.
 //!
-//! Owns no decision and no packet. `control` (the tunnel) and `nat` use it alike.
+//! Owns no decision and no packet. `control` (the tunnel) and `nat` both use it.
 
 use std::error::Error;
 use std::io;
@@ -19,22 +19,22 @@ use super::warnings::Warnings;
 use crate::io::tun::TunError;
 use crate::kernel::{Change, Failure, Host, HostError, Repairs, Report, RuntimeDirError};
 
-/// How often the kernel is asked whether the daemon's changes are still there.
+/// How often to ask the kernel whether the daemon's changes are still there.
 pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
 
-/// What lies behind a [`DaemonError`]: its text is what the user reads.
+/// The cause of a [`DaemonError`]: its text is what the user reads.
 pub type Cause = Box<dyn Error + Send + Sync>;
 
 /// Why the daemon did not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
-    /// What it was told does not fit this host; nothing was changed.
+    /// Its settings do not fit this host; nothing was changed.
     #[error(transparent)]
     Input(Cause),
     /// This host cannot do it; nothing was changed.
     #[error(transparent)]
     System(Cause),
-    /// Another one runs already.
+    /// Another daemon runs already.
     #[error(transparent)]
     Running(Cause),
     /// Something broke while it ran.
@@ -100,7 +100,7 @@ pub(super) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
         .build()
         .map_err(|error| cannot("start the event loop".into(), error))?;
     let result = runtime.block_on(work);
-    // A name that is being looked up would keep the process for as long as the resolver is patient.
+    // A look-up in progress would keep the process alive for as long as the resolver is patient.
     runtime.shutdown_background();
     result
 }
@@ -112,7 +112,7 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// From now on they wait to be received. To be called inside the event loop.
+    /// Catches the signals from now on: they wait to be received. Call it inside the event loop.
     pub(super) fn new() -> Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
@@ -129,12 +129,12 @@ impl Signals {
     }
 }
 
-/// Tells the service manager that everything is set up, and how things stand, in one line.
+/// Tells the service manager that everything is set up, and the state of things in one line.
 pub(super) fn notify_ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// Tells the service manager how things stand, in one line.
+/// Tells the service manager the state of things in one line.
 pub(super) fn notify_status(status: &str) {
     notify(&[NotifyState::Status(status)]);
 }
@@ -148,7 +148,7 @@ pub(super) fn notify_stopping() {
 /// Does nothing where no service manager asked to be told (`sd_notify(3)`).
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        warn!(%error, "cannot tell the service manager how the daemon does");
+        warn!(%error, "cannot notify the service manager");
     }
 }
 
@@ -160,7 +160,7 @@ pub(super) struct Threads {
 }
 
 impl Threads {
-    /// Starts a thread; what it is given becomes readable when it is to stop.
+    /// Starts a thread. The descriptor that it is given becomes readable when it is to stop.
     pub(super) fn start(
         &mut self,
         name: String,
@@ -198,7 +198,7 @@ pub(super) struct Repairer {
 }
 
 impl Repairer {
-    /// Makes again what others have taken away; true if something is missing even so.
+    /// Makes changes again that others have removed; true if something is still missing.
     pub(super) fn repair(&mut self, now: Instant, host: &mut Host, known: &mut Warnings) -> bool {
         let Repairs { made, failed } = host.repair();
         for change in made {
@@ -217,7 +217,7 @@ impl Repairer {
     }
 }
 
-/// Says what an earlier run left that could not be undone.
+/// Warns of what an earlier run left and could not undo.
 pub(super) fn warn_of_left(report: &Report) {
     for Failure { change, reason } in &report.left {
         warn!(%change, reason, "left by an earlier run and still there");

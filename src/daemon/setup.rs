@@ -23,27 +23,27 @@ use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 
 /// A host that is ready to carry packets.
 pub(super) struct Ready {
-    /// The door to kernel changes, holding those that were made.
+    /// Makes the kernel changes, and holds those that were made.
     pub(super) host: Host,
-    /// What the daemon works with.
+    /// The daemon's tools.
     pub(super) tools: Tools,
 }
 
-/// What the daemon works with.
+/// The daemon's tools.
 pub(super) struct Tools {
-    /// Those that end the daemon: from before the first change on they wait to be obeyed.
+    /// The signals that end the daemon. They are caught from before the first change on.
     pub(super) signals: Signals,
-    /// Asks the kernel.
+    /// For requests to the kernel.
     pub(super) netlink: Netlink,
     /// Where `ipmoved status` connects.
     pub(super) status: UnixListener,
-    /// One queue a lane.
+    /// One queue for each lane.
     pub(super) queues: Vec<TunQueue>,
-    /// What the TUN can do.
+    /// The features of the TUN.
     pub(super) features: TunFeatures,
     /// The TUN.
     pub(super) tun: Link,
-    /// One socket a lane.
+    /// One socket for each lane.
     pub(super) sockets: Vec<UdpSocket>,
     /// The interface that clients' packets use.
     pub(super) uplink: Link,
@@ -52,7 +52,7 @@ pub(super) struct Tools {
 }
 
 impl Ready {
-    /// Checks everything, then changes what has to be changed. To be called inside the runtime.
+    /// Checks everything, then changes what has to be changed. Call it inside the runtime.
     ///
     /// # Errors
     /// See [`DaemonError`](super::DaemonError); what was changed before is undone.
@@ -96,13 +96,13 @@ impl Ready {
     }
 }
 
-/// What was found out about this host while checking.
+/// The facts about this host that the checks found out.
 struct Found {
     uplink: Link,
 }
 
 impl Found {
-    /// Holds the settings against the host.
+    /// Checks the settings against the host.
     fn new(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>]) -> Result<Self> {
         if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
             return Err(TunError::Exists(config.tun.clone()).into());
@@ -166,7 +166,7 @@ impl Found {
         .map_err(system)?;
         let keeps = |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep;
         if config.peers.iter().any(keeps) {
-            // Which of them are still wanted, the peers will say.
+            // The peers will say which of them are still wanted.
             let left = host.made().iter().filter(|change| keep::is_part(change));
             desired.extend(left.cloned().map(Desired::lasting));
         }
@@ -242,7 +242,8 @@ const PUBLIC: [IpAddr; 2] = [
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
 ];
 
-/// The old server must not move the address it speaks to its peer from, nor move one to itself.
+/// The old server must not move the address from which it speaks to its peer, nor move an address
+/// to itself.
 fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>]) -> Result<()> {
     let addresses = netlink.addresses().map_err(system)?;
     for (peer, endpoint) in config.peers.iter().zip(endpoints) {
@@ -254,7 +255,7 @@ fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>
                 "--peer {remote} is an address of this server itself; give that of the other one"
             )));
         }
-        // Where the peer is may not be known yet; then it is a host out there like any other.
+        // The peer's address may not be known yet. Then it is taken for a host on the internet.
         let towards = remote.map_or(PUBLIC.to_vec(), |remote| vec![remote]);
         let ours: Vec<IpAddr> = match config.listen.ip.filter(|ip| !ip.is_unspecified()) {
             Some(ip) => vec![ip],
@@ -288,7 +289,7 @@ fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>
     Ok(())
 }
 
-/// Whether a move takes all of an address's TCP, and with it every way to log in.
+/// Whether a move takes all of an address's TCP, and thereby every login.
 fn takes_logins(moved: &Move) -> bool {
     moved.ports.is_empty() && moved.transport != Some(Transport::Udp)
 }
@@ -299,7 +300,7 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<()> {
     for peer in &config.peers {
         let keeps = peer.deliver_to == DeliverTo::Keep;
         for map in &peer.deliver {
-            // A moved address that is kept is held as soon as the peer has named it.
+            // The new server takes a moved address that is kept as soon as the peer has named it.
             let will_be = keeps && map.to == map.moved;
             if !will_be && !addresses.iter().any(|held| held.addr == map.to) {
                 return Err(input(format!(
@@ -325,7 +326,7 @@ fn check_new(netlink: &Netlink, config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Looks a peer's name up. Of several addresses it gives another one each `turn`.
+/// Looks a peer's name up. If it has several addresses, each `turn` gives another one.
 pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String> {
     let found = (peer.host.as_str(), peer.port)
         .to_socket_addrs()
@@ -338,7 +339,7 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
         .ok_or_else(|| format!("{} has no address", peer.host))
 }
 
-/// Opens the UDP sockets, one a lane: both families where the host has IPv6.
+/// Opens the UDP sockets, one for each lane: for both families if the host has IPv6.
 fn bind(config: &Config) -> Result<Vec<UdpSocket>> {
     let options = UdpOptions {
         gso: !config.without.contains(&Without::UdpGso),
@@ -372,8 +373,7 @@ fn bind(config: &Config) -> Result<Vec<UdpSocket>> {
     })
 }
 
-/// Brings the TUN up, without addresses, and keeps the kernel from speaking on it of its own
-/// accord.
+/// Brings the TUN up, without addresses, and keeps the kernel from sending on it of its own accord.
 pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link> {
     let tun = netlink
         .link_by_name(name)

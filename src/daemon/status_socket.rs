@@ -1,8 +1,8 @@
-//! How `ipmoved status` and the daemon speak: both ends of the status socket.
+//! Both ends of the status socket, over which `ipmoved status` asks the daemon.
 //!
 //! The socket lies in the runtime directory of the daemon's network namespace, which only root can
 //! enter, so that daemons in different namespaces never meet. A client connects and reads one JSON
-//! document; nothing is ever read from it.
+//! document; the daemon reads nothing from it.
 
 use std::io::{self, Read};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -22,8 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a client of the daemon may take to read.
 const READ_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Longest answer read: 256 peers with 64 moves of 64 port ranges each stay below it.
-const MAX_ANSWER: u64 = 16 << 20;
+/// Longest status that is read: 256 peers with 64 moves of 64 port ranges each stay below it.
+const MAX_STATUS: u64 = 16 << 20;
 
 /// Why there is no status.
 #[derive(Debug, thiserror::Error)]
@@ -49,13 +49,13 @@ pub fn ask(socket: &Path) -> Result<Status, StatusError> {
     let mut text = String::new();
     stream
         .set_read_timeout(Some(PATIENCE))
-        .and_then(|()| (&mut stream).take(MAX_ANSWER).read_to_string(&mut text))
+        .and_then(|()| (&mut stream).take(MAX_STATUS).read_to_string(&mut text))
         .map_err(StatusError::Answer)?;
     serde_json::from_str(&text).map_err(|error| StatusError::Answer(error.into()))
 }
 
-/// Opens the daemon's end in the directory of its namespace, whose lock it holds: whatever lies
-/// there is a dead predecessor's.
+/// Opens the daemon's end in the directory of its namespace, whose lock it holds: a socket that
+/// lies there already is a dead predecessor's.
 pub(super) fn listen(dir: &Path) -> Result<UnixListener> {
     let path = dir.join(STATUS_SOCKET);
     let opened = || {
@@ -70,8 +70,9 @@ pub(super) fn listen(dir: &Path) -> Result<UnixListener> {
     opened().map_err(|error| cannot(format!("listen on {}", path.display()), error))
 }
 
-/// Sends the status to a client that connected, and hangs up; one that does not read is given up.
-pub(super) fn answer(
+/// Sends the status to a client that connected, and hangs up. It gives up a client that does not
+/// read.
+pub(super) fn send_status(
     connection: io::Result<(tokio::net::UnixStream, tokio::net::unix::SocketAddr)>,
     status: impl FnOnce() -> Status,
 ) {

@@ -1,8 +1,8 @@
 //! What an administrator should know: which lines `status` still shows, and when one is logged
 //! again.
 //!
-//! Owns the newest few lines. It reads no clock and logs nothing; whoever keeps a line here logs it
-//! if told to.
+//! Owns the newest few lines. It reads no clock and logs nothing: the caller logs a line if told
+//! to.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Warnings that `status` still shows.
 const KEPT: usize = 8;
 
-/// The same line is logged at most once in this time: what a peer does over and over fills no disk.
+/// The same line is logged at most once in this time, so a peer that repeats itself fills no disk.
 const PACE: Duration = Duration::from_secs(60);
 
 /// The newest warnings.
@@ -24,7 +24,7 @@ struct Kept {
 }
 
 impl Warnings {
-    /// Keeps `line` as the newest one; true if it is to be logged.
+    /// Keeps `line` as the newest one; true if the caller has to log it.
     #[must_use]
     pub(super) fn keep(&mut self, now: Instant, line: String) -> bool {
         let known = self.0.iter().position(|kept| kept.line == line);
@@ -40,7 +40,7 @@ impl Warnings {
         fresh
     }
 
-    /// What is still known, newest last.
+    /// The lines that are kept, newest last.
     pub(super) fn lines(&self) -> Vec<String> {
         self.0.iter().map(|kept| kept.line.clone()).collect()
     }

@@ -1,7 +1,7 @@
 //! What was typed: the command line as clap reads it, before anything is made of it.
 //!
-//! Owns the flags, which are the keys of the configuration file too, and their help texts. What
-//! they mean together is `config`'s business.
+//! Owns the flags, which are the keys of the configuration file too, and their help texts. `config`
+//! decides what they mean together.
 
 #![allow(rustdoc::broken_intra_doc_links)] // help texts show IPv6 addresses in brackets
 
@@ -85,13 +85,13 @@ pub struct RunArgs {
     #[command(flatten)]
     pub daemon: DaemonArgs,
 
-    /// TOML file with the same settings: its keys are the flags' names without the dashes. What is
-    /// given as a flag as well, the flag decides.
+    /// TOML file with the same settings: its keys are the flags' names without the dashes. A flag
+    /// wins over the file.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-/// What is said of one peer, by flags or by a table of the configuration file.
+/// The settings of one peer, from flags or from a table of the configuration file.
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct PeerArgs {
@@ -134,9 +134,9 @@ pub struct PeerArgs {
 }
 
 impl PeerArgs {
-    /// These, and what they leave out as `file` has it.
+    /// Fills what these leave out from `file`.
     pub(super) fn over(self, file: Self) -> Self {
-        // One setting with two names.
+        // These two flags are one setting.
         let (psk, psk_file) = if self.psk.is_some() || self.psk_file.is_some() {
             (self.psk, self.psk_file)
         } else {
@@ -152,7 +152,7 @@ impl PeerArgs {
         }
     }
 
-    /// Whether nothing is said of it.
+    /// Whether none of the peer's settings is given.
     pub(super) fn is_empty(&self) -> bool {
         let Self {
             peer,
@@ -171,7 +171,7 @@ impl PeerArgs {
     }
 }
 
-/// What is said of the daemon as a whole, by flags or at the top of the configuration file.
+/// The settings of the daemon as a whole, from flags or from the top of the configuration file.
 #[derive(Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct DaemonArgs {
@@ -214,9 +214,8 @@ pub struct DaemonArgs {
     #[serde(deserialize_with = "one")]
     pub log_format: Option<LogFormat>,
 
-    /// Do not split packets that are too big for one datagram over several. They are fragmented
-    /// where their sender allows it, and answered with "fragmentation needed" or "packet too big"
-    /// otherwise.
+    /// Do not split a packet that is too big for one datagram over several. It is fragmented if its
+    /// sender allows that; otherwise its sender is told "fragmentation needed" or "packet too big".
     #[arg(long)]
     pub no_split: bool,
 
@@ -232,7 +231,7 @@ pub struct DaemonArgs {
 }
 
 impl DaemonArgs {
-    /// These, and what they leave out as `file` has it.
+    /// Fills what these leave out from `file`.
     pub(super) fn over(self, file: Self) -> Self {
         Self {
             listen: self.listen.or(file.listen),
@@ -249,7 +248,7 @@ impl DaemonArgs {
     }
 }
 
-/// A list of the command line replaces that of the file.
+/// A list from the command line replaces that of the file.
 fn first_given<T>(flags: Vec<T>, file: Vec<T>) -> Vec<T> {
     if flags.is_empty() { file } else { flags }
 }
@@ -295,7 +294,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// An offload that can be done without.
+/// An offload to do without.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Without {
     /// Sending several datagrams in one call.
@@ -304,15 +303,15 @@ pub enum Without {
     UdpGro,
     /// Writing several packets to the TUN in one call.
     TunGso,
-    /// Writing more to the TUN in one call than the IPv4 length field can tell.
+    /// Writing more to the TUN in one call than the IPv4 length field can say.
     BigTcp,
-    /// The kernel taking coalesced packets: each such write is refused, as some kernels do.
+    /// Writing coalesced packets: each such write is refused, as some kernels do.
     JoinedWrites,
-    /// The kernel taking more than 17 pages: each such write is refused, as Linux 6.3 to 6.5 do.
+    /// Writing more than 17 pages: each such write is refused, as Linux 6.3 to 6.5 do.
     LongWrites,
 }
 
-/// A word that is none of those a flag takes.
+/// A word that the flag does not take.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("`{text}` is none of {}", known.join(", "))]
 pub struct WordError {

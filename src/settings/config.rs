@@ -1,8 +1,8 @@
-//! What it means: the settings of one daemon, complete and consistent.
+//! What the settings mean: those of one daemon, complete and consistent.
 //!
 //! Merges flags, environment and configuration file, and checks everything that can be checked
-//! without touching the system. What is wrong is said in one line, with what to do about it. What a
-//! single value may be is `values`' business, and that of the types it shares the work with.
+//! without touching the system. Each mistake is told in one line, with what to do about it.
+//! `values`, and the types that share its work, decide what a single value may be.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -25,10 +25,10 @@ pub const DEFAULT_TUN: &str = "ipmoved0";
 /// Flows remembered unless told otherwise: a busy service's clients of a day, at most 128 MB.
 pub const DEFAULT_MAX_FLOWS: u32 = 1_000_000;
 
-/// Most peers one daemon serves: a stranger's datagram costs one hash a peer.
+/// Most peers that one daemon serves: a stranger's datagram costs one hash for each peer.
 pub const MAX_PEERS: usize = 256;
 
-/// Most lanes taken unless told otherwise.
+/// Most lanes unless told otherwise.
 const MAX_DEFAULT_LANES: u8 = 8;
 
 /// Most `--deliver` of one peer: they are searched one by one for every new flow.
@@ -56,7 +56,7 @@ pub struct Config {
     pub listen: Listen,
     /// Name of the tunnel interface.
     pub tun: String,
-    /// The interface clients' packets use, if it is not to be found.
+    /// The interface that clients' packets use; `None` finds it from addresses and routes.
     pub uplink: Option<String>,
     /// Most flows remembered.
     pub max_flows: u32,
@@ -66,24 +66,24 @@ pub struct Config {
     pub cipher: CipherPolicy,
     /// How log lines are written.
     pub log_format: LogFormat,
-    /// Packets too big for one datagram do not go in several.
+    /// Do not split packets that are too big for one datagram.
     pub no_split: bool,
     /// Offloads to do without.
     pub without: Vec<Without>,
-    /// How long a session is used before the next is asked for, if not as the protocol says.
+    /// How long a session is used before the next one is asked for; `None` as the protocol says.
     pub rekey_after: Option<Duration>,
-    /// What an administrator should know of these settings.
+    /// Warnings about these settings, for an administrator.
     pub warnings: Vec<String>,
 }
 
 /// One peer's settings.
 #[derive(Debug)]
 pub struct PeerConfig {
-    /// Where it is; `None` waits for it to call.
+    /// Where it is; with `None` this side waits until the peer calls.
     pub endpoint: Option<PeerAddr>,
-    /// What the key shared with it became. The key itself is gone by now.
+    /// The keys derived from the one that is shared with it, which itself is gone by now.
     pub keys: PeerKeys,
-    /// What moved to it (old server).
+    /// The moves to it (old server).
     pub moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub deliver_to: DeliverTo,
@@ -106,7 +106,7 @@ pub enum ConfigError {
          (`ipmoved genpsk` makes one)"
     )]
     NoPsk(Setting),
-    /// A key that is none.
+    /// A key that is not valid.
     #[error("{origin}: {error}")]
     Psk {
         /// Where it was given.
@@ -119,7 +119,7 @@ pub enum ConfigError {
     File {
         /// The file.
         path: PathBuf,
-        /// The system's word.
+        /// What the system said.
         error: std::io::Error,
         /// What to do.
         hint: &'static str,
@@ -132,7 +132,7 @@ pub enum ConfigError {
         /// What is wrong, and where.
         mistake: Mistake,
     },
-    /// Two moves that some packet would belong to both of.
+    /// Two moves that overlap: some packet would belong to both.
     #[error("{0} and {1} overlap: a packet can only move once")]
     Overlap(Move, Move),
     /// Too many moves.
@@ -147,7 +147,7 @@ pub enum ConfigError {
          give every peer a `move`, or none"
     )]
     BothRoles,
-    /// A key that does not tell two peers apart.
+    /// Two peers with the same key.
     #[error("two peers have the same key; give each its own (`ipmoved genpsk`)")]
     SameKey,
     /// A setting that does not go with the others.
@@ -160,7 +160,7 @@ pub enum ConfigError {
     },
 }
 
-/// A setting, as whoever gave it finds it again: a flag, or a key of the file.
+/// A setting, named as whoever gave it finds it again: a flag, or a key of the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Setting {
     origin: Origin,
@@ -300,7 +300,7 @@ impl PeerConfig {
     }
 }
 
-/// Checks what holds between the settings of one peer; says where it delivers.
+/// Checks the settings of one peer against each other; returns where it delivers.
 fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigError> {
     for (name, is_given) in [
         ("deliver-to", !given.deliver_to.is_empty()),
@@ -321,14 +321,14 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
     }
     for (index, a) in given.deliver.iter().enumerate() {
         if let Some(b) = given.deliver[..index].iter().find(|b| a.overlaps(b)) {
-            let problem = format!("`{a}`: {b} says already where that is delivered");
+            let problem = format!("`{a}`: {b} already says where that is delivered");
             return Err(origin.refuse("deliver", problem));
         }
     }
     DeliverTo::all(&given.deliver_to).map_err(|error| origin.refuse("deliver-to", error))
 }
 
-/// Checks what holds between peers.
+/// Checks the peers against each other.
 fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
     if peers.len() > MAX_PEERS {
         return Err(ConfigError::TooManyPeers(peers.len()));
@@ -346,7 +346,7 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Checks what holds between moves.
+/// Checks the moves against each other.
 fn check_moves<'a>(moves: impl Iterator<Item = &'a Move>) -> Result<(), ConfigError> {
     let moves: Vec<&Move> = moves.collect();
     if moves.len() > MAX_MOVES {
@@ -371,13 +371,13 @@ fn default_lanes() -> u8 {
 /// The settings of `ipmoved nat`.
 #[derive(Debug)]
 pub struct NatSettings {
-    /// What moved.
+    /// The moves.
     pub moves: Vec<Move>,
     /// The new server, at most once of each family.
     pub to: Vec<NewServer>,
     /// Name of the TUN interface.
     pub tun: String,
-    /// The interface clients' packets use, if it is not to be found.
+    /// The interface that clients' packets use; `None` finds it from addresses and routes.
     pub uplink: Option<String>,
     /// Most flows remembered.
     pub max_flows: u32,
@@ -386,7 +386,7 @@ pub struct NatSettings {
 }
 
 impl NatSettings {
-    /// Makes sense of what was typed.
+    /// Checks what was typed, and says what it means.
     ///
     /// # Errors
     /// [`ConfigError`] says which flag is wrong, and what would be right.
@@ -423,7 +423,7 @@ impl NatSettings {
                 return refuse("has to name one port, as in 192.0.2.5:80, since --to names a port");
             }
         }
-        // An address that nothing is translated to would be captured from for nothing.
+        // Packets from a new server that nothing is translated to would be captured for nothing.
         let mut to = args.to;
         to.retain(|to| args.moves.iter().any(|moved| is_for(moved, to)));
         Ok(Self {
@@ -580,7 +580,7 @@ mod tests {
              cipher = \"aes-256-gcm\"\nlog-format = \"json\"\nrekey-after = 60\n\
              without = [\"udp-gso\", \"udp-gro\"]\n"
         );
-        // Everything that a setting is made of, as one text.
+        // All of the settings, as one text.
         let shown = |config: &Config| {
             let peer = &config.peers[0];
             [

@@ -1,6 +1,6 @@
 //! The configuration file: the flags' names without the dashes, and `[[peers]]` for several.
 //!
-//! Fills the same two structs as the command line. Every mistake is told with its line and column.
+//! Fills the same two structs as the command line. Every mistake is reported with line and column.
 
 use std::fmt;
 use std::ops::Range;
@@ -19,10 +19,10 @@ use crate::settings::psk::{exposed, open_to_read};
 /// The key that several peers are written under, each as a table of its own.
 const PEERS: &str = "peers";
 
-/// How like a known key an unknown one has to be to be taken for a slip: the number clap has.
+/// How similar to a known key an unknown one has to be to be taken for a typo: clap's number.
 const LIKE: f64 = 0.7;
 
-/// What the file says.
+/// The contents of the file.
 #[derive(Debug, Default)]
 pub(crate) struct File {
     /// Where it lies; empty if there is none.
@@ -40,14 +40,14 @@ pub(crate) struct File {
 pub(crate) struct PeerTable {
     /// The line it begins on.
     pub(crate) line: usize,
-    /// What it says.
+    /// Its settings.
     pub(crate) peer: PeerArgs,
 }
 
 /// What is wrong with the file, and where.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Mistake {
-    /// Line and column, from 1; `None` if it is no one place.
+    /// Line and column, from 1; `None` if it has no single place.
     pub at: Option<(usize, usize)>,
     /// What is wrong there, on one line.
     pub message: String,
@@ -117,7 +117,7 @@ impl File {
     }
 }
 
-/// A mistake, by its place in the text.
+/// A mistake, with its offset in the text.
 struct Slip {
     at: Option<usize>,
     message: String,
@@ -167,7 +167,7 @@ fn names<T: Args>() -> Vec<String> {
     names.map(str::to_owned).collect()
 }
 
-/// Refuses keys that are not `known`. Those `elsewhere` belong to the top of the file.
+/// Refuses keys that are not `known`. Keys in `elsewhere` belong to the top of the file.
 fn check_keys(
     table: &Spanned<DeTable<'_>>,
     known: &[String],
@@ -242,7 +242,7 @@ mod tests {
     #[test]
     fn every_flag_has_its_key() {
         for name in [names::<DaemonArgs>(), names::<PeerArgs>()].concat() {
-            // No key takes a table: one that were not read at all would be passed over.
+            // No key takes a table. A key that nobody reads would not refuse it.
             let error = mistake(&format!("{name} = {{}}\n"));
             assert!(error.starts_with("line 1, column "), "{error}");
             assert!(error.contains(&format!(": {name}: ")), "{error}");

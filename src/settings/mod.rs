@@ -1,9 +1,9 @@
 //! What was typed, and what it means.
 //!
-//! A flag is born in three places: a field of [`args`] (its name on the command line and in the
-//! file, its help, its type) with its line of `over`, which lets it win over the file; a field of
-//! [`config::Config`]; and whoever uses that. If its value has a syntax of its own, the type stands
-//! in [`values`], with the one `FromStr` that reads it from both.
+//! A flag lives in three places: a field of [`args`] (its name on the command line and in the file,
+//! its help, its type) with its line of `over`, which lets it win over the file; a field of
+//! [`config::Config`]; and the code that uses that. If its value has a syntax of its own, the type
+//! is in [`values`], with the one `FromStr` that reads it from both.
 
 #![expect(
     clippy::disallowed_methods,

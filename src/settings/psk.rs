@@ -1,4 +1,4 @@
-//! Reads keys, and says whether others can.
+//! Reads keys, and tells whether other users can read them too.
 
 use std::fs;
 use std::io::Read;
@@ -13,8 +13,8 @@ use crate::settings::config::ConfigError;
 /// The environment variable that may hold the key.
 pub(crate) const PSK_VARIABLE: &str = "IPMOVED_PSK";
 
-/// Longest key file that is read: 44 characters of base64, white space, and room for a mistake to
-/// be explained.
+/// Longest key file that is read: 44 characters of base64, white space, and enough of a wrong file
+/// to say what is wrong.
 const MAX_KEY_FILE: u64 = 4_096;
 
 /// Takes the key out of the environment, if it is there.
@@ -50,7 +50,7 @@ pub(super) fn read(path: &Path, warnings: &mut Vec<String>) -> Result<Psk, Confi
     })
 }
 
-/// Reads a file that may hold a key; tells whether other users can, too.
+/// Reads a file that may hold a key; true if other users can read it too.
 pub(super) fn open_to_read(path: &Path, most: u64, text: &mut String) -> std::io::Result<bool> {
     /// Read or write for the group or for everybody.
     const OTHERS: u32 = 0o066;
@@ -60,7 +60,7 @@ pub(super) fn open_to_read(path: &Path, most: u64, text: &mut String) -> std::io
     Ok(open)
 }
 
-/// What is said of a file with a key that others can read.
+/// The warning about a file with a key that other users can read.
 pub(super) fn exposed(path: &Path) -> String {
     format!(
         "{0} holds a key and is open to other users of this host; close it: chmod 600 {0}",

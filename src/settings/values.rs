@@ -1,9 +1,9 @@
 //! The values of flags: each has one syntax, for the command line and the configuration file.
 //!
 //! Owns what a person types for one value, what it means, and the sentence that says what is wrong
-//! with it: the value itself in backquotes, then the problem, then what would be right. Which flag
-//! or which line of the file it came from is added by whoever read it. What values mean together is
-//! `config`'s business.
+//! with it: the value itself in backquotes, then the problem, then what would be right. Whoever
+//! read the value adds the flag or the line of the file that it came from. `config` decides what
+//! values mean together.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -137,7 +137,7 @@ impl Default for Listen {
     }
 }
 
-/// The text of a `--listen` is no port, with or without an address of a server before it.
+/// The text of a `--listen` is not a port, with or without an address of a server before it.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("`{0}` is not [ADDR:]PORT; write 51850, 192.0.2.1:51850 or [2001:db8::1]:51850")]
 pub struct ListenError(String);
@@ -155,7 +155,7 @@ impl FromStr for Listen {
         if port == 0 || ip.is_some_and(|ip| ip.is_multicast()) {
             return Err(wrong());
         }
-        // `[::]` takes both families, as no address does; `0.0.0.0` is IPv4 alone.
+        // `[::]` means both families, which no single address does; `0.0.0.0` means IPv4 alone.
         let ip = ip.filter(|ip| !ip.is_unspecified() || ip.is_ipv4());
         Ok(Self { ip, port })
     }
@@ -202,7 +202,7 @@ pub enum DeliverToError {
 }
 
 impl DeliverTo {
-    /// What several `--deliver-to` mean together.
+    /// Takes several `--deliver-to` together.
     ///
     /// # Errors
     /// [`DeliverToError`] if they contradict each other.
@@ -366,7 +366,7 @@ impl<const LEAST: u32, const MOST: u32> FromStr for Bounded<LEAST, MOST> {
 mod tests {
     use super::*;
 
-    /// That each text is read as what it is shown as, or refused with words that say why.
+    /// Each text is read as the value shown, or refused with words that say why.
     fn reads<T>(table: &[(&str, Result<&str, &str>)], show: impl Fn(T) -> String)
     where
         T: FromStr<Err: fmt::Display>,

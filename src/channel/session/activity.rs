@@ -1,13 +1,13 @@
-//! When a peer was last heard and last sent to: written by the lanes, read by the tunnel's timers.
+//! When a peer was last heard and last sent to. Lanes write it; the tunnel's timers read it.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// When something was last heard from a peer and sent to it, on whatever session and lane.
+/// When anything last came from a peer and went to it, on whatever session and lane.
 ///
 /// Lanes write it once a batch; the tunnel's timers read it. Times are microseconds since an epoch,
-/// so that they fit an atomic. They are no coarser, because the tunnel asks whether an answer came
-/// after its question, and a peer may be a tenth of a millisecond away.
+/// so that they fit an atomic. They are no coarser, because the tunnel needs to know whether a
+/// reply came after its request, and a peer may be a tenth of a millisecond away.
 #[derive(Debug)]
 pub struct Activity {
     epoch: Instant,
@@ -17,11 +17,11 @@ pub struct Activity {
 }
 
 impl Activity {
-    /// Least time between two writes of the lanes, in microseconds. They share the cell, and none
-    /// of the timers that depend on it is finer.
+    /// Least time between two writes of the lanes, in microseconds. All lanes share the cell, and
+    /// no timer that depends on it is finer.
     const WRITE_PAUSE: u64 = 1_000;
 
-    /// Starts a record at `epoch`: nothing heard, nothing sent.
+    /// Starts a record at `epoch`, with nothing heard and nothing sent.
     pub fn new(epoch: Instant) -> Self {
         Self {
             epoch,
@@ -31,13 +31,12 @@ impl Activity {
         }
     }
 
-    /// An authenticated datagram came in. While there are many, the time is kept to the
-    /// millisecond.
+    /// An authenticated datagram came in. While many come in, the time is kept to the millisecond.
     pub fn heard(&self, now: Instant) {
         self.raise(&self.heard, now);
     }
 
-    /// A handshake or control message came in. There are few, so the time is kept exactly.
+    /// A handshake or control message came in. These are few, so the time is kept exactly.
     pub fn answered(&self, now: Instant) {
         self.heard.fetch_max(self.micros(now), Relaxed);
     }
@@ -91,7 +90,7 @@ mod tests {
     use crate::testing::epoch;
 
     #[test]
-    fn what_was_heard_is_known_to_the_millisecond_and_answers_exactly() {
+    fn datagrams_are_timed_to_the_millisecond_and_control_messages_exactly() {
         let epoch = epoch();
         let activity = Activity::new(epoch);
         let at = |micros| epoch + Duration::from_micros(micros);

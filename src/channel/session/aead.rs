@@ -1,7 +1,7 @@
 //! One key of an AEAD: seals and opens a text in place under a counter.
 //!
-//! Owns the key's bytes from when they are derived to when they are wiped, and the stack on which a
-//! cipher works with them.
+//! Owns the key's bytes from their derivation until they are wiped, and the stack on which a cipher
+//! works with them.
 
 use aegis::aegis256x4::Aegis256X4;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
@@ -14,8 +14,8 @@ use crate::channel::wire::{DATA_HEADER_LEN, TAG_LEN};
 pub(super) enum LaneKey {
     /// Wiped by AWS-LC.
     AwsLc(LessSafeKey),
-    /// As it is: the cipher sets itself up anew for each datagram, which takes it some nanoseconds.
-    /// On the heap, so that moving the lane leaves no copy behind.
+    /// The plain bytes: the cipher sets itself up anew for each datagram, which takes some
+    /// nanoseconds. They are boxed, so that moving the lane leaves no copy behind.
     Aegis(Box<Zeroizing<[u8; KEY_LEN]>>),
 }
 
@@ -35,7 +35,7 @@ impl LaneKey {
         Some(Self::AwsLc(LessSafeKey::new(unbound)))
     }
 
-    /// Encrypts `text`; gives the tag of it and of `header`. It fails for no length there is.
+    /// Encrypts `text`; returns the tag of it and of `header`. It fails for no length that occurs.
     pub(super) fn seal(
         &self,
         counter: u64,
@@ -56,8 +56,8 @@ impl LaneKey {
         }
     }
 
-    /// Decrypts `text` before the tag at its end, if that is the tag of it and of `header`; its
-    /// length.
+    /// Decrypts `text`, which ends with its tag. Returns the length of the plaintext if the tag is
+    /// that of it and of `header`.
     pub(super) fn open(
         &self,
         counter: u64,
@@ -80,7 +80,8 @@ impl LaneKey {
     }
 }
 
-/// In a frame of its own: the library copies the key there, and [`wipe_stack`] comes after it.
+/// It has a frame of its own, since the library copies the key there. [`wipe_stack`] comes after
+/// it.
 #[inline(never)]
 fn aegis_seal(
     key: &[u8; KEY_LEN],
@@ -106,16 +107,16 @@ fn aegis_open(
 
 /// Overwrites the stack where the frame of the last call was.
 ///
-/// Done for each datagram, so it is no larger than what the library's code for AVX-512 uses there,
-/// twice. Its code for other processors uses up to 1,184 bytes (NEON), of which this leaves the
-/// lower part.
+/// It runs for each datagram, so it covers no more than twice what the library's code for AVX-512
+/// uses there. The library's code for other processors uses up to 1,184 bytes (NEON); of those this
+/// leaves the lower part.
 #[inline(never)]
 fn wipe_stack() {
     let mut frame = [0u64; 48];
     frame.zeroize();
 }
 
-/// The counter in the last eight bytes, as WireGuard has it, zeros before it.
+/// The counter in the last eight bytes, as WireGuard has it, with zeros before it.
 fn nonce<const N: usize>(counter: u64) -> [u8; N] {
     let mut bytes = [0; N];
     bytes[N - 8..].copy_from_slice(&counter.to_le_bytes());
@@ -127,7 +128,7 @@ mod tests {
     use super::*;
 
     /// The draft's test vectors of AEGIS-256X4: earlier drafts defined another cipher by this name.
-    /// The ciphertext of the second is that of 05060708, not of the 04050607 that it prints.
+    /// The draft prints 04050607 as the second plaintext, but its ciphertext is that of 05060708.
     #[test]
     fn aegis_is_that_of_the_draft() {
         let key: [u8; 32] = std::array::from_fn(|at| at as u8);

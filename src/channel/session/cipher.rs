@@ -10,14 +10,16 @@ use std::str::FromStr;
 /// function (Luykx and Paterson, "Limits on authenticated encryption use in TLS", 2017).
 const REKEY_AFTER_AES: u64 = 1 << 28;
 
-/// The same for the other ciphers, where only the counter's width matters: WireGuard's number.
+/// The same limit for the other ciphers, where only the counter's width matters: WireGuard's
+/// number.
 const REKEY_AFTER_OTHERS: u64 = 1 << 60;
 
-/// Sixteen times [`REKEY_AFTER_AES`]. A session that lives 180 s would reach it at more than 20
-/// million datagrams a second.
+/// Most datagrams sealed under one AES-256-GCM key: sixteen times [`REKEY_AFTER_AES`]. A session
+/// that lives 180 s would reach it at more than 20 million datagrams a second.
 pub(super) const REJECT_AFTER_AES: u64 = 1 << 32;
 
-/// Far enough below 2^63 that the counter cannot wrap, however often a lane asks beyond the limit.
+/// The same limit for the other ciphers. It is far enough below 2^63 that the counter cannot wrap,
+/// however often a lane asks for one beyond it.
 const REJECT_AFTER_OTHERS: u64 = 1 << 62;
 
 /// How a session's datagrams are sealed.
@@ -28,12 +30,13 @@ pub enum Cipher {
     /// ChaCha20-Poly1305.
     ChaCha20Poly1305,
     /// AEGIS-256X4 (draft-irtf-cfrg-aegis-aead), three times as fast again where the processor has
-    /// instructions for AES on long vectors. Not a standard yet, so only for those who ask for it.
+    /// instructions for AES on long vectors. It is not a standard yet, so it is used only if a
+    /// server names it.
     Aegis256X4,
 }
 
 impl Cipher {
-    /// All there are.
+    /// Every cipher.
     pub(super) const ALL: [Self; 3] = [Self::Aes256Gcm, Self::ChaCha20Poly1305, Self::Aegis256X4];
 
     /// The name as on the command line and in `status`.
@@ -45,7 +48,7 @@ impl Cipher {
         }
     }
 
-    /// Messages on one lane after which a new session is wanted.
+    /// Datagrams on one lane after which a new session is wanted.
     pub(crate) fn rekey_after(self) -> u64 {
         match self {
             Self::Aes256Gcm => REKEY_AFTER_AES,
@@ -118,16 +121,16 @@ impl fmt::Display for CipherPolicy {
     }
 }
 
-/// What one side says of its ciphers inside the handshake.
+/// What one side says about its ciphers in the handshake.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Offer {
-    /// What it allows.
+    /// The ciphers it allows.
     pub ciphers: Ciphers,
     /// Whether its processor has instructions for AES and GCM.
     pub aes_hardware: bool,
 }
 
-/// A set of ciphers, none of them unknown.
+/// A set of ciphers that this version knows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Ciphers(u8);
 
@@ -194,8 +197,8 @@ impl Offer {
         [self.ciphers.0, u8::from(self.aes_hardware)]
     }
 
-    /// Bits that this version does not know are ciphers it cannot choose, and are ignored. An offer
-    /// of only such bits is still read: the peer has to be told that there is no common cipher.
+    /// Ignores bits that this version does not know: it cannot choose those ciphers. It still reads
+    /// an offer of only such bits, so that the peer learns that there is no common cipher.
     pub(super) fn from_bytes([allowed, hardware]: [u8; 2]) -> Option<Self> {
         (allowed != 0).then_some(Self {
             ciphers: Ciphers(allowed & Ciphers::all().0),

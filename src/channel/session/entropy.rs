@@ -1,4 +1,4 @@
-//! Where the channel's random bytes come from: not from here, but from whoever makes a tunnel.
+//! The channel's random bytes. It has no source of its own: whoever makes a tunnel brings one.
 
 use std::fmt;
 use std::sync::Arc;

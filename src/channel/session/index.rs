@@ -1,4 +1,4 @@
-//! The numbers under which sessions receive, unique over all peers of a daemon.
+//! The numbers under which sessions receive datagrams, unique over all peers of a daemon.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,7 +40,7 @@ impl SessionIndexes {
 /// A drawn index.
 #[derive(Debug)]
 pub(crate) struct SessionIndex {
-    /// What the peer puts into its datagrams.
+    /// The number that the peer puts into its datagrams.
     pub(crate) value: u32,
     used: SessionIndexes,
 }

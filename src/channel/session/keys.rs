@@ -36,7 +36,7 @@ impl Psk {
         Ok(Self(bytes))
     }
 
-    /// The base64 form that the other side is given. It is the secret itself.
+    /// The base64 form, to be given to the other server. It is the secret itself.
     pub fn to_base64(&self) -> Zeroizing<String> {
         Zeroizing::new(STANDARD.encode(self.0.as_slice()))
     }
@@ -69,7 +69,7 @@ impl FromStr for Psk {
     type Err = PskError;
 
     fn from_str(text: &str) -> Result<Self, PskError> {
-        /// 32 bytes, and no more than base64 rounds up to.
+        /// The length of 32 bytes in base64.
         const TEXT_LEN: usize = 44;
         let text = text.trim();
         if text.len() != TEXT_LEN {
@@ -91,7 +91,7 @@ impl FromStr for Psk {
     }
 }
 
-/// What one peer's PSK is used as: it is needed no longer once these exist.
+/// The keys that one peer's PSK is used as. Once they exist, nobody needs the PSK itself.
 #[derive(Clone)]
 pub struct PeerKeys {
     mac: Zeroizing<[u8; KEY_LEN]>,
@@ -130,7 +130,8 @@ impl PeerKeys {
 }
 
 impl PartialEq for PeerKeys {
-    /// In constant time. Each half follows from the same secret, so one of them tells.
+    /// Compares in constant time. Both keys follow from the same secret, so comparing one is
+    /// enough.
     fn eq(&self, other: &Self) -> bool {
         aws_lc_rs::constant_time::verify_slices_are_equal(&*self.mac, &*other.mac).is_ok()
     }
@@ -170,8 +171,8 @@ pub(super) fn wipe_frames() {
 
 /// A value whose memory is overwritten when it is dropped, whatever it is made of.
 ///
-/// For the state of a handshake: snow keeps the PSK and the chaining key, from which all later keys
-/// follow, in plain arrays that it does not wipe.
+/// It holds the state of a handshake: snow keeps the PSK and the chaining key, from which all later
+/// keys follow, in plain arrays that it does not wipe.
 pub(super) struct Wiped<T>(Box<MaybeUninit<T>>);
 
 #[expect(

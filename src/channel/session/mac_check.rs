@@ -1,7 +1,7 @@
 //! The check that every handshake message has to pass first: the keyed hash at its end.
 //!
-//! Owns one key per configured peer, and the memory of which messages were let in before. Does not
-//! look into a message: what it says is read by `noise`, and judged by `tunnel`.
+//! Owns one key per configured peer, and the memory of which messages it admitted. Does not look
+//! into a message: `noise` reads what it says, and `tunnel` judges it.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -11,19 +11,18 @@ use crate::channel::wire::{INITIATION_LEN, MAC_LEN, Message, RESPONSE_LEN, u64_a
 use crate::model::drops::DropReason;
 use crate::model::peer::PeerId;
 
-/// Lets in the handshake messages of configured peers, each of them once. It costs one keyed hash
-/// per peer, and nothing else.
+/// Admits the handshake messages of configured peers, each of them once. A check costs one keyed
+/// hash per peer, and nothing else.
 ///
-/// All lanes share it, so that what a stranger sends never reaches the control task. A recording
-/// that is sent again and again does not reach it either: it costs no more than a stranger's
-/// message.
+/// All lanes share it, so a stranger's message never reaches the control task. Nor does a recording
+/// that is sent again and again: it costs no more than a stranger's message.
 #[derive(Debug, Default)]
 pub struct MacCheck {
     peers: Vec<KnownPeer>,
 }
 
 impl MacCheck {
-    /// Lets in the messages of these peers.
+    /// Admits the messages of these peers.
     pub fn new(peers: impl IntoIterator<Item = (PeerId, PeerKeys)>) -> Self {
         Self {
             peers: peers
@@ -37,8 +36,8 @@ impl MacCheck {
     ///
     /// # Errors
     /// [`DropReason::WireMalformed`] and [`DropReason::WireVersion`] as [`Message::parse`] has
-    /// them, [`DropReason::HandshakeAuth`] if it was made with no peer's key,
-    /// [`DropReason::HandshakeReplay`] if the same one was let in before.
+    /// them, [`DropReason::HandshakeAuth`] if no peer's key made the message,
+    /// [`DropReason::HandshakeReplay`] if the same message was admitted before.
     pub fn admit(&self, datagram: &[u8]) -> Result<Admitted, DropReason> {
         let message = match Message::parse(datagram)? {
             Message::Initiation(_) => datagram.try_into().map(Handshake::Initiation),
@@ -93,14 +92,14 @@ impl Admitted {
 }
 
 /// How many handshake messages of a peer are remembered: those of some hours, for two come every
-/// two minutes, and some more while the peer does not answer. The tunnel refuses what is forgotten
-/// here.
+/// two minutes, and some more while the peer does not answer. The tunnel refuses replays that are
+/// forgotten here.
 const REMEMBERED: usize = 512;
 
 struct KnownPeer {
     id: PeerId,
     keys: PeerKeys,
-    /// A hash table of the macs that were let in. The first half of a mac says in which slot its
+    /// A hash table of the macs that were admitted. The first half of a mac says in which slot its
     /// second half is kept. Only a holder of the key can make a mac, so a stranger cannot fill a
     /// slot and have the peer's next message refused.
     seen: Box<[AtomicU64]>,
@@ -115,7 +114,7 @@ impl KnownPeer {
         }
     }
 
-    /// Whether no message with this mac was let in before.
+    /// Remembers the mac; true if no message with it was admitted before.
     fn is_new(&self, mac: &[u8; MAC_LEN]) -> bool {
         let (first, second) = (u64_at(mac, 0), u64_at(mac, 8));
         let slot = &self.seen[(first % REMEMBERED as u64) as usize];
@@ -143,7 +142,7 @@ mod tests {
     use zeroize::Zeroizing;
 
     #[test]
-    fn the_door_finds_whose_key_it_was() {
+    fn the_mac_check_finds_whose_key_it_was() {
         let keys = [1, 2, 3].map(|byte| PeerKeys::derive(&Psk(Zeroizing::new([byte; 32]))));
         let mac_check = MacCheck::new(
             keys[..2]

@@ -1,8 +1,8 @@
 //! One agreed session: its keys, its lanes, and how both are put together.
 //!
-//! The only room that uses `snow`, and the only one that holds keys. It knows one message at a
-//! time. When to start a handshake, which of two sessions is used, and whether an old timestamp is
-//! refused is decided in `tunnel`; what the bytes look like is written in `wire`.
+//! The only module that uses `snow`, and the only one that holds keys. It knows one message at a
+//! time. `tunnel` decides when to start a handshake, which of two sessions is used, and whether an
+//! old timestamp is refused; `wire` knows what the bytes look like.
 //!
 //! ```text
 //! PSK ──HKDF──► mac key    a stranger's handshake message fails at one keyed hash
@@ -72,17 +72,17 @@ use seal::Opener;
 
 /// Everything a [`Session`] is made of.
 pub(crate) struct SessionSpec {
-    /// Ours, which the peer sends with each datagram.
+    /// Our index, which the peer puts into each datagram.
     pub(crate) index: SessionIndex,
     /// The peer's index.
     pub(crate) remote: u32,
-    /// What both agreed on.
+    /// The cipher that both sides agreed on.
     pub(crate) cipher: Cipher,
-    /// One key for each direction, from which those of the lanes are derived.
+    /// One key for each direction, from which the keys of the lanes are derived.
     pub(crate) keys: SplitKeys,
-    /// Who sent the initiation.
+    /// The role of the side that sent the initiation.
     pub(crate) initiator: Role,
-    /// Which end this is.
+    /// The role of this side.
     pub(crate) own_role: Role,
     /// Lanes of this end.
     pub(crate) own_lanes: u8,
@@ -92,7 +92,7 @@ pub(crate) struct SessionSpec {
     pub(crate) peer: PeerId,
     /// When the handshake was completed here.
     pub(crate) created: Instant,
-    /// The clock of what was sent and received, which outlives the session.
+    /// When the peer was last heard and sent to. It outlives the session.
     pub(crate) activity: Arc<Activity>,
 }
 
@@ -114,7 +114,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// `None` if the keys are refused, which lengths that are fixed here make impossible.
+    /// `None` if the cipher refuses the keys, which cannot happen: their lengths are fixed here.
     pub(crate) fn new(spec: SessionSpec) -> Option<Arc<Self>> {
         let (tx, rx) = if spec.initiator == spec.own_role {
             (&spec.keys.initiator, &spec.keys.responder)
@@ -194,14 +194,14 @@ impl Session {
         self.heard.load(Relaxed)
     }
 
-    /// Most datagrams sealed on one of its lanes.
+    /// The most datagrams sealed on any one of its lanes.
     pub fn messages(&self) -> u64 {
         let reserved = self.sealers.iter().map(Sealer::reserved);
         reserved.max().unwrap_or(0)
     }
 
     /// Ends the session: nothing is sealed or opened on it any more, even by a lane that still
-    /// holds it. The keys are wiped when the last holder lets go.
+    /// holds it. The keys are wiped when the last holder drops it.
     pub(crate) fn retire(&self) {
         self.retired.store(true, Relaxed);
         for sealer in &self.sealers {
@@ -223,8 +223,8 @@ impl Session {
         self.open_batch().open(data, datagram)
     }
 
-    /// Opens a batch of datagrams, taking the lock of a lane's window once as long as they come
-    /// from one lane.
+    /// Opens a batch of datagrams. It takes the lock of a lane's window once for as long as they
+    /// come from one lane.
     pub fn open_batch(&self) -> OpenBatch<'_> {
         OpenBatch::new(self)
     }
@@ -242,7 +242,7 @@ impl fmt::Debug for Session {
     }
 }
 
-/// The control lane is kept behind the data lanes.
+/// The entry of a lane. That of the control lane lies behind those of the data lanes.
 fn at_lane<T>(lanes: &[T], lane: u8) -> Option<&T> {
     let (control, data) = lanes.split_last()?;
     if lane == CONTROL_LANE {
@@ -332,7 +332,7 @@ mod tests {
                 }
             }
             assert!(old.sealer(3).is_none());
-            // A lane that was not announced, forged from one that was.
+            // A datagram of a lane that was not announced, forged from one of a lane that was.
             let mut forged = sealed(&old, 0, b"x");
             forged[2] = 3;
             assert_eq!(opened(&new, &forged), Err(DropReason::OpenAuth));
@@ -413,7 +413,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sealed_opens_to_the_same(
+        fn a_sealed_plaintext_opens_to_the_same(
             plaintext in proptest::collection::vec(any::<u8>(), 0..1600),
             cipher in proptest::sample::select(CIPHERS.to_vec()),
         ) {

@@ -1,12 +1,12 @@
 //! The handshake itself: `Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s`, one message at a time.
 //!
 //! ```text
-//! -> psk, e     payload InitiationPayload   readable by a holder of the PSK; read without a Diffie-Hellman
-//! <- e, ee      payload ResponsePayload
+//! -> psk, e     InitiationPayload   read with the PSK alone, without a Diffie-Hellman
+//! <- e, ee      ResponsePayload
 //! ```
 //!
-//! The prologue binds the version and the role of the initiator, so that a message that is sent
-//! back to its maker is refused by the handshake itself, not only by its header.
+//! The prologue binds the version and the role of the initiator. So if somebody sends a message
+//! back to its maker, the handshake itself refuses it, not only the check of the header.
 
 use snow::params::{CipherChoice, DHChoice, HashChoice};
 use snow::resolvers::{CryptoResolver, DefaultResolver};
@@ -34,8 +34,8 @@ fn prologue(initiator: Role) -> [u8; 9] {
     bytes
 }
 
-/// What the handshake ends in: a key for each direction. On the heap, so that moving them leaves no
-/// copies behind.
+/// The result of a handshake: a key for each direction. They are on the heap, so that moving them
+/// leaves no copies behind.
 pub(crate) struct SplitKeys {
     /// Initiator to responder.
     pub(crate) initiator: Box<Zeroizing<[u8; KEY_LEN]>>,
@@ -50,19 +50,19 @@ pub(crate) struct Initiating {
 }
 
 impl Initiating {
-    /// Makes the first message; `None` if there is no randomness to be had.
+    /// Makes the first message; `None` if the system has no randomness to give.
     pub(crate) fn begin(
         keys: &PeerKeys,
         role: Role,
         index: SessionIndex,
-        hello: &InitiationPayload,
+        payload: &InitiationPayload,
         entropy: &Entropy,
     ) -> Option<(Self, [u8; INITIATION_LEN])> {
         let mut noise = handshake(keys.noise(), &prologue(role), true, entropy)?;
         let mut message = Initiation::write(role, index.value);
         noise
             .get_mut()
-            .write_message(&hello.encode(), Initiation::noise_mut(&mut message))
+            .write_message(&payload.encode(), Initiation::noise_mut(&mut message))
             .ok()?;
         sign(keys, &mut message);
         Some((Self { noise, index }, message))
@@ -73,8 +73,8 @@ impl Initiating {
         self.index.value
     }
 
-    /// Reads the response. One that is not right leaves the handshake as it was, so that the right
-    /// one can still come.
+    /// Reads the response. A wrong one leaves the handshake as it was, so that the right one can
+    /// still come.
     pub(crate) fn read(
         &mut self,
         response: &Response<'_>,
@@ -84,12 +84,12 @@ impl Initiating {
         let length = noise
             .read_message(response.noise(), &mut payload)
             .map_err(|_| DropReason::HandshakeAuth)?;
-        let answer = ResponsePayload::decode(&payload).filter(|_| length == payload.len());
+        let decoded = ResponsePayload::decode(&payload).filter(|_| length == payload.len());
         let keys = split(noise);
-        Ok((answer.ok_or(DropReason::WireMalformed)?, keys))
+        Ok((decoded.ok_or(DropReason::WireMalformed)?, keys))
     }
 
-    /// The index goes on in the session.
+    /// The index, which the session keeps.
     pub(crate) fn into_index(self) -> SessionIndex {
         self.index
     }
@@ -114,25 +114,25 @@ impl Responding {
             .get_mut()
             .read_message(initiation.noise(), &mut payload)
             .map_err(|_| DropReason::HandshakeAuth)?;
-        let hello = InitiationPayload::decode(&payload)
+        let decoded = InitiationPayload::decode(&payload)
             .filter(|_| length == payload.len())
             .ok_or(DropReason::WireMalformed)?;
-        Ok((Self { noise }, hello))
+        Ok((Self { noise }, decoded))
     }
 
-    /// Makes the second message; `None` if there is no randomness to be had.
-    pub(crate) fn answer(
+    /// Makes the second message; `None` if the system has no randomness to give.
+    pub(crate) fn respond(
         mut self,
         keys: &PeerKeys,
         role: Role,
         sender: u32,
         receiver: u32,
-        answer: &ResponsePayload,
+        payload: &ResponsePayload,
     ) -> Option<(SplitKeys, [u8; RESPONSE_LEN])> {
         let mut message = Response::write(role, sender, receiver);
         let noise = self.noise.get_mut();
         noise
-            .write_message(&answer.encode(), Response::noise_mut(&mut message))
+            .write_message(&payload.encode(), Response::noise_mut(&mut message))
             .ok()?;
         let split = split(noise);
         sign(keys, &mut message);
@@ -173,14 +173,15 @@ fn split(noise: &mut HandshakeState) -> SplitKeys {
     keys
 }
 
-/// Writes the mac behind a message.
+/// Writes the mac at the end of a message.
 fn sign<const N: usize>(keys: &PeerKeys, message: &mut [u8; N]) {
     let (signed, tag) = message.split_at_mut(N - MAC_LEN);
     tag.copy_from_slice(&keys.mac_of(signed));
 }
 
-/// snow's own primitives, with their keys overwritten at the end: they keep them on the heap, where
-/// [`Wiped`] does not reach. Randomness is ours alone: snow is built without a source of its own.
+/// snow's own primitives, which overwrite their keys at the end: snow keeps them on the heap, where
+/// [`Wiped`] does not reach. Randomness comes from us alone: snow is built without a source of its
+/// own.
 struct WipingResolver(Entropy);
 
 impl CryptoResolver for WipingResolver {
@@ -213,7 +214,7 @@ impl Random for NoiseRandom {
 
 struct WipingDh {
     dh: Box<dyn Dh>,
-    /// A key was set or made. Without one there is nothing to wipe, and wiping costs a
+    /// Whether a key was set or made. Without one there is nothing to wipe, and wiping costs a
     /// multiplication.
     secret: bool,
 }
@@ -313,8 +314,8 @@ mod tests {
         Entropy::of(move |out| out.copy_from_slice(&bytes))
     }
 
-    /// The published vector of the pattern (cacophony, also in the snow repository), through the
-    /// builder, the resolver and the split that are shipped.
+    /// The published vector of the pattern (cacophony, also in the snow repository), run through
+    /// the builder, the resolver and the split that are shipped.
     #[test]
     fn published_vector_of_the_pattern() {
         let psk: [u8; KEY_LEN] =

@@ -1,21 +1,22 @@
-//! What the two handshake messages say inside their encryption (`contrib/protocol.md`, section 3).
+//! The encrypted payloads of the two handshake messages (`contrib/protocol.md`, section 3).
 //!
-//! Owns the bytes of both payloads. What they mean is decided in `tunnel`.
+//! Owns the bytes of both. `tunnel` decides what they mean.
 
 use super::{Cipher, Offer};
 use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN, u64_at};
 
-/// What the initiator says inside its first message.
+/// The initiator's payload, inside the first message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct InitiationPayload {
-    /// Nanoseconds since 1970, and always more than in the last initiation: tells a new one from a
-    /// replayed one.
+    /// Nanoseconds since 1970, and always more than in the last initiation. It tells a new
+    /// initiation from a replayed one.
     pub(crate) timestamp: u64,
     /// The highest timestamp accepted from the peer, 0 if none.
     pub(crate) seen: u64,
-    /// Names this run of the sender: drawn at random when it starts, so that a restart is seen.
+    /// Names this run of the sender. It is drawn at random at the start, so that the peer sees a
+    /// restart.
     pub(crate) run: u64,
-    /// Its ciphers.
+    /// The ciphers it allows.
     pub(crate) offer: Offer,
     /// On how many data lanes it will send.
     pub(crate) lanes: u8,
@@ -32,7 +33,7 @@ impl InitiationPayload {
         bytes
     }
 
-    /// `None` if a peer of this version never sends it.
+    /// `None` if no peer of this version sends such bytes.
     pub(crate) fn decode(bytes: &[u8; INITIATION_PAYLOAD_LEN]) -> Option<Self> {
         let lanes = bytes[26];
         (lanes > 0).then_some(Self {
@@ -45,14 +46,14 @@ impl InitiationPayload {
     }
 }
 
-/// What the responder says inside its message.
+/// The responder's payload, inside the second message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct ResponsePayload {
     /// Names this run of the sender.
     pub(crate) run: u64,
-    /// The cipher it chose; `None` refuses, for want of a common one.
+    /// The cipher it chose; `None` refuses the session, since there is no common one.
     pub(crate) cipher: Option<Cipher>,
-    /// Its ciphers.
+    /// The ciphers it allows.
     pub(crate) offer: Offer,
     /// On how many data lanes it will send.
     pub(crate) lanes: u8,
@@ -96,10 +97,10 @@ mod tests {
             timestamp: u64, seen: u64, run: u64, lanes in 1u8..,
         ) {
             let offer = Offer { ciphers: CipherPolicy::Auto.into(), aes_hardware: true };
-            let hello = InitiationPayload { timestamp, seen, run, offer, lanes };
-            prop_assert_eq!(InitiationPayload::decode(&hello.encode()), Some(hello));
-            let answer = ResponsePayload { run, cipher: None, offer, lanes };
-            prop_assert_eq!(ResponsePayload::decode(&answer.encode()), Some(answer));
+            let initiation = InitiationPayload { timestamp, seen, run, offer, lanes };
+            prop_assert_eq!(InitiationPayload::decode(&initiation.encode()), Some(initiation));
+            let response = ResponsePayload { run, cipher: None, offer, lanes };
+            prop_assert_eq!(ResponsePayload::decode(&response.encode()), Some(response));
             let _ = ResponsePayload::decode(&bytes);
         }
     }

@@ -1,7 +1,7 @@
 //! Sealing and opening of datagrams, lane by lane.
 //!
-//! Owns the counters of what is sent and the windows of what was received. The AEAD itself is
-//! `aead`'s.
+//! Owns the counters of sent datagrams and the windows of received ones. `aead` owns the AEAD
+//! itself.
 
 use std::fmt;
 use std::ops::Range;
@@ -44,10 +44,10 @@ impl Iterator for Reserved {
     }
 }
 
-/// A datagram that could not be sealed: its buffer has no room for header and tag. It must not be
+/// A datagram that could not be sealed: its buffer is too short for header and tag. It must not be
 /// sent.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("no room for header and tag")]
+#[error("no space for header and tag")]
 pub struct NotSealed;
 
 impl Sealer {
@@ -65,14 +65,14 @@ impl Sealer {
     /// Reserves `count` consecutive counters; `None` once the key is used up or the session has
     /// ended.
     ///
-    /// Two threads that share a lane never get the same one.
+    /// Two threads that share a lane never get the same counter.
     pub fn reserve(&self, count: u32) -> Option<Reserved> {
         let first = self.next.fetch_add(u64::from(count), Relaxed);
         let end = first + u64::from(count);
         (end <= self.limit).then_some(Reserved(first..end))
     }
 
-    /// Seals in place: `datagram` holds 16 bytes for the header, the plaintext, 16 bytes for the
+    /// Seals in place: `datagram` is 16 bytes for the header, the plaintext, and 16 bytes for the
     /// tag.
     ///
     /// # Errors
@@ -93,7 +93,7 @@ impl Sealer {
         Ok(())
     }
 
-    /// How many counters were reserved, whether or not they were granted.
+    /// How many counters lanes asked for, whether or not they got them.
     pub(super) fn reserved(&self) -> u64 {
         self.next.load(Relaxed) & !RETIRED
     }
@@ -148,7 +148,7 @@ impl fmt::Debug for Opener {
 /// A datagram that was opened.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Opened {
-    /// What the plaintext is.
+    /// How to read the plaintext.
     pub flags: Flags,
     /// The peer's lane.
     pub lane: u8,
@@ -158,12 +158,12 @@ pub struct Opened {
     pub plaintext: Range<usize>,
     /// It is the newest of its lane, so the peer is now where it came from.
     pub newest: bool,
-    /// It is the first on its session, and the tunnel has to be told.
+    /// It is the first on its session, and the tunnel needs to know.
     pub first: bool,
 }
 
-/// Opens datagrams of one session. It may hold the lock of a lane's window, so keep it no longer
-/// than a batch.
+/// Opens datagrams of one session. It may hold the lock of a lane's window, so drop it at the end
+/// of the batch.
 #[derive(Debug)]
 pub struct OpenBatch<'a> {
     session: &'a Session,
@@ -178,12 +178,12 @@ impl<'a> OpenBatch<'a> {
         }
     }
 
-    /// Opens `datagram`, whose header `data` was read from it, in place.
+    /// Opens `datagram` in place; `data` is its header, read from it.
     ///
     /// # Errors
     /// [`DropReason::SessionUnknown`] if it is for another session, [`DropReason::SessionExpired`]
-    /// after the session's end, [`DropReason::OpenAuth`] if it was not made by the peer,
-    /// [`DropReason::Replay`] if it was seen before or is too old to tell.
+    /// after the session's end, [`DropReason::OpenAuth`] if the peer did not make it,
+    /// [`DropReason::Replay`] if it came before or is too old to tell.
     pub fn open(&mut self, data: Data, datagram: &mut [u8]) -> Result<Opened, DropReason> {
         let session = self.session;
         if data.receiver != session.index() {
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_room_is_not_sealed() {
+    fn a_buffer_too_short_for_header_and_tag_is_refused() {
         let [old, _] = ends(Cipher::Aes256Gcm, 1);
         let sealer = old.sealer(0).unwrap();
         let mut counters = sealer.reserve(100).unwrap();

@@ -1,22 +1,23 @@
-//! The transfer of an announcement, which may be larger than a datagram, part by part.
+//! The transfer of an announcement, part by part, since it may be larger than a datagram.
 //!
-//! Owns which parts were acknowledged and which came in, each of them for one run of the peer: a
-//! peer that was restarted knows nothing. What an announcement says is written in `messages`.
+//! Owns which of our parts the peer acknowledged, and which of its parts came in. Both belong to
+//! one run of the peer: after a restart it knows nothing. `messages` knows what an announcement
+//! says.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::messages::{Announcement, PART_LEN};
 
-/// Pace of re-sending parts that were not acknowledged.
+/// Time after which parts that were not acknowledged are sent again.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Our announcement, on its way.
+/// Our announcement, on its way to the peer.
 pub(super) struct Outgoing {
     /// Rises with each announcement.
     id: u32,
     parts: Vec<Part>,
-    /// The run of the peer that acknowledged parts.
+    /// The run of the peer that acknowledged the parts.
     peer_run: Option<u64>,
     send_at: Instant,
 }
@@ -37,7 +38,7 @@ impl Outgoing {
         }
     }
 
-    /// Another announcement takes the place of this one.
+    /// Replaces this announcement with another one.
     pub(super) fn replace(&mut self, announcement: &Announcement, now: Instant) {
         *self = Self {
             id: self.id.wrapping_add(1),
@@ -45,7 +46,7 @@ impl Outgoing {
         };
     }
 
-    /// This run of the peer is sent to from now on: if it is another one, it is told everything.
+    /// Sends to this run of the peer from now on. A new run is told everything again.
     pub(super) fn send_to(&mut self, peer_run: u64, now: Instant) {
         if self.peer_run != Some(peer_run) {
             self.peer_run = Some(peer_run);
@@ -54,13 +55,13 @@ impl Outgoing {
         }
     }
 
-    /// When parts are to be sent; `None` when all are acknowledged.
+    /// When parts are due; `None` when all are acknowledged.
     pub(super) fn due(&self) -> Option<Instant> {
         let open = self.parts.iter().any(|part| !part.acked);
         open.then_some(self.send_at)
     }
 
-    /// The parts that are to be sent now, each with its place.
+    /// The parts that are due now, each with its place.
     pub(super) fn take_due(&mut self, now: Instant, peer_run: Option<u64>) -> Vec<(u8, Arc<[u8]>)> {
         self.send_at = now + RETRY;
         self.peer_run = peer_run;
@@ -75,12 +76,12 @@ impl Outgoing {
         self.id
     }
 
-    /// Of how many parts it is.
+    /// How many parts it has.
     pub(super) fn count(&self) -> u8 {
         self.parts.len() as u8
     }
 
-    /// This run of the peer has a part.
+    /// This run of the peer acknowledged a part.
     pub(super) fn acked(&mut self, peer_run: u64, id: u32, part: u8) {
         let ours = id == self.id && self.peer_run == Some(peer_run);
         if let Some(part) = self.parts.get_mut(usize::from(part)).filter(|_| ours) {
@@ -102,14 +103,14 @@ fn split(announcement: &Announcement) -> Vec<Part> {
 #[derive(Default)]
 pub(super) struct Incoming {
     peer_run: u64,
-    /// The last that was complete, 0 if none.
+    /// Id of the last announcement that was complete, 0 if none was.
     done: u32,
     id: u32,
     parts: Vec<Option<Vec<u8>>>,
 }
 
 impl Incoming {
-    /// Takes a part; gives the bytes of the whole announcement when it was the last one missing.
+    /// Takes a part. Returns the bytes of the whole announcement if this was the last part missing.
     pub(super) fn push(
         &mut self,
         peer_run: u64,

@@ -9,12 +9,12 @@ use crate::channel::pmtu;
 use crate::channel::session::{Entropy, Offer, PeerKeys, SessionIndexes};
 use crate::model::peer::{PeerId, Role};
 
-/// What a tunnel is made of.
+/// Everything a tunnel is made of.
 #[derive(Clone, Debug)]
 pub struct TunnelConfig {
     /// The peer's place in the daemon's configuration.
     pub peer: PeerId,
-    /// Derived from the secret shared with it.
+    /// The keys derived from the secret that is shared with the peer.
     pub keys: PeerKeys,
     /// This side's role.
     pub role: Role,
@@ -22,12 +22,12 @@ pub struct TunnelConfig {
     pub lanes: u8,
     /// This side's ciphers.
     pub offer: Offer,
-    /// `--peer`; without it this side waits to be found.
+    /// `--peer`; without it this side waits until the peer finds it.
     pub endpoint: Option<SocketAddr>,
-    /// What the peer is told.
+    /// Our announcement to the peer.
     pub announcement: Announcement,
-    /// Largest datagram (UDP payload) that the uplink takes: how far the path MTU is searched for.
-    /// `None` sends no probes and stays at [`pmtu::BASE`].
+    /// Largest datagram (UDP payload) that the uplink takes: the limit of the search for the path
+    /// MTU. With `None` no probes are sent, and the path MTU stays at [`pmtu::BASE`].
     pub max_datagram: Option<u16>,
     /// Usually [`Timers::default`].
     pub timers: Timers,
@@ -47,15 +47,15 @@ pub struct Timers {
     pub reject_after: Duration,
     /// Something is sent at least this often: 10 s.
     pub keepalive: Duration,
-    /// Nothing heard for so long means that the session or the path is gone: 15 s.
+    /// After so much silence the session or the path is taken to be gone: 15 s.
     pub answer_timeout: Duration,
-    /// Nothing heard for so long means that the peer is down: 25 s.
+    /// After so much silence the peer is taken to be down: 25 s.
     pub down_after: Duration,
-    /// Pace of retries: 5 s, up to a third more at random.
+    /// Time between retries: 5 s, and up to a third more at random.
     pub retry: Duration,
-    /// Pace of the first retries: 1 s, likewise.
+    /// Time between the first retries: 1 s, and up to a third more at random.
     pub fast_retry: Duration,
-    /// Pace of round trip measurements: 5 s.
+    /// Time between round trip measurements: 5 s.
     pub ping: Duration,
 }
 

@@ -8,24 +8,24 @@ use super::messages::Announcement;
 use crate::channel::session::{Ciphers, Session};
 use crate::model::peer::{Endpoint, Role};
 
-/// What has happened.
+/// Something that the daemon has to react to.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// Lanes accept datagrams on it from now on.
+    /// Lanes accept datagrams on this session from now on.
     SessionInstalled(Arc<Session>),
-    /// Lanes forget the session of this index.
+    /// Lanes forget the session with this index.
     SessionRemoved(u32),
-    /// Lanes seal on it from now on.
+    /// Lanes seal on this session from now on.
     SendOn(Arc<Session>),
-    /// Lanes have nothing to seal on.
+    /// Lanes have no session to seal on.
     SendOff,
-    /// Where lanes send to from now on.
+    /// Lanes send to this endpoint from now on.
     Endpoint(Endpoint),
     /// The peer came or went.
     State(State),
     /// The peer announced this.
     PeerConfig(Announcement),
-    /// A round trip took so long.
+    /// A round trip took this long.
     Rtt(Duration),
     /// Largest datagram (UDP payload) that the path carries towards the peer.
     PathMtu(u16),
@@ -38,10 +38,10 @@ pub enum Event {
 pub struct Transmit {
     /// Where it goes.
     pub to: Endpoint,
-    /// What is sent.
+    /// The bytes.
     pub datagram: Vec<u8>,
-    /// It asks whether the path carries its size: it must be sent with "don't fragment", and a
-    /// refusal of the kernel because of its size is nothing to report.
+    /// It asks whether the path carries its size. Send it with "don't fragment"; if the kernel
+    /// refuses it because of its size, that is nothing to report.
     pub probe: bool,
 }
 
@@ -52,7 +52,7 @@ pub enum State {
     Connecting,
     /// It answers.
     Up,
-    /// It answered once and does not now.
+    /// It answered once and no longer does.
     Down,
 }
 
@@ -67,16 +67,16 @@ impl State {
     }
 }
 
-/// What is wrong in a way that only an operator can mend.
+/// A problem that only an operator can solve.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Warning {
     /// The peer has this side's role, or somebody sends our own messages back.
     SameRole(Role),
     /// The two sides allow no common cipher.
     NoCommonCipher {
-        /// What this side allows.
+        /// The ciphers that this side allows.
         ours: Ciphers,
-        /// What the peer allows.
+        /// The ciphers that the peer allows.
         theirs: Ciphers,
     },
     /// The peer announced something that this version does not understand.

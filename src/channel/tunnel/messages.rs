@@ -1,8 +1,8 @@
 //! The control messages that two tunnels exchange inside a session: their bytes, and what each side
 //! announces to the other.
 //!
-//! Authenticated bytes still come from another program: reading refuses what is wrong and never
-//! panics.
+//! The bytes are authenticated, but another program wrote them: reading refuses what is wrong and
+//! never panics.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -10,18 +10,18 @@ use crate::channel::wire::role_byte;
 use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::peer::Role;
 
-/// Most bytes of an announcement in one message: with every header it stays below 1,200, which
-/// every path carries that IPv6 may use (RFC 8200, section 5: 1,280).
+/// Most bytes of an announcement in one message. With every header it stays below 1,200 bytes,
+/// which pass on every path that IPv6 may use (RFC 8200, section 5: 1,280).
 pub(crate) const PART_LEN: usize = 1_100;
 
 /// Most bytes of a control message that can mean anything: the head of a part, its bytes, and one
-/// more, so that a part that is too long is still seen to be. What is behind is padding.
+/// more, which shows that a part is too long. Whatever follows is padding.
 pub const MAX_MESSAGE: usize = 7 + PART_LEN + 1;
 
 /// Most parts of an announcement: 64 moves of 64 port ranges take 17,604 bytes.
 pub(crate) const MAX_PARTS: usize = 17;
 
-/// Most bytes of the text for the operator of the other side: a line of a log.
+/// Most bytes of the error text for the operator of the other side: a line of a log.
 const MAX_ERROR_LEN: usize = 256;
 
 /// A control message.
@@ -40,9 +40,9 @@ pub(crate) enum ControlMessage<'a> {
         parts: u8,
         body: &'a [u8],
     },
-    /// That part came in.
+    /// Acknowledges that part.
     ConfigAck { id: u32, part: u8 },
-    /// The sender ends.
+    /// The sender's daemon ends.
     Close,
     /// Fills a datagram of this size, to see whether it arrives.
     Probe { size: u16 },
@@ -90,7 +90,8 @@ impl<'a> ControlMessage<'a> {
         }
     }
 
-    /// Reads a message. Bytes behind what a type needs are padding, or news from a later version.
+    /// Reads a message. It ignores bytes after those that the type needs: padding, or additions of
+    /// a later version.
     pub(crate) fn decode(bytes: &'a [u8]) -> Option<Self> {
         let mut rest = bytes;
         let rest = &mut rest;
@@ -154,7 +155,8 @@ pub enum Announcement {
         deliver: Deliver,
         /// MTU of its uplink.
         mtu: u16,
-        /// What hinders it, for the operator of the old server: one line.
+        /// One line for the operator of the old server, if something keeps this one from
+        /// delivering.
         error: Option<String>,
     },
 }
@@ -221,7 +223,7 @@ impl Announcement {
         out
     }
 
-    /// `None` if no peer of this version sends it.
+    /// `None` if no peer of this version sends such bytes.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let mut rest = bytes;
         let rest = &mut rest;
@@ -270,8 +272,8 @@ impl Announcement {
     }
 }
 
-/// A text that will stand in a log and on a terminal: no control characters, whatever the peer
-/// sent.
+/// Reads a text that will stand in a log and on a terminal. It has no control characters, whatever
+/// the peer sent.
 fn take_line(rest: &mut &[u8]) -> Option<String> {
     let length = usize::from(u16::from_le_bytes(take(rest)?));
     if length > MAX_ERROR_LEN {
@@ -289,8 +291,8 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     Some(*head)
 }
 
-/// The last place at or before `at` where a text can be cut; `str::floor_char_boundary` is newer
-/// than the Rust this package promises to build with.
+/// The last place at or before `at` where a text can be truncated between two characters;
+/// `str::floor_char_boundary` is newer than the Rust this package promises to build with.
 fn boundary(text: &str, at: usize) -> usize {
     (0..=at.min(text.len()))
         .rev()
@@ -400,7 +402,7 @@ mod tests {
         }
 
         #[test]
-        fn what_the_new_server_says_comes_back(
+        fn the_announcement_of_the_new_server_comes_back(
             v4 in any::<Option<[u8; 4]>>(), v6 in any::<Option<[u8; 16]>>(), keep in any::<bool>(),
             mtu in any::<u16>(), error in proptest::option::of("[a-z ]{0,100}"),
         ) {

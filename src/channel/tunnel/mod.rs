@@ -1,10 +1,10 @@
-//! One peer: when to shake hands, which session to send on, whether the peer is there, what it
+//! One peer: when to shake hands, which session to send on, whether the peer is there, and what it
 //! said.
 //!
 //! A state machine without sockets and clocks: the daemon's control task hands it what arrived and
 //! what time it is, and takes from it what to send and what has happened. Data packets do not pass
-//! here: lanes seal and open them on the [`Session`]s that this room hands out, and leave the times
-//! in [`Activity`]. Keys and handshake messages are made in `session`, layouts in `wire`.
+//! here: lanes seal and open them on the [`Session`]s that this module hands out, and leave the
+//! times in [`Activity`]. `session` makes keys and handshake messages; `wire` knows the layouts.
 //!
 //! ```text
 //!            lane: MacCheck::admit                       lane: Session::open
@@ -22,17 +22,18 @@
 //! # Which session
 //!
 //! Any session that both sides agreed on is accepted for receiving until it expires, so a change of
-//! session loses nothing that is in flight. To send, both sides must come to the same one, also
-//! when their initiations crossed. Each initiation says the highest timestamp that its sender had
-//! accepted from the other; so both sides can tell which of two was made in knowledge of the other
-//! and wins, and when neither was, that of the old server wins (`Origin::supersedes`).
+//! session loses nothing that is in flight. To send, both sides must choose the same one, even if
+//! their initiations crossed. Each initiation says the highest timestamp that its sender had
+//! accepted from the other side. So both sides can tell which of two initiations was made in
+//! knowledge of the other: that one wins. If neither was, that of the old server wins
+//! (`Origin::supersedes`).
 //!
 //! # Clocks
 //!
-//! An initiation whose timestamp is not higher than the last one is refused: that stops replays. A
-//! host that was restarted with its clock set back would be locked out. So the side that refuses
-//! initiates itself, towards the endpoint that it knows, and its message carries the timestamp that
-//! the other has to exceed.
+//! An initiation whose timestamp is not higher than the last one is refused: that stops replays. It
+//! would also lock out a host that was restarted with its clock set back. So the side that refuses
+//! sends an initiation itself, to the endpoint that it knows. That message carries the timestamp
+//! that the other side has to exceed.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -67,32 +68,32 @@ use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};
 use sessions::{Origin, Sending, Sessions};
 
-/// Initiations of ours that may still be answered. Retries go out each second at first, so a path
-/// of four seconds' round trip still ends in a session.
+/// Most initiations of ours that wait for a response. Retries go out each second at first, so even
+/// a path with a round trip of four seconds ends in a session.
 const MAX_PENDING: usize = 4;
 
-/// How long an initiation waits for its answer.
+/// How long an initiation waits for its response.
 const PENDING_LIFE: Duration = Duration::from_secs(10);
 
-/// Retries that follow each other quickly before the pace slows down.
+/// Retries at the fast pace, before it slows down.
 const FAST_ATTEMPTS: u32 = 20;
 
-/// When the peer has not been heard on a new session for this long, it does not have that session:
-/// ask again.
+/// When the peer has not been heard on a new session for this long, it does not have that session,
+/// and we ask again.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// At most one initiation in this time in answer to stale ones: whoever replays messages must not
-/// be able to make us talk.
-const STALE_ANSWER_PACE: Duration = Duration::from_secs(5);
+/// Least time between two initiations that we send because of stale ones: whoever replays messages
+/// must not be able to make us talk.
+const STALE_REPLY_PACE: Duration = Duration::from_secs(5);
 
-/// At most one warning of a kind in this time.
+/// Least time between two warnings of a kind.
 const WARNING_PACE: Duration = Duration::from_secs(60);
 
 /// How much later than its initiator the responder of a session asks for the next one, in case the
 /// initiator cannot.
 const RESPONDER_GRACE: Duration = Duration::from_secs(30);
 
-/// An initiation that may still be answered.
+/// An initiation that waits for its response.
 struct Pending {
     initiating: Initiating,
     origin: Origin,
@@ -123,7 +124,7 @@ pub struct Tunnel {
     next_attempt: Instant,
     /// Initiate once, even if no timer asks for it.
     forced: bool,
-    stale_answered: Option<Instant>,
+    stale_replied: Option<Instant>,
 
     next_ping: Instant,
     ping: Option<(u32, Instant)>,
@@ -139,7 +140,7 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Starts at once to look for the peer, if it is known where.
+    /// Starts at once to look for the peer, if its address is known.
     ///
     /// # Errors
     /// [`NoEntropy`] if the system has no randomness to give.
@@ -159,7 +160,7 @@ impl Tunnel {
             attempts: 0,
             next_attempt: now,
             forced: false,
-            stale_answered: None,
+            stale_replied: None,
             next_ping: now,
             ping: None,
             pings: 0,
@@ -193,7 +194,7 @@ impl Tunnel {
         self.state
     }
 
-    /// Where the peer is: where it was last heard, or else where it was said to be.
+    /// Where the peer is: where it was last heard, or else where the settings say.
     pub fn endpoint(&self) -> Option<Endpoint> {
         self.learned.or(self.configured())
     }
@@ -215,8 +216,8 @@ impl Tunnel {
 
     // What arrives.
 
-    /// A handshake message that [`MacCheck::admit`](crate::channel::session::MacCheck::admit) let in for
-    /// this peer.
+    /// A handshake message for this peer that passed
+    /// [`MacCheck::admit`](crate::channel::session::MacCheck::admit).
     ///
     /// # Errors
     /// [`DropReason::HandshakeRole`], [`DropReason::HandshakeReplay`],
@@ -248,8 +249,8 @@ impl Tunnel {
         let Some(agreed) = self.sessions.get(session.index()) else {
             return;
         };
-        // An old session still delivers what was in flight; where the peer is now, the current one
-        // tells.
+        // An old session still delivers packets in flight; only the current one tells where the
+        // peer is now.
         if self.sessions.is_current(session.index()) || !agreed.usable {
             self.learn(now, from);
         }
@@ -296,7 +297,7 @@ impl Tunnel {
 
     // What the daemon wants.
 
-    /// Tells the peer something else than before.
+    /// Replaces our announcement to the peer.
     pub fn set_announcement(&mut self, now: Instant, announcement: Announcement) {
         if announcement != self.config.announcement {
             self.outgoing.replace(&announcement, now);
@@ -304,7 +305,7 @@ impl Tunnel {
         }
     }
 
-    /// Where the peer is said to be has changed: its name was resolved again.
+    /// The peer's name was resolved again: the settings now lead to this address.
     pub fn set_endpoint(&mut self, now: Instant, endpoint: Option<SocketAddr>) {
         if endpoint != self.config.endpoint {
             self.config.endpoint = endpoint;
@@ -326,7 +327,7 @@ impl Tunnel {
         self.discover(|mtu| mtu.refused(now, length));
     }
 
-    /// Says good-bye. Nothing is accepted or started after this.
+    /// Says goodbye. Nothing is accepted or started after this.
     pub fn close(&mut self, now: Instant) {
         self.send(now, &ControlMessage::Close);
         self.closed = true;
@@ -337,8 +338,8 @@ impl Tunnel {
 
     // What time does.
 
-    /// When [`handle_timeout`](Self::handle_timeout) is to be called next; ask again after every
-    /// call that changes something.
+    /// When [`handle_timeout`](Self::handle_timeout) is due next. Ask again after every call that
+    /// changes something.
     pub fn next_timeout(&self) -> Option<Instant> {
         if self.closed {
             return None;
@@ -407,14 +408,14 @@ impl Tunnel {
         }
     }
 
-    // What comes of it.
+    // What comes out.
 
-    /// What has happened; to be taken before [`poll_transmit`](Self::poll_transmit).
+    /// What has happened. Take all events before [`poll_transmit`](Self::poll_transmit).
     pub fn poll_event(&mut self) -> Option<Event> {
         self.events.pop_front()
     }
 
-    /// What is to be sent.
+    /// The next datagram to send.
     pub fn poll_transmit(&mut self) -> Option<Transmit> {
         self.transmits.pop_front()
     }
@@ -443,7 +444,7 @@ impl Tunnel {
         };
         self.attempts = self.attempts.saturating_add(1);
         self.next_attempt = now + self.with_jitter(pace);
-        let hello = InitiationPayload {
+        let payload = InitiationPayload {
             timestamp: self.next_timestamp(wall),
             seen: self.seen,
             run: self.run,
@@ -462,7 +463,7 @@ impl Tunnel {
                     entropy,
                     ..
                 } = &self.config;
-                Initiating::begin(keys, *role, index, &hello, entropy)
+                Initiating::begin(keys, *role, index, &payload, entropy)
             });
         let Some((initiating, message)) = begun else {
             self.warn(now, Warning::NoEntropy);
@@ -476,15 +477,15 @@ impl Tunnel {
             initiating,
             origin: Origin {
                 initiator: self.config.role,
-                timestamp: hello.timestamp,
-                seen: hello.seen,
+                timestamp: payload.timestamp,
+                seen: payload.seen,
             },
             sent: now,
         });
         self.transmit(to, message.to_vec());
     }
 
-    /// Rises with every call, whatever the clock does.
+    /// The next timestamp. It rises with every call, whatever the clock does.
     fn next_timestamp(&mut self, wall: SystemTime) -> u64 {
         let clock = wall
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -499,25 +500,26 @@ impl Tunnel {
         from: Endpoint,
         initiation: &Initiation<'_>,
     ) -> Result<(), DropReason> {
-        let (responding, hello) =
+        let (responding, payload) =
             Responding::read(&self.config.keys, initiation, &self.config.entropy)?;
         // Even a stale message tells the truth about what the peer had accepted from us.
-        self.timestamp = self.timestamp.max(hello.seen);
-        if hello.timestamp <= self.seen {
-            // Within one run timestamps rise: then it is a replay, or was overtaken on the way.
-            if hello.run != self.seen_run {
-                self.answer_stale(now);
+        self.timestamp = self.timestamp.max(payload.seen);
+        if payload.timestamp <= self.seen {
+            // Timestamps rise within a run: one of the same run is a replay, or was overtaken on
+            // the way.
+            if payload.run != self.seen_run {
+                self.reply_to_stale(now);
             }
             return Err(DropReason::HandshakeReplay);
         }
-        self.seen = hello.timestamp;
-        self.seen_run = hello.run;
+        self.seen = payload.timestamp;
+        self.seen_run = payload.run;
         let TunnelConfig {
             keys, role, offer, ..
         } = &self.config;
         let (role, offer) = (*role, *offer);
-        let cipher = offer.agree(hello.offer);
-        let answer = ResponsePayload {
+        let cipher = offer.agree(payload.offer);
+        let reply = ResponsePayload {
             run: self.run,
             cipher,
             offer,
@@ -535,7 +537,7 @@ impl Tunnel {
         };
         let sender = index.as_ref().map_or(0, |index| index.value);
         let Some((split, message)) =
-            responding.answer(keys, role, sender, initiation.sender(), &answer)
+            responding.respond(keys, role, sender, initiation.sender(), &reply)
         else {
             self.warn(now, Warning::NoEntropy);
             return Err(DropReason::ControlBusy);
@@ -550,37 +552,37 @@ impl Tunnel {
                     initiator: initiation.role(),
                     own_role: role,
                     own_lanes: self.config.lanes,
-                    peer_lanes: hello.lanes,
+                    peer_lanes: payload.lanes,
                     peer: self.config.peer,
                     created: now,
                     activity: Arc::clone(&self.activity),
                 },
                 Origin {
                     initiator: initiation.role(),
-                    timestamp: hello.timestamp,
-                    seen: hello.seen,
+                    timestamp: payload.timestamp,
+                    seen: payload.seen,
                 },
-                hello.run,
+                payload.run,
                 &mut self.events,
             );
-            // The peer has the next word; an initiation of ours would only cross its own.
+            // The peer confirms the session next; an initiation of ours would only cross its own.
             let pace = self.with_jitter(self.config.timers.fast_retry);
             self.next_attempt = self.next_attempt.max(now + pace);
         } else {
-            self.warn_cipher(now, hello.offer);
+            self.warn_cipher(now, payload.offer);
         }
         self.transmit(from, message.to_vec());
         Ok(())
     }
 
-    /// A peer whose clock was set back is told what to exceed, at the endpoint that we know:
-    /// whoever replays its messages learns nothing.
-    fn answer_stale(&mut self, now: Instant) {
+    /// Tells a peer whose clock was set back which timestamp to exceed. The message goes to the
+    /// endpoint that we know: whoever replays the peer's messages learns nothing.
+    fn reply_to_stale(&mut self, now: Instant) {
         let recently = self
-            .stale_answered
-            .is_some_and(|at| now < at + STALE_ANSWER_PACE);
+            .stale_replied
+            .is_some_and(|at| now < at + STALE_REPLY_PACE);
         if !recently {
-            self.stale_answered = Some(now);
+            self.stale_replied = Some(now);
             self.forced = true;
             self.next_attempt = self.next_attempt.min(now);
         }
@@ -597,20 +599,20 @@ impl Tunnel {
             .iter()
             .position(|pending| pending.initiating.index() == response.receiver())
             .ok_or(DropReason::HandshakeUnexpected)?;
-        let (answer, split) = self.pending[at].initiating.read(response)?;
+        let (payload, split) = self.pending[at].initiating.read(response)?;
         let Some(pending) = self.pending.remove(at) else {
             return Err(DropReason::HandshakeUnexpected);
         };
-        // It is answered; what else we sent in the meantime need not be.
+        // This one was answered; the others that we sent in the meantime need no response.
         self.pending.clear();
         self.activity.answered(now);
         self.learn(now, from);
-        // A peer that chooses what was not offered is refused as one that chooses nothing.
-        let cipher = answer
+        // A peer that chooses a cipher that was not offered is refused like one that chooses none.
+        let cipher = payload
             .cipher
-            .filter(|&cipher| self.config.offer.agree(answer.offer) == Some(cipher));
+            .filter(|&cipher| self.config.offer.agree(payload.offer) == Some(cipher));
         let Some(cipher) = cipher else {
-            self.warn_cipher(now, answer.offer);
+            self.warn_cipher(now, payload.offer);
             self.slow_down(now);
             return Ok(());
         };
@@ -623,13 +625,13 @@ impl Tunnel {
                 initiator: self.config.role,
                 own_role: self.config.role,
                 own_lanes: self.config.lanes,
-                peer_lanes: answer.lanes,
+                peer_lanes: payload.lanes,
                 peer: self.config.peer,
                 created: now,
                 activity: Arc::clone(&self.activity),
             },
             pending.origin,
-            answer.run,
+            payload.run,
             &mut self.events,
         );
         if let Some(index) = index {
@@ -643,11 +645,11 @@ impl Tunnel {
 
     // Sessions.
 
-    /// Something authenticated came in on a session.
+    /// An authenticated datagram came in on a session.
     fn heard(&mut self, now: Instant, index: u32) {
         if self.sessions.heard(index) {
             self.make_usable(now, index);
-            // The initiator repeats itself until it hears us.
+            // The initiator repeats its keepalive until it hears us.
             self.send(now, &ControlMessage::Keepalive);
         }
         self.observe(now);
@@ -655,7 +657,7 @@ impl Tunnel {
 
     /// The peer proved that it holds the keys of a session.
     fn make_usable(&mut self, now: Instant, index: u32) {
-        // What was asked for before this needs no answer any more.
+        // Initiations from before this need no response any more.
         self.pending.clear();
         self.attempts = 0;
         self.next_attempt = now;
@@ -664,7 +666,7 @@ impl Tunnel {
         self.follow(now, sending);
     }
 
-    /// Ends what is too old.
+    /// Ends sessions and initiations that are too old.
     fn expire(&mut self, now: Instant) {
         let life = self.config.timers.reject_after;
         let sending = self.sessions.expire(now, life, &mut self.events);
@@ -673,7 +675,7 @@ impl Tunnel {
             .retain(|pending| now < pending.sent + PENDING_LIFE);
     }
 
-    /// Does what follows from a change of the session that is sent on.
+    /// Does what follows when lanes send on another session, or on none.
     fn follow(&mut self, now: Instant, sending: Sending) {
         match sending {
             Sending::Unchanged => {}
@@ -696,16 +698,17 @@ impl Tunnel {
         }
     }
 
-    /// Shows the peer that we hold the keys of what we asked for, until we hear that it knows.
+    /// Shows the peer that we hold the keys of the sessions we asked for, until we hear that it
+    /// knows.
     fn confirm(&mut self, now: Instant) {
         while let Some(session) = self.sessions.take_unconfirmed(now) {
             self.send_sealed(now, &session, &ControlMessage::Keepalive, 0);
         }
     }
 
-    /// Sees from the times that lanes left whether the peer is there.
+    /// Finds out from the times that lanes left whether the peer is there.
     fn observe(&mut self, now: Instant) {
-        // What lanes opened first and could not report.
+        // Sessions on which a lane heard the peer first but could not report it.
         while let Some(index) = self.sessions.heard_but_not_usable() {
             self.make_usable(now, index);
         }
@@ -720,7 +723,7 @@ impl Tunnel {
         }
     }
 
-    /// When a handshake is wanted, whatever the pace of attempts; possibly long ago.
+    /// When a handshake is wanted, regardless of the pace of attempts; possibly long ago.
     fn handshake_wanted_at(&self) -> Instant {
         let timers = &self.config.timers;
         let Some(current) = self.sessions.current().filter(|_| !self.forced) else {
@@ -746,7 +749,7 @@ impl Tunnel {
             .unwrap_or(silent)
     }
 
-    /// Since when nothing was heard. A session begins with a sign of life.
+    /// Since when the peer has been silent. A new session counts as a sign of life.
     fn silence_since(&self) -> Instant {
         let current = self.sessions.current();
         let created = current.map(|current| current.session.created());
@@ -806,7 +809,7 @@ impl Tunnel {
         }
     }
 
-    /// Nothing is learned about a path from probes to a peer that is not there.
+    /// When a probe is due. Probes to a peer that is not there tell nothing about the path.
     fn probe_due(&self) -> Option<Instant> {
         let up = self.state == State::Up;
         self.mtu
@@ -828,13 +831,13 @@ impl Tunnel {
                 usize::from(size),
             );
             if self.mtu.as_ref().is_some_and(MtuDiscovery::is_doubtful) {
-                // Whether the size is lost or everything is: the answer to something small tells.
+                // If a small message gets its reply, only the large size is lost.
                 self.send_ping(now);
             }
         }
     }
 
-    /// Tells the discovery of the path MTU something, and the daemon if that changed the result.
+    /// Lets the MTU discovery do something, and tells the daemon if that changed its result.
     fn discover(&mut self, with: impl FnOnce(&mut MtuDiscovery)) {
         if let Some(mtu) = &mut self.mtu {
             let before = mtu.current();
@@ -846,7 +849,7 @@ impl Tunnel {
         }
     }
 
-    /// The peer's daemon ended: nothing of that run is of use any more.
+    /// The peer's daemon ended: the sessions of that run are of no use any more.
     fn handle_close(&mut self, now: Instant, peer_run: u64) {
         self.sessions.remove_run(peer_run, &mut self.events);
         if self.sessions.current().is_none() {
@@ -869,7 +872,7 @@ impl Tunnel {
         message: &ControlMessage<'_>,
         padded_to: usize,
     ) {
-        // Also if it cannot be: the pace of trying is the same.
+        // Even if sending fails: the pace of attempts is the same.
         self.activity.spoke(now);
         let (Some(to), Some(sealer)) = (self.endpoint(), session.sealer(CONTROL_LANE)) else {
             return;
@@ -919,8 +922,8 @@ impl Tunnel {
         })
     }
 
-    /// Where the next initiation goes: by turns to where the peer was last heard and to where it is
-    /// said to be, for after a restart it may be back there.
+    /// Where the next initiation goes. It alternates between where the peer was last heard and
+    /// where the settings say it is, since the peer may be back there after a restart.
     fn attempt_path(&self) -> Option<Endpoint> {
         let configured = self.configured();
         match self.attempts % 2 {
@@ -934,7 +937,7 @@ impl Tunnel {
         self.next_attempt = now + self.with_jitter(self.config.timers.retry);
     }
 
-    /// Up to a third more, so that two sides do not cross again and again.
+    /// Adds up to a third, so that the two sides do not cross again and again.
     fn with_jitter(&self, pace: Duration) -> Duration {
         let random = self.config.entropy.u64().unwrap_or(0);
         let third = (pace.as_millis() as u64 / 3).max(1);

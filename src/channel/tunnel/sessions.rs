@@ -1,7 +1,7 @@
-//! The sessions that both sides agreed on, and which of them is sent on.
+//! The sessions that both sides agreed on, and the one that lanes send on.
 //!
 //! Owns the rules that the head of `tunnel` calls "Which session", and the bounds on how many
-//! sessions there are. What follows from a change for everything else is the tunnel's business.
+//! sessions there are. The tunnel does whatever follows from a change.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,17 +11,18 @@ use super::{Event, MAX_PENDING};
 use crate::channel::session::{Session, SessionSpec};
 use crate::model::peer::Role;
 
-/// Sessions we granted on which nothing was heard yet: more than the peer can have pending.
+/// Most sessions that we granted and on which nothing was heard yet: more than the peer can have
+/// pending.
 pub(super) const MAX_UNCONFIRMED: usize = MAX_PENDING + 1;
 
-/// Sessions in use for receiving: the current one, the one before, and both of a crossing.
+/// Most sessions in use for receiving: the current one, the one before, and both of a crossing.
 pub(super) const MAX_USABLE: usize = 4;
 
-/// Pace of the keepalives by which the initiator shows a new session to the responder, until it is
-/// heard.
+/// Time between the keepalives by which the initiator shows a new session to the responder, until
+/// it hears the responder on it.
 const CONFIRM_RETRY: Duration = Duration::from_millis(250);
 
-/// What both sides know of how a session was asked for.
+/// What both sides know about how a session was asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Origin {
     pub(super) initiator: Role,
@@ -31,10 +32,10 @@ pub(super) struct Origin {
 }
 
 impl Origin {
-    /// Whether this session is sent on rather than `other`. Both sides answer alike, for it is made
-    /// only of what both know: of two sessions of one initiator the later one; of two of different
-    /// initiators the one that was asked for in knowledge of the other; if their initiations
-    /// crossed, the one that the old server asked for.
+    /// Whether this session is sent on rather than `other`. Both sides come to the same result, for
+    /// it rests only on what both know. Of two sessions of one initiator the later one wins. Of two
+    /// with different initiators, the one that was asked for in knowledge of the other wins. If
+    /// their initiations crossed, the one that the old server asked for wins.
     pub(super) fn supersedes(&self, other: &Self) -> bool {
         if self.initiator == other.initiator {
             self.timestamp > other.timestamp
@@ -53,11 +54,12 @@ impl Origin {
 pub(super) struct AgreedSession {
     pub(super) session: Arc<Session>,
     origin: Origin,
-    /// Which run of the peer's daemon agreed to it.
+    /// The run of the peer's daemon that agreed to it.
     pub(super) peer_run: u64,
-    /// The peer proved that it holds the keys: it may be sent on.
+    /// The peer proved that it holds the keys, so lanes may send on it.
     pub(super) usable: bool,
-    /// When the peer is next shown that we hold the keys; for the initiator, until it is heard.
+    /// When to show the peer again that we hold the keys. The initiator does so until it hears the
+    /// peer.
     pub(super) confirm_at: Option<Instant>,
 }
 
@@ -72,11 +74,11 @@ impl AgreedSession {
     }
 }
 
-/// What became of the session that is sent on.
+/// What became of the session that lanes send on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub(super) enum Sending {
-    /// It is the same as before, or still none.
+    /// It is the same as before, or there is still none.
     Unchanged,
     /// It is another one.
     Switched {
@@ -119,13 +121,13 @@ impl Sessions {
         self.all.iter()
     }
 
-    /// A session on which a lane heard the peer first, which the tunnel was not told of.
+    /// A session on which a lane heard the peer first and could not tell the tunnel.
     pub(super) fn heard_but_not_usable(&self) -> Option<u32> {
         let unreported = |agreed: &&AgreedSession| !agreed.usable && agreed.session.is_heard();
         self.all.iter().find(unreported).map(AgreedSession::index)
     }
 
-    /// Accepts a session for receiving, and gives up the oldest if there are too many.
+    /// Accepts a session for receiving. If there are too many, the oldest goes.
     pub(super) fn install(
         &mut self,
         spec: SessionSpec,
@@ -147,14 +149,14 @@ impl Sessions {
         Some(index)
     }
 
-    /// From now on the peer is shown that we hold the keys of this session.
+    /// Shows the peer from now on that we hold the keys of this session.
     pub(super) fn begin_confirming(&mut self, index: u32, now: Instant) {
         if let Some(agreed) = self.get_mut(index) {
             agreed.confirm_at = Some(now);
         }
     }
 
-    /// The next session whose keys the peer has to be shown now.
+    /// The next session whose keys are due to be shown to the peer.
     pub(super) fn take_unconfirmed(&mut self, now: Instant) -> Option<Arc<Session>> {
         for agreed in &mut self.all {
             if agreed.session.is_heard() {
@@ -167,7 +169,7 @@ impl Sessions {
         Some(Arc::clone(&agreed.session))
     }
 
-    /// Something authenticated came in on a session: whether that is the proof it waited for.
+    /// An authenticated datagram came in on a session; true if that is the proof it waited for.
     pub(super) fn heard(&mut self, index: u32) -> bool {
         self.get_mut(index).is_some_and(|agreed| {
             agreed.confirm_at = None;
@@ -182,7 +184,7 @@ impl Sessions {
         };
         agreed.usable = true;
         let peer_run = agreed.peer_run;
-        // What an earlier run of the peer asked for will never be used.
+        // Sessions that an earlier run of the peer asked for will never be used.
         self.remove_all(
             |agreed| !agreed.usable && agreed.peer_run != peer_run,
             events,
@@ -197,7 +199,7 @@ impl Sessions {
         } else {
             Sending::Unchanged
         };
-        // What is not sent on needs no proof of ours.
+        // A session that lanes do not send on needs no proof of ours.
         for agreed in &mut self.all {
             if self.sending != Some(agreed.session.index()) {
                 agreed.confirm_at = None;
@@ -208,7 +210,7 @@ impl Sessions {
     }
 
     /// Ends the sessions that are older than `life`. If the current one is among them, any other
-    /// that the peer proved is better than none.
+    /// whose keys the peer proved to hold is better than none.
     pub(super) fn expire(
         &mut self,
         now: Instant,
@@ -237,17 +239,17 @@ impl Sessions {
         }
     }
 
-    /// Ends every session that a run of the peer agreed to.
+    /// Ends every session that this run of the peer agreed to.
     pub(super) fn remove_run(&mut self, peer_run: u64, events: &mut VecDeque<Event>) {
         self.remove_all(|agreed| agreed.peer_run == peer_run, events);
     }
 
-    /// Ends all.
+    /// Ends all sessions.
     pub(super) fn clear(&mut self, events: &mut VecDeque<Event>) {
         self.remove_all(|_| true, events);
     }
 
-    /// Lanes have nothing to send on any more.
+    /// Tells lanes that they have no session to send on any more.
     pub(super) fn stop_sending(&mut self, events: &mut VecDeque<Event>) {
         if self.sending.take().is_some() {
             events.push_back(Event::SendOff);
@@ -298,7 +300,7 @@ impl Sessions {
 
 impl Drop for Sessions {
     fn drop(&mut self) {
-        // A lane may hold a session a little longer; it must not use it.
+        // A lane may hold a session a little longer, but must not use it.
         for agreed in &self.all {
             agreed.session.retire();
         }

@@ -220,7 +220,7 @@ impl Pair {
         self.sides[side].tunnel = Some(tunnel);
     }
 
-    /// kill -9 and start: everything in memory is gone.
+    /// `kill -9`: everything in memory is gone.
     fn kill(&mut self, side: usize) {
         let side = &mut self.sides[side];
         side.tunnel = None;
@@ -275,7 +275,8 @@ impl Pair {
         });
     }
 
-    /// A lane sends a packet with a number of its own; whether there was a session to send it on.
+    /// A lane sends a packet with a number of its own; `None` if there was no session to send it
+    /// on.
     fn send_data(&mut self, side: usize) -> Option<u64> {
         let id = self.next_id;
         self.next_id += 1;
@@ -292,7 +293,7 @@ impl Pair {
         Some(id)
     }
 
-    /// The next thing that happens, not after `until`.
+    /// Does what happens next, if that is not after `until`.
     fn step(&mut self, until: Instant) -> bool {
         let timeout = |side: usize| {
             let due = self.sides[side].tunnel.as_ref()?.next_timeout()?;
@@ -343,7 +344,7 @@ impl Pair {
         while self.step(until) {}
     }
 
-    /// Runs until both sides send on one session; how long that took.
+    /// Runs until both sides send on one session; returns how long that took.
     fn run_until_agreed(&mut self, most: Duration) -> Duration {
         let began = self.now;
         while !self.agreed() {
@@ -442,7 +443,7 @@ impl Pair {
         }
     }
 
-    /// A packet each way arrives.
+    /// A packet in each direction arrives.
     fn assert_carries(&mut self) {
         for side in [OLD, NEW] {
             let id = self.send_data(side).expect("a session to send on");
@@ -535,7 +536,7 @@ fn either_may_start_first() {
             pair.run(secs(3));
             pair.assert_agreed();
             pair.assert_carries();
-            // Nothing but late answers to what both asked at once is dropped.
+            // Nothing is dropped but late responses to what both asked at once.
             for side in &pair.sides {
                 let unexpected = side.drops(DropReason::HandshakeUnexpected);
                 assert_eq!(side.drops.iter().map(|(_, n)| n).sum::<u64>(), unexpected);
@@ -556,12 +557,12 @@ fn a_side_without_an_endpoint_waits_and_is_found() {
         assert!(pair.run_until_agreed(secs(2)) <= millis(100));
         pair.assert_carries();
         pair.assert_no_drops();
-        // Restarted, it has to wait until the other misses it.
+        // After a restart it has to wait until the other misses it.
         pair.restart(waiting);
         let took = pair.run_until_agreed(secs(30));
         assert!(took > secs(10) && took <= secs(17), "{took:?}");
         assert!(pair.sides[waiting].drops(DropReason::SessionUnknown) > 0);
-        // The other restarted: found at once, by the side that knows where.
+        // The other restarts: it knows the address, so this side is found at once.
         pair.restart(1 - waiting);
         assert!(pair.run_until_agreed(secs(5)) <= millis(100));
     }
@@ -662,10 +663,10 @@ fn the_cipher_is_the_faster_one_for_both() {
     }
 }
 
-// Strangers, and who is not one.
+// Strangers, and holders of the key.
 
 #[test]
-fn another_key_gets_no_answer() {
+fn another_key_gets_no_reply() {
     let mut pair = Pair::new(7);
     let keys = PeerKeys::derive(&psk(8));
     pair.sides[NEW].config.keys = keys.clone();
@@ -683,7 +684,7 @@ fn another_key_gets_no_answer() {
 }
 
 #[test]
-fn a_key_that_opens_the_door_but_not_the_handshake() {
+fn a_key_that_passes_the_mac_check_but_not_the_handshake() {
     let mut pair = Pair::new(8);
     pair.start(OLD);
     // Right mac, wrong Noise message: only a bug or a holder of the PSK can make this.
@@ -715,7 +716,7 @@ fn the_same_role_is_refused_with_a_warning() {
 }
 
 #[test]
-fn another_version_gets_no_answer() {
+fn another_version_gets_no_reply() {
     let mut pair = Pair::up(10);
     for kind in [TYPE_INITIATION, TYPE_RESPONSE] {
         let side = usize::from(pair.sent(OLD, kind) == 0);
@@ -749,14 +750,15 @@ fn reflected_messages_are_refused() {
         assert_eq!(at.drops(DropReason::SessionUnknown), expected[side][0]);
         assert_eq!(at.drops(DropReason::HandshakeRole), expected[side][1]);
     }
-    assert_eq!(pair.record.len(), before, "no answer");
+    assert_eq!(pair.record.len(), before, "no reply");
     assert_eq!(pair.sides[OLD].send_on.as_ref().unwrap().index(), agreed);
     pair.assert_carries();
 }
 
 #[test]
 fn the_role_is_bound_by_the_handshake_too() {
-    // A reflected initiation whose header claims the other role, with a right mac: needs the PSK.
+    // A reflected initiation whose header claims the other role, with a right mac: only a holder of
+    // the PSK can make this.
     let mut pair = Pair::new(12);
     pair.start(OLD);
     pair.run(millis(1));
@@ -884,7 +886,7 @@ fn a_replayed_session_changes_nothing() {
         handshakes[1 - side] += u64::from(bytes[0] != TYPE_DATA);
         pair.deliver(1 - side, stranger, bytes.clone());
     }
-    assert_eq!(pair.record.len(), record.len(), "not a byte in answer");
+    assert_eq!(pair.record.len(), record.len(), "not a byte in reply");
     for side in [OLD, NEW] {
         let at = &pair.sides[side];
         assert_eq!(at.got, got[side]);
@@ -894,7 +896,7 @@ fn a_replayed_session_changes_nothing() {
     }
     pair.run(secs(2));
     assert_eq!(pair.sides[OLD].send_on.as_ref().unwrap().index(), index);
-    // Nor if the door has forgotten them: the tunnel refuses each for a reason of its own.
+    // The tunnel also refuses those that the MAC check has forgotten, each for a reason of its own.
     for side in [OLD, NEW] {
         let at = &mut pair.sides[side];
         at.mac_check = MacCheck::new([(PeerId(0), at.config.keys.clone())]);
@@ -908,7 +910,7 @@ fn a_replayed_session_changes_nothing() {
             pair.deliver(1 - side, stranger, bytes.clone());
         }
     }
-    assert_eq!(pair.record.len(), length, "not a byte in answer");
+    assert_eq!(pair.record.len(), length, "not a byte in reply");
     for side in [OLD, NEW] {
         let at = &pair.sides[side];
         assert_eq!(at.drops(DropReason::HandshakeReplay), kinds[side][0]);
@@ -919,7 +921,7 @@ fn a_replayed_session_changes_nothing() {
 
 #[test]
 fn a_replay_to_a_restarted_side_moves_nothing() {
-    // The new run knows no timestamp: it answers, but the endpoint waits for a proof.
+    // The new run knows no timestamp. It responds, but does not move the endpoint without a proof.
     let mut pair = Pair::up(16);
     let from = usize::from(pair.sent(OLD, TYPE_INITIATION) == 0);
     let captured = pair.last(from, TYPE_INITIATION);
@@ -936,7 +938,7 @@ fn a_replay_to_a_restarted_side_moves_nothing() {
     assert_eq!(at.drops(DropReason::HandshakeReplay), 1);
     assert!(at.send_on.is_none() && at.endpoint.is_none());
     assert_eq!(at.tunnel().endpoint(), None);
-    // The real peer comes through all the same.
+    // The real peer still comes through.
     pair.run_until_agreed(secs(30));
     assert_eq!(pair.sides[victim].endpoint.unwrap().remote, addr(from));
     pair.assert_carries();
@@ -1048,7 +1050,7 @@ proptest! {
 }
 
 #[test]
-fn a_long_path_still_gets_its_answer() {
+fn a_long_path_still_gets_its_response() {
     let mut pair = Pair::new(18);
     pair.link.delay = millis(1_500);
     pair.start(OLD);
@@ -1071,7 +1073,7 @@ fn a_lost_confirmation_is_repeated_quickly() {
     pair.link.cut = false;
     let took = pair.run_until_agreed(secs(2));
     assert!(took <= millis(250) + millis(40), "{took:?}");
-    // Heard, it stops.
+    // Once it was heard, it stops.
     pair.run(secs(1));
     let before = pair.record.len();
     pair.run(secs(3));
@@ -1148,13 +1150,13 @@ fn the_initiator_rekeys_by_time_and_the_responder_in_its_place() {
         sent,
         "one side only"
     );
-    // The old one still receives until it expires, and then is gone on both sides.
+    // The old session still receives until it expires, and then is gone on both sides.
     assert_eq!(pair.sides[OLD].table.len(), 2);
     pair.run(secs(62));
     assert_eq!(pair.sides[OLD].table.len(), 1);
     assert_eq!(pair.sides[NEW].table.len(), 1);
     assert!(first.sealer(0).unwrap().reserve(1).is_none(), "hard expiry");
-    // The initiator is held up: the responder asks.
+    // The initiator is held up, so the responder asks.
     pair.sides[initiator].config.timers.rekey_after = secs(10_000);
     pair.sides[initiator]
         .tunnel
@@ -1315,7 +1317,7 @@ fn a_clock_set_back_locks_nobody_out() {
         for other_knows_endpoint in [true, false] {
             let mut pair = Pair::new(28);
             if !other_knows_endpoint {
-                // Then it has learned it from the session before the restart.
+                // Then it has learned the endpoint from the session before the restart.
                 pair.sides[1 - side].config.endpoint = None;
             }
             pair.start(OLD);
@@ -1330,11 +1332,11 @@ fn a_clock_set_back_locks_nobody_out() {
             assert!(took <= millis(200), "{took:?}");
             assert!(pair.sides[1 - side].drops(DropReason::HandshakeReplay) >= 1);
             pair.assert_carries();
-            // From now on it exceeds what the other had seen.
+            // From now on it exceeds the timestamp that the other had seen.
             let before = pair.sides[1 - side].drops(DropReason::HandshakeReplay);
             pair.run(secs(400));
             pair.assert_agreed();
-            // Also when it is the one to ask.
+            // It also does so when it is the one to ask.
             let now = pair.now;
             let tunnel = pair.sides[side].tunnel.as_mut().unwrap();
             (tunnel.forced, tunnel.next_attempt) = (true, now);
@@ -1367,7 +1369,7 @@ fn a_clock_that_steps_while_running_changes_nothing() {
     }
     pair.assert_no_drops();
     assert_eq!(pair.sides[OLD].states, [State::Up]);
-    // A restart after a step forward that was taken back.
+    // A restart after the clock stepped forward and back again.
     for side in [OLD, NEW] {
         pair.restart(side);
         assert!(pair.run_until_agreed(secs(5)) <= millis(200));
@@ -1377,8 +1379,8 @@ fn a_clock_that_steps_while_running_changes_nothing() {
 #[test]
 fn stale_messages_make_us_talk_only_now_and_then_and_only_to_the_peer() {
     let mut pair = Pair::up(30);
-    // What an earlier run of the peer sent: authentic, and never seen to be stale by this one's
-    // clock.
+    // Messages of an earlier run of the peer: authentic, and this run cannot see that they are
+    // stale.
     let side = usize::from(pair.sent(OLD, TYPE_INITIATION) == 0);
     let captured = pair.last(side, TYPE_INITIATION);
     pair.restart(side);
@@ -1388,7 +1390,7 @@ fn stale_messages_make_us_talk_only_now_and_then_and_only_to_the_peer() {
     let initiations = pair.sent(victim, TYPE_INITIATION);
     let replays = pair.sides[victim].drops(DropReason::HandshakeReplay);
     for _ in 0..100 {
-        // Whoever has more recordings than the door remembers.
+        // An attacker with more recordings than the MAC check remembers.
         let keys = pair.sides[victim].config.keys.clone();
         pair.sides[victim].mac_check = MacCheck::new([(PeerId(0), keys)]);
         pair.deliver(victim, stranger, captured.clone());
@@ -1424,14 +1426,14 @@ fn the_endpoint_follows_the_last_authenticated_packet() {
         pair.sides[OLD].addr
     );
     pair.assert_carries();
-    // A replay of it from elsewhere does not take it away.
+    // A replay of it from elsewhere does not take the endpoint away.
     pair.deliver(NEW, "203.0.113.9:1".parse().unwrap(), data);
     assert_eq!(
         pair.sides[NEW].endpoint.unwrap().remote,
         pair.sides[OLD].addr
     );
     assert_eq!(pair.sides[NEW].drops(DropReason::Replay), 1);
-    // A late one from where it was does not either.
+    // Nor does a late one from where the peer was.
     let late = pair.record.len();
     pair.link.cut = true;
     pair.send_data(OLD).unwrap();
@@ -1461,7 +1463,7 @@ fn the_reply_leaves_from_the_address_it_was_sent_to() {
 #[test]
 fn a_name_that_resolves_anew_is_tried() {
     let mut pair = Pair::up(33);
-    // The new server moves, and is restarted there with nobody to talk to.
+    // The new server moves, and is restarted there without an address to call.
     pair.kill(NEW);
     pair.sides[NEW].addr = "203.0.113.50:51820".parse().unwrap();
     pair.sides[NEW].config.endpoint = None;
@@ -1479,12 +1481,12 @@ fn a_name_that_resolves_anew_is_tried() {
     pair.assert_carries();
 }
 
-// Endpoint MTU.
+// Path MTU.
 
-/// What sends big packets hears nothing but the answers to its questions, and those within the
+/// A side that sends big packets hears nothing but the replies to its pings, and those within the
 /// millisecond: a transfer that is stuck, to a peer nearby.
 #[test]
-fn a_path_that_narrows_is_noticed_in_time_though_only_answers_are_heard() {
+fn a_path_that_narrows_is_noticed_in_time_though_only_replies_are_heard() {
     for step in 0..40 {
         let mut pair = Pair::up(step);
         pair.link.delay = Duration::from_micros(150);
@@ -1501,7 +1503,7 @@ fn a_path_that_narrows_is_noticed_in_time_though_only_answers_are_heard() {
     }
 }
 
-/// Questions and answers are lost as well: what one silence does not tell is asked again.
+/// Pings and replies are lost as well: after one silence it asks again.
 #[test]
 fn a_path_that_narrows_and_loses_datagrams_is_noticed_as_soon() {
     let mut took: Vec<Duration> = (0..101)
@@ -1531,7 +1533,7 @@ fn the_path_mtu_is_found_and_followed_in_both_directions() {
         assert_eq!(side.tunnel().path_mtu(), 1472, "the first guess");
         assert_eq!(side.path_mtus, [1472]);
     }
-    // The path narrows without a word: noticed, searched, settled.
+    // The path narrows silently: the tunnel notices, searches and settles.
     pair.link.mtu = 1330;
     pair.run(secs(60));
     for side in &pair.sides {
@@ -1540,7 +1542,7 @@ fn the_path_mtu_is_found_and_followed_in_both_directions() {
         assert_eq!(side.path_mtus[1], pmtu::BASE, "safe in the meantime");
         assert_eq!(side.states, [State::Up]);
     }
-    // It widens again: found when it is next looked for.
+    // The path widens again: the next search for a larger size finds it.
     pair.link.mtu = 1472;
     pair.run(secs(700));
     for side in &pair.sides {

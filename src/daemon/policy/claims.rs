@@ -1,10 +1,10 @@
-//! Whose a moved address is.
+//! Which peer a moved address belongs to.
 //!
 //! On the new server several old servers may name the same address, or overlapping ports of it. The
-//! first to name it has it, until it no longer does; the others are refused, and get it then. On
-//! the old server the settings say what moved to whom, and nothing is refused.
+//! first to name it has it for as long as it names it; the others are refused until then. On the
+//! old server the settings say what moved to whom, and nothing is refused.
 //!
-//! Owns the list of what is served for each peer: never a packet for two of them.
+//! Owns the list of what is served for each peer. It never serves one packet for two of them.
 
 use std::sync::Arc;
 
@@ -12,31 +12,31 @@ use crate::daemon::index;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
 
-/// What each peer has moved, and what it may not.
+/// For each peer, the moves that are served and those that were refused.
 #[derive(Debug)]
 pub(super) struct Claims(Vec<Claim>);
 
 #[derive(Debug)]
 struct Claim {
-    /// It has said what it moved, so what it does not name is withdrawn.
+    /// It has announced what it moved, so moves that it does not name are withdrawn.
     announced: bool,
     served: Arc<[Move]>,
-    /// What it named, but another one had.
+    /// Moves that it named although another peer had them.
     refused: Vec<Move>,
 }
 
-/// What came of an announcement for one peer.
+/// Changes that an announcement made for one peer.
 #[derive(Debug)]
 pub(super) struct Settled {
     pub(super) peer: PeerId,
-    /// More, less or something else is served for it now.
+    /// Other moves than before are served for it.
     pub(super) served_changed: bool,
-    /// Refused, where that was not so before.
+    /// Moves that were not refused before and are now.
     pub(super) refused: Vec<Move>,
 }
 
 impl Claims {
-    /// What the settings say has moved to each peer; nothing on the new server.
+    /// Takes the old server's moves from the settings; on the new server there are none yet.
     pub(super) fn new(moves: Vec<Vec<Move>>) -> Self {
         let claim = |served: Vec<Move>| Claim {
             announced: false,
@@ -48,8 +48,8 @@ impl Claims {
 
     /// `peer` has moved this here, in place of what it had named before.
     ///
-    /// First comes what was settled for `peer`, then what became of those that had been refused
-    /// something: it may be free now.
+    /// The first result is that of `peer`. Then come those of peers that had been refused
+    /// something, which may be free now.
     pub(super) fn announce(&mut self, peer: PeerId, moves: Vec<Move>) -> Vec<Settled> {
         self.0[index(peer)].announced = true;
         let mut settled = vec![self.settle(peer, moves)];
@@ -63,22 +63,22 @@ impl Claims {
         settled
     }
 
-    /// Whether the peer has said what it moved.
+    /// Whether the peer has announced its moves.
     pub(super) fn has_announced(&self, peer: PeerId) -> bool {
         self.0[index(peer)].announced
     }
 
-    /// What is served for the peer.
+    /// The moves that are served for the peer.
     pub(super) fn served(&self, peer: PeerId) -> &Arc<[Move]> {
         &self.0[index(peer)].served
     }
 
-    /// What is not served for it, since it is for another one.
+    /// The moves that are not served for the peer, because another peer has them.
     pub(super) fn refused(&self, peer: PeerId) -> &[Move] {
         &self.0[index(peer)].refused
     }
 
-    /// What is served for anybody.
+    /// The moves that are served for any peer.
     pub(super) fn all(&self) -> impl Iterator<Item = &Move> + Clone {
         self.0.iter().flat_map(|claim| claim.served.iter())
     }
@@ -138,7 +138,7 @@ mod tests {
             **claims.served(PeerId(1)),
             moves(&["192.0.2.6:443", "192.0.2.7"])
         );
-        // The first lets go of it: it is the second one's.
+        // The first lets go of it: now the second has it.
         let settled = claims.announce(PeerId(0), moves(&["192.0.2.6:80"]));
         assert_eq!(settled[1].peer, PeerId(1));
         assert!(settled[1].served_changed && settled[1].refused.is_empty());
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_named_again_is_no_news() {
+    fn naming_the_same_again_changes_nothing() {
         let mut claims = claims();
         claims.announce(PeerId(0), moves(&["192.0.2.5"]));
         for (round, news) in [(0, 1), (1, 0), (2, 0)] {
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_overlap_is_told_from_what_may_not() {
+    fn two_peers_are_both_served_only_disjoint_moves() {
         for (first, second, both) in [
             ("192.0.2.5", "192.0.2.5", false),
             ("192.0.2.5", "192.0.2.5:80/tcp", false),
@@ -200,7 +200,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whoever_says_what_and_when_no_packet_is_served_for_two_peers(
+        fn no_sequence_of_announcements_serves_a_packet_for_two_peers(
             announcements in proptest::collection::vec(any_announcement(), 1..30),
         ) {
             let mut claims = claims();
@@ -215,7 +215,7 @@ mod tests {
                         served.any(|other| other.overlaps(moved))
                     };
                     prop_assert!(!claims.served(one).iter().any(served_for_others));
-                    // What is withdrawn is free for others, so what is refused is in use.
+                    // A withdrawn move is free for others, so a refused one is in use.
                     prop_assert!(claims.refused(one).iter().all(served_for_others));
                     // Nothing is lost and nothing made up.
                     let key = |moved: &Move| moved.to_string();

@@ -1,5 +1,5 @@
 //! Which of this host's addresses are used: those that the new server delivers to, and those that
-//! the old server speaks from as a router on the way.
+//! the old server speaks from as a router on the path.
 //!
 //! Owns the choice alone, as functions of what is known.
 
@@ -11,10 +11,10 @@ use crate::model::moved::Move;
 use crate::model::port_map::PortMap;
 use crate::settings::values::DeliverTo;
 
-/// Where packets from a peer are delivered, as the peer is told and as the lanes do it.
+/// Where packets from a peer are delivered: as the peer is told, and as the lanes do it.
 ///
-/// Without an address in the settings, the one that the peer reaches this host on (`reached`) is
-/// taken; for the other family, the first one of the uplink.
+/// Without an address in the settings, it is the one on which the peer reaches this host
+/// (`reached`); for the other family, it is the first one of the uplink.
 pub(super) fn choose(
     to: DeliverTo,
     ports: &[PortMap],
@@ -50,7 +50,7 @@ pub(super) fn choose(
     }
 }
 
-/// A move that is not delivered: this host has no address of its family.
+/// A move that cannot be delivered, since this host has no address of its family.
 pub(super) fn undeliverable(deliver: Deliver, moves: &[Move]) -> Option<&Move> {
     moves.iter().find(|moved| match deliver {
         Deliver::Keep => false,
@@ -61,7 +61,7 @@ pub(super) fn undeliverable(deliver: Deliver, moves: &[Move]) -> Option<&Move> {
     })
 }
 
-/// The family of the address that moved, by its name.
+/// The name of the moved address's family.
 pub(super) fn family(moved: &Move) -> &'static str {
     match moved.addr {
         IpAddr::V4(_) => "IPv4",
@@ -82,8 +82,8 @@ pub(super) fn not_moved<'a>(
     })
 }
 
-/// What the old server's ICMP messages are sent from: addresses of its uplink that have not moved
-/// as a whole, and of these rather one of which nothing has.
+/// The addresses from which the old server sends ICMP replies. They belong to its uplink and have
+/// not moved as a whole; if possible, nothing of them has moved.
 pub(super) fn hop<'a>(
     uplink: &[IpAddr],
     moves: impl Iterator<Item = &'a Move> + Clone,
@@ -159,7 +159,7 @@ mod tests {
                 "2001:db8::2",
             ),
             ("-", "-", "", UPLINK, "198.51.100.9", "2001:db8::9"),
-            // What the settings say counts for its family alone.
+            // An address in the settings counts for its family alone.
             (
                 "10.0.0.1",
                 "-",
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_not_rewritten() {
+    fn kept_packets_are_not_rewritten() {
         let reached = addresses("198.51.100.2").first().copied();
         let (deliver, delivery) = choose(DeliverTo::Keep, &[], reached, &addresses("198.51.100.2"));
         assert_eq!(deliver, Deliver::Keep);

@@ -59,12 +59,12 @@ use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
 use crate::settings::values::{DeliverTo, PeerAddr};
 
-/// What the settings say of one peer.
+/// The settings of one peer.
 #[derive(Debug)]
 pub(super) struct PeerRules {
-    /// Where it is; `None` waits for it to call.
+    /// Where it is; with `None` this side waits until the peer calls.
     pub(super) endpoint: Option<PeerAddr>,
-    /// What moved to it (old server).
+    /// The moves to it (old server).
     pub(super) moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub(super) deliver_to: DeliverTo,
@@ -72,14 +72,14 @@ pub(super) struct PeerRules {
     pub(super) deliver: Vec<PortMap>,
 }
 
-/// What is known of this host when the daemon starts.
+/// The facts about this host when the daemon starts.
 #[derive(Debug)]
 pub(super) struct HostFacts {
     /// MTU of the interface that clients' packets use.
     pub(super) uplink_mtu: u32,
     /// MTU of the TUN.
     pub(super) tun_mtu: u32,
-    /// Moved addresses that an earlier run held here, and that are here still.
+    /// Moved addresses that an earlier run held here, and that are still here.
     pub(super) left: Vec<IpAddr>,
 }
 
@@ -92,16 +92,16 @@ pub(super) struct Addresses {
     pub(super) uplink: Vec<IpAddr>,
 }
 
-/// What the control task has seen.
+/// Something that the control task has seen.
 #[derive(Clone, Debug)]
 pub(super) enum Input {
-    /// The peer is reached this way from now on.
+    /// The peer is at this endpoint from now on.
     Endpoint(PeerId, Endpoint),
     /// The peer came or went.
     State(PeerId, State),
     /// The peer said this of itself.
     Announced(PeerId, Announcement),
-    /// What looking its name up came to.
+    /// The result of looking up its name.
     LookedUp(PeerId, Result<SocketAddr, String>),
     /// How large a packet the route to it takes.
     Route(PeerId, RouteSize),
@@ -111,36 +111,36 @@ pub(super) enum Input {
     UplinkMtu(u32),
     /// The TUN has this MTU now.
     TunMtu(u32),
-    /// What came of [`Action::Hold`].
+    /// The result of [`Action::Hold`].
     Held(Result<(), String>),
 }
 
-/// What is to be done.
+/// Something that the control task has to do.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) enum Action {
     /// Serve this for the peer, and nothing else (new server).
     Serve(PeerId, Arc<[Move]>),
-    /// Deliver what comes through the peer there (new server).
+    /// Deliver packets that come through the peer there (new server).
     Deliver(PeerId, Delivery),
-    /// Hold these moved addresses on this host, and no other ones (new server).
+    /// Hold these moved addresses on this host, and no others (new server).
     Hold(Vec<IpAddr>),
     /// Let no client claim these addresses as its own (new server).
     OwnAddresses(Vec<IpAddr>),
-    /// Speak to clients and applications like this, as a router on the way (old server).
+    /// Send ICMP replies like this, as a router on the path (old server).
     Hop(Hop),
     /// Give the TUN this MTU (new server).
     SetTunMtu(u32),
     /// Tell the peer this of ourselves.
     Announce(PeerId, Announcement),
-    /// Look how much of this the path to the peer carries: bytes of a UDP payload.
+    /// Search the path to the peer up to this size: bytes of a UDP payload.
     ProbeUpTo(PeerId, u16),
-    /// Look the peer's name up; `turn` counts how often that was asked for.
+    /// Look the peer's name up; `turn` counts how often that was wanted.
     LookUp {
-        /// Whose.
+        /// Whose name.
         peer: PeerId,
         /// The name.
         name: PeerAddr,
-        /// Which of several addresses it is to give.
+        /// Which of several addresses is wanted.
         turn: usize,
     },
     /// Call the peer there.
@@ -149,7 +149,7 @@ pub(super) enum Action {
     Warn(PeerId, Warning),
 }
 
-/// What an administrator has to know of a peer.
+/// Something that an administrator has to know about a peer.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub(super) enum Warning {
     /// Another old server was first.
@@ -165,13 +165,13 @@ pub(super) enum Warning {
     /// `--deliver-to keep` could not be done.
     #[error("a moved address cannot be held: {0}")]
     NotHeld(String),
-    /// A `--deliver` without a move.
+    /// A `--deliver` for a port that has not moved.
     #[error("--deliver {0}: that port has not moved here")]
     PortNotMoved(PortMap),
     /// The new server cannot do its part.
     #[error("the new server says: {0}")]
     FromNewServer(String),
-    /// The peer's name stands for nothing.
+    /// The look-up of the peer's name failed.
     #[error("{0}; trying again")]
     NameNotFound(String),
 }
@@ -196,7 +196,7 @@ struct Peer {
     addr: Option<PeerAddr>,
     deliver_to: DeliverTo,
     ports: Vec<PortMap>,
-    /// `None` unless it is known by a name.
+    /// `None` if the settings give an address instead of a name.
     lookup: Option<Lookup>,
     endpoint: Option<Endpoint>,
     state: State,
@@ -209,7 +209,7 @@ struct Peer {
 }
 
 impl Policy {
-    /// No peer has been heard of yet.
+    /// Makes the policy. It has heard of no peer yet.
     pub(super) fn new(role: Role, rules: Vec<PeerRules>, host: HostFacts, now: Instant) -> Self {
         let mut moves = Vec::new();
         let peers = rules
@@ -250,7 +250,7 @@ impl Policy {
         (0..self.peers.len() as u16).map(PeerId)
     }
 
-    /// Takes something in; what comes of it is for [`Self::poll_action`].
+    /// Takes in something that was seen. [`Self::poll_action`] then says what to do.
     pub(super) fn handle(&mut self, now: Instant, input: Input) {
         match input {
             Input::Endpoint(peer, endpoint) => {
@@ -279,7 +279,7 @@ impl Policy {
         }
     }
 
-    /// Does what is due: peers that do not answer are looked up by their names again.
+    /// Does what is due: looks up again the names of peers that do not answer.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         for id in self.peers() {
             let peer = &mut self.peers[index(id)];
@@ -297,12 +297,12 @@ impl Policy {
         }
     }
 
-    /// What is to be done next; in this order.
+    /// The next action. Carry them out in this order.
     pub(super) fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
     }
 
-    /// The peer as configured, or as it was heard.
+    /// The peer's name, as configured or as heard.
     pub(super) fn name(&self, peer: PeerId) -> String {
         let peer = &self.peers[index(peer)];
         match (&peer.addr, peer.endpoint) {
@@ -317,7 +317,7 @@ impl Policy {
         self.peers[index(peer)].state
     }
 
-    /// What has moved to the peer, or has moved here from it and is served.
+    /// The moves to the peer, or those from it that are served here.
     pub(super) fn moves(&self, peer: PeerId) -> &Arc<[Move]> {
         self.claims.served(peer)
     }
@@ -332,11 +332,12 @@ impl Policy {
         &self.peers[index(peer)].ports
     }
 
-    /// What the peer is told of this server.
+    /// Our announcement to the peer.
     pub(super) fn announcement(&self, id: PeerId) -> Announcement {
         let mtu = self.uplink_mtu.min(u32::from(u16::MAX)) as u16;
         match self.role {
-            // The new server's host is not to send more than the clients' link takes.
+            // The new server's application must not send larger packets than the clients' link
+            // takes.
             Role::Old => Announcement::Old {
                 moves: self.claims.served(id).to_vec(),
                 mtu,
@@ -368,12 +369,12 @@ impl Policy {
                     self.warn(peer, Warning::FromNewServer(error));
                 }
             }
-            // The handshake does not let two daemons of one role agree.
+            // The handshake refuses two daemons of one role.
             (Role::Old, Announcement::Old { .. }) | (Role::New, Announcement::New { .. }) => {}
         }
     }
 
-    /// The old server says what it has moved here.
+    /// The old server announced what it has moved here.
     fn moved_here(&mut self, peer: PeerId, moves: Vec<Move>, mtu: u16) {
         for settled in self.claims.announce(peer, moves) {
             self.settle(settled);
@@ -423,7 +424,7 @@ impl Policy {
 
     // Delivery.
 
-    /// Settles where packets from a peer are delivered, and tells the peer.
+    /// Decides where packets from a peer are delivered, and tells the peer.
     fn deliver(&mut self, id: PeerId) {
         let peer = &self.peers[index(id)];
         let (Role::New, Some(endpoint)) = (self.role, peer.endpoint) else {
@@ -440,12 +441,12 @@ impl Policy {
         }
         self.actions.push_back(Action::Deliver(id, delivery));
         self.peers[index(id)].deliver = Some(deliver);
-        self.answer(id);
+        self.tell_delivery(id);
     }
 
-    /// Tells a peer where its packets are delivered, and why some are not; that an administrator is
-    /// told as well.
-    fn answer(&mut self, id: PeerId) {
+    /// Tells a peer where its packets are delivered, and why some are not. An administrator is told
+    /// why as well.
+    fn tell_delivery(&mut self, id: PeerId) {
         let Some(deliver) = self.peers[index(id)].deliver else {
             return;
         };
@@ -463,8 +464,8 @@ impl Policy {
     }
 
     /// The moved addresses that this host is to hold itself (`--deliver-to keep`); `None` if no
-    /// peer is to be served like that. What an earlier run left stays until every such peer has
-    /// said what it moved: the application may be listening there.
+    /// peer wants that. An address that an earlier run left stays until every such peer has said
+    /// what it moved: the application may be listening there.
     fn wanted_here(&self) -> Option<Vec<IpAddr>> {
         let keeping = || {
             self.peers()
@@ -488,7 +489,7 @@ impl Policy {
         }
         self.not_held = failure;
         for id in self.peers() {
-            self.answer(id);
+            self.tell_delivery(id);
         }
     }
 

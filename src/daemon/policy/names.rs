@@ -1,8 +1,7 @@
 //! When a peer's name is looked up again: while the peer does not answer, since its address may
 //! have changed.
 //!
-//! Owns the pace. The looking up takes as long as a resolver may, and is the control task's
-//! business.
+//! Owns the pace. The control task does the look-up, which takes as long as the resolver does.
 
 use std::time::{Duration, Instant};
 
@@ -14,14 +13,14 @@ const PACE: Duration = Duration::from_secs(10);
 pub(super) struct Lookup {
     next: Instant,
     running: bool,
-    /// How often it was asked for.
+    /// How often a look-up was wanted.
     turn: usize,
-    /// What the last one failed with.
+    /// Why the last look-up failed.
     failure: Option<String>,
 }
 
 impl Lookup {
-    /// It was looked up just now.
+    /// A name that was looked up just now.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             next: now + PACE,
@@ -31,12 +30,12 @@ impl Lookup {
         }
     }
 
-    /// The peer came or went: if it does not answer, no time is to be lost.
+    /// The peer came or went. If it does not answer, its name is looked up at once.
     pub(super) fn hurry(&mut self, now: Instant) {
         self.next = now;
     }
 
-    /// Whether it is to be looked up now, and for which time; that it is, is taken for granted.
+    /// Which turn is due now, if any. Whoever asks then has to look the name up.
     pub(super) fn due(&mut self, now: Instant, up: bool) -> Option<usize> {
         if up || self.running || now < self.next {
             return None;
@@ -47,7 +46,7 @@ impl Lookup {
         Some(self.turn)
     }
 
-    /// It was looked up; true if it came to something else than the last time.
+    /// A look-up ended; true if it came out differently from the last one.
     pub(super) fn done(&mut self, failure: Option<&String>) -> bool {
         self.running = false;
         let news = self.failure.as_ref() != failure;

@@ -1,6 +1,6 @@
 //! How large packets may be: towards a peer, through the tunnel, and on the TUN.
 //!
-//! Owns the arithmetic alone. What the path really carries, the tunnel finds out by probes.
+//! Owns the arithmetic alone. The tunnel finds out by probes what the path really carries.
 
 use crate::packet::IPV6_MIN_MTU;
 use std::net::SocketAddr;
@@ -10,21 +10,23 @@ use crate::channel::wire::DATA_OVERHEAD;
 /// Smallest MTU an interface that carries IPv6 may have (RFC 8200 section 5).
 const MIN_MTU: u32 = IPV6_MIN_MTU as u32;
 
-/// Smallest and largest IP packet a path is taken to carry: RFC 791's 576 less what nobody uses
-/// today, and the largest UDP datagram over IPv4.
+/// Smallest IP packet that a path is taken to carry: the one that every IPv4 host takes (RFC 791).
 const MIN_CARRIED: u32 = 576;
+
+/// Largest IP packet that a path is taken to carry: the longest one of IPv4.
 const MAX_CARRIED: u32 = 65_535;
 
-/// What the kernel says of the way to a peer.
+/// What the kernel says about the route to a peer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::daemon) struct RouteSize {
-    /// The route's own MTU: what a router on the path said, or an administrator.
+    /// The route's own MTU, as a router on the path or an administrator set it.
     pub(in crate::daemon) route: Option<u32>,
-    /// That of the interface it leads out of.
+    /// The MTU of the interface that the route leads out of.
     pub(in crate::daemon) link: Option<u32>,
 }
 
-/// Largest UDP payload that the way to `remote` is known to take: so far the tunnel probes.
+/// Largest UDP payload that the route to `remote` is known to take: the limit of the tunnel's
+/// probes.
 pub(super) fn max_datagram(remote: SocketAddr, size: RouteSize) -> u16 {
     let headers = if remote.is_ipv4() { 20 + 8 } else { 40 + 8 };
     let mtu = size.route.filter(|&mtu| mtu > 0).or(size.link);
@@ -37,8 +39,8 @@ pub(in crate::daemon) fn tunnel_mtu(path_mtu: u16) -> usize {
     usize::from(path_mtu) - DATA_OVERHEAD
 }
 
-/// MTU of the new server's TUN: what its application sends has to fit the link that each old server
-/// has to its clients, and its own.
+/// MTU of the new server's TUN: what its application sends has to fit the link of each old server
+/// to its clients, and this server's own uplink.
 pub(super) fn tun_mtu(client_links: impl Iterator<Item = u32>, uplink: u32) -> u32 {
     let smallest = client_links.min().unwrap_or(MIN_MTU);
     smallest.clamp(MIN_MTU, uplink.max(MIN_MTU))
@@ -53,11 +55,11 @@ mod tests {
         for (remote, route, link, payload) in [
             ("192.0.2.1:51850", None, Some(1_500), 1_472),
             ("[2001:db8::1]:51850", None, Some(1_500), 1_452),
-            // What a router said counts more than the interface.
+            // The MTU that a router said counts more than that of the interface.
             ("192.0.2.1:51850", Some(1_400), Some(1_500), 1_372),
             ("192.0.2.1:51850", Some(0), Some(1_500), 1_472),
             ("192.0.2.1:51850", None, Some(9_000), 8_972),
-            // Nothing known, and what cannot be.
+            // Nothing is known, or the numbers are impossible.
             ("192.0.2.1:51850", None, None, 1_252),
             ("192.0.2.1:51850", Some(68), Some(1_500), 548),
             ("192.0.2.1:51850", None, Some(65_536), 65_507),

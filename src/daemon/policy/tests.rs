@@ -1,4 +1,4 @@
-//! The decisions as a whole: what is seen goes in, what is to be done comes out.
+//! The decisions as a whole: inputs go in, actions come out.
 
 #![expect(
     clippy::wildcard_enum_match_arm,
@@ -45,7 +45,7 @@ fn rules(deliver_to: DeliverTo) -> PeerRules {
 
 const ANYWHERE: DeliverTo = DeliverTo::Addresses { v4: None, v6: None };
 
-/// A policy, and the time that it is told.
+/// A policy and its clock.
 struct Machine {
     policy: Policy,
     now: Instant,
@@ -75,7 +75,7 @@ impl Machine {
         machine
     }
 
-    /// What it does about something.
+    /// The actions that follow from an input.
     fn does(&mut self, input: Input) -> Vec<Action> {
         self.policy.handle(self.now, input);
         self.actions()
@@ -87,7 +87,7 @@ impl Machine {
         self.does(Input::Announced(peer, announcement))
     }
 
-    /// What is due after some time.
+    /// The actions that are due after some time.
     fn after(&mut self, time: Duration) -> Vec<Action> {
         self.now += time;
         self.policy.handle_timeout(self.now);
@@ -116,7 +116,7 @@ fn warnings(actions: &[Action]) -> Vec<String> {
         .collect()
 }
 
-/// What each peer is told last: its number, and why not everything is delivered.
+/// The last announcement to each peer: its number, and why not everything is delivered.
 fn told(actions: &[Action]) -> Vec<(PeerId, Option<String>)> {
     actions
         .iter()
@@ -145,7 +145,7 @@ fn held(actions: &[Action]) -> Option<Vec<IpAddr>> {
 }
 
 #[test]
-fn what_an_old_server_moves_is_served_and_delivered_where_it_reaches_us() {
+fn moves_of_an_old_server_are_served_and_delivered_where_it_reaches_us() {
     let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
     let actions = new.moves(OLD, "192.0.2.5");
     assert_eq!(served(&actions), [(OLD, moves("192.0.2.5"))]);
@@ -159,9 +159,9 @@ fn what_an_old_server_moves_is_served_and_delivered_where_it_reaches_us() {
     assert_eq!(actions.last(), Some(&Action::Announce(OLD, announcement)));
     assert_eq!(new.policy.delivery(OLD), Some(deliver));
     assert!(warnings(&actions).is_empty());
-    // Said again, nothing is served anew.
+    // The same announcement again changes nothing.
     assert!(served(&new.moves(OLD, "192.0.2.5")).is_empty());
-    // Withdrawn, nothing is served any more.
+    // After a withdrawal nothing is served any more.
     assert_eq!(served(&new.moves(OLD, "")), [(OLD, Vec::new())]);
 }
 
@@ -193,11 +193,11 @@ fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() 
     let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
     assert_eq!(warnings(&actions), [why]);
     assert_eq!(told(&actions), [(OLD, Some(why.into()))]);
-    // It is said once; the peer may ask again.
+    // The warning comes once, even if the peer announces the same again.
     let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
     assert!(warnings(&actions).is_empty());
     assert_eq!(told(&actions), [(OLD, Some(why.into()))]);
-    // The host is given one.
+    // The host gets one.
     let both = addresses("198.51.100.2 2001:db8::2");
     let all = both.clone();
     new.does(Input::Addresses(Addresses { all, uplink: both }));
@@ -237,7 +237,7 @@ fn a_deliver_without_a_move_is_warned_of() {
 }
 
 #[test]
-fn what_an_earlier_run_held_stays_until_every_peer_that_keeps_has_spoken() {
+fn addresses_held_by_an_earlier_run_stay_until_every_peer_that_keeps_has_spoken() {
     let keep = || rules(DeliverTo::Keep);
     let rules = vec![keep(), keep(), rules(ANYWHERE)];
     let mut new = Machine::reached(rules, "192.0.2.5 192.0.2.6");
@@ -247,7 +247,7 @@ fn what_an_earlier_run_held_stays_until_every_peer_that_keeps_has_spoken() {
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.6")));
     let actions = new.moves(OTHER_OLD, "192.0.2.7");
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
-    // What the third peer moves is delivered to another address, and not held.
+    // The third peer's moves are delivered to another address, and not held.
     let actions = new.moves(PeerId(2), "192.0.2.8");
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
     let actions = new.moves(OLD, "");
@@ -266,7 +266,7 @@ fn an_address_is_held_before_anything_is_delivered_to_it() {
 }
 
 #[test]
-fn an_address_that_cannot_be_held_is_told_once_to_those_it_concerns() {
+fn peers_hear_once_of_an_address_that_cannot_be_held() {
     let both = vec![rules(DeliverTo::Keep), rules(ANYWHERE)];
     let mut new = Machine::reached(both, "");
     new.moves(OLD, "192.0.2.5");
@@ -299,7 +299,7 @@ fn the_tun_follows_the_smallest_link_to_clients() {
         sets(new.does(Input::Announced(OLD, says(1_400)))),
         Some(1_400)
     );
-    // As long as that was not done, it is asked for again.
+    // As long as the MTU was not set, it is asked for again.
     assert_eq!(
         sets(new.does(Input::Announced(OTHER_OLD, says(9_000)))),
         Some(1_400)
@@ -316,7 +316,7 @@ fn the_tun_follows_the_smallest_link_to_clients() {
 }
 
 #[test]
-fn own_addresses_are_told_to_the_lanes_when_they_change() {
+fn the_lanes_hear_of_own_addresses_when_they_change() {
     let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
     let have = |text: &str| {
         let all = addresses(text);
@@ -359,7 +359,7 @@ fn the_old_server_announces_its_moves_and_its_link() {
         ]
     );
     assert!(old.does(Input::UplinkMtu(1_400)).is_empty());
-    // Nobody can say more than 16 bits hold, nor has to.
+    // An announcement holds no more than 16 bits, and needs no more.
     old.does(Input::UplinkMtu(65_536));
     assert_eq!(old.policy.announcement(OLD), announcement(u16::MAX));
 }
@@ -487,7 +487,7 @@ fn a_peer_is_named_as_the_settings_have_it() {
 }
 
 proptest! {
-    /// The lanes are told of one peer after the other, and carry packets in between.
+    /// The lanes learn of one peer's moves after the other's, and carry packets in between.
     #[test]
     fn at_no_moment_do_the_lanes_serve_one_packet_for_two_peers(
         announcements in proptest::collection::vec((0..3u16, any_moves()), 1..30),
