@@ -87,8 +87,8 @@ fn demo_to(exe: &Path, out: &mut dyn Write) -> Result<(), DemoError> {
     }
     writeln!(
         out,
-        "\nAll {steps} steps were seen to work ({:.1} s). The namespaces are gone; nothing was left \
-         behind.",
+        "\nAll {steps} steps were seen to work ({:.1} s). The namespaces are gone; nothing was \
+         left behind.",
         started.elapsed().as_secs_f64()
     )?;
     Ok(())

@@ -16,7 +16,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "unshare() and pre_exec() are unsafe to call; comments where they are used explain both"
+    reason = "unshare() and pre_exec() are unsafe to call; each call explains itself"
 )]
 
 use std::collections::VecDeque;
