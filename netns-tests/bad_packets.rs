@@ -1,7 +1,7 @@
 //! Packets that nobody should send are dropped and counted by reason, and never delivered.
 //!
 //! ```text
-//!  router ── raw ──► old server ══► new server: a watch on ipmoved0 sees what is delivered
+//!  router ── raw ──► old server ══► new server: a watch on ipmoved0 sees delivered packets
 //!                    or an impostor with the key
 //! ```
 
@@ -15,10 +15,10 @@ use ipmoved::lab::{Lab, UdpService, Watch, Wire, packets, poll_until};
 use crate::impostor::Impostor;
 use crate::stage::{FAMILIES, PATIENCE, Result, setup};
 
-/// The words that every bad packet carries, where there is room.
+/// The payload of every bad packet that has one.
 const WORDS: &[u8] = b"a packet that must not arrive";
 
-/// A bad packet, what is wrong with it, and how it is counted.
+/// What is wrong with a bad packet, its drop reason, and the packet.
 type Bad = (&'static str, &'static str, Vec<u8>);
 
 fn udp4(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -27,7 +27,7 @@ fn udp4(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     packet
 }
 
-/// With its header checksum mended, so that only the daemon can mind.
+/// Corrects the header checksum, so that only the daemon can object.
 fn mended(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut packet = udp4(change);
     packets::mend(&mut packet);
@@ -315,7 +315,7 @@ fn a_bad_old_server_delivers_nothing_it_must_not() -> Result {
         watch.count(Duration::from_millis(50), |packet| !packet.is_empty())?,
         0
     );
-    // What a peer may send is delivered all the same.
+    // The daemon still delivers packets that a peer may send.
     impostor.send(&to4(client, MOVED.into()))?;
     let seen = poll_until(PATIENCE, Duration::from_millis(10), || echo.peers().pop());
     assert_eq!(seen.map(|peer| peer.ip()), Some(client));

@@ -1,8 +1,8 @@
-//! Fragments of clients and of the application arrive, in whatever order they come.
+//! Fragments from clients and from the application arrive, in whatever order they come.
 //!
 //! ```text
-//!  client ── router ──┬── old server: takes fragments of what moved, gives back those of its own
-//!                     └── new server: puts them together
+//!  client ── router ──┬── old server: takes fragments of moved traffic, bounces those of its own
+//!                     └── new server: reassembles them
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
@@ -99,7 +99,7 @@ fn fragments_for_ports_that_stay_arrive_at_the_old_server() -> Result {
         }
     }
     arrive_reversed(&lab, &own, 5353)?;
-    // Nothing was loosened for it.
+    // Reverse path filtering is as strict as before.
     for key in ["all", "eth0", "ipmoved0"] {
         let filter = lab
             .old_server()
