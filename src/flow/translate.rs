@@ -4,6 +4,7 @@
 //! to, and what its addresses become. Must not touch sockets, devices or the clock. A super-packet
 //! is translated like a single one: once.
 //!
+//! ```text
 //!             old server                          new server
 //! client ──► Gate::check_captured ──► tunnel ──► Translator::inbound  ──► application
 //! client ◄── Gate::check_returning ◄── tunnel ◄── Translator::outbound ◄── application

@@ -15,21 +15,21 @@ pub(super) enum LaneKey {
     /// Wiped by AWS-LC.
     AwsLc(LessSafeKey),
     /// As it is: the cipher sets itself up anew for each datagram, which takes it some nanoseconds.
-    /// Where it stays, so that moving the lane leaves no copy behind.
+    /// On the heap, so that moving the lane leaves no copy behind.
     Aegis(Box<Zeroizing<[u8; KEY_LEN]>>),
 }
 
 impl LaneKey {
-    pub(super) fn new(cipher: Cipher, key: Zeroizing<[u8; KEY_LEN]>) -> Option<Self> {
+    /// The key that `derive` writes; `None` if the cipher refuses it.
+    pub(super) fn new(cipher: Cipher, derive: impl FnOnce(&mut [u8; KEY_LEN])) -> Option<Self> {
+        // On the heap from the beginning: a key that is moved stays in the frame it is moved from,
+        // and what is built there next may take it along in bytes that it does not use.
+        let mut key = Box::new(Zeroizing::new([0; KEY_LEN]));
+        derive(&mut key);
         let algorithm = match cipher {
             Cipher::Aes256Gcm => &AES_256_GCM,
             Cipher::ChaCha20Poly1305 => &CHACHA20_POLY1305,
-            Cipher::Aegis256X4 => {
-                // Copied, not moved: what is moved from is not wiped.
-                let mut kept = Box::new(Zeroizing::new([0; KEY_LEN]));
-                kept.copy_from_slice(key.as_slice());
-                return Some(Self::Aegis(kept));
-            }
+            Cipher::Aegis256X4 => return Some(Self::Aegis(key)),
         };
         let unbound = UnboundKey::new(algorithm, key.as_slice()).ok()?;
         Some(Self::AwsLc(LessSafeKey::new(unbound)))
@@ -104,8 +104,11 @@ fn aegis_open(
     aegis.decrypt_in_place(text, tag, header).is_ok()
 }
 
-/// Overwrites the stack where the frame of the last call was: more than key, nonce and what is
-/// saved take there twice.
+/// Overwrites the stack where the frame of the last call was.
+///
+/// Done for each datagram, so it is no larger than what the library's code for AVX-512 uses there,
+/// twice. Its code for other processors uses up to 1,184 bytes (NEON), of which this leaves the
+/// lower part.
 #[inline(never)]
 fn wipe_stack() {
     let mut frame = [0u64; 48];

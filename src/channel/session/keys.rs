@@ -102,8 +102,8 @@ impl PeerKeys {
     /// Derives the keys of a peer.
     pub fn derive(psk: &Psk) -> Self {
         Self {
-            mac: derive(psk.0.as_slice(), b"ipmoved v1 psk", &[b"mac"]),
-            noise: derive(psk.0.as_slice(), b"ipmoved v1 psk", &[b"noise"]),
+            mac: derived(psk.0.as_slice(), b"ipmoved v1 psk", &[b"mac"]),
+            noise: derived(psk.0.as_slice(), b"ipmoved v1 psk", &[b"noise"]),
         }
     }
 
@@ -142,16 +142,30 @@ impl fmt::Debug for PeerKeys {
     }
 }
 
-/// HKDF-SHA256 (RFC 5869) to one key.
-pub(super) fn derive(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Zeroizing<[u8; KEY_LEN]> {
+fn derived(secret: &[u8], salt: &[u8], info: &[&[u8]]) -> Zeroizing<[u8; KEY_LEN]> {
     let mut key = Zeroizing::new([0; KEY_LEN]);
+    derive(&mut key, secret, salt, info);
+    key
+}
+
+/// Derives one key with HKDF-SHA256 (RFC 5869), written to where it stays: a value that is moved
+/// leaves a copy behind, which nothing wipes.
+pub(super) fn derive(key: &mut [u8; KEY_LEN], secret: &[u8], salt: &[u8], info: &[&[u8]]) {
     let filled = hkdf::Salt::new(hkdf::HKDF_SHA256, salt)
         .extract(secret)
         .expand(info, hkdf::HKDF_SHA256)
-        .and_then(|okm| okm.fill(key.as_mut_slice()));
+        .and_then(|okm| okm.fill(key));
     // Fails only for lengths that HKDF cannot give; 32 bytes is one block.
     assert!(filled.is_ok(), "HKDF-SHA256 gives 32 bytes");
-    key
+    wipe_frames();
+}
+
+/// Overwrites the stack below the caller, where calls that have returned may have left copies of
+/// secrets. For what is done once a handshake: far more than such a call takes on any processor.
+#[inline(never)]
+pub(super) fn wipe_frames() {
+    let mut frames = [0_u64; 1024];
+    frames.zeroize();
 }
 
 /// A value whose memory is overwritten when it is dropped, whatever it is made of.
@@ -224,7 +238,7 @@ mod tests {
         assert_eq!(hex(keys.mac.as_slice()), MAC_KEY);
         assert_eq!(hex(keys.noise.as_slice()), NOISE_KEY);
         assert_eq!(hex(&keys.mac_of(b"ipmoved")), MAC);
-        let lane = derive(&[1; 32], b"ipmoved v1 lane", &[&[1], &[0]]);
+        let lane = derived(&[1; 32], b"ipmoved v1 lane", &[&[1], &[0]]);
         assert_eq!(hex(lane.as_slice()), LANE_KEY);
     }
 

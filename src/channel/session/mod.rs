@@ -123,8 +123,10 @@ impl Session {
         };
         let lanes = |count: u8| (0..count).chain([CONTROL_LANE]);
         let key = |split: &[u8; KEY_LEN], lane: u8| {
-            let key = derive(split, b"ipmoved v1 lane", &[&[spec.cipher.byte()], &[lane]]);
-            LaneKey::new(spec.cipher, key)
+            LaneKey::new(spec.cipher, |key| {
+                let info: [&[u8]; 2] = [&[spec.cipher.byte()], &[lane]];
+                derive(key, split, b"ipmoved v1 lane", &info);
+            })
         };
         let sealers = lanes(spec.own_lanes).map(|lane| {
             let limit = spec.cipher.reject_after();
@@ -270,8 +272,8 @@ mod tests {
                 remote,
                 cipher,
                 keys: SplitKeys {
-                    initiator: Zeroizing::new([1; 32]),
-                    responder: Zeroizing::new([2; 32]),
+                    initiator: Box::new(Zeroizing::new([1; 32])),
+                    responder: Box::new(Zeroizing::new([2; 32])),
                 },
                 initiator: Role::Old,
                 own_role,

@@ -15,7 +15,7 @@ use snow::{Builder, HandshakeState};
 
 use zeroize::{Zeroize, Zeroizing};
 
-use super::keys::Wiped;
+use super::keys::{Wiped, wipe_frames};
 use super::{Entropy, InitiationPayload, KEY_LEN, PeerKeys, ResponsePayload, SessionIndex};
 use crate::channel::wire::{
     self, INITIATION_LEN, INITIATION_PAYLOAD_LEN, Initiation, MAC_LEN, RESPONSE_LEN,
@@ -34,12 +34,13 @@ fn prologue(initiator: Role) -> [u8; 9] {
     bytes
 }
 
-/// What the handshake ends in: a key for each direction.
+/// What the handshake ends in: a key for each direction. On the heap, so that moving them leaves no
+/// copies behind.
 pub(crate) struct SplitKeys {
     /// Initiator to responder.
-    pub(crate) initiator: Zeroizing<[u8; KEY_LEN]>,
+    pub(crate) initiator: Box<Zeroizing<[u8; KEY_LEN]>>,
     /// Responder to initiator.
-    pub(crate) responder: Zeroizing<[u8; KEY_LEN]>,
+    pub(crate) responder: Box<Zeroizing<[u8; KEY_LEN]>>,
 }
 
 /// A handshake that this side began.
@@ -159,13 +160,16 @@ fn handshake(
 }
 
 fn split(noise: &mut HandshakeState) -> SplitKeys {
-    let (mut initiator, mut responder) = noise.dangerously_get_raw_split();
-    let keys = SplitKeys {
-        initiator: Zeroizing::new(initiator),
-        responder: Zeroizing::new(responder),
+    let mut keys = SplitKeys {
+        initiator: Box::new(Zeroizing::new([0; KEY_LEN])),
+        responder: Box::new(Zeroizing::new([0; KEY_LEN])),
     };
-    initiator.zeroize();
-    responder.zeroize();
+    let mut split = noise.dangerously_get_raw_split();
+    keys.initiator.copy_from_slice(&split.0);
+    keys.responder.copy_from_slice(&split.1);
+    split.0.zeroize();
+    split.1.zeroize();
+    wipe_frames();
     keys
 }
 
@@ -360,8 +364,8 @@ mod tests {
         // The transport messages of the vector show that the split keys are the right ones.
         let keys = split(alice.get_mut());
         let same = split(bob.get_mut());
-        assert_eq!(*keys.initiator, *same.initiator);
-        assert_eq!(*keys.responder, *same.responder);
+        assert_eq!(**keys.initiator, **same.initiator);
+        assert_eq!(**keys.responder, **same.responder);
         let transport = |key: &[u8; KEY_LEN], nonce: u64, payload: &str, expected: &str| {
             let mut cipher = DefaultResolver
                 .resolve_cipher(&CipherChoice::ChaChaPoly)
