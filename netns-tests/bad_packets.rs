@@ -62,8 +62,8 @@ fn bad() -> Vec<Bad> {
     let mut v6_loop = udp6(|_| ());
     v6_loop.copy_within(24..40, 8);
     vec![
-        ("cut off", "ip_malformed", udp4(|p| p.truncate(30))),
-        ("cut off in IPv6", "ip_malformed", udp6(|p| p.truncate(60))),
+        ("truncated", "ip_malformed", udp4(|p| p.truncate(30))),
+        ("truncated IPv6", "ip_malformed", udp6(|p| p.truncate(60))),
         (
             "a length beyond its end",
             "ip_malformed",
@@ -224,11 +224,11 @@ fn overlapping_fragments_are_counted_and_not_delivered() -> Result {
     ] {
         let packet = packets::udp((client, 4_000), (moved, 53), &[b'o'; 2_000]);
         let [first, second] = &packets::fragments(&packet, 1_008, 77)[..] else {
-            panic!("two pieces");
+            panic!("two fragments");
         };
         let over = packets::fragment(&packet, 1_000, &[b'x'; 16], true, 77);
-        for piece in [first, &over, second] {
-            wire.send(piece)?;
+        for fragment in [first, &over, second] {
+            wire.send(fragment)?;
         }
     }
     let counted = poll_until(PATIENCE, Duration::from_millis(10), || {

@@ -125,9 +125,9 @@ impl Stream {
     /// Ends the stream, waits for the last echoes, and returns the result.
     pub(crate) fn stop(self) -> Result<Echoes> {
         self.stop.store(true, Relaxed);
-        let joined = |what: &str| LabError::unexpected(format!("the {what} of a stream died"));
-        let sent = self.sender.join().map_err(|_| joined("sender"))?;
-        let echoes = self.receiver.join().map_err(|_| joined("receiver"))?;
+        let died = |what: &str| LabError::unexpected(format!("the {what} of a stream died"));
+        let sent = self.sender.join().map_err(|_| died("sender"))?;
+        let echoes = self.receiver.join().map_err(|_| died("receiver"))?;
         Ok(Echoes { sent, ..echoes })
     }
 }

@@ -4,7 +4,7 @@
 //! path carry clients of 192.0.2.5 to the application on 198.51.100.2. All but the two-sided NAT
 //! show it the client's own address.
 //!
-//! By hand what mode `translate` does, over any device that joins the two servers (VXLAN,
+//! By hand what mode `translate` does, over any device that connects the two servers (VXLAN,
 //! WireGuard):
 //!
 //! ```text
@@ -48,7 +48,7 @@ pub(crate) enum Kind {
     Direct,
     /// This project's binary, or another build of it.
     Ipmoved(Option<PathBuf>),
-    /// This project's binary with the cipher that has to be asked for.
+    /// This project's binary with the cipher that one must ask for.
     IpmovedAegis,
     /// By hand what mode `translate` does, in the kernel, in plaintext: the yardstick.
     Vxlan,
@@ -281,7 +281,7 @@ impl Drop for WireGuard {
     }
 }
 
-/// Joins the servers' addresses by a device without encryption.
+/// Connects the servers by a device without encryption.
 fn vxlan(lab: &Lab) -> Result<()> {
     need("ip")?;
     let ends = [
@@ -300,7 +300,7 @@ fn vxlan(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Joins the servers' addresses by a WireGuard tunnel of a userspace program.
+/// Connects the servers by a WireGuard tunnel of a userspace program.
 fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
     need(program)?;
     need("ip")?;

@@ -79,7 +79,7 @@ pub struct Failure {
     pub reason: String,
 }
 
-/// What was undone, and what was not.
+/// The result of undoing.
 #[derive(Debug, Default)]
 pub struct Report {
     /// Undone now, or gone already.
@@ -88,7 +88,7 @@ pub struct Report {
     pub left: Vec<Failure>,
 }
 
-/// What others had taken away.
+/// The changes that others had taken away.
 #[derive(Debug, Default)]
 pub struct Repairs {
     /// Made again.
@@ -109,7 +109,7 @@ pub enum HostError {
     /// The kernel cannot be asked.
     #[error("cannot speak with the kernel: {0}")]
     Netlink(#[from] NetlinkError),
-    /// The kernel refused a change. What was made before it is undone.
+    /// The kernel refused a change. The changes before it are undone.
     #[error("cannot make {change}: {reason}")]
     Refused {
         /// The change.

@@ -1,7 +1,7 @@
 //! Everything that the daemon asks of the kernel's network configuration.
 //!
 //! ```text
-//!   plan          what is wanted for each role, as values
+//!   plan          the changes that each role needs, as values
 //!   Host          makes all changes, undoes them, survives a crash
 //!   change        a file for each kind of change: how to find, make and undo it, with its remedy
 //!   journal       the record of changes, written before each of them

@@ -361,7 +361,7 @@ impl Lab {
             ..Route::to(addr, Family::of(addr).bits())
         };
         self.router.run(|| {
-            netlink("cut or mend a path", |netlink| {
+            netlink("block or unblock a path", |netlink| {
                 if reachable {
                     netlink.delete_route(&hole)
                 } else {

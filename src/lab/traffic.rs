@@ -497,7 +497,7 @@ impl Conversation {
 /// What a client learns about a port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Probe {
-    /// Something answered.
+    /// There was a reply.
     Open,
     /// A reset, or an ICMP port unreachable.
     Refused,

@@ -294,7 +294,7 @@ impl Assembler {
     /// # Errors
     /// If a jump is too far for its 16 bits, or goes to a label that was never bound.
     pub fn finish(self, name: &'static str) -> Result<Program, BpfError> {
-        debug_assert!(name.len() <= MAX_NAME, "the kernel would cut it");
+        debug_assert!(name.len() <= MAX_NAME, "the kernel would truncate it");
         let mut targets = vec![None; self.code.len()];
         for &(at, label) in &self.jumps {
             targets[at] = Some(self.labels[label.0].ok_or(BpfError::Jump { name })?);

@@ -10,7 +10,7 @@ use super::{BpfError, bpf_fd, object_name, with_memlock_raised};
 /// The licence that we tell the kernel. None of the helpers in use needs a GPL-compatible one.
 const LICENCE: &std::ffi::CStr = c"Dual MIT/GPL";
 
-/// Space for the verifier's log about a refused program. The kernel cuts the end off a longer log.
+/// Space for the verifier's log about a refused program. The kernel truncates a longer log.
 const VERIFIER_LOG_BYTES: usize = 1 << 20;
 
 /// An assembled program of type `SCHED_CLS`.

@@ -45,7 +45,7 @@ impl Map {
             numa_node: u32,
             map_name: [u8; 16],
         }
-        debug_assert!(name.len() <= MAX_NAME, "the kernel would cut it");
+        debug_assert!(name.len() <= MAX_NAME, "the kernel would truncate it");
         let mut attr = Attr {
             map_type: kind as u32,
             key_size: key_size as u32,

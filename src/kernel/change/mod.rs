@@ -249,7 +249,7 @@ pub(super) enum ChangeError {
     /// A file under `/proc/sys` could not be read or written.
     #[error(transparent)]
     File(#[from] io::Error),
-    /// A filter was to be made, but its program was not loaded.
+    /// The program of a new filter was not loaded.
     #[error("its program is not loaded")]
     NoProgram,
 }

@@ -5,8 +5,8 @@
 //! ```text
 //! uplink ingress ── capture (moved addresses) ──┐           ┌──► uplink: clients
 //!                ── answers (borrowed ports) ───┴─► TUN ────┼──► uplink: new server
-//!                ── answers (borrowed ports) ───┴─► TUN ────┼──► uplink: new server
 //!                                                           └──► the host's own stack (bounced)
+//! ```
 //!
 //! Owns the reservation of the borrowed ports, and the question whether somebody uses one of them
 //! already. The captures outlive the daemon and then lead into nothing: neither client nor new

@@ -432,7 +432,7 @@ mod tests {
     use crate::model::moved::{MAX_MOVES, MAX_PORT_RANGES};
     use crate::packet::MAX_EXTENSION_HEADERS;
 
-    /// What the capture program should decide, from [`Move::takes`].
+    /// The right decision of the capture program, from [`Move::takes`].
     fn should_take(moves: &[Move], tunnel: Option<SocketAddr>, packet: &Packet) -> bool {
         let of_tunnel = |port: u16, protocol: u8| {
             tunnel
