@@ -24,7 +24,7 @@ use crate::relay::{Dice, PORT};
 use crate::stage::{MEGABYTE, Moved, PATIENCE, Result, moved, setup};
 use crate::stream::Stream;
 
-/// Datagrams of a stranger's flood, to each server.
+/// Datagrams of the strangers' flood, to each server.
 const FLOOD: u64 = 60_000;
 
 /// How much a process may grow under attack.

@@ -327,7 +327,7 @@ fn transfer_while(
         is_running(setup, sender)?;
         assert!(!transfer.is_finished(), "it is over already");
         change()?;
-        let took = transfer.join().unwrap()?.took;
+        let took = transfer.join().expect("the transfer does not panic")?.took;
         assert!(took < HELD_UP, "{took:?}");
         Ok(())
     })
