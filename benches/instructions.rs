@@ -1,12 +1,14 @@
 //! Counts the instructions of the cases of [`cases`]: `cargo bench --bench instructions`.
 //!
-//! Each case is run once more by this program under `valgrind --tool=callgrind`, which collects
-//! inside [`counted`] alone. Counts do not depend on what else the machine does, so a regression of
-//! one per cent shows where times differ by ten. They are compared with those of the last run, in
-//! `target/bench/instructions.json`; with `--limit PERCENT` more than that is a failure.
+//! Each case runs once more in this program under `valgrind --tool=callgrind`, which collects
+//! inside [`counted`] alone. Counts do not depend on other load of the machine, so they show a
+//! regression of one per cent where times differ by ten. The program compares them with those of
+//! the last run, in `target/bench/instructions.json`. With `--limit PERCENT` a greater increase is
+//! a failure.
 //!
-//! Valgrind knows neither AVX-512 nor VAES, so AES-GCM is counted on its AVX2 or AES-NI path; what
-//! the bytes cost there is not what they cost on the processor, what is around them is.
+//! Valgrind knows neither AVX-512 nor VAES, so it counts AES-GCM on its AVX2 or AES-NI path. The
+//! cost of the bytes differs from that on the processor; the cost of everything around them does
+//! not.
 
 #![allow(
     clippy::missing_docs_in_private_items,
@@ -28,10 +30,10 @@ use anyhow::{Context, Result, bail};
 
 mod cases;
 
-/// Steps that are counted: the mean of some hundred, as lists and windows have their periods.
+/// Steps to count. The result is the mean of some hundred, because lists and windows have periods.
 const STEPS: u32 = 512;
 
-/// By this argument the program knows itself under valgrind.
+/// This argument tells the program that it runs under valgrind.
 const COUNT: &str = "--count";
 
 fn main() -> ExitCode {
@@ -50,7 +52,7 @@ fn run() -> Result<ExitCode> {
         count(args.get(at + 1).context("--count NAME")?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    // `cargo test --benches` starts benches as well, without this argument.
+    // `cargo test --benches` starts benches as well, but without this argument.
     if !args.iter().any(|arg| arg == "--bench") {
         println!("to be run by `cargo bench --bench instructions`");
         return Ok(ExitCode::SUCCESS);
@@ -108,7 +110,7 @@ fn compare(limit: Option<f64>) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Instructions of one step of a case.
+/// Counts the instructions of one step of a case.
 fn collect(name: &str) -> Result<u64> {
     let said = Command::new("valgrind")
         .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
@@ -131,7 +133,7 @@ fn collect(name: &str) -> Result<u64> {
     }
 }
 
-/// What valgrind sees.
+/// Runs a case under valgrind.
 fn count(name: &str) -> Result<()> {
     let case = cases::all()
         .into_iter()
@@ -150,7 +152,7 @@ fn counted(work: &mut dyn cases::Work, steps: u32) {
     }
 }
 
-/// `target/bench`, wherever the target directory is: the executable lies in `target/release/deps`.
+/// `target/bench`, wherever the target directory is. The executable lies in `target/release/deps`.
 fn directory() -> Result<PathBuf> {
     let exe = std::env::current_exe()?;
     let target = exe.ancestors().nth(3).unwrap_or(Path::new("."));

@@ -1,6 +1,6 @@
 //! Times the cases of [`cases`] with criterion: `cargo bench --bench micro`.
 //!
-//! Figures of a shared machine are noisy; `cargo bench --bench instructions` counts the same work.
+//! Times on a shared machine are noisy. `cargo bench --bench instructions` counts the same work.
 
 #![allow(
     clippy::missing_docs_in_private_items,
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
 #[allow(
     clippy::disallowed_methods,
     clippy::panic,
-    reason = "a bench reads the clock, and one that cannot be set up has no other way out of criterion"
+    reason = "a bench reads the clock, and if it cannot be set up it can only panic"
 )]
 fn time(criterion: &mut Criterion, case: &cases::Case) {
     let (group, function) = case.name.split_once('/').unwrap_or((case.name, ""));
@@ -44,7 +44,7 @@ fn time(criterion: &mut Criterion, case: &cases::Case) {
     if case.bytes > 0 {
         group.throughput(Throughput::Bytes(case.bytes));
     }
-    // Made when it is first run: a filter on the command line may leave it out.
+    // The first run makes it, since a filter on the command line may leave the case out.
     let mut made = None;
     group.bench_function(function, |bencher| {
         let work = made.get_or_insert_with(|| {

@@ -1,7 +1,8 @@
-//! Floods: of strangers, of recordings, and of a peer that has a key. Others do not suffer from them.
+//! Floods by strangers, floods of recorded datagrams, and floods by a peer with a key. None of them
+//! harms anybody else.
 //!
 //! ```text
-//!  clients (and strangers) ──── router ──┬── old server: the daemon, and beside it a peer gone mad
+//!  clients (and strangers) ──── router ──┬── old server: the daemon, and beside it a mad peer
 //!                                        │              ║ two tunnels
 //!                                        └── new server: one daemon for both
 //! ```
@@ -23,13 +24,14 @@ use crate::relay::{Dice, PORT};
 use crate::stage::{MEGABYTE, Moved, PATIENCE, Result, moved, setup};
 use crate::stream::Stream;
 
-/// Datagrams of a flood of strangers, to each server.
+/// Datagrams of the strangers' flood, to each server.
 const FLOOD: u64 = 60_000;
 
-/// What a process may grow by under attack.
+/// How much a process may grow under attack.
 const GROWTH: u64 = 24 << 20;
 
-/// How much a daemon may say of it: a line a minute for each kind of trouble, and some more.
+/// How many bytes a daemon may log about it: a line a minute for each kind of trouble, and some
+/// more.
 const WORDS: usize = 8_192;
 
 /// Resident memory of a process.
@@ -40,7 +42,7 @@ fn resident(pid: u32) -> u64 {
     kib.unwrap_or_default() << 10
 }
 
-/// Ticks of processor time that a process has had, in its kernel and user parts.
+/// Ticks of processor time that a process has used, in user space and in the kernel.
 fn ticks(pid: u32) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let fields = text
@@ -82,7 +84,7 @@ fn came_back(lab: &Lab) -> Result<u64> {
         .ok_or_else(|| LabError::unexpected("the kernel counts nothing"))
 }
 
-/// Ends a flood when it goes, however that comes about.
+/// Ends a flood when it is dropped, whatever the reason.
 struct Until<'a>(&'a AtomicBool);
 
 impl Drop for Until<'_> {
@@ -91,7 +93,7 @@ impl Drop for Until<'_> {
     }
 }
 
-/// Leaves the machine's few cores something for those that are flooded.
+/// Leaves some of the machine's few processors to the daemons under attack.
 fn pace(sent: u64) {
     if sent.is_multiple_of(16) {
         thread::sleep(Duration::from_micros(500));
@@ -149,7 +151,8 @@ fn a_hundred_thousand_strangers_get_nothing_while_a_download_runs() -> Result {
             drop(until);
             download.join().expect("the download ends")
         })?;
-        // The download is TCP: every UDP datagram and every ICMP message would be an answer.
+        // The download is TCP, so every UDP datagram and every ICMP message would be a reply to a
+        // stranger.
         assert_eq!(came_back(on.lab)?, came_before, "strangers were answered");
         for (role, (pid, before)) in [Role::Old, Role::New].iter().zip(pids.iter().zip(before)) {
             let status = on.setup.status(*role)?;
@@ -171,7 +174,7 @@ fn a_hundred_thousand_strangers_get_nothing_while_a_download_runs() -> Result {
     })
 }
 
-/// The new server's daemon with two peers: the old server, and one that has a key of its own.
+/// Starts the new server's daemon with two peers: the old server, and one with a key of its own.
 fn two_peers(lab: &Lab) -> Result<(Process, String)> {
     let setup = setup(lab)?;
     let mad = lab.dir().join("psk-mad");
@@ -189,7 +192,7 @@ fn two_peers(lab: &Lab) -> Result<(Process, String)> {
     Ok((lab.new_server().spawn(command)?, read_psk(&mad)?))
 }
 
-/// Others are served, shake hands and are told of while `flood` runs again and again.
+/// Checks that others are served, shake hands and get a status while `flood` runs again and again.
 fn others_do_not_suffer(
     flood: impl Fn(&mut IndependentPeer, &Lab, &AtomicBool) -> Result<u64> + Sync,
 ) -> Result {
@@ -223,25 +226,26 @@ fn others_do_not_suffer(
             let restarted = Instant::now();
             old.wait_for_state("up", PATIENCE)?;
             let up = restarted.elapsed();
-            // The daemon tells of itself.
+            // The daemon answers `status`.
             let asked = Instant::now();
             let status = setup.status(Role::New)?;
             let told = asked.elapsed();
-            // And carries.
+            // It also carries packets.
             conversation.exchange(&[8; 200_000], PATIENCE)?;
             let stream = Stream::start(lab.client(), (MOVED, 53), 100, Duration::from_millis(5))?;
             thread::sleep(Duration::from_secs(1));
             let echoes = stream.stop()?;
             let ticks = ticks(new.id()) - ticks_before;
             println!(
-                "up after {up:?}, told after {told:?}, {} of {} datagrams echoed, {ticks} ticks in {:?}, {:?}",
+                "up after {up:?}, told after {told:?}, {} of {} datagrams echoed, {ticks} ticks in \
+                 {:?}, {:?}",
                 echoes.back.len(),
                 echoes.sent,
                 began.elapsed(),
                 status.0["tunnels"][1]["drops"]
             );
             assert!(told < Duration::from_secs(1), "{told:?}");
-            // What was too much was the mad peer's alone.
+            // Only the mad peer's own messages were too many.
             let late = &setup.status(Role::New)?.0["tunnels"][0]["drops"]["control_busy"];
             assert!(late.is_null(), "the other peer had to wait: {late}");
             let echoed = echoes.back.len() as u64;
@@ -299,7 +303,7 @@ fn a_peer_that_floods_with_handshakes_disturbs_nobody_else() -> Result {
 }
 
 #[test]
-fn whoever_sends_recorded_handshakes_again_disturbs_nobody() -> Result {
+fn handshakes_that_are_recorded_and_sent_again_disturb_nobody() -> Result {
     others_do_not_suffer(|mad, lab, stop| {
         let recorded: Vec<_> = (0..2_000).map(|_| mad.initiation().bytes).collect();
         let sent = AtomicU64::new(0);
@@ -323,7 +327,7 @@ fn whoever_sends_recorded_handshakes_again_disturbs_nobody() -> Result {
 }
 
 #[test]
-fn data_for_a_known_session_that_is_forged_disturbs_nobody() -> Result {
+fn forged_data_for_a_known_session_disturbs_nobody() -> Result {
     others_do_not_suffer(|mad, lab, stop| {
         let mut forged = mad.seal(0, 0, &[0; 1_300]);
         forged[20] ^= 1;

@@ -54,7 +54,7 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
     let key = ["--peer", "198.51.100.2", "--psk-file", &psk];
     let moving = [&key[..], &["--move", "192.0.2.5"]].concat();
 
-    // What is typed, and what the line must name.
+    // The arguments, and a word that the line must contain.
     let after_key: &[(&[&str], &str)] = &[
         (&["--move", "192.0.2"], "192.0.2"),
         (&["--move", "www.example.org"], "www.example.org"),
@@ -118,7 +118,7 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         (&["--peer", "198.51.100.2", "--psk-file", &short], &short),
         (&["--peer", "198.51.100.2", "--psk-file", &empty], &empty),
         (&["--peer", "198.51.100.2", "--psk", "too short"], "--psk"),
-        // The same, while it is not known where the peer is.
+        // The same, without a known address of the peer.
         (&["--psk-file", &psk, "--move", "192.0.2.1"], "your login"),
         (&["--config", &nowhere_toml], &nowhere_toml),
         (&["--config", &unknown], "colour"),
@@ -158,7 +158,7 @@ fn a_status_socket_that_cannot_be_made_changes_nothing() -> Result {
     let before = Snapshot::of(lab.old_server())?;
     let setup = setup(&lab)?;
     let mut command = Command::new(exe());
-    // Longer than a socket's name may be.
+    // This is longer than a socket's name may be.
     let deep = lab.dir().join("x".repeat(100));
     command
         .args(setup.daemon_args(Role::Old))
@@ -196,7 +196,7 @@ fn cleanup_leaves_a_running_daemon_alone() -> Result {
 #[test]
 fn without_privileges_one_line_says_so() -> Result {
     let said = started_after(|| {
-        // Root's user id without root's powers, also after exec.
+        // The process keeps root's user id without root's powers, also after exec.
         rustix::thread::set_capabilities_secure_bits(
             CapabilitiesSecureBits::NO_ROOT | CapabilitiesSecureBits::NO_ROOT_LOCKED,
         )?;
@@ -234,7 +234,7 @@ fn a_new_key_works_at_once() -> Result {
     setup.start_both()?.terminate()
 }
 
-/// Runs the old server's daemon in a process from which `lose` has taken something away.
+/// Runs the old server's daemon in a process after `lose` has taken something away from it.
 fn started_after(lose: impl FnMut() -> io::Result<()> + Send + Sync + 'static) -> Result<Output> {
     let lab = Lab::new()?;
     let before = Snapshot::of(lab.old_server())?;
@@ -251,7 +251,7 @@ fn started_after(lose: impl FnMut() -> io::Result<()> + Send + Sync + 'static) -
     Ok(said)
 }
 
-/// What is wrong with a refusal; `None` if it is as it should be.
+/// Says what is wrong with a refusal; `None` if nothing is.
 fn complaint(said: &Output, code: i32, names: &str) -> Option<String> {
     let lines = said.stderr.lines().count();
     if said.status.code() != Some(code) {

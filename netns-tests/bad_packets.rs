@@ -1,7 +1,7 @@
 //! Packets that nobody should send are dropped and counted by reason, and never delivered.
 //!
 //! ```text
-//!  router ── raw ──► old server ══► new server: a watch on ipmoved0 sees what is delivered
+//!  router ── raw ──► old server ══► new server: a watch on ipmoved0 sees delivered packets
 //!                    or an impostor with the key
 //! ```
 
@@ -15,10 +15,10 @@ use ipmoved::lab::{Lab, UdpService, Watch, Wire, packets, poll_until};
 use crate::impostor::Impostor;
 use crate::stage::{FAMILIES, PATIENCE, Result, setup};
 
-/// The words that every bad packet carries, where there is room.
+/// The payload of every bad packet that has one.
 const WORDS: &[u8] = b"a packet that must not arrive";
 
-/// A bad packet, what is wrong with it, and how it is counted.
+/// What is wrong with a bad packet, its drop reason, and the packet.
 type Bad = (&'static str, &'static str, Vec<u8>);
 
 fn udp4(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -27,7 +27,7 @@ fn udp4(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     packet
 }
 
-/// With its header checksum mended, so that only the daemon can mind.
+/// Corrects the header checksum, so that only the daemon can object.
 fn mended(change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut packet = udp4(change);
     packets::mend(&mut packet);
@@ -62,8 +62,8 @@ fn bad() -> Vec<Bad> {
     let mut v6_loop = udp6(|_| ());
     v6_loop.copy_within(24..40, 8);
     vec![
-        ("cut off", "ip_malformed", udp4(|p| p.truncate(30))),
-        ("cut off in IPv6", "ip_malformed", udp6(|p| p.truncate(60))),
+        ("truncated", "ip_malformed", udp4(|p| p.truncate(30))),
+        ("truncated IPv6", "ip_malformed", udp6(|p| p.truncate(60))),
         (
             "a length beyond its end",
             "ip_malformed",
@@ -224,11 +224,11 @@ fn overlapping_fragments_are_counted_and_not_delivered() -> Result {
     ] {
         let packet = packets::udp((client, 4_000), (moved, 53), &[b'o'; 2_000]);
         let [first, second] = &packets::fragments(&packet, 1_008, 77)[..] else {
-            panic!("two pieces");
+            panic!("two fragments");
         };
         let over = packets::fragment(&packet, 1_000, &[b'x'; 16], true, 77);
-        for piece in [first, &over, second] {
-            wire.send(piece)?;
+        for fragment in [first, &over, second] {
+            wire.send(fragment)?;
         }
     }
     let counted = poll_until(PATIENCE, Duration::from_millis(10), || {
@@ -315,7 +315,7 @@ fn a_bad_old_server_delivers_nothing_it_must_not() -> Result {
         watch.count(Duration::from_millis(50), |packet| !packet.is_empty())?,
         0
     );
-    // What a peer may send is delivered all the same.
+    // The daemon still delivers packets that a peer may send.
     impostor.send(&to4(client, MOVED.into()))?;
     let seen = poll_until(PATIENCE, Duration::from_millis(10), || echo.peers().pop());
     assert_eq!(seen.map(|peer| peer.ip()), Some(client));

@@ -1,7 +1,7 @@
-//! What a running daemon still holds: privileges, keys, ways out.
+//! The privileges, keys and means of escape that a running daemon still has.
 //!
 //! ```text
-//!  old server and new server, both daemons up; what the kernel shows of them in /proc
+//!  old server and new server, both daemons up; /proc shows what they hold
 //! ```
 
 use std::fs::{self, File};
@@ -29,7 +29,7 @@ fn failed(error: std::io::Error) -> LabError {
     LabError::unexpected(error.to_string())
 }
 
-/// A number from each thread's `status` in `/proc`.
+/// A number from the `status` file of each thread in `/proc`.
 fn of_all_threads(pid: u32, field: &str, radix: u32) -> Result<Vec<u64>> {
     let mut found = Vec::new();
     for task in fs::read_dir(format!("/proc/{pid}/task")).map_err(failed)? {
@@ -42,7 +42,7 @@ fn of_all_threads(pid: u32, field: &str, radix: u32) -> Result<Vec<u64>> {
     Ok(found)
 }
 
-/// How often `needle` lies in what a process can write to.
+/// Counts `needle` in the memory that a process can write to.
 fn occurrences(pid: u32, needle: &[u8]) -> Result<usize> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(failed)?;
     let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed)?;
@@ -97,7 +97,7 @@ fn the_daemon_holds_one_privilege_and_cannot_get_others() -> Result {
             let filtered = of_all_threads(pid, "Seccomp:", 10)?;
             assert!(filtered.iter().all(|&filtered| filtered == FILTERED));
         }
-        // Enough to undo everything with.
+        // The privilege is enough to undo everything.
         daemons.old.terminate()?;
         daemons.new.terminate()?;
         Ok(())
@@ -114,7 +114,7 @@ fn the_key_is_not_in_the_memory_of_a_daemon_that_runs() -> Result {
             let pid = daemon.process().id();
             assert_eq!(occurrences(pid, &raw)?, 0, "the key itself");
             assert_eq!(occurrences(pid, text.as_bytes())?, 0, "its text");
-            // So that the search is known to find something.
+            // This shows that the search finds something.
             assert!(occurrences(pid, b"ipmoved0")? > 0);
         }
         Ok(())
@@ -154,12 +154,13 @@ fn no_keys_of_sessions_that_ended(cipher: &str) -> Result {
         }
         Ok(found)
     };
-    // AES keeps the key as the start of its schedule: of the session in use it must be found.
+    // An AES key is the start of its own schedule, so the search must find that of the session in
+    // use.
     assert!(count(&secrets)? > 0, "the search finds nothing at all");
     second.control(&[6]);
     daemon.wait_for_state("down", PATIENCE)?;
     std::thread::sleep(SILENCE);
-    // A lane lets go of what it saw last with the next datagram.
+    // A lane lets go of the sessions it saw last when the next datagram comes.
     for _ in 0..3 {
         second.socket().send(b"wake up").expect("sent");
         std::thread::sleep(Duration::from_millis(20));
@@ -209,7 +210,7 @@ fn a_key_file_that_others_can_read_is_warned_of() -> Result {
         fs::set_permissions(file, fs::Permissions::from_mode(mode)).map_err(failed)?;
         let mut daemon = setup.start(Role::New)?;
         let words = format!("close it: chmod 600 {}", file.display());
-        // The warnings come before it says what it is.
+        // The daemon warns before it says which server it is.
         let said = poll_until(PATIENCE, Duration::from_millis(20), || {
             let said = daemon.process().stderr();
             said.contains("this is the new server").then_some(said)

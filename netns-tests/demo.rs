@@ -9,7 +9,7 @@ use crate::stage::{Result, exe};
 
 #[test]
 fn the_demo_sees_every_step_work() -> Result {
-    // In a namespace of its own only so that it is killed if it hangs.
+    // The namespace is there only so that the demo is killed if it hangs.
     let around = Namespace::new("around the demo")?;
     let mut demo = Command::new(exe());
     demo.arg("demo");

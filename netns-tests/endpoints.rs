@@ -1,7 +1,8 @@
-//! Where the peer is: learned from what it can prove, and followed.
+//! A daemon learns its peer's address from authenticated datagrams, and follows it.
 //!
 //! ```text
-//!  old server 192.0.2.1 ── router, or a relay on it ── new server 198.51.100.2, and .3 where a test says so
+//!  old server 192.0.2.1 ── router, or a relay on it ── new server 198.51.100.2
+//!                                                      (in one test also .3)
 //! ```
 
 use std::collections::BTreeSet;
@@ -21,7 +22,7 @@ use crate::stream::Stream;
 
 /// A second address of the new server.
 const NEW_SECOND: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 3);
-/// The address that the old server gets in the place of its own.
+/// The address that replaces the old server's own.
 const OLD_NEXT: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 250);
 
 fn endpoint_changes(setup: &ipmoved::lab::DaemonSetup<'_>, from: &str) -> Result<String> {
@@ -49,7 +50,7 @@ fn replies_follow_a_peer_whose_nat_gives_it_another_port() -> Result {
         let took = conversation.exchange(b"after", PATIENCE)?;
         assert!(took < Duration::from_secs(1), "{took:?}");
         let after = endpoint_changes(&setup, &before)?;
-        // What was recorded, sent again from elsewhere, moves nothing.
+        // Recorded datagrams that are sent again from elsewhere move nothing.
         let stranger = lab.client().udp_socket((NEW, PORT))?;
         for (_, bytes) in relay.recorded() {
             let _ = stranger.send(&bytes);
@@ -68,7 +69,7 @@ fn a_message_that_was_kept_back_does_not_move_the_endpoint() -> Result {
     let setup = Relay::setup(&lab)?;
     let _daemons = setup.start_both()?;
     let before = setup.status(Role::New)?.endpoint().to_owned();
-    // One control message of the old server is taken off the path, and the next ones pass it.
+    // The relay holds one control message of the old server, and later ones overtake it.
     let mut taken = 0;
     relay.rule(move |from, bytes| {
         let control = from == Role::Old && bytes[0] == 4 && bytes[2] == 255;
@@ -103,7 +104,7 @@ fn a_message_that_was_kept_back_does_not_move_the_endpoint() -> Result {
     stranger.send(&overtaken).expect("sent");
     thread::sleep(Duration::from_millis(300));
     assert_eq!(setup.status(Role::New)?.endpoint(), before);
-    // It did arrive: it is a replay now.
+    // It did arrive, so it is a replay now.
     stranger.send(&overtaken).expect("sent");
     let counted = poll_until(PATIENCE, Duration::from_millis(20), || {
         (setup.status(Role::New).ok()?.drops("replay") > 0).then_some(())
@@ -116,7 +117,7 @@ fn a_message_that_was_kept_back_does_not_move_the_endpoint() -> Result {
 fn a_server_that_changes_its_own_address_is_followed_at_once() -> Result {
     moved(|on| {
         let old = on.lab.old_server();
-        // What was second becomes first when the first goes.
+        // The second address becomes the first when the first goes.
         old.set_sysctls(&[("ipv4/conf/all/promote_secondaries", "1")])?;
         let mut conversation = on.lab.client().converse(MOVED)?;
         conversation.exchange(b"before", PATIENCE)?;
@@ -143,7 +144,7 @@ fn either_side_may_leave_out_where_the_other_is() -> Result {
         calling.wait_until_up()?;
         waiting.wait_until_up()?;
         lab.client().get(MOVED)?.is_answered_by(NEW)?;
-        // And it finds its way back after a restart of the one that waits.
+        // The tunnel comes back after a restart of the side that waits.
         waiting.kill()?;
         let mut again = setup.start(silent)?;
         again.wait_until_up()?;
@@ -187,7 +188,7 @@ fn a_name_is_looked_up_again_while_there_is_no_answer() -> Result {
     let write = |text: &str| {
         fs::write(&hosts, text).map_err(|error| LabError::unexpected(error.to_string()))
     };
-    // Nobody is there, at first.
+    // Nobody is there at first.
     write("198.51.100.77 new.example\n")?;
     let setup = setup(&lab)?
         .without_peer(Role::New)
@@ -251,7 +252,8 @@ fn a_client_that_claims_the_peers_own_address_and_port_does_not_bend_the_tunnel(
         let _application = &on.application;
         let mut conversation = on.lab.client().converse(MOVED)?;
         conversation.exchange(b"before", PATIENCE)?;
-        // From the clients' side, with the old server's and then the new server's own address and port.
+        // From the clients' side, with the old server's and then the new server's own address and
+        // port.
         for liar in [OLD, NEW] {
             on.lab.set_address(on.lab.clients(), "lo", liar, 32, true)?;
             on.lab.clients().run(|| {

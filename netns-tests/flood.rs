@@ -1,4 +1,4 @@
-//! Many flows, and many that are none.
+//! Many flows, and many packets that never become flows.
 //!
 //! ```text
 //!  clients ─┐
@@ -19,16 +19,16 @@ use ipmoved::lab::{Lab, LabError, Service, UdpService, Wire, packets, raw};
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 
-/// The `n`th address and port of those that do not exist.
+/// The `n`th address and port of hosts that do not exist.
 fn nobody(n: u32) -> (Ipv4Addr, u16) {
     let addr = Ipv4Addr::from(0x0a00_0000 + n % 0x00ff_0000 + 1);
     (addr, 1_024 + (n % 50_000) as u16)
 }
 
-/// Pause after [`BURST`] packets: longer than an idle machine needs for them.
+/// Pause after [`BURST`] packets. An idle machine needs less time for them.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// As many as the queue of the TUN holds, less what others need.
+/// As many as fit the queue of the TUN beside the packets of others.
 const BURST: usize = 400;
 
 /// Sends these packets, with a pause after each burst.
@@ -50,7 +50,7 @@ fn a_flood_of_spoofed_syns_takes_nothing_from_anybody() -> Result {
     let setup = setup(&lab)?.args(Role::New, &["--max-flows", &MAX.to_string()]);
     let _application = Service::start(lab.new_server(), NEW)?;
     let _daemons = setup.start_both()?;
-    // What the new server answers to nobody ends at the router.
+    // The new server's replies to nobody end at the router.
     lab.set_unreachable_net(Ipv4Addr::new(10, 0, 0, 0), 8)?;
     let mut conversations = (0..50)
         .map(|_| lab.client().converse(MOVED))
@@ -79,7 +79,7 @@ fn a_flood_of_spoofed_syns_takes_nothing_from_anybody() -> Result {
 #[test]
 fn a_million_flows_fit_in_128_bytes_each() -> Result {
     const FLOWS: u32 = 1_000_000;
-    /// Sent at a time, and again if too many were lost.
+    /// We send so many chunks, and a chunk again if too many of its packets were lost.
     const CHUNKS: u32 = 20;
     const TRIES: usize = 5;
     const MAX_PAUSE: Duration = Duration::from_millis(10);
@@ -98,7 +98,7 @@ fn a_million_flows_fit_in_128_bytes_each() -> Result {
     };
     let before = [resident(&mut daemons.old)?, resident(&mut daemons.new)?];
     let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
-    // Nothing listens there; the new server says so to a few and is silent to the rest.
+    // Nothing listens there. The new server says so to a few senders, and is silent to the others.
     let datagram = |n| packets::udp((nobody(n).0.into(), nobody(n).1), (MOVED.into(), 9), b"");
     let (mut live, mut pause) = (0, PAUSE);
     for chunk in 1..=CHUNKS {
@@ -109,7 +109,7 @@ fn a_million_flows_fit_in_128_bytes_each() -> Result {
             if live >= u64::from(end) * 99 / 100 {
                 break;
             }
-            // The machine is busy: what was lost is sent again, more slowly.
+            // The machine is busy. We send the lost packets again, more slowly.
             pause = (pause * 3 / 2).min(MAX_PAUSE);
         }
     }
@@ -122,13 +122,13 @@ fn a_million_flows_fit_in_128_bytes_each() -> Result {
         after[0].saturating_sub(before[0])
     );
     assert!(grown <= 128 * live, "{grown} bytes for {live} flows");
-    // The old server keeps nothing of a flow.
+    // The old server keeps no state of a flow.
     assert!(after[0] < before[0] + (8 << 20), "{before:?} {after:?}");
     conversation.exchange(b"still there?", PATIENCE)?;
     lab.client().get(MOVED)?.is_answered_by(NEW).map(drop)
 }
 
-/// One way that never runs empty keeps neither the other way nor the end of the daemon waiting.
+/// A direction that never runs empty does not delay the other direction, nor the end of the daemon.
 #[test]
 fn a_flood_without_a_pause_holds_up_neither_the_way_back_nor_the_end() -> Result {
     /// Far longer than a turn, far shorter than the flood.
@@ -146,14 +146,14 @@ fn a_flood_without_a_pause_holds_up_neither_the_way_back_nor_the_end() -> Result
         packets.ok_or_else(|| LabError::unexpected("no count of packets"))
     };
     let (before, after, took) = thread::scope(|scope| {
-        // Super-packets: sending one costs a fraction of what it costs to cut and seal it.
+        // Super-packets: to send one costs a fraction of what it costs to segment and seal it.
         let floods: Vec<_> = (0..2)
             .map(|_| {
                 scope.spawn(|| -> Result {
                     let socket = client.udp_socket((MOVED, 7))?;
                     raw::set_segment(&socket, 1_000)?;
                     while !stop.load(Relaxed) {
-                        // What does not fit a queue is lost, as in any flood.
+                        // Packets that do not fit a queue are lost, as in any flood.
                         let _ = socket.send(&[0; 60_000]);
                     }
                     Ok(())
@@ -180,7 +180,7 @@ fn a_flood_without_a_pause_holds_up_neither_the_way_back_nor_the_end() -> Result
     Ok(())
 }
 
-/// Whatever this starts has the first of this thread's processors to itself, and no other.
+/// Runs `start` so that everything it starts has only the first of this thread's processors.
 fn on_one_processor<T>(start: impl FnOnce() -> Result<T>) -> Result<T> {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
     let failed = |error: rustix::io::Errno| LabError::unexpected(error.to_string());

@@ -1,8 +1,8 @@
-//! Fragments of clients and of the application arrive, in whatever order they come.
+//! Fragments from clients and from the application arrive, in whatever order they come.
 //!
 //! ```text
-//!  client ── router ──┬── old server: takes fragments of what moved, gives back those of its own
-//!                     └── new server: puts them together
+//!  client ── router ──┬── old server: takes fragments of moved traffic, bounces those of its own
+//!                     └── new server: reassembles them
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
@@ -58,8 +58,8 @@ fn arrive_reversed(lab: &Lab, echoes: &[UdpService; 2], port: u16) -> Result {
         (CLIENT6.into(), MOVED6.into()),
     ]) {
         for id in 1..=3 {
-            for piece in reversed(client, moved, port, id) {
-                wire.send(&piece)?;
+            for fragment in reversed(client, moved, port, id) {
+                wire.send(&fragment)?;
             }
             let expected = SocketAddr::new(client, 4_000 + id);
             let seen = poll_until(PATIENCE, Duration::from_millis(10), || {
@@ -99,7 +99,7 @@ fn fragments_for_ports_that_stay_arrive_at_the_old_server() -> Result {
         }
     }
     arrive_reversed(&lab, &own, 5353)?;
-    // Nothing was loosened for it.
+    // Reverse path filtering is as strict as before.
     for key in ["all", "eth0", "ipmoved0"] {
         let filter = lab
             .old_server()
@@ -116,8 +116,8 @@ fn a_first_fragment_that_never_comes_is_counted() -> Result {
     let _daemons = setup.start_both()?;
     let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
     for id in 1..=200 {
-        let pieces = reversed(CLIENT.into(), MOVED.into(), 53, id);
-        wire.send(&pieces[0])?;
+        let fragments = reversed(CLIENT.into(), MOVED.into(), 53, id);
+        wire.send(&fragments[0])?;
     }
     let counted = poll_until(PATIENCE, Duration::from_millis(50), || {
         let status = setup.status(ipmoved::internals::Role::Old).ok()?;

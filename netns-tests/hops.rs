@@ -1,4 +1,4 @@
-//! The old server is one hop on the way, and ICMP errors find whom they concern.
+//! The old server is one hop on the path, and ICMP errors reach the host that they concern.
 //!
 //! ```text
 //!  client ── router 203.0.113.1 ── old server 192.0.2.1 ══ new server, which is 192.0.2.5
@@ -16,7 +16,7 @@ use socket2::SockRef;
 use crate::stage::{FAMILIES, PATIENCE, Result, SILENCE, setup};
 
 /// A family's addresses and ICMP numbers.
-struct Way {
+struct Family {
     client: IpAddr,
     router: IpAddr,
     old: IpAddr,
@@ -30,9 +30,9 @@ struct Way {
     reply: u8,
 }
 
-fn ways() -> [Way; 2] {
+fn families() -> [Family; 2] {
     [
-        Way {
+        Family {
             client: CLIENT.into(),
             router: Ipv4Addr::new(203, 0, 113, 1).into(),
             old: OLD.into(),
@@ -44,7 +44,7 @@ fn ways() -> [Way; 2] {
             request: 8,
             reply: 0,
         },
-        Way {
+        Family {
             client: CLIENT6.into(),
             router: Ipv6Addr::new(0x2001, 0xdb8, 0xc, 0, 0, 0, 0, 1).into(),
             old: OLD6.into(),
@@ -59,7 +59,7 @@ fn ways() -> [Way; 2] {
     ]
 }
 
-/// A protocol that no kernel handles (RFC 3692 has it for experiments).
+/// A protocol that no kernel handles (RFC 3692 reserves it for experiments).
 const EXPERIMENT: u8 = 253;
 
 fn set_hops(socket: &UdpSocket, to: IpAddr, hops: u32) -> Result {
@@ -77,22 +77,22 @@ fn one_hop_is_taken_in_each_direction() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?.moves(&FAMILIES);
     let _daemons = setup.start_both()?;
-    for way in ways() {
+    for family in families() {
         let hops = |wanted: u8| {
             move |packet: &[u8]| match packet[0] >> 4 {
                 4 => packet[9] == EXPERIMENT && packet[8] == wanted,
                 _ => packet[6] == EXPERIMENT && packet[7] == wanted,
             }
         };
-        let application = RawSocket::open(lab.new_server(), way.new, EXPERIMENT)?;
-        let client = RawSocket::open(lab.clients(), way.client, EXPERIMENT)?;
+        let application = RawSocket::open(lab.new_server(), family.new, EXPERIMENT)?;
+        let client = RawSocket::open(lab.clients(), family.client, EXPERIMENT)?;
         let at_new = Watch::start(lab.new_server(), "ipmoved0")?;
         let at_client = Watch::start(lab.clients(), "eth0")?;
         client.set_hops(64)?;
         application.set_hops(64)?;
-        client.send(way.moved, b"there")?;
+        client.send(family.moved, b"there")?;
         application.expect(PATIENCE, |words| words == b"there")?;
-        application.send(way.client, b"back")?;
+        application.send(family.client, b"back")?;
         client.expect(PATIENCE, |words| words == b"back")?;
         let pause = Duration::from_millis(50);
         assert_eq!(at_new.count(pause, hops(62))?, 1, "router and old server");
@@ -110,16 +110,16 @@ fn traceroute_shows_the_router_the_old_server_and_the_moved_address() -> Result 
         let lab = Lab::new()?;
         let setup = setup(&lab)?.moves(&moves);
         let _daemons = setup.start_both()?;
-        for way in ways() {
-            let heard = RawSocket::open(lab.clients(), way.client, way.icmp)?;
-            let expired = [way.expired, 0];
+        for family in families() {
+            let heard = RawSocket::open(lab.clients(), family.client, family.icmp)?;
+            let expired = [family.expired, 0];
             for (hops, from, says) in [
-                (1, way.router, expired),
-                (2, way.old, expired),
-                (3, way.moved, way.closed),
+                (1, family.router, expired),
+                (2, family.old, expired),
+                (3, family.moved, family.closed),
             ] {
-                let probe = lab.client().udp_socket((way.moved, 33_434))?;
-                set_hops(&probe, way.moved, hops)?;
+                let probe = lab.client().udp_socket((family.moved, 33_434))?;
+                set_hops(&probe, family.moved, hops)?;
                 probe.send(b"traceroute").unwrap();
                 let (answers, _) = heard.expect(PATIENCE, |message| message.starts_with(&says))?;
                 assert_eq!(answers, from, "hop {hops}");
@@ -134,21 +134,21 @@ fn traceroute_with_echo_requests_shows_the_same() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?.moves(&FAMILIES);
     let _daemons = setup.start_both()?;
-    for way in ways() {
-        let socket = RawSocket::open(lab.clients(), way.client, way.icmp)?;
-        let mut echo = vec![way.request, 0, 0, 0, 0x12, 0x34, 0, 1];
-        if way.icmp == 1 {
-            // Of ICMPv6 the kernel writes the checksum.
-            let sum = !(u32::from(way.request) * 256 + 0x1234 + 1) as u16;
+    for family in families() {
+        let socket = RawSocket::open(lab.clients(), family.client, family.icmp)?;
+        let mut echo = vec![family.request, 0, 0, 0, 0x12, 0x34, 0, 1];
+        if family.icmp == 1 {
+            // The kernel writes the checksum of ICMPv6, but not that of ICMP.
+            let sum = !(u32::from(family.request) * 256 + 0x1234 + 1) as u16;
             echo[2..4].copy_from_slice(&sum.to_be_bytes());
         }
         for (hops, from, says) in [
-            (1, way.router, way.expired),
-            (2, way.old, way.expired),
-            (3, way.moved, way.reply),
+            (1, family.router, family.expired),
+            (2, family.old, family.expired),
+            (3, family.moved, family.reply),
         ] {
             socket.set_hops(hops)?;
-            socket.send(way.moved, &echo)?;
+            socket.send(family.moved, &echo)?;
             let (answers, _) = socket.expect(PATIENCE, |message| message[0] == says)?;
             assert_eq!(answers, from, "hop {hops}");
         }
@@ -161,34 +161,34 @@ fn the_application_hears_that_its_packets_expire() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?.moves(&FAMILIES);
     let _daemons = setup.start_both()?;
-    for way in ways() {
-        let addr = SocketAddr::new(way.new, 53);
+    for family in families() {
+        let addr = SocketAddr::new(family.new, 53);
         let application = lab.new_server().run(|| {
             UdpSocket::bind(addr).map_err(|error| LabError::unexpected(error.to_string()))
         })?;
         application.set_read_timeout(Some(PATIENCE)).unwrap();
-        let heard = RawSocket::open(lab.new_server(), way.new, way.icmp)?;
-        let client = lab.client().udp_socket((way.moved, 53))?;
+        let heard = RawSocket::open(lab.new_server(), family.new, family.icmp)?;
+        let client = lab.client().udp_socket((family.moved, 53))?;
         client.send(b"?").unwrap();
         let (_, asker) = application.recv_from(&mut [0; 10]).unwrap();
-        set_hops(&application, way.new, 1)?;
+        set_hops(&application, family.new, 1)?;
         application.send_to(b"!", asker).unwrap();
-        let says = [way.expired, 0];
+        let says = [family.expired, 0];
         let (from, _) = heard.expect(PATIENCE, |message| message.starts_with(&says))?;
-        assert_eq!(from, way.old);
+        assert_eq!(from, family.old);
     }
     Ok(())
 }
 
 #[test]
-fn there_are_not_too_many_answers() -> Result {
+fn icmp_replies_are_limited() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?;
     let _daemons = setup.start_both()?;
     let probe = lab.client().udp_socket((MOVED, 33_434))?;
     set_hops(&probe, MOVED.into(), 2)?;
     for _ in 0..1_000 {
-        // An answer that came in between is told by the next call.
+        // This call may return the ICMP error about an earlier one.
         let _ = probe.send(b"traceroute");
     }
     std::thread::sleep(Duration::from_millis(200));
@@ -203,7 +203,7 @@ fn a_closed_udp_port_is_refused_by_whoever_has_it() -> Result {
     for moves in [FAMILIES, ["192.0.2.5:53/udp", "[2001:db8:a::5]:53/udp"]] {
         let lab = Lab::new()?;
         let setup = setup(&lab)?.moves(&moves);
-        // If the other server were asked, it would answer.
+        // If a daemon sent the probe to the other server, that one would reply.
         let _decoys = [
             UdpService::start(lab.old_server(), (MOVED, 53))?,
             UdpService::start(lab.old_server(), (MOVED6, 53))?,

@@ -1,5 +1,5 @@
-//! A holder of the key in place of the old server: it makes a session like any peer and then sends
-//! what no daemon would.
+//! Somebody with the key in place of the old server: it makes a session like any peer, and then
+//! sends what no daemon would.
 
 #![allow(
     clippy::disallowed_methods,
@@ -23,7 +23,7 @@ use ipmoved::lab::{Lab, LabError};
 
 use crate::stage::{PATIENCE, Result};
 
-/// Somebody with the key, on the old server.
+/// An impostor with the key, on the old server.
 pub(crate) struct Impostor {
     socket: UdpSocket,
     tunnel: Tunnel,
@@ -37,7 +37,7 @@ fn failed(error: impl std::fmt::Display) -> LabError {
 }
 
 impl Impostor {
-    /// Makes a session with the daemon of the new server and announces that this has moved.
+    /// Makes a session with the daemon of the new server, and announces that `moves` have moved.
     pub(crate) fn new(lab: &Lab, moves: &[&str]) -> Result<Self> {
         let psk: Psk = read_psk(&lab.dir().join("psk"))?.parse().map_err(failed)?;
         let keys = PeerKeys::derive(&psk);
@@ -78,14 +78,14 @@ impl Impostor {
             }
             introduced |= impostor.turn()?;
         }
-        // What was announced is on its way, and acknowledged in a moment.
+        // The announcement is under way. The peer acknowledges it in a moment.
         for _ in 0..10 {
             impostor.turn()?;
         }
         Ok(impostor)
     }
 
-    /// Sends an IP packet, or what passes for one, as if a client had sent it.
+    /// Sends bytes, a correct IP packet or not, as if a client had sent them.
     pub(crate) fn send(&self, packet: &[u8]) -> Result {
         let session = self.sending.as_ref().ok_or_else(|| failed("no session"))?;
         let sealer = session.sealer(0).ok_or_else(|| failed("no lane"))?;
@@ -100,7 +100,8 @@ impl Impostor {
             .map(drop)
     }
 
-    /// Does what is due and takes one datagram; whether the peer has introduced itself.
+    /// Does what is due, and takes one datagram. Returns whether the peer has sent its
+    /// announcement.
     fn turn(&mut self) -> Result<bool> {
         let now = Instant::now();
         self.tunnel.handle_timeout(now, SystemTime::now());
@@ -140,7 +141,7 @@ impl Impostor {
             remote: from,
             local: Some(IpAddr::from(OLD)),
         };
-        // What is not meant for it is nothing to an impostor.
+        // An impostor ignores messages that are not for it.
         match Message::parse(datagram) {
             Ok(Message::Data(data)) => {
                 let Some(session) = self.sessions.get(&data.receiver).cloned() else {

@@ -1,6 +1,6 @@
-//! A second implementation of the channel, made from the text of `contrib/protocol.md` and nothing else:
-//! it uses the libraries for Noise, AEAD, HKDF and BLAKE2s directly, and none of the daemon's code. What
-//! it can do with a real daemon shows that the text is complete; what it does wrong on purpose shows
+//! A second implementation of the channel, made from the text of `contrib/protocol.md` alone. It
+//! uses the libraries for Noise, AEAD, HKDF and BLAKE2s directly, and none of the daemon's code.
+//! Its work with a real daemon shows that the text is complete, and its deliberate mistakes show
 //! what a daemon refuses.
 
 use std::collections::HashMap;
@@ -22,7 +22,7 @@ use crate::stage::Result;
 /// The control lane.
 pub(crate) const CONTROL_LANE: u8 = 255;
 
-/// The plaintext is a control message.
+/// Flag: the plaintext is a control message.
 pub(crate) const CONTROL: u8 = 8;
 
 /// Cipher bits of the handshake.
@@ -36,20 +36,20 @@ pub(crate) struct IndependentPeer {
     role: u8,
     mac_key: [u8; 32],
     noise_psk: [u8; 32],
-    boot: u64,
+    run_id: u64,
     timestamp: u64,
-    /// The highest timestamp that was accepted from the daemon.
+    /// The highest timestamp accepted from the daemon.
     pub(crate) seen: u64,
     pub(crate) session: Option<Session>,
-    /// Sessions before it, which are still accepted for receiving.
+    /// Earlier sessions, on which it still accepts datagrams.
     earlier: Vec<Session>,
-    /// What came that was not asked for: packets, announcements.
+    /// Packets that came.
     pub(crate) packets: Vec<Vec<u8>>,
     pub(crate) announcement: HashMap<u8, Vec<u8>>,
     pub(crate) others: Vec<Vec<u8>>,
 }
 
-/// What an initiation became.
+/// A session, after its handshake.
 pub(crate) struct Session {
     pub(crate) cipher: u8,
     pub(crate) own_index: u32,
@@ -102,7 +102,7 @@ impl IndependentPeer {
             role,
             mac_key: hkdf(b"ipmoved v1 psk", &psk, b"mac"),
             noise_psk: hkdf(b"ipmoved v1 psk", &psk, b"noise"),
-            boot: u64::from_le_bytes(random()),
+            run_id: u64::from_le_bytes(random()),
             timestamp: 0,
             seen: 0,
             session: None,
@@ -137,7 +137,7 @@ impl IndependentPeer {
         mac.finalize().into_bytes().into()
     }
 
-    /// Section 2, first message.
+    /// Section 2: the first message.
     pub(crate) fn initiation(&mut self) -> Initiation {
         let clock = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
@@ -148,7 +148,7 @@ impl IndependentPeer {
         let mut payload = [0; 48];
         payload[..8].copy_from_slice(&self.timestamp.to_le_bytes());
         payload[8..16].copy_from_slice(&self.seen.to_le_bytes());
-        payload[16..24].copy_from_slice(&self.boot.to_le_bytes());
+        payload[16..24].copy_from_slice(&self.run_id.to_le_bytes());
         payload[24] = AES | CHACHA | AEGIS;
         payload[25] = 1;
         payload[26] = 2;
@@ -170,7 +170,8 @@ impl IndependentPeer {
         }
     }
 
-    /// Sections 2 and 3: what the response to an initiation makes of it; whether it was that.
+    /// Sections 2 and 3: handles the response to an initiation. Returns whether it was the right
+    /// one.
     pub(crate) fn read_response(&mut self, initiation: Initiation, bytes: &[u8]) -> bool {
         let Initiation {
             mut noise, index, ..
@@ -201,7 +202,7 @@ impl IndependentPeer {
         true
     }
 
-    /// Asks the daemon for a session and shows that it holds the keys.
+    /// Asks the daemon for a session, and shows that it holds the keys.
     pub(crate) fn shake_hands(&mut self) -> Result {
         for _ in 0..10 {
             let initiation = self.initiation();
@@ -216,7 +217,7 @@ impl IndependentPeer {
         Err(LabError::unexpected("the daemon did not shake hands"))
     }
 
-    /// Waits for the daemon to ask for a session, and grants it one.
+    /// Waits until the daemon asks for a session, and grants it one.
     pub(crate) fn grant(&mut self) -> Result {
         let deadline = Instant::now() + Duration::from_secs(10);
         while Instant::now() < deadline {
@@ -242,8 +243,8 @@ impl IndependentPeer {
             let cipher = ours.find(|bit| payload[24] & bit != 0);
             let cipher = cipher.expect("a cipher that we know");
             let mut answer = [0; 32];
-            answer[..8].copy_from_slice(&self.boot.to_le_bytes());
-            // We allow what we choose, and have no instructions for AES.
+            answer[..8].copy_from_slice(&self.run_id.to_le_bytes());
+            // The chosen cipher, then those that we allow. We claim no instructions for AES.
             answer[8] = cipher;
             answer[9] = AES | CHACHA | AEGIS;
             answer[11] = 1;
@@ -325,8 +326,8 @@ impl IndependentPeer {
         None
     }
 
-    /// Does what section 6 asks for until `done` holds: answers pings, parts and probes, and collects
-    /// the rest.
+    /// Does its duties of section 6 until `done` holds: replies to pings, parts and probes, and
+    /// collects everything else.
     pub(crate) fn serve(
         &mut self,
         patience: Duration,
@@ -376,7 +377,7 @@ impl IndependentPeer {
         Ok(())
     }
 
-    /// Whether such a control message came.
+    /// Whether a control message with this beginning came.
     pub(crate) fn heard(&self, start: &[u8]) -> bool {
         self.others.iter().any(|other| other.starts_with(start))
     }
@@ -431,7 +432,8 @@ impl Session {
         opened.ok().map(|plaintext| plaintext.to_vec())
     }
 
-    /// The secrets that both sides hold for it: the split keys, those of the first lane and of the control lane.
+    /// Its secrets on both sides: the split keys, and the keys of the first lane and of the control
+    /// lane.
     pub(crate) fn secrets(&self) -> Vec<[u8; 32]> {
         let lanes = [0, CONTROL_LANE].into_iter();
         let keys =

@@ -15,7 +15,7 @@ use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};
 
 #[test]
 fn both_families_are_served_through_a_tunnel_of_either() -> Result {
-    // Of several IPv6 addresses the kernel would use the newest, which here is the moved one.
+    // The kernel would choose the newest of several IPv6 addresses, which here is the moved one.
     for (new, old, listen) in [
         (IpAddr::from(NEW), IpAddr::from(OLD), "192.0.2.1:51850"),
         (NEW6.into(), OLD6.into(), "[2001:db8:a::1]:51850"),

@@ -6,7 +6,8 @@
 //!                                        └── new server 198.51.100.2, runs the application
 //! ```
 //!
-//! Each test builds a lab of its own, so they run side by side. Needs root; says so and fails without.
+//! Each test builds a lab of its own, so they run side by side. The tests need root, and one of
+//! them two processors. Without these they fail and say so.
 
 #![allow(
     clippy::disallowed_methods,
@@ -27,6 +28,7 @@ mod impostor;
 mod independent_peer;
 mod ipv6;
 mod lanes;
+mod modes;
 mod mtu;
 mod on_path;
 mod privacy;
@@ -43,4 +45,3 @@ mod status;
 mod stream;
 mod the_lab;
 mod undo;
-mod ways;

@@ -1,4 +1,4 @@
-//! Packets of every size get through, or their sender is told how much does.
+//! Packets of every size get through, or their sender learns which size does.
 //!
 //! ```text
 //!                   clients' link          ┌── old server ──┐
@@ -19,13 +19,13 @@ use socket2::SockRef;
 
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};
 
-/// What a path of 1,500 bytes leaves for a packet: less 20 (IP), 8 (UDP) and 32 (tunnel).
+/// The packet size that a path of 1,500 bytes leaves: less 20 (IP), 8 (UDP) and 32 (tunnel).
 const FULL: u64 = 1_440;
 
-/// How often something is sent until a sender has learned the path MTU: TCP would try as often.
+/// How often we send until a sender has learned the path MTU. TCP would try as often.
 const TRIES: usize = 4;
 
-/// Waits until a side's tunnel MTU is as wanted.
+/// Waits until one side's tunnel MTU is as wanted, and returns it.
 fn mtu(setup: &DaemonSetup<'_>, role: Role, wanted: impl Fn(u64) -> bool) -> Result<u64> {
     let mut last = 0;
     poll_until(Duration::from_secs(8), Duration::from_millis(50), || {
@@ -41,8 +41,9 @@ fn settled(setup: &DaemonSetup<'_>) -> Result {
     mtu(setup, Role::New, |mtu| mtu == FULL).map(drop)
 }
 
-/// Answers a few bytes with many, again until they arrive; how often it took.
-fn answers_arrive(lab: &Lab, to: IpAddr, at: IpAddr, size: usize) -> Result<usize> {
+/// Sends a long reply to a short request, again and again until one arrives. Returns the number of
+/// tries.
+fn replies_arrive(lab: &Lab, to: IpAddr, at: IpAddr, size: usize) -> Result<usize> {
     let at = SocketAddr::new(at, 53);
     let server = lab.new_server().run(|| {
         UdpSocket::bind(at).map_err(|error| LabError::unexpected(format!("bind {at}: {error}")))
@@ -55,17 +56,17 @@ fn answers_arrive(lab: &Lab, to: IpAddr, at: IpAddr, size: usize) -> Result<usiz
     client
         .set_read_timeout(Some(Duration::from_millis(300)))
         .map_err(failed)?;
-    let answer = vec![b'm'; size];
+    let reply = vec![b'm'; size];
     let mut buffer = vec![0; size + 1];
     for tries in 1..=TRIES {
-        // The kernel may tell with this call that the last one was too long.
-        let _ = server.send_to(&answer, asker);
+        // This call may return the ICMP error that the last reply was too long.
+        let _ = server.send_to(&reply, asker);
         if client.recv(&mut buffer).is_ok_and(|len| len == size) {
             return Ok(tries);
         }
     }
     Err(LabError::unexpected(format!(
-        "an answer of {size} bytes from {to} did not arrive in {TRIES} tries"
+        "a reply of {size} bytes from {to} did not arrive in {TRIES} tries"
     )))
 }
 
@@ -176,7 +177,7 @@ fn without_splitting_senders_are_told_how_much_passes() -> Result {
 }
 
 #[test]
-fn without_splitting_what_may_be_cut_is_cut() -> Result {
+fn without_splitting_a_packet_is_fragmented_if_it_may_be() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?.args(Role::Old, &["--no-split"]);
     let echo = UdpService::start(lab.new_server(), (NEW, 53))?;
@@ -207,7 +208,7 @@ fn a_clients_link_may_be_wide() -> Result {
     serves_all_sizes(&lab, &[1, 1_472, 8_000, 20_000])
 }
 
-/// TCP in both directions, UDP of these sizes and a ping of each, over both families.
+/// Checks TCP in both directions, UDP of these sizes and a ping of each, over both families.
 fn serves_all_sizes(lab: &Lab, sizes: &[usize]) -> Result {
     let setup = setup(lab)?.moves(&FAMILIES);
     let _applications = [
@@ -224,7 +225,7 @@ fn serves_all_sizes(lab: &Lab, sizes: &[usize]) -> Result {
         lab.client().upload(moved, 2 * MEGABYTE)?;
         for &size in sizes {
             let payload = vec![b's'; size];
-            // Where an answer is too long for a link, the application's host has to learn it first.
+            // If a reply is too long for a link, the application's host must learn that first.
             let answered = (1..=TRIES).find(|_| lab.client().udp((moved, 53), &payload).is_ok());
             assert!(answered.is_some(), "{size} bytes of UDP to {moved}");
             let answered = (1..=TRIES).find(|_| lab.client().ping(moved, size).is_ok());
@@ -256,7 +257,7 @@ fn a_narrow_link_behind_the_router_is_learned_by_the_application() -> Result {
             let took = lab.client().download(moved, 2 * MEGABYTE)?.took;
             assert!(took < PATIENCE, "{took:?}");
             if moves[0] != "192.0.2.5:80/tcp" {
-                answers_arrive(&lab, moved, new, 1_400)?;
+                replies_arrive(&lab, moved, new, 1_400)?;
             }
         }
     }
@@ -287,15 +288,15 @@ fn a_narrow_link_of_the_old_server_is_learned_by_the_application() -> Result {
     let _application = Service::start(lab.new_server(), NEW)?;
     let _daemons = setup.start_both()?;
     lab.client().download(MOVED, MEGABYTE)?;
-    assert!(answers_arrive(&lab, MOVED.into(), NEW.into(), 1_400)? > 1);
-    assert!(answers_arrive(&lab, MOVED6.into(), NEW6.into(), 1_400)? > 1);
+    assert!(replies_arrive(&lab, MOVED.into(), NEW.into(), 1_400)? > 1);
+    assert!(replies_arrive(&lab, MOVED6.into(), NEW6.into(), 1_400)? > 1);
     Ok(())
 }
 
-/// Bytes of a transfer that is still running once [`is_running`] has seen it.
+/// Bytes of a transfer that still runs after [`is_running`] has seen it.
 const LONG: u64 = 96 * MEGABYTE;
 
-/// Waits until a server has sent some of a transfer into the tunnel, however busy the machine is.
+/// Waits until a server has sent part of a transfer into the tunnel, however busy the machine is.
 fn is_running(setup: &DaemonSetup<'_>, role: Role) -> Result {
     let running = poll_until(PATIENCE, Duration::from_millis(5), || {
         let status = setup.status(role).ok()?;
@@ -304,9 +305,33 @@ fn is_running(setup: &DaemonSetup<'_>, role: Role) -> Result {
     running.ok_or_else(|| LabError::unexpected("the transfer does not begin"))
 }
 
-/// How long such a transfer may take if it is held up once: TCP tries again after 0.2, 0.4, 0.8, 1.6, 3.2 and,
-/// on a busy machine, 6.4 s, and what is left takes the rest.
+/// How long such a transfer may take if something holds it up once. TCP tries again after 0.2, 0.4,
+/// 0.8, 1.6, 3.2 and, on a busy machine, 6.4 s; the transfer itself takes the rest.
 const HELD_UP: Duration = Duration::from_secs(20);
+
+/// Changes the path with `change` while a long transfer runs, and expects that this ends in time.
+/// The transfer enters the tunnel at `sender`: an upload at the old server, a download at the new.
+fn transfer_while(
+    lab: &Lab,
+    setup: &DaemonSetup<'_>,
+    sender: Role,
+    change: impl FnOnce() -> Result,
+) -> Result {
+    settled(setup)?;
+    let client = lab.client();
+    thread::scope(|scope| {
+        let transfer = scope.spawn(|| match sender {
+            Role::Old => client.upload(MOVED, LONG),
+            Role::New => client.download(MOVED, LONG),
+        });
+        is_running(setup, sender)?;
+        assert!(!transfer.is_finished(), "it is over already");
+        change()?;
+        let took = transfer.join().expect("the transfer does not panic")?.took;
+        assert!(took < HELD_UP, "{took:?}");
+        Ok(())
+    })
+}
 
 #[test]
 fn a_path_that_narrows_under_a_transfer_is_followed_when_the_router_says_so() -> Result {
@@ -314,39 +339,25 @@ fn a_path_that_narrows_under_a_transfer_is_followed_when_the_router_says_so() ->
     let setup = setup(&lab)?;
     let _application = Service::start(lab.new_server(), NEW)?;
     let _daemons = setup.start_both()?;
-    settled(&setup)?;
-    let client = lab.client();
-    thread::scope(|scope| {
-        let transfer = scope.spawn(|| client.upload(MOVED, LONG));
-        is_running(&setup, Role::Old)?;
-        assert!(!transfer.is_finished(), "it is over already");
-        lab.set_mtu(Leg::New, 1_300, false)?;
-        let took = transfer.join().unwrap()?.took;
-        assert!(took < HELD_UP, "{took:?}");
-        mtu(&setup, Role::Old, |mtu| mtu == 1_300 - 60).map(drop)
-    })
+    transfer_while(&lab, &setup, Role::Old, || {
+        lab.set_mtu(Leg::New, 1_300, false)
+    })?;
+    mtu(&setup, Role::Old, |mtu| mtu == 1_300 - 60).map(drop)
 }
 
 #[test]
 fn a_path_that_narrows_under_a_transfer_is_followed_without_a_word() -> Result {
     let lab = Lab::new()?;
-    // A veth lets super-packets pass, however long the packets in them are.
+    // A veth lets super-packets pass, however long their segments are.
     let setup = setup(&lab)?.args(Role::New, &["--without", "udp-gso"]);
     let _application = Service::start(lab.new_server(), NEW)?;
     let _daemons = setup.start_both()?;
-    settled(&setup)?;
-    let client = lab.client();
-    thread::scope(|scope| {
-        let transfer = scope.spawn(|| client.download(MOVED, LONG));
-        is_running(&setup, Role::New)?;
-        assert!(!transfer.is_finished(), "it is over already");
-        // Longer frames than the far end of a link takes vanish there; it takes a VLAN tag more.
+    transfer_while(&lab, &setup, Role::New, || {
+        // The far end of a link drops longer frames than its MTU, but it allows for a VLAN tag.
         lab.set_mtu(Leg::New, 1_300, false)?;
-        mtu(&setup, Role::New, |mtu| mtu < FULL)?;
-        let took = transfer.join().unwrap()?.took;
-        assert!(took < HELD_UP, "{took:?}");
-        mtu(&setup, Role::New, |mtu| mtu <= 1_300 + 4 - 60).map(drop)
-    })
+        mtu(&setup, Role::New, |mtu| mtu < FULL).map(drop)
+    })?;
+    mtu(&setup, Role::New, |mtu| mtu <= 1_300 + 4 - 60).map(drop)
 }
 
 #[test]
@@ -355,24 +366,17 @@ fn a_link_of_the_server_itself_is_followed_down_and_up_again() -> Result {
     let setup = setup(&lab)?;
     let _application = Service::start(lab.new_server(), NEW)?;
     let _daemons = setup.start_both()?;
-    settled(&setup)?;
-    let client = lab.client();
-    thread::scope(|scope| {
-        let transfer = scope.spawn(|| client.download(MOVED, LONG));
-        is_running(&setup, Role::New)?;
-        assert!(!transfer.is_finished(), "it is over already");
-        lab.set_mtu(Leg::New, 1_300, true)?;
-        let took = transfer.join().unwrap()?.took;
-        assert!(took < HELD_UP, "{took:?}");
-        mtu(&setup, Role::New, |mtu| mtu == 1_300 - 60)?;
-        // Until it knew, the kernel refused its batches, and it sent what was in them one by one.
-        let status = setup.status(Role::New)?;
-        let fallbacks = status.0["offloads"]["udp_gso_fallbacks"].as_u64();
-        assert!(fallbacks > Some(0), "{:?}", status.0["offloads"]);
-        lab.set_mtu(Leg::New, 1_500, true)?;
-        mtu(&setup, Role::New, |mtu| mtu == FULL)?;
-        client.download(MOVED, MEGABYTE).map(drop)
-    })
+    transfer_while(&lab, &setup, Role::New, || {
+        lab.set_mtu(Leg::New, 1_300, true)
+    })?;
+    mtu(&setup, Role::New, |mtu| mtu == 1_300 - 60)?;
+    // Until the server knew, the kernel refused its batches; it sent their datagrams one by one.
+    let status = setup.status(Role::New)?;
+    let fallbacks = status.0["offloads"]["udp_gso_fallbacks"].as_u64();
+    assert!(fallbacks > Some(0), "{:?}", status.0["offloads"]);
+    lab.set_mtu(Leg::New, 1_500, true)?;
+    mtu(&setup, Role::New, |mtu| mtu == FULL)?;
+    lab.client().download(MOVED, MEGABYTE).map(drop)
 }
 
 #[test]

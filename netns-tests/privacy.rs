@@ -1,4 +1,4 @@
-//! What others on the way can see, and what strangers get.
+//! What others on the path can see, and what strangers get.
 //!
 //! ```text
 //!                                        ┌── old server 192.0.2.1, UDP port 51850
@@ -102,7 +102,7 @@ fn a_stranger_gets_no_byte_back() -> Result {
                     if let Some(byte) = datagram.first_mut() {
                         *byte = first;
                     }
-                    // A full buffer is nobody's fault.
+                    // If the buffer is full, the datagram is lost.
                     let _ = socket.send(&datagram);
                 }
             }
@@ -144,7 +144,7 @@ fn a_recording_that_is_played_back_changes_nothing() -> Result {
         for server in [NEW, OLD] {
             let stranger = on.lab.client().udp_socket((server, PORT))?;
             for datagram in &recorded {
-                // A refusal would be an ICMP error, which the next test is about.
+                // A refusal would be an ICMP error, and the next test is about that.
                 let _ = stranger.send(datagram);
             }
         }

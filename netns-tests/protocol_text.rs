@@ -1,9 +1,11 @@
 //! `contrib/protocol.md` is complete: a second implementation made from it works with the daemon.
 //!
 //! ```text
-//!                                        ┌── old server 192.0.2.1: the second implementation, or the daemon
+//!                                        ┌── old server 192.0.2.1:
+//!                                        │   second implementation, or daemon
 //!  client ─────────────────── router ────┤              ║ tunnel
-//!                                        └── new server 198.51.100.2: the daemon, or the second implementation
+//!                                        └── new server 198.51.100.2:
+//!                                            daemon, or second implementation
 //! ```
 
 use std::net::UdpSocket;
@@ -30,7 +32,7 @@ pub(crate) fn socket_to(host: &Namespace, daemon: std::net::Ipv4Addr) -> Result<
     })
 }
 
-/// Section 6: what an old server says that has moved these addresses, whole.
+/// Section 6: the announcement of an old server that has moved these addresses, whole.
 pub(crate) fn old_announcement(id: u32, moved: &[std::net::Ipv4Addr]) -> Vec<u8> {
     let mut message = vec![4];
     message.extend(id.to_le_bytes());
@@ -66,7 +68,7 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
         peer.serve(PATIENCE, |it| {
             it.heard(&[5, 1, 0, 0, 0, 0]) && it.announcement.contains_key(&0)
         })?;
-        // Role, MTU, flags (IPv4 and IPv6 here), where IPv4 is delivered to.
+        // Role, MTU, flags (IPv4 and IPv6 here), and the address to deliver IPv4 to.
         let told = &peer.announcement[&0];
         assert_eq!((told[0], &told[1..3]), (2, &1500u16.to_le_bytes()[..]));
         assert_eq!(told[3] & 0b1101, 1, "{told:?}");
@@ -79,7 +81,7 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
         peer.control(&probe);
         peer.serve(PATIENCE, |it| it.heard(&[8, 0x14, 0x05]))?;
 
-        // A packet there, and the application's answer back, with the moved address as its source.
+        // A packet there, and the application's reply back, with the moved address as its source.
         for round in 0..3u8 {
             let mut packet = Vec::new();
             PacketBuilder::ipv4(CLIENT.octets(), MOVED.octets(), 60)
@@ -101,7 +103,7 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
             };
             assert_eq!((udp.source_port(), udp.destination_port()), (53, 4000));
             assert_eq!(udp.payload(), [round; 30]);
-            // The next one goes over a session of its own.
+            // The next round uses a session of its own.
             peer.shake_hands()?;
         }
         let status = daemon.status()?;
@@ -120,7 +122,7 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?.without_peer(Role::New);
     let psk = read_psk(setup.psk_file(Role::New))?;
-    // On the port that the old server's daemon is told to turn to.
+    // The old server's daemon expects its peer at this port.
     let socket = lab.new_server().run(|| {
         UdpSocket::bind((NEW, PORT))
             .and_then(|socket| socket.connect((OLD, PORT)).map(|()| socket))
@@ -129,7 +131,7 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
     let mut peer = IndependentPeer::new(socket, &psk, 2);
     let mut daemon = setup.start(Role::Old)?;
     peer.grant()?;
-    // The initiator shows its keys by a keepalive; then we may send.
+    // The initiator shows its keys by a keepalive; after that we may send.
     peer.serve(PATIENCE, |it| it.heard(&[1]))?;
     let told = [&[4, 1, 0, 0, 0, 0, 1, 2, 0xdc, 5, 1][..], &NEW.octets()].concat();
     peer.control(&told);
@@ -142,7 +144,7 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
     assert_eq!(moved[4..], [&[4][..], &MOVED.octets(), &[0, 0]].concat());
     assert_eq!(daemon.status()?.tunnel()["deliver_to"], NEW.to_string());
 
-    // A client asks the moved address; the second implementation is the application, too.
+    // A client asks the moved address. The second implementation plays the application, too.
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| lab.client().udp((MOVED, 53), b"anybody there?"));
         peer.serve(PATIENCE, |it| !it.packets.is_empty())?;

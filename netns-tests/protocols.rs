@@ -1,4 +1,4 @@
-//! A whole address carries every IP protocol; of an address that moved in part the rest stays.
+//! A whole address carries every IP protocol. If only ports have moved, everything else stays.
 //!
 //! ```text
 //!  client ── router ──┬── old server: 192.0.2.5, ports that stay
@@ -30,7 +30,7 @@ fn every_ip_protocol_is_carried_both_ways() -> Result {
             asking.send(moved, b"question of a client")?;
             let (from, question) = application.expect(PATIENCE, |words| words.len() > 8)?;
             assert_eq!(from, client, "protocol {protocol}");
-            // UDP-Lite's checksum covers the addresses, so it is another one now.
+            // UDP-Lite's checksum covers the addresses, so it has changed.
             let same = |words: &[u8]| protocol == 136 || words == b"question of a client";
             assert!(same(&question), "protocol {protocol}");
             application.send(client, b"the answer is yes")?;
@@ -76,7 +76,7 @@ fn exactly_the_ports_that_were_named_move() -> Result {
         "[2001:db8:a::5]:80,8000-8002/tcp",
         "[2001:db8:a::5]:53/udp",
     ]);
-    // Both servers have a service on each port: who answers is whose the port is.
+    // Both servers have a service on each port, so the reply shows whose the port is.
     let mut services = Vec::new();
     let mut echoes = Vec::new();
     let moved = [IpAddr::from(MOVED), MOVED6.into()];
@@ -115,7 +115,7 @@ fn exactly_the_ports_that_were_named_move() -> Result {
         let (ours, other) = (&echoes[2 * index], &echoes[2 * index + 1]);
         let counts = [&ours.0, &ours.1, &other.0, &other.1].map(|echo| echo.peers().len());
         assert_eq!(counts, [0, 1, 1, 0]);
-        // The ping is the old server's, which has not moved it.
+        // The old server has not moved the ping, so it replies itself.
         lab.client().ping(moved[index], 1_400)?;
     }
     let closed = lab.client().probe_tcp((MOVED, 8001), SILENCE)?;

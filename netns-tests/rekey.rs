@@ -1,4 +1,4 @@
-//! Keys change while packets flow: nothing is lost, nothing is sealed twice under one nonce.
+//! Keys change while packets flow. Nothing is lost, and no nonce seals two datagrams under one key.
 //!
 //! ```text
 //!                        ┌── old server, daemon --rekey-after 1
@@ -18,7 +18,7 @@ use crate::relay::{Dice, Fate, Relay};
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 use crate::stream::Stream;
 
-/// How long the quick tests change keys each second.
+/// How long the quick tests run, with new keys each second.
 const QUICK: Duration = Duration::from_secs(11);
 
 fn rekeying(setup: DaemonSetup<'_>) -> DaemonSetup<'_> {
@@ -29,7 +29,7 @@ fn rekeying(setup: DaemonSetup<'_>) -> DaemonSetup<'_> {
         })
 }
 
-/// What a rekey could have cost.
+/// The drop reasons that a rekey could cause.
 const CAUSES: [&str; 7] = [
     "no_session",
     "session_unknown",
@@ -51,7 +51,7 @@ fn nothing_was_dropped(setup: &DaemonSetup<'_>) -> Result {
     Ok(())
 }
 
-/// The sessions that a recording shows: receivers' indexes of data datagrams.
+/// The sessions in a recording: the receivers' indexes of its data datagrams.
 fn sessions(record: &[(Role, Vec<u8>)], from: Role) -> BTreeSet<u32> {
     record
         .iter()
@@ -60,8 +60,8 @@ fn sessions(record: &[(Role, Vec<u8>)], from: Role) -> BTreeSet<u32> {
         .collect()
 }
 
-/// Fails if two datagrams were sealed with the same key and nonce: a key is that of a direction, a
-/// receiver's index and a lane, a nonce is the counter.
+/// Fails if two datagrams were sealed with the same key and nonce. The key depends on the
+/// direction, the receiver's index and the lane; the nonce is the counter.
 fn no_nonce_repeats(record: &[(Role, Vec<u8>)]) {
     let mut seen = HashSet::new();
     for (from, bytes) in record.iter().filter(|(_, bytes)| bytes[0] == 4) {
@@ -191,7 +191,7 @@ fn reordering_across_rekeys_loses_and_repeats_nothing() -> Result {
     let setup = rekeying(Relay::setup(&lab)?);
     let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
     let _daemons = setup.start_both()?;
-    // A tenth of all datagrams come up to 0.4 s late: of the session before, more often than not.
+    // A tenth of all datagrams come up to 0.4 s late, many of them after the next rekey.
     let mut dice = Dice(4);
     relay.rule(move |_, _| match dice.per_thousand(100) {
         true => Fate::Late(Duration::from_millis(dice.next() % 400)),

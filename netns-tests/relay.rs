@@ -1,12 +1,11 @@
-//! A host on the way between the two servers, which does to their datagrams what the internet does, and
-//! what an attacker on the path does: loses, delays, keeps and repeats them, and gives one side another
-//! address, as a NAT does.
-//!
+//! A host on the path between the two servers. It does to their datagrams what the internet does,
+//! and an attacker on the path: it loses, delays, keeps and repeats them, and shows one side
+//! another address, as a NAT does.
 //! ```text
 //!  old server ── 192.0.2.254:51850 │ relay (on the router) │ 198.51.100.254:51850 ── new server
 //! ```
 //!
-//! Each server is told that its peer is the relay.
+//! Each server has the relay's address as its peer's.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -26,13 +25,13 @@ use crate::stage::{Result, setup};
 /// The UDP port of both daemons, and of the relay.
 pub(crate) const PORT: u16 = 51_850;
 
-/// Longest wait before the relay looks what it is told.
+/// Longest wait before the relay reads its orders again.
 const TICK: Duration = Duration::from_millis(2);
 
-/// The most datagrams it takes from one side before the other has its turn.
+/// Most datagrams that it takes from one side before the other has its turn.
 const BURST: usize = 64;
 
-/// Socket buffers, so that it loses nothing that it was not told to.
+/// Size of the socket buffers. The relay must lose only what it has been told to lose.
 const BUFFER: usize = 16 << 20;
 
 /// What happens to a datagram.
@@ -41,7 +40,7 @@ pub(crate) enum Fate {
     Pass,
     Lose,
     Late(Duration),
-    /// Until [`Relay::release`].
+    /// It waits until [`Relay::release`].
     Hold,
 }
 
@@ -50,11 +49,11 @@ type Rule = Box<dyn FnMut(Role, &[u8]) -> Fate + Send>;
 
 struct State {
     rule: Rule,
-    /// From which side what came, whatever became of it.
+    /// Every datagram that came, with the side it came from, whatever its fate.
     record: Option<Vec<(Role, Vec<u8>)>>,
     held: Vec<(Role, Vec<u8>)>,
     release: bool,
-    /// The side that is to see the relay at another port.
+    /// The side that will see the relay at another port.
     rebind: Option<Role>,
     inject: Vec<(Role, Vec<u8>)>,
     passed: u64,
@@ -68,7 +67,7 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// Passes everything on.
+    /// Starts a relay that passes everything on.
     pub(crate) fn start(lab: &Lab) -> Result<Self> {
         let sockets = lab.router().run(|| {
             let open = |addr| open(addr, PORT);
@@ -118,7 +117,7 @@ impl Relay {
             .args(Role::New, &["--deliver-to", &NEW.to_string()]))
     }
 
-    /// From now on this decides.
+    /// From now on `rule` decides.
     pub(crate) fn rule(&self, rule: impl FnMut(Role, &[u8]) -> Fate + Send + 'static) {
         self.state().rule = Box::new(rule);
     }
@@ -128,22 +127,23 @@ impl Relay {
         self.state().record = Some(Vec::new());
     }
 
-    /// What came since [`record`](Self::record), and from which side.
+    /// Returns the datagrams that came since [`record`](Self::record), and the sides they came
+    /// from.
     pub(crate) fn recorded(&self) -> Vec<(Role, Vec<u8>)> {
         self.state().record.take().unwrap_or_default()
     }
 
-    /// What is held.
+    /// The datagrams that the relay holds.
     pub(crate) fn held(&self) -> Vec<(Role, Vec<u8>)> {
         self.state().held.clone()
     }
 
-    /// Lets what is held go on its way.
+    /// Sends all held datagrams.
     pub(crate) fn release(&self) {
         self.state().release = true;
     }
 
-    /// From now on one side sees the relay at another port, as if a NAT had forgotten.
+    /// From now on one side sees the relay at another port, as if a NAT had lost its state.
     pub(crate) fn rebind(&self, seen_by: Role) {
         self.state().rebind = Some(seen_by);
     }
@@ -153,7 +153,7 @@ impl Relay {
         self.state().inject.push((to, bytes));
     }
 
-    /// How many datagrams went on their way.
+    /// The number of datagrams that it has passed on.
     pub(crate) fn passed(&self) -> u64 {
         self.state().passed
     }
@@ -239,7 +239,7 @@ impl Work {
             let (n, source) = match socket.recv_from(&mut buffer) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                // An ICMP message about a server that is away.
+                // This is an ICMP message about a server that is away.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
                 Err(error) => return Err(error),
             };
@@ -269,7 +269,7 @@ impl Work {
     }
 
     fn pass(&self, from: Role, bytes: &[u8]) {
-        // What cannot be sent is lost, as on any path.
+        // If sending fails, the datagram is lost, as on any path.
         let _ = match from {
             Role::Old => self.new.send_to(bytes, self.new_at),
             Role::New => self.old.send_to(bytes, self.old_at),
@@ -281,7 +281,7 @@ impl Work {
 pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    /// True that many times in a thousand.
+    /// True `chance` times in a thousand.
     pub(crate) fn per_thousand(&mut self, chance: u64) -> bool {
         self.next() % 1_000 < chance
     }

@@ -31,7 +31,7 @@ fn either_first(first: Role) -> Result {
     let _application = Service::start(lab.new_server(), NEW)?;
     let mut first_daemon = setup.start(first)?;
     first_daemon.wait_for_state("connecting", PATIENCE)?;
-    // Longer than its first message waits for nothing.
+    // Longer than its first message waits for a response.
     thread::sleep(Duration::from_millis(1500));
     let mut second_daemon = setup.start(first.other())?;
     second_daemon.wait_until_up()?;
@@ -72,7 +72,7 @@ fn a_connection_lives_on_when_the_new_servers_daemon_is_killed() -> Result {
     moved(|on| lives_on(on, Role::New))
 }
 
-/// Between the crash and the restart the moved address is silent: no reset, no ICMP.
+/// Kills and restarts the daemon. Meanwhile the moved address is silent: no reset, no ICMP.
 fn lives_on(on: Moved<'_>, role: Role) -> Result {
     let mut conversation = on.lab.client().converse(MOVED)?;
     conversation.exchange(b"before", PATIENCE)?;
@@ -109,7 +109,7 @@ fn a_connection_on_which_only_the_server_speaks_lives_on_too() -> Result {
     moved(|on| {
         let mut conversation = on.lab.client().converse(MOVED)?;
         conversation.exchange(b"before", PATIENCE)?;
-        // The echo of what is said is on its way back when the daemon is gone.
+        // The echo is on its way back when the daemon is gone.
         let (killed, _other) = split(on.daemons, Role::New);
         let words = vec![b'w'; 600_000];
         conversation.say(&words[..300_000])?;
@@ -172,7 +172,7 @@ fn a_path_that_was_cut_comes_back_by_itself() -> Result {
     })
 }
 
-/// The daemon of that role, and the other.
+/// Returns the daemon of that role, and the other.
 fn split(daemons: Daemons<'_>, role: Role) -> (Daemon<'_>, Daemon<'_>) {
     match role {
         Role::Old => (daemons.old, daemons.new),

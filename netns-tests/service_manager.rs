@@ -1,4 +1,4 @@
-//! The daemon as a service: what its manager and its administrator are told while it runs.
+//! The daemon as a service: what it tells its manager and its administrator while it runs.
 
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
@@ -30,7 +30,7 @@ fn the_service_manager_is_told_when_all_is_ready_what_is_up_and_when_it_ends() -
 }
 
 #[test]
-fn what_somebody_takes_away_is_made_again_and_said_so() -> Result {
+fn a_change_that_somebody_takes_away_is_made_again_and_status_says_so() -> Result {
     moved(|on| {
         take_away(on.lab.old_server())?;
         says_so(&on.daemons.old)?;
@@ -40,7 +40,7 @@ fn what_somebody_takes_away_is_made_again_and_said_so() -> Result {
 }
 
 #[test]
-fn with_both_translated_it_is_said_too() -> Result {
+fn in_mode_nat_status_says_so_too() -> Result {
     let lab = Lab::new()?;
     let nat = ["--move", "192.0.2.5", "--to", "198.51.100.2"];
     let daemon = setup(&lab)?.start_nat(&nat)?;
@@ -52,7 +52,7 @@ fn with_both_translated_it_is_said_too() -> Result {
     says_so(&daemon)
 }
 
-/// What is told a service manager.
+/// The socket on which a service manager hears from its service.
 struct Manager(UnixDatagram, std::path::PathBuf);
 
 impl Manager {
@@ -67,7 +67,7 @@ impl Manager {
         &self.1
     }
 
-    /// Waits until it is told this.
+    /// Waits until it receives this message.
     fn hears(&self, wanted: &str) -> Result {
         let mut told = [0; 1_000];
         loop {
@@ -79,7 +79,7 @@ impl Manager {
     }
 }
 
-/// Removes every program of a host, as whoever sets up traffic control anew does.
+/// Removes every program of a host, as somebody would who sets up traffic control anew.
 fn take_away(host: &Namespace) -> Result {
     host.run(|| {
         let netlink = Netlink::new().map_err(failed)?;
@@ -93,7 +93,7 @@ fn take_away(host: &Namespace) -> Result {
     })
 }
 
-/// Waits until `status` shows that something was made again.
+/// Waits until `status` shows that the daemon has made something again.
 fn says_so(daemon: &Daemon<'_>) -> Result {
     let said = poll_until(3 * PATIENCE, Duration::from_millis(200), || {
         let status = daemon.status().ok()?;

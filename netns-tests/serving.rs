@@ -111,7 +111,7 @@ fn a_full_sized_ping_is_answered() -> Result {
 #[test]
 fn a_closed_port_is_refused_by_the_new_server_through_the_tunnel() -> Result {
     moved(|on| {
-        // The old server has a listener there; if the connection is refused, it was not asked.
+        // The old server has a listener on this port, so a refusal shows that it was not asked.
         let _decoy = Service::start(on.lab.old_server(), (MOVED, 81))?;
         let probe = on.lab.client().probe_tcp((MOVED, 81), PATIENCE)?;
         assert_eq!(probe, Probe::Refused);
@@ -143,7 +143,7 @@ fn a_client_uses_the_direct_and_the_moved_address_at_once() -> Result {
 #[test]
 fn udp_to_the_direct_and_the_moved_address_is_answered_from_each() -> Result {
     moved(|on| {
-        // The client's sockets are connected: an answer from the other address is not heard.
+        // The client's sockets are connected, so they receive no reply from another address.
         let _echo = UdpService::start(on.lab.new_server(), (NEW, 53))?;
         for _ in 0..5 {
             on.lab.client().udp((MOVED, 53), b"through")?;

@@ -23,7 +23,7 @@ use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup};
 
 const COUNT: u8 = 3;
 
-/// How long a tunnel may take to be up.
+/// How long a tunnel may take to come up.
 const UP: Duration = Duration::from_secs(15);
 
 struct Several<'lab> {
@@ -37,7 +37,7 @@ fn psk(lab: &Lab, n: u8) -> PathBuf {
     lab.dir().join(format!("psk-{n}"))
 }
 
-/// An old server's daemon, which has moved `moves`.
+/// Starts an old server's daemon, which has moved `moves`.
 fn old_daemon(lab: &Lab, host: &Namespace, n: u8, moves: &[String]) -> Result<Process> {
     let mut command = setup(lab)?.command();
     command.args(["--peer", &NEW.to_string(), "--psk-file"]);
@@ -48,7 +48,7 @@ fn old_daemon(lab: &Lab, host: &Namespace, n: u8, moves: &[String]) -> Result<Pr
     host.spawn(command)
 }
 
-/// The new server's daemon, which knows all of them; the last one only by its key.
+/// Starts the new server's daemon, which knows all old servers; the last one only by its key.
 fn new_daemon(lab: &Lab) -> Result<Process> {
     let mut text = String::new();
     for n in 1..=COUNT {
@@ -88,7 +88,7 @@ fn start(lab: &Lab) -> Result<Several<'_>> {
 }
 
 impl Several<'_> {
-    /// What the new server's daemon says of its tunnels.
+    /// The tunnels in the status of the new server's daemon.
     fn tunnels(&self) -> Result<Vec<Value>> {
         let status = setup(self.lab)?.status(Role::New)?;
         Ok(status.0["tunnels"].as_array().cloned().unwrap_or_default())
@@ -117,7 +117,7 @@ fn each_old_servers_clients_are_served() -> Result {
         lab.client().udp((more_moved(n), 53), &[n; 100])?;
         lab.client().download(more_moved(n), MEGABYTE)?;
     }
-    // Each is listed, with what is its own.
+    // Status lists each with its own data.
     let tunnels = several.tunnels()?;
     for (n, tunnel) in (1..=COUNT).zip(&tunnels) {
         assert_eq!(tunnel["state"], "up");
@@ -131,8 +131,8 @@ fn each_old_servers_clients_are_served() -> Result {
     Ok(())
 }
 
-/// The same client, with the same port, to all moved addresses at once: four-tuples that would be the
-/// same once the moved address is rewritten.
+/// The same client uses the same port to all moved addresses at once. After the moved address is
+/// rewritten, these four-tuples would be the same.
 #[test]
 fn one_client_is_served_through_all_of_them_at_once() -> Result {
     let lab = Lab::new()?;
@@ -148,7 +148,7 @@ fn one_client_is_served_through_all_of_them_at_once() -> Result {
             conversation.exchange(&vec![n as u8; 1_000 * round + 1], PATIENCE)?;
         }
     }
-    // One socket, so one source port: each answer comes from the address that was asked.
+    // There is one socket, so one source port. Each reply comes from the address of its request.
     let socket = lab.clients().run(|| {
         std::net::UdpSocket::bind((ipmoved::lab::topology::CLIENT, 0))
             .map_err(|error| LabError::unexpected(error.to_string()))
@@ -186,7 +186,7 @@ fn the_death_of_one_does_not_touch_the_others() -> Result {
         assert!(took < Duration::from_secs(2), "{n}: {took:?}");
     }
     assert_eq!(several.tunnels()?[1]["state"], "up");
-    // Back again, its own connection goes on.
+    // After its return, its own connection goes on.
     let host = &several.hosts[0];
     let again = old_daemon(&lab, host, 1, &[more_moved(1).to_string()])?;
     several.old.insert(0, again);
@@ -199,7 +199,7 @@ fn an_address_moves_from_one_old_server_only_and_both_sides_say_so() -> Result {
     let lab = Lab::new()?;
     let mut several = start(&lab)?;
     let _application = Service::start(lab.new_server(), NEW)?;
-    // The second one claims what has moved from the first.
+    // The second one claims an address that has moved from the first.
     drop(several.old.remove(1));
     let moves = [more_moved(2).to_string(), more_moved(1).to_string()];
     let liar = old_daemon(&lab, &several.hosts[1], 2, &moves)?;
@@ -219,7 +219,7 @@ fn an_address_moves_from_one_old_server_only_and_both_sides_say_so() -> Result {
         liar.stderr(),
         several.new.stderr()
     );
-    // Each goes on with what is its own.
+    // Each keeps carrying its own addresses.
     several.wait(|tunnel| tunnel["state"] == "up")?;
     let tunnels = several.tunnels()?;
     assert_eq!(
@@ -233,7 +233,7 @@ fn an_address_moves_from_one_old_server_only_and_both_sides_say_so() -> Result {
     for n in 1..=COUNT {
         lab.client().get(more_moved(n))?.is_answered_by(NEW)?;
     }
-    // Once the first one lets go of it, it is the second one's.
+    // Once the first one gives it up, the second one has it.
     drop(several.old.remove(0));
     let _first = old_daemon(&lab, &several.hosts[0], 1, &["198.18.1.5:9/udp".to_owned()])?;
     let handed_over = poll_until(UP, Duration::from_millis(50), || {

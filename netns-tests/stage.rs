@@ -1,4 +1,4 @@
-//! What most tests begin with: a lab in which the address has moved.
+//! The standard starts of tests: a lab in which the address has moved.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,7 +6,9 @@ use std::time::Duration;
 use ipmoved::lab::topology::NEW;
 use ipmoved::lab::{DaemonSetup, Daemons, Lab, LabError, Service};
 
-/// What a test returns: the error is one sentence.
+use crate::relay::Relay;
+
+/// The result of a test. Its error is one sentence.
 pub(crate) type Result<T = ()> = std::result::Result<T, LabError>;
 
 /// One megabyte.
@@ -15,13 +17,13 @@ pub(crate) const MEGABYTE: u64 = 1 << 20;
 /// The moved address of each family.
 pub(crate) const FAMILIES: [&str; 2] = ["192.0.2.5", "2001:db8:a::5"];
 
-/// How long nothing may come for a port to count as silent.
+/// How long a port must send nothing to count as silent.
 pub(crate) const SILENCE: Duration = Duration::from_millis(700);
 
-/// How long a living path may take for an answer.
+/// How long a living path may take for a reply.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a connection may take to live on after a crash: TCP tries again after 0.2, 0.4, 0.8,
+/// How long a connection may take to live on after a crash. TCP tries again after 0.2, 0.4, 0.8,
 /// 1.6, 3.2 and 6.4 s.
 pub(crate) const RECOVERY: Duration = Duration::from_secs(15);
 
@@ -38,7 +40,7 @@ pub(crate) struct Moved<'lab> {
     pub(crate) daemons: Daemons<'lab>,
 }
 
-/// Plays a test on the standard stage.
+/// Runs a test on this stage.
 pub(crate) fn moved<T>(test: impl FnOnce(Moved<'_>) -> Result<T>) -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?;
@@ -53,7 +55,27 @@ pub(crate) fn moved<T>(test: impl FnOnce(Moved<'_>) -> Result<T>) -> Result {
     .map(drop)
 }
 
-/// The daemons of a lab as the contract writes them, not started.
+/// A lab with the application on the new server and a relay between the servers, without daemons.
+pub(crate) struct Relayed<'lab> {
+    pub(crate) lab: &'lab Lab,
+    pub(crate) relay: &'lab Relay,
+    pub(crate) setup: DaemonSetup<'lab>,
+}
+
+/// Runs a test on the stage with the relay.
+pub(crate) fn relayed(test: impl FnOnce(Relayed<'_>) -> Result) -> Result {
+    let lab = Lab::new()?;
+    let relay = Relay::start(&lab)?;
+    let setup = Relay::setup(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    test(Relayed {
+        lab: &lab,
+        relay: &relay,
+        setup,
+    })
+}
+
+/// The daemons of a lab with the command lines of the contract, not started.
 pub(crate) fn setup(lab: &Lab) -> Result<DaemonSetup<'_>> {
     DaemonSetup::new(lab, exe())
 }

@@ -1,4 +1,5 @@
-//! A stream of numbered datagrams that a UDP service sends back: what is lost, what comes twice.
+//! A stream of numbered datagrams that a UDP service sends back, to find those that are lost or
+//! doubled.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -11,10 +12,10 @@ use ipmoved::lab::{Client, LabError};
 
 use crate::stage::Result;
 
-/// How long the last echoes are waited for.
+/// How long to wait for the last echoes.
 const LAST: Duration = Duration::from_millis(1_500);
 
-/// A stream that flows until it is stopped.
+/// A stream that flows until [`stop`](Self::stop).
 pub(crate) struct Stream {
     stop: Arc<AtomicBool>,
     sender: JoinHandle<u64>,
@@ -22,7 +23,7 @@ pub(crate) struct Stream {
     heard: Arc<AtomicBool>,
 }
 
-/// What came of it.
+/// The result of a stream.
 #[derive(Debug)]
 pub(crate) struct Echoes {
     pub(crate) sent: u64,
@@ -33,7 +34,7 @@ pub(crate) struct Echoes {
 }
 
 impl Echoes {
-    /// Every datagram came back, and none twice.
+    /// Expects that every datagram came back, and none twice.
     pub(crate) fn complete(&self) -> Result {
         let lost = self.sent - self.back.len() as u64;
         if lost == 0 && self.twice == 0 {
@@ -89,7 +90,7 @@ impl Stream {
                 twice: 0,
                 gap: Duration::ZERO,
             };
-            // The timeout only matters at the end.
+            // The timeout matters only at the end.
             let _ = back.set_read_timeout(Some(Duration::from_millis(100)));
             let mut buffer = vec![0; 65_536];
             let mut last = Instant::now();
@@ -116,17 +117,17 @@ impl Stream {
         })
     }
 
-    /// Whether an echo came since this was last asked.
+    /// Whether an echo came since the last call.
     pub(crate) fn heard_again(&self) -> bool {
         self.heard.swap(false, Relaxed)
     }
 
-    /// Ends it, waits for what is on its way, and tells.
+    /// Ends the stream, waits for the last echoes, and returns the result.
     pub(crate) fn stop(self) -> Result<Echoes> {
         self.stop.store(true, Relaxed);
-        let joined = |what: &str| LabError::unexpected(format!("the {what} of a stream died"));
-        let sent = self.sender.join().map_err(|_| joined("sender"))?;
-        let echoes = self.receiver.join().map_err(|_| joined("receiver"))?;
+        let died = |what: &str| LabError::unexpected(format!("the {what} of a stream died"));
+        let sent = self.sender.join().map_err(|_| died("sender"))?;
+        let echoes = self.receiver.join().map_err(|_| died("receiver"))?;
         Ok(Echoes { sent, ..echoes })
     }
 }

@@ -1,4 +1,4 @@
-//! The lab itself, without any daemon: what the other tests stand on.
+//! The lab itself, without any daemon. All other tests rely on it.
 //!
 //! ```text
 //!  clients 203.0.113.10 and .11 ── router ──┬── old server 192.0.2.1, 192.0.2.5
@@ -9,12 +9,9 @@ use std::time::Duration;
 
 use ipmoved::lab::tap::PacketKind;
 use ipmoved::lab::topology::{CLIENT, Leg, MOVED, MOVED6, NEW, NEW6, OLD, SECOND_CLIENT};
-use ipmoved::lab::{Lab, LabError, Probe, Service, Snapshot, UdpService};
+use ipmoved::lab::{Lab, Probe, Service, Snapshot, UdpService};
 
-const MEGABYTE: u64 = 1 << 20;
-const PATIENCE: Duration = Duration::from_millis(700);
-
-type Result<T = ()> = std::result::Result<T, LabError>;
+use crate::stage::{MEGABYTE, PATIENCE, Result, SILENCE};
 
 #[test]
 fn a_direct_client_is_answered_by_the_new_server() -> Result {
@@ -89,10 +86,10 @@ fn a_path_that_fails_is_silent_and_comes_back() -> Result {
     let mut conversation = lab.client().converse(NEW)?;
     lab.set_reachable(NEW, false)?;
     conversation.say(b"can you hear me?")?;
-    assert!(conversation.hear(b"can you hear me?", PATIENCE).is_err());
-    assert_eq!(lab.client().probe_tcp(NEW, PATIENCE)?, Probe::Silent);
+    assert!(conversation.hear(b"can you hear me?", SILENCE).is_err());
+    assert_eq!(lab.client().probe_tcp(NEW, SILENCE)?, Probe::Silent);
     lab.set_reachable(NEW, true)?;
-    conversation.hear(b"can you hear me?", Duration::from_secs(5))
+    conversation.hear(b"can you hear me?", PATIENCE)
 }
 
 #[test]

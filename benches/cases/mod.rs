@@ -1,9 +1,9 @@
-//! What the micro benches measure: one packet, one super-packet or one flow at a time, through the
+//! The cases of the micro benches: one packet, one super-packet or one flow at a time, through the
 //! same public functions that a lane calls.
 //!
-//! Owns the cases alone; `micro.rs` times them and `instructions.rs` counts them, so that both
-//! speak of the same work. A case repeats one step; what a step uses up is made again every
-//! [`Case::round`] steps by [`Work::prepare`], which is neither timed nor counted.
+//! Owns the cases alone. `micro.rs` times them and `instructions.rs` counts them, so both speak of
+//! the same work. A case repeats one step. [`Work::prepare`] renews what the steps use up, every
+//! [`Case::round`] steps, and is neither timed nor counted.
 
 #![allow(
     clippy::disallowed_methods,
@@ -27,38 +27,39 @@ use ipmoved::internals::{
     VnetHdr, entropy,
 };
 
-/// Something that is repeated.
+/// Work that a bench repeats.
 pub(crate) trait Work {
-    /// Makes what the next round of steps uses up.
+    /// Renews what the next round of steps uses up.
     fn prepare(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// What is measured. Only called after [`prepare`](Self::prepare), at most a round's times.
+    /// The measured step. Runs only after [`prepare`](Self::prepare), at most as often as a round
+    /// has steps.
     fn step(&mut self);
 }
 
 /// One line of the benches.
 pub(crate) struct Case {
-    /// `what/of what`.
+    /// The form is `what/of what`.
     pub(crate) name: &'static str,
-    /// Bytes of IP packet that one step handles, if that means anything.
+    /// Bytes of IP packet that one step handles, or 0 if that means nothing.
     pub(crate) bytes: u64,
     /// Steps for which one preparation is enough.
     pub(crate) round: u32,
-    /// Makes what it needs.
+    /// Makes the case.
     pub(crate) build: fn() -> Result<Box<dyn Work>>,
 }
 
-/// IP packet that fits a datagram on a path of 1,500 bytes.
+/// An IP packet that fits a datagram on a path of 1,500 bytes.
 const PACKET: usize = 1_440;
-/// A small one: an ACK with timestamps is not much smaller.
+/// A small packet: an ACK with timestamps is not much smaller.
 const SMALL: usize = 64;
-/// Segments of the super-packet: what the kernel makes of 64 KB.
+/// Segments of the super-packet: as many as the kernel makes of 64 KB.
 const SEGMENTS: usize = 48;
-/// Its payload per segment.
+/// Payload of each of its segments.
 const MSS: usize = 1_350;
-/// Steps that use up something: enough that a round is long against the clock's resolution.
+/// Steps of a round that uses something up: enough to be long against the clock's resolution.
 const ROUND: u32 = 4_096;
 
 const FEW: usize = 1_000;
@@ -129,14 +130,14 @@ pub(crate) fn all() -> Vec<Case> {
 // Sealing and opening.
 
 struct Seal {
-    joined: Joined,
+    pair: Pair,
     datagram: Vec<u8>,
 }
 
 impl Seal {
     fn build(cipher: Cipher, len: usize) -> Result<Box<dyn Work>> {
         Ok(Box::new(Self {
-            joined: Joined::by(cipher)?,
+            pair: Pair::with(cipher)?,
             datagram: vec![0; len + DATA_OVERHEAD],
         }))
     }
@@ -144,16 +145,16 @@ impl Seal {
 
 impl Work for Seal {
     fn prepare(&mut self) -> Result<()> {
-        seal(&self.joined.from, &mut self.datagram).context("a datagram was not sealed")
+        seal(&self.pair.from, &mut self.datagram).context("a datagram was not sealed")
     }
 
     fn step(&mut self) {
-        black_box(seal(&self.joined.from, &mut self.datagram));
+        black_box(seal(&self.pair.from, &mut self.datagram));
     }
 }
 
 struct Open {
-    joined: Joined,
+    pair: Pair,
     sealed: Vec<u8>,
     stride: usize,
     at: usize,
@@ -163,7 +164,7 @@ impl Open {
     fn build(cipher: Cipher, len: usize) -> Result<Box<dyn Work>> {
         let stride = len + DATA_OVERHEAD;
         Ok(Box::new(Self {
-            joined: Joined::by(cipher)?,
+            pair: Pair::with(cipher)?,
             sealed: vec![0; stride * ROUND as usize],
             stride,
             at: 0,
@@ -175,11 +176,11 @@ impl Work for Open {
     fn prepare(&mut self) -> Result<()> {
         self.at = 0;
         for datagram in self.sealed.chunks_exact_mut(self.stride) {
-            seal(&self.joined.from, datagram).context("a datagram was not sealed")?;
+            seal(&self.pair.from, datagram).context("a datagram was not sealed")?;
         }
         let mut another = vec![0; self.stride];
-        seal(&self.joined.from, &mut another).context("a datagram was not sealed")?;
-        match open(&self.joined.to, &mut another) {
+        seal(&self.pair.from, &mut another).context("a datagram was not sealed")?;
+        match open(&self.pair.to, &mut another) {
             Ok(_) => Ok(()),
             Err(reason) => bail!("a datagram was not opened: {}", reason.name()),
         }
@@ -188,7 +189,7 @@ impl Work for Open {
     fn step(&mut self) {
         let datagram = &mut self.sealed[self.at..self.at + self.stride];
         self.at += self.stride;
-        let _ = black_box(open(&self.joined.to, datagram));
+        let _ = black_box(open(&self.pair.to, datagram));
     }
 }
 
@@ -206,16 +207,16 @@ fn open(session: &Session, datagram: &mut [u8]) -> Result<usize, DropReason> {
     Ok(opened.plaintext.len())
 }
 
-/// The same session as both sides hold it: a handshake of two tunnels in this process. The session ends
-/// with either of them.
-struct Joined {
+/// A session as both sides hold it, from a handshake of two tunnels in this process. It ends when
+/// either of them goes.
+struct Pair {
     from: Arc<Session>,
     to: Arc<Session>,
     _tunnels: [Tunnel; 2],
 }
 
-impl Joined {
-    fn by(cipher: Cipher) -> Result<Self> {
+impl Pair {
+    fn with(cipher: Cipher) -> Result<Self> {
         let (now, wall) = (Instant::now(), SystemTime::now());
         let keys = PeerKeys::derive(&Psk::generate(&entropy::system())?);
         let addr = |role| -> SocketAddr {
@@ -320,7 +321,8 @@ impl Work for Check {
     }
 }
 
-/// Parse, look up, rewrite. The packet is put back each time: 20 bytes of the header are copied.
+/// Parses, looks up and rewrites a packet. Each step restores the packet: it copies 20 bytes of the
+/// header.
 struct Rewrite {
     translator: Translator,
     now: Instant,
@@ -357,7 +359,7 @@ impl Rewrite {
             packet: fresh.clone(),
             fresh,
         };
-        // The flow begins with a packet of the client.
+        // The client's packet opens the flow.
         let Ok(mut parsed) = Parsed::parse(&there) else {
             bail!("the bench's packet is not understood");
         };
@@ -418,8 +420,8 @@ impl Segment {
         })
     }
 
-    /// Cuts the super-packet and hands each segment's room to `with`, which fills it.
-    fn cut(
+    /// Segments the super-packet, and calls `each` for each segment with its length.
+    fn segment(
         vnet: &VnetHdr,
         packet: &mut [u8],
         mut each: impl FnMut(&mut Segments<'_>, usize),
@@ -437,28 +439,28 @@ impl Segment {
 impl Work for Segment {
     fn prepare(&mut self) -> Result<()> {
         let mut count = 0;
-        let cut = Self::cut(&self.vnet, &mut self.packet, |segments, len| {
+        let segmented = Self::segment(&self.vnet, &mut self.packet, |segments, len| {
             segments.next_into(&mut self.out[..len]);
             count += 1;
         });
-        if cut.is_err() || count != SEGMENTS {
-            bail!("the super-packet was cut in {count}: {cut:?}");
+        if segmented.is_err() || count != SEGMENTS {
+            bail!("the super-packet became {count} segments: {segmented:?}");
         }
         Ok(())
     }
 
     fn step(&mut self) {
-        let cut = Self::cut(&self.vnet, &mut self.packet, |segments, len| {
+        let segmented = Self::segment(&self.vnet, &mut self.packet, |segments, len| {
             black_box(segments.next_into(&mut self.out[..len]));
         });
-        debug_assert!(cut.is_ok());
+        debug_assert!(segmented.is_ok());
     }
 }
 
-/// What the old server does with a super-packet between the two system calls.
+/// The old server's work on a super-packet between the two system calls.
 struct SegmentAndSeal {
     segment: Segment,
-    joined: Joined,
+    pair: Pair,
     batch: SendBatch,
     to: Destination,
 }
@@ -467,7 +469,7 @@ impl SegmentAndSeal {
     fn new() -> Result<Self> {
         Ok(Self {
             segment: Segment::new()?,
-            joined: Joined::by(Cipher::Aes256Gcm)?,
+            pair: Pair::with(Cipher::Aes256Gcm)?,
             batch: SendBatch::new(),
             to: Destination {
                 peer: PeerId(0),
@@ -484,34 +486,34 @@ impl SegmentAndSeal {
 impl Work for SegmentAndSeal {
     fn prepare(&mut self) -> Result<()> {
         self.segment.prepare()?;
-        seal(&self.joined.from, &mut [0; PACKET]).context("a datagram was not sealed")
+        seal(&self.pair.from, &mut [0; PACKET]).context("a datagram was not sealed")
     }
 
     fn step(&mut self) {
         let Self {
             segment: Segment { vnet, packet, .. },
-            joined,
+            pair,
             batch,
             to,
         } = self;
-        let cut = Segment::cut(vnet, packet, |segments, len| {
+        let segmented = Segment::segment(vnet, packet, |segments, len| {
             let mut slot = batch.reserve(len + DATA_OVERHEAD, to, |full| {
                 black_box(full);
             });
             segments.next_into(&mut slot[DATA_HEADER_LEN..]);
-            if seal(&joined.from, &mut slot).is_some() {
+            if seal(&pair.from, &mut slot).is_some() {
                 slot.commit();
             }
         });
         black_box(batch.take());
-        debug_assert!(cut.is_ok());
+        debug_assert!(segmented.is_ok());
     }
 }
 
-/// What one receive gives at most: 44 datagrams of a path of 1,500 bytes.
+/// Most packets that one receive gives: 44 datagrams of a path of 1,500 bytes.
 const COALESCED: usize = 44;
 
-/// Plaintexts side by side, parsed and joined. The head is put back each time.
+/// Plaintexts side by side, which each step parses and coalesces. It restores the head first.
 struct Coalesce {
     slab: Vec<u8>,
     head: Vec<u8>,
@@ -533,13 +535,13 @@ impl Coalesce {
             stride,
             coalescer: Coalescer::new(true, Reach::Further),
         };
-        if work.join() != Some(COALESCED) {
-            bail!("the packets were not joined to one");
+        if work.coalesce() != Some(COALESCED) {
+            bail!("the packets were not coalesced into one");
         }
         Ok(work)
     }
 
-    fn join(&mut self) -> Option<usize> {
+    fn coalesce(&mut self) -> Option<usize> {
         self.slab[..40].copy_from_slice(&self.head[..40]);
         for at in (0..self.slab.len()).step_by(self.stride) {
             let range = at..at + self.stride;
@@ -551,20 +553,20 @@ impl Coalesce {
                 return None;
             }
         }
-        let joined = self.coalescer.finish(&mut self.slab)?;
-        Some(joined.packets)
+        let coalesced = self.coalescer.finish(&mut self.slab)?;
+        Some(coalesced.packets)
     }
 }
 
 impl Work for Coalesce {
     fn step(&mut self) {
-        black_box(self.join());
+        black_box(self.coalesce());
     }
 }
 
 // Flows.
 
-/// A table of flows that were answered, as they are met in operation.
+/// A table of flows with replies, as it is in operation.
 struct Flows {
     table: FlowTable,
     limit: Limit,
@@ -597,8 +599,8 @@ impl Flows {
             .map_err(|reason| anyhow::anyhow!("flow {n} was not opened: {}", reason.name()))
     }
 
-    /// Lets the flows beyond the first `count` go, which were reset. The others outlive some
-    /// hundred of that; then the table is made anew.
+    /// Drops the flows beyond the first `count`, which were reset. The other flows outlive some
+    /// hundred such calls; then this makes a new table.
     fn clear(&mut self) -> Result<()> {
         self.now += TCP_RESET + Duration::from_secs(1);
         self.table.expire(self.now, usize::MAX, &self.limit);
@@ -636,7 +638,8 @@ impl Lookup {
 
 impl Work for Lookup {
     fn step(&mut self) {
-        // A stride without a common factor with the count: each flow in turn, none next to the last.
+        // The stride has no factor in common with the count: it visits each flow, and none next to
+        // the last one.
         self.n = (self.n + 611_953) % self.flows.count;
         let Flows {
             table, limit, now, ..
@@ -704,9 +707,9 @@ impl Work for Expire {
     }
 }
 
-// What the cases are made of.
+// Parts of the cases.
 
-/// Everything that goes to an address.
+/// A move of a whole address.
 fn whole(addr: Ipv4Addr) -> Move {
     Move {
         addr: addr.into(),
@@ -715,7 +718,7 @@ fn whole(addr: Ipv4Addr) -> Move {
     }
 }
 
-/// A segment of a TCP connection, the `n`th of a row; its checksum partial or complete.
+/// A segment of a TCP connection, the `n`th in order; its checksum partial or complete.
 fn tcp(src: End, dst: End, n: u32, payload: &[u8], partial: bool) -> Result<Vec<u8>> {
     let mut packet = Vec::new();
     let seq = 1 + n * payload.len() as u32;
@@ -723,7 +726,7 @@ fn tcp(src: End, dst: End, n: u32, payload: &[u8], partial: bool) -> Result<Vec<
         .tcp(src.1, dst.1, seq, 65_535)
         .ack(1)
         .write(&mut packet, payload)?;
-    // Consecutive identifications, as a sender cuts them; the header's sum follows.
+    // Senders give consecutive segments consecutive identifications. The header's sum follows.
     packet[4..6].copy_from_slice(&(n as u16).to_be_bytes());
     packet[10..12].fill(0);
     let header = !sum(&packet[..20], 0);

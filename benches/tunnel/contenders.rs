@@ -1,15 +1,16 @@
-//! The ways by which clients of a moved address reach the new server.
+//! The ways in which clients of a moved address can reach the new server.
 //!
-//! Owns how each is set up in a lab, as a careful administrator would. All but the direct path carry
-//! clients of 192.0.2.5 to the application on 198.51.100.2; all but way 1 show it the client's own
-//! address.
+//! Owns how to set up each of them in a lab, as a careful administrator would. All but the direct
+//! path carry clients of 192.0.2.5 to the application on 198.51.100.2. All but the two-sided NAT
+//! show it the client's own address.
 //!
-//! Way 3 by hand, over whatever device joins the two servers (VXLAN, WireGuard):
+//! By hand what mode `translate` does, over any device that connects the two servers (VXLAN,
+//! WireGuard):
 //!
 //! ```text
-//!  old server: 192.0.2.5 off the interface, proxy ARP for it, route 192.0.2.5/32 → device, forwarding,
-//!              MSS clamped to the device
-//!  new server: from the device: connection mark 1, DNAT to 198.51.100.2; replies of marked
+//!  old server: 192.0.2.5 off the interface, proxy ARP for it, route 192.0.2.5/32 → device,
+//!              forwarding, MSS clamped to the device
+//!  new server: packets from the device: connection mark 1, DNAT to 198.51.100.2; replies of marked
 //!              connections: mark 1 → rule → table 100 → device, but for the old server itself
 //! ```
 
@@ -27,37 +28,38 @@ use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW, OLD, UPLINK};
 use ipmoved::lab::{DaemonSetup, Daemons, Lab, Namespace, Process, poll_until};
 
-/// How long a command or a process's device may take.
+/// How long a command, or a process until its device is there, may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The device between the servers has these addresses.
+/// The addresses of the device between the servers.
 const OLD_INNER: &str = "10.99.0.1";
 const NEW_INNER: &str = "10.99.0.2";
-/// Its MTU, for VXLAN: 50 bytes below the path's.
+/// MTU of the device between the servers, for VXLAN: 50 bytes below the path's.
 const VXLAN_MTU: u32 = 1_450;
-/// Its MTU, for WireGuard: 80 bytes below the path's, as wg-quick sets it.
+/// MTU of the device between the servers, for WireGuard: 80 bytes below the path's, as wg-quick
+/// sets it.
 const WG_MTU: u32 = 1_420;
 const WG_PORT: &str = "51820";
 
-/// What can be compared.
+/// Everything that the bench can compare.
 #[derive(Clone, Debug)]
 pub(crate) enum Kind {
     /// The client goes to the new server itself: the ceiling.
     Direct,
     /// This project's binary, or another build of it.
     Ipmoved(Option<PathBuf>),
-    /// This project's binary with the cipher that has to be asked for.
+    /// This project's binary with the cipher that one must ask for.
     IpmovedAegis,
-    /// Way 3 in the kernel, in plaintext: the yardstick.
+    /// By hand what mode `translate` does, in the kernel, in plaintext: the yardstick.
     Vxlan,
-    /// Way 1 in the kernel: DNAT and SNAT on the old server.
+    /// By hand what mode `nat` does, in the kernel: DNAT and SNAT on the old server.
     TwoSidedNat,
-    /// Way 3 over WireGuard in userspace, by this program.
+    /// By hand what mode `translate` does, over WireGuard in userspace, by this program.
     WireGuard(&'static str),
 }
 
 impl Kind {
-    /// Everything, in the order of the table.
+    /// All contenders, in the order of the table.
     pub(crate) fn all(against: &[PathBuf]) -> Vec<Self> {
         let mut all = vec![Self::Ipmoved(None)];
         all.extend(against.iter().cloned().map(|exe| Self::Ipmoved(Some(exe))));
@@ -89,22 +91,22 @@ impl Kind {
         matches!(self, Self::Ipmoved(_) | Self::IpmovedAegis)
     }
 
-    /// Whether its time is sampled and its flow table filled: with another cipher both are alike.
+    /// Whether the bench samples its time and fills its flow table. Another cipher changes neither.
     fn is_looked_into(&self) -> bool {
         matches!(self, Self::Ipmoved(_))
     }
 
-    /// Whether its highest rate without loss is searched, which takes long.
+    /// Whether the bench searches its highest rate without loss, which takes long.
     fn is_searched(&self) -> bool {
         matches!(self, Self::Ipmoved(_) | Self::Vxlan | Self::Direct)
     }
 
-    /// Whether it is measured on impaired paths, which takes long too.
+    /// Whether the bench measures it on impaired paths, which takes long too.
     fn is_impaired(&self) -> bool {
         self.is_searched() || matches!(self, Self::WireGuard("wireguard-go"))
     }
 
-    /// Whether `--quick` leaves it out: one of its sort is enough there.
+    /// Whether `--quick` leaves it out: one of its kind is enough there.
     pub(crate) fn is_left_out_when_quick(&self) -> bool {
         matches!(
             self,
@@ -113,7 +115,7 @@ impl Kind {
     }
 }
 
-/// One way, set up and running.
+/// One contender, set up and running.
 pub(crate) struct Contender<'lab> {
     kind: Kind,
     lab: &'lab Lab,
@@ -121,13 +123,13 @@ pub(crate) struct Contender<'lab> {
 }
 
 enum Running<'lab> {
-    /// Nothing but the kernel.
+    /// There is nothing but the kernel.
     Kernel,
     Ipmoved {
         daemons: Box<Daemons<'lab>>,
         pids: [u32; 2],
     },
-    /// Old server's process, new server's.
+    /// The old server's process, and the new server's.
     WireGuard(Box<[WireGuard; 2]>),
 }
 
@@ -148,8 +150,8 @@ impl<'lab> Contender<'lab> {
                 }
                 let mut daemons = DaemonSetup::new(lab, exe)?
                     .args(Role::Old, &args)
-                    // Room for a million half-open flows from one client, which may have a quarter
-                    // of a table. Tables grow with their flows, not with this.
+                    // Space for a million half-open flows from one client, which may have a quarter
+                    // of a table. Tables grow with their flows, not with this limit.
                     .args(Role::New, &["--max-flows", "4200000"])
                     .args(Role::New, &args)
                     .start_both()?;
@@ -161,7 +163,7 @@ impl<'lab> Contender<'lab> {
             }
             Kind::Vxlan => {
                 vxlan(lab)?;
-                way_3(lab, ["vx0", "vx0"], VXLAN_MTU)?;
+                translate_by_hand(lab, ["vx0", "vx0"], VXLAN_MTU)?;
                 Running::Kernel
             }
             Kind::TwoSidedNat => {
@@ -170,7 +172,7 @@ impl<'lab> Contender<'lab> {
             }
             Kind::WireGuard(program) => {
                 let ends = wireguard(lab, program)?;
-                way_3(lab, [&ends[0].device, &ends[1].device], WG_MTU)?;
+                translate_by_hand(lab, [&ends[0].device, &ends[1].device], WG_MTU)?;
                 Running::WireGuard(Box::new(ends))
             }
         };
@@ -212,7 +214,7 @@ impl<'lab> Contender<'lab> {
         self.lab
     }
 
-    /// Where the client turns to.
+    /// The address that the client connects to.
     pub(crate) fn target(&self) -> Ipv4Addr {
         match self.kind {
             Kind::Direct => NEW,
@@ -233,7 +235,8 @@ impl<'lab> Contender<'lab> {
         }
     }
 
-    /// The tunnel's devices on the old and the new server and its UDP port, where a process reads them.
+    /// The tunnel's devices on the old and the new server and its UDP port, if a process reads
+    /// them.
     pub(crate) fn queues(&self) -> Option<([&str; 2], u16)> {
         match &self.running {
             Running::Kernel => None,
@@ -242,7 +245,7 @@ impl<'lab> Contender<'lab> {
         }
     }
 
-    /// The daemons, if it is ipmoved.
+    /// The daemons, if the contender is ipmoved.
     pub(crate) fn daemons(&self) -> Option<&Daemons<'lab>> {
         match &self.running {
             Running::Ipmoved { daemons, .. } => Some(daemons),
@@ -259,7 +262,7 @@ impl<'lab> Contender<'lab> {
     }
 }
 
-/// A WireGuard process; its socket under /run goes with it.
+/// A WireGuard process. Dropping it removes its socket under /run.
 struct WireGuard {
     process: Process,
     device: String,
@@ -267,7 +270,7 @@ struct WireGuard {
 
 impl Drop for WireGuard {
     fn drop(&mut self) {
-        // It removes its socket when told to end; what it leaves is removed here.
+        // It removes its socket when told to end. If it leaves anything, we remove that here.
         let _ = self.process.signal(Signal::TERM);
         poll_until(
             Duration::from_millis(500),
@@ -278,7 +281,7 @@ impl Drop for WireGuard {
     }
 }
 
-/// A device that joins the servers' addresses, without encryption.
+/// Connects the servers by a device without encryption.
 fn vxlan(lab: &Lab) -> Result<()> {
     need("ip")?;
     let ends = [
@@ -297,7 +300,7 @@ fn vxlan(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// A WireGuard tunnel that joins the servers' addresses, by a userspace program.
+/// Connects the servers by a WireGuard tunnel of a userspace program.
 fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
     need(program)?;
     need("ip")?;
@@ -305,14 +308,15 @@ fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
     let hosts = [lab.old_server(), lab.new_server()];
     let mut ends = Vec::new();
     for (side, host) in hosts.into_iter().enumerate() {
-        // The control socket's directory belongs to the machine: names that collide with nobody's.
+        // The control socket's directory belongs to the machine, so we need names that collide with
+        // nobody's.
         let initial = &program[..1];
         let device = format!("ipm{initial}{side}-{}", std::process::id());
         let mut command = Command::new(program);
         command.arg("-f");
         if program != "wireguard-go" {
-            // Else they become whoever logged in, who may not open the device, and end where nobody
-            // logged in.
+            // Otherwise they become the user who logged in, who may not open the device, and they
+            // end if nobody logged in.
             command.args(["--disable-drop-privileges", "-v", "error"]);
         }
         command.arg(&device).env("LOG_LEVEL", "error");
@@ -360,7 +364,7 @@ fn wireguard(lab: &Lab, program: &'static str) -> Result<[WireGuard; 2]> {
         .map_err(|_| anyhow::anyhow!("there are two ends"))
 }
 
-/// The last line that a process said: wireguard-go begins with a banner.
+/// The last line that a process wrote: wireguard-go begins with a banner.
 fn words(process: &Process) -> String {
     let said = process.stderr() + &process.stdout();
     let line = said
@@ -370,8 +374,8 @@ fn words(process: &Process) -> String {
     line.unwrap_or("nothing was said").trim().to_owned()
 }
 
-/// Leads the moved address over a device and the replies back: see the module.
-fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
+/// Leads the moved address over a device and the replies back, as the module's head describes.
+fn translate_by_hand(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
     let [on_old, on_new] = devices;
     let mss = mtu - 40;
     let old = lab.old_server();
@@ -387,7 +391,7 @@ fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
     firewall(
         old,
         &format!(
-            "table ip way3 {{
+            "table ip translate {{
                chain forward {{ type filter hook forward priority mangle;
                  tcp flags syn tcp option maxseg size set {mss}; }}
              }}"
@@ -398,12 +402,13 @@ fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
     )?;
 
     let new = lab.new_server();
-    // Clients' addresses come from the device and are routed to the uplink: loose filtering there.
+    // Clients' packets come from the device, but their routes lead to the uplink: loose filtering
+    // there.
     new.set_sysctls(&[(&format!("ipv4/conf/{on_new}/rp_filter"), "2")])?;
     firewall(
         new,
         &format!(
-            "table ip way3 {{
+            "table ip translate {{
                chain marking {{ type filter hook prerouting priority mangle;
                  iifname \"{on_new}\" ct mark set 1; }}
                chain translate {{ type nat hook prerouting priority dstnat;
@@ -418,7 +423,8 @@ fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
             "-t mangle -A OUTPUT -m connmark --mark 1 -j CONNMARK --restore-mark",
         ],
     )?;
-    // VXLAN routes its own datagrams by the mark of what is in them: without this rule, into itself.
+    // VXLAN routes its own datagrams by the mark of the inner packet. Without this rule that leads
+    // into VXLAN itself.
     sh(new, &format!("ip rule add pref 90 to {OLD} lookup main"))?;
     sh(new, "ip rule add pref 100 fwmark 1 lookup 100")?;
     sh(
@@ -428,14 +434,14 @@ fn way_3(lab: &Lab, devices: [&str; 2], mtu: u32) -> Result<()> {
     Ok(())
 }
 
-/// Way 1: the new server sees the old server's address instead of the client's.
+/// Sets up two-sided NAT: the new server sees the old server's address instead of the client's.
 fn two_sided_nat(lab: &Lab) -> Result<()> {
     let old = lab.old_server();
     old.set_sysctls(&[("ipv4/ip_forward", "1")])?;
     firewall(
         old,
         &format!(
-            "table ip way1 {{
+            "table ip nat_by_hand {{
                chain there {{ type nat hook prerouting priority dstnat;
                  ip daddr {MOVED} dnat to {NEW}; }}
                chain source {{ type nat hook postrouting priority srcnat;
@@ -449,7 +455,7 @@ fn two_sided_nat(lab: &Lab) -> Result<()> {
     )
 }
 
-/// Sets rules by `nft`, or by `iptables` where that is all there is.
+/// Sets rules by `nft`, or by `iptables` if there is nothing else.
 pub(crate) fn firewall(host: &Namespace, ruleset: &str, rules: &[&str]) -> Result<()> {
     if on_path("nft") {
         sh(host, &format!("nft -f - <<'END'\n{ruleset}\nEND"))?;
@@ -464,7 +470,7 @@ pub(crate) fn firewall(host: &Namespace, ruleset: &str, rules: &[&str]) -> Resul
     Ok(())
 }
 
-/// Takes back what [`firewall`] set: its table, or each of its rules.
+/// Removes the rules of [`firewall`]: its table, or each of its rules.
 pub(crate) fn firewall_off(host: &Namespace, table: &str, rules: &[&str]) -> Result<()> {
     if on_path("nft") {
         sh(host, &format!("nft delete table ip {table}"))?;
@@ -476,7 +482,7 @@ pub(crate) fn firewall_off(host: &Namespace, table: &str, rules: &[&str]) -> Res
     Ok(())
 }
 
-/// Runs a line on a host; what it printed, or what it complained about.
+/// Runs a line on a host and returns its output, or an error with its complaint.
 pub(crate) fn sh(host: &Namespace, line: &str) -> Result<String> {
     let mut command = Command::new("sh");
     command.args(["-c", line]);

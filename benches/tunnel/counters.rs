@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use ipmoved::lab::{LabError, Namespace};
 
-/// Ticks a second of the times in /proc: fixed by the kernel's interface to programs.
+/// Ticks a second of the times in /proc. The kernel's interface to programs fixes this number.
 const TICKS: f64 = 100.0;
 
 /// Packets for a process that did not fit the queue of its TUN device.
@@ -14,20 +14,20 @@ pub(crate) fn queue_drops(host: &Namespace, device: &str) -> Result<u64> {
     Ok(sent_by(host, device)?.dropped)
 }
 
-/// What a device has sent.
+/// The counters of a device's sending side.
 pub(crate) struct Sent {
     pub(crate) bytes: u64,
-    /// Super-packets count as one.
+    /// Packets sent. Super-packets count as one.
     pub(crate) packets: u64,
-    /// Packets that it did not take.
+    /// Packets that the device did not take.
     dropped: u64,
 }
 
 /// Reads the counters of a device's sending side.
 pub(crate) fn sent_by(host: &Namespace, device: &str) -> Result<Sent> {
     let text = read(host, "/proc/thread-self/net/dev")?;
-    // Receive: bytes packets errs drop fifo frame compressed multicast; transmit: bytes packets errs
-    // drop.
+    // Receive: bytes packets errs drop fifo frame compressed multicast. Transmit: bytes packets
+    // errs drop.
     let line = text
         .lines()
         .find_map(|line| line.trim_start().strip_prefix(device)?.strip_prefix(':'))
@@ -46,7 +46,7 @@ pub(crate) fn sent_by(host: &Namespace, device: &str) -> Result<Sent> {
     }
 }
 
-/// Datagrams that did not fit the buffers of the sockets of a port.
+/// Datagrams that did not fit the buffers of a port's sockets.
 pub(crate) fn socket_drops(host: &Namespace, port: u16) -> Result<u64> {
     let mut drops = 0;
     for table in ["udp", "udp6"] {
@@ -70,11 +70,11 @@ fn read(host: &Namespace, path: &str) -> Result<String> {
     })?)
 }
 
-/// CPU seconds that a process has used, in itself and in the kernel.
+/// CPU seconds that a process has used, in user space and in the kernel.
 pub(crate) fn cpu_of(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, which may hold anything, ends with the last parenthesis; utime and stime are fields
-    // 14 and 15.
+    // The name may hold anything, and ends with the last parenthesis. Fields 14 and 15 are utime
+    // and stime.
     let (_, fields) = text.rsplit_once(')').context("a stat without a name")?;
     let ticks: u64 = fields
         .split_ascii_whitespace()

@@ -1,15 +1,17 @@
-//! A delay line: what comes from the new server takes some milliseconds longer.
+//! A delay line: it makes packets from the new server take some milliseconds longer.
 //!
 //! ```text
 //!  router:  new ──rule──► TUN ─► [held] ─► TUN ──► main table: clients, old server
 //! ```
 //!
-//! Between namespaces a round trip takes microseconds. There no sender needs more than a packet or two
-//! under way, and what loss does to it is a matter of timers; on a path with a length a sender slows
-//! down by the formulas, and whoever adds delay or loss of his own is seen. Only the way back is
-//! delayed: it carries acknowledgements, which are few, and is not the impaired one.
+//! Between namespaces a round trip takes microseconds. There no sender needs more than a packet or
+//! two under way, and the effect of loss on it depends on timers. On a path with a length a sender
+//! slows down by the formulas, and a contender that adds delay or loss of its own shows. The line
+//! delays only the way back, which carries acknowledgements: these are few, and that direction is
+//! not the impaired one.
 //!
-//! Frames are held and written as they were read, super-packets and unfinished checksums included.
+//! It holds and writes frames exactly as it read them, including super-packets and unfinished
+//! checksums.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -26,21 +28,21 @@ use ipmoved::lab::{LabError, Namespace};
 
 use crate::contenders::sh;
 
-/// How much longer the way takes: most of a round trip, and far more than any tunnel adds.
+/// The added delay: most of a round trip, and far more than any tunnel adds.
 pub(crate) const DELAY: Duration = Duration::from_millis(5);
-/// Frames held at most: what 800,000 acknowledgements a second are in that time, several times more than
-/// a path here has. What comes then is dropped.
+/// Most frames that it holds: 800,000 acknowledgements a second make so many in that time, and a
+/// path here has several times less. It drops further ones.
 const HELD: usize = 4_096;
-/// Frames read before those that are due are written.
+/// Frames that it reads before it writes those that are due.
 const BURST: usize = 64;
-/// How often an idle line looks whether it is to end.
+/// How often an idle line checks whether it should end.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// The device, and the table that leads into it.
 const DEVICE: &str = "delay";
 const TABLE: u32 = 50;
 
-/// A delay line in a router; gone when dropped.
+/// A delay line in a router. Dropping it removes it.
 pub(crate) struct Delay<'lab> {
     router: &'lab Namespace,
     stop: Arc<AtomicBool>,
@@ -48,7 +50,7 @@ pub(crate) struct Delay<'lab> {
 }
 
 impl<'lab> Delay<'lab> {
-    /// Delays what comes in by `interface`.
+    /// Delays the packets that come in by `interface`.
     pub(crate) fn start(router: &'lab Namespace, interface: &str) -> Result<Self> {
         let queue = router.run(|| {
             let (mut queues, _) = TunQueue::create(DEVICE, 1, TunOptions::default())
@@ -82,7 +84,7 @@ impl<'lab> Delay<'lab> {
         Ok(delay)
     }
 
-    /// Ends it and says what went wrong.
+    /// Ends it, and returns its error.
     pub(crate) fn stop(mut self) -> Result<()> {
         self.end()
     }
@@ -92,7 +94,7 @@ impl<'lab> Delay<'lab> {
             return Ok(());
         };
         let unruled = sh(self.router, &format!("ip rule del pref {TABLE}"));
-        // The device goes with its queue, and the route with the device.
+        // The device takes its queue with it, and the route goes with the device.
         self.stop.store(true, Relaxed);
         let ended = line.join().ok().context("the delay line panicked")?;
         unruled?;
@@ -102,7 +104,7 @@ impl<'lab> Delay<'lab> {
 
 impl Drop for Delay<'_> {
     fn drop(&mut self) {
-        // Only on the way out of an error, which says more.
+        // This is the way out of another error, which says more.
         let _ = self.end();
     }
 }
@@ -120,7 +122,7 @@ fn carry(queue: &TunQueue, stop: &AtomicBool) {
             }
         }
         while let Some((_, frame)) = held.front().filter(|(due, _)| *due <= Instant::now()) {
-            // What the kernel does not take is lost, as on any path.
+            // If the kernel does not take a frame, it is lost, as on any path.
             let _ = queue.send(&[IoSlice::new(frame)]);
             held.pop_front();
         }
@@ -136,6 +138,6 @@ fn wait_readable(queue: &TunQueue, pause: Duration) {
         tv_sec: 0,
         tv_nsec: i64::from(pause.subsec_nanos()),
     };
-    // Whether it was a frame, the time or a signal: the next turn finds out.
+    // It may have been a frame, the time or a signal. The next turn finds out.
     let _ = poll(&mut [PollFd::new(queue, PollFlags::IN)], Some(&pause));
 }

@@ -1,8 +1,8 @@
-//! Round trips: requests of which several are under way at a time, each answered by as many bytes.
+//! Round trips: several requests are under way at a time, and each gets a reply of as many bytes.
 //!
-//! Owns both ends, which are as most servers and their clients are: one datagram in a call, one
-//! message in a call. Nobody sends before it was answered, so that no queue overflows and what is
-//! counted is what everybody on the way needs for a small packet, asleep and awake.
+//! Owns both ends, which work like most servers and their clients: one datagram in a call, one
+//! message in a call. Nobody sends the next request before a reply, so no queue overflows. The
+//! result shows what everybody on the path needs for a small packet, asleep and awake.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, TcpStream, UdpSocket};
@@ -19,16 +19,16 @@ use ipmoved::lab::topology::NEW;
 
 use crate::load::{Congestion, LOOK, bind, connect, in_words, listen, rate};
 
-/// What is exchanged.
+/// The messages of an exchange.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Messages {
-    /// Bytes of each, without headers.
+    /// Bytes of each message, without headers.
     pub(crate) payload: usize,
-    /// Under way at the same time.
+    /// Messages under way at the same time.
     pub(crate) outstanding: usize,
 }
 
-/// Events taken from the kernel in one call.
+/// Events that one call takes from the kernel.
 const EVENTS: usize = 64;
 
 /// Round trips a second of datagrams of one flow.
@@ -46,11 +46,11 @@ pub(crate) fn udp(lab: &Lab, target: Ipv4Addr, messages: Messages, time: Duratio
     let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
-            let mut room = vec![0; messages.payload];
+            let mut buffer = vec![0; messages.payload];
             while !stop.load(Relaxed) {
-                if let Ok((n, peer)) = server.recv_from(&mut room) {
-                    // What is not sent is missed by the client.
-                    let _ = server.send_to(&room[..n], peer);
+                if let Ok((n, peer)) = server.recv_from(&mut buffer) {
+                    // If sending fails, the client misses this datagram.
+                    let _ = server.send_to(&buffer[..n], peer);
                 }
             }
         });
@@ -61,16 +61,16 @@ pub(crate) fn udp(lab: &Lab, target: Ipv4Addr, messages: Messages, time: Duratio
     })
 }
 
-/// Sends the next datagram for each answer, and all that may be under way where none is any more.
+/// Sends the next datagram for each reply. If none is under way any more, sends all again.
 fn ask(client: &UdpSocket, messages: Messages, stop: &AtomicBool, done: &AtomicU64) {
-    let mut room = vec![0x5a; messages.payload];
+    let mut buffer = vec![0x5a; messages.payload];
     let mut due = messages.outstanding;
     while !stop.load(Relaxed) {
         for _ in 0..due {
-            // As if it were lost on the way.
-            let _ = client.send(&room);
+            // If sending fails, the datagram counts as lost on the path.
+            let _ = client.send(&buffer);
         }
-        due = match client.recv(&mut room) {
+        due = match client.recv(&mut buffer) {
             Ok(_) => {
                 done.fetch_add(1, Relaxed);
                 1
@@ -80,7 +80,7 @@ fn ask(client: &UdpSocket, messages: Messages, stop: &AtomicBool, done: &AtomicU
     }
 }
 
-/// Round trips a second over TCP, one under way on each of as many connections.
+/// Round trips a second over TCP, one at a time on each of `outstanding` connections.
 pub(crate) fn tcp(lab: &Lab, target: Ipv4Addr, messages: Messages, time: Duration) -> Result<f64> {
     let listener = listen(lab)?;
     let to = (target, listener.local_addr()?.port()).into();
@@ -102,7 +102,7 @@ pub(crate) fn tcp(lab: &Lab, target: Ipv4Addr, messages: Messages, time: Duratio
         let measured = rate(&done, time);
         stop.store(true, Relaxed);
         for end in [asking, answering] {
-            // A panic has been told by the hook.
+            // The panic hook has reported a panic.
             if let Ok(ended) = end.join() {
                 ended.context("a connection broke")?;
             }
@@ -111,13 +111,14 @@ pub(crate) fn tcp(lab: &Lab, target: Ipv4Addr, messages: Messages, time: Duratio
     })
 }
 
-/// Small messages are not to wait for each other (RFC 9293, section 3.7.4).
+/// Turns off Nagle's algorithm: small messages must not wait for each other (RFC 9293, section
+/// 3.7.4).
 fn small_talk(stream: TcpStream) -> Result<TcpStream> {
     stream.set_nodelay(true)?;
     Ok(stream)
 }
 
-/// Answers each message with one of the same length, on whatever connection there is one.
+/// Replies to each message with one of the same length, on any connection.
 fn answer(
     ends: &[TcpStream],
     payload: usize,

@@ -1,18 +1,18 @@
 //! UDP floods from the client to the new server of a lab.
 //!
-//! Owns sender and sink: plain sockets in threads of this process, made inside the namespaces.
-//! Knows nothing of tunnels.
+//! Owns sender and sink: plain sockets in threads of this process, made inside the namespaces. It
+//! knows nothing of tunnels.
 //!
-//! What arrives depends on the programs at both ends as much as on the path. Most send one datagram
-//! in a call, read one in a call, and leave the receive buffer as it is; some were written for many
-//! in a call and a large buffer. Where processors are short, a small buffer overflows while its
-//! reader waits for one. A figure of one kind says nothing of the other, so that each is measured.
-//! Many flows in turn are the hardest: no two datagrams that follow each other belong together, so
-//! that nobody can join them.
+//! The number of arrivals depends on the programs at both ends as much as on the path. Most
+//! programs send one datagram in a call, read one in a call, and leave the receive buffer as it is.
+//! Some are written for many datagrams in a call and a large buffer. Where processors are short, a
+//! small buffer overflows while its reader waits for one. A figure of one kind says nothing about
+//! the other, so the bench measures both. Many flows in turn are the hardest: no two adjacent
+//! datagrams belong together, so nobody can coalesce them.
 
 #![allow(
     unsafe_code,
-    reason = "sendmmsg and recvmmsg, and the buffer that a reader of many needs"
+    reason = "sendmmsg and recvmmsg, and the large buffer of a reader that takes many"
 )]
 
 use std::io;
@@ -33,12 +33,12 @@ use crate::counters::socket_drops;
 use crate::load::{DRAIN, LOOK, bind, in_words};
 use crate::rest;
 
-/// Datagrams given to the kernel, or taken from it, in one call.
+/// Most datagrams that one call gives to the kernel, or takes from it.
 const BURST: usize = 64;
-/// [`Buffer::Large`]: what counts is what arrives, not how quick the bench is.
+/// Size of [`Buffer::Large`]: the bench counts arrivals, not how quick it is itself.
 const SINK_BUFFER: usize = 16 << 20;
 
-/// How datagrams are handed to the kernel and taken from it.
+/// How programs give datagrams to the kernel, and take them from it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Calls {
     /// Up to [`BURST`] in a call, by programs that were written for it.
@@ -47,43 +47,43 @@ pub(crate) enum Calls {
     OneEach,
 }
 
-/// The receive buffer.
+/// The size of the receive buffer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Buffer {
-    /// The one that a socket has by itself (`net.core.rmem_default`): some hundred small datagrams.
+    /// The default of a socket (`net.core.rmem_default`): some hundred small datagrams.
     Default,
-    /// Room for all that comes while the reader waits for a processor.
+    /// Space for all datagrams that come while the reader waits for a processor.
     Large,
 }
 
-/// What is sent.
+/// The datagrams of a flood.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Datagrams {
-    /// Bytes of each, without headers: the least and the most, and what lies between in turn.
+    /// Bytes of each, without headers: the least and the most. Sizes between these take turns.
     pub(crate) payload: [usize; 2],
     pub(crate) calls: Calls,
     pub(crate) buffer: Buffer,
-    /// Flows, each from a port of its own: every call is for the next one.
+    /// Flows, each from a port of its own. Every call serves the next one.
     pub(crate) flows: usize,
 }
 
-/// What became of a flood.
+/// The result of a flood.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Flood {
     /// Datagrams sent, in all.
     pub(crate) sent: u64,
     /// Datagrams that arrived, in all.
     pub(crate) received: u64,
-    /// Datagrams that came, but did not fit the buffer of a sink that had no processor in time.
+    /// Datagrams that came, but did not fit the buffer of a sink that got no processor in time.
     pub(crate) overran: u64,
     /// Datagrams sent a second.
     pub(crate) offered: f64,
-    /// Datagrams received a second, while it was steady.
+    /// Datagrams received a second, while the rate was steady.
     pub(crate) rate: f64,
 }
 
 impl Flood {
-    /// Share that did not arrive.
+    /// The share that did not arrive.
     pub(crate) fn loss(&self) -> f64 {
         1.0 - self.received as f64 / self.sent.max(1) as f64
     }
@@ -130,13 +130,13 @@ pub(crate) fn flood(
             }
         });
         scope.spawn(|| {
-            let mut room = vec![0; BURST * 2_048];
+            let mut buffer = vec![0; BURST * 2_048];
             while !end.load(Relaxed) {
-                received.fetch_add(datagrams.calls.receive(&sink, &mut room), Relaxed);
+                received.fetch_add(datagrams.calls.receive(&sink, &mut buffer), Relaxed);
             }
         });
         let measured = (|| {
-            // The first tenth fills the queues.
+            // The first tenth of the time fills the queues.
             rest(time / 10)?;
             let before = (Instant::now(), sent.load(Relaxed), received.load(Relaxed));
             rest(time)?;
@@ -162,7 +162,7 @@ pub(crate) fn flood(
     })
 }
 
-/// What a flood comes from.
+/// The sender of a flood.
 struct Source {
     datagrams: Datagrams,
     /// One for each flow.
@@ -189,8 +189,8 @@ impl Source {
         })
     }
 
-    /// Sends `count` datagrams; how many the kernel took. An error is ICMP about an earlier one, or
-    /// a full queue: it was not sent.
+    /// Sends `count` datagrams, and returns how many the kernel took. An error is ICMP about an
+    /// earlier one, or a full queue; then the datagram was not sent.
     fn send(&mut self, count: usize) -> u64 {
         match self.datagrams.calls {
             Calls::Batched => {
@@ -207,7 +207,7 @@ impl Source {
         }
     }
 
-    /// Whose turn it is, and with what.
+    /// The next socket and the next payload.
     fn next(&mut self) -> (&UdpSocket, &[u8]) {
         let [least, most] = self.datagrams.payload;
         let len = least + self.calls % (most - least + 1);
@@ -218,11 +218,11 @@ impl Source {
 }
 
 impl Calls {
-    /// Waits for datagrams; how many there were.
-    fn receive(self, socket: &UdpSocket, room: &mut [u8]) -> u64 {
+    /// Waits for datagrams, and returns their number.
+    fn receive(self, socket: &UdpSocket, buffer: &mut [u8]) -> u64 {
         match self {
-            Self::Batched => receive_burst(socket, room).unwrap_or(0),
-            Self::OneEach => u64::from(socket.recv(room).is_ok()),
+            Self::Batched => receive_burst(socket, buffer).unwrap_or(0),
+            Self::OneEach => u64::from(socket.recv(buffer).is_ok()),
         }
     }
 }
@@ -247,7 +247,7 @@ fn force_buffer(socket: &UdpSocket) -> Result<()> {
     Ok(())
 }
 
-/// Sends the same datagram `count` times; how many the kernel took.
+/// Sends the same datagram `count` times, and returns how many the kernel took.
 fn send_burst(socket: &UdpSocket, bytes: &[u8], count: usize) -> io::Result<u64> {
     let mut slice = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -272,10 +272,10 @@ fn send_burst(socket: &UdpSocket, bytes: &[u8], count: usize) -> io::Result<u64>
     u64::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// Receives datagrams into `room`; how many there were.
-fn receive_burst(socket: &UdpSocket, room: &mut [u8]) -> io::Result<u64> {
-    let mut slices: Vec<libc::iovec> = room
-        .chunks_exact_mut(room.len() / BURST)
+/// Receives datagrams into `buffer`, and returns their number.
+fn receive_burst(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<u64> {
+    let mut slices: Vec<libc::iovec> = buffer
+        .chunks_exact_mut(buffer.len() / BURST)
         .map(|slot| libc::iovec {
             iov_base: slot.as_mut_ptr().cast(),
             iov_len: slot.len(),
@@ -288,7 +288,7 @@ fn receive_burst(socket: &UdpSocket, room: &mut [u8]) -> io::Result<u64> {
         message.msg_hdr.msg_iovlen = 1;
     }
     wait_readable(socket)?;
-    // SAFETY: every message points to a slice of its own, every slice to a part of `room` of its
+    // SAFETY: every message points to a slice of its own, every slice to a part of `buffer` of its
     // own; all outlive the call.
     let received = unsafe {
         libc::recvmmsg(
@@ -302,7 +302,7 @@ fn receive_burst(socket: &UdpSocket, room: &mut [u8]) -> io::Result<u64> {
     u64::try_from(received).map_err(|_| io::Error::last_os_error())
 }
 
-/// recvmmsg's own timeout is looked at between datagrams only.
+/// Waits until the socket can be read. recvmmsg checks its own timeout only between datagrams.
 fn wait_readable(socket: &UdpSocket) -> io::Result<()> {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     let socket: BorrowedFd<'_> = std::os::fd::AsFd::as_fd(socket);

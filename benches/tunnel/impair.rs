@@ -1,17 +1,17 @@
-//! An impaired path: packets are dropped or overtaken on the way to the new server.
+//! An impaired path: it drops packets, or lets others overtake them, towards the new server.
 //!
 //! ```text
-//!  client ── router ══════> new server     impaired here, this way only: where the router sends
+//!  client ── router ══════> new server     impaired in this direction: where the router sends
 //!              │
 //!              └── old server
 //! ```
 //!
-//! Each packet with data crosses that segment once, whether it is sent straight to the new server or
-//! comes in a tunnel from the old one; acknowledgements do not cross it. Packets are cut before:
-//! dropping a super-packet would drop up to 64 KiB at once, and of a tunnel other pieces than of the
-//! direct path. The way back is a delay line: [`crate::delay`] says why.
+//! Each packet with data crosses that link once, whether it goes straight to the new server or
+//! comes in a tunnel from the old one; acknowledgements do not cross it. Super-packets are
+//! segmented before: to drop one would drop up to 64 KiB at once, and of a tunnel other data than
+//! of the direct path. The way back is a delay line; [`crate::delay`] says why.
 //!
-//! Owns what it does to the path and takes it back: labs are used again.
+//! Owns its changes to the path, and undoes them, since others use the labs again.
 
 use anyhow::{Context, Result, bail};
 
@@ -24,38 +24,38 @@ use crate::delay::Delay;
 
 /// The router's interface to the new server.
 const SEGMENT: &str = "new";
-/// Most bytes of one packet there: the MTU and the Ethernet header.
+/// Most bytes of one frame there: the MTU and the Ethernet header.
 const FRAME: u32 = 1_514;
 /// The rules' table.
 const TABLE: &str = "impaired";
 
-/// Of so many packets in a row …
+/// Length of a cycle, in packets. [`SLOW`] of them take the slow class.
 const PERIOD: u32 = 60;
-/// … so many in a row take the slow class (5 %). The first finds it idle and goes at once; the others
-/// wait for the one before.
+/// So many packets in a row of each [`PERIOD`] take the slow class (5 %). The first finds it idle
+/// and goes at once; each of the others waits for the one before.
 const SLOW: u32 = 3;
-/// The slow class's rate, in Mbit/s: a full packet takes 40 µs, in which others overtake the next one.
-/// It stays above what 5 % of all packets are, so that nothing gathers in it.
+/// The slow class's rate, in Mbit/s: a full packet takes 40 µs, in which others overtake the next
+/// one. It stays above the rate of 5 % of all packets, so that nothing gathers in the class.
 const SLOW_RATE: u32 = 300;
 
-/// What happens to packets.
+/// What the path does to packets.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Impairment {
-    /// They are cut and nothing else: the yardstick of the others.
+    /// It segments super-packets and does nothing else: the yardstick of the others.
     Nothing,
-    /// So many of 1,000 are dropped, at random.
+    /// It drops so many of 1,000, at random.
     Loss { per_mille: u32 },
-    /// Some are overtaken by others; none is lost.
+    /// It lets some packets be overtaken by others, and drops none.
     Reordering,
 }
 
-/// Finds out whether this machine's programs and kernel can do all of it.
+/// Finds out whether this machine's programs and kernel can do all of these.
 pub(crate) fn probe(lab: &Lab) -> Result<()> {
     impaired(lab, Impairment::Loss { per_mille: 1 }, || Ok(()))?;
     impaired(lab, Impairment::Reordering, || Ok(()))
 }
 
-/// Runs `measure` while the path is impaired. The path is as it was when this returns.
+/// Runs `measure` while the path is impaired. Afterwards the path is as it was.
 pub(crate) fn impaired<T>(
     lab: &Lab,
     impairment: Impairment,
@@ -77,15 +77,15 @@ pub(crate) fn impaired<T>(
     for (sender, segments) in senders.into_iter().zip(segments) {
         undone = undone.and(set_max_segments(sender, segments));
     }
-    // What failed first explains the rest.
+    // The first failure explains the others.
     let measured = measured?;
     undone.context("the path could not be mended")?;
     Ok(measured)
 }
 
 impl Impairment {
-    /// Changes the router. Its queues are the same for each impairment, so that what they cost is in
-    /// the yardstick too.
+    /// Changes the router. Its queues are the same for each impairment, so the yardstick bears
+    /// their cost too.
     fn begin(self, router: &Namespace) -> Result<()> {
         // Packets without a class of their own pass by all others.
         sh(
@@ -105,13 +105,13 @@ impl Impairment {
         }
     }
 
-    /// Takes that back, as far as it had come.
+    /// Undoes these changes, as far as they were made.
     fn end(self, router: &Namespace) -> Result<()> {
         let unruled = match self.rules() {
             None => Ok(()),
             Some(rules) => firewall_off(router, TABLE, &rules.iptables()),
         };
-        // What waits in the slow class is lost now; nobody measures any more.
+        // Packets that wait in the slow class are lost now. Nobody measures any more.
         sh(router, &format!("tc qdisc del dev {SEGMENT} root"))?;
         unruled
     }
@@ -125,7 +125,7 @@ impl Impairment {
     }
 }
 
-/// The same rules in two languages.
+/// The same rules for two programs.
 struct Rules {
     nft: String,
     iptables: Vec<String>,
@@ -174,20 +174,20 @@ impl Rules {
     }
 }
 
-/// Refuses a measurement in which packets were not cut: what crossed the segment were super-packets.
+/// Refuses a measurement in which super-packets crossed the link unsegmented.
 fn checked<T>(router: &Namespace, measure: impl FnOnce() -> Result<T>) -> Result<T> {
     let before = sent_by(router, SEGMENT)?;
     let measured = measure()?;
     let after = sent_by(router, SEGMENT)?;
-    // Not a number, and not too large, if there were none.
+    // Without packets, this is not a number, which is not too large either.
     let size = (after.bytes - before.bytes) as f64 / (after.packets - before.packets) as f64;
     if size > f64::from(FRAME) {
-        bail!("packets on the impaired path were not cut: {size:.0} bytes on average");
+        bail!("packets on the impaired path were not segmented: {size:.0} bytes on average");
     }
     Ok(measured)
 }
 
-/// How many segments a super-packet may have that leaves a host.
+/// How many segments a super-packet may have when it leaves a host.
 fn max_segments(host: &Namespace) -> Result<u32> {
     let shown = sh(host, &format!("ip -details link show dev {UPLINK}"))?;
     let mut words = shown

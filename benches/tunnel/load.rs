@@ -1,8 +1,8 @@
 //! Traffic between the client and the new server of a lab.
 //!
 //! Owns the generators: TCP streams, pings, short connections. They are plain sockets with large
-//! buffers in threads of this process, made inside the namespaces; a socket stays in the namespace
-//! in which it was made, whichever thread uses it. Knows nothing of tunnels.
+//! buffers in threads of this process, made inside the namespaces. A socket stays in the namespace
+//! where it was made, whichever thread uses it. They know nothing of tunnels.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -19,20 +19,20 @@ use ipmoved::lab::{Lab, LabError};
 
 use crate::{pass, rest};
 
-/// What one write or read takes: twice a super-packet, and it stays in the cache.
+/// Bytes of one write or read: twice a super-packet, and small enough for the cache.
 const CHUNK: usize = 128 << 10;
-/// How long a stream may take to find its speed before it is measured.
+/// How long a stream may take to find its speed before we measure it.
 const RAMP: Duration = Duration::from_millis(400);
-/// A path on which nothing moves for so long is broken.
+/// If nothing moves on a path for so long, it is broken.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// How often a thread that waits looks whether it is to end.
+/// How often a waiting thread checks whether it should end.
 pub(crate) const LOOK: Duration = Duration::from_millis(100);
-/// How long what is under way may take to arrive after a flood.
+/// How long packets under way may take to arrive after a flood.
 pub(crate) const DRAIN: Duration = Duration::from_millis(150);
 /// Clients that open connections at the same time.
 const CONNECTORS: usize = 4;
 
-/// Which way the bytes go.
+/// The direction of the bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Direction {
     /// From the client to the application.
@@ -41,7 +41,7 @@ pub(crate) enum Direction {
     Reverse,
 }
 
-/// Where connections come from.
+/// The origin of connections.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Clients {
     /// All from one address.
@@ -50,9 +50,10 @@ pub(crate) enum Clients {
     Many,
 }
 
-/// Some less than their network has addresses; the figure's name tells the number.
+/// Number of the many clients: a few less than their network has addresses. The figure's name
+/// contains it.
 const MANY_CLIENTS: usize = 250;
-/// Their network and its length: from the block for benchmarks (RFC 2544).
+/// The network of the many clients and its prefix length, from the block for benchmarks (RFC 2544).
 const MANY_NET: (Ipv4Addr, u8) = (Ipv4Addr::new(198, 19, 0, 0), 24);
 
 impl Clients {
@@ -67,8 +68,9 @@ impl Clients {
     }
 }
 
-/// Lets the clients' host speak from the addresses of [`Clients::Many`]. The router reaches them by
-/// way of it: neighbours for each of them would not fit the kernel's table, which all labs share.
+/// Lets the clients' host speak from the addresses of [`Clients::Many`]. The router gets a route to
+/// them by that host: neighbours for each of them would not fit the kernel's table, which all labs
+/// share.
 pub(crate) fn add_clients(lab: &Lab) -> Result<()> {
     let (net, len) = MANY_NET;
     // An address of the loopback device makes its whole network local.
@@ -97,7 +99,7 @@ pub(crate) struct Streams {
 }
 
 impl Streams {
-    /// Streams with the machine's congestion control.
+    /// Streams with the machine's default congestion control.
     pub(crate) const fn new(count: usize, direction: Direction) -> Self {
         Self {
             count,
@@ -106,7 +108,7 @@ impl Streams {
         }
     }
 
-    /// The same with one that takes a lost packet for congestion.
+    /// The same streams with a congestion control that takes a lost packet for congestion.
     pub(crate) const fn loss_based(self) -> Self {
         Self {
             congestion: Congestion::LossBased,
@@ -118,15 +120,15 @@ impl Streams {
 /// How a sender finds its speed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Congestion {
-    /// As the machine does.
+    /// By the machine's default.
     Default,
     /// By losses: CUBIC (RFC 9438), or Reno where the kernel has no other.
     LossBased,
 }
 
 impl Congestion {
-    /// Gives it to a socket that is not connected yet: one that began with BBR would go on to pace.
-    /// What a listener has is inherited.
+    /// Sets it on a socket that is not connected yet, because one that began with BBR would keep
+    /// pacing. A listener hands it on to its connections.
     fn set(self, socket: SockRef<'_>) -> Result<()> {
         let set = |name: &&[u8]| socket.set_tcp_congestion(name).is_ok();
         if self == Self::LossBased && !LOSS_BASED.iter().any(set) {
@@ -136,8 +138,8 @@ impl Congestion {
     }
 }
 
-/// Runs TCP streams and returns the payload bytes that arrived while measured, and how long that was.
-/// `at` is called at the beginning and at the end of that time.
+/// Runs TCP streams. Returns the payload bytes that arrived while it measured, and how long it did.
+/// Calls `at` at the beginning and at the end of that time.
 pub(crate) fn tcp(
     lab: &Lab,
     target: Ipv4Addr,
@@ -185,7 +187,7 @@ pub(crate) fn tcp(
         })();
         stop.store(true, Relaxed);
         for (from, to) in &pairs {
-            // Wakes both threads; a connection that broke is shut down already.
+            // This wakes both threads. A connection that broke is shut down already.
             let _ = from.shutdown(Shutdown::Both);
             let _ = to.shutdown(Shutdown::Both);
         }
@@ -193,9 +195,9 @@ pub(crate) fn tcp(
     })
 }
 
-/// Round trips of ICMP echoes, one after the other, sorted.
+/// Round-trip times of ICMP echoes, one after the other, sorted.
 pub(crate) fn pings(lab: &Lab, target: Ipv4Addr, count: usize) -> Result<Vec<Duration>> {
-    /// Between two: about the rate of somebody who types.
+    /// Pause between two: about the rate of somebody who types.
     const PAUSE: Duration = Duration::from_millis(1);
     const WARM_UP: usize = 10;
     let socket = lab.clients().run(|| {
@@ -211,7 +213,7 @@ pub(crate) fn pings(lab: &Lab, target: Ipv4Addr, count: usize) -> Result<Vec<Dur
     let mut back = [0; 128];
     for n in 0..count + WARM_UP {
         pass()?;
-        // Echo request; the kernel writes identifier and checksum.
+        // An echo request. The kernel writes identifier and checksum.
         let mut echo = [0x5a; 64];
         echo[..8].copy_from_slice(&[8, 0, 0, 0, 0, 0, (n >> 8) as u8, n as u8]);
         let started = Instant::now();
@@ -220,7 +222,7 @@ pub(crate) fn pings(lab: &Lab, target: Ipv4Addr, count: usize) -> Result<Vec<Dur
             let len = (&socket)
                 .read(&mut back)
                 .context("a ping was not answered")?;
-            // An answer that came too late for its turn is passed over.
+            // This passes over a reply that comes too late for its turn.
             if len >= 8 && back[6..8] == echo[6..8] {
                 break;
             }
@@ -235,8 +237,8 @@ pub(crate) fn pings(lab: &Lab, target: Ipv4Addr, count: usize) -> Result<Vec<Dur
     Ok(trips)
 }
 
-/// TCP connections a second: opened, one byte each way, closed by the server, one after the other in
-/// a few threads, from one address or from the next one each.
+/// TCP connections a second: opened, one byte in each direction, closed by the server. A few
+/// threads make them one after the other, from one address or from the next one each.
 pub(crate) fn connections(
     lab: &Lab,
     target: Ipv4Addr,
@@ -258,7 +260,7 @@ pub(crate) fn connections(
                     if stop.load(Relaxed) {
                         return;
                     }
-                    // What breaks is not counted by the client.
+                    // If a connection breaks, the client does not count it.
                     let _ = stream.set_read_timeout(Some(TIMEOUT));
                     let mut byte = [0];
                     if stream.read_exact(&mut byte).is_ok() {
@@ -285,11 +287,11 @@ pub(crate) fn connections(
             .collect();
         let measured = rate(&done, time);
         stop.store(true, Relaxed);
-        // Wakes accept(), and refuses who waits to be accepted: a client would wait for its answer until
-        // its time is over. Fails only if the socket is shut down already.
+        // This wakes accept(), and refuses connections that wait for it, whose clients would
+        // otherwise wait until their timeout. It fails only if the socket is shut down already.
         let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
         for connector in connectors {
-            // It has nothing to report but a panic, which the hook has told.
+            // It has nothing to report but a panic, which the hook has reported.
             let _ = connector.join();
         }
         measured
@@ -310,8 +312,8 @@ fn once(from: Ipv4Addr, to: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Begins `count` UDP flows towards the target, each another pair of ports, `pace` a second. What is
-/// lost on the way is a flow that is not there: it goes on from the beginning until `enough` says so.
+/// Opens `count` UDP flows to the target, each with other ports, `pace` a second. A packet that is
+/// lost opens no flow, so this starts again from the beginning until `enough` says so.
 pub(crate) fn open_flows(
     lab: &Lab,
     target: Ipv4Addr,
@@ -319,12 +321,12 @@ pub(crate) fn open_flows(
     pace: f64,
     mut enough: impl FnMut() -> Result<bool>,
 ) -> Result<()> {
-    /// Ports of the target that each source port turns to.
+    /// Ports of the target for each source port.
     const FAN: usize = 50_000;
     const FIRST: usize = 10_000;
-    /// Sent without a pause: a fraction of a TUN's queue, which holds 500.
+    /// Packets sent without a pause: a fraction of a TUN's queue, which holds 500.
     const AT_ONCE: usize = 64;
-    /// Flows begun first must not have expired when the last ones are.
+    /// Most passes. The first flows must not have expired when the last ones open.
     const PASSES: usize = 3;
     let sockets = (0..count.div_ceil(FAN))
         .map(|_| {
@@ -336,7 +338,7 @@ pub(crate) fn open_flows(
         let started = Instant::now();
         for n in 0..count {
             let to = (target, (FIRST + n % FAN) as u16);
-            // A refusal is ICMP about an earlier one: nobody listens there.
+            // A refusal is ICMP about an earlier packet, since nobody listens there.
             if sockets[n / FAN].send_to(&[0], to).is_err() {
                 let _ = sockets[n / FAN].send_to(&[0], to);
             }
@@ -354,7 +356,7 @@ pub(crate) fn open_flows(
     Ok(())
 }
 
-/// How much a second is counted, from when it goes on steadily.
+/// The increase of `count` a second, once it goes on steadily.
 pub(crate) fn rate(count: &AtomicU64, time: Duration) -> Result<f64> {
     rest(time / 10)?;
     let (started, before) = (Instant::now(), count.load(Relaxed));

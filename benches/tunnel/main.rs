@@ -1,33 +1,34 @@
-//! The possible tunnel, side by side with what else carries a moved address: `cargo bench --bench tunnel`.
+//! The possible tunnel beside everything else that carries a moved address:
+//! `cargo bench --bench tunnel`.
 //!
 //! ```text
 //!                       ┌── old server 192.0.2.1, holds 192.0.2.5 (moved)
-//!  client ── router ────┤              ║ what is compared
+//!  client ── router ────┤              ║ the contender
 //!                       └── new server 198.51.100.2: sinks and sources
 //! ```
 //!
-//! Each contender gets a lab of its own, all of them stand at the same time, and the rounds are
-//! interleaved: what disturbs the machine disturbs all. Figures are medians over the rounds, and what
-//! a reader should take from them are the ratios: all five parties (client, router, both servers,
-//! generator) share this machine's processors.
+//! Each contender gets a lab of its own. All labs stand at the same time, and the rounds are
+//! interleaved, so a disturbance of the machine disturbs all contenders. Figures are medians over
+//! the rounds. A reader should look at the ratios, since all five parties (client, router, both
+//! servers, generator) share this machine's processors.
 //!
 //! | room | owns |
 //! |---|---|
-//! | [`contenders`] | how each way is set up: by `ipmoved`, by the kernel, by other tunnels |
-//! | [`counters`] | what the kernel has counted |
+//! | [`contenders`] | how to set up each contender: by `ipmoved`, by the kernel, by other tunnels |
+//! | [`counters`] | the kernel's counters |
 //! | [`delay`] | a path with a length, for the impaired ones |
 //! | [`exchange`] | round trips of small messages, many under way |
 //! | [`flood`] | UDP as fast as it goes, or at a pace |
 //! | [`impair`] | loss and reordering on the way to the new server |
 //! | [`load`] | traffic: TCP streams, pings, connections |
-//! | [`measures`] | what is measured in a round |
+//! | [`measures`] | the measurements of a round |
 //! | [`profile`] | where the daemons' time goes, as `perf` sees it |
 //! | [`report`] | table, JSON, SVG, and the page in `contrib` |
 //!
-//! Everything lives in namespaces without names and goes with this process, however it ends. Needs
-//! root. Foreign programs (`ip`, `nft` or `iptables`, `wg`, `wireguard-go`, …) set up the others, and
-//! with `tc` the impaired paths; what is not on PATH is left out, and said. `ipmoved` and the traffic
-//! need none.
+//! Everything lives in namespaces without names and goes with this process, however it ends. The
+//! bench needs root. Foreign programs (`ip`, `nft` or `iptables`, `wg`, `wireguard-go`, …) set up
+//! the other contenders, and with `tc` the impaired paths. If one is not on PATH, the bench leaves
+//! its contender out and says so. `ipmoved` and the traffic need none.
 
 #![allow(
     clippy::missing_docs_in_private_items,
@@ -66,10 +67,10 @@ mod report;
 #[derive(Parser)]
 #[command(about = "The possible tunnel, side by side with what else carries a moved address")]
 struct Args {
-    /// Less of everything: under three minutes
+    /// Do less of everything: under three minutes
     #[arg(long)]
     quick: bool,
-    /// Rounds, of which the medians are taken (5; with --quick 3)
+    /// Number of rounds; figures are their medians (5; with --quick 3)
     #[arg(long)]
     rounds: Option<usize>,
     /// Seconds of each TCP run (2; with --quick 0.5)
@@ -100,7 +101,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    // `cargo test --benches` starts benches as well, without this argument.
+    // `cargo test --benches` starts benches as well, but without this argument.
     if !args.bench {
         println!("to be run by `cargo bench --bench tunnel`");
         return ExitCode::SUCCESS;
@@ -169,7 +170,7 @@ fn run(args: &Args) -> Result<()> {
         }
         match Contender::start(kind, lab, &daemon_args) {
             Ok(contender) => contenders.push(contender),
-            // The bench is for the tunnel: without it there is nothing to say.
+            // The bench is for this tunnel. Without it there is nothing to say.
             Err(error) if kind.is_ipmoved() => return Err(error.context(name)),
             Err(error) => report.skipped(&name, &format!("{error:#}")),
         }
@@ -216,7 +217,7 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     eprintln!("\r{:<60}", "");
-    // Stopped here rather than dropped, so that one that does not end well is reported.
+    // This stops each contender rather than drop it, so that it reports one that does not end well.
     for contender in contenders {
         contender.stop()?;
     }
@@ -224,12 +225,12 @@ fn run(args: &Args) -> Result<()> {
     report.finish(started.elapsed(), args.page)
 }
 
-/// Allows as many open files as an administrator lets us have: a flood of many flows has a socket
-/// for each, and some machines begin with 1,024.
+/// Allows as many open files as an administrator permits. A flood of many flows has a socket for
+/// each, and some machines begin with 1,024.
 fn allow_open_files() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    // If it is refused, the socket that is too many says so.
+    // If this is refused, the first socket too many says so.
     let _ = setrlimit(Resource::Nofile, limit);
 }
 

@@ -1,4 +1,4 @@
-//! What is measured of a contender in a round.
+//! The measurements of a contender in a round.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::flood::{self, Buffer, Calls, Datagrams, Flood};
 use crate::impair::{Impairment, impaired};
 use crate::load::{self, Clients, Direction, Streams};
 
-/// How much time is spent on each measurement.
+/// How much time each measurement takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Effort {
     pub(crate) tcp: Duration,
@@ -22,12 +22,12 @@ pub(crate) struct Effort {
     pub(crate) pings: usize,
     /// Steps of the search for the highest rate without loss; 0 leaves it out.
     pub(crate) search: usize,
-    /// Rounds in which impaired paths are measured as well, at most; 0 leaves them out.
+    /// Most rounds that also measure impaired paths; 0 leaves these out.
     pub(crate) impaired: usize,
 }
 
 impl Effort {
-    /// Of a run that is quoted.
+    /// For figures that will be quoted.
     pub(crate) const FULL: Self = Self {
         tcp: Duration::from_secs(2),
         flood: Duration::from_secs(1),
@@ -37,7 +37,7 @@ impl Effort {
         search: 5,
         impaired: 3,
     };
-    /// Of a run in passing.
+    /// For a quick look.
     pub(crate) const QUICK: Self = Self {
         tcp: Duration::from_millis(500),
         flood: Duration::from_millis(300),
@@ -56,33 +56,33 @@ const CLEAN: f64 = 0.01;
 
 /// Flows of the large table.
 const FLOWS: usize = 1_000_000;
-/// How fast they are begun, in flows a second: below what the tunnel carries without loss even when it
-/// has to wait for a processor.
+/// How fast they begin, in flows a second: below the rate that the tunnel carries without loss even
+/// when it must wait for a processor.
 const FLOW_PACE: f64 = 40_000.0;
 
-/// One stream each way, and several.
+/// One stream in each direction, and several.
 const FORWARD: Streams = Streams::new(1, Direction::Forward);
 const REVERSE: Streams = Streams::new(1, Direction::Reverse);
 const FOUR: Streams = Streams::new(4, Direction::Forward);
-/// On impaired paths, where one stream has a loss only now and then: in two seconds so many have
-/// enough of them for figures that scatter by some percent.
+/// Streams on impaired paths. One stream has a loss only now and then; so many have enough in two
+/// seconds for figures that scatter by some per cent.
 const MANY: Streams = Streams::new(16, Direction::Forward).loss_based();
 
-/// Runs of which the medians are taken, with few flows and with many.
+/// Number of runs, with few flows and with many. The figures are their medians.
 const REPEATED: usize = 5;
 
-/// As a resolver has them from somebody who asks much.
+/// Queries to a resolver by somebody who asks much.
 const QUERIES: Messages = Messages {
     payload: 64,
     outstanding: 32,
 };
-/// As a busy service has them: hardly ever do two packets of one connection follow each other.
+/// Requests to a busy service: two packets of one connection hardly ever follow each other.
 const REQUESTS: Messages = Messages {
     payload: 100,
     outstanding: 256,
 };
 
-/// What is done to the path, the figure of it, and the figure of what is left of the first one.
+/// The impairments of the path, the figure of each, and the figure of its share of the first one.
 const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
     (Impairment::Nothing, "tcp, packets cut", None),
     (
@@ -152,7 +152,7 @@ macro_rules! flood_figures {
     };
 }
 
-/// The floods and their figures, which [`flooded`] measures.
+/// The floods and their figures. [`flooded`] measures them.
 const FLOODS: [(Datagrams, [Figure; 7]); 6] = [
     (
         Datagrams {
@@ -241,7 +241,7 @@ pub(crate) struct Figure {
     pub(crate) decimals: usize,
 }
 
-/// Which way is better.
+/// Which direction is better.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Better {
     More,
@@ -257,10 +257,10 @@ const fn figure(name: &'static str, unit: &'static str, better: Better, decimals
     }
 }
 
-/// What was measured: name and value.
+/// The results: name and value.
 pub(crate) type Figures = Vec<(&'static str, f64)>;
 
-/// Before any traffic.
+/// The measurements before any traffic.
 pub(crate) fn at_rest(contender: &Contender<'_>) -> Result<Figures> {
     let Some([old, new]) = contender.pids() else {
         return Ok(vec![]);
@@ -271,7 +271,7 @@ pub(crate) fn at_rest(contender: &Contender<'_>) -> Result<Figures> {
     ])
 }
 
-/// Everything that is measured in each round.
+/// The measurements of each round.
 pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
     let (lab, target) = (contender.lab(), contender.target());
     let mut figures = Figures::new();
@@ -323,7 +323,7 @@ pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figure
     Ok(figures)
 }
 
-/// Throughput on impaired paths, and what share of the contender's own on a sound path is left.
+/// Throughput on impaired paths, and its share of the contender's own on a sound path.
 pub(crate) fn impaired_paths(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
     let mut figures = Figures::new();
     if !contender.is_impaired() {
@@ -344,8 +344,8 @@ pub(crate) fn impaired_paths(contender: &Contender<'_>, effort: &Effort) -> Resu
     Ok(figures)
 }
 
-/// Memory with a million flows, and throughput with few and with many of them in turn: two pairs of
-/// daemons, so that what disturbs the machine disturbs both.
+/// Memory with a million flows, and throughput with few and with many of them in turn. Two pairs of
+/// daemons do it, so that a disturbance of the machine disturbs both.
 pub(crate) fn many_flows(
     few: &Contender<'_>,
     many: &Contender<'_>,
@@ -355,7 +355,7 @@ pub(crate) fn many_flows(
         return Ok(vec![]);
     };
     let mut figures = Figures::new();
-    // Once through everything first: the buffers of a pair of daemons are no flows.
+    // One run comes first, because a pair of daemons also fills buffers that are no flows.
     stream(many, FORWARD, effort.tcp)?;
     let (before, flows) = (resident(new)?, daemons.new.status()?.live_flows());
     let (lab, target) = (many.lab(), many.target());
@@ -385,9 +385,9 @@ pub(crate) fn many_flows(
 
 struct Stream {
     gbit_per_s: f64,
-    /// CPU seconds for 10⁹ bytes of payload: the old server's process, the new server's.
+    /// CPU seconds for 10⁹ bytes of payload: of the old server's process, and of the new server's.
     daemons: Option<[f64; 2]>,
-    /// The whole machine's, generators and everybody else included.
+    /// The same for the whole machine, generators and everybody else included.
     machine: f64,
 }
 
@@ -416,7 +416,7 @@ fn stream(contender: &Contender<'_>, streams: Streams, time: Duration) -> Result
     })
 }
 
-/// A flood as fast as one thread can, and the highest pace that arrives whole.
+/// Measures a flood as fast as one thread can send it, and the highest pace that arrives whole.
 fn flooded(
     contender: &Contender<'_>,
     datagrams: Datagrams,
@@ -457,7 +457,7 @@ fn flooded(
     Ok(figures)
 }
 
-/// Halves the interval in which the highest pace without loss must lie.
+/// Halves the interval that contains the highest pace without loss.
 fn search(
     contender: &Contender<'_>,
     datagrams: Datagrams,
@@ -466,7 +466,7 @@ fn search(
 ) -> Result<f64> {
     let (lab, target) = (contender.lab(), contender.target());
     let (mut low, mut high) = (0.0, flood.offered);
-    // Under a flood the receiver starves: without it more may arrive than arrived then.
+    // Under a flood the receiver starves. Without one, more may arrive than arrived then.
     let mut pace = flood.rate.min(flood.offered * 0.9);
     for _ in 0..steps {
         let tried = flood::flood(lab, target, datagrams, Some(pace), SEARCH_STEP)?;
@@ -482,9 +482,10 @@ fn search(
 
 /// Packets that did not get through the tunnel.
 struct Losses {
-    /// What the daemons say that they dropped.
+    /// Packets that the daemons report as dropped.
     dropped: Option<u64>,
-    /// What the kernel dropped in front of a process: the TUN's queue, the socket's buffer.
+    /// Packets that the kernel dropped in front of a process: in the TUN's queue or the socket's
+    /// buffer.
     overran: Option<u64>,
 }
 
@@ -505,7 +506,7 @@ fn losses(contender: &Contender<'_>) -> Result<Losses> {
     Ok(Losses { dropped, overran })
 }
 
-/// Every counter of every `drops` object.
+/// The sum of all counters in all `drops` objects.
 fn all_drops(status: &Value) -> u64 {
     let sum = |drops: &Value| {
         drops

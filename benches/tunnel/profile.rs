@@ -1,9 +1,10 @@
-//! Where the time of the two daemons goes under one TCP stream, as `perf` sees it.
+//! Where the two daemons spend their time under one TCP stream, as `perf` sees it.
 //!
-//! Samples the process clock, which works in virtual machines without counters of their own. There,
-//! what runs with interrupts off is seen where they are switched on again: wake-ups show as
-//! `_raw_spin_unlock_irqrestore` and `finish_task_switch`. Work of the network that the kernel does in
-//! a daemon's time (the router's and the other hosts' too, in a lab) counts as the daemon's.
+//! It samples the process clock, which works in virtual machines without counters of their own.
+//! There, a sample of code that runs with interrupts off is taken where they are switched on again:
+//! wake-ups show as `_raw_spin_unlock_irqrestore` and `finish_task_switch`. The kernel does some
+//! network work in a daemon's time, in a lab also that of the router and the other hosts. It counts
+//! as the daemon's.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,14 +17,14 @@ use anyhow::{Context, Result, bail};
 use crate::contenders::Contender;
 use crate::load::{self, Direction, Streams};
 
-/// How long is looked.
+/// How long to sample.
 const TIME: Duration = Duration::from_secs(4);
 /// Samples a second.
 const RATE: &str = "1999";
-/// Symbols that are named.
+/// Number of symbols to name.
 const NAMED: usize = 8;
 
-/// What a symbol is part of: the first of these with a word that is in its name.
+/// The part that a symbol belongs to: the first of these with a word that occurs in its name.
 const PARTS: &[(&str, &[&str])] = &[
     (
         "sealing and opening",
@@ -71,10 +72,10 @@ const REST: [(&str, &str); 2] = [
     ("", "the rest of the process"),
 ];
 
-/// What softirqs run in, by today's name and by that before Linux 6.11.
+/// The function that runs softirqs, by today's name and by that before Linux 6.11.
 const SOFTIRQS: [&str; 2] = ["handle_softirqs", "__do_softirq"];
 
-/// Samples both daemons, one direction after the other; text for the page.
+/// Samples both daemons, one direction after the other, and returns text for the page.
 pub(crate) fn of(contender: &Contender<'_>, scratch: &Path) -> Result<String> {
     let Some(pids) = contender.pids() else {
         bail!("no process carries it");
@@ -84,7 +85,8 @@ pub(crate) fn of(contender: &Contender<'_>, scratch: &Path) -> Result<String> {
         (Direction::Forward, "forward, from client to application"),
         (Direction::Reverse, "reverse, from application to client"),
     ] {
-        // A recording each: of one of both, perf credits what both run in the kernel to one of them.
+        // There is one recording each. In one of both, perf credits one daemon with the kernel code
+        // that both run.
         let data = ["old", "new"].map(|side| scratch.join(format!("perf-{side}.data")));
         record(contender, direction, pids, &data)?;
         for (data, side) in data.iter().zip(["old", "new"]) {
@@ -137,7 +139,7 @@ fn record(
         })
         .collect();
     let mut recordings = Vec::new();
-    // Begins when the stream has found its speed.
+    // It begins when the stream has found its speed.
     let at = || {
         let started = perfs.drain(..);
         recordings.extend(started.map(|mut perf| thread::spawn(move || perf.output())));
@@ -156,8 +158,8 @@ fn record(
     Ok(())
 }
 
-/// Share in per cent and name of each symbol, largest first: of what ran in it, or with `--children` also
-/// of what it called.
+/// Share in per cent and name of each symbol, largest first. The share is that of samples in the
+/// symbol itself, or with `--children` also in the functions that it called.
 fn report(data: &Path, children: &str) -> Result<Vec<(f64, String)>> {
     let said = Command::new("perf")
         .args(["report", "--stdio", children, "-g", "none", "-i"])
@@ -170,7 +172,7 @@ fn report(data: &Path, children: &str) -> Result<Vec<(f64, String)>> {
         .lines()
         .filter_map(|line| {
             let (share, rest) = line.trim_start().split_once('%')?;
-            // With children, what ran in the symbol itself comes second.
+            // With children, the share of the symbol itself comes second.
             let name = rest.rsplit_once('%').map_or(rest, |(_, name)| name);
             Some((share.parse().ok()?, name.trim().to_owned()))
         })

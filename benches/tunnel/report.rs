@@ -1,8 +1,8 @@
-//! What a run says: one table, the goals, JSON for machines, a picture for people.
+//! The report of a run: one table, the goals, JSON for machines, a picture for people.
 //!
 //! Owns the figures of all rounds and their medians. `target/bench/tunnel.json` has every round,
-//! `target/bench/tunnel.md` the table, `target/bench/tunnel.svg` the picture; with `--page` table,
-//! profile and picture are put into `contrib`.
+//! `target/bench/tunnel.md` the table, `target/bench/tunnel.svg` the picture. With `--page` the
+//! report also puts table, profile and picture into `contrib`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -15,20 +15,20 @@ use serde_json::json;
 
 use crate::measures::{Better, Effort, Figure, Figures, figures};
 
-/// Between these lines the page holds the table.
+/// The page holds the table between this line and [`END`].
 const BEGIN: &str = "<!-- figures: written by `cargo bench --bench tunnel -- --page` -->";
 const END: &str = "<!-- end of figures -->";
-/// And between these the profile.
+/// The page holds the profile between this line and [`END_PROFILE`].
 const BEGIN_PROFILE: &str = "<!-- profile: written by the same -->";
 const END_PROFILE: &str = "<!-- end of profile -->";
 
-/// The contender that the others are held against, and the yardsticks.
+/// The contender that the report compares with the others, and the yardsticks.
 const SUBJECT: &str = "ipmoved";
-/// The same with the cipher that has to be asked for: its goals stand beside the others.
+/// The same with the cipher that one must ask for. Its goals stand beside the others.
 const WITH_AEGIS: &str = "ipmoved, aegis";
 const YARDSTICKS: [&str; 2] = ["vxlan", "wireguard-go"];
 
-/// What was found of a goal, and whether that is enough.
+/// The figure of a goal, and whether it is enough.
 type Found = (String, bool);
 
 pub(crate) struct Report {
@@ -50,17 +50,17 @@ impl Report {
         }
     }
 
-    /// Notes that a contender could not be had.
+    /// Notes that a contender is missing.
     pub(crate) fn skipped(&mut self, name: &str, why: &str) {
         self.skipped.push((name.to_owned(), why.to_owned()));
     }
 
-    /// Adds where a contender's time goes.
+    /// Adds the profile of a contender.
     pub(crate) fn profile(&mut self, name: &str, text: String) {
         self.profiles.push((name.to_owned(), text));
     }
 
-    /// Adds figures of one round.
+    /// Adds the figures of one round.
     pub(crate) fn add(&mut self, name: String, figures: Figures) {
         let at = self.contenders.iter().position(|(known, _)| *known == name);
         let at = at.unwrap_or_else(|| {
@@ -97,7 +97,7 @@ impl Report {
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         page = put_between(&page, BEGIN, END, text)?;
         let profile = self.profiles.iter().find(|(name, _)| name == SUBJECT);
-        // Without perf the last one stays.
+        // Without perf the page keeps the last profile.
         if let Some((_, profile)) = profile {
             page = put_between(&page, BEGIN_PROFILE, END_PROFILE, profile)?;
         }
@@ -149,7 +149,7 @@ impl Report {
         head
     }
 
-    /// One line of the table; none if nobody has the figure.
+    /// One line of the table; `None` if no contender has the figure.
     fn row(&self, figure: &Figure) -> Option<Vec<String>> {
         let values: Vec<Option<f64>> = self
             .contenders
@@ -324,7 +324,7 @@ impl Report {
         }))?)
     }
 
-    /// Bars, one panel a figure.
+    /// Draws bars, one panel for each figure.
     fn svg(&self) -> String {
         const SHOWN: [&str; 9] = [
             "tcp forward",
@@ -389,11 +389,12 @@ impl Report {
                 } else {
                     "#94a3b8"
                 };
-                let room = (WIDTH - LABEL - 70) as f64;
-                let length = value / largest * room;
+                let space = (WIDTH - LABEL - 70) as f64;
+                let length = value / largest * space;
                 let _ = writeln!(
                     out,
-                    "<rect x=\"{}\" y=\"{top}\" width=\"{length:.1}\" height=\"{BAR}\" fill=\"{colour}\"/>\
+                    "<rect x=\"{}\" y=\"{top}\" width=\"{length:.1}\" height=\"{BAR}\" \
+                     fill=\"{colour}\"/>\
                      <text x=\"{:.1}\" y=\"{text}\">{value:.*}</text>",
                     x + LABEL,
                     (x + LABEL + 4) as f64 + length,
@@ -406,7 +407,7 @@ impl Report {
     }
 }
 
-/// Replaces what a page has between two lines.
+/// Replaces the text between two lines of a page.
 fn put_between(page: &str, begin: &str, end: &str, text: &str) -> Result<String> {
     let missing = || format!("the page has no lines `{begin}` and `{end}`");
     let (head, rest) = page.split_once(begin).with_context(missing)?;
@@ -427,7 +428,7 @@ fn median(values: &[f64]) -> Option<f64> {
     Some((low + high) / 2.0)
 }
 
-/// A table as Markdown has it, readable as it stands. The first row is the head.
+/// A Markdown table that is readable as plain text. The first row is the head.
 fn aligned(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
@@ -438,7 +439,7 @@ fn aligned(rows: &[Vec<String>]) -> String {
     let mut out = String::new();
     for (n, row) in rows.iter().enumerate() {
         for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
-            // Words to the left, numbers to the right.
+            // Words go to the left, numbers to the right.
             let _ = match column {
                 0 => write!(out, "| {cell:<width$} "),
                 _ => write!(out, "| {cell:>width$} "),
@@ -456,7 +457,7 @@ fn aligned(rows: &[Vec<String>]) -> String {
     out
 }
 
-/// What it ran on.
+/// The machine of this run.
 fn machine() -> String {
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     let model = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -468,7 +469,8 @@ fn machine() -> String {
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let load = load.split(' ').nth(2).unwrap_or("?");
     format!(
-        "{cpus} processors ({model}), shared by all five parties, Linux {}, load of the last 15 minutes {load}.",
+        "{cpus} processors ({model}), shared by all five parties, Linux {}, load of the last \
+         15 minutes {load}.",
         kernel.trim()
     )
 }
@@ -481,7 +483,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// `target/bench`, wherever the target directory is: the executable lies in `target/release/deps`.
+/// `target/bench`, wherever the target directory is. The executable lies in `target/release/deps`.
 fn directory() -> Result<PathBuf> {
     let exe = std::env::current_exe()?;
     let target = exe.ancestors().nth(3).unwrap_or(Path::new("."));

@@ -1,10 +1,9 @@
-//! The one door through which the state of the kernel changes.
+//! All changes to the state of the kernel go through here.
 //!
-//! Owns the order of things: a change is written to the journal, then made; it is undone in
-//! reverse, then struck out. What is there already and not ours is left alone; what a killed
-//! predecessor left is taken over without a gap. What is wanted is decided elsewhere
-//! ([`plan`](super::plan)); how each kind of change is found, made and undone is its own business
-//! ([`change`](super::change)).
+//! Owns the order of events: a change goes into the journal before it is made, and leaves it after
+//! it is undone; undoing goes in reverse order. A host leaves alone what others have made, and
+//! takes over without a gap what a killed predecessor left. [`plan`](super::plan) decides what is
+//! wanted, and [`change`](super::change) knows how to find, make and undo each kind of change.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -21,9 +20,9 @@ pub struct Desired {
     pub change: Change,
     /// The program, for a filter.
     pub program: Option<OwnedFd>,
-    /// It goes when the TUN goes, and needs no journal.
+    /// It vanishes with the TUN, so the journal need not record it.
     pub with_tun: bool,
-    /// Whoever changes it later has the last word: it is not made again.
+    /// If others change it later, their value stays: it is not made again.
     pub once: bool,
 }
 
@@ -38,7 +37,7 @@ impl Desired {
         }
     }
 
-    /// A change to the TUN or of something that goes with it.
+    /// A change to the TUN, or to something that vanishes with it.
     pub fn with_tun(change: Change) -> Self {
         Self {
             with_tun: true,
@@ -46,12 +45,12 @@ impl Desired {
         }
     }
 
-    /// Not to be made again when others change it.
+    /// The same change, but not made again after others change it.
     pub fn once(self) -> Self {
         Self { once: true, ..self }
     }
 
-    /// With the program of a filter.
+    /// The same change with the program of its filter.
     pub fn program(self, program: OwnedFd) -> Self {
         Self {
             program: Some(program),
@@ -80,16 +79,16 @@ pub struct Failure {
     pub reason: String,
 }
 
-/// What was undone and what was not.
+/// The result of undoing.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Undone, or found to be gone already.
+    /// Undone now, or gone already.
     pub undone: Vec<Change>,
-    /// Left as it is.
+    /// Still there.
     pub left: Vec<Failure>,
 }
 
-/// What somebody had taken away.
+/// The changes that others had taken away.
 #[derive(Debug, Default)]
 pub struct Repairs {
     /// Made again.
@@ -110,7 +109,7 @@ pub enum HostError {
     /// The kernel cannot be asked.
     #[error("cannot speak with the kernel: {0}")]
     Netlink(#[from] NetlinkError),
-    /// The kernel refused a change. What was made before it is undone.
+    /// The kernel refused a change. The changes before it are undone.
     #[error("cannot make {change}: {reason}")]
     Refused {
         /// The change.
@@ -126,16 +125,16 @@ pub struct Host {
     netlink: Netlink,
     dir: RuntimeDir,
     journal: Journal,
-    /// What the journal holds, in the order in which it was made.
+    /// The changes in the journal, in the order in which they were made.
     made: Vec<Change>,
-    /// What was last asked for, to be made again if somebody takes it away.
+    /// The latest request, so that [`Host::repair`] can make again what somebody takes away.
     wanted: Vec<Desired>,
 }
 
 impl Host {
-    /// Takes charge of the calling thread's network namespace: locks it, and loads what a killed
-    /// predecessor left (nothing is changed yet). Every call must come from a thread in the same
-    /// namespace, since `/proc/sys` follows the thread.
+    /// Takes charge of the calling thread's network namespace: locks it, and loads the journal of a
+    /// killed predecessor. It changes nothing yet. Every later call must come from a thread in the
+    /// same namespace, since `/proc/sys` follows the thread.
     ///
     /// # Errors
     /// If another daemon is in charge, or the journal cannot be used.
@@ -159,7 +158,7 @@ impl Host {
         Self::open(base)?.undo_all()
     }
 
-    /// For questions; changes go through this door.
+    /// For questions only. Changes go through [`Host`].
     pub fn netlink(&self) -> &Netlink {
         &self.netlink
     }
@@ -169,17 +168,17 @@ impl Host {
         self.dir.path()
     }
 
-    /// The lasting changes that are made, in their order.
+    /// The lasting changes that are in force, in the order in which they were made.
     pub fn made(&self) -> &[Change] {
         &self.made
     }
 
-    /// Makes what is wanted, in its order, and then undoes what was made before and is no longer
-    /// wanted. A filter that is there already is replaced in one step; whatever else is there
-    /// already stays untouched, and a sysctl keeps the value that it had before the first change.
+    /// Makes the desired changes in their order, and then undoes earlier ones that are no longer
+    /// wanted. It replaces a filter that is there already in one step. Anything else that is there
+    /// already stays untouched, and a sysctl remembers the value from before the first change.
     ///
     /// # Errors
-    /// If a change fails: those that this call has made are undone.
+    /// If a change fails. Then the changes that this call has made are undone.
     pub fn reconcile(&mut self, desired: Vec<Desired>) -> Result<Report, HostError> {
         self.wanted.clear();
         let step = Step {
@@ -211,8 +210,8 @@ impl Host {
     }
 
     /// Makes again what others have taken away since [`reconcile`](Self::reconcile): a network
-    /// manager that removes rules and routes it does not know (as systemd-networkd does whenever it
-    /// starts), a TUN that was down for a moment, a `sysctl --system`. Cheap enough for every few
+    /// manager that removes unknown rules and routes (as systemd-networkd does whenever it starts),
+    /// a TUN that was down for a moment, a `sysctl --system`. It is cheap enough to run every few
     /// seconds.
     pub fn repair(&mut self) -> Repairs {
         let mut repairs = Repairs::default();
@@ -236,7 +235,7 @@ impl Host {
         repairs
     }
 
-    /// Whether it was missing.
+    /// Makes one change again if it is missing; returns whether it was.
     fn repair_one(&mut self, desired: &mut Desired) -> Result<bool, HostError> {
         if !desired.change.is_costly_to_find() {
             match desired.change.present(&self.netlink) {
@@ -246,13 +245,13 @@ impl Host {
                 Err(error) => return Err(desired.refused_by(&error)),
             }
         }
-        // The value that somebody wants now is the one to come back to.
+        // Undoing must restore the value that somebody has set by now.
         let renewed = desired.change.renew_original();
         renewed.map_err(|error| desired.refused_by(&error))?;
         let change = &desired.change;
         if !desired.with_tun && !self.made.contains(change) {
             self.made.retain(|made| !made.same_object(change));
-            // Undone last: a qdisc after the filters on it.
+            // It must be undone last: a qdisc after the filters on it.
             self.made.insert(0, change.clone());
             self.journal.write(&self.made)?;
         }
@@ -263,11 +262,11 @@ impl Host {
         }
     }
 
-    /// As [`reconcile`](Self::reconcile) for a part of what is made: of that, what is not wanted is
-    /// undone; the rest stays.
+    /// As [`reconcile`](Self::reconcile), but only for the changes that `part` selects. It undoes
+    /// those of them that are no longer wanted, and leaves all others as they are.
     ///
     /// # Errors
-    /// If a change fails: those that this call has made are undone.
+    /// If a change fails. Then the changes that this call has made are undone.
     pub fn reconcile_part(
         &mut self,
         part: impl Fn(&Change) -> bool,
@@ -286,7 +285,7 @@ impl Host {
         )
     }
 
-    /// Undoes everything, in reverse. What could not be undone stays in the journal.
+    /// Undoes everything, in reverse order. The journal keeps the changes that could not be undone.
     ///
     /// # Errors
     /// If the journal cannot be written.
@@ -309,7 +308,7 @@ impl Host {
         let present = match change.present(&self.netlink) {
             Err(error) => return Err(desired.refused_by(&error)),
             Ok(Presence::Foreign(reason)) => return Err(desired.refused(reason)),
-            // Somebody else's, and as we want it: nothing to make, nothing to undo.
+            // Somebody else's, and as we want it: there is nothing to make and nothing to undo.
             Ok(Presence::AsWanted) if known.is_none() && !change.is_unmistakable() => return Ok(()),
             Ok(Presence::AsWanted) => true,
             Ok(Presence::Absent) => false,
@@ -323,7 +322,7 @@ impl Host {
             step.kept.push(change.clone());
             let all: Vec<_> = step.earlier.iter().chain(&step.kept).cloned().collect();
             if let Err(error) = self.journal.write(&all) {
-                // Not written down, not made.
+                // What the journal does not hold must not be made.
                 if !present {
                     step.kept.pop();
                 }
@@ -349,8 +348,8 @@ impl Host {
         }
     }
 
-    /// Undoes `changes` from the last to the first; the journal then holds `kept` and what could
-    /// not be undone.
+    /// Undoes `changes` from the last to the first. Then the journal holds `kept` and the changes
+    /// that could not be undone.
     fn undo_reversed(
         &mut self,
         mut changes: Vec<Change>,
@@ -376,7 +375,8 @@ impl Host {
         Ok(report)
     }
 
-    /// Writes down what is made. To write that nothing is takes no room on a full disk.
+    /// Writes the made changes to the journal. If there are none it removes the file, which works
+    /// on a full disk as well.
     fn record(&self) -> Result<(), JournalError> {
         if self.made.is_empty() {
             self.journal.clear();
@@ -395,14 +395,15 @@ impl Drop for Host {
     }
 }
 
-/// A reconciliation on its way.
+/// A reconciliation under way.
 #[derive(Default)]
 struct Step {
-    /// Made before and not asked for (yet).
+    /// Made by an earlier call, and not asked for, or not yet.
     earlier: Vec<Change>,
-    /// Made before or now, and wanted: what the journal will hold in the end.
+    /// Wanted, and made by an earlier call or by this one: the final content of the journal.
     kept: Vec<Change>,
-    /// Made now, also what goes with the TUN: what is undone if a later change fails.
+    /// Made by this call, including changes that vanish with the TUN. They are undone if a later
+    /// one fails.
     fresh: Vec<Change>,
 }
 
@@ -468,7 +469,7 @@ mod tests {
     fn both(stage: &Stage, tun: &Tun) -> Vec<Desired> {
         let mut all = stage.capture(tun);
         all.extend(stage.steer(tun));
-        // One TUN cannot carry both programs in one place; the lasting changes are what counts.
+        // One TUN cannot carry both programs in one place; only the lasting changes matter here.
         all.retain(|desired| !desired.with_tun);
         all
     }
@@ -503,7 +504,7 @@ mod tests {
             let mut host = stage.host();
             host.reconcile(both(&stage, &first)).unwrap();
             let made = host.made().to_vec();
-            // Killed: the TUN goes, the rest stays.
+            // A kill: the TUN vanishes, everything else stays.
             drop(host);
             drop(first);
             let filters = |direction| {
@@ -535,7 +536,7 @@ mod tests {
                 (old[0].priority, old[0].handle)
             );
             assert_ne!(new[0].program_id, old[0].program_id);
-            // Another role: what is no longer wanted goes.
+            // Another role: changes that are no longer wanted go.
             let report = host.reconcile(stage.capture(&second)).unwrap();
             assert_eq!(report.undone.len(), made.len() - 2);
             assert_eq!(host.made().len(), 2);
@@ -570,7 +571,7 @@ mod tests {
         in_fresh_namespace(|| {
             let stage = stage();
             let index = stage.uplink.index;
-            // Their clsact and filter were there before, at our usual place.
+            // Their clsact and their filter are there first, at our usual place.
             stage.netlink.add_clsact(index).unwrap();
             let place = FilterSlot {
                 index,
@@ -601,7 +602,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_have_joined_or_changed_stays() {
+    fn changes_that_others_rely_on_or_have_changed_stay() {
         in_fresh_namespace(|| {
             let stage = stage();
             let tun = stage.tun();
@@ -677,7 +678,7 @@ mod tests {
                 assert!(error.to_string().contains("already running"), "{error}");
             }
             drop(host);
-            // Another namespace never collides.
+            // A daemon in another namespace does not collide.
             let base = stage.scratch.0.clone();
             let _host = stage.host();
             in_fresh_namespace(move || drop(Host::open(&base).unwrap()));
@@ -720,7 +721,8 @@ mod tests {
 
             assert!(host.undo_all().unwrap().left.is_empty());
             drop(tun);
-            // What was set to 0 meanwhile is 0 again, whatever it was before.
+            // A value that somebody set to 0 meanwhile is 0 again in the end, whatever it was at
+            // first.
             for line in &mut before {
                 if line.starts_with("net/ipv6/fwmark_reflect") {
                     *line = "net/ipv6/fwmark_reflect = \"0\\n\"".into();
@@ -730,7 +732,7 @@ mod tests {
         });
     }
 
-    /// In an order of its own, since what comes back may come back elsewhere in a list.
+    /// Sorts the lines, since an object that was made again may stand elsewhere in a list.
     fn sorted(mut lines: Vec<String>) -> Vec<String> {
         lines.sort();
         lines
@@ -745,7 +747,7 @@ mod tests {
             keep_only(capabilities_of_the_unit());
             let mut host = stage.host();
             host.reconcile(both(&stage, &tun)).unwrap();
-            // What the daemon keeps once it has started: programs can be attached, but not loaded.
+            // The daemon keeps this once it has started: it can attach programs, but not load them.
             keep_only(CapabilitySet::NET_ADMIN);
             let refused = steer::plan(&stage.netlink, &[], &tun.link, 51820, 1000);
             assert!(refused.is_err());

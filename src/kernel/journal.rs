@@ -1,9 +1,9 @@
-//! What the daemon has changed in the kernel, written down before it is done.
+//! The journal of the daemon's changes to the kernel, written before each of them.
 //!
-//! Owns the journal file: a reader sees the old one or the new one, whole, and one of another boot
-//! or of a namespace that is gone is not believed. Makes and undoes nothing: that is the business
-//! of [`Host`](super::Host). Only whoever holds the lock of the [directory](super::runtime_dir) has
-//! a journal there.
+//! Owns the journal file. A reader sees the old file or the new one, whole. It does not believe a
+//! journal from before a reboot of the machine, or from a namespace that is gone. The journal
+//! itself makes and undoes nothing: that is the business of [`Host`](super::Host). Only whoever
+//! holds the lock of the [directory](super::runtime_dir) has a journal there.
 //!
 //! ```text
 //! journal   version, boot id, namespace cookie, changes in the order they were made
@@ -30,16 +30,16 @@ const JOURNAL_NEXT: &str = "journal.next";
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Version of the journal's format; a journal of another version is not understood.
+/// Version of the journal's format. We do not read any other version.
 const VERSION: u32 = 1;
 
 /// Why the journal could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
-    /// A file that could not be read or written.
+    /// A file could not be read or written.
     #[error(transparent)]
     File(#[from] RuntimeDirError),
-    /// A journal that makes no sense.
+    /// The journal makes no sense.
     #[error(
         "{} cannot be understood: {error}; remove it, and what an earlier ipmoved left in the \
          kernel",
@@ -60,7 +60,7 @@ pub(super) struct Journal {
     identity: Identity,
 }
 
-/// What tells one network namespace from every other one, earlier ones of the same inode included.
+/// Tells one network namespace from every other, even from earlier ones of the same inode.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 struct Identity {
     boot_id: String,
@@ -100,13 +100,13 @@ impl Journal {
         let write = || {
             let mut file = private_file().truncate(true).open(&next)?;
             file.write_all(&serde_json::to_vec_pretty(&contents)?)?;
-            // No fsync: after a crash of the machine there is nothing left to undo.
+            // It needs no fsync: after a crash of the machine there is nothing left to undo.
             fs::rename(&next, &path)
         };
         write().map_err(|error| RuntimeDirError::file("write", &path, error).into())
     }
 
-    /// Removes the journal: nothing is changed.
+    /// Removes the journal: there is nothing to undo.
     pub(super) fn clear(&self) {
         for ours in [JOURNAL, JOURNAL_NEXT] {
             let _ = fs::remove_file(self.dir.join(ours));
@@ -128,8 +128,8 @@ impl Journal {
             let error = serde::de::Error::custom(format!("version {}", contents.version));
             return Err(JournalError::Malformed { path, error });
         }
-        // Of another boot, or of a namespace that is gone and whose inode was used again: what it
-        // tells of went with it.
+        // It is from before a reboot, or from a namespace that is gone and whose inode is in use
+        // again. In both cases the changes in it are gone as well.
         let ours = contents.identity == self.identity;
         Ok(if ours { contents.changes } else { Vec::new() })
     }
@@ -146,7 +146,7 @@ impl Identity {
     }
 }
 
-/// The random identity of this boot of the machine; `None` if `/proc` is not there.
+/// The random id of the machine's boot; `None` if `/proc` is not there.
 pub fn boot_id() -> Option<String> {
     let text = fs::read_to_string(BOOT_ID).ok()?;
     Some(text.trim().to_owned())
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_is_read_by_the_next_daemon() {
+    fn the_next_daemon_reads_what_one_has_written() {
         let scratch = Scratch::new();
         let dir = RuntimeDir::open(&scratch.0).unwrap();
         let (journal, changes) = Journal::open(&dir).unwrap();
@@ -201,7 +201,7 @@ mod tests {
         assert!(!scratch.0.exists());
     }
 
-    /// A journal as version 1 has always written it, whatever the types inside are called.
+    /// A journal as version 1 has always written it, whatever the names of the types are today.
     const VERSION_1: &str = r#"{
   "version": 1,
   "boot_id": "BOOT",

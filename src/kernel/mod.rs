@@ -1,18 +1,18 @@
 //! Everything that the daemon asks of the kernel's network configuration.
 //!
 //! ```text
-//!   plan          what is wanted for each role, as values
-//!   Host          the one door: makes wanted changes, undoes them, survives a crash
-//!   change        a file for each kind of change: found, made, undone, with its remedy
-//!   journal       what was changed, written down first
+//!   plan          the changes that each role needs, as values
+//!   Host          makes all changes, undoes them, survives a crash
+//!   change        a file for each kind of change: how to find, make and undo it, with its remedy
+//!   journal       the record of changes, written before each of them
 //!   runtime_dir   where the journal lies, and the lock that keeps a second daemon out
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
 //!   netlink       the conversation with the kernel, by object
 //! ```
 //!
-//! Nothing outside this room changes links, routes, rules, filters or sysctls; the packets' way
-//! through TUN and sockets is none of its business.
+//! No other folder changes links, routes, rules, filters or sysctls. The packets' path through TUN
+//! and sockets is none of this one's business.
 
 #![expect(
     clippy::disallowed_methods,

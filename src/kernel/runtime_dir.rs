@@ -1,13 +1,13 @@
 //! The directory of a network namespace under `/run`, and the lock that keeps a second daemon out.
 //!
-//! Owns who may use it: root alone, one daemon at a time. What lies in it is the business of those
-//! who put it there.
+//! Owns who may use it: root alone, one daemon at a time. The files in it are the business of those
+//! who put them there.
 //!
 //! ```text
 //! /run/ipmoved/net-4026531833/   one directory per network namespace, by its inode
-//!     lock                       held with flock(2) while a daemon lives; its pid
+//!     lock                       held with flock(2) while a daemon lives; contains its pid
 //!     journal                    see `journal`
-//!     status.sock                where `ipmoved status` asks; the daemon's, removed with the rest
+//!     status.sock                where `ipmoved status` asks; the daemon owns it
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -31,13 +31,13 @@ pub enum RuntimeDirError {
         /// Its process id, as it wrote it.
         pid: String,
     },
-    /// A directory that others may write to.
+    /// Others may write to the directory.
     #[error("{0} is not a directory of root's own; remove it")]
     Foreign(PathBuf),
-    /// A file that could not be read or written.
+    /// A file could not be read or written.
     #[error("cannot {what} {}: {error}", path.display())]
     File {
-        /// What was tried.
+        /// The attempted operation.
         what: &'static str,
         /// The file.
         path: PathBuf,
@@ -56,7 +56,7 @@ impl RuntimeDirError {
     }
 }
 
-/// The directory of the calling thread's network namespace, below `base`. It need not exist.
+/// The directory of the calling thread's network namespace, below `base`. It may not exist yet.
 ///
 /// # Errors
 /// If `/proc` is not there.
@@ -76,7 +76,7 @@ pub(super) struct RuntimeDir {
 }
 
 impl RuntimeDir {
-    /// Locks the directory of the calling thread's network namespace, and makes it if need be.
+    /// Locks the directory of the calling thread's network namespace, and makes it if necessary.
     pub(super) fn open(base: &Path) -> Result<Self, RuntimeDirError> {
         let path = namespace_dir(base)?;
         let lock = lock(base, &path)?;
@@ -87,9 +87,9 @@ impl RuntimeDir {
         &self.path
     }
 
-    /// Removes the directory if nobody else has put anything there.
+    /// Removes the directory, unless somebody else has put a file there.
     pub(super) fn remove(&self) {
-        // While we hold the lock; whoever waits for it sees that the file is no longer there.
+        // We still hold the lock. Whoever waits for it will see that the file is no longer there.
         for ours in [STATUS_SOCKET, LOCK] {
             let _ = fs::remove_file(self.path.join(ours));
         }
@@ -107,7 +107,7 @@ fn lock(base: &Path, dir: &Path) -> Result<File, RuntimeDirError> {
             private_dir(dir)?;
         }
         let mut file = match private_file().open(&path) {
-            // Removed by its last holder between the two steps.
+            // Its last holder removed it between the two steps.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             other => other.map_err(|error| RuntimeDirError::file("open", &path, error))?,
         };
@@ -153,7 +153,7 @@ fn private_dir(dir: &Path) -> Result<(), RuntimeDirError> {
     }
 }
 
-/// How a file is opened that only root may read.
+/// Options for opening a file that only root may read.
 pub(super) fn private_file() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).mode(0o600);

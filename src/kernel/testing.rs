@@ -1,5 +1,5 @@
-//! What this room's tests are made of, on top of the lab's namespaces: an uplink, a router that
-//! sees what leaves it, a TUN, and what a daemon may change as comparable text.
+//! The parts of this folder's tests, on top of the lab's namespaces: an uplink, a router that sees
+//! the packets that leave it, a TUN, and everything a daemon may change as comparable text.
 
 use std::fs;
 use std::io::Read;
@@ -18,7 +18,7 @@ use super::netlink::{Address, Direction, Family, Link, Netlink, NetlinkError, Ro
 use crate::lab::wiring::Wiring;
 use crate::lab::{Namespace, poll_until};
 
-/// How long a test waits for what should come, and for what should not.
+/// How long a test waits for something, whether it should come or not.
 const PATIENCE: Duration = Duration::from_millis(250);
 
 /// Runs `test` in a fresh network namespace, which vanishes with it.
@@ -34,7 +34,8 @@ fn inside<T: Send>(namespace: &Namespace, run: impl FnOnce() -> T + Send) -> T {
     namespace.run(|| Ok(run())).unwrap()
 }
 
-/// What the systemd unit in `contrib` leaves the daemon, until it gives up more by itself.
+/// The capabilities that the systemd unit in `contrib` leaves the daemon. Later the daemon gives up
+/// more by itself.
 pub(super) fn capabilities_of_the_unit() -> CapabilitySet {
     const UNIT: &str = include_str!("../../contrib/ipmoved.service");
     let line = UNIT
@@ -49,9 +50,9 @@ pub(super) fn capabilities_of_the_unit() -> CapabilitySet {
         .collect()
 }
 
-/// Takes every other capability from the calling thread, for good: to be called in a
-/// [fresh namespace](in_fresh_namespace), which has a thread of its own. Where the tests run without
-/// one of them, as in many containers, they do without it.
+/// Takes every other capability from the calling thread, for good. Call it in a [fresh
+/// namespace](in_fresh_namespace), which has a thread of its own. If the tests run without some of
+/// `capabilities`, as in many containers, the thread goes without them too.
 pub(super) fn keep_only(capabilities: CapabilitySet) {
     let held = rustix::thread::capabilities(None).unwrap().permitted;
     let sets = CapabilitySets {
@@ -62,7 +63,7 @@ pub(super) fn keep_only(capabilities: CapabilitySet) {
     rustix::thread::set_capabilities(None, sets).expect("run the tests as root");
 }
 
-/// A name for a directory that goes with the test.
+/// A name for a directory that vanishes with the test.
 pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Scratch {
@@ -85,7 +86,7 @@ impl Drop for Scratch {
     }
 }
 
-/// A pair of connected interfaces in this namespace, both up, of which the first is returned.
+/// Makes a pair of connected interfaces in this namespace, both up, and returns the first.
 pub(super) fn veth(netlink: &Netlink) -> Link {
     uplink(netlink, "v0", &[])
 }
@@ -108,8 +109,8 @@ fn link_message(index: u32) -> LinkMessage {
     message
 }
 
-/// One end of a veth pair in this namespace, up and with addresses; the other end, called `far`, is
-/// up as well.
+/// Makes a veth pair in this namespace and returns one end, up and with addresses. The other end,
+/// called `far`, is up as well.
 pub(super) fn uplink(netlink: &Netlink, name: &str, addrs: &[(&str, u8)]) -> Link {
     let far = match name {
         "v0" => "v1".to_owned(),
@@ -138,14 +139,14 @@ pub(super) fn sysctl(path: &str, value: &str) {
     fs::write(format!("/proc/sys/{path}"), value).unwrap();
 }
 
-/// Strict reverse path filtering on every interface, there and to come.
+/// Sets strict reverse path filtering on every interface, present and future.
 pub(super) fn strict_rp_filter() {
     for entry in fs::read_dir("/proc/sys/net/ipv4/conf").unwrap() {
         fs::write(entry.unwrap().path().join("rp_filter"), "1").unwrap();
     }
 }
 
-/// Everything that a daemon may change, in words.
+/// Everything that a daemon may change, as text.
 pub(super) fn snapshot(netlink: &Netlink) -> Vec<String> {
     let mut out = Vec::new();
     for link in netlink.links().unwrap() {
@@ -163,7 +164,7 @@ pub(super) fn snapshot(netlink: &Netlink) -> Vec<String> {
         }
         for table in [254, super::steer::TABLE] {
             for route in netlink.routes(family, table).unwrap() {
-                // The kernel adds link-local routes when it gets round to it.
+                // The kernel adds link-local routes in its own time.
                 if route.dst.0.to_string() == "fe80::" {
                     continue;
                 }
@@ -185,7 +186,7 @@ pub(super) fn snapshot(netlink: &Netlink) -> Vec<String> {
     out
 }
 
-/// A TUN, up.
+/// A TUN that is up.
 pub(super) struct Tun {
     device: SyncDevice,
     pub(super) link: Link,
@@ -220,7 +221,7 @@ impl Tun {
         assert_eq!(written, bytes.len());
     }
 
-    /// The next packet that `wanted` accepts, with its virtio header.
+    /// Returns the next packet that `wanted` accepts, and its virtio header.
     pub(super) fn read(&self, wanted: impl Fn(&[u8]) -> bool) -> Option<(Vec<u8>, Vec<u8>)> {
         let mut buffer = vec![0; 70_000];
         loop {
@@ -235,7 +236,7 @@ impl Tun {
 }
 
 /// A router beyond the uplink: a namespace of its own at the other end of a veth pair, which sees
-/// what leaves the uplink.
+/// the packets that leave the uplink.
 pub(super) struct Router {
     namespace: Namespace,
     /// The uplink's end in the calling thread's namespace.
@@ -292,7 +293,7 @@ impl Router {
                 dev: Some(index),
                 ..Route::default_of(Family::of(gateway))
             };
-            // IPv6 takes a moment to see that the link is up.
+            // IPv6 takes a moment to notice that the link is up.
             let mut tries = 0;
             while let Err(error) = netlink.add_route(&route) {
                 tries += 1;
@@ -313,7 +314,8 @@ impl Router {
         inside(&self.namespace, || bound(addr))
     }
 
-    /// Whether a packet has arrived from the uplink in which `needle` occurs. Forgets what came.
+    /// Whether a packet that contains `needle` has arrived from the uplink. It forgets all that
+    /// came.
     pub(super) fn has_seen(&self, needle: &[u8]) -> bool {
         std::thread::sleep(Duration::from_millis(50));
         let mut buffer = vec![0; 70_000];
@@ -327,7 +329,7 @@ impl Router {
     }
 }
 
-/// A UDP socket that waits a quarter second for an answer.
+/// A UDP socket that waits a quarter second for a datagram.
 pub(super) fn bound(addr: SocketAddr) -> UdpSocket {
     let socket = UdpSocket::bind(addr).unwrap();
     socket.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -1,7 +1,7 @@
 //! `ipmoved` processes on the two servers of a lab, started with the command lines of the contract.
 //!
-//! Owns how they are started, waited for, signalled and asked. Knows the binary only by its
-//! commands: its arguments, its exit code, what it prints and `status --json`.
+//! Owns how to start them, wait for them, signal them and ask them. It knows the binary only by its
+//! commands: arguments, exit code, output and `status --json`.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -22,11 +22,11 @@ use super::topology::{MOVED, NEW, OLD};
 use super::{Doing, Lab, LabError, Namespace, Output, Process, Result, poll_until};
 use crate::model::peer::Role;
 
-/// How long two daemons may take to find each other: a lost first message is sent again after 5 s
+/// How long two daemons may take to find each other. They send a lost first message again after 5 s
 /// (design of the channel: WireGuard's REKEY_TIMEOUT), twice.
 pub const UP_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long a command that is no daemon may take.
+/// How long a command other than a daemon may take.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a daemon may take to undo its changes after SIGTERM.
@@ -35,7 +35,7 @@ pub const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often `status` is asked while waiting.
 const STATUS_PAUSE: Duration = Duration::from_millis(25);
 
-/// Two daemons that have not been started yet: what they are told.
+/// The settings of two daemons that have not been started yet.
 #[derive(Clone, Debug)]
 pub struct DaemonSetup<'lab> {
     lab: &'lab Lab,
@@ -76,7 +76,7 @@ impl<'lab> DaemonSetup<'lab> {
         })
     }
 
-    /// Moves these (`ADDR[:PORTS][/tcp|/udp]`) instead of [`MOVED`].
+    /// Moves these addresses (`ADDR[:PORTS][/tcp|/udp]`) instead of [`MOVED`].
     #[must_use]
     pub fn moves(mut self, moves: &[&str]) -> Self {
         let option = |moved: &&str| ["--move".to_owned(), (*moved).to_owned()];
@@ -92,22 +92,22 @@ impl<'lab> DaemonSetup<'lab> {
         self
     }
 
-    /// Lets one side find its peer at another address.
+    /// Lets one side expect its peer at another address.
     #[must_use]
     pub fn peer(mut self, role: Role, peer: impl Into<IpAddr>) -> Self {
         self.side_mut(role).peer = Some(peer.into().to_string());
         self
     }
 
-    /// Lets one side wait to be found: it is not told where its peer is.
+    /// Starts one side without its peer's address, so that it waits until the peer finds it.
     #[must_use]
     pub fn without_peer(mut self, role: Role) -> Self {
         self.side_mut(role).peer = None;
         self
     }
 
-    /// Lets one side know its peer by name, with a file of its own in the place of `/etc/hosts` and
-    /// nobody else to ask.
+    /// Gives one side its peer's address as a name. A file of its own in the place of `/etc/hosts`
+    /// resolves that name, and no name server answers.
     #[must_use]
     pub fn peer_by_name(mut self, role: Role, name: &str, hosts: &Path) -> Self {
         let side = self.side_mut(role);
@@ -129,14 +129,14 @@ impl<'lab> DaemonSetup<'lab> {
         Ok(self)
     }
 
-    /// Leaves the place of the run-time files to the daemons, as on a real host.
+    /// Lets the daemons choose the directory of their run-time files, as on a real host.
     #[must_use]
     pub fn default_runtime_dir(mut self) -> Self {
         self.runtime_dir = None;
         self
     }
 
-    /// The lab the daemons are for.
+    /// The lab of the daemons.
     pub fn lab(&self) -> &'lab Lab {
         self.lab
     }
@@ -171,7 +171,7 @@ impl<'lab> DaemonSetup<'lab> {
         line
     }
 
-    /// Starts one side's daemon and does not wait for it.
+    /// Starts one side's daemon without waiting for it.
     pub fn start(&self, role: Role) -> Result<Daemon<'lab>> {
         let mut command = self.command();
         command.args(self.daemon_args(role));
@@ -196,7 +196,7 @@ impl<'lab> DaemonSetup<'lab> {
         })
     }
 
-    /// Starts both and waits until each says that it is up.
+    /// Starts both daemons, and waits until each says that it is up.
     pub fn start_both(&self) -> Result<Daemons<'lab>> {
         let mut daemons = Daemons {
             old: self.start(Role::Old)?,
@@ -206,7 +206,7 @@ impl<'lab> DaemonSetup<'lab> {
         Ok(daemons)
     }
 
-    /// Runs a command of the binary to its end on one server: `["status", "--json"]`, `["cleanup"]`.
+    /// Runs a command of the binary to its end on one server: `["status", "--json"]`, for example.
     pub fn run(&self, role: Role, args: &[&str]) -> Result<Output> {
         let mut command = self.command();
         command.args(args);
@@ -229,7 +229,7 @@ impl<'lab> DaemonSetup<'lab> {
             .doing(|| format!("read the status of the {role} server: {}", said.stdout))
     }
 
-    /// The binary, ready to be given arguments, with its run-time files where those of this lab are.
+    /// The binary, ready for arguments, with its run-time files in this lab's directory.
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.exe);
         command.env_remove("IPMOVED_PSK");
@@ -267,12 +267,13 @@ impl Daemon<'_> {
     /// Waits until its only tunnel is up.
     ///
     /// # Errors
-    /// If it ends before that, with what it said; or if it takes longer than [`UP_TIMEOUT`].
+    /// If it ends before that (the error has its output), or if it takes longer than
+    /// [`UP_TIMEOUT`].
     pub fn wait_until_up(&mut self) -> Result<()> {
         self.wait_for_state("up", UP_TIMEOUT)
     }
 
-    /// Waits until its only tunnel is `connecting`, `up` or `down`.
+    /// Waits until the state of its only tunnel is `state`: `connecting`, `up` or `down`.
     pub fn wait_for_state(&mut self, state: &str, patience: Duration) -> Result<()> {
         let mut last = None;
         let reached = poll_until(patience, STATUS_PAUSE, || {
@@ -292,14 +293,15 @@ impl Daemon<'_> {
         });
         reached.unwrap_or_else(|| {
             Err(LabError::unexpected(format!(
-                "the daemon of the {} server is not {state} after {patience:?}: {last:?}; it said: {}",
+                "the daemon of the {} server is not {state} after {patience:?}: {last:?}; it said: \
+                 {}",
                 self.role,
                 self.process.stderr().trim_end()
             )))
         })
     }
 
-    /// What `status --json` says.
+    /// The output of `status --json`.
     pub fn status(&self) -> Result<Status> {
         self.setup.status(self.role)
     }
@@ -309,12 +311,12 @@ impl Daemon<'_> {
         &mut self.process
     }
 
-    /// Stops it as an administrator does (SIGTERM) and expects it to end well.
+    /// Stops it as an administrator does (SIGTERM), and expects exit code 0.
     pub fn terminate(self) -> Result<Output> {
         self.stop_by(Signal::TERM)
     }
 
-    /// Stops it by a signal it can act on, and expects exit code 0.
+    /// Stops it by a signal that it can act on, and expects exit code 0.
     pub fn stop_by(self, signal: Signal) -> Result<Output> {
         let role = self.role;
         self.process.signal(signal)?;
@@ -328,12 +330,12 @@ impl Daemon<'_> {
         Ok(said)
     }
 
-    /// Waits for a daemon that refuses to run, and returns what it said.
+    /// Waits for a daemon that refuses to run, and returns its output.
     pub fn stop_by_itself(self) -> Result<Output> {
         self.process.wait(STOP_TIMEOUT)
     }
 
-    /// Kills it without a chance to undo anything (SIGKILL).
+    /// Kills it, so that it cannot undo anything (SIGKILL).
     pub fn kill(self) -> Result<()> {
         self.process.signal(Signal::KILL)?;
         self.process.wait(STOP_TIMEOUT).map(drop)
@@ -363,7 +365,7 @@ impl Daemons<'_> {
     }
 }
 
-/// What `status --json` said.
+/// The output of `status --json`.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Status(pub Value);
 
@@ -378,10 +380,10 @@ impl Status {
         self.tunnel()["state"].as_str().unwrap_or_default()
     }
 
-    /// Every drop that was counted, by reason, whoever sent it.
+    /// Every drop that the daemon has counted, by reason, whoever the sender was.
     pub fn all_drops(&self) -> BTreeMap<String, u64> {
         let tunnels = self.0["tunnels"].as_array().map_or(&[][..], Vec::as_slice);
-        // Of a single tunnel, strangers' drops are shown with its own.
+        // With a single tunnel, status shows strangers' drops with its own.
         let strangers = (tunnels.len() > 1).then_some(&self.0);
         let mut all = BTreeMap::new();
         for of in tunnels.iter().chain(strangers) {
@@ -392,17 +394,17 @@ impl Status {
         all
     }
 
-    /// Where the first tunnel's peer is; empty if that is not known.
+    /// The address of the first tunnel's peer; empty if it is not known.
     pub fn endpoint(&self) -> &str {
         self.tunnel()["endpoint"].as_str().unwrap_or_default()
     }
 
-    /// How many flows live.
+    /// The number of live flows.
     pub fn live_flows(&self) -> u64 {
         self.tunnel()["flows"]["live"].as_u64().unwrap_or_default()
     }
 
-    /// How many packets or datagrams were dropped for a reason, whoever sent them.
+    /// The number of packets or datagrams dropped for a reason, whoever the sender was.
     pub fn drops(&self, reason: &str) -> u64 {
         self.all_drops().get(reason).copied().unwrap_or_default()
     }
@@ -425,7 +427,7 @@ pub fn write_psk(path: &Path) -> Result<()> {
     writeln!(file, "{}", BASE64.encode(key)).doing(doing)
 }
 
-/// Reads a key file back, for tests that look for it where it must not be.
+/// Reads a key file back, for tests that search for the key where it must not be.
 pub fn read_psk(path: &Path) -> Result<String> {
     fs::read_to_string(path)
         .map(|text| text.trim_end().to_owned())

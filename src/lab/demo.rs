@@ -1,8 +1,8 @@
 //! `ipmoved demo`: the whole story on one machine, told to an administrator.
 //!
 //! Owns the order of the steps and their words. Each step does something with the real binary and
-//! real sockets and says what was seen; a step is ✓ only if it was seen to work. Everything is
-//! made in a [`Lab`] and goes with it, whatever happens: at the end, at a failure, at Ctrl-C.
+//! real sockets, and reports the result. It gets a ✓ only if we saw it work. Everything happens in
+//! a [`Lab`], which goes away in every case: at the end, after a failure, and after Ctrl-C.
 
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -15,18 +15,18 @@ use super::traffic::listeners;
 use super::{Lab, LabError, Probe, Result, Service, Snapshot, UdpService, interrupt};
 use crate::model::peer::Role;
 
-/// Size of the download: more than any buffer on the way holds, and a second's work.
+/// Size of the download: more than any buffer on the path holds, and about a second's work.
 const DOWNLOAD: u64 = 64 << 20;
 /// Size of the upload.
 const UPLOAD: u64 = 16 << 20;
-/// How many short connections are made.
+/// Number of short connections.
 const CONNECTIONS: usize = 200;
-/// How long nothing may come for a port to count as silent.
+/// How long a port must send nothing to count as silent.
 const PATIENCE: Duration = Duration::from_millis(700);
 /// How long a connection may take to live on after a restart: TCP tries again after 0.2, 0.4, 0.8,
 /// 1.6, 3.2 and 6.4 s (RFC 6298 doubles the interval each time).
 const RECOVERY: Duration = Duration::from_secs(15);
-/// What is said on the connection whose packets the tap looks at.
+/// A sentence for the connection whose packets the tap looks at.
 const SECRET: &[u8] = b"This sentence can be read by anybody on the way.";
 
 const PICTURE: &str =
@@ -38,13 +38,13 @@ const PICTURE: &str =
 /// Why the demo did not end well.
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
-    /// The stage could not be set.
+    /// The lab could not be built.
     #[error(transparent)]
     Lab(#[from] LabError),
     /// The story could not be printed.
     #[error("cannot print: {0}")]
     Print(#[from] io::Error),
-    /// Something was not seen to work.
+    /// We did not see something work.
     #[error("{failed} of {of} steps were not seen to work")]
     Failed {
         /// Steps that failed.
@@ -60,7 +60,7 @@ pub enum DemoError {
 /// Tells the story with this `ipmoved` binary, step by step, on standard output.
 ///
 /// # Errors
-/// Unless every step was seen to work. Everything that was made has been removed in any case.
+/// If any step was not seen to work. The lab is gone in any case.
 pub fn demo(exe: &Path) -> Result<(), DemoError> {
     demo_to(exe, &mut io::stdout())
 }
@@ -87,13 +87,14 @@ fn demo_to(exe: &Path, out: &mut dyn Write) -> Result<(), DemoError> {
     }
     writeln!(
         out,
-        "\nAll {steps} steps were seen to work ({:.1} s). The namespaces are gone; nothing was left behind.",
+        "\nAll {steps} steps were seen to work ({:.1} s). The namespaces are gone; nothing was \
+         left behind.",
         started.elapsed().as_secs_f64()
     )?;
     Ok(())
 }
 
-/// A step whose failure leaves nothing to go on with is asked for with `?` on its value.
+/// Tells all steps in order. It stops at a step that the later ones depend on, if that fails.
 fn tell(story: &mut Story<'_>, lab: &Lab, exe: &Path) -> Result<(), DemoError> {
     let client = lab.client();
     let hosts = [lab.old_server(), lab.new_server()];
@@ -179,7 +180,7 @@ fn tell(story: &mut Story<'_>, lab: &Lab, exe: &Path) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// Who answers, and whom the application sees.
+/// Shows which server replies, and whose address the application sees.
 fn served(story: &mut Story<'_>, lab: &Lab, application: &Service) -> Result<(), DemoError> {
     let client = lab.client();
     story.step(&format!("The client asks http://{MOVED}/"), || {
@@ -249,7 +250,7 @@ fn served(story: &mut Story<'_>, lab: &Lab, application: &Service) -> Result<(),
     Ok(())
 }
 
-/// How much, and whole.
+/// Shows how much gets through, and that it arrives whole.
 fn carried(story: &mut Story<'_>, lab: &Lab) -> Result<(), DemoError> {
     let client = lab.client();
     story.step(&format!("{CONNECTIONS} short connections"), || {
@@ -280,7 +281,7 @@ fn carried(story: &mut Story<'_>, lab: &Lab) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// What somebody on the way can see.
+/// Shows how little somebody on the path can read.
 fn private(story: &mut Story<'_>, lab: &Lab) -> Result<(), DemoError> {
     story.step(
         "Somebody listens on the new server's uplink while the client talks",
@@ -313,7 +314,7 @@ fn private(story: &mut Story<'_>, lab: &Lab) -> Result<(), DemoError> {
     Ok(())
 }
 
-/// A crash on either side, with a connection open.
+/// Shows a crash on either side, while a connection is open.
 fn survived<'lab>(
     story: &mut Story<'_>,
     lab: &'lab Lab,
@@ -372,7 +373,7 @@ fn only_listener(lab: &Lab, expected: SocketAddr) -> Result<SocketAddr> {
     Ok(expected)
 }
 
-/// Numbers the steps and says how they went.
+/// Numbers the steps, and reports the result of each.
 struct Story<'out> {
     out: &'out mut dyn Write,
     steps: usize,
@@ -380,7 +381,7 @@ struct Story<'out> {
 }
 
 impl Story<'_> {
-    /// Announces a step, does it, and says what was seen. `None` if it failed.
+    /// Announces a step, does it, and reports the result. Returns `None` if it failed.
     fn step<T>(
         &mut self,
         title: &str,
@@ -390,7 +391,7 @@ impl Story<'_> {
         writeln!(self.out, "{:3}. {title}", self.steps)?;
         self.out.flush()?;
         let seen = play();
-        // The signal reaches the daemons too, so that what was seen means nothing.
+        // The signal reaches the daemons too, so the result means nothing.
         if interrupt::came() {
             return Err(DemoError::Interrupted);
         }

@@ -1,16 +1,17 @@
-//! SIGINT and SIGTERM, for what has to take down what it set up: a long command ends between two steps.
+//! SIGINT and SIGTERM for commands that must take down what they set up: a long command ends
+//! between two of its steps.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 
-/// Of the whole process, as signals are.
+/// For the whole process, as signals are.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Exit code of a command that a second signal ends at once: 128 and the number of SIGINT.
+/// Exit code of a command that a second signal ends at once: 128 plus the number of SIGINT.
 const EXIT_AT_ONCE: i32 = 130;
 
-/// Takes SIGINT and SIGTERM from now on; a second one ends the process at once.
+/// From now on catches SIGINT and SIGTERM. A second one ends the process at once.
 pub fn watch() {
     thread::spawn(|| -> io::Result<()> {
         use tokio::signal::unix::{SignalKind, signal};
@@ -33,7 +34,7 @@ pub fn watch() {
     });
 }
 
-/// Whether one came.
+/// Whether a signal came.
 pub fn came() -> bool {
     INTERRUPTED.load(Relaxed)
 }

@@ -1,13 +1,13 @@
 //! The lab: a client, a router, the old server and the new one, in throwaway network namespaces of
 //! this machine.
 //!
-//! Owns everything that stands in for the world around the daemon: namespaces, links, clients,
-//! services, taps. `ipmoved demo`, the namespace tests and the benches are built from it, so that
-//! what the demo shows and what the tests hold are the same thing. It uses no external command.
+//! Owns everything that stands for the world around the daemon: namespaces, links, clients,
+//! services, taps. `ipmoved demo`, the namespace tests and the benches use it, so the demo shows
+//! the same thing that the tests check. It uses no external command.
 //!
-//! Must not touch the network of the machine it runs on: every thread that changes something has
-//! entered one of the lab's own namespaces before, and what it made goes with the namespace.
-//! The daemon is a black box here: the lab starts the binary and reads what it prints.
+//! Must not touch the network of the machine it runs on. So every thread that changes something has
+//! entered one of the lab's own namespaces before, and its changes vanish with the namespace. The
+//! daemon is a black box here: the lab starts the binary and reads its output.
 //!
 //! | room | owns |
 //! |---|---|
@@ -15,11 +15,11 @@
 //! | [`topology`] | who is where: addresses, links, routes |
 //! | [`wiring`] | the requests to the kernel that only a lab makes |
 //! | [`traffic`] | clients and services with real sockets |
-//! | [`tap`] | a tap on an interface, and questions about what passed |
+//! | [`tap`] | a tap on an interface, and questions about the packets it saw |
 //! | [`raw`] | packets of any protocol, source and damage |
 //! | [`snapshot`] | the state of a namespace as comparable text |
 //! | [`daemon`] | `ipmoved` processes: start, wait, signal, read `status` |
-//! | [`interrupt`] | SIGINT and SIGTERM, for commands that take down what they set up |
+//! | [`interrupt`] | SIGINT and SIGTERM, for commands that must take down what they set up |
 //! | [`mod@demo`] | `ipmoved demo`: the story, step by step |
 
 #![allow(
@@ -51,7 +51,7 @@ pub use tap::{Capture, Tap};
 pub use topology::{Lab, LabBuilder};
 pub use traffic::{Answer, Client, Conversation, Probe, Service, UdpService};
 
-/// What went wrong in the lab, in words for the person who started it.
+/// Why something failed in the lab, in words for the person who started it.
 #[derive(thiserror::Error)]
 pub enum LabError {
     /// Namespaces cannot be made without privileges.
@@ -60,17 +60,17 @@ pub enum LabError {
     /// The kernel refused a step, or the network did not do it in time.
     #[error("cannot {action}: {source}")]
     Step {
-        /// What was tried.
+        /// The attempted action.
         action: String,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Something was seen that should not be, or was not seen that should.
+    /// We saw something that should not be, or did not see something that should.
     #[error("{0}")]
     Unexpected(String),
 }
 
-/// The sentence itself: it is what a test that returns the error prints.
+/// Prints the sentence itself, since a test that returns the error prints it this way.
 impl fmt::Debug for LabError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -84,10 +84,10 @@ impl LabError {
     }
 }
 
-/// What the lab's operations return.
+/// The result of the lab's operations.
 pub type Result<T, E = LabError> = std::result::Result<T, E>;
 
-/// Adds to a kernel's error what was being done.
+/// Adds the attempted action to a kernel's error.
 pub(crate) trait Doing<T> {
     /// `action` completes the sentence "cannot …".
     fn doing(self, action: impl FnOnce() -> String) -> Result<T>;
@@ -102,7 +102,7 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     }
 }
 
-/// Asks again every `pause` until there is an answer; `None` if there was none within `timeout`.
+/// Tries again every `pause` until there is a value; `None` if there was none within `timeout`.
 pub fn poll_until<T>(
     timeout: Duration,
     pause: Duration,

@@ -1,8 +1,8 @@
-//! A network namespace without a name, and what runs inside it.
+//! A network namespace without a name, and the threads and processes inside it.
 //!
-//! Owns the namespace's life. It is made by a thread of its own, the keeper, which stays inside; it
-//! is gone when the last thread, process and descriptor in it are. Nothing is mounted or written to
-//! `/run/netns`, so nothing stays behind, however the program ends.
+//! Owns the namespace's life. A thread of its own, the keeper, makes it and stays inside. It
+//! vanishes with the last thread, process and descriptor in it. The lab mounts nothing and writes
+//! nothing to `/run/netns`, so nothing stays behind, however the program ends.
 //!
 //! ```text
 //!  keeper thread ── unshare(CLONE_NEWNET) ── starts processes (they die with it: PR_SET_PDEATHSIG)
@@ -16,7 +16,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "unshare() and pre_exec() are unsafe to call; both are explained where they are used"
+    reason = "unshare() and pre_exec() are unsafe to call; each call explains itself"
 )]
 
 use std::collections::VecDeque;
@@ -39,19 +39,19 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::{Doing, LabError, Result, poll_until};
 
-/// Most bytes kept of what a process prints on one stream; beyond it the oldest go. A daemon that
-/// logs at TRACE for a minute must not eat the machine, and what explains a failure stands last.
+/// Most bytes that we keep of a process's output on one stream; the oldest go first. A daemon that
+/// logs at TRACE for a minute must not eat the machine, and the end explains a failure.
 const MAX_OUTPUT: usize = 1 << 20;
 
-/// How long a process may take to die of SIGKILL before it is given up (it is then in the kernel).
+/// How long a process may take to die of SIGKILL before we give up (it is in the kernel then).
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How often a process is asked whether it has ended.
+/// How often we check whether a process has ended.
 const WAIT_PAUSE: Duration = Duration::from_millis(5);
 
 type Job = Box<dyn FnOnce() + Send>;
 
-/// A network namespace of its own, gone with its last user.
+/// A network namespace of its own, which vanishes with its last user.
 #[derive(Debug)]
 pub struct Namespace {
     name: String,
@@ -94,18 +94,18 @@ impl Namespace {
         })
     }
 
-    /// What the namespace is called in messages.
+    /// The namespace's name in messages.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The descriptor by which links are moved into this namespace.
+    /// Its descriptor, by which links move into it.
     pub fn fd(&self) -> &Arc<OwnedFd> {
         &self.net
     }
 
-    /// Runs `task` in a thread inside the namespace and returns what it returned. A panic of the
-    /// task goes on in the caller.
+    /// Runs `task` in a thread inside the namespace, and returns its result. A panic of the task
+    /// goes on in the caller.
     pub fn run<T: Send>(&self, task: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
             scope
@@ -134,8 +134,8 @@ impl Namespace {
             .doing(|| format!("start thread {name}"))
     }
 
-    /// Starts a process inside the namespace. It is killed when the [`Process`] is dropped, and
-    /// by the kernel if the namespace or this program ends first.
+    /// Starts a process inside the namespace. Dropping the [`Process`] kills it, and so does the
+    /// kernel if the namespace or this program ends first.
     pub fn spawn(&self, mut command: Command) -> Result<Process> {
         let program = command.get_program().to_owned();
         command
@@ -152,7 +152,7 @@ impl Namespace {
         }
         let (out, answer) = mpsc::channel();
         let job: Job = Box::new(move || {
-            // The receiver waits below; if it does not, the child goes with the value.
+            // The receiver waits below. If it does not, the child goes with the value.
             let _ = out.send(command.spawn());
         });
         let sent = self.keeper.as_ref().map(|(jobs, _)| jobs.send(job));
@@ -198,7 +198,7 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         if let Some((jobs, keeper)) = self.keeper.take() {
             drop(jobs);
-            // Its panic, if any, has been reported by the panic hook.
+            // The panic hook has reported its panic, if there was one.
             let _ = keeper.join();
         }
     }
@@ -210,11 +210,11 @@ pub(super) fn with_hosts(command: &mut Command, hosts: &Path) -> Result<()> {
         CString::new(path.as_os_str().as_bytes()).doing(|| format!("use {}", path.display()))
     };
     let resolv = hosts.with_extension("resolv");
-    // Nobody listens there, and the kernel says so at once.
+    // Nobody listens at this address, and the kernel says so at once.
     fs::write(&resolv, "nameserver 127.0.0.1\n").doing(|| format!("write {}", resolv.display()))?;
     let (hosts, resolv) = (path(hosts)?, path(&resolv)?);
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed; the closure makes bare
-    // system calls (unshare, mount) with strings that were made before, and allocates nothing.
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed. The closure makes
+    // bare system calls (unshare, mount) with strings that exist already, and allocates nothing.
     unsafe {
         command.pre_exec(move || {
             rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)?;
@@ -228,7 +228,7 @@ pub(super) fn with_hosts(command: &mut Command, hosts: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Moves the calling thread into a new namespace and returns the descriptor of it.
+/// Moves the calling thread into a new namespace, and returns the namespace's descriptor.
 fn unshare_net() -> io::Result<OwnedFd> {
     // SAFETY: only CLONE_FILES would be unsound (descriptors could then be closed in one thread
     // and used in another); CLONE_NEWNET concerns the network namespace of this thread alone.
@@ -251,14 +251,14 @@ pub struct Process {
     stderr: Tail,
 }
 
-/// How a process ended and what it said.
+/// How a process ended, and its output.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// How it ended.
     pub status: ExitStatus,
-    /// What it printed (the last [`MAX_OUTPUT`] bytes).
+    /// Its standard output (the last [`MAX_OUTPUT`] bytes).
     pub stdout: String,
-    /// What it complained about (the last [`MAX_OUTPUT`] bytes).
+    /// Its standard error (the last [`MAX_OUTPUT`] bytes).
     pub stderr: String,
 }
 
@@ -268,24 +268,25 @@ impl Process {
         self.child.id()
     }
 
-    /// What it has printed so far.
+    /// Its standard output so far.
     pub fn stdout(&self) -> String {
         self.stdout.text()
     }
 
-    /// What it has complained about so far.
+    /// Its standard error so far.
     pub fn stderr(&self) -> String {
         self.stderr.text()
     }
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        // The child has not been waited for (that takes it by value), so the id is still its own.
+        // Only a call that takes `self` by value waits for the child, so the id is still the
+        // child's.
         rustix::process::kill_process(Pid::from_child(&self.child), signal)
             .doing(|| format!("signal {}", self.program.display()))
     }
 
-    /// Whether it has ended, and how.
+    /// Its exit status, if it has ended.
     pub fn exited(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
@@ -293,7 +294,7 @@ impl Process {
     /// Waits for it to end by itself.
     ///
     /// # Errors
-    /// It is killed, and what it said is in the error, if it has not ended within `timeout`.
+    /// If it has not ended within `timeout`. Then this kills it, and the error has its output.
     pub fn wait(mut self, timeout: Duration) -> Result<Output> {
         let Some(status) = poll_until(timeout, WAIT_PAUSE, || self.exited()) else {
             return Err(LabError::unexpected(format!(
@@ -314,14 +315,14 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if self.exited().is_none() {
-            // It may have ended just now; the wait below tells.
+            // The process may have ended by itself just now; the wait below finds out.
             let _ = self.child.kill();
             poll_until(KILL_TIMEOUT, WAIT_PAUSE, || self.exited());
         }
     }
 }
 
-/// The last part of what came out of a pipe, read by a thread so that the process never blocks.
+/// The last part of the output in a pipe. A thread reads it, so that the process never blocks.
 #[derive(Debug)]
 struct Tail {
     text: Arc<Mutex<VecDeque<u8>>>,
@@ -351,7 +352,7 @@ impl Tail {
         String::from_utf8_lossy(text.make_contiguous()).into_owned()
     }
 
-    /// The text once the pipe is closed; a grandchild that holds it open is not waited for long.
+    /// The text once the pipe is closed. It does not wait long for a grandchild that holds it open.
     fn finished(&self) -> String {
         if let Some(reader) = &self.reader {
             poll_until(Duration::from_secs(1), Duration::from_millis(1), || {

@@ -1,7 +1,6 @@
-//! Packets as nobody's kernel would send them: any protocol, any source, any damage.
+//! Packets that no kernel would send: any protocol, any source, any damage.
 //!
-//! Owns raw and packet sockets inside the lab. What is sent is the test's to write; [`packets`] has
-//! the words for it.
+//! Owns raw and packet sockets inside the lab. Tests write their own packets; [`packets`] helps.
 
 #![allow(
     unsafe_code,
@@ -21,7 +20,8 @@ use super::{Doing, LabError, Namespace, Result};
 /// Longest packet that is read.
 const MAX_PACKET: usize = 65_600;
 
-/// A wire into an interface: whole IP packets, sent to the interface at the other end as they are.
+/// A wire into an interface: it sends whole IP packets, as they are, to the interface at the other
+/// end.
 #[derive(Debug)]
 pub struct Wire {
     socket: Socket,
@@ -29,8 +29,8 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// Sends from `interface` of `from` to the interface of that name on `to`, which is at the other
-    /// end of the same link.
+    /// Sends from `interface` of `from` to `at` on `to`, which must be the other end of the same
+    /// link.
     pub fn new(from: &Namespace, interface: &str, to: &Namespace, at: &str) -> Result<Self> {
         let doing = || format!("send raw packets from {interface} of the {}", from.name());
         let mac = to.run(|| hardware_address(at).doing(doing))?;
@@ -49,7 +49,7 @@ impl Wire {
         loop {
             match self.socket.send_to(packet, &self.to[usize::from(v6)]) {
                 Ok(_) => return Ok(()),
-                // The queue of the interface is full: it empties itself.
+                // The queue of the interface is full. It empties by itself.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     std::thread::sleep(Duration::from_micros(200));
                 }
@@ -59,7 +59,7 @@ impl Wire {
     }
 }
 
-/// A raw socket of one IP protocol: what follows the IP header.
+/// A raw socket of one IP protocol, for the part of packets behind the IP header.
 #[derive(Debug)]
 pub struct RawSocket {
     socket: Socket,
@@ -84,7 +84,7 @@ impl RawSocket {
         })
     }
 
-    /// Sets the hop limit of what is sent.
+    /// Sets the hop limit of the packets that it sends.
     pub fn set_hops(&self, hops: u8) -> Result<()> {
         let hops = u32::from(hops);
         let set = if self.v4 {
@@ -138,7 +138,7 @@ impl RawSocket {
                 }
                 Err(error) => return Err(error).doing(doing),
             };
-            // Raw sockets of IPv4 read the IP header too.
+            // Raw sockets of IPv4 receive the IP header too.
             let skip = if self.v4 {
                 usize::from(buffer[0] & 0x0f) * 4
             } else {
@@ -164,7 +164,7 @@ fn recv_from(socket: &Socket, buffer: &mut [u8]) -> io::Result<(usize, IpAddr)> 
     Ok((len, from.ip()))
 }
 
-/// Lets what is sent on a socket in one go leave as datagrams of this size (`UDP_SEGMENT`).
+/// Makes the kernel send each buffer from a socket as datagrams of this size (`UDP_SEGMENT`).
 pub fn set_segment(socket: &UdpSocket, size: u16) -> Result<()> {
     let size = libc::c_int::from(size);
     // SAFETY: `size` is a c_int that lives across the call, and its length is given with it.
@@ -183,7 +183,7 @@ pub fn set_segment(socket: &UdpSocket, size: u16) -> Result<()> {
     Err(io::Error::last_os_error()).doing(|| "set the size of datagrams".into())
 }
 
-/// A tap's bare cousin: whether IP packets that `wanted` accepts arrive at an interface.
+/// A simpler tap: it counts the IP packets at an interface that `wanted` accepts.
 #[derive(Debug)]
 pub struct Watch {
     socket: Socket,
@@ -203,7 +203,7 @@ impl Watch {
         })
     }
 
-    /// How many such packets came until there was silence for `pause`.
+    /// The number of such packets until `pause` has passed in silence.
     pub fn count(&self, pause: Duration, wanted: impl Fn(&[u8]) -> bool) -> Result<usize> {
         let doing = || "watch an interface".into();
         self.socket.set_read_timeout(Some(pause)).doing(doing)?;
@@ -219,7 +219,7 @@ impl Watch {
     }
 }
 
-/// Packets in the words of a test.
+/// Packets, as tests describe them.
 pub mod packets {
     use std::net::IpAddr;
 
@@ -283,29 +283,29 @@ pub mod packets {
         out
     }
 
-    /// Cuts a packet of either family into fragments of `size` payload bytes each (a multiple of 8).
+    /// Fragments a packet of either family, with `size` payload bytes (a multiple of 8) each.
     pub fn fragments(packet: &[u8], size: usize, id: u16) -> Vec<Vec<u8>> {
         let v4 = packet[0] >> 4 == 4;
         let header = if v4 { 20 } else { 40 };
         let payload = &packet[header..];
-        let pieces = payload.chunks(size).enumerate().map(|(index, piece)| {
+        let fragments = payload.chunks(size).enumerate().map(|(index, content)| {
             let at = index * size;
-            let more = at + piece.len() < payload.len();
-            fragment(packet, at, piece, more, id)
+            let more = at + content.len() < payload.len();
+            fragment(packet, at, content, more, id)
         });
-        pieces.collect()
+        fragments.collect()
     }
 
-    /// One fragment of `packet` with any offset and content.
-    pub fn fragment(packet: &[u8], at: usize, piece: &[u8], more: bool, id: u16) -> Vec<u8> {
+    /// One fragment of `packet`, with any offset and content.
+    pub fn fragment(packet: &[u8], at: usize, content: &[u8], more: bool, id: u16) -> Vec<u8> {
         if packet[0] >> 4 == 4 {
             let mut out = packet[..20].to_vec();
             let field = (at / 8) as u16 | if more { 0x2000 } else { 0 };
-            out[2..4].copy_from_slice(&((20 + piece.len()) as u16).to_be_bytes());
+            out[2..4].copy_from_slice(&((20 + content.len()) as u16).to_be_bytes());
             out[4..6].copy_from_slice(&id.to_be_bytes());
             out[6..8].copy_from_slice(&field.to_be_bytes());
             mend(&mut out);
-            out.extend(piece);
+            out.extend(content);
             return out;
         }
         let mut out = packet[..40].to_vec();
@@ -314,13 +314,13 @@ pub mod packets {
         let [id_high, id_low] = id.to_be_bytes();
         out.extend([packet[6], 0, high, low, 0, 0, id_high, id_low]);
         out[6] = 44;
-        out.extend(piece);
+        out.extend(content);
         let len = (out.len() - 40) as u16;
         out[4..6].copy_from_slice(&len.to_be_bytes());
         out
     }
 
-    /// Writes the header checksum of an IPv4 packet anew.
+    /// Writes a new header checksum into an IPv4 packet.
     pub fn mend(packet: &mut [u8]) {
         packet[10..12].fill(0);
         let header = usize::from(packet[0] & 0x0f) * 4;

@@ -1,10 +1,9 @@
-//! The kernel's network configuration of a namespace as text, to be compared before and after.
+//! The kernel's network configuration of a namespace as text, for comparing before and after.
 //!
-//! Owns the decision what belongs to that configuration: links, addresses, routes of every table,
-//! rules, qdiscs, filters on both sides of every interface, nft tables, and every file under
-//! `/proc/sys/net`. Counters, ages, carrier and neighbours change by themselves and are
-//! left out.
-//! It only reads.
+//! Owns the decision which things belong to that configuration: links, addresses, routes of every
+//! table, rules, qdiscs, filters on both sides of every interface, nft tables, and every file under
+//! `/proc/sys/net`. It leaves out counters, ages, carrier and neighbours, which change by
+//! themselves. It only reads.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -34,7 +33,7 @@ const VOLATILE: &[&str] = &[
     "ipv4/tcp_fastopen_key",
     "netfilter/nf_conntrack_count",
     "nf_conntrack_count",
-    // Shared by all namespaces of the machine: another test's, or anybody's.
+    // All namespaces of the machine share these: another test may change them, or anybody.
     "core/rmem_max",
     "core/wmem_max",
     "core/bpf_jit_limit",
@@ -42,10 +41,10 @@ const VOLATILE: &[&str] = &[
     "ipv4/udp_mem",
 ];
 
-/// Most lines of a difference that are shown.
+/// Most lines of a difference that we show.
 const MAX_DIFF: usize = 40;
 
-/// The state of one namespace: one line for each thing, with what it is as the key.
+/// The state of one namespace: one line for each thing, with its identity as the key.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Snapshot {
     lines: BTreeMap<String, String>,
@@ -64,7 +63,8 @@ impl Snapshot {
         })
     }
 
-    /// What differs, as lines with `-` (only before) and `+` (only after); empty if nothing does.
+    /// The differences, as lines with `-` (only before) and `+` (only after); empty if there are
+    /// none.
     pub fn diff(&self, after: &Self) -> String {
         let keys = self.lines.keys().chain(after.lines.keys());
         let mut keys: Vec<_> = keys.collect();
@@ -92,7 +92,7 @@ impl Snapshot {
         diff
     }
 
-    /// Expects that nothing differs.
+    /// Expects no difference.
     pub fn is_same_as(&self, before: &Self) -> Result<()> {
         let diff = before.diff(self);
         if diff.is_empty() {
@@ -104,7 +104,7 @@ impl Snapshot {
         }
     }
 
-    /// Expects that something differs, so that [`Self::is_same_as`] later means something.
+    /// Expects a difference, so that a later [`Self::is_same_as`] means something.
     pub fn is_not_the_same_as(&self, before: &Self) -> Result<()> {
         if self == before {
             return Err(LabError::unexpected("nothing was changed in the kernel"));
@@ -112,12 +112,12 @@ impl Snapshot {
         Ok(())
     }
 
-    /// How many things it compares.
+    /// The number of things in it.
     pub fn len(&self) -> usize {
         self.lines.len()
     }
 
-    /// Whether it compares nothing.
+    /// Whether there is nothing in it.
     pub fn is_empty(&self) -> bool {
         self.lines.is_empty()
     }
@@ -138,7 +138,8 @@ fn sysctls(dir: &Path, lines: &mut BTreeMap<String, String>) -> io::Result<()> {
         let entry = entry?;
         let path = entry.path();
         if entry.file_type()?.is_dir() {
-            // An interface that goes takes its directory with it; what is left shows that it went.
+            // An interface that goes takes its directory with it. The remaining lines show that it
+            // went.
             match sysctls(&path, lines) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => continue,
@@ -149,7 +150,7 @@ fn sysctls(dir: &Path, lines: &mut BTreeMap<String, String>) -> io::Result<()> {
         if VOLATILE.contains(&key.as_str()) {
             continue;
         }
-        // Write-only files, and secrets that are not set, cannot be read.
+        // Some files are write-only, and secrets that nobody has set cannot be read.
         if let Ok(value) = fs::read_to_string(&path) {
             lines.insert(format!("sysctl {key}"), value.trim_end().replace('\t', " "));
         }
@@ -225,7 +226,7 @@ fn configuration(lines: &mut BTreeMap<String, String>) -> io::Result<()> {
     for table in nft_tables()? {
         listed.push(("nft table", table));
     }
-    // Their order is the kernel's, which is not promised; twice the same is twice listed.
+    // The kernel does not promise an order. Duplicates stay in the list.
     listed.sort();
     for (kind, text) in listed {
         let mut key = format!("{kind} {text}");
@@ -237,8 +238,8 @@ fn configuration(lines: &mut BTreeMap<String, String>) -> io::Result<()> {
     Ok(())
 }
 
-/// Everything of one kind, in the words of netlink-packet-route: complete, unlike a client that
-/// reads what it needs.
+/// Everything of one kind, as netlink-packet-route reads it. That is complete, unlike our own
+/// client, which reads only what it needs.
 fn dump(request: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;

@@ -1,12 +1,12 @@
 //! A tap on an interface: every frame that passes, in both directions, and questions about them.
 //!
 //! Owns a packet socket and the thread that empties it. It only listens. A statement such as "no
-//! packet had this address" is worth something only if the tap has seen all of them: if the kernel
-//! or the tap had to leave frames out, [`Tap::stop`] is an error.
+//! packet had this address" is worth something only if the tap has seen all packets. So
+//! [`Tap::stop`] is an error if the kernel or the tap had to leave frames out.
 
 #![allow(
     unsafe_code,
-    reason = "packet sockets have no safe binding: their address and their statistics are C structures"
+    reason = "packet sockets have no safe binding: their address and statistics are C structures"
 )]
 
 use std::io::{self, Read};
@@ -23,17 +23,17 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{Doing, LabError, Namespace, Result};
 
-/// Most bytes of frames kept; a tap is for a handful of connections, not for a benchmark.
+/// Most bytes of frames that it keeps. A tap is for a handful of connections, not for a benchmark.
 const MAX_BYTES: usize = 128 << 20;
 
 /// Receive buffer of the packet socket: several full windows of super-packets, so that nothing is
-/// lost while the reading thread waits for a core.
+/// lost while the reading thread waits for a processor.
 const RECEIVE_BUFFER: usize = 64 << 20;
 
 /// Longest frame: a super-packet of BIG TCP (`GRO_MAX_SIZE`) with its link header.
 const MAX_FRAME: usize = 8 * 65_536;
 
-/// How long the tap waits for a frame before it looks whether it is to stop, and how long the
+/// How long the tap waits for a frame before it checks whether it should stop, and how long the
 /// interface must be quiet before a stopped tap ends.
 const PAUSE: Duration = Duration::from_millis(30);
 
@@ -45,7 +45,7 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Starts to listen on an interface; frames that pass after this returns are seen.
+    /// Starts to listen on an interface. It sees all frames that pass after this returns.
     pub fn start(namespace: &Namespace, interface: &str) -> Result<Self> {
         let mut socket = namespace
             .run(|| open(interface).doing(|| format!("listen on interface {interface}")))?;
@@ -86,7 +86,7 @@ impl Tap {
         Ok(Self { stop, thread })
     }
 
-    /// Ends it, once the interface is quiet, and returns what passed.
+    /// Ends once the interface is quiet, and returns the frames that passed.
     pub fn stop(self) -> Result<Capture> {
         self.stop.store(true, Relaxed);
         self.thread
@@ -95,24 +95,24 @@ impl Tap {
     }
 }
 
-/// What a tap has seen, in order.
+/// The frames that a tap has seen, in order.
 #[derive(Debug)]
 pub struct Capture {
     frames: Vec<Box<[u8]>>,
 }
 
-/// What matters of one frame. An ARP message counts as from its sender to its target.
+/// The important parts of one frame. An ARP message counts as from its sender to its target.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Packet {
     /// Source address.
     pub source: IpAddr,
     /// Destination address.
     pub destination: IpAddr,
-    /// What it carries.
+    /// Its content.
     pub kind: PacketKind,
 }
 
-/// What a packet carries, as far as the lab asks.
+/// The content of a packet, as far as the lab asks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PacketKind {
     /// An ARP message.
@@ -139,7 +139,7 @@ pub enum PacketKind {
 }
 
 impl PacketKind {
-    /// Whether it is ICMPv6 that neighbours use among themselves (RFC 4861, RFC 2710, RFC 3810).
+    /// Whether it is one of the ICMPv6 messages of neighbours (RFC 4861, RFC 2710, RFC 3810).
     pub fn is_neighbour_talk(self) -> bool {
         matches!(
             self,
@@ -173,7 +173,7 @@ impl Capture {
         self.frames
             .iter()
             .filter(|frame| {
-                // Looking for the first byte first is what makes it fast without optimisation.
+                // Searching for the first byte first makes this fast without optimisation.
                 frame
                     .iter()
                     .enumerate()
@@ -270,9 +270,10 @@ fn packet(frame: &[u8]) -> Option<Packet> {
     })
 }
 
-/// A packet socket that hears everything on one interface.
+/// A packet socket that receives everything on one interface.
 fn open(interface: &str) -> io::Result<Socket> {
-    // Without a protocol it hears nothing until it is bound, and then only that interface.
+    // Without a protocol the socket receives nothing until it is bound, and then only from that
+    // interface.
     let socket = Socket::new(Domain::PACKET, Type::RAW, None)?;
     let index = rustix::net::netdevice::name_to_index(&socket, interface)?;
     // SAFETY: the storage is zeroed and at least as large and aligned as a sockaddr_ll; the fields
@@ -288,13 +289,13 @@ fn open(interface: &str) -> io::Result<Socket> {
         })
     }?;
     socket.set_read_timeout(Some(PAUSE))?;
-    // Beyond net.core.rmem_max; the lab runs with CAP_NET_ADMIN.
+    // This goes beyond net.core.rmem_max, for the lab runs with CAP_NET_ADMIN.
     rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, RECEIVE_BUFFER)?;
     socket.bind(&addr)?;
     Ok(socket)
 }
 
-/// How many frames the kernel had to leave out.
+/// The number of frames that the kernel had to leave out.
 fn dropped(socket: &Socket) -> io::Result<u32> {
     let mut stats = libc::tpacket_stats {
         tp_packets: 0,

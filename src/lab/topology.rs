@@ -13,9 +13,10 @@
 //!                                                          └──────────────────────────────┘
 //! ```
 //!
-//! Owns the addresses, links, routes and the sysctls that a careful administrator has: strict
+//! Owns the addresses, links, routes and the sysctls that a careful administrator sets: strict
 //! `rp_filter` on both servers, forwarding on the router alone. All addresses are from the blocks
-//! for documentation (RFC 5737, RFC 3849). Labs are independent of each other: tests run side by side.
+//! for documentation (RFC 5737, RFC 3849). Labs do not depend on each other, so tests run side by
+//! side.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -92,7 +93,7 @@ impl Leg {
     }
 }
 
-/// What differs from the standard lab.
+/// The differences from the standard lab.
 #[derive(Clone, Debug)]
 pub struct LabBuilder {
     mtus: Vec<(Leg, u32)>,
@@ -111,14 +112,14 @@ impl Default for LabBuilder {
 }
 
 impl LabBuilder {
-    /// Sets the MTU of one link, on both its ends (1500 otherwise).
+    /// Sets the MTU of one link, at both ends (1500 otherwise).
     #[must_use]
     pub fn mtu(mut self, leg: Leg, mtu: u32) -> Self {
         self.mtus.push((leg, mtu));
         self
     }
 
-    /// How many moved addresses of each family the old server holds: 192.0.2.5, 192.0.2.6, …
+    /// Sets how many moved addresses of each family the old server holds: 192.0.2.5, 192.0.2.6, …
     /// (1 otherwise, at most [`MAX_MOVED`]).
     #[must_use]
     pub fn moved(mut self, count: u8) -> Self {
@@ -126,14 +127,14 @@ impl LabBuilder {
         self
     }
 
-    /// Without strict reverse path filtering on the servers.
+    /// Builds servers without strict reverse path filtering.
     #[must_use]
     pub fn without_rp_filter(mut self) -> Self {
         self.rp_filter = false;
         self
     }
 
-    /// Builds it.
+    /// Builds the lab.
     ///
     /// # Errors
     /// [`LabError::Privileges`] without the privileges to make network namespaces.
@@ -152,8 +153,8 @@ impl LabBuilder {
             (&lab.new, false, self.rp_filter),
         ];
         for (host, forwarding, rp_filter) in hosts {
-            // New interfaces start with the settings of `default`; a new namespace may have
-            // inherited those of the machine, so that each is written, off or on.
+            // New interfaces start with the settings of `default`, which a new namespace may have
+            // inherited from the machine. So we write each of them, off or on.
             let forwarding = if forwarding { "1" } else { "0" };
             let rp_filter = if rp_filter { "1" } else { "0" };
             host.set_sysctls(&[
@@ -164,7 +165,7 @@ impl LabBuilder {
                 ("ipv4/conf/default/rp_filter", rp_filter),
                 ("ipv6/conf/all/disable_ipv6", "0"),
                 ("ipv6/conf/default/disable_ipv6", "0"),
-                // Nobody advertises anything here; a late change would look like a daemon's.
+                // Nobody advertises anything here. A late change would look like a daemon's.
                 ("ipv6/conf/default/accept_ra", "0"),
                 ("ipv6/conf/default/router_solicitations", "0"),
                 ("ipv6/conf/all/accept_dad", "0"),
@@ -214,7 +215,7 @@ pub fn moved(n: u8) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(MOVED) + u32::from(n))
 }
 
-/// The own address of the `n`th further old server; from the block for benchmarks (RFC 2544).
+/// The own address of the `n`th further old server, from the block for benchmarks (RFC 2544).
 pub fn more_old(n: u8) -> Ipv4Addr {
     Ipv4Addr::new(198, 18, n, 1)
 }
@@ -229,7 +230,7 @@ pub fn moved6(n: u8) -> Ipv6Addr {
     Ipv6Addr::from(u128::from(MOVED6) + u128::from(n))
 }
 
-/// A client, a router, an old and a new server. Everything is gone when it is dropped.
+/// A client, a router, an old and a new server. Everything vanishes when it is dropped.
 #[derive(Debug)]
 pub struct Lab {
     clients: Namespace,
@@ -280,7 +281,8 @@ impl Lab {
         &self.new
     }
 
-    /// Adds one more old server, `n` from 1 to 200, with one moved address: [`more_old`], [`more_moved`].
+    /// Adds an old server, `n` from 1 to 200, at [`more_old`], with one moved address,
+    /// [`more_moved`].
     pub fn add_old_server(&self, n: u8) -> Result<Namespace> {
         let host = Namespace::new(&format!("old server {n}"))?;
         host.set_sysctls(&[
@@ -344,13 +346,14 @@ impl Lab {
         }
     }
 
-    /// A directory for keys and run-time files, readable by root alone, gone with the lab.
+    /// A directory for keys and run-time files. Only root can read it, and it vanishes with the
+    /// lab.
     pub fn dir(&self) -> &Path {
         &self.dir.0
     }
 
-    /// Lets the router drop everything to `addr` without a word (`false`), or no longer (`true`):
-    /// a path that fails somewhere far away.
+    /// Makes the router drop everything to `addr` silently (`false`), or no longer (`true`): a path
+    /// that fails somewhere far away.
     pub fn set_reachable(&self, addr: impl Into<IpAddr>, reachable: bool) -> Result<()> {
         let addr = addr.into();
         let hole = Route {
@@ -358,7 +361,7 @@ impl Lab {
             ..Route::to(addr, Family::of(addr).bits())
         };
         self.router.run(|| {
-            netlink("cut or mend a path", |netlink| {
+            netlink("block or unblock a path", |netlink| {
                 if reachable {
                     netlink.delete_route(&hole)
                 } else {
@@ -368,7 +371,7 @@ impl Lab {
         })
     }
 
-    /// Lets the router drop everything to a whole network: nobody is there.
+    /// Makes the router drop everything to a whole network, as if nobody were there.
     pub fn set_unreachable_net(&self, net: Ipv4Addr, prefix: u8) -> Result<()> {
         let hole = Route {
             kind: RouteKind::Blackhole,
@@ -432,7 +435,7 @@ impl Lab {
     }
 }
 
-/// Talks to the kernel about the calling thread's namespace.
+/// Asks the kernel something about the calling thread's namespace.
 fn netlink<T>(
     action: &'static str,
     talk: impl FnOnce(&Netlink) -> Result<T, NetlinkError>,
@@ -477,8 +480,8 @@ fn index_of(netlink: &Netlink, interface: &str) -> Result<u32, NetlinkError> {
         .ok_or_else(|| io::Error::other(format!("there is no interface {interface}")).into())
 }
 
-/// Waits until the uplink of a host has its link-local address, which the kernel adds in its own
-/// time: what comes after that is somebody's doing.
+/// Waits until the uplink of a host has its link-local address. The kernel adds that in its own
+/// time, and later changes are then somebody's doing.
 fn settled(host: &Namespace) -> Result<()> {
     // linux/if_addr.h
     const IFA_F_TENTATIVE: u8 = 0x40;
@@ -510,7 +513,7 @@ fn settled(host: &Namespace) -> Result<()> {
     })
 }
 
-/// A directory of its own under the system's temporary directory; removed on drop.
+/// A directory of its own under the system's temporary directory. Dropping it removes it.
 #[derive(Debug)]
 struct LabDir(PathBuf);
 
@@ -532,7 +535,7 @@ impl LabDir {
 
 impl Drop for LabDir {
     fn drop(&mut self) {
-        // What is left in the temporary directory is for the system to clear.
+        // The system clears what we leave in the temporary directory.
         let _ = fs::remove_dir_all(&self.0);
     }
 }

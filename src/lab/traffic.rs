@@ -1,14 +1,14 @@
-//! Clients and services with real sockets, as plain as the programs people run.
+//! Clients and services with real sockets, as plain as the programs that people run.
 //!
-//! Owns one TCP service (it answers, takes uploads, gives downloads, holds conversations), one UDP
-//! echo, and the client that talks to them. Both remember what they saw of each other, because
-//! that is what has to be shown: who answered, and for which client address.
+//! Owns one TCP service (it replies, takes uploads, gives downloads, holds conversations), one UDP
+//! echo, and the client of both. Each end remembers the addresses of the other, since tests have to
+//! show which server replied, and to which client address.
 //!
 //! The service speaks just enough HTTP/1.1 for `curl` to be its client too:
 //!
-//! | request | answer |
+//! | request | reply |
 //! |---|---|
-//! | `GET /` | who answers and whom: `server ADDR:PORT`, `client ADDR:PORT` |
+//! | `GET /` | the two ends: `server ADDR:PORT`, `client ADDR:PORT` |
 //! | `GET /stream/SEED/BYTES` | that many bytes of the stream of that seed |
 //! | `PUT /sink` | SHA-256 of the body |
 //! | `GET /echo` | `101`, then every byte back until the client closes |
@@ -32,39 +32,41 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::{Doing, LabError, Namespace, Result};
 
-/// How long a client waits for a connection or for the next bytes: several retransmissions of a
-/// lost SYN (1 s, 3 s), so that a single loss is not a failure and silence is soon one.
+/// How long a client waits for a connection or for the next bytes. It covers several
+/// retransmissions of a lost SYN (1 s, 3 s), so that a single loss is no failure, and it soon tells
+/// silence.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a transfer may stall: a daemon that is killed and started again costs a few
+/// How long a transfer may stall. Killing a daemon and starting it again costs a few
 /// retransmissions, the longest of them 6.4 s apart.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long the service keeps a silent connection: longer than any test leaves one alone.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(180);
 
-/// Most connections a service holds at a time; the next ones are closed at once.
+/// Most connections of a service at the same time. It closes further ones at once.
 const MAX_CONNECTIONS: usize = 256;
 
-/// Most peers a service remembers; later ones are not.
+/// Most peers that a service remembers. It forgets later ones.
 const MAX_SEEN: usize = 65_536;
 
-/// Longest request head; what a browser sends is a tenth of it.
+/// Longest request head. Browsers send a tenth of it.
 const MAX_HEAD: usize = 8192;
 
-/// Longest answer that is not a stream.
+/// Longest reply that is not a stream.
 const MAX_ANSWER: u64 = 65_536;
 
-/// Piece in which streams are made, sent and hashed: a multiple of 8, as the generator makes words.
+/// The service makes, sends and hashes streams in chunks of this size: a multiple of 8, as the
+/// generator makes words.
 const CHUNK: usize = 65_536;
 
-/// How often a waiting service looks whether it is to end.
+/// How often a waiting service checks whether it should end.
 const STOP_PAUSE: Duration = Duration::from_millis(50);
 
 /// Largest UDP payload over IPv4: 65,535 less 20 and 8 bytes of headers.
 pub const MAX_UDP_PAYLOAD: usize = 65_507;
 
-/// Where a client turns to; without a port, port 80.
+/// The address and port that a client connects to; port 80 if none is given.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Target(pub SocketAddr);
 
@@ -124,7 +126,7 @@ impl<'lab> Client<'lab> {
         }
     }
 
-    /// The same client, always from this port (any that is free otherwise).
+    /// The same client, always from this port (otherwise from any free one).
     #[must_use]
     pub fn from_port(self, port: u16) -> Self {
         Self { port, ..self }
@@ -143,7 +145,7 @@ impl<'lab> Client<'lab> {
         }
     }
 
-    /// `GET /`: asks who is there.
+    /// `GET /`: asks which server is there.
     pub fn get(&self, to: impl Into<Target>) -> Result<Answer> {
         let to = to.into();
         let mut stream = self.connect(to)?;
@@ -155,13 +157,13 @@ impl<'lab> Client<'lab> {
             .ok_or_else(|| LabError::unexpected(format!("{to} answered something else: {body}")))
     }
 
-    /// Opens, asks and closes `count` connections, one after the other.
+    /// Opens `count` connections one after the other, asks on each and closes it.
     pub fn get_many(&self, to: impl Into<Target>, count: usize) -> Result<Vec<Answer>> {
         let to = to.into();
         (0..count).map(|_| self.get(to)).collect()
     }
 
-    /// Takes `bytes` bytes from the service and compares their hash with that of what was sent.
+    /// Downloads `bytes` bytes, and compares their hash with that of the stream.
     pub fn download(&self, to: impl Into<Target>, bytes: u64) -> Result<Transfer> {
         let to = to.into();
         let doing = || format!("download {bytes} bytes from {to}");
@@ -195,7 +197,7 @@ impl<'lab> Client<'lab> {
         transfer.checked(bytes, bytes)
     }
 
-    /// Gives `bytes` bytes to the service and compares the hash it answers with.
+    /// Uploads `bytes` bytes, and compares their hash with the one in the reply.
     pub fn upload(&self, to: impl Into<Target>, bytes: u64) -> Result<Transfer> {
         let to = to.into();
         let doing = || format!("upload {bytes} bytes to {to}");
@@ -223,7 +225,7 @@ impl<'lab> Client<'lab> {
         let doing = || format!("open a conversation with {to}");
         let mut stream = self.connect(to)?;
         request(&mut stream, "GET /echo HTTP/1.1").doing(doing)?;
-        // Unbuffered: what follows the head belongs to the conversation.
+        // No buffer here: the bytes behind the head belong to the conversation.
         let head = read_head(&mut stream).doing(doing)?;
         if !head.starts_with("HTTP/1.1 101") {
             return Err(LabError::unexpected(format!(
@@ -233,7 +235,7 @@ impl<'lab> Client<'lab> {
         Ok(Conversation { stream, to })
     }
 
-    /// Sends one datagram and waits for the same one back from the same address and port.
+    /// Sends one datagram, and waits for the same one back from the same address and port.
     pub fn udp(&self, to: impl Into<Target>, payload: &[u8]) -> Result<Duration> {
         let to = to.into();
         let doing = || format!("get {} bytes of UDP echoed by {to}", payload.len());
@@ -248,7 +250,7 @@ impl<'lab> Client<'lab> {
         Ok(started.elapsed())
     }
 
-    /// One ICMP echo with `size` bytes of payload; how long it took.
+    /// Sends one ICMP echo request with `size` bytes of payload, and returns the round-trip time.
     ///
     /// The host must allow ping sockets (`net.ipv4.ping_group_range`), as the lab's clients do.
     pub fn ping(&self, to: impl Into<IpAddr>, size: usize) -> Result<Duration> {
@@ -261,7 +263,7 @@ impl<'lab> Client<'lab> {
         let socket = self
             .socket(domain, Type::DGRAM, protocol, to)
             .doing(doing)?;
-        // A ping socket writes identifier and checksum itself.
+        // The kernel writes identifier and checksum of a ping socket.
         let mut echo = vec![request, 0, 0, 0, 0, 0, 0, 1];
         echo.extend((0..size).map(|i| i as u8));
         let started = Instant::now();
@@ -279,7 +281,7 @@ impl<'lab> Client<'lab> {
         Ok(started.elapsed())
     }
 
-    /// What happens to a SYN: answered, refused, or nothing within `patience`.
+    /// Sends a SYN: it is accepted, refused, or nothing comes back within `patience`.
     pub fn probe_tcp(&self, to: impl Into<Target>, patience: Duration) -> Result<Probe> {
         let to = to.into();
         match self.try_connect(to, patience)? {
@@ -290,7 +292,7 @@ impl<'lab> Client<'lab> {
         }
     }
 
-    /// What happens to a datagram: answered, refused with port unreachable, or nothing.
+    /// Sends a datagram: it is echoed, refused with port unreachable, or nothing comes back.
     pub fn probe_udp(&self, to: impl Into<Target>, patience: Duration) -> Result<Probe> {
         let to = to.into();
         let doing = || format!("probe UDP {to}");
@@ -356,16 +358,16 @@ impl<'lab> Client<'lab> {
     }
 }
 
-/// Who answered a `GET /`, and whom.
+/// The two ends of a `GET /`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Answer {
-    /// Where the client had turned to.
+    /// The address and port that the client asked.
     pub asked: SocketAddr,
     /// The client's own address and port.
     pub client: SocketAddr,
-    /// The address the answering service listens on.
+    /// The listening address of the service that replied.
     pub server: SocketAddr,
-    /// The address from which the service saw the client come.
+    /// The client's address and port, as the service saw them.
     pub client_seen: SocketAddr,
 }
 
@@ -383,7 +385,7 @@ impl Answer {
         })
     }
 
-    /// Expects that the service which listens on `server` answered.
+    /// Expects that the reply came from the service that listens on `server`.
     pub fn is_answered_by(self, server: impl Into<IpAddr>) -> Result<Self> {
         let server = server.into();
         if self.server.ip() != server {
@@ -407,14 +409,14 @@ impl Answer {
     }
 }
 
-/// What was carried in one direction.
+/// A transfer in one direction.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Transfer {
     /// Bytes that arrived.
     pub bytes: u64,
-    /// From the request to the last byte (download) or to the answer (upload).
+    /// From the request to the last byte (download) or to the reply (upload).
     pub took: Duration,
-    /// SHA-256 of what arrived, in hexadecimal.
+    /// SHA-256 of the bytes that arrived, in hexadecimal.
     pub sha256: String,
 }
 
@@ -450,7 +452,7 @@ pub struct Conversation {
 }
 
 impl Conversation {
-    /// Says `words` and expects to hear them back within `patience`.
+    /// Sends `words`, and expects their echo within `patience`.
     pub fn exchange(&mut self, words: &[u8], patience: Duration) -> Result<Duration> {
         let started = Instant::now();
         self.say(words)?;
@@ -458,7 +460,7 @@ impl Conversation {
         Ok(started.elapsed())
     }
 
-    /// Says `words` without waiting for the echo.
+    /// Sends `words` without waiting for the echo.
     pub fn say(&mut self, words: &[u8]) -> Result<()> {
         let to = self.to;
         self.stream
@@ -492,14 +494,14 @@ impl Conversation {
     }
 }
 
-/// What a client sees of a port.
+/// What a client learns about a port.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Probe {
-    /// Something answered.
+    /// There was a reply.
     Open,
     /// A reset, or an ICMP port unreachable.
     Refused,
-    /// A router or the host says that it cannot be reached.
+    /// A router or the host says that the address cannot be reached.
     Unreachable,
     /// Nothing came back.
     Silent,
@@ -579,12 +581,12 @@ impl Service {
         })
     }
 
-    /// Where it listens.
+    /// Its listening address.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// The clients it has seen, in order.
+    /// The clients that it has seen, in order.
     pub fn peers(&self) -> Vec<SocketAddr> {
         self.shared.seen()
     }
@@ -593,15 +595,15 @@ impl Service {
 impl Drop for Service {
     fn drop(&mut self) {
         self.shared.stop.store(true, Relaxed);
-        // Wakes accept(); fails only if the socket is already shut down.
+        // This wakes accept(). It fails only if the socket is already shut down.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(acceptor) = self.acceptor.take() {
-            // Its panic, if any, has been reported by the panic hook.
+            // The panic hook has reported its panic, if there was one.
             let _ = acceptor.join();
         }
         let open = &self.shared.open;
         for stream in open.lock().unwrap_or_else(PoisonError::into_inner).values() {
-            // Wakes the thread that serves it; the connection may have ended just now.
+            // This wakes the thread of the connection. The connection may have ended just now.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -613,7 +615,7 @@ fn accept(listener: &TcpListener, addr: SocketAddr, shared: &Arc<Shared>) {
         if shared.stop.load(Relaxed) {
             return;
         }
-        // A client that was gone before it was accepted is no reason to end.
+        // A client that left before we accepted it is no reason to end.
         let Ok((stream, peer)) = accepted else {
             std::thread::sleep(Duration::from_millis(1));
             continue;
@@ -632,7 +634,7 @@ fn accept(listener: &TcpListener, addr: SocketAddr, shared: &Arc<Shared>) {
         }
         let shared = Arc::clone(shared);
         std::thread::spawn(move || {
-            // A connection that breaks concerns its client, who reports it.
+            // If a connection breaks, its client reports it.
             let _ = serve(&stream, addr, peer);
             shared
                 .open
@@ -719,7 +721,7 @@ fn request(stream: &mut TcpStream, line: &str) -> io::Result<()> {
     stream.write_all(format!("{line}\r\nHost: lab\r\nConnection: close\r\n\r\n").as_bytes())
 }
 
-/// The body of a short answer.
+/// Reads the body of a short reply.
 fn answer(reader: &mut impl BufRead) -> io::Result<String> {
     let length = answer_head(reader)?.min(MAX_ANSWER);
     let mut body = String::new();
@@ -730,7 +732,7 @@ fn answer(reader: &mut impl BufRead) -> io::Result<String> {
     Ok(body)
 }
 
-/// Reads the head of an answer and returns the length of its body.
+/// Reads the head of a reply, and returns the length of its body.
 fn answer_head(reader: &mut impl Read) -> io::Result<u64> {
     let head = read_head(reader)?;
     match header(&head, "content-length") {
@@ -782,7 +784,8 @@ impl UdpService {
         let thread = namespace.thread(&format!("service {addr}/udp"), move || {
             let mut datagram = vec![0; MAX_UDP_PAYLOAD + 1];
             while !seen.stop.load(Relaxed) {
-                // Timeouts are how it learns to stop; errors are ICMP about clients that left.
+                // Timeouts let it check whether it should stop. Errors are ICMP about clients that
+                // left.
                 if let Ok((n, peer)) = socket.recv_from(&mut datagram) {
                     seen.saw(peer);
                     let _ = socket.send_to(&datagram[..n], peer);
@@ -797,12 +800,12 @@ impl UdpService {
         })
     }
 
-    /// Where it listens.
+    /// Its listening address.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// The senders of the datagrams it has seen, in order.
+    /// The senders of the datagrams that it has seen, in order.
     pub fn peers(&self) -> Vec<SocketAddr> {
         self.shared.seen()
     }
@@ -812,7 +815,7 @@ impl Drop for UdpService {
     fn drop(&mut self) {
         self.shared.stop.store(true, Relaxed);
         if let Some(thread) = self.thread.take() {
-            // Its panic, if any, has been reported by the panic hook.
+            // The panic hook has reported its panic, if there was one.
             let _ = thread.join();
         }
     }
@@ -839,7 +842,7 @@ pub fn listeners(namespace: &Namespace) -> Result<Vec<SocketAddr>> {
     })
 }
 
-/// `0102000A:0050`: the address as host-order words of its bytes, the port as a number.
+/// Parses `0102000A:0050`: the address as host-order words of its bytes, the port as a number.
 fn proc_addr(text: &str) -> Option<SocketAddr> {
     let (addr, port) = text.split_once(':')?;
     let mut bytes = Vec::new();
@@ -854,7 +857,8 @@ fn proc_addr(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(addr, u16::from_str_radix(port, 16).ok()?))
 }
 
-/// The stream of a seed: SplitMix64 (Steele, Lea, Flood 2014), little-endian, in pieces of [`CHUNK`].
+/// The stream of a seed: SplitMix64 (Steele, Lea, Flood 2014), little-endian, [`CHUNK`] bytes at a
+/// time.
 fn make_stream(
     seed: u64,
     bytes: u64,
@@ -890,7 +894,7 @@ fn is_timeout(error: &io::Error) -> bool {
     [ErrorKind::WouldBlock, ErrorKind::TimedOut].contains(&error.kind())
 }
 
-/// A socket whose time is up says "try again"; a person reads "timed out".
+/// Replaces "try again", the error of a socket after its timeout, by "timed out" for people.
 fn timed_out(error: io::Error) -> io::Error {
     if is_timeout(&error) {
         io::Error::new(ErrorKind::TimedOut, "timed out")

@@ -1,7 +1,7 @@
 //! Wires and addresses: the requests to the kernel that only a lab makes.
 //!
-//! The daemon never makes an interface by netlink, nor gives one an address that it speaks from; a
-//! lab is made of both.
+//! The daemon never makes an interface by netlink, and gives none an address from which the host
+//! speaks. A lab needs both.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -13,10 +13,10 @@ use netlink_packet_route::link::{
 
 use crate::kernel::netlink::{Address, Netlink, NetlinkError, address_message};
 
-/// What a lab asks of the kernel beyond what the daemon does.
+/// The lab's requests to the kernel beyond the daemon's.
 pub(crate) trait Wiring {
-    /// Creates a pair of connected Ethernet interfaces; the peer straight in another network
-    /// namespace if one is given.
+    /// Creates a pair of connected Ethernet interfaces. If a network namespace is given, the peer
+    /// starts in it.
     fn add_veth(
         &self,
         name: &str,

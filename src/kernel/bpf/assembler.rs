@@ -7,8 +7,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use super::load::Program;
 use super::{BpfError, MAX_NAME};
 
-/// A register. R0 is a result, R1–R5 are arguments and lost in calls and packet loads, R6–R9 are
-/// kept, R10 is the stack frame's end.
+/// A register. R0 holds results. R1–R5 hold arguments, and calls and packet loads destroy them.
+/// R6–R9 keep their values. R10 points to the end of the stack frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[allow(clippy::missing_docs_in_private_items, reason = "they are their names")]
 pub enum Reg {
@@ -136,7 +136,7 @@ impl From<u32> for Operand {
     }
 }
 
-/// Functions of the kernel that programs may call, all there in 5.10 and for any licence.
+/// Functions of the kernel that programs may call. Kernel 5.10 has them all, for any licence.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(i32)]
 pub enum Helper {
@@ -162,7 +162,7 @@ pub enum Helper {
     RedirectNeigh = 152,
 }
 
-/// A place in the code to jump to; bound once, after the last jump or before.
+/// A place in the code to jump to. It is bound once, before or after the jumps to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use]
 pub struct Label(usize);
@@ -226,8 +226,8 @@ impl Assembler {
         self.load_wide(dst, PSEUDO_MAP_FD, map.as_raw_fd() as u64);
     }
 
-    /// `R0 =` the packet's bytes at `offset`, in host order; R6 is the context. Past the packet's
-    /// end the program ends with verdict 0: the packet passes.
+    /// `R0 =` the packet's bytes at `offset`, in host order. R6 must hold the context. A load past
+    /// the packet's end ends the program with verdict 0: the packet passes.
     pub fn load_packet(&mut self, size: Size, offset: u32) {
         let opcode = Self::LD | Self::MODE_ABS | size.bits();
         self.push(opcode, 0, 0, 0, offset.cast_signed());
@@ -266,13 +266,13 @@ impl Assembler {
         self.push(Self::JMP, 0, 0, 0, 0);
     }
 
-    /// Jumps if the lower 32 bits compare so.
+    /// Jumps if the comparison holds for the lower 32 bits.
     pub fn jump_if(&mut self, dst: Reg, cond: If, operand: impl Into<Operand>, to: Label) {
         self.jumps.push((self.code.len(), to));
         self.with_operand(Self::JMP32 | cond.bits(), dst, operand.into());
     }
 
-    /// Jumps if all 64 bits compare so.
+    /// Jumps if the comparison holds for all 64 bits.
     pub fn jump_if_wide(&mut self, dst: Reg, cond: If, operand: impl Into<Operand>, to: Label) {
         self.jumps.push((self.code.len(), to));
         self.with_operand(Self::JMP | cond.bits(), dst, operand.into());
@@ -288,13 +288,13 @@ impl Assembler {
         self.push(Self::JMP | 0x90, 0, 0, 0, 0);
     }
 
-    /// Resolves the jumps, and leaves out what no path reaches (which the verifier would refuse),
-    /// so that a generator may write down parts that nothing happens to lead to.
+    /// Resolves the jumps. It leaves out instructions that no path reaches, which the verifier
+    /// would refuse, so a generator need not check whether anything leads to the parts it writes.
     ///
     /// # Errors
     /// If a jump is too far for its 16 bits, or goes to a label that was never bound.
     pub fn finish(self, name: &'static str) -> Result<Program, BpfError> {
-        debug_assert!(name.len() <= MAX_NAME, "the kernel would cut it");
+        debug_assert!(name.len() <= MAX_NAME, "the kernel would truncate it");
         let mut targets = vec![None; self.code.len()];
         for &(at, label) in &self.jumps {
             targets[at] = Some(self.labels[label.0].ok_or(BpfError::Jump { name })?);
@@ -321,7 +321,7 @@ impl Assembler {
         Ok(Program::new(name, code))
     }
 
-    /// Which instructions some path from the first one leads to.
+    /// Tells which instructions some path from the first one leads to.
     fn reached(&self, targets: &[Option<usize>]) -> Vec<bool> {
         const JUMP: u8 = Assembler::JMP;
         const EXIT: u8 = Assembler::JMP | 0x90;
@@ -374,7 +374,8 @@ struct Instruction {
 }
 
 impl Instruction {
-    /// `struct bpf_insn`, in which the order of the two register nibbles follows the byte order.
+    /// The bytes of a `struct bpf_insn`. The order of its two register nibbles follows the byte
+    /// order.
     fn encode(self) -> [u8; 8] {
         let regs = if cfg!(target_endian = "little") {
             self.src << 4 | self.dst
@@ -436,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nothing_leads_to_is_left_out() {
+    fn unreachable_instructions_are_left_out() {
         let mut asm = Assembler::new();
         let end = asm.label();
         asm.mov(Reg::R0, 0);

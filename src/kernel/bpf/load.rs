@@ -1,4 +1,4 @@
-//! A program on its way into the kernel.
+//! How a program gets into the kernel.
 
 use std::ffi::c_int;
 use std::os::fd::OwnedFd;
@@ -7,10 +7,10 @@ use rustix::io::Errno;
 
 use super::{BpfError, bpf_fd, object_name, with_memlock_raised};
 
-/// The licence the kernel is told. No helper that is used needs a GPL-compatible one.
+/// The licence that we tell the kernel. None of the helpers in use needs a GPL-compatible one.
 const LICENCE: &std::ffi::CStr = c"Dual MIT/GPL";
 
-/// Room for the verifier's words about a refused program; what does not fit is lost at the end.
+/// Space for the verifier's log about a refused program. The kernel truncates a longer log.
 const VERIFIER_LOG_BYTES: usize = 1 << 20;
 
 /// An assembled program of type `SCHED_CLS`.
@@ -36,7 +36,7 @@ impl Program {
         &self.code
     }
 
-    /// Loads it into the kernel, which keeps it as long as the descriptor or a filter refers to it.
+    /// Loads it into the kernel, which keeps it as long as a descriptor or a filter refers to it.
     ///
     /// # Errors
     /// If the kernel refuses; the verifier's last words are in the error.
@@ -46,7 +46,8 @@ impl Program {
             Err(errno @ (Errno::PERM | Errno::NOSYS)) => return Err(BpfError::from(errno)),
             Err(errno) => errno,
         };
-        // The verifier speaks only when asked, and asking makes loading slower: so a second time.
+        // The verifier writes its log only on request, and that makes loading slower. So we ask
+        // only after a refusal.
         let mut log = vec![0; VERIFIER_LOG_BYTES];
         if let Ok(fd) = self.load_once(&mut log) {
             return Ok(fd);

@@ -1,4 +1,4 @@
-//! What programs remember.
+//! Maps: the memory of programs.
 
 use std::ffi::c_int;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,7 +11,7 @@ use super::{BpfError, MAX_NAME, bpf_fd, object_name, with_memlock_raised};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub enum MapKind {
-    /// A hash table that forgets what was used least recently.
+    /// A hash table that evicts the entries used least recently.
     LruHash = 9,
 }
 
@@ -22,7 +22,7 @@ pub struct Map {
 }
 
 impl Map {
-    /// Makes a map; it lives as long as this value or a loaded program refers to it.
+    /// Makes a map. It lives as long as this value or a loaded program refers to it.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -45,7 +45,7 @@ impl Map {
             numa_node: u32,
             map_name: [u8; 16],
         }
-        debug_assert!(name.len() <= MAX_NAME, "the kernel would cut it");
+        debug_assert!(name.len() <= MAX_NAME, "the kernel would truncate it");
         let mut attr = Attr {
             map_type: kind as u32,
             key_size: key_size as u32,

@@ -3,12 +3,12 @@
 //! ```text
 //!   assembler   instructions and labels ──► a program
 //!   load        a program ──► the kernel, with the verifier's words if it refuses
-//!   map         what programs remember, shared between them and this process
+//!   map         the memory of programs, shared between them and this process
 //! ```
 //!
 //! This file owns the system call itself. What the programs do is the business of
-//! [`programs`](super::programs). No BTF, no loops, no relocations: what is assembled here loads on
-//! kernels from 5.10 on.
+//! [`programs`](super::programs). The assembler knows no BTF, no loops and no relocations, so its
+//! programs load on kernels from 5.10 on.
 #![allow(unsafe_code, reason = "bpf(2) has no safe wrapper")]
 
 mod assembler;
@@ -40,10 +40,10 @@ pub enum BpfError {
          and CAP_NET_ADMIN"
     )]
     Denied,
-    /// A kernel without it.
+    /// The kernel has no `bpf(2)`.
     #[error("this kernel has no bpf(2) system call; it needs CONFIG_BPF_SYSCALL")]
     Absent,
-    /// The kernel's verifier refused.
+    /// The kernel's verifier refused the program.
     #[error(
         "the kernel refuses BPF program {name}: {errno}: {words}; kernels from 5.10 on should take \
          it"
@@ -64,7 +64,7 @@ pub enum BpfError {
         /// The kernel's error number.
         errno: Errno,
     },
-    /// A program too large for its jumps.
+    /// The program is too large for its jumps.
     #[error("BPF program {name} is too large; move fewer addresses or ports, or whole addresses")]
     Jump {
         /// The program's name.
@@ -82,7 +82,8 @@ impl From<Errno> for BpfError {
     }
 }
 
-/// Kernels before 5.11 charge maps and programs to `RLIMIT_MEMLOCK` and say `EPERM` at its limit.
+/// Raises `RLIMIT_MEMLOCK` if `make` fails with `EPERM`, and tries again: kernels before 5.11
+/// charge maps and programs to that limit.
 fn with_memlock_raised<T>(mut make: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     match make() {
         Err(Errno::PERM) => {
@@ -104,7 +105,7 @@ fn object_name(name: &str) -> [u8; 16] {
     out
 }
 
-/// As [`bpf`], for the commands that answer with a descriptor (which is close-on-exec).
+/// As [`bpf`], for the commands that return a descriptor (which is close-on-exec).
 ///
 /// # Safety
 /// As [`bpf`].

@@ -1,18 +1,18 @@
-//! Packets shown to loaded programs, without an interface.
+//! Runs loaded programs on packets, without an interface.
 
 use std::ffi::c_int;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::bpf;
 
-/// What became of a packet that was shown to a program.
+/// What a program did with a packet.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::kernel) struct Outcome {
     pub(in crate::kernel) verdict: i32,
     pub(in crate::kernel) mark: u32,
 }
 
-/// Shows a frame to a loaded program (`BPF_PROG_TEST_RUN`), as if received on `lo`.
+/// Runs a loaded program on a frame (`BPF_PROG_TEST_RUN`), as if the frame had arrived on `lo`.
 pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
     #[repr(C)]
     struct Attr {

@@ -1,5 +1,5 @@
-//! An address that this host is reached at and never speaks from unasked (IPv4: scope host; IPv6:
-//! deprecated).
+//! An address at which this host can be reached, but which the kernel never chooses as a source by
+//! itself (IPv4: scope host; IPv6: deprecated).
 
 use std::fmt;
 use std::net::IpAddr;

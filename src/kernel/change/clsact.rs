@@ -1,4 +1,4 @@
-//! The clsact qdisc on an interface, which carries filters and does nothing of itself.
+//! The clsact qdisc on an interface, which carries filters and does nothing by itself.
 
 use std::fmt;
 
@@ -38,7 +38,8 @@ impl Kind for Clsact {
         Ok(with.netlink.add_clsact(self.on.index)?)
     }
 
-    /// The qdisc takes every filter along, so it stays as long as others have any on it.
+    /// Deleting the qdisc deletes every filter on it, so it stays as long as others have filters
+    /// there.
     fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
         if !netlink.has_clsact(self.on.index)? {
             return Ok(Undone::Gone);

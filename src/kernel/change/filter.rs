@@ -1,7 +1,7 @@
 //! A BPF program as a direct-action filter on a clsact qdisc.
 //!
-//! A filter is known by the name of its program: one that an earlier daemon left is replaced in one
-//! step, so that every packet meets either the old program or the new one.
+//! We know a filter by the name of its program. The kernel replaces one that an earlier daemon left
+//! in one step, so every packet meets either the old program or the new one.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -106,7 +106,7 @@ impl Kind for BpfFilter {
         Ok(with.netlink.replace_filter(slot, program, &self.program)?)
     }
 
-    /// Whatever else stands in its place by now is not ours to take away.
+    /// Whatever else stands in its place by now is not ours to remove.
     fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
         match self.present(netlink)? {
             Presence::AsWanted => netlink.delete_filter(self.slot())?,

@@ -1,4 +1,4 @@
-//! The vocabulary of changes: one file for each kind of thing that is changed in the kernel.
+//! The kinds of change in the kernel, one file for each.
 //!
 //! ```text
 //!   clsact    the qdisc that carries filters
@@ -6,15 +6,15 @@
 //!   rule      a policy routing rule for a mark
 //!   route     a default route in a table of our own
 //!   sysctl    a setting under /proc/sys
-//!   address   an address that is held and never spoken from unasked
+//!   address   an address that the host holds, but never speaks from by itself
 //! ```
 //!
-//! Each kind knows how to find its object, make it, undo it, and what a person can do when the
-//! kernel refuses; [`Change`] only hands on to it. The order of things, and what becomes of a
-//! change that fails, is the business of [`Host`](super::Host).
+//! Each kind knows how to find, make and undo its object, and what a person can do when the kernel
+//! refuses. [`Change`] only hands on to it. [`Host`](super::Host) owns the order of changes, and
+//! what happens when one fails.
 //!
-//! A new kind is a new file, a variant of [`Change`] and a line in `Change::kind`. Each kind is
-//! written to the journal as it stands here, so a field that is renamed keeps its old name there.
+//! A new kind is a new file, a variant of [`Change`] and a line in `Change::kind`. Each kind goes
+//! into the journal as it stands here, so a renamed field must keep its old name there.
 
 mod address;
 mod clsact;
@@ -95,31 +95,31 @@ impl Change {
         self.kind().object() == other.kind().object()
     }
 
-    /// Whether making this change leaves no trace of an `earlier` one: the same object in the same
-    /// place.
+    /// Whether this change replaces an `earlier` one without a trace: it is the same object in the
+    /// same place.
     pub(super) fn takes_the_place_of(&self, earlier: &Self) -> bool {
         self.same_object(earlier) && self.kind().place() == earlier.kind().place()
     }
 
-    /// Whether the object bears ipmoved's own name or number, so that it is ours even if the
-    /// journal that told of it is lost.
+    /// Whether the object bears ipmoved's own name or number. Then it is ours even if the journal
+    /// that recorded it is lost.
     pub(super) fn is_unmistakable(&self) -> bool {
         self.kind().is_unmistakable()
     }
 
-    /// Whether asking for the object may take long, so that it is better made without asking.
+    /// Whether asking for the object may take long, so that it is better to make it without asking.
     pub(super) fn is_costly_to_find(&self) -> bool {
         self.kind().is_costly_to_find()
     }
 
-    /// Undoing it brings back what was there before an `earlier` change of the same object.
+    /// Takes over what an `earlier` change of the same object would restore when it is undone.
     pub(super) fn keep_original(&mut self, earlier: &Self) {
         if let (Self::Sysctl(change), Self::Sysctl(earlier)) = (self, earlier) {
             change.from.clone_from(&earlier.from);
         }
     }
 
-    /// Undoing it brings back what is there now.
+    /// From now on, undoing this change restores the present value.
     pub(super) fn renew_original(&mut self) -> Result<(), ChangeError> {
         if let Self::Sysctl(change) = self {
             change.from = read_sysctl(&change.path)?;
@@ -132,17 +132,17 @@ impl Change {
         self.kind().present(netlink)
     }
 
-    /// Makes what is not there.
+    /// Makes the object, which must not be there.
     pub(super) fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
         self.kind().make(with)
     }
 
-    /// Brings what is there up to date.
+    /// Brings the object that is there up to date.
     pub(super) fn renew(&self, with: &Means<'_>) -> Result<(), ChangeError> {
         self.kind().renew(with)
     }
 
-    /// Undoes it. An object that is gone already is as good.
+    /// Undoes it. It is no error if the object is gone already.
     pub(super) fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
         match self.kind().undo(netlink) {
             Err(error) if error.is_missing() => Ok(Undone::Gone),
@@ -172,12 +172,12 @@ impl fmt::Display for Change {
     }
 }
 
-/// What each kind of change answers for. `Display` says it as people write it.
+/// What each kind of change must be able to do. `Display` writes it as people do.
 trait Kind: fmt::Display {
-    /// Names the object that is changed, whatever its values.
+    /// Names the object, whatever its values.
     fn object(&self) -> String;
 
-    /// Where the object stands, if it may stand in several places.
+    /// Where the object stands, if there are several places for it.
     fn place(&self) -> Option<(u16, u32)> {
         None
     }
@@ -201,14 +201,14 @@ trait Kind: fmt::Display {
         Ok(())
     }
 
-    /// Undoes what is there; an error that says it is missing counts as done.
+    /// Undoes the change. Errors that say the object is missing count as success.
     fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError>;
 
-    /// What a person can do about an error, beyond what can be said of every kind.
+    /// What a person can do about an error, beyond the advice that fits every kind.
     fn remedy(&self, error: &ChangeError) -> Option<&'static str>;
 }
 
-/// What a change is made with.
+/// The means to make a change.
 pub(super) struct Means<'a> {
     /// The kernel.
     pub(super) netlink: &'a Netlink,
@@ -218,11 +218,11 @@ pub(super) struct Means<'a> {
 
 /// Whether an object is there.
 pub(super) enum Presence {
-    /// It is not.
+    /// It is not there.
     Absent,
-    /// It is, with the values that are wanted.
+    /// It is there, with the wanted values.
     AsWanted,
-    /// Something of others is in the way, with a reason.
+    /// Something of others is in the way; the text says what.
     Foreign(String),
 }
 
@@ -232,11 +232,11 @@ impl Presence {
     }
 }
 
-/// What undoing came to.
+/// The result of undoing.
 pub(super) enum Undone {
-    /// The object is gone, or as it was before.
+    /// The object is gone, or has its old value again.
     Gone,
-    /// Still there, rightly: somebody else relies on it.
+    /// It stays, rightly: somebody else relies on it.
     Foreign(String),
 }
 
@@ -249,7 +249,7 @@ pub(super) enum ChangeError {
     /// A file under `/proc/sys` could not be read or written.
     #[error(transparent)]
     File(#[from] io::Error),
-    /// A filter was to be made and nobody had loaded its program.
+    /// The program of a new filter was not loaded.
     #[error("its program is not loaded")]
     NoProgram,
 }

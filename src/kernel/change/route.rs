@@ -1,4 +1,4 @@
-//! A default route into an interface, or without one into nothing.
+//! A default route into an interface, or into nothing (a blackhole).
 
 use std::fmt;
 
@@ -53,7 +53,7 @@ impl fmt::Display for DefaultRoute {
 }
 
 impl Kind for DefaultRoute {
-    /// A route has no values beside what it is: with another metric it is another one.
+    /// A route has no values beside its identity: another metric makes it another route.
     fn object(&self) -> String {
         format!("route {self:?}")
     }
@@ -62,7 +62,7 @@ impl Kind for DefaultRoute {
         true
     }
 
-    /// To list the routes may mean to read all of the Internet's.
+    /// Listing the routes may mean reading the whole Internet's routing table.
     fn is_costly_to_find(&self) -> bool {
         true
     }
@@ -71,7 +71,7 @@ impl Kind for DefaultRoute {
         let wanted = self.route();
         let routes = netlink.routes(self.family, self.table)?;
         Ok(Presence::of(routes.iter().any(|route| {
-            // IPv6 says that a blackhole leads to lo.
+            // The kernel reports lo as the device of an IPv6 blackhole.
             let dev = wanted.kind == RouteKind::Blackhole || route.dev == wanted.dev;
             let metric = route.metric.unwrap_or(0) == wanted.metric.unwrap_or(0);
             route.dst == wanted.dst && route.kind == wanted.kind && metric && dev

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{ChangeError, Kind, Means, Presence, Undone};
 use crate::kernel::netlink::{Family, Netlink, Rule};
 
-/// A rule that sends what bears a mark to a table.
+/// A rule that sends packets with a mark to a table.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct MarkRule {
     /// IPv4 or IPv6.
@@ -17,7 +17,7 @@ pub struct MarkRule {
     pub mark: u32,
     /// The table.
     pub table: u32,
-    /// Preference; the lower is asked first.
+    /// Preference; the kernel tries lower ones first.
     pub priority: u32,
 }
 
@@ -49,7 +49,7 @@ impl fmt::Display for MarkRule {
 }
 
 impl Kind for MarkRule {
-    /// A rule has no values beside what it is: with another preference it is another one.
+    /// A rule has no values beside its identity: another preference makes it another rule.
     fn object(&self) -> String {
         format!("rule {self}")
     }

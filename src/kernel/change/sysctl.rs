@@ -24,7 +24,7 @@ pub struct Sysctl {
 
 impl fmt::Display for Sysctl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // As sysctl(8) writes it: dots between, a slash for a dot within.
+        // As sysctl(8) writes it: dots between the parts, and a slash for a dot within one.
         let dotted = |c| match c {
             '/' => '.',
             '.' => '/',
@@ -53,7 +53,7 @@ impl Kind for Sysctl {
         Ok(write_sysctl(&self.path, &self.to)?)
     }
 
-    /// A value that is neither ours nor the one before is somebody else's last word.
+    /// A value that is neither ours nor the earlier one is somebody else's, and stays.
     fn undo(&self, _netlink: &Netlink) -> Result<Undone, ChangeError> {
         let now = read_sysctl(&self.path)?;
         if now == self.from {
@@ -84,7 +84,7 @@ pub(in crate::kernel) fn read_sysctl(path: &str) -> io::Result<String> {
     Ok(fs::read_to_string(file(path))?.trim_end().to_owned())
 }
 
-/// With a newline: without it nothing at all would be written where the value is empty.
+/// Writes a value with a newline: without it, an empty value would be no write at all.
 fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
     fs::write(file(path), format!("{value}\n"))
 }

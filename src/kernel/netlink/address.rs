@@ -29,8 +29,8 @@ impl Netlink {
         Ok(answers.iter().filter_map(|a| read_address(a)).collect())
     }
 
-    /// Adds an address that is answered from, but not chosen as the source of anything else: of
-    /// scope host (IPv4), or deprecated (IPv6, RFC 4862 section 5.5.4).
+    /// Adds an address that this host replies from, but does not choose as the source of anything
+    /// else: of scope host (IPv4), or deprecated (IPv6, RFC 4862 section 5.5.4).
     pub fn add_quiet_address(&self, address: &Address) -> Result<()> {
         let mut message = address_message(address);
         match address.addr {
@@ -54,8 +54,8 @@ impl Netlink {
     }
 }
 
-/// An address as the kernel is told of it; an IPv6 address is usable at once (no duplicate address
-/// detection).
+/// The message that tells the kernel of an address. An IPv6 address is usable at once (no duplicate
+/// address detection).
 pub(crate) fn address_message(address: &Address) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = Family::of(address.addr).raw();
@@ -86,7 +86,7 @@ fn read_address(payload: &[u8]) -> Option<Address> {
     }
     Some(Address {
         index: word(&header[4..8])?,
-        // On a point-to-point link IFA_ADDRESS is the other end's.
+        // On a point-to-point link IFA_ADDRESS is the other end's address.
         addr: local.or(addr)?,
         prefix: header[1],
     })

@@ -25,9 +25,9 @@ pub struct Link {
     pub link_type: u16,
     /// Hardware address, where the link layer is Ethernet-like.
     pub mac: Option<[u8; 6]>,
-    /// The kernel knows BIG TCP over IPv4: it tells how long a super-packet may become when it is
-    /// received (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels it was backported to). Whether a
-    /// TUN takes one (6.6) shows when one is written.
+    /// Whether the kernel knows BIG TCP over IPv4: it does if it reports how long a received
+    /// super-packet may become (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels with the backport).
+    /// Whether a TUN takes such a packet (6.6) shows only when we write one.
     pub big_tcp: bool,
 }
 

@@ -1,12 +1,12 @@
 //! A small blocking rtnetlink client: links, addresses, routes, rules, clsact and cls_bpf filters.
 //!
 //! Owns the conversation with `NETLINK_ROUTE` and nothing else: it decides nothing, remembers
-//! nothing and undoes nothing. Requests are built with the types of netlink-packet-route. Answers
-//! are read attribute by attribute, only for what is needed here, so that an attribute of a newer
-//! kernel, or a foreign classifier the crate cannot decode, does not make a dump fail.
+//! nothing and undoes nothing. It builds requests with the types of netlink-packet-route. It reads
+//! only those attributes of an answer that we need, so a newer kernel's attribute, or a foreign
+//! classifier that the crate cannot decode, does not make a dump fail.
 //!
-//! This file owns the socket; what is said about each kind of object stands in a file of its own:
-//! its type, its requests as methods of [`Netlink`], and how the kernel's answer is read.
+//! This file owns the socket. Each kind of object has a file of its own, with its type, its
+//! requests (methods of [`Netlink`]), and how to read the kernel's answers.
 //!
 //! A socket belongs to the network namespace of the thread that opened it, for good.
 
@@ -39,8 +39,8 @@ pub use tc::{Direction, Filter, FilterSlot};
 
 pub(crate) use address::address_message;
 
-/// How often a dump is started again because the kernel's tables changed under it
-/// (`NLM_F_DUMP_INTR`); a table that changes faster than that is read as it is.
+/// How often we start a dump again because the kernel's tables changed under it
+/// (`NLM_F_DUMP_INTR`). If a table changes faster than that, we take it as it comes.
 const MAX_DUMP_TRIES: usize = 8;
 
 /// A blocking `NETLINK_ROUTE` socket of one network namespace.
@@ -55,7 +55,8 @@ impl Netlink {
     pub fn new() -> Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
-        // Better error texts and filtered dumps where the kernel has them; all works without.
+        // They give better error texts and filtered dumps where the kernel has them; we can do
+        // without.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         let _ = socket.set_netlink_get_strict_chk(true);
@@ -65,7 +66,7 @@ impl Netlink {
         })
     }
 
-    /// Makes a request and waits until the kernel has done what it says, or refuses.
+    /// Makes a request, and waits until the kernel has done it or refuses.
     pub(crate) fn acked(
         &self,
         what: &'static str,
@@ -96,7 +97,7 @@ impl Netlink {
         self.exchange_once(what, message, flags, &mut false)
     }
 
-    /// Sends one request and collects the payloads of its answers up to the final one.
+    /// Sends one request, and collects the payloads of its answers up to the last one.
     fn exchange_once(
         &self,
         request: &'static str,
@@ -127,7 +128,7 @@ impl Netlink {
                     .map_err(|_| NetlinkError::Malformed { request })?;
                 let length = (answer.length() as usize).next_multiple_of(4);
                 rest = rest.get(length..).unwrap_or_default();
-                // The tail of an exchange that was given up on.
+                // It belongs to an earlier exchange that we gave up.
                 if answer.sequence_number() != sequence {
                     continue;
                 }
@@ -209,7 +210,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// Why the kernel was not asked, or refused.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
     /// The socket could not be opened, written or read.
@@ -218,17 +219,17 @@ pub enum NetlinkError {
     /// The kernel refused.
     #[error("{request}: {}", describe(*errno, detail))]
     Refused {
-        /// What was asked, such as `add qdisc clsact`.
+        /// The request, such as `add qdisc clsact`.
         request: &'static str,
         /// The kernel's error number.
         errno: Errno,
         /// The kernel's own words, where it has any.
         detail: String,
     },
-    /// An answer that makes no sense.
+    /// The answer makes no sense.
     #[error("{request}: the kernel's answer cannot be read")]
     Malformed {
-        /// What was asked.
+        /// The request.
         request: &'static str,
     },
 }
@@ -262,7 +263,7 @@ impl NetlinkError {
     }
 }
 
-/// The kernel's words without errno's number.
+/// The kernel's words, and errno's text without its number.
 fn describe(errno: Errno, detail: &str) -> String {
     let name = io::Error::from(errno).to_string();
     let name = name.split(" (os error").next().unwrap_or(&name).to_owned();
@@ -275,7 +276,7 @@ fn describe(errno: Errno, detail: &str) -> String {
 
 type Result<T> = std::result::Result<T, NetlinkError>;
 
-/// What a final answer says: an error number with the kernel's words, or success.
+/// The result in a final answer: an error number with the kernel's words, or success.
 fn verdict(answer: &NetlinkBuffer<&[u8]>) -> Option<(Errno, String)> {
     const NLMSGERR_ATTR_MSG: u16 = 1;
     let payload = answer.payload();
@@ -285,7 +286,7 @@ fn verdict(answer: &NetlinkBuffer<&[u8]>) -> Option<(Errno, String)> {
     if code == 0 {
         return None;
     }
-    // The request's header stands between the code of an error and its words.
+    // In an error message, the request's header stands between the code and the words.
     let words = match answer.message_type() {
         NLMSG_ERROR => 20,
         _ => 4,

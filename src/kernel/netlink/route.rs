@@ -1,4 +1,4 @@
-//! Routes, and the question which way a packet would go.
+//! Routes, and the kernel's choice of a route for a packet.
 
 use std::net::IpAddr;
 
@@ -16,12 +16,12 @@ pub const TABLE_LOCAL: u32 = 255;
 /// The kernel's table of ordinary routes.
 pub const TABLE_MAIN: u32 = 254;
 
-/// A route. One that has several next hops is read as several routes, one each.
+/// A route. We read a route with several next hops as several routes, one for each.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Route {
     /// Destination network; a prefix length of 0 is the default route.
     pub dst: (IpAddr, u8),
-    /// What becomes of the packet.
+    /// What it does with a packet.
     pub kind: RouteKind,
     /// Routing table.
     pub table: u32,
@@ -38,12 +38,12 @@ pub struct Route {
 }
 
 impl Route {
-    /// The default route of a family in the main table; set what else it needs.
+    /// The default route of a family in the main table; the caller sets what else it needs.
     pub fn default_of(family: Family) -> Self {
         Self::to(family.unspecified(), 0)
     }
 
-    /// A unicast route to a network in the main table; set what else it needs.
+    /// A unicast route to a network in the main table; the caller sets what else it needs.
     pub fn to(addr: IpAddr, prefix: u8) -> Self {
         Self {
             dst: (addr, prefix),
@@ -97,10 +97,10 @@ impl RouteKind {
     }
 }
 
-/// The kernel's answer to "which way would this packet go".
+/// The kernel's answer to the question how it would route a packet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RouteAnswer {
-    /// Whether it would be sent, or delivered on this host.
+    /// Whether it would send the packet on, or deliver it on this host.
     pub kind: RouteKind,
     /// Index of the outgoing interface.
     pub oif: Option<u32>,
@@ -108,7 +108,7 @@ pub struct RouteAnswer {
     pub gateway: Option<IpAddr>,
     /// The source address that the kernel would choose.
     pub prefsrc: Option<IpAddr>,
-    /// The MTU of the route or learned for the path; where it is absent the interface's counts.
+    /// The MTU that the route has or has learned for the path. If absent, the interface's counts.
     pub mtu: Option<u32>,
 }
 
@@ -129,7 +129,7 @@ impl Netlink {
         }
     }
 
-    /// Adds a route; an error if one with the same destination, table and metric exists.
+    /// Adds a route. It is an error if one with the same destination, table and metric exists.
     pub fn add_route(&self, route: &Route) -> Result<()> {
         let request = RouteNetlinkMessage::NewRoute(route_message(route));
         self.acked("add route", request, NLM_F_CREATE | NLM_F_EXCL)
@@ -142,7 +142,7 @@ impl Netlink {
         self.acked("delete route", RouteNetlinkMessage::DelRoute(message), 0)
     }
 
-    /// Which way a packet to `dst` would go, optionally with a mark or from a source address.
+    /// How the kernel would route a packet to `dst`, optionally with a mark or a source address.
     pub fn route_get(
         &self,
         dst: IpAddr,
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_is_asked_for_the_way() {
+    fn the_kernel_is_asked_for_a_route() {
         in_fresh_namespace(|| {
             let netlink = Netlink::new().unwrap();
             let index = veth(&netlink).index;

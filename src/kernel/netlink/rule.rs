@@ -11,13 +11,13 @@ use super::{Family, Netlink, Result, attributes, word};
 pub struct Rule {
     /// IPv4 or IPv6.
     pub family: Family,
-    /// Preference; the lower is asked first.
+    /// Preference; the kernel tries lower ones first.
     pub priority: u32,
     /// Mark and mask.
     pub mark: Option<(u32, u32)>,
-    /// The table that is looked up; `None` for rules with another action.
+    /// The table in which it looks up a route; `None` for rules with another action.
     pub table: Option<u32>,
-    /// Whether it selects by anything besides the mark (only read, never written).
+    /// Whether it also selects by something else than the mark (we read this and never write it).
     pub selects_more: bool,
 }
 
@@ -34,7 +34,7 @@ impl Netlink {
             .collect())
     }
 
-    /// Adds a rule; an error if the same one exists.
+    /// Adds a rule. It is an error if the same one exists.
     pub fn add_rule(&self, rule: &Rule) -> Result<()> {
         let request = RouteNetlinkMessage::NewRule(rule_message(rule));
         self.acked("add rule", request, NLM_F_CREATE | NLM_F_EXCL)
@@ -99,7 +99,7 @@ fn read_rule(payload: &[u8]) -> Option<Rule> {
             FRA_FWMARK => mark = word(value),
             FRA_FWMASK => mask = word(value)?,
             FRA_TABLE => rule.table = word(value),
-            // "Suppress nothing" is what every rule without a suppressor says.
+            // Every rule without a suppressor says "suppress nothing".
             FRA_SUPPRESS_PREFIXLEN if word(value) == Some(u32::MAX) => {}
             FRA_PAD | FRA_PROTOCOL => {}
             _ => rule.selects_more = true,

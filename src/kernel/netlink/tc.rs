@@ -19,9 +19,9 @@ const PROTOCOL_ALL: u32 = (libc::ETH_P_ALL as u16).to_be() as u32;
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
-    /// What the interface has received.
+    /// Packets that the interface has received.
     Ingress,
-    /// What is about to be sent.
+    /// Packets that it is about to send.
     Egress,
 }
 
@@ -53,9 +53,9 @@ pub struct Filter {
     pub kind: String,
     /// Preference; the lower runs first.
     pub priority: u16,
-    /// Handle, unique within the preference; 0 in the entry that stands for the preference itself.
+    /// Handle, unique within the preference; 0 in the entry for the preference itself.
     pub handle: u32,
-    /// EtherType that it sees, in host order.
+    /// The EtherType of the packets that it sees, in host order.
     pub protocol: u16,
     /// Chain; packets start in chain 0.
     pub chain: u32,
@@ -65,7 +65,7 @@ pub struct Filter {
     pub program_id: Option<u32>,
 }
 
-/// Where a cls_bpf filter sits: everything that tells it from another one.
+/// The place of a cls_bpf filter: everything that tells it from another one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FilterSlot {
     /// Interface index.
@@ -79,7 +79,7 @@ pub struct FilterSlot {
 }
 
 impl Netlink {
-    /// Adds the clsact qdisc to an interface; an error if it has one (or an ingress qdisc).
+    /// Adds the clsact qdisc to an interface. It is an error if there is one (or an ingress qdisc).
     pub fn add_clsact(&self, index: u32) -> Result<()> {
         let request = RouteNetlinkMessage::NewQueueDiscipline(clsact_message(index));
         self.acked("add qdisc clsact", request, NLM_F_CREATE | NLM_F_EXCL)
@@ -94,7 +94,7 @@ impl Netlink {
     /// Kinds of the qdiscs on an interface, such as `noqueue` and `clsact`.
     pub fn qdiscs(&self, index: u32) -> Result<Vec<String>> {
         let mut message = TcMessage::with_index(index as i32);
-        // Not every kernel lists clsact, whose parent is the ingress handle, without being asked.
+        // clsact's parent is the ingress handle. Some kernels list it only on request.
         message.attributes.push(TcAttribute::DumpInvisible(true));
         let request = RouteNetlinkMessage::GetQueueDiscipline(message);
         let answers = self.dump("list qdiscs", request)?;
@@ -127,14 +127,14 @@ impl Netlink {
         }
     }
 
-    /// Attaches a program as a direct-action filter for all protocols; an error if the slot is
-    /// taken. The filter keeps the program when `program` is closed.
+    /// Attaches a program as a direct-action filter for all protocols. It is an error if the slot
+    /// is taken. The filter keeps the program when `program` is closed.
     pub fn add_filter(&self, slot: FilterSlot, program: BorrowedFd<'_>, name: &str) -> Result<()> {
         let request = RouteNetlinkMessage::NewTrafficFilter(bpf_message(slot, program, name));
         self.acked("add bpf filter", request, NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    /// Attaches a program in place of what the slot holds, without a gap: every packet meets
+    /// Puts a program into a slot in place of the one there, without a gap: every packet meets
     /// either the old program or the new one.
     pub fn replace_filter(
         &self,
@@ -190,7 +190,7 @@ fn bpf_message(slot: FilterSlot, program: BorrowedFd<'_>, name: &str) -> TcMessa
     message
 }
 
-/// A qdisc or filter as it is listed.
+/// A qdisc or filter from a list.
 struct Tc {
     index: u32,
     handle: u32,

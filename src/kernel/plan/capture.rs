@@ -1,9 +1,9 @@
-//! What the old server needs of its kernel: packets to moved addresses go into the TUN, and what
-//! the daemon writes to the TUN goes out of the uplink.
+//! The kernel changes of the old server: packets to moved addresses go into the TUN, and packets
+//! that the daemon writes to the TUN leave by the uplink.
 //!
-//! Owns the order of the two. The addresses stay configured where they are, so ARP and neighbour
-//! discovery go on being answered. The filter on the uplink outlives the daemon and then leads into
-//! nothing, so that moved addresses fall silent instead of answering with resets.
+//! Owns the order of the two. The addresses stay configured where they are, so the host goes on
+//! answering ARP and neighbour discovery. The filter on the uplink outlives the daemon and then
+//! leads into nothing: moved addresses fall silent instead of replying with resets.
 
 use std::net::SocketAddr;
 
@@ -13,13 +13,13 @@ use crate::kernel::netlink::{Direction, Link, Netlink};
 use crate::kernel::programs;
 use crate::model::moved::Move;
 
-/// What the old server needs: capture on `uplink`, the way back from `tun`.
+/// The changes for the old server: capture on `uplink`, and the return path from `tun`.
 ///
-/// `tunnel` are the tunnel's own ends on this host, whose datagrams are never captured. The TUN
-/// must exist. Nothing is changed yet, but the programs are in the kernel.
+/// `tunnel` are the tunnel's own ends on this host; the program never captures their datagrams. The
+/// TUN must exist. This changes nothing yet, but it loads the programs into the kernel.
 ///
 /// # Errors
-/// If the kernel refuses a program, or `uplink` is of a kind that cannot be used.
+/// If the kernel refuses a program, or the programs cannot work on an interface like `uplink`.
 pub fn plan(
     netlink: &Netlink,
     moves: &[Move],
@@ -33,7 +33,7 @@ pub fn plan(
     let on_tun = filter(netlink, tun, Direction::Ingress, back.name())?;
     let on_uplink = filter(netlink, uplink, Direction::Ingress, capture.name())?;
     Ok(vec![
-        // The way back first: what is captured may be answered at once.
+        // The return path comes first: captured packets may get replies at once.
         Desired::with_tun(clsact(tun)),
         Desired::with_tun(on_tun).program(back.load()?),
         Desired::lasting(clsact(uplink)),
@@ -56,7 +56,7 @@ mod tests {
         ("2001:db8:a::5", 64),
     ];
     const GATEWAYS: [(&str, u8); 2] = [("192.0.2.254", 24), ("2001:db8:a::fe", 64)];
-    /// Family by family: moved address, address of the router.
+    /// Family by family: the moved address, and the router's address.
     const ENDS: [(&str, &str); 2] = [
         ("192.0.2.5", "192.0.2.254"),
         ("2001:db8:a::5", "2001:db8:a::fe"),
@@ -66,7 +66,7 @@ mod tests {
         SocketAddr::new(addr.parse().unwrap(), port)
     }
 
-    /// The same packet on its way back: ends exchanged, which leaves every checksum right.
+    /// The same packet on its way back. Exchanging its ends leaves every checksum right.
     fn turned(packet: &[u8]) -> Vec<u8> {
         let mut out = packet.to_vec();
         let (addrs, length, l4) = if packet[0] >> 4 == 4 {
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn a_moved_address_is_captured_and_answered_through_the_uplink() {
+    fn a_moved_address_is_captured_and_its_replies_leave_by_the_uplink() {
         in_fresh_namespace(|| {
             strict_rp_filter();
             let netlink = Netlink::new().unwrap();
@@ -101,7 +101,8 @@ mod tests {
             for (moved, gateway) in ENDS {
                 let own = bound(end(moved, 53));
                 let client = router.udp(&end(gateway, 4000).to_string());
-                // Found by ARP or neighbour discovery, which A still answers.
+                // The router finds the address by ARP or neighbour discovery, which A still
+                // answers.
                 client.send_to(b"question", end(moved, 53)).unwrap();
                 let (_, packet) = tun.read(|p| p.ends_with(b"question")).expect("captured");
                 assert!(
@@ -116,13 +117,13 @@ mod tests {
                     (&b"question"[..], end(moved, 53))
                 );
             }
-            // The rest of the first address is still A's.
+            // The other ports of the first address are still A's.
             let own = bound(end("192.0.2.5", 54));
             let client = router.udp("192.0.2.254:4001");
             client.send_to(b"for A", end("192.0.2.5", 54)).unwrap();
             assert_eq!(own.recv(&mut [0; 100]).unwrap(), 5);
 
-            // Killed: captured into nothing, and nothing answers.
+            // A kill: the capture leads into nothing, and nothing replies.
             drop((tun, host));
             let own = bound(end("192.0.2.5", 53));
             client.send_to(b"question", end("192.0.2.5", 53)).unwrap();
@@ -134,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bounced_packet_goes_up_into_the_own_stack() {
+    fn a_bounced_packet_goes_up_into_the_hosts_own_stack() {
         in_fresh_namespace(|| {
             strict_rp_filter();
             let netlink = Netlink::new().unwrap();

@@ -1,7 +1,7 @@
-//! What the new server needs of its kernel to be reached at a moved address itself
-//! (`--deliver-to keep`): the address, on the loopback interface.
+//! The kernel changes of the new server in mode `keep` (`--deliver-to keep`), where the moved
+//! address is its own: the address, on the loopback interface.
 //!
-//! Owns how it is held without being given away:
+//! Owns how the host holds it without neighbours noticing:
 //!
 //! * By default Linux answers ARP on any interface for any address it holds (`arp_ignore` 0), and
 //!   puts any of them into its own requests (`arp_announce` 0). On a link that both servers share,
@@ -9,10 +9,10 @@
 //!   scope host, for which `arp_ignore` 3 does not answer while it goes on answering for every
 //!   other address, and `arp_announce` 2 leaves them out of requests. Where an administrator has
 //!   set either to something stricter, that does as well, and stays.
-//! * IPv6 answers solicitations only for addresses of the interface they arrive on; nothing is
-//!   needed.
-//! * Neither is chosen as the source of the host's own connections: that is what scope host and,
-//!   for IPv6, a preferred lifetime of zero are for.
+//! * IPv6 answers solicitations only for addresses of the interface they arrive on, so it needs
+//!   nothing.
+//! * The kernel chooses neither as the source of the host's own connections. Scope host sees to
+//!   that, and for IPv6 a preferred lifetime of zero.
 //!
 //! Interfaces that appear later keep their ARP settings (`ip-sysctl`: `conf/default`).
 
@@ -23,14 +23,15 @@ use crate::kernel::Desired;
 use crate::kernel::change::{Change, Interface, QuietAddress, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Link, Netlink};
 
-/// Do not answer for addresses of scope host; for every other as with 0.
+/// Does not answer for addresses of scope host; for every other as with 0.
 const ARP_IGNORE: (&str, u32) = ("arp_ignore", 3);
-/// Always the best local address for the target, never just the packet's source.
+/// Always announces the best local address for the target, never just the packet's source.
 const ARP_ANNOUNCE: (&str, u32) = ("arp_announce", 2);
 
-/// What holds `addrs`, but for those that this host has of itself; those stay as they are.
+/// The changes that make this host hold `addrs`. Addresses that it has of its own accord stay as
+/// they are.
 ///
-/// `made` is what the journal holds, by which the daemon's own addresses are told from others.
+/// `made` is the content of the journal. It tells the daemon's own addresses from others.
 ///
 /// # Errors
 /// If the kernel cannot be asked.
@@ -56,7 +57,7 @@ pub fn plan(
         let ethernet = |link: &&Link| {
             link.link_type == libc::ARPHRD_ETHER && !link.loopback && link.index != tun.index
         };
-        // Before the address: nobody may hear of it.
+        // Before the address, so that no neighbour hears of it.
         for link in links.iter().filter(ethernet) {
             let quiet = [ARP_IGNORE, ARP_ANNOUNCE];
             desired.extend(quiet.into_iter().filter_map(|it| sysctl(link, it, made)));
@@ -73,7 +74,7 @@ pub fn plan(
     Ok(desired.into_iter().map(Desired::lasting).collect())
 }
 
-/// The addresses among `made`.
+/// The addresses among the changes in `made`.
 pub fn held(made: &[Change]) -> impl Iterator<Item = IpAddr> {
     made.iter().filter_map(|change| match change {
         Change::Address(address) => Some(address.addr),
@@ -85,7 +86,7 @@ pub fn held(made: &[Change]) -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// Whether a change is one of those that [`plan`] names.
+/// Whether a change is one of those that [`plan`] makes.
 pub fn is_part(change: &Change) -> bool {
     match change {
         Change::Address(_) => true,
@@ -96,8 +97,8 @@ pub fn is_part(change: &Change) -> bool {
     }
 }
 
-/// The setting of an interface, if it is too weak as it is. The stronger of the interface's and of
-/// that for all counts.
+/// The change that strengthens a setting of an interface, if it is too weak. The stronger of the
+/// interface's setting and the one for all interfaces counts.
 fn sysctl(link: &Link, (name, to): (&str, u32), made: &[Change]) -> Option<Change> {
     let path = format!("net/ipv4/conf/{}/{name}", link.name);
     let value = |path: &str| read_sysctl(path).ok()?.parse::<u32>().ok();
@@ -130,7 +131,7 @@ mod tests {
 
     const HERE: [(&str, u8); 1] = [("192.0.2.2", 24)];
     const GATEWAY: [(&str, u8); 1] = [("192.0.2.254", 24)];
-    /// Of the same network: the old server is next door.
+    /// In the same network: the old server is next door.
     const MOVED: [u8; 4] = [192, 0, 2, 5];
 
     fn socket(addr: [u8; 4]) -> std::net::UdpSocket {
@@ -161,23 +162,25 @@ mod tests {
             to_moved().unwrap();
             assert!(own.recv(&mut [0; 100]).is_err(), "ARP was answered");
             assert!(!router.has_seen(&[0; 1500]));
-            // A neighbour that is not there: only requests leave, and they are not from it.
+            // Nobody has this neighbour's address: only ARP requests leave, and the moved address
+            // must not be their source.
             let _ = own.send_to(b"anybody", "192.0.2.77:9");
             assert!(!router.has_seen(&MOVED), "it was announced");
-            // Every other address is still answered for.
+            // The host still answers for every other address.
             neighbour.send_to(b"hello", "192.0.2.2:53").unwrap();
             assert_eq!(socket([192, 0, 2, 2]).recv(&mut [0; 9]).ok(), None);
             let other = socket([192, 0, 2, 2]);
             neighbour.send_to(b"hello", "192.0.2.2:53").unwrap();
             assert_eq!(other.recv(&mut [0; 9]).unwrap(), 5);
-            // Nor is it the source of anything that does not ask for it.
+            // The kernel does not choose it as a source either, unless a program asks for it.
             let route = netlink.route_get("192.0.2.254".parse().unwrap(), None, None);
             assert_eq!(route.unwrap().prefsrc, Some("192.0.2.2".parse().unwrap()));
             keep(&mut host, &[]);
             let after = (snapshot(&netlink), netlink.addresses().unwrap(), settings());
             assert_eq!(after, before);
 
-            // The same without care, so that the test above means something.
+            // Without these precautions the neighbour does learn of it, so the test above means
+            // something.
             let lo = Address {
                 index: 1,
                 addr: MOVED.into(),
@@ -196,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_administrator_made_stricter_stays() {
+    fn settings_that_an_administrator_made_stricter_stay() {
         in_fresh_namespace(|| {
             let netlink = Netlink::new().unwrap();
             let _router = Router::new(&netlink, &HERE, &GATEWAY);
@@ -209,7 +212,7 @@ mod tests {
             let v6 = "2001:db8:a::5".parse().unwrap();
             let desired = plan(&netlink, &[v6], &tun.link, &[]).unwrap();
             assert_eq!(desired.len(), 1, "IPv6 needs no more");
-            // What is there already is left alone.
+            // An address that is there already stays as it is.
             let there = plan(&netlink, &["192.0.2.2".parse().unwrap()], &tun.link, &[]);
             assert!(there.unwrap().is_empty());
         });

@@ -1,16 +1,16 @@
-//! What the old server needs of its kernel to translate both addresses itself (way 1): packets to
-//! moved addresses and the new server's answers go into the TUN, what the daemon writes to it goes
-//! out to either.
+//! The kernel changes of the old server in mode `nat`, where it translates both addresses itself:
+//! packets to moved addresses and the new server's replies go into the TUN, and packets that the
+//! daemon writes to the TUN leave towards either.
 //!
 //! ```text
 //! uplink ingress ── capture (moved addresses) ──┐           ┌──► uplink: clients
 //!                ── answers (borrowed ports) ───┴─► TUN ────┼──► uplink: new server
-//!                                                           └──► own stack (bounced)
+//!                                                           └──► the host's own stack (bounced)
 //! ```
 //!
-//! Owns the reservation of the borrowed ports, and the question whether anybody has one of them
+//! Owns the reservation of the borrowed ports, and the question whether somebody uses one of them
 //! already. The captures outlive the daemon and then lead into nothing: neither client nor new
-//! server is reset, and connections live on when it is back.
+//! server gets a reset, and connections live on when the daemon is back.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,24 +24,25 @@ use crate::kernel::netlink::{Direction, Link, Netlink};
 use crate::kernel::programs::{self, Pair, Way};
 use crate::model::moved::Move;
 
-/// Ports that the kernel does not give to sockets that name none (`ip-sysctl`); for IPv6 too.
+/// Ports that the kernel gives to no socket that does not name its port (`ip-sysctl`); for IPv6
+/// too.
 const RESERVED: &str = "net/ipv4/ip_local_reserved_ports";
 
-/// One destination of the translation, with the way there.
+/// One destination of the translation, and the path to it.
 #[derive(Clone, Debug)]
 pub struct Towards {
     /// The new server's address.
     pub to: IpAddr,
-    /// Our own, from which it is asked.
+    /// Our own address towards it.
     pub own: IpAddr,
-    /// The interface that leads there.
+    /// The interface towards it.
     pub link: Link,
 }
 
-/// What way 1 needs: both captures, the ways out, and `ports` reserved.
+/// The changes for mode `nat`: both captures, the programs that send, and reserved `ports`.
 ///
 /// # Errors
-/// If the kernel refuses a program, or an interface is of a kind that cannot be used.
+/// If the kernel refuses a program, or the programs cannot work on one of the interfaces.
 pub fn plan(
     netlink: &Netlink,
     moves: &[Move],
@@ -75,7 +76,7 @@ pub fn plan(
         Desired::with_tun(clsact(tun)),
         Desired::with_tun(on_tun).program(out.load()?),
     ];
-    // A list that others add to: theirs must not be overwritten with what it was before.
+    // Others add to this list, too. Once they do, we must not restore the old one.
     desired.extend(reservation(ports).map(|change| Desired::lasting(change).once()));
     let mut links: Vec<&Link> = Vec::new();
     for end in towards {
@@ -94,7 +95,7 @@ pub fn plan(
             .collect();
         let answers = programs::answers(&pairs, ports, l2_header(link)?, tun.index)?;
         let mut place = filter(netlink, link, Direction::Ingress, answers.name())?;
-        // Beside the capture, which may have the same preference.
+        // It stands beside the capture, which may have the same preference.
         if let Change::Filter(place) = &mut place
             && place.handle == FILTER_HANDLE
         {
@@ -110,12 +111,12 @@ pub fn plan(
     if !desired.iter().any(|it| it.change == clsact(uplink)) {
         desired.push(Desired::lasting(clsact(uplink)));
     }
-    // The clients last: what they ask may be answered at once.
+    // The clients come last: their packets may get replies at once.
     desired.push(Desired::lasting(on_uplink).program(capture.load()?));
     Ok(desired)
 }
 
-/// The ports that somebody else has reserved stay so.
+/// The change that reserves `ports` as well; ports that somebody else has reserved stay so.
 fn reservation(ports: &RangeInclusive<u16>) -> Option<Change> {
     let from = read_sysctl(RESERVED).ok()?;
     Some(Change::Sysctl(Sysctl {
@@ -125,8 +126,8 @@ fn reservation(ports: &RangeInclusive<u16>) -> Option<Change> {
     }))
 }
 
-/// A list of ports and ranges with one more, as the kernel writes it: sorted, and joined where they
-/// touch.
+/// A list of ports and ranges with one more range, as the kernel writes it: sorted, and merged
+/// where ranges touch.
 fn with_reserved(list: &str, ports: &RangeInclusive<u16>) -> String {
     let number = |text: &str| text.trim().parse::<u16>().ok();
     let mut all: BTreeSet<u16> = ports.clone().collect();
@@ -160,14 +161,14 @@ fn with_reserved(list: &str, ports: &RangeInclusive<u16>) -> String {
     texts.join(",")
 }
 
-/// A socket that would no longer hear what is sent to it.
+/// A socket that would no longer receive its packets.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Conflict {
     /// `TCP` or `UDP`.
     pub transport: &'static str,
     /// Its port.
     pub port: u16,
-    /// Whom it is connected to; `None` if it listens to all.
+    /// The address it is connected to; `None` if it listens to all.
     pub remote: Option<IpAddr>,
 }
 
@@ -182,7 +183,7 @@ impl std::fmt::Display for Conflict {
 }
 
 /// The first socket of this namespace that has one of `ports` at `own`, and either listens there or
-/// is connected to `to`. Connections to others, and those that are over, are none of our business.
+/// is connected to `to`. Connections to others do not matter, nor those that are over.
 pub fn conflict(ports: &RangeInclusive<u16>, towards: &[Towards]) -> Option<Conflict> {
     let files = [
         ("tcp", "TCP"),
@@ -191,7 +192,7 @@ pub fn conflict(ports: &RangeInclusive<u16>, towards: &[Towards]) -> Option<Conf
         ("udp6", "UDP"),
     ];
     files.into_iter().find_map(|(file, transport)| {
-        // Without IPv6 there is no such file.
+        // A kernel without IPv6 has no such file.
         let text = fs::read_to_string(format!("/proc/thread-self/net/{file}")).ok()?;
         text.lines()
             .skip(1)
@@ -211,7 +212,7 @@ pub fn conflict(ports: &RangeInclusive<u16>, towards: &[Towards]) -> Option<Conf
     })
 }
 
-/// Local address and port, remote address and whether it is over, of a line of `/proc/net/tcp`.
+/// Local address and port, remote address, and whether it is over, from a line of `/proc/net/tcp`.
 fn socket(line: &str) -> Option<(IpAddr, u16, IpAddr, bool)> {
     const TIME_WAIT: &str = "06";
     let mut words = line.split_whitespace().skip(1);
@@ -244,7 +245,7 @@ mod tests {
     use crate::flow::nat::PORTS;
 
     #[test]
-    fn reserved_ports_are_joined_as_the_kernel_joins_them() {
+    fn reserved_ports_are_merged_as_the_kernel_merges_them() {
         for (before, after) in [
             ("", "40960-57343"),
             ("8080", "8080,40960-57343"),

@@ -1,14 +1,15 @@
-//! What each role needs of its kernel, as values: nothing is changed here, only asked and loaded.
+//! The kernel changes that each role needs, as values. This only asks the kernel and loads
+//! programs.
 //!
 //! ```text
-//!   capture      the old server: moved addresses into the TUN, what it writes out of the uplink
-//!   steer        the new server: replies to what came out of the TUN go back into it
-//!   keep         the new server that is reached at the moved address itself
-//!   masquerade   the old server alone, translating both addresses
+//!   capture      the old server: moved addresses into the TUN, and from the TUN to the uplink
+//!   steer        the new server: replies to packets from the TUN go back into it
+//!   keep         the new server in mode `keep`: it holds the moved address itself
+//!   masquerade   the old server in mode `nat`: it translates both addresses
 //! ```
 //!
-//! Owns the places that the plans share: which interfaces can be used, and where filters stand
-//! among those of others. [`Host`](super::Host) makes what is planned, and undoes it.
+//! Owns the places that the plans share: the interfaces that they can use, and where our filters
+//! stand among those of others. [`Host`](super::Host) makes the changes and undoes them.
 
 pub mod capture;
 pub mod keep;
@@ -22,8 +23,9 @@ use super::netlink::{
 };
 use super::programs::NAME_PREFIX;
 
-/// Preference of the daemon's filters, unless a foreign one stands before it: low, to run before
-/// filters that the kernel numbers (from 49152 down), with room for administrators to be earlier.
+/// Preference of the daemon's filters, unless a foreign one stands before it. It is low, so that
+/// they run before filters that the kernel numbers (from 49152 down), and an administrator can
+/// still put others before them.
 pub const FILTER_PRIORITY: u16 = 40;
 
 /// Handle of the daemon's filters within their preference.
@@ -44,7 +46,7 @@ pub enum PlanError {
     /// A program cannot be loaded.
     #[error(transparent)]
     Bpf(#[from] BpfError),
-    /// An interface whose packets the programs cannot read.
+    /// The programs cannot read the packets of an interface.
     #[error(
         "interface {name} is of link-layer type {link_type}, which ipmoved cannot use; name an \
          Ethernet, PPP or raw IP interface with --uplink"
@@ -58,8 +60,8 @@ pub enum PlanError {
     /// No place is left among the filters.
     #[error("every filter preference on {0} is taken; remove a filter")]
     NoPriority(String),
-    /// Rules leave no place for ours.
-    #[error("{0} rule with preference {1} leaves no room before it; give it a higher preference")]
+    /// The rules leave no place for ours.
+    #[error("{0} rule with preference {1} leaves no place before it; give it a higher preference")]
     NoRulePriority(Family, u32),
 }
 
@@ -96,8 +98,8 @@ fn clsact(link: &Link) -> Change {
     })
 }
 
-/// The place for a program: the one it has, else one before every foreign filter, else the first
-/// free one behind.
+/// The place for a program: the one where it stands, else one before every foreign filter, else the
+/// first free one behind.
 fn filter(
     netlink: &Netlink,
     link: &Link,
@@ -133,7 +135,7 @@ fn free_priority(filters: &[Filter]) -> Option<u16> {
                 .as_deref()
                 .is_some_and(|name| name.starts_with(NAME_PREFIX))
         })
-        // The entry that stands for a whole preference says nothing of whose it is.
+        // The entry for a whole preference does not tell whose it is.
         .filter(|filter| filter.handle != 0)
         .map(|filter| filter.priority)
         .collect();

@@ -1,19 +1,19 @@
-//! What the new server needs of its kernel: replies to what came out of the TUN go back into it,
-//! and everything else goes its ordinary way.
+//! The kernel changes of the new server: replies to packets from the TUN go back into it, and
+//! everything else takes its ordinary route.
 //!
 //! ```text
 //! TUN ingress: mark
 //!   ├─► TCP: tcp_fwmark_accept hands the mark to the accepted socket ─┐
-//!   ├─► RST, ICMP answers: fwmark_reflect ────────────────────────────┴─► ip rule
+//!   ├─► RST, ICMP replies: fwmark_reflect ────────────────────────────┴─► ip rule
 //!   │                                                          ─► table: default dev TUN
-//!   ├─► UDP and the rest: the flow is remembered ─► uplink egress: redirect ─► TUN
+//!   ├─► UDP and the rest: the map keeps the flow ─► uplink egress: redirect ─► TUN
 //!   └─► "too big" about UDP and the rest: uplink ingress, so that its route learns the path MTU
 //! ```
 //!
-//! Owns the mark, the table and their places. A rule that selects by mark touches no packet but
-//! replies of tunnelled flows, so a client may use the new server directly at the same time. When
-//! the daemon dies the TUN and its route vanish, and the blackhole behind it keeps replies from
-//! leaving with the new server's own address, which would reset the client's connection.
+//! Owns the mark, the table and their places. A rule that selects by mark touches only replies of
+//! tunnelled flows, so a client may use the new server directly at the same time. When the daemon
+//! dies, the TUN and its route vanish. The blackhole behind that route keeps replies from leaving
+//! with the new server's own address, which would reset the client's connection.
 
 use std::net::IpAddr;
 use std::path::Path;
@@ -24,11 +24,11 @@ use crate::kernel::change::{Change, DefaultRoute, Interface, MarkRule, Sysctl, r
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
 use crate::kernel::programs::{self, Entrance, FlowMaps};
 
-/// The mark of what came out of the TUN: "ipmv". Compared whole, so that it never meets the single
+/// The mark of packets from the TUN: "ipmv". We compare it whole, so that it never meets the single
 /// bits that others use.
 pub const MARK: u32 = 0x6970_6d76;
 
-/// The routing table that the mark leads to; the same number.
+/// The routing table of the mark; the same number.
 pub const TABLE: u32 = MARK;
 
 /// Preference of the rule, unless others force a lower one.
@@ -38,14 +38,14 @@ pub const RULE_PRIORITY: u32 = 100;
 const TUN_METRIC: u32 = 1;
 const BLACKHOLE_METRIC: u32 = 4_000_000;
 
-/// Flows without TCP that are remembered by default; 65,536 take some 10 MB of kernel memory.
+/// Flows without TCP that the map keeps by default; 65,536 take some 10 MB of kernel memory.
 pub const MAX_FLOWS: u32 = 65_536;
 
-/// What the new server needs: marks on `tun`, the way back into it, and on every one of `uplinks`
-/// the redirection of replies without TCP.
+/// The changes for the new server: marks on `tun`, the route back into it, and on every one of
+/// `uplinks` the redirection of replies without TCP.
 ///
 /// The TUN must be up. `tunnel_port` is the tunnel's own UDP port on this host; `max_flows` bounds
-/// the flows without TCP. Nothing is changed yet, but the programs are in the kernel.
+/// the flows without TCP. This changes nothing yet, but it loads the programs into the kernel.
 ///
 /// # Errors
 /// If the kernel refuses a program, or an interface or rule is in the way.
@@ -57,7 +57,7 @@ pub fn plan(
     max_flows: u32,
 ) -> Result<Vec<Desired>, PlanError> {
     let mut desired = Vec::new();
-    // Nothing may be marked before the mark leads somewhere: rules and routes first, the marking
+    // The mark must lead somewhere before any packet bears it: rules and routes first, the marking
     // program last.
     for family in [Family::V4, Family::V6] {
         if family == Family::V6 && !has_ipv6(tun) {
@@ -91,7 +91,7 @@ pub fn plan(
     desired.push(Desired::lasting(sysctl(
         "net/ipv4/tcp_fwmark_accept".to_owned(),
     )));
-    // Lets strict rp_filter look the source up with the mark, that is: in our table.
+    // Strict rp_filter then looks the source up with the mark, that is, in our table.
     let valid_mark = format!("net/ipv4/conf/{}/src_valid_mark", tun.name);
     desired.push(Desired::with_tun(sysctl(valid_mark)));
 
@@ -117,7 +117,7 @@ pub fn plan(
 }
 
 /// The interfaces on which replies may leave: those of the default routes, the one towards the
-/// peer, and every other one with an address, for any of them may have a route to some clients.
+/// peer, and every other one with an address, since any of these may have a route to some clients.
 ///
 /// # Errors
 /// If the kernel cannot be asked.
@@ -139,14 +139,14 @@ pub fn uplinks(netlink: &Netlink, peer: Option<IpAddr>) -> Result<Vec<Link>, Net
     Ok(links
         .into_iter()
         .filter(|link| {
-            // One that cannot be used matters only if it is needed.
+            // An interface that the programs cannot use matters only if we need it.
             let other = held.contains(&link.index) && l2_header(link).is_ok();
             !link.loopback && (indices.contains(&link.index) || other)
         })
         .collect())
 }
 
-/// Every interface that is up has such an IPv6 address, and no client is reached from it.
+/// Every interface that is up has such an IPv6 address, and reaches no client from it.
 fn is_link_local(addr: IpAddr) -> bool {
     match addr {
         IpAddr::V4(addr) => addr.is_link_local(),
@@ -159,8 +159,7 @@ fn has_ipv6(tun: &Link) -> bool {
     read_sysctl(&format!("net/ipv6/conf/{}/disable_ipv6", tun.name)).is_ok_and(|value| value == "0")
 }
 
-/// A switch that is to be on. One that cannot be read is written anyway, and the kernel says why
-/// not.
+/// Switches a setting on. If we cannot read it we write it anyway, and the kernel says why not.
 fn sysctl(path: String) -> Change {
     debug_assert!(Path::new(&path).is_relative(), "below /proc/sys");
     Change::Sysctl(Sysctl {
@@ -170,8 +169,8 @@ fn sysctl(path: String) -> Change {
     })
 }
 
-/// Behind the rule for local addresses (or marked packets would not reach this host) and before
-/// every other one.
+/// A preference behind the rule for local addresses (or marked packets would not reach this host)
+/// and before every other rule.
 fn rule_priority(family: Family, rules: &[Rule]) -> Result<u32, PlanError> {
     let local = rules
         .iter()
@@ -186,7 +185,7 @@ fn rule_priority(family: Family, rules: &[Rule]) -> Result<u32, PlanError> {
         .map(|rule| rule.priority)
         .min();
     let next = next.unwrap_or(u32::MAX);
-    // One that an earlier daemon left stays where it is, if that will do.
+    // A rule that an earlier daemon left stays where it is, if that place will do.
     let left = rules.iter().find(own).map(|rule| rule.priority);
     if let Some(left) = left
         && local < left
@@ -283,7 +282,7 @@ mod tests {
         packet
     }
 
-    /// Whether a packet goes to `client`, and what follows its headers for a UDP packet.
+    /// Whether a packet goes to `client`; for a UDP packet also its payload.
     fn goes_to(packet: &[u8], client: &str) -> bool {
         let dst: IpAddr = match packet[0] >> 4 {
             4 => <[u8; 4]>::try_from(&packet[16..20]).unwrap().into(),
@@ -330,7 +329,7 @@ mod tests {
                 assert!(!b.router.has_seen(b"nected answer"));
                 drop((connected, server));
 
-                // A client that comes directly, and a port that nobody has asked from.
+                // A client that comes directly, and a port from which nobody has sent a request.
                 let server = bound(socket_addr(here, 53));
                 let direct = b.router.udp(&socket_addr(gateway, 4001).to_string());
                 direct
@@ -421,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn tcp_and_icmp_answers_go_by_their_mark() {
+    fn tcp_and_icmp_replies_go_by_their_mark() {
         in_fresh_namespace(|| {
             let b = NewServer::new(false);
             for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {
@@ -487,7 +486,7 @@ mod tests {
             let server = bound(socket_addr(here, 53));
             b.tun.write(&udp(client, 4000, here, 53, b"question"));
             let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
-            // The daemon is killed: TUN and lock go, the rest stays.
+            // A kill: TUN and lock go, everything else stays.
             drop((b.tun, b.host));
             let _ = server.send_to(b"a late answer", from);
             assert!(!b.router.has_seen(b"a late answer"));

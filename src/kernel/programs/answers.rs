@@ -1,10 +1,10 @@
-//! Takes what the new server answers to borrowed ports, and ICMP errors about packets from there:
-//! for the ingress of the interface that leads to it, where the old server translates both
-//! addresses.
+//! Takes the new server's replies to borrowed ports, and ICMP errors about packets from there, in
+//! mode `nat`: for the ingress of the old server's interface to the new one.
 //!
-//! It takes more than it can know to be translated: fragments, which do not show their port, and
-//! echo replies, whose identifiers the host's own pings choose freely. What turns out to be the
-//! host's own is bounced by the daemon; see [`way_out`](super::way_out()).
+//! It cannot know of every packet whether the daemon translates it. So it also takes fragments,
+//! which do not show their port, and echo replies, whose identifiers the host's own pings choose
+//! freely. The daemon bounces those that turn out to be the host's own; see
+//! [`way_out`](super::way_out()).
 //!
 //! ```text
 //! pass_bounced();
@@ -16,7 +16,7 @@
 //!     if (TCP or UDP) { if (!from_server) pass; port = destination; }
 //!     else if (ICMP reply) { if (!from_server) pass; port = identifier; }
 //!     else if (ICMP error && quoted.saddr == pair.own && quoted.daddr == pair.to)
-//!         port = quoted source port or identifier;       // from any router on the way
+//!         port = quoted source port or identifier;       // from any router on the path
 //!     else pass;
 //!     if (port in ports) take; else pass;
 //! }
@@ -38,15 +38,15 @@ use super::phrases::{
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, If, Label, Program, Reg, Size};
 
-/// Whether the packet is from the new server: 1 or 0.
+/// Whether the packet comes from the new server: 1 or 0.
 const FROM_SERVER: Reg = R9;
 
-/// From whom the new server is asked, and where it is.
+/// The two addresses of the translated packets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Pair {
     /// The old server's own address.
     pub own: IpAddr,
-    /// The new server's, of the same family.
+    /// The new server's address, of the same family.
     pub to: IpAddr,
 }
 
@@ -94,7 +94,7 @@ pub fn answers(
     asm.finish("ipmoved_nat")
 }
 
-/// A packet to the address of the pair, IPv4.
+/// Handles an IPv4 packet to the address of the pair.
 fn answers_v4(
     a: &mut Assembler,
     l2: u32,
@@ -151,7 +151,7 @@ fn answers_v4(
     take_in_range(a, ports, redirect, pass);
 }
 
-/// A packet to the address of the pair, IPv6.
+/// Handles an IPv6 packet to the address of the pair.
 fn answers_v6(
     a: &mut Assembler,
     l2: u32,
@@ -198,7 +198,7 @@ fn answers_v6(
 }
 
 /// R0 = source port or identifier of a quoted packet whose transport header is `at` behind
-/// TRANSPORT, then to `known`.
+/// TRANSPORT; then jumps to `known`.
 fn load_port_of_quoted(a: &mut Assembler, at: u32, icmp: u8, known: Label, pass: Label) {
     let (port, identifier) = (a.label(), a.label());
     jump_if_it_has_ports(a, port);
@@ -212,7 +212,7 @@ fn load_port_of_quoted(a: &mut Assembler, at: u32, icmp: u8, known: Label, pass:
     a.jump(known);
 }
 
-/// By the port in R0.
+/// Jumps by the port in R0: to `hit` if it is in `ports`, else to `miss`.
 fn take_in_range(a: &mut Assembler, ports: &RangeInclusive<u16>, hit: Label, miss: Label) {
     a.jump_if(R0, If::Lt, i32::from(*ports.start()), miss);
     a.jump_if(R0, If::Le, i32::from(*ports.end()), hit);

@@ -1,13 +1,13 @@
 //! Captures packets to moved addresses: for the ingress of the old server's uplink.
 //!
-//! * A whole move takes every packet to the address but neighbour discovery and multicast listener
-//!   discovery, which stay with the kernel that holds the address.
+//! * A whole move takes every packet to the address, except neighbour discovery and multicast
+//!   listener discovery. Those stay with the kernel that holds the address.
 //! * A move of ports takes TCP and UDP packets by destination port, ICMP errors that quote a packet
 //!   from such a port, and every fragment of the transports concerned, since only the first one
 //!   shows its port.
-//! * A packet that the daemon gave back ([`return_path`](super::return_path())) passes.
-//! * Only packets for this host without a VLAN tag; and never a UDP datagram to one of the tunnel's
-//!   own ends, nor an ICMP error about one from there.
+//! * A packet that the daemon has bounced ([`return_path`](super::return_path())) passes.
+//! * It takes only packets for this host without a VLAN tag, and never a UDP datagram to one of the
+//!   tunnel's own ends, nor an ICMP error about one from there.
 //!
 //! ```text
 //! pass_bounced();
@@ -35,9 +35,9 @@
 //! pass:      return TC_ACT_UNSPEC;
 //! ```
 //!
-//! Ports are found in a balanced tree, so that no path through the program has more than some
-//! hundred branches. The trees stand last, each with its own ways out, so that no jump spans more
-//! than one of them.
+//! A balanced tree finds the ports, so that no path through the program has more than some hundred
+//! branches. The trees stand last, each with exits of its own, so that no jump spans more than one
+//! of them.
 
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -55,10 +55,10 @@ use super::phrases::{
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
 use crate::model::moved::{Move, TCP, Transport, UDP, merged};
 
-/// Which [`Scope`] the destination is, by its index.
+/// The [`Scope`] of the destination, as its index.
 const SCOPE: Reg = R9;
 
-/// The port that decides, once the transport header has been read.
+/// The port that decides, once the program has read the transport header.
 const PORT: Reg = TRANSPORT;
 
 /// The program for `moves`, which leads into the TUN. `tunnel` are the tunnel's own ends on this
@@ -81,7 +81,7 @@ pub fn capture(
     .assemble()
 }
 
-/// What was moved of one address, from all its moves.
+/// Everything that has moved of one address, from all its moves.
 struct Scope {
     addr: IpAddr,
     whole: bool,
@@ -144,7 +144,7 @@ fn scopes(moves: &[Move], tunnel: &[SocketAddr]) -> Vec<Scope> {
     scopes
 }
 
-/// The capture program in the making.
+/// The state of the generator while it writes the program.
 struct Capture {
     asm: Assembler,
     l2: u32,
@@ -152,17 +152,16 @@ struct Capture {
     scopes: Vec<Scope>,
 }
 
-/// Where the part that reads addresses and headers leads to. SCOPE is known in all but the first
-/// two.
+/// The exits of the part that reads addresses and headers. SCOPE is known in all but the first two.
 #[derive(Clone, Copy)]
 struct Ways {
     pass: Label,
     redirect: Label,
-    /// PORT is a port of TCP or UDP at the moved address, PROTOCOL says which.
+    /// PORT is a port of TCP or UDP at the moved address, and PROTOCOL says which.
     port: Label,
-    /// A fragment of PROTOCOL.
+    /// It is a fragment of PROTOCOL.
     fragment: Label,
-    /// A packet without ports.
+    /// It is a packet without ports.
     other: Label,
 }
 
@@ -228,7 +227,7 @@ impl Capture {
         }
         a.jump(ways.other);
 
-        // The moved address is the source of what it complains of.
+        // The source of the quoted packet is the moved address.
         a.bind(error);
         let sender = (ipv4::SOURCE, Expected::Kept(&[kept]));
         let quoted = quoted_flow_v4(a, &[sender], ways.other);
@@ -257,8 +256,8 @@ impl Capture {
         }
         a.jump(ways.pass);
 
-        // Extension headers are not walked here: the link's own messages have none that may be
-        // skipped.
+        // The program does not walk extension headers here: the link's own messages have none that
+        // it could skip.
         a.bind(by_address);
         a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);
         a.jump_if(R0, If::Ne, i32::from(icmpv6::PROTOCOL), ways.redirect);
@@ -363,8 +362,7 @@ impl Capture {
     }
 }
 
-/// PORT = the port that a quoted packet was sent from; its transport header is `at` behind
-/// TRANSPORT.
+/// PORT = the source port of a quoted packet whose transport header is `at` behind TRANSPORT.
 fn go_by_port_of_quoted(a: &mut Assembler, at: u32, ways: Ways) {
     let has_ports = a.label();
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), has_ports);
@@ -381,7 +379,7 @@ fn go_by_destination_port(a: &mut Assembler, ways: Ways) {
     a.jump(ways.port);
 }
 
-/// Decides for one scope (and protocol) by PORT; goes on behind it for any other.
+/// Decides for one scope (and protocol) by PORT. For any other scope the program goes on behind it.
 fn tree(
     a: &mut Assembler,
     scope: usize,
@@ -434,7 +432,7 @@ mod tests {
     use crate::model::moved::{MAX_MOVES, MAX_PORT_RANGES};
     use crate::packet::MAX_EXTENSION_HEADERS;
 
-    /// What the capture program should decide, from [`Move::takes`].
+    /// The right decision of the capture program, from [`Move::takes`].
     fn should_take(moves: &[Move], tunnel: Option<SocketAddr>, packet: &Packet) -> bool {
         let of_tunnel = |port: u16, protocol: u8| {
             tunnel
@@ -445,8 +443,8 @@ mod tests {
             .fragment
             .is_none_or(|(_, offset, more)| offset == 0 && !more);
         let icmp6 = packet.protocol == icmpv6::PROTOCOL && packet.dst.is_ipv6();
-        // Where the address alone decides, extension headers are not walked: none of the link's own
-        // messages to a unicast address has any.
+        // Where the address alone decides, the program does not walk extension headers: none of the
+        // link's own messages to a unicast address has any.
         let bare = packet.options == 0 && packet.fragment.is_none();
         let walked = tunnel.is_some_and(|end| end.ip() == packet.dst);
         if icmp6 && (bare || first && walked) && matches!(icmp_type, 130..=137 | 143) {
@@ -508,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn capture_takes_what_was_moved_and_nothing_else() {
+    fn capture_takes_moved_packets_and_nothing_else() {
         let moves = moves(&[
             "192.0.2.5",
             "192.0.2.6:80,443,8000-8100/tcp",
@@ -560,13 +558,14 @@ mod tests {
                 program.as_fd(),
                 &Packet::icmp_error(router, &quoted)
             ));
-            // Someone else's packet in the quote.
+            // An error that quotes somebody else's packet.
             let mut error =
                 Packet::icmp_error(router, &Packet::new(client, moved, TCP, ports(80, 9)));
             error.dst = moved.parse().unwrap();
             assert!(!taken(program.as_fd(), &error));
         }
-        // Path MTU of the tunnel itself, which ends at an address that moved whole.
+        // An error for the path MTU of the tunnel itself, which ends at an address that moved
+        // whole.
         let own = Packet::new("192.0.2.8", "198.51.100.2", UDP, ports(51820, 51820));
         assert!(!taken(
             program.as_fd(),
@@ -590,7 +589,7 @@ mod tests {
             assert!(taken(program.as_fd(), &packet));
             let whole = frame(&packet.bytes());
             let needed = whole.len() - 20;
-            // BPF_PROG_TEST_RUN wants the IP header whole.
+            // BPF_PROG_TEST_RUN wants whole IP headers.
             let headers = if packet.dst.is_ipv4() { 34 } else { 54 };
             for length in headers..needed {
                 let verdict = run(program.as_fd(), &whole[..length]).verdict;
@@ -628,13 +627,13 @@ mod tests {
         };
         let all = [each(true, false), each(true, true), each(false, false)];
         in_fresh_namespace(|| {
-            // Without CAP_PERFMON the verifier looks at more.
+            // Without CAP_PERFMON the verifier looks at more instructions.
             keep_only(capabilities_of_the_unit());
             all.into_iter().for_each(they_load);
         });
     }
 
-    /// The program for `moves` loads, and decides rightly about the last of them.
+    /// Checks that the program for `moves` loads, and decides rightly about the last of them.
     fn they_load(moves: Vec<Move>) {
         let tunnel = ["192.0.2.1:1".parse().unwrap()];
         let program = capture(&moves, L2, 1, &tunnel).unwrap();

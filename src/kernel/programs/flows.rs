@@ -1,8 +1,8 @@
-//! What the two steering programs remember: the flows that came out of the tunnel, and the replies
-//! that are being sent in fragments.
+//! The memory of the two steering programs: the flows that came out of the tunnel, and the
+//! fragmented replies under way.
 //!
-//! Owns the maps, their keys, and the phrases by which programs make a key and look it up. A key is
-//! made on the stack:
+//! Owns the maps, their keys, and the phrases by which programs make a key and look it up. Programs
+//! make a key on the stack:
 //!
 //! ```text
 //! struct key {                 // 40 bytes, at the end of the stack
@@ -21,8 +21,8 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 use super::phrases::{PACKET, PROTOCOL};
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Size};
 
-/// Fragmented replies under way at one time. A reply of 64 KB is 45 fragments sent in one go, so
-/// an entry lives for microseconds.
+/// Fragmented replies under way at the same time. A reply of 64 KB is 45 fragments sent in one go,
+/// so an entry lives for microseconds.
 pub const MAX_FRAGMENTED: u32 = 4096;
 
 const KEY_BYTES: usize = 40;
@@ -45,7 +45,7 @@ pub struct FlowMaps {
 }
 
 impl FlowMaps {
-    /// Room for `max_flows` flows without TCP; the one used least recently gives way.
+    /// Maps for `max_flows` flows without TCP. A full map evicts the flow used least recently.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -71,7 +71,7 @@ pub(super) fn store_family(a: &mut Assembler, version: i32) {
     a.store(Size::W, R10, KEY, R0);
 }
 
-/// An address of the packet, at `from`, into the key at `to`.
+/// Copies an address of the packet, at `from`, into the key at `to`.
 pub(super) fn store_address(a: &mut Assembler, from: u32, to: i16, length: i32, failed: Label) {
     a.mov(R1, PACKET);
     a.mov(R2, from);
@@ -88,7 +88,7 @@ pub(super) fn look_up(a: &mut Assembler, map: &Map) {
     a.call(Helper::MapLookup);
 }
 
-/// Enters the key with the value at [`VALUE`].
+/// Enters the key into a map, with the value at [`VALUE`].
 pub(super) fn enter(a: &mut Assembler, map: &Map) {
     map_and_key(a, map);
     a.mov(R3, R10);

@@ -1,5 +1,5 @@
-//! Where the fields lie that programs read, in bytes from the start of each header, and the values
-//! that they compare them with. The names are those of the RFCs and of `linux/bpf.h`.
+//! Offsets of the header fields that programs read, in bytes from the start of each header, and the
+//! values that they compare them with. The names are those of the RFCs and of `linux/bpf.h`.
 
 /// `struct __sk_buff`.
 pub(super) mod skb {
@@ -35,7 +35,7 @@ pub(super) mod ipv4 {
     /// In `FLAGS_AND_OFFSET`.
     pub(crate) const MORE_FRAGMENTS: i32 = 0x2000;
     pub(crate) const OFFSET_MASK: i32 = 0x1fff;
-    /// Some bit of these is set in every fragment, and in nothing else.
+    /// Every fragment has some of these bits set, and no other packet has.
     pub(crate) const FRAGMENTED: i32 = MORE_FRAGMENTS | OFFSET_MASK;
 }
 
@@ -70,9 +70,9 @@ pub(super) mod fragment {
     /// In `OFFSET_AND_M`.
     pub(crate) const MORE: i32 = 0x0001;
     pub(crate) const OFFSET_MASK: i32 = 0xfff8;
-    /// None of these is set in an atomic fragment (RFC 6946), which is a whole packet.
+    /// An atomic fragment (RFC 6946), which is a whole packet, has none of these bits set.
     pub(crate) const FRAGMENTED: i32 = MORE | OFFSET_MASK;
-    /// Below it the offset is 0: the first fragment.
+    /// In a first fragment the offset is 0, so the field is below this.
     pub(crate) const SECOND: i32 = 8;
 }
 
@@ -87,9 +87,9 @@ pub(super) mod icmp {
     pub(crate) const TYPE: u32 = 0;
     /// Type and code, read as one number of 16 bits.
     pub(crate) const TYPE_AND_CODE: u32 = 0;
-    /// Of an echo or timestamp message.
+    /// In an echo or timestamp message.
     pub(crate) const IDENTIFIER: u32 = 4;
-    /// Where an error quotes the packet that it is about.
+    /// Where an error quotes the packet that caused it.
     pub(crate) const QUOTED: u32 = 8;
 }
 

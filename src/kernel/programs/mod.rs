@@ -1,4 +1,4 @@
-//! The programs that stand at the interfaces, generated for the addresses and ports at hand.
+//! The programs at the interfaces, generated for the addresses and ports at hand.
 //!
 //! ```text
 //!            old server                                      new server
@@ -6,17 +6,17 @@
 //!   TUN ingress ── return_path ──► uplink          uplink egress ── steer_egress ──► TUN
 //!                   └─ bounced: uplink ingress, past capture
 //!
-//!            old server alone (it translates both addresses)
+//!            old server alone, in mode `nat`
 //!   uplink ingress ── capture, answers ──► TUN
 //!   TUN ingress ── way_out ──► uplinks, or back into this host's own stack
 //! ```
 //!
-//! One program a file, with a sketch of it in C at its head. A new one is a new file, and a line
-//! each in this one and in the test of what the kernel takes below. What they share:
+//! One program a file, with a sketch of it in C at its head. A new one is a new file, with a line
+//! in this one and a line in the test below that loads every program. They share:
 //!
 //! ```text
-//!   headers   where the fields lie that are read
-//!   phrases   what several programs say alike, and the registers that have names
+//!   headers   the offsets of header fields
+//!   phrases   code that several programs share, and the registers that have names
 //!   flows     the maps of the steering programs
 //! ```
 //!
@@ -24,14 +24,15 @@
 //! [`plan`](super::plan).
 //!
 //! All packet reads go through `LD_ABS`/`LD_IND`, which reach into non-linear packets and let a
-//! packet pass that ends too early. A packet that is none of a program's business costs a handful
-//! of loads and one comparison per moved address: 40 to 50 ns as BPF_PROG_TEST_RUN counts, on the
-//! machine of the design's measurements; a UDP packet on the new server costs 200 ns.
+//! packet pass that ends too early. A packet that does not concern a program costs a handful of
+//! loads and one comparison per moved address: 40 to 50 ns as BPF_PROG_TEST_RUN counts, on the
+//! machine of the design's measurements. A UDP packet on the new server costs 200 ns.
 //!
-//! Size: at most [`MAX_MOVES`](crate::model::moved::MAX_MOVES) addresses are compared one by one.
-//! The verifier gives up at 8,192 open branches, and at a million instructions looked at: 64 moves of
-//! 64 ranges each are 11,500 to 20,500 instructions, of which it looks at 200,000 at most with the
-//! capabilities that the systemd unit leaves (without CAP_PERFMON it looks at more).
+//! Size: the programs compare at most [`MAX_MOVES`](crate::model::moved::MAX_MOVES) addresses one
+//! by one. The verifier gives up at 8,192 open branches, and after it has looked at a million
+//! instructions. 64 moves of 64 ranges each are 11,500 to 20,500 instructions, of which it looks at
+//! 200,000 at most with the capabilities that the systemd unit leaves (without CAP_PERFMON it looks
+//! at more).
 
 mod answers;
 mod capture;
@@ -53,7 +54,7 @@ pub use steer_egress::steer_egress;
 pub use steer_ingress::{Entrance, steer_ingress};
 pub use way_out::{Way, way_out};
 
-/// Start of the names of all programs, by which the daemon recognises its own filters.
+/// The start of all programs' names, by which the daemon recognises its own filters.
 pub const NAME_PREFIX: &str = "ipmoved_";
 
 #[cfg(test)]
@@ -66,7 +67,7 @@ mod tests {
     const MARK: u32 = 0x6970_6d76;
 
     /// Each program for interfaces with and without a link-layer header, and the number of its
-    /// instructions, which is to be looked at when it grows: every packet runs through them.
+    /// instructions. Look twice when that grows: every packet runs through them.
     fn every_program() -> (FlowMaps, Vec<(Program, usize)>) {
         let moves = moves(&[
             "192.0.2.5",
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn no_program_has_grown_unseen() {
+    fn no_program_has_grown_unnoticed() {
         let (programs, expected): (Vec<_>, Vec<_>) = every_program().1.into_iter().unzip();
         let sizes: Vec<_> = programs
             .iter()

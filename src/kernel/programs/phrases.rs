@@ -1,11 +1,11 @@
-//! What several programs say alike, each phrase once.
+//! Code that several programs share, each phrase once.
 //!
-//! Registers, in all programs: R0 is what was loaded last or what a call returned, R1 to R5 are
-//! lost in calls and packet loads. The four that are kept have names: [`PACKET`], [`TRANSPORT`],
-//! [`PROTOCOL`], and R9, which each program names for itself.
+//! Registers, in all programs: R0 holds the result of the last load or call; calls and packet loads
+//! destroy R1 to R5. The four others have names: [`PACKET`], [`TRANSPORT`], [`PROTOCOL`], and R9,
+//! which each program names for itself.
 //!
-//! A packet load past the packet's end ends the program with verdict 0, so every phrase that loads
-//! may end the program: the packet passes.
+//! A packet load past the packet's end ends the program with verdict 0: the packet passes. So every
+//! phrase that loads may end the program.
 
 use std::net::Ipv6Addr;
 
@@ -16,7 +16,7 @@ use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::MAX_EXTENSION_HEADERS;
 
-/// The packet, `struct __sk_buff *`; where packet loads look for it.
+/// The packet, `struct __sk_buff *`. Packet loads expect it in this register.
 pub(super) const PACKET: Reg = R6;
 
 /// Where the transport header begins, in bytes from the start of the frame.
@@ -26,35 +26,35 @@ pub(super) const TRANSPORT: Reg = R7;
 pub(super) const PROTOCOL: Reg = R8;
 
 /// Verdict of a direct-action filter: go on with the next filter, if there is one. (A packet that
-/// ends too early gets verdict 0 instead, which is to pass it at once.)
+/// ends too early gets verdict 0 instead, and passes at once.)
 pub(super) const TC_ACT_UNSPEC: i32 = -1;
 
-/// `bpf_redirect`: as if the packet had arrived there.
+/// Flag of `bpf_redirect`: the packet arrives at the interface, as if from the wire.
 const BPF_F_INGRESS: i32 = 1;
 
-/// Where [`load_v6_destination`] keeps the destination on the stack, as four words (IPv4: the
-/// last).
+/// Where [`load_v6_destination`] keeps the destination on the stack, as four words (of IPv4: in the
+/// last one).
 pub(super) const DESTINATION_KEPT: [i16; 4] = [-16, -12, -8, -4];
 
 /// Where [`write_ethernet_header`] makes the header on the stack.
 const ETHERNET_MADE: i16 = -16;
 
-/// The mark of a packet on its way from the TUN to the uplink's ingress: "ipmb". It is taken off
-/// there, and no packet comes from the wire with a mark. With another capture to pass before, it is
-/// the next number.
+/// The mark of a packet on its way from the TUN to the uplink's ingress: "ipmb". The program there
+/// removes it, and no packet comes from the wire with a mark. A packet that has another capture to
+/// pass before bears the next number.
 pub(super) const BOUNCED: u32 = 0x6970_6d62;
 
-/// Most captures at one interface: of moved addresses and of answers. They run in any order.
+/// Most captures at one interface: one of moved addresses, one of replies. They run in any order.
 pub(super) const MAX_CAPTURES: u32 = 2;
 
-// Which packets are looked at.
+// The choice of packets.
 
-/// The first instruction of every program: the context is kept where packet loads look for it.
+/// The first instruction of every program: keeps the context where packet loads expect it.
 pub(super) fn keep_packet(a: &mut Assembler) {
     a.mov(PACKET, R1);
 }
 
-/// To `pass`, unless the packet is for this host and has no VLAN tag.
+/// Jumps to `pass`, unless the packet is for this host and has no VLAN tag.
 pub(super) fn pass_unless_for_this_host(a: &mut Assembler, pass: Label) {
     a.load(Size::W, R0, PACKET, skb::PKT_TYPE);
     a.jump_if(R0, If::Ne, i32::from(libc::PACKET_HOST), pass);
@@ -66,19 +66,19 @@ pub(super) fn pass_if_tagged(a: &mut Assembler, pass: Label) {
     a.jump_if(R0, If::Ne, 0, pass);
 }
 
-/// IPv4 goes on; IPv6 to `v6`, anything else to `other`.
+/// Goes on for IPv4; jumps to `v6` for IPv6, and to `other` for anything else.
 pub(super) fn branch_by_family(a: &mut Assembler, v6: Label, other: Label) {
     jump_if_v6(a, v6);
     a.jump_if(R0, If::Ne, ethertype(libc::ETH_P_IP), other);
 }
 
-/// R0 = the EtherType as the context has it.
+/// Jumps to `v6` if R0, the EtherType as the context has it, is that of IPv6.
 pub(super) fn jump_if_v6(a: &mut Assembler, v6: Label) {
     a.load(Size::W, R0, PACKET, skb::PROTOCOL);
     a.jump_if(R0, If::Eq, ethertype(libc::ETH_P_IPV6), v6);
 }
 
-/// Lets a bounced packet pass, as if it had never been captured; goes on with any other.
+/// Lets a bounced packet pass, as if no program had ever captured it; goes on with any other.
 pub(super) fn pass_bounced(a: &mut Assembler) {
     for left in 0..MAX_CAPTURES {
         let next = a.label();
@@ -86,7 +86,7 @@ pub(super) fn pass_bounced(a: &mut Assembler) {
         a.jump_if(R0, If::Ne, BOUNCED + left, next);
         a.mov(R0, if left == 0 { 0 } else { BOUNCED + left - 1 });
         a.store(Size::W, PACKET, skb::MARK, R0);
-        // Without the uplink's address in its header it would count as another host's.
+        // Without the uplink's address in its header the packet would count as another host's.
         a.mov(R1, PACKET);
         a.mov(R2, i32::from(libc::PACKET_HOST));
         a.call(Helper::SkbChangeType);
@@ -95,9 +95,9 @@ pub(super) fn pass_bounced(a: &mut Assembler) {
     }
 }
 
-// What is read of a packet.
+// Reading a packet.
 
-/// TRANSPORT = where the IPv4 header ends; to `bad` if it is none.
+/// TRANSPORT = the end of the IPv4 header. Jumps to `bad` if there is none.
 pub(super) fn load_ipv4_header_end(a: &mut Assembler, l2: u32, bad: Label) {
     a.load_packet(Size::B, l2 + ipv4::VERSION_AND_IHL);
     a.mov(TRANSPORT, R0);
@@ -109,11 +109,11 @@ pub(super) fn load_ipv4_header_end(a: &mut Assembler, l2: u32, bad: Label) {
     a.alu(Alu::Add, TRANSPORT, l2);
 }
 
-/// TRANSPORT = where the header after the extension headers begins, PROTOCOL = which one it is. At
-/// the fragment header of a real fragment: to `fragmented`, with TRANSPORT there.
+/// TRANSPORT = the start of the header after the extension headers, PROTOCOL = its number. Jumps to
+/// `fragmented` at the fragment header of a real fragment, with TRANSPORT there.
 ///
-/// As many are skipped as the daemon skips: what it can read of a flow, a program must find as well,
-/// or requests and replies would part. With more, PROTOCOL is an extension header.
+/// Skips as many headers as the daemon does: a program must find every flow that the daemon can
+/// read, or replies would go elsewhere than requests. With more, PROTOCOL is an extension header.
 pub(super) fn walk_extension_headers(a: &mut Assembler, l2: u32, fragmented: Label) {
     let done = a.label();
     a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);
@@ -145,7 +145,7 @@ pub(super) fn walk_extension_headers(a: &mut Assembler, l2: u32, fragmented: Lab
     a.bind(done);
 }
 
-/// R1 to R4 = the words of the IPv6 destination, which are kept on the stack as well.
+/// R1 to R4 = the words of the IPv6 destination. The stack keeps them as well.
 pub(super) fn load_v6_destination(a: &mut Assembler, l2: u32) {
     for (word, slot) in (0..).zip(DESTINATION_KEPT) {
         a.load_packet(Size::W, l2 + ipv6::DESTINATION + 4 * word);
@@ -156,7 +156,7 @@ pub(super) fn load_v6_destination(a: &mut Assembler, l2: u32) {
     }
 }
 
-/// After [`load_v6_destination`]; the last word tells most addresses apart.
+/// For use after [`load_v6_destination`]. The last word tells most addresses apart.
 pub(super) fn jump_unless_v6_destination(a: &mut Assembler, addr: Ipv6Addr, other: Label) {
     let bits = addr.to_bits();
     for (reg, shift) in [(R4, 0), (R3, 32), (R2, 64), (R1, 96)] {
@@ -164,7 +164,7 @@ pub(super) fn jump_unless_v6_destination(a: &mut Assembler, addr: Ipv6Addr, othe
     }
 }
 
-/// R0 is an ICMPv6 type: to `to` if it is the link's own business.
+/// Jumps to `to` if R0, an ICMPv6 type, is the link's own business.
 pub(super) fn jump_if_link_scoped_icmpv6(a: &mut Assembler, to: Label) {
     let no = a.label();
     a.jump_if(R0, If::Eq, icmpv6::LISTENER_REPORT_V2, to);
@@ -173,25 +173,25 @@ pub(super) fn jump_if_link_scoped_icmpv6(a: &mut Assembler, to: Label) {
     a.bind(no);
 }
 
-/// R0 is an ICMPv6 type: to `other` unless it is an error's.
+/// Jumps to `other` unless R0, an ICMPv6 type, is that of an error.
 pub(super) fn jump_unless_icmpv6_error(a: &mut Assembler, other: Label) {
     a.jump_if(R0, If::Eq, 0, other);
     a.jump_if(R0, If::Gt, icmpv6::LAST_ERROR, other);
 }
 
-/// What an address in a quoted packet has to be, word by word.
+/// The expected value of an address in a quoted packet, word by word.
 #[derive(Clone, Copy)]
 pub(super) enum Expected<'a> {
-    /// This one.
+    /// These words.
     Is(&'a [u32]),
-    /// What lies at these places of the stack.
+    /// The words at these places of the stack.
     Kept(&'a [i16]),
 }
 
-/// IPv4, of a packet that an ICMP error quotes. TRANSPORT is at the ICMP header. To `other` if the
-/// quoted packet has other addresses than expected, or is a fragment without ports. Afterwards
-/// PROTOCOL is the quoted packet's, and its transport header lies as far behind TRANSPORT as this
-/// returns.
+/// Reads the IPv4 packet that an ICMP error quotes; TRANSPORT is at the ICMP header. Jumps to
+/// `other` if the quoted packet has other addresses than expected, or is a fragment without ports.
+/// Afterwards PROTOCOL is the quoted packet's, and its transport header lies behind TRANSPORT by
+/// the returned number of bytes.
 #[must_use]
 pub(super) fn quoted_flow_v4(
     a: &mut Assembler,
@@ -213,7 +213,7 @@ pub(super) fn quoted_flow_v4(
     AT
 }
 
-/// As [`quoted_flow_v4`] for IPv6; of extension headers it knows the fragment header alone.
+/// As [`quoted_flow_v4`] for IPv6. It skips a fragment header, but no other extension header.
 #[must_use]
 pub(super) fn quoted_flow_v6(
     a: &mut Assembler,
@@ -261,21 +261,21 @@ pub(super) fn words(addr: Ipv6Addr) -> [u32; 4] {
     [96, 64, 32, 0].map(|shift| (addr.to_bits() >> shift) as u32)
 }
 
-/// To `to` if PROTOCOL is TCP or UDP.
+/// Jumps to `to` if PROTOCOL is TCP or UDP.
 pub(super) fn jump_if_it_has_ports(a: &mut Assembler, to: Label) {
     for protocol in [TCP, UDP] {
         a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), to);
     }
 }
 
-// What becomes of a packet.
+// The end of a packet's journey.
 
 pub(super) fn verdict(a: &mut Assembler, verdict: i32) {
     a.mov(R0, verdict);
     a.exit();
 }
 
-/// Into the TUN, or out of any other interface as it is.
+/// Sends the packet into the TUN, or out of any other interface as it is.
 pub(super) fn redirect_to(a: &mut Assembler, ifindex: u32) {
     a.mov(R1, ifindex);
     a.mov(R2, 0);
@@ -283,14 +283,14 @@ pub(super) fn redirect_to(a: &mut Assembler, ifindex: u32) {
     a.exit();
 }
 
-/// Out of an interface, from the TUN, where it has no link-layer header; the kernel finds the
-/// neighbour.
+/// Sends a packet from the TUN, where it has no link-layer header, out of an interface. The kernel
+/// finds the neighbour.
 pub(super) fn send_out(a: &mut Assembler, ifindex: u32, l2_header: u32) {
     if l2_header == 0 {
         redirect_to(a, ifindex);
         return;
     }
-    make_room_for_header(a, l2_header);
+    add_empty_header(a, l2_header);
     a.mov(R1, ifindex);
     a.mov(R2, 0);
     a.mov(R3, 0);
@@ -299,7 +299,8 @@ pub(super) fn send_out(a: &mut Assembler, ifindex: u32, l2_header: u32) {
     a.exit();
 }
 
-/// In at an interface, with a mark; the packet has its link-layer header already.
+/// Lets a packet, which must have its link-layer header already, arrive at an interface with a
+/// mark.
 pub(super) fn arrive_at(a: &mut Assembler, ifindex: u32, mark: u32) {
     a.mov(R0, mark);
     a.store(Size::W, PACKET, skb::MARK, R0);
@@ -309,15 +310,15 @@ pub(super) fn arrive_at(a: &mut Assembler, ifindex: u32, mark: u32) {
     a.exit();
 }
 
-/// Room for a link-layer header before the packet, all zeros.
-pub(super) fn make_room_for_header(a: &mut Assembler, l2_header: u32) {
+/// Adds a link-layer header of zeros before the packet.
+pub(super) fn add_empty_header(a: &mut Assembler, l2_header: u32) {
     a.mov(R1, PACKET);
     a.mov(R2, l2_header);
     a.mov(R3, 0);
     a.call(Helper::SkbChangeHead);
 }
 
-/// After [`make_room_for_header`]: an Ethernet header of the packet's own EtherType.
+/// For use after [`add_empty_header`]: writes an Ethernet header with the packet's own EtherType.
 pub(super) fn write_ethernet_header(a: &mut Assembler, to: [u8; 6], from: [u8; 6]) {
     let addresses = [to, from].concat();
     for (slot, word) in (ETHERNET_MADE..).step_by(4).zip(addresses.chunks_exact(4)) {
@@ -335,7 +336,7 @@ pub(super) fn write_ethernet_header(a: &mut Assembler, to: [u8; 6], from: [u8; 6
     a.call(Helper::SkbStoreBytes);
 }
 
-/// `__sk_buff.protocol` holds the EtherType in network order.
+/// An EtherType as `__sk_buff.protocol` holds it, in network order.
 pub(super) fn ethertype(protocol: i32) -> i32 {
     i32::from((protocol as u16).to_be())
 }

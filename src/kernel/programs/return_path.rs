@@ -1,11 +1,11 @@
-//! Sends what the daemon writes to its TUN out of the uplink: for the ingress of the old server's
-//! TUN.
+//! Sends packets that the daemon writes to its TUN out of the uplink: for the ingress of the old
+//! server's TUN.
 //!
-//! The neighbour is resolved by the kernel; no forwarding, sysctl or netfilter hook takes part, and
-//! the TTL stays. Packets *to* a moved address (bounced ones) arrive on the uplink once more, where
-//! [`capture`](super::capture()) lets them pass: this host's own stack sees them as it would
-//! without a daemon, so that strict reverse path filtering and firewall rules for the uplink judge
-//! them alike.
+//! The kernel resolves the neighbour. No forwarding, sysctl or netfilter hook takes part, and the
+//! TTL stays. Packets *to* a moved address (bounced ones) arrive on the uplink once more, where
+//! [`capture`](super::capture()) lets them pass. So this host's own stack sees them as it would
+//! without a daemon, and strict reverse path filtering and firewall rules for the uplink judge them
+//! alike.
 //!
 //! ```text
 //! if (!IP) return TC_ACT_UNSPEC;
@@ -24,8 +24,8 @@ use Reg::{R0, R1, R2, R3, R4, R5, R10};
 
 use super::headers::{ethernet, ipv4, skb};
 use super::phrases::{
-    BOUNCED, PACKET, TC_ACT_UNSPEC, arrive_at, branch_by_family, jump_unless_v6_destination,
-    keep_packet, load_v6_destination, make_room_for_header, send_out, verdict,
+    BOUNCED, PACKET, TC_ACT_UNSPEC, add_empty_header, arrive_at, branch_by_family,
+    jump_unless_v6_destination, keep_packet, load_v6_destination, send_out, verdict,
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Program, Reg, Size};
 use crate::model::moved::Move;
@@ -68,7 +68,7 @@ pub fn return_path(
     send_out(a, uplink_ifindex, uplink_l2_header);
     a.bind(bounced);
     if uplink_l2_header > 0 {
-        make_room_for_header(a, uplink_l2_header);
+        add_empty_header(a, uplink_l2_header);
         write_ethertype(a);
     }
     arrive_at(a, uplink_ifindex, BOUNCED);
@@ -77,7 +77,7 @@ pub fn return_path(
     asm.finish("ipmoved_return")
 }
 
-/// The new header is all zeros; of it only the EtherType is looked at.
+/// The new header is all zeros. The kernel looks only at its EtherType.
 fn write_ethertype(a: &mut Assembler) {
     a.load(Size::W, R0, PACKET, skb::PROTOCOL);
     a.store(Size::H, R10, ETHERTYPE, R0);

@@ -1,4 +1,4 @@
-//! Redirects replies of remembered flows into the TUN: for the egress of the new server's uplinks.
+//! Redirects replies of known flows into the TUN: for the egress of the new server's uplinks.
 //!
 //! All fragments of a reply follow the first. TCP and ICMP pass (they go by their mark), and so
 //! does every UDP packet from the tunnel's own port.
@@ -17,7 +17,7 @@
 //!         if (fragment == FIRST_FRAGMENT) update(fragments, key by identification);
 //!         take;
 //!     }
-//!     // One that is none of ours ends what an earlier packet with its identification said.
+//!     // A first fragment of another flow ends the entry for its identification.
 //!     if (fragment == FIRST_FRAGMENT) delete(fragments, key by identification);
 //!     pass;
 //! }
@@ -43,23 +43,23 @@ use super::phrases::{
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 
-/// How long a flow without TCP is remembered after its last packet in either direction. RFC 4787
+/// How long the map keeps a flow without TCP after its last packet in either direction. RFC 4787
 /// REQ-5 asks for two minutes at least and recommends five.
 pub const REPLY_IDLE: Duration = Duration::from_secs(300);
 
-/// What is known of fragments: one of the four below.
+/// The kind of fragment: one of the four below.
 const FRAGMENT: Reg = R9;
 
-/// In an order that separates what has ports from what has not.
+/// The order separates packets with ports from those without.
 const UNFRAGMENTED: i32 = 0;
 const FIRST_FRAGMENT: i32 = 1;
 const MIDDLE_FRAGMENT: i32 = 2;
 const LAST_FRAGMENT: i32 = 3;
 
-/// The flow's value in the map, once the transport header has been read.
+/// The flow's value in the map, once the program has read the transport header.
 const FLOW: Reg = R7;
 
-/// Where the identification of a fragment is kept on the stack.
+/// Where the stack keeps the identification of a fragment.
 const IDENTIFICATION: i16 = -44;
 
 /// The program for an uplink and the TUN. `tunnel_port` is the tunnel's own on this host.
@@ -149,7 +149,7 @@ pub fn steer_egress(
     a.bind(look);
     a.jump_if(FRAGMENT, If::Ge, MIDDLE_FRAGMENT, later);
 
-    // With its ports: known or not.
+    // A packet with ports: is its flow known?
     let (hit, miss, redirect) = (a.label(), a.label(), a.label());
     look_up(a, &maps.flows);
     a.jump_if_wide(R0, If::Eq, 0, miss);
@@ -169,15 +169,14 @@ pub fn steer_egress(
     enter(a, &maps.fragments);
     a.bind(redirect);
     redirect_to(a, tun_ifindex);
-    // A first fragment that is none of ours ends what an earlier packet with its identification
-    // said.
+    // A first fragment of another flow ends the entry for its identification.
     a.bind(miss);
     a.jump_if(FRAGMENT, If::Eq, UNFRAGMENTED, pass);
     key_by_identification(a);
     remove(a, &maps.fragments);
     a.jump(pass);
 
-    // Without ports: as the first fragment went.
+    // A fragment without ports goes where the first one went.
     a.bind(later);
     let more = a.label();
     key_by_identification(a);
@@ -210,7 +209,7 @@ mod tests {
 
     const MARK: u32 = 0x6970_6d76;
 
-    /// Shows a request to the marking program and says whether its reply would be steered.
+    /// Runs the marking program on a request, and tells whether its reply would be steered.
     struct Steering {
         mark: OwnedFd,
         egress: OwnedFd,
@@ -277,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn replies_are_steered_whatever_stood_before_the_request() {
+    fn replies_are_steered_whatever_headers_the_request_had() {
         let steering = Steering::new();
         let (client, here) = ENDS[1];
         let request = Packet::new(client, here, UDP, ports(40_000, 53));
@@ -318,9 +317,9 @@ mod tests {
             assert!(steering.is_steered(&fragment(noise(), 5, 3, true)));
             assert!(!steering.is_steered(&fragment(noise(), 6, 3, true)));
             assert!(steering.is_steered(&fragment(noise(), 5, 6, false)));
-            // The last fragment ends it.
+            // The last fragment ends the entry.
             assert!(!steering.is_steered(&fragment(noise(), 5, 3, true)));
-            // And so does a direct packet that uses the identification again.
+            // So does a direct packet that uses the identification again.
             assert!(steering.is_steered(&fragment(ours(), 5, 0, true)));
             assert!(!steering.is_steered(&fragment(ports(99, 40_000), 5, 0, true)));
             assert!(!steering.is_steered(&fragment(noise(), 5, 3, true)));

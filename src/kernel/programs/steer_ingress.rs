@@ -1,14 +1,14 @@
-//! Marks what comes out of the TUN and remembers flows without TCP and ICMP: for the ingress of the
+//! Marks packets from the TUN, and remembers flows other than TCP and ICMP: for the ingress of the
 //! new server's TUN.
 //!
 //! The kernel itself carries the mark into accepted sockets (`tcp_fwmark_accept`) and into resets
-//! and ICMP answers (`fwmark_reflect`); a UDP socket has nowhere to keep it, hence
+//! and ICMP replies (`fwmark_reflect`). A UDP socket has nowhere to keep it; hence
 //! [`steer_egress`](super::steer_egress()).
 //!
-//! A reply without TCP is routed to the uplink before it is redirected, and what the kernel learns
-//! of the path MTU belongs to a route: so ICMP that says a packet was too big, of any protocol but
-//! TCP and ICMP, whose replies are routed by the mark, arrives on the uplink instead, without a
-//! mark.
+//! The kernel routes a reply without TCP to the uplink before the other program redirects it, and
+//! learns the path MTU for a route. So an ICMP error that says a packet was too big arrives on the
+//! uplink instead, without a mark, unless that packet was TCP or ICMP, whose replies are routed by
+//! the mark.
 //!
 //! ```text
 //! skb->mark = mark;
@@ -36,17 +36,16 @@ use super::flows::{
 };
 use super::headers::{fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, ports, skb};
 use super::phrases::{
-    PACKET, PROTOCOL, TC_ACT_UNSPEC, TRANSPORT, arrive_at, branch_by_family, keep_packet,
-    load_ipv4_header_end, make_room_for_header, verdict, walk_extension_headers,
-    write_ethernet_header,
+    PACKET, PROTOCOL, TC_ACT_UNSPEC, TRANSPORT, add_empty_header, arrive_at, branch_by_family,
+    keep_packet, load_ipv4_header_end, verdict, walk_extension_headers, write_ethernet_header,
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 
-/// What time it is, once the transport header has been read.
+/// The present time, once the program has read the transport header.
 const NOW: Reg = R7;
 
-/// An interface on which packets are let in.
+/// An interface at which the program lets packets arrive.
 #[derive(Clone, Copy, Debug)]
 pub struct Entrance {
     /// Its index.
@@ -57,7 +56,7 @@ pub struct Entrance {
     pub mac: [u8; 6],
 }
 
-/// The program for a mark, and the uplink on which "too big" arrives.
+/// The program for a mark, and the uplink at which "too big" errors arrive.
 ///
 /// # Errors
 /// If the program is too large.
@@ -69,8 +68,8 @@ pub fn steer_ingress(
     steer_ingress_behind(0, mark, maps, uplink)
 }
 
-/// With a link-layer header of this length, which a TUN does not have and BPF_PROG_TEST_RUN asks
-/// for.
+/// The same program for packets with a link-layer header of this length. A TUN has none, but
+/// BPF_PROG_TEST_RUN asks for one.
 pub(super) fn steer_ingress_behind(
     l2_header: u32,
     mark: u32,
@@ -129,7 +128,7 @@ pub(super) fn steer_ingress_behind(
     let new = a.label();
     look_up(a, &maps.flows);
     a.jump_if_wide(R0, If::Eq, 0, new);
-    // A flow that is known takes no lock.
+    // To update a known flow takes no lock.
     a.store(Size::Dw, R0, 0, NOW);
     a.jump(done);
     a.bind(new);
@@ -155,8 +154,8 @@ pub(super) fn steer_ingress_behind(
     a.bind(to_uplink);
     if let Some(uplink) = uplink {
         if uplink.l2_header > 0 {
-            make_room_for_header(a, uplink.l2_header);
-            // To the interface's own address, from nobody's.
+            add_empty_header(a, uplink.l2_header);
+            // The destination is the interface's own address, the source nobody's.
             write_ethernet_header(a, uplink.mac, [0; 6]);
         }
         arrive_at(a, uplink.ifindex, 0);

@@ -1,4 +1,4 @@
-//! Packets for the tests of programs, and what a program decides about one (`BPF_PROG_TEST_RUN`).
+//! Packets for the tests of programs, and a program's decision about one (`BPF_PROG_TEST_RUN`).
 
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
@@ -11,7 +11,7 @@ use crate::model::moved::Move;
 /// Verdict of `bpf_redirect`.
 pub(super) const TC_ACT_REDIRECT: i32 = 7;
 
-/// Length of the link-layer header of all frames here.
+/// Length of the link-layer header of all frames in the tests.
 pub(super) const L2: u32 = 14;
 
 pub(super) fn moves(texts: &[&str]) -> Vec<Move> {
@@ -37,7 +37,7 @@ pub(super) struct Packet {
     pub(super) protocol: u8,
     /// Words of IPv4 options, or 8-byte units of an IPv6 destination options header.
     pub(super) options: u8,
-    /// Identification, offset in units of 8 bytes, more to come.
+    /// Identification, offset in units of 8 bytes, and whether more fragments follow.
     pub(super) fragment: Option<(u16, u16, bool)>,
     pub(super) payload: Vec<u8>,
 }
@@ -102,7 +102,7 @@ impl Packet {
         out
     }
 
-    /// IPv6, with as many headers of destination options before its payload, one at least.
+    /// IPv6, with so many destination options headers before its payload, at least one.
     pub(super) fn behind_options(self, headers: usize) -> Self {
         // A `PadN` of four bytes fills the header.
         let options = |next| [next, 0, 1, 4, 0, 0, 0, 0];

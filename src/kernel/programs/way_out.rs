@@ -1,11 +1,11 @@
-//! Sends what the daemon writes to its TUN where it belongs: for the ingress of the TUN, where the
-//! old server translates both addresses.
+//! Sends each packet that the daemon writes to its TUN in mode `nat` to its destination: for the
+//! ingress of the old server's TUN.
 //!
-//! To the new server, to clients through the uplink, or, to an address of this host itself, up into
-//! its own stack as if it came in on their interface. What the daemon has no flow for is the host's
-//! own and is *bounced*: it is put back where it came from, at the ingress of its interface, so
-//! that reverse path filters and firewalls see it as they would have; a mark lets it pass the
-//! captures there.
+//! The packet goes to the new server, or to a client through the uplink, or, if its destination is
+//! an address of this host, up into the host's own stack as if it came in on its interface. The
+//! daemon *bounces* packets for which it has no flow, since they are the host's own: they go back
+//! where they came from, the ingress of their interface, so that reverse path filters and firewalls
+//! see them as they would have. A mark lets them pass the captures there.
 //!
 //! ```text
 //! if (!IP) return TC_ACT_UNSPEC;
@@ -25,18 +25,18 @@ use Reg::R0;
 
 use super::headers::ipv4;
 use super::phrases::{
-    BOUNCED, MAX_CAPTURES, TC_ACT_UNSPEC, arrive_at, branch_by_family, jump_unless_v6_destination,
-    keep_packet, load_v6_destination, make_room_for_header, send_out, verdict,
+    BOUNCED, MAX_CAPTURES, TC_ACT_UNSPEC, add_empty_header, arrive_at, branch_by_family,
+    jump_unless_v6_destination, keep_packet, load_v6_destination, send_out, verdict,
     write_ethernet_header,
 };
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
 
-/// An interface, as a program has to know it.
+/// An interface, with what a program needs to know of it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Way {
     /// Its index.
     pub ifindex: u32,
-    /// Length of its link-layer header: of Ethernet, or none.
+    /// Length of its link-layer header: that of Ethernet, or 0.
     pub l2_header: u32,
     /// Its own link-layer address, where it has one.
     pub mac: Option<[u8; 6]>,
@@ -98,12 +98,12 @@ pub fn way_out(
     asm.finish("ipmoved_return")
 }
 
-/// In at an interface, once more.
+/// Lets the packet arrive at an interface once more.
 fn bounce(a: &mut Assembler, way: Way) {
     if way.l2_header > 0 {
         let mac = way.mac.unwrap_or_default();
-        make_room_for_header(a, way.l2_header);
-        // The address that matters is the destination.
+        add_empty_header(a, way.l2_header);
+        // Only the destination address matters.
         write_ethernet_header(a, mac, mac);
     }
     debug_assert!(

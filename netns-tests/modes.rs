@@ -1,9 +1,9 @@
-//! The three ways, and where exactly a packet is delivered.
+//! The three modes, and the exact place of delivery.
 //!
 //! ```text
 //!                                        ┌── old server 192.0.2.1, holds 192.0.2.5 … (moved)
-//!  clients 203.0.113.10, .11 ── router ──┤              ║ tunnel, or none (way 1)
-//!                                        └── new server 198.51.100.2; way 2: 192.0.2.5 on lo
+//!  clients 203.0.113.10, .11 ── router ──┤              ║ tunnel, or none (mode nat)
+//!                                        └── new server 198.51.100.2; mode keep: 192.0.2.5 on lo
 //! ```
 
 use std::net::IpAddr;
@@ -23,9 +23,9 @@ use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
 const KEEP: &[&str] = &["--deliver-to", "keep"];
 
-// Way 2.
+// Mode keep.
 
-/// Both daemons, the new one keeping `moves`, and the time it takes until it holds them.
+/// Starts both daemons, the new one in mode keep, and waits until it holds the addresses `held`.
 fn keeping<'lab>(setup: &DaemonSetup<'lab>, held: &[IpAddr]) -> Result<Daemons<'lab>> {
     let daemons = setup.clone().args(Role::New, KEEP).start_both()?;
     until_held(setup.lab().new_server(), held)?;
@@ -41,7 +41,7 @@ fn until_held(host: &Namespace, wanted: &[IpAddr]) -> Result {
     })
 }
 
-/// The addresses of `lo` beside those that every host has, sorted.
+/// The addresses of `lo` that only some hosts have, sorted.
 fn quiet(host: &Namespace) -> Result<Vec<IpAddr>> {
     let mut all: Vec<IpAddr> = addresses(host)?
         .into_iter()
@@ -100,7 +100,7 @@ fn a_kept_address_goes_when_it_is_withdrawn() -> Result {
     let both = setup(&lab)?.moves(&["192.0.2.5", "192.0.2.6"]);
     let daemons = keeping(&both, &[nth_moved(0).into(), nth_moved(1).into()])?;
     daemons.old.terminate()?;
-    // Away is not withdrawn: the application goes on listening.
+    // The old server is away, but has not withdrawn the address: the application goes on listening.
     std::thread::sleep(SILENCE);
     until_held(
         lab.new_server(),
@@ -130,7 +130,7 @@ fn keeping_leaves_nothing_behind() -> Result {
     assert!(said.status.success(), "{said:?}");
     Snapshot::of(lab.new_server())?.is_same_as(&before)?;
 
-    // Or the next start, if it does not keep.
+    // The next start undoes it too, if it is not in mode keep.
     drop(daemons.old);
     let daemons = keeping(&setup, &held)?;
     daemons.new.kill()?;
@@ -176,9 +176,9 @@ fn a_connection_to_a_kept_address_survives_a_crash() -> Result {
     Ok(())
 }
 
-// Way 1.
+// Mode nat.
 
-/// `ipmoved nat` as the README has it, serving both families.
+/// The arguments of `ipmoved nat` as in the README, for both families.
 const NAT: &[&str] = &[
     "--move",
     "192.0.2.5",
@@ -197,7 +197,7 @@ fn nat<'lab>(setup: &DaemonSetup<'lab>, args: &[&str]) -> Result<Daemon<'lab>> {
 }
 
 #[test]
-fn with_both_translated_the_application_sees_the_old_server() -> Result {
+fn in_mode_nat_the_application_sees_the_old_server() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?;
     let daemon = nat(&setup, NAT)?;
@@ -222,7 +222,7 @@ fn with_both_translated_the_application_sees_the_old_server() -> Result {
             assert_eq!(peer.ip(), old);
             assert!(ipmoved::internals::PORTS.contains(&peer.port()), "{peer}");
         }
-        // Refused by the new server's stack, and told to the client by the moved address.
+        // The new server's stack refuses, and the moved address tells the client.
         let probe = lab.client().probe_tcp((moved, 81), PATIENCE)?;
         assert_eq!(probe, Probe::Refused);
         let probe = lab.client().probe_udp((moved, 54), PATIENCE)?;
@@ -239,7 +239,7 @@ fn with_both_translated_the_application_sees_the_old_server() -> Result {
 }
 
 #[test]
-fn with_both_translated_large_datagrams_arrive_in_fragments() -> Result {
+fn in_mode_nat_large_datagrams_arrive_in_fragments() -> Result {
     let lab = Lab::new()?;
     let _daemon = nat(&setup(&lab)?, NAT)?;
     for (moved, new) in [
@@ -257,7 +257,7 @@ fn with_both_translated_large_datagrams_arrive_in_fragments() -> Result {
 }
 
 #[test]
-fn with_both_translated_a_narrow_path_is_told_to_the_client() -> Result {
+fn in_mode_nat_a_narrow_path_is_told_to_the_client() -> Result {
     let lab = Lab::new()?;
     let daemon = nat(&setup(&lab)?, NAT)?;
     for (moved, new) in [
@@ -279,7 +279,7 @@ fn with_both_translated_a_narrow_path_is_told_to_the_client() -> Result {
 }
 
 #[test]
-fn with_both_translated_many_connections_are_answered() -> Result {
+fn in_mode_nat_many_connections_are_answered() -> Result {
     let lab = Lab::new()?;
     let daemon = nat(&setup(&lab)?, NAT)?;
     let _application = Service::start(lab.new_server(), NEW)?;
@@ -301,7 +301,7 @@ fn with_both_translated_many_connections_are_answered() -> Result {
 }
 
 #[test]
-fn with_both_translated_the_old_servers_own_traffic_is_its_own() -> Result {
+fn in_mode_nat_the_old_servers_own_traffic_is_its_own() -> Result {
     let lab = Lab::new()?;
     let _daemon = nat(&setup(&lab)?, NAT)?;
     let application = Service::start(lab.new_server(), NEW)?;
@@ -330,7 +330,7 @@ fn with_both_translated_the_old_servers_own_traffic_is_its_own() -> Result {
 }
 
 #[test]
-fn with_both_translated_a_port_may_go_to_another() -> Result {
+fn in_mode_nat_a_port_may_go_to_another() -> Result {
     let lab = Lab::new()?;
     let args = ["--move", "192.0.2.5:80/tcp", "--to", "198.51.100.2:8080"];
     let _daemon = nat(&setup(&lab)?, &args)?;
@@ -346,7 +346,7 @@ fn with_both_translated_a_port_may_go_to_another() -> Result {
 }
 
 #[test]
-fn with_both_translated_nothing_is_left_behind() -> Result {
+fn in_mode_nat_nothing_is_left_behind() -> Result {
     let lab = Lab::new()?;
     let old = lab.old_server();
     for reserved in ["", "8080,50000-60000"] {
@@ -373,7 +373,7 @@ fn with_both_translated_nothing_is_left_behind() -> Result {
 }
 
 #[test]
-fn with_both_translated_a_connection_survives_a_crash() -> Result {
+fn in_mode_nat_a_connection_survives_a_crash() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?;
     let daemon = nat(&setup, NAT)?;
@@ -393,7 +393,7 @@ fn with_both_translated_a_connection_survives_a_crash() -> Result {
 }
 
 #[test]
-fn with_both_translated_ports_that_are_in_use_are_not_taken() -> Result {
+fn in_mode_nat_ports_that_are_in_use_are_not_taken() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?;
     let before = Snapshot::of(lab.old_server())?;
@@ -421,7 +421,7 @@ fn with_both_translated_ports_that_are_in_use_are_not_taken() -> Result {
     Snapshot::of(lab.old_server())?.is_same_as(&before)
 }
 
-// Where a packet is delivered.
+// The place of delivery.
 
 #[test]
 fn a_port_may_be_delivered_to_another() -> Result {
@@ -452,7 +452,7 @@ fn a_port_may_be_delivered_to_another() -> Result {
     for size in [1, 1200, 9_000] {
         client.udp((MOVED, 53), &vec![b'u'; size])?;
     }
-    // The port itself is reached as well, also from the port that the other one is asked from.
+    // Port 8080 itself works as well, also from a client port that is connected to the other one.
     let client = client.from_port(5_000);
     let mut mapped = client.converse((MOVED, 80))?;
     let mut plain = client.converse((MOVED, 8080))?;
@@ -506,7 +506,7 @@ fn one_port_of_a_client_at_two_moved_addresses_is_two_flows() -> Result {
             conversation.exchange(words.as_bytes(), PATIENCE)?;
         }
     }
-    // Connected sockets hear nothing from another address than the one that was asked.
+    // Connected sockets receive nothing from other addresses than that of their request.
     let sockets = (0..3)
         .map(|n| client.udp_socket((nth_moved(n), 53)))
         .collect::<Result<Vec<_>>>()?;
