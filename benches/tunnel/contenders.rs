@@ -82,7 +82,7 @@ impl Kind {
             Self::Ipmoved(Some(exe)) => format!("ipmoved {}", exe.display()),
             Self::IpmovedAegis => "ipmoved, aegis".into(),
             Self::Vxlan => "vxlan".into(),
-            Self::TwoSidedNat => "way 1".into(),
+            Self::TwoSidedNat => "nat by hand".into(),
             Self::WireGuard(program) => (*program).into(),
         }
     }

@@ -84,7 +84,7 @@ const REQUESTS: Messages = Messages {
 
 /// The impairments of the path, the figure of each, and the figure of its share of the first one.
 const IMPAIRMENTS: [(Impairment, &str, Option<&str>); 4] = [
-    (Impairment::Nothing, "tcp, packets cut", None),
+    (Impairment::Nothing, "tcp, packets segmented", None),
     (
         Impairment::Loss { per_mille: 10 },
         "tcp, 1 % loss",
@@ -113,7 +113,7 @@ const STREAMS: &[Figure] = &[
     figure("tcp forward", "Gbit/s", Better::More, 2),
     figure("tcp reverse", "Gbit/s", Better::More, 2),
     figure("tcp forward, 4 streams", "Gbit/s", Better::More, 2),
-    figure("tcp, packets cut", "Gbit/s", Better::More, 2),
+    figure("tcp, packets segmented", "Gbit/s", Better::More, 2),
     figure("tcp, 1 % loss", "Gbit/s", Better::More, 3),
     figure("tcp, 3 % loss", "Gbit/s", Better::More, 3),
     figure("tcp, reordered", "Gbit/s", Better::More, 2),
