@@ -1,6 +1,7 @@
 //! A host on the path between the two servers. It does to their datagrams what the internet does,
 //! and an attacker on the path: it loses, delays, keeps and repeats them, and shows one side
 //! another address, as a NAT does.
+//!
 //! ```text
 //!  old server ── 192.0.2.254:51850 │ relay (on the router) │ 198.51.100.254:51850 ── new server
 //! ```

@@ -1,4 +1,8 @@
 //! The daemon as a service: what it tells its manager and its administrator while it runs.
+//!
+//! ```text
+//! service manager's socket ◄── daemon on the new server ◄── old server ◄── client
+//! ```
 
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;

@@ -75,7 +75,7 @@ pub(crate) fn relayed(test: impl FnOnce(Relayed<'_>) -> Result) -> Result {
     })
 }
 
-/// The daemons of a lab with the command lines of the contract, not started.
+/// The daemons of a lab with the command lines of the README, not started.
 pub(crate) fn setup(lab: &Lab) -> Result<DaemonSetup<'_>> {
     DaemonSetup::new(lab, exe())
 }

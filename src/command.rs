@@ -11,11 +11,12 @@
 )]
 
 use std::error::Error as _;
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::{ContextKind, ErrorKind};
+use clap::{CommandFactory, Parser};
 use tracing_subscriber::EnvFilter;
 
 use crate::channel::session::Psk;
@@ -43,7 +44,9 @@ const LOG_VARIABLE: &str = "IPMOVED_LOG";
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    let result = Cli::try_parse().map_or_else(explain, |cli| match cli.command {
+    // The words are looked at again only after a mistake: a key may be among them.
+    let refused = |error| explain(&error, &std::env::args_os().collect::<Vec<_>>());
+    let result = Cli::try_parse().map_or_else(refused, |cli| match cli.command {
         None => run(cli.run),
         Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
@@ -76,27 +79,35 @@ impl Failure {
 }
 
 /// Help goes to standard output; a mistake becomes one line, like every other refusal.
-fn explain(error: clap::Error) -> Result<(), Failure> {
+fn explain(error: &clap::Error, words: &[OsString]) -> Result<(), Failure> {
     if matches!(
         error.kind(),
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
     ) {
         return print(&error.to_string());
     }
-    Err(refuse(mistake(&error)))
+    Err(refuse(mistake(error, &help_for(words))))
+}
+
+/// Where the flags of the command in `words` are listed.
+fn help_for(words: &[OsString]) -> String {
+    let name = words.get(1).and_then(|word| word.to_str());
+    match name.filter(|name| Cli::command().find_subcommand(name).is_some()) {
+        Some(name) => format!("see `ipmoved {name} --help`"),
+        None => "see `ipmoved --help`".into(),
+    }
 }
 
 /// Says what is wrong with the command line. Only a value's own type may repeat the value, so that
 /// a key is never printed.
-fn mistake(error: &clap::Error) -> String {
-    const HELP: &str = "see `ipmoved --help`";
+fn mistake(error: &clap::Error, help: &str) -> String {
     let said = |kind| error.get(kind).map(ToString::to_string);
     let arg = said(ContextKind::InvalidArg).unwrap_or_default();
     // What clap shows is the flag with its placeholder: `--listen <[ADDR:]PORT>`.
     let flag = arg.split(' ').next().unwrap_or_default();
     let value = said(ContextKind::InvalidValue).unwrap_or_default();
     let instead =
-        |kind| said(kind).map_or_else(|| HELP.into(), |it| format!("did you mean `{it}`?"));
+        |kind| said(kind).map_or_else(|| help.into(), |it| format!("did you mean `{it}`?"));
     #[expect(
         clippy::wildcard_enum_match_arm,
         reason = "kinds that no flag of ours leads to are told in clap's own words"
@@ -105,7 +116,7 @@ fn mistake(error: &clap::Error) -> String {
         ErrorKind::ValueValidation => {
             let problem = error
                 .source()
-                .map_or_else(|| HELP.into(), ToString::to_string);
+                .map_or_else(|| help.into(), ToString::to_string);
             format!("{flag}: {problem}")
         }
         ErrorKind::InvalidValue if value.is_empty() => format!("{flag} needs a value: {arg}"),
@@ -125,13 +136,13 @@ fn mistake(error: &clap::Error) -> String {
         ErrorKind::ArgumentConflict => {
             let prior = said(ContextKind::PriorArg).unwrap_or_default();
             match said(ContextKind::InvalidSubcommand) {
-                Some(name) => format!("`{name}` follows flags; a command comes first; {HELP}"),
+                Some(name) => format!("`{name}` follows flags; a command comes first; {help}"),
                 None if prior == arg => format!("{flag} can be given only once"),
                 None => format!("{arg} and {prior} cannot both be given; choose one"),
             }
         }
-        ErrorKind::MissingRequiredArgument => format!("{arg} is missing; {HELP}"),
-        other => format!("{other} {arg}; {HELP}"),
+        ErrorKind::MissingRequiredArgument => format!("missing: {arg}; {help}"),
+        other => format!("{other} {arg}; {help}"),
     }
 }
 
@@ -259,7 +270,8 @@ mod tests {
 
     fn refused(line: &str) -> Failure {
         let words = ["ipmoved"].into_iter().chain(line.split(' '));
-        explain(Cli::try_parse_from(words).unwrap_err()).unwrap_err()
+        let words: Vec<OsString> = words.map(OsString::from).collect();
+        explain(&Cli::try_parse_from(&words).unwrap_err(), &words).unwrap_err()
     }
 
     #[test]
@@ -298,7 +310,7 @@ mod tests {
             ),
             (
                 "nat --peer a",
-                "`--peer` is not a flag of this command; see `ipmoved --help`",
+                "`--peer` is not a flag of this command; see `ipmoved nat --help`",
             ),
             (
                 "frobnicate",
@@ -316,7 +328,7 @@ mod tests {
             ),
             (
                 "nat --move 192.0.2.5",
-                "--to <ADDR[:PORT]> is missing; see `ipmoved --help`",
+                "missing: --to <ADDR[:PORT]>; see `ipmoved nat --help`",
             ),
             ("--no-split=yes", "unexpected value"),
             (

@@ -25,9 +25,10 @@
 //! `ipmoved nat` has neither B nor a tunnel: one loop on A translates both addresses
 //! ([`lane::nat`]).
 //!
-//! # The rooms
+//! # The folders
 //!
-//! Each folder uses those above it in this table, and none below.
+//! Each folder uses those above it in this table, and none below; only the unit tests of `kernel`
+//! also stand on the namespaces of `lab`.
 //!
 //! | folder | owns |
 //! |---|---|
@@ -61,12 +62,11 @@ pub(crate) mod settings;
 pub mod testing;
 
 /// What the namespace tests and the benches use of the crate's inside. Nobody else should: the
-/// rooms are private, so that the compiler finds what no longer has a user.
+/// modules are private, so that the compiler finds what no longer has a user.
 #[doc(hidden)]
 pub mod internals {
     pub use crate::channel::session::{
-        Cipher, CipherPolicy, Entropy, MacCheck, Offer, OpenBatch, PeerKeys, Psk, Session,
-        SessionIndexes,
+        Cipher, CipherPolicy, MacCheck, Offer, OpenBatch, PeerKeys, Psk, Session, SessionIndexes,
     };
     pub use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
     pub use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};

@@ -12,7 +12,7 @@
 //! the rounds. A reader should look at the ratios, since all five parties (client, router, both
 //! servers, generator) share this machine's processors.
 //!
-//! | room | owns |
+//! | file | owns |
 //! |---|---|
 //! | [`contenders`] | how to set up each contender: by `ipmoved`, by the kernel, by other tunnels |
 //! | [`counters`] | the kernel's counters |

@@ -1,5 +1,6 @@
 //! What a datagram between two daemons looks like: the layouts of `contrib/protocol.md`, byte by
 //! byte.
+//!
 //! Owns the views over the three message types. Each `parse` checks length, type, version and
 //! reserved bytes once; everything after it relies on that and cannot panic. Knows no keys: a view
 //! says nothing about who wrote the bytes; `session` finds that out.

@@ -5,7 +5,8 @@
 //! (channel) and to the [`Policy`] (decisions), and carries out what they say. What concerns lanes
 //! becomes a new view for them. No lane ever waits for this task.
 //!
-//! Owns the order of things and every call to the kernel while the daemon runs. Decides nothing.
+//! Owns the order of things and every call to the kernel while the daemon runs. Of decisions it
+//! keeps one that needs the kernel: whether a daemon whose uplink was made anew has to end.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -202,9 +202,9 @@ impl Repairer {
     pub(super) fn repair(&mut self, now: Instant, host: &mut Host, known: &mut Warnings) -> bool {
         let Repairs { made, failed } = host.repair();
         for change in made {
-            if known.keep(now, format!("somebody removed {change}; it is back")) {
-                warn!(%change, "somebody removed a kernel change; it is back");
-            }
+            // Each time is an event of its own, and none comes sooner than the next look.
+            let _ = known.keep(now, format!("somebody removed {change}; it is back"));
+            warn!(%change, "somebody removed a kernel change; it is back");
         }
         for Failure { change, reason } in &failed {
             let text = format!("{change} is gone and cannot be made again: {reason}");

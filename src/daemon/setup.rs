@@ -74,7 +74,7 @@ impl Ready {
         let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
         let options = TunOptions {
-            joined: !config.without.contains(&Without::JoinedWrites),
+            coalesced: !config.without.contains(&Without::JoinedWrites),
             long: !config.without.contains(&Without::LongWrites),
         };
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;

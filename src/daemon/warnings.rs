@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 /// Warnings that `status` still shows.
 const KEPT: usize = 8;
 
-/// The same line is logged at most once in this time, so a peer that repeats itself fills no disk.
+/// A line that is still kept is logged at most once in this time, so that a peer that repeats
+/// itself does not fill the disk.
 const PACE: Duration = Duration::from_secs(60);
 
 /// The newest warnings.

@@ -47,7 +47,8 @@ impl Gate {
     /// Judges a packet that was captured on its way to a moved address.
     ///
     /// If an address was moved in part, later fragments follow their first one, and ICMP errors
-    /// follow the flow that they quote. The old server keeps what cannot be told.
+    /// follow the flow that they quote. A packet that cannot be attributed stays with the old
+    /// server.
     ///
     /// # Errors
     /// [`DropReason::NotMoved`] if no part of the destination was moved;

@@ -140,7 +140,7 @@ impl Nat {
     }
 
     /// Translates a packet that either capture took. `parsed` was made from `bytes`, which are the
-    /// head of a super-packet if it is one. `partial`: whether its checksum is.
+    /// head of a super-packet if it is one. `partial` says whether its checksum is partial.
     ///
     /// # Errors
     /// Why to drop it. After [`DropReason::TtlExpired`] the packet is unchanged, and its sender has

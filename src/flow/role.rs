@@ -98,7 +98,7 @@ impl Forwarder {
     }
 
     /// Checks and rewrites a packet of `peer`, or the head of a super-packet, that came out of the
-    /// tunnel. `partial`: whether its checksum is.
+    /// tunnel. `partial` says whether its checksum is partial.
     ///
     /// # Errors
     /// Why to drop the packet, which may be rewritten in part then.

@@ -118,7 +118,7 @@ impl Translator {
     /// where it is delivered.
     ///
     /// `parsed` was made from `bytes`, which are the head of a coalesced super-packet if it is one.
-    /// `partial`: whether its checksum is.
+    /// `partial` says whether its checksum is partial.
     ///
     /// # Errors
     /// Why to drop the packet, which may be rewritten in part then.

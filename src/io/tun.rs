@@ -55,7 +55,7 @@ pub struct TunFeatures {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TunOptions {
     /// Coalesced packets are taken; otherwise each is refused with `EINVAL`.
-    pub joined: bool,
+    pub coalesced: bool,
     /// Packets of more than 17 pages (`MAX_SKB_FRAGS`) are taken; otherwise each is refused with
     /// `EMSGSIZE`, as by Linux 6.3 to 6.5.
     pub long: bool,
@@ -64,7 +64,7 @@ pub struct TunOptions {
 impl Default for TunOptions {
     fn default() -> Self {
         Self {
-            joined: true,
+            coalesced: true,
             long: true,
         }
     }
@@ -132,7 +132,7 @@ impl TunQueue {
     /// Like [`send`](Self::send), for a packet that was coalesced. [`TunOptions`] may have it
     /// refused.
     pub fn send_coalesced(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        if !self.options.joined {
+        if !self.options.coalesced {
             return refused(libc::EINVAL);
         }
         if !self.options.long && length(parts) - VNET_HDR_LEN > LONG {

@@ -1,4 +1,4 @@
-//! `ipmoved` processes on the two servers of a lab, started with the command lines of the contract.
+//! `ipmoved` processes on the two servers of a lab, started with the command lines of the README.
 //!
 //! Owns how to start them, wait for them, signal them and ask them. It knows the binary only by its
 //! commands: arguments, exit code, output and `status --json`.
@@ -23,7 +23,7 @@ use super::{Doing, Lab, LabError, Namespace, Output, Process, Result, poll_until
 use crate::model::peer::Role;
 
 /// How long two daemons may take to find each other. They send a lost first message again after 5 s
-/// (design of the channel: WireGuard's REKEY_TIMEOUT), twice.
+/// (WireGuard's REKEY_TIMEOUT), twice.
 pub const UP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How long a command other than a daemon may take.
@@ -54,7 +54,7 @@ struct Side {
 }
 
 impl<'lab> DaemonSetup<'lab> {
-    /// Both daemons as the contract writes them, with a key of their own, moving [`MOVED`].
+    /// Both daemons as the README writes them, with a key of their own, moving [`MOVED`].
     /// `exe` is the `ipmoved` binary. Their run-time files are in the lab's directory.
     pub fn new(lab: &'lab Lab, exe: &Path) -> Result<Self> {
         let psk_file = lab.dir().join("psk");

@@ -9,7 +9,7 @@
 //! entered one of the lab's own namespaces before, and its changes vanish with the namespace. The
 //! daemon is a black box here: the lab starts the binary and reads its output.
 //!
-//! | room | owns |
+//! | file | owns |
 //! |---|---|
 //! | [`namespace`] | a namespace, threads and processes inside it |
 //! | [`topology`] | who is where: addresses, links, routes |

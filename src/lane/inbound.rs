@@ -218,7 +218,7 @@ impl Inbound {
         };
         let peer = session.peer();
         let opened = opened.map_err(|reason| Dropped::of(peer, reason))?;
-        session.activity().heard(context.now);
+        session.activity().data_received(context.now);
         let plaintext = range.start + opened.plaintext.start..range.start + opened.plaintext.end;
         let moved = opened.newest && context.view.peer(peer).endpoint != Some(received.endpoint);
         if opened.flags.has(Flags::CONTROL) {
@@ -286,7 +286,7 @@ impl Inbound {
         };
         let incomplete = self.reassemblers[usize::from(plain.peer.0)].take_incomplete();
         self.parts.shared.peer_drops[usize::from(plain.peer.0)]
-            .add(DropReason::JoinIncomplete, incomplete);
+            .add(DropReason::ReassemblyIncomplete, incomplete);
         result
     }
 
@@ -551,7 +551,7 @@ impl Detour {
                 }
             }
             InboundOutcome::ReplyLimited => {
-                parts.count(Dropped::of(arrival.peer, DropReason::AnswerLimited));
+                parts.count(Dropped::of(arrival.peer, DropReason::ReplyLimited));
             }
             InboundOutcome::Drop => {}
         }

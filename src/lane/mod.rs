@@ -38,7 +38,8 @@
 //!
 //! Nothing here waits for anybody else. Sessions and endpoints come as a snapshot from the control
 //! task. What is not a packet (handshakes, control messages) goes to that task through a bounded
-//! queue. There is no allocation for each packet, and no lock is held across a system call.
+//! queue. There is no allocation for each packet, and no lock is held while a packet is read, sent
+//! or written.
 
 #![expect(
     clippy::disallowed_methods,

@@ -146,7 +146,7 @@ impl Outbound {
             mtu: view.mtu,
         };
         let sealed = sealing.seal_all(segments, &mut self.scratch);
-        session.activity().sent(context.now);
+        session.activity().data_sent(context.now);
         counters.add(sealed.packets, sealed.bytes);
         match sealed.stopped {
             None => Ok(()),
@@ -207,7 +207,7 @@ impl Outbound {
             }
             OutboundOutcome::Drop => Ok(()),
             OutboundOutcome::ReplyLimited => Err(Dropped {
-                reason: DropReason::AnswerLimited,
+                reason: DropReason::ReplyLimited,
                 ..drop
             }),
             OutboundOutcome::Reply { peer, to, bytes } => match to {

@@ -36,12 +36,12 @@ impl Outbox {
     /// Puts a copy of `packet` into the outbox.
     ///
     /// # Errors
-    /// [`DropReason::AnswerLimited`] if it is full.
+    /// [`DropReason::ReplyLimited`] if it is full.
     #[cold]
     pub(super) fn post(&mut self, packet: &[u8]) -> Result<(), DropReason> {
         let posted = self.posted.try_send(packet.to_vec());
         self.has_news |= posted.is_ok();
-        posted.map_err(|_| DropReason::AnswerLimited)
+        posted.map_err(|_| DropReason::ReplyLimited)
     }
 
     /// Whether something was posted since the last call.
@@ -83,7 +83,7 @@ mod tests {
                 .count()
         };
         assert_eq!(fill(&mut outbox), OUTBOX);
-        assert_eq!(outbox.post(&[1]), Err(DropReason::AnswerLimited));
+        assert_eq!(outbox.post(&[1]), Err(DropReason::ReplyLimited));
         assert_eq!(posted.drain().count(), OUTBOX);
         assert_eq!(fill(&mut outbox), OUTBOX);
     }

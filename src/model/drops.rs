@@ -20,7 +20,7 @@ macro_rules! drop_reasons {
             /// Every reason, in the order of declaration.
             pub const ALL: &[Self] = &[$(Self::$variant,)+];
 
-            /// The stable name that `status` and the metrics show.
+            /// The stable name that `status` shows.
             pub fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)+
@@ -54,7 +54,7 @@ drop_reasons! {
     /// A data datagram whose counter was seen before or lies behind the replay window.
     Replay = "replay",
     /// A part of a split packet whose other parts never came.
-    JoinIncomplete = "join_incomplete",
+    ReassemblyIncomplete = "join_incomplete",
 
     // From the TUN or out of the tunnel: IP packets.
     /// Not an IPv4 or IPv6 packet, truncated, or with lengths that contradict each other.
@@ -97,7 +97,7 @@ drop_reasons! {
     TtlExpired = "ttl_expired",
     /// An ICMP error about a packet that is too big, or whose hop limit is used up, was not sent:
     /// there were too many.
-    AnswerLimited = "answer_limited",
+    ReplyLimited = "answer_limited",
 
     // Between this daemon and what it hands packets to: the peer, the kernel, the control task.
     /// There is no session with the peer (yet).

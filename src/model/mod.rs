@@ -1,4 +1,4 @@
-//! The words that all rooms share: what moved, who is at the other end, why a packet was dropped,
+//! The words that all folders share: what moved, who is at the other end, why a packet was dropped,
 //! what the daemon says of itself, and where its files lie.
 
 pub mod drops;

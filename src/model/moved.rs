@@ -207,10 +207,13 @@ pub enum MoveError {
     Range(u16, u16),
     /// More ranges than [`MAX_PORT_RANGES`].
     #[error(
-        "{0} port ranges are more than {max}; move the whole address, or join ranges",
+        "{0} port ranges are more than {max}; move the whole address, or merge ranges",
         max = MAX_PORT_RANGES
     )]
     TooManyRanges(usize),
+    /// A prefix length behind the address.
+    #[error("`/{0}` is a prefix, which cannot be moved as such; give --move once for each address")]
+    Prefix(String),
     /// Something other than `/tcp` or `/udp`.
     #[error("`/{0}` is not known; only /tcp and /udp can be moved on their own")]
     Transport(String),
@@ -224,6 +227,9 @@ impl FromStr for Move {
             None => (text, None),
             Some((rest, "tcp")) => (rest, Some(Transport::Tcp)),
             Some((rest, "udp")) => (rest, Some(Transport::Udp)),
+            Some((_, bits)) if bits.parse::<u8>().is_ok() => {
+                return Err(MoveError::Prefix(bits.into()));
+            }
             Some((_, other)) => return Err(MoveError::Transport(other.into())),
         };
         let (addr, ports) = split_ports(rest);
@@ -355,6 +361,7 @@ mod tests {
         assert_eq!(parse("192.0.2.5:"), Err(MoveError::Port(String::new())));
         assert_eq!(parse("192.0.2.5:+80"), Err(MoveError::Port("+80".into())));
         assert_eq!(parse("192.0.2.5:9-8"), Err(MoveError::Range(9, 8)));
+        assert_eq!(parse("192.0.2.0/28"), Err(MoveError::Prefix("28".into())));
         assert_eq!(
             parse("192.0.2.5/sctp"),
             Err(MoveError::Transport("sctp".into()))

@@ -1,4 +1,4 @@
-//! Who is at the other end: the words that every room uses for a peer and its role.
+//! Who is at the other end: the words that every folder uses for a peer and its role.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};

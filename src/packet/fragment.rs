@@ -3,7 +3,7 @@
 //!
 //! Owns what has to be known of a fragmented packet without ever reassembling it: which bytes of it
 //! were seen ([`Overlaps`]), and later fragments that came before the first, which alone says whose
-//! they are ([`HeldFragments`]). [`translate`](crate::flow::translate) decides where fragments go.
+//! they are ([`HeldFragments`]). The caller decides where fragments go.
 
 use std::collections::VecDeque;
 use std::ops::Range;

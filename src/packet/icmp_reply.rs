@@ -61,7 +61,7 @@ impl IcmpReplies {
     /// [`Self::take`]. Returns `false` if no error may be sent about such a packet.
     ///
     /// # Errors
-    /// [`DropReason::AnswerLimited`] if there were too many.
+    /// [`DropReason::ReplyLimited`] if there were too many.
     pub fn make(
         &mut self,
         now: Instant,
@@ -78,7 +78,7 @@ impl IcmpReplies {
         };
         let Some(len) = made else { return Ok(false) };
         if !self.may_speak(now) {
-            return Err(DropReason::AnswerLimited);
+            return Err(DropReason::ReplyLimited);
         }
         self.len = len;
         Ok(true)
@@ -124,7 +124,7 @@ mod tests {
         for _ in 0..REPLY_BURST {
             assert_eq!(ask(now), Ok(true));
         }
-        assert_eq!(ask(now), Err(DropReason::AnswerLimited));
+        assert_eq!(ask(now), Err(DropReason::ReplyLimited));
         assert_eq!(ask(now + Duration::from_millis(1)), Ok(true));
         let given = (0..5_000u64)
             .filter(|&at| ask(now + Duration::from_micros(2_000 + at * 200)).is_ok())

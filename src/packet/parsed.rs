@@ -49,7 +49,7 @@ impl Parsed {
     /// * [`DropReason::IpMalformed`]: not IP, lengths that contradict each other, source routes
     ///   (RFC 7126, RFC 5095), fragments that RFC 1858 and RFC 3128 warn of or that end beyond
     ///   65,535;
-    /// * [`DropReason::L4Malformed`]: a transport header that is cut off or contradicts itself;
+    /// * [`DropReason::L4Malformed`]: a transport header that is truncated or contradicts itself;
     /// * [`DropReason::BadSource`]: a loopback, multicast, unspecified, reserved or link-local
     ///   source, or one that equals the destination;
     /// * [`DropReason::IcmpUnsupported`]: ICMP that is neither query nor error.

@@ -193,7 +193,10 @@ impl Quoted {
         }
         let after = Sum::default().add(&bytes[reach]);
         let delta = Sum::change(before.fold().to_ne_bytes(), after.fold().to_ne_bytes());
-        mend_full(bytes, error.csum_at().unwrap_or(0), delta);
+        // Every ICMP error has a checksum.
+        if let Some(at) = error.csum_at() {
+            mend_full(bytes, at, delta);
+        }
     }
 
     fn set_addr(&self, bytes: &mut [u8], offset: usize, addr: Option<Addr>) {

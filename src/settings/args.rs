@@ -19,7 +19,7 @@ use crate::settings::values::{
     DeliverTo, InterfaceName, Lanes, Listen, MaxFlows, NewServer, PeerAddr, RekeyAfter,
 };
 
-/// The exit codes, as the help and the README document them.
+/// The end of the help: the two lines that do it, and the exit codes of the README.
 const AFTER_HELP: &str = "\
 Two lines do it:
   old server:  ipmoved --peer 198.51.100.2 --psk-file /etc/ipmoved/psk --move 192.0.2.5
@@ -196,7 +196,7 @@ pub struct DaemonArgs {
     pub max_flows: Option<MaxFlows>,
 
     /// Number of lanes. Each carries packets with a TUN queue, a UDP socket and a thread of its
-    /// own; a busy one takes a second thread. [default: one for each processor, at most 8]
+    /// own; a busy one gets a helper thread. [default: one for each processor, at most 8]
     #[arg(long, value_name = "N")]
     #[serde(deserialize_with = "one")]
     pub lanes: Option<Lanes>,

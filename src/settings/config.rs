@@ -237,11 +237,17 @@ impl Config {
         file: File,
         mut warnings: Vec<String>,
     ) -> Result<Self, ConfigError> {
-        check_peer(&file.peer, &Origin::File(file.path.clone()))?;
+        // A mistake is named where it was made; with flags beside the file it may be either's.
+        let origin = if args.peer.is_empty() && !file.peer.is_empty() {
+            Origin::File(file.path.clone())
+        } else {
+            Origin::Flags
+        };
         let top = args.peer.over(file.peer);
+        check_peer(&top, &origin)?;
         let mut peers = Vec::new();
         if file.peers.is_empty() || !top.is_empty() {
-            peers.push(PeerConfig::new(top, &Origin::Flags, &mut warnings)?);
+            peers.push(PeerConfig::new(top, &origin, &mut warnings)?);
         }
         for table in file.peers {
             let origin = Origin::Table(file.path.clone(), table.line);

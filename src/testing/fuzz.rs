@@ -79,7 +79,7 @@ impl Bed {
                 role,
                 lanes: 1,
                 offer: offer(),
-                endpoint: (role == Role::Old).then(|| path(2).remote),
+                endpoint: (role == Role::Old).then(|| endpoint(2).remote),
                 announcement,
                 max_datagram: Some(1_472),
                 timers: Timers::default(),
@@ -101,10 +101,10 @@ impl Bed {
         old.handle_timeout(now, SystemTime::UNIX_EPOCH);
         let initiation = old.poll_transmit().unwrap().datagram;
         let admitted = mac_check.admit(&initiation).unwrap();
-        new.handle_handshake(now, path(1), &admitted).unwrap();
+        new.handle_handshake(now, endpoint(1), &admitted).unwrap();
         let response = new.poll_transmit().unwrap().datagram;
         let admitted = mac_check.admit(&response).unwrap();
-        old.handle_handshake(now, path(2), &admitted).unwrap();
+        old.handle_handshake(now, endpoint(2), &admitted).unwrap();
         let mut installed = None;
         while let Some(event) = new.poll_event() {
             if let Event::SessionInstalled(session) = event {
@@ -115,7 +115,7 @@ impl Bed {
         while let Some(mut transmit) = old.poll_transmit() {
             let data = Data::parse(&transmit.datagram).unwrap();
             let opened = session.open(data, &mut transmit.datagram).unwrap();
-            new.session_heard(now, &session, path(1));
+            new.session_heard(now, &session, endpoint(1));
             let message = &transmit.datagram[opened.plaintext];
             new.handle_control(now, &session, message).unwrap();
         }
@@ -149,7 +149,7 @@ fn offer() -> Offer {
     }
 }
 
-fn path(host: u8) -> Endpoint {
+fn endpoint(host: u8) -> Endpoint {
     Endpoint {
         remote: SocketAddr::from(([192, 0, 2, host], 51_850)),
         local: Some([198, 51, 100, 2].into()),
@@ -189,7 +189,7 @@ pub fn datagram(bytes: &[u8]) {
 pub fn handshake(bytes: &[u8]) {
     with_bed(|bed| {
         for payload in bytes.as_chunks::<48>().0.iter().take(8) {
-            let Some(hello) = InitiationPayload::decode(payload) else {
+            let Some(initiation) = InitiationPayload::decode(payload) else {
                 continue;
             };
             let role = if payload[47] & 7 == 7 {
@@ -198,13 +198,13 @@ pub fn handshake(bytes: &[u8]) {
                 Role::Old
             };
             let index = SessionIndexes::default().draw(&bed.entropy).unwrap();
-            let begun = Initiating::begin(&bed.keys, role, index, &hello, &bed.entropy);
+            let begun = Initiating::begin(&bed.keys, role, index, &initiation, &bed.entropy);
             let (_, message) = begun.unwrap();
             let admitted = bed.mac_check.admit(&message).unwrap();
             bed.now += Duration::from_millis(u64::from(payload[46]) * 100);
             let _ = bed
                 .new
-                .handle_handshake(bed.now, path(payload[45]), &admitted);
+                .handle_handshake(bed.now, endpoint(payload[45]), &admitted);
             bed.new.handle_timeout(bed.now, SystemTime::UNIX_EPOCH);
             bed.drain(40);
         }

@@ -2,7 +2,7 @@
 
 pub mod fuzz;
 
-/// Where a virtual clock begins: any point in time will do. Only here do unit tests of rooms
+/// Where a virtual clock begins: any point in time will do. Only here do unit tests of folders
 /// without a clock look at the real one.
 #[cfg(test)]
 #[expect(

@@ -1,4 +1,5 @@
-//! When a peer was last heard and last sent to. Lanes write it; the tunnel's timers read it.
+//! When something last came from a peer, and last went to it. Lanes write it; the tunnel's timers
+//! read it.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -11,9 +12,9 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Activity {
     epoch: Instant,
-    heard: AtomicU64,
-    sent: AtomicU64,
-    spoke: AtomicU64,
+    received: AtomicU64,
+    data_sent: AtomicU64,
+    control_sent: AtomicU64,
 }
 
 impl Activity {
@@ -21,49 +22,49 @@ impl Activity {
     /// no timer that depends on it is finer.
     const WRITE_PAUSE: u64 = 1_000;
 
-    /// Starts a record at `epoch`, with nothing heard and nothing sent.
+    /// Starts a record at `epoch`, with nothing received and nothing sent.
     pub fn new(epoch: Instant) -> Self {
         Self {
             epoch,
-            heard: AtomicU64::new(0),
-            sent: AtomicU64::new(0),
-            spoke: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            data_sent: AtomicU64::new(0),
+            control_sent: AtomicU64::new(0),
         }
     }
 
     /// An authenticated datagram came in. While many come in, the time is kept to the millisecond.
-    pub fn heard(&self, now: Instant) {
-        self.raise(&self.heard, now);
+    pub fn data_received(&self, now: Instant) {
+        self.raise(&self.received, now);
     }
 
     /// A handshake or control message came in. These are few, so the time is kept exactly.
-    pub fn answered(&self, now: Instant) {
-        self.heard.fetch_max(self.micros(now), Relaxed);
+    pub fn control_received(&self, now: Instant) {
+        self.received.fetch_max(self.micros(now), Relaxed);
     }
 
     /// A packet went out.
-    pub fn sent(&self, now: Instant) {
-        self.raise(&self.sent, now);
+    pub fn data_sent(&self, now: Instant) {
+        self.raise(&self.data_sent, now);
     }
 
     /// A control message went out.
-    pub fn spoke(&self, now: Instant) {
-        self.raise(&self.spoke, now);
+    pub fn control_sent(&self, now: Instant) {
+        self.raise(&self.control_sent, now);
     }
 
     /// When a datagram last came in; `None` if none did.
-    pub fn last_heard(&self) -> Option<Instant> {
-        self.read(&self.heard)
+    pub fn last_received(&self) -> Option<Instant> {
+        self.read(&self.received)
     }
 
     /// When a datagram last went out; `None` if none did.
     pub fn last_sent(&self) -> Option<Instant> {
-        self.last_carried().max(self.read(&self.spoke))
+        self.last_data_sent().max(self.read(&self.control_sent))
     }
 
     /// When a packet last went out; `None` if none did.
-    pub fn last_carried(&self) -> Option<Instant> {
-        self.read(&self.sent)
+    pub fn last_data_sent(&self) -> Option<Instant> {
+        self.read(&self.data_sent)
     }
 
     fn raise(&self, cell: &AtomicU64, now: Instant) {
@@ -94,26 +95,26 @@ mod tests {
         let epoch = epoch();
         let activity = Activity::new(epoch);
         let at = |micros| epoch + Duration::from_micros(micros);
-        assert_eq!(activity.last_heard(), None);
-        activity.heard(at(300));
-        assert_eq!(activity.last_heard(), Some(at(300)), "the first");
-        activity.heard(at(1_299));
-        assert_eq!(activity.last_heard(), Some(at(300)), "within the pause");
-        activity.heard(at(1_300));
-        assert_eq!(activity.last_heard(), Some(at(1_300)));
-        activity.answered(at(1_400));
-        assert_eq!(activity.last_heard(), Some(at(1_400)));
-        activity.answered(at(1_350));
+        assert_eq!(activity.last_received(), None);
+        activity.data_received(at(300));
+        assert_eq!(activity.last_received(), Some(at(300)), "the first");
+        activity.data_received(at(1_299));
+        assert_eq!(activity.last_received(), Some(at(300)), "within the pause");
+        activity.data_received(at(1_300));
+        assert_eq!(activity.last_received(), Some(at(1_300)));
+        activity.control_received(at(1_400));
+        assert_eq!(activity.last_received(), Some(at(1_400)));
+        activity.control_received(at(1_350));
         assert_eq!(
-            activity.last_heard(),
+            activity.last_received(),
             Some(at(1_400)),
             "a later one was first"
         );
         assert_eq!(
-            (activity.last_carried(), activity.last_sent()),
+            (activity.last_data_sent(), activity.last_sent()),
             (None, None)
         );
-        activity.spoke(at(0));
+        activity.control_sent(at(0));
         assert_eq!(activity.last_sent(), Some(at(0)));
     }
 }

@@ -27,13 +27,9 @@ impl SessionIndexes {
     }
 
     /// How many are in use.
-    pub fn len(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
-    }
-
-    /// Whether none is in use.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 

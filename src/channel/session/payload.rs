@@ -1,4 +1,4 @@
-//! The encrypted payloads of the two handshake messages (`contrib/protocol.md`, section 3).
+//! The encrypted payloads of the two handshake messages (`contrib/protocol.md`, section 2).
 //!
 //! Owns the bytes of both. `tunnel` decides what they mean.
 

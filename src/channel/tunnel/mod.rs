@@ -50,7 +50,7 @@ use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
 };
 use crate::model::drops::DropReason;
-use crate::model::peer::{Endpoint, PeerId, Role};
+use crate::model::peer::{Endpoint, Role};
 
 mod announcement;
 mod config;
@@ -66,11 +66,7 @@ pub use messages::{Announcement, Deliver, MAX_MESSAGE};
 
 use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};
-use sessions::{Origin, Sending, Sessions};
-
-/// Most initiations of ours that wait for a response. Retries go out each second at first, so even
-/// a path with a round trip of four seconds ends in a session.
-const MAX_PENDING: usize = 4;
+use sessions::{MAX_PENDING, Origin, Sending, Sessions};
 
 /// How long an initiation waits for its response.
 const PENDING_LIFE: Duration = Duration::from_secs(10);
@@ -179,11 +175,6 @@ impl Tunnel {
 
     // What the daemon shows.
 
-    /// Whose tunnel it is.
-    pub fn peer(&self) -> PeerId {
-        self.config.peer
-    }
-
     /// This side's role.
     pub fn role(&self) -> Role {
         self.config.role
@@ -245,7 +236,7 @@ impl Tunnel {
     /// A lane opened a datagram of `session` that was the first on it, or the newest of its lane
     /// with another source than [`Event::Endpoint`] last said.
     pub fn session_heard(&mut self, now: Instant, session: &Session, from: Endpoint) {
-        self.activity.answered(now);
+        self.activity.control_received(now);
         let Some(agreed) = self.sessions.get(session.index()) else {
             return;
         };
@@ -268,7 +259,7 @@ impl Tunnel {
         session: &Session,
         plaintext: &[u8],
     ) -> Result<(), DropReason> {
-        self.activity.answered(now);
+        self.activity.control_received(now);
         let agreed = self.sessions.get(session.index());
         let peer_run = agreed.ok_or(DropReason::SessionUnknown)?.peer_run;
         self.heard(now, session.index());
@@ -605,7 +596,7 @@ impl Tunnel {
         };
         // This one was answered; the others that we sent in the meantime need no response.
         self.pending.clear();
-        self.activity.answered(now);
+        self.activity.control_received(now);
         self.learn(now, from);
         // A peer that chooses a cipher that was not offered is refused like one that chooses none.
         let cipher = payload
@@ -753,7 +744,7 @@ impl Tunnel {
     fn silence_since(&self) -> Instant {
         let current = self.sessions.current();
         let created = current.map(|current| current.session.created());
-        let heard = self.activity.last_heard();
+        let heard = self.activity.last_received();
         heard.max(created).unwrap_or(self.next_attempt)
     }
 
@@ -819,9 +810,9 @@ impl Tunnel {
     }
 
     fn send_probe(&mut self, now: Instant) {
-        let heard = self.activity.last_heard();
+        let heard = self.activity.last_received();
         let mut probe = None;
-        let carried = self.activity.last_carried();
+        let carried = self.activity.last_data_sent();
         self.discover(|mtu| probe = mtu.poll(now, heard, carried));
         if let (Some(size), Some(session)) = (probe, self.session().map(Arc::clone)) {
             self.send_sealed(
@@ -873,7 +864,7 @@ impl Tunnel {
         padded_to: usize,
     ) {
         // Even if sending fails: the pace of attempts is the same.
-        self.activity.spoke(now);
+        self.activity.control_sent(now);
         let (Some(to), Some(sealer)) = (self.endpoint(), session.sealer(CONTROL_LANE)) else {
             return;
         };

@@ -7,9 +7,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Event, MAX_PENDING};
+use super::event::Event;
 use crate::channel::session::{Session, SessionSpec};
 use crate::model::peer::Role;
+
+/// Most initiations of ours that wait for a response. Retries go out each second at first, so even
+/// a path with a round trip of four seconds ends in a session.
+pub(super) const MAX_PENDING: usize = 4;
 
 /// Most sessions that we granted and on which nothing was heard yet: more than the peer can have
 /// pending.

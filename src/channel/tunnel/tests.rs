@@ -20,6 +20,7 @@ use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
 use crate::model::drops::Drops;
+use crate::model::peer::PeerId;
 use crate::testing::epoch;
 
 const OLD: usize = 0;
@@ -288,7 +289,7 @@ impl Pair {
         datagram[16..24].copy_from_slice(&id.to_le_bytes());
         let counter = sealer.reserve(1)?.next().unwrap();
         sealer.seal(counter, Flags::NONE, &mut datagram).unwrap();
-        session.activity().sent(self.now);
+        session.activity().data_sent(self.now);
         self.send(side, to, datagram);
         Some(id)
     }
@@ -506,7 +507,7 @@ fn receive(
                 .ok_or(DropReason::SessionUnknown)?;
             let session = Arc::clone(session);
             let opened = session.open(data, &mut bytes)?;
-            session.activity().heard(now);
+            session.activity().data_received(now);
             if opened.first || opened.newest && at.endpoint != Some(from) {
                 tunnel.session_heard(now, &session, from);
             }

@@ -2,10 +2,10 @@
 //!
 //! Owns the arithmetic alone. The tunnel finds out by probes what the path really carries.
 
-use crate::packet::IPV6_MIN_MTU;
 use std::net::SocketAddr;
 
 use crate::channel::wire::DATA_OVERHEAD;
+use crate::packet::IPV6_MIN_MTU;
 
 /// Smallest MTU an interface that carries IPv6 may have (RFC 8200 section 5).
 const MIN_MTU: u32 = IPV6_MIN_MTU as u32;

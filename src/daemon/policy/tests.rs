@@ -10,17 +10,10 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::testing::epoch;
 
 const OLD: PeerId = PeerId(0);
 const OTHER_OLD: PeerId = PeerId(1);
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a virtual clock has to begin somewhere"
-)]
-fn start() -> Instant {
-    Instant::now()
-}
 
 fn moves(text: &str) -> Vec<Move> {
     text.split_whitespace()
@@ -58,7 +51,7 @@ impl Machine {
             tun_mtu: 1_500,
             left: addresses(left),
         };
-        let now = start();
+        let now = epoch();
         let policy = Policy::new(role, rules, host, now);
         Self { policy, now }
     }

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Each kind knows how to find, make and undo its object, and what a person can do when the kernel
-//! refuses. [`Change`] only hands on to it. [`Host`](super::Host) owns the order of changes, and
+//! refuses. [`Change`] hands on to it; only what undoing restores is known here,
+//! since one kind alone restores anything. [`Host`](super::Host) owns the order of changes, and
 //! what happens when one fails.
 //!
 //! A new kind is a new file, a variant of [`Change`] and a line in `Change::kind`. Each kind goes

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! uplink ingress ── capture (moved addresses) ──┐           ┌──► uplink: clients
-//!                ── answers (borrowed ports) ───┴─► TUN ────┼──► uplink: new server
+//!                ── replies (borrowed ports) ───┴─► TUN ────┼──► uplink: new server
 //!                                                           └──► the host's own stack (bounced)
 //! ```
 //!
@@ -52,9 +52,9 @@ pub fn plan(
     ports: &RangeInclusive<u16>,
 ) -> Result<Vec<Desired>, PlanError> {
     let way = |link: &Link| -> Result<Way, PlanError> {
-        let answers = towards.iter().any(|end| end.link.index == link.index);
+        let replies = towards.iter().any(|end| end.link.index == link.index);
         Ok(Way {
-            captures: u32::from(link.index == uplink.index) + u32::from(answers),
+            captures: u32::from(link.index == uplink.index) + u32::from(replies),
             ifindex: link.index,
             l2_header: l2_header(link)?,
             mac: link.mac,
@@ -93,8 +93,8 @@ pub fn plan(
                 to: end.to,
             })
             .collect();
-        let answers = programs::answers(&pairs, ports, l2_header(link)?, tun.index)?;
-        let mut place = filter(netlink, link, Direction::Ingress, answers.name())?;
+        let replies = programs::replies(&pairs, ports, l2_header(link)?, tun.index)?;
+        let mut place = filter(netlink, link, Direction::Ingress, replies.name())?;
         // It stands beside the capture, which may have the same preference.
         if let Change::Filter(place) = &mut place
             && place.handle == FILTER_HANDLE
@@ -106,7 +106,7 @@ pub fn plan(
         } else if !desired.iter().any(|it| it.change == clsact(uplink)) {
             desired.push(Desired::lasting(clsact(uplink)));
         }
-        desired.push(Desired::lasting(place).program(answers.load()?));
+        desired.push(Desired::lasting(place).program(replies.load()?));
     }
     if !desired.iter().any(|it| it.change == clsact(uplink)) {
         desired.push(Desired::lasting(clsact(uplink)));

@@ -7,7 +7,7 @@
 //!                   └─ bounced: uplink ingress, past capture
 //!
 //!            old server alone, in mode `nat`
-//!   uplink ingress ── capture, answers ──► TUN
+//!   uplink ingress ── capture, replies ──► TUN
 //!   TUN ingress ── way_out ──► uplinks, or back into this host's own stack
 //! ```
 //!
@@ -25,8 +25,8 @@
 //!
 //! All packet reads go through `LD_ABS`/`LD_IND`, which reach into non-linear packets and let a
 //! packet pass that ends too early. A packet that does not concern a program costs a handful of
-//! loads and one comparison per moved address: 40 to 50 ns as BPF_PROG_TEST_RUN counts, on the
-//! machine of the design's measurements. A UDP packet on the new server costs 200 ns.
+//! loads and one comparison per moved address: 40 to 50 ns as BPF_PROG_TEST_RUN
+//! counts. A UDP packet on the new server costs 200 ns.
 //!
 //! Size: the programs compare at most [`MAX_MOVES`](crate::model::moved::MAX_MOVES) addresses one
 //! by one. The verifier gives up at 8,192 open branches, and after it has looked at a million
@@ -34,11 +34,11 @@
 //! 200,000 at most with the capabilities that the systemd unit leaves (without CAP_PERFMON it looks
 //! at more).
 
-mod answers;
 mod capture;
 mod flows;
 mod headers;
 mod phrases;
+mod replies;
 mod return_path;
 mod steer_egress;
 mod steer_ingress;
@@ -46,9 +46,9 @@ mod steer_ingress;
 mod testing;
 mod way_out;
 
-pub use answers::{Pair, answers};
 pub use capture::capture;
 pub use flows::FlowMaps;
+pub use replies::{Pair, replies};
 pub use return_path::return_path;
 pub use steer_egress::steer_egress;
 pub use steer_ingress::{Entrance, steer_ingress};
@@ -105,7 +105,7 @@ mod tests {
                 return_path(&moves, l2_header, 1),
                 steer_ingress(MARK, &maps, Some(entrance)),
                 steer_egress(&maps, l2_header, 1, 51820),
-                answers(&pairs, &(40960..=57343), l2_header, 1),
+                replies(&pairs, &(40960..=57343), l2_header, 1),
                 way_out(way, &[(to, way), (to6, way)], &[(own, way), (own6, way)]),
             ];
             programs.map(Result::unwrap).into_iter().zip(sizes)

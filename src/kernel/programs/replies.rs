@@ -54,7 +54,7 @@ pub struct Pair {
 ///
 /// # Errors
 /// If the program is too large.
-pub fn answers(
+pub fn replies(
     pairs: &[Pair],
     ports: &RangeInclusive<u16>,
     l2_header: u32,
@@ -72,7 +72,7 @@ pub fn answers(
             let next = a.label();
             a.load_packet(Size::W, l2_header + ipv4::DESTINATION);
             a.jump_if(R0, If::Ne, own.to_bits(), next);
-            answers_v4(a, l2_header, [own, to], ports, [redirect, pass]);
+            replies_v4(a, l2_header, [own, to], ports, [redirect, pass]);
             a.bind(next);
         }
     }
@@ -83,7 +83,7 @@ pub fn answers(
             let next = a.label();
             load_v6_destination(a, l2_header);
             jump_unless_v6_destination(a, own, next);
-            answers_v6(a, l2_header, [own, to], ports, [redirect, pass]);
+            replies_v6(a, l2_header, [own, to], ports, [redirect, pass]);
             a.bind(next);
         }
     }
@@ -95,7 +95,7 @@ pub fn answers(
 }
 
 /// Handles an IPv4 packet to the address of the pair.
-fn answers_v4(
+fn replies_v4(
     a: &mut Assembler,
     l2: u32,
     [own, to]: [Ipv4Addr; 2],
@@ -152,7 +152,7 @@ fn answers_v4(
 }
 
 /// Handles an IPv6 packet to the address of the pair.
-fn answers_v6(
+fn replies_v6(
     a: &mut Assembler,
     l2: u32,
     [own, to]: [Ipv6Addr; 2],
