@@ -305,7 +305,7 @@ struct Check {
 impl Check {
     fn build() -> Result<Box<dyn Work>> {
         Ok(Box::new(Self {
-            gate: Gate::new([whole(MOVED.0)].into(), Seed::new([1, 2])),
+            gate: Gate::new(&[whole(MOVED.0)], Seed::new([1, 2])),
             packet: tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?,
             now: Instant::now(),
         }))

@@ -244,7 +244,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
     if config.role == Role::Old {
         let gates = policy
             .peers()
-            .map(|peer| Gate::new(Arc::clone(policy.moves(peer)), entropy::seed()));
+            .map(|peer| Gate::new(policy.moves(peer), entropy::seed()));
         return Ok(Forwarder::Old(gates.collect()));
     }
     let entropy = entropy::system();

@@ -127,7 +127,7 @@ impl Nat {
             seed: config.port_seed,
         };
         Self {
-            gate: Gate::new(config.moves.into(), config.seed),
+            gate: Gate::new(&config.moves, config.seed),
             seed: config.seed,
             table: FlowTable::masquerading(config.seed, config.epoch, masquerade),
             limit: Limit::new(config.max_flows),

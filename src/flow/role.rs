@@ -277,8 +277,8 @@ mod tests {
     /// The old server, each of whose peers has been given these moves.
     fn old(moves: &[&[&str]]) -> Forwarder {
         let gate = |moves: &&[&str]| {
-            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
-            Gate::new(moves, Seed::new([1, 2]))
+            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
+            Gate::new(&moves, Seed::new([1, 2]))
         };
         Forwarder::Old(moves.iter().map(gate).collect())
     }

@@ -266,8 +266,8 @@ mod tests {
     const LINK_MTU: usize = 1_200;
 
     fn old() -> Forwarder {
-        let moves = [MOVED.parse().unwrap()].into();
-        Forwarder::Old(vec![Gate::new(moves, Seed::new([1, 2]))])
+        let moves = [MOVED.parse().unwrap()];
+        Forwarder::Old(vec![Gate::new(&moves, Seed::new([1, 2]))])
     }
 
     fn new() -> Forwarder {

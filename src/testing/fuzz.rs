@@ -295,7 +295,7 @@ fn servers() -> (Gate, Translator, Instant) {
         ..Delivery::default()
     };
     translator.set_delivery(PeerId(0), delivery).unwrap();
-    (Gate::new(moves.into(), Seed::new([1, 2])), translator, now)
+    (Gate::new(&moves, Seed::new([1, 2])), translator, now)
 }
 
 /// Parts of packets in any order. Three bytes of each say what it is.
