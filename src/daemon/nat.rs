@@ -16,7 +16,7 @@ use tracing::info;
 use super::report;
 use super::service::{
     DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, failed, input,
-    notify_ready, notify_stopping, system, undo, warn_of_left,
+    notify_ready, notify_stopping, system, undo, warn_of_left, warn_of_unread,
 };
 use super::setup::{find_uplink, raise_tun};
 use super::status_socket;
@@ -69,6 +69,7 @@ impl Ready {
     fn new(settings: &NatSettings, runtime_dir: &Path) -> Result<Self> {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
+        warn_of_unread(&host);
         if netlink
             .link_by_name(&settings.tun)
             .map_err(system)?

@@ -217,6 +217,13 @@ impl Repairer {
     }
 }
 
+/// Warns of what was not understood of an earlier run's journal.
+pub(super) fn warn_of_unread(host: &Host) {
+    for note in &host.unread().notes {
+        warn!("{note}");
+    }
+}
+
 /// Warns of what an earlier run left and could not undo.
 pub(super) fn warn_of_left(report: &Report) {
     for Failure { change, reason } in &report.left {
