@@ -177,7 +177,7 @@ fn ended(error: DaemonError) -> Failure {
             DaemonError::Input(_) => BAD_INPUT,
             DaemonError::System(_) => SYSTEM,
             DaemonError::Running(_) => OTHER_DAEMON,
-            DaemonError::Failed(_) => FAILED,
+            DaemonError::Failed(_) | DaemonError::Crashed(_) => FAILED,
         },
         message: error.to_string(),
     }
