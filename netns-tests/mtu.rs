@@ -7,11 +7,12 @@
 //! ```
 
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use ipmoved::internals::Role;
-use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6};
+use ipmoved::internals::{DEFAULT_PORT, Role};
+use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, ROUTER_NEW, UPLINK};
 use ipmoved::lab::{
     DaemonSetup, Lab, LabError, RawSocket, Service, UdpService, Wire, packets, poll_until, raw,
 };
@@ -389,4 +390,28 @@ fn an_ipv6_path_below_the_least_ipv6_mtu_still_carries_it() -> Result {
     lab.client()
         .udp((MOVED6, 53), &[b'6'; 1_280 - 48])
         .map(drop)
+}
+
+#[test]
+fn the_route_to_the_peer_may_be_there_for_the_tunnels_port_alone() -> Result {
+    let lab = Lab::new()?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let setup = setup(&lab)?.args(Role::New, &["--uplink", UPLINK]);
+    // Whoever asks for a route without naming the port is told that there is none.
+    for line in [
+        "route del default".to_owned(),
+        "route add unreachable default".to_owned(),
+        format!("route add default via {ROUTER_NEW} dev {UPLINK} table 99"),
+        format!("rule add ipproto udp dport {DEFAULT_PORT} lookup 99"),
+    ] {
+        let mut ip = Command::new("ip");
+        ip.args(line.split(' '));
+        let said = lab.new_server().output(ip, PATIENCE)?;
+        assert!(said.status.success(), "ip {line}: {said:?}");
+    }
+    let _daemons = setup.start_both()?;
+    lab.client().get(MOVED)?.is_answered_by(NEW)?;
+    lab.client().download(MOVED, MEGABYTE)?;
+    // 1,200 bytes of a datagram fit every path; 32 are the tunnel's.
+    mtu(&setup, Role::New, |mtu| mtu == 1_168).map(drop)
 }

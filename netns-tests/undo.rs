@@ -6,13 +6,15 @@
 //!                          └── new server   (snapshot before and after)
 //! ```
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::daemon::STOP_TIMEOUT;
 use ipmoved::lab::topology::{MOVED, NEW};
-use ipmoved::lab::{Daemons, Lab, Service, Snapshot, poll_until};
+use ipmoved::lab::{Daemons, Lab, LabError, Service, Snapshot, poll_until};
 use rustix::process::Signal;
 
 use crate::stage::{MEGABYTE, Result, setup};
@@ -81,6 +83,77 @@ fn after_sigkill_the_next_start_undoes_what_was_left() -> Result {
         daemons.new.kill()?;
         setup(lab)?.start_both()?.terminate()
     })
+}
+
+#[test]
+fn cleanup_writes_nothing_that_a_journal_names_outside_of_net() -> Result {
+    // Whoever took the daemon over wrote this: the file is to get the value "0".
+    edited(1, |file| {
+        format!(r#"{{"change":"sysctl","path":{file:?},"from":"0","to":"1"}},"#)
+    })
+}
+
+#[test]
+fn cleanup_undoes_what_it_knows_of_a_newer_journal() -> Result {
+    edited(2, |_| {
+        r#"{"change":"nft_table","name":"x","on":{"index":1,"name":"lo"}},"#.to_owned()
+    })
+}
+
+/// Puts an entry into the journal of a killed daemon, as if of this version, and cleans up.
+fn edited(version: u32, entry: impl FnOnce(&Path) -> String) -> Result {
+    undone(|lab, daemons| {
+        let file = lab.dir().join("somebodys");
+        fs::write(&file, "1\n").map_err(failed)?;
+        daemons.old.terminate()?;
+        daemons.new.kill()?;
+        let journal = journal(&lab.dir().join("run"))?;
+        let text = fs::read_to_string(&journal).map_err(failed)?;
+        let text = text
+            .replace(
+                r#""changes": ["#,
+                &format!(r#""changes": [{}"#, entry(&file)),
+            )
+            .replace(r#""version": 1"#, &format!(r#""version": {version}"#));
+        fs::write(&journal, &text).map_err(failed)?;
+        let said = setup(lab)?.run(Role::New, &["cleanup"])?;
+        assert_eq!(fs::read_to_string(&file).map_err(failed)?, "1\n");
+        assert_eq!(
+            said.status.code(),
+            Some(1),
+            "something was skipped: {said:?}"
+        );
+        assert!(
+            said.stdout
+                .contains("undone: sysctl net.ipv4.tcp_fwmark_accept")
+        );
+        let of_another = format!("the journal is of version {version}");
+        assert_eq!(said.stderr.contains(&of_another), version != 1, "{said:?}");
+        for line in [
+            "entry 1 of the journal is skipped",
+            "journal is kept as journal.aside",
+        ] {
+            assert!(said.stderr.contains(line), "{said:?}");
+        }
+        let aside = journal.with_file_name("journal.aside");
+        assert_eq!(fs::read_to_string(aside).map_err(failed)?, text);
+        let again = setup(lab)?.run(Role::New, &["cleanup"])?;
+        assert!(again.status.success(), "a second time: {again:?}");
+        Ok(())
+    })
+}
+
+/// The only journal below a directory of run-time files.
+fn journal(run: &Path) -> Result<PathBuf> {
+    let dirs = fs::read_dir(run).map_err(failed)?;
+    let mut journals = dirs.filter_map(|dir| Some(dir.ok()?.path().join("journal")));
+    journals
+        .find(|path| path.exists())
+        .ok_or_else(|| LabError::unexpected("there is no journal"))
+}
+
+fn failed(error: std::io::Error) -> LabError {
+    LabError::unexpected(error.to_string())
 }
 
 #[test]

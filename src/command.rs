@@ -24,7 +24,7 @@ use crate::daemon::confine;
 use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError};
 use crate::io::entropy;
-use crate::kernel::{Host, HostError, RuntimeDirError, namespace_dir};
+use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError, namespace_dir};
 use crate::lab::{DemoError, LabError};
 use crate::model::runtime::STATUS_SOCKET;
 use crate::settings::args::{Cli, Command, LogFormat, NatArgs, RunArgs};
@@ -177,7 +177,7 @@ fn ended(error: DaemonError) -> Failure {
             DaemonError::Input(_) => BAD_INPUT,
             DaemonError::System(_) => SYSTEM,
             DaemonError::Running(_) => OTHER_DAEMON,
-            DaemonError::Failed(_) => FAILED,
+            DaemonError::Failed(_) | DaemonError::Crashed(_) => FAILED,
         },
         message: error.to_string(),
     }
@@ -223,7 +223,7 @@ fn show_status(json: bool) -> Result<(), Failure> {
 }
 
 fn cleanup() -> Result<(), Failure> {
-    let report = Host::cleanup(&config::runtime_dir()).map_err(|error| {
+    let Cleanup { report, unread } = Host::cleanup(&config::runtime_dir()).map_err(|error| {
         let code = match &error {
             HostError::RuntimeDir(RuntimeDirError::Locked { .. }) => OTHER_DAEMON,
             HostError::RuntimeDir(_)
@@ -233,13 +233,21 @@ fn cleanup() -> Result<(), Failure> {
         };
         Failure::new(code, error)
     })?;
-    if report.undone.is_empty() && report.left.is_empty() {
+    let is_nothing = report.undone.is_empty() && report.left.is_empty();
+    if is_nothing && unread.notes.is_empty() {
         return print("nothing was left to clean up\n");
     }
     for change in report.undone {
         print(&format!("undone: {change}\n"))?;
     }
+    for note in &unread.notes {
+        eprintln!("ipmoved: {note}");
+    }
     match report.left.first() {
+        None if unread.is_incomplete => Err(Failure::new(
+            FAILED,
+            "not everything that an earlier ipmoved left could be undone, as said above",
+        )),
         None => Ok(()),
         Some(failure) => Err(Failure::new(
             FAILED,

@@ -24,8 +24,8 @@ use super::policy::{
 };
 use super::report;
 use super::service::{
-    Cause, REPAIR_EVERY, Repairer, Result, Signals, Threads, failed, notify_ready, notify_status,
-    notify_stopping, undo,
+    Cause, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, end, failed,
+    notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
 use super::status_socket;
@@ -41,7 +41,7 @@ use crate::io::udp::UdpSocket;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
-use crate::lane::{BusyLanes, Lane, LaneParts, ToControl, Waiting};
+use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::Drops;
 use crate::model::peer::{PeerId, Role};
 use crate::model::status::{Offloads, Status};
@@ -57,14 +57,14 @@ const PATH_EVERY: Duration = Duration::from_secs(1);
 /// How often to list this server's addresses, in case some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
-/// Carries packets until a signal, then undoes everything, whatever went wrong.
+/// Carries packets until a signal, then undoes everything, unless a thread crashed.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
     let Ready { mut host, tools } = ready;
     let mut lanes = Threads::default();
     let result = carry(config, tools, &mut host, &mut lanes).await;
-    let undone = undo(&mut host);
+    let result = end(result, &mut host);
     lanes.stop();
-    result.and(undone)
+    result
 }
 
 /// Carries packets until a signal, then says goodbye.
@@ -181,7 +181,7 @@ async fn carry(
     control.announce_start(config.warnings);
     notify_ready(&control.summary());
     let result = control
-        .serve(&mut signals, &mut from_lanes, &mut names, &status)
+        .serve(&mut signals, lanes, &mut from_lanes, &mut names, &status)
         .await;
     notify_stopping();
     control.close();
@@ -298,6 +298,7 @@ impl Control<'_> {
     async fn serve(
         &mut self,
         signals: &mut Signals,
+        lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
         status: &UnixListener,
@@ -309,10 +310,8 @@ impl Control<'_> {
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
                 () = signals.recv() => return Ok(()),
-                message = from_lanes.recv() => match message {
-                    Some(message) => self.handle(Instant::now(), message)?,
-                    None => return Err(failed("all lanes have ended")),
-                },
+                crash = lanes.crashed() => return Err(crash),
+                Some(message) = from_lanes.recv() => self.handle(Instant::now(), message)?,
                 Some((peer, found)) = names.recv() => {
                     self.see(Instant::now(), Input::LookedUp(peer, found));
                 }
@@ -362,6 +361,9 @@ impl Control<'_> {
                 let tunnel = &mut self.tunnels[index(session.peer())];
                 tunnel.session_heard(now, &session, endpoint);
                 return Ok(());
+            }
+            ToControl::Failed(what @ LaneError::HelperCrashed) => {
+                return Err(DaemonError::Crashed(what.into()));
             }
             ToControl::Failed(what) => return Err(failed(what)),
         };

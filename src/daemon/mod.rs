@@ -44,7 +44,7 @@ pub use service::DaemonError;
 /// Runs until a signal ends it, and undoes everything then.
 ///
 /// # Errors
-/// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
+/// See [`DaemonError`]; kernel changes of this run are undone, unless a thread crashed.
 pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
     service::block_on(async {
         let ready = setup::Ready::new(&config, runtime_dir)?;

@@ -15,8 +15,8 @@ use tracing::info;
 
 use super::report;
 use super::service::{
-    DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, failed, input,
-    notify_ready, notify_stopping, system, undo, warn_of_left,
+    DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed, input,
+    notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
 };
 use super::setup::{find_uplink, raise_tun};
 use super::status_socket;
@@ -35,7 +35,7 @@ use crate::settings::config::NatSettings;
 /// Runs until a signal ends it, and undoes everything then.
 ///
 /// # Errors
-/// See [`DaemonError`]; whatever it is, kernel changes of this run are undone.
+/// See [`DaemonError`]; kernel changes of this run are undone, unless a thread crashed.
 pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError> {
     block_on(async {
         let Ready { mut host, tools } = Ready::new(&settings, runtime_dir)?;
@@ -43,9 +43,9 @@ pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError>
         confine::drop_privileges();
         let mut threads = Threads::default();
         let result = carry(settings, tools, &mut host, &mut threads).await;
-        let undone = undo(&mut host);
+        let result = end(result, &mut host);
         threads.stop();
-        result.and(undone)
+        result
     })
 }
 
@@ -69,6 +69,7 @@ impl Ready {
     fn new(settings: &NatSettings, runtime_dir: &Path) -> Result<Self> {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
+        warn_of_unread(&host);
         if netlink
             .link_by_name(&settings.tun)
             .map_err(system)?
@@ -215,6 +216,7 @@ async fn carry(
     let result = loop {
         tokio::select! {
             () = signals.recv() => break Ok(()),
+            crash = threads.crashed() => break Err(crash),
             Some(error) = ended.recv() => break Err(failed(error)),
             connection = status.accept() => status_socket::send_status(connection, || {
                 let daemon = report::Daemon {

@@ -4,15 +4,18 @@
 //!
 //! Owns no decision and no packet. `control` (the tunnel) and `nat` both use it.
 
+use std::any::Any;
 use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use super::warnings::Warnings;
@@ -40,6 +43,10 @@ pub enum DaemonError {
     /// Something broke while it ran.
     #[error(transparent)]
     Failed(Cause),
+    /// One of its threads crashed. The kernel is left as it is, as after a kill: the next start goes
+    /// on from there, and meanwhile nothing resets what is established.
+    #[error("{0}; the next start goes on from here, and `ipmoved cleanup` undoes what is left")]
+    Crashed(Cause),
 }
 
 pub(super) type Result<T, E = DaemonError> = std::result::Result<T, E>;
@@ -153,10 +160,44 @@ fn notify(states: &[NotifyState<'_>]) {
 }
 
 /// The threads that carry packets, each with a descriptor that tells it to stop.
-#[derive(Default)]
 pub(super) struct Threads {
     running: Vec<JoinHandle<()>>,
     stops: Vec<OwnedFd>,
+    crashes: mpsc::Receiver<Crash>,
+    tell: mpsc::Sender<Crash>,
+}
+
+/// A thread panicked. Nobody carries its share of the packets any more, while the kernel goes on
+/// to give them to it, so the daemon ends; the service manager starts it again.
+#[derive(Debug, thiserror::Error)]
+#[error("thread {thread} crashed, which is a bug of ipmoved: {cause}")]
+struct Crash {
+    thread: String,
+    cause: String,
+}
+
+impl Crash {
+    fn new(thread: String, cause: &(dyn Any + Send)) -> Self {
+        let text = cause.downcast_ref::<&str>().copied();
+        let text = text.or_else(|| cause.downcast_ref::<String>().map(String::as_str));
+        Self {
+            thread,
+            cause: text.unwrap_or("it did not say why").to_owned(),
+        }
+    }
+}
+
+impl Default for Threads {
+    fn default() -> Self {
+        // The first crash ends the daemon, so the others need no place.
+        let (tell, crashes) = mpsc::channel(1);
+        Self {
+            running: Vec::new(),
+            stops: Vec::new(),
+            crashes,
+            tell,
+        }
+    }
 }
 
 impl Threads {
@@ -168,24 +209,41 @@ impl Threads {
     ) -> Result<()> {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(failed)?;
         let told = stop.try_clone().map_err(failed)?;
-        let thread = std::thread::Builder::new().name(name);
-        self.running
-            .push(thread.spawn(move || run(told)).map_err(failed)?);
+        let thread = std::thread::Builder::new().name(name.clone());
+        let tell = self.tell.clone();
+        let watched = move || {
+            // Nothing of what it worked on is used again but what it shared under a lock, and the
+            // daemon is about to end.
+            if let Err(cause) = catch_unwind(AssertUnwindSafe(|| run(told))) {
+                let _ = tell.try_send(Crash::new(name, &*cause));
+            }
+        };
+        self.running.push(thread.spawn(watched).map_err(failed)?);
         self.stops.push(stop);
         Ok(())
     }
 
+    /// Waits for one to crash.
+    pub(super) async fn crashed(&mut self) -> DaemonError {
+        match self.crashes.recv().await {
+            Some(crash) => DaemonError::Crashed(crash.into()),
+            // It cannot be: we hold the other end ourselves.
+            None => std::future::pending().await,
+        }
+    }
+
     /// Stops all of them, and waits until they have.
-    pub(super) fn stop(self) {
+    pub(super) fn stop(mut self) {
         for stop in &self.stops {
             if let Err(error) = rustix::io::write(stop, &1u64.to_ne_bytes()) {
                 warn!(%error, "cannot stop a lane");
             }
         }
         for thread in self.running {
-            if thread.join().is_err() {
-                warn!("a lane had crashed");
-            }
+            let _ = thread.join();
+        }
+        if let Ok(crash) = self.crashes.try_recv() {
+            warn!("{crash}");
         }
     }
 }
@@ -217,6 +275,13 @@ impl Repairer {
     }
 }
 
+/// Warns of what was not understood of an earlier run's journal.
+pub(super) fn warn_of_unread(host: &Host) {
+    for note in &host.unread().notes {
+        warn!("{note}");
+    }
+}
+
 /// Warns of what an earlier run left and could not undo.
 pub(super) fn warn_of_left(report: &Report) {
     for Failure { change, reason } in &report.left {
@@ -224,8 +289,20 @@ pub(super) fn warn_of_left(report: &Report) {
     }
 }
 
+/// Undoes every kernel change at the daemon's end, unless a thread crashed.
+///
+/// # Errors
+/// Why the daemon ends, or else what could not be undone.
+pub(super) fn end(result: Result<()>, host: &mut Host) -> Result<()> {
+    if let Err(DaemonError::Crashed(_)) = result {
+        return result;
+    }
+    let undone = undo(host);
+    result.and(undone)
+}
+
 /// Undoes every kernel change.
-pub(super) fn undo(host: &mut Host) -> Result<()> {
+fn undo(host: &mut Host) -> Result<()> {
     let left = host.undo_all().map_err(failed)?.left;
     if left.is_empty() {
         return Ok(());
@@ -264,6 +341,40 @@ mod tests {
         assert!(matches!(exists, DaemonError::Input(_)), "{exists:?}");
         let denied = DaemonError::from(TunError::Permission("ipmoved0".into()));
         assert!(matches!(denied, DaemonError::System(_)), "{denied:?}");
+    }
+
+    /// Runs until told to stop.
+    fn until_told(stop: OwnedFd) {
+        let _ = rustix::io::read(&stop, &mut [0; 8]);
+    }
+
+    #[test]
+    fn a_thread_that_crashes_is_told_whichever_it_is() {
+        for crashes in 0..3u8 {
+            let result: Result<()> = block_on(async {
+                let mut threads = Threads::default();
+                for number in 0..3u8 {
+                    let run = move |stop| {
+                        assert!(number != crashes, "{number} as the test wants it");
+                        until_told(stop);
+                    };
+                    threads.start(format!("test-{number}"), run).unwrap();
+                }
+                let patience = Duration::from_secs(5);
+                let error = tokio::time::timeout(patience, threads.crashed()).await;
+                threads.stop();
+                Err(error.expect("told"))
+            });
+            let error = result.unwrap_err();
+            assert!(matches!(error, DaemonError::Crashed(_)), "{error:?}");
+            let text = error.to_string();
+            let says = format!("thread test-{crashes} crashed");
+            assert!(text.starts_with(&says), "{text}");
+            assert!(
+                text.contains(&format!(": {crashes} as the test wants it; ")),
+                "{text}"
+            );
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use tracing::warn;
 
-use super::service::{Result, Signals, cannot, input, system, warn_of_left};
+use super::service::{Result, Signals, cannot, input, system, warn_of_left, warn_of_unread};
 use super::status_socket;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
@@ -59,6 +59,7 @@ impl Ready {
     pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self> {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
+        warn_of_unread(&host);
         let endpoints = config
             .peers
             .iter()

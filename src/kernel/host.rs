@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use super::change::{Change, ChangeError, Means, Presence, Undone};
-use super::journal::{Journal, JournalError};
+use super::journal::{Journal, JournalError, Unread};
 use super::netlink::{Netlink, NetlinkError};
 use super::runtime_dir::{RuntimeDir, RuntimeDirError};
 
@@ -88,6 +88,15 @@ pub struct Report {
     pub left: Vec<Failure>,
 }
 
+/// The result of cleaning up.
+#[derive(Debug)]
+pub struct Cleanup {
+    /// What was recorded, and was or was not undone.
+    pub report: Report,
+    /// What was not understood of the journal.
+    pub unread: Unread,
+}
+
 /// The changes that others had taken away.
 #[derive(Debug, Default)]
 pub struct Repairs {
@@ -127,6 +136,8 @@ pub struct Host {
     journal: Journal,
     /// The changes in the journal, in the order in which they were made.
     made: Vec<Change>,
+    /// What was not understood of the journal.
+    unread: Unread,
     /// The latest request, so that [`Host::repair`] can make again what somebody takes away.
     wanted: Vec<Desired>,
 }
@@ -140,12 +151,13 @@ impl Host {
     /// If another daemon is in charge, or the journal cannot be used.
     pub fn open(base: &Path) -> Result<Self, HostError> {
         let dir = RuntimeDir::open(base)?;
-        let (journal, made) = Journal::open(&dir)?;
+        let (journal, made, unread) = Journal::open(&dir)?;
         Ok(Self {
             netlink: Netlink::new()?,
             dir,
             journal,
             made,
+            unread,
             wanted: Vec::new(),
         })
     }
@@ -154,8 +166,16 @@ impl Host {
     ///
     /// # Errors
     /// If a daemon is in charge, or the journal cannot be used.
-    pub fn cleanup(base: &Path) -> Result<Report, HostError> {
-        Self::open(base)?.undo_all()
+    pub fn cleanup(base: &Path) -> Result<Cleanup, HostError> {
+        let mut host = Self::open(base)?;
+        let report = host.undo_all()?;
+        let unread = std::mem::take(&mut host.unread);
+        Ok(Cleanup { report, unread })
+    }
+
+    /// What was not understood of a killed predecessor's journal.
+    pub fn unread(&self) -> &Unread {
+        &self.unread
     }
 
     /// For questions only. Changes go through [`Host`].
@@ -484,6 +504,9 @@ mod tests {
                 let tun = stage.tun();
                 let mut host = stage.host();
                 host.reconcile(plan(&stage, &tun)).unwrap();
+                for change in host.made() {
+                    assert_eq!(change.check(), Ok(()), "the next start undoes it");
+                }
                 assert_ne!(snapshot(&stage.netlink), before);
                 let report = host.undo_all().unwrap();
                 assert!(report.left.is_empty(), "{report:?}");
@@ -542,7 +565,7 @@ mod tests {
             assert_eq!(host.made().len(), 2);
             drop(host);
             drop(second);
-            let report = Host::cleanup(&stage.scratch.0).unwrap();
+            let report = Host::cleanup(&stage.scratch.0).unwrap().report;
             assert_eq!(report.undone.len(), 2);
             assert_eq!(snapshot(&stage.netlink), before);
             assert!(!stage.scratch.0.exists());

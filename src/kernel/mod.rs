@@ -32,6 +32,6 @@ mod runtime_dir;
 mod testing;
 
 pub use change::Change;
-pub use host::{Desired, Failure, Host, HostError, Repairs, Report};
+pub use host::{Cleanup, Desired, Failure, Host, HostError, Repairs, Report};
 pub use plan::{capture, keep, masquerade, steer};
 pub use runtime_dir::{RuntimeDirError, namespace_dir};

@@ -7,6 +7,7 @@
 //! /run/ipmoved/net-4026531833/   one directory per network namespace, by its inode
 //!     lock                       held with flock(2) while a daemon lives; contains its pid
 //!     journal                    see `journal`
+//!     journal.aside              a journal that was not understood whole, for a person to read
 //!     status.sock                where `ipmoved status` asks; the daemon owns it
 //! ```
 
@@ -153,10 +154,12 @@ fn private_dir(dir: &Path) -> Result<(), RuntimeDirError> {
     }
 }
 
-/// Options for opening a file that only root may read.
+/// Options for opening a file that only root may read. A link in its place is not followed: a
+/// daemon that was taken over could lead whoever cleans up after it to any file.
 pub(super) fn private_file() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).mode(0o600);
+    options.custom_flags(libc::O_NOFOLLOW);
     options
 }
 

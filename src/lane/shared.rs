@@ -15,7 +15,9 @@ use arc_swap::ArcSwap;
 use rustix::event::Timespec;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Session};
+use crate::channel::wire::DATA_OVERHEAD;
 use crate::flow::role::{Forwarder, Hop};
 use crate::io::tun::TunQueue;
 use crate::io::udp::UdpSocket;
@@ -139,14 +141,26 @@ impl LaneView {
 }
 
 /// How a peer is reached at one moment.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct PeerView {
     /// The session to seal on; `None` while the peer has proved none.
     pub session: Option<Arc<Session>>,
     /// Where to send to.
     pub endpoint: Option<Endpoint>,
-    /// Largest plaintext of one datagram, in bytes: the tunnel MTU.
+    /// Largest plaintext of one datagram, in bytes: the tunnel MTU. It is never 0.
     pub mtu: usize,
+}
+
+impl Default for PeerView {
+    /// A peer that is not reached yet, with the MTU that holds until the path is known: the kernel
+    /// may never find the route that the datagrams take, if a rule chooses it by their port.
+    fn default() -> Self {
+        Self {
+            session: None,
+            endpoint: None,
+            mtu: usize::from(pmtu::BASE) - DATA_OVERHEAD,
+        }
+    }
 }
 
 impl PeerView {

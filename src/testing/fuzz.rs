@@ -25,6 +25,8 @@ use crate::flow::routes::Delivery;
 use crate::flow::seed::Seed;
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
+use crate::kernel::Change;
+use crate::kernel::journal::understand;
 use crate::model::moved::Move;
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::packet::coalesce::{Coalescer, Push, Reach};
@@ -44,7 +46,7 @@ const MOVED_PORT: &str = "[2001:db8::5]:80/tcp";
 pub type Target = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("datagram", datagram),
     ("handshake", handshake),
     ("control", control),
@@ -53,6 +55,7 @@ pub const TARGETS: [(&str, Target); 8] = [
     ("coalesce", coalesce),
     ("moved", moved),
     ("settings", settings),
+    ("journal", journal),
 ];
 
 /// A new server's tunnel that has a session with an old one's.
@@ -468,6 +471,26 @@ pub fn settings(bytes: &[u8]) {
     }
 }
 
+/// A journal that anybody may have written.
+pub fn journal(bytes: &[u8]) {
+    let Ok(recorded) = understand(bytes) else {
+        return;
+    };
+    for change in &recorded.changes {
+        if let Change::Sysctl(sysctl) = change {
+            assert!(sysctl.path.starts_with("net/") && !sysctl.path.contains("/../"));
+        }
+    }
+    // What was understood is understood again, without a word.
+    let again = serde_json::json!({ "version": 1, "boot_id": "", "changes": recorded.changes });
+    let again = understand(&serde_json::to_vec(&again).unwrap()).unwrap();
+    assert_eq!((&again.changes, again.skipped), (&recorded.changes, 0));
+    assert!(again.notes.into_lines().is_empty());
+    let notes = recorded.notes.into_lines();
+    assert!(recorded.skipped == 0 || !notes.is_empty());
+    assert!(notes.len() <= 17 && notes.iter().all(|note| note.len() < 1_200));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -582,5 +605,10 @@ mod tests {
     #[test]
     fn configuration_files() {
         run(7);
+    }
+
+    #[test]
+    fn journals() {
+        run(8);
     }
 }

@@ -45,6 +45,10 @@ impl Kind for QuietAddress {
         format!("address {} {}", self.on.index, self.addr)
     }
 
+    fn check(&self) -> Result<(), String> {
+        self.on.check()
+    }
+
     /// An administrator may hold it as well.
     fn is_unmistakable(&self) -> bool {
         false

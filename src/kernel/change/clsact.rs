@@ -25,6 +25,10 @@ impl Kind for Clsact {
         format!("clsact {}", self.on.index)
     }
 
+    fn check(&self) -> Result<(), String> {
+        self.on.check()
+    }
+
     /// Others may have made it, for filters of their own.
     fn is_unmistakable(&self) -> bool {
         false

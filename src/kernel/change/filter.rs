@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
 use crate::kernel::netlink::{Direction, FilterSlot, Netlink};
+use crate::kernel::programs::NAME_PREFIX;
 
 /// `ETH_P_ALL`: the filter sees every protocol.
 const ALL_PROTOCOLS: u16 = libc::ETH_P_ALL as u16;
@@ -67,6 +68,17 @@ impl Kind for BpfFilter {
 
     fn place(&self) -> Option<(u16, u32)> {
         Some((self.priority, self.handle))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.on.check()?;
+        let name = self.program.strip_prefix(NAME_PREFIX);
+        let is_ours = |name: &str| name.bytes().all(|c| c.is_ascii_lowercase() || c == b'_');
+        if name.is_some_and(is_ours) {
+            Ok(())
+        } else {
+            Err(format!("{:?} is no program of ipmoved", self.program))
+        }
     }
 
     fn is_unmistakable(&self) -> bool {

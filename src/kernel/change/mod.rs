@@ -60,6 +60,24 @@ impl From<&Link> for Interface {
     }
 }
 
+impl Interface {
+    fn check(&self) -> Result<(), String> {
+        if is_interface_name(&self.name) {
+            Ok(())
+        } else {
+            Err(format!("{:?} is no name of an interface", self.name))
+        }
+    }
+}
+
+/// Whether the kernel would take it as the name of an interface (`dev_valid_name`).
+fn is_interface_name(name: &str) -> bool {
+    let refused = |c: u8| matches!(c, b'/' | b':' | b' ' | b'\t'..=b'\r' | 0xa0 | 0);
+    (1..libc::IFNAMSIZ).contains(&name.len())
+        && !matches!(name, "." | "..")
+        && !name.bytes().any(refused)
+}
+
 /// One change to the kernel's state.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "change", rename_all = "snake_case")]
@@ -89,6 +107,15 @@ impl Change {
             Self::Sysctl(change) => change,
             Self::Address(change) => change,
         }
+    }
+
+    /// Whether a daemon can have made this change. What a journal says may have been written by
+    /// anybody who took the daemon over; undoing must not lead further than making did.
+    ///
+    /// # Errors
+    /// Why not. The text quotes what the journal says, escaped.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.kind().check()
     }
 
     /// Whether both concern the same object, perhaps with other values.
@@ -177,6 +204,9 @@ impl fmt::Display for Change {
 trait Kind: fmt::Display {
     /// Names the object, whatever its values.
     fn object(&self) -> String;
+
+    /// See [`Change::check`].
+    fn check(&self) -> Result<(), String>;
 
     /// Where the object stands, if there are several places for it.
     fn place(&self) -> Option<(u16, u32)> {

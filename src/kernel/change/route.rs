@@ -58,6 +58,10 @@ impl Kind for DefaultRoute {
         format!("route {self:?}")
     }
 
+    fn check(&self) -> Result<(), String> {
+        self.dev.as_ref().map_or(Ok(()), Interface::check)
+    }
+
     fn is_unmistakable(&self) -> bool {
         true
     }

@@ -8,8 +8,20 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::is_interface_name;
 use super::{ChangeError, Kind, Means, Presence, Undone};
 use crate::kernel::netlink::Netlink;
+
+/// The settings of a whole network namespace that this program changes.
+const OF_THE_NAMESPACE: [&str; 4] = [
+    "net/ipv4/fwmark_reflect",
+    "net/ipv6/fwmark_reflect",
+    "net/ipv4/ip_local_reserved_ports",
+    "net/ipv4/tcp_fwmark_accept",
+];
+
+/// The settings of one interface that this program changes.
+const OF_AN_INTERFACE: [&str; 3] = ["arp_announce", "arp_ignore", "src_valid_mark"];
 
 /// A setting and its value.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -38,6 +50,24 @@ impl fmt::Display for Sysctl {
 impl Kind for Sysctl {
     fn object(&self) -> String {
         format!("sysctl {}", self.path)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if !is_ours(&self.path) {
+            return Err(format!(
+                "{:?} is no setting that ipmoved changes",
+                self.path
+            ));
+        }
+        // Numbers, and lists of ports.
+        let is_value = |value: &&String| {
+            let mut chars = value.chars();
+            chars.all(|c| c.is_ascii_digit() || matches!(c, ',' | '-'))
+        };
+        match [&self.from, &self.to].into_iter().find(|it| !is_value(it)) {
+            Some(value) => Err(format!("{value:?} is no value of {:?}", self.path)),
+            None => Ok(()),
+        }
     }
 
     /// A value that is there already may be an administrator's.
@@ -81,14 +111,102 @@ impl Kind for Sysctl {
 
 /// The value of a setting, without the final newline.
 pub(in crate::kernel) fn read_sysctl(path: &str) -> io::Result<String> {
-    Ok(fs::read_to_string(file(path))?.trim_end().to_owned())
+    Ok(fs::read_to_string(file(path)?)?.trim_end().to_owned())
 }
 
 /// Writes a value with a newline: without it, an empty value would be no write at all.
 fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
-    fs::write(file(path), format!("{value}\n"))
+    fs::write(file(path)?, format!("{value}\n"))
 }
 
-fn file(path: &str) -> PathBuf {
-    Path::new("/proc/sys").join(path)
+/// The file of a setting. There is none outside `/proc/sys/net`, whoever asks.
+fn file(path: &str) -> io::Result<PathBuf> {
+    let mut parts = path.split('/');
+    if parts.next() != Some("net") || parts.any(|part| matches!(part, "" | "." | "..")) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{path:?} is not below net/"),
+        ));
+    }
+    Ok(Path::new("/proc/sys").join(path))
+}
+
+/// Whether this program changes the setting.
+fn is_ours(path: &str) -> bool {
+    if OF_THE_NAMESPACE.contains(&path) {
+        return true;
+    }
+    let parts = path.strip_prefix("net/ipv4/conf/");
+    parts
+        .and_then(|parts| parts.split_once('/'))
+        .is_some_and(|(interface, name)| {
+            // These two stand for no interface, but for many.
+            let is_one = !matches!(interface, "all" | "default");
+            is_one && is_interface_name(interface) && OF_AN_INTERFACE.contains(&name)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sysctl(path: &str, from: &str) -> Sysctl {
+        Sysctl {
+            path: path.into(),
+            from: from.into(),
+            to: "1".into(),
+        }
+    }
+
+    #[test]
+    fn only_settings_that_this_program_changes_are_taken_from_a_journal() {
+        for path in [
+            "net/ipv4/tcp_fwmark_accept",
+            "net/ipv6/fwmark_reflect",
+            "net/ipv4/conf/eth0.5/arp_ignore",
+            "net/ipv4/conf/fifteen.letters/src_valid_mark",
+        ] {
+            assert_eq!(sysctl(path, "0").check(), Ok(()), "{path}");
+        }
+        for path in [
+            "",
+            "/etc/environment",
+            "kernel/core_pattern",
+            "net/ipv4/ip_forward",
+            "net/../kernel/core_pattern",
+            "net/ipv4/conf/../ip_forward",
+            "net/ipv4/conf/../../../kernel/arp_ignore",
+            "net/ipv4/conf/all/arp_ignore",
+            "net/ipv4/conf/default/arp_ignore",
+            "net/ipv4/conf//arp_ignore",
+            "net/ipv4/conf/sixteen.letters_/arp_ignore",
+            "net/ipv4/conf/eth0/forwarding",
+            "net/ipv4/conf/eth0/arp_ignore/",
+            "/proc/sys/net/ipv4/tcp_fwmark_accept",
+        ] {
+            let refused = sysctl(path, "0").check().unwrap_err();
+            assert!(refused.contains(&format!("{path:?}")), "{refused}");
+        }
+        assert!(sysctl("net/ipv4/fwmark_reflect", "0\n1").check().is_err());
+    }
+
+    #[test]
+    fn nothing_outside_of_net_is_read_or_written() {
+        let file = std::env::temp_dir().join(format!("ipmoved-sysctl-{}", std::process::id()));
+        fs::write(&file, "1\n").unwrap();
+        let absolute = file.display().to_string();
+        let climbing = format!("net/../../..{absolute}");
+        for path in [
+            absolute.as_str(),
+            &climbing,
+            "kernel/osrelease",
+            "net//ipv4",
+        ] {
+            let error = read_sysctl(path).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{path}");
+            assert!(write_sysctl(path, "2").is_err(), "{path}");
+        }
+        assert_eq!(fs::read_to_string(&file).unwrap(), "1\n");
+        fs::remove_file(file).unwrap();
+    }
 }

@@ -158,6 +158,9 @@ mod tests {
                 host.reconcile_part(is_part, desired).unwrap();
             };
             keep(&mut host, &[MOVED.into()]);
+            for change in host.made() {
+                assert_eq!(change.check(), Ok(()), "the next start undoes it");
+            }
             let own = socket(MOVED);
             to_moved().unwrap();
             assert!(own.recv(&mut [0; 100]).is_err(), "ARP was answered");

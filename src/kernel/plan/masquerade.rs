@@ -253,6 +253,12 @@ mod tests {
             ("1-3,50000,60000", "1-3,40960-57343,60000"),
         ] {
             assert_eq!(with_reserved(before, &PORTS), after, "{before}");
+            let change = Change::Sysctl(Sysctl {
+                path: RESERVED.to_owned(),
+                from: before.to_owned(),
+                to: after.to_owned(),
+            });
+            assert_eq!(change.check(), Ok(()), "the next start undoes it");
         }
     }
 
