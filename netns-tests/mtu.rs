@@ -11,8 +11,10 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use ipmoved::internals::{DEFAULT_PORT, Role};
-use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, ROUTER_NEW, UPLINK};
+use ipmoved::internals::{DEFAULT_PORT, Netlink, Role};
+use ipmoved::lab::topology::{
+    CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, OLD, OLD6, ROUTER_NEW, UPLINK,
+};
 use ipmoved::lab::{
     DaemonSetup, Lab, LabError, RawSocket, Service, UdpService, Wire, packets, poll_until, raw,
 };
@@ -332,6 +334,136 @@ fn transfer_while(
         assert!(took < HELD_UP, "{took:?}");
         Ok(())
     })
+}
+
+/// An ICMP error that claims that a datagram of the tunnel from `at` to `peer` was too big. To make
+/// one takes no more than the servers' addresses.
+fn too_big(at: IpAddr, peer: IpAddr, mtu: u32) -> Vec<u8> {
+    let quoted = packets::udp((at, DEFAULT_PORT), (peer, DEFAULT_PORT), &[0; 64]);
+    let kind = if at.is_ipv4() { [3, 4] } else { [2, 0] };
+    let mut message = [&kind[..], &[0, 0], &mtu.to_be_bytes(), &quoted].concat();
+    if at.is_ipv4() {
+        let words = message
+            .chunks(2)
+            .map(|two| u16::from_be_bytes([two[0], two[1]]));
+        let sum: u32 = words.map(u32::from).sum();
+        let sum = (sum & 0xffff) + (sum >> 16);
+        let checksum = !((sum & 0xffff) + (sum >> 16)) as u16;
+        message[2..4].copy_from_slice(&checksum.to_be_bytes());
+    }
+    message
+}
+
+/// Waits until a server's kernel believes in an MTU of the path to its peer.
+fn is_believed(setup: &DaemonSetup<'_>, role: Role, peer: IpAddr, mtu: u32) -> Result {
+    let learned = || {
+        let answer = setup.host(role).run(|| {
+            let netlink =
+                Netlink::new().map_err(|error| LabError::unexpected(error.to_string()))?;
+            let answer = netlink.route_get(peer, None, None);
+            answer.map_err(|error| LabError::unexpected(error.to_string()))
+        });
+        answer.ok()?.learned_mtu.filter(|&learned| learned == mtu)
+    };
+    let believed = poll_until(PATIENCE, Duration::from_millis(10), learned);
+    believed.map(drop).ok_or_else(|| {
+        LabError::unexpected(format!(
+            "the kernel of the {role} server does not believe in {mtu}"
+        ))
+    })
+}
+
+/// A count of the daemon's about ICMP errors: `asked` or `refuted`.
+fn hints(setup: &DaemonSetup<'_>, role: Role, which: &str) -> Option<u64> {
+    setup.status(role).ok()?.tunnel()["mtu_hints"][which].as_u64()
+}
+
+#[test]
+fn a_forged_icmp_error_makes_both_servers_ask_and_lowers_nothing() -> Result {
+    for (old, new, stranger, icmp, claimed, full) in [
+        (
+            IpAddr::from(OLD),
+            IpAddr::from(NEW),
+            IpAddr::from(CLIENT),
+            1,
+            552,
+            FULL,
+        ),
+        (
+            OLD6.into(),
+            NEW6.into(),
+            CLIENT6.into(),
+            58,
+            1_280,
+            FULL - 20,
+        ),
+    ] {
+        let lab = Lab::new()?;
+        let setup = (setup(&lab)?.moves(&FAMILIES))
+            .peer(Role::Old, new)
+            .peer(Role::New, old);
+        let listen = SocketAddr::new(old, DEFAULT_PORT).to_string();
+        let setup = setup.args(Role::Old, &["--listen", &listen]);
+        let _application = Service::start(lab.new_server(), NEW)?;
+        let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
+        let _daemons = setup.start_both()?;
+        let stranger = RawSocket::open(lab.clients(), stranger, icmp)?;
+        for (role, at, peer) in [(Role::Old, old, new), (Role::New, new, old)] {
+            mtu(&setup, role, |mtu| mtu == full)?;
+            stranger.send(at, &too_big(at, peer, claimed))?;
+            // The daemon looks at the route every second, and gives a size up within another.
+            let lowered = poll_until(Duration::from_secs(4), Duration::from_millis(20), || {
+                let mtu = setup.status(role).ok()?.tunnel()["mtu"].as_u64()?;
+                (mtu != full).then_some(mtu)
+            });
+            assert_eq!(lowered, None, "{role}, {at}");
+            is_believed(&setup, role, peer, claimed)?;
+            assert_eq!(hints(&setup, role, "asked"), Some(1), "{role}, {at}");
+            assert_eq!(hints(&setup, role, "refuted"), Some(1), "{role}, {at}");
+        }
+        // Whatever the kernels believe, datagrams that fill the path leave.
+        let size = usize::try_from(full).unwrap() - 28;
+        lab.client().udp((MOVED, 53), &vec![b'f'; size])?;
+        lab.client().download(MOVED, 2 * MEGABYTE)?;
+        lab.client().upload(MOVED, 2 * MEGABYTE)?;
+        for role in [Role::Old, Role::New] {
+            assert_eq!(setup.status(role)?.drops("send_failed"), 0, "{role}");
+        }
+        // And a path that does narrow is still followed, though its router is not heard any more:
+        // the kernel remembers the least that it was told.
+        lab.set_mtu(Leg::New, 1_300, false)?;
+        lab.client().upload(MOVED, 2 * MEGABYTE)?;
+        let left = 1_300 - (1_500 - full);
+        mtu(&setup, Role::Old, |mtu| mtu <= left)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn forged_icmp_errors_without_end_cost_a_probe_a_second() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _daemons = setup.start_both()?;
+    settled(&setup)?;
+    let stranger = RawSocket::open(lab.clients(), CLIENT, 1)?;
+    let started = std::time::Instant::now();
+    let at = IpAddr::from(NEW);
+    for mtu in (1_000..1_400).rev() {
+        stranger.send(at, &too_big(at, OLD.into(), mtu))?;
+        thread::sleep(Duration::from_millis(10));
+        if mtu % 20 == 0 {
+            let status = setup.status(Role::New)?;
+            assert_eq!(status.tunnel()["mtu"].as_u64(), Some(FULL), "{mtu}");
+        }
+    }
+    let refuted = poll_until(PATIENCE, Duration::from_millis(10), || {
+        hints(&setup, Role::New, "refuted").filter(|&refuted| refuted > 1)
+    });
+    assert!(refuted.is_some(), "{refuted:?}");
+    let asked = hints(&setup, Role::New, "asked");
+    assert!(asked <= Some(started.elapsed().as_secs() + 2), "{asked:?}");
+    lab.client().download(MOVED, MEGABYTE).map(drop)
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! The largest datagram that the path to a peer carries. Probes find it, and follow it for as long
 //! as the tunnel runs, without any ICMP (RFC 8899, Datagram Packetization Layer PMTU Discovery).
 //!
+//! Anybody can send an ICMP error in a router's name, so what it says is a hint: it makes us ask at
+//! once whether the size in use still passes, and which size to try first if it does not. Nothing
+//! but a probe changes the result (RFC 8899, sections 4.6.1 and 4.6.2).
+//!
 //! Owns the search and nothing else: the tunnel makes and seals the probes, and reports which of
 //! them arrived. Reads no clock. A size is that of a whole datagram as UDP carries it, including
 //! header and tag.
@@ -60,6 +64,10 @@ const BUSY_CONFIRMATION_TIMER: Duration = Duration::from_secs(1);
 /// How often a larger size is tried (RFC 8899, section 5.1.1).
 const RAISE_TIMER: Duration = Duration::from_secs(600);
 
+/// How often a hint may make us ask. Whoever forges ICMP errors all the time has the size in use
+/// confirmed as often as when packets are carried, and no more often.
+const HINT_TIMER: Duration = BUSY_CONFIRMATION_TIMER;
+
 /// How close the search comes to the largest size. Half a per cent more is not worth another probe.
 const GRANULARITY: u16 = 8;
 
@@ -79,6 +87,25 @@ pub struct MtuDiscovery {
     timer: Duration,
     /// When the current size was last confirmed, or chosen without a probe.
     confirmed: Instant,
+    /// The size that an ICMP error said, as long as the kernel remembers it.
+    hint: Option<u16>,
+    /// Whether the search has yet to try the hint.
+    hint_untried: bool,
+    /// The next probe is one of the current size, since the hint is smaller.
+    doubted: bool,
+    /// When a hint may cast doubt again.
+    next_hint: Instant,
+    hints: Hints,
+}
+
+/// How many ICMP errors said that less than the size in use passes, as far as the kernel's route to
+/// the peer showed them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Hints {
+    /// Times that such an error made us ask.
+    pub asked: u64,
+    /// Times that the size in use passed nevertheless.
+    pub refuted: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,6 +130,8 @@ struct Probe {
     lost: u32,
     /// How many times in a row the peer was silent after it was sent.
     silent: u32,
+    /// Whether it asks because of a hint.
+    hinted: bool,
 }
 
 impl MtuDiscovery {
@@ -120,6 +149,11 @@ impl MtuDiscovery {
             next: now,
             timer: PROBE_TIMER,
             confirmed: now,
+            hint: None,
+            hint_untried: false,
+            doubted: false,
+            next_hint: now,
+            hints: Hints::default(),
         }
     }
 
@@ -139,16 +173,46 @@ impl MtuDiscovery {
         self.timer = timer.clamp(MIN_PROBE_TIMER, MAX_PROBE_TIMER);
     }
 
-    /// Whether a probe is out that had to be sent again. Then it is worth asking whether the peer
-    /// is there at all.
+    /// Whether a probe is out that had to be sent again, or that a hint made us send. Then it is
+    /// worth asking whether the peer is there at all.
     pub fn is_doubtful(&self) -> bool {
+        let doubtful = |probe: &Probe| probe.hinted || probe.lost + probe.silent > 0;
         let probe = self.probe.as_ref();
-        probe.is_some_and(|probe| probe.lost + probe.silent > 0 && probe.silent <= MAX_ASKED)
+        probe.is_some_and(|probe| doubtful(probe) && probe.silent <= MAX_ASKED)
+    }
+
+    /// What came of hints.
+    pub fn hints(&self) -> Hints {
+        self.hints
     }
 
     /// Starts over, since datagrams take another path now.
     pub fn restart(&mut self, now: Instant) {
-        *self = Self::new(self.limit, now);
+        *self = Self {
+            next_hint: self.next_hint,
+            hints: self.hints,
+            ..Self::new(self.limit, now)
+        };
+    }
+
+    /// An ICMP error said that the path takes datagrams of this size and no larger ones, or the
+    /// kernel has forgotten that. It may be called with the same hint as often as one likes.
+    pub fn set_hint(&mut self, now: Instant, hint: Option<u16>) {
+        let hint = hint.map(|hint| hint.max(FLOOR));
+        if hint == self.hint {
+            return;
+        }
+        self.hint = hint;
+        self.hint_untried = true;
+        let smaller = hint.is_some_and(|hint| hint < self.current);
+        if smaller && now >= self.next_hint {
+            self.next_hint = now + HINT_TIMER;
+            self.hints.asked += 1;
+            self.doubted = true;
+            if self.probe.is_none() {
+                self.next = now;
+            }
+        }
     }
 
     /// The uplink takes larger or smaller datagrams than before.
@@ -160,13 +224,14 @@ impl MtuDiscovery {
 
     /// A probe of this size arrived.
     pub fn acked(&mut self, now: Instant, size: u16) {
-        if self.probe.take_if(|probe| probe.size == size).is_some() {
+        if let Some(probe) = self.probe.take_if(|probe| probe.size == size) {
             self.current = self.current.max(size);
             self.next = match self.phase {
-                Phase::Searching { .. } => now,
-                Phase::Settled { .. } => now + BUSY_CONFIRMATION_TIMER,
+                Phase::Settled { .. } if !self.doubted => now + BUSY_CONFIRMATION_TIMER,
+                Phase::Searching { .. } | Phase::Settled { .. } => now,
             };
             self.confirmed = now;
+            self.hints.refuted += u64::from(probe.hinted);
         }
     }
 
@@ -210,22 +275,37 @@ impl MtuDiscovery {
         }
         let busy = carried.is_some_and(|carried| carried > self.confirmed);
         let settled = matches!(self.phase, Phase::Settled { .. });
-        if settled && !busy && now < self.confirmed + CONFIRMATION_TIMER {
+        if settled && !busy && !self.doubted && now < self.confirmed + CONFIRMATION_TIMER {
             self.next = now + BUSY_CONFIRMATION_TIMER;
             return None;
         }
-        let size = self.choose(now)?;
+        let hinted = std::mem::take(&mut self.doubted);
+        let size = if hinted {
+            self.current
+        } else {
+            self.choose(now)?
+        };
         self.probe = Some(Probe {
             size,
             sent: now,
             lost: 0,
             silent: 0,
+            hinted,
         });
         self.next = now + self.timer;
         Some(size)
     }
 
     fn choose(&mut self, now: Instant) -> Option<u16> {
+        let untried = std::mem::take(&mut self.hint_untried);
+        let hint = self.hint.filter(|_| untried);
+        let current = self.current;
+        match (self.phase, hint) {
+            (Phase::Searching { ceiling, .. }, Some(hint)) if current < hint && hint < ceiling => {
+                return Some(hint);
+            }
+            _ => {}
+        }
         match self.phase {
             Phase::Searching {
                 ceiling,
@@ -265,6 +345,9 @@ impl MtuDiscovery {
         if self.current > safe {
             self.current = safe;
             self.search_below(now, size, true);
+            // If the hint was right so far, the safe size may be too large as well.
+            self.doubted = self.hint.is_some_and(|hint| hint < safe);
+            self.hints.asked += u64::from(self.doubted);
         } else {
             self.next = now + CONFIRMATION_TIMER;
         }
@@ -272,6 +355,7 @@ impl MtuDiscovery {
 
     fn search_below(&mut self, now: Instant, ceiling: u16, guessed: bool) {
         self.phase = Phase::Searching { ceiling, guessed };
+        self.hint_untried = true;
         self.probe = None;
         self.next = now;
     }
@@ -368,6 +452,110 @@ mod tests {
         assert_eq!(search.current(), BASE);
     }
 
+    /// A search that has settled at 1,472, and the time.
+    fn settled() -> (MtuDiscovery, Instant) {
+        let now = epoch();
+        let mut search = MtuDiscovery::new(1_472, now);
+        search.set_rtt(Duration::from_millis(30));
+        let now = run(&mut search, now, Duration::from_secs(3), 1_472, 0);
+        assert_eq!(search.current(), 1_472);
+        (search, now)
+    }
+
+    #[test]
+    fn a_hint_makes_us_ask_at_once_and_changes_nothing() {
+        for hint in [0, FLOOR, 548, BASE, 1_232, 1_471] {
+            let (mut search, now) = settled();
+            search.set_hint(now, Some(hint));
+            assert_eq!(search.current(), 1_472);
+            assert_eq!(search.poll(now, Some(now), None), Some(1_472), "{hint}");
+            assert!(
+                search.is_doubtful(),
+                "a ping tells whether the peer is there"
+            );
+            search.acked(now, 1_472);
+            run(&mut search, now, Duration::from_secs(60), 1_472, 0);
+            assert_eq!(search.current(), 1_472);
+            let once = Hints {
+                asked: 1,
+                refuted: 1,
+            };
+            assert_eq!(search.hints(), once, "{hint}");
+        }
+    }
+
+    #[test]
+    fn a_hint_of_no_less_than_the_size_in_use_is_none() {
+        let (mut search, now) = settled();
+        for hint in [Some(1_472), Some(9_000), Some(u16::MAX), None] {
+            search.set_hint(now, hint);
+            assert_eq!(search.poll(now, Some(now), None), None, "{hint:?}");
+        }
+        assert_eq!(search.hints(), Hints::default());
+    }
+
+    #[test]
+    fn a_hint_that_is_true_is_followed_to_the_byte_within_a_second() {
+        // Below the base, the base itself is tried in between.
+        for (carries, within) in [(1_471, 1_000), (1_372, 1_000), (1_232, 1_000), (848, 2_000)] {
+            let (mut search, mut now) = settled();
+            let narrowed = now;
+            search.set_hint(now, Some(carries));
+            while search.current() != carries {
+                now = run(&mut search, now, Duration::from_millis(10), carries, 0);
+                let took = now - narrowed;
+                assert!(took < Duration::from_millis(within), "{carries}: {took:?}");
+            }
+            run(&mut search, now, Duration::from_secs(60), carries, 0);
+            assert_eq!(search.current(), carries);
+        }
+    }
+
+    #[test]
+    fn a_hint_comes_too_late_for_a_probe_that_is_out() {
+        let (mut search, mut now) = settled();
+        while search.poll(now, Some(now), Some(now)).is_none() {
+            now = search.next_timeout();
+        }
+        // What has arrived was sent before the path narrowed.
+        search.set_hint(now, Some(1_232));
+        search.acked(now, 1_472);
+        assert_eq!(search.hints().refuted, 0);
+        assert_eq!(search.poll(now, Some(now), None), Some(1_472));
+    }
+
+    #[test]
+    fn hints_without_end_cost_a_probe_a_second_and_hold_no_search_up() {
+        let (mut search, mut now) = settled();
+        search.set_limit(now, 8_972);
+        let (started, mut hint) = (now, 1_400);
+        let mut probes = 0;
+        while now < started + Duration::from_secs(60) {
+            now += Duration::from_millis(10);
+            hint = if hint > FLOOR { hint - 1 } else { 1_400 };
+            search.set_hint(now, Some(hint));
+            if let Some(size) = search.poll(now, Some(now), None) {
+                probes += 1;
+                if size <= 8_000 {
+                    search.acked(now, size);
+                }
+            }
+            assert!(search.current() >= 1_472);
+        }
+        assert!((7_992..=8_000).contains(&search.current()));
+        assert!(search.hints().asked <= 61, "{:?}", search.hints());
+        assert!(probes < 61 + 60, "{probes}");
+    }
+
+    #[test]
+    fn a_hint_outlives_no_change_of_the_path_and_the_counts_do() {
+        let (mut search, now) = settled();
+        search.set_hint(now, Some(548));
+        search.restart(now);
+        assert_eq!(search.hints().asked, 1);
+        assert_eq!(search.poll(now, None, None), Some(1_472));
+    }
+
     #[test]
     fn a_silent_peer_is_asked_a_few_times_and_again_after_it_was_heard() {
         let mut now = epoch();
@@ -424,12 +612,13 @@ mod tests {
         #[test]
         fn the_size_that_is_found_passes_and_is_nearly_the_largest(
             limit in 508u16..9_000, carries in 508u16..9_000, narrowed in 508u16..9_000,
-            nth in 0u32..6,
+            nth in 0u32..6, hints in any::<[Option<u16>; 3]>(),
         ) {
             prop_assume!(nth != 1);
             let mut now = epoch();
             let mut search = MtuDiscovery::new(limit, now);
-            for carries in [carries, narrowed, carries] {
+            for (carries, hint) in [carries, narrowed, carries].into_iter().zip(hints) {
+                search.set_hint(now, hint);
                 now = run(&mut search, now, Duration::from_secs(1_000), carries, nth);
                 let best = carries.min(limit);
                 prop_assert!(search.current() <= best);
@@ -437,6 +626,25 @@ mod tests {
                 prop_assert!(current + GRANULARITY >= best, "{current} of {best}");
                 search.set_limit(now, limit);
             }
+        }
+
+        /// Whoever says what, and however often: what passes is used on.
+        #[test]
+        fn no_hint_lowers_what_passes(
+            carries in BASE..9_000,
+            hints in proptest::collection::vec((0u64..3_000, any::<Option<u16>>()), 1..40),
+        ) {
+            let mut now = epoch();
+            let mut search = MtuDiscovery::new(8_972, now);
+            let mut least = BASE;
+            for (pause, hint) in hints {
+                search.set_hint(now, hint);
+                prop_assert!(search.current() >= least);
+                now = run(&mut search, now, Duration::from_millis(pause), carries, 0);
+                prop_assert!(search.current() >= least);
+                least = search.current();
+            }
+            prop_assert!(search.hints().refuted <= search.hints().asked);
         }
     }
 }

@@ -50,8 +50,8 @@ use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::PeerAddr;
 
-/// How often to look at the path to a peer, whose MTU may have changed. A router's message changes
-/// the kernel's route, but the kernel tells nobody. A transfer that is too big stalls until we ask.
+/// How often to look at the route to a peer, whose MTU may have changed. A router's message changes
+/// it, and the kernel tells nobody. A transfer that is too big stalls until we look and ask.
 const PATH_EVERY: Duration = Duration::from_secs(1);
 
 /// How often to list this server's addresses, in case some were added.
@@ -495,6 +495,9 @@ impl Control<'_> {
                 Action::ProbeUpTo(peer, datagram) => {
                     self.tunnels[index(peer)].set_max_datagram(now, datagram);
                 }
+                Action::HintMtu(peer, hint) => {
+                    self.tunnels[index(peer)].set_mtu_hint(now, hint);
+                }
                 Action::LookUp { peer, name, turn } => self.look_up(peer, name, turn),
                 Action::Call(peer, addr) => {
                     self.tunnels[index(peer)].set_endpoint(now, Some(addr));
@@ -588,7 +591,7 @@ impl Control<'_> {
     }
 
     /// Looks at how large a packet the route to a peer takes: the tunnel's probes go up to that
-    /// size.
+    /// size. What the kernel has learned from ICMP errors is no more than a hint for them.
     fn look_at_route(&mut self, now: Instant, peer: PeerId) {
         let Some(endpoint) = self.view.peers[index(peer)].endpoint else {
             return;
@@ -603,6 +606,7 @@ impl Control<'_> {
             .and_then(|oif| self.netlink.link_by_index(oif).ok().flatten());
         let size = RouteSize {
             route: route.mtu,
+            learned: route.learned_mtu,
             link: link.map(|link| link.mtu),
         };
         self.see(now, Input::Route(peer, size));
@@ -720,6 +724,7 @@ impl Control<'_> {
             session,
             rtt: tunnel.rtt(),
             mtu: view.mtu,
+            mtu_hints: tunnel.mtu_hints(),
             moves: self.policy.moves(peer),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use crate::channel::pmtu::Hints;
 use crate::channel::tunnel::{self, Deliver};
 use crate::flow::table::FlowStats;
 use crate::kernel::masquerade::Towards;
@@ -15,7 +16,7 @@ use crate::lane::shared::LaneCounters;
 use crate::model::drops::Drops;
 use crate::model::moved::Move;
 use crate::model::peer::Role;
-use crate::model::status::{Flows, Offloads, State, Status, Traffic, TunnelStatus, Way};
+use crate::model::status::{Flows, MtuHints, Offloads, State, Status, Traffic, TunnelStatus, Way};
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
 
@@ -47,6 +48,8 @@ pub(super) struct Peer<'a> {
     pub(super) rtt: Option<Duration>,
     /// Largest IP packet that fits one datagram to it.
     pub(super) mtu: usize,
+    /// What came of ICMP errors about the path to it.
+    pub(super) mtu_hints: Hints,
     /// The moves to it or from it.
     pub(super) moves: &'a [Move],
     /// Where the new server delivers.
@@ -95,6 +98,10 @@ pub(super) fn tunnels(
             rtt_ms: peer.rtt.map(|rtt| rtt.as_secs_f64() * 1_000.0),
             handshake_age_s: age.map(|age| age.as_secs()),
             mtu: peer.mtu,
+            mtu_hints: MtuHints {
+                asked: peer.mtu_hints.asked,
+                refuted: peer.mtu_hints.refuted,
+            },
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
@@ -126,6 +133,7 @@ pub(super) fn translated(
         rtt_ms: None,
         handshake_age_s: None,
         mtu: end.link.mtu.min(uplink_mtu) as usize,
+        mtu_hints: MtuHints::default(),
         moved: (settings.moves.iter())
             .filter(|moved| moved.addr.is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
@@ -224,6 +232,7 @@ mod tests {
             session: Some(("aes-256-gcm".into(), Duration::from_secs(61))),
             rtt: Some(Duration::from_micros(170)),
             mtu: 1_440,
+            mtu_hints: Hints::default(),
             moves,
             deliver: Some(Deliver::To {
                 v4: Some("198.51.100.2".parse().unwrap()),

@@ -64,6 +64,9 @@ pub struct TunnelStatus {
     pub handshake_age_s: Option<u64>,
     /// Largest IP packet that fits one datagram, in bytes; larger ones are carried in several.
     pub mtu: usize,
+    /// ICMP errors that said that less fits.
+    #[serde(default)]
+    pub mtu_hints: MtuHints,
     /// What was moved.
     pub moved: Vec<String>,
     /// Where the new server delivers: an address, one of each family, or `keep`.
@@ -91,6 +94,16 @@ pub enum State {
     Up,
     /// Packets no longer pass: the peer fell silent or said goodbye.
     Down,
+}
+
+/// ICMP errors that said that the path to the peer takes less than the size in use. Anybody can
+/// send them, so they make the daemon ask the peer, and change nothing by themselves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct MtuHints {
+    /// Times that the daemon asked because of one.
+    pub asked: u64,
+    /// Times that the size in use passed nevertheless.
+    pub refuted: u64,
 }
 
 /// The flow table's counters.
@@ -240,7 +253,14 @@ impl TunnelStatus {
         if !self.deliver.is_empty() {
             writeln!(out, "  deliver    {}", self.deliver.join(" "))?;
         }
-        writeln!(out, "  mtu        {} bytes", self.mtu)?;
+        write!(out, "  mtu        {} bytes", self.mtu)?;
+        match self.mtu_hints {
+            MtuHints { asked: 0, .. } => writeln!(out)?,
+            MtuHints { asked, refuted } => writeln!(
+                out,
+                ", ICMP errors that said less: {asked}, of these untrue: {refuted}"
+            )?,
+        }
         if self.role == Role::New || way == Way::Nat {
             let Flows {
                 live,
@@ -327,6 +347,10 @@ mod tests {
                 rtt_ms: Some(0.17),
                 handshake_age_s: Some(61),
                 mtu: 1440,
+                mtu_hints: MtuHints {
+                    asked: 3,
+                    refuted: 2,
+                },
                 moved: vec!["192.0.2.5".into()],
                 deliver_to: Some("198.51.100.2".into()),
                 deliver: vec!["192.0.2.5:80=198.51.100.2:8080".into()],
@@ -377,7 +401,7 @@ mod tests {
             "tx",
             "drops",
         ];
-        let added = ["deliver"];
+        let added = ["deliver", "mtu_hints"];
         contract.sort_unstable();
         names.retain(|name| !added.contains(name));
         assert_eq!(names, contract);
@@ -393,6 +417,7 @@ mod tests {
             "tunnel to old server 192.0.2.1:51850: up",
             "192.0.2.5 → 198.51.100.2",
             "deliver    192.0.2.5:80=198.51.100.2:8080",
+            "mtu        1440 bytes, ICMP errors that said less: 3, of these untrue: 2\n",
             "3 of 10, 0 evicted, 2 told apart by port\n",
             "keys 1 min 1 s old, round trip 0.17 ms",
             "replay 1",

@@ -205,6 +205,12 @@ impl Tunnel {
         self.mtu.as_ref().map_or(pmtu::BASE, MtuDiscovery::current)
     }
 
+    /// What came of ICMP errors about the path.
+    pub fn mtu_hints(&self) -> pmtu::Hints {
+        let mtu = self.mtu.as_ref();
+        mtu.map_or_else(pmtu::Hints::default, MtuDiscovery::hints)
+    }
+
     // What arrives.
 
     /// A handshake message for this peer that passed
@@ -311,6 +317,13 @@ impl Tunnel {
             self.config.max_datagram = Some(limit);
             self.discover(|mtu| mtu.set_limit(now, limit));
         }
+    }
+
+    /// The size of datagrams that an ICMP error said the path takes, as long as the kernel
+    /// remembers it. Anybody can send such an error: it makes the tunnel ask, and changes nothing
+    /// by itself.
+    pub fn set_mtu_hint(&mut self, now: Instant, hint: Option<u16>) {
+        self.discover(|mtu| mtu.set_hint(now, hint));
     }
 
     /// The kernel refused a [`Transmit::probe`] of this length because of its size.

@@ -1552,6 +1552,60 @@ fn the_path_mtu_is_found_and_followed_in_both_directions() {
     pair.assert_no_drops();
 }
 
+/// The kernel of one side learns from an ICMP error what the path takes, be it true or not.
+fn hint(pair: &mut Pair, side: usize, size: u16) {
+    let now = pair.now;
+    let tunnel = pair.sides[side].tunnel.as_mut().unwrap();
+    tunnel.set_mtu_hint(now, Some(size));
+}
+
+#[test]
+fn a_forged_icmp_error_is_refuted_within_a_round_trip() {
+    for side in [OLD, NEW] {
+        let mut pair = Pair::up(37);
+        pair.run(secs(1));
+        hint(&mut pair, side, 548);
+        pair.run(2 * pair.link.delay + millis(1));
+        let once = pmtu::Hints {
+            asked: 1,
+            refuted: 1,
+        };
+        assert_eq!(pair.sides[side].tunnel().mtu_hints(), once);
+        pair.run(secs(60));
+        assert_eq!(pair.sides[side].path_mtus, [1472]);
+        pair.assert_no_drops();
+    }
+}
+
+/// Nothing is carried, so that without the error it would take five seconds more.
+#[test]
+fn a_path_that_narrows_is_followed_within_a_second_of_the_routers_word() {
+    for (mtu, within) in [(1_272, secs(1)), (848, secs(2))] {
+        let mut pair = Pair::up(38);
+        pair.run(secs(1));
+        pair.link.mtu = usize::from(mtu);
+        hint(&mut pair, NEW, mtu);
+        pair.run(within);
+        assert_eq!(pair.sides[NEW].tunnel().path_mtu(), mtu);
+        assert_eq!(pair.sides[NEW].tunnel().mtu_hints().refuted, 0);
+        assert_eq!(pair.sides[NEW].states, [State::Up]);
+    }
+}
+
+/// A peer that is away does not confirm anything, and what a stranger says then counts no more.
+#[test]
+fn a_forged_icmp_error_while_the_peer_is_away_lowers_nothing() {
+    let mut pair = Pair::up(39);
+    pair.run(secs(1));
+    pair.link.cut = true;
+    hint(&mut pair, OLD, 548);
+    pair.run(secs(100));
+    pair.link.cut = false;
+    pair.run_until_agreed(secs(8));
+    pair.run(secs(20));
+    assert_eq!(pair.sides[OLD].path_mtus, [1472]);
+}
+
 #[test]
 fn probes_are_padded_to_their_size_and_marked() {
     let mut pair = Pair::new(35);

@@ -134,6 +134,8 @@ pub(super) enum Action {
     Announce(PeerId, Announcement),
     /// Search the path to the peer up to this size: bytes of a UDP payload.
     ProbeUpTo(PeerId, u16),
+    /// An ICMP error said that the path to the peer takes this size, or nobody says so any more.
+    HintMtu(PeerId, Option<u16>),
     /// Look the peer's name up; `turn` counts how often that was wanted.
     LookUp {
         /// Whose name.
@@ -270,6 +272,8 @@ impl Policy {
                 if let Some(endpoint) = self.peers[index(peer)].endpoint {
                     let datagram = sizes::max_datagram(endpoint.remote, size);
                     self.actions.push_back(Action::ProbeUpTo(peer, datagram));
+                    let hint = sizes::hint(endpoint.remote, size);
+                    self.actions.push_back(Action::HintMtu(peer, hint));
                 }
             }
             Input::Addresses(addresses) => self.have_addresses(addresses),

@@ -19,8 +19,10 @@ const MAX_CARRIED: u32 = 65_535;
 /// What the kernel says about the route to a peer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::daemon) struct RouteSize {
-    /// The route's own MTU, as a router on the path or an administrator set it.
+    /// The route's own MTU, as an administrator set it.
     pub(in crate::daemon) route: Option<u32>,
+    /// The MTU of the path that the kernel has learned from an ICMP error, which may be forged.
+    pub(in crate::daemon) learned: Option<u32>,
     /// The MTU of the interface that the route leads out of.
     pub(in crate::daemon) link: Option<u32>,
 }
@@ -28,10 +30,19 @@ pub(in crate::daemon) struct RouteSize {
 /// Largest UDP payload that the route to `remote` is known to take: the limit of the tunnel's
 /// probes.
 pub(super) fn max_datagram(remote: SocketAddr, size: RouteSize) -> u16 {
-    let headers = if remote.is_ipv4() { 20 + 8 } else { 40 + 8 };
     let mtu = size.route.filter(|&mtu| mtu > 0).or(size.link);
-    let carried = mtu.unwrap_or(MIN_MTU).clamp(MIN_CARRIED, MAX_CARRIED);
-    (carried - headers) as u16
+    payload(remote, mtu.unwrap_or(MIN_MTU))
+}
+
+/// Largest UDP payload that the path to `remote` takes if the ICMP error is true: a hint for the
+/// tunnel's probes.
+pub(super) fn hint(remote: SocketAddr, size: RouteSize) -> Option<u16> {
+    size.learned.map(|mtu| payload(remote, mtu))
+}
+
+fn payload(remote: SocketAddr, mtu: u32) -> u16 {
+    let headers = if remote.is_ipv4() { 20 + 8 } else { 40 + 8 };
+    (mtu.clamp(MIN_CARRIED, MAX_CARRIED) - headers) as u16
 }
 
 /// Largest IP packet that fits one datagram, where a datagram takes `path_mtu` bytes of payload.
@@ -55,7 +66,7 @@ mod tests {
         for (remote, route, link, payload) in [
             ("192.0.2.1:51850", None, Some(1_500), 1_472),
             ("[2001:db8::1]:51850", None, Some(1_500), 1_452),
-            // The MTU that a router said counts more than that of the interface.
+            // The MTU that an administrator gave the route counts more than that of the interface.
             ("192.0.2.1:51850", Some(1_400), Some(1_500), 1_372),
             ("192.0.2.1:51850", Some(0), Some(1_500), 1_472),
             ("192.0.2.1:51850", None, Some(9_000), 8_972),
@@ -65,9 +76,39 @@ mod tests {
             ("192.0.2.1:51850", None, Some(65_536), 65_507),
             ("[2001:db8::1]:51850", None, Some(65_536), 65_487),
         ] {
-            let size = RouteSize { route, link };
             let remote = remote.parse().unwrap();
-            assert_eq!(max_datagram(remote, size), payload, "{remote} {size:?}");
+            // Anybody can have an ICMP error say less.
+            for learned in [None, Some(552)] {
+                let size = RouteSize {
+                    route,
+                    learned,
+                    link,
+                };
+                assert_eq!(max_datagram(remote, size), payload, "{remote} {size:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_an_icmp_error_said_is_a_hint() {
+        for (remote, learned, payload) in [
+            ("192.0.2.1:51850", None, None),
+            ("192.0.2.1:51850", Some(1_400), Some(1_372)),
+            ("[2001:db8::1]:51850", Some(1_280), Some(1_232)),
+            ("192.0.2.1:51850", Some(552), Some(548)),
+            ("192.0.2.1:51850", Some(0), Some(548)),
+            ("192.0.2.1:51850", Some(u32::MAX), Some(65_507)),
+        ] {
+            let size = RouteSize {
+                route: None,
+                learned,
+                link: Some(1_500),
+            };
+            assert_eq!(
+                hint(remote.parse().unwrap(), size),
+                payload,
+                "{remote} {size:?}"
+            );
         }
     }
 

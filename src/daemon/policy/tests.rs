@@ -406,6 +406,7 @@ fn the_tunnel_probes_as_far_as_the_route_goes() {
     let mut old = old("192.0.2.5");
     let size = RouteSize {
         route: Some(1_400),
+        learned: Some(1_300),
         link: Some(1_500),
     };
     assert!(
@@ -414,7 +415,8 @@ fn the_tunnel_probes_as_far_as_the_route_goes() {
     );
     old.does(Input::Endpoint(OLD, endpoint()));
     let actions = old.does(Input::Route(OLD, size));
-    assert_eq!(actions, [Action::ProbeUpTo(OLD, 1_372)]);
+    let hint = Action::HintMtu(OLD, Some(1_272));
+    assert_eq!(actions, [Action::ProbeUpTo(OLD, 1_372), hint]);
 }
 
 #[test]

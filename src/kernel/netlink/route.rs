@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{
-    RouteAttribute, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
+    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
+    RouteType,
 };
 use serde::{Deserialize, Serialize};
 
@@ -108,8 +109,11 @@ pub struct RouteAnswer {
     pub gateway: Option<IpAddr>,
     /// The source address that the kernel would choose.
     pub prefsrc: Option<IpAddr>,
-    /// The MTU that the route has or has learned for the path. If absent, the interface's counts.
+    /// The MTU that the route has by its table. If absent, the interface's counts.
     pub mtu: Option<u32>,
+    /// The MTU of the path to this destination that the kernel has learned from an ICMP error,
+    /// until it forgets that. Anybody can send such an error in a router's name.
+    pub learned_mtu: Option<u32>,
 }
 
 impl Netlink {
@@ -149,9 +153,34 @@ impl Netlink {
         mark: Option<u32>,
         src: Option<IpAddr>,
     ) -> Result<RouteAnswer> {
+        let route = self.look_up(dst, mark, src, RouteFlags::empty())?;
+        // What the kernel has learned hides what the table says, so we ask for the latter as well.
+        let by_table = route.mtu.and_then(|_| {
+            let entry = self.look_up(dst, mark, src, RouteFlags::FibMatch);
+            entry.ok()?.mtu
+        });
+        Ok(RouteAnswer {
+            kind: route.kind,
+            oif: route.dev,
+            gateway: route.via,
+            prefsrc: route.src,
+            mtu: by_table,
+            learned_mtu: route.mtu.filter(|_| route.mtu != by_table),
+        })
+    }
+
+    /// The kernel's answer to the question, or, with `FibMatch`, the table's entry behind it.
+    fn look_up(
+        &self,
+        dst: IpAddr,
+        mark: Option<u32>,
+        src: Option<IpAddr>,
+        flags: RouteFlags,
+    ) -> Result<Route> {
         const WHAT: &str = "look up route";
         let bits = Family::of(dst).bits();
         let mut message = RouteMessage::default();
+        message.header.flags = flags;
         message.header.address_family = Family::of(dst).raw();
         message.header.destination_prefix_length = bits;
         message
@@ -167,14 +196,7 @@ impl Netlink {
         let request = RouteNetlinkMessage::GetRoute(message);
         let answers = self.exchange(WHAT, request, NLM_F_ACK)?;
         let route = answers.iter().find_map(|answer| read_route(answer).pop());
-        let route = route.ok_or(NetlinkError::Malformed { request: WHAT })?;
-        Ok(RouteAnswer {
-            kind: route.kind,
-            oif: route.dev,
-            gateway: route.via,
-            prefsrc: route.src,
-            mtu: route.mtu,
-        })
+        route.ok_or(NetlinkError::Malformed { request: WHAT })
     }
 }
 
@@ -357,7 +379,7 @@ mod tests {
             assert_eq!(answer.oif, Some(index));
             assert_eq!(answer.gateway, Some(gateway));
             assert_eq!(answer.prefsrc, Some(addr));
-            assert_eq!(answer.mtu, Some(1400));
+            assert_eq!((answer.mtu, answer.learned_mtu), (Some(1400), None));
 
             let rule = Rule {
                 family: Family::V4,
