@@ -43,8 +43,8 @@ pub enum DaemonError {
     /// Something broke while it ran.
     #[error(transparent)]
     Failed(Cause),
-    /// One of its threads crashed. The kernel is left as it is, as after a kill: the next start goes
-    /// on from there, and meanwhile nothing resets what is established.
+    /// One of its threads crashed. The kernel is left as it is, as after a kill: the next start
+    /// goes on from there, and meanwhile nothing resets what is established.
     #[error("{0}; the next start goes on from here, and `ipmoved cleanup` undoes what is left")]
     Crashed(Cause),
 }
