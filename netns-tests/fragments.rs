@@ -5,9 +5,12 @@
 //!                     └── new server: reassembles them
 //! ```
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::thread;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6};
 use ipmoved::lab::{Lab, UdpService, Wire, packets, poll_until};
 
@@ -120,9 +123,76 @@ fn a_first_fragment_that_never_comes_is_counted() -> Result {
         wire.send(&fragments[0])?;
     }
     let counted = poll_until(PATIENCE, Duration::from_millis(50), || {
-        let status = setup.status(ipmoved::internals::Role::Old).ok()?;
+        let status = setup.status(Role::Old).ok()?;
         (status.drops("fragment_unknown") >= 50).then_some(())
     });
     assert!(counted.is_some(), "more waited than may");
+    Ok(())
+}
+
+/// Sends later fragments of one host, and first fragments of others with the same identification,
+/// until it is told to stop. The first ones are the old server's own.
+fn flood_with_fragments(wire: &Wire, id: u16, stop: &AtomicBool) -> Result {
+    /// So many of each, with a pause after them.
+    const BURST: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(5);
+    let datagram = |from: u32, len| {
+        let from = IpAddr::from(Ipv4Addr::from(0x0a00_0001 + from));
+        packets::udp((from, 9), (MOVED.into(), 5353), &vec![b'f'; len])
+    };
+    let later = datagram(0, 1_480);
+    for n in (1..).take_while(|_| !stop.load(Relaxed)) {
+        for k in 1..=BURST {
+            let at = 1_480 * k as usize;
+            wire.send(&packets::fragment(&later, at, &later[28..], true, id))?;
+            let first = datagram(n * BURST + k, 8);
+            wire.send(&packets::fragment(&first, 0, &first[20..], true, id))?;
+        }
+        thread::sleep(PAUSE);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_flood_of_fragments_takes_none_from_another_client() -> Result {
+    /// Some with the identification of the flood.
+    const DATAGRAMS: u16 = 20;
+    /// Within which the flood sends more fragments than may wait.
+    const PAUSE: Duration = Duration::from_millis(30);
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?
+        .moves(&PORTS)
+        .args(Role::Old, &["--lanes", "1"]);
+    let echoes = echoes(&lab, 53)?;
+    let _daemons = setup.start_both()?;
+    let wire = || Wire::new(lab.router(), "old", lab.old_server(), "eth0");
+    let (floods, wire) = (wire()?, wire()?);
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let flood = scope.spawn(|| flood_with_fragments(&floods, 7, &stop));
+        let result = (|| {
+            for id in 1..=DATAGRAMS {
+                for fragment in reversed(CLIENT.into(), MOVED.into(), 53, id) {
+                    wire.send(&fragment)?;
+                    thread::sleep(PAUSE);
+                }
+                lab.second_client().udp((MOVED, 53), &[b'e'; 4_000])?;
+            }
+            Ok(())
+        })();
+        stop.store(true, Relaxed);
+        flood.join().unwrap()?;
+        result
+    })?;
+    let seen = || {
+        let peers = echoes[0].peers();
+        let came = |&id: &u16| peers.contains(&SocketAddr::new(CLIENT.into(), 4_000 + id));
+        (1..=DATAGRAMS).filter(came).count()
+    };
+    let all = poll_until(PATIENCE, Duration::from_millis(10), || {
+        (seen() == usize::from(DATAGRAMS)).then_some(())
+    });
+    assert!(all.is_some(), "{} of {DATAGRAMS} datagrams arrived", seen());
+    assert!(setup.status(Role::Old)?.drops("fragment_unknown") > 1_000);
     Ok(())
 }

@@ -85,6 +85,7 @@ pub mod internals {
     pub use crate::model::moved::{Move, TCP};
     pub use crate::model::peer::{Endpoint, PeerId, Role};
     pub use crate::packet::coalesce::{Coalescer, MAX_PARTS, Push, Reach};
+    pub use crate::packet::fragment::{Client, HeldFragments, Key as FragmentKey, Overlaps};
     pub use crate::packet::segment::Segments;
     pub use crate::packet::vnet::{GSO_TCPV4, NEEDS_CSUM, Offload, VnetHdr};
     pub use crate::packet::{ACK, Parsed, RST};

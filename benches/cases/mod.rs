@@ -19,12 +19,12 @@ use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
 use ipmoved::internals::{
-    ACK, AddrId, Announcement, Cipher, CipherPolicy, Coalescer, DATA_HEADER_LEN, DATA_OVERHEAD,
-    Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable, GSO_TCPV4, Gate,
-    Inside, Limit, MAX_PARTS, MacCheck, Message, Move, NEEDS_CSUM, Offer, Offload, Outside, Parsed,
-    PeerId, PeerKeys, Psk, Push, RST, Reach, Role, Seed, Segments, SendBatch, Session,
-    SessionIndexes, TCP, TCP_RESET, Timers, Translator, TranslatorConfig, Tunnel, TunnelConfig,
-    VnetHdr, entropy,
+    ACK, AddrId, Announcement, Cipher, CipherPolicy, Client, Coalescer, DATA_HEADER_LEN,
+    DATA_OVERHEAD, Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable,
+    FragmentKey, GSO_TCPV4, Gate, HeldFragments, Inside, Limit, MAX_PARTS, MacCheck, Message, Move,
+    NEEDS_CSUM, Offer, Offload, Outside, Overlaps, Parsed, PeerId, PeerKeys, Psk, Push, RST, Reach,
+    Role, Seed, Segments, SendBatch, Session, SessionIndexes, TCP, TCP_RESET, Timers, Translator,
+    TranslatorConfig, Tunnel, TunnelConfig, VnetHdr, entropy,
 };
 
 /// Work that a bench repeats.
@@ -107,6 +107,7 @@ pub(crate) fn all() -> Vec<Case> {
             Ok(Box::new(Parse(tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?)))
         }),
         case("check/captured", 0, ROUND, Check::build),
+        case("fragments/first, 128 wait", 0, ROUND, FirstFragment::build),
         case("rewrite/inbound", 0, ROUND, || Rewrite::build(true)),
         case("rewrite/outbound", 0, ROUND, || Rewrite::build(false)),
         case("segment/48", SEGMENTS * MSS, ROUND, || {
@@ -318,6 +319,79 @@ impl Work for Check {
             let verdict = self.gate.check_captured(self.now, &parsed, &self.packet);
             let _ = black_box(verdict);
         }
+    }
+}
+
+/// Fragments that wait for a first one which never comes.
+const WAITING: u16 = 128;
+
+/// A first fragment while others wait, all with one identification. Each step sends it from another
+/// address, and none of those that wait can follow it.
+struct FirstFragment {
+    gate: Gate,
+    overlaps: Overlaps,
+    held: HeldFragments<()>,
+    first: Vec<u8>,
+    frame: Vec<u8>,
+    n: u32,
+    now: Instant,
+}
+
+impl FirstFragment {
+    const PAYLOAD: u16 = 1_480;
+
+    fn build() -> Result<Box<dyn Work>> {
+        let mut part = whole(MOVED.0);
+        part.ports = vec![MOVED.1..=MOVED.1];
+        let mut work = Self {
+            gate: Gate::new(&[part], Seed::new([1, 2])),
+            overlaps: Overlaps::new(Client::Source),
+            held: HeldFragments::new(Client::Source),
+            first: tcp(CLIENT, MOVED, 7, &[0; 44], false)?,
+            frame: vec![0; 2_000],
+            n: 0,
+            now: Instant::now(),
+        };
+        work.first[6..8].copy_from_slice(&0x2000_u16.to_be_bytes());
+        let mut later = tcp(CLIENT, MOVED, 7, &[0; Self::PAYLOAD as usize - 20], false)?;
+        for n in 0..WAITING {
+            // They are of several packets, since one is not long enough.
+            later[15] = 1 + (n / 32) as u8;
+            let word = 0x2000 + Self::PAYLOAD / 8 * (n % 32 + 1);
+            later[6..8].copy_from_slice(&word.to_be_bytes());
+            let Ok(parsed) = Parsed::parse(&later) else {
+                bail!("the bench's fragment is not understood");
+            };
+            let key = FragmentKey::of(&parsed, &later);
+            work.held.keep(work.now, key, (), &later);
+        }
+        Ok(Box::new(work))
+    }
+
+    fn pass(&mut self) -> Result<(), DropReason> {
+        let source = Ipv4Addr::from(0x0a00_0000 + self.n % 0x00ff_0000);
+        self.n += 1;
+        self.first[12..16].copy_from_slice(&source.octets());
+        let parsed = Parsed::parse(&self.first)?;
+        self.overlaps.check(self.now, &parsed, &self.first)?;
+        let verdict = self.gate.check_captured(self.now, &parsed, &self.first)?;
+        let _ = black_box(verdict);
+        for held in self.held.take(FragmentKey::of(&parsed, &self.first)) {
+            let packet = &mut self.frame[..held.bytes.len()];
+            packet.copy_from_slice(&held.bytes);
+            let parsed = Parsed::parse(packet)?;
+            let _ = black_box(self.overlaps.check(self.now, &parsed, packet));
+            let _ = black_box(self.gate.check_captured(self.now, &parsed, packet));
+        }
+        Ok(())
+    }
+}
+
+impl Work for FirstFragment {
+    fn step(&mut self) {
+        let passed = self.pass();
+        debug_assert!(passed.is_ok());
+        let _ = black_box(passed);
     }
 }
 

@@ -20,6 +20,7 @@ use crate::flow::table::FlowStats;
 use crate::flow::translate::Translator;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
+use crate::packet::fragment::Client;
 use crate::packet::icmp_reply::IcmpError;
 use crate::packet::{Family, Parsed};
 
@@ -163,6 +164,22 @@ impl Forwarder {
                     .unwrap_or_else(|| parsed.src(packet).into()),
             ),
             Self::New(_) => None,
+        }
+    }
+
+    /// Which end of a packet from the TUN is a client.
+    pub fn outbound_client(&self) -> Client {
+        match self {
+            Self::Old(_) => Client::Source,
+            Self::New(_) => Client::Destination,
+        }
+    }
+
+    /// Which end of a packet out of the tunnel is a client.
+    pub fn inbound_client(&self) -> Client {
+        match self {
+            Self::Old(_) => Client::Destination,
+            Self::New(_) => Client::Source,
         }
     }
 

@@ -28,6 +28,7 @@ use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::coalesce::{Coalescer, MAX_BIG, MAX_PARTS, MAX_SUPER, Push, Reach};
 use crate::packet::ecn;
+use crate::packet::fragment::Key;
 use crate::packet::vnet::VnetHdr;
 use crate::packet::{Fragment, Parsed};
 
@@ -95,7 +96,7 @@ impl Inbound {
                 .collect(),
             long_again: None,
             detour: Detour {
-                slow_path: SlowPath::new(now),
+                slow_path: SlowPath::new(now, parts.shared.forwarder.inbound_client()),
                 outbox,
             },
             ticked: now,
@@ -506,17 +507,9 @@ impl Detour {
 
     /// Sends on the fragments that came before their first one, which has just gone on.
     fn release(&mut self, parts: &LaneParts, context: Context<'_>) {
-        let Some(released) = self.slow_path.release() else {
-            return;
-        };
-        for mut held in released.fragments {
-            match to_host::deliver(parts, context, &mut held.bytes, held.with) {
-                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
-                    // It belongs to another packet with the same identification.
-                    self.hold(parts, context, released.id, &held.bytes, held.with);
-                }
-                Err(drop) => parts.count(drop),
-                Ok(()) => {}
+        for mut held in self.slow_path.release() {
+            if let Err(drop) = to_host::deliver(parts, context, &mut held.bytes, held.with) {
+                parts.count(drop);
             }
         }
     }
@@ -538,8 +531,8 @@ impl Detour {
         let forwarder = &parts.shared.forwarder;
         let slow_path = &mut self.slow_path;
         match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop.reason) {
-            InboundOutcome::Hold(id) => {
-                self.hold(parts, context, id, packet, arrival);
+            InboundOutcome::Hold(key) => {
+                self.hold(parts, context, key, packet, arrival);
                 return Ok(());
             }
             InboundOutcome::Fragment(mtu) => {
@@ -563,11 +556,11 @@ impl Detour {
         &mut self,
         parts: &LaneParts,
         context: Context<'_>,
-        id: u32,
+        key: Key,
         packet: &[u8],
         arrival: Arrival,
     ) {
-        for given_up in self.slow_path.hold(context.now, id, arrival, packet) {
+        for given_up in self.slow_path.hold(context.now, key, arrival, packet) {
             let unknown = DropReason::FragmentUnknown;
             parts.count(Dropped::of(given_up.with.peer, unknown));
         }

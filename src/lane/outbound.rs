@@ -39,12 +39,13 @@ pub(super) struct Outbound {
 impl Outbound {
     /// Starts with nothing on its way.
     pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
+        let client = parts.shared.forwarder.outbound_client();
         Self {
             parts,
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
             batch: SendBatch::new(),
             scratch: vec![0; MAX_FRAME].into_boxed_slice(),
-            slow_path: SlowPath::new(now),
+            slow_path: SlowPath::new(now, client),
         }
     }
 
@@ -173,22 +174,11 @@ impl Outbound {
 
     /// Sends on the fragments that came before their first one, which has just gone on.
     fn release(&mut self, context: Context<'_>) {
-        let Some(released) = self.slow_path.release() else {
-            return;
-        };
-        for held in released.fragments {
+        for held in self.slow_path.release() {
             let len = held.bytes.len();
             self.frame[..len].copy_from_slice(&held.bytes);
-            match self.route(context, len) {
-                Err(drop) if drop.reason == DropReason::FragmentUnknown => {
-                    // It belongs to another packet with the same identification.
-                    let (now, id) = (context.now, released.id);
-                    for _ in self.slow_path.hold(now, id, (), &held.bytes) {
-                        self.parts.count(drop);
-                    }
-                }
-                Err(drop) => self.parts.count(drop),
-                Ok(()) => {}
+            if let Err(drop) = self.route(context, len) {
+                self.parts.count(drop);
             }
         }
     }
@@ -199,8 +189,8 @@ impl Outbound {
         let forwarder = &self.parts.shared.forwarder;
         let refused = (self.slow_path).refuse_outbound(context, forwarder, packet, drop);
         let told = match refused {
-            OutboundOutcome::Hold(id) => {
-                for _ in (self.slow_path).hold(context.now, id, (), &self.frame[..len]) {
+            OutboundOutcome::Hold(key) => {
+                for _ in (self.slow_path).hold(context.now, key, (), &self.frame[..len]) {
                     self.parts.count(drop);
                 }
                 return;

@@ -17,7 +17,7 @@ use super::shared::Context;
 use crate::flow::role::{Forwarder, ReplyTo};
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
-use crate::packet::fragment::{Held, HeldFragments, Overlaps};
+use crate::packet::fragment::{Client, Held, HeldFragments, Key, Overlaps};
 use crate::packet::icmp_reply::{IcmpError, IcmpReplies};
 use crate::packet::{Family, Fragment, IPV6_MIN_MTU, Parsed};
 
@@ -27,17 +27,8 @@ pub(super) struct SlowPath<T> {
     replies: IcmpReplies,
     overlaps: Overlaps,
     held: HeldFragments<T>,
-    /// Identification of the first fragment that was noted last, until it is known whether that
-    /// went on.
-    first: Option<u32>,
-}
-
-/// Fragments that can follow their first one, which has gone on.
-pub(super) struct Released<T> {
-    /// Their identification.
-    pub(super) id: u32,
-    /// In the order they came.
-    pub(super) fragments: Vec<Held<T>>,
+    /// Key of the first fragment that was noted last, until it is known whether that went on.
+    first: Option<Key>,
 }
 
 /// What becomes of a packet from the TUN that is not carried.
@@ -46,8 +37,8 @@ pub(super) struct Released<T> {
 pub(super) enum OutboundOutcome<'a> {
     /// It is dropped.
     Drop,
-    /// It waits for its first fragment: [`SlowPath::hold`] it under this identification.
-    Hold(u32),
+    /// It waits for its first fragment: [`SlowPath::hold`] it under this key.
+    Hold(Key),
     /// It is dropped, and its sender is told.
     Reply {
         /// The peer that the packet belongs to.
@@ -67,8 +58,8 @@ pub(super) enum OutboundOutcome<'a> {
 pub(super) enum InboundOutcome<'a> {
     /// It is dropped.
     Drop,
-    /// It waits for its first fragment: [`SlowPath::hold`] it under this identification.
-    Hold(u32),
+    /// It waits for its first fragment: [`SlowPath::hold`] it under this key.
+    Hold(Key),
     /// It goes on in fragments of at most this many bytes.
     Fragment(usize),
     /// It is dropped. This ICMP error, which goes into the tunnel, tells its sender.
@@ -91,11 +82,11 @@ pub(super) enum Unsplit {
 
 impl<T> SlowPath<T> {
     /// Starts with nothing to remember.
-    pub(super) fn new(now: Instant) -> Self {
+    pub(super) fn new(now: Instant, client: Client) -> Self {
         Self {
             replies: IcmpReplies::new(now),
-            overlaps: Overlaps::default(),
-            held: HeldFragments::default(),
+            overlaps: Overlaps::new(client),
+            held: HeldFragments::new(client),
             first: None,
         }
     }
@@ -112,7 +103,7 @@ impl<T> SlowPath<T> {
         packet: &[u8],
     ) -> Result<(), DropReason> {
         self.overlaps.check(now, parsed, packet)?;
-        self.first = (parsed.fragment() == Fragment::First).then(|| parsed.fragment_id());
+        self.first = (parsed.fragment() == Fragment::First).then(|| Key::of(parsed, packet));
         Ok(())
     }
 
@@ -124,19 +115,22 @@ impl<T> SlowPath<T> {
     }
 
     /// The fragment noted last has gone on. If it was a first one, returns those that waited for
-    /// it.
-    pub(super) fn release(&mut self) -> Option<Released<T>> {
-        let id = self.first.take()?;
-        Some(Released {
-            id,
-            fragments: self.held.take(id),
-        })
+    /// it, in the order they came.
+    ///
+    /// They are to be judged once more and never held again: one that is unknown even now was
+    /// forgotten since.
+    #[must_use]
+    pub(super) fn release(&mut self) -> Vec<Held<T>> {
+        match self.first.take() {
+            Some(first) => self.held.take(first),
+            None => Vec::new(),
+        }
     }
 
     /// Keeps a fragment until its first one comes. Returns those that it displaced.
     #[must_use]
-    pub(super) fn hold(&mut self, now: Instant, id: u32, with: T, bytes: &[u8]) -> Vec<Held<T>> {
-        self.held.keep(now, id, with, bytes)
+    pub(super) fn hold(&mut self, now: Instant, key: Key, with: T, bytes: &[u8]) -> Vec<Held<T>> {
+        self.held.keep(now, key, with, bytes)
     }
 
     /// Returns a fragment whose first one never came, as long as there is one.
@@ -156,7 +150,7 @@ impl<T> SlowPath<T> {
         self.first = None;
         if drop.reason == DropReason::FragmentUnknown {
             return match Parsed::parse(packet) {
-                Ok(parsed) => OutboundOutcome::Hold(parsed.fragment_id()),
+                Ok(parsed) => OutboundOutcome::Hold(Key::of(&parsed, packet)),
                 Err(_) => OutboundOutcome::Drop,
             };
         }
@@ -195,7 +189,7 @@ impl<T> SlowPath<T> {
     ) -> InboundOutcome<'_> {
         self.first = None;
         if reason == DropReason::FragmentUnknown && parsed.fragment() != Fragment::None {
-            return InboundOutcome::Hold(parsed.fragment_id());
+            return InboundOutcome::Hold(Key::of(parsed, packet));
         }
         let hop = &context.view.hop;
         let Some(about) = IcmpError::of(reason, hop.mtu) else {
@@ -255,6 +249,7 @@ mod tests {
     use crate::flow::translate::{Translator, TranslatorConfig};
     use crate::lane::shared::{LaneView, PeerView};
     use crate::packet::Kind;
+    use crate::packet::fragment::FRAGMENT_LIFE;
     use crate::packet::icmp_reply::REPLY_BURST;
     use crate::packet::testing::Plan;
     use crate::testing::epoch;
@@ -321,7 +316,7 @@ mod tests {
         fn new(forwarder: Forwarder, view: &'v LaneView) -> Self {
             let now = epoch();
             Self {
-                slow_path: SlowPath::new(now),
+                slow_path: SlowPath::new(now, Client::Source),
                 context: Context { now, view },
                 forwarder,
             }
@@ -367,19 +362,48 @@ mod tests {
         for (with, packet) in [(1, &later), (2, &another), (3, &later)] {
             assert_eq!(bed.note(packet), Ok(()));
             let unknown = DropReason::FragmentUnknown.into();
-            let OutboundOutcome::Hold(id) = bed.outbound(packet, unknown) else {
+            let OutboundOutcome::Hold(key) = bed.outbound(packet, unknown) else {
                 panic!("not held");
             };
-            assert!(bed.slow_path.hold(now, id, with, packet).is_empty());
+            assert!(bed.slow_path.hold(now, key, with, packet).is_empty());
         }
-        assert!(bed.slow_path.release().is_none(), "no first one yet");
+        assert!(bed.slow_path.release().is_empty(), "no first one yet");
         assert_eq!(bed.note(&first), Ok(()));
         assert!(bed.slow_path.has_first());
-        let released = bed.slow_path.release().unwrap();
-        assert_eq!(released.id, 1);
-        let order: Vec<u8> = released.fragments.iter().map(|held| held.with).collect();
+        let released = bed.slow_path.release();
+        let order: Vec<u8> = released.iter().map(|held| held.with).collect();
         assert_eq!(order, [1, 3]);
         assert!(!bed.slow_path.has_first(), "released once");
+    }
+
+    /// Whoever sends first fragments with the identification of those that wait makes no work with
+    /// them, and does not keep them alive.
+    #[test]
+    fn fragments_are_judged_again_for_a_first_one_of_their_own_packet_alone() {
+        const HELD: usize = 60;
+        let view = view();
+        let mut bed = Bed::new(old(), &view);
+        let start = bed.context.now;
+        let later = fragment(7, false);
+        for _ in 0..HELD {
+            let unknown = DropReason::FragmentUnknown.into();
+            let OutboundOutcome::Hold(key) = bed.outbound(&later, unknown) else {
+                panic!("not held");
+            };
+            assert!(bed.slow_path.hold(start, key, 1, &later).is_empty());
+        }
+        let mut judged = 0;
+        for n in 1..=250 {
+            bed.context.now += FRAGMENT_LIFE / 250;
+            let mut first = fragment(7, true);
+            first[15] = first[15].wrapping_add(n);
+            assert_eq!(bed.note(&first), Ok(()));
+            judged += bed.slow_path.release().len();
+        }
+        assert_eq!(judged, 0, "none of them is of those packets");
+        let now = start + FRAGMENT_LIFE;
+        let expired = (0..).map_while(|_| bed.slow_path.expire(now)).count();
+        assert_eq!(expired, HELD);
     }
 
     #[test]
@@ -388,17 +412,18 @@ mod tests {
         let mut bed = Bed::new(old(), &view);
         let (first, later) = (fragment(1, true), fragment(1, false));
         let now = bed.context.now;
-        assert!(bed.slow_path.hold(now, 1, 1, &later).is_empty());
+        let key = Key::of(&Parsed::parse(&later).unwrap(), &later);
+        assert!(bed.slow_path.hold(now, key, 1, &later).is_empty());
         assert_eq!(bed.note(&first), Ok(()));
         let not_moved = DropReason::NotMoved.into();
         assert_eq!(bed.outbound(&first, not_moved), OutboundOutcome::Drop);
-        assert!(bed.slow_path.release().is_none());
+        assert!(bed.slow_path.release().is_empty());
         assert_eq!(bed.note(&first), Ok(()));
         assert_eq!(
             bed.inbound(&first, DropReason::NotMoved),
             InboundOutcome::Drop
         );
-        assert!(bed.slow_path.release().is_none());
+        assert!(bed.slow_path.release().is_empty());
     }
 
     #[test]

@@ -72,7 +72,7 @@ drop_reasons! {
     NoDelivery = "no_delivery",
     /// A packet from the application's host that belongs to no flow through the tunnel.
     NoFlow = "no_flow",
-    /// A fragment whose first fragment was not seen.
+    /// A fragment whose first fragment was not seen in time, or before too many waited.
     FragmentUnknown = "fragment_unknown",
     /// A fragment that writes over another one of its packet, or follows one that did.
     FragmentOverlap = "fragment_overlap",

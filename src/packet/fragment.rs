@@ -5,13 +5,13 @@
 //! were seen ([`Overlaps`]), and later fragments that came before the first, which alone says whose
 //! they are ([`HeldFragments`]). The caller decides where fragments go.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::model::drops::DropReason;
 use crate::packet::checksum::{Sum, finish};
 use crate::packet::field::{get_u16, ipv4, put};
+use crate::packet::shares::{Bounds, Shares};
 use crate::packet::{Addr, Family, Parsed};
 
 /// How far apart the fragments of one packet may come: as long as Linux waits for them
@@ -24,24 +24,37 @@ const WATCHED: usize = 128;
 /// Most fragments of one packet: 65,535 bytes in fragments of 576. More would only make work.
 const MAX_FRAGMENTS: usize = 120;
 
-/// Most fragments that wait for their first: two packets of 64 KB whose fragments come in reverse.
-const MAX_WAITING: usize = 128;
-
-/// Most bytes of the fragments that wait.
+/// Bytes of the fragments that wait for their first: four shares.
 const MAX_WAITING_BYTES: usize = 1 << 20;
 
+/// What of this one client may have: four packets of 64 KB whose fragments come in reverse.
+const MAX_WAITING_SHARE: usize = MAX_WAITING_BYTES / 4;
+
+/// What a fragment counts for at least. It bounds their number: 64 of one client, as many as a
+/// packet of 64 KB has on any path of IPv6 (its least MTU is 1,280), and 256 in all.
+const LEAST_WAITING: usize = 4_096;
+
 /// What all fragments of one packet have in common.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Key {
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Key {
     src: Addr,
     dst: Addr,
     id: u32,
     protocol: u8,
 }
 
+/// Which end of the packets that pass is a client, who can be anybody.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Client {
+    /// The one that sends them.
+    Source,
+    /// The one that they are sent to.
+    Destination,
+}
+
 impl Key {
     /// The key of a fragment.
-    pub(crate) fn of(parsed: &Parsed, bytes: &[u8]) -> Self {
+    pub fn of(parsed: &Parsed, bytes: &[u8]) -> Self {
         Self {
             src: parsed.src(bytes),
             dst: parsed.dst(bytes),
@@ -63,129 +76,127 @@ impl Key {
             self.protocol,
         )
     }
+
+    fn client(&self, client: Client) -> Addr {
+        match client {
+            Client::Source => self.src,
+            Client::Destination => self.dst,
+        }
+    }
 }
 
 /// Refuses fragments that overlap others (RFC 5722; RFC 1858 tells which attacks that stops).
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Overlaps {
-    watched: VecDeque<Watched>,
+    client: Client,
+    watched: Shares<Key, Watched>,
 }
 
 #[derive(Debug)]
 struct Watched {
-    key: Key,
-    since: Instant,
+    /// Sorted, and apart from each other.
     seen: Vec<Range<usize>>,
     spoilt: bool,
 }
 
 impl Overlaps {
+    /// Starts with nothing seen.
+    pub fn new(client: Client) -> Self {
+        Self {
+            client,
+            watched: Shares::new(Bounds {
+                room: WATCHED,
+                // One client may have all while nobody else needs any.
+                share: WATCHED,
+                life: FRAGMENT_LIFE,
+            }),
+        }
+    }
+
     /// Takes note of a fragment.
     ///
     /// # Errors
     /// [`DropReason::FragmentOverlap`] if it overlaps another of its packet without being the same
     /// one, or if one did before: nothing more of that packet is carried.
     pub fn check(&mut self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> Result<(), DropReason> {
+        while self.watched.expire(now).is_some() {}
         let key = Key::of(parsed, bytes);
         let range = parsed.fragment_range(bytes);
-        let known = self.watched.iter_mut().rev().find(|watched| {
-            watched.key == key && now.saturating_duration_since(watched.since) < FRAGMENT_LIFE
-        });
-        let Some(watched) = known else {
-            if self.watched.len() == WATCHED {
-                self.watched.pop_front();
-            }
-            self.watched.push_back(Watched {
-                key,
-                since: now,
-                seen: vec![range],
+        let Some(watched) = self.watched.get_mut(key) else {
+            let seen = vec![range];
+            let watched = Watched {
+                seen,
                 spoilt: false,
-            });
+            };
+            (self.watched).keep(now, key.client(self.client), key, 1, watched);
             return Ok(());
         };
-        let repeated = watched.seen.contains(&range);
-        let clashes = |seen: &Range<usize>| seen.start < range.end && range.start < seen.end;
-        watched.spoilt |=
-            !repeated && (watched.seen.len() == MAX_FRAGMENTS || watched.seen.iter().any(clashes));
+        // No fragment is empty, so only the first one that ends behind its start can clash.
+        let place = watched.seen.partition_point(|seen| seen.end <= range.start);
+        let next = watched.seen.get(place);
+        let repeated = next == Some(&range);
+        let clashes = next.is_some_and(|next| next.start < range.end);
+        watched.spoilt |= !repeated && (watched.seen.len() == MAX_FRAGMENTS || clashes);
         if watched.spoilt {
             return Err(DropReason::FragmentOverlap);
         }
         if !repeated {
-            watched.seen.push(range);
+            watched.seen.insert(place, range);
         }
         Ok(())
     }
 }
 
 /// Later fragments that came before their first.
+///
+/// Only those of one packet are ever taken out for its first one, whatever else waits.
 #[derive(Debug)]
 pub struct HeldFragments<T> {
-    held: VecDeque<Held<T>>,
-    bytes: usize,
+    client: Client,
+    held: Shares<Key, Held<T>>,
 }
 
 /// A later fragment that waits.
 #[derive(Debug)]
 pub struct Held<T> {
-    id: u32,
-    since: Instant,
     /// What the caller keeps with it.
     pub with: T,
     /// Its bytes, as it came.
     pub bytes: Vec<u8>,
 }
 
-impl<T> Default for HeldFragments<T> {
-    fn default() -> Self {
+impl<T> HeldFragments<T> {
+    /// Starts with none.
+    pub fn new(client: Client) -> Self {
         Self {
-            held: VecDeque::new(),
-            bytes: 0,
+            client,
+            held: Shares::new(Bounds {
+                room: MAX_WAITING_BYTES,
+                share: MAX_WAITING_SHARE,
+                life: FRAGMENT_LIFE,
+            }),
         }
     }
-}
 
-impl<T> HeldFragments<T> {
-    /// Keeps a fragment, whose identification is `id`. Returns those that it displaced.
-    pub fn keep(&mut self, now: Instant, id: u32, with: T, bytes: &[u8]) -> Vec<Held<T>> {
-        self.bytes += bytes.len();
-        self.held.push_back(Held {
-            id,
-            since: now,
+    /// Keeps a fragment of the packet with this key. Returns those that it displaced: of the same
+    /// client, or of the client with most if there is no room.
+    pub fn keep(&mut self, now: Instant, key: Key, with: T, bytes: &[u8]) -> Vec<Held<T>> {
+        let held = Held {
             with,
             bytes: bytes.to_vec(),
-        });
-        let mut out = Vec::new();
-        while self.held.len() > MAX_WAITING || self.bytes > MAX_WAITING_BYTES {
-            let Some(oldest) = self.held.pop_front() else {
-                break;
-            };
-            self.bytes -= oldest.bytes.len();
-            out.push(oldest);
-        }
-        out
+        };
+        let cost = bytes.len().max(LEAST_WAITING);
+        (self.held).keep(now, key.client(self.client), key, cost, held)
     }
 
     /// Takes out a fragment that has waited longer than its first one can be late.
     pub fn expire(&mut self, now: Instant) -> Option<Held<T>> {
-        let oldest = self.held.front()?;
-        if now.saturating_duration_since(oldest.since) < FRAGMENT_LIFE {
-            return None;
-        }
-        self.bytes -= oldest.bytes.len();
-        self.held.pop_front()
+        self.held.expire(now)
     }
 
-    /// Takes out all with this identification, in the order they came.
-    pub fn take(&mut self, id: u32) -> Vec<Held<T>> {
-        if self.held.is_empty() {
-            return Vec::new();
-        }
-        let (taken, left) = std::mem::take(&mut self.held)
-            .into_iter()
-            .partition::<Vec<_>, _>(|held| held.id == id);
-        self.held = left.into();
-        self.bytes -= taken.iter().map(|held| held.bytes.len()).sum::<usize>();
-        taken
+    /// Takes out all of the packet with this key, in the order they came.
+    pub fn take(&mut self, key: Key) -> Vec<Held<T>> {
+        self.held.take(key)
     }
 }
 
@@ -246,6 +257,7 @@ mod tests {
     use crate::packet::testing::{Plan, checksum, set_ipv4_checksum};
     use crate::testing::epoch;
     use proptest::prelude::*;
+    use std::net::IpAddr;
 
     fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
         let parsed = Parsed::parse(packet).unwrap();
@@ -297,7 +309,7 @@ mod tests {
         let check = |overlaps: &mut Overlaps, fragment: &[u8]| {
             overlaps.check(now, &Parsed::parse(fragment).unwrap(), fragment)
         };
-        let mut overlaps = Overlaps::default();
+        let mut overlaps = Overlaps::new(Client::Source);
         for fragment in all.iter().rev() {
             assert_eq!(check(&mut overlaps, fragment), Ok(()));
         }
@@ -312,28 +324,114 @@ mod tests {
         assert_eq!(overlaps.check(later, &parsed, &all[0]), Ok(()));
     }
 
+    proptest! {
+        /// The sorted ranges say the same as a look at each of them.
+        #[test]
+        fn overlaps_are_those_of_a_naive_model(
+            places in prop::collection::vec((0usize..20, 1usize..4), 1..40),
+        ) {
+            let packet = udp(300);
+            let mut overlaps = Overlaps::new(Client::Source);
+            let mut seen: Vec<Range<usize>> = Vec::new();
+            let mut spoilt = false;
+            for (start, words) in places {
+                let mut fragment = packet[..20 + words * 8].to_vec();
+                put(&mut fragment, ipv4::TOTAL_LEN, ((20 + words * 8) as u16).to_be_bytes());
+                let word = ipv4::MORE_FRAGMENTS | start as u16;
+                put(&mut fragment, ipv4::FRAGMENT, word.to_be_bytes());
+                let range = start * 8..(start + words) * 8;
+                let clashes = |seen: &Range<usize>| {
+                    *seen != range && seen.start < range.end && range.start < seen.end
+                };
+                spoilt |= seen.iter().any(clashes);
+                seen.push(range.clone());
+                let checked =
+                    overlaps.check(epoch(), &Parsed::parse(&fragment).unwrap(), &fragment);
+                prop_assert_eq!(checked.is_err(), spoilt);
+            }
+        }
+    }
+
+    /// A key of its own for each of these.
+    fn key(client: u8, id: u32) -> Key {
+        Key {
+            src: IpAddr::from([10, 0, 0, client]).into(),
+            dst: IpAddr::from([192, 0, 2, 5]).into(),
+            id,
+            protocol: 17,
+        }
+    }
+
     #[test]
-    fn what_waits_is_bounded_and_forgotten() {
+    fn a_first_fragment_takes_what_has_its_whole_key_and_nothing_else() {
         let now = epoch();
-        let mut waiting = HeldFragments::default();
-        for id in 0..MAX_WAITING as u32 {
-            assert!(waiting.keep(now, id, (), &[0; 100]).is_empty());
+        let mut held = HeldFragments::new(Client::Source);
+        let wanted = key(1, 7);
+        let others = [
+            key(2, 7),
+            key(1, 8),
+            Key {
+                protocol: 6,
+                ..wanted
+            },
+            Key {
+                dst: IpAddr::from([192, 0, 2, 6]).into(),
+                ..wanted
+            },
+        ];
+        assert!(held.keep(now, wanted, 1, &[1; 100]).is_empty());
+        for other in others {
+            assert!(held.keep(now, other, 0, &[0; 100]).is_empty());
         }
-        let out = waiting.keep(now, 7, (), &[1; 100]);
-        assert_eq!(out.len(), 1, "the oldest makes way");
-        let taken = waiting.take(7);
-        assert_eq!(taken.len(), 2);
-        assert_eq!(taken[1].bytes, [1; 100]);
-        assert!(waiting.take(7).is_empty());
-        assert!(waiting.expire(now).is_none());
-        let mut expired = 0;
-        while waiting.expire(now + FRAGMENT_LIFE).is_some() {
-            expired += 1;
+        assert!(held.keep(now, wanted, 2, &[2; 100]).is_empty());
+        let taken = held.take(wanted);
+        let order: Vec<_> = taken
+            .iter()
+            .map(|held| (held.with, held.bytes[0]))
+            .collect();
+        assert_eq!(order, [(1, 1), (2, 2)]);
+        assert!(held.take(wanted).is_empty());
+        assert_eq!(others.map(|other| held.take(other).len()), [1; 4]);
+    }
+
+    #[test]
+    fn a_client_that_floods_displaces_its_own_fragments_alone() {
+        let now = epoch();
+        let mut held = HeldFragments::new(Client::Source);
+        for n in 0..3 {
+            assert!(held.keep(now, key(1, 1), 1, &[n; 1_480]).is_empty());
         }
-        assert_eq!(expired, MAX_WAITING - 2);
-        assert_eq!(waiting.bytes, 0);
-        let big = vec![0; MAX_WAITING_BYTES];
-        assert!(waiting.keep(now, 1, (), &big).is_empty());
-        assert_eq!(waiting.keep(now, 1, (), &[0]).len(), 1);
+        let mut displaced = 0;
+        for id in 0..1_000 {
+            let out = held.keep(now, key(2, id), 2, &[0; 1_480]);
+            assert!(out.iter().all(|held| held.with == 2));
+            displaced += out.len();
+        }
+        assert_eq!(displaced, 1_000 - MAX_WAITING_SHARE / LEAST_WAITING);
+        // Nor do many clients, as long as each has as much.
+        for n in 0..1_000 {
+            let out = held.keep(now, key(3 + (n % 50) as u8, n), 2, &[0; 1_480]);
+            assert!(out.iter().all(|held| held.with == 2));
+        }
+        assert_eq!(held.take(key(1, 1)).len(), 3);
+        let most = (0..)
+            .map_while(|_| held.expire(now + FRAGMENT_LIFE))
+            .count();
+        assert!(most <= MAX_WAITING_BYTES / LEAST_WAITING, "{most} waited");
+    }
+
+    #[test]
+    fn what_waits_is_forgotten_whatever_passes_meanwhile() {
+        let mut now = epoch();
+        let mut held = HeldFragments::new(Client::Source);
+        assert!(held.keep(now, key(1, 7), (), &[0; 100]).is_empty());
+        for client in 2..FRAGMENT_LIFE.as_secs() as u8 + 1 {
+            now += Duration::from_secs(1);
+            assert!(held.take(key(client, 7)).is_empty());
+            assert!(held.expire(now).is_none());
+        }
+        now += Duration::from_secs(1);
+        assert!(held.expire(now).is_some());
+        assert!(held.expire(now).is_none());
     }
 }

@@ -23,6 +23,7 @@
 //! | `checksum` | the sum, and how it is mended |
 //! | `mss`, [`ecn`] | what a tunnel has to change in a packet that passes |
 //! | [`fragment`] | fragments that wait, contradict each other, or are made here |
+//! | `shares` | the memory that clients share for that |
 //! | [`vnet`], [`segment`], [`coalesce`] | super-packets, segmented and coalesced again |
 //! | [`icmp`], [`icmp_reply`] | ICMP errors that the daemon itself sends, and how many |
 
@@ -40,6 +41,7 @@ mod mss;
 mod parsed;
 mod quoted;
 pub mod segment;
+mod shares;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod vnet;
