@@ -44,4 +44,5 @@ mod stage;
 mod status;
 mod stream;
 mod the_lab;
+mod tracee;
 mod undo;

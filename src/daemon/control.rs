@@ -89,6 +89,7 @@ async fn carry(
         sockets,
         uplink,
         endpoints,
+        processors,
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let (keys, rules) = take_peers(&mut config);
@@ -113,7 +114,7 @@ async fn carry(
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
-        busy_lanes: BusyLanes::new(std::thread::available_parallelism().map_or(1, usize::from)),
+        busy_lanes: BusyLanes::new(processors),
     });
     let tso = !config.without.contains(&Without::TunGso);
     // Not on the old server: its packets leave on a link, which takes no such sizes.

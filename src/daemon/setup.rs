@@ -53,6 +53,8 @@ pub(super) struct Tools {
     pub(super) uplink: Link,
     /// Where each peer is, if its address is known or its name resolved.
     pub(super) endpoints: Vec<Option<SocketAddr>>,
+    /// How many threads can run at once, by affinity and control group.
+    pub(super) processors: usize,
 }
 
 impl Ready {
@@ -96,6 +98,7 @@ impl Ready {
             sockets,
             uplink: found.uplink,
             endpoints,
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
         };
         Ok(Self { host, tools })
     }
