@@ -12,7 +12,7 @@
 //! ```
 //!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
-//! threads, undo, errors), `warnings` and `report` (what `ipmoved
+//! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
 //!
 //! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
@@ -32,6 +32,7 @@ mod service;
 mod setup;
 pub mod status_socket;
 mod warnings;
+mod watchdog;
 
 use std::path::Path;
 

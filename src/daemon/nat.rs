@@ -15,12 +15,13 @@ use tracing::{info, warn};
 
 use super::report;
 use super::service::{
-    DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed,
+    self, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed,
     input, notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
 };
 use super::setup::{find_uplink, raise_tun};
 use super::status_socket;
 use super::warnings::Warnings;
+use super::watchdog::Watchdog;
 use crate::daemon::confine;
 use crate::flow::nat::{Nat, NatConfig, PORTS, Target};
 use crate::flow::seed::Seed;
@@ -225,7 +226,7 @@ async fn carry(
     let servers: Vec<String> = towards.iter().map(|end| end.to.to_string()).collect();
     notify_ready(&format!("translating to {}", servers.join(" and ")));
     let mut repair = tokio::time::interval(REPAIR_EVERY);
-    let mut repairer = Repairer::default();
+    let (mut repairer, mut watchdog) = (Repairer::default(), service::watchdog(started));
     let result = loop {
         tokio::select! {
             () = signals.recv() => break Ok(()),
@@ -240,6 +241,9 @@ async fn carry(
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),
+            () = until(watchdog.as_ref().map(Watchdog::next)) => {
+                service::watch(&mut watchdog, std::iter::once(counters.turns.counted()));
+            }
             _ = repair.tick() => {
                 repairer.repair(Instant::now(), host, &mut warnings);
             }
@@ -247,6 +251,14 @@ async fn carry(
     };
     notify_stopping();
     result
+}
+
+/// Waits until then; for ever, if there is no such time.
+async fn until(then: Option<Instant>) {
+    match then {
+        Some(then) => tokio::time::sleep_until(then.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Makes the ports the same after a restart, and impossible to guess from outside: 122 random bits
