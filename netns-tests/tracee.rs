@@ -146,6 +146,7 @@ impl Tracee {
 }
 
 /// What the kernel answered to a system call.
+#[cfg(target_arch = "x86_64")]
 pub(crate) type Answer = std::result::Result<i64, i32>;
 
 fn failed(error: impl std::fmt::Display) -> LabError {

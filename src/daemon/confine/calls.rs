@@ -232,7 +232,10 @@ fn programs() -> Result<Vec<BpfProgram>, BackendError> {
 }
 
 /// Answers the calls in `rules` with an error. A call of another architecture ends the process.
-fn filter(rules: BTreeMap<i64, Vec<SeccompRule>>, errno: i32) -> Result<BpfProgram, BackendError> {
+pub(super) fn filter(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    errno: i32,
+) -> Result<BpfProgram, BackendError> {
     SeccompFilter::new(
         rules,
         SeccompAction::Allow,

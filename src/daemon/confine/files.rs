@@ -255,6 +255,25 @@ mod tests {
     }
 
     #[test]
+    fn where_the_kernel_has_no_landlock_it_is_said() {
+        let held = std::thread::spawn(|| {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            let absent = [(libc::SYS_landlock_create_ruleset, Vec::new())];
+            let filter = super::super::calls::filter(absent.into(), libc::ENOSYS).unwrap();
+            seccompiler::apply_filter(&filter).unwrap();
+            let needs = Needs {
+                runtime_dir: Path::new("/run/ipmoved/net-1"),
+                names: true,
+            };
+            super::super::confine(needs).lacking
+        });
+        let lacking = held.join().unwrap();
+        assert_eq!(lacking.len(), 1, "{lacking:?}");
+        assert!(lacking[0].contains("every file of root's"), "{lacking:?}");
+        assert!(lacking[0].contains("Linux 5.13"), "{lacking:?}");
+    }
+
+    #[test]
     fn names_are_looked_up_if_a_peer_has_one() {
         closed(true, |_| {
             assert!(("localhost", 1).to_socket_addrs().is_ok());
