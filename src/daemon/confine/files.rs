@@ -11,6 +11,7 @@
 //! | `/proc/sys/net` | read and write: settings are made again and undone |
 //! | the namespace's runtime directory | read, write, make and remove files: the journal |
 //! | `/run`, or what is above the runtime directories | remove them at the end, empty ones alone |
+//! | [`NAME_SERVERS`] | read: the hosts that this server itself cannot do without |
 //! | [`OF_THE_RESOLVER`] | read, if a peer is given by name |
 //!
 //! `/etc` is readable as a whole then: files there are replaced by others of the same name, which a
@@ -36,21 +37,14 @@ const SETTINGS: &str = "/proc/sys/net";
 
 /// What the C library reads to look up a name: its files, and the modules that `nsswitch.conf`
 /// names. Those that are not there are left out.
-const OF_THE_RESOLVER: [&str; 9] = [
-    "/etc",
-    "/usr",
-    "/lib",
-    "/lib64",
-    "/nix/store",
-    "/gnu/store",
-    "/run/systemd/resolve",
-    "/run/resolvconf",
-    "/run/NetworkManager",
-];
+const OF_THE_RESOLVER: [&str; 6] = ["/etc", "/usr", "/lib", "/lib64", "/nix/store", "/gnu/store"];
 
-/// Where name servers are asked. It is a link on many hosts, and what it leads to is replaced by
-/// files of the same name in the same place.
+/// Where name servers stand. It is a link on many hosts, and what it leads to is replaced by files
+/// of the same name in the same place.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// That file, and systemd-resolved's own, which names those that it asks itself.
+const NAME_SERVERS: [&str; 2] = [RESOLV_CONF, "/run/systemd/resolve"];
 
 /// Name servers' port.
 const DNS: u16 = 53;
@@ -110,6 +104,14 @@ fn try_close(needs: Needs<'_>) -> Result<Anchors, Failure> {
     // what it can do to the network, and a daemon that ends leaves nothing behind.
     if let Some(above) = dir.ancestors().nth(2) {
         rules = allow(rules, &mut anchors, above, AccessFs::RemoveDir.into())?;
+    }
+    for path in NAME_SERVERS {
+        rules = allow(
+            rules,
+            &mut anchors,
+            Path::new(path),
+            AccessFs::ReadFile.into(),
+        )?;
     }
     if needs.names {
         let reading = make_bitflags!(AccessFs::{ReadFile | ReadDir});
@@ -239,6 +241,7 @@ mod tests {
             refused(fs::remove_file("/etc/passwd"));
             refused(std::os::unix::fs::symlink("/etc/shadow", dir.join("x")));
 
+            assert!(fs::read(RESOLV_CONF).is_ok());
             let value = fs::read_to_string("/proc/sys/net/ipv4/fwmark_reflect").unwrap();
             fs::write("/proc/sys/net/ipv4/fwmark_reflect", value).unwrap();
             let (next, journal) = (dir.join("journal.next"), dir.join("journal"));
