@@ -21,6 +21,8 @@ mod bad_packets;
 mod confined;
 mod demo;
 mod endpoints;
+#[cfg(target_arch = "x86_64")]
+mod entered;
 mod flood;
 mod fragments;
 mod hops;
@@ -44,4 +46,5 @@ mod stage;
 mod status;
 mod stream;
 mod the_lab;
+mod tracee;
 mod undo;

@@ -13,6 +13,7 @@ use ipmoved::lab::{Daemon, Lab, LabError, Namespace, poll_until};
 use rustix::process::Signal;
 
 use crate::stage::{PATIENCE, Result, moved, setup};
+use crate::tracee::{Tracee, threads};
 
 #[test]
 fn the_service_manager_is_told_when_all_is_ready_what_is_up_and_when_it_ends() -> Result {
@@ -32,6 +33,42 @@ fn the_service_manager_is_told_when_all_is_ready_what_is_up_and_when_it_ends() -
     assert!(said.status.success(), "{said:?}");
     Ok(())
 }
+
+/// What a service manager hears while a thread of a daemon hangs, whichever it is.
+#[test]
+fn the_watchdog_is_fed_while_every_thread_does_its_work() -> Result {
+    let nat = ["nat", "--move", "192.0.2.5", "--to", "198.51.100.2"];
+    for (arguments, role, hangs) in [
+        (None, Role::New, ["lane-0", "ipmoved"]),
+        (Some(nat), Role::Old, ["nat", "ipmoved"]),
+    ] {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?;
+        let manager = Manager::new(&lab)?;
+        let mut command = setup.command();
+        match arguments {
+            Some(arguments) => command.args(arguments),
+            None => command.args(setup.daemon_args(role)),
+        };
+        command.env("NOTIFY_SOCKET", manager.path());
+        command.env("WATCHDOG_USEC", "1500000");
+        let daemon = setup.host(role).spawn(command)?;
+        for hang in hangs {
+            (0..3).try_for_each(|_| manager.hears(FED))?;
+            let threads = threads(daemon.id())?;
+            let thread = threads.iter().find(|(_, name)| name == hang);
+            let (tid, _) = thread.expect("a thread of that name");
+            let stopped = Tracee::stop(*tid)?;
+            manager.hears_no_more(FED)?;
+            drop(stopped);
+        }
+        manager.hears(FED)?;
+    }
+    Ok(())
+}
+
+/// The word that the watchdog waits for.
+const FED: &str = "WATCHDOG=1\n";
 
 #[test]
 fn a_change_that_somebody_takes_away_is_made_again_and_status_says_so() -> Result {
@@ -69,6 +106,22 @@ impl Manager {
 
     fn path(&self) -> &std::path::Path {
         &self.1
+    }
+
+    /// Waits until this message, which came every half second, comes no more.
+    fn hears_no_more(&self, wanted: &str) -> Result {
+        let quiet = self.0.set_read_timeout(Some(Duration::from_secs(3)));
+        quiet.map_err(failed)?;
+        let mut told = [0; 1_000];
+        // A hang is not believed for five seconds.
+        let mut left = 20;
+        while let Ok(length) = self.0.recv(&mut told) {
+            left -= u32::from(told[..length] == *wanted.as_bytes());
+            if left == 0 {
+                return Err(LabError::unexpected("the daemon says that all is well"));
+            }
+        }
+        self.0.set_read_timeout(Some(UP_TIMEOUT)).map_err(failed)
     }
 
     /// Waits until it receives this message.

@@ -24,12 +24,13 @@ use super::policy::{
 };
 use super::report;
 use super::service::{
-    Cause, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, end, failed,
+    self, Cause, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, end, failed,
     notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
 use super::status_socket;
 use super::warnings::Warnings;
+use super::watchdog::Watchdog;
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
@@ -89,6 +90,7 @@ async fn carry(
         sockets,
         uplink,
         endpoints,
+        processors,
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let (keys, rules) = take_peers(&mut config);
@@ -113,7 +115,7 @@ async fn carry(
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
-        busy_lanes: BusyLanes::new(std::thread::available_parallelism().map_or(1, usize::from)),
+        busy_lanes: BusyLanes::new(processors),
     });
     let tso = !config.without.contains(&Without::TunGso);
     // Not on the old server: its packets leave on a link, which takes no such sizes.
@@ -154,6 +156,7 @@ async fn carry(
             ..Offloads::default()
         },
         warnings: Warnings::default(),
+        watchdog: service::watchdog(started),
     };
     control.turn(started);
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
@@ -291,6 +294,7 @@ struct Control<'h> {
     repairer: Repairer,
     offloads: Offloads,
     warnings: Warnings,
+    watchdog: Option<Watchdog>,
 }
 
 impl Control<'_> {
@@ -307,6 +311,7 @@ impl Control<'_> {
             let now = Instant::now();
             self.turn(now);
             self.repair(now)?;
+            self.watch();
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
                 () = signals.recv() => return Ok(()),
@@ -328,8 +333,15 @@ impl Control<'_> {
             .iter()
             .filter_map(Tunnel::next_timeout)
             .chain([self.next_path, self.next_repair])
+            .chain(self.watchdog.as_ref().map(Watchdog::next))
             .min()
             .unwrap_or(self.next_path)
+    }
+
+    /// Tells the service manager that both directions of each lane do their work, while they do.
+    fn watch(&mut self) {
+        let both = |lane: &Arc<LaneCounters>| [lane.outbound.counted(), lane.inbound.counted()];
+        service::watch(&mut self.watchdog, self.counters.iter().flat_map(both));
     }
 
     /// Handles what a lane passed on.

@@ -12,8 +12,8 @@
 //! ```
 //!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
-//! threads, undo, errors), `warnings` and `report` (what `ipmoved status` is told), and
-//! `status_socket` (how it is told).
+//! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
+//! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
 //!
 //! Owns the order of things. What is changed in the kernel is `kernel`'s business, what a packet
 //! goes through is `lane`'s, and neither knows of the daemon.
@@ -32,11 +32,13 @@ mod service;
 mod setup;
 pub mod status_socket;
 mod warnings;
+mod watchdog;
 
 use std::path::Path;
 
 use crate::model::peer::PeerId;
 use crate::settings::config::Config;
+use crate::settings::values::PeerAddr;
 
 pub use nat::run as run_nat;
 pub use service::DaemonError;
@@ -45,11 +47,19 @@ pub use service::DaemonError;
 ///
 /// # Errors
 /// See [`DaemonError`]; kernel changes of this run are undone, unless a thread crashed.
-pub fn run(config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
+pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
     service::block_on(async {
         let ready = setup::Ready::new(&config, runtime_dir)?;
+        let endpoints = config
+            .peers
+            .iter()
+            .filter_map(|peer| peer.endpoint.as_ref());
         // Before the first thread starts: later threads inherit what this one gives up.
-        confine::drop_privileges();
+        let confinement = confine::confine(confine::Needs {
+            runtime_dir: ready.host.dir(),
+            names: endpoints.clone().any(PeerAddr::is_name),
+        });
+        config.warnings.extend_from_slice(&confinement.lacking);
         control::run(config, ready).await
     })
 }

@@ -11,16 +11,17 @@ use std::time::Instant;
 
 use tokio::net::UnixListener;
 use tokio::sync::mpsc;
-use tracing::info;
+use tracing::{info, warn};
 
 use super::report;
 use super::service::{
-    DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed, input,
-    notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
+    self, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed,
+    input, notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
 };
 use super::setup::{find_uplink, raise_tun};
 use super::status_socket;
 use super::warnings::Warnings;
+use super::watchdog::Watchdog;
 use crate::daemon::confine;
 use crate::flow::nat::{Nat, NatConfig, PORTS, Target};
 use crate::flow::seed::Seed;
@@ -40,9 +41,18 @@ pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError>
     block_on(async {
         let Ready { mut host, tools } = Ready::new(&settings, runtime_dir)?;
         // Before the first thread starts: later threads inherit what this one gives up.
-        confine::drop_privileges();
+        let confinement = confine::confine(confine::Needs {
+            runtime_dir: host.dir(),
+            names: false,
+        });
+        let mut warnings = Warnings::default();
+        for text in &confinement.lacking {
+            if warnings.keep(Instant::now(), text.clone()) {
+                warn!("{text}");
+            }
+        }
         let mut threads = Threads::default();
-        let result = carry(settings, tools, &mut host, &mut threads).await;
+        let result = carry(settings, tools, &mut host, &mut threads, warnings).await;
         let result = end(result, &mut host);
         threads.stop();
         result
@@ -62,6 +72,7 @@ struct Tools {
     queue: TunQueue,
     uplink: Link,
     towards: Vec<Towards>,
+    port_seed: Seed,
 }
 
 impl Ready {
@@ -109,6 +120,7 @@ impl Ready {
             queue,
             uplink,
             towards,
+            port_seed: port_seed(),
         };
         Ok(Self { host, tools })
     }
@@ -165,6 +177,7 @@ async fn carry(
     tools: Tools,
     host: &mut Host,
     threads: &mut Threads,
+    mut warnings: Warnings,
 ) -> Result<()> {
     let started = Instant::now();
     let Tools {
@@ -173,6 +186,7 @@ async fn carry(
         queue,
         uplink,
         towards,
+        port_seed,
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let targets = towards
@@ -189,7 +203,7 @@ async fn carry(
         targets,
         max_flows: settings.max_flows as usize,
         seed: entropy::seed(),
-        port_seed: port_seed(),
+        port_seed,
         epoch: started,
     });
     let counters = Arc::new(NatCounters::default());
@@ -212,7 +226,7 @@ async fn carry(
     let servers: Vec<String> = towards.iter().map(|end| end.to.to_string()).collect();
     notify_ready(&format!("translating to {}", servers.join(" and ")));
     let mut repair = tokio::time::interval(REPAIR_EVERY);
-    let (mut repairer, mut warnings) = (Repairer::default(), Warnings::default());
+    let (mut repairer, mut watchdog) = (Repairer::default(), service::watchdog(started));
     let result = loop {
         tokio::select! {
             () = signals.recv() => break Ok(()),
@@ -227,6 +241,9 @@ async fn carry(
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),
+            () = until(watchdog.as_ref().map(Watchdog::next)) => {
+                service::watch(&mut watchdog, std::iter::once(counters.turns.counted()));
+            }
             _ = repair.tick() => {
                 repairer.repair(Instant::now(), host, &mut warnings);
             }
@@ -234,6 +251,14 @@ async fn carry(
     };
     notify_stopping();
     result
+}
+
+/// Waits until then; for ever, if there is no such time.
+async fn until(then: Option<Instant>) {
+    match then {
+        Some(then) => tokio::time::sleep_until(then.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Makes the ports the same after a restart, and impossible to guess from outside: 122 random bits

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tracing::{error, info, warn};
 
 use super::warnings::Warnings;
+use super::watchdog::{Watchdog, Word};
 use crate::io::tun::TunError;
 use crate::kernel::{Change, Failure, Host, HostError, Repairs, Report, RuntimeDirError};
 
@@ -144,6 +145,27 @@ pub(super) fn notify_ready(status: &str) {
 /// Tells the service manager the state of things in one line.
 pub(super) fn notify_status(status: &str) {
     notify(&[NotifyState::Status(status)]);
+}
+
+/// After how long without a word from us the service manager acts, if it asked for any.
+pub(super) fn watchdog(now: Instant) -> Option<Watchdog> {
+    sd_notify::watchdog_enabled().map(|patience| Watchdog::new(now, patience))
+}
+
+/// Tells the service manager that the daemon does its work, while each loop in `turns` does.
+pub(super) fn watch(watchdog: &mut Option<Watchdog>, turns: impl Iterator<Item = u64>) {
+    let Some(watchdog) = watchdog else {
+        return;
+    };
+    match watchdog.look(Instant::now(), turns) {
+        Word::NotYet => {}
+        Word::Well => notify(&[NotifyState::Watchdog]),
+        Word::Hangs(number) => error!(
+            number,
+            "a thread that carries packets hangs, which is a bug of ipmoved; the service manager \
+             is not told that all is well"
+        ),
+    }
 }
 
 /// Tells the service manager, and the log, that the daemon is ending.

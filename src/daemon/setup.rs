@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::service::{Result, Signals, cannot, input, system, warn_of_left, warn_of_unread};
 use super::status_socket;
@@ -20,6 +20,10 @@ use crate::model::peer::Role;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::{DeliverTo, Listen, PeerAddr};
+
+/// Packets that wait in the kernel for the daemon to read them. A burst of small packets brings
+/// more between two wake-ups than the default of 500.
+const TX_QUEUE_LEN: u32 = 1_000;
 
 /// A host that is ready to carry packets.
 pub(super) struct Ready {
@@ -49,6 +53,8 @@ pub(super) struct Tools {
     pub(super) uplink: Link,
     /// Where each peer is, if its address is known or its name resolved.
     pub(super) endpoints: Vec<Option<SocketAddr>>,
+    /// How many threads can run at once, by affinity and control group.
+    pub(super) processors: usize,
 }
 
 impl Ready {
@@ -92,6 +98,7 @@ impl Ready {
             sockets,
             uplink: found.uplink,
             endpoints,
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
         };
         Ok(Self { host, tools })
     }
@@ -383,6 +390,11 @@ pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link>
     // No link-local address, hence no router solicitations: an interface without IPv6 has no such
     // file, and needs none.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode"), "1");
+    // Not when it is made: that request (SIOCSIFTXQLEN) is for the host's own root alone, while
+    // this one will do in a container too.
+    if let Err(error) = netlink.set_link_queue(tun.index, TX_QUEUE_LEN) {
+        debug!(%error, "the TUN keeps the queue that it has");
+    }
     netlink.set_link_mtu(tun.index, mtu).map_err(system)?;
     netlink.set_link_up(tun.index).map_err(system)?;
     Ok(Link {

@@ -20,15 +20,14 @@ pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
 /// The TUN driver's device node.
 const DEVICE: &str = "/dev/net/tun";
 
-/// Packets that wait in the kernel for the daemon to read them. A burst of small packets brings
-/// more between two wake-ups than the default of 500.
-const TX_QUEUE_LEN: u32 = 1_000;
-
 /// Why the TUN could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum TunError {
     /// No right to create network devices.
-    #[error("no permission to create the TUN interface {0}: run as root (CAP_NET_ADMIN)")]
+    #[error(
+        "no permission to create the TUN interface {0}: run as root, or with CAP_NET_ADMIN; in a \
+         container, `docker run --cap-add NET_ADMIN`"
+    )]
     Permission(String),
     /// The kernel has no TUN driver, or this container hides it.
     #[error(
@@ -96,7 +95,6 @@ impl TunQueue {
         let first = DeviceBuilder::new()
             .name(name)
             .enable(false)
-            .tx_queue_len(TX_QUEUE_LEN)
             .offload(true)
             .multi_queue(queues > 1)
             .build_sync()

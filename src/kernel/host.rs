@@ -266,7 +266,7 @@ impl Host {
             }
         }
         // Undoing must restore the value that somebody has set by now.
-        let renewed = desired.change.renew_original();
+        let renewed = desired.change.renew_original(&self.netlink);
         renewed.map_err(|error| desired.refused_by(&error))?;
         let change = &desired.change;
         if !desired.with_tun && !self.made.contains(change) {
@@ -679,6 +679,7 @@ mod tests {
                 path: "net/ipv4/no_such_setting".into(),
                 from: String::new(),
                 to: "1".into(),
+                on: None,
             })));
             let error = host.reconcile(desired).unwrap_err().to_string();
             assert!(error.contains("sysctl net.ipv4.no_such_setting"), "{error}");

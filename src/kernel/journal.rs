@@ -407,6 +407,7 @@ mod tests {
             path: "net/ipv4/conf/eth0.5/src_valid_mark".into(),
             from: "0".into(),
             to: "1".into(),
+            on: None,
         })
     }
 

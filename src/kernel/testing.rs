@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
@@ -96,6 +96,13 @@ pub(super) fn set_link_down(netlink: &Netlink, index: u32) -> Result<(), Netlink
     message.header.change_mask = LinkFlags::Up;
     let request = RouteNetlinkMessage::SetLink(message);
     netlink.acked("set interface down", request, 0)
+}
+
+pub(super) fn rename_link(netlink: &Netlink, index: u32, name: &str) -> Result<(), NetlinkError> {
+    let mut message = link_message(index);
+    message.attributes.push(LinkAttribute::IfName(name.into()));
+    let request = RouteNetlinkMessage::SetLink(message);
+    netlink.acked("rename interface", request, 0)
 }
 
 pub(super) fn delete_link(netlink: &Netlink, index: u32) -> Result<(), NetlinkError> {

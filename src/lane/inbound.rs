@@ -466,6 +466,7 @@ impl Work for Inbound {
     }
 
     fn turn(&mut self, waits: bool) -> Turn {
+        self.parts.counters.inbound.count();
         let view = self.parts.shared.view.load_full();
         let context = Context {
             now: Instant::now(),

@@ -148,6 +148,10 @@ impl Lane {
         let mut ready = Ready::default();
         loop {
             ready = self.wait(ready)?;
+            self.parts.counters.outbound.count();
+            if self.inbound.is_some() {
+                self.parts.counters.inbound.count();
+            }
             if ready.stop {
                 return Ok(());
             }

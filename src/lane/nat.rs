@@ -18,7 +18,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, poll};
 use tracing::debug;
 
-use super::shared::{BURST, DEVICE_DOWN_PAUSE, EXPIRY_BUDGET, TICK, timespec};
+use super::shared::{BURST, DEVICE_DOWN_PAUSE, EXPIRY_BUDGET, TICK, Turns, timespec};
 use super::to_control::LaneError;
 use crate::flow::nat::{Nat, Outcome};
 use crate::flow::table::FlowStats;
@@ -34,6 +34,8 @@ use crate::packet::vnet::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
 pub struct NatCounters {
     /// Packets that were dropped, by reason.
     pub drops: Drops,
+    /// Turns of its loop.
+    pub turns: Turns,
     traffic: Mutex<[Traffic; 2]>,
     flows: Mutex<FlowStats>,
 }
@@ -93,6 +95,7 @@ impl NatLane {
         let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
         let mut ticked = Instant::now();
         while !self.wait()? {
+            self.counters.turns.count();
             let now = Instant::now();
             for _ in 0..BURST {
                 if !self.pass(now, &mut frame)? {

@@ -200,10 +200,33 @@ impl std::hash::Hasher for IndexHasher {
 pub struct LaneCounters {
     /// One for each peer, by [`PeerId`].
     pub peers: Vec<PeerCounters>,
+    /// Turns of the outbound direction.
+    pub outbound: Turns,
+    /// Turns of the inbound direction, whichever thread it is with.
+    pub inbound: Turns,
     /// Super-packets that the TUN refused whole, so that they were written packet by packet.
     pub tun_gso_fallbacks: AtomicU64,
     /// The TUN refused more than 64 KiB, so the lane does not try that at present.
     pub big_tcp_refused: AtomicBool,
+}
+
+/// How often a loop that carries packets has turned: at least once in a [`TICK`], unless it hangs.
+/// Aligned so that two threads, one for each direction, do not share a cache line.
+#[derive(Default)]
+#[repr(align(64))]
+pub struct Turns(AtomicU64);
+
+impl Turns {
+    /// Counts a turn.
+    pub fn count(&self) {
+        // A direction is with one thread at a time.
+        self.0.store(self.0.load(Relaxed).wrapping_add(1), Relaxed);
+    }
+
+    /// The turns so far.
+    pub fn counted(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
 }
 
 /// What one lane carried for one peer.
@@ -229,6 +252,8 @@ impl LaneCounters {
     pub fn new(peers: usize) -> Self {
         Self {
             peers: (0..peers).map(|_| PeerCounters::default()).collect(),
+            outbound: Turns::default(),
+            inbound: Turns::default(),
             tun_gso_fallbacks: AtomicU64::new(0),
             big_tcp_refused: AtomicBool::new(false),
         }

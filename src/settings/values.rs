@@ -46,6 +46,13 @@ pub struct PeerAddr {
     pub port: u16,
 }
 
+impl PeerAddr {
+    /// Whether the host has to be looked up.
+    pub fn is_name(&self) -> bool {
+        self.host.parse::<IpAddr>().is_err()
+    }
+}
+
 /// Why the text of a `--peer` was refused.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum PeerAddrError {

@@ -41,9 +41,8 @@ impl Program {
     /// # Errors
     /// If the kernel refuses; the verifier's last words are in the error.
     pub fn load(&self) -> Result<OwnedFd, BpfError> {
-        let errno = match with_memlock_raised(|| self.load_once(&mut [])) {
+        let errno = match with_memlock_raised(|| self.load_once(&mut []))? {
             Ok(fd) => return Ok(fd),
-            Err(errno @ (Errno::PERM | Errno::NOSYS)) => return Err(BpfError::from(errno)),
             Err(errno) => errno,
         };
         // The verifier writes its log only on request, and that makes loading slower. So we ask

@@ -3,8 +3,6 @@
 use std::ffi::c_int;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
-
 use super::{BpfError, MAX_NAME, bpf_fd, object_name, with_memlock_raised};
 
 /// Kinds of maps.
@@ -60,11 +58,8 @@ impl Map {
             // SAFETY: the attribute has the layout of BPF_MAP_CREATE and holds no pointer.
             unsafe { bpf_fd(BPF_MAP_CREATE, &mut attr) }
         });
-        match fd {
-            Ok(fd) => Ok(Self { fd }),
-            Err(errno @ (Errno::PERM | Errno::NOSYS)) => Err(BpfError::from(errno)),
-            Err(errno) => Err(BpfError::Map { name, errno }),
-        }
+        fd?.map(|fd| Self { fd })
+            .map_err(|errno| BpfError::Map { name, errno })
     }
 }
 

@@ -23,6 +23,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::thread::CapabilitySet;
 
 pub use assembler::{Alu, Assembler, Helper, If, Label, Reg, Size};
 pub use load::Program;
@@ -37,9 +38,18 @@ pub enum BpfError {
     /// No privileges.
     #[error(
         "the kernel lets only privileged processes load BPF programs; run as root, or with CAP_BPF \
-         and CAP_NET_ADMIN"
+         and CAP_NET_ADMIN; in a container, `docker run --cap-add BPF --cap-add NET_ADMIN` (which \
+         one with a user namespace of its own, as rootless ones have, cannot be given)"
     )]
     Denied,
+    /// The limit of locked memory is too low, on a kernel before 5.11.
+    #[error(
+        "this kernel counts BPF programs and maps as locked memory (before Linux 5.11), the limit \
+         is too low, and raising it needs CAP_SYS_RESOURCE: raise it for ipmoved (`ulimit -l \
+         unlimited`, LimitMEMLOCK=infinity, `docker run --ulimit memlock=-1`), or run it with that \
+         capability"
+    )]
+    LockedMemory,
     /// The kernel has no `bpf(2)`.
     #[error("this kernel has no bpf(2) system call; it needs CONFIG_BPF_SYSCALL")]
     Absent,
@@ -72,29 +82,50 @@ pub enum BpfError {
     },
 }
 
-impl From<Errno> for BpfError {
-    fn from(errno: Errno) -> Self {
-        if errno == Errno::NOSYS {
-            Self::Absent
-        } else {
-            Self::Denied
+/// Raises `RLIMIT_MEMLOCK` if `make` fails with `EPERM`, and tries again: kernels before 5.11
+/// charge maps and programs to that limit.
+///
+/// # Errors
+/// If this process may not make any. The error inside is about this one.
+fn with_memlock_raised<T>(
+    mut make: impl FnMut() -> Result<T, Errno>,
+) -> Result<Result<T, Errno>, BpfError> {
+    let mut result = make();
+    let mut raised = None;
+    if let Err(Errno::PERM) = result {
+        let unlimited = Rlimit {
+            current: None,
+            maximum: None,
+        };
+        raised = Some(setrlimit(Resource::Memlock, unlimited).is_ok());
+        if raised == Some(true) {
+            result = make();
         }
+    }
+    match result {
+        Err(Errno::NOSYS) => Err(BpfError::Absent),
+        Err(Errno::PERM) if raised == Some(false) => {
+            let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+            let held = rustix::thread::capabilities(None).map(|sets| sets.effective);
+            Err(why_denied(
+                &release.unwrap_or_default(),
+                held.unwrap_or(CapabilitySet::empty()),
+            ))
+        }
+        Err(Errno::PERM) => Err(BpfError::Denied),
+        other => Ok(other),
     }
 }
 
-/// Raises `RLIMIT_MEMLOCK` if `make` fails with `EPERM`, and tries again: kernels before 5.11
-/// charge maps and programs to that limit.
-fn with_memlock_raised<T>(mut make: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
-    match make() {
-        Err(Errno::PERM) => {
-            let unlimited = Rlimit {
-                current: None,
-                maximum: None,
-            };
-            setrlimit(Resource::Memlock, unlimited)?;
-            make()
-        }
-        other => other,
+/// Why a process was refused that could not raise the limit: `EPERM` means either.
+fn why_denied(release: &str, held: CapabilitySet) -> BpfError {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next()?.parse::<u32>().ok();
+    let is_counted = number().zip(number()).is_some_and(|it| it < (5, 11));
+    if is_counted && held.intersects(CapabilitySet::BPF | CapabilitySet::SYS_ADMIN) {
+        BpfError::LockedMemory
+    } else {
+        BpfError::Denied
     }
 }
 
@@ -129,4 +160,35 @@ unsafe fn bpf<A>(command: c_int, attr: &mut A) -> Result<c_int, Errno> {
         return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
     }
     Ok(result as c_int)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_too_low_is_told_from_missing_privileges() {
+        let (bpf, none) = (CapabilitySet::BPF, CapabilitySet::NET_ADMIN);
+        for (release, held, is_limit) in [
+            ("5.10.0-28-amd64", bpf, true),
+            ("5.10.0-28-amd64", CapabilitySet::SYS_ADMIN, true),
+            ("5.10.0-28-amd64", none, false),
+            ("5.11.0", bpf, false),
+            ("6.18.1+", bpf, false),
+            ("", bpf, false),
+        ] {
+            let error = why_denied(release, held);
+            assert_eq!(
+                matches!(error, BpfError::LockedMemory),
+                is_limit,
+                "{release}"
+            );
+        }
+        // Some other error, and success, are not looked at.
+        let other = with_memlock_raised(|| Err::<(), _>(Errno::INVAL));
+        assert!(matches!(other, Ok(Err(Errno::INVAL))));
+        assert!(matches!(with_memlock_raised(|| Ok(7)), Ok(Ok(7))));
+        let absent = with_memlock_raised(|| Err::<(), _>(Errno::NOSYS));
+        assert!(matches!(absent, Err(BpfError::Absent)));
+    }
 }

@@ -120,6 +120,9 @@ impl Change {
 
     /// Whether both concern the same object, perhaps with other values.
     pub fn same_object(&self, other: &Self) -> bool {
+        if let (Self::Sysctl(one), Self::Sysctl(other)) = (self, other) {
+            return one.is_same_setting(other);
+        }
         self.kind().object() == other.kind().object()
     }
 
@@ -148,9 +151,9 @@ impl Change {
     }
 
     /// From now on, undoing this change restores the present value.
-    pub(super) fn renew_original(&mut self) -> Result<(), ChangeError> {
+    pub(super) fn renew_original(&mut self, netlink: &Netlink) -> Result<(), ChangeError> {
         if let Self::Sysctl(change) = self {
-            change.from = read_sysctl(&change.path)?;
+            change.from = change.value(netlink)?;
         }
         Ok(())
     }
@@ -181,7 +184,10 @@ impl Change {
     /// The kernel's reason, and what a person can do about it.
     pub(super) fn remedy(&self, error: &ChangeError) -> String {
         let remedy = if error.is_denied() {
-            Some("run as root, or with CAP_NET_ADMIN")
+            Some(
+                "run as root, or with CAP_NET_ADMIN; in a container, \
+                 `docker run --cap-add NET_ADMIN`",
+            )
         } else if error.errno() == Some(Errno::NODEV) {
             Some("the interface is gone")
         } else {
@@ -304,7 +310,11 @@ impl ChangeError {
     fn is_missing(&self) -> bool {
         match self {
             Self::Netlink(error) => error.is_missing(),
-            Self::File(error) => error.kind() == io::ErrorKind::NotFound,
+            Self::File(error) => {
+                // The file, or the interface that it is of.
+                error.kind() == io::ErrorKind::NotFound
+                    || error.raw_os_error() == Some(libc::ENODEV)
+            }
             Self::NoProgram => false,
         }
     }
@@ -369,6 +379,7 @@ mod tests {
                     path: "net/ipv4/tcp_fwmark_accept".into(),
                     from: "0".into(),
                     to: "1".into(),
+                    on: None,
                 }),
                 "sysctl net.ipv4.tcp_fwmark_accept: 0 → 1",
             ),
@@ -377,6 +388,7 @@ mod tests {
                     path: "net/ipv4/conf/eth0.5/src_valid_mark".into(),
                     from: "0".into(),
                     to: "1".into(),
+                    on: None,
                 }),
                 "sysctl net.ipv4.conf.eth0/5.src_valid_mark: 0 → 1",
             ),

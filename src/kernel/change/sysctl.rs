@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::is_interface_name;
-use super::{ChangeError, Kind, Means, Presence, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
 use crate::kernel::netlink::Netlink;
 
 /// The settings of a whole network namespace that this program changes.
@@ -23,6 +23,9 @@ const OF_THE_NAMESPACE: [&str; 4] = [
 /// The settings of one interface that this program changes.
 const OF_AN_INTERFACE: [&str; 3] = ["arp_announce", "arp_ignore", "src_valid_mark"];
 
+/// Where the settings of interfaces are, by their names.
+const CONF: &str = "net/ipv4/conf/";
+
 /// A setting and its value.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Sysctl {
@@ -32,6 +35,38 @@ pub struct Sysctl {
     pub from: String,
     /// The value that is wanted.
     pub to: String,
+    /// The interface, for a setting of one. It may be renamed, and its settings with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on: Option<Interface>,
+}
+
+impl Sysctl {
+    /// Whether both are the same setting, whatever its interface was called at the time.
+    pub(super) fn is_same_setting(&self, other: &Self) -> bool {
+        match (&self.on, &other.on) {
+            (Some(on), Some(other_on)) => on.index == other_on.index && self.name() == other.name(),
+            _ => self.path == other.path,
+        }
+    }
+
+    /// The last part of the path.
+    fn name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or_default()
+    }
+
+    /// The path at present.
+    fn path_now(&self, netlink: &Netlink) -> Result<String, ChangeError> {
+        let Some(on) = &self.on else {
+            return Ok(self.path.clone());
+        };
+        let interface = netlink.link_name(on.index)?;
+        Ok(format!("{CONF}{interface}/{}", self.name()))
+    }
+
+    /// The value at present.
+    pub(super) fn value(&self, netlink: &Netlink) -> Result<String, ChangeError> {
+        Ok(read_sysctl(&self.path_now(netlink)?)?)
+    }
 }
 
 impl fmt::Display for Sysctl {
@@ -59,6 +94,13 @@ impl Kind for Sysctl {
                 self.path
             ));
         }
+        if let Some(on) = &self.on {
+            on.check()?;
+            let interface = interface_and_name(&self.path).map(|(interface, _)| interface);
+            if interface != Some(on.name.as_str()) {
+                return Err(format!("{:?} is no setting of {:?}", self.path, on.name));
+            }
+        }
         // Numbers, and lists of ports.
         let is_value = |value: &&String| {
             let mut chars = value.chars();
@@ -75,17 +117,17 @@ impl Kind for Sysctl {
         false
     }
 
-    fn present(&self, _netlink: &Netlink) -> Result<Presence, ChangeError> {
-        Ok(Presence::of(read_sysctl(&self.path)? == self.to))
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        Ok(Presence::of(self.value(netlink)? == self.to))
     }
 
-    fn make(&self, _with: &Means<'_>) -> Result<(), ChangeError> {
-        Ok(write_sysctl(&self.path, &self.to)?)
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        Ok(write_sysctl(&self.path_now(with.netlink)?, &self.to)?)
     }
 
     /// A value that is neither ours nor the earlier one is somebody else's, and stays.
-    fn undo(&self, _netlink: &Netlink) -> Result<Undone, ChangeError> {
-        let now = read_sysctl(&self.path)?;
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        let now = self.value(netlink)?;
         if now == self.from {
             return Ok(Undone::Gone);
         }
@@ -94,7 +136,7 @@ impl Kind for Sysctl {
                 "somebody has set it to {now} since; it stays so"
             )));
         }
-        write_sysctl(&self.path, &self.from)?;
+        write_sysctl(&self.path_now(netlink)?, &self.from)?;
         Ok(Undone::Gone)
     }
 
@@ -103,8 +145,8 @@ impl Kind for Sysctl {
             return Some("the kernel has no such setting");
         }
         (error.errno() == Some(Errno::ROFS)).then_some(
-            "/proc/sys is read-only here, as in most containers; set it on the host, or run \
-             ipmoved there",
+            "/proc/sys is read-only here, as in most containers; set it when the container is \
+             made (`docker run --sysctl NAME=VALUE`), or run ipmoved on the host",
         )
     }
 }
@@ -136,14 +178,16 @@ fn is_ours(path: &str) -> bool {
     if OF_THE_NAMESPACE.contains(&path) {
         return true;
     }
-    let parts = path.strip_prefix("net/ipv4/conf/");
-    parts
-        .and_then(|parts| parts.split_once('/'))
-        .is_some_and(|(interface, name)| {
-            // These two stand for no interface, but for many.
-            let is_one = !matches!(interface, "all" | "default");
-            is_one && is_interface_name(interface) && OF_AN_INTERFACE.contains(&name)
-        })
+    interface_and_name(path).is_some_and(|(interface, name)| {
+        // These two stand for no interface, but for many.
+        let is_one = !matches!(interface, "all" | "default");
+        is_one && is_interface_name(interface) && OF_AN_INTERFACE.contains(&name)
+    })
+}
+
+/// The interface of a setting, and the setting's name.
+fn interface_and_name(path: &str) -> Option<(&str, &str)> {
+    path.strip_prefix(CONF)?.split_once('/')
 }
 
 #[cfg(test)]
@@ -155,6 +199,7 @@ mod tests {
             path: path.into(),
             from: from.into(),
             to: "1".into(),
+            on: None,
         }
     }
 
@@ -188,6 +233,22 @@ mod tests {
             assert!(refused.contains(&format!("{path:?}")), "{refused}");
         }
         assert!(sysctl("net/ipv4/fwmark_reflect", "0\n1").check().is_err());
+        for (path, interface, is_its) in [
+            ("net/ipv4/conf/eth0/arp_ignore", "eth0", true),
+            ("net/ipv4/conf/eth0/arp_ignore", "eth1", false),
+            ("net/ipv4/conf/eth0/arp_ignore", "../all", false),
+            ("net/ipv4/fwmark_reflect", "eth0", false),
+        ] {
+            let on = Some(Interface {
+                index: 2,
+                name: interface.into(),
+            });
+            let sysctl = Sysctl {
+                on,
+                ..sysctl(path, "0")
+            };
+            assert_eq!(sysctl.check().is_ok(), is_its, "{path} {interface}");
+        }
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! Network interfaces.
 
+use std::io;
+
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rustix::net::netdevice::index_to_name;
 
 use super::{Netlink, Result, attributes, text, word};
 
@@ -49,12 +52,29 @@ impl Netlink {
         Ok(self.links()?.into_iter().find(|link| link.index == index))
     }
 
+    /// The name of the interface with this index. As quick on a host with thousands of interfaces
+    /// as on any.
+    ///
+    /// # Errors
+    /// `ENODEV` if there is none.
+    pub fn link_name(&self, index: u32) -> io::Result<String> {
+        Ok(index_to_name(&self.socket, index)?)
+    }
+
     /// Sets an interface up.
     pub fn set_link_up(&self, index: u32) -> Result<()> {
         let mut message = link_message(index);
         message.header.flags = LinkFlags::Up;
         message.header.change_mask = LinkFlags::Up;
         self.acked("set interface up", RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    /// Sets how many packets may wait for an interface's driver.
+    pub fn set_link_queue(&self, index: u32, packets: u32) -> Result<()> {
+        let mut message = link_message(index);
+        message.attributes.push(LinkAttribute::TxQueueLen(packets));
+        let request = RouteNetlinkMessage::SetLink(message);
+        self.acked("set interface queue", request, 0)
     }
 
     /// Sets the MTU of an interface, in bytes.
@@ -112,6 +132,8 @@ mod tests {
             let link = veth(&netlink);
             assert_eq!(link.link_type, libc::ARPHRD_ETHER);
             assert!(link.mac.is_some());
+            assert_eq!(netlink.link_name(link.index).unwrap(), "v0");
+            netlink.set_link_queue(link.index, 77).unwrap();
             netlink.set_link_mtu(link.index, 1300).unwrap();
             set_link_down(&netlink, link.index).unwrap();
             let changed = netlink.link_by_index(link.index).unwrap().unwrap();
@@ -119,6 +141,8 @@ mod tests {
             assert!(netlink.add_veth("v0", "v2", None).unwrap_err().is_exists());
             delete_link(&netlink, link.index).unwrap();
             assert_eq!(netlink.link_by_name("v1").unwrap(), None);
+            let gone = netlink.link_name(link.index).unwrap_err();
+            assert_eq!(gone.raw_os_error(), Some(libc::ENODEV));
             assert!(delete_link(&netlink, link.index).unwrap_err().is_missing());
         });
     }

@@ -104,21 +104,19 @@ fn sysctl(link: &Link, (name, to): (&str, u32), made: &[Change]) -> Option<Chang
     let value = |path: &str| read_sysctl(path).ok()?.parse::<u32>().ok();
     let from = value(&path)?;
     let counts = from.max(value(&format!("net/ipv4/conf/all/{name}")).unwrap_or(0));
-    let ours = made
-        .iter()
-        .any(|change| matches!(change, Change::Sysctl(known) if known.path == path));
+    let change = Change::Sysctl(Sysctl {
+        path,
+        from: from.to_string(),
+        to: to.to_string(),
+        on: Some(Interface::from(link)),
+    });
+    let ours = made.iter().any(|known| known.same_object(&change));
     let weak = if name == ARP_IGNORE.0 {
         counts == 0
     } else {
         counts < to
     };
-    (ours || weak).then(|| {
-        Change::Sysctl(Sysctl {
-            path,
-            from: from.to_string(),
-            to: to.to_string(),
-        })
-    })
+    (ours || weak).then_some(change)
 }
 
 #[cfg(test)]
@@ -126,7 +124,9 @@ mod tests {
     use super::*;
     use crate::kernel::Host;
     use crate::kernel::netlink::Address;
-    use crate::kernel::testing::{Router, Scratch, Tun, bound, in_fresh_namespace, snapshot};
+    use crate::kernel::testing::{
+        Router, Scratch, Tun, bound, in_fresh_namespace, rename_link, set_link_down, snapshot,
+    };
     use crate::lab::wiring::Wiring;
 
     const HERE: [(&str, u8); 1] = [("192.0.2.2", 24)];
@@ -198,6 +198,48 @@ mod tests {
             router.has_seen(&MOVED);
             let _ = own.send_to(b"anybody", "192.0.2.78:9");
             assert!(router.has_seen(&MOVED));
+        });
+    }
+
+    #[test]
+    fn an_interface_that_was_renamed_is_repaired_and_gets_its_settings_back() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let _router = Router::new(&netlink, &HERE, &GATEWAY);
+            let tun = Tun::new(&netlink, "tun0", false);
+            let setting = |name| read_sysctl(&format!("net/ipv4/conf/{name}/arp_ignore")).unwrap();
+            let rename = |from: &str, to| {
+                let link = netlink.link_by_name(from).unwrap().unwrap();
+                set_link_down(&netlink, link.index).unwrap();
+                rename_link(&netlink, link.index, to).unwrap();
+                netlink.set_link_up(link.index).unwrap();
+            };
+            let scratch = Scratch::new();
+            let mut host = Host::open(&scratch.0).unwrap();
+            let keep = |host: &mut Host| {
+                let moved = [MOVED.into()];
+                let desired = plan(host.netlink(), &moved, &tun.link, host.made()).unwrap();
+                host.reconcile_part(is_part, desired).unwrap();
+            };
+            keep(&mut host);
+            rename("up0", "wan0");
+            crate::kernel::testing::sysctl("net/ipv4/conf/wan0/arp_ignore", "0");
+            let repairs = host.repair();
+            assert_eq!(
+                (repairs.made.len(), repairs.failed.len()),
+                (1, 0),
+                "{repairs:?}"
+            );
+            assert_eq!(setting("wan0"), "3");
+            // The daemon is killed, and the interface has yet another name at the next start.
+            drop(host);
+            rename("wan0", "lan0");
+            let mut host = Host::open(&scratch.0).unwrap();
+            keep(&mut host);
+            assert_eq!(setting("lan0"), "3");
+            let report = host.undo_all().unwrap();
+            assert!(report.left.is_empty(), "{report:?}");
+            assert_eq!(setting("lan0"), "0");
         });
     }
 

@@ -123,6 +123,7 @@ fn reservation(ports: &RangeInclusive<u16>) -> Option<Change> {
         path: RESERVED.to_owned(),
         to: with_reserved(&from, ports),
         from,
+        on: None,
     }))
 }
 
@@ -257,6 +258,7 @@ mod tests {
                 path: RESERVED.to_owned(),
                 from: before.to_owned(),
                 to: after.to_owned(),
+                on: None,
             });
             assert_eq!(change.check(), Ok(()), "the next start undoes it");
         }

@@ -166,6 +166,7 @@ fn sysctl(path: String) -> Change {
         from: read_sysctl(&path).unwrap_or_default(),
         to: "1".to_owned(),
         path,
+        on: None,
     })
 }
 
