@@ -2,6 +2,7 @@
 //!
 //! | file | owns |
 //! |---|---|
+//! | [`ownership`] | whose a captured packet is |
 //! | [`gate`] | the old server's checks: what may pass |
 //! | [`role`] | what the server's role makes of a packet |
 //! | [`translate`], [`routes`] | the new server's rewriting, and what is configured for it |
@@ -18,6 +19,7 @@ pub mod class;
 pub mod fragments;
 pub mod gate;
 pub mod nat;
+pub mod ownership;
 pub mod role;
 pub mod routes;
 pub mod seed;

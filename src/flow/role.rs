@@ -15,7 +15,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
-use crate::flow::gate::{Gate, Verdict};
+use crate::flow::gate::Gate;
+use crate::flow::ownership::Verdict;
 use crate::flow::table::FlowStats;
 use crate::flow::translate::Translator;
 use crate::model::drops::{DropReason, Dropped};
