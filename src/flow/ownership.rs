@@ -84,7 +84,7 @@ impl Ownership {
         bytes: &[u8],
     ) -> Result<Verdict, DropReason> {
         let found = self.find(parsed.dst(bytes));
-        let scope = found.ok_or(DropReason::NotMoved)?;
+        let (_, scope) = found.ok_or(DropReason::NotMoved)?;
         self.judge_for(scope, now, parsed, bytes)
     }
 
@@ -93,15 +93,21 @@ impl Ownership {
         self.find(addr).is_some()
     }
 
-    /// What was moved of an address.
+    /// Every address of which something was moved.
+    pub(super) fn addrs(&self) -> impl Iterator<Item = Addr> {
+        self.scopes.iter().map(|scope| scope.addr)
+    }
+
+    /// What was moved of an address, and its place among the addresses.
     #[inline]
-    pub(super) fn find(&self, addr: Addr) -> Option<&Scope> {
-        self.scopes.iter().find(|scope| scope.addr == addr)
+    pub(super) fn find(&self, addr: Addr) -> Option<(usize, &Scope)> {
+        let mut scopes = self.scopes.iter().enumerate();
+        scopes.find(|(_, scope)| scope.addr == addr)
     }
 
     /// [`Self::judge`] for the scope of the packet's destination.
     #[inline]
-    fn judge_for(
+    pub(super) fn judge_for(
         &self,
         scope: &Scope,
         now: Instant,
@@ -120,7 +126,7 @@ impl Ownership {
             // The error is about a packet that left from the moved address.
             Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
                 let quoted_scope = self.find(quoted.src(bytes));
-                quoted_scope.is_some_and(|scope| {
+                quoted_scope.is_some_and(|(_, scope)| {
                     scope.takes(quoted.protocol(), quoted.kind(), quoted.src_port())
                 })
             }),
@@ -144,11 +150,6 @@ impl Ownership {
 }
 
 impl Scope {
-    /// Whether all of the address was moved.
-    pub(super) fn is_whole(&self) -> bool {
-        self.whole
-    }
-
     /// Whether a packet belongs to it that is of this kind and protocol, and has this port at the
     /// moved address.
     #[inline]
