@@ -1,4 +1,4 @@
-//! Somebody with the key in place of the old server: it makes a session like any peer, and then
+//! Somebody with the key in place of one of the servers: it makes a session like any peer, and then
 //! sends what no daemon would.
 
 #![allow(
@@ -13,19 +13,22 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use ipmoved::internals::{
-    Announcement, CipherPolicy, DATA_HEADER_LEN, DATA_OVERHEAD, DEFAULT_PORT, Endpoint, Event,
-    Flags, MacCheck, Message, Move, Offer, PeerId, PeerKeys, Psk, Role, Session, SessionIndexes,
-    Timers, Tunnel, TunnelConfig, entropy,
+    Announcement, CipherPolicy, DATA_HEADER_LEN, DATA_OVERHEAD, DEFAULT_PORT, Deliver, Endpoint,
+    Event, Flags, MacCheck, Message, Move, Offer, PeerId, PeerKeys, Psk, Role, Session,
+    SessionIndexes, Timers, Tunnel, TunnelConfig, entropy,
 };
 use ipmoved::lab::daemon::read_psk;
-use ipmoved::lab::topology::{NEW, OLD};
+use ipmoved::lab::topology::{NEW, NEW6, OLD};
 use ipmoved::lab::{Lab, LabError};
 
 use crate::stage::{PATIENCE, Result};
 
-/// An impostor with the key, on the old server.
+/// An impostor with the key, on one of the servers.
 pub(crate) struct Impostor {
     socket: UdpSocket,
+    /// The server that it is on, and the other one's daemon.
+    own: IpAddr,
+    peer: SocketAddr,
     tunnel: Tunnel,
     mac_check: MacCheck,
     sessions: HashMap<u32, Arc<Session>>,
@@ -39,25 +42,48 @@ fn failed(error: impl std::fmt::Display) -> LabError {
 impl Impostor {
     /// Makes a session with the daemon of the new server, and announces that `moves` have moved.
     pub(crate) fn new(lab: &Lab, moves: &[&str]) -> Result<Self> {
-        let psk: Psk = read_psk(&lab.dir().join("psk"))?.parse().map_err(failed)?;
-        let keys = PeerKeys::derive(&psk);
-        let socket =
-            (lab.old_server()).run(|| UdpSocket::bind((OLD, DEFAULT_PORT)).map_err(failed))?;
-        socket
-            .set_read_timeout(Some(Duration::from_millis(20)))
-            .map_err(failed)?;
         let moves: Vec<Move> = moves
             .iter()
             .map(|text| text.parse().map_err(failed))
             .collect::<Result<_>>()?;
+        Self::start(lab, Role::Old, Announcement::Old { moves, mtu: 1_500 })
+    }
+
+    /// Makes a session with the daemon of the old server, and announces that it delivers to the new
+    /// one's addresses.
+    pub(crate) fn on_the_new_server(lab: &Lab) -> Result<Self> {
+        let deliver = Deliver::To {
+            v4: Some(NEW),
+            v6: Some(NEW6),
+        };
+        let announcement = Announcement::New {
+            deliver,
+            mtu: 1_500,
+            error: None,
+        };
+        Self::start(lab, Role::New, announcement)
+    }
+
+    fn start(lab: &Lab, role: Role, announcement: Announcement) -> Result<Self> {
+        let (host, own, peer) = match role {
+            Role::Old => (lab.old_server(), OLD, NEW),
+            Role::New => (lab.new_server(), NEW, OLD),
+        };
+        let psk: Psk = read_psk(&lab.dir().join("psk"))?.parse().map_err(failed)?;
+        let keys = PeerKeys::derive(&psk);
+        let socket = host.run(|| UdpSocket::bind((own, DEFAULT_PORT)).map_err(failed))?;
+        socket
+            .set_read_timeout(Some(Duration::from_millis(20)))
+            .map_err(failed)?;
+        let (own, peer) = (own.into(), SocketAddr::from((peer, DEFAULT_PORT)));
         let config = TunnelConfig {
             peer: PeerId(0),
             keys: keys.clone(),
-            role: Role::Old,
+            role,
             lanes: 1,
             offer: Offer::of_this_machine(CipherPolicy::default()),
-            endpoint: Some(SocketAddr::from((NEW, DEFAULT_PORT))),
-            announcement: Announcement::Old { moves, mtu: 1_500 },
+            endpoint: Some(peer),
+            announcement,
             max_datagram: None,
             timers: Timers::default(),
             indexes: SessionIndexes::default(),
@@ -65,6 +91,8 @@ impl Impostor {
         };
         let mut impostor = Self {
             socket,
+            own,
+            peer,
             tunnel: Tunnel::new(config, Instant::now()).map_err(failed)?,
             mac_check: MacCheck::new([(PeerId(0), keys)]),
             sessions: HashMap::new(),
@@ -85,7 +113,7 @@ impl Impostor {
         Ok(impostor)
     }
 
-    /// Sends bytes, a correct IP packet or not, as if a client had sent them.
+    /// Sends bytes, a correct IP packet or not, as if a client or the application had sent them.
     pub(crate) fn send(&self, packet: &[u8]) -> Result {
         let session = self.sending.as_ref().ok_or_else(|| failed("no session"))?;
         let sealer = session.sealer(0).ok_or_else(|| failed("no lane"))?;
@@ -95,7 +123,7 @@ impl Impostor {
         datagram[DATA_HEADER_LEN..][..packet.len()].copy_from_slice(packet);
         (sealer.seal(counter, Flags::NONE, &mut datagram)).map_err(|_| failed("not sealed"))?;
         self.socket
-            .send_to(&datagram, (NEW, DEFAULT_PORT))
+            .send_to(&datagram, self.peer)
             .map_err(failed)
             .map(drop)
     }
@@ -139,7 +167,7 @@ impl Impostor {
     fn take(&mut self, now: Instant, datagram: &mut [u8], from: SocketAddr) {
         let endpoint = Endpoint {
             remote: from,
-            local: Some(IpAddr::from(OLD)),
+            local: Some(self.own),
         };
         // An impostor ignores messages that are not for it.
         match Message::parse(datagram) {

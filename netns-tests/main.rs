@@ -17,6 +17,7 @@
 
 mod attack;
 mod bad_input;
+mod bad_new_server;
 mod bad_packets;
 mod confined;
 mod demo;

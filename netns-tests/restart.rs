@@ -6,14 +6,16 @@
 //!                                        └── new server 198.51.100.2, daemon ✝
 //! ```
 
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
 use ipmoved::internals::Role;
-use ipmoved::lab::topology::{Leg, MOVED, NEW};
-use ipmoved::lab::{Daemon, Daemons, Lab, Probe, Service};
+use ipmoved::lab::topology::{Leg, MOVED, MOVED6, NEW, NEW6};
+use ipmoved::lab::{Daemon, Daemons, Lab, LabError, Probe, Service, poll_until};
 
-use crate::stage::{MEGABYTE, Moved, PATIENCE, RECOVERY, Result, SILENCE, moved, setup};
+use crate::stage::{FAMILIES, MEGABYTE, Moved, PATIENCE, RECOVERY, Result, SILENCE, moved, setup};
 
 #[test]
 fn the_old_server_may_start_first() -> Result {
@@ -118,6 +120,126 @@ fn a_connection_on_which_only_the_server_speaks_lives_on_too() -> Result {
         again.wait_until_up()?;
         conversation.hear(&words[..300_000], RECOVERY)
     })
+}
+
+/// What has moved, in both families: whole addresses, or ports.
+const WHOLE_AND_PARTIAL: [[&str; 2]; 2] = [FAMILIES, ["192.0.2.5:80,53", "[2001:db8:a::5]:80,53"]];
+
+/// The new server's application in two conversations, a connection and datagrams: it knows the
+/// client, and is the next to speak.
+struct Silence {
+    client: TcpStream,
+    server: TcpStream,
+    asking: UdpSocket,
+    answering: UdpSocket,
+}
+
+impl Silence {
+    fn begin(lab: &Lab, moved: IpAddr, new: IpAddr) -> Result<Self> {
+        let (listener, answering) = lab.new_server().run(|| {
+            let listener = TcpListener::bind((new, 80)).map_err(unexpected)?;
+            Ok((listener, UdpSocket::bind((new, 53)).map_err(unexpected)?))
+        })?;
+        let wait = Some(PATIENCE);
+        answering.set_read_timeout(wait).map_err(unexpected)?;
+        let client = lab.client().connect((moved, 80))?;
+        let (mut server, _) = listener.accept().map_err(unexpected)?;
+        (&client).write_all(b"?").map_err(unexpected)?;
+        server.read_exact(&mut [0]).map_err(unexpected)?;
+        let asking = lab.client().udp_socket((moved, 53))?;
+        asking.send(b"?").map_err(unexpected)?;
+        let (_, from) = answering.recv_from(&mut [0]).map_err(unexpected)?;
+        answering.connect(from).map_err(unexpected)?;
+        answering.send(b"!").map_err(unexpected)?;
+        asking.recv(&mut [0]).map_err(unexpected)?;
+        Ok(Self {
+            client,
+            server,
+            asking,
+            answering,
+        })
+    }
+
+    /// The server speaks on the connection, while the client has said nothing.
+    fn ends_on_the_connection(&mut self) -> Result {
+        self.server.write_all(b"news").map_err(unexpected)?;
+        let wait = Some(RECOVERY);
+        self.client.set_read_timeout(wait).map_err(unexpected)?;
+        let mut heard = [0; 4];
+        self.client.read_exact(&mut heard).map_err(unexpected)?;
+        assert_eq!(&heard, b"news");
+        Ok(())
+    }
+
+    /// The server sends a datagram, while the client has said nothing.
+    fn ends_with_a_datagram(&self) -> Result {
+        self.answering.send(b"news").map_err(unexpected)?;
+        let mut heard = [0; 4];
+        self.asking.recv(&mut heard).map_err(unexpected)?;
+        assert_eq!(&heard, b"news");
+        Ok(())
+    }
+}
+
+fn unexpected(error: io::Error) -> LabError {
+    LabError::unexpected(error.to_string())
+}
+
+#[test]
+fn after_a_crash_of_the_old_server_the_new_one_may_be_the_first_to_speak() -> Result {
+    for moves in WHOLE_AND_PARTIAL {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?.moves(&moves);
+        let mut daemons = setup.start_both()?;
+        let mut silences = [
+            Silence::begin(&lab, MOVED.into(), NEW.into())?,
+            Silence::begin(&lab, MOVED6.into(), NEW6.into())?,
+        ];
+        daemons.old.kill()?;
+        let mut again = setup.start(Role::Old)?;
+        again.wait_until_up()?;
+        daemons.new.wait_until_up()?;
+        for silence in &mut silences {
+            silence.ends_with_a_datagram()?;
+            silence.ends_on_the_connection()?;
+        }
+        let status = again.status()?;
+        assert_eq!(status.drops("unasked"), 0, "{status:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn after_a_restart_of_the_old_server_the_new_one_may_go_on_with_connections() -> Result {
+    for moves in WHOLE_AND_PARTIAL {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?.moves(&moves);
+        let mut daemons = setup.start_both()?;
+        let mut silences = [
+            Silence::begin(&lab, MOVED.into(), NEW.into())?,
+            Silence::begin(&lab, MOVED6.into(), NEW6.into())?,
+        ];
+        daemons.old.terminate()?;
+        let mut again = setup.start(Role::Old)?;
+        again.wait_until_up()?;
+        daemons.new.wait_until_up()?;
+        let unasked = |count: u64| {
+            poll_until(PATIENCE, Duration::from_millis(10), || {
+                let status = again.status().ok()?;
+                (status.drops("unasked") == count).then_some(())
+            })
+        };
+        for (count, silence) in (1..).zip(&mut silences) {
+            silence.ends_on_the_connection()?;
+            // A datagram answers nobody, until the client is heard of again.
+            silence.answering.send(b"lost").map_err(unexpected)?;
+            assert!(unasked(count).is_some(), "{:?}", again.status());
+            silence.asking.send(b"?").map_err(unexpected)?;
+            silence.answering.recv(&mut [0]).map_err(unexpected)?;
+            silence.ends_with_a_datagram()?;
+        }
+    }
+    Ok(())
 }
 
 #[test]

@@ -21,10 +21,10 @@ use etherparse::PacketBuilder;
 use ipmoved::internals::{
     ACK, AddrId, Announcement, Cipher, CipherPolicy, Client, Coalescer, DATA_HEADER_LEN,
     DATA_OVERHEAD, Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable,
-    FragmentKey, GSO_TCPV4, Gate, HeldFragments, Inside, Limit, MAX_PARTS, MacCheck, Message, Move,
-    NEEDS_CSUM, Offer, Offload, Outside, Overlaps, Parsed, PeerId, PeerKeys, Psk, Push, RST, Reach,
-    Role, Seed, Segments, SendBatch, Session, SessionIndexes, TCP, TCP_RESET, Timers, Translator,
-    TranslatorConfig, Tunnel, TunnelConfig, VnetHdr, entropy,
+    FragmentKey, GSO_TCPV4, Gate, GateConfig, HeldFragments, Inside, Limit, MAX_PARTS, MacCheck,
+    Message, Move, NEEDS_CSUM, Offer, Offload, Outside, Overlaps, Parsed, PeerId, PeerKeys, Psk,
+    Push, RST, Reach, Role, Seed, Segments, SendBatch, Session, SessionIndexes, TCP, TCP_RESET,
+    Timers, Translator, TranslatorConfig, Tunnel, TunnelConfig, VnetHdr, entropy,
 };
 
 /// Work that a bench repeats.
@@ -106,7 +106,10 @@ pub(crate) fn all() -> Vec<Case> {
         case("parse/tcp", 0, ROUND, || {
             Ok(Box::new(Parse(tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?)))
         }),
-        case("check/captured", 0, ROUND, Check::build),
+        case("check/captured", 0, ROUND, || Check::build(Way::Captured)),
+        case("check/returning", 0, ROUND, || Check::build(Way::Returning)),
+        case("check/new clients", 0, ROUND, || Check::build(Way::New)),
+        case("check/unasked", 0, ROUND, || Check::build(Way::Unasked)),
         case("fragments/first, 128 wait", 0, ROUND, FirstFragment::build),
         case("rewrite/inbound", 0, ROUND, || Rewrite::build(true)),
         case("rewrite/outbound", 0, ROUND, || Rewrite::build(false)),
@@ -297,27 +300,84 @@ impl Work for Parse {
     }
 }
 
+/// Parses a packet and lets the old server check it.
 struct Check {
     gate: Gate,
     packet: Vec<u8>,
+    way: Way,
+    /// Clients that came so far, if each step's is another.
+    clients: u32,
     now: Instant,
 }
 
+/// Which packet is checked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// A packet of a client that is known.
+    Captured,
+    /// A packet to a client that is known.
+    Returning,
+    /// The first packet of a client, where the table is full of others.
+    New,
+    /// A packet to nobody who asked for it.
+    Unasked,
+}
+
 impl Check {
-    fn build() -> Result<Box<dyn Work>> {
-        Ok(Box::new(Self {
-            gate: Gate::new(&[whole(MOVED.0)], Seed::new([1, 2])),
-            packet: tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?,
-            now: Instant::now(),
-        }))
+    fn build(way: Way) -> Result<Box<dyn Work>> {
+        let start = Instant::now();
+        let there = tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?;
+        let back = tcp(MOVED, CLIENT, 0, &[0; 1_400], true)?;
+        let mut work = Self {
+            gate: gate(whole(MOVED.0), start),
+            packet: there,
+            way,
+            clients: 0,
+            // After the time in which flows may be older than the daemon.
+            now: start + Duration::from_secs(100_000),
+        };
+        if way == Way::New {
+            for _ in 0..4 * FEW {
+                work.check()?;
+            }
+        } else if way != Way::Unasked {
+            work.check()?;
+        }
+        if matches!(way, Way::Returning | Way::Unasked) {
+            work.packet = back;
+        }
+        Ok(Box::new(work))
+    }
+
+    fn check(&mut self) -> Result<()> {
+        if self.way == Way::New {
+            let source = Ipv4Addr::from(0x0a00_0000 + self.clients % 0x00ff_0000);
+            self.packet[12..16].copy_from_slice(&source.octets());
+            self.clients += 1;
+        }
+        let Ok(parsed) = Parsed::parse(&self.packet) else {
+            bail!("the bench's packet is not understood");
+        };
+        let verdict = (self.gate).check_captured(self.now, &parsed, &self.packet);
+        if black_box(verdict).is_err() {
+            bail!("the bench's packet is not captured");
+        }
+        Ok(())
     }
 }
 
 impl Work for Check {
     fn step(&mut self) {
-        if let Ok(parsed) = Parsed::parse(&self.packet) {
-            let verdict = self.gate.check_captured(self.now, &parsed, &self.packet);
-            let _ = black_box(verdict);
+        match self.way {
+            Way::Captured | Way::New => {
+                let _ = black_box(self.check());
+            }
+            Way::Returning | Way::Unasked => {
+                if let Ok(parsed) = Parsed::parse(&self.packet) {
+                    let result = self.gate.check_returning(self.now, &parsed, &self.packet);
+                    let _ = black_box(result);
+                }
+            }
         }
     }
 }
@@ -344,7 +404,7 @@ impl FirstFragment {
         let mut part = whole(MOVED.0);
         part.ports = vec![MOVED.1..=MOVED.1];
         let mut work = Self {
-            gate: Gate::new(&[part], Seed::new([1, 2])),
+            gate: gate(part, Instant::now()),
             overlaps: Overlaps::new(Client::Source),
             held: HeldFragments::new(Client::Source),
             first: tcp(CLIENT, MOVED, 7, &[0; 44], false)?,
@@ -782,6 +842,17 @@ impl Work for Expire {
 }
 
 // Parts of the cases.
+
+/// The old server's checks for what has moved, since `start`.
+fn gate(moved: Move, start: Instant) -> Gate {
+    let config = GateConfig {
+        max_flows: FEW,
+        seed: Seed::new([1, 2]),
+        started: start,
+        resumes: false,
+    };
+    Gate::new(&[moved], config)
+}
 
 /// A move of a whole address.
 fn whole(addr: Ipv4Addr) -> Move {

@@ -34,12 +34,12 @@ use super::watchdog::Watchdog;
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
-use crate::flow::gate::Gate;
+use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::UdpSocket;
-use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::netlink::{Address, Link, Netlink};
 use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
@@ -91,6 +91,7 @@ async fn carry(
         uplink,
         endpoints,
         processors,
+        resumes,
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
     let (keys, rules) = take_peers(&mut config);
@@ -110,7 +111,7 @@ async fn carry(
     )?;
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(LaneView::default()),
-        forwarder: forwarder(&config, &policy, started)?,
+        forwarder: forwarder(&config, &policy, started, resumes)?,
         mac_check: MacCheck::new(policy.peers().zip(keys)),
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
@@ -243,12 +244,25 @@ fn tunnels(
 }
 
 /// Makes the forwarder: gates on the old server, a translator on the new one.
-fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forwarder> {
+/// `resumes`: a predecessor was killed.
+fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) -> Result<Forwarder> {
+    let max_flows = config.max_flows as usize;
     if config.role == Role::Old {
-        let gates = policy
-            .peers()
-            .map(|peer| Gate::new(policy.moves(peer), entropy::seed()));
-        return Ok(Forwarder::Old(gates.collect()));
+        let gates = policy.peers().map(|peer| {
+            let config = GateConfig {
+                max_flows,
+                seed: entropy::seed(),
+                started: epoch,
+                resumes,
+            };
+            Gate::new(policy.moves(peer), config)
+        });
+        let forwarder = Forwarder::Old(gates.collect());
+        // The policy will add this server's own, once they could be listed.
+        let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
+        let moved: Vec<IpAddr> = moves.map(|moved| moved.addr).collect();
+        forwarder.set_own_addresses(&moved);
+        return Ok(forwarder);
     }
     let entropy = entropy::system();
     let word = || entropy.u64().map_err(failed);
@@ -259,7 +273,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
         } else {
             4 * usize::from(config.lanes)
         },
-        max_flows: config.max_flows as usize,
+        max_flows,
         seed: [word()?, word()?],
         epoch,
     })))
@@ -403,6 +417,9 @@ impl Control<'_> {
             self.look_at_uplink(now);
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
+                if let Some(refused) = self.shared.forwarder.take_refused(peer) {
+                    self.policy.handle(now, Input::Refused(peer, refused));
+                }
             }
         }
         self.policy.handle_timeout(now);
@@ -492,9 +509,7 @@ impl Control<'_> {
                     self.read_addresses(now);
                 }
                 Action::OwnAddresses(own) => {
-                    if let Some(translator) = self.shared.forwarder.translator() {
-                        translator.set_own_addresses(&own);
-                    }
+                    self.shared.forwarder.set_own_addresses(&own);
                 }
                 Action::Hop(hop) => {
                     self.view.hop = hop;
@@ -567,8 +582,8 @@ impl Control<'_> {
 
     // What the kernel says.
 
-    /// Looks at this server's addresses. On the new server no client may claim one of them as its
-    /// source; on the old one ICMP replies are sent from them.
+    /// Looks at this server's addresses. No client may claim one of them as its source. On the old
+    /// server nothing is let out to them, and ICMP replies are sent from them.
     fn look_at_addresses(&mut self, now: Instant) {
         self.read_addresses(now);
         self.carry_out(now);
@@ -590,6 +605,11 @@ impl Control<'_> {
         let addresses = Addresses {
             uplink: of_uplink.map(|held| held.addr).collect(),
             all: held.iter().map(|held| held.addr).collect(),
+            broadcasts: held
+                .iter()
+                .filter_map(Address::broadcasts)
+                .flatten()
+                .collect(),
         };
         self.policy.handle(now, Input::Addresses(addresses));
     }
@@ -713,7 +733,6 @@ impl Control<'_> {
         report::tunnels(
             daemon,
             peers.collect(),
-            self.shared.forwarder.flow_stats(),
             offloads,
             &self.counters,
             &self.shared.drops,
@@ -740,6 +759,7 @@ impl Control<'_> {
             moves: self.policy.moves(peer),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),
+            flows: self.shared.forwarder.flow_stats(peer),
             drops: &self.shared.peer_drops[index(peer)],
         }
     }

@@ -56,6 +56,8 @@ pub(super) struct Peer<'a> {
     pub(super) deliver: Option<Deliver>,
     /// Ports that are delivered elsewhere.
     pub(super) ports: Vec<String>,
+    /// Counters of its flows; on the new server, of those of all peers.
+    pub(super) flows: FlowStats,
     /// The drops of its packets.
     pub(super) drops: &'a Drops,
 }
@@ -64,7 +66,6 @@ pub(super) struct Peer<'a> {
 pub(super) fn tunnels(
     daemon: Daemon,
     peers: Vec<Peer<'_>>,
-    flows: FlowStats,
     offloads: Offloads,
     lanes: &[impl AsRef<LaneCounters>],
     strangers: &Drops,
@@ -105,7 +106,7 @@ pub(super) fn tunnels(
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
-            flows: shown(flows),
+            flows: shown(peer.flows),
             rx,
             tx,
             drops,
@@ -239,6 +240,7 @@ mod tests {
                 v6: Some("2001:db8::2".parse().unwrap()),
             }),
             ports: Vec::new(),
+            flows: FlowStats::default(),
             drops,
         }
     }
@@ -259,14 +261,7 @@ mod tests {
         lanes[0].peers[0].rx.add(3, 300);
         lanes[1].peers[0].rx.add(1, 100);
         lanes[1].peers[0].tx.add(2, 80);
-        tunnels(
-            daemon(),
-            peers,
-            FlowStats::default(),
-            Offloads::default(),
-            &lanes,
-            strangers,
-        )
+        tunnels(daemon(), peers, Offloads::default(), &lanes, strangers)
     }
 
     #[test]

@@ -55,6 +55,8 @@ pub(super) struct Tools {
     pub(super) endpoints: Vec<Option<SocketAddr>>,
     /// How many threads can run at once, by affinity and control group.
     pub(super) processors: usize,
+    /// A predecessor was killed: what it changed was still there.
+    pub(super) resumes: bool,
 }
 
 impl Ready {
@@ -66,6 +68,7 @@ impl Ready {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
         warn_of_unread(&host);
+        let resumes = !host.made().is_empty();
         let endpoints = config
             .peers
             .iter()
@@ -99,6 +102,7 @@ impl Ready {
             uplink: found.uplink,
             endpoints,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
+            resumes,
         };
         Ok(Self { host, tools })
     }

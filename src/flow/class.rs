@@ -222,6 +222,18 @@ impl Seen {
         }
     }
 
+    /// As six bits, for a table that packs its entries. Of a flow that was seen, not all are zero.
+    #[inline]
+    pub(super) fn bits(self) -> u8 {
+        self.0
+    }
+
+    /// What [`Self::bits`] gave.
+    #[inline]
+    pub(super) fn from_bits(bits: u8) -> Self {
+        Self(bits)
+    }
+
     #[inline]
     fn has(self, all: Self) -> bool {
         self.0 & all.0 == all.0

@@ -1,154 +1,178 @@
 //! The old server's checks: what may pass, in either direction.
 //!
-//! Owns which of the captured packets are the tunnel's and which the old server's own, and what the
-//! new server may speak for. Rewrites nothing. Must not touch sockets, devices or the clock.
+//! Owns what the new server may do on the old one: speak for what was moved, and to nobody but a
+//! client that came. Rewrites nothing. Must not touch sockets, devices or the clock.
+//!
+//! ```text
+//! client ──► captured ──► the tunnel's? a client's address? ──► noted in Clients ──► tunnel
+//! client ◄──────────────────── does it answer a client? ◄── of what was moved? ◄──── tunnel
+//! ```
+//!
+//! What the new server sends is let out if its flow is in [`Clients`]. If it is not, the flow may
+//! be older than this daemon, so for as long after the start as a flow of its protocol may be
+//! silent, a packet makes the entry itself: of TCP always, since nobody takes up a conversation
+//! that begins without a SYN; of anything else only after a predecessor was killed. One that was
+//! stopped has given the address back to this server's own stack.
+//!
+//! What begins a conversation never leaves, whether its flow is known or not: a SYN (a server does
+//! not answer one with another), an echo request and its like. No SYN-ACK leaves for a client whose
+//! SYN came before the start; the client sends it again. Nothing leaves for an address that no
+//! client can have.
+//!
+//! Connections that the new server may begin, once there is a setting for them, are to be let out
+//! in [`Gate::may_go_on`], and are then flows like others.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
+
+use crate::flow::clients::{Clients, Flow};
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
+use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
+use crate::flow::table::FlowStats;
 use crate::model::drops::DropReason;
-use crate::model::moved::Move;
-use crate::packet::{Addr, Fragment, Kind, Parsed, Quoted};
+use crate::model::moved::{Move, TCP, UDP};
+use crate::packet::{ACK, Addr, Fragment, ICMP, ICMPV6, Kind, Parsed, Quoted, SYN};
 
-/// Who owns a packet that the capture on the old server handed over.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[must_use]
-pub enum Verdict {
-    /// The tunnel's.
-    Carry,
-    /// The old server's own: it is written back to the TUN as it is, for local delivery.
-    Bounce,
-}
-
-/// The old server's checks. Shared by the lanes.
+/// The old server's checks for one peer. Shared by the lanes.
 #[derive(Debug)]
 pub struct Gate {
-    /// A copy of its own: a shared one costs each packet five instructions more.
-    moves: Vec<Move>,
+    ownership: Ownership,
+    clients: Clients,
+    resumes: bool,
+    /// This server's own addresses, sorted, and others that no client can have here.
+    own: ArcSwap<Vec<Addr>>,
     seed: Seed,
-    captured: Mutex<FragmentCache<Verdict>>,
     returning: Mutex<FragmentCache<()>>,
+    refusals: Refusals,
+}
+
+/// How a gate is made.
+#[derive(Clone, Copy, Debug)]
+pub struct GateConfig {
+    /// Most flows at a time (`--max-flows`).
+    pub max_flows: usize,
+    /// The secret of the hashes.
+    pub seed: Seed,
+    /// When the daemon started: not later than any `now` that follows.
+    pub started: Instant,
+    /// A predecessor was killed, and clients may be in the middle of what it carried.
+    pub resumes: bool,
+}
+
+/// A packet of the new server that was not let out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Refused {
+    /// Why.
+    pub reason: DropReason,
+    /// Its destination.
+    pub to: IpAddr,
+    /// Its IP protocol.
+    pub protocol: u8,
+    /// Its destination port, if it has one.
+    pub port: Option<u16>,
+}
+
+/// An example of what was refused of late, for people.
+#[derive(Debug, Default)]
+struct Refusals {
+    /// Whether there is one, so that a flood of them takes no lock.
+    noted: AtomicBool,
+    example: Mutex<Option<Refused>>,
 }
 
 impl Gate {
-    /// A gate for what was moved.
-    pub fn new(moves: &[Move], seed: Seed) -> Self {
-        Self {
-            moves: moves.to_vec(),
+    /// A gate for what was moved. No client has come yet.
+    pub fn new(moves: &[Move], config: GateConfig) -> Self {
+        let seed = config.seed;
+        let gate = Self {
+            ownership: Ownership::new(moves, seed),
+            clients: Clients::new(seed, config.max_flows, config.started),
+            resumes: config.resumes,
+            own: ArcSwap::default(),
             seed,
-            captured: Mutex::new(FragmentCache::new()),
             returning: Mutex::new(FragmentCache::new()),
-        }
+            refusals: Refusals::default(),
+        };
+        gate.set_own_addresses(&[]);
+        gate
     }
 
-    /// Judges a packet that was captured on its way to a moved address.
-    ///
-    /// If an address was moved in part, later fragments follow their first one, and ICMP errors
-    /// follow the flow that they quote. A packet that cannot be attributed stays with the old
-    /// server.
+    /// Sets which addresses no client can have: this server's own, those that have moved to other
+    /// peers, and the broadcast addresses of its networks. What was moved to this peer is one of
+    /// them in any case.
+    pub fn set_own_addresses(&self, own: &[IpAddr]) {
+        let own = own.iter().map(|&addr| Addr::from(addr));
+        let mut own: Vec<Addr> = own.chain(self.ownership.addrs()).collect();
+        own.sort_unstable();
+        own.dedup();
+        self.own.store(own.into());
+    }
+
+    /// Judges a packet that was captured on its way to a moved address, and notes its flow if it is
+    /// the tunnel's.
     ///
     /// # Errors
-    /// [`DropReason::NotMoved`] if no part of the destination was moved;
-    /// [`DropReason::FragmentUnknown`] if the first fragment has not been seen yet.
+    /// As [`Ownership::judge`]; [`DropReason::BadSource`] if it asks for an answer to an address
+    /// that no client can have.
+    #[inline]
     pub fn check_captured(
         &self,
         now: Instant,
         parsed: &Parsed,
         bytes: &[u8],
     ) -> Result<Verdict, DropReason> {
-        let addr = IpAddr::from(parsed.dst(bytes));
-        let mut known = false;
-        for moved in self.moves.iter().filter(|moved| moved.addr == addr) {
-            if moved.is_whole() {
-                return Ok(Verdict::Carry);
-            }
-            known = true;
-        }
-        if !known {
-            return Err(DropReason::NotMoved);
-        }
-        if parsed.fragment() == Fragment::Later {
-            let cache = lock(&self.captured);
-            let verdict = cache.recall(now, &self.seed, parsed, bytes);
-            return verdict.ok_or(DropReason::FragmentUnknown);
-        }
-        let ours = match parsed.kind() {
-            // The error is about a packet that left from the moved address.
-            Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
-                self.takes(
-                    quoted.src(bytes),
-                    quoted.protocol(),
-                    quoted.kind(),
-                    quoted.src_port(),
-                )
-            }),
-            kind @ (Kind::Tcp
-            | Kind::Udp
-            | Kind::IcmpQuery
-            | Kind::IcmpReply
-            | Kind::Other
-            | Kind::LaterFragment) => {
-                self.takes(addr.into(), parsed.protocol(), kind, parsed.dst_port())
-            }
-        };
-        let verdict = if ours {
-            Verdict::Carry
-        } else {
-            Verdict::Bounce
-        };
-        if parsed.fragment() == Fragment::First {
-            lock(&self.captured).remember(now, &self.seed, parsed, bytes, verdict);
+        let found = self.ownership.find(parsed.dst(bytes));
+        let (moved, scope) = found.ok_or(DropReason::NotMoved)?;
+        let verdict = self.ownership.judge_for(scope, now, parsed, bytes)?;
+        if verdict == Verdict::Carry
+            && let Some(flow) = self.clients.asked(parsed, bytes, moved)
+            && !self.clients.client_spoke(now, &flow)
+        {
+            self.admit(now, parsed.src(bytes), &flow)?;
         }
         Ok(verdict)
     }
 
     /// Judges a packet that came out of the tunnel on its way to a client: the new server may speak
-    /// for what was moved, and for nothing else.
+    /// for what was moved, to a client that came, and neither for nor to anybody else.
     ///
     /// # Errors
-    /// [`DropReason::NotMoved`], [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`].
+    /// [`DropReason::NotMoved`], [`DropReason::BadDestination`], [`DropReason::Unasked`],
+    /// [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`].
+    #[inline]
     pub fn check_returning(
         &self,
         now: Instant,
         parsed: &Parsed,
         bytes: &[u8],
     ) -> Result<(), DropReason> {
-        let src = parsed.src(bytes);
-        let addr = IpAddr::from(src);
-        if self
-            .moves
-            .iter()
-            .any(|moved| moved.addr == addr && moved.is_whole())
-        {
-            return Ok(());
+        let found = self.ownership.find(parsed.src(bytes));
+        let (moved, scope) = found.ok_or(DropReason::NotMoved)?;
+        if parsed.dst(bytes).is_special() {
+            return Err(self.refuse(DropReason::BadDestination, parsed, bytes));
         }
         if parsed.fragment() == Fragment::Later {
             return lock(&self.returning)
                 .recall(now, &self.seed, parsed, bytes)
                 .ok_or(DropReason::FragmentUnknown);
         }
-        let (kind, protocol, port) = match parsed.kind() {
-            // The error is about a packet that came to the moved address.
-            Kind::IcmpError => {
-                let quoted = Quoted::parse(bytes, parsed)?;
-                if quoted.dst(bytes) != src {
-                    return Err(DropReason::IcmpUnrelated);
-                }
-                (quoted.kind(), quoted.protocol(), quoted.dst_port())
-            }
-            kind @ (Kind::Tcp
-            | Kind::Udp
-            | Kind::IcmpQuery
-            | Kind::IcmpReply
-            | Kind::Other
-            | Kind::LaterFragment) => (kind, parsed.protocol(), parsed.src_port()),
-        };
-        if !self.takes(src, protocol, kind, port) {
+        if parsed.kind() == Kind::IcmpError {
+            return self.check_error(now, parsed, bytes);
+        }
+        if !scope.takes(parsed.protocol(), parsed.kind(), parsed.src_port()) {
             return Err(DropReason::NotMoved);
+        }
+        let flow = self.clients.answered(parsed, bytes, moved);
+        let known = |flow| !begins(parsed) && self.clients.server_spoke(now, flow);
+        if !flow.as_ref().is_some_and(known) {
+            self.may_go_on(now, parsed, bytes, flow.as_ref())?;
         }
         if parsed.fragment() == Fragment::First {
             lock(&self.returning).remember(now, &self.seed, parsed, bytes, ());
@@ -156,104 +180,508 @@ impl Gate {
         Ok(())
     }
 
-    /// Whether anything of an address was moved.
-    pub fn is_moved(&self, addr: Addr) -> bool {
-        let addr = IpAddr::from(addr);
-        self.moves.iter().any(|moved| moved.addr == addr)
+    /// An example of what was not let out since this was asked last.
+    pub fn take_refused(&self) -> Option<Refused> {
+        if !self.refusals.noted.load(Relaxed) {
+            return None;
+        }
+        let refused = lock(&self.refusals.example).take();
+        self.refusals.noted.store(false, Relaxed);
+        refused
     }
 
-    fn takes(&self, addr: Addr, protocol: u8, kind: Kind, port: u16) -> bool {
-        let addr = IpAddr::from(addr);
-        self.moves.iter().any(|moved| {
-            moved.addr == addr && moved.takes(protocol, kind.has_ports().then_some(port))
-        })
+    /// Lets flows expire, looking at `budget` of them at most. One thread calls it, every second.
+    pub fn expire(&self, now: Instant, budget: usize) {
+        self.clients.expire(now, budget);
+    }
+
+    /// Counters of the flows.
+    pub fn stats(&self) -> FlowStats {
+        self.clients.stats()
+    }
+
+    /// A client's packet of which no flow is known.
+    #[cold]
+    fn admit(&self, now: Instant, client: Addr, flow: &Flow) -> Result<(), DropReason> {
+        if client.is_special() || self.is_own(client) {
+            return Err(DropReason::BadSource);
+        }
+        self.clients.remember(now, flow);
+        Ok(())
+    }
+
+    /// Whether a packet of the new server leaves that answers nobody, as far as is known.
+    #[cold]
+    fn may_go_on(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+        flow: Option<&Flow>,
+    ) -> Result<(), DropReason> {
+        if self.is_own(parsed.dst(bytes)) {
+            return Err(self.refuse(DropReason::BadDestination, parsed, bytes));
+        }
+        let goes_on = match parsed.kind() {
+            Kind::Tcp => parsed.tcp_flags() & SYN == 0,
+            Kind::Udp | Kind::IcmpReply | Kind::Other => self.resumes,
+            Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => false,
+        };
+        let older = flow.filter(|flow| goes_on && self.clients.may_be_older(now, flow));
+        let flow = older.ok_or_else(|| self.refuse(DropReason::Unasked, parsed, bytes))?;
+        self.clients.presume(now, flow);
+        Ok(())
+    }
+
+    /// Judges an ICMP error of the new server: it has to be about a client's packet, and to go to
+    /// that client. It makes no flow and keeps none alive.
+    #[cold]
+    fn check_error(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> Result<(), DropReason> {
+        let quoted = Quoted::parse(bytes, parsed)?;
+        let (src, dst) = (quoted.src(bytes), quoted.dst(bytes));
+        if dst != parsed.src(bytes) || src != parsed.dst(bytes) {
+            return Err(DropReason::IcmpUnrelated);
+        }
+        let found = self.ownership.find(dst);
+        let (moved, scope) = found.ok_or(DropReason::NotMoved)?;
+        if !scope.takes(quoted.protocol(), quoted.kind(), quoted.dst_port()) {
+            return Err(DropReason::NotMoved);
+        }
+        let flow = self.clients.quoted(&quoted, bytes, moved);
+        match flow.filter(|flow| self.clients.knows(now, flow)) {
+            Some(_) => Ok(()),
+            None => Err(DropReason::IcmpUnrelated),
+        }
+    }
+
+    fn is_own(&self, addr: Addr) -> bool {
+        self.own.load().binary_search(&addr).is_ok()
+    }
+
+    /// Keeps a packet that is refused as an example, unless there is one.
+    #[cold]
+    fn refuse(&self, reason: DropReason, parsed: &Parsed, bytes: &[u8]) -> DropReason {
+        if !self.refusals.noted.load(Relaxed) && !self.refusals.noted.swap(true, Relaxed) {
+            *lock(&self.refusals.example) = Some(Refused {
+                reason,
+                to: parsed.dst(bytes).into(),
+                protocol: parsed.protocol(),
+                port: parsed.kind().has_ports().then_some(parsed.dst_port()),
+            });
+        }
+        reason
+    }
+}
+
+/// Whether a packet of the new server begins a conversation, by what it is.
+#[inline]
+fn begins(parsed: &Parsed) -> bool {
+    parsed.tcp_flags() & (SYN | ACK) == SYN
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.protocol {
+            TCP => f.write_str("TCP")?,
+            UDP => f.write_str("UDP")?,
+            ICMP | ICMPV6 => f.write_str("ICMP")?,
+            other => write!(f, "IP protocol {other}")?,
+        }
+        write!(f, " to {}", self.to)?;
+        match self.port {
+            Some(port) => write!(f, " port {port}"),
+            None => Ok(()),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::packet::testing::{Plan, fragments, reply, too_big};
+    use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS, UDP_ONE_WAY};
+    use crate::packet::testing::{Plan, fragments, plans, reply, too_big};
+    use crate::packet::{FIN, RST};
     use crate::testing::epoch;
+    use proptest::prelude::*;
 
     const CLIENT: &str = "203.0.113.9";
     const MOVED: &str = "192.0.2.5";
-    const DELIVERY: &str = "198.51.100.2";
+    const OWN: &str = "192.0.2.1";
+    const GRE: u8 = 47;
 
-    fn moved_to(plan: &Plan, dst: &str) -> Plan {
-        Plan {
-            dst: dst.parse().unwrap(),
-            ..plan.clone()
+    /// A gate, and the time that it is told.
+    struct Bed {
+        gate: Gate,
+        now: Instant,
+    }
+
+    impl Bed {
+        /// Just started after a crash.
+        fn new(moves: &[&str]) -> Self {
+            Self::started(moves, true)
+        }
+
+        fn started(moves: &[&str], resumes: bool) -> Self {
+            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
+            let now = epoch();
+            let config = GateConfig {
+                max_flows: 1_000,
+                seed: Seed::new([1, 2]),
+                started: now,
+                resumes,
+            };
+            let gate = Gate::new(&moves, config);
+            gate.set_own_addresses(&[OWN.parse().unwrap(), "192.0.2.255".parse().unwrap()]);
+            Self { gate, now }
+        }
+
+        /// Started so long ago that every flow began since.
+        fn settled(moves: &[&str]) -> Self {
+            Self::new(moves).later(TCP_ESTABLISHED)
+        }
+
+        fn later(mut self, by: Duration) -> Self {
+            self.now += by;
+            self
+        }
+
+        fn captured(&self, bytes: &[u8]) -> Result<Verdict, DropReason> {
+            let parsed = Parsed::parse(bytes)?;
+            self.gate.check_captured(self.now, &parsed, bytes)
+        }
+
+        fn returning(&self, bytes: &[u8]) -> Result<(), DropReason> {
+            let parsed = Parsed::parse(bytes)?;
+            self.gate.check_returning(self.now, &parsed, bytes)
+        }
+    }
+
+    const CARRY: Result<Verdict, DropReason> = Ok(Verdict::Carry);
+    const UNASKED: Result<(), DropReason> = Err(DropReason::Unasked);
+
+    fn request(kind: Kind) -> Plan {
+        Plan::new(kind, CLIENT, MOVED)
+    }
+
+    /// The server's next packet in the conversation of such a request.
+    fn next(kind: Kind) -> Vec<u8> {
+        with(&reply(&request(kind)), |p| p.flags = ACK)
+    }
+
+    fn with(plan: &Plan, change: impl FnOnce(&mut Plan)) -> Vec<u8> {
+        let mut plan = plan.clone();
+        change(&mut plan);
+        plan.build()
+    }
+
+    /// A packet of a protocol without ports.
+    fn other(src: &str, dst: &str, protocol: u8) -> Vec<u8> {
+        let mut packet = Plan::new(Kind::Udp, src, dst).build();
+        packet[9] = protocol;
+        packet
+    }
+
+    proptest! {
+        /// Whatever a client asks, its answer leaves, and nothing like it to anybody else.
+        #[test]
+        fn out_goes_what_answers_a_client(
+            plan in plans(), another in plans(), whole in any::<bool>(),
+        ) {
+            if plan.kind == Kind::IcmpReply { return Ok(()); }
+            let has_ports = plan.kind.has_ports();
+            if has_ports && plan.dst_port == 0 { return Ok(()); }
+            let moved = match plan.dst {
+                _ if whole || !has_ports => plan.dst.to_string(),
+                IpAddr::V4(addr) => format!("{addr}:{}", plan.dst_port),
+                IpAddr::V6(addr) => format!("[{addr}]:{}", plan.dst_port),
+            };
+            let bed = Bed::settled(&[&moved]);
+            let mut back = reply(&plan);
+            back.flags = ACK;
+            prop_assert_eq!(bed.returning(&back.build()), UNASKED);
+            prop_assert_eq!(bed.captured(&plan.build()), CARRY);
+            prop_assert_eq!(bed.returning(&back.build()), Ok(()));
+            if another.src.is_ipv4() == plan.src.is_ipv4() && another.src != plan.src {
+                back.dst = another.src;
+                prop_assert_eq!(bed.returning(&back.build()), UNASKED);
+            }
         }
     }
 
     #[test]
-    fn the_gate_knows_what_is_whose() {
-        let now = epoch();
-        let gate = |moves: &[&str]| {
-            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
-            Gate::new(&moves, Seed::new([1, 2]))
-        };
-        let captured = |gate: &Gate, bytes: &[u8]| {
-            gate.check_captured(now, &Parsed::parse(bytes).unwrap(), bytes)
-        };
-        let returning = |gate: &Gate, bytes: &[u8]| {
-            gate.check_returning(now, &Parsed::parse(bytes).unwrap(), bytes)
-        };
-        let (carry, bounce) = (Ok(Verdict::Carry), Ok(Verdict::Bounce));
-        let whole = gate(&[MOVED]);
-        let udp = Plan::new(Kind::Udp, CLIENT, MOVED);
-        assert_eq!(captured(&whole, &udp.build()), carry);
-        assert_eq!(captured(&whole, &fragments(&udp.build(), 16, 1)[1]), carry);
-        assert_eq!(
-            captured(&whole, &moved_to(&udp, DELIVERY).build()),
-            Err(DropReason::NotMoved)
-        );
-        assert_eq!(returning(&whole, &reply(&udp).build()), Ok(()));
-        assert_eq!(returning(&whole, &udp.build()), Err(DropReason::NotMoved));
-
-        let part = gate(&["192.0.2.5:80/udp"]);
-        let ours = udp.build();
-        let theirs = Plan {
-            dst_port: 81,
-            ..udp.clone()
+    fn nobody_is_answered_who_did_not_ask() {
+        let bed = Bed::settled(&[MOVED]);
+        for kind in [Kind::Tcp, Kind::Udp, Kind::IcmpQuery] {
+            let plan = request(kind);
+            assert_eq!(bed.returning(&reply(&plan).build()), UNASKED);
+            assert_eq!(bed.captured(&plan.build()), CARRY);
+            let back = reply(&plan);
+            assert_eq!(bed.returning(&back.build()), Ok(()));
+            let refused = |change: &dyn Fn(&mut Plan)| {
+                assert_eq!(bed.returning(&with(&back, change)), UNASKED, "{kind:?}");
+            };
+            refused(&|p| p.dst = "203.0.113.10".parse().unwrap());
+            refused(&|p| p.dst_port += 1);
+            let from_another_port = with(&back, |p| p.src_port += 1);
+            // A server of TFTP answers so.
+            let wanted = if kind == Kind::Tcp { UNASKED } else { Ok(()) };
+            assert_eq!(bed.returning(&from_another_port), wanted, "{kind:?}");
         }
-        .build();
-        assert_eq!(captured(&part, &ours), carry);
-        assert_eq!(captured(&part, &theirs), bounce);
-        let [first, second] = fragments(&ours, 16, 1);
-        let unknown = Err(DropReason::FragmentUnknown);
-        assert_eq!(captured(&part, &second), unknown, "not known yet");
-        assert_eq!(captured(&part, &first), carry);
-        assert_eq!(captured(&part, &second), carry);
-        let [first, second] = fragments(&theirs, 16, 2);
-        assert_eq!(captured(&part, &first), bounce);
-        assert_eq!(captured(&part, &second), bounce);
-        // An error goes to whoever sent what it quotes.
-        let router = "192.0.2.99".parse().unwrap();
-        assert_eq!(
-            captured(&part, &too_big(&reply(&udp).build(), 28, router)),
-            carry
-        );
-        let other = Plan {
-            src_port: 81,
-            ..reply(&udp)
-        };
-        assert_eq!(
-            captured(&part, &too_big(&other.build(), 28, router)),
-            bounce
-        );
+        let gre = bed.returning(&other(MOVED, CLIENT, GRE));
+        assert_eq!(gre, UNASKED);
+        assert_eq!(bed.captured(&other(CLIENT, MOVED, GRE)), CARRY);
+        assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
+        assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE + 1)), UNASKED);
+    }
 
+    #[test]
+    fn the_new_server_speaks_for_what_was_moved_alone() {
+        let bed = Bed::settled(&["192.0.2.5:80/udp"]);
+        let udp = request(Kind::Udp);
+        assert_eq!(bed.captured(&udp.build()), CARRY);
+        let not_moved = Err(DropReason::NotMoved);
         let back = reply(&udp);
-        assert_eq!(returning(&part, &back.build()), Ok(()));
-        assert_eq!(returning(&part, &other.build()), Err(DropReason::NotMoved));
-        let [first, second] = fragments(&back.build(), 16, 3);
-        assert_eq!(returning(&part, &second), Err(DropReason::FragmentUnknown));
-        assert_eq!(returning(&part, &first), Ok(()));
-        assert_eq!(returning(&part, &second), Ok(()));
-        let about_ours = too_big(&ours, 28, MOVED.parse().unwrap());
-        assert_eq!(returning(&part, &about_ours), Ok(()));
-        let about_theirs = too_big(&theirs, 28, MOVED.parse().unwrap());
-        assert_eq!(returning(&part, &about_theirs), Err(DropReason::NotMoved));
+        assert_eq!(bed.returning(&back.build()), Ok(()));
+        assert_eq!(bed.returning(&with(&back, |p| p.src_port = 81)), not_moved);
+        let from_own = with(&back, |p| p.src = OWN.parse().unwrap());
+        assert_eq!(bed.returning(&from_own), not_moved);
+        assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE)), not_moved);
+    }
+
+    #[test]
+    fn a_packet_that_stays_with_the_old_server_makes_no_flow() {
+        let bed = Bed::settled(&["192.0.2.5:80/udp"]);
+        let theirs = with(&request(Kind::Udp), |p| p.dst_port = 81);
+        assert_eq!(bed.captured(&theirs), Ok(Verdict::Bounce));
+        assert_eq!(bed.gate.stats().live, 0);
+        // The key of UDP does not say which port was asked.
+        assert_eq!(bed.returning(&reply(&request(Kind::Udp)).build()), UNASKED);
+    }
+
+    #[test]
+    fn the_new_server_begins_no_conversation_whoever_came() {
+        for bed in [Bed::new(&[MOVED]), Bed::settled(&[MOVED])] {
+            let tcp = request(Kind::Tcp);
+            assert_eq!(bed.captured(&tcp.build()), CARRY);
+            assert_eq!(bed.captured(&request(Kind::IcmpQuery).build()), CARRY);
+            let back = reply(&tcp);
+            let flags = |flags| bed.returning(&with(&back, |p| p.flags = flags));
+            assert_eq!(flags(SYN), UNASKED);
+            assert_eq!(flags(SYN | RST), UNASKED);
+            assert_eq!(flags(SYN | ACK), Ok(()));
+            assert_eq!(flags(FIN | ACK), Ok(()));
+            let ping = Plan::new(Kind::IcmpQuery, MOVED, CLIENT).build();
+            assert_eq!(bed.returning(&ping), UNASKED);
+            let mut timestamp = ping;
+            timestamp[20] = 13;
+            assert_eq!(bed.returning(&timestamp), UNASKED);
+            // Whom it has asked there, no answer makes a client.
+            let answer = Plan::new(Kind::IcmpReply, "203.0.113.77", MOVED);
+            assert_eq!(bed.captured(&answer.build()), CARRY);
+            let back = Plan::new(Kind::IcmpReply, MOVED, "203.0.113.77").build();
+            assert_eq!(bed.later(ICMP_QUERY).returning(&back), UNASKED);
+        }
+    }
+
+    #[test]
+    fn what_may_be_older_than_the_daemon_goes_on_for_as_long_as_it_may_be_silent() {
+        let gre = other(MOVED, CLIENT, GRE);
+        let [ack, udp, pong] = [Kind::Tcp, Kind::Udp, Kind::IcmpQuery].map(next);
+        for (packet, silent) in [
+            (&ack, TCP_ESTABLISHED),
+            (&udp, UDP_BOTH_WAYS),
+            (&pong, ICMP_QUERY),
+            (&gre, OTHER),
+        ] {
+            let moment = Duration::from_secs(1);
+            assert_eq!(Bed::new(&[MOVED]).later(silent).returning(packet), UNASKED);
+            let bed = Bed::new(&[MOVED]).later(silent - moment);
+            assert_eq!(bed.returning(packet), Ok(()));
+            assert_eq!(
+                bed.later(2 * moment).returning(packet),
+                Ok(()),
+                "it is known"
+            );
+            // Where nobody was killed, connections alone may be older.
+            let fresh = Bed::started(&[MOVED], false).returning(packet);
+            assert_eq!(fresh, if packet == &ack { Ok(()) } else { UNASKED });
+        }
+        let begins = with(&reply(&request(Kind::Tcp)), |p| p.flags = SYN | ACK);
+        assert_eq!(Bed::new(&[MOVED]).returning(&begins), UNASKED);
+        let error = too_big(&request(Kind::Udp).build(), 28, MOVED.parse().unwrap());
+        let unrelated = Err(DropReason::IcmpUnrelated);
+        assert_eq!(Bed::new(&[MOVED]).returning(&error), unrelated);
+    }
+
+    #[test]
+    fn a_connection_is_known_again_by_any_packet_of_its_client() {
+        let bed = Bed::settled(&[MOVED]);
+        let push = next(Kind::Tcp);
+        assert_eq!(bed.returning(&push), UNASKED);
+        assert_eq!(bed.captured(&request(Kind::Tcp).build()), CARRY);
+        assert_eq!(bed.returning(&push), Ok(()));
+        let bed = bed.later(TCP_ESTABLISHED);
+        assert_eq!(bed.returning(&push), Ok(()), "silent for two hours");
+        let bed = bed.later(TCP_ESTABLISHED + Duration::from_secs(4));
+        assert_eq!(bed.returning(&push), UNASKED);
+    }
+
+    #[test]
+    fn a_forged_reset_ends_no_flow_and_the_servers_does() {
+        let bed = Bed::settled(&[MOVED]);
+        let tcp = request(Kind::Tcp);
+        let push = next(Kind::Tcp);
+        assert_eq!(bed.captured(&tcp.build()), CARRY);
+        assert_eq!(bed.returning(&push), Ok(()));
+        assert_eq!(bed.captured(&with(&tcp, |p| p.flags = RST)), CARRY);
+        let bed = bed.later(TCP_ESTABLISHED / 2);
+        assert_eq!(bed.returning(&push), Ok(()));
+        assert_eq!(
+            bed.returning(&with(&reply(&tcp), |p| p.flags = RST)),
+            Ok(())
+        );
+        let bed = bed.later(Duration::from_secs(60));
+        assert_eq!(bed.returning(&push), UNASKED);
+    }
+
+    #[test]
+    fn a_client_that_was_not_answered_is_forgotten_sooner() {
+        let bed = Bed::settled(&[MOVED]);
+        let udp = request(Kind::Udp);
+        assert_eq!(bed.captured(&udp.build()), CARRY);
+        let forgotten = UDP_ONE_WAY + Duration::from_secs(4);
+        let bed = bed.later(forgotten);
+        assert_eq!(bed.returning(&reply(&udp).build()), UNASKED);
+        assert_eq!(bed.captured(&udp.build()), CARRY);
+        assert_eq!(bed.returning(&reply(&udp).build()), Ok(()));
+        let bed = bed.later(forgotten);
+        assert_eq!(bed.returning(&reply(&udp).build()), Ok(()));
+    }
+
+    #[test]
+    fn nothing_leaves_for_an_address_that_no_client_has() {
+        const NOWHERE: [&str; 9] = [
+            "169.254.169.254",
+            "127.0.0.1",
+            "224.0.0.251",
+            "255.255.255.255",
+            "0.0.0.0",
+            "100.100.100.200",
+            // The gate's own: the server's, its network's broadcast address, another that moved.
+            OWN,
+            "192.0.2.255",
+            "192.0.2.6",
+        ];
+        for bed in [
+            Bed::new(&[MOVED, "192.0.2.6:80"]),
+            Bed::settled(&[MOVED, "192.0.2.6:80"]),
+        ] {
+            for to in NOWHERE {
+                for kind in [Kind::Tcp, Kind::Udp, Kind::IcmpQuery, Kind::IcmpReply] {
+                    let packet = Plan::new(kind, MOVED, to).build();
+                    let bad = Err(DropReason::BadDestination);
+                    assert_eq!(bed.returning(&packet), bad, "{kind:?} to {to}");
+                }
+                // Nor does anybody make one of them a client.
+                let forged = Plan::new(Kind::Udp, to, MOVED).build();
+                assert_eq!(bed.captured(&forged), Err(DropReason::BadSource), "{to}");
+            }
+            assert_eq!(bed.gate.stats().live, 0);
+        }
+        let bed = Bed::new(&["2001:db8:a::5"]);
+        for to in ["ff02::1", "fe80::1", "::1", "fd00:ec2::254"] {
+            let packet = Plan::new(Kind::Udp, "2001:db8:a::5", to).build();
+            assert_eq!(
+                bed.returning(&packet),
+                Err(DropReason::BadDestination),
+                "{to}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_client_next_door_is_a_client() {
+        let bed = Bed::settled(&[MOVED]);
+        let next_door = Plan::new(Kind::Udp, "192.0.2.77", MOVED);
+        assert_eq!(bed.captured(&next_door.build()), CARRY);
+        assert_eq!(bed.returning(&reply(&next_door).build()), Ok(()));
+    }
+
+    #[test]
+    fn routers_report_from_any_address_and_become_no_clients() {
+        let bed = Bed::settled(&[MOVED]);
+        let udp = request(Kind::Udp);
+        assert_eq!(bed.captured(&udp.build()), CARRY);
+        for router in [OWN, "169.254.1.1", "203.0.113.1"] {
+            let error = too_big(&reply(&udp).build(), 28, router.parse().unwrap());
+            assert_eq!(bed.captured(&error), CARRY, "{router}");
+        }
+        assert_eq!(bed.gate.stats().live, 1);
+    }
+
+    #[test]
+    fn an_error_leaves_if_it_tells_a_client_of_its_own_packet() {
+        let bed = Bed::settled(&["192.0.2.5:80"]);
+        let from = MOVED.parse().unwrap();
+        let unrelated = Err(DropReason::IcmpUnrelated);
+        for kind in [Kind::Tcp, Kind::Udp] {
+            let plan = request(kind);
+            let error = too_big(&plan.build(), 28, from);
+            assert_eq!(bed.returning(&error), unrelated, "nobody came");
+            assert_eq!(bed.captured(&plan.build()), CARRY);
+            assert_eq!(bed.returning(&error), Ok(()));
+            let elsewhere = with(&plan, |p| p.dst_port = 81);
+            let elsewhere = too_big(&elsewhere, 28, from);
+            assert_eq!(bed.returning(&elsewhere), Err(DropReason::NotMoved));
+            // To somebody else, about this client's packet.
+            let mut astray = error;
+            astray[19] += 1;
+            assert_eq!(bed.returning(&astray), unrelated);
+        }
+        // It keeps no flow alive.
+        let error = too_big(&request(Kind::Udp).build(), 28, from);
+        let bed = bed.later(UDP_ONE_WAY / 2);
+        assert_eq!(bed.returning(&error), Ok(()));
+        let bed = bed.later(UDP_ONE_WAY / 2 + Duration::from_secs(4));
+        assert_eq!(bed.returning(&error), unrelated);
+    }
+
+    #[test]
+    fn fragments_follow_their_first_one_out() {
+        for moved in [MOVED, "192.0.2.5:80/udp"] {
+            let bed = Bed::settled(&[moved]);
+            let udp = request(Kind::Udp);
+            let [first, second] = fragments(&reply(&udp).build(), 16, 3);
+            let unknown = Err(DropReason::FragmentUnknown);
+            assert_eq!(bed.returning(&first), UNASKED);
+            assert_eq!(bed.returning(&second), unknown);
+            let [asked, _] = fragments(&udp.build(), 16, 4);
+            assert_eq!(bed.captured(&asked), CARRY);
+            assert_eq!(bed.returning(&second), unknown);
+            assert_eq!(bed.returning(&first), Ok(()));
+            assert_eq!(bed.returning(&second), Ok(()));
+        }
+    }
+
+    #[test]
+    fn an_example_of_what_was_refused_is_kept_until_it_is_taken() {
+        let bed = Bed::settled(&[MOVED]);
+        assert_eq!(bed.gate.take_refused(), None);
+        for port in [53, 54] {
+            let to = with(&reply(&request(Kind::Udp)), |p| p.dst_port = port);
+            assert_eq!(bed.returning(&to), UNASKED);
+        }
+        let refused = bed.gate.take_refused().unwrap();
+        assert_eq!(refused.to_string(), "UDP to 203.0.113.9 port 53");
+        assert_eq!(bed.gate.take_refused(), None);
+        assert_eq!(
+            bed.returning(&other(MOVED, "169.254.169.254", GRE)),
+            Err(DropReason::BadDestination)
+        );
+        let refused = bed.gate.take_refused().unwrap();
+        assert_eq!(refused.reason, DropReason::BadDestination);
+        assert_eq!(refused.to_string(), "IP protocol 47 to 169.254.169.254");
     }
 }

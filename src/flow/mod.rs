@@ -2,7 +2,9 @@
 //!
 //! | file | owns |
 //! |---|---|
+//! | [`ownership`] | whose a captured packet is |
 //! | [`gate`] | the old server's checks: what may pass |
+//! | `clients` | which clients came, for those checks |
 //! | [`role`] | what the server's role makes of a packet |
 //! | [`translate`], [`routes`] | the new server's rewriting, and what is configured for it |
 //! | [`nat`] | both addresses rewritten, on the old server alone |
@@ -15,9 +17,11 @@
 //! Must not touch sockets, devices or the clock.
 
 pub mod class;
+mod clients;
 pub mod fragments;
 pub mod gate;
 pub mod nat;
+pub mod ownership;
 pub mod role;
 pub mod routes;
 pub mod seed;

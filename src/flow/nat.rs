@@ -21,7 +21,7 @@ use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use crate::flow::fragments::FragmentCache;
-use crate::flow::gate::{Gate, Verdict};
+use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
 use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Masquerade, Outside};
 use crate::model::drops::DropReason;
@@ -79,7 +79,7 @@ pub enum Outcome {
 
 /// The translation of one daemon.
 pub struct Nat {
-    gate: Gate,
+    ownership: Ownership,
     seed: Seed,
     table: FlowTable,
     limit: Limit,
@@ -127,7 +127,7 @@ impl Nat {
             seed: config.port_seed,
         };
         Self {
-            gate: Gate::new(&config.moves, config.seed),
+            ownership: Ownership::new(&config.moves, config.seed),
             seed: config.seed,
             table: FlowTable::masquerading(config.seed, config.epoch, masquerade),
             limit: Limit::new(config.max_flows),
@@ -159,7 +159,7 @@ impl Nat {
             Some(&target) if self.is_reply(now, &target, bytes, parsed) => {
                 self.server_packet(now, target, bytes, parsed, partial)
             }
-            Some(_) if !self.gate.is_moved(dst.into()) => Ok(Outcome::Bounce),
+            Some(_) if !self.ownership.is_moved(dst.into()) => Ok(Outcome::Bounce),
             _ => self.client_packet(now, bytes, parsed, partial),
         }
     }
@@ -185,7 +185,7 @@ impl Nat {
         parsed: &mut Parsed,
         partial: bool,
     ) -> Result<Outcome, DropReason> {
-        match self.gate.check_captured(now, parsed, bytes)? {
+        match self.ownership.judge(now, parsed, bytes)? {
             Verdict::Carry => {}
             Verdict::Bounce => return Ok(Outcome::Bounce),
         }
@@ -427,7 +427,7 @@ impl Nat {
     /// Whether a source is ours, so that no client may have it.
     fn is_own(&self, addr: Addr) -> bool {
         let ours = self.targets.iter().any(|target| addr == target.own.into());
-        ours || self.gate.is_moved(addr)
+        ours || self.ownership.is_moved(addr)
     }
 
     fn fragment_id(&mut self) -> u16 {

@@ -15,7 +15,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
-use crate::flow::gate::{Gate, Verdict};
+use crate::flow::gate::{Gate, Refused};
+use crate::flow::ownership::Verdict;
 use crate::flow::table::FlowStats;
 use crate::flow::translate::Translator;
 use crate::model::drops::{DropReason, Dropped};
@@ -26,7 +27,8 @@ use crate::packet::{Family, Parsed};
 
 /// Sends packets on as the role of this server wants it. Shared by the lanes.
 pub enum Forwarder {
-    /// The old server: nothing is rewritten, but only moved addresses pass. One gate for each peer.
+    /// The old server: nothing is rewritten, but only moved addresses pass, and out goes only what
+    /// answers a client. One gate for each peer, so that none takes another's places.
     Old(Vec<Gate>),
     /// The new server: the flow table rewrites.
     New(Translator),
@@ -84,7 +86,7 @@ impl Forwarder {
     /// Judges a packet that was read from the TUN, before anything in it is changed.
     ///
     /// # Errors
-    /// [`DropReason::NotMoved`] or [`DropReason::FragmentUnknown`], on the old server.
+    /// Those of [`Gate::check_captured`], on the old server.
     #[inline]
     pub fn judge(
         &self,
@@ -183,10 +185,30 @@ impl Forwarder {
         }
     }
 
-    /// Lets flows expire, examining at most `budget` of each shard.
+    /// Lets flows expire, examining at most `budget` of each shard or gate.
     pub fn expire(&self, now: Instant, budget: usize) {
-        if let Self::New(translator) = self {
-            translator.expire(now, budget);
+        match self {
+            Self::Old(gates) => gates.iter().for_each(|gate| gate.expire(now, budget)),
+            Self::New(translator) => {
+                translator.expire(now, budget);
+            }
+        }
+    }
+
+    /// Sets this host's own addresses, which no client may have.
+    pub fn set_own_addresses(&self, own: &[IpAddr]) {
+        match self {
+            Self::Old(gates) => gates.iter().for_each(|gate| gate.set_own_addresses(own)),
+            Self::New(translator) => translator.set_own_addresses(own),
+        }
+    }
+
+    /// An example of what `peer` sent and the old server did not let out, since this was asked
+    /// last.
+    pub fn take_refused(&self, peer: PeerId) -> Option<Refused> {
+        match self {
+            Self::Old(gates) => gates[usize::from(peer.0)].take_refused(),
+            Self::New(_) => None,
         }
     }
 
@@ -198,9 +220,12 @@ impl Forwarder {
         }
     }
 
-    /// What the flow table counted; all zero on the old server, which has none.
-    pub fn flow_stats(&self) -> FlowStats {
-        self.translator().map(Translator::stats).unwrap_or_default()
+    /// Counters of the flows: on the old server of those that go to `peer`, on the new one of all.
+    pub fn flow_stats(&self, peer: PeerId) -> FlowStats {
+        match self {
+            Self::Old(gates) => gates[usize::from(peer.0)].stats(),
+            Self::New(translator) => translator.stats(),
+        }
     }
 }
 
@@ -256,6 +281,8 @@ fn judge_captured(
             // Another part of the address may have moved to another peer.
             Ok(Verdict::Bounce) => outcome = Ok(Judgement::Bounce),
             Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
+            // It belongs to this peer, and to none.
+            Err(reason @ DropReason::BadSource) => return Err(reason),
             Err(_) => {}
         }
     }
@@ -275,6 +302,7 @@ fn fits_link(packet: &[u8], parsed: &Parsed, mtu: usize) -> Result<(), DropReaso
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::gate::GateConfig;
     use crate::flow::routes::Delivery;
     use crate::flow::seed::Seed;
     use crate::flow::translate::TranslatorConfig;
@@ -293,9 +321,15 @@ mod tests {
 
     /// The old server, each of whose peers has been given these moves.
     fn old(moves: &[&[&str]]) -> Forwarder {
+        let config = GateConfig {
+            max_flows: 10,
+            seed: Seed::new([1, 2]),
+            started: epoch(),
+            resumes: false,
+        };
         let gate = |moves: &&[&str]| {
             let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
-            Gate::new(&moves, Seed::new([1, 2]))
+            Gate::new(&moves, config)
         };
         Forwarder::Old(moves.iter().map(gate).collect())
     }
@@ -386,12 +420,37 @@ mod tests {
             judged(&forwarder, &mut plan.build()),
             Err(DropReason::NoFlow)
         );
-        assert_eq!(forwarder.flow_stats().live, 1);
+        assert_eq!(forwarder.flow_stats(PeerId(0)).live, 1);
     }
 
     #[test]
-    fn the_old_server_lets_out_only_what_speaks_for_a_moved_address_and_fits_the_link() {
+    fn a_forged_source_is_refused_whoever_has_the_rest_of_the_address() {
+        let forwarder = old(&[&["192.0.2.5:80"], &["192.0.2.5:443"]]);
+        forwarder.set_own_addresses(&["192.0.2.1".parse().unwrap()]);
+        let from_own = |port| {
+            let mut plan = Plan::new(Kind::Udp, "192.0.2.1", MOVED);
+            plan.dst_port = port;
+            judged(&forwarder, &mut plan.build())
+        };
+        assert_eq!(from_own(80), Err(DropReason::BadSource));
+        assert_eq!(from_own(443), Err(DropReason::BadSource));
+        assert_eq!(from_own(22), Ok(None), "no peer's, so this host's own");
+    }
+
+    #[test]
+    fn each_gate_counts_its_own_flows() {
+        let forwarder = old(&[&["192.0.2.5:80"], &["192.0.2.5:443"]]);
+        assert_eq!(judged(&forwarder, &mut request(80)), Ok(Some(PeerId(0))));
+        let live = [0, 1].map(|peer| forwarder.flow_stats(PeerId(peer)).live);
+        assert_eq!(live, [1, 0]);
+    }
+
+    #[test]
+    fn the_old_server_lets_out_only_what_answers_from_a_moved_address_and_fits_the_link() {
         let forwarder = old(&[&[MOVED]]);
+        let mut asked = Plan::new(Kind::Udp, CLIENT, MOVED);
+        asked.src_port = 80;
+        assert_eq!(judged(&forwarder, &mut asked.build()), Ok(Some(PeerId(0))));
         let narrow = Hop { mtu: 40, ..HOP };
         let unknown = Hop { mtu: 0, ..HOP };
         let leaves = |hop: &Hop, src: &str, payload: usize| {

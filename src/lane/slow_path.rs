@@ -243,7 +243,7 @@ struct Limited;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::gate::Gate;
+    use crate::flow::gate::{Gate, GateConfig};
     use crate::flow::role::Hop;
     use crate::flow::seed::Seed;
     use crate::flow::translate::{Translator, TranslatorConfig};
@@ -262,7 +262,13 @@ mod tests {
 
     fn old() -> Forwarder {
         let moves = [MOVED.parse().unwrap()];
-        Forwarder::Old(vec![Gate::new(&moves, Seed::new([1, 2]))])
+        let config = GateConfig {
+            max_flows: 10,
+            seed: Seed::new([1, 2]),
+            started: epoch(),
+            resumes: false,
+        };
+        Forwarder::Old(vec![Gate::new(&moves, config)])
     }
 
     fn new() -> Forwarder {

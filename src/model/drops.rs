@@ -64,8 +64,14 @@ drop_reasons! {
     /// A TCP, UDP or ICMP header that is truncated or contradicts itself.
     L4Malformed = "l4_malformed",
     /// A source address that no packet may have here: loopback, multicast, the packet's own
-    /// destination.
+    /// destination; a client's: link-local, or one of this server's own.
     BadSource = "bad_source",
+    /// The new server sent it where no client can be: to a special address, or to one of the old
+    /// server's own.
+    BadDestination = "bad_destination",
+    /// The new server sent it to somebody who did not ask for it: out of the old server goes only
+    /// what answers a client.
+    Unasked = "unasked",
     /// The destination is not an address that was moved.
     NotMoved = "not_moved",
     /// The moved address is known, but there is no address of its family to deliver to.

@@ -106,7 +106,8 @@ pub struct MtuHints {
     pub refuted: u64,
 }
 
-/// The flow table's counters.
+/// The counters of the flows: on the new server of its flow table, which all peers share; on the
+/// old one of the clients that came for what has moved to this peer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Flows {
     /// Flows remembered now.

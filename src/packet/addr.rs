@@ -48,6 +48,26 @@ impl Addr {
         }
     }
 
+    /// Whether no client can have this address: the unspecified one, loopback, link-local,
+    /// multicast, broadcast, reserved (RFC 6890, RFC 4291), or a cloud's metadata service.
+    #[inline]
+    pub(crate) fn is_special(self) -> bool {
+        match self.family() {
+            Family::V4 => {
+                let [.., a, b, c, d] = self.0;
+                matches!(a, 0 | 127 | 224..)
+                    || (a, b) == (169, 254)
+                    || METADATA_V4.contains(&[a, b, c, d])
+            }
+            Family::V6 => {
+                let first = u16::from_be_bytes([self.0[0], self.0[1]]);
+                // 0000::/16: unspecified, loopback, addresses with an IPv4 one in them.
+                matches!(first, 0 | 0xfe80..=0xfebf | 0xff00..)
+                    || METADATA_V6.contains(&u128::from_be_bytes(self.0))
+            }
+        }
+    }
+
     #[inline]
     pub(super) fn v4(bytes: [u8; 4]) -> Self {
         let mut out = [0; 16];
@@ -56,6 +76,16 @@ impl Addr {
         Self(out)
     }
 }
+
+/// Metadata services that are not link-local: Alibaba's. (Azure's also probes clients' ports from
+/// 168.63.129.16, so that is an address like any other.)
+const METADATA_V4: [[u8; 4]; 1] = [[100, 100, 100, 200]];
+
+/// Metadata services that are not link-local: Amazon's fd00:ec2::254, Google's fd20:ce::254.
+const METADATA_V6: [u128; 2] = [
+    0xfd00_0ec2_0000_0000_0000_0000_0000_0254,
+    0xfd20_00ce_0000_0000_0000_0000_0000_0254,
+];
 
 pub(super) const V4_MAPPED: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
 
@@ -89,5 +119,57 @@ impl From<Addr> for IpAddr {
 impl fmt::Debug for Addr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         IpAddr::from(*self).fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_client_has_a_special_address() {
+        let special = |text: &str| Addr::from(text.parse::<IpAddr>().unwrap()).is_special();
+        for addr in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "127.0.0.1",
+            "127.255.255.255",
+            "169.254.0.0",
+            "169.254.169.254",
+            "224.0.0.1",
+            "239.255.255.255",
+            "240.0.0.1",
+            "255.255.255.255",
+            "100.100.100.200",
+            "::",
+            "::1",
+            "::192.0.2.1",
+            "fe80::1",
+            "febf::1",
+            "ff02::1",
+            "ff0e::1",
+            "fd00:ec2::254",
+            "fd20:ce::254",
+        ] {
+            assert!(special(addr), "{addr}");
+        }
+        for addr in [
+            "1.0.0.1",
+            "126.255.255.255",
+            "128.0.0.1",
+            "169.253.255.255",
+            "169.255.0.1",
+            "223.255.255.255",
+            "10.0.0.1",
+            "100.100.100.201",
+            "168.63.129.16",
+            "64:ff9b::1",
+            "2001:db8::1",
+            "fe7f::1",
+            "fec0::1",
+            "fd00:ec2::253",
+        ] {
+            assert!(!special(addr), "{addr}");
+        }
     }
 }

@@ -190,7 +190,7 @@ pub struct DaemonArgs {
     #[serde(deserialize_with = "one")]
     pub uplink: Option<InterfaceName>,
 
-    /// Most flows that the new server remembers at once. [default: 1000000]
+    /// Most flows remembered at once; on the old server, for each peer. [default: 1000000]
     #[arg(long, value_name = "N")]
     #[serde(deserialize_with = "one")]
     pub max_flows: Option<MaxFlows>,

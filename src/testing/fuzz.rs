@@ -20,7 +20,7 @@ use crate::channel::session::{
 };
 use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::{DATA_OVERHEAD, Data, Message};
-use crate::flow::gate::Gate;
+use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::routes::Delivery;
 use crate::flow::seed::Seed;
 use crate::flow::translate::{Translator, TranslatorConfig};
@@ -298,7 +298,14 @@ fn servers() -> (Gate, Translator, Instant) {
         ..Delivery::default()
     };
     translator.set_delivery(PeerId(0), delivery).unwrap();
-    (Gate::new(&moves, Seed::new([1, 2])), translator, now)
+    let config = GateConfig {
+        max_flows: 1_000,
+        seed: Seed::new([1, 2]),
+        started: now,
+        resumes: true,
+    };
+    let gate = Gate::new(&moves, config);
+    (gate, translator, now)
 }
 
 /// Parts of packets in any order. Three bytes of each say what it is.

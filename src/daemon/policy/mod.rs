@@ -45,19 +45,24 @@ mod tests;
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use self::claims::{Claims, Settled};
 use self::names::Lookup;
 pub(super) use self::sizes::{RouteSize, tunnel_mtu};
 use super::index;
 use crate::channel::tunnel::{Announcement, Deliver, State};
+use crate::flow::gate::Refused;
 use crate::flow::role::Hop;
 use crate::flow::routes::Delivery;
+use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
 use crate::settings::values::{DeliverTo, PeerAddr};
+
+/// How often an administrator is told at most of what one peer sends and is not let out.
+const REFUSED_PACE: Duration = Duration::from_secs(60);
 
 /// The settings of one peer.
 #[derive(Debug)]
@@ -90,6 +95,8 @@ pub(super) struct Addresses {
     pub(super) all: Vec<IpAddr>,
     /// On the one that clients' packets use, in the kernel's order.
     pub(super) uplink: Vec<IpAddr>,
+    /// The broadcast addresses of their networks.
+    pub(super) broadcasts: Vec<IpAddr>,
 }
 
 /// Something that the control task has seen.
@@ -113,6 +120,8 @@ pub(super) enum Input {
     TunMtu(u32),
     /// The result of [`Action::Hold`].
     Held(Result<(), String>),
+    /// The peer sent packets like this one, which were not let out (old server).
+    Refused(PeerId, Refused),
 }
 
 /// Something that the control task has to do.
@@ -124,7 +133,7 @@ pub(super) enum Action {
     Deliver(PeerId, Delivery),
     /// Hold these moved addresses on this host, and no others (new server).
     Hold(Vec<IpAddr>),
-    /// Let no client claim these addresses as its own (new server).
+    /// Let no client claim these addresses as its own, and let nothing out to them.
     OwnAddresses(Vec<IpAddr>),
     /// Send ICMP replies like this, as a router on the path (old server).
     Hop(Hop),
@@ -173,9 +182,24 @@ pub(super) enum Warning {
     /// The new server cannot do its part.
     #[error("the new server says: {0}")]
     FromNewServer(String),
+    /// The new server sends to somebody who is no client.
+    #[error("the new server sends {refused}, {why}", why = not_let_out(.refused.reason))]
+    NotLetOut {
+        /// One of the packets.
+        refused: Refused,
+    },
     /// The look-up of the peer's name failed.
     #[error("{0}; trying again")]
     NameNotFound(String),
+}
+
+/// Why a packet of the new server was not let out, and how that is counted.
+fn not_let_out(reason: DropReason) -> &'static str {
+    if reason == DropReason::BadDestination {
+        "where no client can be; such packets are dropped (bad_destination)"
+    } else {
+        "which no client's packet asked for; such packets are dropped (unasked)"
+    }
 }
 
 /// The decisions for all peers.
@@ -208,6 +232,8 @@ struct Peer {
     trouble: Option<Warning>,
     /// MTU of the old server's link to its clients (new server).
     client_mtu: Option<u32>,
+    /// When an administrator was last told of what it sent and was not let out (old server).
+    refused: Option<Instant>,
 }
 
 impl Policy {
@@ -230,6 +256,7 @@ impl Policy {
                     deliver: None,
                     trouble: None,
                     client_mtu: None,
+                    refused: None,
                 }
             })
             .collect();
@@ -280,6 +307,7 @@ impl Policy {
             Input::UplinkMtu(mtu) => self.uplink_has_mtu(mtu),
             Input::TunMtu(mtu) => self.tun_mtu = mtu,
             Input::Held(result) => self.held(result.err()),
+            Input::Refused(peer, refused) => self.refused(now, peer, refused),
         }
     }
 
@@ -426,6 +454,16 @@ impl Policy {
         }
     }
 
+    /// Tells of packets that were not let out, at times: the peer makes them as it likes, each to
+    /// another address.
+    fn refused(&mut self, now: Instant, id: PeerId, refused: Refused) {
+        let told = &mut self.peers[index(id)].refused;
+        if told.is_none_or(|told| now.saturating_duration_since(told) >= REFUSED_PACE) {
+            *told = Some(now);
+            self.warn(id, Warning::NotLetOut { refused });
+        }
+    }
+
     // Delivery.
 
     /// Decides where packets from a peer are delivered, and tells the peer.
@@ -507,6 +545,7 @@ impl Policy {
             }
             Role::New => {}
             Role::Old => {
+                self.have_special_addresses(&addresses);
                 let (v4, v6) = delivery::hop(&addresses.uplink, self.claims.all());
                 if (self.hop.v4, self.hop.v6) != (v4, v6) {
                     (self.hop.v4, self.hop.v6) = (v4, v6);
@@ -515,6 +554,21 @@ impl Policy {
             }
         }
         self.addresses = addresses;
+    }
+
+    /// Tells the old server's gates which addresses are no client's: this server's own, the
+    /// broadcast addresses of its networks, and all that have moved, to whichever peer.
+    fn have_special_addresses(&mut self, new: &Addresses) {
+        let old = &self.addresses;
+        if (&old.all, &old.broadcasts) == (&new.all, &new.broadcasts) {
+            return;
+        }
+        let moved = self.claims.all().map(|moved| moved.addr);
+        let all = new.all.iter().chain(&new.broadcasts).copied();
+        let mut all: Vec<IpAddr> = all.chain(moved).collect();
+        all.sort_unstable();
+        all.dedup();
+        self.actions.push_back(Action::OwnAddresses(all));
     }
 
     fn uplink_has_mtu(&mut self, mtu: u32) {

@@ -61,7 +61,11 @@ impl Machine {
         let mut machine = Self::new(Role::New, rules, left);
         let uplink = addresses("198.51.100.2");
         let all = addresses("127.0.0.1 198.51.100.2");
-        machine.does(Input::Addresses(Addresses { all, uplink }));
+        machine.does(Input::Addresses(Addresses {
+            all,
+            uplink,
+            ..Addresses::default()
+        }));
         for peer in machine.policy.peers() {
             machine.does(Input::Endpoint(peer, endpoint()));
         }
@@ -193,7 +197,11 @@ fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() 
     // The host gets one.
     let both = addresses("198.51.100.2 2001:db8::2");
     let all = both.clone();
-    new.does(Input::Addresses(Addresses { all, uplink: both }));
+    new.does(Input::Addresses(Addresses {
+        all,
+        uplink: both,
+        ..Addresses::default()
+    }));
     let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
     assert_eq!(told(&actions), [(OLD, None)]);
 }
@@ -313,8 +321,10 @@ fn the_lanes_hear_of_own_addresses_when_they_change() {
     let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
     let have = |text: &str| {
         let all = addresses(text);
-        let uplink = Vec::new();
-        Input::Addresses(Addresses { all, uplink })
+        Input::Addresses(Addresses {
+            all,
+            ..Addresses::default()
+        })
     };
     let both = addresses("198.51.100.2 203.0.113.1");
     let actions = new.does(have("198.51.100.2 203.0.113.1"));
@@ -358,11 +368,66 @@ fn the_old_server_announces_its_moves_and_its_link() {
 }
 
 #[test]
+fn the_old_servers_lanes_hear_which_addresses_are_no_clients() {
+    let given = |moved: &str| PeerRules {
+        moves: moves(moved),
+        ..rules(ANYWHERE)
+    };
+    let peers = vec![given("192.0.2.5:80/tcp"), given("192.0.2.6")];
+    let mut old = Machine::new(Role::Old, peers, "");
+    let have = |broadcasts: &str| {
+        Input::Addresses(Addresses {
+            all: addresses("192.0.2.1 192.0.2.5"),
+            broadcasts: addresses(broadcasts),
+            ..Addresses::default()
+        })
+    };
+    let actions = old.does(have("192.0.2.0 192.0.2.255"));
+    let all = addresses("192.0.2.0 192.0.2.1 192.0.2.5 192.0.2.6 192.0.2.255");
+    assert_eq!(actions, [Action::OwnAddresses(all)]);
+    assert!(old.does(have("192.0.2.0 192.0.2.255")).is_empty());
+    let all = addresses("192.0.2.1 192.0.2.5 192.0.2.6");
+    assert_eq!(old.does(have("")), [Action::OwnAddresses(all)]);
+}
+
+#[test]
+fn what_is_not_let_out_is_told_once_a_minute_for_each_peer() {
+    let mut old = Machine::new(Role::Old, vec![rules(ANYWHERE), rules(ANYWHERE)], "");
+    let refused = |reason, to: &str| Refused {
+        reason,
+        to: to.parse().unwrap(),
+        protocol: 17,
+        port: Some(53),
+    };
+    let unasked = refused(DropReason::Unasked, "203.0.113.7");
+    let actions = old.does(Input::Refused(OLD, unasked));
+    let said = "the new server sends UDP to 203.0.113.7 port 53, which no client's packet asked \
+                for; such packets are dropped (unasked)";
+    assert_eq!(warnings(&actions), [said]);
+    let metadata = refused(DropReason::BadDestination, "169.254.169.254");
+    for second in 0..60 {
+        assert!(
+            old.does(Input::Refused(OLD, metadata)).is_empty(),
+            "{second}"
+        );
+        old.now += Duration::from_secs(1);
+    }
+    let actions = old.does(Input::Refused(PeerId(1), unasked));
+    assert_eq!(warnings(&actions), [said], "another peer's");
+    let actions = old.does(Input::Refused(OLD, metadata));
+    let said = "the new server sends UDP to 169.254.169.254 port 53, where no client can be; such \
+                packets are dropped (bad_destination)";
+    assert_eq!(warnings(&actions), [said]);
+}
+
+#[test]
 fn the_old_server_speaks_from_an_address_that_stayed() {
     let mut old = old("192.0.2.5");
     let uplink = addresses("192.0.2.5 192.0.2.1 fe80::1 2001:db8::1");
-    let all = uplink.clone();
-    let seen = Input::Addresses(Addresses { all, uplink });
+    let seen = Input::Addresses(Addresses {
+        uplink,
+        ..Addresses::default()
+    });
     let hop = Hop {
         v4: Some("192.0.2.1".parse().unwrap()),
         v6: Some("2001:db8::1".parse().unwrap()),

@@ -1,6 +1,6 @@
 //! Addresses on interfaces.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -19,6 +19,20 @@ pub struct Address {
     pub addr: IpAddr,
     /// Prefix length.
     pub prefix: u8,
+}
+
+impl Address {
+    /// The broadcast addresses of its network: the last one, and the first, which some hosts take
+    /// for one too (RFC 1122 section 3.3.6). IPv6 has none, nor has a network of two addresses or
+    /// one (RFC 3021).
+    pub fn broadcasts(&self) -> Option<[IpAddr; 2]> {
+        let IpAddr::V4(addr) = self.addr else {
+            return None;
+        };
+        let hosts = u32::MAX.checked_shr(self.prefix.into())?;
+        let ends = [addr.to_bits() & !hosts, addr.to_bits() | hosts];
+        (hosts > 1).then(|| ends.map(|end| Ipv4Addr::from_bits(end).into()))
+    }
 }
 
 impl Netlink {
@@ -90,4 +104,31 @@ fn read_address(payload: &[u8]) -> Option<Address> {
         addr: local.or(addr)?,
         prefix: header[1],
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_has_two_broadcast_addresses_if_it_is_large_enough() {
+        let of = |addr: &str, prefix| {
+            let addr = addr.parse().unwrap();
+            let address = Address {
+                index: 1,
+                addr,
+                prefix,
+            };
+            address
+                .broadcasts()
+                .map(|both| both.map(|addr| addr.to_string()))
+        };
+        let both = |first: &str, last: &str| Some([first.to_owned(), last.to_owned()]);
+        assert_eq!(of("192.0.2.1", 24), both("192.0.2.0", "192.0.2.255"));
+        assert_eq!(of("192.0.2.9", 30), both("192.0.2.8", "192.0.2.11"));
+        assert_eq!(of("10.1.2.3", 8), both("10.0.0.0", "10.255.255.255"));
+        assert_eq!(of("192.0.2.9", 31), None);
+        assert_eq!(of("192.0.2.9", 32), None);
+        assert_eq!(of("2001:db8::1", 64), None);
+    }
 }

@@ -1,6 +1,9 @@
 //! Sends packets that the daemon writes to its TUN out of the uplink: for the ingress of the old
 //! server's TUN.
 //!
+//! The daemon writes packets to a moved address only if it bounces them: what came out of the
+//! tunnel for one it drops ([`flow::gate`](crate::flow::gate)).
+//!
 //! The kernel resolves the neighbour. No forwarding, sysctl or netfilter hook takes part, and the
 //! TTL stays. Packets *to* a moved address (bounced ones) arrive on the uplink once more, where
 //! [`capture`](super::capture()) lets them pass. So this host's own stack sees them as it would

@@ -1,0 +1,730 @@
+//! Which clients came: the old server lets out only what answers one of them.
+//!
+//! Owns a table of flows that holds one word for each, and nothing else. Entries live as long as
+//! those of the new server's table ([`class`](super::class)), whose states they have, so that
+//! neither server forgets a flow that the other one still knows.
+//!
+//! ```text
+//! line of 8 words, a cache line:   ┌───────────────────┬───────────┬────────┬───────┐
+//! the hash of the flow chooses it, │ 40 bits of the    │ last used │ family │ seen  │
+//! and is the word's tag as well    │ hash              │ 16 bits   │ 2 bits │ 6 bits│
+//!                                  └───────────────────┴───────────┴────────┴───────┘
+//! ```
+//!
+//! * Lanes share it without a lock: a word is replaced whole, or not at all.
+//! * It is bounded. Where a line is full, the flow goes that is dispensable first, and of several
+//!   the one that was unused for the longest time. So a flood of new flows displaces its own and no
+//!   answered one, unless the line holds eight of those. A client that was displaced is known again
+//!   with its next packet.
+//! * A flow that is not there is taken for one that is with a probability of 2⁻³⁷ (8 words, 40
+//!   bits). The hash is keyed, so nobody can look for such a flow but by sending.
+//! * Last used is counted in units of four seconds, so an entry in use is written once in that time
+//!   at most.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::flow::class::{
+    Class, EVICTION_ORDER, ICMP_QUERY, OTHER, Seen, Side, TCP_ESTABLISHED, UDP_BOTH_WAYS,
+};
+use crate::flow::seed::Seed;
+use crate::flow::table::FlowStats;
+use crate::model::moved::{TCP, UDP};
+use crate::packet::{Addr, ICMP, ICMPV6, Kind, Parsed, Quoted, RST};
+
+/// Words of a line: as many as a cache line holds.
+const WAYS: usize = 8;
+
+/// Lines of a page, which takes 4 KiB once the first flow falls into it.
+const PAGE: usize = 64;
+
+/// Words for each flow that there may be. The hash spreads flows unevenly: with two, 0.8 % of them
+/// find no place in their line when there are as many as there may be (Poisson); with one, 14 %.
+const SPARE: usize = 2;
+
+/// Most lines: the part of the hash that chooses one must not reach into the tag.
+const MAX_LINES: usize = 1 << TAG_SHIFT;
+
+/// Seconds in a unit of time.
+const UNIT: u32 = 4;
+
+/// The tag of a word: these bits are those of the hash.
+const TAG: u64 = !0 << TAG_SHIFT;
+const TAG_SHIFT: u32 = 24;
+const TIME_SHIFT: u32 = 8;
+const FAMILY_SHIFT: u32 = 6;
+const SEEN: u64 = (1 << FAMILY_SHIFT) - 1;
+
+/// A protocol of each family of protocols that are treated alike; the last stands for all others.
+const FAMILIES: [u8; 4] = [TCP, UDP, ICMP, 255];
+
+/// The flows of clients that came. Shared by the lanes.
+pub(super) struct Clients {
+    seed: Seed,
+    epoch: Instant,
+    max: usize,
+    lines: usize,
+    /// What the class of a flow says, for each state that a word can have in its lowest byte.
+    rules: Box<[Rule]>,
+    pages: Box<[OnceLock<Box<Page>>]>,
+    /// The line that is looked at next for entries whose time is up.
+    cursor: AtomicUsize,
+    live: AtomicU64,
+    evicted: AtomicU64,
+}
+
+/// How long a flow is kept, and when it gives way.
+#[derive(Clone, Copy)]
+struct Rule {
+    /// Seconds.
+    timeout: u32,
+    /// The lowest goes first.
+    tier: u32,
+}
+
+#[derive(Default)]
+#[repr(align(64))]
+struct Line([AtomicU64; WAYS]);
+
+struct Page([Line; PAGE]);
+
+/// A packet's flow: who the client is, and with what of a moved address it talks.
+///
+/// Of UDP the port at the moved address is not a part, since a server may answer from another one
+/// (TFTP, RFC 1350 section 4).
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Flow {
+    hash: u64,
+    protocol: u8,
+    tcp_flags: u8,
+}
+
+impl Clients {
+    /// No client has come yet. `epoch` is when the daemon started, and not later than any `now`
+    /// that follows.
+    pub(super) fn new(seed: Seed, max_flows: usize, epoch: Instant) -> Self {
+        let lines = (max_flows.saturating_mul(SPARE) / WAYS).clamp(PAGE, MAX_LINES);
+        let lines = lines.next_power_of_two();
+        Self {
+            seed,
+            epoch,
+            max: max_flows,
+            lines,
+            rules: (0..=u8::MAX).map(Rule::of).collect(),
+            pages: (0..lines / PAGE).map(|_| OnceLock::new()).collect(),
+            cursor: AtomicUsize::new(0),
+            live: AtomicU64::new(0),
+            evicted: AtomicU64::new(0),
+        }
+    }
+
+    /// The flow of a client's packet to the moved address at `moved`; `None` if such a packet asks
+    /// for nothing: an ICMP reply or error, a later fragment.
+    #[inline]
+    pub(super) fn asked(&self, parsed: &Parsed, bytes: &[u8], moved: usize) -> Option<Flow> {
+        let ports = match parsed.kind() {
+            Kind::Tcp => [parsed.src_port(), parsed.dst_port()],
+            Kind::Udp | Kind::IcmpQuery => [parsed.src_port(), 0],
+            Kind::Other => [0, 0],
+            Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
+        };
+        Some(Flow {
+            hash: self.hash(parsed.src(bytes), ports, moved, parsed.protocol()),
+            protocol: parsed.protocol(),
+            // Anybody can forge a client's RST. Whether the server believes it, its answer tells.
+            tcp_flags: parsed.tcp_flags() & !RST,
+        })
+    }
+
+    /// The flow that a packet from the moved address at `moved` answers; `None` if such a packet
+    /// answers nothing: an ICMP query or error, a later fragment.
+    #[inline]
+    pub(super) fn answered(&self, parsed: &Parsed, bytes: &[u8], moved: usize) -> Option<Flow> {
+        let ports = match parsed.kind() {
+            Kind::Tcp => [parsed.dst_port(), parsed.src_port()],
+            Kind::Udp | Kind::IcmpReply => [parsed.dst_port(), 0],
+            Kind::Other => [0, 0],
+            Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => return None,
+        };
+        Some(Flow {
+            hash: self.hash(parsed.dst(bytes), ports, moved, parsed.protocol()),
+            protocol: parsed.protocol(),
+            tcp_flags: parsed.tcp_flags(),
+        })
+    }
+
+    /// The flow of the client's packet that an ICMP error quotes.
+    pub(super) fn quoted(&self, quoted: &Quoted, bytes: &[u8], moved: usize) -> Option<Flow> {
+        let ports = match quoted.kind() {
+            Kind::Tcp => [quoted.src_port(), quoted.dst_port()],
+            Kind::Udp | Kind::IcmpQuery => [quoted.src_port(), 0],
+            Kind::Other => [0, 0],
+            Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
+        };
+        Some(Flow {
+            hash: self.hash(quoted.src(bytes), ports, moved, quoted.protocol()),
+            protocol: quoted.protocol(),
+            tcp_flags: 0,
+        })
+    }
+
+    /// The client has sent a packet. Returns whether its flow is known.
+    #[inline]
+    pub(super) fn client_spoke(&self, now: Instant, flow: &Flow) -> bool {
+        self.note(now, flow, Side::Client)
+    }
+
+    /// The new server has sent a packet. Returns whether its flow is known.
+    #[inline]
+    pub(super) fn server_spoke(&self, now: Instant, flow: &Flow) -> bool {
+        self.note(now, flow, Side::Application)
+    }
+
+    /// Whether a flow is known. Nothing changes by the question.
+    pub(super) fn knows(&self, now: Instant, flow: &Flow) -> bool {
+        let Some(line) = self.line(flow.hash) else {
+            return false;
+        };
+        let words = line.0.iter().map(|slot| slot.load(Relaxed));
+        let mut own = words.filter(|&word| is_of(word, flow.hash));
+        own.any(|word| self.is_alive(word, self.time(now)))
+    }
+
+    /// Remembers the flow of a client's packet, of which nothing is known.
+    #[cold]
+    pub(super) fn remember(&self, now: Instant, flow: &Flow) {
+        self.insert(now, flow, Side::Client);
+    }
+
+    /// Remembers the flow of a packet of the new server, of which nothing is known.
+    #[cold]
+    pub(super) fn presume(&self, now: Instant, flow: &Flow) {
+        self.insert(now, flow, Side::Application);
+    }
+
+    /// Whether a flow of this protocol may be older than this daemon, and not have been forgotten
+    /// since.
+    pub(super) fn may_be_older(&self, now: Instant, flow: &Flow) -> bool {
+        let lifetime = match flow.protocol {
+            TCP => TCP_ESTABLISHED,
+            UDP => UDP_BOTH_WAYS,
+            ICMP | ICMPV6 => ICMP_QUERY,
+            _ => OTHER,
+        };
+        self.age(now) < lifetime
+    }
+
+    /// Forgets flows whose time is up, looking at `budget` words at most. One thread calls it,
+    /// every second: so the time of no entry, which has 16 bits, comes round.
+    pub(super) fn expire(&self, now: Instant, budget: usize) {
+        let time = self.time(now);
+        let mut at = self.cursor.load(Relaxed);
+        for _ in 0..budget / WAYS {
+            match self.pages[at / PAGE].get() {
+                None => at = (at / PAGE + 1) * PAGE,
+                Some(page) => {
+                    self.sweep(&page.0[at % PAGE], time);
+                    at += 1;
+                }
+            }
+            at %= self.lines;
+        }
+        self.cursor.store(at, Relaxed);
+    }
+
+    /// What the table did.
+    pub(super) fn stats(&self) -> FlowStats {
+        FlowStats {
+            live: self.live.load(Relaxed),
+            max: self.max as u64,
+            evicted: self.evicted.load(Relaxed),
+            ..FlowStats::default()
+        }
+    }
+
+    #[inline]
+    fn hash(&self, client: Addr, ports: [u16; 2], moved: usize, protocol: u8) -> u64 {
+        let [client_port, moved_port] = ports.map(u64::from);
+        let rest = client_port | moved_port << 16 | (moved as u64) << 32;
+        self.seed.flow(client, rest, protocol)
+    }
+
+    /// Notes a packet of a flow that is known; `false` if none is.
+    #[inline]
+    fn note(&self, now: Instant, flow: &Flow, side: Side) -> bool {
+        let Some(line) = self.line(flow.hash) else {
+            return false;
+        };
+        for slot in &line.0 {
+            let word = slot.load(Relaxed);
+            if is_of(word, flow.hash) {
+                let time = self.time(now);
+                let fresh = word_of(
+                    flow,
+                    time,
+                    seen(word).after(flow.protocol, side, flow.tcp_flags),
+                );
+                return fresh == word || self.renew(slot, word, fresh, flow, side, time);
+            }
+        }
+        false
+    }
+
+    /// Puts a flow into its line, in place of whichever is dispensable first.
+    fn insert(&self, now: Instant, flow: &Flow, side: Side) {
+        let time = self.time(now);
+        let at = self.line_number(flow.hash);
+        let line = &self.pages[at / PAGE].get_or_init(Page::boxed).0[at % PAGE];
+        let first = Seen::default().after(flow.protocol, side, flow.tcp_flags);
+        let fresh = word_of(flow, time, first);
+        // Another lane may take the place first. That happens at most once for each.
+        for _ in 0..WAYS {
+            let words = line.0.each_ref().map(|slot| slot.load(Relaxed));
+            if words.iter().any(|&word| is_of(word, flow.hash)) {
+                return;
+            }
+            let order = words.map(|word| self.dispensable(word, time));
+            let way = (1..WAYS).fold(
+                0,
+                |best, way| {
+                    if order[way] > order[best] { way } else { best }
+                },
+            );
+            let replaced = line.0[way].compare_exchange(words[way], fresh, Relaxed, Relaxed);
+            if replaced.is_ok() {
+                if words[way] == 0 {
+                    self.live.fetch_add(1, Relaxed);
+                } else if self.is_alive(words[way], time) {
+                    self.evicted.fetch_add(1, Relaxed);
+                }
+                return;
+            }
+        }
+    }
+
+    fn sweep(&self, line: &Line, time: u16) {
+        for slot in &line.0 {
+            let word = slot.load(Relaxed);
+            if word != 0
+                && !self.is_alive(word, time)
+                && slot.compare_exchange(word, 0, Relaxed, Relaxed).is_ok()
+            {
+                self.live.fetch_sub(1, Relaxed);
+            }
+        }
+    }
+
+    /// Writes a word anew, unless its flow is forgotten and only the server speaks. Returns whether
+    /// the flow is known.
+    #[cold]
+    fn renew(
+        &self,
+        slot: &AtomicU64,
+        word: u64,
+        fresh: u64,
+        flow: &Flow,
+        side: Side,
+        time: u16,
+    ) -> bool {
+        let fresh = match side {
+            _ if self.is_alive(word, time) => fresh,
+            Side::Client => {
+                let first = Seen::default().after(flow.protocol, side, flow.tcp_flags);
+                word_of(flow, time, first)
+            }
+            Side::Application => return false,
+        };
+        // If another lane was faster, that one has written nearly the same.
+        let _ = slot.compare_exchange(word, fresh, Relaxed, Relaxed);
+        true
+    }
+
+    /// Whether a flow is not forgotten yet: at the end of its lifetime, or up to a unit later.
+    fn is_alive(&self, word: u64, time: u16) -> bool {
+        word != 0 && idle(word, time) < self.rule(word).timeout + UNIT
+    }
+
+    /// How dispensable a word is: the greatest goes first. No flow is idle for 2²⁰ seconds.
+    fn dispensable(&self, word: u64, time: u16) -> u32 {
+        if word == 0 {
+            return u32::MAX;
+        }
+        let (rule, idle) = (self.rule(word), idle(word, time));
+        let rank = if idle < rule.timeout + UNIT {
+            EVICTION_ORDER.len() as u32 - rule.tier
+        } else {
+            u32::from(u8::MAX)
+        };
+        rank << 20 | idle
+    }
+
+    fn rule(&self, word: u64) -> Rule {
+        self.rules[usize::from(word as u8)]
+    }
+
+    #[inline]
+    fn line(&self, hash: u64) -> Option<&Line> {
+        let at = self.line_number(hash);
+        Some(&self.pages[at / PAGE].get()?.0[at % PAGE])
+    }
+
+    #[inline]
+    fn line_number(&self, hash: u64) -> usize {
+        hash as usize & (self.lines - 1)
+    }
+
+    #[inline]
+    fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.epoch)
+    }
+
+    #[inline]
+    fn time(&self, now: Instant) -> u16 {
+        (self.age(now).as_secs() / u64::from(UNIT)) as u16
+    }
+}
+
+impl std::fmt::Debug for Clients {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Clients")
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Rule {
+    fn of(state: u8) -> Self {
+        let class = Class::of(
+            FAMILIES[usize::from(state >> FAMILY_SHIFT)],
+            seen(state.into()),
+        );
+        // However short it was idle: to be displaced costs a client little here.
+        let tier = class.eviction_tier(u32::MAX);
+        Self {
+            timeout: class.timeout(),
+            tier: tier.unwrap_or(EVICTION_ORDER.len()) as u32,
+        }
+    }
+}
+
+impl Page {
+    fn boxed() -> Box<Self> {
+        Box::new(Self(std::array::from_fn(|_| Line::default())))
+    }
+}
+
+#[inline]
+fn word_of(flow: &Flow, time: u16, seen: Seen) -> u64 {
+    let family = match flow.protocol {
+        TCP => 0,
+        UDP => 1,
+        ICMP | ICMPV6 => 2,
+        _ => 3,
+    };
+    flow.hash & TAG
+        | u64::from(time) << TIME_SHIFT
+        | family << FAMILY_SHIFT
+        | u64::from(seen.bits())
+}
+
+/// Whether a word is that of a flow. An empty one, of which nothing was seen, is nobody's.
+#[inline]
+fn is_of(word: u64, hash: u64) -> bool {
+    (word ^ hash) & TAG == 0 && word & SEEN != 0
+}
+
+#[inline]
+fn seen(word: u64) -> Seen {
+    Seen::from_bits((word & SEEN) as u8)
+}
+
+/// Seconds for which a flow was not used, counted in whole units. One lane's time may be a little
+/// behind another's.
+fn idle(word: u64, time: u16) -> u32 {
+    let units = time.wrapping_sub((word >> TIME_SHIFT) as u16);
+    if units > u16::MAX / 2 {
+        0
+    } else {
+        u32::from(units) * UNIT
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::packet::{ACK, SYN};
+    use crate::testing::epoch;
+    use proptest::prelude::*;
+
+    const SEED: [u64; 2] = [1, 2];
+
+    impl Clients {
+        /// The flow of the `n`th client, and a packet of it with these TCP flags.
+        fn flow(&self, n: u32, protocol: u8, tcp_flags: u8) -> Flow {
+            let client = Addr::from(Ipv4Addr::from(n));
+            Flow {
+                hash: self.hash(client, [4_000, 80], 0, protocol),
+                protocol,
+                tcp_flags,
+            }
+        }
+
+        /// As the gate does for a client's packet.
+        fn client(&self, now: Instant, flow: &Flow) {
+            if !self.client_spoke(now, flow) {
+                self.remember(now, flow);
+            }
+        }
+
+        /// A client's connection, or what stands for it.
+        fn converse(&self, now: Instant, n: u32, protocol: u8) {
+            self.client(now, &self.flow(n, protocol, SYN));
+            assert!(self.server_spoke(now, &self.flow(n, protocol, SYN | ACK)));
+            self.client(now, &self.flow(n, protocol, ACK));
+        }
+
+        fn pages_in_use(&self) -> usize {
+            self.pages
+                .iter()
+                .filter(|page| page.get().is_some())
+                .count()
+        }
+    }
+
+    fn clients(max_flows: usize) -> (Clients, Instant) {
+        let now = epoch();
+        (Clients::new(Seed::new(SEED), max_flows, now), now)
+    }
+
+    fn seconds(seconds: u32) -> Duration {
+        Duration::from_secs(seconds.into())
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Client(u32, u8),
+        Server(u32, u8),
+        Wait(u32),
+        Expire,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let flags = || prop_oneof![Just(SYN), Just(ACK), Just(SYN | ACK), any::<u8>()];
+        let who = 0..6_u32;
+        let wait = prop_oneof![0..100_u32, 2_000..4_000_u32];
+        prop::collection::vec(
+            prop_oneof![
+                (who.clone(), flags()).prop_map(|(n, flags)| Step::Client(n, flags)),
+                (who, flags()).prop_map(|(n, flags)| Step::Server(n, flags)),
+                wait.prop_map(|units| Step::Wait(units * UNIT)),
+                Just(Step::Expire),
+            ],
+            0..60,
+        )
+    }
+
+    proptest! {
+        /// With room for all it is a map from flows to what was seen of them, and their last use.
+        #[test]
+        fn it_agrees_with_a_map(steps in steps(), protocol in prop_oneof![
+            Just(TCP), Just(UDP), Just(ICMP), Just(47),
+        ]) {
+            let (table, mut now) = clients(1_000);
+            let mut map: HashMap<u32, (Seen, Instant)> = HashMap::new();
+            for step in steps {
+                let alive = |map: &HashMap<u32, (Seen, Instant)>, n: &u32| {
+                    let &(seen, used) = map.get(n)?;
+                    let timeout = Class::of(protocol, seen).timeout();
+                    (now - used <= seconds(timeout)).then_some(seen)
+                };
+                match step {
+                    Step::Client(n, flags) => {
+                        table.client(now, &table.flow(n, protocol, flags));
+                        let seen = alive(&map, &n).unwrap_or_default();
+                        map.insert(n, (seen.after(protocol, Side::Client, flags), now));
+                    }
+                    Step::Server(n, flags) => {
+                        let known = alive(&map, &n);
+                        let flow = table.flow(n, protocol, flags);
+                        prop_assert_eq!(table.knows(now, &flow), known.is_some());
+                        prop_assert_eq!(table.server_spoke(now, &flow), known.is_some());
+                        if let Some(seen) = known {
+                            map.insert(n, (seen.after(protocol, Side::Application, flags), now));
+                        }
+                    }
+                    Step::Wait(time) => now += seconds(time),
+                    Step::Expire => {
+                        table.expire(now, 1_000_000);
+                        let all = (0..6).filter(|n| alive(&map, n).is_some());
+                        prop_assert_eq!(table.stats().live, all.count() as u64);
+                    }
+                }
+            }
+            prop_assert_eq!(table.stats().evicted, 0);
+        }
+    }
+
+    #[test]
+    fn a_flood_displaces_no_answered_flow() {
+        const ANSWERED: u32 = 2_000;
+        let (table, now) = clients(4_000);
+        for n in 0..ANSWERED {
+            table.converse(now, n, if n % 2 == 0 { TCP } else { UDP });
+        }
+        let before = table.pages_in_use();
+        let later = now + seconds(240);
+        for n in 1_000_000..1_200_000 {
+            table.client(later, &table.flow(n, TCP, SYN));
+            table.client(later, &table.flow(n, UDP, 0));
+        }
+        let lost = (0..ANSWERED)
+            .filter(|&n| !table.knows(later, &table.flow(n, if n % 2 == 0 { TCP } else { UDP }, 0)))
+            .count();
+        // Of one line of 1,024 in four hundred, eight answered flows have all the places.
+        assert!(lost <= 5, "{lost} of {ANSWERED}");
+        let stats = table.stats();
+        assert_eq!(
+            stats.live, 8_192,
+            "every place is taken, and there are no more"
+        );
+        assert!(stats.evicted > 390_000, "{}", stats.evicted);
+        assert!(before <= table.pages_in_use() && table.pages_in_use() == table.pages.len());
+    }
+
+    #[test]
+    fn a_full_line_gives_up_who_is_dispensable_first() {
+        let (table, now) = clients(0);
+        // All in one line: the hash may differ in the tag alone.
+        let flow = |n: u64, protocol, tcp_flags| Flow {
+            hash: n << TAG_SHIFT,
+            protocol,
+            tcp_flags,
+        };
+        let answered = |at: Instant, flow: Flow| {
+            table.client(at, &flow);
+            assert!(table.server_spoke(at, &flow));
+        };
+        let at = |second| now + seconds(second);
+        // In the order in which they are to go.
+        table.client(at(400), &flow(1, TCP, SYN));
+        table.client(at(404), &flow(2, UDP, 0));
+        answered(at(300), flow(3, UDP, 0));
+        answered(at(304), flow(4, TCP, SYN));
+        answered(at(308), flow(5, 47, 0));
+        answered(at(4), flow(6, TCP, ACK));
+        answered(at(8), flow(7, TCP, ACK));
+        answered(at(12), flow(8, TCP, ACK));
+        let known = || (1..=8).filter(|&n| table.knows(at(408), &flow(n, 0, 0)));
+        assert_eq!(known().count(), 8);
+        // A SYN that was answered is as dispensable as one that was not.
+        for (newcomer, gone) in [4, 1, 2, 3, 5, 6].into_iter().enumerate() {
+            let newcomer = flow(100 + newcomer as u64, TCP, ACK);
+            answered(at(408), newcomer);
+            assert!(!known().any(|n| n == gone), "{gone}");
+        }
+        assert_eq!(known().collect::<Vec<_>>(), [7, 8]);
+        assert_eq!(table.stats().evicted, 6);
+        // What is forgotten goes first, and is no loss.
+        let much_later = at(8 + 7_440 + 4);
+        table.client(much_later, &flow(200, UDP, 0));
+        assert!(!table.knows(much_later, &flow(7, 0, 0)));
+        assert!(table.knows(much_later, &flow(8, 0, 0)));
+        assert_eq!(table.stats().evicted, 6);
+    }
+
+    #[test]
+    fn what_is_forgotten_makes_room_in_its_own_time() {
+        let (table, now) = clients(1_000);
+        for n in 0..500 {
+            table.client(now, &table.flow(n, UDP, 0));
+        }
+        table.converse(now, 1_000, UDP);
+        let later = now + seconds(124);
+        assert_eq!(table.stats().live, 501);
+        // A thousand words in a second go through two thousand in two.
+        table.expire(later, 1_024);
+        table.expire(later, 1_024);
+        assert_eq!(table.stats().live, 1);
+        table.expire(now + seconds(304), 2_048);
+        assert_eq!(table.stats().live, 0);
+    }
+
+    #[test]
+    fn time_comes_round_and_lanes_disagree_a_little() {
+        let (table, start) = clients(1_000);
+        // Sixteen bits of units are three days.
+        let round = seconds(UNIT << 16);
+        for at in [
+            start,
+            start + round - seconds(2),
+            start + round + seconds(2),
+        ] {
+            table.client(at, &table.flow(7, ICMP, 0));
+            assert!(table.server_spoke(at + seconds(4), &table.flow(7, ICMP, 0)));
+            assert!(
+                table.server_spoke(at, &table.flow(7, ICMP, 0)),
+                "a lane behind"
+            );
+            let late = at + seconds(72);
+            assert!(!table.server_spoke(late, &table.flow(7, ICMP, 0)));
+            table.expire(late, 2_048);
+            assert_eq!(table.stats().live, 0);
+        }
+    }
+
+    #[test]
+    fn nobody_can_tell_which_flows_share_a_line() {
+        let lines = |seed| {
+            let table = Clients::new(Seed::new(seed), 1_000_000, epoch());
+            let flows = (0..1_000).map(|n| table.line_number(table.flow(n, UDP, 0).hash));
+            flows.collect::<Vec<_>>()
+        };
+        let (one, other) = (lines([1, 2]), lines([3, 4]));
+        let same = one.iter().zip(&other).filter(|(one, other)| one == other);
+        assert!(same.count() < 5);
+    }
+
+    #[test]
+    fn it_takes_no_memory_until_somebody_comes_and_a_bounded_amount_then() {
+        let (table, now) = clients(16_000_000);
+        assert_eq!(table.pages_in_use(), 0);
+        assert!(!table.server_spoke(now, &table.flow(1, UDP, 0)));
+        table.expire(now, 1_024);
+        assert_eq!(table.pages_in_use(), 0);
+        table.client(now, &table.flow(1, UDP, 0));
+        assert_eq!(table.pages_in_use(), 1);
+        assert_eq!(size_of::<Page>(), 4_096);
+        // 16 million flows in 256 MiB.
+        assert_eq!(table.pages.len(), 65_536);
+        assert_eq!(clients(usize::MAX).0.lines, MAX_LINES);
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "the threads of lanes")]
+    fn lanes_share_it() {
+        const LANES: u32 = 4;
+        const EACH: u32 = 2_000;
+        let (table, now) = clients(1_000_000);
+        std::thread::scope(|scope| {
+            for lane in 0..LANES {
+                let table = &table;
+                scope.spawn(move || {
+                    for n in 0..EACH {
+                        // Every lane has its own flows, and one of everybody's.
+                        table.converse(now, 1_000_000 * lane + n, TCP);
+                        table.client(now + seconds(n), &table.flow(u32::MAX, UDP, 0));
+                    }
+                });
+            }
+        });
+        let all = (0..LANES).flat_map(|lane| (0..EACH).map(move |n| 1_000_000 * lane + n));
+        let known = all.filter(|&n| table.knows(now, &table.flow(n, TCP, 0)));
+        assert_eq!(known.count() as u32, LANES * EACH);
+        let live = table.stats().live;
+        assert!(live >= u64::from(LANES * EACH + 1), "{live}");
+    }
+}

@@ -1,0 +1,238 @@
+//! Whose a captured packet is: the tunnel's, or the old server's own.
+//!
+//! Owns what has moved of which address, and which captured packets belong to it. Knows no flows.
+//! Must not touch sockets, devices or the clock.
+
+use std::sync::Mutex;
+use std::time::Instant;
+
+use crate::flow::fragments::FragmentCache;
+use crate::flow::lock;
+use crate::flow::seed::Seed;
+use crate::model::drops::DropReason;
+use crate::model::moved::Move;
+use crate::packet::{Addr, Fragment, Kind, Parsed, Quoted};
+
+/// Who owns a packet that the capture on the old server handed over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Verdict {
+    /// The tunnel's.
+    Carry,
+    /// The old server's own: it is written back to the TUN as it is, for local delivery.
+    Bounce,
+}
+
+/// What has moved. Shared by the lanes.
+#[derive(Debug)]
+pub struct Ownership {
+    /// A copy of its own: a shared one costs each packet five instructions more.
+    scopes: Vec<Scope>,
+    seed: Seed,
+    fragments: Mutex<FragmentCache<Verdict>>,
+}
+
+/// Everything that has moved of one address.
+#[derive(Debug)]
+pub(super) struct Scope {
+    addr: Addr,
+    whole: bool,
+    moves: Vec<Move>,
+}
+
+impl Ownership {
+    /// For what was moved.
+    pub fn new(moves: &[Move], seed: Seed) -> Self {
+        let mut scopes: Vec<Scope> = Vec::new();
+        for moved in moves {
+            let addr = Addr::from(moved.addr);
+            let scope = match scopes.iter_mut().find(|scope| scope.addr == addr) {
+                Some(scope) => scope,
+                None => {
+                    scopes.push(Scope {
+                        addr,
+                        whole: false,
+                        moves: Vec::new(),
+                    });
+                    let last = scopes.len() - 1;
+                    &mut scopes[last]
+                }
+            };
+            scope.whole |= moved.is_whole();
+            scope.moves.push(moved.clone());
+        }
+        Self {
+            scopes,
+            seed,
+            fragments: Mutex::new(FragmentCache::new()),
+        }
+    }
+
+    /// Judges a packet that was captured on its way to a moved address.
+    ///
+    /// If an address was moved in part, later fragments follow their first one, and ICMP errors
+    /// follow the flow that they quote. A packet that cannot be attributed stays with the old
+    /// server.
+    ///
+    /// # Errors
+    /// [`DropReason::NotMoved`] if no part of the destination was moved;
+    /// [`DropReason::FragmentUnknown`] if the first fragment has not been seen yet.
+    pub fn judge(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<Verdict, DropReason> {
+        let found = self.find(parsed.dst(bytes));
+        let (_, scope) = found.ok_or(DropReason::NotMoved)?;
+        self.judge_for(scope, now, parsed, bytes)
+    }
+
+    /// Whether anything of an address was moved.
+    pub fn is_moved(&self, addr: Addr) -> bool {
+        self.find(addr).is_some()
+    }
+
+    /// Every address of which something was moved.
+    pub(super) fn addrs(&self) -> impl Iterator<Item = Addr> {
+        self.scopes.iter().map(|scope| scope.addr)
+    }
+
+    /// What was moved of an address, and its place among the addresses.
+    #[inline]
+    pub(super) fn find(&self, addr: Addr) -> Option<(usize, &Scope)> {
+        let mut scopes = self.scopes.iter().enumerate();
+        scopes.find(|(_, scope)| scope.addr == addr)
+    }
+
+    /// [`Self::judge`] for the scope of the packet's destination.
+    #[inline]
+    pub(super) fn judge_for(
+        &self,
+        scope: &Scope,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<Verdict, DropReason> {
+        if scope.whole {
+            return Ok(Verdict::Carry);
+        }
+        if parsed.fragment() == Fragment::Later {
+            let cache = lock(&self.fragments);
+            let verdict = cache.recall(now, &self.seed, parsed, bytes);
+            return verdict.ok_or(DropReason::FragmentUnknown);
+        }
+        let ours = match parsed.kind() {
+            // The error is about a packet that left from the moved address.
+            Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
+                let quoted_scope = self.find(quoted.src(bytes));
+                quoted_scope.is_some_and(|(_, scope)| {
+                    scope.takes(quoted.protocol(), quoted.kind(), quoted.src_port())
+                })
+            }),
+            kind @ (Kind::Tcp
+            | Kind::Udp
+            | Kind::IcmpQuery
+            | Kind::IcmpReply
+            | Kind::Other
+            | Kind::LaterFragment) => scope.takes(parsed.protocol(), kind, parsed.dst_port()),
+        };
+        let verdict = if ours {
+            Verdict::Carry
+        } else {
+            Verdict::Bounce
+        };
+        if parsed.fragment() == Fragment::First {
+            lock(&self.fragments).remember(now, &self.seed, parsed, bytes, verdict);
+        }
+        Ok(verdict)
+    }
+}
+
+impl Scope {
+    /// Whether a packet belongs to it that is of this kind and protocol, and has this port at the
+    /// moved address.
+    #[inline]
+    pub(super) fn takes(&self, protocol: u8, kind: Kind, port: u16) -> bool {
+        let port = kind.has_ports().then_some(port);
+        self.whole || self.moves.iter().any(|moved| moved.takes(protocol, port))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::testing::{Plan, fragments, reply, too_big};
+    use crate::testing::epoch;
+
+    const CLIENT: &str = "203.0.113.9";
+    const MOVED: &str = "192.0.2.5";
+    const ELSEWHERE: &str = "192.0.2.6";
+
+    fn ownership(moves: &[&str]) -> Ownership {
+        let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
+        Ownership::new(&moves, Seed::new([1, 2]))
+    }
+
+    fn judged(ownership: &Ownership, bytes: &[u8]) -> Result<Verdict, DropReason> {
+        ownership.judge(epoch(), &Parsed::parse(bytes).unwrap(), bytes)
+    }
+
+    const CARRY: Result<Verdict, DropReason> = Ok(Verdict::Carry);
+    const BOUNCE: Result<Verdict, DropReason> = Ok(Verdict::Bounce);
+
+    #[test]
+    fn a_whole_move_takes_all_of_its_address_and_nothing_of_another() {
+        let whole = ownership(&[MOVED]);
+        let udp = Plan::new(Kind::Udp, CLIENT, MOVED);
+        assert_eq!(judged(&whole, &udp.build()), CARRY);
+        assert_eq!(judged(&whole, &fragments(&udp.build(), 16, 1)[1]), CARRY);
+        let elsewhere = Plan::new(Kind::Udp, CLIENT, ELSEWHERE);
+        assert_eq!(
+            judged(&whole, &elsewhere.build()),
+            Err(DropReason::NotMoved)
+        );
+        assert!(whole.is_moved(Addr::from(MOVED.parse::<std::net::IpAddr>().unwrap())));
+    }
+
+    #[test]
+    fn a_move_of_ports_takes_these_and_bounces_the_others() {
+        let part = ownership(&["192.0.2.5:80/udp", "192.0.2.5:443/tcp"]);
+        let with = |kind, port| {
+            let mut plan = Plan::new(kind, CLIENT, MOVED);
+            plan.dst_port = port;
+            judged(&part, &plan.build())
+        };
+        assert_eq!(with(Kind::Udp, 80), CARRY);
+        assert_eq!(with(Kind::Tcp, 443), CARRY);
+        assert_eq!(with(Kind::Udp, 443), BOUNCE);
+        assert_eq!(with(Kind::Tcp, 80), BOUNCE);
+        assert_eq!(with(Kind::IcmpQuery, 0), BOUNCE);
+    }
+
+    #[test]
+    fn later_fragments_follow_their_first_one() {
+        let part = ownership(&["192.0.2.5:80/udp"]);
+        for (port, verdict, id) in [(80, CARRY, 1), (81, BOUNCE, 2)] {
+            let mut plan = Plan::new(Kind::Udp, CLIENT, MOVED);
+            plan.dst_port = port;
+            let [first, second] = fragments(&plan.build(), 16, id);
+            let unknown = Err(DropReason::FragmentUnknown);
+            assert_eq!(judged(&part, &second), unknown, "not known yet");
+            assert_eq!(judged(&part, &first), verdict);
+            assert_eq!(judged(&part, &second), verdict);
+        }
+    }
+
+    #[test]
+    fn an_error_goes_to_whoever_sent_what_it_quotes() {
+        let part = ownership(&["192.0.2.5:80/udp"]);
+        let router = "192.0.2.99".parse().unwrap();
+        for (port, verdict) in [(80, CARRY), (81, BOUNCE)] {
+            let mut plan = reply(&Plan::new(Kind::Udp, CLIENT, MOVED));
+            plan.src_port = port;
+            let error = too_big(&plan.build(), 28, router);
+            assert_eq!(judged(&part, &error), verdict);
+        }
+    }
+}
