@@ -76,7 +76,7 @@ pub mod internals {
     pub use crate::flow::nat::PORTS;
     pub use crate::flow::routes::Delivery;
     pub use crate::flow::seed::Seed;
-    pub use crate::flow::table::{AddrId, FlowTable, Inside, Limit, Outside};
+    pub use crate::flow::table::{FlowTable, Inside, Limit, Outside};
     pub use crate::flow::translate::{Translator, TranslatorConfig};
     pub use crate::io::batch::{Destination, SendBatch};
     pub use crate::io::entropy;

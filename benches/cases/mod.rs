@@ -19,11 +19,11 @@ use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
 use ipmoved::internals::{
-    ACK, AddrId, Announcement, Cipher, CipherPolicy, Client, Coalescer, DATA_HEADER_LEN,
-    DATA_OVERHEAD, Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable,
-    FragmentKey, GSO_TCPV4, Gate, HeldFragments, Inside, Limit, MAX_PARTS, MacCheck, Message, Move,
-    NEEDS_CSUM, Offer, Offload, Outside, Overlaps, Parsed, PeerId, PeerKeys, Psk, Push, RST, Reach,
-    Role, Seed, Segments, SendBatch, Session, SessionIndexes, TCP, TCP_RESET, Timers, Translator,
+    ACK, Announcement, Cipher, CipherPolicy, Client, Coalescer, DATA_HEADER_LEN, DATA_OVERHEAD,
+    Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable, FragmentKey,
+    GSO_TCPV4, Gate, HeldFragments, Inside, Limit, MAX_PARTS, MacCheck, Message, Move, NEEDS_CSUM,
+    Offer, Offload, Outside, Overlaps, Parsed, PeerId, PeerKeys, Psk, Push, RST, Reach, Role, Seed,
+    Segments, SendBatch, Session, SessionIndexes, TCP, TCP_RESET, Timers, Translator,
     TranslatorConfig, Tunnel, TunnelConfig, VnetHdr, entropy,
 };
 
@@ -415,12 +415,12 @@ impl Rewrite {
             epoch: now,
             note_ended: false,
         });
-        translator.set_moves(PeerId(0), vec![whole(MOVED.0)])?;
+        translator.set_moves(PeerId(0), vec![whole(MOVED.0)]);
         let delivery = Delivery {
             v4: Some(NEW.0),
             ..Delivery::default()
         };
-        translator.set_delivery(PeerId(0), delivery)?;
+        translator.set_delivery(PeerId(0), delivery);
         let mut there = tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?;
         let fresh = if inbound {
             there.clone()
@@ -670,7 +670,14 @@ impl Flows {
 
     fn open(&mut self, n: usize, tcp_flags: u8) -> Result<Inside> {
         self.table
-            .open(self.now, &outside(n), AddrId(1), 80, tcp_flags, &self.limit)
+            .open(
+                self.now,
+                &outside(n),
+                NEW.0.into(),
+                80,
+                tcp_flags,
+                &self.limit,
+            )
             .map_err(|reason| anyhow::anyhow!("flow {n} was not opened: {}", reason.name()))
     }
 
@@ -694,7 +701,7 @@ fn outside(n: usize) -> Outside {
         protocol: TCP,
         client: client.into(),
         client_port: 1_024 + (n & 0xff) as u16,
-        moved: AddrId(0),
+        moved: MOVED.0.into(),
         moved_port: 80,
     }
 }

@@ -23,7 +23,7 @@ use std::time::Instant;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::gate::{Gate, Verdict};
 use crate::flow::seed::Seed;
-use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Masquerade, Outside};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Limit, Masquerade, Outside};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -84,8 +84,6 @@ pub struct Nat {
     table: FlowTable,
     limit: Limit,
     targets: Vec<Target>,
-    /// The moved addresses and the targets, by [`AddrId`].
-    addrs: Vec<Addr>,
     fragments_to_server: FragmentCache<u16>,
     fragments_to_client: FragmentCache<Back>,
     /// The identification of the next IPv4 packet in fragments.
@@ -95,7 +93,7 @@ pub struct Nat {
 /// Where later fragments of a reply go.
 #[derive(Clone, Copy, Debug)]
 struct Back {
-    moved: AddrId,
+    moved: Addr,
     client: Addr,
     id: u16,
 }
@@ -103,13 +101,6 @@ struct Back {
 impl Nat {
     /// A translation without flows.
     pub fn new(config: NatConfig) -> Self {
-        let mut addrs: Vec<Addr> = Vec::new();
-        let moved = config.moves.iter().map(|moved| moved.addr);
-        for addr in moved.chain(config.targets.iter().map(|target| target.to)) {
-            if !addrs.contains(&addr.into()) {
-                addrs.push(addr.into());
-            }
-        }
         let own = |v4: bool| {
             let target = config.targets.iter().find(|t| t.own.is_ipv4() == v4);
             // A family without a target has no moves either.
@@ -132,7 +123,6 @@ impl Nat {
             table: FlowTable::masquerading(config.seed, config.epoch, masquerade),
             limit: Limit::new(config.max_flows),
             targets: config.targets,
-            addrs,
             fragments_to_server: FragmentCache::new(),
             fragments_to_client: FragmentCache::new(),
             next_id: 0,
@@ -189,8 +179,7 @@ impl Nat {
             Verdict::Carry => {}
             Verdict::Bounce => return Ok(Outcome::Bounce),
         }
-        let (src, dst) = (parsed.src(bytes), parsed.dst(bytes));
-        let moved = self.id(dst).ok_or(DropReason::NotMoved)?;
+        let (src, moved) = (parsed.src(bytes), parsed.dst(bytes));
         let target = *self.target(parsed.family()).ok_or(DropReason::NoDelivery)?;
         if self.is_own(src) {
             return Err(DropReason::BadSource);
@@ -232,7 +221,7 @@ impl Nat {
                 | Kind::Other
                 | Kind::LaterFragment => 0,
             };
-            let to = self.id(target.to.into()).ok_or(DropReason::NoDelivery)?;
+            let to = target.to.into();
             let opened = self.table.open(now, &key, to, port, flags, &self.limit);
             inside = Some(opened?);
         }
@@ -255,7 +244,7 @@ impl Nat {
     /// the old one.
     fn client_error(
         &self,
-        moved: AddrId,
+        moved: Addr,
         target: Target,
         bytes: &mut [u8],
         parsed: &Parsed,
@@ -319,9 +308,7 @@ impl Nat {
         parsed: &mut Parsed,
         partial: bool,
     ) -> Result<Outcome, DropReason> {
-        let Some(delivery) = self.id(target.to.into()) else {
-            return Ok(Outcome::Bounce);
-        };
+        let delivery = target.to.into();
         match parsed.kind() {
             Kind::Tcp | Kind::Udp | Kind::IcmpReply => {}
             Kind::IcmpError => return self.server_error(delivery, target, bytes, parsed, partial),
@@ -334,7 +321,7 @@ impl Nat {
                 };
                 parsed.decrement_ttl(bytes)?;
                 parsed.set_ipv4_id(bytes, back.id);
-                parsed.set_src(bytes, self.addr(back.moved), false);
+                parsed.set_src(bytes, back.moved, false);
                 parsed.set_dst(bytes, back.client, false);
                 return Ok(Outcome::ToClient);
             }
@@ -368,7 +355,7 @@ impl Nat {
                 .remember(now, &self.seed, parsed, bytes, back);
             parsed.set_ipv4_id(bytes, back.id);
         }
-        parsed.set_src(bytes, self.addr(outside.moved), partial);
+        parsed.set_src(bytes, outside.moved, partial);
         parsed.set_dst(bytes, outside.client, partial);
         parsed.set_src_port(bytes, outside.moved_port, partial);
         parsed.set_dst_port(bytes, outside.client_port, partial);
@@ -379,7 +366,7 @@ impl Nat {
     /// the moved address, since the old server may speak for no other.
     fn server_error(
         &self,
-        delivery: AddrId,
+        delivery: Addr,
         target: Target,
         bytes: &mut [u8],
         parsed: &Parsed,
@@ -397,7 +384,7 @@ impl Nat {
             return Ok(Outcome::Bounce);
         };
         parsed.decrement_ttl(bytes)?;
-        let moved = self.addr(outside.moved);
+        let moved = outside.moved;
         parsed.set_src(bytes, moved, partial);
         parsed.set_dst(bytes, outside.client, partial);
         let change = Rewrite {
@@ -408,15 +395,6 @@ impl Nat {
         };
         quoted.rewrite(bytes, parsed, &change);
         Ok(Outcome::ToClient)
-    }
-
-    fn id(&self, addr: Addr) -> Option<AddrId> {
-        let at = self.addrs.iter().position(|&known| known == addr)?;
-        Some(AddrId(at as u16))
-    }
-
-    fn addr(&self, id: AddrId) -> Addr {
-        self.addrs[usize::from(id.0)]
     }
 
     fn target(&self, family: Family) -> Option<&Target> {

@@ -28,14 +28,15 @@ impl Seed {
         fold(hash ^ self.0[2], self.0[3])
     }
 
-    /// Hash of a flow. `ports` holds whatever tells the flows of one client apart.
+    /// Hash of a flow. `ports` holds whatever else tells the flows between two addresses apart.
     #[inline]
-    pub(crate) fn flow(&self, client: Addr, ports: u64, protocol: u8) -> u64 {
-        let [a, b] = client.words();
-        let hash = fold(a ^ self.0[1], b ^ self.0[0]);
+    pub(crate) fn flow(&self, between: [Addr; 2], ports: u64, protocol: u8) -> u64 {
+        let [[a, b], [c, d]] = between.map(Addr::words);
+        let one = fold(a ^ self.0[1], b ^ self.0[0]);
+        let other = fold(c ^ self.0[2], d ^ self.0[3]);
         fold(
-            hash ^ ports ^ self.0[3],
-            hash.rotate_left(32) ^ self.0[2] ^ u64::from(protocol),
+            one ^ ports ^ self.0[3],
+            one.rotate_left(32) ^ other ^ self.0[2] ^ u64::from(protocol),
         )
     }
 }

@@ -60,11 +60,6 @@ const FIRST_PORT: u32 = 1024;
 /// every port before any port twice.
 const PORT_STEP: u32 = 7919;
 
-/// Number of an address that the translator knows. It keeps keys small. No address is forgotten
-/// while the daemon runs.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct AddrId(pub u16);
-
 /// A flow as the client sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Outside {
@@ -77,7 +72,7 @@ pub struct Outside {
     /// Its port, or the identifier of its queries; 0 for protocols without.
     pub client_port: u16,
     /// The moved address.
-    pub moved: AddrId,
+    pub moved: Addr,
     /// The port there; 0 for protocols without.
     pub moved_port: u16,
 }
@@ -92,7 +87,7 @@ pub struct Inside {
     /// Its port, or another one where two flows would be the same otherwise.
     pub client_port: u16,
     /// The delivery address.
-    pub delivery: AddrId,
+    pub delivery: Addr,
     /// The port there.
     pub delivery_port: u16,
 }
@@ -298,7 +293,7 @@ impl FlowTable {
         &mut self,
         now: Instant,
         key: &Outside,
-        delivery: AddrId,
+        delivery: Addr,
         delivery_port: u16,
         tcp_flags: u8,
         limit: &Limit,
@@ -695,18 +690,20 @@ fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
 }
 
-/// One flow. 52 bytes with its links; with both indexes about 73 at a million flows. (In a cache
-/// line of its own it is found no faster: a cold lookup waits for the page tables.)
+/// One flow. 80 bytes with its links; with both indexes about 101 at a million flows. (In a cache
+/// line of its own it is found no faster: a cold lookup waits for the page tables.) It has whole
+/// addresses, and no numbers that stand for them: numbers run out, or are given out again while a
+/// flow still has them, and one peer decides how soon.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     client: Addr,
+    moved: Addr,
+    delivery: Addr,
     client_port: u16,
     moved_port: u16,
     inside_port: u16,
     delivery_port: u16,
     peer: PeerId,
-    moved: AddrId,
-    delivery: AddrId,
     protocol: u8,
     class: Class,
     seen: Seen,
@@ -775,19 +772,15 @@ impl Entry {
 
 #[inline]
 fn outside_hash(seed: &Seed, key: &Outside) -> u64 {
-    let ports = u64::from(key.client_port)
-        | u64::from(key.moved_port) << 16
-        | u64::from(key.moved.0) << 32
-        | u64::from(key.peer.0) << 48;
-    seed.flow(key.client, ports, key.protocol)
+    let ports =
+        u64::from(key.client_port) | u64::from(key.moved_port) << 16 | u64::from(key.peer.0) << 32;
+    seed.flow([key.client, key.moved], ports, key.protocol)
 }
 
 #[inline]
 fn inside_hash(seed: &Seed, key: &Inside) -> u64 {
-    let ports = u64::from(key.client_port)
-        | u64::from(key.delivery_port) << 16
-        | u64::from(key.delivery.0) << 32;
-    seed.flow(key.client, ports, key.protocol)
+    let ports = u64::from(key.client_port) | u64::from(key.delivery_port) << 16;
+    seed.flow([key.client, key.delivery], ports, key.protocol)
 }
 
 #[cfg(test)]
@@ -805,8 +798,8 @@ mod tests {
     use std::time::Duration;
 
     const PEER: PeerId = PeerId(3);
-    const MOVED: AddrId = AddrId(0);
-    const DELIVERY: AddrId = AddrId(1);
+    const MOVED: u8 = 0;
+    const DELIVERY: u8 = 1;
     const SYN_ACK: u8 = SYN | ACK;
 
     struct Bed {
@@ -835,7 +828,7 @@ mod tests {
                 None => {
                     let (now, limit) = (self.now, &self.limit);
                     self.table
-                        .open(now, key, DELIVERY, key.moved_port, flags, limit)
+                        .open(now, key, ours(DELIVERY), key.moved_port, flags, limit)
                 }
             }
         }
@@ -861,13 +854,17 @@ mod tests {
         }
     }
 
+    fn ours(n: u8) -> Addr {
+        Ipv4Addr::new(192, 0, 2, n).into()
+    }
+
     fn key(protocol: u8, client: u32, port: u16) -> Outside {
         Outside {
             peer: PEER,
             protocol,
             client: Ipv4Addr::from(client).into(),
             client_port: port,
-            moved: MOVED,
+            moved: ours(MOVED),
             moved_port: 80,
         }
     }
@@ -881,7 +878,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_small() {
-        assert_eq!(slot_size::<Entry>(), 52);
+        assert_eq!(slot_size::<Entry>(), 80);
     }
 
     #[test]
@@ -962,7 +959,7 @@ mod tests {
         let mut bed = Bed::new(10);
         let first = key(TCP, 1, 4000);
         let second = Outside {
-            moved: AddrId(7),
+            moved: ours(7),
             ..first
         };
         let a = bed.connect(&first);
@@ -979,7 +976,7 @@ mod tests {
         };
         bed.client_sends(&gre, 0).unwrap();
         let other = Outside {
-            moved: AddrId(7),
+            moved: ours(7),
             ..gre
         };
         assert_eq!(bed.client_sends(&other, 0), Err(DropReason::FlowCollision));
@@ -1052,7 +1049,7 @@ mod tests {
             protocol: TCP,
             client: outside.client,
             client_port: 4000,
-            delivery: DELIVERY,
+            delivery: ours(DELIVERY),
             delivery_port: 80,
         };
         let (now, limit) = (bed.now, &bed.limit);
@@ -1111,7 +1108,7 @@ mod tests {
                 match step {
                     Step::Client(client, port, moved) => {
                         let key = Outside {
-                            moved: AddrId(moved.into()),
+                            moved: ours(moved),
                             ..key(UDP, client.into(), port.into())
                         };
                         let inside = bed.client_sends(&key, 0).unwrap();

@@ -25,9 +25,9 @@ use arc_swap::ArcSwap;
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
-use crate::flow::routes::{Delivery, Moved, RouteError, Routes};
+use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
-use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Limit, Outside};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -60,8 +60,8 @@ pub struct Translator {
     routes: ArcSwap<Routes>,
     /// Held while routes are replaced.
     changing: Mutex<()>,
-    inbound_fragments: Mutex<FragmentCache<AddrId>>,
-    outbound_fragments: Mutex<FragmentCache<(PeerId, AddrId)>>,
+    inbound_fragments: Mutex<FragmentCache<Addr>>,
+    outbound_fragments: Mutex<FragmentCache<(PeerId, Addr)>>,
 }
 
 /// A table in cache lines of its own.
@@ -94,33 +94,20 @@ impl Translator {
 
     /// Sets what `peer` has moved, in place of what it had moved before. Packets of what is no
     /// longer moved are dropped at once; its flows are forgotten in their own time.
-    ///
-    /// # Errors
-    /// [`RouteError`]; nothing is changed then.
-    pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) -> Result<(), RouteError> {
-        self.change(|routes| routes.peer_mut(peer).moves = moves)
+    pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) {
+        self.change(|routes| routes.peer_mut(peer).moves = moves);
     }
 
     /// Sets where the packets of `peer` are delivered. Flows that are under way stay where they
     /// are.
-    ///
-    /// # Errors
-    /// [`RouteError`]; nothing is changed then.
-    pub fn set_delivery(&self, peer: PeerId, delivery: Delivery) -> Result<(), RouteError> {
-        for map in &delivery.ports {
-            if map.moved.is_ipv4() != map.to.is_ipv4() {
-                return Err(RouteError::Families(map.moved, map.to));
-            }
-        }
-        self.change(|routes| routes.peer_mut(peer).delivery = delivery)
+    pub fn set_delivery(&self, peer: PeerId, delivery: Delivery) {
+        self.change(|routes| routes.peer_mut(peer).delivery = delivery);
     }
 
     /// Sets this host's own addresses, which no client may claim.
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
-        let mut own: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();
-        own.sort_unstable();
-        // It names no new address, so it cannot fail.
-        let _ = self.change(|routes| routes.own = own);
+        let host = own.iter().map(|&addr| addr.into()).collect();
+        self.change(|routes| routes.host = host);
     }
 
     /// Translates a packet that came from `peer`'s client: destination from the moved address to
@@ -141,12 +128,11 @@ impl Translator {
     ) -> Result<(), DropReason> {
         let routes = self.routes.load();
         let moved = routes
-            .peers
-            .get(usize::from(peer.0))
+            .peer(peer)
             .and_then(|routes| routes.moved(parsed.dst(bytes)))
             .ok_or(DropReason::NotMoved)?;
         if parsed.fragment() == Fragment::Later {
-            return self.inbound_later_fragment(now, &routes, moved, bytes, parsed);
+            return self.inbound_later_fragment(now, &routes, peer, moved, bytes, parsed);
         }
         if parsed.kind() == Kind::IcmpError {
             return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
@@ -159,7 +145,7 @@ impl Translator {
             protocol: parsed.protocol(),
             client: parsed.src(bytes),
             client_port: parsed.src_port(),
-            moved: moved.id,
+            moved: moved.addr,
             moved_port: parsed.dst_port(),
         };
         let flags = parsed.tcp_flags();
@@ -172,10 +158,11 @@ impl Translator {
             None => self.open(now, &routes, moved, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
-            lock(&self.inbound_fragments).remember(now, &self.seed, parsed, bytes, inside.delivery);
+            let mut cache = lock(&self.inbound_fragments);
+            cache.remember_of(peer, now, &self.seed, parsed, bytes, inside.delivery);
         }
         if inside.delivery != key.moved {
-            parsed.set_dst(bytes, routes.addr(inside.delivery), partial);
+            parsed.set_dst(bytes, inside.delivery, partial);
         }
         if inside.delivery_port != key.moved_port {
             parsed.set_dst_port(bytes, inside.delivery_port, partial);
@@ -201,16 +188,15 @@ impl Translator {
         parsed: &mut Parsed,
         partial: bool,
     ) -> Result<PeerId, DropReason> {
-        let routes = self.routes.load();
         if parsed.kind() == Kind::IcmpError {
-            return self.outbound_error(&routes, bytes, parsed, partial);
+            return self.outbound_error(bytes, parsed, partial);
         }
-        let delivery = routes.id(parsed.src(bytes)).ok_or(DropReason::NoFlow)?;
+        let delivery = parsed.src(bytes);
         if parsed.fragment() == Fragment::Later {
             let (peer, moved) = lock(&self.outbound_fragments)
                 .recall(now, &self.seed, parsed, bytes)
                 .ok_or(DropReason::FragmentUnknown)?;
-            parsed.set_src(bytes, routes.addr(moved), partial);
+            parsed.set_src(bytes, moved, partial);
             return Ok(peer);
         }
         let key = Inside {
@@ -227,14 +213,15 @@ impl Translator {
         };
         let outside = match found {
             Some(outside) => outside,
-            None => self.reopen(now, &routes, &key, parsed)?,
+            None => self.reopen(now, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
             let value = (outside.peer, outside.moved);
-            lock(&self.outbound_fragments).remember(now, &self.seed, parsed, bytes, value);
+            let mut cache = lock(&self.outbound_fragments);
+            cache.remember_of(outside.peer, now, &self.seed, parsed, bytes, value);
         }
         if outside.moved != delivery {
-            parsed.set_src(bytes, routes.addr(outside.moved), partial);
+            parsed.set_src(bytes, outside.moved, partial);
         }
         if outside.moved_port != key.delivery_port {
             parsed.set_src_port(bytes, outside.moved_port, partial);
@@ -263,11 +250,9 @@ impl Translator {
         let mut lost = 0;
         for shard in &self.shards {
             let (ended, more) = lock(&shard.0).take_ended();
-            // Loaded after them, so it names their addresses.
-            let routes = self.routes.load();
             let flows = ended.into_iter().map(|flow| HostFlow {
                 protocol: flow.protocol,
-                local: SocketAddr::new(routes.addr(flow.delivery).into(), flow.delivery_port),
+                local: SocketAddr::new(flow.delivery.into(), flow.delivery_port),
                 remote: SocketAddr::new(flow.client.into(), flow.client_port),
             });
             out.extend(flows.filter(|flow| !self.knows(flow)));
@@ -278,15 +263,11 @@ impl Translator {
 
     /// Whether there is such a flow.
     pub fn knows(&self, flow: &HostFlow) -> bool {
-        let routes = self.routes.load();
-        let Some(delivery) = routes.id(flow.local.ip().into()) else {
-            return false;
-        };
         let key = Inside {
             protocol: flow.protocol,
             client: flow.remote.ip().into(),
             client_port: flow.remote.port(),
-            delivery,
+            delivery: flow.local.ip().into(),
             delivery_port: flow.local.port(),
         };
         self.table(key.client).peek_inside(&key).is_some()
@@ -321,23 +302,24 @@ impl Translator {
         &self,
         now: Instant,
         routes: &Routes,
+        peer: PeerId,
         moved: &Moved,
         bytes: &mut [u8],
         parsed: &Parsed,
     ) -> Result<(), DropReason> {
-        let known = lock(&self.inbound_fragments).recall(now, &self.seed, parsed, bytes);
+        let known = lock(&self.inbound_fragments).recall_of(peer, now, &self.seed, parsed, bytes);
         let delivery = match known {
             Some(delivery) => delivery,
             // Every packet of the address goes to one place, so the first fragment is not needed.
             None if moved.is_whole && moved.ports.is_empty() => {
-                if routes.is_own(parsed.src(bytes)) {
+                if routes.is_own(peer, parsed.src(bytes)) {
                     return Err(DropReason::BadSource);
                 }
                 moved.delivery.ok_or(DropReason::NoDelivery)?
             }
             None => return Err(DropReason::FragmentUnknown),
         };
-        parsed.set_dst(bytes, routes.addr(delivery), false);
+        parsed.set_dst(bytes, delivery, false);
         Ok(())
     }
 
@@ -355,7 +337,7 @@ impl Translator {
         if quoted.src(bytes) != parsed.dst(bytes) {
             return Err(DropReason::IcmpUnrelated);
         }
-        if routes.is_own(parsed.src(bytes)) {
+        if routes.is_own(peer, parsed.src(bytes)) {
             return Err(DropReason::BadSource);
         }
         let key = Outside {
@@ -363,14 +345,14 @@ impl Translator {
             protocol: quoted.protocol(),
             client: quoted.dst(bytes),
             client_port: quoted.dst_port(),
-            moved: moved.id,
+            moved: moved.addr,
             moved_port: quoted.src_port(),
         };
         let inside = self
             .table(key.client)
             .peek_outside(&key)
             .ok_or(DropReason::IcmpUnrelated)?;
-        let delivery = routes.addr(inside.delivery);
+        let delivery = inside.delivery;
         parsed.set_dst(bytes, delivery, partial);
         let change = Rewrite {
             src: Some(delivery),
@@ -387,7 +369,6 @@ impl Translator {
     /// other.
     fn outbound_error(
         &self,
-        routes: &Routes,
         bytes: &mut [u8],
         parsed: &Parsed,
         partial: bool,
@@ -401,16 +382,14 @@ impl Translator {
             protocol: quoted.protocol(),
             client,
             client_port: quoted.src_port(),
-            delivery: routes
-                .id(quoted.dst(bytes))
-                .ok_or(DropReason::IcmpUnrelated)?,
+            delivery: quoted.dst(bytes),
             delivery_port: quoted.dst_port(),
         };
         let outside = self
             .table(client)
             .peek_inside(&key)
             .ok_or(DropReason::IcmpUnrelated)?;
-        let moved = routes.addr(outside.moved);
+        let moved = outside.moved;
         parsed.set_src(bytes, moved, partial);
         let change = Rewrite {
             src: None,
@@ -432,7 +411,7 @@ impl Translator {
         key: &Outside,
         parsed: &Parsed,
     ) -> Result<Inside, DropReason> {
-        if routes.is_own(key.client) {
+        if routes.is_own(key.peer, key.client) {
             return Err(DropReason::BadSource);
         }
         // It replies to a query that nobody here sent.
@@ -457,13 +436,8 @@ impl Translator {
 
     /// Continues a flow with the application's packet, if only one is possible.
     #[cold]
-    fn reopen(
-        &self,
-        now: Instant,
-        routes: &Routes,
-        key: &Inside,
-        parsed: &Parsed,
-    ) -> Result<Outside, DropReason> {
+    fn reopen(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, DropReason> {
+        let routes = self.routes.load();
         let flags = parsed.tcp_flags();
         let begins = match parsed.kind() {
             Kind::Tcp => flags & (SYN | ACK) == SYN,
@@ -472,14 +446,13 @@ impl Translator {
                 false
             }
         };
-        if begins || routes.is_own(key.client) {
+        if begins || !routes.is_delivery(key.delivery) {
             return Err(DropReason::NoFlow);
         }
-        let mut origins =
-            routes.origins(key.protocol, parsed.kind(), key.delivery, key.delivery_port);
-        let (Some((peer, moved, moved_port)), None) = (origins.next(), origins.next()) else {
-            return Err(DropReason::NoFlow);
-        };
+        let (peer, moved, moved_port) = routes
+            .origin(key.protocol, parsed.kind(), key.delivery, key.delivery_port)
+            .filter(|&(peer, ..)| !routes.is_own(peer, key.client))
+            .ok_or(DropReason::NoFlow)?;
         let outside = Outside {
             peer,
             protocol: key.protocol,
@@ -521,13 +494,12 @@ impl Translator {
         (self.seed.client(client) >> 32) as usize & (self.shards.len() - 1)
     }
 
-    fn change(&self, change: impl FnOnce(&mut Routes)) -> Result<(), RouteError> {
+    fn change(&self, change: impl FnOnce(&mut Routes)) {
         let _one_at_a_time = lock(&self.changing);
         let mut routes = Routes::clone(&self.routes.load());
         change(&mut routes);
-        routes.resolve()?;
+        routes.resolve();
         self.routes.store(Arc::new(routes));
-        Ok(())
     }
 }
 
@@ -573,8 +545,8 @@ mod tests {
                 note_ended: true,
             });
             let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, moves).unwrap();
-            translator.set_delivery(PEER, delivery).unwrap();
+            translator.set_moves(PEER, moves);
+            translator.set_delivery(PEER, delivery);
             translator.set_own_addresses(&["198.51.100.77".parse().unwrap()]);
             Self { translator, now }
         }
@@ -584,9 +556,13 @@ mod tests {
         }
 
         fn inbound(&self, bytes: &mut [u8]) -> Result<(), DropReason> {
+            self.inbound_of(PEER, bytes)
+        }
+
+        fn inbound_of(&self, peer: PeerId, bytes: &mut [u8]) -> Result<(), DropReason> {
             let mut parsed = Parsed::parse(bytes)?;
             self.translator
-                .inbound(self.now, PEER, bytes, &mut parsed, false)?;
+                .inbound(self.now, peer, bytes, &mut parsed, false)?;
             assert_eq!(Parsed::parse(bytes), Ok(parsed));
             Ok(())
         }
@@ -623,7 +599,76 @@ mod tests {
         }
     }
 
+    #[derive(Clone, Debug)]
+    enum Step {
+        Announce(Vec<Move>),
+        FromClient(Plan),
+        FromApplication(Plan),
+    }
+
+    /// Addresses that a peer may name: clients, the host's own, another peer's address …
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let addr = prop::sample::select(vec![
+            "203.0.113.8",
+            CLIENT,
+            "[2001:db8:c::9]",
+            DELIVERY,
+            "192.0.2.66",
+        ]);
+        // A port of the victim's, delivered to one place, is theirs alone only if `accept` says so.
+        let ports = prop::sample::select(vec!["", ":81", ":1-79/tcp", ":80/udp", ":443,8000-9000"]);
+        let moved = (addr, ports).prop_map(|(addr, ports)| format!("{addr}{ports}"));
+        let moves = prop::collection::vec(moved.prop_map(|text| text.parse().unwrap()), 0..4);
+        let packet = (
+            prop::sample::select(vec!["203.0.113.8", CLIENT]),
+            1u16..4,
+            78u16..83,
+        )
+            .prop_map(|(client, src_port, dst_port)| Plan {
+                src_port,
+                dst_port,
+                flags: ACK,
+                ..Plan::new(Kind::Tcp, client, MOVED)
+            });
+        let step = prop_oneof![
+            moves.prop_map(Step::Announce),
+            packet.clone().prop_map(Step::FromClient),
+            packet.prop_map(Step::FromApplication),
+        ];
+        prop::collection::vec(step, 1..40)
+    }
+
     proptest! {
+        #[test]
+        fn no_announcement_of_another_peer_changes_what_a_client_gets(steps in steps()) {
+            let alone = Bed::new(&["192.0.2.5:80/tcp"], delivery());
+            let shared = Bed::new(&["192.0.2.5:80/tcp"], delivery());
+            shared.translator.set_delivery(PeerId(0), delivery());
+            for step in steps {
+                let mut bytes = match &step {
+                    Step::Announce(moves) => {
+                        shared.translator.set_moves(PeerId(0), moves.clone());
+                        continue;
+                    }
+                    Step::FromClient(plan) => plan.build(),
+                    Step::FromApplication(plan) => reply(&moved_to(plan, DELIVERY)).build(),
+                };
+                let mut same = bytes.clone();
+                if matches!(step, Step::FromClient(_)) {
+                    prop_assert_eq!(alone.inbound(&mut bytes), shared.inbound(&mut same));
+                } else {
+                    // What belongs to nobody without the other peer may become the other peer's.
+                    let (wanted, got) = (alone.outbound(&mut bytes), shared.outbound(&mut same));
+                    if wanted.is_err() {
+                        prop_assert_ne!(got, Ok(PEER));
+                        continue;
+                    }
+                    prop_assert_eq!(wanted, got);
+                }
+                prop_assert_eq!(bytes, same);
+            }
+        }
+
         #[test]
         fn there_and_back_is_the_identity(
             plan in plans(), partial in any::<bool>(), keep in any::<bool>(),
@@ -905,6 +950,35 @@ mod tests {
             bed.inbound(&mut short.clone()),
             Err(DropReason::IcmpUnrelated)
         );
+    }
+
+    #[test]
+    fn what_a_peer_announces_shuts_out_no_client_of_another() {
+        let bed = Bed::new(&["192.0.2.5:80"], delivery());
+        let other = PeerId(0);
+        bed.translator.set_delivery(other, delivery());
+        // One after the other, far more than any table of theirs would hold.
+        for round in 0..1_100u32 {
+            let addr = |n: u32| IpAddr::from((0x0b00_0000 + round * 64 + n).to_be_bytes());
+            let moves = (0..64).map(|n| addr(n).to_string().parse().unwrap());
+            bed.translator.set_moves(other, moves.collect());
+        }
+        let whole = |addrs: &[&str]| addrs.iter().map(|addr| addr.parse().unwrap()).collect();
+        bed.translator
+            .set_moves(other, whole(&[CLIENT, CLIENT6, "192.0.2.77"]));
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        // Nor does it take what a client's conversation goes on by.
+        let plan = Plan {
+            flags: ACK,
+            src_port: 4_000,
+            ..request(Kind::Tcp)
+        };
+        let data = reply(&moved_to(&plan, DELIVERY)).build();
+        assert_eq!(bed.outbound(&mut data.clone()), Ok(PEER));
+        // What it says is its own cannot be the source of its own clients' packets.
+        let own = moved_to(&request(Kind::Tcp), "192.0.2.77");
+        let got = bed.inbound_of(other, &mut own.build());
+        assert_eq!(got, Err(DropReason::BadSource));
     }
 
     #[test]

@@ -67,14 +67,14 @@ impl Key {
         }
     }
 
+    /// The two ends of the packet.
+    pub(crate) fn between(&self) -> [Addr; 2] {
+        [self.src, self.dst]
+    }
+
     /// What tells packets between the same two addresses apart, for hashing.
-    pub(crate) fn words(&self) -> (Addr, u64, u8) {
-        let [a, b] = self.dst.words();
-        (
-            self.src,
-            a ^ b.rotate_left(32) ^ u64::from(self.id) << 16,
-            self.protocol,
-        )
+    pub(crate) fn words(&self) -> (u64, u8) {
+        (u64::from(self.id), self.protocol)
     }
 
     fn client(&self, client: Client) -> Addr {

@@ -292,13 +292,13 @@ fn servers() -> (Gate, Translator, Instant) {
         epoch: now,
         note_ended: false,
     });
-    translator.set_moves(PeerId(0), moves.clone()).unwrap();
+    translator.set_moves(PeerId(0), moves.clone());
     let delivery = Delivery {
         v4: Some([198, 51, 100, 2].into()),
         v6: Some("2001:db8:b::2".parse().unwrap()),
         ..Delivery::default()
     };
-    translator.set_delivery(PeerId(0), delivery).unwrap();
+    translator.set_delivery(PeerId(0), delivery);
     (Gate::new(&moves, Seed::new([1, 2])), translator, now)
 }
 
