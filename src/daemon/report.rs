@@ -200,6 +200,7 @@ fn shown(stats: FlowStats) -> Flows {
         live: stats.live,
         max: stats.max,
         evicted: stats.evicted,
+        displaced: stats.displaced,
         collisions: stats.collisions,
         refused: stats.refused,
     }

@@ -20,10 +20,11 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Instant;
 
+use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::gate::{Gate, Verdict};
 use crate::flow::seed::Seed;
-use crate::flow::table::{FlowStats, FlowTable, Inside, Limit, Masquerade, Outside};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Masquerade, Outside};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -425,6 +426,7 @@ impl std::fmt::Debug for Nat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::table::RECENT_PORT;
     use crate::packet::icmp;
     use crate::packet::testing::{Plan, assert_sums, complete, plans, reply, set_ipv4_checksum};
     use crate::packet::{ACK, SYN};
@@ -690,6 +692,53 @@ mod tests {
     }
 
     #[test]
+    fn one_host_cannot_use_up_the_ports() {
+        for kind in [Kind::Udp, Kind::Tcp] {
+            let (mut nat, mut now) = bed(&[MOVED], None, 100_000);
+            let mut converse = |now, source: &str, src_port| {
+                let plan = Plan {
+                    src: source.parse().unwrap(),
+                    src_port,
+                    flags: SYN,
+                    ..Plan::new(kind, CLIENT, MOVED)
+                };
+                let mut bytes = plan.build();
+                let _ = pass(&mut nat, now, &mut bytes)?;
+                let mut back = Plan {
+                    dst_port: Parsed::parse(&bytes).unwrap().src_port(),
+                    flags: SYN | ACK,
+                    ..Plan::new(kind, SERVER, OWN)
+                };
+                back.src_port = plan.dst_port;
+                let there = pass(&mut nat, now, &mut back.build())?;
+                let ack = Plan { flags: ACK, ..plan };
+                let _ = pass(&mut nat, now, &mut ack.build())?;
+                Ok::<_, DropReason>(there)
+            };
+            let greedy = (10_000..30_000)
+                .filter(|&port| converse(now, "203.0.113.66", port).is_ok())
+                .count();
+            assert!(greedy > 15_000, "nobody else wanted them: {greedy}");
+            // All in use this very moment, and yet there is one for each other host.
+            for client in 0..100 {
+                let source = format!("198.18.0.{client}");
+                assert_eq!(
+                    converse(now, &source, 4_000),
+                    Ok(Outcome::ToClient),
+                    "{kind:?} {client}"
+                );
+            }
+            now += RECENT_PORT;
+            assert!(
+                converse(now, "203.0.113.66", 40_000).is_ok(),
+                "idle ones go"
+            );
+            let stats = nat.stats();
+            assert!(stats.displaced >= 90, "{stats:?}");
+        }
+    }
+
+    #[test]
     fn when_all_ports_are_in_use_the_next_is_turned_away() {
         let (mut nat, now) = bed(&[MOVED], None, 100_000);
         let mut udp = |source: u32, dst_port: u16| {
@@ -706,7 +755,10 @@ mod tests {
                 dst_port: borrowed,
                 ..Plan::new(Kind::Udp, SERVER, OWN)
             };
-            pass(&mut nat, now, &mut back.build())
+            let answered = pass(&mut nat, now, &mut back.build());
+            // The client goes on, so it is no forged one.
+            let _ = pass(&mut nat, now, &mut plan.build())?;
+            answered
         };
         let refused = (0..20_000)
             .filter(|&source| udp(source, 53).is_err())

@@ -20,12 +20,21 @@ impl Seed {
         }))
     }
 
-    /// Hash of an address alone: every flow of a client has the same.
+    /// Hash of the source that a client belongs to: every flow of an IPv4 address, or of an IPv6
+    /// /64, has the same.
     #[inline]
-    pub(crate) fn client(&self, client: Addr) -> u64 {
+    pub(crate) fn source(&self, client: Addr) -> u64 {
         let [a, b] = client.words();
+        // An IPv4 address has nothing in the first half, an IPv6 one has its network there.
+        let b = if a == 0 { b } else { 0 };
         let hash = fold(a ^ self.0[0], b ^ self.0[1]);
         fold(hash ^ self.0[2], self.0[3])
+    }
+
+    /// The `n`th of a sequence of numbers below `bound`.
+    pub(crate) fn draw(&self, n: u64, bound: u32) -> u32 {
+        let word = fold(n ^ self.0[2], self.0[0]) ^ self.0[1];
+        ((fold(word, self.0[3]) >> 32) * u64::from(bound) >> 32) as u32
     }
 
     /// Hash of a flow. `ports` holds whatever else tells the flows between two addresses apart.

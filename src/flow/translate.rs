@@ -17,17 +17,19 @@
 //! 5.2).
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
+use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
-use crate::flow::table::{FlowStats, FlowTable, Inside, Limit, Outside};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -35,6 +37,9 @@ use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
 /// Most shards of the flow table: more than any machine has lanes.
 const MAX_SHARDS: usize = 256;
+
+/// New flows that make space before it is looked again which shard is the fullest.
+const TURNS: usize = 64;
 
 /// How the new server's translator is made.
 #[derive(Clone, Copy, Debug)]
@@ -45,7 +50,7 @@ pub struct TranslatorConfig {
     pub max_flows: usize,
     /// Two random words.
     pub seed: [u64; 2],
-    /// A time not later than any `now` that follows.
+    /// The start: a time not later than any `now` that follows.
     pub epoch: Instant,
     /// Whether somebody takes the flows that ended ([`Translator::take_ended`]).
     pub note_ended: bool,
@@ -57,6 +62,10 @@ pub struct Translator {
     seed: Seed,
     limit: Limit,
     shards: Box<[Shard]>,
+    /// New flows that found no space.
+    turns: AtomicUsize,
+    /// The shard that had most flows when it was last looked.
+    fullest: AtomicUsize,
     routes: ArcSwap<Routes>,
     /// Held while routes are replaced.
     changing: Mutex<()>,
@@ -85,6 +94,8 @@ impl Translator {
                     Shard(Mutex::new(table))
                 })
                 .collect(),
+            turns: AtomicUsize::new(0),
+            fullest: AtomicUsize::new(0),
             routes: ArcSwap::default(),
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
@@ -283,6 +294,7 @@ impl Translator {
             let stats = lock(&shard.0).stats();
             all.live += stats.live;
             all.evicted += stats.evicted;
+            all.displaced += stats.displaced;
             all.collisions += stats.collisions;
             all.refused += stats.refused;
         }
@@ -428,10 +440,8 @@ impl Translator {
                 None => table.open(now, key, delivery, port, flags, &self.limit),
             }
         };
-        match try_open() {
-            Err(DropReason::FlowTableFull) if self.evict_elsewhere(now, key.client) => try_open(),
-            outcome => outcome,
-        }
+        self.make_space(now, key.peer, key.client);
+        try_open()
     }
 
     /// Continues a flow with the application's packet, if only one is possible.
@@ -461,6 +471,7 @@ impl Translator {
             moved,
             moved_port,
         };
+        self.make_space(now, peer, key.client);
         let mut table = self.table(key.client);
         match table.application_packet(now, key, flags, &self.limit) {
             Some(outside) => Ok(outside),
@@ -470,17 +481,39 @@ impl Translator {
         }
     }
 
-    /// Evicts a flow from another shard than `client`'s, of those that are not busy.
-    fn evict_elsewhere(&self, now: Instant, client: Addr) -> bool {
-        if self.limit.live() < self.limit.max() {
-            // There is space: one source had its share.
-            return false;
+    /// If there is no space for a new flow, evicts one. Nothing is locked but the shard that is
+    /// looked at.
+    ///
+    /// A source that holds much has all of it in one shard, so the fullest shard is asked first for
+    /// floods and large holders. What nobody is using is first sought where the new flow will be.
+    fn make_space(&self, now: Instant, peer: PeerId, client: Addr) {
+        if !self.limit.is_full() {
+            return;
+        }
+        let turn = self.limit.turn(peer, client);
+        let evict =
+            |shard: usize, stage| lock(&self.shards[shard].0).evict(now, stage, &turn, &self.limit);
+        let fullest = self.fullest();
+        if [Stage::Flood, Stage::Holder]
+            .into_iter()
+            .any(|stage| evict(fullest, stage))
+        {
+            return;
         }
         let own = self.shard(client);
-        let others = (1..self.shards.len()).map(|step| (own + step) % self.shards.len());
-        others
-            .filter_map(|index| self.shards[index].0.try_lock().ok())
-            .any(|mut table| table.evict(now, &self.limit))
+        let all = || (0..self.shards.len()).map(|step| (own + step) % self.shards.len());
+        let _ = all().any(|shard| evict(shard, Stage::Idle))
+            || (turn.is_guest && all().any(|shard| evict(shard, Stage::InUse)));
+    }
+
+    /// The shard with most flows, as of a moment ago.
+    fn fullest(&self) -> usize {
+        if self.turns.fetch_add(1, Relaxed).is_multiple_of(TURNS) {
+            let live = |&shard: &usize| lock(&self.shards[shard].0).live();
+            let fullest = (0..self.shards.len()).max_by_key(live);
+            self.fullest.store(fullest.unwrap_or(0), Relaxed);
+        }
+        self.fullest.load(Relaxed)
     }
 
     #[inline]
@@ -491,7 +524,7 @@ impl Translator {
     #[inline]
     fn shard(&self, client: Addr) -> usize {
         // The high half: the low bits choose other things.
-        (self.seed.client(client) >> 32) as usize & (self.shards.len() - 1)
+        (self.seed.source(client) >> 32) as usize & (self.shards.len() - 1)
     }
 
     fn change(&self, change: impl FnOnce(&mut Routes)) {
@@ -519,7 +552,6 @@ mod tests {
     use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
     use crate::testing::epoch;
     use proptest::prelude::*;
-    use std::time::Duration;
 
     const PEER: PeerId = PeerId(1);
     const CLIENT: &str = "203.0.113.9";
@@ -979,6 +1011,37 @@ mod tests {
         let own = moved_to(&request(Kind::Tcp), "192.0.2.77");
         let got = bed.inbound_of(other, &mut own.build());
         assert_eq!(got, Err(DropReason::BadSource));
+    }
+
+    #[test]
+    fn space_is_made_where_the_holder_is() {
+        let bed = Bed::simple();
+        let from = |source: u32, src_port| Plan {
+            src: IpAddr::from(source.to_be_bytes()),
+            src_port,
+            ..request(Kind::Udp)
+        };
+        let converse = |plan: Plan| {
+            let answer = reply(&moved_to(&plan, DELIVERY)).build();
+            bed.inbound(&mut plan.build())?;
+            bed.outbound(&mut answer.clone())?;
+            bed.inbound(&mut plan.build())
+        };
+        for port in 0..1_000 {
+            converse(from(0x0b00_0000, 2_000 + port)).unwrap();
+        }
+        // A client that is just connecting, in whichever shard, loses nothing to the next ones.
+        for source in 0..300 {
+            bed.inbound(&mut from(0x0c00_0000 + source, 7).build())
+                .unwrap();
+        }
+        for source in 0..300 {
+            let plan = from(0x0c00_0000 + source, 7);
+            let answer = reply(&moved_to(&plan, DELIVERY)).build();
+            assert_eq!(bed.outbound(&mut answer.clone()), Ok(PEER), "{source}");
+        }
+        let stats = bed.translator.stats();
+        assert_eq!((stats.live, stats.displaced, stats.refused), (1000, 300, 0));
     }
 
     #[test]
