@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use crate::flow::class::UDP_BOTH_WAYS;
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
@@ -37,6 +38,15 @@ use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
 /// Most shards of the flow table: more than any machine has lanes.
 const MAX_SHARDS: usize = 256;
+
+/// So long after the start, an application's packet without TCP may continue a flow that was there
+/// before it. No flow of UDP is remembered for longer without a packet ([`UDP_BOTH_WAYS`]), so
+/// after that time it continues nothing. What it costs: an application that pushes to a client that
+/// has been silent for longer (or whose flow gave way to others) is not heard until that client
+/// speaks again, as behind any address translation. What it keeps out: datagrams that some program
+/// of this host sends to the TUN by itself, which would make a conversation with whomever it likes.
+/// TCP needs no such bound, since what begins a connection never makes a flow.
+const REOPEN_FOR: Duration = UDP_BOTH_WAYS;
 
 /// New flows that make space before it is looked again which shard is the fullest.
 const TURNS: usize = 64;
@@ -60,6 +70,7 @@ pub struct TranslatorConfig {
 /// and nothing else, and only while it looks the flow up.
 pub struct Translator {
     seed: Seed,
+    start: Instant,
     limit: Limit,
     shards: Box<[Shard]>,
     /// New flows that found no space.
@@ -84,6 +95,7 @@ impl Translator {
         let shards = config.shards.clamp(1, MAX_SHARDS).next_power_of_two();
         Self {
             seed,
+            start: config.epoch,
             limit: Limit::new(config.max_flows),
             shards: (0..shards)
                 .map(|_| {
@@ -188,7 +200,8 @@ impl Translator {
     /// address back to the moved one. Returns the peer that it goes through.
     ///
     /// A packet of an unknown flow continues that flow if only one is possible. So an application
-    /// that keeps sending is heard again after a restart of the daemon.
+    /// that keeps sending is heard again after a restart of the daemon: with TCP at any time, else
+    /// for some minutes after the start.
     ///
     /// # Errors
     /// Why to drop the packet, which may be rewritten in part then.
@@ -456,7 +469,8 @@ impl Translator {
                 false
             }
         };
-        if begins || !routes.is_delivery(key.delivery) {
+        let is_late = now.saturating_duration_since(self.start) >= REOPEN_FOR;
+        if begins || (is_late && parsed.kind() != Kind::Tcp) || !routes.is_delivery(key.delivery) {
             return Err(DropReason::NoFlow);
         }
         let (peer, moved, moved_port) = routes
@@ -1011,6 +1025,32 @@ mod tests {
         let own = moved_to(&request(Kind::Tcp), "192.0.2.77");
         let got = bed.inbound_of(other, &mut own.build());
         assert_eq!(got, Err(DropReason::BadSource));
+    }
+
+    #[test]
+    fn a_program_of_this_host_begins_no_conversation() {
+        let mut bed = Bed::simple();
+        let to = |kind, client: &str, flags| {
+            let plan = Plan {
+                flags,
+                ..Plan::new(kind, client, MOVED)
+            };
+            reply(&moved_to(&plan, DELIVERY)).build()
+        };
+        let somebody = "203.0.113.200";
+        assert_eq!(bed.outbound(&mut to(Kind::Udp, CLIENT, 0)), Ok(PEER));
+        bed.now += REOPEN_FOR - Duration::from_secs(1);
+        assert_eq!(bed.outbound(&mut to(Kind::Udp, somebody, 0)), Ok(PEER));
+        bed.now += Duration::from_secs(1);
+        for kind in [Kind::Udp, Kind::IcmpQuery] {
+            let got = bed.outbound(&mut to(kind, "203.0.113.201", 0));
+            assert_eq!(got, Err(DropReason::NoFlow), "{kind:?}");
+        }
+        // What is there goes on, and a connection may still be continued.
+        assert_eq!(bed.outbound(&mut to(Kind::Udp, somebody, 0)), Ok(PEER));
+        assert_eq!(bed.outbound(&mut to(Kind::Tcp, CLIENT, ACK)), Ok(PEER));
+        let syn = bed.outbound(&mut to(Kind::Tcp, "203.0.113.201", SYN));
+        assert_eq!(syn, Err(DropReason::NoFlow));
     }
 
     #[test]
