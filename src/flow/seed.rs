@@ -34,7 +34,7 @@ impl Seed {
     /// The `n`th of a sequence of numbers below `bound`.
     pub(crate) fn draw(&self, n: u64, bound: u32) -> u32 {
         let word = fold(n ^ self.0[2], self.0[0]) ^ self.0[1];
-        ((fold(word, self.0[3]) >> 32) * u64::from(bound) >> 32) as u32
+        (((fold(word, self.0[3]) >> 32) * u64::from(bound)) >> 32) as u32
     }
 
     /// Hash of a flow. `ports` holds whatever else tells the flows between two addresses apart.
