@@ -373,14 +373,16 @@ impl FirstFragment {
         self.n += 1;
         self.first[12..16].copy_from_slice(&source.octets());
         let parsed = Parsed::parse(&self.first)?;
-        self.overlaps.check(self.now, &parsed, &self.first)?;
+        let key = FragmentKey::of(&parsed, &self.first);
+        self.overlaps.check(self.now, key, &parsed, &self.first)?;
         let verdict = self.gate.check_captured(self.now, &parsed, &self.first)?;
         let _ = black_box(verdict);
         for held in self.held.take(FragmentKey::of(&parsed, &self.first)) {
             let packet = &mut self.frame[..held.bytes.len()];
             packet.copy_from_slice(&held.bytes);
             let parsed = Parsed::parse(packet)?;
-            let _ = black_box(self.overlaps.check(self.now, &parsed, packet));
+            let key = FragmentKey::of(&parsed, packet);
+            let _ = black_box(self.overlaps.check(self.now, key, &parsed, packet));
             let _ = black_box(self.gate.check_captured(self.now, &parsed, packet));
         }
         Ok(())

@@ -493,7 +493,7 @@ impl Detour {
         let parsed = Parsed::parse(packet).map_err(known)?;
         if parsed.fragment() != Fragment::None {
             (self.slow_path)
-                .note_fragment(context.now, &parsed, packet)
+                .note_fragment(context.now, Some(arrival.peer), &parsed, packet)
                 .map_err(known)?;
         }
         match to_host::deliver(parts, context, packet, arrival) {
@@ -530,7 +530,7 @@ impl Detour {
     ) -> Result<(), Dropped> {
         let forwarder = &parts.shared.forwarder;
         let slow_path = &mut self.slow_path;
-        match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop.reason) {
+        match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop) {
             InboundOutcome::Hold(key) => {
                 self.hold(parts, context, key, packet, arrival);
                 return Ok(());
