@@ -313,6 +313,9 @@ impl Inbound {
         if parsed.fragment() != Fragment::None {
             return self.deliver_fragment(context, plain, outer_ecn);
         }
+        if partial && !parsed.may_be_partial() {
+            return Err(known(DropReason::BadChecksumFlag));
+        }
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
         if plain.peer != self.coalescing || !self.parts.tso {
             self.flush(context);
