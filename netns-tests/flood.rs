@@ -8,7 +8,8 @@
 //! ```
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -74,6 +75,45 @@ fn a_flood_of_spoofed_syns_takes_nothing_from_anybody() -> Result {
         conversation.exchange(format!("still there, {number}?").as_bytes(), PATIENCE)?;
     }
     client.download(MOVED, MEGABYTE).map(drop)
+}
+
+/// One client fills the table with connections that are established, half-closed, and used this
+/// moment. The next client is served at once.
+#[test]
+fn a_client_with_all_flows_keeps_nobody_else_out() -> Result {
+    const MAX: usize = 300;
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::New, &["--max-flows", &MAX.to_string()]);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
+    let listener = (lab.new_server()).run(|| TcpListener::bind((NEW, 81)).map_err(failed))?;
+    let _daemons = setup.start_both()?;
+    let mut held = Vec::new();
+    for _ in 0..MAX {
+        let client = lab.client().connect((MOVED, 81))?;
+        let (application, _) = listener.accept().map_err(failed)?;
+        client.shutdown(Shutdown::Write).map_err(failed)?;
+        held.push((client, application));
+    }
+    let status = setup.status(Role::New)?;
+    assert!(status.live_flows() >= MAX as u64 * 9 / 10, "{status:?}");
+    for _ in 0..50 {
+        lab.second_client().get(MOVED)?.is_answered_by(NEW)?;
+    }
+    let status = setup.status(Role::New)?;
+    assert_eq!(status.tunnel()["flows"]["refused"], 0, "{status:?}");
+    assert!(status.live_flows() <= MAX as u64, "{status:?}");
+    // What is still there lives on in the direction that is open.
+    let mut heard = 0;
+    for (client, application) in &mut held {
+        client
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .map_err(failed)?;
+        application.write_all(b"more").map_err(failed)?;
+        heard += usize::from(client.read_exact(&mut [0; 4]).is_ok());
+    }
+    assert!(heard >= MAX / 2, "{heard}");
+    Ok(())
 }
 
 #[test]
