@@ -251,7 +251,9 @@ mod tests {
     proptest! {
         /// Whatever the peers hold, nobody at or below its part is made to give way to another.
         #[test]
-        fn a_peers_part_is_its_own(held in prop::collection::vec(0usize..50, 1..8), new in 0u16..8) {
+        fn a_peers_part_is_its_own(
+            held in prop::collection::vec(0usize..50, 1..8), new in 0u16..8,
+        ) {
             let limit = Limit::new(held.iter().sum::<usize>().max(1));
             for (peer, &flows) in held.iter().enumerate() {
                 (0..flows).for_each(|_| assert!(limit.take(PeerId(peer as u16))));

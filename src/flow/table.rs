@@ -20,9 +20,9 @@
 //! Where both addresses are translated (`ipmoved nat`), the inner view has one address in place of
 //! every client's, and a port that is borrowed from a range ([`Masquerade`]); all else is the same.
 //!
-//! At the limit a new flow takes the place of an old one ([`Stage`] says which), of the peer and the
-//! source that [`fairness`](super::fairness) chooses. If none qualifies the new flow is refused: a
-//! flood cannot take what others are using.
+//! At the limit a new flow takes the place of an old one ([`Stage`] says which), of the peer and
+//! the source that [`fairness`](super::fairness) chooses. If none qualifies the new flow is
+//! refused: a flood cannot take what others are using.
 
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};

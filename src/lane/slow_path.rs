@@ -91,8 +91,8 @@ impl<T> SlowPath<T> {
         }
     }
 
-    /// Takes note of a fragment before it goes on. `peer` is that which it came from, if it came out
-    /// of the tunnel.
+    /// Takes note of a fragment before it goes on. `peer` is the one that it came from, if it came
+    /// out of the tunnel.
     ///
     /// # Errors
     /// [`DropReason::FragmentOverlap`].
