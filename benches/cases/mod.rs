@@ -62,6 +62,10 @@ const MSS: usize = 1_350;
 /// Steps of a round that uses something up: enough to be long against the clock's resolution.
 const ROUND: u32 = 4_096;
 
+/// Flows of a table that is full, and steps on it: not so many that they look like a flood.
+const FULL: usize = 32_768;
+const FULL_ROUND: u32 = 2_048;
+
 const FEW: usize = 1_000;
 const MANY: usize = 1_000_000;
 
@@ -123,6 +127,12 @@ pub(crate) fn all() -> Vec<Case> {
         case("flow lookup/1 M", 0, ROUND, || Lookup::build(MANY)),
         case("flow insert/1 k", 0, ROUND, || Insert::build(FEW)),
         case("flow insert/1 M", 0, ROUND, || Insert::build(MANY)),
+        case("flow insert/full, refused", 0, FULL_ROUND, || {
+            Full::build(false)
+        }),
+        case("flow insert/full, displaced", 0, FULL_ROUND, || {
+            Full::build(true)
+        }),
         case("flow expiry/1 k", 0, ROUND, || Expire::build(FEW)),
         case("flow expiry/1 M", 0, ROUND, || Expire::build(MANY)),
     ]
@@ -756,6 +766,67 @@ impl Work for Insert {
         self.n += 1;
         let opened = self.flows.open(self.n, RST);
         debug_assert!(opened.is_ok());
+        let _ = black_box(opened);
+    }
+}
+
+/// A new flow where all flows are in use: of hosts that have one each, or half of them of one host.
+struct Full {
+    flows: Flows,
+    has_holder: bool,
+    n: u32,
+}
+
+impl Full {
+    fn build(has_holder: bool) -> Result<Box<dyn Work>> {
+        let mut work = Self {
+            flows: Flows::new(0)?,
+            has_holder,
+            n: 0,
+        };
+        work.prepare()?;
+        Ok(Box::new(work))
+    }
+
+    fn outside(&self, n: u32) -> Outside {
+        let client = if self.has_holder && n.is_multiple_of(2) && n < FULL as u32 {
+            CLIENT.0
+        } else {
+            Ipv4Addr::from(0x0a00_0000 + n)
+        };
+        Outside {
+            client: client.into(),
+            client_port: n as u16,
+            ..outside(0)
+        }
+    }
+
+    fn open(&mut self, n: u32) -> Result<Inside, DropReason> {
+        let (key, flows) = (self.outside(n), &mut self.flows);
+        let (now, to) = (flows.now, NEW.0.into());
+        flows.table.open(now, &key, to, 80, ACK, &flows.limit)
+    }
+}
+
+impl Work for Full {
+    fn prepare(&mut self) -> Result<()> {
+        self.flows = Flows::new(0)?;
+        self.flows.limit = Limit::new(FULL);
+        self.n = FULL as u32;
+        for n in 0..self.n {
+            let Ok(inside) = self.open(n) else {
+                bail!("flow {n} was not opened");
+            };
+            let (now, flows) = (self.flows.now, &mut self.flows);
+            (flows.table).application_packet(now, &inside, ACK, &flows.limit);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) {
+        self.n += 1;
+        let opened = self.open(self.n);
+        debug_assert_eq!(opened.is_ok(), self.has_holder);
         let _ = black_box(opened);
     }
 }
