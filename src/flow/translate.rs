@@ -1031,11 +1031,12 @@ mod tests {
     fn a_program_of_this_host_begins_no_conversation() {
         let mut bed = Bed::simple();
         let to = |kind, client: &str, flags| {
-            let plan = Plan {
+            let asked = Plan::new(kind, client, DELIVERY);
+            let packet = Plan {
                 flags,
-                ..Plan::new(kind, client, MOVED)
+                ..reply(&asked)
             };
-            reply(&moved_to(&plan, DELIVERY)).build()
+            packet.build()
         };
         let somebody = "203.0.113.200";
         assert_eq!(bed.outbound(&mut to(Kind::Udp, CLIENT, 0)), Ok(PEER));
