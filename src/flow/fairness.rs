@@ -60,6 +60,12 @@ impl Limit {
         self.live() >= self.max
     }
 
+    /// How many flows of `peer` there are.
+    #[cfg(test)]
+    pub(super) fn of_peer(&self, peer: PeerId) -> usize {
+        self.of_peers[usize::from(peer.0)].load(Relaxed)
+    }
+
     /// Takes a place for a flow of `peer`; false if there is none.
     pub(super) fn take(&self, peer: PeerId) -> bool {
         if self.live.fetch_add(1, Relaxed) < self.max {

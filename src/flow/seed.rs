@@ -62,3 +62,26 @@ fn fold(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);
     product as u64 ^ (product >> 64) as u64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::IpAddr;
+
+    #[test]
+    fn a_source_is_an_ipv4_address_or_an_ipv6_64() {
+        let seed = Seed::new([1, 2]);
+        let of = |text: &str| seed.source(text.parse::<IpAddr>().unwrap().into());
+        assert_eq!(of("2001:db8:0:1::1"), of("2001:db8:0:1:ffff::2"));
+        assert_ne!(of("2001:db8:0:1::1"), of("2001:db8:0:2::1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+    }
+
+    #[test]
+    fn draws_are_below_their_bound_and_reach_everything() {
+        let seed = Seed::new([1, 2]);
+        let drawn: std::collections::BTreeSet<u32> = (0..2_000).map(|n| seed.draw(n, 50)).collect();
+        assert_eq!(drawn.len(), 50);
+        assert_eq!(drawn.last(), Some(&49));
+    }
+}

@@ -52,6 +52,11 @@ const EVICT_TRIES: usize = 8;
 
 /// Ports tried for a flow that would be mistaken for another.
 const PORT_TRIES: u32 = 64;
+/// Where those ports begin: below lie the ports of services.
+const FIRST_PORT: u32 = 1024;
+/// Step from one port that is tried to the next. A prime that does not divide the range visits
+/// every port before any port twice.
+const PORT_STEP: u32 = 7919;
 /// A source that has so many more of the ports that are tried than who asks gives one up first: a
 /// quarter.
 const PORT_SHARE: usize = PORT_TRIES as usize / 4;
@@ -61,11 +66,6 @@ const LAST_PORT_SHARE: usize = PORT_TRIES as usize / 16;
 /// server port has 16,384 of them, and for half an hour ([`RECENT_TCP`](super::class::RECENT_TCP))
 /// nine handshakes a second would keep them.
 pub const RECENT_PORT: Duration = Duration::from_secs(300);
-/// Where those ports begin: below lie the ports of services.
-const FIRST_PORT: u32 = 1024;
-/// Step from one port that is tried to the next. A prime that does not divide the range visits
-/// every port before any port twice.
-const PORT_STEP: u32 = 7919;
 
 /// A flow as the client sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -1316,6 +1316,47 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever peers and sources do, the limit holds, and a new flow never costs another peer
+        /// what is within its part.
+        #[test]
+        fn no_peer_loses_its_part_to_another(
+            steps in prop::collection::vec(
+                (0u16..4, 0u32..6, 0u16..40, 0u8..3, 0u16..4),
+                1..300,
+            ),
+        ) {
+            const MAX: usize = 60;
+            const PEERS: u16 = 4;
+            let mut bed = Bed::new(MAX);
+            let held = |bed: &Bed| [0, 1, 2, 3].map(|peer| bed.limit.of_peer(PeerId(peer)));
+            for (peer, source, port, packets, pause) in steps {
+                // Nothing times out, but much of it goes unused for a while.
+                bed.wait(Duration::from_millis(u64::from(pause) * 100));
+                let key = Outside {
+                    peer: PeerId(peer),
+                    moved: ours(peer as u8),
+                    ..key(UDP, source, port)
+                };
+                let (before, was_there) = (held(&bed), bed.knows(&key));
+                if let Ok(inside) = bed.client_sends(&key, 0) {
+                    for _ in 0..packets {
+                        bed.application_sends(&inside, 0).unwrap();
+                        bed.client_sends(&key, 0).unwrap();
+                    }
+                }
+                let after = held(&bed);
+                prop_assert!(bed.limit.live() <= MAX);
+                prop_assert_eq!(after.iter().sum::<usize>(), bed.limit.live());
+                prop_assert_eq!(bed.table.live, bed.limit.live());
+                let is_holder = |other: &u16| *other == peer || before[usize::from(*other)] > 0;
+                let part = MAX / (0..PEERS).filter(is_holder).count();
+                for other in (0..PEERS).filter(|&other| other != peer).map(usize::from) {
+                    let kept = before[other] == after[other];
+                    prop_assert!(kept || (before[other] > part && !was_there));
+                }
+            }
+        }
+
         #[test]
         fn behaves_as_a_naive_table(steps in steps()) {
             // UDP, where the rules are few: what was seen when, and in both directions or not.
