@@ -9,7 +9,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -113,6 +113,35 @@ fn a_client_with_all_flows_keeps_nobody_else_out() -> Result {
         heard += usize::from(client.read_exact(&mut [0; 4]).is_ok());
     }
     assert!(heard >= MAX / 2, "{heard}");
+    Ok(())
+}
+
+/// In mode nat, one client has a thousand more conversations than there are ports to stand for
+/// them, all in use. The next client gets one all the same.
+#[test]
+fn a_client_with_all_ports_keeps_nobody_else_out() -> Result {
+    /// There are 16,384 ports.
+    const PORTS: std::ops::Range<u16> = 10_000..27_500;
+    let lab = Lab::new()?;
+    let nat = ["--move", "192.0.2.5", "--to", "198.51.100.2"];
+    let mut daemon = setup(&lab)?.start_nat(&nat)?;
+    daemon.wait_until_up()?;
+    let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
+    lab.second_client().udp((MOVED, 53), b"before")?;
+    let IpAddr::V4(greedy) = lab.client().address_towards(MOVED) else {
+        return Err(LabError::unexpected("no IPv4 client"));
+    };
+    let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
+    let datagram = |port| packets::udp((greedy.into(), port), (MOVED.into(), 53), b"mine");
+    // Each is answered, and goes on after that.
+    for _ in 0..3 {
+        flood(&wire, PAUSE, PORTS.map(datagram))?;
+    }
+    let status = daemon.status()?;
+    assert!(status.live_flows() > 16_000, "{status:?}");
+    for _ in 0..20 {
+        lab.second_client().udp((MOVED, 53), b"and me?")?;
+    }
     Ok(())
 }
 

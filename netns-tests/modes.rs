@@ -300,36 +300,6 @@ fn in_mode_nat_many_connections_are_answered() -> Result {
     Ok(())
 }
 
-/// A client with a thousand more conversations than there are ports to stand for them.
-#[test]
-fn in_mode_nat_one_client_cannot_use_up_the_ports() -> Result {
-    let lab = Lab::new()?;
-    let daemon = nat(&setup(&lab)?, NAT)?;
-    let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
-    let greedy = lab.client();
-    let mut answered = 0;
-    for port in 10_000..27_500 {
-        let socket = greedy.from_port(port).udp_socket((MOVED, 53))?;
-        let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
-        // It goes on after the answer, so it is no forged source.
-        socket.send(b"one").map_err(failed)?;
-        socket
-            .set_read_timeout(Some(Duration::from_millis(200)))
-            .map_err(failed)?;
-        if socket.recv(&mut [0; 8]).is_ok() {
-            answered += 1;
-            socket.send(b"two").map_err(failed)?;
-        }
-    }
-    assert!(answered > 16_000, "{answered}");
-    for _ in 0..20 {
-        lab.second_client().udp((MOVED, 53), b"and me?")?;
-    }
-    let status = daemon.status()?;
-    assert!(status.live_flows() > 10_000, "{status:?}");
-    Ok(())
-}
-
 #[test]
 fn in_mode_nat_the_old_servers_own_traffic_is_its_own() -> Result {
     let lab = Lab::new()?;
