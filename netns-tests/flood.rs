@@ -133,12 +133,16 @@ fn a_client_with_all_ports_keeps_nobody_else_out() -> Result {
     };
     let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
     let datagram = |port| packets::udp((greedy.into(), port), (MOVED.into(), 53), b"mine");
-    // Each is answered, and goes on after that.
-    for _ in 0..3 {
+    // Each is answered, and goes on after that. Some are lost where the machine is busy.
+    let mut live = 0;
+    for round in 0..20 {
         flood(&wire, PAUSE, PORTS.map(datagram))?;
+        live = daemon.status()?.live_flows();
+        if live > 16_300 && round >= 3 {
+            break;
+        }
     }
-    let status = daemon.status()?;
-    assert!(status.live_flows() > 16_000, "{status:?}");
+    assert!(live > 16_000, "{live}");
     for _ in 0..20 {
         lab.second_client().udp((MOVED, 53), b"and me?")?;
     }
