@@ -376,18 +376,18 @@ impl FlowTable {
         let turns = (0..peers).map(|step| (first + step) % peers);
         // Another begins each time, so that nobody's flows use the budget up for good.
         self.expired = (first + 1) % peers.max(1);
-        for (peer, class) in turns.flat_map(|peer| Class::ALL.map(|class| (peer, class))) {
-            let timeout = class.timeout();
-            while looked < budget {
-                let Some(at) = self.peers[peer].lists[class as usize].first() else {
-                    break;
-                };
+        let lists = turns.flat_map(|peer| Class::ALL.iter().map(move |&class| (peer, class)));
+        'all: for (peer, class) in lists {
+            while let Some(at) = self.peers[peer].lists[class as usize].first() {
+                if looked == budget {
+                    break 'all;
+                }
                 let entry = self.slab.get(at);
                 if entry.is_expired(now) {
                     self.remove(at, limit);
                     removed += 1;
                 } else if entry.was_used_since_placed()
-                    && now.saturating_sub(entry.placed) > timeout / 4
+                    && now.saturating_sub(entry.placed) > class.timeout() / 4
                 {
                     self.unlink(at);
                     self.link(at, now);

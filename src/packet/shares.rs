@@ -107,15 +107,20 @@ impl<K: Ord + Copy, V> Shares<K, V> {
             self.cut(source, &mut out);
         }
         while self.cost > self.bounds.room {
+            let most = self.peers.iter().max_by_key(|&(_, &cost)| cost);
+            let Some((&peer, _)) = most else {
+                break;
+            };
             // Of several with as much, the one whose oldest value is oldest.
-            let most = (self.sources.iter())
-                .map(|((peer, _), source)| (self.peers.get(peer), source))
-                .max_by(|(peer, a), (other, b)| {
-                    peer.cmp(other)
-                        .then_with(|| a.cost.cmp(&b.cost))
+            let most = (self.sources.range((peer, Addr::FIRST)..))
+                .take_while(|((other, _), _)| *other == peer)
+                .map(|(_, source)| source)
+                .max_by(|a, b| {
+                    a.cost
+                        .cmp(&b.cost)
                         .then_with(|| b.numbers.first().cmp(&a.numbers.first()))
                 });
-            let Some(oldest) = most.and_then(|(_, source)| source.numbers.first().copied()) else {
+            let Some(oldest) = most.and_then(|source| source.numbers.first().copied()) else {
                 break;
             };
             out.extend(self.remove(oldest).map(|kept| kept.value));
