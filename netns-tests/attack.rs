@@ -8,6 +8,7 @@
 //! ```
 
 use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -287,6 +288,53 @@ fn a_peer_that_floods_with_control_messages_disturbs_nobody_else() -> Result {
         }
         Ok(sent)
     })
+}
+
+/// A peer that says that the clients of another one have moved, and thousands of addresses besides.
+#[test]
+fn a_peer_that_names_the_clients_of_another_shuts_nobody_out() -> Result {
+    let lab = Lab::new()?;
+    let (_new, psk) = two_peers(&lab)?;
+    let setup = setup(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
+    let mut old = setup.start(Role::Old)?;
+    old.wait_until_up()?;
+    let mut before = lab.client().converse(MOVED)?;
+    let mut mad = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    mad.shake_hands()?;
+    let mut id = 0;
+    for round in 0..1_024_u32 {
+        id += 1;
+        let addr = |n| Ipv4Addr::from(0x0b00_0000 + round * 64 + n);
+        let moves: Vec<_> = (0..64).map(addr).collect();
+        mad.control(&old_announcement(id, &moves));
+        pace(u64::from(id));
+    }
+    let clients: Vec<Ipv4Addr> = [lab.client(), lab.second_client()]
+        .iter()
+        .filter_map(|client| match client.address_towards(MOVED) {
+            IpAddr::V4(addr) => Some(addr),
+            IpAddr::V6(_) => None,
+        })
+        .collect();
+    let served = poll_until(PATIENCE, Duration::from_millis(500), || {
+        id += 1;
+        mad.control(&old_announcement(id, &clients));
+        mad.serve(PATIENCE, |it| it.heard(&[5])).ok()?;
+        let status = setup.status(Role::New).ok()?;
+        let moved = &status.0["tunnels"][1]["moved"];
+        (moved[0] == clients[0].to_string()).then_some(())
+    });
+    assert!(served.is_some(), "{:?}", setup.status(Role::New));
+    for client in [lab.client(), lab.second_client()] {
+        client.get(MOVED)?.is_answered_by(NEW)?;
+        client.udp((MOVED, 53), b"still served?")?;
+    }
+    before.exchange(b"still there?", PATIENCE)?;
+    let drops = &setup.status(Role::New)?.0["tunnels"][0]["drops"];
+    assert!(drops["bad_source"].is_null(), "{drops}");
+    Ok(())
 }
 
 #[test]

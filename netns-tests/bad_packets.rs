@@ -8,7 +8,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use ipmoved::internals::Role;
+use ipmoved::internals::{Flags, Role};
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6, OLD};
 use ipmoved::lab::{Lab, UdpService, Watch, Wire, packets, poll_until};
 
@@ -310,6 +310,17 @@ fn a_bad_old_server_delivers_nothing_it_must_not() -> Result {
             "{what} is not counted as {reason}: {:?}",
             setup.status(Role::New)
         );
+    }
+    // UDP-Lite, whose checksum is of another kind, and a fragment, which has none of its own.
+    let lite = packets::ip(CLIENT, MOVED, 136, WORDS);
+    let whole = to4(client, MOVED.into());
+    let fragment = packets::fragments(&whole, 16, 7).swap_remove(0);
+    for (counted, packet) in [(1, lite), (2, fragment)] {
+        impostor.send_with(Flags::CSUM_PARTIAL, &packet)?;
+        let seen = poll_until(PATIENCE, Duration::from_millis(5), || {
+            (count("bad_checksum_flag").ok()? == counted).then_some(())
+        });
+        assert!(seen.is_some(), "{:?}", setup.status(Role::New));
     }
     assert_eq!(
         watch.count(Duration::from_millis(50), |packet| !packet.is_empty())?,

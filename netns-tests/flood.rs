@@ -8,7 +8,8 @@
 //! ```
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -74,6 +75,78 @@ fn a_flood_of_spoofed_syns_takes_nothing_from_anybody() -> Result {
         conversation.exchange(format!("still there, {number}?").as_bytes(), PATIENCE)?;
     }
     client.download(MOVED, MEGABYTE).map(drop)
+}
+
+/// One client fills the table with connections that are established, half-closed, and used this
+/// moment. The next client is served at once.
+#[test]
+fn a_client_with_all_flows_keeps_nobody_else_out() -> Result {
+    const MAX: usize = 300;
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::New, &["--max-flows", &MAX.to_string()]);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
+    let listener = (lab.new_server()).run(|| TcpListener::bind((NEW, 81)).map_err(failed))?;
+    let _daemons = setup.start_both()?;
+    let mut held = Vec::new();
+    for _ in 0..MAX {
+        let client = lab.client().connect((MOVED, 81))?;
+        let (application, _) = listener.accept().map_err(failed)?;
+        client.shutdown(Shutdown::Write).map_err(failed)?;
+        held.push((client, application));
+    }
+    let status = setup.status(Role::New)?;
+    assert!(status.live_flows() >= MAX as u64 * 9 / 10, "{status:?}");
+    for _ in 0..50 {
+        lab.second_client().get(MOVED)?.is_answered_by(NEW)?;
+    }
+    let status = setup.status(Role::New)?;
+    assert_eq!(status.tunnel()["flows"]["refused"], 0, "{status:?}");
+    assert!(status.live_flows() <= MAX as u64, "{status:?}");
+    // What is still there lives on in the direction that is open.
+    let mut heard = 0;
+    for (client, application) in &mut held {
+        client
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .map_err(failed)?;
+        application.write_all(b"more").map_err(failed)?;
+        heard += usize::from(client.read_exact(&mut [0; 4]).is_ok());
+    }
+    assert!(heard >= MAX / 2, "{heard}");
+    Ok(())
+}
+
+/// In mode nat, one client has a thousand more conversations than there are ports to stand for
+/// them, all in use. The next client gets one all the same.
+#[test]
+fn a_client_with_all_ports_keeps_nobody_else_out() -> Result {
+    /// There are 16,384 ports.
+    const PORTS: std::ops::Range<u16> = 10_000..27_500;
+    let lab = Lab::new()?;
+    let nat = ["--move", "192.0.2.5", "--to", "198.51.100.2"];
+    let mut daemon = setup(&lab)?.start_nat(&nat)?;
+    daemon.wait_until_up()?;
+    let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
+    lab.second_client().udp((MOVED, 53), b"before")?;
+    let IpAddr::V4(greedy) = lab.client().address_towards(MOVED) else {
+        return Err(LabError::unexpected("no IPv4 client"));
+    };
+    let wire = Wire::new(lab.router(), "old", lab.old_server(), "eth0")?;
+    let datagram = |port| packets::udp((greedy.into(), port), (MOVED.into(), 53), b"mine");
+    // Each is answered, and goes on after that. Some are lost where the machine is busy.
+    let mut live = 0;
+    for round in 0..20 {
+        flood(&wire, PAUSE, PORTS.map(datagram))?;
+        live = daemon.status()?.live_flows();
+        if live > 16_300 && round >= 3 {
+            break;
+        }
+    }
+    assert!(live > 16_000, "{live}");
+    for _ in 0..20 {
+        lab.second_client().udp((MOVED, 53), b"and me?")?;
+    }
+    Ok(())
 }
 
 #[test]

@@ -115,13 +115,18 @@ impl Impostor {
 
     /// Sends bytes, a correct IP packet or not, as if a client or the application had sent them.
     pub(crate) fn send(&self, packet: &[u8]) -> Result {
+        self.send_with(Flags::NONE, packet)
+    }
+
+    /// Sends bytes, and says this of them.
+    pub(crate) fn send_with(&self, flags: Flags, packet: &[u8]) -> Result {
         let session = self.sending.as_ref().ok_or_else(|| failed("no session"))?;
         let sealer = session.sealer(0).ok_or_else(|| failed("no lane"))?;
         let mut counters = sealer.reserve(1).ok_or_else(|| failed("no counter"))?;
         let counter = counters.next().ok_or_else(|| failed("no counter"))?;
         let mut datagram = vec![0; packet.len() + DATA_OVERHEAD];
         datagram[DATA_HEADER_LEN..][..packet.len()].copy_from_slice(packet);
-        (sealer.seal(counter, Flags::NONE, &mut datagram)).map_err(|_| failed("not sealed"))?;
+        (sealer.seal(counter, flags, &mut datagram)).map_err(|_| failed("not sealed"))?;
         self.socket
             .send_to(&datagram, self.peer)
             .map_err(failed)

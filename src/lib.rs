@@ -71,11 +71,13 @@ pub mod internals {
     pub use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
     pub use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
     pub use crate::flow::class::TCP_RESET;
+    pub use crate::flow::ended::HostFlow;
+    pub use crate::flow::fairness::Limit;
     pub use crate::flow::gate::{Gate, GateConfig};
     pub use crate::flow::nat::PORTS;
     pub use crate::flow::routes::Delivery;
     pub use crate::flow::seed::Seed;
-    pub use crate::flow::table::{AddrId, FlowTable, Inside, Limit, Outside};
+    pub use crate::flow::table::{FlowTable, Inside, Outside};
     pub use crate::flow::translate::{Translator, TranslatorConfig};
     pub use crate::io::batch::{Destination, SendBatch};
     pub use crate::io::entropy;

@@ -19,12 +19,12 @@ use anyhow::{Context, Result, bail};
 use etherparse::PacketBuilder;
 
 use ipmoved::internals::{
-    ACK, AddrId, Announcement, Cipher, CipherPolicy, Client, Coalescer, DATA_HEADER_LEN,
-    DATA_OVERHEAD, Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable,
-    FragmentKey, GSO_TCPV4, Gate, GateConfig, HeldFragments, Inside, Limit, MAX_PARTS, MacCheck,
-    Message, Move, NEEDS_CSUM, Offer, Offload, Outside, Overlaps, Parsed, PeerId, PeerKeys, Psk,
-    Push, RST, Reach, Role, Seed, Segments, SendBatch, Session, SessionIndexes, TCP, TCP_RESET,
-    Timers, Translator, TranslatorConfig, Tunnel, TunnelConfig, VnetHdr, entropy,
+    ACK, Announcement, Cipher, CipherPolicy, Client, Coalescer, DATA_HEADER_LEN, DATA_OVERHEAD,
+    Deliver, Delivery, Destination, DropReason, Endpoint, Event, Flags, FlowTable, FragmentKey,
+    GSO_TCPV4, Gate, GateConfig, HeldFragments, Inside, Limit, MAX_PARTS, MacCheck, Message, Move,
+    NEEDS_CSUM, Offer, Offload, Outside, Overlaps, Parsed, PeerId, PeerKeys, Psk, Push, RST, Reach,
+    Role, Seed, Segments, SendBatch, Session, SessionIndexes, TCP, TCP_RESET, Timers, Translator,
+    TranslatorConfig, Tunnel, TunnelConfig, VnetHdr, entropy,
 };
 
 /// Work that a bench repeats.
@@ -61,6 +61,10 @@ const SEGMENTS: usize = 48;
 const MSS: usize = 1_350;
 /// Steps of a round that uses something up: enough to be long against the clock's resolution.
 const ROUND: u32 = 4_096;
+
+/// Flows of a table that is full, and steps on it: not so many that they look like a flood.
+const FULL: usize = 32_768;
+const FULL_ROUND: u32 = 2_048;
 
 const FEW: usize = 1_000;
 const MANY: usize = 1_000_000;
@@ -126,6 +130,12 @@ pub(crate) fn all() -> Vec<Case> {
         case("flow lookup/1 M", 0, ROUND, || Lookup::build(MANY)),
         case("flow insert/1 k", 0, ROUND, || Insert::build(FEW)),
         case("flow insert/1 M", 0, ROUND, || Insert::build(MANY)),
+        case("flow insert/full, refused", 0, FULL_ROUND, || {
+            Full::build(false)
+        }),
+        case("flow insert/full, displaced", 0, FULL_ROUND, || {
+            Full::build(true)
+        }),
         case("flow expiry/1 k", 0, ROUND, || Expire::build(FEW)),
         case("flow expiry/1 M", 0, ROUND, || Expire::build(MANY)),
     ]
@@ -433,14 +443,16 @@ impl FirstFragment {
         self.n += 1;
         self.first[12..16].copy_from_slice(&source.octets());
         let parsed = Parsed::parse(&self.first)?;
-        self.overlaps.check(self.now, &parsed, &self.first)?;
+        let key = FragmentKey::of(&parsed, &self.first);
+        self.overlaps.check(self.now, key, &parsed, &self.first)?;
         let verdict = self.gate.check_captured(self.now, &parsed, &self.first)?;
         let _ = black_box(verdict);
         for held in self.held.take(FragmentKey::of(&parsed, &self.first)) {
             let packet = &mut self.frame[..held.bytes.len()];
             packet.copy_from_slice(&held.bytes);
             let parsed = Parsed::parse(packet)?;
-            let _ = black_box(self.overlaps.check(self.now, &parsed, packet));
+            let key = FragmentKey::of(&parsed, packet);
+            let _ = black_box(self.overlaps.check(self.now, key, &parsed, packet));
             let _ = black_box(self.gate.check_captured(self.now, &parsed, packet));
         }
         Ok(())
@@ -473,13 +485,14 @@ impl Rewrite {
             max_flows: FEW,
             seed: [1, 2],
             epoch: now,
+            note_ended: false,
         });
-        translator.set_moves(PeerId(0), vec![whole(MOVED.0)])?;
+        translator.set_moves(PeerId(0), vec![whole(MOVED.0)]);
         let delivery = Delivery {
             v4: Some(NEW.0),
             ..Delivery::default()
         };
-        translator.set_delivery(PeerId(0), delivery)?;
+        translator.set_delivery(PeerId(0), delivery);
         let mut there = tcp(CLIENT, MOVED, 0, &[0; 1_400], true)?;
         let fresh = if inbound {
             there.clone()
@@ -729,7 +742,14 @@ impl Flows {
 
     fn open(&mut self, n: usize, tcp_flags: u8) -> Result<Inside> {
         self.table
-            .open(self.now, &outside(n), AddrId(1), 80, tcp_flags, &self.limit)
+            .open(
+                self.now,
+                &outside(n),
+                NEW.0.into(),
+                80,
+                tcp_flags,
+                &self.limit,
+            )
             .map_err(|reason| anyhow::anyhow!("flow {n} was not opened: {}", reason.name()))
     }
 
@@ -753,7 +773,7 @@ fn outside(n: usize) -> Outside {
         protocol: TCP,
         client: client.into(),
         client_port: 1_024 + (n & 0xff) as u16,
-        moved: AddrId(0),
+        moved: MOVED.0.into(),
         moved_port: 80,
     }
 }
@@ -806,6 +826,67 @@ impl Work for Insert {
         self.n += 1;
         let opened = self.flows.open(self.n, RST);
         debug_assert!(opened.is_ok());
+        let _ = black_box(opened);
+    }
+}
+
+/// A new flow where all flows are in use: of hosts that have one each, or half of them of one host.
+struct Full {
+    flows: Flows,
+    has_holder: bool,
+    n: u32,
+}
+
+impl Full {
+    fn build(has_holder: bool) -> Result<Box<dyn Work>> {
+        let mut work = Self {
+            flows: Flows::new(0)?,
+            has_holder,
+            n: 0,
+        };
+        work.prepare()?;
+        Ok(Box::new(work))
+    }
+
+    fn outside(&self, n: u32) -> Outside {
+        let client = if self.has_holder && n.is_multiple_of(2) && n < FULL as u32 {
+            CLIENT.0
+        } else {
+            Ipv4Addr::from(0x0a00_0000 + n)
+        };
+        Outside {
+            client: client.into(),
+            client_port: n as u16,
+            ..outside(0)
+        }
+    }
+
+    fn open(&mut self, n: u32) -> Result<Inside, DropReason> {
+        let (key, flows) = (self.outside(n), &mut self.flows);
+        let (now, to) = (flows.now, NEW.0.into());
+        flows.table.open(now, &key, to, 80, ACK, &flows.limit)
+    }
+}
+
+impl Work for Full {
+    fn prepare(&mut self) -> Result<()> {
+        self.flows = Flows::new(0)?;
+        self.flows.limit = Limit::new(FULL);
+        self.n = FULL as u32;
+        for n in 0..self.n {
+            let Ok(inside) = self.open(n) else {
+                bail!("flow {n} was not opened");
+            };
+            let (now, flows) = (self.flows.now, &mut self.flows);
+            (flows.table).application_packet(now, &inside, ACK, &flows.limit);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) {
+        self.n += 1;
+        let opened = self.open(self.n);
+        debug_assert_eq!(opened.is_ok(), self.has_holder);
         let _ = black_box(opened);
     }
 }

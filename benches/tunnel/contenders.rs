@@ -150,9 +150,9 @@ impl<'lab> Contender<'lab> {
                 }
                 let mut daemons = DaemonSetup::new(lab, exe)?
                     .args(Role::Old, &args)
-                    // Space for a million half-open flows from one client, which may have a quarter
-                    // of a table. Tables grow with their flows, not with this limit.
-                    .args(Role::New, &["--max-flows", "4200000"])
+                    // Space for a million half-open flows and some more. Tables grow with their
+                    // flows, not with this limit.
+                    .args(Role::New, &["--max-flows", "1200000"])
                     .args(Role::New, &args)
                     .start_both()?;
                 let pids = [daemons.old.process().id(), daemons.new.process().id()];

@@ -276,6 +276,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
         max_flows,
         seed: [word()?, word()?],
         epoch,
+        note_ended: false,
     })))
 }
 
@@ -498,10 +499,14 @@ impl Control<'_> {
                     let names: Vec<String> = moves.iter().map(ToString::to_string).collect();
                     let name = self.policy.name(peer);
                     info!(peer = name, moved = names.join(" "), "serving");
-                    self.translate(now, peer, |it| it.set_moves(peer, moves.to_vec()));
+                    if let Some(translator) = self.shared.forwarder.translator() {
+                        translator.set_moves(peer, moves.to_vec());
+                    }
                 }
                 Action::Deliver(peer, delivery) => {
-                    self.translate(now, peer, |it| it.set_delivery(peer, delivery));
+                    if let Some(translator) = self.shared.forwarder.translator() {
+                        translator.set_delivery(peer, delivery);
+                    }
                 }
                 Action::Hold(wanted) => {
                     let result = self.hold(&wanted).map_err(|error| error.to_string());
@@ -531,21 +536,6 @@ impl Control<'_> {
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
             }
-        }
-    }
-
-    /// Changes how the new server translates.
-    fn translate<E: std::fmt::Display>(
-        &mut self,
-        now: Instant,
-        peer: PeerId,
-        change: impl FnOnce(&Translator) -> Result<(), E>,
-    ) {
-        let Some(translator) = self.shared.forwarder.translator() else {
-            return;
-        };
-        if let Err(error) = change(translator) {
-            self.warn(now, peer, &error.to_string());
         }
     }
 

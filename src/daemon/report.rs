@@ -201,6 +201,7 @@ fn shown(stats: FlowStats) -> Flows {
         live: stats.live,
         max: stats.max,
         evicted: stats.evicted,
+        displaced: stats.displaced,
         collisions: stats.collisions,
         refused: stats.refused,
     }

@@ -15,6 +15,10 @@ pub const TCP_OPENING: Duration = Duration::from_secs(240);
 pub const TCP_ESTABLISHED: Duration = Duration::from_secs(7440);
 /// TCP, FIN seen from both sides: not less than 4 minutes (RFC 5382 REQ-5, "closing").
 pub const TCP_CLOSING: Duration = Duration::from_secs(240);
+/// TCP, FIN seen from one side. RFC 5382 takes it for established, but whoever closes its half and
+/// vanishes would be remembered for two hours, and both kernels forget it sooner: Linux gives it
+/// 60 s (`tcp_fin_timeout`), its connection tracker 60 or 120 s. While data still flows it lives.
+pub const TCP_HALF_CLOSED: Duration = TCP_CLOSING;
 /// TCP after RST: RFC 5382 leaves it open. Long enough for packets that are still under way.
 pub const TCP_RESET: Duration = Duration::from_secs(10);
 /// UDP, no reply yet: not less than 2 minutes (RFC 4787 REQ-5).
@@ -26,7 +30,8 @@ pub const ICMP_QUERY: Duration = Duration::from_secs(60);
 /// Any other protocol: what the Linux connection tracker gives them.
 pub const OTHER: Duration = Duration::from_secs(600);
 
-/// A flow without a connection (UDP, ICMP, closing TCP …) used this recently is not evicted.
+/// A flow without a connection (UDP, ICMP, closing or half-closed TCP …) used this recently is not
+/// evicted.
 pub const RECENT: Duration = Duration::from_secs(10);
 /// An established TCP connection used this recently is not evicted either. Evicting an idle one is
 /// seldom fatal: its next packet makes the flow anew where only one is possible.
@@ -34,22 +39,25 @@ pub const RECENT_TCP: Duration = Duration::from_secs(1800);
 
 /// How flows give way to new ones: the first tier before the next, and within a tier the flow that
 /// was unused for the longest time.
+///
+/// A forged RST makes a flow the first to go, and 10 s without a packet end it. That costs the
+/// client nothing where its next packet makes the same flow again. It costs the connection only
+/// where the flow was told apart by a port, and the flow that has the plain port is gone meanwhile;
+/// an application that speaks within the 10 s undoes it. A forged FIN does less.
 pub(super) const EVICTION_ORDER: [Tier; 4] = [
     Tier {
         classes: &[Class::TcpReset],
         idle: Duration::ZERO,
     },
+    UNCONFIRMED,
     Tier {
         classes: &[
-            Class::TcpOpening,
-            Class::UdpOneWay,
-            Class::IcmpOneWay,
-            Class::OtherOneWay,
+            Class::TcpHalfClosed,
+            Class::TcpClosing,
+            Class::Icmp,
+            Class::Udp,
+            Class::Other,
         ],
-        idle: Duration::ZERO,
-    },
-    Tier {
-        classes: &[Class::TcpClosing, Class::Icmp, Class::Udp, Class::Other],
         idle: RECENT,
     },
     Tier {
@@ -57,6 +65,25 @@ pub(super) const EVICTION_ORDER: [Tier; 4] = [
         idle: RECENT_TCP,
     },
 ];
+
+/// Every flow, in use or not.
+pub(super) const ANY: Tier = Tier {
+    classes: &Class::ALL,
+    idle: Duration::ZERO,
+};
+
+/// Flows whose client has not been seen to go on after a reply. A flood with forged sources
+/// consists of such, whether it is answered or not.
+pub(super) const UNCONFIRMED: Tier = Tier {
+    classes: &[
+        Class::TcpOpening,
+        Class::UdpOneWay,
+        Class::UdpAnswered,
+        Class::IcmpOneWay,
+        Class::OtherOneWay,
+    ],
+    idle: Duration::ZERO,
+};
 
 /// Classes whose flows are equally dispensable.
 pub(super) struct Tier {
@@ -78,9 +105,11 @@ impl Tier {
 pub(super) enum Class {
     TcpOpening,
     TcpEstablished,
+    TcpHalfClosed,
     TcpClosing,
     TcpReset,
     UdpOneWay,
+    UdpAnswered,
     Udp,
     IcmpOneWay,
     Icmp,
@@ -90,12 +119,14 @@ pub(super) enum Class {
 
 impl Class {
     pub(super) const COUNT: usize = Self::ALL.len();
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::TcpOpening,
         Self::TcpEstablished,
+        Self::TcpHalfClosed,
         Self::TcpClosing,
         Self::TcpReset,
         Self::UdpOneWay,
+        Self::UdpAnswered,
         Self::Udp,
         Self::IcmpOneWay,
         Self::Icmp,
@@ -105,16 +136,19 @@ impl Class {
 
     pub(super) fn of(protocol: u8, seen: Seen) -> Self {
         let replied = seen.has(Seen::BOTH);
+        let confirmed = replied && seen.has(Seen::WENT_ON);
         match protocol {
             TCP if seen.has(Seen::RESET) => Self::TcpReset,
             TCP if seen.has(Seen::FIN_BOTH) => Self::TcpClosing,
-            TCP if replied && seen.has(Seen::BEYOND_SYN) => Self::TcpEstablished,
+            TCP if confirmed && seen.has_any(Seen::FIN_BOTH) => Self::TcpHalfClosed,
+            TCP if confirmed => Self::TcpEstablished,
             TCP => Self::TcpOpening,
-            UDP if replied => Self::Udp,
+            UDP if confirmed => Self::Udp,
+            UDP if replied => Self::UdpAnswered,
             UDP => Self::UdpOneWay,
-            ICMP | ICMPV6 if replied => Self::Icmp,
+            ICMP | ICMPV6 if confirmed => Self::Icmp,
             ICMP | ICMPV6 => Self::IcmpOneWay,
-            _ if replied => Self::Other,
+            _ if confirmed => Self::Other,
             _ => Self::OtherOneWay,
         }
     }
@@ -125,10 +159,11 @@ impl Class {
         let timeout = match self {
             Self::TcpOpening => TCP_OPENING,
             Self::TcpEstablished => TCP_ESTABLISHED,
+            Self::TcpHalfClosed => TCP_HALF_CLOSED,
             Self::TcpClosing => TCP_CLOSING,
             Self::TcpReset => TCP_RESET,
             Self::UdpOneWay => UDP_ONE_WAY,
-            Self::Udp => UDP_BOTH_WAYS,
+            Self::UdpAnswered | Self::Udp => UDP_BOTH_WAYS,
             Self::IcmpOneWay | Self::Icmp => ICMP_QUERY,
             Self::OtherOneWay | Self::Other => OTHER,
         };
@@ -144,12 +179,16 @@ impl Class {
             .filter(|&index| EVICTION_ORDER[index].lets_go(idle))
     }
 
-    /// Whether only one side was seen, or no handshake was completed. A flood consists of such
-    /// flows.
-    pub(super) fn is_one_way(self) -> bool {
+    /// Whether it is one of [`UNCONFIRMED`].
+    pub(super) fn is_unconfirmed(self) -> bool {
         match self {
-            Self::TcpOpening | Self::UdpOneWay | Self::IcmpOneWay | Self::OtherOneWay => true,
+            Self::TcpOpening
+            | Self::UdpOneWay
+            | Self::UdpAnswered
+            | Self::IcmpOneWay
+            | Self::OtherOneWay => true,
             Self::TcpEstablished
+            | Self::TcpHalfClosed
             | Self::TcpClosing
             | Self::TcpReset
             | Self::Udp
@@ -174,9 +213,9 @@ impl Seen {
     const CLIENT: Self = Self(1);
     const APPLICATION: Self = Self(2);
     const BOTH: Self = Self(1 | 2);
-    /// The client sent a TCP packet other than its SYN. Once a reply was seen too, the handshake is
-    /// done.
-    const BEYOND_SYN: Self = Self(4);
+    /// The client sent a TCP packet other than its SYN: once a reply was seen too, the handshake is
+    /// done. Without TCP, it sent something after a reply.
+    const WENT_ON: Self = Self(4);
     const FIN_CLIENT: Self = Self(8);
     const FIN_APPLICATION: Self = Self(16);
     const FIN_BOTH: Self = Self(8 | 16);
@@ -190,7 +229,13 @@ impl Seen {
             Side::Application => Self::APPLICATION,
         };
         if protocol != TCP {
-            return self.with(own);
+            let went_on = side == Side::Client && self.has(Self::APPLICATION);
+            let seen = self.with(own);
+            return if went_on {
+                seen.with(Self::WENT_ON)
+            } else {
+                seen
+            };
         }
         if tcp_flags & RST != 0 {
             return self.with(own).with(Self::RESET);
@@ -203,7 +248,7 @@ impl Seen {
                 if closed { own } else { self.with(own) }
             }
             Side::Client => {
-                let seen = self.with(own).with(Self::BEYOND_SYN);
+                let seen = self.with(own).with(Self::WENT_ON);
                 if tcp_flags & FIN != 0 {
                     seen.with(Self::FIN_CLIENT)
                 } else {
@@ -234,6 +279,16 @@ impl Seen {
         Self(bits)
     }
 
+    /// Whether no packet was seen, as of no flow.
+    pub(super) fn is_nothing(self) -> bool {
+        self == Self::default()
+    }
+
+    #[inline]
+    fn has_any(self, some: Self) -> bool {
+        self.0 & some.0 != 0
+    }
+
     #[inline]
     fn has(self, all: Self) -> bool {
         self.0 & all.0 == all.0
@@ -256,7 +311,7 @@ mod tests {
                 .iter()
                 .filter(|tier| tier.classes.contains(&class));
             assert_eq!(tiers.count(), 1, "{class:?}");
-            assert_eq!(class.is_one_way(), class.eviction_tier(0) == Some(1));
+            assert_eq!(class.is_unconfirmed(), class.eviction_tier(0) == Some(1));
         }
         let established = |idle| Class::TcpEstablished.eviction_tier(idle);
         assert_eq!((established(1_799), established(1_800)), (None, Some(3)));

@@ -247,7 +247,7 @@ impl Clients {
     fn hash(&self, client: Addr, ports: [u16; 2], moved: usize, protocol: u8) -> u64 {
         let [client_port, moved_port] = ports.map(u64::from);
         let rest = client_port | moved_port << 16 | (moved as u64) << 32;
-        self.seed.flow(client, rest, protocol)
+        self.seed.client_flow(client, rest, protocol)
     }
 
     /// Notes a packet of a flow that is known; `false` if none is.

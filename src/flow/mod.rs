@@ -10,6 +10,8 @@
 //! | [`nat`] | both addresses rewritten, on the old server alone |
 //! | [`table`] | the flows, found from either side |
 //! | [`class`] | how long a flow is kept, and which gives way first |
+//! | [`fairness`] | who gives way when flows or ports run out |
+//! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
 //! | [`seed`] | the secret of the hashes |
@@ -18,6 +20,8 @@
 
 pub mod class;
 mod clients;
+pub mod ended;
+pub mod fairness;
 pub mod fragments;
 pub mod gate;
 pub mod nat;

@@ -20,10 +20,11 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Instant;
 
+use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
-use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Masquerade, Outside};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Masquerade, Outside};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -84,8 +85,6 @@ pub struct Nat {
     table: FlowTable,
     limit: Limit,
     targets: Vec<Target>,
-    /// The moved addresses and the targets, by [`AddrId`].
-    addrs: Vec<Addr>,
     fragments_to_server: FragmentCache<u16>,
     fragments_to_client: FragmentCache<Back>,
     /// The identification of the next IPv4 packet in fragments.
@@ -95,7 +94,7 @@ pub struct Nat {
 /// Where later fragments of a reply go.
 #[derive(Clone, Copy, Debug)]
 struct Back {
-    moved: AddrId,
+    moved: Addr,
     client: Addr,
     id: u16,
 }
@@ -103,13 +102,6 @@ struct Back {
 impl Nat {
     /// A translation without flows.
     pub fn new(config: NatConfig) -> Self {
-        let mut addrs: Vec<Addr> = Vec::new();
-        let moved = config.moves.iter().map(|moved| moved.addr);
-        for addr in moved.chain(config.targets.iter().map(|target| target.to)) {
-            if !addrs.contains(&addr.into()) {
-                addrs.push(addr.into());
-            }
-        }
         let own = |v4: bool| {
             let target = config.targets.iter().find(|t| t.own.is_ipv4() == v4);
             // A family without a target has no moves either.
@@ -132,7 +124,6 @@ impl Nat {
             table: FlowTable::masquerading(config.seed, config.epoch, masquerade),
             limit: Limit::new(config.max_flows),
             targets: config.targets,
-            addrs,
             fragments_to_server: FragmentCache::new(),
             fragments_to_client: FragmentCache::new(),
             next_id: 0,
@@ -189,8 +180,7 @@ impl Nat {
             Verdict::Carry => {}
             Verdict::Bounce => return Ok(Outcome::Bounce),
         }
-        let (src, dst) = (parsed.src(bytes), parsed.dst(bytes));
-        let moved = self.id(dst).ok_or(DropReason::NotMoved)?;
+        let (src, moved) = (parsed.src(bytes), parsed.dst(bytes));
         let target = *self.target(parsed.family()).ok_or(DropReason::NoDelivery)?;
         if self.is_own(src) {
             return Err(DropReason::BadSource);
@@ -232,7 +222,7 @@ impl Nat {
                 | Kind::Other
                 | Kind::LaterFragment => 0,
             };
-            let to = self.id(target.to.into()).ok_or(DropReason::NoDelivery)?;
+            let to = target.to.into();
             let opened = self.table.open(now, &key, to, port, flags, &self.limit);
             inside = Some(opened?);
         }
@@ -255,7 +245,7 @@ impl Nat {
     /// the old one.
     fn client_error(
         &self,
-        moved: AddrId,
+        moved: Addr,
         target: Target,
         bytes: &mut [u8],
         parsed: &Parsed,
@@ -319,9 +309,7 @@ impl Nat {
         parsed: &mut Parsed,
         partial: bool,
     ) -> Result<Outcome, DropReason> {
-        let Some(delivery) = self.id(target.to.into()) else {
-            return Ok(Outcome::Bounce);
-        };
+        let delivery = target.to.into();
         match parsed.kind() {
             Kind::Tcp | Kind::Udp | Kind::IcmpReply => {}
             Kind::IcmpError => return self.server_error(delivery, target, bytes, parsed, partial),
@@ -334,7 +322,7 @@ impl Nat {
                 };
                 parsed.decrement_ttl(bytes)?;
                 parsed.set_ipv4_id(bytes, back.id);
-                parsed.set_src(bytes, self.addr(back.moved), false);
+                parsed.set_src(bytes, back.moved, false);
                 parsed.set_dst(bytes, back.client, false);
                 return Ok(Outcome::ToClient);
             }
@@ -368,7 +356,7 @@ impl Nat {
                 .remember(now, &self.seed, parsed, bytes, back);
             parsed.set_ipv4_id(bytes, back.id);
         }
-        parsed.set_src(bytes, self.addr(outside.moved), partial);
+        parsed.set_src(bytes, outside.moved, partial);
         parsed.set_dst(bytes, outside.client, partial);
         parsed.set_src_port(bytes, outside.moved_port, partial);
         parsed.set_dst_port(bytes, outside.client_port, partial);
@@ -379,7 +367,7 @@ impl Nat {
     /// the moved address, since the old server may speak for no other.
     fn server_error(
         &self,
-        delivery: AddrId,
+        delivery: Addr,
         target: Target,
         bytes: &mut [u8],
         parsed: &Parsed,
@@ -397,7 +385,7 @@ impl Nat {
             return Ok(Outcome::Bounce);
         };
         parsed.decrement_ttl(bytes)?;
-        let moved = self.addr(outside.moved);
+        let moved = outside.moved;
         parsed.set_src(bytes, moved, partial);
         parsed.set_dst(bytes, outside.client, partial);
         let change = Rewrite {
@@ -408,15 +396,6 @@ impl Nat {
         };
         quoted.rewrite(bytes, parsed, &change);
         Ok(Outcome::ToClient)
-    }
-
-    fn id(&self, addr: Addr) -> Option<AddrId> {
-        let at = self.addrs.iter().position(|&known| known == addr)?;
-        Some(AddrId(at as u16))
-    }
-
-    fn addr(&self, id: AddrId) -> Addr {
-        self.addrs[usize::from(id.0)]
     }
 
     fn target(&self, family: Family) -> Option<&Target> {
@@ -447,6 +426,7 @@ impl std::fmt::Debug for Nat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::table::RECENT_PORT;
     use crate::packet::icmp;
     use crate::packet::testing::{Plan, assert_sums, complete, plans, reply, set_ipv4_checksum};
     use crate::packet::{ACK, SYN};
@@ -712,6 +692,53 @@ mod tests {
     }
 
     #[test]
+    fn one_host_cannot_use_up_the_ports() {
+        for kind in [Kind::Udp, Kind::Tcp] {
+            let (mut nat, mut now) = bed(&[MOVED], None, 100_000);
+            let mut converse = |now, source: &str, src_port| {
+                let plan = Plan {
+                    src: source.parse().unwrap(),
+                    src_port,
+                    flags: SYN,
+                    ..Plan::new(kind, CLIENT, MOVED)
+                };
+                let mut bytes = plan.build();
+                let _ = pass(&mut nat, now, &mut bytes)?;
+                let mut back = Plan {
+                    dst_port: Parsed::parse(&bytes).unwrap().src_port(),
+                    flags: SYN | ACK,
+                    ..Plan::new(kind, SERVER, OWN)
+                };
+                back.src_port = plan.dst_port;
+                let there = pass(&mut nat, now, &mut back.build())?;
+                let ack = Plan { flags: ACK, ..plan };
+                let _ = pass(&mut nat, now, &mut ack.build())?;
+                Ok::<_, DropReason>(there)
+            };
+            let greedy = (10_000..30_000)
+                .filter(|&port| converse(now, "203.0.113.66", port).is_ok())
+                .count();
+            assert!(greedy > 15_000, "nobody else wanted them: {greedy}");
+            // All in use this very moment, and yet there is one for each other host.
+            for client in 0..100 {
+                let source = format!("198.18.0.{client}");
+                assert_eq!(
+                    converse(now, &source, 4_000),
+                    Ok(Outcome::ToClient),
+                    "{kind:?} {client}"
+                );
+            }
+            now += RECENT_PORT;
+            assert!(
+                converse(now, "203.0.113.66", 40_000).is_ok(),
+                "idle ones go"
+            );
+            let stats = nat.stats();
+            assert!(stats.displaced >= 90, "{stats:?}");
+        }
+    }
+
+    #[test]
     fn when_all_ports_are_in_use_the_next_is_turned_away() {
         let (mut nat, now) = bed(&[MOVED], None, 100_000);
         let mut udp = |source: u32, dst_port: u16| {
@@ -728,7 +755,10 @@ mod tests {
                 dst_port: borrowed,
                 ..Plan::new(Kind::Udp, SERVER, OWN)
             };
-            pass(&mut nat, now, &mut back.build())
+            let answered = pass(&mut nat, now, &mut back.build());
+            // The client goes on, so it is no forged one.
+            let _ = pass(&mut nat, now, &mut plan.build())?;
+            answered
         };
         let refused = (0..20_000)
             .filter(|&source| udp(source, 53).is_err())

@@ -341,14 +341,15 @@ mod tests {
             max_flows: 10,
             seed: [1, 2],
             epoch: epoch(),
+            note_ended: false,
         });
         let delivery = Delivery {
             v4: Some(DELIVERY.parse().unwrap()),
             ..Delivery::default()
         };
         let moves = vec![MOVED.parse().unwrap()];
-        translator.set_moves(PeerId(0), moves).unwrap();
-        translator.set_delivery(PeerId(0), delivery).unwrap();
+        translator.set_moves(PeerId(0), moves);
+        translator.set_delivery(PeerId(0), delivery);
         Forwarder::New(translator)
     }
 

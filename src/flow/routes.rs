@@ -5,7 +5,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::flow::table::AddrId;
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::PeerId;
@@ -25,27 +24,15 @@ pub struct Delivery {
     pub ports: Vec<PortMap>,
 }
 
-/// Why moves or a delivery could not be set.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum RouteError {
-    /// More addresses than [`AddrId`] can number were named since the daemon started.
-    #[error(
-        "more than 65,536 addresses were moved or delivered to since the start; restart the daemon"
-    )]
-    TooManyAddresses,
-    /// A port map from one family to the other.
-    #[error("cannot deliver {0} to {1}: one is IPv4, the other IPv6")]
-    Families(IpAddr, IpAddr),
-}
-
 /// Everything that is configured, made ready for lookup. It is replaced as a whole.
 #[derive(Clone, Default)]
 pub(super) struct Routes {
-    /// Addresses by [`AddrId`]. It only ever grows.
-    pub(super) addrs: Vec<Addr>,
-    /// The same addresses, sorted for search.
-    ids: Vec<(Addr, AddrId)>,
-    pub(super) own: Vec<Addr>,
+    /// This host's addresses.
+    pub(super) host: Vec<Addr>,
+    /// Those, and the addresses that this server's settings have packets delivered to, sorted.
+    own: Vec<Addr>,
+    /// Addresses that packets are delivered to, sorted.
+    deliveries: Vec<Addr>,
     /// By [`PeerId`].
     pub(super) peers: Vec<PeerRoutes>,
 }
@@ -61,12 +48,11 @@ pub(super) struct PeerRoutes {
 /// One moved address of one peer.
 #[derive(Clone)]
 pub(super) struct Moved {
-    addr: Addr,
-    pub(super) id: AddrId,
+    pub(super) addr: Addr,
     pub(super) is_whole: bool,
     pub(super) moves: Vec<Move>,
     /// Where it is delivered, unless a port map says otherwise.
-    pub(super) delivery: Option<AddrId>,
+    pub(super) delivery: Option<Addr>,
     pub(super) ports: Vec<MappedPort>,
 }
 
@@ -74,26 +60,40 @@ pub(super) struct Moved {
 pub(super) struct MappedPort {
     transport: Option<Transport>,
     port: u16,
-    to: AddrId,
+    to: Addr,
     to_port: u16,
 }
 
+/// How closely the settings name what a reply may belong to.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Named {
+    /// A `--deliver` of this server leads to the very port.
+    ByMap,
+    /// The port has moved by number.
+    ByPort,
+    /// The whole address has moved.
+    Whole,
+}
+
 impl Routes {
-    #[inline]
-    pub(super) fn addr(&self, id: AddrId) -> Addr {
-        self.addrs[usize::from(id.0)]
+    /// Whether no client of `peer` may have this address: it is this host's, or one that `peer`
+    /// itself says has moved.
+    ///
+    /// What *another* peer says has moved may well be a client's: else that peer could shut out
+    /// whomever it names.
+    pub(super) fn is_own(&self, peer: PeerId, addr: Addr) -> bool {
+        let moved = |routes: &PeerRoutes| routes.moved(addr).is_some();
+        self.own.binary_search(&addr).is_ok() || self.peer(peer).is_some_and(moved)
+    }
+
+    /// Whether packets are delivered there.
+    pub(super) fn is_delivery(&self, addr: Addr) -> bool {
+        self.deliveries.binary_search(&addr).is_ok()
     }
 
     #[inline]
-    pub(super) fn id(&self, addr: Addr) -> Option<AddrId> {
-        self.ids
-            .binary_search_by_key(&addr, |&(addr, _)| addr)
-            .ok()
-            .map(|at| self.ids[at].1)
-    }
-
-    pub(super) fn is_own(&self, addr: Addr) -> bool {
-        self.own.binary_search(&addr).is_ok() || self.id(addr).is_some()
+    pub(super) fn peer(&self, peer: PeerId) -> Option<&PeerRoutes> {
+        self.peers.get(usize::from(peer.0))
     }
 
     pub(super) fn peer_mut(&mut self, peer: PeerId) -> &mut PeerRoutes {
@@ -104,102 +104,62 @@ impl Routes {
         &mut self.peers[index]
     }
 
-    /// What a packet that leaves from `delivery` may reply to: peer, moved address, port.
-    pub(super) fn origins(
+    /// What a packet that leaves from `delivery` replies to, if only one peer, moved address and
+    /// port is possible.
+    ///
+    /// Who names the port counts before who has the whole address, and this server's own settings
+    /// count before both. So a peer that announces one more address, whole, makes nobody else's
+    /// ports ambiguous.
+    pub(super) fn origin(
         &self,
         protocol: u8,
         kind: Kind,
-        delivery: AddrId,
+        delivery: Addr,
         port: u16,
-    ) -> impl Iterator<Item = (PeerId, AddrId, u16)> {
-        self.peers
-            .iter()
-            .enumerate()
-            .flat_map(move |(peer, routes)| {
-                routes.resolved.iter().flat_map(move |moved| {
-                    let mapped = moved
-                        .ports
-                        .iter()
-                        .filter(move |map| map.to == delivery && map.to_port == port)
-                        .map(|map| map.port);
-                    mapped
-                        .chain(std::iter::once(port))
-                        .enumerate()
-                        .filter(move |&(index, moved_port)| {
-                            let first = index == 0 || moved_port != port;
-                            let forwards = moved.delivery(kind, moved_port) == Ok((delivery, port));
-                            first && forwards && moved.takes(protocol, kind, moved_port)
-                        })
-                        .map(move |(_, moved_port)| (PeerId(peer as u16), moved.id, moved_port))
-                })
-            })
+    ) -> Option<(PeerId, Addr, u16)> {
+        let mut best: Option<(Named, (PeerId, Addr, u16))> = None;
+        let mut alone = false;
+        for (peer, routes) in self.peers.iter().enumerate() {
+            for moved in &routes.resolved {
+                for (named, moved_port) in moved.asked(protocol, kind, delivery, port) {
+                    match best {
+                        Some((other, _)) if other < named => {}
+                        Some((other, _)) if other == named => alone = false,
+                        _ => {
+                            best = Some((named, (PeerId(peer as u16), moved.addr, moved_port)));
+                            alone = true;
+                        }
+                    }
+                }
+            }
+        }
+        best.filter(|_| alone).map(|(_, origin)| origin)
     }
 
     /// Derives what is looked up from what is configured.
-    pub(super) fn resolve(&mut self) -> Result<(), RouteError> {
-        let mut peers = std::mem::take(&mut self.peers);
-        for peer in &mut peers {
+    pub(super) fn resolve(&mut self) {
+        self.deliveries.clear();
+        self.own.clone_from(&self.host);
+        for peer in &mut self.peers {
             let mut addrs: Vec<Addr> = peer.moves.iter().map(|moved| moved.addr.into()).collect();
             addrs.sort_unstable();
             addrs.dedup();
             peer.resolved = addrs
                 .into_iter()
-                .map(|addr| self.resolve_one(addr, &peer.moves, &peer.delivery))
-                .collect::<Result<_, _>>()?;
-        }
-        self.peers = peers;
-        Ok(())
-    }
-
-    fn resolve_one(
-        &mut self,
-        addr: Addr,
-        moves: &[Move],
-        delivery: &Delivery,
-    ) -> Result<Moved, RouteError> {
-        let ip = IpAddr::from(addr);
-        let moves: Vec<Move> = moves
-            .iter()
-            .filter(|moved| moved.addr == ip)
-            .cloned()
-            .collect();
-        let to = match addr.family() {
-            _ if delivery.keep => Some(addr),
-            Family::V4 => delivery.v4.map(Addr::from),
-            Family::V6 => delivery.v6.map(Addr::from),
-        };
-        Ok(Moved {
-            addr,
-            id: self.number(addr)?,
-            is_whole: moves.iter().any(Move::is_whole),
-            moves,
-            delivery: to.map(|to| self.number(to)).transpose()?,
-            ports: delivery
-                .ports
-                .iter()
-                .filter(|map| map.moved == ip)
-                .map(|map| {
-                    Ok(MappedPort {
-                        transport: map.transport,
-                        port: map.port,
-                        to: self.number(map.to.into())?,
-                        to_port: map.to_port,
-                    })
-                })
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    fn number(&mut self, addr: Addr) -> Result<AddrId, RouteError> {
-        match self.ids.binary_search_by_key(&addr, |&(addr, _)| addr) {
-            Ok(at) => Ok(self.ids[at].1),
-            Err(at) => {
-                let id =
-                    u16::try_from(self.addrs.len()).map_err(|_| RouteError::TooManyAddresses)?;
-                self.addrs.push(addr);
-                self.ids.insert(at, (addr, AddrId(id)));
-                Ok(AddrId(id))
+                .map(|addr| Moved::resolve(addr, &peer.moves, &peer.delivery))
+                .collect();
+            let Delivery { v4, v6, ports, .. } = &peer.delivery;
+            self.own.extend(v4.map(Addr::from));
+            self.own.extend(v6.map(Addr::from));
+            self.own.extend(ports.iter().map(|map| Addr::from(map.to)));
+            for moved in &peer.resolved {
+                let mapped = moved.ports.iter().map(|map| map.to);
+                self.deliveries.extend(mapped.chain(moved.delivery));
             }
+        }
+        for addrs in [&mut self.own, &mut self.deliveries] {
+            addrs.sort_unstable();
+            addrs.dedup();
         }
     }
 }
@@ -215,6 +175,70 @@ impl PeerRoutes {
 }
 
 impl Moved {
+    fn resolve(addr: Addr, moves: &[Move], delivery: &Delivery) -> Self {
+        let ip = IpAddr::from(addr);
+        let of_addr = moves.iter().filter(|moved| moved.addr == ip);
+        let moves: Vec<Move> = of_addr.cloned().collect();
+        // Both sides of a map are of one family, or nobody could have written it.
+        let of_family = |map: &&PortMap| map.moved == ip && map.to.is_ipv4() == ip.is_ipv4();
+        let mapped = |map: &PortMap| MappedPort {
+            transport: map.transport,
+            port: map.port,
+            to: map.to.into(),
+            to_port: map.to_port,
+        };
+        Self {
+            addr,
+            is_whole: moves.iter().any(Move::is_whole),
+            moves,
+            delivery: match addr.family() {
+                _ if delivery.keep => Some(addr),
+                Family::V4 => delivery.v4.map(Addr::from),
+                Family::V6 => delivery.v6.map(Addr::from),
+            },
+            ports: (delivery.ports.iter().filter(of_family))
+                .map(mapped)
+                .collect(),
+        }
+    }
+
+    /// The ports that a client may have asked for, if the application replies from `port` of
+    /// `delivery`.
+    fn asked(
+        &self,
+        protocol: u8,
+        kind: Kind,
+        delivery: Addr,
+        port: u16,
+    ) -> impl Iterator<Item = (Named, u16)> {
+        let leads_there = move |map: &&MappedPort| map.to == delivery && map.to_port == port;
+        let mapped = self.ports.iter().filter(leads_there).map(|map| map.port);
+        mapped
+            .chain(std::iter::once(port))
+            .enumerate()
+            .filter(move |&(index, asked)| {
+                let first = index == 0 || asked != port;
+                let forwards = self.delivery(kind, asked) == Ok((delivery, port));
+                first && forwards && self.takes(protocol, kind, asked)
+            })
+            .map(move |(_, asked)| {
+                let named = match () {
+                    () if asked != port || self.delivery != Some(delivery) => Named::ByMap,
+                    () if self.names(protocol, kind, asked) => Named::ByPort,
+                    () => Named::Whole,
+                };
+                (named, asked)
+            })
+    }
+
+    /// Whether a move names the port by number.
+    fn names(&self, protocol: u8, kind: Kind, port: u16) -> bool {
+        let port = kind.has_ports().then_some(port);
+        self.moves
+            .iter()
+            .any(|moved| !moved.is_whole() && moved.takes(protocol, port))
+    }
+
     #[inline]
     pub(super) fn takes(&self, protocol: u8, kind: Kind, port: u16) -> bool {
         self.is_whole
@@ -225,7 +249,7 @@ impl Moved {
     }
 
     /// Where a packet of this kind to `port` goes.
-    pub(super) fn delivery(&self, kind: Kind, port: u16) -> Result<(AddrId, u16), DropReason> {
+    pub(super) fn delivery(&self, kind: Kind, port: u16) -> Result<(Addr, u16), DropReason> {
         let transport = match kind {
             Kind::Tcp => Some(Transport::Tcp),
             Kind::Udp => Some(Transport::Udp),

@@ -20,22 +20,44 @@ impl Seed {
         }))
     }
 
-    /// Hash of an address alone: every flow of a client has the same.
+    /// Hash of the source that a client belongs to: every flow of an IPv4 address, or of an IPv6
+    /// /64, has the same.
     #[inline]
-    pub(crate) fn client(&self, client: Addr) -> u64 {
+    pub(crate) fn source(&self, client: Addr) -> u64 {
         let [a, b] = client.words();
+        // An IPv4 address has nothing in the first half, an IPv6 one has its network there.
+        let b = if a == 0 { b } else { 0 };
         let hash = fold(a ^ self.0[0], b ^ self.0[1]);
         fold(hash ^ self.0[2], self.0[3])
     }
 
-    /// Hash of a flow. `ports` holds whatever tells the flows of one client apart.
+    /// The `n`th of a sequence of numbers below `bound`.
+    pub(crate) fn draw(&self, n: u64, bound: u32) -> u32 {
+        let word = fold(n ^ self.0[2], self.0[0]) ^ self.0[1];
+        (((fold(word, self.0[3]) >> 32) * u64::from(bound)) >> 32) as u32
+    }
+
+    /// Hash of a flow where `rest` holds whatever tells the flows of one client apart: ports, and
+    /// which of a few addresses they lead to.
     #[inline]
-    pub(crate) fn flow(&self, client: Addr, ports: u64, protocol: u8) -> u64 {
+    pub(crate) fn client_flow(&self, client: Addr, rest: u64, protocol: u8) -> u64 {
         let [a, b] = client.words();
         let hash = fold(a ^ self.0[1], b ^ self.0[0]);
         fold(
-            hash ^ ports ^ self.0[3],
+            hash ^ rest ^ self.0[3],
             hash.rotate_left(32) ^ self.0[2] ^ u64::from(protocol),
+        )
+    }
+
+    /// Hash of a flow. `ports` holds whatever else tells the flows between two addresses apart.
+    #[inline]
+    pub(crate) fn flow(&self, between: [Addr; 2], ports: u64, protocol: u8) -> u64 {
+        let [[a, b], [c, d]] = between.map(Addr::words);
+        let one = fold(a ^ self.0[1], b ^ self.0[0]);
+        let other = fold(c ^ self.0[2], d ^ self.0[3]);
+        fold(
+            one ^ ports ^ self.0[3],
+            one.rotate_left(32) ^ other ^ self.0[2] ^ u64::from(protocol),
         )
     }
 }
@@ -51,4 +73,27 @@ impl std::fmt::Debug for Seed {
 fn fold(a: u64, b: u64) -> u64 {
     let product = u128::from(a) * u128::from(b);
     product as u64 ^ (product >> 64) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::IpAddr;
+
+    #[test]
+    fn a_source_is_an_ipv4_address_or_an_ipv6_64() {
+        let seed = Seed::new([1, 2]);
+        let of = |text: &str| seed.source(text.parse::<IpAddr>().unwrap().into());
+        assert_eq!(of("2001:db8:0:1::1"), of("2001:db8:0:1:ffff::2"));
+        assert_ne!(of("2001:db8:0:1::1"), of("2001:db8:0:2::1"));
+        assert_ne!(of("192.0.2.1"), of("192.0.2.2"));
+    }
+
+    #[test]
+    fn draws_are_below_their_bound_and_reach_everything() {
+        let seed = Seed::new([1, 2]);
+        let drawn: std::collections::BTreeSet<u32> = (0..2_000).map(|n| seed.draw(n, 50)).collect();
+        assert_eq!(drawn.len(), 50);
+        assert_eq!(drawn.last(), Some(&49));
+    }
 }

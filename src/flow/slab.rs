@@ -78,7 +78,12 @@ impl<T: Copy> Slab<T> {
         at
     }
 
-    /// Removes a value that is in no list.
+    /// How many numbers were given out. Each but those of removed values has a value.
+    pub(super) fn used(&self) -> u32 {
+        self.used
+    }
+
+    /// Removes a value that is in no list. Who asks for its number still gets what it was.
     pub(super) fn free(&mut self, at: u32) {
         let free = self.free;
         self.slot_mut(at).next = free;

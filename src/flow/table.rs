@@ -9,7 +9,7 @@
 //! ```text
 //!   Outside {peer, client:port, moved:port}  ──►  entry  ◄──  Inside {client:port', delivery:port}
 //!                                                   │
-//!                        one of ten lists, oldest first, by protocol and state
+//!                   one of twelve lists of its peer, oldest first, by protocol and state
 //! ```
 //!
 //! Entries lie in a slab that grows by chunks; two hash indexes of slot numbers find them. Each
@@ -20,17 +20,20 @@
 //! Where both addresses are translated (`ipmoved nat`), the inner view has one address in place of
 //! every client's, and a port that is borrowed from a range ([`Masquerade`]); all else is the same.
 //!
-//! At the limit a new flow takes the place of an old one, in this order: closed and one-way flows,
-//! oldest first; idle flows without a connection; TCP connections idle for half an hour. If nothing
-//! qualifies the new flow is refused: a flood cannot take what is in use.
+//! At the limit a new flow takes the place of an old one ([`Stage`] says which), of the peer and
+//! the source that [`fairness`](super::fairness) chooses. If none qualifies the new flow is
+//! refused: a flood cannot take what others are using.
 
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hashbrown::HashTable;
 
-use crate::flow::class::{Class, EVICTION_ORDER, Seen, Side, Tier};
+use crate::flow::class::{ANY, Class, EVICTION_ORDER, RECENT, Seen, Side, Tier, UNCONFIRMED};
+use crate::flow::ended::Outbox;
+use crate::flow::fairness::{
+    Candidate, Holder, Limit, SAMPLE, SAMPLE_LEAD, Turn, most_dispensable, of_largest_holder,
+};
 use crate::flow::seed::Seed;
 use crate::flow::slab::{List, Slab};
 use crate::model::drops::DropReason;
@@ -38,15 +41,11 @@ use crate::model::moved::{TCP, UDP};
 use crate::model::peer::PeerId;
 use crate::packet::{Addr, Family, ICMP, ICMPV6};
 
-/// From this share of the limit on (3/4), no source may have more than its share
-/// ([`SOURCE_SHARE`]).
-const PRESSURE: (usize, usize) = (3, 4);
-/// Under pressure, one source (an IPv4 address, an IPv6 /64) may hold one in this many of the
-/// limit's flows as one-way and half-open ones: a quarter.
-pub const SOURCE_SHARE: usize = 4;
-/// Counters of the flows of one source, each shared by the sources that hash to it. They take 4 KiB
-/// a table, and two of some hundred busy sources seldom meet.
-const SOURCES: usize = 1024;
+/// Where one in so many of a peer's flows is unconfirmed, a flood makes space for itself. Below
+/// that they may all be clients that are just connecting.
+const FLOODED: u32 = 8;
+/// Entries drawn for a sample of [`SAMPLE`]: some are free, or another peer's.
+const DRAWS: usize = 4 * SAMPLE;
 
 /// List heads examined for one eviction, if they turn out to have been used meanwhile.
 const EVICT_TRIES: usize = 8;
@@ -58,11 +57,15 @@ const FIRST_PORT: u32 = 1024;
 /// Step from one port that is tried to the next. A prime that does not divide the range visits
 /// every port before any port twice.
 const PORT_STEP: u32 = 7919;
-
-/// Number of an address that the translator knows. It keeps keys small. No address is forgotten
-/// while the daemon runs.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct AddrId(pub u16);
+/// A source that has so many more of the ports that are tried than who asks gives one up first: a
+/// quarter.
+const PORT_SHARE: usize = PORT_TRIES as usize / 4;
+/// So many more make it give one up where nothing else does: a sixteenth, a thousand ports.
+const LAST_PORT_SHARE: usize = PORT_TRIES as usize / 16;
+/// Where ports run out, an established TCP connection unused for so long gives up its own. Each
+/// server port has 16,384 of them, and for half an hour ([`RECENT_TCP`](super::class::RECENT_TCP))
+/// nine handshakes a second would keep them.
+pub const RECENT_PORT: Duration = Duration::from_secs(300);
 
 /// A flow as the client sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -76,7 +79,7 @@ pub struct Outside {
     /// Its port, or the identifier of its queries; 0 for protocols without.
     pub client_port: u16,
     /// The moved address.
-    pub moved: AddrId,
+    pub moved: Addr,
     /// The port there; 0 for protocols without.
     pub moved_port: u16,
 }
@@ -91,7 +94,7 @@ pub struct Inside {
     /// Its port, or another one where two flows would be the same otherwise.
     pub client_port: u16,
     /// The delivery address.
-    pub delivery: AddrId,
+    pub delivery: Addr,
     /// The port there.
     pub delivery_port: u16,
 }
@@ -120,50 +123,6 @@ impl Masquerade {
     }
 }
 
-/// How many flows there may be, shared by the tables that share it.
-#[derive(Debug)]
-pub struct Limit {
-    max: usize,
-    live: AtomicUsize,
-}
-
-impl Limit {
-    /// At most `max` flows.
-    pub fn new(max: usize) -> Self {
-        Self {
-            max,
-            live: AtomicUsize::new(0),
-        }
-    }
-
-    /// The most there may be.
-    pub fn max(&self) -> usize {
-        self.max
-    }
-
-    /// How many there are.
-    pub fn live(&self) -> usize {
-        self.live.load(Relaxed)
-    }
-
-    fn is_pressed(&self) -> bool {
-        self.live() >= self.max / PRESSURE.1 * PRESSURE.0
-    }
-
-    /// Takes a place; false if there is none.
-    fn take(&self) -> bool {
-        if self.live.fetch_add(1, Relaxed) < self.max {
-            return true;
-        }
-        self.give_back();
-        false
-    }
-
-    fn give_back(&self) {
-        self.live.fetch_sub(1, Relaxed);
-    }
-}
-
 /// What a table did since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct FlowStats {
@@ -173,6 +132,8 @@ pub struct FlowStats {
     pub max: u64,
     /// Flows that had to go before their time.
     pub evicted: u64,
+    /// Those of them that were in use, of a source or peer that held more than others.
+    pub displaced: u64,
     /// Flows that got another client port, to tell them from one that was there.
     pub collisions: u64,
     /// New flows that were turned away.
@@ -187,13 +148,55 @@ pub struct FlowTable {
     slab: Slab<Entry>,
     outside: HashTable<u32>,
     inside: HashTable<u32>,
-    lists: [List; Class::COUNT],
-    /// One-way and half-open flows by source; empty until there is one.
-    sources: Vec<u32>,
+    /// By [`PeerId`].
+    peers: Vec<PeerFlows>,
+    /// The peer whose flows expire first next time.
+    expired: usize,
+    /// Entries drawn for samples.
+    drawn: u64,
+    /// Flows that ended, if anybody wants to know.
+    ended: Option<Outbox<Inside>>,
     live: usize,
     evicted: u64,
+    displaced: u64,
     collisions: u64,
     refused: u64,
+}
+
+/// The flows of one peer.
+#[derive(Clone, Copy)]
+struct PeerFlows {
+    lists: [List; Class::COUNT],
+    live: u32,
+    unconfirmed: u32,
+}
+
+impl PeerFlows {
+    const NONE: Self = Self {
+        lists: [List::EMPTY; Class::COUNT],
+        live: 0,
+        unconfirmed: 0,
+    };
+}
+
+/// How space is made for a new flow: the first way that finds a flow of the peer whose
+/// [`Turn`] it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Stage {
+    /// If it looks like a flood: a flow that was reset, else the oldest unconfirmed one.
+    Flood,
+    /// A flow of the source that holds most, whatever its age.
+    Holder,
+    /// A flow that nobody is using, in the order of eviction. Clients that are just connecting come
+    /// last.
+    Idle,
+    /// The flow that was unused for the longest time, if the new one is another peer's.
+    InUse,
+}
+
+impl Stage {
+    /// All, in order.
+    pub(super) const ALL: [Self; 4] = [Self::Flood, Self::Holder, Self::Idle, Self::InUse];
 }
 
 impl FlowTable {
@@ -206,10 +209,13 @@ impl FlowTable {
             slab: Slab::default(),
             outside: HashTable::new(),
             inside: HashTable::new(),
-            lists: [List::EMPTY; Class::COUNT],
-            sources: Vec::new(),
+            peers: Vec::new(),
+            expired: 0,
+            drawn: 0,
+            ended: None,
             live: 0,
             evicted: 0,
+            displaced: 0,
             collisions: 0,
             refused: 0,
         }
@@ -221,6 +227,16 @@ impl FlowTable {
             masquerade: Some(masquerade),
             ..Self::new(seed, epoch)
         }
+    }
+
+    /// From now on, keeps the inner views of flows that end, at most `room` until they are taken.
+    pub fn note_ended(&mut self, room: usize) {
+        self.ended = Some(Outbox::new(room));
+    }
+
+    /// Takes the flows that ended, in the order they did, and how many more found no room.
+    pub fn take_ended(&mut self) -> (Vec<Inside>, u64) {
+        self.ended.as_mut().map(Outbox::take).unwrap_or_default()
     }
 
     /// A packet from the client: finds its flow and notes the packet.
@@ -284,7 +300,7 @@ impl FlowTable {
         &mut self,
         now: Instant,
         key: &Outside,
-        delivery: AddrId,
+        delivery: Addr,
         delivery_port: u16,
         tcp_flags: u8,
         limit: &Limit,
@@ -299,23 +315,23 @@ impl FlowTable {
             delivery_port,
         };
         // Make space first: a flow that is evicted for it can no longer be in the way.
-        self.make_space(now, key.client, limit)?;
+        self.make_space(now, key.peer, key.client, limit)?;
         if let Some(masquerade) = &self.masquerade {
             let first = outside_hash(&masquerade.seed, key) as u32;
             let inside = Inside {
                 client: masquerade.of(key.client),
                 ..inside
             };
-            let Some(inside) = self.borrow_port(now, inside, first, limit) else {
-                limit.give_back();
+            let Some(inside) = self.borrow_port(now, key, inside, first, limit) else {
+                limit.give_back(key.peer);
                 self.refused += 1;
                 return Err(DropReason::PortsExhausted);
             };
             self.insert(now, key, &inside, Side::Client, tcp_flags);
             return Ok(inside);
         }
-        let Some((inside, collided)) = self.free_inside(now, inside, limit) else {
-            limit.give_back();
+        let Some((inside, collided)) = self.free_inside(now, key, inside, limit) else {
+            limit.give_back(key.peer);
             return Err(DropReason::FlowCollision);
         };
         self.collisions += u64::from(collided);
@@ -344,7 +360,7 @@ impl FlowTable {
             }
             self.remove(at, limit);
         }
-        self.make_space(now, inside.client, limit)?;
+        self.make_space(now, outside.peer, outside.client, limit)?;
         self.insert(now, outside, inside, Side::Application, tcp_flags);
         Ok(())
     }
@@ -355,18 +371,23 @@ impl FlowTable {
         let now = self.tick(now);
         let mut looked = 0;
         let mut removed = 0;
-        for class in Class::ALL {
-            let timeout = class.timeout();
-            while looked < budget {
-                let Some(at) = self.lists[class as usize].first() else {
-                    break;
-                };
+        let peers = self.peers.len();
+        let first = self.expired;
+        let turns = (0..peers).map(|step| (first + step) % peers);
+        // Another begins each time, so that nobody's flows use the budget up for good.
+        self.expired = (first + 1) % peers.max(1);
+        let lists = turns.flat_map(|peer| Class::ALL.iter().map(move |&class| (peer, class)));
+        'all: for (peer, class) in lists {
+            while let Some(at) = self.peers[peer].lists[class as usize].first() {
+                if looked == budget {
+                    break 'all;
+                }
                 let entry = self.slab.get(at);
                 if entry.is_expired(now) {
                     self.remove(at, limit);
                     removed += 1;
                 } else if entry.was_used_since_placed()
-                    && now.saturating_sub(entry.placed) > timeout / 4
+                    && now.saturating_sub(entry.placed) > class.timeout() / 4
                 {
                     self.unlink(at);
                     self.link(at, now);
@@ -379,10 +400,15 @@ impl FlowTable {
         removed
     }
 
-    /// Removes the most dispensable flow. Returns false if all are in use.
-    pub fn evict(&mut self, now: Instant, limit: &Limit) -> bool {
+    /// Makes space for a new flow in one way. Returns whether that found a flow to give up.
+    pub(super) fn evict(&mut self, now: Instant, stage: Stage, turn: &Turn, limit: &Limit) -> bool {
         let now = self.tick(now);
-        self.evict_one(now, limit)
+        self.evict_one(now, stage, turn, limit)
+    }
+
+    /// How many flows there are.
+    pub(super) fn live(&self) -> usize {
+        self.live
     }
 
     /// Counters of this table. `max` is 0 here: only the limit knows it.
@@ -391,6 +417,7 @@ impl FlowTable {
             live: self.live as u64,
             max: 0,
             evicted: self.evicted,
+            displaced: self.displaced,
             collisions: self.collisions,
             refused: self.refused,
         }
@@ -401,7 +428,7 @@ impl FlowTable {
         self.slab.allocated()
             + self.outside.allocation_size()
             + self.inside.allocation_size()
-            + self.sources.capacity() * size_of::<u32>()
+            + self.peers.capacity() * size_of::<PeerFlows>()
     }
 
     #[inline]
@@ -452,18 +479,18 @@ impl FlowTable {
         }
     }
 
-    /// Takes a place for one more flow of `client`, evicting another if need be.
-    fn make_space(&mut self, now: u32, client: Addr, limit: &Limit) -> Result<(), DropReason> {
-        let held = match self.sources.get(self.source(client)) {
-            Some(&held) => held as usize,
-            None => 0,
-        };
-        if limit.is_pressed() && held >= (limit.max() / SOURCE_SHARE).max(1) {
-            self.refused += 1;
-            return Err(DropReason::FlowTableFull);
-        }
-        while !limit.take() {
-            if !self.evict_one(now, limit) {
+    /// Takes a place for one more flow, evicting another if need be.
+    fn make_space(
+        &mut self,
+        now: u32,
+        peer: PeerId,
+        client: Addr,
+        limit: &Limit,
+    ) -> Result<(), DropReason> {
+        while !limit.take(peer) {
+            let turn = limit.turn(peer, client);
+            let mut stages = Stage::ALL.into_iter();
+            if !stages.any(|stage| self.evict_one(now, stage, &turn, limit)) {
                 self.refused += 1;
                 return Err(DropReason::FlowTableFull);
             }
@@ -472,37 +499,52 @@ impl FlowTable {
     }
 
     /// The inner view to use, and whether it differs from `wanted`.
-    fn free_inside(&mut self, now: u32, wanted: Inside, limit: &Limit) -> Option<(Inside, bool)> {
+    fn free_inside(
+        &mut self,
+        now: u32,
+        outside: &Outside,
+        wanted: Inside,
+        limit: &Limit,
+    ) -> Option<(Inside, bool)> {
         if self.is_free(now, &wanted, limit) {
             return Some((wanted, false));
         }
         if !has_ports(wanted.protocol) {
             return None;
         }
-        let span = u32::from(u16::MAX) + 1 - FIRST_PORT;
         let start = (inside_hash(&self.seed, &wanted) >> 32) as u32;
-        (0..PORT_TRIES)
-            .map(|index| Inside {
-                client_port: (FIRST_PORT + start.wrapping_add(index.wrapping_mul(PORT_STEP)) % span)
-                    as u16,
-                ..wanted
-            })
-            .find(|key| self.is_free(now, key, limit))
+        let others = (FIRST_PORT as u16)..=u16::MAX;
+        self.find_port(now, outside, wanted, others, start, limit)
             .map(|key| (key, true))
     }
 
-    /// The inner view with a port of the range that is free there. If all ports that are tried are
-    /// taken, the most dispensable of their flows gives up its own.
+    /// The inner view with a port of the range that is borrowed.
     fn borrow_port(
         &mut self,
         now: u32,
+        outside: &Outside,
         wanted: Inside,
         first: u32,
         limit: &Limit,
     ) -> Option<Inside> {
         let ports = self.masquerade.as_ref()?.ports.clone();
+        self.find_port(now, outside, wanted, ports, first, limit)
+    }
+
+    /// The inner view with a port of the range that is free there. If all ports that are tried are
+    /// taken, a flow gives up its own: one of the source that has a good part of them, or one that
+    /// nobody is using.
+    fn find_port(
+        &mut self,
+        now: u32,
+        outside: &Outside,
+        wanted: Inside,
+        ports: RangeInclusive<u16>,
+        first: u32,
+        limit: &Limit,
+    ) -> Option<Inside> {
         let span = u32::from(*ports.end()) - u32::from(*ports.start()) + 1;
-        let mut best: Option<(usize, u32, u32, Inside)> = None;
+        let mut taken = Vec::new();
         for index in 0..PORT_TRIES.min(span) {
             let offset = first.wrapping_add(index.wrapping_mul(PORT_STEP)) % span;
             let key = Inside {
@@ -515,18 +557,22 @@ impl FlowTable {
             let Some(at) = self.find_inside(&key) else {
                 continue;
             };
-            let entry = self.slab.get(at);
-            let idle = now.saturating_sub(entry.last_seen);
-            if let Some(tier) = entry.class.eviction_tier(idle)
-                && best.is_none_or(|(other, seen, ..)| (tier, entry.last_seen) < (other, seen))
-            {
-                best = Some((tier, entry.last_seen, at, key));
+            let mut one = self.candidate(at, now);
+            if now.saturating_sub(one.last_seen) >= RECENT_PORT.as_secs() as u32 {
+                one.tier = one.tier.or(Some(EVICTION_ORDER.len()));
             }
+            taken.push(one);
         }
-        let (_, _, at, key) = best?;
-        self.remove(at, limit);
-        self.evicted += 1;
-        Some(key)
+        let new = Holder::of(outside.peer, outside.client);
+        let gives_way = of_largest_holder(&mut taken, new, PORT_SHARE)
+            .or_else(|| most_dispensable(&taken))
+            .or_else(|| of_largest_holder(&mut taken, new, LAST_PORT_SHARE))?;
+        let freed = self.slab.get(gives_way.at).inside_port;
+        self.give_up(gives_way, limit);
+        Some(Inside {
+            client_port: freed,
+            ..wanted
+        })
     }
 
     fn is_free(&mut self, now: u32, key: &Inside, limit: &Limit) -> bool {
@@ -561,47 +607,110 @@ impl FlowTable {
     fn remove(&mut self, at: u32, limit: &Limit) {
         self.unlink(at);
         let entry = self.slab.get(at);
+        let seen_inside = inner(&self.masquerade, entry);
         let (outside, inside) = (
             outside_hash(&self.seed, &entry.outside()),
-            inside_hash(&self.seed, &inner(&self.masquerade, entry)),
+            inside_hash(&self.seed, &seen_inside),
         );
+        if let Some(ended) = &mut self.ended {
+            ended.put(seen_inside);
+        }
         for (index, hash) in [(&mut self.outside, outside), (&mut self.inside, inside)] {
             match index.find_entry(hash, |&other| other == at) {
                 Ok(found) => drop(found.remove()),
                 Err(_) => debug_assert!(false, "every entry is in both indexes"),
             }
         }
+        let entry = self.slab.get_mut(at);
+        entry.seen = Seen::default();
+        let peer = entry.peer;
         self.slab.free(at);
         self.live -= 1;
-        limit.give_back();
+        limit.give_back(peer);
     }
 
-    fn evict_one(&mut self, now: u32, limit: &Limit) -> bool {
-        let Some(at) = self.dispensable(now) else {
+    fn evict_one(&mut self, now: u32, stage: Stage, turn: &Turn, limit: &Limit) -> bool {
+        let Some(&peer) = self.peers.get(usize::from(turn.peer.0)) else {
             return false;
         };
-        self.remove(at, limit);
-        self.evicted += 1;
+        let found = match stage {
+            Stage::Flood if peer.unconfirmed < peer.live / FLOODED => None,
+            // Any flow that was reset will do, whether it was used meanwhile or not.
+            Stage::Flood => (peer.lists[Class::TcpReset as usize].first())
+                .or_else(|| self.least_recent(turn.peer, &UNCONFIRMED, now, 0)),
+            Stage::Holder => {
+                let mut sample = self.sample(turn.peer, now);
+                let found = of_largest_holder(&mut sample, turn.new, SAMPLE_LEAD);
+                return found.is_some_and(|found| {
+                    self.give_up(found, limit);
+                    true
+                });
+            }
+            Stage::Idle => {
+                let recent = RECENT.as_secs() as u32;
+                let [reset, unconfirmed, idle @ ..] = &EVICTION_ORDER;
+                (self.least_recent(turn.peer, reset, now, 0))
+                    .or_else(|| self.least_recent(turn.peer, unconfirmed, now, recent))
+                    .or_else(|| {
+                        let mut tiers = idle.iter();
+                        tiers.find_map(|tier| self.least_recent(turn.peer, tier, now, 0))
+                    })
+                    .or_else(|| self.least_recent(turn.peer, unconfirmed, now, 0))
+            }
+            Stage::InUse if !turn.is_guest => None,
+            Stage::InUse => self.least_recent(turn.peer, &ANY, now, 0),
+        };
+        let Some(at) = found else {
+            return false;
+        };
+        let found = self.candidate(at, now);
+        self.give_up(found, limit);
         true
     }
 
-    /// The flow to give up first.
-    fn dispensable(&mut self, now: u32) -> Option<u32> {
-        // Any flow that was reset will do, whether it was used meanwhile or not.
-        if let Some(reset) = self.lists[Class::TcpReset as usize].first() {
-            return Some(reset);
-        }
-        EVICTION_ORDER
-            .iter()
-            .find_map(|tier| self.least_recent(tier, now))
+    /// Removes a flow before its time.
+    fn give_up(&mut self, flow: Candidate, limit: &Limit) {
+        self.remove(flow.at, limit);
+        self.evicted += 1;
+        self.displaced += u64::from(flow.tier.is_none());
     }
 
-    /// The flow of this tier that was unused for the longest time, unless it is in use.
-    fn least_recent(&mut self, tier: &Tier, now: u32) -> Option<u32> {
+    fn candidate(&self, at: u32, now: u32) -> Candidate {
+        let entry = self.slab.get(at);
+        let idle = now.saturating_sub(entry.last_seen);
+        Candidate {
+            at,
+            holder: Holder::of(entry.peer, entry.client),
+            tier: entry.class.eviction_tier(idle),
+            last_seen: entry.last_seen,
+        }
+    }
+
+    /// Some flows of a peer, drawn at random.
+    fn sample(&mut self, peer: PeerId, now: u32) -> Vec<Candidate> {
+        let (seed, drawn, used) = (&self.seed, self.drawn, self.slab.used());
+        self.drawn = self.drawn.wrapping_add(DRAWS as u64);
+        let draws = (0..DRAWS as u64).map(|step| seed.draw(drawn.wrapping_add(step), used));
+        let mut some: Vec<u32> = draws
+            .filter(|&at| {
+                let entry = self.slab.get(at);
+                !entry.seen.is_nothing() && entry.peer == peer
+            })
+            .take(SAMPLE)
+            .collect();
+        some.sort_unstable();
+        some.dedup();
+        some.into_iter().map(|at| self.candidate(at, now)).collect()
+    }
+
+    /// The flow of a peer and tier that was unused for the longest time, if that is `idle` seconds
+    /// and as long as the tier says.
+    fn least_recent(&mut self, peer: PeerId, tier: &Tier, now: u32, idle: u32) -> Option<u32> {
         let mut best: Option<(u32, u32)> = None;
         for &class in tier.classes {
             for tries in 1.. {
-                let Some(at) = self.lists[class as usize].first() else {
+                let peer = &self.peers[usize::from(peer.0)];
+                let Some(at) = peer.lists[class as usize].first() else {
                     break;
                 };
                 let entry = self.slab.get(at);
@@ -616,37 +725,33 @@ impl FlowTable {
                 break;
             }
         }
-        best.filter(|(seen, _)| tier.lets_go(now.saturating_sub(*seen)))
+        let unused = |seen: u32| now.saturating_sub(seen);
+        best.filter(|&(seen, _)| unused(seen) >= idle && tier.lets_go(unused(seen)))
             .map(|(_, at)| at)
     }
 
-    /// Appends an entry to the list of its class.
+    /// Appends an entry to the list of its peer and class.
     fn link(&mut self, at: u32, now: u32) {
         let entry = self.slab.get_mut(at);
         entry.placed = now;
-        let class = entry.class;
-        self.slab.append(&mut self.lists[class as usize], at);
-        if class.is_one_way() {
-            let source = self.source(self.slab.get(at).client);
-            if self.sources.is_empty() {
-                self.sources.resize(SOURCES, 0);
-            }
-            self.sources[source] += 1;
+        let (class, peer) = (entry.class, usize::from(entry.peer.0));
+        if self.peers.len() <= peer {
+            self.peers.resize(peer + 1, PeerFlows::NONE);
         }
+        let peer = &mut self.peers[peer];
+        self.slab.append(&mut peer.lists[class as usize], at);
+        peer.live += 1;
+        peer.unconfirmed += u32::from(class.is_unconfirmed());
     }
 
-    /// Takes an entry out of the list of its class.
+    /// Takes an entry out of the list of its peer and class.
     fn unlink(&mut self, at: u32) {
-        let class = self.slab.get(at).class;
-        self.slab.unlink(&mut self.lists[class as usize], at);
-        if class.is_one_way() {
-            let source = self.source(self.slab.get(at).client);
-            self.sources[source] -= 1;
-        }
-    }
-
-    fn source(&self, client: Addr) -> usize {
-        self.seed.client(client.source()) as usize % SOURCES
+        let entry = self.slab.get(at);
+        let (class, peer) = (entry.class, usize::from(entry.peer.0));
+        let peer = &mut self.peers[peer];
+        self.slab.unlink(&mut peer.lists[class as usize], at);
+        peer.live -= 1;
+        peer.unconfirmed -= u32::from(class.is_unconfirmed());
     }
 }
 
@@ -677,18 +782,20 @@ fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
 }
 
-/// One flow. 52 bytes with its links; with both indexes about 73 at a million flows. (In a cache
-/// line of its own it is found no faster: a cold lookup waits for the page tables.)
+/// One flow. 80 bytes with its links; with both indexes about 101 at a million flows. (In a cache
+/// line of its own it is found no faster: a cold lookup waits for the page tables.) It has whole
+/// addresses, and no numbers that stand for them: numbers run out, or are given out again while a
+/// flow still has them, and one peer decides how soon.
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     client: Addr,
+    moved: Addr,
+    delivery: Addr,
     client_port: u16,
     moved_port: u16,
     inside_port: u16,
     delivery_port: u16,
     peer: PeerId,
-    moved: AddrId,
-    delivery: AddrId,
     protocol: u8,
     class: Class,
     seen: Seen,
@@ -757,26 +864,23 @@ impl Entry {
 
 #[inline]
 fn outside_hash(seed: &Seed, key: &Outside) -> u64 {
-    let ports = u64::from(key.client_port)
-        | u64::from(key.moved_port) << 16
-        | u64::from(key.moved.0) << 32
-        | u64::from(key.peer.0) << 48;
-    seed.flow(key.client, ports, key.protocol)
+    let ports =
+        u64::from(key.client_port) | u64::from(key.moved_port) << 16 | u64::from(key.peer.0) << 32;
+    seed.flow([key.client, key.moved], ports, key.protocol)
 }
 
 #[inline]
 fn inside_hash(seed: &Seed, key: &Inside) -> u64 {
-    let ports = u64::from(key.client_port)
-        | u64::from(key.delivery_port) << 16
-        | u64::from(key.delivery.0) << 32;
-    seed.flow(key.client, ports, key.protocol)
+    let ports = u64::from(key.client_port) | u64::from(key.delivery_port) << 16;
+    seed.flow([key.client, key.delivery], ports, key.protocol)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::flow::class::{
-        ICMP_QUERY, OTHER, RECENT_TCP, TCP_ESTABLISHED, TCP_OPENING, UDP_BOTH_WAYS, UDP_ONE_WAY,
+        ICMP_QUERY, OTHER, RECENT_TCP, TCP_ESTABLISHED, TCP_HALF_CLOSED, TCP_OPENING,
+        UDP_BOTH_WAYS, UDP_ONE_WAY,
     };
     use crate::flow::slab::slot_size;
     use crate::packet::{ACK, FIN, RST, SYN};
@@ -787,8 +891,8 @@ mod tests {
     use std::time::Duration;
 
     const PEER: PeerId = PeerId(3);
-    const MOVED: AddrId = AddrId(0);
-    const DELIVERY: AddrId = AddrId(1);
+    const MOVED: u8 = 0;
+    const DELIVERY: u8 = 1;
     const SYN_ACK: u8 = SYN | ACK;
 
     struct Bed {
@@ -817,7 +921,7 @@ mod tests {
                 None => {
                     let (now, limit) = (self.now, &self.limit);
                     self.table
-                        .open(now, key, DELIVERY, key.moved_port, flags, limit)
+                        .open(now, key, ours(DELIVERY), key.moved_port, flags, limit)
                 }
             }
         }
@@ -834,6 +938,13 @@ mod tests {
             self.client_sends(key, ACK).unwrap()
         }
 
+        /// A conversation without TCP: there, back, and there again.
+        fn converse(&mut self, key: &Outside) -> Inside {
+            let inside = self.client_sends(key, 0).unwrap();
+            self.application_sends(&inside, 0).unwrap();
+            self.client_sends(key, 0).unwrap()
+        }
+
         fn expire(&mut self) {
             self.table.expire(self.now, usize::MAX, &self.limit);
         }
@@ -843,13 +954,17 @@ mod tests {
         }
     }
 
+    fn ours(n: u8) -> Addr {
+        Ipv4Addr::new(192, 0, 2, n).into()
+    }
+
     fn key(protocol: u8, client: u32, port: u16) -> Outside {
         Outside {
             peer: PEER,
             protocol,
             client: Ipv4Addr::from(client).into(),
             client_port: port,
-            moved: MOVED,
+            moved: ours(MOVED),
             moved_port: 80,
         }
     }
@@ -863,7 +978,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_small() {
-        assert_eq!(slot_size::<Entry>(), 52);
+        assert_eq!(slot_size::<Entry>(), 80);
     }
 
     #[test]
@@ -887,11 +1002,13 @@ mod tests {
             "a forged SYN changes nothing"
         );
         bed.client_sends(&k, FIN | ACK).unwrap();
-        assert_eq!(
-            class(&bed, &k),
-            Class::TcpEstablished,
-            "half-closed may last"
-        );
+        assert_eq!(class(&bed, &k), Class::TcpHalfClosed);
+        bed.wait(TCP_HALF_CLOSED - Duration::from_secs(1));
+        bed.expire();
+        bed.application_sends(&inside, ACK).unwrap();
+        bed.wait(TCP_HALF_CLOSED - Duration::from_secs(1));
+        bed.expire();
+        assert!(bed.knows(&k), "data still flows");
         bed.application_sends(&inside, FIN | ACK).unwrap();
         assert_eq!(class(&bed, &k), Class::TcpClosing);
         bed.client_sends(&k, SYN).unwrap();
@@ -944,7 +1061,7 @@ mod tests {
         let mut bed = Bed::new(10);
         let first = key(TCP, 1, 4000);
         let second = Outside {
-            moved: AddrId(7),
+            moved: ours(7),
             ..first
         };
         let a = bed.connect(&first);
@@ -961,7 +1078,7 @@ mod tests {
         };
         bed.client_sends(&gre, 0).unwrap();
         let other = Outside {
-            moved: AddrId(7),
+            moved: ours(7),
             ..gre
         };
         assert_eq!(bed.client_sends(&other, 0), Err(DropReason::FlowCollision));
@@ -981,10 +1098,11 @@ mod tests {
             bed.connect(key);
         }
         let udp = key(UDP, 0x0a00_0001, 53);
-        let inside = bed.client_sends(&udp, 0).unwrap();
-        bed.application_sends(&inside, 0).unwrap();
+        bed.converse(&udp);
         for source in 0..200_000 {
-            let syn = key(TCP, 0x2000_0000 + source * 977, 1);
+            // Forged sources, all of which are answered.
+            let protocol = [TCP, UDP, ICMP][source as usize % 3];
+            let syn = key(protocol, 0x2000_0000 + source * 977, 1);
             let inside = bed.client_sends(&syn, SYN).unwrap();
             bed.application_sends(&inside, SYN_ACK).unwrap();
         }
@@ -997,7 +1115,7 @@ mod tests {
     #[test]
     fn what_is_used_stays_and_the_new_is_refused() {
         let mut bed = Bed::new(100);
-        let live: Vec<_> = (0..100).map(|port| key(TCP, 1, port)).collect();
+        let live: Vec<_> = (0..100).map(|n| key(TCP, 0x0a00_0000 + n, 1)).collect();
         for key in &live {
             bed.connect(key);
         }
@@ -1013,17 +1131,136 @@ mod tests {
         assert!(!bed.knows(&live[0]) && bed.knows(&live[1]));
     }
 
+    /// A thousand flows of one source, all answered and used this moment, and clients that come.
     #[test]
     fn one_source_cannot_have_it_all() {
-        let mut bed = Bed::new(1000);
-        let mut taken = 0;
-        for port in 0..2000 {
-            taken += usize::from(bed.client_sends(&key(UDP, 1, port), 0).is_ok());
+        type Fill = fn(&mut Bed, u16);
+        let fills: [(&str, Fill); 4] = [
+            ("one-way", |bed, port| {
+                bed.client_sends(&key(UDP, 1, port), 0).unwrap();
+            }),
+            ("established", |bed, port| {
+                bed.connect(&key(TCP, 1, port));
+            }),
+            ("half-closed", |bed, port| {
+                let inside = bed.connect(&key(TCP, 1, port));
+                bed.application_sends(&inside, FIN | ACK).unwrap();
+            }),
+            ("conversations", |bed, port| {
+                bed.converse(&key(UDP, 1, port));
+            }),
+        ];
+        for (what, fill) in fills {
+            let mut bed = Bed::new(1000);
+            (0..1000).for_each(|port| fill(&mut bed, port));
+            let mine = |bed: &Bed| {
+                let of_one = |port| bed.knows(&key(TCP, 1, port)) || bed.knows(&key(UDP, 1, port));
+                (0..1000).filter(|&port| of_one(port)).count()
+            };
+            assert_eq!(mine(&bed), 1000, "{what}: nobody else wants the space");
+            let others: Vec<_> = (0..500).map(|n| key(TCP, 0x0a00_0000 + n, 7)).collect();
+            for key in &others {
+                bed.connect(key);
+            }
+            assert_eq!(mine(&bed), 500, "{what}");
+            assert!(others.iter().all(|key| bed.knows(key)), "{what}");
+            // More of its own displace nobody else.
+            for port in 1000..2000 {
+                let _ = bed.client_sends(&key(UDP, 1, port), 0);
+            }
+            assert!(others.iter().all(|key| bed.knows(key)), "{what}");
+            assert!(bed.limit.live() <= 1000, "{what}");
         }
-        // Unhindered until the table is three quarters full.
-        assert_eq!(taken, 750);
-        assert_eq!(bed.table.stats().refused, 1250);
-        assert!(bed.client_sends(&key(UDP, 2, 1), 0).is_ok());
+    }
+
+    #[test]
+    fn half_closed_connections_give_way() {
+        let mut bed = Bed::new(100);
+        for n in 0..100 {
+            let inside = bed.connect(&key(TCP, 0x0a00_0000 + n, 1));
+            if n < 50 {
+                bed.application_sends(&inside, FIN | ACK).unwrap();
+            }
+        }
+        let new = |n: u32| key(TCP, 0x0b00_0000 + n, 1);
+        assert_eq!(
+            bed.client_sends(&new(0), SYN),
+            Err(DropReason::FlowTableFull)
+        );
+        bed.wait(RECENT);
+        for n in 0..50 {
+            bed.connect(&new(n));
+        }
+        assert_eq!(
+            bed.client_sends(&new(50), SYN),
+            Err(DropReason::FlowTableFull)
+        );
+        let open = |n: u32| bed.knows(&key(TCP, 0x0a00_0000 + n, 1));
+        assert_eq!((0..100u32).filter(|&n| open(n)).count(), 50);
+        assert!((50..100).all(open));
+    }
+
+    #[test]
+    fn a_peer_keeps_its_part_whatever_another_sends() {
+        let mut bed = Bed::new(1000);
+        let of = |peer, key: Outside| Outside {
+            peer: PeerId(peer),
+            ..key
+        };
+        let held: Vec<_> = (0..400)
+            .map(|n| of(2, key(TCP, 0x0a00_0000 + n, 1)))
+            .collect();
+        for key in &held {
+            bed.connect(key);
+        }
+        // From as many sources as it likes, of which it says that they go on.
+        for n in 0..5_000 {
+            let busy = [
+                of(1, key(TCP, 0x2000_0000 + n, 1)),
+                of(1, key(UDP, 0x0a00_0000 + n % 400, n as u16)),
+            ];
+            for key in busy {
+                for flags in [SYN, ACK] {
+                    if let Ok(inside) = bed.client_sends(&key, flags) {
+                        bed.application_sends(&inside, SYN_ACK).unwrap();
+                    }
+                }
+            }
+        }
+        assert!(held.iter().all(|key| bed.knows(key)));
+        // And it keeps none of the other's new ones out.
+        let more: Vec<_> = (0..100)
+            .map(|n| of(2, key(TCP, 0x0a01_0000 + n, 1)))
+            .collect();
+        for key in &more {
+            bed.connect(key);
+        }
+        assert!(held.iter().chain(&more).all(|key| bed.knows(key)));
+        assert_eq!(bed.limit.live(), 1000);
+    }
+
+    #[test]
+    fn a_client_of_one_peer_has_ports_whatever_another_says_it_uses() {
+        let mut bed = Bed::new(100_000);
+        let of = |peer, port| Outside {
+            peer: PeerId(peer),
+            moved: ours(peer as u8),
+            ..key(UDP, 1, port)
+        };
+        for port in 0..=u16::MAX {
+            let inside = bed.client_sends(&of(1, port), 0);
+            bed.application_sends(&inside.unwrap(), 0).unwrap();
+            bed.client_sends(&of(1, port), 0).unwrap();
+        }
+        for port in 5_000..5_100 {
+            bed.converse(&of(2, port));
+        }
+        // One client that uses every port at two addresses of one peer is told so.
+        let full = Outside {
+            moved: ours(9),
+            ..of(1, 77)
+        };
+        assert_eq!(bed.client_sends(&full, 0), Err(DropReason::FlowCollision));
     }
 
     #[test]
@@ -1034,7 +1271,7 @@ mod tests {
             protocol: TCP,
             client: outside.client,
             client_port: 4000,
-            delivery: DELIVERY,
+            delivery: ours(DELIVERY),
             delivery_port: 80,
         };
         let (now, limit) = (bed.now, &bed.limit);
@@ -1079,6 +1316,47 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever peers and sources do, the limit holds, and a new flow never costs another peer
+        /// what is within its part.
+        #[test]
+        fn no_peer_loses_its_part_to_another(
+            steps in prop::collection::vec(
+                (0u16..4, 0u32..6, 0u16..40, 0u8..3, 0u16..4),
+                1..300,
+            ),
+        ) {
+            const MAX: usize = 60;
+            const PEERS: u16 = 4;
+            let mut bed = Bed::new(MAX);
+            let held = |bed: &Bed| [0, 1, 2, 3].map(|peer| bed.limit.of_peer(PeerId(peer)));
+            for (peer, source, port, packets, pause) in steps {
+                // Nothing times out, but much of it goes unused for a while.
+                bed.wait(Duration::from_millis(u64::from(pause) * 100));
+                let key = Outside {
+                    peer: PeerId(peer),
+                    moved: ours(peer as u8),
+                    ..key(UDP, source, port)
+                };
+                let (before, was_there) = (held(&bed), bed.knows(&key));
+                if let Ok(inside) = bed.client_sends(&key, 0) {
+                    for _ in 0..packets {
+                        bed.application_sends(&inside, 0).unwrap();
+                        bed.client_sends(&key, 0).unwrap();
+                    }
+                }
+                let after = held(&bed);
+                prop_assert!(bed.limit.live() <= MAX);
+                prop_assert_eq!(after.iter().sum::<usize>(), bed.limit.live());
+                prop_assert_eq!(bed.table.live, bed.limit.live());
+                let is_holder = |other: &u16| *other == peer || before[usize::from(*other)] > 0;
+                let part = MAX / (0..PEERS).filter(is_holder).count();
+                for other in (0..PEERS).filter(|&other| other != peer).map(usize::from) {
+                    let kept = before[other] == after[other];
+                    prop_assert!(kept || (before[other] > part && !was_there));
+                }
+            }
+        }
+
         #[test]
         fn behaves_as_a_naive_table(steps in steps()) {
             // UDP, where the rules are few: what was seen when, and in both directions or not.
@@ -1093,7 +1371,7 @@ mod tests {
                 match step {
                     Step::Client(client, port, moved) => {
                         let key = Outside {
-                            moved: AddrId(moved.into()),
+                            moved: ours(moved),
                             ..key(UDP, client.into(), port.into())
                         };
                         let inside = bed.client_sends(&key, 0).unwrap();

@@ -16,17 +16,21 @@
 //! client chooses those for each destination, so that two of them could meet (RFC 6864 section
 //! 5.2).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use crate::flow::class::UDP_BOTH_WAYS;
+use crate::flow::ended::{ENDED_ROOM, HostFlow};
+use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
-use crate::flow::routes::{Delivery, Moved, RouteError, Routes};
+use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
-use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -34,6 +38,18 @@ use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
 /// Most shards of the flow table: more than any machine has lanes.
 const MAX_SHARDS: usize = 256;
+
+/// So long after the start, an application's packet without TCP may continue a flow that was there
+/// before it. No flow of UDP is remembered for longer without a packet ([`UDP_BOTH_WAYS`]), so
+/// after that time it continues nothing. What it costs: an application that pushes to a client that
+/// has been silent for longer (or whose flow gave way to others) is not heard until that client
+/// speaks again, as behind any address translation. What it keeps out: datagrams that some program
+/// of this host sends to the TUN by itself, which would make a conversation with whomever it likes.
+/// TCP needs no such bound, since what begins a connection never makes a flow.
+const REOPEN_FOR: Duration = UDP_BOTH_WAYS;
+
+/// New flows that make space before it is looked again which shard is the fullest.
+const TURNS: usize = 64;
 
 /// How the new server's translator is made.
 #[derive(Clone, Copy, Debug)]
@@ -44,21 +60,28 @@ pub struct TranslatorConfig {
     pub max_flows: usize,
     /// Two random words.
     pub seed: [u64; 2],
-    /// A time not later than any `now` that follows.
+    /// The start: a time not later than any `now` that follows.
     pub epoch: Instant,
+    /// Whether somebody takes the flows that ended ([`Translator::take_ended`]).
+    pub note_ended: bool,
 }
 
 /// The new server's rewriting. Shared by the lanes. A lane locks the shard of the packet's client
 /// and nothing else, and only while it looks the flow up.
 pub struct Translator {
     seed: Seed,
+    start: Instant,
     limit: Limit,
     shards: Box<[Shard]>,
+    /// New flows that found no space.
+    turns: AtomicUsize,
+    /// The shard that had most flows when it was last looked.
+    fullest: AtomicUsize,
     routes: ArcSwap<Routes>,
     /// Held while routes are replaced.
     changing: Mutex<()>,
-    inbound_fragments: Mutex<FragmentCache<AddrId>>,
-    outbound_fragments: Mutex<FragmentCache<(PeerId, AddrId)>>,
+    inbound_fragments: Mutex<FragmentCache<Addr>>,
+    outbound_fragments: Mutex<FragmentCache<(PeerId, Addr)>>,
 }
 
 /// A table in cache lines of its own.
@@ -72,10 +95,19 @@ impl Translator {
         let shards = config.shards.clamp(1, MAX_SHARDS).next_power_of_two();
         Self {
             seed,
+            start: config.epoch,
             limit: Limit::new(config.max_flows),
             shards: (0..shards)
-                .map(|_| Shard(Mutex::new(FlowTable::new(seed, config.epoch))))
+                .map(|_| {
+                    let mut table = FlowTable::new(seed, config.epoch);
+                    if config.note_ended {
+                        table.note_ended(ENDED_ROOM / shards);
+                    }
+                    Shard(Mutex::new(table))
+                })
                 .collect(),
+            turns: AtomicUsize::new(0),
+            fullest: AtomicUsize::new(0),
             routes: ArcSwap::default(),
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
@@ -85,33 +117,20 @@ impl Translator {
 
     /// Sets what `peer` has moved, in place of what it had moved before. Packets of what is no
     /// longer moved are dropped at once; its flows are forgotten in their own time.
-    ///
-    /// # Errors
-    /// [`RouteError`]; nothing is changed then.
-    pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) -> Result<(), RouteError> {
-        self.change(|routes| routes.peer_mut(peer).moves = moves)
+    pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) {
+        self.change(|routes| routes.peer_mut(peer).moves = moves);
     }
 
     /// Sets where the packets of `peer` are delivered. Flows that are under way stay where they
     /// are.
-    ///
-    /// # Errors
-    /// [`RouteError`]; nothing is changed then.
-    pub fn set_delivery(&self, peer: PeerId, delivery: Delivery) -> Result<(), RouteError> {
-        for map in &delivery.ports {
-            if map.moved.is_ipv4() != map.to.is_ipv4() {
-                return Err(RouteError::Families(map.moved, map.to));
-            }
-        }
-        self.change(|routes| routes.peer_mut(peer).delivery = delivery)
+    pub fn set_delivery(&self, peer: PeerId, delivery: Delivery) {
+        self.change(|routes| routes.peer_mut(peer).delivery = delivery);
     }
 
     /// Sets this host's own addresses, which no client may claim.
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
-        let mut own: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();
-        own.sort_unstable();
-        // It names no new address, so it cannot fail.
-        let _ = self.change(|routes| routes.own = own);
+        let host = own.iter().map(|&addr| addr.into()).collect();
+        self.change(|routes| routes.host = host);
     }
 
     /// Translates a packet that came from `peer`'s client: destination from the moved address to
@@ -132,12 +151,11 @@ impl Translator {
     ) -> Result<(), DropReason> {
         let routes = self.routes.load();
         let moved = routes
-            .peers
-            .get(usize::from(peer.0))
+            .peer(peer)
             .and_then(|routes| routes.moved(parsed.dst(bytes)))
             .ok_or(DropReason::NotMoved)?;
         if parsed.fragment() == Fragment::Later {
-            return self.inbound_later_fragment(now, &routes, moved, bytes, parsed);
+            return self.inbound_later_fragment(now, &routes, peer, moved, bytes, parsed);
         }
         if parsed.kind() == Kind::IcmpError {
             return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
@@ -150,7 +168,7 @@ impl Translator {
             protocol: parsed.protocol(),
             client: parsed.src(bytes),
             client_port: parsed.src_port(),
-            moved: moved.id,
+            moved: moved.addr,
             moved_port: parsed.dst_port(),
         };
         let flags = parsed.tcp_flags();
@@ -163,10 +181,11 @@ impl Translator {
             None => self.open(now, &routes, moved, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
-            lock(&self.inbound_fragments).remember(now, &self.seed, parsed, bytes, inside.delivery);
+            let mut cache = lock(&self.inbound_fragments);
+            cache.remember_of(peer, now, &self.seed, parsed, bytes, inside.delivery);
         }
         if inside.delivery != key.moved {
-            parsed.set_dst(bytes, routes.addr(inside.delivery), partial);
+            parsed.set_dst(bytes, inside.delivery, partial);
         }
         if inside.delivery_port != key.moved_port {
             parsed.set_dst_port(bytes, inside.delivery_port, partial);
@@ -181,7 +200,8 @@ impl Translator {
     /// address back to the moved one. Returns the peer that it goes through.
     ///
     /// A packet of an unknown flow continues that flow if only one is possible. So an application
-    /// that keeps sending is heard again after a restart of the daemon.
+    /// that keeps sending is heard again after a restart of the daemon: with TCP at any time, else
+    /// for some minutes after the start.
     ///
     /// # Errors
     /// Why to drop the packet, which may be rewritten in part then.
@@ -192,16 +212,15 @@ impl Translator {
         parsed: &mut Parsed,
         partial: bool,
     ) -> Result<PeerId, DropReason> {
-        let routes = self.routes.load();
         if parsed.kind() == Kind::IcmpError {
-            return self.outbound_error(&routes, bytes, parsed, partial);
+            return self.outbound_error(bytes, parsed, partial);
         }
-        let delivery = routes.id(parsed.src(bytes)).ok_or(DropReason::NoFlow)?;
+        let delivery = parsed.src(bytes);
         if parsed.fragment() == Fragment::Later {
             let (peer, moved) = lock(&self.outbound_fragments)
                 .recall(now, &self.seed, parsed, bytes)
                 .ok_or(DropReason::FragmentUnknown)?;
-            parsed.set_src(bytes, routes.addr(moved), partial);
+            parsed.set_src(bytes, moved, partial);
             return Ok(peer);
         }
         let key = Inside {
@@ -218,14 +237,15 @@ impl Translator {
         };
         let outside = match found {
             Some(outside) => outside,
-            None => self.reopen(now, &routes, &key, parsed)?,
+            None => self.reopen(now, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
             let value = (outside.peer, outside.moved);
-            lock(&self.outbound_fragments).remember(now, &self.seed, parsed, bytes, value);
+            let mut cache = lock(&self.outbound_fragments);
+            cache.remember_of(outside.peer, now, &self.seed, parsed, bytes, value);
         }
         if outside.moved != delivery {
-            parsed.set_src(bytes, routes.addr(outside.moved), partial);
+            parsed.set_src(bytes, outside.moved, partial);
         }
         if outside.moved_port != key.delivery_port {
             parsed.set_src_port(bytes, outside.moved_port, partial);
@@ -245,6 +265,38 @@ impl Translator {
             .sum()
     }
 
+    /// Appends the flows that ended since the last time and have not begun again. Returns how many
+    /// more there were: if any, everything that is kept of flows is to be looked at with
+    /// [`knows`](Self::knows). Call it every second.
+    ///
+    /// A flow may begin again right after.
+    pub fn take_ended(&self, out: &mut Vec<HostFlow>) -> u64 {
+        let mut lost = 0;
+        for shard in &self.shards {
+            let (ended, more) = lock(&shard.0).take_ended();
+            let flows = ended.into_iter().map(|flow| HostFlow {
+                protocol: flow.protocol,
+                local: SocketAddr::new(flow.delivery.into(), flow.delivery_port),
+                remote: SocketAddr::new(flow.client.into(), flow.client_port),
+            });
+            out.extend(flows.filter(|flow| !self.knows(flow)));
+            lost += more;
+        }
+        lost
+    }
+
+    /// Whether there is such a flow.
+    pub fn knows(&self, flow: &HostFlow) -> bool {
+        let key = Inside {
+            protocol: flow.protocol,
+            client: flow.remote.ip().into(),
+            client_port: flow.remote.port(),
+            delivery: flow.local.ip().into(),
+            delivery_port: flow.local.port(),
+        };
+        self.table(key.client).peek_inside(&key).is_some()
+    }
+
     /// Counters of all flows.
     pub fn stats(&self) -> FlowStats {
         let mut all = FlowStats {
@@ -255,6 +307,7 @@ impl Translator {
             let stats = lock(&shard.0).stats();
             all.live += stats.live;
             all.evicted += stats.evicted;
+            all.displaced += stats.displaced;
             all.collisions += stats.collisions;
             all.refused += stats.refused;
         }
@@ -274,23 +327,24 @@ impl Translator {
         &self,
         now: Instant,
         routes: &Routes,
+        peer: PeerId,
         moved: &Moved,
         bytes: &mut [u8],
         parsed: &Parsed,
     ) -> Result<(), DropReason> {
-        let known = lock(&self.inbound_fragments).recall(now, &self.seed, parsed, bytes);
+        let known = lock(&self.inbound_fragments).recall_of(peer, now, &self.seed, parsed, bytes);
         let delivery = match known {
             Some(delivery) => delivery,
             // Every packet of the address goes to one place, so the first fragment is not needed.
             None if moved.is_whole && moved.ports.is_empty() => {
-                if routes.is_own(parsed.src(bytes)) {
+                if routes.is_own(peer, parsed.src(bytes)) {
                     return Err(DropReason::BadSource);
                 }
                 moved.delivery.ok_or(DropReason::NoDelivery)?
             }
             None => return Err(DropReason::FragmentUnknown),
         };
-        parsed.set_dst(bytes, routes.addr(delivery), false);
+        parsed.set_dst(bytes, delivery, false);
         Ok(())
     }
 
@@ -308,7 +362,7 @@ impl Translator {
         if quoted.src(bytes) != parsed.dst(bytes) {
             return Err(DropReason::IcmpUnrelated);
         }
-        if routes.is_own(parsed.src(bytes)) {
+        if routes.is_own(peer, parsed.src(bytes)) {
             return Err(DropReason::BadSource);
         }
         let key = Outside {
@@ -316,14 +370,14 @@ impl Translator {
             protocol: quoted.protocol(),
             client: quoted.dst(bytes),
             client_port: quoted.dst_port(),
-            moved: moved.id,
+            moved: moved.addr,
             moved_port: quoted.src_port(),
         };
         let inside = self
             .table(key.client)
             .peek_outside(&key)
             .ok_or(DropReason::IcmpUnrelated)?;
-        let delivery = routes.addr(inside.delivery);
+        let delivery = inside.delivery;
         parsed.set_dst(bytes, delivery, partial);
         let change = Rewrite {
             src: Some(delivery),
@@ -340,7 +394,6 @@ impl Translator {
     /// other.
     fn outbound_error(
         &self,
-        routes: &Routes,
         bytes: &mut [u8],
         parsed: &Parsed,
         partial: bool,
@@ -354,16 +407,14 @@ impl Translator {
             protocol: quoted.protocol(),
             client,
             client_port: quoted.src_port(),
-            delivery: routes
-                .id(quoted.dst(bytes))
-                .ok_or(DropReason::IcmpUnrelated)?,
+            delivery: quoted.dst(bytes),
             delivery_port: quoted.dst_port(),
         };
         let outside = self
             .table(client)
             .peek_inside(&key)
             .ok_or(DropReason::IcmpUnrelated)?;
-        let moved = routes.addr(outside.moved);
+        let moved = outside.moved;
         parsed.set_src(bytes, moved, partial);
         let change = Rewrite {
             src: None,
@@ -385,7 +436,7 @@ impl Translator {
         key: &Outside,
         parsed: &Parsed,
     ) -> Result<Inside, DropReason> {
-        if routes.is_own(key.client) {
+        if routes.is_own(key.peer, key.client) {
             return Err(DropReason::BadSource);
         }
         // It replies to a query that nobody here sent.
@@ -402,21 +453,14 @@ impl Translator {
                 None => table.open(now, key, delivery, port, flags, &self.limit),
             }
         };
-        match try_open() {
-            Err(DropReason::FlowTableFull) if self.evict_elsewhere(now, key.client) => try_open(),
-            outcome => outcome,
-        }
+        self.make_space(now, key.peer, key.client);
+        try_open()
     }
 
     /// Continues a flow with the application's packet, if only one is possible.
     #[cold]
-    fn reopen(
-        &self,
-        now: Instant,
-        routes: &Routes,
-        key: &Inside,
-        parsed: &Parsed,
-    ) -> Result<Outside, DropReason> {
+    fn reopen(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, DropReason> {
+        let routes = self.routes.load();
         let flags = parsed.tcp_flags();
         let begins = match parsed.kind() {
             Kind::Tcp => flags & (SYN | ACK) == SYN,
@@ -425,14 +469,14 @@ impl Translator {
                 false
             }
         };
-        if begins || routes.is_own(key.client) {
+        let is_late = now.saturating_duration_since(self.start) >= REOPEN_FOR;
+        if begins || (is_late && parsed.kind() != Kind::Tcp) || !routes.is_delivery(key.delivery) {
             return Err(DropReason::NoFlow);
         }
-        let mut origins =
-            routes.origins(key.protocol, parsed.kind(), key.delivery, key.delivery_port);
-        let (Some((peer, moved, moved_port)), None) = (origins.next(), origins.next()) else {
-            return Err(DropReason::NoFlow);
-        };
+        let (peer, moved, moved_port) = routes
+            .origin(key.protocol, parsed.kind(), key.delivery, key.delivery_port)
+            .filter(|&(peer, ..)| !routes.is_own(peer, key.client))
+            .ok_or(DropReason::NoFlow)?;
         let outside = Outside {
             peer,
             protocol: key.protocol,
@@ -441,6 +485,7 @@ impl Translator {
             moved,
             moved_port,
         };
+        self.make_space(now, peer, key.client);
         let mut table = self.table(key.client);
         match table.application_packet(now, key, flags, &self.limit) {
             Some(outside) => Ok(outside),
@@ -450,17 +495,39 @@ impl Translator {
         }
     }
 
-    /// Evicts a flow from another shard than `client`'s, of those that are not busy.
-    fn evict_elsewhere(&self, now: Instant, client: Addr) -> bool {
-        if self.limit.live() < self.limit.max() {
-            // There is space: one source had its share.
-            return false;
+    /// If there is no space for a new flow, evicts one. Nothing is locked but the shard that is
+    /// looked at.
+    ///
+    /// A source that holds much has all of it in one shard, so the fullest shard is asked first for
+    /// floods and large holders. What nobody is using is first sought where the new flow will be.
+    fn make_space(&self, now: Instant, peer: PeerId, client: Addr) {
+        if !self.limit.is_full() {
+            return;
+        }
+        let turn = self.limit.turn(peer, client);
+        let evict =
+            |shard: usize, stage| lock(&self.shards[shard].0).evict(now, stage, &turn, &self.limit);
+        let fullest = self.fullest();
+        if [Stage::Flood, Stage::Holder]
+            .into_iter()
+            .any(|stage| evict(fullest, stage))
+        {
+            return;
         }
         let own = self.shard(client);
-        let others = (1..self.shards.len()).map(|step| (own + step) % self.shards.len());
-        others
-            .filter_map(|index| self.shards[index].0.try_lock().ok())
-            .any(|mut table| table.evict(now, &self.limit))
+        let all = || (0..self.shards.len()).map(|step| (own + step) % self.shards.len());
+        let _ = all().any(|shard| evict(shard, Stage::Idle))
+            || (turn.is_guest && all().any(|shard| evict(shard, Stage::InUse)));
+    }
+
+    /// The shard with most flows, as of a moment ago.
+    fn fullest(&self) -> usize {
+        if self.turns.fetch_add(1, Relaxed).is_multiple_of(TURNS) {
+            let live = |&shard: &usize| lock(&self.shards[shard].0).live();
+            let fullest = (0..self.shards.len()).max_by_key(live);
+            self.fullest.store(fullest.unwrap_or(0), Relaxed);
+        }
+        self.fullest.load(Relaxed)
     }
 
     #[inline]
@@ -471,16 +538,15 @@ impl Translator {
     #[inline]
     fn shard(&self, client: Addr) -> usize {
         // The high half: the low bits choose other things.
-        (self.seed.client(client) >> 32) as usize & (self.shards.len() - 1)
+        (self.seed.source(client) >> 32) as usize & (self.shards.len() - 1)
     }
 
-    fn change(&self, change: impl FnOnce(&mut Routes)) -> Result<(), RouteError> {
+    fn change(&self, change: impl FnOnce(&mut Routes)) {
         let _one_at_a_time = lock(&self.changing);
         let mut routes = Routes::clone(&self.routes.load());
         change(&mut routes);
-        routes.resolve()?;
+        routes.resolve();
         self.routes.store(Arc::new(routes));
-        Ok(())
     }
 }
 
@@ -522,10 +588,11 @@ mod tests {
                 max_flows: 1000,
                 seed: [1, 2],
                 epoch: now,
+                note_ended: true,
             });
             let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, moves).unwrap();
-            translator.set_delivery(PEER, delivery).unwrap();
+            translator.set_moves(PEER, moves);
+            translator.set_delivery(PEER, delivery);
             translator.set_own_addresses(&["198.51.100.77".parse().unwrap()]);
             Self { translator, now }
         }
@@ -535,9 +602,13 @@ mod tests {
         }
 
         fn inbound(&self, bytes: &mut [u8]) -> Result<(), DropReason> {
+            self.inbound_of(PEER, bytes)
+        }
+
+        fn inbound_of(&self, peer: PeerId, bytes: &mut [u8]) -> Result<(), DropReason> {
             let mut parsed = Parsed::parse(bytes)?;
             self.translator
-                .inbound(self.now, PEER, bytes, &mut parsed, false)?;
+                .inbound(self.now, peer, bytes, &mut parsed, false)?;
             assert_eq!(Parsed::parse(bytes), Ok(parsed));
             Ok(())
         }
@@ -574,7 +645,76 @@ mod tests {
         }
     }
 
+    #[derive(Clone, Debug)]
+    enum Step {
+        Announce(Vec<Move>),
+        FromClient(Plan),
+        FromApplication(Plan),
+    }
+
+    /// Addresses that a peer may name: clients, the host's own, another peer's address …
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let addr = prop::sample::select(vec![
+            "203.0.113.8",
+            CLIENT,
+            "[2001:db8:c::9]",
+            DELIVERY,
+            "192.0.2.66",
+        ]);
+        // A port of the victim's, delivered to one place, is theirs alone only if `accept` says so.
+        let ports = prop::sample::select(vec!["", ":81", ":1-79/tcp", ":80/udp", ":443,8000-9000"]);
+        let moved = (addr, ports).prop_map(|(addr, ports)| format!("{addr}{ports}"));
+        let moves = prop::collection::vec(moved.prop_map(|text| text.parse().unwrap()), 0..4);
+        let packet = (
+            prop::sample::select(vec!["203.0.113.8", CLIENT]),
+            1u16..4,
+            78u16..83,
+        )
+            .prop_map(|(client, src_port, dst_port)| Plan {
+                src_port,
+                dst_port,
+                flags: ACK,
+                ..Plan::new(Kind::Tcp, client, MOVED)
+            });
+        let step = prop_oneof![
+            moves.prop_map(Step::Announce),
+            packet.clone().prop_map(Step::FromClient),
+            packet.prop_map(Step::FromApplication),
+        ];
+        prop::collection::vec(step, 1..40)
+    }
+
     proptest! {
+        #[test]
+        fn no_announcement_of_another_peer_changes_what_a_client_gets(steps in steps()) {
+            let alone = Bed::new(&["192.0.2.5:80/tcp"], delivery());
+            let shared = Bed::new(&["192.0.2.5:80/tcp"], delivery());
+            shared.translator.set_delivery(PeerId(0), delivery());
+            for step in steps {
+                let mut bytes = match &step {
+                    Step::Announce(moves) => {
+                        shared.translator.set_moves(PeerId(0), moves.clone());
+                        continue;
+                    }
+                    Step::FromClient(plan) => plan.build(),
+                    Step::FromApplication(plan) => reply(&moved_to(plan, DELIVERY)).build(),
+                };
+                let mut same = bytes.clone();
+                if matches!(step, Step::FromClient(_)) {
+                    prop_assert_eq!(alone.inbound(&mut bytes), shared.inbound(&mut same));
+                } else {
+                    // What belongs to nobody without the other peer may become the other peer's.
+                    let (wanted, got) = (alone.outbound(&mut bytes), shared.outbound(&mut same));
+                    if wanted.is_err() {
+                        prop_assert_ne!(got, Ok(PEER));
+                        continue;
+                    }
+                    prop_assert_eq!(wanted, got);
+                }
+                prop_assert_eq!(bytes, same);
+            }
+        }
+
         #[test]
         fn there_and_back_is_the_identity(
             plan in plans(), partial in any::<bool>(), keep in any::<bool>(),
@@ -856,6 +996,153 @@ mod tests {
             bed.inbound(&mut short.clone()),
             Err(DropReason::IcmpUnrelated)
         );
+    }
+
+    #[test]
+    fn what_a_peer_announces_shuts_out_no_client_of_another() {
+        let bed = Bed::new(&["192.0.2.5:80"], delivery());
+        let other = PeerId(0);
+        bed.translator.set_delivery(other, delivery());
+        // One after the other, far more than any table of theirs would hold.
+        for round in 0..1_100u32 {
+            let addr = |n: u32| IpAddr::from((0x0b00_0000 + round * 64 + n).to_be_bytes());
+            let moves = (0..64).map(|n| addr(n).to_string().parse().unwrap());
+            bed.translator.set_moves(other, moves.collect());
+        }
+        let whole = |addrs: &[&str]| addrs.iter().map(|addr| addr.parse().unwrap()).collect();
+        bed.translator
+            .set_moves(other, whole(&[CLIENT, CLIENT6, "192.0.2.77"]));
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        // Nor does it take what a client's conversation goes on by.
+        let plan = Plan {
+            flags: ACK,
+            src_port: 4_000,
+            ..request(Kind::Tcp)
+        };
+        let data = reply(&moved_to(&plan, DELIVERY)).build();
+        assert_eq!(bed.outbound(&mut data.clone()), Ok(PEER));
+        // What it says is its own cannot be the source of its own clients' packets.
+        let own = moved_to(&request(Kind::Tcp), "192.0.2.77");
+        let got = bed.inbound_of(other, &mut own.build());
+        assert_eq!(got, Err(DropReason::BadSource));
+    }
+
+    #[test]
+    fn a_program_of_this_host_begins_no_conversation() {
+        let mut bed = Bed::simple();
+        let to = |kind, client: &str, flags| {
+            let asked = Plan::new(kind, client, DELIVERY);
+            let packet = Plan {
+                flags,
+                ..reply(&asked)
+            };
+            packet.build()
+        };
+        let somebody = "203.0.113.200";
+        assert_eq!(bed.outbound(&mut to(Kind::Udp, CLIENT, 0)), Ok(PEER));
+        bed.now += REOPEN_FOR - Duration::from_secs(1);
+        assert_eq!(bed.outbound(&mut to(Kind::Udp, somebody, 0)), Ok(PEER));
+        bed.now += Duration::from_secs(1);
+        for kind in [Kind::Udp, Kind::IcmpQuery] {
+            let got = bed.outbound(&mut to(kind, "203.0.113.201", 0));
+            assert_eq!(got, Err(DropReason::NoFlow), "{kind:?}");
+        }
+        // What is there goes on, and a connection may still be continued.
+        assert_eq!(bed.outbound(&mut to(Kind::Udp, somebody, 0)), Ok(PEER));
+        assert_eq!(bed.outbound(&mut to(Kind::Tcp, CLIENT, ACK)), Ok(PEER));
+        let syn = bed.outbound(&mut to(Kind::Tcp, "203.0.113.201", SYN));
+        assert_eq!(syn, Err(DropReason::NoFlow));
+    }
+
+    #[test]
+    fn space_is_made_where_the_holder_is() {
+        let bed = Bed::simple();
+        let from = |source: u32, src_port| Plan {
+            src: IpAddr::from(source.to_be_bytes()),
+            src_port,
+            ..request(Kind::Udp)
+        };
+        let converse = |plan: Plan| {
+            let answer = reply(&moved_to(&plan, DELIVERY)).build();
+            bed.inbound(&mut plan.build())?;
+            bed.outbound(&mut answer.clone())?;
+            bed.inbound(&mut plan.build())
+        };
+        for port in 0..1_000 {
+            converse(from(0x0b00_0000, 2_000 + port)).unwrap();
+        }
+        // A client that is just connecting, in whichever shard, loses nothing to the next ones.
+        for source in 0..300 {
+            bed.inbound(&mut from(0x0c00_0000 + source, 7).build())
+                .unwrap();
+        }
+        for source in 0..300 {
+            let plan = from(0x0c00_0000 + source, 7);
+            let answer = reply(&moved_to(&plan, DELIVERY)).build();
+            assert_eq!(bed.outbound(&mut answer.clone()), Ok(PEER), "{source}");
+        }
+        let stats = bed.translator.stats();
+        assert_eq!((stats.live, stats.displaced, stats.refused), (1000, 300, 0));
+    }
+
+    #[test]
+    fn who_listens_hears_of_flows_that_ended() {
+        let mut bed = Bed::simple();
+        let arrived = |client: &str, kind| {
+            let src = client.parse().unwrap();
+            Plan {
+                src,
+                ..request(kind)
+            }
+        };
+        let ping = Plan::new(Kind::IcmpQuery, CLIENT6, MOVED6);
+        for plan in [request(Kind::Tcp), arrived("203.0.113.8", Kind::Udp), ping] {
+            bed.inbound(&mut plan.build()).unwrap();
+        }
+        let mut ended = Vec::new();
+        assert_eq!(bed.translator.take_ended(&mut ended), 0);
+        assert_eq!(ended, []);
+        bed.now += Duration::from_secs(239);
+        bed.translator.expire(bed.now, usize::MAX);
+        bed.translator.take_ended(&mut ended);
+        let flow = |protocol, local: &str, remote: &str| HostFlow {
+            protocol,
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+        };
+        let plan = request(Kind::Udp);
+        let (src, dst) = (plan.src_port, plan.dst_port);
+        ended.sort_unstable_by_key(|flow| flow.protocol);
+        let udp = flow(
+            17,
+            &format!("{DELIVERY}:{dst}"),
+            &format!("203.0.113.8:{src}"),
+        );
+        let id = Parsed::parse(&Plan::new(Kind::IcmpQuery, CLIENT6, MOVED6).build())
+            .unwrap()
+            .src_port();
+        let icmp = flow(
+            58,
+            &format!("[{DELIVERY6}]:0"),
+            &format!("[{CLIENT6}]:{id}"),
+        );
+        assert_eq!(ended, [udp, icmp]);
+        let tcp = flow(6, &format!("{DELIVERY}:{dst}"), &format!("{CLIENT}:{src}"));
+        assert!(bed.translator.knows(&tcp) && !bed.translator.knows(&udp));
+        // One that began again is not among those that ended.
+        ended.clear();
+        bed.now += Duration::from_secs(1);
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        assert_eq!((bed.translator.take_ended(&mut ended), ended.len()), (0, 0));
+        // Far more than there is room for.
+        for source in 0..80_000u32 {
+            let client = IpAddr::from((0x0b00_0000 + source).to_be_bytes()).to_string();
+            let plan = arrived(&client, Kind::Udp);
+            bed.inbound(&mut plan.build()).unwrap();
+        }
+        let lost = bed.translator.take_ended(&mut ended);
+        assert!(ended.len() <= ENDED_ROOM && lost > 0);
+        assert_eq!(ended.len() as u64 + lost, bed.translator.stats().evicted);
     }
 
     #[test]

@@ -313,6 +313,9 @@ impl Inbound {
         if parsed.fragment() != Fragment::None {
             return self.deliver_fragment(context, plain, outer_ecn);
         }
+        if partial && !parsed.may_be_partial() {
+            return Err(known(DropReason::BadChecksumFlag));
+        }
         ecn::carry_over(packet, &parsed, outer_ecn).map_err(known)?;
         if plain.peer != self.coalescing || !self.parts.tso {
             self.flush(context);
@@ -494,7 +497,7 @@ impl Detour {
         let parsed = Parsed::parse(packet).map_err(known)?;
         if parsed.fragment() != Fragment::None {
             (self.slow_path)
-                .note_fragment(context.now, &parsed, packet)
+                .note_fragment(context.now, Some(arrival.peer), &parsed, packet)
                 .map_err(known)?;
         }
         match to_host::deliver(parts, context, packet, arrival) {
@@ -531,7 +534,7 @@ impl Detour {
     ) -> Result<(), Dropped> {
         let forwarder = &parts.shared.forwarder;
         let slow_path = &mut self.slow_path;
-        match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop.reason) {
+        match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop) {
             InboundOutcome::Hold(key) => {
                 self.hold(parts, context, key, packet, arrival);
                 return Ok(());

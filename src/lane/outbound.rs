@@ -115,7 +115,7 @@ impl Outbound {
         let vnet = VnetHdr::read(vnet);
         let mut parsed = Parsed::parse(packet)?;
         if parsed.fragment() != Fragment::None {
-            (self.slow_path).note_fragment(context.now, &parsed, packet)?;
+            (self.slow_path).note_fragment(context.now, None, &parsed, packet)?;
         }
         let forwarder = &self.parts.shared.forwarder;
         let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {

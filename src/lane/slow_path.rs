@@ -91,7 +91,8 @@ impl<T> SlowPath<T> {
         }
     }
 
-    /// Takes note of a fragment before it goes on.
+    /// Takes note of a fragment before it goes on. `peer` is the one that it came from, if it came
+    /// out of the tunnel.
     ///
     /// # Errors
     /// [`DropReason::FragmentOverlap`].
@@ -99,11 +100,13 @@ impl<T> SlowPath<T> {
     pub(super) fn note_fragment(
         &mut self,
         now: Instant,
+        peer: Option<PeerId>,
         parsed: &Parsed,
         packet: &[u8],
     ) -> Result<(), DropReason> {
-        self.overlaps.check(now, parsed, packet)?;
-        self.first = (parsed.fragment() == Fragment::First).then(|| Key::of(parsed, packet));
+        let key = key_of(peer, parsed, packet);
+        self.overlaps.check(now, key, parsed, packet)?;
+        self.first = (parsed.fragment() == Fragment::First).then_some(key);
         Ok(())
     }
 
@@ -150,7 +153,7 @@ impl<T> SlowPath<T> {
         self.first = None;
         if drop.reason == DropReason::FragmentUnknown {
             return match Parsed::parse(packet) {
-                Ok(parsed) => OutboundOutcome::Hold(Key::of(&parsed, packet)),
+                Ok(parsed) => OutboundOutcome::Hold(key_of(None, &parsed, packet)),
                 Err(_) => OutboundOutcome::Drop,
             };
         }
@@ -185,11 +188,12 @@ impl<T> SlowPath<T> {
         forwarder: &Forwarder,
         packet: &[u8],
         parsed: &Parsed,
-        reason: DropReason,
+        drop: Dropped,
     ) -> InboundOutcome<'_> {
         self.first = None;
+        let reason = drop.reason;
         if reason == DropReason::FragmentUnknown && parsed.fragment() != Fragment::None {
-            return InboundOutcome::Hold(Key::of(parsed, packet));
+            return InboundOutcome::Hold(key_of(drop.peer, parsed, packet));
         }
         let hop = &context.view.hop;
         let Some(about) = IcmpError::of(reason, hop.mtu) else {
@@ -222,6 +226,12 @@ impl<T> SlowPath<T> {
         made.map_err(|_| Limited)?;
         Ok(self.replies.take())
     }
+}
+
+/// What the fragments of one packet have in common, and the peer that they came from.
+fn key_of(peer: Option<PeerId>, parsed: &Parsed, packet: &[u8]) -> Key {
+    let key = Key::of(parsed, packet);
+    peer.map_or(key, |peer| key.through(peer))
 }
 
 /// How to send a packet in datagrams that hold `mtu` bytes of it, where none is split.
@@ -277,6 +287,7 @@ mod tests {
             max_flows: 10,
             seed: [1, 2],
             epoch: epoch(),
+            note_ended: false,
         }))
     }
 
@@ -331,7 +342,7 @@ mod tests {
         fn note(&mut self, packet: &[u8]) -> Result<(), DropReason> {
             let parsed = Parsed::parse(packet).unwrap();
             let now = self.context.now;
-            self.slow_path.note_fragment(now, &parsed, packet)
+            self.slow_path.note_fragment(now, None, &parsed, packet)
         }
 
         fn outbound(&mut self, packet: &[u8], drop: Dropped) -> OutboundOutcome<'_> {
@@ -340,7 +351,8 @@ mod tests {
 
         fn inbound(&mut self, packet: &[u8], reason: DropReason) -> InboundOutcome<'_> {
             let parsed = Parsed::parse(packet).unwrap();
-            (self.slow_path).refuse_inbound(self.context, &self.forwarder, packet, &parsed, reason)
+            let drop = reason.into();
+            (self.slow_path).refuse_inbound(self.context, &self.forwarder, packet, &parsed, drop)
         }
     }
 
@@ -496,7 +508,8 @@ mod tests {
             let parsed = Parsed::parse(&whole).unwrap();
             let (context, forwarder) = (bed.context, &bed.forwarder);
             let slow_path = &mut bed.slow_path;
-            let outcome = slow_path.refuse_inbound(context, forwarder, packet, &parsed, too_big);
+            let drop = too_big.into();
+            let outcome = slow_path.refuse_inbound(context, forwarder, packet, &parsed, drop);
             let InboundOutcome::Reply(bytes) = outcome else {
                 panic!("{outcome:?}");
             };

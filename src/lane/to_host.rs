@@ -55,6 +55,9 @@ pub(super) fn deliver(
     let Arrival { peer, partial, .. } = arrival;
     let known = |reason| Dropped::of(peer, reason);
     let mut parsed = Parsed::parse(packet).map_err(known)?;
+    if partial && !parsed.may_be_partial() {
+        return Err(known(DropReason::BadChecksumFlag));
+    }
     ecn::carry_over(packet, &parsed, arrival.outer_ecn).map_err(known)?;
     let vnet = VnetHdr::single(&parsed, partial).to_bytes();
     rewrite(parts, context, peer, packet, &mut parsed, partial)?;

@@ -61,6 +61,9 @@ drop_reasons! {
     IpMalformed = "ip_malformed",
     /// A virtio header that contradicts the packet it came with.
     BadOffload = "bad_offload",
+    /// The peer says that a checksum is partial, of a packet that is neither TCP nor UDP, or a
+    /// fragment.
+    BadChecksumFlag = "bad_checksum_flag",
     /// A TCP, UDP or ICMP header that is truncated or contradicts itself.
     L4Malformed = "l4_malformed",
     /// A source address that no packet may have here: loopback, multicast, the packet's own

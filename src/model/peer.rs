@@ -7,6 +7,9 @@ use std::net::{IpAddr, SocketAddr};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct PeerId(pub u16);
 
+/// Most peers that one daemon serves: a stranger's datagram costs one hash for each peer.
+pub const MAX_PEERS: usize = 256;
+
 /// What a daemon is for the moved addresses of one tunnel.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -116,6 +116,9 @@ pub struct Flows {
     pub max: u64,
     /// Flows given up before their time to make space.
     pub evicted: u64,
+    /// Those of them that were in use, of a client or peer that held more than others.
+    #[serde(default)]
+    pub displaced: u64,
     /// Flows that got another client port, since the same client used one port at two moved
     /// addresses that are delivered to one.
     #[serde(default)]
@@ -267,11 +270,16 @@ impl TunnelStatus {
                 live,
                 max,
                 evicted,
+                displaced,
                 collisions,
                 refused,
             } = self.flows;
             write!(out, "  flows      {live} of {max}, {evicted} evicted")?;
-            for (count, what) in [(collisions, "told apart by port"), (refused, "refused")] {
+            for (count, what) in [
+                (displaced, "of who held most"),
+                (collisions, "told apart by port"),
+                (refused, "refused"),
+            ] {
                 if count > 0 {
                     write!(out, ", {count} {what}")?;
                 }
@@ -359,6 +367,7 @@ mod tests {
                     live: 3,
                     max: 10,
                     evicted: 0,
+                    displaced: 0,
                     collisions: 2,
                     refused: 0,
                 },

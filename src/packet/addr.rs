@@ -18,6 +18,9 @@ pub enum Family {
 pub struct Addr(pub(super) [u8; 16]);
 
 impl Addr {
+    /// The address before all others in order.
+    pub(super) const FIRST: Self = Self([0; 16]);
+
     /// The family the address belongs to.
     #[inline]
     pub fn family(self) -> Family {

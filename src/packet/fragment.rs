@@ -9,9 +9,10 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::model::drops::DropReason;
+use crate::model::peer::PeerId;
 use crate::packet::checksum::{Sum, finish};
 use crate::packet::field::{get_u16, ipv4, put};
-use crate::packet::shares::{Bounds, Shares};
+use crate::packet::shares::{Bounds, Owner, Shares};
 use crate::packet::{Addr, Family, Parsed};
 
 /// How far apart the fragments of one packet may come: as long as Linux waits for them
@@ -37,6 +38,7 @@ const LEAST_WAITING: usize = 4_096;
 /// What all fragments of one packet have in common.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Key {
+    peer: PeerId,
     src: Addr,
     dst: Addr,
     id: u32,
@@ -53,9 +55,10 @@ pub enum Client {
 }
 
 impl Key {
-    /// The key of a fragment.
+    /// The key of a fragment, where peers need not be told apart.
     pub fn of(parsed: &Parsed, bytes: &[u8]) -> Self {
         Self {
+            peer: PeerId(0),
             src: parsed.src(bytes),
             dst: parsed.dst(bytes),
             id: parsed.fragment_id(),
@@ -67,20 +70,27 @@ impl Key {
         }
     }
 
-    /// What tells packets between the same two addresses apart, for hashing.
-    pub(crate) fn words(&self) -> (Addr, u64, u8) {
-        let [a, b] = self.dst.words();
-        (
-            self.src,
-            a ^ b.rotate_left(32) ^ u64::from(self.id) << 16,
-            self.protocol,
-        )
+    /// The same for a fragment that came through `peer`. It goes with none that came through
+    /// another, whatever that one says of its packets.
+    #[must_use]
+    pub fn through(self, peer: PeerId) -> Self {
+        Self { peer, ..self }
     }
 
-    fn client(&self, client: Client) -> Addr {
+    /// The two ends of the packet.
+    pub(crate) fn between(&self) -> [Addr; 2] {
+        [self.src, self.dst]
+    }
+
+    /// What tells packets between the same two addresses apart, for hashing.
+    pub(crate) fn words(&self) -> (u64, u8) {
+        (u64::from(self.id), self.protocol)
+    }
+
+    fn owner(&self, client: Client) -> Owner {
         match client {
-            Client::Source => self.src,
-            Client::Destination => self.dst,
+            Client::Source => (self.peer, self.src),
+            Client::Destination => (self.peer, self.dst),
         }
     }
 }
@@ -113,14 +123,19 @@ impl Overlaps {
         }
     }
 
-    /// Takes note of a fragment.
+    /// Takes note of a fragment of the packet with this key.
     ///
     /// # Errors
     /// [`DropReason::FragmentOverlap`] if it overlaps another of its packet without being the same
     /// one, or if one did before: nothing more of that packet is carried.
-    pub fn check(&mut self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> Result<(), DropReason> {
+    pub fn check(
+        &mut self,
+        now: Instant,
+        key: Key,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<(), DropReason> {
         while self.watched.expire(now).is_some() {}
-        let key = Key::of(parsed, bytes);
         let range = parsed.fragment_range(bytes);
         let Some(watched) = self.watched.get_mut(key) else {
             let seen = vec![range];
@@ -128,7 +143,7 @@ impl Overlaps {
                 seen,
                 spoilt: false,
             };
-            (self.watched).keep(now, key.client(self.client), key, 1, watched);
+            (self.watched).keep(now, key.owner(self.client), key, 1, watched);
             return Ok(());
         };
         // No fragment is empty, so only the first one that ends behind its start can clash.
@@ -186,7 +201,7 @@ impl<T> HeldFragments<T> {
             bytes: bytes.to_vec(),
         };
         let cost = bytes.len().max(LEAST_WAITING);
-        (self.held).keep(now, key.client(self.client), key, cost, held)
+        (self.held).keep(now, key.owner(self.client), key, cost, held)
     }
 
     /// Takes out a fragment that has waited longer than its first one can be late.
@@ -307,7 +322,8 @@ mod tests {
         let packet = udp(3_000);
         let all = fragments(&packet, 1_020);
         let check = |overlaps: &mut Overlaps, fragment: &[u8]| {
-            overlaps.check(now, &Parsed::parse(fragment).unwrap(), fragment)
+            let parsed = Parsed::parse(fragment).unwrap();
+            overlaps.check(now, Key::of(&parsed, fragment), &parsed, fragment)
         };
         let mut overlaps = Overlaps::new(Client::Source);
         for fragment in all.iter().rev() {
@@ -321,7 +337,8 @@ mod tests {
         assert_eq!(check(&mut overlaps, &all[0]), overlap, "spoilt");
         let later = now + FRAGMENT_LIFE;
         let parsed = Parsed::parse(&all[0]).unwrap();
-        assert_eq!(overlaps.check(later, &parsed, &all[0]), Ok(()));
+        let key = Key::of(&parsed, &all[0]);
+        assert_eq!(overlaps.check(later, key, &parsed, &all[0]), Ok(()));
     }
 
     proptest! {
@@ -345,8 +362,9 @@ mod tests {
                 };
                 spoilt |= seen.iter().any(clashes);
                 seen.push(range.clone());
-                let checked =
-                    overlaps.check(epoch(), &Parsed::parse(&fragment).unwrap(), &fragment);
+                let parsed = Parsed::parse(&fragment).unwrap();
+                let key = Key::of(&parsed, &fragment);
+                let checked = overlaps.check(epoch(), key, &parsed, &fragment);
                 prop_assert_eq!(checked.is_err(), spoilt);
             }
         }
@@ -355,6 +373,7 @@ mod tests {
     /// A key of its own for each of these.
     fn key(client: u8, id: u32) -> Key {
         Key {
+            peer: PeerId(0),
             src: IpAddr::from([10, 0, 0, client]).into(),
             dst: IpAddr::from([192, 0, 2, 5]).into(),
             id,
@@ -378,6 +397,7 @@ mod tests {
                 dst: IpAddr::from([192, 0, 2, 6]).into(),
                 ..wanted
             },
+            wanted.through(PeerId(1)),
         ];
         assert!(held.keep(now, wanted, 1, &[1; 100]).is_empty());
         for other in others {
@@ -391,7 +411,7 @@ mod tests {
             .collect();
         assert_eq!(order, [(1, 1), (2, 2)]);
         assert!(held.take(wanted).is_empty());
-        assert_eq!(others.map(|other| held.take(other).len()), [1; 4]);
+        assert_eq!(others.map(|other| held.take(other).len()), [1; 5]);
     }
 
     #[test]
@@ -418,6 +438,34 @@ mod tests {
             .map_while(|_| held.expire(now + FRAGMENT_LIFE))
             .count();
         assert!(most <= MAX_WAITING_BYTES / LEAST_WAITING, "{most} waited");
+    }
+
+    #[test]
+    fn a_peer_that_floods_displaces_its_own_fragments_alone() {
+        let now = epoch();
+        let mut held = HeldFragments::new(Client::Source);
+        let mut overlaps = Overlaps::new(Client::Source);
+        let victim = key(1, 1).through(PeerId(2));
+        let packet = Plan::new(Kind::Udp, "203.0.113.9", "192.0.2.5").build();
+        let first = fragments(&packet, 576).swap_remove(0);
+        let parsed = Parsed::parse(&first).unwrap();
+        for n in 0..40 {
+            assert!(held.keep(now, victim, 2, &[n; 1_480]).is_empty());
+        }
+        overlaps.check(now, victim, &parsed, &first).unwrap();
+        for n in 0..2_000_u32 {
+            // From ever new addresses, for which it need not even forge anything.
+            let addr = IpAddr::from((0x0b00_0000 + n).to_be_bytes());
+            let key = Key {
+                src: addr.into(),
+                ..key(1, n)
+            };
+            let out = held.keep(now, key.through(PeerId(1)), 1, &[0; 1_480]);
+            assert!(out.iter().all(|held| held.with == 1));
+            let _ = overlaps.check(now, key.through(PeerId(1)), &parsed, &first);
+        }
+        assert_eq!(held.take(victim).len(), 40);
+        assert!(overlaps.watched.get_mut(victim).is_some(), "still watched");
     }
 
     #[test]

@@ -124,6 +124,14 @@ impl Parsed {
         (self.csum_at != 0).then_some(usize::from(self.csum_at))
     }
 
+    /// Whether the upper-layer checksum may be left to hardware: that of TCP or UDP, in a packet
+    /// that is no fragment. Other protocols have sums of other kinds at the same places (UDP-Lite
+    /// covers a part of its packet, RFC 3828), which a kernel would take for finished.
+    #[inline]
+    pub fn may_be_partial(&self) -> bool {
+        self.kind.has_ports() && self.fragment == Fragment::None
+    }
+
     /// Source port, or the identifier of an ICMP query; 0 where there is none.
     #[inline]
     pub fn src_port(&self) -> u16 {
@@ -645,6 +653,32 @@ mod tests {
             }
             if !keep { bytes.truncate(len.index(bytes.len())); }
             try_all(bytes);
+        }
+    }
+
+    #[test]
+    fn only_tcp_and_udp_leave_their_sum_to_hardware() {
+        let may = |bytes: &[u8]| Parsed::parse(bytes).unwrap().may_be_partial();
+        for (kind, partial) in [
+            (Kind::Tcp, true),
+            (Kind::Udp, true),
+            (Kind::IcmpQuery, false),
+        ] {
+            for v6 in [false, true] {
+                let mut bytes = plan(kind, v6, 64).build();
+                assert_eq!(may(&bytes), partial, "{kind:?}");
+                for part in fragments(&bytes, 32, 1) {
+                    assert!(!may(&part));
+                }
+                if kind == Kind::Udp && !v6 {
+                    // UDP-Lite, then DCCP: known by their numbers alone.
+                    for protocol in [136, 33] {
+                        bytes[9] = protocol;
+                        set_ipv4_checksum(&mut bytes);
+                        assert!(!may(&bytes), "{protocol}");
+                    }
+                }
+            }
         }
     }
 

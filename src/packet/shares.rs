@@ -1,4 +1,5 @@
-//! Memory that many sources share, none of which can take it from the others.
+//! Memory that many sources share, none of which can take it from the others. Nor can a peer, with
+//! as many sources as it likes.
 //!
 //! Owns the bounds: how much there is, how much of it one source may have, how long it is kept, and
 //! who makes way. Knows nothing of what is kept. Everything is found in ordered maps, so what one
@@ -7,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use crate::model::peer::PeerId;
 use crate::packet::Addr;
 
 /// How much may be kept, in a unit that the user chooses.
@@ -20,24 +22,30 @@ pub(super) struct Bounds {
     pub(super) life: Duration,
 }
 
+/// Whose a value is: a peer, and a source behind it.
+pub(super) type Owner = (PeerId, Addr);
+
 /// Keeps values of many sources under keys, of which several values can have the same.
 ///
 /// If a source has more than its share, its own oldest value goes. If all have more than there is
-/// room for, the source with most loses its oldest one, so one who sends much displaces itself.
+/// room for, the source with most loses its oldest one, of the peer whose sources have most. So who
+/// sends much displaces itself.
 #[derive(Debug)]
 pub(super) struct Shares<K, V> {
     bounds: Bounds,
     /// In the order they came.
     kept: BTreeMap<u64, Kept<K, V>>,
     numbers: BTreeSet<(K, u64)>,
-    sources: BTreeMap<Addr, Source>,
+    sources: BTreeMap<Owner, Source>,
+    /// What is kept of all sources of a peer.
+    peers: BTreeMap<PeerId, usize>,
     cost: usize,
     next: u64,
 }
 
 #[derive(Debug)]
 struct Kept<K, V> {
-    source: Addr,
+    source: Owner,
     key: K,
     since: Instant,
     cost: usize,
@@ -59,6 +67,7 @@ impl<K: Ord + Copy, V> Shares<K, V> {
             kept: BTreeMap::new(),
             numbers: BTreeSet::new(),
             sources: BTreeMap::new(),
+            peers: BTreeMap::new(),
             cost: 0,
             next: 0,
         }
@@ -69,19 +78,20 @@ impl<K: Ord + Copy, V> Shares<K, V> {
     pub(super) fn keep(
         &mut self,
         now: Instant,
-        source: Addr,
+        (peer, source): Owner,
         key: K,
         cost: usize,
         value: V,
     ) -> Vec<V> {
         // What one host can fill at will counts as one.
-        let source = source.source();
+        let source = (peer, source.source());
         let number = self.next;
         self.next += 1;
         let of_source = self.sources.entry(source).or_default();
         of_source.cost += cost;
         of_source.numbers.insert(number);
         let over = of_source.cost > self.bounds.share;
+        *self.peers.entry(peer).or_default() += cost;
         self.numbers.insert((key, number));
         self.cost += cost;
         let kept = Kept {
@@ -97,15 +107,20 @@ impl<K: Ord + Copy, V> Shares<K, V> {
             self.cut(source, &mut out);
         }
         while self.cost > self.bounds.room {
+            let most = self.peers.iter().max_by_key(|&(_, &cost)| cost);
+            let Some((&peer, _)) = most else {
+                break;
+            };
             // Of several with as much, the one whose oldest value is oldest.
-            let most = (self.sources.iter())
-                .map(|(addr, source)| (source, *addr))
-                .max_by(|(a, _), (b, _)| {
+            let most = (self.sources.range((peer, Addr::FIRST)..))
+                .take_while(|((other, _), _)| *other == peer)
+                .map(|(_, source)| source)
+                .max_by(|a, b| {
                     a.cost
                         .cmp(&b.cost)
                         .then_with(|| b.numbers.first().cmp(&a.numbers.first()))
                 });
-            let Some(oldest) = most.and_then(|(source, _)| source.numbers.first().copied()) else {
+            let Some(oldest) = most.and_then(|source| source.numbers.first().copied()) else {
                 break;
             };
             out.extend(self.remove(oldest).map(|kept| kept.value));
@@ -137,7 +152,7 @@ impl<K: Ord + Copy, V> Shares<K, V> {
     }
 
     /// Takes the oldest values of a source out until it has no more than its share.
-    fn cut(&mut self, source: Addr, out: &mut Vec<V>) {
+    fn cut(&mut self, source: Owner, out: &mut Vec<V>) {
         while let Some(of_source) = self.sources.get(&source)
             && of_source.cost > self.bounds.share
             && let Some(&oldest) = of_source.numbers.first()
@@ -150,6 +165,13 @@ impl<K: Ord + Copy, V> Shares<K, V> {
         let kept = self.kept.remove(&number)?;
         self.numbers.remove(&(kept.key, number));
         self.cost -= kept.cost;
+        let (peer, _) = kept.source;
+        if let Some(of_peer) = self.peers.get_mut(&peer) {
+            *of_peer -= kept.cost;
+            if *of_peer == 0 {
+                self.peers.remove(&peer);
+            }
+        }
         if let Some(of_source) = self.sources.get_mut(&kept.source) {
             of_source.cost -= kept.cost;
             of_source.numbers.remove(&number);
@@ -175,8 +197,8 @@ mod tests {
         life: LIFE,
     };
 
-    fn addr(n: u8) -> Addr {
-        IpAddr::from([10, 0, 0, n]).into()
+    fn addr(n: u8) -> Owner {
+        (PeerId(0), IpAddr::from([10, 0, 0, n]).into())
     }
 
     #[test]
@@ -210,8 +232,27 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_with_many_sources_displaces_itself() {
+        let now = epoch();
+        let mut shares = Shares::new(BOUNDS);
+        let of = |peer, n| (PeerId(peer), addr(n).1);
+        for n in 0..4 {
+            assert!(shares.keep(now, of(2, 1), 'v', 1, n).is_empty());
+        }
+        for n in 0..100 {
+            let out = shares.keep(now, of(1, n), 'a', 1, 100 + n);
+            assert!(out.iter().all(|&value| value >= 100), "{out:?}");
+        }
+        assert_eq!(shares.take('v'), [0, 1, 2, 3]);
+        assert_eq!(shares.peers.len(), 1);
+    }
+
+    #[test]
     fn a_64_is_one_source() {
-        let host = |n: u16| IpAddr::from([0x2001, 0xdb8, 0, 0, n, 0, 0, 1]).into();
+        let host = |n: u16| {
+            let addr = IpAddr::from([0x2001, 0xdb8, 0, 0, n, 0, 0, 1]);
+            (PeerId(0), addr.into())
+        };
         let mut shares = Shares::new(BOUNDS);
         let out: Vec<_> = (0..6)
             .flat_map(|n| shares.keep(epoch(), host(n), 'a', 1, n))
@@ -234,7 +275,8 @@ mod tests {
                 if cost == 3 {
                     out.extend(shares.take(key));
                 } else {
-                    out.extend(shares.keep(now, addr(source), key, cost, came));
+                    let owner = (PeerId(u16::from(source) / 4), addr(source).1);
+                    out.extend(shares.keep(now, owner, key, cost, came));
                     came += 1;
                 }
                 while let Some(expired) = shares.expire(now) {
@@ -242,6 +284,7 @@ mod tests {
                 }
                 let sum: usize = shares.kept.values().map(|kept| kept.cost).sum();
                 prop_assert_eq!(sum, shares.cost);
+                prop_assert_eq!(sum, shares.peers.values().sum::<usize>());
                 prop_assert!(sum <= BOUNDS.room);
                 prop_assert!(shares.sources.values().all(|source| source.cost <= BOUNDS.share));
                 prop_assert!(shares.kept.values().all(|kept| now - kept.since < LIFE));

@@ -111,8 +111,7 @@ impl Offload {
         let start = usize::from(vnet.csum_start);
         let at = start + usize::from(vnet.csum_offset);
         let partial = needs_csum
-            && matches!(parsed.kind(), Kind::Tcp | Kind::Udp)
-            && parsed.fragment() == Fragment::None
+            && parsed.may_be_partial()
             && start == parsed.l4()
             && parsed.csum_at() == Some(at);
         if needs_csum && !partial {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
 use crate::model::moved::{MAX_MOVES, Move};
-use crate::model::peer::Role;
+use crate::model::peer::{MAX_PEERS, Role};
 use crate::model::port_map::PortMap;
 use crate::model::runtime::BASE_DIR;
 use crate::settings::args::{LogFormat, NatArgs, PeerArgs, RunArgs, Without};
@@ -24,9 +24,6 @@ pub const DEFAULT_TUN: &str = "ipmoved0";
 
 /// Flows remembered unless told otherwise: a busy service's clients of a day, at most 128 MB.
 pub const DEFAULT_MAX_FLOWS: u32 = 1_000_000;
-
-/// Most peers that one daemon serves: a stranger's datagram costs one hash for each peer.
-pub const MAX_PEERS: usize = 256;
 
 /// Most lanes unless told otherwise.
 const MAX_DEFAULT_LANES: u8 = 8;

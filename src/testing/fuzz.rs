@@ -290,14 +290,15 @@ fn servers() -> (Gate, Translator, Instant) {
         max_flows: 1_000,
         seed: [1, 2],
         epoch: now,
+        note_ended: false,
     });
-    translator.set_moves(PeerId(0), moves.clone()).unwrap();
+    translator.set_moves(PeerId(0), moves.clone());
     let delivery = Delivery {
         v4: Some([198, 51, 100, 2].into()),
         v6: Some("2001:db8:b::2".parse().unwrap()),
         ..Delivery::default()
     };
-    translator.set_delivery(PeerId(0), delivery).unwrap();
+    translator.set_delivery(PeerId(0), delivery);
     let config = GateConfig {
         max_flows: 1_000,
         seed: Seed::new([1, 2]),
