@@ -539,7 +539,7 @@ mod tests {
                 let alive = |map: &HashMap<u32, (Seen, Instant)>, n: &u32| {
                     let &(seen, used) = map.get(n)?;
                     let timeout = Class::of(protocol, seen).timeout();
-                    (now - used <= seconds(timeout)).then_some(seen)
+                    (now - used < seconds(timeout + UNIT)).then_some(seen)
                 };
                 match step {
                     Step::Client(n, flags) => {
@@ -607,6 +607,7 @@ mod tests {
         let answered = |at: Instant, flow: Flow| {
             table.client(at, &flow);
             assert!(table.server_spoke(at, &flow));
+            table.client(at, &flow);
         };
         let at = |second| now + seconds(second);
         // In the order in which they are to go.
