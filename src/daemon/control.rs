@@ -18,10 +18,9 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use super::facts::Facts;
 use super::index;
-use super::policy::{
-    Action, Addresses, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu,
-};
+use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::report;
 use super::service::{
     self, Cause, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, end, failed,
@@ -93,7 +92,7 @@ async fn carry(
         processors,
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
-    let (keys, rules) = take_peers(&mut config);
+    let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: uplink.mtu,
         tun_mtu: tun.mtu,
@@ -134,6 +133,7 @@ async fn carry(
         udp: sockets[0].try_clone().map_err(failed)?,
         tun,
         uplink,
+        facts: Facts::default(),
         view: LaneView {
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
@@ -192,18 +192,25 @@ async fn carry(
 }
 
 /// Takes the peers out of the settings: their keys for the tunnels, the rest for the policy.
-fn take_peers(config: &mut Config) -> (Vec<PeerKeys>, Vec<PeerRules>) {
-    let each = |peer: PeerConfig| {
+fn take_peers(
+    config: &mut Config,
+    endpoints: &[Option<SocketAddr>],
+) -> (Vec<PeerKeys>, Vec<PeerRules>) {
+    let each = |(peer, endpoint): (PeerConfig, &Option<SocketAddr>)| {
         let rules = PeerRules {
             endpoint: peer.endpoint,
+            known_at: endpoint.map(|endpoint| endpoint.ip()),
             moves: peer.moves,
             deliver_to: peer.deliver_to,
             deliver: peer.deliver,
+            accept: peer.accept,
+            clients_from: peer.clients_from,
         };
         (peer.keys, rules)
     };
     std::mem::take(&mut config.peers)
         .into_iter()
+        .zip(endpoints)
         .map(each)
         .unzip()
 }
@@ -252,7 +259,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
     }
     let entropy = entropy::system();
     let word = || entropy.u64().map_err(failed);
-    Ok(Forwarder::New(Translator::new(TranslatorConfig {
+    let translator = Translator::new(TranslatorConfig {
         // Enough shards that two lanes seldom want the same one.
         shards: if config.lanes == 1 {
             1
@@ -262,7 +269,11 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
         max_flows: config.max_flows as usize,
         seed: [word()?, word()?],
         epoch,
-    })))
+    });
+    for peer in policy.peers() {
+        translator.allow_clients(peer, policy.clients_from(peer));
+    }
+    Ok(Forwarder::New(translator))
 }
 
 /// The result of looking up a peer's name.
@@ -281,6 +292,7 @@ struct Control<'h> {
     udp: UdpSocket,
     tun: Link,
     uplink: Link,
+    facts: Facts,
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
@@ -404,6 +416,7 @@ impl Control<'_> {
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
             }
+            self.look_at_refused_sources(now);
         }
         self.policy.handle_timeout(now);
         self.carry_out(now);
@@ -496,6 +509,11 @@ impl Control<'_> {
                         translator.set_own_addresses(&own);
                     }
                 }
+                Action::OwnNetworks(networks) => {
+                    if let Some(translator) = self.shared.forwarder.translator() {
+                        translator.set_own_networks(networks);
+                    }
+                }
                 Action::Hop(hop) => {
                     self.view.hop = hop;
                     self.view_changed = true;
@@ -567,8 +585,9 @@ impl Control<'_> {
 
     // What the kernel says.
 
-    /// Looks at this server's addresses. On the new server no client may claim one of them as its
-    /// source; on the old one ICMP replies are sent from them.
+    /// Looks at this server's addresses, and on the new server at its networks and the hosts that
+    /// it needs. There no client may claim one of the addresses as its source; on the old server
+    /// ICMP replies are sent from them.
     fn look_at_addresses(&mut self, now: Instant) {
         self.read_addresses(now);
         self.carry_out(now);
@@ -582,16 +601,31 @@ impl Control<'_> {
     }
 
     fn read_addresses(&mut self, now: Instant) {
-        let held = match self.netlink.addresses() {
-            Ok(held) => held,
-            Err(error) => return warn!(%error, "cannot list this server's addresses"),
+        let read = match self.role {
+            Role::Old => Facts::addresses(&self.netlink, &self.uplink),
+            Role::New => {
+                let held = keep::held(self.host.made()).collect();
+                (self.facts).read(&self.netlink, &self.uplink, &self.tun, held)
+            }
         };
-        let of_uplink = held.iter().filter(|held| held.index == self.uplink.index);
-        let addresses = Addresses {
-            uplink: of_uplink.map(|held| held.addr).collect(),
-            all: held.iter().map(|held| held.addr).collect(),
-        };
-        self.policy.handle(now, Input::Addresses(addresses));
+        match read {
+            Ok(addresses) => self.policy.handle(now, Input::Addresses(addresses)),
+            Err(error) => warn!(%error, "cannot list this server's addresses"),
+        }
+        if let Some(text) = self.facts.warning()
+            && self.warnings.keep(now, text.clone())
+        {
+            warn!("{text}");
+        }
+    }
+
+    /// Looks for clients that claimed to be in a network of this server's own.
+    fn look_at_refused_sources(&mut self, now: Instant) {
+        if let Some(translator) = self.shared.forwarder.translator() {
+            for (peer, refused) in translator.take_refused_sources() {
+                self.policy.handle(now, Input::RefusedSource(peer, refused));
+            }
+        }
     }
 
     /// Looks at the uplink, whose MTU may have changed.
@@ -740,6 +774,10 @@ impl Control<'_> {
             moves: self.policy.moves(peer),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),
+            accept: self.policy.accept(peer),
+            clients_from: self.policy.clients_from(peer),
+            refused: self.policy.refused(peer),
+            refused_moves: self.policy.refused_moves(peer),
             drops: &self.shared.peer_drops[index(peer)],
         }
     }

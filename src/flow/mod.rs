@@ -18,6 +18,7 @@ pub mod class;
 pub mod fragments;
 pub mod gate;
 pub mod nat;
+pub mod networks;
 pub mod role;
 pub mod routes;
 pub mod seed;

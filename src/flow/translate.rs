@@ -16,6 +16,7 @@
 //! client chooses those for each destination, so that two of them could meet (RFC 6864 section
 //! 5.2).
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
@@ -24,12 +25,14 @@ use arc_swap::ArcSwap;
 
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
+use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::routes::{Delivery, Moved, RouteError, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{AddrId, FlowStats, FlowTable, Inside, Limit, Outside};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
+use crate::model::prefix::Prefix;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
 /// Most shards of the flow table: more than any machine has lanes.
@@ -55,6 +58,7 @@ pub struct Translator {
     limit: Limit,
     shards: Box<[Shard]>,
     routes: ArcSwap<Routes>,
+    networks: Networks,
     /// Held while routes are replaced.
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<AddrId>>,
@@ -77,6 +81,7 @@ impl Translator {
                 .map(|_| Shard(Mutex::new(FlowTable::new(seed, config.epoch))))
                 .collect(),
             routes: ArcSwap::default(),
+            networks: Networks::default(),
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
@@ -114,6 +119,22 @@ impl Translator {
         let _ = self.change(|routes| routes.own = own);
     }
 
+    /// Sets the networks that this host is in itself. No new flow begins with a client from there,
+    /// unless [`Self::allow_clients`] lets it; flows that are under way go on.
+    pub fn set_own_networks(&self, networks: Vec<OwnNetwork>) {
+        self.networks.set_own(networks);
+    }
+
+    /// Lets clients of `peer` come from these prefixes, whatever networks this host is in.
+    pub fn allow_clients(&self, peer: PeerId, prefixes: &[Prefix]) {
+        self.networks.allow(peer, prefixes);
+    }
+
+    /// For each peer, a source that was refused since the last call.
+    pub fn take_refused_sources(&self) -> BTreeMap<PeerId, RefusedSource> {
+        self.networks.take_refused()
+    }
+
     /// Translates a packet that came from `peer`'s client: destination from the moved address to
     /// where it is delivered.
     ///
@@ -137,7 +158,7 @@ impl Translator {
             .and_then(|routes| routes.moved(parsed.dst(bytes)))
             .ok_or(DropReason::NotMoved)?;
         if parsed.fragment() == Fragment::Later {
-            return self.inbound_later_fragment(now, &routes, moved, bytes, parsed);
+            return self.inbound_later_fragment(now, &routes, peer, moved, bytes, parsed);
         }
         if parsed.kind() == Kind::IcmpError {
             return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
@@ -274,6 +295,7 @@ impl Translator {
         &self,
         now: Instant,
         routes: &Routes,
+        peer: PeerId,
         moved: &Moved,
         bytes: &mut [u8],
         parsed: &Parsed,
@@ -286,6 +308,7 @@ impl Translator {
                 if routes.is_own(parsed.src(bytes)) {
                     return Err(DropReason::BadSource);
                 }
+                self.networks.check(peer, parsed.src(bytes))?;
                 moved.delivery.ok_or(DropReason::NoDelivery)?
             }
             None => return Err(DropReason::FragmentUnknown),
@@ -295,6 +318,8 @@ impl Translator {
     }
 
     /// Translates an ICMP error from the client's side, about a packet that the application sent.
+    /// It may come from a network of this host's own: routers on the path speak from private
+    /// addresses, and it concerns a flow that is known.
     fn inbound_error(
         &self,
         routes: &Routes,
@@ -388,6 +413,7 @@ impl Translator {
         if routes.is_own(key.client) {
             return Err(DropReason::BadSource);
         }
+        self.networks.check(key.peer, key.client)?;
         // It replies to a query that nobody here sent.
         if parsed.kind() == Kind::IcmpReply {
             return Err(DropReason::NoFlow);
@@ -433,6 +459,10 @@ impl Translator {
         let (Some((peer, moved, moved_port)), None) = (origins.next(), origins.next()) else {
             return Err(DropReason::NoFlow);
         };
+        // No client of that address can have begun the flow.
+        if self.networks.check(peer, key.client).is_err() {
+            return Err(DropReason::NoFlow);
+        }
         let outside = Outside {
             peer,
             protocol: key.protocol,
@@ -712,6 +742,63 @@ mod tests {
             bed.inbound(&mut request(Kind::IcmpReply).build()),
             Err(DropReason::NotMoved)
         );
+    }
+
+    #[test]
+    fn no_flow_begins_with_a_client_from_a_network_of_this_server() {
+        let bed = Bed::simple();
+        let own = |text: &str| OwnNetwork {
+            prefix: text.parse().unwrap(),
+            interface: "eth1".into(),
+        };
+        let networks = || vec![own("203.0.113.0/24"), own("2001:db8:c::/64")];
+        let known = Plan {
+            src_port: 1,
+            ..request(Kind::Tcp)
+        };
+        bed.inbound(&mut known.build()).unwrap();
+        bed.translator.set_own_networks(networks());
+        let refused = Err(DropReason::MartianSource);
+        for plan in [
+            request(Kind::Tcp),
+            request(Kind::Udp),
+            request(Kind::IcmpQuery),
+            Plan::new(Kind::Udp, CLIENT6, MOVED6),
+        ] {
+            assert_eq!(bed.inbound(&mut plan.build()), refused);
+            if plan.kind == Kind::Udp {
+                let [mut first, mut second] = fragments(&plan.build(), 16, 7);
+                assert_eq!(bed.inbound(&mut second), refused);
+                assert_eq!(bed.inbound(&mut first), refused);
+            }
+            // Nor does the application begin one by itself.
+            let delivered = moved_to(
+                &plan,
+                if plan.src.is_ipv4() {
+                    DELIVERY
+                } else {
+                    DELIVERY6
+                },
+            );
+            let back = Plan {
+                flags: ACK,
+                ..reply(&delivered)
+            };
+            assert_eq!(bed.outbound(&mut back.build()), Err(DropReason::NoFlow));
+        }
+        let told = bed.translator.take_refused_sources();
+        assert_eq!(told.keys().copied().collect::<Vec<_>>(), [PEER]);
+        // What was under way goes on, and its ICMP errors reach it.
+        bed.inbound(&mut known.build()).unwrap();
+        let router = "203.0.113.1".parse().unwrap();
+        bed.inbound(&mut too_big(&reply(&known).build(), 28, router))
+            .unwrap();
+        // Whoever is let in is served.
+        bed.translator
+            .allow_clients(PEER, &["203.0.113.0/24".parse().unwrap()]);
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        let v6 = Plan::new(Kind::Udp, CLIENT6, MOVED6);
+        assert_eq!(bed.inbound(&mut v6.build()), refused);
     }
 
     #[test]

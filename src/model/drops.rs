@@ -66,6 +66,8 @@ drop_reasons! {
     /// A source address that no packet may have here: loopback, multicast, the packet's own
     /// destination.
     BadSource = "bad_source",
+    /// A client's source address lies in a network of the new server's own.
+    MartianSource = "martian_source",
     /// The destination is not an address that was moved.
     NotMoved = "not_moved",
     /// The moved address is known, but there is no address of its family to deliver to.
