@@ -74,6 +74,18 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
             "--deliver-to",
         ),
         (&["--deliver-to", "nonsense"], "nonsense"),
+        (&["--deliver-to", "keep"], "add --accept 192.0.2.5"),
+        (&["--accept", "192.0.2.5/28"], "192.0.2.0/28"),
+        (&["--accept", "www"], "www"),
+        (&["--clients-from", "10.0.0.1/24"], "10.0.0.0/24"),
+        (
+            &["--move", "192.0.2.5", "--accept", "192.0.2.5"],
+            "--accept",
+        ),
+        (
+            &["--move", "192.0.2.5", "--clients-from", "10.0.0.0/24"],
+            "--clients-from",
+        ),
         // The address of the administrator's own login, whole or all of its TCP.
         (&["--move", "192.0.2.1"], "your login"),
         (&["--move", "192.0.2.1/tcp"], "your login"),

@@ -15,6 +15,7 @@
     reason = "tests on real kernels read the real clock, and print what they measured"
 )]
 
+mod accept;
 mod attack;
 mod bad_input;
 mod bad_new_server;

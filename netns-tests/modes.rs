@@ -21,7 +21,16 @@ use ipmoved::lab::{
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
-const KEEP: &[&str] = &["--deliver-to", "keep"];
+const KEEP: &[&str] = &[
+    "--deliver-to",
+    "keep",
+    "--accept",
+    "192.0.2.5",
+    "--accept",
+    "192.0.2.6",
+    "--accept",
+    "2001:db8:a::5",
+];
 
 // Mode keep.
 

@@ -18,10 +18,9 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use super::facts::Facts;
 use super::index;
-use super::policy::{
-    Action, Addresses, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu,
-};
+use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::report;
 use super::service::{
     self, Cause, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, end, failed,
@@ -39,7 +38,7 @@ use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::UdpSocket;
-use crate::kernel::netlink::{Address, Link, Netlink};
+use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
@@ -94,7 +93,7 @@ async fn carry(
         resumes,
     } = tools;
     let status = UnixListener::from_std(status).map_err(failed)?;
-    let (keys, rules) = take_peers(&mut config);
+    let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: uplink.mtu,
         tun_mtu: tun.mtu,
@@ -135,6 +134,7 @@ async fn carry(
         udp: sockets[0].try_clone().map_err(failed)?,
         tun,
         uplink,
+        facts: Facts::default(),
         view: LaneView {
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
@@ -193,18 +193,25 @@ async fn carry(
 }
 
 /// Takes the peers out of the settings: their keys for the tunnels, the rest for the policy.
-fn take_peers(config: &mut Config) -> (Vec<PeerKeys>, Vec<PeerRules>) {
-    let each = |peer: PeerConfig| {
+fn take_peers(
+    config: &mut Config,
+    endpoints: &[Option<SocketAddr>],
+) -> (Vec<PeerKeys>, Vec<PeerRules>) {
+    let each = |(peer, endpoint): (PeerConfig, &Option<SocketAddr>)| {
         let rules = PeerRules {
             endpoint: peer.endpoint,
+            known_at: endpoint.map(|endpoint| endpoint.ip()),
             moves: peer.moves,
             deliver_to: peer.deliver_to,
             deliver: peer.deliver,
+            accept: peer.accept,
+            clients_from: peer.clients_from,
         };
         (peer.keys, rules)
     };
     std::mem::take(&mut config.peers)
         .into_iter()
+        .zip(endpoints)
         .map(each)
         .unzip()
 }
@@ -266,7 +273,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
     }
     let entropy = entropy::system();
     let word = || entropy.u64().map_err(failed);
-    Ok(Forwarder::New(Translator::new(TranslatorConfig {
+    let translator = Translator::new(TranslatorConfig {
         // Enough shards that two lanes seldom want the same one.
         shards: if config.lanes == 1 {
             1
@@ -277,7 +284,11 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
         seed: [word()?, word()?],
         epoch,
         note_ended: false,
-    })))
+    });
+    for peer in policy.peers() {
+        translator.allow_clients(peer, policy.clients_from(peer));
+    }
+    Ok(Forwarder::New(translator))
 }
 
 /// The result of looking up a peer's name.
@@ -296,6 +307,7 @@ struct Control<'h> {
     udp: UdpSocket,
     tun: Link,
     uplink: Link,
+    facts: Facts,
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
@@ -422,6 +434,7 @@ impl Control<'_> {
                     self.policy.handle(now, Input::Refused(peer, refused));
                 }
             }
+            self.look_at_refused_sources(now);
         }
         self.policy.handle_timeout(now);
         self.carry_out(now);
@@ -516,6 +529,11 @@ impl Control<'_> {
                 Action::OwnAddresses(own) => {
                     self.shared.forwarder.set_own_addresses(&own);
                 }
+                Action::OwnNetworks(networks) => {
+                    if let Some(translator) = self.shared.forwarder.translator() {
+                        translator.set_own_networks(networks);
+                    }
+                }
                 Action::Hop(hop) => {
                     self.view.hop = hop;
                     self.view_changed = true;
@@ -572,8 +590,9 @@ impl Control<'_> {
 
     // What the kernel says.
 
-    /// Looks at this server's addresses. No client may claim one of them as its source. On the old
-    /// server nothing is let out to them, and ICMP replies are sent from them.
+    /// Looks at this server's addresses, and on the new server at its networks and the hosts that
+    /// it needs. No client may claim one of the addresses as its source. On the old server nothing
+    /// is let out to them, and ICMP replies are sent from them.
     fn look_at_addresses(&mut self, now: Instant) {
         self.read_addresses(now);
         self.carry_out(now);
@@ -587,21 +606,31 @@ impl Control<'_> {
     }
 
     fn read_addresses(&mut self, now: Instant) {
-        let held = match self.netlink.addresses() {
-            Ok(held) => held,
-            Err(error) => return warn!(%error, "cannot list this server's addresses"),
+        let read = match self.role {
+            Role::Old => Facts::addresses(&self.netlink, &self.uplink),
+            Role::New => {
+                let held = keep::held(self.host.made()).collect();
+                (self.facts).read(&self.netlink, &self.uplink, &self.tun, held)
+            }
         };
-        let of_uplink = held.iter().filter(|held| held.index == self.uplink.index);
-        let addresses = Addresses {
-            uplink: of_uplink.map(|held| held.addr).collect(),
-            all: held.iter().map(|held| held.addr).collect(),
-            broadcasts: held
-                .iter()
-                .filter_map(Address::broadcasts)
-                .flatten()
-                .collect(),
-        };
-        self.policy.handle(now, Input::Addresses(addresses));
+        match read {
+            Ok(addresses) => self.policy.handle(now, Input::Addresses(addresses)),
+            Err(error) => warn!(%error, "cannot list this server's addresses"),
+        }
+        if let Some(text) = self.facts.warning()
+            && self.warnings.keep(now, text.clone())
+        {
+            warn!("{text}");
+        }
+    }
+
+    /// Looks for clients that claimed to be in a network of this server's own.
+    fn look_at_refused_sources(&mut self, now: Instant) {
+        if let Some(translator) = self.shared.forwarder.translator() {
+            for (peer, refused) in translator.take_refused_sources() {
+                self.policy.handle(now, Input::RefusedSource(peer, refused));
+            }
+        }
     }
 
     /// Looks at the uplink, whose MTU may have changed.
@@ -750,6 +779,10 @@ impl Control<'_> {
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),
             flows: self.shared.forwarder.flow_stats(peer),
+            accept: self.policy.accept(peer),
+            clients_from: self.policy.clients_from(peer),
+            refused: self.policy.refusals(peer),
+            refused_moves: self.policy.refused_moves(peer),
             drops: &self.shared.peer_drops[index(peer)],
         }
     }

@@ -11,6 +11,8 @@
 //!             the policy    what to do                         (policy)
 //! ```
 //!
+//! `facts` is what the new server reads of itself for the policy.
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -25,6 +27,7 @@
 
 pub mod confine;
 mod control;
+mod facts;
 mod nat;
 mod policy;
 mod report;

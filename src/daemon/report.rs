@@ -7,16 +7,21 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use super::policy::refusal::Refusal;
 use crate::channel::pmtu::Hints;
 use crate::channel::tunnel::{self, Deliver};
 use crate::flow::table::FlowStats;
 use crate::kernel::masquerade::Towards;
 use crate::lane::nat::NatCounters;
 use crate::lane::shared::LaneCounters;
+use crate::model::accept::Accept;
 use crate::model::drops::Drops;
 use crate::model::moved::Move;
 use crate::model::peer::Role;
-use crate::model::status::{Flows, MtuHints, Offloads, State, Status, Traffic, TunnelStatus, Way};
+use crate::model::prefix::Prefix;
+use crate::model::status::{
+    Flows, MtuHints, Offloads, RefusedMove, State, Status, Traffic, TunnelStatus, Way,
+};
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
 
@@ -58,6 +63,14 @@ pub(super) struct Peer<'a> {
     pub(super) ports: Vec<String>,
     /// Counters of its flows; on the new server, of those of all peers.
     pub(super) flows: FlowStats,
+    /// What it may move here.
+    pub(super) accept: &'a [Accept],
+    /// Own networks that its clients may come from.
+    pub(super) clients_from: &'a [Prefix],
+    /// Its moves that are not served.
+    pub(super) refused: &'a [Refusal],
+    /// How many were refused, each time that it named one.
+    pub(super) refused_moves: u64,
     /// The drops of its packets.
     pub(super) drops: &'a Drops,
 }
@@ -107,6 +120,10 @@ pub(super) fn tunnels(
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
             flows: shown(peer.flows),
+            accept: peer.accept.iter().map(ToString::to_string).collect(),
+            clients_from: peer.clients_from.iter().map(ToString::to_string).collect(),
+            refused: peer.refused.iter().map(refused).collect(),
+            refused_moves: peer.refused_moves,
             rx,
             tx,
             drops,
@@ -144,6 +161,10 @@ pub(super) fn translated(
             Some(port) => SocketAddr::new(end.to, port).to_string(),
         }),
         deliver: Vec::new(),
+        accept: Vec::new(),
+        clients_from: Vec::new(),
+        refused: Vec::new(),
+        refused_moves: 0,
         flows,
         rx: counters.to_clients(),
         tx: counters.to_server(),
@@ -196,6 +217,13 @@ fn delivered_to(deliver: Deliver, moves: &[Move]) -> Option<String> {
     }
 }
 
+fn refused(refusal: &Refusal) -> RefusedMove {
+    RefusedMove {
+        moved: refusal.moved.to_string(),
+        why: refusal.to_string(),
+    }
+}
+
 fn shown(stats: FlowStats) -> Flows {
     Flows {
         live: stats.live,
@@ -242,6 +270,10 @@ mod tests {
             }),
             ports: Vec::new(),
             flows: FlowStats::default(),
+            accept: &[],
+            clients_from: &[],
+            refused: &[],
+            refused_moves: 0,
             drops,
         }
     }

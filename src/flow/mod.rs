@@ -25,6 +25,7 @@ pub mod fairness;
 pub mod fragments;
 pub mod gate;
 pub mod nat;
+pub mod networks;
 pub mod ownership;
 pub mod role;
 pub mod routes;

@@ -16,6 +16,7 @@
 //! client chooses those for each destination, so that two of them could meet (RFC 6864 section
 //! 5.2).
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -28,12 +29,14 @@ use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
+use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
+use crate::model::prefix::Prefix;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
 /// Most shards of the flow table: more than any machine has lanes.
@@ -78,6 +81,7 @@ pub struct Translator {
     /// The shard that had most flows when it was last looked.
     fullest: AtomicUsize,
     routes: ArcSwap<Routes>,
+    networks: Networks,
     /// Held while routes are replaced.
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<Addr>>,
@@ -109,6 +113,7 @@ impl Translator {
             turns: AtomicUsize::new(0),
             fullest: AtomicUsize::new(0),
             routes: ArcSwap::default(),
+            networks: Networks::default(),
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
@@ -131,6 +136,22 @@ impl Translator {
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
         let host = own.iter().map(|&addr| addr.into()).collect();
         self.change(|routes| routes.host = host);
+    }
+
+    /// Sets the networks that this host is in itself. No new flow begins with a client from there,
+    /// unless [`Self::allow_clients`] lets it; flows that are under way go on.
+    pub fn set_own_networks(&self, networks: Vec<OwnNetwork>) {
+        self.networks.set_own(networks);
+    }
+
+    /// Lets clients of `peer` come from these prefixes, whatever networks this host is in.
+    pub fn allow_clients(&self, peer: PeerId, prefixes: &[Prefix]) {
+        self.networks.allow(peer, prefixes);
+    }
+
+    /// For each peer, a source that was refused since the last call.
+    pub fn take_refused_sources(&self) -> BTreeMap<PeerId, RefusedSource> {
+        self.networks.take_refused()
     }
 
     /// Translates a packet that came from `peer`'s client: destination from the moved address to
@@ -340,6 +361,7 @@ impl Translator {
                 if routes.is_own(peer, parsed.src(bytes)) {
                     return Err(DropReason::BadSource);
                 }
+                self.networks.check(peer, parsed.src(bytes))?;
                 moved.delivery.ok_or(DropReason::NoDelivery)?
             }
             None => return Err(DropReason::FragmentUnknown),
@@ -349,6 +371,8 @@ impl Translator {
     }
 
     /// Translates an ICMP error from the client's side, about a packet that the application sent.
+    /// It may come from a network of this host's own: routers on the path speak from private
+    /// addresses, and it concerns a flow that is known.
     fn inbound_error(
         &self,
         routes: &Routes,
@@ -439,6 +463,7 @@ impl Translator {
         if routes.is_own(key.peer, key.client) {
             return Err(DropReason::BadSource);
         }
+        self.networks.check(key.peer, key.client)?;
         // It replies to a query that nobody here sent.
         if parsed.kind() == Kind::IcmpReply {
             return Err(DropReason::NoFlow);
@@ -477,6 +502,10 @@ impl Translator {
             .origin(key.protocol, parsed.kind(), key.delivery, key.delivery_port)
             .filter(|&(peer, ..)| !routes.is_own(peer, key.client))
             .ok_or(DropReason::NoFlow)?;
+        // No client of that address can have begun the flow.
+        if self.networks.check(peer, key.client).is_err() {
+            return Err(DropReason::NoFlow);
+        }
         let outside = Outside {
             peer,
             protocol: key.protocol,
@@ -852,6 +881,63 @@ mod tests {
             bed.inbound(&mut request(Kind::IcmpReply).build()),
             Err(DropReason::NotMoved)
         );
+    }
+
+    #[test]
+    fn no_flow_begins_with_a_client_from_a_network_of_this_server() {
+        let bed = Bed::simple();
+        let own = |text: &str| OwnNetwork {
+            prefix: text.parse().unwrap(),
+            interface: "eth1".into(),
+        };
+        let networks = || vec![own("203.0.113.0/24"), own("2001:db8:c::/64")];
+        let known = Plan {
+            src_port: 1,
+            ..request(Kind::Tcp)
+        };
+        bed.inbound(&mut known.build()).unwrap();
+        bed.translator.set_own_networks(networks());
+        let refused = Err(DropReason::MartianSource);
+        for plan in [
+            request(Kind::Tcp),
+            request(Kind::Udp),
+            request(Kind::IcmpQuery),
+            Plan::new(Kind::Udp, CLIENT6, MOVED6),
+        ] {
+            assert_eq!(bed.inbound(&mut plan.build()), refused);
+            if plan.kind == Kind::Udp {
+                let [mut first, mut second] = fragments(&plan.build(), 16, 7);
+                assert_eq!(bed.inbound(&mut second), refused);
+                assert_eq!(bed.inbound(&mut first), refused);
+            }
+            // Nor does the application begin one by itself.
+            let delivered = moved_to(
+                &plan,
+                if plan.src.is_ipv4() {
+                    DELIVERY
+                } else {
+                    DELIVERY6
+                },
+            );
+            let back = Plan {
+                flags: ACK,
+                ..reply(&delivered)
+            };
+            assert_eq!(bed.outbound(&mut back.build()), Err(DropReason::NoFlow));
+        }
+        let told = bed.translator.take_refused_sources();
+        assert_eq!(told.keys().copied().collect::<Vec<_>>(), [PEER]);
+        // What was under way goes on, and its ICMP errors reach it.
+        bed.inbound(&mut known.build()).unwrap();
+        let router = "203.0.113.1".parse().unwrap();
+        bed.inbound(&mut too_big(&reply(&known).build(), 28, router))
+            .unwrap();
+        // Whoever is let in is served.
+        bed.translator
+            .allow_clients(PEER, &["203.0.113.0/24".parse().unwrap()]);
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        let v6 = Plan::new(Kind::Udp, CLIENT6, MOVED6);
+        assert_eq!(bed.inbound(&mut v6.build()), refused);
     }
 
     #[test]

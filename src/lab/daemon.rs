@@ -84,6 +84,18 @@ impl<'lab> DaemonSetup<'lab> {
         self
     }
 
+    /// Lets the new server accept what is moved now, and nothing else.
+    #[must_use]
+    pub fn accept_what_moves(mut self) -> Self {
+        let accept = |arg: &String| match arg.as_str() {
+            "--move" => "--accept".to_owned(),
+            other => other.to_owned(),
+        };
+        let args = self.old.args.iter().map(accept);
+        self.new.args.extend(args);
+        self
+    }
+
     /// Gives one side more arguments.
     #[must_use]
     pub fn args(mut self, role: Role, args: &[&str]) -> Self {
@@ -107,7 +119,8 @@ impl<'lab> DaemonSetup<'lab> {
     }
 
     /// Gives one side its peer's address as a name. A file of its own in the place of `/etc/hosts`
-    /// resolves that name, and no name server answers.
+    /// resolves that name, and no name server answers. A file beside it, which ends in `.resolv`,
+    /// stands in the place of `/etc/resolv.conf`; it is made unless it is there.
     #[must_use]
     pub fn peer_by_name(mut self, role: Role, name: &str, hosts: &Path) -> Self {
         let side = self.side_mut(role);

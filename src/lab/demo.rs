@@ -122,7 +122,7 @@ fn tell(story: &mut Story<'_>, lab: &Lab, exe: &Path) -> Result<(), DemoError> {
         },
     )?;
 
-    let setup = DaemonSetup::new(lab, exe)?;
+    let setup = DaemonSetup::new(lab, exe)?.accept_what_moves();
     let title = format!(
         "One command on each server moves the address\n      old: {}\n      new: {}",
         setup.command_line(Role::Old),

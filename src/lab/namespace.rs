@@ -210,8 +210,11 @@ pub(super) fn with_hosts(command: &mut Command, hosts: &Path) -> Result<()> {
         CString::new(path.as_os_str().as_bytes()).doing(|| format!("use {}", path.display()))
     };
     let resolv = hosts.with_extension("resolv");
-    // Nobody listens at this address, and the kernel says so at once.
-    fs::write(&resolv, "nameserver 127.0.0.1\n").doing(|| format!("write {}", resolv.display()))?;
+    if !resolv.exists() {
+        // Nobody listens at this address, and the kernel says so at once.
+        let nobody = "nameserver 127.0.0.1\n";
+        fs::write(&resolv, nobody).doing(|| format!("write {}", resolv.display()))?;
+    }
     let (hosts, resolv) = (path(hosts)?, path(&resolv)?);
     // SAFETY: between fork and exec only async-signal-safe calls are allowed. The closure makes
     // bare system calls (unshare, mount) with strings that exist already, and allocates nothing.

@@ -337,6 +337,23 @@ impl Lab {
         })
     }
 
+    /// Gives a host one more link, with these addresses. Nobody is at its other end.
+    pub fn add_link(
+        &self,
+        host: &Namespace,
+        interface: &str,
+        addresses: &[(IpAddr, u8)],
+    ) -> Result<()> {
+        let end = format!("{interface}-end");
+        host.run(|| {
+            netlink("add a link", |netlink| {
+                netlink.add_veth(interface, &end, None)?;
+                set_up(netlink, &end, None, &[])?;
+                set_up(netlink, interface, None, addresses)
+            })
+        })
+    }
+
     /// Starts a tap where a host meets the router.
     pub fn tap(&self, leg: Leg) -> Result<Tap> {
         match leg {

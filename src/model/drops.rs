@@ -75,6 +75,8 @@ drop_reasons! {
     /// The new server sent it to somebody who did not ask for it: out of the old server goes only
     /// what answers a client.
     Unasked = "unasked",
+    /// A client's source address lies in a network of the new server's own.
+    MartianSource = "martian_source",
     /// The destination is not an address that was moved.
     NotMoved = "not_moved",
     /// The moved address is known, but there is no address of its family to deliver to.

@@ -1,9 +1,11 @@
-//! The words that all folders share: what moved, who is at the other end, why a packet was dropped,
-//! what the daemon says of itself, and where its files lie.
+//! The words that all folders share: what moved, what is accepted of it, who is at the other end,
+//! why a packet was dropped, what the daemon says of itself, and where its files lie.
 
+pub mod accept;
 pub mod drops;
 pub mod moved;
 pub mod peer;
 pub mod port_map;
+pub mod prefix;
 pub mod runtime;
 pub mod status;

@@ -151,38 +151,49 @@ impl Move {
 
     /// Refuses what no move may be, however it was made.
     fn check(&self) -> Result<(), MoveError> {
-        let unusable = match self.addr {
-            IpAddr::V4(addr) => {
-                addr.is_unspecified()
-                    || addr.is_loopback()
-                    || addr.is_multicast()
-                    || addr.is_broadcast()
-                    || addr.octets()[0] == 0
-            }
-            IpAddr::V6(addr) => {
-                addr.is_unspecified()
-                    || addr.is_loopback()
-                    || addr.is_multicast()
-                    || addr.is_unicast_link_local()
-                    || addr.to_ipv4_mapped().is_some()
-            }
-        };
-        if unusable {
-            return Err(MoveError::NotUnicast(self.addr));
-        }
-        if self.ports.len() > MAX_PORT_RANGES {
-            return Err(MoveError::TooManyRanges(self.ports.len()));
-        }
-        for range in &self.ports {
-            if *range.start() == 0 {
-                return Err(MoveError::Port("0".into()));
-            }
-            if range.start() > range.end() {
-                return Err(MoveError::Range(*range.start(), *range.end()));
-            }
-        }
-        Ok(())
+        check_addr(self.addr)?;
+        check_ports(&self.ports)
     }
+}
+
+/// Refuses an address that no other host can have reached a server at.
+pub(super) fn check_addr(addr: IpAddr) -> Result<(), MoveError> {
+    let unusable = match addr {
+        IpAddr::V4(addr) => {
+            addr.is_unspecified()
+                || addr.is_loopback()
+                || addr.is_multicast()
+                || addr.is_broadcast()
+                || addr.octets()[0] == 0
+        }
+        IpAddr::V6(addr) => {
+            addr.is_unspecified()
+                || addr.is_loopback()
+                || addr.is_multicast()
+                || addr.is_unicast_link_local()
+                || addr.to_ipv4_mapped().is_some()
+        }
+    };
+    if unusable {
+        return Err(MoveError::NotUnicast(addr));
+    }
+    Ok(())
+}
+
+/// Refuses ranges that are too many, run backwards or name port 0.
+pub(super) fn check_ports(ports: &[RangeInclusive<u16>]) -> Result<(), MoveError> {
+    if ports.len() > MAX_PORT_RANGES {
+        return Err(MoveError::TooManyRanges(ports.len()));
+    }
+    for range in ports {
+        if *range.start() == 0 {
+            return Err(MoveError::Port("0".into()));
+        }
+        if range.start() > range.end() {
+            return Err(MoveError::Range(*range.start(), *range.end()));
+        }
+    }
+    Ok(())
 }
 
 /// Why the text of a `--move` was refused.
@@ -253,8 +264,8 @@ impl FromStr for Move {
     }
 }
 
-/// Splits `ADDR[:PORTS]`; an IPv6 address stands in brackets if ports follow.
-fn split_ports(text: &str) -> (&str, Option<&str>) {
+/// Splits `ADDR[:PORTS]`; an IPv6 address or prefix stands in brackets if ports follow.
+pub(super) fn split_ports(text: &str) -> (&str, Option<&str>) {
     if let Some(inner) = text.strip_prefix('[') {
         return match inner.split_once(']') {
             Some((addr, "")) => (addr, None),
@@ -270,7 +281,8 @@ fn split_ports(text: &str) -> (&str, Option<&str>) {
     }
 }
 
-fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, MoveError> {
+/// Reads ranges as they stand behind the colon: `80,443,8000-8100`.
+pub(super) fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, MoveError> {
     let port = |text: &str| {
         text.bytes()
             .all(|b| b.is_ascii_digit())
@@ -307,19 +319,28 @@ impl fmt::Display for Move {
             IpAddr::V6(addr) if !self.ports.is_empty() => write!(f, "[{addr}]")?,
             IpAddr::V4(_) | IpAddr::V6(_) => write!(f, "{}", self.addr)?,
         }
-        for (index, range) in self.ports.iter().enumerate() {
-            f.write_str(if index == 0 { ":" } else { "," })?;
-            if range.start() == range.end() {
-                write!(f, "{}", range.start())?;
-            } else {
-                write!(f, "{}-{}", range.start(), range.end())?;
-            }
+        write_ports(f, &self.ports, self.transport)
+    }
+}
+
+/// Shows what stands behind the address: `:80,443/tcp`.
+pub(super) fn write_ports(
+    f: &mut fmt::Formatter<'_>,
+    ports: &[RangeInclusive<u16>],
+    transport: Option<Transport>,
+) -> fmt::Result {
+    for (index, range) in ports.iter().enumerate() {
+        f.write_str(if index == 0 { ":" } else { "," })?;
+        if range.start() == range.end() {
+            write!(f, "{}", range.start())?;
+        } else {
+            write!(f, "{}-{}", range.start(), range.end())?;
         }
-        match self.transport {
-            None => Ok(()),
-            Some(Transport::Tcp) => f.write_str("/tcp"),
-            Some(Transport::Udp) => f.write_str("/udp"),
-        }
+    }
+    match transport {
+        None => Ok(()),
+        Some(Transport::Tcp) => f.write_str("/tcp"),
+        Some(Transport::Udp) => f.write_str("/udp"),
     }
 }
 

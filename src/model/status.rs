@@ -74,6 +74,19 @@ pub struct TunnelStatus {
     /// Ports that are delivered elsewhere, as `--deliver` names them (new server).
     #[serde(default)]
     pub deliver: Vec<String>,
+    /// What the peer may move here, as `--accept` names it; empty accepts everything (new server).
+    #[serde(default)]
+    pub accept: Vec<String>,
+    /// Own networks that the peer's clients may come from, as `--clients-from` names them (new
+    /// server).
+    #[serde(default)]
+    pub clients_from: Vec<String>,
+    /// Moves that the peer names and that are not served (new server).
+    #[serde(default)]
+    pub refused: Vec<RefusedMove>,
+    /// How many moves were refused, each time that the peer named one (new server).
+    #[serde(default)]
+    pub refused_moves: u64,
     /// The flow table (new server).
     pub flows: Flows,
     /// IP packets that came out of the tunnel.
@@ -82,6 +95,15 @@ pub struct TunnelStatus {
     pub tx: Traffic,
     /// What was dropped, by reason.
     pub drops: BTreeMap<String, u64>,
+}
+
+/// A move that is not served.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RefusedMove {
+    /// The move.
+    pub moved: String,
+    /// Why it is not served, and what to do about it.
+    pub why: String,
 }
 
 /// Whether packets pass.
@@ -257,6 +279,28 @@ impl TunnelStatus {
         if !self.deliver.is_empty() {
             writeln!(out, "  deliver    {}", self.deliver.join(" "))?;
         }
+        if self.role == Role::New {
+            match self.accept.as_slice() {
+                [] => writeln!(
+                    out,
+                    "  accept     whatever the old server names (limit: --accept)"
+                )?,
+                some => writeln!(out, "  accept     {}", some.join(" "))?,
+            }
+        }
+        for RefusedMove { why, .. } in &self.refused {
+            writeln!(out, "  refused    {why}")?;
+        }
+        if self.refused_moves > 0 {
+            writeln!(out, "  refused    {} moves so far", self.refused_moves)?;
+        }
+        if !self.clients_from.is_empty() {
+            writeln!(
+                out,
+                "  clients    also from {}",
+                self.clients_from.join(" ")
+            )?;
+        }
         write!(out, "  mtu        {} bytes", self.mtu)?;
         match self.mtu_hints {
             MtuHints { asked: 0, .. } => writeln!(out)?,
@@ -363,6 +407,13 @@ mod tests {
                 moved: vec!["192.0.2.5".into()],
                 deliver_to: Some("198.51.100.2".into()),
                 deliver: vec!["192.0.2.5:80=198.51.100.2:8080".into()],
+                accept: vec!["192.0.2.0/28".into(), "2001:db8::5".into()],
+                clients_from: vec!["10.0.0.0/24".into()],
+                refused: vec![RefusedMove {
+                    moved: "192.0.2.77".into(),
+                    why: "192.0.2.77 is not accepted; give it --accept 192.0.2.77".into(),
+                }],
+                refused_moves: 3,
                 flows: Flows {
                     live: 3,
                     max: 10,
@@ -411,7 +462,14 @@ mod tests {
             "tx",
             "drops",
         ];
-        let added = ["deliver", "mtu_hints"];
+        let added = [
+            "deliver",
+            "mtu_hints",
+            "accept",
+            "clients_from",
+            "refused",
+            "refused_moves",
+        ];
         contract.sort_unstable();
         names.retain(|name| !added.contains(name));
         assert_eq!(names, contract);
@@ -427,6 +485,10 @@ mod tests {
             "tunnel to old server 192.0.2.1:51850: up",
             "192.0.2.5 → 198.51.100.2",
             "deliver    192.0.2.5:80=198.51.100.2:8080",
+            "accept     192.0.2.0/28 2001:db8::5\n",
+            "refused    192.0.2.77 is not accepted; give it --accept 192.0.2.77\n",
+            "refused    3 moves so far\n",
+            "clients    also from 10.0.0.0/24\n",
             "mtu        1440 bytes, ICMP errors that said less: 3, of these untrue: 2\n",
             "3 of 10, 0 evicted, 2 told apart by port\n",
             "keys 1 min 1 s old, round trip 0.17 ms",

@@ -12,8 +12,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
 
 use crate::channel::session::{CipherPolicy, Psk};
+use crate::model::accept::Accept;
 use crate::model::moved::Move;
 use crate::model::port_map::PortMap;
+use crate::model::prefix::Prefix;
 use crate::settings::from_text::{many, one};
 use crate::settings::values::{
     DeliverTo, InterfaceName, Lanes, Listen, MaxFlows, NewServer, PeerAddr, RekeyAfter,
@@ -23,7 +25,7 @@ use crate::settings::values::{
 const AFTER_HELP: &str = "\
 Two lines do it:
   old server:  ipmoved --peer 198.51.100.2 --psk-file /etc/ipmoved/psk --move 192.0.2.5
-  new server:  ipmoved --peer 192.0.2.1    --psk-file /etc/ipmoved/psk
+  new server:  ipmoved --peer 192.0.2.1    --psk-file /etc/ipmoved/psk --accept 192.0.2.5
 
 Exit codes:
   0  done, or stopped by SIGTERM or SIGINT with everything undone
@@ -131,6 +133,21 @@ pub struct PeerArgs {
     #[arg(long, value_name = "MOVED:PORT[/tcp|/udp]=ADDR:PORT")]
     #[serde(deserialize_with = "many")]
     pub deliver: Vec<PortMap>,
+
+    /// On the new server: what this old server may move here, as addresses or prefixes, whole or
+    /// only some of their ports; a move is served if these accept all of it. Repeatable. Without
+    /// it everything is accepted, with a warning; `--deliver-to keep` needs it.
+    /// Examples: 192.0.2.5 192.0.2.0/28:443/tcp [2001:db8::/64]:53/udp
+    #[arg(long, value_name = "ADDR[/LEN][:PORTS][/tcp|/udp]")]
+    #[serde(deserialize_with = "many")]
+    pub accept: Vec<Accept>,
+
+    /// On the new server: lets clients of this old server have addresses of these networks, though
+    /// the new server is in them itself. Without it such a source counts as forged. Repeatable.
+    /// Examples: 10.0.0.0/24 2001:db8:b::/64
+    #[arg(long, value_name = "PREFIX")]
+    #[serde(deserialize_with = "many")]
+    pub clients_from: Vec<Prefix>,
 }
 
 impl PeerArgs {
@@ -149,6 +166,8 @@ impl PeerArgs {
             moves: first_given(self.moves, file.moves),
             deliver_to: first_given(self.deliver_to, file.deliver_to),
             deliver: first_given(self.deliver, file.deliver),
+            accept: first_given(self.accept, file.accept),
+            clients_from: first_given(self.clients_from, file.clients_from),
         }
     }
 
@@ -161,6 +180,8 @@ impl PeerArgs {
             moves,
             deliver_to,
             deliver,
+            accept,
+            clients_from,
         } = self;
         peer.is_none()
             && psk_file.is_none()
@@ -168,6 +189,8 @@ impl PeerArgs {
             && moves.is_empty()
             && deliver_to.is_empty()
             && deliver.is_empty()
+            && accept.is_empty()
+            && clients_from.is_empty()
     }
 }
 

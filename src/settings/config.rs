@@ -10,9 +10,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
+use crate::model::accept::{Accept, MAX_ACCEPTS};
 use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::peer::{MAX_PEERS, Role};
 use crate::model::port_map::PortMap;
+use crate::model::prefix::Prefix;
 use crate::model::runtime::BASE_DIR;
 use crate::settings::args::{LogFormat, NatArgs, PeerArgs, RunArgs, Without};
 use crate::settings::file::{File, Mistake};
@@ -30,6 +32,10 @@ const MAX_DEFAULT_LANES: u8 = 8;
 
 /// Most `--deliver` of one peer: they are searched one by one for every new flow.
 pub const MAX_PORT_MAPS: usize = 256;
+
+/// Most `--clients-from` of one peer: they are searched one by one for every new flow that comes
+/// from a network of the new server's own.
+pub const MAX_CLIENTS_FROM: usize = 256;
 
 /// The environment variable that moves the runtime directory, for several installations on one
 /// host.
@@ -86,6 +92,10 @@ pub struct PeerConfig {
     pub deliver_to: DeliverTo,
     /// Ports that are delivered elsewhere (new server).
     pub deliver: Vec<PortMap>,
+    /// What it may move here; nothing accepts everything (new server).
+    pub accept: Vec<Accept>,
+    /// Networks of this server's own that its clients may come from all the same (new server).
+    pub clients_from: Vec<Prefix>,
 }
 
 /// Why the settings were refused.
@@ -299,6 +309,8 @@ impl PeerConfig {
             moves: given.moves,
             deliver_to,
             deliver: given.deliver,
+            accept: given.accept,
+            clients_from: given.clients_from,
         })
     }
 }
@@ -308,6 +320,8 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
     for (name, is_given) in [
         ("deliver-to", !given.deliver_to.is_empty()),
         ("deliver", !given.deliver.is_empty()),
+        ("accept", !given.accept.is_empty()),
+        ("clients-from", !given.clients_from.is_empty()),
     ] {
         if is_given && !given.moves.is_empty() {
             let problem = "belongs on the new server; this one is the old server, \
@@ -315,12 +329,30 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
             return Err(origin.refuse(name, problem));
         }
     }
-    if given.deliver.len() > MAX_PORT_MAPS {
-        let problem = format!(
-            "{} ports are more than {MAX_PORT_MAPS}, the most that can be delivered elsewhere",
-            given.deliver.len()
-        );
-        return Err(origin.refuse("deliver", problem));
+    for (name, given, most, what) in [
+        (
+            "deliver",
+            given.deliver.len(),
+            MAX_PORT_MAPS,
+            "ports are more than can be delivered elsewhere",
+        ),
+        (
+            "accept",
+            given.accept.len(),
+            MAX_ACCEPTS,
+            "are more than one peer can have; name prefixes and ranges of ports",
+        ),
+        (
+            "clients-from",
+            given.clients_from.len(),
+            MAX_CLIENTS_FROM,
+            "are more than one peer can have; name shorter prefixes",
+        ),
+    ] {
+        if given > most {
+            let problem = format!("{given} {what} (at most {most})");
+            return Err(origin.refuse(name, problem));
+        }
     }
     for (index, a) in given.deliver.iter().enumerate() {
         if let Some(b) = given.deliver[..index].iter().find(|b| a.overlaps(b)) {
@@ -328,7 +360,20 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
             return Err(origin.refuse("deliver", problem));
         }
     }
-    DeliverTo::all(&given.deliver_to).map_err(|error| origin.refuse("deliver-to", error))
+    let deliver_to = DeliverTo::all(&given.deliver_to);
+    let deliver_to = deliver_to.map_err(|error| origin.refuse("deliver-to", error))?;
+    if deliver_to == DeliverTo::Keep && given.accept.is_empty() {
+        let problem = format!(
+            "`keep` puts the addresses that the old server names on this server, so say which \
+             these may be: add {}, with the address that has moved",
+            match origin {
+                Origin::Flags => "--accept 192.0.2.5",
+                Origin::File(_) | Origin::Table(..) => "accept = [\"192.0.2.5\"]",
+            }
+        );
+        return Err(origin.refuse("deliver-to", problem));
+    }
+    Ok(deliver_to)
 }
 
 /// Checks the peers against each other.
@@ -516,6 +561,42 @@ mod tests {
                 "--deliver-to: `keep` stands alone",
             ),
             (
+                format!("{key} {peer} --move 192.0.2.5 --accept 192.0.2.5"),
+                "--accept: belongs on the new server",
+            ),
+            (
+                format!("{key} {peer} --move 192.0.2.5 --clients-from 10.0.0.0/8"),
+                "--clients-from: belongs on the new server",
+            ),
+            (
+                format!("{key} {peer} --deliver-to keep"),
+                "--deliver-to: `keep` puts the addresses that the old server names on this \
+                 server, so say which these may be: add --accept 192.0.2.5,",
+            ),
+            (
+                format!("{key} {peer} --accept 192.0.2.5/28"),
+                "--accept <ADDR[/LEN][:PORTS][/tcp|/udp]>': `192.0.2.5/28` has bits set behind \
+                 its length; the prefix is 192.0.2.0/28",
+            ),
+            (
+                format!("{key} {peer} --clients-from 10.0.0.1/24"),
+                "the prefix is 10.0.0.0/24",
+            ),
+            (
+                format!(
+                    "{key} {peer}{}",
+                    " --accept 192.0.2.5".repeat(MAX_ACCEPTS + 1)
+                ),
+                "--accept: 257 are more than one peer can have",
+            ),
+            (
+                format!(
+                    "{key} {peer}{}",
+                    " --clients-from ::/0".repeat(MAX_CLIENTS_FROM + 1)
+                ),
+                "--clients-from: 257 are more than",
+            ),
+            (
                 format!(
                     "{key} {peer} --deliver 192.0.2.5:80=198.51.100.2:1 \
                          --deliver 192.0.2.5:80/udp=198.51.100.2:2"
@@ -579,6 +660,7 @@ mod tests {
         let file = format!(
             "peer = \"192.0.2.1\"\npsk = \"{KEY}\"\ndeliver-to = \"198.51.100.2\"\n\
              deliver = [\"192.0.2.5:1=198.51.100.2:2\", \"192.0.2.5:2=198.51.100.2:3\"]\n\
+             accept = \"192.0.2.5\"\nclients-from = [\"10.0.0.0/8\", \"10.1.0.0/16\"]\n\
              listen = 7\ntun = \"file0\"\nuplink = \"file1\"\nmax-flows = 5\nlanes = 3\n\
              cipher = \"aes-256-gcm\"\nlog-format = \"json\"\nrekey-after = 60\n\
              without = [\"udp-gso\", \"udp-gro\"]\n"
@@ -590,6 +672,8 @@ mod tests {
                 peer.endpoint.as_ref().unwrap().to_string(),
                 format!("{:?}", peer.deliver_to),
                 format!("{}", peer.deliver.len()),
+                format!("{}", peer.accept[0]),
+                format!("{}", peer.clients_from.len()),
                 format!("{}", config.listen.port),
                 config.tun.clone(),
                 format!("{:?}", config.uplink),
@@ -606,6 +690,8 @@ mod tests {
             "--peer 192.0.2.9",
             "--deliver-to keep",
             "--deliver 192.0.2.5:9=198.51.100.2:9",
+            "--accept 192.0.2.9",
+            "--clients-from ::/0",
             "--listen 9",
             "--tun flag0",
             "--uplink flag1",
@@ -647,6 +733,12 @@ mod tests {
             (
                 file(other, "deliver-to = [\"keep\", \"198.51.100.2\"]"),
                 "x.toml: [[peers]] on line 1: deliver-to: `keep` stands alone",
+            ),
+            (
+                file(other, "deliver-to = \"keep\""),
+                "x.toml: [[peers]] on line 1: deliver-to: `keep` puts the addresses that the old \
+                 server names on this server, so say which these may be: add \
+                 accept = [\"192.0.2.5\"]",
             ),
             (
                 format!("[[peers]]\npeer = \"a\"\n{}", file(other, "")),

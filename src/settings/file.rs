@@ -320,6 +320,15 @@ mod tests {
                 "keys are the flags of `ipmoved --help` without the dashes",
             ),
             (
+                "accept = [\"192.0.2.0/28\", \"192.0.2.5/28\"]",
+                "column 27: accept: `192.0.2.5/28` has bits set behind its length",
+            ),
+            ("acept = \"192.0.2.5\"", "did you mean `accept`?"),
+            (
+                "client-from = \"10.0.0.0/8\"",
+                "did you mean `clients-from`?",
+            ),
+            (
                 "[peers]\npeer = \"a\"",
                 "line 1, column 1: `peers` has to be tables",
             ),

@@ -27,6 +27,7 @@ use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::kernel::Change;
 use crate::kernel::journal::understand;
+use crate::model::accept::Accept;
 use crate::model::moved::Move;
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::packet::coalesce::{Coalescer, Push, Reach};
@@ -38,6 +39,7 @@ use crate::packet::{Kind, Parsed, clamp_mss};
 use crate::settings::args::RunArgs;
 use crate::settings::config::Config;
 use crate::settings::file::File;
+use crate::settings::values::DeliverTo;
 
 const MOVED: &str = "192.0.2.5";
 const MOVED_PORT: &str = "[2001:db8::5]:80/tcp";
@@ -424,8 +426,12 @@ fn take_apart(coalescer: &mut Coalescer, slab: &mut [u8]) {
     }
 }
 
-/// A move, as it is typed and as it is announced.
+/// A move, as it is typed, announced and accepted.
 pub fn moved(bytes: &[u8]) {
+    if let Ok(accept) = std::str::from_utf8(bytes).unwrap_or_default().parse() {
+        let accept: Accept = accept;
+        assert_eq!(accept.to_string().parse().as_ref(), Ok(&accept));
+    }
     if let Some(moved) = std::str::from_utf8(bytes)
         .ok()
         .and_then(|text| text.parse::<Move>().ok())
@@ -433,6 +439,8 @@ pub fn moved(bytes: &[u8]) {
         let again: Move = moved.to_string().parse().unwrap();
         assert_eq!(again, moved);
         assert!(moved.overlaps(&again));
+        let accept: Accept = moved.to_string().parse().unwrap();
+        assert!(Accept::all_accept(&[accept], &moved));
         let mut encoded = Vec::new();
         moved.encode(&mut encoded);
         assert_eq!(Move::decode(&mut &encoded[..]), Some(moved));
@@ -475,6 +483,13 @@ pub fn settings(bytes: &[u8]) {
         for map in &peer.deliver {
             assert_eq!(map.to_string().parse().as_ref(), Ok(map));
         }
+        for accept in &peer.accept {
+            assert_eq!(accept.to_string().parse().as_ref(), Ok(accept));
+        }
+        for prefix in &peer.clients_from {
+            assert_eq!(prefix.to_string().parse().as_ref(), Ok(prefix));
+        }
+        assert!(peer.deliver_to != DeliverTo::Keep || !peer.accept.is_empty());
         assert!(peer.moves.is_empty() || config.role == Role::Old);
     }
 }

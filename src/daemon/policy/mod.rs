@@ -7,18 +7,21 @@
 //! [`Tunnel`](crate::channel::tunnel::Tunnel)'s business; packets are the lanes'.
 //!
 //! ```text
-//! tunnels: endpoint, state, announcement ─┐             ┌─► lanes: serve, deliver, hop
+//! tunnels: endpoint, state, announcement ─┐             ┌─► lanes: serve, deliver, hop, networks
 //! kernel: addresses, routes, links, held ─┼─► Policy ──►┼─► kernel: hold, MTU of the TUN
-//! resolver: what a name stands for ───────┘             ├─► tunnels: announce, probe, call
+//! lanes: sources that were refused ───────┤             ├─► tunnels: announce, probe, call
+//! resolver: what a name stands for ───────┘             │
 //!                                                       └─► people: warn
 //! ```
 //!
 //! | file | decides |
 //! |---|---|
 //! | `claims` | whose a moved address is, when several old servers name it |
+//! | `refusal` | what an old server may move here, and what nobody may |
 //! | `delivery` | which addresses packets are delivered to, and which the old server speaks from |
 //! | `sizes` | how large a packet may be |
 //! | `names` | when a peer's name is looked up again |
+//! | `pace` | how often people are told the same kind of thing |
 //!
 //! # Where more will fit in
 //!
@@ -29,8 +32,6 @@
 //!   that are here. A [`PeerId`] stays with its peer, so a peer that goes leaves its place empty.
 //! * **Several new servers for one moved address**: today the old server's claims are its settings,
 //!   which give each move to one peer. `claims` is the one file that knows.
-//! * **What the new server accepts of a peer**: [`Claims::announce`] refuses what another peer has;
-//!   what the settings do not accept is refused in the same place, with a [`Warning`] of its own.
 
 // The clock is the control task's: here it is an argument, whatever the folder around allows.
 #![warn(clippy::disallowed_methods)]
@@ -38,6 +39,8 @@
 mod claims;
 mod delivery;
 mod names;
+mod pace;
+pub(super) mod refusal;
 mod sizes;
 #[cfg(test)]
 mod tests;
@@ -49,16 +52,21 @@ use std::time::{Duration, Instant};
 
 use self::claims::{Claims, Settled};
 use self::names::Lookup;
+use self::pace::Pace;
+use self::refusal::{Refusal, Rules};
 pub(super) use self::sizes::{RouteSize, tunnel_mtu};
 use super::index;
 use crate::channel::tunnel::{Announcement, Deliver, State};
 use crate::flow::gate::Refused;
+use crate::flow::networks::{OwnNetwork, RefusedSource};
 use crate::flow::role::Hop;
 use crate::flow::routes::Delivery;
+use crate::model::accept::Accept;
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
+use crate::model::prefix::Prefix;
 use crate::settings::values::{DeliverTo, PeerAddr};
 
 /// How often an administrator is told at most of what one peer sends and is not let out.
@@ -69,12 +77,18 @@ const REFUSED_PACE: Duration = Duration::from_secs(60);
 pub(super) struct PeerRules {
     /// Where it is; with `None` this side waits until the peer calls.
     pub(super) endpoint: Option<PeerAddr>,
+    /// The address that `endpoint` stands for, if that is known yet.
+    pub(super) known_at: Option<IpAddr>,
     /// The moves to it (old server).
     pub(super) moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub(super) deliver_to: DeliverTo,
     /// Ports that are delivered elsewhere (new server).
     pub(super) deliver: Vec<PortMap>,
+    /// What it may move here; nothing accepts everything (new server).
+    pub(super) accept: Vec<Accept>,
+    /// Networks of this server's own that its clients may come from all the same (new server).
+    pub(super) clients_from: Vec<Prefix>,
 }
 
 /// The facts about this host when the daemon starts.
@@ -88,7 +102,7 @@ pub(super) struct HostFacts {
     pub(super) left: Vec<IpAddr>,
 }
 
-/// This server's addresses, as the kernel lists them.
+/// This server's addresses, and what it sees around it.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub(super) struct Addresses {
     /// On any interface.
@@ -97,6 +111,14 @@ pub(super) struct Addresses {
     pub(super) uplink: Vec<IpAddr>,
     /// The broadcast addresses of their networks.
     pub(super) broadcasts: Vec<IpAddr>,
+    /// Moved addresses that this daemon has put on this host (new server).
+    pub(super) held: Vec<IpAddr>,
+    /// Next hops of its routes (new server).
+    pub(super) gateways: Vec<IpAddr>,
+    /// Name servers that it asks (new server).
+    pub(super) resolvers: Vec<IpAddr>,
+    /// The networks that it is in (new server).
+    pub(super) networks: Vec<OwnNetwork>,
 }
 
 /// Something that the control task has seen.
@@ -118,6 +140,8 @@ pub(super) enum Input {
     UplinkMtu(u32),
     /// The TUN has this MTU now.
     TunMtu(u32),
+    /// A client of the peer claimed to be in a network of this server's own.
+    RefusedSource(PeerId, RefusedSource),
     /// The result of [`Action::Hold`].
     Held(Result<(), String>),
     /// The peer sent packets like this one, which were not let out (old server).
@@ -135,6 +159,8 @@ pub(super) enum Action {
     Hold(Vec<IpAddr>),
     /// Let no client claim these addresses as its own, and let nothing out to them.
     OwnAddresses(Vec<IpAddr>),
+    /// Let no client come from these networks, unless its peer may have such clients (new server).
+    OwnNetworks(Vec<OwnNetwork>),
     /// Send ICMP replies like this, as a router on the path (old server).
     Hop(Hop),
     /// Give the TUN this MTU (new server).
@@ -163,9 +189,27 @@ pub(super) enum Action {
 /// Something that an administrator has to know about a peer.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub(super) enum Warning {
-    /// Another old server was first.
-    #[error("{0} has moved here from another old server already; it is not served for this one")]
-    Taken(Move),
+    /// Moves that are not served.
+    #[error("{}", refusal::line(.0))]
+    NotServed(Vec<Refusal>),
+    /// Everything that the peer names is served.
+    #[error("{}", accepts_all(.moves, *.first_come))]
+    AcceptsAll {
+        /// What it has moved now.
+        moves: Arc<[Move]>,
+        /// Other peers are not limited either.
+        first_come: bool,
+    },
+    /// A client came from a network of this server's own.
+    #[error(
+        "a client's source {source} is refused: it lies in {prefix} on {interface}, a network of \
+         this server, and may be forged; to let clients from there come through that old server, \
+         add --clients-from {prefix}",
+        source = .0.source,
+        prefix = .0.network.prefix,
+        interface = .0.network.interface
+    )]
+    RefusedSource(RefusedSource),
     /// There is no address of the move's family to deliver to.
     #[error(
         "{0} cannot be delivered: the new server has no {family} address; \
@@ -202,6 +246,25 @@ fn not_let_out(reason: DropReason) -> &'static str {
     }
 }
 
+/// What an administrator is told where nothing limits a peer, with the flags that would.
+fn accepts_all(moves: &[Move], first_come: bool) -> String {
+    let flags = refusal::accept_flags(moves.iter());
+    let more = if moves.len() > refusal::SHOWN {
+        " and so on (`ipmoved status` shows all that moved)"
+    } else {
+        ""
+    };
+    let turn = if first_come {
+        "; until then the first old server to name an address has it"
+    } else {
+        ""
+    };
+    format!(
+        "whatever this old server names is served, also after somebody has taken it over; \
+         to accept what it has moved now and no more, add{flags}{more}{turn}"
+    )
+}
+
 /// The decisions for all peers.
 #[derive(Debug)]
 pub(super) struct Policy {
@@ -222,6 +285,10 @@ struct Peer {
     addr: Option<PeerAddr>,
     deliver_to: DeliverTo,
     ports: Vec<PortMap>,
+    accept: Vec<Accept>,
+    clients_from: Vec<Prefix>,
+    /// Where the settings say it is, names looked up.
+    known_at: Option<IpAddr>,
     /// `None` if the settings give an address instead of a name.
     lookup: Option<Lookup>,
     endpoint: Option<Endpoint>,
@@ -234,6 +301,12 @@ struct Peer {
     client_mtu: Option<u32>,
     /// When an administrator was last told of what it sent and was not let out (old server).
     refused: Option<Instant>,
+    /// How many moves were refused, each time that it named one.
+    refused_moves: u64,
+    /// Warnings of these kinds.
+    not_served: Pace,
+    accepts_all: Pace,
+    refused_source: Pace,
 }
 
 impl Policy {
@@ -251,12 +324,19 @@ impl Policy {
                     addr: rules.endpoint,
                     deliver_to: rules.deliver_to,
                     ports: rules.deliver,
+                    accept: rules.accept,
+                    clients_from: rules.clients_from,
+                    known_at: rules.known_at,
                     endpoint: None,
                     state: State::Connecting,
                     deliver: None,
                     trouble: None,
                     client_mtu: None,
                     refused: None,
+                    refused_moves: 0,
+                    not_served: Pace::default(),
+                    accepts_all: Pace::default(),
+                    refused_source: Pace::default(),
                 }
             })
             .collect();
@@ -284,6 +364,8 @@ impl Policy {
         match input {
             Input::Endpoint(peer, endpoint) => {
                 self.peers[index(peer)].endpoint = Some(endpoint);
+                // Where one peer seems to be speaks against no other's moves.
+                self.judge_again(now, Some(peer));
                 self.deliver(peer);
             }
             Input::State(peer, state) => {
@@ -293,8 +375,8 @@ impl Policy {
                     lookup.hurry(now);
                 }
             }
-            Input::Announced(peer, announcement) => self.announced(peer, announcement),
-            Input::LookedUp(peer, result) => self.looked_up(peer, result),
+            Input::Announced(peer, announcement) => self.announced(now, peer, announcement),
+            Input::LookedUp(peer, result) => self.looked_up(now, peer, result),
             Input::Route(peer, size) => {
                 if let Some(endpoint) = self.peers[index(peer)].endpoint {
                     let datagram = sizes::max_datagram(endpoint.remote, size);
@@ -303,18 +385,32 @@ impl Policy {
                     self.actions.push_back(Action::HintMtu(peer, hint));
                 }
             }
-            Input::Addresses(addresses) => self.have_addresses(addresses),
+            Input::Addresses(addresses) => self.have_addresses(now, addresses),
             Input::UplinkMtu(mtu) => self.uplink_has_mtu(mtu),
             Input::TunMtu(mtu) => self.tun_mtu = mtu,
+            Input::RefusedSource(peer, refused) => {
+                let pace = &mut self.peers[index(peer)].refused_source;
+                let due = pace.offer(now, Warning::RefusedSource(refused));
+                self.warn_of(peer, due);
+            }
             Input::Held(result) => self.held(result.err()),
             Input::Refused(peer, refused) => self.refused(now, peer, refused),
         }
     }
 
-    /// Does what is due: looks up again the names of peers that do not answer.
+    /// Does what is due: looks up again the names of peers that do not answer, and gives warnings
+    /// that came too early.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
         for id in self.peers() {
             let peer = &mut self.peers[index(id)];
+            let paces = [
+                &mut peer.not_served,
+                &mut peer.accepts_all,
+                &mut peer.refused_source,
+            ];
+            for warning in paces.into_iter().filter_map(|pace| pace.due(now)) {
+                self.actions.push_back(Action::Warn(id, warning));
+            }
             let up = peer.state == State::Up;
             let (Some(lookup), Some(name)) = (&mut peer.lookup, &peer.addr) else {
                 continue;
@@ -364,6 +460,26 @@ impl Policy {
         &self.peers[index(peer)].ports
     }
 
+    /// What the peer may move here; nothing accepts everything (new server).
+    pub(super) fn accept(&self, peer: PeerId) -> &[Accept] {
+        &self.peers[index(peer)].accept
+    }
+
+    /// Own networks that the peer's clients may come from all the same (new server).
+    pub(super) fn clients_from(&self, peer: PeerId) -> &[Prefix] {
+        &self.peers[index(peer)].clients_from
+    }
+
+    /// The moves from the peer that are not served (new server).
+    pub(super) fn refusals(&self, peer: PeerId) -> &[Refusal] {
+        self.claims.refused(peer)
+    }
+
+    /// How many moves were refused, each time that the peer named one (new server).
+    pub(super) fn refused_moves(&self, peer: PeerId) -> u64 {
+        self.peers[index(peer)].refused_moves
+    }
+
     /// Our announcement to the peer.
     pub(super) fn announcement(&self, id: PeerId) -> Announcement {
         let mtu = self.uplink_mtu.min(u32::from(u16::MAX)) as u16;
@@ -376,7 +492,7 @@ impl Policy {
             },
             Role::New => {
                 let peer = &self.peers[index(id)];
-                let refused = || self.claims.refused(id).first().cloned().map(Warning::Taken);
+                let refused = || self.not_served(id);
                 Announcement::New {
                     deliver: peer.deliver.unwrap_or(Deliver::To { v4: None, v6: None }),
                     mtu,
@@ -392,9 +508,11 @@ impl Policy {
 
     // Peers.
 
-    fn announced(&mut self, peer: PeerId, announcement: Announcement) {
+    fn announced(&mut self, now: Instant, peer: PeerId, announcement: Announcement) {
         match (self.role, announcement) {
-            (Role::New, Announcement::Old { moves, mtu }) => self.moved_here(peer, moves, mtu),
+            (Role::New, Announcement::Old { moves, mtu }) => {
+                self.moved_here(now, peer, moves, mtu);
+            }
             (Role::Old, Announcement::New { deliver, error, .. }) => {
                 self.peers[index(peer)].deliver = Some(deliver);
                 if let Some(error) = error {
@@ -407,9 +525,15 @@ impl Policy {
     }
 
     /// The old server announced what it has moved here.
-    fn moved_here(&mut self, peer: PeerId, moves: Vec<Move>, mtu: u16) {
-        for settled in self.claims.announce(peer, moves) {
-            self.settle(settled);
+    fn moved_here(&mut self, now: Instant, peer: PeerId, moves: Vec<Move>, mtu: u16) {
+        let rules = Rules {
+            peers: &self.peers,
+            addresses: &self.addresses,
+            left: &self.left,
+        };
+        let judge = |peer, moved: &Move| rules.refuse(peer, moved);
+        for settled in self.claims.announce(peer, moves, &judge) {
+            self.settle(now, settled);
         }
         self.peers[index(peer)].client_mtu = Some(u32::from(mtu));
         let links = self.peers.iter().filter_map(|peer| peer.client_mtu);
@@ -419,36 +543,80 @@ impl Policy {
         }
     }
 
-    /// Carries out what `claims` made of an announcement.
-    fn settle(&mut self, settled: Settled) {
-        let Settled {
-            peer,
-            served_changed,
-            refused,
-        } = settled;
-        for moved in refused {
-            self.warn(peer, Warning::Taken(moved));
+    /// Holds the moves of one peer, or of all, against what is known now. What this server needs
+    /// itself may have changed.
+    fn judge_again(&mut self, now: Instant, whose: Option<PeerId>) {
+        if self.role == Role::Old {
+            return;
         }
-        let served = Arc::clone(self.claims.served(peer));
-        if served_changed {
-            let action = Action::Serve(peer, Arc::clone(&served));
-            self.actions.push_back(action);
-        }
-        self.deliver(peer);
-        let ports = &self.peers[index(peer)].ports;
-        for map in delivery::not_moved(ports, &served) {
-            let warning = Warning::PortNotMoved(map.clone());
-            self.actions.push_back(Action::Warn(peer, warning));
+        let rules = Rules {
+            peers: &self.peers,
+            addresses: &self.addresses,
+            left: &self.left,
+        };
+        let judge = |peer, moved: &Move| rules.refuse(peer, moved);
+        for settled in self.claims.judge_again(whose, &judge) {
+            self.settle(now, settled);
         }
     }
 
-    fn looked_up(&mut self, peer: PeerId, result: Result<SocketAddr, String>) {
+    /// Carries out what `claims` made of the moves of one peer.
+    fn settle(&mut self, now: Instant, settled: Settled) {
+        let id = settled.peer;
+        let refusals = self.not_served(id);
+        let open = self.peers.iter().filter(|peer| peer.accept.is_empty());
+        let first_come = open.count() > 1;
+        let peer = &mut self.peers[index(id)];
+        peer.refused_moves += settled.refused as u64;
+        if settled.refusals_changed {
+            let due = match refusals {
+                Some(warning) => peer.not_served.offer(now, warning),
+                None => {
+                    peer.not_served.withdraw();
+                    None
+                }
+            };
+            self.warn_of(id, due);
+        }
+        if let Some(served) = settled.served {
+            let peer = &mut self.peers[index(id)];
+            peer.accepts_all.withdraw();
+            if peer.accept.is_empty() && !served.is_empty() {
+                let moves = Arc::clone(&served);
+                let warning = Warning::AcceptsAll { moves, first_come };
+                let due = peer.accepts_all.offer(now, warning);
+                self.warn_of(id, due);
+            }
+            self.actions.push_back(Action::Serve(id, served));
+        }
+        self.deliver(id);
+        let served = self.claims.served(id);
+        let ports = &self.peers[index(id)].ports;
+        for map in delivery::not_moved(ports, served) {
+            let warning = Warning::PortNotMoved(map.clone());
+            self.actions.push_back(Action::Warn(id, warning));
+        }
+    }
+
+    /// What is refused of the peer's moves, if anything is.
+    fn not_served(&self, id: PeerId) -> Option<Warning> {
+        let refused = self.claims.refused(id);
+        (!refused.is_empty()).then(|| Warning::NotServed(refused.to_vec()))
+    }
+
+    fn looked_up(&mut self, now: Instant, peer: PeerId, result: Result<SocketAddr, String>) {
         let Some(lookup) = &mut self.peers[index(peer)].lookup else {
             return;
         };
         let news = lookup.done(result.as_ref().err());
         match result {
-            Ok(addr) => self.actions.push_back(Action::Call(peer, addr)),
+            Ok(addr) => {
+                let known_at = self.peers[index(peer)].known_at.replace(addr.ip());
+                if known_at != Some(addr.ip()) {
+                    self.judge_again(now, None);
+                }
+                self.actions.push_back(Action::Call(peer, addr));
+            }
             Err(error) if news => self.warn(peer, Warning::NameNotFound(error)),
             Err(_) => {}
         }
@@ -537,13 +705,22 @@ impl Policy {
 
     // The host.
 
-    fn have_addresses(&mut self, addresses: Addresses) {
+    fn have_addresses(&mut self, now: Instant, addresses: Addresses) {
         match self.role {
-            Role::New if self.addresses.all != addresses.all => {
-                let all = addresses.all.clone();
-                self.actions.push_back(Action::OwnAddresses(all));
+            Role::New => {
+                if self.addresses.all != addresses.all {
+                    let all = addresses.all.clone();
+                    self.actions.push_back(Action::OwnAddresses(all));
+                }
+                if self.addresses.networks != addresses.networks {
+                    let networks = addresses.networks.clone();
+                    self.actions.push_back(Action::OwnNetworks(networks));
+                }
+                if self.addresses != addresses {
+                    self.addresses = addresses;
+                    self.judge_again(now, None);
+                }
             }
-            Role::New => {}
             Role::Old => {
                 self.have_special_addresses(&addresses);
                 let (v4, v6) = delivery::hop(&addresses.uplink, self.claims.all());
@@ -551,9 +728,9 @@ impl Policy {
                     (self.hop.v4, self.hop.v6) = (v4, v6);
                     self.actions.push_back(Action::Hop(self.hop));
                 }
+                self.addresses = addresses;
             }
         }
-        self.addresses = addresses;
     }
 
     /// Tells the old server's gates which addresses are no client's: this server's own, the
@@ -588,6 +765,11 @@ impl Policy {
     }
 
     fn warn(&mut self, id: PeerId, warning: Warning) {
-        self.actions.push_back(Action::Warn(id, warning));
+        self.warn_of(id, Some(warning));
+    }
+
+    fn warn_of(&mut self, id: PeerId, warning: Option<Warning>) {
+        let warning = warning.map(|warning| Action::Warn(id, warning));
+        self.actions.extend(warning);
     }
 }

@@ -30,9 +30,54 @@ fn addresses(text: &str) -> Vec<IpAddr> {
 fn rules(deliver_to: DeliverTo) -> PeerRules {
     PeerRules {
         endpoint: None,
+        known_at: None,
         moves: Vec::new(),
         deliver_to,
         deliver: Vec::new(),
+        accept: accept("0.0.0.0/0 ::/0"),
+        clients_from: Vec::new(),
+    }
+}
+
+fn accept(text: &str) -> Vec<Accept> {
+    text.split_whitespace()
+        .map(|it| it.parse().unwrap())
+        .collect()
+}
+
+/// A peer that may move no more than this here.
+fn accepting(deliver_to: DeliverTo, text: &str) -> PeerRules {
+    PeerRules {
+        accept: accept(text),
+        ..rules(deliver_to)
+    }
+}
+
+/// A peer that the settings know under this address.
+fn at(addr: &str, rules: PeerRules) -> PeerRules {
+    PeerRules {
+        known_at: Some(addr.parse().unwrap()),
+        ..rules
+    }
+}
+
+fn own_addresses(all: Vec<IpAddr>, uplink: Vec<IpAddr>) -> Addresses {
+    Addresses {
+        all,
+        uplink,
+        ..Addresses::default()
+    }
+}
+
+/// A server with a gateway and a resolver of its own.
+fn facts() -> Addresses {
+    Addresses {
+        gateways: addresses("198.51.100.254 2001:db8:b::fe"),
+        resolvers: addresses("192.0.2.53 127.0.0.53"),
+        ..own_addresses(
+            addresses("127.0.0.1 198.51.100.2 10.9.0.1 2001:db8:b::9"),
+            addresses("198.51.100.2"),
+        )
     }
 }
 
@@ -61,11 +106,7 @@ impl Machine {
         let mut machine = Self::new(Role::New, rules, left);
         let uplink = addresses("198.51.100.2");
         let all = addresses("127.0.0.1 198.51.100.2");
-        machine.does(Input::Addresses(Addresses {
-            all,
-            uplink,
-            ..Addresses::default()
-        }));
+        machine.does(Input::Addresses(own_addresses(all, uplink)));
         for peer in machine.policy.peers() {
             machine.does(Input::Endpoint(peer, endpoint()));
         }
@@ -175,11 +216,243 @@ fn a_second_claim_is_refused_on_both_sides_until_the_first_is_gone() {
     let actions = new.moves(OLD, "192.0.2.6");
     let now_served = [
         (OLD, moves("192.0.2.6")),
-        (OTHER_OLD, moves("192.0.2.7 192.0.2.5:80")),
+        (OTHER_OLD, moves("192.0.2.5:80 192.0.2.7")),
     ];
     assert_eq!(served(&actions), now_served);
     assert_eq!(told(&actions), [(OLD, None), (OTHER_OLD, None)]);
     assert!(warnings(&actions).is_empty());
+}
+
+#[test]
+fn what_is_not_accepted_is_refused_on_both_sides_with_the_flag_to_add() {
+    let mut new = Machine::reached(vec![accepting(ANYWHERE, "192.0.2.5:443/tcp")], "");
+    let actions = new.moves(OLD, "192.0.2.5:443/tcp 192.0.2.5:22 2001:db8::5");
+    let why = "192.0.2.5:22, 2001:db8::5 are not accepted; to serve them, give the new server \
+               --accept 192.0.2.5:22 --accept 2001:db8::5";
+    assert_eq!(served(&actions), [(OLD, moves("192.0.2.5:443/tcp"))]);
+    assert_eq!(warnings(&actions), [why]);
+    assert_eq!(told(&actions), [(OLD, Some(why.into()))]);
+    assert_eq!(new.policy.refused_moves(OLD), 2);
+    // A move is not cut down to what is accepted of it.
+    let actions = new.moves(OLD, "192.0.2.5");
+    assert_eq!(served(&actions), [(OLD, Vec::new())]);
+    assert_eq!(new.policy.refused_moves(OLD), 3);
+    let refused = new.policy.refusals(OLD)[0].to_string();
+    let says = "192.0.2.5 is not accepted; to serve it, give the new server --accept 192.0.2.5";
+    assert_eq!(refused, says);
+    assert_eq!(told(&actions), [(OLD, Some(says.into()))]);
+    // People hear of it once a minute, and then of what is so by then.
+    assert!(warnings(&actions).is_empty());
+    assert!(warnings(&new.moves(OLD, "192.0.2.6")).is_empty());
+    assert!(warnings(&new.after(Duration::from_secs(59))).is_empty());
+    let late = warnings(&new.after(Duration::from_secs(1)));
+    assert_eq!(late.len(), 1);
+    assert!(late[0].ends_with("--accept 192.0.2.6"), "{late:?}");
+    // What is mended meanwhile is not complained of.
+    new.moves(OLD, "192.0.2.7");
+    let actions = new.moves(OLD, "192.0.2.5:443/tcp");
+    assert_eq!(told(&actions), [(OLD, None)]);
+    assert!(warnings(&new.after(Duration::from_secs(90))).is_empty());
+}
+
+#[test]
+fn without_a_limit_everything_is_served_with_the_flags_that_would_limit_it() {
+    let unlimited = || accepting(ANYWHERE, "");
+    let mut new = Machine::reached(vec![unlimited()], "");
+    let actions = new.moves(OLD, "192.0.2.5:443/tcp 2001:db8::5");
+    let moved = moves("192.0.2.5:443/tcp 2001:db8::5");
+    assert_eq!(served(&actions), [(OLD, moved)]);
+    let limit = "whatever this old server names is served, also after somebody has taken it \
+                 over; to accept what it has moved now and no more, add \
+                 --accept 192.0.2.5:443/tcp --accept 2001:db8::5";
+    assert_eq!(warnings(&actions)[0], limit);
+    let again = new.moves(OLD, "192.0.2.5:443/tcp 2001:db8::5");
+    assert!(!warnings(&again).contains(&limit.into()));
+    // Where several are unlimited, one can take what another has moved, once this server has
+    // started again.
+    let mut new = Machine::reached(vec![unlimited(), unlimited()], "");
+    let actions = new.moves(OLD, "192.0.2.5");
+    assert!(warnings(&actions)[0].ends_with("the first old server to name an address has it"));
+    let mut new = Machine::reached(vec![unlimited(), rules(ANYWHERE)], "");
+    assert!(warnings(&new.moves(OLD, "192.0.2.5"))[0].ends_with("--accept 192.0.2.5"));
+}
+
+#[test]
+fn what_this_server_needs_itself_is_never_served() {
+    for (moved, says, translated_too) in [
+        ("198.51.100.254", "a gateway", true),
+        ("[2001:db8:b::fe]:80/tcp", "a gateway", true),
+        ("192.0.2.53:53", "a resolver", true),
+        ("203.0.113.77", "another peer's own address", true),
+        ("203.0.113.77:80/tcp", "another peer's own address", true),
+        ("169.254.169.254", "link-local", true),
+        ("169.254.1.1:80", "link-local", true),
+        ("fd00:ec2::254", "metadata", true),
+        ("[fd00:ec2::253]:53", "metadata", true),
+        ("100.100.100.200:80/tcp", "metadata", true),
+        ("168.63.129.16", "metadata", true),
+        // Both ends of the tunnel itself: an old server may speak from what it has moved.
+        ("192.0.2.1", "an end of this tunnel itself", false),
+        ("192.0.2.1:80/tcp", "an end of this tunnel itself", false),
+        ("198.51.100.2:80", "an end of this tunnel itself", false),
+        // Others of this server's own addresses.
+        ("10.9.0.1", "an address of the new server already", false),
+        (
+            "2001:db8:b::9",
+            "an address of the new server already",
+            false,
+        ),
+    ] {
+        for (rules, translates) in [
+            (rules(DeliverTo::Keep), false),
+            (rules(ANYWHERE), true),
+            (accepting(ANYWHERE, ""), true),
+        ] {
+            let other = at("203.0.113.77", accepting(ANYWHERE, ""));
+            let mut new = Machine::reached(vec![at("192.0.2.1", rules), other], "");
+            new.does(Input::Addresses(facts()));
+            let actions = new.moves(OLD, moved);
+            if translates && !translated_too {
+                assert_eq!(served(&actions), [(OLD, moves(moved))], "{moved}");
+                continue;
+            }
+            assert!(served(&actions).is_empty(), "{moved}");
+            let why = told(&actions)[0].1.clone().unwrap_or_default();
+            assert!(why.contains(says), "{moved}: {why}");
+            assert!(held(&actions).unwrap_or_default().is_empty(), "{moved}");
+        }
+    }
+}
+
+#[test]
+fn an_old_server_that_is_also_the_router_moves_its_ports_but_no_more() {
+    for (deliver_to, moved, is_served) in [
+        (ANYWHERE, "198.51.100.254:80/tcp", true),
+        (ANYWHERE, "198.51.100.254", false),
+        (DeliverTo::Keep, "198.51.100.254:80/tcp", false),
+    ] {
+        let peer = at("198.51.100.254", rules(deliver_to));
+        let mut new = Machine::reached(vec![peer], "");
+        new.does(Input::Addresses(facts()));
+        assert_eq!(
+            !served(&new.moves(OLD, moved)).is_empty(),
+            is_served,
+            "{moved}"
+        );
+    }
+    // To seem to be there is not enough.
+    let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
+    new.does(Input::Addresses(facts()));
+    let forged = Endpoint {
+        remote: "198.51.100.254:51850".parse().unwrap(),
+        local: None,
+    };
+    new.does(Input::Endpoint(OLD, forged));
+    assert!(served(&new.moves(OLD, "198.51.100.254:80/tcp")).is_empty());
+}
+
+#[test]
+fn an_address_that_this_server_has_is_kept_if_it_is_accepted_by_itself() {
+    for (accept, is_served) in [("10.9.0.0/24", false), ("10.9.0.1 10.9.0.0/24", true)] {
+        let mut new = Machine::reached(vec![accepting(DeliverTo::Keep, accept)], "");
+        new.does(Input::Addresses(facts()));
+        let actions = new.moves(OLD, "10.9.0.1");
+        assert_eq!(!served(&actions).is_empty(), is_served, "{accept}");
+        let flag = warnings(&actions).concat().contains("--accept 10.9.0.1");
+        assert_eq!(flag, !is_served);
+    }
+    // One that this daemon has put there, in this run or an earlier one, is no address of its own.
+    let keep = accepting(DeliverTo::Keep, "192.0.2.0/24");
+    let mut new = Machine::reached(vec![keep], "192.0.2.6");
+    let mut seen = facts();
+    seen.all.extend(addresses("192.0.2.5 192.0.2.6"));
+    seen.held = addresses("192.0.2.5");
+    new.does(Input::Addresses(seen));
+    let actions = new.moves(OLD, "192.0.2.5 192.0.2.6");
+    assert_eq!(served(&actions), [(OLD, moves("192.0.2.5 192.0.2.6"))]);
+}
+
+#[test]
+fn what_this_server_needs_later_is_withdrawn_and_served_again_afterwards() {
+    let keep = accepting(DeliverTo::Keep, "192.0.2.0/24");
+    let named = PeerRules {
+        endpoint: Some(PeerAddr {
+            host: "old.example".into(),
+            port: 51_850,
+        }),
+        ..rules(ANYWHERE)
+    };
+    let mut new = Machine::reached(vec![keep, named], "");
+    new.moves(OLD, "192.0.2.5 192.0.2.6 192.0.2.7");
+    let mut later = facts();
+    later.gateways = addresses("192.0.2.5");
+    let actions = new.does(Input::Addresses(later));
+    assert_eq!(served(&actions), [(OLD, moves("192.0.2.6 192.0.2.7"))]);
+    assert_eq!(held(&actions), Some(addresses("192.0.2.6 192.0.2.7")));
+    assert!(warnings(&actions)[0].contains("192.0.2.5 is a gateway"));
+    let why = told(&actions)[0].1.clone().unwrap_or_default();
+    assert!(why.contains("gateway"), "{why}");
+    assert_eq!(new.policy.refused_moves(OLD), 1);
+    // A name of the settings leads to another one.
+    let found = "192.0.2.6:51850".parse().unwrap();
+    let actions = new.does(Input::LookedUp(OTHER_OLD, Ok(found)));
+    assert_eq!(served(&actions), [(OLD, moves("192.0.2.7"))]);
+    let actions = new.does(Input::Addresses(facts()));
+    assert_eq!(served(&actions), [(OLD, moves("192.0.2.5 192.0.2.7"))]);
+}
+
+#[test]
+fn a_peer_that_seems_to_be_at_anothers_moved_address_does_not_take_it_away() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE), rules(ANYWHERE)], "");
+    new.moves(OLD, "192.0.2.5");
+    let forged = Endpoint {
+        remote: "192.0.2.5:51850".parse().unwrap(),
+        local: Some("198.51.100.2".parse().unwrap()),
+    };
+    let actions = new.does(Input::Endpoint(OTHER_OLD, forged));
+    assert!(served(&actions).is_empty());
+    assert_eq!(**new.policy.moves(OLD), moves("192.0.2.5"));
+}
+
+#[test]
+fn a_refused_source_is_told_once_a_minute_with_the_flag_to_add() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE), rules(ANYWHERE)], "");
+    let refused = |peer, source: &str| {
+        let network = OwnNetwork {
+            prefix: "10.9.0.0/24".parse().unwrap(),
+            interface: "eth1".into(),
+        };
+        let source = source.parse().unwrap();
+        Input::RefusedSource(peer, RefusedSource { source, network })
+    };
+    let warning = "a client's source 10.9.0.7 is refused: it lies in 10.9.0.0/24 on eth1, a \
+                   network of this server, and may be forged; to let clients from there come \
+                   through that old server, add --clients-from 10.9.0.0/24";
+    assert_eq!(warnings(&new.does(refused(OLD, "10.9.0.7"))), [warning]);
+    for host in 1..50 {
+        let actions = new.does(refused(OLD, &format!("10.9.0.{host}")));
+        assert!(warnings(&actions).is_empty());
+    }
+    let other = new.does(refused(OTHER_OLD, "10.9.0.7"));
+    assert_eq!(warnings(&other), [warning]);
+    let later = warnings(&new.after(Duration::from_secs(60)));
+    assert_eq!(later.len(), 1);
+    assert!(later[0].contains("10.9.0.49"), "{later:?}");
+}
+
+#[test]
+fn the_lanes_hear_of_own_networks_when_they_change() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
+    let networks = vec![OwnNetwork {
+        prefix: "10.9.0.0/24".parse().unwrap(),
+        interface: "eth1".into(),
+    }];
+    let mut seen = facts();
+    new.does(Input::Addresses(seen.clone()));
+    seen.networks = networks.clone();
+    let actions = new.does(Input::Addresses(seen.clone()));
+    assert_eq!(actions, [Action::OwnNetworks(networks)]);
+    assert!(new.does(Input::Addresses(seen)).is_empty());
 }
 
 #[test]
@@ -197,11 +470,7 @@ fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() 
     // The host gets one.
     let both = addresses("198.51.100.2 2001:db8::2");
     let all = both.clone();
-    new.does(Input::Addresses(Addresses {
-        all,
-        uplink: both,
-        ..Addresses::default()
-    }));
+    new.does(Input::Addresses(own_addresses(all, both)));
     let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
     assert_eq!(told(&actions), [(OLD, None)]);
 }
@@ -321,10 +590,7 @@ fn the_lanes_hear_of_own_addresses_when_they_change() {
     let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
     let have = |text: &str| {
         let all = addresses(text);
-        Input::Addresses(Addresses {
-            all,
-            ..Addresses::default()
-        })
+        Input::Addresses(own_addresses(all, Vec::new()))
     };
     let both = addresses("198.51.100.2 203.0.113.1");
     let actions = new.does(have("198.51.100.2 203.0.113.1"));
@@ -424,10 +690,8 @@ fn what_is_not_let_out_is_told_once_a_minute_for_each_peer() {
 fn the_old_server_speaks_from_an_address_that_stayed() {
     let mut old = old("192.0.2.5");
     let uplink = addresses("192.0.2.5 192.0.2.1 fe80::1 2001:db8::1");
-    let seen = Input::Addresses(Addresses {
-        uplink,
-        ..Addresses::default()
-    });
+    let all = uplink.clone();
+    let seen = Input::Addresses(own_addresses(all, uplink));
     let hop = Hop {
         v4: Some("192.0.2.1".parse().unwrap()),
         v6: Some("2001:db8::1".parse().unwrap()),

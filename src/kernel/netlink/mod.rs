@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 
 pub use address::Address;
 pub use link::Link;
-pub use route::{Route, RouteKind, TABLE_LOCAL, TABLE_MAIN};
+pub use route::{ListedRoute, Route, RouteKind, TABLE_LOCAL, TABLE_MAIN};
 pub use rule::Rule;
 pub use tc::{Direction, Filter, FilterSlot};
 
@@ -78,14 +78,32 @@ impl Netlink {
 
     fn dump(&self, what: &'static str, message: RouteNetlinkMessage) -> Result<Vec<Vec<u8>>> {
         for _ in 1..MAX_DUMP_TRIES {
-            let mut interrupted = false;
-            let answers =
-                self.exchange_once(what, message.clone(), NLM_F_DUMP, &mut interrupted)?;
+            let (mut answers, mut interrupted) = (Vec::new(), false);
+            let keep = &mut |answer: &[u8]| answers.push(answer.to_vec());
+            self.exchange_once(what, message.clone(), NLM_F_DUMP, &mut interrupted, keep)?;
             if !interrupted {
                 return Ok(answers);
             }
         }
         self.exchange(what, message, NLM_F_DUMP)
+    }
+
+    /// Hands each answer over as it comes, for tables that are too large to be kept. If a table
+    /// changes meanwhile, some answers come twice.
+    fn dump_each(
+        &self,
+        what: &'static str,
+        message: &RouteNetlinkMessage,
+        each: &mut dyn FnMut(&[u8]),
+    ) -> Result<()> {
+        for _ in 0..MAX_DUMP_TRIES {
+            let mut interrupted = false;
+            self.exchange_once(what, message.clone(), NLM_F_DUMP, &mut interrupted, each)?;
+            if !interrupted {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn exchange(
@@ -94,17 +112,21 @@ impl Netlink {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> Result<Vec<Vec<u8>>> {
-        self.exchange_once(what, message, flags, &mut false)
+        let mut answers = Vec::new();
+        let keep = &mut |answer: &[u8]| answers.push(answer.to_vec());
+        self.exchange_once(what, message, flags, &mut false, keep)?;
+        Ok(answers)
     }
 
-    /// Sends one request, and collects the payloads of its answers up to the last one.
+    /// Sends one request, and hands the payloads of its answers over up to the last one.
     fn exchange_once(
         &self,
         request: &'static str,
         message: RouteNetlinkMessage,
         flags: u16,
         interrupted: &mut bool,
-    ) -> Result<Vec<Vec<u8>>> {
+        each: &mut dyn FnMut(&[u8]),
+    ) -> Result<()> {
         let sequence = self.sequence.get().wrapping_add(1);
         self.sequence.set(sequence);
         let mut header = NetlinkHeader::default();
@@ -116,7 +138,6 @@ impl Netlink {
         packet.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
 
-        let mut answers = Vec::new();
         loop {
             let (datagram, _) = match self.socket.recv_from_full() {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -141,10 +162,10 @@ impl Netlink {
                                 errno,
                                 detail,
                             }),
-                            None => Ok(answers),
+                            None => Ok(()),
                         };
                     }
-                    _ => answers.push(answer.payload().to_vec()),
+                    _ => each(answer.payload()),
                 }
             }
         }

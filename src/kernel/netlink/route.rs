@@ -17,6 +17,9 @@ pub const TABLE_LOCAL: u32 = 255;
 /// The kernel's table of ordinary routes.
 pub const TABLE_MAIN: u32 = 254;
 
+/// See linux/rtnetlink.h; not in every libc.
+const RTA_VIA: u16 = 18;
+
 /// A route. We read a route with several next hops as several routes, one for each.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Route {
@@ -62,6 +65,15 @@ impl Route {
     pub fn family(&self) -> Family {
         Family::of(self.dst.0)
     }
+}
+
+/// A route of any table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ListedRoute {
+    /// The route.
+    pub route: Route,
+    /// The kernel made it by itself, because of an address (`RTPROT_KERNEL`).
+    pub by_kernel: bool,
 }
 
 /// What a route does with a packet.
@@ -131,6 +143,31 @@ impl Netlink {
             Err(error) if error.is_missing() => Ok(Vec::new()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Hands over every route of a family in every table, one by one: a router's tables may hold
+    /// more than a million. What the kernel has learned of single destinations is not among them.
+    pub fn for_each_route(&self, family: Family, each: &mut dyn FnMut(ListedRoute)) -> Result<()> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family.raw();
+        let request = RouteNetlinkMessage::GetRoute(message);
+        self.dump_each("list routes", &request, &mut |answer| {
+            // `struct rtmsg`: the protocol is its sixth byte, the flags are its last word.
+            let Some((header, _)) = answer.split_first_chunk::<12>() else {
+                return;
+            };
+            if word(&header[8..]).is_some_and(|flags| flags & RTM_F_CLONED != 0) {
+                return;
+            }
+            for route in read_route(answer) {
+                if route.family() == family {
+                    each(ListedRoute {
+                        route,
+                        by_kernel: header[5] == libc::RTPROT_KERNEL,
+                    });
+                }
+            }
+        })
     }
 
     /// Adds a route. It is an error if one with the same destination, table and metric exists.
@@ -243,7 +280,7 @@ fn read_route(payload: &[u8]) -> Vec<Route> {
                 libc::RTA_TABLE => route.table = word(value)?,
                 libc::RTA_OIF => route.dev = word(value),
                 libc::RTA_GATEWAY => route.via = ip(value),
-                libc::RTA_VIA => route.via = value.get(2..).and_then(ip),
+                RTA_VIA => route.via = value.get(2..).and_then(ip),
                 libc::RTA_PRIORITY => route.metric = word(value),
                 libc::RTA_PREFSRC => route.src = ip(value),
                 libc::RTA_METRICS => {
@@ -270,6 +307,9 @@ fn read_route(payload: &[u8]) -> Vec<Route> {
 
 const RTAX_MTU: u16 = 2;
 
+/// `rtm_flags` of what the kernel has learned of one destination (linux/rtnetlink.h).
+const RTM_F_CLONED: u32 = 0x200;
+
 /// `struct rtnexthop`s: length (u16), flags, hops, interface index, attributes.
 fn next_hops(mut rest: &[u8]) -> Vec<(u32, Option<IpAddr>)> {
     let mut hops = Vec::new();
@@ -283,7 +323,7 @@ fn next_hops(mut rest: &[u8]) -> Vec<(u32, Option<IpAddr>)> {
         };
         let via = attributes(hop).find_map(|(kind, value)| match kind {
             libc::RTA_GATEWAY => ip(value),
-            libc::RTA_VIA => value.get(2..).and_then(ip),
+            RTA_VIA => value.get(2..).and_then(ip),
             _ => None,
         });
         hops.push((dev, via));
@@ -300,6 +340,7 @@ mod tests {
     use crate::kernel::netlink::{Address, Rule};
     use crate::kernel::testing::{in_fresh_namespace, veth};
     use crate::lab::wiring::Wiring;
+    use crate::model::prefix::Prefix;
 
     #[test]
     fn addresses_and_routes_come_and_go() {
@@ -348,6 +389,52 @@ mod tests {
                 assert_eq!(netlink.routes(family, 4711).unwrap(), []);
                 netlink.delete_address(&address).unwrap();
                 assert!(netlink.delete_address(&address).unwrap_err().is_missing());
+            }
+        });
+    }
+
+    #[test]
+    fn the_routes_of_every_table_are_listed_with_their_gateways() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let index = veth(&netlink).index;
+            for (addr, prefix, gateway, far) in [
+                ("192.0.2.5", 24, "192.0.2.254", "198.51.100.0"),
+                ("2001:db8::5", 64, "2001:db8::fe", "2001:db8:f::"),
+            ] {
+                let addr: IpAddr = addr.parse().unwrap();
+                let family = Family::of(addr);
+                let address = Address {
+                    index,
+                    addr,
+                    prefix,
+                };
+                netlink.add_address(&address).unwrap();
+                let far = Route {
+                    via: Some(gateway.parse().unwrap()),
+                    dev: Some(index),
+                    table: 4_711,
+                    metric: Some(77),
+                    ..Route::to(far.parse().unwrap(), prefix)
+                };
+                netlink.add_route(&far).unwrap();
+                let mut all = Vec::new();
+                let mut each = |listed| all.push(listed);
+                netlink.for_each_route(family, &mut each).unwrap();
+                let ours = all.iter().find(|listed| listed.route == far);
+                assert!(ours.is_some_and(|listed| !listed.by_kernel), "{all:?}");
+                let connected = all.iter().find(|listed| {
+                    let route = &listed.route;
+                    route.kind == RouteKind::Unicast
+                        && route.dst.1 == prefix
+                        && route.via.is_none()
+                        && route.dev == Some(index)
+                        && Prefix::of(route.dst.0, prefix).contains(addr)
+                });
+                assert!(connected.is_some_and(|listed| listed.by_kernel), "{all:?}");
+                let local = |listed: &ListedRoute| listed.route.kind == RouteKind::Local;
+                // IPv6 has them only once an address was checked for duplicates.
+                assert!(family == Family::V6 || all.iter().any(local), "{all:?}");
             }
         });
     }
