@@ -18,7 +18,6 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
-use super::index;
 use super::policy::{
     Action, Addresses, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu,
 };
@@ -54,6 +53,9 @@ use crate::settings::values::PeerAddr;
 /// How often to look at the route to a peer, whose MTU may have changed. A router's message changes
 /// it, and the kernel tells nobody. A transfer that is too big stalls until we look and ask.
 const PATH_EVERY: Duration = Duration::from_secs(1);
+
+/// Messages of lanes that are handled in one turn, before anything is sent.
+const MESSAGES_A_TURN: usize = 64;
 
 /// How often to list this server's addresses, in case some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
@@ -111,7 +113,7 @@ async fn carry(
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(LaneView::default()),
         forwarder: forwarder(&config, &policy, started)?,
-        mac_check: MacCheck::new(policy.peers().zip(keys)),
+        mac_check: MacCheck::new(config.role, keys),
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
@@ -140,6 +142,7 @@ async fn carry(
             hop: Hop::default(),
         },
         view_changed: true,
+        called: endpoints,
         counters: Vec::new(),
         names: to_names,
         started,
@@ -158,6 +161,9 @@ async fn carry(
         warnings: Warnings::default(),
         watchdog: service::watchdog(started),
     };
+    for peer in control.policy.peers() {
+        control.set_homes(peer);
+    }
     control.turn(started);
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(peers));
@@ -284,6 +290,8 @@ struct Control<'h> {
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
+    /// Where the settings say that each peer is, if they do.
+    called: Vec<Option<SocketAddr>>,
     counters: Vec<Arc<LaneCounters>>,
     /// Where the results of look-ups are sent.
     names: mpsc::Sender<Found>,
@@ -316,7 +324,15 @@ impl Control<'_> {
             tokio::select! {
                 () = signals.recv() => return Ok(()),
                 crash = lanes.crashed() => return Err(crash),
-                Some(message) = from_lanes.recv() => self.handle(Instant::now(), message)?,
+                Some(message) = from_lanes.recv() => {
+                    let now = Instant::now();
+                    self.handle(now, message)?;
+                    // What waits as well is answered in the same turn, which looks at every peer.
+                    for _ in 1..MESSAGES_A_TURN {
+                        let Ok(message) = from_lanes.try_recv() else { break };
+                        self.handle(now, message)?;
+                    }
+                }
                 Some((peer, found)) = names.recv() => {
                     self.see(Instant::now(), Input::LookedUp(peer, found));
                 }
@@ -440,6 +456,9 @@ impl Control<'_> {
             Event::Endpoint(endpoint) => {
                 view.endpoint = Some(endpoint);
                 self.view_changed = true;
+                self.set_homes(peer);
+            }
+            Event::Arrived(endpoint) => {
                 self.look_before_choosing(now);
                 self.see(now, Input::Endpoint(peer, endpoint));
                 self.look_at_route(now, peer);
@@ -453,6 +472,14 @@ impl Control<'_> {
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),
         }
+    }
+
+    /// Tells the lanes where the peer is known to be: where it was heard, and where the settings
+    /// say. Its handshake messages are looked at first, and not with those of strangers.
+    fn set_homes(&mut self, peer: PeerId) {
+        let heard = self.view.peers[index(peer)].endpoint.map(|at| at.remote);
+        let homes = heard.into_iter().chain(self.called[index(peer)]);
+        (self.shared.mac_check).set_homes(peer, homes);
     }
 
     fn state_changed(&mut self, now: Instant, peer: PeerId, state: State) {
@@ -512,6 +539,8 @@ impl Control<'_> {
                 }
                 Action::LookUp { peer, name, turn } => self.look_up(peer, name, turn),
                 Action::Call(peer, addr) => {
+                    self.called[index(peer)] = Some(addr);
+                    self.set_homes(peer);
                     self.tunnels[index(peer)].set_endpoint(now, Some(addr));
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
@@ -613,9 +642,6 @@ impl Control<'_> {
         let Ok(route) = route.or_else(|_| self.netlink.route_get(to, None, None)) else {
             return;
         };
-        let link = route
-            .oif
-            .and_then(|oif| self.netlink.link_by_index(oif).ok().flatten());
         let size = RouteSize {
             route: route.mtu,
             learned: route.learned_mtu,

@@ -111,15 +111,17 @@ pub struct LaneView {
 }
 
 impl LaneParts {
-    /// Passes a message of `peer` to the control task, unless enough of this peer's wait there.
+    /// Passes a message of `peer` to the control task, unless enough of this peer's wait there, or
+    /// were there of late.
     pub(super) fn tell(
         &self,
+        now: Instant,
         peer: PeerId,
         queue: Queue,
         message: impl FnOnce(OwnedSemaphorePermit) -> ToControl,
     ) -> Result<(), Dropped> {
         let busy = Dropped::of(peer, DropReason::ControlBusy);
-        let permit = self.shared.waiting[usize::from(peer.0)].enter(queue);
+        let permit = self.shared.waiting[usize::from(peer.0)].enter(now, queue);
         // If sending fails, the control task is ending.
         (self.control.try_send(message(permit.ok_or(busy)?))).map_err(|_| busy)
     }
