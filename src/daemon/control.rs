@@ -528,6 +528,11 @@ impl Control<'_> {
                     self.view_changed = true;
                 }
                 Action::SetTunMtu(mtu) => self.set_tun_mtu(now, mtu),
+                Action::ClientMtu(peer, mtu) => {
+                    let view = &mut self.view.peers[index(peer)];
+                    self.view_changed |= view.client_mtu != mtu;
+                    view.client_mtu = mtu;
+                }
                 Action::Announce(peer, announcement) => {
                     self.tunnels[index(peer)].set_announcement(now, announcement);
                 }

@@ -130,6 +130,8 @@ pub(super) enum Action {
     Hop(Hop),
     /// Give the TUN this MTU (new server).
     SetTunMtu(u32),
+    /// The peer's link to its clients has this MTU (new server).
+    ClientMtu(PeerId, usize),
     /// Tell the peer this of ourselves.
     Announce(PeerId, Announcement),
     /// Search the path to the peer up to this size: bytes of a UDP payload.
@@ -206,8 +208,6 @@ struct Peer {
     deliver: Option<Deliver>,
     /// Why it cannot deliver everything (new server).
     trouble: Option<Warning>,
-    /// MTU of the old server's link to its clients (new server).
-    client_mtu: Option<u32>,
 }
 
 impl Policy {
@@ -229,7 +229,6 @@ impl Policy {
                     state: State::Connecting,
                     deliver: None,
                     trouble: None,
-                    client_mtu: None,
                 }
             })
             .collect();
@@ -380,14 +379,10 @@ impl Policy {
 
     /// The old server announced what it has moved here.
     fn moved_here(&mut self, peer: PeerId, moves: Vec<Move>, mtu: u16) {
+        let mtu = sizes::client_mtu(mtu);
+        self.actions.push_back(Action::ClientMtu(peer, mtu));
         for settled in self.claims.announce(peer, moves) {
             self.settle(settled);
-        }
-        self.peers[index(peer)].client_mtu = Some(u32::from(mtu));
-        let links = self.peers.iter().filter_map(|peer| peer.client_mtu);
-        let mtu = sizes::tun_mtu(links, self.uplink_mtu);
-        if mtu != self.tun_mtu {
-            self.actions.push_back(Action::SetTunMtu(mtu));
         }
     }
 
@@ -519,6 +514,10 @@ impl Policy {
 
     fn uplink_has_mtu(&mut self, mtu: u32) {
         self.uplink_mtu = mtu;
+        let tun = sizes::tun_mtu(mtu);
+        if self.role == Role::New && tun != self.tun_mtu {
+            self.actions.push_back(Action::SetTunMtu(tun));
+        }
         if self.role == Role::Old && self.hop.mtu != mtu as usize {
             self.hop.mtu = mtu as usize;
             self.actions.push_back(Action::Hop(self.hop));
