@@ -158,7 +158,7 @@ async fn carry(
             tun_big_tcp: big_tcp,
             ..Offloads::default()
         },
-        warnings: Warnings::default(),
+        warnings: Warnings::new(peers),
         watchdog: service::watchdog(started),
     };
     for peer in control.policy.peers() {
@@ -421,6 +421,7 @@ impl Control<'_> {
                 self.look_at_route(now, peer);
             }
         }
+        self.tell_unlogged(now);
         self.policy.handle_timeout(now);
         self.carry_out(now);
         // A session has to be in the lanes' hands before the peer learns of it.
@@ -485,10 +486,12 @@ impl Control<'_> {
     fn state_changed(&mut self, now: Instant, peer: PeerId, state: State) {
         self.see(now, Input::State(peer, state));
         let name = self.policy.name(peer);
-        match state {
-            State::Up => info!(peer = name, "tunnel up"),
-            State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
-            State::Connecting => {}
+        if self.warnings.may_log(now, peer) {
+            match state {
+                State::Up => info!(peer = name, "tunnel up"),
+                State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
+                State::Connecting => {}
+            }
         }
         notify_status(&self.summary());
     }
@@ -505,9 +508,11 @@ impl Control<'_> {
         while let Some(action) = self.policy.poll_action() {
             match action {
                 Action::Serve(peer, moves) => {
-                    let names: Vec<String> = moves.iter().map(ToString::to_string).collect();
-                    let name = self.policy.name(peer);
-                    info!(peer = name, moved = names.join(" "), "serving");
+                    if self.warnings.may_log(now, peer) {
+                        let moved: Vec<String> = moves.iter().map(ToString::to_string).collect();
+                        let name = self.policy.name(peer);
+                        info!(peer = name, moved = moved.join(" "), "serving");
+                    }
                     self.translate(now, peer, |it| it.set_moves(peer, moves.to_vec()));
                 }
                 Action::Deliver(peer, delivery) => {
@@ -586,7 +591,12 @@ impl Control<'_> {
         let interface = &self.tun.name;
         match self.netlink.set_link_mtu(self.tun.index, mtu) {
             Ok(()) => self.policy.handle(now, Input::TunMtu(mtu)),
-            Err(error) => warn!(interface, mtu, %error, "cannot set the MTU"),
+            Err(error) => {
+                let text = format!("cannot set the MTU of {interface} to {mtu}: {error}");
+                if self.warnings.keep(now, text.clone()) {
+                    warn!("{text}");
+                }
+            }
         }
     }
 
@@ -716,8 +726,20 @@ impl Control<'_> {
 
     fn warn(&mut self, now: Instant, peer: PeerId, text: &str) {
         let name = self.policy.name(peer);
-        if self.warnings.keep(now, format!("{name}: {text}")) {
+        let line = format!("{name}: {text}");
+        if self.warnings.keep_of(now, peer, line) {
             warn!(peer = name, "{text}");
+        }
+    }
+
+    /// Says how many lines about a peer were not logged because they were too many.
+    fn tell_unlogged(&mut self, now: Instant) {
+        for (peer, lines) in self.warnings.take_unlogged(now) {
+            let name = self.policy.name(peer);
+            warn!(
+                peer = name,
+                lines, "more lines about this peer were not logged"
+            );
         }
     }
 

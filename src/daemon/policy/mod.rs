@@ -191,6 +191,8 @@ pub(super) struct Policy {
     tun_mtu: u32,
     hop: Hop,
     left: Vec<IpAddr>,
+    /// What was last asked to be held.
+    wanted: Option<Vec<IpAddr>>,
     not_held: Option<String>,
     actions: VecDeque<Action>,
 }
@@ -241,6 +243,7 @@ impl Policy {
             tun_mtu: host.tun_mtu,
             hop: Hop::default(),
             left: host.left,
+            wanted: None,
             not_held: None,
             actions: VecDeque::new(),
         }
@@ -435,8 +438,11 @@ impl Policy {
             endpoint.local,
             &self.addresses.uplink,
         );
-        if let Some(wanted) = self.wanted_here() {
-            self.actions.push_back(Action::Hold(wanted));
+        let wanted = self.wanted_here();
+        // What was done already is not done again, though what failed is tried again.
+        if wanted != self.wanted || self.not_held.is_some() {
+            self.wanted = wanted.clone();
+            self.actions.extend(wanted.map(Action::Hold));
         }
         self.actions.push_back(Action::Deliver(id, delivery));
         self.peers[index(id)].deliver = Some(deliver);

@@ -233,14 +233,21 @@ fn a_deliver_without_a_move_is_warned_of() {
 fn addresses_held_by_an_earlier_run_stay_until_every_peer_that_keeps_has_spoken() {
     let keep = || rules(DeliverTo::Keep);
     let rules = vec![keep(), keep(), rules(ANYWHERE)];
-    let mut new = Machine::reached(rules, "192.0.2.5 192.0.2.6");
+    let mut new = Machine::new(Role::New, rules, "192.0.2.5 192.0.2.6");
     let at_first = new.does(Input::Endpoint(OLD, endpoint()));
     assert_eq!(held(&at_first), Some(addresses("192.0.2.5 192.0.2.6")));
+    new.does(Input::Endpoint(OTHER_OLD, endpoint()));
+    new.does(Input::Endpoint(PeerId(2), endpoint()));
+    // What is held already is not held anew.
     let actions = new.moves(OLD, "192.0.2.5:80 192.0.2.5:443");
-    assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.6")));
+    assert_eq!(held(&actions), None);
     let actions = new.moves(OTHER_OLD, "192.0.2.7");
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
     // The third peer's moves are delivered to another address, and not held.
+    let actions = new.moves(PeerId(2), "192.0.2.8");
+    assert_eq!(held(&actions), None);
+    // What failed is tried again.
+    new.does(Input::Held(Err("no loopback".into())));
     let actions = new.moves(PeerId(2), "192.0.2.8");
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
     new.does(Input::Held(Ok(())));
