@@ -8,13 +8,13 @@
 //! Owns the order of things and every call to the kernel while the daemon runs. Of decisions it
 //! keeps one that needs the kernel: whether a daemon whose uplink was made anew has to end.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
@@ -27,9 +27,10 @@ use super::service::{
     notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
-use super::status_socket;
+use super::status_socket::{self, StatusListener};
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
+use super::{index, log};
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
@@ -37,12 +38,12 @@ use crate::flow::gate::Gate;
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
-use crate::io::udp::UdpSocket;
+use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
-use crate::model::drops::Drops;
+use crate::model::drops::{DropReason, Drops};
 use crate::model::peer::{PeerId, Role};
 use crate::model::status::{Offloads, Status};
 use crate::packet::coalesce::Reach;
@@ -94,7 +95,7 @@ async fn carry(
         endpoints,
         processors,
     } = tools;
-    let status = UnixListener::from_std(status).map_err(failed)?;
+    let mut status = StatusListener::new(status).map_err(failed)?;
     let (keys, rules) = take_peers(&mut config);
     let facts = HostFacts {
         uplink_mtu: uplink.mtu,
@@ -147,6 +148,7 @@ async fn carry(
         names: to_names,
         started,
         next_path: started,
+        link_mtus: Vec::new(),
         next_repair: started + REPAIR_EVERY,
         next_addresses: started,
         repairer: Repairer::default(),
@@ -190,7 +192,13 @@ async fn carry(
     control.announce_start(config.warnings);
     notify_ready(&control.summary());
     let result = control
-        .serve(&mut signals, lanes, &mut from_lanes, &mut names, &status)
+        .serve(
+            &mut signals,
+            lanes,
+            &mut from_lanes,
+            &mut names,
+            &mut status,
+        )
         .await;
     notify_stopping();
     control.close();
@@ -297,6 +305,8 @@ struct Control<'h> {
     names: mpsc::Sender<Found>,
     started: Instant,
     next_path: Instant,
+    /// MTUs of interfaces, as the kernel said in this second.
+    link_mtus: Vec<(u32, Option<u32>)>,
     next_repair: Instant,
     next_addresses: Instant,
     repairer: Repairer,
@@ -313,7 +323,7 @@ impl Control<'_> {
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
-        status: &UnixListener,
+        status: &mut StatusListener,
     ) -> Result<()> {
         loop {
             let now = Instant::now();
@@ -336,8 +346,8 @@ impl Control<'_> {
                 Some((peer, found)) = names.recv() => {
                     self.see(Instant::now(), Input::LookedUp(peer, found));
                 }
-                connection = status.accept() => {
-                    status_socket::send_status(connection, || self.status(Instant::now()));
+                client = status.accept() => {
+                    status_socket::send_status(client, || self.status(Instant::now()));
                 }
                 () = wake => {}
             }
@@ -416,6 +426,7 @@ impl Control<'_> {
         }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
+            self.link_mtus.clear();
             self.look_at_uplink(now);
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
@@ -428,9 +439,14 @@ impl Control<'_> {
         if std::mem::take(&mut self.view_changed) {
             self.shared.view.store(Arc::new(self.view.clone()));
         }
-        for tunnel in &mut self.tunnels {
+        self.send_all(now);
+    }
+
+    /// Sends what the tunnels have to say.
+    fn send_all(&mut self, now: Instant) {
+        for (tunnel, drops) in self.tunnels.iter_mut().zip(&self.shared.peer_drops) {
             while let Some(transmit) = tunnel.poll_transmit() {
-                send(&self.udp, now, tunnel, &transmit);
+                send(&self.udp, now, tunnel, &transmit, drops);
             }
         }
     }
@@ -660,10 +676,22 @@ impl Control<'_> {
         let size = RouteSize {
             route: route.mtu,
             learned: route.learned_mtu,
-            link: link.map(|link| link.mtu),
+            link: route.oif.and_then(|oif| self.link_mtu(oif)),
         };
         self.see(now, Input::Route(peer, size));
         self.set_mtu(peer);
+    }
+
+    /// The MTU of an interface. The kernel is asked once a second for all peers.
+    fn link_mtu(&mut self, index: u32) -> Option<u32> {
+        let known = self.link_mtus.iter().find(|(known, _)| *known == index);
+        if let Some((_, mtu)) = known {
+            return *mtu;
+        }
+        let link = self.netlink.link_by_index(index).ok().flatten();
+        let mtu = link.map(|link| link.mtu);
+        self.link_mtus.push((index, mtu));
+        mtu
     }
 
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
@@ -761,6 +789,7 @@ impl Control<'_> {
             port: self.udp.port().unwrap_or_default(),
             up: now.duration_since(self.started),
             warnings: self.warnings.lines(),
+            log_lines_lost: log::lost(),
         };
         let peers = self.policy.peers().map(|peer| self.known(now, peer));
         report::tunnels(
@@ -804,20 +833,22 @@ impl Control<'_> {
         let now = Instant::now();
         for tunnel in &mut self.tunnels {
             tunnel.close(now);
-            while let Some(transmit) = tunnel.poll_transmit() {
-                // If a goodbye is lost, the peer notices the silence.
-                send(&self.udp, now, tunnel, &transmit);
-            }
         }
+        // If a goodbye is lost, the peer notices the silence.
+        self.send_all(now);
     }
 }
 
-/// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel.
-fn send(udp: &UdpSocket, now: Instant, tunnel: &mut Tunnel, transmit: &Transmit) {
+/// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel. It never
+/// waits: one that the socket has no room for is lost, and sent again when its reply does not come.
+fn send(udp: &UdpSocket, now: Instant, tunnel: &mut Tunnel, transmit: &Transmit, drops: &Drops) {
     let datagram = &transmit.datagram;
-    match udp.send(&transmit.to, 0, datagram, datagram.len()) {
+    match udp.send(&transmit.to, 0, datagram, datagram.len(), WhenFull::GiveUp) {
         Err(error) if transmit.probe && error.raw_os_error() == Some(libc::EMSGSIZE) => {
             tunnel.probe_refused(now, datagram.len());
+        }
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            drops.count(DropReason::ControlUnsent);
         }
         Err(error) => debug!(to = %transmit.to.remote, %error, "sending failed"),
         Ok(()) => {}

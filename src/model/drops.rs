@@ -112,6 +112,9 @@ drop_reasons! {
     /// A handshake or control message that the control task did not take: it was too busy, or the
     /// peer sent too many.
     ControlBusy = "control_busy",
+    /// A handshake or control message of our own that the socket had no room for. It is sent again,
+    /// as one that is lost on the way.
+    ControlUnsent = "control_unsent",
 }
 
 /// A packet that goes no further, and its peer, if that is known.
