@@ -337,6 +337,49 @@ fn a_peer_that_names_the_clients_of_another_shuts_nobody_out() -> Result {
     Ok(())
 }
 
+/// The lines of the log are counted: what one peer causes is a few lines a minute.
+#[test]
+fn a_peer_that_announces_something_else_all_the_time_fills_no_log() -> Result {
+    let lab = Lab::new()?;
+    let (new, psk) = two_peers(&lab)?;
+    let setup = setup(&lab)?;
+    let mut old = setup.start(Role::Old)?;
+    old.wait_until_up()?;
+    let mut mad = IndependentPeer::new(socket_to(lab.old_server(), NEW)?, &psk, 1);
+    mad.shake_hands()?;
+    let before = new.stderr().lines().count();
+    let began = Instant::now();
+    let mut id = 0;
+    while began.elapsed() < Duration::from_secs(20) {
+        id += 1;
+        // One of two moves that nobody else has, and one that is the other old server's.
+        let free = [203, 0, 113, 200 + (id % 2) as u8];
+        mad.control(&old_announcement(id, &[free.into(), MOVED]));
+        thread::sleep(Duration::from_millis(10));
+    }
+    let said = new.stderr();
+    let lines: Vec<&str> = said.lines().skip(before).collect();
+    println!("{} lines for {id} announcements", lines.len());
+    assert!(lines.len() <= 15, "{}", lines.join("\n"));
+    assert!(
+        lines.iter().any(|line| line.contains("203.0.113.20")),
+        "{said}"
+    );
+    // The last of them counts, and what others say is still logged.
+    let last = format!("203.0.113.{}", 200 + id % 2);
+    let served = poll_until(PATIENCE, Duration::from_millis(50), || {
+        let status = setup.status(Role::New).ok()?;
+        (status.0["tunnels"][1]["moved"][0] == last).then_some(())
+    });
+    assert!(served.is_some(), "{:?}", setup.status(Role::New)?);
+    old.terminate()?;
+    let heard = poll_until(PATIENCE, Duration::from_millis(50), || {
+        new.stderr().contains("tunnel down").then_some(())
+    });
+    assert!(heard.is_some(), "{}", new.stderr());
+    Ok(())
+}
+
 #[test]
 fn a_peer_that_floods_with_handshakes_disturbs_nobody_else() -> Result {
     others_do_not_suffer(|mad, _, stop| {

@@ -94,7 +94,7 @@ impl Impostor {
             own,
             peer,
             tunnel: Tunnel::new(config, Instant::now()).map_err(failed)?,
-            mac_check: MacCheck::new([(PeerId(0), keys)]),
+            mac_check: MacCheck::new(Role::Old, [keys]),
             sessions: HashMap::new(),
             sending: None,
         };
@@ -155,6 +155,7 @@ impl Impostor {
                 Event::SessionRemoved(_)
                 | Event::SendOff
                 | Event::Endpoint(_)
+                | Event::Arrived(_)
                 | Event::State(_)
                 | Event::Rtt(_)
                 | Event::PathMtu(_)
@@ -190,7 +191,7 @@ impl Impostor {
                 }
             }
             Ok(Message::Initiation(_) | Message::Response(_)) => {
-                if let Ok(admitted) = self.mac_check.admit(datagram) {
+                if let Ok(admitted) = self.mac_check.admit(now, from, datagram) {
                     let _ = self.tunnel.handle_handshake(now, endpoint, &admitted);
                 }
             }

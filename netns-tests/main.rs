@@ -50,3 +50,4 @@ mod stream;
 mod the_lab;
 mod tracee;
 mod undo;
+mod unread;

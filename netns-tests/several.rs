@@ -8,16 +8,18 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use ipmoved::internals::Role;
+use ipmoved::internals::{Netlink, Role};
 use ipmoved::lab::daemon::write_psk;
-use ipmoved::lab::topology::{NEW, more_moved, more_old};
+use ipmoved::lab::topology::{NEW, UPLINK, more_moved, more_old};
 use ipmoved::lab::{Lab, LabError, Namespace, Process, Service, UdpService, poll_until};
 use serde_json::Value;
+use socket2::SockRef;
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup};
 
@@ -261,5 +263,60 @@ fn a_binary_without_a_key_of_its_own_for_each_peer_is_refused() -> Result {
         "{}",
         said.stderr
     );
+    Ok(())
+}
+
+/// An old server that says that its clients' link is narrow shrinks its own flows, and no others.
+#[test]
+fn a_narrow_link_of_one_is_no_concern_of_the_others_clients() -> Result {
+    let lab = Lab::new()?;
+    let mut several = start(&lab)?;
+    fn failed(error: impl std::fmt::Display) -> LabError {
+        LabError::unexpected(error.to_string())
+    }
+    several.old.remove(0);
+    for (host, name) in [(&several.hosts[0], UPLINK), (lab.router(), "old1")] {
+        host.run(|| {
+            let netlink = Netlink::new().map_err(failed)?;
+            let link = netlink.link_by_name(name).map_err(failed)?;
+            let link = link.ok_or_else(|| failed("no such link"))?;
+            netlink.set_link_mtu(link.index, 1_280).map_err(failed)
+        })?;
+    }
+    let again = old_daemon(&lab, &several.hosts[0], 1, &[more_moved(1).to_string()])?;
+    several.old.insert(0, again);
+    several.wait(|tunnel| tunnel["state"] == "up" && tunnel["moved"][0].is_string())?;
+    // Each search of the path is over.
+    let settled = poll_until(2 * UP, Duration::from_millis(100), || {
+        let tunnels = several.tunnels().ok()?;
+        let mtu = |n: usize| tunnels[n]["mtu"].as_u64();
+        (mtu(0)? < 1_280 && mtu(1)? > 1_400).then_some(())
+    });
+    assert!(settled.is_some(), "{:?}", several.tunnels()?);
+    let listener = lab
+        .new_server()
+        .run(|| TcpListener::bind((NEW, 80)).map_err(failed))?;
+    let mut sizes = Vec::new();
+    for n in [1, 2] {
+        let _client = lab.client().connect(more_moved(n))?;
+        let (server, _) = listener.accept().map_err(failed)?;
+        sizes.push(SockRef::from(&server).tcp_mss().map_err(failed)?);
+    }
+    assert!(sizes[0] <= 1_280 - 40, "{sizes:?}");
+    assert!(sizes[1] >= 1_380, "{sizes:?}");
+    // The TUN takes full-size packets.
+    let tun = lab.new_server().run(|| {
+        let netlink = Netlink::new().map_err(failed)?;
+        let link = netlink.link_by_name("ipmoved0").map_err(failed)?;
+        Ok(link.map(|link| link.mtu))
+    })?;
+    assert_eq!(tun, Some(1_500));
+    drop(listener);
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _echo = UdpService::start(lab.new_server(), (NEW, 53))?;
+    for (n, size) in [(1, 1_200), (2, 1_472)] {
+        lab.client().udp((more_moved(n), 53), &vec![n; size])?;
+        lab.client().download(more_moved(n), MEGABYTE)?;
+    }
     Ok(())
 }

@@ -12,22 +12,21 @@
 
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser};
-use tracing_subscriber::EnvFilter;
 
 use crate::channel::session::Psk;
-use crate::daemon::confine;
 use crate::daemon::status_socket::{self, StatusError};
-use crate::daemon::{self, DaemonError};
+use crate::daemon::{self, DaemonError, confine, log};
 use crate::io::entropy;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError, namespace_dir};
 use crate::lab::{DemoError, LabError};
 use crate::model::runtime::STATUS_SOCKET;
-use crate::settings::args::{Cli, Command, LogFormat, NatArgs, RunArgs};
+use crate::settings::args::{Cli, Command, NatArgs, RunArgs};
 use crate::settings::config::{self, Config, NatSettings};
 
 /// Failed while running.
@@ -39,8 +38,8 @@ const SYSTEM: u8 = 3;
 /// A daemon runs already, or none does.
 const OTHER_DAEMON: u8 = 4;
 
-/// Variable that chooses what is logged, in the syntax of `tracing_subscriber::EnvFilter`.
-const LOG_VARIABLE: &str = "IPMOVED_LOG";
+/// How long the last words may take, where nobody reads them.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
@@ -57,9 +56,22 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { code, message }) => {
-            eprintln!("ipmoved: {message}");
+            say(message);
             ExitCode::from(code)
         }
+    }
+}
+
+/// Says why the command failed. If nobody reads it, the process ends all the same: somebody may be
+/// waiting to start it again.
+fn say(message: String) {
+    let (said, wait) = std::sync::mpsc::channel();
+    let speaker = std::thread::Builder::new().spawn(move || {
+        eprintln!("ipmoved: {message}");
+        let _ = said.send(());
+    });
+    if speaker.is_ok() {
+        let _ = wait.recv_timeout(LAST_WORDS);
     }
 }
 
@@ -160,14 +172,14 @@ fn refuse(mistake: impl ToString) -> Failure {
 
 fn run(args: RunArgs) -> Result<(), Failure> {
     let config = Config::new(args).map_err(refuse)?;
-    start_log(config.log_format);
+    log::start(config.log_format);
     confine::forget_command_line();
     daemon::run(config, &config::runtime_dir()).map_err(ended)
 }
 
 fn nat(args: NatArgs) -> Result<(), Failure> {
     let settings = NatSettings::new(args).map_err(refuse)?;
-    start_log(settings.log_format);
+    log::start(settings.log_format);
     daemon::run_nat(settings, &config::runtime_dir()).map_err(ended)
 }
 
@@ -180,18 +192,6 @@ fn ended(error: DaemonError) -> Failure {
             DaemonError::Failed(_) | DaemonError::Crashed(_) => FAILED,
         },
         message: error.to_string(),
-    }
-}
-
-fn start_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .with_writer(io::stderr);
-    match format {
-        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
     }
 }
 

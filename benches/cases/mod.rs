@@ -267,14 +267,15 @@ impl Pair {
             Tunnel::new(config, now)
         };
         let (mut old, mut new) = (tunnel(Role::Old)?, tunnel(Role::New)?);
-        let mac_check = MacCheck::new([(PeerId(0), keys.clone())]);
+        let mac_checks = [Role::Old, Role::New].map(|role| MacCheck::new(role, [keys.clone()]));
         let pass = |from: &mut Tunnel, to: &mut Tunnel| -> Result<()> {
             let sent = from.poll_transmit().context("nothing was sent")?;
             let endpoint = Endpoint {
                 remote: addr(from.role()),
                 local: None,
             };
-            let Ok(admitted) = mac_check.admit(&sent.datagram) else {
+            let mac_check = &mac_checks[usize::from(to.role() == Role::New)];
+            let Ok(admitted) = mac_check.admit(now, endpoint.remote, &sent.datagram) else {
                 bail!("the handshake was not admitted");
             };
             if to.handle_handshake(now, endpoint, &admitted).is_err() {

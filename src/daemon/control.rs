@@ -8,18 +8,17 @@
 //! Owns the order of things and every call to the kernel while the daemon runs. Of decisions it
 //! keeps one that needs the kernel: whether a daemon whose uplink was made anew has to end.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::facts::Facts;
-use super::index;
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::report;
 use super::service::{
@@ -27,9 +26,10 @@ use super::service::{
     notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
-use super::status_socket;
+use super::status_socket::{self, StatusListener};
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
+use super::{index, log};
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
@@ -37,12 +37,12 @@ use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
-use crate::io::udp::UdpSocket;
+use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
-use crate::model::drops::Drops;
+use crate::model::drops::{DropReason, Drops};
 use crate::model::peer::{PeerId, Role};
 use crate::model::status::{Offloads, Status};
 use crate::packet::coalesce::Reach;
@@ -53,6 +53,9 @@ use crate::settings::values::PeerAddr;
 /// How often to look at the route to a peer, whose MTU may have changed. A router's message changes
 /// it, and the kernel tells nobody. A transfer that is too big stalls until we look and ask.
 const PATH_EVERY: Duration = Duration::from_secs(1);
+
+/// Messages of lanes that are handled in one turn, before anything is sent.
+const MESSAGES_A_TURN: usize = 64;
 
 /// How often to list this server's addresses, in case some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
@@ -92,7 +95,7 @@ async fn carry(
         processors,
         resumes,
     } = tools;
-    let status = UnixListener::from_std(status).map_err(failed)?;
+    let mut status = StatusListener::new(status).map_err(failed)?;
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: uplink.mtu,
@@ -111,7 +114,7 @@ async fn carry(
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(LaneView::default()),
         forwarder: forwarder(&config, &policy, started, resumes)?,
-        mac_check: MacCheck::new(policy.peers().zip(keys)),
+        mac_check: MacCheck::new(config.role, keys),
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
@@ -141,10 +144,12 @@ async fn carry(
             hop: Hop::default(),
         },
         view_changed: true,
+        called: endpoints,
         counters: Vec::new(),
         names: to_names,
         started,
         next_path: started,
+        link_mtus: Vec::new(),
         next_repair: started + REPAIR_EVERY,
         next_addresses: started,
         repairer: Repairer::default(),
@@ -156,9 +161,12 @@ async fn carry(
             tun_big_tcp: big_tcp,
             ..Offloads::default()
         },
-        warnings: Warnings::default(),
+        warnings: Warnings::new(peers),
         watchdog: service::watchdog(started),
     };
+    for peer in control.policy.peers() {
+        control.set_homes(peer);
+    }
     control.turn(started);
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(peers));
@@ -185,7 +193,13 @@ async fn carry(
     control.announce_start(config.warnings);
     notify_ready(&control.summary());
     let result = control
-        .serve(&mut signals, lanes, &mut from_lanes, &mut names, &status)
+        .serve(
+            &mut signals,
+            lanes,
+            &mut from_lanes,
+            &mut names,
+            &mut status,
+        )
         .await;
     notify_stopping();
     control.close();
@@ -311,11 +325,15 @@ struct Control<'h> {
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
+    /// Where the settings say that each peer is, if they do.
+    called: Vec<Option<SocketAddr>>,
     counters: Vec<Arc<LaneCounters>>,
     /// Where the results of look-ups are sent.
     names: mpsc::Sender<Found>,
     started: Instant,
     next_path: Instant,
+    /// MTUs of interfaces, as the kernel said in this second.
+    link_mtus: Vec<(u32, Option<u32>)>,
     next_repair: Instant,
     next_addresses: Instant,
     repairer: Repairer,
@@ -332,7 +350,7 @@ impl Control<'_> {
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
-        status: &UnixListener,
+        status: &mut StatusListener,
     ) -> Result<()> {
         loop {
             let now = Instant::now();
@@ -343,12 +361,20 @@ impl Control<'_> {
             tokio::select! {
                 () = signals.recv() => return Ok(()),
                 crash = lanes.crashed() => return Err(crash),
-                Some(message) = from_lanes.recv() => self.handle(Instant::now(), message)?,
+                Some(message) = from_lanes.recv() => {
+                    let now = Instant::now();
+                    self.handle(now, message)?;
+                    // What waits as well is answered in the same turn, which looks at every peer.
+                    for _ in 1..MESSAGES_A_TURN {
+                        let Ok(message) = from_lanes.try_recv() else { break };
+                        self.handle(now, message)?;
+                    }
+                }
                 Some((peer, found)) = names.recv() => {
                     self.see(Instant::now(), Input::LookedUp(peer, found));
                 }
-                connection = status.accept() => {
-                    status_socket::send_status(connection, || self.status(Instant::now()));
+                client = status.accept() => {
+                    status_socket::send_status(client, || self.status(Instant::now()));
                 }
                 () = wake => {}
             }
@@ -427,6 +453,7 @@ impl Control<'_> {
         }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
+            self.link_mtus.clear();
             self.look_at_uplink(now);
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
@@ -436,15 +463,21 @@ impl Control<'_> {
             }
             self.look_at_refused_sources(now);
         }
+        self.tell_unlogged(now);
         self.policy.handle_timeout(now);
         self.carry_out(now);
         // A session has to be in the lanes' hands before the peer learns of it.
         if std::mem::take(&mut self.view_changed) {
             self.shared.view.store(Arc::new(self.view.clone()));
         }
-        for tunnel in &mut self.tunnels {
+        self.send_all(now);
+    }
+
+    /// Sends what the tunnels have to say.
+    fn send_all(&mut self, now: Instant) {
+        for (tunnel, drops) in self.tunnels.iter_mut().zip(&self.shared.peer_drops) {
             while let Some(transmit) = tunnel.poll_transmit() {
-                send(&self.udp, now, tunnel, &transmit);
+                send(&self.udp, now, tunnel, &transmit, drops);
             }
         }
     }
@@ -471,6 +504,9 @@ impl Control<'_> {
             Event::Endpoint(endpoint) => {
                 view.endpoint = Some(endpoint);
                 self.view_changed = true;
+                self.set_homes(peer);
+            }
+            Event::Arrived(endpoint) => {
                 self.look_before_choosing(now);
                 self.see(now, Input::Endpoint(peer, endpoint));
                 self.look_at_route(now, peer);
@@ -486,13 +522,23 @@ impl Control<'_> {
         }
     }
 
+    /// Tells the lanes where the peer is known to be: where it was heard, and where the settings
+    /// say. Its handshake messages are looked at first, and not with those of strangers.
+    fn set_homes(&mut self, peer: PeerId) {
+        let heard = self.view.peers[index(peer)].endpoint.map(|at| at.remote);
+        let homes = heard.into_iter().chain(self.called[index(peer)]);
+        (self.shared.mac_check).set_homes(peer, homes);
+    }
+
     fn state_changed(&mut self, now: Instant, peer: PeerId, state: State) {
         self.see(now, Input::State(peer, state));
         let name = self.policy.name(peer);
-        match state {
-            State::Up => info!(peer = name, "tunnel up"),
-            State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
-            State::Connecting => {}
+        if self.warnings.may_log(now, peer) {
+            match state {
+                State::Up => info!(peer = name, "tunnel up"),
+                State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
+                State::Connecting => {}
+            }
         }
         notify_status(&self.summary());
     }
@@ -509,9 +555,11 @@ impl Control<'_> {
         while let Some(action) = self.policy.poll_action() {
             match action {
                 Action::Serve(peer, moves) => {
-                    let names: Vec<String> = moves.iter().map(ToString::to_string).collect();
-                    let name = self.policy.name(peer);
-                    info!(peer = name, moved = names.join(" "), "serving");
+                    if self.warnings.may_log(now, peer) {
+                        let names: Vec<String> = moves.iter().map(ToString::to_string).collect();
+                        let name = self.policy.name(peer);
+                        info!(peer = name, moved = names.join(" "), "serving");
+                    }
                     if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_moves(peer, moves.to_vec());
                     }
@@ -539,6 +587,11 @@ impl Control<'_> {
                     self.view_changed = true;
                 }
                 Action::SetTunMtu(mtu) => self.set_tun_mtu(now, mtu),
+                Action::ClientMtu(peer, mtu) => {
+                    let view = &mut self.view.peers[index(peer)];
+                    self.view_changed |= view.client_mtu != mtu;
+                    view.client_mtu = mtu;
+                }
                 Action::Announce(peer, announcement) => {
                     self.tunnels[index(peer)].set_announcement(now, announcement);
                 }
@@ -550,6 +603,8 @@ impl Control<'_> {
                 }
                 Action::LookUp { peer, name, turn } => self.look_up(peer, name, turn),
                 Action::Call(peer, addr) => {
+                    self.called[index(peer)] = Some(addr);
+                    self.set_homes(peer);
                     self.tunnels[index(peer)].set_endpoint(now, Some(addr));
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
@@ -575,7 +630,12 @@ impl Control<'_> {
         let interface = &self.tun.name;
         match self.netlink.set_link_mtu(self.tun.index, mtu) {
             Ok(()) => self.policy.handle(now, Input::TunMtu(mtu)),
-            Err(error) => warn!(interface, mtu, %error, "cannot set the MTU"),
+            Err(error) => {
+                let text = format!("cannot set the MTU of {interface} to {mtu}: {error}");
+                if self.warnings.keep(now, text.clone()) {
+                    warn!("{text}");
+                }
+            }
         }
     }
 
@@ -652,16 +712,25 @@ impl Control<'_> {
         let Ok(route) = route.or_else(|_| self.netlink.route_get(to, None, None)) else {
             return;
         };
-        let link = route
-            .oif
-            .and_then(|oif| self.netlink.link_by_index(oif).ok().flatten());
         let size = RouteSize {
             route: route.mtu,
             learned: route.learned_mtu,
-            link: link.map(|link| link.mtu),
+            link: route.oif.and_then(|oif| self.link_mtu(oif)),
         };
         self.see(now, Input::Route(peer, size));
         self.set_mtu(peer);
+    }
+
+    /// The MTU of an interface. The kernel is asked once a second for all peers.
+    fn link_mtu(&mut self, index: u32) -> Option<u32> {
+        let known = self.link_mtus.iter().find(|(known, _)| *known == index);
+        if let Some((_, mtu)) = known {
+            return *mtu;
+        }
+        let link = self.netlink.link_by_index(index).ok().flatten();
+        let mtu = link.map(|link| link.mtu);
+        self.link_mtus.push((index, mtu));
+        mtu
     }
 
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
@@ -724,8 +793,20 @@ impl Control<'_> {
 
     fn warn(&mut self, now: Instant, peer: PeerId, text: &str) {
         let name = self.policy.name(peer);
-        if self.warnings.keep(now, format!("{name}: {text}")) {
+        let line = format!("{name}: {text}");
+        if self.warnings.keep_of(now, peer, line) {
             warn!(peer = name, "{text}");
+        }
+    }
+
+    /// Says how many lines about a peer were not logged because they were too many.
+    fn tell_unlogged(&mut self, now: Instant) {
+        for (peer, lines) in self.warnings.take_unlogged(now) {
+            let name = self.policy.name(peer);
+            warn!(
+                peer = name,
+                lines, "more lines about this peer were not logged"
+            );
         }
     }
 
@@ -747,6 +828,7 @@ impl Control<'_> {
             port: self.udp.port().unwrap_or_default(),
             up: now.duration_since(self.started),
             warnings: self.warnings.lines(),
+            log_lines_lost: log::lost(),
         };
         let peers = self.policy.peers().map(|peer| self.known(now, peer));
         report::tunnels(
@@ -794,20 +876,22 @@ impl Control<'_> {
         let now = Instant::now();
         for tunnel in &mut self.tunnels {
             tunnel.close(now);
-            while let Some(transmit) = tunnel.poll_transmit() {
-                // If a goodbye is lost, the peer notices the silence.
-                send(&self.udp, now, tunnel, &transmit);
-            }
         }
+        // If a goodbye is lost, the peer notices the silence.
+        self.send_all(now);
     }
 }
 
-/// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel.
-fn send(udp: &UdpSocket, now: Instant, tunnel: &mut Tunnel, transmit: &Transmit) {
+/// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel. It never
+/// waits: one that the socket has no room for is lost, and sent again when its reply does not come.
+fn send(udp: &UdpSocket, now: Instant, tunnel: &mut Tunnel, transmit: &Transmit, drops: &Drops) {
     let datagram = &transmit.datagram;
-    match udp.send(&transmit.to, 0, datagram, datagram.len()) {
+    match udp.send(&transmit.to, 0, datagram, datagram.len(), WhenFull::GiveUp) {
         Err(error) if transmit.probe && error.raw_os_error() == Some(libc::EMSGSIZE) => {
             tunnel.probe_refused(now, datagram.len());
+        }
+        Err(error) if error.kind() == ErrorKind::WouldBlock => {
+            drops.count(DropReason::ControlUnsent);
         }
         Err(error) => debug!(to = %transmit.to.remote, %error, "sending failed"),
         Ok(()) => {}

@@ -28,6 +28,7 @@
 pub mod confine;
 mod control;
 mod facts;
+pub mod log;
 mod nat;
 mod policy;
 mod report;
@@ -63,6 +64,7 @@ pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
             names: endpoints.clone().any(PeerAddr::is_name),
         });
         config.warnings.extend_from_slice(&confinement.lacking);
+        let _log = log::queue();
         control::run(config, ready).await
     })
 }

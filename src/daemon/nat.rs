@@ -9,7 +9,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
@@ -19,10 +18,10 @@ use super::service::{
     input, notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
 };
 use super::setup::{find_uplink, raise_tun};
-use super::status_socket;
+use super::status_socket::{self, StatusListener};
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
-use crate::daemon::confine;
+use crate::daemon::{confine, log};
 use crate::flow::nat::{Nat, NatConfig, PORTS, Target};
 use crate::flow::seed::Seed;
 use crate::io::entropy;
@@ -51,6 +50,7 @@ pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError>
                 warn!("{text}");
             }
         }
+        let _log = log::queue();
         let mut threads = Threads::default();
         let result = carry(settings, tools, &mut host, &mut threads, warnings).await;
         let result = end(result, &mut host);
@@ -188,7 +188,7 @@ async fn carry(
         towards,
         port_seed,
     } = tools;
-    let status = UnixListener::from_std(status).map_err(failed)?;
+    let mut status = StatusListener::new(status).map_err(failed)?;
     let targets = towards
         .iter()
         .zip(&settings.to)
@@ -232,12 +232,13 @@ async fn carry(
             () = signals.recv() => break Ok(()),
             crash = threads.crashed() => break Err(crash),
             Some(error) = ended.recv() => break Err(failed(error)),
-            connection = status.accept() => status_socket::send_status(connection, || {
+            client = status.accept() => status_socket::send_status(client, || {
                 let daemon = report::Daemon {
                     tun: settings.tun.clone(),
                     port: 0,
                     up: started.elapsed(),
                     warnings: warnings.lines(),
+                    log_lines_lost: log::lost(),
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),

@@ -35,6 +35,8 @@ pub(super) struct Daemon {
     pub(super) up: Duration,
     /// Warnings for an administrator.
     pub(super) warnings: Vec<String>,
+    /// Log lines that nobody took in time.
+    pub(super) log_lines_lost: u64,
 }
 
 /// The facts about one peer.
@@ -200,6 +202,7 @@ fn status(
         offloads,
         drops,
         warnings: daemon.warnings,
+        log_lines_lost: daemon.log_lines_lost,
     }
 }
 
@@ -284,6 +287,7 @@ mod tests {
             port: 51_850,
             up: Duration::from_secs(90),
             warnings: vec!["somebody removed a filter; it is back".into()],
+            log_lines_lost: 0,
         }
     }
 

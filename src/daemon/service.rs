@@ -9,6 +9,8 @@ use std::error::Error;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,7 +18,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::warnings::Warnings;
 use super::watchdog::{Watchdog, Word};
@@ -171,13 +173,59 @@ pub(super) fn watch(watchdog: &mut Option<Watchdog>, turns: impl Iterator<Item =
 /// Tells the service manager, and the log, that the daemon is ending.
 pub(super) fn notify_stopping() {
     info!("stopping");
-    notify(&[NotifyState::Stopping]);
+    notify_last(&[NotifyState::Stopping]);
 }
 
-/// Does nothing where no service manager asked to be told (`sd_notify(3)`).
+/// Messages to the service manager that may wait. Only the first and the last ones matter.
+const NOTES: usize = 16;
+
+/// How long the last message may take.
+const LAST_NOTE: Duration = Duration::from_secs(1);
+
+/// A message to the service manager, and whom to tell that it was sent.
+type Note = (String, Option<SyncSender<()>>);
+
+/// Where messages wait for the thread that sends them; `None` if it could not be started.
+static NOTEBOOK: OnceLock<Option<SyncSender<Note>>> = OnceLock::new();
+
+/// Does nothing where no service manager asked to be told (`sd_notify(3)`). Never waits for one
+/// that does not read: the socket's queue is short, so a thread of its own writes to it.
 fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        warn!(%error, "cannot notify the service manager");
+    pass_note(states, None);
+}
+
+/// As [`notify`], and waits until it was sent, though not for long.
+fn notify_last(states: &[NotifyState<'_>]) {
+    let (sent, wait) = sync_channel(1);
+    pass_note(states, Some(sent));
+    let _ = wait.recv_timeout(LAST_NOTE);
+}
+
+fn pass_note(states: &[NotifyState<'_>], sent: Option<SyncSender<()>>) {
+    if std::env::var_os("NOTIFY_SOCKET").is_none() {
+        return;
+    }
+    let lines: Vec<String> = states.iter().map(ToString::to_string).collect();
+    let notebook = NOTEBOOK.get_or_init(|| {
+        let (notebook, notes) = sync_channel::<Note>(NOTES);
+        let thread = std::thread::Builder::new().name("notify".into());
+        thread.spawn(move || send_notes(&notes)).ok()?;
+        Some(notebook)
+    });
+    let passed = (notebook.as_ref()).map(|it| it.try_send((lines.join("\n"), sent)));
+    if !matches!(passed, Some(Ok(()))) {
+        debug!("a message to the service manager is lost");
+    }
+}
+
+fn send_notes(notes: &Receiver<Note>) {
+    for (text, sent) in notes {
+        if let Err(error) = sd_notify::notify(&[NotifyState::Custom(&text)]) {
+            warn!(%error, "cannot notify the service manager");
+        }
+        if let Some(sent) = sent {
+            let _ = sent.send(());
+        }
     }
 }
 

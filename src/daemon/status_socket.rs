@@ -22,6 +22,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a client of the daemon may take to read.
 const READ_PATIENCE: Duration = Duration::from_secs(5);
 
+/// Pause after a client could not be accepted.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Least time between two warnings of that.
+const WARNING_PACE: Duration = Duration::from_secs(60);
+
 /// Longest status that is read: 256 peers with 64 moves of 64 port ranges each stay below it.
 const MAX_STATUS: u64 = 16 << 20;
 
@@ -70,16 +76,48 @@ pub(super) fn listen(dir: &Path) -> Result<UnixListener> {
     opened().map_err(|error| cannot(format!("listen on {}", path.display()), error))
 }
 
+/// The daemon's end while it runs.
+pub(super) struct StatusListener {
+    listener: tokio::net::UnixListener,
+    /// After an error nobody is accepted before this.
+    again_at: Option<tokio::time::Instant>,
+    warned: Option<tokio::time::Instant>,
+}
+
+impl StatusListener {
+    /// Takes the socket into the event loop.
+    pub(super) fn new(listener: UnixListener) -> io::Result<Self> {
+        Ok(Self {
+            listener: tokio::net::UnixListener::from_std(listener)?,
+            again_at: None,
+            warned: None,
+        })
+    }
+
+    /// Waits for a client. A failure, as for want of descriptors, is not the client's: it is
+    /// still there, so accepting it at once would fail again, without end.
+    pub(super) async fn accept(&mut self) -> tokio::net::UnixStream {
+        loop {
+            if let Some(again_at) = self.again_at {
+                tokio::time::sleep_until(again_at).await;
+            }
+            let error = match self.listener.accept().await {
+                Ok((client, _)) => return client,
+                Err(error) => error,
+            };
+            let now = tokio::time::Instant::now();
+            self.again_at = Some(now + ACCEPT_PAUSE);
+            if self.warned.is_none_or(|at| now >= at + WARNING_PACE) {
+                self.warned = Some(now);
+                warn!(%error, "the status socket takes nobody; trying again");
+            }
+        }
+    }
+}
+
 /// Sends the status to a client that connected, and hangs up. It gives up a client that does not
 /// read.
-pub(super) fn send_status(
-    connection: io::Result<(tokio::net::UnixStream, tokio::net::unix::SocketAddr)>,
-    status: impl FnOnce() -> Status,
-) {
-    let mut stream = match connection {
-        Ok((stream, _)) => stream,
-        Err(error) => return warn!(%error, "the status socket failed"),
-    };
+pub(super) fn send_status(mut stream: tokio::net::UnixStream, status: impl FnOnce() -> Status) {
     let text = match serde_json::to_vec(&status()) {
         Ok(text) => text,
         Err(error) => return warn!(%error, "cannot write the status"),

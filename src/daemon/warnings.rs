@@ -1,33 +1,111 @@
 //! What an administrator should know: which lines `status` still shows, and when one is logged
 //! again.
 //!
-//! Owns the newest few lines. It reads no clock and logs nothing: the caller logs a line if told
-//! to.
+//! Owns the newest few lines of the daemon itself and of each peer, and how many lines about a peer
+//! are logged: what one peer causes takes no place of another's. It reads no clock and logs
+//! nothing: the caller logs a line if told to.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Warnings that `status` still shows.
+use super::index;
+use crate::model::peer::PeerId;
+
+/// Warnings of one peer, or of the daemon itself, that `status` still shows.
 const KEPT: usize = 8;
 
 /// A line that is still kept is logged at most once in this time, so that a peer that repeats
 /// itself does not fill the disk.
 const PACE: Duration = Duration::from_secs(60);
 
+/// Lines about one peer that are logged in a [`PACE`]. A peer whose path fails again and again
+/// causes fewer.
+const LINES: u64 = 12;
+
 /// The newest warnings.
 #[derive(Debug, Default)]
-pub(super) struct Warnings(VecDeque<Kept>);
+pub(super) struct Warnings {
+    own: Lines,
+    /// By [`PeerId`].
+    peers: Vec<Peer>,
+}
+
+#[derive(Debug, Default)]
+struct Peer {
+    lines: Lines,
+    /// When the first line of this [`PACE`] was logged.
+    since: Option<Instant>,
+    /// Lines that were wanted since then.
+    wanted: u64,
+}
+
+#[derive(Debug, Default)]
+struct Lines(VecDeque<Kept>);
 
 #[derive(Debug)]
 struct Kept {
     line: String,
+    said: Instant,
     logged: Instant,
 }
 
 impl Warnings {
-    /// Keeps `line` as the newest one; true if the caller has to log it.
+    /// Starts with none, for so many peers.
+    pub(super) fn new(peers: usize) -> Self {
+        Self {
+            own: Lines::default(),
+            peers: (0..peers).map(|_| Peer::default()).collect(),
+        }
+    }
+
+    /// Keeps `line` as the newest one of the daemon itself; true if the caller has to log it.
     #[must_use]
     pub(super) fn keep(&mut self, now: Instant, line: String) -> bool {
+        self.own.keep(now, line)
+    }
+
+    /// Keeps `line` as the newest one of a peer; true if the caller has to log it.
+    #[must_use]
+    pub(super) fn keep_of(&mut self, now: Instant, peer: PeerId, line: String) -> bool {
+        self.peers[index(peer)].lines.keep(now, line) && self.may_log(now, peer)
+    }
+
+    /// Whether one more line about a peer may be logged. If not, it is counted.
+    #[must_use]
+    pub(super) fn may_log(&mut self, now: Instant, peer: PeerId) -> bool {
+        let peer = &mut self.peers[index(peer)];
+        peer.since.get_or_insert(now);
+        peer.wanted += 1;
+        peer.wanted <= LINES
+    }
+
+    /// The peers about whom lines were not logged, and how many, once that time is over.
+    pub(super) fn take_unlogged(&mut self, now: Instant) -> Vec<(PeerId, u64)> {
+        let mut unlogged = Vec::new();
+        for (peer, id) in self.peers.iter_mut().zip(0..) {
+            let over = |since| now.saturating_duration_since(since) >= PACE;
+            if peer.since.is_some_and(over) {
+                peer.since = None;
+                let wanted = std::mem::take(&mut peer.wanted);
+                if wanted > LINES {
+                    unlogged.push((PeerId(id), wanted - LINES));
+                }
+            }
+        }
+        unlogged
+    }
+
+    /// The lines that are kept, newest last.
+    pub(super) fn lines(&self) -> Vec<String> {
+        let of_peers = self.peers.iter().flat_map(|peer| &peer.lines.0);
+        let mut all: Vec<&Kept> = self.own.0.iter().chain(of_peers).collect();
+        all.sort_by_key(|kept| kept.said);
+        all.into_iter().map(|kept| kept.line.clone()).collect()
+    }
+}
+
+impl Lines {
+    fn keep(&mut self, now: Instant, line: String) -> bool {
         let known = self.0.iter().position(|kept| kept.line == line);
         let before = known.and_then(|at| self.0.remove(at));
         let fresh = before
@@ -37,13 +115,9 @@ impl Warnings {
         if self.0.len() == KEPT {
             self.0.pop_front();
         }
-        self.0.push_back(Kept { line, logged });
+        let said = now;
+        self.0.push_back(Kept { line, said, logged });
         fresh
-    }
-
-    /// The lines that are kept, newest last.
-    pub(super) fn lines(&self) -> Vec<String> {
-        self.0.iter().map(|kept| kept.line.clone()).collect()
     }
 }
 
@@ -51,6 +125,9 @@ impl Warnings {
 mod tests {
     use super::*;
     use crate::testing::epoch;
+
+    const MAD: PeerId = PeerId(0);
+    const SANE: PeerId = PeerId(1);
 
     #[test]
     fn the_newest_are_kept_each_once() {
@@ -76,5 +153,30 @@ mod tests {
             .count();
         assert_eq!(logged, 10);
         assert_eq!(warnings.lines(), ["again and again"]);
+    }
+
+    #[test]
+    fn a_peer_that_is_never_short_of_words_takes_no_line_of_others() {
+        let (mut warnings, start) = (Warnings::new(2), epoch());
+        assert!(warnings.keep(start, "the daemon's own".into()));
+        assert!(warnings.keep_of(start, SANE, "a quiet peer's".into()));
+        let (mut logged, mut unlogged) = (0, 0);
+        for second in 0..600 {
+            let now = start + Duration::from_secs(second);
+            logged += u64::from(warnings.keep_of(now, MAD, format!("word {second}")));
+            logged += u64::from(warnings.may_log(now, MAD));
+            for (peer, lines) in warnings.take_unlogged(now) {
+                assert_eq!(peer, MAD);
+                unlogged += lines;
+            }
+        }
+        // Nothing else than these lines, and one a minute that says how many there were.
+        assert_eq!(logged, 10 * LINES);
+        assert!((960..1_080).contains(&unlogged), "{unlogged}");
+        let now = start + Duration::from_secs(600);
+        assert!(warnings.may_log(now, SANE));
+        let lines = warnings.lines();
+        assert_eq!(lines[..2], ["the daemon's own", "a quiet peer's"]);
+        assert_eq!(lines.len(), KEPT + 2);
     }
 }

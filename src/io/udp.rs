@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::model::peer::Endpoint;
@@ -66,6 +67,15 @@ impl Default for UdpOptions {
             gro: true,
         }
     }
+}
+
+/// What to do while the socket's buffer is full.
+#[derive(Clone, Copy, Debug)]
+pub enum WhenFull<'a> {
+    /// Wait for space, however long it takes, unless this becomes readable.
+    Wait(BorrowedFd<'a>),
+    /// Give up: `WouldBlock`.
+    GiveUp,
 }
 
 /// Where a datagram says which of its sender's lanes it comes from.
@@ -243,24 +253,25 @@ impl UdpSocket {
         Ok(received)
     }
 
-    /// Sends `batch` to `endpoint` as datagrams of `stride` bytes (the last may be shorter). Waits
-    /// for space in the socket buffer.
+    /// Sends `batch` to `endpoint` as datagrams of `stride` bytes (the last may be shorter).
     ///
     /// # Errors
     /// The kernel's, for the last datagram that it refused; those before it have left.
+    /// `WouldBlock` if the socket's buffer is full, and it is not to wait, or no longer.
     pub fn send(
         &self,
         endpoint: &Endpoint,
         ecn: u8,
         batch: &[u8],
         stride: usize,
+        when_full: WhenFull<'_>,
     ) -> io::Result<()> {
         debug_assert!(stride > 0 && batch.len() <= MAX_BATCH);
         if batch.len() <= stride {
-            return self.send_message(endpoint, ecn, batch, None);
+            return self.send_message(endpoint, ecn, batch, None, when_full);
         }
         if self.gso() {
-            match self.send_message(endpoint, ecn, batch, Some(stride as u16)) {
+            match self.send_message(endpoint, ecn, batch, Some(stride as u16), when_full) {
                 Ok(()) => return Ok(()),
                 Err(error) => match error.raw_os_error() {
                     // This route, device or size cannot: send this batch datagram by datagram and
@@ -274,7 +285,7 @@ impl UdpSocket {
         }
         let mut result = Ok(());
         for datagram in batch.chunks(stride) {
-            if let Err(error) = self.send_message(endpoint, ecn, datagram, None) {
+            if let Err(error) = self.send_message(endpoint, ecn, datagram, None, when_full) {
                 result = Err(error);
             }
         }
@@ -289,15 +300,16 @@ impl UdpSocket {
         ecn: u8,
         bytes: &[u8],
         segment: Option<u16>,
+        when_full: WhenFull<'_>,
     ) -> io::Result<()> {
-        let sent = self.send_from(endpoint, ecn, bytes, segment);
+        let sent = self.send_from(endpoint, ecn, bytes, segment, when_full);
         match &sent {
             Err(error) if endpoint.local.is_some() && is_gone(error) => {
                 let endpoint = Endpoint {
                     local: None,
                     ..*endpoint
                 };
-                self.send_from(&endpoint, ecn, bytes, segment)
+                self.send_from(&endpoint, ecn, bytes, segment, when_full)
             }
             Ok(()) | Err(_) => sent,
         }
@@ -309,6 +321,7 @@ impl UdpSocket {
         ecn: u8,
         bytes: &[u8],
         segment: Option<u16>,
+        when_full: WhenFull<'_>,
     ) -> io::Result<()> {
         let name = socket2::SockAddr::from(self.as_sendable(endpoint.remote));
         let mut control = Control([MaybeUninit::zeroed(); CONTROL_LEN]);
@@ -373,14 +386,36 @@ impl UdpSocket {
         loop {
             // SAFETY: `message` points to an address, one buffer and control messages that live
             // across the call and whose lengths are given with them; the kernel only reads them.
-            let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const message, 0) };
+            let sent = unsafe {
+                libc::sendmsg(
+                    self.socket.as_raw_fd(),
+                    &raw const message,
+                    libc::MSG_DONTWAIT,
+                )
+            };
             if sent >= 0 {
                 return Ok(());
             }
             let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(error);
+            match (error.kind(), when_full) {
+                (io::ErrorKind::Interrupted, _) => {}
+                (io::ErrorKind::WouldBlock, WhenFull::Wait(stop)) if self.has_space(stop)? => {}
+                _ => return Err(error),
             }
+        }
+    }
+
+    /// Waits until half of the socket's buffer is free; false if `stop` is readable before.
+    #[cold]
+    fn has_space(&self, stop: BorrowedFd<'_>) -> io::Result<bool> {
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::OUT),
+            PollFd::from_borrowed_fd(stop, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) => Ok(fds[1].revents().is_empty()),
+            Err(rustix::io::Errno::INTR) => Ok(true),
+            Err(error) => Err(error.into()),
         }
     }
 
@@ -635,7 +670,8 @@ mod tests {
     fn batch_arrives(options: UdpOptions) {
         let (a, b, endpoint) = pair(options);
         let batch: Vec<u8> = (0..3_300u32).map(|i| (i / 1_000) as u8).collect();
-        a.send(&endpoint, 0, &batch, 1_000).unwrap();
+        a.send(&endpoint, 0, &batch, 1_000, WhenFull::GiveUp)
+            .unwrap();
         let got = drain(&b);
         let lengths: Vec<usize> = got.iter().map(|(bytes, _)| bytes.len()).collect();
         assert_eq!(lengths, [1_000, 1_000, 1_000, 300]);
@@ -645,7 +681,7 @@ mod tests {
         assert_eq!(meta.remote.port(), a.port().unwrap());
         assert!(meta.remote.is_ipv4(), "mapped addresses are unwrapped");
         // And back, from the family-spanning socket to the IPv4 one.
-        b.send(&meta, 1, b"back", 4).unwrap();
+        b.send(&meta, 1, b"back", 4, WhenFull::GiveUp).unwrap();
         let back = drain(&a);
         assert_eq!(back[0].0, b"back");
         assert_eq!(back[0].1.ecn, 1);
@@ -678,9 +714,11 @@ mod tests {
         // Type, flags, lane: data of lanes 0 to 7 and of the control lane, then a handshake
         // message.
         for lane in [0, 1, 2, 3, 4, 5, 6, 7, 255] {
-            a.send(&endpoint, 0, &[4, 0, lane, 0], 4).unwrap();
+            a.send(&endpoint, 0, &[4, 0, lane, 0], 4, WhenFull::GiveUp)
+                .unwrap();
         }
-        a.send(&endpoint, 0, &[1, 1, 2, 0], 4).unwrap();
+        a.send(&endpoint, 0, &[1, 1, 2, 0], 4, WhenFull::GiveUp)
+            .unwrap();
         let got: Vec<Vec<u8>> = lanes
             .iter()
             .map(|lane| drain(lane).iter().map(|(bytes, _)| bytes[2]).collect())
@@ -699,7 +737,8 @@ mod tests {
     fn a_datagram_leaves_although_its_source_is_no_longer_ours() {
         let (a, b, mut endpoint) = pair(UdpOptions::default());
         endpoint.local = Some([192, 0, 2, 99].into());
-        a.send(&endpoint, 0, &[7; 1_500], 1_000).unwrap();
+        a.send(&endpoint, 0, &[7; 1_500], 1_000, WhenFull::GiveUp)
+            .unwrap();
         assert_eq!(drain(&b).len(), 2);
         endpoint.local = Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, 9].into());
         let (c, d, mut path6) = {
@@ -710,7 +749,7 @@ mod tests {
             (bind("[::]:0"), bind("[::1]:0"), endpoint)
         };
         path6.remote = format!("[::1]:{}", d.port().unwrap()).parse().unwrap();
-        c.send(&path6, 0, b"seven", 5).unwrap();
+        c.send(&path6, 0, b"seven", 5, WhenFull::GiveUp).unwrap();
         assert_eq!(drain(&d).len(), 1);
     }
 

@@ -183,15 +183,16 @@ impl Inbound {
         let data = match Message::parse(datagram)? {
             Message::Data(data) => data,
             Message::Initiation(_) | Message::Response(_) => {
-                let admitted = self.parts.shared.mac_check.admit(datagram)?;
-                self.parts
-                    .tell(admitted.peer(), Queue::Handshakes, |permit| {
-                        ToControl::Handshake {
-                            endpoint: received.endpoint,
-                            admitted,
-                            _permit: permit,
-                        }
-                    })?;
+                let from = received.endpoint.remote;
+                let mac_check = &self.parts.shared.mac_check;
+                let admitted = mac_check.admit(context.now, from, datagram)?;
+                let peer = admitted.peer();
+                let queue = Queue::Handshakes;
+                (self.parts).tell(context.now, peer, queue, |permit| ToControl::Handshake {
+                    endpoint: received.endpoint,
+                    admitted,
+                    _permit: permit,
+                })?;
                 return Ok(None);
             }
         };
@@ -225,25 +226,25 @@ impl Inbound {
         if opened.flags.has(Flags::CONTROL) {
             let length = plaintext.len().min(MAX_MESSAGE);
             let message = &self.slab[plaintext][..length];
-            self.parts
-                .tell(peer, Queue::Messages, |permit| ToControl::Control {
+            (self.parts).tell(context.now, peer, Queue::Messages, |permit| {
+                ToControl::Control {
                     session: Arc::clone(session),
                     // A datagram that was delayed says where the peer was, not where it is.
                     heard_from: (opened.first || moved).then_some(received.endpoint),
                     message: message.to_vec(),
                     _permit: permit,
-                })?;
+                }
+            })?;
             return Ok(None);
         }
         if opened.first || moved {
             // If the control task is too busy now, the next datagram tells it.
-            let _ = self
-                .parts
-                .tell(peer, Queue::Messages, |permit| ToControl::Heard {
-                    session: Arc::clone(session),
-                    endpoint: received.endpoint,
-                    _permit: permit,
-                });
+            let queue = Queue::Sightings;
+            let _ = (self.parts).tell(context.now, peer, queue, |permit| ToControl::Heard {
+                session: Arc::clone(session),
+                endpoint: received.endpoint,
+                _permit: permit,
+            });
         }
         Ok(Some(Plain {
             peer,

@@ -3,6 +3,7 @@
 //! Owns the packets that are on their way out. Whoever holds an [`Outbound`] may run it.
 
 use std::io::IoSlice;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -17,6 +18,7 @@ use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags};
 use crate::flow::role::{Judgement, ReplyTo};
 use crate::io::batch::{Batch, Destination, Reservation, SendBatch};
 use crate::io::tun::{MAX_FRAME, VNET_HDR_LEN};
+use crate::io::udp::WhenFull;
 use crate::model::drops::{DropReason, Dropped};
 use crate::packet::fragment::Fragments;
 use crate::packet::segment::Segments;
@@ -398,7 +400,9 @@ fn send(parts: &LaneParts, batch: Batch<'_>) {
         endpoint,
         ecn,
     } = &batch.destination;
-    if let Err(error) = parts.udp.send(endpoint, *ecn, batch.bytes, batch.stride) {
+    // While the buffer is full, packets wait at the TUN.
+    let wait = WhenFull::Wait(parts.stop.as_fd());
+    if let Err(error) = (parts.udp).send(endpoint, *ecn, batch.bytes, batch.stride, wait) {
         debug!(%error, "sending failed");
         parts.shared.peer_drops[usize::from(peer.0)]
             .add(DropReason::SendFailed, batch.count as u64);

@@ -111,15 +111,17 @@ pub struct LaneView {
 }
 
 impl LaneParts {
-    /// Passes a message of `peer` to the control task, unless enough of this peer's wait there.
+    /// Passes a message of `peer` to the control task, unless enough of this peer's wait there, or
+    /// were there of late.
     pub(super) fn tell(
         &self,
+        now: Instant,
         peer: PeerId,
         queue: Queue,
         message: impl FnOnce(OwnedSemaphorePermit) -> ToControl,
     ) -> Result<(), Dropped> {
         let busy = Dropped::of(peer, DropReason::ControlBusy);
-        let permit = self.shared.waiting[usize::from(peer.0)].enter(queue);
+        let permit = self.shared.waiting[usize::from(peer.0)].enter(now, queue);
         // If sending fails, the control task is ending.
         (self.control.try_send(message(permit.ok_or(busy)?))).map_err(|_| busy)
     }
@@ -149,6 +151,8 @@ pub struct PeerView {
     pub endpoint: Option<Endpoint>,
     /// Largest plaintext of one datagram, in bytes: the tunnel MTU. It is never 0.
     pub mtu: usize,
+    /// MTU of its link to its clients, in bytes, where it says one: TCP segments have to fit it.
+    pub client_mtu: usize,
 }
 
 impl Default for PeerView {
@@ -159,15 +163,17 @@ impl Default for PeerView {
             session: None,
             endpoint: None,
             mtu: usize::from(pmtu::BASE) - DATA_OVERHEAD,
+            client_mtu: usize::MAX,
         }
     }
 }
 
 impl PeerView {
-    /// Clamps the MSS of a SYN or SYN-ACK to what fits one datagram.
+    /// Clamps the MSS of a SYN or SYN-ACK to what fits one datagram, and the link behind it.
     #[inline]
     pub(super) fn clamp_mss(&self, packet: &mut [u8], parsed: &Parsed, partial: bool) {
-        let mss = |headers: usize| self.mtu.saturating_sub(headers).min(usize::from(u16::MAX));
+        let mtu = self.mtu.min(self.client_mtu);
+        let mss = |headers: usize| mtu.saturating_sub(headers).min(usize::from(u16::MAX));
         clamp_mss(packet, parsed, mss(40) as u16, mss(60) as u16, partial);
     }
 }

@@ -40,6 +40,9 @@ drop_reasons! {
     HandshakeAuth = "handshake_auth",
     /// A handshake message that was seen before, or is older than one that was.
     HandshakeReplay = "handshake_replay",
+    /// A handshake message that was not looked at, or went no further, because too many came: of
+    /// strangers, or in the name of its peer.
+    HandshakeLimited = "handshake_limited",
     /// A handshake message of a peer that claims the same role as this daemon (or our own,
     /// reflected).
     HandshakeRole = "handshake_role",
@@ -117,8 +120,12 @@ drop_reasons! {
     SendFailed = "send_failed",
     /// The kernel refused the packet written to the TUN.
     TunWriteFailed = "tun_write_failed",
-    /// The control task was too busy to take a handshake or control message.
+    /// A handshake or control message that the control task did not take: it was too busy, or the
+    /// peer sent too many.
     ControlBusy = "control_busy",
+    /// A handshake or control message of our own that the socket had no room for. It is sent again,
+    /// as one that is lost on the way.
+    ControlUnsent = "control_unsent",
 }
 
 /// A packet that goes no further, and its peer, if that is known.

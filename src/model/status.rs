@@ -31,6 +31,9 @@ pub struct Status {
     pub drops: BTreeMap<String, u64>,
     /// What an administrator should know, newest last.
     pub warnings: Vec<String>,
+    /// Log lines that were lost, because what reads them was too slow.
+    #[serde(default)]
+    pub log_lines_lost: u64,
 }
 
 /// How packets get to the new server.
@@ -437,6 +440,7 @@ mod tests {
             offloads: Offloads::default(),
             drops: BTreeMap::new(),
             warnings: vec!["the peer says no".into()],
+            log_lines_lost: 0,
         }
     }
 

@@ -102,13 +102,15 @@ impl Bed {
             error: None,
         };
         let mut new = tunnel(Role::New, announcement);
-        let mac_check = MacCheck::new([(PeerId(0), keys.clone())]);
+        let mac_check = MacCheck::new(Role::New, [keys.clone()]);
+        let of_old = MacCheck::new(Role::Old, [keys.clone()]);
+        let from = endpoint(1).remote;
         old.handle_timeout(now, SystemTime::UNIX_EPOCH);
         let initiation = old.poll_transmit().unwrap().datagram;
-        let admitted = mac_check.admit(&initiation).unwrap();
+        let admitted = mac_check.admit(now, from, &initiation).unwrap();
         new.handle_handshake(now, endpoint(1), &admitted).unwrap();
         let response = new.poll_transmit().unwrap().datagram;
-        let admitted = mac_check.admit(&response).unwrap();
+        let admitted = of_old.admit(now, from, &response).unwrap();
         old.handle_handshake(now, endpoint(2), &admitted).unwrap();
         let mut installed = None;
         while let Some(event) = new.poll_event() {
@@ -178,7 +180,8 @@ pub fn datagram(bytes: &[u8]) {
         Err(_) => {}
     }
     with_bed(|bed| {
-        assert!(bed.mac_check.admit(bytes).is_err(), "nobody guesses a mac");
+        let admitted = bed.mac_check.admit(bed.now, endpoint(0).remote, bytes);
+        assert!(admitted.is_err(), "nobody guesses a mac");
         let mut forged = bytes.to_vec();
         if forged.len() >= 8 {
             forged[..1].copy_from_slice(&[4]);
@@ -205,11 +208,13 @@ pub fn handshake(bytes: &[u8]) {
             let index = SessionIndexes::default().draw(&bed.entropy).unwrap();
             let begun = Initiating::begin(&bed.keys, role, index, &initiation, &bed.entropy);
             let (_, message) = begun.unwrap();
-            let admitted = bed.mac_check.admit(&message).unwrap();
+            let from = endpoint(payload[45]);
+            let admitted = bed.mac_check.admit(bed.now, from.remote, &message);
             bed.now += Duration::from_millis(u64::from(payload[46]) * 100);
-            let _ = bed
-                .new
-                .handle_handshake(bed.now, endpoint(payload[45]), &admitted);
+            // Of our own role one a minute passes.
+            if let Ok(admitted) = admitted {
+                let _ = bed.new.handle_handshake(bed.now, from, &admitted);
+            }
             bed.new.handle_timeout(bed.now, SystemTime::UNIX_EPOCH);
             bed.drain(40);
         }

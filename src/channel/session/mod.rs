@@ -59,7 +59,7 @@ pub use cipher::{Cipher, CipherPolicy, Ciphers, Offer};
 pub use entropy::{Entropy, NoEntropy};
 pub use index::SessionIndexes;
 pub use keys::{KEY_LEN, PeerKeys, Psk, PskError};
-pub use mac_check::{Admitted, MacCheck};
+pub use mac_check::{Admitted, MOST_AT_ONCE, MacCheck};
 pub use seal::{OpenBatch, Opened, Sealer};
 
 pub(crate) use index::SessionIndex;

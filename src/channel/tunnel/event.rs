@@ -21,9 +21,12 @@ pub enum Event {
     SendOff,
     /// Lanes send to this endpoint from now on.
     Endpoint(Endpoint),
+    /// The peer is at this endpoint: what depends on it is to be decided anew. It comes once a
+    /// second at most, the newest in the end, however often the endpoint changes.
+    Arrived(Endpoint),
     /// The peer came or went.
     State(State),
-    /// The peer announced this.
+    /// The peer announced this. It comes once a second at most, the newest in the end.
     PeerConfig(Announcement),
     /// A round trip took this long.
     Rtt(Duration),

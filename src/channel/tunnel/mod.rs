@@ -49,6 +49,7 @@ use crate::channel::session::{
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
 };
+use crate::model::budget::{Budget, Limit};
 use crate::model::drops::DropReason;
 use crate::model::peer::{Endpoint, Role};
 
@@ -56,6 +57,7 @@ mod announcement;
 mod config;
 mod event;
 mod messages;
+mod pace;
 mod sessions;
 #[cfg(test)]
 mod tests;
@@ -66,6 +68,7 @@ pub use messages::{Announcement, Deliver, MAX_MESSAGE};
 
 use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};
+use pace::Paced;
 use sessions::{MAX_PENDING, Origin, Sending, Sessions};
 
 /// How long an initiation waits for its response.
@@ -84,6 +87,17 @@ const STALE_REPLY_PACE: Duration = Duration::from_secs(5);
 
 /// Least time between two warnings of a kind.
 const WARNING_PACE: Duration = Duration::from_secs(60);
+
+/// Initiations that are answered. Only the peer can make a new one, and it sends one a second; each
+/// costs us two Diffie-Hellman operations and a session.
+const ANSWERED: Limit = Limit {
+    per_second: 8,
+    at_once: 16,
+};
+
+/// Least time between two searches of the path from the beginning because the peer moved. Whoever
+/// can make it seem to move all the time must not keep the search from ending.
+const SEARCH_PACE: Duration = Duration::from_secs(10);
 
 /// How much later than its initiator the responder of a session asks for the next one, in case the
 /// initiator cannot.
@@ -113,6 +127,7 @@ pub struct Tunnel {
     closed: bool,
     /// Where the last authenticated datagram came from.
     learned: Option<Endpoint>,
+    arrived: Paced<Endpoint>,
 
     sessions: Sessions,
     pending: VecDeque<Pending>,
@@ -121,14 +136,18 @@ pub struct Tunnel {
     /// Initiate once, even if no timer asks for it.
     forced: bool,
     stale_replied: Option<Instant>,
+    answered: Budget,
 
     next_ping: Instant,
     ping: Option<(u32, Instant)>,
     pings: u32,
     rtt: Option<Duration>,
     mtu: Option<MtuDiscovery>,
+    /// Where the peer was when the search of the path began, and when that was, if it had moved.
+    searched: Option<(SocketAddr, Option<Instant>)>,
     outgoing: Outgoing,
     incoming: Incoming,
+    announced: Paced<Vec<u8>>,
 
     warned: [Option<Instant>; 4],
     transmits: VecDeque<Transmit>,
@@ -151,12 +170,14 @@ impl Tunnel {
             state: State::Connecting,
             closed: false,
             learned: None,
+            arrived: Paced::default(),
             sessions: Sessions::default(),
             pending: VecDeque::new(),
             attempts: 0,
             next_attempt: now,
             forced: false,
             stale_replied: None,
+            answered: Budget::new(ANSWERED),
             next_ping: now,
             ping: None,
             pings: 0,
@@ -164,8 +185,10 @@ impl Tunnel {
             mtu: config
                 .max_datagram
                 .map(|limit| MtuDiscovery::new(limit, now)),
+            searched: None,
             outgoing: Outgoing::new(&config.announcement, now),
             incoming: Incoming::default(),
+            announced: Paced::default(),
             warned: [None; 4],
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -218,8 +241,9 @@ impl Tunnel {
     ///
     /// # Errors
     /// [`DropReason::HandshakeRole`], [`DropReason::HandshakeReplay`],
-    /// [`DropReason::HandshakeUnexpected`], [`DropReason::HandshakeAuth`],
-    /// [`DropReason::WireMalformed`]: it was not accepted, for the caller to count.
+    /// [`DropReason::HandshakeLimited`], [`DropReason::HandshakeUnexpected`],
+    /// [`DropReason::HandshakeAuth`], [`DropReason::WireMalformed`]: it was not accepted, for the
+    /// caller to count.
     pub fn handle_handshake(
         &mut self,
         now: Instant,
@@ -369,10 +393,12 @@ impl Tunnel {
         let attempt = self
             .endpoint()
             .map(|_| self.handshake_wanted_at().max(self.next_attempt));
+        let paced = [self.arrived.due(), self.announced.due(), self.search_due()];
         sessions
             .chain(pending)
             .chain(sending)
             .chain([attempt])
+            .chain(paced)
             .flatten()
             .min()
     }
@@ -385,6 +411,9 @@ impl Tunnel {
         self.expire(now);
         self.observe(now);
         self.confirm(now);
+        self.arrive(now);
+        self.search_anew(now);
+        self.look_at_announcement(now);
         if self.endpoint().is_some()
             && now >= self.next_attempt
             && now >= self.handshake_wanted_at()
@@ -515,6 +544,9 @@ impl Tunnel {
                 self.reply_to_stale(now);
             }
             return Err(DropReason::HandshakeReplay);
+        }
+        if !self.answered.spend(now, 1) {
+            return Err(DropReason::HandshakeLimited);
         }
         self.seen = payload.timestamp;
         self.seen_run = payload.run;
@@ -788,7 +820,14 @@ impl Tunnel {
         parts: u8,
         body: &[u8],
     ) {
-        let Some(whole) = self.incoming.push(peer_run, id, part, parts, body) else {
+        if let Some(whole) = self.incoming.push(peer_run, id, part, parts, body) {
+            self.announced.put(whole);
+            self.look_at_announcement(now);
+        }
+    }
+
+    fn look_at_announcement(&mut self, now: Instant) {
+        let Some(whole) = self.announced.take(now) else {
             return;
         };
         match Announcement::decode(&whole) {
@@ -909,10 +948,40 @@ impl Tunnel {
 
     fn learn(&mut self, now: Instant, from: Endpoint) {
         if self.learned != Some(from) {
-            let moved = self.learned.is_some_and(|old| old.remote != from.remote);
             self.learned = Some(from);
             self.events.push_back(Event::Endpoint(from));
-            if moved {
+            self.arrived.put(from);
+            self.arrive(now);
+            self.search_anew(now);
+        }
+    }
+
+    fn arrive(&mut self, now: Instant) {
+        if let Some(endpoint) = self.arrived.take(now) {
+            self.events.push_back(Event::Arrived(endpoint));
+        }
+    }
+
+    /// When to search the path from the beginning; `None` if the peer is where it was.
+    fn search_due(&self) -> Option<Instant> {
+        let (searched, since) = self.searched?;
+        let remote = self.learned?.remote;
+        let due = since.map(|since| since + SEARCH_PACE)?;
+        (remote != searched).then_some(due)
+    }
+
+    /// Searches the path from the beginning if the peer has moved, though not too often.
+    fn search_anew(&mut self, now: Instant) {
+        let Some(remote) = self.learned.map(|at| at.remote) else {
+            return;
+        };
+        match self.searched {
+            // The first search has begun already.
+            None => self.searched = Some((remote, None)),
+            Some((searched, _)) if searched == remote => {}
+            Some((_, Some(since))) if now < since + SEARCH_PACE => {}
+            Some(_) => {
+                self.searched = Some((remote, Some(now)));
                 self.discover(|mtu| mtu.restart(now));
             }
         }

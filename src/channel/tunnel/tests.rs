@@ -89,6 +89,7 @@ struct Side {
     warnings: Vec<Warning>,
     rtts: Vec<Duration>,
     path_mtus: Vec<u16>,
+    arrivals: Vec<Endpoint>,
     installs: usize,
 }
 
@@ -171,7 +172,7 @@ impl Pair {
                 addr: addr(side),
                 wall_offset: 0,
                 tunnel: None,
-                mac_check: MacCheck::new([(PeerId(0), keys)]),
+                mac_check: MacCheck::new(role(side), [keys]),
                 table: HashMap::new(),
                 send_on: None,
                 endpoint: None,
@@ -182,6 +183,7 @@ impl Pair {
                 warnings: Vec::new(),
                 rtts: Vec::new(),
                 path_mtus: Vec::new(),
+                arrivals: Vec::new(),
                 installs: 0,
             }
         };
@@ -228,7 +230,7 @@ impl Pair {
         side.table.clear();
         side.send_on = None;
         side.endpoint = None;
-        side.mac_check = MacCheck::new([(PeerId(0), side.config.keys.clone())]);
+        side.mac_check = MacCheck::new(side.config.role, [side.config.keys.clone()]);
     }
 
     fn restart(&mut self, side: usize) {
@@ -392,6 +394,7 @@ impl Pair {
                 }
                 Event::SendOff => at.send_on = None,
                 Event::Endpoint(endpoint) => at.endpoint = Some(endpoint),
+                Event::Arrived(endpoint) => at.arrivals.push(endpoint),
                 Event::State(state) => at.states.push(state),
                 Event::PeerConfig(config) => at.configs.push(config),
                 Event::Rtt(rtt) => at.rtts.push(rtt),
@@ -496,7 +499,8 @@ fn receive(
     };
     match Message::parse(&bytes)? {
         Message::Initiation(_) | Message::Response(_) => {
-            let admitted = at.mac_check.admit(&bytes)?;
+            let admitted = at.mac_check.admit(now, from.remote, &bytes);
+            let admitted = admitted.map_err(|dropped| dropped.reason)?;
             assert_eq!(admitted.peer(), PeerId(0));
             tunnel.handle_handshake(now, from, &admitted)
         }
@@ -600,6 +604,85 @@ fn announcements_arrive_once_and_when_they_change() {
 }
 
 #[test]
+fn one_announcement_a_second_is_looked_at_and_the_newest_in_the_end() {
+    let mut pair = Pair::up(41);
+    pair.run(secs(5));
+    let before = pair.sides[NEW].configs.len();
+    let says = |n: u64| Announcement::Old {
+        moves: vec![format!("192.0.2.{}", n % 2 + 1).parse().unwrap()],
+        mtu: 1_280 + n as u16,
+    };
+    for n in 0..100 {
+        let now = pair.now;
+        let tunnel = pair.sides[OLD].tunnel.as_mut().unwrap();
+        tunnel.set_announcement(now, says(n));
+        pair.run(millis(50));
+    }
+    pair.run(secs(2));
+    let heard = &pair.sides[NEW].configs[before..];
+    assert!((5..=7).contains(&heard.len()), "{}", heard.len());
+    assert_eq!(heard.last(), Some(&says(99)));
+}
+
+#[test]
+fn a_peer_that_seems_to_move_all_the_time_is_acted_on_once_a_second() {
+    let mut pair = Pair::up(42);
+    pair.run(secs(5));
+    assert_eq!(pair.sides[NEW].tunnel().path_mtu(), 1_472);
+    let before = pair.sides[NEW].arrivals.len();
+    let searches = pair.sides[NEW].path_mtus.len();
+    // A relay on the path sends each datagram on from another address.
+    for n in 0..500u32 {
+        let at = pair.record.len();
+        pair.link.cut = true;
+        pair.send_data(OLD).unwrap();
+        let (_, datagram) = pair.record[at].clone();
+        pair.link.cut = false;
+        let relay = SocketAddr::from(([203, 0, 113, 1 + (n % 2) as u8], 51_820));
+        pair.deliver(NEW, relay, datagram);
+        assert_eq!(
+            pair.sides[NEW].endpoint.unwrap().remote,
+            relay,
+            "lanes follow"
+        );
+        pair.run(millis(10));
+    }
+    pair.run(secs(1));
+    let arrivals = &pair.sides[NEW].arrivals[before..];
+    assert!((5..=8).contains(&arrivals.len()), "{}", arrivals.len());
+    assert_eq!(arrivals.last().copied(), pair.sides[NEW].endpoint);
+    // The path was searched from the beginning once: down to where a search begins, and up.
+    let fell = |sizes: &[u16]| sizes.windows(2).filter(|pair| pair[1] < pair[0]).count();
+    let sizes = &pair.sides[NEW].path_mtus[searches - 1..];
+    assert!(fell(sizes) <= 1, "{sizes:?}");
+    // At rest it comes to an end.
+    pair.run(secs(30));
+    assert_eq!(pair.sides[NEW].tunnel().path_mtu(), 1_472);
+    assert_eq!(pair.sides[NEW].endpoint.unwrap().remote, addr(OLD));
+}
+
+#[test]
+fn a_peer_that_shakes_hands_without_end_is_answered_a_few_times_a_second() {
+    let mut pair = Pair::new(43);
+    pair.start(NEW);
+    let config = pair.sides[OLD].config.clone();
+    for n in 0..1_000u64 {
+        let now = pair.now + millis(n);
+        // Each of them is a new initiation of a peer that has the key.
+        let wall = SystemTime::UNIX_EPOCH + secs(1_000_000) + millis(n);
+        let mut mad = Tunnel::new(config.clone(), now).unwrap();
+        mad.handle_timeout(now, wall);
+        let initiation = mad.poll_transmit().unwrap().datagram;
+        pair.deliver(NEW, addr(OLD), initiation);
+        pair.run(millis(1));
+    }
+    let new = &pair.sides[NEW];
+    assert!(new.installs as u32 <= 2 + ANSWERED.at_once + 2 * ANSWERED.per_second);
+    assert!(new.installs as u32 >= ANSWERED.at_once);
+    assert!(new.drops(DropReason::HandshakeLimited) > 500);
+}
+
+#[test]
 fn round_trips_are_measured() {
     let mut pair = Pair::up(5);
     pair.run(secs(20));
@@ -671,7 +754,7 @@ fn another_key_gets_no_reply() {
     let mut pair = Pair::new(7);
     let keys = PeerKeys::derive(&psk(8));
     pair.sides[NEW].config.keys = keys.clone();
-    pair.sides[NEW].mac_check = MacCheck::new([(PeerId(0), keys)]);
+    pair.sides[NEW].mac_check = MacCheck::new(Role::New, [keys]);
     pair.start(OLD);
     pair.start(NEW);
     pair.run(secs(60));
@@ -900,7 +983,7 @@ fn a_replayed_session_changes_nothing() {
     // The tunnel also refuses those that the MAC check has forgotten, each for a reason of its own.
     for side in [OLD, NEW] {
         let at = &mut pair.sides[side];
-        at.mac_check = MacCheck::new([(PeerId(0), at.config.keys.clone())]);
+        at.mac_check = MacCheck::new(at.config.role, [at.config.keys.clone()]);
         at.drops = Drops::default();
     }
     let length = pair.record.len();
@@ -1393,7 +1476,7 @@ fn stale_messages_make_us_talk_only_now_and_then_and_only_to_the_peer() {
     for _ in 0..100 {
         // An attacker with more recordings than the MAC check remembers.
         let keys = pair.sides[victim].config.keys.clone();
-        pair.sides[victim].mac_check = MacCheck::new([(PeerId(0), keys)]);
+        pair.sides[victim].mac_check = MacCheck::new(role(victim), [keys]);
         pair.deliver(victim, stranger, captured.clone());
         pair.run(millis(100));
         assert!(pair.flying.iter().all(|flying| flying.to != stranger));

@@ -165,6 +165,8 @@ pub(super) enum Action {
     Hop(Hop),
     /// Give the TUN this MTU (new server).
     SetTunMtu(u32),
+    /// The peer's link to its clients has this MTU (new server).
+    ClientMtu(PeerId, usize),
     /// Tell the peer this of ourselves.
     Announce(PeerId, Announcement),
     /// Search the path to the peer up to this size: bytes of a UDP payload.
@@ -276,6 +278,8 @@ pub(super) struct Policy {
     tun_mtu: u32,
     hop: Hop,
     left: Vec<IpAddr>,
+    /// What was last asked to be held.
+    wanted: Option<Vec<IpAddr>>,
     not_held: Option<String>,
     actions: VecDeque<Action>,
 }
@@ -297,8 +301,6 @@ struct Peer {
     deliver: Option<Deliver>,
     /// Why it cannot deliver everything (new server).
     trouble: Option<Warning>,
-    /// MTU of the old server's link to its clients (new server).
-    client_mtu: Option<u32>,
     /// When an administrator was last told of what it sent and was not let out (old server).
     refused: Option<Instant>,
     /// How many moves were refused, each time that it named one.
@@ -331,7 +333,6 @@ impl Policy {
                     state: State::Connecting,
                     deliver: None,
                     trouble: None,
-                    client_mtu: None,
                     refused: None,
                     refused_moves: 0,
                     not_served: Pace::default(),
@@ -349,6 +350,7 @@ impl Policy {
             tun_mtu: host.tun_mtu,
             hop: Hop::default(),
             left: host.left,
+            wanted: None,
             not_held: None,
             actions: VecDeque::new(),
         }
@@ -526,6 +528,8 @@ impl Policy {
 
     /// The old server announced what it has moved here.
     fn moved_here(&mut self, now: Instant, peer: PeerId, moves: Vec<Move>, mtu: u16) {
+        let mtu = sizes::client_mtu(mtu);
+        self.actions.push_back(Action::ClientMtu(peer, mtu));
         let rules = Rules {
             peers: &self.peers,
             addresses: &self.addresses,
@@ -534,12 +538,6 @@ impl Policy {
         let judge = |peer, moved: &Move| rules.refuse(peer, moved);
         for settled in self.claims.announce(peer, moves, &judge) {
             self.settle(now, settled);
-        }
-        self.peers[index(peer)].client_mtu = Some(u32::from(mtu));
-        let links = self.peers.iter().filter_map(|peer| peer.client_mtu);
-        let mtu = sizes::tun_mtu(links, self.uplink_mtu);
-        if mtu != self.tun_mtu {
-            self.actions.push_back(Action::SetTunMtu(mtu));
         }
     }
 
@@ -646,8 +644,11 @@ impl Policy {
             endpoint.local,
             &self.addresses.uplink,
         );
-        if let Some(wanted) = self.wanted_here() {
-            self.actions.push_back(Action::Hold(wanted));
+        let wanted = self.wanted_here();
+        // What was done already is not done again, though what failed is tried again.
+        if wanted != self.wanted || self.not_held.is_some() {
+            self.wanted = wanted.clone();
+            self.actions.extend(wanted.map(Action::Hold));
         }
         self.actions.push_back(Action::Deliver(id, delivery));
         self.peers[index(id)].deliver = Some(deliver);
@@ -750,6 +751,10 @@ impl Policy {
 
     fn uplink_has_mtu(&mut self, mtu: u32) {
         self.uplink_mtu = mtu;
+        let tun = sizes::tun_mtu(mtu);
+        if self.role == Role::New && tun != self.tun_mtu {
+            self.actions.push_back(Action::SetTunMtu(tun));
+        }
         if self.role == Role::Old && self.hop.mtu != mtu as usize {
             self.hop.mtu = mtu as usize;
             self.actions.push_back(Action::Hop(self.hop));

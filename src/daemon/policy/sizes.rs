@@ -50,11 +50,17 @@ pub(in crate::daemon) fn tunnel_mtu(path_mtu: u16) -> usize {
     usize::from(path_mtu) - DATA_OVERHEAD
 }
 
-/// MTU of the new server's TUN: what its application sends has to fit the link of each old server
-/// to its clients, and this server's own uplink.
-pub(super) fn tun_mtu(client_links: impl Iterator<Item = u32>, uplink: u32) -> u32 {
-    let smallest = client_links.min().unwrap_or(MIN_MTU);
-    smallest.clamp(MIN_MTU, uplink.max(MIN_MTU))
+/// MTU of the new server's TUN: what its own uplink takes. What the link of one old server to its
+/// clients takes concerns that server's flows alone ([`client_mtu`]).
+pub(super) fn tun_mtu(uplink: u32) -> u32 {
+    uplink.max(MIN_MTU)
+}
+
+/// MTU of an old server's link to its clients, as it says: the segments of their TCP connections
+/// are made to fit it, and for all else the old server sends ICMP errors. It can say no less than
+/// every link takes that carries IPv6.
+pub(super) fn client_mtu(said: u16) -> usize {
+    usize::from(said).max(IPV6_MIN_MTU)
 }
 
 #[cfg(test)]
@@ -113,22 +119,12 @@ mod tests {
     }
 
     #[test]
-    fn the_tun_takes_no_more_than_the_smallest_link_to_clients() {
-        for (links, uplink, mtu) in [
-            (&[1_500][..], 1_500, 1_500),
-            (&[1_500, 1_400], 1_500, 1_400),
-            (&[9_000], 1_500, 1_500),
-            (&[9_000, 9_000], 9_000, 9_000),
-            // IPv6 needs this much of any interface.
-            (&[576], 1_500, 1_280),
-            (&[1_500], 576, 1_280),
-            (&[], 1_500, 1_280),
-        ] {
-            assert_eq!(
-                tun_mtu(links.iter().copied(), uplink),
-                mtu,
-                "{links:?} {uplink}"
-            );
+    fn the_tun_takes_what_the_uplink_does() {
+        for (uplink, mtu) in [(1_500, 1_500), (9_000, 9_000), (576, 1_280)] {
+            assert_eq!(tun_mtu(uplink), mtu, "{uplink}");
+        }
+        for (said, mtu) in [(1_500, 1_500), (65_535, 65_535), (1_279, 1_280), (0, 1_280)] {
+            assert_eq!(client_mtu(said), mtu, "{said}");
         }
     }
 }

@@ -510,16 +510,24 @@ fn a_deliver_without_a_move_is_warned_of() {
 fn addresses_held_by_an_earlier_run_stay_until_every_peer_that_keeps_has_spoken() {
     let keep = || rules(DeliverTo::Keep);
     let rules = vec![keep(), keep(), rules(ANYWHERE)];
-    let mut new = Machine::reached(rules, "192.0.2.5 192.0.2.6");
+    let mut new = Machine::new(Role::New, rules, "192.0.2.5 192.0.2.6");
     let at_first = new.does(Input::Endpoint(OLD, endpoint()));
     assert_eq!(held(&at_first), Some(addresses("192.0.2.5 192.0.2.6")));
+    new.does(Input::Endpoint(OTHER_OLD, endpoint()));
+    new.does(Input::Endpoint(PeerId(2), endpoint()));
+    // What is held already is not held anew.
     let actions = new.moves(OLD, "192.0.2.5:80 192.0.2.5:443");
-    assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.6")));
+    assert_eq!(held(&actions), None);
     let actions = new.moves(OTHER_OLD, "192.0.2.7");
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
     // The third peer's moves are delivered to another address, and not held.
     let actions = new.moves(PeerId(2), "192.0.2.8");
+    assert_eq!(held(&actions), None);
+    // What failed is tried again.
+    new.does(Input::Held(Err("no loopback".into())));
+    let actions = new.moves(PeerId(2), "192.0.2.8");
     assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
+    new.does(Input::Held(Ok(())));
     let actions = new.moves(OLD, "");
     assert_eq!(held(&actions), Some(addresses("192.0.2.7")));
 }
@@ -553,36 +561,28 @@ fn peers_hear_once_of_an_address_that_cannot_be_held() {
 }
 
 #[test]
-fn the_tun_follows_the_smallest_link_to_clients() {
+fn a_small_link_of_one_peer_to_its_clients_is_no_concern_of_others() {
     let mut new = Machine::reached(vec![rules(ANYWHERE), rules(ANYWHERE)], "");
     let says = |mtu: u16| Announcement::Old {
         moves: Vec::new(),
         mtu,
     };
-    let sets = |actions: Vec<Action>| {
-        actions.into_iter().find_map(|action| match action {
-            Action::SetTunMtu(mtu) => Some(mtu),
-            _ => None,
-        })
+    let sizes = |actions: Vec<Action>| {
+        let is_size =
+            |action: &Action| matches!(action, Action::SetTunMtu(_) | Action::ClientMtu(..));
+        actions.into_iter().filter(is_size).collect::<Vec<_>>()
     };
-    assert_eq!(
-        sets(new.does(Input::Announced(OLD, says(1_400)))),
-        Some(1_400)
-    );
-    // As long as the MTU was not set, it is asked for again.
-    assert_eq!(
-        sets(new.does(Input::Announced(OTHER_OLD, says(9_000)))),
-        Some(1_400)
-    );
+    for (said, mtu) in [(1_280, 1_280), (1_500, 1_500), (68, 1_280), (9_000, 9_000)] {
+        let actions = sizes(new.does(Input::Announced(OLD, says(said))));
+        assert_eq!(actions, [Action::ClientMtu(OLD, mtu)]);
+    }
+    // The TUN takes what this server's own uplink does. Until it was set, that is asked for again.
+    for _ in 0..2 {
+        let actions = sizes(new.does(Input::UplinkMtu(1_400)));
+        assert_eq!(actions, [Action::SetTunMtu(1_400)]);
+    }
     new.does(Input::TunMtu(1_400));
-    assert_eq!(
-        sets(new.does(Input::Announced(OTHER_OLD, says(1_500)))),
-        None
-    );
-    assert_eq!(
-        sets(new.does(Input::Announced(OLD, says(1_500)))),
-        Some(1_500)
-    );
+    assert!(sizes(new.does(Input::UplinkMtu(1_400))).is_empty());
 }
 
 #[test]

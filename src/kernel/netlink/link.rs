@@ -2,6 +2,7 @@
 
 use std::io;
 
+use netlink_packet_core::NLM_F_ACK;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rustix::net::netdevice::index_to_name;
@@ -49,7 +50,17 @@ impl Netlink {
 
     /// The interface with this index; `None` if there is none.
     pub fn link_by_index(&self, index: u32) -> Result<Option<Link>> {
-        Ok(self.links()?.into_iter().find(|link| link.index == index))
+        // The kernel takes 0 for no index at all.
+        if index == 0 {
+            return Ok(None);
+        }
+        // Not a dump: there may be thousands of interfaces.
+        let request = RouteNetlinkMessage::GetLink(link_message(index));
+        match self.exchange("look at an interface", request, NLM_F_ACK) {
+            Ok(answers) => Ok(answers.iter().find_map(|a| read_link(a))),
+            Err(error) if error.is_missing() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// The name of the interface with this index. As quick on a host with thousands of interfaces
@@ -138,6 +149,13 @@ mod tests {
             set_link_down(&netlink, link.index).unwrap();
             let changed = netlink.link_by_index(link.index).unwrap().unwrap();
             assert_eq!((changed.mtu, changed.up), (1300, false));
+            for link in netlink.links().unwrap() {
+                let found = netlink.link_by_index(link.index).unwrap();
+                assert_eq!(found, Some(link));
+            }
+            for missing in [0, 987_654] {
+                assert_eq!(netlink.link_by_index(missing).unwrap(), None);
+            }
             assert!(netlink.add_veth("v0", "v2", None).unwrap_err().is_exists());
             delete_link(&netlink, link.index).unwrap();
             assert_eq!(netlink.link_by_name("v1").unwrap(), None);
