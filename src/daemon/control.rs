@@ -89,6 +89,7 @@ async fn carry(
         tun,
         sockets,
         uplink,
+        steering: _steering,
         endpoints,
         processors,
     } = tools;

@@ -14,6 +14,7 @@ use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::steer::Steering;
 use crate::kernel::{Desired, Host, capture, keep, steer};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
@@ -51,6 +52,8 @@ pub(super) struct Tools {
     pub(super) sockets: Vec<UdpSocket>,
     /// The interface that clients' packets use.
     pub(super) uplink: Link,
+    /// The memory of the new server's programs.
+    pub(super) steering: Option<Steering>,
     /// Where each peer is, if its address is known or its name resolved.
     pub(super) endpoints: Vec<Option<SocketAddr>>,
     /// How many threads can run at once, by affinity and control group.
@@ -87,7 +90,7 @@ impl Ready {
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
-        found.change(&mut host, config, &endpoints, &tun, port)?;
+        let steering = found.change(&mut host, config, &endpoints, &tun, port)?;
         let tools = Tools {
             signals,
             netlink,
@@ -97,6 +100,7 @@ impl Ready {
             tun,
             sockets,
             uplink: found.uplink,
+            steering,
             endpoints,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
         };
@@ -131,7 +135,7 @@ impl Found {
         Ok(Self { uplink })
     }
 
-    /// Makes the changes that the role needs.
+    /// Makes the changes that the role needs. Returns what a new plan for the new server needs.
     fn change(
         &self,
         host: &mut Host,
@@ -139,7 +143,8 @@ impl Found {
         endpoints: &[Option<SocketAddr>],
         tun: &Link,
         port: u16,
-    ) -> Result<()> {
+    ) -> Result<Option<Steering>> {
+        let mut steering = None;
         let mut desired = match config.role {
             Role::Old => {
                 let moves: Vec<Move> = config
@@ -168,7 +173,10 @@ impl Found {
                     }
                 }
                 let flows = steer::MAX_FLOWS.min(config.max_flows);
-                steer::plan(host.netlink(), &uplinks, tun, port, flows)
+                let new = Steering::new(host.netlink(), &uplinks, port, flows).map_err(system)?;
+                let desired = new.plan(host.netlink(), &uplinks, tun);
+                steering = Some(new);
+                desired
             }
         }
         .map_err(system)?;
@@ -179,7 +187,7 @@ impl Found {
             desired.extend(left.cloned().map(Desired::lasting));
         }
         warn_of_left(&host.reconcile(desired)?);
-        Ok(())
+        Ok(steering)
     }
 }
 

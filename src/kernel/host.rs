@@ -435,11 +435,12 @@ mod tests {
     use crate::kernel::bpf::{Assembler, Reg};
     use crate::kernel::change::Sysctl;
     use crate::kernel::netlink::{Direction, FilterSlot};
+    use crate::kernel::steer::Steering;
     use crate::kernel::testing::{
         Scratch, Tun, capabilities_of_the_unit, delete_link, in_fresh_namespace, keep_only,
         set_link_down, snapshot, sysctl, uplink,
     };
-    use crate::kernel::{capture, plan, steer};
+    use crate::kernel::{capture, plan};
     use crate::model::moved::Move;
 
     struct Stage {
@@ -470,7 +471,8 @@ mod tests {
 
         fn steer(&self, tun: &Tun) -> Vec<Desired> {
             let uplinks = std::slice::from_ref(&self.uplink);
-            steer::plan(&self.netlink, uplinks, &tun.link, 51820, 1000).unwrap()
+            let steering = Steering::new(&self.netlink, uplinks, 51820, 1000).unwrap();
+            steering.plan(&self.netlink, uplinks, &tun.link).unwrap()
         }
 
         fn tun(&self) -> Tun {
@@ -773,7 +775,7 @@ mod tests {
             host.reconcile(both(&stage, &tun)).unwrap();
             // The daemon keeps this once it has started: it can attach programs, but not load them.
             keep_only(CapabilitySet::NET_ADMIN);
-            let refused = steer::plan(&stage.netlink, &[], &tun.link, 51820, 1000);
+            let refused = Steering::new(&stage.netlink, &[], 51820, 1000);
             assert!(refused.is_err());
             stage.netlink.delete_clsact(stage.uplink.index).unwrap();
             sysctl("net/ipv4/tcp_fwmark_accept", "0");

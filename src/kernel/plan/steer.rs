@@ -41,79 +41,103 @@ const BLACKHOLE_METRIC: u32 = 4_000_000;
 /// Flows without TCP that the map keeps by default; 65,536 take some 10 MB of kernel memory.
 pub const MAX_FLOWS: u32 = 65_536;
 
-/// The changes for the new server: marks on `tun`, the route back into it, and on every one of
-/// `uplinks` the redirection of replies without TCP.
-///
-/// The TUN must be up. `tunnel_port` is the tunnel's own UDP port on this host; `max_flows` bounds
-/// the flows without TCP. This changes nothing yet, but it loads the programs into the kernel.
-///
-/// # Errors
-/// If the kernel refuses a program, or an interface or rule is in the way.
-pub fn plan(
-    netlink: &Netlink,
-    uplinks: &[Link],
-    tun: &Link,
+/// What outlives a new plan: the memory of the programs, and the numbers that they hold.
+#[derive(Debug)]
+pub struct Steering {
+    maps: FlowMaps,
     tunnel_port: u16,
-    max_flows: u32,
-) -> Result<Vec<Desired>, PlanError> {
-    let mut desired = Vec::new();
-    // The mark must lead somewhere before any packet bears it: rules and routes first, the marking
-    // program last.
-    for family in [Family::V4, Family::V6] {
-        if family == Family::V6 && !has_ipv6(tun) {
-            continue;
-        }
-        let default = |dev, metric| {
-            Change::Route(DefaultRoute {
-                family,
-                table: TABLE,
-                dev,
-                metric,
-            })
-        };
-        desired.push(Desired::lasting(default(None, BLACKHOLE_METRIC)));
-        desired.push(Desired::with_tun(default(
-            Some(Interface::from(tun)),
-            TUN_METRIC,
-        )));
-        desired.push(Desired::lasting(Change::Rule(MarkRule {
-            family,
-            mark: MARK,
-            table: TABLE,
-            priority: rule_priority(family, &netlink.rules(family)?)?,
-        })));
-        let reflect = match family {
-            Family::V4 => "net/ipv4/fwmark_reflect",
-            Family::V6 => "net/ipv6/fwmark_reflect",
-        };
-        desired.push(Desired::lasting(sysctl(reflect.to_owned())));
-    }
-    desired.push(Desired::lasting(sysctl(
-        "net/ipv4/tcp_fwmark_accept".to_owned(),
-    )));
-    // Strict rp_filter then looks the source up with the mark, that is, in our table.
-    let valid_mark = format!("net/ipv4/conf/{}/src_valid_mark", tun.name);
-    desired.push(Desired::with_tun(sysctl(valid_mark)));
+}
 
-    let maps = FlowMaps::new(max_flows)?;
-    for uplink in uplinks {
-        let reply = programs::steer_egress(&maps, l2_header(uplink)?, tun.index, tunnel_port)?;
-        let place = filter(netlink, uplink, Direction::Egress, reply.name())?;
-        desired.push(Desired::lasting(clsact(uplink)));
-        desired.push(Desired::lasting(place).program(reply.load()?));
-    }
-    let entrance = uplinks.first().map(|uplink| {
-        l2_header(uplink).map(|l2_header| Entrance {
-            ifindex: uplink.index,
-            l2_header,
-            mac: uplink.mac.unwrap_or_default(),
+impl Steering {
+    /// Makes the memory. `tunnel_port` is the tunnel's own UDP port on this host; `max_flows`
+    /// bounds the flows without TCP.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn new(
+        _netlink: &Netlink,
+        _uplinks: &[Link],
+        tunnel_port: u16,
+        max_flows: u32,
+    ) -> Result<Self, PlanError> {
+        Ok(Self {
+            maps: FlowMaps::new(max_flows)?,
+            tunnel_port,
         })
-    });
-    let mark = programs::steer_ingress(MARK, &maps, entrance.transpose()?)?;
-    let place = filter(netlink, tun, Direction::Ingress, mark.name())?;
-    desired.push(Desired::with_tun(clsact(tun)));
-    desired.push(Desired::with_tun(place).program(mark.load()?));
-    Ok(desired)
+    }
+
+    /// The changes for the new server: marks on `tun`, the route back into it, and on every one of
+    /// `uplinks` the redirection of replies without TCP. Call it again when the links are others.
+    ///
+    /// The TUN must be up. This changes nothing yet, but it loads the programs into the kernel.
+    ///
+    /// # Errors
+    /// If the kernel refuses a program, or an interface or rule is in the way.
+    pub fn plan(
+        &self,
+        netlink: &Netlink,
+        uplinks: &[Link],
+        tun: &Link,
+    ) -> Result<Vec<Desired>, PlanError> {
+        let mut desired = Vec::new();
+        // The mark must lead somewhere before any packet bears it: rules and routes first, the marking
+        // program last.
+        for family in [Family::V4, Family::V6] {
+            if family == Family::V6 && !has_ipv6(tun) {
+                continue;
+            }
+            let default = |dev, metric| {
+                Change::Route(DefaultRoute {
+                    family,
+                    table: TABLE,
+                    dev,
+                    metric,
+                })
+            };
+            desired.push(Desired::lasting(default(None, BLACKHOLE_METRIC)));
+            desired.push(Desired::with_tun(default(
+                Some(Interface::from(tun)),
+                TUN_METRIC,
+            )));
+            desired.push(Desired::lasting(Change::Rule(MarkRule {
+                family,
+                mark: MARK,
+                table: TABLE,
+                priority: rule_priority(family, &netlink.rules(family)?)?,
+            })));
+            let reflect = match family {
+                Family::V4 => "net/ipv4/fwmark_reflect",
+                Family::V6 => "net/ipv6/fwmark_reflect",
+            };
+            desired.push(Desired::lasting(sysctl(reflect.to_owned())));
+        }
+        desired.push(Desired::lasting(sysctl(
+            "net/ipv4/tcp_fwmark_accept".to_owned(),
+        )));
+        // Strict rp_filter then looks the source up with the mark, that is, in our table.
+        let valid_mark = format!("net/ipv4/conf/{}/src_valid_mark", tun.name);
+        desired.push(Desired::with_tun(sysctl(valid_mark)));
+
+        let Self { maps, tunnel_port } = self;
+        for uplink in uplinks {
+            let reply = programs::steer_egress(maps, l2_header(uplink)?, tun.index, *tunnel_port)?;
+            let place = filter(netlink, uplink, Direction::Egress, reply.name())?;
+            desired.push(Desired::lasting(clsact(uplink)));
+            desired.push(Desired::lasting(place).program(reply.load()?));
+        }
+        let entrance = uplinks.first().map(|uplink| {
+            l2_header(uplink).map(|l2_header| Entrance {
+                ifindex: uplink.index,
+                l2_header,
+                mac: uplink.mac.unwrap_or_default(),
+            })
+        });
+        let mark = programs::steer_ingress(MARK, maps, entrance.transpose()?)?;
+        let place = filter(netlink, tun, Direction::Ingress, mark.name())?;
+        desired.push(Desired::with_tun(clsact(tun)));
+        desired.push(Desired::with_tun(place).program(mark.load()?));
+        Ok(desired)
+    }
 }
 
 /// The interfaces on which replies may leave: those of the default routes, the one towards the
@@ -240,7 +264,8 @@ mod tests {
             let mut host = Host::open(&scratch.0).unwrap();
             let uplinks = uplinks(&netlink, None).unwrap();
             assert_eq!(uplinks, std::slice::from_ref(&router.uplink));
-            let desired = plan(&netlink, &uplinks, &tun.link, 51820, 1000).unwrap();
+            let steering = Steering::new(&netlink, &uplinks, 51820, 1000).unwrap();
+            let desired = steering.plan(&netlink, &uplinks, &tun.link).unwrap();
             host.reconcile(desired).unwrap();
             Self {
                 tun,
