@@ -71,6 +71,7 @@ pub mod internals {
     pub use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
     pub use crate::channel::wire::{DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Message};
     pub use crate::flow::class::TCP_RESET;
+    pub use crate::flow::ended::HostFlow;
     pub use crate::flow::gate::Gate;
     pub use crate::flow::nat::PORTS;
     pub use crate::flow::routes::Delivery;

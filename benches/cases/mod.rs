@@ -413,6 +413,7 @@ impl Rewrite {
             max_flows: FEW,
             seed: [1, 2],
             epoch: now,
+            note_ended: false,
         });
         translator.set_moves(PeerId(0), vec![whole(MOVED.0)])?;
         let delivery = Delivery {

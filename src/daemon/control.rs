@@ -263,6 +263,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
         max_flows: config.max_flows as usize,
         seed: [word()?, word()?],
         epoch,
+        note_ended: false,
     })))
 }
 

@@ -8,6 +8,7 @@
 //! | [`nat`] | both addresses rewritten, on the old server alone |
 //! | [`table`] | the flows, found from either side |
 //! | [`class`] | how long a flow is kept, and which gives way first |
+//! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
 //! | [`seed`] | the secret of the hashes |
@@ -15,6 +16,7 @@
 //! Must not touch sockets, devices or the clock.
 
 pub mod class;
+pub mod ended;
 pub mod fragments;
 pub mod gate;
 pub mod nat;

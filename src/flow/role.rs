@@ -307,6 +307,7 @@ mod tests {
             max_flows: 10,
             seed: [1, 2],
             epoch: epoch(),
+            note_ended: false,
         });
         let delivery = Delivery {
             v4: Some(DELIVERY.parse().unwrap()),

@@ -31,6 +31,7 @@ use std::time::Instant;
 use hashbrown::HashTable;
 
 use crate::flow::class::{Class, EVICTION_ORDER, Seen, Side, Tier};
+use crate::flow::ended::Outbox;
 use crate::flow::seed::Seed;
 use crate::flow::slab::{List, Slab};
 use crate::model::drops::DropReason;
@@ -190,6 +191,8 @@ pub struct FlowTable {
     lists: [List; Class::COUNT],
     /// One-way and half-open flows by source; empty until there is one.
     sources: Vec<u32>,
+    /// Flows that ended, if anybody wants to know.
+    ended: Option<Outbox<Inside>>,
     live: usize,
     evicted: u64,
     collisions: u64,
@@ -208,6 +211,7 @@ impl FlowTable {
             inside: HashTable::new(),
             lists: [List::EMPTY; Class::COUNT],
             sources: Vec::new(),
+            ended: None,
             live: 0,
             evicted: 0,
             collisions: 0,
@@ -221,6 +225,16 @@ impl FlowTable {
             masquerade: Some(masquerade),
             ..Self::new(seed, epoch)
         }
+    }
+
+    /// From now on, keeps the inner views of flows that end, at most `room` until they are taken.
+    pub fn note_ended(&mut self, room: usize) {
+        self.ended = Some(Outbox::new(room));
+    }
+
+    /// Takes the flows that ended, in the order they did, and how many more found no room.
+    pub fn take_ended(&mut self) -> (Vec<Inside>, u64) {
+        self.ended.as_mut().map(Outbox::take).unwrap_or_default()
     }
 
     /// A packet from the client: finds its flow and notes the packet.
@@ -561,10 +575,14 @@ impl FlowTable {
     fn remove(&mut self, at: u32, limit: &Limit) {
         self.unlink(at);
         let entry = self.slab.get(at);
+        let seen_inside = inner(&self.masquerade, entry);
         let (outside, inside) = (
             outside_hash(&self.seed, &entry.outside()),
-            inside_hash(&self.seed, &inner(&self.masquerade, entry)),
+            inside_hash(&self.seed, &seen_inside),
         );
+        if let Some(ended) = &mut self.ended {
+            ended.put(seen_inside);
+        }
         for (index, hash) in [(&mut self.outside, outside), (&mut self.inside, inside)] {
             match index.find_entry(hash, |&other| other == at) {
                 Ok(found) => drop(found.remove()),

@@ -16,12 +16,13 @@
 //! client chooses those for each destination, so that two of them could meet (RFC 6864 section
 //! 5.2).
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
+use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
 use crate::flow::routes::{Delivery, Moved, RouteError, Routes};
@@ -46,6 +47,8 @@ pub struct TranslatorConfig {
     pub seed: [u64; 2],
     /// A time not later than any `now` that follows.
     pub epoch: Instant,
+    /// Whether somebody takes the flows that ended ([`Translator::take_ended`]).
+    pub note_ended: bool,
 }
 
 /// The new server's rewriting. Shared by the lanes. A lane locks the shard of the packet's client
@@ -74,7 +77,13 @@ impl Translator {
             seed,
             limit: Limit::new(config.max_flows),
             shards: (0..shards)
-                .map(|_| Shard(Mutex::new(FlowTable::new(seed, config.epoch))))
+                .map(|_| {
+                    let mut table = FlowTable::new(seed, config.epoch);
+                    if config.note_ended {
+                        table.note_ended(ENDED_ROOM / shards);
+                    }
+                    Shard(Mutex::new(table))
+                })
                 .collect(),
             routes: ArcSwap::default(),
             changing: Mutex::new(()),
@@ -243,6 +252,44 @@ impl Translator {
             .iter()
             .map(|shard| lock(&shard.0).expire(now, budget, &self.limit))
             .sum()
+    }
+
+    /// Appends the flows that ended since the last time and have not begun again. Returns how many
+    /// more there were: if any, everything that is kept of flows is to be looked at with
+    /// [`knows`](Self::knows). Call it every second.
+    ///
+    /// A flow may begin again right after.
+    pub fn take_ended(&self, out: &mut Vec<HostFlow>) -> u64 {
+        let mut lost = 0;
+        for shard in &self.shards {
+            let (ended, more) = lock(&shard.0).take_ended();
+            // Loaded after them, so it names their addresses.
+            let routes = self.routes.load();
+            let flows = ended.into_iter().map(|flow| HostFlow {
+                protocol: flow.protocol,
+                local: SocketAddr::new(routes.addr(flow.delivery).into(), flow.delivery_port),
+                remote: SocketAddr::new(flow.client.into(), flow.client_port),
+            });
+            out.extend(flows.filter(|flow| !self.knows(flow)));
+            lost += more;
+        }
+        lost
+    }
+
+    /// Whether there is such a flow.
+    pub fn knows(&self, flow: &HostFlow) -> bool {
+        let routes = self.routes.load();
+        let Some(delivery) = routes.id(flow.local.ip().into()) else {
+            return false;
+        };
+        let key = Inside {
+            protocol: flow.protocol,
+            client: flow.remote.ip().into(),
+            client_port: flow.remote.port(),
+            delivery,
+            delivery_port: flow.local.port(),
+        };
+        self.table(key.client).peek_inside(&key).is_some()
     }
 
     /// Counters of all flows.
@@ -500,6 +547,7 @@ mod tests {
     use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
     use crate::testing::epoch;
     use proptest::prelude::*;
+    use std::time::Duration;
 
     const PEER: PeerId = PeerId(1);
     const CLIENT: &str = "203.0.113.9";
@@ -522,6 +570,7 @@ mod tests {
                 max_flows: 1000,
                 seed: [1, 2],
                 epoch: now,
+                note_ended: true,
             });
             let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
             translator.set_moves(PEER, moves).unwrap();
@@ -856,6 +905,66 @@ mod tests {
             bed.inbound(&mut short.clone()),
             Err(DropReason::IcmpUnrelated)
         );
+    }
+
+    #[test]
+    fn who_listens_hears_of_flows_that_ended() {
+        let mut bed = Bed::simple();
+        let arrived = |client: &str, kind| {
+            let src = client.parse().unwrap();
+            Plan {
+                src,
+                ..request(kind)
+            }
+        };
+        let ping = Plan::new(Kind::IcmpQuery, CLIENT6, MOVED6);
+        for plan in [request(Kind::Tcp), arrived("203.0.113.8", Kind::Udp), ping] {
+            bed.inbound(&mut plan.build()).unwrap();
+        }
+        let mut ended = Vec::new();
+        assert_eq!(bed.translator.take_ended(&mut ended), 0);
+        assert_eq!(ended, []);
+        bed.now += Duration::from_secs(239);
+        bed.translator.expire(bed.now, usize::MAX);
+        bed.translator.take_ended(&mut ended);
+        let flow = |protocol, local: &str, remote: &str| HostFlow {
+            protocol,
+            local: local.parse().unwrap(),
+            remote: remote.parse().unwrap(),
+        };
+        let plan = request(Kind::Udp);
+        let (src, dst) = (plan.src_port, plan.dst_port);
+        ended.sort_unstable_by_key(|flow| flow.protocol);
+        let udp = flow(
+            17,
+            &format!("{DELIVERY}:{dst}"),
+            &format!("203.0.113.8:{src}"),
+        );
+        let id = Parsed::parse(&Plan::new(Kind::IcmpQuery, CLIENT6, MOVED6).build())
+            .unwrap()
+            .src_port();
+        let icmp = flow(
+            58,
+            &format!("[{DELIVERY6}]:0"),
+            &format!("[{CLIENT6}]:{id}"),
+        );
+        assert_eq!(ended, [udp, icmp]);
+        let tcp = flow(6, &format!("{DELIVERY}:{dst}"), &format!("{CLIENT}:{src}"));
+        assert!(bed.translator.knows(&tcp) && !bed.translator.knows(&udp));
+        // One that began again is not among those that ended.
+        ended.clear();
+        bed.now += Duration::from_secs(1);
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        assert_eq!((bed.translator.take_ended(&mut ended), ended.len()), (0, 0));
+        // Far more than there is room for.
+        for source in 0..80_000u32 {
+            let client = IpAddr::from((0x0b00_0000 + source).to_be_bytes()).to_string();
+            let plan = arrived(&client, Kind::Udp);
+            bed.inbound(&mut plan.build()).unwrap();
+        }
+        let lost = bed.translator.take_ended(&mut ended);
+        assert!(ended.len() <= ENDED_ROOM && lost > 0);
+        assert_eq!(ended.len() as u64 + lost, bed.translator.stats().evicted);
     }
 
     #[test]

@@ -271,6 +271,7 @@ mod tests {
             max_flows: 10,
             seed: [1, 2],
             epoch: epoch(),
+            note_ended: false,
         }))
     }
 

@@ -290,6 +290,7 @@ fn servers() -> (Gate, Translator, Instant) {
         max_flows: 1_000,
         seed: [1, 2],
         epoch: now,
+        note_ended: false,
     });
     translator.set_moves(PeerId(0), moves.clone()).unwrap();
     let delivery = Delivery {
