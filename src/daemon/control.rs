@@ -40,6 +40,7 @@ use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::UdpSocket;
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::steer::Steering;
 use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
@@ -57,6 +58,9 @@ const PATH_EVERY: Duration = Duration::from_secs(1);
 
 /// How often to list this server's addresses, in case some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
+
+/// How often to tell the kernel which flows ended.
+const FLOWS_EVERY: Duration = Duration::from_secs(1);
 
 /// Carries packets until a signal, then undoes everything, unless a thread crashed.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
@@ -89,7 +93,7 @@ async fn carry(
         tun,
         sockets,
         uplink,
-        steering: _steering,
+        steering,
         endpoints,
         processors,
     } = tools;
@@ -135,6 +139,7 @@ async fn carry(
         udp: sockets[0].try_clone().map_err(failed)?,
         tun,
         uplink,
+        steering,
         view: LaneView {
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
@@ -147,6 +152,7 @@ async fn carry(
         next_path: started,
         next_repair: started + REPAIR_EVERY,
         next_addresses: started,
+        next_flows: started + FLOWS_EVERY,
         repairer: Repairer::default(),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
@@ -263,7 +269,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant) -> Result<Forward
         max_flows: config.max_flows as usize,
         seed: [word()?, word()?],
         epoch,
-        note_ended: false,
+        note_ended: true,
     })))
 }
 
@@ -283,6 +289,8 @@ struct Control<'h> {
     udp: UdpSocket,
     tun: Link,
     uplink: Link,
+    /// The memory of the new server's programs.
+    steering: Option<Steering>,
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
@@ -293,6 +301,7 @@ struct Control<'h> {
     next_path: Instant,
     next_repair: Instant,
     next_addresses: Instant,
+    next_flows: Instant,
     repairer: Repairer,
     offloads: Offloads,
     warnings: Warnings,
@@ -399,6 +408,10 @@ impl Control<'_> {
         if now >= self.next_addresses {
             self.next_addresses = now + ADDRESSES_EVERY;
             self.look_at_addresses(now);
+        }
+        if now >= self.next_flows {
+            self.next_flows = now + FLOWS_EVERY;
+            self.look_at_flows(now);
         }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
@@ -625,6 +638,27 @@ impl Control<'_> {
         };
         self.see(now, Input::Route(peer, size));
         self.set_mtu(peer);
+    }
+
+    /// Makes the kernel forget the flows that ended, and counts what its programs dropped.
+    fn look_at_flows(&mut self, now: Instant) {
+        let translator = self.shared.forwarder.translator();
+        let Some((steering, translator)) = self.steering.as_mut().zip(translator) else {
+            return;
+        };
+        let mut ended = Vec::new();
+        // Those that found no room go by their age.
+        let _ = translator.take_ended(&mut ended);
+        let result = steering.forget(&ended, |flow| translator.knows(flow));
+        for (reason, packets) in steering.take_drops() {
+            self.shared.drops.add(reason, packets);
+        }
+        if let Err(error) = result {
+            let text = format!("the kernel remembers flows that have ended: {error}");
+            if self.warnings.keep(now, text.clone()) {
+                warn!("{text}");
+            }
+        }
     }
 
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.

@@ -172,7 +172,7 @@ impl Found {
                         }
                     }
                 }
-                let flows = steer::MAX_FLOWS.min(config.max_flows);
+                let flows = config.max_flows;
                 let new = Steering::new(host.netlink(), &uplinks, port, flows).map_err(system)?;
                 let desired = new.plan(host.netlink(), &uplinks, tun);
                 steering = Some(new);

@@ -108,6 +108,13 @@ drop_reasons! {
     TunWriteFailed = "tun_write_failed",
     /// The control task was too busy to take a handshake or control message.
     ControlBusy = "control_busy",
+
+    // In the new server's kernel.
+    /// The kernel's memory of flows is full, so that nothing would bring replies back.
+    SteeringFull = "steering_full",
+    /// TCP from a client with the addresses and ports of a connection that this server, or one
+    /// behind it, has directly.
+    DirectConnection = "direct_connection",
 }
 
 /// A packet that goes no further, and its peer, if that is known.
