@@ -83,10 +83,7 @@ fn the_daemon_holds_two_privileges_and_cannot_get_others() -> Result {
             for field in ["CapEff:", "CapPrm:", "CapBnd:"] {
                 let held = of_all_threads(pid, field, 16)?;
                 assert!(held.len() >= 2, "threads");
-                assert!(
-                    held.iter().all(|&held| held == NEEDED),
-                    "{field} {held:x?}"
-                );
+                assert!(held.iter().all(|&held| held == NEEDED), "{field} {held:x?}");
             }
             for field in ["CapInh:", "CapAmb:"] {
                 let held = of_all_threads(pid, field, 16)?;

@@ -25,6 +25,7 @@
 
 pub mod confine;
 mod control;
+mod kept;
 mod nat;
 mod policy;
 mod report;

@@ -3,11 +3,13 @@
 //! Nothing is changed before all that can be known to be wrong has been refused.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use tracing::{debug, warn};
 
+use super::kept;
 use super::service::{Result, Signals, cannot, input, system, warn_of_left, warn_of_unread};
 use super::status_socket;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
@@ -66,6 +68,7 @@ impl Ready {
     /// # Errors
     /// See [`DaemonError`](super::DaemonError); what was changed before is undone.
     pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self> {
+        let kept = kept::taken_over();
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
         warn_of_unread(&host);
@@ -90,7 +93,7 @@ impl Ready {
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
-        let steering = found.change(&mut host, config, &endpoints, &tun, port)?;
+        let steering = found.change(&mut host, config, &endpoints, &tun, port, kept)?;
         let tools = Tools {
             signals,
             netlink,
@@ -143,6 +146,7 @@ impl Found {
         endpoints: &[Option<SocketAddr>],
         tun: &Link,
         port: u16,
+        kept: Vec<OwnedFd>,
     ) -> Result<Option<Steering>> {
         let mut steering = None;
         let mut desired = match config.role {
@@ -173,7 +177,9 @@ impl Found {
                     }
                 }
                 let flows = config.max_flows;
-                let new = Steering::new(host.netlink(), &uplinks, port, flows).map_err(system)?;
+                let new = Steering::new(host.netlink(), &uplinks, port, flows, &kept);
+                let new = new.map_err(system)?;
+                kept::keep(&new.memory());
                 let desired = new.plan(host.netlink(), &uplinks, tun);
                 steering = Some(new);
                 desired

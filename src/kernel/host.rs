@@ -471,7 +471,7 @@ mod tests {
 
         fn steer(&self, tun: &Tun) -> Vec<Desired> {
             let uplinks = std::slice::from_ref(&self.uplink);
-            let steering = Steering::new(&self.netlink, uplinks, 51820, 1000).unwrap();
+            let steering = Steering::new(&self.netlink, uplinks, 51820, 1000, &[]).unwrap();
             steering.plan(&self.netlink, uplinks, &tun.link).unwrap()
         }
 
@@ -528,10 +528,10 @@ mod tests {
         // Neither the TUN nor the uplink's ingress can carry the programs of both roles in one
         // place; only lasting changes matter here, and one filter of each role.
         all.retain(|desired| {
-            let in_the_way = match &desired.change {
-                Change::Filter(filter) => filter.program == "ipmoved_direct",
-                _ => false,
-            };
+            let in_the_way = matches!(
+                &desired.change,
+                Change::Filter(filter) if filter.program == "ipmoved_direct"
+            );
             !desired.with_tun && !in_the_way
         });
         all
@@ -824,7 +824,7 @@ mod tests {
             host.reconcile(both(&stage, &tun)).unwrap();
             // The daemon keeps this once it has started: it can attach programs, but not load them.
             keep_only(CapabilitySet::NET_ADMIN);
-            let refused = Steering::new(&stage.netlink, &[], 51820, 1000);
+            let refused = Steering::new(&stage.netlink, &[], 51820, 1000, &[]);
             assert!(refused.is_err());
             stage.netlink.delete_clsact(stage.uplink.index).unwrap();
             sysctl("net/ipv4/tcp_fwmark_accept", "0");

@@ -18,7 +18,7 @@
 //! daemon takes over what they know.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -73,8 +73,9 @@ struct Loaded {
 }
 
 impl Steering {
-    /// Takes over the memory that a killed daemon's programs on `links` hold, or makes it.
-    /// `tunnel_port` is the tunnel's own UDP port on this host.
+    /// Takes over the memory of a killed daemon, or makes it. It is found among the descriptors
+    /// that somebody `kept`, or through the programs that still stand on `links` (for which this
+    /// process needs CAP_SYS_ADMIN). `tunnel_port` is the tunnel's own UDP port on this host.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -83,6 +84,7 @@ impl Steering {
         links: &[Link],
         tunnel_port: u16,
         max_flows: u32,
+        kept: &[OwnedFd],
     ) -> Result<Self, PlanError> {
         let mut left = Vec::new();
         for link in links {
@@ -92,7 +94,7 @@ impl Steering {
                 .filter(|filter| filter.name.as_deref() == Some(TAKE_REPLIES));
             left.extend(ours.filter_map(|filter| filter.program_id));
         }
-        let mut found = None;
+        let mut found = FlowMaps::found(kept, max_flows)?;
         for id in left.iter().copied() {
             if found.is_none() {
                 found = FlowMaps::found(&bpf::of_program(id), max_flows)?;
@@ -131,13 +133,16 @@ impl Steering {
         links: &[Link],
         tun: &Link,
     ) -> Result<Vec<Desired>, PlanError> {
-        self.set_links(links)?;
+        // It has a default route where nothing else has.
+        let others = links.iter().filter(|link| link.index != tun.index);
+        let links: Vec<Link> = others.cloned().collect();
+        self.set_links(&links)?;
         let mut desired = Vec::new();
         // Replies must be taken before anything is delivered.
-        for link in links {
+        for link in &links {
             desired.append(&mut self.on_link(netlink, link, tun)?);
         }
-        desired.append(&mut self.on_tun(netlink, links, tun)?);
+        desired.append(&mut self.on_tun(netlink, &links, tun)?);
         Ok(desired)
     }
 
@@ -223,6 +228,11 @@ impl Steering {
         desired.push(Desired::with_tun(clsact(tun)));
         desired.push(Desired::with_tun(place).program(copy(name, program)?));
         Ok(desired)
+    }
+
+    /// The memory that the next daemon needs, if this one is killed.
+    pub fn memory(&self) -> Vec<BorrowedFd<'_>> {
+        self.maps.lasting()
     }
 
     /// Keeps the memory of flows as small as the daemon's own: forgets those that `ended`, and by
@@ -372,7 +382,7 @@ mod tests {
             let mut host = Host::open(&scratch.0).unwrap();
             let uplinks = uplinks(&netlink, None).unwrap();
             assert_eq!(uplinks, std::slice::from_ref(&router.uplink));
-            let steering = Steering::new(&netlink, &uplinks, 51820, 1000).unwrap();
+            let steering = Steering::new(&netlink, &uplinks, 51820, 1000, &[]).unwrap();
             let desired = steering.plan(&netlink, &uplinks, &tun.link).unwrap();
             host.reconcile(desired).unwrap();
             Self {
@@ -636,7 +646,7 @@ mod tests {
             b.tun = Tun::new(&netlink, "tun0", false);
             b.host = Host::open(&b._scratch.0).unwrap();
             let links = std::slice::from_ref(&b.router.uplink);
-            let steering = Steering::new(&netlink, links, 51820, 1000).unwrap();
+            let steering = Steering::new(&netlink, links, 51820, 1000, &[]).unwrap();
             let desired = steering.plan(&netlink, links, &b.tun.link).unwrap();
             b.host.reconcile(desired).unwrap();
             for (server, from, client) in &talks {
@@ -645,7 +655,7 @@ mod tests {
             }
             assert!(!b.router.has_seen(b"pushed"));
             // Other measures: nothing is known, and nothing is lost that a client asks for.
-            let steering = Steering::new(&netlink, links, 51820, 2000).unwrap();
+            let steering = Steering::new(&netlink, links, 51820, 2000, &[]).unwrap();
             let desired = steering.plan(&netlink, links, &b.tun.link).unwrap();
             b.host.reconcile(desired).unwrap();
             for (server, from, client) in &talks {
@@ -709,7 +719,7 @@ mod tests {
                 let scratch = Scratch::new();
                 let mut host = Host::open(&scratch.0).unwrap();
                 let links = std::slice::from_ref(&router.uplink);
-                let steering = Steering::new(&netlink, links, 51820, 1000).unwrap();
+                let steering = Steering::new(&netlink, links, 51820, 1000, &[]).unwrap();
                 let desired = steering.plan(&netlink, links, &tun.link).unwrap();
                 host.reconcile(desired).unwrap();
                 for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {

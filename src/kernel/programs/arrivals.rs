@@ -18,14 +18,14 @@
 use Reg::{R0, R10};
 
 use super::flows::{FlowMaps, VALUE, enter, look_up, remove};
-use super::headers::{icmpv4, icmpv6, ipv4, ipv6, ports, skb};
-use super::parse::{Side, Ways, parse};
+use super::headers::{icmpv4, icmpv6, ports, skb};
+use super::parse::{Side, Ways, parse, sort_out};
 use super::phrases::{
-    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, count_as_for_this_host,
-    keep_packet, pass_unless_for_this_host, verdict,
+    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, keep_packet,
+    pass_unless_for_this_host, verdict,
 };
 use crate::kernel::bpf::{Assembler, BpfError, If, Program, Reg, Size};
-use crate::model::moved::{TCP, UDP};
+use crate::model::moved::TCP;
 
 /// The program for a link. `tunnel_port` is the tunnel's own on this host.
 ///
@@ -35,7 +35,7 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     let mut asm = Assembler::new();
     let a = &mut asm;
     let ways = Ways::new(a);
-    let (pass, v6, read, from_the_wire) = (a.label(), a.label(), a.label(), a.label());
+    let (pass, read, from_the_wire) = (a.label(), a.label(), a.label());
     keep_packet(a);
     a.load(Size::W, R0, PACKET, skb::MARK);
     a.jump_if(R0, If::Ne, DELIVERED, from_the_wire);
@@ -46,22 +46,15 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     a.bind(from_the_wire);
     pass_unless_for_this_host(a, pass);
     // TCP and the tunnel itself are most of what comes. They cost a few loads.
-    branch_by_family(a, v6, pass);
-    a.load_packet(Size::B, l2_header + ipv4::PROTOCOL);
-    a.jump_if(R0, If::Eq, i32::from(TCP), pass);
-    a.jump_if(R0, If::Ne, i32::from(UDP), read);
-    a.load_packet(Size::B, l2_header + ipv4::VERSION_AND_IHL);
-    a.jump_if(R0, If::Ne, ipv4::WITHOUT_OPTIONS, read);
-    a.load_packet(Size::H, l2_header + ipv4::LEN + ports::DESTINATION);
-    a.jump_if(R0, If::Eq, i32::from(tunnel_port), pass);
-    a.jump(read);
-    a.bind(v6);
-    a.load_packet(Size::B, l2_header + ipv6::NEXT_HEADER);
-    a.jump_if(R0, If::Eq, i32::from(TCP), pass);
-    a.jump_if(R0, If::Ne, i32::from(UDP), read);
-    a.load_packet(Size::H, l2_header + ipv6::LEN + ports::DESTINATION);
-    a.jump_if(R0, If::Eq, i32::from(tunnel_port), pass);
-
+    sort_out(
+        a,
+        l2_header,
+        ports::DESTINATION,
+        tunnel_port,
+        pass,
+        read,
+        pass,
+    );
     a.bind(read);
     parse(a, l2_header, Side::Client, ways);
     a.bind(ways.flow);

@@ -11,7 +11,7 @@
 //! same, and answered directly: two hosts that use fixed ports may speak at both addresses.
 //!
 //! ```text
-//! parse();                                        // later, none: entrance = by_route; goto deliver
+//! parse();                                   // later, none: entrance = by_route; goto deliver
 //! if ((flow = lookup(flows, key))) {
 //!     if (TCP) flow->opening = SYN ? 1 : FIN, RST or PSH ? 0 : as it is;
 //!     if (now - flow->seen > REFRESH) { flow->seen = now; flow->entrance = by_route; }
@@ -24,7 +24,7 @@
 //! if (update(flows, key, { now, entrance = by_route, opening = SYN })) { count; drop; }
 //!
 //! deliver: if (!entrance) return TC_ACT_UNSPEC;
-//!          link = lookup(links, entrance) or else lookup(links, FIRST) or else return TC_ACT_UNSPEC;
+//!          link = lookup(links, entrance) or lookup(links, FIRST) or return TC_ACT_UNSPEC;
 //!          if (link->header) write an Ethernet header to link->mac;
 //!          skb->mark = DELIVERED;
 //!          return redirect(link->ifindex, BPF_F_INGRESS);

@@ -28,7 +28,7 @@
 //! Times are the kernel's nanoseconds since boot.
 
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -231,6 +231,15 @@ impl FlowMaps {
                 None => sockets()?,
             },
         }))
+    }
+
+    /// The maps that remember something, for [`found`](Self::found).
+    pub fn lasting(&self) -> Vec<BorrowedFd<'_>> {
+        [&self.flows, &self.own, &self.direct, &self.fragments]
+            .into_iter()
+            .chain(&self.sockets)
+            .map(AsFd::as_fd)
+            .collect()
     }
 
     /// Names the links at which packets may arrive, the first of which stands for any other.

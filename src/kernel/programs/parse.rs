@@ -201,6 +201,39 @@ pub(super) fn parse(a: &mut Assembler, l2: u32, side: Side, ways: Ways) {
     }
 }
 
+/// Sorts out most packets with a few loads: jumps to `tcp`, to `tunnel` for a datagram of the tunnel
+/// whose own port is at `port_at`, and to `other` for anything else.
+pub(super) fn sort_out(
+    a: &mut Assembler,
+    l2: u32,
+    port_at: u32,
+    tunnel_port: u16,
+    tcp: Label,
+    other: Label,
+    tunnel: Label,
+) {
+    let v6 = a.label();
+    branch_by_family(a, v6, other);
+    a.load_packet(Size::B, l2 + ipv4::PROTOCOL);
+    a.jump_if(R0, If::Eq, i32::from(TCP), tcp);
+    a.jump_if(R0, If::Ne, i32::from(UDP), other);
+    a.load_packet(Size::B, l2 + ipv4::VERSION_AND_IHL);
+    a.jump_if(R0, If::Ne, ipv4::WITHOUT_OPTIONS, other);
+    // A later fragment shows no port.
+    a.load_packet(Size::H, l2 + ipv4::FLAGS_AND_OFFSET);
+    a.jump_if(R0, If::Set, ipv4::OFFSET_MASK, other);
+    a.load_packet(Size::H, l2 + ipv4::LEN + port_at);
+    a.jump_if(R0, If::Eq, i32::from(tunnel_port), tunnel);
+    a.jump(other);
+    a.bind(v6);
+    a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);
+    a.jump_if(R0, If::Eq, i32::from(TCP), tcp);
+    a.jump_if(R0, If::Ne, i32::from(UDP), other);
+    a.load_packet(Size::H, l2 + ipv6::LEN + port_at);
+    a.jump_if(R0, If::Eq, i32::from(tunnel_port), tunnel);
+    a.jump(other);
+}
+
 /// The key of the packet that an ICMP error quotes; R0 is the type, TRANSPORT at the ICMP header.
 fn quoted(a: &mut Assembler, v4: bool, ways: Ways) {
     let header = |at: u32| HEADER + at as i16;

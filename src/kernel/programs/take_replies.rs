@@ -13,10 +13,9 @@
 //! flows fall silent, and nothing leaves with this host's own address.
 //!
 //! ```text
-//! if (skb->vlan_present) pass;
+//! if (skb->vlan_present || UDP from the tunnel's own port) pass;
 //! if (it is from a TCP socket with storage(sockets)) return redirect(tun, 0);
 //! parse();                                                    // none, other: pass; later: below
-//! if (UDP from the tunnel's own port) pass;
 //! if ((flow = lookup(flows, key))) {
 //!     if (TCP) {
 //!         if (SYN and ACK && !flow->opening) { delete(flows, key); forget own; pass; }
@@ -54,9 +53,10 @@ use super::flows::{
     CLOSED, FLOW_OPENING, FLOW_SEEN, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, enter,
     enter_now, jump_if_within, look_up, remove,
 };
-use super::headers::{icmpv4, icmpv6, skb, sock};
+use super::headers::{icmpv4, icmpv6, ports, skb, sock};
 use super::parse::{
-    FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse, wire,
+    FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse,
+    sort_out, wire,
 };
 use super::phrases::{
     PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
@@ -90,7 +90,18 @@ pub fn take_replies(
     let (pass, hit, miss) = (a.label(), a.label(), a.label());
     keep_packet(a);
     pass_if_tagged(a, pass);
-    let read = a.label();
+    let (read, from_socket) = (a.label(), a.label());
+    // The tunnel itself is most of what leaves, and TCP of sockets that are known.
+    sort_out(
+        a,
+        l2_header,
+        ports::SOURCE,
+        tunnel_port,
+        from_socket,
+        read,
+        pass,
+    );
+    a.bind(from_socket);
     if let Some(sockets) = &maps.sockets {
         load_tcp_socket(a, read, read);
         a.load_map(R1, sockets.as_fd());
@@ -106,6 +117,7 @@ pub fn take_replies(
 
     a.bind(ways.flow);
     let flow = a.label();
+    // The tunnel once more, behind options.
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), flow);
     a.load(Size::H, R0, R10, KEY_LAST + 2);
     a.jump_if(R0, If::Eq, wire(i32::from(tunnel_port)), pass);
