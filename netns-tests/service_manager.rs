@@ -122,6 +122,8 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
         .spawn(service(&setup, &manager, Vec::new()))?;
     let kept = manager.is_given()?;
     assert!(!kept.is_empty(), "nothing to keep");
+    let up = "STATUS=new server, 1 of 1 tunnels up\n";
+    manager.hears(up)?;
     old.wait_until_up()?;
     client.send(b"push to me").map_err(failed)?;
     let (_, from) = application.recv_from(&mut [0; 100]).map_err(failed)?;
@@ -130,7 +132,7 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
 
     let tap = lab.tap(Leg::New)?;
     let second = lab.new_server().spawn(service(&setup, &manager, kept))?;
-    manager.hears("STATUS=new server, 1 of 1 tunnels up\n")?;
+    manager.hears(up)?;
     application.send_to(b"pushed", from).map_err(failed)?;
     let mut told = [0; 100];
     let length = client.recv(&mut told).map_err(failed)?;

@@ -201,8 +201,8 @@ pub(super) fn parse(a: &mut Assembler, l2: u32, side: Side, ways: Ways) {
     }
 }
 
-/// Sorts out most packets with a few loads: jumps to `tcp`, to `tunnel` for a datagram of the tunnel
-/// whose own port is at `port_at`, and to `other` for anything else.
+/// Sorts out most packets with a few loads: jumps to `tcp`, to `tunnel` for a datagram of the
+/// tunnel, whose own port is at `port_at`, and to `other` for anything else.
 pub(super) fn sort_out(
     a: &mut Assembler,
     l2: u32,
