@@ -215,6 +215,8 @@ impl Manager {
             }
         }
         self.0.set_read_timeout(Some(UP_TIMEOUT)).map_err(failed)
+    }
+
     /// Waits until it is given descriptors to keep.
     fn is_given(&self) -> Result<Vec<OwnedFd>> {
         loop {

@@ -495,6 +495,7 @@ mod tests {
             let file = format!("/proc/sys/{path}");
             Change::Sysctl(Sysctl {
                 path: path.to_owned(),
+                on: None,
                 from: std::fs::read_to_string(file).unwrap().trim_end().to_owned(),
                 to: "1".to_owned(),
             })
