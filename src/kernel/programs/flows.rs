@@ -25,7 +25,8 @@
 //! counters   u64, see `Counter`
 //! ```
 //!
-//! Times are the kernel's nanoseconds since boot.
+//! Times are the kernel's nanoseconds since boot. `flows` takes 16 bytes for each flow that there
+//! may be, and some hundred more for each that there is.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
