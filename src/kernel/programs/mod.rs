@@ -28,9 +28,9 @@
 //! All packet reads go through `LD_ABS`/`LD_IND`, which reach into non-linear packets and let a
 //! packet pass that ends too early, or copy a whole header with `bpf_skb_load_bytes`. A packet that
 //! does not concern a program costs a handful of loads and one comparison per moved address: 40 to
-//! 50 ns as BPF_PROG_TEST_RUN counts. On the new server a datagram of the tunnel costs 50 ns in
-//! either direction, TCP from the wire 40 ns, a reply 130 to 150 ns (TCP whose socket is known much
-//! less: nothing of it is read), and what leaves directly 160 ns.
+//! 50 ns as BPF_PROG_TEST_RUN counts. On the new server a datagram of the tunnel costs 55 ns in
+//! either direction, TCP from the wire 35 ns, a reply 120 to 160 ns (TCP whose socket is known much
+//! less: nothing of it is read), and what leaves directly 180 ns.
 //!
 //! Size: the programs compare at most [`MAX_MOVES`](crate::model::moved::MAX_MOVES) addresses one
 //! by one. The verifier gives up at 8,192 open branches, and after it has looked at a million
