@@ -46,6 +46,7 @@ mod serving;
 mod several;
 mod stage;
 mod status;
+mod steering;
 mod stream;
 mod the_lab;
 mod tracee;

@@ -531,10 +531,9 @@ fn the_route_to_the_peer_may_be_there_for_the_tunnels_port_alone() -> Result {
     let lab = Lab::new()?;
     let _application = Service::start(lab.new_server(), NEW)?;
     let setup = setup(&lab)?.args(Role::New, &["--uplink", UPLINK]);
-    // Whoever asks for a route without naming the port is told that there is none.
+    // Whoever asks for a route to the peer without naming the port is told that there is none.
     for line in [
-        "route del default".to_owned(),
-        "route add unreachable default".to_owned(),
+        format!("route add unreachable {OLD}"),
         format!("route add default via {ROUTER_NEW} dev {UPLINK} table 99"),
         format!("rule add ipproto udp dport {DEFAULT_PORT} lookup 99"),
     ] {

@@ -4,13 +4,22 @@
 //! service manager's socket ◄── daemon on the new server ◄── old server ◄── client
 //! ```
 
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::Duration;
 
 use ipmoved::internals::{Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
-use ipmoved::lab::{Daemon, Lab, LabError, Namespace, poll_until};
+use ipmoved::lab::topology::{Leg, MOVED, NEW};
+use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Namespace, poll_until};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
+use rustix::thread::CapabilitySet;
 
 use crate::stage::{PATIENCE, Result, moved, setup};
 use crate::tracee::{Tracee, threads};
@@ -75,7 +84,7 @@ fn a_change_that_somebody_takes_away_is_made_again_and_status_says_so() -> Resul
     moved(|on| {
         take_away(on.lab.old_server())?;
         says_so(&on.daemons.old)?;
-        on.lab.client().get(ipmoved::lab::topology::MOVED)?;
+        on.lab.client().get(MOVED)?;
         Ok(())
     })
 }
@@ -91,6 +100,94 @@ fn in_mode_nat_status_says_so_too() -> Result {
     assert!(started.is_some(), "it does not run");
     take_away(lab.old_server())?;
     says_so(&daemon)
+}
+
+/// As the systemd unit starts the daemon: without the capability to find the kernel's memory of
+/// flows by itself.
+#[test]
+fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let manager = Manager::new(&lab)?;
+    let mut old = setup.start(Role::Old)?;
+    let listen = || UdpSocket::bind((NEW, 7_000)).map_err(failed);
+    let application = lab.new_server().run(listen)?;
+    application
+        .set_read_timeout(Some(PATIENCE))
+        .map_err(failed)?;
+    let client = lab.client().udp_socket((MOVED, 7_000))?;
+
+    let first = lab
+        .new_server()
+        .spawn(service(&setup, &manager, Vec::new()))?;
+    let kept = manager.is_given()?;
+    assert!(!kept.is_empty(), "nothing to keep");
+    let up = "STATUS=new server, 1 of 1 tunnels up\n";
+    manager.hears(up)?;
+    old.wait_until_up()?;
+    client.send(b"push to me").map_err(failed)?;
+    let (_, from) = application.recv_from(&mut [0; 100]).map_err(failed)?;
+    first.signal(Signal::KILL)?;
+    first.wait(STOP_TIMEOUT)?;
+
+    let tap = lab.tap(Leg::New)?;
+    let second = lab.new_server().spawn(service(&setup, &manager, kept))?;
+    manager.hears(up)?;
+    // The old server may yet have to say what has moved.
+    client.set_nonblocking(true).map_err(failed)?;
+    let mut told = [0; 100];
+    let heard = poll_until(PATIENCE, Duration::from_millis(100), || {
+        application.send_to(b"pushed", from).ok()?;
+        client.recv(&mut told).ok()
+    });
+    assert_eq!(heard, Some(b"pushed".len()));
+    assert_eq!(tap.stop()?.frames_with(b"pushed"), 0);
+    second.signal(Signal::TERM)?;
+    second.wait(STOP_TIMEOUT)?;
+    Ok(())
+}
+
+/// The daemon on the new server with the descriptors that its manager kept.
+#[allow(
+    unsafe_code,
+    reason = "what a service manager does between fork and exec"
+)]
+fn service(setup: &DaemonSetup<'_>, manager: &Manager, kept: Vec<OwnedFd>) -> Command {
+    /// `SD_LISTEN_FDS_START`.
+    const FIRST: i32 = 3;
+    let daemon = setup.command();
+    let mut command = Command::new("sh");
+    for (name, value) in daemon.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command
+        .args(["-c", r#"LISTEN_PID=$$ exec "$@""#, "sh"])
+        .arg(daemon.get_program())
+        .args(setup.daemon_args(Role::New))
+        .env("NOTIFY_SOCKET", manager.path())
+        .env("LISTEN_FDS", kept.len().to_string());
+    // Beyond the places where they belong, so that none overwrites another.
+    let kept: Vec<OwnedFd> = kept
+        .iter()
+        .map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 64).expect("descriptors are left"))
+        .collect();
+    let start = move || {
+        for (fd, place) in kept.iter().zip(FIRST..) {
+            // SAFETY: a plain system call; whatever stood there is not used before exec.
+            if unsafe { libc::dup2(fd.as_raw_fd(), place) } < 0 {
+                return Err(std::io::Error::last_os_error());
+            }
+        }
+        rustix::thread::remove_capability_from_bounding_set(CapabilitySet::SYS_ADMIN)?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed; the closure makes
+    // bare system calls.
+    unsafe { command.pre_exec(start) };
+    command
 }
 
 /// The socket on which a service manager hears from its service.
@@ -122,6 +219,21 @@ impl Manager {
             }
         }
         self.0.set_read_timeout(Some(UP_TIMEOUT)).map_err(failed)
+    }
+
+    /// Waits until it is given descriptors to keep.
+    fn is_given(&self) -> Result<Vec<OwnedFd>> {
+        loop {
+            let (mut text, mut space) = ([0; 1_000], [MaybeUninit::uninit(); 512]);
+            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+            let mut text = [IoSliceMut::new(&mut text)];
+            recvmsg(&self.0, &mut text, &mut ancillary, RecvFlags::empty()).map_err(failed)?;
+            for message in ancillary.drain() {
+                if let RecvAncillaryMessage::ScmRights(given) = message {
+                    return Ok(given.collect());
+                }
+            }
+        }
     }
 
     /// Waits until it receives this message.

@@ -39,6 +39,7 @@ use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::steer::Steering;
 use crate::kernel::{Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
@@ -59,6 +60,9 @@ const MESSAGES_A_TURN: usize = 64;
 
 /// How often to list this server's addresses, in case some were added.
 const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
+
+/// How often to tell the kernel which flows ended.
+const FLOWS_EVERY: Duration = Duration::from_secs(1);
 
 /// Carries packets until a signal, then undoes everything, unless a thread crashed.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
@@ -91,6 +95,7 @@ async fn carry(
         tun,
         sockets,
         uplink,
+        steering,
         endpoints,
         processors,
         resumes,
@@ -138,6 +143,7 @@ async fn carry(
         tun,
         uplink,
         facts: Facts::default(),
+        steering,
         view: LaneView {
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
@@ -152,6 +158,7 @@ async fn carry(
         link_mtus: Vec::new(),
         next_repair: started + REPAIR_EVERY,
         next_addresses: started,
+        next_flows: started + FLOWS_EVERY,
         repairer: Repairer::default(),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
@@ -297,7 +304,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
         max_flows,
         seed: [word()?, word()?],
         epoch,
-        note_ended: false,
+        note_ended: true,
     });
     for peer in policy.peers() {
         translator.allow_clients(peer, policy.clients_from(peer));
@@ -322,6 +329,8 @@ struct Control<'h> {
     tun: Link,
     uplink: Link,
     facts: Facts,
+    /// The memory of the new server's programs.
+    steering: Option<Steering>,
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
@@ -336,6 +345,7 @@ struct Control<'h> {
     link_mtus: Vec<(u32, Option<u32>)>,
     next_repair: Instant,
     next_addresses: Instant,
+    next_flows: Instant,
     repairer: Repairer,
     offloads: Offloads,
     warnings: Warnings,
@@ -450,6 +460,10 @@ impl Control<'_> {
         if now >= self.next_addresses {
             self.next_addresses = now + ADDRESSES_EVERY;
             self.look_at_addresses(now);
+        }
+        if now >= self.next_flows {
+            self.next_flows = now + FLOWS_EVERY;
+            self.look_at_flows(now);
         }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
@@ -731,6 +745,27 @@ impl Control<'_> {
         let mtu = link.map(|link| link.mtu);
         self.link_mtus.push((index, mtu));
         mtu
+    }
+
+    /// Makes the kernel forget the flows that ended, and counts what its programs dropped.
+    fn look_at_flows(&mut self, now: Instant) {
+        let translator = self.shared.forwarder.translator();
+        let Some((steering, translator)) = self.steering.as_mut().zip(translator) else {
+            return;
+        };
+        let mut ended = Vec::new();
+        // Those that found no room go by their age.
+        let _ = translator.take_ended(&mut ended);
+        let result = steering.forget(&ended, |flow| translator.knows(flow));
+        for (reason, packets) in steering.take_drops() {
+            self.shared.drops.add(reason, packets);
+        }
+        if let Err(error) = result {
+            let text = format!("the kernel remembers flows that have ended: {error}");
+            if self.warnings.keep(now, text.clone()) {
+                warn!("{text}");
+            }
+        }
     }
 
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.

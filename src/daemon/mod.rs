@@ -28,6 +28,7 @@
 pub mod confine;
 mod control;
 mod facts;
+mod kept;
 pub mod log;
 mod nat;
 mod policy;

@@ -3,17 +3,20 @@
 //! Nothing is changed before all that can be known to be wrong has been refused.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use tracing::{debug, warn};
 
+use super::kept;
 use super::service::{Result, Signals, cannot, input, system, warn_of_left, warn_of_unread};
 use super::status_socket;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::steer::Steering;
 use crate::kernel::{Desired, Host, capture, keep, steer};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
@@ -51,6 +54,8 @@ pub(super) struct Tools {
     pub(super) sockets: Vec<UdpSocket>,
     /// The interface that clients' packets use.
     pub(super) uplink: Link,
+    /// The memory of the new server's programs.
+    pub(super) steering: Option<Steering>,
     /// Where each peer is, if its address is known or its name resolved.
     pub(super) endpoints: Vec<Option<SocketAddr>>,
     /// How many threads can run at once, by affinity and control group.
@@ -65,6 +70,7 @@ impl Ready {
     /// # Errors
     /// See [`DaemonError`](super::DaemonError); what was changed before is undone.
     pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self> {
+        let kept = kept::taken_over();
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
         warn_of_unread(&host);
@@ -90,7 +96,7 @@ impl Ready {
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
         let port = sockets[0].port().map_err(system)?;
-        found.change(&mut host, config, &endpoints, &tun, port)?;
+        let steering = found.change(&mut host, config, &endpoints, &tun, port, kept)?;
         let tools = Tools {
             signals,
             netlink,
@@ -100,6 +106,7 @@ impl Ready {
             tun,
             sockets,
             uplink: found.uplink,
+            steering,
             endpoints,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             resumes,
@@ -135,7 +142,7 @@ impl Found {
         Ok(Self { uplink })
     }
 
-    /// Makes the changes that the role needs.
+    /// Makes the changes that the role needs. Returns what a new plan for the new server needs.
     fn change(
         &self,
         host: &mut Host,
@@ -143,7 +150,9 @@ impl Found {
         endpoints: &[Option<SocketAddr>],
         tun: &Link,
         port: u16,
-    ) -> Result<()> {
+        kept: Vec<OwnedFd>,
+    ) -> Result<Option<Steering>> {
+        let mut steering = None;
         let mut desired = match config.role {
             Role::Old => {
                 let moves: Vec<Move> = config
@@ -171,8 +180,13 @@ impl Found {
                         }
                     }
                 }
-                let flows = steer::MAX_FLOWS.min(config.max_flows);
-                steer::plan(host.netlink(), &uplinks, tun, port, flows)
+                let flows = config.max_flows;
+                let new = Steering::new(host.netlink(), &uplinks, port, flows, &kept);
+                let new = new.map_err(system)?;
+                kept::keep(&new.memory());
+                let desired = new.plan(host.netlink(), &uplinks, tun);
+                steering = Some(new);
+                desired
             }
         }
         .map_err(system)?;
@@ -183,7 +197,7 @@ impl Found {
             desired.extend(left.cloned().map(Desired::lasting));
         }
         warn_of_left(&host.reconcile(desired)?);
-        Ok(())
+        Ok(steering)
     }
 }
 

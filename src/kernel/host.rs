@@ -433,13 +433,14 @@ mod tests {
 
     use super::*;
     use crate::kernel::bpf::{Assembler, Reg};
-    use crate::kernel::change::Sysctl;
-    use crate::kernel::netlink::{Direction, FilterSlot};
+    use crate::kernel::change::{DefaultRoute, MarkRule, Sysctl};
+    use crate::kernel::netlink::{Direction, Family, FilterSlot};
+    use crate::kernel::steer::Steering;
     use crate::kernel::testing::{
         Scratch, Tun, capabilities_of_the_unit, delete_link, in_fresh_namespace, keep_only,
         set_link_down, snapshot, sysctl, uplink,
     };
-    use crate::kernel::{capture, plan, steer};
+    use crate::kernel::{capture, plan};
     use crate::model::moved::Move;
 
     struct Stage {
@@ -470,7 +471,8 @@ mod tests {
 
         fn steer(&self, tun: &Tun) -> Vec<Desired> {
             let uplinks = std::slice::from_ref(&self.uplink);
-            steer::plan(&self.netlink, uplinks, &tun.link, 51820, 1000).unwrap()
+            let steering = Steering::new(&self.netlink, uplinks, 51820, 1000, &[]).unwrap();
+            steering.plan(&self.netlink, uplinks, &tun.link).unwrap()
         }
 
         fn tun(&self) -> Tun {
@@ -486,11 +488,53 @@ mod tests {
         asm.finish("foreign").unwrap().load().unwrap()
     }
 
+    /// What earlier versions made on the new server: the replies of marked packets went by a rule.
+    fn by_mark() -> Vec<Desired> {
+        const MARK: u32 = 0x6970_6d76;
+        let sysctl = |path: &str| {
+            let file = format!("/proc/sys/{path}");
+            Change::Sysctl(Sysctl {
+                path: path.to_owned(),
+                on: None,
+                from: std::fs::read_to_string(file).unwrap().trim_end().to_owned(),
+                to: "1".to_owned(),
+            })
+        };
+        let mut all = vec![
+            sysctl("net/ipv4/fwmark_reflect"),
+            sysctl("net/ipv6/fwmark_reflect"),
+            sysctl("net/ipv4/tcp_fwmark_accept"),
+        ];
+        for family in [Family::V4, Family::V6] {
+            all.push(Change::Route(DefaultRoute {
+                family,
+                table: MARK,
+                dev: None,
+                metric: 4_000_000,
+            }));
+            all.push(Change::Rule(MarkRule {
+                family,
+                mark: MARK,
+                table: MARK,
+                priority: 100,
+            }));
+        }
+        all.into_iter().map(Desired::lasting).collect()
+    }
+
     fn both(stage: &Stage, tun: &Tun) -> Vec<Desired> {
         let mut all = stage.capture(tun);
+        all.extend(by_mark());
         all.extend(stage.steer(tun));
-        // One TUN cannot carry both programs in one place; only the lasting changes matter here.
-        all.retain(|desired| !desired.with_tun);
+        // Neither the TUN nor the uplink's ingress can carry the programs of both roles in one
+        // place; only lasting changes matter here, and one filter of each role.
+        all.retain(|desired| {
+            let in_the_way = matches!(
+                &desired.change,
+                Change::Filter(filter) if filter.program == "ipmoved_direct"
+            );
+            !desired.with_tun && !in_the_way
+        });
         all
     }
 
@@ -718,7 +762,15 @@ mod tests {
             let mut before = snapshot(netlink);
             let tun = stage.tun();
             let mut host = stage.host();
-            host.reconcile(stage.steer(&tun)).unwrap();
+            let mut desired = stage.steer(&tun);
+            desired.extend(by_mark());
+            desired.push(Desired::with_tun(Change::Route(DefaultRoute {
+                family: Family::V4,
+                table: 254,
+                dev: Some((&tun.link).into()),
+                metric: 7,
+            })));
+            host.reconcile(desired).unwrap();
             let untouched = snapshot(netlink);
             assert!(host.repair().made.is_empty());
             assert_eq!(snapshot(netlink), untouched);
@@ -773,7 +825,7 @@ mod tests {
             host.reconcile(both(&stage, &tun)).unwrap();
             // The daemon keeps this once it has started: it can attach programs, but not load them.
             keep_only(CapabilitySet::NET_ADMIN);
-            let refused = steer::plan(&stage.netlink, &[], &tun.link, 51820, 1000);
+            let refused = Steering::new(&stage.netlink, &[], 51820, 1000, &[]);
             assert!(refused.is_err());
             stage.netlink.delete_clsact(stage.uplink.index).unwrap();
             sysctl("net/ipv4/tcp_fwmark_accept", "0");

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -169,14 +169,12 @@ pub(super) fn snapshot(netlink: &Netlink) -> Vec<String> {
         for rule in netlink.rules(family).unwrap() {
             out.push(format!("{rule:?}"));
         }
-        for table in [254, super::steer::TABLE] {
-            for route in netlink.routes(family, table).unwrap() {
-                // The kernel adds link-local routes in its own time.
-                if route.dst.0.to_string() == "fe80::" {
-                    continue;
-                }
-                out.push(format!("{route:?}"));
+        for route in netlink.routes(family, 254).unwrap() {
+            // The kernel adds link-local routes in its own time.
+            if route.dst.0.to_string() == "fe80::" {
+                continue;
             }
+            out.push(format!("{route:?}"));
         }
     }
     for path in [
@@ -319,6 +317,12 @@ impl Router {
     pub(super) fn udp(&self, addr: &str) -> UdpSocket {
         let addr: SocketAddr = addr.parse().unwrap();
         inside(&self.namespace, || bound(addr))
+    }
+
+    /// A TCP listener of the router.
+    pub(super) fn listen(&self, addr: &str) -> TcpListener {
+        let addr: SocketAddr = addr.parse().unwrap();
+        inside(&self.namespace, || TcpListener::bind(addr).unwrap())
     }
 
     /// Whether a packet that contains `needle` has arrived from the uplink. It forgets all that

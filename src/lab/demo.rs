@@ -284,7 +284,7 @@ fn carried(story: &mut Story<'_>, lab: &Lab) -> Result<(), DemoError> {
 /// Shows how little somebody on the path can read.
 fn private(story: &mut Story<'_>, lab: &Lab) -> Result<(), DemoError> {
     story.step(
-        "Somebody listens on the new server's uplink while the client talks",
+        "Somebody listens on the new server's line while the client talks",
         || {
             let tap = lab.tap(Leg::New)?;
             let mut conversation = lab.client().converse(MOVED)?;

@@ -354,12 +354,13 @@ impl Lab {
         })
     }
 
-    /// Starts a tap where a host meets the router.
+    /// Starts a tap where a host meets the router. On the new server's link it is the router's end:
+    /// at its own the new server sees clients' packets, which were never on the wire.
     pub fn tap(&self, leg: Leg) -> Result<Tap> {
         match leg {
             Leg::Clients => Tap::start(&self.clients, UPLINK),
             Leg::Old => Tap::start(&self.old, UPLINK),
-            Leg::New => Tap::start(&self.new, UPLINK),
+            Leg::New => Tap::start(&self.router, leg.router_interface()),
         }
     }
 

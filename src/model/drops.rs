@@ -126,6 +126,13 @@ drop_reasons! {
     /// A handshake or control message of our own that the socket had no room for. It is sent again,
     /// as one that is lost on the way.
     ControlUnsent = "control_unsent",
+
+    // In the new server's kernel.
+    /// The kernel's memory of flows is full, so that nothing would bring replies back.
+    SteeringFull = "steering_full",
+    /// TCP from a client with the addresses and ports of a connection that this server, or one
+    /// behind it, has directly.
+    DirectConnection = "direct_connection",
 }
 
 /// A packet that goes no further, and its peer, if that is known.

@@ -22,9 +22,10 @@ pub use command_line::forget_command_line;
 use files::Anchors;
 pub use files::Needs;
 
-/// The privilege that the daemon needs after its start: it changes links and undoes its routes,
-/// rules and filters. Before it gives up the others, it loads programs and makes the device.
-const NEEDED: CapabilitySet = CapabilitySet::NET_ADMIN;
+/// The privileges that the daemon needs after its start: it changes links and undoes its routes,
+/// rules and filters; and it keeps the memory of its programs, for which kernels before 5.19 want
+/// `CAP_BPF`. Before it gives up the others, it loads programs and makes the device.
+const NEEDED: CapabilitySet = CapabilitySet::NET_ADMIN.union(CapabilitySet::BPF);
 
 /// The highest capability there is (`CAP_CHECKPOINT_RESTORE`).
 const LAST_CAPABILITY: u32 = 40;

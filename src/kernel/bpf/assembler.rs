@@ -54,11 +54,9 @@ impl Size {
 #[allow(clippy::missing_docs_in_private_items, reason = "they are their names")]
 pub enum Alu {
     Add,
-    Sub,
     Or,
     And,
     Lsh,
-    Rsh,
     Mov,
 }
 
@@ -66,11 +64,9 @@ impl Alu {
     fn bits(self) -> u8 {
         match self {
             Self::Add => 0x00,
-            Self::Sub => 0x10,
             Self::Or => 0x40,
             Self::And => 0x50,
             Self::Lsh => 0x60,
-            Self::Rsh => 0x70,
             Self::Mov => 0xb0,
         }
     }
@@ -158,6 +154,16 @@ pub enum Helper {
     SkbChangeType = 32,
     /// `(skb, bytes, flags) → 0 or an error`.
     SkbChangeHead = 43,
+    /// `(skb, params, params length, flags) → 0 or the reason`.
+    FibLookup = 69,
+    /// `(skb, tuple, tuple length, namespace, flags) → a full socket, to be released, or 0`.
+    SkLookupTcp = 84,
+    /// `(socket) → 0`.
+    SkRelease = 86,
+    /// `(socket) → the same, if it is a full one, or 0`.
+    SkFullsock = 95,
+    /// `(map, socket, value, flags) → value or 0`.
+    SkStorageGet = 107,
     /// `(ifindex, params, params length, flags) → verdict`.
     RedirectNeigh = 152,
 }
@@ -187,6 +193,7 @@ impl Assembler {
     const MODE_ABS: u8 = 0x20;
     const MODE_IND: u8 = 0x40;
     const MODE_MEM: u8 = 0x60;
+    const MODE_ATOMIC: u8 = 0xc0;
 
     /// An empty program.
     pub fn new() -> Self {
@@ -258,6 +265,12 @@ impl Assembler {
             offset,
             imm,
         );
+    }
+
+    /// `*(base + offset) += src`, in one step, all 64 bits.
+    pub fn add_atomically(&mut self, base: Reg, offset: i16, src: Reg) {
+        let opcode = Self::STX | Self::MODE_ATOMIC | Size::Dw.bits();
+        self.push(opcode, base as u8, src as u8, offset, 0);
     }
 
     /// Jumps.

@@ -25,9 +25,9 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::CapabilitySet;
 
-pub use assembler::{Alu, Assembler, Helper, If, Label, Reg, Size};
+pub use assembler::{Alu, Assembler, Helper, If, Label, Operand, Reg, Size};
 pub use load::Program;
-pub use map::{Map, MapKind};
+pub use map::{Map, MapKind, Shape, of_program};
 
 /// Longest name of a program or map that the kernel keeps (`BPF_OBJ_NAME_LEN` less the final NUL).
 const MAX_NAME: usize = 15;
@@ -73,6 +73,14 @@ pub enum BpfError {
         name: &'static str,
         /// The kernel's error number.
         errno: Errno,
+    },
+    /// Its descriptor cannot be had twice.
+    #[error("cannot use BPF program {name} once more: {source}")]
+    Descriptor {
+        /// The program's name.
+        name: &'static str,
+        /// Why not.
+        source: io::Error,
     },
     /// The program is too large for its jumps.
     #[error("BPF program {name} is too large; move fewer addresses or ports, or whole addresses")]

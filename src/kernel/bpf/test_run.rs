@@ -14,6 +14,11 @@ pub(in crate::kernel) struct Outcome {
 
 /// Runs a loaded program on a frame (`BPF_PROG_TEST_RUN`), as if the frame had arrived on `lo`.
 pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
+    run_marked(program, frame, 0)
+}
+
+/// As [`run`], for a frame that bears a mark.
+pub(in crate::kernel) fn run_marked(program: BorrowedFd<'_>, frame: &[u8], mark: u32) -> Outcome {
     #[repr(C)]
     struct Attr {
         prog_fd: u32,
@@ -30,7 +35,11 @@ pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
         ctx_out: u64,
     }
     const BPF_PROG_TEST_RUN: c_int = 10;
+    /// Where `struct __sk_buff` has the mark.
+    const MARK: usize = 2;
     let mut context = [0_u32; 48];
+    let mut before = context;
+    before[MARK] = mark;
     let mut attr = Attr {
         prog_fd: program.as_raw_fd() as u32,
         retval: 0,
@@ -40,9 +49,9 @@ pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
         data_out: 0,
         repeat: 1,
         duration: 0,
-        ctx_size_in: 0,
+        ctx_size_in: size_of_val(&before) as u32,
         ctx_size_out: size_of_val(&context) as u32,
-        ctx_in: 0,
+        ctx_in: before.as_ptr() as u64,
         ctx_out: context.as_mut_ptr() as u64,
     };
     // SAFETY: the attribute has the layout of BPF_PROG_TEST_RUN; frame and context outlive the
@@ -50,6 +59,6 @@ pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
     unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr) }.expect("BPF_PROG_TEST_RUN");
     Outcome {
         verdict: attr.retval.cast_signed(),
-        mark: context[2],
+        mark: context[MARK],
     }
 }

@@ -12,8 +12,6 @@ use serde::{Deserialize, Serialize};
 
 use super::{Family, Netlink, NetlinkError, Result, attributes, ip, word};
 
-/// The kernel's table of routes to its own addresses.
-pub const TABLE_LOCAL: u32 = 255;
 /// The kernel's table of ordinary routes.
 pub const TABLE_MAIN: u32 = 254;
 

@@ -60,9 +60,6 @@ pub enum PlanError {
     /// No place is left among the filters.
     #[error("every filter preference on {0} is taken; remove a filter")]
     NoPriority(String),
-    /// The rules leave no place for ours.
-    #[error("{0} rule with preference {1} leaves no place before it; give it a higher preference")]
-    NoRulePriority(Family, u32),
 }
 
 /// Length of the header before the IP header on an interface, in bytes.

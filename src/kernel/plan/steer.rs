@@ -1,119 +1,292 @@
-//! The kernel changes of the new server: replies to packets from the TUN go back into it, and
-//! everything else takes its ordinary route.
+//! The kernel changes of the new server: what comes out of the tunnel is delivered as if it came by
+//! the link that leads to its client, and replies to it are taken at the last moment before a link.
 //!
 //! ```text
-//! TUN ingress: mark
-//!   ├─► TCP: tcp_fwmark_accept hands the mark to the accepted socket ─┐
-//!   ├─► RST, ICMP replies: fwmark_reflect ────────────────────────────┴─► ip rule
-//!   │                                                          ─► table: default dev TUN
-//!   ├─► UDP and the rest: the map keeps the flow ─► uplink egress: redirect ─► TUN
-//!   └─► "too big" about UDP and the rest: uplink ingress, so that its route learns the path MTU
+//! TUN ingress: deliver ──► the flow is remembered ──► ingress of the link that leads to the client
+//!                          ├─► (firewall, translation of addresses, socket or container) ─┐
+//!                          └─► no link leads there: the stack, from the TUN               │
+//! link ingress: arrivals ──► a client that comes directly is answered directly            │
+//! link egress: take_replies ◄── whatever rules, routes and marks say ◄────────────────────┘
+//!                  ├─► a flow that is remembered ──► TUN
+//!                  └─► anything else ──► the link
 //! ```
 //!
-//! Owns the mark, the table and their places. A rule that selects by mark touches only replies of
-//! tunnelled flows, so a client may use the new server directly at the same time. When the daemon
-//! dies, the TUN and its route vanish. The blackhole behind that route keeps replies from leaving
-//! with the new server's own address, which would reset the client's connection.
+//! Owns the programs and their places. What is taken is known exactly, by protocol, addresses and
+//! ports, so a client may use the new server directly at the same time. When the daemon dies its
+//! TUN vanishes, and the programs that stay drop what they would send there: otherwise replies
+//! would leave with the new server's own address, which resets the client's connection. The next
+//! daemon takes over what they know.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
 
-use super::{PlanError, clsact, default_routes, filter, l2_header};
+use super::{ETHERNET_HEADER, PlanError, clsact, default_routes, filter, l2_header};
+use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
-use crate::kernel::change::{Change, DefaultRoute, Interface, MarkRule, Sysctl, read_sysctl};
-use crate::kernel::netlink::{Direction, Family, Link, Netlink, NetlinkError, Rule, TABLE_LOCAL};
-use crate::kernel::programs::{self, Entrance, FlowMaps};
+use crate::kernel::bpf::{self, BpfError, Program};
+use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
+use crate::kernel::netlink::{Direction, Family, Link, Netlink, NetlinkError, TABLE_MAIN};
+use crate::kernel::programs::{Counter, Entrance, FlowMaps, TAKE_REPLIES};
+use crate::kernel::programs::{arrivals, deliver, take_replies};
+use crate::model::drops::DropReason;
 
-/// The mark of packets from the TUN: "ipmv". We compare it whole, so that it never meets the single
-/// bits that others use.
-pub const MARK: u32 = 0x6970_6d76;
+/// Metric of the route into the TUN, for a family without any other default route: every other one
+/// is preferred.
+const LAST_RESORT: u32 = 4_000_000_000;
 
-/// The routing table of the mark; the same number.
-pub const TABLE: u32 = MARK;
+/// How long connections of which nothing is known count as those of the tunnel, if an earlier
+/// daemon knew them and its memory is out of reach. An idle one has to be heard in this time.
+const TRUST: Duration = Duration::from_secs(600);
 
-/// Preference of the rule, unless others force a lower one.
-pub const RULE_PRIORITY: u32 = 100;
+/// What the programs drop, besides replies when the daemon is dead.
+const DROPS: [(Counter, DropReason); 2] = [
+    (Counter::Full, DropReason::SteeringFull),
+    (Counter::Direct, DropReason::DirectConnection),
+];
 
-/// Metrics of the two default routes in the table: into the TUN, and behind it into nothing.
-const TUN_METRIC: u32 = 1;
-const BLACKHOLE_METRIC: u32 = 4_000_000;
+/// Addresses that only a default route leads to (RFC 5737, RFC 3849).
+const FAR_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1));
+const FAR_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
 
-/// Flows without TCP that the map keeps by default; 65,536 take some 10 MB of kernel memory.
-pub const MAX_FLOWS: u32 = 65_536;
-
-/// The changes for the new server: marks on `tun`, the route back into it, and on every one of
-/// `uplinks` the redirection of replies without TCP.
-///
-/// The TUN must be up. `tunnel_port` is the tunnel's own UDP port on this host; `max_flows` bounds
-/// the flows without TCP. This changes nothing yet, but it loads the programs into the kernel.
-///
-/// # Errors
-/// If the kernel refuses a program, or an interface or rule is in the way.
-pub fn plan(
-    netlink: &Netlink,
-    uplinks: &[Link],
-    tun: &Link,
+/// What outlives a new plan: the programs in the kernel, and their memory.
+#[derive(Debug)]
+pub struct Steering {
+    maps: FlowMaps,
     tunnel_port: u16,
-    max_flows: u32,
-) -> Result<Vec<Desired>, PlanError> {
-    let mut desired = Vec::new();
-    // The mark must lead somewhere before any packet bears it: rules and routes first, the marking
-    // program last.
-    for family in [Family::V4, Family::V6] {
-        if family == Family::V6 && !has_ipv6(tun) {
-            continue;
-        }
-        let default = |dev, metric| {
-            Change::Route(DefaultRoute {
-                family,
-                table: TABLE,
-                dev,
-                metric,
-            })
-        };
-        desired.push(Desired::lasting(default(None, BLACKHOLE_METRIC)));
-        desired.push(Desired::with_tun(default(
-            Some(Interface::from(tun)),
-            TUN_METRIC,
-        )));
-        desired.push(Desired::lasting(Change::Rule(MarkRule {
-            family,
-            mark: MARK,
-            table: TABLE,
-            priority: rule_priority(family, &netlink.rules(family)?)?,
-        })));
-        let reflect = match family {
-            Family::V4 => "net/ipv4/fwmark_reflect",
-            Family::V6 => "net/ipv6/fwmark_reflect",
-        };
-        desired.push(Desired::lasting(sysctl(reflect.to_owned())));
-    }
-    desired.push(Desired::lasting(sysctl(
-        "net/ipv4/tcp_fwmark_accept".to_owned(),
-    )));
-    // Strict rp_filter then looks the source up with the mark, that is, in our table.
-    let valid_mark = format!("net/ipv4/conf/{}/src_valid_mark", tun.name);
-    desired.push(Desired::with_tun(sysctl(valid_mark)));
+    loaded: OnceLock<Loaded>,
+    /// Where the sweep of flows stands.
+    swept: Option<u32>,
+    /// What the programs had dropped when it was told last.
+    told: [u64; DROPS.len()],
+}
 
-    let maps = FlowMaps::new(max_flows)?;
-    for uplink in uplinks {
-        let reply = programs::steer_egress(&maps, l2_header(uplink)?, tun.index, tunnel_port)?;
-        let place = filter(netlink, uplink, Direction::Egress, reply.name())?;
-        desired.push(Desired::lasting(clsact(uplink)));
-        desired.push(Desired::lasting(place).program(reply.load()?));
-    }
-    let entrance = uplinks.first().map(|uplink| {
-        l2_header(uplink).map(|l2_header| Entrance {
-            ifindex: uplink.index,
-            l2_header,
-            mac: uplink.mac.unwrap_or_default(),
+/// Programs in the kernel. One serves all links of its kind, so that those which come later need
+/// no privilege.
+#[derive(Debug)]
+struct Loaded {
+    /// For links with and without a link-layer header of this length.
+    on_links: [(u32, [(&'static str, OwnedFd); 2]); 2],
+    on_tun: (&'static str, OwnedFd),
+}
+
+impl Steering {
+    /// Takes over the memory of a killed daemon, or makes it. It is found among the descriptors
+    /// that somebody `kept`, or through the programs that still stand on `links` (for which this
+    /// process needs CAP_SYS_ADMIN). `tunnel_port` is the tunnel's own UDP port on this host.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn new(
+        netlink: &Netlink,
+        links: &[Link],
+        tunnel_port: u16,
+        max_flows: u32,
+        kept: &[OwnedFd],
+    ) -> Result<Self, PlanError> {
+        let mut left = Vec::new();
+        for link in links {
+            let filters = netlink.filters(link.index, Direction::Egress)?;
+            let ours = filters
+                .iter()
+                .filter(|filter| filter.name.as_deref() == Some(TAKE_REPLIES));
+            left.extend(ours.filter_map(|filter| filter.program_id));
+        }
+        let mut found = FlowMaps::found(kept, max_flows)?;
+        for id in left.iter().copied() {
+            if found.is_none() {
+                found = FlowMaps::found(&bpf::of_program(id), max_flows)?;
+            }
+        }
+        let maps = match found {
+            Some(maps) => maps,
+            None => {
+                let maps = FlowMaps::new(max_flows)?;
+                if !left.is_empty() {
+                    maps.trust_for(TRUST);
+                }
+                maps
+            }
+        };
+        Ok(Self {
+            maps,
+            tunnel_port,
+            loaded: OnceLock::new(),
+            swept: None,
+            told: Default::default(),
         })
-    });
-    let mark = programs::steer_ingress(MARK, &maps, entrance.transpose()?)?;
-    let place = filter(netlink, tun, Direction::Ingress, mark.name())?;
-    desired.push(Desired::with_tun(clsact(tun)));
-    desired.push(Desired::with_tun(place).program(mark.load()?));
-    Ok(desired)
+    }
+
+    /// The changes for the new server: delivery from `tun` to `links`, and on every one of these
+    /// the taking of replies. Call it again when the links, their addresses or routes are others.
+    ///
+    /// The TUN must be up, and the same each time. The first call loads the programs into the
+    /// kernel. What the programs know of links changes at once, everything else is a plan.
+    ///
+    /// # Errors
+    /// If the kernel refuses a program, or there is no place for it on an interface.
+    pub fn plan(
+        &self,
+        netlink: &Netlink,
+        links: &[Link],
+        tun: &Link,
+    ) -> Result<Vec<Desired>, PlanError> {
+        // It has a default route where nothing else has.
+        let others = links.iter().filter(|link| link.index != tun.index);
+        let links: Vec<Link> = others.cloned().collect();
+        self.set_links(&links)?;
+        let mut desired = Vec::new();
+        // Replies must be taken before anything is delivered.
+        for link in &links {
+            desired.append(&mut self.on_link(netlink, link, tun)?);
+        }
+        desired.append(&mut self.on_tun(netlink, &links, tun)?);
+        Ok(desired)
+    }
+
+    /// Tells the programs at which links packets may arrive. The first of them stands for any other
+    /// that leads to a client.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_links(&self, links: &[Link]) -> Result<(), PlanError> {
+        let entrances = links.iter().map(|link| {
+            Ok(Entrance {
+                ifindex: link.index,
+                l2_header: l2_header(link)?,
+                mac: link.mac.unwrap_or_default(),
+            })
+        });
+        let entrances = entrances.collect::<Result<Vec<_>, PlanError>>()?;
+        Ok(self.maps.set_links(&entrances)?)
+    }
+
+    /// The changes to one link.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn on_link(
+        &self,
+        netlink: &Netlink,
+        link: &Link,
+        tun: &Link,
+    ) -> Result<Vec<Desired>, PlanError> {
+        let l2_header = l2_header(link)?;
+        let loaded = self.loaded(tun)?;
+        let of_its_kind = |(length, _): &&(u32, _)| *length == l2_header;
+        let mut desired = vec![Desired::lasting(clsact(link))];
+        for (_, programs) in loaded.on_links.iter().filter(of_its_kind) {
+            for (direction, (name, program)) in DIRECTIONS.into_iter().zip(programs) {
+                let place = filter(netlink, link, direction, name)?;
+                desired.push(Desired::lasting(place).program(copy(name, program)?));
+            }
+        }
+        Ok(desired)
+    }
+
+    /// The changes to the TUN, from which packets are delivered to these links.
+    ///
+    /// # Errors
+    /// As [`plan`](Self::plan).
+    pub fn on_tun(
+        &self,
+        netlink: &Netlink,
+        links: &[Link],
+        tun: &Link,
+    ) -> Result<Vec<Desired>, PlanError> {
+        let mut desired = Vec::new();
+        let mut families = vec![(Family::V4, "ipv4", FAR_V4)];
+        if has_ipv6(tun) {
+            families.push((Family::V6, "ipv6", FAR_V6));
+        }
+        // One link with a default route of each family is always the right one.
+        let mut one_way = links.len() == 1;
+        for &(family, _, far) in &families {
+            let route = netlink.route_get(far, None, None);
+            let way_out = route.ok().and_then(|route| route.oif);
+            if way_out.is_none_or(|oif| oif == tun.index) {
+                one_way = false;
+                desired.push(Desired::with_tun(Change::Route(DefaultRoute {
+                    family,
+                    table: TABLE_MAIN,
+                    dev: Some(Interface::from(tun)),
+                    metric: LAST_RESORT,
+                })));
+            }
+        }
+        if !one_way {
+            // Or the kernel does not tell a program where a route leads.
+            for (_, family, _) in families {
+                let path = format!("net/{family}/conf/{}/forwarding", tun.name);
+                desired.push(Desired::with_tun(sysctl(path)));
+            }
+        }
+        let (name, program) = &self.loaded(tun)?.on_tun;
+        let place = filter(netlink, tun, Direction::Ingress, name)?;
+        desired.push(Desired::with_tun(clsact(tun)));
+        desired.push(Desired::with_tun(place).program(copy(name, program)?));
+        Ok(desired)
+    }
+
+    /// The memory that the next daemon needs, if this one is killed.
+    pub fn memory(&self) -> Vec<BorrowedFd<'_>> {
+        self.maps.lasting()
+    }
+
+    /// Keeps the memory of flows as small as the daemon's own: forgets those that `ended`, and by
+    /// and by those of an earlier daemon that this one never came to `know`. Call it every second.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget(
+        &mut self,
+        ended: &[HostFlow],
+        knows: impl Fn(&HostFlow) -> bool,
+    ) -> Result<(), BpfError> {
+        self.maps.forget(ended)?;
+        self.maps.sweep(&mut self.swept, knows)
+    }
+
+    /// What the programs have dropped since the last call.
+    pub fn take_drops(&mut self) -> [(DropReason, u64); DROPS.len()] {
+        let mut told = self.told.iter_mut();
+        DROPS.map(|(counter, reason)| {
+            let count = self.maps.count(counter);
+            let before = told.next().map_or(0, |told| std::mem::replace(told, count));
+            (reason, count.saturating_sub(before))
+        })
+    }
+
+    fn loaded(&self, tun: &Link) -> Result<&Loaded, PlanError> {
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let Self {
+            maps, tunnel_port, ..
+        } = self;
+        let load = |program: Program| Ok::<_, BpfError>((program.name(), program.load()?));
+        let of = |l2_header| {
+            let replies = take_replies(maps, l2_header, tun.index, *tunnel_port)?;
+            let arrivals = arrivals(maps, l2_header, *tunnel_port)?;
+            Ok::<_, BpfError>((l2_header, [load(replies)?, load(arrivals)?]))
+        };
+        let loaded = Loaded {
+            on_links: [of(0)?, of(ETHERNET_HEADER)?],
+            on_tun: load(deliver(maps, tun.index)?)?,
+        };
+        Ok(self.loaded.get_or_init(|| loaded))
+    }
+}
+
+/// Where the programs of a link stand, in their order.
+const DIRECTIONS: [Direction; 2] = [Direction::Egress, Direction::Ingress];
+
+fn copy(name: &'static str, program: &OwnedFd) -> Result<OwnedFd, PlanError> {
+    program
+        .try_clone()
+        .map_err(|source| PlanError::Bpf(BpfError::Descriptor { name, source }))
 }
 
 /// The interfaces on which replies may leave: those of the default routes, the one towards the
@@ -170,42 +343,10 @@ fn sysctl(path: String) -> Change {
     })
 }
 
-/// A preference behind the rule for local addresses (or marked packets would not reach this host)
-/// and before every other rule.
-fn rule_priority(family: Family, rules: &[Rule]) -> Result<u32, PlanError> {
-    let local = rules
-        .iter()
-        .filter(|rule| rule.table == Some(TABLE_LOCAL) && !rule.selects_more)
-        .map(|rule| rule.priority)
-        .min()
-        .unwrap_or(0);
-    let own = |rule: &&Rule| rule.mark == Some((MARK, u32::MAX)) && rule.table == Some(TABLE);
-    let next = rules
-        .iter()
-        .filter(|rule| !own(rule) && rule.priority > local)
-        .map(|rule| rule.priority)
-        .min();
-    let next = next.unwrap_or(u32::MAX);
-    // A rule that an earlier daemon left stays where it is, if that place will do.
-    let left = rules.iter().find(own).map(|rule| rule.priority);
-    if let Some(left) = left
-        && local < left
-        && left < next
-    {
-        return Ok(left);
-    }
-    let wanted = RULE_PRIORITY.max(local.saturating_add(1)).min(next - 1);
-    if wanted > local {
-        Ok(wanted)
-    } else {
-        Err(PlanError::NoRulePriority(family, next))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io::ErrorKind;
-    use std::net::{SocketAddr, TcpListener};
+    use std::io::{Read, Write};
+    use std::net::{SocketAddr, TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
 
     use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, PacketBuilderStep, SlicedPacket};
@@ -214,7 +355,7 @@ mod tests {
     use super::*;
     use crate::kernel::Host;
     use crate::kernel::testing::{
-        Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter, uplink,
+        Router, Scratch, Tun, bound, delete_link, in_fresh_namespace, strict_rp_filter, uplink,
     };
 
     const HERE: [(&str, u8); 2] = [("198.51.100.2", 24), ("2001:db8:b::2", 64)];
@@ -225,6 +366,7 @@ mod tests {
     struct NewServer {
         tun: Tun,
         router: Router,
+        steering: Steering,
         host: Host,
         _scratch: Scratch,
     }
@@ -240,11 +382,13 @@ mod tests {
             let mut host = Host::open(&scratch.0).unwrap();
             let uplinks = uplinks(&netlink, None).unwrap();
             assert_eq!(uplinks, std::slice::from_ref(&router.uplink));
-            let desired = plan(&netlink, &uplinks, &tun.link, 51820, 1000).unwrap();
+            let steering = Steering::new(&netlink, &uplinks, 51820, 1000, &[]).unwrap();
+            let desired = steering.plan(&netlink, &uplinks, &tun.link).unwrap();
             host.reconcile(desired).unwrap();
             Self {
                 tun,
                 router,
+                steering,
                 host,
                 _scratch: scratch,
             }
@@ -421,7 +565,7 @@ mod tests {
     }
 
     #[test]
-    fn tcp_and_icmp_replies_go_by_their_mark() {
+    fn tcp_and_icmp_replies_go_back_into_the_tun() {
         in_fresh_namespace(|| {
             let b = NewServer::new(false);
             for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {
@@ -480,58 +624,138 @@ mod tests {
     }
 
     #[test]
-    fn after_a_crash_replies_fall_silent() {
+    fn after_a_crash_replies_fall_silent_until_the_next_daemon_takes_over() {
         in_fresh_namespace(|| {
-            let b = NewServer::new(false);
+            let mut b = NewServer::new(false);
+            let clients = HERE.into_iter().zip(CLIENTS);
+            let mut talks: Vec<_> = Vec::new();
+            for ((here, _), client) in clients {
+                let server = bound(socket_addr(here, 53));
+                b.tun.write(&udp(client, 4000, here, 53, b"question"));
+                let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
+                talks.push((server, from, client));
+            }
+            // A kill: TUN and lock go, everything else stays.
+            drop((b.tun, b.host));
+            for (server, from, _) in &talks {
+                let _ = server.send_to(b"a late answer", *from);
+            }
+            assert!(!b.router.has_seen(b"a late answer"));
+
+            let netlink = Netlink::new().unwrap();
+            b.tun = Tun::new(&netlink, "tun0", false);
+            b.host = Host::open(&b._scratch.0).unwrap();
+            let links = std::slice::from_ref(&b.router.uplink);
+            let steering = Steering::new(&netlink, links, 51820, 1000, &[]).unwrap();
+            let desired = steering.plan(&netlink, links, &b.tun.link).unwrap();
+            b.host.reconcile(desired).unwrap();
+            for (server, from, client) in &talks {
+                server.send_to(b"pushed", *from).unwrap();
+                assert!(b.tun.read(|p| goes_to(p, client)).is_some());
+            }
+            assert!(!b.router.has_seen(b"pushed"));
+            // Other measures: nothing is known, and nothing is lost that a client asks for.
+            let steering = Steering::new(&netlink, links, 51820, 2000, &[]).unwrap();
+            let desired = steering.plan(&netlink, links, &b.tun.link).unwrap();
+            b.host.reconcile(desired).unwrap();
+            for (server, from, client) in &talks {
+                server.send_to(b"unknown", *from).unwrap();
+                assert!(b.router.has_seen(b"unknown"), "{client}");
+            }
+        });
+    }
+
+    #[test]
+    fn a_plan_can_be_made_again_with_other_links() {
+        in_fresh_namespace(|| {
+            let mut b = NewServer::new(false);
+            let netlink = Netlink::new().unwrap();
             let (here, client) = (HERE[0].0, CLIENTS[0]);
             let server = bound(socket_addr(here, 53));
             b.tun.write(&udp(client, 4000, here, 53, b"question"));
             let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
-            // A kill: TUN and lock go, everything else stays.
-            drop((b.tun, b.host));
-            let _ = server.send_to(b"a late answer", from);
-            assert!(!b.router.has_seen(b"a late answer"));
-            let netlink = Netlink::new().unwrap();
-            let refused = netlink.route_get(client.parse().unwrap(), Some(MARK), None);
-            assert_eq!(
-                refused.unwrap_err().errno().map(|errno| errno.kind()),
-                Some(ErrorKind::InvalidInput)
-            );
+            let second = uplink(&netlink, "second", &[("10.1.0.2", 24)]);
+            let links = uplinks(&netlink, None).unwrap();
+            assert_eq!(links.len(), 2);
+            for _ in 0..2 {
+                let desired = b.steering.plan(&netlink, &links, &b.tun.link).unwrap();
+                let report = b.host.reconcile(desired).unwrap();
+                assert!(
+                    report.undone.is_empty() && report.left.is_empty(),
+                    "{report:?}"
+                );
+                server.send_to(b"pushed", from).unwrap();
+                assert!(b.tun.read(|p| goes_to(p, client)).is_some());
+                // It comes by the link that leads to its client.
+                for (client, place) in [(client, "up0"), ("10.1.0.9", "second")] {
+                    let bound = bound(socket_addr("0.0.0.0", 54));
+                    socket2::SockRef::from(&bound)
+                        .bind_device(Some(place.as_bytes()))
+                        .unwrap();
+                    b.tun.write(&udp(client, 4000, here, 54, b"question"));
+                    bound.recv_from(&mut [0; 100]).expect(place);
+                }
+            }
+            delete_link(&netlink, second.index).unwrap();
+            let links = uplinks(&netlink, None).unwrap();
+            let desired = b.steering.plan(&netlink, &links, &b.tun.link).unwrap();
+            b.host.reconcile(desired).unwrap();
+            b.tun.write(&udp("10.1.0.9", 4000, here, 53, b"question"));
+            assert!(server.recv_from(&mut [0; 100]).is_ok());
         });
     }
 
-    fn rule(priority: u32, table: u32) -> Rule {
-        Rule {
-            family: Family::V4,
-            priority,
-            mark: None,
-            table: Some(table),
-            selects_more: false,
+    #[test]
+    fn a_family_without_a_way_out_is_delivered_on_the_tun() {
+        for strictness in ["0", "1", "2"] {
+            in_fresh_namespace(|| {
+                let netlink = Netlink::new().unwrap();
+                // No default route of either family.
+                let router = Router::new(&netlink, &HERE, &[]);
+                let tun = Tun::new(&netlink, "tun0", false);
+                for entry in std::fs::read_dir("/proc/sys/net/ipv4/conf").unwrap() {
+                    std::fs::write(entry.unwrap().path().join("rp_filter"), strictness).unwrap();
+                }
+                let scratch = Scratch::new();
+                let mut host = Host::open(&scratch.0).unwrap();
+                let links = std::slice::from_ref(&router.uplink);
+                let steering = Steering::new(&netlink, links, 51820, 1000, &[]).unwrap();
+                let desired = steering.plan(&netlink, links, &tun.link).unwrap();
+                host.reconcile(desired).unwrap();
+                for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {
+                    let server = bound(socket_addr(here, 53));
+                    tun.write(&udp(client, 4000, here, 53, b"question"));
+                    let (_, from) = server.recv_from(&mut [0; 100]).expect(strictness);
+                    server.send_to(b"answer", from).unwrap();
+                    assert!(tun.read(|p| goes_to(p, client)).is_some());
+                }
+            });
         }
     }
 
     #[test]
-    fn the_rule_stands_behind_local_and_before_all_others() {
-        let priority = |rules: &[Rule]| rule_priority(Family::V4, rules).ok();
-        let (local, main) = (rule(0, 255), rule(32766, 254));
-        assert_eq!(priority(&[local.clone(), main.clone()]), Some(100));
-        assert_eq!(
-            priority(&[local.clone(), rule(50, 7), main.clone()]),
-            Some(49)
-        );
-        assert_eq!(priority(&[local.clone(), rule(1, 7), main.clone()]), None);
-        assert_eq!(
-            priority(&[rule(5, 9), rule(200, 255), main.clone()]),
-            Some(201)
-        );
-        let left = Rule {
-            mark: Some((MARK, u32::MAX)),
-            ..rule(60, TABLE)
-        };
-        assert_eq!(
-            priority(&[local.clone(), left.clone(), main.clone()]),
-            Some(60)
-        );
-        assert_eq!(priority(&[local, rule(50, 7), left, main]), Some(49));
+    fn a_connection_of_this_host_is_not_taken_over() {
+        in_fresh_namespace(|| {
+            let b = NewServer::new(false);
+            for ((here, _), (gateway, _)) in HERE.into_iter().zip(GATEWAYS) {
+                let listener = b.router.listen(&socket_addr(gateway, 443).to_string());
+                let (mut own, mut far) = (
+                    TcpStream::connect(socket_addr(gateway, 443)).unwrap(),
+                    listener.accept().unwrap().0,
+                );
+                let port = own.local_addr().unwrap().port();
+                for (syn, flags) in [(true, "SYN"), (false, "ACK")] {
+                    let mut forged = Vec::new();
+                    let builder = ip(gateway, here).tcp(443, port, 1, 64_000);
+                    let builder = if syn { builder.syn() } else { builder.ack(1) };
+                    builder.write(&mut forged, &[]).unwrap();
+                    b.tun.write(&forged);
+                    own.write_all(b"mine").unwrap();
+                    let mut buffer = [0; 4];
+                    far.read_exact(&mut buffer).expect(flags);
+                    assert!(b.tun.read(|p| goes_to(p, gateway)).is_none(), "{flags}");
+                }
+            }
+        });
     }
 }

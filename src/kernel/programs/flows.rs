@@ -1,66 +1,401 @@
-//! The memory of the two steering programs: the flows that came out of the tunnel, and the
-//! fragmented replies under way.
+//! The memory of the steering programs: who speaks to whom by the tunnel, and who directly.
 //!
-//! Owns the maps, their keys, and the phrases by which programs make a key and look it up. Programs
-//! make a key on the stack:
+//! Owns the maps, what is in their keys and values, and the phrases by which programs look a key
+//! up. Keys are made by [`parse`](super::parse).
 //!
 //! ```text
 //! struct key {                 // 40 bytes, at the end of the stack
 //!     u32 family_and_protocol; // 4 or 6 in the second byte, the protocol in the first
-//!     u8  local[16];           // address of this host; IPv4 in the first four bytes
-//!     u8  remote[16];          // address of the client
-//!     u32 last;                // flows: remote port << 16 | local port; fragments: identification
-//! };
-//! struct value { u64 seen; };  // flows: the kernel's nanoseconds; fragments: unused
+//!     u8  local[16];           // the address here; IPv4 in the first four bytes
+//!     u8  remote[16];          // the address of the client
+//!     u8  last[4];             // as on the wire: remote port, local port; or the identifier of
+//! };                           // an ICMP query; or a fragment's identification
+//! flows      struct { u64 seen; u32 entrance; u32 opening; }
+//!            what came out of the tunnel: when last, the link by which it is delivered (0: the TUN
+//!            itself), and whether a SYN was the last of it that tells anything
+//! own        struct { u64 seen_or_closed; }
+//!            conversations of this host, and of hosts behind it, that never went by the tunnel
+//! in         u64, unused
+//!            requests that came directly
+//! links      by index, or FIRST: struct { u32 ifindex; u32 header; u8 mac[6]; u8 pad[2]; }
+//!            the links at which what comes out of the tunnel may arrive
+//! fragments  u64, unused
+//!            fragmented replies under way, by identification
+//! sockets    u32, for each TCP socket: 1 if its connection came by the tunnel
+//! counters   u64, see `Counter`
 //! ```
+//!
+//! Times are the kernel's nanoseconds since boot. `flows` takes 16 bytes for each flow that there
+//! may be, and some hundred more for each that there is.
 
-use std::os::fd::AsFd;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
 use Reg::{R0, R1, R2, R3, R4, R10};
 
-use super::phrases::{PACKET, PROTOCOL};
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Size};
+use super::headers::{icmpv4, icmpv6};
+use super::phrases::PROTOCOL;
+use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS};
+use crate::flow::ended::HostFlow;
+use crate::kernel::bpf::{
+    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size,
+};
+use crate::model::moved::{TCP, UDP};
 
 /// Fragmented replies under way at the same time. A reply of 64 KB is 45 fragments sent in one go,
 /// so an entry lives for microseconds.
-pub const MAX_FRAGMENTED: u32 = 4096;
+const MAX_FRAGMENTED: u32 = 4096;
+
+/// Direct conversations that are remembered, of either kind. The one used least recently gives way,
+/// and its next packet enters it again; 65,536 take some 8 MB of kernel memory.
+const MAX_DIRECT: u32 = 65_536;
+
+/// How long nothing that comes out of the tunnel takes over a conversation of this host after its
+/// last packet: as long as an idle TCP connection is kept (RFC 5382 REQ-5). A clock synchronised
+/// once an hour stays out of reach that way.
+pub const OWN_KEPT: Duration = Duration::from_secs(7440);
+
+/// How long replies without TCP go into the tunnel after the flow's last packet in either
+/// direction: as long as the daemon keeps any such flow. The daemon ends most of them sooner.
+pub const REPLY_IDLE: Duration = Duration::from_secs(600);
+
+/// Flows that one sweep looks at. A million are looked at in a few minutes, a second a sweep.
+const SWEPT: u32 = 4096;
+
+/// An entry in use gets a new time, and a flow a new look at the route to its client, this often.
+pub(super) const REFRESH: Duration = Duration::from_secs(1);
 
 const KEY_BYTES: usize = 40;
-const VALUE_BYTES: usize = 8;
+const FLOW_BYTES: usize = 16;
 
 /// Where the parts of a key lie on the stack.
-const KEY: i16 = -40;
+pub(super) const KEY: i16 = -40;
 pub(super) const KEY_LOCAL: i16 = -36;
 pub(super) const KEY_REMOTE: i16 = -20;
-pub(super) const KEY_PORTS: i16 = -4;
+pub(super) const KEY_LAST: i16 = -4;
 
 /// Where a value lies on the stack.
 pub(super) const VALUE: i16 = -56;
 
-/// The maps of one pair of programs.
+/// Where the parts of a flow's value lie in it.
+pub(super) const FLOW_SEEN: i16 = 0;
+pub(super) const FLOW_ENTRANCE: i16 = 8;
+pub(super) const FLOW_OPENING: i16 = 12;
+
+/// In place of the time, in the entry of a TCP conversation of a host behind this one that is
+/// closing: it may be taken over.
+pub(super) const CLOSED: i32 = 1;
+
+/// Links that are known. With more, those beyond count as the first.
+const MAX_LINKS: u32 = 4096;
+
+const LINK_BYTES: usize = 16;
+
+/// Where the parts of a link's value lie in it.
+pub(super) const LINK_IFINDEX: i16 = 0;
+pub(super) const LINK_HEADER: i16 = 4;
+pub(super) const LINK_MAC: i16 = 8;
+
+/// In place of an index: the link to use where the right one is not known.
+pub(super) const LINK_FIRST: u32 = u32::MAX;
+
+/// A link at which what comes out of the tunnel may arrive.
+#[derive(Clone, Copy, Debug)]
+pub struct Entrance {
+    /// Its index.
+    pub ifindex: u32,
+    /// Length of its link-layer header, in bytes.
+    pub l2_header: u32,
+    /// Its hardware address, if it has such a header.
+    pub mac: [u8; 6],
+}
+
+/// What the programs count or are told.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Counter {
+    /// Packets of new flows that were dropped because the memory is full.
+    Full = 0,
+    /// TCP packets from the tunnel with the addresses and ports of a direct connection, dropped.
+    Direct = 1,
+    /// Until this time, connections of which nothing is known count as those of the tunnel.
+    Grace = 2,
+}
+
+impl Counter {
+    const COUNT: u32 = 3;
+}
+
+/// The maps of all steering programs.
 #[derive(Debug)]
 pub struct FlowMaps {
     pub(super) flows: Map,
+    pub(super) own: Map,
+    pub(super) direct: Map,
+    pub(super) links: Map,
     pub(super) fragments: Map,
+    pub(super) counters: Map,
+    /// None where the kernel has no such maps.
+    pub(super) sockets: Option<Map>,
 }
 
+const fn shape(kind: MapKind, name: &'static str, value_size: usize, max_entries: u32) -> Shape {
+    Shape {
+        kind,
+        name,
+        key_size: KEY_BYTES,
+        value_size,
+        max_entries,
+    }
+}
+
+/// The shapes, by name.
+const fn flows(max_flows: u32) -> Shape {
+    shape(MapKind::Hash, "ipmoved_flows", FLOW_BYTES, max_flows)
+}
+const OWN: Shape = shape(MapKind::LruHash, "ipmoved_own", 8, MAX_DIRECT);
+const DIRECT: Shape = shape(MapKind::LruHash, "ipmoved_in", 8, MAX_DIRECT);
+const LINKS: Shape = Shape {
+    kind: MapKind::Hash,
+    name: "ipmoved_links",
+    key_size: 4,
+    value_size: LINK_BYTES,
+    max_entries: MAX_LINKS,
+};
+const FRAGMENTS: Shape = shape(MapKind::LruHash, "ipmoved_frags", 8, MAX_FRAGMENTED);
+const COUNTERS: Shape = Shape {
+    kind: MapKind::Array,
+    name: "ipmoved_counts",
+    key_size: 4,
+    value_size: 8,
+    max_entries: Counter::COUNT,
+};
+const SOCKETS: Shape = Shape {
+    kind: MapKind::SkStorage,
+    name: "ipmoved_socks",
+    key_size: 4,
+    value_size: 4,
+    max_entries: 0,
+};
+
 impl FlowMaps {
-    /// Maps for `max_flows` flows without TCP. A full map evicts the flow used least recently.
+    /// Empty maps, for `max_flows` flows.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn new(max_flows: u32) -> Result<Self, BpfError> {
-        let map = |name, entries| Map::new(MapKind::LruHash, name, KEY_BYTES, VALUE_BYTES, entries);
         Ok(Self {
-            flows: map("ipmoved_flows", max_flows)?,
-            fragments: map("ipmoved_frags", MAX_FRAGMENTED)?,
+            flows: Map::new(flows(max_flows))?,
+            own: Map::new(OWN)?,
+            direct: Map::new(DIRECT)?,
+            links: Map::new(LINKS)?,
+            fragments: Map::new(FRAGMENTS)?,
+            counters: Map::new(COUNTERS)?,
+            sockets: sockets()?,
         })
+    }
+
+    /// The maps among these descriptors, if those that remember something are there with the same
+    /// measures. The others are made.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn found(descriptors: &[OwnedFd], max_flows: u32) -> Result<Option<Self>, BpfError> {
+        let find = |shape: Shape| {
+            descriptors
+                .iter()
+                .filter_map(|fd| fd.try_clone().ok())
+                .find_map(|fd| Map::from_fd(fd, shape))
+        };
+        let found = (
+            find(flows(max_flows)),
+            find(OWN),
+            find(DIRECT),
+            find(FRAGMENTS),
+        );
+        let (Some(flows), Some(own), Some(direct), Some(fragments)) = found else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            flows,
+            own,
+            direct,
+            fragments,
+            links: Map::new(LINKS)?,
+            counters: Map::new(COUNTERS)?,
+            sockets: match find(SOCKETS) {
+                Some(map) => Some(map),
+                None => sockets()?,
+            },
+        }))
+    }
+
+    /// The maps that remember something, for [`found`](Self::found).
+    pub fn lasting(&self) -> Vec<BorrowedFd<'_>> {
+        [&self.flows, &self.own, &self.direct, &self.fragments]
+            .into_iter()
+            .chain(&self.sockets)
+            .map(AsFd::as_fd)
+            .collect()
+    }
+
+    /// Names the links at which packets may arrive, the first of which stands for any other.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_links(&self, links: &[Entrance]) -> Result<(), BpfError> {
+        let key = |index: u32| index.to_ne_bytes();
+        let mut stale = self.links.keys().map_err(refused)?;
+        let named = links.iter().map(|link| (link.ifindex, link));
+        let first = links.first().map(|link| (LINK_FIRST, link));
+        for (index, link) in named.chain(first).take(MAX_LINKS as usize) {
+            let mut value = [0; LINK_BYTES];
+            value[..4].copy_from_slice(&link.ifindex.to_ne_bytes());
+            value[4..8].copy_from_slice(&link.l2_header.to_ne_bytes());
+            value[8..14].copy_from_slice(&link.mac);
+            stale.retain(|known| known[..] != key(index));
+            self.links.insert(&key(index), &value).map_err(refused)?;
+        }
+        for gone in stale {
+            self.links.remove(&gone).map_err(refused)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets flows.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget(&self, flows: &[HostFlow]) -> Result<(), BpfError> {
+        let keys: Vec<u8> = flows.iter().flat_map(key_of).collect();
+        self.flows.remove_all(&keys).map_err(refused)
+    }
+
+    /// Looks at some flows, from where the last look at the same `place` ended, and forgets those
+    /// that have not been used for as long as any flow of their kind is kept and that nobody
+    /// `knows`: an earlier daemon knew them.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn sweep(
+        &self,
+        place: &mut Option<u32>,
+        knows: impl Fn(&HostFlow) -> bool,
+    ) -> Result<(), BpfError> {
+        self.sweep_at(now(), place, knows)
+    }
+
+    fn sweep_at(
+        &self,
+        now: Duration,
+        place: &mut Option<u32>,
+        knows: impl Fn(&HostFlow) -> bool,
+    ) -> Result<(), BpfError> {
+        let mut stale = Vec::new();
+        let look = |key: &[u8], value: &[u8]| {
+            let Some((flow, seen)) = flow_of(key).zip(seen(value)) else {
+                return;
+            };
+            let kept = match flow.protocol {
+                TCP => TCP_ESTABLISHED,
+                UDP => UDP_BOTH_WAYS,
+                icmpv4::PROTOCOL | icmpv6::PROTOCOL => ICMP_QUERY,
+                _ => OTHER,
+            };
+            if seen + kept < now && !knows(&flow) {
+                stale.extend_from_slice(key);
+            }
+        };
+        self.flows.read_some(place, SWEPT, look).map_err(refused)?;
+        self.flows.remove_all(&stale).map_err(refused)
+    }
+
+    /// The value of a counter.
+    pub fn count(&self, counter: Counter) -> u64 {
+        self.counters.get(counter as u32).unwrap_or(0)
+    }
+
+    /// For this long, connections of which nothing is known count as those of the tunnel: their
+    /// memory was lost with an earlier daemon.
+    pub fn trust_for(&self, time: Duration) {
+        // Without it connections from before are lost, which is no reason not to start.
+        let _ = self
+            .counters
+            .set(Counter::Grace as u32, (now() + time).as_nanos() as u64);
     }
 }
 
-pub(super) fn zero_key(a: &mut Assembler) {
-    for offset in (KEY..0).step_by(8) {
-        a.store(Size::Dw, R10, offset, 0);
+fn refused(errno: Errno) -> BpfError {
+    BpfError::Map {
+        name: "of steering",
+        errno,
+    }
+}
+
+/// The kernel's time, as programs see it.
+fn now() -> Duration {
+    let now = clock_gettime(ClockId::Monotonic);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+}
+
+/// When a flow was last seen.
+fn seen(value: &[u8]) -> Option<Duration> {
+    let at = usize::try_from(FLOW_SEEN).ok()?;
+    let bytes = value.get(at..at + 8)?.try_into().ok()?;
+    Some(Duration::from_nanos(u64::from_ne_bytes(bytes)))
+}
+
+/// The key of a flow, as programs make it.
+fn key_of(flow: &HostFlow) -> [u8; KEY_BYTES] {
+    let mut key = [0; KEY_BYTES];
+    let family: u32 = if flow.local.is_ipv4() { 4 } else { 6 };
+    let word = family << 8 | u32::from(flow.protocol);
+    key[..4].copy_from_slice(&word.to_ne_bytes());
+    for (at, addr) in [(4, flow.local.ip()), (20, flow.remote.ip())] {
+        match addr {
+            IpAddr::V4(addr) => key[at..at + 4].copy_from_slice(&addr.octets()),
+            IpAddr::V6(addr) => key[at..at + 16].copy_from_slice(&addr.octets()),
+        }
+    }
+    key[36..38].copy_from_slice(&flow.remote.port().to_be_bytes());
+    key[38..].copy_from_slice(&flow.local.port().to_be_bytes());
+    key
+}
+
+/// The flow of a key.
+fn flow_of(key: &[u8]) -> Option<HostFlow> {
+    let [protocol, family] = {
+        let bytes: [u8; 4] = key.get(..4)?.try_into().ok()?;
+        let word = u32::from_ne_bytes(bytes);
+        [word as u8, (word >> 8) as u8]
+    };
+    let addr = |at: usize| -> Option<IpAddr> {
+        Some(match family {
+            4 => <[u8; 4]>::try_from(key.get(at..at + 4)?).ok()?.into(),
+            _ => <[u8; 16]>::try_from(key.get(at..at + 16)?).ok()?.into(),
+        })
+    };
+    let port = |at: usize| {
+        let bytes = key.get(at..at + 2)?.try_into().ok()?;
+        Some(u16::from_be_bytes(bytes))
+    };
+    Some(HostFlow {
+        protocol,
+        local: SocketAddr::new(addr(4)?, port(38)?),
+        remote: SocketAddr::new(addr(20)?, port(36)?),
+    })
+}
+
+/// None where the kernel has no such maps.
+fn sockets() -> Result<Option<Map>, BpfError> {
+    match Map::new(SOCKETS) {
+        Ok(map) => Ok(Some(map)),
+        Err(BpfError::Map { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -71,24 +406,13 @@ pub(super) fn store_family(a: &mut Assembler, version: i32) {
     a.store(Size::W, R10, KEY, R0);
 }
 
-/// Copies an address of the packet, at `from`, into the key at `to`.
-pub(super) fn store_address(a: &mut Assembler, from: u32, to: i16, length: i32, failed: Label) {
-    a.mov(R1, PACKET);
-    a.mov(R2, from);
-    a.mov(R3, R10);
-    a.alu(Alu::Add, R3, i32::from(to));
-    a.mov(R4, length);
-    a.call(Helper::SkbLoadBytes);
-    a.jump_if_wide(R0, If::Ne, 0, failed);
-}
-
 /// R0 = the address of the key's value in a map, or 0.
 pub(super) fn look_up(a: &mut Assembler, map: &Map) {
     map_and_key(a, map);
     a.call(Helper::MapLookup);
 }
 
-/// Enters the key into a map, with the value at [`VALUE`].
+/// Enters the key into a map, with the value at [`VALUE`]. R0 = 0, or what is wrong.
 pub(super) fn enter(a: &mut Assembler, map: &Map) {
     map_and_key(a, map);
     a.mov(R3, R10);
@@ -97,13 +421,126 @@ pub(super) fn enter(a: &mut Assembler, map: &Map) {
     a.call(Helper::MapUpdate);
 }
 
+/// Enters the key into a map with the present time.
+pub(super) fn enter_now(a: &mut Assembler, map: &Map) {
+    a.call(Helper::KtimeGetNs);
+    a.store(Size::Dw, R10, VALUE, R0);
+    enter(a, map);
+}
+
 pub(super) fn remove(a: &mut Assembler, map: &Map) {
     map_and_key(a, map);
     a.call(Helper::MapDelete);
+}
+
+/// R0 = the present time. Jumps to `fresh` if the entry's own time, at `entry`, is no older than
+/// this.
+pub(super) fn jump_if_within(a: &mut Assembler, entry: Reg, age: Duration, fresh: Label) {
+    a.call(Helper::KtimeGetNs);
+    a.load(Size::Dw, R1, entry, 0);
+    // Another processor may have written a time that is later by a little.
+    a.mov_wide(R2, age.as_nanos() as u64);
+    a.alu(Alu::Add, R1, R2);
+    a.jump_if_wide(R1, If::Ge, R0, fresh);
+}
+
+/// Counts.
+pub(super) fn count(a: &mut Assembler, maps: &FlowMaps, counter: Counter) {
+    let gone = a.label();
+    counter_at(a, maps, counter, gone);
+    a.mov(R1, 1);
+    a.add_atomically(R0, 0, R1);
+    a.bind(gone);
+}
+
+/// R0 = the address of a counter. Jumps to `gone` if there is none, which the verifier wants to
+/// see.
+pub(super) fn counter_at(a: &mut Assembler, maps: &FlowMaps, counter: Counter, gone: Label) {
+    a.store(Size::W, R10, VALUE, counter as i32);
+    a.load_map(R1, maps.counters.as_fd());
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(VALUE));
+    a.call(Helper::MapLookup);
+    a.jump_if_wide(R0, If::Eq, 0, gone);
 }
 
 fn map_and_key(a: &mut Assembler, map: &Map) {
     a.load_map(R1, map.as_fd());
     a.mov(R2, R10);
     a.alu(Alu::Add, R2, i32::from(KEY));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_names_its_flow() {
+        for (local, remote) in [
+            ("198.51.100.2:53", "203.0.113.7:40000"),
+            ("[2001:db8::2]:53", "[2001:db8::7]:40000"),
+        ] {
+            let flow = HostFlow {
+                protocol: 17,
+                local: local.parse().unwrap(),
+                remote: remote.parse().unwrap(),
+            };
+            assert_eq!(flow_of(&key_of(&flow)), Some(flow));
+        }
+    }
+
+    fn flow(port: u16) -> HostFlow {
+        HostFlow {
+            protocol: 17,
+            local: "198.51.100.2:53".parse().unwrap(),
+            remote: SocketAddr::new("203.0.113.7".parse().unwrap(), port),
+        }
+    }
+
+    fn enter(maps: &FlowMaps, flow: &HostFlow, seen: Duration) {
+        let mut value = [0; FLOW_BYTES];
+        value[..8].copy_from_slice(&(seen.as_nanos() as u64).to_ne_bytes());
+        maps.flows.insert(&key_of(flow), &value).unwrap();
+    }
+
+    fn known(maps: &FlowMaps) -> usize {
+        maps.flows.keys().unwrap().len()
+    }
+
+    #[test]
+    fn flows_that_ended_are_forgotten_together() {
+        let maps = FlowMaps::new(1000).expect("run the tests as root");
+        for port in 0..10 {
+            enter(&maps, &flow(port), now());
+        }
+        // Some of them are not there.
+        let ended: Vec<_> = (5..20).rev().map(flow).collect();
+        maps.forget(&ended).unwrap();
+        assert_eq!(known(&maps), 5);
+        maps.forget(&[]).unwrap();
+    }
+
+    #[test]
+    fn what_nobody_knows_is_swept_once_it_is_old() {
+        let maps = FlowMaps::new(100_000).expect("run the tests as root");
+        let total = 3 * SWEPT as u16;
+        let (old, new) = (Duration::from_secs(1), Duration::from_secs(3));
+        for port in 0..total {
+            enter(&maps, &flow(port), if port % 2 == 0 { old } else { new });
+        }
+        let later = old + UDP_BOTH_WAYS + Duration::from_secs(1);
+        let mut place = None;
+        let mut sweeps = 0;
+        loop {
+            let knows = |flow: &HostFlow| flow.remote.port() < 100;
+            maps.sweep_at(later, &mut place, knows).unwrap();
+            sweeps += 1;
+            if place.is_none() {
+                break;
+            }
+        }
+        assert!(sweeps >= 3, "{sweeps}");
+        // Even ports are old, and the lowest hundred are known.
+        assert_eq!(known(&maps), usize::from(total / 2) + 50);
+    }
 }

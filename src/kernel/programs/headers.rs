@@ -8,6 +8,32 @@ pub(super) mod skb {
     /// The EtherType, in network order.
     pub(crate) const PROTOCOL: i16 = 16;
     pub(crate) const VLAN_PRESENT: i16 = 20;
+    /// The socket that sends it, `struct bpf_sock *`.
+    pub(crate) const SK: i16 = 168;
+}
+
+/// `struct bpf_sock`.
+pub(super) mod sock {
+    pub(crate) const BOUND_DEV_IF: i16 = 0;
+    pub(crate) const TYPE: i16 = 8;
+    pub(crate) const PROTOCOL: i16 = 12;
+    pub(crate) const STATE: i16 = 72;
+    /// In `STATE`: it waits for connections.
+    pub(crate) const LISTEN: i32 = 10;
+}
+
+/// `struct bpf_fib_lookup`.
+pub(super) mod fib {
+    pub(crate) const FAMILY: i16 = 0;
+    pub(crate) const IFINDEX: i16 = 8;
+    pub(crate) const SOURCE: i16 = 16;
+    pub(crate) const DESTINATION: i16 = 32;
+    pub(crate) const LEN: i16 = 64;
+    /// The results that name an interface: found; found, but the neighbour is not known yet; found,
+    /// but the packet is too long.
+    pub(crate) const FOUND: [i32; 3] = [0, 7, 8];
+    /// The interface that it arrived at does not forward.
+    pub(crate) const FORWARDING_DISABLED: i32 = 5;
 }
 
 /// Ethernet II.
@@ -30,6 +56,7 @@ pub(super) mod ipv4 {
     /// In the first byte: version 4, and the header's length in words.
     pub(crate) const VERSION_MASK: i32 = 0xf0;
     pub(crate) const VERSION_4: i32 = 0x40;
+    pub(crate) const WITHOUT_OPTIONS: i32 = 0x45;
     pub(crate) const IHL_MASK: i32 = 0x0f;
 
     /// In `FLAGS_AND_OFFSET`.
@@ -72,21 +99,24 @@ pub(super) mod fragment {
     pub(crate) const OFFSET_MASK: i32 = 0xfff8;
     /// An atomic fragment (RFC 6946), which is a whole packet, has none of these bits set.
     pub(crate) const FRAGMENTED: i32 = MORE | OFFSET_MASK;
-    /// In a first fragment the offset is 0, so the field is below this.
-    pub(crate) const SECOND: i32 = 8;
 }
 
 /// TCP and UDP: RFC 9293 section 3.1, RFC 768.
 pub(super) mod ports {
     pub(crate) const SOURCE: u32 = 0;
     pub(crate) const DESTINATION: u32 = 2;
+    pub(crate) const LEN: u32 = 4;
+}
+
+/// TCP: RFC 9293 section 3.1.
+pub(super) mod tcp {
+    pub(crate) const FLAGS: u32 = 13;
+    pub(crate) const FLAGS_END: u32 = 14;
 }
 
 /// ICMP for both families: RFC 792, RFC 4443.
 pub(super) mod icmp {
     pub(crate) const TYPE: u32 = 0;
-    /// Type and code, read as one number of 16 bits.
-    pub(crate) const TYPE_AND_CODE: u32 = 0;
     /// In an echo or timestamp message.
     pub(crate) const IDENTIFIER: u32 = 4;
     /// Where an error quotes the packet that caused it.
@@ -98,10 +128,10 @@ pub(super) mod icmpv4 {
     pub(crate) const PROTOCOL: u8 = 1;
     /// Destination unreachable, time exceeded, parameter problem.
     pub(crate) const ERRORS: [i32; 3] = [3, 11, 12];
+    /// Echo, timestamp.
+    pub(crate) const QUERIES: [i32; 2] = [8, 13];
     /// Echo reply, timestamp reply.
     pub(crate) const REPLIES: [i32; 2] = [0, 14];
-    /// Destination unreachable, fragmentation needed (RFC 1191): type and code.
-    pub(crate) const TOO_BIG: i32 = 0x0304;
 }
 
 /// ICMPv6, the protocol and its messages: RFC 4443.
@@ -109,9 +139,8 @@ pub(super) mod icmpv6 {
     pub(crate) const PROTOCOL: u8 = 58;
     /// The errors are 1 to 4.
     pub(crate) const LAST_ERROR: i32 = 4;
+    pub(crate) const ECHO_REQUEST: i32 = 128;
     pub(crate) const ECHO_REPLY: i32 = 129;
-    /// Packet too big: type and code.
-    pub(crate) const TOO_BIG: i32 = 0x0200;
     /// Multicast listener discovery and neighbour discovery, which are the link's own business: 130
     /// to 137 and 143 (RFC 2710, 4861, 3810).
     pub(crate) const FIRST_OF_LINK: i32 = 130;

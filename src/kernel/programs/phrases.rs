@@ -29,8 +29,11 @@ pub(super) const PROTOCOL: Reg = R8;
 /// ends too early gets verdict 0 instead, and passes at once.)
 pub(super) const TC_ACT_UNSPEC: i32 = -1;
 
+/// Verdict: drop.
+pub(super) const TC_ACT_SHOT: i32 = 2;
+
 /// Flag of `bpf_redirect`: the packet arrives at the interface, as if from the wire.
-const BPF_F_INGRESS: i32 = 1;
+pub(super) const BPF_F_INGRESS: i32 = 1;
 
 /// Where [`load_v6_destination`] keeps the destination on the stack, as four words (of IPv4: in the
 /// last one).
@@ -43,6 +46,10 @@ const ETHERNET_MADE: i16 = -16;
 /// removes it, and no packet comes from the wire with a mark. A packet that has another capture to
 /// pass before bears the next number.
 pub(super) const BOUNCED: u32 = 0x6970_6d62;
+
+/// The mark of a packet on its way from the TUN to the ingress of a link of the new server: "ipmd".
+/// The program there removes it, and no packet comes from the wire with a mark.
+pub(super) const DELIVERED: u32 = 0x6970_6d64;
 
 /// Most captures at one interface: one of moved addresses, one of replies. They run in any order.
 pub(super) const MAX_CAPTURES: u32 = 2;
@@ -87,12 +94,16 @@ pub(super) fn pass_bounced(a: &mut Assembler) {
         a.mov(R0, if left == 0 { 0 } else { BOUNCED + left - 1 });
         a.store(Size::W, PACKET, skb::MARK, R0);
         // Without the uplink's address in its header the packet would count as another host's.
-        a.mov(R1, PACKET);
-        a.mov(R2, i32::from(libc::PACKET_HOST));
-        a.call(Helper::SkbChangeType);
+        count_as_for_this_host(a);
         verdict(a, TC_ACT_UNSPEC);
         a.bind(next);
     }
+}
+
+pub(super) fn count_as_for_this_host(a: &mut Assembler) {
+    a.mov(R1, PACKET);
+    a.mov(R2, i32::from(libc::PACKET_HOST));
+    a.call(Helper::SkbChangeType);
 }
 
 // Reading a packet.
@@ -325,6 +336,22 @@ pub(super) fn write_ethernet_header(a: &mut Assembler, to: [u8; 6], from: [u8; 6
         let word = u32::from_ne_bytes([word[0], word[1], word[2], word[3]]);
         a.store(Size::W, R10, slot, word);
     }
+    finish_ethernet_header(a);
+}
+
+/// As [`write_ethernet_header`], to the address at `base + offset`, from nobody's.
+pub(super) fn store_ethernet_header(a: &mut Assembler, base: Reg, offset: i16) {
+    for at in (0..ethernet::TYPE as i16).step_by(4) {
+        a.store(Size::W, R10, ETHERNET_MADE + at, 0);
+    }
+    a.load(Size::W, R0, base, offset);
+    a.store(Size::W, R10, ETHERNET_MADE, R0);
+    a.load(Size::H, R0, base, offset + 4);
+    a.store(Size::H, R10, ETHERNET_MADE + 4, R0);
+    finish_ethernet_header(a);
+}
+
+fn finish_ethernet_header(a: &mut Assembler) {
     a.load(Size::W, R0, PACKET, skb::PROTOCOL);
     a.store(Size::H, R10, ETHERNET_MADE + ethernet::TYPE as i16, R0);
     a.mov(R1, PACKET);

@@ -136,6 +136,22 @@ pub(super) fn ports(src: u16, dst: u16) -> Vec<u8> {
     out
 }
 
+/// The start of a TCP header.
+pub(super) fn tcp(src: u16, dst: u16, flags: u8) -> Vec<u8> {
+    let mut out = ports(src, dst);
+    out[12] = 5 << 4;
+    out[13] = flags;
+    out
+}
+
+/// An ICMP message with an identifier.
+pub(super) fn icmp(kind: u8, identifier: u16) -> Vec<u8> {
+    let mut out = vec![kind, 0, 0, 0];
+    out.extend(identifier.to_be_bytes());
+    out.resize(24, 0);
+    out
+}
+
 pub(super) fn taken(program: BorrowedFd<'_>, packet: &Packet) -> bool {
     match run(program, &frame(&packet.bytes())).verdict {
         TC_ACT_REDIRECT => true,

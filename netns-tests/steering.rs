@@ -1,0 +1,177 @@
+//! On the new server, exactly what came by the tunnel goes back into it.
+//!
+//! ```text
+//!  client ─────────┐            ┌── old server ══╗
+//!                  ├── router ──┤                ║
+//!  second client ──┘            └── new server ──╝ application, and conversations of its own
+//!       the stranger speaks in the name of the second client
+//! ```
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use ipmoved::internals::Role;
+use ipmoved::lab::topology::{
+    Leg, MOVED, MOVED6, NEW, NEW6, SECOND_CLIENT, SECOND_CLIENT6, UPLINK,
+};
+use ipmoved::lab::{Lab, LabError, Namespace, RawSocket, UdpService, Wire, packets, poll_until};
+
+use crate::stage::{PATIENCE, Result, SILENCE, moved, setup};
+
+/// The new server's address, the second client's, and the moved one, of each family.
+fn ends() -> [[IpAddr; 3]; 2] {
+    [
+        [NEW.into(), SECOND_CLIENT.into(), MOVED.into()],
+        [NEW6.into(), SECOND_CLIENT6.into(), MOVED6.into()],
+    ]
+}
+
+fn failed(error: std::io::Error) -> LabError {
+    LabError::unexpected(error.to_string())
+}
+
+fn udp(host: &Namespace, addr: IpAddr, port: u16) -> Result<UdpSocket> {
+    host.run(|| {
+        let socket = UdpSocket::bind((addr, port)).map_err(failed)?;
+        socket.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        Ok(socket)
+    })
+}
+
+/// What the stranger sends, so that the router hands it to the old server.
+fn stranger(lab: &Lab) -> Result<Wire> {
+    Wire::new(lab.router(), "old", lab.old_server(), UPLINK)
+}
+
+#[test]
+fn a_stranger_diverts_no_datagram_of_the_new_server() -> Result {
+    moved(|on| {
+        let stranger = stranger(on.lab)?;
+        for [here, remote, moved] in ends() {
+            let own = udp(on.lab.new_server(), here, 123)?;
+            let far = udp(on.lab.clients(), remote, 123)?;
+            for round in 0..20 {
+                own.send_to(&[round], (remote, 123)).map_err(failed)?;
+                let mut told = [0; 100];
+                let (_, from) = far.recv_from(&mut told).map_err(failed)?;
+                assert_eq!((from, told[0]), (SocketAddr::new(here, 123), round));
+                stranger.send(&packets::udp((remote, 123), (moved, 123), b"forged"))?;
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_stranger_diverts_no_protocol_without_ports() -> Result {
+    moved(|on| {
+        let stranger = stranger(on.lab)?;
+        for [here, remote, moved] in ends() {
+            for protocol in [50, 47] {
+                let own = RawSocket::open(on.lab.new_server(), here, protocol)?;
+                let far = RawSocket::open(on.lab.clients(), remote, protocol)?;
+                for round in 0..5 {
+                    let words = [b'o', b'w', b'n', round];
+                    own.send(remote, &words)?;
+                    let (from, _) = far.expect(PATIENCE, |seen| seen == words)?;
+                    assert_eq!(from, here, "protocol {protocol}");
+                    stranger.send(&packets::ip(remote, moved, protocol, b"forged"))?;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_stranger_diverts_no_connection_of_the_new_server() -> Result {
+    moved(|on| {
+        let stranger = stranger(on.lab)?;
+        let (here, remote) = (NEW, SECOND_CLIENT);
+        let listen = || TcpListener::bind((remote, 443)).map_err(failed);
+        let listener = on.lab.clients().run(listen)?;
+        let connect = || TcpStream::connect((remote, 443)).map_err(failed);
+        let mut own = on.lab.new_server().run(connect)?;
+        let (mut far, from) = listener.accept().map_err(failed)?;
+        assert_eq!(from.ip(), IpAddr::from(here));
+        far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        for round in 0..5 {
+            stranger.send(&packets::syn((remote, 443), (MOVED, from.port())))?;
+            std::thread::sleep(Duration::from_millis(50));
+            own.write_all(&[round]).map_err(failed)?;
+            let mut told = [0];
+            far.read_exact(&mut told).map_err(failed)?;
+            assert_eq!(told, [round]);
+        }
+        // The daemon asks the kernel every second.
+        let counted = poll_until(PATIENCE, Duration::from_millis(100), || {
+            let drops = on.setup.status(Role::New).ok()?.all_drops();
+            drops
+                .get("direct_connection")
+                .copied()
+                .filter(|&count| count >= 5)
+        });
+        assert!(counted.is_some(), "it is not counted");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_peer_with_a_fixed_port_is_answered_by_the_address_that_it_asks() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&["192.0.2.5", "2001:db8:a::5"]);
+    let _application = ipmoved::lab::Service::start(lab.new_server(), NEW)?;
+    let _echoes = [
+        UdpService::start(lab.new_server(), (NEW, 5060))?,
+        UdpService::start(lab.new_server(), (NEW6, 5060))?,
+    ];
+    let _daemons = setup.start_both()?;
+    let peer = lab.client().from_port(5060);
+    for _ in 0..3 {
+        for [new, _, moved] in ends() {
+            peer.udp((moved, 5060), b"by the tunnel")?;
+            peer.udp((new, 5060), b"directly")?;
+        }
+    }
+    for (port, [first, second]) in [(45_000, [MOVED, NEW]), (45_001, [NEW, MOVED])] {
+        let client = lab.client().from_port(port);
+        client.get(first)?.is_answered_by(NEW)?;
+        client.get(second)?.is_answered_by(NEW)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_an_application_pushes_over_a_crash_never_leaves_with_its_own_address() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&["192.0.2.5", "2001:db8:a::5"]);
+    let daemons = setup.start_both()?;
+    let mut talks = Vec::new();
+    for [here, _, moved] in ends() {
+        let application = udp(lab.new_server(), here, 7_000)?;
+        let client = lab.client().udp_socket((moved, 7_000))?;
+        client.send(b"push to me").map_err(failed)?;
+        let (_, from) = application.recv_from(&mut [0; 100]).map_err(failed)?;
+        talks.push((application, client, from));
+    }
+    let tap = lab.tap(Leg::New)?;
+    daemons.new.kill()?;
+    for (application, _, from) in &talks {
+        let _ = application.send_to(b"nobody hears this", from);
+    }
+    std::thread::sleep(SILENCE);
+    let mut again = setup.start(Role::New)?;
+    again.wait_until_up()?;
+    for (application, client, from) in &talks {
+        application.send_to(b"heard again", from).map_err(failed)?;
+        let mut told = [0; 100];
+        let length = client.recv(&mut told).map_err(failed)?;
+        assert_eq!(&told[..length], b"heard again");
+    }
+    let seen = tap.stop()?;
+    for words in [&b"nobody hears this"[..], b"heard again"] {
+        assert_eq!(seen.frames_with(words), 0, "it left with its own address");
+    }
+    Ok(())
+}

@@ -1,0 +1,83 @@
+//! Remembers who speaks to this host directly, and lets what was delivered pass: for the ingress of
+//! the new server's links.
+//!
+//! A client that used the moved address and now comes to this host's own, from the same port, is
+//! answered from there, from its first packet on. TCP tells that by its handshake, where
+//! [`take_replies`](super::take_replies()) sees it.
+//!
+//! ```text
+//! if (skb->mark == DELIVERED) { skb->mark = 0; it is for this host; pass; }
+//! if (skb->pkt_type != PACKET_HOST || skb->vlan_present || TCP || to the tunnel's own port) pass;
+//! parse();                                                    // later, none: pass
+//! if (lookup(flows, key)) { delete(flows, key); update(in, key); pass; }
+//! if (ICMP || lookup(own, key) || lookup(in, key)) pass;
+//! update(in, key);
+//! pass:   return TC_ACT_UNSPEC;
+//! ```
+
+use Reg::{R0, R10};
+
+use super::flows::{FlowMaps, VALUE, enter, look_up, remove};
+use super::headers::{icmpv4, icmpv6, ports, skb};
+use super::parse::{Side, Ways, parse, sort_out};
+use super::phrases::{
+    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, keep_packet,
+    pass_unless_for_this_host, verdict,
+};
+use crate::kernel::bpf::{Assembler, BpfError, If, Program, Reg, Size};
+use crate::model::moved::TCP;
+
+/// The program for a link. `tunnel_port` is the tunnel's own on this host.
+///
+/// # Errors
+/// If the program is too large.
+pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Program, BpfError> {
+    let mut asm = Assembler::new();
+    let a = &mut asm;
+    let ways = Ways::new(a);
+    let (pass, read, from_the_wire) = (a.label(), a.label(), a.label());
+    keep_packet(a);
+    a.load(Size::W, R0, PACKET, skb::MARK);
+    a.jump_if(R0, If::Ne, DELIVERED, from_the_wire);
+    a.store(Size::W, PACKET, skb::MARK, 0);
+    // The link may have another address by now.
+    count_as_for_this_host(a);
+    verdict(a, TC_ACT_UNSPEC);
+    a.bind(from_the_wire);
+    pass_unless_for_this_host(a, pass);
+    // TCP and the tunnel itself are most of what comes. They cost a few loads.
+    sort_out(
+        a,
+        l2_header,
+        ports::DESTINATION,
+        tunnel_port,
+        pass,
+        read,
+        pass,
+    );
+    a.bind(read);
+    parse(a, l2_header, Side::Client, ways);
+    a.bind(ways.flow);
+    let (unknown, enter_it) = (a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), pass);
+    look_up(a, &maps.flows);
+    a.jump_if_wide(R0, If::Eq, 0, unknown);
+    remove(a, &maps.flows);
+    a.jump(enter_it);
+    a.bind(unknown);
+    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), pass);
+    }
+    for map in [&maps.own, &maps.direct] {
+        look_up(a, map);
+        a.jump_if_wide(R0, If::Ne, 0, pass);
+    }
+    a.bind(enter_it);
+    a.store(Size::Dw, R10, VALUE, 0);
+    enter(a, &maps.direct);
+    for label in [ways.later, ways.none, ways.quoted, ways.other, pass] {
+        a.bind(label);
+    }
+    verdict(a, TC_ACT_UNSPEC);
+    asm.finish("ipmoved_direct")
+}

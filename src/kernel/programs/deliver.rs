@@ -1,0 +1,319 @@
+//! Remembers what comes out of the tunnel, and delivers it through the ingress of the link that
+//! leads to the client: for the ingress of the new server's TUN.
+//!
+//! So firewalls, `rp_filter` and sockets bound to an interface see a client where they expect it,
+//! and its packets take part in whatever translates addresses there. Where no link leads to the
+//! client, the packet goes on from the TUN itself.
+//!
+//! A conversation that this host began itself stays its own, whoever claims to be its other end: a
+//! packet from the tunnel with the same addresses and ports makes no flow. If it is TCP it is
+//! dropped, since nobody has a connection there by the tunnel. Anything else is delivered all the
+//! same, and answered directly: two hosts that use fixed ports may speak at both addresses.
+//!
+//! ```text
+//! parse();                                   // later, none: entrance = by_route; goto deliver
+//! if ((flow = lookup(flows, key))) {
+//!     if (TCP) flow->opening = SYN ? 1 : FIN, RST or PSH ? 0 : as it is;
+//!     if (now - flow->seen > REFRESH) { flow->seen = now; flow->entrance = by_route; }
+//!     entrance = flow->entrance; goto deliver;
+//! }
+//! if (TCP && (socket = sk_lookup_tcp()) && socket->state != LISTEN
+//!     && !storage(sockets, socket) && now > counters[GRACE]) direct;
+//! if (!ICMP && (conversation = lookup(own, key))
+//!     && !CLOSED && now - conversation->seen <= OWN_KEPT) direct;
+//! if (update(flows, key, { now, entrance = by_route, opening = SYN })) { count; drop; }
+//!
+//! deliver: if (!entrance) return TC_ACT_UNSPEC;
+//!          link = lookup(links, entrance) or lookup(links, FIRST) or return TC_ACT_UNSPEC;
+//!          if (link->header) write an Ethernet header to link->mac;
+//!          skb->mark = DELIVERED;
+//!          return redirect(link->ifindex, BPF_F_INGRESS);
+//! direct:  if (TCP) { count; drop; } else { entrance = by_route; goto deliver; }
+//! by_route: fib_lookup(from local to remote); 0 for the TUN, or if no route leads there; FIRST if
+//!          the kernel does not tell
+//! ```
+
+use std::os::fd::AsFd;
+
+use Reg::{R0, R1, R2, R3, R4, R5, R7, R8, R10};
+
+use super::flows::{
+    CLOSED, Counter, FLOW_ENTRANCE, FLOW_OPENING, FLOW_SEEN, FlowMaps, KEY_LAST, KEY_LOCAL,
+    KEY_REMOTE, LINK_FIRST, LINK_HEADER, LINK_IFINDEX, LINK_MAC, OWN_KEPT, REFRESH, VALUE, count,
+    counter_at, enter, jump_if_within, look_up,
+};
+use super::headers::{ethernet, fib, icmpv4, icmpv6, skb, sock};
+use super::parse::{FLAGS, Side, Ways, parse};
+use super::phrases::{
+    BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
+    jump_if_v6, keep_packet, store_ethernet_header, verdict,
+};
+use crate::kernel::bpf::{
+    Alu, Assembler, BpfError, Helper, If, Label, Operand, Program, Reg, Size,
+};
+use crate::model::moved::TCP;
+use crate::packet::{ACK, FIN, PSH, RST, SYN};
+
+/// The flow's value in the map.
+const FLOW: Reg = R7;
+
+/// What is known of that link, at last.
+const LINK: Reg = R7;
+
+/// The link by which the packet is delivered, once its flow is known.
+const ENTRANCE: Reg = R8;
+
+/// Where the stack keeps `struct bpf_fib_lookup`, and the addresses of a socket.
+const FIB: i16 = -168;
+const TUPLE: i16 = -168;
+
+/// The program for the TUN. Where packets arrive, [`FlowMaps::set_links`] says at any time.
+///
+/// The kernel tells a program where a route leads only if forwarding is on for the TUN. Without it
+/// everything arrives at the first link.
+///
+/// # Errors
+/// If the program is too large.
+pub fn deliver(maps: &FlowMaps, tun_ifindex: u32) -> Result<Program, BpfError> {
+    deliver_behind(0, maps, tun_ifindex)
+}
+
+/// The same program for packets with a link-layer header of this length. A TUN has none, but
+/// BPF_PROG_TEST_RUN asks for one.
+pub(super) fn deliver_behind(
+    l2_header: u32,
+    maps: &FlowMaps,
+    tun_ifindex: u32,
+) -> Result<Program, BpfError> {
+    let mut asm = Assembler::new();
+    let a = &mut asm;
+    let ways = Ways::new(a);
+    let (known, new, on_the_tun) = (a.label(), a.label(), a.label());
+    let (by_route, deliver) = (a.label(), a.label());
+    keep_packet(a);
+    parse(a, l2_header, Side::Client, ways);
+
+    a.bind(ways.flow);
+    look_up(a, &maps.flows);
+    a.jump_if_wide(R0, If::Ne, 0, known);
+    jump_if_direct(a, maps, new);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), by_route);
+    count(a, maps, Counter::Direct);
+    verdict(a, TC_ACT_SHOT);
+
+    a.bind(new);
+    let (not_opening, entered) = (a.label(), a.label());
+    a.store(Size::Dw, R10, VALUE + FLOW_ENTRANCE, 0);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Ne, i32::from(SYN), not_opening);
+    a.store(Size::W, R10, VALUE + FLOW_OPENING, 1);
+    a.bind(not_opening);
+    find_entrance(a, tun_ifindex);
+    a.store(Size::W, R10, VALUE + FLOW_ENTRANCE, ENTRANCE);
+    a.call(Helper::KtimeGetNs);
+    a.store(Size::Dw, R10, VALUE + FLOW_SEEN, R0);
+    enter(a, &maps.flows);
+    a.jump_if_wide(R0, If::Eq, 0, entered);
+    // Delivered without a memory it would be answered from this host's own address.
+    count(a, maps, Counter::Full);
+    verdict(a, TC_ACT_SHOT);
+    a.bind(entered);
+    a.jump(deliver);
+
+    a.bind(known);
+    let (aged, opening, no_news, fresh) = (a.label(), a.label(), a.label(), a.label());
+    a.mov(FLOW, R0);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), aged);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.mov(R1, R0);
+    a.alu(Alu::And, R1, i32::from(SYN | ACK));
+    a.jump_if(R1, If::Eq, i32::from(SYN), opening);
+    a.jump_if(R0, If::Set, i32::from(FIN | RST | PSH), no_news);
+    a.jump(aged);
+    a.bind(opening);
+    a.store(Size::W, FLOW, FLOW_OPENING, 1);
+    a.jump(aged);
+    a.bind(no_news);
+    // Most packets find it so, and write nothing that other processors have to read again.
+    a.load(Size::W, R0, FLOW, FLOW_OPENING);
+    a.jump_if(R0, If::Eq, 0, aged);
+    a.store(Size::W, FLOW, FLOW_OPENING, 0);
+    a.bind(aged);
+    jump_if_within(a, FLOW, REFRESH, fresh);
+    a.store(Size::Dw, FLOW, FLOW_SEEN, R0);
+    find_entrance(a, tun_ifindex);
+    a.store(Size::W, FLOW, FLOW_ENTRANCE, ENTRANCE);
+    a.jump(deliver);
+    a.bind(fresh);
+    a.load(Size::W, ENTRANCE, FLOW, FLOW_ENTRANCE);
+    a.jump(deliver);
+
+    a.bind(ways.later);
+    a.bind(ways.none);
+    a.bind(by_route);
+    find_entrance(a, tun_ifindex);
+    a.bind(deliver);
+    let (found, bare, no_room) = (a.label(), a.label(), a.label());
+    a.jump_if(ENTRANCE, If::Eq, 0, on_the_tun);
+    look_up_link(a, maps, ENTRANCE);
+    a.jump_if_wide(R0, If::Ne, 0, found);
+    // A link that a flow remembers may be gone, and one that leads to a client without programs.
+    look_up_link(a, maps, LINK_FIRST);
+    a.jump_if_wide(R0, If::Eq, 0, on_the_tun);
+    a.bind(found);
+    a.mov(LINK, R0);
+    a.load(Size::W, R0, LINK, LINK_HEADER);
+    a.jump_if(R0, If::Eq, 0, bare);
+    add_empty_header(a, ethernet::LEN as u32);
+    a.jump_if_wide(R0, If::Ne, 0, no_room);
+    // The destination is the link's own address, the source nobody's.
+    store_ethernet_header(a, LINK, LINK_MAC);
+    a.bind(bare);
+    a.mov(R0, DELIVERED);
+    a.store(Size::W, PACKET, skb::MARK, R0);
+    a.load(Size::W, R1, LINK, LINK_IFINDEX);
+    a.mov(R2, BPF_F_INGRESS);
+    a.call(Helper::Redirect);
+    a.exit();
+    // The kernel has no room for the header: the TUN has to do.
+    a.bind(no_room);
+    a.bind(on_the_tun);
+    a.bind(ways.quoted);
+    a.bind(ways.other);
+    verdict(a, TC_ACT_UNSPEC);
+    asm.finish("ipmoved_deliver")
+}
+
+/// Goes on if the key is that of a direct conversation; jumps to `no` otherwise.
+fn jump_if_direct(a: &mut Assembler, maps: &FlowMaps, no: Label) {
+    let (own, yes, aged) = (a.label(), a.label(), a.label());
+    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        // This host's own queries are never taken for replies.
+        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), no);
+    }
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), own);
+    jump_unless_connected(a, maps, own);
+    let gone = a.label();
+    counter_at(a, maps, Counter::Grace, gone);
+    a.load(Size::Dw, R7, R0, 0);
+    a.call(Helper::KtimeGetNs);
+    a.jump_if_wide(R7, If::Gt, R0, no);
+    a.bind(gone);
+    a.jump(yes);
+
+    a.bind(own);
+    look_up(a, &maps.own);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.mov(R7, R0);
+    a.load(Size::Dw, R0, R7, 0);
+    a.jump_if_wide(R0, If::Eq, CLOSED, no);
+    jump_if_within(a, R7, OWN_KEPT, aged);
+    a.jump(no);
+    a.bind(aged);
+    a.bind(yes);
+}
+
+/// Goes on if a TCP socket has a connection with the client, and did not get it by the tunnel.
+fn jump_unless_connected(a: &mut Assembler, maps: &FlowMaps, no: Label) {
+    let (v6, tuple, other) = (a.label(), a.label(), a.label());
+    let Some(sockets) = &maps.sockets else {
+        // Nothing would tell the connections of the tunnel from others.
+        a.jump(no);
+        return;
+    };
+    jump_if_v6(a, v6);
+    for (length, family) in [(4_i16, libc::AF_INET), (16, libc::AF_INET6)] {
+        if family == libc::AF_INET6 {
+            a.bind(v6);
+        }
+        for word in (0..length).step_by(4) {
+            a.load(Size::W, R0, R10, KEY_REMOTE + word);
+            a.store(Size::W, R10, TUPLE + word, R0);
+            a.load(Size::W, R0, R10, KEY_LOCAL + word);
+            a.store(Size::W, R10, TUPLE + length + word, R0);
+        }
+        a.load(Size::W, R0, R10, KEY_LAST);
+        a.store(Size::W, R10, TUPLE + 2 * length, R0);
+        a.mov(R3, i32::from(2 * length + 4));
+        a.jump(tuple);
+    }
+    a.bind(tuple);
+    a.mov(R1, PACKET);
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(TUPLE));
+    // This namespace.
+    a.mov(R4, -1);
+    a.mov(R5, 0);
+    a.call(Helper::SkLookupTcp);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.mov(R7, R0);
+    a.load(Size::W, R0, R7, sock::STATE);
+    a.jump_if(R0, If::Eq, sock::LISTEN, other);
+    a.load_map(R1, sockets.as_fd());
+    a.mov(R2, R7);
+    a.mov(R3, 0);
+    a.mov(R4, 0);
+    a.call(Helper::SkStorageGet);
+    a.jump_if_wide(R0, If::Ne, 0, other);
+    let yes = a.label();
+    a.mov(R1, R7);
+    a.call(Helper::SkRelease);
+    a.jump(yes);
+    a.bind(other);
+    a.mov(R1, R7);
+    a.call(Helper::SkRelease);
+    a.jump(no);
+    a.bind(yes);
+}
+
+/// R0 = the address of what is known of a link, or 0.
+fn look_up_link(a: &mut Assembler, maps: &FlowMaps, ifindex: impl Into<Operand>) {
+    a.store(Size::W, R10, VALUE, ifindex);
+    a.load_map(R1, maps.links.as_fd());
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(VALUE));
+    a.call(Helper::MapLookup);
+}
+
+/// ENTRANCE = the link that leads to the client, by the addresses in the key; 0 for the TUN.
+fn find_entrance(a: &mut Assembler, tun_ifindex: u32) {
+    let (v6, look, found, done) = (a.label(), a.label(), a.label(), a.label());
+    for at in (FIB..FIB + fib::LEN).step_by(8) {
+        a.store(Size::Dw, R10, at, 0);
+    }
+    a.store(Size::W, R10, FIB + fib::IFINDEX, tun_ifindex);
+    jump_if_v6(a, v6);
+    for (length, family) in [(4, libc::AF_INET), (16, libc::AF_INET6)] {
+        if family == libc::AF_INET6 {
+            a.bind(v6);
+        }
+        a.store(Size::B, R10, FIB + fib::FAMILY, family);
+        for word in (0..length).step_by(4) {
+            for (from, to) in [(KEY_LOCAL, fib::SOURCE), (KEY_REMOTE, fib::DESTINATION)] {
+                a.load(Size::W, R0, R10, from + word);
+                a.store(Size::W, R10, FIB + to + word, R0);
+            }
+        }
+        a.jump(look);
+    }
+    a.bind(look);
+    a.mov(R1, PACKET);
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(FIB));
+    a.mov(R3, i32::from(fib::LEN));
+    a.mov(R4, 0);
+    a.call(Helper::FibLookup);
+    for result in fib::FOUND {
+        a.jump_if(R0, If::Eq, result, found);
+    }
+    a.mov(ENTRANCE, LINK_FIRST);
+    a.jump_if(R0, If::Eq, fib::FORWARDING_DISABLED, done);
+    a.mov(ENTRANCE, 0);
+    a.jump(done);
+    a.bind(found);
+    a.load(Size::W, ENTRANCE, R10, FIB + fib::IFINDEX);
+    a.jump_if(ENTRANCE, If::Ne, tun_ifindex, done);
+    a.mov(ENTRANCE, 0);
+    a.bind(done);
+}

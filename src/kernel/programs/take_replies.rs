@@ -1,0 +1,594 @@
+//! Takes replies of known flows into the TUN, and remembers the conversations that this host has
+//! directly: for the egress of the new server's links.
+//!
+//! It is the last that a packet meets before the link. So no rule, route or mark on the way there
+//! makes a difference, and it is the same for sockets of this host and for what it forwards.
+//!
+//! A TCP socket that once sent into the tunnel does so as long as it lives. Its connection is then
+//! known even when the flow is forgotten, and its packets need not be read. What answers a SYN that
+//! did not come by the tunnel ends what was known of the same addresses and ports.
+//!
+//! All fragments of a reply follow the first, and an ICMP error follows the packet that it quotes.
+//! When the daemon is dead its TUN is gone, and the kernel drops what is redirected there: known
+//! flows fall silent, and nothing leaves with this host's own address.
+//!
+//! ```text
+//! if (skb->vlan_present || UDP from the tunnel's own port) pass;
+//! if (it is from a TCP socket with storage(sockets)) return redirect(tun, 0);
+//! parse();                                                    // none, other: pass; later: below
+//! if ((flow = lookup(flows, key))) {
+//!     if (TCP) {
+//!         if (SYN and ACK && !flow->opening) { delete(flows, key); forget own; pass; }
+//!         if (it is from a TCP socket) storage(sockets) = 1;
+//!     } else {
+//!         if (now - flow->seen > REPLY_IDLE) goto miss;
+//!         if (now - flow->seen > REFRESH) flow->seen = now;
+//!     }
+//!     if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification);
+//!     return redirect(tun, 0);
+//! }
+//! miss:   // TCP of a socket of this host needs no memory: the socket is there to be asked
+//!     if (TCP && !forwarded) goto unknown;
+//!     if (TCP) {
+//!         if (RST, or SYN and ACK) delete(own, key);
+//!         else if (SYN) update(own, key, now);
+//!         else if (FIN) update(own, key, CLOSED);
+//!         else refresh(own, key);
+//!     } else if (!ICMP && !lookup(in, key)) refresh(own, key);
+//! unknown: // a first fragment of another flow ends the entry for its identification
+//!     if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
+//!     pass;
+//! quoted: if (lookup(flows, key)) return redirect(tun, 0); else pass;
+//! later:  if (!lookup(fragments, key by identification)) pass;
+//!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
+//!         return redirect(tun, 0);
+//! pass:   return TC_ACT_UNSPEC;
+//! ```
+
+use std::os::fd::AsFd;
+
+use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
+
+use super::flows::{
+    CLOSED, FLOW_OPENING, FLOW_SEEN, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, enter,
+    enter_now, jump_if_within, look_up, remove,
+};
+use super::headers::{icmpv4, icmpv6, ports, skb, sock};
+use super::parse::{
+    FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse,
+    sort_out, wire,
+};
+use super::phrases::{
+    PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
+};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
+use crate::model::moved::{TCP, UDP};
+use crate::packet::{ACK, FIN, RST, SYN};
+
+/// The program's name.
+pub const TAKE_REPLIES: &str = "ipmoved_reply";
+
+/// The flow's value in the map, once the packet is read.
+const FLOW: Reg = R7;
+
+/// The TCP socket that sends the packet, before that is known.
+const SOCKET: Reg = R7;
+
+/// The program for a link and the TUN. `tunnel_port` is the tunnel's own on this host.
+///
+/// # Errors
+/// If the program is too large.
+pub fn take_replies(
+    maps: &FlowMaps,
+    l2_header: u32,
+    tun_ifindex: u32,
+    tunnel_port: u16,
+) -> Result<Program, BpfError> {
+    let mut asm = Assembler::new();
+    let a = &mut asm;
+    let ways = Ways::new(a);
+    let (pass, hit, miss) = (a.label(), a.label(), a.label());
+    keep_packet(a);
+    pass_if_tagged(a, pass);
+    let (read, from_socket) = (a.label(), a.label());
+    // The tunnel itself is most of what leaves, and TCP of sockets that are known.
+    sort_out(
+        a,
+        l2_header,
+        ports::SOURCE,
+        tunnel_port,
+        from_socket,
+        read,
+        pass,
+    );
+    a.bind(from_socket);
+    if let Some(sockets) = &maps.sockets {
+        load_tcp_socket(a, read, read);
+        a.load_map(R1, sockets.as_fd());
+        a.mov(R2, SOCKET);
+        a.mov(R3, 0);
+        a.mov(R4, 0);
+        a.call(Helper::SkStorageGet);
+        a.jump_if_wide(R0, If::Eq, 0, read);
+        redirect_to(a, tun_ifindex);
+    }
+    a.bind(read);
+    parse(a, l2_header, Side::Host, ways);
+
+    a.bind(ways.flow);
+    let flow = a.label();
+    // The tunnel once more, behind options.
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), flow);
+    a.load(Size::H, R0, R10, KEY_LAST + 2);
+    a.jump_if(R0, If::Eq, wire(i32::from(tunnel_port)), pass);
+    a.bind(flow);
+    look_up(a, &maps.flows);
+    a.jump_if_wide(R0, If::Eq, 0, miss);
+    a.mov(FLOW, R0);
+    let (without_tcp, known, fresh) = (a.label(), a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Ne, i32::from(SYN | ACK), known);
+    a.load(Size::W, R0, FLOW, FLOW_OPENING);
+    a.jump_if(R0, If::Ne, 0, hit);
+    remove(a, &maps.flows);
+    remove(a, &maps.own);
+    a.jump(pass);
+    a.bind(known);
+    if let Some(sockets) = &maps.sockets {
+        load_tcp_socket(a, hit, hit);
+        a.store(Size::W, R10, VALUE, 1);
+        a.load_map(R1, sockets.as_fd());
+        a.mov(R2, SOCKET);
+        a.mov(R3, R10);
+        a.alu(Alu::Add, R3, i32::from(VALUE));
+        a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
+        a.call(Helper::SkStorageGet);
+    }
+    a.jump(hit);
+    a.bind(without_tcp);
+    jump_if_within(a, FLOW, REFRESH, hit);
+    jump_if_within(a, FLOW, REPLY_IDLE, fresh);
+    a.jump(miss);
+    a.bind(fresh);
+    a.store(Size::Dw, FLOW, FLOW_SEEN, R0);
+    a.bind(hit);
+    let redirect = a.label();
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, redirect);
+    key_by_identification(a);
+    a.store(Size::Dw, R10, VALUE, 0);
+    enter(a, &maps.fragments);
+    a.bind(redirect);
+    redirect_to(a, tun_ifindex);
+
+    a.bind(miss);
+    let unknown = a.label();
+    remember_own(a, maps, unknown);
+    a.bind(unknown);
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, pass);
+    key_by_identification(a);
+    remove(a, &maps.fragments);
+    a.jump(pass);
+
+    a.bind(ways.quoted);
+    look_up(a, &maps.flows);
+    a.jump_if_wide(R0, If::Eq, 0, pass);
+    redirect_to(a, tun_ifindex);
+
+    a.bind(ways.later);
+    let more = a.label();
+    key_by_identification(a);
+    look_up(a, &maps.fragments);
+    a.jump_if_wide(R0, If::Eq, 0, pass);
+    a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, more);
+    remove(a, &maps.fragments);
+    a.bind(more);
+    redirect_to(a, tun_ifindex);
+
+    for label in [ways.none, ways.other, pass] {
+        a.bind(label);
+    }
+    verdict(a, TC_ACT_UNSPEC);
+    asm.finish(TAKE_REPLIES)
+}
+
+/// Makes the storage of a socket that has none.
+const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
+
+/// SOCKET = the TCP socket that sends the packet. Jumps to `none` if no socket of TCP sends it; to
+/// `other` if the kernel answers in the name of one: the request behind a SYN-ACK, or the kernel's
+/// own socket for resets.
+fn load_tcp_socket(a: &mut Assembler, none: Label, other: Label) {
+    a.load(Size::Dw, R1, PACKET, skb::SK);
+    a.jump_if_wide(R1, If::Eq, 0, none);
+    a.call(Helper::SkFullsock);
+    a.jump_if_wide(R0, If::Eq, 0, other);
+    a.mov(SOCKET, R0);
+    a.load(Size::W, R0, SOCKET, sock::PROTOCOL);
+    a.jump_if(R0, If::Ne, i32::from(TCP), none);
+    a.load(Size::W, R0, SOCKET, sock::TYPE);
+    a.jump_if(R0, If::Ne, SOCK_STREAM, other);
+}
+
+/// `SOCK_STREAM`, as the kernel counts.
+const SOCK_STREAM: i32 = 1;
+
+/// Remembers a direct conversation, and jumps to `done`.
+fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
+    let (tcp, forwarded, fresh, new) = (a.label(), a.label(), a.label(), a.label());
+    let (ended, refresh, closed) = (a.label(), a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
+    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), done);
+    }
+    look_up(a, &maps.own);
+    a.jump_if_wide(R0, If::Ne, 0, refresh);
+    look_up(a, &maps.direct);
+    a.jump_if_wide(R0, If::Ne, 0, done);
+    a.jump(new);
+
+    a.bind(tcp);
+    if maps.sockets.is_some() {
+        load_tcp_socket(a, forwarded, done);
+        // Nobody but its own interface finds a socket that is bound to one.
+        a.load(Size::W, R0, SOCKET, sock::BOUND_DEV_IF);
+        a.jump_if(R0, If::Eq, 0, done);
+    }
+    a.bind(forwarded);
+    a.load(Size::W, R8, R10, FLAGS);
+    a.jump_if(R8, If::Set, i32::from(RST), ended);
+    a.mov(R0, R8);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Eq, i32::from(SYN | ACK), ended);
+    a.jump_if(R0, If::Eq, i32::from(SYN), new);
+    a.jump_if(R8, If::Set, i32::from(FIN), closed);
+    look_up(a, &maps.own);
+    a.jump_if_wide(R0, If::Eq, 0, new);
+    a.load(Size::Dw, R1, R0, 0);
+    a.jump_if_wide(R1, If::Eq, CLOSED, done);
+
+    a.bind(refresh);
+    a.mov(FLOW, R0);
+    jump_if_within(a, FLOW, REFRESH, fresh);
+    a.store(Size::Dw, FLOW, 0, R0);
+    a.bind(fresh);
+    a.jump(done);
+    a.bind(new);
+    enter_now(a, &maps.own);
+    a.jump(done);
+    a.bind(closed);
+    a.store(Size::Dw, R10, VALUE, CLOSED);
+    enter(a, &maps.own);
+    a.jump(done);
+    a.bind(ended);
+    remove(a, &maps.own);
+    a.jump(done);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, OwnedFd};
+
+    use super::*;
+    use crate::kernel::bpf::test_run::run;
+    use crate::kernel::programs::arrivals::arrivals;
+    use crate::kernel::programs::deliver::deliver_behind;
+    use crate::kernel::programs::flows::Counter;
+    use crate::kernel::programs::phrases::{DELIVERED, TC_ACT_SHOT};
+    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, ports, taken, tcp};
+    use crate::packet::{MAX_EXTENSION_HEADERS, PSH};
+
+    /// All programs of the new server, with a memory of their own.
+    struct Steering {
+        maps: FlowMaps,
+        deliver: OwnedFd,
+        arrivals: OwnedFd,
+        egress: OwnedFd,
+    }
+
+    impl Steering {
+        fn new() -> Self {
+            Self::with_room_for(1000)
+        }
+
+        fn with_room_for(flows: u32) -> Self {
+            let maps = FlowMaps::new(flows).expect("run the tests as root");
+            let deliver = deliver_behind(L2, &maps, 1).unwrap();
+            Self {
+                deliver: deliver.load().unwrap(),
+                arrivals: arrivals(&maps, L2, 51820).unwrap().load().unwrap(),
+                egress: take_replies(&maps, L2, 1, 51820).unwrap().load().unwrap(),
+                maps,
+            }
+        }
+
+        /// Comes out of the tunnel; returns whether it is delivered.
+        fn arrives(&self, packet: &Packet) -> bool {
+            match run(self.deliver.as_fd(), &frame(&packet.bytes())).verdict {
+                TC_ACT_UNSPEC => true,
+                TC_ACT_SHOT => false,
+                other => panic!("verdict {other} for {packet:?}"),
+            }
+        }
+
+        /// Comes from the wire.
+        fn comes_directly(&self, packet: &Packet) {
+            assert!(!taken(self.arrivals.as_fd(), packet));
+        }
+
+        /// Leaves, and is taken into the tunnel.
+        fn is_steered(&self, packet: &Packet) -> bool {
+            taken(self.egress.as_fd(), packet)
+        }
+    }
+
+    const ENDS: [(&str, &str); 2] = [
+        ("203.0.113.7", "198.51.100.2"),
+        ("2001:db8:c::7", "2001:db8:b::2"),
+    ];
+
+    fn icmp_protocol(addr: &str) -> u8 {
+        if addr.contains(':') {
+            icmpv6::PROTOCOL
+        } else {
+            icmpv4::PROTOCOL
+        }
+    }
+
+    /// Echo request and echo reply.
+    fn echo(addr: &str) -> (u8, u8) {
+        if addr.contains(':') {
+            (128, 129)
+        } else {
+            (8, 0)
+        }
+    }
+
+    #[test]
+    fn replies_of_flows_from_the_tunnel_are_steered() {
+        let steering = Steering::new();
+        for (client, here) in ENDS {
+            for (options, protocol) in [(0, UDP), (2, UDP), (0, TCP), (2, TCP)] {
+                let client_port = 40_000 + u16::from(options);
+                let mut request = Packet::new(client, here, protocol, ports(client_port, 53));
+                request.options = options;
+                let reply = Packet::new(here, client, protocol, ports(53, client_port));
+                assert!(steering.arrives(&request));
+                assert!(steering.is_steered(&reply), "{reply:?}");
+                let elsewhere = Packet::new(here, client, protocol, ports(53, 41_000));
+                assert!(!steering.is_steered(&elsewhere));
+                let turned = Packet::new(client, here, protocol, ports(client_port, 53));
+                assert!(!steering.is_steered(&turned));
+                let gre = Packet::new(here, client, 47, ports(53, client_port));
+                assert!(!steering.is_steered(&gre));
+            }
+            let (request, reply) = echo(here);
+            let protocol = icmp_protocol(here);
+            let pong = |id| Packet::new(here, client, protocol, icmp(reply, id));
+            assert!(!steering.is_steered(&pong(7)));
+            steering.arrives(&Packet::new(client, here, protocol, icmp(request, 7)));
+            assert!(steering.is_steered(&pong(7)));
+            assert!(!steering.is_steered(&pong(8)));
+            // A query of this host itself with the same identifier.
+            let own = Packet::new(here, client, protocol, icmp(request, 7));
+            assert!(!steering.is_steered(&own));
+            steering.arrives(&Packet::new(client, here, 50, ports(1, 2)));
+            assert!(steering.is_steered(&Packet::new(here, client, 50, ports(3, 4))));
+        }
+    }
+
+    #[test]
+    fn errors_follow_the_packet_that_they_quote() {
+        let steering = Steering::new();
+        for (client, here) in ENDS {
+            let (request, _) = echo(here);
+            for (protocol, payload) in [
+                (UDP, ports(40_000, 53)),
+                (TCP, ports(40_000, 53)),
+                (icmp_protocol(here), icmp(request, 9)),
+                (50, ports(1, 2)),
+            ] {
+                for options in [0, 2] {
+                    let mut packet = Packet::new(client, here, protocol, payload.clone());
+                    // Errors quote IPv6 packets from their first header on.
+                    packet.options = if here.contains(':') { 0 } else { options };
+                    let mut other = packet.clone();
+                    other.dst = if here.contains(':') {
+                        "2001:db8:b::3".parse().unwrap()
+                    } else {
+                        "198.51.100.3".parse().unwrap()
+                    };
+                    steering.arrives(&packet);
+                    assert!(steering.is_steered(&Packet::icmp_error(here, &packet)));
+                    assert!(!steering.is_steered(&Packet::icmp_error(here, &other)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn replies_are_steered_whatever_headers_the_request_had() {
+        let steering = Steering::new();
+        let (client, here) = ENDS[1];
+        let request = Packet::new(client, here, UDP, ports(40_000, 53));
+        steering.arrives(&request.behind_options(MAX_EXTENSION_HEADERS));
+        assert!(steering.is_steered(&Packet::new(here, client, UDP, ports(53, 40_000))));
+    }
+
+    #[test]
+    fn the_tunnels_own_datagrams_are_left_alone() {
+        let steering = Steering::new();
+        for (client, here) in ENDS {
+            steering.arrives(&Packet::new(client, here, UDP, ports(51820, 51820)));
+            let own = Packet::new(here, client, UDP, ports(51820, 51820));
+            assert!(!steering.is_steered(&own));
+        }
+    }
+
+    #[test]
+    fn fragments_of_a_reply_follow_the_first() {
+        let steering = Steering::new();
+        for (client, here) in ENDS {
+            let mut request = Packet::new(client, here, UDP, ports(40_000, 53));
+            request.fragment = Some((9, 0, true));
+            steering.arrives(&request);
+            request.fragment = Some((9, 8, false));
+            request.payload = ports(7, 7);
+            steering.arrives(&request);
+            assert!(!steering.is_steered(&Packet::new(here, client, UDP, ports(7, 7))));
+
+            let fragment = |ports, id, offset, more| Packet {
+                fragment: Some((id, offset, more)),
+                ..Packet::new(here, client, UDP, ports)
+            };
+            let ours = || ports(53, 40_000);
+            let noise = || ports(1, 2);
+            assert!(!steering.is_steered(&fragment(noise(), 5, 3, true)));
+            assert!(steering.is_steered(&fragment(ours(), 5, 0, true)));
+            assert!(steering.is_steered(&fragment(noise(), 5, 3, true)));
+            assert!(!steering.is_steered(&fragment(noise(), 6, 3, true)));
+            assert!(steering.is_steered(&fragment(noise(), 5, 6, false)));
+            // The last fragment ends the entry.
+            assert!(!steering.is_steered(&fragment(noise(), 5, 3, true)));
+            // So does a direct packet that uses the identification again.
+            assert!(steering.is_steered(&fragment(ours(), 5, 0, true)));
+            assert!(!steering.is_steered(&fragment(ports(99, 40_000), 5, 0, true)));
+            assert!(!steering.is_steered(&fragment(noise(), 5, 3, true)));
+        }
+    }
+
+    #[test]
+    fn no_packet_from_the_tunnel_takes_over_a_conversation_of_this_host() {
+        let steering = Steering::new();
+        for (remote, here) in ENDS {
+            for (protocol, port) in [(UDP, 123), (UDP, 5060), (47, 0), (50, 0), (132, 1)] {
+                let own = Packet::new(here, remote, protocol, ports(port, port));
+                let forged = Packet::new(remote, here, protocol, ports(port, port));
+                assert!(!steering.is_steered(&own));
+                for _ in 0..3 {
+                    // It is delivered, since a genuine peer may use both addresses.
+                    assert!(steering.arrives(&forged));
+                    assert!(!steering.is_steered(&own), "{own:?}");
+                }
+            }
+            // A conversation of a host behind this one, which no socket tells of.
+            let own = |flags| Packet::new(here, remote, TCP, tcp(40_000, 443, flags));
+            let forged = |flags| Packet::new(remote, here, TCP, tcp(443, 40_000, flags));
+            assert!(!steering.is_steered(&own(SYN)));
+            for flags in [SYN, ACK, ACK | PSH, SYN | ACK, RST] {
+                assert!(!steering.arrives(&forged(flags)));
+                assert!(!steering.is_steered(&own(ACK)));
+            }
+            // It is over, and the remote is a client with the same ports.
+            assert!(!steering.is_steered(&own(FIN | ACK)));
+            assert!(!steering.is_steered(&own(ACK)));
+            assert!(steering.arrives(&forged(SYN)));
+            assert!(steering.is_steered(&own(SYN | ACK)));
+        }
+        // Five for each family.
+        assert_eq!(steering.maps.count(Counter::Direct), 10);
+    }
+
+    #[test]
+    fn answers_to_a_flood_of_syns_leave_no_memory() {
+        let steering = Steering::new();
+        let (client, here) = ENDS[0];
+        // The container answers directly, and later the client comes by the tunnel.
+        for flags in [SYN | ACK, RST, RST | ACK] {
+            let answer = Packet::new(here, client, TCP, tcp(80, 40_000, flags));
+            assert!(!steering.is_steered(&answer));
+            assert!(steering.arrives(&Packet::new(client, here, TCP, tcp(40_000, 80, SYN))));
+            let answer = Packet::new(here, client, TCP, tcp(80, 40_000, SYN | ACK));
+            assert!(steering.is_steered(&answer));
+            // What a SYN from the wire brings about ends the flow.
+            steering.arrives(&Packet::new(client, here, TCP, tcp(40_000, 80, FIN | ACK)));
+            assert!(!steering.is_steered(&answer));
+        }
+    }
+
+    #[test]
+    fn a_client_that_comes_directly_is_answered_directly_from_then_on() {
+        let steering = Steering::new();
+        for (client, here) in ENDS {
+            let (ping, pong) = echo(here);
+            let icmp_of = icmp_protocol(here);
+            for (protocol, request, reply) in [
+                (UDP, ports(5060, 5060), ports(5060, 5060)),
+                (50, ports(1, 2), ports(3, 4)),
+                (icmp_of, icmp(ping, 7), icmp(pong, 7)),
+            ] {
+                let request = Packet::new(client, here, protocol, request);
+                let reply = Packet::new(here, client, protocol, reply);
+                // Whichever way it came last.
+                for _ in 0..3 {
+                    steering.arrives(&request);
+                    assert!(steering.is_steered(&reply));
+                    assert!(steering.is_steered(&reply));
+                    steering.comes_directly(&request);
+                    assert!(!steering.is_steered(&reply), "{reply:?}");
+                    assert!(!steering.is_steered(&reply));
+                    steering.comes_directly(&request);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_connection_with_the_same_ports_may_be_direct_after_one_by_the_tunnel() {
+        for (client, here) in ENDS {
+            let in_ = |flags| Packet::new(client, here, TCP, tcp(40_000, 80, flags));
+            let out = |flags| Packet::new(here, client, TCP, tcp(80, 40_000, flags));
+            for last in [FIN | ACK, RST, PSH | ACK] {
+                let steering = Steering::new();
+                steering.arrives(&in_(SYN));
+                assert!(steering.is_steered(&out(SYN | ACK)));
+                steering.arrives(&in_(ACK));
+                // A listener that defers accepting sends it again after the client's ACK.
+                assert!(steering.is_steered(&out(SYN | ACK)));
+                steering.arrives(&in_(last));
+                assert!(steering.is_steered(&out(ACK)));
+                // Directly.
+                steering.comes_directly(&in_(SYN));
+                assert!(!steering.is_steered(&out(SYN | ACK)));
+                assert!(!steering.is_steered(&out(ACK)));
+                // And by the tunnel again, once the direct one is over.
+                assert!(!steering.arrives(&in_(SYN)));
+                assert!(!steering.is_steered(&out(FIN | ACK)));
+                assert!(steering.arrives(&in_(SYN)));
+                assert!(steering.is_steered(&out(SYN | ACK)));
+            }
+            // A forged SYN from the wire ends nothing: the answer to it is no SYN.
+            let steering = Steering::new();
+            steering.arrives(&in_(SYN));
+            steering.arrives(&in_(ACK | PSH));
+            steering.comes_directly(&in_(SYN));
+            assert!(steering.is_steered(&out(ACK)));
+        }
+    }
+
+    #[test]
+    fn a_flow_that_has_no_room_is_dropped_and_counted() {
+        let steering = Steering::with_room_for(2);
+        let (client, here) = ENDS[0];
+        let request = |port| Packet::new(client, here, UDP, ports(port, 53));
+        let delivered: Vec<_> = (1..=4)
+            .filter(|&port| steering.arrives(&request(port)))
+            .collect();
+        assert_eq!(delivered, [1, 2]);
+        assert_eq!(steering.maps.count(Counter::Full), 2);
+        assert!(steering.arrives(&request(1)));
+    }
+
+    #[test]
+    fn what_was_delivered_passes_and_loses_its_mark() {
+        let steering = Steering::new();
+        let (client, here) = ENDS[0];
+        let packet = frame(&Packet::new(client, here, UDP, ports(1, 2)).bytes());
+        for (mark, after) in [(DELIVERED, 0), (7, 7)] {
+            let outcome =
+                crate::kernel::bpf::test_run::run_marked(steering.arrivals.as_fd(), &packet, mark);
+            assert_eq!((outcome.verdict, outcome.mark), (TC_ACT_UNSPEC, after));
+        }
+    }
+}
