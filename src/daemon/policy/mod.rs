@@ -204,6 +204,8 @@ struct Peer {
     state: State,
     /// Where the new server delivers, once that is known.
     deliver: Option<Deliver>,
+    /// Where it delivered last, family by family, though that address may be gone now.
+    chosen: delivery::Chosen,
     /// Why it cannot deliver everything (new server).
     trouble: Option<Warning>,
     /// MTU of the old server's link to its clients (new server).
@@ -228,6 +230,7 @@ impl Policy {
                     endpoint: None,
                     state: State::Connecting,
                     deliver: None,
+                    chosen: (None, None),
                     trouble: None,
                     client_mtu: None,
                 }
@@ -437,14 +440,20 @@ impl Policy {
         let (deliver, delivery) = delivery::choose(
             peer.deliver_to,
             &peer.ports,
+            peer.chosen,
             endpoint.local,
-            &self.addresses.uplink,
+            &self.addresses,
         );
         if let Some(wanted) = self.wanted_here() {
             self.actions.push_back(Action::Hold(wanted));
         }
         self.actions.push_back(Action::Deliver(id, delivery));
-        self.peers[index(id)].deliver = Some(deliver);
+        let peer = &mut self.peers[index(id)];
+        peer.deliver = Some(deliver);
+        if let Deliver::To { v4, v6 } = deliver {
+            let (before_v4, before_v6) = peer.chosen;
+            peer.chosen = (v4.or(before_v4), v6.or(before_v6));
+        }
         self.tell_delivery(id);
     }
 
@@ -514,7 +523,31 @@ impl Policy {
                 }
             }
         }
+        let others = self.addresses != addresses;
         self.addresses = addresses;
+        if others {
+            self.deliver_elsewhere();
+        }
+    }
+
+    /// Chooses anew for peers whose delivery address is gone, or has come.
+    fn deliver_elsewhere(&mut self) {
+        for id in self.peers() {
+            let peer = &self.peers[index(id)];
+            let (Some(before), Some(endpoint)) = (peer.deliver, peer.endpoint) else {
+                continue;
+            };
+            let (deliver, _) = delivery::choose(
+                peer.deliver_to,
+                &peer.ports,
+                peer.chosen,
+                endpoint.local,
+                &self.addresses,
+            );
+            if self.role == Role::New && deliver != before {
+                self.deliver(id);
+            }
+        }
     }
 
     fn uplink_has_mtu(&mut self, mtu: u32) {
