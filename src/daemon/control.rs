@@ -5,8 +5,8 @@
 //! (channel) and to the [`Policy`] (decisions), and carries out what they say. What concerns lanes
 //! becomes a new view for them. No lane ever waits for this task.
 //!
-//! Owns the order of things and every call to the kernel while the daemon runs. Of decisions it
-//! keeps one that needs the kernel: whether a daemon whose uplink was made anew has to end.
+//! Owns the order of things and every call to the kernel while the daemon runs. When it looks at
+//! the kernel, and what follows for programs on links, is [`follow`](super::follow)'s business.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -18,13 +18,14 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use super::follow::{Follower, Listener};
 use super::index;
 use super::policy::{
     Action, Addresses, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu,
 };
 use super::report;
 use super::service::{
-    self, Cause, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, end, failed,
+    self, Cause, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, end, failed,
     notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
@@ -39,9 +40,8 @@ use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::UdpSocket;
-use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::steer::Steering;
-use crate::kernel::{Host, keep};
+use crate::kernel::netlink::{Address, Family, Link, Netlink};
+use crate::kernel::{Change, Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::Drops;
@@ -55,9 +55,6 @@ use crate::settings::values::PeerAddr;
 /// How often to look at the route to a peer, whose MTU may have changed. A router's message changes
 /// it, and the kernel tells nobody. A transfer that is too big stalls until we look and ask.
 const PATH_EVERY: Duration = Duration::from_secs(1);
-
-/// How often to list this server's addresses, in case some were added.
-const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
 /// How often to tell the kernel which flows ended.
 const FLOWS_EVERY: Duration = Duration::from_secs(1);
@@ -92,15 +89,15 @@ async fn carry(
         features,
         tun,
         sockets,
-        uplink,
-        steering,
+        follower,
         endpoints,
         processors,
     } = tools;
+    let mut listener = Listener::new([&netlink, host.netlink()]);
     let status = UnixListener::from_std(status).map_err(failed)?;
     let (keys, rules) = take_peers(&mut config);
     let facts = HostFacts {
-        uplink_mtu: uplink.mtu,
+        uplink_mtu: follower.uplinks().mtu(),
         tun_mtu: tun.mtu,
         left: keep::held(host.made()).collect(),
     };
@@ -138,8 +135,8 @@ async fn carry(
         netlink,
         udp: sockets[0].try_clone().map_err(failed)?,
         tun,
-        uplink,
-        steering,
+        follower,
+        holding: None,
         view: LaneView {
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
@@ -150,8 +147,7 @@ async fn carry(
         names: to_names,
         started,
         next_path: started,
-        next_repair: started + REPAIR_EVERY,
-        next_addresses: started,
+        next_look: started,
         next_flows: started + FLOWS_EVERY,
         repairer: Repairer::default(),
         offloads: Offloads {
@@ -166,6 +162,8 @@ async fn carry(
         watchdog: service::watchdog(started),
     };
     control.turn(started);
+    // It has looked at everything; what the start itself caused can wait.
+    listener.looked(started, Instant::now());
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(peers));
         control.counters.push(Arc::clone(&counters));
@@ -191,7 +189,14 @@ async fn carry(
     control.announce_start(config.warnings);
     notify_ready(&control.summary());
     let result = control
-        .serve(&mut signals, lanes, &mut from_lanes, &mut names, &status)
+        .serve(
+            &mut signals,
+            lanes,
+            &mut from_lanes,
+            &mut names,
+            &status,
+            &mut listener,
+        )
         .await;
     notify_stopping();
     control.close();
@@ -288,9 +293,9 @@ struct Control<'h> {
     /// The first lane's socket: the tunnels' datagrams leave through it.
     udp: UdpSocket,
     tun: Link,
-    uplink: Link,
-    /// The memory of the new server's programs.
-    steering: Option<Steering>,
+    follower: Follower,
+    /// The moved addresses that this host was last asked to hold.
+    holding: Option<Vec<IpAddr>>,
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
@@ -299,8 +304,7 @@ struct Control<'h> {
     names: mpsc::Sender<Found>,
     started: Instant,
     next_path: Instant,
-    next_repair: Instant,
-    next_addresses: Instant,
+    next_look: Instant,
     next_flows: Instant,
     repairer: Repairer,
     offloads: Offloads,
@@ -317,11 +321,10 @@ impl Control<'_> {
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
         status: &UnixListener,
+        listener: &mut Listener,
     ) -> Result<()> {
         loop {
-            let now = Instant::now();
-            self.turn(now);
-            self.repair(now)?;
+            self.turn(Instant::now());
             self.watch();
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -330,6 +333,11 @@ impl Control<'_> {
                 Some(message) = from_lanes.recv() => self.handle(Instant::now(), message)?,
                 Some((peer, found)) = names.recv() => {
                     self.see(Instant::now(), Input::LookedUp(peer, found));
+                }
+                () = listener.news() => {
+                    let begun = Instant::now();
+                    self.look(begun);
+                    listener.looked(begun, Instant::now());
                 }
                 connection = status.accept() => {
                     status_socket::send_status(connection, || self.status(Instant::now()));
@@ -343,7 +351,7 @@ impl Control<'_> {
         self.tunnels
             .iter()
             .filter_map(Tunnel::next_timeout)
-            .chain([self.next_path, self.next_repair])
+            .chain([self.next_path, self.next_look])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
             .min()
             .unwrap_or(self.next_path)
@@ -405,9 +413,8 @@ impl Control<'_> {
                 self.event(now, peer, event);
             }
         }
-        if now >= self.next_addresses {
-            self.next_addresses = now + ADDRESSES_EVERY;
-            self.look_at_addresses(now);
+        if now >= self.next_look {
+            self.look(now);
         }
         if now >= self.next_flows {
             self.next_flows = now + FLOWS_EVERY;
@@ -415,7 +422,6 @@ impl Control<'_> {
         }
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
-            self.look_at_uplink(now);
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
             }
@@ -503,6 +509,7 @@ impl Control<'_> {
                 }
                 Action::Hold(wanted) => {
                     let result = self.hold(&wanted).map_err(|error| error.to_string());
+                    self.holding = Some(wanted);
                     self.policy.handle(now, Input::Held(result));
                     self.read_addresses(now);
                 }
@@ -550,10 +557,19 @@ impl Control<'_> {
     }
 
     /// Takes these moved addresses, for which `--deliver-to keep` leaves packets as they are, and
-    /// lets go of all others.
+    /// lets go of all others. What cannot be done for one family is done for the other.
     fn hold(&mut self, wanted: &[IpAddr]) -> Result<(), Cause> {
-        let desired = keep::plan(self.host.netlink(), wanted, &self.tun, self.host.made())?;
-        let report = self.host.reconcile_part(keep::is_part, desired)?;
+        let v4 = self.hold_family(Family::V4, wanted);
+        let v6 = self.hold_family(Family::V6, wanted);
+        v4.and(v6)
+    }
+
+    fn hold_family(&mut self, family: Family, wanted: &[IpAddr]) -> Result<(), Cause> {
+        let of_family = |addr: &&IpAddr| Family::of(**addr) == family;
+        let wanted: Vec<IpAddr> = wanted.iter().filter(of_family).copied().collect();
+        let desired = keep::plan(self.host.netlink(), &wanted, &self.tun, self.host.made())?;
+        let part = |change: &Change| keep::is_part_for(change, family);
+        let report = self.host.reconcile_part(part, desired)?;
         for change in report.undone {
             info!(%change, "undone");
         }
@@ -582,6 +598,34 @@ impl Control<'_> {
 
     // What the kernel says.
 
+    /// Looks at everything of this server that may have changed, and goes along with it.
+    fn look(&mut self, now: Instant) {
+        self.next_look = now + LOOK_EVERY;
+        let Some(held) = self.list_addresses() else {
+            return;
+        };
+        let peers = self.view.peers.iter();
+        let peers: Vec<IpAddr> = peers
+            .filter_map(|peer| Some(peer.endpoint?.remote.ip()))
+            .collect();
+        let (host, known) = (&mut *self.host, &mut self.warnings);
+        let other_links = self.follower.look(now, host, &peers, &held, known);
+        // Which of them are the uplinks' has only become clear now.
+        self.have_addresses(now, &held);
+        let (host, known) = (&mut *self.host, &mut self.warnings);
+        let broken = self.repairer.repair(now, host, known);
+        self.follower.plan_again(now, host, broken, known);
+        if let Some(wanted) = self.holding.clone().filter(|_| other_links) {
+            // Links that are new have to keep quiet about these addresses, too.
+            let result = self.hold(&wanted).map_err(|error| error.to_string());
+            self.policy.handle(now, Input::Held(result));
+        }
+        let mtu = self.follower.uplinks().mtu();
+        self.policy.handle(now, Input::UplinkMtu(mtu));
+        self.carry_out(now);
+        self.next_path = now;
+    }
+
     /// Looks at this server's addresses. On the new server no client may claim one of them as its
     /// source; on the old one ICMP replies are sent from them.
     fn look_at_addresses(&mut self, now: Instant) {
@@ -597,24 +641,25 @@ impl Control<'_> {
     }
 
     fn read_addresses(&mut self, now: Instant) {
-        let held = match self.netlink.addresses() {
-            Ok(held) => held,
-            Err(error) => return warn!(%error, "cannot list this server's addresses"),
-        };
-        let of_uplink = held.iter().filter(|held| held.index == self.uplink.index);
+        if let Some(held) = self.list_addresses() {
+            self.have_addresses(now, &held);
+        }
+    }
+
+    fn list_addresses(&self) -> Option<Vec<Address>> {
+        let held = self.netlink.addresses();
+        held.map_err(|error| warn!(%error, "cannot list this server's addresses"))
+            .ok()
+    }
+
+    fn have_addresses(&mut self, now: Instant, held: &[Address]) {
+        let uplinks = self.follower.uplinks();
+        let of_uplink = held.iter().filter(|held| uplinks.contains(held.index));
         let addresses = Addresses {
             uplink: of_uplink.map(|held| held.addr).collect(),
             all: held.iter().map(|held| held.addr).collect(),
         };
         self.policy.handle(now, Input::Addresses(addresses));
-    }
-
-    /// Looks at the uplink, whose MTU may have changed.
-    fn look_at_uplink(&mut self, now: Instant) {
-        if let Ok(Some(link)) = self.netlink.link_by_index(self.uplink.index) {
-            self.uplink = link;
-        }
-        self.see(now, Input::UplinkMtu(self.uplink.mtu));
     }
 
     /// Looks at how large a packet the route to a peer takes: the tunnel's probes go up to that
@@ -643,7 +688,8 @@ impl Control<'_> {
     /// Makes the kernel forget the flows that ended, and counts what its programs dropped.
     fn look_at_flows(&mut self, now: Instant) {
         let translator = self.shared.forwarder.translator();
-        let Some((steering, translator)) = self.steering.as_mut().zip(translator) else {
+        let steering = self.follower.steering();
+        let Some((steering, translator)) = steering.zip(translator) else {
             return;
         };
         let mut ended = Vec::new();
@@ -671,30 +717,6 @@ impl Control<'_> {
         }
     }
 
-    /// Makes changes again that others have removed.
-    ///
-    /// # Errors
-    /// If only a new start can do that: the old server's programs know their interface by its
-    /// number.
-    fn repair(&mut self, now: Instant) -> Result<()> {
-        if now < self.next_repair {
-            return Ok(());
-        }
-        self.next_repair = now + REPAIR_EVERY;
-        let broken = self.repairer.repair(now, self.host, &mut self.warnings);
-        if !broken || self.role == Role::New {
-            return Ok(());
-        }
-        match self.netlink.link_by_name(&self.uplink.name) {
-            Ok(Some(link)) if link.index != self.uplink.index => Err(failed(format!(
-                "interface {} was deleted and made again; to capture from the new one, \
-                 start ipmoved again",
-                link.name
-            ))),
-            _ => Ok(()),
-        }
-    }
-
     // What people see.
 
     /// Logs what this daemon is once it has started, so that a refusal stands alone on its line.
@@ -704,7 +726,7 @@ impl Control<'_> {
                 warn!("{text}");
             }
         }
-        let uplink = &self.uplink.name;
+        let uplink = &self.follower.uplinks().first().name;
         for peer in self.policy.peers() {
             let name = self.policy.name(peer);
             match self.role {

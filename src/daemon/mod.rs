@@ -11,6 +11,8 @@
 //!             the policy    what to do                         (policy)
 //! ```
 //!
+//! `follow` keeps up with links, addresses and routes that change.
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -25,6 +27,7 @@
 
 pub mod confine;
 mod control;
+mod follow;
 mod kept;
 mod nat;
 mod policy;
