@@ -26,6 +26,7 @@ mod endpoints;
 #[cfg(target_arch = "x86_64")]
 mod entered;
 mod flood;
+mod follow;
 mod fragments;
 mod hops;
 mod impostor;

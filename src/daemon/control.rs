@@ -5,8 +5,8 @@
 //! (channel) and to the [`Policy`] (decisions), and carries out what they say. What concerns lanes
 //! becomes a new view for them. No lane ever waits for this task.
 //!
-//! Owns the order of things and every call to the kernel while the daemon runs. Of decisions it
-//! keeps one that needs the kernel: whether a daemon whose uplink was made anew has to end.
+//! Owns the order of things and every call to the kernel while the daemon runs. When it looks at
+//! the kernel, and what follows for programs on links, is [`follow`](super::follow)'s business.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
@@ -19,10 +19,11 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::facts::Facts;
+use super::follow::{Follower, Listener};
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::report;
 use super::service::{
-    self, Cause, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, end, failed,
+    self, Cause, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, end, failed,
     notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
@@ -38,9 +39,8 @@ use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
-use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::steer::Steering;
-use crate::kernel::{Host, keep};
+use crate::kernel::netlink::{Address, Family, Link, Netlink};
+use crate::kernel::{Change, Host, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
@@ -57,9 +57,6 @@ const PATH_EVERY: Duration = Duration::from_secs(1);
 
 /// Messages of lanes that are handled in one turn, before anything is sent.
 const MESSAGES_A_TURN: usize = 64;
-
-/// How often to list this server's addresses, in case some were added.
-const ADDRESSES_EVERY: Duration = Duration::from_secs(5);
 
 /// How often to tell the kernel which flows ended.
 const FLOWS_EVERY: Duration = Duration::from_secs(1);
@@ -94,16 +91,16 @@ async fn carry(
         features,
         tun,
         sockets,
-        uplink,
-        steering,
+        follower,
         endpoints,
         processors,
         resumes,
     } = tools;
+    let mut listener = Listener::new([&netlink, host.netlink()]);
     let mut status = StatusListener::new(status).map_err(failed)?;
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
-        uplink_mtu: uplink.mtu,
+        uplink_mtu: follower.uplinks().mtu(),
         tun_mtu: tun.mtu,
         left: keep::held(host.made()).collect(),
     };
@@ -141,9 +138,9 @@ async fn carry(
         netlink,
         udp: sockets[0].try_clone().map_err(failed)?,
         tun,
-        uplink,
+        follower,
         facts: Facts::default(),
-        steering,
+        holding: None,
         view: LaneView {
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
@@ -156,8 +153,7 @@ async fn carry(
         started,
         next_path: started,
         link_mtus: Vec::new(),
-        next_repair: started + REPAIR_EVERY,
-        next_addresses: started,
+        next_look: started,
         next_flows: started + FLOWS_EVERY,
         repairer: Repairer::default(),
         offloads: Offloads {
@@ -175,6 +171,8 @@ async fn carry(
         control.set_homes(peer);
     }
     control.turn(started);
+    // It has looked at everything; what the start itself caused can wait.
+    listener.looked(started, Instant::now());
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
         let counters = Arc::new(LaneCounters::new(peers));
         control.counters.push(Arc::clone(&counters));
@@ -206,6 +204,7 @@ async fn carry(
             &mut from_lanes,
             &mut names,
             &mut status,
+            &mut listener,
         )
         .await;
     notify_stopping();
@@ -327,10 +326,10 @@ struct Control<'h> {
     /// The first lane's socket: the tunnels' datagrams leave through it.
     udp: UdpSocket,
     tun: Link,
-    uplink: Link,
+    follower: Follower,
     facts: Facts,
-    /// The memory of the new server's programs.
-    steering: Option<Steering>,
+    /// The moved addresses that this host was last asked to hold.
+    holding: Option<Vec<IpAddr>>,
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
@@ -343,8 +342,7 @@ struct Control<'h> {
     next_path: Instant,
     /// MTUs of interfaces, as the kernel said in this second.
     link_mtus: Vec<(u32, Option<u32>)>,
-    next_repair: Instant,
-    next_addresses: Instant,
+    next_look: Instant,
     next_flows: Instant,
     repairer: Repairer,
     offloads: Offloads,
@@ -361,11 +359,10 @@ impl Control<'_> {
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
         status: &mut StatusListener,
+        listener: &mut Listener,
     ) -> Result<()> {
         loop {
-            let now = Instant::now();
-            self.turn(now);
-            self.repair(now)?;
+            self.turn(Instant::now());
             self.watch();
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -383,6 +380,11 @@ impl Control<'_> {
                 Some((peer, found)) = names.recv() => {
                     self.see(Instant::now(), Input::LookedUp(peer, found));
                 }
+                () = listener.news() => {
+                    let begun = Instant::now();
+                    self.look(begun);
+                    listener.looked(begun, Instant::now());
+                }
                 client = status.accept() => {
                     status_socket::send_status(client, || self.status(Instant::now()));
                 }
@@ -395,7 +397,7 @@ impl Control<'_> {
         self.tunnels
             .iter()
             .filter_map(Tunnel::next_timeout)
-            .chain([self.next_path, self.next_repair])
+            .chain([self.next_path, self.next_look])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
             .min()
             .unwrap_or(self.next_path)
@@ -457,9 +459,8 @@ impl Control<'_> {
                 self.event(now, peer, event);
             }
         }
-        if now >= self.next_addresses {
-            self.next_addresses = now + ADDRESSES_EVERY;
-            self.look_at_addresses(now);
+        if now >= self.next_look {
+            self.look(now);
         }
         if now >= self.next_flows {
             self.next_flows = now + FLOWS_EVERY;
@@ -468,7 +469,6 @@ impl Control<'_> {
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
             self.link_mtus.clear();
-            self.look_at_uplink(now);
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
                 if let Some(refused) = self.shared.forwarder.take_refused(peer) {
@@ -585,6 +585,7 @@ impl Control<'_> {
                 }
                 Action::Hold(wanted) => {
                     let result = self.hold(&wanted).map_err(|error| error.to_string());
+                    self.holding = Some(wanted);
                     self.policy.handle(now, Input::Held(result));
                     self.read_addresses(now);
                 }
@@ -627,10 +628,19 @@ impl Control<'_> {
     }
 
     /// Takes these moved addresses, for which `--deliver-to keep` leaves packets as they are, and
-    /// lets go of all others.
+    /// lets go of all others. What cannot be done for one family is done for the other.
     fn hold(&mut self, wanted: &[IpAddr]) -> Result<(), Cause> {
-        let desired = keep::plan(self.host.netlink(), wanted, &self.tun, self.host.made())?;
-        let report = self.host.reconcile_part(keep::is_part, desired)?;
+        let v4 = self.hold_family(Family::V4, wanted);
+        let v6 = self.hold_family(Family::V6, wanted);
+        v4.and(v6)
+    }
+
+    fn hold_family(&mut self, family: Family, wanted: &[IpAddr]) -> Result<(), Cause> {
+        let of_family = |addr: &&IpAddr| Family::of(**addr) == family;
+        let wanted: Vec<IpAddr> = wanted.iter().filter(of_family).copied().collect();
+        let desired = keep::plan(self.host.netlink(), &wanted, &self.tun, self.host.made())?;
+        let part = |change: &Change| keep::is_part_for(change, family);
+        let report = self.host.reconcile_part(part, desired)?;
         for change in report.undone {
             info!(%change, "undone");
         }
@@ -664,6 +674,34 @@ impl Control<'_> {
 
     // What the kernel says.
 
+    /// Looks at everything of this server that may have changed, and goes along with it.
+    fn look(&mut self, now: Instant) {
+        self.next_look = now + LOOK_EVERY;
+        let Some(held) = self.list_addresses() else {
+            return;
+        };
+        let peers = self.view.peers.iter();
+        let peers: Vec<IpAddr> = peers
+            .filter_map(|peer| Some(peer.endpoint?.remote.ip()))
+            .collect();
+        let (host, known) = (&mut *self.host, &mut self.warnings);
+        let other_links = self.follower.look(now, host, &peers, &held, known);
+        // Which of them are the uplinks' has only become clear now.
+        self.have_addresses(now, &held);
+        let (host, known) = (&mut *self.host, &mut self.warnings);
+        let broken = self.repairer.repair(now, host, known);
+        self.follower.plan_again(now, host, broken, known);
+        if let Some(wanted) = self.holding.clone().filter(|_| other_links) {
+            // Links that are new have to keep quiet about these addresses, too.
+            let result = self.hold(&wanted).map_err(|error| error.to_string());
+            self.policy.handle(now, Input::Held(result));
+        }
+        let mtu = self.follower.uplinks().mtu();
+        self.policy.handle(now, Input::UplinkMtu(mtu));
+        self.carry_out(now);
+        self.next_path = now;
+    }
+
     /// Looks at this server's addresses, and on the new server at its networks and the hosts that
     /// it needs. No client may claim one of the addresses as its source. On the old server nothing
     /// is let out to them, and ICMP replies are sent from them.
@@ -680,17 +718,27 @@ impl Control<'_> {
     }
 
     fn read_addresses(&mut self, now: Instant) {
-        let read = match self.role {
-            Role::Old => Facts::addresses(&self.netlink, &self.uplink),
+        if let Some(held) = self.list_addresses() {
+            self.have_addresses(now, &held);
+        }
+    }
+
+    fn list_addresses(&self) -> Option<Vec<Address>> {
+        let held = self.netlink.addresses();
+        held.map_err(|error| warn!(%error, "cannot list this server's addresses"))
+            .ok()
+    }
+
+    fn have_addresses(&mut self, now: Instant, held: &[Address]) {
+        let uplinks = self.follower.uplinks();
+        let addresses = match self.role {
+            Role::Old => Facts::addresses(held, uplinks),
             Role::New => {
-                let held = keep::held(self.host.made()).collect();
-                (self.facts).read(&self.netlink, &self.uplink, &self.tun, held)
+                let kept = keep::held(self.host.made()).collect();
+                (self.facts).read(&self.netlink, held, uplinks, &self.tun, kept)
             }
         };
-        match read {
-            Ok(addresses) => self.policy.handle(now, Input::Addresses(addresses)),
-            Err(error) => warn!(%error, "cannot list this server's addresses"),
-        }
+        self.policy.handle(now, Input::Addresses(addresses));
         if let Some(text) = self.facts.warning()
             && self.warnings.keep(now, text.clone())
         {
@@ -705,14 +753,6 @@ impl Control<'_> {
                 self.policy.handle(now, Input::RefusedSource(peer, refused));
             }
         }
-    }
-
-    /// Looks at the uplink, whose MTU may have changed.
-    fn look_at_uplink(&mut self, now: Instant) {
-        if let Ok(Some(link)) = self.netlink.link_by_index(self.uplink.index) {
-            self.uplink = link;
-        }
-        self.see(now, Input::UplinkMtu(self.uplink.mtu));
     }
 
     /// Looks at how large a packet the route to a peer takes: the tunnel's probes go up to that
@@ -750,7 +790,8 @@ impl Control<'_> {
     /// Makes the kernel forget the flows that ended, and counts what its programs dropped.
     fn look_at_flows(&mut self, now: Instant) {
         let translator = self.shared.forwarder.translator();
-        let Some((steering, translator)) = self.steering.as_mut().zip(translator) else {
+        let steering = self.follower.steering();
+        let Some((steering, translator)) = steering.zip(translator) else {
             return;
         };
         let mut ended = Vec::new();
@@ -778,30 +819,6 @@ impl Control<'_> {
         }
     }
 
-    /// Makes changes again that others have removed.
-    ///
-    /// # Errors
-    /// If only a new start can do that: the old server's programs know their interface by its
-    /// number.
-    fn repair(&mut self, now: Instant) -> Result<()> {
-        if now < self.next_repair {
-            return Ok(());
-        }
-        self.next_repair = now + REPAIR_EVERY;
-        let broken = self.repairer.repair(now, self.host, &mut self.warnings);
-        if !broken || self.role == Role::New {
-            return Ok(());
-        }
-        match self.netlink.link_by_name(&self.uplink.name) {
-            Ok(Some(link)) if link.index != self.uplink.index => Err(failed(format!(
-                "interface {} was deleted and made again; to capture from the new one, \
-                 start ipmoved again",
-                link.name
-            ))),
-            _ => Ok(()),
-        }
-    }
-
     // What people see.
 
     /// Logs what this daemon is once it has started, so that a refusal stands alone on its line.
@@ -811,7 +828,7 @@ impl Control<'_> {
                 warn!("{text}");
             }
         }
-        let uplink = &self.uplink.name;
+        let uplink = &self.follower.uplinks().first().name;
         for peer in self.policy.peers() {
             let name = self.policy.name(peer);
             match self.role {

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use super::policy::Addresses;
+use super::setup::Uplinks;
 use crate::flow::networks::OwnNetwork;
 use crate::kernel::netlink::{
     Address, Family, Link, ListedRoute, Netlink, NetlinkError, RouteKind,
@@ -96,19 +97,18 @@ struct Routed {
 impl Facts {
     /// Reads everything: addresses anew, routes and resolvers if they were not read a moment ago.
     ///
-    /// `held` are the moved addresses that this daemon itself has put on this host.
-    ///
-    /// # Errors
-    /// If the kernel cannot be asked for the addresses. If it cannot be asked for the routes, what
-    /// was read of them before stays, and there is a [`Self::warning`].
+    /// `listed` are this host's addresses, and `held` those moved ones among them that this daemon
+    /// itself has put there. If the kernel cannot be asked for the routes, what was read of them
+    /// before stays, and there is a [`Self::warning`].
     pub(super) fn read(
         &mut self,
         netlink: &Netlink,
-        uplink: &Link,
+        listed: &[Address],
+        uplinks: &Uplinks,
         tun: &Link,
         held: Vec<IpAddr>,
-    ) -> Result<Addresses, NetlinkError> {
-        let mut addresses = Self::addresses(netlink, uplink)?;
+    ) -> Addresses {
+        let mut addresses = Self::addresses(listed, uplinks);
         addresses.held = held;
         let now = Instant::now();
         if self.again.is_none_or(|again| again <= now) {
@@ -119,7 +119,7 @@ impl Facts {
         addresses.gateways = self.gateways.clone();
         addresses.resolvers = resolvers(&self.resolv_conf);
         addresses.networks = self.networks.clone();
-        Ok(addresses)
+        addresses
     }
 
     /// A file that cannot be read any more stays as it was: it may have been replaced by one that
@@ -150,23 +150,19 @@ impl Facts {
         Ok(())
     }
 
-    /// Reads the addresses alone: all that the old server needs.
-    ///
-    /// # Errors
-    /// If the kernel cannot be asked.
-    pub(super) fn addresses(netlink: &Netlink, uplink: &Link) -> Result<Addresses, NetlinkError> {
-        let held = netlink.addresses()?;
-        let of_uplink = held.iter().filter(|held| held.index == uplink.index);
-        Ok(Addresses {
+    /// The addresses alone: all that the old server needs.
+    pub(super) fn addresses(listed: &[Address], uplinks: &Uplinks) -> Addresses {
+        let of_uplink = listed.iter().filter(|held| uplinks.contains(held.index));
+        Addresses {
             uplink: of_uplink.map(|held| held.addr).collect(),
-            all: held.iter().map(|held| held.addr).collect(),
-            broadcasts: held
+            all: listed.iter().map(|held| held.addr).collect(),
+            broadcasts: listed
                 .iter()
                 .filter_map(Address::broadcasts)
                 .flatten()
                 .collect(),
             ..Addresses::default()
-        })
+        }
     }
 
     /// What an administrator has to know of a host whose routes cannot all be taken in.
@@ -305,6 +301,7 @@ mod tests {
             loopback: index == 1,
             link_type: libc::ARPHRD_ETHER,
             mac,
+            port: false,
             big_tcp: false,
         }
     }

@@ -11,7 +11,8 @@
 //!             the policy    what to do                         (policy)
 //! ```
 //!
-//! `facts` is what the new server reads of itself for the policy.
+//! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
+//! addresses and routes that change.
 //!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
@@ -28,6 +29,7 @@
 pub mod confine;
 mod control;
 mod facts;
+mod follow;
 mod kept;
 pub mod log;
 mod nat;

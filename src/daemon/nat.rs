@@ -12,12 +12,13 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use super::follow::Listener;
 use super::report;
 use super::service::{
-    self, DaemonError, REPAIR_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed,
+    self, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed,
     input, notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
 };
-use super::setup::{find_uplink, raise_tun};
+use super::setup::{find_uplink, raise_tun, warn_of_absent};
 use super::status_socket::{self, StatusListener};
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
@@ -89,8 +90,10 @@ impl Ready {
             return Err(TunError::Exists(settings.tun.clone()).into());
         }
         let servers: Vec<IpAddr> = settings.to.iter().map(|to| to.ip).collect();
-        let moves: Vec<_> = settings.moves.iter().collect();
-        let uplink = find_uplink(&netlink, settings.uplink.as_deref(), &moves, &servers)?;
+        let moves = &settings.moves;
+        warn_of_absent(&netlink, moves)?;
+        let named = settings.uplink.as_deref();
+        let uplink = find_uplink(&netlink, named, moves, &servers, &settings.tun)?;
         let towards = servers
             .iter()
             .map(|&to| find_server(&netlink, settings, to))
@@ -111,7 +114,6 @@ impl Ready {
         let queue = queues.into_iter().next();
         let queue = queue.ok_or_else(|| system("the TUN interface has no queue"))?;
         let tun = raise_tun(&netlink, &settings.tun, uplink.mtu)?;
-        let moves = &settings.moves;
         let desired = masquerade::plan(&netlink, moves, &uplink, &towards, &tun, &PORTS);
         warn_of_left(&host.reconcile(desired.map_err(system)?)?);
         let tools = Tools {
@@ -225,7 +227,8 @@ async fn carry(
     }
     let servers: Vec<String> = towards.iter().map(|end| end.to.to_string()).collect();
     notify_ready(&format!("translating to {}", servers.join(" and ")));
-    let mut repair = tokio::time::interval(REPAIR_EVERY);
+    let mut by_clock = tokio::time::interval(LOOK_EVERY);
+    let mut listener = Listener::new([host.netlink()]);
     let (mut repairer, mut watchdog) = (Repairer::default(), service::watchdog(started));
     let result = loop {
         tokio::select! {
@@ -245,7 +248,12 @@ async fn carry(
             () = until(watchdog.as_ref().map(Watchdog::next)) => {
                 service::watch(&mut watchdog, std::iter::once(counters.turns.counted()));
             }
-            _ = repair.tick() => {
+            () = listener.news() => {
+                let begun = Instant::now();
+                repairer.repair(begun, host, &mut warnings);
+                listener.looked(begun, Instant::now());
+            }
+            _ = by_clock.tick() => {
                 repairer.repair(Instant::now(), host, &mut warnings);
             }
         }

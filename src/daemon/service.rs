@@ -25,8 +25,9 @@ use super::watchdog::{Watchdog, Word};
 use crate::io::tun::TunError;
 use crate::kernel::{Change, Failure, Host, HostError, Repairs, Report, RuntimeDirError};
 
-/// How often to ask the kernel whether the daemon's changes are still there.
-pub(super) const REPAIR_EVERY: Duration = Duration::from_secs(5);
+/// How often to look at this server's links, addresses and routes, and whether the daemon's changes
+/// are still there, though no event asks for it. Some settings change without one.
+pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
 
 /// The cause of a [`DaemonError`]: its text is what the user reads.
 pub type Cause = Box<dyn Error + Send + Sync>;
@@ -326,13 +327,18 @@ pub(super) struct Repairer {
 }
 
 impl Repairer {
-    /// Makes changes again that others have removed; true if something is still missing.
-    pub(super) fn repair(&mut self, now: Instant, host: &mut Host, known: &mut Warnings) -> bool {
+    /// Makes changes again that others have removed; returns what is still missing.
+    pub(super) fn repair(
+        &mut self,
+        now: Instant,
+        host: &mut Host,
+        known: &mut Warnings,
+    ) -> &[Change] {
         let Repairs { made, failed } = host.repair();
         for change in made {
-            // Each time is an event of its own, and none comes sooner than the next look.
-            let _ = known.keep(now, format!("somebody removed {change}; it is back"));
-            warn!(%change, "somebody removed a kernel change; it is back");
+            if known.keep(now, format!("somebody removed {change}; it is back")) {
+                warn!(%change, "somebody removed a kernel change; it is back");
+            }
         }
         for Failure { change, reason } in &failed {
             let text = format!("{change} is gone and cannot be made again: {reason}");
@@ -341,7 +347,7 @@ impl Repairer {
             }
         }
         self.broken = failed.into_iter().map(|failure| failure.change).collect();
-        !self.broken.is_empty()
+        &self.broken
     }
 }
 

@@ -9,15 +9,18 @@ use std::path::Path;
 
 use tracing::{debug, warn};
 
+use super::follow::{Follower, LinkSettings, Programs};
 use super::kept;
-use super::service::{Result, Signals, cannot, input, system, warn_of_left, warn_of_unread};
+use super::service::{Result, Signals, cannot, input, system, warn_of_unread};
 use super::status_socket;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
+use crate::kernel::Host;
+use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::steer::Steering;
-use crate::kernel::{Desired, Host, capture, keep, steer};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
 use crate::settings::args::Without;
@@ -52,10 +55,8 @@ pub(super) struct Tools {
     pub(super) tun: Link,
     /// One socket for each lane.
     pub(super) sockets: Vec<UdpSocket>,
-    /// The interface that clients' packets use.
-    pub(super) uplink: Link,
-    /// The memory of the new server's programs.
-    pub(super) steering: Option<Steering>,
+    /// The programs on the links, and the uplinks.
+    pub(super) follower: Follower,
     /// Where each peer is, if its address is known or its name resolved.
     pub(super) endpoints: Vec<Option<SocketAddr>>,
     /// How many threads can run at once, by affinity and control group.
@@ -94,9 +95,9 @@ impl Ready {
             long: !config.without.contains(&Without::LongWrites),
         };
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
-        let tun = raise_tun(&netlink, &config.tun, found.uplink.mtu)?;
+        let tun = raise_tun(&netlink, &config.tun, found.uplinks.mtu())?;
         let port = sockets[0].port().map_err(system)?;
-        let steering = found.change(&mut host, config, &endpoints, &tun, port, kept)?;
+        let follower = found.change(&mut host, config, &tun, port, &kept)?;
         let tools = Tools {
             signals,
             netlink,
@@ -105,8 +106,7 @@ impl Ready {
             features,
             tun,
             sockets,
-            uplink: found.uplink,
-            steering,
+            follower,
             endpoints,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             resumes,
@@ -117,7 +117,43 @@ impl Ready {
 
 /// The facts about this host that the checks found out.
 struct Found {
-    uplink: Link,
+    uplinks: Uplinks,
+}
+
+/// The interfaces that clients' packets use, at least one, each once.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Uplinks(Vec<Link>);
+
+impl Uplinks {
+    fn new(first: Link, others: impl IntoIterator<Item = Link>) -> Self {
+        let mut uplinks = Self(vec![first]);
+        for link in others {
+            if !uplinks.contains(link.index) {
+                uplinks.0.push(link);
+            }
+        }
+        uplinks
+    }
+
+    /// The first: of those that clients use, or the one of `--uplink`.
+    pub(super) fn first(&self) -> &Link {
+        &self.0[0]
+    }
+
+    /// Each of them.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Link> {
+        self.0.iter()
+    }
+
+    /// Whether the interface with this index is one of them.
+    pub(super) fn contains(&self, index: u32) -> bool {
+        self.0.iter().any(|link| link.index == index)
+    }
+
+    /// The largest packet that all of them take, in bytes.
+    pub(super) fn mtu(&self) -> u32 {
+        self.0.iter().map(|link| link.mtu).min().unwrap_or(0)
+    }
 }
 
 impl Found {
@@ -126,79 +162,114 @@ impl Found {
         if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
             return Err(TunError::Exists(config.tun.clone()).into());
         }
-        let moves: Vec<&Move> = config.peers.iter().flat_map(|peer| &peer.moves).collect();
+        let moves = moves(config);
         let towards: Vec<IpAddr> = endpoints.iter().flatten().map(SocketAddr::ip).collect();
-        let uplink = find_uplink(netlink, config.uplink.as_deref(), &moves, &towards)?;
-        if uplink.loopback {
-            return Err(input(format!(
-                "{} is the loopback interface; name the one clients' packets use with --uplink",
-                uplink.name
-            )));
-        }
+        warn_of_absent(netlink, &moves)?;
+        let uplinks = find_uplinks(
+            netlink,
+            config.uplink.as_deref(),
+            &moves,
+            &towards,
+            &config.tun,
+        )?;
         match config.role {
             Role::Old => check_old(netlink, config, endpoints)?,
             Role::New => check_new(netlink, config)?,
         }
-        Ok(Self { uplink })
+        Ok(Self { uplinks })
     }
 
-    /// Makes the changes that the role needs. Returns what a new plan for the new server needs.
+    /// Makes the changes that the role needs. Returns who follows what they depend on. `kept` are
+    /// the descriptors that somebody kept of an earlier daemon.
     fn change(
-        &self,
+        self,
         host: &mut Host,
         config: &Config,
-        endpoints: &[Option<SocketAddr>],
         tun: &Link,
         port: u16,
-        kept: Vec<OwnedFd>,
-    ) -> Result<Option<Steering>> {
-        let mut steering = None;
-        let mut desired = match config.role {
-            Role::Old => {
-                let moves: Vec<Move> = config
-                    .peers
-                    .iter()
-                    .flat_map(|peer| peer.moves.iter().cloned())
-                    .collect();
-                let own = host.netlink().addresses().map_err(system)?;
-                let tunnel: Vec<SocketAddr> = own
-                    .iter()
-                    .map(|held| SocketAddr::new(held.addr, port))
-                    .collect();
-                capture::plan(host.netlink(), &moves, &self.uplink, tun, &tunnel)
-            }
+        kept: &[OwnedFd],
+    ) -> Result<Follower> {
+        let moves = moves(config);
+        let programs = match config.role {
+            Role::Old => Programs::Old(Capture::new(&moves, tun, port).map_err(system)?),
             Role::New => {
-                let peers = endpoints.iter().flatten().map(SocketAddr::ip);
-                let mut uplinks = vec![self.uplink.clone()];
-                if config.uplink.is_none() {
-                    for peer in peers.map(Some).chain([None]) {
-                        let more = steer::uplinks(host.netlink(), peer).map_err(system)?;
-                        for link in more {
-                            if uplinks.iter().all(|known| known.index != link.index) {
-                                uplinks.push(link);
-                            }
-                        }
-                    }
-                }
+                let links = plan::carriers(host.netlink(), tun).map_err(system)?;
                 let flows = config.max_flows;
-                let new = Steering::new(host.netlink(), &uplinks, port, flows, &kept);
-                let new = new.map_err(system)?;
-                kept::keep(&new.memory());
-                let desired = new.plan(host.netlink(), &uplinks, tun);
-                steering = Some(new);
-                desired
+                let steering = Steering::new(host.netlink(), &links, port, flows, kept);
+                let steering = steering.map_err(system)?;
+                kept::keep(&steering.memory());
+                Programs::New(Box::new(steering))
             }
-        }
-        .map_err(system)?;
+        };
         let keeps = |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep;
-        if config.peers.iter().any(keeps) {
-            // The peers will say which of them are still wanted.
-            let left = host.made().iter().filter(|change| keep::is_part(change));
-            desired.extend(left.cloned().map(Desired::lasting));
-        }
-        warn_of_left(&host.reconcile(desired)?);
-        Ok(steering)
+        let settings = LinkSettings {
+            named: config.uplink.clone(),
+            moves,
+            listen: config.listen.ip.filter(|ip| !ip.is_unspecified()),
+            keeps: config.peers.iter().any(keeps),
+        };
+        Follower::start(settings, programs, tun.clone(), self.uplinks, host)
     }
+}
+
+/// Everything that has moved (old server).
+fn moves(config: &Config) -> Vec<Move> {
+    let moves = config.peers.iter().flat_map(|peer| &peer.moves);
+    moves.cloned().collect()
+}
+
+/// Warns of moved addresses that this server does not have.
+pub(super) fn warn_of_absent(netlink: &Netlink, moves: &[Move]) -> Result<()> {
+    let addresses = netlink.addresses().map_err(system)?;
+    for moved in moves {
+        if addresses.iter().all(|held| held.addr != moved.addr) {
+            warn!(
+                address = %moved.addr,
+                "not configured on this server: its packets come only if the network routes \
+                 them here"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The interfaces that clients' packets use: the one named with `--uplink`; else those by which the
+/// old server sends what comes from its moved addresses, as its routes and rules say; else the one
+/// that [`find_uplink`] finds. `tun` is none of them, whatever routes lead there.
+pub(super) fn find_uplinks(
+    netlink: &Netlink,
+    named: Option<&str>,
+    moves: &[Move],
+    towards: &[IpAddr],
+    tun: &str,
+) -> Result<Uplinks> {
+    if named.is_none() {
+        let addresses = netlink.addresses().map_err(system)?;
+        let links = netlink.links().map_err(system)?;
+        let leaves_by = |moved: &Move| {
+            addresses.iter().find(|held| held.addr == moved.addr)?;
+            let mut clients = PUBLIC.into_iter();
+            let client = clients.find(|ip| ip.is_ipv4() == moved.addr.is_ipv4())?;
+            let route = netlink.route_get(client, None, Some(moved.addr));
+            let index = route.ok()?.oif?;
+            let found = links.iter().find(|link| link.index == index);
+            found
+                .filter(|link| !link.loopback && link.name != tun)
+                .cloned()
+        };
+        let mut found = moves.iter().filter_map(leaves_by);
+        if let Some(first) = found.next() {
+            return Ok(Uplinks::new(first, found));
+        }
+    }
+    let uplink = find_uplink(netlink, named, moves, towards, tun)?;
+    if uplink.loopback {
+        return Err(input(format!(
+            "{} is the loopback interface; name the one clients' packets use with --uplink",
+            uplink.name
+        )));
+    }
+    Ok(Uplinks::new(uplink, []))
 }
 
 /// The interface named with `--uplink`; else, on the old server, the one that holds the moved
@@ -206,8 +277,9 @@ impl Found {
 pub(super) fn find_uplink(
     netlink: &Netlink,
     named: Option<&str>,
-    moves: &[&Move],
+    moves: &[Move],
     towards: &[IpAddr],
+    tun: &str,
 ) -> Result<Link> {
     if let Some(name) = named {
         return netlink.link_by_name(name).map_err(system)?.ok_or_else(|| {
@@ -217,15 +289,10 @@ pub(super) fn find_uplink(
         });
     }
     let by_index = |index: u32| netlink.link_by_index(index).map_err(system);
-    let mut holding: Option<(Link, &&Move)> = None;
+    let mut holding: Option<(Link, &Move)> = None;
     let addresses = netlink.addresses().map_err(system)?;
     for moved in moves {
         let Some(address) = addresses.iter().find(|held| held.addr == moved.addr) else {
-            warn!(
-                address = %moved.addr,
-                "not configured on this server: its packets come only if the network routes \
-                 them here"
-            );
             continue;
         };
         let Some(link) = by_index(address.index)?.filter(|link| !link.loopback) else {
@@ -253,6 +320,7 @@ pub(super) fn find_uplink(
         };
         if let Some(link) = route.oif.map(by_index).transpose()?.flatten()
             && !link.loopback
+            && link.name != tun
         {
             return Ok(link);
         }
@@ -261,12 +329,6 @@ pub(super) fn find_uplink(
         "no route leads out of this server: name the interface clients' packets use with --uplink",
     ))
 }
-
-/// Addresses that only a default route leads to (RFC 5737, RFC 3849).
-const PUBLIC: [IpAddr; 2] = [
-    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)),
-    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
-];
 
 /// The old server must not move the address from which it speaks to its peer, nor move an address
 /// to itself.

@@ -433,14 +433,15 @@ mod tests {
 
     use super::*;
     use crate::kernel::bpf::{Assembler, Reg};
+    use crate::kernel::capture::Capture;
     use crate::kernel::change::{DefaultRoute, MarkRule, Sysctl};
     use crate::kernel::netlink::{Direction, Family, FilterSlot};
+    use crate::kernel::plan;
     use crate::kernel::steer::Steering;
     use crate::kernel::testing::{
         Scratch, Tun, capabilities_of_the_unit, delete_link, in_fresh_namespace, keep_only,
         set_link_down, snapshot, sysctl, uplink,
     };
-    use crate::kernel::{capture, plan};
     use crate::model::moved::Move;
 
     struct Stage {
@@ -466,7 +467,10 @@ mod tests {
 
         fn capture(&self, tun: &Tun) -> Vec<Desired> {
             let moves: [Move; 2] = ["192.0.2.5".parse().unwrap(), "2001:db8::5".parse().unwrap()];
-            capture::plan(&self.netlink, &moves, &self.uplink, &tun.link, &[]).unwrap()
+            let capture = Capture::new(&moves, &tun.link, 51820).unwrap();
+            let mut desired = capture.on_tun(&self.netlink).unwrap();
+            desired.extend(capture.on_entrance(&self.netlink, &self.uplink).unwrap());
+            desired
         }
 
         fn steer(&self, tun: &Tun) -> Vec<Desired> {

@@ -25,7 +25,7 @@ const MAX_PACKET: usize = 65_600;
 #[derive(Debug)]
 pub struct Wire {
     socket: Socket,
-    to: [SockAddr; 2],
+    to: [SockAddr; 3],
 }
 
 impl Wire {
@@ -37,7 +37,7 @@ impl Wire {
         from.run(|| {
             let socket = Socket::new(Domain::PACKET, Type::DGRAM, None).doing(doing)?;
             let index = rustix::net::netdevice::name_to_index(&socket, interface).doing(doing)?;
-            let to = [libc::ETH_P_IP, libc::ETH_P_IPV6]
+            let to = [libc::ETH_P_IP, libc::ETH_P_IPV6, libc::ETH_P_8021Q]
                 .map(|protocol| link_address(index, protocol as u16, mac));
             Ok(Self { socket, to })
         })
@@ -46,8 +46,23 @@ impl Wire {
     /// Sends one packet, whatever it is.
     pub fn send(&self, packet: &[u8]) -> Result<()> {
         let v6 = packet.first().is_some_and(|byte| byte >> 4 == 6);
+        self.send_to(packet, &self.to[usize::from(v6)])
+    }
+
+    /// Sends one packet in a frame with a tag (IEEE 802.1Q): of a VLAN, or of none (0), and with a
+    /// priority.
+    pub fn send_tagged(&self, packet: &[u8], vlan: u16, priority: u16) -> Result<()> {
+        let v6 = packet.first().is_some_and(|byte| byte >> 4 == 6);
+        let inner = if v6 { libc::ETH_P_IPV6 } else { libc::ETH_P_IP } as u16;
+        let mut tagged = Vec::from((priority << 13 | vlan).to_be_bytes());
+        tagged.extend(inner.to_be_bytes());
+        tagged.extend(packet);
+        self.send_to(&tagged, &self.to[2])
+    }
+
+    fn send_to(&self, content: &[u8], to: &SockAddr) -> Result<()> {
         loop {
-            match self.socket.send_to(packet, &self.to[usize::from(v6)]) {
+            match self.socket.send_to(content, to) {
                 Ok(_) => return Ok(()),
                 // The queue of the interface is full. It empties by itself.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {

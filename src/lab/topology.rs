@@ -27,6 +27,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
+use netlink_packet_route::link::InfoKind;
+
 use super::traffic::Client;
 use super::wiring::Wiring;
 use super::{Doing, LabError, Namespace, Result, Tap, poll_until};
@@ -354,6 +356,102 @@ impl Lab {
         })
     }
 
+    /// Deletes the link between the router and a host, and makes it anew with the addresses and
+    /// default routes that it had: a redial, or a network manager that builds everything again. The
+    /// host is cut off for `pause`.
+    pub fn remake(&self, leg: Leg, pause: Duration) -> Result<()> {
+        let host = self.host(leg);
+        let addresses = host.run(|| {
+            netlink("cut a host off", |netlink| {
+                let index = index_of(netlink, UPLINK)?;
+                let held = addresses_of(netlink, index)?;
+                netlink.delete_interface(index)?;
+                Ok(held)
+            })
+        })?;
+        std::thread::sleep(pause);
+        let (v4, v6) = match leg {
+            Leg::Clients => (ROUTER_CLIENTS, ROUTER_CLIENTS6),
+            Leg::Old => (ROUTER_OLD, ROUTER_OLD6),
+            Leg::New => (ROUTER_NEW, ROUTER_NEW6),
+        };
+        self.connect(leg, host, &addresses, (v4, v6), None)
+    }
+
+    /// Connects a host to the router by one more link, with an interface of the same name at both
+    /// ends. Each address comes with its prefix length.
+    pub fn add_leg(
+        &self,
+        host: &Namespace,
+        interface: &str,
+        addresses: &[(IpAddr, u8)],
+        gateways: &[(IpAddr, u8)],
+    ) -> Result<()> {
+        self.router.run(|| {
+            netlink("connect a host to the router once more", |netlink| {
+                netlink.add_veth(interface, interface, Some(host.fd().as_fd()))?;
+                set_up(netlink, interface, None, gateways)
+            })
+        })?;
+        host.run(|| {
+            netlink("give a host one more link", |netlink| {
+                set_up(netlink, interface, None, addresses)
+            })
+        })
+    }
+
+    /// Adds an interface that receives nothing to a host, with an address: a bridge without ports.
+    pub fn add_deaf(&self, host: &Namespace, interface: &str, addr: IpAddr) -> Result<()> {
+        host.run(|| {
+            netlink("add an interface that receives nothing", |netlink| {
+                netlink.add_interface(interface, InfoKind::Bridge)?;
+                let address = (addr, Family::of(addr).bits());
+                set_up(netlink, interface, None, &[address])
+            })
+        })
+    }
+
+    /// Makes a host's uplink the port of a new bridge, which takes over its addresses and default
+    /// routes.
+    pub fn put_into_bridge(&self, leg: Leg, bridge: &str) -> Result<()> {
+        let gateways: [IpAddr; 2] = match leg {
+            Leg::Clients => [ROUTER_CLIENTS.into(), ROUTER_CLIENTS6.into()],
+            Leg::Old => [ROUTER_OLD.into(), ROUTER_OLD6.into()],
+            Leg::New => [ROUTER_NEW.into(), ROUTER_NEW6.into()],
+        };
+        self.host(leg).run(|| {
+            netlink("put an uplink into a bridge", |netlink| {
+                let port = index_of(netlink, UPLINK)?;
+                let held = addresses_of(netlink, port)?;
+                // The secondary ones first: they go with the first of their network.
+                for &(addr, prefix) in held.iter().rev() {
+                    netlink.delete_address(&Address {
+                        index: port,
+                        addr,
+                        prefix,
+                    })?;
+                }
+                netlink.add_interface(bridge, InfoKind::Bridge)?;
+                let index = index_of(netlink, bridge)?;
+                netlink.set_master(port, index)?;
+                set_up(netlink, bridge, None, &held)?;
+                for gateway in gateways {
+                    let by = |dev| Route {
+                        via: Some(gateway),
+                        dev: Some(dev),
+                        ..Route::default_of(Family::of(gateway))
+                    };
+                    // That of IPv4 went with its address.
+                    match netlink.delete_route(&by(port)) {
+                        Err(error) if !error.is_missing() => return Err(error),
+                        Ok(()) | Err(_) => netlink.add_route(&by(index))?,
+                    }
+                }
+                Ok(())
+            })
+        })
+    }
+
     /// Starts a tap where a host meets the router. On the new server's link it is the router's end:
     /// at its own the new server sees clients' packets, which were never on the wire.
     pub fn tap(&self, leg: Leg) -> Result<Tap> {
@@ -490,6 +588,14 @@ fn set_up(
         })?;
     }
     Ok(())
+}
+
+/// The addresses of an interface, but those that it gives itself.
+fn addresses_of(netlink: &Netlink, index: u32) -> Result<Vec<(IpAddr, u8)>, NetlinkError> {
+    let link_local = |addr| matches!(addr, IpAddr::V6(addr) if addr.is_unicast_link_local());
+    let held = netlink.addresses()?.into_iter();
+    let held = held.filter(|held| held.index == index && !link_local(held.addr));
+    Ok(held.map(|held| (held.addr, held.prefix)).collect())
 }
 
 fn index_of(netlink: &Netlink, interface: &str) -> Result<u32, NetlinkError> {

@@ -24,6 +24,15 @@ pub(crate) trait Wiring {
         netns: Option<BorrowedFd<'_>>,
     ) -> Result<(), NetlinkError>;
 
+    /// Creates an interface of a kind that needs nothing else, such as a dummy or a bridge.
+    fn add_interface(&self, name: &str, kind: InfoKind) -> Result<(), NetlinkError>;
+
+    /// Makes an interface a port of another, such as a bridge.
+    fn set_master(&self, index: u32, master: u32) -> Result<(), NetlinkError>;
+
+    /// Deletes an interface, and the other end of a pair with it.
+    fn delete_interface(&self, index: u32) -> Result<(), NetlinkError>;
+
     /// Adds an address; an IPv6 address is usable at once (no duplicate address detection).
     fn add_address(&self, address: &Address) -> Result<(), NetlinkError>;
 }
@@ -49,6 +58,30 @@ impl Wiring for Netlink {
         ];
         let request = RouteNetlinkMessage::NewLink(message);
         self.acked("create veth pair", request, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    fn add_interface(&self, name: &str, kind: InfoKind) -> Result<(), NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(name.into()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]),
+        ];
+        let request = RouteNetlinkMessage::NewLink(message);
+        self.acked("create interface", request, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    fn set_master(&self, index: u32, master: u32) -> Result<(), NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::Controller(master));
+        self.acked("set master", RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    fn delete_interface(&self, index: u32) -> Result<(), NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let request = RouteNetlinkMessage::DelLink(message);
+        self.acked("delete interface", request, 0)
     }
 
     fn add_address(&self, address: &Address) -> Result<(), NetlinkError> {

@@ -5,21 +5,28 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::Addresses;
 use crate::channel::tunnel::Deliver;
 use crate::flow::routes::Delivery;
 use crate::model::moved::Move;
 use crate::model::port_map::PortMap;
 use crate::settings::values::DeliverTo;
 
+/// The last address of each family to which packets from a peer were delivered.
+pub(super) type Chosen = (Option<Ipv4Addr>, Option<Ipv6Addr>);
+
 /// Where packets from a peer are delivered: as the peer is told, and as the lanes do it.
 ///
-/// Without an address in the settings, it is the one on which the peer reaches this host
-/// (`reached`); for the other family, it is the first one of the uplink.
+/// Without an address in the settings, it stays what it was (`before`) as long as this host has
+/// that address, wherever the peer reaches it meanwhile: connections would not survive a change.
+/// Else it is the one on which the peer reaches this host (`reached`), and for the other family the
+/// first one of the uplink. Each family is chosen for itself.
 pub(super) fn choose(
     to: DeliverTo,
     ports: &[PortMap],
+    (before_v4, before_v6): Chosen,
     reached: Option<IpAddr>,
-    uplink: &[IpAddr],
+    here: &Addresses,
 ) -> (Deliver, Delivery) {
     let ports = ports.to_vec();
     match to {
@@ -37,8 +44,16 @@ pub(super) fn choose(
                 Some(IpAddr::V6(addr)) => (None, Some(addr)),
                 None => (None, None),
             };
-            let v4 = v4.or(reached_v4).or_else(|| first_v4(uplink));
-            let v6 = v6.or(reached_v6).or_else(|| first_v6(uplink));
+            // Nothing is known yet where there is no address at all.
+            let is_here = |addr: IpAddr| here.all.is_empty() || here.all.contains(&addr);
+            let is_v4_here = |addr: &Ipv4Addr| is_here(IpAddr::from(*addr));
+            let is_v6_here = |addr: &Ipv6Addr| is_here(IpAddr::from(*addr));
+            let known_v4 = before_v4.into_iter().chain(reached_v4);
+            let known_v6 = before_v6.into_iter().chain(reached_v6);
+            let v4 = v4.or_else(|| { known_v4 }.find(is_v4_here));
+            let v6 = v6.or_else(|| { known_v6 }.find(is_v6_here));
+            let v4 = v4.or_else(|| first_v4(&here.uplink));
+            let v6 = v6.or_else(|| first_v6(&here.uplink));
             let delivery = Delivery {
                 v4,
                 v6,
@@ -123,6 +138,14 @@ mod tests {
             .collect()
     }
 
+    fn here(uplink: &str) -> Addresses {
+        Addresses {
+            all: addresses(uplink),
+            uplink: addresses(uplink),
+            ..Addresses::default()
+        }
+    }
+
     fn moves(text: &str) -> Vec<Move> {
         text.split_whitespace()
             .map(|moved| moved.parse().unwrap())
@@ -193,7 +216,9 @@ mod tests {
                 v6: v6(told_v6),
             };
             let reached = addresses(reached).first().copied();
-            let (deliver, delivery) = choose(told, &[], reached, &addresses(uplink));
+            let mut here = here(uplink);
+            here.all.extend(reached);
+            let (deliver, delivery) = choose(told, &[], (None, None), reached, &here);
             let (v4, v6) = (v4(to_v4), v6(to_v6));
             assert_eq!(deliver, Deliver::To { v4, v6 });
             assert_eq!((delivery.v4, delivery.v6, delivery.keep), (v4, v6, false));
@@ -201,9 +226,38 @@ mod tests {
     }
 
     #[test]
+    fn the_delivery_address_stays_while_this_host_has_it_family_by_family() {
+        let anywhere = DeliverTo::Addresses { v4: None, v6: None };
+        let chosen = |(before_v4, before_v6): (&str, &str), reached: &str, uplink: &str| {
+            let reached = addresses(reached).first().copied();
+            let before = (v4(before_v4), v6(before_v6));
+            choose(anywhere, &[], before, reached, &here(uplink)).0
+        };
+        let to = |to_v4: &str, to_v6: &str| Deliver::To {
+            v4: v4(to_v4),
+            v6: v6(to_v6),
+        };
+        let (both, first) = (
+            "198.51.100.9 198.51.100.2 2001:db8::9 2001:db8::2",
+            ("198.51.100.2", "2001:db8::2"),
+        );
+        // The peer reaches this host elsewhere, and other addresses come first.
+        for reached in ["198.51.100.2", "198.51.100.9", "2001:db8::9", ""] {
+            assert_eq!(chosen(first, reached, both), to(first.0, first.1));
+        }
+        // One of them goes: the other family stays.
+        let gone = "198.51.100.9 2001:db8::9 2001:db8::2";
+        let other = to("198.51.100.9", "2001:db8::2");
+        assert_eq!(chosen(first, "198.51.100.2", gone), other);
+        let none = to("198.51.100.2", "-");
+        assert_eq!(chosen(first, "198.51.100.2", "198.51.100.2"), none);
+    }
+
+    #[test]
     fn kept_packets_are_not_rewritten() {
         let reached = addresses("198.51.100.2").first().copied();
-        let (deliver, delivery) = choose(DeliverTo::Keep, &[], reached, &addresses("198.51.100.2"));
+        let here = here("198.51.100.2");
+        let (deliver, delivery) = choose(DeliverTo::Keep, &[], (None, None), reached, &here);
         assert_eq!(deliver, Deliver::Keep);
         assert!(delivery.keep && delivery.v4.is_none() && delivery.v6.is_none());
         assert_eq!(

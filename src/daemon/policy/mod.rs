@@ -299,6 +299,8 @@ struct Peer {
     state: State,
     /// Where the new server delivers, once that is known.
     deliver: Option<Deliver>,
+    /// Where it delivered last, family by family, though that address may be gone now.
+    chosen: delivery::Chosen,
     /// Why it cannot deliver everything (new server).
     trouble: Option<Warning>,
     /// When an administrator was last told of what it sent and was not let out (old server).
@@ -332,6 +334,7 @@ impl Policy {
                     endpoint: None,
                     state: State::Connecting,
                     deliver: None,
+                    chosen: (None, None),
                     trouble: None,
                     refused: None,
                     refused_moves: 0,
@@ -641,8 +644,9 @@ impl Policy {
         let (deliver, delivery) = delivery::choose(
             peer.deliver_to,
             &peer.ports,
+            peer.chosen,
             endpoint.local,
-            &self.addresses.uplink,
+            &self.addresses,
         );
         let wanted = self.wanted_here();
         // What was done already is not done again, though what failed is tried again.
@@ -651,7 +655,12 @@ impl Policy {
             self.actions.extend(wanted.map(Action::Hold));
         }
         self.actions.push_back(Action::Deliver(id, delivery));
-        self.peers[index(id)].deliver = Some(deliver);
+        let peer = &mut self.peers[index(id)];
+        peer.deliver = Some(deliver);
+        if let Deliver::To { v4, v6 } = deliver {
+            let (before_v4, before_v6) = peer.chosen;
+            peer.chosen = (v4.or(before_v4), v6.or(before_v6));
+        }
         self.tell_delivery(id);
     }
 
@@ -720,6 +729,7 @@ impl Policy {
                 if self.addresses != addresses {
                     self.addresses = addresses;
                     self.judge_again(now, None);
+                    self.deliver_elsewhere();
                 }
             }
             Role::Old => {
@@ -747,6 +757,26 @@ impl Policy {
         all.sort_unstable();
         all.dedup();
         self.actions.push_back(Action::OwnAddresses(all));
+    }
+
+    /// Chooses anew for peers whose delivery address is gone, or has come.
+    fn deliver_elsewhere(&mut self) {
+        for id in self.peers() {
+            let peer = &self.peers[index(id)];
+            let (Some(before), Some(endpoint)) = (peer.deliver, peer.endpoint) else {
+                continue;
+            };
+            let (deliver, _) = delivery::choose(
+                peer.deliver_to,
+                &peer.ports,
+                peer.chosen,
+                endpoint.local,
+                &self.addresses,
+            );
+            if deliver != before {
+                self.deliver(id);
+            }
+        }
     }
 
     fn uplink_has_mtu(&mut self, mtu: u32) {

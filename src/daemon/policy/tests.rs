@@ -470,9 +470,36 @@ fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() 
     // The host gets one.
     let both = addresses("198.51.100.2 2001:db8::2");
     let all = both.clone();
-    new.does(Input::Addresses(own_addresses(all, both)));
-    let actions = new.moves(OLD, "192.0.2.5 2001:db8::5");
+    let actions = new.does(Input::Addresses(own_addresses(all, both)));
     assert_eq!(told(&actions), [(OLD, None)]);
+}
+
+#[test]
+fn a_delivery_address_that_goes_is_replaced_at_once() {
+    let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
+    new.moves(OLD, "192.0.2.5");
+    let has = |text: &str| {
+        let (all, uplink) = (addresses(text), addresses(text));
+        Input::Addresses(own_addresses(all, uplink))
+    };
+    let delivered = |actions: &[Action]| {
+        actions.iter().find_map(|action| match action {
+            Action::Deliver(OLD, delivery) => Some(delivery.v4),
+            _ => None,
+        })
+    };
+    // Another one comes first: nothing changes.
+    let actions = new.does(has("198.51.100.1 198.51.100.2"));
+    assert_eq!(delivered(&actions), None);
+    let actions = new.does(has("198.51.100.1"));
+    assert_eq!(delivered(&actions), Some("198.51.100.1".parse().ok()));
+    assert_eq!(told(&actions), [(OLD, None)]);
+    // A link that is made anew has none for a moment, and then the same one.
+    let all = addresses("127.0.0.1");
+    let uplink = Vec::new();
+    new.does(Input::Addresses(own_addresses(all, uplink)));
+    let actions = new.does(has("198.51.100.2 198.51.100.1"));
+    assert_eq!(delivered(&actions), Some("198.51.100.1".parse().ok()));
 }
 
 #[test]

@@ -132,7 +132,8 @@ impl From<u32> for Operand {
     }
 }
 
-/// Functions of the kernel that programs may call. Kernel 5.10 has them all, for any licence.
+/// Functions of the kernel that programs may call. Kernel 5.10 has them all; `FibLookup`
+/// wants a licence compatible with the GPL.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(i32)]
 pub enum Helper {
@@ -146,6 +147,8 @@ pub enum Helper {
     KtimeGetNs = 5,
     /// `(skb, offset, from, length, flags) → 0 or an error`.
     SkbStoreBytes = 9,
+    /// `(skb) → 0 or an error`.
+    SkbVlanPop = 19,
     /// `(ifindex, flags) → verdict`.
     Redirect = 23,
     /// `(skb, offset, to, length) → 0 or an error`.
@@ -231,6 +234,14 @@ impl Assembler {
     pub fn load_map(&mut self, dst: Reg, map: BorrowedFd<'_>) {
         const PSEUDO_MAP_FD: u8 = 1;
         self.load_wide(dst, PSEUDO_MAP_FD, map.as_raw_fd() as u64);
+    }
+
+    /// `dst =` the address of the byte at `offset` in the one value of an array; the program keeps
+    /// the map when `map` is closed.
+    pub fn load_address(&mut self, dst: Reg, map: BorrowedFd<'_>, offset: u32) {
+        const PSEUDO_MAP_VALUE: u8 = 2;
+        let place = map.as_raw_fd() as u64 | u64::from(offset) << 32;
+        self.load_wide(dst, PSEUDO_MAP_VALUE, place);
     }
 
     /// `R0 =` the packet's bytes at `offset`, in host order. R6 must hold the context. A load past

@@ -7,14 +7,14 @@ use rustix::io::Errno;
 
 use super::{BpfError, bpf_fd, object_name, with_memlock_raised};
 
-/// The licence that we tell the kernel. None of the helpers in use needs a GPL-compatible one.
+/// The licence that we tell the kernel. `bpf_fib_lookup` needs a GPL-compatible one.
 const LICENCE: &std::ffi::CStr = c"Dual MIT/GPL";
 
 /// Space for the verifier's log about a refused program. The kernel truncates a longer log.
 const VERIFIER_LOG_BYTES: usize = 1 << 20;
 
 /// An assembled program of type `SCHED_CLS`.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Program {
     name: &'static str,
     code: Vec<[u8; 8]>,

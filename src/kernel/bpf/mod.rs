@@ -3,7 +3,9 @@
 //! ```text
 //!   assembler   instructions and labels ──► a program
 //!   load        a program ──► the kernel, with the verifier's words if it refuses
+//!   loaded      programs that are in the kernel already, to be attached once more
 //!   map         the memory of programs, shared between them and this process
+//!   words       memory that this process can write without a system call
 //! ```
 //!
 //! This file owns the system call itself. What the programs do is the business of
@@ -13,9 +15,11 @@
 
 mod assembler;
 mod load;
+mod loaded;
 mod map;
 #[cfg(test)]
 pub(super) mod test_run;
+mod words;
 
 use std::ffi::c_int;
 use std::io;
@@ -27,7 +31,9 @@ use rustix::thread::CapabilitySet;
 
 pub use assembler::{Alu, Assembler, Helper, If, Label, Operand, Reg, Size};
 pub use load::Program;
+pub use loaded::Loaded;
 pub use map::{Map, MapKind, Shape, of_program};
+pub use words::Words;
 
 /// Longest name of a program or map that the kernel keeps (`BPF_OBJ_NAME_LEN` less the final NUL).
 const MAX_NAME: usize = 15;

@@ -118,6 +118,16 @@ impl Change {
         self.kind().check()
     }
 
+    /// The index of the interface that the object is on, if it goes with that.
+    pub fn interface(&self) -> Option<u32> {
+        match self {
+            Self::Clsact(change) => Some(change.on.index),
+            Self::Filter(change) => Some(change.on.index),
+            Self::Address(change) => Some(change.on.index),
+            Self::Rule(_) | Self::Route(_) | Self::Sysctl(_) => None,
+        }
+    }
+
     /// Whether both concern the same object, perhaps with other values.
     pub fn same_object(&self, other: &Self) -> bool {
         if let (Self::Sysctl(one), Self::Sysctl(other)) = (self, other) {

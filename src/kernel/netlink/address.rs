@@ -36,11 +36,15 @@ impl Address {
 }
 
 impl Netlink {
-    /// Every address of both families.
+    /// Every address of both families. Those that will not stay or may not be used come last: of
+    /// temporary ones another one takes the place within a day (RFC 8981), deprecated ones are on
+    /// their way out (RFC 4862), and tentative ones may turn out to be somebody else's.
     pub fn addresses(&self) -> Result<Vec<Address>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let answers = self.dump("list addresses", request)?;
-        Ok(answers.iter().filter_map(|a| read_address(a)).collect())
+        let mut found: Vec<_> = answers.iter().filter_map(|a| read_address(a)).collect();
+        found.sort_by_key(|&(_, passing)| passing);
+        Ok(found.into_iter().map(|(address, _)| address).collect())
     }
 
     /// Adds an address that this host replies from, but does not choose as the source of anything
@@ -88,27 +92,75 @@ pub(crate) fn address_message(address: &Address) -> AddressMessage {
     message
 }
 
-fn read_address(payload: &[u8]) -> Option<Address> {
+/// An address, and whether it will not stay or may not be used.
+fn read_address(payload: &[u8]) -> Option<(Address, bool)> {
+    const PASSING: u32 = libc::IFA_F_TEMPORARY
+        | libc::IFA_F_DEPRECATED
+        | libc::IFA_F_TENTATIVE
+        | libc::IFA_F_DADFAILED;
     let (header, rest) = payload.split_first_chunk::<8>()?;
     let (mut addr, mut local) = (None, None);
+    let mut flags = u32::from(header[2]);
     for (kind, value) in attributes(rest) {
         match kind {
             libc::IFA_ADDRESS => addr = ip(value),
             libc::IFA_LOCAL => local = ip(value),
+            libc::IFA_FLAGS => flags = word(value)?,
             _ => {}
         }
     }
-    Some(Address {
+    let address = Address {
         index: word(&header[4..8])?,
         // On a point-to-point link IFA_ADDRESS is the other end's address.
         addr: local.or(addr)?,
         prefix: header[1],
-    })
+    };
+    // The bit of temporary addresses means "secondary" for IPv4, whose secondary ones stay.
+    let passing = if address.addr.is_ipv4() { 0 } else { PASSING };
+    Some((address, flags & passing != 0))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::testing::{in_fresh_namespace, uplink};
+
+    #[test]
+    fn what_will_not_stay_comes_last() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let link = uplink(&netlink, "up0", &[]);
+            let at = |addr: &str, prefix| Address {
+                index: link.index,
+                addr: addr.parse().unwrap(),
+                prefix,
+            };
+            // Deprecated.
+            netlink.add_quiet_address(&at("2001:db8::1", 64)).unwrap();
+            for address in [
+                at("2001:db8::2", 64),
+                at("192.0.2.1", 24),
+                at("192.0.2.2", 24),
+            ] {
+                crate::lab::wiring::Wiring::add_address(&netlink, &address).unwrap();
+            }
+            let global = |addr: &IpAddr| match addr {
+                IpAddr::V4(_) => true,
+                IpAddr::V6(addr) => !addr.is_unicast_link_local(),
+            };
+            let found: Vec<String> = netlink
+                .addresses()
+                .unwrap()
+                .iter()
+                .filter(|held| held.index == link.index && global(&held.addr))
+                .map(|held| held.addr.to_string())
+                .collect();
+            assert_eq!(
+                found,
+                ["192.0.2.1", "192.0.2.2", "2001:db8::2", "2001:db8::1"]
+            );
+        });
+    }
 
     #[test]
     fn a_network_has_two_broadcast_addresses_if_it_is_large_enough() {

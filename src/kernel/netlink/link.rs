@@ -29,6 +29,9 @@ pub struct Link {
     pub link_type: u16,
     /// Hardware address, where the link layer is Ethernet-like.
     pub mac: Option<[u8; 6]>,
+    /// It is a port of another interface (a bridge, bond or team), which receives its packets and
+    /// sends through it. A member of a VRF is none: it keeps its own packets.
+    pub port: bool,
     /// Whether the kernel knows BIG TCP over IPv4: it does if it reports how long a received
     /// super-packet may become (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels with the backport).
     /// Whether a TUN takes such a packet (6.6) shows only when we write one.
@@ -114,18 +117,31 @@ fn read_link(payload: &[u8]) -> Option<Link> {
         loopback: flags & libc::IFF_LOOPBACK as u32 != 0,
         link_type: u16::from_ne_bytes([header[2], header[3]]),
         mac: None,
+        port: false,
         big_tcp: false,
     };
+    let mut in_vrf = false;
     for (kind, value) in attributes(rest) {
         match kind {
             libc::IFLA_IFNAME => link.name = text(value),
             libc::IFLA_MTU => link.mtu = word(value)?,
             libc::IFLA_ADDRESS => link.mac = value.try_into().ok(),
+            libc::IFLA_MASTER => link.port = true,
+            libc::IFLA_LINKINFO => in_vrf = slave_kind(value).as_deref() == Some("vrf"),
             IFLA_GRO_IPV4_MAX_SIZE => link.big_tcp = true,
             _ => {}
         }
     }
+    link.port &= !in_vrf;
     Some(link)
+}
+
+/// What an interface is a part of, by the kernel's name of its kind.
+fn slave_kind(info: &[u8]) -> Option<String> {
+    const IFLA_INFO_SLAVE_KIND: u16 = 4;
+    let mut info = attributes(info);
+    let kind = info.find(|&(kind, _)| kind == IFLA_INFO_SLAVE_KIND);
+    kind.map(|(_, value)| text(value))
 }
 
 #[cfg(test)]

@@ -1,16 +1,18 @@
-//! A small blocking rtnetlink client: links, addresses, routes, rules, clsact and cls_bpf filters.
+//! A small rtnetlink client: links, addresses, routes, rules, clsact and cls_bpf filters.
 //!
 //! Owns the conversation with `NETLINK_ROUTE` and nothing else: it decides nothing, remembers
 //! nothing and undoes nothing. It builds requests with the types of netlink-packet-route. It reads
 //! only those attributes of an answer that we need, so a newer kernel's attribute, or a foreign
 //! classifier that the crate cannot decode, does not make a dump fail.
 //!
-//! This file owns the socket. Each kind of object has a file of its own, with its type, its
+//! This file owns the socket for requests, `events` the one on which the kernel speaks by itself.
+//! Each kind of object has a file of its own, with its type, its
 //! requests (methods of [`Netlink`]), and how to read the kernel's answers.
 //!
 //! A socket belongs to the network namespace of the thread that opened it, for good.
 
 mod address;
+mod events;
 mod link;
 mod route;
 mod rule;
@@ -32,6 +34,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 pub use address::Address;
+pub use events::Events;
 pub use link::Link;
 pub use route::{ListedRoute, Route, RouteKind, TABLE_MAIN};
 pub use rule::Rule;
@@ -47,6 +50,7 @@ const MAX_DUMP_TRIES: usize = 8;
 #[derive(Debug)]
 pub struct Netlink {
     socket: Socket,
+    port: u32,
     sequence: Cell<u32>,
 }
 
@@ -54,7 +58,7 @@ impl Netlink {
     /// Opens a socket in the calling thread's network namespace.
     pub fn new() -> Result<Self> {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
+        let port = socket.bind_auto()?.port_number();
         // They give better error texts and filtered dumps where the kernel has them; we can do
         // without.
         let _ = socket.set_ext_ack(true);
@@ -62,8 +66,14 @@ impl Netlink {
         let _ = socket.set_netlink_get_strict_chk(true);
         Ok(Self {
             socket,
+            port,
             sequence: Cell::new(0),
         })
+    }
+
+    /// The number by which [`Events`] name who asked for a change.
+    pub fn port_id(&self) -> u32 {
+        self.port
     }
 
     /// Makes a request, and waits until the kernel has done it or refuses.

@@ -113,24 +113,38 @@ impl Netlink {
 
     /// The filters on one side of an interface's clsact qdisc; none if it has no such qdisc.
     pub fn filters(&self, index: u32, direction: Direction) -> Result<Vec<Filter>> {
+        let answers = self.list_filters(index, direction)?;
+        let filters = answers.iter().filter_map(|answer| read_tc(answer));
+        Ok(filters.map(Tc::into_filter).collect())
+    }
+
+    fn list_filters(&self, index: u32, direction: Direction) -> Result<Vec<Vec<u8>>> {
         let mut message = TcMessage::with_index(index as i32);
         message.header.parent = direction.parent();
         let request = RouteNetlinkMessage::GetTrafficFilter(message);
         match self.dump("list filters", request) {
-            Ok(answers) => Ok(answers
-                .iter()
-                .filter_map(|answer| read_tc(answer))
-                .map(Tc::into_filter)
-                .collect()),
             Err(error) if error.is_missing() => Ok(Vec::new()),
-            Err(error) => Err(error),
+            other => other,
         }
+    }
+
+    /// The parent under which the filters on one side of an interface are listed, if there are any:
+    /// an ingress qdisc knows its one side by several names.
+    fn parent_of_filters(&self, index: u32, direction: Direction) -> Result<Option<TcHandle>> {
+        let parent = |answer: &Vec<u8>| word(answer.get(12..16)?).map(TcHandle::from);
+        Ok(self.list_filters(index, direction)?.iter().find_map(parent))
     }
 
     /// Attaches a program as a direct-action filter for all protocols. It is an error if the slot
     /// is taken. The filter keeps the program when `program` is closed.
     pub fn add_filter(&self, slot: FilterSlot, program: BorrowedFd<'_>, name: &str) -> Result<()> {
-        let request = RouteNetlinkMessage::NewTrafficFilter(bpf_message(slot, program, name));
+        let mut message = bpf_message(slot, program, name);
+        // The kernel lists every filter of a place under the parent that was named last. Those of
+        // others are to look as before.
+        if let Some(parent) = self.parent_of_filters(slot.index, slot.direction)? {
+            message.header.parent = parent;
+        }
+        let request = RouteNetlinkMessage::NewTrafficFilter(message);
         self.acked("add bpf filter", request, NLM_F_CREATE | NLM_F_EXCL)
     }
 

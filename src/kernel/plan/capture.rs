@@ -1,50 +1,149 @@
 //! The kernel changes of the old server: packets to moved addresses go into the TUN, and packets
-//! that the daemon writes to the TUN leave by the uplink.
+//! that the daemon writes to the TUN leave by their routes.
 //!
-//! Owns the order of the two. The addresses stay configured where they are, so the host goes on
-//! answering ARP and neighbour discovery. The filter on the uplink outlives the daemon and then
-//! leads into nothing: moved addresses fall silent instead of replying with resets.
+//! ```text
+//! every entrance: ingress ── capture ──► TUN
+//! TUN: ingress ── return path ──► by the route for source and destination
+//!                  └─ bounced: ingress of the uplink, past capture
+//! ```
+//!
+//! An *entrance* is an interface by which packets for a moved address may reach this host: each one
+//! that receives packets of its own, whatever addresses it has. The moved address may be on another
+//! one, which receives nothing (a dummy, the loopback interface), and clients may be anywhere: on
+//! the internet, in this host's network, in its containers.
+//!
+//! The addresses stay configured where they are, so the host goes on answering ARP and neighbour
+//! discovery. The filters on the entrances outlive the daemon and then lead into nothing: moved
+//! addresses fall silent instead of replying with resets.
 
-use std::net::SocketAddr;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 
-use super::{PlanError, clsact, filter, l2_header};
+use rustix::fs::{Access, access};
+
+use super::{ETHERNET_HEADER, PlanError, clsact, filter, for_ingress, l2_header};
 use crate::kernel::Desired;
+use crate::kernel::bpf::Loaded;
+use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
-use crate::kernel::programs;
+use crate::kernel::programs::{self, Facts, TunnelEnds};
 use crate::model::moved::Move;
 
-/// The changes for the old server: capture on `uplink`, and the return path from `tun`.
-///
-/// `tunnel` are the tunnel's own ends on this host; the program never captures their datagrams. The
-/// TUN must exist. This changes nothing yet, but it loads the programs into the kernel.
-///
-/// # Errors
-/// If the kernel refuses a program, or the programs cannot work on an interface like `uplink`.
-pub fn plan(
-    netlink: &Netlink,
-    moves: &[Move],
-    uplink: &Link,
-    tun: &Link,
-    tunnel: &[SocketAddr],
-) -> Result<Vec<Desired>, PlanError> {
-    let l2 = l2_header(uplink)?;
-    let back = programs::return_path(moves, l2, uplink.index)?;
-    let capture = programs::capture(moves, l2, tun.index, tunnel)?;
-    let on_tun = filter(netlink, tun, Direction::Ingress, back.name())?;
-    let on_uplink = filter(netlink, uplink, Direction::Ingress, capture.name())?;
-    Ok(vec![
-        // The return path comes first: captured packets may get replies at once.
-        Desired::with_tun(clsact(tun)),
-        Desired::with_tun(on_tun).program(back.load()?),
-        Desired::lasting(clsact(uplink)),
-        Desired::lasting(on_uplink).program(capture.load()?),
-    ])
+/// The programs of one old server, in the kernel, with what they know. They stay the same while
+/// interfaces come and go.
+#[derive(Debug)]
+pub struct Capture {
+    moves: Vec<Move>,
+    port: u16,
+    tun: Link,
+    facts: Facts,
+    loaded: Loaded,
+}
+
+impl Capture {
+    /// Loads the programs for `moves`, with the TUN, which must exist, and the tunnel's own UDP
+    /// port on this host. This changes nothing yet.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn new(moves: &[Move], tun: &Link, port: u16) -> Result<Self, PlanError> {
+        let capture = Self {
+            moves: moves.to_vec(),
+            port,
+            tun: tun.clone(),
+            facts: Facts::new(moves)?,
+            loaded: Loaded::default(),
+        };
+        // For interfaces that come later, too.
+        for l2_header in [0, ETHERNET_HEADER] {
+            capture.entrance(l2_header)?;
+        }
+        Ok(capture)
+    }
+
+    /// The program for entrances with such a link-layer header.
+    fn entrance(&self, l2_header: u32) -> Result<(&'static str, OwnedFd), PlanError> {
+        let ends = TunnelEnds {
+            port: self.port,
+            facts: &self.facts,
+        };
+        let program = programs::capture(&self.moves, l2_header, self.tun.index, Some(ends))?;
+        Ok((program.name(), self.loaded.get(&program)?))
+    }
+
+    /// From now on bounced packets arrive at `uplink`, and replies to which no route leads leave by
+    /// it; all of them if it was `named`.
+    pub fn set_uplink(&self, uplink: Option<&Link>, named: bool) {
+        self.facts.set_uplink(uplink.map(|link| link.index), named);
+    }
+
+    /// From now on the tunnel has an end of its own at those moved addresses that `is_end` accepts.
+    /// Their datagrams are never captured.
+    pub fn set_tunnel_ends(&self, is_end: impl Fn(IpAddr) -> bool) {
+        self.facts.set_tunnel_ends(is_end);
+    }
+
+    /// The changes to the TUN: the return path.
+    ///
+    /// # Errors
+    /// If the kernel refuses the program.
+    pub fn on_tun(&self, netlink: &Netlink) -> Result<Vec<Desired>, PlanError> {
+        let tun = &self.tun;
+        let back = programs::return_path(&self.moves, &self.facts, tun.index)?;
+        let place = filter(netlink, tun, Direction::Ingress, back.name())?;
+        let mut desired: Vec<Desired> = ["ipv4", "ipv6"]
+            .into_iter()
+            .filter_map(|family| forwarding(tun, family))
+            .map(Desired::with_tun)
+            .collect();
+        desired.push(Desired::with_tun(clsact(tun)));
+        desired.push(Desired::with_tun(place).program(self.loaded.get(&back)?));
+        Ok(desired)
+    }
+
+    /// Whether replies of IPv4 leave by their routes. Else they leave by the uplink.
+    pub fn follows_routes(&self) -> bool {
+        let path = format!("net/ipv4/conf/{}/forwarding", self.tun.name);
+        read_sysctl(&path).is_ok_and(|value| value == "1")
+    }
+
+    /// The changes to one entrance: the capture.
+    ///
+    /// # Errors
+    /// If the programs cannot work on an interface like this, or there is no place for one.
+    pub fn on_entrance(&self, netlink: &Netlink, link: &Link) -> Result<Vec<Desired>, PlanError> {
+        let (name, program) = self.entrance(l2_header(link)?)?;
+        let mut desired = for_ingress(netlink, link)?;
+        let place = filter(netlink, link, Direction::Ingress, name)?;
+        desired.push(Desired::lasting(place).program(program));
+        Ok(desired)
+    }
+}
+
+/// `bpf_fib_lookup` answers only for an interface that forwards, and this one forwards nothing: its
+/// program takes every packet. `None` without that family, and where the setting cannot be changed,
+/// as in most containers: then replies leave by the uplink.
+fn forwarding(tun: &Link, family: &str) -> Option<Change> {
+    let path = format!("net/{family}/conf/{}/forwarding", tun.name);
+    let from = read_sysctl(&path).ok()?;
+    let may_write = access(format!("/proc/sys/{path}"), Access::WRITE_OK).is_ok();
+    (from == "1" || may_write).then(|| {
+        Change::Sysctl(Sysctl {
+            path,
+            from,
+            to: "1".to_owned(),
+            on: None,
+        })
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
     use crate::kernel::Host;
+    use crate::kernel::plan::carriers;
     use crate::kernel::testing::{
         Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter,
     };
@@ -61,6 +160,20 @@ mod tests {
         ("192.0.2.5", "192.0.2.254"),
         ("2001:db8:a::5", "2001:db8:a::fe"),
     ];
+
+    fn start(netlink: &Netlink, moves: &[Move], tun: &Tun) -> Capture {
+        let tun = netlink.link_by_index(tun.link.index).unwrap().unwrap();
+        Capture::new(moves, &tun, 51820).unwrap()
+    }
+
+    /// The changes for every entrance that there is.
+    fn everywhere(netlink: &Netlink, capture: &Capture) -> Vec<Desired> {
+        let mut desired = capture.on_tun(netlink).unwrap();
+        for link in carriers(netlink, &capture.tun).unwrap() {
+            desired.extend(capture.on_entrance(netlink, &link).unwrap());
+        }
+        desired
+    }
 
     fn end(addr: &str, port: u16) -> SocketAddr {
         SocketAddr::new(addr.parse().unwrap(), port)
@@ -95,8 +208,9 @@ mod tests {
             ];
             let scratch = Scratch::new();
             let mut host = Host::open(&scratch.0).unwrap();
-            let desired = plan(&netlink, &moves, &router.uplink, &tun.link, &[]).unwrap();
-            host.reconcile(desired).unwrap();
+            let capture = start(&netlink, &moves, &tun);
+            capture.set_uplink(Some(&router.uplink), false);
+            host.reconcile(everywhere(&netlink, &capture)).unwrap();
 
             for (moved, gateway) in ENDS {
                 let own = bound(end(moved, 53));
@@ -146,8 +260,9 @@ mod tests {
             let moves: Vec<Move> = moves.iter().map(|text| text.parse().unwrap()).collect();
             let scratch = Scratch::new();
             let mut host = Host::open(&scratch.0).unwrap();
-            let desired = plan(&netlink, &moves, &router.uplink, &tun.link, &[]).unwrap();
-            host.reconcile(desired).unwrap();
+            let capture = start(&netlink, &moves, &tun);
+            capture.set_uplink(Some(&router.uplink), false);
+            host.reconcile(everywhere(&netlink, &capture)).unwrap();
             for (moved, gateway) in ENDS {
                 let own = bound(end(moved, 53));
                 let client = router.udp(&end(gateway, 4000).to_string());

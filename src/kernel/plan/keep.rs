@@ -21,7 +21,7 @@ use std::net::IpAddr;
 use super::PlanError;
 use crate::kernel::Desired;
 use crate::kernel::change::{Change, Interface, QuietAddress, Sysctl, read_sysctl};
-use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::netlink::{Family, Link, Netlink};
 
 /// Does not answer for addresses of scope host; for every other as with 0.
 const ARP_IGNORE: (&str, u32) = ("arp_ignore", 3);
@@ -95,6 +95,19 @@ pub fn is_part(change: &Change) -> bool {
             .any(|name| sysctl.path.rsplit('/').next() == Some(name)),
         Change::Clsact(_) | Change::Filter(_) | Change::Rule(_) | Change::Route(_) => false,
     }
+}
+
+/// Whether a change is one of those that [`plan`] makes for addresses of this family.
+pub fn is_part_for(change: &Change, family: Family) -> bool {
+    let of = match change {
+        Change::Address(address) => Family::of(address.addr),
+        Change::Sysctl(_)
+        | Change::Clsact(_)
+        | Change::Filter(_)
+        | Change::Rule(_)
+        | Change::Route(_) => Family::V4,
+    };
+    is_part(change) && of == family
 }
 
 /// The change that strengthens a setting of an interface, if it is too weak. The stronger of the

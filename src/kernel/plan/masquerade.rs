@@ -69,7 +69,7 @@ pub fn plan(
         local.push((moved.addr, way(uplink)?));
     }
     let out = programs::way_out(way(uplink)?, &servers, &local)?;
-    let capture = programs::capture(moves, l2_header(uplink)?, tun.index, &[])?;
+    let capture = programs::capture(moves, l2_header(uplink)?, tun.index, None)?;
     let on_tun = filter(netlink, tun, Direction::Ingress, out.name())?;
     let on_uplink = filter(netlink, uplink, Direction::Ingress, capture.name())?;
     let mut desired = vec![

@@ -2,7 +2,7 @@
 //! programs.
 //!
 //! ```text
-//!   capture      the old server: moved addresses into the TUN, and from the TUN to the uplink
+//!   capture      the old server: moved addresses into the TUN, and from the TUN to their clients
 //!   steer        the new server: replies to packets from the TUN go back into it
 //!   keep         the new server in mode `keep`: it holds the moved address itself
 //!   masquerade   the old server in mode `nat`: it translates both addresses
@@ -16,11 +16,12 @@ pub mod keep;
 pub mod masquerade;
 pub mod steer;
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::Desired;
 use super::bpf::BpfError;
 use super::change::{BpfFilter, Change, Clsact, Interface};
-use super::netlink::{
-    Direction, Family, Filter, Link, Netlink, NetlinkError, RouteKind, TABLE_MAIN,
-};
+use super::netlink::{Direction, Filter, Link, Netlink, NetlinkError};
 use super::programs::NAME_PREFIX;
 
 /// Preference of the daemon's filters, unless a foreign one stands before it. It is low, so that
@@ -30,6 +31,12 @@ pub const FILTER_PRIORITY: u16 = 40;
 
 /// Handle of the daemon's filters within their preference.
 pub const FILTER_HANDLE: u32 = 1;
+
+/// Addresses that only a default route leads to (RFC 5737, RFC 3849).
+pub const PUBLIC: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1)),
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
+];
 
 /// Length of the Ethernet header, in bytes.
 const ETHERNET_HEADER: u32 = 14;
@@ -77,21 +84,36 @@ pub fn l2_header(link: &Link) -> Result<u32, PlanError> {
     }
 }
 
-/// Interfaces of a family's default routes in the main table, the preferred one first.
-fn default_routes(netlink: &Netlink, family: Family) -> Result<Vec<u32>, NetlinkError> {
-    let mut routes: Vec<_> = netlink
-        .routes(family, TABLE_MAIN)?
-        .into_iter()
-        .filter(|route| route.dst.1 == 0 && route.kind == RouteKind::Unicast)
-        .filter_map(|route| Some((route.metric.unwrap_or(0), route.dev?)))
-        .collect();
-    routes.sort_by_key(|&(metric, _)| metric);
-    Ok(routes.into_iter().map(|(_, dev)| dev).collect())
+/// The interfaces that may carry clients' packets, in either direction, but the TUN: every one that
+/// is not part of another one, and has packets that the programs can read. An interface counts
+/// before it is up or has an address, so that the programs are there when the first packet is.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn carriers(netlink: &Netlink, tun: &Link) -> Result<Vec<Link>, NetlinkError> {
+    let mut links = netlink.links()?;
+    links.retain(|link| {
+        let own = !link.loopback && link.index != tun.index && !link.port;
+        own && l2_header(link).is_ok()
+    });
+    Ok(links)
 }
 
 fn clsact(link: &Link) -> Change {
     Change::Clsact(Clsact {
         on: Interface::from(link),
+    })
+}
+
+/// The changes that let an interface carry filters at its ingress: none if others have put the
+/// older ingress qdisc there, which takes the same filters.
+fn for_ingress(netlink: &Netlink, link: &Link) -> Result<Vec<Desired>, NetlinkError> {
+    let qdiscs = netlink.qdiscs(link.index)?;
+    let older = qdiscs.iter().any(|kind| kind == "ingress");
+    Ok(if older {
+        Vec::new()
+    } else {
+        vec![Desired::lasting(clsact(link))]
     })
 }
 
@@ -123,6 +145,31 @@ fn filter(
     }))
 }
 
+/// The filter of others that every packet meets before ours on one side of an interface, if ours is
+/// there: its preference and kind. What it takes, ours never sees.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn before_ours(
+    netlink: &Netlink,
+    link: &Link,
+    direction: Direction,
+) -> Result<Option<(u16, String)>, NetlinkError> {
+    let is_ours = |filter: &&Filter| {
+        let name = filter.name.as_deref();
+        name.is_some_and(|name| name.starts_with(NAME_PREFIX))
+    };
+    let filters = netlink.filters(link.index, direction)?;
+    let ours = filters.iter().filter(is_ours).map(|filter| filter.priority);
+    let Some(ours) = ours.min() else {
+        return Ok(None);
+    };
+    let others = filters.iter().filter(|filter| !is_ours(filter));
+    let first = others.min_by_key(|filter| filter.priority);
+    let first = first.filter(|filter| filter.priority < ours);
+    Ok(first.map(|filter| (filter.priority, filter.kind.clone())))
+}
+
 fn free_priority(filters: &[Filter]) -> Option<u16> {
     let foreign: Vec<u16> = filters
         .iter()
@@ -148,8 +195,68 @@ fn free_priority(filters: &[Filter]) -> Option<u16> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
+    use netlink_packet_route::link::InfoKind;
+
     use super::*;
-    use crate::kernel::testing::in_fresh_namespace;
+    use crate::kernel::bpf::{Assembler, Reg};
+    use crate::kernel::netlink::FilterSlot;
+    use crate::kernel::testing::{Tun, in_fresh_namespace, veth};
+    use crate::lab::wiring::Wiring;
+
+    #[test]
+    fn every_interface_with_packets_of_its_own_carries_those_of_clients() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let tun = Tun::new(&netlink, "tun0", false);
+            let vpn = Tun::new(&netlink, "vpn0", false);
+            netlink.add_veth("up0", "port0", None).unwrap();
+            netlink.add_interface("br0", InfoKind::Bridge).unwrap();
+            let names = || -> Vec<String> {
+                let links = carriers(&netlink, &tun.link).unwrap().into_iter();
+                let mut names: Vec<_> = links.map(|link| link.name).collect();
+                names.sort();
+                names
+            };
+            // Whether they are up or not.
+            assert_eq!(names(), ["br0", "port0", "up0", "vpn0"]);
+            let index = |name: &str| netlink.link_by_name(name).unwrap().unwrap().index;
+            netlink.set_master(index("port0"), index("br0")).unwrap();
+            assert_eq!(names(), ["br0", "up0", "vpn0"]);
+            drop(vpn);
+            assert_eq!(names(), ["br0", "up0"]);
+        });
+    }
+
+    #[test]
+    fn a_filter_that_stands_before_ours_is_found() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let link = veth(&netlink);
+            netlink.add_clsact(link.index).unwrap();
+            let mut asm = Assembler::new();
+            asm.mov(Reg::R0, -1);
+            asm.exit();
+            let program = asm.finish("t").unwrap().load().unwrap();
+            let put = |priority, name| {
+                let slot = FilterSlot {
+                    index: link.index,
+                    direction: Direction::Ingress,
+                    priority,
+                    handle: 1,
+                };
+                netlink.add_filter(slot, program.as_fd(), name).unwrap();
+            };
+            let found = || before_ours(&netlink, &link, Direction::Ingress).unwrap();
+            put(10, "foreign");
+            assert_eq!(found(), None, "ours is not there");
+            put(9, "ipmoved_capture");
+            assert_eq!(found(), None);
+            put(8, "another");
+            assert_eq!(found(), Some((8, "bpf".to_owned())));
+        });
+    }
 
     #[test]
     fn an_interface_that_cannot_be_used_is_named() {

@@ -17,18 +17,17 @@
 //! would leave with the new server's own address, which resets the client's connection. The next
 //! daemon takes over what they know.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use super::{ETHERNET_HEADER, PlanError, clsact, default_routes, filter, l2_header};
+use super::{ETHERNET_HEADER, PUBLIC, PlanError, clsact, filter, l2_header};
 use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
 use crate::kernel::bpf::{self, BpfError, Program};
 use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
-use crate::kernel::netlink::{Direction, Family, Link, Netlink, NetlinkError, TABLE_MAIN};
+use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
 use crate::kernel::programs::{Counter, Entrance, FlowMaps, TAKE_REPLIES};
 use crate::kernel::programs::{arrivals, deliver, take_replies};
 use crate::model::drops::DropReason;
@@ -46,10 +45,6 @@ const DROPS: [(Counter, DropReason); 2] = [
     (Counter::Full, DropReason::SteeringFull),
     (Counter::Direct, DropReason::DirectConnection),
 ];
-
-/// Addresses that only a default route leads to (RFC 5737, RFC 3849).
-const FAR_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1));
-const FAR_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
 
 /// What outlives a new plan: the programs in the kernel, and their memory.
 #[derive(Debug)]
@@ -127,6 +122,7 @@ impl Steering {
     ///
     /// # Errors
     /// If the kernel refuses a program, or there is no place for it on an interface.
+    #[cfg(test)]
     pub fn plan(
         &self,
         netlink: &Netlink,
@@ -197,9 +193,10 @@ impl Steering {
         tun: &Link,
     ) -> Result<Vec<Desired>, PlanError> {
         let mut desired = Vec::new();
-        let mut families = vec![(Family::V4, "ipv4", FAR_V4)];
+        let [far_v4, far_v6] = PUBLIC;
+        let mut families = vec![(Family::V4, "ipv4", far_v4)];
         if has_ipv6(tun) {
-            families.push((Family::V6, "ipv6", FAR_V6));
+            families.push((Family::V6, "ipv6", far_v6));
         }
         // One link with a default route of each family is always the right one.
         let mut one_way = links.len() == 1;
@@ -289,44 +286,6 @@ fn copy(name: &'static str, program: &OwnedFd) -> Result<OwnedFd, PlanError> {
         .map_err(|source| PlanError::Bpf(BpfError::Descriptor { name, source }))
 }
 
-/// The interfaces on which replies may leave: those of the default routes, the one towards the
-/// peer, and every other one with an address, since any of these may have a route to some clients.
-///
-/// # Errors
-/// If the kernel cannot be asked.
-pub fn uplinks(netlink: &Netlink, peer: Option<IpAddr>) -> Result<Vec<Link>, NetlinkError> {
-    let held: Vec<u32> = netlink
-        .addresses()?
-        .into_iter()
-        .filter(|held| !is_link_local(held.addr))
-        .map(|held| held.index)
-        .collect();
-    let mut indices = default_routes(netlink, Family::V4)?;
-    indices.extend(default_routes(netlink, Family::V6)?);
-    if let Some(peer) = peer
-        && let Ok(answer) = netlink.route_get(peer, None, None)
-    {
-        indices.extend(answer.oif);
-    }
-    let links = netlink.links()?;
-    Ok(links
-        .into_iter()
-        .filter(|link| {
-            // An interface that the programs cannot use matters only if we need it.
-            let other = held.contains(&link.index) && l2_header(link).is_ok();
-            !link.loopback && (indices.contains(&link.index) || other)
-        })
-        .collect())
-}
-
-/// Every interface that is up has such an IPv6 address, and reaches no client from it.
-fn is_link_local(addr: IpAddr) -> bool {
-    match addr {
-        IpAddr::V4(addr) => addr.is_link_local(),
-        IpAddr::V6(addr) => addr.is_unicast_link_local(),
-    }
-}
-
 /// Whether the kernel routes IPv6 into the TUN.
 fn has_ipv6(tun: &Link) -> bool {
     read_sysctl(&format!("net/ipv6/conf/{}/disable_ipv6", tun.name)).is_ok_and(|value| value == "0")
@@ -346,7 +305,7 @@ fn sysctl(path: String) -> Change {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::net::{SocketAddr, TcpListener, TcpStream};
+    use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
 
     use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, PacketBuilderStep, SlicedPacket};
@@ -354,6 +313,7 @@ mod tests {
 
     use super::*;
     use crate::kernel::Host;
+    use crate::kernel::plan::carriers;
     use crate::kernel::testing::{
         Router, Scratch, Tun, bound, delete_link, in_fresh_namespace, strict_rp_filter, uplink,
     };
@@ -380,7 +340,7 @@ mod tests {
             strict_rp_filter();
             let scratch = Scratch::new();
             let mut host = Host::open(&scratch.0).unwrap();
-            let uplinks = uplinks(&netlink, None).unwrap();
+            let uplinks = carriers(&netlink, &tun.link).unwrap();
             assert_eq!(uplinks, std::slice::from_ref(&router.uplink));
             let steering = Steering::new(&netlink, &uplinks, 51820, 1000, &[]).unwrap();
             let desired = steering.plan(&netlink, &uplinks, &tun.link).unwrap();
@@ -489,21 +449,6 @@ mod tests {
                 assert!(b.tun.read(|p| goes_to(p, client)).is_none());
                 assert!(b.router.has_seen(b"an unasked one"));
             }
-        });
-    }
-
-    #[test]
-    fn every_interface_that_may_lead_to_clients_is_an_uplink() {
-        in_fresh_namespace(|| {
-            let netlink = Netlink::new().unwrap();
-            let router = Router::new(&netlink, &HERE, &GATEWAYS);
-            let tun = Tun::new(&netlink, "tun0", false);
-            let second = uplink(&netlink, "second", &[("10.1.0.2", 24)]);
-            let _bare = uplink(&netlink, "bare", &[]);
-            netlink.set_link_up(tun.link.index).unwrap();
-            let names = |links: Vec<Link>| links.into_iter().map(|link| link.name).collect();
-            let found: Vec<String> = names(uplinks(&netlink, None).unwrap());
-            assert_eq!(found, [router.uplink.name.clone(), second.name]);
         });
     }
 
@@ -675,8 +620,8 @@ mod tests {
             b.tun.write(&udp(client, 4000, here, 53, b"question"));
             let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
             let second = uplink(&netlink, "second", &[("10.1.0.2", 24)]);
-            let links = uplinks(&netlink, None).unwrap();
-            assert_eq!(links.len(), 2);
+            let links = carriers(&netlink, &b.tun.link).unwrap();
+            assert_eq!(links.len(), 3, "and the other end of the second");
             for _ in 0..2 {
                 let desired = b.steering.plan(&netlink, &links, &b.tun.link).unwrap();
                 let report = b.host.reconcile(desired).unwrap();
@@ -697,7 +642,7 @@ mod tests {
                 }
             }
             delete_link(&netlink, second.index).unwrap();
-            let links = uplinks(&netlink, None).unwrap();
+            let links = carriers(&netlink, &b.tun.link).unwrap();
             let desired = b.steering.plan(&netlink, &links, &b.tun.link).unwrap();
             b.host.reconcile(desired).unwrap();
             b.tun.write(&udp("10.1.0.9", 4000, here, 53, b"question"));

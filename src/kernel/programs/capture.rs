@@ -6,12 +6,13 @@
 //!   from such a port, and every fragment of the transports concerned, since only the first one
 //!   shows its port.
 //! * A packet that the daemon has bounced ([`return_path`](super::return_path())) passes.
-//! * It takes only packets for this host without a VLAN tag, and never a UDP datagram to one of the
-//!   tunnel's own ends, nor an ICMP error about one from there.
+//! * It takes only packets for this host that belong to no VLAN (a tag that has a priority only
+//!   does not count), and never a UDP datagram to one of the tunnel's own ends, nor an ICMP error
+//!   about one from there. Which moved addresses have such an end, [`Facts`] say at any time.
 //!
 //! ```text
 //! pass_bounced();
-//! if (skb->pkt_type != PACKET_HOST || skb->vlan_present) pass;
+//! if (skb->pkt_type != PACKET_HOST || skb->vlan_tci & 0xfff) pass;
 //! if (IPv4) {
 //!     for each scope: if (ip.daddr == scope.addr) { if by_address take; else goto parse; }
 //!     pass;
@@ -28,10 +29,10 @@
 //!
 //! other:     if (scope.whole) take; else pass;
 //! fragment:  if (scope.whole || protocol in scope) take; else pass;
-//! port:      if (UDP && port in scope.tunnel_ports) pass;
+//! port:      if (UDP && port == tunnel.port && facts.tunnel_end[scope]) pass;
 //!            if (port in scope.ranges(protocol)) take; else pass;
 //!
-//! take:      return redirect(tun, 0);
+//! take:      skb_vlan_pop(); return redirect(tun, 0);
 //! pass:      return TC_ACT_UNSPEC;
 //! ```
 //!
@@ -39,17 +40,18 @@
 //! branches. The trees stand last, each with exits of its own, so that no jump spans more than one
 //! of them.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use Reg::{R0, R9, R10};
 
+use super::facts::{Facts, addresses};
 use super::headers::{fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, ports};
 use super::phrases::{
     DESTINATION_KEPT, Expected, PROTOCOL, TC_ACT_UNSPEC, TRANSPORT, branch_by_family,
     jump_if_it_has_ports, jump_if_link_scoped_icmpv6, jump_unless_icmpv6_error,
     jump_unless_v6_destination, keep_packet, load_ipv4_header_end, load_v6_destination,
-    pass_bounced, pass_unless_for_this_host, quoted_flow_v4, quoted_flow_v6, redirect_to, verdict,
+    pass_bounced, pass_unless_for_this_host, quoted_flow_v4, quoted_flow_v6, take, verdict,
     walk_extension_headers,
 };
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
@@ -61,8 +63,17 @@ const SCOPE: Reg = R9;
 /// The port that decides, once the program has read the transport header.
 const PORT: Reg = TRANSPORT;
 
-/// The program for `moves`, which leads into the TUN. `tunnel` are the tunnel's own ends on this
-/// host (unspecified address: any).
+/// The tunnel's own ends on this host: its UDP port, at each moved address of which the facts say
+/// so. The facts are those of the same moves.
+#[derive(Clone, Copy, Debug)]
+pub struct TunnelEnds<'f> {
+    /// The port.
+    pub port: u16,
+    /// Where it is the tunnel's.
+    pub facts: &'f Facts,
+}
+
+/// The program for `moves`, which leads into the TUN; without a tunnel, no datagram is left out.
 ///
 /// # Errors
 /// If the program is too large.
@@ -70,13 +81,14 @@ pub fn capture(
     moves: &[Move],
     l2_header: u32,
     tun_ifindex: u32,
-    tunnel: &[SocketAddr],
+    tunnel: Option<TunnelEnds<'_>>,
 ) -> Result<Program, BpfError> {
     Capture {
         asm: Assembler::new(),
         l2: l2_header,
         tun_ifindex,
-        scopes: scopes(moves, tunnel),
+        scopes: scopes(moves, tunnel.is_some()),
+        tunnel,
     }
     .assemble()
 }
@@ -87,43 +99,31 @@ struct Scope {
     whole: bool,
     tcp: Vec<RangeInclusive<u16>>,
     udp: Vec<RangeInclusive<u16>>,
-    /// UDP ports of the tunnel's own end at this address.
-    tunnel_ports: Vec<u16>,
+    /// The tunnel may have an end at this address.
+    tunnel: bool,
 }
 
 impl Scope {
     /// Whether the address alone decides.
     fn by_address(&self) -> bool {
-        self.whole && self.tunnel_ports.is_empty()
+        self.whole && !self.tunnel
     }
 }
 
-fn scopes(moves: &[Move], tunnel: &[SocketAddr]) -> Vec<Scope> {
-    let mut scopes: Vec<Scope> = Vec::new();
+/// The scopes, by the number of their address.
+fn scopes(moves: &[Move], tunnel: bool) -> Vec<Scope> {
+    let scope = |addr| Scope {
+        addr,
+        whole: false,
+        tcp: Vec::new(),
+        udp: Vec::new(),
+        tunnel,
+    };
+    let mut scopes: Vec<Scope> = addresses(moves).into_iter().map(scope).collect();
     for moved in moves {
-        let index = scopes.iter().position(|scope| scope.addr == moved.addr);
-        let index = index.unwrap_or_else(|| {
-            let at_addr = |end: &&SocketAddr| {
-                end.ip() == moved.addr
-                    || end.ip().is_unspecified() && (end.is_ipv6() || moved.addr.is_ipv4())
-            };
-            let mut ports: Vec<_> = tunnel
-                .iter()
-                .filter(at_addr)
-                .map(SocketAddr::port)
-                .collect();
-            ports.sort_unstable();
-            ports.dedup();
-            scopes.push(Scope {
-                addr: moved.addr,
-                whole: false,
-                tcp: Vec::new(),
-                udp: Vec::new(),
-                tunnel_ports: ports,
-            });
-            scopes.len() - 1
-        });
-        let scope = &mut scopes[index];
+        let Some(scope) = scopes.iter_mut().find(|scope| scope.addr == moved.addr) else {
+            continue;
+        };
         scope.whole |= moved.is_whole();
         let ports = if moved.ports.is_empty() {
             vec![0..=u16::MAX]
@@ -145,11 +145,12 @@ fn scopes(moves: &[Move], tunnel: &[SocketAddr]) -> Vec<Scope> {
 }
 
 /// The state of the generator while it writes the program.
-struct Capture {
+struct Capture<'f> {
     asm: Assembler,
     l2: u32,
     tun_ifindex: u32,
     scopes: Vec<Scope>,
+    tunnel: Option<TunnelEnds<'f>>,
 }
 
 /// The exits of the part that reads addresses and headers. SCOPE is known in all but the first two.
@@ -165,7 +166,7 @@ struct Ways {
     other: Label,
 }
 
-impl Capture {
+impl Capture<'_> {
     fn assemble(mut self) -> Result<Program, BpfError> {
         let a = &mut self.asm;
         let v6 = a.label();
@@ -184,7 +185,7 @@ impl Capture {
         self.asm.bind(v6);
         self.ipv6(ways);
         self.asm.bind(ways.redirect);
-        redirect_to(&mut self.asm, self.tun_ifindex);
+        take(&mut self.asm, self.tun_ifindex);
         self.asm.bind(ways.pass);
         verdict(&mut self.asm, TC_ACT_UNSPEC);
         self.decide_other(ways.other);
@@ -289,21 +290,21 @@ impl Capture {
 
     fn decide_other(&mut self, other: Label) {
         let a = &mut self.asm;
-        let take = a.label();
+        let taken = a.label();
         a.bind(other);
         for (index, scope) in self.scopes.iter().enumerate() {
             if scope.whole && !scope.by_address() {
-                a.jump_if(SCOPE, If::Eq, index as i32, take);
+                a.jump_if(SCOPE, If::Eq, index as i32, taken);
             }
         }
         verdict(a, TC_ACT_UNSPEC);
-        a.bind(take);
-        redirect_to(a, self.tun_ifindex);
+        a.bind(taken);
+        take(a, self.tun_ifindex);
     }
 
     fn decide_fragment(&mut self, fragment: Label) {
         let a = &mut self.asm;
-        let take = a.label();
+        let taken = a.label();
         a.bind(fragment);
         for (index, scope) in self.scopes.iter().enumerate() {
             if scope.by_address() {
@@ -312,18 +313,18 @@ impl Capture {
             let next = a.label();
             a.jump_if(SCOPE, If::Ne, index as i32, next);
             if scope.whole {
-                a.jump(take);
+                a.jump(taken);
             }
             for (protocol, ranges) in [(TCP, &scope.tcp), (UDP, &scope.udp)] {
                 if !ranges.is_empty() {
-                    a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), take);
+                    a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), taken);
                 }
             }
             a.bind(next);
         }
         verdict(a, TC_ACT_UNSPEC);
-        a.bind(take);
-        redirect_to(a, self.tun_ifindex);
+        a.bind(taken);
+        take(a, self.tun_ifindex);
     }
 
     fn decide_port(&mut self, port: Label) {
@@ -339,15 +340,12 @@ impl Capture {
             } else {
                 (&scope.tcp[..], &scope.udp[..])
             };
-            if !scope.tunnel_ports.is_empty() {
-                let (next, own) = (a.label(), a.label());
+            if let Some(tunnel) = self.tunnel {
+                let next = a.label();
                 a.jump_if(SCOPE, If::Ne, index as i32, next);
                 a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), next);
-                for &port in &scope.tunnel_ports {
-                    a.jump_if(PORT, If::Eq, i32::from(port), own);
-                }
-                a.jump(next);
-                a.bind(own);
+                a.jump_if(PORT, If::Ne, i32::from(tunnel.port), next);
+                tunnel.facts.jump_unless_tunnel_end(a, index, R0, next);
                 verdict(a, TC_ACT_UNSPEC);
                 a.bind(next);
             }
@@ -409,7 +407,7 @@ fn tree(
     }
     node(a, ranges, hit, miss);
     a.bind(hit);
-    redirect_to(a, tun_ifindex);
+    take(a, tun_ifindex);
     a.bind(miss);
     verdict(a, TC_ACT_UNSPEC);
     a.bind(next);
@@ -417,7 +415,7 @@ fn tree(
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, Ipv6Addr};
+    use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
     use std::os::fd::AsFd;
 
     use proptest::prelude::*;
@@ -446,7 +444,7 @@ mod tests {
         // Where the address alone decides, the program does not walk extension headers: none of the
         // link's own messages to a unicast address has any.
         let bare = packet.options == 0 && packet.fragment.is_none();
-        let walked = tunnel.is_some_and(|end| end.ip() == packet.dst);
+        let walked = tunnel.is_some();
         if icmp6 && (bare || first && walked) && matches!(icmp_type, 130..=137 | 143) {
             return false;
         }
@@ -520,7 +518,13 @@ mod tests {
         ]);
         for tunnel in [None, Some("192.0.2.8:51820"), Some("[2001:db8::8]:443")] {
             let tunnel: Option<SocketAddr> = tunnel.map(|end| end.parse().unwrap());
-            let program = capture(&moves, L2, 1, tunnel.as_slice()).unwrap();
+            let facts = Facts::new(&moves).unwrap();
+            facts.set_tunnel_ends(|addr| tunnel.is_some_and(|end| end.ip() == addr));
+            let ends = tunnel.map(|end| TunnelEnds {
+                port: end.port(),
+                facts: &facts,
+            });
+            let program = capture(&moves, L2, 1, ends).unwrap();
             let program = program.load().expect("run the tests as root");
             proptest!(|(packet in packets())| {
                 let expected = should_take(&moves, tunnel, &packet);
@@ -532,8 +536,14 @@ mod tests {
     #[test]
     fn icmp_errors_go_where_their_flow_lives() {
         let moves = moves(&["192.0.2.6:80/tcp", "[2001:db8::6]:80/tcp", "192.0.2.8"]);
-        let tunnel = ["192.0.2.8:51820".parse().unwrap()];
-        let program = capture(&moves, L2, 1, &tunnel).unwrap().load().unwrap();
+        let facts = Facts::new(&moves).unwrap();
+        let tunnel = TunnelEnds {
+            port: 51820,
+            facts: &facts,
+        };
+        facts.set_tunnel_ends(|addr| addr.to_string() == "192.0.2.8");
+        let program = capture(&moves, L2, 1, Some(tunnel)).unwrap();
+        let program = program.load().unwrap();
         for (router, client, moved) in [
             ("198.51.100.1", "203.0.113.7", "192.0.2.6"),
             ("2001:db8:1::1", "2001:db8:2::1", "2001:db8::6"),
@@ -576,12 +586,17 @@ mod tests {
             program.as_fd(),
             &Packet::icmp_error("198.51.100.1", &other)
         ));
+        // The address is no longer this host's, and its port is the clients' again.
+        let datagram = Packet::new("203.0.113.7", "192.0.2.8", UDP, ports(1, 51820));
+        assert!(!taken(program.as_fd(), &datagram));
+        facts.set_tunnel_ends(|_| false);
+        assert!(taken(program.as_fd(), &datagram));
     }
 
     #[test]
     fn truncated_and_foreign_frames_pass() {
         let moves = moves(&["192.0.2.6:80", "[2001:db8::6]:80", "2001:db8::5"]);
-        let program = capture(&moves, L2, 1, &[]).unwrap().load().unwrap();
+        let program = capture(&moves, L2, 1, None).unwrap().load().unwrap();
         for packet in [
             Packet::new("203.0.113.7", "192.0.2.6", TCP, ports(1, 80)),
             Packet::new("2001:db8::99", "2001:db8::6", TCP, ports(1, 80)),
@@ -635,8 +650,12 @@ mod tests {
 
     /// Checks that the program for `moves` loads, and decides rightly about the last of them.
     fn they_load(moves: Vec<Move>) {
-        let tunnel = ["192.0.2.1:1".parse().unwrap()];
-        let program = capture(&moves, L2, 1, &tunnel).unwrap();
+        let facts = Facts::new(&moves).unwrap();
+        let tunnel = TunnelEnds {
+            port: 1,
+            facts: &facts,
+        };
+        let program = capture(&moves, L2, 1, Some(tunnel)).unwrap();
         let loaded = program.load().unwrap();
         let last = &moves[MAX_MOVES - 1];
         let src = if last.addr.is_ipv4() {
@@ -650,13 +669,12 @@ mod tests {
             assert!(taken(loaded.as_fd(), &at(*range.end())));
             assert!(!taken(loaded.as_fd(), &at(range.end() + 1)));
         }
-        return_path(&moves, L2, 1).unwrap().load().unwrap();
-        return_path(&moves, 0, 1).unwrap().load().unwrap();
+        return_path(&moves, &facts, 1).unwrap().load().unwrap();
     }
 
     #[test]
     fn as_many_extension_headers_are_skipped_as_the_daemon_skips() {
-        let program = capture(&moves(&["[2001:db8::6]:80/tcp"]), L2, 1, &[]).unwrap();
+        let program = capture(&moves(&["[2001:db8::6]:80/tcp"]), L2, 1, None).unwrap();
         let program = program.load().expect("run the tests as root");
         for (headers, expected) in [
             (1, true),

@@ -8,8 +8,15 @@ pub(super) mod skb {
     /// The EtherType, in network order.
     pub(crate) const PROTOCOL: i16 = 16;
     pub(crate) const VLAN_PRESENT: i16 = 20;
+    pub(crate) const VLAN_TCI: i16 = 24;
     /// The socket that sends it, `struct bpf_sock *`.
     pub(crate) const SK: i16 = 168;
+}
+
+/// IEEE 802.1Q: the tag control information.
+pub(super) mod vlan {
+    /// The VLAN's number. A frame with number 0 belongs to no VLAN: its tag has a priority only.
+    pub(crate) const ID_MASK: i32 = 0x0fff;
 }
 
 /// `struct bpf_sock`.
@@ -32,6 +39,8 @@ pub(super) mod fib {
     /// The results that name an interface: found; found, but the neighbour is not known yet; found,
     /// but the packet is too long.
     pub(crate) const FOUND: [i32; 3] = [0, 7, 8];
+    /// A route says that no packet gets there: blackhole, unreachable, prohibit.
+    pub(crate) const REFUSED: [i32; 3] = [1, 2, 3];
     /// The interface that it arrived at does not forward.
     pub(crate) const FORWARDING_DISABLED: i32 = 5;
 }

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!            old server                                      new server
-//!   uplink ingress ── capture ──► TUN           TUN ingress ── deliver ──► link ingress
-//!   TUN ingress ── return_path ──► uplink       link ingress ── arrivals ──► stack
+//!   link ingress ── capture ──► TUN             TUN ingress ── deliver ──► link ingress
+//!   TUN ingress ── return_path ──► link         link ingress ── arrivals ──► stack
 //!                   └─ bounced: uplink ingress, link egress ── take_replies ──► TUN
 //!                      past capture
 //!
@@ -18,6 +18,7 @@
 //! ```text
 //!   headers   the offsets of header fields
 //!   phrases   code that several programs share, and the registers that have names
+//!   facts     what the old server's programs know of links and addresses
 //!   flows     the memory of the steering programs
 //!   parse     how the steering programs read a packet
 //! ```
@@ -41,6 +42,7 @@
 mod arrivals;
 mod capture;
 mod deliver;
+mod facts;
 mod flows;
 mod headers;
 mod parse;
@@ -53,8 +55,9 @@ mod testing;
 mod way_out;
 
 pub use arrivals::arrivals;
-pub use capture::capture;
+pub use capture::{TunnelEnds, capture};
 pub use deliver::deliver;
+pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps};
 pub use replies::{Pair, replies};
 pub use return_path::return_path;
@@ -73,7 +76,7 @@ mod tests {
 
     /// Each program for interfaces with and without a link-layer header, and the number of its
     /// instructions. Look twice when that grows: every packet runs through them.
-    fn every_program() -> (FlowMaps, Vec<(Program, usize)>) {
+    fn every_program() -> (FlowMaps, Facts, Vec<(Program, usize)>) {
         let moves = moves(&[
             "192.0.2.5",
             "192.0.2.6:80,443,8000-8100/tcp",
@@ -81,7 +84,11 @@ mod tests {
             "2001:db8::5",
             "[2001:db8::6]:80,443,8000-8100",
         ]);
-        let tunnel = ["[::]:51820".parse().unwrap()];
+        let facts = Facts::new(&moves).unwrap();
+        let tunnel = Some(TunnelEnds {
+            port: 51820,
+            facts: &facts,
+        });
         let (own, to) = (
             "192.0.2.1".parse().unwrap(),
             "198.51.100.2".parse().unwrap(),
@@ -101,8 +108,8 @@ mod tests {
                 captures: 2,
             };
             let programs = [
-                capture(&moves, l2_header, 1, &tunnel),
-                return_path(&moves, l2_header, 1),
+                capture(&moves, l2_header, 1, tunnel),
+                return_path(&moves, &facts, 1),
                 deliver(&maps, 2),
                 take_replies(&maps, l2_header, 2, 51820),
                 arrivals(&maps, l2_header, 51820),
@@ -111,9 +118,9 @@ mod tests {
             ];
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
-        let mut all: Vec<_> = of(0, [391, 43, 643, 641, 358, 310, 56]).collect();
-        all.extend(of(14, [391, 62, 643, 641, 358, 310, 106]));
-        (maps, all)
+        let mut all: Vec<_> = of(0, [433, 153, 643, 641, 360, 316, 56]).collect();
+        all.extend(of(14, [433, 153, 643, 641, 360, 316, 106]));
+        (maps, facts, all)
     }
 
     #[test]
@@ -121,7 +128,7 @@ mod tests {
         in_fresh_namespace(|| {
             keep_only(capabilities_of_the_unit());
             // A program refers to its maps by descriptor until it is loaded.
-            let (_maps, programs) = every_program();
+            let (_maps, _facts, programs) = every_program();
             for (program, _) in programs {
                 program.load().unwrap();
             }
@@ -130,7 +137,7 @@ mod tests {
 
     #[test]
     fn no_program_has_grown_unnoticed() {
-        let (programs, expected): (Vec<_>, Vec<_>) = every_program().1.into_iter().unzip();
+        let (programs, expected): (Vec<_>, Vec<_>) = every_program().2.into_iter().unzip();
         let sizes: Vec<_> = programs
             .iter()
             .map(|program| program.code().len())

@@ -11,7 +11,7 @@ use std::net::Ipv6Addr;
 
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R10};
 
-use super::headers::{ethernet, extension, fragment, icmp, icmpv6, ipv4, ipv6, skb};
+use super::headers::{ethernet, extension, fragment, icmp, icmpv6, ipv4, ipv6, skb, vlan};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::MAX_EXTENSION_HEADERS;
@@ -61,11 +61,17 @@ pub(super) fn keep_packet(a: &mut Assembler) {
     a.mov(PACKET, R1);
 }
 
-/// Jumps to `pass`, unless the packet is for this host and has no VLAN tag.
+/// Jumps to `pass`, unless the packet is for this host and belongs to no VLAN. A tag that has a
+/// priority only (VLAN 0) does not count, as the kernel sees it; [`take`] removes it.
 pub(super) fn pass_unless_for_this_host(a: &mut Assembler, pass: Label) {
+    let untagged = a.label();
     a.load(Size::W, R0, PACKET, skb::PKT_TYPE);
     a.jump_if(R0, If::Ne, i32::from(libc::PACKET_HOST), pass);
-    pass_if_tagged(a, pass);
+    a.load(Size::W, R0, PACKET, skb::VLAN_PRESENT);
+    a.jump_if(R0, If::Eq, 0, untagged);
+    a.load(Size::W, R0, PACKET, skb::VLAN_TCI);
+    a.jump_if(R0, If::Set, vlan::ID_MASK, pass);
+    a.bind(untagged);
 }
 
 pub(super) fn pass_if_tagged(a: &mut Assembler, pass: Label) {
@@ -284,6 +290,18 @@ pub(super) fn jump_if_it_has_ports(a: &mut Assembler, to: Label) {
 pub(super) fn verdict(a: &mut Assembler, verdict: i32) {
     a.mov(R0, verdict);
     a.exit();
+}
+
+/// Sends a packet that an interface has received into the TUN. A TUN would write a tag that is left
+/// into the packet.
+pub(super) fn take(a: &mut Assembler, tun_ifindex: u32) {
+    let untagged = a.label();
+    a.load(Size::W, R0, PACKET, skb::VLAN_PRESENT);
+    a.jump_if(R0, If::Eq, 0, untagged);
+    a.mov(R1, PACKET);
+    a.call(Helper::SkbVlanPop);
+    a.bind(untagged);
+    redirect_to(a, tun_ifindex);
 }
 
 /// Sends the packet into the TUN, or out of any other interface as it is.

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //! pass_bounced();
-//! if (skb->pkt_type != PACKET_HOST || skb->vlan_present) pass;
+//! if (skb->pkt_type != PACKET_HOST || skb->vlan_tci & 0xfff) pass;
 //! for each pair of the packet's family: if (ip.daddr == pair.own) {
 //!     from_server = ip.saddr == pair.to;
 //!     if (not TCP, UDP or ICMP) pass;
@@ -21,7 +21,7 @@
 //!     if (port in ports) take; else pass;
 //! }
 //! pass:   return TC_ACT_UNSPEC;
-//! take:   return redirect(tun, 0);
+//! take:   skb_vlan_pop(); return redirect(tun, 0);
 //! ```
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -34,7 +34,7 @@ use super::phrases::{
     Expected, PROTOCOL, TC_ACT_UNSPEC, TRANSPORT, branch_by_family, jump_if_it_has_ports,
     jump_unless_icmpv6_error, jump_unless_v6_destination, keep_packet, load_ipv4_header_end,
     load_v6_destination, pass_bounced, pass_unless_for_this_host, quoted_flow_v4, quoted_flow_v6,
-    redirect_to, verdict, walk_extension_headers, words,
+    take, verdict, walk_extension_headers, words,
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, If, Label, Program, Reg, Size};
 
@@ -90,7 +90,7 @@ pub fn replies(
     a.bind(pass);
     verdict(a, TC_ACT_UNSPEC);
     a.bind(redirect);
-    redirect_to(a, tun_ifindex);
+    take(a, tun_ifindex);
     asm.finish("ipmoved_nat")
 }
 

@@ -1,11 +1,14 @@
-//! Sends packets that the daemon writes to its TUN out of the uplink: for the ingress of the old
+//! Sends packets that the daemon writes to its TUN to their clients: for the ingress of the old
 //! server's TUN.
 //!
-//! The daemon writes packets to a moved address only if it bounces them: what came out of the
-//! tunnel for one it drops ([`flow::gate`](crate::flow::gate)).
+//! A reply leaves as this host would send it itself: by the route that its tables and rules give
+//! for this source and destination, through whatever interface that is. If the administrator has
+//! named an uplink, it leaves by that one. The kernel resolves the neighbour. No netfilter hook
+//! takes part, and the TTL stays.
 //!
-//! The kernel resolves the neighbour. No forwarding, sysctl or netfilter hook takes part, and the
-//! TTL stays. Packets *to* a moved address (bounced ones) arrive on the uplink once more, where
+//! The daemon writes packets to a moved address only if it bounces them: what came out of the
+//! tunnel for one it drops ([`flow::gate`](crate::flow::gate)). These arrive on the uplink once
+//! more, where
 //! [`capture`](super::capture()) lets them pass. So this host's own stack sees them as it would
 //! without a daemon, and strict reverse path filtering and firewall rules for the uplink judge them
 //! alike.
@@ -13,75 +16,165 @@
 //! ```text
 //! if (!IP) return TC_ACT_UNSPEC;
 //! if (ip.daddr in moves) {
-//!     skb_change_head(l2_header); ethernet.type = skb->protocol;
+//!     skb_change_head(14); ethernet.type = skb->protocol;
 //!     skb->mark = BOUNCED;
-//!     return redirect(uplink, BPF_F_INGRESS);
+//!     return redirect(facts.uplink, BPF_F_INGRESS);
 //! }
-//! skb_change_head(l2_header);
-//! return redirect_neigh(uplink);           // without link-layer header: redirect(uplink, 0)
+//! if (!facts.always) {
+//!     route = fib_lookup(tun, ip.saddr, ip.daddr);
+//!     if (found) { skb_change_head(14); return redirect_neigh(route.ifindex, route.gateway); }
+//!     if (blackhole, unreachable, prohibited) drop;
+//! }
+//! if (!facts.uplink) drop;
+//! skb_change_head(14); return redirect_neigh(facts.uplink);
 //! ```
+//!
+//! Both redirections want a link-layer header, and take it off where the interface has none. The
+//! look-up works only while the TUN counts as forwarding (`conf/TUN/forwarding`). It does not know
+//! the ports, so a rule that selects by port does not match.
 
 use std::net::IpAddr;
 
-use Reg::{R0, R1, R2, R3, R4, R5, R10};
+use Reg::{R0, R1, R2, R3, R4, R5, R7, R8, R9, R10};
 
-use super::headers::{ethernet, ipv4, skb};
+use super::facts::{Facts, addresses};
+use super::headers::{ethernet, fib, ipv4, ipv6, skb};
 use super::phrases::{
-    BOUNCED, PACKET, TC_ACT_UNSPEC, add_empty_header, arrive_at, branch_by_family,
-    jump_unless_v6_destination, keep_packet, load_v6_destination, send_out, verdict,
+    BOUNCED, BPF_F_INGRESS, PACKET, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header, branch_by_family,
+    jump_unless_v6_destination, keep_packet, load_v6_destination, verdict,
 };
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Program, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::Move;
 
 /// Where the EtherType lies on the stack.
 const ETHERTYPE: i16 = -8;
 
-/// The program for `moves` and an uplink.
+/// The look-up (`struct bpf_fib_lookup`) on the stack, below the destination that
+/// [`load_v6_destination`] keeps there.
+const LOOKUP: i16 = -96;
+
+/// `struct bpf_redir_neigh` on the stack: the family and the next hop, which the look-up leaves in
+/// place of the destination. It overlaps the look-up, whose last word of the source is not wanted
+/// any more.
+const NEXT_HOP: i16 = LOOKUP + fib::DESTINATION - 4;
+const NEXT_HOP_LEN: i32 = 20;
+
+/// Where the redirection goes.
+const IFINDEX: Reg = R7;
+
+/// The program for `moves`, for the TUN with this index.
 ///
 /// # Errors
 /// If the program is too large.
-pub fn return_path(
-    moves: &[Move],
-    uplink_l2_header: u32,
-    uplink_ifindex: u32,
-) -> Result<Program, BpfError> {
+pub fn return_path(moves: &[Move], facts: &Facts, tun_ifindex: u32) -> Result<Program, BpfError> {
     let mut asm = Assembler::new();
     let a = &mut asm;
-    let (v6, send, bounced, other) = (a.label(), a.label(), a.label(), a.label());
+    let (v6, look, bounced, other) = (a.label(), a.label(), a.label(), a.label());
+    let (found, by_uplink, refused) = (a.label(), a.label(), a.label());
+    let addresses = addresses(moves);
     keep_packet(a);
     branch_by_family(a, v6, other);
     a.load_packet(Size::W, ipv4::DESTINATION);
-    for moved in moves {
-        if let IpAddr::V4(addr) = moved.addr {
+    for addr in &addresses {
+        if let IpAddr::V4(addr) = addr {
             a.jump_if(R0, If::Eq, addr.to_bits(), bounced);
         }
     }
-    a.jump(send);
+    facts.jump_if_always(a, R0, by_uplink);
+    begin_lookup(a, libc::AF_INET, tun_ifindex);
+    load_address(a, ipv4::SOURCE, LOOKUP + fib::SOURCE, 1);
+    load_address(a, ipv4::DESTINATION, LOOKUP + fib::DESTINATION, 1);
+    a.jump(look);
     a.bind(v6);
     load_v6_destination(a, 0);
-    for moved in moves {
-        if let IpAddr::V6(addr) = moved.addr {
+    for addr in &addresses {
+        if let IpAddr::V6(addr) = addr {
             let next = a.label();
-            jump_unless_v6_destination(a, addr, next);
+            jump_unless_v6_destination(a, *addr, next);
             a.jump(bounced);
             a.bind(next);
         }
     }
-    a.bind(send);
-    send_out(a, uplink_ifindex, uplink_l2_header);
-    a.bind(bounced);
-    if uplink_l2_header > 0 {
-        add_empty_header(a, uplink_l2_header);
-        write_ethertype(a);
+    facts.jump_if_always(a, R0, by_uplink);
+    begin_lookup(a, libc::AF_INET6, tun_ifindex);
+    load_address(a, ipv6::SOURCE, LOOKUP + fib::SOURCE, 4);
+    load_address(a, ipv6::DESTINATION, LOOKUP + fib::DESTINATION, 4);
+
+    a.bind(look);
+    a.mov(R1, PACKET);
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(LOOKUP));
+    a.mov(R3, i32::from(fib::LEN));
+    a.mov(R4, 0);
+    a.call(Helper::FibLookup);
+    for result in fib::FOUND {
+        a.jump_if(R0, If::Eq, result, found);
     }
-    arrive_at(a, uplink_ifindex, BOUNCED);
+    for result in fib::REFUSED {
+        a.jump_if(R0, If::Eq, result, refused);
+    }
+    a.bind(by_uplink);
+    facts.load_uplink(a, IFINDEX);
+    a.jump_if(IFINDEX, If::Eq, 0, refused);
+    a.mov(R8, 0);
+    a.mov(R9, 0);
+    send(a);
+    a.bind(refused);
+    verdict(a, TC_ACT_SHOT);
+
+    a.bind(found);
+    a.load(Size::B, R0, R10, LOOKUP + fib::FAMILY);
+    a.store(Size::W, R10, NEXT_HOP, R0);
+    a.load(Size::W, IFINDEX, R10, LOOKUP + fib::IFINDEX);
+    a.mov(R8, R10);
+    a.alu(Alu::Add, R8, i32::from(NEXT_HOP));
+    a.mov(R9, NEXT_HOP_LEN);
+    send(a);
+
+    bounce(a, bounced, facts, refused);
     a.bind(other);
     verdict(a, TC_ACT_UNSPEC);
     asm.finish("ipmoved_return")
 }
 
-/// The new header is all zeros. The kernel looks only at its EtherType.
-fn write_ethertype(a: &mut Assembler) {
+/// Everything but the addresses.
+fn begin_lookup(a: &mut Assembler, family: i32, tun_ifindex: u32) {
+    for at in (LOOKUP..LOOKUP + fib::LEN).step_by(8) {
+        a.store(Size::Dw, R10, at, 0);
+    }
+    a.store(Size::B, R10, LOOKUP + fib::FAMILY, family);
+    a.store(Size::W, R10, LOOKUP + fib::IFINDEX, tun_ifindex);
+}
+
+/// Copies an address of the packet, word by word, as it stands there.
+fn load_address(a: &mut Assembler, from: u32, to: i16, words: u32) {
+    a.mov(R1, PACKET);
+    a.mov(R2, from);
+    a.mov(R3, R10);
+    a.alu(Alu::Add, R3, i32::from(to));
+    a.mov(R4, 4 * words);
+    a.call(Helper::SkbLoadBytes);
+}
+
+/// Sends the packet out of IFINDEX, to the next hop at R8 with length R9 (0: the kernel asks its
+/// tables for one behind this interface).
+fn send(a: &mut Assembler) {
+    add_empty_header(a, ethernet::LEN as u32);
+    a.mov(R1, IFINDEX);
+    a.mov(R2, R8);
+    a.mov(R3, R9);
+    a.mov(R4, 0);
+    a.call(Helper::RedirectNeigh);
+    a.exit();
+}
+
+/// Lets the packet arrive on the uplink. The new header is all zeros, and the kernel looks only at
+/// its EtherType.
+fn bounce(a: &mut Assembler, bounced: Label, facts: &Facts, nowhere: Label) {
+    a.bind(bounced);
+    facts.load_uplink(a, IFINDEX);
+    a.jump_if(IFINDEX, If::Eq, 0, nowhere);
+    add_empty_header(a, ethernet::LEN as u32);
     a.load(Size::W, R0, PACKET, skb::PROTOCOL);
     a.store(Size::H, R10, ETHERTYPE, R0);
     a.mov(R1, PACKET);
@@ -91,4 +184,10 @@ fn write_ethertype(a: &mut Assembler) {
     a.mov(R4, 2);
     a.mov(R5, 0);
     a.call(Helper::SkbStoreBytes);
+    a.mov(R0, BOUNCED);
+    a.store(Size::W, PACKET, skb::MARK, R0);
+    a.mov(R1, IFINDEX);
+    a.mov(R2, BPF_F_INGRESS);
+    a.call(Helper::Redirect);
+    a.exit();
 }

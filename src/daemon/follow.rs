@@ -1,0 +1,592 @@
+//! Follows what changes around the daemon: links, addresses, routes, rules, filters and settings,
+//! whoever changes them, without a restart.
+//!
+//! ```text
+//! kernel ── events ──► Listener ── at its pace ──► control task ──► Follower
+//!                                                                    ├─ programs on new links,
+//!                                                                    │  gone ones forgotten
+//!                                                                    ├─ the uplinks
+//!                                                                    └─ the tunnel's own ends
+//! ```
+//!
+//! Owns the pace of looks, and which links carry the daemon's programs. It does not ask what an
+//! event was about: a look finds everything that matters, and changes what differs. So a lost event
+//! costs nothing, and an event that the daemon has caused itself costs one look.
+
+use std::future::pending;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tracing::{debug, info, warn};
+
+use super::service::{Result, system, warn_of_left};
+use super::setup::{Uplinks, find_uplinks};
+use super::warnings::Warnings;
+use crate::kernel::capture::Capture;
+use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink, NetlinkError};
+use crate::kernel::plan::{self, PlanError};
+use crate::kernel::steer::Steering;
+use crate::kernel::{Change, Desired, Host, HostError, keep};
+use crate::model::moved::Move;
+
+/// The least time between two looks. The first event of a burst is answered at once, and whatever
+/// comes within this time by one look at its end. Whoever removes what the daemon needs again and
+/// again is answered fifty times a second. It is short, since a link that was made anew carries
+/// packets within milliseconds; [`REST`] is what keeps looks cheap.
+const LEAST_GAP: Duration = Duration::from_millis(20);
+
+/// A look that took long is followed by a rest that is this many times as long. However fast links
+/// come and go, and however many there are, looks take a tenth of the control task's time at most.
+const REST: u32 = 9;
+
+/// Most links that carry the daemon's programs: the uplinks, and of the others those that have been
+/// there for longest. A host of containers may have thousands of links, and an address is seldom
+/// reached by more than a handful. The kernel lists the qdiscs of all links whenever it is asked
+/// for those of one, so that a look at this many takes some 50 ms.
+const MAX_LINKS: usize = 256;
+
+/// When the next look may be.
+#[derive(Debug, Default)]
+struct Pace {
+    /// No sooner than this.
+    next: Option<Instant>,
+}
+
+impl Pace {
+    /// How long a look at `now` still has to wait.
+    fn rest(&self, now: Instant) -> Duration {
+        let next = self.next.unwrap_or(now);
+        next.saturating_duration_since(now)
+    }
+
+    /// A look took from `begun` to `ended`.
+    fn looked(&mut self, begun: Instant, ended: Instant) {
+        let took = ended.saturating_duration_since(begun);
+        self.next = Some(ended + LEAST_GAP.max(took * REST));
+    }
+}
+
+/// Hears of changes, at a pace that the control task can keep.
+#[derive(Debug)]
+pub(super) struct Listener {
+    /// `None` if the kernel tells nothing: then the looks that come by themselves have to do.
+    events: Option<AsyncFd<Events>>,
+    pace: Pace,
+    /// The port ids of the daemon's own sockets, whose doings are no news.
+    own: Vec<u32>,
+}
+
+impl Listener {
+    /// Listens from now on. Call it inside the event loop. `own` are the daemon's own sockets.
+    pub(super) fn new<'n>(own: impl IntoIterator<Item = &'n Netlink>) -> Self {
+        let events = Events::new()
+            .and_then(|events| {
+                #[expect(
+                    unsafe_code,
+                    reason = "tokio cannot know what the descriptor refers to"
+                )]
+                // SAFETY: `Events` owns its socket, and gives its descriptor as long as it lives.
+                let registered =
+                    unsafe { AsyncFd::register_with_interest(events, Interest::READABLE) };
+                Ok(registered?)
+            })
+            .map_err(|error| warn!(%error, "the kernel tells of no changes; looking by the clock"))
+            .ok();
+        Self {
+            events,
+            pace: Pace::default(),
+            own: own.into_iter().map(Netlink::port_id).collect(),
+        }
+    }
+
+    /// Waits for news, and for as long as the pace wants. Nothing is lost if the caller stops
+    /// waiting.
+    ///
+    /// While it rests it does not even read, so a flood of messages costs nothing: the kernel drops
+    /// what does not fit, and says so.
+    pub(super) async fn news(&mut self) {
+        loop {
+            tokio::time::sleep(self.pace.rest(Instant::now())).await;
+            let Some(events) = &mut self.events else {
+                return pending().await;
+            };
+            let ready = events.readable_mut().await;
+            let begun = Instant::now();
+            let heard = match ready {
+                Ok(mut ready) => ready.try_io(|events| events.get_mut().read(&self.own)),
+                Err(error) => Ok(Err(error)),
+            };
+            match heard {
+                Ok(Ok(true)) => return,
+                Ok(Ok(false)) => self.looked(begun, Instant::now()),
+                Err(_nothing_was_there) => {}
+                Ok(Err(error)) => {
+                    warn!(%error, "the kernel tells of changes no more; looking by the clock");
+                    self.events = None;
+                }
+            }
+        }
+    }
+
+    /// A look took from `begun` to `ended`.
+    pub(super) fn looked(&mut self, begun: Instant, ended: Instant) {
+        self.pace.looked(begun, ended);
+        if let Some(events) = &self.events {
+            let counts = events.get_ref().counts();
+            debug!(counts.read, counts.overrun, "the kernel told of changes");
+        }
+    }
+}
+
+/// The programs of this server, by its role.
+#[derive(Debug)]
+pub(super) enum Programs {
+    /// Of the old server.
+    Old(Capture),
+    /// Of the new server.
+    New(Box<Steering>),
+}
+
+/// What the settings say about links.
+#[derive(Debug)]
+pub(super) struct LinkSettings {
+    /// The one of `--uplink`.
+    pub(super) named: Option<String>,
+    /// What has moved (old server).
+    pub(super) moves: Vec<Move>,
+    /// The address of `--listen`; `None` is any.
+    pub(super) listen: Option<IpAddr>,
+    /// Whether a moved address is held here for a peer (`--deliver-to keep`).
+    pub(super) keeps: bool,
+}
+
+/// Keeps the daemon's programs where packets are.
+#[derive(Debug)]
+pub(super) struct Follower {
+    settings: LinkSettings,
+    programs: Programs,
+    tun: Link,
+    /// The links that carry our programs, as they were when they got them.
+    carrying: Vec<Link>,
+    /// The interfaces that clients' packets use, as they are or, if they are gone, were.
+    uplinks: Uplinks,
+    /// Whether they are there.
+    there: bool,
+    /// How many links there are beyond [`MAX_LINKS`].
+    beyond: usize,
+    /// Every link of the last look.
+    links: Vec<(u32, String)>,
+    /// What was last planned for the TUN.
+    on_tun: Vec<Change>,
+}
+
+impl Follower {
+    /// Makes everything on the TUN, and puts the programs on every link that is there. A link that
+    /// cannot carry them is left out, with a warning, unless it is an uplink.
+    ///
+    /// # Errors
+    /// If it cannot be done on the TUN or an uplink.
+    pub(super) fn start(
+        settings: LinkSettings,
+        programs: Programs,
+        tun: Link,
+        uplinks: Uplinks,
+        host: &mut Host,
+    ) -> Result<Self> {
+        let mut follower = Self {
+            settings,
+            programs,
+            tun,
+            carrying: Vec::new(),
+            uplinks,
+            there: true,
+            beyond: 0,
+            links: Vec::new(),
+            on_tun: Vec::new(),
+        };
+        follower.tell_programs(&host.netlink().addresses().map_err(system)?);
+        let mut links = follower.wanted(host.netlink()).map_err(system)?;
+        loop {
+            // All in one step, so that what a killed predecessor left is taken over without a gap.
+            let mut desired = Vec::new();
+            let mut carrying = Vec::new();
+            for link in links {
+                match follower.on_link(host.netlink(), &link) {
+                    Ok(changes) => {
+                        desired.extend(changes);
+                        carrying.push(link);
+                    }
+                    Err(error) if follower.uplinks.contains(link.index) => {
+                        return Err(system(error));
+                    }
+                    Err(error) => not_served(&link, &error.to_string()),
+                }
+            }
+            let on_tun = follower.on_tun(host.netlink(), &carrying).map_err(system)?;
+            let changes = on_tun.iter().map(|desired| desired.change.clone());
+            follower.on_tun = changes.collect();
+            match follower.programs {
+                // Captured packets may get replies at once,
+                Programs::Old(_) => drop(desired.splice(0..0, on_tun)),
+                // and delivered ones, too: they must be taken by then.
+                Programs::New(_) => desired.extend(on_tun),
+            }
+            if follower.settings.keeps {
+                // The peers will say which of them are still wanted.
+                let left = host.made().iter().filter(|change| keep::is_part(change));
+                desired.extend(left.cloned().map(Desired::lasting));
+            }
+            let error = match host.reconcile(desired) {
+                Ok(report) => {
+                    warn_of_left(&report);
+                    follower.carrying = carrying;
+                    follower.warn_of_routes();
+                    return Ok(follower);
+                }
+                Err(error) => error,
+            };
+            let HostError::Refused { change, .. } = &error else {
+                return Err(error.into());
+            };
+            let on = |link: &Link| change.interface() == Some(link.index);
+            let other = |link: &&Link| on(link) && !follower.uplinks.contains(link.index);
+            match carrying.iter().find(other) {
+                Some(link) => not_served(link, &error.to_string()),
+                None => return Err(error.into()),
+            }
+            carrying.retain(|link| !on(link));
+            links = carrying;
+        }
+    }
+
+    /// Warns if replies cannot follow routes. (With an uplink in the settings they need not.)
+    fn warn_of_routes(&self) {
+        let Programs::Old(capture) = &self.programs else {
+            return;
+        };
+        if self.settings.named.is_none() && !capture.follows_routes() {
+            let (tun, uplink) = (&self.tun.name, &self.uplinks.first().name);
+            warn!(
+                uplink,
+                "every reply leaves by this interface, since net.ipv4.conf.{tun}.forwarding cannot \
+                 be set; make /proc/sys writable if clients come by others"
+            );
+        }
+    }
+
+    /// The interfaces that clients' packets use, as they are or, if they are gone, were.
+    pub(super) fn uplinks(&self) -> &Uplinks {
+        &self.uplinks
+    }
+
+    /// The programs of the new server.
+    pub(super) fn steering(&mut self) -> Option<&mut Steering> {
+        match &mut self.programs {
+            Programs::Old(_) => None,
+            Programs::New(steering) => Some(steering),
+        }
+    }
+
+    /// Looks at links, routes and addresses, and brings the programs to where packets are now;
+    /// whether there are other links than at the last look.
+    pub(super) fn look(
+        &mut self,
+        now: Instant,
+        host: &mut Host,
+        peers: &[IpAddr],
+        addresses: &[Address],
+        known: &mut Warnings,
+    ) -> bool {
+        self.look_for_uplinks(now, host.netlink(), peers, known);
+        self.tell_programs(addresses);
+        let (links, wanted) = match (host.netlink().links(), self.wanted(host.netlink())) {
+            (Ok(links), Ok(wanted)) => (links, wanted),
+            (Err(error), _) | (_, Err(error)) => {
+                warn!(%error, "cannot list this server's interfaces");
+                return false;
+            }
+        };
+        // A link that is down, or without an address for a moment, keeps its programs.
+        let there = |known: &&Link| {
+            let mut links = links.iter();
+            let stays = |link: &Link| !link.port || self.uplinks.contains(link.index);
+            links.any(|link| link.index == known.index && stays(link))
+        };
+        let gone: Vec<Link> = self
+            .carrying
+            .iter()
+            .filter(|it| !there(it))
+            .cloned()
+            .collect();
+        for link in gone {
+            info!(
+                interface = link.name,
+                "clients no longer use this interface"
+            );
+            self.put(now, host, &link, Ok(Vec::new()), known);
+        }
+        for link in wanted {
+            if !self.carrying.iter().any(|known| is_same(known, &link)) {
+                let desired = self.on_link(host.netlink(), &link);
+                self.put(now, host, &link, desired, known);
+            }
+        }
+        self.look_at_tun(now, host, known);
+        self.look_for_others(now, host.netlink(), known);
+        let named = |link: Link| (link.index, link.name);
+        let links: Vec<_> = links.into_iter().map(named).collect();
+        let others = links != self.links;
+        self.links = links;
+        others
+    }
+
+    /// Makes a new plan for the TUN, if links or routes ask for it.
+    fn look_at_tun(&mut self, now: Instant, host: &mut Host, known: &mut Warnings) {
+        let desired = match self.on_tun(host.netlink(), &self.carrying) {
+            Ok(desired) => desired,
+            Err(error) => {
+                let text = format!("the programs do not know of every interface: {error}");
+                if known.keep(now, text.clone()) {
+                    warn!("{text}");
+                }
+                return;
+            }
+        };
+        let mut both = self.on_tun.iter().zip(&desired);
+        let same = both.all(|(planned, desired)| planned.same_object(&desired.change));
+        if same && self.on_tun.len() == desired.len() {
+            return;
+        }
+        let changes: Vec<Change> = desired.iter().map(|it| it.change.clone()).collect();
+        // What was planned before and is not wanted any more goes with the TUN.
+        let before = std::mem::replace(&mut self.on_tun, changes);
+        let of_tun = |change: &Change| {
+            let mut planned = before.iter().chain(&self.on_tun);
+            planned.any(|planned| planned.same_object(change))
+        };
+        if let Err(error) = host.reconcile_part(of_tun, desired) {
+            let text = format!("{}: {error}", self.tun.name);
+            if known.keep(now, text.clone()) {
+                warn!("{text}");
+            }
+        }
+    }
+
+    /// Makes a new plan for the links of changes that cannot be made again as they were.
+    pub(super) fn plan_again(
+        &mut self,
+        now: Instant,
+        host: &mut Host,
+        broken: &[Change],
+        known: &mut Warnings,
+    ) {
+        let is_broken = |link: &&Link| {
+            let mut broken = broken.iter();
+            broken.any(|change| change.interface() == Some(link.index))
+        };
+        let links: Vec<Link> = self.carrying.iter().filter(is_broken).cloned().collect();
+        for link in links {
+            let desired = self.on_link(host.netlink(), &link);
+            self.put(now, host, &link, desired, known);
+        }
+    }
+
+    /// Makes the desired changes to a link, and undoes all others.
+    fn put(
+        &mut self,
+        now: Instant,
+        host: &mut Host,
+        link: &Link,
+        desired: Result<Vec<Desired>, PlanError>,
+        known: &mut Warnings,
+    ) {
+        self.carrying
+            .retain(|carrying| carrying.index != link.index);
+        let on_link = |change: &Change| change.interface() == Some(link.index);
+        let done = desired
+            .map_err(|error| error.to_string())
+            .and_then(|desired| {
+                let some = !desired.is_empty();
+                let done = host.reconcile_part(on_link, desired).map(|_| some);
+                done.map_err(|error| error.to_string())
+            });
+        match done {
+            Ok(false) => {}
+            Ok(true) => {
+                debug!(interface = link.name, "clients may use this interface");
+                self.carrying.push(link.clone());
+            }
+            Err(reason) => {
+                let text = format!("clients that use {} are not served: {reason}", link.name);
+                if known.keep(now, text) {
+                    not_served(link, &reason);
+                }
+            }
+        }
+    }
+
+    /// Looks where the uplinks are.
+    fn look_for_uplinks(
+        &mut self,
+        now: Instant,
+        netlink: &Netlink,
+        peers: &[IpAddr],
+        known: &mut Warnings,
+    ) {
+        let LinkSettings { named, moves, .. } = &self.settings;
+        match find_uplinks(netlink, named.as_deref(), moves, peers, &self.tun.name) {
+            Ok(uplinks) => {
+                let uplink = uplinks.first().name.as_str();
+                if !self.there || self.uplinks.first().index != uplinks.first().index {
+                    info!(uplink, "clients use this uplink now");
+                }
+                self.there = true;
+                self.uplinks = uplinks;
+            }
+            Err(error) => {
+                let name = &self.uplinks.first().name;
+                let text = match named {
+                    Some(_) => format!("{name} (--uplink) is gone; waiting for it to come back"),
+                    None => format!("{name} leads nowhere; waiting for a route out of this server"),
+                };
+                if self.there && known.keep(now, text.clone()) {
+                    warn!(%error, "{text}");
+                }
+                self.there = false;
+            }
+        }
+    }
+
+    /// Looks for filters of others that come before ours. An administrator may want that, but then
+    /// has to know what it means.
+    fn look_for_others(&self, now: Instant, netlink: &Netlink, known: &mut Warnings) {
+        let direction = match &self.programs {
+            Programs::Old(_) => Direction::Ingress,
+            Programs::New(_) => Direction::Egress,
+        };
+        for link in &self.carrying {
+            let Ok(Some((priority, kind))) = plan::before_ours(netlink, link, direction) else {
+                continue;
+            };
+            let interface = &link.name;
+            let text = format!(
+                "a {kind} filter of others (pref {priority}) stands before ipmoved's on \
+                 {interface} {direction}; what it takes is not served"
+            );
+            if known.keep(now, text.clone()) {
+                warn!("{text}");
+            }
+        }
+    }
+
+    /// Tells the programs what may change while they run.
+    fn tell_programs(&self, addresses: &[Address]) {
+        let Programs::Old(capture) = &self.programs else {
+            return;
+        };
+        let uplink = self.there.then(|| self.uplinks.first());
+        capture.set_uplink(uplink, self.settings.named.is_some());
+        let held = |addr: IpAddr| addresses.iter().any(|held| held.addr == addr);
+        let listens = |addr: IpAddr| self.settings.listen.is_none_or(|ip| ip == addr);
+        capture.set_tunnel_ends(|addr| held(addr) && listens(addr));
+    }
+
+    /// The links that are to carry the programs, the uplinks first.
+    fn wanted(&mut self, netlink: &Netlink) -> Result<Vec<Link>, NetlinkError> {
+        let mut links = match &self.programs {
+            Programs::New(_) if self.settings.named.is_some() => Vec::new(),
+            Programs::Old(_) | Programs::New(_) => plan::carriers(netlink, &self.tun)?,
+        };
+        for uplink in self.uplinks.iter().filter(|_| self.there) {
+            if links.iter().all(|link| link.index != uplink.index) {
+                links.push(uplink.clone());
+            }
+        }
+        links.sort_by_key(|link| !self.uplinks.contains(link.index));
+        let beyond = links.len().saturating_sub(MAX_LINKS);
+        if beyond > self.beyond {
+            warn!(
+                most = MAX_LINKS,
+                beyond, "too many interfaces; some are not served"
+            );
+        }
+        self.beyond = beyond;
+        links.truncate(MAX_LINKS);
+        Ok(links)
+    }
+
+    /// The changes to the TUN. The new server's programs deliver to `links` from now on.
+    fn on_tun(&self, netlink: &Netlink, links: &[Link]) -> Result<Vec<Desired>, PlanError> {
+        match &self.programs {
+            Programs::Old(capture) => capture.on_tun(netlink),
+            Programs::New(steering) => {
+                // The first one stands for any other that leads to a client.
+                let mut links = links.to_vec();
+                links.sort_by_key(|link| !self.uplinks.contains(link.index));
+                steering.set_links(&links)?;
+                steering.on_tun(netlink, &links, &self.tun)
+            }
+        }
+    }
+
+    /// The changes to one link.
+    fn on_link(&self, netlink: &Netlink, link: &Link) -> Result<Vec<Desired>, PlanError> {
+        match &self.programs {
+            Programs::Old(capture) => capture.on_entrance(netlink, link),
+            Programs::New(steering) => steering.on_link(netlink, link, &self.tun),
+        }
+    }
+}
+
+/// Whether a link is as it was, in what the programs and the journal know of it.
+fn is_same(one: &Link, other: &Link) -> bool {
+    let of = |link: &Link| (link.index, link.name.clone(), link.link_type, link.mac);
+    of(one) == of(other)
+}
+
+fn not_served(link: &Link, reason: &str) {
+    let interface = &link.name;
+    warn!(
+        interface,
+        reason, "clients that use this interface are not served"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::epoch;
+
+    /// How many looks a burst gets that brings an event each millisecond, and when they begin.
+    fn looks(burst: Duration, took: Duration) -> Vec<Duration> {
+        let (mut pace, start) = (Pace::default(), epoch());
+        let (mut now, mut begun) = (start, Vec::new());
+        while now < start + burst {
+            let rest = pace.rest(now);
+            if rest.is_zero() {
+                begun.push(now - start);
+                pace.looked(now, now + took);
+                now += took;
+            }
+            now += Duration::from_millis(1);
+        }
+        // Whatever came last is answered, too.
+        assert!(pace.rest(now) <= LEAST_GAP.max(took * REST));
+        begun
+    }
+
+    #[test]
+    fn the_first_event_is_answered_at_once_and_a_storm_at_a_pace() {
+        let (second, ms) = (Duration::from_secs(1), Duration::from_millis);
+        let quick = looks(second, Duration::ZERO);
+        assert_eq!(quick.len(), 50);
+        assert_eq!(quick[0], Duration::ZERO);
+        assert_eq!(quick[1], LEAST_GAP);
+        // A look at thousands of links takes long: a tenth of the time, and no more.
+        let slow = looks(10 * second, ms(200));
+        assert_eq!(slow.len(), 5);
+        assert_eq!(slow[1], ms(200) + ms(1800));
+    }
+}

@@ -1,0 +1,148 @@
+//! Words that this process writes and programs read.
+//!
+//! An array can be mapped (`BPF_F_MMAPABLE`, Linux 5.5): writing it is no system call and needs no
+//! privilege, and a program reads it without one of the kernel's functions.
+
+use std::ffi::c_int;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+use rustix::io::Errno;
+
+use super::{BpfError, bpf_fd, object_name, with_memlock_raised};
+
+/// `BPF_F_MMAPABLE`, linux/bpf.h.
+const MMAPABLE: u32 = 1 << 10;
+
+/// Size of a word, in bytes.
+const WORD: usize = size_of::<u32>();
+
+/// Words of 32 bits, zero at first. A program sees each one either old or new.
+#[derive(Debug)]
+pub struct Words {
+    map: OwnedFd,
+    start: NonNull<AtomicU32>,
+    count: usize,
+}
+
+impl Words {
+    /// Makes `count` words, at least one.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn new(name: &'static str, count: usize) -> Result<Self, BpfError> {
+        let count = count.max(1);
+        let map = array_of_one(name, count * WORD)?;
+        let map = map.map_err(|errno| BpfError::Map { name, errno })?;
+        // SAFETY: a new mapping of a map of this size, at an address that the kernel chooses.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                count * WORD,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_raw_fd(),
+                0,
+            )
+        };
+        let mapped = NonNull::new(start).filter(|_| start != libc::MAP_FAILED);
+        let Some(start) = mapped else {
+            let error = std::io::Error::last_os_error();
+            let errno = Errno::from_io_error(&error).unwrap_or(Errno::NOMEM);
+            return Err(BpfError::Map { name, errno });
+        };
+        Ok(Self {
+            map,
+            start: start.cast(),
+            count,
+        })
+    }
+
+    /// Writes the word with number `at`. One that is not there is left alone.
+    pub fn set(&self, at: usize, value: u32) {
+        debug_assert!(at < self.count, "there is no such word");
+        if at < self.count {
+            // SAFETY: the mapping has `count` aligned words and lives as long as this value. Others
+            // read it, and nobody else writes.
+            unsafe { self.start.add(at).as_ref() }.store(value, Relaxed);
+        }
+    }
+
+    /// Where the word with number `at` lies, in bytes from the first one.
+    pub fn offset(at: usize) -> u32 {
+        (at * WORD) as u32
+    }
+}
+
+impl AsFd for Words {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.map.as_fd()
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: nobody has a reference into the mapping, which has this place and size.
+        let _ = unsafe { libc::munmap(self.start.as_ptr().cast(), self.count * WORD) };
+    }
+}
+
+/// Makes an array of one value with so many bytes, which can be mapped.
+fn array_of_one(name: &str, bytes: usize) -> Result<Result<OwnedFd, Errno>, BpfError> {
+    const BPF_MAP_CREATE: c_int = 0;
+    const BPF_MAP_TYPE_ARRAY: u32 = 2;
+    #[repr(C)]
+    struct Attr {
+        map_type: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        map_flags: u32,
+        inner_map_fd: u32,
+        numa_node: u32,
+        map_name: [u8; 16],
+    }
+    let mut attr = Attr {
+        map_type: BPF_MAP_TYPE_ARRAY,
+        key_size: WORD as u32,
+        value_size: bytes as u32,
+        max_entries: 1,
+        map_flags: MMAPABLE,
+        inner_map_fd: 0,
+        numa_node: 0,
+        map_name: object_name(name),
+    };
+    with_memlock_raised(|| {
+        // SAFETY: the attribute has the layout of BPF_MAP_CREATE and holds no pointer.
+        unsafe { bpf_fd(BPF_MAP_CREATE, &mut attr) }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::bpf::test_run::run;
+    use crate::kernel::bpf::{Assembler, Reg, Size};
+    use crate::kernel::testing::in_fresh_namespace;
+
+    #[test]
+    fn a_program_sees_what_is_written_later() {
+        in_fresh_namespace(|| {
+            let words = Words::new("ipmoved_test", 3).unwrap();
+            let mut asm = Assembler::new();
+            asm.load_address(Reg::R1, words.as_fd(), Words::offset(2));
+            asm.load(Size::W, Reg::R0, Reg::R1, 0);
+            asm.exit();
+            let program = asm.finish("ipmoved_test").unwrap().load().unwrap();
+            let verdict = || run(program.as_fd(), &[0; 64]).verdict;
+            assert_eq!(verdict(), 0);
+            words.set(1, 5);
+            words.set(2, 7);
+            assert_eq!(verdict(), 7);
+            // The program keeps the memory.
+            drop(words);
+            assert_eq!(verdict(), 7);
+        });
+    }
+}

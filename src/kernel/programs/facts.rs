@@ -1,0 +1,97 @@
+//! What the programs of the old server know that may change while they run: by which interface
+//! packets leave, and at which moved addresses the tunnel has an end of its own.
+//!
+//! Owns the memory, its layout, and the phrases by which programs read it. The daemon writes it at
+//! any time, without a new program.
+//!
+//! ```text
+//! u32 uplink;                  // where bounced packets arrive, and replies without a route leave
+//! u32 always;                  // not 0: every reply leaves by the uplink, whatever its route is
+//! u32 tunnel_end[addresses];   // not 0: the tunnel's port at this moved address is the tunnel's
+//! ```
+
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+
+use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
+use crate::model::moved::Move;
+
+/// The words before those of the addresses.
+const UPLINK: usize = 0;
+const ALWAYS: usize = 1;
+const FIRST_END: usize = 2;
+
+/// The memory of one old server's programs.
+#[derive(Debug)]
+pub struct Facts {
+    words: Words,
+    addresses: Vec<IpAddr>,
+}
+
+impl Facts {
+    /// The memory for these moves. Nothing is known at first.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn new(moves: &[Move]) -> Result<Self, BpfError> {
+        let addresses = addresses(moves);
+        Ok(Self {
+            words: Words::new("ipmoved_facts", FIRST_END + addresses.len())?,
+            addresses,
+        })
+    }
+
+    /// From now on the uplink is the interface with this index, if there is one. If it was `named`,
+    /// every reply leaves by it; else only those to which no route leads.
+    pub fn set_uplink(&self, index: Option<u32>, named: bool) {
+        self.words.set(UPLINK, index.unwrap_or(0));
+        self.words.set(ALWAYS, u32::from(named));
+    }
+
+    /// From now on the tunnel's own ends are at those moved addresses that `is_end` accepts.
+    pub fn set_tunnel_ends(&self, is_end: impl Fn(IpAddr) -> bool) {
+        for (number, &addr) in self.addresses.iter().enumerate() {
+            self.words.set(FIRST_END + number, u32::from(is_end(addr)));
+        }
+    }
+
+    /// `dst` = the index of the uplink, or 0.
+    pub(super) fn load_uplink(&self, a: &mut Assembler, dst: Reg) {
+        self.load(a, dst, UPLINK);
+    }
+
+    /// Jumps if every reply leaves by the uplink. Destroys `scratch`.
+    pub(super) fn jump_if_always(&self, a: &mut Assembler, scratch: Reg, to: Label) {
+        self.load(a, scratch, ALWAYS);
+        a.jump_if(scratch, If::Ne, 0, to);
+    }
+
+    /// Jumps unless the tunnel has an end at this moved address, by its number among
+    /// [`addresses`]. Destroys `scratch`.
+    pub(super) fn jump_unless_tunnel_end(
+        &self,
+        a: &mut Assembler,
+        number: usize,
+        scratch: Reg,
+        to: Label,
+    ) {
+        self.load(a, scratch, FIRST_END + number);
+        a.jump_if(scratch, If::Eq, 0, to);
+    }
+
+    fn load(&self, a: &mut Assembler, dst: Reg, word: usize) {
+        a.load_address(dst, self.words.as_fd(), Words::offset(word));
+        a.load(Size::W, dst, dst, 0);
+    }
+}
+
+/// The moved addresses, each once, in the order in which programs number them.
+pub(super) fn addresses(moves: &[Move]) -> Vec<IpAddr> {
+    let mut addresses = Vec::new();
+    for moved in moves {
+        if !addresses.contains(&moved.addr) {
+            addresses.push(moved.addr);
+        }
+    }
+    addresses
+}
