@@ -15,9 +15,12 @@ use ipmoved::internals::Role;
 use ipmoved::lab::topology::{
     Leg, MOVED, MOVED6, NEW, NEW6, SECOND_CLIENT, SECOND_CLIENT6, UPLINK,
 };
-use ipmoved::lab::{Lab, LabError, Namespace, RawSocket, UdpService, Wire, packets, poll_until};
+use ipmoved::lab::{
+    DaemonSetup, Lab, LabError, Namespace, RawSocket, UdpService, Wire, packets, poll_until,
+};
+use socket2::{Domain, Socket, Type};
 
-use crate::stage::{PATIENCE, Result, SILENCE, moved, setup};
+use crate::stage::{PATIENCE, Result, SILENCE, setup};
 
 /// The new server's address, the second client's, and the moved one, of each family.
 fn ends() -> [[IpAddr; 3]; 2] {
@@ -39,6 +42,21 @@ fn udp(host: &Namespace, addr: IpAddr, port: u16) -> Result<UdpSocket> {
     })
 }
 
+/// Runs a test while an address of each family has moved.
+fn both_moved(test: impl FnOnce(&Lab, &DaemonSetup<'_>) -> Result<()>) -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&["192.0.2.5", "2001:db8:a::5"]);
+    let daemons = setup.start_both()?;
+    // Both are served.
+    for [here, _, moved] in ends() {
+        let _echo = UdpService::start(lab.new_server(), (here, 9))?;
+        lab.client().udp((moved, 9), b"served")?;
+    }
+    test(&lab, &setup)?;
+    drop(daemons);
+    Ok(())
+}
+
 /// What the stranger sends, so that the router hands it to the old server.
 fn stranger(lab: &Lab) -> Result<Wire> {
     Wire::new(lab.router(), "old", lab.old_server(), UPLINK)
@@ -46,11 +64,11 @@ fn stranger(lab: &Lab) -> Result<Wire> {
 
 #[test]
 fn a_stranger_diverts_no_datagram_of_the_new_server() -> Result {
-    moved(|on| {
-        let stranger = stranger(on.lab)?;
+    both_moved(|lab, _| {
+        let stranger = stranger(lab)?;
         for [here, remote, moved] in ends() {
-            let own = udp(on.lab.new_server(), here, 123)?;
-            let far = udp(on.lab.clients(), remote, 123)?;
+            let own = udp(lab.new_server(), here, 123)?;
+            let far = udp(lab.clients(), remote, 123)?;
             for round in 0..20 {
                 own.send_to(&[round], (remote, 123)).map_err(failed)?;
                 let mut told = [0; 100];
@@ -63,14 +81,80 @@ fn a_stranger_diverts_no_datagram_of_the_new_server() -> Result {
     })
 }
 
+/// The stranger names every port that a program of the new server may open next.
+#[test]
+fn a_stranger_that_comes_first_diverts_nothing_of_who_opens_the_port_later() -> Result {
+    both_moved(|lab, _| {
+        let stranger = stranger(lab)?;
+        let ports = || 30_000..30_020;
+        for [here, remote, moved] in ends() {
+            let far = udp(lab.clients(), remote, 53)?;
+            let listen = || TcpListener::bind((remote, 443)).map_err(failed);
+            let listener = lab.clients().run(listen)?;
+            for port in ports() {
+                stranger.send(&packets::udp((remote, 53), (moved, port), b"forged"))?;
+                // Directly, too, so that the server seems to answer.
+                let direct = Wire::new(lab.router(), "new", lab.new_server(), UPLINK)?;
+                direct.send(&packets::udp((remote, 53), (here, port), b"forged"))?;
+                if let (IpAddr::V4(remote), IpAddr::V4(moved)) = (remote, moved) {
+                    stranger.send(&packets::syn((remote, 443), (moved, port)))?;
+                }
+            }
+            std::thread::sleep(SILENCE);
+            for port in ports() {
+                let own = udp(lab.new_server(), here, port)?;
+                let mut told = [0; 100];
+                for round in 0..3 {
+                    own.send_to(&[round], (remote, 53)).map_err(failed)?;
+                    let (_, from) = far.recv_from(&mut told).map_err(failed)?;
+                    assert_eq!((from, told[0]), (SocketAddr::new(here, port), round));
+                    stranger.send(&packets::udp((remote, 53), (moved, port), b"forged"))?;
+                }
+                let connect = || connect_from(SocketAddr::new(here, port), (remote, 443).into());
+                let _own = lab.new_server().run(connect)?;
+                let (_, from) = listener.accept().map_err(failed)?;
+                assert_eq!(from, SocketAddr::new(here, port));
+            }
+            // A service that is opened after a client's first question answers the next one.
+            let client = udp(lab.clients(), remote, 40_000)?;
+            client
+                .send_to(b"too early", (moved, 5061))
+                .map_err(failed)?;
+            std::thread::sleep(SILENCE);
+            let _echo = UdpService::start(lab.new_server(), (here, 5061))?;
+            client.set_nonblocking(true).map_err(failed)?;
+            let mut told = [0; 100];
+            let answer = poll_until(PATIENCE, Duration::from_millis(100), || {
+                client.send_to(b"again", (moved, 5061)).ok()?;
+                client.recv_from(&mut told).ok()
+            });
+            assert_eq!(
+                answer.map(|(_, from)| from),
+                Some(SocketAddr::new(moved, 5061))
+            );
+        }
+        Ok(())
+    })
+}
+
+/// A TCP connection from this address and port.
+fn connect_from(from: SocketAddr, to: SocketAddr) -> Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).map_err(failed)?;
+    socket.bind(&from.into()).map_err(failed)?;
+    socket
+        .connect_timeout(&to.into(), PATIENCE)
+        .map_err(failed)?;
+    Ok(socket.into())
+}
+
 #[test]
 fn a_stranger_diverts_no_protocol_without_ports() -> Result {
-    moved(|on| {
-        let stranger = stranger(on.lab)?;
+    both_moved(|lab, _| {
+        let stranger = stranger(lab)?;
         for [here, remote, moved] in ends() {
             for protocol in [50, 47] {
-                let own = RawSocket::open(on.lab.new_server(), here, protocol)?;
-                let far = RawSocket::open(on.lab.clients(), remote, protocol)?;
+                let own = RawSocket::open(lab.new_server(), here, protocol)?;
+                let far = RawSocket::open(lab.clients(), remote, protocol)?;
                 for round in 0..5 {
                     let words = [b'o', b'w', b'n', round];
                     own.send(remote, &words)?;
@@ -86,13 +170,13 @@ fn a_stranger_diverts_no_protocol_without_ports() -> Result {
 
 #[test]
 fn a_stranger_diverts_no_connection_of_the_new_server() -> Result {
-    moved(|on| {
-        let stranger = stranger(on.lab)?;
+    both_moved(|lab, setup| {
+        let stranger = stranger(lab)?;
         let (here, remote) = (NEW, SECOND_CLIENT);
         let listen = || TcpListener::bind((remote, 443)).map_err(failed);
-        let listener = on.lab.clients().run(listen)?;
+        let listener = lab.clients().run(listen)?;
         let connect = || TcpStream::connect((remote, 443)).map_err(failed);
-        let mut own = on.lab.new_server().run(connect)?;
+        let mut own = lab.new_server().run(connect)?;
         let (mut far, from) = listener.accept().map_err(failed)?;
         assert_eq!(from.ip(), IpAddr::from(here));
         far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
@@ -106,7 +190,7 @@ fn a_stranger_diverts_no_connection_of_the_new_server() -> Result {
         }
         // The daemon asks the kernel every second.
         let counted = poll_until(PATIENCE, Duration::from_millis(100), || {
-            let drops = on.setup.status(Role::New).ok()?.all_drops();
+            let drops = setup.status(Role::New).ok()?.all_drops();
             drops
                 .get("direct_connection")
                 .copied()

@@ -161,6 +161,8 @@ pub enum Helper {
     FibLookup = 69,
     /// `(skb, tuple, tuple length, namespace, flags) → a full socket, to be released, or 0`.
     SkLookupTcp = 84,
+    /// As `SkLookupTcp`.
+    SkLookupUdp = 85,
     /// `(socket) → 0`.
     SkRelease = 86,
     /// `(socket) → the same, if it is a full one, or 0`.

@@ -9,9 +9,9 @@
 //! if (skb->mark == DELIVERED) { skb->mark = 0; it is for this host; pass; }
 //! if (skb->pkt_type != PACKET_HOST || skb->vlan_present || TCP || to the tunnel's own port) pass;
 //! parse();                                                    // later, none: pass
-//! if (lookup(flows, key)) { delete(flows, key); update(in, key); pass; }
-//! if (ICMP || lookup(own, key) || lookup(in, key)) pass;
-//! update(in, key);
+//! if (lookup(flows, key)) delete(flows, key);
+//! else if (ICMP || lookup(own, key) || (come = lookup(in, key)) && !come->unawaited) pass;
+//! update(in, key, { unawaited = UDP && no socket waits });
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
@@ -24,8 +24,9 @@ use super::phrases::{
     DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, keep_packet,
     pass_unless_for_this_host, verdict,
 };
+use super::sockets::jump_unless_somebody_waits;
 use crate::kernel::bpf::{Assembler, BpfError, If, Program, Reg, Size};
-use crate::model::moved::TCP;
+use crate::model::moved::{TCP, UDP};
 
 /// The program for a link. `tunnel_port` is the tunnel's own on this host.
 ///
@@ -68,12 +69,22 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
         a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), pass);
     }
-    for map in [&maps.own, &maps.direct] {
-        look_up(a, map);
-        a.jump_if_wide(R0, If::Ne, 0, pass);
-    }
+    look_up(a, &maps.own);
+    a.jump_if_wide(R0, If::Ne, 0, pass);
+    look_up(a, &maps.direct);
+    a.jump_if_wide(R0, If::Eq, 0, enter_it);
+    a.load(Size::Dw, R0, R0, 0);
+    a.jump_if_wide(R0, If::Eq, 0, pass);
     a.bind(enter_it);
+    let (unawaited, awaited, noted) = (a.label(), a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), awaited);
+    jump_unless_somebody_waits(a, unawaited);
+    a.bind(awaited);
     a.store(Size::Dw, R10, VALUE, 0);
+    a.jump(noted);
+    a.bind(unawaited);
+    a.store(Size::Dw, R10, VALUE, 1);
+    a.bind(noted);
     enter(a, &maps.direct);
     for label in [ways.later, ways.none, ways.quoted, ways.other, pass] {
         a.bind(label);

@@ -14,6 +14,7 @@
 //! parse();                                   // later, none: entrance = by_route; goto deliver
 //! if ((flow = lookup(flows, key))) {
 //!     if (TCP) flow->opening = SYN ? 1 : FIN, RST or PSH ? 0 : as it is;
+//!     else if (flow->unawaited && a socket waits) flow->unawaited = 0;
 //!     if (now - flow->seen > REFRESH) { flow->seen = now; flow->entrance = by_route; }
 //!     entrance = flow->entrance; goto deliver;
 //! }
@@ -21,7 +22,8 @@
 //!     && !storage(sockets, socket) && now > counters[GRACE]) direct;
 //! if (!ICMP && (conversation = lookup(own, key))
 //!     && !CLOSED && now - conversation->seen <= OWN_KEPT) direct;
-//! if (update(flows, key, { now, entrance = by_route, opening = SYN })) { count; drop; }
+//! note = TCP ? SYN : UDP ? no socket waits : 0;
+//! if (update(flows, key, { now, entrance = by_route, note })) { count; drop; }
 //!
 //! deliver: if (!entrance) return TC_ACT_UNSPEC;
 //!          link = lookup(links, entrance) or lookup(links, FIRST) or return TC_ACT_UNSPEC;
@@ -35,10 +37,10 @@
 
 use std::os::fd::AsFd;
 
-use Reg::{R0, R1, R2, R3, R4, R5, R7, R8, R10};
+use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
 
 use super::flows::{
-    CLOSED, Counter, FLOW_ENTRANCE, FLOW_OPENING, FLOW_SEEN, FlowMaps, KEY_LAST, KEY_LOCAL,
+    CLOSED, Counter, FLOW_ENTRANCE, FLOW_OPENING, FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LOCAL,
     KEY_REMOTE, LINK_FIRST, LINK_HEADER, LINK_IFINDEX, LINK_MAC, OWN_KEPT, REFRESH, VALUE, count,
     counter_at, enter, jump_if_within, look_up,
 };
@@ -48,10 +50,11 @@ use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
     jump_if_v6, keep_packet, store_ethernet_header, verdict,
 };
+use super::sockets::{jump_unless_somebody_waits, look_up_socket};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Operand, Program, Reg, Size,
 };
-use crate::model::moved::TCP;
+use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, FIN, PSH, RST, SYN};
 
 /// The flow's value in the map.
@@ -63,9 +66,8 @@ const LINK: Reg = R7;
 /// The link by which the packet is delivered, once its flow is known.
 const ENTRANCE: Reg = R8;
 
-/// Where the stack keeps `struct bpf_fib_lookup`, and the addresses of a socket.
+/// Where the stack keeps `struct bpf_fib_lookup`.
 const FIB: i16 = -168;
-const TUPLE: i16 = -168;
 
 /// The program for the TUN. Where packets arrive, [`FlowMaps::set_links`] says at any time.
 ///
@@ -109,6 +111,13 @@ pub(super) fn deliver_behind(
     a.jump_if(R0, If::Ne, i32::from(SYN), not_opening);
     a.store(Size::W, R10, VALUE + FLOW_OPENING, 1);
     a.bind(not_opening);
+    let (unawaited, awaited) = (a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), awaited);
+    jump_unless_somebody_waits(a, unawaited);
+    a.jump(awaited);
+    a.bind(unawaited);
+    a.store(Size::W, R10, VALUE + FLOW_UNAWAITED, 1);
+    a.bind(awaited);
     find_entrance(a, tun_ifindex);
     a.store(Size::W, R10, VALUE + FLOW_ENTRANCE, ENTRANCE);
     a.call(Helper::KtimeGetNs);
@@ -123,8 +132,9 @@ pub(super) fn deliver_behind(
 
     a.bind(known);
     let (aged, opening, no_news, fresh) = (a.label(), a.label(), a.label(), a.label());
+    let without_tcp = a.label();
     a.mov(FLOW, R0);
-    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), aged);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
     a.load(Size::W, R0, R10, FLAGS);
     a.mov(R1, R0);
     a.alu(Alu::And, R1, i32::from(SYN | ACK));
@@ -139,6 +149,12 @@ pub(super) fn deliver_behind(
     a.load(Size::W, R0, FLOW, FLOW_OPENING);
     a.jump_if(R0, If::Eq, 0, aged);
     a.store(Size::W, FLOW, FLOW_OPENING, 0);
+    a.jump(aged);
+    a.bind(without_tcp);
+    a.load(Size::W, R0, FLOW, FLOW_UNAWAITED);
+    a.jump_if(R0, If::Eq, 0, aged);
+    jump_unless_somebody_waits(a, aged);
+    a.store(Size::W, FLOW, FLOW_UNAWAITED, 0);
     a.bind(aged);
     jump_if_within(a, FLOW, REFRESH, fresh);
     a.store(Size::Dw, FLOW, FLOW_SEEN, R0);
@@ -216,36 +232,13 @@ fn jump_if_direct(a: &mut Assembler, maps: &FlowMaps, no: Label) {
 
 /// Goes on if a TCP socket has a connection with the client, and did not get it by the tunnel.
 fn jump_unless_connected(a: &mut Assembler, maps: &FlowMaps, no: Label) {
-    let (v6, tuple, other) = (a.label(), a.label(), a.label());
+    let other = a.label();
     let Some(sockets) = &maps.sockets else {
         // Nothing would tell the connections of the tunnel from others.
         a.jump(no);
         return;
     };
-    jump_if_v6(a, v6);
-    for (length, family) in [(4_i16, libc::AF_INET), (16, libc::AF_INET6)] {
-        if family == libc::AF_INET6 {
-            a.bind(v6);
-        }
-        for word in (0..length).step_by(4) {
-            a.load(Size::W, R0, R10, KEY_REMOTE + word);
-            a.store(Size::W, R10, TUPLE + word, R0);
-            a.load(Size::W, R0, R10, KEY_LOCAL + word);
-            a.store(Size::W, R10, TUPLE + length + word, R0);
-        }
-        a.load(Size::W, R0, R10, KEY_LAST);
-        a.store(Size::W, R10, TUPLE + 2 * length, R0);
-        a.mov(R3, i32::from(2 * length + 4));
-        a.jump(tuple);
-    }
-    a.bind(tuple);
-    a.mov(R1, PACKET);
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(TUPLE));
-    // This namespace.
-    a.mov(R4, -1);
-    a.mov(R5, 0);
-    a.call(Helper::SkLookupTcp);
+    look_up_socket(a, Helper::SkLookupTcp);
     a.jump_if_wide(R0, If::Eq, 0, no);
     a.mov(R7, R0);
     a.load(Size::W, R0, R7, sock::STATE);

@@ -10,12 +10,13 @@
 //!     u8  remote[16];          // the address of the client
 //!     u8  last[4];             // as on the wire: remote port, local port; or the identifier of
 //! };                           // an ICMP query; or a fragment's identification
-//! flows      struct { u64 seen; u32 entrance; u32 opening; }
+//! flows      struct { u64 seen; u32 entrance; u32 opening_or_unawaited; }
 //!            what came out of the tunnel: when last, the link by which it is delivered (0: the TUN
-//!            itself), and whether a SYN was the last of it that tells anything
+//!            itself), and of TCP whether a SYN was the last of it that tells anything, of UDP
+//!            whether no socket of this host has waited for it
 //! own        struct { u64 seen_or_closed; }
 //!            conversations of this host, and of hosts behind it, that never went by the tunnel
-//! in         u64, unused
+//! in         u64 unawaited
 //!            requests that came directly
 //! links      by index, or FIRST: struct { u32 ifindex; u32 header; u8 mac[6]; u8 pad[2]; }
 //!            the links at which what comes out of the tunnel may arrive
@@ -85,6 +86,8 @@ pub(super) const VALUE: i16 = -56;
 pub(super) const FLOW_SEEN: i16 = 0;
 pub(super) const FLOW_ENTRANCE: i16 = 8;
 pub(super) const FLOW_OPENING: i16 = 12;
+/// In the same place, since only UDP has it.
+pub(super) const FLOW_UNAWAITED: i16 = FLOW_OPENING;
 
 /// In place of the time, in the entry of a TCP conversation of a host behind this one that is
 /// closing: it may be taken over.

@@ -24,7 +24,13 @@ pub(super) mod sock {
     pub(crate) const BOUND_DEV_IF: i16 = 0;
     pub(crate) const TYPE: i16 = 8;
     pub(crate) const PROTOCOL: i16 = 12;
+    /// The address it is bound to, as on the wire; 0 for any.
+    pub(crate) const SRC_IP4: i16 = 24;
+    /// Its port, in the order of this host.
+    pub(crate) const SRC_PORT: i16 = 44;
     pub(crate) const STATE: i16 = 72;
+    /// In `STATE`: it is connected.
+    pub(crate) const ESTABLISHED: i32 = 1;
     /// In `STATE`: it waits for connections.
     pub(crate) const LISTEN: i32 = 10;
 }

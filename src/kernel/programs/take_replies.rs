@@ -19,8 +19,10 @@
 //! if ((flow = lookup(flows, key))) {
 //!     if (TCP) {
 //!         if (SYN and ACK && !flow->opening) { delete(flows, key); forget own; pass; }
+//!         if (SYN without ACK) { delete(flows, key); goto miss; }
 //!         if (it is from a TCP socket) storage(sockets) = 1;
 //!     } else {
+//!         if (flow->unawaited && from a socket at this port) { delete(flows, key); goto miss; }
 //!         if (now - flow->seen > REPLY_IDLE) goto miss;
 //!         if (now - flow->seen > REFRESH) flow->seen = now;
 //!     }
@@ -34,7 +36,8 @@
 //!         else if (SYN) update(own, key, now);
 //!         else if (FIN) update(own, key, CLOSED);
 //!         else refresh(own, key);
-//!     } else if (!ICMP && !lookup(in, key)) refresh(own, key);
+//!     } else if (!ICMP && (!(come = lookup(in, key))
+//!                || come->unawaited && from a socket at this port)) refresh(own, key);
 //! unknown: // a first fragment of another flow ends the entry for its identification
 //!     if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
 //!     pass;
@@ -50,8 +53,8 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
 
 use super::flows::{
-    CLOSED, FLOW_OPENING, FLOW_SEEN, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, enter,
-    enter_now, jump_if_within, look_up, remove,
+    CLOSED, FLOW_OPENING, FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE,
+    VALUE, enter, enter_now, jump_if_within, look_up, remove,
 };
 use super::headers::{icmpv4, icmpv6, ports, skb, sock};
 use super::parse::{
@@ -61,6 +64,7 @@ use super::parse::{
 use super::phrases::{
     PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
 };
+use super::sockets::jump_unless_from_own_port;
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, FIN, RST, SYN};
@@ -129,12 +133,18 @@ pub fn take_replies(
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
     a.load(Size::W, R0, R10, FLAGS);
     a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    let begins = a.label();
+    a.jump_if(R0, If::Eq, i32::from(SYN), begins);
     a.jump_if(R0, If::Ne, i32::from(SYN | ACK), known);
     a.load(Size::W, R0, FLOW, FLOW_OPENING);
     a.jump_if(R0, If::Ne, 0, hit);
     remove(a, &maps.flows);
     remove(a, &maps.own);
     a.jump(pass);
+    // Nobody is answered by it, so whatever came under its addresses was not for this connection.
+    a.bind(begins);
+    remove(a, &maps.flows);
+    a.jump(miss);
     a.bind(known);
     if let Some(sockets) = &maps.sockets {
         load_tcp_socket(a, hit, hit);
@@ -148,6 +158,13 @@ pub fn take_replies(
     }
     a.jump(hit);
     a.bind(without_tcp);
+    let answer = a.label();
+    a.load(Size::W, R0, FLOW, FLOW_UNAWAITED);
+    a.jump_if(R0, If::Eq, 0, answer);
+    jump_unless_from_own_port(a, answer);
+    remove(a, &maps.flows);
+    a.jump(miss);
+    a.bind(answer);
     jump_if_within(a, FLOW, REFRESH, hit);
     jump_if_within(a, FLOW, REPLY_IDLE, fresh);
     a.jump(miss);
@@ -225,7 +242,10 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
     look_up(a, &maps.own);
     a.jump_if_wide(R0, If::Ne, 0, refresh);
     look_up(a, &maps.direct);
-    a.jump_if_wide(R0, If::Ne, 0, done);
+    a.jump_if_wide(R0, If::Eq, 0, new);
+    a.load(Size::Dw, R0, R0, 0);
+    a.jump_if_wide(R0, If::Eq, 0, done);
+    jump_unless_from_own_port(a, done);
     a.jump(new);
 
     a.bind(tcp);
@@ -558,6 +578,11 @@ mod tests {
                 assert!(steering.arrives(&in_(SYN)));
                 assert!(steering.is_steered(&out(SYN | ACK)));
             }
+            // This host's own connection, whose other end somebody named before it was there.
+            let steering = Steering::new();
+            steering.arrives(&in_(SYN));
+            assert!(!steering.is_steered(&out(SYN)));
+            assert!(!steering.is_steered(&out(ACK)));
             // A forged SYN from the wire ends nothing: the answer to it is no SYN.
             let steering = Steering::new();
             steering.arrives(&in_(SYN));

@@ -1,0 +1,93 @@
+//! What the steering programs ask the sockets of this host: who waits for a packet, and who sends
+//! one.
+//!
+//! A stranger can name any port of this host before a program there has opened it. So a flow
+//! remembers whether a socket waited for its packets: what later leaves from a socket at that port
+//! itself answers nobody, unless a packet came in between.
+
+use Reg::{R0, R1, R2, R3, R4, R5, R9, R10};
+
+use super::flows::{KEY, KEY_LAST, KEY_LOCAL, KEY_REMOTE};
+use super::headers::{skb, sock};
+use super::phrases::{PACKET, jump_if_v6};
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+
+/// Where the stack keeps the addresses and ports of a socket, `struct bpf_sock_tuple`.
+const TUPLE: i16 = -168;
+
+/// A socket that is looked up, for as long as it is held.
+const FOUND: Reg = R9;
+
+/// R0 = the socket of this host that gets the packet of a client with this key, or 0. The program
+/// has to release it.
+pub(super) fn look_up_socket(a: &mut Assembler, helper: Helper) {
+    let (v6, tuple) = (a.label(), a.label());
+    jump_if_v6(a, v6);
+    for (length, family) in [(4_i16, libc::AF_INET), (16, libc::AF_INET6)] {
+        if family == libc::AF_INET6 {
+            a.bind(v6);
+        }
+        for word in (0..length).step_by(4) {
+            a.load(Size::W, R0, R10, KEY_REMOTE + word);
+            a.store(Size::W, R10, TUPLE + word, R0);
+            a.load(Size::W, R0, R10, KEY_LOCAL + word);
+            a.store(Size::W, R10, TUPLE + length + word, R0);
+        }
+        a.load(Size::W, R0, R10, KEY_LAST);
+        a.store(Size::W, R10, TUPLE + 2 * length, R0);
+        a.mov(R3, i32::from(2 * length + 4));
+        a.jump(tuple);
+    }
+    a.bind(tuple);
+    a.mov(R1, PACKET);
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(TUPLE));
+    // This namespace.
+    a.mov(R4, -1);
+    a.mov(R5, 0);
+    a.call(helper);
+}
+
+/// Goes on if a UDP socket of this host waits for the client's packet, and would for anybody's: one
+/// that is connected speaks with somebody of its own choice. Jumps to `no` otherwise. Uses FRAGMENT.
+pub(super) fn jump_unless_somebody_waits(a: &mut Assembler, no: Label) {
+    look_up_socket(a, Helper::SkLookupUdp);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.mov(FOUND, R0);
+    a.load(Size::W, R0, FOUND, sock::STATE);
+    a.store(Size::W, R10, TUPLE, R0);
+    a.mov(R1, FOUND);
+    a.call(Helper::SkRelease);
+    a.mov(FOUND, 0);
+    a.load(Size::W, R0, R10, TUPLE);
+    a.jump_if(R0, If::Eq, sock::ESTABLISHED, no);
+}
+
+/// Goes on if a socket of this host sends the packet from the key's own address and port. Jumps to
+/// `no` if it is forwarded or its source was translated, so that it may answer what was translated
+/// the other way; and if the socket is bound to an interface, where no look-up from another one
+/// finds it.
+pub(super) fn jump_unless_from_own_port(a: &mut Assembler, no: Label) {
+    let yes = a.label();
+    a.load(Size::Dw, R1, PACKET, skb::SK);
+    a.jump_if_wide(R1, If::Eq, 0, no);
+    a.call(Helper::SkFullsock);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.load(Size::W, R1, R0, sock::BOUND_DEV_IF);
+    a.jump_if(R1, If::Ne, 0, no);
+    // The socket's port is in this host's order, the key's as on the wire.
+    a.load(Size::B, R1, R10, KEY_LAST + 2);
+    a.alu(Alu::Lsh, R1, 8);
+    a.load(Size::B, R2, R10, KEY_LAST + 3);
+    a.alu(Alu::Or, R1, R2);
+    a.load(Size::W, R2, R0, sock::SRC_PORT);
+    a.jump_if(R1, If::Ne, R2, no);
+    a.load(Size::W, R1, R10, KEY);
+    a.alu(Alu::And, R1, 0xff00);
+    a.jump_if(R1, If::Ne, 4 << 8, yes);
+    a.load(Size::W, R1, R0, sock::SRC_IP4);
+    a.jump_if(R1, If::Eq, 0, yes);
+    a.load(Size::W, R2, R10, KEY_LOCAL);
+    a.jump_if(R1, If::Ne, R2, no);
+    a.bind(yes);
+}
