@@ -34,6 +34,7 @@ use super::{index, log};
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
+use crate::flow::ended::HostFlow;
 use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::translate::{Translator, TranslatorConfig};
@@ -58,8 +59,11 @@ const PATH_EVERY: Duration = Duration::from_secs(1);
 /// Messages of lanes that are handled in one turn, before anything is sent.
 const MESSAGES_A_TURN: usize = 64;
 
-/// How often to tell the kernel which flows ended.
-const FLOWS_EVERY: Duration = Duration::from_secs(1);
+/// How often to tell the kernel which flows ended. Until then they take room from new ones.
+const FLOWS_EVERY: Duration = Duration::from_millis(100);
+
+/// How often to look for flows that the kernel remembers from an earlier daemon.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// Carries packets until a signal, then undoes everything, unless a thread crashed.
 pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
@@ -155,6 +159,7 @@ async fn carry(
         link_mtus: Vec::new(),
         next_look: started,
         next_flows: started + FLOWS_EVERY,
+        next_sweep: started + SWEEP_EVERY,
         repairer: Repairer::default(),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
@@ -344,6 +349,7 @@ struct Control<'h> {
     link_mtus: Vec<(u32, Option<u32>)>,
     next_look: Instant,
     next_flows: Instant,
+    next_sweep: Instant,
     repairer: Repairer,
     offloads: Offloads,
     warnings: Warnings,
@@ -399,6 +405,7 @@ impl Control<'_> {
             .filter_map(Tunnel::next_timeout)
             .chain([self.next_path, self.next_look])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
+            .chain((self.role == Role::New).then_some(self.next_flows))
             .min()
             .unwrap_or(self.next_path)
     }
@@ -795,9 +802,13 @@ impl Control<'_> {
             return;
         };
         let mut ended = Vec::new();
-        // Those that found no room go by their age.
-        let _ = translator.take_ended(&mut ended);
-        let result = steering.forget(&ended, |flow| translator.knows(flow));
+        let untold = translator.take_ended(&mut ended);
+        let knows = |flow: &HostFlow| translator.knows(flow);
+        let mut result = steering.forget(&ended, untold > 0, knows);
+        if now >= self.next_sweep {
+            self.next_sweep = now + SWEEP_EVERY;
+            result = result.and_then(|()| steering.sweep(knows));
+        }
         for (reason, packets) in steering.take_drops() {
             self.shared.drops.add(reason, packets);
         }

@@ -29,7 +29,7 @@ use crate::kernel::bpf::{self, BpfError, Program};
 use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
 use crate::kernel::programs::{Counter, Entrance, FlowMaps, TAKE_REPLIES};
-use crate::kernel::programs::{arrivals, deliver, take_replies};
+use crate::kernel::programs::{arrivals, deliver, now, take_replies};
 use crate::model::drops::DropReason;
 
 /// Metric of the route into the TUN, for a family without any other default route: every other one
@@ -52,8 +52,12 @@ pub struct Steering {
     maps: FlowMaps,
     tunnel_port: u16,
     loaded: OnceLock<Loaded>,
+    /// When this daemon came, by the kernel's time.
+    since: Duration,
     /// Where the sweep of flows stands.
     swept: Option<u32>,
+    /// Where that of flows whose end was not told stands, while there is one.
+    untold: Option<Option<u32>>,
     /// What the programs had dropped when it was told last.
     told: [u64; DROPS.len()],
 }
@@ -109,7 +113,9 @@ impl Steering {
             maps,
             tunnel_port,
             loaded: OnceLock::new(),
+            since: now(),
             swept: None,
+            untold: None,
             told: Default::default(),
         })
     }
@@ -232,17 +238,36 @@ impl Steering {
         self.maps.lasting()
     }
 
-    /// Keeps the memory of flows as small as the daemon's own: forgets those that `ended`, and by
-    /// and by those of an earlier daemon that this one never came to `know`. Call it every second.
+    /// Keeps the memory of flows as small as the daemon's own: forgets those that `ended`. If there
+    /// were more of which nobody could be told, it looks for them from now on.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn forget(
         &mut self,
         ended: &[HostFlow],
+        more: bool,
         knows: impl Fn(&HostFlow) -> bool,
     ) -> Result<(), BpfError> {
         self.maps.forget(ended)?;
+        if more {
+            self.untold.get_or_insert(None);
+        }
+        if let Some(place) = &mut self.untold {
+            self.maps.sweep_untold(self.since, place, knows)?;
+            if place.is_none() {
+                self.untold = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets by and by the flows of an earlier daemon that this one never came to `know`. Call it
+    /// every second.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn sweep(&mut self, knows: impl Fn(&HostFlow) -> bool) -> Result<(), BpfError> {
         self.maps.sweep(&mut self.swept, knows)
     }
 

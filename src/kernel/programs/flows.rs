@@ -41,7 +41,7 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 use super::headers::{icmpv4, icmpv6};
 use super::phrases::PROTOCOL;
 use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS};
-use crate::flow::ended::HostFlow;
+use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size,
 };
@@ -66,6 +66,10 @@ pub const REPLY_IDLE: Duration = Duration::from_secs(600);
 
 /// Flows that one sweep looks at. A million are looked at in a few minutes, a second a sweep.
 const SWEPT: u32 = 4096;
+
+/// How long a flow that this daemon does not know was not used, if it ended and that was not told:
+/// the daemon knows a flow before the kernel does.
+const UNTOLD: Duration = Duration::from_secs(2);
 
 /// An entry in use gets a new time, and a flow a new look at the route to its client, this often.
 pub(super) const REFRESH: Duration = Duration::from_secs(1);
@@ -158,7 +162,8 @@ const fn shape(kind: MapKind, name: &'static str, value_size: usize, max_entries
 
 /// The shapes, by name.
 const fn flows(max_flows: u32) -> Shape {
-    shape(MapKind::Hash, "ipmoved_flows", FLOW_BYTES, max_flows)
+    let room = max_flows.saturating_add(ENDED_ROOM as u32);
+    shape(MapKind::Hash, "ipmoved_flows", FLOW_BYTES, room)
 }
 const OWN: Shape = shape(MapKind::LruHash, "ipmoved_own", 8, MAX_DIRECT);
 const DIRECT: Shape = shape(MapKind::LruHash, "ipmoved_in", 8, MAX_DIRECT);
@@ -186,7 +191,7 @@ const SOCKETS: Shape = Shape {
 };
 
 impl FlowMaps {
-    /// Empty maps, for `max_flows` flows.
+    /// Empty maps, for `max_flows` flows and those that have ended, as long as that is not told.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -298,22 +303,49 @@ impl FlowMaps {
         place: &mut Option<u32>,
         knows: impl Fn(&HostFlow) -> bool,
     ) -> Result<(), BpfError> {
-        let mut stale = Vec::new();
-        let look = |key: &[u8], value: &[u8]| {
-            let Some((flow, seen)) = flow_of(key).zip(seen(value)) else {
-                return;
-            };
+        self.forget_some(place, SWEPT, |flow, seen| {
             let kept = match flow.protocol {
                 TCP => TCP_ESTABLISHED,
                 UDP => UDP_BOTH_WAYS,
                 icmpv4::PROTOCOL | icmpv6::PROTOCOL => ICMP_QUERY,
                 _ => OTHER,
             };
-            if seen + kept < now && !knows(&flow) {
+            seen + kept < now && !knows(flow)
+        })
+    }
+
+    /// As [`sweep`](Self::sweep), at many flows and whatever their kind: forgets those used since
+    /// the time `since`, when this daemon came, that nobody `knows`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn sweep_untold(
+        &self,
+        since: Duration,
+        place: &mut Option<u32>,
+        knows: impl Fn(&HostFlow) -> bool,
+    ) -> Result<(), BpfError> {
+        let now = now();
+        self.forget_some(place, 8 * SWEPT, |flow, seen| {
+            seen >= since && seen + UNTOLD < now && !knows(flow)
+        })
+    }
+
+    fn forget_some(
+        &self,
+        place: &mut Option<u32>,
+        most: u32,
+        is_stale: impl Fn(&HostFlow, Duration) -> bool,
+    ) -> Result<(), BpfError> {
+        let mut stale = Vec::new();
+        let look = |key: &[u8], value: &[u8]| {
+            if let Some((flow, seen)) = flow_of(key).zip(seen(value))
+                && is_stale(&flow, seen)
+            {
                 stale.extend_from_slice(key);
             }
         };
-        self.flows.read_some(place, SWEPT, look).map_err(refused)?;
+        self.flows.read_some(place, most, look).map_err(refused)?;
         self.flows.remove_all(&stale).map_err(refused)
     }
 
@@ -340,7 +372,7 @@ fn refused(errno: Errno) -> BpfError {
 }
 
 /// The kernel's time, as programs see it.
-fn now() -> Duration {
+pub fn now() -> Duration {
     let now = clock_gettime(ClockId::Monotonic);
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
@@ -521,6 +553,27 @@ mod tests {
         maps.forget(&ended).unwrap();
         assert_eq!(known(&maps), 5);
         maps.forget(&[]).unwrap();
+    }
+
+    #[test]
+    fn what_ended_untold_is_swept_at_once() {
+        let maps = FlowMaps::new(1000).expect("run the tests as root");
+        let since = now();
+        let ago = |time: u64| now().saturating_sub(Duration::from_secs(time));
+        let came = ago(100);
+        enter(&maps, &flow(1), ago(1));
+        enter(&maps, &flow(2), ago(50));
+        enter(&maps, &flow(3), ago(50));
+        enter(&maps, &flow(4), ago(150));
+        let knows = |flow: &HostFlow| flow.remote.port() == 3;
+        maps.sweep_untold(since, &mut None, knows).unwrap();
+        assert_eq!(known(&maps), 4, "all are of an earlier daemon");
+        // In use, known, and of an earlier daemon.
+        maps.sweep_untold(came, &mut None, knows).unwrap();
+        assert_eq!(known(&maps), 3);
+        let mut kept = maps.flows.keys().unwrap();
+        kept.retain(|key| flow_of(key) == Some(flow(2)));
+        assert!(kept.is_empty());
     }
 
     #[test]

@@ -59,7 +59,7 @@ pub use arrivals::arrivals;
 pub use capture::{TunnelEnds, capture};
 pub use deliver::deliver;
 pub use facts::Facts;
-pub use flows::{Counter, Entrance, FlowMaps};
+pub use flows::{Counter, Entrance, FlowMaps, now};
 pub use replies::{Pair, replies};
 pub use return_path::return_path;
 pub use take_replies::{TAKE_REPLIES, take_replies};
