@@ -54,6 +54,7 @@ impl Size {
 #[allow(clippy::missing_docs_in_private_items, reason = "they are their names")]
 pub enum Alu {
     Add,
+    Sub,
     Or,
     And,
     Lsh,
@@ -64,6 +65,7 @@ impl Alu {
     fn bits(self) -> u8 {
         match self {
             Self::Add => 0x00,
+            Self::Sub => 0x10,
             Self::Or => 0x40,
             Self::And => 0x50,
             Self::Lsh => 0x60,
@@ -167,6 +169,8 @@ pub enum Helper {
     SkRelease = 86,
     /// `(socket) → the same, if it is a full one, or 0`.
     SkFullsock = 95,
+    /// `(socket) → struct bpf_tcp_sock, or 0`.
+    TcpSock = 96,
     /// `(map, socket, value, flags) → value or 0`.
     SkStorageGet = 107,
     /// `(ifindex, params, params length, flags) → verdict`.

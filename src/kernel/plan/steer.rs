@@ -36,8 +36,8 @@ use crate::model::drops::DropReason;
 /// is preferred.
 const LAST_RESORT: u32 = 4_000_000_000;
 
-/// How long connections of which nothing is known count as those of the tunnel, if an earlier
-/// daemon knew them and its memory is out of reach. An idle one has to be heard in this time.
+/// How long connections of which nothing is known may be those of the tunnel, where this daemon
+/// begins without the memory of an earlier one. An idle one has to be heard in this time.
 const TRUST: Duration = Duration::from_secs(600);
 
 /// What the programs drop, besides replies when the daemon is dead.
@@ -60,6 +60,32 @@ pub struct Steering {
     untold: Option<Option<u32>>,
     /// What the programs had dropped when it was told last.
     told: [u64; DROPS.len()],
+    came: Came,
+}
+
+/// How fast the programs' memory of requests that came directly is filled. It has room for 65,536,
+/// and what was forgotten there looks as if this host had spoken first.
+#[derive(Debug)]
+struct Came {
+    level: u64,
+    counted: u64,
+    looked: Duration,
+}
+
+impl Came {
+    /// Entries a second that are no flood: the memory lasts for a minute then.
+    const PACE: u64 = 1_000;
+    /// Entries beyond that pace with which the memory is half full.
+    const MOST: u64 = 32_768;
+
+    /// Whether answers may come later than the memory lasts, now that there were so many entries.
+    fn is_too_much(&mut self, now: Duration, counted: u64) -> bool {
+        let passed = now.saturating_sub(self.looked).as_millis() as u64;
+        let drained = self.level.saturating_sub(passed * Self::PACE / 1_000);
+        self.level = drained + counted.saturating_sub(self.counted);
+        (self.looked, self.counted) = (now, counted);
+        self.level > Self::MOST
+    }
 }
 
 /// Programs in the kernel. One serves all links of its kind, so that those which come later need
@@ -103,9 +129,7 @@ impl Steering {
             Some(maps) => maps,
             None => {
                 let maps = FlowMaps::new(max_flows)?;
-                if !left.is_empty() {
-                    maps.trust_for(TRUST);
-                }
+                maps.trust_for(TRUST);
                 maps
             }
         };
@@ -117,6 +141,11 @@ impl Steering {
             swept: None,
             untold: None,
             told: Default::default(),
+            came: Came {
+                level: 0,
+                counted: 0,
+                looked: now(),
+            },
         })
     }
 
@@ -239,7 +268,8 @@ impl Steering {
     }
 
     /// Keeps the memory of flows as small as the daemon's own: forgets those that `ended`. If there
-    /// were more of which nobody could be told, it looks for them from now on.
+    /// were more of which nobody could be told, it looks for them from now on. Call it every tenth
+    /// of a second.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -249,6 +279,8 @@ impl Steering {
         more: bool,
         knows: impl Fn(&HostFlow) -> bool,
     ) -> Result<(), BpfError> {
+        let came = self.maps.count(Counter::Came);
+        self.maps.set_pressed(self.came.is_too_much(now(), came));
         self.maps.forget(ended)?;
         if more {
             self.untold.get_or_insert(None);

@@ -14,16 +14,19 @@
 //! parse();                                   // later, none: entrance = by_route; goto deliver
 //! if ((flow = lookup(flows, key))) {
 //!     if (TCP) flow->opening = SYN ? 1 : FIN, RST or PSH ? 0 : as it is;
-//!     else if (flow->unawaited && a socket waits) flow->unawaited = 0;
-//!     if (now - flow->seen > REFRESH) { flow->seen = now; flow->entrance = by_route; }
+//!     else { flow->asked_directly = 0; if (a socket waits) flow->unawaited = 0; }
+//!     if (now - flow->heard > REFRESH) {
+//!         flow->seen = flow->heard = now; flow->entrance = by_route;
+//!     }
 //!     entrance = flow->entrance; goto deliver;
 //! }
 //! if (TCP && (socket = sk_lookup_tcp()) && socket->state != LISTEN
-//!     && !storage(sockets, socket) && now > counters[GRACE]) direct;
+//!     && !storage(sockets, socket)
+//!     && !(now < counters[GRACE] && sequence and acknowledgment fit the socket)) direct;
 //! if (!ICMP && (conversation = lookup(own, key))
 //!     && !CLOSED && now - conversation->seen <= OWN_KEPT) direct;
 //! note = TCP ? SYN : UDP ? no socket waits : 0;
-//! if (update(flows, key, { now, entrance = by_route, note })) { count; drop; }
+//! if (update(flows, key, { now, now, 0, entrance = by_route, note })) { count; drop; }
 //!
 //! deliver: if (!entrance) return TC_ACT_UNSPEC;
 //!          link = lookup(links, entrance) or lookup(links, FIRST) or return TC_ACT_UNSPEC;
@@ -37,15 +40,16 @@
 
 use std::os::fd::AsFd;
 
-use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
+use Reg::{R0, R1, R2, R3, R4, R7, R8, R9, R10};
 
 use super::flows::{
-    CLOSED, Counter, FLOW_ENTRANCE, FLOW_OPENING, FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LOCAL,
-    KEY_REMOTE, LINK_FIRST, LINK_HEADER, LINK_IFINDEX, LINK_MAC, OWN_KEPT, REFRESH, VALUE, count,
-    counter_at, enter, jump_if_within, look_up,
+    CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_OPENING, FLOW_SEEN,
+    FLOW_UNAWAITED, FLOW_VALUE, FlowMaps, KEY_LOCAL, KEY_REMOTE, LINK_FIRST, LINK_HEADER,
+    LINK_IFINDEX, LINK_MAC, OWN_KEPT, REFRESH, VALUE, count, counter_at, enter_from,
+    jump_if_within, look_up,
 };
-use super::headers::{ethernet, fib, icmpv4, icmpv6, skb, sock};
-use super::parse::{FLAGS, Side, Ways, parse};
+use super::headers::{ethernet, fib, icmpv4, icmpv6, skb, sock, tcp, tcp_sock};
+use super::parse::{FLAGS, HEADER, Side, Ways, parse};
 use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
     jump_if_v6, keep_packet, store_ethernet_header, verdict,
@@ -105,24 +109,26 @@ pub(super) fn deliver_behind(
 
     a.bind(new);
     let (not_opening, entered) = (a.label(), a.label());
-    a.store(Size::Dw, R10, VALUE + FLOW_ENTRANCE, 0);
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_ASKED_DIRECTLY, 0);
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_ENTRANCE, 0);
     a.load(Size::W, R0, R10, FLAGS);
     a.alu(Alu::And, R0, i32::from(SYN | ACK));
     a.jump_if(R0, If::Ne, i32::from(SYN), not_opening);
-    a.store(Size::W, R10, VALUE + FLOW_OPENING, 1);
+    a.store(Size::W, R10, FLOW_VALUE + FLOW_OPENING, 1);
     a.bind(not_opening);
     let (unawaited, awaited) = (a.label(), a.label());
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), awaited);
     jump_unless_somebody_waits(a, unawaited);
     a.jump(awaited);
     a.bind(unawaited);
-    a.store(Size::W, R10, VALUE + FLOW_UNAWAITED, 1);
+    a.store(Size::W, R10, FLOW_VALUE + FLOW_UNAWAITED, 1);
     a.bind(awaited);
     find_entrance(a, tun_ifindex);
-    a.store(Size::W, R10, VALUE + FLOW_ENTRANCE, ENTRANCE);
+    a.store(Size::W, R10, FLOW_VALUE + FLOW_ENTRANCE, ENTRANCE);
     a.call(Helper::KtimeGetNs);
-    a.store(Size::Dw, R10, VALUE + FLOW_SEEN, R0);
-    enter(a, &maps.flows);
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_SEEN, R0);
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_HEARD, R0);
+    enter_from(a, &maps.flows, FLOW_VALUE);
     a.jump_if_wide(R0, If::Eq, 0, entered);
     // Delivered without a memory it would be answered from this host's own address.
     count(a, maps, Counter::Full);
@@ -151,13 +157,19 @@ pub(super) fn deliver_behind(
     a.store(Size::W, FLOW, FLOW_OPENING, 0);
     a.jump(aged);
     a.bind(without_tcp);
+    let by_the_tunnel = a.label();
+    a.load(Size::Dw, R0, FLOW, FLOW_ASKED_DIRECTLY);
+    a.jump_if_wide(R0, If::Eq, 0, by_the_tunnel);
+    a.store(Size::Dw, FLOW, FLOW_ASKED_DIRECTLY, 0);
+    a.bind(by_the_tunnel);
     a.load(Size::W, R0, FLOW, FLOW_UNAWAITED);
     a.jump_if(R0, If::Eq, 0, aged);
     jump_unless_somebody_waits(a, aged);
     a.store(Size::W, FLOW, FLOW_UNAWAITED, 0);
     a.bind(aged);
-    jump_if_within(a, FLOW, REFRESH, fresh);
+    jump_if_within(a, (FLOW, FLOW_HEARD), REFRESH, fresh);
     a.store(Size::Dw, FLOW, FLOW_SEEN, R0);
+    a.store(Size::Dw, FLOW, FLOW_HEARD, R0);
     find_entrance(a, tun_ifindex);
     a.store(Size::W, FLOW, FLOW_ENTRANCE, ENTRANCE);
     a.jump(deliver);
@@ -210,12 +222,6 @@ fn jump_if_direct(a: &mut Assembler, maps: &FlowMaps, no: Label) {
     }
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), own);
     jump_unless_connected(a, maps, own);
-    let gone = a.label();
-    counter_at(a, maps, Counter::Grace, gone);
-    a.load(Size::Dw, R7, R0, 0);
-    a.call(Helper::KtimeGetNs);
-    a.jump_if_wide(R7, If::Gt, R0, no);
-    a.bind(gone);
     a.jump(yes);
 
     a.bind(own);
@@ -224,7 +230,7 @@ fn jump_if_direct(a: &mut Assembler, maps: &FlowMaps, no: Label) {
     a.mov(R7, R0);
     a.load(Size::Dw, R0, R7, 0);
     a.jump_if_wide(R0, If::Eq, CLOSED, no);
-    jump_if_within(a, R7, OWN_KEPT, aged);
+    jump_if_within(a, (R7, 0), OWN_KEPT, aged);
     a.jump(no);
     a.bind(aged);
     a.bind(yes);
@@ -250,14 +256,62 @@ fn jump_unless_connected(a: &mut Assembler, maps: &FlowMaps, no: Label) {
     a.call(Helper::SkStorageGet);
     a.jump_if_wide(R0, If::Ne, 0, other);
     let yes = a.label();
+    jump_unless_older(a, maps, yes);
+    a.jump(other);
+    a.bind(yes);
     a.mov(R1, R7);
     a.call(Helper::SkRelease);
-    a.jump(yes);
+    let connected = a.label();
+    a.jump(connected);
     a.bind(other);
     a.mov(R1, R7);
     a.call(Helper::SkRelease);
     a.jump(no);
-    a.bind(yes);
+    a.bind(connected);
+}
+
+/// Goes on if the connection of the socket in R7 may be older than the memory of programs, and the
+/// packet stands where its client would: it acknowledges what is under way, and its own sequence
+/// number is about the one expected. Who cannot see the connection has to guess both. Jumps to `no`
+/// otherwise.
+fn jump_unless_older(a: &mut Assembler, maps: &FlowMaps, no: Label) {
+    counter_at(a, maps, Counter::Grace, no);
+    a.load(Size::Dw, R9, R0, 0);
+    a.call(Helper::KtimeGetNs);
+    a.jump_if_wide(R9, If::Lt, R0, no);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Ne, i32::from(ACK), no);
+    a.mov(R1, R7);
+    a.call(Helper::TcpSock);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.load(Size::W, R2, R0, tcp_sock::SND_UNA);
+    a.load(Size::W, R3, R0, tcp_sock::SND_NXT);
+    a.load(Size::W, R4, R0, tcp_sock::RCV_NXT);
+    // Comparisons are of 32 bits, where sequence numbers come round (RFC 9293 section 3.4).
+    a.alu(Alu::Sub, R3, R2);
+    a.alu(Alu::Add, R3, OLD_NEWS);
+    load_wire_word(a, R0, HEADER + tcp::ACKNOWLEDGMENT as i16);
+    a.alu(Alu::Sub, R0, R2);
+    a.alu(Alu::Add, R0, OLD_NEWS);
+    a.jump_if(R0, If::Gt, R3, no);
+    load_wire_word(a, R0, HEADER + tcp::SEQUENCE as i16);
+    a.alu(Alu::Sub, R0, R4);
+    a.alu(Alu::Add, R0, OLD_NEWS);
+    a.jump_if(R0, If::Gt, 4 * OLD_NEWS, no);
+}
+
+/// How far a packet may lag behind its connection, in bytes: a window without scaling.
+const OLD_NEWS: i32 = 1 << 16;
+
+/// REG = a word of a header on the stack, in the order of this host. Uses R1.
+fn load_wire_word(a: &mut Assembler, reg: Reg, at: i16) {
+    a.mov(reg, 0);
+    for byte in 0..4 {
+        a.alu(Alu::Lsh, reg, 8);
+        a.load(Size::B, R1, R10, at + byte);
+        a.alu(Alu::Or, reg, R1);
+    }
 }
 
 /// R0 = the address of what is known of a link, or 0.

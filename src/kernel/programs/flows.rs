@@ -10,10 +10,12 @@
 //!     u8  remote[16];          // the address of the client
 //!     u8  last[4];             // as on the wire: remote port, local port; or the identifier of
 //! };                           // an ICMP query; or a fragment's identification
-//! flows      struct { u64 seen; u32 entrance; u32 opening_or_unawaited; }
-//!            what came out of the tunnel: when last, the link by which it is delivered (0: the TUN
-//!            itself), and of TCP whether a SYN was the last of it that tells anything, of UDP
-//!            whether no socket of this host has waited for it
+//! flows      struct { u64 seen; u64 heard; u64 asked_directly; u32 entrance;
+//!                     u32 opening_or_unawaited; }
+//!            what came out of the tunnel: when the flow was last used, when its client was last
+//!            heard there, and when it last came directly since (or 0); the link by which it is
+//!            delivered (0: the TUN itself); of TCP whether a SYN was the last of it that tells
+//!            anything, of UDP whether no socket of this host has waited for it
 //! own        struct { u64 seen_or_closed; }
 //!            conversations of this host, and of hosts behind it, that never went by the tunnel
 //! in         u64 unawaited
@@ -64,6 +66,15 @@ pub const OWN_KEPT: Duration = Duration::from_secs(7440);
 /// direction: as long as the daemon keeps any such flow. The daemon ends most of them sooner.
 pub const REPLY_IDLE: Duration = Duration::from_secs(600);
 
+/// How long what answers a client without TCP leaves directly after it came directly, though its
+/// flow lives in the tunnel. Who sends one datagram in its name takes its answers no longer.
+pub const ANSWERED_DIRECTLY: Duration = Duration::from_secs(1);
+
+/// A flow without TCP whose client was not heard in the tunnel for this long ends when the client
+/// comes directly: those that keep a mapping alive speak every 25 s or oftener (RFC 4787 REQ-5,
+/// RFC 8085 section 3.5).
+pub const GONE_OVER: Duration = Duration::from_secs(30);
+
 /// Flows that one sweep looks at. A million are looked at in a few minutes, a second a sweep.
 const SWEPT: u32 = 4096;
 
@@ -75,7 +86,7 @@ const UNTOLD: Duration = Duration::from_secs(2);
 pub(super) const REFRESH: Duration = Duration::from_secs(1);
 
 const KEY_BYTES: usize = 40;
-const FLOW_BYTES: usize = 16;
+const FLOW_BYTES: usize = 32;
 
 /// Where the parts of a key lie on the stack.
 pub(super) const KEY: i16 = -40;
@@ -86,10 +97,15 @@ pub(super) const KEY_LAST: i16 = -4;
 /// Where a value lies on the stack.
 pub(super) const VALUE: i16 = -56;
 
+/// Where that of a flow does.
+pub(super) const FLOW_VALUE: i16 = -200;
+
 /// Where the parts of a flow's value lie in it.
 pub(super) const FLOW_SEEN: i16 = 0;
-pub(super) const FLOW_ENTRANCE: i16 = 8;
-pub(super) const FLOW_OPENING: i16 = 12;
+pub(super) const FLOW_HEARD: i16 = 8;
+pub(super) const FLOW_ASKED_DIRECTLY: i16 = 16;
+pub(super) const FLOW_ENTRANCE: i16 = 24;
+pub(super) const FLOW_OPENING: i16 = 28;
 /// In the same place, since only UDP has it.
 pub(super) const FLOW_UNAWAITED: i16 = FLOW_OPENING;
 
@@ -129,12 +145,16 @@ pub enum Counter {
     Full = 0,
     /// TCP packets from the tunnel with the addresses and ports of a direct connection, dropped.
     Direct = 1,
-    /// Until this time, connections of which nothing is known count as those of the tunnel.
+    /// Until this time, connections may be older than this memory.
     Grace = 2,
+    /// Entries made in `in`.
+    Came = 3,
+    /// Whether `in` forgets so much that what is not in it may have been.
+    Pressed = 4,
 }
 
 impl Counter {
-    const COUNT: u32 = 3;
+    const COUNT: u32 = 5;
 }
 
 /// The maps of all steering programs.
@@ -196,8 +216,20 @@ impl FlowMaps {
     /// # Errors
     /// If the kernel refuses.
     pub fn new(max_flows: u32) -> Result<Self, BpfError> {
+        Self::of(flows(max_flows))
+    }
+
+    #[cfg(test)]
+    pub(super) fn with_room(entries: u32) -> Result<Self, BpfError> {
+        Self::of(Shape {
+            max_entries: entries,
+            ..flows(0)
+        })
+    }
+
+    fn of(flows: Shape) -> Result<Self, BpfError> {
         Ok(Self {
-            flows: Map::new(flows(max_flows))?,
+            flows: Map::new(flows)?,
             own: Map::new(OWN)?,
             direct: Map::new(DIRECT)?,
             links: Map::new(LINKS)?,
@@ -354,13 +386,21 @@ impl FlowMaps {
         self.counters.get(counter as u32).unwrap_or(0)
     }
 
-    /// For this long, connections of which nothing is known count as those of the tunnel: their
-    /// memory was lost with an earlier daemon.
+    /// For this long, connections of which nothing is known may be those of the tunnel, if the
+    /// client knows where they stand: their memory was lost with an earlier daemon.
     pub fn trust_for(&self, time: Duration) {
         // Without it connections from before are lost, which is no reason not to start.
         let _ = self
             .counters
             .set(Counter::Grace as u32, (now() + time).as_nanos() as u64);
+    }
+
+    /// Tells the programs whether requests that came directly are forgotten too soon.
+    pub fn set_pressed(&self, pressed: bool) {
+        // Without it they go by what they have.
+        let _ = self
+            .counters
+            .set(Counter::Pressed as u32, u64::from(pressed));
     }
 }
 
@@ -449,9 +489,14 @@ pub(super) fn look_up(a: &mut Assembler, map: &Map) {
 
 /// Enters the key into a map, with the value at [`VALUE`]. R0 = 0, or what is wrong.
 pub(super) fn enter(a: &mut Assembler, map: &Map) {
+    enter_from(a, map, VALUE);
+}
+
+/// Enters the key into a map, with the value that lies there. R0 = 0, or what is wrong.
+pub(super) fn enter_from(a: &mut Assembler, map: &Map, value: i16) {
     map_and_key(a, map);
     a.mov(R3, R10);
-    a.alu(Alu::Add, R3, i32::from(VALUE));
+    a.alu(Alu::Add, R3, i32::from(value));
     a.mov(R4, 0);
     a.call(Helper::MapUpdate);
 }
@@ -468,11 +513,15 @@ pub(super) fn remove(a: &mut Assembler, map: &Map) {
     a.call(Helper::MapDelete);
 }
 
-/// R0 = the present time. Jumps to `fresh` if the entry's own time, at `entry`, is no older than
-/// this.
-pub(super) fn jump_if_within(a: &mut Assembler, entry: Reg, age: Duration, fresh: Label) {
+/// R0 = the present time. Jumps to `fresh` if a time of the entry is no older than this.
+pub(super) fn jump_if_within(
+    a: &mut Assembler,
+    (entry, at): (Reg, i16),
+    age: Duration,
+    fresh: Label,
+) {
     a.call(Helper::KtimeGetNs);
-    a.load(Size::Dw, R1, entry, 0);
+    a.load(Size::Dw, R1, entry, at);
     // Another processor may have written a time that is later by a little.
     a.mov_wide(R2, age.as_nanos() as u64);
     a.alu(Alu::Add, R1, R2);

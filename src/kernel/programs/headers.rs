@@ -35,6 +35,13 @@ pub(super) mod sock {
     pub(crate) const LISTEN: i32 = 10;
 }
 
+/// `struct bpf_tcp_sock`.
+pub(super) mod tcp_sock {
+    pub(crate) const RCV_NXT: i16 = 16;
+    pub(crate) const SND_NXT: i16 = 20;
+    pub(crate) const SND_UNA: i16 = 24;
+}
+
 /// `struct bpf_fib_lookup`.
 pub(super) mod fib {
     pub(crate) const FAMILY: i16 = 0;
@@ -125,6 +132,8 @@ pub(super) mod ports {
 
 /// TCP: RFC 9293 section 3.1.
 pub(super) mod tcp {
+    pub(crate) const SEQUENCE: u32 = 4;
+    pub(crate) const ACKNOWLEDGMENT: u32 = 8;
     pub(crate) const FLAGS: u32 = 13;
     pub(crate) const FLAGS_END: u32 = 14;
 }

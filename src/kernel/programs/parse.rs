@@ -44,8 +44,8 @@ pub(super) const LAST_FRAGMENT: i32 = 3;
 const IDENTIFICATION: i16 = -60;
 /// Where it keeps the flags of TCP, one byte; 0 for other protocols.
 pub(super) const FLAGS: i16 = -64;
-/// Where it keeps a copy of a header, up to 40 bytes.
-const HEADER: i16 = -104;
+/// Where it keeps a copy of a header, up to 40 bytes; that of TCP, once the key is made.
+pub(super) const HEADER: i16 = -104;
 
 /// Who sent the packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -23,6 +23,7 @@
 //!         if (it is from a TCP socket) storage(sockets) = 1;
 //!     } else {
 //!         if (flow->unawaited && from a socket at this port) { delete(flows, key); goto miss; }
+//!         if (now - flow->asked_directly <= ANSWERED_DIRECTLY) goto unknown;
 //!         if (now - flow->seen > REPLY_IDLE) goto miss;
 //!         if (now - flow->seen > REFRESH) flow->seen = now;
 //!     }
@@ -36,8 +37,10 @@
 //!         else if (SYN) update(own, key, now);
 //!         else if (FIN) update(own, key, CLOSED);
 //!         else refresh(own, key);
-//!     } else if (!ICMP && (!(come = lookup(in, key))
-//!                || come->unawaited && from a socket at this port)) refresh(own, key);
+//!     } else if (!ICMP && ((come = lookup(in, key))
+//!                ? come->unawaited && from a socket at this port : !counters[PRESSED])) {
+//!         refresh(own, key);
+//!     }
 //! unknown: // a first fragment of another flow ends the entry for its identification
 //!     if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
 //!     pass;
@@ -53,8 +56,9 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
 
 use super::flows::{
-    CLOSED, FLOW_OPENING, FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE,
-    VALUE, enter, enter_now, jump_if_within, look_up, remove,
+    ANSWERED_DIRECTLY, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_OPENING, FLOW_SEEN,
+    FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter, enter_now,
+    jump_if_within, look_up, remove,
 };
 use super::headers::{icmpv4, icmpv6, ports, skb, sock};
 use super::parse::{
@@ -91,7 +95,7 @@ pub fn take_replies(
     let mut asm = Assembler::new();
     let a = &mut asm;
     let ways = Ways::new(a);
-    let (pass, hit, miss) = (a.label(), a.label(), a.label());
+    let (pass, hit, miss, unknown) = (a.label(), a.label(), a.label(), a.label());
     keep_packet(a);
     pass_if_tagged(a, pass);
     let (read, from_socket) = (a.label(), a.label());
@@ -165,8 +169,13 @@ pub fn take_replies(
     remove(a, &maps.flows);
     a.jump(miss);
     a.bind(answer);
-    jump_if_within(a, FLOW, REFRESH, hit);
-    jump_if_within(a, FLOW, REPLY_IDLE, fresh);
+    let by_the_tunnel = a.label();
+    a.load(Size::Dw, R0, FLOW, FLOW_ASKED_DIRECTLY);
+    a.jump_if_wide(R0, If::Eq, 0, by_the_tunnel);
+    jump_if_within(a, (FLOW, FLOW_ASKED_DIRECTLY), ANSWERED_DIRECTLY, unknown);
+    a.bind(by_the_tunnel);
+    jump_if_within(a, (FLOW, FLOW_SEEN), REFRESH, hit);
+    jump_if_within(a, (FLOW, FLOW_SEEN), REPLY_IDLE, fresh);
     a.jump(miss);
     a.bind(fresh);
     a.store(Size::Dw, FLOW, FLOW_SEEN, R0);
@@ -180,7 +189,6 @@ pub fn take_replies(
     redirect_to(a, tun_ifindex);
 
     a.bind(miss);
-    let unknown = a.label();
     remember_own(a, maps, unknown);
     a.bind(unknown);
     a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, pass);
@@ -242,7 +250,13 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
     look_up(a, &maps.own);
     a.jump_if_wide(R0, If::Ne, 0, refresh);
     look_up(a, &maps.direct);
-    a.jump_if_wide(R0, If::Eq, 0, new);
+    let come = a.label();
+    a.jump_if_wide(R0, If::Ne, 0, come);
+    counter_at(a, maps, Counter::Pressed, new);
+    a.load(Size::Dw, R0, R0, 0);
+    a.jump_if_wide(R0, If::Ne, 0, done);
+    a.jump(new);
+    a.bind(come);
     a.load(Size::Dw, R0, R0, 0);
     a.jump_if_wide(R0, If::Eq, 0, done);
     jump_unless_from_own_port(a, done);
@@ -270,7 +284,7 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
 
     a.bind(refresh);
     a.mov(FLOW, R0);
-    jump_if_within(a, FLOW, REFRESH, fresh);
+    jump_if_within(a, (FLOW, 0), REFRESH, fresh);
     a.store(Size::Dw, FLOW, 0, R0);
     a.bind(fresh);
     a.jump(done);
@@ -313,7 +327,7 @@ mod tests {
         }
 
         fn with_room_for(flows: u32) -> Self {
-            let maps = FlowMaps::new(flows).expect("run the tests as root");
+            let maps = FlowMaps::with_room(flows).expect("run the tests as root");
             let deliver = deliver_behind(L2, &maps, 1).unwrap();
             Self {
                 deliver: deliver.load().unwrap(),
