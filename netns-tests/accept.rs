@@ -12,6 +12,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use ipmoved::internals::{Netlink, Role};
@@ -413,14 +414,22 @@ fn no_client_claims_an_address_of_the_new_servers_own_networks() -> Result {
             "--clients-from",
             "2001:db8:9::/64",
         ];
+        // Somebody there has the client's address: or replies do not come as far as the link.
+        for address in [IpAddr::from(NEIGHBOUR), NEIGHBOUR6.into()] {
+            let mut ip = Command::new("ip");
+            ip.args(["neighbour", "add", &address.to_string(), "dev", "eth1"]);
+            ip.args(["lladdr", "02:00:00:00:00:07", "nud", "permanent"]);
+            let said = lab.new_server().output(ip, PATIENCE)?;
+            assert!(said.status.success(), "{said:?}");
+        }
         let setup = setup.args(Role::New, &clients);
         let mut new = setup.start(Role::New)?;
         new.wait_until_up()?;
         daemons.old.wait_until_up()?;
         (neighbour.get(MOVED)?.is_answered_by(NEW)?).for_the_client_itself()?;
         (neighbour.get(MOVED6)?.is_answered_by(NEW6)?).for_the_client_itself()?;
-        // The echo itself looks for the client on eth1, where nobody answers.
-        neighbour.probe_udp((MOVED, 53), SILENCE)?;
+        let probe = neighbour.probe_udp((MOVED, 53), PATIENCE)?;
+        assert_eq!(probe, Probe::Open);
         assert!(echo.peers().iter().any(|peer| peer.ip() == NEIGHBOUR));
         let status = setup.status(Role::New)?;
         assert_eq!(status.drops("martian_source"), 0, "{status:?}");

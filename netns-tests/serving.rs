@@ -6,11 +6,12 @@
 //!                                        └── new server 198.51.100.2:80, application
 //! ```
 
+use std::fs;
 use std::thread;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD, SECOND_CLIENT, moved as nth_moved};
-use ipmoved::lab::{Lab, Probe, Service, UdpService};
+use ipmoved::lab::{Lab, LabError, Probe, Service, UdpService};
 
 use crate::stage::{MEGABYTE, PATIENCE, Result, SILENCE, moved, setup};
 
@@ -235,5 +236,31 @@ fn an_address_that_is_not_moved_is_not_served() -> Result {
     let _daemons = setup(&lab)?.start_both()?;
     let other = lab.client().probe_tcp(nth_moved(1), SILENCE)?;
     assert_eq!(other, Probe::Refused, "the old server has nothing there");
+    Ok(())
+}
+
+#[test]
+fn the_kernel_reports_nothing_of_its_own_on_the_tun() -> Result {
+    let lab = Lab::new()?;
+    // A router's kernel joins the groups of all routers on its interfaces, and reports so.
+    for host in [lab.old_server(), lab.new_server()] {
+        host.set_sysctls(&[("ipv6/conf/all/forwarding", "1")])?;
+    }
+    let _daemons = setup(&lab)?.start_both()?;
+    // No MLD report concerns these (RFC 3810, section 6).
+    let all_nodes = ["ff01", "ff02"].map(|scope| format!("{scope}{:028x}", 1));
+    for host in [lab.old_server(), lab.new_server()] {
+        let groups = host.run(|| {
+            fs::read_to_string("/proc/thread-self/net/igmp6")
+                .map_err(|error| LabError::unexpected(error.to_string()))
+        })?;
+        let on_the_tun: Vec<_> = groups
+            .lines()
+            .filter(|line| line.contains("ipmoved0"))
+            .collect();
+        assert!(!on_the_tun.is_empty(), "{groups}");
+        let reported = |line: &&&str| all_nodes.iter().all(|group| !line.contains(group));
+        assert_eq!(on_the_tun.iter().find(reported), None);
+    }
     Ok(())
 }

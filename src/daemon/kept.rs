@@ -12,16 +12,21 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use tracing::debug;
+use tracing::warn;
 
 /// What the service manager shows as their name.
 const NAME: &str = "ipmoved-memory";
 
 /// Most descriptors that are kept or taken over.
 const MOST: usize = 16;
+
+/// How long a message may wait for a service manager that does not read. The daemon's start waits
+/// with it, so that a manager that is only busy, as while the host starts, still gets it.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The descriptors that this process was started with. Call it once, before anything else is
 /// opened.
@@ -43,7 +48,8 @@ pub(super) fn taken_over() -> Vec<OwnedFd> {
 }
 
 /// Gives copies of descriptors to the service manager, in place of earlier ones. Does nothing where
-/// no service manager asked to be told; one that keeps none ignores it.
+/// no service manager asked to be told; one that keeps none ignores it. One that does not read gets
+/// nothing: the daemon starts all the same.
 pub(super) fn keep(descriptors: &[BorrowedFd<'_>]) {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
         return;
@@ -51,6 +57,7 @@ pub(super) fn keep(descriptors: &[BorrowedFd<'_>]) {
     let told = address(path.as_bytes()).and_then(|manager| {
         let socket = UnixDatagram::unbound()?;
         socket.connect_addr(&manager)?;
+        socket.set_write_timeout(Some(PATIENCE))?;
         let forget = format!("FDSTOREREMOVE=1\nFDNAME={NAME}");
         send(&socket, &forget, &[])?;
         let keep = format!("FDSTORE=1\nFDPOLL=0\nFDNAME={NAME}");
@@ -61,7 +68,10 @@ pub(super) fn keep(descriptors: &[BorrowedFd<'_>]) {
         )
     });
     if let Err(error) = told {
-        debug!(%error, "the service manager does not keep the memory of flows");
+        warn!(
+            %error,
+            "the service manager does not keep the memory of flows, should the daemon crash"
+        );
     }
 }
 

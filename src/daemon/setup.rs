@@ -23,6 +23,7 @@ use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::steer::Steering;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
+use crate::packet::IPV6_MIN_MTU;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::{DeliverTo, Listen, PeerAddr};
@@ -467,6 +468,14 @@ pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link>
         .link_by_name(name)
         .map_err(system)?
         .ok_or_else(|| system(format!("the interface {name} vanished")))?;
+    // Where the interface forwards IPv6, the kernel joins the groups of all routers and reports so
+    // (MLD, RFC 3810), unless the interface has no multicast. Programs that look for links to
+    // announce themselves on (mDNS, LLMNR) leave it out then, too. On a host that forwards, it has
+    // joined already: IPv6 ends below its least MTU, and begins anew above.
+    let ends_ipv6 = IPV6_MIN_MTU as u32 - 1;
+    netlink.clear_link_multicast(tun.index).map_err(system)?;
+    netlink.set_link_mtu(tun.index, ends_ipv6).map_err(system)?;
+    netlink.set_link_mtu(tun.index, mtu).map_err(system)?;
     // No link-local address, hence no router solicitations: an interface without IPv6 has no such
     // file, and needs none.
     let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode"), "1");
@@ -475,7 +484,6 @@ pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link>
     if let Err(error) = netlink.set_link_queue(tun.index, TX_QUEUE_LEN) {
         debug!(%error, "the TUN keeps the queue that it has");
     }
-    netlink.set_link_mtu(tun.index, mtu).map_err(system)?;
     netlink.set_link_up(tun.index).map_err(system)?;
     Ok(Link {
         mtu,

@@ -26,6 +26,10 @@ use crate::packet::icmp_reply::IcmpError;
 use crate::packet::{Family, Parsed};
 
 /// Sends packets on as the role of this server wants it. Shared by the lanes.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "there is one for the whole daemon, and a box would cost every packet"
+)]
 pub enum Forwarder {
     /// The old server: nothing is rewritten, but only moved addresses pass, and out goes only what
     /// answers a client. One gate for each peer, so that none takes another's places.

@@ -83,6 +83,14 @@ impl Netlink {
         self.acked("set interface up", RouteNetlinkMessage::SetLink(message), 0)
     }
 
+    /// Says that an interface carries no multicast (clears `IFF_MULTICAST`).
+    pub fn clear_link_multicast(&self, index: u32) -> Result<()> {
+        let mut message = link_message(index);
+        message.header.change_mask = LinkFlags::Multicast;
+        let request = RouteNetlinkMessage::SetLink(message);
+        self.acked("set interface without multicast", request, 0)
+    }
+
     /// Sets how many packets may wait for an interface's driver.
     pub fn set_link_queue(&self, index: u32, packets: u32) -> Result<()> {
         let mut message = link_message(index);
