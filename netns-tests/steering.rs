@@ -259,3 +259,77 @@ fn what_an_application_pushes_over_a_crash_never_leaves_with_its_own_address() -
     }
     Ok(())
 }
+
+/// A stream to a client that says nothing for a while, and a stranger who comes in its name.
+#[test]
+fn a_forged_direct_datagram_takes_a_client_for_a_second_at_most() -> Result {
+    both_moved(|lab, _| {
+        for [here, _, moved] in ends() {
+            let application = udp(lab.new_server(), here, 5_004)?;
+            let client = lab.client().udp_socket((moved, 5_004))?;
+            client.send(b"stream to me").map_err(failed)?;
+            let (_, from) = application.recv_from(&mut [0; 100]).map_err(failed)?;
+            let push = |words: &[u8]| application.send_to(words, from).map_err(failed);
+            let hears = |words: &[u8]| {
+                let mut told = [0; 100];
+                let length = client.recv(&mut told).map_err(failed)?;
+                assert_eq!(&told[..length], words);
+                Ok::<_, LabError>(())
+            };
+            push(b"before")?;
+            hears(b"before")?;
+            let direct = Wire::new(lab.router(), "new", lab.new_server(), UPLINK)?;
+            let ends = (from.ip(), from.port());
+            direct.send(&packets::udp(ends, (here, 5_004), b"forged"))?;
+            application.recv_from(&mut [0; 100]).map_err(failed)?;
+            // Who really came directly is answered from there.
+            let tap = lab.tap(Leg::New)?;
+            push(b"an answer")?;
+            std::thread::sleep(Duration::from_millis(1_200));
+            assert!(tap.stop()?.frames_with(b"an answer") > 0);
+            push(b"after")?;
+            hears(b"after")?;
+            // The client itself ends it at once.
+            direct.send(&packets::udp(ends, (here, 5_004), b"forged"))?;
+            application.recv_from(&mut [0; 100]).map_err(failed)?;
+            client.send(b"still here").map_err(failed)?;
+            application.recv_from(&mut [0; 100]).map_err(failed)?;
+            push(b"at once")?;
+            hears(b"at once")?;
+        }
+        Ok(())
+    })
+}
+
+/// Nothing of the first daemon is left, so the second one has to go by where connections stand.
+#[test]
+fn established_connections_outlive_a_restart_without_memory() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let _application = ipmoved::lab::Service::start(lab.new_server(), NEW)?;
+    let daemons = setup.start_both()?;
+    let mut talk = lab.client().converse(MOVED)?;
+    talk.exchange(b"before", PATIENCE)?;
+    // One that never went by the tunnel.
+    let listen = || TcpListener::bind((SECOND_CLIENT, 443)).map_err(failed);
+    let listener = lab.clients().run(listen)?;
+    let connect = || TcpStream::connect((SECOND_CLIENT, 443)).map_err(failed);
+    let mut own = lab.new_server().run(connect)?;
+    let (mut far, from) = listener.accept().map_err(failed)?;
+    far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    daemons.new.terminate()?;
+    let mut again = setup.start(Role::New)?;
+    again.wait_until_up()?;
+    talk.exchange(b"after", PATIENCE)?;
+    let stranger = stranger(&lab)?;
+    for round in 0..5 {
+        let ends = ((SECOND_CLIENT, 443), (MOVED, from.port()));
+        stranger.send(&packets::blind(ends.0, ends.1, b"forged"))?;
+        std::thread::sleep(Duration::from_millis(50));
+        own.write_all(&[round]).map_err(failed)?;
+        let mut told = [0];
+        far.read_exact(&mut told).map_err(failed)?;
+        assert_eq!(told, [round]);
+    }
+    Ok(())
+}

@@ -6,8 +6,8 @@
 
 use std::net::SocketAddr;
 
-/// Ended flows that wait to be taken, in all shards: more than a flood ends in the tenth of a second
-/// after which they are taken.
+/// Ended flows that wait to be taken, in all shards: more than a flood ends in the tenth of a
+/// second after which they are taken.
 pub const ENDED_ROOM: usize = 1 << 16;
 
 /// A flow as the new server's own stack sees its packets.

@@ -298,6 +298,21 @@ pub mod packets {
         out
     }
 
+    /// A TCP segment of a connection over IPv4 that nobody has, from whoever cannot see one.
+    pub fn blind(
+        from: (std::net::Ipv4Addr, u16),
+        to: (std::net::Ipv4Addr, u16),
+        payload: &[u8],
+    ) -> Vec<u8> {
+        let mut out = Vec::new();
+        let written = PacketBuilder::ipv4(from.0.octets(), to.0.octets(), 64)
+            .tcp(from.1, to.1, 1_000, 64_000)
+            .ack(2_000)
+            .write(&mut out, payload);
+        debug_assert!(written.is_ok());
+        out
+    }
+
     /// Fragments a packet of either family, with `size` payload bytes (a multiple of 8) each.
     pub fn fragments(packet: &[u8], size: usize, id: u16) -> Vec<Vec<u8>> {
         let v4 = packet[0] >> 4 == 4;

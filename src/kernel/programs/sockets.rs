@@ -49,7 +49,8 @@ pub(super) fn look_up_socket(a: &mut Assembler, helper: Helper) {
 }
 
 /// Goes on if a UDP socket of this host waits for the client's packet, and would for anybody's: one
-/// that is connected speaks with somebody of its own choice. Jumps to `no` otherwise. Uses FRAGMENT.
+/// that is connected speaks with somebody of its own choice. Jumps to `no` otherwise. FRAGMENT is
+/// lost.
 pub(super) fn jump_unless_somebody_waits(a: &mut Assembler, no: Label) {
     look_up_socket(a, Helper::SkLookupUdp);
     a.jump_if_wide(R0, If::Eq, 0, no);
