@@ -197,7 +197,7 @@ impl Steering {
     /// The changes to one link.
     ///
     /// # Errors
-    /// As [`plan`](Self::plan).
+    /// If the kernel refuses a program, or there is no place for it on an interface.
     pub fn on_link(
         &self,
         netlink: &Netlink,
@@ -220,7 +220,7 @@ impl Steering {
     /// The changes to the TUN, from which packets are delivered to these links.
     ///
     /// # Errors
-    /// As [`plan`](Self::plan).
+    /// If the kernel refuses a program, or there is no place for it on an interface.
     pub fn on_tun(
         &self,
         netlink: &Netlink,
