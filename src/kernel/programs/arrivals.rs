@@ -50,7 +50,9 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     keep_packet(a);
     a.load(Size::W, R0, PACKET, skb::MARK);
     a.jump_if(R0, If::Ne, DELIVERED, from_the_wire);
-    a.store(Size::W, PACKET, skb::MARK, 0);
+    // Kernels before 6.5 take no constant there.
+    a.mov(R0, 0);
+    a.store(Size::W, PACKET, skb::MARK, R0);
     // The link may have another address by now.
     count_as_for_this_host(a);
     verdict(a, TC_ACT_UNSPEC);
