@@ -52,7 +52,7 @@ use super::headers::{ethernet, fib, icmpv4, icmpv6, skb, sock, tcp, tcp_sock};
 use super::parse::{FLAGS, HEADER, Side, Ways, parse};
 use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
-    jump_if_v6, keep_packet, store_ethernet_header, verdict,
+    begin_route_lookup, jump_if_v6, keep_packet, look_up_route, store_ethernet_header, verdict,
 };
 use super::sockets::{jump_unless_somebody_waits, look_up_socket};
 use crate::kernel::bpf::{
@@ -326,10 +326,7 @@ fn look_up_link(a: &mut Assembler, maps: &FlowMaps, ifindex: impl Into<Operand>)
 /// ENTRANCE = the link that leads to the client, by the addresses in the key; 0 for the TUN.
 fn find_entrance(a: &mut Assembler, tun_ifindex: u32) {
     let (v6, look, found, done) = (a.label(), a.label(), a.label(), a.label());
-    for at in (FIB..FIB + fib::LEN).step_by(8) {
-        a.store(Size::Dw, R10, at, 0);
-    }
-    a.store(Size::W, R10, FIB + fib::IFINDEX, tun_ifindex);
+    begin_route_lookup(a, FIB, tun_ifindex);
     jump_if_v6(a, v6);
     for (length, family) in [(4, libc::AF_INET), (16, libc::AF_INET6)] {
         if family == libc::AF_INET6 {
@@ -345,15 +342,7 @@ fn find_entrance(a: &mut Assembler, tun_ifindex: u32) {
         a.jump(look);
     }
     a.bind(look);
-    a.mov(R1, PACKET);
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(FIB));
-    a.mov(R3, i32::from(fib::LEN));
-    a.mov(R4, 0);
-    a.call(Helper::FibLookup);
-    for result in fib::FOUND {
-        a.jump_if(R0, If::Eq, result, found);
-    }
+    look_up_route(a, FIB, found);
     a.mov(ENTRANCE, LINK_FIRST);
     a.jump_if(R0, If::Eq, fib::FORWARDING_DISABLED, done);
     a.mov(ENTRANCE, 0);

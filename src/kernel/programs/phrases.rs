@@ -11,7 +11,7 @@ use std::net::Ipv6Addr;
 
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R10};
 
-use super::headers::{ethernet, extension, fragment, icmp, icmpv6, ipv4, ipv6, skb, vlan};
+use super::headers::{ethernet, extension, fib, fragment, icmp, icmpv6, ipv4, ipv6, skb, vlan};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::MAX_EXTENSION_HEADERS;
@@ -337,6 +337,28 @@ pub(super) fn arrive_at(a: &mut Assembler, ifindex: u32, mark: u32) {
     a.mov(R2, BPF_F_INGRESS);
     a.call(Helper::Redirect);
     a.exit();
+}
+
+/// Begins a question for a route, `struct bpf_fib_lookup` at this place of the stack: everything
+/// but the family and the addresses.
+pub(super) fn begin_route_lookup(a: &mut Assembler, at: i16, tun_ifindex: u32) {
+    for word in (at..at + fib::LEN).step_by(8) {
+        a.store(Size::Dw, R10, word, 0);
+    }
+    a.store(Size::W, R10, at + fib::IFINDEX, tun_ifindex);
+}
+
+/// Asks the kernel for that route. Jumps to `found` if there is one; otherwise R0 says why not.
+pub(super) fn look_up_route(a: &mut Assembler, at: i16, found: Label) {
+    a.mov(R1, PACKET);
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(at));
+    a.mov(R3, i32::from(fib::LEN));
+    a.mov(R4, 0);
+    a.call(Helper::FibLookup);
+    for result in fib::FOUND {
+        a.jump_if(R0, If::Eq, result, found);
+    }
 }
 
 /// Adds a link-layer header of zeros before the packet.

@@ -40,8 +40,9 @@ use Reg::{R0, R1, R2, R3, R4, R5, R7, R8, R9, R10};
 use super::facts::{Facts, addresses};
 use super::headers::{ethernet, fib, ipv4, ipv6, skb};
 use super::phrases::{
-    BOUNCED, BPF_F_INGRESS, PACKET, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header, branch_by_family,
-    jump_unless_v6_destination, keep_packet, load_v6_destination, verdict,
+    BOUNCED, BPF_F_INGRESS, PACKET, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
+    begin_route_lookup, branch_by_family, jump_unless_v6_destination, keep_packet,
+    load_v6_destination, look_up_route, verdict,
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::Move;
@@ -101,15 +102,7 @@ pub fn return_path(moves: &[Move], facts: &Facts, tun_ifindex: u32) -> Result<Pr
     load_address(a, ipv6::DESTINATION, LOOKUP + fib::DESTINATION, 4);
 
     a.bind(look);
-    a.mov(R1, PACKET);
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(LOOKUP));
-    a.mov(R3, i32::from(fib::LEN));
-    a.mov(R4, 0);
-    a.call(Helper::FibLookup);
-    for result in fib::FOUND {
-        a.jump_if(R0, If::Eq, result, found);
-    }
+    look_up_route(a, LOOKUP, found);
     for result in fib::REFUSED {
         a.jump_if(R0, If::Eq, result, refused);
     }
@@ -139,11 +132,8 @@ pub fn return_path(moves: &[Move], facts: &Facts, tun_ifindex: u32) -> Result<Pr
 
 /// Everything but the addresses.
 fn begin_lookup(a: &mut Assembler, family: i32, tun_ifindex: u32) {
-    for at in (LOOKUP..LOOKUP + fib::LEN).step_by(8) {
-        a.store(Size::Dw, R10, at, 0);
-    }
+    begin_route_lookup(a, LOOKUP, tun_ifindex);
     a.store(Size::B, R10, LOOKUP + fib::FAMILY, family);
-    a.store(Size::W, R10, LOOKUP + fib::IFINDEX, tun_ifindex);
 }
 
 /// Copies an address of the packet, word by word, as it stands there.
