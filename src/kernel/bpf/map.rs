@@ -59,22 +59,6 @@ impl Map {
     /// # Errors
     /// If the kernel refuses.
     pub fn new(shape: Shape) -> Result<Self, BpfError> {
-        const BPF_MAP_CREATE: c_int = 0;
-        #[repr(C)]
-        struct Attr {
-            map_type: u32,
-            key_size: u32,
-            value_size: u32,
-            max_entries: u32,
-            map_flags: u32,
-            inner_map_fd: u32,
-            numa_node: u32,
-            map_name: [u8; 16],
-            map_ifindex: u32,
-            btf_fd: u32,
-            btf_key_type_id: u32,
-            btf_value_type_id: u32,
-        }
         let Shape { kind, name, .. } = shape;
         debug_assert!(name.len() <= MAX_NAME, "the kernel would truncate it");
         let refused = |errno| BpfError::Map { name, errno };
@@ -84,25 +68,19 @@ impl Map {
         };
         // The only type that it describes.
         let int = u32::from(btf.is_some());
-        let mut attr = Attr {
+        let attr = Create {
             map_type: kind as u32,
             key_size: shape.key_size as u32,
             value_size: shape.value_size as u32,
             max_entries: shape.max_entries,
             map_flags: shape.flags(),
-            inner_map_fd: 0,
-            numa_node: 0,
             map_name: object_name(name),
-            map_ifindex: 0,
             btf_fd: btf.as_ref().map_or(0, |btf| btf.as_raw_fd() as u32),
             btf_key_type_id: int,
             btf_value_type_id: int,
+            ..Create::default()
         };
-        let fd = with_memlock_raised(|| {
-            // SAFETY: the attribute has the layout of BPF_MAP_CREATE and holds no pointer.
-            unsafe { bpf_fd(BPF_MAP_CREATE, &mut attr) }
-        });
-        let fd = fd?.map_err(refused)?;
+        let fd = create(attr)?.map_err(refused)?;
         Ok(Self { fd, shape })
     }
 
@@ -303,6 +281,48 @@ impl AsFd for Map {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// The attribute that makes a map.
+#[repr(C)]
+#[derive(Default)]
+pub(super) struct Create {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    map_name: [u8; 16],
+    map_ifindex: u32,
+    btf_fd: u32,
+    btf_key_type_id: u32,
+    btf_value_type_id: u32,
+}
+
+impl Create {
+    /// For an array of one value with so many bytes.
+    pub(super) fn array_of_one(name: &str, bytes: usize, map_flags: u32) -> Self {
+        Self {
+            map_type: MapKind::Array as u32,
+            key_size: size_of::<u32>() as u32,
+            value_size: bytes as u32,
+            max_entries: 1,
+            map_flags,
+            map_name: object_name(name),
+            ..Self::default()
+        }
+    }
+}
+
+/// Makes a map.
+pub(super) fn create(mut attr: Create) -> Result<Result<OwnedFd, Errno>, BpfError> {
+    const BPF_MAP_CREATE: c_int = 0;
+    with_memlock_raised(|| {
+        // SAFETY: the attribute has the layout of BPF_MAP_CREATE and holds no pointer.
+        unsafe { bpf_fd(BPF_MAP_CREATE, &mut attr) }
+    })
 }
 
 /// The attribute of the commands for one element.

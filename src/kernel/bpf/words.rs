@@ -3,14 +3,14 @@
 //! An array can be mapped (`BPF_F_MMAPABLE`, Linux 5.5): writing it is no system call and needs no
 //! privilege, and a program reads it without one of the kernel's functions.
 
-use std::ffi::c_int;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use rustix::io::Errno;
 
-use super::{BpfError, bpf_fd, object_name, with_memlock_raised};
+use super::BpfError;
+use super::map::{Create, create};
 
 /// `BPF_F_MMAPABLE`, linux/bpf.h.
 const MMAPABLE: u32 = 1 << 10;
@@ -33,7 +33,7 @@ impl Words {
     /// If the kernel refuses.
     pub fn new(name: &'static str, count: usize) -> Result<Self, BpfError> {
         let count = count.max(1);
-        let map = array_of_one(name, count * WORD)?;
+        let map = create(Create::array_of_one(name, count * WORD, MMAPABLE))?;
         let map = map.map_err(|errno| BpfError::Map { name, errno })?;
         // SAFETY: a new mapping of a map of this size, at an address that the kernel chooses.
         let start = unsafe {
@@ -86,37 +86,6 @@ impl Drop for Words {
         // SAFETY: nobody has a reference into the mapping, which has this place and size.
         let _ = unsafe { libc::munmap(self.start.as_ptr().cast(), self.count * WORD) };
     }
-}
-
-/// Makes an array of one value with so many bytes, which can be mapped.
-fn array_of_one(name: &str, bytes: usize) -> Result<Result<OwnedFd, Errno>, BpfError> {
-    const BPF_MAP_CREATE: c_int = 0;
-    const BPF_MAP_TYPE_ARRAY: u32 = 2;
-    #[repr(C)]
-    struct Attr {
-        map_type: u32,
-        key_size: u32,
-        value_size: u32,
-        max_entries: u32,
-        map_flags: u32,
-        inner_map_fd: u32,
-        numa_node: u32,
-        map_name: [u8; 16],
-    }
-    let mut attr = Attr {
-        map_type: BPF_MAP_TYPE_ARRAY,
-        key_size: WORD as u32,
-        value_size: bytes as u32,
-        max_entries: 1,
-        map_flags: MMAPABLE,
-        inner_map_fd: 0,
-        numa_node: 0,
-        map_name: object_name(name),
-    };
-    with_memlock_raised(|| {
-        // SAFETY: the attribute has the layout of BPF_MAP_CREATE and holds no pointer.
-        unsafe { bpf_fd(BPF_MAP_CREATE, &mut attr) }
-    })
 }
 
 #[cfg(test)]
