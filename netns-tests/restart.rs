@@ -185,8 +185,12 @@ fn unexpected(error: io::Error) -> LabError {
     LabError::unexpected(error.to_string())
 }
 
-#[test]
-fn after_a_crash_of_the_old_server_the_new_one_may_be_the_first_to_speak() -> Result {
+/// Conversations that fall silent, for each way to move an address, over an end of the old server's
+/// daemon and the start of another one.
+fn silent_over(
+    end: fn(Daemon<'_>) -> Result<()>,
+    then: impl Fn(&Daemon<'_>, &mut [Silence; 2]) -> Result<()>,
+) -> Result {
     for moves in WHOLE_AND_PARTIAL {
         let lab = Lab::new()?;
         let setup = setup(&lab)?.moves(&moves);
@@ -195,51 +199,54 @@ fn after_a_crash_of_the_old_server_the_new_one_may_be_the_first_to_speak() -> Re
             Silence::begin(&lab, MOVED.into(), NEW.into())?,
             Silence::begin(&lab, MOVED6.into(), NEW6.into())?,
         ];
-        daemons.old.kill()?;
+        end(daemons.old)?;
         let mut again = setup.start(Role::Old)?;
         again.wait_until_up()?;
         daemons.new.wait_until_up()?;
-        for silence in &mut silences {
-            silence.ends_with_a_datagram()?;
-            silence.ends_on_the_connection()?;
-        }
-        let status = again.status()?;
-        assert_eq!(status.drops("unasked"), 0, "{status:?}");
+        then(&again, &mut silences)?;
     }
     Ok(())
 }
 
 #[test]
+fn after_a_crash_of_the_old_server_the_new_one_may_be_the_first_to_speak() -> Result {
+    silent_over(
+        |old| old.kill(),
+        |again, silences| {
+            for silence in silences {
+                silence.ends_with_a_datagram()?;
+                silence.ends_on_the_connection()?;
+            }
+            let status = again.status()?;
+            assert_eq!(status.drops("unasked"), 0, "{status:?}");
+            Ok(())
+        },
+    )
+}
+
+#[test]
 fn after_a_restart_of_the_old_server_the_new_one_may_go_on_with_connections() -> Result {
-    for moves in WHOLE_AND_PARTIAL {
-        let lab = Lab::new()?;
-        let setup = setup(&lab)?.moves(&moves);
-        let mut daemons = setup.start_both()?;
-        let mut silences = [
-            Silence::begin(&lab, MOVED.into(), NEW.into())?,
-            Silence::begin(&lab, MOVED6.into(), NEW6.into())?,
-        ];
-        daemons.old.terminate()?;
-        let mut again = setup.start(Role::Old)?;
-        again.wait_until_up()?;
-        daemons.new.wait_until_up()?;
-        let unasked = |count: u64| {
-            poll_until(PATIENCE, Duration::from_millis(10), || {
-                let status = again.status().ok()?;
-                (status.drops("unasked") == count).then_some(())
-            })
-        };
-        for (count, silence) in (1..).zip(&mut silences) {
-            silence.ends_on_the_connection()?;
-            // A datagram answers nobody, until the client is heard of again.
-            silence.answering.send(b"lost").map_err(unexpected)?;
-            assert!(unasked(count).is_some(), "{:?}", again.status());
-            silence.asking.send(b"?").map_err(unexpected)?;
-            silence.answering.recv(&mut [0]).map_err(unexpected)?;
-            silence.ends_with_a_datagram()?;
-        }
-    }
-    Ok(())
+    silent_over(
+        |old| old.terminate().map(drop),
+        |again, silences| {
+            let unasked = |count: u64| {
+                poll_until(PATIENCE, Duration::from_millis(10), || {
+                    let status = again.status().ok()?;
+                    (status.drops("unasked") == count).then_some(())
+                })
+            };
+            for (count, silence) in (1..).zip(silences) {
+                silence.ends_on_the_connection()?;
+                // A datagram answers nobody, until the client is heard of again.
+                silence.answering.send(b"lost").map_err(unexpected)?;
+                assert!(unasked(count).is_some(), "{:?}", again.status());
+                silence.asking.send(b"?").map_err(unexpected)?;
+                silence.answering.recv(&mut [0]).map_err(unexpected)?;
+                silence.ends_with_a_datagram()?;
+            }
+            Ok(())
+        },
+    )
 }
 
 #[test]
