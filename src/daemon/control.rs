@@ -663,9 +663,7 @@ impl Control<'_> {
             Ok(()) => self.policy.handle(now, Input::TunMtu(mtu)),
             Err(error) => {
                 let text = format!("cannot set the MTU of {interface} to {mtu}: {error}");
-                if self.warnings.keep(now, text.clone()) {
-                    warn!("{text}");
-                }
+                self.warnings.warn(now, text);
             }
         }
     }
@@ -746,10 +744,8 @@ impl Control<'_> {
             }
         };
         self.policy.handle(now, Input::Addresses(addresses));
-        if let Some(text) = self.facts.warning()
-            && self.warnings.keep(now, text.clone())
-        {
-            warn!("{text}");
+        if let Some(text) = self.facts.warning() {
+            self.warnings.warn(now, text);
         }
     }
 
@@ -814,9 +810,7 @@ impl Control<'_> {
         }
         if let Err(error) = result {
             let text = format!("the kernel remembers flows that have ended: {error}");
-            if self.warnings.keep(now, text.clone()) {
-                warn!("{text}");
-            }
+            self.warnings.warn(now, text);
         }
     }
 

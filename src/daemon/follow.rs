@@ -25,7 +25,7 @@ use super::service::{Result, system, warn_of_left};
 use super::setup::{Uplinks, find_uplinks};
 use super::warnings::Warnings;
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink, NetlinkError};
+use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink};
 use crate::kernel::plan::{self, PlanError};
 use crate::kernel::steer::Steering;
 use crate::kernel::{Change, Desired, Host, HostError, keep};
@@ -207,7 +207,7 @@ impl Follower {
             on_tun: Vec::new(),
         };
         follower.tell_programs(&host.netlink().addresses().map_err(system)?);
-        let mut links = follower.wanted(host.netlink()).map_err(system)?;
+        let mut links = follower.wanted(&host.netlink().links().map_err(system)?);
         loop {
             // All in one step, so that what a killed predecessor left is taken over without a gap.
             let mut desired = Vec::new();
@@ -301,13 +301,14 @@ impl Follower {
     ) -> bool {
         self.look_for_uplinks(now, host.netlink(), peers, known);
         self.tell_programs(addresses);
-        let (links, wanted) = match (host.netlink().links(), self.wanted(host.netlink())) {
-            (Ok(links), Ok(wanted)) => (links, wanted),
-            (Err(error), _) | (_, Err(error)) => {
+        let links = match host.netlink().links() {
+            Ok(links) => links,
+            Err(error) => {
                 warn!(%error, "cannot list this server's interfaces");
                 return false;
             }
         };
+        let wanted = self.wanted(&links);
         // A link that is down, or without an address for a moment, keeps its programs.
         let there = |known: &&Link| {
             let mut links = links.iter();
@@ -348,9 +349,7 @@ impl Follower {
             Ok(desired) => desired,
             Err(error) => {
                 let text = format!("the programs do not know of every interface: {error}");
-                if known.keep(now, text.clone()) {
-                    warn!("{text}");
-                }
+                known.warn(now, text);
                 return;
             }
         };
@@ -368,9 +367,7 @@ impl Follower {
         };
         if let Err(error) = host.reconcile_part(of_tun, desired) {
             let text = format!("{}: {error}", self.tun.name);
-            if known.keep(now, text.clone()) {
-                warn!("{text}");
-            }
+            known.warn(now, text);
         }
     }
 
@@ -475,9 +472,7 @@ impl Follower {
                 "a {kind} filter of others (pref {priority}) stands before ipmoved's on \
                  {interface} {direction}; what it takes is not served"
             );
-            if known.keep(now, text.clone()) {
-                warn!("{text}");
-            }
+            known.warn(now, text);
         }
     }
 
@@ -493,12 +488,16 @@ impl Follower {
         capture.set_tunnel_ends(|addr| held(addr) && listens(addr));
     }
 
-    /// The links that are to carry the programs, the uplinks first.
-    fn wanted(&mut self, netlink: &Netlink) -> Result<Vec<Link>, NetlinkError> {
-        let mut links = match &self.programs {
-            Programs::New(_) if self.settings.named.is_some() => Vec::new(),
-            Programs::Old(_) | Programs::New(_) => plan::carriers(netlink, &self.tun)?,
+    /// Those of the links that are there that are to carry the programs, the uplinks first.
+    fn wanted(&mut self, there: &[Link]) -> Vec<Link> {
+        let all = match &self.programs {
+            Programs::New(_) => self.settings.named.is_none(),
+            Programs::Old(_) => true,
         };
+        let carriers = there
+            .iter()
+            .filter(|link| all && plan::is_carrier(link, &self.tun));
+        let mut links: Vec<Link> = carriers.cloned().collect();
         for uplink in self.uplinks.iter().filter(|_| self.there) {
             if links.iter().all(|link| link.index != uplink.index) {
                 links.push(uplink.clone());
@@ -514,7 +513,7 @@ impl Follower {
         }
         self.beyond = beyond;
         links.truncate(MAX_LINKS);
-        Ok(links)
+        links
     }
 
     /// The changes to the TUN. The new server's programs deliver to `links` from now on.

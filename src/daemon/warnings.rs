@@ -9,6 +9,8 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::index;
+use tracing::warn;
+
 use crate::model::peer::PeerId;
 
 /// Warnings of one peer, or of the daemon itself, that `status` still shows.
@@ -62,6 +64,13 @@ impl Warnings {
     #[must_use]
     pub(super) fn keep(&mut self, now: Instant, line: String) -> bool {
         self.own.keep(now, line)
+    }
+
+    /// Keeps `line` as the newest one of the daemon itself, and logs it if it is due.
+    pub(super) fn warn(&mut self, now: Instant, line: String) {
+        if self.keep(now, line.clone()) {
+            warn!("{line}");
+        }
     }
 
     /// Keeps `line` as the newest one of a peer; true if the caller has to log it.

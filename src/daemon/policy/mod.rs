@@ -48,7 +48,7 @@ mod tests;
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use self::claims::{Claims, Settled};
 use self::names::Lookup;
@@ -68,9 +68,6 @@ use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::settings::values::{DeliverTo, PeerAddr};
-
-/// How often an administrator is told at most of what one peer sends and is not let out.
-const REFUSED_PACE: Duration = Duration::from_secs(60);
 
 /// The settings of one peer.
 #[derive(Debug)]
@@ -627,7 +624,7 @@ impl Policy {
     /// another address.
     fn refused(&mut self, now: Instant, id: PeerId, refused: Refused) {
         let told = &mut self.peers[index(id)].refused;
-        if told.is_none_or(|told| now.saturating_duration_since(told) >= REFUSED_PACE) {
+        if told.is_none_or(|told| now.saturating_duration_since(told) >= pace::PACE) {
             *told = Some(now);
             self.warn(id, Warning::NotLetOut { refused });
         }

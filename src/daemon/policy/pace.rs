@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::Warning;
 
 /// A kind of warning comes at most once in this time for each peer.
-const PACE: Duration = Duration::from_secs(60);
+pub(super) const PACE: Duration = Duration::from_secs(60);
 
 /// One kind of warning about one peer.
 #[derive(Debug, Default)]

@@ -92,11 +92,14 @@ pub fn l2_header(link: &Link) -> Result<u32, PlanError> {
 /// If the kernel cannot be asked.
 pub fn carriers(netlink: &Netlink, tun: &Link) -> Result<Vec<Link>, NetlinkError> {
     let mut links = netlink.links()?;
-    links.retain(|link| {
-        let own = !link.loopback && link.index != tun.index && !link.port;
-        own && l2_header(link).is_ok()
-    });
+    links.retain(|link| is_carrier(link, tun));
     Ok(links)
+}
+
+/// Whether a link is one of [`carriers`].
+pub fn is_carrier(link: &Link, tun: &Link) -> bool {
+    let own = !link.loopback && link.index != tun.index && !link.port;
+    own && l2_header(link).is_ok()
 }
 
 fn clsact(link: &Link) -> Change {

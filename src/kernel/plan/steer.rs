@@ -78,13 +78,16 @@ impl Came {
     /// Entries beyond that pace with which the memory is half full.
     const MOST: u64 = 32_768;
 
-    /// Whether answers may come later than the memory lasts, now that there were so many entries.
-    fn is_too_much(&mut self, now: Duration, counted: u64) -> bool {
+    /// Whether answers may come later than the memory lasts, now that there were so many entries;
+    /// `None` if that is as before.
+    fn turns(&mut self, now: Duration, counted: u64) -> Option<bool> {
+        let before = self.level > Self::MOST;
         let passed = now.saturating_sub(self.looked).as_millis() as u64;
         let drained = self.level.saturating_sub(passed * Self::PACE / 1_000);
         self.level = drained + counted.saturating_sub(self.counted);
         (self.looked, self.counted) = (now, counted);
-        self.level > Self::MOST
+        let after = self.level > Self::MOST;
+        (after != before).then_some(after)
     }
 }
 
@@ -280,7 +283,9 @@ impl Steering {
         knows: impl Fn(&HostFlow) -> bool,
     ) -> Result<(), BpfError> {
         let came = self.maps.count(Counter::Came);
-        self.maps.set_pressed(self.came.is_too_much(now(), came));
+        if let Some(pressed) = self.came.turns(now(), came) {
+            self.maps.set_pressed(pressed);
+        }
         self.maps.forget(ended)?;
         if more {
             self.untold.get_or_insert(None);
