@@ -69,22 +69,29 @@ fn an_uplink_that_is_full_holds_up_neither_status_nor_the_end() -> Result {
         let (lab, setup_of) = (on.lab, &on.setup);
         let mut tc = Command::new("tc");
         tc.args(["qdisc", "add", "dev", UPLINK, "root", "tbf"]);
-        tc.args(["rate", "8kbit", "burst", "64k", "limit", "100mb"]);
+        // Next to nothing leaves: what has filled the buffer keeps it full.
+        tc.args(["rate", "64bit", "burst", "2k", "limit", "100mb"]);
         let said = lab.new_server().output(tc, PATIENCE)?;
         assert!(said.status.success(), "{said:?}");
-        let server = (lab.new_server()).run(|| UdpSocket::bind((NEW, 5_000)).map_err(failed))?;
-        let client = lab.client().udp_socket((MOVED, 5_000))?;
-        client.send(b"go").map_err(failed)?;
-        server.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
-        let (_, asker) = server.recv_from(&mut [0; 8]).map_err(failed)?;
-        // Without the tunnel it sends into the full uplink itself.
-        let brief = Some(Duration::from_millis(100));
-        server.set_write_timeout(brief).map_err(failed)?;
+        // Enough flows that some are of each lane: the control task shares the first one's socket.
+        let mut flows = Vec::new();
+        for port in 5_000..5_032 {
+            let server = (lab.new_server()).run(|| UdpSocket::bind((NEW, port)).map_err(failed))?;
+            let client = lab.client().udp_socket((MOVED, port))?;
+            client.send(b"go").map_err(failed)?;
+            server.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+            let (_, asker) = server.recv_from(&mut [0; 8]).map_err(failed)?;
+            server.set_nonblocking(true).map_err(failed)?;
+            flows.push((server, client, asker));
+        }
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !done.load(Relaxed) {
-                    let _ = server.send_to(&[0; 1_400], asker);
+                    for (server, _, asker) in &flows {
+                        let _ = server.send_to(&[0; 1_400], asker);
+                    }
+                    thread::sleep(Duration::from_micros(100));
                 }
             });
             let _until = Until(&done);
