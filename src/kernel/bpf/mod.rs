@@ -96,22 +96,31 @@ pub enum BpfError {
     },
 }
 
-/// Raises `RLIMIT_MEMLOCK` if `make` fails with `EPERM`, and tries again: kernels before 5.11
-/// charge maps and programs to that limit.
+/// Raises `RLIMIT_MEMLOCK` if `make` fails with `EPERM` or `ENOMEM`, and tries again: kernels
+/// before 5.11 charge maps and programs to that limit. A program that finds it exceeded while it
+/// grows, as one with `LD_ABS` does, is told `ENOMEM` (`bpf_prog_realloc`).
 ///
 /// # Errors
 /// If this process may not make any. The error inside is about this one.
 fn with_memlock_raised<T>(
+    make: impl FnMut() -> Result<T, Errno>,
+) -> Result<Result<T, Errno>, BpfError> {
+    let unlimited = Rlimit {
+        current: None,
+        maximum: None,
+    };
+    with_limit_raised(make, || setrlimit(Resource::Memlock, unlimited).is_ok())
+}
+
+/// The same, with whatever raises the limit and says whether that went well.
+fn with_limit_raised<T>(
     mut make: impl FnMut() -> Result<T, Errno>,
+    raise: impl FnOnce() -> bool,
 ) -> Result<Result<T, Errno>, BpfError> {
     let mut result = make();
     let mut raised = None;
-    if let Err(Errno::PERM) = result {
-        let unlimited = Rlimit {
-            current: None,
-            maximum: None,
-        };
-        raised = Some(setrlimit(Resource::Memlock, unlimited).is_ok());
+    if let Err(Errno::PERM | Errno::NOMEM) = result {
+        raised = Some(raise());
         if raised == Some(true) {
             result = make();
         }
@@ -119,28 +128,40 @@ fn with_memlock_raised<T>(
     match result {
         Err(Errno::NOSYS) => Err(BpfError::Absent),
         Err(Errno::PERM) if raised == Some(false) => {
-            let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
             let held = rustix::thread::capabilities(None).map(|sets| sets.effective);
             Err(why_denied(
-                &release.unwrap_or_default(),
+                &release(),
                 held.unwrap_or(CapabilitySet::empty()),
             ))
         }
         Err(Errno::PERM) => Err(BpfError::Denied),
+        Err(Errno::NOMEM) if raised == Some(false) && counts_locked_memory(&release()) => {
+            Err(BpfError::LockedMemory)
+        }
         other => Ok(other),
     }
 }
 
 /// Why a process was refused that could not raise the limit: `EPERM` means either.
 fn why_denied(release: &str, held: CapabilitySet) -> BpfError {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    let mut number = || numbers.next()?.parse::<u32>().ok();
-    let is_counted = number().zip(number()).is_some_and(|it| it < (5, 11));
-    if is_counted && held.intersects(CapabilitySet::BPF | CapabilitySet::SYS_ADMIN) {
+    let may = held.intersects(CapabilitySet::BPF | CapabilitySet::SYS_ADMIN);
+    if may && counts_locked_memory(release) {
         BpfError::LockedMemory
     } else {
         BpfError::Denied
     }
+}
+
+/// This kernel's release, or nothing.
+fn release() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default()
+}
+
+/// Whether a kernel of this release counts programs and maps as locked memory.
+fn counts_locked_memory(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next()?.parse::<u32>().ok();
+    number().zip(number()).is_some_and(|it| it < (5, 11))
 }
 
 fn object_name(name: &str) -> [u8; 16] {
@@ -202,6 +223,10 @@ mod tests {
         let other = with_memlock_raised(|| Err::<(), _>(Errno::INVAL));
         assert!(matches!(other, Ok(Err(Errno::INVAL))));
         assert!(matches!(with_memlock_raised(|| Ok(7)), Ok(Ok(7))));
+        // A program that has grown beyond the limit is made once more, with a higher one.
+        let mut answers = [Ok(7), Err(Errno::NOMEM)].into_iter().rev();
+        let grown = with_limit_raised(|| answers.next().unwrap_or(Err(Errno::IO)), || true);
+        assert!(matches!(grown, Ok(Ok(7))), "{grown:?}");
         let absent = with_memlock_raised(|| Err::<(), _>(Errno::NOSYS));
         assert!(matches!(absent, Err(BpfError::Absent)));
     }
