@@ -939,7 +939,7 @@ fn gate(moved: Move, start: Instant) -> Gate {
 /// A move of a whole address.
 fn whole(addr: Ipv4Addr) -> Move {
     Move {
-        addr: addr.into(),
+        prefix: std::net::IpAddr::from(addr).into(),
         ports: vec![],
         transport: None,
     }

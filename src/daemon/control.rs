@@ -292,7 +292,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
         let forwarder = Forwarder::Old(gates.collect());
         // The policy will add this server's own, once they could be listed.
         let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
-        let moved: Vec<IpAddr> = moves.map(|moved| moved.addr).collect();
+        let moved: Vec<IpAddr> = moves.map(|moved| moved.prefix.first()).collect();
         forwarder.set_own_addresses(&moved);
         return Ok(forwarder);
     }

@@ -151,7 +151,7 @@ fn find_server(netlink: &Netlink, settings: &NatSettings, to: IpAddr) -> Result<
     // one, so moving that was a mistake.
     let is_moved = |addr: IpAddr| {
         let mut moves = settings.moves.iter();
-        moves.any(|moved| moved.addr == addr && moved.is_whole())
+        moves.any(|moved| moved.prefix.first() == addr && moved.is_whole())
     };
     let of_link = held
         .iter()
@@ -167,7 +167,7 @@ fn find_server(netlink: &Netlink, settings: &NatSettings, to: IpAddr) -> Result<
         return Err(input(format!(
             "--to {to}: every address this server can speak to it from has moved, \
              your login included; move only the service's ports, as in --move {}:80,443/tcp",
-            settings.moves[0].addr
+            settings.moves[0].prefix.first()
         )));
     };
     Ok(Towards { to, own, link })

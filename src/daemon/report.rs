@@ -155,7 +155,7 @@ pub(super) fn translated(
         mtu: end.link.mtu.min(uplink_mtu) as usize,
         mtu_hints: MtuHints::default(),
         moved: (settings.moves.iter())
-            .filter(|moved| moved.addr.is_ipv4() == end.to.is_ipv4())
+            .filter(|moved| moved.prefix.first().is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
             .collect(),
         deliver_to: Some(match to.port {
@@ -211,7 +211,11 @@ fn delivered_to(deliver: Deliver, moves: &[Move]) -> Option<String> {
     match deliver {
         Deliver::Keep => Some("keep".into()),
         Deliver::To { v4, v6 } => {
-            let moved = |v4: bool| moves.iter().any(|moved| moved.addr.is_ipv4() == v4);
+            let moved = |v4: bool| {
+                moves
+                    .iter()
+                    .any(|moved| moved.prefix.first().is_ipv4() == v4)
+            };
             let v4 = v4.filter(|_| moved(true)).map(IpAddr::V4);
             let v6 = v6.filter(|_| moved(false)).map(IpAddr::V6);
             let all: Vec<String> = v4.iter().chain(&v6).map(ToString::to_string).collect();

@@ -223,9 +223,12 @@ fn moves(config: &Config) -> Vec<Move> {
 pub(super) fn warn_of_absent(netlink: &Netlink, moves: &[Move]) -> Result<()> {
     let addresses = netlink.addresses().map_err(system)?;
     for moved in moves {
-        if addresses.iter().all(|held| held.addr != moved.addr) {
+        if addresses
+            .iter()
+            .all(|held| held.addr != moved.prefix.first())
+        {
             warn!(
-                address = %moved.addr,
+                address = %moved.prefix.first(),
                 "not configured on this server: its packets come only if the network routes \
                  them here"
             );
@@ -248,10 +251,12 @@ pub(super) fn find_uplinks(
         let addresses = netlink.addresses().map_err(system)?;
         let links = netlink.links().map_err(system)?;
         let leaves_by = |moved: &Move| {
-            addresses.iter().find(|held| held.addr == moved.addr)?;
+            addresses
+                .iter()
+                .find(|held| held.addr == moved.prefix.first())?;
             let mut clients = PUBLIC.into_iter();
-            let client = clients.find(|ip| ip.is_ipv4() == moved.addr.is_ipv4())?;
-            let route = netlink.route_get(client, None, Some(moved.addr));
+            let client = clients.find(|ip| ip.is_ipv4() == moved.prefix.first().is_ipv4())?;
+            let route = netlink.route_get(client, None, Some(moved.prefix.first()));
             let index = route.ok()?.oif?;
             let found = links.iter().find(|link| link.index == index);
             found
@@ -293,7 +298,10 @@ pub(super) fn find_uplink(
     let mut holding: Option<(Link, &Move)> = None;
     let addresses = netlink.addresses().map_err(system)?;
     for moved in moves {
-        let Some(address) = addresses.iter().find(|held| held.addr == moved.addr) else {
+        let Some(address) = addresses
+            .iter()
+            .find(|held| held.addr == moved.prefix.first())
+        else {
             continue;
         };
         let Some(link) = by_index(address.index)?.filter(|link| !link.loopback) else {
@@ -304,7 +312,10 @@ pub(super) fn find_uplink(
                 return Err(input(format!(
                     "{} is on {} and {} on {}: one ipmoved serves one interface; \
                      name it with --uplink",
-                    other.addr, first.name, moved.addr, link.name
+                    other.prefix.first(),
+                    first.name,
+                    moved.prefix.first(),
+                    link.name
                 )));
             }
             Some(_) => {}
@@ -354,13 +365,13 @@ fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>
                 .collect(),
         };
         for moved in peer.moves.iter().filter(|moved| takes_logins(moved)) {
-            if Some(moved.addr) == remote {
+            if Some(moved.prefix.first()) == remote {
                 return Err(input(format!(
                     "--move {moved} is the peer's own address; \
                      give the address that clients still use"
                 )));
             }
-            if ours.contains(&moved.addr) {
+            if ours.contains(&moved.prefix.first()) {
                 return Err(input(format!(
                     "--move {moved} would take the address this server itself uses to reach \
                      the peer, your login included; move only the service's ports, \

@@ -45,7 +45,7 @@ impl Ownership {
     pub fn new(moves: &[Move], seed: Seed) -> Self {
         let mut scopes: Vec<Scope> = Vec::new();
         for moved in moves {
-            let addr = Addr::from(moved.addr);
+            let addr = Addr::from(moved.prefix.first());
             let scope = match scopes.iter_mut().find(|scope| scope.addr == addr) {
                 Some(scope) => scope,
                 None => {

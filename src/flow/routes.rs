@@ -141,7 +141,11 @@ impl Routes {
         self.deliveries.clear();
         self.own.clone_from(&self.host);
         for peer in &mut self.peers {
-            let mut addrs: Vec<Addr> = peer.moves.iter().map(|moved| moved.addr.into()).collect();
+            let mut addrs: Vec<Addr> = peer
+                .moves
+                .iter()
+                .map(|moved| moved.prefix.first().into())
+                .collect();
             addrs.sort_unstable();
             addrs.dedup();
             peer.resolved = addrs
@@ -177,7 +181,7 @@ impl PeerRoutes {
 impl Moved {
     fn resolve(addr: Addr, moves: &[Move], delivery: &Delivery) -> Self {
         let ip = IpAddr::from(addr);
-        let of_addr = moves.iter().filter(|moved| moved.addr == ip);
+        let of_addr = moves.iter().filter(|moved| moved.prefix.first() == ip);
         let moves: Vec<Move> = of_addr.cloned().collect();
         // Both sides of a map are of one family, or nobody could have written it.
         let of_family = |map: &&PortMap| map.moved == ip && map.to.is_ipv4() == ip.is_ipv4();

@@ -32,7 +32,10 @@ impl Accept {
     /// Whether all of these together accept all of `moved`: no packet belongs to the move that
     /// belongs to none of them.
     pub fn all_accept(all: &[Self], moved: &Move) -> bool {
-        let of_addr = || all.iter().filter(|it| it.prefix.contains(moved.addr));
+        let of_addr = || {
+            all.iter()
+                .filter(|it| it.prefix.contains(moved.prefix.first()))
+        };
         if of_addr().any(Self::is_whole) {
             return true;
         }
@@ -266,11 +269,11 @@ mod tests {
             });
             let takes = |it: &Accept, protocol, port| {
                 let of = Move {
-                    addr: moved.addr,
+                    prefix: moved.prefix,
                     ports: it.ports.clone(),
                     transport: it.transport,
                 };
-                it.prefix.contains(moved.addr) && of.takes(protocol, port)
+                it.prefix.contains(moved.prefix.first()) && of.takes(protocol, port)
             };
             let each = packets
                 .all(|(protocol, port)| accept.iter().any(|it| takes(it, protocol, port)));

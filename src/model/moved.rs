@@ -1,4 +1,5 @@
-//! What was moved: one address, whole or a part of its ports (`--move ADDR[:PORTS][/tcp|/udp]`).
+//! What was moved: an address or a prefix, whole or a part of its ports
+//! (`--move ADDR[/LEN][:PORTS][/tcp|/udp]`).
 //!
 //! Owns the syntax that people type, the question "does this packet belong to it", and the bytes
 //! that tell the new server about it. Knows nothing of packets, sockets or the kernel.
@@ -7,6 +8,8 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
+
+use crate::model::prefix::Prefix;
 
 /// Most port ranges one `--move` may name: what the capture program on the old server can test
 /// within the kernel's limit for one program, with space for many moved addresses.
@@ -29,11 +32,11 @@ pub enum Transport {
     Udp,
 }
 
-/// One moved address, whole or in part.
+/// Moved addresses, whole or in part.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Move {
-    /// The moved address.
-    pub addr: IpAddr,
+    /// The moved addresses.
+    pub prefix: Prefix,
     /// Port ranges, sorted and apart from each other; empty means every port.
     pub ports: Vec<RangeInclusive<u16>>,
     /// TCP or UDP alone; `None` means both if ports are named, and every IP protocol otherwise.
@@ -41,12 +44,12 @@ pub struct Move {
 }
 
 impl Move {
-    /// Whether all of the address moved: every port of every protocol, ICMP included.
+    /// Whether all of each address moved: every port of every protocol, ICMP included.
     pub fn is_whole(&self) -> bool {
         self.ports.is_empty() && self.transport.is_none()
     }
 
-    /// Whether a packet of IP protocol `protocol` with port `port` at the moved address belongs to
+    /// Whether a packet of IP protocol `protocol` with port `port` at a moved address belongs to
     /// it.
     ///
     /// `port` is `None` where the protocol has none or it is not known (ICMP, a later fragment):
@@ -81,13 +84,13 @@ impl Move {
                     .iter()
                     .any(|b| a.start() <= b.end() && b.start() <= a.end())
             });
-        self.addr == other.addr && transports && ports
+        self.prefix.overlaps(&other.prefix) && transports && ports
     }
 
     /// Appends the wire form: address family (4 or 6), address, transport (0, 6 or 17), number of
     /// ranges (one byte), then first and last port of each, big-endian.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        match self.addr {
+        match self.prefix.first() {
             IpAddr::V4(addr) => {
                 out.push(4);
                 out.extend_from_slice(&addr.octets());
@@ -136,7 +139,7 @@ impl Move {
             ports.push(first..=last);
         }
         let moved = Self {
-            addr,
+            prefix: addr.into(),
             ports,
             transport,
         };
@@ -151,7 +154,7 @@ impl Move {
 
     /// Refuses what no move may be, however it was made.
     fn check(&self) -> Result<(), MoveError> {
-        check_addr(self.addr)?;
+        check_addr(self.prefix.first())?;
         check_ports(&self.ports)
     }
 }
@@ -252,7 +255,7 @@ impl FromStr for Move {
             }
         })?;
         let moved = Self {
-            addr,
+            prefix: addr.into(),
             ports: ports.map(parse_ports).transpose()?.unwrap_or_default(),
             transport,
         };
@@ -315,9 +318,10 @@ pub(crate) fn merged(mut ranges: Vec<RangeInclusive<u16>>) -> Vec<RangeInclusive
 
 impl fmt::Display for Move {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.addr {
-            IpAddr::V6(addr) if !self.ports.is_empty() => write!(f, "[{addr}]")?,
-            IpAddr::V4(_) | IpAddr::V6(_) => write!(f, "{}", self.addr)?,
+        if self.prefix.is_ipv4() || self.ports.is_empty() {
+            write!(f, "{}", self.prefix)?;
+        } else {
+            write!(f, "[{}]", self.prefix)?;
         }
         write_ports(f, &self.ports, self.transport)
     }
@@ -359,7 +363,7 @@ mod tests {
         assert_eq!(moved.ports, vec![80..=80, 443..=443]);
         assert_eq!(moved.transport, Some(Transport::Tcp));
         let moved = parse("[2001:db8::5]:53/udp").unwrap();
-        assert_eq!(moved.addr, "2001:db8::5".parse::<IpAddr>().unwrap());
+        assert_eq!(moved.prefix, "2001:db8::5".parse().unwrap());
         assert_eq!(moved.to_string(), "[2001:db8::5]:53/udp");
         assert!(parse("192.0.2.5").unwrap().is_whole());
         assert!(parse("2001:db8::5").unwrap().is_whole());
@@ -434,7 +438,7 @@ mod tests {
             let ranges = ranges.map(|(first, more)| first..=first.saturating_add(more));
             let ports = merged(ranges.collect());
             let transport = [None, Some(Transport::Tcp), Some(Transport::Udp)][transport];
-            let moved = Move { addr, ports, transport };
+            let moved = Move { prefix: addr.into(), ports, transport };
             prop_assert_eq!(moved.to_string().parse::<Move>().unwrap(), moved.clone());
             let mut bytes = Vec::new();
             moved.encode(&mut bytes);

@@ -83,12 +83,12 @@ impl FromStr for PortMap {
         if to.port() == 0 || host.is_unspecified() || host.is_multicast() || host.is_loopback() {
             return Err(PortMapError::Undeliverable(target.into()));
         }
-        if host.is_ipv4() != moved.addr.is_ipv4() {
+        if host.is_ipv4() != moved.prefix.first().is_ipv4() {
             return Err(PortMapError::Families(text.into()));
         }
         Ok(Self {
             transport: moved.transport,
-            moved: moved.addr,
+            moved: moved.prefix.first(),
             port,
             to: host,
             to_port: to.port(),

@@ -440,7 +440,8 @@ impl NatSettings {
     /// [`ConfigError`] says which flag is wrong, and what would be right.
     pub fn new(args: NatArgs) -> Result<Self, ConfigError> {
         check_moves(args.moves.iter())?;
-        let is_for = |moved: &Move, to: &NewServer| moved.addr.is_ipv4() == to.ip.is_ipv4();
+        let is_for =
+            |moved: &Move, to: &NewServer| moved.prefix.first().is_ipv4() == to.ip.is_ipv4();
         for (index, to) in args.to.iter().enumerate() {
             let mut others = args.to[..index].iter();
             if others.any(|other| other.ip.is_ipv4() == to.ip.is_ipv4()) {
@@ -457,12 +458,12 @@ impl NatSettings {
                 Err(Origin::Flags.refuse("move", problem))
             };
             let Some(to) = args.to.iter().find(|to| is_for(moved, to)) else {
-                return refuse(match moved.addr {
+                return refuse(match moved.prefix.first() {
                     IpAddr::V4(_) => "has no IPv4 address to be translated to; add one with --to",
                     IpAddr::V6(_) => "has no IPv6 address to be translated to; add one with --to",
                 });
             };
-            if moved.addr == to.ip {
+            if moved.prefix.first() == to.ip {
                 return refuse("is the new server's own address; give the one clients still use");
             }
             let one_port =

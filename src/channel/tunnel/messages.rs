@@ -357,7 +357,7 @@ mod tests {
             .collect::<Vec<_>>();
         let moves = (1..=64)
             .map(|n| Move {
-                addr: format!("2001:db8::{n:x}").parse().unwrap(),
+                prefix: format!("2001:db8::{n:x}").parse().unwrap(),
                 ports: ports.clone(),
                 transport: None,
             })

@@ -245,7 +245,8 @@ mod tests {
         let gateway = Why::Needed(super::super::refusal::Need::Gateway);
         // Only the third peer must not have it any more.
         let judge: Judge<'_> = &|peer, moved| {
-            let forbidden = peer == PeerId(2) && moved.addr == moves(&["192.0.2.5"])[0].addr;
+            let forbidden = peer == PeerId(2)
+                && moved.prefix.first() == moves(&["192.0.2.5"])[0].prefix.first();
             forbidden.then_some(gateway)
         };
         let settled = claims.judge_again(None, judge);

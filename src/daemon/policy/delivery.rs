@@ -69,7 +69,7 @@ pub(super) fn choose(
 pub(super) fn undeliverable(deliver: Deliver, moves: &[Move]) -> Option<&Move> {
     moves.iter().find(|moved| match deliver {
         Deliver::Keep => false,
-        Deliver::To { v4, v6 } => match moved.addr {
+        Deliver::To { v4, v6 } => match moved.prefix.first() {
             IpAddr::V4(_) => v4.is_none(),
             IpAddr::V6(_) => v6.is_none(),
         },
@@ -78,7 +78,7 @@ pub(super) fn undeliverable(deliver: Deliver, moves: &[Move]) -> Option<&Move> {
 
 /// The name of the moved address's family.
 pub(super) fn family(moved: &Move) -> &'static str {
-    match moved.addr {
+    match moved.prefix.first() {
         IpAddr::V4(_) => "IPv4",
         IpAddr::V6(_) => "IPv6",
     }
@@ -92,7 +92,8 @@ pub(super) fn not_moved<'a>(
     ports.iter().filter(|map| {
         !moves.iter().any(|moved| {
             let of_port = |ports: &std::ops::RangeInclusive<u16>| ports.contains(&map.port);
-            moved.addr == map.moved && (moved.ports.is_empty() || moved.ports.iter().any(of_port))
+            moved.prefix.first() == map.moved
+                && (moved.ports.is_empty() || moved.ports.iter().any(of_port))
         })
     })
 }
@@ -107,9 +108,9 @@ pub(super) fn hop<'a>(
     let mut own: Vec<IpAddr> = uplink
         .iter()
         .copied()
-        .filter(|&addr| !moves().any(|moved| moved.addr == addr && moved.is_whole()))
+        .filter(|&addr| !moves().any(|moved| moved.prefix.first() == addr && moved.is_whole()))
         .collect();
-    own.sort_by_key(|&addr| moves().any(|moved| moved.addr == addr));
+    own.sort_by_key(|&addr| moves().any(|moved| moved.prefix.first() == addr));
     (first_v4(&own), first_v6(&own))
 }
 

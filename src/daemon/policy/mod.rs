@@ -690,7 +690,12 @@ impl Policy {
         };
         keeping().next()?;
         let mut wanted: Vec<IpAddr> = keeping()
-            .flat_map(|id| self.claims.served(id).iter().map(|moved| moved.addr))
+            .flat_map(|id| {
+                self.claims
+                    .served(id)
+                    .iter()
+                    .map(|moved| moved.prefix.first())
+            })
             .collect();
         if keeping().any(|id| !self.claims.has_announced(id)) {
             wanted.extend(&self.left);
@@ -748,7 +753,7 @@ impl Policy {
         if (&old.all, &old.broadcasts) == (&new.all, &new.broadcasts) {
             return;
         }
-        let moved = self.claims.all().map(|moved| moved.addr);
+        let moved = self.claims.all().map(|moved| moved.prefix.first());
         let all = new.all.iter().chain(&new.broadcasts).copied();
         let mut all: Vec<IpAddr> = all.chain(moved).collect();
         all.sort_unstable();

@@ -99,16 +99,19 @@ impl Rules<'_> {
         if !accept.is_empty() && !Accept::all_accept(accept, moved) {
             return Some(Why::NotAccepted);
         }
-        let is_named = |it: &&Accept| it.prefix == Prefix::from(moved.addr);
+        let is_named = |it: &&Accept| it.prefix == Prefix::from(moved.prefix.first());
         let named: Vec<Accept> = accept.iter().filter(is_named).cloned().collect();
-        if self.keeps(peer) && self.is_own(moved.addr) && !Accept::all_accept(&named, moved) {
+        if self.keeps(peer)
+            && self.is_own(moved.prefix.first())
+            && !Accept::all_accept(&named, moved)
+        {
             return Some(Why::OwnAddress);
         }
         None
     }
 
     fn need(&self, id: PeerId, moved: &Move) -> Option<Need> {
-        let (peer, addr) = (&self.peers[index(id)], moved.addr);
+        let (peer, addr) = (&self.peers[index(id)], moved.prefix.first());
         let is_link_local = match addr {
             IpAddr::V4(addr) => addr.is_link_local(),
             IpAddr::V6(addr) => addr.is_unicast_link_local(),

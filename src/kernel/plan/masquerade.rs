@@ -66,7 +66,7 @@ pub fn plan(
         local.push((end.own, way(&end.link)?));
     }
     for moved in moves {
-        local.push((moved.addr, way(uplink)?));
+        local.push((moved.prefix.first(), way(uplink)?));
     }
     let out = programs::way_out(way(uplink)?, &servers, &local)?;
     let capture = programs::capture(moves, l2_header(uplink)?, tun.index, None)?;

@@ -121,7 +121,10 @@ fn scopes(moves: &[Move], tunnel: bool) -> Vec<Scope> {
     };
     let mut scopes: Vec<Scope> = addresses(moves).into_iter().map(scope).collect();
     for moved in moves {
-        let Some(scope) = scopes.iter_mut().find(|scope| scope.addr == moved.addr) else {
+        let Some(scope) = scopes
+            .iter_mut()
+            .find(|scope| scope.addr == moved.prefix.first())
+        else {
             continue;
         };
         scope.whole |= moved.is_whole();
@@ -428,6 +431,7 @@ mod tests {
     };
     use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
     use crate::model::moved::{MAX_MOVES, MAX_PORT_RANGES};
+    use crate::model::prefix::Prefix;
     use crate::packet::MAX_EXTENSION_HEADERS;
 
     /// The right decision of the capture program, from [`Move::takes`].
@@ -453,10 +457,13 @@ mod tests {
         if port.is_some_and(|port| of_tunnel(port, packet.protocol)) {
             return false;
         }
-        moves.iter().filter(|m| m.addr == packet.dst).any(|moved| {
-            moved.takes(packet.protocol, port)
-                || !first && (1..=u16::MAX).any(|port| moved.takes(packet.protocol, Some(port)))
-        })
+        moves
+            .iter()
+            .filter(|m| m.prefix.first() == packet.dst)
+            .any(|moved| {
+                moved.takes(packet.protocol, port)
+                    || !first && (1..=u16::MAX).any(|port| moved.takes(packet.protocol, Some(port)))
+            })
     }
 
     fn packets() -> impl Strategy<Value = Packet> {
@@ -627,11 +634,11 @@ mod tests {
         let each = |spread: bool, v6: bool| -> Vec<Move> {
             (0..MAX_MOVES as u16)
                 .map(|n| Move {
-                    addr: match (spread, v6) {
-                        (true, false) => Ipv4Addr::new(192, 0, 2, n as u8).into(),
+                    prefix: Prefix::from(match (spread, v6) {
+                        (true, false) => IpAddr::from(Ipv4Addr::new(192, 0, 2, n as u8)),
                         (true, true) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, n).into(),
                         (false, _) => Ipv4Addr::new(192, 0, 2, 1).into(),
-                    },
+                    }),
                     ports: ranges
                         .iter()
                         .map(|r| r.start() + 512 * n..=r.end() + 512 * n)
@@ -658,12 +665,12 @@ mod tests {
         let program = capture(&moves, L2, 1, Some(tunnel)).unwrap();
         let loaded = program.load().unwrap();
         let last = &moves[MAX_MOVES - 1];
-        let src = if last.addr.is_ipv4() {
+        let src = if last.prefix.first().is_ipv4() {
             "203.0.113.7"
         } else {
             "2001:db8::99"
         };
-        let at = |port| Packet::new(src, &last.addr.to_string(), TCP, ports(1, port));
+        let at = |port| Packet::new(src, &last.prefix.first().to_string(), TCP, ports(1, port));
         for range in &last.ports {
             assert!(taken(loaded.as_fd(), &at(*range.start())));
             assert!(taken(loaded.as_fd(), &at(*range.end())));

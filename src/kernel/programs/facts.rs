@@ -89,8 +89,8 @@ impl Facts {
 pub(super) fn addresses(moves: &[Move]) -> Vec<IpAddr> {
     let mut addresses = Vec::new();
     for moved in moves {
-        if !addresses.contains(&moved.addr) {
-            addresses.push(moved.addr);
+        if !addresses.contains(&moved.prefix.first()) {
+            addresses.push(moved.prefix.first());
         }
     }
     addresses
