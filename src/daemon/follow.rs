@@ -144,7 +144,7 @@ impl Listener {
 #[derive(Debug)]
 pub(super) enum Programs {
     /// Of the old server.
-    Old(Capture),
+    Old(Box<Capture>),
     /// Of the new server.
     New(Box<Steering>),
 }

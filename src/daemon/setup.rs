@@ -192,7 +192,10 @@ impl Found {
     ) -> Result<Follower> {
         let moves = moves(config);
         let programs = match config.role {
-            Role::Old => Programs::Old(Capture::new(&moves, tun, port).map_err(system)?),
+            Role::Old => {
+                let capture = Capture::new(&moves, tun, port).map_err(system)?;
+                Programs::Old(Box::new(capture))
+            }
             Role::New => {
                 let links = plan::carriers(host.netlink(), tun).map_err(system)?;
                 let flows = config.max_flows;

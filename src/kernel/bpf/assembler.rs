@@ -195,6 +195,7 @@ impl Assembler {
     const LDX: u8 = 0x01;
     const ST: u8 = 0x02;
     const STX: u8 = 0x03;
+    const ALU: u8 = 0x04;
     const JMP: u8 = 0x05;
     const JMP32: u8 = 0x06;
     const ALU64: u8 = 0x07;
@@ -234,6 +235,12 @@ impl Assembler {
     /// `dst = imm`, all 64 bits.
     pub fn mov_wide(&mut self, dst: Reg, imm: u64) {
         self.load_wide(dst, 0, imm);
+    }
+
+    /// `dst =` its lower 32 bits, from network order into this host's or back.
+    pub fn swap_if_little_endian(&mut self, dst: Reg) {
+        const END: u8 = 0xd0;
+        self.push(Self::ALU | END | Self::FROM_REG, dst as u8, 0, 0, 32);
     }
 
     /// `dst = map`; the program keeps the map when `map` is closed.

@@ -17,6 +17,9 @@ pub enum MapKind {
     Array = 2,
     /// A hash table that evicts the entries used least recently.
     LruHash = 9,
+    /// A trie that finds the longest of the prefixes that a key begins with. A key is its length in
+    /// bits (`u32`), then its bytes, the most significant first.
+    LpmTrie = 11,
     /// A value that is kept with a socket, as long as that lives.
     SkStorage = 24,
 }
@@ -37,10 +40,10 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// `BPF_F_NO_PREALLOC`. The kernel asks it of what is kept with sockets.
+    /// `BPF_F_NO_PREALLOC`. The kernel asks it of tries, and of what is kept with sockets.
     fn flags(&self) -> u32 {
         match self.kind {
-            MapKind::Hash | MapKind::SkStorage => 1,
+            MapKind::Hash | MapKind::LpmTrie | MapKind::SkStorage => 1,
             MapKind::Array | MapKind::LruHash => 0,
         }
     }
@@ -64,7 +67,7 @@ impl Map {
         let refused = |errno| BpfError::Map { name, errno };
         let btf = match kind {
             MapKind::SkStorage => Some(int_btf()?.map_err(refused)?),
-            MapKind::Hash | MapKind::Array | MapKind::LruHash => None,
+            MapKind::Hash | MapKind::Array | MapKind::LruHash | MapKind::LpmTrie => None,
         };
         // The only type that it describes.
         let int = u32::from(btf.is_some());

@@ -89,7 +89,7 @@ impl Capture {
     /// If the kernel refuses the program.
     pub fn on_tun(&self, netlink: &Netlink) -> Result<Vec<Desired>, PlanError> {
         let tun = &self.tun;
-        let back = programs::return_path(&self.moves, &self.facts, tun.index)?;
+        let back = programs::return_path(&self.facts, tun.index)?;
         let place = filter(netlink, tun, Direction::Ingress, back.name())?;
         let mut desired: Vec<Desired> = ["ipv4", "ipv6"]
             .into_iter()

@@ -676,7 +676,7 @@ mod tests {
             assert!(taken(loaded.as_fd(), &at(*range.end())));
             assert!(!taken(loaded.as_fd(), &at(range.end() + 1)));
         }
-        return_path(&moves, &facts, 1).unwrap().load().unwrap();
+        return_path(&facts, 1).unwrap().load().unwrap();
     }
 
     #[test]

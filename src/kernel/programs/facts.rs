@@ -1,5 +1,5 @@
-//! What the programs of the old server know that may change while they run: by which interface
-//! packets leave, and at which moved addresses the tunnel has an end of its own.
+//! What the programs of the old server know that may change while they run: what has moved, by
+//! which interface packets leave, and at which moved addresses the tunnel has an end of its own.
 //!
 //! Owns the memory, its layout, and the phrases by which programs read it. The daemon writes it at
 //! any time, without a new program.
@@ -13,6 +13,7 @@
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 
+use super::moved::Moved;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
 use crate::model::moved::Move;
 
@@ -26,6 +27,8 @@ const FIRST_END: usize = 2;
 pub struct Facts {
     words: Words,
     addresses: Vec<IpAddr>,
+    /// Each address with its number among [`addresses`].
+    pub(super) moved: Moved,
 }
 
 impl Facts {
@@ -35,9 +38,13 @@ impl Facts {
     /// If the kernel refuses.
     pub fn new(moves: &[Move]) -> Result<Self, BpfError> {
         let addresses = addresses(moves);
+        let moved = Moved::new()?;
+        let numbered = (0..).zip(&addresses);
+        moved.update(numbered.map(|(number, &addr)| (addr.into(), number)))?;
         Ok(Self {
             words: Words::new("ipmoved_facts", FIRST_END + addresses.len())?,
             addresses,
+            moved,
         })
     }
 

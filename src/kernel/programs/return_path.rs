@@ -33,25 +33,24 @@
 //! look-up works only while the TUN counts as forwarding (`conf/TUN/forwarding`). It does not know
 //! the ports, so a rule that selects by port does not match.
 
-use std::net::IpAddr;
-
 use Reg::{R0, R1, R2, R3, R4, R5, R7, R8, R9, R10};
 
-use super::facts::{Facts, addresses};
+use super::facts::Facts;
 use super::headers::{ethernet, fib, ipv4, ipv6, skb};
+use super::moved::Family;
 use super::phrases::{
     BOUNCED, BPF_F_INGRESS, PACKET, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
-    begin_route_lookup, branch_by_family, jump_unless_v6_destination, keep_packet,
-    load_v6_destination, look_up_route, verdict,
+    begin_route_lookup, branch_by_family, keep_packet, look_up_route, verdict,
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
-use crate::model::moved::Move;
 
 /// Where the EtherType lies on the stack.
 const ETHERTYPE: i16 = -8;
 
-/// The look-up (`struct bpf_fib_lookup`) on the stack, below the destination that
-/// [`load_v6_destination`] keeps there.
+/// Where the destination lies on the stack, as on the wire; the word before it is free.
+const DESTINATION: i16 = -16;
+
+/// The look-up (`struct bpf_fib_lookup`) on the stack, below the destination.
 const LOOKUP: i16 = -96;
 
 /// `struct bpf_redir_neigh` on the stack: the family and the next hop, which the look-up leaves in
@@ -63,43 +62,29 @@ const NEXT_HOP_LEN: i32 = 20;
 /// Where the redirection goes.
 const IFINDEX: Reg = R7;
 
-/// The program for `moves`, for the TUN with this index.
+/// The program for what has moved by these facts, for the TUN with this index.
 ///
 /// # Errors
 /// If the program is too large.
-pub fn return_path(moves: &[Move], facts: &Facts, tun_ifindex: u32) -> Result<Program, BpfError> {
+pub fn return_path(facts: &Facts, tun_ifindex: u32) -> Result<Program, BpfError> {
     let mut asm = Assembler::new();
     let a = &mut asm;
     let (v6, look, bounced, other) = (a.label(), a.label(), a.label(), a.label());
     let (found, by_uplink, refused) = (a.label(), a.label(), a.label());
-    let addresses = addresses(moves);
     keep_packet(a);
     branch_by_family(a, v6, other);
-    a.load_packet(Size::W, ipv4::DESTINATION);
-    for addr in &addresses {
-        if let IpAddr::V4(addr) = addr {
-            a.jump_if(R0, If::Eq, addr.to_bits(), bounced);
-        }
-    }
+    jump_if_moved(a, facts, Family::V4, bounced, other);
     facts.jump_if_always(a, R0, by_uplink);
     begin_lookup(a, libc::AF_INET, tun_ifindex);
-    load_address(a, ipv4::SOURCE, LOOKUP + fib::SOURCE, 1);
-    load_address(a, ipv4::DESTINATION, LOOKUP + fib::DESTINATION, 1);
+    load_address(a, ipv4::SOURCE, LOOKUP + fib::SOURCE, Family::V4);
+    copy_destination(a, Family::V4);
     a.jump(look);
     a.bind(v6);
-    load_v6_destination(a, 0);
-    for addr in &addresses {
-        if let IpAddr::V6(addr) = addr {
-            let next = a.label();
-            jump_unless_v6_destination(a, *addr, next);
-            a.jump(bounced);
-            a.bind(next);
-        }
-    }
+    jump_if_moved(a, facts, Family::V6, bounced, other);
     facts.jump_if_always(a, R0, by_uplink);
     begin_lookup(a, libc::AF_INET6, tun_ifindex);
-    load_address(a, ipv6::SOURCE, LOOKUP + fib::SOURCE, 4);
-    load_address(a, ipv6::DESTINATION, LOOKUP + fib::DESTINATION, 4);
+    load_address(a, ipv6::SOURCE, LOOKUP + fib::SOURCE, Family::V6);
+    copy_destination(a, Family::V6);
 
     a.bind(look);
     look_up_route(a, LOOKUP, found);
@@ -130,19 +115,39 @@ pub fn return_path(moves: &[Move], facts: &Facts, tun_ifindex: u32) -> Result<Pr
     asm.finish("ipmoved_return")
 }
 
+/// Jumps to `bounced` if the destination has moved, and to `other` if there is none. The stack
+/// keeps it.
+fn jump_if_moved(a: &mut Assembler, facts: &Facts, family: Family, bounced: Label, other: Label) {
+    let at = match family {
+        Family::V4 => ipv4::DESTINATION,
+        Family::V6 => ipv6::DESTINATION,
+    };
+    load_address(a, at, DESTINATION, family);
+    a.jump_if_wide(R0, If::Ne, 0, other);
+    facts.moved.look_up(a, family, DESTINATION);
+    a.jump_if_wide(R0, If::Ne, 0, bounced);
+}
+
+fn copy_destination(a: &mut Assembler, family: Family) {
+    for at in (0..family.bytes() as i16).step_by(4) {
+        a.load(Size::W, R0, R10, DESTINATION + at);
+        a.store(Size::W, R10, LOOKUP + fib::DESTINATION + at, R0);
+    }
+}
+
 /// Everything but the addresses.
 fn begin_lookup(a: &mut Assembler, family: i32, tun_ifindex: u32) {
     begin_route_lookup(a, LOOKUP, tun_ifindex);
     a.store(Size::B, R10, LOOKUP + fib::FAMILY, family);
 }
 
-/// Copies an address of the packet, word by word, as it stands there.
-fn load_address(a: &mut Assembler, from: u32, to: i16, words: u32) {
+/// Copies an address of the packet as it stands there.
+fn load_address(a: &mut Assembler, from: u32, to: i16, family: Family) {
     a.mov(R1, PACKET);
     a.mov(R2, from);
     a.mov(R3, R10);
     a.alu(Alu::Add, R3, i32::from(to));
-    a.mov(R4, 4 * words);
+    a.mov(R4, family.bytes());
     a.call(Helper::SkbLoadBytes);
 }
 
