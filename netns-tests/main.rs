@@ -39,6 +39,7 @@ mod on_path;
 mod privacy;
 mod protocol_text;
 mod protocols;
+mod reboot;
 mod rekey;
 mod relay;
 mod restart;

@@ -18,6 +18,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
@@ -99,6 +100,7 @@ async fn carry(
         endpoints,
         processors,
         resumes,
+        awaited,
     } = tools;
     let mut listener = Listener::new([&netlink, host.netlink()]);
     let mut status = StatusListener::new(status).map_err(failed)?;
@@ -152,6 +154,9 @@ async fn carry(
         },
         view_changed: true,
         called: endpoints,
+        awaited,
+        fault: None,
+        reachable: vec![false; peers],
         counters: Vec::new(),
         names: to_names,
         started,
@@ -340,6 +345,12 @@ struct Control<'h> {
     view_changed: bool,
     /// Where the settings say that each peer is, if they do.
     called: Vec<Option<SocketAddr>>,
+    /// What this server did not have when the daemon started.
+    awaited: Option<Awaited>,
+    /// Why the daemon must not go on.
+    fault: Option<DaemonError>,
+    /// Whether a route leads to each peer.
+    reachable: Vec<bool>,
     counters: Vec<Arc<LaneCounters>>,
     /// Where the results of look-ups are sent.
     names: mpsc::Sender<Found>,
@@ -369,6 +380,9 @@ impl Control<'_> {
     ) -> Result<()> {
         loop {
             self.turn(Instant::now());
+            if let Some(fault) = self.fault.take() {
+                return Err(fault);
+            }
             self.watch();
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
@@ -690,7 +704,11 @@ impl Control<'_> {
             .filter_map(|peer| Some(peer.endpoint?.remote.ip()))
             .collect();
         let (host, known) = (&mut *self.host, &mut self.warnings);
+        let led_out = self.follower.leads_out();
         let other_links = self.follower.look(now, host, &peers, &held, known);
+        if self.follower.leads_out() && !led_out {
+            self.policy.handle(now, Input::WayOut);
+        }
         // Which of them are the uplinks' has only become clear now.
         self.have_addresses(now, &held);
         let (host, known) = (&mut *self.host, &mut self.warnings);
@@ -703,8 +721,31 @@ impl Control<'_> {
         }
         let mtu = self.follower.uplinks().mtu();
         self.policy.handle(now, Input::UplinkMtu(mtu));
+        self.look_at_awaited(now, &held);
         self.carry_out(now);
         self.next_path = now;
+    }
+
+    /// Looks whether what this server did not have at the start has come.
+    fn look_at_awaited(&mut self, now: Instant, held: &[Address]) {
+        let Some(awaited) = &mut self.awaited else {
+            return;
+        };
+        let leads_out = self.follower.leads_out();
+        let (netlink, known) = (&self.netlink, &mut self.warnings);
+        match awaited.look(now, netlink, held, leads_out, &self.called, known) {
+            Ok(all) if all => self.awaited = None,
+            Ok(_) => {}
+            Err(error) => self.fault = Some(error),
+        }
+    }
+
+    /// Learns whether a route leads to a peer. As soon as one does, the peer is called.
+    fn has_route(&mut self, now: Instant, peer: PeerId, leads: bool) {
+        let before = std::mem::replace(&mut self.reachable[index(peer)], leads);
+        if leads && !before {
+            self.tunnels[index(peer)].hurry(now);
+        }
     }
 
     /// Looks at this server's addresses, and on the new server at its networks and the hosts that
@@ -761,12 +802,16 @@ impl Control<'_> {
     /// Looks at how large a packet the route to a peer takes: the tunnel's probes go up to that
     /// size. What the kernel has learned from ICMP errors is no more than a hint for them.
     fn look_at_route(&mut self, now: Instant, peer: PeerId) {
-        let Some(endpoint) = self.view.peers[index(peer)].endpoint else {
+        let heard = self.view.peers[index(peer)].endpoint;
+        let called = || Some(self.called[index(peer)]?.ip());
+        let Some(to) = heard.map(|at| at.remote.ip()).or_else(called) else {
             return;
         };
-        let to = endpoint.remote.ip();
-        let route = self.netlink.route_get(to, None, endpoint.local);
-        let Ok(route) = route.or_else(|_| self.netlink.route_get(to, None, None)) else {
+        let local = heard.and_then(|at| at.local);
+        let route = self.netlink.route_get(to, None, local);
+        let route = route.or_else(|_| self.netlink.route_get(to, None, None));
+        self.has_route(now, peer, route.is_ok());
+        let Ok(route) = route else {
             return;
         };
         let size = RouteSize {
@@ -833,7 +878,7 @@ impl Control<'_> {
                 warn!("{text}");
             }
         }
-        let uplink = &self.follower.uplinks().first().name;
+        let uplink = self.follower.uplink_name();
         for peer in self.policy.peers() {
             let name = self.policy.name(peer);
             match self.role {

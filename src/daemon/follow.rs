@@ -32,14 +32,18 @@ use crate::kernel::{Change, Desired, Host, HostError, keep};
 use crate::model::moved::Move;
 
 /// The least time between two looks. The first event of a burst is answered at once, and whatever
-/// comes within this time by one look at its end. Whoever removes what the daemon needs again and
-/// again is answered fifty times a second. It is short, since a link that was made anew carries
-/// packets within milliseconds; [`REST`] is what keeps looks cheap.
-const LEAST_GAP: Duration = Duration::from_millis(20);
+/// comes within this time by one look at its end. It is short, since a link that was made anew
+/// carries packets within milliseconds; [`SHARE`] is what keeps looks cheap.
+const LEAST_GAP: Duration = Duration::from_millis(5);
 
-/// A look that took long is followed by a rest that is this many times as long. However fast links
-/// come and go, and however many there are, looks take a tenth of the control task's time at most.
-const REST: u32 = 9;
+/// Looks take one part in so many of the control task's time at most, however fast links come and
+/// go, and however many there are.
+const SHARE: u32 = 10;
+
+/// How much time looks may take beyond that at once. While a host starts its links come one after
+/// the other, and what comes soon after a slow look must not wait for ten times as long: a link
+/// without our program answers for the moved address with resets.
+const AT_ONCE: Duration = Duration::from_millis(250);
 
 /// Most links that carry the daemon's programs: the uplinks, and of the others those that have been
 /// there for longest. A host of containers may have thousands of links, and an address is seldom
@@ -52,6 +56,8 @@ const MAX_LINKS: usize = 256;
 struct Pace {
     /// No sooner than this.
     next: Option<Instant>,
+    /// The time that looks have taken beyond their share, and when that was counted.
+    owed: (Duration, Option<Instant>),
 }
 
 impl Pace {
@@ -64,7 +70,12 @@ impl Pace {
     /// A look took from `begun` to `ended`.
     fn looked(&mut self, begun: Instant, ended: Instant) {
         let took = ended.saturating_duration_since(begun);
-        self.next = Some(ended + LEAST_GAP.max(took * REST));
+        let (owed, counted) = self.owed;
+        let passed = ended.saturating_duration_since(counted.unwrap_or(begun));
+        let owed = owed.saturating_sub(passed / SHARE) + took;
+        self.owed = (owed, Some(ended));
+        let rest = owed.saturating_sub(AT_ONCE) * SHARE;
+        self.next = Some(ended + LEAST_GAP.max(rest));
     }
 }
 
@@ -200,8 +211,8 @@ impl Follower {
             programs,
             tun,
             carrying: Vec::new(),
+            there: uplinks.first().is_some(),
             uplinks,
-            there: true,
             beyond: 0,
             links: Vec::new(),
             on_tun: Vec::new(),
@@ -267,13 +278,24 @@ impl Follower {
             return;
         };
         if self.settings.named.is_none() && !capture.follows_routes() {
-            let (tun, uplink) = (&self.tun.name, &self.uplinks.first().name);
+            let tun = &self.tun.name;
             warn!(
-                uplink,
+                uplink = self.uplink_name(),
                 "every reply leaves by this interface, since net.ipv4.conf.{tun}.forwarding cannot \
                  be set; make /proc/sys writable if clients come by others"
             );
         }
+    }
+
+    /// The name of the first uplink, for people.
+    pub(super) fn uplink_name(&self) -> &str {
+        let first = self.uplinks.first();
+        first.map_or("(none yet)", |link| &link.name)
+    }
+
+    /// Whether there is an uplink.
+    pub(super) fn leads_out(&self) -> bool {
+        self.there
     }
 
     /// The interfaces that clients' packets use, as they are or, if they are gone, were.
@@ -435,20 +457,34 @@ impl Follower {
         let LinkSettings { named, moves, .. } = &self.settings;
         match find_uplinks(netlink, named.as_deref(), moves, peers, &self.tun.name) {
             Ok(uplinks) => {
-                let uplink = uplinks.first().name.as_str();
-                if !self.there || self.uplinks.first().index != uplinks.first().index {
-                    info!(uplink, "clients use this uplink now");
-                }
+                let first = |uplinks: &Uplinks| uplinks.first().map(|link| link.index);
+                let is_new = !self.there || first(&self.uplinks) != first(&uplinks);
                 self.there = true;
                 self.uplinks = uplinks;
+                if is_new {
+                    info!(uplink = self.uplink_name(), "clients use this uplink now");
+                }
             }
             Err(error) => {
-                let name = &self.uplinks.first().name;
-                let text = match named {
-                    Some(_) => format!("{name} (--uplink) is gone; waiting for it to come back"),
-                    None => format!("{name} leads nowhere; waiting for a route out of this server"),
+                let text = match (named, self.uplinks.first()) {
+                    (Some(name), Some(_)) => {
+                        format!("{name} (--uplink) is gone; waiting for it to come back")
+                    }
+                    (None, Some(link)) => {
+                        let name = &link.name;
+                        format!("{name} leads nowhere; waiting for a route out of this server")
+                    }
+                    (Some(name), None) => format!(
+                        "interface {name} (--uplink) does not exist yet; waiting for it \
+                         (`ip link` lists those that do)"
+                    ),
+                    (None, None) => "the network is not up yet; waiting for a route out of this \
+                                     server"
+                        .to_owned(),
                 };
-                if self.there && known.keep(now, text.clone()) {
+                if self.uplinks.first().is_none() {
+                    known.warn(now, text);
+                } else if self.there && known.keep(now, text.clone()) {
                     warn!(%error, "{text}");
                 }
                 self.there = false;
@@ -481,7 +517,7 @@ impl Follower {
         let Programs::Old(capture) = &self.programs else {
             return;
         };
-        let uplink = self.there.then(|| self.uplinks.first());
+        let uplink = self.uplinks.first().filter(|_| self.there);
         capture.set_uplink(uplink, self.settings.named.is_some());
         let held = |addr: IpAddr| addresses.iter().any(|held| held.addr == addr);
         let listens = |addr: IpAddr| self.settings.listen.is_none_or(|ip| ip == addr);
@@ -572,7 +608,7 @@ mod tests {
             now += Duration::from_millis(1);
         }
         // Whatever came last is answered, too.
-        assert!(pace.rest(now) <= LEAST_GAP.max(took * REST));
+        assert!(pace.rest(now) <= LEAST_GAP.max(took * SHARE));
         begun
     }
 
@@ -580,12 +616,17 @@ mod tests {
     fn the_first_event_is_answered_at_once_and_a_storm_at_a_pace() {
         let (second, ms) = (Duration::from_secs(1), Duration::from_millis);
         let quick = looks(second, Duration::ZERO);
-        assert_eq!(quick.len(), 50);
+        assert_eq!(quick.len(), 200);
         assert_eq!(quick[0], Duration::ZERO);
         assert_eq!(quick[1], LEAST_GAP);
-        // A look at thousands of links takes long: a tenth of the time, and no more.
-        let slow = looks(10 * second, ms(200));
-        assert_eq!(slow.len(), 5);
-        assert_eq!(slow[1], ms(200) + ms(1800));
+        // A look at thousands of links takes long. The next one is not far, since a link may come
+        // then; later ones take a tenth of the time, and no more.
+        let slow = looks(60 * second, ms(200));
+        assert_eq!(slow[1], ms(200) + LEAST_GAP);
+        assert_eq!(
+            slow.last().map(|last| *last - slow[slow.len() - 2]),
+            Some(2 * second)
+        );
+        assert!(slow.len() <= 32, "{}", slow.len());
     }
 }

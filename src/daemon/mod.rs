@@ -28,6 +28,7 @@
 
 pub mod confine;
 mod control;
+mod early;
 mod facts;
 mod follow;
 mod kept;

@@ -9,9 +9,10 @@ use std::path::Path;
 
 use tracing::{debug, warn};
 
+use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
 use super::kept;
-use super::service::{Result, Signals, cannot, input, system, warn_of_unread};
+use super::service::{DaemonError, Result, Signals, cannot, input, system, warn_of_unread};
 use super::status_socket;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
@@ -31,6 +32,9 @@ use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 /// Packets that wait in the kernel for the daemon to read them. A burst of small packets brings
 /// more between two wake-ups than the default of 500.
 const TX_QUEUE_LEN: u32 = 1_000;
+
+/// The MTU of uplinks that are not there yet: that of most (RFC 894).
+const ETHERNET_MTU: u32 = 1_500;
 
 /// A host that is ready to carry packets.
 pub(super) struct Ready {
@@ -64,6 +68,8 @@ pub(super) struct Tools {
     pub(super) processors: usize,
     /// A predecessor was killed: what it changed was still there.
     pub(super) resumes: bool,
+    /// What this server does not have yet.
+    pub(super) awaited: Option<Awaited>,
 }
 
 impl Ready {
@@ -77,18 +83,26 @@ impl Ready {
         let mut host = Host::open(runtime_dir)?;
         warn_of_unread(&host);
         let resumes = !host.made().is_empty();
+        let addresses = netlink.addresses().map_err(system)?;
+        let may_come = early::may_come(&addresses);
+        let is_up = early::is_up(&addresses);
         let endpoints = config
             .peers
             .iter()
             .map(|peer| {
-                let found = resolve(peer.endpoint.as_ref()?, 0);
+                let named = peer.endpoint.as_ref()?;
+                if !is_up && named.is_name() {
+                    // Nobody answers, and capture must not wait for that.
+                    return None;
+                }
+                let found = resolve(named, 0);
                 found
                     .map_err(|error| warn!(error, "a peer is not found by its name; trying again"))
                     .ok()
             })
             .collect::<Vec<_>>();
-        let found = Found::new(&netlink, config, &endpoints)?;
-        let sockets = bind(config)?;
+        let found = Found::new(&netlink, config, &endpoints, may_come)?;
+        let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
         let options = TunOptions {
@@ -111,6 +125,7 @@ impl Ready {
             endpoints,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             resumes,
+            awaited: may_come.then(|| Awaited::new(Terms::of(config))),
         };
         Ok(Self { host, tools })
     }
@@ -121,7 +136,7 @@ struct Found {
     uplinks: Uplinks,
 }
 
-/// The interfaces that clients' packets use, at least one, each once.
+/// The interfaces that clients' packets use, each once. There may be none before the network is up.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Uplinks(Vec<Link>);
 
@@ -137,8 +152,8 @@ impl Uplinks {
     }
 
     /// The first: of those that clients use, or the one of `--uplink`.
-    pub(super) fn first(&self) -> &Link {
-        &self.0[0]
+    pub(super) fn first(&self) -> Option<&Link> {
+        self.0.first()
     }
 
     /// Each of them.
@@ -153,29 +168,39 @@ impl Uplinks {
 
     /// The largest packet that all of them take, in bytes.
     pub(super) fn mtu(&self) -> u32 {
-        self.0.iter().map(|link| link.mtu).min().unwrap_or(0)
+        let least = self.0.iter().map(|link| link.mtu).min();
+        least.unwrap_or(ETHERNET_MTU)
     }
 }
 
 impl Found {
-    /// Checks the settings against the host.
-    fn new(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>]) -> Result<Self> {
+    /// Checks the settings against the host. What it does not have is an error, unless it `may_come`.
+    fn new(
+        netlink: &Netlink,
+        config: &Config,
+        endpoints: &[Option<SocketAddr>],
+        may_come: bool,
+    ) -> Result<Self> {
         if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
             return Err(TunError::Exists(config.tun.clone()).into());
         }
         let moves = moves(config);
         let towards: Vec<IpAddr> = endpoints.iter().flatten().map(SocketAddr::ip).collect();
-        warn_of_absent(netlink, &moves)?;
-        let uplinks = find_uplinks(
-            netlink,
-            config.uplink.as_deref(),
-            &moves,
-            &towards,
-            &config.tun,
-        )?;
+        if !may_come {
+            warn_of_absent(netlink, &moves)?;
+        }
+        let named = config.uplink.as_deref();
+        let uplinks = match find_uplinks(netlink, named, &moves, &towards, &config.tun) {
+            Err(DaemonError::Input(error)) if may_come && !is_loopback(netlink, named)? => {
+                debug!(error, "the network is not up yet");
+                Uplinks(Vec::new())
+            }
+            found => found?,
+        };
         match config.role {
-            Role::Old => check_old(netlink, config, endpoints)?,
-            Role::New => check_new(netlink, config)?,
+            Role::Old => check_old(netlink, &Terms::of(config), endpoints)?,
+            Role::New if may_come => {}
+            Role::New => check_new(netlink, &Terms::of(config))?,
         }
         Ok(Self { uplinks })
     }
@@ -214,6 +239,13 @@ impl Found {
         };
         Follower::start(settings, programs, tun.clone(), self.uplinks, host)
     }
+}
+
+/// Whether that is the loopback interface.
+fn is_loopback(netlink: &Netlink, named: Option<&str>) -> Result<bool> {
+    let Some(name) = named else { return Ok(false) };
+    let link = netlink.link_by_name(name).map_err(system)?;
+    Ok(link.is_some_and(|link| link.loopback))
 }
 
 /// Everything that has moved (old server).
@@ -347,7 +379,11 @@ pub(super) fn find_uplink(
 
 /// The old server must not move the address from which it speaks to its peer, nor move an address
 /// to itself.
-fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>]) -> Result<()> {
+pub(super) fn check_old(
+    netlink: &Netlink,
+    config: &Terms,
+    endpoints: &[Option<SocketAddr>],
+) -> Result<()> {
     let addresses = netlink.addresses().map_err(system)?;
     for (peer, endpoint) in config.peers.iter().zip(endpoints) {
         let remote = endpoint.map(|endpoint| endpoint.ip());
@@ -360,7 +396,7 @@ fn check_old(netlink: &Netlink, config: &Config, endpoints: &[Option<SocketAddr>
         }
         // The peer's address may not be known yet. Then it is taken for a host on the internet.
         let towards = remote.map_or(PUBLIC.to_vec(), |remote| vec![remote]);
-        let ours: Vec<IpAddr> = match config.listen.ip.filter(|ip| !ip.is_unspecified()) {
+        let ours: Vec<IpAddr> = match config.listen.filter(|ip| !ip.is_unspecified()) {
             Some(ip) => vec![ip],
             None => towards
                 .into_iter()
@@ -398,7 +434,7 @@ fn takes_logins(moved: &Move) -> bool {
 }
 
 /// The new server delivers to its own addresses only.
-fn check_new(netlink: &Netlink, config: &Config) -> Result<()> {
+pub(super) fn check_new(netlink: &Netlink, config: &Terms) -> Result<()> {
     let addresses = netlink.addresses().map_err(system)?;
     for peer in &config.peers {
         let keeps = peer.deliver_to == DeliverTo::Keep;
@@ -442,11 +478,13 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
         .ok_or_else(|| format!("{} has no address", peer.host))
 }
 
-/// Opens the UDP sockets, one for each lane: for both families if the host has IPv6.
-fn bind(config: &Config) -> Result<Vec<UdpSocket>> {
+/// Opens the UDP sockets, one for each lane: for both families if the host has IPv6. The address
+/// of `--listen` has to be there, unless it `may_come`.
+fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
     let options = UdpOptions {
         gso: !config.without.contains(&Without::UdpGso),
         gro: !config.without.contains(&Without::UdpGro),
+        absent: may_come && config.listen.ip.is_some(),
     };
     let Listen { ip, port } = config.listen;
     let lanes = usize::from(config.lanes);

@@ -58,6 +58,8 @@ pub struct UdpOptions {
     pub gso: bool,
     /// Receive with `UDP_GRO`.
     pub gro: bool,
+    /// Bind to an address that this host may not have yet (`IP_FREEBIND`, ip(7)).
+    pub absent: bool,
 }
 
 impl Default for UdpOptions {
@@ -65,6 +67,7 @@ impl Default for UdpOptions {
         Self {
             gso: true,
             gro: true,
+            absent: false,
         }
     }
 }
@@ -127,6 +130,14 @@ impl UdpSocket {
         }
         let gso = options.gso && set_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok();
         let gro = options.gro && set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
+        if options.absent {
+            let (level, name) = if ipv6 {
+                (libc::IPPROTO_IPV6, libc::IPV6_FREEBIND)
+            } else {
+                (libc::IPPROTO_IP, libc::IP_FREEBIND)
+            };
+            set_option(&socket, level, name, 1)?;
+        }
         socket.bind(&listen.into())?;
         Ok(Self {
             socket,
@@ -758,6 +769,7 @@ mod tests {
         batch_arrives(UdpOptions {
             gso: false,
             gro: false,
+            ..UdpOptions::default()
         });
     }
 }

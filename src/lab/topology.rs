@@ -191,19 +191,15 @@ impl LabBuilder {
         ];
         let on_new = [(NEW.into(), 24), (NEW6.into(), 64)];
         let legs = [
-            (
-                Leg::Clients,
-                &lab.clients,
-                &on_clients[..],
-                (ROUTER_CLIENTS, ROUTER_CLIENTS6),
-            ),
-            (Leg::Old, &lab.old, &on_old[..], (ROUTER_OLD, ROUTER_OLD6)),
-            (Leg::New, &lab.new, &on_new[..], (ROUTER_NEW, ROUTER_NEW6)),
+            (Leg::Clients, &lab.clients, &on_clients[..]),
+            (Leg::Old, &lab.old, &on_old[..]),
+            (Leg::New, &lab.new, &on_new[..]),
         ];
-        for (leg, host, addresses, gateway) in legs {
+        for (leg, host, addresses) in legs {
             let mtu = self.mtus.iter().rev().find(|(of, _)| *of == leg);
             let mtu = mtu.map(|&(_, mtu)| mtu);
-            lab.connect(leg, host, addresses, gateway, mtu)?;
+            lab.wire(leg, host, gateways(leg), mtu)?;
+            settle(host, addresses, gateways(leg), mtu)?;
         }
         for host in [&lab.clients, &lab.old, &lab.new] {
             settled(host)?;
@@ -360,22 +356,33 @@ impl Lab {
     /// default routes that it had: a redial, or a network manager that builds everything again. The
     /// host is cut off for `pause`.
     pub fn remake(&self, leg: Leg, pause: Duration) -> Result<()> {
-        let host = self.host(leg);
-        let addresses = host.run(|| {
+        let addresses = self.unplug(leg)?;
+        std::thread::sleep(pause);
+        self.plug(leg)?;
+        self.configure(leg, &addresses)
+    }
+
+    /// Deletes the link between the router and a host; returns the addresses that the host had on
+    /// it, with their prefix lengths.
+    pub fn unplug(&self, leg: Leg) -> Result<Vec<(IpAddr, u8)>> {
+        self.host(leg).run(|| {
             netlink("cut a host off", |netlink| {
                 let index = index_of(netlink, UPLINK)?;
                 let held = addresses_of(netlink, index)?;
                 netlink.delete_interface(index)?;
                 Ok(held)
             })
-        })?;
-        std::thread::sleep(pause);
-        let (v4, v6) = match leg {
-            Leg::Clients => (ROUTER_CLIENTS, ROUTER_CLIENTS6),
-            Leg::Old => (ROUTER_OLD, ROUTER_OLD6),
-            Leg::New => (ROUTER_NEW, ROUTER_NEW6),
-        };
-        self.connect(leg, host, &addresses, (v4, v6), None)
+        })
+    }
+
+    /// Makes the link between the router and a host anew. The host has not set it up yet.
+    pub fn plug(&self, leg: Leg) -> Result<()> {
+        self.wire(leg, self.host(leg), gateways(leg), None)
+    }
+
+    /// Sets the link of a host up, with these addresses and default routes.
+    pub fn configure(&self, leg: Leg, addresses: &[(IpAddr, u8)]) -> Result<()> {
+        settle(self.host(leg), addresses, gateways(leg), None)
     }
 
     /// Connects a host to the router by one more link, with an interface of the same name at both
@@ -414,11 +421,7 @@ impl Lab {
     /// Makes a host's uplink the port of a new bridge, which takes over its addresses and default
     /// routes.
     pub fn put_into_bridge(&self, leg: Leg, bridge: &str) -> Result<()> {
-        let gateways: [IpAddr; 2] = match leg {
-            Leg::Clients => [ROUTER_CLIENTS.into(), ROUTER_CLIENTS6.into()],
-            Leg::Old => [ROUTER_OLD.into(), ROUTER_OLD6.into()],
-            Leg::New => [ROUTER_NEW.into(), ROUTER_NEW6.into()],
-        };
+        let gateways = gateways(leg).map(|(gateway, _)| gateway);
         self.host(leg).run(|| {
             netlink("put an uplink into a bridge", |netlink| {
                 let port = index_of(netlink, UPLINK)?;
@@ -520,35 +523,52 @@ impl Lab {
         }
     }
 
-    fn connect(
+    fn wire(
         &self,
         leg: Leg,
         host: &Namespace,
-        addresses: &[(IpAddr, u8)],
-        gateway: (Ipv4Addr, Ipv6Addr),
+        gateways: [(IpAddr, u8); 2],
         mtu: Option<u32>,
     ) -> Result<()> {
         let at_router = leg.router_interface();
-        let gateways = [(IpAddr::from(gateway.0), 24), (IpAddr::from(gateway.1), 64)];
         self.router.run(|| {
             netlink("connect a host to the router", |netlink| {
                 netlink.add_veth(at_router, UPLINK, Some(host.fd().as_fd()))?;
                 set_up(netlink, at_router, mtu, &gateways)
             })
-        })?;
-        host.run(|| {
-            netlink("give a host its addresses", |netlink| {
-                set_up(netlink, UPLINK, mtu, addresses)?;
-                for (gateway, _) in gateways {
-                    netlink.add_route(&Route {
-                        via: Some(gateway),
-                        ..Route::default_of(Family::of(gateway))
-                    })?;
-                }
-                Ok(())
-            })
         })
     }
+}
+
+/// The router's addresses on a link, with their prefix lengths.
+fn gateways(leg: Leg) -> [(IpAddr, u8); 2] {
+    let (v4, v6) = match leg {
+        Leg::Clients => (ROUTER_CLIENTS, ROUTER_CLIENTS6),
+        Leg::Old => (ROUTER_OLD, ROUTER_OLD6),
+        Leg::New => (ROUTER_NEW, ROUTER_NEW6),
+    };
+    [(v4.into(), 24), (v6.into(), 64)]
+}
+
+/// Gives a host's uplink its addresses, and the host its default routes.
+fn settle(
+    host: &Namespace,
+    addresses: &[(IpAddr, u8)],
+    gateways: [(IpAddr, u8); 2],
+    mtu: Option<u32>,
+) -> Result<()> {
+    host.run(|| {
+        netlink("give a host its addresses", |netlink| {
+            set_up(netlink, UPLINK, mtu, addresses)?;
+            for (gateway, _) in gateways {
+                netlink.add_route(&Route {
+                    via: Some(gateway),
+                    ..Route::default_of(Family::of(gateway))
+                })?;
+            }
+            Ok(())
+        })
+    })
 }
 
 /// Asks the kernel something about the calling thread's namespace.

@@ -330,9 +330,14 @@ impl Tunnel {
     pub fn set_endpoint(&mut self, now: Instant, endpoint: Option<SocketAddr>) {
         if endpoint != self.config.endpoint {
             self.config.endpoint = endpoint;
-            self.attempts = 0;
-            self.next_attempt = self.next_attempt.min(now);
+            self.hurry(now);
         }
+    }
+
+    /// There is a way to the peer again: what waits for the next attempt need not.
+    pub fn hurry(&mut self, now: Instant) {
+        self.attempts = 0;
+        self.next_attempt = self.next_attempt.min(now);
     }
 
     /// The uplink takes larger or smaller datagrams than before.

@@ -15,7 +15,8 @@
 //! | [`OF_THE_RESOLVER`] | read, if a peer is given by name |
 //!
 //! `/etc` is readable as a whole then: files there are replaced by others of the same name, which a
-//! rule for the single file would not cover.
+//! rule for the single file would not cover. What is not there yet, as before the network is up, is
+//! stood for by the directory above.
 //!
 //! Of TCP ports there is the resolver's alone. Signals and abstract sockets reach no other process
 //! (Linux 6.12).
@@ -106,12 +107,8 @@ fn try_close(needs: Needs<'_>) -> Result<Anchors, Failure> {
         rules = allow(rules, &mut anchors, above, AccessFs::RemoveDir.into())?;
     }
     for path in NAME_SERVERS {
-        rules = allow(
-            rules,
-            &mut anchors,
-            Path::new(path),
-            AccessFs::ReadFile.into(),
-        )?;
+        let found = there(Path::new(path), 2).unwrap_or_else(|| path.into());
+        rules = allow(rules, &mut anchors, &found, AccessFs::ReadFile.into())?;
     }
     if needs.names {
         let reading = make_bitflags!(AccessFs::{ReadFile | ReadDir});
@@ -152,11 +149,25 @@ fn allow(
     Ok(rules)
 }
 
+/// What is there of a path, or of what a link there leads to: all of it, or else the directories
+/// above, if there are as many as `least`. When the host starts, the files of the resolver are yet
+/// to be made.
+fn there(path: &Path, least: usize) -> Option<PathBuf> {
+    let target = std::fs::read_link(path).ok();
+    let beside = |target: PathBuf| path.parent().map(|dir| dir.join(target));
+    let wanted = target.and_then(beside).unwrap_or_else(|| path.to_owned());
+    let mut above = wanted.ancestors();
+    let found = above.find_map(|path| std::fs::canonicalize(path).ok())?;
+    // The root is the first component of a path.
+    (found.components().count() > least).then_some(found)
+}
+
 fn of_the_resolver() -> impl Iterator<Item = PathBuf> {
     let target = std::fs::canonicalize(RESOLV_CONF).ok();
     let beside = target.and_then(|file| Some(file.parent()?.to_owned()));
     // Not everything there is, should somebody have it lead there.
     let beside = beside.filter(|dir| dir.parent().is_some_and(|above| above.parent().is_some()));
+    let beside = beside.or_else(|| there(Path::new(RESOLV_CONF), 1));
     OF_THE_RESOLVER.map(PathBuf::from).into_iter().chain(beside)
 }
 
@@ -204,6 +215,25 @@ mod tests {
 
     fn writing(path: &str) -> io::Result<fs::File> {
         fs::OpenOptions::new().write(true).open(path)
+    }
+
+    #[test]
+    fn what_is_not_there_yet_is_stood_for_by_what_is_above() {
+        let base = std::env::temp_dir().join(format!("ipmoved-there-{}", std::process::id()));
+        fs::create_dir_all(base.join("run")).unwrap();
+        let base = fs::canonicalize(&base).unwrap();
+        let link = base.join("resolv.conf");
+        std::os::unix::fs::symlink("run/resolve/stub", &link).unwrap();
+        assert_eq!(there(&link, 2), Some(base.join("run")));
+        fs::create_dir(base.join("run/resolve")).unwrap();
+        assert_eq!(there(&link, 2), Some(base.join("run/resolve")));
+        fs::write(base.join("run/resolve/stub"), "").unwrap();
+        assert_eq!(there(&link, 2), Some(base.join("run/resolve/stub")));
+        fs::remove_dir_all(&base).unwrap();
+        // Not everything there is.
+        assert_eq!(there(Path::new("/nowhere/at/all"), 1), None);
+        assert_eq!(there(Path::new("/proc/nowhere"), 1), Some("/proc".into()));
+        assert_eq!(there(Path::new("/proc/nowhere"), 2), None);
     }
 
     #[test]

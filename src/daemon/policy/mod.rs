@@ -131,6 +131,8 @@ pub(super) enum Input {
     LookedUp(PeerId, Result<SocketAddr, String>),
     /// How large a packet the route to it takes.
     Route(PeerId, RouteSize),
+    /// There is a way out of this server again.
+    WayOut,
     /// This server has these addresses now.
     Addresses(Addresses),
     /// The uplink has this MTU now.
@@ -386,6 +388,13 @@ impl Policy {
                     let hint = sizes::hint(endpoint.remote, size);
                     self.actions.push_back(Action::HintMtu(peer, hint));
                 }
+            }
+            Input::WayOut => {
+                let lookups = self
+                    .peers
+                    .iter_mut()
+                    .filter_map(|peer| peer.lookup.as_mut());
+                lookups.for_each(|lookup| lookup.hurry(now));
             }
             Input::Addresses(addresses) => self.have_addresses(now, addresses),
             Input::UplinkMtu(mtu) => self.uplink_has_mtu(mtu),
