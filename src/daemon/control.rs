@@ -699,10 +699,8 @@ impl Control<'_> {
         let Some(held) = self.list_addresses() else {
             return;
         };
-        let peers = self.view.peers.iter();
-        let peers: Vec<IpAddr> = peers
-            .filter_map(|peer| Some(peer.endpoint?.remote.ip()))
-            .collect();
+        let peers = self.policy.peers();
+        let peers: Vec<IpAddr> = peers.filter_map(|peer| self.address_of(peer)).collect();
         let (host, known) = (&mut *self.host, &mut self.warnings);
         let led_out = self.follower.leads_out();
         let other_links = self.follower.look(now, host, &peers, &held, known);
@@ -738,6 +736,13 @@ impl Control<'_> {
             Ok(_) => {}
             Err(error) => self.fault = Some(error),
         }
+    }
+
+    /// Where a peer was heard, or else where the settings say that it is.
+    fn address_of(&self, peer: PeerId) -> Option<IpAddr> {
+        let heard = self.view.peers[index(peer)].endpoint;
+        let known = heard.map(|at| at.remote).or(self.called[index(peer)]);
+        known.map(|addr| addr.ip())
     }
 
     /// Learns whether a route leads to a peer. As soon as one does, the peer is called.
@@ -802,12 +807,10 @@ impl Control<'_> {
     /// Looks at how large a packet the route to a peer takes: the tunnel's probes go up to that
     /// size. What the kernel has learned from ICMP errors is no more than a hint for them.
     fn look_at_route(&mut self, now: Instant, peer: PeerId) {
-        let heard = self.view.peers[index(peer)].endpoint;
-        let called = || Some(self.called[index(peer)]?.ip());
-        let Some(to) = heard.map(|at| at.remote.ip()).or_else(called) else {
+        let Some(to) = self.address_of(peer) else {
             return;
         };
-        let local = heard.and_then(|at| at.local);
+        let local = self.view.peers[index(peer)].endpoint.and_then(|at| at.local);
         let route = self.netlink.route_get(to, None, local);
         let route = route.or_else(|_| self.netlink.route_get(to, None, None));
         self.has_route(now, peer, route.is_ok());
