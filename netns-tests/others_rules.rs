@@ -1,4 +1,4 @@
-//! What other programs do to rules, routes, marks and addresses, on servers that are not ours alone.
+//! What other programs do to rules, routes, marks and addresses of the servers.
 //!
 //! ```text
 //!  client ── router ──┬── old server ✝: systemd-networkd, keepalived

@@ -810,7 +810,9 @@ impl Control<'_> {
         let Some(to) = self.address_of(peer) else {
             return;
         };
-        let local = self.view.peers[index(peer)].endpoint.and_then(|at| at.local);
+        let local = self.view.peers[index(peer)]
+            .endpoint
+            .and_then(|at| at.local);
         let route = self.netlink.route_get(to, None, local);
         let route = route.or_else(|_| self.netlink.route_get(to, None, None));
         self.has_route(now, peer, route.is_ok());

@@ -32,7 +32,7 @@ const LOOPBACK: u32 = 1;
 
 /// How long the network has to be up before what is still wrong counts: addresses and routes come
 /// one after the other, those of IPv6 after a search for duplicates of a second or two (RFC 4862).
-/// It is looked at whenever something changes, and every [`LOOK_EVERY`](super::service::LOOK_EVERY).
+/// Whoever looks does so when something changes, and every few seconds.
 const SETTLED: Duration = Duration::from_secs(10);
 
 /// Whether what is missing may still come. Else somebody has just typed it, and is told at once.

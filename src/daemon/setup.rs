@@ -174,7 +174,8 @@ impl Uplinks {
 }
 
 impl Found {
-    /// Checks the settings against the host. What it does not have is an error, unless it `may_come`.
+    /// Checks the settings against the host. What that does not have is an error, unless it
+    /// `may_come`.
     fn new(
         netlink: &Netlink,
         config: &Config,
