@@ -46,7 +46,15 @@ impl Impostor {
             .iter()
             .map(|text| text.parse().map_err(failed))
             .collect::<Result<_>>()?;
-        Self::start(lab, Role::Old, Announcement::Old { moves, mtu: 1_500 })
+        Self::start(
+            lab,
+            Role::Old,
+            Announcement::Old {
+                moves,
+                mtu: 1_500,
+                reached: None,
+            },
+        )
     }
 
     /// Makes a session with the daemon of the old server, and announces that it delivers to the new

@@ -252,6 +252,7 @@ impl Pair {
                     Role::Old => Announcement::Old {
                         moves: vec![],
                         mtu: 1_500,
+                        reached: None,
                     },
                     Role::New => Announcement::New {
                         deliver: Deliver::Keep,

@@ -9,7 +9,7 @@
 //! the kernel, and what follows for programs on links, is [`follow`](super::follow)'s business.
 
 use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
@@ -38,6 +38,7 @@ use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfi
 use crate::flow::ended::HostFlow;
 use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::role::{Forwarder, Hop};
+use crate::flow::routes::Delivery;
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
@@ -146,6 +147,8 @@ async fn carry(
         tun,
         follower,
         facts: Facts::default(),
+        listen: config.listen.ip,
+        delivering: vec![None; peers],
         holding: None,
         view: LaneView {
             sessions: Default::default(),
@@ -338,6 +341,10 @@ struct Control<'h> {
     tun: Link,
     follower: Follower,
     facts: Facts,
+    /// The address of `--listen`, if it names one.
+    listen: Option<IpAddr>,
+    /// Where packets of each peer are delivered, as was told last.
+    delivering: Vec<Option<(Option<Ipv4Addr>, Option<Ipv6Addr>)>>,
     /// The moved addresses that this host was last asked to hold.
     holding: Option<Vec<IpAddr>>,
     /// The lanes see this once it is published.
@@ -543,6 +550,8 @@ impl Control<'_> {
             }
             Event::Arrived(endpoint) => {
                 self.look_before_choosing(now);
+                let from = self.speaks_from(endpoint.remote.ip());
+                self.see(now, Input::SpeaksFrom(peer, from));
                 self.see(now, Input::Endpoint(peer, endpoint));
                 self.look_at_route(now, peer);
             }
@@ -600,6 +609,7 @@ impl Control<'_> {
                     }
                 }
                 Action::Deliver(peer, delivery) => {
+                    self.tell_of_delivery(peer, &delivery);
                     if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_delivery(peer, delivery);
                     }
@@ -645,6 +655,25 @@ impl Control<'_> {
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
             }
+        }
+    }
+
+    /// Logs where packets of a peer are delivered, whenever that changes.
+    fn tell_of_delivery(&mut self, peer: PeerId, delivery: &Delivery) {
+        let to = (delivery.v4, delivery.v6);
+        let before = self.delivering[index(peer)].replace(to);
+        if delivery.keep || before == Some(to) {
+            return;
+        }
+        let name = |addr: Option<IpAddr>| addr.map_or_else(|| "-".into(), |addr| addr.to_string());
+        let (v4, v6) = (name(to.0.map(IpAddr::V4)), name(to.1.map(IpAddr::V6)));
+        let peer = self.policy.name(peer);
+        match before {
+            None => info!(peer, v4, v6, "delivering to these addresses of this server"),
+            Some(_) => warn!(
+                peer,
+                v4, v6, "the delivery address has changed; name one with --deliver-to to keep it"
+            ),
         }
     }
 
@@ -766,6 +795,13 @@ impl Control<'_> {
         if self.role == Role::New {
             self.look_at_addresses(now);
         }
+    }
+
+    /// The address that this server speaks from to somebody there: the one of `--listen`, or the
+    /// one that the kernel prefers.
+    fn speaks_from(&self, to: IpAddr) -> Option<IpAddr> {
+        let listen = self.listen.filter(|ip| !ip.is_unspecified());
+        listen.or_else(|| self.netlink.route_get(to, None, None).ok()?.prefsrc)
     }
 
     fn read_addresses(&mut self, now: Instant) {

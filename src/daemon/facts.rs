@@ -32,6 +32,7 @@ use crate::flow::networks::OwnNetwork;
 use crate::kernel::netlink::{
     Address, Family, Link, ListedRoute, Netlink, NetlinkError, RouteKind,
 };
+use crate::kernel::plan::PUBLIC;
 use crate::model::prefix::Prefix;
 
 /// How long what was read of routes and resolvers is good for.
@@ -110,6 +111,7 @@ impl Facts {
     ) -> Addresses {
         let mut addresses = Self::addresses(listed, uplinks);
         addresses.held = held;
+        addresses.by_default = of_default_routes(netlink, listed, tun);
         let now = Instant::now();
         if self.again.is_none_or(|again| again <= now) {
             self.unread = self.read_routes(netlink, tun).err();
@@ -220,6 +222,19 @@ impl Routed {
             self.networks.insert(prefix, index);
         }
     }
+}
+
+/// The addresses on the links that the default routes of both families leave by, each with those
+/// that stay first. The daemon's own way out of last resort is none.
+fn of_default_routes(netlink: &Netlink, listed: &[Address], tun: &Link) -> Vec<IpAddr> {
+    let mut links = PUBLIC
+        .map(|far| netlink.route_get(far, None, None).ok()?.oif)
+        .to_vec();
+    links.retain(|&link| link != Some(tun.index));
+    let on_them = listed
+        .iter()
+        .filter(|held| links.contains(&Some(held.index)));
+    on_them.map(|held| held.addr).collect()
 }
 
 /// The network of this server's own that a route leads to, and its interface.

@@ -94,7 +94,14 @@ impl Bed {
             Tunnel::new(config, now).unwrap()
         };
         let moves = vec![MOVED.parse().unwrap()];
-        let mut old = tunnel(Role::Old, Announcement::Old { moves, mtu: 1_500 });
+        let mut old = tunnel(
+            Role::Old,
+            Announcement::Old {
+                moves,
+                mtu: 1_500,
+                reached: None,
+            },
+        );
         let deliver = Deliver::To { v4: None, v6: None };
         let announcement = Announcement::New {
             deliver,

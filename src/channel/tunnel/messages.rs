@@ -4,7 +4,7 @@
 //! The bytes are authenticated, but another program wrote them: reading refuses what is wrong and
 //! never panics.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::channel::wire::role_byte;
 use crate::model::moved::{MAX_MOVES, Move};
@@ -148,6 +148,9 @@ pub enum Announcement {
         moves: Vec<Move>,
         /// MTU of its uplink, for the clients' packets.
         mtu: u16,
+        /// The address at which its settings name the new server. Whoever begins a handshake, and
+        /// from where, this is the same.
+        reached: Option<IpAddr>,
     },
     /// Of the new server.
     New {
@@ -188,13 +191,18 @@ impl Announcement {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = vec![role_byte(self.role())];
         match self {
-            Self::Old { moves, mtu } => {
+            Self::Old {
+                moves,
+                mtu,
+                reached,
+            } => {
                 debug_assert!(moves.len() <= MAX_MOVES, "refused when configured");
                 out.extend_from_slice(&mtu.to_le_bytes());
                 out.push(moves.len() as u8);
                 for moved in moves {
                     moved.encode(&mut out);
                 }
+                encode_address(*reached, &mut out);
             }
             Self::New {
                 deliver,
@@ -238,7 +246,12 @@ impl Announcement {
                 let moves = (0..count)
                     .map(|_| Move::decode(rest))
                     .collect::<Option<_>>()?;
-                Some(Self::Old { moves, mtu })
+                let reached = take_address(rest)?;
+                Some(Self::Old {
+                    moves,
+                    mtu,
+                    reached,
+                })
             }
             2 => {
                 let [flags] = take(rest)?;
@@ -270,6 +283,30 @@ impl Announcement {
             _ => None,
         }
     }
+}
+
+/// An address that may be left out: its family, 0 if there is none, then its bytes.
+fn encode_address(addr: Option<IpAddr>, out: &mut Vec<u8>) {
+    match addr {
+        None => out.push(0),
+        Some(IpAddr::V4(addr)) => {
+            out.push(4);
+            out.extend(addr.octets());
+        }
+        Some(IpAddr::V6(addr)) => {
+            out.push(6);
+            out.extend(addr.octets());
+        }
+    }
+}
+
+/// Reads such an address at the end of what older versions send: for them there is none.
+fn take_address(rest: &mut &[u8]) -> Option<Option<IpAddr>> {
+    Some(match take(rest) {
+        Some([4]) => Some(take::<4>(rest)?.into()),
+        Some([6]) => Some(take::<16>(rest)?.into()),
+        Some(_) | None => None,
+    })
 }
 
 /// Reads a text that will stand in a log and on a terminal. It has no control characters, whatever
@@ -362,7 +399,11 @@ mod tests {
                 transport: None,
             })
             .collect();
-        let announcement = Announcement::Old { moves, mtu: 1500 };
+        let announcement = Announcement::Old {
+            moves,
+            mtu: 1500,
+            reached: None,
+        };
         let bytes = announcement.encode();
         assert!(bytes.len() <= MAX_PARTS * PART_LEN, "{}", bytes.len());
         assert_eq!(Announcement::decode(&bytes), Some(announcement));

@@ -60,6 +60,7 @@ fn announcement(role: Role) -> Announcement {
         Role::Old => Announcement::Old {
             moves: vec!["192.0.2.5".parse().unwrap()],
             mtu: 1500,
+            reached: None,
         },
         Role::New => Announcement::New {
             deliver: Deliver::To {
@@ -588,6 +589,7 @@ fn announcements_arrive_once_and_when_they_change() {
             })
             .collect(),
         mtu: 9000,
+        reached: None,
     };
     pair.link.loss = 300;
     let now = pair.now;
@@ -611,6 +613,7 @@ fn one_announcement_a_second_is_looked_at_and_the_newest_in_the_end() {
     let says = |n: u64| Announcement::Old {
         moves: vec![format!("192.0.2.{}", n % 2 + 1).parse().unwrap()],
         mtu: 1_280 + n as u16,
+        reached: None,
     };
     for n in 0..100 {
         let now = pair.now;

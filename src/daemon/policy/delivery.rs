@@ -15,17 +15,30 @@ use crate::settings::values::DeliverTo;
 /// The last address of each family to which packets from a peer were delivered.
 pub(super) type Chosen = (Option<Ipv4Addr>, Option<Ipv6Addr>);
 
+/// What is known of where a peer reaches this host. Nothing of it depends on which of the two
+/// daemons started first or began the handshake, so a restart changes nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Reached {
+    /// The address that the peer's settings name. Where a router translates addresses on the way,
+    /// it is none of this host's.
+    pub(super) named: Option<IpAddr>,
+    /// The last addresses, one of each family.
+    pub(super) before: Chosen,
+    /// The address that this host speaks to the peer from.
+    pub(super) from: Option<IpAddr>,
+}
+
 /// Where packets from a peer are delivered: as the peer is told, and as the lanes do it.
 ///
-/// Without an address in the settings, it stays what it was (`before`) as long as this host has
-/// that address, wherever the peer reaches it meanwhile: connections would not survive a change.
-/// Else it is the one on which the peer reaches this host (`reached`), and for the other family the
-/// first one of the uplink. Each family is chosen for itself.
+/// Without an address in the settings, it is the one at which the peer's settings name this host.
+/// If that is none of this host's, or of the other family, it stays what it was as long as this
+/// host has that address: connections would not survive a change. Else it is the one that this host
+/// speaks to the peer from, and for the other family the first one of the uplink, or of the link
+/// that the family's default route leaves by. Each family is chosen for itself.
 pub(super) fn choose(
     to: DeliverTo,
     ports: &[PortMap],
-    (before_v4, before_v6): Chosen,
-    reached: Option<IpAddr>,
+    reached: Reached,
     here: &Addresses,
 ) -> (Deliver, Delivery) {
     let ports = ports.to_vec();
@@ -39,21 +52,26 @@ pub(super) fn choose(
             },
         ),
         DeliverTo::Addresses { v4, v6 } => {
-            let (reached_v4, reached_v6) = match reached {
-                Some(IpAddr::V4(addr)) => (Some(addr), None),
-                Some(IpAddr::V6(addr)) => (None, Some(addr)),
-                None => (None, None),
-            };
+            let Reached {
+                named,
+                before: (before_v4, before_v6),
+                from,
+            } = reached;
+            let ((named_v4, named_v6), (from_v4, from_v6)) = (by_family(named), by_family(from));
             // Nothing is known yet where there is no address at all.
             let is_here = |addr: IpAddr| here.all.is_empty() || here.all.contains(&addr);
             let is_v4_here = |addr: &Ipv4Addr| is_here(IpAddr::from(*addr));
             let is_v6_here = |addr: &Ipv6Addr| is_here(IpAddr::from(*addr));
-            let known_v4 = before_v4.into_iter().chain(reached_v4);
-            let known_v6 = before_v6.into_iter().chain(reached_v6);
-            let v4 = v4.or_else(|| { known_v4 }.find(is_v4_here));
-            let v6 = v6.or_else(|| { known_v6 }.find(is_v6_here));
-            let v4 = v4.or_else(|| first_v4(&here.uplink));
-            let v6 = v6.or_else(|| first_v6(&here.uplink));
+            let mut known_v4 = named_v4.into_iter().chain(before_v4).chain(from_v4);
+            let mut known_v6 = named_v6.into_iter().chain(before_v6).chain(from_v6);
+            let v4 = v4
+                .or_else(|| known_v4.find(is_v4_here))
+                .or_else(|| first_v4(&here.uplink))
+                .or_else(|| first_v4(&here.by_default));
+            let v6 = v6
+                .or_else(|| known_v6.find(is_v6_here))
+                .or_else(|| first_v6(&here.uplink))
+                .or_else(|| first_v6(&here.by_default));
             let delivery = Delivery {
                 v4,
                 v6,
@@ -62,6 +80,15 @@ pub(super) fn choose(
             };
             (Deliver::To { v4, v6 }, delivery)
         }
+    }
+}
+
+/// The address in the place of its family.
+fn by_family(addr: Option<IpAddr>) -> Chosen {
+    match addr {
+        Some(IpAddr::V4(addr)) => (Some(addr), None),
+        Some(IpAddr::V6(addr)) => (None, Some(addr)),
+        None => (None, None),
     }
 }
 
@@ -219,7 +246,16 @@ mod tests {
             let reached = addresses(reached).first().copied();
             let mut here = here(uplink);
             here.all.extend(reached);
-            let (deliver, delivery) = choose(told, &[], (None, None), reached, &here);
+            let by_name = Reached {
+                named: reached,
+                ..Reached::default()
+            };
+            let by_source = Reached {
+                from: reached,
+                ..Reached::default()
+            };
+            let (deliver, delivery) = choose(told, &[], by_name, &here);
+            assert_eq!(choose(told, &[], by_source, &here).0, deliver);
             let (v4, v6) = (v4(to_v4), v6(to_v6));
             assert_eq!(deliver, Deliver::To { v4, v6 });
             assert_eq!((delivery.v4, delivery.v6, delivery.keep), (v4, v6, false));
@@ -229,10 +265,13 @@ mod tests {
     #[test]
     fn the_delivery_address_stays_while_this_host_has_it_family_by_family() {
         let anywhere = DeliverTo::Addresses { v4: None, v6: None };
-        let chosen = |(before_v4, before_v6): (&str, &str), reached: &str, uplink: &str| {
-            let reached = addresses(reached).first().copied();
-            let before = (v4(before_v4), v6(before_v6));
-            choose(anywhere, &[], before, reached, &here(uplink)).0
+        let chosen = |(before_v4, before_v6): (&str, &str), from: &str, uplink: &str| {
+            let reached = Reached {
+                named: None,
+                before: (v4(before_v4), v6(before_v6)),
+                from: addresses(from).first().copied(),
+            };
+            choose(anywhere, &[], reached, &here(uplink)).0
         };
         let to = |to_v4: &str, to_v6: &str| Deliver::To {
             v4: v4(to_v4),
@@ -242,7 +281,7 @@ mod tests {
             "198.51.100.9 198.51.100.2 2001:db8::9 2001:db8::2",
             ("198.51.100.2", "2001:db8::2"),
         );
-        // The peer reaches this host elsewhere, and other addresses come first.
+        // This host speaks to the peer from elsewhere, and other addresses come first.
         for reached in ["198.51.100.2", "198.51.100.9", "2001:db8::9", ""] {
             assert_eq!(chosen(first, reached, both), to(first.0, first.1));
         }
@@ -255,10 +294,59 @@ mod tests {
     }
 
     #[test]
+    fn where_the_peers_settings_name_this_host_counts_first() {
+        let anywhere = DeliverTo::Addresses { v4: None, v6: None };
+        let chosen = |named: &str, before: &str, from: &str, uplink: &str| {
+            let reached = Reached {
+                named: addresses(named).first().copied(),
+                before: (v4(before), None),
+                from: addresses(from).first().copied(),
+            };
+            choose(anywhere, &[], reached, &here(uplink)).0
+        };
+        let to = |to_v4: &str, to_v6: &str| Deliver::To {
+            v4: v4(to_v4),
+            v6: v6(to_v6),
+        };
+        const HERE: &str = "198.51.100.2 198.51.100.3";
+        let floating = to("198.51.100.3", "-");
+        for before in ["-", "198.51.100.2", "198.51.100.3"] {
+            for from in ["", "198.51.100.2", "198.51.100.3"] {
+                assert_eq!(chosen("198.51.100.3", before, from, HERE), floating);
+            }
+        }
+        // Behind a router that translates addresses, and by the other family.
+        for named in ["203.0.113.1", "2001:db8:f::1"] {
+            let first = chosen(named, "-", "198.51.100.3", HERE);
+            assert_eq!(first, floating);
+            assert_eq!(chosen(named, "198.51.100.3", "198.51.100.2", HERE), first);
+        }
+        // It floats to another host, and back.
+        let gone = chosen("198.51.100.3", "198.51.100.3", "", "198.51.100.2");
+        assert_eq!(gone, to("198.51.100.2", "-"));
+        assert_eq!(chosen("198.51.100.3", "198.51.100.2", "", HERE), floating);
+    }
+
+    #[test]
+    fn a_family_without_an_address_on_the_uplink_has_that_of_its_default_route() {
+        let here = Addresses {
+            by_default: addresses("198.51.100.2 fe80::1 2001:db8:6::2 2001:db8:6::3"),
+            ..here("198.51.100.2")
+        };
+        let anywhere = DeliverTo::Addresses { v4: None, v6: None };
+        let deliver = choose(anywhere, &[], Reached::default(), &here).0;
+        let (v4, v6) = (v4("198.51.100.2"), v6("2001:db8:6::2"));
+        assert_eq!(deliver, Deliver::To { v4, v6 });
+    }
+
+    #[test]
     fn kept_packets_are_not_rewritten() {
-        let reached = addresses("198.51.100.2").first().copied();
+        let reached = Reached {
+            named: addresses("198.51.100.2").first().copied(),
+            ..Reached::default()
+        };
         let here = here("198.51.100.2");
-        let (deliver, delivery) = choose(DeliverTo::Keep, &[], (None, None), reached, &here);
+        let (deliver, delivery) = choose(DeliverTo::Keep, &[], reached, &here);
         assert_eq!(deliver, Deliver::Keep);
         assert!(delivery.keep && delivery.v4.is_none() && delivery.v6.is_none());
         assert_eq!(

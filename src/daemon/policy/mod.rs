@@ -104,8 +104,10 @@ pub(super) struct HostFacts {
 pub(super) struct Addresses {
     /// On any interface.
     pub(super) all: Vec<IpAddr>,
-    /// On the one that clients' packets use, in the kernel's order.
+    /// On the one that clients' packets use, those that stay first.
     pub(super) uplink: Vec<IpAddr>,
+    /// On the links that the default routes leave by, in the same order (new server).
+    pub(super) by_default: Vec<IpAddr>,
     /// The broadcast addresses of their networks.
     pub(super) broadcasts: Vec<IpAddr>,
     /// Moved addresses that this daemon has put on this host (new server).
@@ -123,6 +125,8 @@ pub(super) struct Addresses {
 pub(super) enum Input {
     /// The peer is at this endpoint from now on.
     Endpoint(PeerId, Endpoint),
+    /// The address that this server speaks to the peer from, whoever begins (new server).
+    SpeaksFrom(PeerId, Option<IpAddr>),
     /// The peer came or went.
     State(PeerId, State),
     /// The peer said this of itself.
@@ -295,6 +299,10 @@ struct Peer {
     /// `None` if the settings give an address instead of a name.
     lookup: Option<Lookup>,
     endpoint: Option<Endpoint>,
+    /// Where its settings name this server, as it announced (new server).
+    names_us: Option<IpAddr>,
+    /// The address that this server speaks to it from (new server).
+    speaks_from: Option<IpAddr>,
     state: State,
     /// Where the new server delivers, once that is known.
     deliver: Option<Deliver>,
@@ -331,6 +339,8 @@ impl Policy {
                     clients_from: rules.clients_from,
                     known_at: rules.known_at,
                     endpoint: None,
+                    names_us: None,
+                    speaks_from: None,
                     state: State::Connecting,
                     deliver: None,
                     chosen: (None, None),
@@ -372,6 +382,7 @@ impl Policy {
                 self.judge_again(now, Some(peer));
                 self.deliver(peer);
             }
+            Input::SpeaksFrom(peer, addr) => self.peers[index(peer)].speaks_from = addr,
             Input::State(peer, state) => {
                 let peer = &mut self.peers[index(peer)];
                 peer.state = state;
@@ -500,6 +511,7 @@ impl Policy {
             Role::Old => Announcement::Old {
                 moves: self.claims.served(id).to_vec(),
                 mtu,
+                reached: self.peers[index(id)].known_at,
             },
             Role::New => {
                 let peer = &self.peers[index(id)];
@@ -521,7 +533,15 @@ impl Policy {
 
     fn announced(&mut self, now: Instant, peer: PeerId, announcement: Announcement) {
         match (self.role, announcement) {
-            (Role::New, Announcement::Old { moves, mtu }) => {
+            (
+                Role::New,
+                Announcement::Old {
+                    moves,
+                    mtu,
+                    reached,
+                },
+            ) => {
+                self.peers[index(peer)].names_us = reached;
                 self.moved_here(now, peer, moves, mtu);
             }
             (Role::Old, Announcement::New { deliver, error, .. }) => {
@@ -621,6 +641,9 @@ impl Policy {
                 let known_at = self.peers[index(peer)].known_at.replace(addr.ip());
                 if known_at != Some(addr.ip()) {
                     self.judge_again(now, None);
+                    if self.role == Role::Old {
+                        self.announce(peer);
+                    }
                 }
                 self.actions.push_back(Action::Call(peer, addr));
             }
@@ -641,25 +664,36 @@ impl Policy {
 
     // Delivery.
 
+    /// Where packets from a peer are to be delivered. If this server chooses the address, `None`
+    /// until the peer said where its settings name this server: before that nothing comes that
+    /// could be delivered.
+    fn choose(&self, id: PeerId) -> Option<(Deliver, Delivery)> {
+        let peer = &self.peers[index(id)];
+        let is_known = self.claims.has_announced(id) || peer.deliver_to == DeliverTo::Keep;
+        let endpoint = peer.endpoint.filter(|_| is_known)?;
+        let reached = delivery::Reached {
+            named: peer.names_us,
+            before: peer.chosen,
+            from: peer.speaks_from.or(endpoint.local),
+        };
+        let chosen = delivery::choose(peer.deliver_to, &peer.ports, reached, &self.addresses);
+        Some(chosen)
+    }
+
     /// Decides where packets from a peer are delivered, and tells the peer.
     fn deliver(&mut self, id: PeerId) {
-        let peer = &self.peers[index(id)];
-        let (Role::New, Some(endpoint)) = (self.role, peer.endpoint) else {
+        if self.role != Role::New || self.peers[index(id)].endpoint.is_none() {
             return;
-        };
-        let (deliver, delivery) = delivery::choose(
-            peer.deliver_to,
-            &peer.ports,
-            peer.chosen,
-            endpoint.local,
-            &self.addresses,
-        );
+        }
         let wanted = self.wanted_here();
         // What was done already is not done again, though what failed is tried again.
         if wanted != self.wanted || self.not_held.is_some() {
             self.wanted = wanted.clone();
             self.actions.extend(wanted.map(Action::Hold));
         }
+        let Some((deliver, delivery)) = self.choose(id) else {
+            return;
+        };
         self.actions.push_back(Action::Deliver(id, delivery));
         let peer = &mut self.peers[index(id)];
         peer.deliver = Some(deliver);
@@ -773,18 +807,9 @@ impl Policy {
     /// Chooses anew for peers whose delivery address is gone, or has come.
     fn deliver_elsewhere(&mut self) {
         for id in self.peers() {
-            let peer = &self.peers[index(id)];
-            let (Some(before), Some(endpoint)) = (peer.deliver, peer.endpoint) else {
-                continue;
-            };
-            let (deliver, _) = delivery::choose(
-                peer.deliver_to,
-                &peer.ports,
-                peer.chosen,
-                endpoint.local,
-                &self.addresses,
-            );
-            if deliver != before {
+            let before = self.peers[index(id)].deliver;
+            let chosen = self.choose(id).map(|(deliver, _)| deliver);
+            if before.is_some() && chosen != before {
                 self.deliver(id);
             }
         }

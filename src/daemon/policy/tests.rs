@@ -121,7 +121,11 @@ impl Machine {
 
     fn moves(&mut self, peer: PeerId, text: &str) -> Vec<Action> {
         let moves = moves(text);
-        let announcement = Announcement::Old { moves, mtu: 1_500 };
+        let announcement = Announcement::Old {
+            moves,
+            mtu: 1_500,
+            reached: None,
+        };
         self.does(Input::Announced(peer, announcement))
     }
 
@@ -201,6 +205,55 @@ fn moves_of_an_old_server_are_served_and_delivered_where_it_reaches_us() {
     assert!(served(&new.moves(OLD, "192.0.2.5")).is_empty());
     // After a withdrawal nothing is served any more.
     assert_eq!(served(&new.moves(OLD, "")), [(OLD, Vec::new())]);
+}
+
+#[test]
+fn the_delivery_address_is_where_the_peers_settings_name_this_server() {
+    let all = || addresses("127.0.0.1 198.51.100.2 198.51.100.3");
+    let here = || own_addresses(all(), addresses("198.51.100.2 198.51.100.3"));
+    let to = |addr: &str| Deliver::To {
+        v4: Some(addr.parse().unwrap()),
+        v6: None,
+    };
+    // Whoever began the handshake, and from wherever this server speaks.
+    for local in ["198.51.100.2", "198.51.100.3"] {
+        let mut new = Machine::new(Role::New, vec![rules(ANYWHERE)], "");
+        new.does(Input::Addresses(here()));
+        let from = Some("198.51.100.2".parse().unwrap());
+        new.does(Input::SpeaksFrom(OLD, from));
+        let local = Some(local.parse().unwrap());
+        let endpoint = Endpoint {
+            local,
+            ..endpoint()
+        };
+        new.does(Input::Endpoint(OLD, endpoint));
+        assert_eq!(new.policy.delivery(OLD), None, "that is not known yet");
+        let announce = |new: &mut Machine, reached: &str| {
+            new.does(Input::Announced(
+                OLD,
+                Announcement::Old {
+                    moves: moves("192.0.2.5"),
+                    mtu: 1_500,
+                    reached: addresses(reached).first().copied(),
+                },
+            ));
+            new.policy.delivery(OLD)
+        };
+        // Behind a router that translates addresses: where this server speaks from.
+        for reached in ["203.0.113.1", ""] {
+            assert_eq!(announce(&mut new, reached), Some(to("198.51.100.2")));
+        }
+        assert_eq!(announce(&mut new, "198.51.100.3"), Some(to("198.51.100.3")));
+        // It goes, and comes back.
+        let without = own_addresses(
+            addresses("127.0.0.1 198.51.100.2"),
+            addresses("198.51.100.2"),
+        );
+        new.does(Input::Addresses(without));
+        assert_eq!(new.policy.delivery(OLD), Some(to("198.51.100.2")));
+        new.does(Input::Addresses(here()));
+        assert_eq!(new.policy.delivery(OLD), Some(to("198.51.100.3")));
+    }
 }
 
 #[test]
@@ -575,6 +628,7 @@ fn peers_hear_once_of_an_address_that_cannot_be_held() {
     let both = vec![rules(DeliverTo::Keep), rules(ANYWHERE)];
     let mut new = Machine::reached(both, "");
     new.moves(OLD, "192.0.2.5");
+    new.moves(OTHER_OLD, "192.0.2.6");
     let why = "a moved address cannot be held: no loopback";
     let failed = || Input::Held(Err("no loopback".into()));
     let actions = new.does(failed());
@@ -593,6 +647,7 @@ fn a_small_link_of_one_peer_to_its_clients_is_no_concern_of_others() {
     let says = |mtu: u16| Announcement::Old {
         moves: Vec::new(),
         mtu,
+        reached: None,
     };
     let sizes = |actions: Vec<Action>| {
         let is_size =
@@ -640,6 +695,7 @@ fn the_old_server_announces_its_moves_and_its_link() {
     let announcement = |mtu| Announcement::Old {
         moves: moves("192.0.2.5:80/tcp"),
         mtu,
+        reached: None,
     };
     assert_eq!(old.policy.announcement(OLD), announcement(1_500));
     let hop = |mtu| Hop {

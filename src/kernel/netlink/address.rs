@@ -39,11 +39,21 @@ impl Netlink {
     /// Every address of both families. Those that will not stay or may not be used come last: of
     /// temporary ones another one takes the place within a day (RFC 8981), deprecated ones are on
     /// their way out (RFC 4862), and tentative ones may turn out to be somebody else's.
+    ///
+    /// IPv4 ones are in the kernel's order, the primary one of a network first. IPv6 ones are not,
+    /// since the kernel names the newest first: global ones come before local ones (RFC 4193), and
+    /// the lowest before others, so that one more changes little.
     pub fn addresses(&self) -> Result<Vec<Address>> {
         let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
         let answers = self.dump("list addresses", request)?;
         let mut found: Vec<_> = answers.iter().filter_map(|a| read_address(a)).collect();
-        found.sort_by_key(|&(_, passing)| passing);
+        found.sort_by_key(|&(address, passing)| {
+            let rank = match address.addr {
+                IpAddr::V4(_) => None,
+                IpAddr::V6(addr) => Some((addr.is_unique_local(), addr)),
+            };
+            (passing, rank)
+        });
         Ok(found.into_iter().map(|(address, _)| address).collect())
     }
 
@@ -138,7 +148,9 @@ mod tests {
             // Deprecated.
             netlink.add_quiet_address(&at("2001:db8::1", 64)).unwrap();
             for address in [
+                at("fd00::1", 64),
                 at("2001:db8::2", 64),
+                at("2001:db8::3", 64),
                 at("192.0.2.1", 24),
                 at("192.0.2.2", 24),
             ] {
@@ -157,7 +169,14 @@ mod tests {
                 .collect();
             assert_eq!(
                 found,
-                ["192.0.2.1", "192.0.2.2", "2001:db8::2", "2001:db8::1"]
+                [
+                    "192.0.2.1",
+                    "192.0.2.2",
+                    "2001:db8::2",
+                    "2001:db8::3",
+                    "fd00::1",
+                    "2001:db8::1"
+                ]
             );
         });
     }
