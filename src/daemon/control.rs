@@ -831,11 +831,15 @@ impl Control<'_> {
         }
     }
 
-    /// Looks for clients that claimed to be in a network of this server's own.
+    /// Looks for clients that claimed to be in a network of this server's own, and for answers from
+    /// ports that have not moved.
     fn look_at_refused_sources(&mut self, now: Instant) {
         if let Some(translator) = self.shared.forwarder.translator() {
             for (peer, refused) in translator.take_refused_sources() {
                 self.policy.handle(now, Input::RefusedSource(peer, refused));
+            }
+            for (peer, unmoved) in translator.take_unmoved_ports() {
+                self.policy.handle(now, Input::UnmovedPort(peer, unmoved));
             }
         }
     }

@@ -6,7 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::model::drops::DropReason;
-use crate::model::moved::{Move, Transport};
+use crate::model::moved::{Move, Transport, UDP};
 use crate::model::peer::PeerId;
 use crate::model::port_map::PortMap;
 use crate::packet::{Addr, Family, Kind};
@@ -32,7 +32,7 @@ pub(super) struct Routes {
     /// Those, and the addresses that this server's settings have packets delivered to, sorted.
     own: Vec<Addr>,
     /// Addresses that packets are delivered to, sorted.
-    deliveries: Vec<Addr>,
+    pub(super) deliveries: Vec<Addr>,
     /// By [`PeerId`].
     pub(super) peers: Vec<PeerRoutes>,
 }
@@ -233,6 +233,18 @@ impl Moved {
                 };
                 (named, asked)
             })
+    }
+
+    /// The port that a client goes on with which is answered by UDP from `port` of this host's
+    /// `addr`, if that has moved.
+    pub(super) fn asked_port(&self, addr: Addr, port: u16) -> Option<u16> {
+        let leads_there = |map: &&MappedPort| {
+            let udp = map.transport != Some(Transport::Tcp);
+            udp && map.to == addr && map.to_port == port
+        };
+        let mapped = self.ports.iter().find(leads_there).map(|map| map.port);
+        let asked = mapped.unwrap_or(port);
+        self.takes(UDP, Kind::Udp, asked).then_some(asked)
     }
 
     /// Whether a move names the port by number.

@@ -8,6 +8,8 @@
 //!
 //! ```text
 //!   Outside {peer, client:port, moved:port}  ──►  entry  ◄──  Inside {client:port', delivery:port}
+//!                                                   ▲
+//!                                                   └──  {client:port'}, of UDP the latest
 //!                                                   │
 //!                   one of twelve lists of its peer, oldest first, by protocol and state
 //! ```
@@ -148,6 +150,8 @@ pub struct FlowTable {
     slab: Slab<Entry>,
     outside: HashTable<u32>,
     inside: HashTable<u32>,
+    /// Of UDP, the flow that each end of a client began last.
+    latest: HashTable<u32>,
     /// By [`PeerId`].
     peers: Vec<PeerFlows>,
     /// The peer whose flows expire first next time.
@@ -209,6 +213,7 @@ impl FlowTable {
             slab: Slab::default(),
             outside: HashTable::new(),
             inside: HashTable::new(),
+            latest: HashTable::new(),
             peers: Vec::new(),
             expired: 0,
             drawn: 0,
@@ -286,6 +291,18 @@ impl FlowTable {
     /// The outer view of a flow, without noting anything.
     pub fn peek_inside(&self, key: &Inside) -> Option<Outside> {
         self.find_inside(key).map(|at| self.slab.get(at).outside())
+    }
+
+    /// The flow of UDP that the client began last from that port, as the application's host sees
+    /// it, in both views, without noting anything.
+    pub fn latest(&self, now: Instant, client: Addr, port: u16) -> Option<(Inside, Outside)> {
+        let now = self.tick(now);
+        let at = *(self.latest).find(end_hash(&self.seed, client, port), |&at| {
+            self.slab.get(at).is_end(client, port)
+        })?;
+        let entry = self.slab.get(at);
+        let live = !entry.is_expired(now);
+        live.then(|| (inner(&self.masquerade, entry), entry.outside()))
     }
 
     /// Makes the flow that a packet from the client begins, or continues after a restart.
@@ -428,6 +445,7 @@ impl FlowTable {
         self.slab.allocated()
             + self.outside.allocation_size()
             + self.inside.allocation_size()
+            + self.latest.allocation_size()
             + self.peers.capacity() * size_of::<PeerFlows>()
     }
 
@@ -600,8 +618,32 @@ impl FlowTable {
             .insert_unique(inside_hash(seed, inside), at, |&at| {
                 inside_hash(seed, &inner(masquerade, slab.get(at)))
             });
+        self.note_latest(at);
         self.live += 1;
         self.link(at, now);
+    }
+
+    /// The flow at `at` is the last that its client's end began. Nobody asks for one where all
+    /// clients have one address.
+    fn note_latest(&mut self, at: u32) {
+        let entry = self.slab.get(at);
+        if entry.protocol != UDP || self.masquerade.is_some() {
+            return;
+        }
+        let (client, port) = (entry.client, entry.inside_port);
+        let (seed, slab) = (&self.seed, &self.slab);
+        let is_end = |&other: &u32| slab.get(other).is_end(client, port);
+        match self.latest.find_mut(end_hash(seed, client, port), is_end) {
+            Some(other) => *other = at,
+            None => {
+                let hash = |&at: &u32| {
+                    let entry = slab.get(at);
+                    end_hash(seed, entry.client, entry.inside_port)
+                };
+                let first = end_hash(seed, client, port);
+                self.latest.insert_unique(first, at, hash);
+            }
+        }
     }
 
     fn remove(&mut self, at: u32, limit: &Limit) {
@@ -622,6 +664,12 @@ impl FlowTable {
             }
         }
         let entry = self.slab.get_mut(at);
+        if entry.protocol == UDP {
+            let hash = end_hash(&self.seed, entry.client, entry.inside_port);
+            if let Ok(found) = self.latest.find_entry(hash, |&other| other == at) {
+                found.remove();
+            }
+        }
         entry.seen = Seen::default();
         let peer = entry.peer;
         self.slab.free(at);
@@ -853,6 +901,11 @@ impl Entry {
     }
 
     #[inline]
+    fn is_end(&self, client: Addr, port: u16) -> bool {
+        self.client == client && self.inside_port == port
+    }
+
+    #[inline]
     fn is_expired(&self, now: u32) -> bool {
         now.saturating_sub(self.last_seen) >= self.class.timeout()
     }
@@ -867,6 +920,11 @@ fn outside_hash(seed: &Seed, key: &Outside) -> u64 {
     let ports =
         u64::from(key.client_port) | u64::from(key.moved_port) << 16 | u64::from(key.peer.0) << 32;
     seed.flow([key.client, key.moved], ports, key.protocol)
+}
+
+#[inline]
+fn end_hash(seed: &Seed, client: Addr, port: u16) -> u64 {
+    seed.flow([client, client], port.into(), UDP)
 }
 
 #[inline]

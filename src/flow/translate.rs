@@ -16,6 +16,8 @@
 //! client chooses those for each destination, so that two of them could meet (RFC 6864 section
 //! 5.2).
 
+mod related;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -24,6 +26,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+pub use self::related::UnmovedPort;
 use crate::flow::class::UDP_BOTH_WAYS;
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
@@ -82,6 +85,8 @@ pub struct Translator {
     fullest: AtomicUsize,
     routes: ArcSwap<Routes>,
     networks: Networks,
+    /// One of each peer that is not told yet.
+    unmoved_ports: Mutex<Vec<(PeerId, UnmovedPort)>>,
     /// Held while routes are replaced.
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<Addr>>,
@@ -114,6 +119,7 @@ impl Translator {
             fullest: AtomicUsize::new(0),
             routes: ArcSwap::default(),
             networks: Networks::default(),
+            unmoved_ports: Mutex::default(),
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
@@ -258,7 +264,10 @@ impl Translator {
         };
         let outside = match found {
             Some(outside) => outside,
-            None => self.reopen(now, &key, parsed)?,
+            None => match self.related(now, &key, parsed)? {
+                Some(outside) => outside,
+                None => self.reopen(now, &key, parsed)?,
+            },
         };
         if parsed.fragment() == Fragment::First {
             let value = (outside.peer, outside.moved);
@@ -486,6 +495,7 @@ impl Translator {
     #[cold]
     fn reopen(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, DropReason> {
         let routes = self.routes.load();
+        let key = &Self::as_delivered(&routes, key, parsed);
         let flags = parsed.tcp_flags();
         let begins = match parsed.kind() {
             Kind::Tcp => flags & (SYN | ACK) == SYN,
@@ -665,6 +675,122 @@ mod tests {
             flags: SYN,
             ..Plan::new(kind, CLIENT, MOVED)
         }
+    }
+
+    /// The answer to a datagram that was delivered, from another address or port of this host.
+    fn answered_from(delivered: &[u8], addr: &str, port: u16) -> Vec<u8> {
+        let parsed = Parsed::parse(delivered).unwrap();
+        let client = IpAddr::from(parsed.src(delivered)).to_string();
+        let mut plan = Plan::new(Kind::Udp, addr, &client);
+        (plan.src_port, plan.dst_port) = (port, parsed.src_port());
+        plan.build()
+    }
+
+    #[test]
+    fn a_client_is_answered_from_the_moved_address_whichever_address_answers() {
+        for (client, moved, delivered_to, answers) in [
+            (CLIENT, MOVED, DELIVERY, "198.51.100.77"),
+            (CLIENT6, MOVED6, DELIVERY6, "2001:db8:b::77"),
+        ] {
+            let bed = Bed::simple();
+            let asked = Plan::new(Kind::Udp, client, moved);
+            let mut packet = asked.build();
+            bed.inbound(&mut packet).unwrap();
+            assert_eq!(
+                IpAddr::from(Parsed::parse(&packet).unwrap().dst(&packet)),
+                delivered_to.parse::<IpAddr>().unwrap()
+            );
+            let mut answer = answered_from(&packet, answers, asked.dst_port);
+            assert_eq!(bed.outbound(&mut answer), Ok(PEER));
+            let parsed = Parsed::parse(&answer).unwrap();
+            let from = (IpAddr::from(parsed.src(&answer)), parsed.src_port());
+            assert_eq!(from, (asked.dst, asked.dst_port));
+            assert_sums(&answer);
+            assert_eq!(bed.translator.stats().live, 1, "it is the same flow");
+            // No other protocol's.
+            let tcp = Plan {
+                flags: ACK,
+                ..Plan::new(Kind::Tcp, answers, client)
+            };
+            assert_eq!(bed.outbound(&mut tcp.build()), Err(DropReason::NoFlow));
+        }
+    }
+
+    #[test]
+    fn an_answer_from_another_port_is_the_beginning_of_a_flow() {
+        for from in [DELIVERY, "198.51.100.77"] {
+            let bed = Bed::new(&["192.0.2.5:69/udp", "192.0.2.5:40000-50000"], delivery());
+            let mut asked = Plan::new(Kind::Udp, CLIENT, MOVED);
+            asked.dst_port = 69;
+            let mut packet = asked.build();
+            bed.inbound(&mut packet).unwrap();
+            let mut answer = answered_from(&packet, from, 45_000);
+            assert_eq!(bed.outbound(&mut answer), Ok(PEER));
+            let parsed = Parsed::parse(&answer).unwrap();
+            assert_eq!(
+                (parsed.src_port(), parsed.dst_port()),
+                (45_000, asked.src_port)
+            );
+            assert_eq!(IpAddr::from(parsed.src(&answer)), asked.dst);
+            assert_sums(&answer);
+            // The client goes on with it, to where it was answered from.
+            asked.dst_port = 45_000;
+            let mut next = asked.build();
+            bed.inbound(&mut next).unwrap();
+            let parsed = Parsed::parse(&next).unwrap();
+            let to = (IpAddr::from(parsed.dst(&next)), parsed.dst_port());
+            assert_eq!(to, (from.parse().unwrap(), 45_000));
+            assert_eq!(bed.translator.stats().live, 2);
+            // A port that has not moved is somebody else's to the client.
+            for _ in 0..2 {
+                let mut answer = answered_from(&packet, from, 50_001);
+                let outcome = bed.outbound(&mut answer);
+                assert_eq!(outcome, Err(DropReason::UnmovedPort));
+            }
+            let unmoved = UnmovedPort {
+                moved: MOVED.parse().unwrap(),
+                asked: 45_000,
+                answered: 50_001,
+            };
+            assert_eq!(bed.translator.take_unmoved_ports(), [(PEER, unmoved)]);
+            assert!(bed.translator.take_unmoved_ports().is_empty());
+        }
+    }
+
+    #[test]
+    fn an_answer_from_where_another_port_leads_is_from_that_port() {
+        let map = PortMap {
+            transport: None,
+            moved: MOVED.parse().unwrap(),
+            port: 1_069,
+            to: DELIVERY.parse().unwrap(),
+            to_port: 45_000,
+        };
+        let with_map = Delivery {
+            ports: vec![map],
+            ..delivery()
+        };
+        let bed = Bed::new(&[MOVED], with_map);
+        let asked = Plan::new(Kind::Udp, CLIENT, MOVED);
+        let mut packet = asked.build();
+        bed.inbound(&mut packet).unwrap();
+        let mut answer = answered_from(&packet, DELIVERY, 45_000);
+        assert_eq!(bed.outbound(&mut answer), Ok(PEER));
+        assert_eq!(Parsed::parse(&answer).unwrap().src_port(), 1_069);
+    }
+
+    #[test]
+    fn a_flow_goes_on_after_a_restart_whichever_address_answers() {
+        let bed = Bed::simple();
+        let asked = Plan::new(Kind::Udp, CLIENT, MOVED);
+        let mut packet = moved_to(&asked, DELIVERY).build();
+        let mut answer = answered_from(&packet, "198.51.100.77", asked.dst_port);
+        assert_eq!(bed.outbound(&mut answer), Ok(PEER));
+        let parsed = Parsed::parse(&answer).unwrap();
+        assert_eq!(IpAddr::from(parsed.src(&answer)), asked.dst);
+        packet = asked.build();
+        bed.inbound(&mut packet).unwrap();
+        assert_eq!(bed.translator.stats().live, 1);
     }
 
     fn moved_to(plan: &Plan, dst: &str) -> Plan {

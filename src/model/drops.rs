@@ -86,6 +86,9 @@ drop_reasons! {
     NoDelivery = "no_delivery",
     /// A packet from the application's host that belongs to no flow through the tunnel.
     NoFlow = "no_flow",
+    /// An application's answer from another port than the client asked, which has not moved: to
+    /// the client it would be somebody else's.
+    UnmovedPort = "unmoved_port",
     /// A fragment whose first fragment was not seen in time, or before too many waited.
     FragmentUnknown = "fragment_unknown",
     /// A fragment that writes over another one of its packet, or follows one that did.

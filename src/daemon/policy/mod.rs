@@ -61,6 +61,7 @@ use crate::flow::gate::Refused;
 use crate::flow::networks::{OwnNetwork, RefusedSource};
 use crate::flow::role::Hop;
 use crate::flow::routes::Delivery;
+use crate::flow::translate::UnmovedPort;
 use crate::model::accept::Accept;
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
@@ -145,6 +146,8 @@ pub(super) enum Input {
     TunMtu(u32),
     /// A client of the peer claimed to be in a network of this server's own.
     RefusedSource(PeerId, RefusedSource),
+    /// An application answered clients of the peer from a port that has not moved (new server).
+    UnmovedPort(PeerId, UnmovedPort),
     /// The result of [`Action::Hold`].
     Held(Result<(), String>),
     /// The peer sent packets like this one, which were not let out (old server).
@@ -215,6 +218,16 @@ pub(super) enum Warning {
         interface = .0.network.interface
     )]
     RefusedSource(RefusedSource),
+    /// An application answered from a port that has not moved.
+    #[error(
+        "the application answers clients of {at} from UDP port {answered}, which has not moved, so \
+         that these answers are dropped (unmoved_port); let the old server move the ports as well \
+         that it answers from, as in --move {at},{ports}/udp",
+        at = SocketAddr::new(.0.moved, .0.asked),
+        answered = .0.answered,
+        ports = answering_ports(.0.answered)
+    )]
+    UnmovedPort(UnmovedPort),
     /// There is no address of the move's family to deliver to.
     #[error(
         "{0} cannot be delivered: the new server has no {family} address; \
@@ -240,6 +253,17 @@ pub(super) enum Warning {
     /// The look-up of the peer's name failed.
     #[error("{0}; trying again")]
     NameNotFound(String),
+}
+
+/// A range of ports that an application answers from, if this is one of them: those that Linux
+/// gives out (`ip_local_port_range`), or this one alone.
+fn answering_ports(port: u16) -> String {
+    const GIVEN_OUT: std::ops::RangeInclusive<u16> = 32_768..=60_999;
+    if GIVEN_OUT.contains(&port) {
+        format!("{}-{}", GIVEN_OUT.start(), GIVEN_OUT.end())
+    } else {
+        port.to_string()
+    }
 }
 
 /// Why a packet of the new server was not let out, and how that is counted.
@@ -318,6 +342,8 @@ struct Peer {
     not_served: Pace,
     accepts_all: Pace,
     refused_source: Pace,
+    /// What an administrator was told last of answers from ports that have not moved.
+    unmoved_port: Option<UnmovedPort>,
 }
 
 impl Policy {
@@ -350,6 +376,7 @@ impl Policy {
                     not_served: Pace::default(),
                     accepts_all: Pace::default(),
                     refused_source: Pace::default(),
+                    unmoved_port: None,
                 }
             })
             .collect();
@@ -414,6 +441,14 @@ impl Policy {
                 let pace = &mut self.peers[index(peer)].refused_source;
                 let due = pace.offer(now, Warning::RefusedSource(refused));
                 self.warn_of(peer, due);
+            }
+            Input::UnmovedPort(peer, unmoved) => {
+                // Each answer has another port.
+                let of = |it: UnmovedPort| (it.moved, it.asked, answering_ports(it.answered));
+                let known = &mut self.peers[index(peer)].unmoved_port;
+                if known.replace(unmoved).map(of) != Some(of(unmoved)) {
+                    self.warn(peer, Warning::UnmovedPort(unmoved));
+                }
             }
             Input::Held(result) => self.held(result.err()),
             Input::Refused(peer, refused) => self.refused(now, peer, refused),

@@ -16,7 +16,7 @@
 //!     if (TCP) flow->opening = SYN ? 1 : FIN, RST or PSH ? 0 : as it is;
 //!     else { flow->asked_directly = 0; if (a socket waits) flow->unawaited = 0; }
 //!     if (now - flow->heard > REFRESH) {
-//!         flow->seen = flow->heard = now; flow->entrance = by_route;
+//!         flow->seen = flow->heard = now; flow->entrance = by_route; relate(flow);
 //!     }
 //!     entrance = flow->entrance; goto deliver;
 //! }
@@ -27,6 +27,7 @@
 //!     && !CLOSED && now - conversation->seen <= OWN_KEPT) direct;
 //! note = TCP ? SYN : UDP ? no socket waits : 0;
 //! if (update(flows, key, { now, now, 0, entrance = by_route, note })) { count; drop; }
+//! relate(flow);                              // see `related`
 //!
 //! deliver: if (!entrance) return TC_ACT_UNSPEC;
 //!          link = lookup(links, entrance) or lookup(links, FIRST) or return TC_ACT_UNSPEC;
@@ -54,6 +55,7 @@ use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
     begin_route_lookup, jump_if_v6, keep_packet, look_up_route, store_ethernet_header, verdict,
 };
+use super::related::relate;
 use super::sockets::{jump_unless_somebody_waits, look_up_socket};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Operand, Program, Reg, Size,
@@ -134,6 +136,7 @@ pub(super) fn deliver_behind(
     count(a, maps, Counter::Full);
     verdict(a, TC_ACT_SHOT);
     a.bind(entered);
+    relate(a, maps);
     a.jump(deliver);
 
     a.bind(known);
@@ -172,6 +175,7 @@ pub(super) fn deliver_behind(
     a.store(Size::Dw, FLOW, FLOW_HEARD, R0);
     find_entrance(a, tun_ifindex);
     a.store(Size::W, FLOW, FLOW_ENTRANCE, ENTRANCE);
+    relate(a, maps);
     a.jump(deliver);
     a.bind(fresh);
     a.load(Size::W, ENTRANCE, FLOW, FLOW_ENTRANCE);

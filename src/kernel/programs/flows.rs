@@ -18,8 +18,10 @@
 //!            anything, of UDP whether no socket of this host has waited for it
 //! own        struct { u64 seen_or_closed; }
 //!            conversations of this host, and of hosts behind it, that never went by the tunnel
+//!            also, without their local end, the remote ends of UDP to which it spoke first
 //! in         u64 unawaited
 //!            requests that came directly
+//! related    by remote end of UDP: which flow from the tunnel it has, see `related`
 //! links      by index, or FIRST: struct { u32 ifindex; u32 header; u8 mac[6]; u8 pad[2]; }
 //!            the links at which what comes out of the tunnel may arrive
 //! fragments  u64, unused
@@ -42,6 +44,7 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 
 use super::headers::{icmpv4, icmpv6};
 use super::phrases::PROTOCOL;
+use super::related::RELATED_BYTES;
 use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS};
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::kernel::bpf::{
@@ -163,6 +166,7 @@ pub struct FlowMaps {
     pub(super) flows: Map,
     pub(super) own: Map,
     pub(super) direct: Map,
+    pub(super) related: Map,
     pub(super) links: Map,
     pub(super) fragments: Map,
     pub(super) counters: Map,
@@ -187,6 +191,12 @@ const fn flows(max_flows: u32) -> Shape {
 }
 const OWN: Shape = shape(MapKind::LruHash, "ipmoved_own", 8, MAX_DIRECT);
 const DIRECT: Shape = shape(MapKind::LruHash, "ipmoved_in", 8, MAX_DIRECT);
+const RELATED: Shape = shape(
+    MapKind::LruHash,
+    "ipmoved_related",
+    RELATED_BYTES,
+    MAX_DIRECT,
+);
 const LINKS: Shape = Shape {
     kind: MapKind::Hash,
     name: "ipmoved_links",
@@ -232,6 +242,7 @@ impl FlowMaps {
             flows: Map::new(flows)?,
             own: Map::new(OWN)?,
             direct: Map::new(DIRECT)?,
+            related: Map::new(RELATED)?,
             links: Map::new(LINKS)?,
             fragments: Map::new(FRAGMENTS)?,
             counters: Map::new(COUNTERS)?,
@@ -265,6 +276,10 @@ impl FlowMaps {
             own,
             direct,
             fragments,
+            related: match find(RELATED) {
+                Some(map) => map,
+                None => Map::new(RELATED)?,
+            },
             links: Map::new(LINKS)?,
             counters: Map::new(COUNTERS)?,
             sockets: match find(SOCKETS) {
@@ -276,7 +291,15 @@ impl FlowMaps {
 
     /// The maps that remember something, for [`found`](Self::found).
     pub fn lasting(&self) -> Vec<BorrowedFd<'_>> {
-        [&self.flows, &self.own, &self.direct, &self.fragments]
+        let Self {
+            flows,
+            own,
+            direct,
+            related,
+            fragments,
+            ..
+        } = self;
+        [flows, own, direct, related, fragments]
             .into_iter()
             .chain(&self.sockets)
             .map(AsFd::as_fd)

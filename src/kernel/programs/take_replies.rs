@@ -27,6 +27,7 @@
 //!         if (now - flow->seen > REPLY_IDLE) goto miss;
 //!         if (now - flow->seen > REFRESH) flow->seen = now;
 //!     }
+//! hit:
 //!     if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification);
 //!     return redirect(tun, 0);
 //! }
@@ -37,9 +38,11 @@
 //!         else if (SYN) update(own, key, now);
 //!         else if (FIN) update(own, key, CLOSED);
 //!         else refresh(own, key);
-//!     } else if (!ICMP && ((come = lookup(in, key))
-//!                ? come->unawaited && from a socket at this port : !counters[PRESSED])) {
-//!         refresh(own, key);
+//!     } else if (!ICMP) {
+//!         if ((come = lookup(in, key)) ? !come->unawaited || !from a socket at this port
+//!                                      : counters[PRESSED]) goto unknown;
+//!         if (!come && it is related) goto hit;      // see `related`
+//!         refresh(own, key); refresh(own, remote end);
 //!     }
 //! unknown: // a first fragment of another flow ends the entry for its identification
 //!     if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
@@ -68,6 +71,7 @@ use super::parse::{
 use super::phrases::{
     PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
 };
+use super::related::{jump_if_related, remember_remote_end};
 use super::sockets::jump_unless_from_own_port;
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
@@ -189,7 +193,7 @@ pub fn take_replies(
     redirect_to(a, tun_ifindex);
 
     a.bind(miss);
-    remember_own(a, maps, unknown);
+    remember_own(a, maps, hit, unknown);
     a.bind(unknown);
     a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, pass);
     key_by_identification(a);
@@ -239,8 +243,8 @@ fn load_tcp_socket(a: &mut Assembler, none: Label, other: Label) {
 /// `SOCK_STREAM`, as the kernel counts.
 const SOCK_STREAM: i32 = 1;
 
-/// Remembers a direct conversation, and jumps to `done`.
-fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
+/// Remembers a direct conversation, and jumps to `done`; to `related` if it is none.
+fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label) {
     let (tcp, forwarded, fresh, new) = (a.label(), a.label(), a.label(), a.label());
     let (ended, refresh, closed) = (a.label(), a.label(), a.label());
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
@@ -252,6 +256,7 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
     look_up(a, &maps.direct);
     let come = a.label();
     a.jump_if_wide(R0, If::Ne, 0, come);
+    jump_if_related(a, maps, related);
     counter_at(a, maps, Counter::Pressed, new);
     a.load(Size::Dw, R0, R0, 0);
     a.jump_if_wide(R0, If::Ne, 0, done);
@@ -286,9 +291,11 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
     a.mov(FLOW, R0);
     jump_if_within(a, (FLOW, 0), REFRESH, fresh);
     a.store(Size::Dw, FLOW, 0, R0);
+    remember_remote_end(a, maps);
     a.bind(fresh);
     a.jump(done);
     a.bind(new);
+    remember_remote_end(a, maps);
     enter_now(a, &maps.own);
     a.jump(done);
     a.bind(closed);
@@ -302,6 +309,7 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, done: Label) {
 
 #[cfg(test)]
 mod tests {
+    use std::net::UdpSocket;
     use std::os::fd::{AsFd, OwnedFd};
 
     use super::*;
@@ -311,6 +319,7 @@ mod tests {
     use crate::kernel::programs::flows::Counter;
     use crate::kernel::programs::phrases::{DELIVERED, TC_ACT_SHOT};
     use crate::kernel::programs::testing::{L2, Packet, frame, icmp, ports, taken, tcp};
+    use crate::kernel::testing::in_fresh_namespace;
     use crate::packet::{MAX_EXTENSION_HEADERS, PSH};
 
     /// All programs of the new server, with a memory of their own.
@@ -604,6 +613,85 @@ mod tests {
             steering.comes_directly(&in_(SYN));
             assert!(steering.is_steered(&out(ACK)));
         }
+    }
+
+    /// Another address of the same host.
+    fn next_to(here: &str) -> String {
+        let (rest, _) = here.split_at(here.len() - 1);
+        format!("{rest}3")
+    }
+
+    #[test]
+    fn replies_from_another_port_or_address_are_steered() {
+        in_fresh_namespace(|| {
+            let waits = UdpSocket::bind("[::]:6969").unwrap();
+            for (client, here) in ENDS {
+                let steering = Steering::new();
+                let beside = next_to(here);
+                let ask =
+                    |from, to| steering.arrives(&Packet::new(client, here, UDP, ports(from, to)));
+                let out = |src: &str, from, to| {
+                    steering.is_steered(&Packet::new(src, client, UDP, ports(from, to)))
+                };
+                assert!(ask(40_000, 6_969));
+                assert!(!out(here, 7_000, 39_999), "nobody has asked");
+                for _ in 0..2 {
+                    assert!(out(&beside, 6_969, 40_000));
+                    assert!(out(here, 7_000, 40_000));
+                    assert!(out(&beside, 7_001, 40_000));
+                }
+                assert!(!out(here, 7_000, 40_001), "another client");
+                // The client goes on with the port that answered.
+                assert!(ask(40_000, 7_000));
+                assert!(out(here, 7_000, 40_000));
+                // Fragments follow the first.
+                let fragment = |offset, more| Packet {
+                    fragment: Some((9, offset, more)),
+                    ..Packet::new(&beside, client, UDP, ports(6_969, 40_000))
+                };
+                assert!(steering.is_steered(&fragment(0, true)));
+                assert!(steering.is_steered(&fragment(3, false)));
+                // It asks directly.
+                let direct = Packet::new(client, here, UDP, ports(40_000, 6_969));
+                steering.comes_directly(&direct);
+                assert!(!out(&beside, 6_969, 40_000));
+            }
+            drop(waits);
+        });
+    }
+
+    #[test]
+    fn what_this_host_begins_is_related_to_nothing() {
+        in_fresh_namespace(|| {
+            let waits = UdpSocket::bind("[::]:6969").unwrap();
+            for (client, here) in ENDS {
+                let steering = Steering::new();
+                let beside = next_to(here);
+                let ask = |from, to| {
+                    assert!(steering.arrives(&Packet::new(client, here, UDP, ports(from, to))));
+                };
+                let out = |src: &str, from, to| {
+                    steering.is_steered(&Packet::new(src, client, UDP, ports(from, to)))
+                };
+                // Somebody forges a service that this host asks: at a service's port, at one that
+                // it spoke to before, and where nobody waited for what was forged.
+                ask(53, 6_969);
+                assert!(!out(here, 7_000, 53));
+                assert!(!out(here, 7_001, 3_478));
+                ask(3_478, 6_969);
+                assert!(!out(here, 7_002, 3_478));
+                assert!(!out(here, 7_001, 3_478));
+                ask(4_000, 6_970);
+                assert!(!out(here, 7_003, 4_000));
+                assert!(!out(&beside, 6_970, 4_000));
+                // What came directly is answered directly.
+                ask(40_000, 6_969);
+                let direct = Packet::new(client, here, UDP, ports(40_000, 7_004));
+                steering.comes_directly(&direct);
+                assert!(!out(here, 7_004, 40_000));
+            }
+            drop(waits);
+        });
     }
 
     #[test]
