@@ -16,6 +16,7 @@
 )]
 
 mod accept;
+mod apart;
 mod attack;
 mod bad_input;
 mod bad_new_server;

@@ -181,6 +181,7 @@ fn a_stranger_diverts_no_connection_of_the_new_server() -> Result {
         assert_eq!(from.ip(), IpAddr::from(here));
         far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
         for round in 0..5 {
+            stranger.send(&packets::blind((remote, 443), (MOVED, from.port()), b"x"))?;
             stranger.send(&packets::syn((remote, 443), (MOVED, from.port())))?;
             std::thread::sleep(Duration::from_millis(50));
             own.write_all(&[round]).map_err(failed)?;

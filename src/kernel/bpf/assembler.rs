@@ -149,6 +149,8 @@ pub enum Helper {
     KtimeGetNs = 5,
     /// `(skb, offset, from, length, flags) → 0 or an error`.
     SkbStoreBytes = 9,
+    /// `(skb, offset, from, to, flags) → 0 or an error`.
+    L4CsumReplace = 11,
     /// `(skb) → 0 or an error`.
     SkbVlanPop = 19,
     /// `(ifindex, flags) → verdict`.
@@ -292,6 +294,12 @@ impl Assembler {
     }
 
     /// `*(base + offset) += src`, in one step, all 64 bits.
+    pub fn add_word_atomically(&mut self, base: Reg, offset: i16, src: Reg) {
+        let opcode = Self::STX | Self::MODE_ATOMIC | Size::W.bits();
+        self.push(opcode, base as u8, src as u8, offset, 0);
+    }
+
+    /// `*(u64 *)(base + offset) += src`, as one step.
     pub fn add_atomically(&mut self, base: Reg, offset: i16, src: Reg) {
         let opcode = Self::STX | Self::MODE_ATOMIC | Size::Dw.bits();
         self.push(opcode, base as u8, src as u8, offset, 0);

@@ -10,6 +10,8 @@ use super::bpf;
 pub(in crate::kernel) struct Outcome {
     pub(in crate::kernel) verdict: i32,
     pub(in crate::kernel) mark: u32,
+    /// The frame afterwards.
+    pub(in crate::kernel) frame: Vec<u8>,
 }
 
 /// Runs a loaded program on a frame (`BPF_PROG_TEST_RUN`), as if the frame had arrived on `lo`.
@@ -49,6 +51,9 @@ fn repeat(program: BorrowedFd<'_>, frame: &[u8], mark: u32, times: u32) -> (Outc
     const BPF_PROG_TEST_RUN: c_int = 10;
     /// Where `struct __sk_buff` has the mark.
     const MARK: usize = 2;
+    /// Bytes that a program may add before the frame.
+    const ROOM: usize = 64;
+    let mut after = vec![0; frame.len() + ROOM];
     let mut context = [0_u32; 48];
     let mut before = context;
     before[MARK] = mark;
@@ -56,9 +61,9 @@ fn repeat(program: BorrowedFd<'_>, frame: &[u8], mark: u32, times: u32) -> (Outc
         prog_fd: program.as_raw_fd() as u32,
         retval: 0,
         data_size_in: frame.len() as u32,
-        data_size_out: 0,
+        data_size_out: after.len() as u32,
         data_in: frame.as_ptr() as u64,
-        data_out: 0,
+        data_out: after.as_mut_ptr() as u64,
         repeat: times,
         duration: 0,
         ctx_size_in: size_of_val(&before) as u32,
@@ -66,10 +71,12 @@ fn repeat(program: BorrowedFd<'_>, frame: &[u8], mark: u32, times: u32) -> (Outc
         ctx_in: before.as_ptr() as u64,
         ctx_out: context.as_mut_ptr() as u64,
     };
-    // SAFETY: the attribute has the layout of BPF_PROG_TEST_RUN; frame and context outlive the
-    // call.
+    // SAFETY: the attribute has the layout of BPF_PROG_TEST_RUN; frames and contexts outlive
+    // the call.
     unsafe { bpf(BPF_PROG_TEST_RUN, &mut attr) }.expect("BPF_PROG_TEST_RUN");
+    after.truncate(attr.data_size_out as usize);
     let outcome = Outcome {
+        frame: after,
         verdict: attr.retval.cast_signed(),
         mark: context[MARK],
     };

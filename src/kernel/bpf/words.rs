@@ -64,9 +64,28 @@ impl Words {
         debug_assert!(at < self.count, "there is no such word");
         if at < self.count {
             // SAFETY: the mapping has `count` aligned words and lives as long as this value. Others
-            // read it, and nobody else writes.
+            // read and write it whole.
             unsafe { self.start.add(at).as_ref() }.store(value, Relaxed);
         }
+    }
+
+    /// Reads the word with number `at`; 0 if it is not there.
+    pub fn get(&self, at: usize) -> u32 {
+        if at >= self.count {
+            return 0;
+        }
+        // SAFETY: as in `set`.
+        unsafe { self.start.add(at).as_ref() }.load(Relaxed)
+    }
+
+    /// Sets the word with number `at` to 0, if it is still `value`; whether it was.
+    pub fn clear_if(&self, at: usize, value: u32) -> bool {
+        if at >= self.count {
+            return false;
+        }
+        // SAFETY: as in `set`.
+        let word = unsafe { self.start.add(at).as_ref() };
+        word.compare_exchange(value, 0, Relaxed, Relaxed).is_ok()
     }
 
     /// Where the word with number `at` lies, in bytes from the first one.

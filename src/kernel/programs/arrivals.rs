@@ -9,8 +9,17 @@
 //!
 //! ```text
 //! if (skb->mark == DELIVERED) { skb->mark = 0; it is for this host; pass; }
-//! if (skb->pkt_type != PACKET_HOST || skb->vlan_present || TCP || to the tunnel's own port) pass;
+//! if (skb->pkt_type != PACKET_HOST || skb->vlan_present || to the tunnel's own port) pass;
+//! if (TCP && !shifts && !(SYN without ACK)) pass;
 //! parse();                                                    // later, none: pass
+//! if (TCP) {                                                  // see `shifted`
+//!     if (it = shifted(DIRECTLY, key)) { exchange the client's port; pass; }
+//!     if (!(SYN without ACK) || shifted(BY_TUNNEL, key)) pass;
+//!     if (!shifted(LEAVING, key) && !((flow = lookup(flows, key)) && (flow->opening
+//!         || flow->behind || sk_lookup_tcp() has a connection by the tunnel))) pass;
+//!     if (take_free_port(DIRECTLY)) exchange the client's port;
+//!     pass;
+//! }
 //! if ((flow = lookup(flows, key))) {
 //!     if (now - flow->heard <= GONE_OVER) { flow->asked_directly = now; pass; }
 //!     delete(flows, key);
@@ -19,24 +28,33 @@
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
-use Reg::{R0, R7, R10};
+use std::os::fd::AsFd;
+
+use Reg::{R0, R1, R2, R3, R4, R7, R10};
 
 use super::flows::{
-    Counter, FLOW_ASKED_DIRECTLY, FLOW_HEARD, FlowMaps, GONE_OVER, VALUE, count, enter,
-    jump_if_within, look_up, remove,
+    Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_HEARD, FLOW_OPENING, FlowMaps, GONE_OVER,
+    VALUE, count, enter, jump_if_within, look_up, remove,
 };
-use super::headers::{icmpv4, icmpv6, ports, skb};
-use super::parse::{Side, Ways, parse, sort_out};
+use super::headers::{icmpv4, icmpv6, ipv4, ipv6, ports, skb, sock, tcp};
+use super::parse::{FLAGS, Side, Ways, parse, sort_out};
 use super::phrases::{
-    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, keep_packet,
+    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, jump_if_v6, keep_packet,
     pass_unless_for_this_host, verdict,
 };
-use super::sockets::jump_unless_somebody_waits;
-use crate::kernel::bpf::{Assembler, BpfError, If, Program, Reg, Size};
+use super::shifted::{
+    Coming, jump_unless_any, look_up_coming, look_up_leaving, shift_coming, take_free_port,
+};
+use super::sockets::{jump_unless_somebody_waits, look_up_socket};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
+use crate::packet::{ACK, SYN};
 
 /// The flow's value in the map.
 const FLOW: Reg = R7;
+
+/// The socket that is looked up, for as long as it is held.
+const SOCKET: Reg = R7;
 
 /// The program for a link. `tunnel_port` is the tunnel's own on this host.
 ///
@@ -59,20 +77,27 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     a.bind(from_the_wire);
     pass_unless_for_this_host(a, pass);
     // TCP and the tunnel itself are most of what comes. They cost a few loads.
+    let of_tcp = a.label();
     sort_out(
         a,
         l2_header,
         ports::DESTINATION,
         tunnel_port,
-        pass,
+        of_tcp,
         read,
         pass,
     );
+    a.bind(of_tcp);
+    pass_unless_it_begins(a, maps, l2_header, read, pass);
     a.bind(read);
     parse(a, l2_header, Side::Client, ways);
     a.bind(ways.flow);
     let (unknown, new, enter_it) = (a.label(), a.label(), a.label());
-    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), pass);
+    let without_tcp = a.label();
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
+    tell_apart(a, maps, pass);
+    a.jump(pass);
+    a.bind(without_tcp);
     look_up(a, &maps.flows);
     a.jump_if_wide(R0, If::Eq, 0, unknown);
     let live = a.label();
@@ -112,4 +137,82 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     }
     verdict(a, TC_ACT_UNSPEC);
     asm.finish("ipmoved_direct")
+}
+
+/// Jumps to `pass` unless the packet of TCP begins a connection, or some connection is shifted;
+/// then jumps to `read`. Most of what comes gets no further.
+fn pass_unless_it_begins(a: &mut Assembler, maps: &FlowMaps, l2: u32, read: Label, pass: Label) {
+    let (none, v6, flags) = (a.label(), a.label(), a.label());
+    jump_unless_any(a, maps, none);
+    a.jump(read);
+    a.bind(none);
+    jump_if_v6(a, v6);
+    a.load_packet(Size::B, l2 + ipv4::VERSION_AND_IHL);
+    a.jump_if(R0, If::Ne, ipv4::WITHOUT_OPTIONS, read);
+    a.load_packet(Size::H, l2 + ipv4::FLAGS_AND_OFFSET);
+    a.jump_if(R0, If::Set, ipv4::OFFSET_MASK, pass);
+    a.load_packet(Size::B, l2 + ipv4::LEN + tcp::FLAGS);
+    a.jump(flags);
+    a.bind(v6);
+    a.load_packet(Size::B, l2 + ipv6::LEN + tcp::FLAGS);
+    a.bind(flags);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Eq, i32::from(SYN), read);
+    a.jump(pass);
+}
+
+/// Gives a packet of TCP another port if a connection by the tunnel has its addresses and ports;
+/// jumps to `pass` if none has.
+fn tell_apart(a: &mut Assembler, maps: &FlowMaps, pass: Label) {
+    let Some(sockets) = &maps.sockets else {
+        // Nothing would tell the connections of the tunnel from others.
+        return;
+    };
+    let (unshifted, unused, second) = (a.label(), a.label(), a.label());
+    let pass_unless_syn = |a: &mut Assembler| {
+        a.load(Size::W, R0, R10, FLAGS);
+        a.alu(Alu::And, R0, i32::from(SYN | ACK));
+        a.jump_if(R0, If::Ne, i32::from(SYN), pass);
+    };
+    jump_unless_any(a, maps, unused);
+    shift_coming(a, maps, Coming::Directly, unshifted);
+    a.jump(pass);
+    a.bind(unshifted);
+    pass_unless_syn(a);
+    // Another client port may stand for it already, or this one for another.
+    look_up_coming(a, maps, Coming::ByTunnel);
+    a.jump_if_wide(R0, If::Ne, 0, pass);
+    look_up_leaving(a, maps);
+    a.jump_if_wide(R0, If::Ne, 0, second);
+    a.bind(unused);
+    pass_unless_syn(a);
+    look_up(a, &maps.flows);
+    a.jump_if_wide(R0, If::Eq, 0, pass);
+    a.load(Size::W, R1, R0, FLOW_OPENING);
+    a.jump_if(R1, If::Ne, 0, second);
+    a.load(Size::W, R1, R0, FLOW_BEHIND);
+    a.jump_if(R1, If::Ne, 0, second);
+    let other = a.label();
+    look_up_socket(a, Helper::SkLookupTcp);
+    a.jump_if_wide(R0, If::Eq, 0, pass);
+    a.mov(SOCKET, R0);
+    a.load(Size::W, R0, SOCKET, sock::STATE);
+    a.jump_if(R0, If::Eq, sock::LISTEN, other);
+    a.load_map(R1, sockets.as_fd());
+    a.mov(R2, SOCKET);
+    a.mov(R3, 0);
+    a.mov(R4, 0);
+    a.call(Helper::SkStorageGet);
+    a.jump_if_wide(R0, If::Eq, 0, other);
+    a.mov(R1, SOCKET);
+    a.call(Helper::SkRelease);
+    a.mov(SOCKET, 0);
+    a.jump(second);
+    a.bind(other);
+    a.mov(R1, SOCKET);
+    a.call(Helper::SkRelease);
+    a.jump(pass);
+    a.bind(second);
+    take_free_port(a, maps, Coming::Directly, pass);
+    shift_coming(a, maps, Coming::Directly, pass);
 }

@@ -6,9 +6,10 @@
 //! client, the packet goes on from the TUN itself.
 //!
 //! A conversation that this host began itself stays its own, whoever claims to be its other end: a
-//! packet from the tunnel with the same addresses and ports makes no flow. If it is TCP it is
-//! dropped, since nobody has a connection there by the tunnel. Anything else is delivered all the
-//! same, and answered directly: two hosts that use fixed ports may speak at both addresses.
+//! packet from the tunnel with the same addresses and ports is none of it. If it is TCP, a SYN may
+//! begin a second connection, with another port (`shifted`); others are dropped, since nobody has a
+//! connection there by the tunnel. Anything else is delivered all the same, and answered directly:
+//! two hosts that use fixed ports may speak at both addresses.
 //!
 //! ```text
 //! parse();                                   // later, none: entrance = by_route; goto deliver
@@ -20,21 +21,25 @@
 //!     }
 //!     entrance = flow->entrance; goto deliver;
 //! }
+//! if (TCP && shifted(BY_TUNNEL, key)) goto new;
 //! if (TCP && (socket = sk_lookup_tcp()) && socket->state != LISTEN
 //!     && !storage(sockets, socket)
 //!     && !(now < counters[GRACE] && sequence and acknowledgment fit the socket)) direct;
 //! if (!ICMP && (conversation = lookup(own, key))
 //!     && !CLOSED && now - conversation->seen <= OWN_KEPT) direct;
-//! note = TCP ? SYN : UDP ? no socket waits : 0;
+//! new: note = TCP ? SYN : UDP ? no socket waits : 0;
 //! if (update(flows, key, { now, now, 0, entrance = by_route, note })) { count; drop; }
 //! relate(flow);                              // see `related`
 //!
-//! deliver: if (!entrance) return TC_ACT_UNSPEC;
+//! deliver: if (TCP && it = shifted(BY_TUNNEL, key)) exchange the client's port;
+//!          if (!entrance) return TC_ACT_UNSPEC;
 //!          link = lookup(links, entrance) or lookup(links, FIRST) or return TC_ACT_UNSPEC;
 //!          if (link->header) write an Ethernet header to link->mac;
 //!          skb->mark = DELIVERED;
 //!          return redirect(link->ifindex, BPF_F_INGRESS);
-//! direct:  if (TCP) { count; drop; } else { entrance = by_route; goto deliver; }
+//! direct:  if (!TCP) { entrance = by_route; goto deliver; }
+//!          if (SYN without ACK && take_free_port(BY_TUNNEL)) goto new;
+//!          count; drop;
 //! by_route: fib_lookup(from local to remote); 0 for the TUN, or if no route leads there; FIRST if
 //!          the kernel does not tell
 //! ```
@@ -45,7 +50,7 @@ use Reg::{R0, R1, R2, R3, R4, R7, R8, R9, R10};
 
 use super::flows::{
     CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_OPENING, FLOW_SEEN,
-    FLOW_UNAWAITED, FLOW_VALUE, FlowMaps, KEY_LOCAL, KEY_REMOTE, LINK_FIRST, LINK_HEADER,
+    FLOW_UNAWAITED, FLOW_VALUE, FlowMaps, KEY, KEY_LOCAL, KEY_REMOTE, LINK_FIRST, LINK_HEADER,
     LINK_IFINDEX, LINK_MAC, OWN_KEPT, REFRESH, VALUE, count, counter_at, enter_from,
     jump_if_within, look_up,
 };
@@ -56,6 +61,7 @@ use super::phrases::{
     begin_route_lookup, jump_if_v6, keep_packet, look_up_route, store_ethernet_header, verdict,
 };
 use super::related::relate;
+use super::shifted::{Coming, jump_unless_any, look_up_coming, shift_coming, take_free_port};
 use super::sockets::{jump_unless_somebody_waits, look_up_socket};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Operand, Program, Reg, Size,
@@ -104,8 +110,20 @@ pub(super) fn deliver_behind(
     a.bind(ways.flow);
     look_up(a, &maps.flows);
     a.jump_if_wide(R0, If::Ne, 0, known);
+    let (plain, shot) = (a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), plain);
+    jump_unless_any(a, maps, plain);
+    look_up_coming(a, maps, Coming::ByTunnel);
+    a.jump_if_wide(R0, If::Ne, 0, new);
+    a.bind(plain);
     jump_if_direct(a, maps, new);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), by_route);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Ne, i32::from(SYN), shot);
+    take_free_port(a, maps, Coming::ByTunnel, shot);
+    a.jump(new);
+    a.bind(shot);
     count(a, maps, Counter::Direct);
     verdict(a, TC_ACT_SHOT);
 
@@ -186,6 +204,13 @@ pub(super) fn deliver_behind(
     a.bind(by_route);
     find_entrance(a, tun_ifindex);
     a.bind(deliver);
+    let unshifted = a.label();
+    jump_unless_any(a, maps, unshifted);
+    a.load(Size::W, R0, R10, KEY);
+    a.alu(Alu::And, R0, 0xff);
+    a.jump_if(R0, If::Ne, i32::from(TCP), unshifted);
+    shift_coming(a, maps, Coming::ByTunnel, unshifted);
+    a.bind(unshifted);
     let (found, bare, no_room) = (a.label(), a.label(), a.label());
     a.jump_if(ENTRANCE, If::Eq, 0, on_the_tun);
     look_up_link(a, maps, ENTRANCE);

@@ -15,7 +15,8 @@
 //!            what came out of the tunnel: when the flow was last used, when its client was last
 //!            heard there, and when it last came directly since (or 0); the link by which it is
 //!            delivered (0: the TUN itself); of TCP whether a SYN was the last of it that tells
-//!            anything, of UDP whether no socket of this host has waited for it
+//!            anything, of UDP whether no socket of this host has waited for it. Of TCP
+//!            `asked_directly` says whether a host behind this one answers
 //! own        struct { u64 seen_or_closed; }
 //!            conversations of this host, and of hosts behind it, that never went by the tunnel
 //!            also, without their local end, the remote ends of UDP to which it spoke first
@@ -24,9 +25,10 @@
 //! related    by remote end of UDP: which flow from the tunnel it has, see `related`
 //! links      by index, or FIRST: struct { u32 ifindex; u32 header; u8 mac[6]; u8 pad[2]; }
 //!            the links at which what comes out of the tunnel may arrive
+//! shifted    second connections of a client with the same ports, see `shifted`
 //! fragments  u64, unused
 //!            fragmented replies under way, by identification
-//! sockets    u32, for each TCP socket: 1 if its connection came by the tunnel
+//! sockets    u32, for each TCP socket whose connection came by the tunnel: 1, or 2 if it is shifted
 //! counters   u64, see `Counter`
 //! ```
 //!
@@ -45,10 +47,11 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 use super::headers::{icmpv4, icmpv6};
 use super::phrases::PROTOCOL;
 use super::related::RELATED_BYTES;
+use super::shifted::{MAX_SHIFTED, SHIFTED_BYTES};
 use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS};
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::kernel::bpf::{
-    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size,
+    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size, Words,
 };
 use crate::model::moved::{TCP, UDP};
 
@@ -108,6 +111,8 @@ pub(super) const FLOW_SEEN: i16 = 0;
 pub(super) const FLOW_HEARD: i16 = 8;
 pub(super) const FLOW_ASKED_DIRECTLY: i16 = 16;
 pub(super) const FLOW_ENTRANCE: i16 = 24;
+/// In the same place, since only TCP has it: not 0 if a host behind this one answers.
+pub(super) const FLOW_BEHIND: i16 = FLOW_ASKED_DIRECTLY;
 pub(super) const FLOW_OPENING: i16 = 28;
 /// In the same place, since only UDP has it.
 pub(super) const FLOW_UNAWAITED: i16 = FLOW_OPENING;
@@ -125,6 +130,9 @@ const LINK_BYTES: usize = 16;
 pub(super) const LINK_IFINDEX: i16 = 0;
 pub(super) const LINK_HEADER: i16 = 4;
 pub(super) const LINK_MAC: i16 = 8;
+
+/// The name of the word that says whether any connection is shifted.
+const SHIFTS: &str = "ipmoved_shifts";
 
 /// In place of an index: the link to use where the right one is not known.
 pub(super) const LINK_FIRST: u32 = u32::MAX;
@@ -167,6 +175,8 @@ pub struct FlowMaps {
     pub(super) own: Map,
     pub(super) direct: Map,
     pub(super) related: Map,
+    pub(super) shifted: Map,
+    pub(super) shifts: Words,
     pub(super) links: Map,
     pub(super) fragments: Map,
     pub(super) counters: Map,
@@ -196,6 +206,12 @@ const RELATED: Shape = shape(
     "ipmoved_related",
     RELATED_BYTES,
     MAX_DIRECT,
+);
+const SHIFTED: Shape = shape(
+    MapKind::Hash,
+    "ipmoved_shifted",
+    SHIFTED_BYTES,
+    2 * MAX_SHIFTED,
 );
 const LINKS: Shape = Shape {
     kind: MapKind::Hash,
@@ -243,6 +259,8 @@ impl FlowMaps {
             own: Map::new(OWN)?,
             direct: Map::new(DIRECT)?,
             related: Map::new(RELATED)?,
+            shifted: Map::new(SHIFTED)?,
+            shifts: Words::new(SHIFTS, 1)?,
             links: Map::new(LINKS)?,
             fragments: Map::new(FRAGMENTS)?,
             counters: Map::new(COUNTERS)?,
@@ -271,11 +289,16 @@ impl FlowMaps {
         let (Some(flows), Some(own), Some(direct), Some(fragments)) = found else {
             return Ok(None);
         };
-        Ok(Some(Self {
+        let found = Self {
             flows,
             own,
             direct,
             fragments,
+            shifted: match find(SHIFTED) {
+                Some(map) => map,
+                None => Map::new(SHIFTED)?,
+            },
+            shifts: Words::new(SHIFTS, 1)?,
             related: match find(RELATED) {
                 Some(map) => map,
                 None => Map::new(RELATED)?,
@@ -286,7 +309,9 @@ impl FlowMaps {
                 Some(map) => Some(map),
                 None => sockets()?,
             },
-        }))
+        };
+        found.note_shifts()?;
+        Ok(Some(found))
     }
 
     /// The maps that remember something, for [`found`](Self::found).
@@ -296,10 +321,11 @@ impl FlowMaps {
             own,
             direct,
             related,
+            shifted,
             fragments,
             ..
         } = self;
-        [flows, own, direct, related, fragments]
+        [flows, own, direct, related, shifted, fragments]
             .into_iter()
             .chain(&self.sockets)
             .map(AsFd::as_fd)
@@ -427,7 +453,7 @@ impl FlowMaps {
     }
 }
 
-fn refused(errno: Errno) -> BpfError {
+pub(super) fn refused(errno: Errno) -> BpfError {
     BpfError::Map {
         name: "of steering",
         errno,

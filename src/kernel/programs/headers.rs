@@ -132,10 +132,13 @@ pub(super) mod ports {
 
 /// TCP: RFC 9293 section 3.1.
 pub(super) mod tcp {
+    pub(crate) const SOURCE: u32 = 0;
+    pub(crate) const DESTINATION: u32 = 2;
     pub(crate) const SEQUENCE: u32 = 4;
     pub(crate) const ACKNOWLEDGMENT: u32 = 8;
     pub(crate) const FLAGS: u32 = 13;
     pub(crate) const FLAGS_END: u32 = 14;
+    pub(crate) const CHECKSUM: u32 = 16;
 }
 
 /// ICMP for both families: RFC 792, RFC 4443.

@@ -47,6 +47,9 @@ pub(super) const FLAGS: i16 = -64;
 /// Where it keeps a copy of a header, up to 40 bytes; that of TCP, once the key is made.
 pub(super) const HEADER: i16 = -104;
 
+/// Where it keeps the place of the transport header of TCP, in bytes from the start of the frame.
+pub(super) const TRANSPORT_KEPT: i16 = -272;
+
 /// Who sent the packet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Side {
@@ -91,6 +94,7 @@ pub(super) fn parse(a: &mut Assembler, l2: u32, side: Side, ways: Ways) {
         a.store(Size::Dw, R10, offset, 0);
     }
     a.store(Size::Dw, R10, FLAGS, 0);
+    a.store(Size::Dw, R10, TRANSPORT_KEPT, 0);
     a.mov(FRAGMENT, UNFRAGMENTED);
     branch_by_family(a, v6, ways.other);
 
@@ -163,6 +167,7 @@ pub(super) fn parse(a: &mut Assembler, l2: u32, side: Side, ways: Ways) {
     a.jump(ways.flow);
 
     a.bind(tcp);
+    a.store(Size::W, R10, TRANSPORT_KEPT, TRANSPORT);
     a.mov(R2, TRANSPORT);
     load_header(a, tcp::FLAGS_END, ways.none);
     a.load(Size::B, R0, R10, header(tcp::FLAGS));

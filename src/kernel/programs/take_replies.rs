@@ -14,13 +14,19 @@
 //!
 //! ```text
 //! if (skb->vlan_present || UDP from the tunnel's own port) pass;
-//! if (it is from a TCP socket with storage(sockets)) return redirect(tun, 0);
+//! if (it is from a TCP socket with storage(sockets) == AS_IT_IS) return redirect(tun, 0);
 //! parse();                                                    // none, other: pass; later: below
+//! if (TCP && it = shifted(LEAVING, key)) {                    // see `shifted`
+//!     exchange the client's port;
+//!     if (it is direct) pass;
+//! } else if (TCP && shifted(BY_TUNNEL, key)) goto miss;
+//! else if (storage(sockets) == SHIFTED) return redirect(tun, 0);
 //! if ((flow = lookup(flows, key))) {
 //!     if (TCP) {
 //!         if (SYN and ACK && !flow->opening) { delete(flows, key); forget own; pass; }
 //!         if (SYN without ACK) { delete(flows, key); goto miss; }
-//!         if (it is from a TCP socket) storage(sockets) = 1;
+//!         if (it is from a TCP socket) storage(sockets) = it is shifted ? SHIFTED : AS_IT_IS;
+//!         else if (no socket sends it) flow->behind = 1;
 //!     } else {
 //!         if (flow->unawaited && from a socket at this port) { delete(flows, key); goto miss; }
 //!         if (now - flow->asked_directly <= ANSWERED_DIRECTLY) goto unknown;
@@ -59,7 +65,7 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
 
 use super::flows::{
-    ANSWERED_DIRECTLY, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_OPENING, FLOW_SEEN,
+    ANSWERED_DIRECTLY, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_OPENING, FLOW_SEEN,
     FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter, enter_now,
     jump_if_within, look_up, remove,
 };
@@ -72,6 +78,7 @@ use super::phrases::{
     PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
 };
 use super::related::{jump_if_related, remember_remote_end};
+use super::shifted::{Coming, jump_unless_any, look_up_coming, shift_leaving};
 use super::sockets::jump_unless_from_own_port;
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
@@ -103,6 +110,7 @@ pub fn take_replies(
     keep_packet(a);
     pass_if_tagged(a, pass);
     let (read, from_socket) = (a.label(), a.label());
+    a.store(Size::W, R10, TAKEN_AS, AS_IT_IS);
     // The tunnel itself is most of what leaves, and TCP of sockets that are known.
     sort_out(
         a,
@@ -122,17 +130,39 @@ pub fn take_replies(
         a.mov(R4, 0);
         a.call(Helper::SkStorageGet);
         a.jump_if_wide(R0, If::Eq, 0, read);
+        let as_it_is = a.label();
+        a.load(Size::W, R0, R0, 0);
+        a.jump_if(R0, If::Eq, AS_IT_IS, as_it_is);
+        a.store(Size::W, R10, TAKEN_AS, SHIFTED);
+        a.jump(read);
+        a.bind(as_it_is);
         redirect_to(a, tun_ifindex);
     }
     a.bind(read);
     parse(a, l2_header, Side::Host, ways);
 
     a.bind(ways.flow);
-    let flow = a.label();
+    let (flow, of_tcp, by_tunnel) = (a.label(), a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), of_tcp);
     // The tunnel once more, behind options.
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), flow);
     a.load(Size::H, R0, R10, KEY_LAST + 2);
     a.jump_if(R0, If::Eq, wire(i32::from(tunnel_port)), pass);
+    a.jump(flow);
+    a.bind(of_tcp);
+    let unshifted = a.label();
+    jump_unless_any(a, maps, unshifted);
+    shift_leaving(a, maps, by_tunnel, pass);
+    // The flow with these ports has another one here, so this is the direct connection.
+    look_up_coming(a, maps, Coming::ByTunnel);
+    a.jump_if_wide(R0, If::Ne, 0, miss);
+    a.bind(unshifted);
+    a.load(Size::W, R0, R10, TAKEN_AS);
+    a.jump_if(R0, If::Ne, SHIFTED, flow);
+    // It was one of the tunnel, whose port is forgotten: it must not leave all the same.
+    redirect_to(a, tun_ifindex);
+    a.bind(by_tunnel);
+    a.store(Size::W, R10, TAKEN_AS, SHIFTED);
     a.bind(flow);
     look_up(a, &maps.flows);
     a.jump_if_wide(R0, If::Eq, 0, miss);
@@ -155,12 +185,19 @@ pub fn take_replies(
     a.jump(miss);
     a.bind(known);
     if let Some(sockets) = &maps.sockets {
+        let sent_here = a.label();
+        a.load(Size::Dw, R0, PACKET, skb::SK);
+        a.jump_if_wide(R0, If::Ne, 0, sent_here);
+        a.load(Size::W, R0, FLOW, FLOW_BEHIND);
+        a.jump_if(R0, If::Ne, 0, hit);
+        a.store(Size::W, FLOW, FLOW_BEHIND, 1);
+        a.jump(hit);
+        a.bind(sent_here);
         load_tcp_socket(a, hit, hit);
-        a.store(Size::W, R10, VALUE, 1);
         a.load_map(R1, sockets.as_fd());
         a.mov(R2, SOCKET);
         a.mov(R3, R10);
-        a.alu(Alu::Add, R3, i32::from(VALUE));
+        a.alu(Alu::Add, R3, i32::from(TAKEN_AS));
         a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
         a.call(Helper::SkStorageGet);
     }
@@ -221,6 +258,12 @@ pub fn take_replies(
     verdict(a, TC_ACT_UNSPEC);
     asm.finish(TAKE_REPLIES)
 }
+
+/// Where the stack keeps what is remembered of a TCP socket whose packets are taken, and what that
+/// may be: they leave as they are, or with another port (`shifted`).
+const TAKEN_AS: i16 = -280;
+const AS_IT_IS: i32 = 1;
+const SHIFTED: i32 = 2;
 
 /// Makes the storage of a socket that has none.
 const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
@@ -311,14 +354,18 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label)
 mod tests {
     use std::net::UdpSocket;
     use std::os::fd::{AsFd, OwnedFd};
+    use std::time::Duration;
 
     use super::*;
+    use crate::flow::class::{TCP_CLOSING, TCP_ESTABLISHED, TCP_RESET};
     use crate::kernel::bpf::test_run::run;
     use crate::kernel::programs::arrivals::arrivals;
     use crate::kernel::programs::deliver::deliver_behind;
     use crate::kernel::programs::flows::Counter;
     use crate::kernel::programs::phrases::{DELIVERED, TC_ACT_SHOT};
-    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, ports, taken, tcp};
+    use crate::kernel::programs::testing::{
+        L2, Packet, TC_ACT_REDIRECT, frame, icmp, ports, taken, tcp,
+    };
     use crate::kernel::testing::in_fresh_namespace;
     use crate::packet::{MAX_EXTENSION_HEADERS, PSH};
 
@@ -355,6 +402,27 @@ mod tests {
             }
         }
 
+        /// Comes out of the tunnel and is delivered; returns the source port that this host sees.
+        fn arrives_from(&self, packet: &Packet) -> u16 {
+            let outcome = run(self.deliver.as_fd(), &frame(&packet.bytes()));
+            assert_eq!(outcome.verdict, TC_ACT_UNSPEC);
+            port_at(packet, &outcome.frame, 0)
+        }
+
+        /// Comes from the wire; returns the source port that this host sees.
+        fn comes_from(&self, packet: &Packet) -> u16 {
+            let outcome = run(self.arrivals.as_fd(), &frame(&packet.bytes()));
+            assert_eq!(outcome.verdict, TC_ACT_UNSPEC);
+            port_at(packet, &outcome.frame, 0)
+        }
+
+        /// Leaves: whether it is taken into the tunnel, and its destination port then.
+        fn leaves_for(&self, packet: &Packet) -> (bool, u16) {
+            let outcome = run(self.egress.as_fd(), &frame(&packet.bytes()));
+            let port = port_at(packet, &outcome.frame, 2);
+            (outcome.verdict == TC_ACT_REDIRECT, port)
+        }
+
         /// Comes from the wire.
         fn comes_directly(&self, packet: &Packet) {
             assert!(!taken(self.arrivals.as_fd(), packet));
@@ -370,6 +438,105 @@ mod tests {
         ("203.0.113.7", "198.51.100.2"),
         ("2001:db8:c::7", "2001:db8:b::2"),
     ];
+
+    /// A port of a frame's TCP header, whose checksum is as right as that of `before`.
+    fn port_at(before: &Packet, frame: &[u8], at: usize) -> u16 {
+        let transport = L2 as usize + if before.src.is_ipv4() { 20 } else { 40 };
+        let word = |bytes: &[u8], at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+        let sum = |bytes: &[u8], start: usize| {
+            let words = bytes[start..].chunks_exact(2);
+            let sum: u32 = words.map(|pair| u32::from(word(pair, 0))).sum();
+            (sum & 0xffff) + (sum >> 16)
+        };
+        assert_eq!(
+            sum(frame, transport) % 0xffff,
+            sum(&before.payload, 0) % 0xffff
+        );
+        word(frame, transport + at)
+    }
+
+    #[test]
+    fn a_second_connection_with_the_same_ports_has_another_one_inside() {
+        for (client, here) in ENDS {
+            let in_ = |flags| Packet::new(client, here, TCP, tcp(40_000, 80, flags));
+            let out = |port, flags| Packet::new(here, client, TCP, tcp(80, port, flags));
+            // Directly first.
+            let steering = Steering::new();
+            assert!(!steering.is_steered(&out(40_000, ACK)));
+            assert!(!steering.arrives(&in_(ACK)));
+            let inside = steering.arrives_from(&in_(SYN));
+            assert!(inside >= 0x8000 && inside != 40_000);
+            for _ in 0..2 {
+                assert_eq!(steering.arrives_from(&in_(SYN)), inside);
+                assert_eq!(steering.leaves_for(&out(inside, SYN | ACK)), (true, 40_000));
+                assert_eq!(steering.arrives_from(&in_(ACK)), inside);
+                assert_eq!(steering.leaves_for(&out(inside, PSH | ACK)), (true, 40_000));
+                assert_eq!(steering.comes_from(&in_(ACK)), 40_000);
+                assert_eq!(steering.leaves_for(&out(40_000, ACK)), (false, 40_000));
+            }
+            // It is remembered though the flow is not.
+            steering
+                .maps
+                .flows
+                .remove_all(&steering.maps.flows.keys().unwrap().concat())
+                .unwrap();
+            assert_eq!(steering.arrives_from(&in_(ACK)), inside);
+            assert_eq!(steering.leaves_for(&out(inside, ACK)), (true, 40_000));
+            // What this host resets is forgotten soon, and its flow does not take the direct one.
+            let later = |time| super::super::now() + time;
+            let second = Duration::from_secs(1);
+            let sweep = |steering: &Steering, time| {
+                steering.maps.sweep_shifted(later(time)).unwrap();
+                steering.maps.shifted.keys().unwrap().len()
+            };
+            assert_eq!(steering.comes_from(&in_(RST)), 40_000);
+            assert_eq!(steering.arrives_from(&in_(RST)), inside);
+            assert_eq!(sweep(&steering, TCP_RESET + second), 2);
+            assert_eq!(steering.leaves_for(&out(inside, RST)), (true, 40_000));
+            assert_eq!(sweep(&steering, TCP_RESET + second), 0);
+            assert_eq!(steering.maps.shifts.get(0), 0);
+            assert_eq!(steering.leaves_for(&out(40_000, ACK)), (false, 40_000));
+            assert!(!steering.arrives(&in_(ACK)));
+
+            // By the tunnel first.
+            let steering = Steering::new();
+            assert_eq!(steering.arrives_from(&in_(SYN)), 40_000);
+            assert_eq!(steering.leaves_for(&out(40_000, SYN | ACK)), (true, 40_000));
+            assert_eq!(steering.comes_from(&in_(ACK)), 40_000, "it begins nothing");
+            let inside = steering.comes_from(&in_(SYN));
+            assert!(inside >= 0x8000 && inside != 40_000);
+            for _ in 0..2 {
+                assert_eq!(steering.comes_from(&in_(SYN)), inside);
+                assert_eq!(
+                    steering.leaves_for(&out(inside, SYN | ACK)),
+                    (false, 40_000)
+                );
+                assert_eq!(steering.comes_from(&in_(ACK)), inside);
+                assert_eq!(steering.leaves_for(&out(inside, ACK)), (false, 40_000));
+                assert_eq!(steering.arrives_from(&in_(ACK)), 40_000);
+                assert_eq!(steering.leaves_for(&out(40_000, ACK)), (true, 40_000));
+            }
+            // The client has a connection by the very port.
+            let taken = Packet::new(client, here, TCP, tcp(inside, 80, SYN));
+            let another = steering.comes_from(&taken);
+            assert!(another >= 0x8000 && another != inside && another != 40_000);
+            assert_eq!(steering.leaves_for(&out(another, ACK)), (false, inside));
+            // All others are left alone.
+            let other = Packet::new(client, here, TCP, tcp(40_001, 80, SYN));
+            assert_eq!(steering.comes_from(&other), 40_001);
+            // They fall silent.
+            assert_eq!(sweep(&steering, TCP_CLOSING), 4);
+            assert_eq!(
+                steering.leaves_for(&out(inside, FIN | ACK)),
+                (false, 40_000)
+            );
+            assert_eq!(steering.comes_from(&in_(FIN | ACK)), inside);
+            assert_eq!(sweep(&steering, TCP_CLOSING + second), 2);
+            assert_eq!(sweep(&steering, TCP_ESTABLISHED + second), 0);
+            assert_eq!(steering.maps.shifts.get(0), 0);
+            assert_eq!(steering.comes_from(&in_(ACK)), 40_000);
+        }
+    }
 
     fn icmp_protocol(addr: &str) -> u8 {
         if addr.contains(':') {
@@ -519,18 +686,25 @@ mod tests {
             let own = |flags| Packet::new(here, remote, TCP, tcp(40_000, 443, flags));
             let forged = |flags| Packet::new(remote, here, TCP, tcp(443, 40_000, flags));
             assert!(!steering.is_steered(&own(SYN)));
-            for flags in [SYN, ACK, ACK | PSH, SYN | ACK, RST] {
+            for flags in [ACK, ACK | PSH, SYN | ACK, RST] {
                 assert!(!steering.arrives(&forged(flags)));
                 assert!(!steering.is_steered(&own(ACK)));
             }
+            // A SYN begins another one, which this host sees with another port.
+            for flags in [SYN, ACK, ACK | PSH, RST] {
+                assert_ne!(steering.arrives_from(&forged(flags)), 443);
+                assert!(!steering.is_steered(&own(ACK)));
+            }
             // It is over, and the remote is a client with the same ports.
-            assert!(!steering.is_steered(&own(FIN | ACK)));
-            assert!(!steering.is_steered(&own(ACK)));
-            assert!(steering.arrives(&forged(SYN)));
-            assert!(steering.is_steered(&own(SYN | ACK)));
+            let over = Steering::new();
+            assert!(!over.is_steered(&own(SYN)));
+            assert!(!over.is_steered(&own(FIN | ACK)));
+            assert!(!over.is_steered(&own(ACK)));
+            assert_eq!(over.arrives_from(&forged(SYN)), 443);
+            assert!(over.is_steered(&own(SYN | ACK)));
         }
-        // Five for each family.
-        assert_eq!(steering.maps.count(Counter::Direct), 10);
+        // Four for each family.
+        assert_eq!(steering.maps.count(Counter::Direct), 8);
     }
 
     #[test]
@@ -596,9 +770,8 @@ mod tests {
                 assert!(!steering.is_steered(&out(SYN | ACK)));
                 assert!(!steering.is_steered(&out(ACK)));
                 // And by the tunnel again, once the direct one is over.
-                assert!(!steering.arrives(&in_(SYN)));
                 assert!(!steering.is_steered(&out(FIN | ACK)));
-                assert!(steering.arrives(&in_(SYN)));
+                assert_eq!(steering.arrives_from(&in_(SYN)), 40_000);
                 assert!(steering.is_steered(&out(SYN | ACK)));
             }
             // This host's own connection, whose other end somebody named before it was there.
