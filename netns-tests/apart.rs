@@ -222,7 +222,11 @@ fn no_forged_datagram_makes_answers_of_what_the_new_server_begins() -> Result {
             ask()?;
         }
         for _ in 0..3 {
-            let forged = packets::udp((SECOND_CLIENT, port), (MOVED, 5_060), b"forged");
+            let forged = packets::udp(
+                (SECOND_CLIENT.into(), port),
+                (MOVED.into(), 5_060),
+                b"forged",
+            );
             stranger.send(&forged)?;
             hears(&waits, b"forged")?;
             ask()?;
