@@ -133,28 +133,26 @@ fn a_service_on_any_address_answers_from_the_moved_one() -> Result {
         let daemons = setup.start_both()?;
         let tap = lab.tap(Leg::New)?;
         let mut talks = Vec::new();
-        for [here, moved] in ENDS {
-            let service = any(lab.new_server(), here, 7_777)?;
+        for ([here, moved], port) in ENDS.into_iter().zip([7_777, 7_778]) {
+            let service = any(lab.new_server(), here, port)?;
             let client = open(&lab.client(), moved)?;
             for _ in 0..3 {
-                client
-                    .send_to(b"question", (moved, 7_777))
-                    .map_err(failed)?;
+                client.send_to(b"question", (moved, port)).map_err(failed)?;
                 let from = hears(&service, b"question")?;
                 service.send_to(b"the-answer", from).map_err(failed)?;
                 let at = hears(&client, b"the-answer")?;
-                assert_eq!(at, SocketAddr::new(moved, 7_777));
+                assert_eq!(at, SocketAddr::new(moved, port));
             }
             let from = client.local_addr().map_err(failed)?;
-            talks.push((service, client, from, moved));
+            talks.push((service, client, from, SocketAddr::new(moved, port)));
         }
         daemons.new.kill()?;
         let mut again = setup.start(Role::New)?;
         again.wait_until_up()?;
-        for (service, client, from, moved) in &talks {
+        for (service, client, from, asked) in &talks {
             service.send_to(b"the-answer", from).map_err(failed)?;
             let at = hears(client, b"the-answer")?;
-            assert_eq!(at, SocketAddr::new(*moved, 7_777));
+            assert_eq!(at, *asked);
         }
         let seen = tap.stop()?;
         assert_eq!(
@@ -309,7 +307,8 @@ fn packets_are_delivered_to_where_the_old_servers_settings_name_the_new_one() ->
     // Whoever is started later begins the handshake.
     let mut old = setup.start(Role::Old)?;
     let mut new = setup.start(Role::New)?;
-    (old.wait_until_up()?, new.wait_until_up()?);
+    old.wait_until_up()?;
+    new.wait_until_up()?;
     is_delivered_there(&new);
     let mut talk = lab.client().converse(MOVED)?;
     talk.exchange(b"hello", PATIENCE)?;

@@ -180,9 +180,14 @@ fn a_stranger_diverts_no_connection_of_the_new_server() -> Result {
         let (mut far, from) = listener.accept().map_err(failed)?;
         assert_eq!(from.ip(), IpAddr::from(here));
         far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
-        for round in 0..5 {
-            stranger.send(&packets::blind((remote, 443), (MOVED, from.port()), b"x"))?;
-            stranger.send(&packets::syn((remote, 443), (MOVED, from.port())))?;
+        for round in 0..10 {
+            let (ends, to) = ((remote, 443), (MOVED, from.port()));
+            // A SYN begins another connection, to which this host sees what follows.
+            let forged = match round < 5 {
+                true => packets::blind(ends, to, b"forged"),
+                false => packets::syn(ends, to),
+            };
+            stranger.send(&forged)?;
             std::thread::sleep(Duration::from_millis(50));
             own.write_all(&[round]).map_err(failed)?;
             let mut told = [0];

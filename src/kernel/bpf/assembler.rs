@@ -293,13 +293,13 @@ impl Assembler {
         );
     }
 
-    /// `*(base + offset) += src`, in one step, all 64 bits.
+    /// `*(base + offset) += src`, in one step, 32 bits.
     pub fn add_word_atomically(&mut self, base: Reg, offset: i16, src: Reg) {
         let opcode = Self::STX | Self::MODE_ATOMIC | Size::W.bits();
         self.push(opcode, base as u8, src as u8, offset, 0);
     }
 
-    /// `*(u64 *)(base + offset) += src`, as one step.
+    /// `*(base + offset) += src`, in one step, all 64 bits.
     pub fn add_atomically(&mut self, base: Reg, offset: i16, src: Reg) {
         let opcode = Self::STX | Self::MODE_ATOMIC | Size::Dw.bits();
         self.push(opcode, base as u8, src as u8, offset, 0);

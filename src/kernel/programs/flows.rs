@@ -28,7 +28,7 @@
 //! shifted    second connections of a client with the same ports, see `shifted`
 //! fragments  u64, unused
 //!            fragmented replies under way, by identification
-//! sockets    u32, for each TCP socket whose connection came by the tunnel: 1, or 2 if it is shifted
+//! sockets    u32, for each TCP socket whose connection came by the tunnel: 1, or 2 if shifted
 //! counters   u64, see `Counter`
 //! ```
 //!

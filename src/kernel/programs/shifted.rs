@@ -15,14 +15,19 @@
 //! shifts     one word, not 0 while there may be any: it is counted up before one is entered
 //!
 //! take_free_port(mark):
-//!     for (port of three) if (none of flows, own, shifted[3] has it && no socket but a listening one)
-//!         ++shifts, update(shifted, 3 and port, { the client's, mark }); update(shifted, mark, { port });
+//!     for (port of three)
+//!         if (none of flows, own, shifted[3] has it, nor a socket but a listening one) {
+//!             ++shifts;
+//!             update(shifted, 3 and port, { now, the client's port, mark });
+//!             update(shifted, mark and the client's port, { now, port });
+//!         }
 //! ```
 //!
 //! The flow of a connection that comes by the tunnel has the key of the direct one, which must not
 //! be taken for it: as long as the flow is there, the entry that says so has to be. So connections
-//! are forgotten in one place, [`FlowMaps::sweep_shifted`], when they ended or fell silent. There is room for [`MAX_SHIFTED`]: beyond it a second connection
-//! gets no answer by the tunnel (`direct_connection`), and directly one that its client ignores.
+//! are forgotten in one place, [`FlowMaps::sweep_shifted`], when they ended or fell silent. There
+//! is room for [`MAX_SHIFTED`]: beyond it a second connection gets no answer by the tunnel
+//! (`direct_connection`), and directly one that its client ignores.
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
