@@ -165,6 +165,7 @@ impl Impostor {
                 | Event::Endpoint(_)
                 | Event::Arrived(_)
                 | Event::State(_)
+                | Event::PeerSees(_)
                 | Event::Rtt(_)
                 | Event::PathMtu(_)
                 | Event::Warning(_) => {}

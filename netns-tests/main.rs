@@ -49,6 +49,7 @@ mod restart;
 mod service_manager;
 mod serving;
 mod several;
+mod silence;
 mod stage;
 mod status;
 mod steering;

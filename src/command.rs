@@ -23,9 +23,11 @@ use crate::channel::session::Psk;
 use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError, confine, log};
 use crate::io::entropy;
+use crate::kernel::netlink::firewall;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError, namespace_dir};
 use crate::lab::{DemoError, LabError};
 use crate::model::runtime::STATUS_SOCKET;
+use crate::model::status::Status;
 use crate::settings::args::{Cli, Command, NatArgs, RunArgs};
 use crate::settings::config::{self, Config, NatSettings};
 
@@ -203,7 +205,7 @@ fn genpsk() -> Result<(), Failure> {
 fn show_status(json: bool) -> Result<(), Failure> {
     let namespace =
         namespace_dir(&config::runtime_dir()).map_err(|error| Failure::new(SYSTEM, error))?;
-    let status = status_socket::ask(&namespace.join(STATUS_SOCKET)).map_err(|error| {
+    let mut status = status_socket::ask(&namespace.join(STATUS_SOCKET)).map_err(|error| {
         let code = match &error {
             StatusError::NotRunning(_) => OTHER_DAEMON,
             StatusError::Permission(_) => SYSTEM,
@@ -211,6 +213,7 @@ fn show_status(json: bool) -> Result<(), Failure> {
         };
         Failure::new(code, error)
     })?;
+    name_firewalls(&mut status);
     if json {
         let text = serde_json::to_string_pretty(&status);
         print(&format!(
@@ -219,6 +222,38 @@ fn show_status(json: bool) -> Result<(), Failure> {
         ))
     } else {
         print(&status.to_text())
+    }
+}
+
+/// Where the daemon says that a firewall likely drops packets, names the chains that drop any. The
+/// daemon itself has no access to the firewall, so that nobody has who takes it over.
+fn name_firewalls(status: &mut Status) {
+    /// More than a person looks at.
+    const SHOWN: usize = 4;
+    let served = status
+        .tunnels
+        .iter_mut()
+        .flat_map(|tunnel| &mut tunnel.served);
+    let causes = served.flat_map(|served| &mut served.causes);
+    let mut firewalls = causes.filter(|cause| cause.cause == "firewall").peekable();
+    if firewalls.peek().is_none() {
+        return;
+    }
+    let chains: Vec<String> = match firewall::drop_chains() {
+        Ok(chains) => chains.iter().map(ToString::to_string).collect(),
+        Err(_) => return,
+    };
+    if chains.is_empty() {
+        return;
+    }
+    let shown = chains
+        .iter()
+        .take(SHOWN)
+        .cloned()
+        .collect::<Vec<_>>()
+        .join(", ");
+    for cause in firewalls {
+        cause.text = format!("{}: {shown}", cause.text);
     }
 }
 

@@ -28,6 +28,7 @@ use super::service::{
     notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
+use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
@@ -169,6 +170,7 @@ async fn carry(
         next_flows: started + FLOWS_EVERY,
         next_sweep: started + SWEEP_EVERY,
         repairer: Repairer::default(),
+        silence: Watcher::new(config.role, peers, started),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -369,6 +371,7 @@ struct Control<'h> {
     next_flows: Instant,
     next_sweep: Instant,
     repairer: Repairer,
+    silence: Watcher,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -424,7 +427,7 @@ impl Control<'_> {
         self.tunnels
             .iter()
             .filter_map(Tunnel::next_timeout)
-            .chain([self.next_path, self.next_look])
+            .chain([self.next_path, self.next_look, self.silence.next()])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
             .chain((self.role == Role::New).then_some(self.next_flows))
             .min()
@@ -505,6 +508,9 @@ impl Control<'_> {
             }
             self.look_at_refused_sources(now);
         }
+        if now >= self.silence.next() {
+            self.look_at_silence(now);
+        }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
         self.carry_out(now);
@@ -560,6 +566,7 @@ impl Control<'_> {
                 self.look_before_choosing(now);
                 self.see(now, Input::Announced(peer, announcement));
             }
+            Event::PeerSees(troubles) => self.silence.peer_sees(now, peer, troubles),
             Event::PathMtu(_) => self.set_mtu(peer),
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),
@@ -904,6 +911,36 @@ impl Control<'_> {
         }
     }
 
+    /// Looks what became of clients' conversations, and why some are not answered.
+    fn look_at_silence(&mut self, now: Instant) {
+        for peer in self.policy.peers() {
+            let seen = self.shared.forwarder.observe(now, peer);
+            let moves = self.policy.moves(peer);
+            self.silence.observe(now, peer, moves, seen);
+        }
+        let around = Around {
+            netlink: &self.netlink,
+            follower: &self.follower,
+            translator: self.shared.forwarder.translator(),
+        };
+        for (peer, said) in self.silence.judge(now, &around) {
+            let name = self.policy.name(peer);
+            match said {
+                Said::Warning(text) => self.warn(now, peer, &text),
+                Said::Well(what, warning) => {
+                    self.warnings.withdraw(peer, &format!("{name}: {warning}"));
+                    if self.warnings.may_log(now, peer) {
+                        info!(peer = name, what, "well again");
+                    }
+                }
+            }
+        }
+        for peer in self.policy.peers() {
+            let troubles = self.silence.troubles(peer);
+            self.tunnels[index(peer)].set_troubles(now, &troubles);
+        }
+    }
+
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
     fn set_mtu(&mut self, peer: PeerId) {
         let mtu = tunnel_mtu(self.tunnels[index(peer)].path_mtu());
@@ -1004,6 +1041,8 @@ impl Control<'_> {
             rtt: tunnel.rtt(),
             mtu: view.mtu,
             mtu_hints: tunnel.mtu_hints(),
+            unheard: tunnel.unheard(now),
+            served: self.silence.served(now, peer),
             moves: self.policy.moves(peer),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),

@@ -191,6 +191,8 @@ pub(super) struct Follower {
     links: Vec<(u32, String)>,
     /// What was last planned for the TUN.
     on_tun: Vec<Change>,
+    /// Filters of others that were seen before ours, and how to list them.
+    before_ours: Vec<(String, String)>,
 }
 
 impl Follower {
@@ -216,6 +218,7 @@ impl Follower {
             beyond: 0,
             links: Vec::new(),
             on_tun: Vec::new(),
+            before_ours: Vec::new(),
         };
         follower.tell_programs(&host.netlink().addresses().map_err(system)?);
         let mut links = follower.wanted(&host.netlink().links().map_err(system)?);
@@ -494,22 +497,40 @@ impl Follower {
 
     /// Looks for filters of others that come before ours. An administrator may want that, but then
     /// has to know what it means.
-    fn look_for_others(&self, now: Instant, netlink: &Netlink, known: &mut Warnings) {
+    fn look_for_others(&mut self, now: Instant, netlink: &Netlink, known: &mut Warnings) {
         let direction = match &self.programs {
             Programs::Old(_) => Direction::Ingress,
             Programs::New(_) => Direction::Egress,
         };
-        for link in &self.carrying {
-            let Ok(Some((priority, kind))) = plan::before_ours(netlink, link, direction) else {
-                continue;
-            };
+        let of = |link: &Link| {
+            let (priority, kind) = plan::before_ours(netlink, link, direction).ok()??;
             let interface = &link.name;
-            let text = format!(
+            let what = format!(
                 "a {kind} filter of others (pref {priority}) stands before ipmoved's on \
-                 {interface} {direction}; what it takes is not served"
+                 {interface} {direction}"
             );
-            known.warn(now, text);
+            let list = format!("tc filter show dev {interface} {direction}");
+            Some((what, list))
+        };
+        self.before_ours = self.carrying.iter().filter_map(of).collect();
+        for (what, _) in &self.before_ours {
+            known.warn(now, format!("{what}; what it takes is not served"));
         }
+    }
+
+    /// The filters of others that come before ours, each in words, and how to list them.
+    pub(super) fn before_ours(&self) -> &[(String, String)] {
+        &self.before_ours
+    }
+
+    /// Whether a link is the TUN.
+    pub(super) fn is_tun(&self, index: u32) -> bool {
+        self.tun.index == index
+    }
+
+    /// The links that carry the programs.
+    pub(super) fn carrying(&self) -> &[Link] {
+        &self.carrying
     }
 
     /// Tells the programs what may change while they run.

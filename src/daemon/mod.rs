@@ -38,6 +38,7 @@ mod policy;
 mod report;
 mod service;
 mod setup;
+mod silence;
 pub mod status_socket;
 mod warnings;
 mod watchdog;

@@ -20,7 +20,7 @@ use crate::model::moved::Move;
 use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
 use crate::model::status::{
-    Flows, MtuHints, Offloads, RefusedMove, State, Status, Traffic, TunnelStatus, Way,
+    Flows, MtuHints, Offloads, RefusedMove, Served, State, Status, Traffic, TunnelStatus, Way,
 };
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
@@ -57,6 +57,10 @@ pub(super) struct Peer<'a> {
     pub(super) mtu: usize,
     /// What came of ICMP errors about the path to it.
     pub(super) mtu_hints: Hints,
+    /// For how long nothing was heard of it, though it is there.
+    pub(super) unheard: Option<Duration>,
+    /// What clients ask for, and whether it is answered.
+    pub(super) served: Vec<Served>,
     /// The moves to it or from it.
     pub(super) moves: &'a [Move],
     /// Where the new server delivers.
@@ -118,6 +122,8 @@ pub(super) fn tunnels(
                 asked: peer.mtu_hints.asked,
                 refuted: peer.mtu_hints.refuted,
             },
+            unheard_s: peer.unheard.map(|unheard| unheard.as_secs()),
+            served: peer.served,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
@@ -154,6 +160,8 @@ pub(super) fn translated(
         handshake_age_s: None,
         mtu: end.link.mtu.min(uplink_mtu) as usize,
         mtu_hints: MtuHints::default(),
+        unheard_s: None,
+        served: Vec::new(),
         moved: (settings.moves.iter())
             .filter(|moved| moved.prefix.first().is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
@@ -270,6 +278,8 @@ mod tests {
             rtt: Some(Duration::from_micros(170)),
             mtu: 1_440,
             mtu_hints: Hints::default(),
+            unheard: None,
+            served: Vec::new(),
             moves,
             deliver: Some(Deliver::To {
                 v4: Some("198.51.100.2".parse().unwrap()),

@@ -79,6 +79,12 @@ impl Warnings {
         self.peers[index(peer)].lines.keep(now, line) && self.may_log(now, peer)
     }
 
+    /// A line of a peer is no longer true.
+    pub(super) fn withdraw(&mut self, peer: PeerId, line: &str) {
+        let lines = &mut self.peers[index(peer)].lines.0;
+        lines.retain(|kept| kept.line != line);
+    }
+
     /// Whether one more line about a peer may be logged. If not, it is counted.
     #[must_use]
     pub(super) fn may_log(&mut self, now: Instant, peer: PeerId) -> bool {

@@ -267,6 +267,15 @@ impl Seen {
         }
     }
 
+    /// Whether the application has answered, and not only refused; `None` if nothing came from it.
+    ///
+    /// A client's own RST, behind the answer to its SYN, looks like a refusal to a table that takes
+    /// clients' RSTs for what they say: a scan sends such.
+    pub(super) fn answer(self, protocol: u8) -> Option<bool> {
+        let refused = protocol == TCP && self.has(Self::RESET) && !self.has(Self::WENT_ON);
+        self.has(Self::APPLICATION).then_some(!refused)
+    }
+
     /// As six bits, for a table that packs its entries. Of a flow that was seen, not all are zero.
     #[inline]
     pub(super) fn bits(self) -> u8 {

@@ -30,6 +30,7 @@ use crate::flow::class::{
 };
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
+use crate::flow::watch::Noted;
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{Addr, ICMP, ICMPV6, Kind, Parsed, Quoted, RST};
 
@@ -191,6 +192,20 @@ impl Clients {
         own.any(|word| self.is_alive(word, self.time(now)))
     }
 
+    /// What is known of a flow, if anything is. Nothing changes by the question.
+    pub(super) fn noted(&self, now: Instant, flow: &Flow) -> Option<Noted> {
+        let time = self.time(now);
+        let words = self.line(flow.hash)?.0.iter();
+        let mut words = words.map(|slot| slot.load(Relaxed));
+        let word = words.find(|&word| is_of(word, flow.hash) && self.is_alive(word, time))?;
+        let used = now.checked_sub(Duration::from_secs(idle(word, time).into()));
+        Some(Noted {
+            seen: seen(word),
+            protocol: flow.protocol,
+            used: used.unwrap_or(self.epoch),
+        })
+    }
+
     /// Remembers the flow of a client's packet, of which nothing is known.
     #[cold]
     pub(super) fn remember(&self, now: Instant, flow: &Flow) {
@@ -241,6 +256,11 @@ impl Clients {
             evicted: self.evicted.load(Relaxed),
             ..FlowStats::default()
         }
+    }
+
+    /// Whether two packets are of one flow.
+    pub(super) fn is_same(one: &Flow, other: &Flow) -> bool {
+        one.hash == other.hash
     }
 
     #[inline]

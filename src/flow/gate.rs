@@ -36,6 +36,7 @@ use crate::flow::lock;
 use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
+use crate::flow::watch::{self, Observations, Watch};
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, TCP, UDP};
 use crate::packet::{ACK, Addr, Fragment, ICMP, ICMPV6, Kind, Parsed, Quoted, SYN};
@@ -51,6 +52,7 @@ pub struct Gate {
     seed: Seed,
     returning: Mutex<FragmentCache<()>>,
     refusals: Refusals,
+    watch: Watch<Flow>,
 }
 
 /// How a gate is made.
@@ -99,6 +101,7 @@ impl Gate {
             seed,
             returning: Mutex::new(FragmentCache::new()),
             refusals: Refusals::default(),
+            watch: Watch::new(seed),
         };
         gate.set_own_addresses(&[]);
         gate
@@ -135,7 +138,7 @@ impl Gate {
             && let Some(flow) = self.clients.asked(parsed, bytes, moved)
             && !self.clients.client_spoke(now, &flow)
         {
-            self.admit(now, parsed.src(bytes), &flow)?;
+            self.admit(now, parsed, bytes, &flow)?;
         }
         Ok(verdict)
     }
@@ -195,6 +198,11 @@ impl Gate {
         self.clients.expire(now, budget);
     }
 
+    /// What has become of the newest conversations. Call it every second.
+    pub fn observe(&self, now: Instant) -> Observations {
+        self.watch.take(now, |flow| self.clients.noted(now, flow))
+    }
+
     /// Counters of the flows.
     pub fn stats(&self) -> FlowStats {
         self.clients.stats()
@@ -202,11 +210,21 @@ impl Gate {
 
     /// A client's packet of which no flow is known.
     #[cold]
-    fn admit(&self, now: Instant, client: Addr, flow: &Flow) -> Result<(), DropReason> {
+    fn admit(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+        flow: &Flow,
+    ) -> Result<(), DropReason> {
+        let client = parsed.src(bytes);
         if client.is_special() || self.is_own(client) {
             return Err(DropReason::BadSource);
         }
         self.clients.remember(now, flow);
+        if let Some(asked) = watch::asked(parsed, parsed.dst(bytes)) {
+            self.watch.opened(now, asked, client, *flow);
+        }
         Ok(())
     }
 
@@ -249,7 +267,11 @@ impl Gate {
         }
         let flow = self.clients.quoted(&quoted, bytes, moved);
         match flow.filter(|flow| self.clients.knows(now, flow)) {
-            Some(_) => Ok(()),
+            Some(flow) => {
+                let is_it = |known: &Flow| Clients::is_same(known, &flow);
+                self.watch.error(parsed, bytes, is_it);
+                Ok(())
+            }
             None => Err(DropReason::IcmpUnrelated),
         }
     }

@@ -11,6 +11,7 @@
 //! | [`table`] | the flows, found from either side |
 //! | [`class`] | how long a flow is kept, and which gives way first |
 //! | [`fairness`] | who gives way when flows or ports run out |
+//! | [`watch`] | which of the newest conversations were answered |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -33,6 +34,7 @@ pub mod seed;
 mod slab;
 pub mod table;
 pub mod translate;
+pub mod watch;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -19,6 +19,7 @@ use crate::flow::gate::{Gate, Refused};
 use crate::flow::ownership::Verdict;
 use crate::flow::table::FlowStats;
 use crate::flow::translate::Translator;
+use crate::flow::watch::Observations;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::peer::PeerId;
 use crate::packet::fragment::Client;
@@ -221,6 +222,14 @@ impl Forwarder {
         match self {
             Self::Old(_) => None,
             Self::New(translator) => Some(translator),
+        }
+    }
+
+    /// What has become of the newest conversations of `peer`'s clients. Call it every second.
+    pub fn observe(&self, now: Instant, peer: PeerId) -> Observations {
+        match self {
+            Self::Old(gates) => gates[usize::from(peer.0)].observe(now),
+            Self::New(translator) => translator.observe(now, peer),
         }
     }
 

@@ -38,6 +38,7 @@ use crate::flow::fairness::{
 };
 use crate::flow::seed::Seed;
 use crate::flow::slab::{List, Slab};
+use crate::flow::watch::Noted;
 use crate::model::drops::DropReason;
 use crate::model::moved::{TCP, UDP};
 use crate::model::peer::PeerId;
@@ -280,6 +281,16 @@ impl FlowTable {
         }
         self.note(at, now, Side::Application, tcp_flags);
         Some(self.slab.get(at).outside())
+    }
+
+    /// What was seen of a flow, if it is known. Nothing changes by the question.
+    pub(super) fn noted(&self, key: &Outside) -> Option<Noted> {
+        let entry = self.slab.get(self.find_outside(key)?);
+        Some(Noted {
+            seen: entry.seen,
+            protocol: entry.protocol,
+            used: self.epoch + Duration::from_secs(entry.last_seen.into()),
+        })
     }
 
     /// The inner view of a flow, without noting anything.

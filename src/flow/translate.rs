@@ -21,7 +21,7 @@ mod related;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -36,9 +36,11 @@ use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
+use crate::flow::watch::{self, Observations, Watch};
+use crate::model::asked::Asked;
 use crate::model::drops::DropReason;
-use crate::model::moved::Move;
-use crate::model::peer::PeerId;
+use crate::model::moved::{Move, TCP, UDP};
+use crate::model::peer::{MAX_PEERS, PeerId};
 use crate::model::prefix::Prefix;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, Quoted, Rewrite, SYN};
 
@@ -91,6 +93,8 @@ pub struct Translator {
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<Addr>>,
     outbound_fragments: Mutex<FragmentCache<(PeerId, Addr)>>,
+    /// The newest conversations, by [`PeerId`]: no peer's clients take the places of another's.
+    watches: Box<[OnceLock<Watch<Outside>>]>,
 }
 
 /// A table in cache lines of its own.
@@ -123,6 +127,7 @@ impl Translator {
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
+            watches: (0..MAX_PEERS).map(|_| OnceLock::new()).collect(),
         }
     }
 
@@ -327,6 +332,28 @@ impl Translator {
         self.table(key.client).peek_inside(&key).is_some()
     }
 
+    /// What has become of the newest conversations of `peer`'s clients. Call it every second.
+    pub fn observe(&self, now: Instant, peer: PeerId) -> Observations {
+        let watch = self.watches.get(usize::from(peer.0));
+        let watch = watch.and_then(OnceLock::get);
+        watch.map_or_else(Observations::default, |watch| {
+            watch.take(now, |key| self.table(key.client).noted(key))
+        })
+    }
+
+    /// Where new conversations for a port of a moved address are delivered.
+    pub fn delivered(&self, peer: PeerId, asked: &Asked) -> Option<SocketAddr> {
+        let routes = self.routes.load();
+        let moved = routes.peer(peer)?.moved(asked.addr.into())?;
+        let kind = match asked.protocol {
+            TCP => Kind::Tcp,
+            UDP => Kind::Udp,
+            _ => Kind::Other,
+        };
+        let (delivery, port) = moved.delivery(kind, asked.port).ok()?;
+        Some(SocketAddr::new(delivery.into(), port))
+    }
+
     /// Counters of all flows.
     pub fn stats(&self) -> FlowStats {
         let mut all = FlowStats {
@@ -447,6 +474,10 @@ impl Translator {
             .table(client)
             .peek_inside(&key)
             .ok_or(DropReason::IcmpUnrelated)?;
+        let watch = self.watches.get(usize::from(outside.peer.0));
+        if let Some(watch) = watch.and_then(OnceLock::get) {
+            watch.error(parsed, bytes, |known| *known == outside);
+        }
         let moved = outside.moved;
         parsed.set_src(bytes, moved, partial);
         let change = Rewrite {
@@ -488,7 +519,14 @@ impl Translator {
             }
         };
         self.make_space(now, key.peer, key.client);
-        try_open()
+        let inside = try_open()?;
+        if let Some(watch) = self.watches.get(usize::from(key.peer.0)) {
+            let watch = watch.get_or_init(|| Watch::new(self.seed));
+            if let Some(asked) = watch::asked(parsed, key.moved) {
+                watch.opened(now, asked, key.client, *key);
+            }
+        }
+        Ok(inside)
     }
 
     /// Continues a flow with the application's packet, if only one is possible.

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
 
+use crate::io::privileges;
 pub use crate::packet::vnet::VNET_HDR_LEN;
 
 /// Largest frame: a `virtio_net_hdr` and an IP packet of 65,535 bytes.
@@ -25,8 +26,8 @@ const DEVICE: &str = "/dev/net/tun";
 pub enum TunError {
     /// No right to create network devices.
     #[error(
-        "no permission to create the TUN interface {0}: run as root, or with CAP_NET_ADMIN; in a \
-         container, `docker run --cap-add NET_ADMIN`"
+        "no permission to create the TUN interface {0}: {remedy}",
+        remedy = privileges::remedy("CAP_NET_ADMIN", "--cap-add NET_ADMIN")
     )]
     Permission(String),
     /// The kernel has no TUN driver, or this container hides it.

@@ -8,6 +8,7 @@
 //!   runtime_dir   where the journal lies, and the lock that keeps a second daemon out
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
+//!   look          who listens where, and what the kernel counts: for the causes of silence
 //!   netlink       the conversation with the kernel, by object
 //! ```
 //!
@@ -23,6 +24,7 @@ pub mod bpf;
 pub mod change;
 mod host;
 pub mod journal;
+pub mod look;
 pub mod netlink;
 pub mod plan;
 pub mod programs;

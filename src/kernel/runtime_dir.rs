@@ -11,6 +11,7 @@
 //!     status.sock                where `ipmoved status` asks; the daemon owns it
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -81,6 +82,7 @@ impl RuntimeDir {
     pub(super) fn open(base: &Path) -> Result<Self, RuntimeDirError> {
         let path = namespace_dir(base)?;
         let lock = lock(base, &path)?;
+        sweep(base, &path);
         Ok(Self { path, _lock: lock })
     }
 
@@ -99,6 +101,97 @@ impl RuntimeDir {
             let _ = fs::remove_dir(base);
         }
     }
+}
+
+/// Removes the directories of network namespaces that are gone: what was to be undone in them is
+/// gone, too, and the kernel may give their numbers to others.
+fn sweep(base: &Path, own: &Path) {
+    let entries = fs::read_dir(base).into_iter().flatten().flatten();
+    let mut others: Vec<(PathBuf, u64)> = entries
+        .filter_map(|entry| {
+            let inode = entry
+                .file_name()
+                .to_str()?
+                .strip_prefix("net-")?
+                .parse()
+                .ok()?;
+            Some((entry.path(), inode))
+        })
+        .filter(|(path, _)| path != own)
+        .collect();
+    if others.is_empty() {
+        return;
+    }
+    let Some(living) = living_namespaces() else {
+        return;
+    };
+    others.retain(|(_, inode)| !living.contains(inode));
+    for (path, _) in others {
+        let Ok(file) = private_file().open(path.join(LOCK)) else {
+            continue;
+        };
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            continue;
+        }
+        let files = fs::read_dir(&path).into_iter().flatten().flatten();
+        for file in files
+            .map(|file| file.path())
+            .filter(|file| !file.ends_with(LOCK))
+        {
+            let _ = fs::remove_file(file);
+        }
+        let _ = fs::remove_file(path.join(LOCK));
+        let _ = fs::remove_dir(&path);
+    }
+}
+
+/// The network namespaces that somebody is in, holds open or has mounted; `None` if not everybody
+/// can be asked, as in a container.
+fn living_namespaces() -> Option<BTreeSet<u64>> {
+    // `PROC_PID_INIT_INO`: the namespace in which every process is seen.
+    const ALL_PROCESSES: u64 = 0xefff_fffc;
+    if fs::metadata("/proc/self/ns/pid").ok()?.ino() != ALL_PROCESSES {
+        return None;
+    }
+    let mut living = BTreeSet::new();
+    for process in fs::read_dir("/proc").ok()?.flatten() {
+        let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
+        if process.file_name().to_str().is_some_and(is_process)
+            && let Err(error) = namespaces_of(&process.path(), &mut living)
+            // It has ended meanwhile.
+            && !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+        {
+            return None;
+        }
+    }
+    Some(living)
+}
+
+/// Adds the network namespaces of a process: of its threads, descriptors and mounts.
+fn namespaces_of(process: &Path, living: &mut BTreeSet<u64>) -> io::Result<()> {
+    let inode = |text: &str| {
+        text.strip_prefix("net:[")?
+            .strip_suffix("]")?
+            .parse::<u64>()
+            .ok()
+    };
+    let mut note = |link: &Path| {
+        let target = fs::read_link(link).ok();
+        living.extend(target.and_then(|target| inode(target.to_str()?)));
+    };
+    for thread in fs::read_dir(process.join("task"))?.flatten() {
+        note(&thread.path().join("ns/net"));
+    }
+    for descriptor in fs::read_dir(process.join("fd"))?.flatten() {
+        note(&descriptor.path());
+    }
+    let mounts = match fs::read_to_string(process.join("mountinfo")) {
+        // A process that is ending has none (EINVAL), and needs none.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return Ok(()),
+        read => read?,
+    };
+    living.extend(mounts.split_ascii_whitespace().filter_map(inode));
+    Ok(())
 }
 
 fn lock(base: &Path, dir: &Path) -> Result<File, RuntimeDirError> {
@@ -177,6 +270,38 @@ mod tests {
         assert!(error.contains(&pid), "{error}");
         drop(first);
         RuntimeDir::open(&scratch.0).unwrap();
+    }
+
+    #[test]
+    fn the_directory_of_a_namespace_goes_with_it() {
+        use crate::lab::Namespace;
+        let scratch = Scratch::new();
+        let [dies, lives] = ["dies", "lives"].map(|name| Namespace::new(name).unwrap());
+        let leave = |namespace: &Namespace| {
+            let dir = namespace.run(|| {
+                let dir = RuntimeDir::open(&scratch.0).unwrap();
+                fs::write(dir.path().join("journal"), "something").unwrap();
+                // As after a crash: nothing is removed.
+                Ok(dir.path().to_owned())
+            });
+            dir.unwrap()
+        };
+        let (gone, stays) = (leave(&dies), leave(&lives));
+        let foreign = scratch.0.join("net-x");
+        fs::create_dir(&foreign).unwrap();
+        drop(RuntimeDir::open(&scratch.0).unwrap());
+        assert!(gone.exists() && stays.exists());
+        drop(dies);
+        let swept = crate::lab::poll_until(
+            std::time::Duration::from_secs(5),
+            std::time::Duration::from_millis(20),
+            || {
+                drop(RuntimeDir::open(&scratch.0).unwrap());
+                (!gone.exists()).then_some(())
+            },
+        );
+        assert!(swept.is_some());
+        assert!(stays.join("journal").exists() && foreign.exists());
     }
 
     #[test]

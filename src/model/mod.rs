@@ -2,6 +2,7 @@
 //! why a packet was dropped, what the daemon says of itself, and where its files lie.
 
 pub mod accept;
+pub mod asked;
 pub mod budget;
 pub mod drops;
 pub mod moved;

@@ -70,6 +70,13 @@ pub struct TunnelStatus {
     /// ICMP errors that said that less fits.
     #[serde(default)]
     pub mtu_hints: MtuHints,
+    /// Seconds for which nothing was heard of the peer, though it is `up`. It is asked every five.
+    #[serde(default)]
+    pub unheard_s: Option<u64>,
+    /// What clients ask for, and whether it is answered: what is not well first, at most
+    /// [`MAX_SERVED`].
+    #[serde(default)]
+    pub served: Vec<Served>,
     /// What was moved.
     pub moved: Vec<String>,
     /// Where the new server delivers: an address, one of each family, or `keep`.
@@ -98,6 +105,100 @@ pub struct TunnelStatus {
     pub tx: Traffic,
     /// What was dropped, by reason.
     pub drops: BTreeMap<String, u64>,
+}
+
+/// Most entries of [`TunnelStatus::served`].
+pub const MAX_SERVED: usize = 64;
+
+/// A peer that is asked every five seconds has answered within this time, unless something is lost.
+const UNHEARD: u64 = 8;
+
+/// What clients ask for: a port of a moved address, or a move of which nobody asked for anything.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Served {
+    /// `192.0.2.5:80/tcp`; of a move of which nothing was asked, as `--move` names it.
+    pub what: String,
+    /// Whether it is answered.
+    pub state: Answers,
+    /// Somebody is meant to serve it: a move names the port, something listens, or it has answered
+    /// before. What a scan asks for is not.
+    pub expected: bool,
+    /// Seconds since when.
+    pub since_s: u64,
+    /// Conversations that were watched: of each port at most the first four of a second.
+    #[serde(rename = "in")]
+    pub asked: u64,
+    /// Those of them that were answered.
+    pub answered: u64,
+    /// Those of them that were refused: TCP RST, ICMP "unreachable".
+    pub refused: u64,
+    /// Clients that wait for an answer now.
+    pub clients: u64,
+    /// Why it is not answered, the likeliest first.
+    pub causes: Vec<Cause>,
+}
+
+/// Whether what clients ask for is answered.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answers {
+    /// Packets go in, and nothing comes out.
+    Silent,
+    /// The server says that nothing is there.
+    Refused,
+    /// Nothing has come in, though the address is moved. That is a fault only if there is a cause.
+    NothingIn,
+    /// No answer yet. That is no fault of the protocol: UDP need not answer.
+    Unanswered,
+    /// Answered.
+    Ok,
+}
+
+/// Why something is not answered.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Cause {
+    /// Its name, which stays the same.
+    pub cause: String,
+    /// What it is, for people.
+    pub text: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+impl Served {
+    /// Whether an administrator has to know.
+    fn is_bad(&self) -> bool {
+        match self.state {
+            Answers::Silent | Answers::Refused => true,
+            Answers::NothingIn => !self.causes.is_empty(),
+            Answers::Unanswered | Answers::Ok => false,
+        }
+    }
+
+    /// What is wrong, in a few words.
+    fn says(&self) -> String {
+        let what = &self.what;
+        let says = match self.state {
+            Answers::Silent => format!("{what} is not answered"),
+            Answers::Refused => format!("{what} is refused"),
+            Answers::NothingIn => format!("nothing has come for {what}"),
+            Answers::Unanswered => format!("no answer yet from {what}"),
+            Answers::Ok => format!("{what} is answered"),
+        };
+        match self.causes.first() {
+            Some(cause) => format!("{says}: {}", cause.text),
+            None => says,
+        }
+    }
+
+    /// How many clients wait.
+    fn waiting(&self) -> String {
+        match self.clients {
+            0 => String::new(),
+            1 => " (1 client waits)".into(),
+            many => format!(" ({many} clients wait)"),
+        }
+    }
 }
 
 /// A move that is not served.
@@ -248,12 +349,91 @@ impl Status {
 }
 
 impl TunnelStatus {
-    fn write_text(&self, out: &mut String, way: Way) -> std::fmt::Result {
+    /// The state, and what an administrator has to know first.
+    fn headline(&self) -> String {
         let state = match self.state {
             State::Connecting => "connecting",
             State::Up => "up",
             State::Down => "down",
         };
+        if let Some(unheard) = self.unheard_s.filter(|&unheard| unheard >= UNHEARD) {
+            return format!("{state}, but nothing was heard of it for {unheard} s");
+        }
+        let bad: Vec<&Served> = self
+            .served
+            .iter()
+            .filter(|served| served.is_bad())
+            .collect();
+        let soft = |served: &&Served| served.expected && served.state == Answers::Unanswered;
+        match (bad.as_slice(), self.served.iter().find(soft)) {
+            ([], Some(first)) => format!("{state}; {}", first.says()),
+            ([], None) => state.into(),
+            ([only], _) => format!("{state}, but {}{}", only.says(), only.waiting()),
+            ([first, more @ ..], _) => format!(
+                "{state}, but {}{}; {} more, see below",
+                first.says(),
+                first.waiting(),
+                more.len()
+            ),
+        }
+    }
+
+    /// What is not well, with the remedies, and how much is.
+    fn write_served(&self, out: &mut String) -> std::fmt::Result {
+        let quiet =
+            |served: &&Served| served.state == Answers::NothingIn && served.causes.is_empty();
+        let shown =
+            |served: &&Served| served.expected && served.state != Answers::Ok && !quiet(served);
+        for served in self.served.iter().filter(shown) {
+            let since = duration(served.since_s);
+            writeln!(
+                out,
+                "  answers    {}{}, for {since}",
+                served.says(),
+                served.waiting()
+            )?;
+            for (at, cause) in served.causes.iter().enumerate() {
+                if at > 0 {
+                    writeln!(out, "             or: {}", cause.text)?;
+                }
+                writeln!(out, "             → {}", cause.remedy)?;
+            }
+        }
+        let unasked: Vec<&str> = self
+            .served
+            .iter()
+            .filter(quiet)
+            .map(|it| it.what.as_str())
+            .collect();
+        match unasked.as_slice() {
+            [] => {}
+            [first, second, third, more @ ..] => {
+                let some = format!("{first} {second} {third}");
+                let more = match more.len() {
+                    0 => String::new(),
+                    more => format!(" and {more} more"),
+                };
+                writeln!(out, "  unasked    nothing has come yet for {some}{more}")?;
+            }
+            few => writeln!(
+                out,
+                "  unasked    nothing has come yet for {}",
+                few.join(" ")
+            )?,
+        }
+        let asked: u64 = self.served.iter().map(|served| served.asked).sum();
+        let answered: u64 = self.served.iter().map(|served| served.answered).sum();
+        if asked > 0 {
+            writeln!(
+                out,
+                "  answers    {answered} of {asked} conversations watched"
+            )?;
+        }
+        Ok(())
+    }
+
+    fn write_text(&self, out: &mut String, way: Way) -> std::fmt::Result {
+        let state = self.headline();
         let other = self.role.other();
         match way {
             Way::Tunnel => writeln!(out, "tunnel to {other} server {}: {state}", self.peer)?,
@@ -297,6 +477,7 @@ impl TunnelStatus {
         if self.refused_moves > 0 {
             writeln!(out, "  refused    {} moves so far", self.refused_moves)?;
         }
+        self.write_served(out)?;
         if !self.clients_from.is_empty() {
             writeln!(
                 out,
@@ -407,6 +588,8 @@ mod tests {
                     asked: 3,
                     refuted: 2,
                 },
+                unheard_s: Some(1),
+                served: Vec::new(),
                 moved: vec!["192.0.2.5".into()],
                 deliver_to: Some("198.51.100.2".into()),
                 deliver: vec!["192.0.2.5:80=198.51.100.2:8080".into()],
@@ -473,6 +656,8 @@ mod tests {
             "clients_from",
             "refused",
             "refused_moves",
+            "served",
+            "unheard_s",
         ];
         contract.sort_unstable();
         names.retain(|name| !added.contains(name));
@@ -502,6 +687,94 @@ mod tests {
             "3.0 KB",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
+        }
+    }
+
+    fn served(what: &str, state: Answers, causes: &[&str]) -> Served {
+        Served {
+            what: what.into(),
+            state,
+            expected: true,
+            since_s: 5,
+            asked: 3,
+            answered: 0,
+            refused: 0,
+            clients: 2,
+            causes: causes
+                .iter()
+                .map(|text| Cause {
+                    cause: "nothing_listens".into(),
+                    text: (*text).into(),
+                    remedy: "start it".into(),
+                })
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn the_first_line_says_what_is_not_answered() {
+        let first = |served: Vec<Served>| {
+            let mut status = example();
+            status.tunnels[0].served = served;
+            let text = status.to_text();
+            text.lines().next().unwrap().to_owned()
+        };
+        let up = "tunnel to old server 192.0.2.1:51850: up";
+        assert_eq!(first(vec![served("a", Answers::Ok, &[])]), up);
+        assert_eq!(first(vec![served("a", Answers::NothingIn, &[])]), up);
+        let silent = served("192.0.2.5:80/tcp", Answers::Silent, &["nothing listens"]);
+        let says = ", but 192.0.2.5:80/tcp is not answered: nothing listens (2 clients wait)";
+        assert_eq!(first(vec![silent.clone()]), format!("{up}{says}"));
+        let refused = served("b", Answers::Refused, &[]);
+        let more = first(vec![silent, refused]);
+        assert_eq!(more, format!("{up}{says}; 1 more, see below"));
+        let udp = served("192.0.2.5:514/udp", Answers::Unanswered, &[]);
+        assert_eq!(
+            first(vec![udp.clone()]),
+            format!("{up}; no answer yet from 192.0.2.5:514/udp")
+        );
+        let scanned = Served {
+            expected: false,
+            ..udp
+        };
+        assert_eq!(first(vec![scanned]), up);
+        let nothing = served("192.0.2.5", Answers::NothingIn, &["a filter takes it"]);
+        let says = ", but nothing has come for 192.0.2.5: a filter takes it (2 clients wait)";
+        assert_eq!(first(vec![nothing]), format!("{up}{says}"));
+    }
+
+    #[test]
+    fn the_first_line_says_that_the_peer_is_not_heard() {
+        let mut status = example();
+        status.tunnels[0].unheard_s = Some(9);
+        let text = status.to_text();
+        let first = text.lines().next().unwrap();
+        assert!(
+            first.ends_with(": up, but nothing was heard of it for 9 s"),
+            "{first}"
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_stands_with_its_remedy() {
+        let mut status = example();
+        let causes = ["nothing listens", "a firewall"];
+        status.tunnels[0].served = vec![served("a", Answers::Silent, &causes)];
+        let text = status.to_text();
+        for line in [
+            "  answers    a is not answered: nothing listens (2 clients wait), for 5 s",
+            "             → start it",
+            "             or: a firewall",
+            "  answers    0 of 3 conversations watched",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        let unasked = |what: &str| served(what, Answers::NothingIn, &[]);
+        status.tunnels[0].served = ["a", "b", "c", "d", "e"].map(unasked).into();
+        let text = status.to_text();
+        let line = "  unasked    nothing has come yet for a b c and 2 more\n";
+        {
+            assert!(text.contains(line), "{line}: {text}");
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::messages::Announcement;
 use crate::channel::session::{Ciphers, Session};
+use crate::model::asked::Trouble;
 use crate::model::peer::{Endpoint, Role};
 
 /// Something that the daemon has to react to.
@@ -28,6 +29,8 @@ pub enum Event {
     State(State),
     /// The peer announced this. It comes once a second at most, the newest in the end.
     PeerConfig(Announcement),
+    /// The peer says that this is not answered, and nothing else. It says so again and again.
+    PeerSees(Vec<Trouble>),
     /// A round trip took this long.
     Rtt(Duration),
     /// Largest datagram (UDP payload) that the path carries towards the peer.

@@ -27,8 +27,9 @@ const MAX_ERROR_LEN: usize = 256;
 /// A control message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum ControlMessage<'a> {
-    /// Says that the sender lives, and that it holds the keys of the session.
-    Keepalive,
+    /// Says that the sender lives, and that it holds the keys of the session. What rides on it is
+    /// read by `news`.
+    Keepalive { news: &'a [u8] },
     /// Asks for a [`ControlMessage::Pong`] with the same number.
     Ping { id: u32 },
     /// Answers a [`ControlMessage::Ping`].
@@ -53,7 +54,10 @@ pub(crate) enum ControlMessage<'a> {
 impl<'a> ControlMessage<'a> {
     pub(crate) fn encode(&self, out: &mut Vec<u8>) {
         match *self {
-            Self::Keepalive => out.push(1),
+            Self::Keepalive { news } => {
+                out.push(1);
+                out.extend_from_slice(news);
+            }
             Self::Ping { id } | Self::Pong { id } => {
                 out.push(if matches!(self, Self::Ping { .. }) {
                     2
@@ -97,7 +101,7 @@ impl<'a> ControlMessage<'a> {
         let rest = &mut rest;
         let [kind] = take(rest)?;
         Some(match kind {
-            1 => Self::Keepalive,
+            1 => Self::Keepalive { news: rest },
             2 | 3 => {
                 let id = u32::from_le_bytes(take(rest)?);
                 if kind == 2 {
@@ -322,7 +326,7 @@ fn take_line(rest: &mut &[u8]) -> Option<String> {
     Some(text.replace(char::is_control, " "))
 }
 
-fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
+pub(super) fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
     let (head, tail) = rest.split_first_chunk::<N>()?;
     *rest = tail;
     Some(*head)
@@ -330,7 +334,7 @@ fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
 
 /// The last place at or before `at` where a text can be truncated between two characters;
 /// `str::floor_char_boundary` is newer than the Rust this package promises to build with.
-fn boundary(text: &str, at: usize) -> usize {
+pub(super) fn boundary(text: &str, at: usize) -> usize {
     (0..=at.min(text.len()))
         .rev()
         .find(|&at| text.is_char_boundary(at))
@@ -351,7 +355,7 @@ mod tests {
     #[test]
     fn golden_bytes() {
         let cases: [(ControlMessage<'_>, &[u8]); 8] = [
-            (ControlMessage::Keepalive, &[1]),
+            (ControlMessage::Keepalive { news: &[] }, &[1]),
             (ControlMessage::Ping { id: 1 }, &[2, 1, 0, 0, 0]),
             (ControlMessage::Pong { id: 1 }, &[3, 1, 0, 0, 0]),
             (

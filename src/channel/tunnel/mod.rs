@@ -49,6 +49,7 @@ use crate::channel::session::{
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
 };
+use crate::model::asked::Trouble;
 use crate::model::budget::{Budget, Limit};
 use crate::model::drops::DropReason;
 use crate::model::peer::{Endpoint, Role};
@@ -57,6 +58,7 @@ mod announcement;
 mod config;
 mod event;
 mod messages;
+mod news;
 mod pace;
 mod sessions;
 #[cfg(test)]
@@ -148,6 +150,7 @@ pub struct Tunnel {
     outgoing: Outgoing,
     incoming: Incoming,
     announced: Paced<Vec<u8>>,
+    news: news::Outgoing,
 
     warned: [Option<Instant>; 4],
     transmits: VecDeque<Transmit>,
@@ -189,6 +192,7 @@ impl Tunnel {
             outgoing: Outgoing::new(&config.announcement, now),
             incoming: Incoming::default(),
             announced: Paced::default(),
+            news: news::Outgoing::new(),
             warned: [None; 4],
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -221,6 +225,12 @@ impl Tunnel {
     /// The last round trip.
     pub fn rtt(&self) -> Option<Duration> {
         self.rtt
+    }
+
+    /// For how long nothing was heard of a peer that is taken to be there.
+    pub fn unheard(&self, now: Instant) -> Option<Duration> {
+        let up = self.state == State::Up;
+        up.then(|| now.saturating_duration_since(self.silence_since()))
     }
 
     /// Largest datagram (UDP payload) that the path is known to carry towards the peer.
@@ -294,7 +304,11 @@ impl Tunnel {
         let peer_run = agreed.ok_or(DropReason::SessionUnknown)?.peer_run;
         self.heard(now, session.index());
         match ControlMessage::decode(plaintext).ok_or(DropReason::WireMalformed)? {
-            ControlMessage::Keepalive => {}
+            ControlMessage::Keepalive { news } => {
+                if let Some(troubles) = news::decode(news) {
+                    self.events.push_back(Event::PeerSees(troubles));
+                }
+            }
             ControlMessage::Ping { id } => self.send(now, &ControlMessage::Pong { id }),
             ControlMessage::Pong { id } => self.handle_pong(now, id),
             ControlMessage::Config {
@@ -323,6 +337,13 @@ impl Tunnel {
         if announcement != self.config.announcement {
             self.outgoing.replace(&announcement, now);
             self.config.announcement = announcement;
+        }
+    }
+
+    /// Tells the peer what is not answered, in place of what it was told before.
+    pub fn set_troubles(&mut self, now: Instant, troubles: &[Trouble]) {
+        if self.news.replace(troubles) {
+            self.send_keepalive(now);
         }
     }
 
@@ -442,7 +463,7 @@ impl Tunnel {
             .last_sent()
             .map(|at| at + self.config.timers.keepalive);
         if quiet.is_none_or(|due| now >= due) {
-            self.send(now, &ControlMessage::Keepalive);
+            self.send_keepalive(now);
         }
     }
 
@@ -691,7 +712,7 @@ impl Tunnel {
         if self.sessions.heard(index) {
             self.make_usable(now, index);
             // The initiator repeats its keepalive until it hears us.
-            self.send(now, &ControlMessage::Keepalive);
+            self.send_keepalive(now);
         }
         self.observe(now);
     }
@@ -743,7 +764,7 @@ impl Tunnel {
     /// knows.
     fn confirm(&mut self, now: Instant) {
         while let Some(session) = self.sessions.take_unconfirmed(now) {
-            self.send_sealed(now, &session, &ControlMessage::Keepalive, 0);
+            self.send_sealed(now, &session, &ControlMessage::Keepalive { news: &[] }, 0);
         }
     }
 
@@ -814,6 +835,14 @@ impl Tunnel {
         self.ping = Some((self.pings, now));
         self.next_ping = now + self.config.timers.ping;
         self.send(now, &ControlMessage::Ping { id: self.pings });
+        if self.news.again() {
+            self.send_keepalive(now);
+        }
+    }
+
+    fn send_keepalive(&mut self, now: Instant) {
+        let news = self.news.bytes();
+        self.send(now, &ControlMessage::Keepalive { news: &news });
     }
 
     fn handle_config(

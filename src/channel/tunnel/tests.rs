@@ -19,6 +19,7 @@ use crate::channel::session::{
 use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
+use crate::model::asked::{Asked, Verdict};
 use crate::model::drops::Drops;
 use crate::model::peer::PeerId;
 use crate::testing::epoch;
@@ -87,6 +88,7 @@ struct Side {
     got: Vec<u64>,
     states: Vec<State>,
     configs: Vec<Announcement>,
+    seen: Vec<Trouble>,
     warnings: Vec<Warning>,
     rtts: Vec<Duration>,
     path_mtus: Vec<u16>,
@@ -181,6 +183,7 @@ impl Pair {
                 got: Vec::new(),
                 states: Vec::new(),
                 configs: Vec::new(),
+                seen: Vec::new(),
                 warnings: Vec::new(),
                 rtts: Vec::new(),
                 path_mtus: Vec::new(),
@@ -398,6 +401,7 @@ impl Pair {
                 Event::Arrived(endpoint) => at.arrivals.push(endpoint),
                 Event::State(state) => at.states.push(state),
                 Event::PeerConfig(config) => at.configs.push(config),
+                Event::PeerSees(troubles) => at.seen = troubles,
                 Event::Rtt(rtt) => at.rtts.push(rtt),
                 Event::PathMtu(size) => at.path_mtus.push(size),
                 Event::Warning(warning) => at.warnings.push(warning),
@@ -1359,6 +1363,44 @@ fn keepalives_flow_when_nothing_else_does() {
         "one each way in ten seconds: {sent}"
     );
     assert_eq!(pair.sides[OLD].states, [State::Up]);
+}
+
+// What is not answered.
+
+#[test]
+fn each_side_hears_what_the_other_sees_also_after_a_restart() {
+    let trouble = |port| Trouble {
+        asked: Asked {
+            addr: "192.0.2.5".parse().unwrap(),
+            protocol: 6,
+            port,
+        },
+        verdict: Verdict::Silent,
+        why: "nothing listens".into(),
+    };
+    for side in [OLD, NEW] {
+        let mut pair = Pair::up(31);
+        let tell = |pair: &mut Pair, troubles: &[Trouble]| {
+            let now = pair.now;
+            pair.sides[side]
+                .tunnel
+                .as_mut()
+                .unwrap()
+                .set_troubles(now, troubles);
+            pair.drain(side);
+        };
+        let seen = |pair: &Pair| pair.sides[1 - side].seen.clone();
+        tell(&mut pair, &[trouble(80)]);
+        pair.run(millis(500));
+        assert_eq!(seen(&pair), [trouble(80)], "at once");
+        pair.restart(1 - side);
+        pair.sides[1 - side].seen.clear();
+        pair.run(secs(8));
+        assert_eq!(seen(&pair), [trouble(80)], "another run is told, too");
+        tell(&mut pair, &[]);
+        pair.run(secs(8));
+        assert_eq!(seen(&pair), []);
+    }
 }
 
 // Restarts and clocks.

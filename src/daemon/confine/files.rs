@@ -9,6 +9,7 @@
 //! | path | |
 //! |---|---|
 //! | `/proc/sys/net` | read and write: settings are made again and undone |
+//! | [`PROC_NET`] | read: sockets and counters, for the causes of silence |
 //! | the namespace's runtime directory | read, write, make and remove files: the journal |
 //! | `/run`, or what is above the runtime directories | remove them at the end, empty ones alone |
 //! | [`NAME_SERVERS`] | read: the hosts that this server itself cannot do without |
@@ -29,6 +30,8 @@ use landlock::{
     Scope, make_bitflags,
 };
 use tracing::debug;
+
+use crate::kernel::look::PROC_NET;
 
 /// The newest version whose restrictions are known here. Older kernels enforce what they can.
 const KNOWN: ABI = ABI::V6;
@@ -100,6 +103,8 @@ fn try_close(needs: Needs<'_>) -> Result<Anchors, Failure> {
     let directory = make_bitflags!(AccessFs::{MakeReg | RemoveFile});
     let dir = needs.runtime_dir;
     rules = allow(rules, &mut anchors, Path::new(SETTINGS), files)?;
+    let read = AccessFs::ReadFile.into();
+    rules = allow(rules, &mut anchors, Path::new(PROC_NET), read)?;
     rules = allow(rules, &mut anchors, dir, files | directory)?;
     // Whoever takes the daemon over can remove other empty directories there. That harms less than
     // what it can do to the network, and a daemon that ends leaves nothing behind.
@@ -272,6 +277,10 @@ mod tests {
             refused(std::os::unix::fs::symlink("/etc/shadow", dir.join("x")));
 
             assert!(fs::read(RESOLV_CONF).is_ok());
+            for _ in 0..2 {
+                let counters = fs::read_to_string(format!("{PROC_NET}/netstat")).unwrap();
+                assert!(counters.contains("TcpExt:"));
+            }
             let value = fs::read_to_string("/proc/sys/net/ipv4/fwmark_reflect").unwrap();
             fs::write("/proc/sys/net/ipv4/fwmark_reflect", value).unwrap();
             let (next, journal) = (dir.join("journal.next"), dir.join("journal"));

@@ -21,6 +21,7 @@
 //! | `delivery` | which addresses packets are delivered to, and which the old server speaks from |
 //! | `sizes` | how large a packet may be |
 //! | `names` | when a peer's name is looked up again |
+//! | `silence` | which of what moved is not answered |
 //! | `pace` | how often people are told the same kind of thing |
 //!
 //! # Where more will fit in
@@ -41,6 +42,7 @@ mod delivery;
 mod names;
 mod pace;
 pub(super) mod refusal;
+pub(super) mod silence;
 mod sizes;
 #[cfg(test)]
 mod tests;

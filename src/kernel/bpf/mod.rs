@@ -29,6 +29,8 @@ use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::CapabilitySet;
 
+use crate::io::privileges;
+
 pub use assembler::{Alu, Assembler, Helper, If, Label, Operand, Reg, Size};
 pub use load::Program;
 pub use loaded::Loaded;
@@ -43,9 +45,11 @@ const MAX_NAME: usize = 15;
 pub enum BpfError {
     /// No privileges.
     #[error(
-        "the kernel lets only privileged processes load BPF programs; run as root, or with CAP_BPF \
-         and CAP_NET_ADMIN; in a container, `docker run --cap-add BPF --cap-add NET_ADMIN` (which \
-         one with a user namespace of its own, as rootless ones have, cannot be given)"
+        "the kernel lets only privileged processes load BPF programs; {remedy}",
+        remedy = privileges::remedy(
+            "CAP_BPF and CAP_NET_ADMIN",
+            "--cap-add BPF --cap-add NET_ADMIN"
+        )
     )]
     Denied,
     /// The limit of locked memory is too low, on a kernel before 5.11.

@@ -32,6 +32,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::netlink::{Link, Netlink, NetlinkError};
+use crate::io::privileges;
 
 pub use address::QuietAddress;
 pub use clsact::Clsact;
@@ -193,12 +194,11 @@ impl Change {
 
     /// The kernel's reason, and what a person can do about it.
     pub(super) fn remedy(&self, error: &ChangeError) -> String {
-        let remedy = if error.is_denied() {
-            Some(
-                "run as root, or with CAP_NET_ADMIN; in a container, \
-                 `docker run --cap-add NET_ADMIN`",
-            )
-        } else if error.errno() == Some(Errno::NODEV) {
+        if error.is_denied() {
+            let remedy = privileges::remedy("CAP_NET_ADMIN", "--cap-add NET_ADMIN");
+            return format!("{error}; {remedy}");
+        }
+        let remedy = if error.errno() == Some(Errno::NODEV) {
             Some("the interface is gone")
         } else {
             self.kind().remedy(error)

@@ -13,6 +13,7 @@
 
 mod address;
 mod events;
+pub mod firewall;
 mod link;
 mod route;
 mod rule;

@@ -1,0 +1,301 @@
+//! What clients ask for and nobody answers is seen, on both servers, with the cause.
+//!
+//! ```text
+//!  client ── router ──┬── old server, 192.0.2.5:80-86 moved       a filter takes 86 before capture
+//!                     │        ║
+//!                     └── new server    80 served       83 dropped by nft
+//!                                       81 nobody       84 answers blackholed by a rule
+//!                                       82 on lo only   85 dropped by rp_filter
+//! ```
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Command;
+use std::time::Duration;
+
+use ipmoved::internals::Role;
+use ipmoved::lab::topology::{CLIENT, MOVED, NEW};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, Service, UdpService, poll_until};
+use serde_json::Value;
+
+use crate::stage::{Result, setup};
+
+/// What is not answered shows within this time: a SYN that was repeated twice, and a look.
+const SECONDS: Duration = Duration::from_secs(12);
+
+/// Between two looks at the status.
+const PAUSE: Duration = Duration::from_millis(200);
+
+const BOTH: [Role; 2] = [Role::Old, Role::New];
+
+/// Runs programs in a namespace, a line each.
+fn sh(namespace: &Namespace, lines: &[&str]) -> Result {
+    for line in lines {
+        let mut command = Command::new("sh");
+        command.args(["-c", line]);
+        let output = namespace.output(command, Duration::from_secs(5))?;
+        if !output.status.success() {
+            let text = format!("{line}: {}", output.stderr);
+            return Err(LabError::unexpected(text));
+        }
+    }
+    Ok(())
+}
+
+fn at(addr: impl Into<std::net::IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(addr.into(), port)
+}
+
+/// A client asks for these ports, and waits for none of them.
+fn ask(lab: &Lab, ports: &[u16]) -> Result {
+    let asks: Vec<String> = ports
+        .iter()
+        .map(|port| format!("(exec 3<>/dev/tcp/{MOVED}/{port}) 2>/dev/null & "))
+        .collect();
+    let line = format!("bash -c '{}'", asks.concat());
+    sh(lab.clients(), &[&line])
+}
+
+/// The state of a port and its first cause, as `status --json` shows them.
+fn state(setup: &DaemonSetup<'_>, role: Role, what: &str) -> Result<(String, String)> {
+    let status = setup.status(role)?;
+    let served = status.tunnel()["served"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
+    let found = served.iter().find(|served| served["what"] == what);
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    Ok(found.map_or_else(Default::default, |served| {
+        (text(&served["state"]), text(&served["causes"][0]["cause"]))
+    }))
+}
+
+fn becomes(setup: &DaemonSetup<'_>, role: Role, what: &str, wanted: (&str, &str)) -> Result {
+    let mut last = Default::default();
+    let reached = poll_until(SECONDS, PAUSE, || {
+        last = state(setup, role, what).ok()?;
+        (last.0 == wanted.0 && last.1 == wanted.1).then_some(())
+    });
+    reached.ok_or_else(|| {
+        let text = format!("{role}: {what} is {last:?}, not {wanted:?}");
+        LabError::unexpected(text)
+    })
+}
+
+fn first_line(setup: &DaemonSetup<'_>, role: Role) -> Result<String> {
+    let said = setup.run(role, &["status"])?;
+    Ok(said.stdout.lines().next().unwrap_or_default().to_owned())
+}
+
+fn first_line_becomes(
+    setup: &DaemonSetup<'_>,
+    role: Role,
+    wanted: impl Fn(&str) -> bool,
+) -> Result {
+    let mut last = String::new();
+    let reached = poll_until(SECONDS, PAUSE, || {
+        last = first_line(setup, role).ok()?;
+        wanted(&last).then_some(())
+    });
+    reached.ok_or_else(|| LabError::unexpected(format!("{role}: {last}")))
+}
+
+#[test]
+fn what_is_not_answered_is_seen_on_both_servers_with_its_cause_until_it_is_well_again() -> Result {
+    let lab = Lab::new()?;
+    let moves: Vec<String> = (80..=86)
+        .map(|port| format!("{MOVED}:{port}/tcp"))
+        .collect();
+    let mut moves: Vec<&str> = moves.iter().map(String::as_str).collect();
+    let udp = format!("{MOVED}:53/udp");
+    moves.push(&udp);
+    let setup = setup(&lab)?.moves(&moves);
+    let new = lab.new_server();
+    sh(
+        lab.old_server(),
+        &[
+            "tc qdisc add dev eth0 clsact",
+            // What such a filter finds a class for does not come to the next one.
+            "tc filter add dev eth0 ingress pref 1 protocol ip u32 match ip protocol 6 0xff \
+             match ip dport 86 0xffff flowid 1:1",
+        ],
+    )?;
+    sh(
+        new,
+        &[
+            "nft add table inet f",
+            "nft 'add chain inet f i { type filter hook input priority 0; }'",
+            "nft add rule inet f i tcp dport 83 drop",
+        ],
+    )?;
+    let service = |addr: Ipv4Addr, port| Service::start(new, at(addr, port));
+    let _well = [80, 83, 84, 85].map(|port| service(NEW, port));
+    let _on_lo = service(Ipv4Addr::LOCALHOST, 82)?;
+    let _daemons = setup.start_both()?;
+    lab.client().get(at(MOVED, 80))?.is_answered_by(NEW)?;
+    for role in BOTH {
+        first_line_becomes(&setup, role, |line| line.ends_with(": up"))?;
+    }
+
+    // Refused: the kernel resets what nobody listens for.
+    ask(&lab, &[81, 82, 83])?;
+    let _ = lab
+        .client()
+        .probe_udp(at(MOVED, 53), Duration::from_millis(50))?;
+    for (what, cause) in [
+        ("192.0.2.5:81/tcp", "nothing_listens"),
+        ("192.0.2.5:82/tcp", "listens_on_loopback"),
+        ("192.0.2.5:53/udp", "nothing_listens"),
+    ] {
+        becomes(&setup, Role::New, what, ("refused", cause))?;
+        becomes(&setup, Role::Old, what, ("refused", "new_server"))?;
+    }
+    // Silent: somebody drops the packets, or the answers.
+    becomes(
+        &setup,
+        Role::New,
+        "192.0.2.5:83/tcp",
+        ("silent", "firewall"),
+    )?;
+    becomes(
+        &setup,
+        Role::Old,
+        "192.0.2.5:83/tcp",
+        ("silent", "new_server"),
+    )?;
+    for role in BOTH {
+        let line = first_line(&setup, role)?;
+        let says = ": up, but 192.0.2.5:83/tcp is not answered: ";
+        assert!(
+            line.contains(says) && line.contains("a firewall on this server"),
+            "{line}"
+        );
+        assert!(line.contains("3 more"), "{line}");
+        // The command of the new server looks at the firewall itself.
+        let chain = line.contains("chain inet f i (1 rule that drops)");
+        assert_eq!(chain, role == Role::New, "{line}");
+        let status = setup.status(role)?;
+        let warnings = status.0["warnings"].to_string();
+        for port in ["81/tcp", "82/tcp", "83/tcp", "53/udp"] {
+            assert_eq!(
+                warnings.matches(&format!(":{port} is ")).count(),
+                1,
+                "{warnings}"
+            );
+        }
+        assert!(!warnings.contains(":80/tcp is "), "{warnings}");
+        assert!(!warnings.contains(&CLIENT.to_string()), "{warnings}");
+    }
+    // The old server's filter takes what clients ask for before ipmoved sees it.
+    let nothing = "192.0.2.5:86/tcp";
+    becomes(&setup, Role::Old, nothing, ("nothing_in", "filter_before"))?;
+    becomes(&setup, Role::New, nothing, ("nothing_in", ""))?;
+    sh(lab.old_server(), &["tc filter del dev eth0 ingress pref 1"])?;
+
+    // All is mended, and clients come back.
+    let _started = [service(NEW, 81)?, service(NEW, 82)?];
+    let _dns = UdpService::start(new, at(NEW, 53))?;
+    sh(new, &["nft delete table inet f"])?;
+    for port in [81, 82, 83] {
+        lab.client().get(at(MOVED, port))?;
+    }
+    for role in BOTH {
+        first_line_becomes(&setup, role, |line| line.ends_with(": up"))?;
+        let warnings = setup.status(role)?.0["warnings"].to_string();
+        assert!(!warnings.contains("is not answered"), "{warnings}");
+    }
+
+    // Answers that cannot leave, and packets that reverse path filtering drops.
+    sh(
+        new,
+        &[
+            "ip route add blackhole default table 100",
+            "ip rule add to 203.0.113.11 lookup 100",
+            "ip link add d0 type veth peer name d1",
+            "ip link set d0 up",
+            "ip link set d1 up",
+            "ip route add default dev d0 table 101",
+            "ip rule add ipproto tcp sport 85 lookup 101",
+        ],
+    )?;
+    ask(&lab, &[85])?;
+    let _ = lab
+        .second_client()
+        .probe_tcp(at(MOVED, 84), Duration::from_millis(3_500))?;
+    becomes(
+        &setup,
+        Role::New,
+        "192.0.2.5:84/tcp",
+        ("silent", "no_route"),
+    )?;
+    becomes(
+        &setup,
+        Role::New,
+        "192.0.2.5:85/tcp",
+        ("silent", "rp_filter"),
+    )?;
+    becomes(
+        &setup,
+        Role::Old,
+        "192.0.2.5:85/tcp",
+        ("silent", "new_server"),
+    )?;
+
+    // The link between the servers is cut.
+    sh(lab.router(), &["ip link set new down"])?;
+    for role in BOTH {
+        first_line_becomes(&setup, role, |line| {
+            line.contains("nothing was heard of it for")
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_protocol_that_need_not_answer_and_a_scan_are_no_fault() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let new = lab.new_server();
+    sh(
+        new,
+        &[
+            "nft add table inet f",
+            "nft 'add chain inet f i { type filter hook input priority 0; policy drop; }'",
+            "nft add rule inet f i udp dport '{ 514, 51820-51860 }' accept",
+            "nft add rule inet f i tcp dport 80 accept",
+        ],
+    )?;
+    let _service = Service::start(new, NEW)?;
+    let _daemons = setup.start_both()?;
+    lab.client().get(MOVED)?.is_answered_by(NEW)?;
+    let scan: Vec<u16> = (1000..1020).collect();
+    ask(&lab, &scan)?;
+    let socket = lab.client().udp_socket(at(MOVED, 9999))?;
+    for _ in 0..45 {
+        let _ = socket.send(b"one way");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    lab.client().get(MOVED)?;
+    for role in BOTH {
+        let status = setup.status(role)?;
+        let warnings = status.0["warnings"].to_string();
+        assert!(!warnings.contains("is not answered"), "{warnings}");
+        let line = first_line(&setup, role)?;
+        assert!(!line.contains("but"), "{line}");
+        let served = status.tunnel()["served"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        let one = |what: &str| served.iter().find(|it| it["what"] == what).cloned();
+        let udp = one("192.0.2.5:9999/udp").unwrap_or_default();
+        assert_eq!(
+            (&udp["state"], &udp["in"]),
+            (&"unanswered".into(), &1.into())
+        );
+        let http = one("192.0.2.5:80/tcp").unwrap_or_default();
+        assert_eq!(
+            (&http["state"], &http["answered"]),
+            (&"ok".into(), &http["in"])
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,854 @@
+//! Silence is seen: what is not answered, why as far as a look shows, and who is told.
+//!
+//! ```text
+//! newest conversations ──► policy::silence ── doubts ──► look at the system ──► causes
+//!                                │                                               │
+//!        the peer's view ────────┴──────────► what is not well ◄─────────────────┘
+//!                                                 │
+//!                       status, one warning for each change, and the peer
+//! ```
+//!
+//! Owns the causes: which there are, what is said of each, and in which order they count. Every
+//! second it judges; the system is looked at only while something is in doubt. The verdicts are
+//! [`policy::silence`](super::policy::silence)'s, and how to look
+//! [`kernel::look`](crate::kernel::look)'s.
+//!
+//! | cause | server | |
+//! |---|---|---|
+//! | `no_route` | new | the kernel has no route from where is delivered back to a client |
+//! | `route_elsewhere` | new | the route back leads to a link that has no program of ours |
+//! | `rp_filter` | new | reverse path filtering dropped packets meanwhile |
+//! | `accept_queue` | new | the application does not take its connections |
+//! | `nothing_listens` | new | no socket is bound there |
+//! | `listens_on_loopback`, `listens_elsewhere`, `listens_on_ipv6` | new | one is, elsewhere |
+//! | `rejected` | new | a socket is there, and something refuses nevertheless |
+//! | `filter_before` | both | a tc filter of others sees packets before ours |
+//! | `firewall` | new | nothing else was found |
+//! | `forwarding_off` | new | containers behind DNAT cannot be reached |
+//! | `new_server` | old | what the new server says |
+//! | `lost_between` | both | what one server sends does not come to the other |
+//! | `unknown` | old | the new server does not say |
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::follow::Follower;
+use super::index;
+use super::policy::silence::{Silence, Thing};
+use crate::flow::translate::Translator;
+use crate::flow::watch::Observations;
+use crate::kernel::look::{self, Counters, Listener};
+use crate::kernel::netlink::Netlink;
+use crate::model::asked::{Asked, Trouble, Verdict};
+use crate::model::moved::{Move, TCP};
+use crate::model::peer::{PeerId, Role};
+use crate::model::status::{Answers, Cause, MAX_SERVED, Served};
+
+/// How often what became of conversations is looked at.
+const EVERY: Duration = Duration::from_secs(1);
+
+/// The two servers see the same within this time. Until then neither says that packets are lost
+/// between them.
+const AGREED: Duration = Duration::from_secs(3);
+
+/// A peer repeats what it sees every five seconds. What it said longer ago is no longer true.
+const SEEN_FOR: Duration = Duration::from_secs(16);
+
+/// Nothing came in for so long since the start: whether something can is looked at.
+const NOTHING_IN: Duration = Duration::from_secs(10);
+
+/// Seconds of which the kernel's counters are kept: as long as a conversation is followed. What it
+/// dropped before has to do with others.
+const COUNTED: usize = 16;
+
+/// A port that nobody is meant to serve is looked at so often: of a server on the Internet some are
+/// always asked for.
+const REST: Duration = Duration::from_secs(5);
+
+/// Most ports for which the system is looked at in one second.
+const MAX_LOOKS: usize = 16;
+
+/// What is not answered, of all peers.
+pub(super) struct Watcher {
+    role: Role,
+    started: Instant,
+    next: Instant,
+    peers: Vec<Watched>,
+    /// What the kernel had counted in each of the last seconds, while something is in doubt.
+    counted: VecDeque<Counters>,
+    /// This server's addresses, as of the last look.
+    own: Vec<IpAddr>,
+    /// Filters of others before ours, each in words, and how to list them.
+    others: Vec<(String, String)>,
+}
+
+/// Of one peer.
+struct Watched {
+    silence: Silence,
+    /// What is not well.
+    found: BTreeMap<Asked, Found>,
+    /// What the peer sees, and when it said so. It is `None` if it never did.
+    theirs: Vec<Trouble>,
+    heard: Option<Instant>,
+}
+
+/// Something that is not well.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Found {
+    answers: Answers,
+    since: Instant,
+    causes: Vec<Cause>,
+    /// Own eyes have seen it, not the peer's alone.
+    own: bool,
+    /// The warning that was given.
+    line: Option<String>,
+}
+
+/// Where to look.
+pub(super) struct Around<'a> {
+    /// The kernel.
+    pub(super) netlink: &'a Netlink,
+    /// The links that carry our programs.
+    pub(super) follower: &'a Follower,
+    /// The new server's rewriting.
+    pub(super) translator: Option<&'a Translator>,
+}
+
+/// What an administrator is told.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Said {
+    /// This is not well.
+    Warning(String),
+    /// It is well again; this was the warning.
+    Well(String, String),
+}
+
+impl Watcher {
+    /// Watches for so many peers.
+    pub(super) fn new(role: Role, peers: usize, now: Instant) -> Self {
+        let watched = || Watched {
+            silence: Silence::new(),
+            found: BTreeMap::new(),
+            theirs: Vec::new(),
+            heard: None,
+        };
+        Self {
+            role,
+            started: now,
+            next: now + EVERY,
+            peers: (0..peers).map(|_| watched()).collect(),
+            counted: VecDeque::new(),
+            own: Vec::new(),
+            others: Vec::new(),
+        }
+    }
+
+    /// When to look next.
+    pub(super) fn next(&self) -> Instant {
+        self.next
+    }
+
+    /// The peer said what it sees.
+    pub(super) fn peer_sees(&mut self, now: Instant, peer: PeerId, troubles: Vec<Trouble>) {
+        let watched = &mut self.peers[index(peer)];
+        watched.theirs = troubles;
+        watched.heard = Some(now);
+    }
+
+    /// Takes in what became of conversations with a peer's clients.
+    pub(super) fn observe(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        moves: &Arc<[Move]>,
+        seen: Observations,
+    ) {
+        self.next = now + EVERY;
+        let watched = &mut self.peers[index(peer)];
+        watched.silence.set_moves(moves);
+        watched.silence.observe(now, seen);
+        if watched
+            .heard
+            .is_some_and(|heard| now.saturating_duration_since(heard) >= SEEN_FOR)
+        {
+            watched.theirs.clear();
+        }
+    }
+
+    /// Judges, and looks for causes where something is in doubt. Returns what to say.
+    pub(super) fn judge(&mut self, now: Instant, around: &Around<'_>) -> Vec<(PeerId, Said)> {
+        self.others = around.follower.before_ours().to_vec();
+        let doubtful = (self.peers.iter()).any(|it| it.silence.doubts(now).next().is_some());
+        if self.role == Role::New && doubtful {
+            if self.counted.len() == COUNTED {
+                self.counted.pop_front();
+            }
+            self.counted.push_back(Counters::read());
+            let own = around.netlink.addresses().unwrap_or_default();
+            self.own = own.into_iter().map(|held| held.addr).collect();
+        } else {
+            self.counted.clear();
+        }
+        let mut said = Vec::new();
+        for (at, id) in (0..self.peers.len()).zip(0..) {
+            let found = self.look(now, at, PeerId(id), around);
+            let told = self.tell(now, at, found);
+            said.extend(told.into_iter().map(|said| (PeerId(id), said)));
+        }
+        said
+    }
+
+    /// What the peer is to know.
+    pub(super) fn troubles(&self, peer: PeerId) -> Vec<Trouble> {
+        let watched = &self.peers[index(peer)];
+        let own = watched.found.iter().filter(|(_, found)| found.own);
+        let mut own: Vec<_> = own.collect();
+        own.sort_by_key(|(_, found)| found.answers);
+        own.into_iter()
+            .filter_map(|(&asked, found)| {
+                let verdict = match found.answers {
+                    Answers::Silent => Verdict::Silent,
+                    Answers::Refused => Verdict::Refused,
+                    Answers::NothingIn | Answers::Unanswered | Answers::Ok => return None,
+                };
+                // What the peer says itself it need not hear again.
+                let theirs = |cause: &&Cause| cause.cause != "new_server";
+                let why = found.causes.iter().find(theirs);
+                (why.is_some() || found.causes.is_empty()).then(|| Trouble {
+                    asked,
+                    verdict,
+                    why: why.map_or_else(String::new, |cause| cause.text.clone()),
+                })
+            })
+            .collect()
+    }
+
+    /// For the status.
+    pub(super) fn served(&self, now: Instant, peer: PeerId) -> Vec<Served> {
+        let watched = &self.peers[index(peer)];
+        let seconds = |since| now.saturating_duration_since(since).as_secs();
+        let things: BTreeMap<&Asked, &Thing> = watched.silence.things().collect();
+        let of = |asked: &Asked, found: Option<&Found>| {
+            let thing = things.get(asked);
+            let [asked_for, answered, refused] = thing.map_or([0; 3], |thing| thing.counts);
+            let since = found
+                .map(|found| found.since)
+                .or(thing.map(|thing| thing.since));
+            Served {
+                what: asked.to_string(),
+                state: found.map_or(Answers::Ok, |found| found.answers),
+                expected: thing.is_none_or(|thing| thing.serves()),
+                since_s: since.map_or(0, seconds),
+                asked: asked_for,
+                answered,
+                refused,
+                clients: thing.map_or(0, |thing| thing.clients() as u64),
+                causes: found.map_or_else(Vec::new, |found| found.causes.clone()),
+            }
+        };
+        let unasked = watched
+            .silence
+            .unasked()
+            .take(MAX_SERVED)
+            .map(|moved| Served {
+                what: moved.to_string(),
+                state: Answers::NothingIn,
+                expected: true,
+                since_s: seconds(self.started),
+                asked: 0,
+                answered: 0,
+                refused: 0,
+                clients: 0,
+                causes: self.taken_before(now),
+            });
+        let bad = watched
+            .found
+            .iter()
+            .map(|(asked, found)| of(asked, Some(found)));
+        let well = things.iter().filter(|(asked, thing)| {
+            thing.verdict == Verdict::Well && !watched.found.contains_key(asked)
+        });
+        let well = well.map(|(asked, _)| of(asked, None));
+        let mut all: Vec<Served> = bad.chain(unasked).chain(well).collect();
+        all.sort_by_key(|served| served.state);
+        all.truncate(MAX_SERVED);
+        all
+    }
+
+    /// What may keep packets from coming in at all (old server).
+    fn taken_before(&self, now: Instant) -> Vec<Cause> {
+        let early = now.saturating_duration_since(self.started) < NOTHING_IN;
+        if early || self.role == Role::New {
+            return Vec::new();
+        }
+        self.filters_before().collect()
+    }
+
+    fn filters_before(&self) -> impl Iterator<Item = Cause> {
+        self.others.iter().map(|(what, list)| {
+            let remedy =
+                format!("look at `{list}`; move that filter behind ipmoved's, or remove it");
+            cause(
+                "filter_before",
+                format!("{what}, and may take them"),
+                remedy,
+            )
+        })
+    }
+
+    /// What is not well with a peer's clients, and why.
+    fn look(
+        &mut self,
+        now: Instant,
+        at: usize,
+        id: PeerId,
+        around: &Around<'_>,
+    ) -> BTreeMap<Asked, Found> {
+        let mut doubts: Vec<(Asked, Thing, Option<IpAddr>)> = (self.peers[at].silence.doubts(now))
+            .map(|(&asked, thing, client)| (asked, thing.clone(), client))
+            .collect();
+        // What a scan asks for comes last.
+        doubts.sort_by_key(|(_, thing, _)| !thing.serves());
+        let mut found = BTreeMap::new();
+        for (nth, (asked, thing, client)) in doubts.into_iter().enumerate() {
+            let (causes, certain) = match self.role {
+                Role::New if nth < MAX_LOOKS && (thing.serves() || thing.rested(now, REST)) => {
+                    self.causes_here(now, at, id, &asked, &thing, client, around)
+                }
+                Role::New => (Vec::new(), false),
+                Role::Old => {
+                    self.trust(now, at, &asked, &thing);
+                    self.causes_there(now, at, &asked, &thing)
+                }
+            };
+            let verdict = self.peers[at].silence.verdict(&asked);
+            let answers = match verdict {
+                Verdict::Well => continue,
+                Verdict::Silent => Answers::Silent,
+                Verdict::Refused => Answers::Refused,
+                Verdict::Unanswered if certain => Answers::Silent,
+                Verdict::Unanswered => Answers::Unanswered,
+            };
+            found.insert(
+                asked,
+                Found {
+                    answers,
+                    since: thing.since,
+                    causes: if answers == Answers::Unanswered {
+                        Vec::new()
+                    } else {
+                        causes
+                    },
+                    own: true,
+                    line: None,
+                },
+            );
+        }
+        self.add_theirs(now, at, &mut found);
+        found
+    }
+
+    /// Adds what the peer alone sees.
+    fn add_theirs(&self, now: Instant, at: usize, found: &mut BTreeMap<Asked, Found>) {
+        let watched = &self.peers[at];
+        for Trouble {
+            asked,
+            verdict,
+            why,
+        } in &watched.theirs
+        {
+            let bad = |found: &Found| matches!(found.answers, Answers::Silent | Answers::Refused);
+            if found.get(asked).is_some_and(bad) {
+                continue;
+            }
+            let causes = match self.role {
+                Role::Old => vec![new_server_says(why)],
+                Role::New => vec![self.lost(at, asked)],
+            };
+            let before = watched.found.get(asked).filter(|before| !before.own);
+            let since = before.map_or(now, |before| before.since);
+            // Own eyes may need a moment more.
+            if self.role == Role::New && now.saturating_duration_since(since) < AGREED {
+                if before.is_none() {
+                    // It is kept, to be told later.
+                    found.insert(*asked, waiting_for(now));
+                } else if let Some(before) = before {
+                    found.insert(*asked, before.clone());
+                }
+                continue;
+            }
+            let answers = match verdict {
+                Verdict::Refused => Answers::Refused,
+                Verdict::Silent | Verdict::Unanswered | Verdict::Well => Answers::Silent,
+            };
+            let new = Found {
+                answers,
+                since,
+                causes,
+                own: false,
+                line: None,
+            };
+            found.insert(*asked, new);
+        }
+    }
+
+    /// Why the old server hears nothing that this one knows of.
+    fn lost(&self, at: usize, asked: &Asked) -> Cause {
+        let mut things = self.peers[at].silence.things();
+        let text = match things.find(|(known, _)| *known == asked) {
+            Some((_, thing)) if thing.counts[1] > 0 => {
+                "this server answers, and the old one does not hear it"
+            }
+            Some(_) | None => "the old server sends packets for it, and none comes here",
+        };
+        lost_between(text)
+    }
+
+    /// What was refused is well again if the new server sees nothing wrong: it knows who listens.
+    fn trust(&mut self, now: Instant, at: usize, asked: &Asked, thing: &Thing) {
+        let watched = &mut self.peers[at];
+        let theirs = watched.theirs.iter().any(|theirs| theirs.asked == *asked);
+        let agreed = now.saturating_duration_since(thing.since) >= AGREED;
+        if thing.verdict == Verdict::Refused && watched.heard.is_some() && (theirs || agreed) {
+            watched.silence.listens(now, asked, !theirs);
+        }
+    }
+
+    /// Causes that a look at the old server finds.
+    fn causes_there(
+        &self,
+        now: Instant,
+        at: usize,
+        asked: &Asked,
+        thing: &Thing,
+    ) -> (Vec<Cause>, bool) {
+        let watched = &self.peers[at];
+        let theirs = watched.theirs.iter().find(|theirs| theirs.asked == *asked);
+        let agreed = now.saturating_duration_since(thing.since) >= AGREED;
+        let causes = match theirs {
+            Some(theirs) => return (vec![new_server_says(&theirs.why)], true),
+            None if !agreed || thing.verdict == Verdict::Unanswered => Vec::new(),
+            None if watched.heard.is_none() => vec![cause(
+                "unknown",
+                "the new server's daemon does not say what it sees".into(),
+                "look at `ipmoved status` there; update it".into(),
+            )],
+            None if thing.verdict == Verdict::Silent => vec![lost_between(
+                "the new server sees nothing wrong: its answers do not come here",
+            )],
+            None => Vec::new(),
+        };
+        (causes, false)
+    }
+
+    /// Causes that a look at the new server finds, and whether one of them alone is enough for
+    /// silence, whatever the protocol.
+    #[expect(clippy::too_many_arguments, reason = "one caller")]
+    fn causes_here(
+        &mut self,
+        now: Instant,
+        at: usize,
+        id: PeerId,
+        asked: &Asked,
+        thing: &Thing,
+        client: Option<IpAddr>,
+        around: &Around<'_>,
+    ) -> (Vec<Cause>, bool) {
+        let delivered = around.translator.and_then(|it| it.delivered(id, asked));
+        let Some(to) = delivered else {
+            return (Vec::new(), false);
+        };
+        let refused = thing.verdict == Verdict::Refused;
+        let mut causes = Vec::new();
+        if !refused {
+            causes.extend(client.and_then(|client| no_way_back(to.ip(), client, around)));
+            causes.extend(self.counted(to, asked, around));
+        }
+        let mut certain = !causes.is_empty();
+        let is_own = self.own.contains(&to.ip());
+        let listener = is_own.then(|| look::listener(asked.protocol, to)).flatten();
+        let there = matches!(listener, Some(Listener::Here | Listener::OnIpv6));
+        self.peers[at].silence.listens(now, asked, there);
+        let found = listener.and_then(|listener| nobody_there(&listener, to, asked, refused));
+        certain |= found.is_some() && thing.serves();
+        causes.extend(found);
+        if !refused {
+            causes.extend(self.filters_before());
+            if !there && look::forwards(to.is_ipv4()) == Some(false) {
+                causes.push(forwarding_off(to.is_ipv4()));
+            }
+            if !certain || !there {
+                causes.push(firewall());
+            }
+        }
+        (causes, certain)
+    }
+
+    /// What the kernel has counted since the doubts began.
+    fn counted(&self, to: SocketAddr, asked: &Asked, around: &Around<'_>) -> Option<Cause> {
+        let (before, counters) = (self.counted.front()?, self.counted.back()?);
+        if to.is_ipv4() && counters.rp_filter > before.rp_filter {
+            let links = around.netlink.links().unwrap_or_default();
+            let filters = look::rp_filters(&links);
+            let names: Vec<&str> = filters.iter().map(|(link, _)| link.as_str()).collect();
+            let mut settings: Vec<&str> = filters.iter().map(|(_, set)| set.as_str()).collect();
+            settings.sort_unstable();
+            settings.dedup();
+            let dropped = counters.rp_filter - before.rp_filter;
+            let text = format!(
+                "reverse path filtering (rp_filter, on {}) dropped {dropped} packets meanwhile",
+                names.join(", ")
+            );
+            let set: Vec<String> = settings.iter().map(|name| format!("{name}=0")).collect();
+            let remedy = format!(
+                "`sysctl -w {}`, or give this server a route back to its clients",
+                set.join(" ")
+            );
+            return Some(cause("rp_filter", text, remedy));
+        }
+        if asked.protocol == TCP && counters.overflows > before.overflows {
+            return Some(cause(
+                "accept_queue",
+                format!("the application at {to} does not take its connections; its queue is full"),
+                "look at the application; `ss -ltn` shows the queue".into(),
+            ));
+        }
+        None
+    }
+
+    /// Compares with what was known before. Returns what to say.
+    fn tell(&mut self, now: Instant, at: usize, found: BTreeMap<Asked, Found>) -> Vec<Said> {
+        let role = self.role;
+        let before = std::mem::replace(&mut self.peers[at].found, found);
+        let mut said = Vec::new();
+        for (asked, found) in &mut self.peers[at].found {
+            let old = before.get(asked);
+            found.line = old.and_then(|old| old.line.clone());
+            if let Some(old) = old.filter(|old| old.own == found.own) {
+                found.since = found.since.min(old.since);
+            }
+            let bad = matches!(found.answers, Answers::Silent | Answers::Refused);
+            // The old server waits for the new one's view, so that it says why, and says it once.
+            let known = role == Role::New
+                || !found.causes.is_empty()
+                || now.saturating_duration_since(found.since) >= AGREED;
+            if bad && known && found.line.is_none() {
+                let line = line(asked, found);
+                found.line = Some(line.clone());
+                said.push(Said::Warning(line));
+            }
+        }
+        for (asked, old) in before {
+            let still = self.peers[at].found.get_mut(&asked);
+            let bad =
+                |found: &&mut Found| matches!(found.answers, Answers::Silent | Answers::Refused);
+            match (old.line, still) {
+                (Some(line), None) => said.push(Said::Well(asked.to_string(), line)),
+                (Some(line), Some(still)) if !bad(&still) => {
+                    still.line = None;
+                    said.push(Said::Well(asked.to_string(), line));
+                }
+                _ => {}
+            }
+        }
+        said
+    }
+}
+
+fn line(asked: &Asked, found: &Found) -> String {
+    let what = match found.answers {
+        Answers::Refused => "is refused",
+        Answers::Silent | Answers::NothingIn | Answers::Unanswered | Answers::Ok => {
+            "is not answered"
+        }
+    };
+    match found.causes.first() {
+        Some(Cause { text, remedy, .. }) => format!("{asked} {what}: {text}; {remedy}"),
+        None => format!("{asked} {what}"),
+    }
+}
+
+/// The old server hears nothing; this one looks for a moment more.
+fn waiting_for(now: Instant) -> Found {
+    Found {
+        answers: Answers::Unanswered,
+        since: now,
+        causes: Vec::new(),
+        own: false,
+        line: None,
+    }
+}
+
+fn cause(name: &str, text: String, remedy: String) -> Cause {
+    Cause {
+        cause: name.into(),
+        text,
+        remedy,
+    }
+}
+
+fn new_server_says(why: &str) -> Cause {
+    let text = match why {
+        "" => "the new server says so, and not why".into(),
+        why => format!("the new server says: {why}"),
+    };
+    let remedy = "look at `ipmoved status` on the new server";
+    cause("new_server", text, remedy.into())
+}
+
+fn lost_between(text: &str) -> Cause {
+    let remedy = "look at `ipmoved status` on both servers for what is dropped, and at firewalls \
+                  between them: UDP has to pass in both directions";
+    cause("lost_between", text.into(), remedy.into())
+}
+
+fn forwarding_off(v4: bool) -> Cause {
+    let set = if v4 {
+        "net.ipv4.ip_forward"
+    } else {
+        "net.ipv6.conf.all.forwarding"
+    };
+    let text = format!("{set} is 0, so that no container or VM can be reached");
+    let remedy = format!("if the application runs in one: `sysctl -w {set}=1`");
+    cause("forwarding_off", text, remedy)
+}
+
+fn firewall() -> Cause {
+    cause(
+        "firewall",
+        "a firewall on this server likely drops the packets or the answers".into(),
+        "look at `nft list ruleset` and `iptables-save -c` for drops in input, forward and output"
+            .into(),
+    )
+}
+
+/// Whether the kernel knows a way for the answers, from where is delivered to a client.
+fn no_way_back(from: IpAddr, client: IpAddr, around: &Around<'_>) -> Option<Cause> {
+    let remedy = format!("look at `ip route get CLIENT from {from}` and `ip rule`");
+    let route = match around.netlink.route_get(client, None, Some(from)) {
+        Err(error) => {
+            let text = format!("this server has no route from {from} to its clients: {error}");
+            return Some(cause("no_route", text, remedy));
+        }
+        Ok(route) => route,
+    };
+    let oif = route.oif?;
+    let carries = |index| {
+        around
+            .follower
+            .carrying()
+            .iter()
+            .any(|link| link.index == index)
+    };
+    if carries(oif) {
+        return None;
+    }
+    let link = around.netlink.link_by_index(oif).ok()??;
+    if around.follower.is_tun(oif) {
+        return None;
+    }
+    let name = &link.name;
+    let text = format!("answers to clients leave by {name}, where ipmoved does not take them");
+    Some(cause("route_elsewhere", text, remedy))
+}
+
+/// What is said of who listens, if that is a cause.
+fn nobody_there(
+    listener: &Listener,
+    to: SocketAddr,
+    asked: &Asked,
+    refused: bool,
+) -> Option<Cause> {
+    let show = if asked.protocol == TCP {
+        "ss -ltnp"
+    } else {
+        "ss -lunp"
+    };
+    let bind = format!("let the application listen on {to} or on any address; see `{show}`");
+    Some(match listener {
+        Listener::Nobody if refused => cause(
+            "nothing_listens",
+            format!("nothing listens on {to}"),
+            format!("start the application, or deliver elsewhere (--deliver); see `{show}`"),
+        ),
+        Listener::Nobody => cause(
+            "nothing_listens",
+            format!("nothing on this server itself listens on {to}"),
+            format!(
+                "start the application (`{show}`); if it runs in a container or VM, look at its \
+                 address translation and at what is dropped in `forward`"
+            ),
+        ),
+        Listener::At(ip) if ip.is_loopback() => {
+            let text = format!("the application listens on {ip} alone, not on {to}");
+            cause("listens_on_loopback", text, bind)
+        }
+        Listener::At(ip) => {
+            let text = format!("the application listens on {ip}, not on {to}");
+            cause("listens_elsewhere", text, bind)
+        }
+        Listener::OnIpv6 if refused => {
+            let text = format!("the application listens on [::] for IPv6 alone, not on {to}");
+            cause("listens_on_ipv6", text, bind)
+        }
+        Listener::Here if refused => cause(
+            "rejected",
+            format!(
+                "something listens on {to}, but a firewall rejects the clients, or its socket is \
+                 bound to another interface"
+            ),
+            format!("look at `nft list ruleset` for `reject`, and at `{show}` for %INTERFACE"),
+        ),
+        Listener::Here | Listener::OnIpv6 => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flow::watch::{Fate, Observed};
+    use crate::testing::epoch;
+
+    fn asked() -> Asked {
+        Asked {
+            addr: "192.0.2.5".parse().unwrap(),
+            protocol: TCP,
+            port: 80,
+        }
+    }
+
+    fn trouble(why: &str) -> Trouble {
+        Trouble {
+            asked: asked(),
+            verdict: Verdict::Refused,
+            why: why.into(),
+        }
+    }
+
+    /// One peer of a server, and its clock.
+    struct Bed {
+        watcher: Watcher,
+        now: Instant,
+        moves: Arc<[Move]>,
+    }
+
+    impl Bed {
+        fn new(role: Role) -> Self {
+            let now = epoch();
+            Self {
+                watcher: Watcher::new(role, 1, now),
+                now,
+                moves: [("192.0.2.5:80/tcp".parse().unwrap())].into(),
+            }
+        }
+
+        /// A second passes, and this becomes of a conversation that began when it did.
+        fn second(&mut self, fate: Option<Fate>) -> Vec<Said> {
+            let opened = self.now;
+            self.now += EVERY;
+            let observed = fate.map(|fate| Observed {
+                asked: asked(),
+                client: [203, 0, 113, 9].into(),
+                opened,
+                waited: opened,
+                fate,
+            });
+            let seen = Observations {
+                opened: 1,
+                some: observed.into_iter().collect(),
+            };
+            let (now, watcher) = (self.now, &mut self.watcher);
+            watcher.observe(now, PeerId(0), &self.moves, seen);
+            let mut found = BTreeMap::new();
+            // As on the old server, whose look needs no system.
+            for (&asked, thing, _) in watcher.peers[0].silence.doubts(now) {
+                let (causes, _) = watcher.causes_there(now, 0, &asked, thing);
+                let answers = Answers::Refused;
+                if thing.verdict == Verdict::Refused {
+                    let (since, own, line) = (thing.since, true, None);
+                    found.insert(
+                        asked,
+                        Found {
+                            answers,
+                            since,
+                            causes,
+                            own,
+                            line,
+                        },
+                    );
+                }
+            }
+            watcher.add_theirs(now, 0, &mut found);
+            watcher.tell(now, 0, found)
+        }
+    }
+
+    #[test]
+    fn the_old_server_says_once_what_the_new_one_sees() {
+        let mut bed = Bed::new(Role::Old);
+        assert_eq!(
+            bed.second(Some(Fate::Refused)),
+            [],
+            "it waits for the new server's view"
+        );
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), vec![trouble("nothing listens")]);
+        let said = bed.second(Some(Fate::Refused));
+        let [Said::Warning(line)] = said.as_slice() else {
+            panic!("{said:?}");
+        };
+        assert_eq!(
+            line,
+            "192.0.2.5:80/tcp is refused: the new server says: nothing listens; look at `ipmoved \
+             status` on the new server"
+        );
+        for _ in 0..5 {
+            assert_eq!(bed.second(Some(Fate::Refused)), []);
+        }
+        let served = bed.watcher.served(bed.now, PeerId(0));
+        assert_eq!((served[0].state, served[0].refused), (Answers::Refused, 7));
+        assert_eq!(bed.watcher.troubles(PeerId(0)), [], "the new server knows");
+        bed.watcher.peer_sees(bed.now, PeerId(0), Vec::new());
+        let said = bed.second(Some(Fate::Answered));
+        assert_eq!(said, [Said::Well("192.0.2.5:80/tcp".into(), line.clone())]);
+        assert_eq!(bed.second(None), []);
+        assert_eq!(bed.watcher.served(bed.now, PeerId(0))[0].state, Answers::Ok);
+    }
+
+    #[test]
+    fn what_the_new_server_alone_sees_shows_on_the_old_one_until_it_says_no_more() {
+        let mut bed = Bed::new(Role::Old);
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), vec![trouble("why")]);
+        assert_eq!(bed.second(None).len(), 1);
+        let state = |bed: &Bed| bed.watcher.served(bed.now, PeerId(0))[0].state;
+        assert_eq!(state(&bed), Answers::Refused);
+        let mut said = Vec::new();
+        for _ in 0..20 {
+            said.extend(bed.second(None));
+        }
+        assert!(matches!(said[..], [Said::Well(..)]), "{said:?}");
+        assert_eq!(state(&bed), Answers::NothingIn);
+    }
+
+    #[test]
+    fn the_new_server_takes_a_moment_before_it_says_that_packets_are_lost() {
+        let mut bed = Bed::new(Role::New);
+        let mut said = Vec::new();
+        for second in 0..5 {
+            bed.watcher.peer_sees(bed.now, PeerId(0), vec![trouble("")]);
+            said.extend(
+                bed.second(Some(Fate::Answered))
+                    .into_iter()
+                    .map(|it| (second, it)),
+            );
+        }
+        let [(3, Said::Warning(line))] = said.as_slice() else {
+            panic!("{said:?}");
+        };
+        assert!(line.contains("this server answers"), "{line}");
+        assert_eq!(bed.watcher.troubles(PeerId(0)), []);
+    }
+}

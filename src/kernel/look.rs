@@ -1,0 +1,283 @@
+//! A look at this server, for the causes of silence: who listens where, and what the kernel counts
+//! of packets that it throws away.
+//!
+//! Owns how to read that from `/proc/net`, and changes nothing. It is asked only while something is
+//! not answered. What a cause is, and what to say of it, is not decided here.
+//!
+//! Files rather than `NETLINK_SOCK_DIAG` and `NETLINK_NETFILTER`: through those sockets a daemon
+//! that was taken over could end others' connections and change the firewall.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::kernel::change::read_sysctl;
+use crate::kernel::netlink::Link;
+use crate::model::moved::{TCP, UDP};
+
+/// Where the kernel shows the sockets and counters of this network namespace.
+///
+/// Only tests have threads in other namespaces than the process.
+pub const PROC_NET: &str = if cfg!(test) {
+    "/proc/thread-self/net"
+} else {
+    "/proc/self/net"
+};
+
+/// Most bytes of a list of sockets that are read: 20,000 sockets or so. In that of TCP those that
+/// listen come first.
+const MAX_LIST: u64 = 4 << 20;
+
+/// TCP's state LISTEN, and that of a UDP socket that is not connected, as the lists show them.
+const LISTEN: &str = "0A";
+const UNCONNECTED: &str = "07";
+
+/// What listens for packets to one end.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Listener {
+    /// A socket bound to the address, or to any.
+    Here,
+    /// For an IPv4 address nothing but a socket bound to `::`, which may take IPv6 alone.
+    OnIpv6,
+    /// The port is bound at other addresses alone, such as this one.
+    At(IpAddr),
+    /// Nothing.
+    Nobody,
+}
+
+/// Looks who listens for `protocol` at an address of this server; `None` if that cannot be known.
+pub fn listener(protocol: u8, end: SocketAddr) -> Option<Listener> {
+    let (name, state) = match protocol {
+        TCP => ("tcp", LISTEN),
+        UDP => ("udp", UNCONNECTED),
+        _ => return None,
+    };
+    let v6 = bound(&format!("{name}6"), state, end.port());
+    let bound = match end {
+        SocketAddr::V4(_) => bound(name, state, end.port())?,
+        SocketAddr::V6(_) => v6.clone()?,
+    };
+    let mapped = v6.unwrap_or_default();
+    Some(match_bound(end.ip(), &bound, &mapped))
+}
+
+fn match_bound(addr: IpAddr, bound: &[IpAddr], v6: &[IpAddr]) -> Listener {
+    let same = |ip: &IpAddr| ip.to_canonical() == addr;
+    let any = |ip: &IpAddr| ip.is_unspecified();
+    let of_family = bound.iter().any(|ip| same(ip) || any(ip));
+    if of_family || v6.iter().any(same) {
+        return Listener::Here;
+    }
+    if v6.iter().any(any) {
+        return Listener::OnIpv6;
+    }
+    bound
+        .first()
+        .map_or(Listener::Nobody, |&ip| Listener::At(ip))
+}
+
+/// The addresses at which sockets of a list are bound to a port.
+fn bound(list: &str, state: &str, port: u16) -> Option<Vec<IpAddr>> {
+    let file = File::open(format!("{PROC_NET}/{list}")).ok()?;
+    let mut found = Vec::new();
+    for line in BufReader::new(file.take(MAX_LIST)).lines().skip(1) {
+        let line = line.ok()?;
+        let Some((local, in_state)) = read_socket(&line) else {
+            continue;
+        };
+        // Behind those that listen come the connections, of which there may be a million.
+        if state == LISTEN && in_state != LISTEN {
+            break;
+        }
+        if in_state == state && local.port() == port {
+            found.push(local.ip());
+        }
+    }
+    Some(found)
+}
+
+/// A line of `/proc/net/tcp` and its like: number, local end, remote end, state.
+fn read_socket(line: &str) -> Option<(SocketAddr, &str)> {
+    let mut words = line.split_ascii_whitespace().skip(1);
+    let (local, state) = (words.next()?, words.nth(1)?);
+    let (addr, port) = local.split_once(':')?;
+    let port = u16::from_str_radix(port, 16).ok()?;
+    let word = |at: usize| {
+        let digits = addr.get(8 * at..8 * at + 8)?;
+        // Each word stands there as the machine reads it.
+        u32::from_str_radix(digits, 16).ok().map(u32::to_ne_bytes)
+    };
+    let addr: IpAddr = if addr.len() == 8 {
+        Ipv4Addr::from(word(0)?).into()
+    } else {
+        let words = [word(0)?, word(1)?, word(2)?, word(3)?];
+        let octets: [u8; 16] = words.concat().try_into().ok()?;
+        Ipv6Addr::from(octets).into()
+    };
+    Some((SocketAddr::new(addr, port), state))
+}
+
+/// What the kernel has counted since this network namespace began.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Counters {
+    /// Packets that reverse path filtering dropped (`IPReversePathFilter`).
+    pub rp_filter: u64,
+    /// Connections that found the queue of the application full (`ListenOverflows`).
+    pub overflows: u64,
+}
+
+impl Counters {
+    /// Reads them; all are zero if they cannot be read.
+    pub fn read() -> Self {
+        let mut text = String::new();
+        let file = File::open(format!("{PROC_NET}/netstat"));
+        let read = file.and_then(|file| file.take(MAX_LIST).read_to_string(&mut text));
+        match read {
+            Ok(_) => Self::parse(&text),
+            Err(_) => Self::default(),
+        }
+    }
+
+    /// A line of names stands before each line of numbers.
+    fn parse(text: &str) -> Self {
+        let lines: Vec<&str> = text.lines().collect();
+        let count = |wanted: &str| {
+            lines.chunks_exact(2).find_map(|pair| {
+                let [names, numbers] = [pair[0], pair[1]].map(str::split_ascii_whitespace);
+                let found = names.zip(numbers).find(|(name, _)| *name == wanted);
+                found?.1.parse().ok()
+            })
+        };
+        Self {
+            rp_filter: count("IPReversePathFilter").unwrap_or(0),
+            overflows: count("ListenOverflows").unwrap_or(0),
+        }
+    }
+}
+
+/// The links that drop packets whose sender they would not reach, or who is not reached at all, by
+/// name, and the setting that says so. The kernel takes the greater of two
+/// (`Documentation/networking/ip-sysctl.rst`).
+pub fn rp_filters(links: &[Link]) -> Vec<(String, String)> {
+    let value = |name: &str| {
+        let text = read_sysctl(&format!("net/ipv4/conf/{name}/rp_filter")).ok()?;
+        text.parse::<u8>().ok()
+    };
+    let all = value("all").unwrap_or(0);
+    let of = |link: &Link| {
+        let own = value(&link.name).unwrap_or(0);
+        let which = if own >= all { &link.name } else { "all" };
+        let set = || format!("net.ipv4.conf.{which}.rp_filter");
+        (own.max(all) > 0).then(|| (link.name.clone(), set()))
+    };
+    links
+        .iter()
+        .filter(|link| !link.loopback)
+        .filter_map(of)
+        .collect()
+}
+
+/// Whether this server forwards packets of a family, as containers behind DNAT need it.
+pub fn forwards(v4: bool) -> Option<bool> {
+    let path = if v4 {
+        "net/ipv4/ip_forward"
+    } else {
+        "net/ipv6/conf/all/forwarding"
+    };
+    read_sysctl(path).ok().map(|value| value != "0")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+    use crate::kernel::netlink::Netlink;
+    use crate::kernel::testing::{in_fresh_namespace, sysctl, veth};
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn listeners_are_found_where_they_are() {
+        in_fresh_namespace(|| {
+            // `lo` is down.
+            sysctl("net/ipv4/ip_nonlocal_bind", "1");
+            sysctl("net/ipv6/ip_nonlocal_bind", "1");
+            let end = |text: &str| text.parse::<SocketAddr>().unwrap();
+            let here = end("127.0.0.2:80");
+            assert_eq!(listener(TCP, here), Some(Listener::Nobody));
+            let other = TcpListener::bind("127.0.0.1:80").unwrap();
+            assert_eq!(listener(TCP, here), Some(Listener::At(ip("127.0.0.1"))));
+            assert_eq!(listener(TCP, end("127.0.0.1:80")), Some(Listener::Here));
+            assert_eq!(listener(UDP, here), Some(Listener::Nobody));
+            drop(other);
+            let any = TcpListener::bind("0.0.0.0:80").unwrap();
+            assert_eq!(listener(TCP, here), Some(Listener::Here));
+            drop(any);
+            let any6 = TcpListener::bind("[::]:80").unwrap();
+            assert_eq!(listener(TCP, here), Some(Listener::OnIpv6));
+            assert_eq!(listener(TCP, end("[::1]:80")), Some(Listener::Here));
+            assert_eq!(listener(TCP, end("[::1]:81")), Some(Listener::Nobody));
+            drop(any6);
+            let udp = UdpSocket::bind("[::1]:53").unwrap();
+            assert_eq!(listener(UDP, end("[::1]:53")), Some(Listener::Here));
+            assert_eq!(
+                listener(UDP, end("[2001:db8::1]:53")),
+                Some(Listener::At(ip("::1")))
+            );
+            drop(udp);
+            assert_eq!(listener(47, here), None);
+        });
+    }
+
+    #[test]
+    fn lines_of_the_lists_are_read() {
+        let line = "  0: 0100007F:0050 00000000:0000 0A 00000000:00000000 00:00000000 00000000";
+        let read = read_socket(line);
+        if cfg!(target_endian = "little") {
+            assert_eq!(read, Some(("127.0.0.1:80".parse().unwrap(), "0A")));
+        }
+        for wrong in [
+            "",
+            "sl local_address rem_address st",
+            "0: 01:50 0:0 0A",
+            "0: x",
+        ] {
+            assert_eq!(read_socket(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn counters_are_found_by_name() {
+        let text = "TcpExt: SyncookiesSent ListenOverflows IPReversePathFilter\n\
+                    TcpExt: 1 2 3\nIpExt: InNoRoutes\nIpExt: 4\n";
+        let counters = Counters::parse(text);
+        assert_eq!((counters.overflows, counters.rp_filter), (2, 3));
+        assert_eq!(Counters::parse("nonsense"), Counters::default());
+        in_fresh_namespace(|| {
+            let text = std::fs::read_to_string(format!("{PROC_NET}/netstat")).unwrap();
+            assert!(text.contains(" IPReversePathFilter "), "{text}");
+        });
+    }
+
+    #[test]
+    fn the_setting_that_filters_is_named() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let link = veth(&netlink);
+            sysctl("net/ipv4/conf/all/rp_filter", "0");
+            sysctl(&format!("net/ipv4/conf/{}/rp_filter", link.name), "0");
+            assert_eq!(rp_filters(std::slice::from_ref(&link)), []);
+            let named = |which: &str| {
+                let set = format!("net.ipv4.conf.{which}.rp_filter");
+                vec![(link.name.clone(), set)]
+            };
+            sysctl("net/ipv4/conf/all/rp_filter", "1");
+            assert_eq!(rp_filters(std::slice::from_ref(&link)), named("all"));
+            sysctl(&format!("net/ipv4/conf/{}/rp_filter", link.name), "2");
+            assert_eq!(rp_filters(std::slice::from_ref(&link)), named(&link.name));
+        });
+    }
+}

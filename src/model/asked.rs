@@ -1,0 +1,74 @@
+//! What clients ask for, one port of one moved address or a protocol without ports, and whether it
+//! is answered.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use crate::model::moved::{TCP, UDP};
+
+/// What a conversation is for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Asked {
+    /// The moved address.
+    pub addr: IpAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The port; 0 for protocols without.
+    pub port: u16,
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let end = SocketAddr::new(self.addr, self.port);
+        match self.protocol {
+            TCP => write!(f, "{end}/tcp"),
+            UDP => write!(f, "{end}/udp"),
+            other => write!(f, "{} (IP protocol {other})", self.addr),
+        }
+    }
+}
+
+/// What is known of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// Answered, as far as is known.
+    Well,
+    /// No answer yet. That is no fault of this protocol.
+    Unanswered,
+    /// The server says that nothing is there.
+    Refused,
+    /// Packets go in, and nothing comes out.
+    Silent,
+}
+
+/// What one server tells the other of something that is not well.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Trouble {
+    /// What clients ask for.
+    pub asked: Asked,
+    /// What becomes of it.
+    pub verdict: Verdict,
+    /// Why, for people; empty if that server does not know.
+    pub why: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_reads_as_what_is_moved() {
+        let asked = |addr: &str, protocol, port| {
+            let addr = addr.parse().unwrap();
+            Asked {
+                addr,
+                protocol,
+                port,
+            }
+            .to_string()
+        };
+        assert_eq!(asked("192.0.2.5", TCP, 80), "192.0.2.5:80/tcp");
+        assert_eq!(asked("2001:db8::5", UDP, 53), "[2001:db8::5]:53/udp");
+        assert_eq!(asked("192.0.2.5", 47, 0), "192.0.2.5 (IP protocol 47)");
+    }
+}
