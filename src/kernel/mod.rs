@@ -9,6 +9,7 @@
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
 //!   netlink       the conversation with the kernel, by object
+//!   conntrack     which connections the kernel tracks of hosts behind this one
 //! ```
 //!
 //! No other folder changes links, routes, rules, filters or sysctls. The packets' path through TUN
@@ -21,6 +22,7 @@
 
 pub mod bpf;
 pub mod change;
+mod conntrack;
 mod host;
 pub mod journal;
 pub mod netlink;
