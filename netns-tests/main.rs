@@ -39,6 +39,7 @@ mod modes;
 mod mtu;
 mod on_path;
 mod others_rules;
+mod own;
 mod privacy;
 mod protocol_text;
 mod protocols;

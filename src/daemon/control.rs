@@ -1013,6 +1013,7 @@ impl Control<'_> {
             up: now.duration_since(self.started),
             warnings: self.warnings.lines(),
             log_lines_lost: log::lost(),
+            stayed: self.follower.stayed(),
         };
         let peers = self.policy.peers().map(|peer| self.known(now, peer));
         report::tunnels(

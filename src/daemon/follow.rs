@@ -361,6 +361,7 @@ impl Follower {
         }
         self.look_at_tun(now, host, known);
         self.look_for_others(now, host.netlink(), known);
+        self.look_for_unnoted(now, host.netlink(), known);
         let named = |link: Link| (link.index, link.name);
         let links: Vec<_> = links.into_iter().map(named).collect();
         let others = links != self.links;
@@ -492,6 +493,34 @@ impl Follower {
                 }
                 self.there = false;
             }
+        }
+    }
+
+    /// Packets to what has moved that stayed here, since they belong to what this server, or one
+    /// behind it, does itself (old server).
+    pub(super) fn stayed(&self) -> u64 {
+        match &self.programs {
+            Programs::Old(capture) => capture.stayed(),
+            Programs::New(_) => 0,
+        }
+    }
+
+    /// Looks for links where nothing can note what this server does itself.
+    fn look_for_unnoted(&self, now: Instant, netlink: &Netlink, known: &mut Warnings) {
+        if matches!(self.programs, Programs::New(_)) {
+            return;
+        }
+        for link in &self.carrying {
+            if !matches!(plan::own::is_noted(netlink, link), Ok(false)) {
+                continue;
+            }
+            let interface = &link.name;
+            let text = format!(
+                "an ingress qdisc of others leaves no place for ipmoved on the way out of \
+                 {interface}: answers to what this server does there itself from a moved address \
+                 go to the new server, unless it is TCP or a connected UDP socket; make it clsact"
+            );
+            known.warn(now, text);
         }
     }
 

@@ -242,6 +242,7 @@ async fn carry(
                     up: started.elapsed(),
                     warnings: warnings.lines(),
                     log_lines_lost: log::lost(),
+                    stayed: 0,
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),

@@ -37,6 +37,8 @@ pub(super) struct Daemon {
     pub(super) warnings: Vec<String>,
     /// Log lines that nobody took in time.
     pub(super) log_lines_lost: u64,
+    /// Packets to what has moved that stayed here.
+    pub(super) stayed: u64,
 }
 
 /// The facts about one peer.
@@ -211,6 +213,7 @@ fn status(
         drops,
         warnings: daemon.warnings,
         log_lines_lost: daemon.log_lines_lost,
+        stayed: daemon.stayed,
     }
 }
 
@@ -302,6 +305,7 @@ mod tests {
             up: Duration::from_secs(90),
             warnings: vec!["somebody removed a filter; it is back".into()],
             log_lines_lost: 0,
+            stayed: 0,
         }
     }
 

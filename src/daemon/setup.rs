@@ -219,7 +219,12 @@ impl Found {
         let moves = moves(config);
         let programs = match config.role {
             Role::Old => {
-                let capture = Capture::new(&moves, tun, port).map_err(system)?;
+                let links = plan::carriers(host.netlink(), tun).map_err(system)?;
+                let has_moved = |addr| moves.iter().any(|moved| moved.prefix.contains(addr));
+                let own = plan::own::memory(host.netlink(), &links, kept, has_moved);
+                let own = own.map_err(system)?;
+                let capture = Capture::new(&moves, tun, port, own).map_err(system)?;
+                kept::keep(&capture.memory());
                 Programs::Old(Box::new(capture))
             }
             Role::New => {
@@ -413,10 +418,11 @@ pub(super) fn check_old(
             }
             if ours.contains(&moved.prefix.first()) {
                 return Err(input(format!(
-                    "--move {moved} would take the address this server itself uses to reach \
-                     the peer, your login included; move only the service's ports, \
-                     as in --move {}, \
-                     or let this server use another of its addresses (--listen ADDR:PORT)",
+                    "--move {moved} would take every new connection to the address this server \
+                     itself uses to reach the peer, your login included; move only the service's \
+                     ports, as in --move {}, or let this server use another of its addresses \
+                     (--listen ADDR:PORT); what it does itself, as DNS or updates, stays with it \
+                     either way",
                     Move {
                         ports: vec![80..=80, 443..=443],
                         transport: Some(Transport::Tcp),

@@ -437,6 +437,7 @@ mod tests {
     use crate::kernel::change::{DefaultRoute, MarkRule, Sysctl};
     use crate::kernel::netlink::{Direction, Family, FilterSlot};
     use crate::kernel::plan;
+    use crate::kernel::programs::Own;
     use crate::kernel::steer::Steering;
     use crate::kernel::testing::{
         Scratch, Tun, capabilities_of_the_unit, delete_link, in_fresh_namespace, keep_only,
@@ -467,7 +468,7 @@ mod tests {
 
         fn capture(&self, tun: &Tun) -> Vec<Desired> {
             let moves: [Move; 2] = ["192.0.2.5".parse().unwrap(), "2001:db8::5".parse().unwrap()];
-            let capture = Capture::new(&moves, &tun.link, 51820).unwrap();
+            let capture = Capture::new(&moves, &tun.link, 51820, Own::new().unwrap()).unwrap();
             let mut desired = capture.on_tun(&self.netlink).unwrap();
             desired.extend(capture.on_entrance(&self.netlink, &self.uplink).unwrap());
             desired
@@ -609,12 +610,12 @@ mod tests {
             assert_ne!(new[0].program_id, old[0].program_id);
             // Another role: changes that are no longer wanted go.
             let report = host.reconcile(stage.capture(&second)).unwrap();
-            assert_eq!(report.undone.len(), made.len() - 2);
-            assert_eq!(host.made().len(), 2);
+            assert_eq!(report.undone.len(), made.len() - 3);
+            assert_eq!(host.made().len(), 3);
             drop(host);
             drop(second);
             let report = Host::cleanup(&stage.scratch.0).unwrap().report;
-            assert_eq!(report.undone.len(), 2);
+            assert_eq!(report.undone.len(), 3);
             assert_eq!(snapshot(&stage.netlink), before);
             assert!(!stage.scratch.0.exists());
         });

@@ -10,6 +10,7 @@
 //!   bpf           how programs are written, and how they get into the kernel
 //!   look          who listens where, and what the kernel counts: for the causes of silence
 //!   netlink       the conversation with the kernel, by object
+//!   conntrack     which connections the kernel tracks of hosts behind this one
 //! ```
 //!
 //! No other folder changes links, routes, rules, filters or sysctls. The packets' path through TUN
@@ -22,6 +23,7 @@
 
 pub mod bpf;
 pub mod change;
+mod conntrack;
 mod host;
 pub mod journal;
 pub mod look;

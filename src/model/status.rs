@@ -34,6 +34,10 @@ pub struct Status {
     /// Log lines that were lost, because what reads them was too slow.
     #[serde(default)]
     pub log_lines_lost: u64,
+    /// Packets to what has moved that stayed here: answers to what this server does itself, or one
+    /// behind it, and connections that it still has (old server).
+    #[serde(default)]
+    pub stayed: u64,
 }
 
 /// How packets get to the new server.
@@ -340,6 +344,13 @@ impl Status {
             0 => writeln!(out)?,
             refused => writeln!(out, ", refused by the kernel and taken apart: {refused}")?,
         }
+        if self.stayed > 0 {
+            writeln!(
+                out,
+                "  stayed     {} packets of this server's own connections",
+                self.stayed
+            )?;
+        }
         write_drops(out, "strangers", &self.drops)?;
         for warning in &self.warnings {
             writeln!(out, "  warning    {warning}")?;
@@ -624,6 +635,7 @@ mod tests {
             drops: BTreeMap::new(),
             warnings: vec!["the peer says no".into()],
             log_lines_lost: 0,
+            stayed: 7,
         }
     }
 

@@ -58,6 +58,8 @@ pub enum Alu {
     Or,
     And,
     Lsh,
+    Rsh,
+    Xor,
     Mov,
 }
 
@@ -69,6 +71,8 @@ impl Alu {
             Self::Or => 0x40,
             Self::And => 0x50,
             Self::Lsh => 0x60,
+            Self::Rsh => 0x70,
+            Self::Xor => 0xa0,
             Self::Mov => 0xb0,
         }
     }
@@ -173,8 +177,12 @@ pub enum Helper {
     SkFullsock = 95,
     /// `(socket) → struct bpf_tcp_sock, or 0`.
     TcpSock = 96,
+    /// As `SkLookupTcp`, but what stands for a connection that is opening or was closed as well.
+    SkcLookupTcp = 99,
     /// `(map, socket, value, flags) → value or 0`.
     SkStorageGet = 107,
+    /// `() → ticks since boot`, 100 to 1000 a second. It is a load, not a call.
+    Jiffies64 = 118,
     /// `(ifindex, params, params length, flags) → verdict`.
     RedirectNeigh = 152,
 }

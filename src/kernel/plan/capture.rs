@@ -3,6 +3,8 @@
 //!
 //! ```text
 //! every entrance: ingress ── capture ──► TUN
+//!                              └─ of a conversation that this host has itself: the stack
+//!                 egress ── note_own: what this host has itself
 //! TUN: ingress ── return path ──► by the route for source and destination
 //!                  └─ bounced: ingress of the uplink, past capture
 //! ```
@@ -17,7 +19,7 @@
 //! addresses fall silent instead of replying with resets.
 
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use rustix::fs::{Access, access};
 
@@ -26,7 +28,7 @@ use crate::kernel::Desired;
 use crate::kernel::bpf::Loaded;
 use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
-use crate::kernel::programs::{self, Facts, TunnelEnds};
+use crate::kernel::programs::{self, Facts, Own, TunnelEnds};
 use crate::model::moved::Move;
 
 /// The programs of one old server, in the kernel, with what they know. They stay the same while
@@ -41,22 +43,24 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Loads the programs for `moves`, with the TUN, which must exist, and the tunnel's own UDP
-    /// port on this host. This changes nothing yet.
+    /// Loads the programs for `moves`, with the TUN, which must exist, the tunnel's own UDP port on
+    /// this host, and the memory of what is [this host's own](super::own::memory()). This changes
+    /// nothing yet.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn new(moves: &[Move], tun: &Link, port: u16) -> Result<Self, PlanError> {
+    pub fn new(moves: &[Move], tun: &Link, port: u16, own: Own) -> Result<Self, PlanError> {
         let capture = Self {
             moves: moves.to_vec(),
             port,
             tun: tun.clone(),
-            facts: Facts::new(moves)?,
+            facts: Facts::remembering(moves, own)?,
             loaded: Loaded::default(),
         };
         // For interfaces that come later, too.
         for l2_header in [0, ETHERNET_HEADER] {
             capture.entrance(l2_header)?;
+            capture.way_out(l2_header)?;
         }
         Ok(capture)
     }
@@ -67,8 +71,30 @@ impl Capture {
             port: self.port,
             facts: &self.facts,
         };
-        let program = programs::capture(&self.moves, l2_header, self.tun.index, Some(ends))?;
+        let program = programs::capture(
+            &self.moves,
+            l2_header,
+            self.tun.index,
+            Some(ends),
+            self.facts.own(),
+        )?;
         Ok((program.name(), self.loaded.get(&program)?))
+    }
+
+    /// The program for the other side of links with such a link-layer header.
+    fn way_out(&self, l2_header: u32) -> Result<OwnedFd, PlanError> {
+        let program = programs::note_own(&self.facts, l2_header, self.tun.index, Some(self.port))?;
+        Ok(self.loaded.get(&program)?)
+    }
+
+    /// The memory that the next daemon needs, if this one is killed.
+    pub fn memory(&self) -> Vec<BorrowedFd<'_>> {
+        self.facts.own().lasting()
+    }
+
+    /// Packets to what has moved that stayed here, since the memory began.
+    pub fn stayed(&self) -> u64 {
+        self.facts.own().stayed()
     }
 
     /// From now on bounced packets arrive at `uplink`, and replies to which no route leads leave by
@@ -107,13 +133,19 @@ impl Capture {
         read_sysctl(&path).is_ok_and(|value| value == "1")
     }
 
-    /// The changes to one entrance: the capture.
+    /// The changes to one entrance: the capture, and before it what notes this host's own. An older
+    /// ingress qdisc of others has no place for the latter.
     ///
     /// # Errors
     /// If the programs cannot work on an interface like this, or there is no place for one.
     pub fn on_entrance(&self, netlink: &Netlink, link: &Link) -> Result<Vec<Desired>, PlanError> {
-        let (name, program) = self.entrance(l2_header(link)?)?;
+        let program = self.way_out(l2_header(link)?)?;
         let mut desired = for_ingress(netlink, link)?;
+        if !desired.is_empty() {
+            let place = super::own::place(netlink, link)?;
+            desired.push(Desired::lasting(place).program(program));
+        }
+        let (name, program) = self.entrance(l2_header(link)?)?;
         let place = filter(netlink, link, Direction::Ingress, name)?;
         desired.push(Desired::lasting(place).program(program));
         Ok(desired)
@@ -163,7 +195,7 @@ mod tests {
 
     fn start(netlink: &Netlink, moves: &[Move], tun: &Tun) -> Capture {
         let tun = netlink.link_by_index(tun.link.index).unwrap().unwrap();
-        Capture::new(moves, &tun, 51820).unwrap()
+        Capture::new(moves, &tun, 51820, Own::new().unwrap()).unwrap()
     }
 
     /// The changes for every entrance that there is.

@@ -6,6 +6,7 @@
 //! uplink ingress ── capture (moved addresses) ──┐           ┌──► uplink: clients
 //!                ── replies (borrowed ports) ───┴─► TUN ────┼──► uplink: new server
 //!                                                           └──► the host's own stack (bounced)
+//! uplink egress  ── note_own: what this host has itself, which capture leaves to it
 //! ```
 //!
 //! Owns the reservation of the borrowed ports, and the question whether somebody uses one of them
@@ -21,7 +22,7 @@ use super::{FILTER_HANDLE, PlanError, clsact, filter, l2_header};
 use crate::kernel::Desired;
 use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
-use crate::kernel::programs::{self, Pair, Way};
+use crate::kernel::programs::{self, Facts, Pair, Way};
 use crate::model::moved::Move;
 
 /// Ports that the kernel gives to no socket that does not name its port (`ip-sysctl`); for IPv6
@@ -68,8 +69,13 @@ pub fn plan(
     for moved in moves {
         local.push((moved.prefix.first(), way(uplink)?));
     }
-    let out = programs::way_out(way(uplink)?, &servers, &local)?;
-    let capture = programs::capture(moves, l2_header(uplink)?, tun.index, None)?;
+    let has_moved = |addr| moves.iter().any(|moved| moved.prefix.contains(addr));
+    let own = super::own::memory(netlink, std::slice::from_ref(uplink), &[], has_moved)?;
+    let facts = Facts::remembering(moves, own)?;
+    let l2 = l2_header(uplink)?;
+    let out = programs::way_out(way(uplink)?, &servers, &local, facts.own())?;
+    let capture = programs::capture(moves, l2, tun.index, None, facts.own())?;
+    let noting = programs::note_own(&facts, l2, tun.index, None)?;
     let on_tun = filter(netlink, tun, Direction::Ingress, out.name())?;
     let on_uplink = filter(netlink, uplink, Direction::Ingress, capture.name())?;
     let mut desired = vec![
@@ -111,6 +117,8 @@ pub fn plan(
     if !desired.iter().any(|it| it.change == clsact(uplink)) {
         desired.push(Desired::lasting(clsact(uplink)));
     }
+    let on_way_out = super::own::place(netlink, uplink)?;
+    desired.push(Desired::lasting(on_way_out).program(noting.load()?));
     // The clients come last: their packets may get replies at once.
     desired.push(Desired::lasting(on_uplink).program(capture.load()?));
     Ok(desired)

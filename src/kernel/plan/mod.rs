@@ -6,6 +6,7 @@
 //!   steer        the new server: replies to packets from the TUN go back into it
 //!   keep         the new server in mode `keep`: it holds the moved address itself
 //!   masquerade   the old server in mode `nat`: it translates both addresses
+//!   own          what the old server's programs remember, before and after a crash
 //! ```
 //!
 //! Owns the places that the plans share: the interfaces that they can use, and where our filters
@@ -14,6 +15,7 @@
 pub mod capture;
 pub mod keep;
 pub mod masquerade;
+pub mod own;
 pub mod steer;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

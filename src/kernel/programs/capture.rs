@@ -32,13 +32,13 @@
 //! port:      if (UDP && port == tunnel.port && facts.tunnel_end[scope]) pass;
 //!            if (port in scope.ranges(protocol)) take; else pass;
 //!
-//! take:      skb_vlan_pop(); return redirect(tun, 0);
+//! take:      if (it is this host's own) pass;                  // see `stays`
+//!            skb_vlan_pop(); return redirect(tun, 0);
 //! pass:      return TC_ACT_UNSPEC;
 //! ```
 //!
 //! A balanced tree finds the ports, so that no path through the program has more than some hundred
-//! branches. The trees stand last, each with exits of its own, so that no jump spans more than one
-//! of them.
+//! branches. The trees stand last.
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
@@ -47,6 +47,7 @@ use Reg::{R0, R9, R10};
 
 use super::facts::{Facts, addresses};
 use super::headers::{fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, ports};
+use super::own::Own;
 use super::phrases::{
     DESTINATION_KEPT, Expected, PROTOCOL, TC_ACT_UNSPEC, TRANSPORT, branch_by_family,
     jump_if_it_has_ports, jump_if_link_scoped_icmpv6, jump_unless_icmpv6_error,
@@ -54,6 +55,7 @@ use super::phrases::{
     pass_bounced, pass_unless_for_this_host, quoted_flow_v4, quoted_flow_v6, take, verdict,
     walk_extension_headers,
 };
+use super::stays::leave_own;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
 use crate::model::moved::{Move, TCP, Transport, UDP, merged};
 
@@ -82,6 +84,7 @@ pub fn capture(
     l2_header: u32,
     tun_ifindex: u32,
     tunnel: Option<TunnelEnds<'_>>,
+    own: &Own,
 ) -> Result<Program, BpfError> {
     Capture {
         asm: Assembler::new(),
@@ -89,6 +92,7 @@ pub fn capture(
         tun_ifindex,
         scopes: scopes(moves, tunnel.is_some()),
         tunnel,
+        own,
     }
     .assemble()
 }
@@ -154,6 +158,7 @@ struct Capture<'f> {
     tun_ifindex: u32,
     scopes: Vec<Scope>,
     tunnel: Option<TunnelEnds<'f>>,
+    own: &'f Own,
 }
 
 /// The exits of the part that reads addresses and headers. SCOPE is known in all but the first two.
@@ -188,12 +193,13 @@ impl Capture<'_> {
         self.asm.bind(v6);
         self.ipv6(ways);
         self.asm.bind(ways.redirect);
+        leave_own(&mut self.asm, self.l2, self.own);
         take(&mut self.asm, self.tun_ifindex);
         self.asm.bind(ways.pass);
         verdict(&mut self.asm, TC_ACT_UNSPEC);
-        self.decide_other(ways.other);
-        self.decide_fragment(ways.fragment);
-        self.decide_port(ways.port);
+        self.decide_other(ways.other, ways.redirect);
+        self.decide_fragment(ways.fragment, ways.redirect);
+        self.decide_port(ways.port, ways.redirect);
         self.asm.finish("ipmoved_capture")
     }
 
@@ -291,9 +297,8 @@ impl Capture<'_> {
         go_by_destination_port(a, ways);
     }
 
-    fn decide_other(&mut self, other: Label) {
+    fn decide_other(&mut self, other: Label, taken: Label) {
         let a = &mut self.asm;
-        let taken = a.label();
         a.bind(other);
         for (index, scope) in self.scopes.iter().enumerate() {
             if scope.whole && !scope.by_address() {
@@ -301,13 +306,10 @@ impl Capture<'_> {
             }
         }
         verdict(a, TC_ACT_UNSPEC);
-        a.bind(taken);
-        take(a, self.tun_ifindex);
     }
 
-    fn decide_fragment(&mut self, fragment: Label) {
+    fn decide_fragment(&mut self, fragment: Label, taken: Label) {
         let a = &mut self.asm;
-        let taken = a.label();
         a.bind(fragment);
         for (index, scope) in self.scopes.iter().enumerate() {
             if scope.by_address() {
@@ -326,11 +328,9 @@ impl Capture<'_> {
             a.bind(next);
         }
         verdict(a, TC_ACT_UNSPEC);
-        a.bind(taken);
-        take(a, self.tun_ifindex);
     }
 
-    fn decide_port(&mut self, port: Label) {
+    fn decide_port(&mut self, port: Label, taken: Label) {
         self.asm.bind(port);
         for (index, scope) in self.scopes.iter().enumerate() {
             if scope.by_address() {
@@ -353,10 +353,10 @@ impl Capture<'_> {
                 a.bind(next);
             }
             if tcp == udp {
-                tree(a, index, None, tcp, self.tun_ifindex);
+                tree(a, index, None, tcp, taken);
             } else {
-                tree(a, index, Some(TCP), tcp, self.tun_ifindex);
-                tree(a, index, Some(UDP), udp, self.tun_ifindex);
+                tree(a, index, Some(TCP), tcp, taken);
+                tree(a, index, Some(UDP), udp, taken);
             }
         }
         verdict(&mut self.asm, TC_ACT_UNSPEC);
@@ -386,7 +386,7 @@ fn tree(
     scope: usize,
     protocol: Option<u8>,
     ranges: &[RangeInclusive<u16>],
-    tun_ifindex: u32,
+    hit: Label,
 ) {
     fn node(a: &mut Assembler, ranges: &[RangeInclusive<u16>], hit: Label, miss: Label) {
         let middle = ranges.len() / 2;
@@ -403,14 +403,12 @@ fn tree(
             node(a, &ranges[..middle], hit, miss);
         }
     }
-    let (next, hit, miss) = (a.label(), a.label(), a.label());
+    let (next, miss) = (a.label(), a.label());
     a.jump_if(SCOPE, If::Ne, scope as i32, next);
     if let Some(protocol) = protocol {
         a.jump_if(PROTOCOL, If::Ne, i32::from(protocol), next);
     }
     node(a, ranges, hit, miss);
-    a.bind(hit);
-    take(a, tun_ifindex);
     a.bind(miss);
     verdict(a, TC_ACT_UNSPEC);
     a.bind(next);
@@ -531,7 +529,7 @@ mod tests {
                 port: end.port(),
                 facts: &facts,
             });
-            let program = capture(&moves, L2, 1, ends).unwrap();
+            let program = capture(&moves, L2, 1, ends, &facts.own).unwrap();
             let program = program.load().expect("run the tests as root");
             proptest!(|(packet in packets())| {
                 let expected = should_take(&moves, tunnel, &packet);
@@ -549,7 +547,7 @@ mod tests {
             facts: &facts,
         };
         facts.set_tunnel_ends(|addr| addr.to_string() == "192.0.2.8");
-        let program = capture(&moves, L2, 1, Some(tunnel)).unwrap();
+        let program = capture(&moves, L2, 1, Some(tunnel), &facts.own).unwrap();
         let program = program.load().unwrap();
         for (router, client, moved) in [
             ("198.51.100.1", "203.0.113.7", "192.0.2.6"),
@@ -603,7 +601,8 @@ mod tests {
     #[test]
     fn truncated_and_foreign_frames_pass() {
         let moves = moves(&["192.0.2.6:80", "[2001:db8::6]:80", "2001:db8::5"]);
-        let program = capture(&moves, L2, 1, None).unwrap().load().unwrap();
+        let own = Own::new().expect("run the tests as root");
+        let program = capture(&moves, L2, 1, None, &own).unwrap().load().unwrap();
         for packet in [
             Packet::new("203.0.113.7", "192.0.2.6", TCP, ports(1, 80)),
             Packet::new("2001:db8::99", "2001:db8::6", TCP, ports(1, 80)),
@@ -662,7 +661,7 @@ mod tests {
             port: 1,
             facts: &facts,
         };
-        let program = capture(&moves, L2, 1, Some(tunnel)).unwrap();
+        let program = capture(&moves, L2, 1, Some(tunnel), &facts.own).unwrap();
         let loaded = program.load().unwrap();
         let last = &moves[MAX_MOVES - 1];
         let src = if last.prefix.first().is_ipv4() {
@@ -681,7 +680,9 @@ mod tests {
 
     #[test]
     fn as_many_extension_headers_are_skipped_as_the_daemon_skips() {
-        let program = capture(&moves(&["[2001:db8::6]:80/tcp"]), L2, 1, None).unwrap();
+        let own = Own::new().expect("run the tests as root");
+        let moves = moves(&["[2001:db8::6]:80/tcp"]);
+        let program = capture(&moves, L2, 1, None, &own).unwrap();
         let program = program.load().expect("run the tests as root");
         for (headers, expected) in [
             (1, true),

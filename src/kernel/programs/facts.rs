@@ -1,5 +1,6 @@
 //! What the programs of the old server know that may change while they run: what has moved, by
-//! which interface packets leave, and at which moved addresses the tunnel has an end of its own.
+//! which interface packets leave, at which moved addresses the tunnel has an end of its own, and
+//! what is [this host's own](super::own).
 //!
 //! Owns the memory, its layout, and the phrases by which programs read it. The daemon writes it at
 //! any time, without a new program.
@@ -14,6 +15,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 
 use super::moved::Moved;
+use super::own::Own;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
 use crate::model::moved::Move;
 
@@ -29,14 +31,22 @@ pub struct Facts {
     addresses: Vec<IpAddr>,
     /// Each address with its number among [`addresses`].
     pub(super) moved: Moved,
+    /// What is this host's own.
+    pub(super) own: Own,
 }
 
 impl Facts {
     /// The memory for these moves. Nothing is known at first.
+    #[cfg(test)]
+    pub fn new(moves: &[Move]) -> Result<Self, BpfError> {
+        Self::remembering(moves, Own::new()?)
+    }
+
+    /// The memory for these moves, with what is known of this host's own.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn new(moves: &[Move]) -> Result<Self, BpfError> {
+    pub fn remembering(moves: &[Move], own: Own) -> Result<Self, BpfError> {
         let addresses = addresses(moves);
         let moved = Moved::new()?;
         let numbered = (0..).zip(&addresses);
@@ -45,7 +55,13 @@ impl Facts {
             words: Words::new("ipmoved_facts", FIRST_END + addresses.len())?,
             addresses,
             moved,
+            own,
         })
+    }
+
+    /// What is this host's own.
+    pub fn own(&self) -> &Own {
+        &self.own
     }
 
     /// From now on the uplink is the interface with this index, if there is one. If it was `named`,

@@ -474,7 +474,7 @@ fn seen(value: &[u8]) -> Option<Duration> {
 }
 
 /// The key of a flow, as programs make it.
-fn key_of(flow: &HostFlow) -> [u8; KEY_BYTES] {
+pub(super) fn key_of(flow: &HostFlow) -> [u8; KEY_BYTES] {
     let mut key = [0; KEY_BYTES];
     let family: u32 = if flow.local.is_ipv4() { 4 } else { 6 };
     let word = family << 8 | u32::from(flow.protocol);

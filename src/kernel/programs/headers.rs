@@ -9,6 +9,8 @@ pub(super) mod skb {
     pub(crate) const PROTOCOL: i16 = 16;
     pub(crate) const VLAN_PRESENT: i16 = 20;
     pub(crate) const VLAN_TCI: i16 = 24;
+    /// The index of the interface by which it came to this host; 0 if it began here.
+    pub(crate) const INGRESS_IFINDEX: i16 = 36;
     /// The socket that sends it, `struct bpf_sock *`.
     pub(crate) const SK: i16 = 168;
 }
@@ -31,6 +33,8 @@ pub(super) mod sock {
     pub(crate) const STATE: i16 = 72;
     /// In `STATE`: it is connected.
     pub(crate) const ESTABLISHED: i32 = 1;
+    /// In `STATE`: its connection is over, and the socket gone.
+    pub(crate) const TIME_WAIT: i32 = 6;
     /// In `STATE`: it waits for connections.
     pub(crate) const LISTEN: i32 = 10;
 }

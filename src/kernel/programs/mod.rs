@@ -6,6 +6,7 @@
 //!   TUN ingress ── return_path ──► link         link ingress ── arrivals ──► stack
 //!                   └─ bounced: uplink ingress, link egress ── take_replies ──► TUN
 //!                      past capture
+//!   link egress ── note_own ──► link
 //!
 //!            old server alone, in mode `nat`
 //!   uplink ingress ── capture, replies ──► TUN
@@ -21,7 +22,9 @@
 //!   facts     what the old server's programs know of links and addresses
 //!   moved     the moved addresses, and which scope one lies in
 //!   flows     the memory of the steering programs
-//!   parse     how the steering programs read a packet
+//!   parse     how the steering programs and the one below read a packet
+//!   own       what the old server remembers of the conversations that it has itself
+//!   stays     which packets capture leaves to it
 //! ```
 //!
 //! Owns what each program decides about a packet. Attaching them is the business of
@@ -47,6 +50,8 @@ mod facts;
 mod flows;
 mod headers;
 mod moved;
+mod note_own;
+mod own;
 mod parse;
 mod phrases;
 mod related;
@@ -54,6 +59,7 @@ mod replies;
 mod return_path;
 mod shifted;
 mod sockets;
+mod stays;
 mod take_replies;
 #[cfg(test)]
 mod testing;
@@ -64,6 +70,8 @@ pub use capture::{TunnelEnds, capture};
 pub use deliver::deliver;
 pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
+pub use note_own::{NOTE_OWN, note_own};
+pub use own::Own;
 pub use replies::{Pair, replies};
 pub use return_path::return_path;
 pub use take_replies::{TAKE_REPLIES, take_replies};
@@ -104,7 +112,7 @@ mod tests {
         );
         let pairs = [Pair { own, to }, Pair { own: own6, to: to6 }];
         let maps = FlowMaps::new(1000).unwrap();
-        let of = |l2_header, sizes: [usize; 7]| {
+        let of = |l2_header, sizes: [usize; 8]| {
             let mac = [2, 3, 4, 5, 6, 7];
             let way = Way {
                 ifindex: 1,
@@ -113,18 +121,24 @@ mod tests {
                 captures: 2,
             };
             let programs = [
-                capture(&moves, l2_header, 1, tunnel),
+                capture(&moves, l2_header, 1, tunnel, facts.own()),
                 return_path(&facts, 1),
+                note_own(&facts, l2_header, 1, Some(51820)),
                 deliver(&maps, 2),
                 take_replies(&maps, l2_header, 2, 51820),
                 arrivals(&maps, l2_header, 51820),
                 replies(&pairs, &(40960..=57343), l2_header, 1),
-                way_out(way, &[(to, way), (to6, way)], &[(own, way), (own6, way)]),
+                way_out(
+                    way,
+                    &[(to, way), (to6, way)],
+                    &[(own, way), (own6, way)],
+                    facts.own(),
+                ),
             ];
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
-        let mut all: Vec<_> = of(0, [433, 200, 1218, 1067, 916, 316, 56]).collect();
-        all.extend(of(14, [433, 200, 1218, 1067, 916, 316, 106]));
+        let mut all: Vec<_> = of(0, [1043, 668, 564, 1218, 1067, 916, 316, 524]).collect();
+        all.extend(of(14, [1043, 668, 564, 1218, 1067, 916, 316, 574]));
         (maps, facts, all)
     }
 

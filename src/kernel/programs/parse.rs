@@ -11,8 +11,8 @@
 //! ICMP: if (a query, or the answer to one, as `Side` has it) {
 //!           key.last = identifier; goto flow;
 //!       }
-//!       if (an error that this host sends) {
-//!           key = that of the packet quoted, which a client sent; goto quoted;
+//!       if (an error, from who answers) {
+//!           key = that of the packet quoted, which the other one sent; goto quoted;
 //!       }
 //!       goto none;
 //! else: key.last = 0; goto flow;
@@ -55,8 +55,24 @@ pub(super) const TRANSPORT_KEPT: i16 = -272;
 pub(super) enum Side {
     /// A client: it has come to this host.
     Client,
-    /// This host, or one behind it: it is about to leave.
+    /// This host, or one behind it, as a client is answered: it is about to leave.
     Host,
+    /// This host, or one behind it, of its own accord: it is about to leave.
+    Own,
+    /// Whoever answers what is this host's own: it has come to this host.
+    Remote,
+}
+
+impl Side {
+    /// Whether the packet is about to leave, so that its source is the address here.
+    fn leaves(self) -> bool {
+        matches!(self, Self::Host | Self::Own)
+    }
+
+    /// Whether it belongs to a conversation that the other one began.
+    fn answers(self) -> bool {
+        matches!(self, Self::Host | Self::Remote)
+    }
 }
 
 /// The exits.
@@ -66,7 +82,7 @@ pub(super) struct Ways {
     pub(super) flow: Label,
     /// A later fragment: the key lacks its last part.
     pub(super) later: Label,
-    /// An error: the key is that of the packet quoted. Only for [`Side::Host`].
+    /// An error: the key is that of the packet quoted. Only for who answers.
     pub(super) quoted: Label,
     /// It belongs to no flow: the key lacks its last part.
     pub(super) none: Label,
@@ -100,9 +116,10 @@ pub(super) fn parse(a: &mut Assembler, l2: u32, side: Side, ways: Ways) {
 
     let header = |at: u32| HEADER + at as i16;
     let (local, remote) = (KEY_LOCAL, KEY_REMOTE);
-    let (source, destination) = match side {
-        Side::Client => (remote, local),
-        Side::Host => (local, remote),
+    let (source, destination) = if side.leaves() {
+        (local, remote)
+    } else {
+        (remote, local)
     };
     a.mov(R2, l2);
     load_header(a, ipv4::LEN, ways.other);
@@ -172,12 +189,12 @@ pub(super) fn parse(a: &mut Assembler, l2: u32, side: Side, ways: Ways) {
     load_header(a, tcp::FLAGS_END, ways.none);
     a.load(Size::B, R0, R10, header(tcp::FLAGS));
     a.store(Size::W, R10, FLAGS, R0);
-    store_ports(a, side == Side::Host);
+    store_ports(a, side.leaves());
     a.jump(ways.flow);
     a.bind(udp);
     a.mov(R2, TRANSPORT);
     load_header(a, ports::LEN, ways.none);
-    store_ports(a, side == Side::Host);
+    store_ports(a, side.leaves());
     a.jump(ways.flow);
 
     for (label, v4) in [(icmp_v4, true), (icmp_v6, false)] {
@@ -186,17 +203,17 @@ pub(super) fn parse(a: &mut Assembler, l2: u32, side: Side, ways: Ways) {
         a.mov(R2, TRANSPORT);
         load_header(a, icmp::QUOTED, ways.none);
         a.load(Size::B, R0, R10, header(icmp::TYPE));
-        let queries: &[i32] = match (v4, side) {
-            (true, Side::Client) => &icmpv4::QUERIES,
-            (true, Side::Host) => &icmpv4::REPLIES,
-            (false, Side::Client) => &[icmpv6::ECHO_REQUEST],
-            (false, Side::Host) => &[icmpv6::ECHO_REPLY],
+        let queries: &[i32] = match (v4, side.answers()) {
+            (true, false) => &icmpv4::QUERIES,
+            (true, true) => &icmpv4::REPLIES,
+            (false, false) => &[icmpv6::ECHO_REQUEST],
+            (false, true) => &[icmpv6::ECHO_REPLY],
         };
         for &kind in queries {
             a.jump_if(R0, If::Eq, kind, query);
         }
-        if side == Side::Host {
-            quoted(a, v4, ways);
+        if side.answers() {
+            quoted(a, v4, side, ways);
         } else {
             a.jump(ways.none);
         }
@@ -240,8 +257,15 @@ pub(super) fn sort_out(
 }
 
 /// The key of the packet that an ICMP error quotes; R0 is the type, TRANSPORT at the ICMP header.
-fn quoted(a: &mut Assembler, v4: bool, ways: Ways) {
+fn quoted(a: &mut Assembler, v4: bool, side: Side, ways: Ways) {
     let header = |at: u32| HEADER + at as i16;
+    // The quoted packet went the other way.
+    let left = !side.leaves();
+    let (source, destination) = if left {
+        (KEY_LOCAL, KEY_REMOTE)
+    } else {
+        (KEY_REMOTE, KEY_LOCAL)
+    };
     let (error, with_ports, query) = (a.label(), a.label(), a.label());
     if v4 {
         for kind in icmpv4::ERRORS {
@@ -260,8 +284,8 @@ fn quoted(a: &mut Assembler, v4: bool, ways: Ways) {
         a.jump_if(R0, If::Set, wire(ipv4::OFFSET_MASK), ways.none);
         a.load(Size::B, PROTOCOL, R10, header(ipv4::PROTOCOL));
         store_family(a, 4);
-        copy(a, header(ipv4::SOURCE), KEY_REMOTE, 4);
-        copy(a, header(ipv4::DESTINATION), KEY_LOCAL, 4);
+        copy(a, header(ipv4::SOURCE), source, 4);
+        copy(a, header(ipv4::DESTINATION), destination, 4);
         a.load(Size::B, R0, R10, header(ipv4::VERSION_AND_IHL));
         a.alu(Alu::And, R0, ipv4::IHL_MASK);
         a.alu(Alu::Lsh, R0, 2);
@@ -269,8 +293,8 @@ fn quoted(a: &mut Assembler, v4: bool, ways: Ways) {
     } else {
         load_header(a, ipv6::LEN, ways.none);
         a.load(Size::B, PROTOCOL, R10, header(ipv6::NEXT_HEADER));
-        copy(a, header(ipv6::SOURCE), KEY_REMOTE, 16);
-        copy(a, header(ipv6::DESTINATION), KEY_LOCAL, 16);
+        copy(a, header(ipv6::SOURCE), source, 16);
+        copy(a, header(ipv6::DESTINATION), destination, 16);
         a.alu(Alu::Add, TRANSPORT, ipv6::LEN);
         let whole = a.label();
         a.jump_if(PROTOCOL, If::Ne, i32::from(ipv6::FRAGMENT), whole);
@@ -295,8 +319,7 @@ fn quoted(a: &mut Assembler, v4: bool, ways: Ways) {
     a.bind(with_ports);
     a.mov(R2, TRANSPORT);
     load_header(a, ports::LEN, ways.none);
-    // The quoted packet is the client's own.
-    store_ports(a, false);
+    store_ports(a, left);
     a.jump(ways.quoted);
     a.bind(query);
     a.mov(R2, TRANSPORT);

@@ -42,6 +42,7 @@ use super::phrases::{
     BOUNCED, BPF_F_INGRESS, PACKET, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
     begin_route_lookup, branch_by_family, keep_packet, look_up_route, verdict,
 };
+use super::stays::note_answered;
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 
 /// Where the EtherType lies on the stack.
@@ -72,6 +73,7 @@ pub fn return_path(facts: &Facts, tun_ifindex: u32) -> Result<Program, BpfError>
     let (v6, look, bounced, other) = (a.label(), a.label(), a.label(), a.label());
     let (found, by_uplink, refused) = (a.label(), a.label(), a.label());
     keep_packet(a);
+    note_answered(a, 0, &facts.own);
     branch_by_family(a, v6, other);
     jump_if_moved(a, facts, Family::V4, bounced, other);
     facts.jump_if_always(a, R0, by_uplink);

@@ -91,7 +91,7 @@ pub const TAKE_REPLIES: &str = "ipmoved_reply";
 const FLOW: Reg = R7;
 
 /// The TCP socket that sends the packet, before that is known.
-const SOCKET: Reg = R7;
+pub(super) const SOCKET: Reg = R7;
 
 /// The program for a link and the TUN. `tunnel_port` is the tunnel's own on this host.
 ///
@@ -271,7 +271,7 @@ const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
 /// SOCKET = the TCP socket that sends the packet. Jumps to `none` if no socket of TCP sends it; to
 /// `other` if the kernel answers in the name of one: the request behind a SYN-ACK, or the kernel's
 /// own socket for resets.
-fn load_tcp_socket(a: &mut Assembler, none: Label, other: Label) {
+pub(super) fn load_tcp_socket(a: &mut Assembler, none: Label, other: Label) {
     a.load(Size::Dw, R1, PACKET, skb::SK);
     a.jump_if_wide(R1, If::Eq, 0, none);
     a.call(Helper::SkFullsock);

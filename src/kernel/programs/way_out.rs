@@ -24,11 +24,13 @@ use std::net::IpAddr;
 use Reg::R0;
 
 use super::headers::ipv4;
+use super::own::Own;
 use super::phrases::{
     BOUNCED, MAX_CAPTURES, TC_ACT_UNSPEC, add_empty_header, arrive_at, branch_by_family,
     jump_unless_v6_destination, keep_packet, load_v6_destination, send_out, verdict,
     write_ethernet_header,
 };
+use super::stays::note_answered;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
 
 /// An interface, with what a program needs to know of it.
@@ -44,7 +46,8 @@ pub struct Way {
     pub captures: u32,
 }
 
-/// The program for an uplink, the new servers and this host's own addresses.
+/// The program for an uplink, the new servers and this host's own addresses. What is answered to
+/// clients is noted beside what is this host's own.
 ///
 /// # Errors
 /// If the program is too large.
@@ -52,6 +55,7 @@ pub fn way_out(
     uplink: Way,
     servers: &[(IpAddr, Way)],
     local: &[(IpAddr, Way)],
+    own: &Own,
 ) -> Result<Program, BpfError> {
     let mut asm = Assembler::new();
     let a = &mut asm;
@@ -65,6 +69,7 @@ pub fn way_out(
         .map(|&(ip, way)| (ip, way, a.label()))
         .collect();
     keep_packet(a);
+    note_answered(a, 0, own);
     branch_by_family(a, v6, pass);
     a.load_packet(Size::W, ipv4::DESTINATION);
     for (ip, _, label) in local.iter().chain(&servers) {

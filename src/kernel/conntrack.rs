@@ -1,0 +1,193 @@
+//! What the kernel's connection tracker knows of TCP connections that hosts behind this one have:
+//! containers and virtual machines whose addresses are translated, or that are reached by routes.
+//!
+//! Owns one dump over `NETLINK_NETFILTER` (linux/netfilter/nfnetlink_conntrack.h). Where nothing is
+//! tracked in this namespace it asks for nothing, so that the kernel loads no module because of it.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_NETFILTER;
+
+use crate::flow::ended::HostFlow;
+use crate::model::moved::TCP;
+
+/// How many connections this namespace tracks.
+const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
+
+/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET`.
+const CT_GET: u16 = 1 << 8 | 1;
+
+/// Length of a netlink header, and of `struct nfgenmsg` behind it.
+const HEADER: usize = 16;
+const NFGENMSG: usize = 4;
+
+/// Attributes: of a connection, of a tuple, of its addresses and its ports, and of TCP.
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_PROTOINFO: u16 = 4;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
+const CTA_PROTOINFO_TCP: u16 = 1;
+const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+
+/// `TCP_CONNTRACK_SYN_SENT` to `TCP_CONNTRACK_CLOSE_WAIT`: those that are not over.
+const ALIVE: std::ops::RangeInclusive<u8> = 1..=5;
+
+/// One direction of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Tuple {
+    protocol: u8,
+    src: SocketAddr,
+    dst: SocketAddr,
+}
+
+/// TCP connections from or at an address that has `moved` whose end here is a host behind this one,
+/// as the other end sees them, `most` of them. What a socket of this host may have is left out: it
+/// can be asked itself. Those are the ones at an address that is `held` and is not translated.
+///
+/// # Errors
+/// If the kernel tracks nothing here, or does not tell.
+pub fn behind(
+    moved: impl Fn(IpAddr) -> bool,
+    held: impl Fn(IpAddr) -> bool,
+    most: usize,
+) -> io::Result<Vec<HostFlow>> {
+    let mut found = Vec::new();
+    if std::fs::read_to_string(COUNT)?.trim() == "0" {
+        return Ok(found);
+    }
+    each(|connection| {
+        if let Some(flow) = flow_of(connection, &moved, &held) {
+            found.push(flow);
+        }
+        found.len() < most
+    })?;
+    Ok(found)
+}
+
+/// The flow of one connection, if it is such a one.
+fn flow_of(
+    connection: &[u8],
+    moved: &impl Fn(IpAddr) -> bool,
+    held: &impl Fn(IpAddr) -> bool,
+) -> Option<HostFlow> {
+    let original = tuple(attribute(connection, CTA_TUPLE_ORIG)?)?;
+    let reply = tuple(attribute(connection, CTA_TUPLE_REPLY)?)?;
+    if original.protocol != TCP || !ALIVE.contains(&tcp_state(connection)?) {
+        return None;
+    }
+    // Who began it, seen from outside, is where replies go; whom it reached is where it was sent.
+    let (inside, local, remote) = if moved(reply.dst.ip()) {
+        (original.src, reply.dst, reply.src)
+    } else if moved(original.dst.ip()) {
+        (reply.src, original.dst, original.src)
+    } else {
+        return None;
+    };
+    let is_behind = inside.ip() != local.ip() || !held(local.ip());
+    is_behind.then_some(HostFlow {
+        protocol: TCP,
+        local,
+        remote,
+    })
+}
+
+fn tcp_state(connection: &[u8]) -> Option<u8> {
+    let tcp = attribute(attribute(connection, CTA_PROTOINFO)?, CTA_PROTOINFO_TCP)?;
+    attribute(tcp, CTA_PROTOINFO_TCP_STATE)?.first().copied()
+}
+
+fn tuple(bytes: &[u8]) -> Option<Tuple> {
+    let (ip, proto) = (
+        attribute(bytes, CTA_TUPLE_IP)?,
+        attribute(bytes, CTA_TUPLE_PROTO)?,
+    );
+    let addr = |v4, v6| -> Option<IpAddr> {
+        if let Some(bytes) = attribute(ip, v4) {
+            return Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into());
+        }
+        let bytes = <[u8; 16]>::try_from(attribute(ip, v6)?).ok()?;
+        Some(Ipv6Addr::from(bytes).into())
+    };
+    let port = |kind| {
+        let bytes = attribute(proto, kind).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, u16::from_be_bytes)
+    };
+    Some(Tuple {
+        protocol: attribute(proto, CTA_PROTO_NUM)?.first().copied()?,
+        src: SocketAddr::new(
+            addr(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?,
+            port(CTA_PROTO_SRC_PORT),
+        ),
+        dst: SocketAddr::new(
+            addr(CTA_IP_V4_DST, CTA_IP_V6_DST)?,
+            port(CTA_PROTO_DST_PORT),
+        ),
+    })
+}
+
+/// The value of the first attribute of this kind.
+fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
+    /// `NLA_F_NESTED` and `NLA_F_NET_BYTEORDER` are no part of the kind.
+    const KIND: u16 = 0x3fff;
+    loop {
+        let word = |at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+        let length = usize::from(word(0)?);
+        let value = bytes.get(4..length)?;
+        if word(2)? & KIND == kind {
+            return Some(value);
+        }
+        bytes = bytes.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+/// Hands over each connection that is tracked, until `go_on` says no.
+fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    let length = HEADER + NFGENMSG;
+    let mut request = Vec::from((length as u32).to_ne_bytes());
+    request.extend(CT_GET.to_ne_bytes());
+    request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
+    // Sequence, port; any family, version 0, no resource.
+    request.resize(length, 0);
+    socket.send(&request, 0)?;
+    loop {
+        let (datagram, _) = match socket.recv_from_full() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
+        let mut rest = &datagram[..];
+        while !rest.is_empty() {
+            let Ok(message) = NetlinkBuffer::new_checked(rest) else {
+                return Err(io::ErrorKind::InvalidData.into());
+            };
+            let payload = message.payload();
+            match message.message_type() {
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => {
+                    let code = payload.get(..4).and_then(|bytes| bytes.try_into().ok());
+                    let errno = code.map_or(0, i32::from_ne_bytes).wrapping_neg();
+                    return Err(io::Error::from_raw_os_error(errno));
+                }
+                _ => {
+                    if !go_on(payload.get(NFGENMSG..).unwrap_or_default()) {
+                        return Ok(());
+                    }
+                }
+            }
+            let next = (message.length() as usize).next_multiple_of(4);
+            rest = rest.get(next..).unwrap_or_default();
+        }
+    }
+}

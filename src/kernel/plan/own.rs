@@ -1,0 +1,73 @@
+//! The memory of what is the old server's own: that of a killed daemon, or a new one, which takes
+//! in the connections that the kernel's connection tracker knows of hosts behind this one.
+
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+
+use tracing::debug;
+
+use super::{FILTER_HANDLE, PlanError, filter};
+use crate::kernel::bpf;
+use crate::kernel::change::Change;
+use crate::kernel::conntrack;
+use crate::kernel::netlink::{Direction, Link, Netlink, NetlinkError};
+use crate::kernel::programs::{NOTE_OWN, Own};
+
+/// Takes over the memory of a killed daemon, or makes it. It is found among the descriptors that
+/// somebody `kept`, or through the programs that still stand on `links` (for which this process
+/// needs CAP_SYS_ADMIN). A new one begins with the connections of hosts behind this one from or at
+/// the addresses that have `moved`, as far as the kernel can tell.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn memory(
+    netlink: &Netlink,
+    links: &[Link],
+    kept: &[OwnedFd],
+    moved: impl Fn(IpAddr) -> bool,
+) -> Result<Own, PlanError> {
+    if let Some(found) = Own::found(kept) {
+        return Ok(found);
+    }
+    for link in links {
+        for filter in netlink.filters(link.index, Direction::Egress)? {
+            let ours = filter.name.as_deref() == Some(NOTE_OWN);
+            let id = filter.program_id.filter(|_| ours);
+            if let Some(found) = id.and_then(|id| Own::found(&bpf::of_program(id))) {
+                return Ok(found);
+            }
+        }
+    }
+    let own = Own::new()?;
+    let held: Vec<IpAddr> = netlink.addresses()?.iter().map(|held| held.addr).collect();
+    match conntrack::behind(moved, |addr| held.contains(&addr), Own::ROOM) {
+        Ok(connections) => own.note(connections)?,
+        Err(error) => debug!(%error, "no connections of hosts behind this one are known"),
+    }
+    Ok(own)
+}
+
+/// The place for the program that notes this host's own on a link. It may stand beside the new
+/// server's, which has the same preference.
+///
+/// # Errors
+/// If there is none.
+pub fn place(netlink: &Netlink, link: &Link) -> Result<Change, PlanError> {
+    let mut place = filter(netlink, link, Direction::Egress, NOTE_OWN)?;
+    if let Change::Filter(place) = &mut place
+        && place.handle == FILTER_HANDLE
+    {
+        place.handle = FILTER_HANDLE + 1;
+    }
+    Ok(place)
+}
+
+/// Whether the program that notes this host's own stands on a link. Beside an older ingress qdisc
+/// there is no place for it.
+///
+/// # Errors
+/// If the kernel cannot be asked.
+pub fn is_noted(netlink: &Netlink, link: &Link) -> Result<bool, NetlinkError> {
+    let filters = netlink.filters(link.index, Direction::Egress)?;
+    Ok((filters.iter()).any(|filter| filter.name.as_deref() == Some(NOTE_OWN)))
+}

@@ -1,0 +1,223 @@
+//! Notes the conversations that this host has itself, or a host behind it, from an address that has
+//! moved: for the egress of the old server's links, after any translation of addresses.
+//!
+//! Who spoke first decides. What leaves makes a conversation this host's own unless the new server
+//! has one with the same addresses and ports, as far as it has answered there: what a client alone
+//! sends may be forged. The daemon's own packets, which come out of its TUN, are left alone, and
+//! so are those of the tunnel.
+//!
+//! ```text
+//! if (skb->ingress_ifindex == tun || skb->vlan_present || UDP from the tunnel's own port
+//!     || ip.saddr has not moved) pass;
+//! parse();                                       // quoted, later, none, other: pass
+//! if (TCP) {
+//!     if (SYN without ACK) delete(taken, key);
+//!     if (it is from a socket of this host) pass;                 // which can be asked
+//!     if (RST) { delete(own, key); pass; }
+//!     if ((o = lookup(own, key)) && !(SYN without ACK)) {
+//!         if (FIN) o->kind = KIND_CLOSED; else if (!CLOSED) refresh; pass;
+//!     }
+//!     if (FIN || lookup(taken, key)) pass;
+//! } else {
+//!     if ((o = lookup(own, key)) && !(o->young && now - o->seen > YOUNG_IDLE)) {
+//!         if (!o->young) refresh; pass;
+//!     }
+//!     if ((t = lookup(taken, key))) {
+//!         if (now - t->answered <= ANSWERED) pass;
+//!         delete(taken, key);
+//!     }
+//! }
+//! update(own, key, { now, from a UDP socket at this port ? KIND_SOCKET : KIND_BEHIND,
+//!                    now - since <= YOUNG });
+//! pass:    return TC_ACT_UNSPEC;
+//! refresh: if (now - o->seen > REFRESH) { o->seen = now; delete(taken, key); }
+//! ```
+
+use Reg::{R0, R1, R2, R3, R4, R7, R9, R10};
+
+use super::facts::Facts;
+use super::flows::{KEY_LAST, REFRESH, jump_if_within, look_up, remove};
+use super::headers::{icmpv4, icmpv6, ipv4, ipv6, ports, skb};
+use super::moved::Family;
+use super::own::{
+    ANSWERED, KIND_BEHIND, KIND_CLOSED, KIND_SOCKET, OWN_KIND, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
+};
+use super::parse::{FLAGS, Side, Ways, parse, sort_out, wire};
+use super::phrases::{
+    PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, keep_packet, pass_if_tagged, verdict,
+};
+use super::sockets::jump_unless_from_own_port;
+use super::take_replies::load_tcp_socket;
+use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
+use crate::model::moved::{TCP, UDP};
+use crate::packet::{ACK, FIN, RST, SYN};
+
+/// The program's name.
+pub const NOTE_OWN: &str = "ipmoved_own";
+
+/// Where the stack keeps the source, below what [`parse`] needs.
+const SOURCE: i16 = -120;
+
+/// The conversation's value in the map.
+const FOUND: Reg = R7;
+
+/// Which it is, once the packet is read.
+const KIND: Reg = R9;
+
+/// The program for a link and the TUN, for packets from what has moved by these facts.
+/// `tunnel_port` is the tunnel's own on this host, if there is a tunnel.
+///
+/// # Errors
+/// If the program is too large.
+pub fn note_own(
+    facts: &Facts,
+    l2_header: u32,
+    tun_ifindex: u32,
+    tunnel_port: Option<u16>,
+) -> Result<Program, BpfError> {
+    let own = &facts.own;
+    let mut asm = Assembler::new();
+    let a = &mut asm;
+    let ways = Ways::new(a);
+    let (pass, read, new) = (a.label(), a.label(), a.label());
+    keep_packet(a);
+    a.load(Size::W, R0, PACKET, skb::INGRESS_IFINDEX);
+    a.jump_if(R0, If::Eq, tun_ifindex, pass);
+    pass_if_tagged(a, pass);
+    if let Some(port) = tunnel_port {
+        // The tunnel itself is most of what leaves.
+        sort_out(a, l2_header, ports::SOURCE, port, read, read, pass);
+    }
+    a.bind(read);
+    pass_unless_moved(a, l2_header, facts, pass);
+    parse(a, l2_header, Side::Own, ways);
+
+    a.bind(ways.flow);
+    let without_tcp = a.label();
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
+    note_tcp(a, own, new, pass);
+
+    a.bind(without_tcp);
+    let (unknown, known, aged, young) = (a.label(), a.label(), a.label(), a.label());
+    if let Some(port) = tunnel_port {
+        let other = a.label();
+        // The tunnel once more, behind options.
+        a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), other);
+        a.load(Size::H, R0, R10, KEY_LAST + 2);
+        a.jump_if(R0, If::Eq, wire(i32::from(port)), pass);
+        a.bind(other);
+    }
+    look_up(a, &own.own);
+    a.jump_if_wide(R0, If::Ne, 0, known);
+    a.bind(unknown);
+    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), new);
+    }
+    look_up(a, &own.taken);
+    a.jump_if_wide(R0, If::Eq, 0, new);
+    a.mov(FOUND, R0);
+    let unanswered = a.label();
+    a.load(Size::Dw, R0, FOUND, 0);
+    a.jump_if_wide(R0, If::Eq, 0, unanswered);
+    jump_if_within(a, (FOUND, 0), ANSWERED, pass);
+    a.bind(unanswered);
+    remove(a, &own.taken);
+
+    a.bind(new);
+    let behind = a.label();
+    a.mov(KIND, KIND_BEHIND);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), behind);
+    jump_unless_from_own_port(a, behind);
+    a.mov(KIND, KIND_SOCKET);
+    a.bind(behind);
+    own.enter_own(a, KIND);
+    a.jump(pass);
+
+    a.bind(known);
+    a.mov(FOUND, R0);
+    a.load(Size::W, R0, FOUND, OWN_YOUNG);
+    a.jump_if(R0, If::Ne, 0, young);
+    a.jump(aged);
+    a.bind(young);
+    jump_if_within(a, (FOUND, OWN_SEEN), YOUNG_IDLE, pass);
+    a.jump(unknown);
+    a.bind(aged);
+    refresh(a, own, pass);
+
+    for label in [ways.later, ways.quoted, ways.none, ways.other, pass] {
+        a.bind(label);
+    }
+    verdict(a, TC_ACT_UNSPEC);
+    asm.finish(NOTE_OWN)
+}
+
+/// Goes on if the packet's source has moved.
+fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
+    let (v6, moved) = (a.label(), a.label());
+    branch_by_family(a, v6, pass);
+    for (family, at) in [(Family::V4, ipv4::SOURCE), (Family::V6, ipv6::SOURCE)] {
+        if family == Family::V6 {
+            a.bind(v6);
+        }
+        a.mov(R1, PACKET);
+        a.mov(R2, l2 + at);
+        a.mov(R3, R10);
+        a.alu(Alu::Add, R3, i32::from(SOURCE));
+        a.mov(R4, family.bytes());
+        a.call(Helper::SkbLoadBytes);
+        a.jump_if_wide(R0, If::Ne, 0, pass);
+        facts.moved.look_up(a, family, SOURCE);
+        a.jump_if_wide(R0, If::Ne, 0, moved);
+        a.jump(pass);
+    }
+    a.bind(moved);
+}
+
+/// Notes TCP of hosts behind this one; goes to `new` or `pass`.
+fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
+    let (begins, forwarded) = (a.label(), a.label());
+    let (ended, closed, unknown) = (a.label(), a.label(), a.label());
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Eq, i32::from(SYN), begins);
+    load_tcp_socket(a, forwarded, pass);
+    a.jump(pass);
+    a.bind(begins);
+    remove(a, &own.taken);
+    load_tcp_socket(a, new, pass);
+    a.jump(pass);
+
+    a.bind(forwarded);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.jump_if(R0, If::Set, i32::from(RST), ended);
+    look_up(a, &own.own);
+    a.jump_if_wide(R0, If::Eq, 0, unknown);
+    a.mov(FOUND, R0);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.jump_if(R0, If::Set, i32::from(FIN), closed);
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    a.jump_if(R0, If::Eq, KIND_CLOSED, pass);
+    refresh(a, own, pass);
+    a.bind(closed);
+    a.mov(R0, KIND_CLOSED);
+    a.store(Size::W, FOUND, OWN_KIND, R0);
+    a.jump(pass);
+    a.bind(unknown);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.jump_if(R0, If::Set, i32::from(FIN), pass);
+    look_up(a, &own.taken);
+    a.jump_if_wide(R0, If::Ne, 0, pass);
+    a.jump(new);
+    a.bind(ended);
+    remove(a, &own.own);
+    a.jump(pass);
+}
+
+/// Notes that the conversation at [`FOUND`] was heard, and goes to `pass`. Another processor may
+/// have captured a packet of it just when it began.
+fn refresh(a: &mut Assembler, own: &Own, pass: Label) {
+    jump_if_within(a, (FOUND, OWN_SEEN), REFRESH, pass);
+    a.store(Size::Dw, FOUND, OWN_SEEN, R0);
+    remove(a, &own.taken);
+    a.jump(pass);
+}

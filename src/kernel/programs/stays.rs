@@ -1,0 +1,714 @@
+//! Whose a packet is that comes for what has moved: whether it belongs to a conversation that this
+//! host has itself, or a host behind it. For [`capture`](super::capture()), just before it takes a
+//! packet; and for the [return path](super::return_path()), which notes what the new server has.
+//!
+//! * TCP of this host is whatever a socket there has a connection for, or is about to. A new
+//!   connection takes over only what was closed (RFC 9293 section 3.6.1): anything else answers its
+//!   SYN with a challenge (RFC 5961 section 4), so a forged one does no harm, and a client that
+//!   began anew sends it again.
+//! * UDP is where a socket is connected to the sender, however that came about.
+//! * Anything else is what this host, or one behind it, [has begun](super::note_own()), as long as
+//!   it speaks, and, if a socket spoke, as long as there is one.
+//! * An ICMP error goes where the packet went that it quotes, a later fragment where the first one
+//!   went.
+//! * What a DHCP server sends is for whoever holds the address, so it stays in any case (RFC 2131
+//!   section 4.1, RFC 8415 section 7.2).
+//!
+//! ```text
+//! parse();                                           // none, other: take; later: below
+//! if (UDP, to the port of a DHCP client) stay;
+//! if (!ICMP && lookup(taken, key)) take;             // most packets
+//! if ((o = lookup(own, key))) {
+//!     if (TCP) {
+//!         if (SYN ? now - o->seen <= OWN_IDLE && !CLOSED
+//!                 : CLOSED || now - o->seen <= OWN_IDLE_TCP) stay;
+//!     } else if (now - o->seen <= (o->young ? YOUNG_IDLE : OWN_IDLE)
+//!                && (o->kind != KIND_SOCKET || sk_lookup_udp())) stay;
+//!     delete(own, key);
+//! }
+//! if (TCP && (s = skc_lookup_tcp()) && s->state != LISTEN) {
+//!     if (!(SYN && s->state == TIME_WAIT)) stay;
+//!     update(taken, key, 0);                         // or the rest would go to what was closed
+//! }
+//! if (UDP && (s = sk_lookup_udp()) && s->state == ESTABLISHED) stay;
+//! if (!ICMP && !SYN && !quoted) update(taken, key, 0);     // another SYN leaves no memory
+//! take:   if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
+//!         go on
+//! stay:   if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification);
+//!         count; return TC_ACT_UNSPEC;
+//! later:  if (!lookup(fragments, key by identification)) take;
+//!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
+//!         count; return TC_ACT_UNSPEC;
+//! ```
+
+use std::os::fd::AsFd;
+
+use Reg::{R0, R1, R2, R7, R8, R10};
+
+use super::flows::{KEY_LAST, VALUE, enter, jump_if_within, look_up, remove};
+use super::headers::{icmpv4, icmpv6, ipv4, ipv6, sock};
+use super::own::{
+    KIND_CLOSED, KIND_SOCKET, MAX_NOTED, OWN_IDLE, OWN_IDLE_TCP, OWN_KIND, OWN_SEEN, OWN_YOUNG,
+    Own, YOUNG_IDLE,
+};
+use super::parse::{
+    FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse, wire,
+};
+use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_v6, verdict};
+use super::sockets::look_up_socket;
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+use crate::model::moved::{TCP, UDP};
+use crate::packet::{ACK, SYN};
+
+/// An entry of a map, or a socket that is held, once the packet is read.
+const FOUND: Reg = R7;
+
+/// In [`FRAGMENT`]: the key is that of a packet which an ICMP error quotes.
+const QUOTED: i32 = 4;
+
+/// The ports of DHCP clients (RFC 2131 section 4.1, RFC 8415 section 7.2).
+const DHCP_CLIENTS: [u16; 2] = [68, 546];
+
+/// Goes on if the packet is none of this host's own. Ends the program otherwise: it passes. Nothing
+/// but the packet is left in any register.
+pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
+    let ways = Ways::new(a);
+    let (take, stay, ask, unknown) = (a.label(), a.label(), a.label(), a.label());
+    parse(a, l2, Side::Remote, ways);
+
+    a.bind(ways.quoted);
+    a.mov(FRAGMENT, QUOTED);
+    a.bind(ways.flow);
+    let (without_ports, begun) = (a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), without_ports);
+    a.load(Size::H, R0, R10, KEY_LAST + 2);
+    for client in DHCP_CLIENTS {
+        a.jump_if(R0, If::Eq, wire(i32::from(client)), stay);
+    }
+    a.bind(without_ports);
+    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), ask);
+    }
+    look_up(a, &own.taken);
+    a.jump_if_wide(R0, If::Ne, 0, take);
+    a.bind(ask);
+    look_up(a, &own.own);
+    a.jump_if_wide(R0, If::Ne, 0, begun);
+
+    a.bind(unknown);
+    let (entered, note) = (a.label(), a.label());
+    ask_sockets(a, stay, note);
+    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), take);
+    }
+    a.jump_if(FRAGMENT, If::Eq, QUOTED, take);
+    load_syn(a);
+    a.jump_if(R0, If::Eq, i32::from(SYN), take);
+    a.bind(note);
+    a.store(Size::Dw, R10, VALUE, 0);
+    enter(a, &own.taken);
+    a.jump(take);
+
+    a.bind(begun);
+    judge_begun(a, own, stay);
+    a.jump(unknown);
+
+    a.bind(ways.later);
+    let more = a.label();
+    key_by_identification(a);
+    look_up(a, &own.fragments);
+    a.jump_if_wide(R0, If::Eq, 0, entered);
+    a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, more);
+    remove(a, &own.fragments);
+    a.jump(more);
+
+    a.bind(stay);
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, more);
+    key_by_identification(a);
+    a.store(Size::Dw, R10, VALUE, 0);
+    enter(a, &own.fragments);
+    a.bind(more);
+    own.count_stayed(a);
+    verdict(a, TC_ACT_UNSPEC);
+
+    for label in [take, ways.none, ways.other] {
+        a.bind(label);
+    }
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, entered);
+    // Another packet uses the identification again.
+    key_by_identification(a);
+    remove(a, &own.fragments);
+    a.bind(entered);
+}
+
+/// R0 = which of SYN and ACK are set; of a packet that is not TCP, none.
+fn load_syn(a: &mut Assembler) {
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+}
+
+/// Jumps to `stay` if a conversation that this host has begun, with its value at R0, still is one;
+/// forgets it otherwise.
+fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
+    let (tcp, begins, forget) = (a.label(), a.label(), a.label());
+    let (young, in_time, gone) = (a.label(), a.label(), a.label());
+    a.mov(FOUND, R0);
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
+    a.load(Size::W, R0, FOUND, OWN_YOUNG);
+    a.jump_if(R0, If::Ne, 0, young);
+    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, in_time);
+    a.jump(forget);
+    a.bind(young);
+    jump_if_within(a, (FOUND, OWN_SEEN), YOUNG_IDLE, in_time);
+    a.jump(forget);
+    a.bind(in_time);
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    a.jump_if(R0, If::Ne, KIND_SOCKET, stay);
+    look_up_socket(a, Helper::SkLookupUdp);
+    a.jump_if_wide(R0, If::Eq, 0, gone);
+    a.mov(R1, R0);
+    a.call(Helper::SkRelease);
+    a.jump(stay);
+
+    a.bind(tcp);
+    load_syn(a);
+    a.jump_if(R0, If::Eq, i32::from(SYN), begins);
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    a.jump_if(R0, If::Eq, KIND_CLOSED, stay);
+    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE_TCP, stay);
+    a.jump(forget);
+    a.bind(begins);
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    a.jump_if(R0, If::Eq, KIND_CLOSED, forget);
+    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, stay);
+    a.bind(forget);
+    a.bind(gone);
+    remove(a, &own.own);
+}
+
+/// Jumps to `stay` if a socket of this host has a connection with the sender, or is about to; to
+/// `anew` if the sender begins one in place of what was closed.
+fn ask_sockets(a: &mut Assembler, stay: Label, anew: Label) {
+    let (udp, nobody, waits) = (a.label(), a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Eq, i32::from(UDP), udp);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), nobody);
+    look_up_socket(a, Helper::SkcLookupTcp);
+    a.jump_if_wide(R0, If::Eq, 0, nobody);
+    release_keeping_state(a);
+    a.jump_if(FOUND, If::Eq, sock::LISTEN, nobody);
+    a.jump_if(FOUND, If::Ne, sock::TIME_WAIT, stay);
+    load_syn(a);
+    a.jump_if(R0, If::Ne, i32::from(SYN), stay);
+    a.jump(anew);
+    a.bind(udp);
+    look_up_socket(a, Helper::SkLookupUdp);
+    a.jump_if_wide(R0, If::Eq, 0, waits);
+    release_keeping_state(a);
+    a.jump_if(FOUND, If::Eq, sock::ESTABLISHED, stay);
+    a.bind(waits);
+    a.bind(nobody);
+}
+
+/// [`FOUND`] = the state of the socket at R0, which is released.
+fn release_keeping_state(a: &mut Assembler) {
+    a.load(Size::W, FOUND, R0, sock::STATE);
+    a.mov(R1, R0);
+    a.call(Helper::SkRelease);
+}
+
+/// Notes that the new server has answered, if the packet is an answer without TCP to what was
+/// captured. Goes on in any case, with nothing but the packet in any register.
+///
+/// ```text
+/// if (TCP) go on;
+/// if (it has no options or extension headers, and is no fragment) {
+///     hash = ip.saddr + ip.daddr + ports;               // of IPv6 the last words
+///     if (noted[hash] == { hash, now / 256 ticks }) go on;
+///     noted[hash] = { hash, now / 256 ticks };
+/// }
+/// parse();                                              // quoted, later, none, other: go on
+/// if (!ICMP && (t = lookup(taken, key))) t->answered = now;
+/// ```
+pub(super) fn note_answered(a: &mut Assembler, l2: u32, own: &Own) {
+    let ways = Ways::new(a);
+    let (v6, hashed, read, done) = (a.label(), a.label(), a.label(), a.label());
+    jump_if_v6(a, v6);
+    a.load_packet(Size::B, l2 + ipv4::PROTOCOL);
+    a.jump_if(R0, If::Eq, i32::from(TCP), done);
+    a.jump_if(R0, If::Ne, i32::from(UDP), read);
+    a.load_packet(Size::B, l2 + ipv4::VERSION_AND_IHL);
+    a.jump_if(R0, If::Ne, ipv4::WITHOUT_OPTIONS, read);
+    // A fragment may be shorter than a header.
+    a.load_packet(Size::H, l2 + ipv4::FLAGS_AND_OFFSET);
+    a.jump_if(R0, If::Set, ipv4::FRAGMENTED, read);
+    hash(
+        a,
+        [l2 + ipv4::SOURCE, l2 + ipv4::DESTINATION, l2 + ipv4::LEN],
+    );
+    a.jump(hashed);
+    a.bind(v6);
+    const LAST_WORD: u32 = 12;
+    a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);
+    a.jump_if(R0, If::Eq, i32::from(TCP), done);
+    a.jump_if(R0, If::Ne, i32::from(UDP), read);
+    hash(
+        a,
+        [
+            l2 + ipv6::SOURCE + LAST_WORD,
+            l2 + ipv6::DESTINATION + LAST_WORD,
+            l2 + ipv6::LEN,
+        ],
+    );
+    a.bind(hashed);
+    jump_if_just_noted(a, own, read, done);
+
+    a.bind(read);
+    parse(a, l2, Side::Host, ways);
+    a.bind(ways.flow);
+    for other in [TCP, icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(other), done);
+    }
+    look_up(a, &own.taken);
+    a.jump_if_wide(R0, If::Eq, 0, done);
+    a.mov(FOUND, R0);
+    a.call(Helper::KtimeGetNs);
+    a.store(Size::Dw, FOUND, 0, R0);
+    for label in [ways.later, ways.quoted, ways.none, ways.other, done] {
+        a.bind(label);
+    }
+}
+
+/// R8 = a hash of three words of the packet.
+fn hash(a: &mut Assembler, words: [u32; 3]) {
+    a.mov(R8, 0);
+    for word in words {
+        a.load_packet(Size::W, word);
+        a.alu(Alu::Add, R8, R0);
+    }
+}
+
+/// Goes on if no answer with the hash in R8 was noted of late: from then on it was. Jumps to `done`
+/// otherwise, and to `read` if that is not known.
+fn jump_if_just_noted(a: &mut Assembler, own: &Own, read: Label, done: Label) {
+    a.mov(R0, R8);
+    a.alu(Alu::Rsh, R0, 16);
+    a.alu(Alu::Xor, R0, R8);
+    a.alu(Alu::And, R0, (MAX_NOTED - 1) as i32);
+    a.store(Size::W, R10, VALUE, R0);
+    a.load_map(R1, own.noted.as_fd());
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(VALUE));
+    a.call(Helper::MapLookup);
+    a.jump_if_wide(R0, If::Eq, 0, read);
+    a.mov(R7, R0);
+    a.call(Helper::Jiffies64);
+    a.alu(Alu::Rsh, R0, 8);
+    a.alu(Alu::Lsh, R8, 32);
+    a.alu(Alu::Xor, R8, R0);
+    a.load(Size::Dw, R1, R7, 0);
+    a.jump_if_wide(R1, If::Eq, R8, done);
+    a.store(Size::Dw, R7, 0, R8);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::kernel::bpf::Assembler;
+    use crate::kernel::bpf::test_run::{nanoseconds, run};
+    use crate::kernel::netlink::{Address, Netlink};
+    use crate::kernel::programs::flows::now;
+    use crate::kernel::programs::phrases::keep_packet;
+    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, moves, ports, taken, tcp};
+    use crate::kernel::programs::{Facts, TunnelEnds, capture, note_own};
+    use crate::kernel::testing::in_fresh_namespace;
+    use crate::lab::wiring::Wiring;
+    use crate::packet::{FIN, PSH, RST};
+
+    /// The programs of an old server from which two whole addresses have moved.
+    struct OldServer {
+        facts: Facts,
+        capture: OwnedFd,
+        egress: OwnedFd,
+        answers: OwnedFd,
+    }
+
+    impl OldServer {
+        /// Running for long.
+        fn new() -> Self {
+            let old = Self::just_started();
+            old.facts.own.begin_at(Duration::ZERO);
+            old
+        }
+
+        fn just_started() -> Self {
+            let moves = moves(&["192.0.2.5", "2001:db8:a::5"]);
+            let facts = Facts::new(&moves).expect("run the tests as root");
+            let ends = TunnelEnds {
+                port: 51820,
+                facts: &facts,
+            };
+            let load = |program: crate::kernel::bpf::Program| program.load().unwrap();
+            let mut asm = Assembler::new();
+            keep_packet(&mut asm);
+            note_answered(&mut asm, L2, &facts.own);
+            verdict(&mut asm, TC_ACT_UNSPEC);
+            Self {
+                capture: load(capture(&moves, L2, 1, Some(ends), &facts.own).unwrap()),
+                egress: load(note_own(&facts, L2, 1, Some(51820)).unwrap()),
+                answers: load(asm.finish("ipmoved_test").unwrap()),
+                facts,
+            }
+        }
+
+        /// Comes from the wire, and goes into the tunnel.
+        fn is_taken(&self, packet: &Packet) -> bool {
+            taken(self.capture.as_fd(), packet)
+        }
+
+        /// This host sends it, or forwards it.
+        fn sends(&self, packet: &Packet) {
+            assert!(!taken(self.egress.as_fd(), packet));
+        }
+
+        /// The new server answers.
+        fn answers(&self, packet: &Packet) {
+            let outcome = run(self.answers.as_fd(), &frame(&packet.bytes()));
+            assert_eq!(outcome.verdict, TC_ACT_UNSPEC, "{packet:?}");
+        }
+    }
+
+    /// The moved address, somebody else's, and the protocol of ICMP with its echo.
+    const ENDS: [(&str, &str, u8, [u8; 2]); 2] = [
+        ("192.0.2.5", "203.0.113.7", 1, [8, 0]),
+        ("2001:db8:a::5", "2001:db8:c::7", 58, [128, 129]),
+    ];
+
+    #[test]
+    fn what_this_host_begins_stays_and_everything_else_is_taken() {
+        let old = OldServer::new();
+        for (moved, remote, protocol, [ping, pong]) in ENDS {
+            let out = |protocol, payload| Packet::new(moved, remote, protocol, payload);
+            let back = |protocol, payload| Packet::new(remote, moved, protocol, payload);
+            for (protocol, question, answer, other) in [
+                (UDP, ports(40_000, 53), ports(53, 40_000), ports(53, 40_001)),
+                (UDP, ports(123, 123), ports(123, 123), ports(124, 123)),
+                (protocol, icmp(ping, 7), icmp(pong, 7), icmp(pong, 8)),
+                (47, ports(1, 2), ports(3, 4), ports(5, 6)),
+            ] {
+                let answer = back(protocol, answer);
+                let before = old.is_taken(&answer);
+                assert!(before, "{answer:?}");
+                old.sends(&out(protocol, question));
+                assert!(!old.is_taken(&answer), "{answer:?}");
+                let elsewhere = back(protocol, other);
+                assert_eq!(old.is_taken(&elsewhere), protocol != 47, "{elsewhere:?}");
+            }
+            // A client's ping with the same identifier is no answer.
+            assert!(old.is_taken(&back(protocol, icmp(ping, 7))));
+            // Nor does answering one make it this host's.
+            old.sends(&out(protocol, icmp(pong, 9)));
+            assert!(old.is_taken(&back(protocol, icmp(pong, 9))));
+        }
+    }
+
+    #[test]
+    fn errors_go_where_the_packet_went_that_they_quote() {
+        let old = OldServer::new();
+        for (moved, remote, protocol, [ping, _]) in ENDS {
+            for (protocol, mine, theirs) in [
+                (UDP, ports(40_000, 53), ports(80, 53)),
+                (TCP, tcp(40_000, 443, SYN), tcp(80, 443, ACK)),
+                (protocol, icmp(ping, 7), icmp(ping, 8)),
+            ] {
+                let mine = Packet::new(moved, remote, protocol, mine);
+                old.sends(&mine);
+                assert!(
+                    !old.is_taken(&Packet::icmp_error(remote, &mine)),
+                    "{mine:?}"
+                );
+                let theirs = Packet::new(moved, remote, protocol, theirs);
+                assert!(
+                    old.is_taken(&Packet::icmp_error(remote, &theirs)),
+                    "{theirs:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn who_spoke_first_decides() {
+        let old = OldServer::new();
+        for (moved, remote, ..) in ENDS {
+            for (protocol, port) in [(UDP, 5060), (47, 0)] {
+                let request = Packet::new(remote, moved, protocol, ports(port, port));
+                let reply = Packet::new(moved, remote, protocol, ports(port, port));
+                // What the old service still sends takes no flow away that the new server has.
+                assert!(old.is_taken(&request));
+                old.answers(&reply);
+                old.sends(&reply);
+                assert!(old.is_taken(&request), "{request:?}");
+            }
+            // But who forges a request makes none.
+            let answer = Packet::new(remote, moved, UDP, ports(53, 41_000));
+            for _ in 0..3 {
+                assert!(old.is_taken(&answer));
+            }
+            old.sends(&Packet::new(moved, remote, UDP, ports(41_000, 53)));
+            assert!(!old.is_taken(&answer));
+        }
+    }
+
+    #[test]
+    fn an_answer_to_what_came_before_the_start_keeps_no_client() {
+        let old = OldServer::just_started();
+        let young = now() - YOUNG_IDLE;
+        for (moved, remote, ..) in ENDS {
+            let request = Packet::new(remote, moved, UDP, ports(5060, 5060));
+            let reply = Packet::new(moved, remote, UDP, ports(5060, 5060));
+            old.sends(&reply);
+            assert!(!old.is_taken(&request), "it may be an own one");
+            old.facts.own.age(young);
+            assert!(old.is_taken(&request));
+            old.answers(&reply);
+            old.sends(&reply);
+            assert!(old.is_taken(&request));
+        }
+        // If this host goes on first, it is its own.
+        let (moved, remote, ..) = ENDS[0];
+        let (mine, answer) = (ports(123, 123), ports(123, 123));
+        let mine = Packet::new(moved, remote, UDP, mine);
+        let answer = Packet::new(remote, moved, UDP, answer);
+        old.sends(&mine);
+        old.facts.own.age(young);
+        old.facts.own.begin_at(Duration::ZERO);
+        old.sends(&mine);
+        old.facts.own.age(now() - OWN_IDLE + Duration::from_secs(9));
+        assert!(!old.is_taken(&answer));
+    }
+
+    #[test]
+    fn a_conversation_ends_when_this_host_falls_silent() {
+        let old = OldServer::new();
+        let (moved, remote, ..) = ENDS[0];
+        let answer = Packet::new(remote, moved, UDP, ports(5060, 5060));
+        let mine = Packet::new(moved, remote, UDP, ports(5060, 5060));
+        old.sends(&mine);
+        old.facts.own.age(now() - OWN_IDLE + Duration::from_secs(9));
+        assert!(!old.is_taken(&answer));
+        old.facts.own.age(now() - OWN_IDLE);
+        assert!(old.is_taken(&answer));
+    }
+
+    #[test]
+    fn tcp_behind_this_host_is_known_by_its_packets() {
+        let old = OldServer::new();
+        for (moved, remote, ..) in ENDS {
+            let out = |flags| Packet::new(moved, remote, TCP, tcp(40_000, 443, flags));
+            let back = |flags| Packet::new(remote, moved, TCP, tcp(443, 40_000, flags));
+            for begins in [SYN, ACK | PSH] {
+                assert!(old.is_taken(&back(SYN)), "somebody forged it");
+                old.sends(&out(begins));
+                for flags in [SYN | ACK, ACK, FIN | ACK, SYN] {
+                    assert!(!old.is_taken(&back(flags)), "{begins} {flags}");
+                }
+                // Closed by this side; the other may still send.
+                old.sends(&out(FIN | ACK));
+                old.sends(&out(ACK));
+                assert!(!old.is_taken(&back(ACK | PSH)));
+                // A client with the same ports.
+                assert!(old.is_taken(&back(SYN)));
+                assert!(old.is_taken(&back(ACK)));
+                old.sends(&out(SYN));
+                assert!(!old.is_taken(&back(SYN | ACK)));
+                old.sends(&out(RST));
+                assert!(old.is_taken(&back(SYN)));
+            }
+            // A client that was captured, whatever the old service sends to it.
+            let client = |flags| Packet::new(remote, moved, TCP, tcp(50_000, 80, flags));
+            assert!(old.is_taken(&client(SYN)));
+            assert!(old.is_taken(&client(ACK)));
+            old.sends(&Packet::new(moved, remote, TCP, tcp(80, 50_000, ACK | PSH)));
+            assert!(old.is_taken(&client(ACK)));
+        }
+    }
+
+    #[test]
+    fn fragments_follow_the_first() {
+        let old = OldServer::new();
+        for (moved, remote, ..) in ENDS {
+            let part = |ports, id, offset, more| Packet {
+                fragment: Some((id, offset, more)),
+                ..Packet::new(remote, moved, UDP, ports)
+            };
+            let (mine, noise) = (|| ports(53, 40_000), || ports(1, 2));
+            old.sends(&Packet::new(moved, remote, UDP, ports(40_000, 53)));
+            assert!(old.is_taken(&part(noise(), 5, 3, true)));
+            assert!(!old.is_taken(&part(mine(), 5, 0, true)));
+            assert!(!old.is_taken(&part(noise(), 5, 3, true)));
+            assert!(old.is_taken(&part(noise(), 6, 3, true)));
+            assert!(!old.is_taken(&part(noise(), 5, 6, false)));
+            assert!(
+                old.is_taken(&part(noise(), 5, 3, true)),
+                "that was the last"
+            );
+            assert!(!old.is_taken(&part(mine(), 5, 0, true)));
+            assert!(old.is_taken(&part(ports(99, 99), 5, 0, true)));
+            assert!(old.is_taken(&part(noise(), 5, 3, true)));
+            // The new server's answers may end in very short ones.
+            old.answers(&Packet {
+                fragment: Some((5, 185, false)),
+                ..Packet::new(moved, remote, UDP, vec![0])
+            });
+        }
+    }
+
+    #[test]
+    fn answers_of_a_dhcp_server_stay() {
+        let old = OldServer::new();
+        for (moved, remote, ..) in ENDS {
+            for (server, client, stays) in [
+                (67, 68, true),
+                (4011, 68, true),
+                (547, 546, true),
+                (68, 67, false),
+            ] {
+                let packet = Packet::new(remote, moved, UDP, ports(server, client));
+                assert_eq!(!old.is_taken(&packet), stays, "{server} {client}");
+            }
+        }
+    }
+
+    /// Gives this namespace the moved addresses and those of others.
+    fn addresses() {
+        let netlink = Netlink::new().unwrap();
+        netlink.set_link_up(1).unwrap();
+        for (moved, remote, ..) in ENDS {
+            for addr in [moved, remote] {
+                let addr = addr.parse().unwrap();
+                let prefix = if moved.contains(':') { 128 } else { 32 };
+                let (index, addr) = (1, addr);
+                netlink
+                    .add_address(&Address {
+                        index,
+                        addr,
+                        prefix,
+                    })
+                    .unwrap();
+            }
+        }
+    }
+
+    fn end(addr: &str, port: u16) -> SocketAddr {
+        SocketAddr::new(addr.parse().unwrap(), port)
+    }
+
+    #[test]
+    fn sockets_of_this_host_keep_what_is_theirs() {
+        in_fresh_namespace(|| {
+            addresses();
+            let old = OldServer::new();
+            for (moved, remote, ..) in ENDS {
+                // A service, which still listens, has a connection.
+                let service = TcpListener::bind(end(moved, 80)).unwrap();
+                let client = TcpStream::connect(end(moved, 80)).unwrap();
+                let from = client.local_addr().unwrap();
+                let there = from.ip().to_string();
+                let packet = |flags| Packet::new(&there, moved, TCP, tcp(from.port(), 80, flags));
+                for flags in [SYN, ACK, ACK | PSH, FIN | ACK, RST] {
+                    assert!(!old.is_taken(&packet(flags)), "{flags}");
+                }
+                let new = |flags| Packet::new(remote, moved, TCP, tcp(40_000, 80, flags));
+                for flags in [SYN, ACK] {
+                    assert!(old.is_taken(&new(flags)), "{flags}");
+                }
+                // The service closes first, and has the connection in TIME_WAIT.
+                drop(service.accept().unwrap());
+                drop(client);
+                std::thread::sleep(Duration::from_millis(20));
+                assert!(!old.is_taken(&packet(FIN | ACK)));
+                assert!(old.is_taken(&packet(SYN)));
+                assert!(old.is_taken(&packet(ACK)));
+
+                // A connection of its own, from the moved address.
+                let service = TcpListener::bind(end(remote, 443)).unwrap();
+                let mine = socket2::Socket::new(
+                    socket2::Domain::for_address(end(moved, 0)),
+                    socket2::Type::STREAM,
+                    None,
+                );
+                let mine = mine.unwrap();
+                mine.bind(&end(moved, 0).into()).unwrap();
+                mine.connect(&end(remote, 443).into()).unwrap();
+                let port = mine.local_addr().unwrap().as_socket().unwrap().port();
+                let back = |flags| Packet::new(remote, moved, TCP, tcp(443, port, flags));
+                assert!(!old.is_taken(&back(ACK)));
+                drop((mine, service));
+
+                // UDP, connected and not.
+                let question = UdpSocket::bind(end(moved, 0)).unwrap();
+                let port = question.local_addr().unwrap().port();
+                let answer = Packet::new(remote, moved, UDP, ports(53, port));
+                let another = Packet::new(remote, moved, UDP, ports(54, port));
+                assert!(old.is_taken(&another));
+                question.connect(end(remote, 53)).unwrap();
+                assert!(!old.is_taken(&answer));
+                assert!(old.is_taken(&another));
+                drop(question);
+                assert!(old.is_taken(&answer), "nobody waits any more");
+            }
+        });
+    }
+
+    #[test]
+    #[ignore = "a measurement"]
+    fn what_the_question_costs() {
+        in_fresh_namespace(|| {
+            addresses();
+            let old = OldServer::new();
+            for (moved, remote, ..) in ENDS {
+                let cost = |program: &OwnedFd, packet: &Packet| {
+                    nanoseconds(program.as_fd(), &frame(&packet.bytes()))
+                };
+                let udp = Packet::new(remote, moved, UDP, ports(4000, 53));
+                let ack = Packet::new(remote, moved, TCP, tcp(4000, 80, ACK));
+                let syn = Packet::new(remote, moved, TCP, tcp(4001, 80, SYN));
+                let reply = Packet::new(moved, remote, UDP, ports(53, 4000));
+                let tcp_reply = Packet::new(moved, remote, TCP, tcp(80, 4000, ACK));
+                let mine = Packet::new(moved, remote, UDP, ports(40_000, 53));
+                let answer = Packet::new(remote, moved, UDP, ports(53, 40_000));
+                eprintln!(
+                    "udp {} ack {} syn {}",
+                    cost(&old.capture, &udp),
+                    cost(&old.capture, &ack),
+                    cost(&old.capture, &syn)
+                );
+                eprintln!(
+                    "answered: udp {} tcp {}",
+                    cost(&old.answers, &reply),
+                    cost(&old.answers, &tcp_reply)
+                );
+                eprintln!(
+                    "egress: mine {}; tunnel {}; not moved {}",
+                    cost(&old.egress, &mine),
+                    cost(
+                        &old.egress,
+                        &Packet::new(moved, remote, UDP, ports(51820, 51820))
+                    ),
+                    cost(
+                        &old.egress,
+                        &Packet::new("192.0.2.1", "203.0.113.7", UDP, ports(5, 6))
+                    )
+                );
+                eprintln!("own answer {}", cost(&old.capture, &answer));
+                let service = UdpSocket::bind(end(moved, 53)).unwrap();
+                let listener = TcpListener::bind(end(moved, 80)).unwrap();
+                eprintln!("with a service: syn {}", cost(&old.capture, &syn));
+                drop((service, listener));
+            }
+        });
+    }
+}
