@@ -31,11 +31,12 @@ use crate::flow::class::UDP_BOTH_WAYS;
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
+use crate::flow::hairpin::Turned;
 use crate::flow::lock;
 use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
-use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage, seen_client};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -75,15 +76,15 @@ pub struct TranslatorConfig {
 /// The new server's rewriting. Shared by the lanes. A lane locks the shard of the packet's client
 /// and nothing else, and only while it looks the flow up.
 pub struct Translator {
-    seed: Seed,
+    pub(super) seed: Seed,
     start: Instant,
-    limit: Limit,
+    pub(super) limit: Limit,
     shards: Box<[Shard]>,
     /// New flows that found no space.
     turns: AtomicUsize,
     /// The shard that had most flows when it was last looked.
     fullest: AtomicUsize,
-    routes: ArcSwap<Routes>,
+    pub(super) routes: ArcSwap<Routes>,
     networks: Networks,
     /// One of each peer that is not told yet.
     unmoved_ports: Mutex<Vec<(PeerId, UnmovedPort)>>,
@@ -91,6 +92,7 @@ pub struct Translator {
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<Addr>>,
     outbound_fragments: Mutex<FragmentCache<(PeerId, Addr)>>,
+    pub(super) turned_fragments: Mutex<FragmentCache<Turned>>,
 }
 
 /// A table in cache lines of its own.
@@ -123,6 +125,7 @@ impl Translator {
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
+            turned_fragments: Mutex::new(FragmentCache::new()),
         }
     }
 
@@ -140,7 +143,8 @@ impl Translator {
 
     /// Sets this host's own addresses, which no client may claim.
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
-        let host = own.iter().map(|&addr| addr.into()).collect();
+        let mut host: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();
+        host.sort_unstable();
         self.change(|routes| routes.host = host);
     }
 
@@ -244,9 +248,10 @@ impl Translator {
         }
         let delivery = parsed.src(bytes);
         if parsed.fragment() == Fragment::Later {
-            let (peer, moved) = lock(&self.outbound_fragments)
-                .recall(now, &self.seed, parsed, bytes)
-                .ok_or(DropReason::FragmentUnknown)?;
+            let known = lock(&self.outbound_fragments).recall(now, &self.seed, parsed, bytes);
+            let Some((peer, moved)) = known else {
+                return self.turn_later_fragment(now, bytes, parsed);
+            };
             parsed.set_src(bytes, moved, partial);
             return Ok(peer);
         }
@@ -266,9 +271,20 @@ impl Translator {
             Some(outside) => outside,
             None => match self.related(now, &key, parsed)? {
                 Some(outside) => outside,
-                None => self.reopen(now, &key, parsed)?,
+                // What may be an answer to a client is one, whoever says that its address has
+                // moved.
+                None => match self.reopen(now, &key, parsed) {
+                    Err(DropReason::NoFlow) => {
+                        let called = self.call(now, bytes, parsed, partial);
+                        return called.unwrap_or(Err(DropReason::NoFlow));
+                    }
+                    reopened => reopened?,
+                },
             },
         };
+        if outside.peer.is_inside() {
+            return Ok(self.answer(now, (&outside, &key), bytes, parsed, partial));
+        }
         if parsed.fragment() == Fragment::First {
             let value = (outside.peer, outside.moved);
             let mut cache = lock(&self.outbound_fragments);
@@ -443,10 +459,11 @@ impl Translator {
             delivery: quoted.dst(bytes),
             delivery_port: quoted.dst_port(),
         };
-        let outside = self
-            .table(client)
-            .peek_inside(&key)
-            .ok_or(DropReason::IcmpUnrelated)?;
+        let Some(outside) = self.table(client).peek_inside(&key) else {
+            return self
+                .callers_error(&quoted, bytes, parsed, partial)
+                .ok_or(DropReason::IcmpUnrelated);
+        };
         let moved = outside.moved;
         parsed.set_src(bytes, moved, partial);
         let change = Rewrite {
@@ -456,6 +473,9 @@ impl Translator {
             dst_port: Some(outside.moved_port),
         };
         quoted.rewrite(bytes, parsed, &change);
+        if outside.peer.is_inside() {
+            self.turn_error(&outside, &quoted, bytes, parsed, partial);
+        }
         Ok(outside.peer)
     }
 
@@ -539,7 +559,7 @@ impl Translator {
     ///
     /// A source that holds much has all of it in one shard, so the fullest shard is asked first for
     /// floods and large holders. What nobody is using is first sought where the new flow will be.
-    fn make_space(&self, now: Instant, peer: PeerId, client: Addr) {
+    pub(super) fn make_space(&self, now: Instant, peer: PeerId, client: Addr) {
         if !self.limit.is_full() {
             return;
         }
@@ -567,6 +587,11 @@ impl Translator {
             self.fullest.store(fullest.unwrap_or(0), Relaxed);
         }
         self.fullest.load(Relaxed)
+    }
+
+    /// The table with a flow: its client is known there as the application sees it.
+    pub(super) fn table_of(&self, flow: &Outside) -> MutexGuard<'_, FlowTable> {
+        self.table(seen_client(flow))
     }
 
     #[inline]

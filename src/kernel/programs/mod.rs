@@ -5,7 +5,7 @@
 //!   link ingress ── capture ──► TUN             TUN ingress ── deliver ──► link ingress
 //!   TUN ingress ── return_path ──► link         link ingress ── arrivals ──► stack
 //!                   └─ bounced: uplink ingress, link egress ── take_replies ──► TUN
-//!                      past capture
+//!                      past capture            link ingress ── callers ──► TUN
 //!
 //!            old server alone, in mode `nat`
 //!   uplink ingress ── capture, replies ──► TUN
@@ -21,6 +21,7 @@
 //!   facts     what the old server's programs know of links and addresses
 //!   moved     the moved addresses, and which scope one lies in
 //!   flows     the memory of the steering programs
+//!   inside    what they know of calls from inside to moved addresses
 //!   parse     how the steering programs read a packet
 //! ```
 //!
@@ -41,11 +42,13 @@
 //! at more).
 
 mod arrivals;
+mod callers;
 mod capture;
 mod deliver;
 mod facts;
 mod flows;
 mod headers;
+mod inside;
 mod moved;
 mod parse;
 mod phrases;
@@ -60,6 +63,7 @@ mod testing;
 mod way_out;
 
 pub use arrivals::arrivals;
+pub use callers::callers;
 pub use capture::{TunnelEnds, capture};
 pub use deliver::deliver;
 pub use facts::Facts;
@@ -104,7 +108,7 @@ mod tests {
         );
         let pairs = [Pair { own, to }, Pair { own: own6, to: to6 }];
         let maps = FlowMaps::new(1000).unwrap();
-        let of = |l2_header, sizes: [usize; 7]| {
+        let of = |l2_header, sizes: [usize; 8]| {
             let mac = [2, 3, 4, 5, 6, 7];
             let way = Way {
                 ifindex: 1,
@@ -118,13 +122,14 @@ mod tests {
                 deliver(&maps, 2),
                 take_replies(&maps, l2_header, 2, 51820),
                 arrivals(&maps, l2_header, 51820),
+                callers(&maps, l2_header, 2),
                 replies(&pairs, &(40960..=57343), l2_header, 1),
                 way_out(way, &[(to, way), (to6, way)], &[(own, way), (own6, way)]),
             ];
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
-        let mut all: Vec<_> = of(0, [433, 200, 1218, 1067, 916, 316, 56]).collect();
-        all.extend(of(14, [433, 200, 1218, 1067, 916, 316, 106]));
+        let mut all: Vec<_> = of(0, [433, 200, 1270, 1450, 916, 902, 316, 56]).collect();
+        all.extend(of(14, [433, 200, 1270, 1450, 916, 902, 316, 106]));
         (maps, facts, all)
     }
 
