@@ -30,6 +30,7 @@ mod entered;
 mod flood;
 mod follow;
 mod fragments;
+mod hairpin;
 mod hops;
 mod impostor;
 mod independent_peer;

@@ -150,6 +150,7 @@ async fn carry(
         facts: Facts::default(),
         listen: config.listen.ip,
         delivering: vec![None; peers],
+        calls: Vec::new(),
         holding: None,
         view: LaneView {
             sessions: Default::default(),
@@ -185,6 +186,7 @@ async fn carry(
     for peer in control.policy.peers() {
         control.set_homes(peer);
     }
+    control.find_calls();
     control.turn(started);
     // It has looked at everything; what the start itself caused can wait.
     listener.looked(started, Instant::now());
@@ -347,6 +349,8 @@ struct Control<'h> {
     listen: Option<IpAddr>,
     /// Where packets of each peer are delivered, as was told last.
     delivering: Vec<Option<(Option<Ipv4Addr>, Option<Ipv6Addr>)>>,
+    /// Calls from inside that an earlier daemon carried, until what they called is served.
+    calls: Vec<HostFlow>,
     /// The moved addresses that this host was last asked to hold.
     holding: Option<Vec<IpAddr>>,
     /// The lanes see this once it is published.
@@ -614,12 +618,14 @@ impl Control<'_> {
                     if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_moves(peer, moves.to_vec());
                     }
+                    self.serve_inside(now);
                 }
                 Action::Deliver(peer, delivery) => {
                     self.tell_of_delivery(peer, &delivery);
                     if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_delivery(peer, delivery);
                     }
+                    self.serve_inside(now);
                 }
                 Action::Hold(wanted) => {
                     let result = self.hold(&wanted).map_err(|error| error.to_string());
@@ -705,6 +711,31 @@ impl Control<'_> {
             warn!(change = %failure.change, reason = failure.reason, "cannot undo a kernel change");
         }
         Ok(())
+    }
+
+    /// Finds the calls from inside that an earlier daemon carried.
+    fn find_calls(&mut self) {
+        if let Some(steering) = self.follower.steering() {
+            let found = steering.calls_from_inside();
+            // Without them a caller's own packets begin a flow again, where they can.
+            self.calls = found.unwrap_or_default();
+        }
+    }
+
+    /// Lets those inside have what is served: this host, and those behind it.
+    fn serve_inside(&mut self, now: Instant) {
+        let moves = self.policy.served_inside();
+        let translator = self.shared.forwarder.translator();
+        let Some((steering, translator)) = self.follower.steering().zip(translator) else {
+            return;
+        };
+        if let Err(error) = steering.serve_inside(&moves) {
+            let text = format!(
+                "this server and its containers do not reach every moved address here: {error}"
+            );
+            self.warnings.warn(now, text);
+        }
+        translator.restore_calls(now, &mut self.calls);
     }
 
     fn set_tun_mtu(&mut self, now: Instant, mtu: u32) {

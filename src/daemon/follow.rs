@@ -324,6 +324,7 @@ impl Follower {
         addresses: &[Address],
         known: &mut Warnings,
     ) -> bool {
+        let before = self.uplinks.clone();
         self.look_for_uplinks(now, host.netlink(), peers, known);
         self.tell_programs(addresses);
         let links = match host.netlink().links() {
@@ -354,7 +355,10 @@ impl Follower {
             self.put(now, host, &link, Ok(Vec::new()), known);
         }
         for link in wanted {
-            if !self.carrying.iter().any(|known| is_same(known, &link)) {
+            let is_new = !self.carrying.iter().any(|known| is_same(known, &link));
+            // Then it has other programs.
+            let has_turned = before.contains(link.index) != self.uplinks.contains(link.index);
+            if is_new || has_turned {
                 let desired = self.on_link(host.netlink(), &link);
                 self.put(now, host, &link, desired, known);
             }
@@ -620,7 +624,10 @@ impl Follower {
     fn on_link(&self, netlink: &Netlink, link: &Link) -> Result<Vec<Desired>, PlanError> {
         match &self.programs {
             Programs::Old(capture) => capture.on_entrance(netlink, link),
-            Programs::New(steering) => steering.on_link(netlink, link, &self.tun),
+            Programs::New(steering) => {
+                let leads_to_clients = self.uplinks.contains(link.index);
+                steering.on_link(netlink, link, &self.tun, leads_to_clients)
+            }
         }
     }
 }

@@ -293,6 +293,11 @@ impl Seen {
         self == Self::default()
     }
 
+    /// Whether the application has said anything.
+    pub(super) fn is_answered(self) -> bool {
+        self.has(Self::APPLICATION)
+    }
+
     #[inline]
     fn has_any(self, some: Self) -> bool {
         self.0 & some.0 != 0

@@ -16,7 +16,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use crate::model::peer::{MAX_PEERS, PeerId};
+use crate::model::peer::{MAX_HOLDERS, PeerId};
 use crate::packet::Addr;
 
 /// Flows that are looked at to find a source that holds many.
@@ -41,7 +41,7 @@ impl Limit {
         Self {
             max,
             live: AtomicUsize::new(0),
-            of_peers: (0..MAX_PEERS).map(|_| AtomicUsize::new(0)).collect(),
+            of_peers: (0..MAX_HOLDERS).map(|_| AtomicUsize::new(0)).collect(),
         }
     }
 

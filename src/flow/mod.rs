@@ -7,6 +7,7 @@
 //! | `clients` | which clients came, for those checks |
 //! | [`role`] | what the server's role makes of a packet |
 //! | [`translate`], [`routes`] | the new server's rewriting, and what is configured for it |
+//! | `hairpin` | the moved address called from this host, and from those behind it |
 //! | [`nat`] | both addresses rewritten, on the old server alone |
 //! | [`table`] | the flows, found from either side |
 //! | [`class`] | how long a flow is kept, and which gives way first |
@@ -25,6 +26,7 @@ pub mod ended;
 pub mod fairness;
 pub mod fragments;
 pub mod gate;
+mod hairpin;
 pub mod nat;
 pub mod networks;
 pub mod ownership;

@@ -27,7 +27,7 @@ pub struct Delivery {
 /// Everything that is configured, made ready for lookup. It is replaced as a whole.
 #[derive(Clone, Default)]
 pub(super) struct Routes {
-    /// This host's addresses.
+    /// This host's addresses, sorted.
     pub(super) host: Vec<Addr>,
     /// Those, and the addresses that this server's settings have packets delivered to, sorted.
     own: Vec<Addr>,
@@ -84,6 +84,30 @@ impl Routes {
     pub(super) fn is_own(&self, peer: PeerId, addr: Addr) -> bool {
         let moved = |routes: &PeerRoutes| routes.moved(addr).is_some();
         self.own.binary_search(&addr).is_ok() || self.peer(peer).is_some_and(moved)
+    }
+
+    /// Whether it is an address of this host.
+    pub(super) fn is_host(&self, addr: Addr) -> bool {
+        self.host.binary_search(&addr).is_ok()
+    }
+
+    /// What serves a packet that comes to a moved address from inside: from this host or one behind
+    /// it. `None` if the address has not moved, or if it is this host's own now (`keep`).
+    ///
+    /// # Errors
+    /// [`DropReason::NotMoved`] if others of its ports have moved.
+    pub(super) fn inside(
+        &self,
+        addr: Addr,
+        protocol: u8,
+        kind: Kind,
+        port: u16,
+    ) -> Option<Result<&Moved, DropReason>> {
+        let translating = self.peers.iter().filter(|peer| !peer.delivery.keep);
+        let mut of_addr = translating.filter_map(|peer| peer.moved(addr)).peekable();
+        of_addr.peek()?;
+        let takes = |moved: &&Moved| moved.takes(protocol, kind, port);
+        Some(of_addr.find(takes).ok_or(DropReason::NotMoved))
     }
 
     /// Whether packets are delivered there.

@@ -293,6 +293,19 @@ impl FlowTable {
         })
     }
 
+    /// Whether the client has begun this connection, and nothing has answered it.
+    pub fn is_unanswered(&self, key: &Outside) -> bool {
+        let at = self.find_outside(key);
+        at.is_some_and(|at| !self.slab.get(at).seen.is_answered())
+    }
+
+    /// Forgets a flow.
+    pub fn forget(&mut self, key: &Outside, limit: &Limit) {
+        if let Some(at) = self.find_outside(key) {
+            self.remove(at, limit);
+        }
+    }
+
     /// The inner view of a flow, without noting anything.
     pub fn peek_outside(&self, key: &Outside) -> Option<Inside> {
         self.find_outside(key)
@@ -337,7 +350,7 @@ impl FlowTable {
         debug_assert!(self.find_outside(key).is_none());
         let inside = Inside {
             protocol: key.protocol,
-            client: key.client,
+            client: seen_client(key),
             client_port: key.client_port,
             delivery,
             delivery_port,
@@ -836,6 +849,17 @@ fn inner(masquerade: &Option<Masquerade>, entry: &Entry) -> Inside {
     }
 }
 
+/// The client's address as the application sees it. What this host sends to a moved address comes
+/// from there: it takes no packet from itself that comes in on a link.
+#[inline]
+pub(super) fn seen_client(flow: &Outside) -> Addr {
+    if flow.peer == PeerId::SELF {
+        flow.moved
+    } else {
+        flow.client
+    }
+}
+
 /// Whether a port, which may be rewritten, tells the flows of a protocol apart.
 fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
@@ -904,7 +928,7 @@ impl Entry {
     fn inside(&self) -> Inside {
         Inside {
             protocol: self.protocol,
-            client: self.client,
+            client: seen_client(&self.outside()),
             client_port: self.inside_port,
             delivery: self.delivery,
             delivery_port: self.delivery_port,

@@ -31,11 +31,12 @@ use crate::flow::class::UDP_BOTH_WAYS;
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
+use crate::flow::hairpin::Turned;
 use crate::flow::lock;
 use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
-use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
+use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage, seen_client};
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::asked::Asked;
 use crate::model::drops::DropReason;
@@ -77,15 +78,15 @@ pub struct TranslatorConfig {
 /// The new server's rewriting. Shared by the lanes. A lane locks the shard of the packet's client
 /// and nothing else, and only while it looks the flow up.
 pub struct Translator {
-    seed: Seed,
+    pub(super) seed: Seed,
     start: Instant,
-    limit: Limit,
+    pub(super) limit: Limit,
     shards: Box<[Shard]>,
     /// New flows that found no space.
     turns: AtomicUsize,
     /// The shard that had most flows when it was last looked.
     fullest: AtomicUsize,
-    routes: ArcSwap<Routes>,
+    pub(super) routes: ArcSwap<Routes>,
     networks: Networks,
     /// One of each peer that is not told yet.
     unmoved_ports: Mutex<Vec<(PeerId, UnmovedPort)>>,
@@ -95,6 +96,7 @@ pub struct Translator {
     outbound_fragments: Mutex<FragmentCache<(PeerId, Addr)>>,
     /// The newest conversations, by [`PeerId`]: no peer's clients take the places of another's.
     watches: Box<[OnceLock<Watch<Outside>>]>,
+    pub(super) turned_fragments: Mutex<FragmentCache<Turned>>,
 }
 
 /// A table in cache lines of its own.
@@ -128,6 +130,7 @@ impl Translator {
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
             watches: (0..MAX_PEERS).map(|_| OnceLock::new()).collect(),
+            turned_fragments: Mutex::new(FragmentCache::new()),
         }
     }
 
@@ -145,7 +148,8 @@ impl Translator {
 
     /// Sets this host's own addresses, which no client may claim.
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
-        let host = own.iter().map(|&addr| addr.into()).collect();
+        let mut host: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();
+        host.sort_unstable();
         self.change(|routes| routes.host = host);
     }
 
@@ -249,9 +253,10 @@ impl Translator {
         }
         let delivery = parsed.src(bytes);
         if parsed.fragment() == Fragment::Later {
-            let (peer, moved) = lock(&self.outbound_fragments)
-                .recall(now, &self.seed, parsed, bytes)
-                .ok_or(DropReason::FragmentUnknown)?;
+            let known = lock(&self.outbound_fragments).recall(now, &self.seed, parsed, bytes);
+            let Some((peer, moved)) = known else {
+                return self.turn_later_fragment(now, bytes, parsed);
+            };
             parsed.set_src(bytes, moved, partial);
             return Ok(peer);
         }
@@ -271,9 +276,20 @@ impl Translator {
             Some(outside) => outside,
             None => match self.related(now, &key, parsed)? {
                 Some(outside) => outside,
-                None => self.reopen(now, &key, parsed)?,
+                // What may be an answer to a client is one, whoever says that its address has
+                // moved.
+                None => match self.reopen(now, &key, parsed) {
+                    Err(DropReason::NoFlow) => {
+                        let called = self.call(now, bytes, parsed, partial);
+                        return called.unwrap_or(Err(DropReason::NoFlow));
+                    }
+                    reopened => reopened?,
+                },
             },
         };
+        if outside.peer.is_inside() {
+            return Ok(self.answer(now, (&outside, &key), bytes, parsed, partial));
+        }
         if parsed.fragment() == Fragment::First {
             let value = (outside.peer, outside.moved);
             let mut cache = lock(&self.outbound_fragments);
@@ -470,10 +486,11 @@ impl Translator {
             delivery: quoted.dst(bytes),
             delivery_port: quoted.dst_port(),
         };
-        let outside = self
-            .table(client)
-            .peek_inside(&key)
-            .ok_or(DropReason::IcmpUnrelated)?;
+        let Some(outside) = self.table(client).peek_inside(&key) else {
+            return self
+                .callers_error(&quoted, bytes, parsed, partial)
+                .ok_or(DropReason::IcmpUnrelated);
+        };
         let watch = self.watches.get(usize::from(outside.peer.0));
         if let Some(watch) = watch.and_then(OnceLock::get) {
             watch.error(parsed, bytes, |known| *known == outside);
@@ -487,6 +504,9 @@ impl Translator {
             dst_port: Some(outside.moved_port),
         };
         quoted.rewrite(bytes, parsed, &change);
+        if outside.peer.is_inside() {
+            self.turn_error(&outside, &quoted, bytes, parsed, partial);
+        }
         Ok(outside.peer)
     }
 
@@ -577,7 +597,7 @@ impl Translator {
     ///
     /// A source that holds much has all of it in one shard, so the fullest shard is asked first for
     /// floods and large holders. What nobody is using is first sought where the new flow will be.
-    fn make_space(&self, now: Instant, peer: PeerId, client: Addr) {
+    pub(super) fn make_space(&self, now: Instant, peer: PeerId, client: Addr) {
         if !self.limit.is_full() {
             return;
         }
@@ -605,6 +625,11 @@ impl Translator {
             self.fullest.store(fullest.unwrap_or(0), Relaxed);
         }
         self.fullest.load(Relaxed)
+    }
+
+    /// The table with a flow: its client is known there as the application sees it.
+    pub(super) fn table_of(&self, flow: &Outside) -> MutexGuard<'_, FlowTable> {
+        self.table(seen_client(flow))
     }
 
     #[inline]

@@ -407,6 +407,44 @@ impl Lab {
         })
     }
 
+    /// Puts one more host behind a bridge of another, as a container or a virtual machine is. The
+    /// bridge is made with the addresses of `gateways`, unless it is there.
+    pub fn add_behind(
+        &self,
+        host: &Namespace,
+        (bridge, port): (&str, &str),
+        addresses: &[(IpAddr, u8)],
+        gateways: &[(IpAddr, u8)],
+    ) -> Result<Namespace> {
+        let behind = Namespace::new(port)?;
+        host.run(|| {
+            netlink("put a host behind another", |netlink| {
+                if netlink.link_by_name(bridge)?.is_none() {
+                    netlink.add_interface(bridge, InfoKind::Bridge)?;
+                    set_up(netlink, bridge, None, gateways)?;
+                }
+                netlink.add_veth(port, UPLINK, Some(behind.fd().as_fd()))?;
+                netlink.set_master(index_of(netlink, port)?, index_of(netlink, bridge)?)?;
+                set_up(netlink, port, None, &[])
+            })
+        })?;
+        behind.run(|| {
+            netlink("give a host its addresses", |netlink| {
+                set_up(netlink, "lo", None, &[])?;
+                set_up(netlink, UPLINK, None, addresses)?;
+                for &(gateway, _) in gateways {
+                    netlink.add_route(&Route {
+                        via: Some(gateway),
+                        ..Route::default_of(Family::of(gateway))
+                    })?;
+                }
+                Ok(())
+            })
+        })?;
+        behind.set_sysctls(&[("ipv4/ping_group_range", "0 2147483647")])?;
+        Ok(behind)
+    }
+
     /// Adds an interface that receives nothing to a host, with an address: a bridge without ports.
     pub fn add_deaf(&self, host: &Namespace, interface: &str, addr: IpAddr) -> Result<()> {
         host.run(|| {

@@ -127,6 +127,9 @@ impl Outbound {
         let offload = Offload::accept(&vnet, packet, &parsed)?;
         let partial = offload.partial();
         let peer = outgoing.rewrite(context.now, packet, &mut parsed, partial)?;
+        if peer.is_inside() {
+            return self.turn_round(len, offload);
+        }
         let view = context.view.peer(peer);
         let (Some(session), Some(endpoint)) = (&view.session, view.endpoint) else {
             return Err(Dropped::of(peer, DropReason::NoSession));
@@ -163,6 +166,17 @@ impl Outbound {
             .tun
             .send(&[IoSlice::new(&self.frame[..len])])
             .map_err(|_| DropReason::TunWriteFailed.into())
+    }
+
+    /// Gives a packet that called a moved address from inside, or answers such a call, back to this
+    /// host's stack under its new addresses.
+    #[cold]
+    fn turn_round(&mut self, len: usize, offload: Offload) -> Result<(), Dropped> {
+        if !offload.is_unfinished() {
+            // A checksum of something inside is finished by now.
+            self.frame[..VNET_HDR_LEN].copy_from_slice(&VnetHdr::default().to_bytes());
+        }
+        self.bounce(len)
     }
 
     /// Does what is left to do after `route` has tried the frame in `self.frame[..len]`.

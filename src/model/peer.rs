@@ -10,6 +10,22 @@ pub struct PeerId(pub u16);
 /// Most peers that one daemon serves: a stranger's datagram costs one hash for each peer.
 pub const MAX_PEERS: usize = 256;
 
+/// Peers and what counts as one where flows are shared out ([`PeerId::SELF`], [`PeerId::BEHIND`]).
+pub const MAX_HOLDERS: usize = MAX_PEERS + 2;
+
+impl PeerId {
+    /// No peer, but this host itself, where it calls a moved address that it serves.
+    pub const SELF: Self = Self(MAX_PEERS as u16);
+    /// No peer, but the hosts behind this one (containers, virtual machines), where they do.
+    pub const BEHIND: Self = Self(MAX_PEERS as u16 + 1);
+
+    /// Whether it is no peer, and its packets never leave this host.
+    #[inline]
+    pub fn is_inside(self) -> bool {
+        self.0 >= Self::SELF.0
+    }
+}
+
 /// What a daemon is for the moved addresses of one tunnel.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -151,6 +151,11 @@ impl Offload {
         })
     }
 
+    /// Whether segments or a checksum are still left to whoever gets the packet.
+    pub fn is_unfinished(&self) -> bool {
+        self.partial || self.segment_size.is_some()
+    }
+
     /// Whether the packet's TCP or UDP checksum is partial.
     #[inline]
     pub fn partial(&self) -> bool {

@@ -72,6 +72,10 @@ use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::settings::values::{DeliverTo, PeerAddr};
 
+/// Bits of the addresses of one move that those inside reach here though nobody has accepted it:
+/// 256 addresses. A real prefix of IPv6 is accepted by somebody who reads the warning.
+const INSIDE_UNASKED: u8 = 8;
+
 /// The settings of one peer.
 #[derive(Debug)]
 pub(super) struct PeerRules {
@@ -507,6 +511,25 @@ impl Policy {
     /// The moves to the peer, or those from it that are served here.
     pub(super) fn moves(&self, peer: PeerId) -> &Arc<[Move]> {
         self.claims.served(peer)
+    }
+
+    /// What this server serves to those inside as well: to itself, and to hosts behind it (new
+    /// server). An address that it holds itself (`keep`) they reach anyhow.
+    ///
+    /// An old server that is taken over draws by this what they begin to say to an address that it
+    /// names. So without `--accept` only small prefixes count ([`INSIDE_UNASKED`]).
+    pub(super) fn served_inside(&self) -> Vec<Move> {
+        let of_peer = |id: PeerId| {
+            let peer = &self.peers[index(id)];
+            let translates = matches!(peer.deliver, Some(Deliver::To { .. }));
+            let is_limited = !peer.accept.is_empty();
+            let served = self.claims.served(id).iter().filter(move |moved| {
+                let bits = if moved.prefix.is_ipv4() { 32 } else { 128 };
+                translates && (is_limited || bits - moved.prefix.len() <= INSIDE_UNASKED)
+            });
+            served.cloned()
+        };
+        self.peers().flat_map(of_peer).collect()
     }
 
     /// Where the new server delivers what moved, once that is known.

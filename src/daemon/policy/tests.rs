@@ -331,6 +331,34 @@ fn without_a_limit_everything_is_served_with_the_flags_that_would_limit_it() {
 }
 
 #[test]
+fn without_accept_few_addresses_are_served_to_those_inside() {
+    let of = |prefix: &str| Move {
+        prefix: prefix.parse().unwrap(),
+        ports: Vec::new(),
+        transport: None,
+    };
+    let few = ["192.0.2.5", "203.0.113.0/24", "2001:db8::/120"].map(of);
+    let many = ["198.18.0.0/23", "2001:db8::/119"].map(of);
+    let all: Vec<Move> = few.iter().chain(&many).cloned().collect();
+    for (accept, expected) in [("", few.to_vec()), ("0.0.0.0/0 ::/0", all.clone())] {
+        let mut new = Machine::reached(vec![accepting(ANYWHERE, accept)], "");
+        assert!(new.policy.served_inside().is_empty());
+        let moves = all.clone();
+        let announcement = Announcement::Old {
+            moves,
+            mtu: 1_500,
+            reached: None,
+        };
+        new.does(Input::Announced(OLD, announcement));
+        assert_eq!(new.policy.served_inside(), expected);
+    }
+    // What this server holds itself is reached anyhow.
+    let mut new = Machine::reached(vec![accepting(DeliverTo::Keep, "192.0.2.5")], "");
+    new.moves(OLD, "192.0.2.5");
+    assert!(new.policy.served_inside().is_empty());
+}
+
+#[test]
 fn what_this_server_needs_itself_is_never_served() {
     for (moved, says, translated_too) in [
         ("198.51.100.254", "a gateway", true),

@@ -17,6 +17,7 @@ use super::{Routes, Translator};
 use crate::flow::lock;
 use crate::flow::table::{Inside, Outside};
 use crate::model::drops::DropReason;
+use crate::model::moved::UDP;
 use crate::model::peer::PeerId;
 use crate::packet::{Addr, Kind, Parsed};
 
@@ -68,10 +69,20 @@ impl Translator {
         let Some((_, asked)) = latest else {
             return Ok(None);
         };
-        let moved = routes.peer(asked.peer).and_then(|it| it.moved(asked.moved));
+        let moved = match asked.peer {
+            // What this host sends to a moved address is a call of its own.
+            PeerId::SELF => return Ok(None),
+            PeerId::BEHIND => {
+                let of_it = routes.inside(asked.moved, UDP, Kind::Udp, asked.moved_port);
+                of_it.and_then(Result::ok)
+            }
+            peer => routes.peer(peer).and_then(|it| it.moved(asked.moved)),
+        };
         let port = moved.and_then(|moved| moved.asked_port(key.delivery, key.delivery_port));
         let Some(moved_port) = port else {
-            self.note_unmoved_port(&asked, key.delivery_port);
+            if !asked.peer.is_inside() {
+                self.note_unmoved_port(&asked, key.delivery_port);
+            }
             return Err(DropReason::UnmovedPort);
         };
         let outside = Outside {

@@ -8,7 +8,9 @@
 //! link ingress: arrivals ──► a client that comes directly is answered directly            │
 //! link egress: take_replies ◄── whatever rules, routes and marks say ◄────────────────────┘
 //!                  ├─► a flow that is remembered ──► TUN
+//!                  ├─► a call of a moved address that is served here ──► TUN
 //!                  └─► anything else ──► the link
+//! ingress of links without clients: callers ──► a call of those behind this server ──► TUN
 //! ```
 //!
 //! Owns the programs and their places. What is taken is known exactly, by protocol, addresses and
@@ -22,15 +24,18 @@ use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use super::{ETHERNET_HEADER, PUBLIC, PlanError, clsact, filter, l2_header};
+use rustix::fs::{Access, access};
+
+use super::{ETHERNET_HEADER, FILTER_HANDLE, PUBLIC, PlanError, clsact, filter, l2_header};
 use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
 use crate::kernel::bpf::{self, BpfError, Program};
 use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
 use crate::kernel::programs::{Counter, Entrance, FlowMaps, TAKE_REPLIES};
-use crate::kernel::programs::{arrivals, deliver, now, take_replies};
+use crate::kernel::programs::{arrivals, callers, deliver, now, take_replies};
 use crate::model::drops::DropReason;
+use crate::model::moved::Move;
 
 /// Metric of the route into the TUN, for a family without any other default route: every other one
 /// is preferred.
@@ -96,7 +101,7 @@ impl Came {
 #[derive(Debug)]
 struct Loaded {
     /// For links with and without a link-layer header of this length.
-    on_links: [(u32, [(&'static str, OwnedFd); 2]); 2],
+    on_links: [(u32, [(&'static str, OwnedFd); 3]); 2],
     on_tun: (&'static str, OwnedFd),
 }
 
@@ -174,7 +179,7 @@ impl Steering {
         let mut desired = Vec::new();
         // Replies must be taken before anything is delivered.
         for link in &links {
-            desired.append(&mut self.on_link(netlink, link, tun)?);
+            desired.append(&mut self.on_link(netlink, link, tun, true)?);
         }
         desired.append(&mut self.on_tun(netlink, &links, tun)?);
         Ok(desired)
@@ -197,7 +202,7 @@ impl Steering {
         Ok(self.maps.set_links(&entrances)?)
     }
 
-    /// The changes to one link.
+    /// The changes to one link. Hosts behind this server use it unless it `leads_to_clients`.
     ///
     /// # Errors
     /// If the kernel refuses a program, or there is no place for it on an interface.
@@ -206,14 +211,18 @@ impl Steering {
         netlink: &Netlink,
         link: &Link,
         tun: &Link,
+        leads_to_clients: bool,
     ) -> Result<Vec<Desired>, PlanError> {
         let l2_header = l2_header(link)?;
         let loaded = self.loaded(tun)?;
         let of_its_kind = |(length, _): &&(u32, _)| *length == l2_header;
+        let count = DIRECTIONS.len() - usize::from(leads_to_clients);
         let mut desired = vec![Desired::lasting(clsact(link))];
         for (_, programs) in loaded.on_links.iter().filter(of_its_kind) {
-            for (direction, (name, program)) in DIRECTIONS.into_iter().zip(programs) {
+            let places = DIRECTIONS.into_iter().zip(programs);
+            for (direction, (name, program)) in places.take(count) {
                 let place = filter(netlink, link, direction, name)?;
+                let place = beside(place, &desired);
                 desired.push(Desired::lasting(place).program(copy(name, program)?));
             }
         }
@@ -251,10 +260,11 @@ impl Steering {
                 })));
             }
         }
-        if !one_way {
-            // Or the kernel does not tell a program where a route leads.
-            for (_, family, _) in families {
-                let path = format!("net/{family}/conf/{}/forwarding", tun.name);
+        // Or the kernel does not tell a program where a route leads: to a client, or to whom it
+        // forwards for. With one link that is known, and only the latter are not served.
+        for (_, family, _) in families {
+            let path = format!("net/{family}/conf/{}/forwarding", tun.name);
+            if !one_way || may_write(&path) {
                 desired.push(Desired::with_tun(sysctl(path)));
             }
         }
@@ -263,6 +273,22 @@ impl Steering {
         desired.push(Desired::with_tun(clsact(tun)));
         desired.push(Desired::with_tun(place).program(copy(name, program)?));
         Ok(desired)
+    }
+
+    /// From now on this is served here, and those inside that call it get it here.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn serve_inside(&self, moves: &[Move]) -> Result<(), BpfError> {
+        self.maps.inside().serve(moves)
+    }
+
+    /// The calls from inside that an earlier daemon carried, as far as they are known.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn calls_from_inside(&self) -> Result<Vec<HostFlow>, BpfError> {
+        self.maps.inside().calls()
     }
 
     /// The memory that the next daemon needs, if this one is killed.
@@ -330,7 +356,9 @@ impl Steering {
         let of = |l2_header| {
             let replies = take_replies(maps, l2_header, tun.index, *tunnel_port)?;
             let arrivals = arrivals(maps, l2_header, *tunnel_port)?;
-            Ok::<_, BpfError>((l2_header, [load(replies)?, load(arrivals)?]))
+            let callers = callers(maps, l2_header, tun.index)?;
+            let all = [load(replies)?, load(arrivals)?, load(callers)?];
+            Ok::<_, BpfError>((l2_header, all))
         };
         let loaded = Loaded {
             on_links: [of(0)?, of(ETHERNET_HEADER)?],
@@ -340,8 +368,29 @@ impl Steering {
     }
 }
 
-/// Where the programs of a link stand, in their order.
-const DIRECTIONS: [Direction; 2] = [Direction::Egress, Direction::Ingress];
+/// Where the programs of a link stand, in their order. The last is for links without clients.
+const DIRECTIONS: [Direction; 3] = [Direction::Egress, Direction::Ingress, Direction::Ingress];
+
+/// The place with another handle, if one of the others has it.
+fn beside(place: Change, others: &[Desired]) -> Change {
+    let Change::Filter(mut place) = place else {
+        return place;
+    };
+    let taken = |handle: u32| {
+        others.iter().any(|other| match &other.change {
+            Change::Filter(it) => {
+                (it.direction, it.priority, it.handle) == (place.direction, place.priority, handle)
+            }
+            _ => false,
+        })
+    };
+    if taken(place.handle) {
+        place.handle = (FILTER_HANDLE..)
+            .find(|&it| !taken(it))
+            .unwrap_or(FILTER_HANDLE);
+    }
+    Change::Filter(place)
+}
 
 fn copy(name: &'static str, program: &OwnedFd) -> Result<OwnedFd, PlanError> {
     program
@@ -352,6 +401,11 @@ fn copy(name: &'static str, program: &OwnedFd) -> Result<OwnedFd, PlanError> {
 /// Whether the kernel routes IPv6 into the TUN.
 fn has_ipv6(tun: &Link) -> bool {
     read_sysctl(&format!("net/ipv6/conf/{}/disable_ipv6", tun.name)).is_ok_and(|value| value == "0")
+}
+
+/// Whether a setting can be changed: in many containers it cannot.
+fn may_write(path: &str) -> bool {
+    access(format!("/proc/sys/{path}"), Access::WRITE_OK).is_ok()
 }
 
 /// Switches a setting on. If we cannot read it we write it anyway, and the kernel says why not.

@@ -21,6 +21,10 @@
 //!     }
 //!     entrance = flow->entrance; goto deliver;
 //! }
+//! if ((caller = lookup(callers, key))) {              // later, none: by the addresses alone
+//!     if (caller->leaves) { skb->mark = DELIVERED; return redirect_neigh(caller->ifindex); }
+//!     entrance = caller->ifindex; goto deliver;
+//! }
 //! if (TCP && shifted(BY_TUNNEL, key)) goto new;
 //! if (TCP && (socket = sk_lookup_tcp()) && socket->state != LISTEN
 //!     && !storage(sockets, socket)
@@ -55,6 +59,7 @@ use super::flows::{
     jump_if_within, look_up,
 };
 use super::headers::{ethernet, fib, icmpv4, icmpv6, skb, sock, tcp, tcp_sock};
+use super::inside::{jump_if_answer, key_by_addresses};
 use super::parse::{FLAGS, HEADER, Side, Ways, parse};
 use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
@@ -103,13 +108,14 @@ pub(super) fn deliver_behind(
     let a = &mut asm;
     let ways = Ways::new(a);
     let (known, new, on_the_tun) = (a.label(), a.label(), a.label());
-    let (by_route, deliver) = (a.label(), a.label());
+    let (by_route, deliver, leaves) = (a.label(), a.label(), a.label());
     keep_packet(a);
     parse(a, l2_header, Side::Client, ways);
 
     a.bind(ways.flow);
     look_up(a, &maps.flows);
     a.jump_if_wide(R0, If::Ne, 0, known);
+    jump_if_answer(a, &maps.inside, (FLOW, ENTRANCE), deliver, leaves);
     let (plain, shot) = (a.label(), a.label());
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), plain);
     jump_unless_any(a, maps, plain);
@@ -201,6 +207,8 @@ pub(super) fn deliver_behind(
 
     a.bind(ways.later);
     a.bind(ways.none);
+    key_by_addresses(a);
+    jump_if_answer(a, &maps.inside, (FLOW, ENTRANCE), by_route, leaves);
     a.bind(by_route);
     find_entrance(a, tun_ifindex);
     a.bind(deliver);
@@ -232,6 +240,17 @@ pub(super) fn deliver_behind(
     a.load(Size::W, R1, LINK, LINK_IFINDEX);
     a.mov(R2, BPF_F_INGRESS);
     a.call(Helper::Redirect);
+    a.exit();
+    a.bind(leaves);
+    a.mov(R0, DELIVERED);
+    a.store(Size::W, PACKET, skb::MARK, R0);
+    add_empty_header(a, ethernet::LEN as u32);
+    a.jump_if_wide(R0, If::Ne, 0, no_room);
+    a.mov(R1, ENTRANCE);
+    for none in [R2, R3, R4] {
+        a.mov(none, 0);
+    }
+    a.call(Helper::RedirectNeigh);
     a.exit();
     // The kernel has no room for the header: the TUN has to do.
     a.bind(no_room);

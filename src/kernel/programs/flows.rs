@@ -30,6 +30,7 @@
 //!            fragmented replies under way, by identification
 //! sockets    u32, for each TCP socket whose connection came by the tunnel: 1, or 2 if shifted
 //! counters   u64, see `Counter`
+//! callers    see [`inside`](super::inside)
 //! ```
 //!
 //! Times are the kernel's nanoseconds since boot. `flows` takes 16 bytes for each flow that there
@@ -45,6 +46,7 @@ use rustix::time::{ClockId, clock_gettime};
 use Reg::{R0, R1, R2, R3, R4, R10};
 
 use super::headers::{icmpv4, icmpv6};
+use super::inside::Inside;
 use super::phrases::PROTOCOL;
 use super::related::RELATED_BYTES;
 use super::shifted::{MAX_SHIFTED, SHIFTED_BYTES};
@@ -180,11 +182,18 @@ pub struct FlowMaps {
     pub(super) links: Map,
     pub(super) fragments: Map,
     pub(super) counters: Map,
+    /// Who calls a moved address from inside.
+    pub(super) inside: Inside,
     /// None where the kernel has no such maps.
     pub(super) sockets: Option<Map>,
 }
 
-const fn shape(kind: MapKind, name: &'static str, value_size: usize, max_entries: u32) -> Shape {
+pub(super) const fn shape(
+    kind: MapKind,
+    name: &'static str,
+    value_size: usize,
+    max_entries: u32,
+) -> Shape {
     Shape {
         kind,
         name,
@@ -264,6 +273,7 @@ impl FlowMaps {
             links: Map::new(LINKS)?,
             fragments: Map::new(FRAGMENTS)?,
             counters: Map::new(COUNTERS)?,
+            inside: Inside::new(|_| None)?,
             sockets: sockets()?,
         })
     }
@@ -305,6 +315,7 @@ impl FlowMaps {
             },
             links: Map::new(LINKS)?,
             counters: Map::new(COUNTERS)?,
+            inside: Inside::new(find)?,
             sockets: match find(SOCKETS) {
                 Some(map) => Some(map),
                 None => sockets()?,
@@ -327,9 +338,15 @@ impl FlowMaps {
         } = self;
         [flows, own, direct, related, shifted, fragments]
             .into_iter()
+            .chain([&self.inside.callers])
             .chain(&self.sockets)
             .map(AsFd::as_fd)
             .collect()
+    }
+
+    /// What the programs know of calls from inside.
+    pub fn inside(&self) -> &Inside {
+        &self.inside
     }
 
     /// Names the links at which packets may arrive, the first of which stands for any other.
@@ -491,7 +508,7 @@ pub(super) fn key_of(flow: &HostFlow) -> [u8; KEY_BYTES] {
 }
 
 /// The flow of a key.
-fn flow_of(key: &[u8]) -> Option<HostFlow> {
+pub(super) fn flow_of(key: &[u8]) -> Option<HostFlow> {
     let [protocol, family] = {
         let bytes: [u8; 4] = key.get(..4)?.try_into().ok()?;
         let word = u32::from_ne_bytes(bytes);

@@ -9,8 +9,10 @@ pub(super) mod skb {
     pub(crate) const PROTOCOL: i16 = 16;
     pub(crate) const VLAN_PRESENT: i16 = 20;
     pub(crate) const VLAN_TCI: i16 = 24;
-    /// The index of the interface by which it came to this host; 0 if it began here.
+    /// The interface that it came in by; 0 for what this host sends itself.
     pub(crate) const INGRESS_IFINDEX: i16 = 36;
+    /// The interface where it is.
+    pub(crate) const IFINDEX: i16 = 40;
     /// The socket that sends it, `struct bpf_sock *`.
     pub(crate) const SK: i16 = 168;
 }
@@ -58,6 +60,8 @@ pub(super) mod fib {
     pub(crate) const FOUND: [i32; 3] = [0, 7, 8];
     /// A route says that no packet gets there: blackhole, unreachable, prohibit.
     pub(crate) const REFUSED: [i32; 3] = [1, 2, 3];
+    /// It is not forwarded: its destination is this host's own, or no route leads there.
+    pub(crate) const NOT_FORWARDED: i32 = 4;
     /// The interface that it arrived at does not forward.
     pub(crate) const FORWARDING_DISABLED: i32 = 5;
 }

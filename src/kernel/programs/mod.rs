@@ -5,7 +5,7 @@
 //!   link ingress ── capture ──► TUN             TUN ingress ── deliver ──► link ingress
 //!   TUN ingress ── return_path ──► link         link ingress ── arrivals ──► stack
 //!                   └─ bounced: uplink ingress, link egress ── take_replies ──► TUN
-//!                      past capture
+//!                      past capture            link ingress ── callers ──► TUN
 //!   link egress ── note_own ──► link
 //!
 //!            old server alone, in mode `nat`
@@ -22,6 +22,7 @@
 //!   facts     what the old server's programs know of links and addresses
 //!   moved     the moved addresses, and which scope one lies in
 //!   flows     the memory of the steering programs
+//!   inside    what they know of calls from inside to moved addresses
 //!   parse     how the steering programs and the one below read a packet
 //!   own       what the old server remembers of the conversations that it has itself
 //!   stays     which packets capture leaves to it
@@ -44,11 +45,13 @@
 //! at more).
 
 mod arrivals;
+mod callers;
 mod capture;
 mod deliver;
 mod facts;
 mod flows;
 mod headers;
+mod inside;
 mod moved;
 mod note_own;
 mod own;
@@ -66,6 +69,7 @@ mod testing;
 mod way_out;
 
 pub use arrivals::arrivals;
+pub use callers::callers;
 pub use capture::{TunnelEnds, capture};
 pub use deliver::deliver;
 pub use facts::Facts;
@@ -127,6 +131,7 @@ mod tests {
                 deliver(&maps, 2),
                 take_replies(&maps, l2_header, 2, 51820),
                 arrivals(&maps, l2_header, 51820),
+                callers(&maps, l2_header, 2),
                 replies(&pairs, &(40960..=57343), l2_header, 1),
                 way_out(
                     way,

@@ -15,7 +15,7 @@
 //! ```text
 //! if (skb->vlan_present || UDP from the tunnel's own port) pass;
 //! if (it is from a TCP socket with storage(sockets) == AS_IT_IS) return redirect(tun, 0);
-//! parse();                                                    // none, other: pass; later: below
+//! parse();                                                           // other: pass; rest: below
 //! if (TCP && it = shifted(LEAVING, key)) {                    // see `shifted`
 //!     exchange the client's port;
 //!     if (it is direct) pass;
@@ -37,7 +37,9 @@
 //!     if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification);
 //!     return redirect(tun, 0);
 //! }
-//! miss:   // TCP of a socket of this host needs no memory: the socket is there to be asked
+//! miss:   if (skb->mark == DELIVERED) { skb->mark = 0; pass; }
+//!         if (it calls a moved address) return redirect(tun, 0);                 // see `inside`
+//!         // TCP of a socket of this host needs no memory: the socket is there to be asked
 //!     if (TCP && !forwarded) goto unknown;
 //!     if (TCP) {
 //!         if (RST, or SYN and ACK) delete(own, key);
@@ -53,7 +55,8 @@
 //! unknown: // a first fragment of another flow ends the entry for its identification
 //!     if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
 //!     pass;
-//! quoted: if (lookup(flows, key)) return redirect(tun, 0); else pass;
+//! quoted: if (lookup(flows, key) || lookup(callers, key)) return redirect(tun, 0); else pass;
+//! none:   if (a query that calls a moved address) return redirect(tun, 0); else pass;
 //! later:  if (!lookup(fragments, key by identification)) pass;
 //!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
 //!         return redirect(tun, 0);
@@ -70,17 +73,18 @@ use super::flows::{
     jump_if_within, look_up, remove,
 };
 use super::headers::{icmpv4, icmpv6, ports, skb, sock};
+use super::inside::{jump_if_call, jump_if_query};
 use super::parse::{
     FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse,
     sort_out, wire,
 };
 use super::phrases::{
-    PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
+    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
 };
 use super::related::{jump_if_related, remember_remote_end};
 use super::shifted::{Coming, jump_unless_any, look_up_coming, shift_leaving};
 use super::sockets::jump_unless_from_own_port;
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, FIN, RST, SYN};
 
@@ -194,12 +198,7 @@ pub fn take_replies(
         a.jump(hit);
         a.bind(sent_here);
         load_tcp_socket(a, hit, hit);
-        a.load_map(R1, sockets.as_fd());
-        a.mov(R2, SOCKET);
-        a.mov(R3, R10);
-        a.alu(Alu::Add, R3, i32::from(TAKEN_AS));
-        a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
-        a.call(Helper::SkStorageGet);
+        remember_socket(a, sockets, TAKEN_AS);
     }
     a.jump(hit);
     a.bind(without_tcp);
@@ -230,6 +229,8 @@ pub fn take_replies(
     redirect_to(a, tun_ifindex);
 
     a.bind(miss);
+    pass_turned(a, pass);
+    jump_if_call(a, maps, tun_ifindex, hit);
     remember_own(a, maps, hit, unknown);
     a.bind(unknown);
     a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, pass);
@@ -239,8 +240,13 @@ pub fn take_replies(
 
     a.bind(ways.quoted);
     look_up(a, &maps.flows);
+    a.jump_if_wide(R0, If::Ne, 0, redirect);
+    look_up(a, &maps.inside.callers);
     a.jump_if_wide(R0, If::Eq, 0, pass);
     redirect_to(a, tun_ifindex);
+
+    a.bind(ways.none);
+    jump_if_query(a, &maps.inside, tun_ifindex, hit, pass);
 
     a.bind(ways.later);
     let more = a.label();
@@ -252,7 +258,7 @@ pub fn take_replies(
     a.bind(more);
     redirect_to(a, tun_ifindex);
 
-    for label in [ways.none, ways.other, pass] {
+    for label in [ways.other, pass] {
         a.bind(label);
     }
     verdict(a, TC_ACT_UNSPEC);
@@ -264,6 +270,33 @@ pub fn take_replies(
 const TAKEN_AS: i16 = -280;
 const AS_IT_IS: i32 = 1;
 const SHIFTED: i32 = 2;
+/// Lets an answer to a call leave, whose source is a moved address and which needs no memory.
+fn pass_turned(a: &mut Assembler, pass: Label) {
+    let other = a.label();
+    a.load(Size::W, R0, PACKET, skb::MARK);
+    a.jump_if(R0, If::Ne, DELIVERED, other);
+    // Kernels before 6.5 take no constant there.
+    a.mov(R0, 0);
+    a.store(Size::W, PACKET, skb::MARK, R0);
+    a.jump(pass);
+    a.bind(other);
+}
+
+/// Notes that SOCKET sends a call into the TUN, as long as it lives.
+pub(super) fn remember_caller(a: &mut Assembler, sockets: &Map) {
+    a.store(Size::W, R10, VALUE, AS_IT_IS);
+    remember_socket(a, sockets, VALUE);
+}
+
+/// Notes that SOCKET sends into the TUN, and how, which lies there on the stack.
+fn remember_socket(a: &mut Assembler, sockets: &Map, taken_as: i16) {
+    a.load_map(R1, sockets.as_fd());
+    a.mov(R2, SOCKET);
+    a.mov(R3, R10);
+    a.alu(Alu::Add, R3, i32::from(taken_as));
+    a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
+    a.call(Helper::SkStorageGet);
+}
 
 /// Makes the storage of a socket that has none.
 const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
