@@ -32,11 +32,12 @@ use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
+use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
 use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
-use crate::model::drops::DropReason;
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
 use crate::model::prefix::Prefix;
@@ -87,6 +88,7 @@ pub struct Translator {
     networks: Networks,
     /// One of each peer that is not told yet.
     unmoved_ports: Mutex<Vec<(PeerId, UnmovedPort)>>,
+    refused_outgoing: Refusals,
     /// Held while routes are replaced.
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<Addr>>,
@@ -120,6 +122,7 @@ impl Translator {
             routes: ArcSwap::default(),
             networks: Networks::default(),
             unmoved_ports: Mutex::default(),
+            refused_outgoing: Refusals::default(),
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
@@ -155,6 +158,16 @@ impl Translator {
         self.networks.allow(peer, prefixes);
     }
 
+    /// Sets what may leave from the moved addresses of `peer` that answers nobody.
+    pub fn set_outgoing(&self, peer: PeerId, rules: OutgoingRules) {
+        self.change(|routes| routes.peer_mut(peer).outgoing = rules);
+    }
+
+    /// For each peer, a packet of this host that was refused since the last call.
+    pub fn take_refused_outgoing(&self) -> BTreeMap<PeerId, RefusedOutgoing> {
+        self.refused_outgoing.take()
+    }
+
     /// For each peer, a source that was refused since the last call.
     pub fn take_refused_sources(&self) -> BTreeMap<PeerId, RefusedSource> {
         self.networks.take_refused()
@@ -187,9 +200,6 @@ impl Translator {
         if parsed.kind() == Kind::IcmpError {
             return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
         }
-        if !moved.takes(parsed.protocol(), parsed.kind(), parsed.dst_port()) {
-            return Err(DropReason::NotMoved);
-        }
         let key = Outside {
             peer,
             protocol: parsed.protocol(),
@@ -198,6 +208,12 @@ impl Translator {
             moved: moved.addr,
             moved_port: parsed.dst_port(),
         };
+        // What began here has a port that need not have moved.
+        if !moved.takes(parsed.protocol(), parsed.kind(), parsed.dst_port())
+            && self.table(key.client).peek_outside(&key).is_none()
+        {
+            return Err(DropReason::NotMoved);
+        }
         let flags = parsed.tcp_flags();
         let found = {
             let mut table = self.table(key.client);
@@ -230,6 +246,8 @@ impl Translator {
     /// that keeps sending is heard again after a restart of the daemon: with TCP at any time, else
     /// for some minutes after the start.
     ///
+    /// If none is, the packet may begin a flow of this side ([`outgoing`](super::outgoing)).
+    ///
     /// # Errors
     /// Why to drop the packet, which may be rewritten in part then.
     pub fn outbound(
@@ -238,9 +256,9 @@ impl Translator {
         bytes: &mut [u8],
         parsed: &mut Parsed,
         partial: bool,
-    ) -> Result<PeerId, DropReason> {
+    ) -> Result<PeerId, Dropped> {
         if parsed.kind() == Kind::IcmpError {
-            return self.outbound_error(bytes, parsed, partial);
+            return Ok(self.outbound_error(bytes, parsed, partial)?);
         }
         let delivery = parsed.src(bytes);
         if parsed.fragment() == Fragment::Later {
@@ -266,7 +284,10 @@ impl Translator {
             Some(outside) => outside,
             None => match self.related(now, &key, parsed)? {
                 Some(outside) => outside,
-                None => self.reopen(now, &key, parsed)?,
+                None => match self.reopen(now, &key, parsed) {
+                    Err(DropReason::NoFlow) => self.begin(now, &key, parsed)?,
+                    reopened => reopened?,
+                },
             },
         };
         if parsed.fragment() == Fragment::First {
@@ -534,6 +555,30 @@ impl Translator {
         }
     }
 
+    /// Begins a flow with a packet of this side, or continues one after a restart.
+    #[cold]
+    fn begin(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, Dropped> {
+        let (peer, moved) = outgoing::origin(&self.routes.load(), &self.refused_outgoing, key, parsed)?;
+        let wanted = Outside {
+            peer,
+            protocol: key.protocol,
+            client: key.client,
+            client_port: key.client_port,
+            moved,
+            moved_port: key.delivery_port,
+        };
+        let flags = parsed.tcp_flags();
+        self.make_space(now, peer, key.client);
+        let mut table = self.table(key.client);
+        // Another lane may have been faster.
+        match table.application_packet(now, key, flags, &self.limit) {
+            Some(outside) => Ok(outside),
+            None => table
+                .begin(now, key, &wanted, flags, &self.limit)
+                .map_err(|reason| Dropped::of(peer, reason)),
+        }
+    }
+
     /// If there is no space for a new flow, evicts one. Nothing is locked but the shard that is
     /// looked at.
     ///
@@ -656,7 +701,8 @@ mod tests {
             let mut parsed = Parsed::parse(bytes)?;
             let peer = self
                 .translator
-                .outbound(self.now, bytes, &mut parsed, false)?;
+                .outbound(self.now, bytes, &mut parsed, false)
+                .map_err(|drop| drop.reason)?;
             assert_eq!(Parsed::parse(bytes), Ok(parsed));
             Ok(peer)
         }

@@ -5,6 +5,7 @@ pub mod accept;
 pub mod budget;
 pub mod drops;
 pub mod moved;
+pub mod outgoing;
 pub mod peer;
 pub mod port_map;
 pub mod prefix;
