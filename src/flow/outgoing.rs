@@ -127,6 +127,16 @@ pub(super) fn origin(
     Err(Dropped::of(peer, reason))
 }
 
+/// Whether a program sends that is bound to a moved address, where packets are delivered to others.
+pub(super) fn is_bound(routes: &Routes, key: &Inside) -> bool {
+    !routes.is_delivery(key.delivery) && routes.peers_of(key.delivery).next().is_some()
+}
+
+/// Whether a rule names the packet's ports.
+pub(super) fn is_by_port(routes: &Routes, key: &Inside) -> bool {
+    by_port(routes, key).is_some()
+}
+
 /// Whether a packet may be the first that is seen of a connection of this side. Of TCP it may be
 /// any but an answer: the connection may be older than this daemon.
 fn may_begin(parsed: &Parsed) -> bool {

@@ -127,9 +127,10 @@ impl Routes {
     /// The one address of this family that `peer` has moved here; `None` if there are several.
     pub(super) fn only_moved(&self, peer: PeerId, v4: bool) -> Option<Addr> {
         let moves = self.peer(peer)?.moves.iter();
-        let mut addrs = moves.map(|moved| moved.addr).filter(|it| it.is_ipv4() == v4);
-        let first = addrs.next()?;
-        addrs.all(|addr| addr == first).then(|| first.into())
+        let mut prefixes = moves.map(|moved| moved.prefix).filter(|it| it.is_ipv4() == v4);
+        let first = prefixes.next()?;
+        let only = first.is_single() && prefixes.all(|prefix| prefix == first);
+        only.then(|| first.first().into())
     }
 
     #[inline]

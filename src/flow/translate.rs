@@ -282,13 +282,7 @@ impl Translator {
         };
         let outside = match found {
             Some(outside) => outside,
-            None => match self.related(now, &key, parsed)? {
-                Some(outside) => outside,
-                None => match self.reopen(now, &key, parsed) {
-                    Err(DropReason::NoFlow) => self.begin(now, &key, parsed)?,
-                    reopened => reopened?,
-                },
-            },
+            None => self.first(now, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
             let value = (outside.peer, outside.moved);
@@ -552,6 +546,26 @@ impl Translator {
             None => table
                 .reopen(now, key, &outside, flags, &self.limit)
                 .map(|()| outside),
+        }
+    }
+
+    /// The flow of a packet of this side that has none by its addresses and ports.
+    #[cold]
+    fn first(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, Dropped> {
+        let routes = self.routes.load();
+        // What a program sends that is bound to a moved address is no client's.
+        let earlier = if outgoing::is_bound(&routes, key) {
+            Err(DropReason::NoFlow)
+        } else {
+            let related = self.related(now, key, parsed);
+            related.and_then(|it| it.map_or_else(|| self.reopen(now, key, parsed), Ok))
+        };
+        match earlier {
+            Err(DropReason::NoFlow) => self.begin(now, key, parsed),
+            Err(DropReason::UnmovedPort) if outgoing::is_by_port(&routes, key) => {
+                self.begin(now, key, parsed)
+            }
+            earlier => Ok(earlier?),
         }
     }
 

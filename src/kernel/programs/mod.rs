@@ -22,6 +22,8 @@
 //!   moved     the moved addresses, and which scope one lies in
 //!   flows     the memory of the steering programs
 //!   parse     how the steering programs read a packet
+//!   places    what the new server's programs know of addresses
+//!   outgoing  what begins on the new server
 //! ```
 //!
 //! Owns what each program decides about a packet. Attaching them is the business of
@@ -47,8 +49,10 @@ mod facts;
 mod flows;
 mod headers;
 mod moved;
+mod outgoing;
 mod parse;
 mod phrases;
+mod places;
 mod related;
 mod replies;
 mod return_path;
@@ -64,6 +68,8 @@ pub use capture::{TunnelEnds, capture};
 pub use deliver::deliver;
 pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
+pub use outgoing::Chosen;
+pub use places::Place;
 pub use replies::{Pair, replies};
 pub use return_path::return_path;
 pub use take_replies::{TAKE_REPLIES, take_replies};
@@ -78,6 +84,20 @@ mod tests {
     use super::*;
     use crate::kernel::bpf::Program;
     use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
+
+    /// What leaves by its port: of anybody, of a user, and of a control group.
+    fn chosen() -> [Chosen; 3] {
+        let of = |ports: &str, user, cgroup_depth| Chosen {
+            ports: ports.parse().unwrap(),
+            user,
+            cgroup_depth,
+        };
+        [
+            of("25,465,587/tcp", None, None),
+            of("from:20/tcp", Some(8), None),
+            of("27000-27050", Some(8), Some(2)),
+        ]
+    }
 
     /// Each program for interfaces with and without a link-layer header, and the number of its
     /// instructions. Look twice when that grows: every packet runs through them.
@@ -116,15 +136,15 @@ mod tests {
                 capture(&moves, l2_header, 1, tunnel),
                 return_path(&facts, 1),
                 deliver(&maps, 2),
-                take_replies(&maps, l2_header, 2, 51820),
+                take_replies(&maps, l2_header, 2, 51820, &chosen()),
                 arrivals(&maps, l2_header, 51820),
                 replies(&pairs, &(40960..=57343), l2_header, 1),
                 way_out(way, &[(to, way), (to6, way)], &[(own, way), (own6, way)]),
             ];
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
-        let mut all: Vec<_> = of(0, [433, 200, 1218, 1067, 916, 316, 56]).collect();
-        all.extend(of(14, [433, 200, 1218, 1067, 916, 316, 106]));
+        let mut all: Vec<_> = of(0, [433, 200, 1218, 1324, 918, 316, 56]).collect();
+        all.extend(of(14, [433, 200, 1218, 1324, 918, 316, 106]));
         (maps, facts, all)
     }
 
