@@ -39,6 +39,7 @@ mod modes;
 mod mtu;
 mod on_path;
 mod others_rules;
+mod outgoing;
 mod privacy;
 mod protocol_text;
 mod protocols;

@@ -315,6 +315,13 @@ impl PeerConfig {
             return Err(ConfigError::NoPeer(origin.setting("peer")));
         }
         let deliver_to = check_peer(&given, origin)?;
+        if !given.outgoing.is_empty() && given.accept.is_empty() {
+            warnings.push(format!(
+                "{}: programs here can be bound to a moved address only if the settings say which \
+                 addresses may move here: add --accept with the address, as in --accept 192.0.2.5",
+                origin.setting("outgoing")
+            ));
+        }
         let psk = match (given.psk, given.psk_file) {
             (Some(psk), _) => psk,
             (None, Some(path)) => psk::read(&path, warnings)?,
@@ -398,6 +405,16 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
     }
     let deliver_to = DeliverTo::all(&given.deliver_to);
     let deliver_to = deliver_to.map_err(|error| origin.refuse("deliver-to", error))?;
+    if !given.allow_outgoing.is_empty()
+        && let Some(part) = given.moves.iter().find(|moved| !moved.is_whole())
+    {
+        let problem = format!(
+            "only a part of {} has moved, and the answers to a connection that begins on the new \
+             server come to a port of its own; move the whole address, as in --move {}",
+            part.prefix, part.prefix
+        );
+        return Err(origin.refuse("allow-outgoing", problem));
+    }
     if deliver_to == DeliverTo::Keep && given.accept.is_empty() {
         let problem = format!(
             "`keep` puts the addresses that the old server names on this server, so say which \
@@ -749,6 +766,7 @@ mod tests {
         for (line, says) in [
             ("--move 192.0.2.5 --outgoing".to_owned(), "belongs on the new server"),
             ("--allow-outgoing".to_owned(), "belongs on the old server"),
+            ("--allow-outgoing --move 192.0.2.5:25/tcp".to_owned(), "a port of its own"),
             (format!("--move 192.0.2.5{many_allowed}"), "65 are more than"),
             (many, "65 are more than"),
             ("--outgoing smtp".to_owned(), "`smtp` is not a port"),

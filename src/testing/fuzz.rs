@@ -102,6 +102,11 @@ impl Bed {
                 reached: None,
             },
         );
+        let mut old = tunnel(Role::Old, Announcement::Old {
+            moves,
+            mtu: 1_500,
+            outgoing: false,
+        });
         let deliver = Deliver::To { v4: None, v6: None };
         let announcement = Announcement::New {
             deliver,

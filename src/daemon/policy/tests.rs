@@ -36,6 +36,8 @@ fn rules(deliver_to: DeliverTo) -> PeerRules {
         deliver: Vec::new(),
         accept: accept("0.0.0.0/0 ::/0"),
         clients_from: Vec::new(),
+        outgoing: Vec::new(),
+        allow_outgoing: Vec::new(),
     }
 }
 
@@ -125,6 +127,7 @@ impl Machine {
             moves,
             mtu: 1_500,
             reached: None,
+            outgoing: false,
         };
         self.does(Input::Announced(peer, announcement))
     }
@@ -648,6 +651,7 @@ fn a_small_link_of_one_peer_to_its_clients_is_no_concern_of_others() {
         moves: Vec::new(),
         mtu,
         reached: None,
+        outgoing: false,
     };
     let sizes = |actions: Vec<Action>| {
         let is_size =
@@ -696,6 +700,7 @@ fn the_old_server_announces_its_moves_and_its_link() {
         moves: moves("192.0.2.5:80/tcp"),
         mtu,
         reached: None,
+        outgoing: false,
     };
     assert_eq!(old.policy.announcement(OLD), announcement(1_500));
     let hop = |mtu| Hop {
