@@ -100,13 +100,9 @@ impl Bed {
                 moves,
                 mtu: 1_500,
                 reached: None,
+                outgoing: false,
             },
         );
-        let mut old = tunnel(Role::Old, Announcement::Old {
-            moves,
-            mtu: 1_500,
-            outgoing: false,
-        });
         let deliver = Deliver::To { v4: None, v6: None };
         let announcement = Announcement::New {
             deliver,
