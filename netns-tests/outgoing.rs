@@ -41,7 +41,9 @@ fn start<'lab>(setup: &DaemonSetup<'lab>) -> Result<Daemons<'lab>> {
 
 fn until_bound(lab: &Lab) -> Result {
     let bound = |addr: IpAddr| {
-        let socket = lab.new_server().run(|| Ok(std::net::UdpSocket::bind((addr, 0)).is_ok()));
+        let socket = lab
+            .new_server()
+            .run(|| Ok(std::net::UdpSocket::bind((addr, 0)).is_ok()));
         socket.unwrap_or(false)
     };
     let both = || (bound(MOVED.into()) && bound(MOVED6.into())).then_some(());
@@ -80,9 +82,16 @@ fn programs_bound_to_the_moved_address_speak_as_it() -> Result {
         let setup = both(&lab, mode, &["--allow-outgoing"])?;
         let daemons = start(&setup)?;
         let application = match mode {
-            [_] => [Service::start(lab.new_server(), NEW)?, Service::start(lab.new_server(), NEW6)?],
-            _ => [MOVED.into(), IpAddr::from(MOVED6)].map(|it| Service::start(lab.new_server(), it))
-                .into_iter().collect::<Result<Vec<_>>>()?.try_into().unwrap(),
+            [_] => [
+                Service::start(lab.new_server(), NEW)?,
+                Service::start(lab.new_server(), NEW6)?,
+            ],
+            _ => [MOVED.into(), IpAddr::from(MOVED6)]
+                .map(|it| Service::start(lab.new_server(), it))
+                .into_iter()
+                .collect::<Result<Vec<_>>>()?
+                .try_into()
+                .unwrap(),
         };
         let tap = lab.tap(Leg::New)?;
         for (other, moved, _) in OTHERS {
@@ -117,29 +126,50 @@ fn programs_bound_to_the_moved_address_speak_as_it() -> Result {
 fn connections_leave_from_the_moved_address_by_their_port() -> Result {
     let lab = Lab::new()?;
     let new = [
-        "--outgoing", "25/tcp", "--outgoing", "from:20/tcp", "--outgoing", "27000-27050/udp",
-        "--outgoing", "587/tcp,user=8",
+        "--outgoing",
+        "25/tcp",
+        "--outgoing",
+        "from:20/tcp",
+        "--outgoing",
+        "27000-27050/udp",
+        "--outgoing",
+        "587/tcp,user=8",
     ];
     let daemons = both(&lab, &new, &["--allow-outgoing"])?.start_both()?;
     until_bound(&lab)?;
     for (other, moved, own) in OTHERS {
-        let servers = [25, 443, 587, 8_020].map(|port| Service::start(lab.clients(), (other, port)));
+        let servers =
+            [25, 443, 587, 8_020].map(|port| Service::start(lab.clients(), (other, port)));
         let servers = servers.into_iter().collect::<Result<Vec<_>>>()?;
         let program = unmoved(&lab);
         assert_eq!(seen(&program, (other, 25))?.0, moved);
         program.download((other, 25), MEGABYTE)?;
         program.upload((other, 25), MEGABYTE)?;
-        assert_eq!(seen(&program.from_port(20), (other, 8_020))?, (moved, 20), "active FTP");
+        assert_eq!(
+            seen(&program.from_port(20), (other, 8_020))?,
+            (moved, 20),
+            "active FTP"
+        );
         assert_eq!(seen(&program, (other, 443))?.0, own);
         // Mail of one user, and that of others.
         let ask = |user: u32| {
-            let host = if other.is_ipv4() { other.to_string() } else { format!("[{other}]") };
+            let host = if other.is_ipv4() {
+                other.to_string()
+            } else {
+                format!("[{other}]")
+            };
             let mut curl = Command::new("curl");
-            curl.args(["-sS", "-m", "5", &format!("http://{host}:587/")]).uid(user).gid(user);
+            curl.args(["-sS", "-m", "5", &format!("http://{host}:587/")])
+                .uid(user)
+                .gid(user);
             let said = lab.new_server().output(curl, PATIENCE)?;
-            let client = said.stdout.lines().find_map(|it| it.strip_prefix("client "));
+            let client = said
+                .stdout
+                .lines()
+                .find_map(|it| it.strip_prefix("client "));
             let addr = client.and_then(|it| it.trim().parse::<std::net::SocketAddr>().ok());
-            addr.map(|it| it.ip()).ok_or_else(|| LabError::unexpected(format!("{said:?}")))
+            addr.map(|it| it.ip())
+                .ok_or_else(|| LabError::unexpected(format!("{said:?}")))
         };
         assert_eq!((ask(8)?, ask(9)?), (moved, own));
         // Datagrams, of which nobody has said that they are the first.
@@ -149,9 +179,20 @@ fn connections_leave_from_the_moved_address_by_their_port() -> Result {
             program.udp((other, 27_010), &[b'r'; 3_000])?;
             program.udp((other, 27_051), b"register")?;
         }
-        assert!(games.peers().iter().all(|peer| peer.ip() == moved), "{:?}", games.peers());
-        assert!(others.peers().iter().all(|peer| peer.ip() == own), "{:?}", others.peers());
-        assert_eq!(program.probe_udp((other, 27_011), PATIENCE)?, Probe::Refused);
+        assert!(
+            games.peers().iter().all(|peer| peer.ip() == moved),
+            "{:?}",
+            games.peers()
+        );
+        assert!(
+            others.peers().iter().all(|peer| peer.ip() == own),
+            "{:?}",
+            others.peers()
+        );
+        assert_eq!(
+            program.probe_udp((other, 27_011), PATIENCE)?,
+            Probe::Refused
+        );
         drop(servers);
         assert_eq!(program.probe_tcp((other, 25), PATIENCE)?, Probe::Refused);
     }
@@ -164,31 +205,47 @@ fn outgoing_connections_live_on_when_a_daemon_is_killed() -> Result {
     let setup = both(&lab, &["--outgoing", "25/tcp"], &["--allow-outgoing"])?;
     let Daemons { mut old, mut new } = start(&setup)?;
     let _mail = Service::start(lab.clients(), (CLIENT, 25))?;
-    let mut talks = [bound(&lab).converse((CLIENT, 25))?, unmoved(&lab).converse((CLIENT, 25))?];
+    let mut talks = [
+        bound(&lab).converse((CLIENT, 25))?,
+        unmoved(&lab).converse((CLIENT, 25))?,
+    ];
     let tap = lab.tap(Leg::New)?;
     for role in [Role::New, Role::Old] {
         for talk in &mut talks {
             talk.exchange(b"before", PATIENCE)?;
         }
-        let (killed, other) = if role == Role::New { (new, old) } else { (old, new) };
+        let (killed, other) = if role == Role::New {
+            (new, old)
+        } else {
+            (old, new)
+        };
         killed.kill()?;
         for talk in &mut talks {
             talk.say(b"meanwhile")?;
         }
         let again = setup.start(role)?;
-        (new, old) = if role == Role::New { (again, other) } else { (other, again) };
+        (new, old) = if role == Role::New {
+            (again, other)
+        } else {
+            (other, again)
+        };
         new.wait_until_up()?;
         old.wait_until_up()?;
         for talk in &mut talks {
             talk.hear(b"meanwhile", RECOVERY)?;
         }
         until_bound(&lab)?;
-        assert_eq!(seen(&bound(&lab), (CLIENT.into(), 25))?.0, IpAddr::from(MOVED));
+        assert_eq!(
+            seen(&bound(&lab), (CLIENT.into(), 25))?.0,
+            IpAddr::from(MOVED)
+        );
     }
     let seen = tap.stop()?;
     is_not_bare(&seen);
     let direct = seen.packets().filter(|it| it.source == IpAddr::from(NEW));
-    let direct = direct.filter(|it| it.destination == IpAddr::from(CLIENT)).count();
+    let direct = direct
+        .filter(|it| it.destination == IpAddr::from(CLIENT))
+        .count();
     assert_eq!(direct, 0, "what was begun through the tunnel stays there");
     Ok(())
 }
@@ -196,9 +253,24 @@ fn outgoing_connections_live_on_when_a_daemon_is_killed() -> Result {
 #[test]
 fn what_is_not_allowed_fails_at_once_and_never_leaves_bare() -> Result {
     let cases = [
-        (&["--deliver-to", "keep"][..], &[][..], "outgoing_off", "--outgoing"),
-        (&["--outgoing"], &[], "outgoing_not_allowed", "--allow-outgoing"),
-        (&["--outgoing"], &["--allow-outgoing", "587/tcp"], "", "--allow-outgoing"),
+        (
+            &["--deliver-to", "keep"][..],
+            &[][..],
+            "outgoing_off",
+            "--outgoing",
+        ),
+        (
+            &["--outgoing"],
+            &[],
+            "outgoing_not_allowed",
+            "--allow-outgoing",
+        ),
+        (
+            &["--outgoing"],
+            &["--allow-outgoing", "587/tcp"],
+            "",
+            "--allow-outgoing",
+        ),
     ];
     for (new, old, reason, flag) in cases {
         let lab = Lab::new()?;
@@ -215,7 +287,11 @@ fn what_is_not_allowed_fails_at_once_and_never_leaves_bare() -> Result {
             assert_ne!(bound(&lab).probe_udp((other, 25), SILENCE)?, Probe::Open);
         }
         let where_seen = if reason.is_empty() { &old } else { &new };
-        let counted = if reason.is_empty() { "outgoing_not_allowed" } else { reason };
+        let counted = if reason.is_empty() {
+            "outgoing_not_allowed"
+        } else {
+            reason
+        };
         let told = poll_until(PATIENCE, Duration::from_millis(50), || {
             let status = where_seen.status().ok()?;
             let said = format!("{status:?}").contains(flag);

@@ -531,7 +531,8 @@ impl Rewrite {
             self.translator
                 .inbound(now, PeerId(0), packet, &mut parsed, true)
         } else {
-            let peer = self.translator.outbound(now, packet, &mut parsed, true).map_err(|it| it.reason)?;
+            let carried = self.translator.outbound(now, packet, &mut parsed, true);
+            let peer = carried.map_err(|drop| drop.reason)?;
             debug_assert_eq!(peer, PeerId(0));
             Ok(())
         }

@@ -49,6 +49,7 @@ use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
+use crate::model::moved::Move;
 use crate::model::peer::{PeerId, Role};
 use crate::model::prefix::Prefix;
 use crate::model::status::{Offloads, Status};
@@ -151,6 +152,7 @@ async fn carry(
         tun,
         follower,
         cgroups,
+        resumed: vec![false; peers],
         facts: Facts::default(),
         listen: config.listen.ip,
         delivering: vec![None; peers],
@@ -349,6 +351,8 @@ struct Control<'h> {
     tun: Link,
     follower: Follower,
     cgroups: Cgroups,
+    /// For each peer, whether what began here before a crash was looked for.
+    resumed: Vec<bool>,
     facts: Facts,
     /// The address of `--listen`, if it names one.
     listen: Option<IpAddr>,
@@ -614,9 +618,7 @@ impl Control<'_> {
                         let name = self.policy.name(peer);
                         info!(peer = name, moved = names.join(" "), "serving");
                     }
-                    if let Some(translator) = self.shared.forwarder.translator() {
-                        translator.set_moves(peer, moves.to_vec());
-                    }
+                    self.serve_moves(now, peer, &moves);
                 }
                 Action::Deliver(peer, delivery) => {
                     self.tell_of_delivery(peer, &delivery);
@@ -860,9 +862,41 @@ impl Control<'_> {
         }
     }
 
+    /// Serves these moves. What began here under an earlier daemon goes on.
+    fn serve_moves(&mut self, now: Instant, peer: PeerId, moves: &[Move]) {
+        let Some(translator) = self.shared.forwarder.translator() else {
+            return;
+        };
+        let resumed = &mut self.resumed[index(peer)];
+        if *resumed || self.policy.outgoing(peer).is_empty() {
+            translator.set_moves(peer, moves.to_vec());
+            return;
+        }
+        *resumed = true;
+        let rules = self.policy.outgoing_rules(peer);
+        // Where the address is kept, a client's flow and one that began here look alike.
+        let keeps = self.policy.keeps(peer);
+        // Few flows are left of a million that clients may have.
+        let wanted = |flow: &HostFlow| {
+            let (local, remote) = (flow.local, flow.remote);
+            !keeps && moves.iter().any(|moved| moved.prefix.contains(local.ip()))
+                || (rules.by_port.iter())
+                    .any(|rule| rule.ports.takes(flow.protocol, local.port(), remote.port()))
+        };
+        let earlier = self.follower.steering().map(|it| it.earlier_flows(wanted));
+        let flows = earlier.transpose().unwrap_or_else(|error| {
+            warn!(%error, "connections that began here before a crash may end");
+            None
+        });
+        translator.set_moves_again(now, peer, moves.to_vec(), &flows.unwrap_or_default());
+    }
+
     /// Tells the programs what addresses are.
     fn set_places(&mut self, now: Instant, places: &BTreeMap<Prefix, Place>, complete: bool) {
-        let result = self.follower.steering().map(|it| it.set_places(places, complete));
+        let result = self
+            .follower
+            .steering()
+            .map(|it| it.set_places(places, complete));
         if let Some(Err(error)) = result {
             let text = format!("the programs do not know what has moved here: {error}");
             self.warnings.warn(now, text);

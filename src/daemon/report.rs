@@ -132,7 +132,11 @@ pub(super) fn tunnels(
             accept: peer.accept.iter().map(ToString::to_string).collect(),
             clients_from: peer.clients_from.iter().map(ToString::to_string).collect(),
             outgoing: peer.outgoing.iter().map(ToString::to_string).collect(),
-            allow_outgoing: peer.allow_outgoing.iter().map(ToString::to_string).collect(),
+            allow_outgoing: peer
+                .allow_outgoing
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             peer_allows_outgoing: peer.lets_out,
             refused: peer.refused.iter().map(refused).collect(),
             refused_moves: peer.refused_moves,

@@ -21,8 +21,8 @@ use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::Host;
 use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Link, Netlink};
-use crate::kernel::programs::Chosen;
 use crate::kernel::plan::{self, PUBLIC};
+use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
@@ -245,9 +245,8 @@ impl Found {
                 Programs::New(Box::new(steering))
             }
         };
-        let keeps = |peer: &PeerConfig| {
-            peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty()
-        };
+        let keeps =
+            |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
         let settings = LinkSettings {
             named: config.uplink.clone(),
             moves,

@@ -51,9 +51,8 @@ impl Allowed {
             return None;
         }
         let (source, destination) = (parsed.src_port(), parsed.dst_port());
-        let takes = |rule: &AllowOutgoing| {
-            rule.takes(parsed.protocol(), query, source, destination)
-        };
+        let takes =
+            |rule: &AllowOutgoing| rule.takes(parsed.protocol(), query, source, destination);
         if !self.rules.iter().any(takes) {
             return Some(Err(DropReason::OutgoingNotAllowed));
         }

@@ -256,11 +256,7 @@ impl Seen {
                 }
             }
             // A connection that begins on this side, after another one with the same ports.
-            Side::Application
-                if tcp_flags & (SYN | ACK) == SYN && self.has(Self::FIN_BOTH) =>
-            {
-                own
-            }
+            Side::Application if tcp_flags & (SYN | ACK) == SYN && self.has(Self::FIN_BOTH) => own,
             // The application, which is next door, goes on: it did not accept the RST.
             Side::Application => {
                 let seen = Self(self.0 & !Self::RESET.0).with(own);

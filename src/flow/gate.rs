@@ -14,10 +14,10 @@
 //! that begins without a SYN; of anything else only after a predecessor was killed. One that was
 //! stopped has given the address back to this server's own stack.
 //!
-//! Unless it is allowed, what begins a conversation never leaves, whether its flow is known or not: a SYN (a server does
-//! not answer one with another), an echo request and its like. No SYN-ACK leaves for a client whose
-//! SYN came before the start; the client sends it again. Nothing leaves for an address that no
-//! client can have.
+//! Unless it is allowed, what begins a conversation never leaves, whether its flow is known or not:
+//! a SYN (a server does not answer one with another), an echo request and its like. No SYN-ACK
+//! leaves for a client whose SYN came before the start; the client sends it again. Nothing leaves
+//! for an address that no client can have.
 //!
 //! Connections that the new server may begin ([`Gate::allow_outgoing`]) are let out in
 //! [`Gate::may_go_on`], and are then flows like others.
@@ -247,7 +247,9 @@ impl Gate {
         }
         match self.allowed.judge(now, parsed) {
             // A query makes no flow: its reply goes to what has moved, as a client's packets do.
-            Some(Ok(())) => flow.into_iter().for_each(|it| self.clients.presume(now, it)),
+            Some(Ok(())) => flow
+                .into_iter()
+                .for_each(|it| self.clients.presume(now, it)),
             Some(Err(reason)) => return Err(self.refuse(reason, parsed, bytes)),
             None => return Err(self.refuse(DropReason::Unasked, parsed, bytes)),
         }
@@ -446,7 +448,10 @@ mod tests {
         assert_eq!(bed.returning(&outgoing(Kind::Udp).build()), not_allowed);
         let sip = with(&outgoing(Kind::Udp), |p| p.src_port = 5060);
         assert_eq!(bed.returning(&sip), Ok(()));
-        assert_eq!(bed.returning(&outgoing(Kind::IcmpQuery).build()), not_allowed);
+        assert_eq!(
+            bed.returning(&outgoing(Kind::IcmpQuery).build()),
+            not_allowed
+        );
         let refused = bed.gate.take_refused().unwrap();
         assert_eq!(refused.reason, DropReason::OutgoingNotAllowed);
         let bed = Bed::allowing(&["ping"]);
@@ -459,7 +464,10 @@ mod tests {
         let bed = Bed::allowing(&["any"]);
         assert_eq!(bed.captured(&request(Kind::Tcp).build()), CARRY);
         assert_eq!(bed.returning(&next(Kind::Tcp)), Ok(()));
-        assert_eq!(bed.captured(&with(&request(Kind::Tcp), |p| p.flags = ACK)), CARRY);
+        assert_eq!(
+            bed.captured(&with(&request(Kind::Tcp), |p| p.flags = ACK)),
+            CARRY
+        );
         let all = (1..=10_000u16).map(|port| with(&outgoing(Kind::Tcp), |p| p.src_port = port));
         let passed = all.filter(|packet| bed.returning(packet) == Ok(())).count();
         assert_eq!(passed, 4_000);

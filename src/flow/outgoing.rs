@@ -34,8 +34,8 @@ use crate::packet::{ACK, Addr, ICMP, ICMPV6, Kind, Parsed, RST, SYN};
 pub struct OutgoingRules {
     /// `--outgoing` is given: programs may speak that are bound to a moved address.
     pub on: bool,
-    /// The old server said that it lets such connections out.
-    pub allowed: bool,
+    /// Whether the old server lets such connections out, once it has said so.
+    pub allowed: Option<bool>,
     /// What leaves from a moved address because of its port.
     pub by_port: Vec<ByPort>,
 }
@@ -91,7 +91,7 @@ impl Refusals {
 /// # Errors
 /// [`DropReason::NoFlow`] if it is none that could; [`DropReason::BadDestination`],
 /// [`DropReason::OutgoingOff`], [`DropReason::OutgoingNotAllowed`],
-/// [`DropReason::OutgoingNoAddress`] if it may not.
+/// [`DropReason::OutgoingNoAddress`] if it may not; [`DropReason::NoSession`] if nobody knows yet.
 #[cold]
 pub(super) fn origin(
     routes: &Routes,
@@ -109,7 +109,9 @@ pub(super) fn origin(
     let rules = routes.outgoing(peer);
     let reason = match from {
         _ if !rules.on => DropReason::OutgoingOff,
-        _ if !rules.allowed => DropReason::OutgoingNotAllowed,
+        // It is tried again, and nobody is told that it cannot be.
+        _ if rules.allowed.is_none() => return Err(Dropped::of(peer, DropReason::NoSession)),
+        _ if rules.allowed == Some(false) => DropReason::OutgoingNotAllowed,
         None => DropReason::OutgoingNoAddress,
         Some(_) if key.client.is_special() || routes.is_own(peer, key.client) => {
             return Err(Dropped::of(peer, DropReason::BadDestination));
@@ -135,6 +137,19 @@ pub(super) fn is_bound(routes: &Routes, key: &Inside) -> bool {
 /// Whether a rule names the packet's ports.
 pub(super) fn is_by_port(routes: &Routes, key: &Inside) -> bool {
     by_port(routes, key).is_some()
+}
+
+/// As [`origin`], of a flow through this peer that began here under an earlier daemon; `None` if it
+/// did not begin here.
+pub(super) fn earlier_origin(routes: &Routes, peer: PeerId, key: &Inside) -> Option<Addr> {
+    if !routes.outgoing(peer).on {
+        return None;
+    }
+    if routes.has_moved(peer, key.delivery) {
+        return Some(key.delivery);
+    }
+    let (of, from) = by_port(routes, key)?;
+    from.filter(|_| of == peer)
 }
 
 /// Whether a packet may be the first that is seen of a connection of this side. Of TCP it may be
@@ -207,6 +222,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
+    use crate::flow::ended::HostFlow;
     use crate::flow::routes::Delivery;
     use crate::flow::translate::{Translator, TranslatorConfig};
     use crate::packet::testing::{Plan, assert_sums, reply, too_big};
@@ -248,7 +264,7 @@ mod tests {
             });
             let rules = OutgoingRules {
                 on: true,
-                allowed: true,
+                allowed: Some(true),
                 by_port: by_port.collect(),
             };
             translator.set_outgoing(PEER, rules);
@@ -257,7 +273,9 @@ mod tests {
 
         fn outbound(&self, bytes: &mut [u8]) -> Result<PeerId, DropReason> {
             let mut parsed = Parsed::parse(bytes)?;
-            let result = self.translator.outbound(self.now, bytes, &mut parsed, false);
+            let result = self
+                .translator
+                .outbound(self.now, bytes, &mut parsed, false);
             let peer = result.map_err(|drop| drop.reason)?;
             assert_eq!(Parsed::parse(bytes), Ok(parsed));
             Ok(peer)
@@ -302,7 +320,11 @@ mod tests {
 
     #[test]
     fn what_begins_here_leaves_from_the_moved_address_and_is_answered() {
-        for (rules, source) in [(&[][..], MOVED), (&["25"][..], HERE), (&["25"][..], OTHER_HERE)] {
+        for (rules, source) in [
+            (&[][..], MOVED),
+            (&["25"][..], HERE),
+            (&["25"][..], OTHER_HERE),
+        ] {
             for kind in [Kind::Tcp, Kind::Udp, Kind::IcmpQuery] {
                 if kind == Kind::IcmpQuery && source != MOVED {
                     continue;
@@ -374,8 +396,16 @@ mod tests {
             by_port: vec![],
         };
         let refused = |plan: &Plan| bed.outbound(&mut plan.build()).unwrap_err();
+        bed.translator.set_outgoing(PEER, rules(true, None));
+        assert_eq!(refused(&begins(Kind::Tcp, MOVED)), DropReason::NoSession);
+        assert!(bed.translator.take_refused_outgoing().is_empty());
+        let bed = Bed::new(&[MOVED, "192.0.2.6"], &["25/tcp", "587/tcp,as=192.0.2.6"]);
+        let refused = |plan: &Plan| bed.outbound(&mut plan.build()).unwrap_err();
         // By port: which of the two?
-        assert_eq!(refused(&begins(Kind::Tcp, HERE)), DropReason::OutgoingNoAddress);
+        assert_eq!(
+            refused(&begins(Kind::Tcp, HERE)),
+            DropReason::OutgoingNoAddress
+        );
         let mut submission = begins(Kind::Tcp, HERE);
         submission.dst_port = 587;
         assert_eq!(bed.seen_as(&submission).0, "192.0.2.6");
@@ -392,8 +422,8 @@ mod tests {
         let taken = bed.translator.take_refused_outgoing();
         assert_eq!(taken[&PEER].reason, DropReason::OutgoingNoAddress);
         for (rules, reason) in [
-            (rules(false, true), DropReason::OutgoingOff),
-            (rules(true, false), DropReason::OutgoingNotAllowed),
+            (rules(false, Some(true)), DropReason::OutgoingOff),
+            (rules(true, Some(false)), DropReason::OutgoingNotAllowed),
         ] {
             bed.translator.set_outgoing(PEER, rules);
             for kind in [Kind::Tcp, Kind::IcmpQuery] {
@@ -405,7 +435,7 @@ mod tests {
             assert_eq!(taken[&PEER].reason, reason);
             assert!(bed.translator.take_refused_outgoing().is_empty());
         }
-        bed.translator.set_outgoing(PEER, rules(true, true));
+        bed.translator.set_outgoing(PEER, rules(true, Some(true)));
         for flags in [SYN | ACK, RST, RST | ACK] {
             let mut plan = begins(Kind::Tcp, MOVED);
             (plan.flags, plan.src_port) = (flags, 42_000);
@@ -421,5 +451,37 @@ mod tests {
             plan.flags = ACK;
             assert_eq!(later.seen_as(&plan).0, MOVED);
         }
+    }
+
+    #[test]
+    fn the_remote_may_be_the_first_to_speak_after_a_restart() {
+        let later = Bed::new(&[MOVED], &["25/tcp"]);
+        let flow = |local: &str| HostFlow {
+            protocol: TCP,
+            local: format!("{local}:40000").parse().unwrap(),
+            remote: format!("{REMOTE}:25").parse().unwrap(),
+        };
+        let delivered_to = |bed: &Bed| {
+            let mut plan = answer(&begins(Kind::Tcp, MOVED), &(MOVED.into(), 40_000));
+            plan.flags = ACK;
+            let mut bytes = plan.build();
+            assert_eq!(bed.inbound(&mut bytes), Ok(()));
+            IpAddr::from(Parsed::parse(&bytes).unwrap().dst(&bytes)).to_string()
+        };
+        for local in [MOVED, OTHER_HERE] {
+            let moves = vec![MOVED.parse().unwrap()];
+            let later = Bed::new(&[], &["25/tcp"]);
+            let kept = [flow(local), flow("198.51.100.3")];
+            later
+                .translator
+                .set_moves_again(later.now, PEER, moves, &kept);
+            assert_eq!(delivered_to(&later), local);
+            assert_eq!(later.translator.stats().live, 1);
+        }
+        assert_eq!(
+            delivered_to(&later),
+            HERE,
+            "without memory it is taken for a client's"
+        );
     }
 }

@@ -102,7 +102,7 @@ impl Routes {
     pub(super) fn outgoing(&self, peer: PeerId) -> &OutgoingRules {
         static NOTHING: OutgoingRules = OutgoingRules {
             on: false,
-            allowed: false,
+            allowed: None,
             by_port: Vec::new(),
         };
         self.peer(peer).map_or(&NOTHING, |routes| &routes.outgoing)
@@ -115,7 +115,8 @@ impl Routes {
 
     /// The peers that have moved this address here, or a part of it.
     pub(super) fn peers_of(&self, addr: Addr) -> impl Iterator<Item = PeerId> {
-        self.peer_ids().filter(move |&peer| self.has_moved(peer, addr))
+        self.peer_ids()
+            .filter(move |&peer| self.has_moved(peer, addr))
     }
 
     /// Whether `peer` has moved this address here, or a part of it.
@@ -127,7 +128,9 @@ impl Routes {
     /// The one address of this family that `peer` has moved here; `None` if there are several.
     pub(super) fn only_moved(&self, peer: PeerId, v4: bool) -> Option<Addr> {
         let moves = self.peer(peer)?.moves.iter();
-        let mut prefixes = moves.map(|moved| moved.prefix).filter(|it| it.is_ipv4() == v4);
+        let mut prefixes = moves
+            .map(|moved| moved.prefix)
+            .filter(|it| it.is_ipv4() == v4);
         let first = prefixes.next()?;
         let only = first.is_single() && prefixes.all(|prefix| prefix == first);
         only.then(|| first.first().into())

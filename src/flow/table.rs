@@ -385,8 +385,8 @@ impl FlowTable {
     /// Makes the flow that a packet from the application begins, or continues after a restart,
     /// where the application has asked first.
     ///
-    /// `wanted` is how the other end is to see it. If it sees another flow so, this one gets another
-    /// port at the moved address.
+    /// `wanted` is how the other end is to see it. If it sees another flow so, this one gets
+    /// another port at the moved address.
     ///
     /// # Errors
     /// [`DropReason::FlowTableFull`], [`DropReason::FlowCollision`].

@@ -32,8 +32,8 @@ use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
-use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
 use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
+use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage};
@@ -133,6 +133,26 @@ impl Translator {
     /// longer moved are dropped at once; its flows are forgotten in their own time.
     pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) {
         self.change(|routes| routes.peer_mut(peer).moves = moves);
+    }
+
+    /// As [`set_moves`](Self::set_moves), where the kernel still knows `flows` from an earlier
+    /// daemon. Those that began on this side are known here, too, before the first packet comes:
+    /// the remote may be the first to speak, and would be taken for a client.
+    pub fn set_moves_again(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        moves: Vec<Move>,
+        flows: &[HostFlow],
+    ) {
+        self.change_first(
+            |routes| routes.peer_mut(peer).moves = moves,
+            |routes| {
+                flows
+                    .iter()
+                    .for_each(|flow| self.resume(now, routes, peer, flow))
+            },
+        );
     }
 
     /// Sets where the packets of `peer` are delivered. Flows that are under way stay where they
@@ -572,7 +592,8 @@ impl Translator {
     /// Begins a flow with a packet of this side, or continues one after a restart.
     #[cold]
     fn begin(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, Dropped> {
-        let (peer, moved) = outgoing::origin(&self.routes.load(), &self.refused_outgoing, key, parsed)?;
+        let (peer, moved) =
+            outgoing::origin(&self.routes.load(), &self.refused_outgoing, key, parsed)?;
         let wanted = Outside {
             peer,
             protocol: key.protocol,
@@ -590,6 +611,33 @@ impl Translator {
             None => table
                 .begin(now, key, &wanted, flags, &self.limit)
                 .map_err(|reason| Dropped::of(peer, reason)),
+        }
+    }
+
+    /// Makes a flow again that began on this side under an earlier daemon, if it is one.
+    fn resume(&self, now: Instant, routes: &Routes, peer: PeerId, flow: &HostFlow) {
+        let key = Inside {
+            protocol: flow.protocol,
+            client: flow.remote.ip().into(),
+            client_port: flow.remote.port(),
+            delivery: flow.local.ip().into(),
+            delivery_port: flow.local.port(),
+        };
+        let Some(moved) = outgoing::earlier_origin(routes, peer, &key) else {
+            return;
+        };
+        let outside = Outside {
+            peer,
+            protocol: key.protocol,
+            client: key.client,
+            client_port: key.client_port,
+            moved,
+            moved_port: key.delivery_port,
+        };
+        let mut table = self.table(key.client);
+        if table.peek_inside(&key).is_none() {
+            // Where there is no room, its own packets make it anew.
+            let _ = table.reopen(now, &key, &outside, ACK, &self.limit);
         }
     }
 
@@ -640,10 +688,16 @@ impl Translator {
     }
 
     fn change(&self, change: impl FnOnce(&mut Routes)) {
+        self.change_first(change, |_| {});
+    }
+
+    /// Changes the routes, and does something with the new ones before any packet sees them.
+    fn change_first(&self, change: impl FnOnce(&mut Routes), first: impl FnOnce(&Routes)) {
         let _one_at_a_time = lock(&self.changing);
         let mut routes = Routes::clone(&self.routes.load());
         change(&mut routes);
         routes.resolve();
+        first(&routes);
         self.routes.store(Arc::new(routes));
     }
 }

@@ -83,8 +83,8 @@ drop_reasons! {
     OutgoingOff = "outgoing_off",
     /// Such a packet that the old server does not let out (`--allow-outgoing`).
     OutgoingNotAllowed = "outgoing_not_allowed",
-    /// Chosen by its port (`--outgoing PORTS`), while it is not clear from which moved address it is
-    /// to leave.
+    /// Chosen by its port (`--outgoing PORTS`), while it is not clear from which moved address it
+    /// is to leave.
     OutgoingNoAddress = "outgoing_no_address",
     /// The new server began too many connections in a short time.
     OutgoingLimited = "outgoing_limited",

@@ -117,8 +117,13 @@ impl PortSet {
             a.start() <= b.end() && b.start() <= a.end()
         };
         self.end == other.end
-            && [TCP, UDP].into_iter().any(|it| self.has(it) && other.has(it))
-            && self.ports.iter().any(|a| other.ports.iter().any(|b| meet(a, b)))
+            && [TCP, UDP]
+                .into_iter()
+                .any(|it| self.has(it) && other.has(it))
+            && self
+                .ports
+                .iter()
+                .any(|a| other.ports.iter().any(|b| meet(a, b)))
     }
 }
 
@@ -193,9 +198,9 @@ impl FromStr for Outgoing {
             return Ok(Self::Bound);
         }
         // Ports are separated by commas as well, but have no `=` in them.
-        let first_option = text.find('=').map_or(text.len(), |at| {
-            text[..at].rfind(',').unwrap_or_default()
-        });
+        let first_option = text
+            .find('=')
+            .map_or(text.len(), |at| text[..at].rfind(',').unwrap_or_default());
         let (ports, options) = text.split_at(first_option);
         let mut by_port = ByPort {
             ports: ports.parse()?,
@@ -234,7 +239,9 @@ impl FromStr for User {
         }
         let is_name = !text.is_empty()
             && !text.starts_with(|c: char| c == '-' || c.is_ascii_digit())
-            && text.chars().all(|c| !c.is_whitespace() && !matches!(c, ':' | '/'));
+            && text
+                .chars()
+                .all(|c| !c.is_whitespace() && !matches!(c, ':' | '/'));
         if !is_name {
             return Err(OutgoingError::User(text.into()));
         }
@@ -384,7 +391,9 @@ mod tests {
     #[test]
     fn ports_are_those_of_the_end_that_is_named() {
         let takes = |text: &str, protocol, source, destination| {
-            text.parse::<PortSet>().unwrap().takes(protocol, source, destination)
+            text.parse::<PortSet>()
+                .unwrap()
+                .takes(protocol, source, destination)
         };
         assert!(takes("25/tcp", TCP, 40_000, 25));
         assert!(!takes("25/tcp", TCP, 25, 40_000));
@@ -394,7 +403,9 @@ mod tests {
         assert!(takes("5060,5080-5090", UDP, 1, 5085) && takes("5060", TCP, 1, 5060));
         assert!(!takes("5060", 132, 1, 5060));
         let overlap = |a: &str, b: &str| {
-            a.parse::<PortSet>().unwrap().overlaps(&b.parse::<PortSet>().unwrap())
+            a.parse::<PortSet>()
+                .unwrap()
+                .overlaps(&b.parse::<PortSet>().unwrap())
         };
         assert!(overlap("25-30/tcp", "30"));
         assert!(!overlap("25/tcp", "25/udp"));

@@ -84,8 +84,8 @@ pub struct TunnelStatus {
     /// server).
     #[serde(default)]
     pub clients_from: Vec<String>,
-    /// What may leave from a moved address that answers nobody, as `--outgoing` names it; empty lets
-    /// nothing out (new server).
+    /// What may leave from a moved address that answers nobody, as `--outgoing` names it; empty
+    /// lets nothing out (new server).
     #[serde(default)]
     pub outgoing: Vec<String>,
     /// What the new server may begin, as `--allow-outgoing` names it; empty lets nothing out (old

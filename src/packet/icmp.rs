@@ -64,12 +64,7 @@ pub fn time_exceeded(
 
 /// Writes "communication administratively prohibited" (RFC 1812 section 5.2.7.1, RFC 4443 section
 /// 3.1) about `packet`, which its sender hears of at once; for the rest see [`too_big`].
-pub fn prohibited(
-    out: &mut [u8],
-    packet: &[u8],
-    parsed: &Parsed,
-    from: IpAddr,
-) -> Option<usize> {
+pub fn prohibited(out: &mut [u8], packet: &[u8], parsed: &Parsed, from: IpAddr) -> Option<usize> {
     let v4 = DestUnreachableHeader::FilterProhibited;
     let v6 = DestUnreachableCode::Prohibited;
     error(

@@ -12,9 +12,7 @@ use std::time::Duration;
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
 use crate::model::accept::{Accept, MAX_ACCEPTS};
 use crate::model::moved::{MAX_MOVES, Move};
-use crate::model::outgoing::{
-    AllowOutgoing, ByPort, MAX_ALLOW_OUTGOING, MAX_OUTGOING, Outgoing,
-};
+use crate::model::outgoing::{AllowOutgoing, ByPort, MAX_ALLOW_OUTGOING, MAX_OUTGOING, Outgoing};
 use crate::model::peer::{MAX_PEERS, Role};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
@@ -452,10 +450,13 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
 /// begins it, since the ports are all that the daemon sees of it.
 fn check_outgoing(peers: &[PeerConfig]) -> Result<(), ConfigError> {
     let by_port = |(peer, config): (usize, &'_ PeerConfig)| -> Vec<(usize, ByPort)> {
-        let rules = config.outgoing.iter().filter_map(|outgoing| match outgoing {
-            Outgoing::Bound => None,
-            Outgoing::ByPort(by_port) => Some((peer, by_port.clone())),
-        });
+        let rules = config
+            .outgoing
+            .iter()
+            .filter_map(|outgoing| match outgoing {
+                Outgoing::Bound => None,
+                Outgoing::ByPort(by_port) => Some((peer, by_port.clone())),
+            });
         rules.collect()
     };
     let all: Vec<(usize, ByPort)> = peers.iter().enumerate().flat_map(by_port).collect();
@@ -743,7 +744,10 @@ mod tests {
         let shown = |line: &str| {
             let config = good(line);
             let all = config.peers[0].outgoing.iter().map(ToString::to_string);
-            (all.collect::<Vec<_>>().join(" "), config.peers[0].endpoint.is_some())
+            (
+                all.collect::<Vec<_>>().join(" "),
+                config.peers[0].endpoint.is_some(),
+            )
         };
         assert_eq!(shown("--outgoing --peer a.example"), ("bound".into(), true));
         let all = "--outgoing 25/tcp,user=8 --outgoing --peer a.example --outgoing from:20/tcp";
@@ -764,10 +768,19 @@ mod tests {
         let many = " --outgoing 25".repeat(MAX_OUTGOING + 1);
         let many_allowed = " --allow-outgoing 25".repeat(MAX_ALLOW_OUTGOING + 1);
         for (line, says) in [
-            ("--move 192.0.2.5 --outgoing".to_owned(), "belongs on the new server"),
+            (
+                "--move 192.0.2.5 --outgoing".to_owned(),
+                "belongs on the new server",
+            ),
             ("--allow-outgoing".to_owned(), "belongs on the old server"),
-            ("--allow-outgoing --move 192.0.2.5:25/tcp".to_owned(), "a port of its own"),
-            (format!("--move 192.0.2.5{many_allowed}"), "65 are more than"),
+            (
+                "--allow-outgoing --move 192.0.2.5:25/tcp".to_owned(),
+                "a port of its own",
+            ),
+            (
+                format!("--move 192.0.2.5{many_allowed}"),
+                "65 are more than",
+            ),
             (many, "65 are more than"),
             ("--outgoing smtp".to_owned(), "`smtp` is not a port"),
             (

@@ -177,8 +177,8 @@ pub(super) enum Action {
     Deliver(PeerId, Delivery),
     /// Let this leave from the peer's moved addresses (new server).
     Outgoing(PeerId, OutgoingRules),
-    /// Tell the programs this of addresses. While not `complete`, what had moved to an earlier daemon
-    /// counts as moved (new server).
+    /// Tell the programs this of addresses. While not `complete`, what had moved to an earlier
+    /// daemon counts as moved (new server).
     Places {
         /// What is said.
         places: BTreeMap<Prefix, Place>,
@@ -574,6 +574,11 @@ impl Policy {
         self.peers[index(peer)].deliver
     }
 
+    /// Whether this host keeps the addresses that the peer has moved (new server).
+    pub(super) fn keeps(&self, peer: PeerId) -> bool {
+        self.peers[index(peer)].deliver_to == DeliverTo::Keep
+    }
+
     /// Ports that are delivered elsewhere (new server).
     pub(super) fn ports(&self, peer: PeerId) -> &[PortMap] {
         &self.peers[index(peer)].ports
@@ -609,7 +614,7 @@ impl Policy {
         let peer = &self.peers[index(peer)];
         OutgoingRules {
             on: !peer.outgoing.is_empty(),
-            allowed: peer.lets_out == Some(true),
+            allowed: peer.lets_out,
             by_port: outgoing::by_port(&peer.outgoing),
         }
     }
@@ -877,7 +882,12 @@ impl Policy {
             Deliver::To { .. } => {
                 let nowhere = moved.cloned().map(Warning::NowhereToDeliver);
                 let holds = self.holds(id);
-                nowhere.or_else(|| self.not_held.clone().filter(|_| holds).map(Warning::NotHeld))
+                nowhere.or_else(|| {
+                    self.not_held
+                        .clone()
+                        .filter(|_| holds)
+                        .map(Warning::NotHeld)
+                })
             }
         };
         let news = trouble != self.peers[index(id)].trouble;
@@ -897,12 +907,10 @@ impl Policy {
     }
 
     /// The moved addresses that this host is to hold itself (`--deliver-to keep`, `--outgoing`);
-    /// `None` if no peer wants that. An address that an earlier run left stays until every such peer has said
-    /// what it moved: the application may be listening there.
+    /// `None` if no peer wants that. An address that an earlier run left stays until every such
+    /// peer has said what it moved: the application may be listening there.
     fn wanted_here(&self) -> Option<Vec<IpAddr>> {
-        let keeping = || {
-            self.peers().filter(|&id| self.holds(id))
-        };
+        let keeping = || self.peers().filter(|&id| self.holds(id));
         keeping().next()?;
         let mut wanted: Vec<IpAddr> = keeping()
             .flat_map(|id| {

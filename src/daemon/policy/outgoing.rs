@@ -76,7 +76,10 @@ pub(super) fn places(
     // The most specific prefix has to say what those around it would.
     let whole = |&prefix: &Prefix| {
         let around = around(prefix).filter_map(|prefix| alone.get(&prefix));
-        (prefix, around.fold(Place::default(), |all, &place| all.and(place)))
+        (
+            prefix,
+            around.fold(Place::default(), |all, &place| all.and(place)),
+        )
     };
     alone.keys().map(whole).collect()
 }

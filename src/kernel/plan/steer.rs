@@ -55,6 +55,8 @@ pub struct Steering {
     tunnel_port: u16,
     /// What leaves through the tunnel because of its port.
     outgoing: Vec<Chosen>,
+    /// The memory is that of an earlier daemon.
+    resumes: bool,
     loaded: OnceLock<Loaded>,
     /// When this daemon came, by the kernel's time.
     since: Duration,
@@ -132,6 +134,7 @@ impl Steering {
                 found = FlowMaps::found(&bpf::of_program(id), max_flows)?;
             }
         }
+        let resumes = found.is_some();
         let maps = match found {
             Some(maps) => maps,
             None => {
@@ -144,6 +147,7 @@ impl Steering {
             maps,
             tunnel_port,
             outgoing: Vec::new(),
+            resumes,
             loaded: OnceLock::new(),
             since: now(),
             swept: None,
@@ -162,6 +166,20 @@ impl Steering {
     pub fn with_outgoing(mut self, rules: Vec<Chosen>) -> Self {
         self.outgoing = rules;
         self
+    }
+
+    /// The flows that an earlier daemon has left, as far as they are `wanted`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn earlier_flows(
+        &self,
+        wanted: impl Fn(&HostFlow) -> bool,
+    ) -> Result<Vec<HostFlow>, BpfError> {
+        if !self.resumes {
+            return Ok(Vec::new());
+        }
+        self.maps.flows(wanted)
     }
 
     /// Says what addresses are from now on. While it is not `complete`, what had moved to an

@@ -473,6 +473,17 @@ impl FlowMaps {
         self.flows.remove_all(&stale).map_err(refused)
     }
 
+    /// The flows that are remembered, as far as they are `wanted`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn flows(&self, wanted: impl Fn(&HostFlow) -> bool) -> Result<Vec<HostFlow>, BpfError> {
+        let (mut flows, mut place) = (Vec::new(), None);
+        let mut look = |key: &[u8], _: &[u8]| flows.extend(flow_of(key).filter(&wanted));
+        while (self.flows.read_some(&mut place, SWEPT, &mut look)).map_err(refused)? {}
+        Ok(flows)
+    }
+
     /// The value of a counter.
     pub fn count(&self, counter: Counter) -> u64 {
         self.counters.get(counter as u32).unwrap_or(0)

@@ -3,9 +3,9 @@
 //!
 //! Nothing leaves from a moved address but through the tunnel, whatever it is: what is neither a
 //! reply nor allowed goes there as well, and the daemon drops, counts and explains it. So it holds
-//! while the tunnel is down (the daemon drops it) and while the daemon is dead (the TUN is gone, and
-//! the kernel drops what is redirected there). Only what goes to a network behind this host, such as
-//! a container that asks for the moved address, goes there as it is.
+//! while the tunnel is down (the daemon drops it) and while the daemon is dead (the TUN is gone,
+//! and the kernel drops what is redirected there). Only what goes to a network behind this host,
+//! such as a container that asks for the moved address, goes there as it is.
 //!
 //! What leaves from an address of this host's own is taken if a rule of `--outgoing` names its
 //! port, and from then on its flow is known like that of a client. Of TCP the first packet decides,
@@ -37,8 +37,8 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R2, R3, R4, R7, R10};
 
 use super::flows::{
-    BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_SEEN,
-    FLOW_UNAWAITED, FLOW_VALUE, FlowMaps, KEY_LAST, VALUE, count, enter_from, look_up, remove,
+    BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_SEEN, FLOW_UNAWAITED,
+    FLOW_VALUE, FlowMaps, KEY_LAST, VALUE, count, enter_from, look_up, remove,
 };
 use super::headers::skb;
 use super::parse::FLAGS;
@@ -318,7 +318,11 @@ mod tests {
         let bed = Bed::new(&[]);
         for [remote, moved, own, behind] in ENDS {
             let v4 = moved.contains('.');
-            let icmp_of = if v4 { icmpv4::PROTOCOL } else { icmpv6::PROTOCOL };
+            let icmp_of = if v4 {
+                icmpv4::PROTOCOL
+            } else {
+                icmpv6::PROTOCOL
+            };
             let (ping, pong) = if v4 { (8, 0) } else { (128, 129) };
             let fragment = |offset, more| Packet {
                 fragment: Some((9, offset, more)),
@@ -400,8 +404,10 @@ mod tests {
     fn udp_by_its_port_answers_those_who_came_directly_as_before() {
         for [remote, _, own, _] in ENDS {
             let bed = Bed::new(&["27000-27050/udp", "from:5060/udp"]);
-            let out = |source, destination| Packet::new(own, remote, UDP, ports(source, destination));
-            let come = |source, destination| Packet::new(remote, own, UDP, ports(source, destination));
+            let out =
+                |source, destination| Packet::new(own, remote, UDP, ports(source, destination));
+            let come =
+                |source, destination| Packet::new(remote, own, UDP, ports(source, destination));
             assert!(!bed.is_taken(&out(5061, 27_051)));
             // A client that happens to have such a port.
             bed.comes_directly(&come(27_010, 53));
@@ -430,7 +436,11 @@ mod tests {
     fn what_goes_near_or_is_nobodys_here_leaves_as_it_is() {
         let bed = Bed::new(&["25"]);
         for [remote, _, own, behind] in ENDS {
-            let neighbour = if own.contains('.') { "198.51.100.9" } else { "2001:db8:b::9" };
+            let neighbour = if own.contains('.') {
+                "198.51.100.9"
+            } else {
+                "2001:db8:b::9"
+            };
             for (protocol, payload) in [(TCP, tcp(40_000, 25, SYN)), (UDP, ports(40_000, 25))] {
                 let from_to = |from: &str, to: &str| {
                     bed.is_taken(&Packet::new(from, to, protocol, payload.clone()))
@@ -463,9 +473,8 @@ mod tests {
     #[test]
     fn by_port_nothing_is_taken_of_a_family_of_which_nothing_has_moved() {
         let mut bed = Bed::new(&["25/tcp"]);
-        let [v4, v6] = ENDS.map(|[remote, _, own, _]| {
-            Packet::new(own, remote, TCP, tcp(40_000, 25, SYN))
-        });
+        let [v4, v6] =
+            ENDS.map(|[remote, _, own, _]| Packet::new(own, remote, TCP, tcp(40_000, 25, SYN)));
         let mut only_v4 = places();
         only_v4.remove(&"2001:db8:a::5".parse().unwrap());
         bed.maps.set_places(&only_v4, true).unwrap();
@@ -477,19 +486,28 @@ mod tests {
     fn what_had_moved_stays_moved_until_all_peers_have_spoken() {
         let first = Bed::new(&[]);
         let kept: Vec<_> = first.maps.lasting();
-        let kept: Vec<_> = kept.iter().map(|fd| fd.try_clone_to_owned().unwrap()).collect();
+        let kept: Vec<_> = kept
+            .iter()
+            .map(|fd| fd.try_clone_to_owned().unwrap())
+            .collect();
         let [remote, moved, ..] = ENDS[0];
         let packet = Packet::new(moved, remote, UDP, ports(1, 2));
         let mut maps = FlowMaps::with_room(10).unwrap();
         maps.places = Places::found(&kept).unwrap();
-        let egress = take_replies(&maps, L2, 1, 51820, &[]).unwrap().load().unwrap();
+        let egress = take_replies(&maps, L2, 1, 51820, &[])
+            .unwrap()
+            .load()
+            .unwrap();
         assert!(taken(egress.as_fd(), &packet));
         maps.set_places(&BTreeMap::new(), false).unwrap();
         assert!(taken(egress.as_fd(), &packet));
         maps.set_places(&BTreeMap::new(), true).unwrap();
         assert!(!taken(egress.as_fd(), &packet));
         maps.set_places(&BTreeMap::new(), false).unwrap();
-        assert!(!taken(egress.as_fd(), &packet), "it has been told otherwise");
+        assert!(
+            !taken(egress.as_fd(), &packet),
+            "it has been told otherwise"
+        );
     }
 
     #[test]

@@ -15,9 +15,7 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 
 use super::headers::{ipv4, ipv6};
 use super::phrases::{PACKET, branch_by_family};
-use crate::kernel::bpf::{
-    Alu, Assembler, BpfError, Helper, Label, Map, MapKind, Reg, Shape, Size,
-};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, Label, Map, MapKind, Reg, Shape, Size};
 use crate::model::prefix::Prefix;
 
 /// Most prefixes: all that may have moved, and the networks of a large cluster. The kernel takes
@@ -125,8 +123,8 @@ impl Places {
         let mut left = BTreeSet::new();
         for key in map.keys().map_err(refused)? {
             let mut value = [0; 4];
-            let moved = map.read(&key, &mut value)
-                && Place(u32::from_ne_bytes(value)).has(Place::MOVED);
+            let moved =
+                map.read(&key, &mut value) && Place(u32::from_ne_bytes(value)).has(Place::MOVED);
             left.extend(prefix_of(&key).filter(|_| moved));
         }
         Ok(Self { map, left })
@@ -188,7 +186,12 @@ impl Places {
         for (key, at) in keys.into_iter().zip([ipv4::SOURCE, ipv4::DESTINATION]) {
             a.store(Size::W, R10, key + ADDRESS, 0);
             a.store(Size::W, R10, key + ADDRESS + 4, 0);
-            a.store(Size::W, R10, key + ADDRESS + 8, i32::from_ne_bytes([0, 0, 0xff, 0xff]));
+            a.store(
+                Size::W,
+                R10,
+                key + ADDRESS + 8,
+                i32::from_ne_bytes([0, 0, 0xff, 0xff]),
+            );
             load_bytes(a, l2 + at, key + LAST_WORD, 4, other);
         }
         a.jump(done);

@@ -401,7 +401,10 @@ mod tests {
             Self {
                 deliver: deliver.load().unwrap(),
                 arrivals: arrivals(&maps, L2, 51820).unwrap().load().unwrap(),
-                egress: take_replies(&maps, L2, 1, 51820, &[]).unwrap().load().unwrap(),
+                egress: take_replies(&maps, L2, 1, 51820, &[])
+                    .unwrap()
+                    .load()
+                    .unwrap(),
                 maps,
             }
         }
