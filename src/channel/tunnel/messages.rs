@@ -422,6 +422,7 @@ mod tests {
         let said = |outgoing| Announcement::Old {
             moves: vec!["192.0.2.5".parse().unwrap()],
             mtu: 1500,
+            reached: None,
             outgoing,
         };
         for outgoing in [false, true] {

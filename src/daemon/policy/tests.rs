@@ -245,6 +245,7 @@ fn the_delivery_address_is_where_the_peers_settings_name_this_server() {
                     moves: moves("192.0.2.5"),
                     mtu: 1_500,
                     reached: addresses(reached).first().copied(),
+                    outgoing: false,
                 },
             ));
             new.policy.delivery(OLD)
@@ -956,6 +957,7 @@ fn connections_begin_here_once_both_servers_were_told_so() {
         let announcement = Announcement::Old {
             moves: moves("192.0.2.5"),
             mtu: 1_500,
+            reached: None,
             outgoing,
         };
         Input::Announced(old, announcement)

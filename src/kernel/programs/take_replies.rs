@@ -68,10 +68,9 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
 
 use super::flows::{
-    ANSWERED_DIRECTLY, BEGUN_HERE, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND,
-    FLOW_OPENING, FLOW_SEEN,
-    FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter, enter_now,
-    jump_if_within, look_up, remove,
+    ANSWERED_DIRECTLY, BEGUN_HERE, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_OPENING,
+    FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter,
+    enter_now, jump_if_within, look_up, remove,
 };
 use super::headers::{icmpv4, icmpv6, ports, skb, sock};
 use super::outgoing::{Chosen, keep_from_leaving, take_by_port};
