@@ -53,6 +53,7 @@ impl Impostor {
                 moves,
                 mtu: 1_500,
                 reached: None,
+                outgoing: false,
             },
         )
     }

@@ -40,6 +40,7 @@ mod modes;
 mod mtu;
 mod on_path;
 mod others_rules;
+mod outgoing;
 mod own;
 mod privacy;
 mod protocol_text;

@@ -253,6 +253,7 @@ impl Pair {
                         moves: vec![],
                         mtu: 1_500,
                         reached: None,
+                        outgoing: false,
                     },
                     Role::New => Announcement::New {
                         deliver: Deliver::Keep,
@@ -530,7 +531,8 @@ impl Rewrite {
             self.translator
                 .inbound(now, PeerId(0), packet, &mut parsed, true)
         } else {
-            let peer = self.translator.outbound(now, packet, &mut parsed, true)?;
+            let carried = self.translator.outbound(now, packet, &mut parsed, true);
+            let peer = carried.map_err(|drop| drop.reason)?;
             debug_assert_eq!(peer, PeerId(0));
             Ok(())
         }

@@ -8,6 +8,7 @@
 //! Owns the order of things and every call to the kernel while the daemon runs. When it looks at
 //! the kernel, and what follows for programs on links, is [`follow`](super::follow)'s business.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use super::chosen::Cgroups;
 use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
@@ -44,11 +46,13 @@ use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
-use crate::kernel::{Change, Host, keep};
+use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
+use crate::model::moved::Move;
 use crate::model::peer::{PeerId, Role};
+use crate::model::prefix::Prefix;
 use crate::model::status::{Offloads, Status};
 use crate::packet::coalesce::Reach;
 use crate::settings::args::Without;
@@ -99,6 +103,7 @@ async fn carry(
         tun,
         sockets,
         follower,
+        cgroups,
         endpoints,
         processors,
         resumes,
@@ -147,6 +152,8 @@ async fn carry(
         udp: sockets[0].try_clone().map_err(failed)?,
         tun,
         follower,
+        cgroups,
+        resumed: vec![false; peers],
         facts: Facts::default(),
         listen: config.listen.ip,
         delivering: vec![None; peers],
@@ -243,6 +250,8 @@ fn take_peers(
             deliver: peer.deliver,
             accept: peer.accept,
             clients_from: peer.clients_from,
+            outgoing: peer.outgoing,
+            allow_outgoing: peer.allow_outgoing,
         };
         (peer.keys, rules)
     };
@@ -299,7 +308,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
                 started: epoch,
                 resumes,
             };
-            Gate::new(policy.moves(peer), config)
+            Gate::new(policy.moves(peer), config).allow_outgoing(policy.allow_outgoing(peer))
         });
         let forwarder = Forwarder::Old(gates.collect());
         // The policy will add this server's own, once they could be listed.
@@ -324,6 +333,7 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
     });
     for peer in policy.peers() {
         translator.allow_clients(peer, policy.clients_from(peer));
+        translator.set_outgoing(peer, policy.outgoing_rules(peer));
     }
     Ok(Forwarder::New(translator))
 }
@@ -344,6 +354,9 @@ struct Control<'h> {
     udp: UdpSocket,
     tun: Link,
     follower: Follower,
+    cgroups: Cgroups,
+    /// For each peer, whether what began here before a crash was looked for.
+    resumed: Vec<bool>,
     facts: Facts,
     /// The address of `--listen`, if it names one.
     listen: Option<IpAddr>,
@@ -511,6 +524,7 @@ impl Control<'_> {
                 }
             }
             self.look_at_refused_sources(now);
+            self.look_at_outgoing(now);
         }
         if now >= self.silence.next() {
             self.look_at_silence(now);
@@ -615,9 +629,7 @@ impl Control<'_> {
                         let name = self.policy.name(peer);
                         info!(peer = name, moved = names.join(" "), "serving");
                     }
-                    if let Some(translator) = self.shared.forwarder.translator() {
-                        translator.set_moves(peer, moves.to_vec());
-                    }
+                    self.serve_moves(now, peer, &moves);
                     self.serve_inside(now);
                 }
                 Action::Deliver(peer, delivery) => {
@@ -627,6 +639,12 @@ impl Control<'_> {
                     }
                     self.serve_inside(now);
                 }
+                Action::Outgoing(peer, rules) => {
+                    if let Some(translator) = self.shared.forwarder.translator() {
+                        translator.set_outgoing(peer, rules);
+                    }
+                }
+                Action::Places { places, complete } => self.set_places(now, &places, complete),
                 Action::Hold(wanted) => {
                     let result = self.hold(&wanted).map_err(|error| error.to_string());
                     self.holding = Some(wanted);
@@ -882,6 +900,63 @@ impl Control<'_> {
         }
     }
 
+    /// Serves these moves. What began here under an earlier daemon goes on.
+    fn serve_moves(&mut self, now: Instant, peer: PeerId, moves: &[Move]) {
+        let Some(translator) = self.shared.forwarder.translator() else {
+            return;
+        };
+        let resumed = &mut self.resumed[index(peer)];
+        if *resumed || self.policy.outgoing(peer).is_empty() {
+            translator.set_moves(peer, moves.to_vec());
+            return;
+        }
+        *resumed = true;
+        let rules = self.policy.outgoing_rules(peer);
+        // Where the address is kept, a client's flow and one that began here look alike.
+        let keeps = self.policy.keeps(peer);
+        // Few flows are left of a million that clients may have.
+        let wanted = |flow: &HostFlow| {
+            let (local, remote) = (flow.local, flow.remote);
+            !keeps && moves.iter().any(|moved| moved.prefix.contains(local.ip()))
+                || (rules.by_port.iter())
+                    .any(|rule| rule.ports.takes(flow.protocol, local.port(), remote.port()))
+        };
+        let earlier = self.follower.steering().map(|it| it.earlier_flows(wanted));
+        let flows = earlier.transpose().unwrap_or_else(|error| {
+            warn!(%error, "connections that began here before a crash may end");
+            None
+        });
+        translator.set_moves_again(now, peer, moves.to_vec(), &flows.unwrap_or_default());
+    }
+
+    /// Tells the programs what addresses are.
+    fn set_places(&mut self, now: Instant, places: &BTreeMap<Prefix, Place>, complete: bool) {
+        let result = self
+            .follower
+            .steering()
+            .map(|it| it.set_places(places, complete));
+        if let Some(Err(error)) = result {
+            let text = format!("the programs do not know what has moved here: {error}");
+            self.warnings.warn(now, text);
+        }
+    }
+
+    /// Looks for packets that were to leave from a moved address and may not, and for control
+    /// groups that came or went.
+    fn look_at_outgoing(&mut self, now: Instant) {
+        if let Some(translator) = self.shared.forwarder.translator() {
+            for (peer, refused) in translator.take_refused_outgoing() {
+                (self.policy).handle(now, Input::RefusedOutgoing(peer, refused));
+            }
+        }
+        if let Some(steering) = self.follower.steering()
+            && let Err(error) = self.cgroups.look(steering)
+        {
+            let text = format!("the programs do not know a control group of --outgoing: {error}");
+            self.warnings.warn(now, text);
+        }
+    }
+
     /// Looks at how large a packet the route to a peer takes: the tunnel's probes go up to that
     /// size. What the kernel has learned from ICMP errors is no more than a hint for them.
     fn look_at_route(&mut self, now: Instant, peer: PeerId) {
@@ -1081,6 +1156,9 @@ impl Control<'_> {
             flows: self.shared.forwarder.flow_stats(peer),
             accept: self.policy.accept(peer),
             clients_from: self.policy.clients_from(peer),
+            outgoing: self.policy.outgoing(peer),
+            allow_outgoing: self.policy.allow_outgoing(peer),
+            lets_out: self.policy.lets_out(peer),
             refused: self.policy.refusals(peer),
             refused_moves: self.policy.refused_moves(peer),
             drops: &self.shared.peer_drops[index(peer)],

@@ -112,6 +112,7 @@ impl Facts {
         let mut addresses = Self::addresses(listed, uplinks);
         addresses.held = held;
         addresses.by_default = of_default_routes(netlink, listed, tun);
+        addresses.uplinks = uplinks.iter().map(|link| link.name.clone()).collect();
         let now = Instant::now();
         if self.again.is_none_or(|again| again <= now) {
             self.unread = self.read_routes(netlink, tun).err();

@@ -169,7 +169,7 @@ pub(super) struct LinkSettings {
     pub(super) moves: Vec<Move>,
     /// The address of `--listen`; `None` is any.
     pub(super) listen: Option<IpAddr>,
-    /// Whether a moved address is held here for a peer (`--deliver-to keep`).
+    /// Whether a moved address is held here for a peer (`--deliver-to keep`, `--outgoing`).
     pub(super) keeps: bool,
 }
 

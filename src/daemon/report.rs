@@ -17,6 +17,7 @@ use crate::lane::shared::LaneCounters;
 use crate::model::accept::Accept;
 use crate::model::drops::Drops;
 use crate::model::moved::Move;
+use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
 use crate::model::status::{
@@ -75,6 +76,12 @@ pub(super) struct Peer<'a> {
     pub(super) accept: &'a [Accept],
     /// Own networks that its clients may come from.
     pub(super) clients_from: &'a [Prefix],
+    /// What may leave from its moved addresses that answers nobody (new server).
+    pub(super) outgoing: &'a [Outgoing],
+    /// What it may begin (old server).
+    pub(super) allow_outgoing: &'a [AllowOutgoing],
+    /// Whether it lets out what begins here, once it has said so (new server).
+    pub(super) lets_out: Option<bool>,
     /// Its moves that are not served.
     pub(super) refused: &'a [Refusal],
     /// How many were refused, each time that it named one.
@@ -132,6 +139,13 @@ pub(super) fn tunnels(
             flows: shown(peer.flows),
             accept: peer.accept.iter().map(ToString::to_string).collect(),
             clients_from: peer.clients_from.iter().map(ToString::to_string).collect(),
+            outgoing: peer.outgoing.iter().map(ToString::to_string).collect(),
+            allow_outgoing: peer
+                .allow_outgoing
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
+            peer_allows_outgoing: peer.lets_out,
             refused: peer.refused.iter().map(refused).collect(),
             refused_moves: peer.refused_moves,
             rx,
@@ -175,6 +189,9 @@ pub(super) fn translated(
         deliver: Vec::new(),
         accept: Vec::new(),
         clients_from: Vec::new(),
+        outgoing: Vec::new(),
+        allow_outgoing: Vec::new(),
+        peer_allows_outgoing: None,
         refused: Vec::new(),
         refused_moves: 0,
         flows,
@@ -292,6 +309,9 @@ mod tests {
             flows: FlowStats::default(),
             accept: &[],
             clients_from: &[],
+            outgoing: &[],
+            allow_outgoing: &[],
+            lets_out: None,
             refused: &[],
             refused_moves: 0,
             drops,

@@ -9,6 +9,7 @@ use std::path::Path;
 
 use tracing::{debug, warn};
 
+use super::chosen::{Cgroups, chosen};
 use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
 use super::kept;
@@ -21,6 +22,7 @@ use crate::kernel::Host;
 use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Link, Netlink};
 use crate::kernel::plan::{self, PUBLIC};
+use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
@@ -62,6 +64,8 @@ pub(super) struct Tools {
     pub(super) sockets: Vec<UdpSocket>,
     /// The programs on the links, and the uplinks.
     pub(super) follower: Follower,
+    /// The control groups whose connections are chosen by port.
+    pub(super) cgroups: Cgroups,
     /// Where each peer is, if its address is known or its name resolved.
     pub(super) endpoints: Vec<Option<SocketAddr>>,
     /// How many threads can run at once, by affinity and control group.
@@ -112,7 +116,7 @@ impl Ready {
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplinks.mtu())?;
         let port = sockets[0].port().map_err(system)?;
-        let follower = found.change(&mut host, config, &tun, port, &kept)?;
+        let (follower, cgroups) = found.change(&mut host, config, &tun, port, &kept)?;
         let tools = Tools {
             signals,
             netlink,
@@ -122,6 +126,7 @@ impl Ready {
             tun,
             sockets,
             follower,
+            cgroups,
             endpoints,
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             resumes,
@@ -134,6 +139,9 @@ impl Ready {
 /// The facts about this host that the checks found out.
 struct Found {
     uplinks: Uplinks,
+    /// What leaves through the tunnel because of its port.
+    chosen: Vec<Chosen>,
+    cgroups: Cgroups,
 }
 
 /// The interfaces that clients' packets use, each once. There may be none before the network is up.
@@ -203,19 +211,24 @@ impl Found {
             Role::New if may_come => {}
             Role::New => check_new(netlink, &Terms::of(config))?,
         }
-        Ok(Self { uplinks })
+        let (chosen, cgroups) = chosen(config)?;
+        Ok(Self {
+            uplinks,
+            chosen,
+            cgroups,
+        })
     }
 
     /// Makes the changes that the role needs. Returns who follows what they depend on. `kept` are
     /// the descriptors that somebody kept of an earlier daemon.
     fn change(
-        self,
+        mut self,
         host: &mut Host,
         config: &Config,
         tun: &Link,
         port: u16,
         kept: &[OwnedFd],
-    ) -> Result<Follower> {
+    ) -> Result<(Follower, Cgroups)> {
         let moves = moves(config);
         let programs = match config.role {
             Role::Old => {
@@ -231,19 +244,22 @@ impl Found {
                 let links = plan::carriers(host.netlink(), tun).map_err(system)?;
                 let flows = config.max_flows;
                 let steering = Steering::new(host.netlink(), &links, port, flows, kept);
-                let steering = steering.map_err(system)?;
+                let steering = steering.map_err(system)?.with_outgoing(self.chosen);
+                self.cgroups.look(&steering).map_err(system)?;
                 kept::keep(&steering.memory());
                 Programs::New(Box::new(steering))
             }
         };
-        let keeps = |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep;
+        let keeps =
+            |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
         let settings = LinkSettings {
             named: config.uplink.clone(),
             moves,
             listen: config.listen.ip.filter(|ip| !ip.is_unspecified()),
             keeps: config.peers.iter().any(keeps),
         };
-        Follower::start(settings, programs, tun.clone(), self.uplinks, host)
+        let follower = Follower::start(settings, programs, tun.clone(), self.uplinks, host)?;
+        Ok((follower, self.cgroups))
     }
 }
 

@@ -255,6 +255,8 @@ impl Seen {
                     seen
                 }
             }
+            // A connection that begins on this side, after another one with the same ports.
+            Side::Application if tcp_flags & (SYN | ACK) == SYN && self.has(Self::FIN_BOTH) => own,
             // The application, which is next door, goes on: it did not accept the RST.
             Side::Application => {
                 let seen = Self(self.0 & !Self::RESET.0).with(own);

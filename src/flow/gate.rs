@@ -14,13 +14,13 @@
 //! that begins without a SYN; of anything else only after a predecessor was killed. One that was
 //! stopped has given the address back to this server's own stack.
 //!
-//! What begins a conversation never leaves, whether its flow is known or not: a SYN (a server does
-//! not answer one with another), an echo request and its like. No SYN-ACK leaves for a client whose
-//! SYN came before the start; the client sends it again. Nothing leaves for an address that no
-//! client can have.
+//! Unless it is allowed, what begins a conversation never leaves, whether its flow is known or not:
+//! a SYN (a server does not answer one with another), an echo request and its like. No SYN-ACK
+//! leaves for a client whose SYN came before the start; the client sends it again. Nothing leaves
+//! for an address that no client can have.
 //!
-//! Connections that the new server may begin, once there is a setting for them, are to be let out
-//! in [`Gate::may_go_on`], and are then flows like others.
+//! Connections that the new server may begin ([`Gate::allow_outgoing`]) are let out in
+//! [`Gate::may_go_on`], and are then flows like others.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -30,6 +30,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
+use crate::flow::allowed::Allowed;
 use crate::flow::clients::{Clients, Flow};
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
@@ -39,6 +40,7 @@ use crate::flow::table::FlowStats;
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, TCP, UDP};
+use crate::model::outgoing::AllowOutgoing;
 use crate::packet::{ACK, Addr, Fragment, ICMP, ICMPV6, Kind, Parsed, Quoted, SYN};
 
 /// The old server's checks for one peer. Shared by the lanes.
@@ -47,6 +49,7 @@ pub struct Gate {
     ownership: Ownership,
     clients: Clients,
     resumes: bool,
+    allowed: Allowed,
     /// This server's own addresses, sorted, and others that no client can have here.
     own: ArcSwap<Vec<Addr>>,
     seed: Seed,
@@ -97,6 +100,7 @@ impl Gate {
             ownership: Ownership::new(moves, seed),
             clients: Clients::new(seed, config.max_flows, config.started),
             resumes: config.resumes,
+            allowed: Allowed::new(Vec::new()),
             own: ArcSwap::default(),
             seed,
             returning: Mutex::new(FragmentCache::new()),
@@ -105,6 +109,14 @@ impl Gate {
         };
         gate.set_own_addresses(&[]);
         gate
+    }
+
+    /// The same gate, which lets connections out that the new server begins, if one of the rules
+    /// takes them.
+    #[must_use]
+    pub fn allow_outgoing(mut self, rules: &[AllowOutgoing]) -> Self {
+        self.allowed = Allowed::new(rules.to_vec());
+        self
     }
 
     /// Sets which addresses no client can have: this server's own, those that have moved to other
@@ -148,7 +160,8 @@ impl Gate {
     ///
     /// # Errors
     /// [`DropReason::NotMoved`], [`DropReason::BadDestination`], [`DropReason::Unasked`],
-    /// [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`].
+    /// [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`];
+    /// [`DropReason::OutgoingNotAllowed`], [`DropReason::OutgoingLimited`].
     #[inline]
     pub fn check_returning(
         &self,
@@ -246,8 +259,18 @@ impl Gate {
             Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => false,
         };
         let older = flow.filter(|flow| goes_on && self.clients.may_be_older(now, flow));
-        let flow = older.ok_or_else(|| self.refuse(DropReason::Unasked, parsed, bytes))?;
-        self.clients.presume(now, flow);
+        if let Some(flow) = older {
+            self.clients.presume(now, flow);
+            return Ok(());
+        }
+        match self.allowed.judge(now, parsed) {
+            // A query makes no flow: its reply goes to what has moved, as a client's packets do.
+            Some(Ok(())) => flow
+                .into_iter()
+                .for_each(|it| self.clients.presume(now, it)),
+            Some(Err(reason)) => return Err(self.refuse(reason, parsed, bytes)),
+            None => return Err(self.refuse(DropReason::Unasked, parsed, bytes)),
+        }
         Ok(())
     }
 
@@ -385,6 +408,96 @@ mod tests {
 
     fn request(kind: Kind) -> Plan {
         Plan::new(kind, CLIENT, MOVED)
+    }
+
+    impl Bed {
+        fn allowing(rules: &[&str]) -> Self {
+            let rules: Vec<_> = rules.iter().map(|text| text.parse().unwrap()).collect();
+            let Self { gate, now } = Self::settled(&[MOVED]);
+            Self {
+                gate: gate.allow_outgoing(&rules),
+                now,
+            }
+        }
+    }
+
+    /// What the new server sends to begin a conversation with somebody's port 25.
+    fn outgoing(kind: Kind) -> Plan {
+        Plan {
+            flags: SYN,
+            src_port: 40_000,
+            dst_port: 25,
+            ..Plan::new(kind, MOVED, CLIENT)
+        }
+    }
+
+    #[test]
+    fn what_may_begin_on_the_new_server_is_let_out_and_answered() {
+        for kind in [Kind::Tcp, Kind::Udp, Kind::IcmpQuery] {
+            let bed = Bed::allowing(&["any"]);
+            let begins = outgoing(kind);
+            assert_eq!(bed.returning(&begins.build()), Ok(()), "{kind:?}");
+            assert_eq!(bed.returning(&begins.build()), Ok(()), "sent again");
+            let answer = reply(&begins).build();
+            assert_eq!(bed.captured(&answer), CARRY);
+            if kind != Kind::IcmpQuery {
+                assert_eq!(bed.returning(&with(&begins, |p| p.flags = ACK)), Ok(()));
+                let about = too_big(&answer, answer.len(), MOVED.parse().unwrap());
+                assert_eq!(bed.returning(&about), Ok(()), "an error about the answer");
+            }
+            for (to, from) in [(OWN, MOVED), ("224.0.0.1", MOVED), ("127.0.0.1", MOVED)] {
+                let special = with(&begins, |p| {
+                    (p.src, p.dst) = (from.parse().unwrap(), to.parse().unwrap());
+                });
+                assert_eq!(bed.returning(&special), Err(DropReason::BadDestination));
+            }
+            let not_moved = with(&begins, |p| p.src = OWN.parse().unwrap());
+            assert_eq!(bed.returning(&not_moved), Err(DropReason::NotMoved));
+        }
+        let bed = Bed::allowing(&["any"]);
+        let answers = with(&outgoing(Kind::Tcp), |p| p.flags = SYN | ACK);
+        assert_eq!(bed.returning(&answers), UNASKED, "it begins nothing");
+        assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
+    }
+
+    #[test]
+    fn only_what_is_named_may_begin() {
+        let not_allowed = Err(DropReason::OutgoingNotAllowed);
+        let bed = Bed::allowing(&["25/tcp", "from:5060/udp"]);
+        assert_eq!(bed.returning(&outgoing(Kind::Tcp).build()), Ok(()));
+        let elsewhere = with(&outgoing(Kind::Tcp), |p| p.dst_port = 26);
+        assert_eq!(bed.returning(&elsewhere), not_allowed);
+        assert_eq!(bed.returning(&outgoing(Kind::Udp).build()), not_allowed);
+        let sip = with(&outgoing(Kind::Udp), |p| p.src_port = 5060);
+        assert_eq!(bed.returning(&sip), Ok(()));
+        assert_eq!(
+            bed.returning(&outgoing(Kind::IcmpQuery).build()),
+            not_allowed
+        );
+        let refused = bed.gate.take_refused().unwrap();
+        assert_eq!(refused.reason, DropReason::OutgoingNotAllowed);
+        let bed = Bed::allowing(&["ping"]);
+        assert_eq!(bed.returning(&outgoing(Kind::IcmpQuery).build()), Ok(()));
+        assert_eq!(bed.returning(&outgoing(Kind::Tcp).build()), not_allowed);
+    }
+
+    #[test]
+    fn a_flood_of_new_connections_is_limited_and_clients_are_not() {
+        let bed = Bed::allowing(&["any"]);
+        assert_eq!(bed.captured(&request(Kind::Tcp).build()), CARRY);
+        assert_eq!(bed.returning(&next(Kind::Tcp)), Ok(()));
+        assert_eq!(
+            bed.captured(&with(&request(Kind::Tcp), |p| p.flags = ACK)),
+            CARRY
+        );
+        let all = (1..=10_000u16).map(|port| with(&outgoing(Kind::Tcp), |p| p.src_port = port));
+        let passed = all.filter(|packet| bed.returning(packet) == Ok(())).count();
+        assert_eq!(passed, 4_000);
+        let limited = with(&outgoing(Kind::Udp), |p| p.src_port = 7);
+        assert_eq!(bed.returning(&limited), Err(DropReason::OutgoingLimited));
+        assert_eq!(bed.returning(&next(Kind::Tcp)), Ok(()));
+        let later = bed.later(Duration::from_secs(1));
+        assert_eq!(later.returning(&outgoing(Kind::Tcp).build()), Ok(()));
     }
 
     /// The server's next packet in the conversation of such a request.

@@ -92,7 +92,7 @@ impl Translator {
                     return Err(DropReason::NoFlow);
                 }
                 self.make_space(now, key.peer, key.client);
-                (key, self.begin(now, &key, delivery, port, flags)?)
+                (key, self.open_call(now, &key, delivery, port, flags)?)
             }
         };
         let turned = Turned {
@@ -138,7 +138,8 @@ impl Translator {
         Ok(found)
     }
 
-    fn begin(
+    /// Opens the flow of a call.
+    fn open_call(
         &self,
         now: Instant,
         key: &Outside,
@@ -285,7 +286,7 @@ impl Translator {
                     moved_port: call.remote.port(),
                 };
                 // Without room the caller's next packet begins it, where one can.
-                let _ = self.begin(now, &key, delivery, port, ACK);
+                let _ = self.open_call(now, &key, delivery, port, ACK);
             }
             false
         });
@@ -354,7 +355,8 @@ mod tests {
             let mut parsed = Parsed::parse(bytes)?;
             let peer = self
                 .translator
-                .outbound(self.now, bytes, &mut parsed, false)?;
+                .outbound(self.now, bytes, &mut parsed, false)
+                .map_err(|dropped| dropped.reason)?;
             assert_eq!(Parsed::parse(bytes), Ok(parsed));
             if parsed.fragment() == Fragment::None {
                 assert_sums(bytes);

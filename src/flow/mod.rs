@@ -5,9 +5,11 @@
 //! | [`ownership`] | whose a captured packet is |
 //! | [`gate`] | the old server's checks: what may pass |
 //! | `clients` | which clients came, for those checks |
+//! | `allowed` | what the new server may begin, for those checks |
 //! | [`role`] | what the server's role makes of a packet |
 //! | [`translate`], [`routes`] | the new server's rewriting, and what is configured for it |
 //! | `hairpin` | the moved address called from this host, and from those behind it |
+//! | [`outgoing`] | connections that begin on the new server |
 //! | [`nat`] | both addresses rewritten, on the old server alone |
 //! | [`table`] | the flows, found from either side |
 //! | [`class`] | how long a flow is kept, and which gives way first |
@@ -20,6 +22,7 @@
 //!
 //! Must not touch sockets, devices or the clock.
 
+mod allowed;
 pub mod class;
 mod clients;
 pub mod ended;
@@ -29,6 +32,7 @@ pub mod gate;
 mod hairpin;
 pub mod nat;
 pub mod networks;
+pub mod outgoing;
 pub mod ownership;
 pub mod role;
 pub mod routes;

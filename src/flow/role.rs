@@ -80,8 +80,9 @@ pub struct ReplyPath {
 /// Who gets an ICMP error about a packet from the TUN. It goes back to the TUN either way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ReplyTo {
-    /// A client: the error is written as it is, and leaves through the uplink.
-    Client,
+    /// Whoever has sent it: the error is written as it is. On the old server it leaves through the
+    /// uplink.
+    Sender,
     /// The application: the error is translated like a client's packet, so that it quotes what the
     /// application's host has sent.
     Application,
@@ -143,12 +144,17 @@ impl Forwarder {
             // address.
             (Self::Old(_), IcmpError::Expired) => ReplyPath {
                 from: hop.addr(parsed.family()).unwrap_or(asked),
-                to: ReplyTo::Client,
+                to: ReplyTo::Sender,
             },
             // The moved address speaks.
             (Self::Old(_), IcmpError::TooBig(_)) => ReplyPath {
                 from: asked,
-                to: ReplyTo::Client,
+                to: ReplyTo::Sender,
+            },
+            // On the new server it began there and has no flow, so nothing has to be translated.
+            (_, IcmpError::Prohibited) => ReplyPath {
+                from: asked,
+                to: ReplyTo::Sender,
             },
             // As far as the application's host can tell, the client speaks. That is the one address
             // that is sure to pass whatever let the client in.
@@ -261,7 +267,7 @@ impl Outgoing<'_> {
                 Ok(()) => Ok(peer),
                 Err(reason) => Err(Dropped::of(peer, reason)),
             },
-            Self::Returning(translator) => Ok(translator.outbound(now, packet, parsed, partial)?),
+            Self::Returning(translator) => translator.outbound(now, packet, parsed, partial),
         }
     }
 }
@@ -494,12 +500,12 @@ mod tests {
             forwarder.outbound_reply(about, hop, &parsed, &packet)
         };
         let (hop, expired, big) = ("192.0.2.1", IcmpError::Expired, IcmpError::TooBig(1_300));
-        assert_eq!(outbound(&old, expired, &HOP), path(hop, ReplyTo::Client));
+        assert_eq!(outbound(&old, expired, &HOP), path(hop, ReplyTo::Sender));
         assert_eq!(
             outbound(&old, expired, &nobody),
-            path(MOVED, ReplyTo::Client)
+            path(MOVED, ReplyTo::Sender)
         );
-        assert_eq!(outbound(&old, big, &HOP), path(MOVED, ReplyTo::Client));
+        assert_eq!(outbound(&old, big, &HOP), path(MOVED, ReplyTo::Sender));
         assert_eq!(outbound(&new, big, &HOP), path(MOVED, ReplyTo::Application));
         let inbound = |forwarder: &Forwarder, hop| {
             let from = forwarder.inbound_reply_from(hop, &parsed, &packet);

@@ -5,6 +5,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::flow::outgoing::OutgoingRules;
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, Transport, UDP};
 use crate::model::peer::PeerId;
@@ -41,6 +42,7 @@ pub(super) struct Routes {
 pub(super) struct PeerRoutes {
     pub(super) moves: Vec<Move>,
     pub(super) delivery: Delivery,
+    pub(super) outgoing: OutgoingRules,
     /// The moved addresses, sorted; made from the two above.
     resolved: Vec<Moved>,
 }
@@ -113,6 +115,44 @@ impl Routes {
     /// Whether packets are delivered there.
     pub(super) fn is_delivery(&self, addr: Addr) -> bool {
         self.deliveries.binary_search(&addr).is_ok()
+    }
+
+    /// What may leave from the moved addresses of `peer` that answers nobody.
+    pub(super) fn outgoing(&self, peer: PeerId) -> &OutgoingRules {
+        static NOTHING: OutgoingRules = OutgoingRules {
+            on: false,
+            allowed: None,
+            by_port: Vec::new(),
+        };
+        self.peer(peer).map_or(&NOTHING, |routes| &routes.outgoing)
+    }
+
+    /// Every peer.
+    pub(super) fn peer_ids(&self) -> impl Iterator<Item = PeerId> + use<> {
+        (0..self.peers.len() as u16).map(PeerId)
+    }
+
+    /// The peers that have moved this address here, or a part of it.
+    pub(super) fn peers_of(&self, addr: Addr) -> impl Iterator<Item = PeerId> {
+        self.peer_ids()
+            .filter(move |&peer| self.has_moved(peer, addr))
+    }
+
+    /// Whether `peer` has moved this address here, or a part of it.
+    pub(super) fn has_moved(&self, peer: PeerId, addr: Addr) -> bool {
+        self.peer(peer)
+            .is_some_and(|routes| routes.moved(addr).is_some())
+    }
+
+    /// The one address of this family that `peer` has moved here; `None` if there are several.
+    pub(super) fn only_moved(&self, peer: PeerId, v4: bool) -> Option<Addr> {
+        let moves = self.peer(peer)?.moves.iter();
+        let mut prefixes = moves
+            .map(|moved| moved.prefix)
+            .filter(|it| it.is_ipv4() == v4);
+        let first = prefixes.next()?;
+        let only = first.is_single() && prefixes.all(|prefix| prefix == first);
+        only.then(|| first.first().into())
     }
 
     #[inline]

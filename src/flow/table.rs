@@ -406,6 +406,34 @@ impl FlowTable {
         Ok(())
     }
 
+    /// Makes the flow that a packet from the application begins, or continues after a restart,
+    /// where the application has asked first.
+    ///
+    /// `wanted` is how the other end is to see it. If it sees another flow so, this one gets
+    /// another port at the moved address.
+    ///
+    /// # Errors
+    /// [`DropReason::FlowTableFull`], [`DropReason::FlowCollision`].
+    pub fn begin(
+        &mut self,
+        now: Instant,
+        inside: &Inside,
+        wanted: &Outside,
+        tcp_flags: u8,
+        limit: &Limit,
+    ) -> Result<Outside, DropReason> {
+        let now = self.tick(now);
+        debug_assert!(self.find_inside(inside).is_none());
+        self.make_space(now, wanted.peer, wanted.client, limit)?;
+        let Some(outside) = self.free_outside(now, wanted, limit) else {
+            limit.give_back(wanted.peer);
+            return Err(DropReason::FlowCollision);
+        };
+        self.collisions += u64::from(outside != *wanted);
+        self.insert(now, &outside, inside, Side::Application, tcp_flags);
+        Ok(outside)
+    }
+
     /// Removes flows whose time is up, examining at most `budget`. Returns how many it removed.
     /// Call it every second or so.
     pub fn expire(&mut self, now: Instant, budget: usize, limit: &Limit) -> usize {
@@ -558,6 +586,39 @@ impl FlowTable {
         let others = (FIRST_PORT as u16)..=u16::MAX;
         self.find_port(now, outside, wanted, others, start, limit)
             .map(|key| (key, true))
+    }
+
+    /// The outer view to use: as it is wanted, or with another port at the moved address.
+    fn free_outside(&mut self, now: u32, wanted: &Outside, limit: &Limit) -> Option<Outside> {
+        if self.is_outside_free(now, wanted, limit) {
+            return Some(*wanted);
+        }
+        if !has_ports(wanted.protocol) {
+            return None;
+        }
+        let first = (outside_hash(&self.seed, wanted) >> 32) as u32;
+        let span = u32::from(u16::MAX) - FIRST_PORT + 1;
+        let port = |index: u32| {
+            let offset = first.wrapping_add(index.wrapping_mul(PORT_STEP)) % span;
+            (FIRST_PORT + offset) as u16
+        };
+        (0..PORT_TRIES)
+            .map(|index| Outside {
+                moved_port: port(index),
+                ..*wanted
+            })
+            .find(|key| self.is_outside_free(now, key, limit))
+    }
+
+    fn is_outside_free(&mut self, now: u32, key: &Outside, limit: &Limit) -> bool {
+        match self.find_outside(key) {
+            None => true,
+            Some(at) if self.slab.get(at).is_expired(now) => {
+                self.remove(at, limit);
+                true
+            }
+            Some(_) => false,
+        }
     }
 
     /// The inner view with a port of the range that is borrowed.

@@ -34,12 +34,13 @@ use crate::flow::fragments::FragmentCache;
 use crate::flow::hairpin::Turned;
 use crate::flow::lock;
 use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
+use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage, seen_client};
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::asked::Asked;
-use crate::model::drops::DropReason;
+use crate::model::drops::{DropReason, Dropped};
 use crate::model::moved::{Move, TCP, UDP};
 use crate::model::peer::{MAX_PEERS, PeerId};
 use crate::model::prefix::Prefix;
@@ -90,6 +91,7 @@ pub struct Translator {
     networks: Networks,
     /// One of each peer that is not told yet.
     unmoved_ports: Mutex<Vec<(PeerId, UnmovedPort)>>,
+    refused_outgoing: Refusals,
     /// Held while routes are replaced.
     changing: Mutex<()>,
     inbound_fragments: Mutex<FragmentCache<Addr>>,
@@ -126,6 +128,7 @@ impl Translator {
             routes: ArcSwap::default(),
             networks: Networks::default(),
             unmoved_ports: Mutex::default(),
+            refused_outgoing: Refusals::default(),
             changing: Mutex::new(()),
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
@@ -138,6 +141,26 @@ impl Translator {
     /// longer moved are dropped at once; its flows are forgotten in their own time.
     pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) {
         self.change(|routes| routes.peer_mut(peer).moves = moves);
+    }
+
+    /// As [`set_moves`](Self::set_moves), where the kernel still knows `flows` from an earlier
+    /// daemon. Those that began on this side are known here, too, before the first packet comes:
+    /// the remote may be the first to speak, and would be taken for a client.
+    pub fn set_moves_again(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        moves: Vec<Move>,
+        flows: &[HostFlow],
+    ) {
+        self.change_first(
+            |routes| routes.peer_mut(peer).moves = moves,
+            |routes| {
+                flows
+                    .iter()
+                    .for_each(|flow| self.resume(now, routes, peer, flow))
+            },
+        );
     }
 
     /// Sets where the packets of `peer` are delivered. Flows that are under way stay where they
@@ -162,6 +185,16 @@ impl Translator {
     /// Lets clients of `peer` come from these prefixes, whatever networks this host is in.
     pub fn allow_clients(&self, peer: PeerId, prefixes: &[Prefix]) {
         self.networks.allow(peer, prefixes);
+    }
+
+    /// Sets what may leave from the moved addresses of `peer` that answers nobody.
+    pub fn set_outgoing(&self, peer: PeerId, rules: OutgoingRules) {
+        self.change(|routes| routes.peer_mut(peer).outgoing = rules);
+    }
+
+    /// For each peer, a packet of this host that was refused since the last call.
+    pub fn take_refused_outgoing(&self) -> BTreeMap<PeerId, RefusedOutgoing> {
+        self.refused_outgoing.take()
     }
 
     /// For each peer, a source that was refused since the last call.
@@ -196,9 +229,6 @@ impl Translator {
         if parsed.kind() == Kind::IcmpError {
             return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
         }
-        if !moved.takes(parsed.protocol(), parsed.kind(), parsed.dst_port()) {
-            return Err(DropReason::NotMoved);
-        }
         let key = Outside {
             peer,
             protocol: parsed.protocol(),
@@ -207,6 +237,12 @@ impl Translator {
             moved: moved.addr,
             moved_port: parsed.dst_port(),
         };
+        // What began here has a port that need not have moved.
+        if !moved.takes(parsed.protocol(), parsed.kind(), parsed.dst_port())
+            && self.table(key.client).peek_outside(&key).is_none()
+        {
+            return Err(DropReason::NotMoved);
+        }
         let flags = parsed.tcp_flags();
         let found = {
             let mut table = self.table(key.client);
@@ -239,6 +275,8 @@ impl Translator {
     /// that keeps sending is heard again after a restart of the daemon: with TCP at any time, else
     /// for some minutes after the start.
     ///
+    /// If none is, the packet may begin a flow of this side ([`outgoing`](super::outgoing)).
+    ///
     /// # Errors
     /// Why to drop the packet, which may be rewritten in part then.
     pub fn outbound(
@@ -247,15 +285,15 @@ impl Translator {
         bytes: &mut [u8],
         parsed: &mut Parsed,
         partial: bool,
-    ) -> Result<PeerId, DropReason> {
+    ) -> Result<PeerId, Dropped> {
         if parsed.kind() == Kind::IcmpError {
-            return self.outbound_error(bytes, parsed, partial);
+            return Ok(self.outbound_error(bytes, parsed, partial)?);
         }
         let delivery = parsed.src(bytes);
         if parsed.fragment() == Fragment::Later {
             let known = lock(&self.outbound_fragments).recall(now, &self.seed, parsed, bytes);
             let Some((peer, moved)) = known else {
-                return self.turn_later_fragment(now, bytes, parsed);
+                return Ok(self.turn_later_fragment(now, bytes, parsed)?);
             };
             parsed.set_src(bytes, moved, partial);
             return Ok(peer);
@@ -274,17 +312,18 @@ impl Translator {
         };
         let outside = match found {
             Some(outside) => outside,
-            None => match self.related(now, &key, parsed)? {
-                Some(outside) => outside,
-                // What may be an answer to a client is one, whoever says that its address has
-                // moved.
-                None => match self.reopen(now, &key, parsed) {
-                    Err(DropReason::NoFlow) => {
-                        let called = self.call(now, bytes, parsed, partial);
-                        return called.unwrap_or(Err(DropReason::NoFlow));
-                    }
-                    reopened => reopened?,
+            None => match self.earlier(now, &key, parsed) {
+                Ok(outside) => outside,
+                Err(DropReason::NoFlow) => match self.call(now, bytes, parsed, partial) {
+                    // What may be an answer to a client is one, whoever says that its address has
+                    // moved.
+                    Some(called) => return Ok(called?),
+                    None => self.begin(now, &key, parsed)?,
                 },
+                Err(DropReason::UnmovedPort) if outgoing::is_by_port(&self.routes.load(), &key) => {
+                    self.begin(now, &key, parsed)?
+                }
+                Err(reason) => return Err(reason.into()),
             },
         };
         if outside.peer.is_inside() {
@@ -592,6 +631,69 @@ impl Translator {
         }
     }
 
+    /// The flow that a packet of this side continues, though it has none by its addresses and ports.
+    #[cold]
+    fn earlier(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, DropReason> {
+        // What a program sends that is bound to a moved address is no client's.
+        if outgoing::is_bound(&self.routes.load(), key) {
+            return Err(DropReason::NoFlow);
+        }
+        let related = self.related(now, key, parsed)?;
+        related.map_or_else(|| self.reopen(now, key, parsed), Ok)
+    }
+
+    /// Begins a flow with a packet of this side, or continues one after a restart.
+    #[cold]
+    fn begin(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, Dropped> {
+        let (peer, moved) =
+            outgoing::origin(&self.routes.load(), &self.refused_outgoing, key, parsed)?;
+        let wanted = Outside {
+            peer,
+            protocol: key.protocol,
+            client: key.client,
+            client_port: key.client_port,
+            moved,
+            moved_port: key.delivery_port,
+        };
+        let flags = parsed.tcp_flags();
+        self.make_space(now, peer, key.client);
+        let mut table = self.table(key.client);
+        // Another lane may have been faster.
+        match table.application_packet(now, key, flags, &self.limit) {
+            Some(outside) => Ok(outside),
+            None => table
+                .begin(now, key, &wanted, flags, &self.limit)
+                .map_err(|reason| Dropped::of(peer, reason)),
+        }
+    }
+
+    /// Makes a flow again that began on this side under an earlier daemon, if it is one.
+    fn resume(&self, now: Instant, routes: &Routes, peer: PeerId, flow: &HostFlow) {
+        let key = Inside {
+            protocol: flow.protocol,
+            client: flow.remote.ip().into(),
+            client_port: flow.remote.port(),
+            delivery: flow.local.ip().into(),
+            delivery_port: flow.local.port(),
+        };
+        let Some(moved) = outgoing::earlier_origin(routes, peer, &key) else {
+            return;
+        };
+        let outside = Outside {
+            peer,
+            protocol: key.protocol,
+            client: key.client,
+            client_port: key.client_port,
+            moved,
+            moved_port: key.delivery_port,
+        };
+        let mut table = self.table(key.client);
+        if table.peek_inside(&key).is_none() {
+            // Where there is no room, its own packets make it anew.
+            let _ = table.reopen(now, &key, &outside, ACK, &self.limit);
+        }
+    }
+
     /// If there is no space for a new flow, evicts one. Nothing is locked but the shard that is
     /// looked at.
     ///
@@ -644,10 +746,16 @@ impl Translator {
     }
 
     fn change(&self, change: impl FnOnce(&mut Routes)) {
+        self.change_first(change, |_| {});
+    }
+
+    /// Changes the routes, and does something with the new ones before any packet sees them.
+    fn change_first(&self, change: impl FnOnce(&mut Routes), first: impl FnOnce(&Routes)) {
         let _one_at_a_time = lock(&self.changing);
         let mut routes = Routes::clone(&self.routes.load());
         change(&mut routes);
         routes.resolve();
+        first(&routes);
         self.routes.store(Arc::new(routes));
     }
 }
@@ -719,7 +827,8 @@ mod tests {
             let mut parsed = Parsed::parse(bytes)?;
             let peer = self
                 .translator
-                .outbound(self.now, bytes, &mut parsed, false)?;
+                .outbound(self.now, bytes, &mut parsed, false)
+                .map_err(|drop| drop.reason)?;
             assert_eq!(Parsed::parse(bytes), Ok(parsed));
             Ok(peer)
         }

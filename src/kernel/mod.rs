@@ -38,4 +38,5 @@ mod testing;
 pub use change::Change;
 pub use host::{Cleanup, Desired, Failure, Host, HostError, Repairs, Report};
 pub use plan::{capture, keep, masquerade, steer};
+pub use programs::Place;
 pub use runtime_dir::{RuntimeDirError, namespace_dir};

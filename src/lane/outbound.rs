@@ -217,7 +217,7 @@ impl Outbound {
                 ..drop
             }),
             OutboundOutcome::Reply { peer, to, bytes } => match to {
-                ReplyTo::Client => to_host::write_as_is(&self.parts, bytes)
+                ReplyTo::Sender => to_host::write_as_is(&self.parts, bytes)
                     .map_err(|reason| Dropped::of(peer, reason)),
                 ReplyTo::Application => {
                     let arrival = Arrival {

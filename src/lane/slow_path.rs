@@ -465,7 +465,7 @@ mod tests {
         let OutboundOutcome::Reply { to, bytes, .. } = outcome else {
             panic!("{outcome:?}");
         };
-        assert_eq!(to, ReplyTo::Client);
+        assert_eq!(to, ReplyTo::Sender);
         assert_eq!(icmp(bytes), told(MOVED, CLIENT, TOO_BIG));
         assert_eq!(bytes[26..28], (TUNNEL_MTU as u16).to_be_bytes());
         let drop = Dropped::of(PEER, DropReason::TtlExpired);
@@ -473,7 +473,7 @@ mod tests {
         let OutboundOutcome::Reply { to, bytes, .. } = outcome else {
             panic!("{outcome:?}");
         };
-        assert_eq!(to, ReplyTo::Client);
+        assert_eq!(to, ReplyTo::Sender);
         assert_eq!(icmp(bytes), told("192.0.2.1", CLIENT, EXPIRED));
     }
 

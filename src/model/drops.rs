@@ -78,6 +78,16 @@ drop_reasons! {
     /// The new server sent it to somebody who did not ask for it: out of the old server goes only
     /// what answers a client.
     Unasked = "unasked",
+    /// Sent on the new server from a moved address to somebody who did not ask for it, without
+    /// `--outgoing`.
+    OutgoingOff = "outgoing_off",
+    /// Such a packet that the old server does not let out (`--allow-outgoing`).
+    OutgoingNotAllowed = "outgoing_not_allowed",
+    /// Chosen by its port (`--outgoing PORTS`), while it is not clear from which moved address it
+    /// is to leave.
+    OutgoingNoAddress = "outgoing_no_address",
+    /// The new server began too many connections in a short time.
+    OutgoingLimited = "outgoing_limited",
     /// A client's source address lies in a network of the new server's own.
     MartianSource = "martian_source",
     /// The destination is not an address that was moved.

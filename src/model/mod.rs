@@ -6,6 +6,7 @@ pub mod asked;
 pub mod budget;
 pub mod drops;
 pub mod moved;
+pub mod outgoing;
 pub mod peer;
 pub mod port_map;
 pub mod prefix;

@@ -95,6 +95,18 @@ pub struct TunnelStatus {
     /// server).
     #[serde(default)]
     pub clients_from: Vec<String>,
+    /// What may leave from a moved address that answers nobody, as `--outgoing` names it; empty
+    /// lets nothing out (new server).
+    #[serde(default)]
+    pub outgoing: Vec<String>,
+    /// What the new server may begin, as `--allow-outgoing` names it; empty lets nothing out (old
+    /// server).
+    #[serde(default)]
+    pub allow_outgoing: Vec<String>,
+    /// Whether the old server lets connections out that begin here, once it has said so (new
+    /// server).
+    #[serde(default)]
+    pub peer_allows_outgoing: Option<bool>,
     /// Moves that the peer names and that are not served (new server).
     #[serde(default)]
     pub refused: Vec<RefusedMove>,
@@ -496,6 +508,18 @@ impl TunnelStatus {
                 self.clients_from.join(" ")
             )?;
         }
+        if !self.outgoing.is_empty() {
+            let said = match self.peer_allows_outgoing {
+                Some(true) => "",
+                Some(false) => " (not allowed by the old server: add --allow-outgoing there)",
+                None => " (the old server has not said yet whether it allows that)",
+            };
+            writeln!(out, "  outgoing   {}{said}", self.outgoing.join(" "))?;
+        }
+        if !self.allow_outgoing.is_empty() {
+            let allowed = self.allow_outgoing.join(" ");
+            writeln!(out, "  outgoing   the new server may begin: {allowed}")?;
+        }
         write!(out, "  mtu        {} bytes", self.mtu)?;
         match self.mtu_hints {
             MtuHints { asked: 0, .. } => writeln!(out)?,
@@ -606,6 +630,9 @@ mod tests {
                 deliver: vec!["192.0.2.5:80=198.51.100.2:8080".into()],
                 accept: vec!["192.0.2.0/28".into(), "2001:db8::5".into()],
                 clients_from: vec!["10.0.0.0/24".into()],
+                outgoing: vec!["bound".into(), "25/tcp".into()],
+                allow_outgoing: Vec::new(),
+                peer_allows_outgoing: Some(true),
                 refused: vec![RefusedMove {
                     moved: "192.0.2.77".into(),
                     why: "192.0.2.77 is not accepted; give it --accept 192.0.2.77".into(),
@@ -666,6 +693,9 @@ mod tests {
             "mtu_hints",
             "accept",
             "clients_from",
+            "outgoing",
+            "allow_outgoing",
+            "peer_allows_outgoing",
             "refused",
             "refused_moves",
             "served",

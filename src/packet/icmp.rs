@@ -1,4 +1,4 @@
-//! ICMP errors that the daemon sends itself: too big, and hop limit used up.
+//! ICMP errors that the daemon sends itself: too big, hop limit used up, and not allowed.
 //!
 //! Owns which packets an error may be sent about, and what it quotes. The caller limits how often
 //! (RFC 1812 section 4.3.2.8, RFC 4443 section 2.4 f), and knows where to send it.
@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use etherparse::icmpv4::{DestUnreachableHeader, TimeExceededCode as TimeExceededV4};
-use etherparse::icmpv6::TimeExceededCode as TimeExceededV6;
+use etherparse::icmpv6::{DestUnreachableCode, TimeExceededCode as TimeExceededV6};
 use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder};
 
 use crate::packet::field::{icmp, ipv4, ipv6};
@@ -60,6 +60,21 @@ pub fn time_exceeded(
     let v4 = Icmpv4Type::TimeExceeded(TimeExceededV4::TtlExceededInTransit);
     let v6 = Icmpv6Type::TimeExceeded(TimeExceededV6::HopLimitExceeded);
     error(out, packet, parsed, from, v4, v6)
+}
+
+/// Writes "communication administratively prohibited" (RFC 1812 section 5.2.7.1, RFC 4443 section
+/// 3.1) about `packet`, which its sender hears of at once; for the rest see [`too_big`].
+pub fn prohibited(out: &mut [u8], packet: &[u8], parsed: &Parsed, from: IpAddr) -> Option<usize> {
+    let v4 = DestUnreachableHeader::FilterProhibited;
+    let v6 = DestUnreachableCode::Prohibited;
+    error(
+        out,
+        packet,
+        parsed,
+        from,
+        Icmpv4Type::DestinationUnreachable(v4),
+        Icmpv6Type::DestinationUnreachable(v6),
+    )
 }
 
 fn error(

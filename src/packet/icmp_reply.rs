@@ -25,15 +25,23 @@ pub enum IcmpError {
     TooBig(usize),
     /// Its hop limit is used up.
     Expired,
+    /// An administrator did not allow it.
+    Prohibited,
 }
 
 impl IcmpError {
     /// The error that tells why a packet was dropped, if one does. `mtu` is what would have fitted.
     pub fn of(reason: DropReason, mtu: usize) -> Option<Self> {
-        if reason == DropReason::TooBig {
-            return Some(Self::TooBig(mtu));
+        const OUTGOING: [DropReason; 3] = [
+            DropReason::OutgoingOff,
+            DropReason::OutgoingNotAllowed,
+            DropReason::OutgoingNoAddress,
+        ];
+        match reason {
+            DropReason::TooBig => Some(Self::TooBig(mtu)),
+            DropReason::TtlExpired => Some(Self::Expired),
+            reason => OUTGOING.contains(&reason).then_some(Self::Prohibited),
         }
-        (reason == DropReason::TtlExpired).then_some(Self::Expired)
     }
 }
 
@@ -75,6 +83,7 @@ impl IcmpReplies {
                 icmp::too_big(&mut self.out, packet, parsed, from, mtu as u32)
             }
             IcmpError::Expired => icmp::time_exceeded(&mut self.out, packet, parsed, from),
+            IcmpError::Prohibited => icmp::prohibited(&mut self.out, packet, parsed, from),
         };
         let Some(len) = made else { return Ok(false) };
         if !self.may_speak(now) {

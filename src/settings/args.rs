@@ -14,9 +14,10 @@ use serde::Deserialize;
 use crate::channel::session::{CipherPolicy, Psk};
 use crate::model::accept::Accept;
 use crate::model::moved::Move;
+use crate::model::outgoing::{ANY, AllowOutgoing, BOUND, Outgoing};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
-use crate::settings::from_text::{many, one};
+use crate::settings::from_text::{many, many_or_bare, one};
 use crate::settings::values::{
     DeliverTo, InterfaceName, Lanes, Listen, MaxFlows, NewServer, PeerAddr, RekeyAfter,
 };
@@ -148,6 +149,37 @@ pub struct PeerArgs {
     #[arg(long, value_name = "PREFIX")]
     #[serde(deserialize_with = "many")]
     pub clients_from: Vec<Prefix>,
+
+    /// On the new server: what programs here send from a moved address to somebody who did not ask
+    /// for it leaves through the old server, which needs --allow-outgoing. Without a value: of
+    /// programs that are bound to a moved address. With one also of others, chosen by port, the
+    /// programs untouched: PORTS are those that are asked for, from:PORTS the program's own; the
+    /// options narrow it to a user or control group, and name the moved address if there are
+    /// several. Repeatable. Without this flag nothing leaves here from a moved address but replies.
+    /// Examples: --outgoing   --outgoing 25/tcp,user=postfix   --outgoing from:20/tcp,as=192.0.2.5
+    #[arg(
+        long,
+        value_name = "[from:]PORTS[/tcp|/udp][,user=NAME][,cgroup=PATH][,as=ADDR]",
+        num_args = 0..=1,
+        default_missing_value = BOUND
+    )]
+    #[serde(deserialize_with = "many_or_bare")]
+    pub outgoing: Vec<Outgoing>,
+
+    /// On the old server: lets connections out that begin on this new server, as what has moved to
+    /// it (--outgoing there). Without a value all of them, with one only these: PORTS are those
+    /// that are asked for, from:PORTS those at the moved address, `ping` is ICMP queries.
+    /// Repeatable. Without this flag only replies leave; whoever takes the new server over speaks
+    /// as the moved address to no one else.
+    /// Examples: --allow-outgoing   --allow-outgoing 25/tcp   --allow-outgoing from:20/tcp
+    #[arg(
+        long,
+        value_name = "[from:]PORTS[/tcp|/udp]|ping",
+        num_args = 0..=1,
+        default_missing_value = ANY
+    )]
+    #[serde(deserialize_with = "many_or_bare")]
+    pub allow_outgoing: Vec<AllowOutgoing>,
 }
 
 impl PeerArgs {
@@ -168,6 +200,8 @@ impl PeerArgs {
             deliver: first_given(self.deliver, file.deliver),
             accept: first_given(self.accept, file.accept),
             clients_from: first_given(self.clients_from, file.clients_from),
+            outgoing: first_given(self.outgoing, file.outgoing),
+            allow_outgoing: first_given(self.allow_outgoing, file.allow_outgoing),
         }
     }
 
@@ -182,6 +216,8 @@ impl PeerArgs {
             deliver,
             accept,
             clients_from,
+            outgoing,
+            allow_outgoing,
         } = self;
         peer.is_none()
             && psk_file.is_none()
@@ -191,6 +227,8 @@ impl PeerArgs {
             && deliver.is_empty()
             && accept.is_empty()
             && clients_from.is_empty()
+            && outgoing.is_empty()
+            && allow_outgoing.is_empty()
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
 use crate::model::accept::{Accept, MAX_ACCEPTS};
 use crate::model::moved::{MAX_MOVES, Move};
+use crate::model::outgoing::{AllowOutgoing, ByPort, MAX_ALLOW_OUTGOING, MAX_OUTGOING, Outgoing};
 use crate::model::peer::{MAX_PEERS, Role};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
@@ -96,6 +97,11 @@ pub struct PeerConfig {
     pub accept: Vec<Accept>,
     /// Networks of this server's own that its clients may come from all the same (new server).
     pub clients_from: Vec<Prefix>,
+    /// What may leave from its moved addresses that answers nobody; nothing lets nothing out (new
+    /// server).
+    pub outgoing: Vec<Outgoing>,
+    /// What it may begin; nothing lets nothing out (old server).
+    pub allow_outgoing: Vec<AllowOutgoing>,
 }
 
 /// Why the settings were refused.
@@ -148,6 +154,15 @@ pub enum ConfigError {
     /// Too many peers.
     #[error("{0} peers are more than {MAX_PEERS}, the most that one daemon serves")]
     TooManyPeers(usize),
+    /// Too many connections that are chosen by port.
+    #[error("{0} `outgoing` are more than {MAX_OUTGOING}: name lists and ranges of ports")]
+    TooManyOutgoing(usize),
+    /// The same ports leave from two addresses.
+    #[error(
+        "--outgoing {0} and {1} overlap: a connection can only leave from one address of its \
+         family; name it with as=ADDR in both"
+    )]
+    OutgoingTwice(ByPort, ByPort),
     /// Peers that moves go to beside peers that moves come from.
     #[error(
         "one daemon is either the old server for all its peers or the new one for all; \
@@ -298,6 +313,13 @@ impl PeerConfig {
             return Err(ConfigError::NoPeer(origin.setting("peer")));
         }
         let deliver_to = check_peer(&given, origin)?;
+        if !given.outgoing.is_empty() && given.accept.is_empty() {
+            warnings.push(format!(
+                "{}: programs here can be bound to a moved address only if the settings say which \
+                 addresses may move here: add --accept with the address, as in --accept 192.0.2.5",
+                origin.setting("outgoing")
+            ));
+        }
         let psk = match (given.psk, given.psk_file) {
             (Some(psk), _) => psk,
             (None, Some(path)) => psk::read(&path, warnings)?,
@@ -311,6 +333,8 @@ impl PeerConfig {
             deliver: given.deliver,
             accept: given.accept,
             clients_from: given.clients_from,
+            outgoing: given.outgoing,
+            allow_outgoing: given.allow_outgoing,
         })
     }
 }
@@ -322,12 +346,17 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
         ("deliver", !given.deliver.is_empty()),
         ("accept", !given.accept.is_empty()),
         ("clients-from", !given.clients_from.is_empty()),
+        ("outgoing", !given.outgoing.is_empty()),
     ] {
         if is_given && !given.moves.is_empty() {
             let problem = "belongs on the new server; this one is the old server, \
                            since `move` is given";
             return Err(origin.refuse(name, problem));
         }
+    }
+    if !given.allow_outgoing.is_empty() && given.moves.is_empty() {
+        let problem = "belongs on the old server, beside `move`; on the new one it is `outgoing`";
+        return Err(origin.refuse("allow-outgoing", problem));
     }
     for (name, given, most, what) in [
         (
@@ -348,6 +377,18 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
             MAX_CLIENTS_FROM,
             "are more than one peer can have; name shorter prefixes",
         ),
+        (
+            "outgoing",
+            given.outgoing.len(),
+            MAX_OUTGOING,
+            "are more than a server can have; name lists and ranges of ports",
+        ),
+        (
+            "allow-outgoing",
+            given.allow_outgoing.len(),
+            MAX_ALLOW_OUTGOING,
+            "are more than one peer can have; name lists and ranges of ports",
+        ),
     ] {
         if given > most {
             let problem = format!("{given} {what} (at most {most})");
@@ -362,6 +403,16 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
     }
     let deliver_to = DeliverTo::all(&given.deliver_to);
     let deliver_to = deliver_to.map_err(|error| origin.refuse("deliver-to", error))?;
+    if !given.allow_outgoing.is_empty()
+        && let Some(part) = given.moves.iter().find(|moved| !moved.is_whole())
+    {
+        let problem = format!(
+            "only a part of {} has moved, and the answers to a connection that begins on the new \
+             server come to a port of its own; move the whole address, as in --move {}",
+            part.prefix, part.prefix
+        );
+        return Err(origin.refuse("allow-outgoing", problem));
+    }
     if deliver_to == DeliverTo::Keep && given.accept.is_empty() {
         let problem = format!(
             "`keep` puts the addresses that the old server names on this server, so say which \
@@ -382,6 +433,7 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
         return Err(ConfigError::TooManyPeers(peers.len()));
     }
     check_moves(peers.iter().flat_map(|peer| &peer.moves))?;
+    check_outgoing(peers)?;
     let old = peers.iter().filter(|peer| !peer.moves.is_empty()).count();
     if old != 0 && old != peers.len() {
         return Err(ConfigError::BothRoles);
@@ -389,6 +441,37 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
     for (index, a) in peers.iter().enumerate() {
         if peers[index + 1..].iter().any(|b| a.keys == b.keys) {
             return Err(ConfigError::SameKey);
+        }
+    }
+    Ok(())
+}
+
+/// Checks what leaves by its port: each connection has one moved address to leave from, whoever
+/// begins it, since the ports are all that the daemon sees of it.
+fn check_outgoing(peers: &[PeerConfig]) -> Result<(), ConfigError> {
+    let by_port = |(peer, config): (usize, &'_ PeerConfig)| -> Vec<(usize, ByPort)> {
+        let rules = config
+            .outgoing
+            .iter()
+            .filter_map(|outgoing| match outgoing {
+                Outgoing::Bound => None,
+                Outgoing::ByPort(by_port) => Some((peer, by_port.clone())),
+            });
+        rules.collect()
+    };
+    let all: Vec<(usize, ByPort)> = peers.iter().enumerate().flat_map(by_port).collect();
+    if all.len() > MAX_OUTGOING {
+        return Err(ConfigError::TooManyOutgoing(all.len()));
+    }
+    for (index, (peer, a)) in all.iter().enumerate() {
+        // One of each family may be meant.
+        let clash = |(other, b): &&(usize, ByPort)| match (a.from, b.from) {
+            _ if !a.ports.overlaps(&b.ports) => false,
+            (Some(a), Some(b)) => a != b && a.is_ipv4() == b.is_ipv4(),
+            (a, b) => other != peer || a != b,
+        };
+        if let Some((_, b)) = all[..index].iter().find(clash) {
+            return Err(ConfigError::OutgoingTwice(b.clone(), a.clone()));
         }
     }
     Ok(())
@@ -656,11 +739,69 @@ mod tests {
     }
 
     #[test]
+    fn outgoing_needs_no_value_and_one_address_for_each_port() {
+        let good = |line: &str| config(&format!("--psk {KEY} {line}")).unwrap();
+        let shown = |line: &str| {
+            let config = good(line);
+            let all = config.peers[0].outgoing.iter().map(ToString::to_string);
+            (
+                all.collect::<Vec<_>>().join(" "),
+                config.peers[0].endpoint.is_some(),
+            )
+        };
+        assert_eq!(shown("--outgoing --peer a.example"), ("bound".into(), true));
+        let all = "--outgoing 25/tcp,user=8 --outgoing --peer a.example --outgoing from:20/tcp";
+        assert_eq!(shown(all), ("25/tcp,user=8 bound from:20/tcp".into(), true));
+        let old = good("--allow-outgoing --move 192.0.2.5 --allow-outgoing 25/tcp");
+        assert_eq!(old.peers[0].allow_outgoing.len(), 2);
+        for (text, count) in [
+            ("outgoing = true", 1),
+            ("outgoing = false", 0),
+            ("outgoing = \"25/tcp\"", 1),
+            ("outgoing = 25", 1),
+            ("outgoing = [\"bound\", \"25/tcp\", \"from:20\"]", 3),
+        ] {
+            let config = config_with(&format!("--psk {KEY}"), text).unwrap();
+            assert_eq!(config.peers[0].outgoing.len(), count, "{text}");
+        }
+        let peer = format!("--psk {KEY} --peer 192.0.2.1");
+        let many = " --outgoing 25".repeat(MAX_OUTGOING + 1);
+        let many_allowed = " --allow-outgoing 25".repeat(MAX_ALLOW_OUTGOING + 1);
+        for (line, says) in [
+            (
+                "--move 192.0.2.5 --outgoing".to_owned(),
+                "belongs on the new server",
+            ),
+            ("--allow-outgoing".to_owned(), "belongs on the old server"),
+            (
+                "--allow-outgoing --move 192.0.2.5:25/tcp".to_owned(),
+                "a port of its own",
+            ),
+            (
+                format!("--move 192.0.2.5{many_allowed}"),
+                "65 are more than",
+            ),
+            (many, "65 are more than"),
+            ("--outgoing smtp".to_owned(), "`smtp` is not a port"),
+            (
+                "--outgoing 25,as=192.0.2.5 --outgoing 20-30,as=192.0.2.6".to_owned(),
+                "overlap",
+            ),
+        ] {
+            let error = config(&format!("{peer} {line}")).unwrap_err();
+            assert!(error.contains(says), "{line}: {error}");
+        }
+        good("--outgoing 25,as=192.0.2.5 --outgoing 25,as=2001:db8::5");
+        good("--outgoing 25/tcp,user=8 --outgoing 25/tcp,user=9");
+    }
+
+    #[test]
     fn flags_win_over_the_file_one_by_one() {
         let other = "AgIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=";
         let file = format!(
             "peer = \"192.0.2.1\"\npsk = \"{KEY}\"\ndeliver-to = \"198.51.100.2\"\n\
              deliver = [\"192.0.2.5:1=198.51.100.2:2\", \"192.0.2.5:2=198.51.100.2:3\"]\n\
+             outgoing = [\"bound\", \"25/tcp\"]\n\
              accept = \"192.0.2.5\"\nclients-from = [\"10.0.0.0/8\", \"10.1.0.0/16\"]\n\
              listen = 7\ntun = \"file0\"\nuplink = \"file1\"\nmax-flows = 5\nlanes = 3\n\
              cipher = \"aes-256-gcm\"\nlog-format = \"json\"\nrekey-after = 60\n\
@@ -675,6 +816,7 @@ mod tests {
                 format!("{}", peer.deliver.len()),
                 format!("{}", peer.accept[0]),
                 format!("{}", peer.clients_from.len()),
+                format!("{}", peer.outgoing.len()),
                 format!("{}", config.listen.port),
                 config.tun.clone(),
                 format!("{:?}", config.uplink),
@@ -693,6 +835,7 @@ mod tests {
             "--deliver 192.0.2.5:9=198.51.100.2:9",
             "--accept 192.0.2.9",
             "--clients-from ::/0",
+            "--outgoing",
             "--listen 9",
             "--tun flag0",
             "--uplink flag1",

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 
+use crate::model::outgoing::{AllowOutgoing, Outgoing};
+
 /// One value, for `#[serde(deserialize_with)]`: `"192.0.2.1:51850"` as well as `51850`.
 pub(super) fn one<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
@@ -23,6 +25,30 @@ where
     T: FromStr<Err: fmt::Display>,
 {
     deserializer.deserialize_any(ManyVisitor(PhantomData))
+}
+
+/// As [`many`], of a flag that may stand without a value: `true` is the value that it has then, and
+/// `false` none.
+pub(super) fn many_or_bare<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: fmt::Display> + Bare,
+{
+    deserializer.deserialize_any(BareVisitor(PhantomData))
+}
+
+/// A value whose flag may stand without it.
+pub(super) trait Bare {
+    /// What is meant then.
+    const BARE: Self;
+}
+
+impl Bare for Outgoing {
+    const BARE: Self = Self::Bound;
+}
+
+impl Bare for AllowOutgoing {
+    const BARE: Self = Self::Any;
 }
 
 /// A value that is read by its `FromStr`.
@@ -72,5 +98,31 @@ impl<'de, T: FromStr<Err: fmt::Display>> Visitor<'de> for ManyVisitor<T> {
             values.push(value);
         }
         Ok(values)
+    }
+}
+
+struct BareVisitor<T>(PhantomData<T>);
+
+impl<'de, T: FromStr<Err: fmt::Display> + Bare> Visitor<'de> for BareVisitor<T> {
+    type Value = Vec<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("true, a text, or a list of texts in brackets")
+    }
+
+    fn visit_bool<E: Error>(self, given: bool) -> Result<Vec<T>, E> {
+        Ok(if given { vec![T::BARE] } else { Vec::new() })
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Vec<T>, E> {
+        ManyVisitor(PhantomData).visit_str(text)
+    }
+
+    fn visit_i64<E: Error>(self, number: i64) -> Result<Vec<T>, E> {
+        self.visit_str(&number.to_string())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Vec<T>, A::Error> {
+        ManyVisitor(PhantomData).visit_seq(list)
     }
 }

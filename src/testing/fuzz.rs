@@ -100,6 +100,7 @@ impl Bed {
                 moves,
                 mtu: 1_500,
                 reached: None,
+                outgoing: false,
             },
         );
         let deliver = Deliver::To { v4: None, v6: None };

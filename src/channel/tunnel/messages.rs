@@ -155,6 +155,8 @@ pub enum Announcement {
         /// The address at which its settings name the new server. Whoever begins a handshake, and
         /// from where, this is the same.
         reached: Option<IpAddr>,
+        /// It lets connections out that the new server begins.
+        outgoing: bool,
     },
     /// Of the new server.
     New {
@@ -199,6 +201,7 @@ impl Announcement {
                 moves,
                 mtu,
                 reached,
+                outgoing,
             } => {
                 debug_assert!(moves.len() <= MAX_MOVES, "refused when configured");
                 out.extend_from_slice(&mtu.to_le_bytes());
@@ -207,6 +210,7 @@ impl Announcement {
                     moved.encode(&mut out);
                 }
                 encode_address(*reached, &mut out);
+                out.push(u8::from(*outgoing));
             }
             Self::New {
                 deliver,
@@ -251,10 +255,13 @@ impl Announcement {
                     .map(|_| Move::decode(rest))
                     .collect::<Option<_>>()?;
                 let reached = take_address(rest)?;
+                // Earlier versions end here, and let nothing out.
+                let outgoing = take(rest).is_some_and(|[flags]: [u8; 1]| flags & 1 != 0);
                 Some(Self::Old {
                     moves,
                     mtu,
                     reached,
+                    outgoing,
                 })
             }
             2 => {
@@ -407,10 +414,29 @@ mod tests {
             moves,
             mtu: 1500,
             reached: None,
+            outgoing: true,
         };
         let bytes = announcement.encode();
         assert!(bytes.len() <= MAX_PARTS * PART_LEN, "{}", bytes.len());
         assert_eq!(Announcement::decode(&bytes), Some(announcement));
+    }
+
+    #[test]
+    fn an_old_server_that_does_not_say_so_lets_no_connections_out() {
+        let said = |outgoing| Announcement::Old {
+            moves: vec!["192.0.2.5".parse().unwrap()],
+            mtu: 1500,
+            reached: None,
+            outgoing,
+        };
+        for outgoing in [false, true] {
+            let bytes = said(outgoing).encode();
+            assert_eq!(Announcement::decode(&bytes), Some(said(outgoing)));
+            let (_, earlier) = bytes.split_last().unwrap();
+            assert_eq!(Announcement::decode(earlier), Some(said(false)));
+            let later = [&bytes[..], &[7, 7]].concat();
+            assert_eq!(Announcement::decode(&later), Some(said(outgoing)));
+        }
     }
 
     #[test]

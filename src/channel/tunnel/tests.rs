@@ -62,6 +62,7 @@ fn announcement(role: Role) -> Announcement {
             moves: vec!["192.0.2.5".parse().unwrap()],
             mtu: 1500,
             reached: None,
+            outgoing: true,
         },
         Role::New => Announcement::New {
             deliver: Deliver::To {
@@ -594,6 +595,7 @@ fn announcements_arrive_once_and_when_they_change() {
             .collect(),
         mtu: 9000,
         reached: None,
+        outgoing: false,
     };
     pair.link.loss = 300;
     let now = pair.now;
@@ -618,6 +620,7 @@ fn one_announcement_a_second_is_looked_at_and_the_newest_in_the_end() {
         moves: vec![format!("192.0.2.{}", n % 2 + 1).parse().unwrap()],
         mtu: 1_280 + n as u16,
         reached: None,
+        outgoing: false,
     };
     for n in 0..100 {
         let now = pair.now;

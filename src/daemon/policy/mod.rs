@@ -19,6 +19,7 @@
 //! | `claims` | whose a moved address is, when several old servers name it |
 //! | `refusal` | what an old server may move here, and what nobody may |
 //! | `delivery` | which addresses packets are delivered to, and which the old server speaks from |
+//! | `outgoing` | what has to be known of addresses for connections that begin here |
 //! | `sizes` | how large a packet may be |
 //! | `names` | when a peer's name is looked up again |
 //! | `silence` | which of what moved is not answered |
@@ -40,6 +41,7 @@
 mod claims;
 mod delivery;
 mod names;
+mod outgoing;
 mod pace;
 pub(super) mod refusal;
 pub(super) mod silence;
@@ -47,7 +49,7 @@ mod sizes;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
@@ -61,12 +63,15 @@ use super::index;
 use crate::channel::tunnel::{Announcement, Deliver, State};
 use crate::flow::gate::Refused;
 use crate::flow::networks::{OwnNetwork, RefusedSource};
+use crate::flow::outgoing::{OutgoingRules, RefusedOutgoing};
 use crate::flow::role::Hop;
 use crate::flow::routes::Delivery;
 use crate::flow::translate::UnmovedPort;
+use crate::kernel::Place;
 use crate::model::accept::Accept;
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
+use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
@@ -93,6 +98,10 @@ pub(super) struct PeerRules {
     pub(super) accept: Vec<Accept>,
     /// Networks of this server's own that its clients may come from all the same (new server).
     pub(super) clients_from: Vec<Prefix>,
+    /// What may leave from its moved addresses that answers nobody (new server).
+    pub(super) outgoing: Vec<Outgoing>,
+    /// What it may begin (old server).
+    pub(super) allow_outgoing: Vec<AllowOutgoing>,
 }
 
 /// The facts about this host when the daemon starts.
@@ -115,6 +124,8 @@ pub(super) struct Addresses {
     pub(super) uplink: Vec<IpAddr>,
     /// On the links that the default routes leave by, in the same order (new server).
     pub(super) by_default: Vec<IpAddr>,
+    /// The names of the interfaces that clients' packets use (new server).
+    pub(super) uplinks: Vec<String>,
     /// The broadcast addresses of their networks.
     pub(super) broadcasts: Vec<IpAddr>,
     /// Moved addresses that this daemon has put on this host (new server).
@@ -154,6 +165,9 @@ pub(super) enum Input {
     RefusedSource(PeerId, RefusedSource),
     /// An application answered clients of the peer from a port that has not moved (new server).
     UnmovedPort(PeerId, UnmovedPort),
+    /// Packets like this one were to leave from an address that the peer has moved here, and may
+    /// not (new server).
+    RefusedOutgoing(PeerId, RefusedOutgoing),
     /// The result of [`Action::Hold`].
     Held(Result<(), String>),
     /// The peer sent packets like this one, which were not let out (old server).
@@ -167,6 +181,16 @@ pub(super) enum Action {
     Serve(PeerId, Arc<[Move]>),
     /// Deliver packets that come through the peer there (new server).
     Deliver(PeerId, Delivery),
+    /// Let this leave from the peer's moved addresses (new server).
+    Outgoing(PeerId, OutgoingRules),
+    /// Tell the programs this of addresses. While not `complete`, what had moved to an earlier
+    /// daemon counts as moved (new server).
+    Places {
+        /// What is said.
+        places: BTreeMap<Prefix, Place>,
+        /// Every peer has said what it moved.
+        complete: bool,
+    },
     /// Hold these moved addresses on this host, and no others (new server).
     Hold(Vec<IpAddr>),
     /// Let no client claim these addresses as its own, and let nothing out to them.
@@ -256,6 +280,15 @@ pub(super) enum Warning {
         /// One of the packets.
         refused: Refused,
     },
+    /// Something was to leave from a moved address that may not.
+    #[error("{}", outgoing::not_sent(.0))]
+    NotSent(RefusedOutgoing),
+    /// `--outgoing` without its other half.
+    #[error(
+        "the old server lets no connections out that begin here, so --outgoing does nothing: add \
+         --allow-outgoing there"
+    )]
+    OutgoingNotAllowed,
     /// The look-up of the peer's name failed.
     #[error("{0}; trying again")]
     NameNotFound(String),
@@ -274,10 +307,20 @@ fn answering_ports(port: u16) -> String {
 
 /// Why a packet of the new server was not let out, and how that is counted.
 fn not_let_out(reason: DropReason) -> &'static str {
-    if reason == DropReason::BadDestination {
-        "where no client can be; such packets are dropped (bad_destination)"
-    } else {
-        "which no client's packet asked for; such packets are dropped (unasked)"
+    match reason {
+        DropReason::BadDestination => {
+            "where no client can be; such packets are dropped (bad_destination)"
+        }
+        DropReason::OutgoingNotAllowed => {
+            "which no --allow-outgoing names; such packets are dropped (outgoing_not_allowed)"
+        }
+        DropReason::OutgoingLimited => {
+            "and begins more connections than a server does; some are dropped (outgoing_limited)"
+        }
+        _ => {
+            "which no client's packet asked for; such packets are dropped (unasked); if its \
+             programs are to begin connections, add --allow-outgoing here and --outgoing there"
+        }
     }
 }
 
@@ -311,6 +354,8 @@ pub(super) struct Policy {
     tun_mtu: u32,
     hop: Hop,
     left: Vec<IpAddr>,
+    /// What the programs were told of addresses last, and whether that was complete.
+    places: Option<(BTreeMap<Prefix, Place>, bool)>,
     /// What was last asked to be held.
     wanted: Option<Vec<IpAddr>>,
     not_held: Option<String>,
@@ -324,6 +369,10 @@ struct Peer {
     ports: Vec<PortMap>,
     accept: Vec<Accept>,
     clients_from: Vec<Prefix>,
+    outgoing: Vec<Outgoing>,
+    allow_outgoing: Vec<AllowOutgoing>,
+    /// Whether it lets out what begins here, once it has said so (new server).
+    lets_out: Option<bool>,
     /// Where the settings say it is, names looked up.
     known_at: Option<IpAddr>,
     /// `None` if the settings give an address instead of a name.
@@ -350,6 +399,7 @@ struct Peer {
     refused_source: Pace,
     /// What an administrator was told last of answers from ports that have not moved.
     unmoved_port: Option<UnmovedPort>,
+    not_sent: Pace,
 }
 
 impl Policy {
@@ -369,6 +419,9 @@ impl Policy {
                     ports: rules.deliver,
                     accept: rules.accept,
                     clients_from: rules.clients_from,
+                    outgoing: rules.outgoing,
+                    allow_outgoing: rules.allow_outgoing,
+                    lets_out: None,
                     known_at: rules.known_at,
                     endpoint: None,
                     names_us: None,
@@ -383,6 +436,7 @@ impl Policy {
                     accepts_all: Pace::default(),
                     refused_source: Pace::default(),
                     unmoved_port: None,
+                    not_sent: Pace::default(),
                 }
             })
             .collect();
@@ -395,6 +449,7 @@ impl Policy {
             tun_mtu: host.tun_mtu,
             hop: Hop::default(),
             left: host.left,
+            places: None,
             wanted: None,
             not_held: None,
             actions: VecDeque::new(),
@@ -414,6 +469,7 @@ impl Policy {
                 // Where one peer seems to be speaks against no other's moves.
                 self.judge_again(now, Some(peer));
                 self.deliver(peer);
+                self.tell_places();
             }
             Input::SpeaksFrom(peer, addr) => self.peers[index(peer)].speaks_from = addr,
             Input::State(peer, state) => {
@@ -456,6 +512,11 @@ impl Policy {
                     self.warn(peer, Warning::UnmovedPort(unmoved));
                 }
             }
+            Input::RefusedOutgoing(peer, refused) => {
+                let pace = &mut self.peers[index(peer)].not_sent;
+                let due = pace.offer(now, Warning::NotSent(refused));
+                self.warn_of(peer, due);
+            }
             Input::Held(result) => self.held(result.err()),
             Input::Refused(peer, refused) => self.refused(now, peer, refused),
         }
@@ -470,6 +531,7 @@ impl Policy {
                 &mut peer.not_served,
                 &mut peer.accepts_all,
                 &mut peer.refused_source,
+                &mut peer.not_sent,
             ];
             for warning in paces.into_iter().filter_map(|pace| pace.due(now)) {
                 self.actions.push_back(Action::Warn(id, warning));
@@ -537,6 +599,11 @@ impl Policy {
         self.peers[index(peer)].deliver
     }
 
+    /// Whether this host keeps the addresses that the peer has moved (new server).
+    pub(super) fn keeps(&self, peer: PeerId) -> bool {
+        self.peers[index(peer)].deliver_to == DeliverTo::Keep
+    }
+
     /// Ports that are delivered elsewhere (new server).
     pub(super) fn ports(&self, peer: PeerId) -> &[PortMap] {
         &self.peers[index(peer)].ports
@@ -550,6 +617,31 @@ impl Policy {
     /// Own networks that the peer's clients may come from all the same (new server).
     pub(super) fn clients_from(&self, peer: PeerId) -> &[Prefix] {
         &self.peers[index(peer)].clients_from
+    }
+
+    /// What may leave from the peer's moved addresses that answers nobody (new server).
+    pub(super) fn outgoing(&self, peer: PeerId) -> &[Outgoing] {
+        &self.peers[index(peer)].outgoing
+    }
+
+    /// What the peer may begin (old server).
+    pub(super) fn allow_outgoing(&self, peer: PeerId) -> &[AllowOutgoing] {
+        &self.peers[index(peer)].allow_outgoing
+    }
+
+    /// Whether the peer lets out what begins here, once it has said so (new server).
+    pub(super) fn lets_out(&self, peer: PeerId) -> Option<bool> {
+        self.peers[index(peer)].lets_out
+    }
+
+    /// What may leave from the peer's moved addresses, and does if the peer lets it out.
+    pub(super) fn outgoing_rules(&self, peer: PeerId) -> OutgoingRules {
+        let peer = &self.peers[index(peer)];
+        OutgoingRules {
+            on: !peer.outgoing.is_empty(),
+            allowed: peer.lets_out,
+            by_port: outgoing::by_port(&peer.outgoing),
+        }
     }
 
     /// The moves from the peer that are not served (new server).
@@ -572,6 +664,7 @@ impl Policy {
                 moves: self.claims.served(id).to_vec(),
                 mtu,
                 reached: self.peers[index(id)].known_at,
+                outgoing: !self.peers[index(id)].allow_outgoing.is_empty(),
             },
             Role::New => {
                 let peer = &self.peers[index(id)];
@@ -599,9 +692,16 @@ impl Policy {
                     moves,
                     mtu,
                     reached,
+                    outgoing,
                 },
             ) => {
                 self.peers[index(peer)].names_us = reached;
+                self.peers[index(peer)].lets_out = Some(outgoing);
+                let rules = self.outgoing_rules(peer);
+                if rules.on && !outgoing {
+                    self.warn(peer, Warning::OutgoingNotAllowed);
+                }
+                self.actions.push_back(Action::Outgoing(peer, rules));
                 self.moved_here(now, peer, moves, mtu);
             }
             (Role::Old, Announcement::New { deliver, error, .. }) => {
@@ -628,6 +728,7 @@ impl Policy {
         for settled in self.claims.announce(peer, moves, &judge) {
             self.settle(now, settled);
         }
+        self.tell_places();
     }
 
     /// Holds the moves of one peer, or of all, against what is known now. What this server needs
@@ -644,6 +745,36 @@ impl Policy {
         let judge = |peer, moved: &Move| rules.refuse(peer, moved);
         for settled in self.claims.judge_again(whose, &judge) {
             self.settle(now, settled);
+        }
+        self.tell_places();
+    }
+
+    /// Tells the programs what they have to know of addresses, if that is something else.
+    fn tell_places(&mut self) {
+        if self.role == Role::Old {
+            return;
+        }
+        let by_port = |peer: &Peer| {
+            let mut outgoing = peer.outgoing.iter();
+            outgoing.any(|it| matches!(it, Outgoing::ByPort(_)))
+        };
+        let peers = self.peers.iter();
+        let at = peers.flat_map(|peer| {
+            let heard = peer.endpoint.map(|endpoint| endpoint.remote.ip());
+            heard.into_iter().chain(peer.known_at)
+        });
+        let places = outgoing::places(
+            self.claims.all().map(|moved| moved.prefix),
+            &self.addresses,
+            at,
+            self.peers.iter().any(by_port),
+        );
+        let complete = self.peers().all(|peer| self.claims.has_announced(peer));
+        let told = Some((places, complete));
+        if self.places != told {
+            self.places = told.clone();
+            let action = told.map(|(places, complete)| Action::Places { places, complete });
+            self.actions.extend(action);
         }
     }
 
@@ -773,7 +904,16 @@ impl Policy {
         let moved = delivery::undeliverable(deliver, self.claims.served(id));
         let trouble = match deliver {
             Deliver::Keep => self.not_held.clone().map(Warning::NotHeld),
-            Deliver::To { .. } => moved.cloned().map(Warning::NowhereToDeliver),
+            Deliver::To { .. } => {
+                let nowhere = moved.cloned().map(Warning::NowhereToDeliver);
+                let holds = self.holds(id);
+                nowhere.or_else(|| {
+                    self.not_held
+                        .clone()
+                        .filter(|_| holds)
+                        .map(Warning::NotHeld)
+                })
+            }
         };
         let news = trouble != self.peers[index(id)].trouble;
         if let Some(warning) = trouble.clone().filter(|_| news) {
@@ -783,14 +923,19 @@ impl Policy {
         self.announce(id);
     }
 
-    /// The moved addresses that this host is to hold itself (`--deliver-to keep`); `None` if no
-    /// peer wants that. An address that an earlier run left stays until every such peer has said
-    /// what it moved: the application may be listening there.
+    /// Whether this host holds the addresses itself that a peer has moved: they are kept, or
+    /// programs are to be bound to them. It holds none but what is accepted by name.
+    fn holds(&self, id: PeerId) -> bool {
+        let peer = &self.peers[index(id)];
+        let bound = !peer.outgoing.is_empty() && !peer.accept.is_empty();
+        peer.deliver_to == DeliverTo::Keep || bound
+    }
+
+    /// The moved addresses that this host is to hold itself (`--deliver-to keep`, `--outgoing`);
+    /// `None` if no peer wants that. An address that an earlier run left stays until every such
+    /// peer has said what it moved: the application may be listening there.
     fn wanted_here(&self) -> Option<Vec<IpAddr>> {
-        let keeping = || {
-            self.peers()
-                .filter(|&id| self.peers[index(id)].deliver_to == DeliverTo::Keep)
-        };
+        let keeping = || self.peers().filter(|&id| self.holds(id));
         keeping().next()?;
         let mut wanted: Vec<IpAddr> = keeping()
             .flat_map(|id| {

@@ -36,6 +36,8 @@ fn rules(deliver_to: DeliverTo) -> PeerRules {
         deliver: Vec::new(),
         accept: accept("0.0.0.0/0 ::/0"),
         clients_from: Vec::new(),
+        outgoing: Vec::new(),
+        allow_outgoing: Vec::new(),
     }
 }
 
@@ -125,6 +127,7 @@ impl Machine {
             moves,
             mtu: 1_500,
             reached: None,
+            outgoing: false,
         };
         self.does(Input::Announced(peer, announcement))
     }
@@ -136,7 +139,14 @@ impl Machine {
         self.actions()
     }
 
+    /// Those that are about connections which begin here have a test of their own.
     fn actions(&mut self) -> Vec<Action> {
+        let mut actions = self.all_actions();
+        actions.retain(|it| !matches!(it, Action::Places { .. } | Action::Outgoing(..)));
+        actions
+    }
+
+    fn all_actions(&mut self) -> Vec<Action> {
         std::iter::from_fn(|| self.policy.poll_action()).collect()
     }
 }
@@ -235,6 +245,7 @@ fn the_delivery_address_is_where_the_peers_settings_name_this_server() {
                     moves: moves("192.0.2.5"),
                     mtu: 1_500,
                     reached: addresses(reached).first().copied(),
+                    outgoing: false,
                 },
             ));
             new.policy.delivery(OLD)
@@ -348,6 +359,7 @@ fn without_accept_few_addresses_are_served_to_those_inside() {
             moves,
             mtu: 1_500,
             reached: None,
+            outgoing: false,
         };
         new.does(Input::Announced(OLD, announcement));
         assert_eq!(new.policy.served_inside(), expected);
@@ -676,6 +688,7 @@ fn a_small_link_of_one_peer_to_its_clients_is_no_concern_of_others() {
         moves: Vec::new(),
         mtu,
         reached: None,
+        outgoing: false,
     };
     let sizes = |actions: Vec<Action>| {
         let is_size =
@@ -724,6 +737,7 @@ fn the_old_server_announces_its_moves_and_its_link() {
         moves: moves("192.0.2.5:80/tcp"),
         mtu,
         reached: None,
+        outgoing: false,
     };
     assert_eq!(old.policy.announcement(OLD), announcement(1_500));
     let hop = |mtu| Hop {
@@ -779,7 +793,8 @@ fn what_is_not_let_out_is_told_once_a_minute_for_each_peer() {
     let unasked = refused(DropReason::Unasked, "203.0.113.7");
     let actions = old.does(Input::Refused(OLD, unasked));
     let said = "the new server sends UDP to 203.0.113.7 port 53, which no client's packet asked \
-                for; such packets are dropped (unasked)";
+                for; such packets are dropped (unasked); if its programs are to begin \
+                connections, add --allow-outgoing here and --outgoing there";
     assert_eq!(warnings(&actions), [said]);
     let metadata = refused(DropReason::BadDestination, "169.254.169.254");
     for second in 0..60 {
@@ -954,4 +969,71 @@ fn any_moves() -> impl Strategy<Value = String> {
         "2001:db8::5",
     ];
     proptest::sample::subsequence(&MOVES[..], 0..4).prop_map(|moves| moves.join(" "))
+}
+
+#[test]
+fn connections_begin_here_once_both_servers_were_told_so() {
+    let outgoing = |text: &str| PeerRules {
+        outgoing: text
+            .split_whitespace()
+            .map(|it| it.parse().unwrap())
+            .collect(),
+        ..accepting(ANYWHERE, "192.0.2.5")
+    };
+    let old = PeerId(0);
+    let mut machine = Machine::reached(vec![outgoing("bound 25/tcp")], "");
+    let said = |outgoing| {
+        let announcement = Announcement::Old {
+            moves: moves("192.0.2.5"),
+            mtu: 1_500,
+            reached: None,
+            outgoing,
+        };
+        Input::Announced(old, announcement)
+    };
+    assert_eq!(machine.policy.lets_out(old), None);
+    machine.policy.handle(machine.now, said(false));
+    let actions = machine.all_actions();
+    let rules = |actions: &[Action]| {
+        let mut rules = actions.iter().filter_map(|action| match action {
+            Action::Outgoing(_, rules) => Some((rules.on, rules.allowed, rules.by_port.len())),
+            _ => None,
+        });
+        rules.next()
+    };
+    assert_eq!(rules(&actions), Some((true, Some(false), 1)));
+    assert!(actions.contains(&Action::Warn(old, Warning::OutgoingNotAllowed)));
+    // Programs can be bound to it, and nothing leaves from it by itself.
+    assert!(actions.contains(&Action::Hold(addresses("192.0.2.5"))));
+    let moved = "192.0.2.5".parse().unwrap();
+    let places = |actions: &[Action]| {
+        let mut all = actions.iter().filter_map(|action| match action {
+            Action::Places { places, complete } => Some((places.get(&moved).copied(), *complete)),
+            _ => None,
+        });
+        all.next_back()
+    };
+    assert_eq!(places(&actions), Some((Some(Place::MOVED), true)));
+    machine.policy.handle(machine.now, said(true));
+    let actions = machine.all_actions();
+    assert_eq!(rules(&actions), Some((true, Some(true), 1)));
+    assert!(!actions.iter().any(|it| matches!(it, Action::Warn(..))));
+    // Without the flag nothing is held, but nothing leaves either.
+    let mut machine = Machine::reached(vec![accepting(ANYWHERE, "192.0.2.5")], "");
+    machine.policy.handle(machine.now, said(true));
+    let actions = machine.all_actions();
+    assert_eq!(rules(&actions), Some((false, Some(true), 0)));
+    assert!(!actions.iter().any(|it| matches!(it, Action::Hold(_))));
+    assert_eq!(places(&actions), Some((Some(Place::MOVED), true)));
+    // Nor is anything held that no setting names.
+    let mut open = outgoing("bound");
+    open.accept.clear();
+    let mut machine = Machine::reached(vec![open], "");
+    machine.policy.handle(machine.now, said(true));
+    assert!(
+        !machine
+            .all_actions()
+            .iter()
+            .any(|it| matches!(it, Action::Hold(_)))
+    );
 }

@@ -165,8 +165,12 @@ pub enum Helper {
     SkbChangeType = 32,
     /// `(skb, bytes, flags) → 0 or an error`.
     SkbChangeHead = 43,
+    /// `(skb) → the number of the user whose socket sends it`.
+    GetSocketUid = 47,
     /// `(skb, params, params length, flags) → 0 or the reason`.
     FibLookup = 69,
+    /// `(skb, depth) → the control group so deep below the root that its socket is in, or 0`.
+    SkbAncestorCgroupId = 83,
     /// `(skb, tuple, tuple length, namespace, flags) → a full socket, to be released, or 0`.
     SkLookupTcp = 84,
     /// As `SkLookupTcp`.

@@ -1,5 +1,6 @@
 //! The kernel changes of the new server in mode `keep` (`--deliver-to keep`), where the moved
-//! address is its own: the address, on the loopback interface.
+//! address is its own, and with `--outgoing`, where programs are bound to it: the address, on the
+//! loopback interface.
 //!
 //! Owns how the host holds it without neighbours noticing:
 //!

@@ -19,6 +19,7 @@
 //! would leave with the new server's own address, which resets the client's connection. The next
 //! daemon takes over what they know.
 
+use std::collections::BTreeMap;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -32,10 +33,11 @@ use crate::kernel::Desired;
 use crate::kernel::bpf::{self, BpfError, Program};
 use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
-use crate::kernel::programs::{Counter, Entrance, FlowMaps, TAKE_REPLIES};
+use crate::kernel::programs::{Chosen, Counter, Entrance, FlowMaps, Place, TAKE_REPLIES};
 use crate::kernel::programs::{arrivals, callers, deliver, now, take_replies};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
+use crate::model::prefix::Prefix;
 
 /// Metric of the route into the TUN, for a family without any other default route: every other one
 /// is preferred.
@@ -56,6 +58,10 @@ const DROPS: [(Counter, DropReason); 2] = [
 pub struct Steering {
     maps: FlowMaps,
     tunnel_port: u16,
+    /// What leaves through the tunnel because of its port.
+    outgoing: Vec<Chosen>,
+    /// The memory is that of an earlier daemon.
+    resumes: bool,
     loaded: OnceLock<Loaded>,
     /// When this daemon came, by the kernel's time.
     since: Duration,
@@ -133,6 +139,7 @@ impl Steering {
                 found = FlowMaps::found(&bpf::of_program(id), max_flows)?;
             }
         }
+        let resumes = found.is_some();
         let maps = match found {
             Some(maps) => maps,
             None => {
@@ -144,6 +151,8 @@ impl Steering {
         Ok(Self {
             maps,
             tunnel_port,
+            outgoing: Vec::new(),
+            resumes,
             loaded: OnceLock::new(),
             since: now(),
             swept: None,
@@ -155,6 +164,49 @@ impl Steering {
                 looked: now(),
             },
         })
+    }
+
+    /// The same steering, which takes connections into the tunnel that one of the rules names.
+    #[must_use]
+    pub fn with_outgoing(mut self, rules: Vec<Chosen>) -> Self {
+        self.outgoing = rules;
+        self
+    }
+
+    /// The flows that an earlier daemon has left, as far as they are `wanted`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn earlier_flows(
+        &self,
+        wanted: impl Fn(&HostFlow) -> bool,
+    ) -> Result<Vec<HostFlow>, BpfError> {
+        if !self.resumes {
+            return Ok(Vec::new());
+        }
+        self.maps.flows(wanted)
+    }
+
+    /// Says what addresses are from now on. While it is not `complete`, what had moved to an
+    /// earlier daemon counts as moved.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_places(
+        &mut self,
+        places: &BTreeMap<Prefix, Place>,
+        complete: bool,
+    ) -> Result<(), BpfError> {
+        self.maps.set_places(places, complete)
+    }
+
+    /// From now on this is the control group that a rule names, by its number among them; 0 if
+    /// there is none.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_cgroup(&self, rule: u32, id: u64) -> Result<(), BpfError> {
+        self.maps.set_cgroup(rule, id)
     }
 
     /// The changes for the new server: delivery from `tun` to `links`, and on every one of these
@@ -350,11 +402,14 @@ impl Steering {
             return Ok(loaded);
         }
         let Self {
-            maps, tunnel_port, ..
+            maps,
+            tunnel_port,
+            outgoing,
+            ..
         } = self;
         let load = |program: Program| Ok::<_, BpfError>((program.name(), program.load()?));
         let of = |l2_header| {
-            let replies = take_replies(maps, l2_header, tun.index, *tunnel_port)?;
+            let replies = take_replies(maps, l2_header, tun.index, *tunnel_port, outgoing)?;
             let arrivals = arrivals(maps, l2_header, *tunnel_port)?;
             let callers = callers(maps, l2_header, tun.index)?;
             let all = [load(replies)?, load(arrivals)?, load(callers)?];

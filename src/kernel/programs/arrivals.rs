@@ -21,6 +21,7 @@
 //!     pass;
 //! }
 //! if ((flow = lookup(flows, key))) {
+//!     if (it began here) pass;
 //!     if (now - flow->heard <= GONE_OVER) { flow->asked_directly = now; pass; }
 //!     delete(flows, key);
 //! } else if (ICMP || lookup(own, key) || (come = lookup(in, key)) && !come->unawaited) pass;
@@ -33,8 +34,8 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R2, R3, R4, R7, R10};
 
 use super::flows::{
-    Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_HEARD, FLOW_OPENING, FlowMaps, GONE_OVER,
-    VALUE, count, enter, jump_if_within, look_up, remove,
+    BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_HEARD, FLOW_OPENING,
+    FLOW_UNAWAITED, FlowMaps, GONE_OVER, VALUE, count, enter, jump_if_within, look_up, remove,
 };
 use super::headers::{icmpv4, icmpv6, ipv4, ipv6, ports, skb, sock, tcp};
 use super::parse::{FLAGS, Side, Ways, parse, sort_out};
@@ -102,6 +103,8 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     a.jump_if_wide(R0, If::Eq, 0, unknown);
     let live = a.label();
     a.mov(FLOW, R0);
+    a.load(Size::W, R0, FLOW, FLOW_UNAWAITED);
+    a.jump_if(R0, If::Eq, BEGUN_HERE, pass);
     jump_if_within(a, (FLOW, FLOW_HEARD), GONE_OVER, live);
     remove(a, &maps.flows);
     a.jump(new);

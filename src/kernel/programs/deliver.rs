@@ -190,7 +190,7 @@ pub(super) fn deliver_behind(
     a.store(Size::Dw, FLOW, FLOW_ASKED_DIRECTLY, 0);
     a.bind(by_the_tunnel);
     a.load(Size::W, R0, FLOW, FLOW_UNAWAITED);
-    a.jump_if(R0, If::Eq, 0, aged);
+    a.jump_if(R0, If::Ne, 1, aged);
     jump_unless_somebody_waits(a, aged);
     a.store(Size::W, FLOW, FLOW_UNAWAITED, 0);
     a.bind(aged);

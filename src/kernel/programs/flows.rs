@@ -15,8 +15,8 @@
 //!            what came out of the tunnel: when the flow was last used, when its client was last
 //!            heard there, and when it last came directly since (or 0); the link by which it is
 //!            delivered (0: the TUN itself); of TCP whether a SYN was the last of it that tells
-//!            anything, of UDP whether no socket of this host has waited for it. Of TCP
-//!            `asked_directly` says whether a host behind this one answers
+//!            anything, of UDP whether no socket of this host has waited for it (1), or whether it
+//!            began here (2). Of TCP `asked_directly` says whether a host behind this one answers
 //! own        struct { u64 seen_or_closed; }
 //!            conversations of this host, and of hosts behind it, that never went by the tunnel
 //!            also, without their local end, the remote ends of UDP to which it spoke first
@@ -26,6 +26,9 @@
 //! links      by index, or FIRST: struct { u32 ifindex; u32 header; u8 mac[6]; u8 pad[2]; }
 //!            the links at which what comes out of the tunnel may arrive
 //! shifted    second connections of a client with the same ports, see `shifted`
+//! places     by prefix: u32, see `places`
+//!            addresses that have moved, that are this host's own, or near
+//! cgroups    u64, by rule of `--outgoing`: the control group that it names, or 0
 //! fragments  u64, unused
 //!            fragmented replies under way, by identification
 //! sockets    u32, for each TCP socket whose connection came by the tunnel: 1, or 2 if shifted
@@ -36,6 +39,7 @@
 //! Times are the kernel's nanoseconds since boot. `flows` takes 16 bytes for each flow that there
 //! may be, and some hundred more for each that there is.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -48,6 +52,7 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 use super::headers::{icmpv4, icmpv6};
 use super::inside::Inside;
 use super::phrases::PROTOCOL;
+use super::places::{Place, Places};
 use super::related::RELATED_BYTES;
 use super::shifted::{MAX_SHIFTED, SHIFTED_BYTES};
 use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS};
@@ -56,6 +61,8 @@ use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size, Words,
 };
 use crate::model::moved::{TCP, UDP};
+use crate::model::outgoing::MAX_OUTGOING;
+use crate::model::prefix::Prefix;
 
 /// Fragmented replies under way at the same time. A reply of 64 KB is 45 fragments sent in one go,
 /// so an entry lives for microseconds.
@@ -118,6 +125,8 @@ pub(super) const FLOW_BEHIND: i16 = FLOW_ASKED_DIRECTLY;
 pub(super) const FLOW_OPENING: i16 = 28;
 /// In the same place, since only UDP has it.
 pub(super) const FLOW_UNAWAITED: i16 = FLOW_OPENING;
+/// There: a flow of UDP that began on this host. No answer to anybody is among its packets.
+pub(super) const BEGUN_HERE: i32 = 2;
 
 /// In place of the time, in the entry of a TCP conversation of a host behind this one that is
 /// closing: it may be taken over.
@@ -184,6 +193,8 @@ pub struct FlowMaps {
     pub(super) counters: Map,
     /// Who calls a moved address from inside.
     pub(super) inside: Inside,
+    pub(super) places: Places,
+    pub(super) cgroups: Map,
     /// None where the kernel has no such maps.
     pub(super) sockets: Option<Map>,
 }
@@ -237,6 +248,13 @@ const COUNTERS: Shape = Shape {
     value_size: 8,
     max_entries: Counter::COUNT,
 };
+const CGROUPS: Shape = Shape {
+    kind: MapKind::Array,
+    name: "ipmoved_cgroups",
+    key_size: 4,
+    value_size: 8,
+    max_entries: MAX_OUTGOING as u32,
+};
 const SOCKETS: Shape = Shape {
     kind: MapKind::SkStorage,
     name: "ipmoved_socks",
@@ -274,6 +292,8 @@ impl FlowMaps {
             fragments: Map::new(FRAGMENTS)?,
             counters: Map::new(COUNTERS)?,
             inside: Inside::new(|_| None)?,
+            places: Places::new()?,
+            cgroups: Map::new(CGROUPS)?,
             sockets: sockets()?,
         })
     }
@@ -316,6 +336,8 @@ impl FlowMaps {
             links: Map::new(LINKS)?,
             counters: Map::new(COUNTERS)?,
             inside: Inside::new(find)?,
+            places: Places::found(descriptors)?,
+            cgroups: Map::new(CGROUPS)?,
             sockets: match find(SOCKETS) {
                 Some(map) => Some(map),
                 None => sockets()?,
@@ -341,6 +363,7 @@ impl FlowMaps {
             .chain([&self.inside.callers])
             .chain(&self.sockets)
             .map(AsFd::as_fd)
+            .chain([self.places.fd()])
             .collect()
     }
 
@@ -370,6 +393,26 @@ impl FlowMaps {
             self.links.remove(&gone).map_err(refused)?;
         }
         Ok(())
+    }
+
+    /// Says what addresses are from now on ([`Places::update`]).
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_places(
+        &mut self,
+        places: &BTreeMap<Prefix, Place>,
+        complete: bool,
+    ) -> Result<(), BpfError> {
+        self.places.update(places, complete)
+    }
+
+    /// From now on this is the control group that a rule names; 0 if there is none.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_cgroup(&self, rule: u32, id: u64) -> Result<(), BpfError> {
+        self.cgroups.set(rule, id).map_err(refused)
     }
 
     /// Forgets flows.
@@ -445,6 +488,17 @@ impl FlowMaps {
         };
         self.flows.read_some(place, most, look).map_err(refused)?;
         self.flows.remove_all(&stale).map_err(refused)
+    }
+
+    /// The flows that are remembered, as far as they are `wanted`.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn flows(&self, wanted: impl Fn(&HostFlow) -> bool) -> Result<Vec<HostFlow>, BpfError> {
+        let (mut flows, mut place) = (Vec::new(), None);
+        let mut look = |key: &[u8], _: &[u8]| flows.extend(flow_of(key).filter(&wanted));
+        while (self.flows.read_some(&mut place, SWEPT, &mut look)).map_err(refused)? {}
+        Ok(flows)
     }
 
     /// The value of a counter.

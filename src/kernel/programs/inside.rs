@@ -569,7 +569,10 @@ mod tests {
     fn at_egress(served: &[&str]) -> (FlowMaps, OwnedFd) {
         let maps = FlowMaps::new(1000).expect("run the tests as root");
         maps.inside().serve(&moves(served)).unwrap();
-        let program = take_replies(&maps, L2, 1, 51820).unwrap().load().unwrap();
+        let program = take_replies(&maps, L2, 1, 51820, &[])
+            .unwrap()
+            .load()
+            .unwrap();
         (maps, program)
     }
 

@@ -24,6 +24,8 @@
 //!   flows     the memory of the steering programs
 //!   inside    what they know of calls from inside to moved addresses
 //!   parse     how the steering programs and the one below read a packet
+//!   places    what the new server's programs know of addresses
+//!   outgoing  what begins on the new server
 //!   own       what the old server remembers of the conversations that it has itself
 //!   stays     which packets capture leaves to it
 //! ```
@@ -54,9 +56,11 @@ mod headers;
 mod inside;
 mod moved;
 mod note_own;
+mod outgoing;
 mod own;
 mod parse;
 mod phrases;
+mod places;
 mod related;
 mod replies;
 mod return_path;
@@ -75,7 +79,9 @@ pub use deliver::deliver;
 pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
 pub use note_own::{NOTE_OWN, note_own};
+pub use outgoing::Chosen;
 pub use own::Own;
+pub use places::Place;
 pub use replies::{Pair, replies};
 pub use return_path::return_path;
 pub use take_replies::{TAKE_REPLIES, take_replies};
@@ -90,6 +96,20 @@ mod tests {
     use super::*;
     use crate::kernel::bpf::Program;
     use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
+
+    /// What leaves by its port: of anybody, of a user, and of a control group.
+    fn chosen() -> [Chosen; 3] {
+        let of = |ports: &str, user, cgroup_depth| Chosen {
+            ports: ports.parse().unwrap(),
+            user,
+            cgroup_depth,
+        };
+        [
+            of("25,465,587/tcp", None, None),
+            of("from:20/tcp", Some(8), None),
+            of("27000-27050", Some(8), Some(2)),
+        ]
+    }
 
     /// Each program for interfaces with and without a link-layer header, and the number of its
     /// instructions. Look twice when that grows: every packet runs through them.
@@ -129,7 +149,7 @@ mod tests {
                 return_path(&facts, 1),
                 note_own(&facts, l2_header, 1, Some(51820)),
                 deliver(&maps, 2),
-                take_replies(&maps, l2_header, 2, 51820),
+                take_replies(&maps, l2_header, 2, 51820, &chosen()),
                 arrivals(&maps, l2_header, 51820),
                 callers(&maps, l2_header, 2),
                 replies(&pairs, &(40960..=57343), l2_header, 1),

@@ -15,7 +15,7 @@
 //! ```text
 //! if (skb->vlan_present || UDP from the tunnel's own port) pass;
 //! if (it is from a TCP socket with storage(sockets) == AS_IT_IS) return redirect(tun, 0);
-//! parse();                                                           // other: pass; rest: below
+//! parse();                                           // other: pass; none, later, quoted: below
 //! if (TCP && it = shifted(LEAVING, key)) {                    // see `shifted`
 //!     exchange the client's port;
 //!     if (it is direct) pass;
@@ -23,14 +23,15 @@
 //! else if (storage(sockets) == SHIFTED) return redirect(tun, 0);
 //! if ((flow = lookup(flows, key))) {
 //!     if (TCP) {
-//!         if (SYN and ACK && !flow->opening) { delete(flows, key); forget own; pass; }
+//!         if (SYN and ACK && !flow->opening) { delete(flows, key); forget own; goto leaves; }
 //!         if (SYN without ACK) { delete(flows, key); goto miss; }
 //!         if (it is from a TCP socket) storage(sockets) = it is shifted ? SHIFTED : AS_IT_IS;
 //!         else if (no socket sends it) flow->behind = 1;
 //!     } else {
+//!         if (it began here) goto known;
 //!         if (flow->unawaited && from a socket at this port) { delete(flows, key); goto miss; }
 //!         if (now - flow->asked_directly <= ANSWERED_DIRECTLY) goto unknown;
-//!         if (now - flow->seen > REPLY_IDLE) goto miss;
+//! known:  if (now - flow->seen > REPLY_IDLE) goto miss;
 //!         if (now - flow->seen > REFRESH) flow->seen = now;
 //!     }
 //! hit:
@@ -39,6 +40,7 @@
 //! }
 //! miss:   if (skb->mark == DELIVERED) { skb->mark = 0; pass; }
 //!         if (it calls a moved address) return redirect(tun, 0);                 // see `inside`
+//!         if (it begins here and is chosen by its port) goto hit;              // see `outgoing`
 //!         // TCP of a socket of this host needs no memory: the socket is there to be asked
 //!     if (TCP && !forwarded) goto unknown;
 //!     if (TCP) {
@@ -54,12 +56,14 @@
 //!     }
 //! unknown: // a first fragment of another flow ends the entry for its identification
 //!     if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
-//!     pass;
-//! quoted: if (lookup(flows, key) || lookup(callers, key)) return redirect(tun, 0); else pass;
-//! none:   if (a query that calls a moved address) return redirect(tun, 0); else pass;
-//! later:  if (!lookup(fragments, key by identification)) pass;
+//!     goto leaves;
+//! quoted: if (lookup(flows, key) || lookup(callers, key)) return redirect(tun, 0);
+//!         goto leaves;
+//! none:   if (a query that calls a moved address) return redirect(tun, 0); else goto leaves;
+//! later:  if (!lookup(fragments, key by identification)) goto leaves;
 //!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
 //!         return redirect(tun, 0);
+//! leaves: if (it is from a moved address) return redirect(tun, 0);       // see `outgoing`
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
@@ -68,12 +72,13 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
 
 use super::flows::{
-    ANSWERED_DIRECTLY, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_OPENING, FLOW_SEEN,
-    FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter, enter_now,
-    jump_if_within, look_up, remove,
+    ANSWERED_DIRECTLY, BEGUN_HERE, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_OPENING,
+    FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter,
+    enter_now, jump_if_within, look_up, remove,
 };
 use super::headers::{icmpv4, icmpv6, ports, skb, sock};
 use super::inside::{jump_if_call, jump_if_query};
+use super::outgoing::{Chosen, keep_from_leaving, take_by_port};
 use super::parse::{
     FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse,
     sort_out, wire,
@@ -97,7 +102,8 @@ const FLOW: Reg = R7;
 /// The TCP socket that sends the packet, before that is known.
 pub(super) const SOCKET: Reg = R7;
 
-/// The program for a link and the TUN. `tunnel_port` is the tunnel's own on this host.
+/// The program for a link and the TUN. `tunnel_port` is the tunnel's own on this host, and
+/// `outgoing` what leaves through the tunnel because of its port.
 ///
 /// # Errors
 /// If the program is too large.
@@ -106,11 +112,13 @@ pub fn take_replies(
     l2_header: u32,
     tun_ifindex: u32,
     tunnel_port: u16,
+    outgoing: &[Chosen],
 ) -> Result<Program, BpfError> {
     let mut asm = Assembler::new();
     let a = &mut asm;
     let ways = Ways::new(a);
     let (pass, hit, miss, unknown) = (a.label(), a.label(), a.label(), a.label());
+    let leaves = a.label();
     keep_packet(a);
     pass_if_tagged(a, pass);
     let (read, from_socket) = (a.label(), a.label());
@@ -182,7 +190,7 @@ pub fn take_replies(
     a.jump_if(R0, If::Ne, 0, hit);
     remove(a, &maps.flows);
     remove(a, &maps.own);
-    a.jump(pass);
+    a.jump(leaves);
     // Nobody is answered by it, so whatever came under its addresses was not for this connection.
     a.bind(begins);
     remove(a, &maps.flows);
@@ -202,14 +210,14 @@ pub fn take_replies(
     }
     a.jump(hit);
     a.bind(without_tcp);
-    let answer = a.label();
+    let (answer, by_the_tunnel) = (a.label(), a.label());
     a.load(Size::W, R0, FLOW, FLOW_UNAWAITED);
     a.jump_if(R0, If::Eq, 0, answer);
+    a.jump_if(R0, If::Eq, BEGUN_HERE, by_the_tunnel);
     jump_unless_from_own_port(a, answer);
     remove(a, &maps.flows);
     a.jump(miss);
     a.bind(answer);
-    let by_the_tunnel = a.label();
     a.load(Size::Dw, R0, FLOW, FLOW_ASKED_DIRECTLY);
     a.jump_if_wide(R0, If::Eq, 0, by_the_tunnel);
     jump_if_within(a, (FLOW, FLOW_ASKED_DIRECTLY), ANSWERED_DIRECTLY, unknown);
@@ -231,36 +239,40 @@ pub fn take_replies(
     a.bind(miss);
     pass_turned(a, pass);
     jump_if_call(a, maps, tun_ifindex, hit);
+    let not_chosen = a.label();
+    take_by_port(a, maps, outgoing, l2_header, hit, not_chosen);
+    a.bind(not_chosen);
     remember_own(a, maps, hit, unknown);
     a.bind(unknown);
-    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, pass);
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, leaves);
     key_by_identification(a);
     remove(a, &maps.fragments);
-    a.jump(pass);
+    a.jump(leaves);
 
     a.bind(ways.quoted);
     look_up(a, &maps.flows);
     a.jump_if_wide(R0, If::Ne, 0, redirect);
     look_up(a, &maps.inside.callers);
-    a.jump_if_wide(R0, If::Eq, 0, pass);
+    a.jump_if_wide(R0, If::Eq, 0, leaves);
     redirect_to(a, tun_ifindex);
 
     a.bind(ways.none);
-    jump_if_query(a, &maps.inside, tun_ifindex, hit, pass);
+    jump_if_query(a, &maps.inside, tun_ifindex, hit, leaves);
 
     a.bind(ways.later);
     let more = a.label();
     key_by_identification(a);
     look_up(a, &maps.fragments);
-    a.jump_if_wide(R0, If::Eq, 0, pass);
+    a.jump_if_wide(R0, If::Eq, 0, leaves);
     a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, more);
     remove(a, &maps.fragments);
     a.bind(more);
     redirect_to(a, tun_ifindex);
 
-    for label in [ways.other, pass] {
-        a.bind(label);
-    }
+    a.bind(leaves);
+    keep_from_leaving(a, maps, l2_header, tun_ifindex, pass);
+    a.bind(ways.other);
+    a.bind(pass);
     verdict(a, TC_ACT_UNSPEC);
     asm.finish(TAKE_REPLIES)
 }
@@ -299,7 +311,7 @@ fn remember_socket(a: &mut Assembler, sockets: &Map, taken_as: i16) {
 }
 
 /// Makes the storage of a socket that has none.
-const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
+pub(super) const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
 
 /// SOCKET = the TCP socket that sends the packet. Jumps to `none` if no socket of TCP sends it; to
 /// `other` if the kernel answers in the name of one: the request behind a SYN-ACK, or the kernel's
@@ -421,7 +433,10 @@ mod tests {
             Self {
                 deliver: deliver.load().unwrap(),
                 arrivals: arrivals(&maps, L2, 51820).unwrap().load().unwrap(),
-                egress: take_replies(&maps, L2, 1, 51820).unwrap().load().unwrap(),
+                egress: take_replies(&maps, L2, 1, 51820, &[])
+                    .unwrap()
+                    .load()
+                    .unwrap(),
                 maps,
             }
         }

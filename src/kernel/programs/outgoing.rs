@@ -1,0 +1,523 @@
+//! What begins on the new server: phrases of the program at the egress of its links
+//! ([`take_replies`](super::take_replies())) for packets of which no flow is known.
+//!
+//! Nothing leaves from a moved address but through the tunnel, whatever it is: what is neither a
+//! reply nor allowed goes there as well, and the daemon drops, counts and explains it. So it holds
+//! while the tunnel is down (the daemon drops it) and while the daemon is dead (the TUN is gone,
+//! and the kernel drops what is redirected there). Only what goes to a network behind this host,
+//! such as a container that asks for the moved address, goes there as it is.
+//!
+//! What leaves from an address of this host's own is taken if a rule of `--outgoing` names its
+//! port, and from then on its flow is known like that of a client. Of TCP the first packet decides,
+//! so connections that are direct stay direct. What answers somebody who came directly is not
+//! taken.
+//!
+//! ```text
+//! miss:    // before anything is remembered of a direct conversation
+//!     if (!(TCP with SYN, without ACK) && !UDP) no;
+//!     for each rule: if (protocol, port, uid and cgroup fit) goto fits;
+//!     no;
+//! fits:
+//!     if (UDP && lookup(in, key)) no;
+//!     if (UDP && !lookup(own, key) && it is related) hit;         // see `related`
+//!     if (!(places[ip.saddr] & OWN) || places[ip.daddr] & NEAR) no;
+//!     delete(own, key); update(own, remote end, now);
+//!     if (update(flows, key, { now, 0, 0, 0, UDP ? BEGUN_HERE : 0 })) { count; drop; }
+//!     if (it is from a TCP socket) storage(sockets) = 1;
+//!     hit;
+//!
+//! leaves:  // of every kind, before it passes
+//!     if (!(places[ip.saddr] & MOVED) || places[ip.daddr] & BEHIND) pass;
+//!     if (it is from a TCP socket) storage(sockets) = 1;
+//!     return redirect(tun, 0);
+//! ```
+
+use std::os::fd::AsFd;
+
+use Reg::{R0, R1, R2, R3, R4, R7, R10};
+
+use super::flows::{
+    BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_SEEN, FLOW_UNAWAITED,
+    FLOW_VALUE, FlowMaps, KEY_LAST, VALUE, count, enter_from, look_up, remove,
+};
+use super::headers::skb;
+use super::parse::FLAGS;
+use super::phrases::{PACKET, PROTOCOL, TC_ACT_SHOT, redirect_to, verdict};
+use super::places::{Place, Places, Which};
+use super::related::{jump_if_related, remember_remote_end};
+use super::take_replies::{BPF_SK_STORAGE_GET_F_CREATE, SOCKET, load_tcp_socket};
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+use crate::model::moved::{TCP, UDP};
+use crate::model::outgoing::{PortEnd, PortSet};
+use crate::packet::{ACK, SYN};
+
+/// Connections that leave from a moved address because of their port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Chosen {
+    /// The ports.
+    pub ports: PortSet,
+    /// Only those of the user with this number.
+    pub user: Option<u32>,
+    /// Only those of a control group that lies so deep below the root, and of those below it.
+    /// Which group that is, [`FlowMaps::set_cgroup`] says.
+    pub cgroup_depth: Option<u32>,
+}
+
+/// Takes what a rule names: jumps to `taken`. Jumps to `no` if none does.
+pub(super) fn take_by_port(
+    a: &mut Assembler,
+    maps: &FlowMaps,
+    rules: &[Chosen],
+    l2: u32,
+    taken: Label,
+    no: Label,
+) {
+    if rules.is_empty() {
+        a.jump(no);
+        return;
+    }
+    let (begins, fits) = (a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Eq, i32::from(UDP), begins);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), no);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    a.jump_if(R0, If::Ne, i32::from(SYN), no);
+    a.bind(begins);
+    for (rule, index) in rules.iter().zip(0..) {
+        let next = a.label();
+        jump_unless_ports_fit(a, &rule.ports, next);
+        if let Some(user) = rule.user {
+            // Without a socket the kernel would name the user that stands for all others.
+            a.load(Size::Dw, R1, PACKET, skb::SK);
+            a.jump_if_wide(R1, If::Eq, 0, next);
+            a.mov(R1, PACKET);
+            a.call(Helper::GetSocketUid);
+            a.jump_if(R0, If::Ne, user, next);
+        }
+        if let Some(depth) = rule.cgroup_depth {
+            jump_unless_in_cgroup(a, maps, index, depth, next);
+        }
+        a.jump(fits);
+        a.bind(next);
+    }
+    a.jump(no);
+
+    a.bind(fits);
+    let (tcp, local) = (a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
+    look_up(a, &maps.direct);
+    a.jump_if_wide(R0, If::Ne, 0, no);
+    let begun = a.label();
+    look_up(a, &maps.own);
+    a.jump_if_wide(R0, If::Ne, 0, begun);
+    jump_if_related(a, maps, taken);
+    a.bind(begun);
+    a.bind(tcp);
+    Places::read(a, l2, no);
+    maps.places.look_up(a, Which::Source);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.load(Size::W, R0, R0, 0);
+    a.jump_if(R0, If::Set, Place::OWN.bits(), local);
+    a.jump(no);
+    a.bind(local);
+    let (far, entered, not_tcp) = (a.label(), a.label(), a.label());
+    maps.places.look_up(a, Which::Destination);
+    a.jump_if_wide(R0, If::Eq, 0, far);
+    a.load(Size::W, R0, R0, 0);
+    a.jump_if(R0, If::Set, Place::NEAR.bits(), no);
+    a.bind(far);
+    remove(a, &maps.own);
+    remember_remote_end(a, maps);
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_HEARD, 0);
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_ASKED_DIRECTLY, 0);
+    // The first answer finds its entrance.
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_ENTRANCE, 0);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), not_tcp);
+    a.store(Size::W, R10, FLOW_VALUE + FLOW_UNAWAITED, BEGUN_HERE);
+    a.bind(not_tcp);
+    a.call(Helper::KtimeGetNs);
+    a.store(Size::Dw, R10, FLOW_VALUE + FLOW_SEEN, R0);
+    enter_from(a, &maps.flows, FLOW_VALUE);
+    a.jump_if_wide(R0, If::Eq, 0, entered);
+    // It must not leave from this host's own address.
+    count(a, maps, Counter::Full);
+    verdict(a, TC_ACT_SHOT);
+    a.bind(entered);
+    mark_socket(a, maps);
+    a.jump(taken);
+}
+
+/// Sends into the TUN what has a moved address for its source. Jumps to `pass` with anything else.
+pub(super) fn keep_from_leaving(
+    a: &mut Assembler,
+    maps: &FlowMaps,
+    l2: u32,
+    tun_ifindex: u32,
+    pass: Label,
+) {
+    let (moved, take) = (a.label(), a.label());
+    Places::read(a, l2, pass);
+    maps.places.look_up(a, Which::Source);
+    a.jump_if_wide(R0, If::Eq, 0, pass);
+    a.load(Size::W, R0, R0, 0);
+    a.jump_if(R0, If::Set, Place::MOVED.bits(), moved);
+    a.jump(pass);
+    a.bind(moved);
+    maps.places.look_up(a, Which::Destination);
+    a.jump_if_wide(R0, If::Eq, 0, take);
+    a.load(Size::W, R0, R0, 0);
+    a.jump_if(R0, If::Set, Place::BEHIND.bits(), pass);
+    a.bind(take);
+    mark_socket(a, maps);
+    redirect_to(a, tun_ifindex);
+}
+
+/// From now on the TCP socket that sends the packet, if one does, sends into the tunnel.
+fn mark_socket(a: &mut Assembler, maps: &FlowMaps) {
+    let Some(sockets) = &maps.sockets else {
+        return;
+    };
+    let none = a.label();
+    load_tcp_socket(a, none, none);
+    a.store(Size::W, R10, VALUE, 1);
+    a.load_map(R1, sockets.as_fd());
+    a.mov(R2, SOCKET);
+    a.mov(R3, R10);
+    a.alu(Alu::Add, R3, i32::from(VALUE));
+    a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
+    a.call(Helper::SkStorageGet);
+    a.bind(none);
+}
+
+/// Goes on if the protocol and one of the ports in the key are among these.
+fn jump_unless_ports_fit(a: &mut Assembler, ports: &PortSet, no: Label) {
+    let fits = a.label();
+    if ports.transport.is_some() {
+        let protocol = if ports.has(TCP) { TCP } else { UDP };
+        a.jump_if(PROTOCOL, If::Ne, i32::from(protocol), no);
+    }
+    let at = match ports.end {
+        PortEnd::Destination => KEY_LAST,
+        PortEnd::Source => KEY_LAST + 2,
+    };
+    a.load(Size::B, R1, R10, at);
+    a.alu(Alu::Lsh, R1, 8);
+    a.load(Size::B, R2, R10, at + 1);
+    a.alu(Alu::Or, R1, R2);
+    // Sorted: what lies below one range lies in none of those that follow.
+    for range in &ports.ports {
+        a.jump_if(R1, If::Lt, i32::from(*range.start()), no);
+        a.jump_if(R1, If::Le, i32::from(*range.end()), fits);
+    }
+    a.jump(no);
+    a.bind(fits);
+    // What it was compared with is nothing that the verifier has to keep in mind.
+    a.mov(R1, 0);
+}
+
+/// Goes on if the socket that sends the packet is in the control group of a rule.
+fn jump_unless_in_cgroup(a: &mut Assembler, maps: &FlowMaps, rule: i32, depth: u32, no: Label) {
+    a.load(Size::Dw, R1, PACKET, skb::SK);
+    a.jump_if_wide(R1, If::Eq, 0, no);
+    a.store(Size::W, R10, VALUE, rule);
+    a.load_map(R1, maps.cgroups.as_fd());
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(VALUE));
+    a.call(Helper::MapLookup);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.load(Size::Dw, R7, R0, 0);
+    a.jump_if_wide(R7, If::Eq, 0, no);
+    a.mov(R1, PACKET);
+    a.mov(R2, depth);
+    a.call(Helper::SkbAncestorCgroupId);
+    a.jump_if_wide(R0, If::Ne, R7, no);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+    use crate::kernel::bpf::test_run::run;
+    use crate::kernel::programs::arrivals::arrivals;
+    use crate::kernel::programs::deliver::deliver_behind;
+    use crate::kernel::programs::headers::{icmpv4, icmpv6};
+    use crate::kernel::programs::phrases::TC_ACT_UNSPEC;
+    use crate::kernel::programs::take_replies::take_replies;
+    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, ports, taken, tcp};
+    use crate::model::prefix::Prefix;
+
+    /// All programs of a new server, to which an address of each family has moved.
+    struct Bed {
+        maps: FlowMaps,
+        deliver: OwnedFd,
+        arrivals: OwnedFd,
+        egress: OwnedFd,
+    }
+
+    /// Remote, moved, own address, and somebody behind this host.
+    const ENDS: [[&str; 4]; 2] = [
+        ["203.0.113.7", "192.0.2.5", "198.51.100.2", "172.17.0.2"],
+        ["2001:db8:c::7", "2001:db8:a::5", "2001:db8:b::2", "fd00::2"],
+    ];
+
+    fn places() -> BTreeMap<Prefix, Place> {
+        let place = |text: &str, place| (text.parse().unwrap(), place);
+        let behind = Place::NEAR.and(Place::BEHIND);
+        [
+            place("192.0.2.5", Place::MOVED),
+            place("198.51.100.2", Place::OWN.and(Place::NEAR)),
+            place("198.51.100.0/24", Place::NEAR),
+            place("172.17.0.0/16", behind),
+            place("2001:db8:a::5", Place::MOVED),
+            place("2001:db8:b::2", Place::OWN.and(Place::NEAR)),
+            place("2001:db8:b::/64", Place::NEAR),
+            place("fd00::/64", behind),
+        ]
+        .into()
+    }
+
+    impl Bed {
+        fn new(rules: &[&str]) -> Self {
+            let mut maps = FlowMaps::with_room(10).expect("run the tests as root");
+            maps.set_places(&places(), true).unwrap();
+            let chosen = |text: &&str| Chosen {
+                ports: text.parse().unwrap(),
+                user: None,
+                cgroup_depth: None,
+            };
+            let rules: Vec<_> = rules.iter().map(chosen).collect();
+            let deliver = deliver_behind(L2, &maps, 1).unwrap();
+            Self {
+                deliver: deliver.load().unwrap(),
+                arrivals: arrivals(&maps, L2, 51820).unwrap().load().unwrap(),
+                egress: (take_replies(&maps, L2, 1, 51820, &rules).unwrap())
+                    .load()
+                    .unwrap(),
+                maps,
+            }
+        }
+
+        /// Leaves, and is taken into the tunnel.
+        fn is_taken(&self, packet: &Packet) -> bool {
+            taken(self.egress.as_fd(), packet)
+        }
+
+        fn comes_directly(&self, packet: &Packet) {
+            assert!(!taken(self.arrivals.as_fd(), packet));
+        }
+
+        fn is_delivered(&self, packet: &Packet) -> bool {
+            run(self.deliver.as_fd(), &frame(&packet.bytes())).verdict == TC_ACT_UNSPEC
+        }
+    }
+
+    #[test]
+    fn nothing_leaves_from_a_moved_address_whatever_it_is() {
+        let bed = Bed::new(&[]);
+        for [remote, moved, own, behind] in ENDS {
+            let v4 = moved.contains('.');
+            let icmp_of = if v4 {
+                icmpv4::PROTOCOL
+            } else {
+                icmpv6::PROTOCOL
+            };
+            let (ping, pong) = if v4 { (8, 0) } else { (128, 129) };
+            let fragment = |offset, more| Packet {
+                fragment: Some((9, offset, more)),
+                ..Packet::new(moved, remote, UDP, ports(53, 40_000))
+            };
+            let client = Packet::new(remote, moved, UDP, ports(7, 7));
+            let other_client = Packet::new(remote, own, UDP, ports(7, 7));
+            for packet in [
+                Packet::new(moved, remote, TCP, tcp(40_000, 25, SYN)),
+                Packet::new(moved, remote, TCP, tcp(80, 40_000, SYN | ACK)),
+                Packet::new(moved, remote, TCP, tcp(40_000, 25, ACK)),
+                Packet::new(moved, remote, TCP, vec![0; 2]),
+                Packet::new(moved, remote, UDP, ports(53, 40_000)),
+                Packet::new(moved, remote, icmp_of, icmp(ping, 7)),
+                Packet::new(moved, remote, icmp_of, icmp(pong, 7)),
+                Packet::new(moved, remote, 47, vec![0; 8]),
+                Packet::icmp_error(moved, &client),
+                Packet::icmp_error(moved, &other_client),
+                fragment(0, true),
+                fragment(3, true),
+                fragment(6, false),
+                Packet::new(moved, "224.0.0.9", UDP, ports(53, 53)),
+            ] {
+                if packet.src.is_ipv4() != packet.dst.is_ipv4() {
+                    continue;
+                }
+                assert!(bed.is_taken(&packet), "{packet:?}");
+                let mut from_own = packet.clone();
+                from_own.src = own.parse().unwrap();
+                assert!(!bed.is_taken(&from_own), "{from_own:?}");
+                let mut inside = packet.clone();
+                inside.dst = behind.parse().unwrap();
+                if !matches!(inside.fragment, Some((_, 3.., _))) {
+                    assert!(!bed.is_taken(&inside), "{inside:?}");
+                }
+            }
+            // Who comes directly to the moved address is not answered bare either.
+            let direct = Packet::new(remote, moved, UDP, ports(9, 53));
+            bed.comes_directly(&direct);
+            assert!(bed.is_taken(&Packet::new(moved, remote, UDP, ports(53, 9))));
+            bed.is_delivered(&direct);
+            bed.comes_directly(&direct);
+            assert!(bed.is_taken(&Packet::new(moved, remote, UDP, ports(53, 9))));
+        }
+    }
+
+    #[test]
+    fn what_is_named_by_its_port_is_taken_from_its_first_packet_on() {
+        for [remote, _, own, _] in ENDS {
+            let bed = Bed::new(&["25,465/tcp", "from:20/tcp", "27000-27050/udp"]);
+            let out = |source, destination, flags| {
+                Packet::new(own, remote, TCP, tcp(source, destination, flags))
+            };
+            for (source, destination, named) in [
+                (40_000, 25, true),
+                (40_001, 465, true),
+                (20, 50_000, true),
+                (40_002, 443, false),
+                (25, 40_000, false),
+                (50_000, 20, false),
+                (40_003, 27_010, false),
+            ] {
+                // What is direct stays so.
+                assert!(!bed.is_taken(&out(source, destination, ACK)));
+                assert!(!bed.is_taken(&out(source, destination, SYN | ACK)));
+                assert_eq!(bed.is_taken(&out(source, destination, SYN)), named);
+                assert_eq!(bed.is_taken(&out(source, destination, ACK)), named);
+                assert_eq!(bed.is_taken(&out(source, destination, SYN)), named, "again");
+                if named {
+                    let answer = tcp(destination, source, SYN | ACK);
+                    assert!(bed.is_delivered(&Packet::new(remote, own, TCP, answer)));
+                    assert!(bed.is_taken(&out(source, destination, ACK)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn udp_by_its_port_answers_those_who_came_directly_as_before() {
+        for [remote, _, own, _] in ENDS {
+            let bed = Bed::new(&["27000-27050/udp", "from:5060/udp"]);
+            let out =
+                |source, destination| Packet::new(own, remote, UDP, ports(source, destination));
+            let come =
+                |source, destination| Packet::new(remote, own, UDP, ports(source, destination));
+            assert!(!bed.is_taken(&out(5061, 27_051)));
+            // A client that happens to have such a port.
+            bed.comes_directly(&come(27_010, 53));
+            assert!(!bed.is_taken(&out(53, 27_010)));
+            bed.comes_directly(&come(40_000, 5060));
+            assert!(!bed.is_taken(&out(5060, 40_000)));
+            // A registration: nothing that comes directly in the remote's name diverts it.
+            for (source, destination) in [(40_000, 27_010), (5060, 5060)] {
+                for _ in 0..3 {
+                    assert!(bed.is_taken(&out(source, destination)));
+                    bed.comes_directly(&come(destination, source));
+                    assert!(bed.is_taken(&out(source, destination)));
+                    assert!(bed.is_delivered(&come(destination, source)));
+                }
+            }
+            let fragment = |offset, more| Packet {
+                fragment: Some((9, offset, more)),
+                ..out(40_001, 27_011)
+            };
+            assert!(bed.is_taken(&fragment(0, true)));
+            assert!(bed.is_taken(&fragment(3, false)));
+        }
+    }
+
+    #[test]
+    fn what_goes_near_or_is_nobodys_here_leaves_as_it_is() {
+        let bed = Bed::new(&["25"]);
+        for [remote, _, own, behind] in ENDS {
+            let neighbour = if own.contains('.') {
+                "198.51.100.9"
+            } else {
+                "2001:db8:b::9"
+            };
+            for (protocol, payload) in [(TCP, tcp(40_000, 25, SYN)), (UDP, ports(40_000, 25))] {
+                let from_to = |from: &str, to: &str| {
+                    bed.is_taken(&Packet::new(from, to, protocol, payload.clone()))
+                };
+                assert!(from_to(own, remote));
+                assert!(!from_to(own, neighbour));
+                assert!(!from_to(own, behind));
+                // Forwarded with an address of its own.
+                assert!(!from_to(neighbour, remote));
+                assert!(!from_to(behind, remote));
+            }
+        }
+    }
+
+    #[test]
+    fn what_finds_no_room_does_not_leave_bare() {
+        let bed = Bed::new(&["25/tcp"]);
+        let [remote, _, own, _] = ENDS[0];
+        let verdict = |port| {
+            let packet = Packet::new(own, remote, TCP, tcp(port, 25, SYN));
+            run(bed.egress.as_fd(), &frame(&packet.bytes())).verdict
+        };
+        for port in 1..=10 {
+            assert_ne!(verdict(port), TC_ACT_SHOT);
+        }
+        assert_eq!(verdict(11), TC_ACT_SHOT);
+        assert_eq!(bed.maps.count(Counter::Full), 1);
+    }
+
+    #[test]
+    fn by_port_nothing_is_taken_of_a_family_of_which_nothing_has_moved() {
+        let mut bed = Bed::new(&["25/tcp"]);
+        let [v4, v6] =
+            ENDS.map(|[remote, _, own, _]| Packet::new(own, remote, TCP, tcp(40_000, 25, SYN)));
+        let mut only_v4 = places();
+        only_v4.remove(&"2001:db8:a::5".parse().unwrap());
+        bed.maps.set_places(&only_v4, true).unwrap();
+        assert!(bed.is_taken(&v4));
+        assert!(!bed.is_taken(&v6));
+    }
+
+    #[test]
+    fn what_had_moved_stays_moved_until_all_peers_have_spoken() {
+        let first = Bed::new(&[]);
+        let kept: Vec<_> = first.maps.lasting();
+        let kept: Vec<_> = kept
+            .iter()
+            .map(|fd| fd.try_clone_to_owned().unwrap())
+            .collect();
+        let [remote, moved, ..] = ENDS[0];
+        let packet = Packet::new(moved, remote, UDP, ports(1, 2));
+        let mut maps = FlowMaps::with_room(10).unwrap();
+        maps.places = Places::found(&kept).unwrap();
+        let egress = take_replies(&maps, L2, 1, 51820, &[])
+            .unwrap()
+            .load()
+            .unwrap();
+        assert!(taken(egress.as_fd(), &packet));
+        maps.set_places(&BTreeMap::new(), false).unwrap();
+        assert!(taken(egress.as_fd(), &packet));
+        maps.set_places(&BTreeMap::new(), true).unwrap();
+        assert!(!taken(egress.as_fd(), &packet));
+        maps.set_places(&BTreeMap::new(), false).unwrap();
+        assert!(
+            !taken(egress.as_fd(), &packet),
+            "it has been told otherwise"
+        );
+    }
+
+    #[test]
+    fn many_rules_with_many_ranges_load() {
+        let ranges: Vec<String> = (0..64).map(|n| (1000 + 2 * n).to_string()).collect();
+        let ranges = format!("{}/tcp", ranges.join(","));
+        let all = [ranges.as_str(); 4];
+        let bed = Bed::new(&all);
+        let [remote, _, own, _] = ENDS[0];
+        let to = |port| Packet::new(own, remote, TCP, tcp(40_000, port, SYN));
+        assert!(bed.is_taken(&to(1126)) && !bed.is_taken(&to(1125)));
+    }
+}
