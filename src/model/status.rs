@@ -382,11 +382,11 @@ impl TunnelStatus {
         if let Some(unheard) = self.unheard_s.filter(|&unheard| unheard >= UNHEARD) {
             return format!("{state}, but nothing was heard of it for {unheard} s");
         }
-        let bad: Vec<&Served> = self
-            .served
-            .iter()
-            .filter(|served| served.is_bad())
-            .collect();
+        // A filter that takes one thing may well let others pass, of which some are asked for.
+        let nothing_in = |served: &Served| served.state == Answers::NothingIn;
+        let all_quiet = self.served.iter().all(nothing_in);
+        let is_bad = |it: &&Served| it.is_bad() && (all_quiet || !nothing_in(it));
+        let bad: Vec<&Served> = self.served.iter().filter(is_bad).collect();
         let soft = |served: &&Served| served.expected && served.state == Answers::Unanswered;
         match (bad.as_slice(), self.served.iter().find(soft)) {
             ([], Some(first)) => format!("{state}; {}", first.says()),
@@ -781,6 +781,12 @@ mod tests {
         };
         assert_eq!(first(vec![scanned]), up);
         let nothing = served("192.0.2.5", Answers::NothingIn, &["a filter takes it"]);
+        let well = served("192.0.2.6", Answers::Ok, &[]);
+        assert_eq!(
+            first(vec![nothing.clone(), well]),
+            up,
+            "not everything is taken"
+        );
         let says = ", but nothing has come for 192.0.2.5: a filter takes it (2 clients wait)";
         assert_eq!(first(vec![nothing]), format!("{up}{says}"));
     }
