@@ -185,10 +185,17 @@ impl Talks {
     pub(crate) fn begin(lab: &Lab, host: &Namespace, ends: [IpAddr; 3]) -> Result<Self> {
         let [client, moved, at] = ends;
         let [tcp, udp] = PORTS;
-        let (listener, answering) = host.run(|| {
-            let listener = TcpListener::bind((at, tcp)).map_err(failed)?;
-            Ok((listener, UdpSocket::bind((at, udp)).map_err(failed)?))
-        })?;
+        // A process that somebody starts at this moment has the sockets of earlier ones until it
+        // runs its program.
+        let bound = poll_until(PATIENCE, Duration::from_millis(20), || {
+            let bind = || {
+                let listener = TcpListener::bind((at, tcp)).map_err(failed)?;
+                Ok((listener, UdpSocket::bind((at, udp)).map_err(failed)?))
+            };
+            host.run(bind).ok()
+        });
+        let unbound = || LabError::unexpected("the application's ports are not free");
+        let (listener, answering) = bound.ok_or_else(unbound)?;
         answering.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
         let near = lab.client().connect((moved, tcp))?;
         let (far, _) = listener.accept().map_err(failed)?;

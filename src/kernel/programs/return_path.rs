@@ -130,10 +130,17 @@ fn jump_if_moved(a: &mut Assembler, facts: &Facts, family: Family, bounced: Labe
     a.jump_if_wide(R0, If::Ne, 0, bounced);
 }
 
+/// Copies it into the question. Two words at once: without CAP_PERFMON some kernels (6.1) keep
+/// account of a word that begins a place of eight bytes, and refuse to let the next one be written
+/// behind it (`attempt to corrupt spilled pointer on stack`).
 fn copy_destination(a: &mut Assembler, family: Family) {
-    for at in (0..family.bytes() as i16).step_by(4) {
-        a.load(Size::W, R0, R10, DESTINATION + at);
-        a.store(Size::W, R10, LOOKUP + fib::DESTINATION + at, R0);
+    let (size, step) = match family {
+        Family::V4 => (Size::W, 4),
+        Family::V6 => (Size::Dw, 8),
+    };
+    for at in (0..family.bytes() as i16).step_by(step) {
+        a.load(size, R0, R10, DESTINATION + at);
+        a.store(size, R10, LOOKUP + fib::DESTINATION + at, R0);
     }
 }
 
