@@ -434,6 +434,18 @@ impl FlowTable {
         Ok(outside)
     }
 
+    /// Forgets the flows without a connection that are delivered to an address: the client's next
+    /// packet makes them anew. A connection has ended with its address, or waits for it.
+    pub fn forget_delivery(&mut self, delivery: Addr, limit: &Limit) {
+        for at in 0..self.slab.used() {
+            let entry = self.slab.get(at);
+            let there = !entry.seen.is_nothing() && entry.delivery == delivery;
+            if there && entry.protocol != TCP {
+                self.remove(at, limit);
+            }
+        }
+    }
+
     /// Removes flows whose time is up, examining at most `budget`. Returns how many it removed.
     /// Call it every second or so.
     pub fn expire(&mut self, now: Instant, budget: usize, limit: &Limit) -> usize {
