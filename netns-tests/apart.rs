@@ -143,6 +143,19 @@ fn a_service_on_any_address_answers_from_the_moved_one() -> Result {
                 let at = hears(&client, b"the-answer")?;
                 assert_eq!(at, SocketAddr::new(moved, port));
             }
+            // As iperf3 does, with a socket that is connected to the client once that has asked.
+            let (own, asked) = (any(lab.new_server(), here, port + 10)?, port + 10);
+            let other = open(&lab.client(), moved)?;
+            other.send_to(b"question", (moved, asked)).map_err(failed)?;
+            let from = hears(&own, b"question")?;
+            own.connect(from).map_err(failed)?;
+            for _ in 0..2 {
+                own.send(b"the-answer").map_err(failed)?;
+                let at = hears(&other, b"the-answer")?;
+                assert_eq!(at, SocketAddr::new(moved, asked));
+                other.send_to(b"question", at).map_err(failed)?;
+                hears(&own, b"question")?;
+            }
             let from = client.local_addr().map_err(failed)?;
             talks.push((service, client, from, SocketAddr::new(moved, port)));
         }

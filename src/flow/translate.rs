@@ -898,6 +898,15 @@ mod tests {
             assert_eq!(from, (asked.dst, asked.dst_port));
             assert_sums(&answer);
             assert_eq!(bed.translator.stats().live, 1, "it is the same flow");
+            // The client is heard where it was answered from.
+            let mut next = asked.build();
+            bed.inbound(&mut next).unwrap();
+            let to = IpAddr::from(Parsed::parse(&next).unwrap().dst(&next));
+            assert_eq!(to, answers.parse::<IpAddr>().unwrap());
+            assert_eq!(
+                bed.outbound(&mut answered_from(&next, answers, asked.dst_port)),
+                Ok(PEER)
+            );
             // No other protocol's.
             let tcp = Plan {
                 flags: ACK,
