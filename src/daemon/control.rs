@@ -699,12 +699,18 @@ impl Control<'_> {
         let name = |addr: Option<IpAddr>| addr.map_or_else(|| "-".into(), |addr| addr.to_string());
         let (v4, v6) = (name(to.0.map(IpAddr::V4)), name(to.1.map(IpAddr::V6)));
         let peer = self.policy.name(peer);
-        match before {
-            None => info!(peer, v4, v6, "delivering to these addresses of this server"),
-            Some(_) => warn!(
+        // One that goes for a moment, as its interface is made anew, is not another one.
+        let replaced = before.is_some_and(|(v4, v6)| {
+            let v4 = v4.zip(to.0).is_some_and(|(before, after)| before != after);
+            v4 || v6.zip(to.1).is_some_and(|(before, after)| before != after)
+        });
+        if replaced {
+            warn!(
                 peer,
                 v4, v6, "the delivery address has changed; name one with --deliver-to to keep it"
-            ),
+            );
+        } else {
+            info!(peer, v4, v6, "delivering to these addresses of this server");
         }
     }
 

@@ -434,6 +434,35 @@ impl FlowTable {
         Ok(outside)
     }
 
+    /// Delivers a flow to another address from now on, unless that would make two flows the same.
+    pub fn deliver_to(&mut self, key: &Inside, delivery: Addr) {
+        let after = Inside { delivery, ..*key };
+        let (Some(at), None) = (self.find_inside(key), self.find_inside(&after)) else {
+            return;
+        };
+        let before = inside_hash(&self.seed, key);
+        if let Ok(found) = self.inside.find_entry(before, |&other| other == at) {
+            found.remove();
+        }
+        self.slab.get_mut(at).delivery = delivery;
+        let (seed, slab, masquerade) = (&self.seed, &self.slab, &self.masquerade);
+        (self.inside).insert_unique(inside_hash(seed, &after), at, |&at| {
+            inside_hash(seed, &inner(masquerade, slab.get(at)))
+        });
+    }
+
+    /// Forgets the flows without a connection that are delivered to an address: the client's next
+    /// packet makes them anew. A connection has ended with its address, or waits for it.
+    pub fn forget_delivery(&mut self, delivery: Addr, limit: &Limit) {
+        for at in 0..self.slab.used() {
+            let entry = self.slab.get(at);
+            let there = !entry.seen.is_nothing() && entry.delivery == delivery;
+            if there && entry.protocol != TCP {
+                self.remove(at, limit);
+            }
+        }
+    }
+
     /// Removes flows whose time is up, examining at most `budget`. Returns how many it removed.
     /// Call it every second or so.
     pub fn expire(&mut self, now: Instant, budget: usize, limit: &Limit) -> usize {

@@ -164,9 +164,28 @@ impl Translator {
     }
 
     /// Sets where the packets of `peer` are delivered. Flows that are under way stay where they
-    /// are.
+    /// are; but if this host has lost the address, and another one takes its place, those without
+    /// a connection go there with the client's next packet.
     pub fn set_delivery(&self, peer: PeerId, delivery: Delivery) {
-        self.change(|routes| routes.peer_mut(peer).delivery = delivery);
+        let addresses = |it: &Delivery| [it.v4.map(Addr::from), it.v6.map(Addr::from)];
+        let after = addresses(&delivery);
+        let mut before = [None; 2];
+        self.change(|routes| {
+            before = addresses(&routes.peer_mut(peer).delivery);
+            routes.peer_mut(peer).delivery = delivery;
+        });
+        let routes = self.routes.load();
+        for (before, after) in before.into_iter().zip(after) {
+            if let (Some(before), Some(after)) = (before, after)
+                && before != after
+                && !routes.host.is_empty()
+                && !routes.host.contains(&before)
+            {
+                for shard in &self.shards {
+                    lock(&shard.0).forget_delivery(before, &self.limit);
+                }
+            }
+        }
     }
 
     /// Sets this host's own addresses, which no client may claim.
@@ -879,6 +898,15 @@ mod tests {
             assert_eq!(from, (asked.dst, asked.dst_port));
             assert_sums(&answer);
             assert_eq!(bed.translator.stats().live, 1, "it is the same flow");
+            // The client is heard where it was answered from.
+            let mut next = asked.build();
+            bed.inbound(&mut next).unwrap();
+            let to = IpAddr::from(Parsed::parse(&next).unwrap().dst(&next));
+            assert_eq!(to, answers.parse::<IpAddr>().unwrap());
+            assert_eq!(
+                bed.outbound(&mut answered_from(&next, answers, asked.dst_port)),
+                Ok(PEER)
+            );
             // No other protocol's.
             let tcp = Plan {
                 flags: ACK,
@@ -926,6 +954,30 @@ mod tests {
             };
             assert_eq!(bed.translator.take_unmoved_ports(), [(PEER, unmoved)]);
             assert!(bed.translator.take_unmoved_ports().is_empty());
+        }
+    }
+
+    #[test]
+    fn flows_without_a_connection_go_where_the_delivery_address_is_now() {
+        let host = |all: &[&str]| all.iter().map(|it| it.parse().unwrap()).collect::<Vec<_>>();
+        let to = |addr: &str| Delivery {
+            v4: Some(addr.parse().unwrap()),
+            ..delivery()
+        };
+        const OTHER: &str = "198.51.100.77";
+        for (there, udp_goes_to) in [(&[OTHER][..], OTHER), (&[OTHER, DELIVERY][..], DELIVERY)] {
+            let bed = Bed::simple();
+            let delivered = |kind| {
+                let mut packet = request(kind).build();
+                bed.inbound(&mut packet).unwrap();
+                IpAddr::from(Parsed::parse(&packet).unwrap().dst(&packet)).to_string()
+            };
+            let both = || [Kind::Udp, Kind::Tcp].map(delivered);
+            bed.translator.set_own_addresses(&host(&[DELIVERY, OTHER]));
+            assert_eq!(both(), [DELIVERY, DELIVERY]);
+            bed.translator.set_own_addresses(&host(there));
+            bed.translator.set_delivery(PEER, to(OTHER));
+            assert_eq!(both(), [udp_goes_to, DELIVERY]);
         }
     }
 

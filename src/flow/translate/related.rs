@@ -3,7 +3,9 @@
 //! Owns which flow such a reply belongs to, and what becomes of it:
 //!
 //! * From another address of this host, by the same port (a socket that is bound to any address
-//!   answers from the one that the route prefers): it is a packet of the client's flow.
+//!   answers from the one that the route prefers): it is a packet of the client's flow, which is
+//!   delivered there from now on. A server that connects its socket to the client hears it nowhere
+//!   else.
 //! * From another port (TFTP, RFC 1350 section 4): a flow of its own begins, from the same port of
 //!   the moved address, which the client goes on with. If that port has not moved, the client would
 //!   speak to somebody else there, so the reply is dropped, and an administrator is told.
@@ -62,6 +64,7 @@ impl Translator {
         {
             let at = Inside { delivery, ..*key };
             if let Some(outside) = table.application_packet(now, &at, 0, &self.limit) {
+                table.deliver_to(&at, key.delivery);
                 return Ok(Some(outside));
             }
         }
