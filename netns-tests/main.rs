@@ -41,6 +41,7 @@ mod mtu;
 mod on_path;
 mod others_rules;
 mod own;
+mod prefixes;
 mod privacy;
 mod protocol_text;
 mod protocols;

@@ -136,8 +136,8 @@ impl Translator {
 
     /// Sets what `peer` has moved, in place of what it had moved before. Packets of what is no
     /// longer moved are dropped at once; its flows are forgotten in their own time.
-    pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) {
-        self.change(|routes| routes.peer_mut(peer).moves = moves);
+    pub fn set_moves(&self, peer: PeerId, moves: &[Move]) {
+        self.change(|routes| routes.peer_mut(peer).set_moves(moves));
     }
 
     /// Sets where the packets of `peer` are delivered. Flows that are under way stay where they
@@ -191,10 +191,10 @@ impl Translator {
             .and_then(|routes| routes.moved(parsed.dst(bytes)))
             .ok_or(DropReason::NotMoved)?;
         if parsed.fragment() == Fragment::Later {
-            return self.inbound_later_fragment(now, &routes, peer, moved, bytes, parsed);
+            return self.inbound_later_fragment(now, &routes, peer, &moved, bytes, parsed);
         }
         if parsed.kind() == Kind::IcmpError {
-            return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
+            return self.inbound_error(&routes, peer, &moved, bytes, parsed, partial);
         }
         if !moved.takes(parsed.protocol(), parsed.kind(), parsed.dst_port()) {
             return Err(DropReason::NotMoved);
@@ -214,7 +214,7 @@ impl Translator {
         };
         let inside = match found {
             Some(inside) => inside,
-            None => self.open(now, &routes, moved, &key, parsed)?,
+            None => self.open(now, &routes, &moved, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
             let mut cache = lock(&self.inbound_fragments);
@@ -401,22 +401,22 @@ impl Translator {
         now: Instant,
         routes: &Routes,
         peer: PeerId,
-        moved: &Moved,
+        moved: &Moved<'_>,
         bytes: &mut [u8],
         parsed: &Parsed,
     ) -> Result<(), DropReason> {
         let known = lock(&self.inbound_fragments).recall_of(peer, now, &self.seed, parsed, bytes);
-        let delivery = match known {
-            Some(delivery) => delivery,
+        let delivery = match (known, moved.to_one_place()) {
+            (Some(delivery), _) => delivery,
             // Every packet of the address goes to one place, so the first fragment is not needed.
-            None if moved.is_whole && moved.ports.is_empty() => {
+            (None, Some(to)) => {
                 if routes.is_own(peer, parsed.src(bytes)) {
                     return Err(DropReason::BadSource);
                 }
                 self.networks.check(peer, parsed.src(bytes))?;
-                moved.delivery.ok_or(DropReason::NoDelivery)?
+                to.ok_or(DropReason::NoDelivery)?
             }
-            None => return Err(DropReason::FragmentUnknown),
+            (None, None) => return Err(DropReason::FragmentUnknown),
         };
         parsed.set_dst(bytes, delivery, false);
         Ok(())
@@ -429,7 +429,7 @@ impl Translator {
         &self,
         routes: &Routes,
         peer: PeerId,
-        moved: &Moved,
+        moved: &Moved<'_>,
         bytes: &mut [u8],
         parsed: &Parsed,
         partial: bool,
@@ -516,7 +516,7 @@ impl Translator {
         &self,
         now: Instant,
         routes: &Routes,
-        moved: &Moved,
+        moved: &Moved<'_>,
         key: &Outside,
         parsed: &Parsed,
     ) -> Result<Inside, DropReason> {
@@ -692,8 +692,8 @@ mod tests {
                 epoch: now,
                 note_ended: true,
             });
-            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, moves);
+            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
+            translator.set_moves(PEER, &moves);
             translator.set_delivery(PEER, delivery);
             translator.set_own_addresses(&["198.51.100.77".parse().unwrap()]);
             Self { translator, now }
@@ -911,7 +911,7 @@ mod tests {
             for step in steps {
                 let mut bytes = match &step {
                     Step::Announce(moves) => {
-                        shared.translator.set_moves(PeerId(0), moves.clone());
+                        shared.translator.set_moves(PeerId(0), &moves);
                         continue;
                     }
                     Step::FromClient(plan) => plan.build(),
@@ -1282,11 +1282,13 @@ mod tests {
         for round in 0..1_100u32 {
             let addr = |n: u32| IpAddr::from((0x0b00_0000 + round * 64 + n).to_be_bytes());
             let moves = (0..64).map(|n| addr(n).to_string().parse().unwrap());
-            bed.translator.set_moves(other, moves.collect());
+            bed.translator.set_moves(other, &moves.collect::<Vec<_>>());
         }
-        let whole = |addrs: &[&str]| addrs.iter().map(|addr| addr.parse().unwrap()).collect();
+        let whole = |addrs: &[&str]| -> Vec<Move> {
+            addrs.iter().map(|addr| addr.parse().unwrap()).collect()
+        };
         bed.translator
-            .set_moves(other, whole(&[CLIENT, CLIENT6, "192.0.2.77"]));
+            .set_moves(other, &whole(&[CLIENT, CLIENT6, "192.0.2.77"]));
         bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
         // Nor does it take what a client's conversation goes on by.
         let plan = Plan {

@@ -7,12 +7,14 @@
 //!
 //! Owns the list of what is served for each peer. It never serves one packet for two of them.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::refusal::{Refusal, Why};
 use crate::daemon::index;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
+use crate::model::scopes;
 
 /// Why a peer's move is not served, whatever the others have.
 pub(super) type Judge<'a> = &'a dyn Fn(PeerId, &Move) -> Option<Why>;
@@ -99,11 +101,6 @@ impl Claims {
         &self.0[index(peer)].refused
     }
 
-    /// The moves that are served for any peer.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Move> + Clone {
-        self.0.iter().flat_map(|claim| claim.served.iter())
-    }
-
     /// Settles those once more that wanted what another peer had.
     fn give_what_is_free(&mut self, except: Option<PeerId>, judge: Judge<'_>) -> Vec<Settled> {
         let waits = |claim: &Claim| claim.refused.iter().any(|it| it.why == Why::Taken);
@@ -133,18 +130,15 @@ impl Claims {
             };
         };
         let (mut served, mut refused) = (Vec::new(), Vec::new());
-        for moved in named.iter().cloned() {
-            let taken = || {
-                others()
-                    .any(|other| other.overlaps(&moved))
-                    .then_some(Why::Taken)
-            };
-            match judge(peer, &moved).or_else(taken) {
+        let taken = scopes::overlapping(named.iter(), others());
+        for (moved, taken) in named.iter().cloned().zip(taken) {
+            match judge(peer, &moved).or(taken.then_some(Why::Taken)) {
                 None => served.push(moved),
                 Some(why) => refused.push(Refusal { moved, why }),
             }
         }
-        let news = refused.iter().filter(|it| !claim.refused.contains(it));
+        let known: HashSet<&Refusal> = claim.refused.iter().collect();
+        let news = refused.iter().filter(|it| !known.contains(it));
         let settled = Settled {
             peer,
             served: (*claim.served != *served).then(|| served.into()),
