@@ -360,7 +360,7 @@ impl IndependentPeer {
                 2 => self.control(&[&[3], &plaintext[1..5]].concat()),
                 4 => {
                     let (part, parts) = (plaintext[5], plaintext[6]);
-                    assert!(part < parts && parts <= 17);
+                    assert!(part < parts);
                     self.announcement.insert(part, plaintext[7..].to_vec());
                     self.control(&[&[5], &plaintext[1..5], &[part]].concat());
                 }

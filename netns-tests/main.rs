@@ -42,6 +42,7 @@ mod on_path;
 mod others_rules;
 mod outgoing;
 mod own;
+mod prefixes;
 mod privacy;
 mod protocol_text;
 mod protocols;

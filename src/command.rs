@@ -323,8 +323,7 @@ mod tests {
         for (line, says) in [
             (
                 "--move 192.0.2",
-                "--move: `192.0.2` is not an IP address; \
-                 write 192.0.2.5, 192.0.2.5:80,443/tcp or [2001:db8::5]:53/udp",
+                "--move: `192.0.2` is not an IP address or prefix; write 192.0.2.5",
             ),
             (
                 "--move www",
@@ -340,7 +339,7 @@ mod tests {
             ),
             (
                 "--move",
-                "--move needs a value: --move <ADDR[:PORTS][/tcp|/udp]>",
+                "--move needs a value: --move <ADDR[/LEN][:PORTS][/tcp|/udp]>",
             ),
             ("--psk-file ", "--psk-file needs a value: --psk-file <FILE>"),
             (

@@ -490,7 +490,7 @@ impl Rewrite {
             epoch: now,
             note_ended: false,
         });
-        translator.set_moves(PeerId(0), vec![whole(MOVED.0)]);
+        translator.set_moves(PeerId(0), &[whole(MOVED.0)]);
         let delivery = Delivery {
             v4: Some(NEW.0),
             ..Delivery::default()

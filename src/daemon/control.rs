@@ -53,6 +53,7 @@ use crate::model::drops::{DropReason, Drops};
 use crate::model::moved::Move;
 use crate::model::peer::{PeerId, Role};
 use crate::model::prefix::Prefix;
+use crate::model::scopes::Scopes;
 use crate::model::status::{Offloads, Status};
 use crate::packet::coalesce::Reach;
 use crate::settings::args::Without;
@@ -301,6 +302,9 @@ fn tunnels(
 fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
     if config.role == Role::Old {
+        let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
+        let moved: Vec<Move> = moves.cloned().collect();
+        let moved = Arc::new(Scopes::new(&moved));
         let gates = policy.peers().map(|peer| {
             let config = GateConfig {
                 max_flows,
@@ -308,14 +312,12 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
                 started: epoch,
                 resumes,
             };
-            Gate::new(policy.moves(peer), config).allow_outgoing(policy.allow_outgoing(peer))
+            Gate::new(policy.moves(peer), config)
+                .among(Arc::clone(&moved))
+                .allow_outgoing(policy.allow_outgoing(peer))
         });
-        let forwarder = Forwarder::Old(gates.collect());
-        // The policy will add this server's own, once they could be listed.
-        let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
-        let moved: Vec<IpAddr> = moves.map(|moved| moved.prefix.first()).collect();
-        forwarder.set_own_addresses(&moved);
-        return Ok(forwarder);
+        // The policy will tell this server's own addresses, once they could be listed.
+        return Ok(Forwarder::Old(gates.collect()));
     }
     let entropy = entropy::system();
     let word = || entropy.u64().map_err(failed);
@@ -365,7 +367,7 @@ struct Control<'h> {
     /// Calls from inside that an earlier daemon carried, until what they called is served.
     calls: Vec<HostFlow>,
     /// The moved addresses that this host was last asked to hold.
-    holding: Option<Vec<IpAddr>>,
+    holding: Option<Vec<Prefix>>,
     /// The lanes see this once it is published.
     view: LaneView,
     view_changed: bool,
@@ -716,15 +718,15 @@ impl Control<'_> {
 
     /// Takes these moved addresses, for which `--deliver-to keep` leaves packets as they are, and
     /// lets go of all others. What cannot be done for one family is done for the other.
-    fn hold(&mut self, wanted: &[IpAddr]) -> Result<(), Cause> {
+    fn hold(&mut self, wanted: &[Prefix]) -> Result<(), Cause> {
         let v4 = self.hold_family(Family::V4, wanted);
         let v6 = self.hold_family(Family::V6, wanted);
         v4.and(v6)
     }
 
-    fn hold_family(&mut self, family: Family, wanted: &[IpAddr]) -> Result<(), Cause> {
-        let of_family = |addr: &&IpAddr| Family::of(**addr) == family;
-        let wanted: Vec<IpAddr> = wanted.iter().filter(of_family).copied().collect();
+    fn hold_family(&mut self, family: Family, wanted: &[Prefix]) -> Result<(), Cause> {
+        let of_family = |prefix: &&Prefix| Family::of(prefix.first()) == family;
+        let wanted: Vec<Prefix> = wanted.iter().filter(of_family).copied().collect();
         let desired = keep::plan(self.host.netlink(), &wanted, &self.tun, self.host.made())?;
         let part = |change: &Change| keep::is_part_for(change, family);
         let report = self.host.reconcile_part(part, desired)?;
@@ -913,7 +915,7 @@ impl Control<'_> {
         };
         let resumed = &mut self.resumed[index(peer)];
         if *resumed || self.policy.outgoing(peer).is_empty() {
-            translator.set_moves(peer, moves.to_vec());
+            translator.set_moves(peer, moves);
             return;
         }
         *resumed = true;
@@ -932,7 +934,7 @@ impl Control<'_> {
             warn!(%error, "connections that began here before a crash may end");
             None
         });
-        translator.set_moves_again(now, peer, moves.to_vec(), &flows.unwrap_or_default());
+        translator.set_moves_again(now, peer, moves, &flows.unwrap_or_default());
     }
 
     /// Tells the programs what addresses are.
@@ -1077,9 +1079,7 @@ impl Control<'_> {
             let name = self.policy.name(peer);
             match self.role {
                 Role::Old => {
-                    let moves = self.policy.moves(peer).iter();
-                    let moved: Vec<String> = moves.map(ToString::to_string).collect();
-                    let moved = moved.join(" ");
+                    let moved = report::in_short(self.policy.moves(peer));
                     info!(moved, uplink, peer = name, "this is the old server");
                 }
                 Role::New => info!(uplink, peer = name, "this is the new server"),

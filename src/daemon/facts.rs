@@ -107,7 +107,7 @@ impl Facts {
         listed: &[Address],
         uplinks: &Uplinks,
         tun: &Link,
-        held: Vec<IpAddr>,
+        held: Vec<Prefix>,
     ) -> Addresses {
         let mut addresses = Self::addresses(listed, uplinks);
         addresses.held = held;

@@ -573,9 +573,11 @@ impl Follower {
         };
         let uplink = self.uplinks.first().filter(|_| self.there);
         capture.set_uplink(uplink, self.settings.named.is_some());
-        let held = |addr: IpAddr| addresses.iter().any(|held| held.addr == addr);
-        let listens = |addr: IpAddr| self.settings.listen.is_none_or(|ip| ip == addr);
-        capture.set_tunnel_ends(|addr| held(addr) && listens(addr));
+        let own = addresses.iter().map(|held| held.addr);
+        let ends = own.filter(|&addr| self.settings.listen.is_none_or(|ip| ip == addr));
+        if let Err(error) = capture.set_tunnel_ends(ends) {
+            warn!(%error, "cannot tell the programs of this server's addresses");
+        }
     }
 
     /// Those of the links that are there that are to carry the programs, the uplinks first.

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
-//! addresses and routes that change.
+//! addresses and routes that change; `held` is which moved addresses the old server has.
 //!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
@@ -32,6 +32,7 @@ mod control;
 mod early;
 mod facts;
 mod follow;
+mod held;
 mod kept;
 pub mod log;
 mod nat;

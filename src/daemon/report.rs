@@ -234,6 +234,19 @@ fn status(
     }
 }
 
+/// Moves that one line names; `status` names all.
+const NAMED: usize = 16;
+
+/// What has moved, for a line of the log.
+pub(super) fn in_short(moves: &[Move]) -> String {
+    let named = moves.iter().take(NAMED).map(ToString::to_string);
+    let mut named: Vec<String> = named.collect();
+    if let Some(more) = moves.len().checked_sub(NAMED + 1) {
+        named.push(format!("and {} more", more + 1));
+    }
+    named.join(" ")
+}
+
 /// Where the new server delivers, for the families of which something has moved.
 fn delivered_to(deliver: Deliver, moves: &[Move]) -> Option<String> {
     match deliver {

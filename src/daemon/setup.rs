@@ -2,6 +2,7 @@
 //!
 //! Nothing is changed before all that can be known to be wrong has been refused.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
@@ -12,6 +13,7 @@ use tracing::{debug, warn};
 use super::chosen::{Cgroups, chosen};
 use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
+use super::held::{self, Held};
 use super::kept;
 use super::service::{DaemonError, Result, Signals, cannot, input, system, warn_of_unread};
 use super::status_socket;
@@ -20,7 +22,7 @@ use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::Host;
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Link, Netlink};
+use crate::kernel::netlink::{Family, Link, Netlink, TABLE_LOCAL};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
@@ -278,21 +280,23 @@ fn moves(config: &Config) -> Vec<Move> {
 
 /// Warns of moved addresses that this server does not have.
 pub(super) fn warn_of_absent(netlink: &Netlink, moves: &[Move]) -> Result<()> {
-    let addresses = netlink.addresses().map_err(system)?;
-    for moved in moves {
-        if addresses
-            .iter()
-            .all(|held| held.addr != moved.prefix.first())
-        {
-            warn!(
-                address = %moved.prefix.first(),
-                "not configured on this server: its packets come only if the network routes \
-                 them here"
-            );
-        }
+    let held = Held::new(netlink.addresses().map_err(system)?);
+    let mut local = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let routes = netlink.routes(family, TABLE_LOCAL).map_err(system)?;
+        // Addresses have such routes, too; those tell nothing new.
+        let prefixes = routes.iter().filter_map(held::local_prefix);
+        local.extend(prefixes.filter(|prefix| !prefix.is_single()));
+    }
+    for line in held::absent(moves, &held, &local) {
+        warn!("{line}");
     }
     Ok(())
 }
+
+/// Moves of whose addresses the kernel is asked how it would send what comes from there: more of an
+/// interface hardly say anything new, and each takes a request.
+const ASKED: usize = 16;
 
 /// The interfaces that clients' packets use: the one named with `--uplink`; else those by which the
 /// old server sends what comes from its moved addresses, as its routes and rules say; else the one
@@ -305,15 +309,19 @@ pub(super) fn find_uplinks(
     tun: &str,
 ) -> Result<Uplinks> {
     if named.is_none() {
-        let addresses = netlink.addresses().map_err(system)?;
+        let addresses = Held::new(netlink.addresses().map_err(system)?);
         let links = netlink.links().map_err(system)?;
+        let mut asked: HashMap<(u32, bool), usize> = HashMap::new();
         let leaves_by = |moved: &Move| {
-            addresses
-                .iter()
-                .find(|held| held.addr == moved.prefix.first())?;
+            let held = addresses.within(moved.prefix).next()?;
+            let asked = asked.entry((held.index, held.addr.is_ipv4())).or_default();
+            *asked += 1;
+            if *asked > ASKED {
+                return None;
+            }
             let mut clients = PUBLIC.into_iter();
-            let client = clients.find(|ip| ip.is_ipv4() == moved.prefix.first().is_ipv4())?;
-            let route = netlink.route_get(client, None, Some(moved.prefix.first()));
+            let client = clients.find(|ip| ip.is_ipv4() == held.addr.is_ipv4())?;
+            let route = netlink.route_get(client, None, Some(held.addr));
             let index = route.ok()?.oif?;
             let found = links.iter().find(|link| link.index == index);
             found
@@ -352,31 +360,27 @@ pub(super) fn find_uplink(
         });
     }
     let by_index = |index: u32| netlink.link_by_index(index).map_err(system);
-    let mut holding: Option<(Link, &Move)> = None;
-    let addresses = netlink.addresses().map_err(system)?;
+    let mut holding: Option<(Link, IpAddr)> = None;
+    let addresses = Held::new(netlink.addresses().map_err(system)?);
+    let links = netlink.links().map_err(system)?;
     for moved in moves {
-        let Some(address) = addresses
-            .iter()
-            .find(|held| held.addr == moved.prefix.first())
-        else {
+        let Some(held) = addresses.within(moved.prefix).next() else {
             continue;
         };
-        let Some(link) = by_index(address.index)?.filter(|link| !link.loopback) else {
+        let link = links.iter().find(|link| link.index == held.index);
+        let Some(link) = link.filter(|link| !link.loopback) else {
             continue;
         };
         match &holding {
             Some((first, other)) if first.index != link.index => {
                 return Err(input(format!(
-                    "{} is on {} and {} on {}: one ipmoved serves one interface; \
+                    "{other} is on {} and {} on {}: one ipmoved serves one interface; \
                      name it with --uplink",
-                    other.prefix.first(),
-                    first.name,
-                    moved.prefix.first(),
-                    link.name
+                    first.name, held.addr, link.name
                 )));
             }
             Some(_) => {}
-            None => holding = Some((link, moved)),
+            None => holding = Some((link.clone(), held.addr)),
         }
     }
     if let Some((link, _)) = holding {
@@ -406,11 +410,11 @@ pub(super) fn check_old(
     config: &Terms,
     endpoints: &[Option<SocketAddr>],
 ) -> Result<()> {
-    let addresses = netlink.addresses().map_err(system)?;
+    let addresses = Held::new(netlink.addresses().map_err(system)?);
     for (peer, endpoint) in config.peers.iter().zip(endpoints) {
         let remote = endpoint.map(|endpoint| endpoint.ip());
         if let Some(remote) = remote
-            && addresses.iter().any(|held| held.addr == remote)
+            && addresses.has(remote)
         {
             return Err(input(format!(
                 "--peer {remote} is an address of this server itself; give that of the other one"
@@ -418,37 +422,78 @@ pub(super) fn check_old(
         }
         // The peer's address may not be known yet. Then it is taken for a host on the internet.
         let towards = remote.map_or(PUBLIC.to_vec(), |remote| vec![remote]);
+        let speaks_from = |to: IpAddr| netlink.route_get(to, None, None).ok()?.prefsrc;
         let ours: Vec<IpAddr> = match config.listen.filter(|ip| !ip.is_unspecified()) {
             Some(ip) => vec![ip],
-            None => towards
-                .into_iter()
-                .filter_map(|to| netlink.route_get(to, None, None).ok()?.prefsrc)
-                .collect(),
+            None => towards.into_iter().filter_map(speaks_from).collect(),
         };
         for moved in peer.moves.iter().filter(|moved| takes_logins(moved)) {
-            if Some(moved.prefix.first()) == remote {
-                return Err(input(format!(
-                    "--move {moved} is the peer's own address; \
-                     give the address that clients still use"
-                )));
+            if let Some(remote) = remote.filter(|&ip| moved.prefix.contains(ip)) {
+                return Err(input(if moved.prefix.is_single() {
+                    format!(
+                        "--move {moved} is the peer's own address; \
+                         give the address that clients still use"
+                    )
+                } else {
+                    format!(
+                        "--move {moved} holds {remote}, the peer's own address; {}",
+                        move_beside(moved, remote)
+                    )
+                }));
             }
-            if ours.contains(&moved.prefix.first()) {
-                return Err(input(format!(
-                    "--move {moved} would take every new connection to the address this server \
-                     itself uses to reach the peer, your login included; move only the service's \
-                     ports, as in --move {}, or let this server use another of its addresses \
-                     (--listen ADDR:PORT); what it does itself, as DNS or updates, stays with it \
-                     either way",
-                    Move {
-                        ports: vec![80..=80, 443..=443],
-                        transport: Some(Transport::Tcp),
-                        ..moved.clone()
-                    }
-                )));
+            if let Some(own) = ours.iter().find(|&&ip| moved.prefix.contains(ip)) {
+                return Err(input(would_take(moved, *own)));
+            }
+        }
+        for own in PUBLIC.into_iter().filter_map(speaks_from) {
+            let mut moves = peer.moves.iter().filter(|moved| takes_logins(moved));
+            let moved = moves.find(|it| it.prefix.contains(own) && !it.prefix.is_single());
+            if let Some(moved) = moved {
+                warn!(
+                    "--move {moved} holds {own}, from which this server itself speaks to the \
+                     internet: logins there go to the new server from now on, your own included; \
+                     if they are to stay here, {}",
+                    move_beside(moved, own)
+                );
             }
         }
     }
     Ok(())
+}
+
+/// Why a move is refused that has the address from which this server speaks to its peer.
+fn would_take(moved: &Move, own: IpAddr) -> String {
+    let ports = Move {
+        ports: vec![80..=80, 443..=443],
+        transport: Some(Transport::Tcp),
+        ..moved.clone()
+    };
+    let other = "or let this server use another of its addresses (--listen ADDR:PORT)";
+    if moved.prefix.is_single() {
+        return format!(
+            "--move {moved} would take every new connection to the address this server itself uses \
+             to reach the peer, your login included; move only the service's ports, as in \
+             --move {ports}, {other}; what it does itself, as DNS or updates, stays with it either \
+             way"
+        );
+    }
+    format!(
+        "--move {moved} holds {own}, the address this server itself uses to reach the peer, your \
+         login included; {}, {other}",
+        move_beside(moved, own)
+    )
+}
+
+/// How to move a prefix but for one of its addresses.
+fn move_beside(moved: &Move, addr: IpAddr) -> String {
+    let parts = held::beside(moved.prefix, addr).into_iter().map(|prefix| {
+        let part = Move {
+            prefix,
+            ..moved.clone()
+        };
+        format!(" --move {part}")
+    });
+    format!("move what lies beside it:{}", parts.collect::<String>())
 }
 
 /// Whether a move takes all of an address's TCP, and thereby every login.

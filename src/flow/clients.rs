@@ -120,10 +120,10 @@ impl Clients {
         }
     }
 
-    /// The flow of a client's packet to the moved address at `moved`; `None` if such a packet asks
-    /// for nothing: an ICMP reply or error, a later fragment.
+    /// The flow of a client's packet to a moved address; `None` if such a packet asks for nothing:
+    /// an ICMP reply or error, a later fragment.
     #[inline]
-    pub(super) fn asked(&self, parsed: &Parsed, bytes: &[u8], moved: usize) -> Option<Flow> {
+    pub(super) fn asked(&self, parsed: &Parsed, bytes: &[u8]) -> Option<Flow> {
         let ports = match parsed.kind() {
             Kind::Tcp => [parsed.src_port(), parsed.dst_port()],
             Kind::Udp | Kind::IcmpQuery => [parsed.src_port(), 0],
@@ -131,17 +131,22 @@ impl Clients {
             Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
         };
         Some(Flow {
-            hash: self.hash(parsed.src(bytes), ports, moved, parsed.protocol()),
+            hash: self.hash(
+                parsed.src(bytes),
+                ports,
+                parsed.dst(bytes),
+                parsed.protocol(),
+            ),
             protocol: parsed.protocol(),
             // Anybody can forge a client's RST. Whether the server believes it, its answer tells.
             tcp_flags: parsed.tcp_flags() & !RST,
         })
     }
 
-    /// The flow that a packet from the moved address at `moved` answers; `None` if such a packet
+    /// The flow that a packet from a moved address answers; `None` if such a packet
     /// answers nothing: an ICMP query or error, a later fragment.
     #[inline]
-    pub(super) fn answered(&self, parsed: &Parsed, bytes: &[u8], moved: usize) -> Option<Flow> {
+    pub(super) fn answered(&self, parsed: &Parsed, bytes: &[u8]) -> Option<Flow> {
         let ports = match parsed.kind() {
             Kind::Tcp => [parsed.dst_port(), parsed.src_port()],
             Kind::Udp | Kind::IcmpReply => [parsed.dst_port(), 0],
@@ -149,14 +154,19 @@ impl Clients {
             Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => return None,
         };
         Some(Flow {
-            hash: self.hash(parsed.dst(bytes), ports, moved, parsed.protocol()),
+            hash: self.hash(
+                parsed.dst(bytes),
+                ports,
+                parsed.src(bytes),
+                parsed.protocol(),
+            ),
             protocol: parsed.protocol(),
             tcp_flags: parsed.tcp_flags(),
         })
     }
 
     /// The flow of the client's packet that an ICMP error quotes.
-    pub(super) fn quoted(&self, quoted: &Quoted, bytes: &[u8], moved: usize) -> Option<Flow> {
+    pub(super) fn quoted(&self, quoted: &Quoted, bytes: &[u8]) -> Option<Flow> {
         let ports = match quoted.kind() {
             Kind::Tcp => [quoted.src_port(), quoted.dst_port()],
             Kind::Udp | Kind::IcmpQuery => [quoted.src_port(), 0],
@@ -164,7 +174,12 @@ impl Clients {
             Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
         };
         Some(Flow {
-            hash: self.hash(quoted.src(bytes), ports, moved, quoted.protocol()),
+            hash: self.hash(
+                quoted.src(bytes),
+                ports,
+                quoted.dst(bytes),
+                quoted.protocol(),
+            ),
             protocol: quoted.protocol(),
             tcp_flags: 0,
         })
@@ -264,10 +279,10 @@ impl Clients {
     }
 
     #[inline]
-    fn hash(&self, client: Addr, ports: [u16; 2], moved: usize, protocol: u8) -> u64 {
+    fn hash(&self, client: Addr, ports: [u16; 2], moved: Addr, protocol: u8) -> u64 {
         let [client_port, moved_port] = ports.map(u64::from);
-        let rest = client_port | moved_port << 16 | (moved as u64) << 32;
-        self.seed.client_flow(client, rest, protocol)
+        let ports = client_port | moved_port << 16;
+        self.seed.flow([client, moved], ports, protocol)
     }
 
     /// Notes a packet of a flow that is known; `false` if none is.
@@ -487,7 +502,12 @@ mod tests {
         fn flow(&self, n: u32, protocol: u8, tcp_flags: u8) -> Flow {
             let client = Addr::from(Ipv4Addr::from(n));
             Flow {
-                hash: self.hash(client, [4_000, 80], 0, protocol),
+                hash: self.hash(
+                    client,
+                    [4_000, 80],
+                    Ipv4Addr::new(192, 0, 2, 5).into(),
+                    protocol,
+                ),
                 protocol,
                 tcp_flags,
             }

@@ -24,8 +24,8 @@
 
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
@@ -41,6 +41,7 @@ use crate::flow::watch::{self, Observations, Watch};
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, TCP, UDP};
 use crate::model::outgoing::AllowOutgoing;
+use crate::model::scopes::Scopes;
 use crate::packet::{ACK, Addr, Fragment, ICMP, ICMPV6, Kind, Parsed, Quoted, SYN};
 
 /// The old server's checks for one peer. Shared by the lanes.
@@ -52,6 +53,8 @@ pub struct Gate {
     allowed: Allowed,
     /// This server's own addresses, sorted, and others that no client can have here.
     own: ArcSwap<Vec<Addr>>,
+    /// What has moved to other peers.
+    elsewhere: Option<Arc<Scopes>>,
     seed: Seed,
     returning: Mutex<FragmentCache<()>>,
     refusals: Refusals,
@@ -96,19 +99,18 @@ impl Gate {
     /// A gate for what was moved. No client has come yet.
     pub fn new(moves: &[Move], config: GateConfig) -> Self {
         let seed = config.seed;
-        let gate = Self {
+        Self {
             ownership: Ownership::new(moves, seed),
             clients: Clients::new(seed, config.max_flows, config.started),
             resumes: config.resumes,
             allowed: Allowed::new(Vec::new()),
             own: ArcSwap::default(),
+            elsewhere: None,
             seed,
             returning: Mutex::new(FragmentCache::new()),
             refusals: Refusals::default(),
             watch: Watch::new(seed),
-        };
-        gate.set_own_addresses(&[]);
-        gate
+        }
     }
 
     /// The same gate, which lets connections out that the new server begins, if one of the rules
@@ -119,12 +121,18 @@ impl Gate {
         self
     }
 
-    /// Sets which addresses no client can have: this server's own, those that have moved to other
-    /// peers, and the broadcast addresses of its networks. What was moved to this peer is one of
-    /// them in any case.
+    /// The same, where all this has moved, to whichever peer: no client can have such an address
+    /// either.
+    #[must_use]
+    pub fn among(mut self, all: Arc<Scopes>) -> Self {
+        self.elsewhere = Some(all);
+        self
+    }
+
+    /// Sets which addresses no client can have: this server's own, and the broadcast addresses of
+    /// its networks. What was moved is one of them in any case.
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
-        let own = own.iter().map(|&addr| Addr::from(addr));
-        let mut own: Vec<Addr> = own.chain(self.ownership.addrs()).collect();
+        let mut own: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();
         own.sort_unstable();
         own.dedup();
         self.own.store(own.into());
@@ -144,10 +152,10 @@ impl Gate {
         bytes: &[u8],
     ) -> Result<Verdict, DropReason> {
         let found = self.ownership.find(parsed.dst(bytes));
-        let (moved, scope) = found.ok_or(DropReason::NotMoved)?;
+        let scope = found.ok_or(DropReason::NotMoved)?;
         let verdict = self.ownership.judge_for(scope, now, parsed, bytes)?;
         if verdict == Verdict::Carry
-            && let Some(flow) = self.clients.asked(parsed, bytes, moved)
+            && let Some(flow) = self.clients.asked(parsed, bytes)
             && !self.clients.client_spoke(now, &flow)
         {
             self.admit(now, parsed, bytes, &flow)?;
@@ -170,7 +178,7 @@ impl Gate {
         bytes: &[u8],
     ) -> Result<(), DropReason> {
         let found = self.ownership.find(parsed.src(bytes));
-        let (moved, scope) = found.ok_or(DropReason::NotMoved)?;
+        let scope = found.ok_or(DropReason::NotMoved)?;
         if parsed.dst(bytes).is_special() {
             return Err(self.refuse(DropReason::BadDestination, parsed, bytes));
         }
@@ -182,10 +190,11 @@ impl Gate {
         if parsed.kind() == Kind::IcmpError {
             return self.check_error(now, parsed, bytes);
         }
-        if !scope.takes(parsed.protocol(), parsed.kind(), parsed.src_port()) {
+        let (protocol, port) = (parsed.protocol(), parsed.src_port());
+        if !self.ownership.takes(scope, protocol, parsed.kind(), port) {
             return Err(DropReason::NotMoved);
         }
-        let flow = self.clients.answered(parsed, bytes, moved);
+        let flow = self.clients.answered(parsed, bytes);
         let known = |flow| !begins(parsed) && self.clients.server_spoke(now, flow);
         if !flow.as_ref().is_some_and(known) {
             self.may_go_on(now, parsed, bytes, flow.as_ref())?;
@@ -284,11 +293,12 @@ impl Gate {
             return Err(DropReason::IcmpUnrelated);
         }
         let found = self.ownership.find(dst);
-        let (moved, scope) = found.ok_or(DropReason::NotMoved)?;
-        if !scope.takes(quoted.protocol(), quoted.kind(), quoted.dst_port()) {
+        let scope = found.ok_or(DropReason::NotMoved)?;
+        let (protocol, port) = (quoted.protocol(), quoted.dst_port());
+        if !self.ownership.takes(scope, protocol, quoted.kind(), port) {
             return Err(DropReason::NotMoved);
         }
-        let flow = self.clients.quoted(&quoted, bytes, moved);
+        let flow = self.clients.quoted(&quoted, bytes);
         match flow.filter(|flow| self.clients.knows(now, flow)) {
             Some(flow) => {
                 let is_it = |known: &Flow| Clients::is_same(known, &flow);
@@ -300,7 +310,10 @@ impl Gate {
     }
 
     fn is_own(&self, addr: Addr) -> bool {
+        let elsewhere = self.elsewhere.as_ref();
         self.own.load().binary_search(&addr).is_ok()
+            || self.ownership.is_moved(addr)
+            || elsewhere.is_some_and(|all| all.find(addr.number()).is_some())
     }
 
     /// Keeps a packet that is refused as an example, unless there is one.

@@ -58,7 +58,7 @@ impl Translator {
         let routes = self.routes.load();
         let (protocol, kind, port) = (parsed.protocol(), parsed.kind(), parsed.dst_port());
         let moved = routes.inside(parsed.dst(bytes), protocol, kind, port)?;
-        Some(moved.and_then(|moved| self.turn_call(now, &routes, moved, bytes, parsed, partial)))
+        Some(moved.and_then(|moved| self.turn_call(now, &routes, &moved, bytes, parsed, partial)))
     }
 
     fn turn_call(
@@ -340,8 +340,8 @@ mod tests {
                 note_ended: true,
             });
             translator.set_own_addresses(&ENDS.map(|[host, ..]| host.parse().unwrap()));
-            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, moves);
+            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
+            translator.set_moves(PEER, &moves);
             translator.set_delivery(PEER, delivery);
             Self { translator, now }
         }
@@ -630,7 +630,7 @@ mod tests {
         let mut calls = vec![one(host), one(container)];
         bed.translator.restore_calls(bed.now, &mut calls);
         assert_eq!(calls.len(), 2);
-        bed.translator.set_moves(PEER, vec![moved.parse().unwrap()]);
+        bed.translator.set_moves(PEER, &[moved.parse().unwrap()]);
         bed.translator.restore_calls(bed.now, &mut calls);
         assert!(calls.is_empty());
         for (from, seen) in [(host, moved), (container, container)] {

@@ -250,8 +250,8 @@ mod tests {
                 epoch: now,
                 note_ended: true,
             });
-            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, moves);
+            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
+            translator.set_moves(PEER, &moves);
             let delivery = Delivery {
                 v4: Some(HERE.parse().unwrap()),
                 ..Delivery::default()
@@ -474,7 +474,7 @@ mod tests {
             let kept = [flow(local), flow("198.51.100.3")];
             later
                 .translator
-                .set_moves_again(later.now, PEER, moves, &kept);
+                .set_moves_again(later.now, PEER, &moves, &kept);
             assert_eq!(delivered_to(&later), local);
             assert_eq!(later.translator.stats().live, 1);
         }

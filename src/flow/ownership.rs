@@ -11,6 +11,7 @@ use crate::flow::lock;
 use crate::flow::seed::Seed;
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
+use crate::model::scopes::Scopes;
 use crate::packet::{Addr, Fragment, Kind, Parsed, Quoted};
 
 /// Who owns a packet that the capture on the old server handed over.
@@ -27,42 +28,16 @@ pub enum Verdict {
 #[derive(Debug)]
 pub struct Ownership {
     /// A copy of its own: a shared one costs each packet five instructions more.
-    scopes: Vec<Scope>,
+    scopes: Scopes,
     seed: Seed,
     fragments: Mutex<FragmentCache<Verdict>>,
-}
-
-/// Everything that has moved of one address.
-#[derive(Debug)]
-pub(super) struct Scope {
-    addr: Addr,
-    whole: bool,
-    moves: Vec<Move>,
 }
 
 impl Ownership {
     /// For what was moved.
     pub fn new(moves: &[Move], seed: Seed) -> Self {
-        let mut scopes: Vec<Scope> = Vec::new();
-        for moved in moves {
-            let addr = Addr::from(moved.prefix.first());
-            let scope = match scopes.iter_mut().find(|scope| scope.addr == addr) {
-                Some(scope) => scope,
-                None => {
-                    scopes.push(Scope {
-                        addr,
-                        whole: false,
-                        moves: Vec::new(),
-                    });
-                    let last = scopes.len() - 1;
-                    &mut scopes[last]
-                }
-            };
-            scope.whole |= moved.is_whole();
-            scope.moves.push(moved.clone());
-        }
         Self {
-            scopes,
+            scopes: Scopes::new(moves),
             seed,
             fragments: Mutex::new(FragmentCache::new()),
         }
@@ -84,7 +59,7 @@ impl Ownership {
         bytes: &[u8],
     ) -> Result<Verdict, DropReason> {
         let found = self.find(parsed.dst(bytes));
-        let (_, scope) = found.ok_or(DropReason::NotMoved)?;
+        let scope = found.ok_or(DropReason::NotMoved)?;
         self.judge_for(scope, now, parsed, bytes)
     }
 
@@ -93,28 +68,30 @@ impl Ownership {
         self.find(addr).is_some()
     }
 
-    /// Every address of which something was moved.
-    pub(super) fn addrs(&self) -> impl Iterator<Item = Addr> {
-        self.scopes.iter().map(|scope| scope.addr)
+    /// The scope of an address, if something of it was moved.
+    #[inline]
+    pub(super) fn find(&self, addr: Addr) -> Option<usize> {
+        self.scopes.find(addr.number())
     }
 
-    /// What was moved of an address, and its place among the addresses.
+    /// Whether a packet belongs to what was moved of a scope that is of this kind and protocol, and
+    /// has this port at the moved address.
     #[inline]
-    pub(super) fn find(&self, addr: Addr) -> Option<(usize, &Scope)> {
-        let mut scopes = self.scopes.iter().enumerate();
-        scopes.find(|(_, scope)| scope.addr == addr)
+    pub(super) fn takes(&self, scope: usize, protocol: u8, kind: Kind, port: u16) -> bool {
+        let port = kind.has_ports().then_some(port);
+        self.scopes.takes(scope, protocol, port)
     }
 
     /// [`Self::judge`] for the scope of the packet's destination.
     #[inline]
     pub(super) fn judge_for(
         &self,
-        scope: &Scope,
+        scope: usize,
         now: Instant,
         parsed: &Parsed,
         bytes: &[u8],
     ) -> Result<Verdict, DropReason> {
-        if scope.whole {
+        if self.scopes.is_whole(scope) {
             return Ok(Verdict::Carry);
         }
         if parsed.fragment() == Fragment::Later {
@@ -125,17 +102,16 @@ impl Ownership {
         let ours = match parsed.kind() {
             // The error is about a packet that left from the moved address.
             Kind::IcmpError => Quoted::parse(bytes, parsed).is_ok_and(|quoted| {
-                let quoted_scope = self.find(quoted.src(bytes));
-                quoted_scope.is_some_and(|(_, scope)| {
-                    scope.takes(quoted.protocol(), quoted.kind(), quoted.src_port())
-                })
+                let (protocol, port) = (quoted.protocol(), quoted.src_port());
+                let scope = self.find(quoted.src(bytes));
+                scope.is_some_and(|scope| self.takes(scope, protocol, quoted.kind(), port))
             }),
             kind @ (Kind::Tcp
             | Kind::Udp
             | Kind::IcmpQuery
             | Kind::IcmpReply
             | Kind::Other
-            | Kind::LaterFragment) => scope.takes(parsed.protocol(), kind, parsed.dst_port()),
+            | Kind::LaterFragment) => self.takes(scope, parsed.protocol(), kind, parsed.dst_port()),
         };
         let verdict = if ours {
             Verdict::Carry
@@ -146,16 +122,6 @@ impl Ownership {
             lock(&self.fragments).remember(now, &self.seed, parsed, bytes, verdict);
         }
         Ok(verdict)
-    }
-}
-
-impl Scope {
-    /// Whether a packet belongs to it that is of this kind and protocol, and has this port at the
-    /// moved address.
-    #[inline]
-    pub(super) fn takes(&self, protocol: u8, kind: Kind, port: u16) -> bool {
-        let port = kind.has_ports().then_some(port);
-        self.whole || self.moves.iter().any(|moved| moved.takes(protocol, port))
     }
 }
 

@@ -367,7 +367,7 @@ mod tests {
             ..Delivery::default()
         };
         let moves = vec![MOVED.parse().unwrap()];
-        translator.set_moves(PeerId(0), moves);
+        translator.set_moves(PeerId(0), &moves);
         translator.set_delivery(PeerId(0), delivery);
         Forwarder::New(translator)
     }

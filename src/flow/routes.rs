@@ -3,13 +3,15 @@
 //!
 //! Must not touch packets, sockets or the clock.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use crate::flow::outgoing::OutgoingRules;
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, Transport, UDP};
 use crate::model::peer::PeerId;
 use crate::model::port_map::PortMap;
+use crate::model::scopes::Scopes;
 use crate::packet::{Addr, Family, Kind};
 
 /// Where to deliver the packets that come through one peer.
@@ -32,7 +34,7 @@ pub(super) struct Routes {
     pub(super) host: Vec<Addr>,
     /// Those, and the addresses that this server's settings have packets delivered to, sorted.
     own: Vec<Addr>,
-    /// Addresses that packets are delivered to, sorted.
+    /// Addresses that packets are delivered to, sorted; of moved ones that are kept, the first few.
     pub(super) deliveries: Vec<Addr>,
     /// By [`PeerId`].
     pub(super) peers: Vec<PeerRoutes>,
@@ -40,31 +42,46 @@ pub(super) struct Routes {
 
 #[derive(Clone, Default)]
 pub(super) struct PeerRoutes {
-    pub(super) moves: Vec<Move>,
+    moved: Arc<ByAddress>,
     pub(super) delivery: Delivery,
     pub(super) outgoing: OutgoingRules,
-    /// The moved addresses, sorted; made from the two above.
-    resolved: Vec<Moved>,
+    /// Ports that are delivered elsewhere, by moved address; made from the two above.
+    maps: Vec<MappedPort>,
+}
+
+/// What one peer has moved.
+#[derive(Default)]
+struct ByAddress {
+    scopes: Scopes,
+    /// Scopes of which ports have moved.
+    in_part: Vec<usize>,
+    /// The others, which have moved whole, by family.
+    whole: [Vec<usize>; 2],
 }
 
 /// One moved address of one peer.
-#[derive(Clone)]
-pub(super) struct Moved {
+#[derive(Clone, Copy)]
+pub(super) struct Moved<'r> {
     pub(super) addr: Addr,
-    pub(super) is_whole: bool,
-    pub(super) moves: Vec<Move>,
-    /// Where it is delivered, unless a port map says otherwise.
-    pub(super) delivery: Option<Addr>,
-    pub(super) ports: Vec<MappedPort>,
+    scope: usize,
+    routes: &'r PeerRoutes,
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct MappedPort {
+struct MappedPort {
+    moved: Addr,
     transport: Option<Transport>,
     port: u16,
     to: Addr,
     to_port: u16,
 }
+
+/// What a reply may belong to: how closely that is named, and what it is if it is alone.
+type Candidate = (Named, Option<(PeerId, Addr, u16)>);
+
+/// Prefixes that are kept whose ends are listed among the delivery addresses. An answer from another
+/// address of this host is held against each of those.
+const LISTED: usize = 64;
 
 /// How closely the settings name what a reply may belong to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,17 +121,18 @@ impl Routes {
         protocol: u8,
         kind: Kind,
         port: u16,
-    ) -> Option<Result<&Moved, DropReason>> {
+    ) -> Option<Result<Moved<'_>, DropReason>> {
         let translating = self.peers.iter().filter(|peer| !peer.delivery.keep);
         let mut of_addr = translating.filter_map(|peer| peer.moved(addr)).peekable();
         of_addr.peek()?;
-        let takes = |moved: &&Moved| moved.takes(protocol, kind, port);
+        let takes = |moved: &Moved<'_>| moved.takes(protocol, kind, port);
         Some(of_addr.find(takes).ok_or(DropReason::NotMoved))
     }
 
     /// Whether packets are delivered there.
     pub(super) fn is_delivery(&self, addr: Addr) -> bool {
-        self.deliveries.binary_search(&addr).is_ok()
+        let kept = |routes: &PeerRoutes| routes.delivery.keep && routes.moved(addr).is_some();
+        self.deliveries.binary_search(&addr).is_ok() || self.peers.iter().any(kept)
     }
 
     /// What may leave from the moved addresses of `peer` that answers nobody.
@@ -146,9 +164,9 @@ impl Routes {
 
     /// The one address of this family that `peer` has moved here; `None` if there are several.
     pub(super) fn only_moved(&self, peer: PeerId, v4: bool) -> Option<Addr> {
-        let moves = self.peer(peer)?.moves.iter();
-        let mut prefixes = moves
-            .map(|moved| moved.prefix)
+        let scopes = &self.peer(peer)?.moved.scopes;
+        let mut prefixes = (0..scopes.len())
+            .map(|scope| scopes.prefix(scope))
             .filter(|it| it.is_ipv4() == v4);
         let first = prefixes.next()?;
         let only = first.is_single() && prefixes.all(|prefix| prefix == first);
@@ -181,23 +199,55 @@ impl Routes {
         delivery: Addr,
         port: u16,
     ) -> Option<(PeerId, Addr, u16)> {
-        let mut best: Option<(Named, (PeerId, Addr, u16))> = None;
-        let mut alone = false;
-        for (peer, routes) in self.peers.iter().enumerate() {
-            for moved in &routes.resolved {
-                for (named, moved_port) in moved.asked(protocol, kind, delivery, port) {
-                    match best {
-                        Some((other, _)) if other < named => {}
-                        Some((other, _)) if other == named => alone = false,
-                        _ => {
-                            best = Some((named, (PeerId(peer as u16), moved.addr, moved_port)));
-                            alone = true;
-                        }
-                    }
+        let peers = || (0..).map(PeerId).zip(&self.peers);
+        let mut best = None;
+        for (peer, routes) in peers() {
+            let leads_there = |map: &&MappedPort| map.to == delivery && map.to_port == port;
+            for map in routes.maps.iter().filter(leads_there) {
+                let asked = (map.moved, map.port);
+                let named = routes.asked(protocol, kind, asked, (delivery, port));
+                best = better(
+                    best,
+                    named.map(|named| (named, Some((peer, asked.0, asked.1)))),
+                );
+            }
+        }
+        for (peer, routes) in peers() {
+            let candidate = |addr| {
+                let named = routes.asked(protocol, kind, (addr, port), (delivery, port))?;
+                Some((named, Some((peer, addr, port))))
+            };
+            if routes.delivery.keep {
+                best = better(best, candidate(delivery));
+                continue;
+            }
+            if routes.delivery.of(delivery.family()) != Some(delivery) {
+                continue;
+            }
+            let moved = &routes.moved;
+            let whole = match delivery.family() {
+                Family::V4 => &moved.whole[0],
+                Family::V6 => &moved.whole[1],
+            };
+            for &scope in moved.in_part.iter().chain(whole) {
+                // Nothing that follows can be named more closely than this.
+                let several = best.filter(|(_, alone)| alone.is_none());
+                match several.map(|(named, _)| named) {
+                    Some(Named::ByMap | Named::ByPort) => break,
+                    Some(Named::Whole) if !moved.scopes.has_parts(scope) => break,
+                    Some(Named::Whole) | None => {}
+                }
+                let prefix = moved.scopes.prefix(scope);
+                if Addr::from(prefix.first()).family() != delivery.family() {
+                    continue;
+                }
+                // Two addresses are several.
+                for addr in [prefix.first(), prefix.last()] {
+                    best = better(best, candidate(addr.into()));
                 }
             }
         }
-        best.filter(|_| alone).map(|(_, origin)| origin)
+        best?.1
     }
 
     /// Derives what is looked up from what is configured.
@@ -205,24 +255,25 @@ impl Routes {
         self.deliveries.clear();
         self.own.clone_from(&self.host);
         for peer in &mut self.peers {
-            let mut addrs: Vec<Addr> = peer
-                .moves
-                .iter()
-                .map(|moved| moved.prefix.first().into())
-                .collect();
-            addrs.sort_unstable();
-            addrs.dedup();
-            peer.resolved = addrs
-                .into_iter()
-                .map(|addr| Moved::resolve(addr, &peer.moves, &peer.delivery))
-                .collect();
             let Delivery { v4, v6, ports, .. } = &peer.delivery;
-            self.own.extend(v4.map(Addr::from));
-            self.own.extend(v6.map(Addr::from));
+            let both = || v4.map(Addr::from).into_iter().chain(v6.map(Addr::from));
+            self.own.extend(both());
             self.own.extend(ports.iter().map(|map| Addr::from(map.to)));
-            for moved in &peer.resolved {
-                let mapped = moved.ports.iter().map(|map| map.to);
-                self.deliveries.extend(mapped.chain(moved.delivery));
+            // Both sides of a map are of one family, or nobody could have written it.
+            let usable = ports.iter().filter(|map| {
+                map.moved.is_ipv4() == map.to.is_ipv4() && peer.moved.scopes.contains(map.moved)
+            });
+            peer.maps = usable.map(MappedPort::new).collect();
+            // The first that fits counts.
+            peer.maps.sort_by_key(|map| map.moved);
+            self.deliveries.extend(peer.maps.iter().map(|map| map.to));
+            if peer.delivery.keep {
+                let scopes = &peer.moved.scopes;
+                let prefixes = (0..scopes.len().min(LISTED)).map(|scope| scopes.prefix(scope));
+                let ends = prefixes.flat_map(|prefix| [prefix.first(), prefix.last()]);
+                self.deliveries.extend(ends.map(Addr::from));
+            } else {
+                self.deliveries.extend(both());
             }
         }
         for addrs in [&mut self.own, &mut self.deliveries] {
@@ -232,71 +283,102 @@ impl Routes {
     }
 }
 
-impl PeerRoutes {
-    #[inline]
-    pub(super) fn moved(&self, addr: Addr) -> Option<&Moved> {
-        self.resolved
-            .binary_search_by_key(&addr, |moved| moved.addr)
-            .ok()
-            .map(|at| &self.resolved[at])
+/// The one that is named more closely; if both are alike, and not the same, neither is alone.
+fn better(best: Option<Candidate>, other: Option<Candidate>) -> Option<Candidate> {
+    match (best, other) {
+        (Some((named, origin)), Some((also, other))) if named == also => {
+            Some((named, origin.filter(|_| origin == other)))
+        }
+        (Some(best), Some(other)) => Some(if best.0 < other.0 { best } else { other }),
+        (best, other) => best.or(other),
     }
 }
 
-impl Moved {
-    fn resolve(addr: Addr, moves: &[Move], delivery: &Delivery) -> Self {
-        let ip = IpAddr::from(addr);
-        let of_addr = moves.iter().filter(|moved| moved.prefix.first() == ip);
-        let moves: Vec<Move> = of_addr.cloned().collect();
-        // Both sides of a map are of one family, or nobody could have written it.
-        let of_family = |map: &&PortMap| map.moved == ip && map.to.is_ipv4() == ip.is_ipv4();
-        let mapped = |map: &PortMap| MappedPort {
+impl Delivery {
+    /// The delivery address for a family, unless moved addresses are kept.
+    fn of(&self, family: Family) -> Option<Addr> {
+        match family {
+            Family::V4 => self.v4.map(Addr::from),
+            Family::V6 => self.v6.map(Addr::from),
+        }
+    }
+}
+
+impl MappedPort {
+    fn new(map: &PortMap) -> Self {
+        Self {
+            moved: map.moved.into(),
             transport: map.transport,
             port: map.port,
             to: map.to.into(),
             to_port: map.to_port,
-        };
-        Self {
-            addr,
-            is_whole: moves.iter().any(Move::is_whole),
-            moves,
-            delivery: match addr.family() {
-                _ if delivery.keep => Some(addr),
-                Family::V4 => delivery.v4.map(Addr::from),
-                Family::V6 => delivery.v6.map(Addr::from),
-            },
-            ports: (delivery.ports.iter().filter(of_family))
-                .map(mapped)
-                .collect(),
         }
     }
+}
 
-    /// The ports that a client may have asked for, if the application replies from `port` of
-    /// `delivery`.
+impl ByAddress {
+    fn new(moves: &[Move]) -> Self {
+        let scopes = Scopes::new(moves);
+        let (mut in_part, mut whole) = (Vec::new(), [Vec::new(), Vec::new()]);
+        for scope in 0..scopes.len() {
+            if scopes.has_parts(scope) {
+                in_part.push(scope);
+            } else {
+                whole[usize::from(!scopes.prefix(scope).is_ipv4())].push(scope);
+            }
+        }
+        Self {
+            scopes,
+            in_part,
+            whole,
+        }
+    }
+}
+
+impl PeerRoutes {
+    /// Sets what has moved.
+    pub(super) fn set_moves(&mut self, moves: &[Move]) {
+        self.moved = Arc::new(ByAddress::new(moves));
+    }
+
+    #[inline]
+    pub(super) fn moved(&self, addr: Addr) -> Option<Moved<'_>> {
+        let scope = self.moved.scopes.find(addr.number())?;
+        Some(Moved {
+            addr,
+            scope,
+            routes: self,
+        })
+    }
+
+    /// How closely the settings name this address and port, if a client that asks there is
+    /// delivered to `from`, from where the application replies.
     fn asked(
         &self,
         protocol: u8,
         kind: Kind,
-        delivery: Addr,
-        port: u16,
-    ) -> impl Iterator<Item = (Named, u16)> {
-        let leads_there = move |map: &&MappedPort| map.to == delivery && map.to_port == port;
-        let mapped = self.ports.iter().filter(leads_there).map(|map| map.port);
-        mapped
-            .chain(std::iter::once(port))
-            .enumerate()
-            .filter(move |&(index, asked)| {
-                let first = index == 0 || asked != port;
-                let forwards = self.delivery(kind, asked) == Ok((delivery, port));
-                first && forwards && self.takes(protocol, kind, asked)
-            })
-            .map(move |(_, asked)| {
-                let named = match () {
-                    () if asked != port || self.delivery != Some(delivery) => Named::ByMap,
-                    () if self.names(protocol, kind, asked) => Named::ByPort,
-                    () => Named::Whole,
-                };
-                (named, asked)
-            })
+        (addr, port): (Addr, u16),
+        from: (Addr, u16),
+    ) -> Option<Named> {
+        let moved = self.moved(addr)?;
+        let forwards = moved.delivery(kind, port) == Ok(from);
+        if !forwards || !moved.takes(protocol, kind, port) {
+            return None;
+        }
+        let named = kind.has_ports().then_some(port);
+        Some(match () {
+            () if port != from.1 || moved.all_to() != Some(from.0) => Named::ByMap,
+            () if self.moved.scopes.names(moved.scope, protocol, named) => Named::ByPort,
+            () => Named::Whole,
+        })
+    }
+}
+
+impl Moved<'_> {
+    /// Whether every packet of the address is delivered to one place, and to which.
+    pub(super) fn to_one_place(&self) -> Option<Option<Addr>> {
+        let is_one = self.routes.moved.scopes.is_whole(self.scope) && self.maps().is_empty();
+        is_one.then(|| self.all_to())
     }
 
     /// The port that a client goes on with which is answered by UDP from `port` of this host's
@@ -306,26 +388,31 @@ impl Moved {
             let udp = map.transport != Some(Transport::Tcp);
             udp && map.to == addr && map.to_port == port
         };
-        let mapped = self.ports.iter().find(leads_there).map(|map| map.port);
+        let mapped = self.maps().iter().find(leads_there).map(|map| map.port);
         let asked = mapped.unwrap_or(port);
         self.takes(UDP, Kind::Udp, asked).then_some(asked)
     }
 
-    /// Whether a move names the port by number.
-    fn names(&self, protocol: u8, kind: Kind, port: u16) -> bool {
-        let port = kind.has_ports().then_some(port);
-        self.moves
-            .iter()
-            .any(|moved| !moved.is_whole() && moved.takes(protocol, port))
+    /// Where it is delivered, unless a port map says otherwise.
+    fn all_to(&self) -> Option<Addr> {
+        if self.routes.delivery.keep {
+            return Some(self.addr);
+        }
+        self.routes.delivery.of(self.addr.family())
+    }
+
+    /// Its ports that are delivered elsewhere.
+    fn maps(&self) -> &[MappedPort] {
+        let maps = &self.routes.maps;
+        let first = maps.partition_point(|map| map.moved < self.addr);
+        let behind = maps.partition_point(|map| map.moved <= self.addr);
+        maps.get(first..behind).unwrap_or_default()
     }
 
     #[inline]
     pub(super) fn takes(&self, protocol: u8, kind: Kind, port: u16) -> bool {
-        self.is_whole
-            || self
-                .moves
-                .iter()
-                .any(|moved| moved.takes(protocol, kind.has_ports().then_some(port)))
+        let port = kind.has_ports().then_some(port);
+        self.routes.moved.scopes.takes(self.scope, protocol, port)
     }
 
     /// Where a packet of this kind to `port` goes.
@@ -339,12 +426,12 @@ impl Moved {
             | Kind::Other
             | Kind::LaterFragment => None,
         };
-        let mapped = self.ports.iter().find(|map| {
+        let mapped = self.maps().iter().find(|map| {
             transport.is_some()
                 && map.port == port
                 && (map.transport.is_none() || map.transport == transport)
         });
-        match (mapped, self.delivery) {
+        match (mapped, self.all_to()) {
             (Some(map), _) => Ok((map.to, map.to_port)),
             (None, Some(delivery)) => Ok((delivery, port)),
             (None, None) => Err(DropReason::NoDelivery),

@@ -139,22 +139,16 @@ impl Translator {
 
     /// Sets what `peer` has moved, in place of what it had moved before. Packets of what is no
     /// longer moved are dropped at once; its flows are forgotten in their own time.
-    pub fn set_moves(&self, peer: PeerId, moves: Vec<Move>) {
-        self.change(|routes| routes.peer_mut(peer).moves = moves);
+    pub fn set_moves(&self, peer: PeerId, moves: &[Move]) {
+        self.change(|routes| routes.peer_mut(peer).set_moves(moves));
     }
 
     /// As [`set_moves`](Self::set_moves), where the kernel still knows `flows` from an earlier
     /// daemon. Those that began on this side are known here, too, before the first packet comes:
     /// the remote may be the first to speak, and would be taken for a client.
-    pub fn set_moves_again(
-        &self,
-        now: Instant,
-        peer: PeerId,
-        moves: Vec<Move>,
-        flows: &[HostFlow],
-    ) {
+    pub fn set_moves_again(&self, now: Instant, peer: PeerId, moves: &[Move], flows: &[HostFlow]) {
         self.change_first(
-            |routes| routes.peer_mut(peer).moves = moves,
+            |routes| routes.peer_mut(peer).set_moves(moves),
             |routes| {
                 flows
                     .iter()
@@ -243,10 +237,10 @@ impl Translator {
             .and_then(|routes| routes.moved(parsed.dst(bytes)))
             .ok_or(DropReason::NotMoved)?;
         if parsed.fragment() == Fragment::Later {
-            return self.inbound_later_fragment(now, &routes, peer, moved, bytes, parsed);
+            return self.inbound_later_fragment(now, &routes, peer, &moved, bytes, parsed);
         }
         if parsed.kind() == Kind::IcmpError {
-            return self.inbound_error(&routes, peer, moved, bytes, parsed, partial);
+            return self.inbound_error(&routes, peer, &moved, bytes, parsed, partial);
         }
         let key = Outside {
             peer,
@@ -269,7 +263,7 @@ impl Translator {
         };
         let inside = match found {
             Some(inside) => inside,
-            None => self.open(now, &routes, moved, &key, parsed)?,
+            None => self.open(now, &routes, &moved, &key, parsed)?,
         };
         if parsed.fragment() == Fragment::First {
             let mut cache = lock(&self.inbound_fragments);
@@ -459,22 +453,22 @@ impl Translator {
         now: Instant,
         routes: &Routes,
         peer: PeerId,
-        moved: &Moved,
+        moved: &Moved<'_>,
         bytes: &mut [u8],
         parsed: &Parsed,
     ) -> Result<(), DropReason> {
         let known = lock(&self.inbound_fragments).recall_of(peer, now, &self.seed, parsed, bytes);
-        let delivery = match known {
-            Some(delivery) => delivery,
+        let delivery = match (known, moved.to_one_place()) {
+            (Some(delivery), _) => delivery,
             // Every packet of the address goes to one place, so the first fragment is not needed.
-            None if moved.is_whole && moved.ports.is_empty() => {
+            (None, Some(to)) => {
                 if routes.is_own(peer, parsed.src(bytes)) {
                     return Err(DropReason::BadSource);
                 }
                 self.networks.check(peer, parsed.src(bytes))?;
-                moved.delivery.ok_or(DropReason::NoDelivery)?
+                to.ok_or(DropReason::NoDelivery)?
             }
-            None => return Err(DropReason::FragmentUnknown),
+            (None, None) => return Err(DropReason::FragmentUnknown),
         };
         parsed.set_dst(bytes, delivery, false);
         Ok(())
@@ -487,7 +481,7 @@ impl Translator {
         &self,
         routes: &Routes,
         peer: PeerId,
-        moved: &Moved,
+        moved: &Moved<'_>,
         bytes: &mut [u8],
         parsed: &Parsed,
         partial: bool,
@@ -574,7 +568,7 @@ impl Translator {
         &self,
         now: Instant,
         routes: &Routes,
-        moved: &Moved,
+        moved: &Moved<'_>,
         key: &Outside,
         parsed: &Parsed,
     ) -> Result<Inside, DropReason> {
@@ -819,8 +813,8 @@ mod tests {
                 epoch: now,
                 note_ended: true,
             });
-            let moves = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, moves);
+            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
+            translator.set_moves(PEER, &moves);
             translator.set_delivery(PEER, delivery);
             translator.set_own_addresses(&["198.51.100.77".parse().unwrap()]);
             Self { translator, now }
@@ -1072,7 +1066,7 @@ mod tests {
             for step in steps {
                 let mut bytes = match &step {
                     Step::Announce(moves) => {
-                        shared.translator.set_moves(PeerId(0), moves.clone());
+                        shared.translator.set_moves(PeerId(0), &moves);
                         continue;
                     }
                     Step::FromClient(plan) => plan.build(),
@@ -1443,11 +1437,13 @@ mod tests {
         for round in 0..1_100u32 {
             let addr = |n: u32| IpAddr::from((0x0b00_0000 + round * 64 + n).to_be_bytes());
             let moves = (0..64).map(|n| addr(n).to_string().parse().unwrap());
-            bed.translator.set_moves(other, moves.collect());
+            bed.translator.set_moves(other, &moves.collect::<Vec<_>>());
         }
-        let whole = |addrs: &[&str]| addrs.iter().map(|addr| addr.parse().unwrap()).collect();
+        let whole = |addrs: &[&str]| -> Vec<Move> {
+            addrs.iter().map(|addr| addr.parse().unwrap()).collect()
+        };
         bed.translator
-            .set_moves(other, whole(&[CLIENT, CLIENT6, "192.0.2.77"]));
+            .set_moves(other, &whole(&[CLIENT, CLIENT6, "192.0.2.77"]));
         bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
         // Nor does it take what a client's conversation goes on by.
         let plan = Plan {

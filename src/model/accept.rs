@@ -9,8 +9,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use crate::model::moved::{
-    Move, MoveError, Transport, check_addr, check_ports, merged, parse_ports, split_ports,
-    write_ports,
+    Move, MoveError, Transport, check_addr, check_ports, merged, parse_ports, split, write_ports,
 };
 use crate::model::prefix::{Prefix, PrefixError};
 
@@ -32,11 +31,35 @@ impl Accept {
     /// Whether all of these together accept all of `moved`: no packet belongs to the move that
     /// belongs to none of them.
     pub fn all_accept(all: &[Self], moved: &Move) -> bool {
-        let of_addr = || {
-            all.iter()
-                .filter(|it| it.prefix.contains(moved.prefix.first()))
+        let meets = |it: &&Self| it.prefix.overlaps(&moved.prefix);
+        Self::accept_of(
+            &all.iter().filter(meets).collect::<Vec<_>>(),
+            moved.prefix,
+            moved,
+        )
+    }
+
+    /// Whether these accept what `moved` has of a prefix within it. All of them meet that.
+    fn accept_of(all: &[&Self], prefix: Prefix, moved: &Move) -> bool {
+        let (around, within): (Vec<&Self>, Vec<&Self>) =
+            all.iter().partition(|it| it.prefix.covers(&prefix));
+        if Self::accept_ports(&around, moved) {
+            return true;
+        }
+        // What lies in one half only may complete the rest there.
+        let Some(halves) = prefix.halves().filter(|_| !within.is_empty()) else {
+            return false;
         };
-        if of_addr().any(Self::is_whole) {
+        halves.into_iter().all(|half| {
+            let meets = |it: &&&Self| it.prefix.overlaps(&half);
+            let of_half: Vec<&Self> = all.iter().filter(meets).copied().collect();
+            Self::accept_of(&of_half, half, moved)
+        })
+    }
+
+    /// Whether these accept the move at any address that lies in all of them.
+    fn accept_ports(all: &[&Self], moved: &Move) -> bool {
+        if all.iter().any(|it| it.is_whole()) {
             return true;
         }
         // Beside TCP and UDP a whole move has every other protocol, and only a whole one has those.
@@ -47,10 +70,9 @@ impl Accept {
             .into_iter()
             .filter(|&transport| moved.transport.is_none_or(|only| only == transport))
             .all(|transport| {
-                let fits = |it: &&Self| it.transport.is_none_or(|only| only == transport);
-                let ranges = of_addr()
-                    .filter(fits)
-                    .flat_map(|it| every_if_empty(&it.ports));
+                let fits = |it: &&&Self| it.transport.is_none_or(|only| only == transport);
+                let fitting = all.iter().filter(fits);
+                let ranges = fitting.flat_map(|it| every_if_empty(&it.ports));
                 let ranges = merged(ranges.collect());
                 // Merged ranges are apart from each other, so a range lies in one or not at all.
                 let accepted = |wanted: &RangeInclusive<u16>| {
@@ -91,16 +113,7 @@ impl FromStr for Accept {
     type Err = AcceptError;
 
     fn from_str(text: &str) -> Result<Self, AcceptError> {
-        let (rest, transport) = match text.rsplit_once('/') {
-            Some((rest, "tcp")) => (rest, Some(Transport::Tcp)),
-            Some((rest, "udp")) => (rest, Some(Transport::Udp)),
-            // A prefix length is a number, with a port or a bracket behind it at most.
-            Some((_, other)) if other.starts_with(|c: char| c.is_ascii_alphabetic()) => {
-                return Err(AcceptError::Move(MoveError::Transport(other.into())));
-            }
-            _ => (text, None),
-        };
-        let (prefix, ports) = split_ports(rest);
+        let (prefix, ports, transport) = split(text).map_err(AcceptError::Move)?;
         let prefix: Prefix = prefix.parse().map_err(AcceptError::Prefix)?;
         let ports = ports.map(parse_ports).transpose();
         let ports = ports.map_err(AcceptError::Move)?.unwrap_or_default();
@@ -164,6 +177,7 @@ mod tests {
         same("192.0.2.5/32:80", "192.0.2.5:80");
         same("[192.0.2.0/28]:80", "192.0.2.0/28:80");
         same("[2001:db8::/64]", "2001:db8::/64");
+        same("[2001:db8::]/64:53", "[2001:db8::/64]:53");
         same("192.0.2.5:443,80,81", "192.0.2.5:80-81,443");
     }
 

@@ -4,19 +4,28 @@
 //! Owns the syntax that people type, the question "does this packet belong to it", and the bytes
 //! that tell the new server about it. Knows nothing of packets, sockets or the kernel.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use crate::model::prefix::Prefix;
+use crate::model::prefix::{Prefix, PrefixError};
 
-/// Most port ranges one `--move` may name: what the capture program on the old server can test
-/// within the kernel's limit for one program, with space for many moved addresses.
+/// Most port ranges one `--move` may name. Each is told to the new server by number.
 pub const MAX_PORT_RANGES: usize = 64;
 
-/// Most `--move` one old server may have, for the same reason.
-pub const MAX_MOVES: usize = 64;
+/// Most `--move` one old server may have. Told to the new server, that many take 280 KB, a few
+/// seconds of its control messages; both servers keep a few hundred bytes for each. A network of
+/// 16,384 addresses (a /18) of which each moves for itself is more than one server has.
+pub const MAX_MOVES: usize = 16_384;
+
+/// Most different sets of ports, of TCP and of UDP, that addresses of one old server may have: the
+/// kernel keeps 8 KiB for each.
+pub const MAX_PORT_SETS: usize = 4_096;
+
+/// Most `--move` of `ipmoved nat`, whose programs compare addresses one by one.
+pub const MAX_NAT_MOVES: usize = 64;
 
 /// IP protocol number of TCP.
 pub const TCP: u8 = 6;
@@ -87,8 +96,9 @@ impl Move {
         self.prefix.overlaps(&other.prefix) && transports && ports
     }
 
-    /// Appends the wire form: address family (4 or 6), address, transport (0, 6 or 17), number of
-    /// ranges (one byte), then first and last port of each, big-endian.
+    /// Appends the wire form of a single address: address family (4 or 6), address, transport (0, 6
+    /// or 17), number of ranges (one byte), then first and last port of each, big-endian. Prefixes
+    /// have another one ([`moved_list`](super::moved_list)).
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self.prefix.first() {
             IpAddr::V4(addr) => {
@@ -143,7 +153,12 @@ impl Move {
             ports,
             transport,
         };
-        (moved.check().is_ok() && moved.ports_are_sorted()).then_some(moved)
+        moved.is_well_formed().then_some(moved)
+    }
+
+    /// Whether text could have said it, in the form that it has then.
+    pub(super) fn is_well_formed(&self) -> bool {
+        self.check().is_ok() && self.ports_are_sorted()
     }
 
     fn ports_are_sorted(&self) -> bool {
@@ -154,7 +169,7 @@ impl Move {
 
     /// Refuses what no move may be, however it was made.
     fn check(&self) -> Result<(), MoveError> {
-        check_addr(self.prefix.first())?;
+        check_prefix(self.prefix)?;
         check_ports(&self.ports)
     }
 }
@@ -183,6 +198,27 @@ pub(super) fn check_addr(addr: IpAddr) -> Result<(), MoveError> {
     Ok(())
 }
 
+/// Refuses a prefix with such addresses in it.
+fn check_prefix(prefix: Prefix) -> Result<(), MoveError> {
+    let block = |a: [u16; 8], len| Prefix::of(IpAddr::from(a), len);
+    let unusable = [
+        Prefix::of(IpAddr::from([0, 0, 0, 0]), 8),
+        Prefix::of(IpAddr::from([127, 0, 0, 0]), 8),
+        Prefix::of(IpAddr::from([224, 0, 0, 0]), 4),
+        Prefix::from(IpAddr::from([255, 255, 255, 255])),
+        block([0; 8], 127),
+        block([0, 0, 0, 0, 0, 0xffff, 0, 0], 96),
+        block([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
+        block([0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
+    ];
+    let mut met = unusable.into_iter().filter(|it| it.overlaps(&prefix));
+    match met.next() {
+        None => Ok(()),
+        Some(_) if prefix.is_single() => Err(MoveError::NotUnicast(prefix.first())),
+        Some(block) => Err(MoveError::NotAllUnicast(prefix, block)),
+    }
+}
+
 /// Refuses ranges that are too many, run backwards or name port 0.
 pub(super) fn check_ports(ports: &[RangeInclusive<u16>]) -> Result<(), MoveError> {
     if ports.len() > MAX_PORT_RANGES {
@@ -204,7 +240,8 @@ pub(super) fn check_ports(ports: &[RangeInclusive<u16>]) -> Result<(), MoveError
 pub enum MoveError {
     /// The address part is no IP address.
     #[error(
-        "`{0}` is not an IP address; write 192.0.2.5, 192.0.2.5:80,443/tcp or [2001:db8::5]:53/udp"
+        "`{0}` is not an IP address or prefix; write 192.0.2.5, 192.0.2.0/28, \
+         192.0.2.5:80,443/tcp or [2001:db8::5]:53/udp"
     )]
     Address(String),
     /// The address part is a name.
@@ -213,6 +250,9 @@ pub enum MoveError {
     /// The address cannot have been a server's: loopback, multicast, unspecified, link-local.
     #[error("{0} cannot be moved: it is not an address that clients on other hosts can reach")]
     NotUnicast(IpAddr),
+    /// The prefix holds such addresses.
+    #[error("{0} cannot be moved: it holds addresses of {1}, which clients cannot reach")]
+    NotAllUnicast(Prefix, Prefix),
     /// Not a port number.
     #[error("`{0}` is not a port; ports are numbers from 1 to 65535, as in 80,443 or 8000-8100")]
     Port(String),
@@ -225,9 +265,9 @@ pub enum MoveError {
         max = MAX_PORT_RANGES
     )]
     TooManyRanges(usize),
-    /// A prefix length behind the address.
-    #[error("`/{0}` is a prefix, which cannot be moved as such; give --move once for each address")]
-    Prefix(String),
+    /// The length of a prefix is none, or bits are set behind it.
+    #[error(transparent)]
+    Prefix(PrefixError),
     /// Something other than `/tcp` or `/udp`.
     #[error("`/{0}` is not known; only /tcp and /udp can be moved on their own")]
     Transport(String),
@@ -237,25 +277,20 @@ impl FromStr for Move {
     type Err = MoveError;
 
     fn from_str(text: &str) -> Result<Self, MoveError> {
-        let (rest, transport) = match text.split_once('/') {
-            None => (text, None),
-            Some((rest, "tcp")) => (rest, Some(Transport::Tcp)),
-            Some((rest, "udp")) => (rest, Some(Transport::Udp)),
-            Some((_, bits)) if bits.parse::<u8>().is_ok() => {
-                return Err(MoveError::Prefix(bits.into()));
+        let (prefix, ports, transport) = split(text)?;
+        let prefix = prefix.parse().map_err(|error| match error {
+            PrefixError::Address(addr)
+                if addr.contains(|c: char| c.is_ascii_alphabetic()) && !addr.contains(':') =>
+            {
+                MoveError::Name(addr)
             }
-            Some((_, other)) => return Err(MoveError::Transport(other.into())),
-        };
-        let (addr, ports) = split_ports(rest);
-        let addr = addr.parse::<IpAddr>().map_err(|_| {
-            if addr.contains(|c: char| c.is_ascii_alphabetic()) && !addr.contains(':') {
-                MoveError::Name(addr.into())
-            } else {
-                MoveError::Address(addr.into())
+            PrefixError::Address(addr) => MoveError::Address(addr),
+            error @ (PrefixError::Length { .. } | PrefixError::HostBits { .. }) => {
+                MoveError::Prefix(error)
             }
         })?;
         let moved = Self {
-            prefix: addr.into(),
+            prefix,
             ports: ports.map(parse_ports).transpose()?.unwrap_or_default(),
             transport,
         };
@@ -267,20 +302,42 @@ impl FromStr for Move {
     }
 }
 
-/// Splits `ADDR[:PORTS]`; an IPv6 address or prefix stands in brackets if ports follow.
-pub(super) fn split_ports(text: &str) -> (&str, Option<&str>) {
-    if let Some(inner) = text.strip_prefix('[') {
-        return match inner.split_once(']') {
-            Some((addr, "")) => (addr, None),
-            Some((addr, rest)) if rest.starts_with(':') => (addr, Some(&rest[1..])),
-            _ => (text, None),
+/// What stands in a move: the address or prefix, the ports, the protocol.
+type Pieces<'a> = (Cow<'a, str>, Option<&'a str>, Option<Transport>);
+
+/// Splits `ADDR[/LEN][:PORTS][/tcp|/udp]`; an IPv6 address stands in brackets if ports follow, with
+/// its length inside or behind them.
+pub(super) fn split(text: &str) -> Result<Pieces<'_>, MoveError> {
+    let (rest, transport) = match text.rsplit_once('/') {
+        Some((rest, "tcp")) => (rest, Some(Transport::Tcp)),
+        Some((rest, "udp")) => (rest, Some(Transport::Udp)),
+        // A prefix length is a number, with a port or a bracket behind it at most.
+        Some((_, other)) if other.starts_with(|c: char| c.is_ascii_alphabetic()) => {
+            return Err(MoveError::Transport(other.into()));
+        }
+        _ => (text, None),
+    };
+    let (prefix, ports) = split_ports(rest);
+    Ok((prefix, ports, transport))
+}
+
+fn split_ports(text: &str) -> (Cow<'_, str>, Option<&str>) {
+    if let Some((addr, behind)) = text.strip_prefix('[').and_then(|it| it.split_once(']')) {
+        let (len, ports) = match behind.split_once(':') {
+            Some((len, ports)) => (len, Some(ports)),
+            None => (behind, None),
+        };
+        return match len {
+            "" => (addr.into(), ports),
+            len if len.starts_with('/') => (format!("{addr}{len}").into(), ports),
+            _ => (text.into(), None),
         };
     }
     match text.split_once(':') {
         // More than one colon: an IPv6 address without ports.
-        Some((_, rest)) if rest.contains(':') => (text, None),
-        Some((addr, ports)) => (addr, Some(ports)),
-        None => (text, None),
+        Some((_, rest)) if rest.contains(':') => (text.into(), None),
+        Some((addr, ports)) => (addr.into(), Some(ports)),
+        None => (text.into(), None),
     }
 }
 
@@ -365,6 +422,15 @@ mod tests {
         let moved = parse("[2001:db8::5]:53/udp").unwrap();
         assert_eq!(moved.prefix, "2001:db8::5".parse().unwrap());
         assert_eq!(moved.to_string(), "[2001:db8::5]:53/udp");
+        let moved = parse("192.0.2.0/28:443,80/tcp").unwrap();
+        assert_eq!(moved.prefix, "192.0.2.0/28".parse().unwrap());
+        assert_eq!(moved.to_string(), "192.0.2.0/28:80,443/tcp");
+        for text in ["[2001:db8:a:1::]/64:53/udp", "[2001:db8:a:1::/64]:53/udp"] {
+            let moved = parse(text).unwrap();
+            assert_eq!(moved.to_string(), "[2001:db8:a:1::/64]:53/udp");
+        }
+        assert!(parse("2001:db8:a:1::/64").unwrap().is_whole());
+        assert_eq!(parse("192.0.2.5/32"), parse("192.0.2.5"));
         assert!(parse("192.0.2.5").unwrap().is_whole());
         assert!(parse("2001:db8::5").unwrap().is_whole());
         assert_eq!(
@@ -386,11 +452,23 @@ mod tests {
         assert_eq!(parse("192.0.2.5:"), Err(MoveError::Port(String::new())));
         assert_eq!(parse("192.0.2.5:+80"), Err(MoveError::Port("+80".into())));
         assert_eq!(parse("192.0.2.5:9-8"), Err(MoveError::Range(9, 8)));
-        assert_eq!(parse("192.0.2.0/28"), Err(MoveError::Prefix("28".into())));
         assert_eq!(
             parse("192.0.2.5/sctp"),
             Err(MoveError::Transport("sctp".into()))
         );
+        for (text, says) in [
+            ("192.0.2.5/28", "the prefix is 192.0.2.0/28"),
+            ("192.0.2.0/40:80", "`/40` is not a prefix length"),
+            ("[2001:db8::5]/64:53/udp", "the prefix is 2001:db8::/64"),
+            ("[2001:db8::/64]/64:53", "is not a prefix length"),
+            ("64.0.0.0/2", "it holds addresses of 127.0.0.0/8"),
+            ("0.0.0.0/0", "it holds addresses of 0.0.0.0/8"),
+            ("::/0", "it holds addresses of ::/127"),
+            ("::/64:80", "`/64:80` is not a prefix length"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(says), "{text}: {error}");
+        }
         for addr in ["127.0.0.1", "0.0.0.0", "224.0.0.1", "::1", "fe80::1"] {
             assert!(
                 matches!(parse(addr), Err(MoveError::NotUnicast(_))),
@@ -419,13 +497,16 @@ mod tests {
         assert!(overlap("192.0.2.5:80", "192.0.2.5:70-90/tcp"));
         assert!(!overlap("192.0.2.5:80/tcp", "192.0.2.5:80/udp"));
         assert!(!overlap("192.0.2.5:80", "192.0.2.6:80"));
+        assert!(overlap("192.0.2.0/28:80", "192.0.2.5"));
+        assert!(!overlap("192.0.2.0/28:80", "192.0.2.5:81"));
+        assert!(!overlap("192.0.2.0/28", "192.0.2.16/28"));
         assert!(!overlap("192.0.2.5:80", "192.0.2.5:81"));
     }
 
     proptest! {
         #[test]
         fn text_and_bytes_both_come_back(
-            v6 in any::<bool>(), host in 1u8..255,
+            v6 in any::<bool>(), host in 1u8..255, len in 8u8..=128,
             ports in proptest::collection::vec((1u16.., 0u16..100), 0..6),
             transport in 0usize..3,
         ) {
@@ -439,6 +520,9 @@ mod tests {
             let ports = merged(ranges.collect());
             let transport = [None, Some(Transport::Tcp), Some(Transport::Udp)][transport];
             let moved = Move { prefix: addr.into(), ports, transport };
+            let prefix = Prefix::of(moved.prefix.first(), if v6 { len } else { len % 25 + 8 });
+            let of_prefix = Move { prefix, ..moved.clone() };
+            prop_assert_eq!(of_prefix.to_string().parse::<Move>().unwrap(), of_prefix);
             prop_assert_eq!(moved.to_string().parse::<Move>().unwrap(), moved.clone());
             let mut bytes = Vec::new();
             moved.encode(&mut bytes);

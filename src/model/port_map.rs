@@ -73,7 +73,7 @@ impl FromStr for PortMap {
             .ok_or_else(|| PortMapError::NoTarget(text.into()))?;
         let moved: Move = from.parse().map_err(PortMapError::Moved)?;
         let port = match moved.ports.as_slice() {
-            [range] if range.start() == range.end() => *range.start(),
+            [range] if range.start() == range.end() && moved.prefix.is_single() => *range.start(),
             _ => return Err(PortMapError::OnePort(from.into())),
         };
         let to: SocketAddr = target

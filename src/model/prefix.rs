@@ -64,6 +64,14 @@ impl Prefix {
         self.len <= other.len && self.contains(other.addr)
     }
 
+    /// The two prefixes that it consists of; `None` for a single address.
+    pub fn halves(&self) -> Option<[Self; 2]> {
+        (!self.is_single()).then(|| {
+            let len = self.len + 1;
+            [self.addr, self.last()].map(|addr| Self::of(addr, len))
+        })
+    }
+
     /// Whether some address lies in both.
     pub fn overlaps(&self, other: &Self) -> bool {
         self.covers(other) || other.covers(self)

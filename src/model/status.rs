@@ -476,7 +476,7 @@ impl TunnelStatus {
         }
         let moved = match self.moved.as_slice() {
             [] => "nothing yet (the old server names it with --move)".to_owned(),
-            some => some.join(" "),
+            some => first_of(some),
         };
         match &self.deliver_to {
             Some(to) => writeln!(out, "  moved      {moved} → {to}")?,
@@ -494,8 +494,15 @@ impl TunnelStatus {
                 some => writeln!(out, "  accept     {}", some.join(" "))?,
             }
         }
-        for RefusedMove { why, .. } in &self.refused {
+        for RefusedMove { why, .. } in self.refused.iter().take(SHOWN) {
             writeln!(out, "  refused    {why}")?;
+        }
+        if let Some(more) = self.refused.len().checked_sub(SHOWN + 1) {
+            let more = more + 1;
+            writeln!(
+                out,
+                "  refused    and {more} more, see `ipmoved status --json`"
+            )?;
         }
         if self.refused_moves > 0 {
             writeln!(out, "  refused    {} moves so far", self.refused_moves)?;
@@ -600,6 +607,21 @@ fn size(bytes: u64) -> String {
         format!("{bytes} bytes")
     } else {
         format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// Moves that a person is shown; `--json` has all.
+const SHOWN: usize = 64;
+
+/// The first few of many names, and how many more there are.
+fn first_of(names: &[String]) -> String {
+    match names.split_at_checked(SHOWN) {
+        Some((first, rest)) if !rest.is_empty() => format!(
+            "{} and {} more, see `ipmoved status --json`",
+            first.join(" "),
+            rest.len()
+        ),
+        _ => names.join(" "),
     }
 }
 

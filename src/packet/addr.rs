@@ -38,6 +38,12 @@ impl Addr {
         [all as u64, (all >> 64) as u64]
     }
 
+    /// The address as a number, as [`scopes`](crate::model::scopes) order them.
+    #[inline]
+    pub(crate) fn number(self) -> u128 {
+        u128::from_be_bytes(self.0)
+    }
+
     /// What counts as one source: an IPv4 address, or the /64 that one IPv6 host can fill at will.
     #[inline]
     pub(crate) fn source(self) -> Self {

@@ -114,10 +114,11 @@ pub struct PeerArgs {
     #[serde(deserialize_with = "one")]
     pub psk: Option<Psk>,
 
-    /// An address that has moved away from this server, whole or only some of its ports. Makes this
-    /// the old server. Repeatable.
-    /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp
-    #[arg(long = "move", value_name = "ADDR[:PORTS][/tcp|/udp]")]
+    /// An address or prefix that has moved away from this server, whole or only some of its ports.
+    /// Makes this the old server. Repeatable.
+    /// Examples: 192.0.2.5 192.0.2.5:80,443/tcp [2001:db8::5]:53/udp 192.0.2.0/28
+    /// [2001:db8:a:1::/64]:443/tcp
+    #[arg(long = "move", value_name = "ADDR[/LEN][:PORTS][/tcp|/udp]")]
     #[serde(rename = "move", deserialize_with = "many")]
     pub moves: Vec<Move>,
 

@@ -10,13 +10,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
+use crate::channel::tunnel::{Announcement, MAX_ANNOUNCEMENT};
 use crate::model::accept::{Accept, MAX_ACCEPTS};
-use crate::model::moved::{MAX_MOVES, Move};
+use crate::model::moved::{MAX_MOVES, MAX_NAT_MOVES, MAX_PORT_SETS, Move};
 use crate::model::outgoing::{AllowOutgoing, ByPort, MAX_ALLOW_OUTGOING, MAX_OUTGOING, Outgoing};
 use crate::model::peer::{MAX_PEERS, Role};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::model::runtime::BASE_DIR;
+use crate::model::scopes::{self, Scopes};
 use crate::settings::args::{LogFormat, NatArgs, PeerArgs, RunArgs, Without};
 use crate::settings::file::{File, Mistake};
 use crate::settings::psk;
@@ -149,8 +151,26 @@ pub enum ConfigError {
     #[error("{0} and {1} overlap: a packet can only move once")]
     Overlap(Move, Move),
     /// Too many moves.
-    #[error("{0} moved addresses are more than {MAX_MOVES}: use ranges, or move whole addresses")]
+    #[error("{0} moves are more than {MAX_MOVES}: name prefixes, as in 192.0.2.0/28")]
     TooManyMoves(usize),
+    /// More different sets of ports than [`MAX_PORT_SETS`].
+    #[error(
+        "{0} different sets of ports of the moved addresses are more than {MAX_PORT_SETS}: \
+         let more of them have the same ports, or move whole addresses"
+    )]
+    TooManyPortSets(usize),
+    /// More than an announcement holds.
+    #[error(
+        "what moves takes {0} bytes to tell the new server, more than {MAX_ANNOUNCEMENT}: \
+         name prefixes, and fewer ranges of ports"
+    )]
+    TooMuchToTell(usize),
+    /// What `nat` cannot do.
+    #[error(
+        "`ipmoved nat` moves single addresses only, {MAX_NAT_MOVES} at most; \
+         with ipmoved on the new server as well, prefixes and more addresses can move"
+    )]
+    NatMoves,
     /// Too many peers.
     #[error("{0} peers are more than {MAX_PEERS}, the most that one daemon serves")]
     TooManyPeers(usize),
@@ -434,6 +454,7 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
     }
     check_moves(peers.iter().flat_map(|peer| &peer.moves))?;
     check_outgoing(peers)?;
+    check_announcements(peers)?;
     let old = peers.iter().filter(|peer| !peer.moves.is_empty()).count();
     if old != 0 && old != peers.len() {
         return Err(ConfigError::BothRoles);
@@ -483,9 +504,30 @@ fn check_moves<'a>(moves: impl Iterator<Item = &'a Move>) -> Result<(), ConfigEr
     if moves.len() > MAX_MOVES {
         return Err(ConfigError::TooManyMoves(moves.len()));
     }
-    for (index, a) in moves.iter().enumerate() {
-        if let Some(b) = moves[index + 1..].iter().find(|b| a.overlaps(b)) {
-            return Err(ConfigError::Overlap((*a).clone(), (*b).clone()));
+    if let Some((a, b)) = scopes::first_overlap(&moves) {
+        return Err(ConfigError::Overlap(a.clone(), b.clone()));
+    }
+    let all: Vec<Move> = moves.into_iter().cloned().collect();
+    let sets = Scopes::new(&all).port_sets();
+    if sets > MAX_PORT_SETS {
+        return Err(ConfigError::TooManyPortSets(sets));
+    }
+    Ok(())
+}
+
+/// Checks whether what has moved to each peer can be told to it.
+fn check_announcements(peers: &[PeerConfig]) -> Result<(), ConfigError> {
+    for peer in peers {
+        let announcement = Announcement::Old {
+            moves: peer.moves.clone(),
+            mtu: 0,
+            // The longest.
+            reached: Some(IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED)),
+            outgoing: false,
+        };
+        let bytes = announcement.encode().len();
+        if bytes > MAX_ANNOUNCEMENT {
+            return Err(ConfigError::TooMuchToTell(bytes));
         }
     }
     Ok(())
@@ -522,6 +564,10 @@ impl NatSettings {
     /// # Errors
     /// [`ConfigError`] says which flag is wrong, and what would be right.
     pub fn new(args: NatArgs) -> Result<Self, ConfigError> {
+        let single = args.moves.iter().all(|moved| moved.prefix.is_single());
+        if !single || args.moves.len() > MAX_NAT_MOVES {
+            return Err(ConfigError::NatMoves);
+        }
         check_moves(args.moves.iter())?;
         let is_for =
             |moved: &Move, to: &NewServer| moved.prefix.first().is_ipv4() == to.ip.is_ipv4();

@@ -29,6 +29,7 @@ use crate::kernel::Change;
 use crate::kernel::journal::understand;
 use crate::model::accept::Accept;
 use crate::model::moved::Move;
+use crate::model::moved_list;
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::packet::coalesce::{Coalescer, Push, Reach};
 use crate::packet::ecn;
@@ -307,7 +308,7 @@ fn servers() -> (Gate, Translator, Instant) {
         epoch: now,
         note_ended: false,
     });
-    translator.set_moves(PeerId(0), moves.clone());
+    translator.set_moves(PeerId(0), &moves);
     let delivery = Delivery {
         v4: Some([198, 51, 100, 2].into()),
         v6: Some("2001:db8:b::2".parse().unwrap()),
@@ -455,8 +456,13 @@ pub fn moved(bytes: &[u8]) {
         let accept: Accept = moved.to_string().parse().unwrap();
         assert!(Accept::all_accept(&[accept], &moved));
         let mut encoded = Vec::new();
-        moved.encode(&mut encoded);
-        assert_eq!(Move::decode(&mut &encoded[..]), Some(moved));
+        moved_list::encode(std::slice::from_ref(&moved), &mut encoded);
+        assert_eq!(moved_list::decode(&encoded), Some(vec![moved]));
+    }
+    if let Some(moves) = moved_list::decode(bytes) {
+        let mut encoded = Vec::new();
+        moved_list::encode(&moves, &mut encoded);
+        assert_eq!(moved_list::decode(&encoded), Some(moves));
     }
     if let Some(moved) = Move::decode(&mut &bytes[..]) {
         let mut encoded = Vec::new();

@@ -12,6 +12,11 @@ use super::messages::{Announcement, PART_LEN};
 /// Time after which parts that were not acknowledged are sent again.
 const RETRY: Duration = Duration::from_secs(1);
 
+/// Parts that are sent at a time, and how long the next ones wait: the peer takes 256 control
+/// messages a second.
+const AT_A_TIME: usize = 32;
+const PAUSE: Duration = Duration::from_millis(250);
+
 /// Our announcement, on its way to the peer.
 pub(super) struct Outgoing {
     /// Rises with each announcement.
@@ -25,6 +30,8 @@ pub(super) struct Outgoing {
 struct Part {
     bytes: Arc<[u8]>,
     acked: bool,
+    /// When it is to be sent; at once if it was not yet.
+    send_at: Option<Instant>,
 }
 
 impl Outgoing {
@@ -50,7 +57,9 @@ impl Outgoing {
     pub(super) fn send_to(&mut self, peer_run: u64, now: Instant) {
         if self.peer_run != Some(peer_run) {
             self.peer_run = Some(peer_run);
-            self.parts.iter_mut().for_each(|part| part.acked = false);
+            for part in &mut self.parts {
+                (part.acked, part.send_at) = (false, None);
+            }
             self.send_at = now;
         }
     }
@@ -63,13 +72,19 @@ impl Outgoing {
 
     /// The parts that are due now, each with its place.
     pub(super) fn take_due(&mut self, now: Instant, peer_run: Option<u64>) -> Vec<(u8, Arc<[u8]>)> {
-        self.send_at = now + RETRY;
         self.peer_run = peer_run;
-        (0..self.count())
-            .zip(&self.parts)
-            .filter(|(_, part)| !part.acked)
-            .map(|(at, part)| (at, Arc::clone(&part.bytes)))
-            .collect()
+        let is_due = |part: &Part| !part.acked && part.send_at.is_none_or(|at| at <= now);
+        let mut due = Vec::new();
+        for (at, part) in (0..).zip(&mut self.parts) {
+            if is_due(part) && due.len() < AT_A_TIME {
+                part.send_at = Some(now + RETRY);
+                due.push((at, Arc::clone(&part.bytes)));
+            }
+        }
+        let open = self.parts.iter().filter(|part| !part.acked);
+        let next = open.map(|part| part.send_at.unwrap_or(now)).min();
+        self.send_at = next.map_or(now + RETRY, |next| next.max(now + PAUSE));
+        due
     }
 
     pub(super) fn id(&self) -> u32 {
@@ -95,6 +110,7 @@ fn split(announcement: &Announcement) -> Vec<Part> {
     let part = |bytes: &[u8]| Part {
         bytes: bytes.into(),
         acked: false,
+        send_at: None,
     };
     bytes.chunks(PART_LEN).map(part).collect()
 }
@@ -133,9 +149,11 @@ impl Incoming {
             self.parts = vec![None; usize::from(parts)];
         }
         self.parts[usize::from(part)] = Some(bytes.to_vec());
-        let whole = self.parts.iter().cloned().collect::<Option<Vec<_>>>()?;
+        if self.parts.iter().any(Option::is_none) {
+            return None;
+        }
         self.done = id;
-        self.parts.clear();
+        let whole: Vec<Vec<u8>> = self.parts.drain(..).flatten().collect();
         Some(whole.concat())
     }
 }

@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::channel::wire::role_byte;
 use crate::model::moved::{MAX_MOVES, Move};
+use crate::model::moved_list;
 use crate::model::peer::Role;
 
 /// Most bytes of an announcement in one message. With every header it stays below 1,200 bytes,
@@ -18,8 +19,18 @@ pub(crate) const PART_LEN: usize = 1_100;
 /// more, which shows that a part is too long. Whatever follows is padding.
 pub const MAX_MESSAGE: usize = 7 + PART_LEN + 1;
 
-/// Most parts of an announcement: 64 moves of 64 port ranges take 17,604 bytes.
-pub(crate) const MAX_PARTS: usize = 17;
+/// Most parts of an announcement, as many as their numbers tell apart: 16,384 single IPv6 addresses
+/// take 278,536 bytes.
+pub(crate) const MAX_PARTS: usize = 255;
+
+/// Most bytes of an announcement.
+pub const MAX_ANNOUNCEMENT: usize = MAX_PARTS * PART_LEN;
+
+/// Most moves in the form that every peer reads.
+const MAX_SINGLE: usize = 64;
+
+/// In place of the role: the old server, whose moves are in the form for many and for prefixes.
+const OLD_WITH_LIST: u8 = 3;
 
 /// Most bytes of the error text for the operator of the other side: a line of a log.
 const MAX_ERROR_LEN: usize = 256;
@@ -202,8 +213,20 @@ impl Announcement {
                 mtu,
                 reached,
                 outgoing,
-            } => {
+            } if !is_plain(moves) => {
                 debug_assert!(moves.len() <= MAX_MOVES, "refused when configured");
+                out[0] = OLD_WITH_LIST;
+                out.extend_from_slice(&mtu.to_le_bytes());
+                encode_address(*reached, &mut out);
+                out.push(u8::from(*outgoing));
+                moved_list::encode(moves, &mut out);
+            }
+            Self::Old {
+                moves,
+                mtu,
+                reached,
+                outgoing,
+            } => {
                 out.extend_from_slice(&mtu.to_le_bytes());
                 out.push(moves.len() as u8);
                 for moved in moves {
@@ -248,7 +271,7 @@ impl Announcement {
         match role {
             1 => {
                 let [count] = take(rest)?;
-                if usize::from(count) > MAX_MOVES {
+                if usize::from(count) > MAX_SINGLE {
                     return None;
                 }
                 let moves = (0..count)
@@ -262,6 +285,17 @@ impl Announcement {
                     mtu,
                     reached,
                     outgoing,
+                })
+            }
+            OLD_WITH_LIST => {
+                let reached = take_address(rest)?;
+                let [flags] = take(rest)?;
+                let moves = moved_list::decode(rest)?;
+                Some(Self::Old {
+                    moves,
+                    mtu,
+                    reached,
+                    outgoing: flags & 1 != 0,
                 })
             }
             2 => {
@@ -318,6 +352,11 @@ fn take_address(rest: &mut &[u8]) -> Option<Option<IpAddr>> {
         Some([6]) => Some(take::<16>(rest)?.into()),
         Some(_) | None => None,
     })
+}
+
+/// Whether every peer can read these moves, those of versions without prefixes as well.
+fn is_plain(moves: &[Move]) -> bool {
+    moves.len() <= MAX_SINGLE && moves.iter().all(|moved| moved.prefix.is_single())
 }
 
 /// Reads a text that will stand in a log and on a terminal. It has no control characters, whatever

@@ -66,7 +66,7 @@ mod tests;
 
 pub use config::{Timers, TunnelConfig};
 pub use event::{Event, State, Transmit, Warning};
-pub use messages::{Announcement, Deliver, MAX_MESSAGE};
+pub use messages::{Announcement, Deliver, MAX_ANNOUNCEMENT, MAX_MESSAGE};
 
 use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};

@@ -7,12 +7,14 @@
 //!
 //! Owns the list of what is served for each peer. It never serves one packet for two of them.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::refusal::{Refusal, Why};
 use crate::daemon::index;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
+use crate::model::scopes;
 
 /// Why a peer's move is not served, whatever the others have.
 pub(super) type Judge<'a> = &'a dyn Fn(PeerId, &Move) -> Option<Why>;
@@ -133,18 +135,15 @@ impl Claims {
             };
         };
         let (mut served, mut refused) = (Vec::new(), Vec::new());
-        for moved in named.iter().cloned() {
-            let taken = || {
-                others()
-                    .any(|other| other.overlaps(&moved))
-                    .then_some(Why::Taken)
-            };
-            match judge(peer, &moved).or_else(taken) {
+        let taken = scopes::overlapping(named.iter(), others());
+        for (moved, taken) in named.iter().cloned().zip(taken) {
+            match judge(peer, &moved).or(taken.then_some(Why::Taken)) {
                 None => served.push(moved),
                 Some(why) => refused.push(Refusal { moved, why }),
             }
         }
-        let news = refused.iter().filter(|it| !claim.refused.contains(it));
+        let known: HashSet<&Refusal> = claim.refused.iter().collect();
+        let news = refused.iter().filter(|it| !known.contains(it));
         let settled = Settled {
             peer,
             served: (*claim.served != *served).then(|| served.into()),

@@ -10,6 +10,7 @@ use crate::channel::tunnel::Deliver;
 use crate::flow::routes::Delivery;
 use crate::model::moved::Move;
 use crate::model::port_map::PortMap;
+use crate::model::scopes::Scopes;
 use crate::settings::values::DeliverTo;
 
 /// The last address of each family to which packets from a peer were delivered.
@@ -119,7 +120,7 @@ pub(super) fn not_moved<'a>(
     ports.iter().filter(|map| {
         !moves.iter().any(|moved| {
             let of_port = |ports: &std::ops::RangeInclusive<u16>| ports.contains(&map.port);
-            moved.prefix.first() == map.moved
+            moved.prefix.contains(map.moved)
                 && (moved.ports.is_empty() || moved.ports.iter().any(of_port))
         })
     })
@@ -127,17 +128,13 @@ pub(super) fn not_moved<'a>(
 
 /// The addresses from which the old server sends ICMP replies. They belong to its uplink and have
 /// not moved as a whole; if possible, nothing of them has moved.
-pub(super) fn hop<'a>(
-    uplink: &[IpAddr],
-    moves: impl Iterator<Item = &'a Move> + Clone,
-) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
-    let moves = || moves.clone();
+pub(super) fn hop(uplink: &[IpAddr], moved: &Scopes) -> (Option<Ipv4Addr>, Option<Ipv6Addr>) {
     let mut own: Vec<IpAddr> = uplink
         .iter()
         .copied()
-        .filter(|&addr| !moves().any(|moved| moved.prefix.first() == addr && moved.is_whole()))
+        .filter(|&addr| !moved.is_whole_at(addr))
         .collect();
-    own.sort_by_key(|&addr| moves().any(|moved| moved.prefix.first() == addr));
+    own.sort_by_key(|&addr| moved.contains(addr));
     (first_v4(&own), first_v6(&own))
 }
 
@@ -411,7 +408,7 @@ mod tests {
                 "2001:db8::1",
             ),
         ] {
-            let said = hop(&addresses(uplink), moves(moved).iter());
+            let said = hop(&addresses(uplink), &Scopes::new(&moves(moved)));
             assert_eq!(said, (v4(says_v4), v6(says_v6)), "{uplink} without {moved}");
         }
     }

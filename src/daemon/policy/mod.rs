@@ -75,6 +75,7 @@ use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::{Endpoint, PeerId, Role};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
+use crate::model::scopes::Scopes;
 use crate::settings::values::{DeliverTo, PeerAddr};
 
 /// Bits of the addresses of one move that those inside reach here though nobody has accepted it:
@@ -112,7 +113,7 @@ pub(super) struct HostFacts {
     /// MTU of the TUN.
     pub(super) tun_mtu: u32,
     /// Moved addresses that an earlier run held here, and that are still here.
-    pub(super) left: Vec<IpAddr>,
+    pub(super) left: Vec<Prefix>,
 }
 
 /// This server's addresses, and what it sees around it.
@@ -129,7 +130,7 @@ pub(super) struct Addresses {
     /// The broadcast addresses of their networks.
     pub(super) broadcasts: Vec<IpAddr>,
     /// Moved addresses that this daemon has put on this host (new server).
-    pub(super) held: Vec<IpAddr>,
+    pub(super) held: Vec<Prefix>,
     /// Next hops of its routes (new server).
     pub(super) gateways: Vec<IpAddr>,
     /// Name servers that it asks (new server).
@@ -192,7 +193,7 @@ pub(super) enum Action {
         complete: bool,
     },
     /// Hold these moved addresses on this host, and no others (new server).
-    Hold(Vec<IpAddr>),
+    Hold(Vec<Prefix>),
     /// Let no client claim these addresses as its own, and let nothing out to them.
     OwnAddresses(Vec<IpAddr>),
     /// Let no client come from these networks, unless its peer may have such clients (new server).
@@ -347,17 +348,19 @@ fn accepts_all(moves: &[Move], first_come: bool) -> String {
 #[derive(Debug)]
 pub(super) struct Policy {
     role: Role,
+    /// All that has moved, to whichever peer (old server).
+    moved: Scopes,
     claims: Claims,
     peers: Vec<Peer>,
     addresses: Addresses,
     uplink_mtu: u32,
     tun_mtu: u32,
     hop: Hop,
-    left: Vec<IpAddr>,
+    left: Vec<Prefix>,
     /// What the programs were told of addresses last, and whether that was complete.
     places: Option<(BTreeMap<Prefix, Place>, bool)>,
     /// What was last asked to be held.
-    wanted: Option<Vec<IpAddr>>,
+    wanted: Option<Vec<Prefix>>,
     not_held: Option<String>,
     actions: VecDeque<Action>,
 }
@@ -442,6 +445,7 @@ impl Policy {
             .collect();
         Self {
             role,
+            moved: Scopes::new(&moves.concat()),
             claims: Claims::new(moves),
             peers,
             addresses: Addresses::default(),
@@ -934,17 +938,11 @@ impl Policy {
     /// The moved addresses that this host is to hold itself (`--deliver-to keep`, `--outgoing`);
     /// `None` if no peer wants that. An address that an earlier run left stays until every such
     /// peer has said what it moved: the application may be listening there.
-    fn wanted_here(&self) -> Option<Vec<IpAddr>> {
+    fn wanted_here(&self) -> Option<Vec<Prefix>> {
         let keeping = || self.peers().filter(|&id| self.holds(id));
         keeping().next()?;
-        let mut wanted: Vec<IpAddr> = keeping()
-            .flat_map(|id| {
-                self.claims
-                    .served(id)
-                    .iter()
-                    .map(|moved| moved.prefix.first())
-            })
-            .collect();
+        let served = keeping().flat_map(|id| self.claims.served(id).iter());
+        let mut wanted: Vec<Prefix> = served.map(|moved| moved.prefix).collect();
         if keeping().any(|id| !self.claims.has_announced(id)) {
             wanted.extend(&self.left);
         }
@@ -984,7 +982,7 @@ impl Policy {
             }
             Role::Old => {
                 self.have_special_addresses(&addresses);
-                let (v4, v6) = delivery::hop(&addresses.uplink, self.claims.all());
+                let (v4, v6) = delivery::hop(&addresses.uplink, &self.moved);
                 if (self.hop.v4, self.hop.v6) != (v4, v6) {
                     (self.hop.v4, self.hop.v6) = (v4, v6);
                     self.actions.push_back(Action::Hop(self.hop));
@@ -994,16 +992,15 @@ impl Policy {
         }
     }
 
-    /// Tells the old server's gates which addresses are no client's: this server's own, the
-    /// broadcast addresses of its networks, and all that have moved, to whichever peer.
+    /// Tells the old server's gates which addresses are no client's: this server's own, and the
+    /// broadcast addresses of its networks.
     fn have_special_addresses(&mut self, new: &Addresses) {
         let old = &self.addresses;
         if (&old.all, &old.broadcasts) == (&new.all, &new.broadcasts) {
             return;
         }
-        let moved = self.claims.all().map(|moved| moved.prefix.first());
-        let all = new.all.iter().chain(&new.broadcasts).copied();
-        let mut all: Vec<IpAddr> = all.chain(moved).collect();
+        let all = new.all.iter().chain(&new.broadcasts);
+        let mut all: Vec<IpAddr> = all.copied().collect();
         all.sort_unstable();
         all.dedup();
         self.actions.push_back(Action::OwnAddresses(all));

@@ -43,10 +43,15 @@ pub(super) fn places(
     by_port: bool,
 ) -> BTreeMap<Prefix, Place> {
     let moved: BTreeSet<Prefix> = moved.collect();
+    let held: BTreeSet<&Prefix> = here.held.iter().collect();
+    // Few lengths occur.
+    let lengths: BTreeSet<u8> = held.iter().map(|prefix| prefix.len()).collect();
+    let is_held = |prefix: &Prefix| around(*prefix, &lengths).any(|it| held.contains(&it));
+    let lengths_of_moved: BTreeSet<u8> = moved.iter().map(Prefix::len).collect();
     let mut said: Vec<(Prefix, Place)> = Vec::new();
     said.extend(moved.iter().map(|&prefix| (prefix, Place::MOVED)));
     for network in &here.networks {
-        let held = network.prefix.is_single() && here.held.contains(&network.prefix.first());
+        let held = network.prefix.is_single() && is_held(&network.prefix);
         let at_uplink = here.uplinks.contains(&network.interface);
         if held || moved.contains(&network.prefix) {
             continue;
@@ -57,10 +62,10 @@ pub(super) fn places(
         }
     }
     if by_port {
-        let held: BTreeSet<&IpAddr> = here.held.iter().collect();
         let is_own = |addr: &&IpAddr| {
-            let has_moved = || around(Prefix::from(**addr)).any(|it| moved.contains(&it));
-            !held.contains(addr) && !addr.is_loopback() && !has_moved()
+            let prefix = Prefix::from(**addr);
+            let has_moved = || around(prefix, &lengths_of_moved).any(|it| moved.contains(&it));
+            !is_held(&prefix) && !addr.is_loopback() && !has_moved()
         };
         for &addr in here.all.iter().filter(is_own) {
             said.push((addr.into(), Place::OWN.and(Place::NEAR)));
@@ -74,8 +79,9 @@ pub(super) fn places(
         *all = all.and(place);
     }
     // The most specific prefix has to say what those around it would.
+    let lengths: BTreeSet<u8> = alone.keys().map(Prefix::len).collect();
     let whole = |&prefix: &Prefix| {
-        let around = around(prefix).filter_map(|prefix| alone.get(&prefix));
+        let around = around(prefix, &lengths).filter_map(|prefix| alone.get(&prefix));
         (
             prefix,
             around.fold(Place::default(), |all, &place| all.and(place)),
@@ -84,9 +90,10 @@ pub(super) fn places(
     alone.keys().map(whole).collect()
 }
 
-/// The prefix, and every one that it lies in.
-fn around(prefix: Prefix) -> impl Iterator<Item = Prefix> {
-    (0..=prefix.len()).map(move |len| Prefix::of(prefix.first(), len))
+/// The prefixes of these lengths that the prefix lies in.
+fn around(prefix: Prefix, lengths: &BTreeSet<u8>) -> impl Iterator<Item = Prefix> {
+    let lengths = lengths.range(..=prefix.len());
+    lengths.map(move |&len| Prefix::of(prefix.first(), len))
 }
 
 /// What a person is told of a packet that did not leave.

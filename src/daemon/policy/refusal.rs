@@ -42,7 +42,7 @@ const METADATA: [(IpAddr, u8); 4] = [
 ];
 
 /// A move that is not served.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(in crate::daemon) struct Refusal {
     /// The move.
     pub(in crate::daemon) moved: Move,
@@ -51,7 +51,7 @@ pub(in crate::daemon) struct Refusal {
 }
 
 /// Why a move is not served.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(in crate::daemon) enum Why {
     /// Another old server was first.
     Taken,
@@ -65,7 +65,7 @@ pub(in crate::daemon) enum Why {
 }
 
 /// What the new server needs an address for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(in crate::daemon) enum Need {
     /// It means another host on each link.
     LinkLocal,
@@ -86,7 +86,7 @@ pub(super) struct Rules<'a> {
     pub(super) peers: &'a [Peer],
     pub(super) addresses: &'a Addresses,
     /// Moved addresses that an earlier run held here.
-    pub(super) left: &'a [IpAddr],
+    pub(super) left: &'a [Prefix],
 }
 
 impl Rules<'_> {
@@ -99,47 +99,47 @@ impl Rules<'_> {
         if !accept.is_empty() && !Accept::all_accept(accept, moved) {
             return Some(Why::NotAccepted);
         }
-        let is_named = |it: &&Accept| it.prefix == Prefix::from(moved.prefix.first());
-        let named: Vec<Accept> = accept.iter().filter(is_named).cloned().collect();
-        if self.keeps(peer)
-            && self.is_own(moved.prefix.first())
-            && !Accept::all_accept(&named, moved)
-        {
+        let named = || {
+            let is_named = |it: &&Accept| it.prefix == moved.prefix;
+            let named: Vec<Accept> = accept.iter().filter(is_named).cloned().collect();
+            Accept::all_accept(&named, moved)
+        };
+        if self.keeps(peer) && self.has_own(moved.prefix) && !named() {
             return Some(Why::OwnAddress);
         }
         None
     }
 
     fn need(&self, id: PeerId, moved: &Move) -> Option<Need> {
-        let (peer, addr) = (&self.peers[index(id)], moved.prefix.first());
-        let is_link_local = match addr {
-            IpAddr::V4(addr) => addr.is_link_local(),
-            IpAddr::V6(addr) => addr.is_unicast_link_local(),
-        };
+        let (peer, prefix) = (&self.peers[index(id)], moved.prefix);
+        let holds = |addr: &IpAddr| prefix.contains(*addr);
+        // No move has link-local addresses of IPv6.
+        let link_local = Prefix::of(IpAddr::V4(Ipv4Addr::new(169, 254, 0, 0)), 16);
+        let is_link_local = link_local.overlaps(&prefix);
         let mut metadata = METADATA.iter();
         let mut others = (self.peers.iter().enumerate()).filter(|&(at, _)| at != index(id));
         let ends = peer.endpoint.map(|it| (Some(it.remote.ip()), it.local));
         let (remote, local) = ends.unwrap_or_default();
-        let is_end = [peer.known_at, remote, local].contains(&Some(addr));
+        let is_end = [peer.known_at, remote, local].iter().flatten().any(holds);
         // An old server with a single address moves some of its ports and speaks from it, and it
         // may be this server's router or resolver as well.
         let is_part = !self.keeps(id) && !moved.is_whole();
         if is_link_local {
             Some(Need::LinkLocal)
-        } else if metadata.any(|&(block, len)| Prefix::of(block, len).contains(addr)) {
+        } else if metadata.any(|&(block, len)| Prefix::of(block, len).overlaps(&prefix)) {
             Some(Need::Metadata)
-        } else if is_part && peer.known_at == Some(addr) {
+        } else if is_part && peer.known_at.as_ref().is_some_and(holds) {
             None
-        } else if self.addresses.gateways.contains(&addr) {
+        } else if self.addresses.gateways.iter().any(holds) {
             Some(Need::Gateway)
-        } else if self.addresses.resolvers.contains(&addr) {
+        } else if self.addresses.resolvers.iter().any(holds) {
             Some(Need::Resolver)
         } else if is_end {
             // Only an address that is held here cuts the tunnel. An old server that has lost an
             // address may speak from a moved one.
             self.keeps(id).then_some(Need::Tunnel)
         } else {
-            let is_other = others.any(|(_, other)| other.known_at == Some(addr));
+            let is_other = others.any(|(_, other)| other.known_at.as_ref().is_some_and(holds));
             is_other.then_some(Need::OtherPeer)
         }
     }
@@ -148,10 +148,14 @@ impl Rules<'_> {
         self.peers[index(peer)].deliver_to == DeliverTo::Keep
     }
 
-    /// Whether this server has the address, and not because it moved here.
-    fn is_own(&self, addr: IpAddr) -> bool {
-        let moved_here = self.addresses.held.contains(&addr) || self.left.contains(&addr);
-        !moved_here && self.addresses.all.contains(&addr)
+    /// Whether this server has an address of the prefix, and not because it moved here.
+    fn has_own(&self, prefix: Prefix) -> bool {
+        let moved_here = |addr: IpAddr| {
+            let addr = Prefix::from(addr);
+            self.addresses.held.contains(&addr) || self.left.contains(&addr)
+        };
+        let mut all = self.addresses.all.iter().copied();
+        all.any(|addr| prefix.contains(addr) && !moved_here(addr))
     }
 }
 
@@ -182,7 +186,12 @@ impl fmt::Display for Why {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { moved, why } = self;
-        write!(f, "{moved} {why}")?;
+        let holds = if moved.prefix.is_single() || matches!(why, Why::Taken | Why::NotAccepted) {
+            ""
+        } else {
+            "holds what "
+        };
+        write!(f, "{moved} {holds}{why}")?;
         match why {
             Why::Taken => f.write_str("; it is not served for this one"),
             Why::NotAccepted | Why::OwnAddress => {

@@ -96,7 +96,7 @@ impl Machine {
         let host = HostFacts {
             uplink_mtu: 1_500,
             tun_mtu: 1_500,
-            left: addresses(left),
+            left: prefixes(left),
         };
         let now = epoch();
         let policy = Policy::new(role, rules, host, now);
@@ -189,7 +189,11 @@ fn served(actions: &[Action]) -> Vec<(PeerId, Vec<Move>)> {
         .collect()
 }
 
-fn held(actions: &[Action]) -> Option<Vec<IpAddr>> {
+fn prefixes(text: &str) -> Vec<Prefix> {
+    addresses(text).into_iter().map(Prefix::from).collect()
+}
+
+fn held(actions: &[Action]) -> Option<Vec<Prefix>> {
     actions.iter().rev().find_map(|action| match action {
         Action::Hold(wanted) => Some(wanted.clone()),
         _ => None,
@@ -459,7 +463,7 @@ fn an_address_that_this_server_has_is_kept_if_it_is_accepted_by_itself() {
     let mut new = Machine::reached(vec![keep], "192.0.2.6");
     let mut seen = facts();
     seen.all.extend(addresses("192.0.2.5 192.0.2.6"));
-    seen.held = addresses("192.0.2.5");
+    seen.held = prefixes("192.0.2.5");
     new.does(Input::Addresses(seen));
     let actions = new.moves(OLD, "192.0.2.5 192.0.2.6");
     assert_eq!(served(&actions), [(OLD, moves("192.0.2.5 192.0.2.6"))]);
@@ -481,7 +485,7 @@ fn what_this_server_needs_later_is_withdrawn_and_served_again_afterwards() {
     later.gateways = addresses("192.0.2.5");
     let actions = new.does(Input::Addresses(later));
     assert_eq!(served(&actions), [(OLD, moves("192.0.2.6 192.0.2.7"))]);
-    assert_eq!(held(&actions), Some(addresses("192.0.2.6 192.0.2.7")));
+    assert_eq!(held(&actions), Some(prefixes("192.0.2.6 192.0.2.7")));
     assert!(warnings(&actions)[0].contains("192.0.2.5 is a gateway"));
     let why = told(&actions)[0].1.clone().unwrap_or_default();
     assert!(why.contains("gateway"), "{why}");
@@ -632,24 +636,24 @@ fn addresses_held_by_an_earlier_run_stay_until_every_peer_that_keeps_has_spoken(
     let rules = vec![keep(), keep(), rules(ANYWHERE)];
     let mut new = Machine::new(Role::New, rules, "192.0.2.5 192.0.2.6");
     let at_first = new.does(Input::Endpoint(OLD, endpoint()));
-    assert_eq!(held(&at_first), Some(addresses("192.0.2.5 192.0.2.6")));
+    assert_eq!(held(&at_first), Some(prefixes("192.0.2.5 192.0.2.6")));
     new.does(Input::Endpoint(OTHER_OLD, endpoint()));
     new.does(Input::Endpoint(PeerId(2), endpoint()));
     // What is held already is not held anew.
     let actions = new.moves(OLD, "192.0.2.5:80 192.0.2.5:443");
     assert_eq!(held(&actions), None);
     let actions = new.moves(OTHER_OLD, "192.0.2.7");
-    assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
+    assert_eq!(held(&actions), Some(prefixes("192.0.2.5 192.0.2.7")));
     // The third peer's moves are delivered to another address, and not held.
     let actions = new.moves(PeerId(2), "192.0.2.8");
     assert_eq!(held(&actions), None);
     // What failed is tried again.
     new.does(Input::Held(Err("no loopback".into())));
     let actions = new.moves(PeerId(2), "192.0.2.8");
-    assert_eq!(held(&actions), Some(addresses("192.0.2.5 192.0.2.7")));
+    assert_eq!(held(&actions), Some(prefixes("192.0.2.5 192.0.2.7")));
     new.does(Input::Held(Ok(())));
     let actions = new.moves(OLD, "");
-    assert_eq!(held(&actions), Some(addresses("192.0.2.7")));
+    assert_eq!(held(&actions), Some(prefixes("192.0.2.7")));
 }
 
 #[test]
@@ -774,10 +778,10 @@ fn the_old_servers_lanes_hear_which_addresses_are_no_clients() {
         })
     };
     let actions = old.does(have("192.0.2.0 192.0.2.255"));
-    let all = addresses("192.0.2.0 192.0.2.1 192.0.2.5 192.0.2.6 192.0.2.255");
+    let all = addresses("192.0.2.0 192.0.2.1 192.0.2.5 192.0.2.255");
     assert_eq!(actions, [Action::OwnAddresses(all)]);
     assert!(old.does(have("192.0.2.0 192.0.2.255")).is_empty());
-    let all = addresses("192.0.2.1 192.0.2.5 192.0.2.6");
+    let all = addresses("192.0.2.1 192.0.2.5");
     assert_eq!(old.does(have("")), [Action::OwnAddresses(all)]);
 }
 
@@ -1004,7 +1008,7 @@ fn connections_begin_here_once_both_servers_were_told_so() {
     assert_eq!(rules(&actions), Some((true, Some(false), 1)));
     assert!(actions.contains(&Action::Warn(old, Warning::OutgoingNotAllowed)));
     // Programs can be bound to it, and nothing leaves from it by itself.
-    assert!(actions.contains(&Action::Hold(addresses("192.0.2.5"))));
+    assert!(actions.contains(&Action::Hold(prefixes("192.0.2.5"))));
     let moved = "192.0.2.5".parse().unwrap();
     let places = |actions: &[Action]| {
         let mut all = actions.iter().filter_map(|action| match action {

@@ -7,6 +7,7 @@
 //!   route     a default route in a table of our own
 //!   sysctl    a setting under /proc/sys
 //!   address   an address that the host holds, but never speaks from by itself
+//!   local_prefix  a prefix of which the host holds every address
 //! ```
 //!
 //! Each kind knows how to find, make and undo its object, and what a person can do when the kernel
@@ -20,6 +21,7 @@
 mod address;
 mod clsact;
 mod filter;
+mod local_prefix;
 mod route;
 mod rule;
 mod sysctl;
@@ -37,6 +39,7 @@ use crate::io::privileges;
 pub use address::QuietAddress;
 pub use clsact::Clsact;
 pub use filter::BpfFilter;
+pub use local_prefix::LocalPrefix;
 pub use route::DefaultRoute;
 pub use rule::MarkRule;
 pub use sysctl::Sysctl;
@@ -96,6 +99,8 @@ pub enum Change {
     Sysctl(Sysctl),
     /// An address.
     Address(QuietAddress),
+    /// A prefix.
+    LocalPrefix(LocalPrefix),
 }
 
 impl Change {
@@ -107,6 +112,7 @@ impl Change {
             Self::Route(change) => change,
             Self::Sysctl(change) => change,
             Self::Address(change) => change,
+            Self::LocalPrefix(change) => change,
         }
     }
 
@@ -125,6 +131,7 @@ impl Change {
             Self::Clsact(change) => Some(change.on.index),
             Self::Filter(change) => Some(change.on.index),
             Self::Address(change) => Some(change.on.index),
+            Self::LocalPrefix(change) => Some(change.on.index),
             Self::Rule(_) | Self::Route(_) | Self::Sysctl(_) => None,
         }
     }

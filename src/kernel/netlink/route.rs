@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Family, Netlink, NetlinkError, Result, attributes, ip, word};
 
+/// The kernel's table of what is this host's own.
+pub const TABLE_LOCAL: u32 = 255;
+
 /// The kernel's table of ordinary routes.
 pub const TABLE_MAIN: u32 = 254;
 
@@ -242,10 +245,11 @@ fn route_message(route: &Route) -> RouteMessage {
         address_family: route.family().raw(),
         destination_prefix_length: route.dst.1,
         protocol: RouteProtocol::Static,
-        scope: if on_link && route.family() == Family::V4 {
-            RouteScope::Link
-        } else {
-            RouteScope::Universe
+        scope: match (route.family(), route.kind) {
+            // The kernel refuses any other for what is this host's own.
+            (_, RouteKind::Local) => RouteScope::Host,
+            (Family::V4, _) if on_link => RouteScope::Link,
+            _ => RouteScope::Universe,
         },
         kind: RouteType::from(route.kind.raw()),
         ..RouteHeader::default()

@@ -28,14 +28,13 @@ use crate::kernel::Desired;
 use crate::kernel::bpf::Loaded;
 use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
-use crate::kernel::programs::{self, Facts, Own, TunnelEnds};
+use crate::kernel::programs::{self, Facts, Own};
 use crate::model::moved::Move;
 
 /// The programs of one old server, in the kernel, with what they know. They stay the same while
 /// interfaces come and go.
 #[derive(Debug)]
 pub struct Capture {
-    moves: Vec<Move>,
     port: u16,
     tun: Link,
     facts: Facts,
@@ -51,7 +50,6 @@ impl Capture {
     /// If the kernel refuses.
     pub fn new(moves: &[Move], tun: &Link, port: u16, own: Own) -> Result<Self, PlanError> {
         let capture = Self {
-            moves: moves.to_vec(),
             port,
             tun: tun.clone(),
             facts: Facts::remembering(moves, own)?,
@@ -67,17 +65,8 @@ impl Capture {
 
     /// The program for entrances with such a link-layer header.
     fn entrance(&self, l2_header: u32) -> Result<(&'static str, OwnedFd), PlanError> {
-        let ends = TunnelEnds {
-            port: self.port,
-            facts: &self.facts,
-        };
-        let program = programs::capture(
-            &self.moves,
-            l2_header,
-            self.tun.index,
-            Some(ends),
-            self.facts.own(),
-        )?;
+        let (tun, port) = (self.tun.index, Some(self.port));
+        let program = programs::capture(&self.facts, l2_header, tun, port)?;
         Ok((program.name(), self.loaded.get(&program)?))
     }
 
@@ -103,10 +92,13 @@ impl Capture {
         self.facts.set_uplink(uplink.map(|link| link.index), named);
     }
 
-    /// From now on the tunnel has an end of its own at those moved addresses that `is_end` accepts.
+    /// From now on the tunnel has an end of its own at those of these addresses that have moved.
     /// Their datagrams are never captured.
-    pub fn set_tunnel_ends(&self, is_end: impl Fn(IpAddr) -> bool) {
-        self.facts.set_tunnel_ends(is_end);
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_tunnel_ends(&self, addrs: impl Iterator<Item = IpAddr>) -> Result<(), PlanError> {
+        Ok(self.facts.set_tunnel_ends(addrs)?)
     }
 
     /// The changes to the TUN: the return path.

@@ -15,21 +15,32 @@
 //! * The kernel chooses neither as the source of the host's own connections. Scope host sees to
 //!   that, and for IPv6 a preferred lifetime of zero.
 //!
+//! Of a prefix every address is made the host's own by one route (`local PREFIX dev lo`), and so
+//! are single addresses if there are more than [`MAX_SINGLE`] of them, prefix by prefix as far as
+//! they fill one. ARP and neighbour discovery are answered for these neither, since no interface has
+//! such an address. (A program that binds to one address of an IPv6 prefix needs `IPV6_FREEBIND` or
+//! `net.ipv6.ip_nonlocal_bind`; the wildcard needs nothing.)
+//!
 //! Interfaces that appear later keep their ARP settings (`ip-sysctl`: `conf/default`).
 
-use std::net::IpAddr;
+use std::collections::HashSet;
 
 use super::PlanError;
 use crate::kernel::Desired;
-use crate::kernel::change::{Change, Interface, QuietAddress, Sysctl, read_sysctl};
+use crate::kernel::change::{Change, Interface, LocalPrefix, QuietAddress, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Family, Link, Netlink};
+use crate::model::prefix::Prefix;
 
 /// Does not answer for addresses of scope host; for every other as with 0.
 const ARP_IGNORE: (&str, u32) = ("arp_ignore", 3);
 /// Always announces the best local address for the target, never just the packet's source.
 const ARP_ANNOUNCE: (&str, u32) = ("arp_announce", 2);
 
-/// The changes that make this host hold `addrs`. Addresses that it has of its own accord stay as
+/// More single addresses than this are held by prefixes where they fill some: the kernel and this
+/// daemon go through all addresses at times.
+const MAX_SINGLE: usize = 64;
+
+/// The changes that make this host hold `wanted`. Addresses that it has of its own accord stay as
 /// they are.
 ///
 /// `made` is the content of the journal. It tells the daemon's own addresses from others.
@@ -38,7 +49,7 @@ const ARP_ANNOUNCE: (&str, u32) = ("arp_announce", 2);
 /// If the kernel cannot be asked.
 pub fn plan(
     netlink: &Netlink,
-    addrs: &[IpAddr],
+    wanted: &[Prefix],
     tun: &Link,
     made: &[Change],
 ) -> Result<Vec<Desired>, PlanError> {
@@ -47,14 +58,12 @@ pub fn plan(
         return Ok(Vec::new());
     };
     let there = netlink.addresses()?;
-    let ours: Vec<IpAddr> = held(made).collect();
-    let mine: Vec<IpAddr> = addrs
-        .iter()
-        .copied()
-        .filter(|addr| ours.contains(addr) || there.iter().all(|held| held.addr != *addr))
-        .collect();
+    let ours: HashSet<Prefix> = held(made).collect();
+    let there: HashSet<Prefix> = there.iter().map(|held| held.addr.into()).collect();
+    let wanted = wanted.iter().copied();
+    let mine = filled(wanted.filter(|it| ours.contains(it) || !there.contains(it)));
     let mut desired = Vec::new();
-    if mine.iter().any(IpAddr::is_ipv4) {
+    if mine.iter().any(Prefix::is_ipv4) {
         let ethernet = |link: &&Link| {
             link.link_type == libc::ARPHRD_ETHER && !link.loopback && link.index != tun.index
         };
@@ -64,21 +73,55 @@ pub fn plan(
             desired.extend(quiet.into_iter().filter_map(|it| sysctl(link, it, made)));
         }
     }
-    let address = |addr: IpAddr| {
-        Change::Address(QuietAddress {
-            on: Interface::from(lo),
-            addr,
-            prefix: if addr.is_ipv4() { 32 } else { 128 },
-        })
+    let hold = |prefix: Prefix| {
+        let on = Interface::from(lo);
+        if prefix.is_single() {
+            Change::Address(QuietAddress {
+                on,
+                addr: prefix.first(),
+                prefix: prefix.len(),
+            })
+        } else {
+            Change::LocalPrefix(LocalPrefix { on, prefix })
+        }
     };
-    desired.extend(mine.into_iter().map(address));
+    desired.extend(mine.into_iter().map(hold));
     Ok(desired.into_iter().map(Desired::lasting).collect())
 }
 
-/// The addresses among the changes in `made`.
-pub fn held(made: &[Change]) -> impl Iterator<Item = IpAddr> {
+/// The prefixes, with as many of the single ones as possible in longer ones that they fill if there
+/// are more than [`MAX_SINGLE`].
+fn filled(prefixes: impl Iterator<Item = Prefix>) -> Vec<Prefix> {
+    let mut all: Vec<Prefix> = prefixes.collect();
+    all.sort_unstable();
+    all.dedup();
+    if all.iter().filter(|prefix| prefix.is_single()).count() <= MAX_SINGLE {
+        return all;
+    }
+    let mut out: Vec<Prefix> = Vec::with_capacity(all.len());
+    for mut prefix in all {
+        // Two halves are next to each other in order.
+        while let Some(&half) = out.last()
+            && half.len() == prefix.len()
+            && half != prefix
+            && prefix.len() > 0
+            && Prefix::of(half.first(), half.len() - 1).contains(prefix.first())
+        {
+            out.pop();
+            prefix = Prefix::of(half.first(), half.len() - 1);
+        }
+        if out.last().is_none_or(|last| !last.covers(&prefix)) {
+            out.push(prefix);
+        }
+    }
+    out
+}
+
+/// The addresses and prefixes among the changes in `made`.
+pub fn held(made: &[Change]) -> impl Iterator<Item = Prefix> {
     made.iter().filter_map(|change| match change {
-        Change::Address(address) => Some(address.addr),
+        Change::Address(address) => Some(address.addr.into()),
+        Change::LocalPrefix(local) => Some(local.prefix),
         Change::Clsact(_)
         | Change::Filter(_)
         | Change::Rule(_)
@@ -90,7 +133,7 @@ pub fn held(made: &[Change]) -> impl Iterator<Item = IpAddr> {
 /// Whether a change is one of those that [`plan`] makes.
 pub fn is_part(change: &Change) -> bool {
     match change {
-        Change::Address(_) => true,
+        Change::Address(_) | Change::LocalPrefix(_) => true,
         Change::Sysctl(sysctl) => [ARP_IGNORE.0, ARP_ANNOUNCE.0]
             .iter()
             .any(|name| sysctl.path.rsplit('/').next() == Some(name)),
@@ -102,6 +145,7 @@ pub fn is_part(change: &Change) -> bool {
 pub fn is_part_for(change: &Change, family: Family) -> bool {
     let of = match change {
         Change::Address(address) => Family::of(address.addr),
+        Change::LocalPrefix(local) => Family::of(local.prefix.first()),
         Change::Sysctl(_)
         | Change::Clsact(_)
         | Change::Filter(_)
@@ -135,6 +179,8 @@ fn sysctl(link: &Link, (name, to): (&str, u32), made: &[Change]) -> Option<Chang
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
     use crate::kernel::Host;
     use crate::kernel::netlink::Address;
@@ -164,14 +210,20 @@ mod tests {
                 ["up0/arp_ignore", "up0/arp_announce"]
                     .map(|name| read_sysctl(&format!("net/ipv4/conf/{name}")).unwrap())
             };
-            let before = (snapshot(&netlink), netlink.addresses().unwrap(), settings());
+            // Those that may be somebody else's come last, until that is known.
+            let addresses = || {
+                let mut all = netlink.addresses().unwrap();
+                all.sort_by_key(|held| held.addr);
+                all
+            };
+            let before = (snapshot(&netlink), addresses(), settings());
             let scratch = Scratch::new();
             let mut host = Host::open(&scratch.0).unwrap();
-            let keep = |host: &mut Host, addrs: &[IpAddr]| {
+            let keep = |host: &mut Host, addrs: &[Prefix]| {
                 let desired = plan(host.netlink(), addrs, &tun.link, host.made()).unwrap();
                 host.reconcile_part(is_part, desired).unwrap();
             };
-            keep(&mut host, &[MOVED.into()]);
+            keep(&mut host, &[IpAddr::from(MOVED).into()]);
             for change in host.made() {
                 assert_eq!(change.check(), Ok(()), "the next start undoes it");
             }
@@ -193,7 +245,7 @@ mod tests {
             let route = netlink.route_get("192.0.2.254".parse().unwrap(), None, None);
             assert_eq!(route.unwrap().prefsrc, Some("192.0.2.2".parse().unwrap()));
             keep(&mut host, &[]);
-            let after = (snapshot(&netlink), netlink.addresses().unwrap(), settings());
+            let after = (snapshot(&netlink), addresses(), settings());
             assert_eq!(after, before);
 
             // Without these precautions the neighbour does learn of it, so the test above means
@@ -231,7 +283,7 @@ mod tests {
             let scratch = Scratch::new();
             let mut host = Host::open(&scratch.0).unwrap();
             let keep = |host: &mut Host| {
-                let moved = [MOVED.into()];
+                let moved = [IpAddr::from(MOVED).into()];
                 let desired = plan(host.netlink(), &moved, &tun.link, host.made()).unwrap();
                 host.reconcile_part(is_part, desired).unwrap();
             };
@@ -265,7 +317,7 @@ mod tests {
             let tun = Tun::new(&netlink, "tun0", false);
             crate::kernel::testing::sysctl("net/ipv4/conf/up0/arp_ignore", "1");
             crate::kernel::testing::sysctl("net/ipv4/conf/all/arp_announce", "2");
-            let desired = plan(&netlink, &[MOVED.into()], &tun.link, &[]).unwrap();
+            let desired = plan(&netlink, &[IpAddr::from(MOVED).into()], &tun.link, &[]).unwrap();
             let changes: Vec<String> = desired.iter().map(|it| it.change.to_string()).collect();
             assert_eq!(changes, ["address 192.0.2.5/32 on lo"]);
             let v6 = "2001:db8:a::5".parse().unwrap();

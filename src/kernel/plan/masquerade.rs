@@ -74,7 +74,7 @@ pub fn plan(
     let facts = Facts::remembering(moves, own)?;
     let l2 = l2_header(uplink)?;
     let out = programs::way_out(way(uplink)?, &servers, &local, facts.own())?;
-    let capture = programs::capture(moves, l2, tun.index, None, facts.own())?;
+    let capture = programs::capture(&facts, l2, tun.index, None)?;
     let noting = programs::note_own(&facts, l2, tun.index, None)?;
     let on_tun = filter(netlink, tun, Direction::Ingress, out.name())?;
     let on_uplink = filter(netlink, uplink, Direction::Ingress, capture.name())?;

@@ -1,36 +1,33 @@
-//! What the programs of the old server know that may change while they run: what has moved, by
-//! which interface packets leave, at which moved addresses the tunnel has an end of its own, and
+//! What the programs of the old server know that may change while they run: what has moved, at
+//! which moved addresses the tunnel has an end of its own, by which interface packets leave, and
 //! what is [this host's own](super::own).
 //!
 //! Owns the memory, its layout, and the phrases by which programs read it. The daemon writes it at
-//! any time, without a new program.
+//! any time, without a new program. What has moved is in [`Rights`].
 //!
 //! ```text
-//! u32 uplink;                  // where bounced packets arrive, and replies without a route leave
-//! u32 always;                  // not 0: every reply leaves by the uplink, whatever its route is
-//! u32 tunnel_end[addresses];   // not 0: the tunnel's port at this moved address is the tunnel's
+//! u32 uplink;   // where bounced packets arrive, and replies without a route leave
+//! u32 always;   // not 0: every reply leaves by the uplink, whatever its route is
 //! ```
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 
-use super::moved::Moved;
 use super::own::Own;
+use super::rights::Rights;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
 use crate::model::moved::Move;
 
-/// The words before those of the addresses.
+/// The words.
 const UPLINK: usize = 0;
 const ALWAYS: usize = 1;
-const FIRST_END: usize = 2;
+const WORDS: usize = 2;
 
 /// The memory of one old server's programs.
 #[derive(Debug)]
 pub struct Facts {
     words: Words,
-    addresses: Vec<IpAddr>,
-    /// Each address with its number among [`addresses`].
-    pub(super) moved: Moved,
+    pub(super) rights: Rights,
     /// What is this host's own.
     pub(super) own: Own,
 }
@@ -47,14 +44,9 @@ impl Facts {
     /// # Errors
     /// If the kernel refuses.
     pub fn remembering(moves: &[Move], own: Own) -> Result<Self, BpfError> {
-        let addresses = addresses(moves);
-        let moved = Moved::new()?;
-        let numbered = (0..).zip(&addresses);
-        moved.update(numbered.map(|(number, &addr)| (addr.into(), number)))?;
         Ok(Self {
-            words: Words::new("ipmoved_facts", FIRST_END + addresses.len())?,
-            addresses,
-            moved,
+            words: Words::new("ipmoved_facts", WORDS)?,
+            rights: Rights::new(moves)?,
             own,
         })
     }
@@ -71,11 +63,12 @@ impl Facts {
         self.words.set(ALWAYS, u32::from(named));
     }
 
-    /// From now on the tunnel's own ends are at those moved addresses that `is_end` accepts.
-    pub fn set_tunnel_ends(&self, is_end: impl Fn(IpAddr) -> bool) {
-        for (number, &addr) in self.addresses.iter().enumerate() {
-            self.words.set(FIRST_END + number, u32::from(is_end(addr)));
-        }
+    /// From now on the tunnel's own ends are at those of these addresses that have moved.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_tunnel_ends(&self, addrs: impl Iterator<Item = IpAddr>) -> Result<(), BpfError> {
+        self.rights.set_tunnel_ends(addrs)
     }
 
     /// `dst` = the index of the uplink, or 0.
@@ -89,32 +82,8 @@ impl Facts {
         a.jump_if(scratch, If::Ne, 0, to);
     }
 
-    /// Jumps unless the tunnel has an end at this moved address, by its number among
-    /// [`addresses`]. Destroys `scratch`.
-    pub(super) fn jump_unless_tunnel_end(
-        &self,
-        a: &mut Assembler,
-        number: usize,
-        scratch: Reg,
-        to: Label,
-    ) {
-        self.load(a, scratch, FIRST_END + number);
-        a.jump_if(scratch, If::Eq, 0, to);
-    }
-
     fn load(&self, a: &mut Assembler, dst: Reg, word: usize) {
         a.load_address(dst, self.words.as_fd(), Words::offset(word));
         a.load(Size::W, dst, dst, 0);
     }
-}
-
-/// The moved addresses, each once, in the order in which programs number them.
-pub(super) fn addresses(moves: &[Move]) -> Vec<IpAddr> {
-    let mut addresses = Vec::new();
-    for moved in moves {
-        if !addresses.contains(&moved.prefix.first()) {
-            addresses.push(moved.prefix.first());
-        }
-    }
-    addresses
 }

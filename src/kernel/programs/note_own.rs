@@ -166,7 +166,7 @@ fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
         a.mov(R4, family.bytes());
         a.call(Helper::SkbLoadBytes);
         a.jump_if_wide(R0, If::Ne, 0, pass);
-        facts.moved.look_up(a, family, SOURCE);
+        facts.rights.look_up(a, family, SOURCE);
         a.jump_if_wide(R0, If::Ne, 0, moved);
         a.jump(pass);
     }

@@ -126,7 +126,7 @@ fn jump_if_moved(a: &mut Assembler, facts: &Facts, family: Family, bounced: Labe
     };
     load_address(a, at, DESTINATION, family);
     a.jump_if_wide(R0, If::Ne, 0, other);
-    facts.moved.look_up(a, family, DESTINATION);
+    facts.rights.look_up(a, family, DESTINATION);
     a.jump_if_wide(R0, If::Ne, 0, bounced);
 }
 

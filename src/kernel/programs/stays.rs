@@ -323,7 +323,7 @@ mod tests {
     use crate::kernel::programs::flows::now;
     use crate::kernel::programs::phrases::keep_packet;
     use crate::kernel::programs::testing::{L2, Packet, frame, icmp, moves, ports, taken, tcp};
-    use crate::kernel::programs::{Facts, TunnelEnds, capture, note_own};
+    use crate::kernel::programs::{Facts, capture, note_own};
     use crate::kernel::testing::in_fresh_namespace;
     use crate::lab::wiring::Wiring;
     use crate::packet::{FIN, PSH, RST};
@@ -347,17 +347,13 @@ mod tests {
         fn just_started() -> Self {
             let moves = moves(&["192.0.2.5", "2001:db8:a::5"]);
             let facts = Facts::new(&moves).expect("run the tests as root");
-            let ends = TunnelEnds {
-                port: 51820,
-                facts: &facts,
-            };
             let load = |program: crate::kernel::bpf::Program| program.load().unwrap();
             let mut asm = Assembler::new();
             keep_packet(&mut asm);
             note_answered(&mut asm, L2, &facts.own);
             verdict(&mut asm, TC_ACT_UNSPEC);
             Self {
-                capture: load(capture(&moves, L2, 1, Some(ends), &facts.own).unwrap()),
+                capture: load(capture(&facts, L2, 1, Some(51820)).unwrap()),
                 egress: load(note_own(&facts, L2, 1, Some(51820)).unwrap()),
                 answers: load(asm.finish("ipmoved_test").unwrap()),
                 facts,

@@ -1,0 +1,88 @@
+//! A prefix of which every address is this host's own, without being configured on an interface
+//! (`ip route add local PREFIX dev lo`, "AnyIP").
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use crate::kernel::netlink::{Netlink, Route, RouteKind, TABLE_LOCAL};
+use crate::model::prefix::Prefix;
+
+/// A route of type local.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LocalPrefix {
+    /// The loopback interface.
+    pub on: Interface,
+    /// The prefix.
+    #[serde(with = "as_text")]
+    pub prefix: Prefix,
+}
+
+impl LocalPrefix {
+    fn route(&self) -> Route {
+        Route {
+            kind: RouteKind::Local,
+            table: TABLE_LOCAL,
+            dev: Some(self.on.index),
+            ..Route::to(self.prefix.first(), self.prefix.len())
+        }
+    }
+}
+
+impl fmt::Display for LocalPrefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "route local {} dev {}", self.prefix, self.on.name)
+    }
+}
+
+impl Kind for LocalPrefix {
+    fn object(&self) -> String {
+        format!("local {} {}", self.on.index, self.prefix)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.on.check()
+    }
+
+    /// An administrator may have made it as well.
+    fn is_unmistakable(&self) -> bool {
+        false
+    }
+
+    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+        let wanted = self.route();
+        let routes = netlink.routes(wanted.family(), TABLE_LOCAL)?;
+        Ok(Presence::of(routes.iter().any(|route| {
+            route.dst == wanted.dst && route.kind == wanted.kind && route.dev == wanted.dev
+        })))
+    }
+
+    fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
+        Ok(with.netlink.add_route(&self.route())?)
+    }
+
+    fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
+        netlink.delete_route(&self.route())?;
+        Ok(Undone::Gone)
+    }
+
+    fn remedy(&self, _error: &ChangeError) -> Option<&'static str> {
+        None
+    }
+}
+
+/// A prefix in the journal is as people write it.
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::model::prefix::Prefix;
+
+    pub(super) fn serialize<S: Serializer>(prefix: &Prefix, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(prefix)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Prefix, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}

@@ -1,0 +1,243 @@
+//! What has moved of each address, for the programs of the old server: all of it, or which ports.
+//!
+//! Owns what the number of a scope ([`Moved`]) says here, the sets of ports that it refers to, and
+//! the phrase that decides by them. Neither the size of a program nor what it costs depends on how
+//! many moves there are; and moves may change while programs run.
+//!
+//! ```text
+//! u32 rights;      // bits 0 to 12: the set of TCP ports, from 1 on; 0: none
+//!                  // bits 13 to 25: the set of UDP ports
+//!                  // WHOLE: every protocol, whatever its ports
+//!                  // TUNNEL_END: the tunnel's port of UDP is the tunnel's own there
+//! u64 sets[][1024]; // one bit for each port; equal sets are one
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
+use std::sync::Mutex;
+
+use rustix::io::Errno;
+
+use Reg::{R0, R1, R2, R10};
+
+use super::moved::{Family, Moved};
+use super::phrases::PROTOCOL;
+use crate::kernel::bpf::{
+    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size,
+};
+use crate::model::moved::{MAX_PORT_SETS, Move, TCP, UDP};
+use crate::model::prefix::Prefix;
+use crate::model::scopes::{Scopes, number_of};
+
+/// Bits of the number of a set.
+const SET_BITS: u32 = 13;
+const SET: u32 = (1 << SET_BITS) - 1;
+
+const WHOLE: u32 = 1 << 28;
+const TUNNEL_END: u32 = 1 << 29;
+
+const _: () = assert!(MAX_PORT_SETS < SET as usize);
+
+/// Words of 64 bits of a set, as a power of two. Each is a value of the map: a program without
+/// CAP_PERFMON may not add a port to the address of a longer one.
+const SET_WORDS: u32 = 10;
+
+/// Ports of a word, as a power of two.
+const WORD_PORTS: u32 = 6;
+
+/// Where the number of a word lies on the stack: below an IPv6 address and its length.
+const WORD_AT: i16 = -24;
+
+/// What has moved.
+#[derive(Debug)]
+pub(super) struct Rights {
+    moved: Moved,
+    sets: Map,
+    scopes: Scopes,
+    /// What each scope has.
+    of_scopes: Vec<u32>,
+    /// The moved addresses at which the tunnel has an end.
+    ends: Mutex<BTreeSet<IpAddr>>,
+}
+
+impl Rights {
+    /// For these moves. The tunnel has no end at any of them at first.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(super) fn new(moves: &[Move]) -> Result<Self, BpfError> {
+        let scopes = Scopes::new(moves);
+        let mut numbers: HashMap<Vec<RangeInclusive<u16>>, u32> = HashMap::new();
+        let mut of_scopes = Vec::with_capacity(scopes.len());
+        for scope in 0..scopes.len() {
+            if scopes.is_whole(scope) {
+                of_scopes.push(WHOLE);
+                continue;
+            }
+            let [tcp, udp] = scopes.ports(scope).map(|ports| {
+                let next = numbers.len() as u32 + 1;
+                if ports.is_empty() {
+                    0
+                } else {
+                    *numbers.entry(ports).or_insert(next)
+                }
+            });
+            of_scopes.push(tcp | udp << SET_BITS);
+        }
+        let sets = Map::new(Shape {
+            kind: MapKind::Array,
+            name: "ipmoved_ports",
+            key_size: size_of::<u32>(),
+            value_size: size_of::<u64>(),
+            max_entries: (numbers.len().max(1) as u32) << SET_WORDS,
+        })?;
+        for (ports, number) in &numbers {
+            enter_set(&sets, number - 1, ports).map_err(|errno| BpfError::Map {
+                name: "ipmoved_ports",
+                errno,
+            })?;
+        }
+        let rights = Self {
+            moved: Moved::new()?,
+            sets,
+            scopes,
+            of_scopes,
+            ends: Mutex::default(),
+        };
+        rights.moved.update(rights.entries(&BTreeSet::new()))?;
+        Ok(rights)
+    }
+
+    /// From now on the tunnel's own ends are at those of these addresses that have moved.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(super) fn set_tunnel_ends(
+        &self,
+        addrs: impl Iterator<Item = IpAddr>,
+    ) -> Result<(), BpfError> {
+        let ends: BTreeSet<IpAddr> = addrs.filter(|&addr| self.scopes.contains(addr)).collect();
+        let mut known = self.ends.lock().unwrap_or_else(|held| held.into_inner());
+        if *known != ends {
+            self.moved.update(self.entries(&ends))?;
+            *known = ends;
+        }
+        Ok(())
+    }
+
+    /// What each prefix has. An end of the tunnel is one of its own.
+    fn entries(&self, ends: &BTreeSet<IpAddr>) -> BTreeMap<Prefix, u32> {
+        let scopes = (0..).zip(&self.of_scopes);
+        let mut all: BTreeMap<Prefix, u32> = scopes
+            .map(|(scope, &rights)| (self.scopes.prefix(scope), rights))
+            .collect();
+        for &end in ends {
+            let scope = self.scopes.find(number_of(end));
+            if let Some(rights) = scope.and_then(|scope| self.of_scopes.get(scope)) {
+                all.insert(end.into(), rights | TUNNEL_END);
+            }
+        }
+        all
+    }
+
+    /// `rights` = those of the address at this place of the stack; see [`Moved::look_up`]. Jumps to
+    /// `none` if nothing of it has moved.
+    pub(super) fn load(
+        &self,
+        a: &mut Assembler,
+        (family, address_at): (Family, i16),
+        rights: Reg,
+        none: Label,
+    ) {
+        self.moved.look_up(a, family, address_at);
+        a.jump_if_wide(R0, If::Eq, 0, none);
+        a.load(Size::W, rights, R0, 0);
+    }
+
+    /// Jumps to `taken` if any port of PROTOCOL has moved, and to `not` if none has.
+    pub(super) fn decide_by_protocol(a: &mut Assembler, rights: Reg, taken: Label, not: Label) {
+        let next = a.label();
+        a.jump_if(rights, If::Set, WHOLE, taken);
+        a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), next);
+        a.jump_if(rights, If::Set, SET, taken);
+        a.jump(not);
+        a.bind(next);
+        a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), not);
+        a.jump_if(rights, If::Set, SET << SET_BITS, taken);
+        a.jump(not);
+    }
+
+    /// Jumps to `taken` if a port of PROTOCOL, which is TCP or UDP, has moved, and to `not` if it
+    /// has not, or if it is the tunnel's own, `tunnel_port` of UDP at one of its ends.
+    pub(super) fn decide_by_port(
+        &self,
+        a: &mut Assembler,
+        rights: Reg,
+        port: Reg,
+        tunnel_port: Option<u16>,
+        (taken, not): (Label, Label),
+    ) {
+        let (others, tcp) = (a.label(), a.label());
+        if let Some(tunnel_port) = tunnel_port {
+            a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), others);
+            a.jump_if(port, If::Ne, i32::from(tunnel_port), others);
+            a.jump_if(rights, If::Set, TUNNEL_END, not);
+        }
+        a.bind(others);
+        a.jump_if(rights, If::Set, WHOLE, taken);
+        a.mov(R0, rights);
+        a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
+        a.alu(Alu::Rsh, R0, SET_BITS);
+        a.bind(tcp);
+        a.alu(Alu::And, R0, SET);
+        a.jump_if(R0, If::Eq, 0, not);
+        a.alu(Alu::Sub, R0, 1);
+        a.alu(Alu::Lsh, R0, SET_WORDS);
+        a.mov(R1, port);
+        a.alu(Alu::Rsh, R1, WORD_PORTS);
+        a.alu(Alu::Add, R0, R1);
+        a.store(Size::W, R10, WORD_AT, R0);
+        a.load_map(R1, self.sets.as_fd());
+        a.mov(R2, R10);
+        a.alu(Alu::Add, R2, i32::from(WORD_AT));
+        a.call(Helper::MapLookup);
+        a.jump_if_wide(R0, If::Eq, 0, not);
+        a.load(Size::Dw, R0, R0, 0);
+        a.mov(R1, port);
+        a.alu(Alu::And, R1, (1 << WORD_PORTS) - 1);
+        a.alu(Alu::Rsh, R0, R1);
+        a.jump_if(R0, If::Set, 1, taken);
+        a.jump(not);
+    }
+
+    /// Jumps if the address alone decides.
+    pub(super) fn jump_if_by_address(a: &mut Assembler, rights: Reg, to: Label) {
+        a.mov(R0, rights);
+        a.alu(Alu::And, R0, WHOLE | TUNNEL_END);
+        a.jump_if(R0, If::Eq, WHOLE, to);
+    }
+
+    /// Jumps if all of the address has moved.
+    pub(super) fn jump_if_whole(a: &mut Assembler, rights: Reg, to: Label) {
+        a.jump_if(rights, If::Set, WHOLE, to);
+    }
+
+    /// R0 = 0 unless the address at this place of the stack has moved; see [`Moved::look_up`].
+    pub(super) fn look_up(&self, a: &mut Assembler, family: Family, address_at: i16) {
+        self.moved.look_up(a, family, address_at);
+    }
+}
+
+/// Enters the ports of a set, which is empty.
+fn enter_set(sets: &Map, set: u32, ports: &[RangeInclusive<u16>]) -> Result<(), Errno> {
+    let mut words: BTreeMap<u32, u64> = BTreeMap::new();
+    for port in ports.iter().cloned().flatten().map(u32::from) {
+        *words.entry(port >> WORD_PORTS).or_default() |= 1 << (port % (1 << WORD_PORTS));
+    }
+    for (word, bits) in words {
+        sets.set(set << SET_WORDS | word, bits)?;
+    }
+    Ok(())
+}
