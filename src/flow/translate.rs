@@ -647,12 +647,19 @@ impl Translator {
     /// The flow that a packet of this side continues, though it has none by its addresses and ports.
     #[cold]
     fn earlier(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, DropReason> {
+        let routes = self.routes.load();
         // What a program sends that is bound to a moved address is no client's.
-        if outgoing::is_bound(&self.routes.load(), key) {
+        if outgoing::is_bound(&routes, key) {
             return Err(DropReason::NoFlow);
         }
-        let related = self.related(now, key, parsed)?;
-        related.map_or_else(|| self.reopen(now, key, parsed), Ok)
+        match self.related(now, key, parsed)? {
+            Some(related) => Ok(related),
+            // Nor what a rule takes that leaves from where nothing is delivered.
+            None if !routes.is_delivery(key.delivery) && outgoing::is_by_port(&routes, key) => {
+                Err(DropReason::NoFlow)
+            }
+            None => self.reopen(now, key, parsed),
+        }
     }
 
     /// Begins a flow with a packet of this side, or continues one after a restart.
