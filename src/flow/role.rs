@@ -435,9 +435,12 @@ mod tests {
         let mut plan = Plan::new(Kind::Udp, DELIVERY, CLIENT);
         (plan.src_port, plan.dst_port) = (parsed.dst_port(), parsed.src_port());
         assert_eq!(judged(&forwarder, &mut plan.build()), Ok(Some(PeerId(0))));
+        // From another of its addresses, too; but no connection changes its address.
         plan.src = "198.51.100.3".parse().unwrap();
+        assert_eq!(judged(&forwarder, &mut plan.build()), Ok(Some(PeerId(0))));
+        let tcp = Plan::new(Kind::Tcp, "198.51.100.3", CLIENT);
         assert_eq!(
-            judged(&forwarder, &mut plan.build()),
+            judged(&forwarder, &mut tcp.build()),
             Err(DropReason::NoFlow)
         );
         assert_eq!(forwarder.flow_stats(PeerId(0)).live, 1);
