@@ -261,7 +261,7 @@ impl Translator {
 
     /// Begins flows anew that an earlier daemon had: each from a caller (`local`) to a moved
     /// address (`remote`). Leaves those in the list whose address is not served, as long as it is
-    /// not.
+    /// not, or is delivered nowhere.
     pub fn restore_calls(&self, now: Instant, calls: &mut Vec<HostFlow>) {
         let routes = self.routes.load();
         calls.retain(|call| {
@@ -276,6 +276,10 @@ impl Translator {
                 return true;
             };
             let delivery = found.and_then(|moved| moved.delivery(kind, call.remote.port()));
+            if delivery == Err(DropReason::NoDelivery) {
+                // It is not known yet, or has gone for a moment.
+                return true;
+            }
             if let Ok((delivery, port)) = delivery {
                 let key = Outside {
                     peer: caller(&routes, client, delivery),
@@ -620,7 +624,7 @@ mod tests {
 
     #[test]
     fn flows_of_an_earlier_daemon_are_there_once_their_address_is_served() {
-        let bed = Bed::moving(&[], delivery());
+        let bed = Bed::moving(&[], Delivery::default());
         let [host, container, moved, to] = ENDS[0];
         let one = |from: &str| HostFlow {
             protocol: TCP,
@@ -631,6 +635,9 @@ mod tests {
         bed.translator.restore_calls(bed.now, &mut calls);
         assert_eq!(calls.len(), 2);
         bed.translator.set_moves(PEER, &[moved.parse().unwrap()]);
+        bed.translator.restore_calls(bed.now, &mut calls);
+        assert_eq!(calls.len(), 2, "nobody knows where to");
+        bed.translator.set_delivery(PEER, delivery());
         bed.translator.restore_calls(bed.now, &mut calls);
         assert!(calls.is_empty());
         for (from, seen) in [(host, moved), (container, container)] {
