@@ -376,7 +376,7 @@ impl PeerRoutes {
 
 impl Moved<'_> {
     /// Whether every packet of the address is delivered to one place, and to which.
-    pub(super) fn to_one_place(&self) -> Option<Option<Addr>> {
+    pub(super) fn one_place(&self) -> Option<Option<Addr>> {
         let is_one = self.routes.moved.scopes.is_whole(self.scope) && self.maps().is_empty();
         is_one.then(|| self.all_to())
     }

@@ -458,7 +458,7 @@ impl Translator {
         parsed: &Parsed,
     ) -> Result<(), DropReason> {
         let known = lock(&self.inbound_fragments).recall_of(peer, now, &self.seed, parsed, bytes);
-        let delivery = match (known, moved.to_one_place()) {
+        let delivery = match (known, moved.one_place()) {
             (Some(delivery), _) => delivery,
             // Every packet of the address goes to one place, so the first fragment is not needed.
             (None, Some(to)) => {
@@ -644,7 +644,7 @@ impl Translator {
         }
     }
 
-    /// The flow that a packet of this side continues, though it has none by its addresses and ports.
+    /// The flow that a packet of this side continues, though its addresses and ports have none.
     #[cold]
     fn earlier(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, DropReason> {
         let routes = self.routes.load();
@@ -1073,7 +1073,7 @@ mod tests {
             for step in steps {
                 let mut bytes = match &step {
                     Step::Announce(moves) => {
-                        shared.translator.set_moves(PeerId(0), &moves);
+                        shared.translator.set_moves(PeerId(0), moves);
                         continue;
                     }
                     Step::FromClient(plan) => plan.build(),

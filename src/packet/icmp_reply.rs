@@ -37,10 +37,12 @@ impl IcmpError {
             DropReason::OutgoingNotAllowed,
             DropReason::OutgoingNoAddress,
         ];
-        match reason {
-            DropReason::TooBig => Some(Self::TooBig(mtu)),
-            DropReason::TtlExpired => Some(Self::Expired),
-            reason => OUTGOING.contains(&reason).then_some(Self::Prohibited),
+        if reason == DropReason::TooBig {
+            Some(Self::TooBig(mtu))
+        } else if reason == DropReason::TtlExpired {
+            Some(Self::Expired)
+        } else {
+            OUTGOING.contains(&reason).then_some(Self::Prohibited)
         }
     }
 }

@@ -179,10 +179,12 @@ pub enum ConfigError {
     TooManyOutgoing(usize),
     /// The same ports leave from two addresses.
     #[error(
-        "--outgoing {0} and {1} overlap: a connection can only leave from one address of its \
-         family; name it with as=ADDR in both"
+        "--outgoing {} and {} overlap: a connection can only leave from one address of its \
+         family; name it with as=ADDR in both",
+        .0.0,
+        .0.1
     )]
-    OutgoingTwice(ByPort, ByPort),
+    OutgoingTwice(Box<(ByPort, ByPort)>),
     /// Peers that moves go to beside peers that moves come from.
     #[error(
         "one daemon is either the old server for all its peers or the new one for all; \
@@ -492,7 +494,7 @@ fn check_outgoing(peers: &[PeerConfig]) -> Result<(), ConfigError> {
             (a, b) => other != peer || a != b,
         };
         if let Some((_, b)) = all[..index].iter().find(clash) {
-            return Err(ConfigError::OutgoingTwice(b.clone(), a.clone()));
+            return Err(ConfigError::OutgoingTwice(Box::new((b.clone(), a.clone()))));
         }
     }
     Ok(())

@@ -308,20 +308,15 @@ fn answering_ports(port: u16) -> String {
 
 /// Why a packet of the new server was not let out, and how that is counted.
 fn not_let_out(reason: DropReason) -> &'static str {
-    match reason {
-        DropReason::BadDestination => {
-            "where no client can be; such packets are dropped (bad_destination)"
-        }
-        DropReason::OutgoingNotAllowed => {
-            "which no --allow-outgoing names; such packets are dropped (outgoing_not_allowed)"
-        }
-        DropReason::OutgoingLimited => {
-            "and begins more connections than a server does; some are dropped (outgoing_limited)"
-        }
-        _ => {
-            "which no client's packet asked for; such packets are dropped (unasked); if its \
-             programs are to begin connections, add --allow-outgoing here and --outgoing there"
-        }
+    if reason == DropReason::BadDestination {
+        "where no client can be; such packets are dropped (bad_destination)"
+    } else if reason == DropReason::OutgoingNotAllowed {
+        "which no --allow-outgoing names; such packets are dropped (outgoing_not_allowed)"
+    } else if reason == DropReason::OutgoingLimited {
+        "and begins more connections than a server does; some are dropped (outgoing_limited)"
+    } else {
+        "which no client's packet asked for; such packets are dropped (unasked); if its programs \
+         are to begin connections, add --allow-outgoing here and --outgoing there"
     }
 }
 

@@ -99,20 +99,16 @@ fn around(prefix: Prefix, lengths: &BTreeSet<u8>) -> impl Iterator<Item = Prefix
 /// What a person is told of a packet that did not leave.
 pub(super) fn not_sent(refused: &RefusedOutgoing) -> String {
     let reason = refused.reason.name();
-    let remedy = match refused.reason {
-        DropReason::OutgoingNotAllowed => {
-            "the old server lets no connections out that begin here; to let it do so, add \
-             --allow-outgoing there"
-        }
-        DropReason::OutgoingNoAddress => {
-            "several addresses have moved, or the one that is named has not; say in --outgoing \
-             which it is, with as=ADDR"
-        }
-        _ => {
-            "nothing but replies leaves this server from a moved address; to let programs begin \
-             connections from it, through the old server, add --outgoing here and \
-             --allow-outgoing there"
-        }
+    let remedy = if refused.reason == DropReason::OutgoingNotAllowed {
+        "the old server lets no connections out that begin here; to let it do so, add \
+         --allow-outgoing there"
+    } else if refused.reason == DropReason::OutgoingNoAddress {
+        "several addresses have moved, or the one that is named has not; say in --outgoing which \
+         it is, with as=ADDR"
+    } else {
+        "nothing but replies leaves this server from a moved address; to let programs begin \
+         connections from it, through the old server, add --outgoing here and --allow-outgoing \
+         there"
     };
     format!("{refused} is not sent ({reason}): {remedy}")
 }

@@ -432,11 +432,11 @@ fn beside(place: Change, others: &[Desired]) -> Change {
         return place;
     };
     let taken = |handle: u32| {
-        others.iter().any(|other| match &other.change {
-            Change::Filter(it) => {
-                (it.direction, it.priority, it.handle) == (place.direction, place.priority, handle)
-            }
-            _ => false,
+        others.iter().any(|other| {
+            let Change::Filter(it) = &other.change else {
+                return false;
+            };
+            (it.direction, it.priority, it.handle) == (place.direction, place.priority, handle)
         })
     };
     if taken(place.handle) {

@@ -6,7 +6,7 @@
 //! time, and it outlives the daemon: so nothing leaves from a moved address while there is none.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
@@ -243,7 +243,7 @@ fn prefix_of(key: &[u8]) -> Option<Prefix> {
     Some(match mapped {
         Some(address) => {
             let length = u8::try_from(length - MAPPED).ok()?;
-            Prefix::of(IpAddr::V4(Ipv4Addr::from(address)), length)
+            Prefix::of(IpAddr::V4(address), length)
         }
         None => Prefix::of(IpAddr::V6(address), u8::try_from(length).ok()?),
     })
