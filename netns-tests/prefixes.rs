@@ -34,7 +34,7 @@ const OUTSIDE: [&str; 4] = [
 ];
 
 fn addr(text: &str) -> IpAddr {
-    text.parse().unwrap()
+    text.parse().expect("an address")
 }
 
 /// Routes a network to the old server.

@@ -79,8 +79,8 @@ struct MappedPort {
 /// What a reply may belong to: how closely that is named, and what it is if it is alone.
 type Candidate = (Named, Option<(PeerId, Addr, u16)>);
 
-/// Prefixes that are kept whose ends are listed among the delivery addresses. An answer from another
-/// address of this host is held against each of those.
+/// Prefixes that are kept whose ends are listed among the delivery addresses. An answer from
+/// another address of this host is held against each of those.
 const LISTED: usize = 64;
 
 /// How closely the settings name what a reply may belong to.

@@ -17,9 +17,9 @@
 //!
 //! Of a prefix every address is made the host's own by one route (`local PREFIX dev lo`), and so
 //! are single addresses if there are more than [`MAX_SINGLE`] of them, prefix by prefix as far as
-//! they fill one. ARP and neighbour discovery are answered for these neither, since no interface has
-//! such an address. (A program that binds to one address of an IPv6 prefix needs `IPV6_FREEBIND` or
-//! `net.ipv6.ip_nonlocal_bind`; the wildcard needs nothing.)
+//! they fill one. ARP and neighbour discovery are answered for these neither, since no interface
+//! has such an address. (A program that binds to one address of an IPv6 prefix needs
+//! `IPV6_FREEBIND` or `net.ipv6.ip_nonlocal_bind`; the wildcard needs nothing.)
 //!
 //! Interfaces that appear later keep their ARP settings (`ip-sysctl`: `conf/default`).
 
