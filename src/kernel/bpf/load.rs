@@ -4,6 +4,7 @@ use std::ffi::c_int;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
+use rustix::thread::CapabilitySet;
 
 use super::{BpfError, bpf_fd, object_name, with_memlock_raised};
 
@@ -19,6 +20,14 @@ pub struct Program {
     name: &'static str,
     code: Vec<[u8; 8]>,
 }
+
+/// With either of these the verifier looks less closely (`allow_ptr_leaks`, capabilities(7)).
+const LENIENT: CapabilitySet = CapabilitySet::PERFMON.union(CapabilitySet::SYS_ADMIN);
+
+/// What to try without them: Linux 5.10 and 6.1 refuse programs that later kernels take.
+const WITHOUT_PERFMON: &str = " (without CAP_PERFMON, which older kernels want for it: \
+                               AmbientCapabilities or CapabilityBoundingSet of the unit, or \
+                               `docker run --cap-add PERFMON`)";
 
 impl Program {
     pub(super) fn new(name: &'static str, code: Vec<[u8; 8]>) -> Self {
@@ -57,10 +66,15 @@ impl Program {
             .lines()
             .rev()
             .find(|line| !line.is_empty() && !line.starts_with("processed "));
+        let mut words = words.unwrap_or("the verifier says nothing").to_owned();
+        let held = rustix::thread::capabilities(None).map(|sets| sets.effective);
+        if held.is_ok_and(|held| !held.intersects(LENIENT)) {
+            words += WITHOUT_PERFMON;
+        }
         Err(BpfError::Load {
             name: self.name,
             errno,
-            words: words.unwrap_or("the verifier says nothing").to_owned(),
+            words,
         })
     }
 
