@@ -205,11 +205,13 @@ fn a_bad_new_server_reaches_nobody_but_clients() -> Result {
     });
     let said = "the new server sends TCP to 203.0.113.11 port 80, which no client's packet asked \
                 for; such packets are dropped (unasked)";
+    let remedy = "; if its programs are to begin connections, add --allow-outgoing here and \
+                  --outgoing there";
     let [warning] = &warnings.unwrap_or_default()[..] else {
         return Err(LabError::unexpected("not one warning"));
     };
     let warning = warning.as_str().unwrap_or_default();
-    assert!(warning.ends_with(said), "{warning}");
+    assert!(warning.ends_with(&format!("{said}{remedy}")), "{warning}");
     Ok(())
 }
 

@@ -65,8 +65,10 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
         assert_eq!(daemon.status()?.tunnel()["cipher"], cipher);
 
         peer.control(&old_announcement(1, &[MOVED]));
+        // It says at once who it is, and where it delivers as soon as that is clear.
+        let delivers = |told: &Vec<u8>| told[3] & 1 == 1;
         peer.serve(PATIENCE, |it| {
-            it.heard(&[5, 1, 0, 0, 0, 0]) && it.announcement.contains_key(&0)
+            it.heard(&[5, 1, 0, 0, 0, 0]) && it.announcement.get(&0).is_some_and(delivers)
         })?;
         // Role, MTU, flags (IPv4 and IPv6 here), and the address to deliver IPv4 to.
         let told = &peer.announcement[&0];
@@ -141,7 +143,9 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
     daemon.wait_until_up()?;
     let moved = &peer.announcement[&0];
     assert_eq!((moved[0], moved[3]), (1, 1), "one move");
-    assert_eq!(moved[4..], [&[4][..], &MOVED.octets(), &[0, 0]].concat());
+    // The move, the address of the new server, and that nothing else is let out.
+    let rest = [&[4][..], &MOVED.octets(), &[0, 0, 4], &NEW.octets(), &[0]];
+    assert_eq!(moved[4..], rest.concat());
     assert_eq!(daemon.status()?.tunnel()["deliver_to"], NEW.to_string());
 
     // A client asks the moved address. The second implementation plays the application, too.
