@@ -63,7 +63,8 @@
 //! later:  if (!lookup(fragments, key by identification)) goto leaves;
 //!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
 //!         return redirect(tun, 0);
-//! leaves: if (it is from a moved address) return redirect(tun, 0);       // see `outgoing`
+//! leaves: if (skb->mark == DELIVERED) { skb->mark = 0; pass; }
+//!         if (it is from a moved address) return redirect(tun, 0);       // see `outgoing`
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
@@ -270,6 +271,8 @@ pub fn take_replies(
     redirect_to(a, tun_ifindex);
 
     a.bind(leaves);
+    // Later fragments of such an answer, and ICMP errors, come by other ways.
+    pass_turned(a, pass);
     keep_from_leaving(a, maps, l2_header, tun_ifindex, pass);
     a.bind(ways.other);
     a.bind(pass);
@@ -282,6 +285,7 @@ pub fn take_replies(
 const TAKEN_AS: i16 = -280;
 const AS_IT_IS: i32 = 1;
 const SHIFTED: i32 = 2;
+
 /// Lets an answer to a call leave, whose source is a moved address and which needs no memory.
 fn pass_turned(a: &mut Assembler, pass: Label) {
     let other = a.label();
