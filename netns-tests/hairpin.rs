@@ -229,6 +229,41 @@ fn containers_of_the_new_server_reach_it_with_their_own_addresses() -> Result {
     Ok(())
 }
 
+/// Until the peer speaks again, nothing says what is served here. The old server, which has its
+/// address back meanwhile, resets what it does not know.
+#[test]
+fn a_containers_connection_outlives_a_killed_daemon_whose_peer_comes_late() -> Result {
+    let lab = Lab::new()?;
+    let behind = run_container(&lab, lab.new_server(), 2)?;
+    docker(lab.new_server())?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let daemons = setup.start_both()?;
+    let caller = client(&behind, FIRST);
+    let _applications = [
+        Service::start(lab.new_server(), NEW)?,
+        Service::start(lab.new_server(), NEW6)?,
+    ];
+    let mut conversations = vec![caller.converse(MOVED)?, caller.converse(MOVED6)?];
+    for conversation in &mut conversations {
+        conversation.exchange(b"before", PATIENCE)?;
+    }
+    daemons.new.kill()?;
+    daemons.old.terminate()?;
+    let mut new = setup.start(Role::New)?;
+    for conversation in &mut conversations {
+        conversation.say(b"meanwhile")?;
+    }
+    std::thread::sleep(SILENCE);
+    let mut old = setup.start(Role::Old)?;
+    old.wait_until_up()?;
+    new.wait_until_up()?;
+    for conversation in &mut conversations {
+        conversation.hear(b"meanwhile", RECOVERY)?;
+        conversation.exchange(b"after", RECOVERY)?;
+    }
+    Ok(())
+}
+
 /// Only the uplink has programs, so the container is seen in the host's name.
 #[test]
 fn with_a_named_uplink_a_container_reaches_it_in_the_new_servers_name() -> Result {

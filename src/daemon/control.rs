@@ -623,6 +623,7 @@ impl Control<'_> {
     }
 
     fn carry_out(&mut self, now: Instant) {
+        let mut inside = false;
         while let Some(action) = self.policy.poll_action() {
             match action {
                 Action::Serve(peer, moves) => {
@@ -632,14 +633,14 @@ impl Control<'_> {
                         info!(peer = name, moved = names.join(" "), "serving");
                     }
                     self.serve_moves(now, peer, &moves);
-                    self.serve_inside(now);
+                    inside = true;
                 }
                 Action::Deliver(peer, delivery) => {
                     self.tell_of_delivery(peer, &delivery);
                     if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_delivery(peer, delivery);
                     }
-                    self.serve_inside(now);
+                    inside = true;
                 }
                 Action::Outgoing(peer, rules) => {
                     if let Some(translator) = self.shared.forwarder.translator() {
@@ -660,6 +661,7 @@ impl Control<'_> {
                     if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_own_networks(networks);
                     }
+                    inside = true;
                 }
                 Action::Hop(hop) => {
                     self.view.hop = hop;
@@ -688,6 +690,9 @@ impl Control<'_> {
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
             }
+        }
+        if inside {
+            self.serve_inside(now);
         }
     }
 
@@ -750,16 +755,33 @@ impl Control<'_> {
 
     /// Lets those inside have what is served: this host, and those behind it.
     fn serve_inside(&mut self, now: Instant) {
-        let moves = self.policy.served_inside();
+        let of_peers = self.policy.served_inside();
         let translator = self.shared.forwarder.translator();
         let Some((steering, translator)) = self.follower.steering().zip(translator) else {
             return;
         };
-        if let Err(error) = steering.serve_inside(&moves) {
-            let text = format!(
-                "this server and its containers do not reach every moved address here: {error}"
-            );
-            self.warnings.warn(now, text);
+        match steering.serve_inside(&of_peers) {
+            Ok(left_out) => {
+                for peer in self
+                    .policy
+                    .peers()
+                    .filter(|&it| left_out.contains(&index(it)))
+                {
+                    let text = format!(
+                        "{} moves more addresses, or more different ports, than this server and \
+                         its containers can reach here; those that are too many they reach where \
+                         they lead to without ipmoved: move whole addresses or prefixes",
+                        self.policy.name(peer)
+                    );
+                    self.warnings.warn(now, text);
+                }
+            }
+            Err(error) => {
+                let text = format!(
+                    "this server and its containers do not reach every moved address here: {error}"
+                );
+                self.warnings.warn(now, text);
+            }
         }
         translator.restore_calls(now, &mut self.calls);
     }
@@ -814,6 +836,10 @@ impl Control<'_> {
         self.policy.handle(now, Input::UplinkMtu(mtu));
         self.look_at_awaited(now, &held);
         self.carry_out(now);
+        let steering = self.follower.steering();
+        if steering.is_some_and(|steering| steering.inherits_inside()) {
+            self.serve_inside(now);
+        }
         self.next_path = now;
     }
 

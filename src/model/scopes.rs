@@ -37,7 +37,12 @@ pub struct Scope {
 impl Scopes {
     /// For these moves.
     pub fn new(moves: &[Move]) -> Self {
-        let mut nodes = nested(moves.iter());
+        Self::of(moves.iter())
+    }
+
+    /// For these moves, wherever they are.
+    pub fn of<'a>(moves: impl Iterator<Item = &'a Move>) -> Self {
+        let mut nodes = nested(moves);
         for node in &mut nodes {
             node.rights.settle();
         }
@@ -167,6 +172,19 @@ impl Scopes {
         let in_part = (0..self.len()).filter(|&scope| !self.is_whole(scope));
         let sets: HashSet<_> = in_part.flat_map(|scope| self.ports(scope)).collect();
         sets.iter().filter(|ports| !ports.is_empty()).count()
+    }
+
+    /// The next shorter scope around one, which has a lower number.
+    pub fn around(&self, scope: usize) -> Option<usize> {
+        self.scopes[scope].around.map(|around| around as usize)
+    }
+
+    /// The ports of TCP and of UDP that moves of the very prefix of a scope name.
+    pub fn own_ports(&self, scope: usize) -> [Vec<RangeInclusive<u16>>; 2] {
+        [TCP, UDP].map(|protocol| {
+            let parts = self.scopes[scope].rights.of(protocol).unwrap_or_default();
+            parts.iter().map(|part| part.first..=part.last).collect()
+        })
     }
 
     /// The ports of TCP and of UDP that have moved of a scope in part.

@@ -49,7 +49,7 @@ mod sizes;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -79,9 +79,9 @@ use crate::model::prefix::Prefix;
 use crate::model::scopes::Scopes;
 use crate::settings::values::{DeliverTo, PeerAddr};
 
-/// Bits of the addresses of one move that those inside reach here though nobody has accepted it:
-/// 256 addresses. A real prefix of IPv6 is accepted by somebody who reads the warning.
-const INSIDE_UNASKED: u8 = 8;
+/// Addresses of a peer that those inside reach here though nobody has accepted them: a network of
+/// IPv4 as people have it. More is accepted by somebody who reads the warning.
+const INSIDE_UNASKED: u32 = 256;
 
 /// What had moved to an earlier daemon counts as moved for so long after the start, if a peer does
 /// not say meanwhile what it moves: it may be gone for good, and the address be another's by then.
@@ -340,7 +340,8 @@ fn accepts_all(moves: &[Move], first_come: bool) -> String {
         ""
     };
     format!(
-        "whatever this old server names is served, also after somebody has taken it over; \
+        "whatever this old server names is served, also after somebody has taken it over, and \
+         what this server and its containers begin to say there goes to the application here; \
          to accept what it has moved now and no more, add{flags}{more}{turn}"
     )
 }
@@ -591,19 +592,47 @@ impl Policy {
     /// server). An address that it holds itself (`keep`) they reach anyhow.
     ///
     /// An old server that is taken over draws by this what they begin to say to an address that it
-    /// names. So without `--accept` only small prefixes count ([`INSIDE_UNASKED`]).
-    pub(super) fn served_inside(&self) -> Vec<Move> {
+    /// names. So without `--accept` only few addresses count ([`INSIDE_UNASKED`]), and none that is
+    /// in a network of this server's own: its neighbours are its databases and file servers.
+    ///
+    /// In the order of the peers.
+    pub(super) fn served_inside(&self) -> Vec<Vec<&Move>> {
         let of_peer = |id: PeerId| {
             let peer = &self.peers[index(id)];
             let translates = matches!(peer.deliver, Some(Deliver::To { .. }));
-            let is_limited = !peer.accept.is_empty();
-            let served = self.claims.served(id).iter().filter(move |moved| {
-                let bits = if moved.prefix.is_ipv4() { 32 } else { 128 };
-                translates && (is_limited || bits - moved.prefix.len() <= INSIDE_UNASKED)
+            if !translates {
+                return Vec::new();
+            }
+            let served = self.claims.served(id).iter();
+            if !peer.accept.is_empty() {
+                return served.collect();
+            }
+            let mut known: HashSet<Prefix> = HashSet::new();
+            let mut left = INSIDE_UNASKED;
+            let unasked = served.filter(|Move { prefix, .. }| {
+                if known.contains(prefix) {
+                    return true;
+                }
+                let bits = if prefix.is_ipv4() { 32 } else { 128 } - prefix.len();
+                let size = 1u32.checked_shl(bits.into()).unwrap_or(u32::MAX);
+                let fits = size <= left && !self.is_near(prefix);
+                if fits {
+                    left -= size;
+                    known.insert(*prefix);
+                }
+                fits
             });
-            served.cloned()
+            unasked.collect()
         };
-        self.peers().flat_map(of_peer).collect()
+        self.peers().map(of_peer).collect()
+    }
+
+    /// Whether a prefix meets an address or a network of this server's own.
+    fn is_near(&self, prefix: &Prefix) -> bool {
+        let Addresses { all, networks, .. } = &self.addresses;
+        let meets = |own: &Prefix| own.covers(prefix) || prefix.covers(own);
+        all.iter().any(|&addr| prefix.contains(addr))
+            || networks.iter().any(|network| meets(&network.prefix))
     }
 
     /// Where the new server delivers what moved, once that is known.

@@ -331,7 +331,8 @@ fn without_a_limit_everything_is_served_with_the_flags_that_would_limit_it() {
     let moved = moves("192.0.2.5:443/tcp 2001:db8::5");
     assert_eq!(served(&actions), [(OLD, moved)]);
     let limit = "whatever this old server names is served, also after somebody has taken it \
-                 over; to accept what it has moved now and no more, add \
+                 over, and what this server and its containers begin to say there goes to the \
+                 application here; to accept what it has moved now and no more, add \
                  --accept 192.0.2.5:443/tcp --accept 2001:db8::5";
     assert_eq!(warnings(&actions)[0], limit);
     let again = new.moves(OLD, "192.0.2.5:443/tcp 2001:db8::5");
@@ -347,31 +348,43 @@ fn without_a_limit_everything_is_served_with_the_flags_that_would_limit_it() {
 
 #[test]
 fn without_accept_few_addresses_are_served_to_those_inside() {
-    let of = |prefix: &str| Move {
-        prefix: prefix.parse().unwrap(),
-        ports: Vec::new(),
-        transport: None,
+    // Together they are 256 addresses. A prefix counts once, whatever ports of it have moved.
+    let few = "192.0.2.5 192.0.2.128/25:80 192.0.2.128/25:443 203.0.113.0/26 2001:db8:9::/127";
+    let few = format!("{few} 192.0.2.64/27 192.0.2.8/29 2001:db8:9::10:0/124 192.0.2.6");
+    let many = "198.18.0.0/24 2001:db8:7::/120 2001:db8:8::/64 10.9.1.0/29";
+    // Its own networks, parts of them and what they are part of, and its own addresses.
+    let near = "10.9.0.5 10.9.0.0/25 10.8.0.0/31 2001:db8:b::/127 198.51.100.2:81";
+    let network = |text: &str| OwnNetwork {
+        prefix: text.parse().unwrap(),
+        interface: "eth1".into(),
     };
-    let few = ["192.0.2.5", "203.0.113.0/24", "2001:db8::/120"].map(of);
-    let many = ["198.18.0.0/23", "2001:db8::/119"].map(of);
-    let all: Vec<Move> = few.iter().chain(&many).cloned().collect();
-    for (accept, expected) in [("", few.to_vec()), ("0.0.0.0/0 ::/0", all.clone())] {
+    let networks = ["10.9.0.0/24", "10.8.0.1", "2001:db8:b::/64"].map(network);
+    let all = format!("{near} {few} {many}");
+    for (accept, expected) in [("", &few), ("0.0.0.0/0 ::/0", &all)] {
         let mut new = Machine::reached(vec![accepting(ANYWHERE, accept)], "");
-        assert!(new.policy.served_inside().is_empty());
-        let moves = all.clone();
-        let announcement = Announcement::Old {
-            moves,
-            mtu: 1_500,
-            reached: None,
-            outgoing: false,
+        let mut here = new.policy.addresses.clone();
+        here.networks = networks.to_vec();
+        new.does(Input::Addresses(here.clone()));
+        assert!(new.policy.served_inside().concat().is_empty());
+        let actions = new.moves(OLD, &all);
+        let [(_, served)] = &served(&actions)[..] else {
+            panic!("{actions:?}");
         };
-        new.does(Input::Announced(OLD, announcement));
-        assert_eq!(new.policy.served_inside(), expected);
+        let expected: Vec<Move> = moves(expected);
+        let expected: Vec<&Move> = served.iter().filter(|it| expected.contains(it)).collect();
+        assert!(expected.len() > 8);
+        assert_eq!(new.policy.served_inside(), [expected]);
+        // A network that comes takes its addresses back, and who serves them hears of it.
+        here.networks.push(network("192.0.2.0/28"));
+        let actions = new.does(Input::Addresses(here));
+        assert!(matches!(actions[0], Action::OwnNetworks(_)));
+        let still = new.policy.served_inside()[0].contains(&&moves("192.0.2.5")[0]);
+        assert_eq!(still, !accept.is_empty());
     }
     // What this server holds itself is reached anyhow.
     let mut new = Machine::reached(vec![accepting(DeliverTo::Keep, "192.0.2.5")], "");
     new.moves(OLD, "192.0.2.5");
-    assert!(new.policy.served_inside().is_empty());
+    assert!(new.policy.served_inside().concat().is_empty());
 }
 
 #[test]

@@ -327,12 +327,18 @@ impl Steering {
         Ok(desired)
     }
 
-    /// From now on this is served here, and those inside that call it get it here.
+    /// From now on this is served here, of each peer, and those inside that call it get it here.
+    /// Returns the places of those peers of which not all fits.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn serve_inside(&self, moves: &[Move]) -> Result<(), BpfError> {
-        self.maps.inside().serve(moves)
+    pub fn serve_inside(&self, of_peers: &[Vec<&Move>]) -> Result<Vec<usize>, BpfError> {
+        self.maps.inside().serve(of_peers)
+    }
+
+    /// Whether something is served inside only because an earlier daemon served it.
+    pub fn inherits_inside(&self) -> bool {
+        self.maps.inside().inherits()
     }
 
     /// The calls from inside that an earlier daemon carried, as far as they are known.

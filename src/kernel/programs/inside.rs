@@ -13,16 +13,18 @@
 //!            connection tracking expect it.
 //! callers    by the key of a flow, from the caller to the moved address; for those whose answers
 //!            leave, also by the addresses alone (protocol and the last part are 0)
-//! moved      the number of the ports that have moved, by prefix; WHOLE for all of everything
+//! moved      the number of the set of ports that have moved, by prefix; WHOLE for everything
 //! ports      by that number, the protocol and the port: something, if it has moved
 //! ```
 //!
 //! A TCP connection is a call if its SYN was one. So one that is older than the move of its address
 //! stays where it is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::io::Errno;
 
@@ -33,6 +35,7 @@ use super::flows::{
     jump_if_within, look_up, now, shape,
 };
 use super::headers::{fib, icmp, icmpv4, icmpv6, skb};
+use super::inports::{MAX_INHERITED, MAX_PARTS, PORT_KEY_BYTES, Plan, Ports, keys};
 use super::moved::{Family, Moved};
 use super::parse::{FLAGS, HEADER};
 use super::phrases::{PACKET, PROTOCOL, begin_route_lookup, jump_if_v6, look_up_route};
@@ -41,17 +44,16 @@ use crate::flow::ended::HostFlow;
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size,
 };
-use crate::model::moved::{Move, TCP, Transport, UDP, merged};
-use crate::model::prefix::Prefix;
+use crate::model::moved::{Move, TCP, UDP};
 use crate::packet::{ACK, SYN};
 
 /// Calls that are remembered. The one used least recently gives way; its next packet enters it
 /// again, but TCP of a host behind this one goes on only after a new SYN. 65,536 take 8 MB.
 const MAX_CALLS: u32 = 65_536;
 
-/// Most parts into which ranges of ports fall: as many as 64 addresses have with 64 ranges each,
-/// if each range is of eight parts.
-const MAX_PARTS: u32 = 1 << 15;
+/// How long after the start what an earlier daemon carried calls to counts as served: its peer may
+/// have to be called, and each try takes 5 s.
+const INHERITED_FOR: Duration = Duration::from_secs(60);
 
 /// How a caller's answers get to it.
 const CALLER_IFINDEX: i16 = 0;
@@ -66,8 +68,6 @@ const WHOLE: u32 = 0;
 /// key of a port. The transport header, which lies there, is lost.
 pub(super) const ADDRESS: i16 = HEADER + 4;
 const PORT_KEY: i16 = HEADER;
-/// Bytes of the latter: its length in bits, the number, the protocol, a zero, the port.
-const PORT_KEY_BYTES: usize = 12;
 
 /// Where it keeps `struct bpf_fib_lookup`.
 pub(super) const ROUTE: i16 = -168;
@@ -78,7 +78,8 @@ const PORTS: Shape = Shape {
     name: "ipmoved_inports",
     key_size: PORT_KEY_BYTES,
     value_size: 4,
-    max_entries: MAX_PARTS,
+    // Old and new ones together, while they change.
+    max_entries: 2 * MAX_PARTS as u32,
 };
 
 /// By which way a call comes.
@@ -95,49 +96,158 @@ pub(super) enum Way {
 pub struct Inside {
     pub(super) moved: Moved,
     ports: Map,
-    /// The keys that are in `ports`.
-    parts: Mutex<BTreeSet<Vec<u8>>>,
+    served: Mutex<Served>,
     pub(super) callers: Map,
 }
 
+/// What is in `moved` and in `ports`.
+#[derive(Debug, Default)]
+struct Served {
+    /// What was asked for last, of each peer, unless it failed.
+    last: Option<Vec<Vec<Move>>>,
+    /// The peers of which not all fits.
+    left_out: Vec<usize>,
+    /// The sets of ports and their numbers. A set keeps its number, and its number has no other
+    /// ports, so what stays served is served at every moment.
+    sets: HashMap<Ports, u32>,
+    used_numbers: HashSet<u32>,
+    last_number: u32,
+    /// What an earlier daemon carried calls to, until a peer says anew what moves.
+    inherited: BTreeSet<IpAddr>,
+    /// When that ends.
+    inherited_until: Duration,
+}
+
+impl Served {
+    /// A number that no set has.
+    fn new_number(&mut self) -> u32 {
+        loop {
+            self.last_number = self.last_number.wrapping_add(1);
+            if self.last_number != WHOLE && !self.used_numbers.contains(&self.last_number) {
+                return self.last_number;
+            }
+        }
+    }
+
+    fn is_last(&self, of_peers: &[Vec<&Move>]) -> bool {
+        self.last.as_ref().is_some_and(|last| {
+            let same = |(a, b): (&Vec<Move>, &Vec<&Move>)| a.iter().eq(b.iter().copied());
+            last.len() == of_peers.len() && last.iter().zip(of_peers).all(same)
+        })
+    }
+}
+
 impl Inside {
-    /// Nothing is served at first. The memory of callers is among `found`, if it is there.
+    /// Nothing is served at first, but for the addresses that an earlier daemon carried calls to:
+    /// the packets of these calls are not to end up elsewhere before their peer is there again.
+    ///
+    /// The memory of callers is among `found`, if it is there.
     pub(super) fn new(found: impl FnOnce(Shape) -> Option<Map>) -> Result<Self, BpfError> {
-        Ok(Self {
+        let found = found(CALLERS);
+        let inherits = found.is_some();
+        let inside = Self {
             moved: Moved::new()?,
             ports: Map::new(PORTS)?,
-            parts: Mutex::default(),
-            callers: match found(CALLERS) {
+            served: Mutex::default(),
+            callers: match found {
                 Some(map) => map,
                 None => Map::new(CALLERS)?,
             },
-        })
+        };
+        if inherits {
+            let called: BTreeSet<IpAddr> = (inside.calls()?.iter())
+                .map(|call| call.remote.ip())
+                .collect();
+            let mut served = inside.lock();
+            served.inherited = called.into_iter().take(MAX_INHERITED).collect();
+            served.inherited_until = now() + INHERITED_FOR;
+            let whole = served.inherited.iter().map(|&addr| (addr.into(), WHOLE));
+            inside.moved.update(whole)?;
+            drop(served);
+        }
+        Ok(inside)
     }
 
-    /// From now on this is served, and nothing else.
+    fn lock(&self) -> MutexGuard<'_, Served> {
+        self.served.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether something is served only because an earlier daemon served it. Then
+    /// [`serve`](Self::serve) wants to be called now and then.
+    pub fn inherits(&self) -> bool {
+        !self.lock().inherited.is_empty()
+    }
+
+    /// From now on this is served, of each peer, and nothing else but what is inherited. Returns
+    /// the places of those peers of which not all fits.
     ///
     /// # Errors
-    /// If the kernel refuses, as where the ports are too many. Some of it may be in effect then;
-    /// the next call makes good for it.
-    pub fn serve(&self, moves: &[Move]) -> Result<(), BpfError> {
-        let numbered = numbered(moves);
-        let parts: BTreeSet<Vec<u8>> = (numbered.iter())
-            .flat_map(|(number, _, moves)| parts(*number, moves))
-            .collect();
-        let failed = |errno| refused(PORTS.name, errno);
-        let mut known = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
-        // An address is known only while its ports are.
-        for part in parts.difference(&known.clone()) {
-            self.ports.insert(part, &[1, 0, 0, 0]).map_err(failed)?;
-            known.insert(part.clone());
+    /// If the kernel refuses. Some of it may be in effect then; the next call makes good for it.
+    pub fn serve(&self, of_peers: &[Vec<&Move>]) -> Result<Vec<usize>, BpfError> {
+        let mut served = self.lock();
+        let ends = !served.inherited.is_empty() && now() >= served.inherited_until;
+        if served.is_last(of_peers) && !ends {
+            return Ok(served.left_out.clone());
         }
-        let named = numbered.iter();
-        (self.moved).update(named.map(|&(number, prefix, _)| (prefix, number)))?;
-        for gone in known.clone().difference(&parts) {
-            self.ports.remove(gone).map_err(failed)?;
-            known.remove(gone);
+        served.last = None;
+        let plan = Plan::of(of_peers);
+        // An address is known only while its ports are.
+        let mut numbers = Vec::with_capacity(plan.sets.len());
+        for ports in &plan.sets {
+            let number = match served.sets.get(ports) {
+                Some(&number) => number,
+                None => {
+                    let number = served.new_number();
+                    self.enter_ports(number, ports)?;
+                    served.used_numbers.insert(number);
+                    served.sets.insert(ports.clone(), number);
+                    number
+                }
+            };
+            numbers.push(number);
+        }
+        if ends {
+            served.inherited.clear();
+        }
+        served.inherited.retain(|&addr| !plan.contains(addr));
+        let inherited = served.inherited.iter().map(|&addr| (addr.into(), WHOLE));
+        let planned = plan.prefixes().map(|(prefix, set)| {
+            let number = set.map_or(WHOLE, |set| numbers[set]);
+            (prefix, number)
+        });
+        self.moved.update(inherited.chain(planned))?;
+        let wanted: HashSet<&Ports> = plan.sets.iter().collect();
+        let gone = served.sets.keys().filter(|ports| !wanted.contains(ports));
+        for ports in gone.cloned().collect::<Vec<_>>() {
+            if let Some(number) = served.sets.remove(&ports) {
+                self.remove_ports(number, &ports);
+                served.used_numbers.remove(&number);
+            }
+        }
+        let cloned = of_peers
+            .iter()
+            .map(|moves| moves.iter().copied().cloned().collect());
+        served.last = Some(cloned.collect());
+        served.left_out.clone_from(&plan.left_out);
+        Ok(plan.left_out)
+    }
+
+    /// Enters the ports of a set, or none of them.
+    fn enter_ports(&self, number: u32, ports: &Ports) -> Result<(), BpfError> {
+        for key in keys(number, ports) {
+            if let Err(errno) = self.ports.insert(&key, &[1, 0, 0, 0]) {
+                self.remove_ports(number, ports);
+                return Err(refused(PORTS.name, errno));
+            }
         }
         Ok(())
+    }
+
+    /// Removes the ports of a set, as far as they are there.
+    fn remove_ports(&self, number: u32, ports: &Ports) {
+        for key in keys(number, ports) {
+            let _ = self.ports.remove(&key);
+        }
     }
 
     /// The calls that were in use of late: each from a caller (`local`) to a moved address.
@@ -165,70 +275,6 @@ impl Inside {
 
 fn refused(name: &'static str, errno: Errno) -> BpfError {
     BpfError::Map { name, errno }
-}
-
-/// Each prefix with everything that has moved of all its addresses, under a number of its own, or
-/// [`WHOLE`].
-fn numbered(moves: &[Move]) -> Vec<(u32, Prefix, Vec<&Move>)> {
-    let mut prefixes: Vec<Prefix> = moves.iter().map(prefix).collect();
-    prefixes.sort_unstable();
-    prefixes.dedup();
-    let each = |(number, prefix): (u32, Prefix)| {
-        let of_it = moves
-            .iter()
-            .filter(|moved| self::prefix(moved).covers(&prefix));
-        let of_it: Vec<&Move> = of_it.collect();
-        let is_whole = of_it.iter().any(|moved| moved.is_whole());
-        let number = if is_whole { WHOLE } else { number };
-        (number, prefix, of_it)
-    };
-    (WHOLE + 1..).zip(prefixes).map(each).collect()
-}
-
-fn prefix(moved: &Move) -> Prefix {
-    moved.prefix
-}
-
-/// The keys of all ports that moved, by that number.
-fn parts(number: u32, moves: &[&Move]) -> Vec<Vec<u8>> {
-    if number == WHOLE {
-        return Vec::new();
-    }
-    let mut keys = Vec::new();
-    for (transport, protocol) in [(Transport::Tcp, TCP), (Transport::Udp, UDP)] {
-        let of_it = moves
-            .iter()
-            .filter(|it| it.transport.is_none_or(|only| only == transport));
-        let ranges = of_it.flat_map(|it| match it.ports.as_slice() {
-            [] => vec![0..=u16::MAX],
-            ports => ports.to_vec(),
-        });
-        for range in merged(ranges.collect()) {
-            for (port, bits) in aligned(u32::from(*range.start()), u32::from(*range.end())) {
-                let mut key = Vec::with_capacity(PORT_KEY_BYTES);
-                key.extend((48 + bits).to_ne_bytes());
-                key.extend(number.to_ne_bytes());
-                key.extend([protocol, 0]);
-                key.extend(port.to_be_bytes());
-                keys.push(key);
-            }
-        }
-    }
-    keys
-}
-
-/// A range in parts that a prefix has: the first port of each, and the bits that are the same.
-fn aligned(mut first: u32, last: u32) -> Vec<(u16, u32)> {
-    let mut parts = Vec::new();
-    while first <= last {
-        let mut free = first.trailing_zeros().min(16);
-        while first + (1 << free) - 1 > last {
-            free -= 1;
-        }
-        parts.push((first as u16, 16 - free));
-        first += 1 << free;
-    }
-    parts
 }
 
 /// Jumps to `yes` if the remote address of the key is a moved one that is served, with what else
@@ -465,6 +511,12 @@ mod tests {
     use crate::kernel::programs::testing::icmp as icmp_message;
     use crate::kernel::programs::testing::{L2, Packet, frame, moves, ports, taken, tcp};
     use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
+    use crate::model::moved::{Transport, merged};
+
+    /// Serves this, as that of one peer.
+    fn serve(inside: &Inside, moves: &[Move]) {
+        assert!(inside.serve(&[moves.iter().collect()]).unwrap().is_empty());
+    }
 
     /// A program that takes what is served.
     fn served(inside: &Inside) -> OwnedFd {
@@ -536,7 +588,7 @@ mod tests {
             let mut runner = TestRunner::new(ProptestConfig::with_cases(60));
             runner
                 .run(&strategy, |(moves, packets)| {
-                    inside.serve(&moves).unwrap();
+                    serve(&inside, &moves);
                     for packet in packets {
                         let port = (packet.protocol != 47)
                             .then(|| u16::from_be_bytes([packet.payload[2], packet.payload[3]]));
@@ -551,24 +603,10 @@ mod tests {
         });
     }
 
-    proptest! {
-        #[test]
-        fn the_parts_of_a_range_are_the_range(first in any::<u16>(), more in any::<u16>()) {
-            let last = first.saturating_add(more);
-            let mut next = u32::from(first);
-            for (port, bits) in aligned(u32::from(first), u32::from(last)) {
-                prop_assert_eq!(u32::from(port), next);
-                prop_assert_eq!(u32::from(port) % (1 << (16 - bits)), 0);
-                next += 1 << (16 - bits);
-            }
-            prop_assert_eq!(next, u32::from(last) + 1);
-        }
-    }
-
     /// The new server's program at the egress of a link, and what it serves.
     fn at_egress(served: &[&str]) -> (FlowMaps, OwnedFd) {
         let maps = FlowMaps::new(1000).expect("run the tests as root");
-        maps.inside().serve(&moves(served)).unwrap();
+        serve(maps.inside(), &moves(served));
         let program = take_replies(&maps, L2, 1, 51820, &[])
             .unwrap()
             .load()
@@ -646,7 +684,7 @@ mod tests {
             let arrivals = arrivals.load().unwrap();
             let asks = Packet::new(moved, here, UDP, ports(40_000, 53));
             assert!(!taken(arrivals.as_fd(), &asks));
-            maps.inside().serve(&moves(&[moved])).unwrap();
+            serve(maps.inside(), &moves(&[moved]));
             let answers = Packet::new(here, moved, UDP, ports(53, 40_000));
             assert!(!taken(program.as_fd(), &answers));
             let calls = Packet::new(here, moved, UDP, ports(53, 40_001));
@@ -675,5 +713,86 @@ mod tests {
             .collect();
         let next = FlowMaps::found(&lasting, 1000).unwrap().unwrap();
         assert_eq!(next.inside().calls().unwrap(), [call]);
+    }
+
+    /// The daemon was killed, and its peer has not said yet what moves.
+    #[test]
+    fn what_an_earlier_daemon_carried_calls_to_is_served_until_its_peer_speaks() {
+        let [here, moved, other] = ENDS[0];
+        let (maps, program) = at_egress(&[moved]);
+        let call = Packet::new(here, moved, UDP, ports(7, 53));
+        assert!(taken(program.as_fd(), &call));
+        let lasting: Vec<OwnedFd> = (maps.lasting().iter())
+            .map(|fd| fd.try_clone_to_owned().unwrap())
+            .collect();
+        let next = || {
+            let next = FlowMaps::found(&lasting, 1000).unwrap().unwrap();
+            let program = take_replies(&next, L2, 1, 51820, &[]).unwrap();
+            (next, program.load().unwrap())
+        };
+        let elsewhere = Packet::new(here, other, UDP, ports(7, 53));
+        let (maps, program) = next();
+        assert!(maps.inside().inherits());
+        for served in [&[][..], &[other][..]] {
+            // Another peer was there first.
+            serve(maps.inside(), &moves(served));
+            assert!(taken(program.as_fd(), &call));
+            assert_eq!(taken(program.as_fd(), &elsewhere), !served.is_empty());
+        }
+        serve(maps.inside(), &moves(&["192.0.2.5:54"]));
+        assert!(!maps.inside().inherits() && !taken(program.as_fd(), &call));
+        // A peer that does not come back keeps nobody here for ever.
+        let (maps, program) = next();
+        serve(maps.inside(), &[]);
+        maps.inside().lock().inherited_until = now();
+        assert!(taken(program.as_fd(), &call));
+        serve(maps.inside(), &[]);
+        assert!(!maps.inside().inherits() && !taken(program.as_fd(), &call));
+    }
+
+    #[test]
+    fn what_stays_keeps_its_number_and_what_did_not_change_is_not_written_again() {
+        in_fresh_namespace(|| {
+            let inside = Inside::new(|_| None).unwrap();
+            serve(&inside, &moves(&["192.0.2.5:80", "192.0.2.6:443"]));
+            let sets = inside.lock().sets.clone();
+            serve(&inside, &moves(&["192.0.2.4:22", "192.0.2.6:443"]));
+            let kept = inside.lock().sets.clone();
+            let same = kept
+                .iter()
+                .filter(|(ports, at)| sets.get(*ports) == Some(*at));
+            assert_eq!((kept.len(), same.count()), (2, 1));
+            assert_eq!(inside.ports.keys().unwrap().len(), 4);
+            // Behind its back, to see whether it looks.
+            for key in inside.ports.keys().unwrap() {
+                inside.ports.remove(&key).unwrap();
+            }
+            serve(&inside, &moves(&["192.0.2.4:22", "192.0.2.6:443"]));
+            assert!(inside.ports.keys().unwrap().is_empty());
+        });
+    }
+
+    /// 16,384 moves, and one peer that has more ports than there is space for.
+    #[test]
+    fn a_peer_that_names_too_much_does_not_keep_others_from_being_served() {
+        in_fresh_namespace(|| {
+            let inside = Inside::new(|_| None).unwrap();
+            let program = served(&inside);
+            let greedy: Vec<Move> = (0..4000u32)
+                .map(|n| Move {
+                    prefix: IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a00_0000 + n)).into(),
+                    ports: (0..16)
+                        .map(|i| 4001 * i + n as u16..=4001 * i + n as u16)
+                        .collect(),
+                    transport: None,
+                })
+                .collect();
+            let modest = moves(&["192.0.2.5:80"]);
+            let of_peers = [greedy.iter().collect(), modest.iter().collect()];
+            assert_eq!(inside.serve(&of_peers).unwrap(), [0]);
+            let to = |dst, port| Packet::new("198.51.100.2", dst, TCP, ports(40_000, port));
+            assert!(taken(program.as_fd(), &to("192.0.2.5", 80)));
+            assert!(!taken(program.as_fd(), &to("10.0.0.0", 0)));
+        });
     }
 }

@@ -24,6 +24,7 @@
 //!   rights    what has moved of each, as the old server's programs decide by it
 //!   flows     the memory of the steering programs
 //!   inside    what they know of calls from inside to moved addresses
+//!   inports   which prefixes have which ports of what is served there, as far as it fits
 //!   parse     how the steering programs and the one below read a packet
 //!   places    what the new server's programs know of addresses
 //!   outgoing  what begins on the new server
@@ -55,6 +56,7 @@ mod deliver;
 mod facts;
 mod flows;
 mod headers;
+mod inports;
 mod inside;
 mod moved;
 mod note_own;
