@@ -584,7 +584,10 @@ mod tests {
         let (peer, there) = bed.sends(&asked).unwrap();
         assert_eq!(peer, PeerId::SELF);
         let parsed = Parsed::parse(&there).unwrap();
-        assert_eq!(parsed.dst(&there), to.parse::<std::net::IpAddr>().unwrap().into());
+        assert_eq!(
+            parsed.dst(&there),
+            to.parse::<std::net::IpAddr>().unwrap().into()
+        );
         // What may be an answer to a client is one, whoever says that its address has moved.
         let mut answers = call(Kind::Udp, host, moved);
         let claimed = "192.0.2.5:40001/udp".parse().unwrap();
