@@ -9,10 +9,11 @@
 //! * It belongs to no conversation that this host began or was asked for directly.
 //! * A socket waited for what the client sent; or one behind this host, which sends this.
 //! * From another port, or from a socket that is connected to the client and may have chosen itself
-//!   whom it speaks to, or between equal ports at both ends (time and key exchange, telephony, other
-//!   servers' tunnels), where each side may speak first, the client spoke a moment ago, from a port that no service has: what this
-//!   host asks is mostly at a well-known port. This host has begun nothing with that remote end so
-//!   far; and what no socket sends is not sent from the port of one, as kernel tunnels do.
+//!   whom it speaks to, or between equal ports at both ends, where each side may speak first (time,
+//!   key exchange, telephony, other tunnels), the client spoke a moment ago, from a port that no
+//!   service has: what this host asks is mostly at a well-known port. This host has begun nothing
+//!   with that remote end so far; and what no socket sends is not sent from the port of one, as
+//!   kernel tunnels do.
 //!
 //! ```text
 //! deliver, UDP of a new flow, and once a second:

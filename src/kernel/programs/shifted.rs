@@ -32,8 +32,8 @@
 //! twice more than else. One client can bring that about. So what was never answered by the client
 //! is forgotten after minutes, what has ended after one, and what the daemon does not know any more
 //! after ten; the price is paid on only for a connection that both sides keep open, which nothing
-//! here may break. A direct one is kept for two hours without a packet (RFC 5382 REQ-5): this host's
-//! own timeouts end it sooner where it is served by a program that has any.
+//! here may break. A direct one is kept for two hours without a packet (RFC 5382 REQ-5): the
+//! timeouts of the program that serves it end it sooner, if it has any.
 //!
 //! There is room for [`MAX_SHIFTED`]: beyond it a second connection gets no answer by the tunnel
 //! (`direct_connection`), and directly one that its client ignores.
