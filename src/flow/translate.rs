@@ -689,9 +689,10 @@ impl Translator {
         self.begin(now, key, parsed).inspect_err(|drop| {
             // What is under way without a session may go on with one. Its entry is how the kernel
             // and a later daemon know it.
-            let is_new = match parsed.kind() {
-                Kind::Tcp => parsed.tcp_flags() & (SYN | ACK) == SYN,
-                _ => drop.reason != DropReason::NoSession,
+            let is_new = if parsed.kind() == Kind::Tcp {
+                parsed.tcp_flags() & (SYN | ACK) == SYN
+            } else {
+                drop.reason != DropReason::NoSession
             };
             if is_new && outgoing::is_by_port(&self.routes.load(), key) {
                 self.table(key.client).tell_ended(*key);
