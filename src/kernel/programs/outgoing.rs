@@ -18,8 +18,9 @@
 //!     for each rule: if (protocol, port, uid and cgroup fit) goto fits;
 //!     no;
 //! fits:
-//!     if (UDP && lookup(in, key)) no;
-//!     if (UDP && !lookup(own, key) && it is related) hit;         // see `related`
+//!     if (UDP && come = lookup(in, key)) {
+//!         if (!come->unawaited || !from a socket at this port) no;
+//!     } else if (UDP && !lookup(own, key) && it is related) hit;  // see `related`
 //!     if (!(places[ip.saddr] & OWN) || places[ip.daddr] & NEAR) no;
 //!     delete(own, key); update(own, remote end, now);
 //!     if (update(flows, key, { now, 0, 0, 0, UDP ? BEGUN_HERE : 0 })) { count; drop; }
@@ -53,6 +54,7 @@ use super::phrases::{
 };
 use super::places::{Place, Places, Which};
 use super::related::{jump_if_related, remember_remote_end};
+use super::sockets::jump_unless_from_own_port;
 use super::take_replies::{BPF_SK_STORAGE_GET_F_CREATE, SOCKET, load_tcp_socket};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
@@ -113,9 +115,15 @@ pub(super) fn take_by_port(
     a.bind(fits);
     let (tcp, local) = (a.label(), a.label());
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
+    let (begun, not_come) = (a.label(), a.label());
     look_up(a, &maps.direct);
-    a.jump_if_wide(R0, If::Ne, 0, no);
-    let begun = a.label();
+    a.jump_if_wide(R0, If::Eq, 0, not_come);
+    // What came when nobody waited for it is no request that a program answers by its own port.
+    a.load(Size::Dw, R0, R0, 0);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    jump_unless_from_own_port(a, no);
+    a.jump(begun);
+    a.bind(not_come);
     look_up(a, &maps.own);
     a.jump_if_wide(R0, If::Ne, 0, begun);
     jump_if_related(a, maps, taken);
@@ -555,6 +563,25 @@ mod tests {
             bed.maps.set_places(&moved(prefixes), true).unwrap();
             for (from, expected) in sources {
                 assert_eq!(is_taken(&bed, from), expected, "{prefixes} {from}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_connection_to_a_kept_address_is_not_answered_bare() {
+        for [remote, moved, _, _] in ENDS {
+            let bed = Bed::new(&[]);
+            let syn = Packet::new(remote, moved, TCP, tcp(40_000, 80, SYN));
+            assert!(bed.is_delivered(&syn));
+            let answer = |port, flags| Packet::new(moved, remote, TCP, tcp(80, port, flags));
+            assert!(bed.is_taken(&answer(40_000, SYN | ACK)));
+            // Somebody at the link sends the same to the moved address itself.
+            let frame = run(bed.arrivals.as_fd(), &frame(&syn.bytes())).frame;
+            let at = L2 as usize + syn.bytes().len() - syn.payload.len();
+            let shifted = u16::from_be_bytes([frame[at], frame[at + 1]]);
+            assert_ne!(shifted, 40_000);
+            for flags in [SYN | ACK, ACK] {
+                assert!(bed.is_taken(&answer(shifted, flags)));
             }
         }
     }
