@@ -98,9 +98,10 @@ struct Routed {
 impl Facts {
     /// Reads everything: addresses anew, routes and resolvers if they were not read a moment ago.
     ///
-    /// `listed` are this host's addresses, `ways_out` the links of its default routes, and `held` those moved ones among them that this daemon
-    /// itself has put there. If the kernel cannot be asked for the routes, what was read of them
-    /// before stays, and there is a [`Self::warning`].
+    /// `listed` are this host's addresses, `ways_out` the links of its default routes, and `held`
+    /// those moved ones among the addresses that this daemon itself has put there. If the kernel
+    /// cannot be asked for the routes, what was read of them before stays, and there is a
+    /// [`Self::warning`].
     pub(super) fn read(
         &mut self,
         netlink: &Netlink,
