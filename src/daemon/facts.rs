@@ -98,9 +98,10 @@ struct Routed {
 impl Facts {
     /// Reads everything: addresses anew, routes and resolvers if they were not read a moment ago.
     ///
-    /// `listed` are this host's addresses, `ways_out` the links of its default routes, and `held` those moved ones among them that this daemon
-    /// itself has put there. If the kernel cannot be asked for the routes, what was read of them
-    /// before stays, and there is a [`Self::warning`].
+    /// `listed` are this host's addresses, `ways_out` the links of its default routes, and `held`
+    /// those moved ones among the addresses that this daemon itself has put there. If the kernel
+    /// cannot be asked for the routes, what was read of them before stays, and there is a
+    /// [`Self::warning`].
     pub(super) fn read(
         &mut self,
         netlink: &Netlink,
@@ -312,7 +313,10 @@ fn beginning(path: &str) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::setup::find_uplinks;
     use crate::kernel::netlink::Route;
+    use crate::lab::Namespace;
+    use crate::lab::wiring::Wiring;
 
     const ETH: u32 = 2;
     const WIREGUARD: u32 = 3;
@@ -455,5 +459,44 @@ mod tests {
         assert_eq!(resolvers(&[many]).len(), MAX_RESOLVERS);
         assert_eq!(beginning("/nonexistent").unwrap(), "");
         assert!(beginning("/proc/self/mem").is_err());
+    }
+
+    #[test]
+    fn clients_are_where_the_default_routes_leave_though_the_peer_is_elsewhere() {
+        let namespace = Namespace::new("facts").expect("run the tests as root");
+        let look = || {
+            let netlink = Netlink::new().unwrap();
+            let link = |name: &str, addr: &str| {
+                netlink.add_veth(name, &format!("{name}far"), None).unwrap();
+                for name in [format!("{name}far"), name.to_owned()] {
+                    let link = netlink.link_by_name(&name).unwrap().unwrap();
+                    netlink.set_link_up(link.index).unwrap();
+                }
+                let index = netlink.link_by_name(name).unwrap().unwrap().index;
+                let address = Address {
+                    index,
+                    addr: addr.parse().unwrap(),
+                    prefix: 24,
+                };
+                netlink.add_address(&address).unwrap();
+                index
+            };
+            let (public, _) = (link("pub0", "198.51.100.2"), link("priv0", "10.0.0.2"));
+            let route = Route {
+                dev: Some(public),
+                ..Route::default_of(Family::V4)
+            };
+            netlink.add_route(&route).unwrap();
+            let peer = "10.0.0.9".parse().unwrap();
+            let uplinks = find_uplinks(&netlink, None, &[], &[peer], "tun").unwrap();
+            let ways_out = of_default_routes(&netlink, &self::link(99, None));
+            assert_eq!(ways_out, [public]);
+            assert_eq!(names_of(&netlink, &uplinks, &[]), ["priv0"]);
+            assert_eq!(names_of(&netlink, &uplinks, &ways_out), ["priv0", "pub0"]);
+            // The last resort is the daemon's own.
+            assert!(of_default_routes(&netlink, &self::link(public, None)).is_empty());
+            Ok(())
+        };
+        namespace.run(look).unwrap();
     }
 }

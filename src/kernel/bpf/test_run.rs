@@ -39,8 +39,8 @@ pub(in crate::kernel) fn nanoseconds(program: BorrowedFd<'_>, frame: &[u8]) -> u
     series.min().unwrap_or_default()
 }
 
-/// Runs a program so often on the same frame, with this mark and ingress interface. Returns the last outcome, and the mean duration in
-/// nanoseconds.
+/// Runs a program so often on the same frame, with this mark and ingress interface. Returns the
+/// last outcome, and the mean duration in nanoseconds.
 fn repeat(program: BorrowedFd<'_>, frame: &[u8], with: [u32; 2], times: u32) -> (Outcome, u32) {
     #[repr(C)]
     struct Attr {
