@@ -912,7 +912,8 @@ impl Control<'_> {
             Role::Old => Facts::addresses(held, uplinks),
             Role::New => {
                 let kept = keep::held(self.host.made()).collect();
-                (self.facts).read(&self.netlink, held, uplinks, &self.tun, kept)
+                let ways_out = self.follower.ways_out();
+                (self.facts).read(&self.netlink, held, uplinks, ways_out, &self.tun, kept)
             }
         };
         self.policy.handle(now, Input::Addresses(addresses));

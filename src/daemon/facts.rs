@@ -98,7 +98,7 @@ struct Routed {
 impl Facts {
     /// Reads everything: addresses anew, routes and resolvers if they were not read a moment ago.
     ///
-    /// `listed` are this host's addresses, and `held` those moved ones among them that this daemon
+    /// `listed` are this host's addresses, `ways_out` the links of its default routes, and `held` those moved ones among them that this daemon
     /// itself has put there. If the kernel cannot be asked for the routes, what was read of them
     /// before stays, and there is a [`Self::warning`].
     pub(super) fn read(
@@ -106,13 +106,16 @@ impl Facts {
         netlink: &Netlink,
         listed: &[Address],
         uplinks: &Uplinks,
+        ways_out: &[u32],
         tun: &Link,
         held: Vec<Prefix>,
     ) -> Addresses {
         let mut addresses = Self::addresses(listed, uplinks);
         addresses.held = held;
-        addresses.by_default = of_default_routes(netlink, listed, tun);
-        addresses.uplinks = uplinks.iter().map(|link| link.name.clone()).collect();
+        let by_default = of_default_routes(netlink, tun);
+        let on_them = (listed.iter()).filter(|held| by_default.contains(&held.index));
+        addresses.by_default = on_them.map(|held| held.addr).collect();
+        addresses.uplinks = names_of(netlink, uplinks, ways_out);
         let now = Instant::now();
         if self.again.is_none_or(|again| again <= now) {
             self.unread = self.read_routes(netlink, tun).err();
@@ -225,17 +228,24 @@ impl Routed {
     }
 }
 
-/// The addresses on the links that the default routes of both families leave by, each with those
-/// that stay first. The daemon's own way out of last resort is none.
-fn of_default_routes(netlink: &Netlink, listed: &[Address], tun: &Link) -> Vec<IpAddr> {
-    let mut links = PUBLIC
-        .map(|far| netlink.route_get(far, None, None).ok()?.oif)
-        .to_vec();
-    links.retain(|&link| link != Some(tun.index));
-    let on_them = listed
-        .iter()
-        .filter(|held| links.contains(&Some(held.index)));
-    on_them.map(|held| held.addr).collect()
+/// The links that the default routes of both families leave by: clients are there, though the route
+/// to the peer may leave by another. The daemon's own way out of last resort is none.
+pub(super) fn of_default_routes(netlink: &Netlink, tun: &Link) -> Vec<u32> {
+    let links = PUBLIC.map(|far| netlink.route_get(far, None, None).ok()?.oif);
+    let mut links: Vec<u32> = links.into_iter().flatten().collect();
+    links.retain(|&link| link != tun.index);
+    links.dedup();
+    links
+}
+
+/// The names of the uplinks, and of those that the default routes leave by.
+fn names_of(netlink: &Netlink, uplinks: &Uplinks, ways_out: &[u32]) -> Vec<String> {
+    let names = uplinks.iter().map(|link| link.name.clone());
+    let others = ways_out.iter().filter(|&&index| !uplinks.contains(index));
+    let link = |&index: &u32| netlink.link_by_index(index).ok().flatten();
+    names
+        .chain(others.filter_map(link).map(|link| link.name))
+        .collect()
 }
 
 /// The network of this server's own that a route leads to, and its interface.

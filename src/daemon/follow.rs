@@ -21,6 +21,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::{debug, info, warn};
 
+use super::facts::of_default_routes;
 use super::service::{Result, system, warn_of_left};
 use super::setup::{Uplinks, find_uplinks};
 use super::warnings::Warnings;
@@ -183,6 +184,8 @@ pub(super) struct Follower {
     carrying: Vec<Link>,
     /// The interfaces that clients' packets use, as they are or, if they are gone, were.
     uplinks: Uplinks,
+    /// The links that the default routes leave by, or left by last (new server).
+    ways_out: Vec<u32>,
     /// Whether they are there.
     there: bool,
     /// How many links there are beyond [`MAX_LINKS`].
@@ -215,11 +218,13 @@ impl Follower {
             carrying: Vec::new(),
             there: uplinks.first().is_some(),
             uplinks,
+            ways_out: Vec::new(),
             beyond: 0,
             links: Vec::new(),
             on_tun: Vec::new(),
             before_ours: Vec::new(),
         };
+        follower.look_for_ways_out(host.netlink());
         follower.tell_programs(&host.netlink().addresses().map_err(system)?);
         let mut links = follower.wanted(&host.netlink().links().map_err(system)?);
         loop {
@@ -306,6 +311,26 @@ impl Follower {
         &self.uplinks
     }
 
+    /// The links that the default routes leave by, or left by last (new server).
+    pub(super) fn ways_out(&self) -> &[u32] {
+        &self.ways_out
+    }
+
+    /// Whether clients may be where this link leads.
+    fn leads_to_clients(&self, index: u32) -> bool {
+        self.uplinks.contains(index) || self.ways_out.contains(&index)
+    }
+
+    /// Looks where the default routes leave. While there is none, the links are those of before.
+    fn look_for_ways_out(&mut self, netlink: &Netlink) {
+        if matches!(self.programs, Programs::New(_)) {
+            let found = of_default_routes(netlink, &self.tun);
+            if !found.is_empty() {
+                self.ways_out = found;
+            }
+        }
+    }
+
     /// The programs of the new server.
     pub(super) fn steering(&mut self) -> Option<&mut Steering> {
         match &mut self.programs {
@@ -324,8 +349,9 @@ impl Follower {
         addresses: &[Address],
         known: &mut Warnings,
     ) -> bool {
-        let before = self.uplinks.clone();
+        let before = (self.uplinks.clone(), self.ways_out.clone());
         self.look_for_uplinks(now, host.netlink(), peers, known);
+        self.look_for_ways_out(host.netlink());
         self.tell_programs(addresses);
         let links = match host.netlink().links() {
             Ok(links) => links,
@@ -357,7 +383,8 @@ impl Follower {
         for link in wanted {
             let is_new = !self.carrying.iter().any(|known| is_same(known, &link));
             // Then it has other programs.
-            let has_turned = before.contains(link.index) != self.uplinks.contains(link.index);
+            let led = before.0.contains(link.index) || before.1.contains(&link.index);
+            let has_turned = led != self.leads_to_clients(link.index);
             if is_new || has_turned {
                 let desired = self.on_link(host.netlink(), &link);
                 self.put(now, host, &link, desired, known);
@@ -627,8 +654,8 @@ impl Follower {
         match &self.programs {
             Programs::Old(capture) => capture.on_entrance(netlink, link),
             Programs::New(steering) => {
-                let leads_to_clients = self.uplinks.contains(link.index);
-                steering.on_link(netlink, link, &self.tun, leads_to_clients)
+                let leads = self.leads_to_clients(link.index);
+                steering.on_link(netlink, link, &self.tun, leads)
             }
         }
     }

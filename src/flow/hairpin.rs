@@ -572,6 +572,31 @@ mod tests {
     }
 
     #[test]
+    fn a_datagram_to_what_is_served_here_is_no_answer_to_another_peers_client() {
+        let bed = Bed::moving(&["192.0.2.5:53/udp"], delivery());
+        let other = PeerId(2);
+        bed.translator
+            .set_moves(other, &["192.0.2.6".parse().unwrap()]);
+        bed.translator.set_delivery(other, delivery());
+        let [host, _, moved, to] = ENDS[0];
+        let mut asked = call(Kind::Udp, host, moved);
+        (asked.src_port, asked.dst_port) = (40_000, 53);
+        let (peer, there) = bed.sends(&asked).unwrap();
+        assert_eq!(peer, PeerId::SELF);
+        let parsed = Parsed::parse(&there).unwrap();
+        assert_eq!(
+            parsed.dst(&there),
+            to.parse::<std::net::IpAddr>().unwrap().into()
+        );
+        // What may be an answer to a client is one, whoever says that its address has moved.
+        let mut answers = call(Kind::Udp, host, moved);
+        let claimed = "192.0.2.5:40001/udp".parse().unwrap();
+        bed.translator.set_moves(PEER, &[claimed]);
+        (answers.src_port, answers.dst_port) = (53, 40_001);
+        assert_eq!(bed.sends(&answers).unwrap().0, other);
+    }
+
+    #[test]
     fn errors_go_to_whom_they_concern_with_what_that_has_sent() {
         for [host, container, moved, to] in ENDS {
             for (from, seen) in [(host, moved), (container, container)] {

@@ -25,7 +25,7 @@ use crate::flow::routes::Routes;
 use crate::flow::table::Inside;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::moved::{TCP, UDP};
-use crate::model::outgoing::ByPort;
+use crate::model::outgoing::{ByPort, PortEnd};
 use crate::model::peer::PeerId;
 use crate::packet::{ACK, Addr, ICMP, ICMPV6, Kind, Parsed, RST, SYN};
 
@@ -139,6 +139,19 @@ pub(super) fn is_by_port(routes: &Routes, key: &Inside) -> bool {
     by_port(routes, key).is_some()
 }
 
+/// Whether a rule names the packet's ports, so that it is no answer of an earlier daemon's flow.
+///
+/// Of TCP a rule of destinations does: its connections go to ports from which no client speaks. By
+/// their source, a server's answers look the same as what it begins.
+pub(super) fn precedes_answers(routes: &Routes, key: &Inside, parsed: &Parsed) -> bool {
+    let Some((_, rule)) = rule_of(routes, key) else {
+        return false;
+    };
+    let by_destination = rule.ports.end == PortEnd::Destination;
+    let surely = parsed.kind() == Kind::Udp || (by_destination && may_begin(parsed));
+    surely || !routes.is_delivery(key.delivery)
+}
+
 /// As [`origin`], of a flow through this peer that began here under an earlier daemon; `None` if it
 /// did not begin here.
 pub(super) fn earlier_origin(routes: &Routes, peer: PeerId, key: &Inside) -> Option<Addr> {
@@ -179,26 +192,30 @@ fn bound(routes: &Routes, source: Addr) -> Option<PeerId> {
 /// The peer whose rule the packet's ports fit, and the moved address that the rule means; `None` in
 /// its place if it is not clear.
 fn by_port(routes: &Routes, key: &Inside) -> Option<(PeerId, Option<Addr>)> {
+    let (peer, rule) = rule_of(routes, key)?;
+    let from = match rule.from {
+        Some(from) => Some(Addr::from(from)).filter(|&from| routes.has_moved(peer, from)),
+        None => routes.only_moved(peer, IpAddr::from(key.delivery).is_ipv4()),
+    };
+    Some((peer, from))
+}
+
+/// The rule that the packet's ports fit, and its peer.
+fn rule_of<'r>(routes: &'r Routes, key: &Inside) -> Option<(PeerId, &'r ByPort)> {
     let has_ports = matches!(key.protocol, TCP | UDP);
     if !has_ports || !routes.is_host(key.delivery) {
         return None;
     }
     let is_v4 = IpAddr::from(key.delivery).is_ipv4();
     let (source, destination) = (key.delivery_port, key.client_port);
-    for peer in routes.peer_ids() {
-        let fits = |rule: &&ByPort| {
-            rule.from.is_none_or(|from| from.is_ipv4() == is_v4)
-                && rule.ports.takes(key.protocol, source, destination)
-        };
-        if let Some(rule) = routes.outgoing(peer).by_port.iter().find(fits) {
-            let from = match rule.from {
-                Some(from) => Some(Addr::from(from)).filter(|&from| routes.has_moved(peer, from)),
-                None => routes.only_moved(peer, is_v4),
-            };
-            return Some((peer, from));
-        }
-    }
-    None
+    let fits = |rule: &&ByPort| {
+        rule.from.is_none_or(|from| from.is_ipv4() == is_v4)
+            && rule.ports.takes(key.protocol, source, destination)
+    };
+    routes.peer_ids().find_map(|peer| {
+        let rule = routes.outgoing(peer).by_port.iter().find(fits)?;
+        Some((peer, rule))
+    })
 }
 
 impl fmt::Display for RefusedOutgoing {
@@ -441,6 +458,115 @@ mod tests {
             (plan.flags, plan.src_port) = (flags, 42_000);
             assert_eq!(refused(&plan), DropReason::NoFlow, "it answers somebody");
         }
+    }
+
+    #[test]
+    fn what_is_refused_by_its_port_ends_for_the_kernel_as_well() {
+        let rules = ["25/tcp", "53/udp"];
+        let ended = |bed: &Bed| {
+            let mut ended = Vec::new();
+            assert_eq!(bed.translator.take_ended(&mut ended), 0);
+            ended
+        };
+        let set = |bed: &Bed, allowed, by_port| {
+            let rules = OutgoingRules {
+                on: true,
+                allowed,
+                by_port,
+            };
+            bed.translator.set_outgoing(PEER, rules);
+        };
+        let by_port = || -> Vec<ByPort> {
+            let parse = |text: &str| match text.parse().unwrap() {
+                crate::model::outgoing::Outgoing::ByPort(by_port) => by_port,
+                other => panic!("{other}"),
+            };
+            rules.map(parse).into()
+        };
+        for (kind, port) in [(Kind::Tcp, 25), (Kind::Udp, 53)] {
+            for source in [HERE, OTHER_HERE] {
+                let mut plan = begins(kind, source);
+                plan.dst_port = port;
+                let flow = HostFlow {
+                    protocol: plan.build()[9],
+                    local: format!("{source}:40000").parse().unwrap(),
+                    remote: format!("{REMOTE}:{port}").parse().unwrap(),
+                };
+                let refused = |bed: &Bed, plan: &Plan| bed.outbound(&mut plan.build()).unwrap_err();
+                let bed = Bed::new(&[MOVED], &rules);
+                set(&bed, Some(false), by_port());
+                assert_eq!(refused(&bed, &plan), DropReason::OutgoingNotAllowed);
+                assert_eq!(ended(&bed), [flow]);
+                let bed = Bed::new(&[MOVED, "192.0.2.6"], &rules);
+                assert_eq!(refused(&bed, &plan), DropReason::OutgoingNoAddress);
+                assert_eq!(ended(&bed), [flow]);
+                let mut special = plan.clone();
+                special.dst = "224.0.0.9".parse().unwrap();
+                let bed = Bed::new(&[MOVED], &rules);
+                assert_eq!(refused(&bed, &special), DropReason::BadDestination);
+                assert_eq!(ended(&bed).len(), 1);
+                // Without a session only what is surely new: the rest may go on with one.
+                set(&bed, None, by_port());
+                assert_eq!(refused(&bed, &plan), DropReason::NoSession);
+                assert_eq!(ended(&bed).len(), usize::from(kind == Kind::Tcp));
+                plan.flags = ACK;
+                assert_eq!(refused(&bed, &plan), DropReason::NoSession);
+                assert_eq!(ended(&bed), []);
+                // What is taken in the end has not ended.
+                plan.flags = SYN;
+                assert_eq!(refused(&bed, &plan), DropReason::NoSession);
+                set(&bed, Some(true), by_port());
+                assert_eq!(bed.seen_as(&plan).0, MOVED);
+                assert_eq!(ended(&bed), []);
+            }
+        }
+        // What is bound to the moved address has no entry there.
+        let bed = Bed::new(&[MOVED], &rules);
+        set(&bed, Some(false), by_port());
+        assert!(bed.outbound(&mut begins(Kind::Tcp, MOVED).build()).is_err());
+        assert_eq!(ended(&bed), []);
+    }
+
+    #[test]
+    fn what_a_rule_names_leaves_as_it_says_right_after_the_start_too() {
+        for (kind, port, flags) in [(Kind::Udp, 53, 0), (Kind::Tcp, 25, ACK)] {
+            let rules = ["53/udp,as=192.0.2.6", "25/tcp,as=192.0.2.6"];
+            let bed = Bed::new(&[MOVED, "192.0.2.6:26/tcp"], &rules);
+            let mut plan = begins(kind, HERE);
+            (plan.dst_port, plan.flags) = (port, flags);
+            assert_eq!(bed.seen_as(&plan).0, "192.0.2.6");
+            let bed = Bed::new(&[MOVED, "192.0.2.6:26/tcp"], &rules);
+            let mut rules = OutgoingRules {
+                on: true,
+                allowed: Some(false),
+                by_port: vec![],
+            };
+            for text in ["53/udp,as=192.0.2.6", "25/tcp,as=192.0.2.6"] {
+                if let crate::model::outgoing::Outgoing::ByPort(it) = text.parse().unwrap() {
+                    rules.by_port.push(it);
+                }
+            }
+            bed.translator.set_outgoing(PEER, rules);
+            let refused = bed.outbound(&mut plan.build());
+            assert_eq!(refused, Err(DropReason::OutgoingNotAllowed));
+        }
+        // A server's answer is one, though a rule names its port as that of what it begins.
+        let bed = Bed::new(&[MOVED, "192.0.2.6:26/tcp"], &["from:20/tcp,as=192.0.2.6"]);
+        let mut answers = begins(Kind::Tcp, HERE);
+        (answers.src_port, answers.dst_port, answers.flags) = (20, 50_000, ACK);
+        assert_eq!(bed.seen_as(&answers).0, MOVED);
+    }
+
+    #[test]
+    fn a_second_flow_to_the_same_remote_end_is_no_answer_from_an_unmoved_port() {
+        let bed = Bed::new(&["192.0.2.5:25/tcp"], &["53/udp"]);
+        let mut plan = begins(Kind::Udp, HERE);
+        plan.dst_port = 53;
+        for port in [40_000, 40_001, 40_002] {
+            plan.src_port = port;
+            assert_eq!(bed.seen_as(&plan).0, MOVED);
+        }
+        assert!(bed.translator.take_unmoved_ports().is_empty());
     }
 
     #[test]

@@ -240,6 +240,13 @@ impl FlowTable {
         self.ended = Some(Outbox::new(room));
     }
 
+    /// Puts a flow among those that ended that is not here, since it was refused.
+    pub fn tell_ended(&mut self, flow: Inside) {
+        if let Some(ended) = &mut self.ended {
+            ended.put(flow);
+        }
+    }
+
     /// Takes the flows that ended, in the order they did, and how many more found no room.
     pub fn take_ended(&mut self) -> (Vec<Inside>, u64) {
         self.ended.as_mut().map(Outbox::take).unwrap_or_default()

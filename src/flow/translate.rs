@@ -58,6 +58,9 @@ const MAX_SHARDS: usize = 256;
 /// TCP needs no such bound, since what begins a connection never makes a flow.
 const REOPEN_FOR: Duration = UDP_BOTH_WAYS;
 
+/// Below lie the ports of services (RFC 6335 section 6), from which no client speaks.
+const FIRST_CLIENT_PORT: u16 = 1024;
+
 /// New flows that make space before it is looked again which shard is the fullest.
 const TURNS: usize = 64;
 
@@ -331,10 +334,10 @@ impl Translator {
                     // What may be an answer to a client is one, whoever says that its address has
                     // moved.
                     Some(called) => return Ok(called?),
-                    None => self.begin(now, &key, parsed)?,
+                    None => self.begin_or_tell(now, &key, parsed)?,
                 },
                 Err(DropReason::UnmovedPort) if outgoing::is_by_port(&self.routes.load(), &key) => {
-                    self.begin(now, &key, parsed)?
+                    self.begin_or_tell(now, &key, parsed)?
                 }
                 Err(reason) => return Err(reason.into()),
             },
@@ -654,12 +657,47 @@ impl Translator {
         }
         match self.related(now, key, parsed)? {
             Some(related) => Ok(related),
-            // Nor what a rule takes that leaves from where nothing is delivered.
-            None if !routes.is_delivery(key.delivery) && outgoing::is_by_port(&routes, key) => {
-                Err(DropReason::NoFlow)
-            }
+            // Nor what a rule takes: it says from which address, and whether at all.
+            None if outgoing::precedes_answers(&routes, key, parsed) => Err(DropReason::NoFlow),
+            None if Self::can_only_call(&routes, key, parsed) => Err(DropReason::NoFlow),
             None => self.reopen(now, key, parsed),
         }
+    }
+
+    /// Whether a datagram asks what is served here and answers no client: clients do not speak from
+    /// the ports of services (RFC 6335 section 6). Any other may be an answer, whoever says that
+    /// its destination has moved.
+    fn can_only_call(routes: &Routes, key: &Inside, parsed: &Parsed) -> bool {
+        parsed.kind() == Kind::Udp
+            && key.client_port < FIRST_CLIENT_PORT
+            && key.delivery_port >= FIRST_CLIENT_PORT
+            && matches!(
+                routes.inside(key.client, key.protocol, Kind::Udp, key.client_port),
+                Some(Ok(_))
+            )
+    }
+
+    /// As [`begin`](Self::begin). The kernel has entered what a rule of ports takes among its flows
+    /// before it is decided here; of one that is refused it is told that it ended.
+    #[cold]
+    fn begin_or_tell(
+        &self,
+        now: Instant,
+        key: &Inside,
+        parsed: &Parsed,
+    ) -> Result<Outside, Dropped> {
+        self.begin(now, key, parsed).inspect_err(|drop| {
+            // What is under way without a session may go on with one. Its entry is how the kernel
+            // and a later daemon know it.
+            let is_new = if parsed.kind() == Kind::Tcp {
+                parsed.tcp_flags() & (SYN | ACK) == SYN
+            } else {
+                drop.reason != DropReason::NoSession
+            };
+            if is_new && outgoing::is_by_port(&self.routes.load(), key) {
+                self.table(key.client).tell_ended(*key);
+            }
+        })
     }
 
     /// Begins a flow with a packet of this side, or continues one after a restart.

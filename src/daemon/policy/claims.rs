@@ -101,11 +101,6 @@ impl Claims {
         &self.0[index(peer)].refused
     }
 
-    /// The moves that are served for any peer.
-    pub(super) fn all(&self) -> impl Iterator<Item = &Move> + Clone {
-        self.0.iter().flat_map(|claim| claim.served.iter())
-    }
-
     /// Settles those once more that wanted what another peer had.
     fn give_what_is_free(&mut self, except: Option<PeerId>, judge: Judge<'_>) -> Vec<Settled> {
         let waits = |claim: &Claim| claim.refused.iter().any(|it| it.why == Why::Taken);

@@ -52,10 +52,11 @@ mod tests;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use self::claims::{Claims, Settled};
 use self::names::Lookup;
+use self::outgoing::MovedHere;
 use self::pace::Pace;
 use self::refusal::{Refusal, Rules};
 pub(super) use self::sizes::{RouteSize, tunnel_mtu};
@@ -81,6 +82,11 @@ use crate::settings::values::{DeliverTo, PeerAddr};
 /// Addresses of a peer that those inside reach here though nobody has accepted them: a network of
 /// IPv4 as people have it. More is accepted by somebody who reads the warning.
 const INSIDE_UNASKED: u32 = 256;
+
+/// What had moved to an earlier daemon counts as moved for so long after the start, if a peer does
+/// not say meanwhile what it moves: it may be gone for good, and the address be another's by then.
+/// As long, what is known of earlier connections is trusted. What is held longer counts longer.
+const LEFT_COUNTS: Duration = Duration::from_secs(600);
 
 /// The settings of one peer.
 #[derive(Debug)]
@@ -353,6 +359,7 @@ pub(super) struct Policy {
     tun_mtu: u32,
     hop: Hop,
     left: Vec<Prefix>,
+    started: Instant,
     /// What the programs were told of addresses last, and whether that was complete.
     places: Option<(BTreeMap<Prefix, Place>, bool)>,
     /// What was last asked to be held.
@@ -449,6 +456,7 @@ impl Policy {
             tun_mtu: host.tun_mtu,
             hop: Hop::default(),
             left: host.left,
+            started: now,
             places: None,
             wanted: None,
             not_held: None,
@@ -469,7 +477,7 @@ impl Policy {
                 // Where one peer seems to be speaks against no other's moves.
                 self.judge_again(now, Some(peer));
                 self.deliver(peer);
-                self.tell_places();
+                self.tell_places(now);
             }
             Input::SpeaksFrom(peer, addr) => self.peers[index(peer)].speaks_from = addr,
             Input::State(peer, state) => {
@@ -522,9 +530,14 @@ impl Policy {
         }
     }
 
-    /// Does what is due: looks up again the names of peers that do not answer, and gives warnings
-    /// that came too early.
+    /// Does what is due: looks up again the names of peers that do not answer, gives warnings that
+    /// came too early, and forgets what had moved to an earlier daemon.
     pub(super) fn handle_timeout(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.started) >= LEFT_COUNTS
+            && matches!(self.places, Some((_, false)))
+        {
+            self.tell_places(now);
+        }
         for id in self.peers() {
             let peer = &mut self.peers[index(id)];
             let paces = [
@@ -756,7 +769,7 @@ impl Policy {
         for settled in self.claims.announce(peer, moves, &judge) {
             self.settle(now, settled);
         }
-        self.tell_places();
+        self.tell_places(now);
     }
 
     /// Holds the moves of one peer, or of all, against what is known now. What this server needs
@@ -774,11 +787,11 @@ impl Policy {
         for settled in self.claims.judge_again(whose, &judge) {
             self.settle(now, settled);
         }
-        self.tell_places();
+        self.tell_places(now);
     }
 
     /// Tells the programs what they have to know of addresses, if that is something else.
-    fn tell_places(&mut self) {
+    fn tell_places(&mut self, now: Instant) {
         if self.role == Role::Old {
             return;
         }
@@ -792,18 +805,56 @@ impl Policy {
             heard.into_iter().chain(peer.known_at)
         });
         let places = outgoing::places(
-            self.claims.all().map(|moved| moved.prefix),
+            self.moved_places(),
             &self.addresses,
+            &self.left,
             at,
             self.peers.iter().any(by_port),
         );
-        let complete = self.peers().all(|peer| self.claims.has_announced(peer));
+        let announced = self.peers().all(|peer| self.claims.has_announced(peer));
+        let complete = announced || now.saturating_duration_since(self.started) >= LEFT_COUNTS;
         let told = Some((places, complete));
         if self.places != told {
             self.places = told.clone();
             let action = told.map(|(places, complete)| Action::Places { places, complete });
             self.actions.extend(action);
         }
+    }
+
+    /// What has moved here, as far as programs are concerned. What an earlier run left is among it
+    /// as long as it is held.
+    fn moved_places(&self) -> impl Iterator<Item = MovedHere> {
+        let of_peer = move |id: PeerId| {
+            let served = self.claims.served(id).iter();
+            served.map(move |moved| MovedHere {
+                prefix: moved.prefix,
+                kept: self.counts_as_kept(id, moved),
+            })
+        };
+        let waits = |id| self.holds(id) && !self.claims.has_announced(id);
+        let left = if self.peers().any(waits) {
+            self.left.as_slice()
+        } else {
+            &[]
+        };
+        let left = left.iter().map(|&prefix| MovedHere { prefix, kept: true });
+        self.peers().flat_map(of_peer).chain(left)
+    }
+
+    /// Whether what this host has of a served move by itself counts as moved. In mode `keep` the
+    /// settings name it, or it would be refused. With `--outgoing` alone nothing is refused for
+    /// being this host's own, but the address that it speaks to peers from remains its own.
+    fn counts_as_kept(&self, id: PeerId, moved: &Move) -> bool {
+        if self.keeps(id) {
+            return true;
+        }
+        let ends = self.peers.iter().flat_map(|peer| {
+            let local = peer.endpoint.and_then(|endpoint| endpoint.local);
+            local.into_iter().chain(peer.speaks_from)
+        });
+        self.holds(id)
+            && refusal::is_named(&self.peers[index(id)].accept, moved)
+            && !ends.into_iter().any(|end| moved.prefix.contains(end))
     }
 
     /// Carries out what `claims` made of the moves of one peer.

@@ -32,65 +32,97 @@ pub(super) fn by_port(outgoing: &[Outgoing]) -> Vec<ByPort> {
     by_port.collect()
 }
 
+/// A prefix that has moved here.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MovedHere {
+    /// The prefix.
+    pub(super) prefix: Prefix,
+    /// What this host has of it by itself counts as moved as well: the settings name the prefix
+    /// alone for a peer whose addresses are held here.
+    pub(super) kept: bool,
+}
+
+/// What is said of a prefix alone.
+#[derive(Clone, Copy, Default, Debug)]
+struct Said {
+    place: Place,
+    /// This host has it without anybody having moved it, so it has not moved though a prefix around
+    /// it has. Whoever takes an old server over can name any address, and what leaves from one that
+    /// has moved goes into the tunnel: this host's logins, its DNS, and all of a network behind it.
+    own: bool,
+}
+
 /// What the programs of the new server have to know of addresses.
 ///
-/// `moved` has moved here and `peers` are where the old servers are. If it is not wanted `by_port`,
-/// nothing is said of what such connections ask for.
+/// `moved` has moved here, `left` is held since an earlier run, and `peers` are where the old
+/// servers are. If it is not wanted `by_port`, less is said of what such connections ask for.
 pub(super) fn places(
-    moved: impl Iterator<Item = Prefix>,
+    moved: impl Iterator<Item = MovedHere>,
     here: &Addresses,
+    left: &[Prefix],
     peers: impl Iterator<Item = IpAddr>,
     by_port: bool,
 ) -> BTreeMap<Prefix, Place> {
-    let moved: BTreeSet<Prefix> = moved.collect();
-    let held: BTreeSet<&Prefix> = here.held.iter().collect();
+    let mut alone: BTreeMap<Prefix, Said> = BTreeMap::new();
+    let mut say = |prefix: Prefix, place: Place, own: bool| {
+        let said = alone.entry(prefix).or_default();
+        (said.place, said.own) = (said.place.and(place), said.own || own);
+    };
+    let mut kept: BTreeSet<Prefix> = BTreeSet::new();
+    for MovedHere { prefix, kept: it } in moved {
+        say(prefix, Place::MOVED, false);
+        kept.extend(it.then_some(prefix));
+    }
+    let held: BTreeSet<&Prefix> = here.held.iter().chain(left).collect();
     // Few lengths occur.
-    let lengths: BTreeSet<u8> = held.iter().map(|prefix| prefix.len()).collect();
-    let is_held = |prefix: &Prefix| around(*prefix, &lengths).any(|it| held.contains(&it));
-    let lengths_of_moved: BTreeSet<u8> = moved.iter().map(Prefix::len).collect();
-    let mut said: Vec<(Prefix, Place)> = Vec::new();
-    said.extend(moved.iter().map(|&prefix| (prefix, Place::MOVED)));
+    let lengths_of_kept: BTreeSet<u8> = kept.iter().map(Prefix::len).collect();
+    let is_kept = |prefix: Prefix| around(prefix, &lengths_of_kept).any(|it| kept.contains(&it));
     for network in &here.networks {
-        let held = network.prefix.is_single() && is_held(&network.prefix);
-        let at_uplink = here.uplinks.contains(&network.interface);
-        if held || moved.contains(&network.prefix) {
+        if held.contains(&network.prefix) || kept.contains(&network.prefix) {
             continue;
         }
-        said.push((network.prefix, Place::NEAR));
-        if !at_uplink {
-            said.push((network.prefix, Place::BEHIND));
+        let own = !is_kept(network.prefix);
+        say(network.prefix, Place::NEAR, own);
+        if !here.uplinks.contains(&network.interface) {
+            say(network.prefix, Place::BEHIND, own);
+        }
+    }
+    for &addr in here.all.iter().filter(|addr| !addr.is_loopback()) {
+        let prefix = Prefix::from(addr);
+        if held.contains(&prefix) {
+            continue;
+        }
+        if is_kept(prefix) {
+            // The next daemon finds it by itself, and will not take it for its host's own.
+            say(prefix, Place::MOVED, false);
+        } else {
+            say(prefix, Place::OWN.and(Place::NEAR), true);
         }
     }
     if by_port {
-        let is_own = |addr: &&IpAddr| {
-            let prefix = Prefix::from(**addr);
-            let has_moved = || around(prefix, &lengths_of_moved).any(|it| moved.contains(&it));
-            !is_held(&prefix) && !addr.is_loopback() && !has_moved()
-        };
-        for &addr in here.all.iter().filter(is_own) {
-            said.push((addr.into(), Place::OWN.and(Place::NEAR)));
+        let near = peers.map(Prefix::from);
+        let special = SPECIAL.map(|(addr, len)| Prefix::of(addr, len));
+        for prefix in near.chain(special) {
+            say(prefix, Place::NEAR, false);
         }
-        said.extend(peers.map(|addr| (Prefix::from(addr), Place::NEAR)));
-        said.extend(SPECIAL.map(|(addr, len)| (Prefix::of(addr, len), Place::NEAR)));
-    }
-    let mut alone: BTreeMap<Prefix, Place> = BTreeMap::new();
-    for (prefix, place) in said {
-        let all = alone.entry(prefix).or_default();
-        *all = all.and(place);
     }
     // The most specific prefix has to say what those around it would.
     let lengths: BTreeSet<u8> = alone.keys().map(Prefix::len).collect();
     let whole = |&prefix: &Prefix| {
         let around = around(prefix, &lengths).filter_map(|prefix| alone.get(&prefix));
-        (
-            prefix,
-            around.fold(Place::default(), |all, &place| all.and(place)),
-        )
+        let whole = around.fold(Place::default(), |all, said| {
+            let all = all.and(said.place);
+            match said.own {
+                true => all.without(Place::MOVED),
+                false => all,
+            }
+        });
+        (prefix, whole)
     };
     alone.keys().map(whole).collect()
 }
 
-/// The prefixes of these lengths that the prefix lies in.
+/// The prefixes of these lengths that the prefix lies in, the widest first.
 fn around(prefix: Prefix, lengths: &BTreeSet<u8>) -> impl Iterator<Item = Prefix> {
     let lengths = lengths.range(..=prefix.len());
     lengths.map(move |&len| Prefix::of(prefix.first(), len))
@@ -118,40 +150,104 @@ mod tests {
     use super::*;
     use crate::flow::networks::OwnNetwork;
 
-    #[test]
-    fn each_prefix_says_what_those_around_it_do() {
+    fn prefix(text: &str) -> Prefix {
+        text.parse().unwrap()
+    }
+
+    /// A server with an uplink, a network of containers, and one that it holds for a peer.
+    fn here() -> Addresses {
         let network = |prefix: &str, interface: &str| OwnNetwork {
             prefix: prefix.parse().unwrap(),
             interface: interface.into(),
         };
-        let here = Addresses {
+        Addresses {
             all: ["127.0.0.1", "198.51.100.2", "192.0.2.5", "172.17.0.1"]
                 .map(|addr| addr.parse().unwrap())
                 .into(),
-            held: vec!["192.0.2.5".parse().unwrap()],
+            held: vec![prefix("192.0.2.5")],
             networks: vec![
                 network("198.51.100.0/24", "eth0"),
                 network("172.17.0.0/16", "docker0"),
             ],
             uplinks: vec!["eth0".into()],
             ..Addresses::default()
-        };
-        let moved = || ["192.0.2.5".parse().unwrap()].into_iter();
+        }
+    }
+
+    fn moved(text: &str, kept: bool) -> impl Iterator<Item = MovedHere> {
+        let of = move |prefix| MovedHere { prefix, kept };
+        text.split_whitespace().map(prefix).map(of)
+    }
+
+    const NEAR: Place = Place::NEAR;
+
+    #[test]
+    fn each_prefix_says_what_those_around_it_do() {
+        let here = here();
         let peers = || ["172.17.0.9".parse().unwrap()].into_iter();
-        let all = places(moved(), &here, peers(), true);
-        let at = |addr: &str| all.get(&addr.parse().unwrap()).copied();
-        let near = Some(Place::NEAR);
-        let behind = Some(Place::NEAR.and(Place::BEHIND));
-        let own = Place::OWN.and(Place::NEAR);
+        let all = places(moved("192.0.2.5", false), &here, &[], peers(), true);
+        let at = |addr: &str| all.get(&prefix(addr)).copied();
+        let behind = Some(NEAR.and(Place::BEHIND));
+        let own = Place::OWN.and(NEAR);
         assert_eq!(at("192.0.2.5"), Some(Place::MOVED));
         assert_eq!(at("198.51.100.2"), Some(own));
-        assert_eq!(at("198.51.100.0/24"), near);
+        assert_eq!(at("198.51.100.0/24"), Some(NEAR));
         assert_eq!(at("172.17.0.0/16"), behind);
         assert_eq!(at("172.17.0.1"), Some(own.and(Place::BEHIND)));
         assert_eq!(at("172.17.0.9"), behind);
         assert_eq!(at("127.0.0.1"), None);
-        assert_eq!(at("224.0.0.0/3"), near);
-        let few = places(moved(), &here, peers(), false);
-        assert_eq!(few.len(), 3, "{few:?}");
+        assert_eq!(at("224.0.0.0/3"), Some(NEAR));
+        let few = places(moved("192.0.2.5", false), &here, &[], peers(), false);
+        assert_eq!(few.len(), 5, "{few:?}");
+    }
+
+    #[test]
+    fn what_this_host_has_by_itself_has_not_moved_whatever_a_peer_names() {
+        let here = here();
+        let at = |moves: &str, kept: bool, left: &str, addr: &str| {
+            let left: Vec<Prefix> = left.split_whitespace().map(prefix).collect();
+            let peers = ["172.17.0.9".parse().unwrap()].into_iter();
+            let all = places(moved(moves, kept), &here, &left, peers, true);
+            // As the kernel finds it.
+            let addr = prefix(addr);
+            let around = all.iter().filter(|(prefix, _)| prefix.covers(&addr));
+            let found = around.max_by_key(|(prefix, _)| prefix.len());
+            found.is_some_and(|(_, place)| place.has(Place::MOVED))
+        };
+        for (moves, addr, has_moved) in [
+            // By itself, as a part, and as all there is.
+            ("198.51.100.2", "198.51.100.2", false),
+            ("198.51.100.0/25", "198.51.100.2", false),
+            ("0.0.0.0/0", "198.51.100.2", false),
+            ("198.51.100.0/25", "198.51.100.9", true),
+            ("198.51.100.0/24", "198.51.100.9", false),
+            ("0.0.0.0/0", "198.51.100.9", false),
+            ("0.0.0.0/0", "203.0.113.9", true),
+            // Containers, and a peer among them.
+            ("172.16.0.0/12", "172.17.0.2", false),
+            ("172.16.0.0/12", "172.17.0.1", false),
+            ("172.16.0.0/12", "172.17.0.9", false),
+            ("172.16.0.0/12", "172.18.0.9", true),
+            // One of them has moved here by itself.
+            ("172.16.0.0/12 172.17.0.5", "172.17.0.5", true),
+            // A neighbour on the uplink has.
+            ("198.51.100.7", "198.51.100.7", true),
+            // It is held here.
+            ("192.0.2.5", "192.0.2.5", true),
+            ("192.0.2.0/24", "192.0.2.5", true),
+        ] {
+            assert_eq!(at(moves, false, "", addr), has_moved, "{moves} {addr}");
+        }
+        // The administrator has put it there, and accepts it by itself to have it kept.
+        for (moves, addr) in [
+            ("198.51.100.2", "198.51.100.2"),
+            ("198.51.100.0/24", "198.51.100.2"),
+            ("198.51.100.0/24", "198.51.100.9"),
+            ("172.16.0.0/12", "172.17.0.2"),
+        ] {
+            assert!(at(moves, true, "", addr), "{moves} {addr}");
+        }
+        // An earlier run has put it there.
+        assert!(at("198.51.100.2", false, "198.51.100.2", "198.51.100.2"));
     }
 }

@@ -99,12 +99,7 @@ impl Rules<'_> {
         if !accept.is_empty() && !Accept::all_accept(accept, moved) {
             return Some(Why::NotAccepted);
         }
-        let named = || {
-            let is_named = |it: &&Accept| it.prefix == moved.prefix;
-            let named: Vec<Accept> = accept.iter().filter(is_named).cloned().collect();
-            Accept::all_accept(&named, moved)
-        };
-        if self.keeps(peer) && self.has_own(moved.prefix) && !named() {
+        if self.keeps(peer) && self.has_own(moved.prefix) && !is_named(accept, moved) {
             return Some(Why::OwnAddress);
         }
         None
@@ -157,6 +152,12 @@ impl Rules<'_> {
         let mut all = self.addresses.all.iter().copied();
         all.any(|addr| prefix.contains(addr) && !moved_here(addr))
     }
+}
+
+/// Whether the settings accept the move by its very prefix, and not as one of many.
+pub(super) fn is_named(accept: &[Accept], moved: &Move) -> bool {
+    let named = accept.iter().filter(|it| it.prefix == moved.prefix);
+    Accept::all_accept(&named.cloned().collect::<Vec<_>>(), moved)
 }
 
 impl fmt::Display for Why {

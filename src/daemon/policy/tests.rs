@@ -434,6 +434,86 @@ fn what_this_server_needs_itself_is_never_served() {
     }
 }
 
+/// What the programs were told of an address last, and whether that was complete.
+fn told_of(actions: &[Action], addr: &str) -> Option<(Option<Place>, bool)> {
+    let addr: Prefix = addr.parse().unwrap();
+    actions.iter().rev().find_map(|action| match action {
+        Action::Places { places, complete } => Some((places.get(&addr).copied(), *complete)),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_peer_that_names_this_servers_own_address_does_not_cut_it_off() {
+    let own = Some((Some(Place::OWN.and(Place::NEAR)), true));
+    let moved = Some((Some(Place::MOVED), true));
+    let outgoing = |accept: &str| PeerRules {
+        outgoing: vec!["bound".parse().unwrap()],
+        ..accepting(ANYWHERE, accept)
+    };
+    let keep = || accepting(DeliverTo::Keep, "10.9.0.1");
+    for (rules, named, addr, expected) in [
+        (rules(ANYWHERE), "198.51.100.2:80", "198.51.100.2", own),
+        (accepting(ANYWHERE, ""), "198.51.100.2", "198.51.100.2", own),
+        (rules(ANYWHERE), "10.9.0.1", "10.9.0.1", own),
+        // It is kept because the settings name it.
+        (keep(), "10.9.0.1", "10.9.0.1", moved),
+        (outgoing("10.9.0.1"), "10.9.0.1", "10.9.0.1", moved),
+        (outgoing("10.9.0.0/24"), "10.9.0.1", "10.9.0.1", own),
+        // The tunnel's own end is not.
+        (
+            outgoing("198.51.100.2"),
+            "198.51.100.2",
+            "198.51.100.2",
+            own,
+        ),
+    ] {
+        let mut new = Machine::reached(vec![rules], "");
+        new.does(Input::Addresses(facts()));
+        let announcement = Announcement::Old {
+            moves: moves(named),
+            mtu: 1_500,
+            reached: None,
+            outgoing: false,
+        };
+        (new.policy).handle(new.now, Input::Announced(OLD, announcement));
+        let actions = new.all_actions();
+        assert_eq!(served(&actions), [(OLD, moves(named))], "{named}");
+        assert_eq!(told_of(&actions, addr), expected, "{named}");
+    }
+}
+
+#[test]
+fn what_had_moved_to_an_earlier_daemon_counts_for_a_while() {
+    for (rules, left) in [
+        (vec![rules(ANYWHERE), rules(ANYWHERE)], None),
+        // It is held here until that peer says what it moves.
+        (
+            vec![rules(ANYWHERE), rules(DeliverTo::Keep)],
+            Some(Place::MOVED),
+        ),
+    ] {
+        let mut new = Machine::new(Role::New, rules, "192.0.2.6");
+        let mut seen = facts();
+        seen.all.extend(addresses("192.0.2.6"));
+        new.policy.handle(new.now, Input::Addresses(seen));
+        assert_eq!(
+            told_of(&new.all_actions(), "192.0.2.6"),
+            Some((left, false))
+        );
+        // One of two peers speaks.
+        new.moves(OLD, "192.0.2.5");
+        new.now += LEFT_COUNTS - Duration::from_secs(1);
+        new.policy.handle_timeout(new.now);
+        assert_eq!(told_of(&new.all_actions(), "192.0.2.6"), None);
+        new.now += Duration::from_secs(1);
+        new.policy.handle_timeout(new.now);
+        assert_eq!(told_of(&new.all_actions(), "192.0.2.6"), Some((left, true)));
+        new.policy.handle_timeout(new.now);
+        assert!(new.all_actions().is_empty());
+    }
+}
+
 #[test]
 fn an_old_server_that_is_also_the_router_moves_its_ports_but_no_more() {
     for (deliver_to, moved, is_served) in [

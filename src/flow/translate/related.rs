@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use super::{Routes, Translator};
 use crate::flow::lock;
+use crate::flow::outgoing;
 use crate::flow::table::{Inside, Outside};
 use crate::model::drops::DropReason;
 use crate::model::moved::UDP;
@@ -83,7 +84,8 @@ impl Translator {
         };
         let port = moved.and_then(|moved| moved.asked_port(key.delivery, key.delivery_port));
         let Some(moved_port) = port else {
-            if !asked.peer.is_inside() {
+            // What a rule names answers nobody.
+            if !asked.peer.is_inside() && !outgoing::is_by_port(&routes, key) {
                 self.note_unmoved_port(&asked, key.delivery_port);
             }
             return Err(DropReason::UnmovedPort);

@@ -21,18 +21,27 @@ pub(in crate::kernel) fn run(program: BorrowedFd<'_>, frame: &[u8]) -> Outcome {
 
 /// As [`run`], for a frame that bears a mark.
 pub(in crate::kernel) fn run_marked(program: BorrowedFd<'_>, frame: &[u8], mark: u32) -> Outcome {
-    repeat(program, frame, mark, 1).0
+    repeat(program, frame, [mark, 0], 1).0
+}
+
+/// As [`run`], for a frame that came by another interface and is about to leave by `lo`.
+pub(in crate::kernel) fn run_forwarded(
+    program: BorrowedFd<'_>,
+    frame: &[u8],
+    came_by: u32,
+) -> Outcome {
+    repeat(program, frame, [0, came_by], 1).0
 }
 
 /// How long a run takes, as the kernel counts: the least mean of several long series.
 pub(in crate::kernel) fn nanoseconds(program: BorrowedFd<'_>, frame: &[u8]) -> u32 {
-    let series = (0..7).map(|_| repeat(program, frame, 0, 200_000).1);
+    let series = (0..7).map(|_| repeat(program, frame, [0; 2], 200_000).1);
     series.min().unwrap_or_default()
 }
 
-/// Runs a program so often on the same frame. Returns the last outcome, and the mean duration in
+/// Runs a program so often on the same frame, with this mark and ingress interface. Returns the last outcome, and the mean duration in
 /// nanoseconds.
-fn repeat(program: BorrowedFd<'_>, frame: &[u8], mark: u32, times: u32) -> (Outcome, u32) {
+fn repeat(program: BorrowedFd<'_>, frame: &[u8], with: [u32; 2], times: u32) -> (Outcome, u32) {
     #[repr(C)]
     struct Attr {
         prog_fd: u32,
@@ -51,12 +60,14 @@ fn repeat(program: BorrowedFd<'_>, frame: &[u8], mark: u32, times: u32) -> (Outc
     const BPF_PROG_TEST_RUN: c_int = 10;
     /// Where `struct __sk_buff` has the mark.
     const MARK: usize = 2;
+    /// And the interface that the packet came by.
+    const INGRESS_IFINDEX: usize = 9;
     /// Bytes that a program may add before the frame.
     const ROOM: usize = 64;
     let mut after = vec![0; frame.len() + ROOM];
     let mut context = [0_u32; 48];
     let mut before = context;
-    before[MARK] = mark;
+    [before[MARK], before[INGRESS_IFINDEX]] = with;
     let mut attr = Attr {
         prog_fd: program.as_raw_fd() as u32,
         retval: 0,

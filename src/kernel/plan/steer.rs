@@ -389,8 +389,8 @@ impl Steering {
     /// # Errors
     /// If the kernel refuses.
     pub fn sweep(&mut self, knows: impl Fn(&HostFlow) -> bool) -> Result<(), BpfError> {
-        self.maps.sweep(&mut self.swept, knows)?;
-        self.maps.sweep_shifted(now())
+        self.maps.sweep(&mut self.swept, &knows)?;
+        self.maps.sweep_shifted(now(), self.since, knows)
     }
 
     /// What the programs have dropped since the last call.
@@ -511,6 +511,10 @@ mod tests {
 
     impl NewServer {
         fn new(offload: bool) -> Self {
+            Self::with_outgoing(offload, Vec::new())
+        }
+
+        fn with_outgoing(offload: bool, rules: Vec<Chosen>) -> Self {
             strict_rp_filter();
             let netlink = Netlink::new().unwrap();
             let router = Router::new(&netlink, &HERE, &GATEWAYS);
@@ -521,6 +525,7 @@ mod tests {
             let uplinks = carriers(&netlink, &tun.link).unwrap();
             assert_eq!(uplinks, std::slice::from_ref(&router.uplink));
             let steering = Steering::new(&netlink, &uplinks, 51820, 1000, &[]).unwrap();
+            let steering = steering.with_outgoing(rules);
             let desired = steering.plan(&netlink, &uplinks, &tun.link).unwrap();
             host.reconcile(desired).unwrap();
             Self {
@@ -626,6 +631,42 @@ mod tests {
                     .unwrap();
                 assert!(b.tun.read(|p| goes_to(p, client)).is_none());
                 assert!(b.router.has_seen(b"an unasked one"));
+            }
+        });
+    }
+
+    #[test]
+    fn what_came_when_nobody_waited_diverts_nothing_that_a_rule_names() {
+        in_fresh_namespace(|| {
+            let rule = Chosen {
+                ports: "5060/udp".parse().unwrap(),
+                user: None,
+                cgroup_depth: None,
+            };
+            let mut b = NewServer::with_outgoing(false, vec![rule]);
+            let own = |(addr, _): (&str, u8)| (addr.parse().unwrap(), Place::OWN);
+            let moved = |text: &str| (text.parse().unwrap(), Place::MOVED);
+            let places = HERE.map(own).into_iter();
+            let places = places.chain(["192.0.2.5", "2001:db8:a::5"].map(moved));
+            b.steering.set_places(&places.collect(), true).unwrap();
+            for ((here, _), (gateway, _)) in HERE.into_iter().zip(GATEWAYS) {
+                let far = b.router.udp(&socket_addr(gateway, 5060).to_string());
+                far.send_to(b"early", socket_addr(here, 5060)).unwrap();
+                let phone = bound(socket_addr(here, 5060));
+                for _ in 0..2 {
+                    phone
+                        .send_to(b"register", socket_addr(gateway, 5060))
+                        .unwrap();
+                    assert!(b.tun.read(|p| goes_to(p, gateway)).is_some());
+                }
+                assert!(!b.router.has_seen(b"register"));
+                // Who is waited for is answered as before.
+                let server = bound(socket_addr(here, 5061));
+                far.send_to(b"question", socket_addr(here, 5061)).unwrap();
+                let (_, from) = server.recv_from(&mut [0; 100]).unwrap();
+                server.send_to(b"an answer", from).unwrap();
+                assert!(b.tun.read(|p| goes_to(p, gateway)).is_none());
+                assert!(b.router.has_seen(b"an answer"));
             }
         });
     }

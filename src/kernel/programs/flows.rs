@@ -426,7 +426,8 @@ impl FlowMaps {
 
     /// Looks at some flows, from where the last look at the same `place` ended, and forgets those
     /// that have not been used for as long as any flow of their kind is kept and that nobody
-    /// `knows`: an earlier daemon knew them.
+    /// `knows`: an earlier daemon knew them. What began here and was never answered is not kept so
+    /// long: this daemon has refused it, and did not tell.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -444,8 +445,9 @@ impl FlowMaps {
         place: &mut Option<u32>,
         knows: impl Fn(&HostFlow) -> bool,
     ) -> Result<(), BpfError> {
-        self.forget_some(place, SWEPT, |flow, seen| {
+        self.forget_some(place, SWEPT, |flow, seen, heard| {
             let kept = match flow.protocol {
+                TCP | UDP if heard.is_zero() => UNTOLD,
                 TCP => TCP_ESTABLISHED,
                 UDP => UDP_BOTH_WAYS,
                 icmpv4::PROTOCOL | icmpv6::PROTOCOL => ICMP_QUERY,
@@ -467,7 +469,7 @@ impl FlowMaps {
         knows: impl Fn(&HostFlow) -> bool,
     ) -> Result<(), BpfError> {
         let now = now();
-        self.forget_some(place, 8 * SWEPT, |flow, seen| {
+        self.forget_some(place, 8 * SWEPT, |flow, seen, _| {
             seen >= since && seen + UNTOLD < now && !knows(flow)
         })
     }
@@ -476,12 +478,13 @@ impl FlowMaps {
         &self,
         place: &mut Option<u32>,
         most: u32,
-        is_stale: impl Fn(&HostFlow, Duration) -> bool,
+        is_stale: impl Fn(&HostFlow, Duration, Duration) -> bool,
     ) -> Result<(), BpfError> {
         let mut stale = Vec::new();
         let look = |key: &[u8], value: &[u8]| {
-            if let Some((flow, seen)) = flow_of(key).zip(seen(value))
-                && is_stale(&flow, seen)
+            let times = time(value, FLOW_SEEN).zip(time(value, FLOW_HEARD));
+            if let Some((flow, (seen, heard))) = flow_of(key).zip(times)
+                && is_stale(&flow, seen, heard)
             {
                 stale.extend_from_slice(key);
             }
@@ -537,9 +540,9 @@ pub fn now() -> Duration {
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }
 
-/// When a flow was last seen.
-fn seen(value: &[u8]) -> Option<Duration> {
-    let at = usize::try_from(FLOW_SEEN).ok()?;
+/// One of the times in a flow's value.
+fn time(value: &[u8], at: i16) -> Option<Duration> {
+    let at = usize::try_from(at).ok()?;
     let bytes = value.get(at..at + 8)?.try_into().ok()?;
     Some(Duration::from_nanos(u64::from_ne_bytes(bytes)))
 }
@@ -702,8 +705,13 @@ mod tests {
     }
 
     fn enter(maps: &FlowMaps, flow: &HostFlow, seen: Duration) {
+        enter_heard(maps, flow, seen, seen);
+    }
+
+    fn enter_heard(maps: &FlowMaps, flow: &HostFlow, seen: Duration, heard: Duration) {
         let mut value = [0; FLOW_BYTES];
         value[..8].copy_from_slice(&(seen.as_nanos() as u64).to_ne_bytes());
+        value[8..16].copy_from_slice(&(heard.as_nanos() as u64).to_ne_bytes());
         maps.flows.insert(&key_of(flow), &value).unwrap();
     }
 
@@ -743,6 +751,28 @@ mod tests {
         let mut kept = maps.flows.keys().unwrap();
         kept.retain(|key| flow_of(key) == Some(flow(2)));
         assert!(kept.is_empty());
+    }
+
+    #[test]
+    fn what_began_here_unanswered_and_nobody_knows_is_swept_soon() {
+        let maps = FlowMaps::new(1000).expect("run the tests as root");
+        let (then, never) = (Duration::from_secs(100), Duration::ZERO);
+        for protocol in [TCP, UDP] {
+            let of = |port| HostFlow {
+                protocol,
+                ..flow(port)
+            };
+            enter_heard(&maps, &of(1), then, never);
+            enter_heard(&maps, &of(2), then, never);
+            enter_heard(&maps, &of(3), then, then);
+        }
+        let knows = |flow: &HostFlow| flow.remote.port() == 2;
+        let sweep = |later| {
+            maps.sweep_at(then + later, &mut None, knows).unwrap();
+            known(&maps)
+        };
+        assert_eq!(sweep(UNTOLD / 2), 6, "the daemon may be about to know it");
+        assert_eq!(sweep(UNTOLD * 2), 4);
     }
 
     #[test]

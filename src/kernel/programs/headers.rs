@@ -99,10 +99,14 @@ pub(super) mod ipv4 {
 /// IPv6: RFC 8200 section 3.
 pub(super) mod ipv6 {
     pub(crate) const NEXT_HEADER: u32 = 6;
+    pub(crate) const HOP_LIMIT: u32 = 7;
     pub(crate) const SOURCE: u32 = 8;
     pub(crate) const DESTINATION: u32 = 24;
     /// Length without extension headers.
     pub(crate) const LEN: u32 = 40;
+
+    /// The hop limit of what no router has forwarded.
+    pub(crate) const OF_THE_LINK: i32 = 255;
 
     pub(crate) const HOP_BY_HOP: u8 = 0;
     pub(crate) const ROUTING: u8 = 43;

@@ -18,8 +18,9 @@
 //!     for each rule: if (protocol, port, uid and cgroup fit) goto fits;
 //!     no;
 //! fits:
-//!     if (UDP && lookup(in, key)) no;
-//!     if (UDP && !lookup(own, key) && it is related) hit;         // see `related`
+//!     if (UDP && come = lookup(in, key)) {
+//!         if (!come->unawaited || !from a socket at this port) no;
+//!     } else if (UDP && !lookup(own, key) && it is related) hit;  // see `related`
 //!     if (!(places[ip.saddr] & OWN) || places[ip.daddr] & NEAR) no;
 //!     delete(own, key); update(own, remote end, now);
 //!     if (update(flows, key, { now, 0, 0, 0, UDP ? BEGUN_HERE : 0 })) { count; drop; }
@@ -27,7 +28,11 @@
 //!     hit;
 //!
 //! leaves:  // of every kind, before it passes
-//!     if (!(places[ip.saddr] & MOVED) || places[ip.daddr] & BEHIND) pass;
+//!     if (ip.saddr is not within the bounds of all that has moved) pass;
+//!     if (!(places[ip.saddr] & MOVED) || own neighbour discovery) pass;
+//!     if (!forwarded) { if (places[ip.daddr] & BEHIND) pass; }
+//!     else if (places[ip.daddr] & NEAR) pass;
+//!     else if (fib_lookup(from ip.daddr to ip.saddr) == skb->ingress_ifindex) pass;
 //!     if (it is from a TCP socket) storage(sockets) = 1;
 //!     return redirect(tun, 0);
 //! ```
@@ -40,11 +45,16 @@ use super::flows::{
     BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_SEEN, FLOW_UNAWAITED,
     FLOW_VALUE, FlowMaps, KEY_LAST, VALUE, count, enter_from, look_up, remove,
 };
-use super::headers::skb;
+use super::headers::{fib, icmp, icmpv6, ipv6, skb};
+use super::inside::ROUTE;
 use super::parse::FLAGS;
-use super::phrases::{PACKET, PROTOCOL, TC_ACT_SHOT, redirect_to, verdict};
+use super::phrases::{
+    PACKET, PROTOCOL, TC_ACT_SHOT, branch_by_family, jump_if_link_scoped_icmpv6, look_up_route,
+    redirect_to, verdict,
+};
 use super::places::{Place, Places, Which};
 use super::related::{jump_if_related, remember_remote_end};
+use super::sockets::jump_unless_from_own_port;
 use super::take_replies::{BPF_SK_STORAGE_GET_F_CREATE, SOCKET, load_tcp_socket};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
@@ -105,9 +115,15 @@ pub(super) fn take_by_port(
     a.bind(fits);
     let (tcp, local) = (a.label(), a.label());
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
+    let (begun, not_come) = (a.label(), a.label());
     look_up(a, &maps.direct);
-    a.jump_if_wide(R0, If::Ne, 0, no);
-    let begun = a.label();
+    a.jump_if_wide(R0, If::Eq, 0, not_come);
+    // What came when nobody waited for it is no request that a program answers by its own port.
+    a.load(Size::Dw, R0, R0, 0);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    jump_unless_from_own_port(a, no);
+    a.jump(begun);
+    a.bind(not_come);
     look_up(a, &maps.own);
     a.jump_if_wide(R0, If::Ne, 0, begun);
     jump_if_related(a, maps, taken);
@@ -148,6 +164,12 @@ pub(super) fn take_by_port(
 }
 
 /// Sends into the TUN what has a moved address for its source. Jumps to `pass` with anything else.
+///
+/// What is forwarded passes if it goes to a network of this host's own: a call that came by the
+/// tunnel may have a moved address for its source, and rules of this host may send it on to an
+/// application there. It also passes if the route back leads to where it came from: then this host
+/// is a router on the way of the old server itself, which has the address still. An address that is
+/// held here has no such route.
 pub(super) fn keep_from_leaving(
     a: &mut Assembler,
     maps: &FlowMaps,
@@ -155,7 +177,9 @@ pub(super) fn keep_from_leaving(
     tun_ifindex: u32,
     pass: Label,
 ) {
-    let (moved, take) = (a.label(), a.label());
+    let (moved, take, back) = (a.label(), a.label(), a.label());
+    let (forwarded, asked) = (a.label(), a.label());
+    maps.places.pass_unless_moved_may_be(a, l2, pass);
     Places::read(a, l2, pass);
     maps.places.look_up(a, Which::Source);
     a.jump_if_wide(R0, If::Eq, 0, pass);
@@ -163,13 +187,48 @@ pub(super) fn keep_from_leaving(
     a.jump_if(R0, If::Set, Place::MOVED.bits(), moved);
     a.jump(pass);
     a.bind(moved);
+    pass_neighbour_discovery(a, l2, pass);
     maps.places.look_up(a, Which::Destination);
+    a.load(Size::W, R1, PACKET, skb::INGRESS_IFINDEX);
+    a.jump_if(R1, If::Ne, 0, forwarded);
     a.jump_if_wide(R0, If::Eq, 0, take);
     a.load(Size::W, R0, R0, 0);
     a.jump_if(R0, If::Set, Place::BEHIND.bits(), pass);
+    a.jump(take);
+    a.bind(forwarded);
+    a.jump_if_wide(R0, If::Eq, 0, asked);
+    a.load(Size::W, R0, R0, 0);
+    a.jump_if(R0, If::Set, Place::NEAR.bits(), pass);
+    a.bind(asked);
+    Places::begin_way_back(a, ROUTE, take);
+    look_up_route(a, ROUTE, back);
+    a.jump(take);
+    a.bind(back);
+    a.load(Size::W, R0, R10, ROUTE + fib::IFINDEX);
+    a.load(Size::W, R1, PACKET, skb::INGRESS_IFINDEX);
+    a.jump_if(R0, If::Eq, R1, pass);
     a.bind(take);
     mark_socket(a, maps);
     redirect_to(a, tun_ifindex);
+}
+
+/// Lets this host's own neighbour discovery pass, which is the link's own business: an address that
+/// is held on a link is to be found there. No router forwards what has this hop limit (RFC 4861
+/// section 7.1).
+fn pass_neighbour_discovery(a: &mut Assembler, l2: u32, pass: Label) {
+    let (v6, other) = (a.label(), a.label());
+    a.load(Size::W, R0, PACKET, skb::INGRESS_IFINDEX);
+    a.jump_if(R0, If::Ne, 0, other);
+    branch_by_family(a, v6, other);
+    a.jump(other);
+    a.bind(v6);
+    a.load_packet(Size::B, l2 + ipv6::NEXT_HEADER);
+    a.jump_if(R0, If::Ne, i32::from(icmpv6::PROTOCOL), other);
+    a.load_packet(Size::B, l2 + ipv6::HOP_LIMIT);
+    a.jump_if(R0, If::Ne, ipv6::OF_THE_LINK, other);
+    a.load_packet(Size::B, l2 + ipv6::LEN + icmp::TYPE);
+    jump_if_link_scoped_icmpv6(a, pass);
+    a.bind(other);
 }
 
 /// From now on the TCP socket that sends the packet, if one does, sends into the tunnel.
@@ -239,13 +298,16 @@ mod tests {
     use std::os::fd::OwnedFd;
 
     use super::*;
-    use crate::kernel::bpf::test_run::run;
+    use crate::kernel::bpf::test_run::{run, run_forwarded, run_marked};
+    use crate::kernel::netlink::{Address, Netlink, Route};
     use crate::kernel::programs::arrivals::arrivals;
     use crate::kernel::programs::deliver::deliver_behind;
     use crate::kernel::programs::headers::{icmpv4, icmpv6};
-    use crate::kernel::programs::phrases::TC_ACT_UNSPEC;
+    use crate::kernel::programs::phrases::{DELIVERED, TC_ACT_UNSPEC};
     use crate::kernel::programs::take_replies::take_replies;
     use crate::kernel::programs::testing::{L2, Packet, frame, icmp, ports, taken, tcp};
+    use crate::kernel::testing::{in_fresh_namespace, sysctl, uplink};
+    use crate::lab::wiring::Wiring;
     use crate::model::prefix::Prefix;
 
     /// All programs of a new server, to which an address of each family has moved.
@@ -366,6 +428,161 @@ mod tests {
             bed.is_delivered(&direct);
             bed.comes_directly(&direct);
             assert!(bed.is_taken(&Packet::new(moved, remote, UDP, ports(53, 9))));
+        }
+    }
+
+    #[test]
+    fn answers_to_calls_leave_in_every_piece() {
+        let bed = Bed::new(&[]);
+        for [remote, moved, ..] in ENDS {
+            let call = Packet::new(remote, moved, UDP, ports(7, 7));
+            for packet in [
+                Packet::new(moved, remote, UDP, ports(53, 40_000)),
+                Packet {
+                    fragment: Some((9, 3, false)),
+                    ..Packet::new(moved, remote, UDP, ports(53, 40_000))
+                },
+                Packet::icmp_error(moved, &call),
+            ] {
+                assert!(bed.is_taken(&packet), "{packet:?}");
+                let frame = frame(&packet.bytes());
+                let outcome = run_marked(bed.egress.as_fd(), &frame, DELIVERED);
+                assert_eq!((outcome.verdict, outcome.mark), (TC_ACT_UNSPEC, 0));
+            }
+        }
+    }
+
+    #[test]
+    fn neighbour_discovery_of_a_moved_address_is_the_links_business() {
+        let bed = Bed::new(&[]);
+        let [remote, moved, ..] = ENDS[1];
+        let message = |kind, hop_limit| {
+            let packet = Packet::new(moved, remote, icmpv6::PROTOCOL, icmp(kind, 0));
+            let mut bytes = packet.bytes();
+            bytes[7] = hop_limit;
+            run(bed.egress.as_fd(), &frame(&bytes)).verdict == TC_ACT_UNSPEC
+        };
+        for kind in [133, 135, 136] {
+            assert!(message(kind, 255));
+            assert!(!message(kind, 64), "it did not begin on this link");
+        }
+        assert!(!message(128, 255));
+        let bytes = frame(&Packet::new(moved, remote, icmpv6::PROTOCOL, icmp(135, 0)).bytes());
+        assert_ne!(
+            run_forwarded(bed.egress.as_fd(), &bytes, 1).verdict,
+            TC_ACT_UNSPEC
+        );
+    }
+
+    #[test]
+    fn a_server_whose_router_this_is_keeps_what_it_sends() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            netlink.set_link_up(1).unwrap();
+            for family in ["ipv4", "ipv6"] {
+                sysctl(&format!("net/{family}/conf/all/forwarding"), "1");
+            }
+            let own = &[("10.0.0.1", 24), ("fd00:a::1", 64)];
+            let link = uplink(&netlink, "v0", own).index;
+            let bed = Bed::new(&[]);
+            for [remote, moved, own, behind] in ENDS {
+                let v4 = moved.contains('.');
+                let passes = |to: &str, came_by| {
+                    let packet = Packet::new(moved, to, UDP, ports(53, 40_000));
+                    let frame = frame(&packet.bytes());
+                    run_forwarded(bed.egress.as_fd(), &frame, came_by).verdict == TC_ACT_UNSPEC
+                };
+                assert!(!passes(remote, link), "no route leads there");
+                let addr = moved.parse().unwrap();
+                let prefix = if v4 { 32 } else { 128 };
+                let route = Route {
+                    dev: Some(link),
+                    ..Route::to(addr, prefix)
+                };
+                netlink.add_route(&route).unwrap();
+                assert!(passes(remote, link));
+                assert!(!passes(remote, link + 100), "it did not come from there");
+                assert!(!passes(remote, 0), "this host sends it itself");
+                // It is held here.
+                let held = Address {
+                    index: 1,
+                    addr,
+                    prefix,
+                };
+                netlink.add_address(&held).unwrap();
+                assert!(!passes(remote, link));
+                // What came by the tunnel is sent on to applications nearby.
+                let near = own.replace("::2", "::9").replace(".2", ".9");
+                assert!(passes(&near, link) && passes(behind, link));
+                assert!(!passes(&near, 0));
+            }
+        });
+    }
+
+    #[test]
+    fn what_lies_within_the_bounds_has_not_moved_for_that() {
+        let mut bed = Bed::new(&[]);
+        let is_taken = |bed: &Bed, from: &str| {
+            let to = if from.contains('.') { ENDS[0] } else { ENDS[1] }[0];
+            bed.is_taken(&Packet::new(from, to, UDP, ports(53, 40_000)))
+        };
+        let moved = |text: &str| {
+            let each = text.split_whitespace().map(|it| it.parse().unwrap());
+            each.map(|prefix| (prefix, Place::MOVED)).collect()
+        };
+        for (prefixes, sources) in [
+            (
+                "",
+                [("0.0.0.1", false), ("255.0.0.1", false), ("::2", false)],
+            ),
+            (
+                "192.0.2.0/30 203.0.113.9",
+                [
+                    ("192.0.2.3", true),
+                    ("203.0.113.9", true),
+                    ("192.0.2.4", false),
+                ],
+            ),
+            (
+                "192.0.2.5 2001:db8:a::5 2001:db9::/32",
+                [
+                    ("2001:db8:a::5", true),
+                    ("2001:db9:f::1", true),
+                    ("2001:db8::1", false),
+                ],
+            ),
+            (
+                "0.0.0.0/0",
+                [
+                    ("0.0.0.1", true),
+                    ("255.0.0.1", true),
+                    ("2001:db8::1", false),
+                ],
+            ),
+        ] {
+            bed.maps.set_places(&moved(prefixes), true).unwrap();
+            for (from, expected) in sources {
+                assert_eq!(is_taken(&bed, from), expected, "{prefixes} {from}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_connection_to_a_kept_address_is_not_answered_bare() {
+        for [remote, moved, _, _] in ENDS {
+            let bed = Bed::new(&[]);
+            let syn = Packet::new(remote, moved, TCP, tcp(40_000, 80, SYN));
+            assert!(bed.is_delivered(&syn));
+            let answer = |port, flags| Packet::new(moved, remote, TCP, tcp(80, port, flags));
+            assert!(bed.is_taken(&answer(40_000, SYN | ACK)));
+            // Somebody at the link sends the same to the moved address itself.
+            let frame = run(bed.arrivals.as_fd(), &frame(&syn.bytes())).frame;
+            let at = L2 as usize + syn.bytes().len() - syn.payload.len();
+            let shifted = u16::from_be_bytes([frame[at], frame[at + 1]]);
+            assert_ne!(shifted, 40_000);
+            for flags in [SYN | ACK, ACK] {
+                assert!(bed.is_taken(&answer(shifted, flags)));
+            }
         }
     }
 

@@ -13,9 +13,11 @@ use rustix::io::Errno;
 
 use Reg::{R0, R1, R2, R3, R4, R10};
 
-use super::headers::{ipv4, ipv6};
-use super::phrases::{PACKET, branch_by_family};
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, Label, Map, MapKind, Reg, Shape, Size};
+use super::headers::{fib, ipv4, ipv6, skb};
+use super::phrases::{PACKET, begin_route_lookup, branch_by_family};
+use crate::kernel::bpf::{
+    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size, Words,
+};
 use crate::model::prefix::Prefix;
 
 /// Most prefixes: all that may have moved, and the networks of a large cluster. The kernel takes
@@ -95,6 +97,8 @@ pub(super) enum Which {
 #[derive(Debug)]
 pub struct Places {
     map: Map,
+    /// Between which words the sources lie that have moved ([`Self::pass_unless_moved_may_be`]).
+    bounds: Words,
     /// The prefixes that had moved to an earlier daemon.
     left: BTreeSet<Prefix>,
 }
@@ -107,6 +111,7 @@ impl Places {
     pub fn new() -> Result<Self, BpfError> {
         Ok(Self {
             map: Map::new(PLACES)?,
+            bounds: bounds(&BTreeSet::new())?,
             left: BTreeSet::new(),
         })
     }
@@ -127,7 +132,8 @@ impl Places {
                 map.read(&key, &mut value) && Place(u32::from_ne_bytes(value)).has(Place::MOVED);
             left.extend(prefix_of(&key).filter(|_| moved));
         }
-        Ok(Self { map, left })
+        let bounds = bounds(&left)?;
+        Ok(Self { map, bounds, left })
     }
 
     /// The descriptor, for the next daemon.
@@ -154,11 +160,10 @@ impl Places {
             let place = places.entry(prefix).or_default();
             *place = place.and(Place::MOVED);
         }
-        let moved = |v4: bool| {
-            let mut moved = places.iter().filter(|(_, place)| place.has(Place::MOVED));
-            moved.any(|(prefix, _)| prefix.is_ipv4() == v4)
-        };
-        let moved = [moved(false), moved(true)];
+        let all = places.iter().filter(|(_, place)| place.has(Place::MOVED));
+        let all: BTreeSet<Prefix> = all.map(|(&prefix, _)| prefix).collect();
+        set_bounds(&self.bounds, &all);
+        let moved = [false, true].map(|v4| all.iter().any(|prefix| prefix.is_ipv4() == v4));
         let mut stale: BTreeSet<Vec<u8>> = self.map.keys().map_err(refused)?.into_iter().collect();
         for (&prefix, &place) in &places {
             let place = match moved[usize::from(prefix.is_ipv4())] {
@@ -202,6 +207,60 @@ impl Places {
         a.bind(done);
     }
 
+    /// Lets pass what cannot have a moved address for its source, or has no address: most of what
+    /// leaves, where few addresses have moved. That is told by the first four bytes.
+    pub(super) fn pass_unless_moved_may_be(&self, a: &mut Assembler, l2: u32, pass: Label) {
+        let (v6, asked) = (a.label(), a.label());
+        branch_by_family(a, v6, pass);
+        for (first, source) in [(FIRST_V4, ipv4::SOURCE), (FIRST_V6, ipv6::SOURCE)] {
+            if first == FIRST_V6 {
+                a.bind(v6);
+            }
+            a.load_packet(Size::W, l2 + source);
+            a.load_address(R1, self.bounds.as_fd(), Words::offset(first));
+            a.load(Size::W, R2, R1, 0);
+            a.jump_if(R0, If::Lt, R2, pass);
+            a.load(Size::W, R2, R1, 4);
+            a.jump_if(R0, If::Gt, R2, pass);
+            if first == FIRST_V4 {
+                a.jump(asked);
+            }
+        }
+        a.bind(asked);
+    }
+
+    /// Makes a request for the route back to where the packet comes from, after [`Self::read`]. It
+    /// is asked as if it came by the link that the packet is about to leave by.
+    pub(super) fn begin_way_back(a: &mut Assembler, at: i16, other: Label) {
+        let (v6, done) = (a.label(), a.label());
+        begin_route_lookup(a, at, 0);
+        a.load(Size::W, R0, PACKET, skb::IFINDEX);
+        a.store(Size::W, R10, at + fib::IFINDEX, R0);
+        branch_by_family(a, v6, other);
+        for (family, words) in [
+            (libc::AF_INET, LAST_WORD..ADDRESS + 16),
+            (libc::AF_INET6, ADDRESS..ADDRESS + 16),
+        ] {
+            if family == libc::AF_INET6 {
+                a.bind(v6);
+            }
+            a.store(Size::B, R10, at + fib::FAMILY, family);
+            for (from, to) in [
+                (SOURCE_KEY, fib::DESTINATION),
+                (DESTINATION_KEY, fib::SOURCE),
+            ] {
+                for word in words.clone().step_by(4) {
+                    a.load(Size::W, R0, R10, from + word);
+                    a.store(Size::W, R10, at + to + word - words.start, R0);
+                }
+            }
+            if family == libc::AF_INET {
+                a.jump(done);
+            }
+        }
+        a.bind(done);
+    }
+
     /// R0 = where it stands what is said of an address of the packet (`u32`), or 0.
     pub(super) fn look_up(&self, a: &mut Assembler, which: Which) {
         let key = match which {
@@ -215,6 +274,37 @@ impl Places {
     }
 }
 
+/// The words of [`Places::bounds`]: the first and the last source of each family, by its first four
+/// bytes.
+const FIRST_V4: usize = 0;
+const FIRST_V6: usize = 2;
+const BOUNDS: usize = 4;
+
+fn bounds(moved: &BTreeSet<Prefix>) -> Result<Words, BpfError> {
+    let bounds = Words::new("ipmoved_bounds", BOUNDS)?;
+    set_bounds(&bounds, moved);
+    Ok(bounds)
+}
+
+/// Nothing lies between them if nothing has moved.
+fn set_bounds(bounds: &Words, moved: &BTreeSet<Prefix>) {
+    for (at, v4) in [(FIRST_V4, true), (FIRST_V6, false)] {
+        let of_family = || moved.iter().filter(|prefix| prefix.is_ipv4() == v4);
+        let first = of_family().map(|prefix| word(prefix.first())).min();
+        let last = of_family().map(|prefix| word(prefix.last())).max();
+        bounds.set(at, first.unwrap_or(u32::MAX));
+        bounds.set(at + 1, last.unwrap_or(0));
+    }
+}
+
+/// The first four bytes of an address.
+fn word(addr: IpAddr) -> u32 {
+    match addr {
+        IpAddr::V4(addr) => addr.to_bits(),
+        IpAddr::V6(addr) => (addr.to_bits() >> 96) as u32,
+    }
+}
+
 fn load_bytes(a: &mut Assembler, at: u32, to: i16, length: u32, failed: Label) {
     a.mov(R1, PACKET);
     a.mov(R2, at);
@@ -222,7 +312,7 @@ fn load_bytes(a: &mut Assembler, at: u32, to: i16, length: u32, failed: Label) {
     a.alu(Alu::Add, R3, i32::from(to));
     a.mov(R4, length);
     a.call(Helper::SkbLoadBytes);
-    a.jump_if_wide(R0, crate::kernel::bpf::If::Ne, 0, failed);
+    a.jump_if_wide(R0, If::Ne, 0, failed);
 }
 
 fn key_of(prefix: Prefix) -> Vec<u8> {

@@ -9,9 +9,11 @@
 //! * It belongs to no conversation that this host began or was asked for directly.
 //! * A socket waited for what the client sent; or one behind this host, which sends this.
 //! * From another port, or from a socket that is connected to the client and may have chosen itself
-//!   whom it speaks to, the client spoke a moment ago, from a port that no service has: what this
-//!   host asks is mostly at a well-known port. This host has begun nothing with that remote end so
-//!   far; and what no socket sends is not sent from the port of one, as kernel tunnels do.
+//!   whom it speaks to, or between equal ports at both ends, where each side may speak first (time,
+//!   key exchange, telephony, other tunnels), the client spoke a moment ago, from a port that no
+//!   service has: what this host asks is mostly at a well-known port. This host has begun nothing
+//!   with that remote end so far; and what no socket sends is not sent from the port of one, as
+//!   kernel tunnels do.
 //!
 //! ```text
 //! deliver, UDP of a new flow, and once a second:
@@ -21,7 +23,7 @@
 //!     if (!(it = lookup(related, { remote })) || !(flow = lookup(flows, it's key))) no;
 //!     if (now - flow->asked_directly <= ANSWERED_DIRECTLY) no;
 //!     if (from a socket) { if (flow->unawaited) no; }
-//!     if (same port && the socket is not connected) {
+//!     if (same port && remote port != local port && the socket is not connected) {
 //!         if (now - flow->seen > REPLY_IDLE) no;
 //!         refresh(flow->seen); yes;
 //!     }
@@ -153,6 +155,8 @@ pub(super) fn jump_if_related(a: &mut Assembler, maps: &FlowMaps, yes: Label) {
     a.load(Size::H, R2, R10, SAVED_PORT);
     a.jump_if(R1, If::Ne, R2, other_port);
     a.jump_if(R0, If::Eq, sock::ESTABLISHED, other_port);
+    a.load(Size::H, R1, R10, KEY_LAST);
+    a.jump_if(R1, If::Eq, R2, other_port);
     restore_local_end(a);
     jump_if_within(a, (R7, FLOW_SEEN), REFRESH, yes);
     jump_if_within(a, (R7, FLOW_SEEN), REPLY_IDLE, fresh);

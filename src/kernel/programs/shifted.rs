@@ -9,7 +9,7 @@
 //! shifted    struct { u64 seen; u16 port, as on the wire; u16 0; u32 bits; }
 //!            by the key of `flows`, marked in its third byte:
 //!   1, 2     a client's packets by the tunnel, and directly: the port that this host sees. `bits`:
-//!            4 after a FIN
+//!            4 after a FIN, 8 after a RST, 16 once the client went on after its SYN
 //!   3        what leaves for that port: the client's port. `bits`: 1, 2 as above; 4 after a FIN, 8
 //!            after a RST
 //! shifts     one word, not 0 while there may be any: it is counted up before one is entered
@@ -25,8 +25,17 @@
 //!
 //! The flow of a connection that comes by the tunnel has the key of the direct one, which must not
 //! be taken for it: as long as the flow is there, the entry that says so has to be. So connections
-//! are forgotten in one place, [`FlowMaps::sweep_shifted`], when they ended or fell silent. There
-//! is room for [`MAX_SHIFTED`]: beyond it a second connection gets no answer by the tunnel
+//! are forgotten in one place, [`FlowMaps::sweep_shifted`], when they ended or fell silent.
+//!
+//! While any is shifted, every packet of TCP that comes to a link is read and looked up once or
+//! twice, and every one that leaves without a socket that is known to send into the tunnel, once or
+//! twice more than else. One client can bring that about. So what was never answered by the client
+//! is forgotten after minutes, what has ended after one, and what the daemon does not know any more
+//! after ten; the price is paid on only for a connection that both sides keep open, which nothing
+//! here may break. A direct one is kept for two hours without a packet (RFC 5382 REQ-5): the
+//! timeouts of the program that serves it end it sooner, if it has any.
+//!
+//! There is room for [`MAX_SHIFTED`]: beyond it a second connection gets no answer by the tunnel
 //! (`direct_connection`), and directly one that its client ignores.
 
 use std::collections::HashMap;
@@ -36,13 +45,14 @@ use std::time::Duration;
 use Reg::{R0, R1, R2, R3, R4, R5, R7, R10};
 
 use super::flows::{
-    FlowMaps, KEY, KEY_LAST, REFRESH, enter_from, jump_if_within, look_up, refused,
+    FlowMaps, KEY, KEY_LAST, REFRESH, enter_from, flow_of, jump_if_within, look_up, refused,
 };
 use super::headers::{sock, tcp};
 use super::parse::{FLAGS, TRANSPORT_KEPT};
 use super::phrases::PACKET;
 use super::sockets::look_up_socket;
-use crate::flow::class::{TCP_CLOSING, TCP_ESTABLISHED, TCP_RESET};
+use crate::flow::class::{TCP_ESTABLISHED, TCP_HALF_CLOSED, TCP_OPENING, TCP_RESET};
+use crate::flow::ended::HostFlow;
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Reg, Size};
 use crate::packet::{FIN, RST, SYN};
 
@@ -62,6 +72,16 @@ const BITS: i16 = 12;
 const COMING: i32 = 3;
 const HAD_FIN: i32 = 4;
 const HAD_RST: i32 = 8;
+/// A client's packet came after its SYN.
+const WENT_ON: i32 = 16;
+
+/// How long a connection is kept after its last packet that has ended on both sides: as long as
+/// this host keeps its socket (TIME-WAIT of Linux).
+const ENDED_KEPT: Duration = Duration::from_secs(60);
+
+/// How long one that is silent is kept that comes by the tunnel and that the daemon, which has
+/// forgotten it, must have known.
+const UNKNOWN_KEPT: Duration = Duration::from_secs(600);
 
 /// What is added to the first byte of a port for one that is tried. With the highest bit it is
 /// above the ports of services, and none is the client's own.
@@ -145,7 +165,8 @@ pub(super) fn shift_leaving(a: &mut Assembler, maps: &FlowMaps, by_tunnel: Label
     a.bind(no);
 }
 
-/// Notes in the value at R7 whether the packet ends its connection, or begins another one.
+/// Notes in the value at R7 whether the packet ends its connection, goes on with it, or begins
+/// another one.
 fn note_end(a: &mut Assembler) {
     let (fin, rst, note, done) = (a.label(), a.label(), a.label(), a.label());
     a.load(Size::W, R0, R10, FLAGS);
@@ -153,6 +174,9 @@ fn note_end(a: &mut Assembler) {
     a.jump_if(R0, If::Set, i32::from(RST), rst);
     a.jump_if(R0, If::Set, i32::from(FIN), fin);
     a.jump_if(R0, If::Set, i32::from(SYN), note);
+    a.jump_if(R1, If::Set, WENT_ON, done);
+    a.alu(Alu::Or, R1, WENT_ON);
+    a.store(Size::W, R7, BITS, R1);
     a.jump(done);
     a.bind(rst);
     a.alu(Alu::Or, R1, HAD_RST);
@@ -287,24 +311,8 @@ impl Direction {
         })
     }
 
-    /// Whether a connection is over, by this direction of it. What this host resets is, at once,
-    /// and what anybody else resets may not be.
-    fn is_stale(&self, mark: u32, now: Duration) -> bool {
-        let has = |bit: i32| self.bits & bit.cast_unsigned() != 0;
-        let leaves = mark == LEAVING.cast_unsigned();
-        let kept = if has(HAD_RST) && leaves {
-            TCP_RESET
-        } else if has(HAD_FIN) {
-            TCP_CLOSING
-        } else {
-            TCP_ESTABLISHED
-        };
-        self.seen + kept < now
-    }
-
-    fn is_reset(&self, now: Duration) -> bool {
-        let reset = self.bits & HAD_RST.cast_unsigned() != 0;
-        reset && self.is_stale(LEAVING.cast_unsigned(), now)
+    fn has(&self, bit: i32) -> bool {
+        self.bits & bit.cast_unsigned() != 0
     }
 
     /// The key of the other direction.
@@ -323,6 +331,19 @@ impl Direction {
     }
 }
 
+/// How long a connection is kept after its last packet. What this host resets is over at once, and
+/// what anybody else resets may not be.
+fn kept(leaving: &Direction, coming: &Direction, is_unknown: bool) -> Duration {
+    let ended = [leaving, coming].map(|direction| direction.has(HAD_FIN));
+    match ended {
+        [true, true] => ENDED_KEPT,
+        [true, false] | [false, true] => TCP_HALF_CLOSED,
+        [false, false] if !coming.has(WENT_ON) => TCP_OPENING,
+        [false, false] if is_unknown => UNKNOWN_KEPT,
+        [false, false] => TCP_ESTABLISHED,
+    }
+}
+
 /// The key of the flow with the same addresses and ports.
 fn unmarked(key: &[u8]) -> Option<Vec<u8>> {
     let word = u32::from_ne_bytes(*key.first_chunk()?) & UNMARKED.cast_unsigned();
@@ -336,11 +357,17 @@ fn mark_of(key: &[u8]) -> Option<u32> {
 }
 
 impl FlowMaps {
-    /// Forgets shifted connections that ended or fell silent. Call it every second.
+    /// Forgets shifted connections that ended or fell silent. The daemon, which came at the time
+    /// `since`, `knows` those that came by the tunnel from then on. Call it every second.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn sweep_shifted(&self, now: Duration) -> Result<(), BpfError> {
+    pub fn sweep_shifted(
+        &self,
+        now: Duration,
+        since: Duration,
+        knows: impl Fn(&HostFlow) -> bool,
+    ) -> Result<(), BpfError> {
         if self.shifts.get(0) == 0 {
             return Ok(());
         }
@@ -350,20 +377,24 @@ impl FlowMaps {
         };
         let (counted, most) = (self.shifts.get(0), 2 * MAX_SHIFTED);
         (self.shifted.read_some(&mut None, most, look)).map_err(refused)?;
-        let stale = |key: &[u8], direction: &Direction| {
-            mark_of(key).is_none_or(|mark| direction.is_stale(mark, now))
-        };
         let leaves = |key: &[u8]| mark_of(key) == Some(LEAVING.cast_unsigned());
-        let gone = all.iter().filter(|(key, direction)| {
-            let twin = direction
-                .twin(key)
-                .and_then(|twin| all.get_key_value(&twin));
-            let Some((twin, other)) = twin else {
-                return stale(key, direction);
+        let gone = all.iter().filter(|&(key, direction)| {
+            // One that is alone counts for both.
+            let twin = direction.twin(key);
+            let twin = twin.and_then(|twin| all.get_key_value(&twin));
+            let (other_key, other) = twin.unwrap_or((key, direction));
+            let (leaving, (coming_key, coming)) = if leaves(key) {
+                (direction, (other_key, other))
+            } else {
+                (other, (key, direction))
             };
-            let both = [(*key, *direction), (twin, other)];
-            let reset = both.iter().any(|(key, it)| leaves(key) && it.is_reset(now));
-            reset || both.iter().all(|(key, it)| stale(key, it))
+            let last = leaving.seen.max(coming.seen);
+            let by_tunnel = mark_of(coming_key) == Some(Coming::ByTunnel as u32);
+            let flow = unmarked(coming_key).filter(|_| by_tunnel && last >= since);
+            let flow = flow.and_then(|flow| flow_of(&flow));
+            let is_unknown = flow.is_some_and(|flow| !knows(&flow));
+            let reset = leaving.has(HAD_RST) && leaving.seen + TCP_RESET < now;
+            reset || last + kept(leaving, coming, is_unknown) < now
         });
         let mut left = all.len();
         for (key, _) in gone {

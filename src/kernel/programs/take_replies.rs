@@ -18,7 +18,7 @@
 //! parse();                                           // other: pass; none, later, quoted: below
 //! if (TCP && it = shifted(LEAVING, key)) {                    // see `shifted`
 //!     exchange the client's port;
-//!     if (it is direct) pass;
+//!     if (it is direct) goto leaves;
 //! } else if (TCP && shifted(BY_TUNNEL, key)) goto miss;
 //! else if (storage(sockets) == SHIFTED) return redirect(tun, 0);
 //! if ((flow = lookup(flows, key))) {
@@ -63,7 +63,8 @@
 //! later:  if (!lookup(fragments, key by identification)) goto leaves;
 //!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
 //!         return redirect(tun, 0);
-//! leaves: if (it is from a moved address) return redirect(tun, 0);       // see `outgoing`
+//! leaves: if (skb->mark == DELIVERED) { skb->mark = 0; pass; }
+//!         if (it is from a moved address) return redirect(tun, 0);       // see `outgoing`
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
@@ -164,7 +165,7 @@ pub fn take_replies(
     a.bind(of_tcp);
     let unshifted = a.label();
     jump_unless_any(a, maps, unshifted);
-    shift_leaving(a, maps, by_tunnel, pass);
+    shift_leaving(a, maps, by_tunnel, leaves);
     // The flow with these ports has another one here, so this is the direct connection.
     look_up_coming(a, maps, Coming::ByTunnel);
     a.jump_if_wide(R0, If::Ne, 0, miss);
@@ -270,6 +271,8 @@ pub fn take_replies(
     redirect_to(a, tun_ifindex);
 
     a.bind(leaves);
+    // Later fragments of such an answer, and ICMP errors, come by other ways.
+    pass_turned(a, pass);
     keep_from_leaving(a, maps, l2_header, tun_ifindex, pass);
     a.bind(ways.other);
     a.bind(pass);
@@ -282,6 +285,7 @@ pub fn take_replies(
 const TAKEN_AS: i16 = -280;
 const AS_IT_IS: i32 = 1;
 const SHIFTED: i32 = 2;
+
 /// Lets an answer to a call leave, whose source is a moved address and which needs no memory.
 fn pass_turned(a: &mut Assembler, pass: Label) {
     let other = a.label();
@@ -402,7 +406,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::flow::class::{TCP_CLOSING, TCP_ESTABLISHED, TCP_RESET};
+    use crate::flow::class::{TCP_ESTABLISHED, TCP_HALF_CLOSED, TCP_OPENING, TCP_RESET};
     use crate::kernel::bpf::test_run::run;
     use crate::kernel::programs::arrivals::arrivals;
     use crate::kernel::programs::deliver::deliver_behind;
@@ -534,7 +538,8 @@ mod tests {
             let later = |time| super::super::now() + time;
             let second = Duration::from_secs(1);
             let sweep = |steering: &Steering, time| {
-                steering.maps.sweep_shifted(later(time)).unwrap();
+                let (later, since) = (later(time), Duration::ZERO);
+                (steering.maps.sweep_shifted(later, since, |_| true)).unwrap();
                 steering.maps.shifted.keys().unwrap().len()
             };
             assert_eq!(steering.comes_from(&in_(RST)), 40_000);
@@ -573,16 +578,66 @@ mod tests {
             let other = Packet::new(client, here, TCP, tcp(40_001, 80, SYN));
             assert_eq!(steering.comes_from(&other), 40_001);
             // They fall silent.
-            assert_eq!(sweep(&steering, TCP_CLOSING), 4);
+            assert_eq!(sweep(&steering, TCP_OPENING - second), 4);
             assert_eq!(
                 steering.leaves_for(&out(inside, FIN | ACK)),
                 (false, 40_000)
             );
             assert_eq!(steering.comes_from(&in_(FIN | ACK)), inside);
-            assert_eq!(sweep(&steering, TCP_CLOSING + second), 2);
-            assert_eq!(sweep(&steering, TCP_ESTABLISHED + second), 0);
+            let minute = Duration::from_secs(60);
+            assert_eq!(sweep(&steering, minute - second), 4);
+            assert_eq!(sweep(&steering, minute + second), 2, "it ended");
+            // Nothing came after the SYN.
+            assert_eq!(sweep(&steering, TCP_OPENING + second), 0);
             assert_eq!(steering.maps.shifts.get(0), 0);
             assert_eq!(steering.comes_from(&in_(ACK)), 40_000);
+        }
+    }
+
+    #[test]
+    fn a_second_connection_is_remembered_only_as_long_as_it_may_live() {
+        let second = Duration::from_secs(1);
+        let start = super::super::now();
+        let left = |steering: &Steering, time, knows| {
+            let later = super::super::now() + time;
+            (steering.maps.sweep_shifted(later, start, |_| knows)).unwrap();
+            steering.maps.shifted.keys().unwrap().len()
+        };
+        for (client, here) in ENDS {
+            let in_ = |flags| Packet::new(client, here, TCP, tcp(40_000, 80, flags));
+            let out = |port, flags| Packet::new(here, client, TCP, tcp(80, port, flags));
+            // By the tunnel second.
+            let by_tunnel = || {
+                let steering = Steering::new();
+                assert!(!steering.is_steered(&out(40_000, ACK)));
+                let inside = steering.arrives_from(&in_(SYN));
+                assert_ne!(inside, 40_000);
+                assert_eq!(steering.arrives_from(&in_(ACK)), inside);
+                assert_eq!(steering.leaves_for(&out(inside, ACK)), (true, 40_000));
+                (steering, inside)
+            };
+            let (steering, _) = by_tunnel();
+            let silent = Duration::from_secs(600);
+            assert_eq!(left(&steering, silent + second, true), 2);
+            assert_eq!(left(&steering, silent - second, false), 2);
+            assert_eq!(left(&steering, silent + second, false), 0);
+            let (steering, _) = by_tunnel();
+            assert_eq!(left(&steering, TCP_ESTABLISHED + second, true), 0);
+            // This host closes, and hears no more of its client.
+            let (steering, inside) = by_tunnel();
+            let closes = out(inside, FIN | ACK);
+            assert_eq!(steering.leaves_for(&closes), (true, 40_000));
+            assert_eq!(left(&steering, TCP_HALF_CLOSED - second, true), 2);
+            assert_eq!(left(&steering, TCP_HALF_CLOSED + second, true), 0);
+            // Directly second: no daemon knows it, but it may live.
+            let steering = Steering::new();
+            assert_eq!(steering.arrives_from(&in_(SYN)), 40_000);
+            assert_eq!(steering.leaves_for(&out(40_000, SYN | ACK)), (true, 40_000));
+            let inside = steering.comes_from(&in_(SYN));
+            assert_eq!(steering.comes_from(&in_(ACK)), inside);
+            assert_eq!(left(&steering, TCP_ESTABLISHED - second, false), 2);
+            assert_eq!(left(&steering, TCP_ESTABLISHED + second, false), 0);
+            assert_eq!(steering.maps.shifts.get(0), 0);
         }
     }
 
@@ -905,6 +960,11 @@ mod tests {
                 ask(4_000, 6_970);
                 assert!(!out(here, 7_003, 4_000));
                 assert!(!out(&beside, 6_970, 4_000));
+                // Between equal ports each side may be the first, from whichever address.
+                ask(6_969, 6_969);
+                assert!(out(&beside, 6_969, 6_969), "a client of just now");
+                ask(123, 123);
+                assert!(!out(&beside, 123, 123));
                 // What came directly is answered directly.
                 ask(40_000, 6_969);
                 let direct = Packet::new(client, here, UDP, ports(40_000, 7_004));
