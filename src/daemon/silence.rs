@@ -690,7 +690,7 @@ fn says_rp_filter(filters: &[(String, String)]) -> (String, String) {
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
     let remedy = match settings.as_slice() {
         [] => "look at `sysctl -a -r rp_filter`, or".into(),
-        [some @ ..] if some.len() <= MAX_NAMES => format!("`sysctl -w {}`, or", some.join(" ")),
+        some if some.len() <= MAX_NAMES => format!("`sysctl -w {}`, or", some.join(" ")),
         [first, ..] => format!("`sysctl -w {first}` and so on, or"),
     };
     (

@@ -17,11 +17,11 @@
 //!   repeat tells nothing: scanners send one SYN each, and it may be lost.
 //! * **Other protocols** need not answer (syslog and statsd never do), so this alone is no fault:
 //!   it is shown, and nobody is warned.
-//! * **A scan** asks for ports that nobody serves, and a firewall that drops or rejects such packets
-//!   does what it should, though something listens there. So of an address that has moved whole, a
-//!   port counts if it has answered before, or if nothing of the whole move was ever answered.
-//! * **A client that is banned** is refused where something listens, and others are not. So there it
-//!   takes two clients without an answer between them, and the verdict lapses.
+//! * **A scan** asks for ports that nobody serves, and a firewall that drops or rejects such
+//!   packets does what it should, though something listens there. So of an address that has moved
+//!   whole, a port counts if it has answered before, or if nothing of the move was ever answered.
+//! * **A client that is banned** is refused where something listens, and others are not. So there
+//!   it takes two clients without an answer between them, and the verdict lapses.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
