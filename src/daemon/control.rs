@@ -1068,6 +1068,10 @@ impl Control<'_> {
             let name = self.policy.name(peer);
             match said {
                 Said::Warning(text) => self.warn(now, peer, &text),
+                Said::Changed(before, text) => {
+                    self.warnings.withdraw(peer, &format!("{name}: {before}"));
+                    self.warn(now, peer, &text);
+                }
                 Said::Well(what, warning) => {
                     self.warnings.withdraw(peer, &format!("{name}: {warning}"));
                     if self.warnings.may_log(now, peer) {

@@ -39,7 +39,7 @@ use super::index;
 use super::policy::silence::{Silence, Thing};
 use crate::flow::translate::Translator;
 use crate::flow::watch::Observations;
-use crate::kernel::look::{self, Counters, Listener};
+use crate::kernel::look::{self, Counters, Listener, Listeners};
 use crate::kernel::netlink::Netlink;
 use crate::model::asked::{Asked, Trouble, Verdict};
 use crate::model::moved::{Move, TCP};
@@ -63,11 +63,14 @@ const NOTHING_IN: Duration = Duration::from_secs(10);
 /// dropped before has to do with others.
 const COUNTED: usize = 16;
 
+/// Most links that a cause names.
+const MAX_NAMES: usize = 3;
+
 /// A port that nobody is meant to serve is looked at so often: of a server on the Internet some are
 /// always asked for.
 const REST: Duration = Duration::from_secs(5);
 
-/// Most ports for which the system is looked at in one second.
+/// Most ports for which the system is looked at in one second, of all peers.
 const MAX_LOOKS: usize = 16;
 
 /// What is not answered, of all peers.
@@ -80,6 +83,8 @@ pub(super) struct Watcher {
     counted: VecDeque<Counters>,
     /// This server's addresses, as of the last look.
     own: Vec<IpAddr>,
+    /// Who listens, as of the last looks.
+    listeners: Listeners,
     /// Filters of others before ours, each in words, and how to list them.
     others: Vec<(String, String)>,
 }
@@ -89,9 +94,54 @@ struct Watched {
     silence: Silence,
     /// What is not well.
     found: BTreeMap<Asked, Found>,
+    /// The last look at each that is in doubt (new server).
+    looks: BTreeMap<Asked, Look>,
     /// What the peer sees, and when it said so. It is `None` if it never did.
     theirs: Vec<Trouble>,
     heard: Option<Instant>,
+}
+
+/// What a look at the system has shown. It stands until the next one.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Look {
+    at: Instant,
+    /// The verdict then.
+    verdict: Verdict,
+    /// A client that was not answered then.
+    client: Option<IpAddr>,
+    causes: Vec<Cause>,
+    /// One of them is enough for silence, whatever the protocol.
+    certain: bool,
+}
+
+/// How soon a look is due: that which is less comes first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Urgency {
+    /// The verdict is no news.
+    known: bool,
+    /// A scan asked for it, most likely.
+    stranger: bool,
+    /// The last look.
+    last: Option<Instant>,
+}
+
+impl Urgency {
+    /// `None`: no look is due.
+    fn of(now: Instant, thing: &Thing, waits: bool, last: Option<&Look>) -> Option<Self> {
+        let bad = matches!(thing.verdict, Verdict::Silent | Verdict::Refused);
+        let known = !bad || last.is_some_and(|last| last.verdict == thing.verdict);
+        let due = last.is_none_or(|last| {
+            // Nobody waits: what the look found when somebody did says more.
+            let over = thing.verdict == Verdict::Silent && !waits;
+            let rest = if thing.serves() { EVERY / 2 } else { REST };
+            !known || (!over && now.saturating_duration_since(last.at) >= rest)
+        });
+        due.then(|| Self {
+            known,
+            stranger: !thing.serves(),
+            last: last.map(|last| last.at),
+        })
+    }
 }
 
 /// Something that is not well.
@@ -102,6 +152,8 @@ struct Found {
     causes: Vec<Cause>,
     /// Own eyes have seen it, not the peer's alone.
     own: bool,
+    /// The causes are those of a look, or of the peer.
+    looked: bool,
     /// The warning that was given.
     line: Option<String>,
 }
@@ -121,6 +173,8 @@ pub(super) struct Around<'a> {
 pub(super) enum Said {
     /// This is not well.
     Warning(String),
+    /// It is not well in another way; this was the warning, and this is the new one.
+    Changed(String, String),
     /// It is well again; this was the warning.
     Well(String, String),
 }
@@ -131,6 +185,7 @@ impl Watcher {
         let watched = || Watched {
             silence: Silence::new(),
             found: BTreeMap::new(),
+            looks: BTreeMap::new(),
             theirs: Vec::new(),
             heard: None,
         };
@@ -141,6 +196,7 @@ impl Watcher {
             peers: (0..peers).map(|_| watched()).collect(),
             counted: VecDeque::new(),
             own: Vec::new(),
+            listeners: Listeners::default(),
             others: Vec::new(),
         }
     }
@@ -192,8 +248,12 @@ impl Watcher {
             self.counted.clear();
         }
         let mut said = Vec::new();
+        let mut left = MAX_LOOKS;
         for (at, id) in (0..self.peers.len()).zip(0..) {
-            let found = self.look(now, at, PeerId(id), around);
+            if self.role == Role::New {
+                left -= self.look_here(now, at, PeerId(id), left, around);
+            }
+            let found = self.found(now, at);
             let told = self.tell(now, at, found);
             said.extend(told.into_iter().map(|said| (PeerId(id), said)));
         }
@@ -203,7 +263,7 @@ impl Watcher {
     /// What the peer is to know.
     pub(super) fn troubles(&self, peer: PeerId) -> Vec<Trouble> {
         let watched = &self.peers[index(peer)];
-        let own = watched.found.iter().filter(|(_, found)| found.own);
+        let own = watched.found.iter().filter(|(_, it)| it.own && it.looked);
         let mut own: Vec<_> = own.collect();
         own.sort_by_key(|(_, found)| found.answers);
         own.into_iter()
@@ -251,7 +311,7 @@ impl Watcher {
         let unasked = watched
             .silence
             .unasked()
-            .take(MAX_SERVED)
+            .take(MAX_SERVED / 2)
             .map(|moved| Served {
                 what: moved.to_string(),
                 state: Answers::NothingIn,
@@ -272,7 +332,10 @@ impl Watcher {
         });
         let well = well.map(|(asked, _)| of(asked, None));
         let mut all: Vec<Served> = bad.chain(unasked).chain(well).collect();
-        all.sort_by_key(|served| served.state);
+        // Of what nobody asks for there may be more than are shown; it is no fault by itself.
+        let quiet =
+            |served: &Served| served.state == Answers::NothingIn && served.causes.is_empty();
+        all.sort_by_key(|served| (quiet(served), served.state));
         all.truncate(MAX_SERVED);
         all
     }
@@ -298,35 +361,74 @@ impl Watcher {
         })
     }
 
-    /// What is not well with a peer's clients, and why.
-    fn look(
+    /// Looks at the system for what is in doubt, where a look is due; how many looks it took, of
+    /// `most`.
+    fn look_here(
         &mut self,
         now: Instant,
         at: usize,
         id: PeerId,
+        most: usize,
         around: &Around<'_>,
-    ) -> BTreeMap<Asked, Found> {
-        let mut doubts: Vec<(Asked, Thing, Option<IpAddr>)> = (self.peers[at].silence.doubts(now))
-            .map(|(&asked, thing, client)| (asked, thing.clone(), client))
+    ) -> usize {
+        let Watched { silence, looks, .. } = &mut self.peers[at];
+        let doubts: BTreeMap<Asked, (Thing, Option<IpAddr>)> = (silence.doubts(now))
+            .map(|(&asked, thing, client)| (asked, (thing.clone(), client)))
             .collect();
-        // What a scan asks for comes last.
-        doubts.sort_by_key(|(_, thing, _)| !thing.serves());
+        looks.retain(|asked, _| doubts.contains_key(asked));
+        let mut due: Vec<(Urgency, Asked)> = (doubts.iter())
+            .filter_map(|(&asked, (thing, client))| {
+                let urgency = Urgency::of(now, thing, client.is_some(), looks.get(&asked))?;
+                Some((urgency, asked))
+            })
+            .collect();
+        due.sort_by_key(|(urgency, _)| *urgency);
+        due.truncate(most);
+        for (_, asked) in &due {
+            let (thing, client) = &doubts[asked];
+            let last = self.peers[at].looks.get(asked);
+            let client = client.or(last.and_then(|last| last.client));
+            let (causes, certain) = self.causes_here(now, at, id, asked, thing, client, around);
+            let Watched { silence, looks, .. } = &mut self.peers[at];
+            let look = Look {
+                at: now,
+                verdict: silence.verdict(asked),
+                client,
+                causes,
+                certain,
+            };
+            looks.insert(*asked, look);
+        }
+        due.len()
+    }
+
+    /// What is not well with a peer's clients, and why.
+    fn found(&mut self, now: Instant, at: usize) -> BTreeMap<Asked, Found> {
+        let doubts: Vec<(Asked, Thing)> = (self.peers[at].silence.doubts(now))
+            .map(|(&asked, thing, _)| (asked, thing.clone()))
+            .collect();
         let mut found = BTreeMap::new();
-        for (nth, (asked, thing, client)) in doubts.into_iter().enumerate() {
-            let (causes, certain) = match self.role {
-                Role::New if nth < MAX_LOOKS && (thing.serves() || thing.rested(now, REST)) => {
-                    self.causes_here(now, at, id, &asked, &thing, client, around)
-                }
-                Role::New => (Vec::new(), false),
+        for (asked, thing) in doubts {
+            let (causes, certain, looked) = match self.role {
+                Role::New => match self.peers[at].looks.get(&asked) {
+                    Some(look) => {
+                        let looked = look.verdict == thing.verdict;
+                        (look.causes.clone(), look.certain, looked || look.certain)
+                    }
+                    None => (Vec::new(), false, false),
+                },
                 Role::Old => {
                     self.trust(now, at, &asked, &thing);
-                    self.causes_there(now, at, &asked, &thing)
+                    let (causes, certain) = self.causes_there(now, at, &asked, &thing);
+                    (causes, certain, true)
                 }
             };
             let verdict = self.peers[at].silence.verdict(&asked);
             let answers = match verdict {
                 Verdict::Well => continue,
                 Verdict::Silent => Answers::Silent,
+                // The new server knows whether one client is refused, or all.
+                Verdict::Refused if !self.agreed(now, at, &asked, &thing) => Answers::Unanswered,
                 Verdict::Refused => Answers::Refused,
                 Verdict::Unanswered if certain => Answers::Silent,
                 Verdict::Unanswered => Answers::Unanswered,
@@ -342,6 +444,7 @@ impl Watcher {
                         causes
                     },
                     own: true,
+                    looked,
                     line: None,
                 },
             );
@@ -388,6 +491,7 @@ impl Watcher {
                 since,
                 causes,
                 own: false,
+                looked: true,
                 line: None,
             };
             found.insert(*asked, new);
@@ -410,10 +514,20 @@ impl Watcher {
     fn trust(&mut self, now: Instant, at: usize, asked: &Asked, thing: &Thing) {
         let watched = &mut self.peers[at];
         let theirs = watched.theirs.iter().any(|theirs| theirs.asked == *asked);
-        let agreed = now.saturating_duration_since(thing.since) >= AGREED;
-        if thing.verdict == Verdict::Refused && watched.heard.is_some() && (theirs || agreed) {
-            watched.silence.listens(now, asked, !theirs);
+        let waited = now.saturating_duration_since(thing.since) >= AGREED;
+        if thing.verdict == Verdict::Refused && watched.heard.is_some() && !theirs && waited {
+            watched.silence.trust(now, asked);
         }
+    }
+
+    /// Whether a refusal that this server sees is one by all that is known: the old server waits
+    /// for the new one's view, if that says what it sees.
+    fn agreed(&self, now: Instant, at: usize, asked: &Asked, thing: &Thing) -> bool {
+        let watched = &self.peers[at];
+        self.role == Role::New
+            || watched.heard.is_none()
+            || watched.theirs.iter().any(|theirs| theirs.asked == *asked)
+            || now.saturating_duration_since(thing.since) >= AGREED
     }
 
     /// Causes that a look at the old server finds.
@@ -461,25 +575,35 @@ impl Watcher {
             return (Vec::new(), false);
         };
         let refused = thing.verdict == Verdict::Refused;
+        let is_own = self.own.contains(&to.ip());
         let mut causes = Vec::new();
-        if !refused {
+        // From what is not its own the kernel finds no route at all.
+        if !refused && is_own {
             causes.extend(client.and_then(|client| no_way_back(to.ip(), client, around)));
+        }
+        let mut certain = !causes.is_empty() && thing.serves();
+        if !refused {
             causes.extend(self.counted(to, asked, around));
         }
-        let mut certain = !causes.is_empty();
-        let is_own = self.own.contains(&to.ip());
-        let listener = is_own.then(|| look::listener(asked.protocol, to)).flatten();
+        let listener = is_own
+            .then(|| self.listeners.listener(now, asked.protocol, to))
+            .flatten();
         let there = matches!(listener, Some(Listener::Here | Listener::OnIpv6));
-        self.peers[at].silence.listens(now, asked, there);
+        if listener.is_some() {
+            self.peers[at].silence.listens(now, asked, there);
+        }
         let found = listener.and_then(|listener| nobody_there(&listener, to, asked, refused));
-        certain |= found.is_some() && thing.serves();
+        // A container behind DNAT has no socket here.
+        let on_host = look::forwards(to.is_ipv4()) == Some(false);
+        certain |= found.is_some() && thing.serves() && on_host;
         causes.extend(found);
+        let explained = !causes.is_empty();
         if !refused {
             causes.extend(self.filters_before());
-            if !there && look::forwards(to.is_ipv4()) == Some(false) {
+            if !there && on_host {
                 causes.push(forwarding_off(to.is_ipv4()));
             }
-            if !certain || !there {
+            if !explained || !there {
                 causes.push(firewall());
             }
         }
@@ -490,22 +614,8 @@ impl Watcher {
     fn counted(&self, to: SocketAddr, asked: &Asked, around: &Around<'_>) -> Option<Cause> {
         let (before, counters) = (self.counted.front()?, self.counted.back()?);
         if to.is_ipv4() && counters.rp_filter > before.rp_filter {
-            let links = around.netlink.links().unwrap_or_default();
-            let filters = look::rp_filters(&links);
-            let names: Vec<&str> = filters.iter().map(|(link, _)| link.as_str()).collect();
-            let mut settings: Vec<&str> = filters.iter().map(|(_, set)| set.as_str()).collect();
-            settings.sort_unstable();
-            settings.dedup();
-            let dropped = counters.rp_filter - before.rp_filter;
-            let text = format!(
-                "reverse path filtering (rp_filter, on {}) dropped {dropped} packets meanwhile",
-                names.join(", ")
-            );
-            let set: Vec<String> = settings.iter().map(|name| format!("{name}=0")).collect();
-            let remedy = format!(
-                "`sysctl -w {}`, or give this server a route back to its clients",
-                set.join(" ")
-            );
+            let filters = look::rp_filters(around.follower.carrying());
+            let (text, remedy) = says_rp_filter(&filters);
             return Some(cause("rp_filter", text, remedy));
         }
         if asked.protocol == TCP && counters.overflows > before.overflows {
@@ -530,15 +640,23 @@ impl Watcher {
                 found.since = found.since.min(old.since);
             }
             let bad = matches!(found.answers, Answers::Silent | Answers::Refused);
-            // The old server waits for the new one's view, so that it says why, and says it once.
-            let known = role == Role::New
-                || !found.causes.is_empty()
-                || now.saturating_duration_since(found.since) >= AGREED;
-            if bad && known && found.line.is_none() {
-                let line = line(asked, found);
-                found.line = Some(line.clone());
-                said.push(Said::Warning(line));
+            // The old server waits for the new one's view, so that it says why, and says it once;
+            // the new one for a look.
+            let known = match role {
+                Role::New => found.looked,
+                Role::Old => {
+                    !found.causes.is_empty() || now.saturating_duration_since(found.since) >= AGREED
+                }
+            };
+            let same = old.is_some_and(|old| old.answers == found.answers || !found.own);
+            if !bad || !known || (found.line.is_some() && same) {
+                continue;
             }
+            let line = line(asked, found);
+            said.push(match found.line.replace(line.clone()) {
+                Some(before) => Said::Changed(before, line),
+                None => Said::Warning(line),
+            });
         }
         for (asked, old) in before {
             let still = self.peers[at].found.get_mut(&asked);
@@ -554,6 +672,40 @@ impl Watcher {
             }
         }
         said
+    }
+}
+
+/// That reverse path filtering dropped packets, and what to do: of these links, each with the
+/// setting.
+fn says_rp_filter(filters: &[(String, String)]) -> (String, String) {
+    let links: Vec<&str> = filters.iter().map(|(link, _)| link.as_str()).collect();
+    let mut settings: Vec<String> = filters.iter().map(|(_, set)| format!("{set}=0")).collect();
+    settings.sort_unstable();
+    settings.dedup();
+    let on = match links.as_slice() {
+        [] => String::new(),
+        [..] => format!(", on {}", some_of(&links)),
+    };
+    let text = format!("reverse path filtering (rp_filter{on}) dropped packets meanwhile");
+    let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    let remedy = match settings.as_slice() {
+        [] => "look at `sysctl -a -r rp_filter`, or".into(),
+        some if some.len() <= MAX_NAMES => format!("`sysctl -w {}`, or", some.join(" ")),
+        [first, ..] => format!("`sysctl -w {first}` and so on, or"),
+    };
+    (
+        text,
+        format!("{remedy} give this server a route back to its clients"),
+    )
+}
+
+/// The first of these names, and how many more there are.
+fn some_of(names: &[&str]) -> String {
+    match names.split_at_checked(MAX_NAMES) {
+        Some((first, more)) if !more.is_empty() => {
+            format!("{} and {} more", first.join(", "), more.len())
+        }
+        _ => names.join(", "),
     }
 }
 
@@ -577,6 +729,7 @@ fn waiting_for(now: Instant) -> Found {
         since: now,
         causes: Vec::new(),
         own: false,
+        looked: false,
         line: None,
     }
 }
@@ -767,7 +920,7 @@ mod tests {
                 let (causes, _) = watcher.causes_there(now, 0, &asked, thing);
                 let answers = Answers::Refused;
                 if thing.verdict == Verdict::Refused {
-                    let (since, own, line) = (thing.since, true, None);
+                    let (since, own, looked, line) = (thing.since, true, true, None);
                     found.insert(
                         asked,
                         Found {
@@ -775,6 +928,7 @@ mod tests {
                             since,
                             causes,
                             own,
+                            looked,
                             line,
                         },
                     );
@@ -850,5 +1004,151 @@ mod tests {
         };
         assert!(line.contains("this server answers"), "{line}");
         assert_eq!(bed.watcher.troubles(PeerId(0)), []);
+    }
+
+    /// A look at a port, as the system would show it.
+    fn look(now: Instant, verdict: Verdict, certain: bool) -> Look {
+        Look {
+            at: now,
+            verdict,
+            client: None,
+            causes: vec![firewall()],
+            certain,
+        }
+    }
+
+    #[test]
+    fn the_new_server_warns_after_a_look_and_keeps_what_it_has_found() {
+        let mut bed = Bed::new(Role::New);
+        bed.second(Some(Fate::Refused));
+        let judge = |bed: &mut Bed| {
+            bed.now += EVERY;
+            let found = bed.watcher.found(bed.now, 0);
+            bed.watcher.tell(bed.now, 0, found)
+        };
+        bed.watcher.peers[0].found.clear();
+        assert_eq!(judge(&mut bed), [], "nobody has looked");
+        assert_eq!(bed.watcher.troubles(PeerId(0)), []);
+        let looks = &mut bed.watcher.peers[0].looks;
+        looks.insert(asked(), look(bed.now, Verdict::Well, false));
+        assert_eq!(judge(&mut bed), [], "nobody has since it is refused");
+        let looks = &mut bed.watcher.peers[0].looks;
+        looks.insert(asked(), look(bed.now, Verdict::Refused, false));
+        let said = judge(&mut bed);
+        let [Said::Warning(line)] = said.as_slice() else {
+            panic!("{said:?}");
+        };
+        assert!(line.contains("a firewall"), "{line}");
+        for _ in 0..10 {
+            assert_eq!(judge(&mut bed), []);
+            let troubles = bed.watcher.troubles(PeerId(0));
+            assert!(troubles[0].why.contains("a firewall"), "{troubles:?}");
+            let served = bed.watcher.served(bed.now, PeerId(0));
+            assert_eq!(served[0].causes, [firewall()]);
+        }
+    }
+
+    #[test]
+    fn a_look_is_due_at_once_when_a_verdict_falls_and_seldom_for_a_scan() {
+        let mut bed = Bed::new(Role::New);
+        bed.moves = ["192.0.2.5".parse().unwrap()].into();
+        bed.second(Some(Fate::Waiting { again: false }));
+        let of = |bed: &Bed, last: Option<&Look>, waits| {
+            let (_, thing) = bed.watcher.peers[0].silence.things().next().unwrap();
+            Urgency::of(bed.now, thing, waits, last)
+        };
+        assert!(of(&bed, None, true).is_some());
+        let last = look(bed.now, Verdict::Well, false);
+        bed.now += Duration::from_secs(4);
+        assert_eq!(of(&bed, Some(&last), true), None);
+        bed.now += Duration::from_secs(1);
+        let scan = of(&bed, Some(&last), true).unwrap();
+        let mut bed = Bed::new(Role::New);
+        bed.second(Some(Fate::Refused));
+        let last = look(bed.now, Verdict::Well, false);
+        let fallen = of(&bed, Some(&last), false).unwrap();
+        assert!(fallen < scan, "it comes first");
+        let last = look(bed.now, Verdict::Refused, false);
+        assert_eq!(of(&bed, Some(&last), false), None);
+        bed.now += EVERY;
+        assert!(of(&bed, Some(&last), false).is_some());
+    }
+
+    #[test]
+    fn a_change_of_what_is_wrong_is_said_once() {
+        let mut bed = Bed::new(Role::New);
+        let mut tell = |answers| {
+            let one = Found {
+                answers,
+                since: bed.now,
+                causes: vec![firewall()],
+                own: true,
+                looked: true,
+                line: None,
+            };
+            bed.watcher.tell(bed.now, 0, [(asked(), one)].into())
+        };
+        let said = tell(Answers::Silent);
+        let [Said::Warning(silent)] = said.as_slice() else {
+            panic!("{said:?}");
+        };
+        let said = tell(Answers::Refused);
+        let [Said::Changed(before, refused)] = said.as_slice() else {
+            panic!("{said:?}");
+        };
+        assert_eq!(before, silent);
+        assert!(refused.contains("is refused"), "{refused}");
+        assert_eq!(tell(Answers::Refused), []);
+        let said = tell(Answers::Ok);
+        assert_eq!(said, [Said::Well(asked().to_string(), refused.clone())]);
+    }
+
+    #[test]
+    fn the_old_server_calls_nothing_refused_before_the_new_one_agrees() {
+        let mut bed = Bed::new(Role::Old);
+        bed.second(Some(Fate::Refused));
+        bed.watcher.peer_sees(bed.now, PeerId(0), Vec::new());
+        let state = |bed: &mut Bed| {
+            let found = bed.watcher.found(bed.now, 0);
+            found.get(&asked()).map(|found| found.answers)
+        };
+        assert_eq!(state(&mut bed), Some(Answers::Unanswered));
+        bed.watcher.peer_sees(bed.now, PeerId(0), vec![trouble("")]);
+        assert_eq!(state(&mut bed), Some(Answers::Refused));
+        bed.watcher.peer_sees(bed.now, PeerId(0), Vec::new());
+        bed.now += AGREED;
+        assert_eq!(state(&mut bed), None, "one client was banned");
+    }
+
+    #[test]
+    fn what_is_asked_for_is_shown_beside_any_number_of_moves_that_nobody_asks_for() {
+        for filter in [false, true] {
+            let mut bed = Bed::new(Role::Old);
+            let moves = (80..280).map(|port| format!("192.0.2.5:{port}/tcp"));
+            bed.moves = moves.map(|text| text.parse().unwrap()).collect();
+            bed.second(Some(Fate::Answered));
+            bed.now += NOTHING_IN;
+            if filter {
+                bed.watcher.others = vec![("a filter".into(), "tc".into())];
+            }
+            let served = bed.watcher.served(bed.now, PeerId(0));
+            assert!(served.len() <= MAX_SERVED);
+            assert!(served.iter().any(|served| served.state == Answers::Ok));
+        }
+    }
+
+    #[test]
+    fn reverse_path_filtering_is_said_in_few_names_and_no_numbers() {
+        let filter = |name: &str| (name.to_owned(), format!("net.ipv4.conf.{name}.rp_filter"));
+        let (text, remedy) = says_rp_filter(&[filter("eth0")]);
+        assert_eq!(
+            text,
+            "reverse path filtering (rp_filter, on eth0) dropped packets meanwhile"
+        );
+        assert!(remedy.starts_with("`sysctl -w net.ipv4.conf.eth0.rp_filter=0`, or give"));
+        let many: Vec<_> = ["a", "b", "c", "d", "e"].map(filter).into();
+        let (text, remedy) = says_rp_filter(&many);
+        assert!(text.contains("on a, b, c and 2 more)"), "{text}");
+        assert!(remedy.contains("conf.a.rp_filter=0` and so on"), "{remedy}");
     }
 }

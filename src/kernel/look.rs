@@ -7,9 +7,12 @@
 //! Files rather than `NETLINK_SOCK_DIAG` and `NETLINK_NETFILTER`: through those sockets a daemon
 //! that was taken over could end others' connections and change the firewall.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use crate::kernel::change::read_sysctl;
 use crate::kernel::netlink::Link;
@@ -26,7 +29,11 @@ pub const PROC_NET: &str = if cfg!(test) {
 
 /// Most bytes of a list of sockets that are read: 20,000 sockets or so. In that of TCP those that
 /// listen come first.
-const MAX_LIST: u64 = 4 << 20;
+const MAX_LIST: usize = 4 << 20;
+
+/// A list that took a while to read, as that of 20,000 UDP sockets, is not read again before so
+/// many times as long: the control task has other things to do.
+const PAUSE: u32 = 20;
 
 /// TCP's state LISTEN, and that of a UDP socket that is not connected, as the lists show them.
 const LISTEN: &str = "0A";
@@ -45,20 +52,80 @@ pub enum Listener {
     Nobody,
 }
 
-/// Looks who listens for `protocol` at an address of this server; `None` if that cannot be known.
-pub fn listener(protocol: u8, end: SocketAddr) -> Option<Listener> {
-    let (name, state) = match protocol {
-        TCP => ("tcp", LISTEN),
-        UDP => ("udp", UNCONNECTED),
-        _ => return None,
-    };
-    let v6 = bound(&format!("{name}6"), state, end.port());
-    let bound = match end {
-        SocketAddr::V4(_) => bound(name, state, end.port())?,
-        SocketAddr::V6(_) => v6.clone()?,
-    };
-    let mapped = v6.unwrap_or_default();
-    Some(match_bound(end.ip(), &bound, &mapped))
+/// Who listens on this server, as the lists of sockets say. Each list is read once for all ports,
+/// and is good for [`PAUSE`] times as long as it took to read.
+#[derive(Default, Debug)]
+pub struct Listeners {
+    tcp: Option<Lists>,
+    udp: Option<Lists>,
+}
+
+/// At which addresses each port is bound.
+type Bound = BTreeMap<u16, Vec<IpAddr>>;
+
+/// The lists of a protocol.
+#[derive(Debug)]
+struct Lists {
+    /// When they were read, and how long it took.
+    read: Instant,
+    took: Duration,
+    /// They are `None` if they cannot be read to their end.
+    v4: Option<Bound>,
+    v6: Option<Bound>,
+}
+
+impl Listeners {
+    /// Who listens for `protocol` at an address of this server; `None` if that cannot be known.
+    pub fn listener(&mut self, now: Instant, protocol: u8, end: SocketAddr) -> Option<Listener> {
+        let (lists, name, state) = match protocol {
+            TCP => (&mut self.tcp, "tcp", LISTEN),
+            UDP => (&mut self.udp, "udp", UNCONNECTED),
+            _ => return None,
+        };
+        let lists = match lists {
+            Some(lists) if lists.is_good(now) => lists,
+            lists => lists.insert(Lists::read(now, name, state)),
+        };
+        lists.listener(end)
+    }
+}
+
+impl Lists {
+    fn read(now: Instant, name: &str, state: &str) -> Self {
+        let start = Instant::now();
+        let v4 = bound(name, state);
+        let v6 = bound(&format!("{name}6"), state).or_else(|| {
+            // A kernel without IPv6 has no such list.
+            let missing = !Path::new(&format!("{PROC_NET}/{name}6")).exists();
+            missing.then(Bound::new)
+        });
+        Self {
+            read: now,
+            took: start.elapsed(),
+            v4,
+            v6,
+        }
+    }
+
+    fn is_good(&self, now: Instant) -> bool {
+        let age = now.saturating_duration_since(self.read);
+        age.is_zero() || age < self.took * PAUSE
+    }
+
+    fn listener(&self, end: SocketAddr) -> Option<Listener> {
+        let of = |list: &Option<Bound>| {
+            let list = list.as_ref()?;
+            Some(list.get(&end.port()).cloned().unwrap_or_default())
+        };
+        let v6 = of(&self.v6);
+        let bound = match end {
+            SocketAddr::V4(_) => of(&self.v4)?,
+            SocketAddr::V6(_) => v6.clone()?,
+        };
+        let found = match_bound(end.ip(), &bound, v6.as_deref().unwrap_or_default());
+        // Of what could not be read nobody knows what it says.
+        (v6.is_some() || found == Listener::Here).then_some(found)
+    }
 }
 
 fn match_bound(addr: IpAddr, bound: &[IpAddr], v6: &[IpAddr]) -> Listener {
@@ -76,12 +143,18 @@ fn match_bound(addr: IpAddr, bound: &[IpAddr], v6: &[IpAddr]) -> Listener {
         .map_or(Listener::Nobody, |&ip| Listener::At(ip))
 }
 
-/// The addresses at which sockets of a list are bound to a port.
-fn bound(list: &str, state: &str, port: u16) -> Option<Vec<IpAddr>> {
+/// Where sockets of a list are bound; `None` if it cannot be read, or not to its end.
+fn bound(list: &str, state: &str) -> Option<Bound> {
     let file = File::open(format!("{PROC_NET}/{list}")).ok()?;
-    let mut found = Vec::new();
-    for line in BufReader::new(file.take(MAX_LIST)).lines().skip(1) {
+    read_bound(BufReader::new(file), state)
+}
+
+fn read_bound(list: impl BufRead, state: &str) -> Option<Bound> {
+    let mut left = MAX_LIST;
+    let mut found = Bound::new();
+    for line in list.lines().skip(1) {
         let line = line.ok()?;
+        left = left.checked_sub(line.len() + 1)?;
         let Some((local, in_state)) = read_socket(&line) else {
             continue;
         };
@@ -89,8 +162,8 @@ fn bound(list: &str, state: &str, port: u16) -> Option<Vec<IpAddr>> {
         if state == LISTEN && in_state != LISTEN {
             break;
         }
-        if in_state == state && local.port() == port {
-            found.push(local.ip());
+        if in_state == state {
+            found.entry(local.port()).or_default().push(local.ip());
         }
     }
     Some(found)
@@ -131,7 +204,7 @@ impl Counters {
     pub fn read() -> Self {
         let mut text = String::new();
         let file = File::open(format!("{PROC_NET}/netstat"));
-        let read = file.and_then(|file| file.take(MAX_LIST).read_to_string(&mut text));
+        let read = file.and_then(|file| file.take(MAX_LIST as u64).read_to_string(&mut text));
         match read {
             Ok(_) => Self::parse(&text),
             Err(_) => Self::default(),
@@ -167,7 +240,11 @@ pub fn rp_filters(links: &[Link]) -> Vec<(String, String)> {
     let of = |link: &Link| {
         let own = value(&link.name).unwrap_or(0);
         let which = if own >= all { &link.name } else { "all" };
-        let set = || format!("net.ipv4.conf.{which}.rp_filter");
+        // `sysctl` takes each dot for a slash, unless there is a slash before it.
+        let set = || match which.contains('.') {
+            true => format!("net/ipv4/conf/{which}/rp_filter"),
+            false => format!("net.ipv4.conf.{which}.rp_filter"),
+        };
         (own.max(all) > 0).then(|| (link.name.clone(), set()))
     };
     links
@@ -206,6 +283,10 @@ mod tests {
             sysctl("net/ipv4/ip_nonlocal_bind", "1");
             sysctl("net/ipv6/ip_nonlocal_bind", "1");
             let end = |text: &str| text.parse::<SocketAddr>().unwrap();
+            let listener = |protocol, end| {
+                let mut listeners = Listeners::default();
+                listeners.listener(Instant::now(), protocol, end)
+            };
             let here = end("127.0.0.2:80");
             assert_eq!(listener(TCP, here), Some(Listener::Nobody));
             let other = TcpListener::bind("127.0.0.1:80").unwrap();
@@ -247,6 +328,47 @@ mod tests {
         ] {
             assert_eq!(read_socket(wrong), None, "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_list_that_is_cut_says_nothing() {
+        let line = "0: 0100007F:0050 00000000:0000 07 00000000:00000000 00:00000000 00000000\n";
+        let list = |lines: usize| format!("head\n{}", line.repeat(lines));
+        let read = |lines| read_bound(list(lines).as_bytes(), UNCONNECTED);
+        let fit = MAX_LIST / line.len();
+        assert_eq!(read(fit).unwrap()[&80].len(), fit);
+        assert_eq!(read(fit + 1), None);
+        let (read, took, addr) = (Instant::now(), Duration::ZERO, ip("127.0.0.1"));
+        let mut lists = Lists {
+            read,
+            took,
+            v4: Some([(80, vec![addr])].into()),
+            v6: None,
+        };
+        let port = |port| SocketAddr::new(addr, port);
+        assert_eq!(lists.listener(port(80)), Some(Listener::Here));
+        assert_eq!(lists.listener(port(81)), None, "the other list may have it");
+        lists.v6 = Some(Bound::new());
+        assert_eq!(lists.listener(port(81)), Some(Listener::Nobody));
+        lists.v4 = None;
+        assert_eq!(lists.listener(port(81)), None);
+    }
+
+    #[test]
+    fn a_list_that_is_long_to_read_is_kept_for_long() {
+        let start = Instant::now();
+        let lists = |took| Lists {
+            read: start,
+            took,
+            v4: None,
+            v6: None,
+        };
+        let good = |took, after| {
+            let now = start + Duration::from_millis(after);
+            lists(Duration::from_millis(took)).is_good(now)
+        };
+        assert_eq!([good(0, 0), good(0, 1_000)], [true, false]);
+        assert_eq!([good(500, 9_000), good(500, 10_000)], [true, false]);
     }
 
     #[test]

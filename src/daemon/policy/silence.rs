@@ -13,14 +13,17 @@
 //! ```
 //!
 //! * **TCP** answers every SYN, if only with a reset. One that got nothing for [`PATIENCE`] was
-//!   repeated twice by its client, and lost three times: something is wrong.
+//!   repeated twice by its client, and lost three times: something is wrong. What a client does not
+//!   repeat tells nothing: scanners send one SYN each, and it may be lost.
 //! * **Other protocols** need not answer (syslog and statsd never do), so this alone is no fault:
 //!   it is shown, and nobody is warned.
-//! * **A scan** asks for ports that nobody serves, and a firewall that drops such packets does what
-//!   it should. So of an address that has moved whole, a port counts if it has answered before, if
-//!   something listens there, or if nothing of the whole move was ever answered.
+//! * **A scan** asks for ports that nobody serves, and a firewall that drops or rejects such
+//!   packets does what it should, though something listens there. So of an address that has moved
+//!   whole, a port counts if it has answered before, or if nothing of the move was ever answered.
+//! * **A client that is banned** is refused where something listens, and others are not. So there
+//!   it takes two clients without an answer between them, and the verdict lapses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -43,6 +46,13 @@ const SUSPICION: Duration = Duration::from_millis(900);
 /// A port that has never served is judged only after so long, or when two clients agree: of an
 /// address that has moved whole, the first packets after the start may be a scan's.
 const PATIENCE_OF_STRANGERS: Duration = Duration::from_secs(6);
+
+/// Something listens, and nobody was refused for so long: whoever was refused has been banned, or
+/// the rule that rejected is gone.
+const REFUSED_FOR: Duration = Duration::from_secs(60);
+
+/// Most refusals of a port that are remembered, the newest. Two clients are enough.
+const MAX_REFUSALS: usize = 8;
 
 /// Nobody has asked for it for so long: whether it is answered now, nobody knows.
 const FORGOTTEN: Duration = Duration::from_secs(600);
@@ -69,13 +79,14 @@ pub(in super::super) struct Thing {
     /// Conversations that began later are not answered by what was seen so far.
     answered: Option<Instant>,
     refused: Option<Instant>,
+    /// Whom the newest refusals met, and when.
+    refusals: VecDeque<(IpAddr, Instant)>,
     /// A move names the port by its number.
     named: bool,
     /// Which move it belongs to.
     entry: Option<usize>,
-    /// Something listens there, as was seen at this time.
-    listens: bool,
-    looked: Option<Instant>,
+    /// Whether something listens there, as a look has shown.
+    listens: Option<bool>,
 }
 
 /// The verdicts on what has moved to one peer, or from it.
@@ -155,12 +166,23 @@ impl Silence {
         let Some(thing) = self.things.get_mut(asked) else {
             return;
         };
-        let came = listens && !thing.listens;
-        (thing.listens, thing.looked) = (listens, Some(now));
         // The program was started: the next client will be answered.
-        if came && thing.verdict == Verdict::Refused {
+        if listens && thing.listens == Some(false) {
+            thing.forget_refusals();
+        }
+        thing.listens = Some(listens);
+        if thing.verdict == Verdict::Refused && !thing.refuses(now) {
             (thing.verdict, thing.since) = (Verdict::Well, now);
-            thing.refused = None;
+        }
+    }
+
+    /// What was refused is well: the other server knows that something listens.
+    pub(in super::super) fn trust(&mut self, now: Instant, asked: &Asked) {
+        if let Some(thing) = self.things.get_mut(asked)
+            && thing.verdict == Verdict::Refused
+        {
+            thing.forget_refusals();
+            (thing.verdict, thing.since) = (Verdict::Well, now);
         }
     }
 
@@ -183,14 +205,14 @@ impl Silence {
 
     fn take_in(&mut self, now: Instant, observed: Observed) {
         let asked = observed.asked;
-        if !self.things.contains_key(&asked) && !self.has_room() {
-            return;
+        if !self.things.contains_key(&asked) {
+            let (entry, named) = entry_of(&self.moves, &asked);
+            self.make_room();
+            self.things.insert(asked, Thing::new(now, entry, named));
         }
-        let moves = &self.moves;
-        let thing = self.things.entry(asked).or_insert_with(|| {
-            let (entry, named) = entry_of(moves, &asked);
-            Thing::new(now, entry, named)
-        });
+        let Some(thing) = self.things.get_mut(&asked) else {
+            return;
+        };
         let entry = thing.entry;
         let answered = thing.take_in(observed);
         if let Some(entry) = entry {
@@ -199,17 +221,20 @@ impl Silence {
         }
     }
 
-    /// Makes room for one more port. One that never served goes first, the oldest of them.
-    fn has_room(&mut self) -> bool {
+    /// Makes room for one more port. What nobody is meant to serve goes first, then what no move
+    /// names, then what is well; of each the one that was not asked for the longest.
+    fn make_room(&mut self) {
         if self.things.len() < MAX_THINGS {
-            return true;
+            return;
         }
-        let idle = |thing: &Thing| thing.answered.is_none() && thing.verdict == Verdict::Well;
-        let idle = self.things.iter().filter(|(_, thing)| idle(thing));
-        let oldest = idle
-            .min_by_key(|(_, thing)| thing.last)
-            .map(|(asked, _)| *asked);
-        oldest.is_some_and(|asked| self.things.remove(&asked).is_some())
+        let rank = |thing: &Thing| {
+            let well = thing.verdict == Verdict::Well;
+            (thing.serves(), thing.named, !well, thing.last)
+        };
+        let least = self.things.iter().min_by_key(|(_, thing)| rank(thing));
+        if let Some(asked) = least.map(|(asked, _)| *asked) {
+            self.things.remove(&asked);
+        }
     }
 }
 
@@ -223,10 +248,10 @@ impl Thing {
             waiting: Vec::new(),
             answered: None,
             refused: None,
+            refusals: VecDeque::new(),
             named,
             entry,
-            listens: false,
-            looked: None,
+            listens: None,
         }
     }
 
@@ -254,6 +279,11 @@ impl Thing {
             Fate::Refused => {
                 self.counts[2] += 1;
                 self.refused = self.refused.max(at);
+                if self.refusals.len() == MAX_REFUSALS {
+                    self.refusals.pop_front();
+                }
+                let when = observed.waited.max(observed.opened);
+                self.refusals.push_back((observed.client, when));
             }
             Fate::Waiting { .. } => self.waiting.push(observed),
         }
@@ -267,33 +297,60 @@ impl Thing {
         waiting.filter(move |observed| heard.is_none_or(|heard| observed.opened > heard))
     }
 
-    /// Whether somebody is meant to serve it: an administrator has named it, or somebody did.
+    /// Whether somebody is meant to serve it: an administrator has named it, or somebody did, or
+    /// would.
     pub(in super::super) fn serves(&self) -> bool {
-        self.named || self.answered.is_some() || self.listens
+        self.is_meant() || self.listens == Some(true)
     }
 
-    /// Whether nobody has looked who listens there for so long.
-    pub(in super::super) fn rested(&self, now: Instant, rest: Duration) -> bool {
-        let looked = self.looked;
-        looked.is_none_or(|looked| now.saturating_duration_since(looked) >= rest)
+    /// Whether clients are meant to be answered. A program that listens is not enough: a firewall
+    /// may keep clients from it on purpose.
+    fn is_meant(&self) -> bool {
+        self.named || self.answered.is_some()
+    }
+
+    /// Whether clients are refused, and not one alone that is banned.
+    fn refuses(&self, now: Instant) -> bool {
+        if !self.is_meant() || self.refused <= self.answered {
+            return false;
+        }
+        if self.listens != Some(true) {
+            return true;
+        }
+        let since = |&&(_, at): &&(IpAddr, Instant)| {
+            self.answered.is_none_or(|answered| at > answered)
+                && now.saturating_duration_since(at) < REFUSED_FOR
+        };
+        let clients = self.refusals.iter().filter(since);
+        let clients: BTreeSet<IpAddr> = clients.map(|(client, _)| *client).collect();
+        clients.len() >= 2
+    }
+
+    /// What was refused so far says nothing any more.
+    fn forget_refusals(&mut self) {
+        self.refused = None;
+        self.refusals.clear();
     }
 
     /// `never`: nothing of the move that it belongs to was ever answered.
     fn judge(&self, now: Instant, never: bool) -> Verdict {
         let tcp = self.entry.is_some() && self.is_tcp();
-        let ages = || self.in_vain().map(|observed| age(now, observed));
+        let waits = || self.in_vain().filter(|observed| asks_again(observed));
+        let ages = || waits().map(|observed| age(now, observed));
         let mute = ages().any(|age| age >= PATIENCE)
             || ages().filter(|&age| age >= PATIENCE_OF_TWO).count() >= 2;
-        let serves = self.serves();
+        let meant = self.is_meant();
         if mute {
-            let agreed = self.clients() >= 2 || ages().any(|age| age >= PATIENCE_OF_STRANGERS);
-            return match () {
-                () if !tcp => Verdict::Unanswered,
-                () if serves || (never && agreed) => Verdict::Silent,
-                () => Verdict::Unanswered,
+            let clients: BTreeSet<IpAddr> = waits().map(|observed| observed.client).collect();
+            let agreed = clients.len() >= 2 || ages().any(|age| age >= PATIENCE_OF_STRANGERS);
+            let stranger = never && (agreed || self.listens == Some(true));
+            return if tcp && (meant || stranger) {
+                Verdict::Silent
+            } else {
+                Verdict::Unanswered
             };
         }
-        if serves && self.refused > self.answered {
+        if self.refuses(now) {
             return Verdict::Refused;
         }
         let heard = self.answered.max(self.refused).max(Some(self.last));
@@ -301,6 +358,10 @@ impl Thing {
         let since_answered = self.answered.is_some_and(|at| at >= self.bad_since());
         if self.verdict == Verdict::Refused || since_answered || forgotten {
             return Verdict::Well;
+        }
+        // Something else of the move is answered now: it was a scan.
+        if self.verdict == Verdict::Silent && !meant && !never {
+            return Verdict::Unanswered;
         }
         self.verdict
     }
@@ -315,6 +376,11 @@ impl Thing {
             .iter()
             .any(|observed| observed.asked.protocol == TCP)
     }
+}
+
+/// Whether a conversation that waits counts: a TCP client asks again after a second.
+fn asks_again(observed: &Observed) -> bool {
+    observed.asked.protocol != TCP || observed.fate == Fate::Waiting { again: true }
 }
 
 fn age(now: Instant, observed: &Observed) -> Duration {
@@ -345,7 +411,13 @@ mod tests {
     use crate::testing::epoch;
     use proptest::prelude::*;
 
-    const WAITS: Fate = Fate::Waiting { again: false };
+    /// Such a client asks once, as a scanner that keeps no state.
+    const STATELESS: u8 = 250;
+
+    fn waits(client: u8, age: Duration) -> Fate {
+        let again = client != STATELESS && age >= Duration::from_secs(1);
+        Fate::Waiting { again }
+    }
 
     /// A judge that is shown conversations as a watch shows them.
     struct Bed {
@@ -406,7 +478,7 @@ mod tests {
                 .retain_mut(|(asked, client, opened, answer, waited)| {
                     let fate = answer
                         .filter(|(at, _)| *at <= now)
-                        .map_or(WAITS, |(_, fate)| fate);
+                        .map_or_else(|| waits(*client, now - *opened), |(_, fate)| fate);
                     some.push(Observed {
                         asked: *asked,
                         client: [203, 0, 113, *client].into(),
@@ -415,7 +487,7 @@ mod tests {
                         fate,
                     });
                     *waited = now;
-                    fate == WAITS && now - *opened < Duration::from_secs(16)
+                    matches!(fate, Fate::Waiting { .. }) && now - *opened < Duration::from_secs(16)
                 });
             let opened = some.len() as u64;
             self.silence.observe(now, Observations { some, opened });
@@ -488,13 +560,116 @@ mod tests {
         assert_eq!(bed.verdict(80), Verdict::Well);
         bed.pass(1_000);
         assert_eq!(bed.verdict(80), Verdict::Well);
+    }
+
+    #[test]
+    fn a_client_that_is_banned_is_no_refusal_and_two_are_for_a_minute() {
+        let mut bed = Bed::new(&["192.0.2.5:80"]);
+        let asked = |port| Asked {
+            addr: "192.0.2.5".parse().unwrap(),
+            protocol: TCP,
+            port,
+        };
         bed.ask(80, 9, REFUSAL);
         bed.pass(1_000);
-        assert_eq!(
-            bed.verdict(80),
-            Verdict::Refused,
-            "though something listens"
-        );
+        bed.silence.listens(bed.now, &asked(80), true);
+        assert_eq!(bed.verdict(80), Verdict::Well, "the look is in time");
+        for _ in 0..5 {
+            bed.ask(80, 9, REFUSAL);
+            bed.pass(1_000);
+            assert_eq!(bed.verdict(80), Verdict::Well, "the same client");
+        }
+        bed.ask(80, 8, ANSWER);
+        bed.pass(1_000);
+        bed.ask(80, 7, REFUSAL);
+        bed.pass(1_000);
+        assert_eq!(bed.verdict(80), Verdict::Well, "one since the answer");
+        bed.ask(80, 9, REFUSAL);
+        bed.pass(1_000);
+        assert_eq!(bed.verdict(80), Verdict::Refused);
+        bed.pass(50_000);
+        assert_eq!(bed.verdict(80), Verdict::Refused);
+        bed.pass(10_000);
+        assert_eq!(bed.verdict(80), Verdict::Well, "it lapses");
+    }
+
+    #[test]
+    fn what_the_other_server_knows_better_is_well() {
+        let mut bed = Bed::new(&["192.0.2.5:80"]);
+        bed.ask(80, 9, REFUSAL);
+        bed.ask(80, 8, REFUSAL);
+        bed.pass(1_000);
+        let (&asked, ..) = bed.silence.doubts(bed.now).next().unwrap();
+        bed.silence.trust(bed.now, &asked);
+        assert_eq!(bed.verdict(80), Verdict::Well);
+        bed.pass(1_000);
+        assert_eq!(bed.verdict(80), Verdict::Well);
+    }
+
+    #[test]
+    fn what_listens_behind_a_firewall_on_purpose_is_no_fault() {
+        let mut bed = Bed::new(&["192.0.2.5"]);
+        bed.ask(80, 9, ANSWER);
+        bed.pass(1_000);
+        bed.ask(22, 7, None);
+        bed.ask(22, 8, None);
+        bed.ask(5_432, 7, REFUSAL);
+        bed.ask(5_432, 8, REFUSAL);
+        for second in 0..10 {
+            bed.pass(1_000);
+            let asked: Vec<Asked> = bed.silence.things().map(|(asked, _)| *asked).collect();
+            for asked in asked {
+                bed.silence.listens(bed.now, &asked, true);
+            }
+            assert_ne!(bed.verdict(22), Verdict::Silent, "{second}");
+            assert_eq!(bed.verdict(5_432), Verdict::Well, "{second}");
+        }
+        assert_eq!(bed.verdict(22), Verdict::Unanswered);
+    }
+
+    #[test]
+    fn a_syn_that_its_client_does_not_repeat_is_not_taken_for_three() {
+        let mut bed = Bed::new(&["192.0.2.5:80", "192.0.2.5:514/udp"]);
+        for _ in 0..10 {
+            bed.ask(80, STATELESS, None);
+            bed.ask_by(UDP, 514, STATELESS, None);
+            bed.pass(1_500);
+            assert_eq!(bed.verdict(80), Verdict::Well);
+        }
+        assert_eq!(bed.verdict(514), Verdict::Unanswered);
+        bed.ask(80, 9, None);
+        bed.pass(4_500);
+        assert_eq!(bed.verdict(80), Verdict::Silent, "this one repeats it");
+    }
+
+    #[test]
+    fn a_scan_before_the_first_client_is_no_silence_once_that_is_answered() {
+        let mut bed = Bed::new(&["192.0.2.5"]);
+        bed.ask(1_000, 7, None);
+        bed.pass(7_000);
+        assert_eq!(bed.verdict(1_000), Verdict::Silent, "nothing was answered");
+        bed.pass(20_000);
+        assert_eq!(bed.verdict(1_000), Verdict::Silent);
+        bed.ask(80, 9, ANSWER);
+        bed.pass(1_000);
+        assert_eq!(bed.verdict(1_000), Verdict::Unanswered);
+    }
+
+    #[test]
+    fn a_named_port_gets_in_though_scans_have_filled_all_places() {
+        let mut bed = Bed::new(&["192.0.2.5:80", "192.0.2.5:1000-60000"]);
+        bed.ask(2_000, 9, ANSWER);
+        bed.pass(1_000);
+        for port in 3_000..6_000 {
+            bed.ask(port, 7, None);
+            bed.ask(port, 8, None);
+        }
+        bed.pass(10_000);
+        bed.ask(80, 9, None);
+        bed.pass(4_500);
+        assert_eq!(bed.verdict(80), Verdict::Silent);
+        assert_eq!(bed.silence.things().count(), MAX_THINGS);
+        assert!(bed.silence.things().any(|(asked, _)| asked.port == 2_000));
     }
 
     #[test]
