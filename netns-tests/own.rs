@@ -449,7 +449,8 @@ fn connections_of_the_old_server_that_it_translates_itself_stay_its_own() -> Res
     itself.download(CLIENT, MEGABYTE)?;
     clients_are_served(&lab, DNS)?;
     daemons.old.kill()?;
-    before.exchange(b"and here", PATIENCE)
+    before.exchange(b"and here", PATIENCE)?;
+    Ok(())
 }
 
 #[test]

@@ -78,8 +78,8 @@ pub(super) fn jump_unless_from_own_port(a: &mut Assembler, no: Label) {
     jump_unless_at_own_end(a, R0, no);
 }
 
-/// Goes on if this socket has the key's own address, or any, and its port, so that the addresses and
-/// ports on the wire find it. Jumps to `no` if they were translated. Destroys R1 to R4.
+/// Goes on if this socket has the key's own address, or any, and its port, so that the addresses
+/// and ports on the wire find it. Jumps to `no` if they were translated. Destroys R1 to R4.
 pub(super) fn jump_unless_at_own_end(a: &mut Assembler, socket: Reg, no: Label) {
     let (v6, yes) = (a.label(), a.label());
     // The socket's port is in this host's order, the key's as on the wire.
