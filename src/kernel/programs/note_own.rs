@@ -185,8 +185,8 @@ fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
     a.store(Size::W, R10, RIGHTS_KEPT, R0);
 }
 
-/// Notes TCP of hosts behind this one, and of sockets that the wire's addresses do not find; goes to
-/// `new` or `pass`.
+/// Notes TCP of hosts behind this one, and of sockets that the wire's addresses do not find; goes
+/// to `new` or `pass`.
 fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     let (begins, forwarded) = (a.label(), a.label());
     let (ended, closed, unknown) = (a.label(), a.label(), a.label());
