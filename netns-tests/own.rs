@@ -415,6 +415,45 @@ fn what_a_container_has_behind_the_moved_address_stays_its_own() -> Result {
 }
 
 #[test]
+fn connections_of_the_old_server_that_it_translates_itself_stay_its_own() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let _elsewhere = Elsewhere::start(&lab)?;
+    let _application = Application::start(&lab, DNS)?;
+    let old = lab.old_server();
+    run(
+        old,
+        "nft '
+         table inet own {
+             chain pre {
+                 type nat hook prerouting priority -100;
+                 ip daddr 192.0.2.5 tcp dport 8081 redirect to :80
+             }
+             chain post {
+                 type nat hook postrouting priority 100;
+                 oifname eth0 ip saddr 192.0.2.1 ip daddr 203.0.113.10 snat ip to 192.0.2.5
+             }
+         }'",
+    )?;
+    let itself = Client::new(old, OLD, MOVED6);
+    let _service = Service::start(old, MOVED)?;
+    let mut before = itself.converse(CLIENT)?;
+    let mut served = lab.client().converse((MOVED, 8081))?;
+    let daemons = setup.start_both()?;
+    before.exchange(b"still here", PATIENCE)?;
+    served.exchange(b"served here", PATIENCE)?;
+    for _ in 0..3 {
+        itself.get(CLIENT)?.is_answered_by(CLIENT)?;
+        itself.udp((CLIENT, DNS), b"question")?;
+    }
+    itself.download(CLIENT, MEGABYTE)?;
+    clients_are_served(&lab, DNS)?;
+    daemons.old.kill()?;
+    before.exchange(b"and here", PATIENCE)?;
+    Ok(())
+}
+
+#[test]
 fn a_lease_of_the_moved_address_is_renewed() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?.moves(&FAMILIES);

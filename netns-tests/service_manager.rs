@@ -122,6 +122,7 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
         .spawn(service(&setup, &manager, Vec::new()))?;
     let kept = manager.is_given()?;
     assert!(!kept.is_empty(), "nothing to keep");
+    let first_memory = maps(&kept)?;
     let up = "STATUS=new server, 1 of 1 tunnels up\n";
     manager.hears(up)?;
     old.wait_until_up()?;
@@ -132,6 +133,8 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
 
     let tap = lab.tap(Leg::New)?;
     let second = lab.new_server().spawn(service(&setup, &manager, kept))?;
+    let kept = manager.is_given()?;
+    assert_eq!(maps(&kept)?, first_memory);
     manager.hears(up)?;
     // The old server may yet have to say what has moved.
     client.set_nonblocking(true).map_err(failed)?;
@@ -144,7 +147,27 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
     assert_eq!(tap.stop()?.frames_with(b"pushed"), 0);
     second.signal(Signal::TERM)?;
     second.wait(STOP_TIMEOUT)?;
+
+    // After an orderly end nothing of it is true any more.
+    let third = lab.new_server().spawn(service(&setup, &manager, kept))?;
+    let memory = maps(&manager.is_given()?)?;
+    assert!(!memory.is_empty());
+    assert!(memory.iter().all(|map| !first_memory.contains(map)));
+    third.signal(Signal::TERM)?;
+    third.wait(STOP_TIMEOUT)?;
     Ok(())
+}
+
+/// Which of the kernel's maps these are.
+fn maps(descriptors: &[OwnedFd]) -> Result<Vec<String>> {
+    let id = |fd: &OwnedFd| {
+        let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+        let told = std::fs::read_to_string(path).map_err(failed)?;
+        let line = told.lines().find(|line| line.starts_with("map_id:"));
+        line.map(str::to_owned)
+            .ok_or_else(|| failed("it is no map"))
+    };
+    descriptors.iter().map(id).collect()
 }
 
 /// The daemon on the new server with the descriptors that its manager kept.

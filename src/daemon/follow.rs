@@ -257,6 +257,11 @@ impl Follower {
                 let left = host.made().iter().filter(|change| keep::is_part(change));
                 desired.extend(left.cloned().map(Desired::lasting));
             }
+            if let Programs::Old(capture) = &follower.programs {
+                // Just before the programs see it themselves.
+                let noted = capture.note_older(host.netlink(), &follower.settings.moves);
+                noted.map_err(system)?;
+            }
             let error = match host.reconcile(desired) {
                 Ok(report) => {
                     warn_of_left(&report);

@@ -89,6 +89,8 @@ impl Ready {
         let mut host = Host::open(runtime_dir)?;
         warn_of_unread(&host);
         let resumes = !host.made().is_empty();
+        // After an orderly end everything begins anew: what was remembered may have changed since.
+        let kept = if resumes { kept } else { Vec::new() };
         let addresses = netlink.addresses().map_err(system)?;
         let may_come = early::may_come(&addresses);
         let is_up = early::is_up(&addresses);
@@ -235,8 +237,7 @@ impl Found {
         let programs = match config.role {
             Role::Old => {
                 let links = plan::carriers(host.netlink(), tun).map_err(system)?;
-                let has_moved = |addr| moves.iter().any(|moved| moved.prefix.contains(addr));
-                let own = plan::own::memory(host.netlink(), &links, kept, has_moved);
+                let own = plan::own::memory(host.netlink(), &links, kept);
                 let own = own.map_err(system)?;
                 let capture = Capture::new(&moves, tun, port, own).map_err(system)?;
                 kept::keep(&capture.memory());

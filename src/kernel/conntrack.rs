@@ -53,7 +53,8 @@ struct Tuple {
 
 /// TCP connections from or at an address that has `moved` whose end here is a host behind this one,
 /// as the other end sees them, `most` of them. What a socket of this host may have is left out: it
-/// can be asked itself. Those are the ones at an address that is `held` and is not translated.
+/// can be asked itself. Those are the ones at an address that is `held` where neither address nor
+/// port is translated: who is sent to another port here (`REDIRECT`) is not found by the first one.
 ///
 /// # Errors
 /// If the kernel tracks nothing here, or does not tell.
@@ -94,7 +95,7 @@ fn flow_of(
     } else {
         return None;
     };
-    let is_behind = inside.ip() != local.ip() || !held(local.ip());
+    let is_behind = inside != local || !held(local.ip());
     is_behind.then_some(HostFlow {
         protocol: TCP,
         local,
@@ -188,6 +189,116 @@ fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
             }
             let next = (message.length() as usize).next_multiple_of(4);
             rest = rest.get(next..).unwrap_or_default();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An attribute of this kind.
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// One direction, from and to these.
+    fn tuple(kind: u16, src: &str, dst: &str) -> Vec<u8> {
+        let [src, dst] = [src, dst].map(|end| end.parse::<SocketAddr>().unwrap());
+        let octets = |end: SocketAddr| match end.ip() {
+            IpAddr::V4(addr) => addr.octets().to_vec(),
+            IpAddr::V6(addr) => addr.octets().to_vec(),
+        };
+        let kinds = if src.is_ipv4() {
+            [CTA_IP_V4_SRC, CTA_IP_V4_DST]
+        } else {
+            [CTA_IP_V6_SRC, CTA_IP_V6_DST]
+        };
+        let ends = [
+            attribute(kinds[0], &octets(src)),
+            attribute(kinds[1], &octets(dst)),
+        ];
+        let proto = [
+            attribute(CTA_PROTO_NUM, &[TCP]),
+            attribute(CTA_PROTO_SRC_PORT, &src.port().to_be_bytes()),
+            attribute(CTA_PROTO_DST_PORT, &dst.port().to_be_bytes()),
+        ];
+        let parts = [
+            attribute(CTA_TUPLE_IP, &ends.concat()),
+            attribute(CTA_TUPLE_PROTO, &proto.concat()),
+        ];
+        attribute(kind, &parts.concat())
+    }
+
+    /// A connection as it began, and as its replies come.
+    fn connection(original: [&str; 2], reply: [&str; 2]) -> Vec<u8> {
+        let state = attribute(CTA_PROTOINFO_TCP, &attribute(CTA_PROTOINFO_TCP_STATE, &[3]));
+        [
+            tuple(CTA_TUPLE_ORIG, original[0], original[1]),
+            tuple(CTA_TUPLE_REPLY, reply[0], reply[1]),
+            attribute(CTA_PROTOINFO, &state),
+        ]
+        .concat()
+    }
+
+    #[test]
+    fn what_the_wires_addresses_do_not_find_is_behind() {
+        const CLIENT: &str = "203.0.113.7:40000";
+        const SERVICE: &str = "192.0.2.5:80";
+        let held: [IpAddr; 2] = ["192.0.2.1", "192.0.2.5"].map(|addr| addr.parse().unwrap());
+        for (original, reply, local, why) in [
+            ([CLIENT, SERVICE], [SERVICE, CLIENT], None, "a socket here"),
+            (
+                [CLIENT, SERVICE],
+                ["192.0.2.5:8080", CLIENT],
+                Some(SERVICE),
+                "another port",
+            ),
+            (
+                [CLIENT, SERVICE],
+                ["10.8.0.2:80", CLIENT],
+                Some(SERVICE),
+                "a container",
+            ),
+            (
+                ["192.0.2.1:5000", CLIENT],
+                [CLIENT, "192.0.2.5:5000"],
+                Some("192.0.2.5:5000"),
+                "SNAT",
+            ),
+            (
+                ["192.0.2.5:5000", CLIENT],
+                [CLIENT, "192.0.2.5:5000"],
+                None,
+                "a socket here",
+            ),
+            (
+                ["192.0.2.5:5000", CLIENT],
+                [CLIENT, "192.0.2.5:5001"],
+                Some("192.0.2.5:5001"),
+                "SNAT",
+            ),
+            (
+                ["192.0.2.1:5000", CLIENT],
+                [CLIENT, "192.0.2.1:5000"],
+                None,
+                "not moved",
+            ),
+        ] {
+            let moved = |addr: IpAddr| addr == held[1];
+            let found = flow_of(&connection(original, reply), &moved, &|addr| {
+                held.contains(&addr)
+            });
+            let expected = local.map(|local| HostFlow {
+                protocol: TCP,
+                local: local.parse().unwrap(),
+                remote: CLIENT.parse().unwrap(),
+            });
+            assert_eq!(found, expected, "{why}");
         }
     }
 }

@@ -86,6 +86,15 @@ impl Capture {
         self.facts.own().stayed()
     }
 
+    /// Takes in the connections of hosts behind this one that are older than these programs, unless
+    /// the memory is a killed daemon's.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn note_older(&self, netlink: &Netlink, moves: &[Move]) -> Result<(), PlanError> {
+        super::own::note_older(netlink, self.facts.own(), moves)
+    }
+
     /// From now on bounced packets arrive at `uplink`, and replies to which no route leads leave by
     /// it; all of them if it was `named`.
     pub fn set_uplink(&self, uplink: Option<&Link>, named: bool) {

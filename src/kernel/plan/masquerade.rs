@@ -69,8 +69,7 @@ pub fn plan(
     for moved in moves {
         local.push((moved.prefix.first(), way(uplink)?));
     }
-    let has_moved = |addr| moves.iter().any(|moved| moved.prefix.contains(addr));
-    let own = super::own::memory(netlink, std::slice::from_ref(uplink), &[], has_moved)?;
+    let own = super::own::memory(netlink, std::slice::from_ref(uplink), &[])?;
     let facts = Facts::remembering(moves, own)?;
     let l2 = l2_header(uplink)?;
     let out = programs::way_out(way(uplink)?, &servers, &local, facts.own())?;
@@ -84,6 +83,7 @@ pub fn plan(
     ];
     // Others add to this list, too. Once they do, we must not restore the old one.
     desired.extend(reservation(ports).map(|change| Desired::lasting(change).once()));
+    super::own::note_older(netlink, facts.own(), moves)?;
     let mut links: Vec<&Link> = Vec::new();
     for end in towards {
         if links.iter().all(|known| known.index != end.link.index) {

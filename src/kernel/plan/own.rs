@@ -12,20 +12,15 @@ use crate::kernel::change::Change;
 use crate::kernel::conntrack;
 use crate::kernel::netlink::{Direction, Link, Netlink, NetlinkError};
 use crate::kernel::programs::{NOTE_OWN, Own};
+use crate::model::moved::{Move, Transport};
 
 /// Takes over the memory of a killed daemon, or makes it. It is found among the descriptors that
 /// somebody `kept`, or through the programs that still stand on `links` (for which this process
-/// needs CAP_SYS_ADMIN). A new one begins with the connections of hosts behind this one from or at
-/// the addresses that have `moved`, as far as the kernel can tell.
+/// needs CAP_SYS_ADMIN).
 ///
 /// # Errors
 /// If the kernel refuses.
-pub fn memory(
-    netlink: &Netlink,
-    links: &[Link],
-    kept: &[OwnedFd],
-    moved: impl Fn(IpAddr) -> bool,
-) -> Result<Own, PlanError> {
+pub fn memory(netlink: &Netlink, links: &[Link], kept: &[OwnedFd]) -> Result<Own, PlanError> {
     if let Some(found) = Own::found(kept) {
         return Ok(found);
     }
@@ -38,13 +33,28 @@ pub fn memory(
             }
         }
     }
-    let own = Own::new()?;
+    Ok(Own::new()?)
+}
+
+/// Takes in the connections of hosts behind this one that could be captured by these moves, as far
+/// as the kernel can tell, unless the memory is a killed daemon's. Call it just before the programs
+/// are attached: what begins in between is lost.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn note_older(netlink: &Netlink, own: &Own, moves: &[Move]) -> Result<(), PlanError> {
+    if own.resumes() {
+        return Ok(());
+    }
     let held: Vec<IpAddr> = netlink.addresses()?.iter().map(|held| held.addr).collect();
+    let has_tcp = |moved: &&Move| moved.transport != Some(Transport::Udp);
+    let moves: Vec<&Move> = moves.iter().filter(has_tcp).collect();
+    let moved = |addr| moves.iter().any(|moved| moved.prefix.contains(addr));
     match conntrack::behind(moved, |addr| held.contains(&addr), Own::ROOM) {
         Ok(connections) => own.note(connections)?,
         Err(error) => debug!(%error, "no connections of hosts behind this one are known"),
     }
-    Ok(own)
+    Ok(())
 }
 
 /// The place for the program that notes this host's own on a link. It may stand beside the new

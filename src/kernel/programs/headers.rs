@@ -31,6 +31,7 @@ pub(super) mod sock {
     /// The address it is bound to, as on the wire; 0 for any.
     pub(crate) const SRC_IP4: i16 = 24;
     /// Its port, in the order of this host.
+    pub(crate) const SRC_IP6: i16 = 28;
     pub(crate) const SRC_PORT: i16 = 44;
     pub(crate) const STATE: i16 = 72;
     /// In `STATE`: it is connected.

@@ -8,14 +8,16 @@
 //!
 //! ```text
 //! if (skb->ingress_ifindex == tun || skb->vlan_present || UDP from the tunnel's own port
-//!     || ip.saddr has not moved) pass;
+//!     || !(r = rights of ip.saddr)) pass;
 //! parse();                                       // quoted, later, none, other: pass
+//! if (nothing of this protocol has moved by r) pass;          // none of it is captured
 //! if (TCP) {
 //!     if (SYN without ACK) delete(taken, key);
-//!     if (it is from a socket of this host) pass;                 // which can be asked
+//!     if (it is from a socket of this host, and was not translated) pass; // which can be asked
 //!     if (RST) { delete(own, key); pass; }
 //!     if ((o = lookup(own, key)) && !(SYN without ACK)) {
-//!         if (FIN) o->kind = KIND_CLOSED; else if (!CLOSED) refresh; pass;
+//!         if (FIN) o->kind = KIND_CLOSED; else if (!CLOSED) refresh;  // KIND_BEHIND again
+//!         pass;
 //!     }
 //!     if (FIN || lookup(taken, key)) pass;
 //! } else {
@@ -46,8 +48,9 @@ use super::parse::{FLAGS, Side, Ways, parse, sort_out, wire};
 use super::phrases::{
     PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, keep_packet, pass_if_tagged, verdict,
 };
-use super::sockets::jump_unless_from_own_port;
-use super::take_replies::load_tcp_socket;
+use super::rights::Rights;
+use super::sockets::{jump_unless_at_own_end, jump_unless_from_own_port};
+use super::take_replies::{SOCKET, load_tcp_socket};
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, FIN, RST, SYN};
@@ -57,6 +60,9 @@ pub const NOTE_OWN: &str = "ipmoved_own";
 
 /// Where the stack keeps the source, below what [`parse`] needs.
 const SOURCE: i16 = -120;
+
+/// Where it keeps what has moved of the source, below what is looked up.
+const RIGHTS_KEPT: i16 = -136;
 
 /// The conversation's value in the map.
 const FOUND: Reg = R7;
@@ -93,7 +99,11 @@ pub fn note_own(
     parse(a, l2_header, Side::Own, ways);
 
     a.bind(ways.flow);
-    let without_tcp = a.label();
+    let (captured, without_tcp) = (a.label(), a.label());
+    // Any port of the protocol counts: fragments show none, and capture takes them all.
+    a.load(Size::W, KIND, R10, RIGHTS_KEPT);
+    Rights::decide_by_protocol(a, KIND, captured, pass);
+    a.bind(captured);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
     note_tcp(a, own, new, pass);
 
@@ -142,7 +152,7 @@ pub fn note_own(
     jump_if_within(a, (FOUND, OWN_SEEN), YOUNG_IDLE, pass);
     a.jump(unknown);
     a.bind(aged);
-    refresh(a, own, pass);
+    refresh(a, own, None, pass);
 
     for label in [ways.later, ways.quoted, ways.none, ways.other, pass] {
         a.bind(label);
@@ -151,7 +161,7 @@ pub fn note_own(
     asm.finish(NOTE_OWN)
 }
 
-/// Goes on if the packet's source has moved.
+/// Goes on if something of the packet's source has moved, which the stack keeps.
 fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
     let (v6, moved) = (a.label(), a.label());
     branch_by_family(a, v6, pass);
@@ -171,9 +181,12 @@ fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
         a.jump(pass);
     }
     a.bind(moved);
+    a.load(Size::W, R0, R0, 0);
+    a.store(Size::W, R10, RIGHTS_KEPT, R0);
 }
 
-/// Notes TCP of hosts behind this one; goes to `new` or `pass`.
+/// Notes TCP of hosts behind this one, and of sockets that the wire's addresses do not find; goes
+/// to `new` or `pass`.
 fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     let (begins, forwarded) = (a.label(), a.label());
     let (ended, closed, unknown) = (a.label(), a.label(), a.label());
@@ -181,10 +194,12 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     a.alu(Alu::And, R0, i32::from(SYN | ACK));
     a.jump_if(R0, If::Eq, i32::from(SYN), begins);
     load_tcp_socket(a, forwarded, pass);
+    jump_unless_at_own_end(a, SOCKET, forwarded);
     a.jump(pass);
     a.bind(begins);
     remove(a, &own.taken);
     load_tcp_socket(a, new, pass);
+    jump_unless_at_own_end(a, SOCKET, new);
     a.jump(pass);
 
     a.bind(forwarded);
@@ -197,7 +212,7 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     a.jump_if(R0, If::Set, i32::from(FIN), closed);
     a.load(Size::W, R0, FOUND, OWN_KIND);
     a.jump_if(R0, If::Eq, KIND_CLOSED, pass);
-    refresh(a, own, pass);
+    refresh(a, own, Some(KIND_BEHIND), pass);
     a.bind(closed);
     a.mov(R0, KIND_CLOSED);
     a.store(Size::W, FOUND, OWN_KIND, R0);
@@ -213,11 +228,15 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     a.jump(pass);
 }
 
-/// Notes that the conversation at [`FOUND`] was heard, and goes to `pass`. Another processor may
-/// have captured a packet of it just when it began.
-fn refresh(a: &mut Assembler, own: &Own, pass: Label) {
+/// Notes that the conversation at [`FOUND`] was heard, and is of this kind, and goes to `pass`.
+/// Another processor may have captured a packet of it just when it began.
+fn refresh(a: &mut Assembler, own: &Own, kind: Option<i32>, pass: Label) {
     jump_if_within(a, (FOUND, OWN_SEEN), REFRESH, pass);
     a.store(Size::Dw, FOUND, OWN_SEEN, R0);
+    if let Some(kind) = kind {
+        a.mov(R0, kind);
+        a.store(Size::W, FOUND, OWN_KIND, R0);
+    }
     remove(a, &own.taken);
     a.jump(pass);
 }

@@ -8,7 +8,8 @@
 //! ```text
 //! own        struct { u64 seen; u32 kind; u32 young; }
 //!            what this host has begun: when it last sent; by what (`KIND_*`); whether it was first
-//!            seen so soon after the start that it may be an answer to what came before
+//!            seen so soon after the start that it may be an answer to what came before; of
+//!            `KIND_ASKED`, when that was, in ticks (`ASKED_TICK`)
 //! taken      u64 answered
 //!            flows of clients that were captured: when the new server last answered, or 0. Of TCP
 //!            and ICMP it is not noted
@@ -73,6 +74,16 @@ pub(super) const KIND_SOCKET: i32 = 1;
 pub(super) const KIND_BEHIND: i32 = 2;
 /// TCP of a host behind this one that is closing: nothing but a new connection ends it.
 pub(super) const KIND_CLOSED: i32 = 3;
+/// TCP of a host behind this one that was silent when somebody began anew. If it lives it answers
+/// with a challenge (RFC 5961 section 4); it is over if it has not by the next SYN.
+pub(super) const KIND_ASKED: i32 = 4;
+
+/// A tick of the time when it was asked, as a power of two in nanoseconds: 1.07 s.
+pub(super) const ASKED_TICK: i32 = 30;
+
+/// Ticks within which it answers: more than one has passed by then, as between a client's first two
+/// SYNs (RFC 6298 section 2).
+pub(super) const ASKED_TICKS: i32 = 2;
 
 /// Where the facts lie.
 const SINCE: u32 = 0;
@@ -119,6 +130,8 @@ pub struct Own {
     pub(super) fragments: Map,
     pub(super) noted: Map,
     facts: Map,
+    /// A daemon that was killed had it before.
+    resumes: bool,
 }
 
 impl Own {
@@ -136,6 +149,7 @@ impl Own {
             fragments: Map::new(FRAGMENTS)?,
             noted: Map::new(NOTED)?,
             facts: Map::new(FACTS)?,
+            resumes: false,
         };
         memory.begin_at(now());
         Ok(memory)
@@ -155,6 +169,7 @@ impl Own {
             fragments: find(FRAGMENTS)?,
             noted: find(NOTED)?,
             facts: find(FACTS)?,
+            resumes: true,
         })
     }
 
@@ -166,10 +181,16 @@ impl Own {
             fragments,
             noted,
             facts,
+            resumes: _,
         } = self;
         [own, taken, fragments, noted, facts]
             .map(AsFd::as_fd)
             .into()
+    }
+
+    /// Whether a daemon that was killed had this memory before.
+    pub fn resumes(&self) -> bool {
+        self.resumes
     }
 
     /// Enters conversations of hosts behind this one that are older than this memory.
@@ -216,6 +237,25 @@ impl Own {
             value[..8].copy_from_slice(&(seen.as_nanos() as u64).to_ne_bytes());
             self.own.insert(&key, &value).unwrap();
         }
+    }
+
+    /// Every conversation that was asked was so this many ticks earlier.
+    #[cfg(test)]
+    pub(super) fn asked_earlier(&self, ticks: i32) {
+        let asked = OWN_YOUNG as usize;
+        for key in self.own.keys().unwrap() {
+            let mut value = [0; OWN_BYTES];
+            assert!(self.own.read(&key, &mut value));
+            let at = i32::from_ne_bytes(value[asked..].try_into().unwrap());
+            value[asked..].copy_from_slice(&(at - ticks).to_ne_bytes());
+            self.own.insert(&key, &value).unwrap();
+        }
+    }
+
+    /// How many conversations are remembered.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.own.keys().unwrap().len()
     }
 
     /// Counts a packet that stays.

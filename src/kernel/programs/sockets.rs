@@ -69,26 +69,46 @@ pub(super) fn jump_unless_somebody_waits(a: &mut Assembler, no: Label) {
 /// the other way; and if the socket is bound to an interface, where no look-up from another one
 /// finds it.
 pub(super) fn jump_unless_from_own_port(a: &mut Assembler, no: Label) {
-    let yes = a.label();
     a.load(Size::Dw, R1, PACKET, skb::SK);
     a.jump_if_wide(R1, If::Eq, 0, no);
     a.call(Helper::SkFullsock);
     a.jump_if_wide(R0, If::Eq, 0, no);
     a.load(Size::W, R1, R0, sock::BOUND_DEV_IF);
     a.jump_if(R1, If::Ne, 0, no);
+    jump_unless_at_own_end(a, R0, no);
+}
+
+/// Goes on if this socket has the key's own address, or any, and its port, so that the addresses
+/// and ports on the wire find it. Jumps to `no` if they were translated. Destroys R1 to R4.
+pub(super) fn jump_unless_at_own_end(a: &mut Assembler, socket: Reg, no: Label) {
+    let (v6, yes) = (a.label(), a.label());
     // The socket's port is in this host's order, the key's as on the wire.
     a.load(Size::B, R1, R10, KEY_LAST + 2);
     a.alu(Alu::Lsh, R1, 8);
     a.load(Size::B, R2, R10, KEY_LAST + 3);
     a.alu(Alu::Or, R1, R2);
-    a.load(Size::W, R2, R0, sock::SRC_PORT);
+    a.load(Size::W, R2, socket, sock::SRC_PORT);
     a.jump_if(R1, If::Ne, R2, no);
     a.load(Size::W, R1, R10, KEY);
     a.alu(Alu::And, R1, 0xff00);
-    a.jump_if(R1, If::Ne, 4 << 8, yes);
-    a.load(Size::W, R1, R0, sock::SRC_IP4);
+    a.jump_if(R1, If::Ne, 4 << 8, v6);
+    a.load(Size::W, R1, socket, sock::SRC_IP4);
     a.jump_if(R1, If::Eq, 0, yes);
     a.load(Size::W, R2, R10, KEY_LOCAL);
     a.jump_if(R1, If::Ne, R2, no);
+    a.jump(yes);
+    a.bind(v6);
+    // What differs, and what is set.
+    a.mov(R3, 0);
+    a.mov(R4, 0);
+    for word in (0..16).step_by(4) {
+        a.load(Size::W, R1, socket, sock::SRC_IP6 + word);
+        a.alu(Alu::Or, R4, R1);
+        a.load(Size::W, R2, R10, KEY_LOCAL + word);
+        a.alu(Alu::Xor, R1, R2);
+        a.alu(Alu::Or, R3, R1);
+    }
+    a.jump_if(R3, If::Eq, 0, yes);
+    a.jump_if(R4, If::Ne, 0, no);
     a.bind(yes);
 }

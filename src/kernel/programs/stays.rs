@@ -20,12 +20,13 @@
 //! if (!ICMP && lookup(taken, key)) take;             // most packets
 //! if ((o = lookup(own, key))) {
 //!     if (TCP) {
-//!         if (SYN ? now - o->seen <= OWN_IDLE && !CLOSED
+//!         if (SYN ? !CLOSED && (now - o->seen <= OWN_IDLE || asked(o))
 //!                 : CLOSED || now - o->seen <= OWN_IDLE_TCP) stay;
 //!     } else if (now - o->seen <= (o->young ? YOUNG_IDLE : OWN_IDLE)
 //!                && (o->kind != KIND_SOCKET || sk_lookup_udp())) stay;
 //!     delete(own, key);
 //! }
+//! // asked(o): the first SYN marks it as KIND_ASKED; it is over if that stands one second later.
 //! if (TCP && (s = skc_lookup_tcp()) && s->state != LISTEN) {
 //!     if (!(SYN && s->state == TIME_WAIT)) stay;
 //!     update(taken, key, 0);                         // or the rest would go to what was closed
@@ -48,8 +49,8 @@ use Reg::{R0, R1, R2, R7, R8, R10};
 use super::flows::{KEY_LAST, VALUE, enter, jump_if_within, look_up, remove};
 use super::headers::{icmpv4, icmpv6, ipv4, ipv6, sock};
 use super::own::{
-    KIND_CLOSED, KIND_SOCKET, MAX_NOTED, OWN_IDLE, OWN_IDLE_TCP, OWN_KIND, OWN_SEEN, OWN_YOUNG,
-    Own, YOUNG_IDLE,
+    ASKED_TICK, ASKED_TICKS, KIND_ASKED, KIND_CLOSED, KIND_SOCKET, MAX_NOTED, OWN_IDLE,
+    OWN_IDLE_TCP, OWN_KIND, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
 };
 use super::parse::{
     FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse, wire,
@@ -181,6 +182,19 @@ fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
     a.load(Size::W, R0, FOUND, OWN_KIND);
     a.jump_if(R0, If::Eq, KIND_CLOSED, forget);
     jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, stay);
+    // A forged SYN must not end what is merely idle: whoever has it may answer first.
+    let asked = a.label();
+    a.alu(Alu::Rsh, R0, ASKED_TICK);
+    a.load(Size::W, R1, FOUND, OWN_KIND);
+    a.jump_if(R1, If::Eq, KIND_ASKED, asked);
+    a.store(Size::W, FOUND, OWN_YOUNG, R0);
+    a.mov(R0, KIND_ASKED);
+    a.store(Size::W, FOUND, OWN_KIND, R0);
+    a.jump(stay);
+    a.bind(asked);
+    a.load(Size::W, R1, FOUND, OWN_YOUNG);
+    a.alu(Alu::Sub, R0, R1);
+    a.jump_if_wide(R0, If::Lt, ASKED_TICKS, stay);
     a.bind(forget);
     a.bind(gone);
     remove(a, &own.own);
@@ -530,6 +544,52 @@ mod tests {
             old.sends(&Packet::new(moved, remote, TCP, tcp(80, 50_000, ACK | PSH)));
             assert!(old.is_taken(&client(ACK)));
         }
+    }
+
+    #[test]
+    fn an_idle_connection_ends_only_if_nobody_answers_for_it() {
+        let old = OldServer::new();
+        let idle = now() - OWN_IDLE;
+        for (moved, remote, ..) in ENDS {
+            let out = |flags| Packet::new(moved, remote, TCP, tcp(40_000, 443, flags));
+            let back = |flags| Packet::new(remote, moved, TCP, tcp(443, 40_000, flags));
+            old.sends(&out(SYN));
+            old.facts.own.age(idle);
+            for _ in 0..3 {
+                assert!(!old.is_taken(&back(SYN)), "asked");
+            }
+            // It answers.
+            old.sends(&out(ACK));
+            old.facts.own.asked_earlier(ASKED_TICKS);
+            assert!(!old.is_taken(&back(SYN)), "it has spoken");
+            old.facts.own.age(idle);
+            old.facts.own.asked_earlier(ASKED_TICKS);
+            assert!(!old.is_taken(&back(SYN)), "asked again");
+            assert!(!old.is_taken(&back(ACK | PSH)));
+            // It does not.
+            old.facts.own.asked_earlier(ASKED_TICKS);
+            assert!(old.is_taken(&back(SYN)));
+            assert!(old.is_taken(&back(ACK)));
+        }
+    }
+
+    #[test]
+    fn what_is_never_captured_takes_no_room() {
+        let moves = moves(&["192.0.2.5:443/tcp", "[2001:db8:a::5]:443/tcp"]);
+        let facts = Facts::new(&moves).expect("run the tests as root");
+        let egress = note_own(&facts, L2, 1, Some(51820)).unwrap();
+        let egress = egress.load().unwrap();
+        let sends = |packet| assert!(!taken(egress.as_fd(), &packet));
+        for (moved, remote, icmp_protocol, [ping, _]) in ENDS {
+            sends(Packet::new(moved, remote, UDP, ports(53, 40_000)));
+            sends(Packet::new(moved, remote, icmp_protocol, icmp(ping, 7)));
+            sends(Packet::new(moved, remote, 47, ports(1, 2)));
+        }
+        assert_eq!(facts.own.len(), 0);
+        for (moved, remote, ..) in ENDS {
+            sends(Packet::new(moved, remote, TCP, tcp(443, 40_000, ACK)));
+        }
+        assert_eq!(facts.own.len(), ENDS.len());
     }
 
     #[test]
