@@ -22,12 +22,13 @@ use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::Host;
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Family, Link, Netlink, TABLE_LOCAL};
+use crate::kernel::netlink::{Address, Family, Link, Netlink, TABLE_LOCAL};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
+use crate::model::scopes::Scopes;
 use crate::packet::IPV6_MIN_MTU;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
@@ -107,7 +108,7 @@ impl Ready {
                     .ok()
             })
             .collect::<Vec<_>>();
-        let found = Found::new(&netlink, config, &endpoints, may_come)?;
+        let found = Found::new(&netlink, config, &endpoints, &addresses)?;
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
@@ -184,14 +185,15 @@ impl Uplinks {
 }
 
 impl Found {
-    /// Checks the settings against the host. What that does not have is an error, unless it
-    /// `may_come`.
+    /// Checks the settings against the host, which has these `addresses`. What it does not have is
+    /// an error, unless that may come.
     fn new(
         netlink: &Netlink,
         config: &Config,
         endpoints: &[Option<SocketAddr>],
-        may_come: bool,
+        addresses: &[Address],
     ) -> Result<Self> {
+        let may_come = early::may_come(addresses);
         if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
             return Err(TunError::Exists(config.tun.clone()).into());
         }
@@ -209,7 +211,12 @@ impl Found {
             found => found?,
         };
         match config.role {
-            Role::Old => check_old(netlink, &Terms::of(config), endpoints)?,
+            Role::Old => {
+                let taken = check_old(netlink, &Terms::of(config), endpoints)?;
+                if let Some(reason) = taken.filter(|_| !early::own_may_come(addresses)) {
+                    return Err(input(reason));
+                }
+            }
             Role::New if may_come => {}
             Role::New => check_new(netlink, &Terms::of(config))?,
         }
@@ -235,7 +242,8 @@ impl Found {
         let programs = match config.role {
             Role::Old => {
                 let links = plan::carriers(host.netlink(), tun).map_err(system)?;
-                let has_moved = |addr| moves.iter().any(|moved| moved.prefix.contains(addr));
+                let moved = Scopes::new(&moves);
+                let has_moved = |addr| moved.contains(addr);
                 let own = plan::own::memory(host.netlink(), &links, kept, has_moved);
                 let own = own.map_err(system)?;
                 let capture = Capture::new(&moves, tun, port, own).map_err(system)?;
@@ -405,12 +413,19 @@ pub(super) fn find_uplink(
 
 /// The old server must not move the address from which it speaks to its peer, nor move an address
 /// to itself.
+///
+/// Returns why it must not go on if it has no other address to speak from: one that comes may mend
+/// that.
+///
+/// # Errors
+/// If it must not go on whatever comes.
 pub(super) fn check_old(
     netlink: &Netlink,
     config: &Terms,
     endpoints: &[Option<SocketAddr>],
-) -> Result<()> {
+) -> Result<Option<String>> {
     let addresses = Held::new(netlink.addresses().map_err(system)?);
+    let mut taken = None;
     for (peer, endpoint) in config.peers.iter().zip(endpoints) {
         let remote = endpoint.map(|endpoint| endpoint.ip());
         if let Some(remote) = remote
@@ -423,7 +438,8 @@ pub(super) fn check_old(
         // The peer's address may not be known yet. Then it is taken for a host on the internet.
         let towards = remote.map_or(PUBLIC.to_vec(), |remote| vec![remote]);
         let speaks_from = |to: IpAddr| netlink.route_get(to, None, None).ok()?.prefsrc;
-        let ours: Vec<IpAddr> = match config.listen.filter(|ip| !ip.is_unspecified()) {
+        let named = config.listen.filter(|ip| !ip.is_unspecified());
+        let ours: Vec<IpAddr> = match named {
             Some(ip) => vec![ip],
             None => towards.into_iter().filter_map(speaks_from).collect(),
         };
@@ -442,8 +458,15 @@ pub(super) fn check_old(
                 }));
             }
             if let Some(own) = ours.iter().find(|&&ip| moved.prefix.contains(ip)) {
-                return Err(input(would_take(moved, *own)));
+                let reason = would_take(moved, *own);
+                if named.is_some() {
+                    return Err(input(reason));
+                }
+                taken.get_or_insert(reason);
             }
+        }
+        if taken.is_some() {
+            continue;
         }
         for own in PUBLIC.into_iter().filter_map(speaks_from) {
             let mut moves = peer.moves.iter().filter(|moved| takes_logins(moved));
@@ -458,7 +481,7 @@ pub(super) fn check_old(
             }
         }
     }
-    Ok(())
+    Ok(taken)
 }
 
 /// Why a move is refused that has the address from which this server speaks to its peer.
