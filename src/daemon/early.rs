@@ -36,8 +36,8 @@ const LOOPBACK: u32 = 1;
 const SETTLED: Duration = Duration::from_secs(10);
 
 /// How long the old server may have no address of its own but moved ones, under a service manager:
-/// the moved ones may be static, and its own come by DHCP, whose first tries take a minute (RFC 2131
-/// section 4.1). A daemon that ended would undo everything, and the host's own stack reset the
+/// the moved ones may be static, and its own come by DHCP, whose first tries take a minute (section
+/// 4.1 of RFC 2131). A daemon that ended would undo everything, and the host's own stack reset the
 /// clients' connections.
 const OWN_COMES: Duration = Duration::from_secs(120);
 
@@ -50,8 +50,8 @@ fn is_managed() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some()
 }
 
-/// Whether an address of the old server's own may still come, so that it need not be refused to move
-/// all that are there.
+/// Whether an address of the old server's own may still come, so that moving all that are there is
+/// not refused.
 pub(super) fn own_may_come(addresses: &[Address]) -> bool {
     let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     let up = Duration::from_secs(up.tv_sec.unsigned_abs());
