@@ -248,6 +248,63 @@ fn thousands_of_addresses_move_from_a_file() -> Result {
     Ok(())
 }
 
+/// So scattered that no prefix holds two of them: the new server holds each by itself.
+#[test]
+fn thousands_of_scattered_addresses_are_kept() -> Result {
+    const COUNT: u32 = 2_000;
+    let nth = |n: u32| IpAddr::V4((0xc612_8001 + 2 * n).into());
+    let lab = Lab::new()?;
+    route(&lab, "198.18.128.0", 19)?;
+    let mut text = String::from("move = [\n");
+    for n in 0..COUNT {
+        let _ = writeln!(text, "\"{}\",", nth(n));
+    }
+    text.push_str("]\n");
+    let path = lab.dir().join("scattered.toml");
+    fs::write(&path, text).map_err(|error| LabError::unexpected(error.to_string()))?;
+    let path = path.display().to_string();
+    let new = lab.new_server();
+    let before = Snapshot::of(new)?;
+    let setup = setup(&lab)?
+        .moves(&[])
+        .args(Role::Old, &["--config", &path])
+        .args(
+            Role::New,
+            &["--deliver-to", "keep", "--accept", "198.18.128.0/19"],
+        );
+    let daemons = setup.start_both()?;
+    let served = |nth: IpAddr| -> Result {
+        let started = poll_until(PATIENCE, Duration::from_millis(20), || {
+            Service::start(new, nth).ok()
+        });
+        let Some(_service) = started else {
+            return Err(LabError::unexpected(format!("nobody can listen on {nth}")));
+        };
+        lab.client().get(nth)?.is_answered_by(nth)?;
+        Ok(())
+    };
+    for n in [COUNT - 1, COUNT / 2, 0] {
+        served(nth(n))?;
+    }
+    // Somebody takes all of them away.
+    new.run(|| {
+        let failed = |error| LabError::unexpected(format!("netlink: {error}"));
+        let netlink = Netlink::new().map_err(failed)?;
+        for held in netlink.addresses().map_err(failed)? {
+            if held.index == 1 && (0..COUNT).any(|n| nth(n) == held.addr) {
+                netlink.delete_address(&held).map_err(failed)?;
+            }
+        }
+        Ok(())
+    })?;
+    for n in [COUNT - 1, COUNT / 2, 0] {
+        served(nth(n))?;
+    }
+    daemons.terminate()?;
+    assert_eq!(Snapshot::of(new)?, before);
+    Ok(())
+}
+
 #[test]
 fn a_prefix_that_would_take_this_servers_own_address_is_refused_with_what_can_move() -> Result {
     let lab = Lab::new()?;

@@ -949,10 +949,11 @@ impl Control<'_> {
         let rules = self.policy.outgoing_rules(peer);
         // Where the address is kept, a client's flow and one that began here look alike.
         let keeps = self.policy.keeps(peer);
+        let moved = Scopes::new(moves);
         // Few flows are left of a million that clients may have.
         let wanted = |flow: &HostFlow| {
             let (local, remote) = (flow.local, flow.remote);
-            !keeps && moves.iter().any(|moved| moved.prefix.contains(local.ip()))
+            !keeps && moved.contains(local.ip())
                 || (rules.by_port.iter())
                     .any(|rule| rule.ports.takes(flow.protocol, local.port(), remote.port()))
         };

@@ -16,7 +16,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use super::service::{DaemonError, Result};
+use super::service::{DaemonError, Result, input};
 use super::setup::{check_new, check_old, warn_of_absent};
 use super::warnings::Warnings;
 use crate::kernel::netlink::{Address, Netlink};
@@ -35,12 +35,45 @@ const LOOPBACK: u32 = 1;
 /// Whoever looks does so when something changes, and every few seconds.
 const SETTLED: Duration = Duration::from_secs(10);
 
+/// How long the old server may have no address of its own but moved ones, under a service manager:
+/// the moved ones may be static, and its own come by DHCP, whose first tries take a minute (section
+/// 4.1 of RFC 2131). A daemon that ended would undo everything, and the host's own stack reset the
+/// clients' connections.
+const OWN_COMES: Duration = Duration::from_secs(120);
+
+/// How long a host has been up at most for a daemon to wait so where it finds addresses already.
+/// Later it is somebody's mistake that no address mends, and is told before anything is captured.
+const BOOTING: Duration = Duration::from_secs(180);
+
+/// Whether a service manager has started the daemon.
+fn is_managed() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
+/// Whether an address of the old server's own may still come, so that moving all that are there is
+/// not refused.
+pub(super) fn own_may_come(addresses: &[Address]) -> bool {
+    let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let up = Duration::from_secs(up.tv_sec.unsigned_abs());
+    !is_up(addresses) || is_boot(is_managed(), up)
+}
+
+/// Whether a daemon has been started as the host came up; `up`: for how long that has been.
+fn is_boot(is_managed: bool, up: Duration) -> bool {
+    is_managed && up < BOOTING
+}
+
+/// How long the network is up before a server without an address of its own is refused.
+fn patience(is_managed: bool) -> Duration {
+    if is_managed { OWN_COMES } else { SETTLED }
+}
+
 /// Whether what is missing may still come. Else somebody has just typed it, and is told at once.
 ///
 /// A service manager starts the daemon without anybody watching, before the network or after it,
 /// and a daemon that ends captures nothing.
 pub(super) fn may_come(addresses: &[Address]) -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some() || !is_up(addresses)
+    is_managed() || !is_up(addresses)
 }
 
 /// Whether the network is up: this host has an address under which others may reach it.
@@ -125,7 +158,8 @@ impl Awaited {
             self.up = None;
             return Ok(false);
         }
-        if now.saturating_duration_since(*self.up.get_or_insert(now)) < SETTLED {
+        let up = now.saturating_duration_since(*self.up.get_or_insert(now));
+        if up < SETTLED {
             return Ok(false);
         }
         let listens = self.terms.listen.filter(|ip| !ip.is_unspecified());
@@ -136,7 +170,14 @@ impl Awaited {
         }
         match self.terms.role {
             Role::Old => {
-                check_old(netlink, &self.terms, endpoints)?;
+                if let Some(reason) = check_old(netlink, &self.terms, endpoints)? {
+                    if up >= patience(is_managed()) {
+                        return Err(input(reason));
+                    }
+                    let text = format!("{reason}; waiting for another address of this server");
+                    known.warn(now, text);
+                    return Ok(false);
+                }
                 let moves = self.terms.peers.iter().flat_map(|peer| &peer.moves);
                 warn_of_absent(netlink, &moves.cloned().collect::<Vec<_>>())?;
             }
@@ -178,5 +219,21 @@ mod tests {
         ] {
             assert_eq!(is_up(&held(list)), up, "{list:?}");
         }
+    }
+
+    #[test]
+    fn a_boot_waits_for_an_address_of_its_own_and_a_mistake_is_told_at_once() {
+        let minutes = |count: u64| Duration::from_secs(60 * count);
+        assert!(is_boot(true, minutes(0)) && is_boot(true, minutes(2)));
+        // A unit that was set up on a running host, and whatever somebody types.
+        assert!(!is_boot(true, minutes(3)) && !is_boot(false, minutes(0)));
+        assert_eq!(patience(false), SETTLED, "somebody waits for the answer");
+        assert!(
+            patience(true) >= minutes(2),
+            "DHCP has tried for more than a minute"
+        );
+        // A daemon that ends so during a boot may be started again before that counts as over; it
+        // then waits once more, and no more than once.
+        assert!(BOOTING < 2 * OWN_COMES);
     }
 }

@@ -22,7 +22,7 @@ use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::Host;
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Family, Link, Netlink, TABLE_LOCAL};
+use crate::kernel::netlink::{Address, Family, Link, Netlink, TABLE_LOCAL};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
@@ -109,7 +109,7 @@ impl Ready {
                     .ok()
             })
             .collect::<Vec<_>>();
-        let found = Found::new(&netlink, config, &endpoints, may_come)?;
+        let found = Found::new(&netlink, config, &endpoints, &addresses)?;
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
@@ -186,14 +186,15 @@ impl Uplinks {
 }
 
 impl Found {
-    /// Checks the settings against the host. What that does not have is an error, unless it
-    /// `may_come`.
+    /// Checks the settings against the host, which has these `addresses`. What it does not have is
+    /// an error, unless that may come.
     fn new(
         netlink: &Netlink,
         config: &Config,
         endpoints: &[Option<SocketAddr>],
-        may_come: bool,
+        addresses: &[Address],
     ) -> Result<Self> {
+        let may_come = early::may_come(addresses);
         if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
             return Err(TunError::Exists(config.tun.clone()).into());
         }
@@ -211,7 +212,12 @@ impl Found {
             found => found?,
         };
         match config.role {
-            Role::Old => check_old(netlink, &Terms::of(config), endpoints)?,
+            Role::Old => {
+                let taken = check_old(netlink, &Terms::of(config), endpoints)?;
+                if let Some(reason) = taken.filter(|_| !early::own_may_come(addresses)) {
+                    return Err(input(reason));
+                }
+            }
             Role::New if may_come => {}
             Role::New => check_new(netlink, &Terms::of(config))?,
         }
@@ -406,12 +412,19 @@ pub(super) fn find_uplink(
 
 /// The old server must not move the address from which it speaks to its peer, nor move an address
 /// to itself.
+///
+/// Returns why it must not go on if it has no other address to speak from: one that comes may mend
+/// that.
+///
+/// # Errors
+/// If it must not go on whatever comes.
 pub(super) fn check_old(
     netlink: &Netlink,
     config: &Terms,
     endpoints: &[Option<SocketAddr>],
-) -> Result<()> {
+) -> Result<Option<String>> {
     let addresses = Held::new(netlink.addresses().map_err(system)?);
+    let mut taken = None;
     for (peer, endpoint) in config.peers.iter().zip(endpoints) {
         let remote = endpoint.map(|endpoint| endpoint.ip());
         if let Some(remote) = remote
@@ -424,7 +437,8 @@ pub(super) fn check_old(
         // The peer's address may not be known yet. Then it is taken for a host on the internet.
         let towards = remote.map_or(PUBLIC.to_vec(), |remote| vec![remote]);
         let speaks_from = |to: IpAddr| netlink.route_get(to, None, None).ok()?.prefsrc;
-        let ours: Vec<IpAddr> = match config.listen.filter(|ip| !ip.is_unspecified()) {
+        let named = config.listen.filter(|ip| !ip.is_unspecified());
+        let ours: Vec<IpAddr> = match named {
             Some(ip) => vec![ip],
             None => towards.into_iter().filter_map(speaks_from).collect(),
         };
@@ -443,8 +457,15 @@ pub(super) fn check_old(
                 }));
             }
             if let Some(own) = ours.iter().find(|&&ip| moved.prefix.contains(ip)) {
-                return Err(input(would_take(moved, *own)));
+                let reason = would_take(moved, *own);
+                if named.is_some() {
+                    return Err(input(reason));
+                }
+                taken.get_or_insert(reason);
             }
+        }
+        if taken.is_some() {
+            continue;
         }
         for own in PUBLIC.into_iter().filter_map(speaks_from) {
             let mut moves = peer.moves.iter().filter(|moved| takes_logins(moved));
@@ -459,7 +480,7 @@ pub(super) fn check_old(
             }
         }
     }
-    Ok(())
+    Ok(taken)
 }
 
 /// Why a move is refused that has the address from which this server speaks to its peer.

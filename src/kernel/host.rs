@@ -5,10 +5,11 @@
 //! takes over without a gap what a killed predecessor left. [`plan`](super::plan) decides what is
 //! wanted, and [`change`](super::change) knows how to find, make and undo each kind of change.
 
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use super::change::{Change, ChangeError, Means, Presence, Undone};
+use super::change::{Change, ChangeError, Means, Presence, There, Undone};
 use super::journal::{Journal, JournalError, Unread};
 use super::netlink::{Netlink, NetlinkError};
 use super::runtime_dir::{RuntimeDir, RuntimeDirError};
@@ -104,6 +105,20 @@ pub struct Repairs {
     pub made: Vec<Change>,
     /// Still missing.
     pub failed: Vec<Failure>,
+}
+
+impl Repairs {
+    fn fail(&mut self, desired: &Desired, error: HostError) {
+        self.failed.push(Failure {
+            change: desired.change.clone(),
+            reason: match error {
+                HostError::Refused { reason, .. } => reason,
+                HostError::RuntimeDir(_) | HostError::Journal(_) | HostError::Netlink(_) => {
+                    error.to_string()
+                }
+            },
+        });
+    }
 }
 
 /// Why the host's state could not be changed.
@@ -213,8 +228,8 @@ impl Host {
         mut step: Step,
         mut desired: Vec<Desired>,
     ) -> Result<Report, HostError> {
-        for desired in &mut desired {
-            if let Err(error) = self.take(&mut step, desired) {
+        for row in desired.chunk_by_mut(are_of_a_row) {
+            if let Err(error) = self.take(&mut step, row) {
                 for change in step.fresh.iter().rev() {
                     let _ = change.undo(&self.netlink);
                 }
@@ -236,29 +251,49 @@ impl Host {
     pub fn repair(&mut self) -> Repairs {
         let mut repairs = Repairs::default();
         let mut wanted = std::mem::take(&mut self.wanted);
-        for desired in wanted.iter_mut().filter(|desired| !desired.once) {
-            match self.repair_one(desired) {
-                Ok(false) => {}
-                Ok(true) => repairs.made.push(desired.change.clone()),
-                Err(error) => repairs.failed.push(Failure {
-                    change: desired.change.clone(),
-                    reason: match error {
-                        HostError::Refused { reason, .. } => reason,
-                        HostError::RuntimeDir(_)
-                        | HostError::Journal(_)
-                        | HostError::Netlink(_) => error.to_string(),
-                    },
-                }),
-            }
+        for row in wanted.chunk_by_mut(are_of_a_row) {
+            self.repair_row(row, &mut repairs);
         }
         self.wanted = wanted;
         repairs
     }
 
-    /// Makes one change again if it is missing; returns whether it was.
-    fn repair_one(&mut self, desired: &mut Desired) -> Result<bool, HostError> {
+    /// Makes again what is missing of a row.
+    fn repair_row(&mut self, row: &mut [Desired], repairs: &mut Repairs) {
+        let there = There::new(&self.netlink);
+        let mut missing = Vec::new();
+        for desired in row.iter_mut().filter(|desired| !desired.once) {
+            match Self::is_missing(desired, &there) {
+                Ok(false) => {}
+                Ok(true) => missing.push(&*desired),
+                Err(error) => repairs.fail(desired, error),
+            }
+        }
+        if missing.is_empty() {
+            return;
+        }
+        if let Err(error) = self.write_down(&missing) {
+            let reason = error.to_string();
+            let failed = missing.into_iter().map(|desired| Failure {
+                change: desired.change.clone(),
+                reason: reason.clone(),
+            });
+            repairs.failed.extend(failed);
+            return;
+        }
+        for desired in missing {
+            match self.make(desired, false) {
+                Ok(()) => repairs.made.push(desired.change.clone()),
+                Err(error) if error.is_exists() => {}
+                Err(error) => repairs.fail(desired, desired.refused_by(&error)),
+            }
+        }
+    }
+
+    /// Whether a change has to be made again.
+    fn is_missing(desired: &mut Desired, there: &There<'_>) -> Result<bool, HostError> {
         if !desired.change.is_costly_to_find() {
-            match desired.change.present(&self.netlink) {
+            match desired.change.present(there) {
                 Ok(Presence::AsWanted) => return Ok(false),
                 Ok(Presence::Absent) => {}
                 Ok(Presence::Foreign(reason)) => return Err(desired.refused(reason)),
@@ -266,20 +301,33 @@ impl Host {
             }
         }
         // Undoing must restore the value that somebody has set by now.
-        let renewed = desired.change.renew_original(&self.netlink);
+        let renewed = desired.change.renew_original(there.netlink());
         renewed.map_err(|error| desired.refused_by(&error))?;
-        let change = &desired.change;
-        if !desired.with_tun && !self.made.contains(change) {
-            self.made.retain(|made| !made.same_object(change));
-            // It must be undone last: a qdisc after the filters on it.
-            self.made.insert(0, change.clone());
-            self.journal.write(&self.made)?;
+        Ok(true)
+    }
+
+    /// Writes down those that the journal does not hold as they are now.
+    fn write_down(&mut self, missing: &[&Desired]) -> Result<(), JournalError> {
+        let objects = Objects::of(&self.made);
+        let mut replaced = HashSet::new();
+        let mut new = Vec::new();
+        for desired in missing.iter().filter(|desired| !desired.with_tun) {
+            let known = objects.all(&self.made, &desired.change);
+            if !known.iter().any(|&at| self.made[at] == desired.change) {
+                replaced.extend(known);
+                new.push(desired.change.clone());
+            }
         }
-        match self.make(desired, false) {
-            Ok(()) => Ok(true),
-            Err(error) if error.is_exists() => Ok(false),
-            Err(error) => Err(desired.refused_by(&error)),
+        if new.is_empty() {
+            return Ok(());
         }
+        // They must be undone last: a qdisc after the filters on it.
+        new.reverse();
+        let made = std::mem::take(&mut self.made);
+        let others = (0..).zip(made).filter(|(at, _)| !replaced.contains(at));
+        new.extend(others.map(|(_, change)| change));
+        self.made = new;
+        self.journal.write(&self.made)
     }
 
     /// As [`reconcile`](Self::reconcile), but only for the changes that `part` selects. It undoes
@@ -315,45 +363,65 @@ impl Host {
         self.undo_reversed(made, Vec::new())
     }
 
-    /// Writes one wanted change down, and makes it.
-    fn take(&self, step: &mut Step, desired: &mut Desired) -> Result<(), HostError> {
-        let known = step
-            .earlier
-            .iter()
-            .position(|change| change.same_object(&desired.change));
-        if let Some(index) = known {
-            desired.change.keep_original(&step.earlier[index]);
-        }
-        let change = &desired.change;
-        let present = match change.present(&self.netlink) {
-            Err(error) => return Err(desired.refused_by(&error)),
-            Ok(Presence::Foreign(reason)) => return Err(desired.refused(reason)),
-            // Somebody else's, and as we want it: there is nothing to make and nothing to undo.
-            Ok(Presence::AsWanted) if known.is_none() && !change.is_unmistakable() => return Ok(()),
-            Ok(Presence::AsWanted) => true,
-            Ok(Presence::Absent) => false,
-        };
-        if !desired.with_tun {
+    /// Looks for all of a row, writes it down, and makes it.
+    fn take(&self, step: &mut Step, row: &mut [Desired]) -> Result<(), HostError> {
+        let there = There::new(&self.netlink);
+        let objects = Objects::of(&step.earlier);
+        let mut to_make = Vec::new();
+        let mut replaced = HashSet::new();
+        for desired in row.iter_mut() {
+            let known = objects.first(&step.earlier, &desired.change);
+            if let Some(index) = known {
+                desired.change.keep_original(&step.earlier[index]);
+            }
+            let change = &desired.change;
+            let present = match change.present(&there) {
+                Err(error) => return Err(desired.refused_by(&error)),
+                Ok(Presence::Foreign(reason)) => return Err(desired.refused(reason)),
+                // Somebody else's, and as we want it: there is nothing to make and nothing to undo.
+                Ok(Presence::AsWanted) if known.is_none() && !change.is_unmistakable() => continue,
+                Ok(Presence::AsWanted) => true,
+                Ok(Presence::Absent) => false,
+            };
             if let Some(index) = known
+                && !desired.with_tun
                 && change.takes_the_place_of(&step.earlier[index])
             {
-                step.earlier.remove(index);
+                replaced.insert(index);
             }
-            step.kept.push(change.clone());
+            to_make.push((&*desired, present));
+        }
+        let lasting = to_make.iter().filter(|(desired, _)| !desired.with_tun);
+        let lasting: Vec<Change> = lasting.map(|(desired, _)| desired.change.clone()).collect();
+        if !lasting.is_empty() {
+            let earlier = std::mem::take(&mut step.earlier);
+            let others = (0..).zip(earlier).filter(|(at, _)| !replaced.contains(at));
+            step.earlier = others.map(|(_, change)| change).collect();
+            step.kept.extend(lasting);
             let all: Vec<_> = step.earlier.iter().chain(&step.kept).cloned().collect();
             if let Err(error) = self.journal.write(&all) {
                 // What the journal does not hold must not be made.
-                if !present {
-                    step.kept.pop();
-                }
+                let absent = |change: &Change| {
+                    let mut absent = to_make.iter().filter(|(_, present)| !present);
+                    absent.any(|(desired, _)| desired.change == *change)
+                };
+                step.kept.retain(|change| !absent(change));
                 return Err(error.into());
             }
         }
-        if !present {
-            step.fresh.push(change.clone());
+        for (at, &(desired, present)) in to_make.iter().enumerate() {
+            if !present {
+                step.fresh.push(desired.change.clone());
+            }
+            if let Err(error) = self.make(desired, present) {
+                // Those behind it are written down, and will not be made.
+                let absent = to_make[at + 1..].iter().filter(|(_, present)| !present);
+                let unmade: Vec<_> = absent.map(|(desired, _)| &desired.change).collect();
+                step.kept.retain(|change| !unmade.contains(&change));
+                return Err(desired.refused_by(&error));
+            }
         }
-        self.make(desired, present)
-            .map_err(|error| desired.refused_by(&error))
+        Ok(())
     }
 
     fn make(&self, desired: &Desired, present: bool) -> Result<(), ChangeError> {
@@ -412,6 +480,53 @@ impl Drop for Host {
             self.journal.clear();
             self.dir.remove();
         }
+    }
+}
+
+/// Whether two changes that follow one another may be looked for together.
+fn are_of_a_row(one: &Desired, next: &Desired) -> bool {
+    one.change.is_one_of_many() && next.change.is_one_of_many()
+}
+
+/// Where each object stands in a list of changes, so that a search for each of thousands does not
+/// go through thousands.
+struct Objects {
+    by_name: HashMap<String, Vec<usize>>,
+    /// Those that have no name of their own.
+    others: Vec<usize>,
+}
+
+impl Objects {
+    fn of(changes: &[Change]) -> Self {
+        let mut all = Self {
+            by_name: HashMap::new(),
+            others: Vec::new(),
+        };
+        for (at, change) in changes.iter().enumerate() {
+            match change.object() {
+                Some(name) => all.by_name.entry(name).or_default().push(at),
+                None => all.others.push(at),
+            }
+        }
+        all
+    }
+
+    /// Where the same object stands among the same `changes`.
+    fn all(&self, changes: &[Change], change: &Change) -> Vec<usize> {
+        match change.object() {
+            Some(name) => self.by_name.get(&name).cloned().unwrap_or_default(),
+            None => {
+                let others = self.others.iter().copied();
+                others
+                    .filter(|&at| changes[at].same_object(change))
+                    .collect()
+            }
+        }
+    }
+
+    /// Where it stands first.
+    fn first(&self, changes: &[Change], change: &Change) -> Option<usize> {
+        self.all(changes, change).first().copied()
     }
 }
 
@@ -736,6 +851,89 @@ mod tests {
             assert_eq!(host.made(), []);
             drop(tun);
             assert_eq!(snapshot(&stage.netlink), before);
+        });
+    }
+
+    /// Addresses and a prefix of the loopback interface.
+    fn row() -> Vec<Change> {
+        let on = crate::kernel::change::Interface {
+            index: 1,
+            name: "lo".into(),
+        };
+        let address = |n: u8| {
+            Change::Address(crate::kernel::change::QuietAddress {
+                on: on.clone(),
+                addr: [198, 18, 0, n].into(),
+                prefix: 32,
+            })
+        };
+        let mut row: Vec<Change> = (0..40).map(|n| address(2 * n + 1)).collect();
+        row.push(Change::LocalPrefix(crate::kernel::change::LocalPrefix {
+            on: on.clone(),
+            prefix: "198.18.1.0/28".parse().unwrap(),
+        }));
+        row
+    }
+
+    #[test]
+    fn a_row_is_made_repaired_and_undone_but_for_what_others_have() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let (netlink, row) = (&stage.netlink, row());
+            let desired = || row.iter().cloned().map(Desired::lasting).collect();
+            let with = Means {
+                netlink,
+                program: None,
+            };
+            // Somebody has one of them.
+            row[7].make(&with).unwrap();
+            let before = snapshot(netlink);
+            let mut host = stage.host();
+            host.reconcile(desired()).unwrap();
+            let ours: Vec<&Change> = row.iter().filter(|change| **change != row[7]).collect();
+            assert_eq!(host.made().iter().collect::<Vec<_>>(), ours);
+            let made = snapshot(netlink);
+            assert!(host.repair().made.is_empty());
+            for gone in [&row[3], &row[7], &row[40]] {
+                gone.undo(netlink).unwrap();
+            }
+            let repairs = host.repair();
+            assert_eq!(repairs.made, [&row[3], &row[7], &row[40]].map(Clone::clone));
+            assert!(repairs.failed.is_empty(), "{repairs:?}");
+            assert_eq!(sorted(snapshot(netlink)), sorted(made));
+            // What nobody has any more was made here, and goes in the end. A crash changes nothing.
+            assert_eq!(host.made().len(), row.len());
+            drop(host);
+            let mut host = stage.host();
+            assert_eq!(host.made().len(), row.len());
+            host.reconcile(desired()).unwrap();
+            assert_eq!(host.made(), row);
+            assert!(host.undo_all().unwrap().left.is_empty());
+            let seventh = row[7].present(&There::new(netlink)).unwrap();
+            assert!(matches!(seventh, Presence::Absent));
+            row[7].make(&with).unwrap();
+            assert_eq!(snapshot(netlink), before);
+        });
+    }
+
+    #[test]
+    fn a_row_of_which_one_fails_leaves_nothing_in_the_kernel_or_the_journal() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let before = snapshot(&stage.netlink);
+            let mut row = row();
+            let Change::Address(address) = &mut row[20] else {
+                panic!("{:?}", row[20]);
+            };
+            address.on.index = 4_000;
+            let mut host = stage.host();
+            let desired = row.into_iter().map(Desired::lasting).collect();
+            let error = host.reconcile(desired).unwrap_err().to_string();
+            assert!(error.contains("198.18.0.41/32"), "{error}");
+            assert_eq!(host.made(), []);
+            assert_eq!(snapshot(&stage.netlink), before);
+            drop(host);
+            assert_eq!(stage.host().made(), []);
         });
     }
 

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
 use crate::kernel::netlink::{Address, Netlink};
 
 /// An address on an interface.
@@ -54,11 +54,9 @@ impl Kind for QuietAddress {
         false
     }
 
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
-        let addresses = netlink.addresses()?;
-        Ok(Presence::of(addresses.iter().any(|address| {
-            address.index == self.on.index && address.addr == self.addr
-        })))
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
+        let there = there.has_address(self.on.index, self.addr)?;
+        Ok(Presence::of(there))
     }
 
     fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {

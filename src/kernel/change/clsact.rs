@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
 use crate::kernel::netlink::{Direction, Netlink};
 
 /// The clsact qdisc on an interface.
@@ -34,8 +34,8 @@ impl Kind for Clsact {
         false
     }
 
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
-        Ok(Presence::of(netlink.has_clsact(self.on.index)?))
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
+        Ok(Presence::of(there.netlink.has_clsact(self.on.index)?))
     }
 
     fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {

@@ -8,7 +8,7 @@ use std::os::fd::BorrowedFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
 use crate::kernel::netlink::{Direction, FilterSlot, Netlink};
 use crate::kernel::programs::NAME_PREFIX;
 
@@ -85,9 +85,9 @@ impl Kind for BpfFilter {
         true
     }
 
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
         let priority = self.priority;
-        let filters = netlink.filters(self.on.index, self.direction)?;
+        let filters = there.netlink.filters(self.on.index, self.direction)?;
         let mut here = filters.iter().filter(|filter| filter.priority == priority);
         let mut others = here.clone();
         if let Some(other) = others.find(|f| f.kind != "bpf" || f.protocol != ALL_PROTOCOLS) {
@@ -120,7 +120,7 @@ impl Kind for BpfFilter {
 
     /// Whatever else stands in its place by now is not ours to remove.
     fn undo(&self, netlink: &Netlink) -> Result<Undone, ChangeError> {
-        match self.present(netlink)? {
+        match self.present(&There::new(netlink))? {
             Presence::AsWanted => netlink.delete_filter(self.slot())?,
             Presence::Absent | Presence::Foreign(_) => {}
         }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
 use crate::kernel::netlink::{Netlink, Route, RouteKind, TABLE_LOCAL};
 use crate::model::prefix::Prefix;
 
@@ -50,12 +50,10 @@ impl Kind for LocalPrefix {
         false
     }
 
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
         let wanted = self.route();
-        let routes = netlink.routes(wanted.family(), TABLE_LOCAL)?;
-        Ok(Presence::of(routes.iter().any(|route| {
-            route.dst == wanted.dst && route.kind == wanted.kind && route.dev == wanted.dev
-        })))
+        let there = there.has_local(&(wanted.dst, wanted.dev))?;
+        Ok(Presence::of(there))
     }
 
     fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {

@@ -25,6 +25,7 @@ mod local_prefix;
 mod route;
 mod rule;
 mod sysctl;
+mod there;
 
 use std::fmt;
 use std::io;
@@ -45,6 +46,7 @@ pub use rule::MarkRule;
 pub use sysctl::Sysctl;
 
 pub(super) use sysctl::read_sysctl;
+pub(super) use there::There;
 
 /// An interface, known by its index; the name is for people.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -136,12 +138,26 @@ impl Change {
         }
     }
 
+    /// Whether the host may have thousands of this kind. They do not depend on each other, so that
+    /// all of a row can be looked for, and written down, before the first of them is made.
+    pub(super) fn is_one_of_many(&self) -> bool {
+        matches!(self, Self::Address(_) | Self::LocalPrefix(_))
+    }
+
+    /// The same for two changes that concern the same object, and for no others; `None` if only
+    /// [`same_object`](Self::same_object) knows.
+    pub(super) fn object(&self) -> Option<String> {
+        let known = !matches!(self, Self::Sysctl(_));
+        known.then(|| self.kind().object())
+    }
+
     /// Whether both concern the same object, perhaps with other values.
     pub fn same_object(&self, other: &Self) -> bool {
         if let (Self::Sysctl(one), Self::Sysctl(other)) = (self, other) {
             return one.is_same_setting(other);
         }
-        self.kind().object() == other.kind().object()
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+            && self.kind().object() == other.kind().object()
     }
 
     /// Whether this change replaces an `earlier` one without a trace: it is the same object in the
@@ -177,8 +193,8 @@ impl Change {
     }
 
     /// Whether the object is there, and whose it is.
-    pub(super) fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
-        self.kind().present(netlink)
+    pub(super) fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
+        self.kind().present(there)
     }
 
     /// Makes the object, which must not be there.
@@ -245,7 +261,7 @@ trait Kind: fmt::Display {
     }
 
     /// See [`Change::present`].
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError>;
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError>;
 
     /// See [`Change::make`].
     fn make(&self, with: &Means<'_>) -> Result<(), ChangeError>;

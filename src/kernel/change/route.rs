@@ -5,7 +5,7 @@ use std::fmt;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
 use crate::kernel::netlink::{Family, Netlink, Route, RouteKind};
 
 /// A default route in a table of our own.
@@ -71,9 +71,9 @@ impl Kind for DefaultRoute {
         true
     }
 
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
         let wanted = self.route();
-        let routes = netlink.routes(self.family, self.table)?;
+        let routes = there.netlink.routes(self.family, self.table)?;
         Ok(Presence::of(routes.iter().any(|route| {
             // The kernel reports lo as the device of an IPv6 blackhole.
             let dev = wanted.kind == RouteKind::Blackhole || route.dev == wanted.dev;

@@ -5,7 +5,7 @@ use std::fmt;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Kind, Means, Presence, Undone};
+use super::{ChangeError, Kind, Means, Presence, There, Undone};
 use crate::kernel::netlink::{Family, Netlink, Rule};
 
 /// A rule that sends packets with a mark to a table.
@@ -63,8 +63,8 @@ impl Kind for MarkRule {
         true
     }
 
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
-        let rules = netlink.rules(self.family)?;
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
+        let rules = there.netlink.rules(self.family)?;
         Ok(Presence::of(rules.contains(&self.rule())))
     }
 

@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::is_interface_name;
-use super::{ChangeError, Interface, Kind, Means, Presence, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
 use crate::kernel::netlink::Netlink;
 
 /// The settings of a whole network namespace that this program changes.
@@ -117,8 +117,8 @@ impl Kind for Sysctl {
         false
     }
 
-    fn present(&self, netlink: &Netlink) -> Result<Presence, ChangeError> {
-        Ok(Presence::of(self.value(netlink)? == self.to))
+    fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
+        Ok(Presence::of(self.value(there.netlink)? == self.to))
     }
 
     fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {

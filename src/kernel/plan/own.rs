@@ -13,6 +13,7 @@ use crate::kernel::conntrack;
 use crate::kernel::netlink::{Direction, Link, Netlink, NetlinkError};
 use crate::kernel::programs::{NOTE_OWN, Own};
 use crate::model::moved::{Move, Transport};
+use crate::model::scopes::Scopes;
 
 /// Takes over the memory of a killed daemon, or makes it. It is found among the descriptors that
 /// somebody `kept`, or through the programs that still stand on `links` (for which this process
@@ -48,8 +49,9 @@ pub fn note_older(netlink: &Netlink, own: &Own, moves: &[Move]) -> Result<(), Pl
     }
     let held: Vec<IpAddr> = netlink.addresses()?.iter().map(|held| held.addr).collect();
     let has_tcp = |moved: &&Move| moved.transport != Some(Transport::Udp);
-    let moves: Vec<&Move> = moves.iter().filter(has_tcp).collect();
-    let moved = |addr| moves.iter().any(|moved| moved.prefix.contains(addr));
+    let moves: Vec<Move> = moves.iter().filter(has_tcp).cloned().collect();
+    let scopes = Scopes::new(&moves);
+    let moved = |addr| scopes.contains(addr);
     match conntrack::behind(moved, |addr| held.contains(&addr), Own::ROOM) {
         Ok(connections) => own.note(connections)?,
         Err(error) => debug!(%error, "no connections of hosts behind this one are known"),

@@ -232,12 +232,74 @@ impl Rights {
 
 /// Enters the ports of a set, which is empty.
 fn enter_set(sets: &Map, set: u32, ports: &[RangeInclusive<u16>]) -> Result<(), Errno> {
-    let mut words: BTreeMap<u32, u64> = BTreeMap::new();
-    for port in ports.iter().cloned().flatten().map(u32::from) {
-        *words.entry(port >> WORD_PORTS).or_default() |= 1 << (port % (1 << WORD_PORTS));
-    }
-    for (word, bits) in words {
-        sets.set(set << SET_WORDS | word, bits)?;
+    for (word, bits) in (0..).zip(words(ports)) {
+        if bits != 0 {
+            sets.set(set << SET_WORDS | word, bits)?;
+        }
     }
     Ok(())
+}
+
+/// The words of a set of ports, in order. It goes by words and not by ports: there may be thousands
+/// of sets of nearly every port.
+fn words(ports: &[RangeInclusive<u16>]) -> Vec<u64> {
+    const LAST_BIT: u32 = (1 << WORD_PORTS) - 1;
+    let mut words = vec![0_u64; 1 << SET_WORDS];
+    for range in ports.iter().filter(|range| !range.is_empty()) {
+        let (first, last) = (u32::from(*range.start()), u32::from(*range.end()));
+        let within = first >> WORD_PORTS..=last >> WORD_PORTS;
+        for (at, word) in words.iter_mut().enumerate().skip(*within.start() as usize) {
+            let at = at as u32;
+            if at > *within.end() {
+                break;
+            }
+            let from = if at == *within.start() {
+                first & LAST_BIT
+            } else {
+                0
+            };
+            let to = if at == *within.end() {
+                last & LAST_BIT
+            } else {
+                LAST_BIT
+            };
+            *word |= u64::MAX << from & u64::MAX >> (LAST_BIT - to);
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_has_the_ports_of_its_ranges_and_no_others() {
+        for ports in [
+            &[][..],
+            &[0..=0],
+            &[0..=u16::MAX],
+            &[63..=64],
+            &[64..=127],
+            &[
+                5..=5,
+                7..=9,
+                60..=70,
+                128..=191,
+                1_000..=60_001,
+                65_535..=65_535,
+            ],
+        ] {
+            let words = words(ports);
+            for port in 0..=u16::MAX {
+                let word = words[usize::from(port >> WORD_PORTS)];
+                let has = word >> (port % (1 << WORD_PORTS)) & 1 == 1;
+                assert_eq!(
+                    has,
+                    ports.iter().any(|range| range.contains(&port)),
+                    "{port}"
+                );
+            }
+        }
+    }
 }
