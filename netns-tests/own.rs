@@ -436,7 +436,7 @@ fn connections_of_the_old_server_that_it_translates_itself_stay_its_own() -> Res
          }'",
     )?;
     let itself = Client::new(old, OLD, MOVED6);
-    let _service = Service::start(old, MOVED)?;
+    let _service = Service::start(old, OLD)?;
     let mut before = itself.converse(CLIENT)?;
     let mut served = lab.client().converse((MOVED, 8081))?;
     let daemons = setup.start_both()?;
