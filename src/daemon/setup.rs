@@ -82,7 +82,7 @@ impl Ready {
     /// Checks everything, then changes what has to be changed. Call it inside the runtime.
     ///
     /// # Errors
-    /// See [`DaemonError`](super::DaemonError); what was changed before is undone.
+    /// See [`DaemonError`]; what was changed before is undone.
     pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self> {
         let kept = kept::taken_over();
         let netlink = Netlink::new().map_err(system)?;

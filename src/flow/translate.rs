@@ -291,7 +291,7 @@ impl Translator {
     /// that keeps sending is heard again after a restart of the daemon: with TCP at any time, else
     /// for some minutes after the start.
     ///
-    /// If none is, the packet may begin a flow of this side ([`outgoing`](super::outgoing)).
+    /// If none is, the packet may begin a flow of this side ([`outgoing`]).
     ///
     /// # Errors
     /// Why to drop the packet, which may be rewritten in part then.
