@@ -29,24 +29,22 @@
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
-use std::os::fd::AsFd;
-
-use Reg::{R0, R1, R2, R3, R4, R7, R10};
+use Reg::{R0, R1, R7, R10};
 
 use super::flows::{
     BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_HEARD, FLOW_OPENING,
     FLOW_UNAWAITED, FlowMaps, GONE_OVER, VALUE, count, enter, jump_if_within, look_up, remove,
 };
-use super::headers::{icmpv4, icmpv6, ipv4, ipv6, ports, skb, sock, tcp};
-use super::parse::{FLAGS, Side, Ways, parse, sort_out};
+use super::headers::{ipv4, ipv6, ports, sock, tcp};
+use super::parse::{Side, Ways, load_syn, parse, sort_out};
 use super::phrases::{
-    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, jump_if_v6, keep_packet,
-    pass_unless_for_this_host, verdict,
+    PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, jump_if_icmp, jump_if_v6,
+    jump_unless_delivered, keep_packet, pass_unless_for_this_host, verdict,
 };
 use super::shifted::{
     Coming, jump_unless_any, look_up_coming, look_up_leaving, shift_coming, take_free_port,
 };
-use super::sockets::{jump_unless_somebody_waits, look_up_socket};
+use super::sockets::{jump_unless_somebody_waits, look_up_socket, look_up_taken};
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, SYN};
@@ -67,11 +65,7 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     let ways = Ways::new(a);
     let (pass, read, from_the_wire) = (a.label(), a.label(), a.label());
     keep_packet(a);
-    a.load(Size::W, R0, PACKET, skb::MARK);
-    a.jump_if(R0, If::Ne, DELIVERED, from_the_wire);
-    // Kernels before 6.5 take no constant there.
-    a.mov(R0, 0);
-    a.store(Size::W, PACKET, skb::MARK, R0);
+    jump_unless_delivered(a, from_the_wire);
     // The link may have another address by now.
     count_as_for_this_host(a);
     verdict(a, TC_ACT_UNSPEC);
@@ -112,9 +106,7 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     a.store(Size::Dw, FLOW, FLOW_ASKED_DIRECTLY, R0);
     a.jump(pass);
     a.bind(unknown);
-    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), pass);
-    }
+    jump_if_icmp(a, pass);
     look_up(a, &maps.own);
     a.jump_if_wide(R0, If::Ne, 0, pass);
     look_up(a, &maps.direct);
@@ -173,8 +165,7 @@ fn tell_apart(a: &mut Assembler, maps: &FlowMaps, pass: Label) {
     };
     let (unshifted, unused, second) = (a.label(), a.label(), a.label());
     let pass_unless_syn = |a: &mut Assembler| {
-        a.load(Size::W, R0, R10, FLAGS);
-        a.alu(Alu::And, R0, i32::from(SYN | ACK));
+        load_syn(a);
         a.jump_if(R0, If::Ne, i32::from(SYN), pass);
     };
     jump_unless_any(a, maps, unused);
@@ -201,11 +192,7 @@ fn tell_apart(a: &mut Assembler, maps: &FlowMaps, pass: Label) {
     a.mov(SOCKET, R0);
     a.load(Size::W, R0, SOCKET, sock::STATE);
     a.jump_if(R0, If::Eq, sock::LISTEN, other);
-    a.load_map(R1, sockets.as_fd());
-    a.mov(R2, SOCKET);
-    a.mov(R3, 0);
-    a.mov(R4, 0);
-    a.call(Helper::SkStorageGet);
+    look_up_taken(a, sockets, SOCKET);
     a.jump_if_wide(R0, If::Eq, 0, other);
     a.mov(R1, SOCKET);
     a.call(Helper::SkRelease);

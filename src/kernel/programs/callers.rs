@@ -24,22 +24,21 @@
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
-use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
+use Reg::{R0, R1, R7, R8, R10};
 
-use super::flows::{FlowMaps, KEY, KEY_LAST, VALUE, enter, look_up, remove};
+use super::flows::{FlowMaps, KEY, KEY_LAST, look_up};
 use super::headers::{fib, ipv4, ipv6, skb};
 use super::inside::{
-    ADDRESS, Inside, ROUTE, Way, branch_if_served, jump_if_icmp, jump_if_it_begins,
-    jump_unless_query, key_by_addresses, look_up_way_to_caller, note_caller,
+    ADDRESS, Inside, ROUTE, Way, branch_if_served, jump_if_it_begins, jump_unless_query,
+    key_by_addresses, look_up_way_to_caller, note_caller,
 };
 use super::moved::Family;
-use super::parse::{
-    FIRST_FRAGMENT, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse,
-};
+use super::parse::{Side, Ways, follow_first_fragment, parse, remember_first_fragment};
 use super::phrases::{
-    PACKET, TC_ACT_UNSPEC, branch_by_family, keep_packet, pass_unless_for_this_host, take, verdict,
+    PACKET, TC_ACT_UNSPEC, branch_by_family, jump_if_icmp, keep_packet, load_bytes,
+    pass_unless_for_this_host, take, verdict,
 };
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
+use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
 
 /// Where the start of the key is kept while it stands for its addresses alone, and its end.
 const KEPT_START: Reg = R7;
@@ -64,6 +63,7 @@ pub fn callers(maps: &FlowMaps, l2_header: u32, tun_ifindex: u32) -> Result<Prog
 
     a.bind(ways.flow);
     let (served, begins, new) = (a.label(), a.label(), a.label());
+    // What of ICMP belongs to a flow answers a query, and is none.
     jump_if_icmp(a, pass);
     branch_if_served(a, inside, served, pass);
     a.bind(served);
@@ -80,10 +80,7 @@ pub fn callers(maps: &FlowMaps, l2_header: u32, tun_ifindex: u32) -> Result<Prog
     note_caller(a, inside, Way::PastTheStack);
     note_addresses(a, inside);
     a.bind(taken);
-    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, out);
-    key_by_identification(a);
-    a.store(Size::Dw, R10, VALUE, 0);
-    enter(a, &maps.fragments);
+    remember_first_fragment(a, &maps.fragments, out);
     a.bind(out);
     take(a, tun_ifindex);
 
@@ -108,11 +105,7 @@ pub fn callers(maps: &FlowMaps, l2_header: u32, tun_ifindex: u32) -> Result<Prog
     a.jump(out);
 
     a.bind(ways.later);
-    key_by_identification(a);
-    look_up(a, &maps.fragments);
-    a.jump_if_wide(R0, If::Eq, 0, pass);
-    a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, out);
-    remove(a, &maps.fragments);
+    follow_first_fragment(a, &maps.fragments, out, pass);
     a.jump(out);
 
     for label in [ways.other, pass] {
@@ -133,12 +126,7 @@ fn look_up_destination(a: &mut Assembler, inside: &Inside, l2: u32, asked: Label
         if family == Family::V6 {
             a.bind(v6);
         }
-        a.mov(R1, PACKET);
-        a.mov(R2, l2 + at);
-        a.mov(R3, R10);
-        a.alu(Alu::Add, R3, i32::from(ADDRESS));
-        a.mov(R4, family.bytes());
-        a.call(Helper::SkbLoadBytes);
+        load_bytes(a, l2 + at, ADDRESS, family.bytes());
         a.jump_if_wide(R0, If::Ne, 0, other);
         inside.moved.look_up(a, family, ADDRESS);
         a.jump(asked);

@@ -56,18 +56,18 @@ use super::flows::{
     CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_OPENING, FLOW_SEEN,
     FLOW_UNAWAITED, FLOW_VALUE, FlowMaps, KEY, KEY_LOCAL, KEY_REMOTE, LINK_FIRST, LINK_HEADER,
     LINK_IFINDEX, LINK_MAC, OWN_KEPT, REFRESH, VALUE, count, counter_at, enter_from,
-    jump_if_within, look_up,
+    jump_if_within, look_up, look_up_route_of_key,
 };
-use super::headers::{ethernet, fib, icmpv4, icmpv6, skb, sock, tcp, tcp_sock};
+use super::headers::{ethernet, fib, skb, sock, tcp, tcp_sock};
 use super::inside::{jump_if_answer, key_by_addresses};
-use super::parse::{FLAGS, HEADER, Side, Ways, parse};
+use super::parse::{FLAGS, HEADER, Side, Ways, load_syn, parse};
 use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
-    begin_route_lookup, jump_if_v6, keep_packet, look_up_route, store_ethernet_header, verdict,
+    jump_if_icmp, keep_packet, store_ethernet_header, verdict,
 };
 use super::related::relate;
 use super::shifted::{Coming, jump_unless_any, look_up_coming, shift_coming, take_free_port};
-use super::sockets::{jump_unless_somebody_waits, look_up_socket};
+use super::sockets::{jump_unless_somebody_waits, look_up_socket, look_up_taken};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Operand, Program, Reg, Size,
 };
@@ -124,8 +124,7 @@ pub(super) fn deliver_behind(
     a.bind(plain);
     jump_if_direct(a, maps, new);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), by_route);
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    load_syn(a);
     a.jump_if(R0, If::Ne, i32::from(SYN), shot);
     take_free_port(a, maps, Coming::ByTunnel, shot);
     a.jump(new);
@@ -137,8 +136,7 @@ pub(super) fn deliver_behind(
     let (not_opening, entered) = (a.label(), a.label());
     a.store(Size::Dw, R10, FLOW_VALUE + FLOW_ASKED_DIRECTLY, 0);
     a.store(Size::Dw, R10, FLOW_VALUE + FLOW_ENTRANCE, 0);
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    load_syn(a);
     a.jump_if(R0, If::Ne, i32::from(SYN), not_opening);
     a.store(Size::W, R10, FLOW_VALUE + FLOW_OPENING, 1);
     a.bind(not_opening);
@@ -264,10 +262,8 @@ pub(super) fn deliver_behind(
 /// Goes on if the key is that of a direct conversation; jumps to `no` otherwise.
 fn jump_if_direct(a: &mut Assembler, maps: &FlowMaps, no: Label) {
     let (own, yes, aged) = (a.label(), a.label(), a.label());
-    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        // This host's own queries are never taken for replies.
-        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), no);
-    }
+    // This host's own queries are never taken for replies.
+    jump_if_icmp(a, no);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), own);
     jump_unless_connected(a, maps, own);
     a.jump(yes);
@@ -297,11 +293,7 @@ fn jump_unless_connected(a: &mut Assembler, maps: &FlowMaps, no: Label) {
     a.mov(R7, R0);
     a.load(Size::W, R0, R7, sock::STATE);
     a.jump_if(R0, If::Eq, sock::LISTEN, other);
-    a.load_map(R1, sockets.as_fd());
-    a.mov(R2, R7);
-    a.mov(R3, 0);
-    a.mov(R4, 0);
-    a.call(Helper::SkStorageGet);
+    look_up_taken(a, sockets, R7);
     a.jump_if_wide(R0, If::Ne, 0, other);
     let yes = a.label();
     jump_unless_older(a, maps, yes);
@@ -327,8 +319,7 @@ fn jump_unless_older(a: &mut Assembler, maps: &FlowMaps, no: Label) {
     a.load(Size::Dw, R9, R0, 0);
     a.call(Helper::KtimeGetNs);
     a.jump_if_wide(R9, If::Lt, R0, no);
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    load_syn(a);
     a.jump_if(R0, If::Ne, i32::from(ACK), no);
     a.mov(R1, R7);
     a.call(Helper::TcpSock);
@@ -373,24 +364,8 @@ fn look_up_link(a: &mut Assembler, maps: &FlowMaps, ifindex: impl Into<Operand>)
 
 /// ENTRANCE = the link that leads to the client, by the addresses in the key; 0 for the TUN.
 fn find_entrance(a: &mut Assembler, tun_ifindex: u32) {
-    let (v6, look, found, done) = (a.label(), a.label(), a.label(), a.label());
-    begin_route_lookup(a, FIB, tun_ifindex);
-    jump_if_v6(a, v6);
-    for (length, family) in [(4, libc::AF_INET), (16, libc::AF_INET6)] {
-        if family == libc::AF_INET6 {
-            a.bind(v6);
-        }
-        a.store(Size::B, R10, FIB + fib::FAMILY, family);
-        for word in (0..length).step_by(4) {
-            for (from, to) in [(KEY_LOCAL, fib::SOURCE), (KEY_REMOTE, fib::DESTINATION)] {
-                a.load(Size::W, R0, R10, from + word);
-                a.store(Size::W, R10, FIB + to + word, R0);
-            }
-        }
-        a.jump(look);
-    }
-    a.bind(look);
-    look_up_route(a, FIB, found);
+    let (found, done) = (a.label(), a.label());
+    look_up_route_of_key(a, FIB, tun_ifindex, (KEY_LOCAL, KEY_REMOTE), found);
     a.mov(ENTRANCE, LINK_FIRST);
     a.jump_if(R0, If::Eq, fib::FORWARDING_DISABLED, done);
     a.mov(ENTRANCE, 0);

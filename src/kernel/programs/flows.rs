@@ -49,9 +49,9 @@ use rustix::time::{ClockId, clock_gettime};
 
 use Reg::{R0, R1, R2, R3, R4, R10};
 
-use super::headers::{icmpv4, icmpv6};
+use super::headers::{fib, icmpv4, icmpv6};
 use super::inside::Inside;
-use super::phrases::PROTOCOL;
+use super::phrases::{PROTOCOL, begin_route_lookup, jump_if_v6, look_up_route};
 use super::places::{Place, Places};
 use super::related::RELATED_BYTES;
 use super::shifted::{MAX_SHIFTED, SHIFTED_BYTES};
@@ -525,6 +525,36 @@ impl FlowMaps {
             .counters
             .set(Counter::Pressed as u32, u64::from(pressed));
     }
+}
+
+/// Asks for the route between the addresses of the key, from the first of these places of it to the
+/// second, as if the packet came by the TUN; `at` is where the stack keeps the question. Jumps to
+/// `found` with the answer there; otherwise R0 says why not.
+pub(super) fn look_up_route_of_key(
+    a: &mut Assembler,
+    at: i16,
+    tun_ifindex: u32,
+    (source, destination): (i16, i16),
+    found: Label,
+) {
+    let (v6, look) = (a.label(), a.label());
+    begin_route_lookup(a, at, tun_ifindex);
+    jump_if_v6(a, v6);
+    for (length, family) in [(4, libc::AF_INET), (16, libc::AF_INET6)] {
+        if family == libc::AF_INET6 {
+            a.bind(v6);
+        }
+        a.store(Size::B, R10, at + fib::FAMILY, family);
+        for word in (0..length).step_by(4) {
+            for (from, to) in [(source, fib::SOURCE), (destination, fib::DESTINATION)] {
+                a.load(Size::W, R0, R10, from + word);
+                a.store(Size::W, R10, at + to + word, R0);
+            }
+        }
+        a.jump(look);
+    }
+    a.bind(look);
+    look_up_route(a, at, found);
 }
 
 pub(super) fn refused(errno: Errno) -> BpfError {

@@ -32,20 +32,20 @@ use Reg::{R0, R1, R2, R3, R10};
 
 use super::flows::{
     FlowMaps, KEY, KEY_LAST, KEY_LOCAL, KEY_REMOTE, OWN_KEPT, REFRESH, VALUE, enter, flow_of,
-    jump_if_within, look_up, now, shape,
+    jump_if_within, look_up, look_up_route_of_key, now, shape,
 };
 use super::headers::{fib, icmp, icmpv4, icmpv6, skb};
 use super::inports::{MAX_INHERITED, MAX_PARTS, PORT_KEY_BYTES, Plan, Ports, keys};
 use super::moved::{Family, Moved};
-use super::parse::{FLAGS, HEADER};
-use super::phrases::{PACKET, PROTOCOL, begin_route_lookup, jump_if_v6, look_up_route};
-use super::take_replies::{load_tcp_socket, remember_caller};
+use super::parse::{HEADER, load_syn};
+use super::phrases::{PACKET, PROTOCOL, jump_if_icmp, jump_if_v6};
+use super::sockets::{load_tcp_socket, remember_as_it_is};
 use crate::flow::ended::HostFlow;
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size,
 };
 use crate::model::moved::{Move, TCP, UDP};
-use crate::packet::{ACK, SYN};
+use crate::packet::SYN;
 
 /// Calls that are remembered. The one used least recently gives way; its next packet enters it
 /// again, but TCP of a host behind this one goes on only after a new SYN. 65,536 take 8 MB.
@@ -319,24 +319,7 @@ pub(super) fn branch_if_served(a: &mut Assembler, inside: &Inside, yes: Label, n
 /// Looks where a route leads to the caller of the key. Jumps to `found` with the interface in the
 /// answer ([`ROUTE`]); otherwise R0 says why not.
 pub(super) fn look_up_way_to_caller(a: &mut Assembler, tun_ifindex: u32, found: Label) {
-    let (v6, look) = (a.label(), a.label());
-    begin_route_lookup(a, ROUTE, tun_ifindex);
-    jump_if_v6(a, v6);
-    for (length, family) in [(4, libc::AF_INET), (16, libc::AF_INET6)] {
-        if family == libc::AF_INET6 {
-            a.bind(v6);
-        }
-        a.store(Size::B, R10, ROUTE + fib::FAMILY, family);
-        for word in (0..length).step_by(4) {
-            for (from, to) in [(KEY_REMOTE, fib::SOURCE), (KEY_LOCAL, fib::DESTINATION)] {
-                a.load(Size::W, R0, R10, from + word);
-                a.store(Size::W, R10, ROUTE + to + word, R0);
-            }
-        }
-        a.jump(look);
-    }
-    a.bind(look);
-    look_up_route(a, ROUTE, found);
+    look_up_route_of_key(a, ROUTE, tun_ifindex, (KEY_REMOTE, KEY_LOCAL), found);
 }
 
 /// If the packet with this key, which is about to leave, is a call of this host: jumps to `hit`.
@@ -348,6 +331,7 @@ pub(super) fn jump_if_call(a: &mut Assembler, maps: &FlowMaps, tun_ifindex: u32,
     let inside = &maps.inside;
     let (no, ask, served) = (a.label(), a.label(), a.label());
     let (own, begins, new) = (a.label(), a.label(), a.label());
+    // What of ICMP belongs to a flow answers a query, and is none.
     jump_if_icmp(a, no);
     a.load(Size::W, R0, PACKET, skb::INGRESS_IFINDEX);
     a.jump_if(R0, If::Ne, 0, ask);
@@ -364,7 +348,7 @@ pub(super) fn jump_if_call(a: &mut Assembler, maps: &FlowMaps, tun_ifindex: u32,
     a.jump_if(R0, If::Ne, 0, own);
     if let Some(sockets) = &maps.sockets {
         load_tcp_socket(a, own, no);
-        remember_caller(a, sockets);
+        remember_as_it_is(a, sockets);
         note_caller(a, inside, Way::OutOfTheStack);
         a.jump(hit);
     }
@@ -423,19 +407,10 @@ pub(super) fn jump_unless_query(a: &mut Assembler, other: Label) {
     a.bind(query);
 }
 
-/// Jumps to `icmp` if the packet of a host, which belongs to a flow, is ICMP: then it answers a
-/// query, and is none.
-pub(super) fn jump_if_icmp(a: &mut Assembler, icmp: Label) {
-    for protocol in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), icmp);
-    }
-}
-
 /// Jumps to `begins` if the packet is the first of a TCP connection, or is not TCP.
 pub(super) fn jump_if_it_begins(a: &mut Assembler, begins: Label) {
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), begins);
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    load_syn(a);
     a.jump_if(R0, If::Eq, i32::from(SYN), begins);
 }
 

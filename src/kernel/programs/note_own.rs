@@ -35,25 +35,25 @@
 //! refresh: if (now - o->seen > REFRESH) { o->seen = now; delete(taken, key); }
 //! ```
 
-use Reg::{R0, R1, R2, R3, R4, R7, R9, R10};
+use Reg::{R0, R7, R9, R10};
 
 use super::facts::Facts;
 use super::flows::{KEY_LAST, REFRESH, jump_if_within, look_up, remove};
-use super::headers::{icmpv4, icmpv6, ipv4, ipv6, ports, skb};
+use super::headers::{ipv4, ipv6, ports, skb};
 use super::moved::Family;
 use super::own::{
     ANSWERED, KIND_BEHIND, KIND_CLOSED, KIND_SOCKET, OWN_KIND, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
 };
-use super::parse::{FLAGS, Side, Ways, parse, sort_out, wire};
+use super::parse::{FLAGS, Side, Ways, load_syn, parse, sort_out, wire};
 use super::phrases::{
-    PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, keep_packet, pass_if_tagged, verdict,
+    PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, jump_if_icmp, keep_packet, load_bytes,
+    pass_if_tagged, verdict,
 };
 use super::rights::Rights;
-use super::sockets::{jump_unless_at_own_end, jump_unless_from_own_port};
-use super::take_replies::{SOCKET, load_tcp_socket};
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
+use super::sockets::{SOCKET, jump_unless_at_own_end, jump_unless_from_own_port, load_tcp_socket};
+use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
-use crate::packet::{ACK, FIN, RST, SYN};
+use crate::packet::{FIN, RST, SYN};
 
 /// The program's name.
 pub const NOTE_OWN: &str = "ipmoved_own";
@@ -120,9 +120,7 @@ pub fn note_own(
     look_up(a, &own.own);
     a.jump_if_wide(R0, If::Ne, 0, known);
     a.bind(unknown);
-    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), new);
-    }
+    jump_if_icmp(a, new);
     look_up(a, &own.taken);
     a.jump_if_wide(R0, If::Eq, 0, new);
     a.mov(FOUND, R0);
@@ -169,12 +167,7 @@ fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
         if family == Family::V6 {
             a.bind(v6);
         }
-        a.mov(R1, PACKET);
-        a.mov(R2, l2 + at);
-        a.mov(R3, R10);
-        a.alu(Alu::Add, R3, i32::from(SOURCE));
-        a.mov(R4, family.bytes());
-        a.call(Helper::SkbLoadBytes);
+        load_bytes(a, l2 + at, SOURCE, family.bytes());
         a.jump_if_wide(R0, If::Ne, 0, pass);
         facts.rights.look_up(a, family, SOURCE);
         a.jump_if_wide(R0, If::Ne, 0, moved);
@@ -190,8 +183,7 @@ fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
 fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     let (begins, forwarded) = (a.label(), a.label());
     let (ended, closed, unknown) = (a.label(), a.label(), a.label());
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    load_syn(a);
     a.jump_if(R0, If::Eq, i32::from(SYN), begins);
     load_tcp_socket(a, forwarded, pass);
     jump_unless_at_own_end(a, SOCKET, forwarded);

@@ -39,7 +39,7 @@
 
 use std::os::fd::AsFd;
 
-use Reg::{R0, R1, R2, R3, R4, R7, R10};
+use Reg::{R0, R1, R2, R7, R10};
 
 use super::flows::{
     BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_SEEN, FLOW_UNAWAITED,
@@ -47,19 +47,18 @@ use super::flows::{
 };
 use super::headers::{fib, icmp, icmpv6, ipv6, skb};
 use super::inside::ROUTE;
-use super::parse::FLAGS;
+use super::parse::load_syn;
 use super::phrases::{
     PACKET, PROTOCOL, TC_ACT_SHOT, branch_by_family, jump_if_link_scoped_icmpv6, look_up_route,
     redirect_to, verdict,
 };
 use super::places::{Place, Places, Which};
 use super::related::{jump_if_related, remember_remote_end};
-use super::sockets::jump_unless_from_own_port;
-use super::take_replies::{BPF_SK_STORAGE_GET_F_CREATE, SOCKET, load_tcp_socket};
+use super::sockets::{jump_unless_from_own_port, load_port, load_tcp_socket, remember_as_it_is};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::model::outgoing::{PortEnd, PortSet};
-use crate::packet::{ACK, SYN};
+use crate::packet::SYN;
 
 /// Connections that leave from a moved address because of their port.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -89,8 +88,7 @@ pub(super) fn take_by_port(
     let (begins, fits) = (a.label(), a.label());
     a.jump_if(PROTOCOL, If::Eq, i32::from(UDP), begins);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), no);
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    load_syn(a);
     a.jump_if(R0, If::Ne, i32::from(SYN), no);
     a.bind(begins);
     for (rule, index) in rules.iter().zip(0..) {
@@ -238,13 +236,7 @@ fn mark_socket(a: &mut Assembler, maps: &FlowMaps) {
     };
     let none = a.label();
     load_tcp_socket(a, none, none);
-    a.store(Size::W, R10, VALUE, 1);
-    a.load_map(R1, sockets.as_fd());
-    a.mov(R2, SOCKET);
-    a.mov(R3, R10);
-    a.alu(Alu::Add, R3, i32::from(VALUE));
-    a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
-    a.call(Helper::SkStorageGet);
+    remember_as_it_is(a, sockets);
     a.bind(none);
 }
 
@@ -259,10 +251,7 @@ fn jump_unless_ports_fit(a: &mut Assembler, ports: &PortSet, no: Label) {
         PortEnd::Destination => KEY_LAST,
         PortEnd::Source => KEY_LAST + 2,
     };
-    a.load(Size::B, R1, R10, at);
-    a.alu(Alu::Lsh, R1, 8);
-    a.load(Size::B, R2, R10, at + 1);
-    a.alu(Alu::Or, R1, R2);
+    load_port(a, at);
     // Sorted: what lies below one range lies in none of those that follow.
     for range in &ports.ports {
         a.jump_if(R1, If::Lt, i32::from(*range.start()), no);
@@ -309,6 +298,7 @@ mod tests {
     use crate::kernel::testing::{in_fresh_namespace, sysctl, uplink};
     use crate::lab::wiring::Wiring;
     use crate::model::prefix::Prefix;
+    use crate::packet::ACK;
 
     /// All programs of a new server, to which an address of each family has moved.
     struct Bed {

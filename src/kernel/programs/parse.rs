@@ -23,13 +23,16 @@
 
 use Reg::{R0, R1, R2, R3, R4, R7, R9, R10};
 
-use super::flows::{KEY, KEY_LAST, KEY_LOCAL, KEY_REMOTE, store_family};
+use super::flows::{
+    KEY, KEY_LAST, KEY_LOCAL, KEY_REMOTE, VALUE, enter, look_up, remove, store_family,
+};
 use super::headers::{fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, ports, tcp};
 use super::phrases::{
     PACKET, PROTOCOL, TRANSPORT, branch_by_family, jump_unless_icmpv6_error, walk_extension_headers,
 };
-use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Map, Reg, Size};
 use crate::model::moved::{TCP, UDP};
+use crate::packet::{ACK, SYN};
 
 /// The kind of fragment: one of the four below.
 pub(super) const FRAGMENT: Reg = R9;
@@ -378,10 +381,49 @@ fn store_identifier(a: &mut Assembler) {
     a.store(Size::H, R10, KEY_LAST, R0);
 }
 
+/// R0 = which of SYN and ACK are set; of a packet that is not TCP, none.
+pub(super) fn load_syn(a: &mut Assembler) {
+    a.load(Size::W, R0, R10, FLAGS);
+    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+}
+
 /// Makes the key that of a fragmented packet under way.
-pub(super) fn key_by_identification(a: &mut Assembler) {
+fn key_by_identification(a: &mut Assembler) {
     a.load(Size::W, R0, R10, IDENTIFICATION);
     a.store(Size::W, R10, KEY_LAST, R0);
+}
+
+/// Remembers the packet by its identification among these `fragments`, if it is a first fragment;
+/// jumps to `other` if it is none. The key is lost.
+pub(super) fn remember_first_fragment(a: &mut Assembler, fragments: &Map, other: Label) {
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, other);
+    key_by_identification(a);
+    a.store(Size::Dw, R10, VALUE, 0);
+    enter(a, fragments);
+}
+
+/// Forgets whatever used the identification before, if the packet is a first fragment; jumps to
+/// `other` if it is none. The key is lost.
+pub(super) fn forget_first_fragment(a: &mut Assembler, fragments: &Map, other: Label) {
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, other);
+    key_by_identification(a);
+    remove(a, fragments);
+}
+
+/// Jumps to `unknown` if the first of a later fragment is not among these `fragments`. Otherwise
+/// jumps to `follows`; goes on if it was the last one, which ends what was remembered. The key is
+/// lost.
+pub(super) fn follow_first_fragment(
+    a: &mut Assembler,
+    fragments: &Map,
+    follows: Label,
+    unknown: Label,
+) {
+    key_by_identification(a);
+    look_up(a, fragments);
+    a.jump_if_wide(R0, If::Eq, 0, unknown);
+    a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, follows);
+    remove(a, fragments);
 }
 
 /// 16 bits as on the wire, for comparison with a copy of a header.

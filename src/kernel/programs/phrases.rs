@@ -11,7 +11,9 @@ use std::net::Ipv6Addr;
 
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R10};
 
-use super::headers::{ethernet, extension, fib, fragment, icmp, icmpv6, ipv4, ipv6, skb, vlan};
+use super::headers::{
+    ethernet, extension, fib, fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, skb, vlan,
+};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::MAX_EXTENSION_HEADERS;
@@ -55,6 +57,16 @@ pub(super) const DELIVERED: u32 = 0x6970_6d64;
 pub(super) const MAX_CAPTURES: u32 = 2;
 
 // The choice of packets.
+
+/// Goes on, without the mark, if the packet was sent here by the program of the TUN; jumps to
+/// `other` otherwise.
+pub(super) fn jump_unless_delivered(a: &mut Assembler, other: Label) {
+    a.load(Size::W, R0, PACKET, skb::MARK);
+    a.jump_if(R0, If::Ne, DELIVERED, other);
+    // Kernels before 6.5 take no constant there.
+    a.mov(R0, 0);
+    a.store(Size::W, PACKET, skb::MARK, R0);
+}
 
 /// The first instruction of every program: keeps the context where packet loads expect it.
 pub(super) fn keep_packet(a: &mut Assembler) {
@@ -282,6 +294,23 @@ pub(super) fn words(addr: Ipv6Addr) -> [u32; 4] {
 pub(super) fn jump_if_it_has_ports(a: &mut Assembler, to: Label) {
     for protocol in [TCP, UDP] {
         a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), to);
+    }
+}
+
+/// Copies so many bytes of the packet to the stack. R0 is not 0 if the packet ends before.
+pub(super) fn load_bytes(a: &mut Assembler, at: u32, to: i16, length: u32) {
+    a.mov(R1, PACKET);
+    a.mov(R2, at);
+    a.mov(R3, R10);
+    a.alu(Alu::Add, R3, i32::from(to));
+    a.mov(R4, length);
+    a.call(Helper::SkbLoadBytes);
+}
+
+/// Jumps if PROTOCOL is ICMP of either family.
+pub(super) fn jump_if_icmp(a: &mut Assembler, icmp: Label) {
+    for protocol in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
+        a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), icmp);
     }
 }
 

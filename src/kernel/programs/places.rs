@@ -11,10 +11,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 
-use Reg::{R0, R1, R2, R3, R4, R10};
+use Reg::{R0, R1, R2, R10};
 
 use super::headers::{fib, ipv4, ipv6, skb};
-use super::phrases::{PACKET, begin_route_lookup, branch_by_family};
+use super::phrases::{PACKET, begin_route_lookup, branch_by_family, load_bytes};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size, Words,
 };
@@ -197,12 +197,14 @@ impl Places {
                 key + ADDRESS + 8,
                 i32::from_ne_bytes([0, 0, 0xff, 0xff]),
             );
-            load_bytes(a, l2 + at, key + LAST_WORD, 4, other);
+            load_bytes(a, l2 + at, key + LAST_WORD, 4);
+            a.jump_if_wide(R0, If::Ne, 0, other);
         }
         a.jump(done);
         a.bind(v6);
         for (key, at) in keys.into_iter().zip([ipv6::SOURCE, ipv6::DESTINATION]) {
-            load_bytes(a, l2 + at, key + ADDRESS, 16, other);
+            load_bytes(a, l2 + at, key + ADDRESS, 16);
+            a.jump_if_wide(R0, If::Ne, 0, other);
         }
         a.bind(done);
     }
@@ -303,16 +305,6 @@ fn word(addr: IpAddr) -> u32 {
         IpAddr::V4(addr) => addr.to_bits(),
         IpAddr::V6(addr) => (addr.to_bits() >> 96) as u32,
     }
-}
-
-fn load_bytes(a: &mut Assembler, at: u32, to: i16, length: u32, failed: Label) {
-    a.mov(R1, PACKET);
-    a.mov(R2, at);
-    a.mov(R3, R10);
-    a.alu(Alu::Add, R3, i32::from(to));
-    a.mov(R4, length);
-    a.call(Helper::SkbLoadBytes);
-    a.jump_if_wide(R0, If::Ne, 0, failed);
 }
 
 fn key_of(prefix: Prefix) -> Vec<u8> {

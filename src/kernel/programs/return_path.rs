@@ -40,7 +40,7 @@ use super::headers::{ethernet, fib, ipv4, ipv6, skb};
 use super::moved::Family;
 use super::phrases::{
     BOUNCED, BPF_F_INGRESS, PACKET, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
-    begin_route_lookup, branch_by_family, keep_packet, look_up_route, verdict,
+    begin_route_lookup, branch_by_family, keep_packet, load_bytes, look_up_route, verdict,
 };
 use super::stays::note_answered;
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
@@ -78,14 +78,14 @@ pub fn return_path(facts: &Facts, tun_ifindex: u32) -> Result<Program, BpfError>
     jump_if_moved(a, facts, Family::V4, bounced, other);
     facts.jump_if_always(a, R0, by_uplink);
     begin_lookup(a, libc::AF_INET, tun_ifindex);
-    load_address(a, ipv4::SOURCE, LOOKUP + fib::SOURCE, Family::V4);
+    load_bytes(a, ipv4::SOURCE, LOOKUP + fib::SOURCE, Family::V4.bytes());
     copy_destination(a, Family::V4);
     a.jump(look);
     a.bind(v6);
     jump_if_moved(a, facts, Family::V6, bounced, other);
     facts.jump_if_always(a, R0, by_uplink);
     begin_lookup(a, libc::AF_INET6, tun_ifindex);
-    load_address(a, ipv6::SOURCE, LOOKUP + fib::SOURCE, Family::V6);
+    load_bytes(a, ipv6::SOURCE, LOOKUP + fib::SOURCE, Family::V6.bytes());
     copy_destination(a, Family::V6);
 
     a.bind(look);
@@ -124,7 +124,7 @@ fn jump_if_moved(a: &mut Assembler, facts: &Facts, family: Family, bounced: Labe
         Family::V4 => ipv4::DESTINATION,
         Family::V6 => ipv6::DESTINATION,
     };
-    load_address(a, at, DESTINATION, family);
+    load_bytes(a, at, DESTINATION, family.bytes());
     a.jump_if_wide(R0, If::Ne, 0, other);
     facts.rights.look_up(a, family, DESTINATION);
     a.jump_if_wide(R0, If::Ne, 0, bounced);
@@ -148,16 +148,6 @@ fn copy_destination(a: &mut Assembler, family: Family) {
 fn begin_lookup(a: &mut Assembler, family: i32, tun_ifindex: u32) {
     begin_route_lookup(a, LOOKUP, tun_ifindex);
     a.store(Size::B, R10, LOOKUP + fib::FAMILY, family);
-}
-
-/// Copies an address of the packet as it stands there.
-fn load_address(a: &mut Assembler, from: u32, to: i16, family: Family) {
-    a.mov(R1, PACKET);
-    a.mov(R2, from);
-    a.mov(R3, R10);
-    a.alu(Alu::Add, R3, i32::from(to));
-    a.mov(R4, family.bytes());
-    a.call(Helper::SkbLoadBytes);
 }
 
 /// Sends the packet out of IFINDEX, to the next hop at R8 with length R9 (0: the kernel asks its

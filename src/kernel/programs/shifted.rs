@@ -50,7 +50,7 @@ use super::flows::{
 use super::headers::{sock, tcp};
 use super::parse::{FLAGS, TRANSPORT_KEPT};
 use super::phrases::PACKET;
-use super::sockets::look_up_socket;
+use super::sockets::{look_up_socket, release_keeping_state};
 use crate::flow::class::{TCP_ESTABLISHED, TCP_HALF_CLOSED, TCP_OPENING, TCP_RESET};
 use crate::flow::ended::HostFlow;
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Reg, Size};
@@ -126,36 +126,15 @@ pub(super) fn look_up_leaving(a: &mut Assembler, maps: &FlowMaps) {
 /// Gives a client's packet the port that this host sees, if it is one of a shifted connection.
 /// Otherwise jumps to `no`. R7 is lost.
 pub(super) fn shift_coming(a: &mut Assembler, maps: &FlowMaps, coming: Coming, no: Label) {
-    let fresh = a.label();
-    look_up_coming(a, maps, coming);
-    a.jump_if_wide(R0, If::Eq, 0, no);
-    a.mov(R7, R0);
-    a.load(Size::H, R0, R7, PORT);
-    a.store(Size::H, R10, NEW_PORT, R0);
-    a.load(Size::H, R0, R10, KEY_LAST);
-    a.store(Size::H, R10, OLD_PORT, R0);
-    jump_if_within(a, (R7, SEEN), REFRESH, fresh);
-    a.store(Size::Dw, R7, SEEN, R0);
-    a.bind(fresh);
-    note_end(a);
+    find(a, maps, coming as i32, no);
     exchange_port(a, tcp::SOURCE);
 }
 
 /// Gives a packet that leaves its client's port back, if it is one of a shifted connection; the key
 /// gets it as well. Then jumps to `by_tunnel` or `directly`. R7 is lost.
 pub(super) fn shift_leaving(a: &mut Assembler, maps: &FlowMaps, by_tunnel: Label, directly: Label) {
-    let (no, fresh) = (a.label(), a.label());
-    look_up_marked(a, maps, LEAVING);
-    a.jump_if_wide(R0, If::Eq, 0, no);
-    a.mov(R7, R0);
-    a.load(Size::H, R0, R7, PORT);
-    a.store(Size::H, R10, NEW_PORT, R0);
-    a.load(Size::H, R0, R10, KEY_LAST);
-    a.store(Size::H, R10, OLD_PORT, R0);
-    jump_if_within(a, (R7, SEEN), REFRESH, fresh);
-    a.store(Size::Dw, R7, SEEN, R0);
-    a.bind(fresh);
-    note_end(a);
+    let no = a.label();
+    find(a, maps, LEAVING, no);
     a.load(Size::W, R7, R7, BITS);
     exchange_port(a, tcp::DESTINATION);
     a.load(Size::H, R0, R10, NEW_PORT);
@@ -163,6 +142,23 @@ pub(super) fn shift_leaving(a: &mut Assembler, maps: &FlowMaps, by_tunnel: Label
     a.jump_if(R7, If::Set, Coming::Directly as i32, directly);
     a.jump(by_tunnel);
     a.bind(no);
+}
+
+/// R7 = the address of the value of a packet with this mark, in which it is noted; the stack keeps
+/// the port that the packet has, and the one that it gets. Jumps to `no` if there is none.
+fn find(a: &mut Assembler, maps: &FlowMaps, marked: i32, no: Label) {
+    let fresh = a.label();
+    look_up_marked(a, maps, marked);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.mov(R7, R0);
+    a.load(Size::H, R0, R7, PORT);
+    a.store(Size::H, R10, NEW_PORT, R0);
+    a.load(Size::H, R0, R10, KEY_LAST);
+    a.store(Size::H, R10, OLD_PORT, R0);
+    jump_if_within(a, (R7, SEEN), REFRESH, fresh);
+    a.store(Size::Dw, R7, SEEN, R0);
+    a.bind(fresh);
+    note_end(a);
 }
 
 /// Notes in the value at R7 whether the packet ends its connection, goes on with it, or begins
@@ -212,9 +208,7 @@ pub(super) fn take_free_port(a: &mut Assembler, maps: &FlowMaps, coming: Coming,
         a.jump_if_wide(R0, If::Ne, 0, next);
         look_up_socket(a, Helper::SkLookupTcp);
         a.jump_if_wide(R0, If::Eq, 0, free);
-        a.load(Size::W, R7, R0, sock::STATE);
-        a.mov(R1, R0);
-        a.call(Helper::SkRelease);
+        release_keeping_state(a, R7);
         a.jump_if(R7, If::Eq, sock::LISTEN, free);
         a.bind(next);
     }

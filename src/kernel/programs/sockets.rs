@@ -5,12 +5,15 @@
 //! remembers whether a socket waited for its packets: what later leaves from a socket at that port
 //! itself answers nobody, unless a packet came in between.
 
-use Reg::{R0, R1, R2, R3, R4, R5, R9, R10};
+use std::os::fd::AsFd;
 
-use super::flows::{KEY, KEY_LAST, KEY_LOCAL, KEY_REMOTE};
+use Reg::{R0, R1, R2, R3, R4, R5, R7, R9, R10};
+
+use super::flows::{KEY, KEY_LAST, KEY_LOCAL, KEY_REMOTE, VALUE};
 use super::headers::{skb, sock};
 use super::phrases::{PACKET, jump_if_v6};
-use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Map, Reg, Size};
+use crate::model::moved::TCP;
 
 /// Where the stack keeps the addresses and ports of a socket, `struct bpf_sock_tuple`.
 const TUPLE: i16 = -168;
@@ -78,15 +81,20 @@ pub(super) fn jump_unless_from_own_port(a: &mut Assembler, no: Label) {
     jump_unless_at_own_end(a, R0, no);
 }
 
+/// R1 = the port at this place of the key, in this host's order. Destroys R2.
+pub(super) fn load_port(a: &mut Assembler, at: i16) {
+    a.load(Size::B, R1, R10, at);
+    a.alu(Alu::Lsh, R1, 8);
+    a.load(Size::B, R2, R10, at + 1);
+    a.alu(Alu::Or, R1, R2);
+}
+
 /// Goes on if this socket has the key's own address, or any, and its port, so that the addresses
 /// and ports on the wire find it. Jumps to `no` if they were translated. Destroys R1 to R4.
 pub(super) fn jump_unless_at_own_end(a: &mut Assembler, socket: Reg, no: Label) {
     let (v6, yes) = (a.label(), a.label());
     // The socket's port is in this host's order, the key's as on the wire.
-    a.load(Size::B, R1, R10, KEY_LAST + 2);
-    a.alu(Alu::Lsh, R1, 8);
-    a.load(Size::B, R2, R10, KEY_LAST + 3);
-    a.alu(Alu::Or, R1, R2);
+    load_port(a, KEY_LAST + 2);
     a.load(Size::W, R2, socket, sock::SRC_PORT);
     a.jump_if(R1, If::Ne, R2, no);
     a.load(Size::W, R1, R10, KEY);
@@ -111,4 +119,65 @@ pub(super) fn jump_unless_at_own_end(a: &mut Assembler, socket: Reg, no: Label) 
     a.jump_if(R3, If::Eq, 0, yes);
     a.jump_if(R4, If::Ne, 0, no);
     a.bind(yes);
+}
+
+/// The TCP socket that sends the packet, once [`load_tcp_socket`] has found it.
+pub(super) const SOCKET: Reg = R7;
+
+/// `SOCK_STREAM`, as the kernel counts.
+const SOCK_STREAM: i32 = 1;
+
+/// SOCKET = the TCP socket that sends the packet. Jumps to `none` if no socket of TCP sends it; to
+/// `other` if the kernel answers in the name of one: the request behind a SYN-ACK, or the kernel's
+/// own socket for resets.
+pub(super) fn load_tcp_socket(a: &mut Assembler, none: Label, other: Label) {
+    a.load(Size::Dw, R1, PACKET, skb::SK);
+    a.jump_if_wide(R1, If::Eq, 0, none);
+    a.call(Helper::SkFullsock);
+    a.jump_if_wide(R0, If::Eq, 0, other);
+    a.mov(SOCKET, R0);
+    a.load(Size::W, R0, SOCKET, sock::PROTOCOL);
+    a.jump_if(R0, If::Ne, i32::from(TCP), none);
+    a.load(Size::W, R0, SOCKET, sock::TYPE);
+    a.jump_if(R0, If::Ne, SOCK_STREAM, other);
+}
+
+/// How the packets of a TCP socket are taken, if they are: they leave as they are, or with another
+/// port ([`shifted`](super::shifted)).
+pub(super) const AS_IT_IS: i32 = 1;
+pub(super) const SHIFTED: i32 = 2;
+
+/// Makes the storage of a socket that has none.
+const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
+
+/// R0 = where it stands how the packets of this TCP socket are taken, or 0 if they are not.
+pub(super) fn look_up_taken(a: &mut Assembler, sockets: &Map, socket: Reg) {
+    a.load_map(R1, sockets.as_fd());
+    a.mov(R2, socket);
+    a.mov(R3, 0);
+    a.mov(R4, 0);
+    a.call(Helper::SkStorageGet);
+}
+
+/// Notes that SOCKET sends into the TUN, and how, which lies there on the stack.
+pub(super) fn remember_taken(a: &mut Assembler, sockets: &Map, taken_as: i16) {
+    a.load_map(R1, sockets.as_fd());
+    a.mov(R2, SOCKET);
+    a.mov(R3, R10);
+    a.alu(Alu::Add, R3, i32::from(taken_as));
+    a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
+    a.call(Helper::SkStorageGet);
+}
+
+/// Notes that SOCKET sends into the TUN, as long as it lives.
+pub(super) fn remember_as_it_is(a: &mut Assembler, sockets: &Map) {
+    a.store(Size::W, R10, VALUE, AS_IT_IS);
+    remember_taken(a, sockets, VALUE);
+}
+
+/// `state` = that of the socket at R0, which is released.
+pub(super) fn release_keeping_state(a: &mut Assembler, state: Reg) {
+    a.load(Size::W, state, R0, sock::STATE);
+    a.mov(R1, R0);
+    a.call(Helper::SkRelease);
 }

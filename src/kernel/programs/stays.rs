@@ -53,13 +53,14 @@ use super::own::{
     OWN_IDLE_TCP, OWN_KIND, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
 };
 use super::parse::{
-    FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse, wire,
+    FRAGMENT, Side, Ways, follow_first_fragment, forget_first_fragment, load_syn, parse,
+    remember_first_fragment, wire,
 };
-use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_v6, verdict};
-use super::sockets::look_up_socket;
+use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_icmp, jump_if_v6, verdict};
+use super::sockets::{look_up_socket, release_keeping_state};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
-use crate::packet::{ACK, SYN};
+use crate::packet::SYN;
 
 /// An entry of a map, or a socket that is held, once the packet is read.
 const FOUND: Reg = R7;
@@ -87,9 +88,7 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
         a.jump_if(R0, If::Eq, wire(i32::from(client)), stay);
     }
     a.bind(without_ports);
-    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), ask);
-    }
+    jump_if_icmp(a, ask);
     look_up(a, &own.taken);
     a.jump_if_wide(R0, If::Ne, 0, take);
     a.bind(ask);
@@ -99,9 +98,7 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
     a.bind(unknown);
     let (entered, note) = (a.label(), a.label());
     ask_sockets(a, stay, note);
-    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), take);
-    }
+    jump_if_icmp(a, take);
     a.jump_if(FRAGMENT, If::Eq, QUOTED, take);
     load_syn(a);
     a.jump_if(R0, If::Eq, i32::from(SYN), take);
@@ -116,18 +113,11 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
 
     a.bind(ways.later);
     let more = a.label();
-    key_by_identification(a);
-    look_up(a, &own.fragments);
-    a.jump_if_wide(R0, If::Eq, 0, entered);
-    a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, more);
-    remove(a, &own.fragments);
+    follow_first_fragment(a, &own.fragments, more, entered);
     a.jump(more);
 
     a.bind(stay);
-    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, more);
-    key_by_identification(a);
-    a.store(Size::Dw, R10, VALUE, 0);
-    enter(a, &own.fragments);
+    remember_first_fragment(a, &own.fragments, more);
     a.bind(more);
     own.count_stayed(a);
     verdict(a, TC_ACT_UNSPEC);
@@ -135,17 +125,8 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
     for label in [take, ways.none, ways.other] {
         a.bind(label);
     }
-    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, entered);
-    // Another packet uses the identification again.
-    key_by_identification(a);
-    remove(a, &own.fragments);
+    forget_first_fragment(a, &own.fragments, entered);
     a.bind(entered);
-}
-
-/// R0 = which of SYN and ACK are set; of a packet that is not TCP, none.
-fn load_syn(a: &mut Assembler) {
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
 }
 
 /// Jumps to `stay` if a conversation that this host has begun, with its value at R0, still is one;
@@ -208,7 +189,7 @@ fn ask_sockets(a: &mut Assembler, stay: Label, anew: Label) {
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), nobody);
     look_up_socket(a, Helper::SkcLookupTcp);
     a.jump_if_wide(R0, If::Eq, 0, nobody);
-    release_keeping_state(a);
+    release_keeping_state(a, FOUND);
     a.jump_if(FOUND, If::Eq, sock::LISTEN, nobody);
     a.jump_if(FOUND, If::Ne, sock::TIME_WAIT, stay);
     load_syn(a);
@@ -217,17 +198,10 @@ fn ask_sockets(a: &mut Assembler, stay: Label, anew: Label) {
     a.bind(udp);
     look_up_socket(a, Helper::SkLookupUdp);
     a.jump_if_wide(R0, If::Eq, 0, waits);
-    release_keeping_state(a);
+    release_keeping_state(a, FOUND);
     a.jump_if(FOUND, If::Eq, sock::ESTABLISHED, stay);
     a.bind(waits);
     a.bind(nobody);
-}
-
-/// [`FOUND`] = the state of the socket at R0, which is released.
-fn release_keeping_state(a: &mut Assembler) {
-    a.load(Size::W, FOUND, R0, sock::STATE);
-    a.mov(R1, R0);
-    a.call(Helper::SkRelease);
 }
 
 /// Notes that the new server has answered, if the packet is an answer without TCP to what was
@@ -340,7 +314,7 @@ mod tests {
     use crate::kernel::programs::{Facts, capture, note_own};
     use crate::kernel::testing::in_fresh_namespace;
     use crate::lab::wiring::Wiring;
-    use crate::packet::{FIN, PSH, RST};
+    use crate::packet::{ACK, FIN, PSH, RST};
 
     /// The programs of an old server from which two whole addresses have moved.
     struct OldServer {

@@ -68,29 +68,31 @@
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
-use std::os::fd::AsFd;
-
-use Reg::{R0, R1, R2, R3, R4, R7, R8, R10};
+use Reg::{R0, R1, R7, R8, R10};
 
 use super::flows::{
     ANSWERED_DIRECTLY, BEGUN_HERE, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_OPENING,
     FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter,
     enter_now, jump_if_within, look_up, remove,
 };
-use super::headers::{icmpv4, icmpv6, ports, skb, sock};
+use super::headers::{ports, skb, sock};
 use super::inside::{jump_if_call, jump_if_query};
 use super::outgoing::{Chosen, keep_from_leaving, take_by_port};
 use super::parse::{
-    FIRST_FRAGMENT, FLAGS, FRAGMENT, LAST_FRAGMENT, Side, Ways, key_by_identification, parse,
-    sort_out, wire,
+    FLAGS, Side, Ways, follow_first_fragment, forget_first_fragment, load_syn, parse,
+    remember_first_fragment, sort_out, wire,
 };
 use super::phrases::{
-    DELIVERED, PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, pass_if_tagged, redirect_to, verdict,
+    PACKET, PROTOCOL, TC_ACT_UNSPEC, jump_if_icmp, jump_unless_delivered, keep_packet,
+    pass_if_tagged, redirect_to, verdict,
 };
 use super::related::{jump_if_related, remember_remote_end};
 use super::shifted::{Coming, jump_unless_any, look_up_coming, shift_leaving};
-use super::sockets::jump_unless_from_own_port;
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Map, Program, Reg, Size};
+use super::sockets::{
+    AS_IT_IS, SHIFTED, SOCKET, jump_unless_from_own_port, load_tcp_socket, look_up_taken,
+    remember_taken,
+};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, FIN, RST, SYN};
 
@@ -99,9 +101,6 @@ pub const TAKE_REPLIES: &str = "ipmoved_reply";
 
 /// The flow's value in the map, once the packet is read.
 const FLOW: Reg = R7;
-
-/// The TCP socket that sends the packet, before that is known.
-pub(super) const SOCKET: Reg = R7;
 
 /// The program for a link and the TUN. `tunnel_port` is the tunnel's own on this host, and
 /// `outgoing` what leaves through the tunnel because of its port.
@@ -137,11 +136,7 @@ pub fn take_replies(
     a.bind(from_socket);
     if let Some(sockets) = &maps.sockets {
         load_tcp_socket(a, read, read);
-        a.load_map(R1, sockets.as_fd());
-        a.mov(R2, SOCKET);
-        a.mov(R3, 0);
-        a.mov(R4, 0);
-        a.call(Helper::SkStorageGet);
+        look_up_taken(a, sockets, SOCKET);
         a.jump_if_wide(R0, If::Eq, 0, read);
         let as_it_is = a.label();
         a.load(Size::W, R0, R0, 0);
@@ -182,8 +177,7 @@ pub fn take_replies(
     a.mov(FLOW, R0);
     let (without_tcp, known, fresh) = (a.label(), a.label(), a.label());
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
-    a.load(Size::W, R0, R10, FLAGS);
-    a.alu(Alu::And, R0, i32::from(SYN | ACK));
+    load_syn(a);
     let begins = a.label();
     a.jump_if(R0, If::Eq, i32::from(SYN), begins);
     a.jump_if(R0, If::Ne, i32::from(SYN | ACK), known);
@@ -207,7 +201,7 @@ pub fn take_replies(
         a.jump(hit);
         a.bind(sent_here);
         load_tcp_socket(a, hit, hit);
-        remember_socket(a, sockets, TAKEN_AS);
+        remember_taken(a, sockets, TAKEN_AS);
     }
     a.jump(hit);
     a.bind(without_tcp);
@@ -230,10 +224,7 @@ pub fn take_replies(
     a.store(Size::Dw, FLOW, FLOW_SEEN, R0);
     a.bind(hit);
     let redirect = a.label();
-    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, redirect);
-    key_by_identification(a);
-    a.store(Size::Dw, R10, VALUE, 0);
-    enter(a, &maps.fragments);
+    remember_first_fragment(a, &maps.fragments, redirect);
     a.bind(redirect);
     redirect_to(a, tun_ifindex);
 
@@ -245,9 +236,7 @@ pub fn take_replies(
     a.bind(not_chosen);
     remember_own(a, maps, hit, unknown);
     a.bind(unknown);
-    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, leaves);
-    key_by_identification(a);
-    remove(a, &maps.fragments);
+    forget_first_fragment(a, &maps.fragments, leaves);
     a.jump(leaves);
 
     a.bind(ways.quoted);
@@ -261,13 +250,9 @@ pub fn take_replies(
     jump_if_query(a, &maps.inside, tun_ifindex, hit, leaves);
 
     a.bind(ways.later);
-    let more = a.label();
-    key_by_identification(a);
-    look_up(a, &maps.fragments);
-    a.jump_if_wide(R0, If::Eq, 0, leaves);
-    a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, more);
-    remove(a, &maps.fragments);
-    a.bind(more);
+    let follows = a.label();
+    follow_first_fragment(a, &maps.fragments, follows, leaves);
+    a.bind(follows);
     redirect_to(a, tun_ifindex);
 
     a.bind(leaves);
@@ -280,69 +265,23 @@ pub fn take_replies(
     asm.finish(TAKE_REPLIES)
 }
 
-/// Where the stack keeps what is remembered of a TCP socket whose packets are taken, and what that
-/// may be: they leave as they are, or with another port (`shifted`).
+/// Where the stack keeps how the packets of a TCP socket are taken: as they are, or shifted.
 const TAKEN_AS: i16 = -280;
-const AS_IT_IS: i32 = 1;
-const SHIFTED: i32 = 2;
 
 /// Lets an answer to a call leave, whose source is a moved address and which needs no memory.
 fn pass_turned(a: &mut Assembler, pass: Label) {
     let other = a.label();
-    a.load(Size::W, R0, PACKET, skb::MARK);
-    a.jump_if(R0, If::Ne, DELIVERED, other);
-    // Kernels before 6.5 take no constant there.
-    a.mov(R0, 0);
-    a.store(Size::W, PACKET, skb::MARK, R0);
+    jump_unless_delivered(a, other);
     a.jump(pass);
     a.bind(other);
 }
-
-/// Notes that SOCKET sends a call into the TUN, as long as it lives.
-pub(super) fn remember_caller(a: &mut Assembler, sockets: &Map) {
-    a.store(Size::W, R10, VALUE, AS_IT_IS);
-    remember_socket(a, sockets, VALUE);
-}
-
-/// Notes that SOCKET sends into the TUN, and how, which lies there on the stack.
-fn remember_socket(a: &mut Assembler, sockets: &Map, taken_as: i16) {
-    a.load_map(R1, sockets.as_fd());
-    a.mov(R2, SOCKET);
-    a.mov(R3, R10);
-    a.alu(Alu::Add, R3, i32::from(taken_as));
-    a.mov(R4, BPF_SK_STORAGE_GET_F_CREATE);
-    a.call(Helper::SkStorageGet);
-}
-
-/// Makes the storage of a socket that has none.
-pub(super) const BPF_SK_STORAGE_GET_F_CREATE: i32 = 1;
-
-/// SOCKET = the TCP socket that sends the packet. Jumps to `none` if no socket of TCP sends it; to
-/// `other` if the kernel answers in the name of one: the request behind a SYN-ACK, or the kernel's
-/// own socket for resets.
-pub(super) fn load_tcp_socket(a: &mut Assembler, none: Label, other: Label) {
-    a.load(Size::Dw, R1, PACKET, skb::SK);
-    a.jump_if_wide(R1, If::Eq, 0, none);
-    a.call(Helper::SkFullsock);
-    a.jump_if_wide(R0, If::Eq, 0, other);
-    a.mov(SOCKET, R0);
-    a.load(Size::W, R0, SOCKET, sock::PROTOCOL);
-    a.jump_if(R0, If::Ne, i32::from(TCP), none);
-    a.load(Size::W, R0, SOCKET, sock::TYPE);
-    a.jump_if(R0, If::Ne, SOCK_STREAM, other);
-}
-
-/// `SOCK_STREAM`, as the kernel counts.
-const SOCK_STREAM: i32 = 1;
 
 /// Remembers a direct conversation, and jumps to `done`; to `related` if it is none.
 fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label) {
     let (tcp, forwarded, fresh, new) = (a.label(), a.label(), a.label(), a.label());
     let (ended, refresh, closed) = (a.label(), a.label(), a.label());
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
-    for icmp in [icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        a.jump_if(PROTOCOL, If::Eq, i32::from(icmp), done);
-    }
+    jump_if_icmp(a, done);
     look_up(a, &maps.own);
     a.jump_if_wide(R0, If::Ne, 0, refresh);
     look_up(a, &maps.direct);
@@ -411,6 +350,7 @@ mod tests {
     use crate::kernel::programs::arrivals::arrivals;
     use crate::kernel::programs::deliver::deliver_behind;
     use crate::kernel::programs::flows::Counter;
+    use crate::kernel::programs::headers::{icmpv4, icmpv6};
     use crate::kernel::programs::phrases::{DELIVERED, TC_ACT_SHOT};
     use crate::kernel::programs::testing::{
         L2, Packet, TC_ACT_REDIRECT, frame, icmp, ports, taken, tcp,
