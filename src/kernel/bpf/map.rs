@@ -64,7 +64,7 @@ impl Map {
     pub fn new(shape: Shape) -> Result<Self, BpfError> {
         let Shape { kind, name, .. } = shape;
         debug_assert!(name.len() <= MAX_NAME, "the kernel would truncate it");
-        let refused = |errno| BpfError::Map { name, errno };
+        let refused = BpfError::of_map(name);
         let btf = match kind {
             MapKind::SkStorage => Some(int_btf()?.map_err(refused)?),
             MapKind::Hash | MapKind::Array | MapKind::LruHash | MapKind::LpmTrie => None,

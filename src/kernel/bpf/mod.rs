@@ -100,6 +100,13 @@ pub enum BpfError {
     },
 }
 
+impl BpfError {
+    /// What the kernel's error number says of the map with this name.
+    pub(in crate::kernel) fn of_map(name: &'static str) -> impl Fn(Errno) -> Self + Copy {
+        move |errno| Self::Map { name, errno }
+    }
+}
+
 /// Raises `RLIMIT_MEMLOCK` if `make` fails with `EPERM` or `ENOMEM`, and tries again: kernels
 /// before 5.11 charge maps and programs to that limit. A program that finds it exceeded while it
 /// grows, as one with `LD_ABS` does, is told `ENOMEM` (`bpf_prog_realloc`).

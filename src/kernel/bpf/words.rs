@@ -34,7 +34,7 @@ impl Words {
     pub fn new(name: &'static str, count: usize) -> Result<Self, BpfError> {
         let count = count.max(1);
         let map = create(Create::array_of_one(name, count * WORD, MMAPABLE))?;
-        let map = map.map_err(|errno| BpfError::Map { name, errno })?;
+        let map = map.map_err(BpfError::of_map(name))?;
         // SAFETY: a new mapping of a map of this size, at an address that the kernel chooses.
         let start = unsafe {
             libc::mmap(
@@ -50,7 +50,7 @@ impl Words {
         let Some(start) = mapped else {
             let error = std::io::Error::last_os_error();
             let errno = Errno::from_io_error(&error).unwrap_or(Errno::NOMEM);
-            return Err(BpfError::Map { name, errno });
+            return Err(BpfError::of_map(name)(errno));
         };
         Ok(Self {
             map,

@@ -558,10 +558,7 @@ pub(super) fn look_up_route_of_key(
 }
 
 pub(super) fn refused(errno: Errno) -> BpfError {
-    BpfError::Map {
-        name: "of steering",
-        errno,
-    }
+    BpfError::of_map("of steering")(errno)
 }
 
 /// The kernel's time, as programs see it.

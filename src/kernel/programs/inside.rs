@@ -26,8 +26,6 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::io::Errno;
-
 use Reg::{R0, R1, R2, R3, R10};
 
 use super::flows::{
@@ -237,7 +235,7 @@ impl Inside {
         for key in keys(number, ports) {
             if let Err(errno) = self.ports.insert(&key, &[1, 0, 0, 0]) {
                 self.remove_ports(number, ports);
-                return Err(refused(PORTS.name, errno));
+                return Err(BpfError::of_map(PORTS.name)(errno));
             }
         }
         Ok(())
@@ -257,7 +255,7 @@ impl Inside {
     pub fn calls(&self) -> Result<Vec<HostFlow>, BpfError> {
         let now = now();
         let mut calls = Vec::new();
-        for key in (self.callers.keys()).map_err(|errno| refused(CALLERS.name, errno))? {
+        for key in (self.callers.keys()).map_err(BpfError::of_map(CALLERS.name))? {
             let mut value = [0; CALLER_BYTES];
             if !self.callers.read(&key, &mut value) {
                 continue;
@@ -271,10 +269,6 @@ impl Inside {
         }
         Ok(calls)
     }
-}
-
-fn refused(name: &'static str, errno: Errno) -> BpfError {
-    BpfError::Map { name, errno }
 }
 
 /// Jumps to `yes` if the remote address of the key is a moved one that is served, with what else

@@ -164,18 +164,19 @@ impl Moved {
     /// # Errors
     /// If the kernel refuses. Some of it may be in effect then; the next call makes good for it.
     pub fn update(&self, to: impl IntoIterator<Item = (Prefix, u32)>) -> Result<(), BpfError> {
+        let refused = BpfError::of_map("ipmoved_moved");
         let to: BTreeMap<Prefix, u32> = to.into_iter().collect();
         let mut now = self.entries.lock().unwrap_or_else(|held| held.into_inner());
         self.set_ranges(now.keys().chain(to.keys()));
         for (&prefix, &scope) in &to {
             if now.get(&prefix) != Some(&scope) {
-                refused(self.maps(prefix).enter(prefix, scope))?;
+                (self.maps(prefix).enter(prefix, scope)).map_err(refused)?;
                 now.insert(prefix, scope);
             }
         }
         let gone = now.keys().filter(|it| !to.contains_key(it));
         for prefix in gone.copied().collect::<Vec<_>>() {
-            refused(self.maps(prefix).remove(prefix))?;
+            self.maps(prefix).remove(prefix).map_err(refused)?;
             now.remove(&prefix);
         }
         self.set_ranges(to.keys());
@@ -251,13 +252,6 @@ fn look_up(a: &mut Assembler, map: &Map, key_at: i16) {
     a.call(Helper::MapLookup);
 }
 
-fn refused(result: Result<(), Errno>) -> Result<(), BpfError> {
-    result.map_err(|errno| BpfError::Map {
-        name: "ipmoved_moved",
-        errno,
-    })
-}
-
 fn octets(addr: IpAddr) -> Vec<u8> {
     match addr {
         IpAddr::V4(addr) => addr.octets().into(),
@@ -266,7 +260,7 @@ fn octets(addr: IpAddr) -> Vec<u8> {
 }
 
 /// The word of an address that begins so many bytes behind its start.
-fn word(addr: IpAddr, at: u32) -> u32 {
+pub(super) fn word(addr: IpAddr, at: u32) -> u32 {
     match addr {
         IpAddr::V4(addr) => addr.to_bits(),
         IpAddr::V6(addr) => (addr.to_bits() >> (96 - 8 * at)) as u32,

@@ -185,14 +185,10 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     let (ended, closed, unknown) = (a.label(), a.label(), a.label());
     load_syn(a);
     a.jump_if(R0, If::Eq, i32::from(SYN), begins);
-    load_tcp_socket(a, forwarded, pass);
-    jump_unless_at_own_end(a, SOCKET, forwarded);
-    a.jump(pass);
+    pass_if_found(a, forwarded, pass);
     a.bind(begins);
     remove(a, &own.taken);
-    load_tcp_socket(a, new, pass);
-    jump_unless_at_own_end(a, SOCKET, new);
-    a.jump(pass);
+    pass_if_found(a, new, pass);
 
     a.bind(forwarded);
     a.load(Size::W, R0, R10, FLAGS);
@@ -217,6 +213,14 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     a.jump(new);
     a.bind(ended);
     remove(a, &own.own);
+    a.jump(pass);
+}
+
+/// Jumps to `pass` if a socket sends the packet that its addresses and ports find, so that it can be
+/// asked at any time. Jumps to `other` if none does.
+fn pass_if_found(a: &mut Assembler, other: Label, pass: Label) {
+    load_tcp_socket(a, other, pass);
+    jump_unless_at_own_end(a, SOCKET, other);
     a.jump(pass);
 }
 

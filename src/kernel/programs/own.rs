@@ -203,10 +203,7 @@ impl Own {
         value[8..12].copy_from_slice(&KIND_BEHIND.to_ne_bytes());
         for flow in older.into_iter().take(Self::ROOM) {
             let entered = self.own.insert(&key_of(&flow), &value);
-            entered.map_err(|errno| BpfError::Map {
-                name: OWN.name,
-                errno,
-            })?;
+            entered.map_err(BpfError::of_map(OWN.name))?;
         }
         Ok(())
     }

@@ -9,11 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
-
 use Reg::{R0, R1, R2, R10};
 
 use super::headers::{fib, ipv4, ipv6, skb};
+use super::moved::word;
 use super::phrases::{PACKET, begin_route_lookup, branch_by_family, load_bytes};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size, Words,
@@ -125,6 +124,7 @@ impl Places {
         let Some(map) = all.find_map(|fd| Map::from_fd(fd, PLACES)) else {
             return Self::new();
         };
+        let refused = BpfError::of_map(PLACES.name);
         let mut left = BTreeSet::new();
         for key in map.keys().map_err(refused)? {
             let mut value = [0; 4];
@@ -152,6 +152,7 @@ impl Places {
         places: &BTreeMap<Prefix, Place>,
         complete: bool,
     ) -> Result<(), BpfError> {
+        let refused = BpfError::of_map(PLACES.name);
         if complete {
             self.left.clear();
         }
@@ -292,18 +293,10 @@ fn bounds(moved: &BTreeSet<Prefix>) -> Result<Words, BpfError> {
 fn set_bounds(bounds: &Words, moved: &BTreeSet<Prefix>) {
     for (at, v4) in [(FIRST_V4, true), (FIRST_V6, false)] {
         let of_family = || moved.iter().filter(|prefix| prefix.is_ipv4() == v4);
-        let first = of_family().map(|prefix| word(prefix.first())).min();
-        let last = of_family().map(|prefix| word(prefix.last())).max();
+        let first = of_family().map(|prefix| word(prefix.first(), 0)).min();
+        let last = of_family().map(|prefix| word(prefix.last(), 0)).max();
         bounds.set(at, first.unwrap_or(u32::MAX));
         bounds.set(at + 1, last.unwrap_or(0));
-    }
-}
-
-/// The first four bytes of an address.
-fn word(addr: IpAddr) -> u32 {
-    match addr {
-        IpAddr::V4(addr) => addr.to_bits(),
-        IpAddr::V6(addr) => (addr.to_bits() >> 96) as u32,
     }
 }
 
@@ -329,9 +322,4 @@ fn prefix_of(key: &[u8]) -> Option<Prefix> {
         }
         None => Prefix::of(IpAddr::V6(address), u8::try_from(length).ok()?),
     })
-}
-
-fn refused(errno: Errno) -> BpfError {
-    let name = PLACES.name;
-    BpfError::Map { name, errno }
 }

@@ -67,13 +67,18 @@ pub(super) const RELATED_BYTES: usize = 24;
 const SAVED: i16 = -224;
 const SAVED_PORT: i16 = SAVED + 16;
 
+/// Jumps to `other` unless the key is one of UDP.
+fn jump_unless_udp(a: &mut Assembler, other: Label) {
+    a.load(Size::W, R0, R10, KEY);
+    a.alu(Alu::And, R0, 0xff);
+    a.jump_if(R0, If::Ne, i32::from(UDP), other);
+}
+
 /// Remembers by the client's end the flow in the key, if it is one of UDP: for where a client's
 /// packet is delivered. The key is lost.
 pub(super) fn relate(a: &mut Assembler, maps: &FlowMaps) {
     let (none, done) = (a.label(), a.label());
-    a.load(Size::W, R0, R10, KEY);
-    a.alu(Alu::And, R0, 0xff);
-    a.jump_if(R0, If::Ne, i32::from(UDP), done);
+    jump_unless_udp(a, done);
     for word in (0..16).step_by(4) {
         a.load(Size::W, R0, R10, KEY_LOCAL + word);
         a.store(Size::W, R10, FLOW_VALUE + LOCAL + word, R0);
@@ -98,9 +103,7 @@ pub(super) fn relate(a: &mut Assembler, maps: &FlowMaps) {
 /// Remembers that this host has begun something with the remote end in the key, if that is of UDP.
 pub(super) fn remember_remote_end(a: &mut Assembler, maps: &FlowMaps) {
     let done = a.label();
-    a.load(Size::W, R0, R10, KEY);
-    a.alu(Alu::And, R0, 0xff);
-    a.jump_if(R0, If::Ne, i32::from(UDP), done);
+    jump_unless_udp(a, done);
     save_local_end(a);
     forget_local_end(a);
     enter_now(a, &maps.own);
@@ -112,9 +115,7 @@ pub(super) fn remember_remote_end(a: &mut Assembler, maps: &FlowMaps) {
 /// of the tunnel from another port or address. R7 is lost.
 pub(super) fn jump_if_related(a: &mut Assembler, maps: &FlowMaps, yes: Label) {
     let (no, unrelated) = (a.label(), a.label());
-    a.load(Size::W, R0, R10, KEY);
-    a.alu(Alu::And, R0, 0xff);
-    a.jump_if(R0, If::Ne, i32::from(UDP), no);
+    jump_unless_udp(a, no);
     save_local_end(a);
     forget_local_end(a);
     look_up(a, &maps.related);

@@ -86,18 +86,16 @@ impl Rights {
             });
             of_scopes.push(tcp | udp << SET_BITS);
         }
+        let name = "ipmoved_ports";
         let sets = Map::new(Shape {
             kind: MapKind::Array,
-            name: "ipmoved_ports",
+            name,
             key_size: size_of::<u32>(),
             value_size: size_of::<u64>(),
             max_entries: (numbers.len().max(1) as u32) << SET_WORDS,
         })?;
         for (ports, number) in &numbers {
-            enter_set(&sets, number - 1, ports).map_err(|errno| BpfError::Map {
-                name: "ipmoved_ports",
-                errno,
-            })?;
+            enter_set(&sets, number - 1, ports).map_err(BpfError::of_map(name))?;
         }
         let rights = Self {
             moved: Moved::new()?,
