@@ -11,8 +11,8 @@
 //! if (skb->pkt_type != PACKET_HOST || of a VLAN || !lookup(moved, ip.daddr)) pass;
 //! parse();                                                             // other: pass
 //! if (it is not served, by its ports) pass;
-//! if (TCP && not a SYN) { if (!lookup(callers, key)) pass; }
-//! else if (!lookup(callers, key)) {
+//! if (!lookup(callers, key)) {
+//!     if (TCP && not a SYN) pass;
 //!     if (fib_lookup(from ip.daddr to ip.saddr) != skb->ifindex) pass;
 //!     update(callers, key, { skb->ifindex, leaves }); and by its addresses alone
 //! }
@@ -62,19 +62,15 @@ pub fn callers(maps: &FlowMaps, l2_header: u32, tun_ifindex: u32) -> Result<Prog
     parse(a, l2_header, Side::Host, ways);
 
     a.bind(ways.flow);
-    let (served, begins, new) = (a.label(), a.label(), a.label());
+    let (served, new) = (a.label(), a.label());
     // What of ICMP belongs to a flow answers a query, and is none.
     jump_if_icmp(a, pass);
     branch_if_served(a, inside, served, pass);
     a.bind(served);
-    jump_if_it_begins(a, begins);
     look_up(a, &inside.callers);
-    a.jump_if_wide(R0, If::Eq, 0, pass);
-    a.jump(taken);
-    a.bind(begins);
-    look_up(a, &inside.callers);
-    a.jump_if_wide(R0, If::Eq, 0, new);
-    a.jump(taken);
+    a.jump_if_wide(R0, If::Ne, 0, taken);
+    jump_if_it_begins(a, new);
+    a.jump(pass);
     a.bind(new);
     pass_unless_reached_here(a, tun_ifindex, pass);
     note_caller(a, inside, Way::PastTheStack);
