@@ -216,7 +216,7 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     a.jump(pass);
 }
 
-/// Jumps to `pass` if a socket sends the packet that its addresses and ports find, so that it can be
+/// Jumps to `pass` if a socket sends the packet that its addresses and ports find: that one can be
 /// asked at any time. Jumps to `other` if none does.
 fn pass_if_found(a: &mut Assembler, other: Label, pass: Label) {
     load_tcp_socket(a, other, pass);
