@@ -64,11 +64,7 @@ pub(super) fn chosen(config: &Config) -> Result<(Vec<Chosen>, Cgroups)> {
     let mut cgroups = Cgroups::default();
     let mut chosen = Vec::new();
     let rules = config.peers.iter().flat_map(|peer| &peer.outgoing);
-    let by_port = rules.filter_map(|outgoing| match outgoing {
-        Outgoing::Bound => None,
-        Outgoing::ByPort(by_port) => Some(by_port),
-    });
-    for (rule, by_port) in (0..).zip(by_port) {
+    for (rule, by_port) in (0..).zip(rules.filter_map(Outgoing::by_port)) {
         let ByPort {
             ports,
             user,

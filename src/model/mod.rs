@@ -4,6 +4,7 @@
 pub mod accept;
 pub mod asked;
 pub mod budget;
+pub mod bytes;
 pub mod drops;
 pub mod moved;
 pub mod moved_list;

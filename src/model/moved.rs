@@ -6,10 +6,11 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
+use crate::model::bytes::{put_address, take, take_address};
 use crate::model::prefix::{Prefix, PrefixError};
 
 /// Most port ranges one `--move` may name. Each is told to the new server by number.
@@ -87,12 +88,7 @@ impl Move {
         };
         let ports = self.ports.is_empty()
             || other.ports.is_empty()
-            || self.ports.iter().any(|a| {
-                other
-                    .ports
-                    .iter()
-                    .any(|b| a.start() <= b.end() && b.start() <= a.end())
-            });
+            || have_one_in_common(&self.ports, &other.ports);
         self.prefix.overlaps(&other.prefix) && transports && ports
     }
 
@@ -100,16 +96,12 @@ impl Move {
     /// or 17), number of ranges (one byte), then first and last port of each, big-endian. Prefixes
     /// have another one ([`moved_list`](super::moved_list)).
     pub fn encode(&self, out: &mut Vec<u8>) {
-        match self.prefix.first() {
-            IpAddr::V4(addr) => {
-                out.push(4);
-                out.extend_from_slice(&addr.octets());
-            }
-            IpAddr::V6(addr) => {
-                out.push(6);
-                out.extend_from_slice(&addr.octets());
-            }
-        }
+        put_address(self.prefix.first(), out);
+        self.encode_ports(out);
+    }
+
+    /// Appends transport and port ranges, as they stand in either form.
+    pub(super) fn encode_ports(&self, out: &mut Vec<u8>) {
         out.push(match self.transport {
             None => 0,
             Some(Transport::Tcp) => TCP,
@@ -125,16 +117,20 @@ impl Move {
 
     /// Takes one move off the front of `bytes`; `None` if it is not well-formed.
     pub fn decode(bytes: &mut &[u8]) -> Option<Self> {
-        fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
-            let (head, rest) = bytes.split_first_chunk::<N>()?;
-            *bytes = rest;
-            Some(*head)
-        }
-        let addr = match take::<1>(bytes)? {
-            [4] => IpAddr::V4(Ipv4Addr::from(take::<4>(bytes)?)),
-            [6] => IpAddr::V6(Ipv6Addr::from(take::<16>(bytes)?)),
-            _ => return None,
+        let addr = take_address(bytes)?;
+        let (transport, ports) = Self::decode_ports(bytes)?;
+        let moved = Self {
+            prefix: addr.into(),
+            ports,
+            transport,
         };
+        moved.is_well_formed().then_some(moved)
+    }
+
+    /// Takes transport and port ranges off the front of `bytes`. The ranges are yet to be checked.
+    pub(super) fn decode_ports(
+        bytes: &mut &[u8],
+    ) -> Option<(Option<Transport>, Vec<RangeInclusive<u16>>)> {
         let transport = match take::<1>(bytes)? {
             [0] => None,
             [TCP] => Some(Transport::Tcp),
@@ -148,12 +144,7 @@ impl Move {
             let last = u16::from_be_bytes(take::<2>(bytes)?);
             ports.push(first..=last);
         }
-        let moved = Self {
-            prefix: addr.into(),
-            ports,
-            transport,
-        };
-        moved.is_well_formed().then_some(moved)
+        Some((transport, ports))
     }
 
     /// Whether text could have said it, in the form that it has then.
@@ -172,6 +163,14 @@ impl Move {
         check_prefix(self.prefix)?;
         check_ports(&self.ports)
     }
+}
+
+/// Whether some port is in ranges of both.
+pub(super) fn have_one_in_common(a: &[RangeInclusive<u16>], b: &[RangeInclusive<u16>]) -> bool {
+    let meet = |a: &RangeInclusive<u16>, b: &RangeInclusive<u16>| {
+        a.start() <= b.end() && b.start() <= a.end()
+    };
+    a.iter().any(|a| b.iter().any(|b| meet(a, b)))
 }
 
 /// Refuses an address that no other host can have reached a server at.

@@ -10,9 +10,9 @@
 //! ```
 
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
 
-use crate::model::moved::{MAX_MOVES, Move, TCP, Transport, UDP};
+use crate::model::bytes::take;
+use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::prefix::Prefix;
 
 /// The first length of IPv6.
@@ -24,22 +24,10 @@ pub fn encode(moves: &[Move], out: &mut Vec<u8>) {
     for group in moves.chunk_by(same) {
         // No more than there may be moves.
         debug_assert!(group.len() <= MAX_MOVES, "refused when configured");
-        let Some(Move {
-            ports, transport, ..
-        }) = group.first()
-        else {
+        let Some(first) = group.first() else {
             continue;
         };
-        out.push(match transport {
-            None => 0,
-            Some(Transport::Tcp) => TCP,
-            Some(Transport::Udp) => UDP,
-        });
-        out.push(ports.len() as u8);
-        for range in ports {
-            out.extend_from_slice(&range.start().to_be_bytes());
-            out.extend_from_slice(&range.end().to_be_bytes());
-        }
+        first.encode_ports(out);
         out.extend_from_slice(&(group.len() as u16).to_be_bytes());
         for moved in group {
             let len = moved.prefix.len();
@@ -64,19 +52,7 @@ pub fn decode(mut bytes: &[u8]) -> Option<Vec<Move>> {
     let rest = &mut bytes;
     let mut moves = Vec::new();
     while !rest.is_empty() {
-        let transport = match take(rest)? {
-            [0] => None,
-            [TCP] => Some(Transport::Tcp),
-            [UDP] => Some(Transport::Udp),
-            _ => return None,
-        };
-        let [count] = take(rest)?;
-        let mut ports: Vec<RangeInclusive<u16>> = Vec::new();
-        for _ in 0..count {
-            let first = u16::from_be_bytes(take(rest)?);
-            let last = u16::from_be_bytes(take(rest)?);
-            ports.push(first..=last);
-        }
+        let (transport, ports) = Move::decode_ports(rest)?;
         for _ in 0..u16::from_be_bytes(take(rest)?) {
             let prefix = prefix(rest)?;
             let moved = Move {
@@ -114,12 +90,6 @@ fn prefix(rest: &mut &[u8]) -> Option<Prefix> {
     };
     let prefix = Prefix::of(addr, len);
     (prefix.first() == addr).then_some(prefix)
-}
-
-fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
-    let (head, tail) = rest.split_first_chunk::<N>()?;
-    *rest = tail;
-    Some(*head)
 }
 
 #[cfg(test)]

@@ -9,7 +9,9 @@ use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use crate::model::moved::{MoveError, TCP, Transport, UDP, check_ports, merged, parse_ports};
+use crate::model::moved::{
+    MoveError, TCP, Transport, UDP, check_ports, have_one_in_common, merged, parse_ports,
+};
 
 /// Most `--outgoing` of all peers together. The program on the new server's links compares the
 /// first packet of each of its connections with all of them.
@@ -37,6 +39,16 @@ pub enum Outgoing {
     Bound,
     /// What is chosen by its port, and leaves from a moved address all the same.
     ByPort(ByPort),
+}
+
+impl Outgoing {
+    /// What is chosen by its port.
+    pub fn by_port(&self) -> Option<&ByPort> {
+        match self {
+            Self::Bound => None,
+            Self::ByPort(by_port) => Some(by_port),
+        }
+    }
 }
 
 /// Connections that are chosen by their port, and perhaps by who begins them.
@@ -113,17 +125,11 @@ impl PortSet {
 
     /// Whether some port is in both, at the same end.
     pub fn overlaps(&self, other: &Self) -> bool {
-        let meet = |a: &RangeInclusive<u16>, b: &RangeInclusive<u16>| {
-            a.start() <= b.end() && b.start() <= a.end()
-        };
         self.end == other.end
             && [TCP, UDP]
                 .into_iter()
                 .any(|it| self.has(it) && other.has(it))
-            && self
-                .ports
-                .iter()
-                .any(|a| other.ports.iter().any(|b| meet(a, b)))
+            && have_one_in_common(&self.ports, &other.ports)
     }
 }
 

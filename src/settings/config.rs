@@ -472,29 +472,28 @@ fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
 /// Checks what leaves by its port: each connection has one moved address to leave from, whoever
 /// begins it, since the ports are all that the daemon sees of it.
 fn check_outgoing(peers: &[PeerConfig]) -> Result<(), ConfigError> {
-    let by_port = |(peer, config): (usize, &'_ PeerConfig)| -> Vec<(usize, ByPort)> {
-        let rules = config
-            .outgoing
-            .iter()
-            .filter_map(|outgoing| match outgoing {
-                Outgoing::Bound => None,
-                Outgoing::ByPort(by_port) => Some((peer, by_port.clone())),
-            });
-        rules.collect()
-    };
-    let all: Vec<(usize, ByPort)> = peers.iter().enumerate().flat_map(by_port).collect();
+    let of_peers = peers.iter().enumerate();
+    let all: Vec<(usize, &ByPort)> = of_peers
+        .flat_map(|(peer, config)| {
+            let rules = config.outgoing.iter().filter_map(Outgoing::by_port);
+            rules.map(move |by_port| (peer, by_port))
+        })
+        .collect();
     if all.len() > MAX_OUTGOING {
         return Err(ConfigError::TooManyOutgoing(all.len()));
     }
     for (index, (peer, a)) in all.iter().enumerate() {
         // One of each family may be meant.
-        let clash = |(other, b): &&(usize, ByPort)| match (a.from, b.from) {
+        let clash = |(other, b): &&(usize, &ByPort)| match (a.from, b.from) {
             _ if !a.ports.overlaps(&b.ports) => false,
             (Some(a), Some(b)) => a != b && a.is_ipv4() == b.is_ipv4(),
             (a, b) => other != peer || a != b,
         };
         if let Some((_, b)) = all[..index].iter().find(clash) {
-            return Err(ConfigError::OutgoingTwice(Box::new((b.clone(), a.clone()))));
+            return Err(ConfigError::OutgoingTwice(Box::new((
+                (*b).clone(),
+                (*a).clone(),
+            ))));
         }
     }
     Ok(())

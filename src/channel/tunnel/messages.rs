@@ -7,6 +7,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::channel::wire::role_byte;
+use crate::model::bytes::{put_address, take};
 use crate::model::moved::{MAX_MOVES, Move};
 use crate::model::moved_list;
 use crate::model::peer::Role;
@@ -334,14 +335,7 @@ impl Announcement {
 fn encode_address(addr: Option<IpAddr>, out: &mut Vec<u8>) {
     match addr {
         None => out.push(0),
-        Some(IpAddr::V4(addr)) => {
-            out.push(4);
-            out.extend(addr.octets());
-        }
-        Some(IpAddr::V6(addr)) => {
-            out.push(6);
-            out.extend(addr.octets());
-        }
+        Some(addr) => put_address(addr, out),
     }
 }
 
@@ -370,12 +364,6 @@ fn take_line(rest: &mut &[u8]) -> Option<String> {
     *rest = tail;
     let text = std::str::from_utf8(text).ok()?;
     Some(text.replace(char::is_control, " "))
-}
-
-pub(super) fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
-    let (head, tail) = rest.split_first_chunk::<N>()?;
-    *rest = tail;
-    Some(*head)
 }
 
 /// The last place at or before `at` where a text can be truncated between two characters;

@@ -4,10 +4,8 @@
 //! daemon that does not know of them, so nothing has to be agreed. Each message says everything, so
 //! that one which is lost costs nothing but time.
 
-use std::net::IpAddr;
-
-use super::messages::take;
 use crate::model::asked::{Asked, Trouble, Verdict};
+use crate::model::bytes::{put_address, take, take_address};
 
 /// The first byte of what rides on a keepalive. Padding is zero.
 const VERSION: u8 = 1;
@@ -72,16 +70,7 @@ fn encode(troubles: &[Trouble]) -> Vec<u8> {
         why,
     } in told
     {
-        match asked.addr {
-            IpAddr::V4(addr) => {
-                out.push(4);
-                out.extend_from_slice(&addr.octets());
-            }
-            IpAddr::V6(addr) => {
-                out.push(6);
-                out.extend_from_slice(&addr.octets());
-            }
-        }
+        put_address(asked.addr, &mut out);
         out.push(asked.protocol);
         out.extend_from_slice(&asked.port.to_be_bytes());
         out.push(match verdict {
@@ -109,11 +98,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Vec<Trouble>> {
 }
 
 fn decode_one(rest: &mut &[u8]) -> Option<Trouble> {
-    let addr = match take(rest)? {
-        [4] => IpAddr::from(take::<4>(rest)?),
-        [6] => IpAddr::from(take::<16>(rest)?),
-        _ => return None,
-    };
+    let addr = take_address(rest)?;
     let [protocol, high, low, verdict, length] = take(rest)?;
     let verdict = match verdict {
         1 => Verdict::Unanswered,

@@ -797,7 +797,7 @@ impl Policy {
         }
         let by_port = |peer: &Peer| {
             let mut outgoing = peer.outgoing.iter();
-            outgoing.any(|it| matches!(it, Outgoing::ByPort(_)))
+            outgoing.any(|it| it.by_port().is_some())
         };
         let peers = self.peers.iter();
         let at = peers.flat_map(|peer| {

@@ -25,11 +25,8 @@ const SPECIAL: [(IpAddr, u8); 7] = [
 
 /// What leaves because of its port, among the settings of a peer.
 pub(super) fn by_port(outgoing: &[Outgoing]) -> Vec<ByPort> {
-    let by_port = outgoing.iter().filter_map(|outgoing| match outgoing {
-        Outgoing::Bound => None,
-        Outgoing::ByPort(by_port) => Some(by_port.clone()),
-    });
-    by_port.collect()
+    let by_port = outgoing.iter().filter_map(Outgoing::by_port);
+    by_port.cloned().collect()
 }
 
 /// A prefix that has moved here.
