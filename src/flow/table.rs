@@ -647,14 +647,8 @@ impl FlowTable {
     }
 
     fn is_outside_free(&mut self, now: u32, key: &Outside, limit: &Limit) -> bool {
-        match self.find_outside(key) {
-            None => true,
-            Some(at) if self.slab.get(at).is_expired(now) => {
-                self.remove(at, limit);
-                true
-            }
-            Some(_) => false,
-        }
+        let found = self.find_outside(key);
+        self.is_free_at(now, found, limit)
     }
 
     /// The inner view with a port of the range that is borrowed.
@@ -715,7 +709,13 @@ impl FlowTable {
     }
 
     fn is_free(&mut self, now: u32, key: &Inside, limit: &Limit) -> bool {
-        match self.find_inside(key) {
+        let found = self.find_inside(key);
+        self.is_free_at(now, found, limit)
+    }
+
+    /// Whether nothing was found there, or nothing but a flow whose time is up: it ends now.
+    fn is_free_at(&mut self, now: u32, found: Option<u32>, limit: &Limit) -> bool {
+        match found {
             None => true,
             Some(at) if self.slab.get(at).is_expired(now) => {
                 self.remove(at, limit);

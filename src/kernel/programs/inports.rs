@@ -53,12 +53,12 @@ impl Plan {
         // What has moved as a whole has no ports that might be too many.
         let mut whole = parts_of(of_peers, Move::is_whole);
         whole.sort_by_key(|(_, moves)| moves.len());
-        let mut prefixes = 0;
-        let mut taken = take_while_it_fits(whole, |moves| {
-            prefixes += moves.len();
-            prefixes <= MAX_PREFIXES
+        let mut prefixes = MAX_PREFIXES;
+        let fit = whole.into_iter().map_while(|of_peer| {
+            prefixes = prefixes.checked_sub(of_peer.1.len())?;
+            Some(of_peer)
         });
-        prefixes = taken.iter().map(|(_, moves)| moves.len()).sum();
+        let mut taken: Vec<OfPeer<'_>> = fit.collect();
         let mut limited: Vec<_> = parts_of(of_peers, |moved| !moved.is_whole())
             .into_iter()
             .filter_map(|(peer, moves)| {
@@ -67,14 +67,13 @@ impl Plan {
             })
             .collect();
         limited.sort_by_key(|(parts, (_, moves))| parts + moves.len());
-        let mut parts = 0;
-        let limited = limited.into_iter().take_while(|(more, (_, moves))| {
-            prefixes += moves.len();
-            parts += more;
-            prefixes <= MAX_PREFIXES && parts <= MAX_PARTS
-        });
+        let mut parts = MAX_PARTS;
         let wholes = taken.len();
-        taken.extend(limited.map(|(_, of_peer)| of_peer));
+        taken.extend(limited.into_iter().map_while(|(of_it, of_peer)| {
+            prefixes = prefixes.checked_sub(of_peer.1.len())?;
+            parts = parts.checked_sub(of_it)?;
+            Some(of_peer)
+        }));
         // Sets of several peers may meet in more sets than they are. The last one names most.
         loop {
             let moves = taken.iter().flat_map(|(_, moves)| moves).copied();
@@ -157,14 +156,6 @@ fn parts_of<'a>(of_peers: &[Vec<&'a Move>], which: impl Fn(&Move) -> bool) -> Ve
         (peer, those.collect::<Vec<_>>())
     });
     each.filter(|(_, moves)| !moves.is_empty()).collect()
-}
-
-fn take_while_it_fits<'a>(
-    all: Vec<OfPeer<'a>>,
-    mut fits: impl FnMut(&[&Move]) -> bool,
-) -> Vec<OfPeer<'a>> {
-    let fit = all.into_iter().take_while(|(_, moves)| fits(moves));
-    fit.collect()
 }
 
 /// The peers of which not all was taken.
