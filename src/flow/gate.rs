@@ -39,10 +39,10 @@ use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::drops::DropReason;
-use crate::model::moved::{Move, TCP, UDP};
+use crate::model::moved::Move;
 use crate::model::outgoing::AllowOutgoing;
 use crate::model::scopes::Scopes;
-use crate::packet::{ACK, Addr, Fragment, ICMP, ICMPV6, Kind, Parsed, Quoted, SYN};
+use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, SYN};
 
 /// The old server's checks for one peer. Shared by the lanes.
 #[derive(Debug)]
@@ -339,13 +339,7 @@ fn begins(parsed: &Parsed) -> bool {
 
 impl fmt::Display for Refused {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.protocol {
-            TCP => f.write_str("TCP")?,
-            UDP => f.write_str("UDP")?,
-            ICMP | ICMPV6 => f.write_str("ICMP")?,
-            other => write!(f, "IP protocol {other}")?,
-        }
-        write!(f, " to {}", self.to)?;
+        write!(f, "{} to {}", ProtocolName(self.protocol), self.to)?;
         match self.port {
             Some(port) => write!(f, " port {port}"),
             None => Ok(()),

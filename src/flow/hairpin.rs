@@ -310,11 +310,12 @@ fn caller(routes: &Routes, client: Addr, delivery: Addr) -> PeerId {
 mod tests {
     use super::*;
     use crate::flow::routes::Delivery;
-    use crate::flow::translate::TranslatorConfig;
+    use crate::flow::testing::translator;
+
     use crate::model::port_map::PortMap;
     use crate::packet::FIN;
     use crate::packet::testing::{Plan, assert_sums, fragments, plans, reply, too_big};
-    use crate::testing::epoch;
+
     use proptest::prelude::*;
 
     /// Of each family: this host, a container on it, the moved address, where it is delivered.
@@ -335,18 +336,8 @@ mod tests {
         }
 
         fn moving(moves: &[&str], delivery: Delivery) -> Self {
-            let now = epoch();
-            let translator = Translator::new(TranslatorConfig {
-                shards: 4,
-                max_flows: 1000,
-                seed: [1, 2],
-                epoch: now,
-                note_ended: true,
-            });
+            let (translator, now) = translator(PEER, moves, delivery);
             translator.set_own_addresses(&ENDS.map(|[host, ..]| host.parse().unwrap()));
-            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, &moves);
-            translator.set_delivery(PEER, delivery);
             Self { translator, now }
         }
 

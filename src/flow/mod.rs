@@ -39,6 +39,8 @@ pub mod routes;
 pub mod seed;
 mod slab;
 pub mod table;
+#[cfg(test)]
+mod testing;
 pub mod translate;
 pub mod watch;
 

@@ -27,7 +27,7 @@ use crate::model::drops::{DropReason, Dropped};
 use crate::model::moved::{TCP, UDP};
 use crate::model::outgoing::{ByPort, PortEnd};
 use crate::model::peer::PeerId;
-use crate::packet::{ACK, Addr, ICMP, ICMPV6, Kind, Parsed, RST, SYN};
+use crate::packet::{ACK, Addr, Kind, Parsed, ProtocolName, RST, SYN};
 
 /// What may leave from the moved addresses of one peer that answers nobody.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -220,13 +220,8 @@ fn rule_of<'r>(routes: &'r Routes, key: &Inside) -> Option<(PeerId, &'r ByPort)>
 
 impl fmt::Display for RefusedOutgoing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.protocol {
-            TCP => f.write_str("TCP")?,
-            UDP => f.write_str("UDP")?,
-            ICMP | ICMPV6 => f.write_str("ICMP")?,
-            other => write!(f, "IP protocol {other}")?,
-        }
-        write!(f, " from {} to {}", self.from, self.to)?;
+        let protocol = ProtocolName(self.protocol);
+        write!(f, "{protocol} from {} to {}", self.from, self.to)?;
         match self.port {
             Some(port) => write!(f, " port {port}"),
             None => Ok(()),
@@ -241,9 +236,9 @@ mod tests {
     use super::*;
     use crate::flow::ended::HostFlow;
     use crate::flow::routes::Delivery;
-    use crate::flow::translate::{Translator, TranslatorConfig};
+    use crate::flow::testing::translator;
+    use crate::flow::translate::Translator;
     use crate::packet::testing::{Plan, assert_sums, reply, too_big};
-    use crate::testing::epoch;
 
     const PEER: PeerId = PeerId(0);
     const REMOTE: &str = "203.0.113.9";
@@ -259,21 +254,11 @@ mod tests {
     impl Bed {
         /// Everything is allowed, and these rules are given.
         fn new(moves: &[&str], rules: &[&str]) -> Self {
-            let now = epoch();
-            let translator = Translator::new(TranslatorConfig {
-                shards: 4,
-                max_flows: 1000,
-                seed: [1, 2],
-                epoch: now,
-                note_ended: true,
-            });
-            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, &moves);
             let delivery = Delivery {
                 v4: Some(HERE.parse().unwrap()),
                 ..Delivery::default()
             };
-            translator.set_delivery(PEER, delivery);
+            let (translator, now) = translator(PEER, moves, delivery);
             translator.set_own_addresses(&[HERE, OTHER_HERE].map(|it| it.parse().unwrap()));
             let by_port = rules.iter().map(|text| match text.parse().unwrap() {
                 crate::model::outgoing::Outgoing::ByPort(by_port) => by_port,

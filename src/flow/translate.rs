@@ -829,10 +829,11 @@ impl std::fmt::Debug for Translator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::testing::translator;
     use crate::model::port_map::PortMap;
     use crate::packet::RST;
     use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
-    use crate::testing::epoch;
+
     use proptest::prelude::*;
 
     const PEER: PeerId = PeerId(1);
@@ -850,17 +851,7 @@ mod tests {
 
     impl Bed {
         fn new(moves: &[&str], delivery: Delivery) -> Self {
-            let now = epoch();
-            let translator = Translator::new(TranslatorConfig {
-                shards: 4,
-                max_flows: 1000,
-                seed: [1, 2],
-                epoch: now,
-                note_ended: true,
-            });
-            let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
-            translator.set_moves(PEER, &moves);
-            translator.set_delivery(PEER, delivery);
+            let (translator, now) = translator(PEER, moves, delivery);
             translator.set_own_addresses(&["198.51.100.77".parse().unwrap()]);
             Self { translator, now }
         }

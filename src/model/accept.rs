@@ -144,12 +144,11 @@ impl fmt::Display for Accept {
 mod tests {
     use super::*;
     use crate::model::moved::{TCP, UDP};
+    use crate::testing::all;
     use proptest::prelude::*;
 
     fn accepts(text: &str) -> Vec<Accept> {
-        text.split_whitespace()
-            .map(|it| it.parse().unwrap())
-            .collect()
+        all(text)
     }
 
     #[test]

@@ -95,12 +95,11 @@ fn prefix(rest: &mut &[u8]) -> Option<Prefix> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::all;
     use proptest::prelude::*;
 
     fn moves(text: &str) -> Vec<Move> {
-        text.split_whitespace()
-            .map(|it| it.parse().unwrap())
-            .collect()
+        all(text)
     }
 
     #[test]

@@ -421,12 +421,11 @@ fn holds(parts: &[Part], port: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::all;
     use proptest::prelude::*;
 
     fn moves(text: &str) -> Vec<Move> {
-        text.split_whitespace()
-            .map(|it| it.parse().unwrap())
-            .collect()
+        all(text)
     }
 
     #[test]

@@ -1,7 +1,10 @@
 //! What an IP packet carries: ports, a query, an error, or something known by its number alone.
 
+use std::fmt;
+
+use crate::model::moved::{TCP, UDP};
 use crate::packet::addr::Family;
-use crate::packet::field::{get_u16, icmp};
+use crate::packet::field::{ICMP, ICMPV6, get_u16, icmp};
 
 /// What follows the IP header.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -50,5 +53,20 @@ pub(super) fn icmp_ports(kind: Kind, l4: &[u8]) -> (u16, u16) {
         Kind::IcmpQuery => (id, 0),
         Kind::IcmpReply => (0, id),
         Kind::Tcp | Kind::Udp | Kind::IcmpError | Kind::Other | Kind::LaterFragment => (0, 0),
+    }
+}
+
+/// The name of an IP protocol, for people.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ProtocolName(pub u8);
+
+impl fmt::Display for ProtocolName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            TCP => f.write_str("TCP"),
+            UDP => f.write_str("UDP"),
+            ICMP | ICMPV6 => f.write_str("ICMP"),
+            other => write!(f, "IP protocol {other}"),
+        }
     }
 }

@@ -49,7 +49,7 @@ pub mod vnet;
 pub use addr::{Addr, Family};
 pub use field::{ACK, CWR, ECE, FIN, ICMP, ICMPV6, IPV6_MIN_MTU, PSH, RST, SYN};
 pub use headers::{Fragment, MAX_EXTENSION_HEADERS};
-pub use kind::Kind;
+pub use kind::{Kind, ProtocolName};
 pub use mss::clamp_mss;
 pub use parsed::Parsed;
 pub use quoted::{Quoted, Rewrite};

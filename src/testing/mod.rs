@@ -12,3 +12,10 @@ pub mod fuzz;
 pub(crate) fn epoch() -> std::time::Instant {
     std::time::Instant::now()
 }
+
+/// Each word of a text, read as what it stands for.
+#[cfg(test)]
+pub(crate) fn all<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> Vec<T> {
+    let words = text.split_whitespace();
+    words.map(|word| word.parse().unwrap()).collect()
+}

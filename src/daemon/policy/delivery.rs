@@ -156,11 +156,10 @@ fn first_v6(addresses: &[IpAddr]) -> Option<Ipv6Addr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::all;
 
     fn addresses(text: &str) -> Vec<IpAddr> {
-        text.split_whitespace()
-            .map(|addr| addr.parse().unwrap())
-            .collect()
+        all(text)
     }
 
     fn here(uplink: &str) -> Addresses {
@@ -172,9 +171,7 @@ mod tests {
     }
 
     fn moves(text: &str) -> Vec<Move> {
-        text.split_whitespace()
-            .map(|moved| moved.parse().unwrap())
-            .collect()
+        all(text)
     }
 
     fn v4(text: &str) -> Option<Ipv4Addr> {

@@ -10,21 +10,18 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
+use crate::testing::all;
 use crate::testing::epoch;
 
 const OLD: PeerId = PeerId(0);
 const OTHER_OLD: PeerId = PeerId(1);
 
 fn moves(text: &str) -> Vec<Move> {
-    text.split_whitespace()
-        .map(|moved| moved.parse().unwrap())
-        .collect()
+    all(text)
 }
 
 fn addresses(text: &str) -> Vec<IpAddr> {
-    text.split_whitespace()
-        .map(|addr| addr.parse().unwrap())
-        .collect()
+    all(text)
 }
 
 fn rules(deliver_to: DeliverTo) -> PeerRules {
@@ -42,9 +39,7 @@ fn rules(deliver_to: DeliverTo) -> PeerRules {
 }
 
 fn accept(text: &str) -> Vec<Accept> {
-    text.split_whitespace()
-        .map(|it| it.parse().unwrap())
-        .collect()
+    all(text)
 }
 
 /// A peer that may move no more than this here.
@@ -1071,10 +1066,7 @@ fn any_moves() -> impl Strategy<Value = String> {
 #[test]
 fn connections_begin_here_once_both_servers_were_told_so() {
     let outgoing = |text: &str| PeerRules {
-        outgoing: text
-            .split_whitespace()
-            .map(|it| it.parse().unwrap())
-            .collect(),
+        outgoing: all(text),
         ..accepting(ANYWHERE, "192.0.2.5")
     };
     let old = PeerId(0);
