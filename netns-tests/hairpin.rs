@@ -13,7 +13,9 @@ use std::process::Command;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{Leg, MOVED, MOVED6, NEW, NEW6, UPLINK};
-use ipmoved::lab::{Client, Lab, LabError, Namespace, Probe, RawSocket, Service, UdpService};
+use ipmoved::lab::{
+    Client, Conversation, Lab, LabError, Namespace, Probe, RawSocket, Service, UdpService,
+};
 
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
@@ -122,6 +124,31 @@ fn reaches(caller: Client<'_>, lab: &Lab, (moved, to): (IpAddr, IpAddr), seen: I
     Ok(())
 }
 
+/// The application, at the delivery address of each family.
+fn applications(lab: &Lab) -> Result<[Service; 2]> {
+    Ok([
+        Service::start(lab.new_server(), NEW)?,
+        Service::start(lab.new_server(), NEW6)?,
+    ])
+}
+
+/// Callers speak while a daemon is away.
+fn say_meanwhile(conversations: &mut [Conversation]) -> Result {
+    for conversation in conversations {
+        conversation.say(b"meanwhile")?;
+    }
+    Ok(())
+}
+
+/// What they said arrives once it is back, and their connections live.
+fn go_on(conversations: &mut [Conversation]) -> Result {
+    for conversation in conversations {
+        conversation.hear(b"meanwhile", RECOVERY)?;
+        conversation.exchange(b"after", RECOVERY)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn the_new_server_reaches_the_application_under_the_moved_address() -> Result {
     let lab = Lab::new()?;
@@ -157,27 +184,19 @@ fn the_new_server_reaches_the_application_under_the_moved_address() -> Result {
         assert_eq!(from, moved);
     }
     // Nothing of it is on the wire, and connections outlive the daemon.
-    let applications = [
-        Service::start(lab.new_server(), NEW)?,
-        Service::start(lab.new_server(), NEW6)?,
-    ];
+    let applications = applications(&lab)?;
     let mut conversations = vec![caller.converse(MOVED)?, caller.converse(MOVED6)?];
     let tap = lab.tap(Leg::New)?;
     for conversation in &mut conversations {
         conversation.exchange(b"before", PATIENCE)?;
     }
     daemons.new.kill()?;
-    for conversation in &mut conversations {
-        conversation.say(b"meanwhile")?;
-    }
+    say_meanwhile(&mut conversations)?;
     std::thread::sleep(SILENCE);
     let mut again = setup.start(Role::New)?;
     again.wait_until_up()?;
     daemons.old.wait_until_up()?;
-    for conversation in &mut conversations {
-        conversation.hear(b"meanwhile", RECOVERY)?;
-        conversation.exchange(b"after", RECOVERY)?;
-    }
+    go_on(&mut conversations)?;
     let status = setup.status(Role::New)?;
     assert_eq!(status.drops("bad_source"), 0, "{status:?}");
     assert!(status.live_flows() >= 2, "{status:?}");
@@ -209,22 +228,14 @@ fn containers_of_the_new_server_reach_it_with_their_own_addresses() -> Result {
     let far = elsewhere.addr();
     caller.get(far)?.is_answered_by(far.ip())?;
     assert!(elsewhere.peers().iter().all(|peer| peer.ip() == NEW));
-    let applications = [
-        Service::start(lab.new_server(), NEW)?,
-        Service::start(lab.new_server(), NEW6)?,
-    ];
+    let applications = applications(&lab)?;
     let mut conversations = vec![caller.converse(MOVED)?, caller.converse(MOVED6)?];
     daemons.new.kill()?;
-    for conversation in &mut conversations {
-        conversation.say(b"meanwhile")?;
-    }
+    say_meanwhile(&mut conversations)?;
     let mut again = setup.start(Role::New)?;
     again.wait_until_up()?;
     daemons.old.wait_until_up()?;
-    for conversation in &mut conversations {
-        conversation.hear(b"meanwhile", RECOVERY)?;
-        conversation.exchange(b"after", RECOVERY)?;
-    }
+    go_on(&mut conversations)?;
     drop(applications);
     Ok(())
 }
@@ -239,10 +250,7 @@ fn a_containers_connection_outlives_a_killed_daemon_whose_peer_comes_late() -> R
     let setup = setup(&lab)?.moves(&FAMILIES);
     let daemons = setup.start_both()?;
     let caller = client(&behind, FIRST);
-    let _applications = [
-        Service::start(lab.new_server(), NEW)?,
-        Service::start(lab.new_server(), NEW6)?,
-    ];
+    let _applications = applications(&lab)?;
     let mut conversations = vec![caller.converse(MOVED)?, caller.converse(MOVED6)?];
     for conversation in &mut conversations {
         conversation.exchange(b"before", PATIENCE)?;
@@ -250,17 +258,12 @@ fn a_containers_connection_outlives_a_killed_daemon_whose_peer_comes_late() -> R
     daemons.new.kill()?;
     daemons.old.terminate()?;
     let mut new = setup.start(Role::New)?;
-    for conversation in &mut conversations {
-        conversation.say(b"meanwhile")?;
-    }
+    say_meanwhile(&mut conversations)?;
     std::thread::sleep(SILENCE);
     let mut old = setup.start(Role::Old)?;
     old.wait_until_up()?;
     new.wait_until_up()?;
-    for conversation in &mut conversations {
-        conversation.hear(b"meanwhile", RECOVERY)?;
-        conversation.exchange(b"after", RECOVERY)?;
-    }
+    go_on(&mut conversations)?;
     Ok(())
 }
 
