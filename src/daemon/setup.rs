@@ -109,7 +109,7 @@ impl Ready {
                     .ok()
             })
             .collect::<Vec<_>>();
-        let found = Found::new(&netlink, config, &endpoints, &addresses)?;
+        let found = Found::new(&netlink, config, &endpoints, &addresses, may_come)?;
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
@@ -187,14 +187,14 @@ impl Uplinks {
 
 impl Found {
     /// Checks the settings against the host, which has these `addresses`. What it does not have is
-    /// an error, unless that may come.
+    /// an error, unless that `may_come`.
     fn new(
         netlink: &Netlink,
         config: &Config,
         endpoints: &[Option<SocketAddr>],
         addresses: &[Address],
+        may_come: bool,
     ) -> Result<Self> {
-        let may_come = early::may_come(addresses);
         if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
             return Err(TunError::Exists(config.tun.clone()).into());
         }
@@ -240,9 +240,9 @@ impl Found {
         kept: &[OwnedFd],
     ) -> Result<(Follower, Cgroups)> {
         let moves = moves(config);
+        let links = plan::carriers(host.netlink(), tun).map_err(system)?;
         let programs = match config.role {
             Role::Old => {
-                let links = plan::carriers(host.netlink(), tun).map_err(system)?;
                 let own = plan::own::memory(host.netlink(), &links, kept);
                 let own = own.map_err(system)?;
                 let capture = Capture::new(&moves, tun, port, own).map_err(system)?;
@@ -250,7 +250,6 @@ impl Found {
                 Programs::Old(Box::new(capture))
             }
             Role::New => {
-                let links = plan::carriers(host.netlink(), tun).map_err(system)?;
                 let flows = config.max_flows;
                 let steering = Steering::new(host.netlink(), &links, port, flows, kept);
                 let steering = steering.map_err(system)?.with_outgoing(self.chosen);
