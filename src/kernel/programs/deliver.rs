@@ -48,8 +48,6 @@
 //!          the kernel does not tell
 //! ```
 
-use std::os::fd::AsFd;
-
 use Reg::{R0, R1, R2, R3, R4, R7, R8, R9, R10};
 
 use super::flows::{
@@ -63,7 +61,7 @@ use super::inside::{jump_if_answer, key_by_addresses};
 use super::parse::{FLAGS, HEADER, Side, Ways, load_syn, parse};
 use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
-    jump_if_icmp, keep_packet, store_ethernet_header, verdict,
+    jump_if_icmp, keep_packet, look_up_at, store_ethernet_header, verdict,
 };
 use super::related::relate;
 use super::shifted::{Coming, jump_unless_any, look_up_coming, shift_coming, take_free_port};
@@ -356,10 +354,7 @@ fn load_wire_word(a: &mut Assembler, reg: Reg, at: i16) {
 /// R0 = the address of what is known of a link, or 0.
 fn look_up_link(a: &mut Assembler, maps: &FlowMaps, ifindex: impl Into<Operand>) {
     a.store(Size::W, R10, VALUE, ifindex);
-    a.load_map(R1, maps.links.as_fd());
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(VALUE));
-    a.call(Helper::MapLookup);
+    look_up_at(a, &maps.links, VALUE);
 }
 
 /// ENTRANCE = the link that leads to the client, by the addresses in the key; 0 for the TUN.

@@ -51,7 +51,7 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 
 use super::headers::{fib, icmpv4, icmpv6};
 use super::inside::Inside;
-use super::phrases::{PROTOCOL, begin_route_lookup, jump_if_v6, look_up_route};
+use super::phrases::{PROTOCOL, begin_route_lookup, jump_if_v6, look_up_at, look_up_route};
 use super::places::{Place, Places};
 use super::related::RELATED_BYTES;
 use super::shifted::{MAX_SHIFTED, SHIFTED_BYTES};
@@ -691,10 +691,7 @@ pub(super) fn count(a: &mut Assembler, maps: &FlowMaps, counter: Counter) {
 /// see.
 pub(super) fn counter_at(a: &mut Assembler, maps: &FlowMaps, counter: Counter, gone: Label) {
     a.store(Size::W, R10, VALUE, counter as i32);
-    a.load_map(R1, maps.counters.as_fd());
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(VALUE));
-    a.call(Helper::MapLookup);
+    look_up_at(a, &maps.counters, VALUE);
     a.jump_if_wide(R0, If::Eq, 0, gone);
 }
 

@@ -22,7 +22,6 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,7 +35,7 @@ use super::headers::{fib, icmp, icmpv4, icmpv6, skb};
 use super::inports::{MAX_INHERITED, MAX_PARTS, PORT_KEY_BYTES, Plan, Ports, keys};
 use super::moved::{Family, Moved};
 use super::parse::{HEADER, load_syn};
-use super::phrases::{PACKET, PROTOCOL, jump_if_icmp, jump_if_v6};
+use super::phrases::{PACKET, PROTOCOL, jump_if_icmp, jump_if_v6, look_up_at};
 use super::sockets::{load_tcp_socket, remember_as_it_is};
 use crate::flow::ended::HostFlow;
 use crate::kernel::bpf::{
@@ -302,10 +301,7 @@ pub(super) fn branch_if_served(a: &mut Assembler, inside: &Inside, yes: Label, n
     a.store(Size::B, R10, PORT_KEY + 8, PROTOCOL);
     a.load(Size::H, R0, R10, KEY_LAST);
     a.store(Size::H, R10, PORT_KEY + 10, R0);
-    a.load_map(R1, inside.ports.as_fd());
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(PORT_KEY));
-    a.call(Helper::MapLookup);
+    look_up_at(a, &inside.ports, PORT_KEY);
     a.jump_if_wide(R0, If::Eq, 0, no);
     a.jump(yes);
 }
@@ -467,7 +463,7 @@ pub(super) fn jump_if_answer(
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
+    use std::os::fd::{AsFd, OwnedFd};
 
     use proptest::prelude::*;
     use proptest::test_runner::TestRunner;

@@ -28,9 +28,8 @@ use rustix::io::Errno;
 
 use Reg::{R0, R1, R2, R10};
 
-use crate::kernel::bpf::{
-    Alu, Assembler, BpfError, Helper, If, Map, MapKind, Reg, Shape, Size, Words,
-};
+use super::phrases::look_up_at;
+use crate::kernel::bpf::{Assembler, BpfError, If, Map, MapKind, Reg, Shape, Size, Words};
 use crate::model::prefix::Prefix;
 
 /// Most entries of each map: far more than there may be of old and new ones together while they
@@ -223,14 +222,14 @@ impl Moved {
             a.load(Size::W, R1, R2, range + Words::offset(1) as i16);
             a.jump_if(R0, If::Gt, R1, none);
         }
-        look_up(a, &maps.singles, address_at);
+        look_up_at(a, &maps.singles, address_at);
         a.jump_if_wide(R0, If::Ne, 0, done);
         a.load_address(R2, self.ranges.as_fd(), Words::offset(family.first_range()));
         a.load(Size::W, R1, R2, 0);
         a.jump_if(R1, If::Eq, 0, none);
         let key_at = address_at - LENGTH as i16;
         a.store(Size::W, R10, key_at, 8 * family.bytes());
-        look_up(a, &maps.prefixes, key_at);
+        look_up_at(a, &maps.prefixes, key_at);
         a.jump(done);
         a.bind(none);
         a.mov(R0, 0);
@@ -243,13 +242,6 @@ impl Moved {
             Family::V6 => &self.v6,
         }
     }
-}
-
-fn look_up(a: &mut Assembler, map: &Map, key_at: i16) {
-    a.load_map(R1, map.as_fd());
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(key_at));
-    a.call(Helper::MapLookup);
 }
 
 fn octets(addr: IpAddr) -> Vec<u8> {
@@ -279,6 +271,7 @@ mod tests {
 
     use super::*;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
+    use crate::kernel::bpf::{Alu, Helper};
     use crate::kernel::programs::headers::{ipv4, ipv6};
     use crate::kernel::programs::phrases::{PACKET, branch_by_family, keep_packet, verdict};
     use crate::kernel::programs::testing::{L2, Packet, frame, ports};

@@ -37,8 +37,6 @@
 //!     return redirect(tun, 0);
 //! ```
 
-use std::os::fd::AsFd;
-
 use Reg::{R0, R1, R2, R7, R10};
 
 use super::flows::{
@@ -49,13 +47,13 @@ use super::headers::{fib, icmp, icmpv6, ipv6, skb};
 use super::inside::ROUTE;
 use super::parse::load_syn;
 use super::phrases::{
-    PACKET, PROTOCOL, TC_ACT_SHOT, branch_by_family, jump_if_link_scoped_icmpv6, look_up_route,
-    redirect_to, verdict,
+    PACKET, PROTOCOL, TC_ACT_SHOT, branch_by_family, jump_if_link_scoped_icmpv6, look_up_at,
+    look_up_route, redirect_to, verdict,
 };
 use super::places::{Place, Places, Which};
 use super::related::{jump_if_related, remember_remote_end};
 use super::sockets::{jump_unless_from_own_port, load_port, load_tcp_socket, remember_as_it_is};
-use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+use crate::kernel::bpf::{Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::model::outgoing::{PortEnd, PortSet};
 use crate::packet::SYN;
@@ -268,10 +266,7 @@ fn jump_unless_in_cgroup(a: &mut Assembler, maps: &FlowMaps, rule: i32, depth: u
     a.load(Size::Dw, R1, PACKET, skb::SK);
     a.jump_if_wide(R1, If::Eq, 0, no);
     a.store(Size::W, R10, VALUE, rule);
-    a.load_map(R1, maps.cgroups.as_fd());
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(VALUE));
-    a.call(Helper::MapLookup);
+    look_up_at(a, &maps.cgroups, VALUE);
     a.jump_if_wide(R0, If::Eq, 0, no);
     a.load(Size::Dw, R7, R0, 0);
     a.jump_if_wide(R7, If::Eq, 0, no);
@@ -284,7 +279,7 @@ fn jump_unless_in_cgroup(a: &mut Assembler, maps: &FlowMaps, rule: i32, depth: u
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::os::fd::OwnedFd;
+    use std::os::fd::{AsFd, OwnedFd};
 
     use super::*;
     use crate::kernel::bpf::test_run::{run, run_forwarded, run_marked};

@@ -8,6 +8,7 @@
 //! phrase that loads may end the program.
 
 use std::net::Ipv6Addr;
+use std::os::fd::AsFd;
 
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R10};
 
@@ -295,6 +296,14 @@ pub(super) fn jump_if_it_has_ports(a: &mut Assembler, to: Label) {
     for protocol in [TCP, UDP] {
         a.jump_if(PROTOCOL, If::Eq, i32::from(protocol), to);
     }
+}
+
+/// R0 = the address of the value in a map that belongs to the key at this place of the stack, or 0.
+pub(super) fn look_up_at(a: &mut Assembler, map: &impl AsFd, key_at: i16) {
+    a.load_map(R1, map.as_fd());
+    a.mov(R2, R10);
+    a.alu(Alu::Add, R2, i32::from(key_at));
+    a.call(Helper::MapLookup);
 }
 
 /// Copies so many bytes of the packet to the stack. R0 is not 0 if the packet ends before.

@@ -13,10 +13,8 @@ use Reg::{R0, R1, R2, R10};
 
 use super::headers::{fib, ipv4, ipv6, skb};
 use super::moved::word;
-use super::phrases::{PACKET, begin_route_lookup, branch_by_family, load_bytes};
-use crate::kernel::bpf::{
-    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size, Words,
-};
+use super::phrases::{PACKET, begin_route_lookup, branch_by_family, load_bytes, look_up_at};
+use crate::kernel::bpf::{Assembler, BpfError, If, Label, Map, MapKind, Reg, Shape, Size, Words};
 use crate::model::prefix::Prefix;
 
 /// Most prefixes: all that may have moved, and the networks of a large cluster. The kernel takes
@@ -270,10 +268,7 @@ impl Places {
             Which::Source => SOURCE_KEY,
             Which::Destination => DESTINATION_KEY,
         };
-        a.load_map(R1, self.map.as_fd());
-        a.mov(R2, R10);
-        a.alu(Alu::Add, R2, i32::from(key));
-        a.call(Helper::MapLookup);
+        look_up_at(a, &self.map, key);
     }
 }
 

@@ -15,18 +15,15 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
-use std::os::fd::AsFd;
 use std::sync::Mutex;
 
 use rustix::io::Errno;
 
-use Reg::{R0, R1, R2, R10};
+use Reg::{R0, R1, R10};
 
 use super::moved::{Family, Moved};
-use super::phrases::PROTOCOL;
-use crate::kernel::bpf::{
-    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size,
-};
+use super::phrases::{PROTOCOL, look_up_at};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, If, Label, Map, MapKind, Reg, Shape, Size};
 use crate::model::moved::{MAX_PORT_SETS, Move, TCP, UDP};
 use crate::model::prefix::Prefix;
 use crate::model::scopes::{Scopes, number_of};
@@ -197,10 +194,7 @@ impl Rights {
         a.alu(Alu::Rsh, R1, WORD_PORTS);
         a.alu(Alu::Add, R0, R1);
         a.store(Size::W, R10, WORD_AT, R0);
-        a.load_map(R1, self.sets.as_fd());
-        a.mov(R2, R10);
-        a.alu(Alu::Add, R2, i32::from(WORD_AT));
-        a.call(Helper::MapLookup);
+        look_up_at(a, &self.sets, WORD_AT);
         a.jump_if_wide(R0, If::Eq, 0, not);
         a.load(Size::Dw, R0, R0, 0);
         a.mov(R1, port);

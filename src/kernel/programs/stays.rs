@@ -42,9 +42,7 @@
 //!         count; return TC_ACT_UNSPEC;
 //! ```
 
-use std::os::fd::AsFd;
-
-use Reg::{R0, R1, R2, R7, R8, R10};
+use Reg::{R0, R1, R7, R8, R10};
 
 use super::flows::{KEY_LAST, VALUE, enter, jump_if_within, look_up, remove};
 use super::headers::{icmpv4, icmpv6, ipv4, ipv6, sock};
@@ -56,7 +54,7 @@ use super::parse::{
     FRAGMENT, Side, Ways, follow_first_fragment, forget_first_fragment, load_syn, parse,
     remember_first_fragment, wire,
 };
-use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_icmp, jump_if_v6, verdict};
+use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_icmp, jump_if_v6, look_up_at, verdict};
 use super::sockets::{look_up_socket, release_keeping_state};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
@@ -283,10 +281,7 @@ fn jump_if_just_noted(a: &mut Assembler, own: &Own, read: Label, done: Label) {
     a.alu(Alu::Xor, R0, R8);
     a.alu(Alu::And, R0, (MAX_NOTED - 1) as i32);
     a.store(Size::W, R10, VALUE, R0);
-    a.load_map(R1, own.noted.as_fd());
-    a.mov(R2, R10);
-    a.alu(Alu::Add, R2, i32::from(VALUE));
-    a.call(Helper::MapLookup);
+    look_up_at(a, &own.noted, VALUE);
     a.jump_if_wide(R0, If::Eq, 0, read);
     a.mov(R7, R0);
     a.call(Helper::Jiffies64);
