@@ -79,7 +79,7 @@ pub(super) fn places(
             continue;
         }
         let own = !is_kept(network.prefix);
-        say(network.prefix, Place::NEAR, own);
+        say(network.prefix, Place::NEAR.and(Place::NETWORK), own);
         if !here.uplinks.contains(&network.interface) {
             say(network.prefix, Place::BEHIND, own);
         }
@@ -184,11 +184,12 @@ mod tests {
         let peers = || ["172.17.0.9".parse().unwrap()].into_iter();
         let all = places(moved("192.0.2.5", false), &here, &[], peers(), true);
         let at = |addr: &str| all.get(&prefix(addr)).copied();
-        let behind = Some(NEAR.and(Place::BEHIND));
-        let own = Place::OWN.and(NEAR);
+        let network = NEAR.and(Place::NETWORK);
+        let behind = Some(network.and(Place::BEHIND));
+        let own = Place::OWN.and(network);
         assert_eq!(at("192.0.2.5"), Some(Place::MOVED));
         assert_eq!(at("198.51.100.2"), Some(own));
-        assert_eq!(at("198.51.100.0/24"), Some(NEAR));
+        assert_eq!(at("198.51.100.0/24"), Some(network));
         assert_eq!(at("172.17.0.0/16"), behind);
         assert_eq!(at("172.17.0.1"), Some(own.and(Place::BEHIND)));
         assert_eq!(at("172.17.0.9"), behind);

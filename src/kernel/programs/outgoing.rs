@@ -31,7 +31,7 @@
 //!     if (ip.saddr is not within the bounds of all that has moved) pass;
 //!     if (!(places[ip.saddr] & MOVED) || own neighbour discovery) pass;
 //!     if (!forwarded) { if (places[ip.daddr] & BEHIND) pass; }
-//!     else if (places[ip.daddr] & NEAR) pass;
+//!     else if (places[ip.daddr] & NETWORK) pass;
 //!     else if (fib_lookup(from ip.daddr to ip.saddr) == skb->ingress_ifindex) pass;
 //!     if (it is from a TCP socket) storage(sockets) = 1;
 //!     return redirect(tun, 0);
@@ -194,7 +194,7 @@ pub(super) fn keep_from_leaving(
     a.bind(forwarded);
     a.jump_if_wide(R0, If::Eq, 0, asked);
     a.load(Size::W, R0, R0, 0);
-    a.jump_if(R0, If::Set, Place::NEAR.bits(), pass);
+    a.jump_if(R0, If::Set, Place::NETWORK.bits(), pass);
     a.bind(asked);
     Places::begin_way_back(a, ROUTE, take);
     look_up_route(a, ROUTE, back);
@@ -311,15 +311,20 @@ mod tests {
 
     fn places() -> BTreeMap<Prefix, Place> {
         let place = |text: &str, place| (text.parse().unwrap(), place);
-        let behind = Place::NEAR.and(Place::BEHIND);
+        let network = Place::NEAR.and(Place::NETWORK);
+        let behind = network.and(Place::BEHIND);
         [
             place("192.0.2.5", Place::MOVED),
-            place("198.51.100.2", Place::OWN.and(Place::NEAR)),
-            place("198.51.100.0/24", Place::NEAR),
+            place("198.51.100.2", Place::OWN.and(network)),
+            place("198.51.100.0/24", network),
+            place("203.0.113.99", Place::NEAR),
+            place("224.0.0.0/3", Place::NEAR),
             place("172.17.0.0/16", behind),
             place("2001:db8:a::5", Place::MOVED),
-            place("2001:db8:b::2", Place::OWN.and(Place::NEAR)),
-            place("2001:db8:b::/64", Place::NEAR),
+            place("2001:db8:b::2", Place::OWN.and(network)),
+            place("2001:db8:b::/64", network),
+            place("2001:db8:c::99", Place::NEAR),
+            place("ff00::/8", Place::NEAR),
             place("fd00::/64", behind),
         ]
         .into()
@@ -478,6 +483,13 @@ mod tests {
                     run_forwarded(bed.egress.as_fd(), &frame, came_by).verdict == TC_ACT_UNSPEC
                 };
                 assert!(!passes(remote, link), "no route leads there");
+                // What is chosen by its port does not go there, but that says nothing of networks.
+                let (peer, many) = if v4 {
+                    ("203.0.113.99", "224.0.0.9")
+                } else {
+                    ("2001:db8:c::99", "ff0e::9")
+                };
+                assert!(!passes(peer, link) && !passes(many, link));
                 let addr = moved.parse().unwrap();
                 let prefix = if v4 { 32 } else { 128 };
                 let route = Route {

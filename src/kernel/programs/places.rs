@@ -57,6 +57,8 @@ impl Place {
     pub const NEAR: Self = Self(4);
     /// It is in a network behind this host: what has a moved address itself may go there as it is.
     pub const BEHIND: Self = Self(8);
+    /// It is in a network of this host's own: what is forwarded may go there with a moved address.
+    pub const NETWORK: Self = Self(16);
 
     /// Both.
     #[must_use]
