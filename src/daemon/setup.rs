@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -120,7 +120,7 @@ impl Ready {
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplinks.mtu())?;
         let port = sockets[0].port().map_err(system)?;
-        let (follower, cgroups) = found.change(&mut host, config, &tun, port, &kept)?;
+        let (follower, cgroups) = found.change(&mut host, config, &tun, (&sockets, port), &kept)?;
         let tools = Tools {
             signals,
             netlink,
@@ -230,13 +230,14 @@ impl Found {
     }
 
     /// Makes the changes that the role needs. Returns who follows what they depend on. `kept` are
-    /// the descriptors that somebody kept of an earlier daemon.
+    /// the descriptors that somebody kept of an earlier daemon, `sockets` the tunnel's, which have
+    /// this port.
     fn change(
         mut self,
         host: &mut Host,
         config: &Config,
         tun: &Link,
-        port: u16,
+        (sockets, port): (&[UdpSocket], u16),
         kept: &[OwnedFd],
     ) -> Result<(Follower, Cgroups)> {
         let moves = moves(config);
@@ -254,6 +255,9 @@ impl Found {
                 let steering = Steering::new(host.netlink(), &links, port, flows, kept);
                 let steering = steering.map_err(system)?.with_outgoing(self.chosen);
                 self.cgroups.look(&steering).map_err(system)?;
+                for socket in sockets {
+                    steering.set_of_tunnel(socket.as_fd()).map_err(system)?;
+                }
                 kept::keep(&steering.memory());
                 Programs::New(Box::new(steering))
             }

@@ -173,6 +173,14 @@ impl Steering {
         self
     }
 
+    /// What this socket sends is the tunnel's own from now on, and leaves as it is.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_of_tunnel(&self, socket: BorrowedFd<'_>) -> Result<(), BpfError> {
+        self.maps.set_of_tunnel(socket)
+    }
+
     /// The flows that an earlier daemon has left, as far as they are `wanted`.
     ///
     /// # Errors
@@ -484,7 +492,7 @@ fn sysctl(path: String) -> Change {
 mod tests {
     use std::io::{Read, Write};
     use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-    use std::os::fd::AsRawFd;
+    use std::os::fd::{AsFd, AsRawFd};
 
     use etherparse::{Icmpv4Type, Icmpv6Type, PacketBuilder, PacketBuilderStep, SlicedPacket};
     use etherparse::{IpNumber, TransportSlice};
@@ -631,6 +639,29 @@ mod tests {
                     .unwrap();
                 assert!(b.tun.read(|p| goes_to(p, client)).is_none());
                 assert!(b.router.has_seen(b"an unasked one"));
+            }
+        });
+    }
+
+    #[test]
+    fn the_tunnels_own_sockets_alone_send_what_is_left_alone() {
+        in_fresh_namespace(|| {
+            let b = NewServer::new(false);
+            for ((here, _), client) in HERE.into_iter().zip(CLIENTS) {
+                let (here, client_end) = (socket_addr(here, 51820), socket_addr(client, 51820));
+                let question = udp(client, 51820, &here.ip().to_string(), 51820, b"question");
+                let server = bound(here);
+                b.tun.write(&question);
+                server.recv_from(&mut [0; 100]).expect("the stack takes it");
+                server.send_to(b"an answer", client_end).unwrap();
+                assert!(b.tun.read(|p| goes_to(p, client)).is_some());
+                assert!(!b.router.has_seen(b"an answer"));
+                drop(server);
+                let tunnel = bound(here);
+                b.steering.set_of_tunnel(tunnel.as_fd()).unwrap();
+                tunnel.send_to(b"sealed", client_end).unwrap();
+                assert!(b.router.has_seen(b"sealed"));
+                assert!(b.tun.read(|p| goes_to(p, client)).is_none());
             }
         });
     }

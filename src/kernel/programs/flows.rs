@@ -31,7 +31,8 @@
 //! cgroups    u64, by rule of `--outgoing`: the control group that it names, or 0
 //! fragments  u64, unused
 //!            fragmented replies under way, by identification
-//! sockets    u32, for each TCP socket whose connection came by the tunnel: 1, or 2 if shifted
+//! sockets    u32, for each TCP socket whose connection came by the tunnel: 1, or 2 if shifted; for
+//!            each of the tunnel's own: 3
 //! counters   u64, see `Counter`
 //! callers    see [`inside`](super::inside)
 //! ```
@@ -41,7 +42,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -55,6 +56,7 @@ use super::phrases::{PROTOCOL, begin_route_lookup, jump_if_v6, look_up_at, look_
 use super::places::{Place, Places};
 use super::related::RELATED_BYTES;
 use super::shifted::{MAX_SHIFTED, SHIFTED_BYTES};
+use super::sockets::OF_TUNNEL;
 use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS};
 use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::kernel::bpf::{
@@ -413,6 +415,18 @@ impl FlowMaps {
     /// If the kernel refuses.
     pub fn set_cgroup(&self, rule: u32, id: u64) -> Result<(), BpfError> {
         self.cgroups.set(rule, id).map_err(refused)
+    }
+
+    /// What this socket sends is the tunnel's own from now on.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_of_tunnel(&self, socket: BorrowedFd<'_>) -> Result<(), BpfError> {
+        let Some(sockets) = &self.sockets else {
+            return Ok(());
+        };
+        let key = socket.as_raw_fd().to_ne_bytes();
+        (sockets.insert(&key, &OF_TUNNEL.to_ne_bytes())).map_err(refused)
     }
 
     /// Forgets flows.

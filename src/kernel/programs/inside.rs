@@ -600,8 +600,8 @@ mod tests {
                 (47, ports(1, 2), true),
                 (icmp, icmp_message(query, 7), true),
                 (icmp, icmp_message(answer, 7), false),
-                // The tunnel's own.
-                (UDP, ports(51820, 51820), false),
+                // Not the tunnel's own: no socket of it sends that.
+                (UDP, ports(51820, 51820), true),
             ] {
                 let packet = Packet::new(here, moved, protocol, payload);
                 assert_eq!(takes(&packet), expected, "{packet:?}");

@@ -13,7 +13,8 @@
 //! flows fall silent, and nothing leaves with this host's own address.
 //!
 //! ```text
-//! if (skb->vlan_present || UDP from the tunnel's own port) pass;
+//! if (skb->vlan_present) pass;
+//! if (UDP from the tunnel's own port && storage(sockets) == OF_TUNNEL) pass;
 //! if (it is from a TCP socket with storage(sockets) == AS_IT_IS) return redirect(tun, 0);
 //! parse();                                           // other: pass; none, later, quoted: below
 //! if (TCP && it = shifted(LEAVING, key)) {                    // see `shifted`
@@ -89,8 +90,8 @@ use super::phrases::{
 use super::related::{jump_if_related, remember_remote_end};
 use super::shifted::{Coming, jump_unless_any, look_up_coming, shift_leaving};
 use super::sockets::{
-    AS_IT_IS, SHIFTED, SOCKET, jump_unless_from_own_port, load_tcp_socket, look_up_taken,
-    remember_taken,
+    AS_IT_IS, SHIFTED, SOCKET, jump_unless_from_own_port, jump_unless_of_tunnel, load_tcp_socket,
+    look_up_taken, remember_taken,
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
@@ -121,7 +122,7 @@ pub fn take_replies(
     let leaves = a.label();
     keep_packet(a);
     pass_if_tagged(a, pass);
-    let (read, from_socket) = (a.label(), a.label());
+    let (read, from_socket, of_tunnel) = (a.label(), a.label(), a.label());
     a.store(Size::W, R10, TAKEN_AS, AS_IT_IS);
     // The tunnel itself is most of what leaves, and TCP of sockets that are known.
     sort_out(
@@ -131,8 +132,11 @@ pub fn take_replies(
         tunnel_port,
         from_socket,
         read,
-        pass,
+        of_tunnel,
     );
+    a.bind(of_tunnel);
+    jump_unless_of_tunnel(a, maps.sockets.as_ref(), read);
+    a.jump(pass);
     a.bind(from_socket);
     if let Some(sockets) = &maps.sockets {
         load_tcp_socket(a, read, read);
@@ -155,8 +159,9 @@ pub fn take_replies(
     // The tunnel once more, behind options.
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), flow);
     a.load(Size::H, R0, R10, KEY_LAST + 2);
-    a.jump_if(R0, If::Eq, wire(i32::from(tunnel_port)), pass);
-    a.jump(flow);
+    a.jump_if(R0, If::Ne, wire(i32::from(tunnel_port)), flow);
+    jump_unless_of_tunnel(a, maps.sockets.as_ref(), flow);
+    a.jump(pass);
     a.bind(of_tcp);
     let unshifted = a.label();
     jump_unless_any(a, maps, unshifted);
@@ -670,12 +675,14 @@ mod tests {
     }
 
     #[test]
-    fn the_tunnels_own_datagrams_are_left_alone() {
+    fn who_has_the_tunnels_port_is_steered_like_any_other() {
         let steering = Steering::new();
         for (client, here) in ENDS {
+            let answer = Packet::new(here, client, UDP, ports(51820, 51820));
+            assert!(!steering.is_steered(&answer));
+            let steering = Steering::new();
             steering.arrives(&Packet::new(client, here, UDP, ports(51820, 51820)));
-            let own = Packet::new(here, client, UDP, ports(51820, 51820));
-            assert!(!steering.is_steered(&own));
+            assert!(steering.is_steered(&answer));
         }
     }
 
