@@ -1032,6 +1032,9 @@ impl Control<'_> {
     /// Makes the kernel forget the flows that ended, and counts what its programs dropped.
     fn look_at_flows(&mut self, now: Instant) {
         let translator = self.shared.forwarder.translator();
+        if let Some((reason, packets)) = self.follower.take_captures_drops() {
+            self.shared.drops.add(reason, packets);
+        }
         let steering = self.follower.steering();
         let Some((steering, translator)) = steering.zip(translator) else {
             return;

@@ -30,6 +30,7 @@ use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink};
 use crate::kernel::plan::{self, PlanError};
 use crate::kernel::steer::Steering;
 use crate::kernel::{Change, Desired, Host, HostError, keep};
+use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 
 /// The least time between two looks. The first event of a burst is answered at once, and whatever
@@ -538,6 +539,14 @@ impl Follower {
         match &self.programs {
             Programs::Old(capture) => capture.stayed(),
             Programs::New(_) => 0,
+        }
+    }
+
+    /// What the programs of the old server have dropped since the last call.
+    pub(super) fn take_captures_drops(&mut self) -> Option<(DropReason, u64)> {
+        match &mut self.programs {
+            Programs::Old(capture) => Some(capture.take_drops()),
+            Programs::New(_) => None,
         }
     }
 

@@ -246,7 +246,8 @@ impl Found {
             Role::Old => {
                 let own = plan::own::memory(host.netlink(), &links, kept);
                 let own = own.map_err(system)?;
-                let capture = Capture::new(&moves, tun, port, own).map_err(system)?;
+                let begin = moves_that_begin(config);
+                let capture = Capture::new(&moves, &begin, tun, port, own).map_err(system)?;
                 kept::keep(&capture.memory());
                 Programs::Old(Box::new(capture))
             }
@@ -286,6 +287,12 @@ fn is_loopback(netlink: &Netlink, named: Option<&str>) -> Result<bool> {
 fn moves(config: &Config) -> Vec<Move> {
     let moves = config.peers.iter().flat_map(|peer| &peer.moves);
     moves.cloned().collect()
+}
+
+/// The moves of those peers that may begin connections.
+fn moves_that_begin(config: &Config) -> Vec<Move> {
+    let begin = (config.peers.iter()).filter(|peer| !peer.allow_outgoing.is_empty());
+    begin.flat_map(|peer| &peer.moves).cloned().collect()
 }
 
 /// Warns of moved addresses that this server does not have.

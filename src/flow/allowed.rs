@@ -35,6 +35,17 @@ impl Allowed {
         }
     }
 
+    /// Whether anything is allowed.
+    pub(super) fn is_any(&self) -> bool {
+        !self.rules.is_empty()
+    }
+
+    /// Whether a rule takes what has these ports: of the new server, and of whom it speaks to.
+    pub(super) fn names(&self, protocol: u8, query: bool, source: u16, destination: u16) -> bool {
+        let takes = |rule: &AllowOutgoing| rule.takes(protocol, query, source, destination);
+        self.rules.iter().any(takes)
+    }
+
     /// Whether a packet of which no flow is known may begin one. `None` if it begins none, or if
     /// nothing may.
     ///
@@ -51,9 +62,7 @@ impl Allowed {
             return None;
         }
         let (source, destination) = (parsed.src_port(), parsed.dst_port());
-        let takes =
-            |rule: &AllowOutgoing| rule.takes(parsed.protocol(), query, source, destination);
-        if !self.rules.iter().any(takes) {
+        if !self.names(parsed.protocol(), query, source, destination) {
             return Some(Err(DropReason::OutgoingNotAllowed));
         }
         if !lock(&self.budget).spend(now, 1) {

@@ -57,6 +57,9 @@ const TIME_SHIFT: u32 = 8;
 const FAMILY_SHIFT: u32 = 6;
 const SEEN: u64 = (1 << FAMILY_SHIFT) - 1;
 
+/// Beside the ports: a flow that the new server has begun.
+const BEGUN: u64 = 1 << 32;
+
 /// A protocol of each family of protocols that are treated alike; the last stands for all others.
 const FAMILIES: [u8; 4] = [TCP, UDP, ICMP, 255];
 
@@ -183,6 +186,67 @@ impl Clients {
             protocol: quoted.protocol(),
             tcp_flags: 0,
         })
+    }
+
+    /// The flow of a packet that the new server sends of its own accord, from a port that has not
+    /// moved. Both ports are a part of it, and no client's flow is the same.
+    pub(super) fn begun(&self, parsed: &Parsed, bytes: &[u8]) -> Option<Flow> {
+        let ports = match parsed.kind() {
+            Kind::Tcp | Kind::Udp => [parsed.dst_port(), parsed.src_port()],
+            Kind::IcmpQuery => [0, parsed.src_port()],
+            Kind::Other => [0, 0],
+            Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
+        };
+        let ends = [parsed.dst(bytes), parsed.src(bytes)];
+        Some(self.begun_with(ends, ports, parsed.protocol(), parsed.tcp_flags()))
+    }
+
+    /// The flow of a packet that answers such a one.
+    pub(super) fn begun_answer(&self, parsed: &Parsed, bytes: &[u8]) -> Option<Flow> {
+        let ports = match parsed.kind() {
+            Kind::Tcp | Kind::Udp => [parsed.src_port(), parsed.dst_port()],
+            Kind::IcmpReply => [0, parsed.dst_port()],
+            Kind::Other => [0, 0],
+            Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => return None,
+        };
+        let ends = [parsed.src(bytes), parsed.dst(bytes)];
+        // Anybody can forge the remote's RST as well.
+        Some(self.begun_with(ends, ports, parsed.protocol(), parsed.tcp_flags() & !RST))
+    }
+
+    /// The flow of such a packet that an ICMP error quotes.
+    pub(super) fn begun_quoted(&self, quoted: &Quoted, bytes: &[u8]) -> Option<Flow> {
+        let ports = match quoted.kind() {
+            Kind::Tcp | Kind::Udp => [quoted.dst_port(), quoted.src_port()],
+            Kind::IcmpQuery => [0, quoted.src_port()],
+            Kind::Other => [0, 0],
+            Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
+        };
+        let ends = [quoted.dst(bytes), quoted.src(bytes)];
+        Some(self.begun_with(ends, ports, quoted.protocol(), 0))
+    }
+
+    /// The flow of such an answer that an ICMP error quotes.
+    pub(super) fn begun_answer_quoted(&self, quoted: &Quoted, bytes: &[u8]) -> Option<Flow> {
+        let ports = match quoted.kind() {
+            Kind::Tcp | Kind::Udp => [quoted.src_port(), quoted.dst_port()],
+            Kind::Other => [0, 0],
+            Kind::IcmpQuery | Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => {
+                return None;
+            }
+        };
+        let ends = [quoted.src(bytes), quoted.dst(bytes)];
+        Some(self.begun_with(ends, ports, quoted.protocol(), 0))
+    }
+
+    fn begun_with(&self, ends: [Addr; 2], ports: [u16; 2], protocol: u8, tcp_flags: u8) -> Flow {
+        let [remote, moved] = ports.map(u64::from);
+        let ports = remote | moved << 16 | BEGUN;
+        Flow {
+            hash: self.seed.flow(ends, ports, protocol),
+            protocol,
+            tcp_flags,
+        }
     }
 
     /// The client has sent a packet. Returns whether its flow is known.

@@ -20,7 +20,9 @@
 //! for an address that no client can have.
 //!
 //! Connections that the new server may begin ([`Gate::allow_outgoing`]) are let out in
-//! [`Gate::may_go_on`], and are then flows like others.
+//! [`Gate::may_go_on`], and are then flows like others. From a port that has not moved they are
+//! flows of their own kind ([`Clients::begun`]): nothing but their answers comes to that port for
+//! the new server, and from there it answers nobody.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -51,6 +53,8 @@ pub struct Gate {
     clients: Clients,
     resumes: bool,
     allowed: Allowed,
+    /// Something may begin from a port that has not moved.
+    begins_anywhere: bool,
     /// This server's own addresses, sorted, and others that no client can have here.
     own: ArcSwap<Vec<Addr>>,
     /// What has moved to other peers.
@@ -104,6 +108,7 @@ impl Gate {
             clients: Clients::new(seed, config.max_flows, config.started),
             resumes: config.resumes,
             allowed: Allowed::new(Vec::new()),
+            begins_anywhere: false,
             own: ArcSwap::default(),
             elsewhere: None,
             seed,
@@ -118,6 +123,7 @@ impl Gate {
     #[must_use]
     pub fn allow_outgoing(mut self, rules: &[AllowOutgoing]) -> Self {
         self.allowed = Allowed::new(rules.to_vec());
+        self.begins_anywhere = self.allowed.is_any() && !self.ownership.is_all_whole();
         self
     }
 
@@ -153,6 +159,9 @@ impl Gate {
     ) -> Result<Verdict, DropReason> {
         let found = self.ownership.find(parsed.dst(bytes));
         let scope = found.ok_or(DropReason::NotMoved)?;
+        if self.begins_anywhere && self.answers_begun(now, scope, parsed, bytes) {
+            return Ok(Verdict::Carry);
+        }
         let verdict = self.ownership.judge_for(scope, now, parsed, bytes)?;
         if verdict == Verdict::Carry
             && let Some(flow) = self.clients.asked(parsed, bytes)
@@ -191,13 +200,19 @@ impl Gate {
             return self.check_error(now, parsed, bytes);
         }
         let (protocol, port) = (parsed.protocol(), parsed.src_port());
-        if !self.ownership.takes(scope, protocol, parsed.kind(), port) {
-            return Err(DropReason::NotMoved);
-        }
-        let flow = self.clients.answered(parsed, bytes);
-        let known = |flow| !begins(parsed) && self.clients.server_spoke(now, flow);
-        if !flow.as_ref().is_some_and(known) {
-            self.may_go_on(now, parsed, bytes, flow.as_ref())?;
+        let known = |flow: &Flow| !begins(parsed) && self.clients.server_spoke(now, flow);
+        if self.ownership.takes(scope, protocol, parsed.kind(), port) {
+            let flow = self.clients.answered(parsed, bytes);
+            if !flow.as_ref().is_some_and(known) {
+                self.may_go_on(now, parsed, bytes, flow.as_ref())?;
+            }
+        } else {
+            let flow = self.clients.begun(parsed, bytes);
+            let flow = flow.filter(|_| self.begins_anywhere);
+            let flow = flow.ok_or(DropReason::NotMoved)?;
+            if !known(&flow) {
+                self.may_begin(now, parsed, bytes, &flow)?;
+            }
         }
         if parsed.fragment() == Fragment::First {
             lock(&self.returning).remember(now, &self.seed, parsed, bytes, ());
@@ -283,6 +298,90 @@ impl Gate {
         Ok(())
     }
 
+    /// Whether a packet leaves that begins something from a port that has not moved, or goes on
+    /// with it after a restart.
+    #[cold]
+    fn may_begin(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+        flow: &Flow,
+    ) -> Result<(), DropReason> {
+        if self.is_own(parsed.dst(bytes)) {
+            return Err(self.refuse(DropReason::BadDestination, parsed, bytes));
+        }
+        let ends = (parsed.src_port(), parsed.dst_port());
+        let goes_on = parsed.tcp_flags() & SYN == 0 && self.may_be_older(now, parsed, flow, ends);
+        if goes_on {
+            self.clients.presume(now, flow);
+            return Ok(());
+        }
+        match self.allowed.judge(now, parsed) {
+            Some(Ok(())) => self.clients.presume(now, flow),
+            Some(Err(reason)) => return Err(self.refuse(reason, parsed, bytes)),
+            None => return Err(DropReason::NotMoved),
+        }
+        Ok(())
+    }
+
+    /// Whether a captured packet answers what the new server has begun from a port that has not
+    /// moved.
+    ///
+    /// Where the flow may be older than this daemon, the kernel knows it all the same, and takes
+    /// nothing else to such a port but fragments.
+    fn answers_begun(&self, now: Instant, scope: usize, parsed: &Parsed, bytes: &[u8]) -> bool {
+        if self.ownership.is_whole(scope) || parsed.fragment() == Fragment::Later {
+            return false;
+        }
+        if parsed.kind() == Kind::IcmpError {
+            return self.is_about_begun(now, parsed, bytes);
+        }
+        let (protocol, port) = (parsed.protocol(), parsed.dst_port());
+        if begins(parsed) || self.ownership.takes(scope, protocol, parsed.kind(), port) {
+            return false;
+        }
+        let Some(flow) = self.clients.begun_answer(parsed, bytes) else {
+            return false;
+        };
+        if !self.clients.client_spoke(now, &flow) {
+            let ends = (port, parsed.src_port());
+            let may_be_older =
+                parsed.fragment() == Fragment::None && self.may_be_older(now, parsed, &flow, ends);
+            if !may_be_older {
+                return false;
+            }
+            self.clients.presume(now, &flow);
+        }
+        self.ownership.carry_fragments(now, parsed, bytes);
+        true
+    }
+
+    /// Whether an ICMP error is about such a flow.
+    fn is_about_begun(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> bool {
+        let Ok(quoted) = Quoted::parse(bytes, parsed) else {
+            return false;
+        };
+        let flow = self.clients.begun_quoted(&quoted, bytes);
+        flow.is_some_and(|flow| self.clients.knows(now, &flow))
+    }
+
+    /// Whether a flow from a port that has not moved may be older than this daemon, between these
+    /// ports of the new server and of the other end.
+    fn may_be_older(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        flow: &Flow,
+        (moved_port, remote_port): (u16, u16),
+    ) -> bool {
+        let query = matches!(parsed.kind(), Kind::IcmpQuery | Kind::IcmpReply);
+        let is_one = parsed.kind() == Kind::Tcp || self.resumes;
+        is_one
+            && self.clients.may_be_older(now, flow)
+            && (self.allowed).names(parsed.protocol(), query, moved_port, remote_port)
+    }
+
     /// Judges an ICMP error of the new server: it has to be about a client's packet, and to go to
     /// that client. It makes no flow and keeps none alive.
     #[cold]
@@ -296,7 +395,9 @@ impl Gate {
         let scope = found.ok_or(DropReason::NotMoved)?;
         let (protocol, port) = (quoted.protocol(), quoted.dst_port());
         if !self.ownership.takes(scope, protocol, quoted.kind(), port) {
-            return Err(DropReason::NotMoved);
+            let begun = self.clients.begun_answer_quoted(&quoted, bytes);
+            let known = begun.is_some_and(|flow| self.clients.knows(now, &flow));
+            return known.then_some(()).ok_or(DropReason::NotMoved);
         }
         let flow = self.clients.quoted(&quoted, bytes);
         match flow.filter(|flow| self.clients.knows(now, flow)) {
@@ -419,8 +520,12 @@ mod tests {
 
     impl Bed {
         fn allowing(rules: &[&str]) -> Self {
+            Self::settled(&[MOVED]).allow(rules)
+        }
+
+        fn allow(self, rules: &[&str]) -> Self {
             let rules: Vec<_> = rules.iter().map(|text| text.parse().unwrap()).collect();
-            let Self { gate, now } = Self::settled(&[MOVED]);
+            let Self { gate, now } = self;
             Self {
                 gate: gate.allow_outgoing(&rules),
                 now,
@@ -465,6 +570,115 @@ mod tests {
         let answers = with(&outgoing(Kind::Tcp), |p| p.flags = SYN | ACK);
         assert_eq!(bed.returning(&answers), UNASKED, "it begins nothing");
         assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
+    }
+
+    /// A port that has moved, beside those that have not.
+    const IN_PART: &str = "192.0.2.5:80/tcp";
+    const BOUNCE: Result<Verdict, DropReason> = Ok(Verdict::Bounce);
+    const NOT_MOVED: Result<(), DropReason> = Err(DropReason::NotMoved);
+
+    #[test]
+    fn what_begins_from_a_port_that_has_not_moved_is_answered_exactly() {
+        for kind in [Kind::Tcp, Kind::Udp, Kind::IcmpQuery] {
+            let bed = Bed::settled(&[IN_PART]);
+            let begins = outgoing(kind);
+            assert_eq!(bed.returning(&begins.build()), NOT_MOVED, "{kind:?}");
+            let bed = bed.allow(&["any"]);
+            let mut answer = reply(&begins);
+            answer.flags = SYN | ACK;
+            let about = |plan: &Plan| too_big(&plan.build(), 28, "203.0.113.1".parse().unwrap());
+            assert_eq!(bed.captured(&answer.build()), BOUNCE, "it has not begun");
+            assert_eq!(bed.captured(&about(&begins)), BOUNCE);
+            assert_eq!(bed.returning(&begins.build()), Ok(()));
+            assert_eq!(bed.returning(&begins.build()), Ok(()), "sent again");
+            assert_eq!(bed.captured(&answer.build()), CARRY);
+            assert_eq!(bed.captured(&about(&begins)), CARRY);
+            if kind == Kind::Udp {
+                let [first, second] = fragments(&answer.build(), 16, 3);
+                assert_eq!(bed.captured(&first), CARRY);
+                assert_eq!(bed.captured(&second), CARRY);
+            }
+            // Nobody else's packet is, nor is any other of the same remote.
+            let other = |change: &dyn Fn(&mut Plan)| {
+                assert_eq!(bed.captured(&with(&answer, change)), BOUNCE, "{kind:?}");
+            };
+            other(&|p| p.src = "203.0.113.10".parse().unwrap());
+            other(&|p| p.dst_port += 1);
+            let astray = with(&begins, |p| p.src_port += 1);
+            let astray = too_big(&astray, 28, "203.0.113.1".parse().unwrap());
+            assert_eq!(bed.captured(&astray), BOUNCE);
+            if kind == Kind::IcmpQuery {
+                continue;
+            }
+            other(&|p| p.src_port += 1);
+            assert_eq!(bed.returning(&with(&begins, |p| p.flags = ACK)), Ok(()));
+            let error = too_big(&answer.build(), 28, MOVED.parse().unwrap());
+            assert_eq!(bed.returning(&error), Ok(()), "an error about the answer");
+            if kind == Kind::Tcp {
+                // A client's, at a port of the old server.
+                other(&|p| p.flags = SYN);
+            }
+        }
+        let gre = Bed::settled(&[IN_PART]).allow(&["any"]);
+        assert_eq!(gre.captured(&other(CLIENT, MOVED, GRE)), BOUNCE);
+        assert_eq!(gre.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
+        assert_eq!(gre.captured(&other(CLIENT, MOVED, GRE)), CARRY);
+        assert_eq!(gre.captured(&other(CLIENT, MOVED, GRE + 1)), BOUNCE);
+    }
+
+    #[test]
+    fn from_a_port_that_has_not_moved_nobody_is_answered_and_only_what_is_named_begins() {
+        let bed = Bed::settled(&[IN_PART]).allow(&["25/tcp"]);
+        let tcp = outgoing(Kind::Tcp);
+        assert_eq!(bed.returning(&tcp.build()), Ok(()));
+        let elsewhere = with(&tcp, |p| p.dst_port = 26);
+        let not_allowed = Err(DropReason::OutgoingNotAllowed);
+        assert_eq!(bed.returning(&elsewhere), not_allowed);
+        assert_eq!(bed.returning(&outgoing(Kind::Udp).build()), not_allowed);
+        let to_own = with(&tcp, |p| p.dst = OWN.parse().unwrap());
+        assert_eq!(bed.returning(&to_own), Err(DropReason::BadDestination));
+        // A client of the old server's port 22.
+        let mut asks = request(Kind::Tcp);
+        (asks.src_port, asks.dst_port, asks.flags) = (25, 22, SYN);
+        assert_eq!(bed.captured(&asks.build()), BOUNCE);
+        for flags in [SYN | ACK, ACK, RST] {
+            let answer = with(&reply(&asks), |p| p.flags = flags);
+            assert_eq!(bed.returning(&answer), NOT_MOVED);
+        }
+        // What began goes to no client's port, and makes nobody a client.
+        let to_moved = with(&reply(&tcp), |p| p.dst_port = 80);
+        assert_eq!(bed.captured(&to_moved), CARRY);
+        let mut udp = outgoing(Kind::Udp);
+        udp.src_port = 5060;
+        let bed = Bed::settled(&[IN_PART, "192.0.2.5:53/udp"]).allow(&["from:5060/udp"]);
+        assert_eq!(bed.returning(&udp.build()), Ok(()));
+        assert_eq!(bed.captured(&reply(&udp).build()), CARRY);
+        let from_moved = with(&udp, |p| p.src_port = 53);
+        assert_eq!(bed.returning(&from_moved), not_allowed);
+    }
+
+    #[test]
+    fn what_began_before_a_restart_from_such_a_port_goes_on_if_it_is_named() {
+        let ack = with(&outgoing(Kind::Tcp), |p| p.flags = ACK);
+        let back = with(&reply(&outgoing(Kind::Tcp)), |p| p.flags = ACK);
+        let udp = outgoing(Kind::Udp);
+        for resumes in [false, true] {
+            let bed = || Bed::started(&[IN_PART], resumes);
+            // Whoever speaks first.
+            assert_eq!(bed().allow(&["25/tcp"]).returning(&ack), Ok(()));
+            assert_eq!(bed().allow(&["25/tcp"]).captured(&back), CARRY);
+            assert_eq!(bed().allow(&["26/tcp"]).returning(&ack), NOT_MOVED);
+            assert_eq!(bed().allow(&["26/tcp"]).captured(&back), BOUNCE);
+            assert_eq!(bed().captured(&back), BOUNCE);
+            let late = bed().later(TCP_ESTABLISHED).allow(&["any"]);
+            assert_eq!(late.captured(&back), BOUNCE);
+            let wanted = if resumes { CARRY } else { BOUNCE };
+            let bed = bed().allow(&["25"]);
+            // Of fragments the kernel takes those of the old server, too.
+            let [first, _] = fragments(&reply(&udp).build(), 16, 3);
+            assert_eq!(bed.captured(&first), BOUNCE);
+            assert_eq!(bed.captured(&reply(&udp).build()), wanted);
+        }
     }
 
     #[test]

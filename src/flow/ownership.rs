@@ -82,6 +82,24 @@ impl Ownership {
         self.scopes.takes(scope, protocol, port)
     }
 
+    /// Whether all of a scope has moved.
+    #[inline]
+    pub(super) fn is_whole(&self, scope: usize) -> bool {
+        self.scopes.is_whole(scope)
+    }
+
+    /// Whether all of every scope has moved.
+    pub(super) fn is_all_whole(&self) -> bool {
+        (0..self.scopes.len()).all(|scope| self.scopes.is_whole(scope))
+    }
+
+    /// The later fragments of this packet are the tunnel's, if it is a first fragment.
+    pub(super) fn carry_fragments(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) {
+        if parsed.fragment() == Fragment::First {
+            lock(&self.fragments).remember(now, &self.seed, parsed, bytes, Verdict::Carry);
+        }
+    }
+
     /// [`Self::judge`] for the scope of the packet's destination.
     #[inline]
     pub(super) fn judge_for(

@@ -583,7 +583,7 @@ mod tests {
 
         fn capture(&self, tun: &Tun) -> Vec<Desired> {
             let moves: [Move; 2] = ["192.0.2.5".parse().unwrap(), "2001:db8::5".parse().unwrap()];
-            let capture = Capture::new(&moves, &tun.link, 51820, Own::new().unwrap()).unwrap();
+            let capture = Capture::new(&moves, &[], &tun.link, 51820, Own::new().unwrap()).unwrap();
             let mut desired = capture.on_tun(&self.netlink).unwrap();
             desired.extend(capture.on_entrance(&self.netlink, &self.uplink).unwrap());
             desired

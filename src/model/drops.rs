@@ -88,6 +88,9 @@ drop_reasons! {
     OutgoingNoAddress = "outgoing_no_address",
     /// The new server began too many connections in a short time.
     OutgoingLimited = "outgoing_limited",
+    /// The new server began a connection with the addresses and ports of one that the old server
+    /// has itself.
+    OutgoingTaken = "outgoing_taken",
     /// A client's source address lies in a network of the new server's own.
     MartianSource = "martian_source",
     /// The destination is not an address that was moved.

@@ -425,16 +425,6 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
     }
     let deliver_to = DeliverTo::all(&given.deliver_to);
     let deliver_to = deliver_to.map_err(|error| origin.refuse("deliver-to", error))?;
-    if !given.allow_outgoing.is_empty()
-        && let Some(part) = given.moves.iter().find(|moved| !moved.is_whole())
-    {
-        let problem = format!(
-            "only a part of {} has moved, and the answers to a connection that begins on the new \
-             server come to a port of its own; move the whole address, as in --move {}",
-            part.prefix, part.prefix
-        );
-        return Err(origin.refuse("allow-outgoing", problem));
-    }
     if deliver_to == DeliverTo::Keep && given.accept.is_empty() {
         let problem = format!(
             "`keep` puts the addresses that the old server names on this server, so say which \
@@ -821,10 +811,6 @@ mod tests {
             ),
             ("--allow-outgoing".to_owned(), "belongs on the old server"),
             (
-                "--allow-outgoing --move 192.0.2.5:25/tcp".to_owned(),
-                "a port of its own",
-            ),
-            (
                 format!("--move 192.0.2.5{many_allowed}"),
                 "65 are more than",
             ),
@@ -838,6 +824,7 @@ mod tests {
             let error = config(&format!("{peer} {line}")).unwrap_err();
             assert!(error.contains(says), "{line}: {error}");
         }
+        good("--allow-outgoing --move 192.0.2.5:25/tcp");
         good("--outgoing 25,as=192.0.2.5 --outgoing 25,as=2001:db8::5");
         good("--outgoing 25/tcp,user=8 --outgoing 25/tcp,user=9");
     }

@@ -29,6 +29,7 @@ use crate::kernel::bpf::Loaded;
 use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
 use crate::kernel::programs::{self, Facts, Own};
+use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 
 /// The programs of one old server, in the kernel, with what they know. They stay the same while
@@ -39,21 +40,31 @@ pub struct Capture {
     tun: Link,
     facts: Facts,
     loaded: Loaded,
+    /// How many drops were told.
+    told: u64,
 }
 
 impl Capture {
     /// Loads the programs for `moves`, with the TUN, which must exist, the tunnel's own UDP port on
-    /// this host, and the memory of what is [this host's own](super::own::memory()). This changes
+    /// this host, and the memory of what is [this host's own](super::own::memory()). From the
+    /// addresses of those moves that `begin` the new server may begin connections. This changes
     /// nothing yet.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn new(moves: &[Move], tun: &Link, port: u16, own: Own) -> Result<Self, PlanError> {
+    pub fn new(
+        moves: &[Move],
+        begin: &[Move],
+        tun: &Link,
+        port: u16,
+        own: Own,
+    ) -> Result<Self, PlanError> {
         let capture = Self {
             port,
             tun: tun.clone(),
-            facts: Facts::remembering(moves, own)?,
+            facts: Facts::remembering(moves, begin, own)?,
             loaded: Loaded::default(),
+            told: 0,
         };
         // For interfaces that come later, too.
         for l2_header in [0, ETHERNET_HEADER] {
@@ -84,6 +95,13 @@ impl Capture {
     /// Packets to what has moved that stayed here, since the memory began.
     pub fn stayed(&self) -> u64 {
         self.facts.own().stayed()
+    }
+
+    /// What the programs have dropped since the last call.
+    pub fn take_drops(&mut self) -> (DropReason, u64) {
+        let refused = self.facts.refused();
+        let before = std::mem::replace(&mut self.told, refused);
+        (DropReason::OutgoingTaken, refused.saturating_sub(before))
     }
 
     /// Takes in the connections of hosts behind this one that are older than these programs, unless
@@ -176,7 +194,7 @@ mod tests {
 
     use super::*;
     use crate::kernel::Host;
-    use crate::kernel::plan::carriers;
+    use crate::kernel::plan::{carriers, own};
     use crate::kernel::testing::{
         Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter,
     };
@@ -196,7 +214,7 @@ mod tests {
 
     fn start(netlink: &Netlink, moves: &[Move], tun: &Tun) -> Capture {
         let tun = netlink.link_by_index(tun.link.index).unwrap().unwrap();
-        Capture::new(moves, &tun, 51820, Own::new().unwrap()).unwrap()
+        Capture::new(moves, moves, &tun, 51820, Own::new().unwrap()).unwrap()
     }
 
     /// The changes for every entrance that there is.
@@ -271,7 +289,12 @@ mod tests {
             assert_eq!(own.recv(&mut [0; 100]).unwrap(), 5);
 
             // A kill: the capture leads into nothing, and nothing replies.
-            drop((tun, host));
+            let remembered = capture.memory().len();
+            drop((tun, host, capture));
+            let links = std::slice::from_ref(&router.uplink);
+            let memory = own::memory(&netlink, links, &[]).unwrap();
+            assert!(memory.resumes(), "the next daemon finds what this one knew");
+            assert_eq!(memory.lasting().len(), remembered);
             let own = bound(end("192.0.2.5", 53));
             client.send_to(b"question", end("192.0.2.5", 53)).unwrap();
             assert!(own.recv(&mut [0; 100]).is_err());

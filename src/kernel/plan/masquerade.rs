@@ -70,7 +70,7 @@ pub fn plan(
         local.push((moved.prefix.first(), way(uplink)?));
     }
     let own = super::own::memory(netlink, std::slice::from_ref(uplink), &[])?;
-    let facts = Facts::remembering(moves, own)?;
+    let facts = Facts::remembering(moves, &[], own)?;
     let l2 = l2_header(uplink)?;
     let out = programs::way_out(way(uplink)?, &servers, &local, facts.own())?;
     let capture = programs::capture(&facts, l2, tun.index, None)?;

@@ -11,7 +11,7 @@ use crate::kernel::bpf;
 use crate::kernel::change::Change;
 use crate::kernel::conntrack;
 use crate::kernel::netlink::{Direction, Link, Netlink, NetlinkError};
-use crate::kernel::programs::{NOTE_OWN, Own};
+use crate::kernel::programs::{CAPTURE, NOTE_OWN, Own};
 use crate::model::moved::{Move, Transport};
 use crate::model::scopes::Scopes;
 
@@ -22,16 +22,20 @@ use crate::model::scopes::Scopes;
 /// # Errors
 /// If the kernel refuses.
 pub fn memory(netlink: &Netlink, links: &[Link], kept: &[OwnedFd]) -> Result<Own, PlanError> {
-    if let Some(found) = Own::found(kept) {
+    if let Some(found) = Own::found(kept)? {
         return Ok(found);
     }
     for link in links {
-        for filter in netlink.filters(link.index, Direction::Egress)? {
-            let ours = filter.name.as_deref() == Some(NOTE_OWN);
-            let id = filter.program_id.filter(|_| ours);
-            if let Some(found) = id.and_then(|id| Own::found(&bpf::of_program(id))) {
-                return Ok(found);
-            }
+        // None of the two has all of it.
+        let mut maps = Vec::new();
+        for (direction, name) in [(Direction::Egress, NOTE_OWN), (Direction::Ingress, CAPTURE)] {
+            let filters = netlink.filters(link.index, direction)?;
+            let ours = filters.iter().filter(|it| it.name.as_deref() == Some(name));
+            let programs = ours.filter_map(|filter| filter.program_id);
+            maps.extend(programs.flat_map(bpf::of_program));
+        }
+        if let Some(found) = Own::found(&maps)? {
+            return Ok(found);
         }
     }
     Ok(Own::new()?)

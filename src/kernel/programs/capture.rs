@@ -5,6 +5,8 @@
 //! * A move of ports takes TCP and UDP packets by destination port, ICMP errors that quote a packet
 //!   from such a port, and every fragment of the transports concerned, since only the first one
 //!   shows its port.
+//! * Where the new server may begin connections from other ports than have moved, their answers are
+//!   taken as well, exactly, and every fragment.
 //! * A packet that the daemon has bounced ([`return_path`](super::return_path())) passes.
 //! * It takes only packets for this host that belong to no VLAN (a tag that has a priority only
 //!   does not count), and never a UDP datagram to one of the tunnel's own ends, nor an ICMP error
@@ -28,18 +30,21 @@
 //!     the same, past extension headers; and the link's own ICMPv6 passes, by address too
 //! } else pass;
 //!
-//! other:     if (rights & WHOLE) take; else pass;
-//! fragment:  if (rights & WHOLE || rights has ports of protocol) take; else pass;
+//! other:     if (rights & WHOLE) take; else not;
+//! fragment:  if (rights & (WHOLE | BEGINS) || rights has ports of protocol) take; else pass;
 //! port:      if (UDP && port == tunnel.port && rights & TUNNEL_END) pass;
-//!            if (rights & WHOLE || port in the set of the protocol) take; else pass;
+//!            if (rights & WHOLE || port in the set of the protocol) take; else not;
 //!
+//! not:       if (rights & BEGINS && the new server has begun it) goto begun;   // see `begun`
+//!            pass;
 //! take:      if (it is this host's own) pass;                  // see `stays`
-//!            skb_vlan_pop(); return redirect(tun, 0);
+//! begun:     skb_vlan_pop(); return redirect(tun, 0);
 //! pass:      return TC_ACT_UNSPEC;
 //! ```
 
 use Reg::{R0, R9, R10};
 
+use super::begun::pass_unless_begun;
 use super::facts::Facts;
 use super::headers::{fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, ports};
 use super::moved::Family;
@@ -53,6 +58,9 @@ use super::rights::Rights;
 use super::stays::leave_own;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
+
+/// The program's name.
+pub const CAPTURE: &str = "ipmoved_capture";
 
 /// What has moved of the destination: [`Rights`].
 const RIGHTS: Reg = R9;
@@ -89,21 +97,30 @@ pub fn capture(
     a.bind(v6);
     read_ipv6(a, &facts.rights, l2_header, ways);
 
+    let begun = a.label();
+    let not_moved = facts.begun.as_ref().map_or(ways.pass, |_| a.label());
     a.bind(ways.other);
     Rights::jump_if_whole(a, RIGHTS, ways.take);
-    a.jump(ways.pass);
+    a.jump(not_moved);
     a.bind(ways.fragment);
     Rights::decide_by_protocol(a, RIGHTS, ways.take, ways.pass);
     a.bind(ways.port);
-    let exits = (ways.take, ways.pass);
+    let exits = (ways.take, not_moved, ways.pass);
     (facts.rights).decide_by_port(a, RIGHTS, PORT, tunnel_port, exits);
+    if facts.begun.is_some() {
+        a.bind(not_moved);
+        Rights::jump_unless_it_begins(a, RIGHTS, ways.pass);
+        pass_unless_begun(a, l2_header, &facts.own, ways.pass);
+        a.jump(begun);
+    }
 
     a.bind(ways.take);
     leave_own(a, l2_header, &facts.own);
+    a.bind(begun);
     take(a, tun_ifindex);
     a.bind(ways.pass);
     verdict(a, TC_ACT_UNSPEC);
-    asm.finish("ipmoved_capture")
+    asm.finish(CAPTURE)
 }
 
 /// The exits of the part that reads addresses and headers. RIGHTS are known in all but the first

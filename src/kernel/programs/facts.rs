@@ -13,6 +13,7 @@
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 
+use super::begun::Begun;
 use super::own::Own;
 use super::rights::Rights;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
@@ -28,6 +29,9 @@ const WORDS: usize = 2;
 pub struct Facts {
     words: Words,
     pub(super) rights: Rights,
+    /// Whether the new server may begin something from a port that has not moved, and how often
+    /// that was refused.
+    pub(super) begun: Option<Begun>,
     /// What is this host's own.
     pub(super) own: Own,
 }
@@ -36,19 +40,32 @@ impl Facts {
     /// The memory for these moves. Nothing is known at first.
     #[cfg(test)]
     pub fn new(moves: &[Move]) -> Result<Self, BpfError> {
-        Self::remembering(moves, Own::new()?)
+        Self::remembering(moves, &[], Own::new()?)
     }
 
-    /// The memory for these moves, with what is known of this host's own.
+    /// The memory for these moves, with what is known of this host's own. From the addresses of
+    /// those that `begin` the new server may begin connections, whatever port they have.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn remembering(moves: &[Move], own: Own) -> Result<Self, BpfError> {
+    pub fn remembering(moves: &[Move], begin: &[Move], mut own: Own) -> Result<Self, BpfError> {
+        let rights = Rights::new(moves, begin)?;
+        let begun = match rights.begins() {
+            true => Some(Begun::new(&mut own)?),
+            false => None,
+        };
         Ok(Self {
             words: Words::new("ipmoved_facts", WORDS)?,
-            rights: Rights::new(moves)?,
+            rights,
+            begun,
             own,
         })
+    }
+
+    /// Packets that began a connection of the new server which this host has itself, and were
+    /// dropped, since these programs were made.
+    pub fn refused(&self) -> u64 {
+        self.begun.as_ref().map_or(0, Begun::refused)
     }
 
     /// What is this host's own.

@@ -15,6 +15,8 @@
 //!            and ICMP it is not noted
 //! fragments  u64, unused
 //!            fragmented packets of own conversations under way, by identification
+//! begun      u64 seen
+//!            what the new server has begun from ports that have not moved, see `begun`
 //! noted      by a hash of the flow: u64 hash_and_time
 //!            where the new server's answer was noted of late, so that it need not be noted again
 //! facts      struct { u64 since; u64 stayed; }
@@ -55,6 +57,10 @@ pub(super) const YOUNG_IDLE: Duration = Duration::from_secs(5);
 /// Conversations that are remembered, of either kind. The one used least recently gives way; 65,536
 /// take some 8 MB of kernel memory.
 const MAX_OWN: u32 = 65_536;
+
+/// Connections of the new server from ports that have not moved that are remembered: a minute of
+/// the fastest pace at which it may begin them. The one used least recently gives way.
+const MAX_BEGUN: u32 = 65_536;
 
 /// Fragmented packets under way at the same time; see [`flows`](super::flows).
 const MAX_FRAGMENTED: u32 = 4096;
@@ -107,6 +113,7 @@ const fn table(name: &'static str, value_size: usize, max_entries: u32) -> Shape
 const OWN: Shape = table("ipmoved_own", OWN_BYTES, MAX_OWN);
 const TAKEN: Shape = table("ipmoved_taken", 8, MAX_OWN);
 const FRAGMENTS: Shape = table("ipmoved_ownfrag", 8, MAX_FRAGMENTED);
+const BEGUN: Shape = table("ipmoved_begun", 8, MAX_BEGUN);
 const NOTED: Shape = Shape {
     kind: MapKind::Array,
     name: "ipmoved_noted",
@@ -129,6 +136,8 @@ pub struct Own {
     pub(super) taken: Map,
     pub(super) fragments: Map,
     pub(super) noted: Map,
+    /// None while the new server may begin nothing from such a port.
+    pub(super) begun: Option<Map>,
     facts: Map,
     /// A daemon that was killed had it before.
     resumes: bool,
@@ -148,6 +157,7 @@ impl Own {
             taken: Map::new(TAKEN)?,
             fragments: Map::new(FRAGMENTS)?,
             noted: Map::new(NOTED)?,
+            begun: None,
             facts: Map::new(FACTS)?,
             resumes: false,
         };
@@ -155,22 +165,43 @@ impl Own {
         Ok(memory)
     }
 
-    /// The memory among these descriptors, if all of it is there with the same measures.
-    pub fn found(descriptors: &[OwnedFd]) -> Option<Self> {
+    /// The memory among these descriptors, if that of conversations is there with the same
+    /// measures. What lives for moments only is made, where it is not.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn found(descriptors: &[OwnedFd]) -> Result<Option<Self>, BpfError> {
         let find = |shape: Shape| {
             descriptors
                 .iter()
                 .filter_map(|fd| fd.try_clone().ok())
                 .find_map(|fd| Map::from_fd(fd, shape))
         };
-        Some(Self {
-            own: find(OWN)?,
-            taken: find(TAKEN)?,
-            fragments: find(FRAGMENTS)?,
-            noted: find(NOTED)?,
-            facts: find(FACTS)?,
+        let found = (find(OWN), find(TAKEN), find(FACTS));
+        let (Some(own), Some(taken), Some(facts)) = found else {
+            return Ok(None);
+        };
+        let find_or_make = |shape| find(shape).map_or_else(|| Map::new(shape), Ok);
+        Ok(Some(Self {
+            own,
+            taken,
+            facts,
+            fragments: find_or_make(FRAGMENTS)?,
+            noted: find_or_make(NOTED)?,
+            begun: find(BEGUN),
             resumes: true,
-        })
+        }))
+    }
+
+    /// Makes room for what the new server begins from ports that have not moved, unless there is.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(super) fn remember_begun(&mut self) -> Result<(), BpfError> {
+        if self.begun.is_none() {
+            self.begun = Some(Map::new(BEGUN)?);
+        }
+        Ok(())
     }
 
     /// All of it, for [`found`](Self::found).
@@ -180,12 +211,15 @@ impl Own {
             taken,
             fragments,
             noted,
+            begun,
             facts,
             resumes: _,
         } = self;
         [own, taken, fragments, noted, facts]
+            .into_iter()
+            .chain(begun)
             .map(AsFd::as_fd)
-            .into()
+            .collect()
     }
 
     /// Whether a daemon that was killed had this memory before.

@@ -14,6 +14,7 @@
 //! alike.
 //!
 //! ```text
+//! note that the new server has answered, or begun;             // see `stays`, `begun`
 //! if (!IP) return TC_ACT_UNSPEC;
 //! if (ip.daddr in moves) {
 //!     skb_change_head(14); ethernet.type = skb->protocol;
@@ -35,6 +36,7 @@
 
 use Reg::{R0, R1, R2, R3, R4, R5, R7, R8, R9, R10};
 
+use super::begun::note_begun;
 use super::facts::Facts;
 use super::headers::{ethernet, fib, ipv4, ipv6, skb};
 use super::moved::Family;
@@ -74,6 +76,7 @@ pub fn return_path(facts: &Facts, tun_ifindex: u32) -> Result<Program, BpfError>
     let (found, by_uplink, refused) = (a.label(), a.label(), a.label());
     keep_packet(a);
     note_answered(a, 0, &facts.own);
+    note_begun(a, facts, refused);
     branch_by_family(a, v6, other);
     jump_if_moved(a, facts, Family::V4, bounced, other);
     facts.jump_if_always(a, R0, by_uplink);

@@ -9,6 +9,7 @@
 //!                  // bits 13 to 25: the set of UDP ports
 //!                  // WHOLE: every protocol, whatever its ports
 //!                  // TUNNEL_END: the tunnel's port of UDP is the tunnel's own there
+//!                  // BEGINS: the new server may begin something from the other ports, see `begun`
 //! u64 sets[][1024]; // one bit for each port; equal sets are one
 //! ```
 
@@ -34,6 +35,7 @@ const SET: u32 = (1 << SET_BITS) - 1;
 
 const WHOLE: u32 = 1 << 28;
 const TUNNEL_END: u32 = 1 << 29;
+const BEGINS: u32 = 1 << 30;
 
 const _: () = assert!(MAX_PORT_SETS < SET as usize);
 
@@ -44,8 +46,10 @@ const SET_WORDS: u32 = 10;
 /// Ports of a word, as a power of two.
 const WORD_PORTS: u32 = 6;
 
-/// Where the number of a word lies on the stack: below an IPv6 address and its length.
-const WORD_AT: i16 = -24;
+/// Where the number of a word lies on the stack: below what else programs keep while they ask. It
+/// is no multiple of 8, so that no kernel takes it for a spilled register, over which a program
+/// without CAP_PERFMON may write nothing shorter.
+const WORD_AT: i16 = -180;
 
 /// What has moved.
 #[derive(Debug)]
@@ -60,12 +64,13 @@ pub(super) struct Rights {
 }
 
 impl Rights {
-    /// For these moves. The tunnel has no end at any of them at first.
+    /// For these moves, some of which `begin`. The tunnel has no end at any of them at first.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub(super) fn new(moves: &[Move]) -> Result<Self, BpfError> {
+    pub(super) fn new(moves: &[Move], begin: &[Move]) -> Result<Self, BpfError> {
         let scopes = Scopes::new(moves);
+        let begin = Scopes::new(begin);
         let mut numbers: HashMap<Vec<RangeInclusive<u16>>, u32> = HashMap::new();
         let mut of_scopes = Vec::with_capacity(scopes.len());
         for scope in 0..scopes.len() {
@@ -81,7 +86,9 @@ impl Rights {
                     *numbers.entry(ports).or_insert(next)
                 }
             });
-            of_scopes.push(tcp | udp << SET_BITS);
+            let begins = begin.contains(scopes.prefix(scope).first());
+            let begins = if begins { BEGINS } else { 0 };
+            of_scopes.push(tcp | udp << SET_BITS | begins);
         }
         let name = "ipmoved_ports";
         let sets = Map::new(Shape {
@@ -103,6 +110,11 @@ impl Rights {
         };
         rights.moved.update(rights.entries(&BTreeSet::new()))?;
         Ok(rights)
+    }
+
+    /// Whether the new server may begin something from a port that has not moved.
+    pub(super) fn begins(&self) -> bool {
+        self.of_scopes.iter().any(|rights| rights & BEGINS != 0)
     }
 
     /// From now on the tunnel's own ends are at those of these addresses that have moved.
@@ -151,10 +163,11 @@ impl Rights {
         a.load(Size::W, rights, R0, 0);
     }
 
-    /// Jumps to `taken` if any port of PROTOCOL has moved, and to `not` if none has.
+    /// Jumps to `taken` if any port of PROTOCOL has moved, or counts as if it had where the new
+    /// server may begin something, and to `not` if none has.
     pub(super) fn decide_by_protocol(a: &mut Assembler, rights: Reg, taken: Label, not: Label) {
         let next = a.label();
-        a.jump_if(rights, If::Set, WHOLE, taken);
+        a.jump_if(rights, If::Set, WHOLE | BEGINS, taken);
         a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), next);
         a.jump_if(rights, If::Set, SET, taken);
         a.jump(not);
@@ -164,21 +177,21 @@ impl Rights {
         a.jump(not);
     }
 
-    /// Jumps to `taken` if a port of PROTOCOL, which is TCP or UDP, has moved, and to `not` if it
-    /// has not, or if it is the tunnel's own, `tunnel_port` of UDP at one of its ends.
+    /// Jumps to `taken` if a port of PROTOCOL, which is TCP or UDP, has moved; to `not` if it has
+    /// not; and to `tunnel` if it is the tunnel's own, `tunnel_port` of UDP at one of its ends.
     pub(super) fn decide_by_port(
         &self,
         a: &mut Assembler,
         rights: Reg,
         port: Reg,
         tunnel_port: Option<u16>,
-        (taken, not): (Label, Label),
+        (taken, not, tunnel): (Label, Label, Label),
     ) {
         let (others, tcp) = (a.label(), a.label());
         if let Some(tunnel_port) = tunnel_port {
             a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), others);
             a.jump_if(port, If::Ne, i32::from(tunnel_port), others);
-            a.jump_if(rights, If::Set, TUNNEL_END, not);
+            a.jump_if(rights, If::Set, TUNNEL_END, tunnel);
         }
         a.bind(others);
         a.jump_if(rights, If::Set, WHOLE, taken);
@@ -209,6 +222,14 @@ impl Rights {
         a.mov(R0, rights);
         a.alu(Alu::And, R0, WHOLE | TUNNEL_END);
         a.jump_if(R0, If::Eq, WHOLE, to);
+    }
+
+    /// Jumps unless the new server may begin something from a port that has not moved.
+    pub(super) fn jump_unless_it_begins(a: &mut Assembler, rights: Reg, to: Label) {
+        let begins = a.label();
+        a.jump_if(rights, If::Set, BEGINS, begins);
+        a.jump(to);
+        a.bind(begins);
     }
 
     /// Jumps if all of the address has moved.

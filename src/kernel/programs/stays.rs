@@ -129,7 +129,7 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
 
 /// Jumps to `stay` if a conversation that this host has begun, with its value at R0, still is one;
 /// forgets it otherwise.
-fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
+pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
     let (tcp, begins, forget) = (a.label(), a.label(), a.label());
     let (young, in_time, gone) = (a.label(), a.label(), a.label());
     a.mov(FOUND, R0);
@@ -181,7 +181,7 @@ fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
 
 /// Jumps to `stay` if a socket of this host has a connection with the sender, or is about to; to
 /// `anew` if the sender begins one in place of what was closed.
-fn ask_sockets(a: &mut Assembler, stay: Label, anew: Label) {
+pub(super) fn ask_sockets(a: &mut Assembler, stay: Label, anew: Label) {
     let (udp, nobody, waits) = (a.label(), a.label(), a.label());
     a.jump_if(PROTOCOL, If::Eq, i32::from(UDP), udp);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), nobody);
