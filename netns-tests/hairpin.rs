@@ -22,7 +22,7 @@ use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setu
 /// The gateway of the containers, and the containers themselves.
 const BRIDGE: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
 const BRIDGE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xd0c, 0, 0, 0, 0, 0, 1);
-const FIRST: (Ipv4Addr, Ipv6Addr) = container(2);
+pub(crate) const FIRST: (Ipv4Addr, Ipv6Addr) = container(2);
 const SECOND: (Ipv4Addr, Ipv6Addr) = container(3);
 
 const fn container(n: u8) -> (Ipv4Addr, Ipv6Addr) {
@@ -38,7 +38,7 @@ fn ends() -> [(IpAddr, IpAddr); 2] {
 }
 
 /// A container on a host, on the bridge that Docker makes.
-fn run_container(lab: &Lab, host: &Namespace, n: u8) -> Result<Namespace> {
+pub(crate) fn run_container(lab: &Lab, host: &Namespace, n: u8) -> Result<Namespace> {
     let (v4, v6) = container(n);
     let addresses = [(v4.into(), 16), (v6.into(), 64)];
     let gateways = [(BRIDGE.into(), 16), (BRIDGE6.into(), 64)];
@@ -46,7 +46,7 @@ fn run_container(lab: &Lab, host: &Namespace, n: u8) -> Result<Namespace> {
     lab.add_behind(host, ("docker0", &port), &addresses, &gateways)
 }
 
-fn client(host: &Namespace, (v4, v6): (Ipv4Addr, Ipv6Addr)) -> Client<'_> {
+pub(crate) fn client(host: &Namespace, (v4, v6): (Ipv4Addr, Ipv6Addr)) -> Client<'_> {
     Client::new(host, v4, v6)
 }
 
@@ -68,7 +68,7 @@ fn shell(host: &Namespace, script: &str) -> Result {
 
 /// What Docker makes of netfilter where it publishes no port: containers speak to the world in the
 /// host's name, and what is forwarded to them has to answer them.
-fn docker(host: &Namespace) -> Result {
+pub(crate) fn docker(host: &Namespace) -> Result {
     shell(
         host,
         "sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1

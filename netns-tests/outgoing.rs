@@ -7,17 +7,20 @@
 //!                                                   192.0.2.5, or to nothing
 //! ```
 
-use std::net::IpAddr;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ipmoved::internals::Role;
-use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6};
+use ipmoved::internals::{DEFAULT_PORT, Role};
+use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, OLD, ROUTER_NEW};
 use ipmoved::lab::{
     Capture, Client, DaemonSetup, Daemons, Lab, LabError, Probe, Service, UdpService, poll_until,
 };
 
+use crate::hairpin::{self, docker, run_container};
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
 /// The servers of others, each with its own moved address and the new server's own.
@@ -65,6 +68,22 @@ fn unmoved(lab: &Lab) -> Client<'_> {
 fn seen(program: &Client<'_>, to: (IpAddr, u16)) -> Result<(IpAddr, u16)> {
     let seen = program.get(to)?.client_seen;
     Ok((seen.ip(), seen.port()))
+}
+
+/// How curl is told of a server.
+fn url((addr, port): (IpAddr, u16)) -> String {
+    format!("http://{}/", SocketAddr::new(addr, port))
+}
+
+/// As [`seen`], where a command of the new server asks.
+fn seen_by(lab: &Lab, command: &mut Command) -> Result<IpAddr> {
+    let command = std::mem::replace(command, Command::new("true"));
+    let said = lab.new_server().output(command, PATIENCE)?;
+    let mut lines = said.stdout.lines();
+    let client = lines.find_map(|it| it.strip_prefix("client "));
+    let addr = client.and_then(|it| it.trim().parse::<SocketAddr>().ok());
+    addr.map(|it| it.ip())
+        .ok_or_else(|| LabError::unexpected(format!("{said:?}")))
 }
 
 /// Nothing had a moved address on the new server's uplink.
@@ -153,23 +172,9 @@ fn connections_leave_from_the_moved_address_by_their_port() -> Result {
         assert_eq!(seen(&program, (other, 443))?.0, own);
         // Mail of one user, and that of others.
         let ask = |user: u32| {
-            let host = if other.is_ipv4() {
-                other.to_string()
-            } else {
-                format!("[{other}]")
-            };
             let mut curl = Command::new("curl");
-            curl.args(["-sS", "-m", "5", &format!("http://{host}:587/")])
-                .uid(user)
-                .gid(user);
-            let said = lab.new_server().output(curl, PATIENCE)?;
-            let client = said
-                .stdout
-                .lines()
-                .find_map(|it| it.strip_prefix("client "));
-            let addr = client.and_then(|it| it.trim().parse::<std::net::SocketAddr>().ok());
-            addr.map(|it| it.ip())
-                .ok_or_else(|| LabError::unexpected(format!("{said:?}")))
+            curl.args(["-sS", "-m", "5", &url((other, 587))]);
+            seen_by(&lab, curl.uid(user).gid(user))
         };
         assert_eq!((ask(8)?, ask(9)?), (moved, own));
         // Datagrams, of which nobody has said that they are the first.
@@ -307,4 +312,222 @@ fn what_is_not_allowed_fails_at_once_and_never_leaves_bare() -> Result {
         is_not_bare(&tap.stop()?);
     }
     Ok(())
+}
+
+/// Port 80 has moved, and some of UDP of one family; the rest is the old server's.
+const PORTS: [&str; 3] = [
+    "192.0.2.5:80/tcp",
+    "[2001:db8:a::5]:80/tcp",
+    "192.0.2.5:53/udp",
+];
+
+#[test]
+fn single_ports_may_have_moved_and_the_old_server_keeps_the_others() -> Result {
+    let lab = Lab::new()?;
+    let new = ["--outgoing", "25/tcp", "--outgoing", "from:20/tcp"];
+    let setup = setup(&lab)?.moves(&PORTS).accept_what_moves();
+    let setup = setup.args(Role::New, &new);
+    let setup = setup.args(Role::Old, &["--allow-outgoing"]);
+    let Daemons { mut old, new } = start(&setup)?;
+    let _application = [
+        Service::start(lab.new_server(), NEW)?,
+        Service::start(lab.new_server(), NEW6)?,
+    ];
+    let tap = lab.tap(Leg::New)?;
+    let old_server = Client::new(lab.old_server(), MOVED, MOVED6);
+    for killed in [false, true] {
+        let mut talks = Vec::new();
+        for (other, moved, own) in OTHERS {
+            let mail = Service::start(lab.clients(), (other, 25))?;
+            let web = Service::start(lab.clients(), (other, 8_020))?;
+            let games = UdpService::start(lab.clients(), (other, 27_010))?;
+            let program = bound(&lab);
+            assert_eq!(seen(&program, (other, 25))?.0, moved);
+            program.download((other, 25), MEGABYTE)?;
+            program.upload((other, 25), MEGABYTE)?;
+            for size in [8, 1_372, 9_000] {
+                program.udp((other, 27_010), &vec![b'u'; size])?;
+            }
+            assert!(games.peers().iter().all(|peer| peer.ip() == moved));
+            program.ping(other, 56)?;
+            program.ping(other, 4_000)?;
+            assert_eq!(program.probe_tcp((other, 26), PATIENCE)?, Probe::Refused);
+            assert_eq!(program.probe_udp((other, 26), PATIENCE)?, Probe::Refused);
+            // By port, without touching a program.
+            let program = unmoved(&lab);
+            assert_eq!(seen(&program, (other, 25))?.0, moved);
+            let from_20 = seen(&program.from_port(20), (other, 8_020))?;
+            assert_eq!(from_20, (moved, 20));
+            assert_eq!(seen(&program, (other, 8_020))?.0, own);
+            // What the old server serves and asks itself, from the same address.
+            let _ssh = Service::start(lab.old_server(), (moved, 22))?;
+            let _dns = UdpService::start(lab.old_server(), (moved, 54))?;
+            lab.client().get((moved, 22))?.is_answered_by(moved)?;
+            lab.client().udp((moved, 54), &[b'd'; 3_000])?;
+            lab.client().ping(moved, 4_000)?;
+            lab.client().get(moved)?.for_the_client_itself()?;
+            assert_eq!(seen(&old_server, (other, 25))?.0, moved);
+            old_server.udp((other, 27_010), b"register")?;
+            old_server.ping(other, 56)?;
+            // Its own connection has the very addresses and ports: it goes on, alone.
+            let mut own = old_server.from_port(40_000).converse((other, 25))?;
+            let again = bound(&lab).from_port(40_000);
+            assert_eq!(again.probe_tcp((other, 25), SILENCE)?, Probe::Silent);
+            own.exchange(b"still here", PATIENCE)?;
+            talks.push((bound(&lab).converse((other, 25))?, mail, web));
+        }
+        if killed {
+            old.terminate()?;
+            break;
+        }
+        let status = poll_until(PATIENCE, Duration::from_millis(50), || {
+            let status = old.status().ok()?;
+            (status.drops("outgoing_taken") > 0).then_some(())
+        });
+        assert!(status.is_some(), "{:?}", old.status());
+        old.kill()?;
+        for (talk, ..) in &mut talks {
+            talk.say(b"meanwhile")?;
+        }
+        old = setup.start(Role::Old)?;
+        old.wait_until_up()?;
+        for (talk, ..) in &mut talks {
+            talk.hear(b"meanwhile", RECOVERY)?;
+            talk.exchange(b"after", PATIENCE)?;
+        }
+    }
+    is_not_bare(&tap.stop()?);
+    new.terminate().map(drop)
+}
+
+#[test]
+fn containers_leave_from_the_moved_address_by_their_port() -> Result {
+    let lab = Lab::new()?;
+    // Each end of the tunnel has its port at one address.
+    let [listen, old_listens] = [NEW, OLD].map(|addr| format!("{addr}:{DEFAULT_PORT}"));
+    let new = [
+        "--outgoing",
+        "25/tcp",
+        "--outgoing",
+        "27000-27050/udp",
+        "--listen",
+        &listen,
+    ];
+    let old = ["--allow-outgoing", "--listen", &old_listens];
+    let daemons = both(&lab, &new, &old)?.start_both()?;
+    until_bound(&lab)?;
+    let behind = run_container(&lab, lab.new_server(), 2)?;
+    docker(lab.new_server())?;
+    let container = hairpin::client(&behind, hairpin::FIRST);
+    let tap = lab.tap(Leg::New)?;
+    for (other, moved, own) in OTHERS {
+        let mail = Service::start(lab.clients(), (other, 25))?;
+        let _web = Service::start(lab.clients(), (other, 443))?;
+        assert_eq!(container.get((other, 25))?.client_seen.ip(), moved);
+        assert_eq!(container.get((other, 443))?.client_seen.ip(), own);
+        container.download((other, 25), MEGABYTE)?;
+        container.upload((other, 25), MEGABYTE)?;
+        let mut talk = container.converse((other, 25))?;
+        talk.exchange(b"no socket here tells of it", PATIENCE)?;
+        // The tunnel's own port is one like others, of a container and at another address.
+        let games = UdpService::start(lab.clients(), (other, 27_010))?;
+        for program in [container, bound(&lab)] {
+            let from_there = program.from_port(DEFAULT_PORT);
+            for size in [8, 3_000] {
+                from_there.udp((other, 27_010), &vec![b'u'; size])?;
+            }
+            container.udp((other, 27_010), b"register")?;
+        }
+        assert!(
+            games.peers().iter().all(|peer| peer.ip() == moved),
+            "{:?}",
+            games.peers()
+        );
+        // Its resets come back, and those of the other end.
+        drop(mail);
+        assert_eq!(container.probe_tcp((other, 25), PATIENCE)?, Probe::Refused);
+        assert_eq!(
+            container.probe_udp((other, 27_011), PATIENCE)?,
+            Probe::Refused
+        );
+    }
+    // Near is near for containers as well.
+    let near = Service::start(lab.router(), (ROUTER_NEW, 25))?;
+    let seen = container.get((ROUTER_NEW, 25))?.client_seen.ip();
+    assert_eq!(seen, IpAddr::from(NEW));
+    drop(near);
+    is_not_bare(&tap.stop()?);
+    daemons.terminate()
+}
+
+/// A control group of a test, which goes with it.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Where control groups of version 2 are, if this test may make some.
+    fn mount() -> Option<&'static Path> {
+        let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
+        let mut mounts = mounts.into_iter().map(Path::new);
+        mounts.find(|it| it.join("cgroup.controllers").exists())
+    }
+
+    fn new(path: PathBuf) -> std::io::Result<Self> {
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// A command that runs in it.
+    fn run(&self, command: &str) -> Command {
+        let mut sh = Command::new("sh");
+        let group = self.0.display();
+        sh.args([
+            "-ec",
+            &format!("echo $$ > {group}/cgroup.procs; exec {command}"),
+        ]);
+        sh
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn connections_of_a_control_group_leave_from_the_moved_address() -> Result {
+    let name = format!("ipmoved-test-{}", std::process::id());
+    let probe = Cgroup::mount().map(|mount| (mount, Cgroup::new(mount.join(&name))));
+    let Some((mount, Ok(probe))) = probe else {
+        println!("SKIPPED: no control group of version 2 can be made here");
+        return Ok(());
+    };
+    drop(probe);
+    let lab = Lab::new()?;
+    let rule = format!("25/tcp,cgroup=/{name}");
+    let daemons = both(&lab, &["--outgoing", &rule], &["--allow-outgoing"])?.start_both()?;
+    until_bound(&lab)?;
+    let made =
+        |path: &str| Cgroup::new(mount.join(path)).map_err(|e| LabError::unexpected(e.to_string()));
+    for round in 0..2 {
+        // A service stops and comes back: its group is another one.
+        let group = made(&name)?;
+        let inner = made(&format!("{name}/worker"))?;
+        let beside = made(&format!("{name}-beside"))?;
+        for (other, moved, own) in OTHERS {
+            let _mail = Service::start(lab.clients(), (other, 25))?;
+            let curl = format!("curl -sS -m 5 {}", url((other, 25)));
+            let is_moved = || {
+                let seen = seen_by(&lab, &mut group.run(&curl)).ok()?;
+                (seen == moved).then_some(())
+            };
+            let found = poll_until(PATIENCE, Duration::from_millis(100), is_moved);
+            assert!(found.is_some(), "round {round}: the group is not found");
+            assert_eq!(seen_by(&lab, &mut inner.run(&curl))?, moved);
+            assert_eq!(seen_by(&lab, &mut beside.run(&curl))?, own);
+            assert_eq!(seen(&unmoved(&lab), (other, 25))?.0, own);
+        }
+        drop((inner, beside));
+    }
+    daemons.terminate()
 }
