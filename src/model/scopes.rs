@@ -383,6 +383,8 @@ struct Part {
 struct Rights {
     /// A move of everything.
     whole: Option<u32>,
+    /// Two such moves.
+    twice: Option<(u32, u32)>,
     tcp: Vec<Part>,
     udp: Vec<Part>,
 }
@@ -390,6 +392,7 @@ struct Rights {
 impl Rights {
     fn enter(&mut self, by: u32, moved: &Move) {
         if moved.is_whole() {
+            self.twice = self.twice.or(self.whole.map(|first| (first, by)));
             self.whole = self.whole.or(Some(by));
             return;
         }
@@ -425,7 +428,7 @@ impl Rights {
 
     /// Sorts the parts, and merges those that overlap. Returns two moves that do, if any.
     fn settle(&mut self) -> Option<(u32, u32)> {
-        let mut pair = None;
+        let mut pair = self.twice;
         for parts in [&mut self.tcp, &mut self.udp] {
             parts.sort_by_key(|part| part.first);
             parts.dedup_by(|part, before| {
@@ -585,6 +588,13 @@ mod tests {
                 transport: [None, Some(Transport::Tcp), Some(Transport::Udp)][transport],
             }
         })
+    }
+
+    #[test]
+    fn one_address_that_has_moved_twice_is_named() {
+        let twice = moves("192.0.2.5 192.0.2.6 192.0.2.5");
+        let refs: Vec<&Move> = twice.iter().collect();
+        assert_eq!(first_overlap(&refs), Some((&twice[0], &twice[2])));
     }
 
     #[test]
