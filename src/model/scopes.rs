@@ -599,6 +599,7 @@ mod tests {
 
     #[test]
     #[ignore = "a measurement: cargo test --lib -- --ignored --nocapture what_overlapping_costs"]
+    #[expect(clippy::disallowed_methods, reason = "a measurement")]
     fn what_overlapping_costs() {
         let nth = |n: u128| IpAddr::V6(((0x2001_0db8 << 96) + n).into());
         // Of one peer: as many single addresses as may be, whole, of two ports, and of 64 ranges.
