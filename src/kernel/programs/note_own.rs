@@ -200,7 +200,7 @@ fn note_other_port(a: &mut Assembler, facts: &Facts, captured: Label, pass: Labe
     a.bind(has_ports);
     load_port(a, KEY_LAST + 2);
     a.mov(PORT, R1);
-    (facts.rights).decide_by_port(a, RIGHTS, PORT, None, (captured, another));
+    (facts.rights).decide_by_port(a, RIGHTS, PORT, None, (captured, another, another));
     a.bind(another);
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), pass);
     Rights::decide_by_protocol(a, RIGHTS, fragmented, pass);
