@@ -11,7 +11,7 @@
 //!     || !(r = rights of ip.saddr)) pass;
 //! parse();                                       // quoted, later, none, other: pass
 //! if (nothing of this protocol has moved by r) pass;          // none of it is captured
-//! if (its port has not) {                                      // only fragments are
+//! if (its port has not, and nothing may begin there) {         // only fragments are
 //!     if (UDP) others[key] = now;                              // once a second
 //!     pass;
 //! }
@@ -187,8 +187,9 @@ fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
     a.store(Size::W, R10, RIGHTS_KEPT, R0);
 }
 
-/// Jumps to `captured` if what answers the packet would be, and to `pass` if not: then only the
-/// fragments are that answer UDP, which is noted for them.
+/// Jumps to `captured` if what answers the packet would be, or may be since the new server begins
+/// something there, and to `pass` if not: then only the fragments are that answer UDP, which is
+/// noted for them.
 fn note_other_port(a: &mut Assembler, facts: &Facts, captured: Label, pass: Label) {
     const RIGHTS: Reg = KIND;
     const PORT: Reg = FOUND;
@@ -196,12 +197,16 @@ fn note_other_port(a: &mut Assembler, facts: &Facts, captured: Label, pass: Labe
     a.load(Size::W, RIGHTS, R10, RIGHTS_KEPT);
     Rights::jump_if_whole(a, RIGHTS, captured);
     jump_if_it_has_ports(a, has_ports);
-    a.jump(pass);
+    Rights::decide_by_protocol(a, RIGHTS, captured, pass);
     a.bind(has_ports);
     load_port(a, KEY_LAST + 2);
     a.mov(PORT, R1);
     (facts.rights).decide_by_port(a, RIGHTS, PORT, None, (captured, another, another));
     a.bind(another);
+    let alone = a.label();
+    Rights::jump_unless_it_begins(a, RIGHTS, alone);
+    a.jump(captured);
+    a.bind(alone);
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), pass);
     Rights::decide_by_protocol(a, RIGHTS, fragmented, pass);
     a.bind(fragmented);
