@@ -166,7 +166,7 @@ impl Impostor {
                 | Event::Endpoint(_)
                 | Event::Arrived(_)
                 | Event::State(_)
-                | Event::PeerSees(_)
+                | Event::PeerSees { .. }
                 | Event::Rtt(_)
                 | Event::PathMtu(_)
                 | Event::Warning(_) => {}

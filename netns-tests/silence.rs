@@ -7,13 +7,15 @@
 //!                                       81 nobody       84 answers blackholed by a rule
 //!                                       82 on lo only   85 dropped by rp_filter
 //! ```
+//!
+//! Other tests have their own ports, with what becomes of them beside it.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
 use std::time::Duration;
 
 use ipmoved::internals::Role;
-use ipmoved::lab::topology::{CLIENT, MOVED, NEW};
+use ipmoved::lab::topology::{CLIENT, MOVED, MOVED6, NEW, NEW6};
 use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, Service, UdpService, poll_until};
 use serde_json::Value;
 
@@ -47,9 +49,13 @@ fn at(addr: impl Into<std::net::IpAddr>, port: u16) -> SocketAddr {
 
 /// A client asks for these ports, and waits for none of them.
 fn ask(lab: &Lab, ports: &[u16]) -> Result {
+    ask_at(lab, MOVED.into(), ports)
+}
+
+fn ask_at(lab: &Lab, addr: std::net::IpAddr, ports: &[u16]) -> Result {
     let asks: Vec<String> = ports
         .iter()
-        .map(|port| format!("(exec 3<>/dev/tcp/{MOVED}/{port}) 2>/dev/null & "))
+        .map(|port| format!("(exec 3<>/dev/tcp/{addr}/{port}) 2>/dev/null & "))
         .collect();
     let line = format!("bash -c '{}'", asks.concat());
     sh(lab.clients(), &[&line])
@@ -79,6 +85,26 @@ fn becomes(setup: &DaemonSetup<'_>, role: Role, what: &str, wanted: (&str, &str)
         let text = format!("{role}: {what} is {last:?}, not {wanted:?}");
         LabError::unexpected(text)
     })
+}
+
+/// Whether the status names a cause of what is asked for.
+fn has_cause(setup: &DaemonSetup<'_>, role: Role, what: &str, cause: &str) -> Result<bool> {
+    let status = setup.status(role)?;
+    let all = status.tunnel()["served"].as_array().cloned();
+    let all = all.unwrap_or_default();
+    let of = all.iter().filter(|served| served["what"] == what);
+    let causes = of.filter_map(|served| served["causes"].as_array());
+    Ok(causes.flatten().any(|found| found["cause"] == cause))
+}
+
+/// Its state becomes this one, whatever the cause.
+fn state_becomes(setup: &DaemonSetup<'_>, role: Role, what: &str, wanted: &str) -> Result {
+    let mut last = Default::default();
+    let reached = poll_until(SECONDS, PAUSE, || {
+        last = state(setup, role, what).ok()?;
+        (last.0 == wanted).then_some(())
+    });
+    reached.ok_or_else(|| LabError::unexpected(format!("{role}: {what} is {last:?}, not {wanted}")))
 }
 
 fn first_line(setup: &DaemonSetup<'_>, role: Role) -> Result<String> {
@@ -128,7 +154,7 @@ fn what_is_not_answered_is_seen_on_both_servers_with_its_cause_until_it_is_well_
         ],
     )?;
     let service = |addr: Ipv4Addr, port| Service::start(new, at(addr, port));
-    let _well = [80, 83, 84, 85].map(|port| service(NEW, port));
+    let _well = [80, 83, 84, 85, 86].map(|port| service(NEW, port));
     let _on_lo = service(Ipv4Addr::LOCALHOST, 82)?;
     let _daemons = setup.start_both()?;
     lab.client().get(at(MOVED, 80))?.is_answered_by(NEW)?;
@@ -296,6 +322,168 @@ fn a_protocol_that_need_not_answer_and_a_scan_are_no_fault() -> Result {
             (&http["state"], &http["answered"]),
             (&"ok".into(), &http["in"])
         );
+    }
+    Ok(())
+}
+
+/// What clients ask for before anybody is there to answer, and what the daemon itself turns away.
+#[test]
+fn what_nobody_serves_yet_and_what_is_turned_away_is_named_on_both_servers() -> Result {
+    let lab = Lab::new()?;
+    let v6 = format!("[{MOVED6}]:80/tcp");
+    let moves = [
+        "192.0.2.5:80/tcp",
+        "192.0.2.5:53/udp",
+        "192.0.2.5:81/tcp",
+        &v6,
+    ];
+    let setup = setup(&lab)?.moves(&moves);
+    let accept = ["--accept", moves[0], "--accept", moves[1], "--accept", &v6];
+    let setup = setup.args(Role::New, &accept);
+    // The second client lies in a network of the new server's own.
+    lab.add_link(
+        lab.new_server(),
+        "eth1",
+        &[("203.0.113.12".parse().unwrap(), 30)],
+    )?;
+    let _daemons = setup.start_both()?;
+    let says = "nothing listens on 198.51.100.2:80 yet";
+    for role in BOTH {
+        first_line_becomes(&setup, role, |line| {
+            line.contains(": up; nothing has come for ") && line.contains("nothing listens on ")
+        })?;
+        becomes(&setup, role, moves[0], ("nothing_in", "nothing_listens"))?;
+        becomes(&setup, role, moves[1], ("nothing_in", "nothing_listens"))?;
+        becomes(&setup, role, &v6, ("nothing_in", "nothing_listens"))?;
+        let text = setup.run(role, &["status"])?.stdout;
+        assert!(text.contains(says), "{text}");
+        let warnings = setup.status(role)?.0["warnings"].to_string();
+        assert!(!warnings.contains("nothing listens"), "{warnings}");
+    }
+    let _application = [
+        Service::start(lab.new_server(), NEW)?,
+        Service::start(lab.new_server(), NEW6)?,
+    ];
+    let _dns = UdpService::start(lab.new_server(), at(NEW, 53))?;
+    for role in BOTH {
+        first_line_becomes(&setup, role, |line| line.ends_with(": up"))?;
+    }
+
+    // What is not accepted, and whom this server does not let come in.
+    ask(&lab, &[81])?;
+    sh(
+        lab.clients(),
+        &[
+            "ip addr add 203.0.113.13/24 dev eth0",
+            "socat -u EXEC:'sleep 8' TCP:192.0.2.5:80,bind=203.0.113.13 >/dev/null 2>&1 & ",
+            "((for n in 1 2 3; do echo $n; sleep 1; done) | socat - \
+              UDP:192.0.2.5:53,bind=203.0.113.13 >/dev/null 2>&1) & ",
+        ],
+    )?;
+    for (what, cause, remedy) in [
+        (moves[2], "not_accepted", "--accept 192.0.2.5:81/tcp"),
+        (moves[0], "refused_source", "--clients-from 203.0.113.12/30"),
+        (moves[1], "refused_source", "--clients-from 203.0.113.12/30"),
+    ] {
+        for role in BOTH {
+            becomes(&setup, role, what, ("silent", cause))?;
+            let text = setup.run(role, &["status"])?.stdout;
+            assert!(text.contains(remedy), "{role} {remedy}: {text}");
+            let warnings = setup.status(role)?.0["warnings"].to_string();
+            assert!(!warnings.contains("lost"), "{warnings}");
+        }
+    }
+    lab.client().get(at(MOVED, 80))?;
+    for role in BOTH {
+        state_becomes(&setup, role, moves[0], "ok")?;
+    }
+    Ok(())
+}
+
+/// Marks, routes, filters and firewalls that keep answers, or packets behind a DNAT.
+#[test]
+fn what_takes_the_answers_is_named() -> Result {
+    let lab = Lab::builder().without_rp_filter().build()?;
+    let moves: Vec<String> = (84..=89)
+        .map(|port| format!("{MOVED}:{port}/tcp"))
+        .chain([format!("[{MOVED6}]:87/tcp")])
+        .collect();
+    let moves: Vec<&str> = moves.iter().map(String::as_str).collect();
+    let setup = setup(&lab)?.moves(&moves);
+    let setup = setup.args(Role::New, &["--uplink", "eth0"]);
+    let new = lab.new_server();
+    let addr = |text: &str| text.parse::<std::net::IpAddr>();
+    let (behind, gateway) = (addr("172.17.0.2").unwrap(), addr("172.17.0.1").unwrap());
+    let container = lab.add_behind(new, ("br0", "veth0"), &[(behind, 16)], &[(gateway, 16)])?;
+    let _inside = Service::start(&container, (behind, 88))?;
+    let service = |addr: std::net::IpAddr, port| Service::start(new, at(addr, port));
+    let _outside = [84, 85, 86, 87, 89].map(|port| service(NEW.into(), port));
+    let _of_v6 = service(NEW6.into(), 87)?;
+    let _daemons = setup.start_both()?;
+    sh(
+        new,
+        &[
+            "sysctl -qw net.ipv4.ip_forward=1",
+            "nft add table ip f",
+            "nft 'add chain ip f fw { type filter hook forward priority 0; policy drop; }'",
+            "nft 'add chain ip f pre { type nat hook prerouting priority -100; }'",
+            "nft add rule ip f pre tcp dport 88 dnat to 172.17.0.2",
+            // The answers of 84 are dropped in output, those of 86 taken by a filter of tc.
+            "nft 'add chain ip f out { type filter hook output priority 0; }'",
+            "nft add rule ip f out tcp sport 84 drop",
+            "tc filter add dev eth0 egress pref 1 protocol ip u32 match ip protocol 6 0xff \
+             match ip sport 86 0xffff flowid 1:1",
+            // Those of 87 get a mark that leads nowhere.
+            "nft add table inet m",
+            "nft 'add chain inet m out { type route hook output priority -150; }'",
+            "nft add rule inet m out tcp sport 87 meta mark set 7",
+            "ip rule add fwmark 7 lookup 107",
+            "ip -6 rule add fwmark 7 lookup 107",
+            "ip route add blackhole default table 107",
+            "ip -6 route add unreachable default table 107",
+            // Those of 85 leave by another link.
+            "ip link add d0 type veth peer name d1",
+            "ip link set d0 up",
+            "ip link set d1 up",
+            "ip route add default dev d0 table 105",
+            "ip rule add ipproto tcp sport 85 lookup 105",
+            "iptables-legacy -A OUTPUT -p tcp --sport 89 -j DROP",
+        ],
+    )?;
+    ask(&lab, &[84, 85, 86, 87, 88, 89])?;
+    ask_at(&lab, MOVED6.into(), &[87])?;
+    let v6 = format!("[{MOVED6}]:87/tcp");
+    for (what, first, also) in [
+        ("192.0.2.5:84/tcp", "firewall", "firewall"),
+        ("192.0.2.5:85/tcp", "route_elsewhere", "route_elsewhere"),
+        ("192.0.2.5:86/tcp", "filter_before", "firewall"),
+        ("192.0.2.5:87/tcp", "rule", "firewall"),
+        (&v6, "rule", "firewall"),
+        ("192.0.2.5:88/tcp", "nothing_listens", "firewall"),
+        ("192.0.2.5:89/tcp", "firewall", "firewall"),
+    ] {
+        state_becomes(&setup, Role::New, what, "silent")?;
+        for cause in [first, also] {
+            let has = poll_until(SECONDS, PAUSE, || {
+                has_cause(&setup, Role::New, what, cause)
+                    .ok()?
+                    .then_some(())
+            });
+            let found = state(&setup, Role::New, what)?;
+            assert!(has.is_some(), "{what}: {found:?}, not {cause}");
+        }
+        // Four are told with their causes.
+        state_becomes(&setup, Role::Old, what, "silent")?;
+    }
+    let text = setup.run(Role::New, &["status"])?.stdout;
+    for part in [
+        "chain ip f fw (policy drop)",
+        "chain ip f out (1 rule that drops)",
+        "chain iptables-legacy filter OUTPUT (1 rule that drops)",
+        "iptables-legacy-save -c",
+        "the mark 0x7 (ip rule 3276",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
     }
     Ok(())
 }

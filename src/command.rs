@@ -23,6 +23,7 @@ use crate::channel::session::Psk;
 use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError, confine, log};
 use crate::io::entropy;
+use crate::kernel::iptables;
 use crate::kernel::netlink::firewall;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError, namespace_dir};
 use crate::lab::{DemoError, LabError};
@@ -239,10 +240,12 @@ fn name_firewalls(status: &mut Status) {
     if firewalls.peek().is_none() {
         return;
     }
-    let chains: Vec<String> = match firewall::drop_chains() {
-        Ok(chains) => chains.iter().map(ToString::to_string).collect(),
-        Err(_) => return,
-    };
+    // Either may be missing in the kernel.
+    let mut chains = firewall::drop_chains().unwrap_or_default();
+    let legacy = iptables::drop_chains();
+    let is_legacy = !legacy.is_empty();
+    chains.extend(legacy);
+    let chains: Vec<String> = chains.iter().map(ToString::to_string).collect();
     if chains.is_empty() {
         return;
     }
@@ -254,6 +257,11 @@ fn name_firewalls(status: &mut Status) {
         .join(", ");
     for cause in firewalls {
         cause.text = format!("{}: {shown}", cause.text);
+        if is_legacy {
+            cause
+                .remedy
+                .push_str(", and at `iptables-legacy-save -c` and `ip6tables-legacy-save -c`");
+        }
     }
 }
 

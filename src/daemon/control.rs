@@ -592,9 +592,9 @@ impl Control<'_> {
                 self.look_before_choosing(now);
                 self.see(now, Input::Announced(peer, announcement));
             }
-            Event::PeerSees(troubles) => {
+            Event::PeerSees { run, news } => {
                 self.see(now, Input::Says(peer));
-                self.silence.peer_sees(now, peer, troubles);
+                self.silence.peer_sees(now, peer, run, news);
             }
             Event::PathMtu(_) => self.set_mtu(peer),
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
@@ -611,6 +611,8 @@ impl Control<'_> {
     }
 
     fn state_changed(&mut self, now: Instant, peer: PeerId, state: State) {
+        let heard = self.tunnels[index(peer)].last_heard();
+        self.silence.peer_is(now, peer, state == State::Up, heard);
         self.see(now, Input::State(peer, state));
         let name = self.policy.name(peer);
         if self.warnings.may_log(now, peer) {
@@ -1070,10 +1072,13 @@ impl Control<'_> {
     fn look_at_silence(&mut self, now: Instant) {
         for peer in self.policy.peers() {
             let seen = self.shared.forwarder.observe(now, peer);
-            let moves = self.policy.moves(peer);
-            self.silence.observe(now, peer, moves, seen);
+            let heard = self.tunnels[index(peer)].last_heard();
+            let named = self.policy.named(peer);
+            self.silence.observe(now, peer, &named, heard, seen);
         }
         let around = Around {
+            policy: &self.policy,
+            drops: &self.shared.drops,
             netlink: &self.netlink,
             follower: &self.follower,
             translator: self.shared.forwarder.translator(),
@@ -1095,8 +1100,8 @@ impl Control<'_> {
             }
         }
         for peer in self.policy.peers() {
-            let troubles = self.silence.troubles(peer);
-            self.tunnels[index(peer)].set_troubles(now, &troubles);
+            let news = self.silence.news(now, peer);
+            self.tunnels[index(peer)].set_news(now, &news);
         }
     }
 

@@ -27,6 +27,7 @@
     reason = "an edge: the process reads clocks, files and its environment"
 )]
 
+mod causes;
 mod chosen;
 pub mod confine;
 mod control;

@@ -22,11 +22,14 @@
 //! | `nothing_listens` | new | no socket is bound there |
 //! | `listens_on_loopback`, `listens_elsewhere`, `listens_on_ipv6` | new | one is, elsewhere |
 //! | `rejected` | new | a socket is there, and something refuses nevertheless |
+//! | `rule` | new | with a mark that a rule knows the route back is another |
+//! | `refused_source`, `not_accepted`, `no_delivery`, `flow_table_full`, `direct_connection`, \
+//!   `dropped` | both | the new server's daemon itself turns clients away |
 //! | `filter_before` | both | a tc filter of others sees packets before ours |
 //! | `firewall` | new | nothing else was found |
 //! | `forwarding_off` | new | containers behind DNAT cannot be reached |
 //! | `new_server` | old | what the new server says |
-//! | `lost_between` | both | what one server sends does not come to the other |
+//! | `lost_between` | both | what one server sends does not come to the other, by what both saw |
 //! | `unknown` | old | the new server does not say |
 
 use std::collections::{BTreeMap, VecDeque};
@@ -34,17 +37,23 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::causes;
 use super::follow::Follower;
 use super::index;
-use super::policy::silence::{Silence, Thing};
+use super::policy::Policy;
+use super::policy::silence::{Silence, Thing, names};
 use crate::flow::translate::Translator;
 use crate::flow::watch::Observations;
 use crate::kernel::look::{self, Counters, Listener, Listeners};
-use crate::kernel::netlink::Netlink;
-use crate::model::asked::{Asked, Trouble, Verdict};
+use crate::kernel::netlink::{Netlink, RouteQuery};
+use crate::model::asked::{Asked, News, Trouble, Verdict, View};
+use crate::model::drops::{DropReason, Drops};
 use crate::model::moved::{Move, TCP};
 use crate::model::peer::{PeerId, Role};
 use crate::model::status::{Answers, Cause, MAX_SERVED, Served};
+
+/// The cause that takes both servers to know.
+const LOST: &str = "lost_between";
 
 /// How often what became of conversations is looked at.
 const EVERY: Duration = Duration::from_secs(1);
@@ -70,6 +79,13 @@ const MAX_NAMES: usize = 3;
 /// always asked for.
 const REST: Duration = Duration::from_secs(5);
 
+/// Most moves that nobody asks for that are looked at.
+const MAX_IDLE: usize = 256;
+
+/// Both servers see a packet, and what is told of it, as long after each other as the path takes,
+/// but for so much.
+const JITTER: Duration = Duration::from_millis(250);
+
 /// Most ports for which the system is looked at in one second, of all peers.
 const MAX_LOOKS: usize = 16;
 
@@ -80,7 +96,9 @@ pub(super) struct Watcher {
     next: Instant,
     peers: Vec<Watched>,
     /// What the kernel had counted in each of the last seconds, while something is in doubt.
-    counted: VecDeque<Counters>,
+    counted: VecDeque<Counted>,
+    /// When it was last looked who would answer what nobody asks for.
+    idle_looked: Option<Instant>,
     /// This server's addresses, as of the last look.
     own: Vec<IpAddr>,
     /// Who listens, as of the last looks.
@@ -89,16 +107,42 @@ pub(super) struct Watcher {
     others: Vec<(String, String)>,
 }
 
+/// What was counted at one time.
+#[derive(Clone, Copy, Debug)]
+struct Counted {
+    kernel: Counters,
+    /// Of the peers together: [`DropReason::DirectConnection`].
+    direct: u64,
+}
+
 /// Of one peer.
 struct Watched {
     silence: Silence,
+    /// Moves that nobody asks for and nobody would answer, each with one of its ports (new server).
+    idle: Vec<(Move, Asked, Cause)>,
     /// What is not well.
     found: BTreeMap<Asked, Found>,
     /// The last look at each that is in doubt (new server).
     looks: BTreeMap<Asked, Look>,
-    /// What the peer sees, and when it said so. It is `None` if it never did.
+    /// What the peer sees, and when it said so. It is `None` if it did not since it is there.
     theirs: Vec<Trouble>,
+    views: Vec<View>,
     heard: Option<Instant>,
+    /// The run of the peer that said so.
+    run: Option<u64>,
+    /// Whether the tunnel is up, and since when the peer is there.
+    up: bool,
+    there: Instant,
+    /// When the peer was last known to be there.
+    alive: Instant,
+    /// When it was last heard, as of the last second.
+    heard_before: Instant,
+    /// What the peer calls silent is asked in vain since then, by this server's clock.
+    asked_since: BTreeMap<Asked, Instant>,
+    /// Since when the peer says of something that it is not well.
+    told_since: BTreeMap<Asked, Instant>,
+    /// What is known of the peer alone, and which run of it has said so last.
+    adopted: BTreeMap<Asked, u64>,
 }
 
 /// What a look at the system has shown. It stands until the next one.
@@ -132,7 +176,7 @@ impl Urgency {
         let known = !bad || last.is_some_and(|last| last.verdict == thing.verdict);
         let due = last.is_none_or(|last| {
             // Nobody waits: what the look found when somebody did says more.
-            let over = thing.verdict == Verdict::Silent && !waits;
+            let over = thing.verdict == Verdict::Silent && !waits && !last.causes.is_empty();
             let rest = if thing.serves() { EVERY / 2 } else { REST };
             !known || (!over && now.saturating_duration_since(last.at) >= rest)
         });
@@ -160,12 +204,70 @@ struct Found {
 
 /// Where to look.
 pub(super) struct Around<'a> {
+    /// What the settings refuse of a peer's moves.
+    pub(super) policy: &'a Policy,
+    /// What was dropped that belongs to no peer.
+    pub(super) drops: &'a Drops,
     /// The kernel.
     pub(super) netlink: &'a Netlink,
     /// The links that carry our programs.
     pub(super) follower: &'a Follower,
     /// The new server's rewriting.
     pub(super) translator: Option<&'a Translator>,
+}
+
+impl Watched {
+    /// The peer is there, after it was away, or anew.
+    fn is_back(&mut self, now: Instant, role: Role) {
+        self.forget();
+        self.there = now;
+        // On the new server clients' packets come by the peer alone.
+        if role == Role::Old {
+            self.silence.was_away(now, self.alive);
+        }
+    }
+
+    /// What the peer said is no longer true.
+    fn forget(&mut self) {
+        self.theirs.clear();
+        self.views.clear();
+        self.asked_since.clear();
+        self.told_since.clear();
+        self.heard = None;
+        // Counts of another time are not compared.
+        for found in self.found.values_mut() {
+            found.causes.retain(|it| it.cause != LOST);
+        }
+    }
+
+    /// Whether the peer has had the time to say what it sees of a port. After its start it needs a
+    /// moment to look.
+    fn had_time(&self, now: Instant, thing: &Thing) -> bool {
+        let since = thing.since.max(self.there + AGREED);
+        now.saturating_duration_since(since) >= AGREED
+    }
+
+    /// Whether the peer's daemon says what it has seen of our troubles.
+    fn shows_views(&self) -> bool {
+        !self.views.is_empty()
+    }
+
+    /// Why nobody would answer a move that nobody asks for, as a look here has shown, or one there.
+    fn not_served_yet(&self, moved: &Move) -> Vec<Cause> {
+        let here = self.idle.iter().filter(|(idle, ..)| idle == moved);
+        let here = here.map(|(_, _, cause)| cause.clone());
+        let port = |asked: &Asked| (asked.port > 0).then_some(asked.port);
+        let there = self.theirs.iter().filter(|it| {
+            let (asked, takes) = (&it.asked, |it: &Asked| moved.takes(it.protocol, port(it)));
+            let idle = it.verdict == Verdict::Unanswered;
+            idle && names(moved) && moved.prefix.contains(asked.addr) && takes(asked)
+        });
+        let there = there.map(|it| Cause {
+            cause: it.cause.clone(),
+            ..new_server_says(it)
+        });
+        here.chain(there).take(1).collect()
+    }
 }
 
 /// What an administrator is told.
@@ -186,8 +288,18 @@ impl Watcher {
             silence: Silence::new(),
             found: BTreeMap::new(),
             looks: BTreeMap::new(),
+            idle: Vec::new(),
             theirs: Vec::new(),
+            views: Vec::new(),
             heard: None,
+            run: None,
+            up: false,
+            there: now,
+            alive: now,
+            heard_before: now,
+            asked_since: BTreeMap::new(),
+            told_since: BTreeMap::new(),
+            adopted: BTreeMap::new(),
         };
         Self {
             role,
@@ -195,6 +307,7 @@ impl Watcher {
             next: now + EVERY,
             peers: (0..peers).map(|_| watched()).collect(),
             counted: VecDeque::new(),
+            idle_looked: None,
             own: Vec::new(),
             listeners: Listeners::default(),
             others: Vec::new(),
@@ -207,10 +320,63 @@ impl Watcher {
     }
 
     /// The peer said what it sees.
-    pub(super) fn peer_sees(&mut self, now: Instant, peer: PeerId, troubles: Vec<Trouble>) {
+    pub(super) fn peer_sees(&mut self, now: Instant, peer: PeerId, run: u64, news: News) {
+        let role = self.role;
         let watched = &mut self.peers[index(peer)];
-        watched.theirs = troubles;
+        // Another run knows nothing of what came before it. What it says may come before the tunnel
+        // is known to be up.
+        if watched.run.replace(run) != Some(run) || !watched.up {
+            watched.is_back(now, role);
+            watched.up = true;
+        }
+        let since = |trouble: &Trouble| {
+            let before = now.checked_sub(trouble.age + JITTER).unwrap_or(now);
+            let known = watched.asked_since.get(&trouble.asked).copied();
+            let since = if trouble.age.is_zero() { known } else { None };
+            (trouble.asked, since.unwrap_or(before))
+        };
+        let bad = |trouble: &&Trouble| trouble.verdict != Verdict::Unanswered;
+        let troubles = || news.troubles.iter().filter(bad);
+        watched.asked_since = troubles().map(since).collect();
+        let told_since = std::mem::take(&mut watched.told_since);
+        let since = |asked: Asked| (asked, told_since.get(&asked).copied().unwrap_or(now));
+        watched.told_since = troubles().map(|trouble| since(trouble.asked)).collect();
+        // What this run has said and says no more is over; of another one it is not known.
+        let Watched {
+            silence,
+            told_since,
+            adopted,
+            ..
+        } = watched;
+        adopted.retain(|asked, said_by| {
+            let told = told_since.contains_key(asked);
+            if told {
+                *said_by = run;
+            } else if *said_by == run {
+                silence.absolve(now, asked);
+            }
+            told || *said_by != run
+        });
+        watched.theirs = news.troubles;
+        watched.views = news.views;
         watched.heard = Some(now);
+    }
+
+    /// The tunnel to the peer is up, or no longer.
+    pub(super) fn peer_is(&mut self, now: Instant, peer: PeerId, up: bool, heard: Option<Instant>) {
+        let role = self.role;
+        let watched = &mut self.peers[index(peer)];
+        if watched.up {
+            // Also of a goodbye.
+            watched.alive = watched.alive.max(heard.unwrap_or(watched.alive));
+        }
+        if up && !watched.up {
+            watched.is_back(now, role);
+        }
+        if !up {
+            watched.forget();
+        }
+        watched.up = up;
     }
 
     /// Takes in what became of conversations with a peer's clients.
@@ -219,33 +385,50 @@ impl Watcher {
         now: Instant,
         peer: PeerId,
         moves: &Arc<[Move]>,
+        heard: Option<Instant>,
         seen: Observations,
     ) {
         self.next = now + EVERY;
         let watched = &mut self.peers[index(peer)];
         watched.silence.set_moves(moves);
         watched.silence.observe(now, seen);
+        // A new run may have been heard a moment before it is known for one.
+        watched.alive = watched.alive.max(watched.heard_before);
+        watched.heard_before = heard.unwrap_or(watched.heard_before);
         if watched
             .heard
             .is_some_and(|heard| now.saturating_duration_since(heard) >= SEEN_FOR)
         {
             watched.theirs.clear();
+            watched.views.clear();
         }
     }
 
     /// Judges, and looks for causes where something is in doubt. Returns what to say.
     pub(super) fn judge(&mut self, now: Instant, around: &Around<'_>) -> Vec<(PeerId, Said)> {
         self.others = around.follower.before_ours().to_vec();
-        let doubtful = (self.peers.iter()).any(|it| it.silence.doubts(now).next().is_some());
-        if self.role == Role::New && doubtful {
+        let is_new = self.role == Role::New;
+        let doubtful = (self.peers.iter())
+            .any(|it| it.silence.doubts(now).next().is_some() || !it.theirs.is_empty());
+        if is_new && doubtful {
             if self.counted.len() == COUNTED {
                 self.counted.pop_front();
             }
-            self.counted.push_back(Counters::read());
-            let own = around.netlink.addresses().unwrap_or_default();
-            self.own = own.into_iter().map(|held| held.addr).collect();
+            self.counted.push_back(Counted {
+                kernel: Counters::read(),
+                direct: around.drops.get(DropReason::DirectConnection),
+            });
         } else {
             self.counted.clear();
+        }
+        let rested = |at| now.saturating_duration_since(at) >= REST;
+        let idle_due = is_new && self.idle_looked.is_none_or(rested);
+        if is_new && (doubtful || idle_due) {
+            let own = around.netlink.addresses().unwrap_or_default();
+            self.own = own.into_iter().map(|held| held.addr).collect();
+        }
+        if idle_due {
+            self.look_at_idle(now, around);
         }
         let mut said = Vec::new();
         let mut left = MAX_LOOKS;
@@ -253,6 +436,7 @@ impl Watcher {
             if self.role == Role::New {
                 left -= self.look_here(now, at, PeerId(id), left, around);
             }
+            self.adopt(now, at);
             let found = self.found(now, at);
             let told = self.tell(now, at, found);
             said.extend(told.into_iter().map(|said| (PeerId(id), said)));
@@ -261,28 +445,47 @@ impl Watcher {
     }
 
     /// What the peer is to know.
-    pub(super) fn troubles(&self, peer: PeerId) -> Vec<Trouble> {
+    pub(super) fn news(&self, now: Instant, peer: PeerId) -> News {
         let watched = &self.peers[index(peer)];
+        let told = |asked: &Asked| watched.theirs.iter().any(|it| it.asked == *asked);
         let own = watched.found.iter().filter(|(_, it)| it.own && it.looked);
         let mut own: Vec<_> = own.collect();
-        own.sort_by_key(|(_, found)| found.answers);
-        own.into_iter()
-            .filter_map(|(&asked, found)| {
-                let verdict = match found.answers {
-                    Answers::Silent => Verdict::Silent,
-                    Answers::Refused => Verdict::Refused,
-                    Answers::NothingIn | Answers::Unanswered | Answers::Ok => return None,
-                };
-                // What the peer says itself it need not hear again.
-                let theirs = |cause: &&Cause| cause.cause != "new_server";
-                let why = found.causes.iter().find(theirs);
-                (why.is_some() || found.causes.is_empty()).then(|| Trouble {
-                    asked,
-                    verdict,
-                    why: why.map_or_else(String::new, |cause| cause.text.clone()),
-                })
+        // What the new server says itself it need not hear first.
+        let known = |asked: &Asked| self.role == Role::Old && told(asked);
+        own.sort_by_key(|(asked, found)| (known(asked), found.answers));
+        let own = own.into_iter().filter_map(|(&asked, found)| {
+            let verdict = match found.answers {
+                Answers::Silent => Verdict::Silent,
+                Answers::Refused => Verdict::Refused,
+                Answers::NothingIn | Answers::Unanswered | Answers::Ok => return None,
+            };
+            // The old server has its causes from the new one, but for one.
+            let first = found.causes.first();
+            let why = first.filter(|it| self.role == Role::New || it.cause == LOST);
+            let thing = watched.silence.things().find(|(known, _)| **known == asked);
+            let waits = thing.and_then(|(_, thing)| thing.waits_since());
+            Some(Trouble {
+                asked,
+                verdict,
+                cause: why.map_or_else(String::new, |why| why.cause.clone()),
+                why: why.map_or_else(String::new, in_one_line),
+                age: waits.map_or(Duration::ZERO, |at| now.saturating_duration_since(at)),
             })
-            .collect()
+        });
+        let idle = watched.idle.iter().map(|(_, asked, why)| Trouble {
+            asked: *asked,
+            verdict: Verdict::Unanswered,
+            cause: why.cause.clone(),
+            why: why.text.clone(),
+            age: Duration::ZERO,
+        });
+        let views = watched.asked_since.iter();
+        News {
+            troubles: own.chain(idle).collect(),
+            views: views
+                .map(|(asked, &since)| watched.silence.view(since, asked))
+                .collect(),
+        }
     }
 
     /// For the status.
@@ -308,11 +511,14 @@ impl Watcher {
                 causes: found.map_or_else(Vec::new, |found| found.causes.clone()),
             }
         };
-        let unasked = watched
-            .silence
-            .unasked()
+        let mut unasked: Vec<(&Move, Vec<Cause>)> = (watched.silence.unasked())
+            .map(|moved| (moved, watched.not_served_yet(moved)))
+            .collect();
+        unasked.sort_by_key(|(_, causes)| causes.is_empty());
+        let unasked = unasked
+            .into_iter()
             .take(MAX_SERVED / 2)
-            .map(|moved| Served {
+            .map(|(moved, causes)| Served {
                 what: moved.to_string(),
                 state: Answers::NothingIn,
                 expected: true,
@@ -321,7 +527,7 @@ impl Watcher {
                 answered: 0,
                 refused: 0,
                 clients: 0,
-                causes: self.taken_before(now),
+                causes: self.taken_before(now).into_iter().chain(causes).collect(),
             });
         let bad = watched
             .found
@@ -338,6 +544,26 @@ impl Watcher {
         all.sort_by_key(|served| (quiet(served), served.state));
         all.truncate(MAX_SERVED);
         all
+    }
+
+    /// Looks who would answer what nobody asks for yet (new server).
+    fn look_at_idle(&mut self, now: Instant, around: &Around<'_>) {
+        self.idle_looked = Some(now);
+        let Self {
+            peers,
+            own,
+            listeners,
+            ..
+        } = self;
+        for (watched, id) in peers.iter_mut().zip(0..) {
+            let unasked = watched.silence.unasked().filter(|moved| names(moved));
+            let idle = unasked.take(MAX_IDLE).filter_map(|moved| {
+                let listener = |protocol, to| listeners.listener(now, protocol, to);
+                let found = causes::not_served_yet(PeerId(id), moved, around, own, listener);
+                found.map(|(asked, cause)| (moved.clone(), asked, cause))
+            });
+            watched.idle = idle.collect();
+        }
     }
 
     /// What may keep packets from coming in at all (old server).
@@ -371,10 +597,31 @@ impl Watcher {
         most: usize,
         around: &Around<'_>,
     ) -> usize {
-        let Watched { silence, looks, .. } = &mut self.peers[at];
-        let doubts: BTreeMap<Asked, (Thing, Option<IpAddr>)> = (silence.doubts(now))
-            .map(|(&asked, thing, client)| (asked, (thing.clone(), client)))
+        let Watched {
+            silence,
+            looks,
+            theirs,
+            ..
+        } = &mut self.peers[at];
+        // What this daemon does not know of yet, since it has started later, it hears of.
+        let told = theirs.iter().filter(|it| it.verdict != Verdict::Unanswered);
+        let mut doubts: BTreeMap<Asked, (Thing, Option<IpAddr>)> = told
+            .map(|it| {
+                (
+                    it.asked,
+                    (silence.as_told(now, &it.asked, it.verdict), None),
+                )
+            })
             .collect();
+        for (&asked, thing, client) in silence.doubts(now) {
+            let doubt = doubts
+                .entry(asked)
+                .or_insert_with(|| (thing.clone(), client));
+            doubt.1 = client;
+            if thing.verdict != Verdict::Well {
+                doubt.0 = thing.clone();
+            }
+        }
         looks.retain(|asked, _| doubts.contains_key(asked));
         let mut due: Vec<(Urgency, Asked)> = (doubts.iter())
             .filter_map(|(&asked, (thing, client))| {
@@ -392,7 +639,10 @@ impl Watcher {
             let Watched { silence, looks, .. } = &mut self.peers[at];
             let look = Look {
                 at: now,
-                verdict: silence.verdict(asked),
+                verdict: match silence.verdict(asked) {
+                    Verdict::Well => thing.verdict,
+                    own @ (Verdict::Unanswered | Verdict::Refused | Verdict::Silent) => own,
+                },
                 client,
                 causes,
                 certain,
@@ -409,6 +659,10 @@ impl Watcher {
             .collect();
         let mut found = BTreeMap::new();
         for (asked, thing) in doubts {
+            // It has seen it itself, and says more.
+            if thing.is_told() && self.peers[at].told_since.contains_key(&asked) {
+                continue;
+            }
             let (causes, certain, looked) = match self.role {
                 Role::New => match self.peers[at].looks.get(&asked) {
                     Some(look) => {
@@ -453,59 +707,100 @@ impl Watcher {
         found
     }
 
+    /// Keeps what the peer has told for a while, for when it starts anew.
+    fn adopt(&mut self, now: Instant, at: usize) {
+        let watched = &mut self.peers[at];
+        let Some(run) = watched.run else {
+            return;
+        };
+        for trouble in &watched.theirs {
+            let Some(&since) = watched.told_since.get(&trouble.asked) else {
+                continue;
+            };
+            let asked = &trouble.asked;
+            let waited = now.saturating_duration_since(since) >= AGREED;
+            if waited && !watched.silence.view(since, asked).answered {
+                watched.silence.adopt(now, asked, trouble.verdict);
+                watched.adopted.insert(*asked, run);
+            }
+        }
+    }
+
     /// Adds what the peer alone sees.
     fn add_theirs(&self, now: Instant, at: usize, found: &mut BTreeMap<Asked, Found>) {
         let watched = &self.peers[at];
-        for Trouble {
-            asked,
-            verdict,
-            why,
-        } in &watched.theirs
-        {
+        let troubles = watched.theirs.iter();
+        for trouble in troubles.filter(|it| it.verdict != Verdict::Unanswered) {
+            let asked = &trouble.asked;
             let bad = |found: &Found| matches!(found.answers, Answers::Silent | Answers::Refused);
             if found.get(asked).is_some_and(bad) {
                 continue;
             }
-            let causes = match self.role {
-                Role::Old => vec![new_server_says(why)],
-                Role::New => vec![self.lost(at, asked)],
-            };
-            let before = watched.found.get(asked).filter(|before| !before.own);
-            let since = before.map_or(now, |before| before.since);
-            // Own eyes may need a moment more.
-            if self.role == Role::New && now.saturating_duration_since(since) < AGREED {
-                if before.is_none() {
-                    // It is kept, to be told later.
-                    found.insert(*asked, waiting_for(now));
-                } else if let Some(before) = before {
-                    found.insert(*asked, before.clone());
-                }
-                continue;
-            }
-            let answers = match verdict {
+            let answers = match trouble.verdict {
                 Verdict::Refused => Answers::Refused,
                 Verdict::Silent | Verdict::Unanswered | Verdict::Well => Answers::Silent,
             };
-            let new = Found {
+            let before = watched.found.get(asked);
+            let since = |own| {
+                let before = before.filter(|before| before.own == own);
+                before.map_or(now, |before| before.since)
+            };
+            let mut new = Found {
                 answers,
-                since,
-                causes,
+                since: since(false),
+                causes: Vec::new(),
                 own: false,
                 looked: true,
                 line: None,
             };
+            match self.role {
+                Role::Old => new.causes = vec![new_server_says(trouble)],
+                Role::New => {
+                    if let Some(causes) = self.explains(at, trouble) {
+                        (new.causes, new.own, new.since) = (causes, true, since(true));
+                    } else if now.saturating_duration_since(new.since) < AGREED {
+                        // Own eyes may need a moment more. It is kept, to be told later.
+                        new = before.filter(|before| !before.own).cloned().map_or_else(
+                            || waiting_for(now),
+                            |before| Found {
+                                line: None,
+                                ..before
+                            },
+                        );
+                    } else if trouble.cause == LOST {
+                        new.causes = vec![self.lost(at, asked)];
+                    }
+                }
+            }
             found.insert(*asked, new);
         }
     }
 
+    /// What the last look at a port says, if that explains what the old server alone has seen. This
+    /// daemon may have started later than the clients came.
+    fn explains(&self, at: usize, trouble: &Trouble) -> Option<Vec<Cause>> {
+        let (watched, asked) = (&self.peers[at], &trouble.asked);
+        let since = watched.asked_since.get(asked)?;
+        let look = watched.looks.get(asked)?;
+        let answered = watched.silence.view(*since, asked).answered;
+        // A socket that is there is no reason to refuse: it may have been opened meanwhile.
+        let refuses = trouble.verdict == Verdict::Refused
+            && look
+                .causes
+                .first()
+                .is_some_and(|first| first.cause != "rejected");
+        (!answered && (look.certain || refuses)).then(|| look.causes.clone())
+    }
+
     /// Why the old server hears nothing that this one knows of.
     fn lost(&self, at: usize, asked: &Asked) -> Cause {
-        let mut things = self.peers[at].silence.things();
-        let text = match things.find(|(known, _)| *known == asked) {
-            Some((_, thing)) if thing.counts[1] > 0 => {
-                "this server answers, and the old one does not hear it"
-            }
-            Some(_) | None => "the old server sends packets for it, and none comes here",
+        let watched = &self.peers[at];
+        let since = watched.asked_since.get(asked);
+        let view = since.map(|since| watched.silence.view(*since, asked));
+        let text = match view {
+            Some(view) if view.answered => "this server answers, and the old one does not hear it",
+            Some(view) if !view.came => "the old server sends packets for it, and none comes here",
+            Some(_) | None => "the old server hears no answer",
         };
         lost_between(text)
     }
@@ -514,7 +809,7 @@ impl Watcher {
     fn trust(&mut self, now: Instant, at: usize, asked: &Asked, thing: &Thing) {
         let watched = &mut self.peers[at];
         let theirs = watched.theirs.iter().any(|theirs| theirs.asked == *asked);
-        let waited = now.saturating_duration_since(thing.since) >= AGREED;
+        let waited = watched.had_time(now, thing);
         if thing.verdict == Verdict::Refused && watched.heard.is_some() && !theirs && waited {
             watched.silence.trust(now, asked);
         }
@@ -527,7 +822,8 @@ impl Watcher {
         self.role == Role::New
             || watched.heard.is_none()
             || watched.theirs.iter().any(|theirs| theirs.asked == *asked)
-            || now.saturating_duration_since(thing.since) >= AGREED
+            || (watched.found.get(asked)).is_some_and(|it| it.answers == Answers::Refused)
+            || watched.had_time(now, thing)
     }
 
     /// Causes that a look at the old server finds.
@@ -539,22 +835,55 @@ impl Watcher {
         thing: &Thing,
     ) -> (Vec<Cause>, bool) {
         let watched = &self.peers[at];
-        let theirs = watched.theirs.iter().find(|theirs| theirs.asked == *asked);
-        let agreed = now.saturating_duration_since(thing.since) >= AGREED;
+        let theirs = watched
+            .theirs
+            .iter()
+            .find(|theirs| theirs.asked == *asked && theirs.verdict != Verdict::Unanswered);
+        let since = thing.since.max(watched.there);
+        let agreed = now.saturating_duration_since(since) >= AGREED;
         let causes = match theirs {
-            Some(theirs) => return (vec![new_server_says(&theirs.why)], true),
-            None if !agreed || thing.verdict == Verdict::Unanswered => Vec::new(),
+            Some(theirs) => return (vec![new_server_says(theirs)], true),
+            None if !watched.up || !agreed || thing.verdict == Verdict::Unanswered => Vec::new(),
             None if watched.heard.is_none() => vec![cause(
                 "unknown",
                 "the new server's daemon does not say what it sees".into(),
                 "look at `ipmoved status` there; update it".into(),
             )],
-            None if thing.verdict == Verdict::Silent => vec![lost_between(
-                "the new server sees nothing wrong: its answers do not come here",
-            )],
+            None if thing.verdict == Verdict::Silent => self.lost_on_the_way(at, asked, thing),
             None => Vec::new(),
         };
         (causes, false)
+    }
+
+    /// What both servers saw of the same clients, if that shows that packets are lost between them.
+    /// While nobody asks, what was found last stands.
+    fn lost_on_the_way(&self, at: usize, asked: &Asked, thing: &Thing) -> Vec<Cause> {
+        let watched = &self.peers[at];
+        let view = watched.views.iter().find(|view| view.asked == *asked);
+        let waits = thing.waits_since().filter(|&since| since >= watched.there);
+        let text = match (waits, view) {
+            (Some(_), Some(view)) if view.answered => {
+                "the new server answers, and its answers do not come here"
+            }
+            (Some(_), Some(view)) if !view.came => {
+                "the packets are sent to the new server, and do not come there"
+            }
+            // It may see more than it has room to tell.
+            (Some(_), Some(_)) => {
+                let text = "the new server gets the packets, and nothing comes back";
+                return vec![new_server(text.into())];
+            }
+            // An older daemon does not say what it has seen.
+            (Some(_), None) if !watched.shows_views() => {
+                "the new server sees nothing wrong: its answers do not come here"
+            }
+            (Some(_), None) | (None, _) => {
+                let before = watched.found.get(asked);
+                let causes = before.into_iter().flat_map(|before| &before.causes);
+                return causes.filter(|it| it.cause == LOST).cloned().collect();
+            }
+        };
+        vec![lost_between(text)]
     }
 
     /// Causes that a look at the new server finds, and whether one of them alone is enough for
@@ -570,6 +899,13 @@ impl Watcher {
         client: Option<IpAddr>,
         around: &Around<'_>,
     ) -> (Vec<Cause>, bool) {
+        if let (Some(translator), Some((client, reason))) = (around.translator, thing.turned()) {
+            let refusals = around.policy.refusals(id);
+            let found = causes::turned_away(translator, refusals, asked, client, reason);
+            if let Some(found) = found {
+                return (vec![found], thing.serves());
+            }
+        }
         let delivered = around.translator.and_then(|it| it.delivered(id, asked));
         let Some(to) = delivered else {
             return (Vec::new(), false);
@@ -578,8 +914,18 @@ impl Watcher {
         let is_own = self.own.contains(&to.ip());
         let mut causes = Vec::new();
         // From what is not its own the kernel finds no route at all.
-        if !refused && is_own {
-            causes.extend(client.and_then(|client| no_way_back(to.ip(), client, around)));
+        let (mut astray, mut dropped) = (Vec::new(), Vec::new());
+        if let Some(client) = client.filter(|_| !refused && is_own) {
+            let query = RouteQuery {
+                dst: client,
+                src: Some(to.ip()),
+                mark: None,
+                from: Some((asked.protocol, to.port())),
+            };
+            match no_way_back(query, around) {
+                Some(cause) => causes.push(cause),
+                None => (astray, dropped) = causes::by_mark(query, around),
+            }
         }
         let mut certain = !causes.is_empty() && thing.serves();
         if !refused {
@@ -600,12 +946,16 @@ impl Watcher {
         let explained = !causes.is_empty();
         if !refused {
             causes.extend(self.filters_before());
-            if !there && on_host {
+            causes.append(&mut astray);
+            // What only the other server has seen may have been lost on the way.
+            let seen = !thing.is_told();
+            if !there && on_host && seen {
                 causes.push(forwarding_off(to.is_ipv4()));
             }
-            if !explained || !there {
+            if (!explained || !there) && seen {
                 causes.push(firewall());
             }
+            causes.append(&mut dropped);
         }
         (causes, certain)
     }
@@ -613,6 +963,10 @@ impl Watcher {
     /// What the kernel has counted since the doubts began.
     fn counted(&self, to: SocketAddr, asked: &Asked, around: &Around<'_>) -> Option<Cause> {
         let (before, counters) = (self.counted.front()?, self.counted.back()?);
+        if asked.protocol == TCP && counters.direct > before.direct {
+            return Some(causes::direct_connection());
+        }
+        let (before, counters) = (before.kernel, counters.kernel);
         if to.is_ipv4() && counters.rp_filter > before.rp_filter {
             let filters = look::rp_filters(around.follower.carrying());
             let (text, remedy) = says_rp_filter(&filters);
@@ -734,7 +1088,7 @@ fn waiting_for(now: Instant) -> Found {
     }
 }
 
-fn cause(name: &str, text: String, remedy: String) -> Cause {
+pub(super) fn cause(name: &str, text: String, remedy: String) -> Cause {
     Cause {
         cause: name.into(),
         text,
@@ -742,19 +1096,42 @@ fn cause(name: &str, text: String, remedy: String) -> Cause {
     }
 }
 
-fn new_server_says(why: &str) -> Cause {
-    let text = match why {
-        "" => "the new server says so, and not why".into(),
-        why => format!("the new server says: {why}"),
-    };
+/// What the new server says, under its name if its daemon itself is the cause.
+fn new_server_says(trouble: &Trouble) -> Cause {
+    let own = causes::OWN.iter().find(|own| **own == trouble.cause);
+    let why = &trouble.why;
+    match (own, why.split_once("; ")) {
+        _ if why.is_empty() => new_server("the new server says so, and not why".into()),
+        (Some(own), Some((text, remedy))) => {
+            cause(own, format!("the new server says: {text}"), remedy.into())
+        }
+        (Some(own), None) => Cause {
+            cause: (*own).into(),
+            ..new_server(format!("the new server says: {why}"))
+        },
+        (None, _) => new_server(format!("the new server says: {why}")),
+    }
+}
+
+fn new_server(text: String) -> Cause {
     let remedy = "look at `ipmoved status` on the new server";
     cause("new_server", text, remedy.into())
+}
+
+/// A cause as the peer is told of it: with the remedy where that is to be had on the old server
+/// too.
+fn in_one_line(cause: &Cause) -> String {
+    if causes::OWN.contains(&cause.cause.as_str()) && !cause.remedy.is_empty() {
+        format!("{}; {}", cause.text, cause.remedy)
+    } else {
+        cause.text.clone()
+    }
 }
 
 fn lost_between(text: &str) -> Cause {
     let remedy = "look at `ipmoved status` on both servers for what is dropped, and at firewalls \
                   between them: UDP has to pass in both directions";
-    cause("lost_between", text.into(), remedy.into())
+    cause(LOST, text.into(), remedy.into())
 }
 
 fn forwarding_off(v4: bool) -> Cause {
@@ -778,37 +1155,23 @@ fn firewall() -> Cause {
 }
 
 /// Whether the kernel knows a way for the answers, from where is delivered to a client.
-fn no_way_back(from: IpAddr, client: IpAddr, around: &Around<'_>) -> Option<Cause> {
+fn no_way_back(query: RouteQuery, around: &Around<'_>) -> Option<Cause> {
+    let from = query.src?;
     let remedy = format!("look at `ip route get CLIENT from {from}` and `ip rule`");
-    let route = match around.netlink.route_get(client, None, Some(from)) {
-        Err(error) => {
-            let text = format!("this server has no route from {from} to its clients: {error}");
-            return Some(cause("no_route", text, remedy));
-        }
-        Ok(route) => route,
-    };
-    let oif = route.oif?;
-    let carries = |index| {
-        around
-            .follower
-            .carrying()
-            .iter()
-            .any(|link| link.index == index)
-    };
-    if carries(oif) {
-        return None;
+    if let Err(error) = around.netlink.route_of(query) {
+        let text = format!("this server has no route from {from} to its clients: {error}");
+        return Some(cause("no_route", text, remedy));
     }
-    let link = around.netlink.link_by_index(oif).ok()??;
-    if around.follower.is_tun(oif) {
-        return None;
-    }
-    let name = &link.name;
-    let text = format!("answers to clients leave by {name}, where ipmoved does not take them");
-    Some(cause("route_elsewhere", text, remedy))
+    let why = causes::goes_astray(query, around)?;
+    Some(cause(
+        "route_elsewhere",
+        format!("answers to clients {why}"),
+        remedy,
+    ))
 }
 
 /// What is said of who listens, if that is a cause.
-fn nobody_there(
+pub(super) fn nobody_there(
     listener: &Listener,
     to: SocketAddr,
     asked: &Asked,
@@ -864,6 +1227,9 @@ mod tests {
     use crate::flow::watch::{Fate, Observed};
     use crate::testing::epoch;
 
+    /// A run of the peer.
+    const RUN: u64 = 1;
+
     fn asked() -> Asked {
         Asked {
             addr: "192.0.2.5".parse().unwrap(),
@@ -876,8 +1242,15 @@ mod tests {
         Trouble {
             asked: asked(),
             verdict: Verdict::Refused,
+            cause: String::new(),
             why: why.into(),
+            age: Duration::ZERO,
         }
+    }
+
+    fn news(troubles: Vec<Trouble>) -> News {
+        let views = Vec::new();
+        News { troubles, views }
     }
 
     /// One peer of a server, and its clock.
@@ -890,8 +1263,10 @@ mod tests {
     impl Bed {
         fn new(role: Role) -> Self {
             let now = epoch();
+            let mut watcher = Watcher::new(role, 1, now);
+            watcher.peer_is(now, PeerId(0), true, None);
             Self {
-                watcher: Watcher::new(role, 1, now),
+                watcher,
                 now,
                 moves: [("192.0.2.5:80/tcp".parse().unwrap())].into(),
             }
@@ -911,9 +1286,10 @@ mod tests {
             let seen = Observations {
                 opened: 1,
                 some: observed.into_iter().collect(),
+                turned: Vec::new(),
             };
             let (now, watcher) = (self.now, &mut self.watcher);
-            watcher.observe(now, PeerId(0), &self.moves, seen);
+            watcher.observe(now, PeerId(0), &self.moves, Some(now), seen);
             let mut found = BTreeMap::new();
             // As on the old server, whose look needs no system.
             for (&asked, thing, _) in watcher.peers[0].silence.doubts(now) {
@@ -937,6 +1313,32 @@ mod tests {
             watcher.add_theirs(now, 0, &mut found);
             watcher.tell(now, 0, found)
         }
+
+        /// The client that came then still waits, and asks again and again.
+        fn waits(&mut self, opened: Instant) -> Vec<Said> {
+            let again = self.now > opened + EVERY;
+            let observed = Observed {
+                asked: asked(),
+                client: [203, 0, 113, 9].into(),
+                opened,
+                waited: opened,
+                fate: Fate::Waiting { again },
+            };
+            let seen = Observations {
+                some: vec![observed],
+                ..Observations::default()
+            };
+            let (now, heard) = (self.now, Some(self.now));
+            (self.watcher).observe(now, PeerId(0), &self.moves, heard, seen);
+            self.judge()
+        }
+
+        /// As on the old server, whose look needs no system.
+        fn judge(&mut self) -> Vec<Said> {
+            self.watcher.adopt(self.now, 0);
+            let found = self.watcher.found(self.now, 0);
+            self.watcher.tell(self.now, 0, found)
+        }
     }
 
     #[test]
@@ -947,8 +1349,12 @@ mod tests {
             [],
             "it waits for the new server's view"
         );
-        bed.watcher
-            .peer_sees(bed.now, PeerId(0), vec![trouble("nothing listens")]);
+        bed.watcher.peer_sees(
+            bed.now,
+            PeerId(0),
+            RUN,
+            news(vec![trouble("nothing listens")]),
+        );
         let said = bed.second(Some(Fate::Refused));
         let [Said::Warning(line)] = said.as_slice() else {
             panic!("{said:?}");
@@ -963,8 +1369,14 @@ mod tests {
         }
         let served = bed.watcher.served(bed.now, PeerId(0));
         assert_eq!((served[0].state, served[0].refused), (Answers::Refused, 7));
-        assert_eq!(bed.watcher.troubles(PeerId(0)), [], "the new server knows");
-        bed.watcher.peer_sees(bed.now, PeerId(0), Vec::new());
+        let told = bed.watcher.news(bed.now, PeerId(0)).troubles;
+        assert_eq!(
+            (told.len(), told[0].why.as_str()),
+            (1, ""),
+            "the new server knows why"
+        );
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), RUN, news(Vec::new()));
         let said = bed.second(Some(Fate::Answered));
         assert_eq!(said, [Said::Well("192.0.2.5:80/tcp".into(), line.clone())]);
         assert_eq!(bed.second(None), []);
@@ -975,7 +1387,7 @@ mod tests {
     fn what_the_new_server_alone_sees_shows_on_the_old_one_until_it_says_no_more() {
         let mut bed = Bed::new(Role::Old);
         bed.watcher
-            .peer_sees(bed.now, PeerId(0), vec![trouble("why")]);
+            .peer_sees(bed.now, PeerId(0), RUN, news(vec![trouble("why")]));
         assert_eq!(bed.second(None).len(), 1);
         let state = |bed: &Bed| bed.watcher.served(bed.now, PeerId(0))[0].state;
         assert_eq!(state(&bed), Answers::Refused);
@@ -987,12 +1399,22 @@ mod tests {
         assert_eq!(state(&bed), Answers::NothingIn);
     }
 
+    /// What the old server says of packets that are lost, while a client waits for so long.
+    fn lost_says_the_peer(age: u64) -> News {
+        let mut trouble = trouble("");
+        trouble.verdict = Verdict::Silent;
+        trouble.cause = LOST.into();
+        trouble.age = Duration::from_secs(age);
+        news(vec![trouble])
+    }
+
     #[test]
     fn the_new_server_takes_a_moment_before_it_says_that_packets_are_lost() {
         let mut bed = Bed::new(Role::New);
         let mut said = Vec::new();
         for second in 0..5 {
-            bed.watcher.peer_sees(bed.now, PeerId(0), vec![trouble("")]);
+            let told = lost_says_the_peer(4);
+            bed.watcher.peer_sees(bed.now, PeerId(0), RUN, told);
             said.extend(
                 bed.second(Some(Fate::Answered))
                     .into_iter()
@@ -1003,7 +1425,180 @@ mod tests {
             panic!("{said:?}");
         };
         assert!(line.contains("this server answers"), "{line}");
-        assert_eq!(bed.watcher.troubles(PeerId(0)), []);
+        let told = bed.watcher.news(bed.now, PeerId(0));
+        assert_eq!(told.troubles, []);
+        assert!(told.views[0].came && told.views[0].answered);
+    }
+
+    #[test]
+    fn what_was_answered_before_the_clients_came_that_wait_says_nothing_of_these() {
+        let mut bed = Bed::new(Role::New);
+        bed.second(Some(Fate::Answered));
+        for _ in 0..3 {
+            bed.second(None);
+        }
+        let mut said = Vec::new();
+        for age in 1..6 {
+            bed.watcher
+                .peer_sees(bed.now, PeerId(0), RUN, lost_says_the_peer(age));
+            said.extend(bed.second(None));
+        }
+        let [Said::Warning(line)] = said.as_slice() else {
+            panic!("{said:?}");
+        };
+        assert!(line.contains("none comes here"), "{line}");
+    }
+
+    /// The old server, one of whose clients waits for as many seconds.
+    fn old_server_with_a_client_that_waits(seconds: u32, view: Option<(bool, bool)>) -> Bed {
+        let mut bed = Bed::new(Role::Old);
+        let opened = bed.now;
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), RUN, News::default());
+        for second in 1..=seconds {
+            bed.now = opened + EVERY * second;
+            let told = News {
+                troubles: Vec::new(),
+                views: view
+                    .map(|(came, answered)| View {
+                        asked: asked(),
+                        came,
+                        answered,
+                    })
+                    .into_iter()
+                    .collect(),
+            };
+            bed.watcher.peer_sees(bed.now, PeerId(0), RUN, told);
+            bed.waits(opened);
+        }
+        bed
+    }
+
+    #[test]
+    fn what_is_lost_is_said_by_what_both_servers_saw_of_the_same_clients() {
+        let says = |view| {
+            let bed = old_server_with_a_client_that_waits(8, view);
+            let served = bed.watcher.served(bed.now, PeerId(0));
+            assert_eq!(served[0].state, Answers::Silent);
+            let cause = served[0].causes.first();
+            cause.map(|cause| (cause.cause.clone(), cause.text.clone()))
+        };
+        let lost = |text: &str| Some((LOST.to_owned(), text.to_owned()));
+        assert_eq!(
+            says(Some((true, true))),
+            lost("the new server answers, and its answers do not come here")
+        );
+        assert_eq!(
+            says(Some((false, false))),
+            lost("the packets are sent to the new server, and do not come there")
+        );
+        let there = "the new server gets the packets, and nothing comes back";
+        let says_there = Some(("new_server".to_owned(), there.to_owned()));
+        assert_eq!(says(Some((true, false))), says_there);
+        let of_older = lost("the new server sees nothing wrong: its answers do not come here");
+        assert_eq!(says(None), of_older);
+    }
+
+    #[test]
+    fn a_peer_that_starts_anew_is_not_held_against_what_was_before() {
+        let mut bed = old_server_with_a_client_that_waits(8, Some((true, true)));
+        let told = news(Vec::new());
+        bed.watcher.peer_sees(bed.now, PeerId(0), RUN + 1, told);
+        let opened = bed.now;
+        for second in 1..5 {
+            bed.now = opened + EVERY * second;
+            bed.judge();
+            let served = bed.watcher.served(bed.now, PeerId(0));
+            assert_eq!(served[0].state, Answers::Silent, "it was so before");
+            assert_eq!(served[0].causes, [], "nobody has asked since");
+        }
+        let troubles = bed.watcher.news(bed.now, PeerId(0)).troubles;
+        assert_eq!(troubles[0].verdict, Verdict::Silent, "the peer may look");
+        // Without the tunnel nothing is known.
+        bed.watcher.peer_is(bed.now, PeerId(0), false, None);
+        bed.judge();
+        let served = bed.watcher.served(bed.now, PeerId(0));
+        assert_eq!(
+            (served[0].state, served[0].causes.len()),
+            (Answers::Silent, 0)
+        );
+    }
+
+    #[test]
+    fn what_one_server_has_told_outlives_it() {
+        for role in [Role::Old, Role::New] {
+            let mut bed = Bed::new(role);
+            let mut one = trouble("");
+            one.verdict = Verdict::Silent;
+            let told = news(vec![one]);
+            let state = |bed: &Bed| bed.watcher.served(bed.now, PeerId(0))[0].state;
+            let hear = |bed: &mut Bed, run, told: &News| {
+                bed.watcher.peer_sees(bed.now, PeerId(0), run, told.clone());
+                bed.now += EVERY;
+                let (now, moves) = (bed.now, Arc::clone(&bed.moves));
+                let (heard, seen) = (Some(now), Observations::default());
+                (bed.watcher).observe(now, PeerId(0), &moves, heard, seen);
+                bed.judge()
+            };
+            for _ in 0..5 {
+                hear(&mut bed, RUN, &told);
+                let told = bed.watcher.news(bed.now, PeerId(0)).troubles;
+                assert_eq!(told, [], "the peer knows");
+            }
+            let nothing = News::default();
+            let mut said = Vec::new();
+            for _ in 0..5 {
+                said.extend(hear(&mut bed, RUN + 1, &nothing));
+                assert_eq!(state(&bed), Answers::Silent, "{role}");
+            }
+            assert_eq!(said, [], "{role}: it was said");
+            // The new run knows, and sees that all is well.
+            hear(&mut bed, RUN + 1, &told);
+            hear(&mut bed, RUN + 1, &nothing);
+            assert_ne!(state(&bed), Answers::Silent, "{role}");
+        }
+    }
+
+    #[test]
+    fn what_the_new_server_turns_away_has_one_name_on_both() {
+        let mut bed = Bed::new(Role::Old);
+        let mut one = trouble("it turns them away; give it --clients-from 10.0.0.0/8");
+        one.cause = "refused_source".into();
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), RUN, news(vec![one]));
+        bed.second(None);
+        let served = bed.watcher.served(bed.now, PeerId(0));
+        let cause = &served[0].causes[0];
+        assert_eq!(cause.cause, "refused_source");
+        assert_eq!(cause.text, "the new server says: it turns them away");
+        assert_eq!(cause.remedy, "give it --clients-from 10.0.0.0/8");
+    }
+
+    #[test]
+    fn what_nobody_would_answer_yet_is_seen_on_both_servers_and_is_no_alarm() {
+        let mut new = Bed::new(Role::New);
+        new.second(None);
+        let listener = Listener::Nobody;
+        let to = "198.51.100.2:80".parse().unwrap();
+        let cause = nobody_there(&listener, to, &asked(), true).unwrap();
+        let idle = (new.moves[0].clone(), asked(), cause);
+        new.watcher.peers[0].idle.push(idle);
+        let told = new.watcher.news(new.now, PeerId(0));
+        let mut old = Bed::new(Role::Old);
+        old.watcher.peer_sees(old.now, PeerId(0), RUN, told);
+        assert_eq!(old.second(None), []);
+        for (bed, text) in [
+            (&new, "nothing listens on 198.51.100.2:80"),
+            (
+                &old,
+                "the new server says: nothing listens on 198.51.100.2:80",
+            ),
+        ] {
+            let served = bed.watcher.served(bed.now, PeerId(0));
+            assert_eq!(served[0].state, Answers::NothingIn);
+            assert_eq!(served[0].causes[0].cause, "nothing_listens");
+            assert_eq!(served[0].causes[0].text, text);
+        }
     }
 
     /// A look at a port, as the system would show it.
@@ -1023,12 +1618,11 @@ mod tests {
         bed.second(Some(Fate::Refused));
         let judge = |bed: &mut Bed| {
             bed.now += EVERY;
-            let found = bed.watcher.found(bed.now, 0);
-            bed.watcher.tell(bed.now, 0, found)
+            bed.judge()
         };
         bed.watcher.peers[0].found.clear();
         assert_eq!(judge(&mut bed), [], "nobody has looked");
-        assert_eq!(bed.watcher.troubles(PeerId(0)), []);
+        assert_eq!(bed.watcher.news(bed.now, PeerId(0)).troubles, []);
         let looks = &mut bed.watcher.peers[0].looks;
         looks.insert(asked(), look(bed.now, Verdict::Well, false));
         assert_eq!(judge(&mut bed), [], "nobody has since it is refused");
@@ -1041,7 +1635,7 @@ mod tests {
         assert!(line.contains("a firewall"), "{line}");
         for _ in 0..10 {
             assert_eq!(judge(&mut bed), []);
-            let troubles = bed.watcher.troubles(PeerId(0));
+            let troubles = bed.watcher.news(bed.now, PeerId(0)).troubles;
             assert!(troubles[0].why.contains("a firewall"), "{troubles:?}");
             let served = bed.watcher.served(bed.now, PeerId(0));
             assert_eq!(served[0].causes, [firewall()]);
@@ -1107,16 +1701,21 @@ mod tests {
     fn the_old_server_calls_nothing_refused_before_the_new_one_agrees() {
         let mut bed = Bed::new(Role::Old);
         bed.second(Some(Fate::Refused));
-        bed.watcher.peer_sees(bed.now, PeerId(0), Vec::new());
+        // Nothing was shown yet.
+        bed.watcher.peers[0].found.clear();
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), RUN, news(Vec::new()));
         let state = |bed: &mut Bed| {
             let found = bed.watcher.found(bed.now, 0);
             found.get(&asked()).map(|found| found.answers)
         };
         assert_eq!(state(&mut bed), Some(Answers::Unanswered));
-        bed.watcher.peer_sees(bed.now, PeerId(0), vec![trouble("")]);
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), RUN, news(vec![trouble("")]));
         assert_eq!(state(&mut bed), Some(Answers::Refused));
-        bed.watcher.peer_sees(bed.now, PeerId(0), Vec::new());
-        bed.now += AGREED;
+        bed.watcher
+            .peer_sees(bed.now, PeerId(0), RUN, news(Vec::new()));
+        bed.now += AGREED * 2;
         assert_eq!(state(&mut bed), None, "one client was banned");
     }
 

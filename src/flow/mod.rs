@@ -15,6 +15,7 @@
 //! | [`class`] | how long a flow is kept, and which gives way first |
 //! | [`fairness`] | who gives way when flows or ports run out |
 //! | [`watch`] | which of the newest conversations were answered |
+//! | [`turned`] | which of them this server's daemon turned away |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -42,6 +43,7 @@ pub mod table;
 #[cfg(test)]
 mod testing;
 pub mod translate;
+pub mod turned;
 pub mod watch;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -99,6 +99,11 @@ impl Networks {
         Ok(())
     }
 
+    /// The smallest network of this server's own that an address lies in.
+    pub(super) fn own_network(&self, addr: IpAddr) -> Option<OwnNetwork> {
+        self.own.load().smallest(addr).cloned()
+    }
+
     /// A source that was refused for each peer since the last call.
     pub(super) fn take_refused(&self) -> BTreeMap<PeerId, RefusedSource> {
         std::mem::take(&mut lock(&self.refused))

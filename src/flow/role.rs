@@ -126,7 +126,13 @@ impl Forwarder {
                 .check_returning(now, parsed, packet)
                 .and_then(|()| parsed.decrement_ttl(packet))
                 .and_then(|()| fits_link(packet, parsed, hop.mtu)),
-            Self::New(translator) => translator.inbound(now, peer, packet, parsed, partial),
+            Self::New(translator) => {
+                let result = translator.inbound(now, peer, packet, parsed, partial);
+                if let Err(reason) = result {
+                    translator.turned_away(now, peer, parsed, packet, reason);
+                }
+                result
+            }
         }
     }
 

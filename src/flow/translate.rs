@@ -38,6 +38,7 @@ use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage, seen_client};
+use crate::flow::turned::TurnedAways;
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::asked::Asked;
 use crate::model::drops::{DropReason, Dropped};
@@ -101,6 +102,8 @@ pub struct Translator {
     outbound_fragments: Mutex<FragmentCache<(PeerId, Addr)>>,
     /// The newest conversations, by [`PeerId`]: no peer's clients take the places of another's.
     watches: Box<[OnceLock<Watch<Outside>>]>,
+    /// By [`PeerId`].
+    turned: Box<[TurnedAways]>,
     pub(super) turned_fragments: Mutex<FragmentCache<Turned>>,
 }
 
@@ -136,6 +139,7 @@ impl Translator {
             inbound_fragments: Mutex::new(FragmentCache::new()),
             outbound_fragments: Mutex::new(FragmentCache::new()),
             watches: (0..MAX_PEERS).map(|_| OnceLock::new()).collect(),
+            turned: (0..MAX_PEERS).map(|_| TurnedAways::default()).collect(),
             turned_fragments: Mutex::new(FragmentCache::new()),
         }
     }
@@ -407,9 +411,33 @@ impl Translator {
     pub fn observe(&self, now: Instant, peer: PeerId) -> Observations {
         let watch = self.watches.get(usize::from(peer.0));
         let watch = watch.and_then(OnceLock::get);
-        watch.map_or_else(Observations::default, |watch| {
+        let mut seen = watch.map_or_else(Observations::default, |watch| {
             watch.take(now, |key| self.table(key.client).noted(key))
-        })
+        });
+        if let Some(turned) = self.turned.get(usize::from(peer.0)) {
+            seen.turned = turned.take(now);
+        }
+        seen
+    }
+
+    /// A packet of `peer`'s client is dropped, before anything in it was changed.
+    #[cold]
+    pub(super) fn turned_away(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        parsed: &Parsed,
+        bytes: &[u8],
+        reason: DropReason,
+    ) {
+        if let Some(turned) = self.turned.get(usize::from(peer.0)) {
+            turned.note(now, parsed, bytes, reason);
+        }
+    }
+
+    /// The smallest network of this server's own that an address lies in.
+    pub fn own_network(&self, addr: IpAddr) -> Option<OwnNetwork> {
+        self.networks.own_network(addr)
     }
 
     /// Where new conversations for a port of a moved address are delivered.

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use crate::flow::class::Seen;
 use crate::flow::lock;
 use crate::flow::seed::Seed;
+use crate::flow::turned::TurnedAway;
 use crate::model::asked::Asked;
 use crate::packet::{ACK, Addr, Family, Kind, Parsed, SYN};
 
@@ -39,7 +40,10 @@ const MAX_WAITING: usize = 256;
 
 /// So long a conversation is followed. A client that is not answered asks again after 1, 3, 7 and
 /// 15 s (RFC 6298 section 2, and Linux's `tcp_syn_retries`).
-const FOLLOWED: Duration = Duration::from_secs(16);
+pub(super) const FOLLOWED: Duration = Duration::from_secs(16);
+
+/// A packet so long after the first one is a repeat.
+pub(super) const AGAIN: Duration = Duration::from_millis(900);
 
 /// What has become of a conversation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,6 +79,8 @@ pub struct Observed {
 pub struct Observations {
     /// The conversations that are followed, each until it is answered.
     pub some: Vec<Observed>,
+    /// Those that this server's daemon itself turned away (new server).
+    pub turned: Vec<TurnedAway>,
     /// How many new conversations there were, whether they are followed or not.
     pub opened: u64,
 }
@@ -211,8 +217,7 @@ impl<K: Copy> Watch<K> {
                 Some(true) => Fate::Answered,
                 Some(false) => Fate::Refused,
                 None => Fate::Waiting {
-                    again: noted.used.saturating_duration_since(observed.opened)
-                        >= Duration::from_millis(900),
+                    again: noted.used.saturating_duration_since(observed.opened) >= AGAIN,
                 },
             };
             all.some.push(*observed);

@@ -8,6 +8,7 @@
 //!   runtime_dir   where the journal lies, and the lock that keeps a second daemon out
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
+//!   iptables      which chains of legacy iptables drop
 //!   look          who listens where, and what the kernel counts: for the causes of silence
 //!   netlink       the conversation with the kernel, by object
 //!   conntrack     which connections the kernel tracks of hosts behind this one
@@ -25,6 +26,7 @@ pub mod bpf;
 pub mod change;
 mod conntrack;
 mod host;
+pub mod iptables;
 pub mod journal;
 pub mod look;
 pub mod netlink;

@@ -368,7 +368,19 @@ impl Daemons<'_> {
     /// Waits until both say that they are up.
     pub fn wait_until_up(&mut self) -> Result<()> {
         self.old.wait_until_up()?;
-        self.new.wait_until_up()
+        self.new.wait_until_up()?;
+        // What has moved is named a moment later: a packet before that is turned away, or, where
+        // the address is kept, finds nobody who has it.
+        let named = || {
+            let status = self.new.status().ok()?;
+            let some = |list: &str| {
+                let list = status.tunnel()[list].as_array();
+                list.is_some_and(|list| !list.is_empty())
+            };
+            (some("moved") || some("refused")).then_some(())
+        };
+        poll_until(UP_TIMEOUT, STATUS_PAUSE, named);
+        Ok(())
     }
 
     /// Stops both.

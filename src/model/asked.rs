@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use crate::model::moved::{TCP, UDP};
 
@@ -46,10 +47,36 @@ pub enum Verdict {
 pub struct Trouble {
     /// What clients ask for.
     pub asked: Asked,
-    /// What becomes of it.
+    /// What becomes of it. Of what nobody has asked for yet it is [`Verdict::Unanswered`].
     pub verdict: Verdict,
+    /// The name of the cause; empty if that server does not know it.
+    pub cause: String,
     /// Why, for people; empty if that server does not know.
     pub why: String,
+    /// How long ago the first of the clients that wait came, so that both servers speak of the
+    /// same; zero if none waits.
+    pub age: Duration,
+}
+
+/// What one server has seen of something that the other one says is not answered, since the first
+/// of those came who wait there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct View {
+    /// What clients ask for.
+    pub asked: Asked,
+    /// Clients' packets came.
+    pub came: bool,
+    /// They were answered.
+    pub answered: bool,
+}
+
+/// Everything that one server tells the other of what is not answered.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct News {
+    /// What is not well.
+    pub troubles: Vec<Trouble>,
+    /// What it sees of the troubles of the other.
+    pub views: Vec<View>,
 }
 
 #[cfg(test)]

@@ -186,9 +186,15 @@ impl Served {
     fn is_bad(&self) -> bool {
         match self.state {
             Answers::Silent | Answers::Refused => true,
-            Answers::NothingIn => !self.causes.is_empty(),
+            Answers::NothingIn => !self.causes.is_empty() && !self.is_early(),
             Answers::Unanswered | Answers::Ok => false,
         }
+    }
+
+    /// Nobody has asked yet, and would not be answered: it is to be seen, and no fault yet.
+    fn is_early(&self) -> bool {
+        let early = |cause: &Cause| cause.cause != "filter_before";
+        self.state == Answers::NothingIn && self.causes.first().is_some_and(early)
     }
 
     /// What is wrong, in a few words.
@@ -387,7 +393,9 @@ impl TunnelStatus {
         let all_quiet = self.served.iter().all(nothing_in);
         let is_bad = |it: &&Served| it.is_bad() && (all_quiet || !nothing_in(it));
         let bad: Vec<&Served> = self.served.iter().filter(is_bad).collect();
-        let soft = |served: &&Served| served.expected && served.state == Answers::Unanswered;
+        let soft = |served: &&Served| {
+            served.is_early() || served.expected && served.state == Answers::Unanswered
+        };
         match (bad.as_slice(), self.served.iter().find(soft)) {
             ([], Some(first)) => format!("{state}; {}", first.says()),
             ([], None) => state.into(),
@@ -802,7 +810,11 @@ mod tests {
             ..udp
         };
         assert_eq!(first(vec![scanned]), up);
-        let nothing = served("192.0.2.5", Answers::NothingIn, &["a filter takes it"]);
+        let early = served("192.0.2.5:80", Answers::NothingIn, &["nobody there"]);
+        let says = "; nothing has come for 192.0.2.5:80: nobody there";
+        assert_eq!(first(vec![early]), format!("{up}{says}"), "no alarm yet");
+        let mut nothing = served("192.0.2.5", Answers::NothingIn, &["a filter takes it"]);
+        nothing.causes[0].cause = "filter_before".into();
         let well = served("192.0.2.6", Answers::Ok, &[]);
         assert_eq!(
             first(vec![nothing.clone(), well]),

@@ -53,15 +53,18 @@ impl Outgoing {
         };
     }
 
-    /// Sends to this run of the peer from now on. A new run is told everything again.
-    pub(super) fn send_to(&mut self, peer_run: u64, now: Instant) {
-        if self.peer_run != Some(peer_run) {
+    /// Sends to this run of the peer from now on. A new run is told everything again; whether it
+    /// may be one.
+    pub(super) fn send_to(&mut self, peer_run: u64, now: Instant) -> bool {
+        let anew = self.peer_run != Some(peer_run);
+        if anew {
             self.peer_run = Some(peer_run);
             for part in &mut self.parts {
                 (part.acked, part.send_at) = (false, None);
             }
             self.send_at = now;
         }
+        anew
     }
 
     /// When parts are due; `None` when all are acknowledged.

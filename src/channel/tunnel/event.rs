@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::messages::Announcement;
 use crate::channel::session::{Ciphers, Session};
-use crate::model::asked::Trouble;
+use crate::model::asked::News;
 use crate::model::peer::{Endpoint, Role};
 
 /// Something that the daemon has to react to.
@@ -30,7 +30,12 @@ pub enum Event {
     /// The peer announced this. It comes once a second at most, the newest in the end.
     PeerConfig(Announcement),
     /// The peer says that this is not answered, and nothing else. It says so again and again.
-    PeerSees(Vec<Trouble>),
+    PeerSees {
+        /// Which run of the peer says so: another one knows nothing of what came before it.
+        run: u64,
+        /// What it says.
+        news: News,
+    },
     /// A round trip took this long.
     Rtt(Duration),
     /// Largest datagram (UDP payload) that the path carries towards the peer.

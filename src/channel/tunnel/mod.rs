@@ -49,7 +49,7 @@ use crate::channel::session::{
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
 };
-use crate::model::asked::Trouble;
+use crate::model::asked::News;
 use crate::model::budget::{Budget, Limit};
 use crate::model::drops::DropReason;
 use crate::model::peer::{Endpoint, Role};
@@ -227,6 +227,11 @@ impl Tunnel {
         self.rtt
     }
 
+    /// When the peer was last heard, whether it is up or not.
+    pub fn last_heard(&self) -> Option<Instant> {
+        self.activity.last_received()
+    }
+
     /// For how long nothing was heard of a peer that is taken to be there.
     pub fn unheard(&self, now: Instant) -> Option<Duration> {
         let up = self.state == State::Up;
@@ -305,8 +310,11 @@ impl Tunnel {
         self.heard(now, session.index());
         match ControlMessage::decode(plaintext).ok_or(DropReason::WireMalformed)? {
             ControlMessage::Keepalive { news } => {
-                if let Some(troubles) = news::decode(news) {
-                    self.events.push_back(Event::PeerSees(troubles));
+                if let Some(news) = news::decode(news)
+                    && self.is_current_run(peer_run)
+                {
+                    let run = peer_run;
+                    self.events.push_back(Event::PeerSees { run, news });
                 }
             }
             ControlMessage::Ping { id } => self.send(now, &ControlMessage::Pong { id }),
@@ -341,8 +349,8 @@ impl Tunnel {
     }
 
     /// Tells the peer what is not answered, in place of what it was told before.
-    pub fn set_troubles(&mut self, now: Instant, troubles: &[Trouble]) {
-        if self.news.replace(troubles) {
+    pub fn set_news(&mut self, now: Instant, news: &News) {
+        if self.news.replace(news) {
             self.send_keepalive(now);
         }
     }
@@ -742,11 +750,13 @@ impl Tunnel {
         match sending {
             Sending::Unchanged => {}
             Sending::Switched { first } => {
-                if let Some(current) = self.sessions.current() {
-                    self.outgoing.send_to(current.peer_run, now);
-                    self.news.tell(current.peer_run);
+                let current = self.sessions.current();
+                let anew =
+                    current.is_some_and(|current| self.outgoing.send_to(current.peer_run, now));
+                if anew {
+                    self.news.tell_anew();
                 }
-                if first {
+                if first || anew {
                     self.next_ping = now;
                 }
             }

@@ -19,7 +19,7 @@ use crate::channel::session::{
 use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
-use crate::model::asked::{Asked, Verdict};
+use crate::model::asked::{Asked, Trouble, Verdict};
 use crate::model::drops::Drops;
 use crate::model::peer::PeerId;
 use crate::testing::epoch;
@@ -402,7 +402,7 @@ impl Pair {
                 Event::Arrived(endpoint) => at.arrivals.push(endpoint),
                 Event::State(state) => at.states.push(state),
                 Event::PeerConfig(config) => at.configs.push(config),
-                Event::PeerSees(troubles) => at.seen = troubles,
+                Event::PeerSees { news, .. } => at.seen = news.troubles,
                 Event::Rtt(rtt) => at.rtts.push(rtt),
                 Event::PathMtu(size) => at.path_mtus.push(size),
                 Event::Warning(warning) => at.warnings.push(warning),
@@ -1379,17 +1379,21 @@ fn each_side_hears_what_the_other_sees_also_after_a_restart() {
             port,
         },
         verdict: Verdict::Silent,
+        cause: "nothing_listens".into(),
         why: "nothing listens".into(),
+        age: Duration::from_secs(4),
     };
     for side in [OLD, NEW] {
         let mut pair = Pair::up(31);
         let tell = |pair: &mut Pair, troubles: &[Trouble]| {
             let now = pair.now;
-            pair.sides[side]
-                .tunnel
-                .as_mut()
-                .unwrap()
-                .set_troubles(now, troubles);
+            pair.sides[side].tunnel.as_mut().unwrap().set_news(
+                now,
+                &News {
+                    troubles: troubles.to_vec(),
+                    views: Vec::new(),
+                },
+            );
             pair.drain(side);
         };
         let seen = |pair: &Pair| pair.sides[1 - side].seen.clone();

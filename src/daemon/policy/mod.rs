@@ -607,6 +607,16 @@ impl Policy {
         self.claims.served(peer)
     }
 
+    /// What has moved by what the old server says, whether it is served or refused.
+    pub(super) fn named(&self, peer: PeerId) -> Arc<[Move]> {
+        let (served, refused) = (self.moves(peer), self.refusals(peer));
+        if refused.is_empty() {
+            return Arc::clone(served);
+        }
+        let refused = refused.iter().map(|refusal| &refusal.moved);
+        served.iter().chain(refused).cloned().collect()
+    }
+
     /// What this server serves to those inside as well: to itself, and to hosts behind it (new
     /// server). An address that it holds itself (`keep`) they reach anyhow.
     ///

@@ -20,6 +20,9 @@
 //! * **A scan** asks for ports that nobody serves, and a firewall that drops or rejects such
 //!   packets does what it should, though something listens there. So of an address that has moved
 //!   whole, a port counts if it has answered before, or if nothing of the move was ever answered.
+//! * **While the other server is away** nobody can be answered, which says nothing of what has
+//!   moved. A verdict of that time is forgotten once it is back, and what was asked then does not
+//!   count.
 //! * **A client that is banned** is refused where something listens, and others are not. So there
 //!   it takes two clients without an answer between them, and the verdict lapses.
 
@@ -29,7 +32,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::flow::watch::{Fate, Observations, Observed};
-use crate::model::asked::{Asked, Verdict};
+use crate::model::asked::{Asked, Verdict, View};
+use crate::model::drops::DropReason;
 use crate::model::moved::{Move, TCP};
 
 /// A SYN that was not answered for so long has been repeated after 1 and after 3 s (RFC 6298
@@ -60,8 +64,11 @@ const FORGOTTEN: Duration = Duration::from_secs(600);
 /// Most ports that are judged at a time for one peer, named or not.
 const MAX_THINGS: usize = 1_024;
 
+/// Who went away may have had packets so long before that it did not answer any more.
+const IN_FLIGHT: Duration = Duration::from_millis(500);
+
 /// A move of more ports than this does not name them: it is as good as the whole address.
-const NAMED: usize = 64;
+pub(in super::super) const NAMED: usize = 64;
 
 /// A port that clients ask for.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -87,6 +94,10 @@ pub(in super::super) struct Thing {
     entry: Option<usize>,
     /// Whether something listens there, as a look has shown.
     listens: Option<bool>,
+    /// Whom this server's daemon itself turns away, and why.
+    turned: Option<(IpAddr, DropReason)>,
+    /// The other server alone has seen it so.
+    told: bool,
 }
 
 /// The verdicts on what has moved to one peer, or from it.
@@ -98,6 +109,8 @@ pub(in super::super) struct Silence {
     /// Whether anybody has asked for anything of the move.
     asked: Vec<bool>,
     things: BTreeMap<Asked, Thing>,
+    /// The other server is there since then, after it was away.
+    back: Option<Instant>,
 }
 
 impl Silence {
@@ -108,12 +121,13 @@ impl Silence {
             answered: Vec::new(),
             asked: Vec::new(),
             things: BTreeMap::new(),
+            back: None,
         }
     }
 
     /// Goes by these moves from now on. What is no longer moved is forgotten.
     pub(in super::super) fn set_moves(&mut self, moves: &Arc<[Move]>) {
-        if Arc::ptr_eq(moves, &self.moves) {
+        if Arc::ptr_eq(moves, &self.moves) || *moves == self.moves {
             return;
         }
         self.moves = Arc::clone(moves);
@@ -135,9 +149,24 @@ impl Silence {
     pub(in super::super) fn observe(&mut self, now: Instant, seen: Observations) {
         for thing in self.things.values_mut() {
             thing.waiting.clear();
+            thing.turned = None;
         }
-        for observed in seen.some {
+        // What was asked while the other server was away it cannot have answered.
+        let back = self.back;
+        let counts = |it: &Observed| {
+            let waits = matches!(it.fate, Fate::Waiting { .. });
+            !waits || back.is_none_or(|back| it.opened >= back)
+        };
+        for observed in seen.some.into_iter().filter(counts) {
             self.take_in(now, observed);
+        }
+        for turned in seen.turned {
+            self.take_in(now, turned.observed);
+            if let Some(thing) = self.things.get_mut(&turned.observed.asked)
+                && asks_again(&turned.observed)
+            {
+                thing.turned = Some((turned.observed.client, turned.reason));
+            }
         }
         for thing in self.things.values_mut() {
             let never = thing.entry.is_some_and(|entry| !self.answered[entry]);
@@ -145,6 +174,77 @@ impl Silence {
             if verdict != thing.verdict {
                 (thing.verdict, thing.since) = (verdict, now);
             }
+        }
+    }
+
+    /// The other server was away from `from` on, and is back: what nobody answered meanwhile tells
+    /// nothing.
+    pub(in super::super) fn was_away(&mut self, now: Instant, from: Instant) {
+        self.back = Some(now);
+        for thing in self.things.values_mut() {
+            let bad = matches!(thing.verdict, Verdict::Silent | Verdict::Unanswered);
+            // If it was there after the clients had come, it is they who were not answered.
+            if bad && thing.bad_since() + IN_FLIGHT >= from {
+                (thing.verdict, thing.since) = (Verdict::Well, now);
+            }
+        }
+    }
+
+    /// What was seen since then of a port that the other server finds unanswered.
+    pub(in super::super) fn view(&self, since: Instant, asked: &Asked) -> View {
+        let thing = self.things.get(asked);
+        let came = |it: &Thing| it.last >= since || it.waiting.iter().any(|it| it.opened >= since);
+        let answered = |it: &Thing| it.answered.is_some_and(|at| at >= since);
+        View {
+            asked: *asked,
+            came: thing.is_some_and(came),
+            answered: thing.is_some_and(answered),
+        }
+    }
+
+    /// A port as the other server sees it, which this one knows nothing of, or nothing bad.
+    pub(in super::super) fn as_told(&self, now: Instant, asked: &Asked, verdict: Verdict) -> Thing {
+        let known = self.things.get(asked).cloned();
+        let thing = known.unwrap_or_else(|| {
+            let (entry, named) = entry_of(&self.moves, asked);
+            Thing::new(now, entry, named)
+        });
+        let told = thing.told || thing.verdict == Verdict::Well;
+        Thing {
+            verdict,
+            told,
+            ..thing
+        }
+    }
+
+    /// Knows from now on what the other server has told, so that it is not lost if that one starts
+    /// anew. What own eyes have seen stands.
+    pub(in super::super) fn adopt(&mut self, now: Instant, asked: &Asked, verdict: Verdict) {
+        let mut thing = self.as_told(now, asked, verdict);
+        let known = self.things.get(asked);
+        let own = |it: &Thing| it.verdict != Verdict::Well;
+        // Something listens by now: what was refused is over.
+        let over = verdict == Verdict::Refused && thing.listens == Some(true);
+        if thing.entry.is_none() || known.is_some_and(own) || over {
+            return;
+        }
+        (thing.since, thing.last, thing.told) = (now, now, true);
+        if verdict == Verdict::Refused {
+            thing.refused = Some(now);
+        }
+        if known.is_none() {
+            self.make_room();
+        }
+        self.things.insert(*asked, thing);
+    }
+
+    /// The other server no longer says what it had told, and own eyes have not seen it.
+    pub(in super::super) fn absolve(&mut self, now: Instant, asked: &Asked) {
+        if let Some(thing) = self.things.get_mut(asked)
+            && thing.told
+        {
+            thing.forget_refusals();
+            (thing.verdict, thing.since, thing.told) = (Verdict::Well, now, false);
         }
     }
 
@@ -208,7 +308,9 @@ impl Silence {
         if !self.things.contains_key(&asked) {
             let (entry, named) = entry_of(&self.moves, &asked);
             self.make_room();
-            self.things.insert(asked, Thing::new(now, entry, named));
+            let mut thing = Thing::new(now, entry, named);
+            thing.last = observed.opened;
+            self.things.insert(asked, thing);
         }
         let Some(thing) = self.things.get_mut(&asked) else {
             return;
@@ -252,7 +354,25 @@ impl Thing {
             named,
             entry,
             listens: None,
+            turned: None,
+            told: false,
         }
+    }
+
+    /// Whether the other server alone has seen it so.
+    pub(in super::super) fn is_told(&self) -> bool {
+        self.told
+    }
+
+    /// A client that this server's daemon itself turns away, and why.
+    pub(in super::super) fn turned(&self) -> Option<(IpAddr, DropReason)> {
+        self.turned
+    }
+
+    /// Since when the first of the clients waits that wait now; `None` if none does.
+    pub(in super::super) fn waits_since(&self) -> Option<Instant> {
+        let waits = self.in_vain().filter(|observed| asks_again(observed));
+        waits.map(|observed| observed.opened).min()
     }
 
     /// How many clients wait for an answer.
@@ -265,6 +385,7 @@ impl Thing {
 
     /// Takes in a conversation; whether it was answered.
     fn take_in(&mut self, observed: Observed) -> bool {
+        self.told = false;
         if observed.waited == observed.opened {
             self.counts[0] += 1;
             self.last = self.last.max(observed.opened);
@@ -387,26 +508,33 @@ fn age(now: Instant, observed: &Observed) -> Duration {
     now.saturating_duration_since(observed.opened)
 }
 
-/// The move that a port belongs to, and whether the move names it by its number.
+/// The move that a port belongs to, and whether a move names it by its number. Of moves within each
+/// other it is the one that names it, and then that of the longest prefix.
 fn entry_of(moves: &[Move], asked: &Asked) -> (Option<usize>, bool) {
     let port = (asked.port > 0).then_some(asked.port);
     let takes =
         |moved: &Move| moved.prefix.contains(asked.addr) && moved.takes(asked.protocol, port);
-    let names = |moved: &Move| {
-        let ports = moved
-            .ports
-            .iter()
-            .map(ExactSizeIterator::len)
-            .sum::<usize>();
-        ports > 0 && ports <= NAMED
-    };
-    let entry = moves.iter().position(takes);
-    (entry, entry.is_some_and(|entry| names(&moves[entry])))
+    let all = moves.iter().enumerate().filter(|(_, moved)| takes(moved));
+    // Of those that are alike the first one counts.
+    let entry = all
+        .rev()
+        .max_by_key(|(_, moved)| (names(moved), moved.prefix.len()));
+    (
+        entry.map(|(at, _)| at),
+        entry.is_some_and(|(_, moved)| names(moved)),
+    )
+}
+
+/// Whether a move names its ports, so that somebody is meant to serve each.
+pub(in super::super) fn names(moved: &Move) -> bool {
+    let ports = moved.ports.iter().map(ExactSizeIterator::len);
+    (1..=NAMED).contains(&ports.sum())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::turned::TurnedAway;
     use crate::model::moved::UDP;
     use crate::testing::epoch;
     use proptest::prelude::*;
@@ -490,7 +618,13 @@ mod tests {
                     matches!(fate, Fate::Waiting { .. }) && now - *opened < Duration::from_secs(16)
                 });
             let opened = some.len() as u64;
-            self.silence.observe(now, Observations { some, opened });
+            let turned = Vec::new();
+            let seen = Observations {
+                some,
+                opened,
+                turned,
+            };
+            self.silence.observe(now, seen);
         }
 
         fn verdict(&self, port: u16) -> Verdict {
@@ -738,6 +872,131 @@ mod tests {
         let moves: Arc<[Move]> = [("192.0.2.5:80".parse().unwrap())].into();
         bed.silence.set_moves(&moves);
         assert_eq!(bed.silence.things().count(), 0);
+    }
+
+    #[test]
+    fn what_nobody_could_answer_while_the_other_server_was_away_is_no_silence() {
+        let mut bed = Bed::new(&["192.0.2.5:80-81"]);
+        bed.ask(80, 9, None);
+        bed.pass(5_000);
+        let away = bed.now;
+        bed.ask(81, 9, None);
+        bed.pass(5_000);
+        assert_eq!(bed.verdict(81), Verdict::Silent);
+        bed.silence.was_away(bed.now, away);
+        assert_eq!(bed.verdict(81), Verdict::Well);
+        bed.pass(10_000);
+        assert_eq!(bed.verdict(81), Verdict::Well, "it was asked meanwhile");
+        assert_eq!(bed.verdict(80), Verdict::Silent, "and this before");
+        bed.ask(81, 9, None);
+        bed.pass(5_000);
+        assert_eq!(bed.verdict(81), Verdict::Silent);
+    }
+
+    #[test]
+    fn what_the_other_server_has_told_stands_until_a_client_is_answered_or_it_says_no_more() {
+        let asked = |port| Asked {
+            addr: "192.0.2.5".parse().unwrap(),
+            protocol: TCP,
+            port,
+        };
+        let mut bed = Bed::new(&["192.0.2.5:80-82"]);
+        bed.silence.adopt(bed.now, &asked(80), Verdict::Silent);
+        bed.silence.adopt(bed.now, &asked(81), Verdict::Refused);
+        bed.silence.adopt(bed.now, &asked(99), Verdict::Silent);
+        for _ in 0..5 {
+            bed.pass(1_000);
+            assert_eq!(bed.verdict(80), Verdict::Silent);
+            assert_eq!(bed.verdict(81), Verdict::Refused);
+            assert_eq!(bed.verdict(99), Verdict::Well, "it is not moved");
+        }
+        bed.silence.absolve(bed.now, &asked(81));
+        bed.ask(80, 9, ANSWER);
+        bed.pass(1_000);
+        assert_eq!(bed.verdict(80), Verdict::Well);
+        assert_eq!(bed.verdict(81), Verdict::Well);
+        bed.ask(82, 9, None);
+        bed.pass(5_000);
+        bed.silence.adopt(bed.now, &asked(82), Verdict::Refused);
+        bed.silence.absolve(bed.now, &asked(82));
+        assert_eq!(bed.verdict(82), Verdict::Silent, "own eyes have seen it");
+    }
+
+    #[test]
+    fn what_is_turned_away_waits_as_what_nobody_answers() {
+        let mut bed = Bed::new(&["192.0.2.5:80"]);
+        let asked = Asked {
+            addr: "192.0.2.5".parse().unwrap(),
+            protocol: TCP,
+            port: 80,
+        };
+        let (client, opened) = (IpAddr::from([10, 0, 0, 9]), bed.now);
+        for second in 1..6 {
+            bed.now += Duration::from_secs(1);
+            let again = second > 1;
+            let observed = Observed {
+                asked,
+                client,
+                opened,
+                waited: opened,
+                fate: Fate::Waiting { again },
+            };
+            let reason = DropReason::MartianSource;
+            let seen = Observations {
+                turned: vec![TurnedAway { observed, reason }],
+                ..Observations::default()
+            };
+            bed.silence.observe(bed.now, seen);
+        }
+        assert_eq!(bed.verdict(80), Verdict::Silent);
+        let (_, thing, _) = bed.silence.doubts(bed.now).next().unwrap();
+        assert_eq!(thing.turned(), Some((client, DropReason::MartianSource)));
+        let view = bed.silence.view(opened, &asked);
+        assert!(view.came && !view.answered, "{view:?}");
+    }
+
+    #[test]
+    fn a_port_belongs_to_the_move_that_names_it() {
+        let moves: Vec<Move> = ["192.0.2.0/24", "192.0.2.5", "192.0.2.0/28:80"]
+            .map(|text| text.parse().unwrap())
+            .into();
+        let of = |addr: &str, port| {
+            let asked = Asked {
+                addr: addr.parse().unwrap(),
+                protocol: TCP,
+                port,
+            };
+            entry_of(&moves, &asked)
+        };
+        assert_eq!(of("192.0.2.5", 80), (Some(2), true));
+        assert_eq!(of("192.0.2.5", 81), (Some(1), false));
+        assert_eq!(of("192.0.2.6", 81), (Some(0), false));
+        assert_eq!(of("192.0.3.6", 81), (None, false));
+    }
+
+    #[test]
+    fn what_was_seen_since_a_time_is_told() {
+        let mut bed = Bed::new(&["192.0.2.5:80"]);
+        let view = |bed: &Bed, since| {
+            let asked = Asked {
+                addr: "192.0.2.5".parse().unwrap(),
+                protocol: TCP,
+                port: 80,
+            };
+            let view = bed.silence.view(since, &asked);
+            [view.came, view.answered]
+        };
+        let start = bed.now;
+        assert_eq!(view(&bed, start), [false, false]);
+        bed.ask(80, 9, ANSWER);
+        bed.pass(1_000);
+        assert_eq!(view(&bed, start), [true, true]);
+        let later = bed.now;
+        assert_eq!(view(&bed, later), [false, false], "that was before");
+        bed.ask(80, 9, None);
+        bed.pass(1_000);
+        assert_eq!(view(&bed, later), [true, false]);
+        assert_eq!(view(&bed, start), [true, true]);
     }
 
     proptest! {

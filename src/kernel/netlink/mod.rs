@@ -37,7 +37,7 @@ use serde::{Deserialize, Serialize};
 pub use address::Address;
 pub use events::Events;
 pub use link::Link;
-pub use route::{ListedRoute, Route, RouteKind, TABLE_LOCAL, TABLE_MAIN};
+pub use route::{ListedRoute, Route, RouteKind, RouteQuery, TABLE_LOCAL, TABLE_MAIN};
 pub use rule::Rule;
 pub use tc::{Direction, Filter, FilterSlot};
 

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{
     RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
@@ -11,6 +11,7 @@ use netlink_packet_route::route::{
 use serde::{Deserialize, Serialize};
 
 use super::{Family, Netlink, NetlinkError, Result, attributes, ip, word};
+use crate::model::moved::{TCP, UDP};
 
 /// The kernel's table of what is this host's own.
 pub const TABLE_LOCAL: u32 = 255;
@@ -111,6 +112,19 @@ impl RouteKind {
     }
 }
 
+/// A packet of this host for which a route is looked up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RouteQuery {
+    /// Destination.
+    pub dst: IpAddr,
+    /// Source, if it is chosen already.
+    pub src: Option<IpAddr>,
+    /// Its mark.
+    pub mark: Option<u32>,
+    /// IP protocol and source port, where rules go by them.
+    pub from: Option<(u8, u16)>,
+}
+
 /// The kernel's answer to the question how it would route a packet.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RouteAnswer {
@@ -191,10 +205,21 @@ impl Netlink {
         mark: Option<u32>,
         src: Option<IpAddr>,
     ) -> Result<RouteAnswer> {
-        let route = self.look_up(dst, mark, src, RouteFlags::empty())?;
+        let from = None;
+        self.route_of(RouteQuery {
+            dst,
+            src,
+            mark,
+            from,
+        })
+    }
+
+    /// How the kernel would route a packet.
+    pub fn route_of(&self, query: RouteQuery) -> Result<RouteAnswer> {
+        let route = self.look_up(query, RouteFlags::empty())?;
         // What the kernel has learned hides what the table says, so we ask for the latter as well.
         let by_table = route.mtu.and_then(|_| {
-            let entry = self.look_up(dst, mark, src, RouteFlags::FibMatch);
+            let entry = self.look_up(query, RouteFlags::FibMatch);
             entry.ok()?.mtu
         });
         Ok(RouteAnswer {
@@ -208,14 +233,16 @@ impl Netlink {
     }
 
     /// The kernel's answer to the question, or, with `FibMatch`, the table's entry behind it.
-    fn look_up(
-        &self,
-        dst: IpAddr,
-        mark: Option<u32>,
-        src: Option<IpAddr>,
-        flags: RouteFlags,
-    ) -> Result<Route> {
+    fn look_up(&self, query: RouteQuery, flags: RouteFlags) -> Result<Route> {
         const WHAT: &str = "look up route";
+        const RTA_IP_PROTO: u16 = 27;
+        const RTA_SPORT: u16 = 28;
+        let RouteQuery {
+            dst,
+            src,
+            mark,
+            from,
+        } = query;
         let bits = Family::of(dst).bits();
         let mut message = RouteMessage::default();
         message.header.flags = flags;
@@ -230,6 +257,15 @@ impl Netlink {
         }
         if let Some(mark) = mark {
             message.attributes.push(RouteAttribute::Mark(mark));
+        }
+        // The kernel knows rules of ports for no others.
+        if let Some((protocol @ (TCP | UDP), port)) = from {
+            let mut push = |kind, value: Vec<u8>| {
+                let other = DefaultNla::new(kind, value);
+                message.attributes.push(RouteAttribute::Other(other));
+            };
+            push(RTA_IP_PROTO, vec![protocol]);
+            push(RTA_SPORT, port.to_be_bytes().to_vec());
         }
         let request = RouteNetlinkMessage::GetRoute(message);
         let answers = self.exchange(WHAT, request, NLM_F_ACK)?;

@@ -210,9 +210,13 @@ mod tests {
                 ["up0/arp_ignore", "up0/arp_announce"]
                     .map(|name| read_sysctl(&format!("net/ipv4/conf/{name}")).unwrap())
             };
-            // Those that may be somebody else's come last, until that is known.
+            // Those that may be somebody else's come last, until that is known. Link-local ones the
+            // kernel adds in its own time.
             let addresses = || {
                 let mut all = netlink.addresses().unwrap();
+                all.retain(
+                    |held| !matches!(held.addr, IpAddr::V6(v6) if v6.is_unicast_link_local()),
+                );
                 all.sort_by_key(|held| held.addr);
                 all
             };
