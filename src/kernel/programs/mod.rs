@@ -174,7 +174,7 @@ mod tests {
         for (program, size) in [
             (capture(&begins, 14, 1, Some(51820)), 1759),
             (return_path(&begins, 1), 1312),
-            (note_own(&begins, 14, 1, Some(51820)), 804),
+            (note_own(&begins, 14, 1, Some(51820)), 813),
         ] {
             all.push((program.unwrap(), size));
         }
