@@ -230,10 +230,14 @@ impl Follower {
         loop {
             // All in one step, so that what a killed predecessor left is taken over without a gap.
             let mut desired = Vec::new();
+            let mut captures = Vec::new();
             let mut carrying = Vec::new();
             for link in links {
                 match follower.on_link(host.netlink(), &link) {
-                    Ok(changes) => {
+                    Ok(mut changes) => {
+                        if let Programs::Old(_) = follower.programs {
+                            captures.extend(changes.pop());
+                        }
                         desired.extend(changes);
                         carrying.push(link);
                     }
@@ -257,13 +261,15 @@ impl Follower {
                 let left = host.made().iter().filter(|change| keep::is_part(change));
                 desired.extend(left.cloned().map(Desired::lasting));
             }
-            if let Programs::Old(capture) = &follower.programs {
-                // Just before the programs see it themselves.
-                let noted = capture.note_older(host.netlink(), &follower.settings.moves);
-                noted.map_err(system)?;
-            }
-            let error = match host.reconcile(desired) {
+            let mut noted = Ok(());
+            let note_older = |netlink: &Netlink| {
+                if let Programs::Old(capture) = &follower.programs {
+                    noted = capture.note_older(netlink, &follower.settings.moves);
+                }
+            };
+            let error = match host.reconcile_around(desired, note_older, captures) {
                 Ok(report) => {
+                    noted.map_err(system)?;
                     warn_of_left(&report);
                     follower.carrying = carrying;
                     follower.warn_of_routes();

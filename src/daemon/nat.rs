@@ -114,8 +114,13 @@ impl Ready {
         let queue = queues.into_iter().next();
         let queue = queue.ok_or_else(|| system("the TUN interface has no queue"))?;
         let tun = raise_tun(&netlink, &settings.tun, uplink.mtu)?;
-        let desired = masquerade::plan(&netlink, moves, &uplink, &towards, &tun, &PORTS);
-        warn_of_left(&host.reconcile(desired.map_err(system)?)?);
+        let plan = masquerade::plan(&netlink, moves, &uplink, &towards, &tun, &PORTS);
+        let mut plan = plan.map_err(system)?;
+        let [first, captures] = [&mut plan.first, &mut plan.captures].map(std::mem::take);
+        let mut noted = Ok(());
+        let note_older = |netlink: &Netlink| noted = plan.note_older(netlink, moves);
+        warn_of_left(&host.reconcile_around(first, note_older, captures)?);
+        noted.map_err(system)?;
         let tools = Tools {
             signals,
             status,

@@ -207,44 +207,69 @@ impl Host {
     pub fn made(&self) -> &[Change] {
         &self.made
     }
-
     /// Makes the desired changes in their order, and then undoes earlier ones that are no longer
     /// wanted. It replaces a filter that is there already in one step. Anything else that is there
     /// already stays untouched, and a sysctl remembers the value from before the first change.
     ///
+    /// Something may happen `between` two parts of it: what comes `first` stands by then, and what
+    /// comes `then` does not, unless a killed predecessor left it.
+    ///
     /// # Errors
     /// If a change fails. Then the changes that this call has made are undone.
-    pub fn reconcile(&mut self, desired: Vec<Desired>) -> Result<Report, HostError> {
+    pub fn reconcile_around(
+        &mut self,
+        mut first: Vec<Desired>,
+        between: impl FnOnce(&Netlink),
+        mut then: Vec<Desired>,
+    ) -> Result<Report, HostError> {
         self.wanted.clear();
-        let step = Step {
+        let mut step = Step {
             earlier: std::mem::take(&mut self.made),
             ..Step::default()
         };
-        self.reconcile_step(step, desired)
+        let made = self.take_all(&mut step, &mut first).and_then(|()| {
+            between(&self.netlink);
+            self.take_all(&mut step, &mut then)
+        });
+        first.append(&mut then);
+        self.finish_step(step, made, first)
     }
 
-    fn reconcile_step(
+    /// The same, in one part.
+    #[cfg(test)]
+    pub fn reconcile(&mut self, desired: Vec<Desired>) -> Result<Report, HostError> {
+        self.reconcile_around(desired, |_| {}, Vec::new())
+    }
+
+    /// Looks for everything, and makes it.
+    fn take_all(&self, step: &mut Step, desired: &mut [Desired]) -> Result<(), HostError> {
+        let mut rows = desired.chunk_by_mut(are_of_a_row);
+        rows.try_for_each(|row| self.take(step, row))
+    }
+
+    /// Undoes what is no longer wanted, or what was made just now if that failed.
+    fn finish_step(
         &mut self,
         mut step: Step,
+        made: Result<(), HostError>,
         mut desired: Vec<Desired>,
     ) -> Result<Report, HostError> {
-        for row in desired.chunk_by_mut(are_of_a_row) {
-            if let Err(error) = self.take(&mut step, row) {
-                for change in step.fresh.iter().rev() {
-                    let _ = change.undo(&self.netlink);
-                }
-                step.kept.retain(|change| !step.fresh.contains(change));
-                self.made = step.earlier;
-                self.made.append(&mut step.kept);
-                self.record()?;
-                return Err(error);
+        if let Err(error) = made {
+            for change in step.fresh.iter().rev() {
+                let _ = change.undo(&self.netlink);
             }
+            step.kept.retain(|change| !step.fresh.contains(change));
+            self.made = step.earlier;
+            self.made.append(&mut step.kept);
+            self.record()?;
+            return Err(error);
         }
         self.wanted.append(&mut desired);
         self.undo_reversed(step.earlier, step.kept)
     }
 
-    /// Makes again what others have taken away since [`reconcile`](Self::reconcile): a network
+    /// Makes again what others have taken away since
+    /// [`reconcile_around`](Self::reconcile_around): a network
     /// manager that removes unknown rules and routes (as systemd-networkd does whenever it starts),
     /// a TUN that was down for a moment, a `sysctl --system`. It is cheap enough to run every few
     /// seconds.
@@ -330,27 +355,27 @@ impl Host {
         self.journal.write(&self.made)
     }
 
-    /// As [`reconcile`](Self::reconcile), but only for the changes that `part` selects. It undoes
-    /// those of them that are no longer wanted, and leaves all others as they are.
+    /// As [`reconcile_around`](Self::reconcile_around), but only for the changes that `part`
+    /// selects. It undoes those of them that are no longer wanted, and leaves all others as they
+    /// are.
     ///
     /// # Errors
     /// If a change fails. Then the changes that this call has made are undone.
     pub fn reconcile_part(
         &mut self,
         part: impl Fn(&Change) -> bool,
-        desired: Vec<Desired>,
+        mut desired: Vec<Desired>,
     ) -> Result<Report, HostError> {
         self.wanted.retain(|desired| !part(&desired.change));
         let made = std::mem::take(&mut self.made);
         let (earlier, kept) = made.into_iter().partition(part);
-        self.reconcile_step(
-            Step {
-                earlier,
-                kept,
-                fresh: Vec::new(),
-            },
-            desired,
-        )
+        let mut step = Step {
+            earlier,
+            kept,
+            fresh: Vec::new(),
+        };
+        let made = self.take_all(&mut step, &mut desired);
+        self.finish_step(step, made, desired)
     }
 
     /// Undoes everything, in reverse order. The journal keeps the changes that could not be undone.
@@ -679,6 +704,31 @@ mod tests {
                 drop(host);
                 assert!(!stage.scratch.0.exists());
             }
+        });
+    }
+
+    #[test]
+    fn what_is_older_is_noted_when_everything_but_the_capture_stands() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let tun = stage.tun();
+            let mut host = stage.host();
+            let index = stage.uplink.index;
+            let stands = |netlink: &Netlink, name| {
+                [Direction::Ingress, Direction::Egress].iter().any(|&way| {
+                    let filters = netlink.filters(index, way).unwrap();
+                    filters.iter().any(|it| it.name.as_deref() == Some(name))
+                })
+            };
+            let names = ["ipmoved_own", "ipmoved_capture"];
+            let mut first = stage.capture(&tun);
+            let then = vec![first.pop().unwrap()];
+            let mut seen = None;
+            let between = |netlink: &Netlink| seen = Some(names.map(|name| stands(netlink, name)));
+            host.reconcile_around(first, between, then).unwrap();
+            assert_eq!(seen, Some([true, false]));
+            assert_eq!(names.map(|name| stands(&stage.netlink, name)), [true, true]);
+            assert!(host.repair().failed.is_empty());
         });
     }
 

@@ -87,7 +87,7 @@ impl Capture {
     }
 
     /// Takes in the connections of hosts behind this one that are older than these programs, unless
-    /// the memory is a killed daemon's.
+    /// the memory is a killed daemon's. Call it before the captures are made, and after all else.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -134,8 +134,8 @@ impl Capture {
         read_sysctl(&path).is_ok_and(|value| value == "1")
     }
 
-    /// The changes to one entrance: the capture, and before it what notes this host's own. An older
-    /// ingress qdisc of others has no place for the latter.
+    /// The changes to one entrance: what notes this host's own, and at last the capture. An older
+    /// ingress qdisc of others has no place for the former.
     ///
     /// # Errors
     /// If the programs cannot work on an interface like this, or there is no place for one.

@@ -40,6 +40,27 @@ pub struct Towards {
     pub link: Link,
 }
 
+/// The changes for mode `nat`.
+#[derive(Debug)]
+pub struct Plan {
+    /// All but the last one.
+    pub first: Vec<Desired>,
+    /// The capture of what has moved. Its packets may get replies at once.
+    pub captures: Vec<Desired>,
+    facts: Facts,
+}
+
+impl Plan {
+    /// Takes in the connections of hosts behind this one that are older ([`super::own`]). Call it
+    /// before the capture is made, and after all else.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn note_older(&self, netlink: &Netlink, moves: &[Move]) -> Result<(), PlanError> {
+        super::own::note_older(netlink, self.facts.own(), moves)
+    }
+}
+
 /// The changes for mode `nat`: both captures, the programs that send, and reserved `ports`.
 ///
 /// # Errors
@@ -51,7 +72,7 @@ pub fn plan(
     towards: &[Towards],
     tun: &Link,
     ports: &RangeInclusive<u16>,
-) -> Result<Vec<Desired>, PlanError> {
+) -> Result<Plan, PlanError> {
     let way = |link: &Link| -> Result<Way, PlanError> {
         let replies = towards.iter().any(|end| end.link.index == link.index);
         Ok(Way {
@@ -83,7 +104,6 @@ pub fn plan(
     ];
     // Others add to this list, too. Once they do, we must not restore the old one.
     desired.extend(reservation(ports).map(|change| Desired::lasting(change).once()));
-    super::own::note_older(netlink, facts.own(), moves)?;
     let mut links: Vec<&Link> = Vec::new();
     for end in towards {
         if links.iter().all(|known| known.index != end.link.index) {
@@ -119,9 +139,11 @@ pub fn plan(
     }
     let on_way_out = super::own::place(netlink, uplink)?;
     desired.push(Desired::lasting(on_way_out).program(noting.load()?));
-    // The clients come last: their packets may get replies at once.
-    desired.push(Desired::lasting(on_uplink).program(capture.load()?));
-    Ok(desired)
+    Ok(Plan {
+        first: desired,
+        captures: vec![Desired::lasting(on_uplink).program(capture.load()?)],
+        facts,
+    })
 }
 
 /// The change that reserves `ports` as well; ports that somebody else has reserved stay so.

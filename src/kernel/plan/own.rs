@@ -38,8 +38,9 @@ pub fn memory(netlink: &Netlink, links: &[Link], kept: &[OwnedFd]) -> Result<Own
 }
 
 /// Takes in the connections of hosts behind this one that could be captured by these moves, as far
-/// as the kernel can tell, unless the memory is a killed daemon's. Call it just before the programs
-/// are attached: what begins in between is lost.
+/// as the kernel can tell, unless the memory is a killed daemon's. Call it when what notes new ones
+/// stands on every link, and nothing is captured yet: the connection tracker knows a packet before
+/// it reaches the egress of a link, so none is lost in between.
 ///
 /// # Errors
 /// If the kernel refuses.

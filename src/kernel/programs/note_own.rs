@@ -11,6 +11,10 @@
 //!     || !(r = rights of ip.saddr)) pass;
 //! parse();                                       // quoted, later, none, other: pass
 //! if (nothing of this protocol has moved by r) pass;          // none of it is captured
+//! if (its port has not) {                                      // only fragments are
+//!     if (UDP) others[key] = now;                              // once a second
+//!     pass;
+//! }
 //! if (TCP) {
 //!     if (SYN without ACK) delete(taken, key);
 //!     if (it is from a socket of this host, and was not translated) pass; // which can be asked
@@ -21,7 +25,7 @@
 //!     }
 //!     if (FIN || lookup(taken, key)) pass;
 //! } else {
-//!     if ((o = lookup(own, key)) && !(o->young && now - o->seen > YOUNG_IDLE)) {
+//!     if ((o = lookup(own, key)) && now - o->seen <= (o->young ? YOUNG_IDLE : OWN_IDLE)) {
 //!         if (!o->young) refresh; pass;
 //!     }
 //!     if ((t = lookup(taken, key))) {
@@ -29,29 +33,36 @@
 //!         delete(taken, key);
 //!     }
 //! }
-//! update(own, key, { now, from a UDP socket at this port ? KIND_SOCKET : KIND_BEHIND,
+//! s = the UDP socket at this port that sends it, or for which the kernel does (WireGuard, IPsec);
+//! update(own, key, { now, !s ? KIND_BEHIND
+//!                         : s->state != ESTABLISHED && now - since > OWN_IDLE ? KIND_LASTING
+//!                         : KIND_SOCKET,
 //!                    now - since <= YOUNG });
 //! pass:    return TC_ACT_UNSPEC;
 //! refresh: if (now - o->seen > REFRESH) { o->seen = now; delete(taken, key); }
 //! ```
 
-use Reg::{R0, R7, R9, R10};
+use Reg::{R0, R1, R7, R9, R10};
 
 use super::facts::Facts;
-use super::flows::{KEY_LAST, REFRESH, jump_if_within, look_up, remove};
-use super::headers::{ipv4, ipv6, ports, skb};
+use super::flows::{KEY_LAST, REFRESH, enter_now, jump_if_within, look_up, remove};
+use super::headers::{ipv4, ipv6, ports, skb, sock};
 use super::moved::Family;
 use super::own::{
-    ANSWERED, KIND_BEHIND, KIND_CLOSED, KIND_SOCKET, OWN_KIND, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
+    ANSWERED, KIND_BEHIND, KIND_CLOSED, KIND_LASTING, KIND_SOCKET, OWN_IDLE, OWN_KIND, OWN_SEEN,
+    OWN_YOUNG, Own, YOUNG_IDLE,
 };
 use super::parse::{FLAGS, Side, Ways, load_syn, parse, sort_out, wire};
 use super::phrases::{
-    PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, jump_if_icmp, keep_packet, load_bytes,
-    pass_if_tagged, verdict,
+    PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, jump_if_icmp, jump_if_it_has_ports,
+    keep_packet, load_bytes, pass_if_tagged, verdict,
 };
 use super::rights::Rights;
-use super::sockets::{SOCKET, jump_unless_at_own_end, jump_unless_from_own_port, load_tcp_socket};
-use crate::kernel::bpf::{Assembler, BpfError, If, Label, Program, Reg, Size};
+use super::sockets::{
+    SOCKET, jump_unless_at_own_end, load_port, load_tcp_socket, look_up_socket,
+    release_keeping_state,
+};
+use crate::kernel::bpf::{Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{FIN, RST, SYN};
 
@@ -100,9 +111,7 @@ pub fn note_own(
 
     a.bind(ways.flow);
     let (captured, without_tcp) = (a.label(), a.label());
-    // Any port of the protocol counts: fragments show none, and capture takes them all.
-    a.load(Size::W, KIND, R10, RIGHTS_KEPT);
-    Rights::decide_by_protocol(a, KIND, captured, pass);
+    note_other_port(a, facts, captured, pass);
     a.bind(captured);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
     note_tcp(a, own, new, pass);
@@ -132,12 +141,7 @@ pub fn note_own(
     remove(a, &own.taken);
 
     a.bind(new);
-    let behind = a.label();
-    a.mov(KIND, KIND_BEHIND);
-    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), behind);
-    jump_unless_from_own_port(a, behind);
-    a.mov(KIND, KIND_SOCKET);
-    a.bind(behind);
+    look_for_sender(a);
     own.enter_own(a, KIND);
     a.jump(pass);
 
@@ -150,6 +154,11 @@ pub fn note_own(
     jump_if_within(a, (FOUND, OWN_SEEN), YOUNG_IDLE, pass);
     a.jump(unknown);
     a.bind(aged);
+    let heard = a.label();
+    jump_if_within(a, (FOUND, OWN_SEEN), REFRESH, pass);
+    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, heard);
+    a.jump(unknown);
+    a.bind(heard);
     refresh(a, own, None, pass);
 
     for label in [ways.later, ways.quoted, ways.none, ways.other, pass] {
@@ -176,6 +185,64 @@ fn pass_unless_moved(a: &mut Assembler, l2: u32, facts: &Facts, pass: Label) {
     a.bind(moved);
     a.load(Size::W, R0, R0, 0);
     a.store(Size::W, R10, RIGHTS_KEPT, R0);
+}
+
+/// Jumps to `captured` if what answers the packet would be, and to `pass` if not: then only the
+/// fragments are that answer UDP, which is noted for them.
+fn note_other_port(a: &mut Assembler, facts: &Facts, captured: Label, pass: Label) {
+    const RIGHTS: Reg = KIND;
+    const PORT: Reg = FOUND;
+    let (has_ports, another, fragmented, new) = (a.label(), a.label(), a.label(), a.label());
+    a.load(Size::W, RIGHTS, R10, RIGHTS_KEPT);
+    Rights::jump_if_whole(a, RIGHTS, captured);
+    jump_if_it_has_ports(a, has_ports);
+    a.jump(pass);
+    a.bind(has_ports);
+    load_port(a, KEY_LAST + 2);
+    a.mov(PORT, R1);
+    (facts.rights).decide_by_port(a, RIGHTS, PORT, None, (captured, another));
+    a.bind(another);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), pass);
+    Rights::decide_by_protocol(a, RIGHTS, fragmented, pass);
+    a.bind(fragmented);
+    look_up(a, &facts.own.others);
+    a.jump_if_wide(R0, If::Eq, 0, new);
+    a.mov(FOUND, R0);
+    jump_if_within(a, (FOUND, 0), REFRESH, pass);
+    a.store(Size::Dw, FOUND, 0, R0);
+    a.jump(pass);
+    a.bind(new);
+    enter_now(a, &facts.own.others);
+    a.jump(pass);
+}
+
+/// KIND = that of a conversation that the packet, which has no TCP, begins. It is lasting as far as
+/// the socket says; a socket that is bound to an interface is found from there only.
+fn look_for_sender(a: &mut Assembler) {
+    let (ask, by_state, done) = (a.label(), a.label(), a.label());
+    a.mov(KIND, KIND_BEHIND);
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), done);
+    a.load(Size::Dw, R1, PACKET, skb::SK);
+    a.jump_if_wide(R1, If::Eq, 0, ask);
+    a.call(Helper::SkFullsock);
+    a.jump_if_wide(R0, If::Eq, 0, ask);
+    // Tunnels leave the socket there of what they carry.
+    a.load(Size::W, R1, R0, sock::PROTOCOL);
+    a.jump_if(R1, If::Ne, i32::from(UDP), ask);
+    a.load(Size::W, R1, R0, sock::BOUND_DEV_IF);
+    a.jump_if(R1, If::Ne, 0, done);
+    jump_unless_at_own_end(a, R0, done);
+    a.load(Size::W, FOUND, R0, sock::STATE);
+    a.jump(by_state);
+    a.bind(ask);
+    look_up_socket(a, Helper::SkLookupUdp);
+    a.jump_if_wide(R0, If::Eq, 0, done);
+    release_keeping_state(a, FOUND);
+    a.bind(by_state);
+    a.mov(KIND, KIND_SOCKET);
+    a.jump_if(FOUND, If::Eq, sock::ESTABLISHED, done);
+    a.mov(KIND, KIND_LASTING);
+    a.bind(done);
 }
 
 /// Notes TCP of hosts behind this one, and of sockets that the wire's addresses do not find; goes

@@ -13,6 +13,9 @@
 //! taken      u64 answered
 //!            flows of clients that were captured: when the new server last answered, or 0. Of TCP
 //!            and ICMP it is not noted
+//! others     u64 seen
+//!            UDP from ports that have not moved, beside others of the address that have: its first
+//!            fragments stay, since all fragments are captured. Without it the daemon bounces them
 //! fragments  u64, unused
 //!            fragmented packets of own conversations under way, by identification
 //! noted      by a hash of the flow: u64 hash_and_time
@@ -41,6 +44,10 @@ pub const OWN_IDLE: Duration = UDP_ONE_WAY;
 /// The same of TCP behind this host (RFC 5382 REQ-5).
 pub(super) const OWN_IDLE_TCP: Duration = TCP_ESTABLISHED;
 
+/// The same of what a UDP socket of this host has begun, while there is one at its port: a peer
+/// with a fixed port (IKE, SIP, WireGuard without keepalives) may be the next to speak, much later.
+pub(super) const OWN_LASTING: Duration = TCP_ESTABLISHED;
+
 /// How long what the new server answered is the tunnel's, whatever this host sends there.
 pub(super) const ANSWERED: Duration = UDP_ONE_WAY;
 
@@ -58,6 +65,10 @@ const MAX_OWN: u32 = 65_536;
 
 /// Fragmented packets under way at the same time; see [`flows`](super::flows).
 const MAX_FRAGMENTED: u32 = 4096;
+
+/// Conversations of ports that have not moved which are remembered for their fragments: 4,096 take
+/// half a megabyte.
+const MAX_OTHERS: u32 = 4096;
 
 /// Flows whose answers need not be noted at the same time, a power of two. Where two share a place,
 /// both are noted more often.
@@ -77,6 +88,12 @@ pub(super) const KIND_CLOSED: i32 = 3;
 /// TCP of a host behind this one that was silent when somebody began anew. If it lives it answers
 /// with a challenge (RFC 5961 section 4); it is over if it has not by the next SYN.
 pub(super) const KIND_ASKED: i32 = 4;
+/// As [`KIND_SOCKET`], of a socket that is connected to nobody, and begun by it. For that, no
+/// request may have come before: from the start on each is either in `taken` or in `own` before it
+/// can be answered, and one from before the start was answered within [`OWN_IDLE`], or never. What
+/// a socket connected to somebody sends is kept no longer than it: the next one at its port may be
+/// a service that waits for everybody.
+pub(super) const KIND_LASTING: i32 = 5;
 
 /// A tick of the time when it was asked, as a power of two in nanoseconds: 1.07 s.
 pub(super) const ASKED_TICK: i32 = 30;
@@ -106,6 +123,7 @@ const fn table(name: &'static str, value_size: usize, max_entries: u32) -> Shape
 /// The shapes, by name.
 const OWN: Shape = table("ipmoved_own", OWN_BYTES, MAX_OWN);
 const TAKEN: Shape = table("ipmoved_taken", 8, MAX_OWN);
+const OTHERS: Shape = table("ipmoved_ownrest", 8, MAX_OTHERS);
 const FRAGMENTS: Shape = table("ipmoved_ownfrag", 8, MAX_FRAGMENTED);
 const NOTED: Shape = Shape {
     kind: MapKind::Array,
@@ -127,6 +145,7 @@ const FACTS: Shape = Shape {
 pub struct Own {
     pub(super) own: Map,
     pub(super) taken: Map,
+    pub(super) others: Map,
     pub(super) fragments: Map,
     pub(super) noted: Map,
     facts: Map,
@@ -146,6 +165,7 @@ impl Own {
         let memory = Self {
             own: Map::new(OWN)?,
             taken: Map::new(TAKEN)?,
+            others: Map::new(OTHERS)?,
             fragments: Map::new(FRAGMENTS)?,
             noted: Map::new(NOTED)?,
             facts: Map::new(FACTS)?,
@@ -166,6 +186,7 @@ impl Own {
         Some(Self {
             own: find(OWN)?,
             taken: find(TAKEN)?,
+            others: find(OTHERS)?,
             fragments: find(FRAGMENTS)?,
             noted: find(NOTED)?,
             facts: find(FACTS)?,
@@ -178,12 +199,13 @@ impl Own {
         let Self {
             own,
             taken,
+            others,
             fragments,
             noted,
             facts,
             resumes: _,
         } = self;
-        [own, taken, fragments, noted, facts]
+        [own, taken, others, fragments, noted, facts]
             .map(AsFd::as_fd)
             .into()
     }
@@ -255,6 +277,20 @@ impl Own {
         self.own.keys().unwrap().len()
     }
 
+    /// How many conversations of other ports are.
+    #[cfg(test)]
+    pub(super) fn others(&self) -> usize {
+        self.others.keys().unwrap().len()
+    }
+
+    /// No client was captured.
+    #[cfg(test)]
+    pub(super) fn forget_taken(&self) {
+        for key in self.taken.keys().unwrap() {
+            self.taken.remove(&key).unwrap();
+        }
+    }
+
     /// Counts a packet that stays.
     pub(super) fn count_stayed(&self, a: &mut Assembler) {
         a.load_address(R1, self.facts.as_fd(), STAYED);
@@ -262,15 +298,22 @@ impl Own {
         a.add_atomically(R1, 0, R2);
     }
 
-    /// Enters the key as an own conversation of the kind that the register says, seen now.
+    /// Enters the key as an own conversation of the kind that the register says, seen now. Soon
+    /// after the start none is lasting.
     pub(super) fn enter_own(&self, a: &mut Assembler, kind: Reg) {
-        let old = a.label();
+        let (old, short) = (a.label(), a.label());
         a.store(Size::W, R10, VALUE + OWN_KIND, kind);
         a.store(Size::W, R10, VALUE + OWN_YOUNG, 0);
         a.call(Helper::KtimeGetNs);
         a.store(Size::Dw, R10, VALUE + OWN_SEEN, R0);
         a.load_address(R1, self.facts.as_fd(), SINCE);
         a.load(Size::Dw, R1, R1, 0);
+        a.mov_wide(R2, OWN_IDLE.as_nanos() as u64);
+        a.alu(Alu::Add, R2, R1);
+        a.jump_if_wide(R0, If::Gt, R2, old);
+        a.jump_if(kind, If::Ne, KIND_LASTING, short);
+        a.store(Size::W, R10, VALUE + OWN_KIND, KIND_SOCKET);
+        a.bind(short);
         a.mov_wide(R2, YOUNG.as_nanos() as u64);
         a.alu(Alu::Add, R1, R2);
         a.jump_if_wide(R0, If::Gt, R1, old);

@@ -44,8 +44,8 @@ const SET_WORDS: u32 = 10;
 /// Ports of a word, as a power of two.
 const WORD_PORTS: u32 = 6;
 
-/// Where the number of a word lies on the stack: below an IPv6 address and its length.
-const WORD_AT: i16 = -24;
+/// Where the number of a word lies on the stack: below what programs have there by then.
+const WORD_AT: i16 = -128;
 
 /// What has moved.
 #[derive(Debug)]

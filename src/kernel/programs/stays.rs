@@ -22,8 +22,8 @@
 //!     if (TCP) {
 //!         if (SYN ? !CLOSED && (now - o->seen <= OWN_IDLE || asked(o))
 //!                 : CLOSED || now - o->seen <= OWN_IDLE_TCP) stay;
-//!     } else if (now - o->seen <= (o->young ? YOUNG_IDLE : OWN_IDLE)
-//!                && (o->kind != KIND_SOCKET || sk_lookup_udp())) stay;
+//!     } else if (now - o->seen <= (o->young ? YOUNG_IDLE : LASTING ? OWN_LASTING : OWN_IDLE)
+//!                && (o->kind != KIND_SOCKET or _LASTING || sk_lookup_udp())) stay;
 //!     delete(own, key);
 //! }
 //! // asked(o): the first SYN marks it as KIND_ASKED; it is over if that stands one second later.
@@ -32,6 +32,7 @@
 //!     update(taken, key, 0);                         // or the rest would go to what was closed
 //! }
 //! if (UDP && (s = sk_lookup_udp()) && s->state == ESTABLISHED) stay;
+//! if (FRAGMENT == FIRST_FRAGMENT && (t = lookup(others, key)) && now - *t <= OWN_IDLE) stay;
 //! if (!ICMP && !SYN && !quoted) update(taken, key, 0);     // another SYN leaves no memory
 //! take:   if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
 //!         go on
@@ -47,12 +48,12 @@ use Reg::{R0, R1, R7, R8, R10};
 use super::flows::{KEY_LAST, VALUE, enter, jump_if_within, look_up, remove};
 use super::headers::{icmpv4, icmpv6, ipv4, ipv6, sock};
 use super::own::{
-    ASKED_TICK, ASKED_TICKS, KIND_ASKED, KIND_CLOSED, KIND_SOCKET, MAX_NOTED, OWN_IDLE,
-    OWN_IDLE_TCP, OWN_KIND, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
+    ASKED_TICK, ASKED_TICKS, KIND_ASKED, KIND_CLOSED, KIND_LASTING, KIND_SOCKET, MAX_NOTED,
+    OWN_IDLE, OWN_IDLE_TCP, OWN_KIND, OWN_LASTING, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
 };
 use super::parse::{
-    FRAGMENT, Side, Ways, follow_first_fragment, forget_first_fragment, load_syn, parse,
-    remember_first_fragment, wire,
+    FIRST_FRAGMENT, FRAGMENT, Side, Ways, follow_first_fragment, forget_first_fragment, load_syn,
+    parse, remember_first_fragment, wire,
 };
 use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_icmp, jump_if_v6, look_up_at, verdict};
 use super::sockets::{look_up_socket, release_keeping_state};
@@ -96,6 +97,7 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
     a.bind(unknown);
     let (entered, note) = (a.label(), a.label());
     ask_sockets(a, stay, note);
+    stay_if_of_another_port(a, own, stay);
     jump_if_icmp(a, take);
     a.jump_if(FRAGMENT, If::Eq, QUOTED, take);
     load_syn(a);
@@ -127,23 +129,42 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
     a.bind(entered);
 }
 
+/// Jumps to `stay` if the packet is the first fragment of UDP to a port that has not moved, from
+/// whom this host has spoken to there.
+fn stay_if_of_another_port(a: &mut Assembler, own: &Own, stay: Label) {
+    let no = a.label();
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, no);
+    look_up(a, &own.others);
+    a.jump_if_wide(R0, If::Eq, 0, no);
+    a.mov(FOUND, R0);
+    jump_if_within(a, (FOUND, 0), OWN_IDLE, stay);
+    a.bind(no);
+}
+
 /// Jumps to `stay` if a conversation that this host has begun, with its value at R0, still is one;
 /// forgets it otherwise.
 fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
     let (tcp, begins, forget) = (a.label(), a.label(), a.label());
-    let (young, in_time, gone) = (a.label(), a.label(), a.label());
+    let (young, lasting) = (a.label(), a.label());
+    let (in_time, ask, gone) = (a.label(), a.label(), a.label());
     a.mov(FOUND, R0);
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
     a.load(Size::W, R0, FOUND, OWN_YOUNG);
     a.jump_if(R0, If::Ne, 0, young);
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    a.jump_if(R0, If::Eq, KIND_LASTING, lasting);
     jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, in_time);
     a.jump(forget);
     a.bind(young);
     jump_if_within(a, (FOUND, OWN_SEEN), YOUNG_IDLE, in_time);
     a.jump(forget);
+    a.bind(lasting);
+    jump_if_within(a, (FOUND, OWN_SEEN), OWN_LASTING, ask);
+    a.jump(forget);
     a.bind(in_time);
     a.load(Size::W, R0, FOUND, OWN_KIND);
     a.jump_if(R0, If::Ne, KIND_SOCKET, stay);
+    a.bind(ask);
     look_up_socket(a, Helper::SkLookupUdp);
     a.jump_if_wide(R0, If::Eq, 0, gone);
     a.mov(R1, R0);
@@ -311,7 +332,7 @@ mod tests {
     use crate::lab::wiring::Wiring;
     use crate::packet::{ACK, FIN, PSH, RST};
 
-    /// The programs of an old server from which two whole addresses have moved.
+    /// The programs of an old server.
     struct OldServer {
         facts: Facts,
         capture: OwnedFd,
@@ -320,15 +341,24 @@ mod tests {
     }
 
     impl OldServer {
-        /// Running for long.
+        /// From which two whole addresses have moved, running for long.
         fn new() -> Self {
-            let old = Self::just_started();
+            Self::with(&["192.0.2.5", "2001:db8:a::5"])
+        }
+
+        fn just_started() -> Self {
+            Self::of(&["192.0.2.5", "2001:db8:a::5"])
+        }
+
+        /// From which this has moved, running for long.
+        fn with(moved: &[&str]) -> Self {
+            let old = Self::of(moved);
             old.facts.own.begin_at(Duration::ZERO);
             old
         }
 
-        fn just_started() -> Self {
-            let moves = moves(&["192.0.2.5", "2001:db8:a::5"]);
+        fn of(moved: &[&str]) -> Self {
+            let moves = moves(moved);
             let facts = Facts::new(&moves).expect("run the tests as root");
             let load = |program: crate::kernel::bpf::Program| program.load().unwrap();
             let mut asm = Assembler::new();
@@ -553,12 +583,49 @@ mod tests {
             sends(Packet::new(moved, remote, UDP, ports(53, 40_000)));
             sends(Packet::new(moved, remote, icmp_protocol, icmp(ping, 7)));
             sends(Packet::new(moved, remote, 47, ports(1, 2)));
+            sends(Packet::new(moved, remote, TCP, tcp(40_000, 443, ACK)));
         }
-        assert_eq!(facts.own.len(), 0);
+        assert_eq!((facts.own.len(), facts.own.others()), (0, 0));
         for (moved, remote, ..) in ENDS {
             sends(Packet::new(moved, remote, TCP, tcp(443, 40_000, ACK)));
         }
         assert_eq!(facts.own.len(), ENDS.len());
+    }
+
+    #[test]
+    fn ports_that_have_not_moved_take_room_for_their_fragments_only() {
+        let old = OldServer::with(&["192.0.2.5:443,8000-8100", "[2001:db8:a::5]:443/udp"]);
+        for (at, (moved, remote, ..)) in (1..).zip(ENDS) {
+            let to = |port| Packet::new(remote, moved, UDP, ports(4000, port));
+            let part = |packet: Packet, id, offset, more| Packet {
+                fragment: Some((id, offset, more)),
+                ..packet
+            };
+            let noise = || Packet::new(remote, moved, UDP, ports(1, 2));
+            assert!(old.is_taken(&part(to(53), 4, 0, true)), "a client's");
+            for port in [442, 444, 53, 65_535] {
+                old.sends(&Packet::new(moved, remote, UDP, ports(port, 4000)));
+                assert!(!old.is_taken(&to(port)), "{port} has not moved");
+            }
+            assert_eq!(
+                (old.facts.own.len(), old.facts.own.others()),
+                (at - 1, 4 * at)
+            );
+            assert!(old.is_taken(&part(noise(), 5, 3, true)));
+            assert!(!old.is_taken(&part(to(444), 5, 0, true)));
+            assert!(!old.is_taken(&part(noise(), 5, 3, true)));
+            assert!(!old.is_taken(&part(noise(), 5, 6, false)));
+            let another = Packet::new(remote, moved, UDP, ports(4001, 444));
+            assert!(
+                old.is_taken(&part(another, 6, 0, true)),
+                "nobody spoke to it"
+            );
+            assert!(old.is_taken(&part(noise(), 6, 3, true)));
+            old.sends(&Packet::new(moved, remote, UDP, ports(443, 4000)));
+            assert_eq!(old.facts.own.len(), at);
+            assert!(!old.is_taken(&to(443)), "this host began it");
+            assert!(!old.is_taken(&part(to(443), 7, 0, true)));
+        }
     }
 
     #[test]
@@ -684,6 +751,86 @@ mod tests {
                 assert!(old.is_taken(&another));
                 drop(question);
                 assert!(old.is_taken(&answer), "nobody waits any more");
+            }
+        });
+    }
+
+    #[test]
+    fn a_peer_with_a_fixed_port_may_be_silent_for_hours_while_the_socket_is_there() {
+        in_fresh_namespace(|| {
+            addresses();
+            let old = OldServer::new();
+            let silent = |time| old.facts.own.age(now() - time);
+            let nearly = OWN_LASTING - Duration::from_secs(60);
+            for (moved, remote, ..) in ENDS {
+                let call = Packet::new(remote, moved, UDP, ports(5060, 5060));
+                let mine = Packet::new(moved, remote, UDP, ports(5060, 5060));
+                for service in [moved, "::"] {
+                    let trunk = UdpSocket::bind(end(service, 5060)).unwrap();
+                    old.sends(&mine);
+                    silent(nearly);
+                    assert!(!old.is_taken(&call));
+                    // It goes on after a long silence, as what it was.
+                    old.sends(&mine);
+                    silent(nearly);
+                    assert!(!old.is_taken(&call));
+                    silent(OWN_LASTING);
+                    assert!(old.is_taken(&call), "two hours");
+                    // The new server does not answer.
+                    old.sends(&mine);
+                    silent(nearly);
+                    assert!(!old.is_taken(&call));
+                    drop(trunk);
+                    assert!(old.is_taken(&call), "the socket is closed");
+                    old.sends(&mine);
+                    silent(OWN_IDLE);
+                    assert!(
+                        old.is_taken(&call),
+                        "a host behind this one has no socket here"
+                    );
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn who_was_merely_answered_is_not_kept_for_hours() {
+        in_fresh_namespace(|| {
+            addresses();
+            let old = OldServer::new();
+            let kept = Duration::from_secs(9);
+            for (moved, remote, ..) in ENDS {
+                let request = Packet::new(remote, moved, UDP, ports(5060, 5060));
+                let reply = Packet::new(moved, remote, UDP, ports(5060, 5060));
+                let moves_over = || {
+                    old.facts.own.age(now() - OWN_IDLE + kept);
+                    assert!(!old.is_taken(&request));
+                    old.facts.own.age(now() - OWN_IDLE);
+                    assert!(old.is_taken(&request));
+                };
+                let service = UdpSocket::bind(end(moved, 5060)).unwrap();
+                // The old service goes on answering what came before the start.
+                for since in [Duration::from_secs(2), OWN_IDLE - kept] {
+                    old.facts.own.begin_at(now() - since);
+                    old.facts.own.forget_taken();
+                    old.sends(&reply);
+                    old.facts.own.begin_at(Duration::ZERO);
+                    old.sends(&reply);
+                    moves_over();
+                }
+                drop(service);
+                // One socket for each client, and one that waits for others.
+                old.facts.own.forget_taken();
+                let client = UdpSocket::bind(end(moved, 5060)).unwrap();
+                client.connect(end(remote, 5060)).unwrap();
+                old.sends(&reply);
+                old.facts.own.age(now() - OWN_IDLE);
+                assert!(!old.is_taken(&request), "the socket is connected");
+                old.sends(&reply);
+                drop(client);
+                let service = UdpSocket::bind(end(moved, 5060)).unwrap();
+                moves_over();
+                drop(service);
             }
         });
     }
