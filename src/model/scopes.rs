@@ -10,7 +10,7 @@
 
 use std::collections::HashSet;
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
 use crate::model::moved::{Move, TCP, Transport, UDP, merged};
 use crate::model::prefix::Prefix;
@@ -240,30 +240,85 @@ pub fn overlapping<'a>(
     }
     let mut asked: Vec<(usize, &Move)> = moves.enumerate().collect();
     asked.sort_by_key(|(_, moved)| order(moved.prefix));
-    for same in asked.chunk_by(|(_, a), (_, b)| a.prefix == b.prefix) {
+    // What was met within the prefixes behind, and which of the nodes that is: those within the
+    // next prefix are part of what is within it. So nothing is looked at once for each prefix
+    // around it, of which there may be a hundred.
+    let mut known: Vec<(Range<usize>, Rights)> = Vec::new();
+    let mut shared = Around::default();
+    for same in asked.chunk_by(|(_, a), (_, b)| a.prefix == b.prefix).rev() {
         let Some((_, Move { prefix, .. })) = same.first() else {
             continue;
         };
         let start = nodes.partition_point(|node| order(node.prefix) < order(*prefix));
         let (before, behind) = nodes.split_at(start);
+        let end = start + behind.partition_point(|node| prefix.covers(&node.prefix));
+        let mut within = Rights::default();
+        let mut at = start;
+        while let Some((part, rights)) = known.pop_if(|(part, _)| part.start < end) {
+            for node in &nodes[at..part.start] {
+                within.add(&node.rights);
+            }
+            within.add(&rights);
+            at = part.end;
+        }
+        for node in &nodes[at..end] {
+            within.add(&node.rights);
+        }
+        within.settle();
         let around = before.last().into_iter().flat_map(|last| {
             let itself = last.prefix.covers(prefix).then_some(last);
             itself.into_iter().chain(above(&nodes, last))
         });
-        let around = around.filter(|node| node.prefix.covers(prefix));
-        let within = behind.iter().take_while(|node| prefix.covers(&node.prefix));
-        let mut met = Rights::default();
-        for node in around.chain(within) {
-            met.add(&node.rights);
-        }
-        met.settle();
+        shared.set(around.filter(|node| node.prefix.covers(prefix)).collect());
         for &(number, moved) in same {
             let mut alone = Rights::default();
             alone.enter(0, moved);
-            found[number] = met.overlap(&alone).is_some();
+            found[number] = within.overlap(&alone).is_some() || shared.overlap(&alone);
+        }
+        if start < end {
+            known.push((start..end, within));
         }
     }
     found
+}
+
+/// The nodes around a prefix, mostly those around the next one as well.
+#[derive(Default)]
+struct Around<'a> {
+    nodes: Vec<&'a Node>,
+    /// How many parts were compared.
+    compared: usize,
+    /// The rights of all of them, once it has cost more to do without.
+    all: Option<Rights>,
+}
+
+impl<'a> Around<'a> {
+    fn set(&mut self, nodes: Vec<&'a Node>) {
+        // The innermost one says which the others are.
+        let innermost = |nodes: &[&Node]| nodes.first().map(|node| node.prefix);
+        if innermost(&nodes) != innermost(&self.nodes) {
+            *self = Self {
+                nodes,
+                ..Self::default()
+            };
+        }
+    }
+
+    fn overlap(&mut self, rights: &Rights) -> bool {
+        if self.all.is_none() && self.compared > self.nodes.iter().map(|it| it.rights.len()).sum() {
+            let mut all = Rights::default();
+            for node in &self.nodes {
+                all.add(&node.rights);
+            }
+            all.settle();
+            self.all = Some(all);
+        }
+        if let Some(all) = &self.all {
+            return all.overlap(rights).is_some();
+        }
+        self.compared += self.nodes.len() * (1 + rights.len());
+        (self.nodes.iter()).any(|node| node.rights.overlap(rights).is_some())
+    }
 }
 
 /// A prefix among others.
@@ -357,6 +412,11 @@ impl Rights {
         }
     }
 
+    /// How many parts there are.
+    fn len(&self) -> usize {
+        self.tcp.len() + self.udp.len()
+    }
+
     fn add(&mut self, other: &Self) {
         self.whole = self.whole.or(other.whole);
         self.tcp.extend(&other.tcp);
@@ -421,6 +481,7 @@ fn holds(parts: &[Part], port: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::moved::MAX_MOVES;
     use crate::testing::all;
     use proptest::prelude::*;
 
@@ -524,6 +585,52 @@ mod tests {
                 transport: [None, Some(Transport::Tcp), Some(Transport::Udp)][transport],
             }
         })
+    }
+
+    #[test]
+    #[ignore = "a measurement: cargo test --lib -- --ignored --nocapture what_overlapping_costs"]
+    fn what_overlapping_costs() {
+        let nth = |n: u128| IpAddr::V6(((0x2001_0db8 << 96) + n).into());
+        // Of one peer: as many single addresses as may be, whole, of two ports, and of 64 ranges.
+        let singles = |ports: u16| -> Vec<Move> {
+            let one = |n: usize| Move {
+                prefix: nth((n as u128) << 1).into(),
+                ports: (0..ports).map(|n| 1000 + 2 * n..=1000 + 2 * n).collect(),
+                transport: None,
+            };
+            (0..MAX_MOVES).map(one).collect()
+        };
+        // Of another: the same beside them, and prefixes around prefixes, of a port beside theirs.
+        let beside = |moves: &[Move]| -> Vec<Move> {
+            let another = |moved: &Move| Move {
+                ports: moved
+                    .ports
+                    .iter()
+                    .map(|it| it.start() + 1..=it.end() + 1)
+                    .collect(),
+                ..moved.clone()
+            };
+            moves.iter().map(another).collect()
+        };
+        let nested: Vec<Move> = (0..MAX_MOVES)
+            .map(|n| Move {
+                prefix: Prefix::of(nth((n as u128 / 96) << 7), 32 + (n % 96) as u8),
+                ports: vec![1 + (n / 96) as u16..=1 + (n / 96) as u16],
+                transport: None,
+            })
+            .collect();
+        for ports in [0, 2, 64] {
+            let known = singles(ports);
+            let next = beside(&known);
+            for (name, asked) in [("beside", &next), ("nested", &nested)] {
+                for (one, other) in [(asked, &known), (&known, asked)] {
+                    let start = std::time::Instant::now();
+                    let found = overlapping(one.iter(), other.iter());
+                    let met = found.iter().filter(|it| **it).count();
+                    eprintln!("{ports} ports, {name}: {met} met, {:?}", start.elapsed());
+                }
+            }
+        }
     }
 
     proptest! {
