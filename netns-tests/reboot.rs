@@ -6,14 +6,18 @@
 //!                   └── ✂ ── new server, daemon
 //! ```
 
+use std::fs::Permissions;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
 use ipmoved::internals::{Direction, Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
-use ipmoved::lab::topology::{CLIENT, Leg, MOVED, MOVED6, NEW, NEW6, UPLINK};
+use ipmoved::lab::topology::{CLIENT, Leg, MOVED, MOVED6, NEW, NEW6, OLD, UPLINK};
 use ipmoved::lab::{
-    Conversation, Daemon, DaemonSetup, Lab, LabError, RawSocket, Service, poll_until,
+    Conversation, Daemon, DaemonSetup, Lab, LabError, Process, RawSocket, Service, poll_until,
 };
 
 use crate::stage::{FAMILIES, PATIENCE, RECOVERY, Result, setup};
@@ -43,7 +47,7 @@ fn go_on(lab: &Lab, mut conversations: [Conversation; 2]) -> Result {
 
 fn services(lab: &Lab) -> Result<[Service; 2]> {
     let start = |addr| Service::start(lab.new_server(), addr);
-    Ok([start(std::net::IpAddr::from(NEW))?, start(NEW6.into())?])
+    Ok([start(IpAddr::from(NEW))?, start(NEW6.into())?])
 }
 
 /// Waits until a daemon that started without a network says so.
@@ -135,6 +139,104 @@ fn no_reset_leaves_the_old_server_while_its_network_comes_up() -> Result {
     Ok(())
 }
 
+/// Whether there is such a program here.
+fn is_installed(program: &str) -> bool {
+    let found = std::env::var_os("PATH").is_some_and(|path| {
+        std::env::split_paths(&path).any(|folder| folder.join(program).exists())
+    });
+    if !found {
+        println!("skipped: no {program} here");
+    }
+    found
+}
+
+/// The router leases this address to whoever asks.
+fn lease(lab: &Lab, addr: Ipv4Addr) -> Result<Process> {
+    let mut server = Command::new("dnsmasq");
+    let file = |name: &str| lab.dir().join(name).display().to_string();
+    server.args([
+        "-k",
+        "-p",
+        "0",
+        "--conf-file=/dev/null",
+        "--no-ping",
+        "--user=root",
+    ]);
+    server.args(["-i", Leg::Old.router_interface(), "--bind-interfaces"]);
+    server.args([
+        format!("--dhcp-range={addr},{addr},255.255.255.0,2m"),
+        format!("--dhcp-leasefile={}", file("leases")),
+        format!("--pid-file={}", file("dnsmasq.pid")),
+    ]);
+    lab.router().spawn(server)
+}
+
+/// The old server asks for its address, and takes it.
+fn take_lease(lab: &Lab) -> Result {
+    let script = lab.dir().join("leased");
+    let text = "#!/bin/sh\n[ \"$1\" != bound ] || ip addr add \"$ip/24\" dev \"$interface\"\n";
+    std::fs::write(&script, text)
+        .and_then(|()| std::fs::set_permissions(&script, Permissions::from_mode(0o755)))
+        .map_err(|error| LabError::unexpected(error.to_string()))?;
+    let mut client = Command::new("udhcpc");
+    client.args(["-f", "-n", "-q", "-t", "5", "-T", "1", "-i", UPLINK, "-s"]);
+    client.arg(script);
+    let said = lab.old_server().output(client, PATIENCE)?;
+    if !said.status.success() {
+        return Err(LabError::unexpected(format!("no lease: {said:?}")));
+    }
+    Ok(())
+}
+
+/// What comes by DHCP comes long after the daemon and the link: the old server's own address, or
+/// the moved one.
+#[test]
+fn a_late_lease_resets_nothing() -> Result {
+    if !is_installed("dnsmasq") || !is_installed("udhcpc") {
+        return Ok(());
+    }
+    for leased in [OLD, MOVED] {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?.moves(&FAMILIES);
+        let _services = services(&lab)?;
+        let daemons = setup.start_both()?;
+        let mut talks = conversations(&lab)?;
+        let tap = lab.tap(Leg::Clients)?;
+        daemons.old.kill()?;
+        let mut addresses = lab.unplug(Leg::Old)?;
+        addresses.retain(|&(held, _)| held != leased);
+        for talk in &mut talks {
+            talk.say(b"meanwhile")?;
+        }
+        forget(&setup, Role::Old)?;
+        let mut again = setup.start(Role::Old)?;
+        says_that_it_waits(&again, "the network is not up yet");
+        lab.plug(Leg::Old)?;
+        captures(&lab)?;
+        let _server = lease(&lab, leased)?;
+        lab.configure(Leg::Old, &addresses)?;
+        let ends = &RawSocket::open(lab.clients(), CLIENT, 6)?;
+        thread::scope(|scope| {
+            let flood = scope.spawn(move || {
+                for _ in 0..3_000 {
+                    let _ = ends.send(MOVED, &SEGMENT);
+                    thread::sleep(Duration::from_micros(500));
+                }
+            });
+            thread::sleep(Duration::from_secs(1));
+            take_lease(&lab)?;
+            again.wait_until_up()?;
+            flood.join().expect("it does not panic");
+            Ok(())
+        })?;
+        go_on(&lab, talks)?;
+        let seen = tap.stop()?;
+        let refusals = [MOVED.into(), MOVED6.into()].map(|addr: IpAddr| seen.refusals_from(addr));
+        assert_eq!(refusals, [0, 0], "a lease of {leased}: a reset left");
+    }
+    Ok(())
+}
+
 #[test]
 fn the_new_servers_daemon_waits_for_the_address_that_it_delivers_to() -> Result {
     for (args, waits_for) in [
@@ -161,8 +263,8 @@ fn the_new_servers_daemon_waits_for_the_address_that_it_delivers_to() -> Result 
         old.wait_until_up()?;
         let _services = services(&lab)?;
         for addr in [MOVED.into(), MOVED6.into()] {
-            let answer: std::net::IpAddr = addr;
-            let server: std::net::IpAddr = if answer.is_ipv4() {
+            let answer: IpAddr = addr;
+            let server: IpAddr = if answer.is_ipv4() {
                 NEW.into()
             } else {
                 NEW6.into()
