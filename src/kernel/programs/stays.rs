@@ -876,6 +876,15 @@ mod tests {
                     )
                 );
                 eprintln!("own answer {}", cost(&old.capture, &answer));
+                let in_part = OldServer::with(&["192.0.2.5:443", "[2001:db8:a::5]:443"]);
+                eprintln!(
+                    "egress, in part: moved {}; not moved {}",
+                    cost(
+                        &in_part.egress,
+                        &Packet::new(moved, remote, UDP, ports(443, 4000))
+                    ),
+                    cost(&in_part.egress, &reply)
+                );
                 let service = UdpSocket::bind(end(moved, 53)).unwrap();
                 let listener = TcpListener::bind(end(moved, 80)).unwrap();
                 eprintln!("with a service: syn {}", cost(&old.capture, &syn));

@@ -346,7 +346,7 @@ mod tests {
 
     use super::*;
     use crate::flow::class::{TCP_ESTABLISHED, TCP_HALF_CLOSED, TCP_OPENING, TCP_RESET};
-    use crate::kernel::bpf::test_run::run;
+    use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::programs::arrivals::arrivals;
     use crate::kernel::programs::deliver::deliver_behind;
     use crate::kernel::programs::flows::Counter;
@@ -445,6 +445,30 @@ mod tests {
             sum(&before.payload, 0) % 0xffff
         );
         word(frame, transport + at)
+    }
+
+    #[test]
+    #[ignore = "a measurement: cargo test --lib -- --ignored --nocapture what_a_shifted_connection"]
+    fn what_a_shifted_connection_costs_others() {
+        for (client, here) in ENDS {
+            let steering = Steering::new();
+            let in_ = |port| Packet::new(client, here, TCP, tcp(port, 80, ACK));
+            let out = |port| Packet::new(here, client, TCP, tcp(80, port, ACK));
+            let cost = |program: &OwnedFd, packet: &Packet| {
+                nanoseconds(program.as_fd(), &frame(&packet.bytes()))
+            };
+            // One of the tunnel, and one of the stack.
+            assert!(steering.arrives(&Packet::new(client, here, TCP, tcp(50_000, 80, SYN))));
+            for shifts in [0, 1] {
+                steering.maps.shifts.set(0, shifts);
+                eprintln!(
+                    "{shifts}: from the wire {}; leaves directly {}; into the tunnel {}",
+                    cost(&steering.arrivals, &in_(40_000)),
+                    cost(&steering.egress, &out(40_000)),
+                    cost(&steering.egress, &out(50_000)),
+                );
+            }
+        }
     }
 
     #[test]
