@@ -7,10 +7,10 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ipmoved::internals::{Netlink, Role, Route};
-use ipmoved::lab::topology::{NEW, NEW6, OLD, OLD6, UPLINK};
-use ipmoved::lab::{Lab, LabError, Probe, Service, Snapshot, UdpService, poll_until};
+use ipmoved::lab::topology::{Leg, NEW, NEW6, OLD, OLD6, UPLINK};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Probe, Service, Snapshot, UdpService, poll_until};
 
-use crate::stage::{MEGABYTE, PATIENCE, Result, SILENCE, setup};
+use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, join, setup, split};
 
 const PREFIX: &str = "192.0.2.64/28";
 const PREFIX6: &str = "2001:db8:a:1::/64";
@@ -200,6 +200,86 @@ fn an_application_on_a_kept_prefix_is_served() -> Result {
     daemons.terminate()?;
     assert_eq!(Snapshot::of(new)?, before);
     Ok(())
+}
+
+/// Either daemon is killed and comes back, then stopped and started; `serving` starts what answers
+/// at an address, and says where.
+fn lives_on(
+    lab: &Lab,
+    setup: &DaemonSetup<'_>,
+    serving: impl Fn(IpAddr) -> Result<(Service, IpAddr)>,
+) -> Result {
+    let mut daemons = setup.start_both()?;
+    let ends = [WITHIN[1], WITHIN[4]].map(addr);
+    let (mut services, mut talks) = (Vec::new(), Vec::new());
+    for end in ends {
+        services.push(serving(end)?);
+        let mut talk = lab.client().converse(end)?;
+        talk.exchange(b"before", PATIENCE)?;
+        talks.push(talk);
+    }
+    for (role, probed) in [Role::Old, Role::New].into_iter().zip(ends) {
+        let tap = lab.tap(Leg::Clients)?;
+        let (killed, other) = split(daemons, role);
+        killed.kill()?;
+        for talk in &mut talks {
+            talk.say(b"meanwhile")?;
+        }
+        let probe = lab.client().probe_tcp(probed, SILENCE)?;
+        assert_eq!(probe, Probe::Silent, "{probed} without the {role} daemon");
+        let seen = tap.stop()?;
+        let refusals = ends.map(|end| seen.refusals_from(end));
+        assert_eq!(refusals, [0, 0], "without the {role} daemon");
+        daemons = join(role, setup.start(role)?, other);
+        daemons.wait_until_up()?;
+        for talk in &mut talks {
+            talk.hear(b"meanwhile", RECOVERY)?;
+            talk.exchange(b"after", RECOVERY)?;
+        }
+    }
+    for role in [Role::Old, Role::New] {
+        let (stopped, other) = split(daemons, role);
+        stopped.terminate()?;
+        daemons = join(role, setup.start(role)?, other);
+        daemons.wait_until_up()?;
+        for (end, (_, by)) in ends.into_iter().zip(&services) {
+            let served = poll_until(PATIENCE, Duration::from_millis(20), || {
+                lab.client().get(end).ok()
+            });
+            let served = served.ok_or_else(|| LabError::unexpected(format!("no {end}")))?;
+            served.is_answered_by(*by)?.for_the_client_itself()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn conversations_with_a_prefix_live_on_whichever_daemon_is_killed() -> Result {
+    let lab = routed()?;
+    let setup = setup(&lab)?.moves(&[PREFIX, PREFIX6]).accept_what_moves();
+    lives_on(&lab, &setup, |end| {
+        let by: IpAddr = if end.is_ipv4() {
+            NEW.into()
+        } else {
+            NEW6.into()
+        };
+        Ok((Service::start(lab.new_server(), by)?, by))
+    })
+}
+
+#[test]
+fn conversations_with_a_kept_prefix_live_on_too() -> Result {
+    let lab = routed()?;
+    let new = lab.new_server();
+    new.set_sysctls(&[
+        ("ipv4/ip_nonlocal_bind", "1"),
+        ("ipv6/ip_nonlocal_bind", "1"),
+    ])?;
+    let setup = setup(&lab)?
+        .moves(&[PREFIX, PREFIX6])
+        .accept_what_moves()
+        .args(Role::New, &["--deliver-to", "keep"]);
+    lives_on(&lab, &setup, |end| Ok((Service::start(new, end)?, end)))
 }
 
 #[test]

@@ -12,10 +12,12 @@ use std::thread;
 use std::time::Duration;
 
 use ipmoved::internals::Role;
-use ipmoved::lab::topology::{Leg, MOVED, MOVED6, NEW, NEW6};
-use ipmoved::lab::{Daemon, Daemons, Lab, LabError, Probe, Service, poll_until};
+use ipmoved::lab::topology::{Leg, MOVED, MOVED6, NEW, NEW6, UPLINK};
+use ipmoved::lab::{Daemon, Lab, LabError, Probe, Service, poll_until};
 
-use crate::stage::{FAMILIES, MEGABYTE, Moved, PATIENCE, RECOVERY, Result, SILENCE, moved, setup};
+use crate::stage::{
+    FAMILIES, MEGABYTE, Moved, PATIENCE, RECOVERY, Result, SILENCE, moved, setup, split,
+};
 
 #[test]
 fn the_old_server_may_start_first() -> Result {
@@ -301,10 +303,34 @@ fn a_path_that_was_cut_comes_back_by_itself() -> Result {
     })
 }
 
-/// Returns the daemon of that role, and the other.
-fn split(daemons: Daemons<'_>, role: Role) -> (Daemon<'_>, Daemon<'_>) {
-    match role {
-        Role::Old => (daemons.old, daemons.new),
-        Role::New => (daemons.new, daemons.old),
-    }
+#[test]
+fn where_packets_are_delivered_outlives_a_crash() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    // The servers speak IPv4 with each other, so nothing but the order tells which address of the
+    // other family it is.
+    let _application = Service::start(lab.new_server(), NEW6)?;
+    let daemons = setup.start_both()?;
+    let mut conversation = lab.client().converse(MOVED6)?;
+    conversation.exchange(b"before", PATIENCE)?;
+    let first: IpAddr = "2001:db8:b::1".parse().expect("an address");
+    lab.set_address(lab.new_server(), UPLINK, first, 64, true)?;
+    let (killed, mut other) = split(daemons, Role::New);
+    killed.kill()?;
+    let mut again = setup.start(Role::New)?;
+    again.wait_until_up()?;
+    other.wait_until_up()?;
+    conversation.exchange(b"after", RECOVERY)?;
+    lab.client().get(MOVED6)?.is_answered_by(NEW6)?;
+    // After an orderly end it is chosen anew.
+    again.terminate()?;
+    let mut again = setup.start(Role::New)?;
+    again.wait_until_up()?;
+    let _another = Service::start(lab.new_server(), first)?;
+    let served = poll_until(PATIENCE, Duration::from_millis(20), || {
+        lab.client().get(MOVED6).ok()
+    });
+    let served = served.ok_or_else(|| LabError::unexpected("not served"))?;
+    served.is_answered_by(first)?;
+    Ok(())
 }

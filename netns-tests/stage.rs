@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::time::Duration;
 
+use ipmoved::internals::Role;
 use ipmoved::lab::topology::NEW;
-use ipmoved::lab::{DaemonSetup, Daemons, Lab, LabError, Service};
+use ipmoved::lab::{Daemon, DaemonSetup, Daemons, Lab, LabError, Service};
 
 use crate::relay::Relay;
 
@@ -53,6 +54,23 @@ pub(crate) fn moved<T>(test: impl FnOnce(Moved<'_>) -> Result<T>) -> Result {
         daemons,
     })
     .map(drop)
+}
+
+/// The daemon of one side, and the other one.
+pub(crate) fn split(daemons: Daemons<'_>, role: Role) -> (Daemon<'_>, Daemon<'_>) {
+    match role {
+        Role::Old => (daemons.old, daemons.new),
+        Role::New => (daemons.new, daemons.old),
+    }
+}
+
+/// The reverse: the daemon of one side, and the other one.
+pub(crate) fn join<'lab>(role: Role, one: Daemon<'lab>, other: Daemon<'lab>) -> Daemons<'lab> {
+    let (old, new) = match role {
+        Role::Old => (one, other),
+        Role::New => (other, one),
+    };
+    Daemons { old, new }
 }
 
 /// A lab with the application on the new server and a relay between the servers, without daemons.
