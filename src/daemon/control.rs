@@ -586,7 +586,10 @@ impl Control<'_> {
                 self.look_before_choosing(now);
                 self.see(now, Input::Announced(peer, announcement));
             }
-            Event::PeerSees(troubles) => self.silence.peer_sees(now, peer, troubles),
+            Event::PeerSees(troubles) => {
+                self.see(now, Input::Says(peer));
+                self.silence.peer_sees(now, peer, troubles);
+            }
             Event::PathMtu(_) => self.set_mtu(peer),
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),

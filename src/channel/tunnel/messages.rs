@@ -214,7 +214,7 @@ impl Announcement {
                 mtu,
                 reached,
                 outgoing,
-            } if !is_plain(moves) => {
+            } if needs_list(moves) => {
                 debug_assert!(moves.len() <= MAX_MOVES, "refused when configured");
                 out[0] = OLD_WITH_LIST;
                 out.extend_from_slice(&mtu.to_le_bytes());
@@ -348,9 +348,9 @@ fn take_address(rest: &mut &[u8]) -> Option<Option<IpAddr>> {
     })
 }
 
-/// Whether every peer can read these moves, those of versions without prefixes as well.
-fn is_plain(moves: &[Move]) -> bool {
-    moves.len() <= MAX_SINGLE && moves.iter().all(|moved| moved.prefix.is_single())
+/// Whether peers of versions without prefixes cannot read these moves.
+pub fn needs_list(moves: &[Move]) -> bool {
+    moves.len() > MAX_SINGLE || !moves.iter().all(|moved| moved.prefix.is_single())
 }
 
 /// Reads a text that will stand in a log and on a terminal. It has no control characters, whatever

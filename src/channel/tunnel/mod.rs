@@ -66,7 +66,7 @@ mod tests;
 
 pub use config::{Timers, TunnelConfig};
 pub use event::{Event, State, Transmit, Warning};
-pub use messages::{Announcement, Deliver, MAX_ANNOUNCEMENT, MAX_MESSAGE};
+pub use messages::{Announcement, Deliver, MAX_ANNOUNCEMENT, MAX_MESSAGE, needs_list};
 
 use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};
@@ -744,6 +744,7 @@ impl Tunnel {
             Sending::Switched { first } => {
                 if let Some(current) = self.sessions.current() {
                     self.outgoing.send_to(current.peer_run, now);
+                    self.news.tell(current.peer_run);
                 }
                 if first {
                     self.next_ping = now;

@@ -25,6 +25,8 @@ pub(super) struct Outgoing {
     bytes: Vec<u8>,
     /// Repeats that are still to come.
     left: u8,
+    /// The run of the peer that they go to.
+    peer_run: Option<u64>,
 }
 
 impl Outgoing {
@@ -33,6 +35,14 @@ impl Outgoing {
         Self {
             bytes: encode(&[]),
             left: REPEATS,
+            peer_run: None,
+        }
+    }
+
+    /// Tells this run of the peer from now on. A new one has heard nothing.
+    pub(super) fn tell(&mut self, peer_run: u64) {
+        if self.peer_run.replace(peer_run) != Some(peer_run) {
+            self.left = REPEATS;
         }
     }
 

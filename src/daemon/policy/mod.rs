@@ -41,6 +41,7 @@
 mod claims;
 mod delivery;
 mod names;
+mod older;
 mod outgoing;
 mod pace;
 pub(super) mod refusal;
@@ -57,11 +58,12 @@ use std::time::{Duration, Instant};
 use self::claims::{Claims, Settled};
 use self::names::Lookup;
 use self::outgoing::MovedHere;
+use self::older::Older;
 use self::pace::Pace;
 use self::refusal::{Refusal, Rules};
 pub(super) use self::sizes::{RouteSize, tunnel_mtu};
 use super::index;
-use crate::channel::tunnel::{Announcement, Deliver, State};
+use crate::channel::tunnel::{Announcement, Deliver, State, needs_list};
 use crate::flow::gate::Refused;
 use crate::flow::networks::{OwnNetwork, RefusedSource};
 use crate::flow::outgoing::{OutgoingRules, RefusedOutgoing};
@@ -180,6 +182,8 @@ pub(super) enum Input {
     /// The peer sent packets like this one, which were not let out (old server).
     Refused(PeerId, Refused),
 }
+    /// The peer says what it sees of the clients, be it nothing.
+    Says(PeerId),
 
 /// Something that the control task has to do.
 #[derive(Clone, PartialEq, Debug)]
@@ -297,6 +301,12 @@ pub(super) enum Warning {
     )]
     OutgoingNotAllowed,
     /// The look-up of the peer's name failed.
+    /// The new server reads nothing of what has moved.
+    #[error(
+        "the new server's daemon is older than this one, and reads neither prefixes nor more than \
+         64 moves: it serves nothing of this; update it"
+    )]
+    Older,
     #[error("{0}; trying again")]
     NameNotFound(String),
 }
@@ -407,6 +417,7 @@ struct Peer {
     unmoved_port: Option<UnmovedPort>,
     not_sent: Pace,
 }
+    older: Older,
 
 impl Policy {
     /// Makes the policy. It has heard of no peer yet.
@@ -444,6 +455,7 @@ impl Policy {
                     unmoved_port: None,
                     not_sent: Pace::default(),
                 }
+                    older: Older::default(),
             })
             .collect();
         Self {
@@ -484,6 +496,7 @@ impl Policy {
                 let peer = &mut self.peers[index(peer)];
                 peer.state = state;
                 if let Some(lookup) = &mut peer.lookup {
+                peer.older.is(now, state);
                     lookup.hurry(now);
                 }
             }
@@ -528,6 +541,7 @@ impl Policy {
             Input::Held(result) => self.held(result.err()),
             Input::Refused(peer, refused) => self.refused(now, peer, refused),
         }
+            Input::Says(peer) => self.peers[index(peer)].older.says(),
     }
 
     /// Does what is due: looks up again the names of peers that do not answer, gives warnings that
@@ -550,6 +564,10 @@ impl Policy {
                 self.actions.push_back(Action::Warn(id, warning));
             }
             let up = peer.state == State::Up;
+            let is_old = self.role == Role::Old;
+            if is_old && peer.older.is_news(now) && needs_list(self.claims.served(id)) {
+                self.actions.push_back(Action::Warn(id, Warning::Older));
+            }
             let (Some(lookup), Some(name)) = (&mut peer.lookup, &peer.addr) else {
                 continue;
             };
