@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::chosen::Cgroups;
+use super::delivered::Delivered;
 use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
@@ -118,7 +119,9 @@ async fn carry(
         tun_mtu: tun.mtu,
         left: keep::held(host.made()).collect(),
     };
-    let policy = Policy::new(config.role, rules, facts, started);
+    let mut policy = Policy::new(config.role, rules, facts, started);
+    let delivered = Delivered::read(host.dir(), resumes);
+    policy.delivered_before(delivered.known());
     let tunnels = tunnels(
         &config,
         &policy,
@@ -158,6 +161,7 @@ async fn carry(
         facts: Facts::default(),
         listen: config.listen.ip,
         delivering: vec![None; peers],
+        delivered,
         calls: Vec::new(),
         holding: None,
         view: LaneView {
@@ -364,6 +368,8 @@ struct Control<'h> {
     listen: Option<IpAddr>,
     /// Where packets of each peer are delivered, as was told last.
     delivering: Vec<Option<(Option<Ipv4Addr>, Option<Ipv6Addr>)>>,
+    /// The same, for the next daemon if this one is killed.
+    delivered: Delivered,
     /// Calls from inside that an earlier daemon carried, until what they called is served.
     calls: Vec<HostFlow>,
     /// The moved addresses that this host was last asked to hold.
@@ -643,6 +649,7 @@ impl Control<'_> {
                     if let Some(translator) = self.shared.forwarder.translator() {
                         translator.set_delivery(peer, delivery);
                     }
+                    self.delivered.keep(self.policy.delivered());
                     inside = true;
                 }
                 Action::Outgoing(peer, rules) => {

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
-//! addresses and routes that change; `held` is which moved addresses the old server has.
+//! addresses and routes that change; `held` is which moved addresses the old server has, and
+//! `delivered` where the new one delivered last.
 //!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
@@ -29,6 +30,7 @@
 mod chosen;
 pub mod confine;
 mod control;
+mod delivered;
 mod early;
 mod facts;
 mod follow;

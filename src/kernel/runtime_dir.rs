@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use crate::model::runtime::STATUS_SOCKET;
+use crate::model::runtime::{DELIVERED, DELIVERED_NEXT, STATUS_SOCKET};
 
 const LOCK: &str = "lock";
 
@@ -93,7 +93,7 @@ impl RuntimeDir {
     /// Removes the directory, unless somebody else has put a file there.
     pub(super) fn remove(&self) {
         // We still hold the lock. Whoever waits for it will see that the file is no longer there.
-        for ours in [STATUS_SOCKET, LOCK] {
+        for ours in [STATUS_SOCKET, DELIVERED_NEXT, DELIVERED, LOCK] {
             let _ = fs::remove_file(self.path.join(ours));
         }
         let _ = fs::remove_dir(&self.path);

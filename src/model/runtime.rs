@@ -6,3 +6,8 @@ pub const BASE_DIR: &str = "/run/ipmoved";
 
 /// Name of the status socket in the directory of the namespace.
 pub const STATUS_SOCKET: &str = "status.sock";
+
+/// Name of the file there that says where packets were delivered, and that of the next one.
+pub const DELIVERED: &str = "delivered";
+/// See [`DELIVERED`].
+pub const DELIVERED_NEXT: &str = "delivered.next";

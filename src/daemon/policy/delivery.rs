@@ -14,10 +14,11 @@ use crate::model::scopes::Scopes;
 use crate::settings::values::DeliverTo;
 
 /// The last address of each family to which packets from a peer were delivered.
-pub(super) type Chosen = (Option<Ipv4Addr>, Option<Ipv6Addr>);
+pub(in crate::daemon) type Chosen = (Option<Ipv4Addr>, Option<Ipv6Addr>);
 
 /// What is known of where a peer reaches this host. Nothing of it depends on which of the two
-/// daemons started first or began the handshake, so a restart changes nothing.
+/// daemons started first or began the handshake, and the next daemon is told the last addresses if
+/// this one is killed, so a restart changes nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Reached {
     /// The address that the peer's settings name. Where a router translates addresses on the way,

@@ -56,9 +56,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use self::claims::{Claims, Settled};
+pub(super) use self::delivery::Chosen;
 use self::names::Lookup;
-use self::outgoing::MovedHere;
 use self::older::Older;
+use self::outgoing::MovedHere;
 use self::pace::Pace;
 use self::refusal::{Refusal, Rules};
 pub(super) use self::sizes::{RouteSize, tunnel_mtu};
@@ -181,9 +182,9 @@ pub(super) enum Input {
     Held(Result<(), String>),
     /// The peer sent packets like this one, which were not let out (old server).
     Refused(PeerId, Refused),
-}
     /// The peer says what it sees of the clients, be it nothing.
     Says(PeerId),
+}
 
 /// Something that the control task has to do.
 #[derive(Clone, PartialEq, Debug)]
@@ -300,13 +301,13 @@ pub(super) enum Warning {
          --allow-outgoing there"
     )]
     OutgoingNotAllowed,
-    /// The look-up of the peer's name failed.
     /// The new server reads nothing of what has moved.
     #[error(
         "the new server's daemon is older than this one, and reads neither prefixes nor more than \
          64 moves: it serves nothing of this; update it"
     )]
     Older,
+    /// The look-up of the peer's name failed.
     #[error("{0}; trying again")]
     NameNotFound(String),
 }
@@ -402,7 +403,7 @@ struct Peer {
     /// Where the new server delivers, once that is known.
     deliver: Option<Deliver>,
     /// Where it delivered last, family by family, though that address may be gone now.
-    chosen: delivery::Chosen,
+    chosen: Chosen,
     /// Why it cannot deliver everything (new server).
     trouble: Option<Warning>,
     /// When an administrator was last told of what it sent and was not let out (old server).
@@ -416,8 +417,8 @@ struct Peer {
     /// What an administrator was told last of answers from ports that have not moved.
     unmoved_port: Option<UnmovedPort>,
     not_sent: Pace,
-}
     older: Older,
+}
 
 impl Policy {
     /// Makes the policy. It has heard of no peer yet.
@@ -454,8 +455,8 @@ impl Policy {
                     refused_source: Pace::default(),
                     unmoved_port: None,
                     not_sent: Pace::default(),
-                }
                     older: Older::default(),
+                }
             })
             .collect();
         Self {
@@ -495,8 +496,8 @@ impl Policy {
             Input::State(peer, state) => {
                 let peer = &mut self.peers[index(peer)];
                 peer.state = state;
-                if let Some(lookup) = &mut peer.lookup {
                 peer.older.is(now, state);
+                if let Some(lookup) = &mut peer.lookup {
                     lookup.hurry(now);
                 }
             }
@@ -540,8 +541,8 @@ impl Policy {
             }
             Input::Held(result) => self.held(result.err()),
             Input::Refused(peer, refused) => self.refused(now, peer, refused),
-        }
             Input::Says(peer) => self.peers[index(peer)].older.says(),
+        }
     }
 
     /// Does what is due: looks up again the names of peers that do not answer, gives warnings that
@@ -563,11 +564,11 @@ impl Policy {
             for warning in paces.into_iter().filter_map(|pace| pace.due(now)) {
                 self.actions.push_back(Action::Warn(id, warning));
             }
-            let up = peer.state == State::Up;
             let is_old = self.role == Role::Old;
             if is_old && peer.older.is_news(now) && needs_list(self.claims.served(id)) {
                 self.actions.push_back(Action::Warn(id, Warning::Older));
             }
+            let up = peer.state == State::Up;
             let (Some(lookup), Some(name)) = (&mut peer.lookup, &peer.addr) else {
                 continue;
             };
@@ -966,6 +967,28 @@ impl Policy {
         };
         let chosen = delivery::choose(peer.deliver_to, &peer.ports, reached, &self.addresses);
         Some(chosen)
+    }
+
+    /// Where packets of each peer were delivered last, for the next daemon.
+    pub(super) fn delivered(&self) -> BTreeMap<String, Chosen> {
+        let each = self.peers().map(|id| (id, self.peers[index(id)].chosen));
+        let chosen = each.filter(|&(_, chosen)| chosen != (None, None));
+        chosen.map(|(id, at)| (self.place(id), at)).collect()
+    }
+
+    /// An earlier daemon delivered there, and was killed.
+    pub(super) fn delivered_before(&mut self, known: &BTreeMap<String, Chosen>) {
+        for id in self.peers() {
+            if let Some(&chosen) = known.get(&self.place(id)) {
+                self.peers[index(id)].chosen = chosen;
+            }
+        }
+    }
+
+    /// What tells a peer from others before it is heard: its address, or its turn in the settings.
+    fn place(&self, id: PeerId) -> String {
+        let addr = self.peers[index(id)].addr.as_ref();
+        addr.map_or_else(|| format!("#{}", id.0), ToString::to_string)
     }
 
     /// Decides where packets from a peer are delivered, and tells the peer.

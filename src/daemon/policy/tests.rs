@@ -1126,3 +1126,64 @@ fn connections_begin_here_once_both_servers_were_told_so() {
             .any(|it| matches!(it, Action::Hold(_)))
     );
 }
+
+#[test]
+fn the_old_server_says_that_the_new_one_is_too_old_for_what_has_moved() {
+    let seconds = Duration::from_secs;
+    for (moved, warned) in [("192.0.2.0/28", true), ("192.0.2.5 2001:db8::5", false)] {
+        for says in [false, true] {
+            let mut old = old(moved);
+            old.does(Input::State(OLD, State::Up));
+            if says {
+                old.does(Input::Says(OLD));
+            }
+            let mut later = |after| {
+                old.now += seconds(after);
+                old.policy.handle_timeout(old.now);
+                warnings(&old.actions()).len()
+            };
+            assert_eq!(later(29), 0);
+            assert_eq!(later(1), usize::from(warned && !says), "{moved} {says}");
+            assert_eq!(later(600), 0, "once");
+            // It goes, and another version comes.
+            old.does(Input::State(OLD, State::Down));
+            old.does(Input::State(OLD, State::Up));
+            old.now += seconds(30);
+            old.policy.handle_timeout(old.now);
+            assert_eq!(warnings(&old.actions()).len(), usize::from(warned));
+        }
+    }
+}
+
+#[test]
+fn the_next_daemon_delivers_where_a_killed_one_did() {
+    let here = |uplink: &str| {
+        let all = addresses(&format!("127.0.0.1 {uplink}"));
+        Input::Addresses(own_addresses(all, addresses(uplink)))
+    };
+    let start = |uplink: &str, known: &BTreeMap<String, Chosen>| {
+        let mut new = Machine::new(Role::New, vec![at("192.0.2.1", rules(ANYWHERE))], "");
+        new.policy.delivered_before(known);
+        new.does(here(uplink));
+        new.moves(OLD, "2001:db8:a::5");
+        let actions = new.does(Input::Endpoint(OLD, endpoint()));
+        let delivery = actions.iter().find_map(|action| match action {
+            Action::Deliver(_, delivery) => Some(delivery.v6),
+            _ => None,
+        });
+        (delivery.flatten(), new.policy.delivered())
+    };
+    let addr = |text: &str| Some(text.parse().unwrap());
+    let (first, known) = start("198.51.100.2 2001:db8:b::2", &BTreeMap::new());
+    assert_eq!(first, addr("2001:db8:b::2"));
+    let more = "198.51.100.2 2001:db8:b::1 2001:db8:b::2";
+    assert_eq!(start(more, &BTreeMap::new()).0, addr("2001:db8:b::1"));
+    let (next, kept) = start(more, &known);
+    assert_eq!(next, first);
+    assert_eq!(kept, known);
+    // It has gone meanwhile.
+    assert_eq!(
+        start("198.51.100.2 2001:db8:b::1", &known).0,
+        addr("2001:db8:b::1")
+    );
+}
