@@ -10,6 +10,7 @@ pub mod mode;
 pub mod moved;
 pub mod moved_list;
 pub mod outgoing;
+pub mod owners;
 pub mod peer;
 pub mod port_map;
 pub mod prefix;
