@@ -139,6 +139,9 @@ async fn carry(
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
         busy_lanes: BusyLanes::new(processors),
     });
+    if let Some(taken) = follower.taken() {
+        shared.forwarder.set_taken(&taken);
+    }
     let tso = !config.without.contains(&Without::TunGso);
     // Not on the old server: its packets leave on a link, which takes no such sizes.
     let big_tcp = tso
@@ -525,6 +528,7 @@ impl Control<'_> {
         if now >= self.next_path {
             self.next_path = now + PATH_EVERY;
             self.link_mtus.clear();
+            self.follower.beat(now, &mut self.warnings);
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
                 if let Some(refused) = self.shared.forwarder.take_refused(peer) {

@@ -15,6 +15,7 @@
 
 use std::future::pending;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::Interest;
@@ -25,6 +26,7 @@ use super::facts::of_default_routes;
 use super::service::{Result, system, warn_of_left};
 use super::setup::{Uplinks, find_uplinks};
 use super::warnings::Warnings;
+use crate::flow::modes::Taken;
 use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink};
 use crate::kernel::plan::{self, PlanError};
@@ -544,6 +546,24 @@ impl Follower {
         match &self.programs {
             Programs::Old(capture) => capture.stayed(),
             Programs::New(_) => 0,
+        }
+    }
+
+    /// What the programs have noted of the flows that the new server has (old server).
+    pub(super) fn taken(&self) -> Option<Arc<dyn Taken>> {
+        match &self.programs {
+            Programs::Old(capture) => Some(capture.taken()),
+            Programs::New(_) => None,
+        }
+    }
+
+    /// Tells the programs that the daemon is alive (old server). Call it every second.
+    pub(super) fn beat(&self, now: Instant, known: &mut Warnings) {
+        if let Programs::Old(capture) = &self.programs
+            && let Err(error) = capture.beat()
+        {
+            let text = format!("the kernel remembers conversations that are over: {error}");
+            known.warn(now, text);
         }
     }
 

@@ -14,6 +14,7 @@
 //! | [`table`] | the flows, found from either side |
 //! | [`class`] | how long a flow is kept, and which gives way first |
 //! | [`fairness`] | who gives way when flows or ports run out |
+//! | [`modes`] | on the old server: whose a conversation is that nobody knows |
 //! | [`watch`] | which of the newest conversations were answered |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
@@ -30,6 +31,7 @@ pub mod fairness;
 pub mod fragments;
 pub mod gate;
 mod hairpin;
+pub mod modes;
 pub mod nat;
 pub mod networks;
 pub mod outgoing;

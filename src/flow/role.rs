@@ -13,9 +13,11 @@
 //! ```
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::flow::gate::{Gate, Refused};
+use crate::flow::modes::Taken;
 use crate::flow::ownership::Verdict;
 use crate::flow::table::FlowStats;
 use crate::flow::translate::Translator;
@@ -214,6 +216,16 @@ impl Forwarder {
         }
     }
 
+    /// What capture has noted, for whoever judges what it hands over.
+    pub fn set_taken(&self, taken: &Arc<dyn Taken>) {
+        match self {
+            Self::Old(gates) => gates
+                .iter()
+                .for_each(|gate| gate.set_taken(Arc::clone(taken))),
+            Self::New(_) => {}
+        }
+    }
+
     /// An example of what `peer` sent and the old server did not let out, since this was asked
     /// last.
     pub fn take_refused(&self, peer: PeerId) -> Option<Refused> {
@@ -299,6 +311,7 @@ fn judge_captured(
             }
             // Another part of the address may have moved to another peer.
             Ok(Verdict::Bounce) => outcome = Ok(Judgement::Bounce),
+            Ok(Verdict::Hold) => return Err(DropReason::Held),
             Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
             // It belongs to this peer, and to none.
             Err(reason @ DropReason::BadSource) => return Err(reason),

@@ -99,7 +99,7 @@ pub fn capture(
     (facts.rights).decide_by_port(a, RIGHTS, PORT, tunnel_port, exits);
 
     a.bind(ways.take);
-    leave_own(a, l2_header, &facts.own);
+    leave_own(a, l2_header, facts);
     take(a, tun_ifindex);
     a.bind(ways.pass);
     verdict(a, TC_ACT_UNSPEC);

@@ -12,10 +12,13 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
+use super::modes::Modes;
 use super::own::Own;
 use super::rights::Rights;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
+use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
 
 /// The words.
@@ -28,6 +31,7 @@ const WORDS: usize = 2;
 pub struct Facts {
     words: Words,
     pub(super) rights: Rights,
+    pub(super) modes: Modes,
     /// What is this host's own.
     pub(super) own: Own,
 }
@@ -47,6 +51,7 @@ impl Facts {
         Ok(Self {
             words: Words::new("ipmoved_facts", WORDS)?,
             rights: Rights::new(moves)?,
+            modes: Modes::new(moves)?,
             own,
         })
     }
@@ -69,6 +74,28 @@ impl Facts {
     /// If the kernel refuses.
     pub fn set_tunnel_ends(&self, addrs: impl Iterator<Item = IpAddr>) -> Result<(), BpfError> {
         self.rights.set_tunnel_ends(addrs)
+    }
+
+    /// From now on the moves are in these modes, in the order in which they were given. Times are
+    /// the kernel's ([`now`](super::now)). Everything is moved at first.
+    ///
+    /// Whoever changes both tells the [gates](crate::flow::gate) first: what these programs hand
+    /// over is judged there.
+    ///
+    /// # Errors
+    /// If the kernel refuses. Some of it may be in effect then; the next call makes good for it.
+    pub fn set_modes(&self, modes: &[Mode<Duration>], key: ShareKey) -> Result<(), BpfError> {
+        self.modes.set(modes, key)
+    }
+
+    /// The daemon is alive, so it may be asked; and what is over is forgotten. Call it every
+    /// second.
+    ///
+    /// # Errors
+    /// If the kernel refuses to tell what is over.
+    pub fn beat(&self) -> Result<(), BpfError> {
+        self.modes.beat();
+        self.own.sweep()
     }
 
     /// `dst` = the index of the uplink, or 0.
