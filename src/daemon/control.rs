@@ -20,10 +20,12 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::chosen::Cgroups;
+use super::control_socket::{self, Order};
 use super::delivered::Delivered;
 use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
+use super::orders::Orders;
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::report;
 use super::service::{
@@ -54,6 +56,7 @@ use crate::model::drops::{DropReason, Drops};
 use crate::model::moved::Move;
 use crate::model::peer::{PeerId, Role};
 use crate::model::prefix::Prefix;
+use crate::model::request::{Answer, Request};
 use crate::model::scopes::Scopes;
 use crate::model::status::{Offloads, Status};
 use crate::packet::coalesce::Reach;
@@ -100,6 +103,8 @@ async fn carry(
         mut signals,
         netlink,
         status,
+        control,
+        mut orders,
         queues,
         features,
         tun,
@@ -113,6 +118,10 @@ async fn carry(
     } = tools;
     let mut listener = Listener::new([&netlink, host.netlink()]);
     let mut status = StatusListener::new(status).map_err(failed)?;
+    let commands = control.map(control_socket::serve).transpose();
+    let mut commands = commands.map_err(failed)?;
+    let lasting = orders.iter_mut().flat_map(Orders::take_warnings);
+    config.warnings.extend(lasting);
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: follower.uplinks().mtu(),
@@ -187,6 +196,7 @@ async fn carry(
         next_sweep: started + SWEEP_EVERY,
         repairer: Repairer::default(),
         silence: Watcher::new(config.role, peers, started),
+        orders,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -235,7 +245,7 @@ async fn carry(
             lanes,
             &mut from_lanes,
             &mut names,
-            &mut status,
+            (&mut status, &mut commands),
             &mut listener,
         )
         .await;
@@ -400,6 +410,8 @@ struct Control<'h> {
     next_sweep: Instant,
     repairer: Repairer,
     silence: Watcher,
+    /// The modes of what has moved (old server).
+    orders: Option<Orders>,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -413,7 +425,7 @@ impl Control<'_> {
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
-        status: &mut StatusListener,
+        (status, commands): (&mut StatusListener, &mut Option<mpsc::Receiver<Order>>),
         listener: &mut Listener,
     ) -> Result<()> {
         loop {
@@ -446,6 +458,7 @@ impl Control<'_> {
                 client = status.accept() => {
                     status_socket::send_status(client, || self.status(Instant::now()));
                 }
+                Some(order) = next_of(commands) => self.order(Instant::now(), order),
                 () = wake => {}
             }
         }
@@ -458,6 +471,7 @@ impl Control<'_> {
             .chain([self.next_path, self.next_look, self.silence.next()])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
             .chain((self.role == Role::New).then_some(self.next_flows))
+            .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
             .min()
             .unwrap_or(self.next_path)
     }
@@ -540,6 +554,9 @@ impl Control<'_> {
         }
         if now >= self.silence.next() {
             self.look_at_silence(now);
+        }
+        if self.orders.as_mut().is_some_and(Orders::end_holds) {
+            self.set_modes(now);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -1101,6 +1118,43 @@ impl Control<'_> {
         }
     }
 
+    /// Carries out what a command asks for.
+    fn order(&mut self, now: Instant, order: Order) {
+        let Some(orders) = &mut self.orders else {
+            return;
+        };
+        let (who, request, answer) = match order {
+            Order::Gone(connection) => return orders.gone(connection),
+            Order::Request {
+                who,
+                request,
+                answer,
+            } => (who, request, answer),
+        };
+        let mut said = orders.carry_out(who, &request);
+        self.set_modes(now);
+        if let (Answer::Done { warnings, .. }, Request::Move { .. }) = (&mut said, &request) {
+            warnings.extend(self.unreachable(&request));
+        }
+        // Whoever asked may have gone meanwhile.
+        let _ = answer.send(said);
+    }
+
+    /// What those have to know who move something to a server that is not there.
+    fn unreachable(&self, request: &Request) -> Option<String> {
+        let about = self.orders.as_ref()?.about(request);
+        let is_away = |peer: &PeerId| self.policy.state(*peer) != State::Up;
+        let peer = about.into_iter().map(|(peer, _)| peer).find(is_away)?;
+        Some(format!(
+            "the new server {} does not answer, and neither do moved addresses until it does; \
+             `ipmoved back` rolls back",
+            self.policy.name(peer)
+        ))
+    }
+
+    /// Tells the data path who answers new conversations.
+    fn set_modes(&mut self, _now: Instant) {}
+
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
     fn set_mtu(&mut self, peer: PeerId) {
         let mtu = tunnel_mtu(self.tunnels[index(peer)].path_mtu());
@@ -1203,6 +1257,7 @@ impl Control<'_> {
             unheard: tunnel.unheard(now),
             served: self.silence.served(now, peer),
             moves: self.policy.moves(peer),
+            modes: (self.orders.as_ref()).map_or_else(Vec::new, |it| it.status(peer)),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),
             flows: self.shared.forwarder.flow_stats(peer),
@@ -1228,6 +1283,11 @@ impl Control<'_> {
         // If a goodbye is lost, the peer notices the silence.
         self.send_all(now);
     }
+}
+
+/// The next command; there is none where nobody takes any.
+async fn next_of(commands: &mut Option<mpsc::Receiver<Order>>) -> Option<Order> {
+    commands.as_mut()?.recv().await
 }
 
 /// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel. It never

@@ -44,6 +44,7 @@ pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError>
         let confinement = confine::confine(confine::Needs {
             runtime_dir: host.dir(),
             names: false,
+            state_dir: None,
         });
         let mut warnings = Warnings::default();
         for text in &confinement.lacking {

@@ -21,7 +21,8 @@ use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
 use crate::model::status::{
-    Flows, MtuHints, Offloads, RefusedMove, Served, State, Status, Traffic, TunnelStatus, Way,
+    Flows, ModeStatus, MtuHints, Offloads, RefusedMove, Served, State, Status, Traffic,
+    TunnelStatus, Way,
 };
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
@@ -66,6 +67,8 @@ pub(super) struct Peer<'a> {
     pub(super) served: Vec<Served>,
     /// The moves to it or from it.
     pub(super) moves: &'a [Move],
+    /// Their modes (old server).
+    pub(super) modes: Vec<ModeStatus>,
     /// Where the new server delivers.
     pub(super) deliver: Option<Deliver>,
     /// Ports that are delivered elsewhere.
@@ -134,6 +137,7 @@ pub(super) fn tunnels(
             unheard_s: peer.unheard.map(|unheard| unheard.as_secs()),
             served: peer.served,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
+            modes: peer.modes,
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
             flows: shown(peer.flows),
@@ -182,6 +186,7 @@ pub(super) fn translated(
             .filter(|moved| moved.prefix.first().is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
             .collect(),
+        modes: Vec::new(),
         deliver_to: Some(match to.port {
             None => end.to.to_string(),
             Some(port) => SocketAddr::new(end.to, port).to_string(),
@@ -314,6 +319,7 @@ mod tests {
             unheard: None,
             served: Vec::new(),
             moves,
+            modes: Vec::new(),
             deliver: Some(Deliver::To {
                 v4: Some("198.51.100.2".parse().unwrap()),
                 v6: Some("2001:db8::2".parse().unwrap()),
