@@ -59,6 +59,7 @@ mod status;
 mod steering;
 mod stream;
 mod the_lab;
+mod the_move;
 mod tracee;
 mod undo;
 mod unread;
