@@ -15,6 +15,7 @@
 //! | [`class`] | how long a flow is kept, and which gives way first |
 //! | [`fairness`] | who gives way when flows or ports run out |
 //! | [`watch`] | which of the newest conversations were answered |
+//! | [`hold`] | first packets that wait for the end of a hold |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -30,6 +31,7 @@ pub mod fairness;
 pub mod fragments;
 pub mod gate;
 mod hairpin;
+pub mod hold;
 pub mod nat;
 pub mod networks;
 pub mod outgoing;

@@ -22,6 +22,8 @@ pub enum Verdict {
     Carry,
     /// The old server's own: it is written back to the TUN as it is, for local delivery.
     Bounce,
+    /// It begins a conversation while that is held: it waits.
+    Hold,
 }
 
 /// What has moved. Shared by the lanes.

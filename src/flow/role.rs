@@ -46,6 +46,8 @@ pub enum Judgement<'a> {
     Carry(Outgoing<'a>),
     /// This host's own: it is written back to the TUN as it is.
     Bounce,
+    /// It waits until a hold ends, and is judged once more then.
+    Hold,
 }
 
 /// How to make a packet that the tunnel takes ready for it.
@@ -231,6 +233,14 @@ impl Forwarder {
         }
     }
 
+    /// Whether what clients ask for may be held here.
+    pub fn holds(&self) -> bool {
+        match self {
+            Self::Old(_) => true,
+            Self::New(_) => false,
+        }
+    }
+
     /// What has become of the newest conversations of `peer`'s clients. Call it every second.
     pub fn observe(&self, now: Instant, peer: PeerId) -> Observations {
         match self {
@@ -299,6 +309,7 @@ fn judge_captured(
             }
             // Another part of the address may have moved to another peer.
             Ok(Verdict::Bounce) => outcome = Ok(Judgement::Bounce),
+            Ok(Verdict::Hold) => return Ok(Judgement::Hold),
             Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
             // It belongs to this peer, and to none.
             Err(reason @ DropReason::BadSource) => return Err(reason),
@@ -387,6 +398,7 @@ mod tests {
                 .map(Some)
                 .map_err(|dropped| dropped.reason),
             Judgement::Bounce => Ok(None),
+            Judgement::Hold => Err(DropReason::HoldFull),
         }
     }
 
