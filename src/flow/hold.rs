@@ -18,6 +18,8 @@
 //! * Those who ask for the same address and port wait in one line. An application takes new
 //!   connections no faster than it can, and the kernel keeps only so many for it, so a line moves at
 //!   a pace. Lines do not wait for each other: a flood to one port holds up no other.
+//! * A SYN that goes unanswered all the same is sent again, as long before as its client may have
+//!   learned to wait.
 //! * Who has been silent for longer than a client is patient is forgotten.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -69,6 +71,15 @@ const WITHIN: Duration = Duration::from_secs(4);
 /// A line that could not go on in time makes up for so much: some turns of whoever takes out.
 const SLACK: Duration = Duration::from_millis(10);
 
+/// A SYN that went on and was not answered goes on again after this time, then after twice that,
+/// and once more: the application had no place for it, or it was lost. The client would try again
+/// too, but the longer it has waited, the later: up to a minute. A server answers a SYN that it has
+/// seen before as it did the first time (RFC 9293 section 3.10.7.4).
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// How often a SYN goes on at most.
+const TIMES: u32 = 4;
+
 /// The first packets that wait.
 #[derive(Debug)]
 pub struct Hold {
@@ -87,6 +98,8 @@ pub struct Hold {
     lines: BTreeMap<Asked, Line>,
     /// When each line goes on; `None` is at once.
     schedule: BTreeSet<(Option<Instant>, Asked)>,
+    /// SYNs that went on, by when to look whether they were answered: at most [`MAX_PACKETS`].
+    sent: BTreeMap<(Instant, u64), Sent>,
     sources: BTreeMap<Addr, Room>,
     all: Room,
     next: u64,
@@ -121,6 +134,13 @@ struct Waiting {
     /// The sequence numbers that a TCP client may end it with.
     ends: Option<(u32, u32)>,
     heard: Instant,
+}
+
+/// A SYN that went on.
+#[derive(Debug)]
+struct Sent {
+    frame: Box<[u8]>,
+    times: u32,
 }
 
 /// Flows that ask for the same.
@@ -171,6 +191,7 @@ impl Hold {
             heard: BTreeSet::new(),
             lines: BTreeMap::new(),
             schedule: BTreeSet::new(),
+            sent: BTreeMap::new(),
             sources: BTreeMap::new(),
             all: Room::default(),
             next: 0,
@@ -261,9 +282,10 @@ impl Hold {
 
     /// When there is something to do, if anything waits.
     pub fn next(&self, now: Instant) -> Option<Instant> {
-        let &(at, _) = self.schedule.first()?;
+        let line = self.schedule.first().map(|&(at, _)| at.unwrap_or(now));
         let silent = self.heard.first().map(|&(heard, _)| heard + PATIENCE);
-        Some(at.unwrap_or(now).min(silent.unwrap_or(now)))
+        let sent = self.sent.first_key_value().map(|(&(at, _), _)| at);
+        line.into_iter().chain(silent).chain(sent).min()
     }
 
     /// Takes out the frames of flows that go on by now, in order: of `most` flows, or of a few
@@ -291,10 +313,30 @@ impl Hold {
             let numbers: Vec<u64> = line.flows.iter().take(count).copied().collect();
             taken += numbers.len();
             for number in numbers {
-                out.extend(self.remove(number));
+                let frames = self.remove(number);
+                if asked.protocol == TCP
+                    && let [frame] = &frames[..]
+                {
+                    self.sent(now, number, 1, frame);
+                }
+                out.extend(frames);
             }
         }
         taken
+    }
+
+    /// Takes out the frames of SYNs that went on before and that nobody has answered by now, in
+    /// order. `waits` says of a packet whether it still waits for its answer.
+    pub fn again(&mut self, now: Instant, waits: impl Fn(&[u8]) -> bool, out: &mut Vec<Box<[u8]>>) {
+        while let Some(entry) = self.sent.first_entry()
+            && entry.key().0 <= now
+        {
+            let ((_, number), sent) = entry.remove_entry();
+            if waits(&sent.frame[VNET_HDR_LEN..]) {
+                self.sent(now, number, sent.times + 1, &sent.frame);
+                out.push(sent.frame);
+            }
+        }
     }
 
     /// Forgets a flow whose client has been silent for too long, as long as there is one. Returns
@@ -403,6 +445,15 @@ impl Hold {
             if self.fragments.insert(key, number) != Some(number) {
                 waits.fragments.push(key);
             }
+        }
+    }
+
+    /// Takes note of a SYN that goes on for so many times now.
+    fn sent(&mut self, now: Instant, number: u64, times: u32, frame: &[u8]) {
+        if times < TIMES && self.sent.len() < MAX_PACKETS {
+            let at = now + AGAIN * times;
+            let frame = frame.into();
+            self.sent.insert((at, number), Sent { frame, times });
         }
     }
 
@@ -547,14 +598,29 @@ mod tests {
             self.take()
         }
 
-        /// Everything, taken out whenever the queue says.
+        /// Everything, taken out whenever the queue says. All is answered.
         fn take_all(&mut self) -> Vec<Vec<u8>> {
             let mut out = self.take();
+            self.settle();
             while let Some(next) = self.hold.next(self.now) {
                 self.now = next;
                 out.extend(self.take());
+                self.settle();
             }
             out
+        }
+
+        /// What went on was answered.
+        fn settle(&mut self) {
+            self.hold.sent.clear();
+        }
+
+        /// Packets that go on again by now, of those which this says wait.
+        fn again(&mut self, waits: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
+            let mut frames = Vec::new();
+            self.hold.again(self.now, waits, &mut frames);
+            let packets = frames.iter().map(|frame| frame[VNET_HDR_LEN..].to_vec());
+            packets.collect()
         }
     }
 
@@ -590,6 +656,7 @@ mod tests {
         assert_eq!(bed.hold.next(bed.now), Some(bed.now), "at once");
         assert_eq!(bed.take(), (0..20).map(syn).collect::<Vec<_>>());
         assert_eq!((bed.hold.waiting(), bed.hold.is_empty()), (&[0][..], true));
+        bed.settle();
         assert_eq!(bed.hold.next(bed.now), None);
     }
 
@@ -759,6 +826,35 @@ mod tests {
         out.extend(bed.take_all());
         assert!(bed.now - begun <= STEP * 2_000);
         assert_eq!(out, web);
+    }
+
+    #[test]
+    fn a_syn_that_is_not_answered_goes_on_again_a_few_times() {
+        let mut bed = Bed::new(MOVED);
+        for number in 0..3 {
+            bed.keep(&syn(number)).unwrap();
+        }
+        let datagram = plan(Kind::Udp, 1).build();
+        bed.keep(&datagram).unwrap();
+        bed.hold_all(None);
+        assert_eq!(bed.take().len(), 4);
+        let begun = bed.now;
+        let mut seen = Vec::new();
+        while let Some(next) = bed.hold.next(bed.now) {
+            bed.now = next;
+            // The first one is answered at once, the next one after it went on again.
+            let (one, two) = (syn(0), syn(1));
+            let late = bed.now > begun + AGAIN;
+            let again = bed.again(|packet| packet != one && !(late && packet == two));
+            seen.extend(again.into_iter().map(|packet| (bed.now - begun, packet)));
+        }
+        let expected = [
+            (AGAIN, syn(1)),
+            (AGAIN, syn(2)),
+            (AGAIN * 3, syn(2)),
+            (AGAIN * 6, syn(2)),
+        ];
+        assert_eq!(seen, expected);
     }
 
     #[test]

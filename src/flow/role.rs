@@ -233,6 +233,14 @@ impl Forwarder {
         }
     }
 
+    /// Whether a client's packet went to a peer, and nobody has answered it since.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, packet: &[u8]) -> bool {
+        match self {
+            Self::Old(gates) => (gates.iter()).any(|gate| gate.awaits_answer(now, parsed, packet)),
+            Self::New(_) => false,
+        }
+    }
+
     /// Whether what clients ask for may be held here.
     pub fn holds(&self) -> bool {
         match self {

@@ -24,6 +24,7 @@ use super::outbound::Outbound;
 use super::shared::{BURST, Context, LaneParts, TICK, timespec};
 use super::to_control::{LaneError, ToControl};
 use crate::model::drops::DropReason;
+use crate::packet::Parsed;
 
 /// Shortest pause between two turns: a few flows of a line go on in each.
 const PAUSE: Duration = Duration::from_millis(2);
@@ -104,6 +105,14 @@ impl Release {
                 if taken == 0 {
                     break;
                 }
+                self.send(now);
+            }
+            let waits = |packet: &[u8]| {
+                Parsed::parse(packet)
+                    .is_ok_and(|parsed| shared.forwarder.awaits_answer(now, &parsed, packet))
+            };
+            shared.holding.lock().again(now, waits, &mut self.frames);
+            if !self.frames.is_empty() {
                 self.send(now);
             }
             if let Some(outbound) = &mut self.outbound {
