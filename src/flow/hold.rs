@@ -31,7 +31,7 @@ use crate::model::mode::Mode;
 use crate::model::moved::{Move, TCP};
 use crate::packet::fragment::Key;
 use crate::packet::vnet::VNET_HDR_LEN;
-use crate::packet::{Addr, Fragment, Kind, Parsed, RST, tcp_seq};
+use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, RST, SYN, tcp_seq};
 
 /// Most packets that wait. As many SYNs take 30 MB, and no server that is moved gets more in a
 /// minute but from a flood.
@@ -259,6 +259,21 @@ impl Hold {
         }
         self.note(now, number, parsed, packet);
         Ok(false)
+    }
+
+    /// Whether others of a packet's flow wait that it must not overtake, if it begins it too.
+    pub fn waits(&self, parsed: &Parsed, packet: &[u8]) -> bool {
+        match (parsed.fragment(), parsed.kind()) {
+            (Fragment::Later, _) => self.fragments.contains_key(&Key::of(parsed, packet)),
+            (Fragment::None | Fragment::First, Kind::Tcp)
+                if parsed.tcp_flags() & (SYN | ACK) != SYN =>
+            {
+                false
+            }
+            (Fragment::None | Fragment::First, _) => {
+                self.numbers.contains_key(&Flow::of(parsed, packet))
+            }
+        }
     }
 
     /// Forgets a flow if this packet of its client says that the client has given up: a RST that
@@ -545,7 +560,6 @@ mod tests {
     use super::*;
     use crate::model::mode::Settled;
     use crate::packet::testing::{Plan, fragments};
-    use crate::packet::{ACK, SYN};
     use crate::testing::{all, epoch};
     use proptest::prelude::*;
 
@@ -756,6 +770,46 @@ mod tests {
         assert_eq!(bed.take(), [first, later.clone(), whole(2)]);
         assert_eq!(bed.keep(&later), Err(DropReason::FragmentUnknown));
         assert!(bed.hold.fragments.is_empty());
+    }
+
+    #[test]
+    fn what_begins_a_flow_that_waits_must_not_overtake_it() {
+        let mut bed = Bed::new(MOVED);
+        let [first, later] = fragments(
+            &Plan {
+                payload: vec![0; 64],
+                ..plan(Kind::Udp, 2)
+            }
+            .build(),
+            16,
+            7,
+        );
+        bed.keep(&syn(1)).unwrap();
+        bed.keep(&first).unwrap();
+        let waits =
+            |bed: &Bed, packet: &[u8]| bed.hold.waits(&Parsed::parse(packet).unwrap(), packet);
+        let with = |flags| {
+            Plan {
+                flags,
+                ..plan(Kind::Tcp, 1)
+            }
+            .build()
+        };
+        let others = plan(Kind::Udp, 2).build();
+        for (packet, expected) in [
+            (&syn(1), true),
+            (&others, true),
+            (&later, true),
+            (&syn(2), false),
+            (&with(RST), false),
+            (&with(ACK), false),
+            (&with(SYN | ACK), false),
+        ] {
+            assert_eq!(waits(&bed, packet), expected, "{packet:?}");
+        }
+        bed.hold_all(None);
+        assert_eq!(bed.take().len(), 2);
+        assert!(!waits(&bed, &syn(1)) && !waits(&bed, &others) && !waits(&bed, &later));
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! What waits for the end of a hold: kept by the lanes, and taken out by [`super::release`].
 //!
 //! Owns the lock around the queue ([`flow::hold`](crate::flow::hold)), and the bell that says when
-//! there is something to do. Only the first packets of flows come here, and only during a hold.
+//! there is something to do. Only the first packets of flows come here, and only during a hold and
+//! until what waited has gone on.
 
 use std::io;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -21,7 +24,15 @@ use crate::packet::Parsed;
 #[derive(Debug)]
 pub struct Holding {
     hold: Mutex<Hold>,
+    /// Whether anything waits, so that packets need not ask for the lock.
+    some: AtomicBool,
     bell: OwnedFd,
+}
+
+/// The queue, to whoever has it at present.
+pub(super) struct Locked<'a> {
+    hold: MutexGuard<'a, Hold>,
+    some: &'a AtomicBool,
 }
 
 impl Holding {
@@ -32,6 +43,7 @@ impl Holding {
     pub fn new(moves: &[Move]) -> io::Result<Self> {
         Ok(Self {
             hold: Mutex::new(Hold::new(moves)),
+            some: AtomicBool::new(false),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
@@ -46,6 +58,20 @@ impl Holding {
     /// How many flows of each move wait.
     pub fn waiting(&self) -> Vec<u64> {
         self.lock().waiting().to_vec()
+    }
+
+    /// Whether anything waits.
+    #[inline]
+    pub(super) fn has_some(&self) -> bool {
+        self.some.load(Relaxed)
+    }
+
+    /// Keeps a packet with those of its flow that wait, if any do, so that it does not overtake
+    /// them though it is not held itself. Whether it does: there may be no room for it.
+    #[cold]
+    pub(super) fn join(&self, now: Instant, parsed: &Parsed, head: &[u8], packet: &[u8]) -> bool {
+        let mut hold = self.lock();
+        hold.waits(parsed, packet) && hold.keep(now, parsed, &[head, packet].concat()).is_ok()
     }
 
     /// Keeps a packet, whose `frame` has the virtio header in front.
@@ -84,7 +110,30 @@ impl Holding {
     }
 
     /// The queue. Nobody may wait for anything while having it.
-    pub(super) fn lock(&self) -> MutexGuard<'_, Hold> {
-        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lock(&self) -> Locked<'_> {
+        Locked {
+            hold: self.hold.lock().unwrap_or_else(PoisonError::into_inner),
+            some: &self.some,
+        }
+    }
+}
+
+impl Deref for Locked<'_> {
+    type Target = Hold;
+
+    fn deref(&self) -> &Hold {
+        &self.hold
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Hold {
+        &mut self.hold
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.some.store(!self.hold.is_empty(), Relaxed);
     }
 }

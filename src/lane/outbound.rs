@@ -130,13 +130,17 @@ impl Outbound {
 
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and seals it.
     fn route(&mut self, context: Context<'_>, len: usize) -> Result<(), Dropped> {
-        let (vnet, packet) = self.frame[..len]
+        let (head, packet) = self.frame[..len]
             .split_first_chunk_mut::<VNET_HDR_LEN>()
             .ok_or(DropReason::IpMalformed)?;
-        let vnet = VnetHdr::read(vnet);
+        let vnet = VnetHdr::read(head);
         let mut parsed = Parsed::parse(packet)?;
         if parsed.fragment() != Fragment::None {
             (self.slow_path).note_fragment(context.now, None, &parsed, packet)?;
+        }
+        let holding = &self.parts.shared.holding;
+        if holding.has_some() && holding.join(context.now, &parsed, head, packet) {
+            return Ok(());
         }
         let forwarder = &self.parts.shared.forwarder;
         let outgoing = match forwarder.judge(context.now, &parsed, packet)? {
