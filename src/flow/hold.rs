@@ -9,17 +9,16 @@
 //!            one SYN, or a few datagrams           a few at once, then one in each step ──► take()
 //! ```
 //!
-//! * Of TCP the newest SYN of a flow waits, in the place of its first one: its timestamp is what the
-//!   client will measure the round trip by (RFC 7323 section 4), and its sequence number is the one
-//!   that the client has if it began anew from the same port. Of anything else the first few
-//!   packets wait.
+//! * Of TCP the newest SYN of a flow waits, in the place of its first one: by its timestamp the
+//!   client will measure the round trip (RFC 7323 section 4), and if the client began anew from the
+//!   same port, its sequence number is the one that counts. Of anything else the first few packets
+//!   wait.
 //! * A released packet is as it came, with its virtio header in front: nothing is segmented, and no
 //!   checksum finished.
 //! * Those who ask for the same address and port wait in one line. An application takes new
-//!   connections no faster than it can, and the kernel keeps only so many for it, so a line moves at
-//!   a pace. Lines do not wait for each other: a flood to one port holds up no other.
-//! * A SYN that goes unanswered all the same is sent again, as long before as its client may have
-//!   learned to wait.
+//!   connections no faster than it can, and the kernel keeps only so many for it, so a line moves
+//!   at a pace. Lines do not wait for each other: a flood to one port holds up no other.
+//! * A SYN that goes unanswered all the same goes on again, long before its client would send it.
 //! * Who has been silent for longer than a client is patient is forgotten.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -57,11 +56,10 @@ const PATIENCE: Duration = Duration::from_secs(64);
 const AT_ONCE: usize = 32;
 
 /// How long one flow of a line goes on after the other. The kernel keeps as many connections for an
-/// application as that has asked for: 100 (Tomcat, Postfix), 128 (sshd) or 511 (nginx, Apache). This
-/// counts connections whose client has not answered yet as well as those that the application has
-/// not taken yet (`net/ipv4/tcp_input.c`, `tcp_conn_request`). Beyond that it drops SYNs, whose
-/// clients may try again a minute later. At a thousand a second a client 80 ms away takes a place
-/// for 80 others.
+/// application as that has asked for: 100 (Tomcat, Postfix), 128 (sshd) or 511 (nginx, Apache), and
+/// as many whose client has not answered yet (net/ipv4/tcp_input.c, `tcp_conn_request`). Beyond
+/// that it drops SYNs, whose clients may try again a minute later. At a thousand a second 80
+/// clients at a time have not answered yet if they are 80 ms away.
 const STEP: Duration = Duration::from_millis(1);
 
 /// So long after the end of a hold its last flow goes on, however many there are: a flood must not
@@ -932,6 +930,7 @@ mod tests {
         }
         bed.hold_all(None);
         let mut out = bed.take();
+        bed.settle();
         bed.hold_all(None);
         assert_eq!(bed.take(), Vec::<Vec<u8>>::new(), "said twice");
         let end = bed.now + 30 * SECOND;

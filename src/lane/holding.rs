@@ -21,11 +21,14 @@ use crate::model::moved::Move;
 use crate::packet::Parsed;
 
 /// What waits, as lanes and the control task see it.
+///
+/// Aligned so that what lanes ask for each packet shares no cache line with what others write.
 #[derive(Debug)]
+#[repr(align(64))]
 pub struct Holding {
-    hold: Mutex<Hold>,
     /// Whether anything waits, so that packets need not ask for the lock.
     some: AtomicBool,
+    hold: Mutex<Hold>,
     bell: OwnedFd,
 }
 
@@ -42,8 +45,8 @@ impl Holding {
     /// If the kernel has no descriptor left.
     pub fn new(moves: &[Move]) -> io::Result<Self> {
         Ok(Self {
-            hold: Mutex::new(Hold::new(moves)),
             some: AtomicBool::new(false),
+            hold: Mutex::new(Hold::new(moves)),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }

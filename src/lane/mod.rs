@@ -20,6 +20,9 @@
 //! packet out of the tunnel has to go back into it: the inbound direction puts it into the
 //! [`outbox`], and the outbound direction sends it.
 //!
+//! The first packet of a conversation that is held waits ([`holding`]), and [`release`] sends it on
+//! when the hold ends.
+//!
 //! Files use each other in one direction: each may use those above it in this list.
 //!
 //! | file | owns |
