@@ -526,7 +526,8 @@ impl Hold {
         }
     }
 
-    /// The move that takes it: of those with the longest prefix the first one.
+    /// The move that takes it: of those with the longest prefix the first one. Asked once for each
+    /// line, so it may go through all of them.
     fn moved(&self, asked: &Asked) -> usize {
         let addr = IpAddr::from(asked.addr);
         let fits = |(_, it): &(usize, &Move)| {
