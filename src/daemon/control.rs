@@ -51,7 +51,7 @@ use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
 use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
-use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
+use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
 use crate::model::moved::Move;
 use crate::model::peer::{PeerId, Role};
@@ -146,6 +146,7 @@ async fn carry(
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
+        holding: Holding::new(&moves_from_here(&config, &policy)).map_err(failed)?,
         busy_lanes: BusyLanes::new(processors),
     });
     if let Some(taken) = follower.taken() {
@@ -314,14 +315,21 @@ fn tunnels(
         .collect()
 }
 
+/// All that has moved from here, to whichever peer, in order; nothing on the new server.
+fn moves_from_here(config: &Config, policy: &Policy) -> Vec<Move> {
+    if config.role == Role::New {
+        return Vec::new();
+    }
+    let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
+    moves.cloned().collect()
+}
+
 /// Makes the forwarder: gates on the old server, a translator on the new one.
 /// `resumes`: a predecessor was killed.
 fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
     if config.role == Role::Old {
-        let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
-        let moved: Vec<Move> = moves.cloned().collect();
-        let moved = Arc::new(Scopes::new(&moved));
+        let moved = Arc::new(Scopes::new(&moves_from_here(config, policy)));
         let gates = policy.peers().map(|peer| {
             let config = GateConfig {
                 max_flows,
@@ -512,7 +520,7 @@ impl Control<'_> {
                 tunnel.session_heard(now, &session, endpoint);
                 return Ok(());
             }
-            ToControl::Failed(what @ LaneError::HelperCrashed) => {
+            ToControl::Failed(what @ (LaneError::HelperCrashed | LaneError::ReleaseCrashed)) => {
                 return Err(DaemonError::Crashed(what.into()));
             }
             ToControl::Failed(what) => return Err(failed(what)),

@@ -248,6 +248,13 @@ impl Gate {
         refused
     }
 
+    /// Whether a client's packet was let in, and nobody has answered its flow since.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> bool {
+        let flow = self.clients.asked(parsed, bytes);
+        let noted = flow.and_then(|flow| self.clients.noted(now, &flow));
+        noted.is_some_and(|noted| !noted.seen.is_answered())
+    }
+
     /// Lets flows expire, looking at `budget` of them at most. One thread calls it, every second.
     pub fn expire(&self, now: Instant, budget: usize) {
         self.clients.expire(now, budget);
@@ -629,6 +636,26 @@ mod tests {
         let answers = with(&outgoing(Kind::Tcp), |p| p.flags = SYN | ACK);
         assert_eq!(bed.returning(&answers), UNASKED, "it begins nothing");
         assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
+    }
+
+    #[test]
+    fn a_flow_awaits_its_answer_until_that_has_come() {
+        let bed = Bed::settled(&[MOVED]);
+        let asks = Plan {
+            flags: SYN,
+            ..request(Kind::Tcp)
+        };
+        let waits = |bed: &Bed| {
+            let bytes = asks.build();
+            let parsed = Parsed::parse(&bytes).unwrap();
+            bed.gate.awaits_answer(bed.now, &parsed, &bytes)
+        };
+        assert!(!waits(&bed), "nobody asked");
+        assert_eq!(bed.captured(&asks.build()), CARRY);
+        assert!(waits(&bed));
+        let answer = with(&reply(&asks), |p| p.flags = SYN | ACK);
+        assert_eq!(bed.returning(&answer), Ok(()));
+        assert!(!waits(&bed));
     }
 
     #[test]

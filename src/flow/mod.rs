@@ -16,6 +16,7 @@
 //! | [`fairness`] | who gives way when flows or ports run out |
 //! | [`modes`] | on the old server: whose a conversation is that nobody knows |
 //! | [`watch`] | which of the newest conversations were answered |
+//! | [`hold`] | first packets that wait for the end of a hold |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -31,6 +32,7 @@ pub mod fairness;
 pub mod fragments;
 pub mod gate;
 mod hairpin;
+pub mod hold;
 pub mod modes;
 pub mod nat;
 pub mod networks;

@@ -48,6 +48,8 @@ pub enum Judgement<'a> {
     Carry(Outgoing<'a>),
     /// This host's own: it is written back to the TUN as it is.
     Bounce,
+    /// It waits until a hold ends, and is judged once more then.
+    Hold,
 }
 
 /// How to make a packet that the tunnel takes ready for it.
@@ -243,6 +245,22 @@ impl Forwarder {
         }
     }
 
+    /// Whether a client's packet went to a peer, and nobody has answered it since.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, packet: &[u8]) -> bool {
+        match self {
+            Self::Old(gates) => (gates.iter()).any(|gate| gate.awaits_answer(now, parsed, packet)),
+            Self::New(_) => false,
+        }
+    }
+
+    /// Whether what clients ask for may be held here.
+    pub fn holds(&self) -> bool {
+        match self {
+            Self::Old(_) => true,
+            Self::New(_) => false,
+        }
+    }
+
     /// What has become of the newest conversations of `peer`'s clients. Call it every second.
     pub fn observe(&self, now: Instant, peer: PeerId) -> Observations {
         match self {
@@ -311,7 +329,7 @@ fn judge_captured(
             }
             // Another part of the address may have moved to another peer.
             Ok(Verdict::Bounce) => outcome = Ok(Judgement::Bounce),
-            Ok(Verdict::Hold) => return Err(DropReason::Held),
+            Ok(Verdict::Hold) => return Ok(Judgement::Hold),
             Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
             // It belongs to this peer, and to none.
             Err(reason @ DropReason::BadSource) => return Err(reason),
@@ -400,6 +418,7 @@ mod tests {
                 .map(Some)
                 .map_err(|dropped| dropped.reason),
             Judgement::Bounce => Ok(None),
+            Judgement::Hold => Err(DropReason::HoldFull),
         }
     }
 
