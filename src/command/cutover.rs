@@ -160,6 +160,11 @@ impl Cutover {
 
     /// Looks at what both servers have.
     fn look(&mut self) {
+        // Another one may be there already, which knows nothing of this cut-over.
+        if self.daemon.as_ref().is_some_and(Client::is_gone) {
+            self.daemon = None;
+            return self.tell(Input::Lost("it has ended".into()));
+        }
         let seen = status().and_then(|mut status| {
             here::count(&mut status).map_err(|error| Failure::new(FAILED, error))?;
             Ok(view(&status, &self.what))

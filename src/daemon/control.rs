@@ -213,6 +213,7 @@ async fn carry(
         control.set_homes(peer);
     }
     control.find_calls();
+    control.set_modes(started);
     control.turn(started);
     // It has looked at everything; what the start itself caused can wait.
     listener.looked(started, Instant::now());
@@ -464,7 +465,11 @@ impl Control<'_> {
                     listener.looked(begun, Instant::now());
                 }
                 client = status.accept() => {
-                    status_socket::send_status(client, || self.status(Instant::now()));
+                    let now = Instant::now();
+                    if let Some(orders) = &mut self.orders {
+                        orders.count(now, || self.follower.own_conversations());
+                    }
+                    status_socket::send_status(client, || self.status(now));
                 }
                 Some(order) = next_of(commands) => self.order(Instant::now(), order),
                 () = wake => {}
@@ -1140,6 +1145,9 @@ impl Control<'_> {
             } => (who, request, answer),
         };
         let mut said = orders.carry_out(who, &request);
+        if let (Answer::Done { forgotten, .. }, Request::Forget { .. }) = (&mut said, &request) {
+            *forgotten = self.follower.forget_own(orders.takes(&request));
+        }
         self.set_modes(now);
         if let (Answer::Done { warnings, .. }, Request::Move { .. }) = (&mut said, &request) {
             warnings.extend(self.unreachable(&request));
@@ -1160,8 +1168,23 @@ impl Control<'_> {
         ))
     }
 
-    /// Tells the data path who answers new conversations.
-    fn set_modes(&mut self, _now: Instant) {}
+    /// Tells the data path who answers new conversations: those who judge first, then those who
+    /// hand over, and last those who let go what waits.
+    fn set_modes(&mut self, now: Instant) {
+        let Some(orders) = &self.orders else {
+            return;
+        };
+        let modes = orders.modes_at(now);
+        for peer in self.policy.peers() {
+            let of_peer = modes.iter().filter(|(of, _)| *of == peer);
+            let of_peer: Vec<_> = of_peer.map(|(_, mode)| *mode).collect();
+            (self.shared.forwarder).set_modes(peer, &of_peer, orders.key());
+        }
+        let (for_programs, key) = (orders.modes(), orders.key());
+        (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
+        let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
+        self.shared.holding.set_modes(&all);
+    }
 
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
     fn set_mtu(&mut self, peer: PeerId) {
@@ -1235,7 +1258,14 @@ impl Control<'_> {
             log_lines_lost: log::lost(),
             stayed: self.follower.stayed(),
         };
-        let peers = self.policy.peers().map(|peer| self.known(now, peer));
+        let waiting = match self.role {
+            Role::Old => self.shared.holding.waiting(),
+            Role::New => Vec::new(),
+        };
+        let peers = self
+            .policy
+            .peers()
+            .map(|peer| self.known(now, peer, &waiting));
         report::tunnels(
             daemon,
             peers.collect(),
@@ -1246,7 +1276,7 @@ impl Control<'_> {
     }
 
     /// The facts about a peer, for its status.
-    fn known(&self, now: Instant, peer: PeerId) -> report::Peer<'_> {
+    fn known(&self, now: Instant, peer: PeerId, waiting: &[u64]) -> report::Peer<'_> {
         let (view, tunnel) = (&self.view.peers[index(peer)], &self.tunnels[index(peer)]);
         let session = tunnel.session().map(|session| {
             let age = now.saturating_duration_since(session.created());
@@ -1265,7 +1295,7 @@ impl Control<'_> {
             unheard: tunnel.unheard(now),
             served: self.silence.served(now, peer),
             moves: self.policy.moves(peer),
-            modes: (self.orders.as_ref()).map_or_else(Vec::new, |it| it.status(peer)),
+            modes: (self.orders.as_ref()).map_or_else(Vec::new, |it| it.status(peer, waiting)),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),
             flows: self.shared.forwarder.flow_stats(peer),

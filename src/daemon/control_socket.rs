@@ -10,6 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::debug;
@@ -143,6 +145,15 @@ impl Client {
         Ok(Self {
             stream: BufReader::new(stream),
         })
+    }
+
+    /// Whether the daemon has hung up.
+    pub fn is_gone(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match recv(self.stream.get_ref(), &mut [0], flags) {
+            Ok((read, _)) => read == 0,
+            Err(error) => error != Errno::AGAIN,
+        }
     }
 
     /// Asks for something, and waits for the answer.

@@ -13,13 +13,18 @@ use tracing::{info, warn};
 use super::policy::modes::{Clock, Modes, Who};
 use super::service::{Result, failed, input};
 use super::state_dir::StateDir;
+use crate::flow::ended::HostFlow;
 use crate::io::entropy;
 use crate::model::mode::{Mode, ShareKey};
-use crate::model::moved::Move;
+use crate::model::move_index::MoveIndex;
+use crate::model::moved::{Move, TCP};
 use crate::model::peer::PeerId;
 use crate::model::request::{Answer, Request};
 use crate::model::status::ModeStatus;
 use crate::settings::config::Config;
+
+/// What this server has is counted once in this time at most: there may be 100,000 conversations.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
 
 /// Where the kernel says which boot this is.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -30,6 +35,17 @@ pub(super) struct Orders {
     modes: Modes,
     dir: StateDir,
     warnings: Vec<String>,
+    /// Finds the move of a conversation.
+    index: MoveIndex,
+    /// What this server has of each move, but for its own sockets, and when that was counted.
+    here: Option<(Instant, Vec<Here>)>,
+}
+
+/// Conversations of hosts behind this server, and others that no socket tells of.
+#[derive(Clone, Copy, Default, Debug)]
+struct Here {
+    all: u64,
+    tcp: u64,
 }
 
 impl Orders {
@@ -69,10 +85,13 @@ impl Orders {
                 "the modes of moves are not kept over a restart: {why}"
             ));
         }
+        let index = modes.moves().iter().map(|it| it.moved.clone()).collect();
         Ok(Self {
             modes,
             dir,
             warnings,
+            index: MoveIndex::new(index),
+            here: None,
         })
     }
 
@@ -158,14 +177,17 @@ impl Orders {
         self.modes.moves().iter().map(|it| it.mode).collect()
     }
 
-    /// The modes of a peer's moves, in the order of the settings, on this process's clock.
-    pub(super) fn modes_of(&self, now: Instant, peer: PeerId) -> Vec<Mode<Instant>> {
+    /// The same on this process's clock, each with its peer.
+    pub(super) fn modes_at(&self, now: Instant) -> Vec<(PeerId, Mode<Instant>)> {
         let ktime = clock().now;
-        let of_peer = self.modes.moves().iter().filter(|it| it.peer == peer);
-        of_peer
-            .map(|it| Mode {
-                settled: it.mode.settled,
-                held_until: it.mode.held_until.map(|until| instant(now, ktime, until)),
+        let moves = self.modes.moves().iter();
+        moves
+            .map(|it| {
+                let mode = Mode {
+                    settled: it.mode.settled,
+                    held_until: it.mode.held_until.map(|until| instant(now, ktime, until)),
+                };
+                (it.peer, mode)
             })
             .collect()
     }
@@ -175,20 +197,50 @@ impl Orders {
         self.modes.key()
     }
 
-    /// What `status` says of a peer's moves.
-    pub(super) fn status(&self, peer: PeerId) -> Vec<ModeStatus> {
+    /// Counts what this server has, if that was long ago.
+    pub(super) fn count(&mut self, now: Instant, found: impl FnOnce() -> Option<Vec<HostFlow>>) {
+        let fresh = |&(at, _): &(Instant, _)| now.saturating_duration_since(at) < COUNT_EVERY;
+        if self.here.as_ref().is_some_and(fresh) {
+            return;
+        }
+        self.here = found().map(|found| {
+            let mut here = vec![Here::default(); self.index.moves().len()];
+            for flow in found {
+                if let Some(place) = self.index.find(flow.protocol, flow.local) {
+                    here[place].all += 1;
+                    here[place].tcp += u64::from(flow.protocol == TCP);
+                }
+            }
+            (now, here)
+        });
+    }
+
+    /// Tells whether a conversation is one of those that a command is about.
+    pub(super) fn takes(&self, request: &Request) -> impl Fn(&HostFlow) -> bool + use<'_> {
+        let places = self.modes.places(request.what()).unwrap_or_default();
+        move |flow| {
+            let place = self.index.find(flow.protocol, flow.local);
+            place.is_some_and(|place| places.binary_search(&place).is_ok())
+        }
+    }
+
+    /// What `status` says of a peer's moves. `waiting` says how many conversations wait of each
+    /// move of all peers.
+    pub(super) fn status(&self, peer: PeerId, waiting: &[u64]) -> Vec<ModeStatus> {
         let now = clock().now;
-        let of_peer = self.modes.moves().iter().filter(|it| it.peer == peer);
+        let here = self.here.as_ref().map(|(_, here)| here);
+        let all = self.modes.moves().iter().enumerate();
+        let of_peer = all.filter(|(_, it)| it.peer == peer);
         of_peer
-            .map(|it| ModeStatus {
+            .map(|(place, it)| ModeStatus {
                 what: it.moved.to_string(),
                 mode: it.name().into(),
                 percent: it.mode.settled.percent(),
                 then: (it.mode.held_until).map(|_| it.mode.settled.name().into()),
                 held_s: (it.mode.held_until).map(|until| until.saturating_sub(now).as_secs()),
-                waiting: 0,
-                here_live: None,
-                here_tcp: None,
+                waiting: waiting.get(place).copied().unwrap_or(0),
+                here_live: here.map(|here| here[place].all),
+                here_tcp: here.map(|here| here[place].tcp),
                 there_live: None,
                 since: jiff::Timestamp::from_second(it.since.try_into().unwrap_or_default())
                     .map_or_else(|_| String::new(), |since| since.to_string()),

@@ -132,7 +132,8 @@ impl Ready {
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplinks.mtu())?;
         let port = sockets[0].port().map_err(system)?;
-        let (follower, cgroups) = found.change(&mut host, config, &tun, port, &kept)?;
+        let (follower, cgroups) =
+            found.change(&mut host, config, &tun, port, &kept, orders.as_ref())?;
         let tools = Tools {
             signals,
             netlink,
@@ -252,6 +253,7 @@ impl Found {
         tun: &Link,
         port: u16,
         kept: &[OwnedFd],
+        orders: Option<&Orders>,
     ) -> Result<(Follower, Cgroups)> {
         let moves = moves(config);
         let links = plan::carriers(host.netlink(), tun).map_err(system)?;
@@ -260,6 +262,10 @@ impl Found {
                 let own = plan::own::memory(host.netlink(), &links, kept);
                 let own = own.map_err(system)?;
                 let capture = Capture::new(&moves, tun, port, own).map_err(system)?;
+                if let Some(orders) = orders {
+                    let told = capture.set_modes(&orders.modes(), orders.key());
+                    told.map_err(system)?;
+                }
                 kept::keep(&capture.memory());
                 Programs::Old(Box::new(capture))
             }

@@ -23,6 +23,7 @@ use crate::flow::table::FlowStats;
 use crate::flow::translate::Translator;
 use crate::flow::watch::Observations;
 use crate::model::drops::{DropReason, Dropped};
+use crate::model::mode::{Mode, ShareKey};
 use crate::model::peer::PeerId;
 use crate::packet::fragment::Client;
 use crate::packet::icmp_reply::IcmpError;
@@ -215,6 +216,14 @@ impl Forwarder {
         match self {
             Self::Old(gates) => gates.iter().for_each(|gate| gate.set_own_addresses(own)),
             Self::New(translator) => translator.set_own_addresses(own),
+        }
+    }
+
+    /// Sets the modes of a peer's moves, in the order of the settings (old server).
+    pub fn set_modes(&self, peer: PeerId, modes: &[Mode<Instant>], key: ShareKey) {
+        match self {
+            Self::Old(gates) => gates[usize::from(peer.0)].set_modes(modes, key),
+            Self::New(_) => {}
         }
     }
 

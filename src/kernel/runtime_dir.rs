@@ -94,7 +94,13 @@ impl RuntimeDir {
     /// Removes the directory, unless somebody else has put a file there.
     pub(super) fn remove(&self) {
         // We still hold the lock. Whoever waits for it will see that the file is no longer there.
-        for ours in [STATUS_SOCKET, CONTROL_SOCKET, DELIVERED_NEXT, DELIVERED, LOCK] {
+        for ours in [
+            STATUS_SOCKET,
+            CONTROL_SOCKET,
+            DELIVERED_NEXT,
+            DELIVERED,
+            LOCK,
+        ] {
             let _ = fs::remove_file(self.path.join(ours));
         }
         let _ = fs::remove_dir(&self.path);

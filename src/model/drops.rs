@@ -92,9 +92,6 @@ drop_reasons! {
     MartianSource = "martian_source",
     /// The destination is not an address that was moved.
     NotMoved = "not_moved",
-    /// A client's new conversation, while it is not decided which server gets it. The client sends
-    /// its first packet again.
-    Held = "held",
     /// The moved address is known, but there is no address of its family to deliver to.
     NoDelivery = "no_delivery",
     /// A packet from the application's host that belongs to no flow through the tunnel.

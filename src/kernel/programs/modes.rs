@@ -279,7 +279,8 @@ impl Modes {
     }
 
     fn beat_at(&self, now: Duration) {
-        self.words.set(HEARTBEAT, (now.as_nanos() >> ALIVE_TICK) as u32);
+        self.words
+            .set(HEARTBEAT, (now.as_nanos() >> ALIVE_TICK) as u32);
         let state = self.state.lock().unwrap_or_else(|held| held.into_inner());
         if state.needed_until.is_some_and(|until| until <= now) {
             self.words.set(SOME, 0);
@@ -751,7 +752,11 @@ mod tests {
                 for (request, _) in requests(at, 4000) {
                     assert_eq!(server.is_taken(&request), expected, "{mode:?} {request:?}");
                 }
-                assert_eq!(server.is_taken(&tcp_in(at, 4000, SYN)), expected, "{mode:?}");
+                assert_eq!(
+                    server.is_taken(&tcp_in(at, 4000, SYN)),
+                    expected,
+                    "{mode:?}"
+                );
                 if mode.held_until.is_some() {
                     // What was held leaves no memory.
                     server.be(here());
@@ -794,7 +799,14 @@ mod tests {
             // A container behind DNAT.
             assert!(!server.is_taken(&tcp_in(at, 4000, SYN)));
             server.sends(&tcp_out(at, 4000, SYN | ACK));
-            for mode in [shared(99), held(shared(99)), moved(), held(here()), here(), moved()] {
+            for mode in [
+                shared(99),
+                held(shared(99)),
+                moved(),
+                held(here()),
+                here(),
+                moved(),
+            ] {
                 server.turn(mode);
                 for (request, answer) in requests(at, 4000) {
                     assert!(!server.is_taken(&request), "{mode:?} {request:?}");
@@ -803,7 +815,10 @@ mod tests {
                     server.sends(&answer);
                 }
                 for flags in [ACK, ACK | PSH, FIN | ACK] {
-                    assert!(!server.is_taken(&tcp_in(at, 4000, flags)), "{mode:?} {flags}");
+                    assert!(
+                        !server.is_taken(&tcp_in(at, 4000, flags)),
+                        "{mode:?} {flags}"
+                    );
                 }
                 server.sends(&tcp_out(at, 4000, ACK | PSH));
             }
@@ -837,7 +852,10 @@ mod tests {
                     }
                 }
                 for flags in [ACK, ACK | PSH, FIN | ACK] {
-                    assert!(server.is_taken(&tcp_in(at, 4000, flags)), "{mode:?} {flags}");
+                    assert!(
+                        server.is_taken(&tcp_in(at, 4000, flags)),
+                        "{mode:?} {flags}"
+                    );
                 }
             }
             // What was answered is known by itself when the daemon is not asked any more.
@@ -955,11 +973,17 @@ mod tests {
             };
             let [(noise, _), ..] = requests(at, 9);
             for (packet, id, expected) in [(&theirs, 5, true), (&mine, 6, false)] {
-                assert!(!server.is_taken(&part(&noise, id, 3, true)), "not known yet");
+                assert!(
+                    !server.is_taken(&part(&noise, id, 3, true)),
+                    "not known yet"
+                );
                 assert_eq!(server.is_taken(&part(packet, id, 0, true)), expected);
                 assert_eq!(server.is_taken(&part(&noise, id, 3, true)), expected);
                 assert_eq!(server.is_taken(&part(&noise, id, 6, false)), expected);
-                assert!(!server.is_taken(&part(&noise, id, 3, true)), "that was the last");
+                assert!(
+                    !server.is_taken(&part(&noise, id, 3, true)),
+                    "that was the last"
+                );
             }
             server.be(held(here()));
             assert!(server.is_taken(&part(&noise, 7, 3, true)), "it has to wait");
@@ -1032,9 +1056,15 @@ mod tests {
             let first = conversation(0);
             let room = crate::kernel::programs::Own::ROOM as u32;
             (1..room).for_each(|n| drop(conversation(n)));
-            assert_eq!((server.facts.own.kept(), server.facts.own.full()), (room as usize, 0));
+            assert_eq!(
+                (server.facts.own.kept(), server.facts.own.full()),
+                (room as usize, 0)
+            );
             let last = conversation(room);
-            assert_eq!((server.facts.own.kept(), server.facts.own.full()), (room as usize, 1));
+            assert_eq!(
+                (server.facts.own.kept(), server.facts.own.full()),
+                (room as usize, 1)
+            );
             server.be(moved());
             assert!(!server.is_taken(&first));
             assert!(!server.is_taken(&last));
@@ -1078,20 +1108,33 @@ mod tests {
                 }
                 server.be(here());
                 assert!(!server.is_taken(&tcp_in(at, 4000, SYN)));
-                assert!(server.is_taken(&tcp_in(at, 4000, ACK)), "a cookie or not: it is asked");
+                assert!(
+                    server.is_taken(&tcp_in(at, 4000, ACK)),
+                    "a cookie or not: it is asked"
+                );
             }
         });
     }
 
     #[test]
     fn ports_are_covered_by_prefixes_exactly() {
-        for (first, last) in [(0, 65_535), (1, 65_535), (80, 80), (1, 2), (7, 1_000), (0, 1)] {
+        for (first, last) in [
+            (0, 65_535),
+            (1, 65_535),
+            (80, 80),
+            (1, 2),
+            (7, 1_000),
+            (0, 1),
+        ] {
             let all = prefixes(first, last);
             let covered = all.iter().flat_map(|&(port, bits)| {
                 let port = u32::from(port);
                 port..port + (1 << (16 - bits))
             });
-            assert!(covered.eq(u32::from(first)..=u32::from(last)), "{first} {last}");
+            assert!(
+                covered.eq(u32::from(first)..=u32::from(last)),
+                "{first} {last}"
+            );
             assert!(all.len() <= 30);
         }
     }
@@ -1157,7 +1200,8 @@ mod tests {
     fn what_the_modes_cost() {
         in_fresh_namespace(|| {
             let server = Server::new();
-            let cost = |packet: &Packet| nanoseconds(server.capture.as_fd(), &frame(&packet.bytes()));
+            let cost =
+                |packet: &Packet| nanoseconds(server.capture.as_fd(), &frame(&packet.bytes()));
             for at in [0, 1] {
                 let known = tcp_in(at, 4000, ACK);
                 let syn = tcp_in(at, 4001, SYN);
@@ -1169,7 +1213,12 @@ mod tests {
                 assert!(server.is_taken(&known));
                 eprintln!("moved: known {} syn {}", cost(&known), cost(&syn));
                 server.be(here());
-                eprintln!("here: known {} syn {} ack {}", cost(&known), cost(&syn), cost(&ack));
+                eprintln!(
+                    "here: known {} syn {} ack {}",
+                    cost(&known),
+                    cost(&syn),
+                    cost(&ack)
+                );
                 eprintln!("here: a request {}", cost(&udp));
                 for _ in 0..2 {
                     assert!(!server.is_taken(&udp));
