@@ -341,21 +341,6 @@ impl Own {
         Ok(live)
     }
 
-    /// Forgets those conversations that are `wanted` of [`live`](Self::live). Returns how many.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn forget_those(&self, wanted: impl Fn(&HostFlow) -> bool) -> Result<u64, BpfError> {
-        let mut forgotten = 0;
-        for flow in self.live()?.iter().filter(|flow| wanted(flow)) {
-            for (map, name) in [(&self.kept, KEPT.name), (&self.own, OWN.name)] {
-                map.remove(&key_of(flow)).map_err(BpfError::of_map(name))?;
-            }
-            forgotten += 1;
-        }
-        Ok(forgotten)
-    }
-
     /// How often a conversation went on that could not be kept, since too many are.
     pub fn full(&self) -> u64 {
         self.fact(FULL)
@@ -377,11 +362,7 @@ impl Own {
         if sweep.keeps == 0 {
             return Ok(());
         }
-        let Sweep {
-            place,
-            found,
-            keeps,
-        } = &mut *sweep;
+        let Sweep { place, found, keeps } = &mut *sweep;
         let mut over = Vec::new();
         let more = self.kept.read_some(place, SWEPT, |key, value| {
             match flow_of(key).filter(|flow| !is_over(flow, value, now)) {
@@ -562,9 +543,7 @@ impl Own {
 /// A word of a conversation's value.
 fn word(value: &[u8], at: i16) -> i32 {
     let at = at as usize;
-    let bytes = value
-        .get(at..at + 4)
-        .and_then(|bytes| bytes.try_into().ok());
+    let bytes = value.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
     bytes.map_or(0, i32::from_ne_bytes)
 }
 
@@ -576,9 +555,7 @@ fn is_over(flow: &HostFlow, value: &[u8], now: Duration) -> bool {
         _ if flow.protocol == TCP => OWN_IDLE_TCP,
         _ => OWN_IDLE,
     };
-    let seen = value
-        .first_chunk()
-        .map_or(0, |&bytes| u64::from_ne_bytes(bytes));
+    let seen = value.first_chunk().map_or(0, |&bytes| u64::from_ne_bytes(bytes));
     Duration::from_nanos(seen) + idle < now
 }
 
