@@ -36,8 +36,8 @@ use arc_swap::ArcSwap;
 
 use crate::flow::allowed::Allowed;
 use crate::flow::clients::{Clients, Flow};
-use crate::flow::fragments::FragmentCache;
 use crate::flow::ended::HostFlow;
+use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
 use crate::flow::modes::{CLIENTS_QUERY, Modes, Says, Taken};
 use crate::flow::ownership::{Ownership, Verdict};
@@ -320,7 +320,8 @@ impl Gate {
         let tcp = parsed.kind() == Kind::Tcp;
         let begins = tcp && begins(parsed);
         let noted = self.clients.noted(now, flow);
-        let goes_on = noted.is_some_and(|it| it.seen.is_answered() && !(begins && it.seen.is_over()));
+        let goes_on =
+            noted.is_some_and(|it| it.seen.is_answered() && !(begins && it.seen.is_over()));
         if goes_on && self.clients.client_spoke(now, flow) {
             return Ok(Verdict::Carry);
         }
@@ -350,7 +351,9 @@ impl Gate {
             Says::Waits | Says::There if bad => Err(DropReason::BadSource),
             Says::Waits => Ok(Verdict::Hold),
             Says::There if self.clients.client_spoke(now, flow) => Ok(Verdict::Carry),
-            Says::There => self.admit(now, parsed, bytes, flow).map(|()| Verdict::Carry),
+            Says::There => self
+                .admit(now, parsed, bytes, flow)
+                .map(|()| Verdict::Carry),
         }
     }
 
@@ -381,7 +384,8 @@ impl Gate {
     /// The number of the move that a packet belongs to.
     fn owner(&self, scope: usize, protocol: u8, kind: Kind, port: u16) -> Option<usize> {
         let port = kind.has_ports().then_some(port);
-        self.owners.find(self.ownership.scopes(), scope, protocol, port)
+        self.owners
+            .find(self.ownership.scopes(), scope, protocol, port)
     }
 
     /// Whether capture knows a flow as the new server's.

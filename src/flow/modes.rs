@@ -318,7 +318,11 @@ mod tests {
                 assert_eq!(bed.captured(&bytes(&has)), CARRY);
                 bed.answered(&has, SYN | ACK);
                 bed.set(mode);
-                assert_eq!(bed.captured(&bytes(&goes_on(&has))), CARRY, "{kind:?} {mode}");
+                assert_eq!(
+                    bed.captured(&bytes(&goes_on(&has))),
+                    CARRY,
+                    "{kind:?} {mode}"
+                );
                 assert_eq!(bed.captured(&bytes(&has)), CARRY, "{kind:?} {mode}");
                 // GRE has no ports to tell one from another.
                 if kind != Kind::Other {

@@ -279,7 +279,8 @@ impl Modes {
     }
 
     fn beat_at(&self, now: Duration) {
-        self.words.set(HEARTBEAT, (now.as_nanos() >> ALIVE_TICK) as u32);
+        self.words
+            .set(HEARTBEAT, (now.as_nanos() >> ALIVE_TICK) as u32);
         let state = self.state.lock().unwrap_or_else(|held| held.into_inner());
         if state.needed_until.is_some_and(|until| until <= now) {
             self.words.set(SOME, 0);
@@ -577,6 +578,7 @@ mod tests {
     use std::os::fd::{AsFd, OwnedFd};
 
     use super::*;
+    use crate::flow::ended::HostFlow;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::netlink::{Address, Netlink};
     use crate::kernel::programs::phrases::{BOUNCED, TC_ACT_UNSPEC, keep_packet, verdict};
@@ -751,7 +753,11 @@ mod tests {
                 for (request, _) in requests(at, 4000) {
                     assert_eq!(server.is_taken(&request), expected, "{mode:?} {request:?}");
                 }
-                assert_eq!(server.is_taken(&tcp_in(at, 4000, SYN)), expected, "{mode:?}");
+                assert_eq!(
+                    server.is_taken(&tcp_in(at, 4000, SYN)),
+                    expected,
+                    "{mode:?}"
+                );
                 if mode.held_until.is_some() {
                     // What was held leaves no memory.
                     server.be(here());
@@ -794,7 +800,14 @@ mod tests {
             // A container behind DNAT.
             assert!(!server.is_taken(&tcp_in(at, 4000, SYN)));
             server.sends(&tcp_out(at, 4000, SYN | ACK));
-            for mode in [shared(99), held(shared(99)), moved(), held(here()), here(), moved()] {
+            for mode in [
+                shared(99),
+                held(shared(99)),
+                moved(),
+                held(here()),
+                here(),
+                moved(),
+            ] {
                 server.turn(mode);
                 for (request, answer) in requests(at, 4000) {
                     assert!(!server.is_taken(&request), "{mode:?} {request:?}");
@@ -803,7 +816,10 @@ mod tests {
                     server.sends(&answer);
                 }
                 for flags in [ACK, ACK | PSH, FIN | ACK] {
-                    assert!(!server.is_taken(&tcp_in(at, 4000, flags)), "{mode:?} {flags}");
+                    assert!(
+                        !server.is_taken(&tcp_in(at, 4000, flags)),
+                        "{mode:?} {flags}"
+                    );
                 }
                 server.sends(&tcp_out(at, 4000, ACK | PSH));
             }
@@ -837,7 +853,10 @@ mod tests {
                     }
                 }
                 for flags in [ACK, ACK | PSH, FIN | ACK] {
-                    assert!(server.is_taken(&tcp_in(at, 4000, flags)), "{mode:?} {flags}");
+                    assert!(
+                        server.is_taken(&tcp_in(at, 4000, flags)),
+                        "{mode:?} {flags}"
+                    );
                 }
             }
             // What was answered is known by itself when the daemon is not asked any more.
@@ -955,11 +974,17 @@ mod tests {
             };
             let [(noise, _), ..] = requests(at, 9);
             for (packet, id, expected) in [(&theirs, 5, true), (&mine, 6, false)] {
-                assert!(!server.is_taken(&part(&noise, id, 3, true)), "not known yet");
+                assert!(
+                    !server.is_taken(&part(&noise, id, 3, true)),
+                    "not known yet"
+                );
                 assert_eq!(server.is_taken(&part(packet, id, 0, true)), expected);
                 assert_eq!(server.is_taken(&part(&noise, id, 3, true)), expected);
                 assert_eq!(server.is_taken(&part(&noise, id, 6, false)), expected);
-                assert!(!server.is_taken(&part(&noise, id, 3, true)), "that was the last");
+                assert!(
+                    !server.is_taken(&part(&noise, id, 3, true)),
+                    "that was the last"
+                );
             }
             server.be(held(here()));
             assert!(server.is_taken(&part(&noise, 7, 3, true)), "it has to wait");
@@ -995,16 +1020,17 @@ mod tests {
             let accepts = tcp_in(0, 4001, SYN | ACK);
             assert!(!server.is_taken(&accepts));
             assert_eq!(server.facts.own.kept(), 3);
-            // Each source is answered once; one of UDP asks again.
-            for n in 0..70_000_u32 {
+            // Each source is answered once; those of UDP ask again.
+            for n in 0..100_000_u32 {
                 let source = std::net::Ipv4Addr::from(0x0a00_0000 + n).to_string();
+                if n % 2 == 0 {
+                    let syn_ack = Packet::new(ENDS[0].0, &source, TCP, tcp(80, 9, SYN | ACK));
+                    server.sends(&syn_ack);
+                    continue;
+                }
                 let asks = Packet::new(&source, ENDS[0].0, UDP, ports(9, 53));
-                let answers = Packet::new(ENDS[0].0, &source, UDP, ports(53, 9));
+                server.sends(&Packet::new(ENDS[0].0, &source, UDP, ports(53, 9)));
                 assert!(!server.is_taken(&asks));
-                server.sends(&answers);
-                assert!(!server.is_taken(&asks));
-                let syn_ack = Packet::new(ENDS[0].0, &source, TCP, tcp(80, 9, SYN | ACK));
-                server.sends(&syn_ack);
             }
             assert_eq!(server.facts.own.kept(), 3);
             server.be(moved());
@@ -1031,15 +1057,31 @@ mod tests {
             };
             let first = conversation(0);
             let room = crate::kernel::programs::Own::ROOM as u32;
-            (1..room).for_each(|n| drop(conversation(n)));
-            assert_eq!((server.facts.own.kept(), server.facts.own.full()), (room as usize, 0));
+            let older = (1..room).map(|n| HostFlow {
+                protocol: TCP,
+                local: SocketAddr::new(ENDS[0].0.parse().unwrap(), 80),
+                remote: SocketAddr::new(IpAddr::V4((0x0b00_0000 + n).into()), 9),
+            });
+            server.facts.own.note(older).unwrap();
+            assert_eq!(
+                (server.facts.own.kept(), server.facts.own.full()),
+                (room as usize, 0)
+            );
             let last = conversation(room);
-            assert_eq!((server.facts.own.kept(), server.facts.own.full()), (room as usize, 1));
+            assert_eq!(
+                (server.facts.own.kept(), server.facts.own.full()),
+                (room as usize, 1)
+            );
             server.be(moved());
             assert!(!server.is_taken(&first));
             assert!(!server.is_taken(&last));
+            let live = server.facts.own.live().unwrap();
+            assert_eq!(live.len(), room as usize + 1);
+            let udp = |flow: &HostFlow| flow.protocol == UDP;
+            assert_eq!(server.facts.own.forget_all(udp).unwrap(), 2);
+            assert!(server.is_taken(&first));
             // They make room when they are over.
-            server.facts.own.age(now() - LONG_AGO);
+            server.facts.own.age(now() - 8 * LONG_AGO);
             for _ in 0..20 {
                 server.facts.beat().unwrap();
             }
@@ -1078,20 +1120,33 @@ mod tests {
                 }
                 server.be(here());
                 assert!(!server.is_taken(&tcp_in(at, 4000, SYN)));
-                assert!(server.is_taken(&tcp_in(at, 4000, ACK)), "a cookie or not: it is asked");
+                assert!(
+                    server.is_taken(&tcp_in(at, 4000, ACK)),
+                    "a cookie or not: it is asked"
+                );
             }
         });
     }
 
     #[test]
     fn ports_are_covered_by_prefixes_exactly() {
-        for (first, last) in [(0, 65_535), (1, 65_535), (80, 80), (1, 2), (7, 1_000), (0, 1)] {
+        for (first, last) in [
+            (0, 65_535),
+            (1, 65_535),
+            (80, 80),
+            (1, 2),
+            (7, 1_000),
+            (0, 1),
+        ] {
             let all = prefixes(first, last);
             let covered = all.iter().flat_map(|&(port, bits)| {
                 let port = u32::from(port);
                 port..port + (1 << (16 - bits))
             });
-            assert!(covered.eq(u32::from(first)..=u32::from(last)), "{first} {last}");
+            assert!(
+                covered.eq(u32::from(first)..=u32::from(last)),
+                "{first} {last}"
+            );
             assert!(all.len() <= 30);
         }
     }
@@ -1157,7 +1212,8 @@ mod tests {
     fn what_the_modes_cost() {
         in_fresh_namespace(|| {
             let server = Server::new();
-            let cost = |packet: &Packet| nanoseconds(server.capture.as_fd(), &frame(&packet.bytes()));
+            let cost =
+                |packet: &Packet| nanoseconds(server.capture.as_fd(), &frame(&packet.bytes()));
             for at in [0, 1] {
                 let known = tcp_in(at, 4000, ACK);
                 let syn = tcp_in(at, 4001, SYN);
@@ -1169,7 +1225,12 @@ mod tests {
                 assert!(server.is_taken(&known));
                 eprintln!("moved: known {} syn {}", cost(&known), cost(&syn));
                 server.be(here());
-                eprintln!("here: known {} syn {} ack {}", cost(&known), cost(&syn), cost(&ack));
+                eprintln!(
+                    "here: known {} syn {} ack {}",
+                    cost(&known),
+                    cost(&syn),
+                    cost(&ack)
+                );
                 eprintln!("here: a request {}", cost(&udp));
                 for _ in 0..2 {
                     assert!(!server.is_taken(&udp));

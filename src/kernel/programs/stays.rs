@@ -62,9 +62,7 @@
 use Reg::{R0, R1, R7, R8, R10};
 
 use super::facts::Facts;
-use super::flows::{
-    KEY_LAST, KEY_LOCAL, VALUE, enter, enter_now, jump_if_within, look_up, remove,
-};
+use super::flows::{KEY_LAST, KEY_LOCAL, VALUE, enter, enter_now, jump_if_within, look_up, remove};
 use super::headers::{ipv4, ipv6, sock, tcp};
 use super::modes::{BEGINS, Modes, TELLS, TELLS_NOTHING};
 use super::own::{
