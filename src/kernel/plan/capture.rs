@@ -26,12 +26,12 @@ use std::time::Duration;
 use rustix::fs::{Access, access};
 
 use super::{ETHERNET_HEADER, PlanError, clsact, filter, for_ingress, l2_header};
+use crate::flow::ended::HostFlow;
+use crate::flow::modes::Taken;
 use crate::kernel::Desired;
 use crate::kernel::bpf::Loaded;
 use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
-use crate::flow::ended::HostFlow;
-use crate::flow::modes::Taken;
 use crate::kernel::programs::{self, Facts, Own};
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
@@ -120,6 +120,14 @@ impl Capture {
     /// If the kernel refuses.
     pub fn own_conversations(&self) -> Result<Vec<HostFlow>, PlanError> {
         Ok(self.facts.own().live()?)
+    }
+
+    /// Forgets those of them that are `wanted`, and returns how many there were.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_own(&self, wanted: impl Fn(&HostFlow) -> bool) -> Result<u64, PlanError> {
+        Ok(self.facts.own().forget_all(wanted)?)
     }
 
     /// How often such a conversation went on that could not be kept from giving way to new ones.

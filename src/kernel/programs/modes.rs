@@ -578,6 +578,7 @@ mod tests {
     use std::os::fd::{AsFd, OwnedFd};
 
     use super::*;
+    use crate::flow::ended::HostFlow;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::netlink::{Address, Netlink};
     use crate::kernel::programs::phrases::{BOUNCED, TC_ACT_UNSPEC, keep_packet, verdict};
@@ -1019,16 +1020,17 @@ mod tests {
             let accepts = tcp_in(0, 4001, SYN | ACK);
             assert!(!server.is_taken(&accepts));
             assert_eq!(server.facts.own.kept(), 3);
-            // Each source is answered once; one of UDP asks again.
-            for n in 0..70_000_u32 {
+            // Each source is answered once; those of UDP ask again.
+            for n in 0..100_000_u32 {
                 let source = std::net::Ipv4Addr::from(0x0a00_0000 + n).to_string();
+                if n % 2 == 0 {
+                    let syn_ack = Packet::new(ENDS[0].0, &source, TCP, tcp(80, 9, SYN | ACK));
+                    server.sends(&syn_ack);
+                    continue;
+                }
                 let asks = Packet::new(&source, ENDS[0].0, UDP, ports(9, 53));
-                let answers = Packet::new(ENDS[0].0, &source, UDP, ports(53, 9));
+                server.sends(&Packet::new(ENDS[0].0, &source, UDP, ports(53, 9)));
                 assert!(!server.is_taken(&asks));
-                server.sends(&answers);
-                assert!(!server.is_taken(&asks));
-                let syn_ack = Packet::new(ENDS[0].0, &source, TCP, tcp(80, 9, SYN | ACK));
-                server.sends(&syn_ack);
             }
             assert_eq!(server.facts.own.kept(), 3);
             server.be(moved());
@@ -1055,7 +1057,12 @@ mod tests {
             };
             let first = conversation(0);
             let room = crate::kernel::programs::Own::ROOM as u32;
-            (1..room).for_each(|n| drop(conversation(n)));
+            let older = (1..room).map(|n| HostFlow {
+                protocol: TCP,
+                local: SocketAddr::new(ENDS[0].0.parse().unwrap(), 80),
+                remote: SocketAddr::new(IpAddr::V4((0x0b00_0000 + n).into()), 9),
+            });
+            server.facts.own.note(older).unwrap();
             assert_eq!(
                 (server.facts.own.kept(), server.facts.own.full()),
                 (room as usize, 0)
@@ -1068,8 +1075,13 @@ mod tests {
             server.be(moved());
             assert!(!server.is_taken(&first));
             assert!(!server.is_taken(&last));
+            let live = server.facts.own.live().unwrap();
+            assert_eq!(live.len(), room as usize + 1);
+            let udp = |flow: &HostFlow| flow.protocol == UDP;
+            assert_eq!(server.facts.own.forget_all(udp).unwrap(), 2);
+            assert!(server.is_taken(&first));
             // They make room when they are over.
-            server.facts.own.age(now() - LONG_AGO);
+            server.facts.own.age(now() - 8 * LONG_AGO);
             for _ in 0..20 {
                 server.facts.beat().unwrap();
             }

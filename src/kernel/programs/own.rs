@@ -341,6 +341,24 @@ impl Own {
         Ok(live)
     }
 
+    /// Forgets those of them that are `wanted`, and returns how many there were. Whoever speaks first
+    /// from then on decides anew.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_all(&self, wanted: impl Fn(&HostFlow) -> bool) -> Result<u64, BpfError> {
+        let live = self.live()?;
+        let keys: Vec<u8> = live
+            .iter()
+            .filter(|it| wanted(it))
+            .flat_map(key_of)
+            .collect();
+        for (map, name) in [(&self.kept, KEPT.name), (&self.own, OWN.name)] {
+            map.remove_all(&keys).map_err(BpfError::of_map(name))?;
+        }
+        Ok((keys.len() / KEY_BYTES) as u64)
+    }
+
     /// How often a conversation went on that could not be kept, since too many are.
     pub fn full(&self) -> u64 {
         self.fact(FULL)
@@ -362,7 +380,11 @@ impl Own {
         if sweep.keeps == 0 {
             return Ok(());
         }
-        let Sweep { place, found, keeps } = &mut *sweep;
+        let Sweep {
+            place,
+            found,
+            keeps,
+        } = &mut *sweep;
         let mut over = Vec::new();
         let more = self.kept.read_some(place, SWEPT, |key, value| {
             match flow_of(key).filter(|flow| !is_over(flow, value, now)) {
@@ -543,7 +565,9 @@ impl Own {
 /// A word of a conversation's value.
 fn word(value: &[u8], at: i16) -> i32 {
     let at = at as usize;
-    let bytes = value.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+    let bytes = value
+        .get(at..at + 4)
+        .and_then(|bytes| bytes.try_into().ok());
     bytes.map_or(0, i32::from_ne_bytes)
 }
 
@@ -555,7 +579,9 @@ fn is_over(flow: &HostFlow, value: &[u8], now: Duration) -> bool {
         _ if flow.protocol == TCP => OWN_IDLE_TCP,
         _ => OWN_IDLE,
     };
-    let seen = value.first_chunk().map_or(0, |&bytes| u64::from_ne_bytes(bytes));
+    let seen = value
+        .first_chunk()
+        .map_or(0, |&bytes| u64::from_ne_bytes(bytes));
     Duration::from_nanos(seen) + idle < now
 }
 
