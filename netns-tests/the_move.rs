@@ -320,7 +320,7 @@ fn a_cutover_refuses_nobody() -> Result {
     };
     let (moved, new) = std::thread::scope(|scope| -> Result<_> {
         scope.spawn(|| ask_all_the_time(client, &over, &asked));
-        let mut all = || {
+        let all = || {
             let mut lasting = begin(client)?;
             let stop = script.line("stop");
             let args = ["cutover", "--drain", "1", "--stop", &stop];
@@ -478,40 +478,4 @@ fn a_cut_leaves_nothing_here() -> Result {
         lab.client().get(moved)?.is_answered_by(new)?;
     }
     daemons.terminate()
-}
-
-#[test]
-fn zz_debug() -> Result {
-    for (name, steps) in [
-        ("moved", &[&["move"][..]][..]),
-        ("shared", &[&["move", "--percent", "50"]]),
-        ("moved-back", &[&["move"], &["back"]]),
-        ("shared-back", &[&["move", "--percent", "50"], &["back"]]),
-    ] {
-        let lab = Lab::new()?;
-        let setup = setup(&lab)?
-            .moves(&FAMILIES)
-            .args(Role::Old, &["--start", "here"]);
-        let _services = (Services::old(&lab)?, Services::new(&lab)?);
-        let daemons = setup.start_both()?;
-        run(&setup, steps[0])?;
-        let mut all = begin(lab.client())?;
-        for step in &steps[1..] {
-            run(&setup, step)?;
-        }
-        eprintln!("{name}: {:?}", go_on(&mut all, PATIENCE));
-        daemons.old.kill()?;
-        let mut old = setup.start(Role::Old)?;
-        old.wait_until_up()?;
-        eprintln!("{name} after: {:?}", go_on(&mut all, PATIENCE));
-        let status = setup.status(Role::Old)?;
-        eprintln!(
-            "{name} status: {} {:?}",
-            status.0["stayed"],
-            status.all_drops()
-        );
-        eprintln!("{}", old.process().stderr());
-        old.terminate()?;
-    }
-    panic!("see");
 }

@@ -330,6 +330,9 @@ impl Gate {
         let goes_on =
             noted.is_some_and(|it| it.seen.is_answered() && !(begins && it.seen.is_over()));
         if goes_on && self.clients.client_spoke(now, flow) {
+            if tcp && !begins {
+                self.note_taken(&host_flow(parsed, bytes));
+            }
             return Ok(Verdict::Carry);
         }
         let client = parsed.src(bytes);
@@ -393,6 +396,14 @@ impl Gate {
         let port = kind.has_ports().then_some(port);
         self.owners
             .find(self.ownership.scopes(), scope, protocol, port)
+    }
+
+    /// Tells capture of a flow of the new server that it had to ask about.
+    #[cold]
+    fn note_taken(&self, flow: &HostFlow) {
+        if let Some(taken) = self.taken.get() {
+            taken.note(flow);
+        }
     }
 
     /// Whether capture knows a flow as the new server's.
