@@ -1257,6 +1257,7 @@ impl Control<'_> {
             warnings: self.warnings.lines(),
             log_lines_lost: log::lost(),
             stayed: self.follower.stayed(),
+            own_full: self.follower.own_full(),
         };
         let waiting = match self.role {
             Role::Old => self.shared.holding.waiting(),

@@ -551,6 +551,15 @@ impl Follower {
         }
     }
 
+    /// How often a conversation of a host behind this one could not be kept from giving way to new
+    /// ones (old server).
+    pub(super) fn own_full(&self) -> u64 {
+        match &self.programs {
+            Programs::Old(capture) => capture.own_full(),
+            Programs::New(_) => 0,
+        }
+    }
+
     /// What the programs have noted of the flows that the new server has (old server).
     pub(super) fn taken(&self) -> Option<Arc<dyn Taken>> {
         match &self.programs {

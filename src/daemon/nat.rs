@@ -249,6 +249,7 @@ async fn carry(
                     warnings: warnings.lines(),
                     log_lines_lost: log::lost(),
                     stayed: 0,
+                    own_full: 0,
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),

@@ -41,6 +41,8 @@ pub(super) struct Daemon {
     pub(super) log_lines_lost: u64,
     /// Packets to what has moved that stayed here.
     pub(super) stayed: u64,
+    /// How often one of its conversations could not be kept from giving way to new ones.
+    pub(super) own_full: u64,
 }
 
 /// The facts about one peer.
@@ -236,6 +238,7 @@ fn status(
         warnings: daemon.warnings,
         log_lines_lost: daemon.log_lines_lost,
         stayed: daemon.stayed,
+        own_full: daemon.own_full,
     }
 }
 
@@ -345,6 +348,7 @@ mod tests {
             warnings: vec!["somebody removed a filter; it is back".into()],
             log_lines_lost: 0,
             stayed: 0,
+            own_full: 0,
         }
     }
 

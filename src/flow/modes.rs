@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[derive(Debug, Default)]
-    struct Noted(std::sync::Mutex<Vec<HostFlow>>);
+    struct Noted(Mutex<Vec<HostFlow>>);
 
     impl Taken for Noted {
         fn has(&self, _: &HostFlow) -> bool {

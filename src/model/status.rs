@@ -38,6 +38,10 @@ pub struct Status {
     /// behind it, and connections that it still has (old server).
     #[serde(default)]
     pub stayed: u64,
+    /// How often a conversation of a host behind this server could not be kept from giving way to
+    /// new ones, since 65,536 were kept already (old server).
+    #[serde(default)]
+    pub own_full: u64,
 }
 
 /// How packets get to the new server.
@@ -408,6 +412,13 @@ impl Status {
                 self.stayed
             )?;
         }
+        if self.own_full > 0 {
+            writeln!(
+                out,
+                "  own        {} times one behind this server was not kept from giving way: too many",
+                self.own_full
+            )?;
+        }
         write_drops(out, "strangers", &self.drops)?;
         for warning in &self.warnings {
             writeln!(out, "  warning    {warning}")?;
@@ -776,6 +787,7 @@ mod tests {
             warnings: vec!["the peer says no".into()],
             log_lines_lost: 0,
             stayed: 7,
+            own_full: 0,
         }
     }
 
