@@ -31,6 +31,7 @@ mod flood;
 mod follow;
 mod fragments;
 mod hairpin;
+mod hold;
 mod hops;
 mod impostor;
 mod independent_peer;

@@ -49,7 +49,7 @@ use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
-use crate::kernel::{Change, Host, Place, keep};
+use crate::kernel::{Change, Host, Place, keep, programs};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
@@ -73,6 +73,13 @@ const MESSAGES_A_TURN: usize = 64;
 
 /// How often to tell the kernel which flows ended. Until then they take room from new ones.
 const FLOWS_EVERY: Duration = Duration::from_millis(100);
+
+/// At most so long after the end of a hold what has waited is gone
+/// ([`flow::hold`](crate::flow::hold)).
+const RELEASED: Duration = Duration::from_secs(6);
+
+/// How often to look meanwhile whether it is.
+const RELEASED_EVERY: Duration = Duration::from_millis(50);
 
 /// How often to look for flows that the kernel remembers from an earlier daemon.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
@@ -198,6 +205,7 @@ async fn carry(
         repairer: Repairer::default(),
         silence: Watcher::new(config.role, peers, started),
         orders,
+        modes_again: None,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -421,6 +429,8 @@ struct Control<'h> {
     silence: Watcher,
     /// The modes of what has moved (old server).
     orders: Option<Orders>,
+    /// When the programs may have to be told the modes again.
+    modes_again: Option<Instant>,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -485,6 +495,7 @@ impl Control<'_> {
             .chain(self.watchdog.as_ref().map(Watchdog::next))
             .chain((self.role == Role::New).then_some(self.next_flows))
             .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
+            .chain(self.modes_again)
             .min()
             .unwrap_or(self.next_path)
     }
@@ -570,6 +581,9 @@ impl Control<'_> {
         }
         if self.orders.as_mut().is_some_and(Orders::end_holds) {
             self.set_modes(now);
+        }
+        if self.modes_again.is_some_and(|at| now >= at) {
+            self.set_modes_again(now);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -1180,10 +1194,31 @@ impl Control<'_> {
             let of_peer: Vec<_> = of_peer.map(|(_, mode)| *mode).collect();
             (self.shared.forwarder).set_modes(peer, &of_peer, orders.key());
         }
-        let (for_programs, key) = (orders.modes(), orders.key());
+        let (mut for_programs, key) = (orders.modes(), orders.key());
+        self.modes_again = None;
+        // Where this server itself answers, programs would let what comes now overtake what has
+        // waited: they hand it over for a little longer.
+        let waiting = self.shared.holding.waiting();
+        for (mode, waiting) in for_programs.iter_mut().zip(waiting) {
+            if waiting > 0 && mode.held_until.is_none() && mode.settled.percent() < 100 {
+                mode.held_until = Some(programs::now() + RELEASED);
+                self.modes_again = Some(now + RELEASED_EVERY);
+            }
+        }
         (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
         let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
         self.shared.holding.set_modes(&all);
+    }
+
+    /// Tells the modes again, once nothing is left of what waited and is no longer held.
+    fn set_modes_again(&mut self, now: Instant) {
+        let waiting = self.shared.holding.waiting();
+        let mut modes = self.orders.iter().flat_map(Orders::modes).zip(waiting);
+        if modes.any(|(mode, waiting)| mode.held_until.is_none() && waiting > 0) {
+            self.modes_again = Some(now + RELEASED_EVERY);
+        } else {
+            self.set_modes(now);
+        }
     }
 
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
