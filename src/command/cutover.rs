@@ -328,7 +328,9 @@ fn view(status: &Status, what: &[String]) -> View {
         here_tcp: modes().filter_map(|it| it.here_tcp).sum(),
         here_live: modes().filter_map(|it| it.here_live).sum(),
         waiting: modes().map(|it| it.waiting).sum(),
-        listens: Listens::Unknown,
+        listens: modes()
+            .map(|it| (it.what.clone(), Listens::Unknown))
+            .collect(),
         watched: served
             .map(|it| {
                 let watched = Watched {

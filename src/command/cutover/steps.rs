@@ -15,7 +15,7 @@
 //! If nobody is left to go back, since this process was killed or the host has crashed, the hold
 //! ends by itself: it lasts no longer than the steps may.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::model::progress::Listens;
@@ -126,8 +126,8 @@ pub(super) struct View {
     pub(super) here_live: u64,
     /// Conversations that wait.
     pub(super) waiting: u64,
-    /// Whether something listens for all of it on the new server.
-    pub(super) listens: Listens,
+    /// Whether something listens on the new server, move by move.
+    pub(super) listens: BTreeMap<String, Listens>,
     /// Conversations that were watched, by port.
     pub(super) watched: BTreeMap<String, Watched>,
 }
@@ -177,8 +177,8 @@ pub(super) struct Steps {
     step: Step,
     /// When the step has lasted long enough.
     until: Option<Duration>,
-    /// Something listens, or does not: the new server has said so once.
-    told: bool,
+    /// The moves of which the new server has said once whether something listens.
+    told: BTreeSet<String>,
     /// When new connections began to wait.
     held_at: Duration,
     /// `--stop` has begun.
@@ -200,7 +200,7 @@ impl Steps {
             plan,
             step: Step::Check,
             until: None,
-            told: false,
+            told: BTreeSet::new(),
             held_at: Duration::ZERO,
             stopped: false,
             delivered_at: Duration::ZERO,
@@ -230,6 +230,11 @@ impl Steps {
     pub(super) fn handle(&mut self, now: Duration, input: Input) {
         match input {
             Input::Seen(view) => {
+                let told = view
+                    .listens
+                    .iter()
+                    .filter(|(_, it)| **it != Listens::Unknown);
+                self.told.extend(told.map(|(what, _)| what.clone()));
                 self.seen = view;
                 self.saw(now);
             }
@@ -250,22 +255,15 @@ impl Steps {
         }
         match self.step {
             Step::Drain => {
-                let left = self.seen.here_tcp;
-                let (them, they) = match left {
-                    1 => ("1 connection is", "it lasts until it ends"),
-                    _ => ("connections are", "they last until they end"),
+                let left = match self.seen.here_tcp {
+                    1 => "1 connection is still here; it lasts until it ends".into(),
+                    left => format!("{left} connections are still here; they last until they end"),
                 };
-                let count = if left == 1 {
-                    String::new()
-                } else {
-                    format!("{left} ")
+                let stops = match self.plan.stop {
+                    true => " or --stop ends them",
+                    false => "",
                 };
-                let stops = if self.plan.stop {
-                    " or --stop ends it"
-                } else {
-                    ""
-                };
-                self.say(format!("{count}{them} still here; {they}{stops}"));
+                self.say(format!("{left}{stops}"));
                 self.drained(now);
             }
             Step::Stop => {
@@ -275,9 +273,16 @@ impl Steps {
             }
             Step::Listen => {
                 let within = self.plan.within.as_secs();
-                let why = match self.seen.listens {
-                    Listens::Unknown => "the new server no longer says whether something listens",
-                    Listens::Yes | Listens::No => "nothing listens on the new server",
+                let why = match self.not_listening(now) {
+                    Some((what, Listens::No)) => {
+                        format!("nothing listens for {what} on the new server")
+                    }
+                    Some((what, Listens::Yes | Listens::Unknown)) => {
+                        format!(
+                            "the new server no longer says whether something listens for {what}"
+                        )
+                    }
+                    None => "nothing listens on the new server".into(),
                 };
                 self.give_up(format!("{why}, after {within} s (--within)"));
             }
@@ -356,24 +361,35 @@ impl Steps {
         }
     }
 
+    /// A move for which nothing listens yet, as far as is known.
+    fn not_listening(&self, now: Duration) -> Option<(&str, Listens)> {
+        let is_early = now < self.held_at + UNTOLD;
+        let waits = |(what, listens): &(&String, &Listens)| match listens {
+            Listens::Yes => false,
+            Listens::No => true,
+            Listens::Unknown => is_early || self.told.contains(*what),
+        };
+        let found = self.seen.listens.iter().find(waits);
+        found.map(|(what, listens)| (what.as_str(), *listens))
+    }
+
     /// Is somebody there to whom what waits can be delivered?
     fn listening(&mut self, now: Duration) {
-        match self.seen.listens {
-            Listens::Yes => self.say("something listens on the new server"),
-            Listens::No => {
-                self.told = true;
-                return;
-            }
-            Listens::Unknown => {
-                if self.told || now < self.held_at + UNTOLD {
-                    return;
-                }
-                self.say(
-                    "the new server cannot tell whether something listens; what waits is \
-                     delivered, and the first connections show it",
-                );
-            }
+        if self.not_listening(now).is_some() {
+            return;
         }
+        let unknown = self
+            .seen
+            .listens
+            .iter()
+            .find(|(_, it)| **it == Listens::Unknown);
+        self.say(match unknown {
+            None => "something listens on the new server".into(),
+            Some((what, _)) => format!(
+                "the new server cannot tell whether something listens for {what}; what waits is \
+                 delivered, and the first connections show it"
+            ),
+        });
         self.before = self.seen.clone();
         self.enter(Step::Deliver, None);
         self.actions.push_back(Action::Move);
@@ -562,8 +578,13 @@ mod tests {
     fn held() -> View {
         View {
             held: true,
+            listens: of_one(Listens::Unknown),
             ..View::default()
         }
+    }
+
+    fn of_one(listens: Listens) -> BTreeMap<String, Listens> {
+        [("192.0.2.5:80/tcp".into(), listens)].into()
     }
 
     /// The actions but for words.
@@ -591,7 +612,7 @@ mod tests {
     fn until(wanted: Step, plan: Plan) -> Steps {
         let mut steps = Steps::new(plan);
         let listens = View {
-            listens: Listens::Yes,
+            listens: of_one(Listens::Yes),
             ..held()
         };
         let inputs = [
@@ -632,7 +653,7 @@ mod tests {
         assert_eq!(actions(&mut steps), [Action::Stop]);
         steps.handle(at(30_500), Input::Ended(Ok(())));
         let closed = View {
-            listens: Listens::No,
+            listens: of_one(Listens::No),
             ..busy
         };
         steps.handle(at(31_000), Input::Seen(closed.clone()));
@@ -640,7 +661,7 @@ mod tests {
         steps.handle(
             at(32_000),
             Input::Seen(View {
-                listens: Listens::Unknown,
+                listens: of_one(Listens::Unknown),
                 ..closed.clone()
             }),
         );
@@ -649,7 +670,7 @@ mod tests {
         steps.handle(
             at(90_001),
             Input::Seen(View {
-                listens: Listens::Yes,
+                listens: of_one(Listens::Yes),
                 ..closed
             }),
         );
@@ -843,7 +864,7 @@ mod tests {
                         here_tcp,
                         here_live: here_tcp,
                         waiting,
-                        listens,
+                        listens: of_one(listens),
                         watched: [("it".into(), watched)].into(),
                     }
                 },
@@ -886,7 +907,7 @@ mod tests {
                         Action::Hold(_) | Action::Move | Action::Back => {
                             if action == Action::Move {
                                 prop_assert!(!stop || stop_ended, "the old service may still run");
-                                prop_assert_ne!(last.listens, Listens::No);
+                                prop_assert_ne!(&last.listens, &of_one(Listens::No));
                             }
                             if works {
                                 orders.push(action);
