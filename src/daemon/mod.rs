@@ -14,6 +14,8 @@
 //! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
 //! addresses and routes that change; `held` is which moved addresses the old server has.
 //!
+//! `progress` is how far each move has come, and `silence` what is not answered.
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -37,6 +39,7 @@ mod kept;
 pub mod log;
 mod nat;
 mod policy;
+mod progress;
 mod report;
 mod service;
 mod setup;

@@ -21,7 +21,8 @@ use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
 use crate::model::status::{
-    Flows, MtuHints, Offloads, RefusedMove, Served, State, Status, Traffic, TunnelStatus, Way,
+    Flows, MtuHints, Offloads, ProgressOf, RefusedMove, Served, State, Status, Traffic,
+    TunnelStatus, Way,
 };
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
@@ -64,6 +65,8 @@ pub(super) struct Peer<'a> {
     pub(super) unheard: Option<Duration>,
     /// What clients ask for, and whether it is answered.
     pub(super) served: Vec<Served>,
+    /// How far each move has come.
+    pub(super) progress: Vec<ProgressOf>,
     /// The moves to it or from it.
     pub(super) moves: &'a [Move],
     /// Where the new server delivers.
@@ -133,6 +136,7 @@ pub(super) fn tunnels(
             },
             unheard_s: peer.unheard.map(|unheard| unheard.as_secs()),
             served: peer.served,
+            progress: peer.progress,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
@@ -178,6 +182,7 @@ pub(super) fn translated(
         mtu_hints: MtuHints::default(),
         unheard_s: None,
         served: Vec::new(),
+        progress: Vec::new(),
         moved: (settings.moves.iter())
             .filter(|moved| moved.prefix.first().is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
@@ -313,6 +318,7 @@ mod tests {
             mtu_hints: Hints::default(),
             unheard: None,
             served: Vec::new(),
+            progress: Vec::new(),
             moves,
             deliver: Some(Deliver::To {
                 v4: Some("198.51.100.2".parse().unwrap()),
