@@ -45,6 +45,7 @@ mod outgoing;
 mod own;
 mod prefixes;
 mod privacy;
+mod progress;
 mod protocol_text;
 mod protocols;
 mod reboot;

@@ -27,6 +27,7 @@ use super::facts::Facts;
 use super::follow::{Follower, Listener};
 use super::orders::Orders;
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
+use super::progress::Progresses;
 use super::report;
 use super::service::{
     self, Cause, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, end, failed,
@@ -206,6 +207,7 @@ async fn carry(
         silence: Watcher::new(config.role, peers, started),
         orders,
         modes_again: None,
+        progress: Progresses::new(config.role, peers, started),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -431,6 +433,7 @@ struct Control<'h> {
     orders: Option<Orders>,
     /// When the programs may have to be told the modes again.
     modes_again: Option<Instant>,
+    progress: Progresses,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -496,6 +499,7 @@ impl Control<'_> {
             .chain((self.role == Role::New).then_some(self.next_flows))
             .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
             .chain(self.modes_again)
+            .chain(self.progress.next())
             .min()
             .unwrap_or(self.next_path)
     }
@@ -585,6 +589,9 @@ impl Control<'_> {
         if self.modes_again.is_some_and(|at| now >= at) {
             self.set_modes_again(now);
         }
+        if self.progress.next().is_some_and(|next| now >= next) {
+            self.look_at_progress(now);
+        }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
         self.carry_out(now);
@@ -644,6 +651,10 @@ impl Control<'_> {
                 self.see(now, Input::Says(peer));
                 self.silence.peer_sees(now, peer, troubles);
             }
+            Event::PeerProgress { run, progress } => {
+                let moves = self.policy.moves(peer);
+                self.progress.heard(peer, moves, run, progress);
+            }
             Event::PathMtu(_) => self.set_mtu(peer),
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),
@@ -659,6 +670,9 @@ impl Control<'_> {
     }
 
     fn state_changed(&mut self, now: Instant, peer: PeerId, state: State) {
+        if state != State::Up {
+            self.progress.lost(peer);
+        }
         self.see(now, Input::State(peer, state));
         let name = self.policy.name(peer);
         if self.warnings.may_log(now, peer) {
@@ -1221,6 +1235,26 @@ impl Control<'_> {
         }
     }
 
+    /// Looks how far what is served here has come, and tells whoever has moved it.
+    fn look_at_progress(&mut self, now: Instant) {
+        let links: Vec<u32> = (self.follower.carrying().iter())
+            .map(|link| link.index)
+            .collect();
+        let Some((steering, translator)) = self
+            .follower
+            .steering()
+            .zip(self.shared.forwarder.translator())
+        else {
+            return;
+        };
+        let moves = self.policy.peers().map(|peer| self.policy.moves(peer));
+        let moves: Vec<_> = moves.collect();
+        let told = (self.progress).look(now, steering, &links, translator, &moves);
+        for (tunnel, told) in self.tunnels.iter_mut().zip(told) {
+            tunnel.set_progress(now, &told);
+        }
+    }
+
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
     fn set_mtu(&mut self, peer: PeerId) {
         let mtu = tunnel_mtu(self.tunnels[index(peer)].path_mtu());
@@ -1330,6 +1364,7 @@ impl Control<'_> {
             mtu_hints: tunnel.mtu_hints(),
             unheard: tunnel.unheard(now),
             served: self.silence.served(now, peer),
+            progress: self.progress.of(peer),
             moves: self.policy.moves(peer),
             modes: (self.orders.as_ref()).map_or_else(Vec::new, |it| it.status(peer, waiting)),
             deliver: self.policy.delivery(peer),

@@ -16,6 +16,8 @@
 //! `delivered` where the new one delivered last. `orders` is what commands ask of the old server over
 //! the `control_socket`, and `state_dir` keeps what comes of it.
 //!
+//! `progress` is how far each move has come, and `silence` what is not answered.
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -42,6 +44,7 @@ pub mod log;
 mod nat;
 mod orders;
 mod policy;
+mod progress;
 mod report;
 mod service;
 mod setup;

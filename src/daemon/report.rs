@@ -21,7 +21,7 @@ use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
 use crate::model::status::{
-    Flows, ModeStatus, MtuHints, Offloads, RefusedMove, Served, State, Status, Traffic,
+    Flows, ModeStatus, MtuHints, Offloads, ProgressOf, RefusedMove, Served, State, Status, Traffic,
     TunnelStatus, Way,
 };
 use crate::settings::config::NatSettings;
@@ -67,6 +67,8 @@ pub(super) struct Peer<'a> {
     pub(super) unheard: Option<Duration>,
     /// What clients ask for, and whether it is answered.
     pub(super) served: Vec<Served>,
+    /// How far each move has come.
+    pub(super) progress: Vec<ProgressOf>,
     /// The moves to it or from it.
     pub(super) moves: &'a [Move],
     /// Their modes (old server).
@@ -138,6 +140,7 @@ pub(super) fn tunnels(
             },
             unheard_s: peer.unheard.map(|unheard| unheard.as_secs()),
             served: peer.served,
+            progress: peer.progress,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             modes: peer.modes,
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
@@ -184,6 +187,7 @@ pub(super) fn translated(
         mtu_hints: MtuHints::default(),
         unheard_s: None,
         served: Vec::new(),
+        progress: Vec::new(),
         moved: (settings.moves.iter())
             .filter(|moved| moved.prefix.first().is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
@@ -321,6 +325,7 @@ mod tests {
             mtu_hints: Hints::default(),
             unheard: None,
             served: Vec::new(),
+            progress: Vec::new(),
             moves,
             modes: Vec::new(),
             deliver: Some(Deliver::To {

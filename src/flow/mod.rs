@@ -12,6 +12,7 @@
 //! | [`outgoing`] | connections that begin on the new server |
 //! | [`nat`] | both addresses rewritten, on the old server alone |
 //! | [`table`] | the flows, found from either side |
+//! | [`tally`] | how many conversations each move has |
 //! | [`class`] | how long a flow is kept, and which gives way first |
 //! | [`fairness`] | who gives way when flows or ports run out |
 //! | [`modes`] | on the old server: whose a conversation is that nobody knows |
@@ -43,6 +44,7 @@ pub mod routes;
 pub mod seed;
 mod slab;
 pub mod table;
+pub mod tally;
 #[cfg(test)]
 mod testing;
 pub mod translate;

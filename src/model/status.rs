@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use crate::model::peer::Role;
+use crate::model::progress::{Listens, Progress};
 
 /// Everything the daemon says of itself.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -85,6 +86,9 @@ pub struct TunnelStatus {
     /// [`MAX_SERVED`].
     #[serde(default)]
     pub served: Vec<Served>,
+    /// How far each move has come, as the new server says; on the old one nothing until it has.
+    #[serde(default)]
+    pub progress: Vec<ProgressOf>,
     /// What was moved.
     pub moved: Vec<String>,
     /// Who answers new conversations of each move (old server).
@@ -263,6 +267,45 @@ impl Served {
             1 => " (1 client waits)".into(),
             many => format!(" ({many} clients wait)"),
         }
+    }
+}
+
+/// How far one move has come.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ProgressOf {
+    /// The move.
+    pub what: String,
+    /// `listens`, `live`, `by_tunnel` and `directly`.
+    #[serde(flatten)]
+    pub progress: Progress,
+}
+
+impl ProgressOf {
+    /// In a line, for people.
+    fn says(&self) -> String {
+        let Progress {
+            listens,
+            live,
+            by_tunnel,
+            directly,
+        } = self.progress;
+        let share = match self.progress.percent_directly() {
+            None => "no new connections yet".into(),
+            Some(percent) => format!(
+                "{percent} % of new connections arrive directly ({directly} of {})",
+                directly.saturating_add(by_tunnel)
+            ),
+        };
+        let live = match live {
+            0 => String::new(),
+            live => format!(", {live} live by the tunnel"),
+        };
+        let listens = match listens {
+            Listens::Yes => "; something listens on the new server",
+            Listens::No => "; nothing listens on the new server",
+            Listens::Unknown => "",
+        };
+        format!("{}: {share}{live}{listens}", self.what)
     }
 }
 
@@ -589,6 +632,16 @@ impl TunnelStatus {
             writeln!(out, "  refused    {} moves so far", self.refused_moves)?;
         }
         self.write_served(out)?;
+        for of in self.progress.iter().take(SHOWN) {
+            writeln!(out, "  progress   {}", of.says())?;
+        }
+        if let Some(more) = self.progress.len().checked_sub(SHOWN + 1) {
+            let more = more + 1;
+            writeln!(
+                out,
+                "  progress   of {more} more, see `ipmoved status --json`"
+            )?;
+        }
         if !self.clients_from.is_empty() {
             writeln!(
                 out,
@@ -744,6 +797,15 @@ mod tests {
                 },
                 unheard_s: Some(1),
                 served: Vec::new(),
+                progress: vec![ProgressOf {
+                    what: "192.0.2.5".into(),
+                    progress: Progress {
+                        listens: Listens::No,
+                        live: 3,
+                        by_tunnel: 190,
+                        directly: 810,
+                    },
+                }],
                 moved: vec!["192.0.2.5".into()],
                 modes: vec![
                     mode("192.0.2.5", "held", 3),
@@ -825,6 +887,7 @@ mod tests {
             "refused_moves",
             "served",
             "modes",
+            "progress",
             "unheard_s",
         ];
         contract.sort_unstable();
@@ -838,6 +901,10 @@ mod tests {
         );
         assert_eq!(tunnel["role"], "new");
         assert_eq!(tunnel["state"], "up");
+        let progress = serde_json::json!([{
+            "what": "192.0.2.5", "listens": "no", "live": 3, "by_tunnel": 190, "directly": 810,
+        }]);
+        assert_eq!(tunnel["progress"], progress);
         assert_eq!(serde_json::from_value::<Status>(json).unwrap(), example());
     }
 
@@ -852,6 +919,8 @@ mod tests {
             "refused    192.0.2.77 is not accepted; give it --accept 192.0.2.77\n",
             "refused    3 moves so far\n",
             "clients    also from 10.0.0.0/24\n",
+            "progress   192.0.2.5: 81 % of new connections arrive directly (810 of 1000), 3 live \
+             by the tunnel; nothing listens on the new server\n",
             "mtu        1440 bytes, ICMP errors that said less: 3, of these untrue: 2\n",
             "3 of 10, 0 evicted, 2 told apart by port\n",
             "keys 1 min 1 s old, round trip 0.17 ms",

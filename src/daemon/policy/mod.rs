@@ -22,6 +22,7 @@
 //! | `outgoing` | what has to be known of addresses for connections that begin here |
 //! | `sizes` | how large a packet may be |
 //! | `names` | when a peer's name is looked up again |
+//! | `progress` | how far each move has come, on either server |
 //! | `silence` | which of what moved is not answered |
 //! | `pace` | how often people are told the same kind of thing |
 //! | `modes` | who answers new connections of each move; a machine of its own |
@@ -43,6 +44,7 @@ mod names;
 mod older;
 mod outgoing;
 mod pace;
+pub(super) mod progress;
 pub(super) mod refusal;
 pub(super) mod silence;
 mod sizes;
