@@ -308,8 +308,9 @@ fn fails(setup: &DaemonSetup<'_>, cutover: Process, why: &str) -> Result {
 #[test]
 fn a_cutover_refuses_nobody() -> Result {
     let lab = Lab::new()?;
+    let moves = ["192.0.2.5:80/tcp", "[2001:db8:a::5]:80/tcp"];
     let setup = setup(&lab)?
-        .moves(&FAMILIES)
+        .moves(&moves)
         .args(Role::Old, &["--start", "here"]);
     let old = Services::old(&lab)?;
     let daemons = setup.start_both()?;
@@ -328,8 +329,13 @@ fn a_cutover_refuses_nobody() -> Result {
             script.runs("stop")?;
             go_on(&mut lasting, PATIENCE)?;
             drop((old, lasting));
-            let new = Services::new(&lab)?;
             script.is_done("stop")?;
+            // Nobody is delivered before somebody is there.
+            let stopped = || cutover.stdout().contains("has ended well").then_some(());
+            poll_until(CUTOVER, PAUSE, stopped).expect("it says so");
+            std::thread::sleep(Duration::from_millis(700));
+            assert_eq!(modes(&setup)?, ["held", "held"]);
+            let new = Services::new(&lab)?;
             let said = cutover.wait(CUTOVER)?;
             assert!(said.status.success(), "{said:?}");
             for step in [

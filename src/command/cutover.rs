@@ -7,6 +7,7 @@
 
 mod steps;
 
+use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -313,6 +314,10 @@ fn view(status: &Status, what: &[String]) -> View {
     let tunnels: Vec<&TunnelStatus> = status.tunnels.iter().filter(is_theirs).collect();
     let modes = || of(status, what);
     let served = tunnels.iter().flat_map(|tunnel| &tunnel.served);
+    let progress = tunnels.iter().flat_map(|tunnel| &tunnel.progress);
+    let said: HashMap<&str, Listens> = progress
+        .map(|of| (of.what.as_str(), of.progress.listens))
+        .collect();
     let unanswered = served.clone().find(|it| {
         let bad = matches!(it.state, Answers::Silent | Answers::Refused);
         bad && it.expected && it.clients > 0
@@ -329,7 +334,10 @@ fn view(status: &Status, what: &[String]) -> View {
         here_live: modes().filter_map(|it| it.here_live).sum(),
         waiting: modes().map(|it| it.waiting).sum(),
         listens: modes()
-            .map(|it| (it.what.clone(), Listens::Unknown))
+            .map(|it| {
+                let listens = said.get(it.what.as_str()).copied();
+                (it.what.clone(), listens.unwrap_or_default())
+            })
             .collect(),
         watched: served
             .map(|it| {

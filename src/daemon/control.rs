@@ -8,7 +8,7 @@
 //! Owns the order of things and every call to the kernel while the daemon runs. When it looks at
 //! the kernel, and what follows for programs on links, is [`follow`](super::follow)'s business.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -59,7 +59,7 @@ use crate::model::peer::{PeerId, Role};
 use crate::model::prefix::Prefix;
 use crate::model::request::{Answer, Request};
 use crate::model::scopes::Scopes;
-use crate::model::status::{Offloads, Status};
+use crate::model::status::{ModeStatus, Offloads, Status};
 use crate::packet::coalesce::Reach;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
@@ -1345,6 +1345,20 @@ impl Control<'_> {
         )
     }
 
+    /// The modes of a peer's moves, for its status.
+    fn modes(&self, peer: PeerId, waiting: &[u64]) -> Vec<ModeStatus> {
+        let Some(orders) = &self.orders else {
+            return Vec::new();
+        };
+        let progress = self.progress.of(peer).into_iter();
+        let live: HashMap<String, u64> = progress.map(|of| (of.what, of.progress.live)).collect();
+        let mut modes = orders.status(peer, waiting);
+        for mode in &mut modes {
+            mode.there_live = live.get(&mode.what).copied();
+        }
+        modes
+    }
+
     /// The facts about a peer, for its status.
     fn known(&self, now: Instant, peer: PeerId, waiting: &[u64]) -> report::Peer<'_> {
         let (view, tunnel) = (&self.view.peers[index(peer)], &self.tunnels[index(peer)]);
@@ -1366,7 +1380,7 @@ impl Control<'_> {
             served: self.silence.served(now, peer),
             progress: self.progress.of(peer),
             moves: self.policy.moves(peer),
-            modes: (self.orders.as_ref()).map_or_else(Vec::new, |it| it.status(peer, waiting)),
+            modes: self.modes(peer, waiting),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),
             flows: self.shared.forwarder.flow_stats(peer),
