@@ -7,8 +7,9 @@
 
 mod steps;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,9 +22,11 @@ use self::steps::{Action, Input, Plan, Step, Steps, View, Watched};
 use super::orders::{connect, names, status};
 use super::{FAILED, Failure, SYSTEM, here, print};
 use crate::daemon::control_socket::Client;
+use crate::model::move_index::MoveIndex;
+use crate::model::moved::{Move, TCP, Transport, UDP};
 use crate::model::progress::Listens;
 use crate::model::request::{Answer, Request};
-use crate::model::status::{Answers, ModeStatus, State, Status, TunnelStatus, UNHEARD};
+use crate::model::status::{Answers, ModeStatus, Served, State, Status, TunnelStatus, UNHEARD};
 use crate::settings::args::CutoverArgs;
 
 /// How long steps take unless told otherwise.
@@ -72,7 +75,7 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
     let mut daemon = connect()?;
     let what = names(&args.what);
     let all = super::orders::give(&mut daemon, &Request::Cutover { what })?;
-    let all: Vec<String> = all.into_iter().map(|it| it.what).collect();
+    let all: HashSet<String> = all.into_iter().map(|it| it.what).collect();
     let mut shown = Shown::new(args.json);
     let mut found = status()?;
     here::count(&mut found).map_err(|error| {
@@ -99,7 +102,7 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
     shown.line(Step::Check, &format!("moving {}", what.join(" ")));
     let mut cutover = Cutover {
         args,
-        what,
+        what: What::new(what),
         daemon: Some(daemon),
         steps: Steps::new(plan),
         child: None,
@@ -146,7 +149,7 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
 /// A cut-over under way.
 struct Cutover {
     args: CutoverArgs,
-    what: Vec<String>,
+    what: What,
     /// Nobody else changes these moves as long as this is open.
     daemon: Option<Client>,
     steps: Steps,
@@ -181,7 +184,7 @@ impl Cutover {
 
     /// Does what is to be done. Returns how it ends.
     fn carry_out(&mut self, action: Action) -> Option<Result<(), String>> {
-        let what = self.what.clone();
+        let what = self.what.names();
         match action {
             Action::Hold(seconds) => {
                 self.ask(&Request::Hold { what, seconds });
@@ -303,17 +306,60 @@ fn input(answer: Answer) -> Input {
 }
 
 /// The modes of these moves.
-fn of<'a>(status: &'a Status, what: &'a [String]) -> impl Iterator<Item = &'a ModeStatus> {
+fn of<'a>(status: &'a Status, what: &'a HashSet<String>) -> impl Iterator<Item = &'a ModeStatus> {
     let modes = status.tunnels.iter().flat_map(|tunnel| &tunnel.modes);
     modes.filter(|it| what.contains(&it.what))
 }
 
+/// The moves of a cut-over.
+struct What {
+    names: HashSet<String>,
+    index: MoveIndex,
+}
+
+impl What {
+    fn new(names: Vec<String>) -> Self {
+        let moves = names.iter().filter_map(|it| it.parse().ok()).collect();
+        Self {
+            index: MoveIndex::new(moves),
+            names: names.into_iter().collect(),
+        }
+    }
+
+    /// For a request.
+    fn names(&self) -> Vec<String> {
+        self.names.iter().cloned().collect()
+    }
+
+    /// Whether clients ask for one of them who ask for this.
+    fn takes(&self, served: &Served) -> bool {
+        let Ok(Move {
+            prefix,
+            ports,
+            transport: Some(transport),
+        }) = served.what.parse()
+        else {
+            return self.names.contains(&served.what);
+        };
+        let protocol = match transport {
+            Transport::Tcp => TCP,
+            Transport::Udp => UDP,
+        };
+        ports.first().is_some_and(|ports| {
+            let end = SocketAddr::new(prefix.first(), *ports.start());
+            self.index.find(protocol, end).is_some()
+        })
+    }
+}
+
 /// What both servers have of these moves.
-fn view(status: &Status, what: &[String]) -> View {
-    let is_theirs = |tunnel: &&TunnelStatus| tunnel.modes.iter().any(|it| what.contains(&it.what));
+fn view(status: &Status, what: &What) -> View {
+    let is_it = |it: &ModeStatus| what.names.contains(&it.what);
+    let is_theirs = |tunnel: &&TunnelStatus| tunnel.modes.iter().any(is_it);
     let tunnels: Vec<&TunnelStatus> = status.tunnels.iter().filter(is_theirs).collect();
-    let modes = || of(status, what);
+    let modes = || of(status, &what.names);
     let served = tunnels.iter().flat_map(|tunnel| &tunnel.served);
+    let served = served.filter(|it| what.takes(it));
     let progress = tunnels.iter().flat_map(|tunnel| &tunnel.progress);
     let said: HashMap<&str, Listens> = progress
         .map(|of| (of.what.as_str(), of.progress.listens))
@@ -496,5 +542,40 @@ impl Shown {
             self.write(&self.object(Step::Over, "not_moved", Some(why)));
         }
         result.map_err(|why| format!("not moved: {why}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_moves_now_says_whether_it_is_answered() {
+        let served = |what: &str| Served {
+            what: what.into(),
+            state: Answers::Ok,
+            expected: true,
+            since_s: 0,
+            asked: 1,
+            answered: 1,
+            refused: 0,
+            clients: 0,
+            causes: Vec::new(),
+        };
+        let names = ["192.0.2.5:80,443/tcp", "2001:db8::/64"];
+        let what = What::new(names.map(String::from).to_vec());
+        for (text, takes) in [
+            ("192.0.2.5:80/tcp", true),
+            ("192.0.2.5:443/tcp", true),
+            ("192.0.2.5:80/udp", false),
+            ("192.0.2.5:22/tcp", false),
+            ("192.0.2.6:80/tcp", false),
+            ("[2001:db8::7]:53/udp", true),
+            ("[2001:db8:1::7]:53/udp", false),
+            ("2001:db8::/64", true),
+            ("192.0.2.5", false),
+        ] {
+            assert_eq!(what.takes(&served(text)), takes, "{text}");
+        }
     }
 }

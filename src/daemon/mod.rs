@@ -13,8 +13,8 @@
 //!
 //! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
 //! addresses and routes that change; `held` is which moved addresses the old server has, and
-//! `delivered` where the new one delivered last. `orders` is what commands ask of the old server over
-//! the `control_socket`, and `state_dir` keeps what comes of it.
+//! `delivered` where the new one delivered last. `orders` is what commands ask of the old server
+//! over the `control_socket`, and `state_dir` keeps what comes of it.
 //!
 //! `progress` is how far each move has come, and `silence` what is not answered.
 //!

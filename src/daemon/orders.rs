@@ -26,6 +26,9 @@ use crate::settings::config::Config;
 /// What this server has is counted once in this time at most: there may be 100,000 conversations.
 const COUNT_EVERY: Duration = Duration::from_secs(1);
 
+/// Moves that the log names; `status` names all.
+const LOGGED: usize = 16;
+
 /// Where the kernel says which boot this is.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
@@ -127,9 +130,14 @@ impl Orders {
             }
             warnings.push(format!("a restart forgets this: {why}"));
         }
-        for moved in moves.iter().filter(|it| it.before != it.mode) {
-            let (what, before, pid) = (&moved.what, &moved.before, who.pid);
+        let pid = who.pid;
+        let changed = moves.iter().filter(|it| it.before != it.mode);
+        for moved in changed.clone().take(LOGGED) {
+            let (what, before) = (&moved.what, &moved.before);
             info!(what, before, mode = moved.mode, pid, "mode");
+        }
+        if let Some(more @ 1..) = changed.count().checked_sub(LOGGED) {
+            info!(more, pid, "modes of more moves, as of those");
         }
         for text in &warnings {
             warn!("{text}");
@@ -149,7 +157,7 @@ impl Orders {
     /// Ends the holds that are over. The file already says when.
     pub(super) fn end_holds(&mut self) -> bool {
         let ended = self.modes.end_holds(clock());
-        for &place in &ended {
+        for &place in ended.iter().take(LOGGED) {
             let one = &self.modes.moves()[place];
             let (what, mode) = (one.moved.to_string(), one.mode.settled.to_string());
             warn!(what, mode, "the time of the hold is over");

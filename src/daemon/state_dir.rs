@@ -83,8 +83,8 @@ impl StateDir {
             }
             Err(Unread::Foreign(why)) => {
                 warnings.push(format!(
-                    "{why}; until then every move begins as --start says, and no command but `back` \
-                     changes that"
+                    "{why}; until then every move begins as --start says, and no command changes \
+                     that but `back`"
                 ));
                 dir.unusable = Some(why);
                 None
@@ -137,9 +137,9 @@ fn private() -> OpenOptions {
 
 /// Why a file cannot be written, and what to do.
 fn refused(path: &Path, error: &io::Error) -> String {
-    let remedy = match error.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "make room there",
-        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+    let remedy = match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => "make room there",
+        Some(libc::EROFS | libc::EACCES | libc::EPERM) => {
             "let the daemon write there (StateDirectory= in a systemd unit), and restart it"
         }
         _ => "mend that",

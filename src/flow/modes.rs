@@ -485,7 +485,7 @@ mod tests {
             bed.set("here");
             let before = told();
             // What nobody has answered yet is nobody's.
-            assert_eq!(bed.captured(&bytes(&goes_on(&has))).is_ok(), true);
+            assert!(bed.captured(&bytes(&goes_on(&has))).is_ok());
             assert_eq!(told(), before, "{kind:?}");
             bed.set("moved");
             assert_eq!(bed.captured(&bytes(&has)), CARRY);

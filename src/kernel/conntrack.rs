@@ -1,8 +1,9 @@
 //! What the kernel's connection tracker knows of TCP connections that hosts behind this one have:
 //! containers and virtual machines whose addresses are translated, or that are reached by routes.
 //!
-//! Owns one dump and one request over `NETLINK_NETFILTER` (linux/netfilter/nfnetlink_conntrack.h). Where nothing is
-//! tracked in this namespace it asks for nothing, so that the kernel loads no module because of it.
+//! Owns one dump and one request over `NETLINK_NETFILTER`
+//! (linux/netfilter/nfnetlink_conntrack.h). Where nothing is tracked in this namespace it asks for
+//! nothing, so that the kernel loads no module because of it.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -458,7 +458,7 @@ impl Status {
         if self.own_full > 0 {
             writeln!(
                 out,
-                "  own        {} times one behind this server was not kept from giving way: too many",
+                "  own        {} times one behind this server was not protected: too many",
                 self.own_full
             )?;
         }
@@ -924,8 +924,8 @@ mod tests {
             "mtu        1440 bytes, ICMP errors that said less: 3, of these untrue: 2\n",
             "3 of 10, 0 evicted, 2 told apart by port\n",
             "keys 1 min 1 s old, round trip 0.17 ms",
-            "mode       192.0.2.5: held for 9 s at most, then here; 3 wait; old server has 2; since \
-             2026-11-28T04:00:00Z\n",
+            "mode       192.0.2.5: held for 9 s at most, then here; 3 wait; old server has 2; \
+             since 2026-11-28T04:00:00Z\n",
             "mode       192.0.2.6: shared, 5 % moved; old server has 2; new server has 1; since",
             "mode       192.0.2.7: moved; old server has 2;",
             "replay 1",

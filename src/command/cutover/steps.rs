@@ -883,7 +883,7 @@ mod tests {
         /// moved only if that was ordered last; and otherwise it went back, or never began.
         #[test]
         fn it_ends_either_moved_or_back(
-            stop in any::<bool>(), restart in any::<bool>(), drain in 0_u64..40, within in 1_u64..70,
+            (stop, restart) in any::<(bool, bool)>(), drain in 0_u64..40, within in 1_u64..70,
             events in prop::collection::vec(
                 prop_oneof![
                     20 => views().prop_map(Event::Sees),
@@ -897,7 +897,8 @@ mod tests {
             let (drain, within) = (Duration::from_secs(drain), Duration::from_secs(within));
             let plan = Plan { drain, within, stop, restart: restart && stop };
             let mut steps = Steps::new(plan);
-            let (mut now, mut orders, mut running, mut stop_ended) = (at(0), Vec::new(), false, false);
+            let (mut now, mut orders) = (at(0), Vec::new());
+            let (mut running, mut stop_ended) = (false, false);
             let (mut well, mut events) = (well.into_iter().cycle(), events.into_iter());
             let mut last = View::default();
             let result = 'all: loop {

@@ -11,6 +11,7 @@
 //!
 //! A mode is a move's, whoever the new server is: it says whether the old one serves.
 
+use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -154,6 +155,17 @@ pub(in super::super) struct OneMove {
     seconds: u32,
 }
 
+/// What a command makes of a mode.
+#[derive(Clone, Copy)]
+enum Next {
+    /// This, and nothing is held.
+    Settled(Settled),
+    /// New connections wait, for so many seconds.
+    Held { until: Duration, seconds: u32 },
+    /// The same.
+    Same,
+}
+
 /// A cut-over that is under way.
 #[derive(Clone, Debug)]
 struct Cutover {
@@ -211,7 +223,7 @@ impl Modes {
             .iter()
             .map(|kept| (kept.moved.parse().ok(), kept))
             .collect();
-        let by_name: std::collections::HashMap<&Move, &Kept> = known
+        let by_name: HashMap<&Move, &Kept> = known
             .iter()
             .filter_map(|(moved, kept)| Some((moved.as_ref()?, *kept)))
             .collect();
@@ -283,12 +295,11 @@ impl Modes {
         if what.is_empty() {
             return Ok((0..self.moves.len()).collect());
         }
+        let all = self.moves.iter().enumerate();
+        let all: HashMap<&Move, usize> = all.map(|(place, it)| (&it.moved, place)).collect();
         let place = |text: &String| {
             let wanted: Option<Move> = text.parse().ok();
-            let found = self
-                .moves
-                .iter()
-                .position(|it| wanted.as_ref() == Some(&it.moved));
+            let found = wanted.and_then(|wanted| all.get(&wanted).copied());
             found.ok_or_else(|| self.not_moved(text))
         };
         let mut places = what.iter().map(place).collect::<Result<Vec<_>, _>>()?;
@@ -332,41 +343,39 @@ impl Modes {
                 });
             }
         }
-        let settled = |settled| move |_: &OneMove| (Mode::settled(settled), 0);
-        let next: Box<dyn Fn(&OneMove) -> (Mode<Duration>, u32)> = match request {
+        let next = match request {
             Request::Move { percent, .. } => {
-                Box::new(settled(percent.map_or(Settled::Moved, Settled::Shared)))
+                Next::Settled(percent.map_or(Settled::Moved, Settled::Shared))
             }
-            Request::Back { .. } => Box::new(settled(Settled::Here)),
-            Request::Hold { seconds, .. } => {
-                if !(1..=MAX_HOLD).contains(seconds) {
-                    return Err(Refusal::Seconds);
-                }
-                let (seconds, until) = (*seconds, clock.now + seconds_of(*seconds));
-                Box::new(move |it| {
-                    let held_until = Some(until);
-                    (
-                        Mode {
-                            held_until,
-                            ..it.mode
-                        },
-                        seconds,
-                    )
-                })
-            }
+            Request::Back { .. } => Next::Settled(Settled::Here),
+            Request::Hold { seconds, .. } if (1..=MAX_HOLD).contains(seconds) => Next::Held {
+                until: clock.now + seconds_of(*seconds),
+                seconds: *seconds,
+            },
+            Request::Hold { .. } => return Err(Refusal::Seconds),
             Request::Cutover { .. } => {
                 let moves = places.clone();
                 self.cutovers.push(Cutover { who, moves });
-                Box::new(|it| (it.mode, it.seconds))
+                Next::Same
             }
-            Request::Forget { .. } => Box::new(|it| (it.mode, it.seconds)),
+            Request::Forget { .. } => Next::Same,
         };
         let mut changed = Vec::new();
         for place in places {
             let one = &mut self.moves[place];
             let before = one.says(clock.now);
-            let (mode, seconds) = next(one);
-            one.set(clock, mode, seconds);
+            match next {
+                Next::Settled(settled) => one.set(clock, Mode::settled(settled), 0),
+                Next::Held { until, seconds } => {
+                    let held_until = Some(until);
+                    let mode = Mode {
+                        held_until,
+                        ..one.mode
+                    };
+                    one.set(clock, mode, seconds);
+                }
+                Next::Same => {}
+            }
             changed.push(Changed {
                 what: one.moved.to_string(),
                 before,
@@ -522,7 +531,8 @@ mod tests {
                 let text = serde_json::to_string(&record).unwrap();
                 let record: Record = serde_json::from_str(&text).unwrap();
                 let (record, key) = (Some(&record), ShareKey([3, 4]));
-                let again = Modes::new(moves(&MOVES), Settled::Here, record, key, "boot", clock(at));
+                let (now, start) = (clock(at), Settled::Here);
+                let again = Modes::new(moves(&MOVES), start, record, key, "boot", now);
                 prop_assert_eq!(again.key(), KEY);
                 prop_assert_eq!(of(&again), of(&modes));
                 at += later;
