@@ -295,6 +295,11 @@ impl Seen {
         self == Self::default()
     }
 
+    /// Whether a new connection may take its place: it was reset, or closed from both sides.
+    pub(super) fn is_over(self) -> bool {
+        self.has(Self::RESET) || self.has(Self::FIN_BOTH)
+    }
+
     /// Whether the application has said anything.
     pub(super) fn is_answered(self) -> bool {
         self.has(Self::APPLICATION)

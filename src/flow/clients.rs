@@ -249,6 +249,27 @@ impl Clients {
         }
     }
 
+    /// The flow of the client that a packet from a moved address went to which an ICMP error quotes;
+    /// `None` if it answered nothing.
+    pub(super) fn quoted_answer(&self, quoted: &Quoted, bytes: &[u8]) -> Option<Flow> {
+        let ports = match quoted.kind() {
+            Kind::Tcp => [quoted.dst_port(), quoted.src_port()],
+            Kind::Udp | Kind::IcmpReply => [quoted.dst_port(), 0],
+            Kind::Other => [0, 0],
+            Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => return None,
+        };
+        Some(Flow {
+            hash: self.hash(
+                quoted.dst(bytes),
+                ports,
+                quoted.src(bytes),
+                quoted.protocol(),
+            ),
+            protocol: quoted.protocol(),
+            tcp_flags: 0,
+        })
+    }
+
     /// The client has sent a packet. Returns whether its flow is known.
     #[inline]
     pub(super) fn client_spoke(&self, now: Instant, flow: &Flow) -> bool {
@@ -295,6 +316,18 @@ impl Clients {
     #[cold]
     pub(super) fn presume(&self, now: Instant, flow: &Flow) {
         self.insert(now, flow, Side::Application);
+    }
+
+    /// The flow is one that the new server has answered, though that is not known here any more.
+    #[cold]
+    pub(super) fn take_over(&self, now: Instant, flow: &Flow) {
+        let answer = Flow {
+            tcp_flags: 0,
+            ..*flow
+        };
+        if !self.note(now, &answer, Side::Application) {
+            self.insert(now, &answer, Side::Application);
+        }
     }
 
     /// Whether a flow of this protocol may be older than this daemon, and not have been forgotten

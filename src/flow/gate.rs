@@ -19,30 +19,38 @@
 //! leaves for a client whose SYN came before the start; the client sends it again. Nothing leaves
 //! for an address that no client can have.
 //!
+//! While not everything is moved ([`modes`](crate::flow::modes)), what the new server has answered
+//! goes on there, and the mode decides about the rest. What it has not answered is not its own yet:
+//! a client that tries again is served by whoever serves now.
+//!
 //! Connections that the new server may begin ([`Gate::allow_outgoing`]) are let out in
 //! [`Gate::may_go_on`], and are then flows like others. From a port that has not moved they are
 //! flows of their own kind ([`Clients::begun`]): nothing but their answers comes to that port for
 //! the new server, and from there it answers nobody.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
 
 use crate::flow::allowed::Allowed;
 use crate::flow::clients::{Clients, Flow};
+use crate::flow::ended::HostFlow;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
+use crate::flow::modes::{CLIENTS_QUERY, Modes, Says, Taken};
 use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::drops::DropReason;
-use crate::model::moved::Move;
+use crate::model::mode::{Mode, ShareKey};
+use crate::model::moved::{Move, TCP};
 use crate::model::outgoing::AllowOutgoing;
+use crate::model::owners::Owners;
 use crate::model::scopes::Scopes;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, SYN};
 
@@ -63,6 +71,11 @@ pub struct Gate {
     returning: Mutex<FragmentCache<()>>,
     refusals: Refusals,
     watch: Watch<Flow>,
+    modes: Modes,
+    owners: Owners,
+    /// What the modes said of first fragments, for the later ones.
+    decided: Mutex<FragmentCache<Verdict>>,
+    taken: OnceLock<Arc<dyn Taken>>,
 }
 
 /// How a gate is made.
@@ -103,8 +116,10 @@ impl Gate {
     /// A gate for what was moved. No client has come yet.
     pub fn new(moves: &[Move], config: GateConfig) -> Self {
         let seed = config.seed;
+        let ownership = Ownership::new(moves, seed);
         Self {
-            ownership: Ownership::new(moves, seed),
+            owners: Owners::new(moves, ownership.scopes()),
+            ownership,
             clients: Clients::new(seed, config.max_flows, config.started),
             resumes: config.resumes,
             allowed: Allowed::new(Vec::new()),
@@ -115,7 +130,22 @@ impl Gate {
             returning: Mutex::new(FragmentCache::new()),
             refusals: Refusals::default(),
             watch: Watch::new(seed),
+            modes: Modes::default(),
+            decided: Mutex::new(FragmentCache::new()),
+            taken: OnceLock::new(),
         }
+    }
+
+    /// From now on the moves are in these modes, in the order in which they were given. All are
+    /// moved at first.
+    pub fn set_modes(&self, modes: &[Mode<Instant>], key: ShareKey) {
+        self.modes.set(modes, key);
+    }
+
+    /// What capture has noted, which is asked where this gate knows nothing. It is set once.
+    pub fn set_taken(&self, taken: Arc<dyn Taken>) {
+        // The first one stays: there is one capture.
+        let _ = self.taken.set(taken);
     }
 
     /// The same gate, which lets connections out that the new server begins, if one of the rules
@@ -163,6 +193,9 @@ impl Gate {
             return Ok(Verdict::Carry);
         }
         let verdict = self.ownership.judge_for(scope, now, parsed, bytes)?;
+        if self.modes.apply() && verdict == Verdict::Carry {
+            return self.check_by_mode(scope, now, parsed, bytes);
+        }
         if verdict == Verdict::Carry
             && let Some(flow) = self.clients.asked(parsed, bytes)
             && !self.clients.client_spoke(now, &flow)
@@ -230,9 +263,17 @@ impl Gate {
         refused
     }
 
+    /// Whether a client's packet was let in, and nobody has answered its flow since.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> bool {
+        let flow = self.clients.asked(parsed, bytes);
+        let noted = flow.and_then(|flow| self.clients.noted(now, &flow));
+        noted.is_some_and(|noted| !noted.seen.is_answered())
+    }
+
     /// Lets flows expire, looking at `budget` of them at most. One thread calls it, every second.
     pub fn expire(&self, now: Instant, budget: usize) {
         self.clients.expire(now, budget);
+        self.modes.expire(now);
     }
 
     /// What has become of the newest conversations. Call it every second.
@@ -263,6 +304,127 @@ impl Gate {
             self.watch.opened(now, asked, client, *flow);
         }
         Ok(())
+    }
+
+    /// As [`check_captured`](Self::check_captured), of what has moved, while not everything is in
+    /// the mode that says so.
+    #[inline(never)]
+    fn check_by_mode(
+        &self,
+        scope: usize,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<Verdict, DropReason> {
+        if parsed.fragment() == Fragment::Later {
+            let decided = lock(&self.decided).recall(now, &self.seed, parsed, bytes);
+            return decided.ok_or(DropReason::FragmentUnknown);
+        }
+        let verdict = match self.clients.asked(parsed, bytes) {
+            Some(flow) => self.judge_flow(scope, now, parsed, bytes, &flow)?,
+            None => self.judge_answer(scope, now, parsed, bytes),
+        };
+        if parsed.fragment() == Fragment::First {
+            lock(&self.decided).remember(now, &self.seed, parsed, bytes, verdict);
+        }
+        Ok(verdict)
+    }
+
+    /// Judges a client's packet that asks for something.
+    fn judge_flow(
+        &self,
+        scope: usize,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+        flow: &Flow,
+    ) -> Result<Verdict, DropReason> {
+        let tcp = parsed.kind() == Kind::Tcp;
+        let begins = tcp && begins(parsed);
+        let noted = self.clients.noted(now, flow);
+        let goes_on =
+            noted.is_some_and(|it| it.seen.is_answered() && !(begins && it.seen.is_over()));
+        if goes_on && self.clients.client_spoke(now, flow) {
+            if tcp && !begins {
+                self.note_taken(&host_flow(parsed, bytes));
+            }
+            return Ok(Verdict::Carry);
+        }
+        let client = parsed.src(bytes);
+        let bad = client.is_special() || self.is_own(client);
+        let may_be_older = if tcp {
+            !begins
+        } else {
+            self.resumes && self.clients.may_be_older(now, flow)
+        };
+        if may_be_older && !bad && self.has_taken(&host_flow(parsed, bytes)) {
+            self.clients.take_over(now, flow);
+            return Ok(Verdict::Carry);
+        }
+        let number = self.owner(scope, parsed.protocol(), parsed.kind(), parsed.dst_port());
+        let says = if tcp && !begins {
+            let cookie = noted.is_none() && self.modes.may_have_cookie(number);
+            match self.modes.of_old(number, client.into()) {
+                Says::There if cookie => Says::Here,
+                says @ (Says::There | Says::Here | Says::Waits) => says,
+            }
+        } else {
+            self.modes.of_new(now, number, client.into())
+        };
+        match says {
+            Says::Here => Ok(Verdict::Bounce),
+            Says::Waits | Says::There if bad => Err(DropReason::BadSource),
+            Says::Waits => Ok(Verdict::Hold),
+            Says::There if self.clients.client_spoke(now, flow) => Ok(Verdict::Carry),
+            Says::There => self
+                .admit(now, parsed, bytes, flow)
+                .map(|()| Verdict::Carry),
+        }
+    }
+
+    /// Judges what a client sends about something else: an ICMP error, or a reply.
+    fn judge_answer(&self, scope: usize, now: Instant, parsed: &Parsed, bytes: &[u8]) -> Verdict {
+        let client = parsed.src(bytes);
+        let (number, client, is_known) = match Quoted::parse(bytes, parsed) {
+            Ok(quoted) if parsed.kind() == Kind::IcmpError => {
+                let flow = self.clients.quoted_answer(&quoted, bytes);
+                let (protocol, port) = (quoted.protocol(), quoted.src_port());
+                let is_known = flow.is_some_and(|flow| self.clients.knows(now, &flow))
+                    || protocol == TCP && self.has_taken(&quoted_host_flow(&quoted, bytes));
+                let number = self.owner(scope, protocol, quoted.kind(), port);
+                (number, quoted.dst(bytes), is_known)
+            }
+            Ok(_) | Err(_) => {
+                let is_known = self.has_taken(&host_flow(parsed, bytes));
+                let number = self.owner(scope, parsed.protocol(), parsed.kind(), 0);
+                (number, client, is_known)
+            }
+        };
+        match self.modes.of_old(number, client.into()) {
+            Says::Here if !is_known => Verdict::Bounce,
+            Says::Here | Says::There | Says::Waits => Verdict::Carry,
+        }
+    }
+
+    /// The number of the move that a packet belongs to.
+    fn owner(&self, scope: usize, protocol: u8, kind: Kind, port: u16) -> Option<usize> {
+        let port = kind.has_ports().then_some(port);
+        self.owners
+            .find(self.ownership.scopes(), scope, protocol, port)
+    }
+
+    /// Tells capture of a flow of the new server that it had to ask about.
+    #[cold]
+    fn note_taken(&self, flow: &HostFlow) {
+        if let Some(taken) = self.taken.get() {
+            taken.note(flow);
+        }
+    }
+
+    /// Whether capture knows a flow as the new server's.
+    #[cold]
+    fn has_taken(&self, flow: &HostFlow) -> bool {
+        self.taken.get().is_some_and(|taken| taken.has(flow))
     }
 
     /// Whether a packet of the new server leaves that answers nobody, as far as is known.
@@ -436,6 +598,30 @@ impl Gate {
 #[inline]
 fn begins(parsed: &Parsed) -> bool {
     parsed.tcp_flags() & (SYN | ACK) == SYN
+}
+
+/// How this host's own stack sees the flow of a client's packet.
+fn host_flow(parsed: &Parsed, bytes: &[u8]) -> HostFlow {
+    let [local, remote] = match parsed.kind() {
+        Kind::Tcp | Kind::Udp => [parsed.dst_port(), parsed.src_port()],
+        Kind::IcmpQuery => [CLIENTS_QUERY, parsed.src_port()],
+        Kind::IcmpReply => [0, parsed.dst_port()],
+        Kind::IcmpError | Kind::Other | Kind::LaterFragment => [0, 0],
+    };
+    HostFlow {
+        protocol: parsed.protocol(),
+        local: SocketAddr::new(parsed.dst(bytes).into(), local),
+        remote: SocketAddr::new(parsed.src(bytes).into(), remote),
+    }
+}
+
+/// The same of a packet with ports that went to a client, and that an ICMP error quotes.
+fn quoted_host_flow(quoted: &Quoted, bytes: &[u8]) -> HostFlow {
+    HostFlow {
+        protocol: quoted.protocol(),
+        local: SocketAddr::new(quoted.src(bytes).into(), quoted.src_port()),
+        remote: SocketAddr::new(quoted.dst(bytes).into(), quoted.dst_port()),
+    }
 }
 
 impl fmt::Display for Refused {
@@ -679,6 +865,26 @@ mod tests {
             assert_eq!(bed.captured(&first), BOUNCE);
             assert_eq!(bed.captured(&reply(&udp).build()), wanted);
         }
+    }
+
+    #[test]
+    fn a_flow_awaits_its_answer_until_that_has_come() {
+        let bed = Bed::settled(&[MOVED]);
+        let asks = Plan {
+            flags: SYN,
+            ..request(Kind::Tcp)
+        };
+        let waits = |bed: &Bed| {
+            let bytes = asks.build();
+            let parsed = Parsed::parse(&bytes).unwrap();
+            bed.gate.awaits_answer(bed.now, &parsed, &bytes)
+        };
+        assert!(!waits(&bed), "nobody asked");
+        assert_eq!(bed.captured(&asks.build()), CARRY);
+        assert!(waits(&bed));
+        let answer = with(&reply(&asks), |p| p.flags = SYN | ACK);
+        assert_eq!(bed.returning(&answer), Ok(()));
+        assert!(!waits(&bed));
     }
 
     #[test]

@@ -178,7 +178,7 @@ impl Nat {
     ) -> Result<Outcome, DropReason> {
         match self.ownership.judge(now, parsed, bytes)? {
             Verdict::Carry => {}
-            Verdict::Bounce => return Ok(Outcome::Bounce),
+            Verdict::Bounce | Verdict::Hold => return Ok(Outcome::Bounce),
         }
         let (src, moved) = (parsed.src(bytes), parsed.dst(bytes));
         let target = *self.target(parsed.family()).ok_or(DropReason::NoDelivery)?;

@@ -22,6 +22,8 @@ pub enum Verdict {
     Carry,
     /// The old server's own: it is written back to the TUN as it is, for local delivery.
     Bounce,
+    /// Nobody's yet: it waits until it is decided ([`gate`](crate::flow::gate)).
+    Hold,
 }
 
 /// What has moved. Shared by the lanes.
@@ -66,6 +68,11 @@ impl Ownership {
     /// Whether anything of an address was moved.
     pub fn is_moved(&self, addr: Addr) -> bool {
         self.find(addr).is_some()
+    }
+
+    /// What was moved of which address.
+    pub(super) fn scopes(&self) -> &Scopes {
+        &self.scopes
     }
 
     /// The scope of an address, if something of it was moved.

@@ -9,6 +9,7 @@
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
 //!   iptables      which chains of legacy iptables drop
+//!   sockets       the conversations of this host's own sockets, for commands
 //!   look          who listens where, and what the kernel counts: for the causes of silence
 //!   netlink       the conversation with the kernel, by object
 //!   conntrack     which connections the kernel tracks of hosts behind this one
@@ -24,7 +25,7 @@
 
 pub mod bpf;
 pub mod change;
-mod conntrack;
+pub mod conntrack;
 mod host;
 pub mod iptables;
 pub mod journal;
@@ -33,6 +34,7 @@ pub mod netlink;
 pub mod plan;
 pub mod programs;
 mod runtime_dir;
+pub mod sockets;
 
 #[cfg(test)]
 mod testing;

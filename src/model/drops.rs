@@ -119,6 +119,11 @@ drop_reasons! {
     /// `ipmoved nat`: a protocol without ports (or ICMP identifiers), so that replies to two
     /// clients could not be told apart.
     NoPorts = "no_ports",
+    /// A first packet that came while what it asks for was held, and too many waited: of its flow,
+    /// of its source, or in all.
+    HoldFull = "hold_full",
+    /// A first packet that was held until its client had given up.
+    HoldExpired = "hold_expired",
     /// Larger than the tunnel can carry, or than the next link, and must not be fragmented.
     TooBig = "too_big",
     /// A router marked congestion on a packet whose sender does not understand the mark (RFC 6040).

@@ -55,6 +55,7 @@ impl Size {
 pub enum Alu {
     Add,
     Sub,
+    Mul,
     Or,
     And,
     Lsh,
@@ -68,6 +69,7 @@ impl Alu {
         match self {
             Self::Add => 0x00,
             Self::Sub => 0x10,
+            Self::Mul => 0x20,
             Self::Or => 0x40,
             Self::And => 0x50,
             Self::Lsh => 0x60,

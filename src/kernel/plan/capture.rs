@@ -20,16 +20,21 @@
 
 use std::net::IpAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{Access, access};
 
 use super::{ETHERNET_HEADER, PlanError, clsact, filter, for_ingress, l2_header};
+use crate::flow::ended::HostFlow;
+use crate::flow::modes::Taken;
 use crate::kernel::Desired;
 use crate::kernel::bpf::Loaded;
 use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
 use crate::kernel::programs::{self, Facts, Own};
 use crate::model::drops::DropReason;
+use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
 
 /// The programs of one old server, in the kernel, with what they know. They stay the same while
@@ -102,6 +107,50 @@ impl Capture {
         let refused = self.facts.refused();
         let before = std::mem::replace(&mut self.told, refused);
         (DropReason::OutgoingTaken, refused.saturating_sub(before))
+    }
+
+    /// From now on the moves are in these modes, in the order in which they were given; see
+    /// [`Facts::set_modes`].
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_modes(&self, modes: &[Mode<Duration>], key: ShareKey) -> Result<(), PlanError> {
+        Ok(self.facts.set_modes(modes, key)?)
+    }
+
+    /// Says that the daemon is alive. Call it every second.
+    ///
+    /// # Errors
+    /// If the kernel refuses to tell which conversations are over.
+    pub fn beat(&self) -> Result<(), PlanError> {
+        Ok(self.facts.beat()?)
+    }
+
+    /// What the programs have noted of the flows that the new server has.
+    pub fn taken(&self) -> Arc<dyn Taken> {
+        self.facts.own().taken()
+    }
+
+    /// The conversations that this host, or one behind it, has at moved addresses, as far as no
+    /// socket of this host can be asked.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn own_conversations(&self) -> Result<Vec<HostFlow>, PlanError> {
+        Ok(self.facts.own().live()?)
+    }
+
+    /// Forgets those of them that are `wanted`, and returns how many there were.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_own(&self, wanted: impl Fn(&HostFlow) -> bool) -> Result<u64, PlanError> {
+        Ok(self.facts.own().forget_all(wanted)?)
+    }
+
+    /// How often such a conversation went on that could not be kept from giving way to new ones.
+    pub fn own_full(&self) -> u64 {
+        self.facts.own().full()
     }
 
     /// Takes in the connections of hosts behind this one that are older than these programs, unless

@@ -215,11 +215,10 @@ pub(super) fn pass_unless_begun(a: &mut Assembler, l2: u32, own: &Own, pass: Lab
 /// otherwise.
 fn jump_if_this_hosts(a: &mut Assembler, own: &Own, yes: Label, no: Label) {
     let (begun, unknown) = (a.label(), a.label());
-    look_up(a, &own.own);
-    a.jump_if_wide(R0, If::Ne, 0, begun);
+    own.look_up(a, begun);
     a.jump(unknown);
     a.bind(begun);
-    judge_begun(a, own, yes);
+    judge_begun(a, own, yes, unknown);
     a.bind(unknown);
     ask_sockets(a, yes, no);
     a.jump(no);

@@ -115,7 +115,7 @@ pub fn capture(
     }
 
     a.bind(ways.take);
-    leave_own(a, l2_header, &facts.own);
+    leave_own(a, l2_header, facts);
     a.bind(begun);
     take(a, tun_ifindex);
     a.bind(ways.pass);

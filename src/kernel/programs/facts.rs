@@ -12,11 +12,14 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use super::begun::Begun;
+use super::modes::Modes;
 use super::own::Own;
 use super::rights::Rights;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
+use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
 
 /// The words.
@@ -32,6 +35,7 @@ pub struct Facts {
     /// Whether the new server may begin something from a port that has not moved, and how often
     /// that was refused.
     pub(super) begun: Option<Begun>,
+    pub(super) modes: Modes,
     /// What is this host's own.
     pub(super) own: Own,
 }
@@ -58,6 +62,7 @@ impl Facts {
             words: Words::new("ipmoved_facts", WORDS)?,
             rights,
             begun,
+            modes: Modes::new(moves)?,
             own,
         })
     }
@@ -86,6 +91,28 @@ impl Facts {
     /// If the kernel refuses.
     pub fn set_tunnel_ends(&self, addrs: impl Iterator<Item = IpAddr>) -> Result<(), BpfError> {
         self.rights.set_tunnel_ends(addrs)
+    }
+
+    /// From now on the moves are in these modes, in the order in which they were given. Times are
+    /// the kernel's ([`now`](super::now)). Everything is moved at first.
+    ///
+    /// Whoever changes both tells the [gates](crate::flow::gate) first: what these programs hand
+    /// over is judged there.
+    ///
+    /// # Errors
+    /// If the kernel refuses. Some of it may be in effect then; the next call makes good for it.
+    pub fn set_modes(&self, modes: &[Mode<Duration>], key: ShareKey) -> Result<(), BpfError> {
+        self.modes.set(modes, key)
+    }
+
+    /// The daemon is alive, so it may be asked; and what is over is forgotten. Call it every
+    /// second.
+    ///
+    /// # Errors
+    /// If the kernel refuses to tell what is over.
+    pub fn beat(&self) -> Result<(), BpfError> {
+        self.modes.beat();
+        self.own.sweep()
     }
 
     /// `dst` = the index of the uplink, or 0.

@@ -15,18 +15,25 @@
 //!     if (UDP) others[key] = now;                              // once a second
 //!     pass;
 //! }
+//! // Conversations are looked up in `kept`, then in `own`.
 //! if (TCP) {
 //!     if (SYN without ACK) delete(taken, key);
 //!     if (it is from a socket of this host, and was not translated) pass; // which can be asked
 //!     if (RST) { delete(own, key); pass; }
 //!     if ((o = lookup(own, key)) && !(SYN without ACK)) {
-//!         if (FIN) o->kind = KIND_CLOSED; else if (!CLOSED) refresh;  // KIND_BEHIND again
+//!         if (FIN) o->kind = KIND_CLOSED; else if (OPENING && SYN) goto opens;
+//!         else refresh;                               // if it was asked, KIND_BEHIND again
 //!         pass;
 //!     }
 //!     if (FIN || lookup(taken, key)) pass;
+//!     if (SYN) opens: update(own, key, { now, KIND_OPENING, sequence + 1 });
+//!     else update(kept or own, key, { now, KIND_BEHIND, 0 });
+//!     pass;
 //! } else {
-//!     if ((o = lookup(own, key)) && now - o->seen <= (o->young ? YOUNG_IDLE : OWN_IDLE)) {
-//!         if (!o->young) refresh; pass;
+//!     if ((o = lookup(own, key)) && !REQUEST && now - o->seen <= (YOUNG ? YOUNG_IDLE : OWN_IDLE)) {
+//!         if (HEARD) move(own, kept, key, { now, o->kind, STAGE_KEPT });
+//!         else if (!YOUNG) refresh;
+//!         pass;
 //!     }
 //!     if ((t = lookup(taken, key))) {
 //!         if (now - t->answered <= ANSWERED) pass;
@@ -35,9 +42,10 @@
 //! }
 //! s = the UDP socket at this port that sends it, or for which the kernel does (WireGuard, IPsec);
 //! update(own, key, { now, !s ? KIND_BEHIND
-//!                         : s->state != ESTABLISHED && now - since > OWN_IDLE ? KIND_LASTING
+//!                         : s->state != ESTABLISHED && now - since > OWN_IDLE && !REQUEST
+//!                         ? KIND_LASTING
 //!                         : KIND_SOCKET,
-//!                    now - since <= YOUNG });
+//!                    now - since <= YOUNG ? STAGE_YOUNG : STAGE_PLAIN });
 //! pass:    return TC_ACT_UNSPEC;
 //! refresh: if (now - o->seen > REFRESH) { o->seen = now; delete(taken, key); }
 //! ```
@@ -45,14 +53,17 @@
 use Reg::{R0, R1, R7, R9, R10};
 
 use super::facts::Facts;
-use super::flows::{KEY_LAST, REFRESH, enter_now, jump_if_within, look_up, remove};
-use super::headers::{ipv4, ipv6, ports, skb, sock};
+use super::flows::{KEY_LAST, REFRESH, VALUE, enter_now, jump_if_within, look_up, remove};
+use super::headers::{ipv4, ipv6, ports, skb, sock, tcp};
 use super::moved::Family;
 use super::own::{
-    ANSWERED, KIND_BEHIND, KIND_CLOSED, KIND_LASTING, KIND_SOCKET, OWN_IDLE, OWN_KIND, OWN_SEEN,
-    OWN_YOUNG, Own, YOUNG_IDLE,
+    ANSWERED, KIND_ASKED, KIND_BEHIND, KIND_CLOSED, KIND_LASTING, KIND_OPENING, KIND_SOCKET,
+    OWN_IDLE, OWN_KIND, OWN_SEEN, OWN_STAGE, Own, STAGE_HEARD, STAGE_KEPT, STAGE_PLAIN,
+    STAGE_REQUEST, YOUNG_IDLE,
 };
-use super::parse::{FLAGS, Side, Ways, load_syn, parse, sort_out, wire};
+use super::parse::{
+    FLAGS, HEADER, Side, Ways, key_of_other_query, load_syn, parse, sort_out, wire,
+};
 use super::phrases::{
     PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, jump_if_icmp, jump_if_it_has_ports,
     keep_packet, load_bytes, pass_if_tagged, verdict,
@@ -62,7 +73,7 @@ use super::sockets::{
     SOCKET, jump_unless_at_own_end, load_port, load_tcp_socket, look_up_socket,
     release_keeping_state,
 };
-use crate::kernel::bpf::{Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{FIN, RST, SYN};
 
@@ -74,6 +85,9 @@ const SOURCE: i16 = -120;
 
 /// Where it keeps what has moved of the source, below what is looked up.
 const RIGHTS_KEPT: i16 = -136;
+
+/// Where it keeps whether a client has asked before.
+const ANSWERS: i16 = -176;
 
 /// The conversation's value in the map.
 const FOUND: Reg = R7;
@@ -109,15 +123,20 @@ pub fn note_own(
     pass_unless_moved(a, l2_header, facts, pass);
     parse(a, l2_header, Side::Own, ways);
 
+    a.bind(ways.none);
+    facts.modes.jump_if_plain(a, pass);
+    key_of_other_query(a, Side::Own, ways.flow);
+    a.jump(pass);
     a.bind(ways.flow);
     let (captured, without_tcp) = (a.label(), a.label());
     note_other_port(a, facts, captured, pass);
     a.bind(captured);
     a.jump_if(PROTOCOL, If::Ne, i32::from(TCP), without_tcp);
-    note_tcp(a, own, new, pass);
+    note_tcp(a, own, pass);
 
     a.bind(without_tcp);
     let (unknown, known, aged, young) = (a.label(), a.label(), a.label(), a.label());
+    let (began, answers, silent) = (a.label(), a.label(), a.label());
     if let Some(port) = tunnel_port {
         let other = a.label();
         // The tunnel once more, behind options.
@@ -126,8 +145,8 @@ pub fn note_own(
         a.jump_if(R0, If::Eq, wire(i32::from(port)), pass);
         a.bind(other);
     }
-    look_up(a, &own.own);
-    a.jump_if_wide(R0, If::Ne, 0, known);
+    a.store(Size::W, R10, ANSWERS, 0);
+    own.look_up(a, known);
     a.bind(unknown);
     jump_if_icmp(a, new);
     look_up(a, &own.taken);
@@ -141,15 +160,23 @@ pub fn note_own(
     remove(a, &own.taken);
 
     a.bind(new);
+    let kind_known = a.label();
     look_for_sender(a);
+    a.load(Size::W, R0, R10, ANSWERS);
+    a.jump_if(R0, If::Eq, 0, kind_known);
+    a.jump_if(KIND, If::Ne, KIND_LASTING, kind_known);
+    a.mov(KIND, KIND_SOCKET);
+    a.bind(kind_known);
     own.enter_own(a, KIND);
     a.jump(pass);
 
     a.bind(known);
     a.mov(FOUND, R0);
-    a.load(Size::W, R0, FOUND, OWN_YOUNG);
-    a.jump_if(R0, If::Ne, 0, young);
-    a.jump(aged);
+    a.load(Size::W, R0, FOUND, OWN_STAGE);
+    a.jump_if(R0, If::Eq, STAGE_PLAIN, aged);
+    a.jump_if(R0, If::Eq, STAGE_KEPT, aged);
+    a.jump_if(R0, If::Eq, STAGE_HEARD, began);
+    a.jump_if(R0, If::Eq, STAGE_REQUEST, answers);
     a.bind(young);
     jump_if_within(a, (FOUND, OWN_SEEN), YOUNG_IDLE, pass);
     a.jump(unknown);
@@ -157,11 +184,24 @@ pub fn note_own(
     let heard = a.label();
     jump_if_within(a, (FOUND, OWN_SEEN), REFRESH, pass);
     jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, heard);
+    a.bind(silent);
+    own.forget(a);
     a.jump(unknown);
     a.bind(heard);
     refresh(a, own, None, pass);
+    a.bind(answers);
+    a.store(Size::W, R10, ANSWERS, 1);
+    a.jump(unknown);
 
-    for label in [ways.later, ways.quoted, ways.none, ways.other, pass] {
+    // Both have gone on.
+    a.bind(began);
+    let full = a.label();
+    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, full);
+    a.jump(silent);
+    a.bind(full);
+    keep_going(a, own, pass);
+
+    for label in [ways.later, ways.quoted, ways.other, pass] {
         a.bind(label);
     }
     verdict(a, TC_ACT_UNSPEC);
@@ -250,11 +290,29 @@ fn look_for_sender(a: &mut Assembler) {
     a.bind(done);
 }
 
+/// Keeps the conversation at [`FOUND`], which was heard and is seen now, and goes to `pass`.
+fn keep_going(a: &mut Assembler, own: &Own, pass: Label) {
+    let full = a.label();
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    Own::make_value(a, R0, STAGE_KEPT);
+    own.keep(a, full);
+    remove(a, &own.taken);
+    a.jump(pass);
+    a.bind(full);
+    a.load(Size::Dw, R0, R10, VALUE + OWN_SEEN);
+    a.store(Size::Dw, FOUND, OWN_SEEN, R0);
+    // Not once more until the other one has.
+    a.mov(R0, STAGE_PLAIN);
+    a.store(Size::W, FOUND, OWN_STAGE, R0);
+    a.jump(pass);
+}
+
 /// Notes TCP of hosts behind this one, and of sockets that the wire's addresses do not find; goes
-/// to `new` or `pass`.
-fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
-    let (begins, forwarded) = (a.label(), a.label());
-    let (ended, closed, unknown) = (a.label(), a.label(), a.label());
+/// to `pass`.
+fn note_tcp(a: &mut Assembler, own: &Own, pass: Label) {
+    let (begins, forwarded, new) = (a.label(), a.label(), a.label());
+    let (ended, closed, opening, unknown) = (a.label(), a.label(), a.label(), a.label());
+    let (spoke, goes_on, full) = (a.label(), a.label(), a.label());
     load_syn(a);
     a.jump_if(R0, If::Eq, i32::from(SYN), begins);
     pass_if_found(a, forwarded, pass);
@@ -265,14 +323,23 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     a.bind(forwarded);
     a.load(Size::W, R0, R10, FLAGS);
     a.jump_if(R0, If::Set, i32::from(RST), ended);
-    look_up(a, &own.own);
-    a.jump_if_wide(R0, If::Eq, 0, unknown);
+    own.look_up(a, spoke);
+    a.jump(unknown);
+    a.bind(spoke);
     a.mov(FOUND, R0);
     a.load(Size::W, R0, R10, FLAGS);
     a.jump_if(R0, If::Set, i32::from(FIN), closed);
     a.load(Size::W, R0, FOUND, OWN_KIND);
-    a.jump_if(R0, If::Eq, KIND_CLOSED, pass);
+    a.jump_if(R0, If::Eq, KIND_OPENING, opening);
+    a.jump_if(R0, If::Eq, KIND_ASKED, goes_on);
+    refresh(a, own, None, pass);
+    a.bind(goes_on);
     refresh(a, own, Some(KIND_BEHIND), pass);
+    a.bind(opening);
+    // It may have begun anew.
+    a.load(Size::W, R0, R10, FLAGS);
+    a.jump_if(R0, If::Set, i32::from(SYN), new);
+    refresh(a, own, None, pass);
     a.bind(closed);
     a.mov(R0, KIND_CLOSED);
     a.store(Size::W, FOUND, OWN_KIND, R0);
@@ -282,9 +349,24 @@ fn note_tcp(a: &mut Assembler, own: &Own, new: Label, pass: Label) {
     a.jump_if(R0, If::Set, i32::from(FIN), pass);
     look_up(a, &own.taken);
     a.jump_if_wide(R0, If::Ne, 0, pass);
-    a.jump(new);
+    a.bind(new);
+    a.load(Size::W, R0, R10, FLAGS);
+    let begun = a.label();
+    a.jump_if(R0, If::Set, i32::from(SYN), begun);
+    Own::make_value(a, KIND_BEHIND, STAGE_PLAIN);
+    own.keep(a, full);
+    a.jump(pass);
+    a.bind(begun);
+    a.load(Size::W, R0, R10, HEADER + tcp::SEQUENCE as i16);
+    a.swap_if_little_endian(R0);
+    a.alu(Alu::Add, R0, 1);
+    Own::make_value(a, KIND_OPENING, R0);
+    remove(a, &own.kept);
+    a.bind(full);
+    own.enter_value(a);
+    a.jump(pass);
     a.bind(ended);
-    remove(a, &own.own);
+    own.forget(a);
     a.jump(pass);
 }
 

@@ -6,37 +6,49 @@
 //! [`note_own`](super::note_own()) fills it with those that leave.
 //!
 //! ```text
-//! own        struct { u64 seen; u32 kind; u32 young; }
-//!            what this host has begun: when it last sent; by what (`KIND_*`); whether it was first
-//!            seen so soon after the start that it may be an answer to what came before; of
-//!            `KIND_ASKED`, when that was, in ticks (`ASKED_TICK`)
+//! own        struct { u64 seen; u32 kind; u32 stage; }
+//!            what this host has begun or answered: when it last sent; by what (`KIND_*`); how far it
+//!            has come (`STAGE_*`), but of `KIND_ASKED`, when that was, in ticks (`ASKED_TICK`), and
+//!            of `KIND_OPENING` the number that the other one has to acknowledge
+//! kept       the same, of conversations in which both have gone on: a flood of new ones displaces
+//!            none of them. Where it is full, what is new remains in `own`
+//! keeps      u32 tick, not 0: `kept` may hold something
 //! taken      u64 answered
 //!            flows of clients that were captured: when the new server last answered, or 0. Of TCP
 //!            and ICMP it is not noted
 //! others     u64 seen
 //!            UDP from ports that have not moved, beside others of the address that have: its first
 //!            fragments stay, since all fragments are captured. Without it the daemon bounces them
-//! fragments  u64, unused
-//!            fragmented packets of own conversations under way, by identification
+//! fragments  u64 taken
+//!            fragmented packets under way, by identification: those of own conversations, and while
+//!            not everything is moved those that were taken as well
 //! begun      u64 seen
 //!            what the new server has begun from ports that have not moved, see `begun`
 //! noted      by a hash of the flow: u64 hash_and_time
 //!            where the new server's answer was noted of late, so that it need not be noted again
-//! facts      struct { u64 since; u64 stayed; }
-//!            when this memory began; packets to what has moved that stayed here
+//! facts      struct { u64 since; u64 stayed; u64 full; }
+//!            when this memory began; packets to what has moved that stayed here; how often `kept`
+//!            was full
 //! ```
 //!
 //! TCP of this host needs no memory: its sockets are asked.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use rustix::io::Errno;
 
 use Reg::{R0, R1, R2, R10};
 
-use super::flows::{VALUE, enter, key_of, now};
-use crate::flow::class::{TCP_ESTABLISHED, UDP_ONE_WAY};
+use super::flows::{VALUE, enter, flow_of, key_of, look_up, now, remove};
+use crate::flow::class::{TCP_ESTABLISHED, TCP_HALF_CLOSED, UDP_ONE_WAY};
 use crate::flow::ended::HostFlow;
-use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Map, MapKind, Reg, Shape, Size};
+use crate::flow::modes::Taken;
+use crate::kernel::bpf::{
+    Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Operand, Reg, Shape, Size, Words,
+};
+use crate::model::moved::TCP;
 
 /// How long a conversation without TCP is this host's own after it last sent: what a mapping of UDP
 /// lasts at least (RFC 4787 REQ-5), and in Linux's connection tracker. A client with a fixed port
@@ -68,6 +80,14 @@ const MAX_OWN: u32 = 65_536;
 /// Connections of the new server from ports that have not moved that are remembered: a minute of
 /// the fastest pace at which it may begin them. The one used least recently gives way.
 const MAX_BEGUN: u32 = 65_536;
+/// Conversations that are kept from giving way. They take memory as they come.
+const MAX_KEPT: u32 = 65_536;
+
+/// Of these, one sweep looks at so many.
+const SWEPT: u32 = 4096;
+
+/// Ticks without a new one, after which `kept` may be found empty.
+const QUIET_TICKS: u32 = 10;
 
 /// Fragmented packets under way at the same time; see [`flows`](super::flows).
 const MAX_FRAGMENTED: u32 = 4096;
@@ -83,7 +103,18 @@ pub(super) const MAX_NOTED: u32 = 4096;
 /// Where the parts of an own conversation's value lie in it.
 pub(super) const OWN_SEEN: i16 = 0;
 pub(super) const OWN_KIND: i16 = 8;
-pub(super) const OWN_YOUNG: i16 = 12;
+pub(super) const OWN_STAGE: i16 = 12;
+
+/// This host has sent, and the other one has not, as far as is known.
+pub(super) const STAGE_PLAIN: i32 = 0;
+/// It was first seen so soon after the start that it may be an answer to what came before.
+pub(super) const STAGE_YOUNG: i32 = 1;
+/// The other one has gone on. If this host does too, it is kept.
+pub(super) const STAGE_HEARD: i32 = 2;
+/// It is in `kept`.
+pub(super) const STAGE_KEPT: i32 = 3;
+/// A client has asked this host, which has not answered: it is nobody's conversation yet.
+pub(super) const STAGE_REQUEST: i32 = 4;
 
 /// A UDP socket of this host sends it, from the port that others see. It ends with the socket.
 pub(super) const KIND_SOCKET: i32 = 1;
@@ -100,6 +131,9 @@ pub(super) const KIND_ASKED: i32 = 4;
 /// a socket connected to somebody sends is kept no longer than it: the next one at its port may be
 /// a service that waits for everybody.
 pub(super) const KIND_LASTING: i32 = 5;
+/// TCP of a host behind this one that has sent a SYN, or has answered one. Whoever acknowledges it
+/// has seen it: the other's address is not forged, and the connection is established.
+pub(super) const KIND_OPENING: i32 = 6;
 
 /// A tick of the time when it was asked, as a power of two in nanoseconds: 1.07 s.
 pub(super) const ASKED_TICK: i32 = 30;
@@ -111,10 +145,11 @@ pub(super) const ASKED_TICKS: i32 = 2;
 /// Where the facts lie.
 const SINCE: u32 = 0;
 const STAYED: u32 = 8;
+const FULL: u32 = 16;
 
 const KEY_BYTES: usize = 40;
 const OWN_BYTES: usize = 16;
-const FACTS_BYTES: usize = 16;
+const FACTS_BYTES: usize = 24;
 
 const fn table(name: &'static str, value_size: usize, max_entries: u32) -> Shape {
     Shape {
@@ -128,6 +163,10 @@ const fn table(name: &'static str, value_size: usize, max_entries: u32) -> Shape
 
 /// The shapes, by name.
 const OWN: Shape = table("ipmoved_own", OWN_BYTES, MAX_OWN);
+const KEPT: Shape = Shape {
+    kind: MapKind::Hash,
+    ..table("ipmoved_ownkept", OWN_BYTES, MAX_KEPT)
+};
 const TAKEN: Shape = table("ipmoved_taken", 8, MAX_OWN);
 const OTHERS: Shape = table("ipmoved_ownrest", 8, MAX_OTHERS);
 const FRAGMENTS: Shape = table("ipmoved_ownfrag", 8, MAX_FRAGMENTED);
@@ -139,6 +178,8 @@ const NOTED: Shape = Shape {
     value_size: 8,
     max_entries: MAX_NOTED,
 };
+/// The name of the word that says whether anything is kept.
+const KEEPS: &str = "ipmoved_keeps";
 const FACTS: Shape = Shape {
     kind: MapKind::Array,
     name: "ipmoved_since",
@@ -150,8 +191,11 @@ const FACTS: Shape = Shape {
 /// The memory of one old server.
 #[derive(Debug)]
 pub struct Own {
-    pub(super) own: Map,
-    pub(super) taken: Map,
+    own: Map,
+    pub(super) kept: Map,
+    keeps: Words,
+    sweep: Mutex<Sweep>,
+    pub(super) taken: Arc<Map>,
     pub(super) others: Map,
     pub(super) fragments: Map,
     pub(super) noted: Map,
@@ -162,9 +206,35 @@ pub struct Own {
     resumes: bool,
 }
 
+/// How far the look at all that is kept has come.
+#[derive(Debug, Default)]
+struct Sweep {
+    place: Option<u32>,
+    /// What `keeps` was when it began.
+    keeps: u32,
+    /// Whether it has found anything that goes on.
+    found: bool,
+}
+
+/// What capture has noted of the flows that it hands over.
+#[derive(Debug)]
+struct TakenMap(Arc<Map>);
+
+impl Taken for TakenMap {
+    fn has(&self, flow: &HostFlow) -> bool {
+        let mut answered = [0; 8];
+        self.0.read(&key_of(flow), &mut answered) && (flow.protocol == TCP || answered != [0; 8])
+    }
+
+    fn note(&self, flow: &HostFlow) {
+        // The daemon knows it all the same, as long as it lives.
+        let _ = self.0.insert(&key_of(flow), &[0; 8]);
+    }
+}
+
 impl Own {
     /// Most conversations that are remembered.
-    pub const ROOM: usize = MAX_OWN as usize;
+    pub const ROOM: usize = MAX_KEPT as usize;
 
     /// An empty memory, which begins now.
     ///
@@ -173,7 +243,10 @@ impl Own {
     pub fn new() -> Result<Self, BpfError> {
         let memory = Self {
             own: Map::new(OWN)?,
-            taken: Map::new(TAKEN)?,
+            kept: Map::new(KEPT)?,
+            keeps: Words::new(KEEPS, 1)?,
+            sweep: Mutex::default(),
+            taken: Arc::new(Map::new(TAKEN)?),
             others: Map::new(OTHERS)?,
             fragments: Map::new(FRAGMENTS)?,
             noted: Map::new(NOTED)?,
@@ -185,8 +258,8 @@ impl Own {
         Ok(memory)
     }
 
-    /// The memory among these descriptors, if that of conversations is there with the same
-    /// measures. What lives for moments only is made, where it is not.
+    /// The memory among these descriptors, if what tells whose a conversation is is there with the
+    /// same measures. The rest is made.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -197,14 +270,20 @@ impl Own {
                 .filter_map(|fd| fd.try_clone().ok())
                 .find_map(|fd| Map::from_fd(fd, shape))
         };
-        let found = (find(OWN), find(TAKEN), find(FACTS));
-        let (Some(own), Some(taken), Some(facts)) = found else {
+        let found = (find(OWN), find(KEPT), find(TAKEN), find(FACTS));
+        let (Some(own), Some(kept), Some(taken), Some(facts)) = found else {
             return Ok(None);
         };
         let find_or_make = |shape| find(shape).map_or_else(|| Map::new(shape), Ok);
+        let keeps = Words::new(KEEPS, 1)?;
+        // Until a sweep has looked.
+        keeps.set(0, 1);
         Ok(Some(Self {
             own,
-            taken,
+            kept,
+            keeps,
+            sweep: Mutex::default(),
+            taken: Arc::new(taken),
             facts,
             others: find_or_make(OTHERS)?,
             fragments: find_or_make(FRAGMENTS)?,
@@ -229,19 +308,27 @@ impl Own {
     pub fn lasting(&self) -> Vec<BorrowedFd<'_>> {
         let Self {
             own,
+            kept,
             taken,
             others,
             fragments,
             noted,
             begun,
             facts,
+            keeps: _,
+            sweep: _,
             resumes: _,
         } = self;
-        [own, taken, others, fragments, noted, facts]
+        [own, kept, &**taken, others, fragments, noted, facts]
             .into_iter()
             .chain(begun)
             .map(AsFd::as_fd)
             .collect()
+    }
+
+    /// What capture has noted of the flows that it hands over.
+    pub fn taken(&self) -> Arc<dyn Taken> {
+        Arc::new(TakenMap(Arc::clone(&self.taken)))
     }
 
     /// Whether a daemon that was killed had this memory before.
@@ -258,20 +345,110 @@ impl Own {
         value[..8].copy_from_slice(&(now().as_nanos() as u64).to_ne_bytes());
         value[8..12].copy_from_slice(&KIND_BEHIND.to_ne_bytes());
         for flow in older.into_iter().take(Self::ROOM) {
-            let entered = self.own.insert(&key_of(&flow), &value);
-            entered.map_err(BpfError::of_map(OWN.name))?;
+            self.keeps.set(0, tick(now()));
+            let entered = self.kept.insert(&key_of(&flow), &value);
+            entered.map_err(BpfError::of_map(KEPT.name))?;
+        }
+        Ok(())
+    }
+
+    /// The conversations that this host, or one behind it, has begun or answered of late, but for
+    /// TCP and UDP of which a socket can be asked.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn live(&self) -> Result<Vec<HostFlow>, BpfError> {
+        let now = now();
+        let mut live = Vec::new();
+        for (map, name) in [(&self.kept, KEPT.name), (&self.own, OWN.name)] {
+            let mut place = None;
+            let mut more = true;
+            while more {
+                let read = map.read_some(&mut place, SWEPT, |key, value| {
+                    let Some(flow) = flow_of(key) else { return };
+                    let request = flow.protocol != TCP && word(value, OWN_STAGE) == STAGE_REQUEST;
+                    if !request && !is_over(&flow, value, now) {
+                        live.push(flow);
+                    }
+                });
+                more = read.map_err(BpfError::of_map(name))?;
+            }
+        }
+        Ok(live)
+    }
+
+    /// Forgets those of them that are `wanted`, and returns how many there were. Whoever speaks first
+    /// from then on decides anew.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn forget_all(&self, wanted: impl Fn(&HostFlow) -> bool) -> Result<u64, BpfError> {
+        let live = self.live()?;
+        let keys: Vec<u8> = live
+            .iter()
+            .filter(|it| wanted(it))
+            .flat_map(key_of)
+            .collect();
+        for (map, name) in [(&self.kept, KEPT.name), (&self.own, OWN.name)] {
+            map.remove_all(&keys).map_err(BpfError::of_map(name))?;
+        }
+        Ok((keys.len() / KEY_BYTES) as u64)
+    }
+
+    /// How often a conversation went on that could not be kept, since too many are.
+    pub fn full(&self) -> u64 {
+        self.fact(FULL)
+    }
+
+    /// Forgets what is over of that which is kept, a part of it at a time. Call it every second.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn sweep(&self) -> Result<(), BpfError> {
+        self.sweep_at(now()).map_err(BpfError::of_map(KEPT.name))
+    }
+
+    fn sweep_at(&self, now: Duration) -> Result<(), Errno> {
+        let mut sweep = self.sweep.lock().unwrap_or_else(|held| held.into_inner());
+        if sweep.place.is_none() {
+            (sweep.keeps, sweep.found) = (self.keeps.get(0), false);
+        }
+        if sweep.keeps == 0 {
+            return Ok(());
+        }
+        let Sweep {
+            place,
+            found,
+            keeps,
+        } = &mut *sweep;
+        let mut over = Vec::new();
+        let more = self.kept.read_some(place, SWEPT, |key, value| {
+            match flow_of(key).filter(|flow| !is_over(flow, value, now)) {
+                Some(_) => *found = true,
+                None => over.extend(key),
+            }
+        })?;
+        self.kept.remove_all(&over)?;
+        // A program writes the word before it enters something. If it has not for so long, nothing
+        // can have come that this pass has not seen.
+        if !more && !*found && tick(now).saturating_sub(*keeps) >= QUIET_TICKS {
+            self.keeps.clear_if(0, *keeps);
         }
         Ok(())
     }
 
     /// Packets to what has moved that stayed here, since this memory began.
     pub fn stayed(&self) -> u64 {
+        self.fact(STAYED)
+    }
+
+    fn fact(&self, at: u32) -> u64 {
         let mut value = [0; FACTS_BYTES];
         if !self.facts.read(&0_u32.to_ne_bytes(), &mut value) {
             return 0;
         }
-        let [.., a, b, c, d, e, f, g, h] = value;
-        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+        let bytes = value.as_chunks().0.get(at as usize / size_of::<u64>());
+        bytes.map_or(0, |&bytes| u64::from_ne_bytes(bytes))
     }
 
     pub(super) fn begin_at(&self, since: Duration) {
@@ -284,31 +461,43 @@ impl Own {
     /// Every conversation was seen last at this time.
     #[cfg(test)]
     pub(super) fn age(&self, seen: Duration) {
-        for key in self.own.keys().unwrap() {
-            let mut value = [0; OWN_BYTES];
-            assert!(self.own.read(&key, &mut value));
+        self.change(|value| {
             value[..8].copy_from_slice(&(seen.as_nanos() as u64).to_ne_bytes());
-            self.own.insert(&key, &value).unwrap();
+        });
+    }
+
+    #[cfg(test)]
+    fn change(&self, mut change: impl FnMut(&mut [u8; OWN_BYTES])) {
+        for map in [&self.own, &self.kept] {
+            for key in map.keys().unwrap() {
+                let mut value = [0; OWN_BYTES];
+                assert!(map.read(&key, &mut value));
+                change(&mut value);
+                map.insert(&key, &value).unwrap();
+            }
         }
     }
 
     /// Every conversation that was asked was so this many ticks earlier.
     #[cfg(test)]
     pub(super) fn asked_earlier(&self, ticks: i32) {
-        let asked = OWN_YOUNG as usize;
-        for key in self.own.keys().unwrap() {
-            let mut value = [0; OWN_BYTES];
-            assert!(self.own.read(&key, &mut value));
+        let asked = OWN_STAGE as usize;
+        self.change(|value| {
             let at = i32::from_ne_bytes(value[asked..].try_into().unwrap());
             value[asked..].copy_from_slice(&(at - ticks).to_ne_bytes());
-            self.own.insert(&key, &value).unwrap();
-        }
+        });
     }
 
     /// How many conversations are remembered.
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
-        self.own.keys().unwrap().len()
+        self.own.keys().unwrap().len() + self.kept()
+    }
+
+    /// How many of them are kept.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.kept.keys().unwrap().len()
     }
 
     /// How many conversations of other ports are.
@@ -332,14 +521,66 @@ impl Own {
         a.add_atomically(R1, 0, R2);
     }
 
+    /// Jumps to `found` if a conversation with this key is remembered, with R0 where its value lies.
+    pub(super) fn look_up(&self, a: &mut Assembler, found: Label) {
+        let new = a.label();
+        a.load_address(R0, self.keeps.as_fd(), 0);
+        a.load(Size::W, R0, R0, 0);
+        a.jump_if(R0, If::Eq, 0, new);
+        look_up(a, &self.kept);
+        a.jump_if_wide(R0, If::Ne, 0, found);
+        a.bind(new);
+        look_up(a, &self.own);
+        a.jump_if_wide(R0, If::Ne, 0, found);
+    }
+
+    /// Forgets the conversation with this key.
+    pub(super) fn forget(&self, a: &mut Assembler) {
+        remove(a, &self.kept);
+        remove(a, &self.own);
+    }
+
+    /// Keeps the conversation with this key, with the value that lies at [`VALUE`]. Jumps to `full`
+    /// if there is no room.
+    pub(super) fn keep(&self, a: &mut Assembler, full: Label) {
+        let kept = a.label();
+        a.call(Helper::KtimeGetNs);
+        a.alu(Alu::Rsh, R0, ASKED_TICK);
+        a.alu(Alu::Or, R0, 1);
+        a.load_address(R1, self.keeps.as_fd(), 0);
+        a.store(Size::W, R1, 0, R0);
+        enter(a, &self.kept);
+        a.jump_if_wide(R0, If::Eq, 0, kept);
+        a.load_address(R1, self.facts.as_fd(), FULL);
+        a.mov(R2, 1);
+        a.add_atomically(R1, 0, R2);
+        a.jump(full);
+        a.bind(kept);
+        remove(a, &self.own);
+    }
+
+    /// The value at [`VALUE`] is that of a conversation of this kind and stage, seen now.
+    pub(super) fn make_value(
+        a: &mut Assembler,
+        kind: impl Into<Operand>,
+        stage: impl Into<Operand>,
+    ) {
+        a.store(Size::W, R10, VALUE + OWN_KIND, kind);
+        a.store(Size::W, R10, VALUE + OWN_STAGE, stage);
+        a.call(Helper::KtimeGetNs);
+        a.store(Size::Dw, R10, VALUE + OWN_SEEN, R0);
+    }
+
+    /// Enters the key with the value that lies at [`VALUE`].
+    pub(super) fn enter_value(&self, a: &mut Assembler) {
+        enter(a, &self.own);
+    }
+
     /// Enters the key as an own conversation of the kind that the register says, seen now. Soon
     /// after the start none is lasting.
     pub(super) fn enter_own(&self, a: &mut Assembler, kind: Reg) {
         let (old, short) = (a.label(), a.label());
-        a.store(Size::W, R10, VALUE + OWN_KIND, kind);
-        a.store(Size::W, R10, VALUE + OWN_YOUNG, 0);
-        a.call(Helper::KtimeGetNs);
-        a.store(Size::Dw, R10, VALUE + OWN_SEEN, R0);
+        Self::make_value(a, kind, STAGE_PLAIN);
         a.load_address(R1, self.facts.as_fd(), SINCE);
         a.load(Size::Dw, R1, R1, 0);
         a.mov_wide(R2, OWN_IDLE.as_nanos() as u64);
@@ -351,8 +592,36 @@ impl Own {
         a.mov_wide(R2, YOUNG.as_nanos() as u64);
         a.alu(Alu::Add, R1, R2);
         a.jump_if_wide(R0, If::Gt, R1, old);
-        a.store(Size::W, R10, VALUE + OWN_YOUNG, 1);
+        a.store(Size::W, R10, VALUE + OWN_STAGE, STAGE_YOUNG);
         a.bind(old);
         enter(a, &self.own);
     }
+}
+
+/// A word of a conversation's value.
+fn word(value: &[u8], at: i16) -> i32 {
+    let at = at as usize;
+    let bytes = value
+        .get(at..at + 4)
+        .and_then(|bytes| bytes.try_into().ok());
+    bytes.map_or(0, i32::from_ne_bytes)
+}
+
+/// Whether a conversation with this value is over: nobody takes it for this host's own any more.
+fn is_over(flow: &HostFlow, value: &[u8], now: Duration) -> bool {
+    let idle = match word(value, OWN_KIND) {
+        KIND_CLOSED => TCP_HALF_CLOSED,
+        KIND_LASTING => OWN_LASTING,
+        _ if flow.protocol == TCP => OWN_IDLE_TCP,
+        _ => OWN_IDLE,
+    };
+    let seen = value
+        .first_chunk()
+        .map_or(0, |&bytes| u64::from_ne_bytes(bytes));
+    Duration::from_nanos(seen) + idle < now
+}
+
+/// A time in the ticks of the memory, never 0.
+fn tick(time: Duration) -> u32 {
+    (time.as_nanos() >> ASKED_TICK) as u32 | 1
 }

@@ -30,6 +30,7 @@ use super::headers::{fragment, icmp, icmpv4, icmpv6, ipv4, ipv6, ports, tcp};
 use super::phrases::{
     PACKET, PROTOCOL, TRANSPORT, branch_by_family, jump_unless_icmpv6_error, walk_extension_headers,
 };
+use crate::flow::modes::CLIENTS_QUERY;
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Map, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, SYN};
@@ -40,8 +41,11 @@ pub(super) const FRAGMENT: Reg = R9;
 /// The order separates packets with ports from those without.
 pub(super) const UNFRAGMENTED: i32 = 0;
 pub(super) const FIRST_FRAGMENT: i32 = 1;
-const MIDDLE_FRAGMENT: i32 = 2;
+pub(super) const MIDDLE_FRAGMENT: i32 = 2;
 pub(super) const LAST_FRAGMENT: i32 = 3;
+
+/// In its place: the key is that of a packet which an ICMP error quotes.
+pub(super) const QUOTED: i32 = 4;
 
 /// Where the stack keeps the identification of a fragment, as on the wire.
 const IDENTIFICATION: i16 = -60;
@@ -328,7 +332,69 @@ fn quoted(a: &mut Assembler, v4: bool, side: Side, ways: Ways) {
     a.mov(R2, TRANSPORT);
     load_header(a, icmp::QUOTED, ways.none);
     store_identifier(a);
+    if side == Side::Remote {
+        mark_if_of_client(a, v4, ways.quoted);
+    }
     a.jump(ways.quoted);
+}
+
+/// Marks the key as that of a client's ICMP query, if the header that was copied is an answer to
+/// one, and goes to `marked` then.
+fn mark_if_of_client(a: &mut Assembler, v4: bool, marked: Label) {
+    let (is_one, no) = (a.label(), a.label());
+    a.load(Size::B, R0, R10, HEADER + icmp::TYPE as i16);
+    let types: &[i32] = if v4 {
+        &icmpv4::REPLIES
+    } else {
+        &[icmpv6::ECHO_REPLY]
+    };
+    for &kind in types {
+        a.jump_if(R0, If::Eq, kind, is_one);
+    }
+    a.jump(no);
+    a.bind(is_one);
+    mark_as_of_client(a);
+    a.jump(marked);
+    a.bind(no);
+}
+
+/// For what [`parse`] takes for none: makes the key of an ICMP query where it looks for answers, or
+/// of an answer where it looks for queries, and jumps to `made`. That is a client's query that
+/// comes, the answer of this host to one, or a query of the new server.
+pub(super) fn key_of_other_query(a: &mut Assembler, side: Side, made: Label) {
+    for v4 in [true, false] {
+        let next = a.label();
+        let icmp = if v4 {
+            icmpv4::PROTOCOL
+        } else {
+            icmpv6::PROTOCOL
+        };
+        a.jump_if(PROTOCOL, If::Ne, i32::from(icmp), next);
+        a.load(Size::B, R0, R10, HEADER + icmp::TYPE as i16);
+        let types: &[i32] = match (v4, side.answers()) {
+            (true, true) => &icmpv4::QUERIES,
+            (true, false) => &icmpv4::REPLIES,
+            (false, true) => &[icmpv6::ECHO_REQUEST],
+            (false, false) => &[icmpv6::ECHO_REPLY],
+        };
+        let is_one = a.label();
+        for &kind in types {
+            a.jump_if(R0, If::Eq, kind, is_one);
+        }
+        a.jump(next);
+        a.bind(is_one);
+        store_identifier(a);
+        if side != Side::Host {
+            mark_as_of_client(a);
+        }
+        a.jump(made);
+        a.bind(next);
+    }
+}
+
+/// Marks the key of an ICMP message as that of a client's query, or of the answer to one.
+pub(super) fn mark_as_of_client(a: &mut Assembler) {
+    a.store(Size::H, R10, KEY_LAST + 2, i32::from(CLIENTS_QUERY.to_be()));
 }
 
 /// Copies a header, whose place R2 tells, to the stack.
@@ -388,7 +454,7 @@ pub(super) fn load_syn(a: &mut Assembler) {
 }
 
 /// Makes the key that of a fragmented packet under way.
-fn key_by_identification(a: &mut Assembler) {
+pub(super) fn key_by_identification(a: &mut Assembler) {
     a.load(Size::W, R0, R10, IDENTIFICATION);
     a.store(Size::W, R10, KEY_LAST, R0);
 }

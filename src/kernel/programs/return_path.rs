@@ -17,6 +17,7 @@
 //! note that the new server has answered, or begun;             // see `stays`, `begun`
 //! if (!IP) return TC_ACT_UNSPEC;
 //! if (ip.daddr in moves) {
+//!     note that it is not the new server's;
 //!     skb_change_head(14); ethernet.type = skb->protocol;
 //!     skb->mark = BOUNCED;
 //!     return redirect(facts.uplink, BPF_F_INGRESS);
@@ -44,7 +45,7 @@ use super::phrases::{
     BOUNCED, BPF_F_INGRESS, PACKET, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
     begin_route_lookup, branch_by_family, keep_packet, load_bytes, look_up_route, verdict,
 };
-use super::stays::note_answered;
+use super::stays::{note_answered, note_bounced};
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
 
 /// Where the EtherType lies on the stack.
@@ -75,7 +76,7 @@ pub fn return_path(facts: &Facts, tun_ifindex: u32) -> Result<Program, BpfError>
     let (v6, look, bounced, other) = (a.label(), a.label(), a.label(), a.label());
     let (found, by_uplink, refused) = (a.label(), a.label(), a.label());
     keep_packet(a);
-    note_answered(a, 0, &facts.own);
+    note_answered(a, 0, &facts.own, Some(&facts.modes));
     note_begun(a, facts, refused);
     branch_by_family(a, v6, other);
     jump_if_moved(a, facts, Family::V4, bounced, other);
@@ -169,6 +170,7 @@ fn send(a: &mut Assembler) {
 /// its EtherType.
 fn bounce(a: &mut Assembler, bounced: Label, facts: &Facts, nowhere: Label) {
     a.bind(bounced);
+    note_bounced(a, 0, facts);
     facts.load_uplink(a, IFINDEX);
     a.jump_if(IFINDEX, If::Eq, 0, nowhere);
     add_empty_header(a, ethernet::LEN as u32);

@@ -11,70 +11,96 @@
 //!   it speaks, and, if a socket spoke, as long as there is one.
 //! * An ICMP error goes where the packet went that it quotes, a later fragment where the first one
 //!   went.
+//! * About what belongs to no conversation that is known the [mode](super::modes) decides.
 //! * What a DHCP server sends is for whoever holds the address, so it stays in any case (RFC 2131
 //!   section 4.1, RFC 8415 section 7.2).
 //!
 //! ```text
-//! parse();                                           // none, other: take; later: below
+//! parse();                                           // other: take; later, none: below
 //! if (UDP, to the port of a DHCP client) stay;
-//! if (!ICMP && lookup(taken, key)) take;             // most packets
-//! if ((o = lookup(own, key))) {
+//! if ((!ICMP || modes.some) && lookup(taken, key)) take;             // most packets
+//! if ((o = lookup(kept, key) ?: lookup(own, key)) && !(o->stage == REQUEST && !TCP)) {
 //!     if (TCP) {
 //!         if (SYN ? !CLOSED && (now - o->seen <= OWN_IDLE || asked(o))
-//!                 : CLOSED || now - o->seen <= OWN_IDLE_TCP) stay;
-//!     } else if (now - o->seen <= (o->young ? YOUNG_IDLE : LASTING ? OWN_LASTING : OWN_IDLE)
-//!                && (o->kind != KIND_SOCKET or _LASTING || sk_lookup_udp())) stay;
-//!     delete(own, key);
+//!                 : CLOSED || now - o->seen <= OWN_IDLE_TCP) {
+//!             if (OPENING && it acknowledges o->stage) move(own, kept, key, { now, KIND_BEHIND });
+//!             stay;
+//!         }
+//!     } else if (now - o->seen <= (YOUNG ? YOUNG_IDLE : LASTING ? OWN_LASTING : OWN_IDLE)
+//!                && (o->kind != KIND_SOCKET or _LASTING || sk_lookup_udp())) {
+//!         if (PLAIN && !quoted) o->stage = STAGE_HEARD;
+//!         stay;
+//!     }
+//!     delete(kept and own, key);
 //! }
 //! // asked(o): the first SYN marks it as KIND_ASKED; it is over if that stands one second later.
 //! if (TCP && (s = skc_lookup_tcp()) && s->state != LISTEN) {
 //!     if (!(SYN && s->state == TIME_WAIT)) stay;
-//!     update(taken, key, 0);                         // or the rest would go to what was closed
+//!     anew = true;                                   // or the rest would go to what was closed
 //! }
 //! if (UDP && (s = sk_lookup_udp()) && s->state == ESTABLISHED) stay;
 //! if (FRAGMENT == FIRST_FRAGMENT && (t = lookup(others, key)) && now - *t <= OWN_IDLE) stay;
-//! if (!ICMP && !SYN && !quoted) update(taken, key, 0);     // another SYN leaves no memory
-//! take:   if (FRAGMENT == FIRST_FRAGMENT) delete(fragments, key by identification);
+//! decide: if (modes.some) switch (modes) { ask: take; here: goto here; moved: }   // see `modes`
+//! if (it tells nothing) take;
+//! if (anew || !ICMP && !SYN && !quoted) update(taken, key, 0);     // another SYN leaves no memory
+//! take:   if (FRAGMENT == FIRST_FRAGMENT) {
+//!             if (modes.some) update(fragments, key by identification, 1);
+//!             else delete(fragments, key by identification);
+//!         }
 //!         go on
-//! stay:   if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification);
+//! here:   if (it begins something without TCP) update(own, key, { now, KIND_BEHIND, REQUEST });
+//! stay:   if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification, 0);
 //!         count; return TC_ACT_UNSPEC;
-//! later:  if (!lookup(fragments, key by identification)) take;
+//! none:   if (!modes.some) take;
+//!         if (an ICMP query) go on above, with the key of a client's query
+//!         goto decide;
+//! later:  if (!(t = lookup(fragments, key by identification))) goto decide;
 //!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
-//!         count; return TC_ACT_UNSPEC;
+//!         if (*t) take; count; return TC_ACT_UNSPEC;
 //! ```
 
 use Reg::{R0, R1, R7, R8, R10};
 
-use super::flows::{KEY_LAST, VALUE, enter, jump_if_within, look_up, remove};
-use super::headers::{icmpv4, icmpv6, ipv4, ipv6, sock};
+use super::facts::Facts;
+use super::flows::{KEY_LAST, KEY_LOCAL, VALUE, enter, enter_now, jump_if_within, look_up, remove};
+use super::headers::{ipv4, ipv6, sock, tcp};
+use super::modes::{BEGINS, Modes, TELLS, TELLS_NOTHING};
 use super::own::{
-    ASKED_TICK, ASKED_TICKS, KIND_ASKED, KIND_CLOSED, KIND_LASTING, KIND_SOCKET, MAX_NOTED,
-    OWN_IDLE, OWN_IDLE_TCP, OWN_KIND, OWN_LASTING, OWN_SEEN, OWN_YOUNG, Own, YOUNG_IDLE,
+    ASKED_TICK, ASKED_TICKS, KIND_ASKED, KIND_BEHIND, KIND_CLOSED, KIND_LASTING, KIND_OPENING,
+    KIND_SOCKET, MAX_NOTED, OWN_IDLE, OWN_IDLE_TCP, OWN_KIND, OWN_LASTING, OWN_SEEN, OWN_STAGE,
+    Own, STAGE_HEARD, STAGE_PLAIN, STAGE_REQUEST, STAGE_YOUNG, YOUNG_IDLE,
 };
 use super::parse::{
-    FIRST_FRAGMENT, FRAGMENT, Side, Ways, follow_first_fragment, forget_first_fragment, load_syn,
-    parse, remember_first_fragment, wire,
+    FIRST_FRAGMENT, FLAGS, FRAGMENT, HEADER, LAST_FRAGMENT, QUOTED, Side, Ways,
+    key_by_identification, key_of_other_query, load_syn, mark_as_of_client, parse,
+    remember_first_fragment, wire,
 };
 use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_icmp, jump_if_v6, look_up_at, verdict};
 use super::sockets::{look_up_socket, release_keeping_state};
-use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Map, Reg, Size};
 use crate::model::moved::{TCP, UDP};
-use crate::packet::SYN;
+use crate::packet::{ACK, RST, SYN};
 
 /// An entry of a map, or a socket that is held, once the packet is read.
 const FOUND: Reg = R7;
 
-/// In [`FRAGMENT`]: the key is that of a packet which an ICMP error quotes.
-const QUOTED: i32 = 4;
+/// Where the stack keeps whether a new connection takes the place of what was closed here.
+const ANEW: i16 = -220;
+
+/// Most bytes beyond the expected number that who has seen it acknowledges: what a server sends at
+/// once. A stranger guesses one of 2¹⁶ numbers.
+const ACKNOWLEDGED: i32 = 0xffff;
 
 /// The ports of DHCP clients (RFC 2131 section 4.1, RFC 8415 section 7.2).
 const DHCP_CLIENTS: [u16; 2] = [68, 546];
 
 /// Goes on if the packet is none of this host's own. Ends the program otherwise: it passes. Nothing
 /// but the packet is left in any register.
-pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
+pub(super) fn leave_own(a: &mut Assembler, l2: u32, facts: &Facts) {
+    let (own, modes) = (&facts.own, &facts.modes);
     let ways = Ways::new(a);
     let (take, stay, ask, unknown) = (a.label(), a.label(), a.label(), a.label());
+    let (icmp, look, decide) = (a.label(), a.label(), a.label());
     parse(a, l2, Side::Remote, ways);
 
     a.bind(ways.quoted);
@@ -87,17 +113,35 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
         a.jump_if(R0, If::Eq, wire(i32::from(client)), stay);
     }
     a.bind(without_ports);
-    jump_if_icmp(a, ask);
+    jump_if_icmp(a, icmp);
+    a.bind(look);
     look_up(a, &own.taken);
     a.jump_if_wide(R0, If::Ne, 0, take);
     a.bind(ask);
-    look_up(a, &own.own);
-    a.jump_if_wide(R0, If::Ne, 0, begun);
+    own.look_up(a, begun);
 
     a.bind(unknown);
-    let (entered, note) = (a.label(), a.label());
-    ask_sockets(a, stay, note);
+    let (entered, note, anew) = (a.label(), a.label(), a.label());
+    let (plain, moved, here) = (a.label(), a.label(), a.label());
+    a.store(Size::W, R10, ANEW, 0);
+    ask_sockets(a, stay, anew);
     stay_if_of_another_port(a, own, stay);
+    let asked = a.label();
+    a.jump(asked);
+    a.bind(anew);
+    a.store(Size::W, R10, ANEW, 1);
+    a.bind(asked);
+    modes.jump_if_plain(a, plain);
+    Modes::tell(a);
+    a.bind(decide);
+    modes.decide(a, take, moved, here);
+
+    a.bind(moved);
+    a.load(Size::W, R0, R10, TELLS);
+    a.jump_if(R0, If::Eq, TELLS_NOTHING, take);
+    a.bind(plain);
+    a.load(Size::W, R0, R10, ANEW);
+    a.jump_if(R0, If::Ne, 0, note);
     jump_if_icmp(a, take);
     a.jump_if(FRAGMENT, If::Eq, QUOTED, take);
     load_syn(a);
@@ -107,14 +151,37 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
     enter(a, &own.taken);
     a.jump(take);
 
+    a.bind(here);
+    a.load(Size::W, R0, R10, TELLS);
+    a.jump_if(R0, If::Ne, BEGINS, stay);
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), stay);
+    note_request(a, own);
+    a.jump(stay);
+
+    // Queries of clients are taken as they come, while everything is.
+    a.bind(icmp);
+    modes.jump_if_plain(a, ask);
+    a.jump(look);
+    a.bind(ways.none);
+    modes.jump_if_plain(a, take);
+    key_of_other_query(a, Side::Remote, look);
+    let tells_nothing = a.label();
+    a.jump(tells_nothing);
+
     a.bind(begun);
-    judge_begun(a, own, stay);
+    judge_begun(a, own, stay, unknown);
     a.jump(unknown);
 
     a.bind(ways.later);
-    let more = a.label();
-    follow_first_fragment(a, &own.fragments, more, entered);
+    let (more, first_unknown) = (a.label(), a.label());
+    follow_first(a, &own.fragments, first_unknown, entered);
     a.jump(more);
+    a.bind(first_unknown);
+    modes.jump_if_plain(a, entered);
+    a.bind(tells_nothing);
+    a.store(Size::W, R10, ANEW, 0);
+    a.store(Size::W, R10, TELLS, TELLS_NOTHING);
+    a.jump(decide);
 
     a.bind(stay);
     remember_first_fragment(a, &own.fragments, more);
@@ -122,11 +189,39 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, own: &Own) {
     own.count_stayed(a);
     verdict(a, TC_ACT_UNSPEC);
 
-    for label in [take, ways.none, ways.other] {
+    for label in [take, ways.other] {
         a.bind(label);
     }
-    forget_first_fragment(a, &own.fragments, entered);
+    let forget = a.label();
+    a.jump_if(FRAGMENT, If::Ne, FIRST_FRAGMENT, entered);
+    key_by_identification(a);
+    modes.jump_if_plain(a, forget);
+    a.store(Size::Dw, R10, VALUE, 1);
+    enter(a, &own.fragments);
+    a.jump(entered);
+    a.bind(forget);
+    remove(a, &own.fragments);
     a.bind(entered);
+}
+
+/// Goes on if the first fragment of a later one stayed, and jumps to `taken` if it was taken;
+/// jumps to `unknown` if it is not known. The last one ends what was remembered.
+fn follow_first(a: &mut Assembler, fragments: &Map, unknown: Label, taken: Label) {
+    let more = a.label();
+    key_by_identification(a);
+    look_up(a, fragments);
+    a.jump_if_wide(R0, If::Eq, 0, unknown);
+    a.load(Size::Dw, FOUND, R0, 0);
+    a.jump_if(FRAGMENT, If::Ne, LAST_FRAGMENT, more);
+    remove(a, fragments);
+    a.bind(more);
+    a.jump_if_wide(FOUND, If::Ne, 0, taken);
+}
+
+/// Notes that a client asks this host, so that what answers has not begun by itself.
+fn note_request(a: &mut Assembler, own: &Own) {
+    Own::make_value(a, KIND_BEHIND, STAGE_REQUEST);
+    own.enter_value(a);
 }
 
 /// Jumps to `stay` if the packet is the first fragment of UDP to a port that has not moved, from
@@ -141,16 +236,18 @@ fn stay_if_of_another_port(a: &mut Assembler, own: &Own, stay: Label) {
     a.bind(no);
 }
 
-/// Jumps to `stay` if a conversation that this host has begun, with its value at R0, still is one;
-/// forgets it otherwise.
-pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
+/// Jumps to `stay` if a conversation that this host has begun or answered, with its value at R0,
+/// still is one, and to `unanswered` if it is not one yet; forgets it otherwise.
+pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label, unanswered: Label) {
     let (tcp, begins, forget) = (a.label(), a.label(), a.label());
+    let (goes_on, tcp_goes_on, full) = (a.label(), a.label(), a.label());
     let (young, lasting) = (a.label(), a.label());
     let (in_time, ask, gone) = (a.label(), a.label(), a.label());
     a.mov(FOUND, R0);
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
-    a.load(Size::W, R0, FOUND, OWN_YOUNG);
-    a.jump_if(R0, If::Ne, 0, young);
+    a.load(Size::W, R0, FOUND, OWN_STAGE);
+    a.jump_if(R0, If::Eq, STAGE_YOUNG, young);
+    a.jump_if(R0, If::Eq, STAGE_REQUEST, unanswered);
     a.load(Size::W, R0, FOUND, OWN_KIND);
     a.jump_if(R0, If::Eq, KIND_LASTING, lasting);
     jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, in_time);
@@ -163,12 +260,18 @@ pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
     a.jump(forget);
     a.bind(in_time);
     a.load(Size::W, R0, FOUND, OWN_KIND);
-    a.jump_if(R0, If::Ne, KIND_SOCKET, stay);
+    a.jump_if(R0, If::Ne, KIND_SOCKET, goes_on);
     a.bind(ask);
     look_up_socket(a, Helper::SkLookupUdp);
     a.jump_if_wide(R0, If::Eq, 0, gone);
     a.mov(R1, R0);
     a.call(Helper::SkRelease);
+    a.bind(goes_on);
+    a.jump_if(FRAGMENT, If::Eq, QUOTED, stay);
+    a.load(Size::W, R0, FOUND, OWN_STAGE);
+    a.jump_if(R0, If::Ne, STAGE_PLAIN, stay);
+    a.mov(R0, STAGE_HEARD);
+    a.store(Size::W, FOUND, OWN_STAGE, R0);
     a.jump(stay);
 
     a.bind(tcp);
@@ -176,8 +279,25 @@ pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
     a.jump_if(R0, If::Eq, i32::from(SYN), begins);
     a.load(Size::W, R0, FOUND, OWN_KIND);
     a.jump_if(R0, If::Eq, KIND_CLOSED, stay);
-    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE_TCP, stay);
+    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE_TCP, tcp_goes_on);
     a.jump(forget);
+    a.bind(tcp_goes_on);
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    a.jump_if(R0, If::Ne, KIND_OPENING, stay);
+    a.jump_if(FRAGMENT, If::Eq, QUOTED, stay);
+    a.load(Size::W, R0, R10, FLAGS);
+    a.jump_if(R0, If::Set, i32::from(RST), stay);
+    a.alu(Alu::And, R0, i32::from(ACK));
+    a.jump_if(R0, If::Eq, 0, stay);
+    a.load(Size::W, R0, R10, HEADER + tcp::ACKNOWLEDGMENT as i16);
+    a.swap_if_little_endian(R0);
+    a.load(Size::W, R1, FOUND, OWN_STAGE);
+    a.alu(Alu::Sub, R0, R1);
+    a.jump_if(R0, If::Gt, ACKNOWLEDGED, stay);
+    Own::make_value(a, KIND_BEHIND, STAGE_PLAIN);
+    own.keep(a, full);
+    a.bind(full);
+    a.jump(stay);
     a.bind(begins);
     a.load(Size::W, R0, FOUND, OWN_KIND);
     a.jump_if(R0, If::Eq, KIND_CLOSED, forget);
@@ -187,17 +307,17 @@ pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label) {
     a.alu(Alu::Rsh, R0, ASKED_TICK);
     a.load(Size::W, R1, FOUND, OWN_KIND);
     a.jump_if(R1, If::Eq, KIND_ASKED, asked);
-    a.store(Size::W, FOUND, OWN_YOUNG, R0);
+    a.store(Size::W, FOUND, OWN_STAGE, R0);
     a.mov(R0, KIND_ASKED);
     a.store(Size::W, FOUND, OWN_KIND, R0);
     a.jump(stay);
     a.bind(asked);
-    a.load(Size::W, R1, FOUND, OWN_YOUNG);
+    a.load(Size::W, R1, FOUND, OWN_STAGE);
     a.alu(Alu::Sub, R0, R1);
     a.jump_if_wide(R0, If::Lt, ASKED_TICKS, stay);
     a.bind(forget);
     a.bind(gone);
-    remove(a, &own.own);
+    own.forget(a);
 }
 
 /// Jumps to `stay` if a socket of this host has a connection with the sender, or is about to; to
@@ -236,7 +356,7 @@ pub(super) fn ask_sockets(a: &mut Assembler, stay: Label, anew: Label) {
 /// parse();                                              // quoted, later, none, other: go on
 /// if (!ICMP && (t = lookup(taken, key))) t->answered = now;
 /// ```
-pub(super) fn note_answered(a: &mut Assembler, l2: u32, own: &Own) {
+pub(super) fn note_answered(a: &mut Assembler, l2: u32, own: &Own, modes: Option<&Modes>) {
     let ways = Ways::new(a);
     let (v6, hashed, read, done) = (a.label(), a.label(), a.label(), a.label());
     jump_if_v6(a, v6);
@@ -272,15 +392,66 @@ pub(super) fn note_answered(a: &mut Assembler, l2: u32, own: &Own) {
     a.bind(read);
     parse(a, l2, Side::Host, ways);
     a.bind(ways.flow);
-    for other in [TCP, icmpv4::PROTOCOL, icmpv6::PROTOCOL] {
-        a.jump_if(PROTOCOL, If::Eq, i32::from(other), done);
-    }
+    let (icmp, enter_it, made, known) = (a.label(), a.label(), a.label(), a.label());
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), done);
+    jump_if_icmp(a, icmp);
+    a.bind(made);
     look_up(a, &own.taken);
-    a.jump_if_wide(R0, If::Eq, 0, done);
+    a.jump_if_wide(R0, If::Ne, 0, known);
+    if let Some(modes) = modes {
+        modes.jump_if_plain(a, done);
+        // What is bounced does not come from what has moved.
+        modes.look_up_scope(a, KEY_LOCAL);
+        a.jump_if_wide(R0, If::Ne, 0, enter_it);
+    }
+    a.jump(done);
+    a.bind(enter_it);
+    enter_now(a, &own.taken);
+    a.jump(done);
+    a.bind(known);
     a.mov(FOUND, R0);
     a.call(Helper::KtimeGetNs);
     a.store(Size::Dw, FOUND, 0, R0);
-    for label in [ways.later, ways.quoted, ways.none, ways.other, done] {
+    a.jump(done);
+    a.bind(icmp);
+    if let Some(modes) = modes {
+        modes.jump_if_plain(a, done);
+        mark_as_of_client(a);
+        a.jump(made);
+    }
+    a.jump(done);
+    a.bind(ways.none);
+    if let Some(modes) = modes {
+        modes.jump_if_plain(a, done);
+        key_of_other_query(a, Side::Host, made);
+    }
+    for label in [ways.later, ways.quoted, ways.other, done] {
+        a.bind(label);
+    }
+}
+
+/// Notes that the daemon has bounced a packet: what it asks is not the new server's, and this host
+/// is asked. Later fragments follow it.
+pub(super) fn note_bounced(a: &mut Assembler, l2: u32, facts: &Facts) {
+    let (own, modes) = (&facts.own, &facts.modes);
+    let ways = Ways::new(a);
+    let (done, first) = (a.label(), a.label());
+    modes.jump_if_plain(a, done);
+    parse(a, l2, Side::Remote, ways);
+    a.bind(ways.none);
+    key_of_other_query(a, Side::Remote, ways.flow);
+    a.jump(done);
+    a.bind(ways.flow);
+    remove(a, &own.taken);
+    a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), first);
+    Modes::tell(a);
+    a.load(Size::W, R0, R10, TELLS);
+    a.jump_if(R0, If::Ne, BEGINS, first);
+    own.look_up(a, first);
+    note_request(a, own);
+    a.bind(first);
+    remember_first_fragment(a, &own.fragments, done);
+    for label in [ways.later, ways.quoted, ways.other, done] {
         a.bind(label);
     }
 }
@@ -363,7 +534,7 @@ mod tests {
             let load = |program: crate::kernel::bpf::Program| program.load().unwrap();
             let mut asm = Assembler::new();
             keep_packet(&mut asm);
-            note_answered(&mut asm, L2, &facts.own);
+            note_answered(&mut asm, L2, &facts.own, Some(&facts.modes));
             verdict(&mut asm, TC_ACT_UNSPEC);
             Self {
                 capture: load(capture(&facts, L2, 1, Some(51820)).unwrap()),

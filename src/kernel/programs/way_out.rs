@@ -69,7 +69,7 @@ pub fn way_out(
         .map(|&(ip, way)| (ip, way, a.label()))
         .collect();
     keep_packet(a);
-    note_answered(a, 0, own);
+    note_answered(a, 0, own, None);
     branch_by_family(a, v6, pass);
     a.load_packet(Size::W, ipv4::DESTINATION);
     for (ip, _, label) in local.iter().chain(&servers) {
