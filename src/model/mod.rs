@@ -17,3 +17,4 @@ pub mod progress;
 pub mod runtime;
 pub mod scopes;
 pub mod status;
+pub mod visit;
