@@ -33,17 +33,20 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 
 use crate::flow::allowed::Allowed;
-use crate::flow::clients::{Clients, Flow};
+use crate::flow::class::Side;
+use crate::flow::clients::{Change, Clients, Flow, Known};
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
 use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
+use crate::flow::visits::Visits;
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::drops::DropReason;
-use crate::model::moved::Move;
+use crate::model::moved::{Move, TCP};
 use crate::model::outgoing::AllowOutgoing;
 use crate::model::scopes::Scopes;
+use crate::model::visit::Visited;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, SYN};
 
 /// The old server's checks for one peer. Shared by the lanes.
@@ -63,6 +66,8 @@ pub struct Gate {
     returning: Mutex<FragmentCache<()>>,
     refusals: Refusals,
     watch: Watch<Flow>,
+    /// Who comes, if that is noted.
+    visits: Option<Visits>,
 }
 
 /// How a gate is made.
@@ -115,7 +120,15 @@ impl Gate {
             returning: Mutex::new(FragmentCache::new()),
             refusals: Refusals::default(),
             watch: Watch::new(seed),
+            visits: None,
         }
+    }
+
+    /// The same gate, which notes who comes; with `names`, also the first bytes of each connection.
+    #[must_use]
+    pub fn noting_visits(mut self, names: bool) -> Self {
+        self.visits = Some(Visits::new(self.seed, names));
+        self
     }
 
     /// The same gate, which lets connections out that the new server begins, if one of the rules
@@ -165,9 +178,14 @@ impl Gate {
         let verdict = self.ownership.judge_for(scope, now, parsed, bytes)?;
         if verdict == Verdict::Carry
             && let Some(flow) = self.clients.asked(parsed, bytes)
-            && !self.clients.client_spoke(now, &flow)
         {
-            self.admit(now, parsed, bytes, &flow)?;
+            match self.clients.client_spoke(now, &flow) {
+                Known::Same => {}
+                Known::Changed(change) => {
+                    self.changed(now, Side::Client, parsed, bytes, &flow, change);
+                }
+                Known::No => self.admit(now, parsed, bytes, &flow)?,
+            }
         }
         Ok(verdict)
     }
@@ -200,17 +218,24 @@ impl Gate {
             return self.check_error(now, parsed, bytes);
         }
         let (protocol, port) = (parsed.protocol(), parsed.src_port());
-        let known = |flow: &Flow| !begins(parsed) && self.clients.server_spoke(now, flow);
         if self.ownership.takes(scope, protocol, parsed.kind(), port) {
             let flow = self.clients.answered(parsed, bytes);
-            if !flow.as_ref().is_some_and(known) {
-                self.may_go_on(now, parsed, bytes, flow.as_ref())?;
+            match &flow {
+                Some(flow) if !begins(parsed) => match self.clients.server_spoke(now, flow) {
+                    Known::Same => {}
+                    Known::Changed(change) => {
+                        self.changed(now, Side::Application, parsed, bytes, flow, change);
+                    }
+                    Known::No => self.may_go_on(now, parsed, bytes, Some(flow))?,
+                },
+                _ => self.may_go_on(now, parsed, bytes, flow.as_ref())?,
             }
         } else {
             let flow = self.clients.begun(parsed, bytes);
             let flow = flow.filter(|_| self.begins_anywhere);
             let flow = flow.ok_or(DropReason::NotMoved)?;
-            if !known(&flow) {
+            let known = !begins(parsed) && self.clients.server_spoke(now, &flow).is_known();
+            if !known {
                 self.may_begin(now, parsed, bytes, &flow)?;
             }
         }
@@ -240,6 +265,22 @@ impl Gate {
         self.watch.take(now, |flow| self.clients.noted(now, flow))
     }
 
+    /// Who came, and what there is to add about those who came before; with `all`, everything that
+    /// is known. Call it every second.
+    pub fn visited(&self, now: Instant, all: bool) -> Visited<Instant> {
+        let visits = self.visits.as_ref();
+        visits.map_or_else(Visited::default, |visits| visits.take(now, all))
+    }
+
+    /// These clients are known: what they begin is noted before that of others.
+    pub fn know(&self, clients: &[IpAddr]) {
+        if let Some(visits) = &self.visits {
+            clients
+                .iter()
+                .for_each(|&client| visits.know(client.into()));
+        }
+    }
+
     /// Counters of the flows.
     pub fn stats(&self) -> FlowStats {
         self.clients.stats()
@@ -259,10 +300,44 @@ impl Gate {
             return Err(DropReason::BadSource);
         }
         self.clients.remember(now, flow);
+        if let Some(visits) = &self.visits
+            && (parsed.protocol() != TCP || begins(parsed))
+        {
+            visits.opened(now, parsed, bytes, flow);
+        }
         if let Some(asked) = watch::asked(parsed, parsed.dst(bytes)) {
             self.watch.opened(now, asked, client, *flow);
         }
         Ok(())
+    }
+
+    /// A packet has told something new of its flow.
+    #[cold]
+    fn changed(
+        &self,
+        now: Instant,
+        side: Side,
+        parsed: &Parsed,
+        bytes: &[u8],
+        flow: &Flow,
+        change: Change,
+    ) {
+        let Some(visits) = &self.visits else {
+            return;
+        };
+        if change.before.is_nothing() && (parsed.protocol() != TCP || begins(parsed)) {
+            visits.opened(now, parsed, bytes, flow);
+        } else if visits.spoke(
+            now,
+            side,
+            parsed,
+            bytes,
+            flow,
+            change,
+            self.allowed.is_any(),
+        ) {
+            self.clients.look_again(flow);
+        }
     }
 
     /// Whether a packet of the new server leaves that answers nobody, as far as is known.
@@ -344,7 +419,7 @@ impl Gate {
         let Some(flow) = self.clients.begun_answer(parsed, bytes) else {
             return false;
         };
-        if !self.clients.client_spoke(now, &flow) {
+        if !self.clients.client_spoke(now, &flow).is_known() {
             let ends = (port, parsed.src_port());
             let may_be_older =
                 parsed.fragment() == Fragment::None && self.may_be_older(now, parsed, &flow, ends);

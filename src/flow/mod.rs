@@ -16,6 +16,7 @@
 //! | [`fairness`] | who gives way when flows or ports run out |
 //! | [`watch`] | which of the newest conversations were answered |
 //! | [`turned`] | which of them this server's daemon turned away |
+//! | `visits` | which clients still come, and what is known of their conversations |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -44,6 +45,7 @@ pub mod table;
 mod testing;
 pub mod translate;
 pub mod turned;
+mod visits;
 pub mod watch;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
