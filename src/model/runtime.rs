@@ -11,3 +11,6 @@ pub const STATUS_SOCKET: &str = "status.sock";
 pub const DELIVERED: &str = "delivered";
 /// See [`DELIVERED`].
 pub const DELIVERED_NEXT: &str = "delivered.next";
+
+/// Where the daemon keeps what outlives it and the machine's boot.
+pub const STATE_DIR: &str = "/var/lib/ipmoved";
