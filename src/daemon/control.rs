@@ -33,6 +33,7 @@ use super::service::{
 use super::setup::{Ready, Tools, resolve};
 use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
+use super::visitors::Visitors;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use super::{index, log};
@@ -78,9 +79,14 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
     let Ready { mut host, tools } = ready;
     let mut lanes = Threads::default();
-    let result = carry(config, tools, &mut host, &mut lanes).await;
+    let mut visitors = Visitors::start(&config, Instant::now());
+    let result = carry(config, tools, &mut host, &mut lanes, visitors.as_mut()).await;
     let result = end(result, &mut host);
     lanes.stop();
+    // Nothing else waits for a disk.
+    if let Some(visitors) = &mut visitors {
+        visitors.wait();
+    }
     result
 }
 
@@ -90,6 +96,7 @@ async fn carry(
     tools: Tools,
     host: &mut Host,
     lanes: &mut Threads,
+    visitors: Option<&mut Visitors>,
 ) -> Result<()> {
     let started = Instant::now();
     let peers = config.peers.len();
@@ -184,6 +191,7 @@ async fn carry(
         next_sweep: started + SWEEP_EVERY,
         repairer: Repairer::default(),
         silence: Watcher::new(config.role, peers, started),
+        visitors,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -305,6 +313,7 @@ fn tunnels(
 /// `resumes`: a predecessor was killed.
 fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
+    let client_log = config.client_log;
     if config.role == Role::Old {
         let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
         let moved: Vec<Move> = moves.cloned().collect();
@@ -316,9 +325,13 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
                 started: epoch,
                 resumes,
             };
-            Gate::new(policy.moves(peer), config)
+            let gate = Gate::new(policy.moves(peer), config)
                 .among(Arc::clone(&moved))
-                .allow_outgoing(policy.allow_outgoing(peer))
+                .allow_outgoing(policy.allow_outgoing(peer));
+            match client_log {
+                Some(log) => gate.noting_visits(log.names),
+                None => gate,
+            }
         });
         // The policy will tell this server's own addresses, once they could be listed.
         return Ok(Forwarder::Old(gates.collect()));
@@ -397,6 +410,7 @@ struct Control<'h> {
     next_sweep: Instant,
     repairer: Repairer,
     silence: Watcher,
+    visitors: Option<&'h mut Visitors>,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -454,6 +468,7 @@ impl Control<'_> {
             .filter_map(Tunnel::next_timeout)
             .chain([self.next_path, self.next_look, self.silence.next()])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
+            .chain(self.visitors.as_ref().map(|visitors| visitors.next()))
             .chain((self.role == Role::New).then_some(self.next_flows))
             .min()
             .unwrap_or(self.next_path)
@@ -536,6 +551,9 @@ impl Control<'_> {
         }
         if now >= self.silence.next() {
             self.look_at_silence(now);
+        }
+        if let Some(visitors) = &mut self.visitors {
+            visitors.look(now, &self.shared.forwarder, &mut self.warnings);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -1176,6 +1194,7 @@ impl Control<'_> {
             warnings: self.warnings.lines(),
             log_lines_lost: log::lost(),
             stayed: self.follower.stayed(),
+            unrecorded: (self.visitors.as_ref()).map_or(0, |visitors| visitors.unrecorded()),
         };
         let peers = self.policy.peers().map(|peer| self.known(now, peer));
         report::tunnels(
@@ -1231,6 +1250,9 @@ impl Control<'_> {
         }
         // If a goodbye is lost, the peer notices the silence.
         self.send_all(now);
+        if let Some(visitors) = &mut self.visitors {
+            visitors.end(now, &self.shared.forwarder);
+        }
     }
 }
 

@@ -15,6 +15,8 @@
 //! addresses and routes that change; `held` is which moved addresses the old server has, and
 //! `delivered` where the new one delivered last.
 //!
+//! `visitors` hands over who comes to be recorded (stragglers).
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -45,6 +47,7 @@ mod service;
 mod setup;
 mod silence;
 pub mod status_socket;
+mod visitors;
 mod warnings;
 mod watchdog;
 
@@ -72,6 +75,7 @@ pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
         let confinement = confine::confine(confine::Needs {
             runtime_dir: ready.host.dir(),
             names: endpoints.clone().any(PeerAddr::is_name),
+            state_dir: config.client_log.map(|_| &*config.state_dir),
         });
         config.warnings.extend_from_slice(&confinement.lacking);
         let _log = log::queue();

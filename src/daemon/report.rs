@@ -40,6 +40,8 @@ pub(super) struct Daemon {
     pub(super) log_lines_lost: u64,
     /// Packets to what has moved that stayed here.
     pub(super) stayed: u64,
+    /// Conversations that nobody had time to record.
+    pub(super) unrecorded: u64,
 }
 
 /// The facts about one peer.
@@ -231,6 +233,7 @@ fn status(
         warnings: daemon.warnings,
         log_lines_lost: daemon.log_lines_lost,
         stayed: daemon.stayed,
+        unrecorded: daemon.unrecorded,
     }
 }
 
@@ -339,6 +342,7 @@ mod tests {
             warnings: vec!["somebody removed a filter; it is back".into()],
             log_lines_lost: 0,
             stayed: 0,
+            unrecorded: 0,
         }
     }
 

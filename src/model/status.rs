@@ -38,6 +38,9 @@ pub struct Status {
     /// behind it, and connections that it still has (old server).
     #[serde(default)]
     pub stayed: u64,
+    /// Conversations that were too many to record who came (old server).
+    #[serde(default)]
+    pub unrecorded: u64,
 }
 
 /// How packets get to the new server.
@@ -369,6 +372,13 @@ impl Status {
                 self.stayed
             )?;
         }
+        if self.unrecorded > 0 {
+            writeln!(
+                out,
+                "  unrecorded {} conversations, which were too many to record who came",
+                self.unrecorded
+            )?;
+        }
         write_drops(out, "strangers", &self.drops)?;
         for warning in &self.warnings {
             writeln!(out, "  warning    {warning}")?;
@@ -693,6 +703,7 @@ mod tests {
             warnings: vec!["the peer says no".into()],
             log_lines_lost: 0,
             stayed: 7,
+            unrecorded: 3,
         }
     }
 
@@ -755,6 +766,7 @@ mod tests {
             "keys 1 min 1 s old, round trip 0.17 ms",
             "replay 1",
             "without UDP GSO",
+            "unrecorded 3 conversations",
             "warning    the peer says no",
             "3.0 KB",
         ] {
