@@ -57,6 +57,7 @@ mod silence;
 mod stage;
 mod status;
 mod steering;
+mod stragglers;
 mod stream;
 mod the_lab;
 mod tracee;
