@@ -93,6 +93,9 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
             &["--move", "192.0.2.5", "--clients-from", "10.0.0.0/24"],
             "--clients-from",
         ),
+        (&["--no-client-log"], "belongs on the old server"),
+        (&["--no-client-names"], "belongs on the old server"),
+        (&["--keep", "90d"], "belongs on the old server"),
         // The address of the administrator's own login, whole or all of its TCP.
         (&["--move", "192.0.2.1"], "your login"),
         (&["--move", "192.0.2.1/tcp"], "your login"),
@@ -118,6 +121,8 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         (&["--start", "there"], "there"),
         (&["--state-dir", "state"], "does not begin with a slash"),
         (&["--state-dir", &psk], "is not a directory"),
+        (&["--keep", "90"], "`90` is no length of time"),
+        (&["--keep", "36h"], "whole days"),
         (&["--colour", "blue"], "--colour"),
     ];
     let alone: &[(&[&str], &str)] = &[
@@ -148,6 +153,11 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         (&["--config", &unknown], "colour"),
         (&["--config", &broken], &broken),
         (&["frobnicate"], "frobnicate"),
+        (&["stragglers", "--since", "yesterday"], "yesterday"),
+        (&["stragglers", "--top", "0"], "--top"),
+        (&["stragglers", "--json", "--csv"], "cannot both be given"),
+        (&["verdict", "--quiet", "0d"], "--quiet"),
+        (&["verdict", "--ignore", "monitors"], "monitors"),
     ];
     let typed = (after_key
         .iter()

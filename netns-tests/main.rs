@@ -59,6 +59,7 @@ mod silence;
 mod stage;
 mod status;
 mod steering;
+mod stragglers;
 mod stream;
 mod the_lab;
 mod the_move;

@@ -17,8 +17,9 @@ mod orders;
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser};
@@ -31,11 +32,17 @@ use crate::kernel::netlink::firewall;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
 use crate::lab::{DemoError, LabError};
 use crate::model::status::Status;
-use crate::settings::args::{Cli, Command, NatArgs, RunArgs};
+use crate::settings::args::{Cli, Command, NatArgs, RunArgs, StragglersArgs, VerdictArgs};
 use crate::settings::config::{self, Config, NatSettings};
+use crate::stragglers::findings::Findings;
+use crate::stragglers::history::History;
+use crate::stragglers::store::StoreError;
+use crate::stragglers::verdict::Verdict;
 
 /// Failed while running.
 const FAILED: u8 = 1;
+/// The old server cannot be switched off yet (`verdict`).
+const NOT_YET: u8 = 1;
 /// Bad input; clap uses the same.
 const BAD_INPUT: u8 = 2;
 /// The system cannot do it.
@@ -59,13 +66,17 @@ pub fn main() -> ExitCode {
         Some(Command::Hold(args)) => orders::hold(args),
         Some(Command::Back(args)) => orders::back(args),
         Some(Command::Cutover(args)) => cutover::run(args),
+        Some(Command::Stragglers(args)) => show_stragglers(args),
+        Some(Command::Verdict(args)) => give_verdict(args),
         Some(Command::Cleanup) => cleanup(),
         Some(Command::Demo) => demo(),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { code, message }) => {
-            say(message);
+            if !message.is_empty() {
+                say(message);
+            }
             ExitCode::from(code)
         }
     }
@@ -220,14 +231,62 @@ fn show_status(json: bool) -> Result<(), Failure> {
     // Without it the old server's own connections are not counted.
     let _ = here::count(&mut status);
     if json {
-        let text = serde_json::to_string_pretty(&status);
-        print(&format!(
-            "{}\n",
-            text.map_err(|error| Failure::new(FAILED, error))?
-        ))
+        print_json(&status)
     } else {
         print(&status.to_text())
     }
+}
+
+fn show_stragglers(args: StragglersArgs) -> Result<(), Failure> {
+    let history = history(args.state_dir)?;
+    let since = history.now() - args.since.get().as_secs() as i64;
+    let top = args.top.get() as usize;
+    let findings = Findings::of(&history, since, top).map_err(unreadable)?;
+    if args.json {
+        print_json(&findings)
+    } else if args.csv {
+        print(&findings.to_csv())
+    } else {
+        print(&findings.to_text())
+    }
+}
+
+/// Every failure but "not yet" has another exit code than that.
+fn give_verdict(args: VerdictArgs) -> Result<(), Failure> {
+    let history = history(args.state_dir)?;
+    let quiet = args.quiet.get().as_secs() as i64;
+    let verdict = Verdict::of(&history, quiet, &args.ignore).map_err(unreadable)?;
+    let printed = if args.json {
+        print_json(&verdict)
+    } else {
+        print(&verdict.to_text())
+    };
+    printed.map_err(|Failure { message, .. }| Failure::new(SYSTEM, message))?;
+    if verdict.safe {
+        Ok(())
+    } else {
+        Err(Failure {
+            code: NOT_YET,
+            // It has been said.
+            message: String::new(),
+        })
+    }
+}
+
+fn history(state_dir: Option<PathBuf>) -> Result<History, Failure> {
+    History::open(&config::state_dir(state_dir), SystemTime::now()).map_err(unreadable)
+}
+
+fn unreadable(error: StoreError) -> Failure {
+    Failure::new(SYSTEM, error)
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value);
+    print(&format!(
+        "{}\n",
+        text.map_err(|error| Failure::new(FAILED, error))?
+    ))
 }
 
 /// Where the daemon says that a firewall likely drops packets, names the chains that drop any. The

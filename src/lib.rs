@@ -38,6 +38,7 @@
 //! | [`channel`] | the encrypted channel (`contrib/protocol.md`): messages, keys, state machine |
 //! | [`io`] | the TUN queue, the UDP socket, the batch sent in one call, randomness |
 //! | [`settings`] | what was typed, and what it means |
+//! | [`stragglers`] | who still comes to what has moved: the database, and what follows from it |
 //! | [`kernel`] | every change of the host's network, recorded and undone |
 //! | [`lane`] | the loops that carry packets, and what they share with the control task |
 //! | [`daemon`] | the process: set-up, what it decides, control task, status, privileges |
@@ -58,6 +59,7 @@ pub(crate) mod lane;
 pub(crate) mod model;
 pub(crate) mod packet;
 pub(crate) mod settings;
+pub(crate) mod stragglers;
 #[cfg(any(test, fuzzing))]
 pub mod testing;
 

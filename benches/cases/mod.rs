@@ -936,7 +936,8 @@ fn gate(moved: Move, start: Instant) -> Gate {
         started: start,
         resumes: false,
     };
-    Gate::new(&[moved], config)
+    // As the daemon does unless told otherwise.
+    Gate::new(&[moved], config).noting_visits(true)
 }
 
 /// A move of a whole address.

@@ -36,6 +36,7 @@ use super::service::{
 use super::setup::{Ready, Tools, resolve};
 use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
+use super::visitors::Visitors;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use super::{index, log};
@@ -89,9 +90,14 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
     let Ready { mut host, tools } = ready;
     let mut lanes = Threads::default();
-    let result = carry(config, tools, &mut host, &mut lanes).await;
+    let mut visitors = Visitors::start(&config, Instant::now());
+    let result = carry(config, tools, &mut host, &mut lanes, visitors.as_mut()).await;
     let result = end(result, &mut host);
     lanes.stop();
+    // Nothing else waits for a disk.
+    if let Some(visitors) = &mut visitors {
+        visitors.wait();
+    }
     result
 }
 
@@ -101,6 +107,7 @@ async fn carry(
     tools: Tools,
     host: &mut Host,
     lanes: &mut Threads,
+    visitors: Option<&mut Visitors>,
 ) -> Result<()> {
     let started = Instant::now();
     let peers = config.peers.len();
@@ -208,6 +215,7 @@ async fn carry(
         orders,
         modes_again: None,
         progress: Progresses::new(config.role, peers, started),
+        visitors,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -339,6 +347,7 @@ fn moves_from_here(config: &Config, policy: &Policy) -> Vec<Move> {
 /// `resumes`: a predecessor was killed.
 fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
+    let client_log = config.client_log;
     if config.role == Role::Old {
         let moved = Arc::new(Scopes::new(&moves_from_here(config, policy)));
         let gates = policy.peers().map(|peer| {
@@ -348,9 +357,13 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
                 started: epoch,
                 resumes,
             };
-            Gate::new(policy.moves(peer), config)
+            let gate = Gate::new(policy.moves(peer), config)
                 .among(Arc::clone(&moved))
-                .allow_outgoing(policy.allow_outgoing(peer))
+                .allow_outgoing(policy.allow_outgoing(peer));
+            match client_log {
+                Some(log) => gate.noting_visits(log.names),
+                None => gate,
+            }
         });
         // The policy will tell this server's own addresses, once they could be listed.
         return Ok(Forwarder::Old(gates.collect()));
@@ -434,6 +447,7 @@ struct Control<'h> {
     /// When the programs may have to be told the modes again.
     modes_again: Option<Instant>,
     progress: Progresses,
+    visitors: Option<&'h mut Visitors>,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -496,6 +510,7 @@ impl Control<'_> {
             .filter_map(Tunnel::next_timeout)
             .chain([self.next_path, self.next_look, self.silence.next()])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
+            .chain(self.visitors.as_ref().map(|visitors| visitors.next()))
             .chain((self.role == Role::New).then_some(self.next_flows))
             .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
             .chain(self.modes_again)
@@ -591,6 +606,9 @@ impl Control<'_> {
         }
         if self.progress.next().is_some_and(|next| now >= next) {
             self.look_at_progress(now);
+        }
+        if let Some(visitors) = &mut self.visitors {
+            visitors.look(now, &self.shared.forwarder, &mut self.warnings);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -1335,6 +1353,7 @@ impl Control<'_> {
             log_lines_lost: log::lost(),
             stayed: self.follower.stayed(),
             own_full: self.follower.own_full(),
+            unrecorded: (self.visitors.as_ref()).map_or(0, |visitors| visitors.unrecorded()),
         };
         let waiting = match self.role {
             Role::Old => self.shared.holding.waiting(),
@@ -1413,6 +1432,9 @@ impl Control<'_> {
         }
         // If a goodbye is lost, the peer notices the silence.
         self.send_all(now);
+        if let Some(visitors) = &mut self.visitors {
+            visitors.end(now, &self.shared.forwarder);
+        }
     }
 }
 

@@ -18,6 +18,8 @@
 //!
 //! `progress` is how far each move has come, and `silence` what is not answered.
 //!
+//! `visitors` hands over who comes to be recorded (stragglers).
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -52,6 +54,7 @@ mod setup;
 mod silence;
 mod state_dir;
 pub mod status_socket;
+mod visitors;
 mod warnings;
 mod watchdog;
 

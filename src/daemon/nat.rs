@@ -250,6 +250,7 @@ async fn carry(
                     log_lines_lost: log::lost(),
                     stayed: 0,
                     own_full: 0,
+                    unrecorded: 0,
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),

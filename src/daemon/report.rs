@@ -43,6 +43,8 @@ pub(super) struct Daemon {
     pub(super) stayed: u64,
     /// How often one of its conversations could not be kept from giving way to new ones.
     pub(super) own_full: u64,
+    /// Conversations that nobody had time to record.
+    pub(super) unrecorded: u64,
 }
 
 /// The facts about one peer.
@@ -243,6 +245,7 @@ fn status(
         log_lines_lost: daemon.log_lines_lost,
         stayed: daemon.stayed,
         own_full: daemon.own_full,
+        unrecorded: daemon.unrecorded,
     }
 }
 
@@ -354,6 +357,7 @@ mod tests {
             log_lines_lost: 0,
             stayed: 0,
             own_full: 0,
+            unrecorded: 0,
         }
     }
 

@@ -305,6 +305,21 @@ impl Seen {
         self.has(Self::APPLICATION)
     }
 
+    /// Whether the client has said anything.
+    pub(super) fn is_asked(self) -> bool {
+        self.has(Self::CLIENT)
+    }
+
+    /// Whether the client went on: see [`Self::after`].
+    pub(super) fn went_on(self) -> bool {
+        self.has(Self::WENT_ON)
+    }
+
+    /// Whether both sides have closed a TCP connection.
+    pub(super) fn is_closed(self) -> bool {
+        self.has(Self::FIN_BOTH)
+    }
+
     #[inline]
     fn has_any(self, some: Self) -> bool {
         self.0 & some.0 != 0

@@ -104,6 +104,53 @@ pub(super) struct Flow {
     tcp_flags: u8,
 }
 
+/// What a packet is to what is known of its flow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Known {
+    /// Nothing is.
+    No,
+    /// It tells nothing new.
+    Same,
+    /// It does, or it is the first one for some seconds.
+    Changed(Change),
+}
+
+/// What is known of a flow, without a packet and with it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Change {
+    /// Nothing, if its time was up.
+    pub(super) before: Seen,
+    pub(super) after: Seen,
+}
+
+impl Change {
+    /// Whether a conversation begins, now that it was answered and nobody follows it. Without
+    /// connections a client that speaks again after a silence begins another.
+    pub(super) fn begins(self, protocol: u8, side: Side) -> bool {
+        let asked = self.before.is_asked();
+        match (protocol, side) {
+            (TCP, _) => asked && !self.before.went_on(),
+            (_, Side::Client) => asked,
+            (_, Side::Application) => asked && !self.before.is_answered(),
+        }
+    }
+}
+
+impl Known {
+    /// Whether the flow is known.
+    #[inline]
+    pub(super) fn is_known(self) -> bool {
+        self != Self::No
+    }
+}
+
+impl Flow {
+    /// Tells it from others.
+    pub(super) fn key(&self) -> u64 {
+        self.hash
+    }
+}
+
 impl Clients {
     /// No client has come yet. `epoch` is when the daemon started, and not later than any `now`
     /// that follows.
@@ -270,16 +317,34 @@ impl Clients {
         })
     }
 
-    /// The client has sent a packet. Returns whether its flow is known.
+    /// The client has sent a packet. Returns what it is to its flow.
     #[inline]
-    pub(super) fn client_spoke(&self, now: Instant, flow: &Flow) -> bool {
+    pub(super) fn client_spoke(&self, now: Instant, flow: &Flow) -> Known {
         self.note(now, flow, Side::Client)
     }
 
-    /// The new server has sent a packet. Returns whether its flow is known.
+    /// The new server has sent a packet. Returns what it is to its flow.
     #[inline]
-    pub(super) fn server_spoke(&self, now: Instant, flow: &Flow) -> bool {
+    pub(super) fn server_spoke(&self, now: Instant, flow: &Flow) -> Known {
         self.note(now, flow, Side::Application)
+    }
+
+    /// Makes the next packet of a flow one that tells something new, by setting the time of the
+    /// last one back by a unit. The flow lives shorter by that if there is no next packet.
+    #[cold]
+    pub(super) fn look_again(&self, flow: &Flow) {
+        let slots = self.line(flow.hash).into_iter().flat_map(|line| &line.0);
+        for slot in slots {
+            let word = slot.load(Relaxed);
+            if is_of(word, flow.hash) {
+                let time = ((word >> TIME_SHIFT) as u16).wrapping_sub(1);
+                let older =
+                    word & !(u64::from(u16::MAX) << TIME_SHIFT) | u64::from(time) << TIME_SHIFT;
+                // Another lane has written it anew, and looks by itself.
+                let _ = slot.compare_exchange(word, older, Relaxed, Relaxed);
+                return;
+            }
+        }
     }
 
     /// Whether a flow is known. Nothing changes by the question.
@@ -325,7 +390,7 @@ impl Clients {
             tcp_flags: 0,
             ..*flow
         };
-        if !self.note(now, &answer, Side::Application) {
+        if matches!(self.note(now, &answer, Side::Application), Known::No) {
             self.insert(now, &answer, Side::Application);
         }
     }
@@ -382,11 +447,11 @@ impl Clients {
         self.seed.flow([client, moved], ports, protocol)
     }
 
-    /// Notes a packet of a flow that is known; `false` if none is.
+    /// Notes a packet of a flow, if that is known.
     #[inline]
-    fn note(&self, now: Instant, flow: &Flow, side: Side) -> bool {
+    fn note(&self, now: Instant, flow: &Flow, side: Side) -> Known {
         let Some(line) = self.line(flow.hash) else {
-            return false;
+            return Known::No;
         };
         for slot in &line.0 {
             let word = slot.load(Relaxed);
@@ -397,10 +462,13 @@ impl Clients {
                     time,
                     seen(word).after(flow.protocol, side, flow.tcp_flags),
                 );
-                return fresh == word || self.renew(slot, word, fresh, flow, side, time);
+                if fresh == word {
+                    return Known::Same;
+                }
+                return self.renew(slot, word, fresh, flow, side, time);
             }
         }
-        false
+        Known::No
     }
 
     /// Puts a flow into its line, in place of whichever is dispensable first.
@@ -447,8 +515,7 @@ impl Clients {
         }
     }
 
-    /// Writes a word anew, unless its flow is forgotten and only the server speaks. Returns whether
-    /// the flow is known.
+    /// Writes a word anew, unless its flow is forgotten and only the server speaks.
     #[cold]
     fn renew(
         &self,
@@ -458,18 +525,24 @@ impl Clients {
         flow: &Flow,
         side: Side,
         time: u16,
-    ) -> bool {
+    ) -> Known {
+        let (mut before, alive) = (seen(word), self.is_alive(word, time));
         let fresh = match side {
-            _ if self.is_alive(word, time) => fresh,
+            _ if alive => fresh,
             Side::Client => {
-                let first = Seen::default().after(flow.protocol, side, flow.tcp_flags);
-                word_of(flow, time, first)
+                before = Seen::default();
+                word_of(
+                    flow,
+                    time,
+                    before.after(flow.protocol, side, flow.tcp_flags),
+                )
             }
-            Side::Application => return false,
+            Side::Application => return Known::No,
         };
         // If another lane was faster, that one has written nearly the same.
         let _ = slot.compare_exchange(word, fresh, Relaxed, Relaxed);
-        true
+        let after = seen(fresh);
+        Known::Changed(Change { before, after })
     }
 
     /// Whether a flow is not forgotten yet: at the end of its lifetime, or up to a unit later.
@@ -612,7 +685,7 @@ mod tests {
 
         /// As the gate does for a client's packet.
         fn client(&self, now: Instant, flow: &Flow) {
-            if !self.client_spoke(now, flow) {
+            if !self.client_spoke(now, flow).is_known() {
                 self.remember(now, flow);
             }
         }
@@ -620,7 +693,10 @@ mod tests {
         /// A client's connection, or what stands for it.
         fn converse(&self, now: Instant, n: u32, protocol: u8) {
             self.client(now, &self.flow(n, protocol, SYN));
-            assert!(self.server_spoke(now, &self.flow(n, protocol, SYN | ACK)));
+            assert!(
+                self.server_spoke(now, &self.flow(n, protocol, SYN | ACK))
+                    .is_known()
+            );
             self.client(now, &self.flow(n, protocol, ACK));
         }
 
@@ -688,7 +764,7 @@ mod tests {
                         let known = alive(&map, &n);
                         let flow = table.flow(n, protocol, flags);
                         prop_assert_eq!(table.knows(now, &flow), known.is_some());
-                        prop_assert_eq!(table.server_spoke(now, &flow), known.is_some());
+                        prop_assert_eq!(table.server_spoke(now, &flow).is_known(), known.is_some());
                         if let Some(seen) = known {
                             map.insert(n, (seen.after(protocol, Side::Application, flags), now));
                         }
@@ -743,7 +819,7 @@ mod tests {
         };
         let answered = |at: Instant, flow: Flow| {
             table.client(at, &flow);
-            assert!(table.server_spoke(at, &flow));
+            assert!(table.server_spoke(at, &flow).is_known());
             table.client(at, &flow);
         };
         let at = |second| now + seconds(second);
@@ -802,13 +878,17 @@ mod tests {
             start + round + seconds(2),
         ] {
             table.client(at, &table.flow(7, ICMP, 0));
-            assert!(table.server_spoke(at + seconds(4), &table.flow(7, ICMP, 0)));
             assert!(
-                table.server_spoke(at, &table.flow(7, ICMP, 0)),
+                table
+                    .server_spoke(at + seconds(4), &table.flow(7, ICMP, 0))
+                    .is_known()
+            );
+            assert!(
+                table.server_spoke(at, &table.flow(7, ICMP, 0)).is_known(),
                 "a lane behind"
             );
             let late = at + seconds(72);
-            assert!(!table.server_spoke(late, &table.flow(7, ICMP, 0)));
+            assert!(!table.server_spoke(late, &table.flow(7, ICMP, 0)).is_known());
             table.expire(late, 2_048);
             assert_eq!(table.stats().live, 0);
         }
@@ -830,7 +910,7 @@ mod tests {
     fn it_takes_no_memory_until_somebody_comes_and_a_bounded_amount_then() {
         let (table, now) = clients(16_000_000);
         assert_eq!(table.pages_in_use(), 0);
-        assert!(!table.server_spoke(now, &table.flow(1, UDP, 0)));
+        assert!(!table.server_spoke(now, &table.flow(1, UDP, 0)).is_known());
         table.expire(now, 1_024);
         assert_eq!(table.pages_in_use(), 0);
         table.client(now, &table.flow(1, UDP, 0));

@@ -37,7 +37,8 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 
 use crate::flow::allowed::Allowed;
-use crate::flow::clients::{Clients, Flow};
+use crate::flow::class::Side;
+use crate::flow::clients::{Change, Clients, Flow, Known};
 use crate::flow::ended::HostFlow;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::lock;
@@ -45,6 +46,7 @@ use crate::flow::modes::{CLIENTS_QUERY, Modes, Says, Taken};
 use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
+use crate::flow::visits::Visits;
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::drops::DropReason;
 use crate::model::mode::{Mode, ShareKey};
@@ -52,6 +54,7 @@ use crate::model::moved::{Move, TCP};
 use crate::model::outgoing::AllowOutgoing;
 use crate::model::owners::Owners;
 use crate::model::scopes::Scopes;
+use crate::model::visit::Visited;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, SYN};
 
 /// The old server's checks for one peer. Shared by the lanes.
@@ -76,6 +79,8 @@ pub struct Gate {
     /// What the modes said of first fragments, for the later ones.
     decided: Mutex<FragmentCache<Verdict>>,
     taken: OnceLock<Arc<dyn Taken>>,
+    /// Who comes, if that is noted.
+    visits: Option<Visits>,
 }
 
 /// How a gate is made.
@@ -133,6 +138,7 @@ impl Gate {
             modes: Modes::default(),
             decided: Mutex::new(FragmentCache::new()),
             taken: OnceLock::new(),
+            visits: None,
         }
     }
 
@@ -146,6 +152,13 @@ impl Gate {
     pub fn set_taken(&self, taken: Arc<dyn Taken>) {
         // The first one stays: there is one capture.
         let _ = self.taken.set(taken);
+    }
+
+    /// The same gate, which notes who comes; with `names`, also the first bytes of each connection.
+    #[must_use]
+    pub fn noting_visits(mut self, names: bool) -> Self {
+        self.visits = Some(Visits::new(self.seed, names));
+        self
     }
 
     /// The same gate, which lets connections out that the new server begins, if one of the rules
@@ -198,7 +211,7 @@ impl Gate {
         }
         if verdict == Verdict::Carry
             && let Some(flow) = self.clients.asked(parsed, bytes)
-            && !self.clients.client_spoke(now, &flow)
+            && !self.client_spoke(now, parsed, bytes, &flow)
         {
             self.admit(now, parsed, bytes, &flow)?;
         }
@@ -233,17 +246,24 @@ impl Gate {
             return self.check_error(now, parsed, bytes);
         }
         let (protocol, port) = (parsed.protocol(), parsed.src_port());
-        let known = |flow: &Flow| !begins(parsed) && self.clients.server_spoke(now, flow);
         if self.ownership.takes(scope, protocol, parsed.kind(), port) {
             let flow = self.clients.answered(parsed, bytes);
-            if !flow.as_ref().is_some_and(known) {
-                self.may_go_on(now, parsed, bytes, flow.as_ref())?;
+            match &flow {
+                Some(flow) if !begins(parsed) => match self.clients.server_spoke(now, flow) {
+                    Known::Same => {}
+                    Known::Changed(change) => {
+                        self.changed(now, Side::Application, parsed, bytes, flow, change);
+                    }
+                    Known::No => self.may_go_on(now, parsed, bytes, Some(flow))?,
+                },
+                _ => self.may_go_on(now, parsed, bytes, flow.as_ref())?,
             }
         } else {
             let flow = self.clients.begun(parsed, bytes);
             let flow = flow.filter(|_| self.begins_anywhere);
             let flow = flow.ok_or(DropReason::NotMoved)?;
-            if !known(&flow) {
+            let known = !begins(parsed) && self.clients.server_spoke(now, &flow).is_known();
+            if !known {
                 self.may_begin(now, parsed, bytes, &flow)?;
             }
         }
@@ -281,6 +301,22 @@ impl Gate {
         self.watch.take(now, |flow| self.clients.noted(now, flow))
     }
 
+    /// Who came, and what there is to add about those who came before; with `all`, everything that
+    /// is known. Call it every second.
+    pub fn visited(&self, now: Instant, all: bool) -> Visited<Instant> {
+        let visits = self.visits.as_ref();
+        visits.map_or_else(Visited::default, |visits| visits.take(now, all))
+    }
+
+    /// These clients are known: what they begin is noted before that of others.
+    pub fn know(&self, clients: &[IpAddr]) {
+        if let Some(visits) = &self.visits {
+            clients
+                .iter()
+                .for_each(|&client| visits.know(client.into()));
+        }
+    }
+
     /// Counters of the flows.
     pub fn stats(&self) -> FlowStats {
         self.clients.stats()
@@ -300,6 +336,11 @@ impl Gate {
             return Err(DropReason::BadSource);
         }
         self.clients.remember(now, flow);
+        if let Some(visits) = &self.visits
+            && (parsed.protocol() != TCP || begins(parsed))
+        {
+            visits.opened(now, parsed, bytes, flow);
+        }
         if let Some(asked) = watch::asked(parsed, parsed.dst(bytes)) {
             self.watch.opened(now, asked, client, *flow);
         }
@@ -344,7 +385,7 @@ impl Gate {
         let noted = self.clients.noted(now, flow);
         let goes_on =
             noted.is_some_and(|it| it.seen.is_answered() && !(begins && it.seen.is_over()));
-        if goes_on && self.clients.client_spoke(now, flow) {
+        if goes_on && self.client_spoke(now, parsed, bytes, flow) {
             if tcp && !begins {
                 self.note_taken(&host_flow(parsed, bytes));
             }
@@ -375,7 +416,7 @@ impl Gate {
             Says::Here => Ok(Verdict::Bounce),
             Says::Waits | Says::There if bad => Err(DropReason::BadSource),
             Says::Waits => Ok(Verdict::Hold),
-            Says::There if self.clients.client_spoke(now, flow) => Ok(Verdict::Carry),
+            Says::There if self.client_spoke(now, parsed, bytes, flow) => Ok(Verdict::Carry),
             Says::There => self
                 .admit(now, parsed, bytes, flow)
                 .map(|()| Verdict::Carry),
@@ -425,6 +466,48 @@ impl Gate {
     #[cold]
     fn has_taken(&self, flow: &HostFlow) -> bool {
         self.taken.get().is_some_and(|taken| taken.has(flow))
+    }
+
+    /// Notes that a client has sent a packet. Returns whether its flow is known.
+    #[inline]
+    fn client_spoke(&self, now: Instant, parsed: &Parsed, bytes: &[u8], flow: &Flow) -> bool {
+        match self.clients.client_spoke(now, flow) {
+            Known::Same => true,
+            Known::Changed(change) => {
+                self.changed(now, Side::Client, parsed, bytes, flow, change);
+                true
+            }
+            Known::No => false,
+        }
+    }
+
+    /// A packet has told something new of its flow.
+    #[cold]
+    fn changed(
+        &self,
+        now: Instant,
+        side: Side,
+        parsed: &Parsed,
+        bytes: &[u8],
+        flow: &Flow,
+        change: Change,
+    ) {
+        let Some(visits) = &self.visits else {
+            return;
+        };
+        if change.before.is_nothing() && (parsed.protocol() != TCP || begins(parsed)) {
+            visits.opened(now, parsed, bytes, flow);
+        } else if visits.spoke(
+            now,
+            side,
+            parsed,
+            bytes,
+            flow,
+            change,
+            self.allowed.is_any(),
+        ) {
+            self.clients.look_again(flow);
+        }
     }
 
     /// Whether a packet of the new server leaves that answers nobody, as far as is known.
@@ -506,7 +589,7 @@ impl Gate {
         let Some(flow) = self.clients.begun_answer(parsed, bytes) else {
             return false;
         };
-        if !self.clients.client_spoke(now, &flow) {
+        if !self.clients.client_spoke(now, &flow).is_known() {
             let ends = (port, parsed.src_port());
             let may_be_older =
                 parsed.fragment() == Fragment::None && self.may_be_older(now, parsed, &flow, ends);

@@ -19,6 +19,7 @@
 //! | [`watch`] | which of the newest conversations were answered |
 //! | [`turned`] | which of them this server's daemon turned away |
 //! | [`hold`] | first packets that wait for the end of a hold |
+//! | `visits` | which clients still come, and what is known of their conversations |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -50,6 +51,7 @@ pub mod tally;
 mod testing;
 pub mod translate;
 pub mod turned;
+mod visits;
 pub mod watch;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -25,6 +25,7 @@ use crate::flow::watch::Observations;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::peer::PeerId;
+use crate::model::visit::Visited;
 use crate::packet::fragment::Client;
 use crate::packet::icmp_reply::IcmpError;
 use crate::packet::{Family, Parsed};
@@ -281,6 +282,27 @@ impl Forwarder {
         match self {
             Self::Old(gates) => gates[usize::from(peer.0)].observe(now),
             Self::New(translator) => translator.observe(now, peer),
+        }
+    }
+
+    /// Who came to what has moved (old server), each conversation as [`Gate::visited`] tells it.
+    pub fn visited(&self, now: Instant, all: bool) -> Visited<Instant> {
+        let mut whole = Visited::default();
+        if let Self::Old(gates) = self {
+            for visited in gates.iter().map(|gate| gate.visited(now, all)) {
+                whole.visits.extend(visited.visits);
+                whole.openings += visited.openings;
+                whole.missed += visited.missed;
+                whole.unnamed += visited.unnamed;
+            }
+        }
+        whole
+    }
+
+    /// These clients came before (old server): see [`Gate::know`].
+    pub fn know(&self, clients: &[IpAddr]) {
+        if let Self::Old(gates) = self {
+            gates.iter().for_each(|gate| gate.know(clients));
         }
     }
 

@@ -21,3 +21,4 @@ pub mod request;
 pub mod runtime;
 pub mod scopes;
 pub mod status;
+pub mod visit;

@@ -43,6 +43,9 @@ pub struct Status {
     /// new ones, since 65,536 were kept already (old server).
     #[serde(default)]
     pub own_full: u64,
+    /// Conversations that were too many to record who came (old server).
+    #[serde(default)]
+    pub unrecorded: u64,
 }
 
 /// How packets get to the new server.
@@ -468,6 +471,13 @@ impl Status {
                 self.own_full
             )?;
         }
+        if self.unrecorded > 0 {
+            writeln!(
+                out,
+                "  unrecorded {} conversations, which were too many to record who came",
+                self.unrecorded
+            )?;
+        }
         write_drops(out, "strangers", &self.drops)?;
         for warning in &self.warnings {
             writeln!(out, "  warning    {warning}")?;
@@ -858,6 +868,7 @@ mod tests {
             log_lines_lost: 0,
             stayed: 7,
             own_full: 0,
+            unrecorded: 3,
         }
     }
 
@@ -938,6 +949,7 @@ mod tests {
             "mode       192.0.2.7: moved; old server has 2;",
             "replay 1",
             "without UDP GSO",
+            "unrecorded 3 conversations",
             "warning    the peer says no",
             "3.0 KB",
         ] {

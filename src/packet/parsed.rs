@@ -12,7 +12,8 @@ use crate::model::moved::{TCP, UDP};
 use crate::packet::addr::{Addr, Family, V4_MAPPED};
 use crate::packet::checksum::{Sum, finish, mend_full, mend_l4_full, replace};
 use crate::packet::field::{
-    DCCP, ICMP, ICMPV6, UDP_LITE, get, get_u16, icmp, ipv4, ipv6, ipv6_fragment, put, tcp, udp,
+    DCCP, ICMP, ICMPV6, UDP_LITE, get, get_u16, get_u32, icmp, ipv4, ipv6, ipv6_fragment, put, tcp,
+    udp,
 };
 use crate::packet::headers::{Chain, Fragment, check_fragment, check_options, fragmented_part};
 use crate::packet::kind::{Kind, icmp_kind, icmp_ports};
@@ -98,6 +99,11 @@ impl Parsed {
     #[inline]
     pub fn total(&self) -> usize {
         self.total as usize
+    }
+
+    /// Sequence and acknowledgement number of a TCP packet.
+    pub(crate) fn tcp_numbers(&self, bytes: &[u8]) -> [u32; 2] {
+        [tcp::SEQ, tcp::ACK_NUMBER].map(|at| get_u32(bytes, self.l4() + at))
     }
 
     /// Offset of the upper-layer header; of a later fragment, of its payload.

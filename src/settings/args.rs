@@ -21,7 +21,7 @@ use crate::model::prefix::Prefix;
 use crate::settings::from_text::{many, many_or_bare, one};
 use crate::settings::values::{
     DeliverTo, DrainSeconds, HoldSeconds, InterfaceName, Lanes, Listen, MaxFlows, NewServer,
-    PeerAddr, RekeyAfter, WithinSeconds,
+    PeerAddr, Period, RekeyAfter, Top, WithinSeconds,
 };
 
 /// The end of the help: the two lines that do it, and the exit codes of the README.
@@ -35,7 +35,8 @@ Exit codes:
   1  failed while running, or `cutover` went back
   2  bad input: a flag, address, port, key, file or interface; nothing was changed
   3  this system cannot do it: privileges, TUN or a kernel feature; nothing was changed
-  4  an ipmoved runs already in this network namespace (or, for commands to it, none does)";
+  4  an ipmoved runs already in this network namespace (or, for commands to it, none does)
+`ipmoved verdict` ends with 0 if the old server can be switched off, with 1 if it cannot be yet.";
 
 /// Serve an address that has moved to another server.
 ///
@@ -86,6 +87,11 @@ pub enum Command {
     /// connections wait while those here end, the service here is stopped and the new one starts;
     /// then the new server gets them. If a step fails it goes back and says why.
     Cutover(CutoverArgs),
+    /// Show who still comes to what has moved away from this server: how often, how regularly, when
+    /// last, and by which name.
+    Stragglers(StragglersArgs),
+    /// Say whether this old server can be switched off: exit code 0 if it is safe, 1 if not yet.
+    Verdict(VerdictArgs),
     /// Undo what a killed daemon left in the kernel.
     Cleanup,
     /// Show a moved address being served, in network namespaces that vanish afterwards.
@@ -369,6 +375,21 @@ pub struct DaemonArgs {
     #[serde(deserialize_with = "one")]
     pub log_format: Option<LogFormat>,
 
+    /// On the old server: how long to remember who still comes, in whole days (`ipmoved
+    /// stragglers`). [default: 90d]
+    #[arg(long, value_name = "DAYS")]
+    #[serde(deserialize_with = "one")]
+    pub keep: Option<Period>,
+
+    /// On the old server: do not look for the names that clients ask for (TLS, HTTP).
+    #[arg(long)]
+    pub no_client_names: bool,
+
+    /// On the old server: do not record who still comes. `ipmoved stragglers` and `ipmoved verdict`
+    /// cannot tell then.
+    #[arg(long)]
+    pub no_client_log: bool,
+
     /// Do not split a packet that is too big for one datagram over several. It is fragmented if its
     /// sender allows that; otherwise its sender is told "fragmentation needed" or "packet too big".
     #[arg(long)]
@@ -398,6 +419,9 @@ impl DaemonArgs {
             start: self.start.or(file.start),
             state_dir: self.state_dir.or(file.state_dir),
             log_format: self.log_format.or(file.log_format),
+            keep: self.keep.or(file.keep),
+            no_client_names: self.no_client_names || file.no_client_names,
+            no_client_log: self.no_client_log || file.no_client_log,
             no_split: self.no_split || file.no_split,
             rekey_after: self.rekey_after.or(file.rekey_after),
             without: first_given(self.without, file.without),
@@ -439,6 +463,50 @@ pub struct NatArgs {
     /// How to write the log. [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
+}
+
+/// The flags of `ipmoved stragglers`.
+#[derive(Debug, Args)]
+pub struct StragglersArgs {
+    /// How far to look back: 12h, 7d, 4w. Counts are those of whole days (UTC).
+    #[arg(long, value_name = "TIME", default_value = "7d")]
+    pub since: Period,
+
+    /// How many to show: those who come most often.
+    #[arg(long, value_name = "N", default_value = "20")]
+    pub top: Top,
+
+    /// Print JSON.
+    #[arg(long, conflicts_with = "csv")]
+    pub json: bool,
+
+    /// Print CSV.
+    #[arg(long)]
+    pub csv: bool,
+
+    /// The directory that the daemon was given. [default: /var/lib/ipmoved]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// The flags of `ipmoved verdict`.
+#[derive(Debug, Args)]
+pub struct VerdictArgs {
+    /// For how long no client may have come: 12h, 7d, 4w.
+    #[arg(long, value_name = "TIME", default_value = "7d")]
+    pub quiet: Period,
+
+    /// Clients that do not count: your own monitors, for example. Repeatable.
+    #[arg(long, value_name = "CIDR")]
+    pub ignore: Vec<Prefix>,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// The directory that the daemon was given. [default: /var/lib/ipmoved]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
 }
 
 /// How log lines are written.

@@ -20,7 +20,7 @@ use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::model::runtime::{BASE_DIR, STATE_DIR};
 use crate::model::scopes::{self, Scopes};
-use crate::settings::args::{LogFormat, NatArgs, PeerArgs, RunArgs, Without};
+use crate::settings::args::{DaemonArgs, LogFormat, NatArgs, PeerArgs, RunArgs, Without};
 use crate::settings::file::{File, Mistake};
 use crate::settings::psk;
 use crate::settings::values::{Bounded, DeliverTo, Listen, NewServer, PeerAddr};
@@ -45,21 +45,24 @@ pub const MAX_CLIENTS_FROM: usize = 256;
 /// host.
 pub const RUNTIME_DIR_VARIABLE: &str = "IPMOVED_RUNTIME_DIR";
 
+/// The environment variable that moves the state directory where no flag does.
+pub const STATE_DIR_VARIABLE: &str = "IPMOVED_STATE_DIR";
+
+/// Days for which clients are remembered unless told otherwise: a quarter of a year, in which who
+/// comes once a month comes three times.
+const DEFAULT_KEEP: i64 = 90;
+
+/// Where the daemon keeps what outlives it: what was given, the variable, or the default.
+pub fn state_dir(given: Option<PathBuf>) -> PathBuf {
+    let variable = || std::env::var_os(STATE_DIR_VARIABLE).filter(|dir| !dir.is_empty());
+    given.unwrap_or_else(|| variable().map_or_else(|| STATE_DIR.into(), PathBuf::from))
+}
+
 /// Where the daemon keeps its socket, lock and journal.
 pub fn runtime_dir() -> PathBuf {
     std::env::var_os(RUNTIME_DIR_VARIABLE)
         .filter(|dir| !dir.is_empty())
         .map_or_else(|| BASE_DIR.into(), PathBuf::from)
-}
-
-/// The environment variable that moves the state directory, where `--state-dir` does not.
-pub const STATE_DIR_VARIABLE: &str = "IPMOVED_STATE_DIR";
-
-/// Where the daemon keeps what outlives a boot, unless `--state-dir` says it.
-pub fn state_dir() -> PathBuf {
-    std::env::var_os(STATE_DIR_VARIABLE)
-        .filter(|dir| !dir.is_empty())
-        .map_or_else(|| STATE_DIR.into(), PathBuf::from)
 }
 
 /// The settings of one daemon.
@@ -87,6 +90,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// How who still comes is recorded; `None` if it is not (old server).
+    pub client_log: Option<ClientLog>,
     /// Do not split packets that are too big for one datagram.
     pub no_split: bool,
     /// Offloads to do without.
@@ -95,6 +100,15 @@ pub struct Config {
     pub rekey_after: Option<Duration>,
     /// Warnings about these settings, for an administrator.
     pub warnings: Vec<String>,
+}
+
+/// How who still comes is recorded.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ClientLog {
+    /// Days for which clients are remembered.
+    pub keep: i64,
+    /// The names that they ask for are, too.
+    pub names: bool,
 }
 
 /// One peer's settings.
@@ -330,6 +344,7 @@ impl Config {
             );
             return Err(origin.refuse("state-dir", problem));
         }
+        let client_log = check_client_log(&daemon, role)?;
         Ok(Self {
             role,
             peers,
@@ -342,8 +357,9 @@ impl Config {
                 .map_or_else(default_lanes, |lanes| lanes.get() as u8),
             cipher: daemon.cipher.unwrap_or_default(),
             start: daemon.start.unwrap_or_default().into(),
-            state_dir: daemon.state_dir.unwrap_or_else(state_dir),
             log_format: daemon.log_format.unwrap_or_default(),
+            state_dir: state_dir(daemon.state_dir),
+            client_log,
             no_split: daemon.no_split,
             without: daemon.without,
             rekey_after: daemon
@@ -466,6 +482,30 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
         return Err(origin.refuse("deliver-to", problem));
     }
     Ok(deliver_to)
+}
+
+/// Checks how who still comes is recorded, which is the old server's business.
+fn check_client_log(given: &DaemonArgs, role: Role) -> Result<Option<ClientLog>, ConfigError> {
+    let given_on_new = [
+        ("keep", given.keep.is_some()),
+        ("no-client-names", given.no_client_names),
+        ("no-client-log", given.no_client_log),
+    ];
+    let given_on_new = given_on_new.into_iter().find(|(_, given)| *given);
+    if let Some((name, _)) = given_on_new.filter(|_| role == Role::New) {
+        let problem = "belongs on the old server, beside `move`: it records who still comes";
+        return Err(Origin::Flags.refuse(name, problem));
+    }
+    let keep = match given.keep.map(|keep| keep.get().as_secs()) {
+        Some(seconds) if seconds % 86_400 != 0 => {
+            let problem = "clients are remembered for whole days; write 90d or 4w";
+            return Err(Origin::Flags.refuse("keep", problem));
+        }
+        Some(seconds) => (seconds / 86_400) as i64,
+        None => DEFAULT_KEEP,
+    };
+    let names = !given.no_client_names;
+    Ok((role == Role::Old && !given.no_client_log).then_some(ClientLog { keep, names }))
 }
 
 /// Checks the peers against each other.

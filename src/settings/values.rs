@@ -8,6 +8,7 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
+use std::time::Duration;
 
 /// The UDP port both servers use unless told otherwise.
 pub const DEFAULT_PORT: u16 = 51_850;
@@ -53,6 +54,9 @@ pub type WithinSeconds = Bounded<1, MAX_STEP>;
 
 /// `--rekey-after`, in seconds.
 pub type RekeyAfter = Bounded<1, MAX_REKEY_AFTER>;
+
+/// `--top`.
+pub type Top = Bounded<1, 1_000_000>;
 
 /// `--peer HOST[:PORT]`: an address or name with a port. A bare IPv6 address needs no brackets.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -386,6 +390,45 @@ impl<const LEAST: u32, const MOST: u32> FromStr for Bounded<LEAST, MOST> {
     }
 }
 
+/// A length of time: `90d`, `12h`, `2w`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Period(Duration);
+
+/// The longest [`Period`]: ten years, beyond which nobody means it.
+const MAX_PERIOD: Duration = Duration::from_secs(3_660 * 86_400);
+
+impl Period {
+    /// Its length.
+    pub fn get(self) -> Duration {
+        self.0
+    }
+}
+
+/// Why the text of a [`Period`] was refused.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error(
+    "`{0}` is no length of time; write 7d, 12h or 4w, from one minute (1m) to ten years (3660d)"
+)]
+pub struct PeriodError(String);
+
+impl FromStr for Period {
+    type Err = PeriodError;
+
+    fn from_str(text: &str) -> Result<Self, PeriodError> {
+        let units = [("m", 60), ("h", 3_600), ("d", 86_400), ("w", 604_800)];
+        let read = |(unit, seconds): (&str, u64)| {
+            let number = text.strip_suffix(unit)?;
+            // Not "+7".
+            let plain = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+            let count: u64 = plain.then(|| number.parse().ok())??;
+            Some(Duration::from_secs(count.checked_mul(seconds)?))
+        };
+        let found = units.into_iter().find_map(read);
+        let found = found.filter(|it| !it.is_zero() && *it <= MAX_PERIOD);
+        found.map(Self).ok_or_else(|| PeriodError(text.into()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -520,6 +563,30 @@ mod tests {
                 ("198.51.100.2:0", Err("can be reached")),
             ],
             |to: NewServer| format!("{} {:?}", to.ip, to.port),
+        );
+    }
+
+    #[test]
+    fn periods() {
+        reads(
+            &[
+                ("90d", Ok("7776000")),
+                ("1m", Ok("60")),
+                ("12h", Ok("43200")),
+                ("4w", Ok("2419200")),
+                ("3660d", Ok("316224000")),
+                ("0d", Err("length of time")),
+                ("3661d", Err("ten years")),
+                ("99999999999999999999d", Err("ten years")),
+                ("7", Err("7d")),
+                ("d", Err("7d")),
+                ("+7d", Err("7d")),
+                ("-7d", Err("7d")),
+                ("1.5d", Err("7d")),
+                ("7 d", Err("7d")),
+                ("", Err("7d")),
+            ],
+            |period: Period| period.get().as_secs().to_string(),
         );
     }
 

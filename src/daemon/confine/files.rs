@@ -11,7 +11,7 @@
 //! | `/proc/sys/net` | read and write: settings are made again and undone |
 //! | [`PROC_NET`] | read: sockets and counters, for the causes of silence |
 //! | the namespace's runtime directory | read, write, make and remove files: the journal |
-//! | the state directory (old server) | the same: what outlives a boot |
+//! | the state directory (old server) | the same: modes, and the database of clients |
 //! | `/run`, or what is above the runtime directories | remove them at the end, empty ones alone |
 //! | [`NAME_SERVERS`] | read: the hosts that this server itself cannot do without |
 //! | [`OF_THE_RESOLVER`] | read, if a peer is given by name |
@@ -23,6 +23,7 @@
 //! Of TCP ports there is the resolver's alone. Signals and abstract sockets reach no other process
 //! (Linux 6.12).
 
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use landlock::{
@@ -61,7 +62,7 @@ pub struct Needs<'a> {
     pub runtime_dir: &'a Path,
     /// Peers are given by name.
     pub names: bool,
-    /// The state directory, if there is one.
+    /// The state directory, if it is used: what outlives a boot.
     pub state_dir: Option<&'a Path>,
 }
 
@@ -110,6 +111,11 @@ fn try_close(needs: Needs<'_>) -> Result<Anchors, Failure> {
     rules = allow(rules, &mut anchors, Path::new(PROC_NET), read)?;
     rules = allow(rules, &mut anchors, dir, files | directory)?;
     if let Some(dir) = needs.state_dir {
+        // It cannot be made any more afterwards. Whoever uses it says why it is not there.
+        let _ = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir);
         rules = allow(rules, &mut anchors, dir, files | directory)?;
     }
     // Whoever takes the daemon over can remove other empty directories there. That harms less than
@@ -198,6 +204,8 @@ mod tests {
     use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 
     use super::*;
+    use crate::stragglers::history::History;
+    use crate::stragglers::writer::{Settings, Writer};
 
     /// Runs a test in a thread of its own that Landlock holds, since it stays for good.
     fn closed(names: bool, test: impl FnOnce(&Path) + Send + 'static) {
@@ -321,6 +329,34 @@ mod tests {
         assert_eq!(lacking.len(), 1, "{lacking:?}");
         assert!(lacking[0].contains("every file of root's"), "{lacking:?}");
         assert!(lacking[0].contains("Linux 5.13"), "{lacking:?}");
+    }
+
+    #[test]
+    fn clients_are_recorded_by_a_daemon_that_is_confined() {
+        let base = std::env::temp_dir().join(format!("ipmoved-state-{}", std::process::id()));
+        let dir = base.join("made/for/it");
+        let settings = Settings {
+            dir: dir.clone(),
+            keep: 90,
+        };
+        let confined = std::thread::spawn(move || {
+            let needs = Needs {
+                runtime_dir: Path::new("/run/ipmoved/net-1"),
+                names: false,
+                state_dir: Some(&settings.dir),
+            };
+            let _confinement = super::super::confine(needs);
+            refused(fs::write(settings.dir.with_file_name("beside"), ""));
+            let mut writer = Writer::start(settings).unwrap();
+            writer.end();
+            writer.wait();
+            writer.trouble()
+        });
+        let trouble = confined.join().unwrap();
+        let opened = History::open(&dir, std::time::SystemTime::now());
+        let _ = fs::remove_dir_all(&base);
+        assert_eq!(trouble, None);
+        assert!(opened.is_ok(), "{opened:?}");
     }
 
     #[test]

@@ -1,0 +1,234 @@
+//! Who still comes is recorded, with real clients, and told.
+//!
+//! ```text
+//!  203.0.113.10 curl ──────────┐
+//!  203.0.113.11 openssl ───────┤─ router ── old server 192.0.2.1, records
+//!  2001:db8:c::10 curl ────────┘              ║ tunnel
+//!                                            new server 198.51.100.2, an HTTP server on port 8080
+//! ```
+
+use std::fs;
+use std::net::{IpAddr, Ipv6Addr};
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use ipmoved::internals::Role;
+use ipmoved::lab::topology::MOVED6;
+use ipmoved::lab::traffic::listeners;
+use ipmoved::lab::{DaemonSetup, Lab, LabError, poll_until};
+use serde_json::Value;
+
+use crate::stage::{FAMILIES, PATIENCE, Result, setup};
+
+/// How long it takes until a visit is in the database: it settles for up to 5 s, is told of within
+/// a second, and is written within two.
+const RECORDED: Duration = Duration::from_secs(12);
+
+/// `ipmoved verdict` says "not yet".
+const NOT_YET: i32 = 1;
+
+/// Runs a program on the clients' host, whatever becomes of it.
+fn client(lab: &Lab, program: &str, args: &[&str]) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(args).stdin(std::process::Stdio::null());
+    Ok(lab.clients().output(command, PATIENCE)?.stdout)
+}
+
+/// Who comes, as the old server says.
+fn stragglers(setup: &DaemonSetup<'_>) -> Result<Vec<Value>> {
+    let said = setup.run(Role::Old, &["stragglers", "--json"])?;
+    let json: Value = serde_json::from_str(&said.stdout).unwrap_or_default();
+    Ok(json["stragglers"].as_array().cloned().unwrap_or_default())
+}
+
+/// The names that somebody asked for, each with who did.
+fn names(setup: &DaemonSetup<'_>) -> Result<Vec<String>> {
+    let each = |it: &Value| format!("{} {}", it["client"], it["names"][0]).replace('"', "");
+    let mut names: Vec<String> = stragglers(setup)?.iter().map(each).collect();
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn unexpected(error: std::io::Error) -> LabError {
+    LabError::unexpected(error.to_string())
+}
+
+#[test]
+fn who_comes_is_recorded_with_the_name_that_was_asked_for_and_a_kill_loses_nothing_of_it() -> Result
+{
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let mut server = Command::new("python3");
+    server.args(["-m", "http.server", "8080", "--bind", "::"]);
+    let _server = lab.new_server().spawn(server)?;
+    let listens = poll_until(PATIENCE, Duration::from_millis(20), || {
+        let all = listeners(lab.new_server()).unwrap_or_default();
+        all.iter().any(|it| it.port() == 8_080).then_some(())
+    });
+    assert!(listens.is_some(), "no HTTP server");
+    let daemons = setup.start_both()?;
+    let tls = [
+        "--interface",
+        "203.0.113.10",
+        "-sko",
+        "/dev/null",
+        "-H",
+        "Host: app.example.net",
+    ];
+    for _ in 0..3 {
+        client(
+            &lab,
+            "curl",
+            &[&tls[..], &["http://192.0.2.5:8080/"]].concat(),
+        )?;
+    }
+    // It gets no TLS in reply, and has said what it wants.
+    let hello = [
+        "s_client",
+        "-bind",
+        "203.0.113.11",
+        "-servername",
+        "tls.example.net",
+    ];
+    client(
+        &lab,
+        "openssl",
+        &[&hello[..], &["-connect", "192.0.2.5:8080"]].concat(),
+    )?;
+    let by_address = "http://[2001:db8:a::5]:8080/";
+    client(&lab, "curl", &["-gso", "/dev/null", by_address])?;
+    // A port that nobody serves is no visit.
+    client(
+        &lab,
+        "curl",
+        &["-so", "/dev/null", "http://192.0.2.5:8081/"],
+    )?;
+    let wanted = 3;
+    let recorded = poll_until(RECORDED, Duration::from_millis(200), || {
+        names(&setup).ok().filter(|names| names.len() >= wanted)
+    });
+    let recorded = recorded.unwrap_or_default();
+    let v6 = network_of(lab.client().address_towards(MOVED6));
+    let mut expected = vec![
+        "203.0.113.10 app.example.net".to_owned(),
+        "203.0.113.11 tls.example.net".to_owned(),
+        format!("{v6} (none)"),
+    ];
+    expected.sort_unstable();
+    assert_eq!(recorded, expected);
+    // Whatever else came by then, a kill takes nothing away that was recorded.
+    daemons.old.kill()?;
+    assert_eq!(names(&setup)?, expected);
+    let curl = stragglers(&setup)?
+        .into_iter()
+        .find(|it| it["client"] == "203.0.113.10");
+    let curl = curl.unwrap_or_default();
+    assert_eq!(
+        (&curl["connections"], &curl["went_on"]),
+        (&3.into(), &3.into()),
+        "{curl}"
+    );
+    assert_eq!(
+        (&curl["port"], &curl["protocol"]),
+        (&8_080.into(), &"tcp".into())
+    );
+    assert!(curl["bytes_out"].as_u64() > Some(300), "{curl}");
+    let database = lab.dir().join("state/stragglers.sqlite");
+    let mode = fs::metadata(&database)
+        .map_err(unexpected)?
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    let csv = setup
+        .run(Role::Old, &["stragglers", "--csv", "--top", "1"])?
+        .stdout;
+    assert!(
+        csv.contains("203.0.113.10,192.0.2.5,8080,tcp,app.example.net,3,"),
+        "{csv}"
+    );
+    let text = setup.run(Role::Old, &["stragglers"])?.stdout;
+    assert!(
+        text.contains("192.0.2.5:8080/tcp as app.example.net"),
+        "{text}"
+    );
+    let said = setup.run(Role::Old, &["verdict"])?;
+    assert_eq!(
+        said.status.code(),
+        Some(NOT_YET),
+        "{}{}",
+        said.stdout,
+        said.stderr
+    );
+    // Whoever came once and named nothing is a passer-by.
+    assert!(
+        said.stdout.starts_with("not yet: 2 clients came"),
+        "{}",
+        said.stdout
+    );
+    let passes = format!("passers-by, not counted: {v6};");
+    assert!(said.stdout.contains(&passes), "{}", said.stdout);
+    let all = [
+        "verdict",
+        "--ignore",
+        "203.0.113.0/24",
+        "--ignore",
+        "2001:db8::/32",
+        "--json",
+    ];
+    let said = setup.run(Role::Old, &all)?;
+    let json: Value = serde_json::from_str(&said.stdout).unwrap_or_default();
+    assert_eq!(
+        (&json["safe"], &json["ignored"]),
+        (&false.into(), &3.into()),
+        "{json}"
+    );
+    assert_eq!(json["reasons"][0]["reason"], "watched_too_little", "{json}");
+
+    // The next daemon goes on from there.
+    let mut again = setup.start(Role::Old)?;
+    again.wait_until_up()?;
+    client(
+        &lab,
+        "curl",
+        &[&tls[..], &["http://192.0.2.5:8080/"]].concat(),
+    )?;
+    // In order: it tells what it knows at once.
+    thread::sleep(Duration::from_millis(100));
+    again.terminate()?;
+    let after = stragglers(&setup)?
+        .into_iter()
+        .find(|it| it["client"] == "203.0.113.10");
+    assert_eq!(after.unwrap_or_default()["connections"], 4);
+    Ok(())
+}
+
+/// What counts as one client of IPv6.
+fn network_of(addr: IpAddr) -> String {
+    match addr {
+        IpAddr::V4(addr) => addr.to_string(),
+        IpAddr::V6(addr) => {
+            let network = Ipv6Addr::from(addr.to_bits() & !u128::from(u64::MAX));
+            format!("{network}/64")
+        }
+    }
+}
+
+#[test]
+fn without_a_database_one_line_says_so() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    for command in ["stragglers", "verdict"] {
+        let said = setup.run(Role::Old, &[command, "--state-dir", "/nowhere"])?;
+        assert_eq!((said.status.code(), said.stdout.as_str()), (Some(3), ""));
+        let line = said.stderr.trim_end();
+        assert!(
+            line.contains("/nowhere/stragglers.sqlite does not exist"),
+            "{line}"
+        );
+        assert_eq!(line.lines().count(), 1);
+    }
+    Ok(())
+}
