@@ -75,7 +75,8 @@ pub(super) const YOUNG_IDLE: Duration = Duration::from_secs(5);
 /// take some 8 MB of kernel memory.
 const MAX_OWN: u32 = 65_536;
 
-/// Conversations that are kept from giving way. They take memory as they come.
+/// Conversations that are kept from giving way. They take as much memory, from the start: a program
+/// gets none while the kernel is short of it.
 const MAX_KEPT: u32 = 65_536;
 
 /// Of these, one sweep looks at so many.
@@ -159,7 +160,7 @@ const fn table(name: &'static str, value_size: usize, max_entries: u32) -> Shape
 /// The shapes, by name.
 const OWN: Shape = table("ipmoved_own", OWN_BYTES, MAX_OWN);
 const KEPT: Shape = Shape {
-    kind: MapKind::Hash,
+    kind: MapKind::ReservedHash,
     ..table("ipmoved_ownkept", OWN_BYTES, MAX_KEPT)
 };
 const TAKEN: Shape = table("ipmoved_taken", 8, MAX_OWN);
