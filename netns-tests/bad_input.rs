@@ -13,21 +13,28 @@ use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::daemon::COMMAND_TIMEOUT;
-use ipmoved::lab::{Lab, Output, Snapshot};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Output, Snapshot, poll_until};
 use rustix::mount::MountFlags;
+use rustix::process::Signal;
 use rustix::thread::{CapabilitiesSecureBits, UnshareFlags};
 
 use crate::stage::{Result, exe, moved, setup};
 
+/// It was not done.
+const FAILED: i32 = 1;
 /// A flag, address, port, key, file or interface.
 const BAD_INPUT: i32 = 2;
 /// Privileges, TUN or a kernel feature.
 const SYSTEM: i32 = 3;
 /// An ipmoved runs already.
 const OTHER_DAEMON: i32 = 4;
+
+/// How often something is asked that takes a moment.
+const PAUSE: Duration = Duration::from_millis(20);
 
 const KEY: &str = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
 
@@ -89,6 +96,8 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         // The address of the administrator's own login, whole or all of its TCP.
         (&["--move", "192.0.2.1"], "your login"),
         (&["--move", "192.0.2.1/tcp"], "your login"),
+        // Who answers is the old server's business.
+        (&["--start", "here"], "--start"),
     ];
     let after_move: &[(&[&str], &str)] = &[
         (&["--uplink", "eth7"], "eth7"),
@@ -106,6 +115,9 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         (&["--max-flows", "many"], "many"),
         (&["--cipher", "rot13"], "rot13"),
         (&["--log-format", "xml"], "xml"),
+        (&["--start", "there"], "there"),
+        (&["--state-dir", "state"], "does not begin with a slash"),
+        (&["--state-dir", &psk], "is not a directory"),
         (&["--colour", "blue"], "--colour"),
     ];
     let alone: &[(&[&str], &str)] = &[
@@ -244,6 +256,185 @@ fn a_new_key_works_at_once() -> Result {
     assert_eq!(said.stdout.trim_end().len(), 44, "32 bytes in base64");
     fs::write(lab.dir().join("psk"), said.stdout).expect("the lab's directory is writable");
     setup.start_both()?.terminate()
+}
+
+#[test]
+fn a_command_that_cannot_be_done_is_one_line_and_changes_nothing() -> Result {
+    const MOVED: &str = "192.0.2.5";
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::Old, &["--start", "here"]);
+    let refused = |role, args: &[&str], code, names| match setup.run(role, args) {
+        Ok(said) => complaint(&said, code, names)
+            .map(|complaint| format!("ipmoved {} ({role})\n    {complaint}", args.join(" "))),
+        Err(error) => Some(format!("was not refused: {error}")),
+    };
+    let mut complaints = Vec::new();
+    for command in ["move", "hold", "back", "cutover"] {
+        let none = "no ipmoved runs in this network namespace";
+        complaints.extend(refused(Role::Old, &[command], OTHER_DAEMON, none));
+    }
+    let nat = setup.start_nat(&["--move", MOVED, "--to", "198.51.100.2"])?;
+    let answers = || setup.status(Role::Old).ok();
+    poll_until(COMMAND_TIMEOUT, PAUSE, answers).expect("`ipmoved nat` says how it is");
+    complaints.extend(refused(
+        Role::Old,
+        &["move"],
+        BAD_INPUT,
+        "`ipmoved nat` runs here",
+    ));
+    nat.terminate()?;
+
+    let daemons = setup.start_both()?;
+    for command in ["move", "hold", "back", "cutover"] {
+        let there = "run it on the old server (192.0.2.1";
+        complaints.extend(refused(Role::New, &[command], BAD_INPUT, there));
+        let what = [command, "203.0.113.9"];
+        complaints.extend(refused(
+            Role::Old,
+            &what,
+            BAD_INPUT,
+            "`203.0.113.9` is not moved here",
+        ));
+        let part = [command, "192.0.2.5:80"];
+        complaints.extend(refused(
+            Role::Old,
+            &part,
+            BAD_INPUT,
+            "name it as --move does: 192.0.2.5",
+        ));
+        complaints.extend(refused(
+            Role::Old,
+            &[command, "www"],
+            BAD_INPUT,
+            "is a name",
+        ));
+    }
+    for (args, names) in [
+        (&["move", "--percent", "0"][..], "1 to 99"),
+        (
+            &["move", "--percent", "100"],
+            "without --percent all clients move",
+        ),
+        (&["move", "--percent", "101"], "1 to 99"),
+        (&["move", "--percent", "5", "--cut"], "cannot both be given"),
+        (&["hold", "--for", "0"], "from 1 to 3600"),
+        (&["hold", "--for", "3601"], "from 1 to 3600"),
+        (&["cutover", "--drain", "x"], "from 0 to 1200"),
+        (&["cutover", "--within", "0"], "from 1 to 1200"),
+        (&["cutover", "--restart", "true"], "missing: --stop"),
+    ] {
+        complaints.extend(refused(Role::Old, args, BAD_INPUT, names));
+    }
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+    assert_eq!(mode(&setup)?, "here", "nothing has changed");
+
+    // One that runs keeps others from changing the same, until it is ended.
+    let mut command = setup.command();
+    command.args(["cutover", "--drain", "0", "--stop", "sleep 60"]);
+    let running = lab.old_server().spawn(command)?;
+    poll_until(COMMAND_TIMEOUT, PAUSE, || {
+        running.stdout().contains("sleep 60").then_some(())
+    })
+    .expect("it runs --stop");
+    for command in ["move", "hold", "back", "cutover"] {
+        let runs = "a cutover of 192.0.2.5 is running";
+        complaints.extend(refused(Role::Old, &[command], FAILED, runs));
+    }
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+    assert_eq!(mode(&setup)?, "held");
+    running.signal(Signal::INT)?;
+    let said = running.wait(COMMAND_TIMEOUT)?;
+    assert_eq!(
+        complaint(&said, FAILED, "not moved: it was interrupted"),
+        None
+    );
+    assert!(
+        said.stderr.contains("start the service here again"),
+        "{}",
+        said.stderr
+    );
+    assert_eq!(mode(&setup)?, "here");
+
+    // Commands of the administrator's that go wrong.
+    for (args, names) in [
+        (&["--stop", "exit 3"][..], "--stop failed: exit status: 3"),
+        (
+            &["--within", "1", "--stop", "sleep 60"],
+            "--stop has not ended within 1 s",
+        ),
+    ] {
+        let args = [&["cutover", "--drain", "0"], args].concat();
+        complaints.extend(refused(Role::Old, &args, FAILED, names));
+        assert_eq!(mode(&setup)?, "here", "{args:?}");
+    }
+    assert!(complaints.is_empty(), "\n{}", complaints.join("\n"));
+    daemons.terminate()
+}
+
+/// The mode of the only move.
+fn mode(setup: &DaemonSetup<'_>) -> Result<String> {
+    let status = setup.status(Role::Old)?;
+    let mode = status.tunnel()["modes"][0]["mode"].as_str();
+    Ok(mode.unwrap_or_default().to_owned())
+}
+
+#[test]
+fn where_modes_cannot_be_kept_it_is_said_and_the_daemon_goes_on() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.args(Role::Old, &["--start", "here"]);
+    let modes = lab.dir().join("state/modes.json");
+    let failed = |error: io::Error| LabError::unexpected(error.to_string());
+    let mut old = setup.start(Role::Old)?;
+    old.wait_for_state("connecting", COMMAND_TIMEOUT)?;
+    let run = |args: &[&str]| setup.run(Role::Old, args);
+    assert!(run(&["move"])?.status.success());
+    old.kill()?;
+
+    // What is kept counts, not what the settings say; somebody else's file is left as it is.
+    let newer = "{\"version\":2}";
+    for (text, start, aside) in [
+        (None, "moved", false),
+        (Some(newer), "here", false),
+        (Some("{"), "here", true),
+    ] {
+        if let Some(text) = text {
+            fs::write(&modes, text).map_err(failed)?;
+        }
+        let mut old = setup.start(Role::Old)?;
+        old.wait_for_state("connecting", COMMAND_TIMEOUT)?;
+        assert_eq!(mode(&setup)?, start);
+        let warnings = setup.status(Role::Old)?.0["warnings"].to_string();
+        assert_eq!(
+            warnings.contains("modes.json"),
+            text.is_some(),
+            "{warnings}"
+        );
+        assert_eq!(warnings.contains("modes.json.aside"), aside, "{warnings}");
+        if text == Some(newer) {
+            assert_eq!(
+                complaint(&run(&["move"])?, FAILED, "of a newer ipmoved"),
+                None
+            );
+            assert_eq!(mode(&setup)?, "here");
+            // Who goes back is in trouble already.
+            let said = run(&["back"])?;
+            assert!(said.status.success(), "{said:?}");
+            assert!(said.stderr.contains("a restart forgets this"), "{said:?}");
+            assert_eq!(fs::read_to_string(&modes).map_err(failed)?, newer);
+        }
+        old.kill()?;
+    }
+
+    // A directory that is taken away meanwhile.
+    let mut old = setup.start(Role::Old)?;
+    old.wait_for_state("connecting", COMMAND_TIMEOUT)?;
+    fs::remove_dir_all(lab.dir().join("state")).map_err(failed)?;
+    assert_eq!(
+        complaint(&run(&["move"])?, FAILED, "a restart would forget the mode"),
+        None
+    );
+    assert_eq!(mode(&setup)?, "here");
+    old.terminate().map(drop)
 }
 
 /// Runs the old server's daemon in a process after `lose` has taken something away from it.

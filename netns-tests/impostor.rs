@@ -167,6 +167,7 @@ impl Impostor {
                 | Event::Arrived(_)
                 | Event::State(_)
                 | Event::PeerSees(_)
+                | Event::PeerProgress { .. }
                 | Event::Rtt(_)
                 | Event::PathMtu(_)
                 | Event::Warning(_) => {}

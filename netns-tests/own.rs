@@ -411,6 +411,34 @@ fn what_a_container_has_behind_the_moved_address_stays_its_own() -> Result {
     let mut old = setup.start(Role::Old)?;
     old.wait_until_up()?;
     goes_on(&mut open)?;
+    clients_are_served(&lab, DNS)?;
+
+    // Until somebody ends what is here.
+    let live = || -> Result<[Option<u64>; 2]> {
+        let status = setup.status(Role::Old)?;
+        Ok([0, 1].map(|at| status.tunnel()["modes"][at]["here_tcp"].as_u64()))
+    };
+    // It is counted once a second.
+    let pause = Duration::from_millis(50);
+    let reaches = |is: &dyn Fn(u64) -> bool| {
+        let all = || {
+            live()
+                .ok()?
+                .into_iter()
+                .all(|it| it.is_some_and(is))
+                .then_some(())
+        };
+        poll_until(PATIENCE, pause, all)
+            .ok_or_else(|| LabError::unexpected(format!("the old server has {:?}", live())))
+    };
+    reaches(&|count| count > 0)?;
+    let said = setup.run(Role::Old, &["move", "--cut"])?;
+    assert!(said.status.success(), "{said:?}");
+    reaches(&|count| count == 0)?;
+    for conversation in open.iter_mut().step_by(2) {
+        let over = conversation.exchange(b"still here", PATIENCE);
+        assert!(over.is_err(), "the new server has no such connection");
+    }
     clients_are_served(&lab, DNS)
 }
 

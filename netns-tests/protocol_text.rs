@@ -11,6 +11,7 @@
 use std::net::UdpSocket;
 use std::time::Duration;
 
+use blake2::{Blake2s256, Digest as _};
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use ipmoved::internals::Role;
 use ipmoved::lab::daemon::read_psk;
@@ -46,6 +47,13 @@ pub(crate) fn old_announcement(id: u32, moved: &[std::net::Ipv4Addr]) -> Vec<u8>
         message.extend([0, 0]);
     }
     message
+}
+
+/// Section 6: the beginning of progress with one entry, about this address, moved whole.
+fn progress_of(moved: std::net::Ipv4Addr) -> Vec<u8> {
+    let bytes = [&[4][..], &moved.octets(), &[0, 0, 32]].concat();
+    let name = Blake2s256::digest(&bytes);
+    [&[1, 2, 1], &name[..8]].concat()
 }
 
 #[test]
@@ -108,6 +116,15 @@ fn it_can_be_the_old_server_of_our_daemon() -> Result {
             // The next round uses a session of its own.
             peer.shake_hands()?;
         }
+        // One conversation, since no port is named nobody says who listens.
+        let counts = [
+            [0; 1].as_slice(),
+            &[0, 0, 0, 1],
+            &[0, 0, 0, 0, 0, 0, 0, 1],
+            &[0; 8],
+        ];
+        let told = [progress_of(MOVED), counts.concat()].concat();
+        peer.serve(PATIENCE, |it| it.heard(&told))?;
         let status = daemon.status()?;
         assert_eq!(status.all_drops().len(), 0, "{:?}", status.all_drops());
         assert_eq!(status.state(), "up");
@@ -147,6 +164,31 @@ fn it_can_be_the_new_server_of_our_daemon() -> Result {
     let rest = [&[4][..], &MOVED.octets(), &[0, 0, 4], &NEW.octets(), &[0]];
     assert_eq!(moved[4..], rest.concat());
     assert_eq!(daemon.status()?.tunnel()["deliver_to"], NEW.to_string());
+
+    // How far the move has come; then what is malformed, or is about another move.
+    let counts = [
+        &[1][..],
+        &[0, 0, 0, 9],
+        &[0, 0, 0, 0, 0, 0, 1, 0],
+        &[0; 7],
+        &[5],
+    ]
+    .concat();
+    let progress = [progress_of(MOVED), counts.clone()].concat();
+    peer.control(&progress);
+    peer.control(&progress[..progress.len() - 1]);
+    peer.control(&[&progress_of(MOVED)[..], &[3][..], &counts[1..]].concat());
+    peer.control(&[&progress_of(NEW)[..], &counts[..]].concat());
+    peer.control(&[1, 2, 37]);
+    peer.control(&[2, 9, 0, 0, 0]);
+    peer.serve(PATIENCE, |it| it.heard(&[3, 9, 0, 0, 0]))?;
+    let status = daemon.status()?;
+    let moved = MOVED.to_string();
+    let expected = serde_json::json!([{
+        "what": moved, "listens": "yes", "live": 9, "by_tunnel": 256, "directly": 5,
+    }]);
+    assert_eq!(status.tunnel()["progress"], expected);
+    assert_eq!(status.all_drops().len(), 0, "{:?}", status.all_drops());
 
     // A client asks the moved address. The second implementation plays the application, too.
     std::thread::scope(|scope| {

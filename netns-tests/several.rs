@@ -44,6 +44,7 @@ fn old_daemon(lab: &Lab, host: &Namespace, n: u8, moves: &[String]) -> Result<Pr
     let mut command = setup(lab)?.command();
     command.args(["--peer", &NEW.to_string(), "--psk-file"]);
     command.arg(psk(lab, n));
+    command.env("IPMOVED_STATE_DIR", lab.dir().join(format!("state-{n}")));
     for moved in moves {
         command.args(["--move", moved]);
     }

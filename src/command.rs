@@ -10,6 +10,10 @@
     reason = "an edge: the command line's own voice"
 )]
 
+mod cutover;
+mod here;
+mod orders;
+
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -20,13 +24,11 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser};
 
 use crate::channel::session::Psk;
-use crate::daemon::status_socket::{self, StatusError};
 use crate::daemon::{self, DaemonError, confine, log};
 use crate::io::entropy;
 use crate::kernel::netlink::firewall;
-use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError, namespace_dir};
+use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
 use crate::lab::{DemoError, LabError};
-use crate::model::runtime::STATUS_SOCKET;
 use crate::model::status::Status;
 use crate::settings::args::{Cli, Command, NatArgs, RunArgs};
 use crate::settings::config::{self, Config, NatSettings};
@@ -52,6 +54,10 @@ pub fn main() -> ExitCode {
         Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
         Some(Command::Status { json }) => show_status(json),
+        Some(Command::Move(args)) => orders::move_away(args),
+        Some(Command::Hold(args)) => orders::hold(args),
+        Some(Command::Back(args)) => orders::back(args),
+        Some(Command::Cutover(args)) => cutover::run(args),
         Some(Command::Cleanup) => cleanup(),
         Some(Command::Demo) => demo(),
     });
@@ -75,6 +81,11 @@ fn say(message: String) {
     if speaker.is_ok() {
         let _ = wait.recv_timeout(LAST_WORDS);
     }
+}
+
+/// Says something that an administrator should know though it worked.
+fn warn(text: &str) {
+    eprintln!("ipmoved: {text}");
 }
 
 /// What a person reads, and the exit code for a script.
@@ -203,17 +214,10 @@ fn genpsk() -> Result<(), Failure> {
 }
 
 fn show_status(json: bool) -> Result<(), Failure> {
-    let namespace =
-        namespace_dir(&config::runtime_dir()).map_err(|error| Failure::new(SYSTEM, error))?;
-    let mut status = status_socket::ask(&namespace.join(STATUS_SOCKET)).map_err(|error| {
-        let code = match &error {
-            StatusError::NotRunning(_) => OTHER_DAEMON,
-            StatusError::Permission(_) => SYSTEM,
-            StatusError::Answer(_) => FAILED,
-        };
-        Failure::new(code, error)
-    })?;
+    let mut status = orders::status()?;
     name_firewalls(&mut status);
+    // Without it the old server's own connections are not counted.
+    let _ = here::count(&mut status);
     if json {
         let text = serde_json::to_string_pretty(&status);
         print(&format!(

@@ -20,11 +20,14 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::chosen::Cgroups;
+use super::control_socket::{self, Order};
 use super::delivered::Delivered;
 use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
+use super::orders::Orders;
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
+use super::progress::Progresses;
 use super::report;
 use super::service::{
     self, Cause, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, end, failed,
@@ -47,13 +50,14 @@ use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
-use crate::kernel::{Change, Host, Place, keep};
+use crate::kernel::{Change, Host, Place, keep, programs};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
-use crate::lane::{BusyLanes, Lane, LaneError, LaneParts, ToControl, Waiting};
+use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
 use crate::model::moved::Move;
 use crate::model::peer::{PeerId, Role};
 use crate::model::prefix::Prefix;
+use crate::model::request::{Answer, Request};
 use crate::model::scopes::Scopes;
 use crate::model::status::{Offloads, Status};
 use crate::packet::coalesce::Reach;
@@ -70,6 +74,13 @@ const MESSAGES_A_TURN: usize = 64;
 
 /// How often to tell the kernel which flows ended. Until then they take room from new ones.
 const FLOWS_EVERY: Duration = Duration::from_millis(100);
+
+/// At most so long after the end of a hold what has waited is gone
+/// ([`flow::hold`](crate::flow::hold)).
+const RELEASED: Duration = Duration::from_secs(6);
+
+/// How often to look meanwhile whether it is.
+const RELEASED_EVERY: Duration = Duration::from_millis(50);
 
 /// How often to look for flows that the kernel remembers from an earlier daemon.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
@@ -100,6 +111,8 @@ async fn carry(
         mut signals,
         netlink,
         status,
+        control,
+        mut orders,
         queues,
         features,
         tun,
@@ -113,6 +126,10 @@ async fn carry(
     } = tools;
     let mut listener = Listener::new([&netlink, host.netlink()]);
     let mut status = StatusListener::new(status).map_err(failed)?;
+    let commands = control.map(control_socket::serve).transpose();
+    let mut commands = commands.map_err(failed)?;
+    let lasting = orders.iter_mut().flat_map(Orders::take_warnings);
+    config.warnings.extend(lasting);
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: follower.uplinks().mtu(),
@@ -137,6 +154,7 @@ async fn carry(
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
         waiting: policy.peers().map(|_| Waiting::default()).collect(),
+        holding: Holding::new(&moves_from_here(&config, &policy)).map_err(failed)?,
         busy_lanes: BusyLanes::new(processors),
     });
     if let Some(taken) = follower.taken() {
@@ -187,6 +205,9 @@ async fn carry(
         next_sweep: started + SWEEP_EVERY,
         repairer: Repairer::default(),
         silence: Watcher::new(config.role, peers, started),
+        orders,
+        modes_again: None,
+        progress: Progresses::new(config.role, peers, started),
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -202,6 +223,7 @@ async fn carry(
         control.set_homes(peer);
     }
     control.find_calls();
+    control.set_modes(started);
     control.turn(started);
     // It has looked at everything; what the start itself caused can wait.
     listener.looked(started, Instant::now());
@@ -235,7 +257,7 @@ async fn carry(
             lanes,
             &mut from_lanes,
             &mut names,
-            &mut status,
+            (&mut status, &mut commands),
             &mut listener,
         )
         .await;
@@ -304,14 +326,21 @@ fn tunnels(
         .collect()
 }
 
+/// All that has moved from here, to whichever peer, in order; nothing on the new server.
+fn moves_from_here(config: &Config, policy: &Policy) -> Vec<Move> {
+    if config.role == Role::New {
+        return Vec::new();
+    }
+    let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
+    moves.cloned().collect()
+}
+
 /// Makes the forwarder: gates on the old server, a translator on the new one.
 /// `resumes`: a predecessor was killed.
 fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
     if config.role == Role::Old {
-        let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
-        let moved: Vec<Move> = moves.cloned().collect();
-        let moved = Arc::new(Scopes::new(&moved));
+        let moved = Arc::new(Scopes::new(&moves_from_here(config, policy)));
         let gates = policy.peers().map(|peer| {
             let config = GateConfig {
                 max_flows,
@@ -400,6 +429,11 @@ struct Control<'h> {
     next_sweep: Instant,
     repairer: Repairer,
     silence: Watcher,
+    /// The modes of what has moved (old server).
+    orders: Option<Orders>,
+    /// When the programs may have to be told the modes again.
+    modes_again: Option<Instant>,
+    progress: Progresses,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -413,7 +447,7 @@ impl Control<'_> {
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
-        status: &mut StatusListener,
+        (status, commands): (&mut StatusListener, &mut Option<mpsc::Receiver<Order>>),
         listener: &mut Listener,
     ) -> Result<()> {
         loop {
@@ -444,8 +478,13 @@ impl Control<'_> {
                     listener.looked(begun, Instant::now());
                 }
                 client = status.accept() => {
-                    status_socket::send_status(client, || self.status(Instant::now()));
+                    let now = Instant::now();
+                    if let Some(orders) = &mut self.orders {
+                        orders.count(now, || self.follower.own_conversations());
+                    }
+                    status_socket::send_status(client, || self.status(now));
                 }
+                Some(order) = next_of(commands) => self.order(Instant::now(), order),
                 () = wake => {}
             }
         }
@@ -458,6 +497,9 @@ impl Control<'_> {
             .chain([self.next_path, self.next_look, self.silence.next()])
             .chain(self.watchdog.as_ref().map(Watchdog::next))
             .chain((self.role == Role::New).then_some(self.next_flows))
+            .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
+            .chain(self.modes_again)
+            .chain(self.progress.next())
             .min()
             .unwrap_or(self.next_path)
     }
@@ -498,7 +540,7 @@ impl Control<'_> {
                 tunnel.session_heard(now, &session, endpoint);
                 return Ok(());
             }
-            ToControl::Failed(what @ LaneError::HelperCrashed) => {
+            ToControl::Failed(what @ (LaneError::HelperCrashed | LaneError::ReleaseCrashed)) => {
                 return Err(DaemonError::Crashed(what.into()));
             }
             ToControl::Failed(what) => return Err(failed(what)),
@@ -540,6 +582,15 @@ impl Control<'_> {
         }
         if now >= self.silence.next() {
             self.look_at_silence(now);
+        }
+        if self.orders.as_mut().is_some_and(Orders::end_holds) {
+            self.set_modes(now);
+        }
+        if self.modes_again.is_some_and(|at| now >= at) {
+            self.set_modes_again(now);
+        }
+        if self.progress.next().is_some_and(|next| now >= next) {
+            self.look_at_progress(now);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -600,6 +651,10 @@ impl Control<'_> {
                 self.see(now, Input::Says(peer));
                 self.silence.peer_sees(now, peer, troubles);
             }
+            Event::PeerProgress { run, progress } => {
+                let moves = self.policy.moves(peer);
+                self.progress.heard(peer, moves, run, progress);
+            }
             Event::PathMtu(_) => self.set_mtu(peer),
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),
@@ -615,6 +670,9 @@ impl Control<'_> {
     }
 
     fn state_changed(&mut self, now: Instant, peer: PeerId, state: State) {
+        if state != State::Up {
+            self.progress.lost(peer);
+        }
         self.see(now, Input::State(peer, state));
         let name = self.policy.name(peer);
         if self.warnings.may_log(now, peer) {
@@ -1101,6 +1159,102 @@ impl Control<'_> {
         }
     }
 
+    /// Carries out what a command asks for.
+    fn order(&mut self, now: Instant, order: Order) {
+        let Some(orders) = &mut self.orders else {
+            return;
+        };
+        let (who, request, answer) = match order {
+            Order::Gone(connection) => return orders.gone(connection),
+            Order::Request {
+                who,
+                request,
+                answer,
+            } => (who, request, answer),
+        };
+        let mut said = orders.carry_out(who, &request);
+        if let (Answer::Done { forgotten, .. }, Request::Forget { .. }) = (&mut said, &request) {
+            *forgotten = self.follower.forget_own(orders.takes(&request));
+        }
+        self.set_modes(now);
+        if let (Answer::Done { warnings, .. }, Request::Move { .. }) = (&mut said, &request) {
+            warnings.extend(self.unreachable(&request));
+        }
+        // Whoever asked may have gone meanwhile.
+        let _ = answer.send(said);
+    }
+
+    /// What those have to know who move something to a server that is not there.
+    fn unreachable(&self, request: &Request) -> Option<String> {
+        let about = self.orders.as_ref()?.about(request);
+        let is_away = |peer: &PeerId| self.policy.state(*peer) != State::Up;
+        let peer = about.into_iter().map(|(peer, _)| peer).find(is_away)?;
+        Some(format!(
+            "the new server {} does not answer, and neither do moved addresses until it does; \
+             `ipmoved back` rolls back",
+            self.policy.name(peer)
+        ))
+    }
+
+    /// Tells the data path who answers new conversations: those who judge first, then those who
+    /// hand over, and last those who let go what waits.
+    fn set_modes(&mut self, now: Instant) {
+        let Some(orders) = &self.orders else {
+            return;
+        };
+        let modes = orders.modes_at(now);
+        for peer in self.policy.peers() {
+            let of_peer = modes.iter().filter(|(of, _)| *of == peer);
+            let of_peer: Vec<_> = of_peer.map(|(_, mode)| *mode).collect();
+            (self.shared.forwarder).set_modes(peer, &of_peer, orders.key());
+        }
+        let (mut for_programs, key) = (orders.modes(), orders.key());
+        self.modes_again = None;
+        // Where this server itself answers, programs would let what comes now overtake what has
+        // waited: they hand it over for a little longer.
+        let waiting = self.shared.holding.waiting();
+        for (mode, waiting) in for_programs.iter_mut().zip(waiting) {
+            if waiting > 0 && mode.held_until.is_none() && mode.settled.percent() < 100 {
+                mode.held_until = Some(programs::now() + RELEASED);
+                self.modes_again = Some(now + RELEASED_EVERY);
+            }
+        }
+        (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
+        let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
+        self.shared.holding.set_modes(&all);
+    }
+
+    /// Tells the modes again, once nothing is left of what waited and is no longer held.
+    fn set_modes_again(&mut self, now: Instant) {
+        let waiting = self.shared.holding.waiting();
+        let mut modes = self.orders.iter().flat_map(Orders::modes).zip(waiting);
+        if modes.any(|(mode, waiting)| mode.held_until.is_none() && waiting > 0) {
+            self.modes_again = Some(now + RELEASED_EVERY);
+        } else {
+            self.set_modes(now);
+        }
+    }
+
+    /// Looks how far what is served here has come, and tells whoever has moved it.
+    fn look_at_progress(&mut self, now: Instant) {
+        let links: Vec<u32> = (self.follower.carrying().iter())
+            .map(|link| link.index)
+            .collect();
+        let Some((steering, translator)) = self
+            .follower
+            .steering()
+            .zip(self.shared.forwarder.translator())
+        else {
+            return;
+        };
+        let moves = self.policy.peers().map(|peer| self.policy.moves(peer));
+        let moves: Vec<_> = moves.collect();
+        let told = (self.progress).look(now, steering, &links, translator, &moves);
+        for (tunnel, told) in self.tunnels.iter_mut().zip(told) {
+            tunnel.set_progress(now, &told);
+        }
+    }
+
     /// Tells the lanes how large a packet may be to fit one datagram to a peer.
     fn set_mtu(&mut self, peer: PeerId) {
         let mtu = tunnel_mtu(self.tunnels[index(peer)].path_mtu());
@@ -1172,8 +1326,16 @@ impl Control<'_> {
             warnings: self.warnings.lines(),
             log_lines_lost: log::lost(),
             stayed: self.follower.stayed(),
+            own_full: self.follower.own_full(),
         };
-        let peers = self.policy.peers().map(|peer| self.known(now, peer));
+        let waiting = match self.role {
+            Role::Old => self.shared.holding.waiting(),
+            Role::New => Vec::new(),
+        };
+        let peers = self
+            .policy
+            .peers()
+            .map(|peer| self.known(now, peer, &waiting));
         report::tunnels(
             daemon,
             peers.collect(),
@@ -1184,7 +1346,7 @@ impl Control<'_> {
     }
 
     /// The facts about a peer, for its status.
-    fn known(&self, now: Instant, peer: PeerId) -> report::Peer<'_> {
+    fn known(&self, now: Instant, peer: PeerId, waiting: &[u64]) -> report::Peer<'_> {
         let (view, tunnel) = (&self.view.peers[index(peer)], &self.tunnels[index(peer)]);
         let session = tunnel.session().map(|session| {
             let age = now.saturating_duration_since(session.created());
@@ -1202,7 +1364,9 @@ impl Control<'_> {
             mtu_hints: tunnel.mtu_hints(),
             unheard: tunnel.unheard(now),
             served: self.silence.served(now, peer),
+            progress: self.progress.of(peer),
             moves: self.policy.moves(peer),
+            modes: (self.orders.as_ref()).map_or_else(Vec::new, |it| it.status(peer, waiting)),
             deliver: self.policy.delivery(peer),
             ports: ports.map(ToString::to_string).collect(),
             flows: self.shared.forwarder.flow_stats(peer),
@@ -1228,6 +1392,11 @@ impl Control<'_> {
         // If a goodbye is lost, the peer notices the silence.
         self.send_all(now);
     }
+}
+
+/// The next command; there is none where nobody takes any.
+async fn next_of(commands: &mut Option<mpsc::Receiver<Order>>) -> Option<Order> {
+    commands.as_mut()?.recv().await
 }
 
 /// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel. It never

@@ -26,12 +26,14 @@ use super::facts::of_default_routes;
 use super::service::{Result, system, warn_of_left};
 use super::setup::{Uplinks, find_uplinks};
 use super::warnings::Warnings;
+use crate::flow::ended::HostFlow;
 use crate::flow::modes::Taken;
 use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink};
 use crate::kernel::plan::{self, PlanError};
 use crate::kernel::steer::Steering;
 use crate::kernel::{Change, Desired, Host, HostError, keep};
+use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
 
 /// The least time between two looks. The first event of a burst is answered at once, and whatever
@@ -549,11 +551,53 @@ impl Follower {
         }
     }
 
+    /// How often a conversation of a host behind this one could not be kept from giving way to new
+    /// ones (old server).
+    pub(super) fn own_full(&self) -> u64 {
+        match &self.programs {
+            Programs::Old(capture) => capture.own_full(),
+            Programs::New(_) => 0,
+        }
+    }
+
     /// What the programs have noted of the flows that the new server has (old server).
     pub(super) fn taken(&self) -> Option<Arc<dyn Taken>> {
         match &self.programs {
             Programs::Old(capture) => Some(capture.taken()),
             Programs::New(_) => None,
+        }
+    }
+
+    /// Tells the programs who answers new conversations (old server).
+    pub(super) fn set_modes(
+        &self,
+        now: Instant,
+        modes: &[Mode<Duration>],
+        key: ShareKey,
+        known: &mut Warnings,
+    ) {
+        if let Programs::Old(capture) = &self.programs
+            && let Err(error) = capture.set_modes(modes, key)
+        {
+            let text = format!("the programs do not know who answers new connections: {error}");
+            known.warn(now, text);
+        }
+    }
+
+    /// The conversations that this host, or one behind it, has at moved addresses, but for those of
+    /// which its sockets tell (old server).
+    pub(super) fn own_conversations(&self) -> Option<Vec<HostFlow>> {
+        match &self.programs {
+            Programs::Old(capture) => capture.own_conversations().ok(),
+            Programs::New(_) => None,
+        }
+    }
+
+    /// Forgets those of them that are `wanted`. Returns how many.
+    pub(super) fn forget_own(&self, wanted: impl Fn(&HostFlow) -> bool) -> u64 {
+        match &self.programs {
+            Programs::Old(capture) => capture.forget_own(wanted).unwrap_or(0),
+            Programs::New(_) => 0,
         }
     }
 

@@ -13,7 +13,10 @@
 //!
 //! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
 //! addresses and routes that change; `held` is which moved addresses the old server has, and
-//! `delivered` where the new one delivered last.
+//! `delivered` where the new one delivered last. `orders` is what commands ask of the old server over
+//! the `control_socket`, and `state_dir` keeps what comes of it.
+//!
+//! `progress` is how far each move has come, and `silence` what is not answered.
 //!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
@@ -30,6 +33,7 @@
 mod chosen;
 pub mod confine;
 mod control;
+pub mod control_socket;
 mod delivered;
 mod early;
 mod facts;
@@ -38,17 +42,21 @@ mod held;
 mod kept;
 pub mod log;
 mod nat;
+mod orders;
 mod policy;
+mod progress;
 mod report;
 mod service;
 mod setup;
 mod silence;
+mod state_dir;
 pub mod status_socket;
 mod warnings;
 mod watchdog;
 
 use std::path::Path;
 
+use self::orders::Orders;
 use crate::model::peer::PeerId;
 use crate::settings::config::Config;
 use crate::settings::values::PeerAddr;
@@ -71,6 +79,7 @@ pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
         let confinement = confine::confine(confine::Needs {
             runtime_dir: ready.host.dir(),
             names: endpoints.clone().any(PeerAddr::is_name),
+            state_dir: ready.tools.orders.as_ref().map(Orders::dir),
         });
         config.warnings.extend_from_slice(&confinement.lacking);
         let _log = log::queue();

@@ -44,6 +44,7 @@ pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError>
         let confinement = confine::confine(confine::Needs {
             runtime_dir: host.dir(),
             names: false,
+            state_dir: None,
         });
         let mut warnings = Warnings::default();
         for text in &confinement.lacking {
@@ -248,6 +249,7 @@ async fn carry(
                     warnings: warnings.lines(),
                     log_lines_lost: log::lost(),
                     stayed: 0,
+                    own_full: 0,
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),

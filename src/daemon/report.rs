@@ -21,7 +21,8 @@ use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
 use crate::model::status::{
-    Flows, MtuHints, Offloads, RefusedMove, Served, State, Status, Traffic, TunnelStatus, Way,
+    Flows, ModeStatus, MtuHints, Offloads, ProgressOf, RefusedMove, Served, State, Status, Traffic,
+    TunnelStatus, Way,
 };
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
@@ -40,6 +41,8 @@ pub(super) struct Daemon {
     pub(super) log_lines_lost: u64,
     /// Packets to what has moved that stayed here.
     pub(super) stayed: u64,
+    /// How often one of its conversations could not be kept from giving way to new ones.
+    pub(super) own_full: u64,
 }
 
 /// The facts about one peer.
@@ -64,8 +67,12 @@ pub(super) struct Peer<'a> {
     pub(super) unheard: Option<Duration>,
     /// What clients ask for, and whether it is answered.
     pub(super) served: Vec<Served>,
+    /// How far each move has come.
+    pub(super) progress: Vec<ProgressOf>,
     /// The moves to it or from it.
     pub(super) moves: &'a [Move],
+    /// Their modes (old server).
+    pub(super) modes: Vec<ModeStatus>,
     /// Where the new server delivers.
     pub(super) deliver: Option<Deliver>,
     /// Ports that are delivered elsewhere.
@@ -133,7 +140,9 @@ pub(super) fn tunnels(
             },
             unheard_s: peer.unheard.map(|unheard| unheard.as_secs()),
             served: peer.served,
+            progress: peer.progress,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
+            modes: peer.modes,
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
             deliver: peer.ports,
             flows: shown(peer.flows),
@@ -178,10 +187,12 @@ pub(super) fn translated(
         mtu_hints: MtuHints::default(),
         unheard_s: None,
         served: Vec::new(),
+        progress: Vec::new(),
         moved: (settings.moves.iter())
             .filter(|moved| moved.prefix.first().is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
             .collect(),
+        modes: Vec::new(),
         deliver_to: Some(match to.port {
             None => end.to.to_string(),
             Some(port) => SocketAddr::new(end.to, port).to_string(),
@@ -231,6 +242,7 @@ fn status(
         warnings: daemon.warnings,
         log_lines_lost: daemon.log_lines_lost,
         stayed: daemon.stayed,
+        own_full: daemon.own_full,
     }
 }
 
@@ -313,7 +325,9 @@ mod tests {
             mtu_hints: Hints::default(),
             unheard: None,
             served: Vec::new(),
+            progress: Vec::new(),
             moves,
+            modes: Vec::new(),
             deliver: Some(Deliver::To {
                 v4: Some("198.51.100.2".parse().unwrap()),
                 v6: Some("2001:db8::2".parse().unwrap()),
@@ -339,6 +353,7 @@ mod tests {
             warnings: vec!["somebody removed a filter; it is back".into()],
             log_lines_lost: 0,
             stayed: 0,
+            own_full: 0,
         }
     }
 

@@ -15,8 +15,9 @@ use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
 use super::held::{self, Held};
 use super::kept;
+use super::orders::Orders;
 use super::service::{DaemonError, Result, Signals, cannot, input, system, warn_of_unread};
-use super::status_socket;
+use super::{control_socket, status_socket};
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
@@ -56,6 +57,10 @@ pub(super) struct Tools {
     pub(super) netlink: Netlink,
     /// Where `ipmoved status` connects.
     pub(super) status: UnixListener,
+    /// Where commands connect (old server).
+    pub(super) control: Option<UnixListener>,
+    /// The modes of what has moved (old server).
+    pub(super) orders: Option<Orders>,
     /// One queue for each lane.
     pub(super) queues: Vec<TunQueue>,
     /// The features of the TUN.
@@ -112,6 +117,13 @@ impl Ready {
         let found = Found::new(&netlink, config, &endpoints, &addresses, may_come)?;
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
+        let (control, orders) = match config.role {
+            Role::Old => {
+                let control = control_socket::listen(host.dir())?;
+                (Some(control), Some(Orders::open(config)?))
+            }
+            Role::New => (None, None),
+        };
         let signals = Signals::new()?;
         let options = TunOptions {
             coalesced: !config.without.contains(&Without::JoinedWrites),
@@ -120,11 +132,14 @@ impl Ready {
         let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
         let tun = raise_tun(&netlink, &config.tun, found.uplinks.mtu())?;
         let port = sockets[0].port().map_err(system)?;
-        let (follower, cgroups) = found.change(&mut host, config, &tun, port, &kept)?;
+        let (follower, cgroups) =
+            found.change(&mut host, config, &tun, port, &kept, orders.as_ref())?;
         let tools = Tools {
             signals,
             netlink,
             status,
+            control,
+            orders,
             queues,
             features,
             tun,
@@ -238,6 +253,7 @@ impl Found {
         tun: &Link,
         port: u16,
         kept: &[OwnedFd],
+        orders: Option<&Orders>,
     ) -> Result<(Follower, Cgroups)> {
         let moves = moves(config);
         let links = plan::carriers(host.netlink(), tun).map_err(system)?;
@@ -246,6 +262,10 @@ impl Found {
                 let own = plan::own::memory(host.netlink(), &links, kept);
                 let own = own.map_err(system)?;
                 let capture = Capture::new(&moves, tun, port, own).map_err(system)?;
+                if let Some(orders) = orders {
+                    let told = capture.set_modes(&orders.modes(), orders.key());
+                    told.map_err(system)?;
+                }
                 kept::keep(&capture.memory());
                 Programs::Old(Box::new(capture))
             }

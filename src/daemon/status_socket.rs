@@ -47,11 +47,7 @@ pub enum StatusError {
 
 /// Asks the daemon that listens at `socket`.
 pub fn ask(socket: &Path) -> Result<Status, StatusError> {
-    let mut stream = UnixStream::connect(socket).map_err(|error| match error.raw_os_error() {
-        Some(libc::EACCES | libc::EPERM) => StatusError::Permission(socket.into()),
-        Some(libc::ENOENT | libc::ECONNREFUSED) => StatusError::NotRunning(socket.into()),
-        _ => StatusError::Answer(error),
-    })?;
+    let mut stream = connect(socket)?;
     let mut text = String::new();
     stream
         .set_read_timeout(Some(PATIENCE))
@@ -60,16 +56,29 @@ pub fn ask(socket: &Path) -> Result<Status, StatusError> {
     serde_json::from_str(&text).map_err(|error| StatusError::Answer(error.into()))
 }
 
-/// Opens the daemon's end in the directory of its namespace, whose lock it holds: a socket that
-/// lies there already is a dead predecessor's.
+/// Connects to a socket of the daemon.
+pub(super) fn connect(socket: &Path) -> Result<UnixStream, StatusError> {
+    UnixStream::connect(socket).map_err(|error| match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => StatusError::Permission(socket.into()),
+        Some(libc::ENOENT | libc::ECONNREFUSED) => StatusError::NotRunning(socket.into()),
+        _ => StatusError::Answer(error),
+    })
+}
+
+/// Opens the daemon's end in the directory of its namespace, whose lock it holds.
 pub(super) fn listen(dir: &Path) -> Result<UnixListener> {
-    let path = dir.join(STATUS_SOCKET);
+    listen_at(&dir.join(STATUS_SOCKET))
+}
+
+/// Opens a socket in a directory whose lock this daemon holds: one that lies there already is a
+/// dead predecessor's.
+pub(super) fn listen_at(path: &Path) -> Result<UnixListener> {
     let opened = || {
-        match std::fs::remove_file(&path) {
+        match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let listener = UnixListener::bind(&path)?;
+        let listener = UnixListener::bind(path)?;
         listener.set_nonblocking(true)?;
         Ok(listener)
     };
@@ -109,7 +118,7 @@ impl StatusListener {
             self.again_at = Some(now + ACCEPT_PAUSE);
             if self.warned.is_none_or(|at| now >= at + WARNING_PACE) {
                 self.warned = Some(now);
-                warn!(%error, "the status socket takes nobody; trying again");
+                warn!(%error, "a socket for commands takes nobody; trying again");
             }
         }
     }

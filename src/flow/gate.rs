@@ -248,6 +248,13 @@ impl Gate {
         refused
     }
 
+    /// Whether a client's packet was let in, and nobody has answered its flow since.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> bool {
+        let flow = self.clients.asked(parsed, bytes);
+        let noted = flow.and_then(|flow| self.clients.noted(now, &flow));
+        noted.is_some_and(|noted| !noted.seen.is_answered())
+    }
+
     /// Lets flows expire, looking at `budget` of them at most. One thread calls it, every second.
     pub fn expire(&self, now: Instant, budget: usize) {
         self.clients.expire(now, budget);
@@ -323,6 +330,11 @@ impl Gate {
         let goes_on =
             noted.is_some_and(|it| it.seen.is_answered() && !(begins && it.seen.is_over()));
         if goes_on && self.clients.client_spoke(now, flow) {
+            // It is a system call, so not for every packet.
+            let anew = noted.is_some_and(|it| it.used < now || !it.seen.has_gone_on());
+            if tcp && !begins && anew {
+                self.note_taken(&host_flow(parsed, bytes));
+            }
             return Ok(Verdict::Carry);
         }
         let client = parsed.src(bytes);
@@ -386,6 +398,15 @@ impl Gate {
         let port = kind.has_ports().then_some(port);
         self.owners
             .find(self.ownership.scopes(), scope, protocol, port)
+    }
+
+    /// Tells capture of a flow of the new server that it may have had to ask about: when that goes
+    /// on for the first time, and then once in a few seconds at most.
+    #[cold]
+    fn note_taken(&self, flow: &HostFlow) {
+        if let Some(taken) = self.taken.get() {
+            taken.note(flow);
+        }
     }
 
     /// Whether capture knows a flow as the new server's.
@@ -633,6 +654,26 @@ mod tests {
         let answers = with(&outgoing(Kind::Tcp), |p| p.flags = SYN | ACK);
         assert_eq!(bed.returning(&answers), UNASKED, "it begins nothing");
         assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
+    }
+
+    #[test]
+    fn a_flow_awaits_its_answer_until_that_has_come() {
+        let bed = Bed::settled(&[MOVED]);
+        let asks = Plan {
+            flags: SYN,
+            ..request(Kind::Tcp)
+        };
+        let waits = |bed: &Bed| {
+            let bytes = asks.build();
+            let parsed = Parsed::parse(&bytes).unwrap();
+            bed.gate.awaits_answer(bed.now, &parsed, &bytes)
+        };
+        assert!(!waits(&bed), "nobody asked");
+        assert_eq!(bed.captured(&asks.build()), CARRY);
+        assert!(waits(&bed));
+        let answer = with(&reply(&asks), |p| p.flags = SYN | ACK);
+        assert_eq!(bed.returning(&answer), Ok(()));
+        assert!(!waits(&bed));
     }
 
     #[test]

@@ -12,10 +12,12 @@
 //! | [`outgoing`] | connections that begin on the new server |
 //! | [`nat`] | both addresses rewritten, on the old server alone |
 //! | [`table`] | the flows, found from either side |
+//! | [`tally`] | how many conversations each move has |
 //! | [`class`] | how long a flow is kept, and which gives way first |
 //! | [`fairness`] | who gives way when flows or ports run out |
 //! | [`modes`] | on the old server: whose a conversation is that nobody knows |
 //! | [`watch`] | which of the newest conversations were answered |
+//! | [`hold`] | first packets that wait for the end of a hold |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -31,6 +33,7 @@ pub mod fairness;
 pub mod fragments;
 pub mod gate;
 mod hairpin;
+pub mod hold;
 pub mod modes;
 pub mod nat;
 pub mod networks;
@@ -41,6 +44,7 @@ pub mod routes;
 pub mod seed;
 mod slab;
 pub mod table;
+pub mod tally;
 #[cfg(test)]
 mod testing;
 pub mod translate;

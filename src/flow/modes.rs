@@ -29,6 +29,10 @@ pub const CLIENTS_QUERY: u16 = 1;
 pub trait Taken: fmt::Debug + Send + Sync {
     /// Whether a flow is the new server's: captured, and unless it is TCP, answered there.
     fn has(&self, flow: &HostFlow) -> bool;
+
+    /// A flow of TCP is the new server's: from now on capture knows it, also after a crash of the
+    /// daemon, and need not ask.
+    fn note(&self, flow: &HostFlow);
 }
 
 /// The modes of the moves of one peer.
@@ -450,6 +454,47 @@ mod tests {
     impl Taken for All {
         fn has(&self, _: &HostFlow) -> bool {
             true
+        }
+
+        fn note(&self, _: &HostFlow) {}
+    }
+
+    #[derive(Debug, Default)]
+    struct Noted(Mutex<Vec<HostFlow>>);
+
+    impl Taken for Noted {
+        fn has(&self, _: &HostFlow) -> bool {
+            false
+        }
+
+        fn note(&self, flow: &HostFlow) {
+            self.0.lock().unwrap().push(*flow);
+        }
+    }
+
+    #[test]
+    fn capture_is_told_of_connections_that_it_asks_about() {
+        let bed = Bed::new(&[MOVED]);
+        let noted = std::sync::Arc::new(Noted::default());
+        bed.gate.set_taken(noted.clone());
+        let told = || noted.0.lock().unwrap().len();
+        for kind in KINDS {
+            let has = begins(kind, 1);
+            bed.set("moved");
+            assert_eq!(bed.captured(&bytes(&has)), CARRY);
+            bed.set("here");
+            let before = told();
+            // What nobody has answered yet is nobody's.
+            assert_eq!(bed.captured(&bytes(&goes_on(&has))).is_ok(), true);
+            assert_eq!(told(), before, "{kind:?}");
+            bed.set("moved");
+            assert_eq!(bed.captured(&bytes(&has)), CARRY);
+            bed.answered(&has, ACK | SYN);
+            bed.set("here");
+            assert_eq!(bed.captured(&bytes(&goes_on(&has))), CARRY);
+            assert_eq!(bed.captured(&bytes(&goes_on(&has))), CARRY);
+            let once = usize::from(kind == Kind::Tcp);
+            assert_eq!(told() - before, once, "not of every packet: {kind:?}");
         }
     }
 

@@ -23,6 +23,7 @@ use crate::flow::table::FlowStats;
 use crate::flow::translate::Translator;
 use crate::flow::watch::Observations;
 use crate::model::drops::{DropReason, Dropped};
+use crate::model::mode::{Mode, ShareKey};
 use crate::model::peer::PeerId;
 use crate::packet::fragment::Client;
 use crate::packet::icmp_reply::IcmpError;
@@ -48,6 +49,8 @@ pub enum Judgement<'a> {
     Carry(Outgoing<'a>),
     /// This host's own: it is written back to the TUN as it is.
     Bounce,
+    /// It waits until a hold ends, and is judged once more then.
+    Hold,
 }
 
 /// How to make a packet that the tunnel takes ready for it.
@@ -216,6 +219,14 @@ impl Forwarder {
         }
     }
 
+    /// Sets the modes of a peer's moves, in the order of the settings (old server).
+    pub fn set_modes(&self, peer: PeerId, modes: &[Mode<Instant>], key: ShareKey) {
+        match self {
+            Self::Old(gates) => gates[usize::from(peer.0)].set_modes(modes, key),
+            Self::New(_) => {}
+        }
+    }
+
     /// What capture has noted, for whoever judges what it hands over.
     pub fn set_taken(&self, taken: &Arc<dyn Taken>) {
         match self {
@@ -240,6 +251,22 @@ impl Forwarder {
         match self {
             Self::Old(_) => None,
             Self::New(translator) => Some(translator),
+        }
+    }
+
+    /// Whether a client's packet went to a peer, and nobody has answered it since.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, packet: &[u8]) -> bool {
+        match self {
+            Self::Old(gates) => (gates.iter()).any(|gate| gate.awaits_answer(now, parsed, packet)),
+            Self::New(_) => false,
+        }
+    }
+
+    /// Whether what clients ask for may be held here.
+    pub fn holds(&self) -> bool {
+        match self {
+            Self::Old(_) => true,
+            Self::New(_) => false,
         }
     }
 
@@ -311,7 +338,7 @@ fn judge_captured(
             }
             // Another part of the address may have moved to another peer.
             Ok(Verdict::Bounce) => outcome = Ok(Judgement::Bounce),
-            Ok(Verdict::Hold) => return Err(DropReason::Held),
+            Ok(Verdict::Hold) => return Ok(Judgement::Hold),
             Err(reason @ DropReason::FragmentUnknown) if outcome.is_err() => outcome = Err(reason),
             // It belongs to this peer, and to none.
             Err(reason @ DropReason::BadSource) => return Err(reason),
@@ -400,6 +427,7 @@ mod tests {
                 .map(Some)
                 .map_err(|dropped| dropped.reason),
             Judgement::Bounce => Ok(None),
+            Judgement::Hold => Err(DropReason::HoldFull),
         }
     }
 

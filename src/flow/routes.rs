@@ -7,6 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use crate::flow::outgoing::OutgoingRules;
+use crate::flow::tally::Counted;
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, Transport, UDP};
 use crate::model::peer::PeerId;
@@ -47,6 +48,8 @@ pub(super) struct PeerRoutes {
     pub(super) outgoing: OutgoingRules,
     /// Ports that are delivered elsewhere, by moved address; made from the two above.
     maps: Vec<MappedPort>,
+    /// Where conversations count, for each move.
+    counted: Arc<[Counted]>,
 }
 
 /// What one peer has moved.
@@ -336,9 +339,55 @@ impl ByAddress {
 }
 
 impl PeerRoutes {
-    /// Sets what has moved.
-    pub(super) fn set_moves(&mut self, moves: &[Move]) {
+    /// Sets what has moved, and where the conversations of each move count.
+    pub(super) fn set_moves(&mut self, moves: &[Move], counted: Arc<[Counted]>) {
         self.moved = Arc::new(ByAddress::new(moves));
+        self.counted = counted;
+    }
+
+    /// Where conversations count, for each move.
+    pub(super) fn counted(&self) -> &[Counted] {
+        &self.counted
+    }
+
+    /// The moves of which a new conversation with `end` of this host would be one if it had come by
+    /// the tunnel, each once.
+    pub(super) fn delivered_to(&self, protocol: u8, kind: Kind, end: (Addr, u16)) -> Vec<Counted> {
+        let (addr, port) = end;
+        let family = addr.family();
+        let mut found = Vec::new();
+        let mut look = |moved: Moved<'_>, port| {
+            let at = moved.counted(protocol, kind, port);
+            if moved.delivery(kind, port) == Ok(end) && at != Counted::NOWHERE {
+                found.push(at);
+            }
+        };
+        for map in self.maps.iter().filter(|map| (map.to, map.to_port) == end) {
+            if let Some(moved) = self.moved(map.moved) {
+                look(moved, map.port);
+            }
+        }
+        if self.delivery.keep {
+            if let Some(moved) = self.moved(addr) {
+                look(moved, port);
+            }
+        } else if self.delivery.of(family) == Some(addr) {
+            let scopes = &self.moved.scopes;
+            for scope in 0..scopes.len() {
+                let first = Addr::from(scopes.prefix(scope).first());
+                if first.family() == family {
+                    let moved = Moved {
+                        addr: first,
+                        scope,
+                        routes: self,
+                    };
+                    look(moved, port);
+                }
+            }
+        }
+        found.sort_unstable();
+        found.dedup();
+        found
     }
 
     #[inline]
@@ -413,6 +462,14 @@ impl Moved<'_> {
     pub(super) fn takes(&self, protocol: u8, kind: Kind, port: u16) -> bool {
         let port = kind.has_ports().then_some(port);
         self.routes.moved.scopes.takes(self.scope, protocol, port)
+    }
+
+    /// Where a conversation with `port` counts.
+    pub(super) fn counted(&self, protocol: u8, kind: Kind, port: u16) -> Counted {
+        let port = kind.has_ports().then_some(port);
+        let taker = self.routes.moved.scopes.taker(self.scope, protocol, port);
+        let at = taker.and_then(|taker| self.routes.counted.get(taker));
+        at.copied().unwrap_or(Counted::NOWHERE)
     }
 
     /// Where a packet of this kind to `port` goes.

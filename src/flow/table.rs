@@ -27,6 +27,7 @@
 //! refused: a flood cannot take what others are using.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hashbrown::HashTable;
@@ -38,6 +39,7 @@ use crate::flow::fairness::{
 };
 use crate::flow::seed::Seed;
 use crate::flow::slab::{List, Slab};
+use crate::flow::tally::{Counted, Tallies};
 use crate::flow::watch::Noted;
 use crate::model::drops::DropReason;
 use crate::model::moved::{TCP, UDP};
@@ -161,6 +163,8 @@ pub struct FlowTable {
     drawn: u64,
     /// Flows that ended, if anybody wants to know.
     ended: Option<Outbox<Inside>>,
+    /// Where flows count, if they do.
+    tallies: Option<Arc<Tallies>>,
     live: usize,
     evicted: u64,
     displaced: u64,
@@ -219,6 +223,7 @@ impl FlowTable {
             expired: 0,
             drawn: 0,
             ended: None,
+            tallies: None,
             live: 0,
             evicted: 0,
             displaced: 0,
@@ -238,6 +243,18 @@ impl FlowTable {
     /// From now on, keeps the inner views of flows that end, at most `room` until they are taken.
     pub fn note_ended(&mut self, room: usize) {
         self.ended = Some(Outbox::new(room));
+    }
+
+    /// From now on, flows count there.
+    pub(super) fn tally(&mut self, tallies: Arc<Tallies>) {
+        self.tallies = Some(tallies);
+    }
+
+    /// A flow that was just made counts there.
+    pub(super) fn count_as(&mut self, key: &Outside, at: Counted) {
+        if let Some(flow) = self.find_outside(key) {
+            self.slab.get_mut(flow).counted = at;
+        }
     }
 
     /// Puts a flow among those that ended that is not here, since it was refused.
@@ -580,7 +597,11 @@ impl FlowTable {
         let class = Class::of(entry.protocol, entry.seen);
         if class != entry.class {
             self.unlink(at);
-            self.slab.get_mut(at).class = class;
+            let entry = self.slab.get_mut(at);
+            let before = std::mem::replace(&mut entry.class, class);
+            if let Some(tallies) = &self.tallies {
+                tallies.turned(entry.peer, &mut entry.counted, before, class);
+            }
             self.link(at, now);
         }
     }
@@ -792,6 +813,9 @@ impl FlowTable {
             }
         }
         entry.seen = Seen::default();
+        if let Some(tallies) = &self.tallies {
+            tallies.ended(entry.peer, entry.counted, entry.class);
+        }
         let peer = entry.peer;
         self.slab.free(at);
         self.live -= 1;
@@ -983,6 +1007,7 @@ struct Entry {
     /// the entry was put into its list, in the same unit.
     last_seen: u32,
     placed: u32,
+    counted: Counted,
 }
 
 impl Entry {
@@ -1001,6 +1026,7 @@ impl Entry {
             seen: Seen::default(),
             last_seen: now,
             placed: now,
+            counted: Counted::NOWHERE,
         }
     }
 

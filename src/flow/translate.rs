@@ -38,6 +38,7 @@ use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage, seen_client};
+use crate::flow::tally::{Counted, Tallies, Tally};
 use crate::flow::watch::{self, Observations, Watch};
 use crate::model::asked::Asked;
 use crate::model::drops::{DropReason, Dropped};
@@ -102,6 +103,7 @@ pub struct Translator {
     /// The newest conversations, by [`PeerId`]: no peer's clients take the places of another's.
     watches: Box<[OnceLock<Watch<Outside>>]>,
     pub(super) turned_fragments: Mutex<FragmentCache<Turned>>,
+    tallies: Arc<Tallies>,
 }
 
 /// A table in cache lines of its own.
@@ -113,6 +115,7 @@ impl Translator {
     pub fn new(config: TranslatorConfig) -> Self {
         let seed = Seed::new(config.seed);
         let shards = config.shards.clamp(1, MAX_SHARDS).next_power_of_two();
+        let tallies = Arc::new(Tallies::new());
         Self {
             seed,
             start: config.epoch,
@@ -120,6 +123,7 @@ impl Translator {
             shards: (0..shards)
                 .map(|_| {
                     let mut table = FlowTable::new(seed, config.epoch);
+                    table.tally(Arc::clone(&tallies));
                     if config.note_ended {
                         table.note_ended(ENDED_ROOM / shards);
                     }
@@ -137,21 +141,24 @@ impl Translator {
             outbound_fragments: Mutex::new(FragmentCache::new()),
             watches: (0..MAX_PEERS).map(|_| OnceLock::new()).collect(),
             turned_fragments: Mutex::new(FragmentCache::new()),
+            tallies,
         }
     }
 
     /// Sets what `peer` has moved, in place of what it had moved before. Packets of what is no
     /// longer moved are dropped at once; its flows are forgotten in their own time.
     pub fn set_moves(&self, peer: PeerId, moves: &[Move]) {
-        self.change(|routes| routes.peer_mut(peer).set_moves(moves));
+        let counted = self.tallies.name(peer, moves);
+        self.change(|routes| routes.peer_mut(peer).set_moves(moves, counted));
     }
 
     /// As [`set_moves`](Self::set_moves), where the kernel still knows `flows` from an earlier
     /// daemon. Those that began on this side are known here, too, before the first packet comes:
     /// the remote may be the first to speak, and would be taken for a client.
     pub fn set_moves_again(&self, now: Instant, peer: PeerId, moves: &[Move], flows: &[HostFlow]) {
+        let counted = self.tallies.name(peer, moves);
         self.change_first(
-            |routes| routes.peer_mut(peer).set_moves(moves),
+            |routes| routes.peer_mut(peer).set_moves(moves, counted),
             |routes| {
                 flows
                     .iter()
@@ -425,6 +432,34 @@ impl Translator {
         Some(SocketAddr::new(delivery.into(), port))
     }
 
+    /// What was counted of each move of `peer`, in their order.
+    pub fn tallies(&self, peer: PeerId) -> Vec<Tally> {
+        let routes = self.routes.load();
+        let counted = routes.peer(peer).map_or(&[][..], |routes| routes.counted());
+        counted
+            .iter()
+            .map(|&at| self.tallies.get(peer, at))
+            .collect()
+    }
+
+    /// So many new conversations with this end of this host came directly.
+    pub fn came_directly(&self, protocol: u8, end: SocketAddr, new: u64) {
+        let kind = match protocol {
+            TCP => Kind::Tcp,
+            UDP => Kind::Udp,
+            _ => return,
+        };
+        let routes = self.routes.load();
+        for peer in routes.peer_ids() {
+            let Some(of_peer) = routes.peer(peer) else {
+                continue;
+            };
+            for at in of_peer.delivered_to(protocol, kind, (end.ip().into(), end.port())) {
+                self.tallies.came_directly(peer, at, new);
+            }
+        }
+    }
+
     /// Counters of all flows.
     pub fn stats(&self) -> FlowStats {
         let mut all = FlowStats {
@@ -585,19 +620,32 @@ impl Translator {
         }
         let (delivery, port) = moved.delivery(parsed.kind(), parsed.dst_port())?;
         let flags = parsed.tcp_flags();
+        let asked = watch::asked(parsed, key.moved);
+        let counted = match (
+            moved.counted(key.protocol, parsed.kind(), key.moved_port),
+            asked,
+        ) {
+            (at, Some(_)) => at.begun(),
+            (at, None) if parsed.kind() == Kind::Tcp => at,
+            (_, None) => Counted::NOWHERE,
+        };
         let try_open = || {
             let mut table = self.table(key.client);
             // Another lane may have been faster.
             match table.client_packet(now, key, flags, &self.limit) {
                 Some(inside) => Ok(inside),
-                None => table.open(now, key, delivery, port, flags, &self.limit),
+                None => {
+                    let inside = table.open(now, key, delivery, port, flags, &self.limit)?;
+                    table.count_as(key, counted);
+                    Ok(inside)
+                }
             }
         };
         self.make_space(now, key.peer, key.client);
         let inside = try_open()?;
         if let Some(watch) = self.watches.get(usize::from(key.peer.0)) {
             let watch = watch.get_or_init(|| Watch::new(self.seed));
-            if let Some(asked) = watch::asked(parsed, key.moved) {
+            if let Some(asked) = asked {
                 watch.opened(now, asked, key.client, *key);
             }
         }
@@ -641,9 +689,15 @@ impl Translator {
         let mut table = self.table(key.client);
         match table.application_packet(now, key, flags, &self.limit) {
             Some(outside) => Ok(outside),
-            None => table
-                .reopen(now, key, &outside, flags, &self.limit)
-                .map(|()| outside),
+            None => {
+                table.reopen(now, key, &outside, flags, &self.limit)?;
+                let moved = routes.peer(peer).and_then(|routes| routes.moved(moved));
+                if let Some(moved) = moved.filter(|_| parsed.kind().has_ports()) {
+                    let at = moved.counted(key.protocol, parsed.kind(), moved_port);
+                    table.count_as(&outside, at);
+                }
+                Ok(outside)
+            }
         }
     }
 
@@ -831,8 +885,8 @@ mod tests {
     use super::*;
     use crate::flow::testing::translator;
     use crate::model::port_map::PortMap;
-    use crate::packet::RST;
     use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
+    use crate::packet::{FIN, RST};
 
     use proptest::prelude::*;
 
@@ -1625,5 +1679,177 @@ mod tests {
         }
         let stats = bed.translator.stats();
         assert_eq!((stats.live, stats.max, stats.evicted), (1000, 1000, 500));
+    }
+
+    #[test]
+    fn each_move_counts_the_conversations_that_went_on() {
+        let moves = [&format!("{MOVED}:80/tcp"), &format!("{MOVED}:53"), MOVED6];
+        let bed = Bed::new(&moves.map(|it: &str| it), delivery());
+        let tallies = || -> Vec<[u64; 3]> {
+            let all = bed.translator.tallies(PEER);
+            let each = all.iter();
+            each.map(|it| [it.live, it.by_tunnel, it.directly])
+                .collect()
+        };
+        let packet = |kind, client: &str, moved: &str, ports: (u16, u16), flags| Plan {
+            src_port: ports.0,
+            dst_port: ports.1,
+            flags,
+            ..Plan::new(kind, client, moved)
+        };
+        // A flood: nobody goes on after the answer, if there is one.
+        for port in 1..100 {
+            let mut syn = packet(Kind::Tcp, CLIENT, MOVED, (port, 80), SYN).build();
+            bed.inbound(&mut syn).unwrap();
+            let mut answer = packet(Kind::Tcp, DELIVERY, CLIENT, (80, port), SYN | ACK).build();
+            bed.outbound(&mut answer).unwrap();
+        }
+        assert_eq!(tallies(), [[0; 3]; 3]);
+        let said = |from_client, port, flags| {
+            let result = if from_client {
+                let mut bytes = packet(Kind::Tcp, CLIENT, MOVED, (port, 80), flags).build();
+                bed.inbound(&mut bytes)
+            } else {
+                let mut bytes = packet(Kind::Tcp, DELIVERY, CLIENT, (80, port), flags).build();
+                bed.outbound(&mut bytes).map(drop)
+            };
+            result.unwrap();
+        };
+        for port in [1, 2, 500] {
+            said(true, port, SYN);
+            said(false, port, SYN | ACK);
+            said(true, port, ACK);
+            said(true, port, ACK);
+        }
+        assert_eq!(tallies()[0], [3, 3, 0]);
+        said(true, 1, FIN | ACK);
+        said(false, 1, FIN | ACK);
+        said(false, 2, RST);
+        assert_eq!(tallies()[0], [1, 3, 0]);
+        // One from before this daemon lives here, and is none that came since.
+        said(true, 600, ACK);
+        said(false, 600, ACK);
+        said(false, 601, ACK);
+        said(true, 601, ACK);
+        assert_eq!(tallies()[0], [3, 3, 0]);
+        // UDP is answered; ICMP does not count.
+        for (client, moved, here) in [(CLIENT, MOVED, DELIVERY), (CLIENT6, MOVED6, DELIVERY6)] {
+            let udp = |from: &str, to: &str, ports| packet(Kind::Udp, from, to, ports, 0).build();
+            bed.inbound(&mut udp(client, moved, (700, 53))).unwrap();
+            bed.inbound(&mut udp(client, moved, (701, 53))).unwrap();
+            bed.outbound(&mut udp(here, client, (53, 700))).unwrap();
+        }
+        let ping = Plan::new(Kind::IcmpQuery, CLIENT6, MOVED6);
+        let mut pong = ping.build();
+        bed.inbound(&mut pong).unwrap();
+        bed.outbound(
+            &mut reply(&Plan {
+                dst: DELIVERY6.parse().unwrap(),
+                ..ping
+            })
+            .build(),
+        )
+        .unwrap();
+        assert_eq!(tallies(), [[3, 3, 0], [1, 1, 0], [1, 1, 0]]);
+        // Its time is over, and the counts stay.
+        let later = bed.now + Duration::from_secs(8_000);
+        while bed.translator.expire(later, 1_000) > 0 {}
+        assert_eq!(tallies(), [[0, 3, 0], [0, 1, 0], [0, 1, 0]]);
+    }
+
+    /// `cargo test --lib translate::tests::what_a_new_flow_costs -- --ignored --nocapture`
+    #[test]
+    #[ignore = "it measures"]
+    #[expect(clippy::disallowed_methods, reason = "it measures")]
+    fn what_a_new_flow_costs() {
+        const FLOWS: u16 = 50_000;
+        let (translator, now) = translator(PEER, &[MOVED], delivery());
+        let translator = Translator {
+            limit: Limit::new(100_000),
+            ..translator
+        };
+        let packets: Vec<Vec<u8>> = (1..=FLOWS)
+            .map(|port| {
+                let mut plan = request(Kind::Tcp);
+                plan.src_port = port;
+                plan.build()
+            })
+            .collect();
+        let took = |what: &str, each: &mut dyn FnMut(&[u8])| {
+            let start = Instant::now();
+            packets.iter().for_each(|packet| each(packet));
+            println!(
+                "{what}: {} ns",
+                start.elapsed().as_nanos() / u128::from(FLOWS)
+            );
+        };
+        took("a new flow", &mut |packet| {
+            let mut bytes = packet.to_vec();
+            let mut parsed = Parsed::parse(&bytes).unwrap();
+            translator
+                .inbound(now, PEER, &mut bytes, &mut parsed, false)
+                .unwrap();
+        });
+        let routes = translator.routes.load();
+        took("of that, counting", &mut |packet| {
+            let parsed = Parsed::parse(packet).unwrap();
+            let key = Outside {
+                peer: PEER,
+                protocol: TCP,
+                client: parsed.src(packet),
+                client_port: parsed.src_port(),
+                moved: parsed.dst(packet),
+                moved_port: parsed.dst_port(),
+            };
+            let moved = routes.peer(PEER).unwrap().moved(key.moved).unwrap();
+            let at = moved.counted(TCP, Kind::Tcp, key.moved_port).begun();
+            translator.table(key.client).count_as(&key, at);
+        });
+    }
+
+    #[test]
+    fn what_comes_directly_counts_for_whatever_is_delivered_there() {
+        let to = |addr: &str, port| SocketAddr::new(addr.parse().unwrap(), port);
+        let delivery = Delivery {
+            ports: vec!["192.0.2.5:80=198.51.100.2:8080".parse().unwrap()],
+            ..delivery()
+        };
+        let moves = [
+            "192.0.2.5:80,81/tcp",
+            "192.0.2.8/31:80-99/tcp",
+            "2001:db8:a::5",
+        ];
+        let bed = Bed::new(&moves, delivery);
+        let other = PeerId(2);
+        bed.translator
+            .set_moves(other, &["192.0.2.6:80".parse().unwrap()]);
+        bed.translator.set_delivery(other, self::delivery());
+        let count = |protocol, end, new| bed.translator.came_directly(protocol, end, new);
+        count(TCP, to(DELIVERY, 8080), 1);
+        count(TCP, to(DELIVERY, 80), 10);
+        count(TCP, to(DELIVERY, 81), 100);
+        count(UDP, to(DELIVERY, 80), 1_000);
+        count(UDP, to(DELIVERY6, 999), 3);
+        for nothing in [to(DELIVERY, 22), to("198.51.100.3", 81), to(MOVED, 80)] {
+            count(TCP, nothing, 7_777);
+        }
+        let directly = |peer| -> Vec<u64> {
+            let all = bed.translator.tallies(peer);
+            all.iter().map(|it| it.directly).collect()
+        };
+        assert_eq!(directly(PEER), [101, 110, 3]);
+        assert_eq!(directly(other), [1_010]);
+        // A move that is announced again has what it had, wherever it stands.
+        let again: Vec<Move> = [2, 0].map(|at| moves[at].parse().unwrap()).into();
+        bed.translator.set_moves(PEER, &again);
+        assert_eq!(directly(PEER), [3, 101]);
+        // Kept, what comes to the address itself is meant.
+        let kept = Delivery {
+            keep: true,
+            ..Delivery::default()
+        };
+        bed.translator.set_delivery(other, kept);
+        count(TCP, to("192.0.2.6", 80), 5);
+        assert_eq!(directly(other), [1_015]);
     }
 }

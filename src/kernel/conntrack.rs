@@ -1,13 +1,15 @@
 //! What the kernel's connection tracker knows of TCP connections that hosts behind this one have:
 //! containers and virtual machines whose addresses are translated, or that are reached by routes.
 //!
-//! Owns one dump over `NETLINK_NETFILTER` (linux/netfilter/nfnetlink_conntrack.h). Where nothing is
+//! Owns one dump and one request over `NETLINK_NETFILTER` (linux/netfilter/nfnetlink_conntrack.h). Where nothing is
 //! tracked in this namespace it asks for nothing, so that the kernel loads no module because of it.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
+};
 use netlink_sys::Socket;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
@@ -17,17 +19,22 @@ use crate::model::moved::TCP;
 /// How many connections this namespace tracks.
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 
-/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET`.
+/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET`, and the same of `IPCTNL_MSG_CT_DELETE`.
 const CT_GET: u16 = 1 << 8 | 1;
+const CT_DELETE: u16 = 1 << 8 | 2;
 
 /// Length of a netlink header, and of `struct nfgenmsg` behind it.
 const HEADER: usize = 16;
 const NFGENMSG: usize = 4;
 
+/// `NLA_F_NESTED`.
+const NESTED: u16 = 1 << 15;
+
 /// Attributes: of a connection, of a tuple, of its addresses and its ports, and of TCP.
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_PROTOINFO: u16 = 4;
+const CTA_ZONE: u16 = 18;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_IP_V4_SRC: u16 = 1;
@@ -74,6 +81,75 @@ pub fn behind(
         found.len() < most
     })?;
     Ok(found)
+}
+
+/// Makes the kernel forget the conversations of hosts behind this one whose end here, as the other
+/// end sees it, is `wanted`. It is for commands that people run. Returns how many there were.
+///
+/// # Errors
+/// If the kernel tracks nothing here, or refuses.
+pub fn forget_behind(wanted: impl Fn(u8, SocketAddr) -> bool) -> io::Result<u64> {
+    if std::fs::read_to_string(COUNT)?.trim() == "0" {
+        return Ok(0);
+    }
+    let mut found: Vec<Vec<u8>> = Vec::new();
+    each(|connection| {
+        if is_behind(connection, &wanted).unwrap_or(false) {
+            found.push(naming(connection));
+        }
+        true
+    })?;
+    let mut forgotten = 0;
+    for attributes in found {
+        let mut socket = Socket::new(NETLINK_NETFILTER)?;
+        socket.bind_auto()?;
+        let original = attribute(&attributes, CTA_TUPLE_ORIG).and_then(tuple);
+        let family = match original.is_some_and(|it| it.src.is_ipv4()) {
+            true => libc::AF_INET,
+            false => libc::AF_INET6,
+        };
+        let length = HEADER + NFGENMSG + attributes.len();
+        let mut request = Vec::from((length as u32).to_ne_bytes());
+        request.extend(CT_DELETE.to_ne_bytes());
+        request.extend((NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
+        request.extend([0; 8]);
+        request.extend([family as u8, 0, 0, 0]);
+        request.extend(attributes);
+        socket.send(&request, 0)?;
+        match answers(&socket, |_| true) {
+            // It is over meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            result => {
+                result?;
+                forgotten += 1;
+            }
+        }
+    }
+    Ok(forgotten)
+}
+
+/// Whether a connection is one of a host behind this one with a `wanted` end.
+fn is_behind(connection: &[u8], wanted: &impl Fn(u8, SocketAddr) -> bool) -> Option<bool> {
+    let original = tuple(attribute(connection, CTA_TUPLE_ORIG)?)?;
+    let reply = tuple(attribute(connection, CTA_TUPLE_REPLY)?)?;
+    // Began there, or came in for it.
+    let out = original.src != reply.dst && wanted(original.protocol, reply.dst);
+    let came = original.dst != reply.src && wanted(original.protocol, original.dst);
+    Some(out || came)
+}
+
+/// The attributes that name a connection to the kernel.
+fn naming(connection: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (kind, nested) in [(CTA_TUPLE_ORIG, NESTED), (CTA_ZONE, 0)] {
+        if let Some(value) = attribute(connection, kind) {
+            bytes.extend((value.len() as u16 + 4).to_ne_bytes());
+            bytes.extend((kind | nested).to_ne_bytes());
+            bytes.extend(value);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+        }
+    }
+    bytes
 }
 
 /// The flow of one connection, if it is such a one.
@@ -153,7 +229,7 @@ fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
 }
 
 /// Hands over each connection that is tracked, until `go_on` says no.
-fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
+fn each(go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_NETFILTER)?;
     socket.bind_auto()?;
     let length = HEADER + NFGENMSG;
@@ -163,6 +239,11 @@ fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
     // Sequence, port; any family, version 0, no resource.
     request.resize(length, 0);
     socket.send(&request, 0)?;
+    answers(&socket, go_on)
+}
+
+/// Hands over the answers to a request up to the last one, or until `go_on` says no.
+fn answers(socket: &Socket, mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
     loop {
         let (datagram, _) = match socket.recv_from_full() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -178,8 +259,10 @@ fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => {
                     let code = payload.get(..4).and_then(|bytes| bytes.try_into().ok());
-                    let errno = code.map_or(0, i32::from_ne_bytes).wrapping_neg();
-                    return Err(io::Error::from_raw_os_error(errno));
+                    return match code.map_or(0, i32::from_ne_bytes) {
+                        0 => Ok(()),
+                        errno => Err(io::Error::from_raw_os_error(errno.wrapping_neg())),
+                    };
                 }
                 _ => {
                     if !go_on(payload.get(NFGENMSG..).unwrap_or_default()) {

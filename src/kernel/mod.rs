@@ -8,6 +8,7 @@
 //!   runtime_dir   where the journal lies, and the lock that keeps a second daemon out
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
+//!   sockets       the conversations of this host's own sockets, for commands
 //!   look          who listens where, and what the kernel counts: for the causes of silence
 //!   netlink       the conversation with the kernel, by object
 //!   conntrack     which connections the kernel tracks of hosts behind this one
@@ -23,7 +24,7 @@
 
 pub mod bpf;
 pub mod change;
-mod conntrack;
+pub mod conntrack;
 mod host;
 pub mod journal;
 pub mod look;
@@ -31,6 +32,7 @@ pub mod netlink;
 pub mod plan;
 pub mod programs;
 mod runtime_dir;
+pub mod sockets;
 
 #[cfg(test)]
 mod testing;

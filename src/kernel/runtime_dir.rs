@@ -9,6 +9,7 @@
 //!     journal                    see `journal`
 //!     journal.aside              a journal that was not understood whole, for a person to read
 //!     status.sock                where `ipmoved status` asks; the daemon owns it
+//!     control.sock               where commands to the old server ask; its daemon owns it
 //! ```
 
 use std::collections::BTreeSet;
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use crate::model::runtime::{DELIVERED, DELIVERED_NEXT, STATUS_SOCKET};
+use crate::model::runtime::{CONTROL_SOCKET, DELIVERED, DELIVERED_NEXT, STATUS_SOCKET};
 
 const LOCK: &str = "lock";
 
@@ -93,7 +94,13 @@ impl RuntimeDir {
     /// Removes the directory, unless somebody else has put a file there.
     pub(super) fn remove(&self) {
         // We still hold the lock. Whoever waits for it will see that the file is no longer there.
-        for ours in [STATUS_SOCKET, DELIVERED_NEXT, DELIVERED, LOCK] {
+        for ours in [
+            STATUS_SOCKET,
+            CONTROL_SOCKET,
+            DELIVERED_NEXT,
+            DELIVERED,
+            LOCK,
+        ] {
             let _ = fs::remove_file(self.path.join(ours));
         }
         let _ = fs::remove_dir(&self.path);

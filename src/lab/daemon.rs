@@ -246,6 +246,7 @@ impl<'lab> DaemonSetup<'lab> {
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.exe);
         command.env_remove("IPMOVED_PSK");
+        command.env("IPMOVED_STATE_DIR", self.lab.dir().join("state"));
         match &self.runtime_dir {
             Some(dir) => command.env("IPMOVED_RUNTIME_DIR", dir),
             None => command.env_remove("IPMOVED_RUNTIME_DIR"),

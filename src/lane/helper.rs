@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
+use super::bell::{clear, ring};
 use super::shared::{TICK, timespec};
 
 /// What the helper thread can do for a lane: the inbound direction, or a stand-in of a test.
@@ -207,18 +208,6 @@ impl Drop for Doorbell {
     fn drop(&mut self) {
         ring(&self.0);
     }
-}
-
-/// Makes an event descriptor readable.
-fn ring(fd: &OwnedFd) {
-    // It cannot fail: the counter is far from its end, and its own descriptor is open.
-    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
-}
-
-/// Makes an event descriptor unreadable.
-fn clear(fd: &OwnedFd) {
-    // It fails only if the descriptor is unreadable already.
-    let _ = rustix::io::read(fd, &mut [0; 8]);
 }
 
 #[cfg(test)]

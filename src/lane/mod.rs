@@ -20,12 +20,17 @@
 //! packet out of the tunnel has to go back into it: the inbound direction puts it into the
 //! [`outbox`], and the outbound direction sends it.
 //!
+//! The first packet of a conversation that is held waits ([`holding`]), and [`release`] sends it on
+//! when the hold ends.
+//!
 //! Files use each other in one direction: each may use those above it in this list.
 //!
 //! | file | owns |
 //! |---|---|
+//! | `bell` | how one thread wakes another |
 //! | [`load`] | how busy a lane is |
 //! | [`to_control`] | what a lane passes to the control task, and the bound on it |
+//! | [`holding`] | what waits for the end of a hold |
 //! | [`shared`] | what the control task and both directions of a lane share |
 //! | [`receive_ring`] | where to receive the next datagrams |
 //! | [`outbox`] | ICMP errors that the inbound direction wants sent |
@@ -33,6 +38,7 @@
 //! | [`slow_path`] | what becomes of packets that are not just carried |
 //! | [`to_host`] | one packet rewritten and written to the TUN |
 //! | [`outbound`], [`inbound`] | the two directions |
+//! | [`release`] | the thread that releases what was held |
 //! | this one | the lane, which runs them |
 //! | [`nat`] | the loop of `ipmoved nat`, which has no tunnel |
 //!
@@ -46,13 +52,16 @@
     reason = "an edge: its loops read the clock and run threads"
 )]
 
+mod bell;
 mod helper;
+mod holding;
 mod inbound;
 mod load;
 pub mod nat;
 mod outbound;
 mod outbox;
 mod receive_ring;
+mod release;
 pub mod shared;
 mod slow_path;
 mod to_control;
@@ -64,11 +73,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use helper::InboundHelper;
+pub use holding::Holding;
 use inbound::Inbound;
 pub use load::BusyLanes;
 use load::{LONG_WINDOW, Load};
 use outbound::Outbound;
 use outbox::{Outbox, Posted};
+use release::Releaser;
 use rustix::event::{PollFd, PollFlags, poll};
 pub use shared::LaneParts;
 use shared::{Context, EXPIRY_BUDGET, TICK, timespec};
@@ -120,6 +131,17 @@ impl Lane {
         let (parts, now) = (Arc::new(parts), Instant::now());
         let helper = InboundHelper::start(format!("lane-{}-in", parts.number));
         let helper = helper.map_err(|error| debug!(%error, "a lane has no helper thread"));
+        // One for all lanes: what comes in by any of them waits in one place.
+        let releases = parts.number == 0 && parts.shared.forwarder.holds();
+        let releaser = match releases.then(|| Releaser::start(Arc::clone(&parts))) {
+            None => None,
+            Some(Ok(releaser)) => Some(releaser),
+            Some(Err(error)) => {
+                let failed = ToControl::Failed(LaneError::NoRelease(error));
+                let _ = parts.control.blocking_send(failed);
+                return;
+            }
+        };
         let (outbox, posted) = Outbox::pair();
         let mut lane = Self {
             outbound: Outbound::new(Arc::clone(&parts), now),
@@ -130,9 +152,12 @@ impl Lane {
             ticked: now,
             parts,
         };
-        if let Err(error) = lane.carry() {
+        match lane.carry() {
+            Ok(()) => releaser.into_iter().for_each(Releaser::end),
             // The control task is gone only if the daemon is ending already.
-            let _ = (lane.parts.control).blocking_send(ToControl::Failed(error));
+            Err(error) => {
+                let _ = (lane.parts.control).blocking_send(ToControl::Failed(error));
+            }
         }
         lane.load.end(&lane.parts.shared.busy_lanes);
         if let Some(helper) = lane.helper

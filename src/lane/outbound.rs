@@ -23,7 +23,7 @@ use crate::model::drops::{DropReason, Dropped};
 use crate::packet::fragment::Fragments;
 use crate::packet::segment::Segments;
 use crate::packet::vnet::{Offload, VnetHdr};
-use crate::packet::{Fragment, Parsed, ecn};
+use crate::packet::{Fragment, Parsed, RST, ecn};
 
 /// One direction of a lane: TUN to tunnel.
 pub(super) struct Outbound {
@@ -58,10 +58,7 @@ impl Outbound {
         let result = loop {
             match self.parts.tun.recv(&mut self.frame) {
                 Ok(len) => {
-                    let result = self.route(context, len);
-                    if result.is_err() || self.slow_path.has_first() {
-                        self.after_frame(context, len, result);
-                    }
+                    self.carry(context, len);
                     (frames, bytes) = (frames + 1, bytes + len);
                     if frames == BURST || bytes >= BURST_BYTES {
                         break Ok(true);
@@ -102,6 +99,19 @@ impl Outbound {
         self.flush();
     }
 
+    /// Judges frames anew that have waited for the end of a hold.
+    pub(super) fn send_held(
+        &mut self,
+        context: Context<'_>,
+        frames: impl Iterator<Item = Box<[u8]>>,
+    ) {
+        for frame in frames {
+            self.frame[..frame.len()].copy_from_slice(&frame);
+            self.carry(context, frame.len());
+        }
+        self.flush();
+    }
+
     /// Gives up fragments whose first one never came.
     pub(super) fn tick(&mut self, now: Instant) {
         while self.slow_path.expire(now).is_some() {
@@ -109,19 +119,34 @@ impl Outbound {
         }
     }
 
+    /// Does what is to be done with the frame in `self.frame[..len]`.
+    #[inline]
+    fn carry(&mut self, context: Context<'_>, len: usize) {
+        let result = self.route(context, len);
+        if result.is_err() || self.slow_path.has_first() {
+            self.after_frame(context, len, result);
+        }
+    }
+
     /// Finds where the frame in `self.frame[..len]` goes, rewrites it and seals it.
     fn route(&mut self, context: Context<'_>, len: usize) -> Result<(), Dropped> {
-        let (vnet, packet) = self.frame[..len]
+        let (head, packet) = self.frame[..len]
             .split_first_chunk_mut::<VNET_HDR_LEN>()
             .ok_or(DropReason::IpMalformed)?;
-        let vnet = VnetHdr::read(vnet);
+        let vnet = VnetHdr::read(head);
         let mut parsed = Parsed::parse(packet)?;
         if parsed.fragment() != Fragment::None {
             (self.slow_path).note_fragment(context.now, None, &parsed, packet)?;
         }
+        let holding = &self.parts.shared.holding;
+        if holding.has_some() && holding.join(context.now, &parsed, head, packet) {
+            return Ok(());
+        }
         let forwarder = &self.parts.shared.forwarder;
-        let Judgement::Carry(outgoing) = forwarder.judge(context.now, &parsed, packet)? else {
-            return self.bounce(len);
+        let outgoing = match forwarder.judge(context.now, &parsed, packet)? {
+            Judgement::Carry(outgoing) => outgoing,
+            Judgement::Bounce => return self.leave(&parsed, len),
+            Judgement::Hold => return self.keep(context, &parsed, len),
         };
         // A bounced packet goes back as it came, so no checksum may be finished before this line.
         let offload = Offload::accept(&vnet, packet, &parsed)?;
@@ -158,6 +183,23 @@ impl Outbound {
             None => Ok(()),
             Some(reason) => Err(Dropped::of(peer, reason)),
         }
+    }
+
+    /// Keeps a packet until a hold ends. No checksum of it has been finished.
+    #[cold]
+    fn keep(&self, context: Context<'_>, parsed: &Parsed, len: usize) -> Result<(), Dropped> {
+        let holding = &self.parts.shared.holding;
+        Ok(holding.keep(context.now, parsed, &self.frame[..len])?)
+    }
+
+    /// Leaves a packet to this host. What waits of a client that has given up waits no longer.
+    fn leave(&self, parsed: &Parsed, len: usize) -> Result<(), Dropped> {
+        if parsed.tcp_flags() & RST != 0 {
+            let (shared, packet) = (&self.parts.shared, &self.frame[VNET_HDR_LEN..len]);
+            let withdrawn = shared.holding.withdraw(parsed, packet);
+            shared.drops.add(DropReason::HoldExpired, withdrawn as u64);
+        }
+        self.bounce(len)
     }
 
     /// Gives a packet that was captured with others, but has not moved, back to this host's stack.

@@ -21,6 +21,7 @@ use crate::channel::wire::DATA_OVERHEAD;
 use crate::flow::role::{Forwarder, Hop};
 use crate::io::tun::TunQueue;
 use crate::io::udp::UdpSocket;
+use crate::lane::holding::Holding;
 use crate::lane::load::BusyLanes;
 use crate::lane::to_control::{Queue, ToControl, Waiting};
 use crate::model::drops::{DropReason, Dropped, Drops};
@@ -95,6 +96,8 @@ pub struct Shared {
     pub peer_drops: Vec<Drops>,
     /// What each peer has waiting for the control task.
     pub waiting: Vec<Waiting>,
+    /// What waits for the end of a hold.
+    pub holding: Holding,
     /// How many lanes have more to do than one thread can.
     pub busy_lanes: BusyLanes,
 }

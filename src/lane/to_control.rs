@@ -60,6 +60,12 @@ pub enum LaneError {
     /// The inbound direction is lost with its thread.
     #[error("the thread that takes packets out of the tunnel crashed")]
     HelperCrashed,
+    /// There would be nobody to release what is held.
+    #[error("cannot start the thread that releases what was held: {0}")]
+    NoRelease(#[source] io::Error),
+    /// What was held is lost with its thread.
+    #[error("the thread that releases what was held crashed")]
+    ReleaseCrashed,
 }
 
 /// What one peer may have waiting for the control task, and how much it may send there in a second.

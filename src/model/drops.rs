@@ -92,9 +92,6 @@ drop_reasons! {
     MartianSource = "martian_source",
     /// The destination is not an address that was moved.
     NotMoved = "not_moved",
-    /// A client's new conversation, while it is not decided which server gets it. The client sends
-    /// its first packet again.
-    Held = "held",
     /// The moved address is known, but there is no address of its family to deliver to.
     NoDelivery = "no_delivery",
     /// A packet from the application's host that belongs to no flow through the tunnel.
@@ -119,6 +116,11 @@ drop_reasons! {
     /// `ipmoved nat`: a protocol without ports (or ICMP identifiers), so that replies to two
     /// clients could not be told apart.
     NoPorts = "no_ports",
+    /// A first packet that came while what it asks for was held, and too many waited: of its flow,
+    /// of its source, or in all.
+    HoldFull = "hold_full",
+    /// A first packet that was held until its client had given up.
+    HoldExpired = "hold_expired",
     /// Larger than the tunnel can carry, or than the next link, and must not be fragmented.
     TooBig = "too_big",
     /// A router marked congestion on a packet whose sender does not understand the mark (RFC 6040).

@@ -1,5 +1,6 @@
 //! The words that all folders share: what moved, what is accepted of it, who is at the other end,
-//! why a packet was dropped, what the daemon says of itself, and where its files lie.
+//! why a packet was dropped, what the daemon says of itself and is asked to do, and where its files
+//! lie.
 
 pub mod accept;
 pub mod asked;
@@ -7,6 +8,7 @@ pub mod budget;
 pub mod bytes;
 pub mod drops;
 pub mod mode;
+pub mod move_index;
 pub mod moved;
 pub mod moved_list;
 pub mod outgoing;
@@ -15,6 +17,7 @@ pub mod peer;
 pub mod port_map;
 pub mod prefix;
 pub mod progress;
+pub mod request;
 pub mod runtime;
 pub mod scopes;
 pub mod status;

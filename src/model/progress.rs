@@ -7,12 +7,22 @@ use serde::{Deserialize, Serialize};
 pub struct Progress {
     /// Whether something listens where the move is delivered.
     pub listens: Listens,
-    /// Conversations that came by the tunnel and live.
+    /// Conversations that came by the tunnel and live: connections of TCP, and what else was
+    /// answered as long as it is remembered.
     pub live: u64,
-    /// New conversations that came by the tunnel.
+    /// New conversations that came by the tunnel and were answered; of TCP, went on after that.
     pub by_tunnel: u64,
-    /// New conversations that came directly to where the move is delivered.
+    /// Those that came directly to where the move is delivered.
     pub directly: u64,
+}
+
+impl Progress {
+    /// How many per cent of all new conversations came directly; `None` if there were none.
+    pub fn percent_directly(&self) -> Option<u64> {
+        let all = u128::from(self.by_tunnel) + u128::from(self.directly);
+        let percent = (u128::from(self.directly) * 100).checked_div(all)?;
+        u64::try_from(percent).ok()
+    }
 }
 
 /// Whether something listens.

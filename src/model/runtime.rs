@@ -11,3 +11,9 @@ pub const STATUS_SOCKET: &str = "status.sock";
 pub const DELIVERED: &str = "delivered";
 /// See [`DELIVERED`].
 pub const DELIVERED_NEXT: &str = "delivered.next";
+
+/// Name of the control socket in the directory of the namespace (old server).
+pub const CONTROL_SOCKET: &str = "control.sock";
+
+/// Holds what lasts longer than a boot.
+pub const STATE_DIR: &str = "/var/lib/ipmoved";

@@ -167,6 +167,21 @@ impl Scopes {
         false
     }
 
+    /// Which move takes a packet that belongs to a scope: the one that names its port, or else the
+    /// one of everything. It is counted from 0, as the moves were given.
+    pub fn taker(&self, scope: usize, protocol: u8, port: Option<u16>) -> Option<usize> {
+        let up = |scope: &usize| self.around(*scope);
+        let mut chain = std::iter::successors(Some(scope), up);
+        let named = port.and_then(|port| {
+            chain.find_map(|scope| {
+                let parts = self.scopes[scope].rights.of(protocol)?;
+                Some(holder(parts, port)?.by)
+            })
+        });
+        let by = named.or(self.scopes[scope].rights.whole)?;
+        Some(by as usize)
+    }
+
     /// How many different sets of ports the scopes have that have moved in part.
     pub fn port_sets(&self) -> usize {
         let in_part = (0..self.len()).filter(|&scope| !self.is_whole(scope));
@@ -473,9 +488,14 @@ impl Rights {
 
 /// Whether a port is among parts that are settled.
 fn holds(parts: &[Part], port: u16) -> bool {
+    holder(parts, port).is_some()
+}
+
+/// The one among parts that are settled that has a port.
+fn holder(parts: &[Part], port: u16) -> Option<&Part> {
     let behind = parts.partition_point(|part| part.first <= port);
     let before = behind.checked_sub(1).and_then(|at| parts.get(at));
-    before.is_some_and(|part| port <= part.last)
+    before.filter(|part| port <= part.last)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use crate::model::peer::Role;
+use crate::model::progress::{Listens, Progress};
 
 /// Everything the daemon says of itself.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -38,6 +39,10 @@ pub struct Status {
     /// behind it, and connections that it still has (old server).
     #[serde(default)]
     pub stayed: u64,
+    /// How often a conversation of a host behind this server could not be kept from giving way to
+    /// new ones, since 65,536 were kept already (old server).
+    #[serde(default)]
+    pub own_full: u64,
 }
 
 /// How packets get to the new server.
@@ -81,8 +86,14 @@ pub struct TunnelStatus {
     /// [`MAX_SERVED`].
     #[serde(default)]
     pub served: Vec<Served>,
+    /// How far each move has come, as the new server says; on the old one nothing until it has.
+    #[serde(default)]
+    pub progress: Vec<ProgressOf>,
     /// What was moved.
     pub moved: Vec<String>,
+    /// Who answers new conversations of each move (old server).
+    #[serde(default)]
+    pub modes: Vec<ModeStatus>,
     /// Where the new server delivers: an address, one of each family, or `keep`.
     pub deliver_to: Option<String>,
     /// Ports that are delivered elsewhere, as `--deliver` names them (new server).
@@ -123,11 +134,53 @@ pub struct TunnelStatus {
     pub drops: BTreeMap<String, u64>,
 }
 
+/// The mode of a move, and how much of it is on either server.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ModeStatus {
+    /// The move, as `--move` names it.
+    pub what: String,
+    /// `here`, `held`, `shared` or `moved`.
+    pub mode: String,
+    /// How many per cent of all clients the new server gets, or gets again after a hold.
+    pub percent: u8,
+    /// While it is held: the mode afterwards, if nothing else is said.
+    pub then: Option<String>,
+    /// While it is held: for how many seconds at most.
+    pub held_s: Option<u64>,
+    /// Conversations that wait.
+    pub waiting: u64,
+    /// Conversations that the old server has, or a host behind it; `null` if nobody can tell.
+    pub here_live: Option<u64>,
+    /// Those of them that are TCP, and end by themselves.
+    #[serde(default)]
+    pub here_tcp: Option<u64>,
+    /// Conversations that the new server has; `null` if it does not say.
+    pub there_live: Option<u64>,
+    /// Since when it is in this mode (RFC 3339).
+    pub since: String,
+}
+
+impl ModeStatus {
+    /// Whether it is no more than an address that has moved, and all that came before is over.
+    fn is_plain(&self) -> bool {
+        self.mode == "moved" && self.here_live.unwrap_or(0) == 0 && self.waiting == 0
+    }
+
+    /// The mode in words.
+    fn says(&self) -> String {
+        match (&self.then, self.held_s) {
+            (Some(then), Some(left)) => format!("held for {left} s at most, then {then}"),
+            _ if self.mode == "shared" => format!("shared, {} % moved", self.percent),
+            _ => self.mode.clone(),
+        }
+    }
+}
+
 /// Most entries of [`TunnelStatus::served`].
 pub const MAX_SERVED: usize = 64;
 
 /// A peer that is asked every five seconds has answered within this time, unless something is lost.
-const UNHEARD: u64 = 8;
+pub const UNHEARD: u64 = 8;
 
 /// What clients ask for: a port of a moved address, or a move of which nobody asked for anything.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -214,6 +267,45 @@ impl Served {
             1 => " (1 client waits)".into(),
             many => format!(" ({many} clients wait)"),
         }
+    }
+}
+
+/// How far one move has come.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ProgressOf {
+    /// The move.
+    pub what: String,
+    /// `listens`, `live`, `by_tunnel` and `directly`.
+    #[serde(flatten)]
+    pub progress: Progress,
+}
+
+impl ProgressOf {
+    /// In a line, for people.
+    fn says(&self) -> String {
+        let Progress {
+            listens,
+            live,
+            by_tunnel,
+            directly,
+        } = self.progress;
+        let share = match self.progress.percent_directly() {
+            None => "no new connections yet".into(),
+            Some(percent) => format!(
+                "{percent} % of new connections arrive directly ({directly} of {})",
+                directly.saturating_add(by_tunnel)
+            ),
+        };
+        let live = match live {
+            0 => String::new(),
+            live => format!(", {live} live by the tunnel"),
+        };
+        let listens = match listens {
+            Listens::Yes => "; something listens on the new server",
+            Listens::No => "; nothing listens on the new server",
+            Listens::Unknown => "",
+        };
+        format!("{}: {share}{live}{listens}", self.what)
     }
 }
 
@@ -363,6 +455,13 @@ impl Status {
                 self.stayed
             )?;
         }
+        if self.own_full > 0 {
+            writeln!(
+                out,
+                "  own        {} times one behind this server was not kept from giving way: too many",
+                self.own_full
+            )?;
+        }
         write_drops(out, "strangers", &self.drops)?;
         for warning in &self.warnings {
             writeln!(out, "  warning    {warning}")?;
@@ -398,6 +497,30 @@ impl TunnelStatus {
                 first.waiting(),
                 more.len()
             ),
+        }
+    }
+
+    /// The mode of each move, but of those of which there is nothing to say.
+    fn write_modes(&self, out: &mut String) -> std::fmt::Result {
+        let shown = self.modes.iter().filter(|it| !it.is_plain());
+        for mode in shown.clone().take(SHOWN) {
+            write!(out, "  mode       {}: {}", mode.what, mode.says())?;
+            if mode.waiting > 0 {
+                write!(out, "; {} wait", mode.waiting)?;
+            }
+            for (count, server) in [(mode.here_live, "old"), (mode.there_live, "new")] {
+                if let Some(count) = count {
+                    write!(out, "; {server} server has {count}")?;
+                }
+            }
+            writeln!(out, "; since {}", mode.since)?;
+        }
+        match shown.count().checked_sub(SHOWN) {
+            Some(more @ 1..) => writeln!(
+                out,
+                "  mode       and {more} more, see `ipmoved status --json`"
+            ),
+            _ => Ok(()),
         }
     }
 
@@ -482,6 +605,7 @@ impl TunnelStatus {
             Some(to) => writeln!(out, "  moved      {moved} → {to}")?,
             None => writeln!(out, "  moved      {moved}")?,
         }
+        self.write_modes(out)?;
         if !self.deliver.is_empty() {
             writeln!(out, "  deliver    {}", self.deliver.join(" "))?;
         }
@@ -508,6 +632,16 @@ impl TunnelStatus {
             writeln!(out, "  refused    {} moves so far", self.refused_moves)?;
         }
         self.write_served(out)?;
+        for of in self.progress.iter().take(SHOWN) {
+            writeln!(out, "  progress   {}", of.says())?;
+        }
+        if let Some(more) = self.progress.len().checked_sub(SHOWN + 1) {
+            let more = more + 1;
+            writeln!(
+                out,
+                "  progress   of {more} more, see `ipmoved status --json`"
+            )?;
+        }
         if !self.clients_from.is_empty() {
             writeln!(
                 out,
@@ -629,6 +763,22 @@ fn first_of(names: &[String]) -> String {
 mod tests {
     use super::*;
 
+    fn mode(what: &str, mode: &str, waiting: u64) -> ModeStatus {
+        let is_held = mode == "held";
+        ModeStatus {
+            what: what.into(),
+            mode: mode.into(),
+            percent: 5,
+            then: is_held.then(|| "here".into()),
+            held_s: is_held.then_some(9),
+            waiting,
+            here_live: Some(2),
+            here_tcp: Some(1),
+            there_live: (mode == "shared").then_some(1),
+            since: "2026-11-28T04:00:00Z".into(),
+        }
+    }
+
     fn example() -> Status {
         Status {
             way: Way::Tunnel,
@@ -647,7 +797,21 @@ mod tests {
                 },
                 unheard_s: Some(1),
                 served: Vec::new(),
+                progress: vec![ProgressOf {
+                    what: "192.0.2.5".into(),
+                    progress: Progress {
+                        listens: Listens::No,
+                        live: 3,
+                        by_tunnel: 190,
+                        directly: 810,
+                    },
+                }],
                 moved: vec!["192.0.2.5".into()],
+                modes: vec![
+                    mode("192.0.2.5", "held", 3),
+                    mode("192.0.2.6", "shared", 0),
+                    mode("192.0.2.7", "moved", 0),
+                ],
                 deliver_to: Some("198.51.100.2".into()),
                 deliver: vec!["192.0.2.5:80=198.51.100.2:8080".into()],
                 accept: vec!["192.0.2.0/28".into(), "2001:db8::5".into()],
@@ -685,6 +849,7 @@ mod tests {
             warnings: vec!["the peer says no".into()],
             log_lines_lost: 0,
             stayed: 7,
+            own_full: 0,
         }
     }
 
@@ -721,13 +886,25 @@ mod tests {
             "refused",
             "refused_moves",
             "served",
+            "modes",
+            "progress",
             "unheard_s",
         ];
         contract.sort_unstable();
         names.retain(|name| !added.contains(name));
         assert_eq!(names, contract);
+        let mode = tunnel["modes"][0].as_object().unwrap();
+        let contract = "what mode percent waiting here_live there_live since";
+        assert!(
+            contract.split(' ').all(|name| mode.contains_key(name)),
+            "{mode:?}"
+        );
         assert_eq!(tunnel["role"], "new");
         assert_eq!(tunnel["state"], "up");
+        let progress = serde_json::json!([{
+            "what": "192.0.2.5", "listens": "no", "live": 3, "by_tunnel": 190, "directly": 810,
+        }]);
+        assert_eq!(tunnel["progress"], progress);
         assert_eq!(serde_json::from_value::<Status>(json).unwrap(), example());
     }
 
@@ -742,9 +919,15 @@ mod tests {
             "refused    192.0.2.77 is not accepted; give it --accept 192.0.2.77\n",
             "refused    3 moves so far\n",
             "clients    also from 10.0.0.0/24\n",
+            "progress   192.0.2.5: 81 % of new connections arrive directly (810 of 1000), 3 live \
+             by the tunnel; nothing listens on the new server\n",
             "mtu        1440 bytes, ICMP errors that said less: 3, of these untrue: 2\n",
             "3 of 10, 0 evicted, 2 told apart by port\n",
             "keys 1 min 1 s old, round trip 0.17 ms",
+            "mode       192.0.2.5: held for 9 s at most, then here; 3 wait; old server has 2; since \
+             2026-11-28T04:00:00Z\n",
+            "mode       192.0.2.6: shared, 5 % moved; old server has 2; new server has 1; since",
+            "mode       192.0.2.7: moved; old server has 2;",
             "replay 1",
             "without UDP GSO",
             "warning    the peer says no",

@@ -490,8 +490,9 @@ impl Likeness {
     }
 }
 
+/// The sequence number of a TCP packet.
 #[inline]
-fn tcp_seq(packet: &[u8], parsed: &Parsed) -> u32 {
+pub(crate) fn tcp_seq(packet: &[u8], parsed: &Parsed) -> u32 {
     get_u32(packet, parsed.l4() + tcp::SEQ)
 }
 

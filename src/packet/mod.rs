@@ -47,6 +47,7 @@ pub(crate) mod testing;
 pub mod vnet;
 
 pub use addr::{Addr, Family};
+pub(crate) use coalesce::tcp_seq;
 pub use field::{ACK, CWR, ECE, FIN, ICMP, ICMPV6, IPV6_MIN_MTU, PSH, RST, SYN};
 pub use headers::{Fragment, MAX_EXTENSION_HEADERS};
 pub use kind::{Kind, ProtocolName};

@@ -13,13 +13,15 @@ use serde::Deserialize;
 
 use crate::channel::session::{CipherPolicy, Psk};
 use crate::model::accept::Accept;
+use crate::model::mode::{Percent, Settled};
 use crate::model::moved::Move;
 use crate::model::outgoing::{ANY, AllowOutgoing, BOUND, Outgoing};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::settings::from_text::{many, many_or_bare, one};
 use crate::settings::values::{
-    DeliverTo, InterfaceName, Lanes, Listen, MaxFlows, NewServer, PeerAddr, RekeyAfter,
+    DeliverTo, DrainSeconds, HoldSeconds, InterfaceName, Lanes, Listen, MaxFlows, NewServer,
+    PeerAddr, RekeyAfter, WithinSeconds,
 };
 
 /// The end of the help: the two lines that do it, and the exit codes of the README.
@@ -30,10 +32,10 @@ Two lines do it:
 
 Exit codes:
   0  done, or stopped by SIGTERM or SIGINT with everything undone
-  1  failed while running
+  1  failed while running, or `cutover` went back
   2  bad input: a flag, address, port, key, file or interface; nothing was changed
   3  this system cannot do it: privileges, TUN or a kernel feature; nothing was changed
-  4  an ipmoved runs already in this network namespace (or, for `status`, none does)";
+  4  an ipmoved runs already in this network namespace (or, for commands to it, none does)";
 
 /// Serve an address that has moved to another server.
 ///
@@ -71,10 +73,90 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// On the old server: send new connections to the new server. What the old server has goes on
+    /// here until it ends.
+    Move(MoveArgs),
+    /// On the old server: let new connections wait, unanswered. What either server has goes on.
+    /// Afterwards they go where they went before, or where `move` or `back` says.
+    Hold(HoldArgs),
+    /// On the old server: roll back. New connections go to the service here; what the new server
+    /// has goes on there.
+    Back(BackArgs),
+    /// On the old server: change servers, a step after the other, so that nobody is refused. New
+    /// connections wait while those here end, the service here is stopped and the new one starts;
+    /// then the new server gets them. If a step fails it goes back and says why.
+    Cutover(CutoverArgs),
     /// Undo what a killed daemon left in the kernel.
     Cleanup,
     /// Show a moved address being served, in network namespaces that vanish afterwards.
     Demo,
+}
+
+/// The flags of `ipmoved move`.
+#[derive(Debug, Args)]
+pub struct MoveArgs {
+    /// What to move, as given to --move; left out, all of it.
+    #[arg(value_name = "WHAT")]
+    pub what: Vec<Move>,
+
+    /// Move this part of all clients only, 1 to 99 per cent: always the same clients, and with a
+    /// greater number these and more.
+    #[arg(long, value_name = "N")]
+    pub percent: Option<Percent>,
+
+    /// End what the old server still has of it: its connections are reset.
+    #[arg(long, conflicts_with = "percent")]
+    pub cut: bool,
+}
+
+/// The flags of `ipmoved hold`.
+#[derive(Debug, Args)]
+pub struct HoldArgs {
+    /// What to hold, as given to --move; left out, all of it.
+    #[arg(value_name = "WHAT")]
+    pub what: Vec<Move>,
+
+    /// For how long at most. [default: 60]
+    #[arg(long = "for", value_name = "SECONDS")]
+    pub seconds: Option<HoldSeconds>,
+}
+
+/// The flags of `ipmoved back`.
+#[derive(Debug, Args)]
+pub struct BackArgs {
+    /// What to take back, as given to --move; left out, all of it.
+    #[arg(value_name = "WHAT")]
+    pub what: Vec<Move>,
+}
+
+/// The flags of `ipmoved cutover`.
+#[derive(Debug, Args)]
+pub struct CutoverArgs {
+    /// What to move, as given to --move; left out, all of it.
+    #[arg(value_name = "WHAT")]
+    pub what: Vec<Move>,
+
+    /// How long the connections of the old server have to end by themselves. [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub drain: Option<DrainSeconds>,
+
+    /// How long it may take until something listens on the new server, --stop included.
+    /// [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub within: Option<WithinSeconds>,
+
+    /// Command that stops the service here, as in --stop "systemctl stop nginx". The shell runs it.
+    #[arg(long, value_name = "COMMAND")]
+    pub stop: Option<String>,
+
+    /// Command that starts the service here again, as in --restart "systemctl start nginx". It is
+    /// run if the cut-over fails after --stop.
+    #[arg(long, value_name = "COMMAND", requires = "stop")]
+    pub restart: Option<String>,
+
+    /// Print one JSON object a line.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// The flags that run the tunnel.
@@ -271,6 +353,17 @@ pub struct DaemonArgs {
     #[serde(deserialize_with = "one")]
     pub cipher: Option<CipherPolicy>,
 
+    /// On the old server: who answers new connections of a move that the daemon sees for the first
+    /// time: here, the service of this server, or moved, the new server. `ipmoved move`, `back` and
+    /// `cutover` change it, and the daemon remembers. [default: moved]
+    #[arg(long, value_name = "here|moved")]
+    #[serde(deserialize_with = "one")]
+    pub start: Option<Start>,
+
+    /// Directory for what the daemon remembers over restarts. [default: /var/lib/ipmoved]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+
     /// How to write the log. [default: text]
     #[arg(long, value_name = "FORMAT")]
     #[serde(deserialize_with = "one")]
@@ -302,6 +395,8 @@ impl DaemonArgs {
             max_flows: self.max_flows.or(file.max_flows),
             lanes: self.lanes.or(file.lanes),
             cipher: self.cipher.or(file.cipher),
+            start: self.start.or(file.start),
+            state_dir: self.state_dir.or(file.state_dir),
             log_format: self.log_format.or(file.log_format),
             no_split: self.no_split || file.no_split,
             rekey_after: self.rekey_after.or(file.rekey_after),
@@ -356,6 +451,25 @@ pub enum LogFormat {
     Json,
 }
 
+/// Who answers new connections of a move that was not there before.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum Start {
+    /// The old server's own service.
+    Here,
+    /// The new server.
+    #[default]
+    Moved,
+}
+
+impl From<Start> for Settled {
+    fn from(start: Start) -> Self {
+        match start {
+            Start::Here => Self::Here,
+            Start::Moved => Self::Moved,
+        }
+    }
+}
+
 /// An offload to do without.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Without {
@@ -379,6 +493,14 @@ pub enum Without {
 pub struct WordError {
     text: String,
     known: Vec<String>,
+}
+
+impl FromStr for Start {
+    type Err = WordError;
+
+    fn from_str(text: &str) -> Result<Self, WordError> {
+        word(text)
+    }
 }
 
 impl FromStr for LogFormat {

@@ -12,12 +12,13 @@ use std::time::Duration;
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
 use crate::channel::tunnel::{Announcement, MAX_ANNOUNCEMENT};
 use crate::model::accept::{Accept, MAX_ACCEPTS};
+use crate::model::mode::Settled;
 use crate::model::moved::{MAX_MOVES, MAX_NAT_MOVES, MAX_PORT_SETS, Move};
 use crate::model::outgoing::{AllowOutgoing, ByPort, MAX_ALLOW_OUTGOING, MAX_OUTGOING, Outgoing};
 use crate::model::peer::{MAX_PEERS, Role};
 use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
-use crate::model::runtime::BASE_DIR;
+use crate::model::runtime::{BASE_DIR, STATE_DIR};
 use crate::model::scopes::{self, Scopes};
 use crate::settings::args::{LogFormat, NatArgs, PeerArgs, RunArgs, Without};
 use crate::settings::file::{File, Mistake};
@@ -51,6 +52,16 @@ pub fn runtime_dir() -> PathBuf {
         .map_or_else(|| BASE_DIR.into(), PathBuf::from)
 }
 
+/// The environment variable that moves the state directory, where `--state-dir` does not.
+pub const STATE_DIR_VARIABLE: &str = "IPMOVED_STATE_DIR";
+
+/// Where the daemon keeps what outlives a boot, unless `--state-dir` says it.
+pub fn state_dir() -> PathBuf {
+    std::env::var_os(STATE_DIR_VARIABLE)
+        .filter(|dir| !dir.is_empty())
+        .map_or_else(|| STATE_DIR.into(), PathBuf::from)
+}
+
 /// The settings of one daemon.
 #[derive(Debug)]
 pub struct Config {
@@ -70,6 +81,10 @@ pub struct Config {
     pub lanes: u8,
     /// Which ciphers may be used.
     pub cipher: CipherPolicy,
+    /// Who answers new connections of a move that was not there before (old server).
+    pub start: Settled,
+    /// Where the daemon keeps what outlives a boot.
+    pub state_dir: PathBuf,
     /// How log lines are written.
     pub log_format: LogFormat,
     /// Do not split packets that are too big for one datagram.
@@ -299,12 +314,24 @@ impl Config {
         }
         check_peers(&peers)?;
         let daemon = args.daemon.over(file.daemon);
+        let role = if peers.iter().any(|peer| !peer.moves.is_empty()) {
+            Role::Old
+        } else {
+            Role::New
+        };
+        if daemon.start.is_some() && role == Role::New {
+            let problem = "belongs on the old server, beside `move`; who answers is decided there";
+            return Err(origin.refuse("start", problem));
+        }
+        if let Some(dir) = daemon.state_dir.as_ref().filter(|dir| !dir.is_absolute()) {
+            let problem = format!(
+                "`{}` does not begin with a slash; name the whole path, as in {STATE_DIR}",
+                dir.display()
+            );
+            return Err(origin.refuse("state-dir", problem));
+        }
         Ok(Self {
-            role: if peers.iter().any(|peer| !peer.moves.is_empty()) {
-                Role::Old
-            } else {
-                Role::New
-            },
+            role,
             peers,
             listen: daemon.listen.unwrap_or_default(),
             tun: daemon.tun.map_or(DEFAULT_TUN.into(), String::from),
@@ -314,6 +341,8 @@ impl Config {
                 .lanes
                 .map_or_else(default_lanes, |lanes| lanes.get() as u8),
             cipher: daemon.cipher.unwrap_or_default(),
+            start: daemon.start.unwrap_or_default().into(),
+            state_dir: daemon.state_dir.unwrap_or_else(state_dir),
             log_format: daemon.log_format.unwrap_or_default(),
             no_split: daemon.no_split,
             without: daemon.without,

@@ -22,6 +22,14 @@ pub const MAX_LANES: u8 = 64;
 /// Most seconds that `--rekey-after` takes: the protocol's own number.
 const MAX_REKEY_AFTER: u32 = 120;
 
+/// Most seconds that `ipmoved hold --for` takes. A client gives a connection up after two minutes
+/// (`tcp_syn_retries` of Linux), so that an hour is for tests and mistakes.
+pub const MAX_HOLD: u32 = 3_600;
+
+/// Most seconds that a step of `ipmoved cutover` may wait: two of them, and what comes around them,
+/// are no longer than a hold.
+const MAX_STEP: u32 = 1_200;
+
 /// Longest interface name (`IFNAMSIZ` less the final NUL).
 const MAX_INTERFACE_NAME: usize = 15;
 
@@ -33,6 +41,15 @@ pub type MaxFlows = Bounded<1, MAX_MAX_FLOWS>;
 
 /// `--lanes`.
 pub type Lanes = Bounded<1, { MAX_LANES as u32 }>;
+
+/// `ipmoved hold --for`, in seconds.
+pub type HoldSeconds = Bounded<1, MAX_HOLD>;
+
+/// `ipmoved cutover --drain`, in seconds.
+pub type DrainSeconds = Bounded<0, MAX_STEP>;
+
+/// `ipmoved cutover --within`, in seconds.
+pub type WithinSeconds = Bounded<1, MAX_STEP>;
 
 /// `--rekey-after`, in seconds.
 pub type RekeyAfter = Bounded<1, MAX_REKEY_AFTER>;

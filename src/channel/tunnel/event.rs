@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::messages::Announcement;
+use super::progress_news::MoveName;
 use crate::channel::session::{Ciphers, Session};
 use crate::model::asked::Trouble;
 use crate::model::peer::{Endpoint, Role};
+use crate::model::progress::Progress;
 
 /// Something that the daemon has to react to.
 #[derive(Clone, Debug)]
@@ -31,6 +33,13 @@ pub enum Event {
     PeerConfig(Announcement),
     /// The peer says that this is not answered, and nothing else. It says so again and again.
     PeerSees(Vec<Trouble>),
+    /// The peer says how far some moves have come.
+    PeerProgress {
+        /// Which run of the peer says so: it counts since it began.
+        run: u64,
+        /// What it says of each.
+        progress: Vec<(MoveName, Progress)>,
+    },
     /// A round trip took this long.
     Rtt(Duration),
     /// Largest datagram (UDP payload) that the path carries towards the peer.

@@ -53,6 +53,7 @@ use crate::model::asked::Trouble;
 use crate::model::budget::{Budget, Limit};
 use crate::model::drops::DropReason;
 use crate::model::peer::{Endpoint, Role};
+use crate::model::progress::Progress;
 
 mod announcement;
 mod config;
@@ -60,6 +61,7 @@ mod event;
 mod messages;
 mod news;
 mod pace;
+mod progress_news;
 mod sessions;
 #[cfg(test)]
 mod tests;
@@ -67,6 +69,7 @@ mod tests;
 pub use config::{Timers, TunnelConfig};
 pub use event::{Event, State, Transmit, Warning};
 pub use messages::{Announcement, Deliver, MAX_ANNOUNCEMENT, MAX_MESSAGE, needs_list};
+pub use progress_news::MoveName;
 
 use announcement::{Incoming, Outgoing};
 use messages::{ControlMessage, PART_LEN};
@@ -151,6 +154,7 @@ pub struct Tunnel {
     incoming: Incoming,
     announced: Paced<Vec<u8>>,
     news: news::Outgoing,
+    progress: progress_news::Outgoing,
 
     warned: [Option<Instant>; 4],
     transmits: VecDeque<Transmit>,
@@ -193,6 +197,7 @@ impl Tunnel {
             incoming: Incoming::default(),
             announced: Paced::default(),
             news: news::Outgoing::new(),
+            progress: progress_news::Outgoing::default(),
             warned: [None; 4],
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -308,6 +313,12 @@ impl Tunnel {
                 if let Some(troubles) = news::decode(news) {
                     self.events.push_back(Event::PeerSees(troubles));
                 }
+                if let Some(progress) = progress_news::decode(news)
+                    && self.is_current_run(peer_run)
+                {
+                    let run = peer_run;
+                    self.events.push_back(Event::PeerProgress { run, progress });
+                }
             }
             ControlMessage::Ping { id } => self.send(now, &ControlMessage::Pong { id }),
             ControlMessage::Pong { id } => self.handle_pong(now, id),
@@ -344,6 +355,16 @@ impl Tunnel {
     pub fn set_troubles(&mut self, now: Instant, troubles: &[Trouble]) {
         if self.news.replace(troubles) {
             self.send_keepalive(now);
+        }
+    }
+
+    /// Tells the peer how far each move has come, in place of what it was told before. Call it
+    /// every half second: what is to be told again is told then.
+    pub fn set_progress(&mut self, now: Instant, all: &[(MoveName, Progress)]) {
+        self.progress.replace(all);
+        if self.sessions.is_sending() {
+            let news = self.progress.take_news(now);
+            self.send_keepalives(now, &news);
         }
     }
 
@@ -838,6 +859,14 @@ impl Tunnel {
         self.send(now, &ControlMessage::Ping { id: self.pings });
         if self.news.again() {
             self.send_keepalive(now);
+        }
+        let progress = self.progress.take_turn();
+        self.send_keepalives(now, &progress);
+    }
+
+    fn send_keepalives(&mut self, now: Instant, with: &[Vec<u8>]) {
+        for news in with {
+            self.send(now, &ControlMessage::Keepalive { news });
         }
     }
 

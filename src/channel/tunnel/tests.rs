@@ -22,6 +22,7 @@ use crate::channel::wire::{
 use crate::model::asked::{Asked, Verdict};
 use crate::model::drops::Drops;
 use crate::model::peer::PeerId;
+use crate::model::progress::Listens;
 use crate::testing::epoch;
 
 const OLD: usize = 0;
@@ -90,6 +91,7 @@ struct Side {
     states: Vec<State>,
     configs: Vec<Announcement>,
     seen: Vec<Trouble>,
+    progress: Vec<(u64, Vec<(MoveName, Progress)>)>,
     warnings: Vec<Warning>,
     rtts: Vec<Duration>,
     path_mtus: Vec<u16>,
@@ -185,6 +187,7 @@ impl Pair {
                 states: Vec::new(),
                 configs: Vec::new(),
                 seen: Vec::new(),
+                progress: Vec::new(),
                 warnings: Vec::new(),
                 rtts: Vec::new(),
                 path_mtus: Vec::new(),
@@ -403,6 +406,7 @@ impl Pair {
                 Event::State(state) => at.states.push(state),
                 Event::PeerConfig(config) => at.configs.push(config),
                 Event::PeerSees(troubles) => at.seen = troubles,
+                Event::PeerProgress { run, progress } => at.progress.push((run, progress)),
                 Event::Rtt(rtt) => at.rtts.push(rtt),
                 Event::PathMtu(size) => at.path_mtus.push(size),
                 Event::Warning(warning) => at.warnings.push(warning),
@@ -1404,6 +1408,105 @@ fn each_side_hears_what_the_other_sees_also_after_a_restart() {
         pair.run(secs(8));
         assert_eq!(seen(&pair), []);
     }
+}
+
+// How far moves have come.
+
+fn tell_progress(pair: &mut Pair, all: &[(MoveName, Progress)]) {
+    let now = pair.now;
+    let new = pair.sides[NEW].tunnel.as_mut().unwrap();
+    new.set_progress(now, all);
+    pair.drain(NEW);
+}
+
+fn with_listens(listens: Listens) -> Progress {
+    Progress {
+        listens,
+        live: 1,
+        by_tunnel: 2,
+        directly: 3,
+    }
+}
+
+fn named(count: u8) -> Vec<MoveName> {
+    let name = |host| MoveName::of(&format!("192.0.2.{host}:80/tcp").parse().unwrap());
+    (0..count).map(|at| name(at + 1)).collect()
+}
+
+#[test]
+fn the_old_side_hears_how_far_moves_have_come_within_a_round_trip() {
+    let mut pair = Pair::up(41);
+    let [one, other]: [MoveName; 2] = named(2).try_into().unwrap();
+    let all = |listens| {
+        [
+            (one, with_listens(listens)),
+            (other, with_listens(Listens::No)),
+        ]
+    };
+    tell_progress(&mut pair, &all(Listens::No));
+    pair.run(millis(900));
+    pair.sides[OLD].progress.clear();
+    tell_progress(&mut pair, &all(Listens::Yes));
+    pair.run(millis(100));
+    let heard = std::mem::take(&mut pair.sides[OLD].progress);
+    let run = heard[0].0;
+    assert_eq!(heard.len(), 1, "{heard:?}");
+    assert_eq!(
+        heard[0].1[0],
+        (one, with_listens(Listens::Yes)),
+        "what changed comes first"
+    );
+    // Another run of the old side knows nothing, and is told all of it.
+    pair.restart(OLD);
+    pair.sides[OLD].progress.clear();
+    pair.run(secs(8));
+    let heard: BTreeMap<MoveName, Progress> = std::mem::take(&mut pair.sides[OLD].progress)
+        .into_iter()
+        .flat_map(|(_, some)| some)
+        .collect();
+    assert_eq!(heard, all(Listens::Yes).into_iter().collect());
+    // Another run of the new side counts anew, and says so.
+    pair.restart(NEW);
+    pair.run(secs(8));
+    assert_eq!(pair.sides[OLD].progress, [], "it has not looked yet");
+    tell_progress(&mut pair, &all(Listens::No));
+    pair.run(millis(100));
+    assert_ne!(pair.sides[OLD].progress[0].0, run);
+    pair.assert_no_drops();
+}
+
+#[test]
+fn progress_that_is_lost_is_told_again_and_that_of_many_moves_comes_in_turn() {
+    let mut pair = Pair::up(42);
+    let names = named(200);
+    let all: Vec<(MoveName, Progress)> = names
+        .iter()
+        .map(|&name| (name, with_listens(Listens::Yes)))
+        .collect();
+    pair.link.cut = true;
+    for _ in 0..20 {
+        tell_progress(&mut pair, &all);
+        pair.run(millis(500));
+    }
+    assert_eq!(pair.sides[OLD].progress, []);
+    pair.link.cut = false;
+    let before = pair.record.len();
+    // Nothing is news any more.
+    pair.run(secs(15));
+    let heard: BTreeMap<MoveName, Progress> = std::mem::take(&mut pair.sides[OLD].progress)
+        .into_iter()
+        .flat_map(|(_, some)| some)
+        .collect();
+    assert_eq!(heard.len(), names.len());
+    let sent = pair.record[before..]
+        .iter()
+        .filter(|(side, _)| *side == NEW);
+    assert!(sent.count() < 60, "it costs a few datagrams each ping");
+    // A side without moves of the other has nothing to say.
+    let mut pair = Pair::up(43);
+    tell_progress(&mut pair, &[]);
+    pair.run(secs(20));
+    assert_eq!(pair.sides[OLD].progress, []);
 }
 
 // Restarts and clocks.

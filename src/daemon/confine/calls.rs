@@ -178,8 +178,9 @@ const OF_A_PROCESS: [i64; 5] = [
 ];
 
 /// Commands of `bpf(2)` that concern the entries of a map, whose descriptor one must have: those of
-/// linux/bpf.h from `BPF_MAP_LOOKUP_ELEM` on, and the same for many entries.
-const MAP_COMMANDS: [u64; 8] = [1, 2, 3, 4, 24, 25, 26, 27];
+/// linux/bpf.h from `BPF_MAP_LOOKUP_ELEM` on, and the same for many entries. And the one that runs
+/// a program whose descriptor one must have (`BPF_PROG_TEST_RUN`): it sends no packet anywhere.
+const BPF_COMMANDS: [u64; 9] = [1, 2, 3, 4, 10, 24, 25, 26, 27];
 
 /// New namespaces, as flags of `clone(2)`.
 const NEW_NAMESPACES: [i32; 7] = [
@@ -284,7 +285,7 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
         rules.insert(call, any_of(vec![vec![argument(0, Ne, 0)?]])?);
     }
 
-    let commands = MAP_COMMANDS.map(|command| argument(0, Ne, command));
+    let commands = BPF_COMMANDS.map(|command| argument(0, Ne, command));
     let commands = commands.into_iter().collect::<Result<Vec<_>, _>>()?;
     rules.insert(libc::SYS_bpf, any_of(vec![commands])?);
 
@@ -439,6 +440,8 @@ mod tests {
             socket(libc::AF_UNIX, datagram, 0),
             (libc::SYS_kill, [std::process::id().into(), 0, 0, 0, 0, 0]),
             first(libc::SYS_bpf, 1),
+            // BPF_PROG_TEST_RUN.
+            first(libc::SYS_bpf, 10),
             second(libc::SYS_fcntl, libc::F_GETFD as u64),
             option(libc::SOL_IP, libc::IP_TOS as u64),
             option(libc::SOL_IPV6, libc::IPV6_TCLASS as u64),

@@ -11,6 +11,7 @@
 //! | `/proc/sys/net` | read and write: settings are made again and undone |
 //! | [`PROC_NET`] | read: sockets and counters, for the causes of silence |
 //! | the namespace's runtime directory | read, write, make and remove files: the journal |
+//! | the state directory (old server) | the same: what outlives a boot |
 //! | `/run`, or what is above the runtime directories | remove them at the end, empty ones alone |
 //! | [`NAME_SERVERS`] | read: the hosts that this server itself cannot do without |
 //! | [`OF_THE_RESOLVER`] | read, if a peer is given by name |
@@ -60,6 +61,8 @@ pub struct Needs<'a> {
     pub runtime_dir: &'a Path,
     /// Peers are given by name.
     pub names: bool,
+    /// The state directory, if there is one.
+    pub state_dir: Option<&'a Path>,
 }
 
 /// What holds as long as the daemon runs.
@@ -106,6 +109,9 @@ fn try_close(needs: Needs<'_>) -> Result<Anchors, Failure> {
     let read = AccessFs::ReadFile.into();
     rules = allow(rules, &mut anchors, Path::new(PROC_NET), read)?;
     rules = allow(rules, &mut anchors, dir, files | directory)?;
+    if let Some(dir) = needs.state_dir {
+        rules = allow(rules, &mut anchors, dir, files | directory)?;
+    }
     // Whoever takes the daemon over can remove other empty directories there. That harms less than
     // what it can do to the network, and a daemon that ends leaves nothing behind.
     if let Some(above) = dir.ancestors().nth(2) {
@@ -204,6 +210,7 @@ mod tests {
             let needs = Needs {
                 runtime_dir: &runtime_dir,
                 names,
+                state_dir: None,
             };
             let _anchors = close(needs).unwrap();
             test(&runtime_dir);
@@ -306,6 +313,7 @@ mod tests {
             let needs = Needs {
                 runtime_dir: Path::new("/run/ipmoved/net-1"),
                 names: true,
+                state_dir: None,
             };
             super::super::confine(needs).lacking
         });

@@ -22,14 +22,13 @@
 //! | `outgoing` | what has to be known of addresses for connections that begin here |
 //! | `sizes` | how large a packet may be |
 //! | `names` | when a peer's name is looked up again |
+//! | `progress` | how far each move has come, on either server |
 //! | `silence` | which of what moved is not answered |
 //! | `pace` | how often people are told the same kind of thing |
+//! | `modes` | who answers new connections of each move; a machine of its own |
 //!
 //! # Where more will fit in
 //!
-//! * **A mode for each move** (the old server's own service answers, new clients wait, a share of
-//!   them moves): an administrator's command becomes one more [`Input`]; the mode belongs to the
-//!   entry of [`Claims`], and what the kernel has to capture becomes one more [`Action`].
 //! * **A changed configuration**: one more [`Input`] with the new [`PeerRules`], held against those
 //!   that are here. A [`PeerId`] stays with its peer, so a peer that goes leaves its place empty.
 //! * **Several new servers for one moved address**: today the old server's claims are its settings,
@@ -40,10 +39,12 @@
 
 mod claims;
 mod delivery;
+pub(super) mod modes;
 mod names;
 mod older;
 mod outgoing;
 mod pace;
+pub(super) mod progress;
 pub(super) mod refusal;
 pub(super) mod silence;
 mod sizes;

@@ -17,7 +17,6 @@ mod assembler;
 mod load;
 mod loaded;
 mod map;
-#[cfg(test)]
 pub(super) mod test_run;
 mod words;
 

@@ -20,6 +20,7 @@
 //! daemon takes over what they know.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -33,7 +34,9 @@ use crate::kernel::Desired;
 use crate::kernel::bpf::{self, BpfError, Program};
 use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
-use crate::kernel::programs::{Chosen, Counter, Entrance, FlowMaps, Place, TAKE_REPLIES};
+use crate::kernel::programs::{
+    Chosen, Counter, Entrance, FlowMaps, Listening, Place, TAKE_REPLIES,
+};
 use crate::kernel::programs::{arrivals, callers, deliver, now, take_replies};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
@@ -72,6 +75,8 @@ pub struct Steering {
     /// What the programs had dropped when it was told last.
     told: [u64; DROPS.len()],
     came: Came,
+    /// None where the kernel takes no such program, or none may be asked.
+    listening: Option<Listening>,
 }
 
 /// How fast the programs' memory of requests that came directly is filled. It has room for 65,536,
@@ -163,6 +168,7 @@ impl Steering {
                 counted: 0,
                 looked: now(),
             },
+            listening: Listening::new().ok(),
         })
     }
 
@@ -401,6 +407,21 @@ impl Steering {
             let before = told.next().map_or(0, |told| std::mem::replace(told, count));
             (reason, count.saturating_sub(before))
         })
+    }
+
+    /// How many conversations came directly to each end of this host since this daemon started, by
+    /// protocol.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn came_directly(&self) -> Result<Vec<(u8, SocketAddr, u64)>, BpfError> {
+        self.maps.came_directly()
+    }
+
+    /// Whether something on this host waits for what comes to this end by one of the links; `None`
+    /// if that cannot be known.
+    pub fn listens(&self, protocol: u8, end: SocketAddr, links: &[u32]) -> Option<bool> {
+        self.listening.as_ref()?.at(protocol, end, links)
     }
 
     fn loaded(&self, tun: &Link) -> Result<&Loaded, PlanError> {

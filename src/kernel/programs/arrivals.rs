@@ -25,12 +25,13 @@
 //!     if (now - flow->heard <= GONE_OVER) { flow->asked_directly = now; pass; }
 //!     delete(flows, key);
 //! } else if (ICMP || lookup(own, key) || (come = lookup(in, key)) && !come->unawaited) pass;
-//! update(in, key, { unawaited = UDP && no socket waits });
+//! update(in, key, { unawaited = UDP && no socket waits; as it was: answered });
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
 
 use Reg::{R0, R1, R7, R10};
 
+use super::directly::{ANSWERED, UNAWAITED};
 use super::flows::{
     BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_HEARD, FLOW_OPENING,
     FLOW_UNAWAITED, FlowMaps, GONE_OVER, VALUE, count, enter, jump_if_within, look_up, remove,
@@ -112,20 +113,25 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     look_up(a, &maps.direct);
     a.jump_if_wide(R0, If::Eq, 0, new);
     a.load(Size::Dw, R0, R0, 0);
-    a.jump_if_wide(R0, If::Eq, 0, pass);
+    a.mov(R1, R0);
+    a.alu(Alu::And, R1, UNAWAITED);
+    a.jump_if_wide(R1, If::Eq, 0, pass);
+    a.alu(Alu::And, R0, ANSWERED);
+    a.store(Size::Dw, R10, VALUE, R0);
     a.jump(enter_it);
     a.bind(new);
     count(a, maps, Counter::Came);
+    a.store(Size::Dw, R10, VALUE, 0);
     a.bind(enter_it);
-    let (unawaited, awaited, noted) = (a.label(), a.label(), a.label());
+    let (unawaited, awaited) = (a.label(), a.label());
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), awaited);
     jump_unless_somebody_waits(a, unawaited);
-    a.bind(awaited);
-    a.store(Size::Dw, R10, VALUE, 0);
-    a.jump(noted);
+    a.jump(awaited);
     a.bind(unawaited);
-    a.store(Size::Dw, R10, VALUE, 1);
-    a.bind(noted);
+    a.load(Size::Dw, R0, R10, VALUE);
+    a.alu(Alu::Or, R0, UNAWAITED);
+    a.store(Size::Dw, R10, VALUE, R0);
+    a.bind(awaited);
     enter(a, &maps.direct);
     for label in [ways.later, ways.none, ways.quoted, ways.other, pass] {
         a.bind(label);

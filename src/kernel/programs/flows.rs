@@ -20,8 +20,10 @@
 //! own        struct { u64 seen_or_closed; }
 //!            conversations of this host, and of hosts behind it, that never went by the tunnel
 //!            also, without their local end, the remote ends of UDP to which it spoke first
-//! in         u64 unawaited
-//!            requests that came directly
+//! in         u64 unawaited_or_answered
+//!            requests that came directly: bits of whether no socket waited for it, and whether its
+//!            answer was counted, see `directly`
+//! directly   u64, by local end: conversations that came directly, see `directly`
 //! related    by remote end of UDP: which flow from the tunnel it has, see `related`
 //! links      by index, or FIRST: struct { u32 ifindex; u32 header; u8 mac[6]; u8 pad[2]; }
 //!            the links at which what comes out of the tunnel may arrive
@@ -49,6 +51,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use Reg::{R0, R1, R2, R3, R4, R10};
 
+use super::directly::DIRECTLY;
 use super::headers::{fib, icmpv4, icmpv6};
 use super::inside::Inside;
 use super::phrases::{PROTOCOL, begin_route_lookup, jump_if_v6, look_up_at, look_up_route};
@@ -185,6 +188,7 @@ pub struct FlowMaps {
     pub(super) flows: Map,
     pub(super) own: Map,
     pub(super) direct: Map,
+    pub(super) directly: Map,
     pub(super) related: Map,
     pub(super) shifted: Map,
     pub(super) shifts: Words,
@@ -285,6 +289,7 @@ impl FlowMaps {
             flows: Map::new(flows)?,
             own: Map::new(OWN)?,
             direct: Map::new(DIRECT)?,
+            directly: Map::new(DIRECTLY)?,
             related: Map::new(RELATED)?,
             shifted: Map::new(SHIFTED)?,
             shifts: Words::new(SHIFTS, 1)?,
@@ -323,6 +328,7 @@ impl FlowMaps {
             flows,
             own,
             direct,
+            directly: Map::new(DIRECTLY)?,
             fragments,
             shifted: match find(SHIFTED) {
                 Some(map) => map,

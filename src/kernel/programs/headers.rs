@@ -15,6 +15,8 @@ pub(super) mod skb {
     pub(crate) const IFINDEX: i16 = 40;
     /// The socket that sends it, `struct bpf_sock *`.
     pub(crate) const SK: i16 = 168;
+    /// How many segments it is.
+    pub(crate) const GSO_SEGS: i16 = 164;
 }
 
 /// IEEE 802.1Q: the tag control information.
@@ -47,6 +49,8 @@ pub(super) mod tcp_sock {
     pub(crate) const RCV_NXT: i16 = 16;
     pub(crate) const SND_NXT: i16 = 20;
     pub(crate) const SND_UNA: i16 = 24;
+    /// Segments that it has sent.
+    pub(crate) const SEGS_OUT: i16 = 64;
 }
 
 /// `struct bpf_fib_lookup`.

@@ -13,6 +13,8 @@
 //!   TUN ingress ── way_out ──► uplinks, or back into this host's own stack
 //! ```
 //!
+//! `listens` stands on no interface: the daemon asks it who listens on the new server.
+//!
 //! One program a file, with a sketch of it in C at its head. A new one is a new file, with a line
 //! in this one and a line in the test below that loads every program. They share:
 //!
@@ -23,6 +25,7 @@
 //!   moved     the moved addresses, and which scope one lies in
 //!   rights    what has moved of each, as the old server's programs decide by it
 //!   flows     the memory of the steering programs
+//!   directly  how many conversations come to the new server directly
 //!   inside    what they know of calls from inside to moved addresses
 //!   inports   which prefixes have which ports of what is served there, as far as it fits
 //!   parse     how the steering programs and the one below read a packet
@@ -54,11 +57,13 @@ mod arrivals;
 mod callers;
 mod capture;
 mod deliver;
+mod directly;
 mod facts;
 mod flows;
 mod headers;
 mod inports;
 mod inside;
+mod listens;
 mod modes;
 mod moved;
 mod note_own;
@@ -85,6 +90,7 @@ pub use capture::capture;
 pub use deliver::deliver;
 pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
+pub use listens::Listening;
 pub use note_own::{NOTE_OWN, note_own};
 pub use outgoing::Chosen;
 pub use own::Own;
@@ -165,8 +171,10 @@ mod tests {
             ];
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
-        let mut all: Vec<_> = of(0, [1398, 1230, 993, 1274, 2135, 924, 897, 316, 526]).collect();
-        all.extend(of(14, [1398, 1230, 993, 1274, 2135, 924, 897, 316, 576]));
+        let asked = [(listens::listens().unwrap(), 380)];
+        let mut all: Vec<_> = of(0, [1398, 1230, 993, 1274, 2246, 930, 897, 316, 526]).collect();
+        all.extend(of(14, [1398, 1230, 993, 1274, 2246, 930, 897, 316, 576]));
+        all.extend(asked);
         (maps, facts, all)
     }
 

@@ -39,6 +39,7 @@
 
 use Reg::{R0, R1, R2, R7, R10};
 
+use super::directly::UNAWAITED;
 use super::flows::{
     BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_SEEN, FLOW_UNAWAITED,
     FLOW_VALUE, FlowMaps, KEY_LAST, VALUE, count, enter_from, look_up, remove,
@@ -53,7 +54,7 @@ use super::phrases::{
 use super::places::{Place, Places, Which};
 use super::related::{jump_if_related, remember_remote_end};
 use super::sockets::{jump_unless_from_own_port, load_port, load_tcp_socket, remember_as_it_is};
-use crate::kernel::bpf::{Assembler, Helper, If, Label, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::model::outgoing::{PortEnd, PortSet};
 use crate::packet::SYN;
@@ -116,6 +117,7 @@ pub(super) fn take_by_port(
     a.jump_if_wide(R0, If::Eq, 0, not_come);
     // What came when nobody waited for it is no request that a program answers by its own port.
     a.load(Size::Dw, R0, R0, 0);
+    a.alu(Alu::And, R0, UNAWAITED);
     a.jump_if_wide(R0, If::Eq, 0, no);
     jump_unless_from_own_port(a, no);
     a.jump(begun);

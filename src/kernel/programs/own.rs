@@ -218,6 +218,11 @@ impl Taken for TakenMap {
         let mut answered = [0; 8];
         self.0.read(&key_of(flow), &mut answered) && (flow.protocol == TCP || answered != [0; 8])
     }
+
+    fn note(&self, flow: &HostFlow) {
+        // The daemon knows it all the same, as long as it lives.
+        let _ = self.0.insert(&key_of(flow), &[0; 8]);
+    }
 }
 
 impl Own {

@@ -42,15 +42,18 @@
 //!         if (it calls a moved address) return redirect(tun, 0);                 // see `inside`
 //!         if (it begins here and is chosen by its port) goto hit;              // see `outgoing`
 //!         // TCP of a socket of this host needs no memory: the socket is there to be asked
-//!     if (TCP && !forwarded) goto unknown;
+//!     if (TCP && !forwarded) { count it with its first packet; goto unknown; } // see `directly`
 //!     if (TCP) {
 //!         if (RST, or SYN and ACK) delete(own, key);
 //!         else if (SYN) update(own, key, now);
 //!         else if (FIN) update(own, key, CLOSED);
-//!         else refresh(own, key);
+//!         else { if (!lookup(own, key)) count it; refresh(own, key); }
 //!     } else if (!ICMP) {
 //!         if ((come = lookup(in, key)) ? !come->unawaited || !from a socket at this port
-//!                                      : counters[PRESSED]) goto unknown;
+//!                                      : counters[PRESSED]) {
+//!             if (come) count it with its first answer;
+//!             goto unknown;
+//!         }
 //!         if (!come && it is related) goto hit;      // see `related`
 //!         refresh(own, key); refresh(own, remote end);
 //!     }
@@ -70,6 +73,7 @@
 
 use Reg::{R0, R1, R7, R8, R10};
 
+use super::directly::{count_answer, count_connection, count_end};
 use super::flows::{
     ANSWERED_DIRECTLY, BEGUN_HERE, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_OPENING,
     FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter,
@@ -279,7 +283,7 @@ fn pass_turned(a: &mut Assembler, pass: Label) {
 /// Remembers a direct conversation, and jumps to `done`; to `related` if it is none.
 fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label) {
     let (tcp, forwarded, fresh, new) = (a.label(), a.label(), a.label(), a.label());
-    let (ended, refresh, closed) = (a.label(), a.label(), a.label());
+    let (ended, refresh, closed, went_on) = (a.label(), a.label(), a.label(), a.label());
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), tcp);
     jump_if_icmp(a, done);
     look_up(a, &maps.own);
@@ -293,17 +297,17 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label)
     a.jump_if_wide(R0, If::Ne, 0, done);
     a.jump(new);
     a.bind(come);
-    a.load(Size::Dw, R0, R0, 0);
-    a.jump_if_wide(R0, If::Eq, 0, done);
-    jump_unless_from_own_port(a, done);
-    a.jump(new);
+    a.mov(FLOW, R0);
+    count_answer(a, maps, FLOW, new, done);
 
     a.bind(tcp);
     if maps.sockets.is_some() {
         load_tcp_socket(a, forwarded, done);
         // Nobody but its own interface finds a socket that is bound to one.
         a.load(Size::W, R0, SOCKET, sock::BOUND_DEV_IF);
-        a.jump_if(R0, If::Eq, 0, done);
+        a.jump_if(R0, If::Ne, 0, forwarded);
+        count_connection(a, maps, SOCKET);
+        a.jump(done);
     }
     a.bind(forwarded);
     a.load(Size::W, R8, R10, FLAGS);
@@ -314,7 +318,7 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label)
     a.jump_if(R0, If::Eq, i32::from(SYN), new);
     a.jump_if(R8, If::Set, i32::from(FIN), closed);
     look_up(a, &maps.own);
-    a.jump_if_wide(R0, If::Eq, 0, new);
+    a.jump_if_wide(R0, If::Eq, 0, went_on);
     a.load(Size::Dw, R1, R0, 0);
     a.jump_if_wide(R1, If::Eq, CLOSED, done);
 
@@ -325,6 +329,8 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label)
     remember_remote_end(a, maps);
     a.bind(fresh);
     a.jump(done);
+    a.bind(went_on);
+    count_end(a, maps);
     a.bind(new);
     remember_remote_end(a, maps);
     enter_now(a, &maps.own);

@@ -1,0 +1,272 @@
+//! Commands to the old server's daemon: they change modes, which are kept on the disk before they
+//! hold.
+//!
+//! Owns what happens where they cannot be kept. A crash would change such a mode back without a
+//! word, so it is not taken; but for `back`, which somebody needs who is in trouble already.
+
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::time::{ClockId, clock_gettime};
+use tracing::{info, warn};
+
+use super::policy::modes::{Clock, Modes, Who};
+use super::service::{Result, failed, input};
+use super::state_dir::StateDir;
+use crate::flow::ended::HostFlow;
+use crate::io::entropy;
+use crate::model::mode::{Mode, ShareKey};
+use crate::model::move_index::MoveIndex;
+use crate::model::moved::{Move, TCP};
+use crate::model::peer::PeerId;
+use crate::model::request::{Answer, Request};
+use crate::model::status::ModeStatus;
+use crate::settings::config::Config;
+
+/// What this server has is counted once in this time at most: there may be 100,000 conversations.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
+
+/// Where the kernel says which boot this is.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// The modes of this server's moves, and where they are kept.
+#[derive(Debug)]
+pub(super) struct Orders {
+    modes: Modes,
+    dir: StateDir,
+    warnings: Vec<String>,
+    /// Finds the move of a conversation.
+    index: MoveIndex,
+    /// What this server has of each move, but for its own sockets, and when that was counted.
+    here: Option<(Instant, Vec<Here>)>,
+}
+
+/// Conversations of hosts behind this server, and others that no socket tells of.
+#[derive(Clone, Copy, Default, Debug)]
+struct Here {
+    all: u64,
+    tcp: u64,
+}
+
+impl Orders {
+    /// Takes up the modes that are kept, and keeps those of moves that are new.
+    ///
+    /// # Errors
+    /// If the settings name something that is no directory.
+    pub(super) fn open(config: &Config) -> Result<Self> {
+        let path = &config.state_dir;
+        if path.exists() && !path.is_dir() {
+            return Err(input(format!(
+                "--state-dir: `{}` is not a directory; name one, which is made if it is not there",
+                path.display()
+            )));
+        }
+        let (dir, record, mut warnings) = StateDir::open(path);
+        let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
+        let word = || entropy::system().u64().map_err(failed);
+        let key = ShareKey([word()?, word()?]);
+        let peers = (0_u16..).map(PeerId).zip(&config.peers);
+        let moves = peers.flat_map(|(id, peer)| peer.moves.iter().map(move |it| (id, it.clone())));
+        let clock = clock();
+        let modes = Modes::new(
+            moves,
+            config.start,
+            record.as_ref(),
+            key,
+            boot.trim(),
+            clock,
+        );
+        let now = modes.record(clock);
+        if record.as_ref() != Some(&now)
+            && let Err(why) = dir.keep(&now)
+            && warnings.is_empty()
+        {
+            warnings.push(format!(
+                "the modes of moves are not kept over a restart: {why}"
+            ));
+        }
+        let index = modes.moves().iter().map(|it| it.moved.clone()).collect();
+        Ok(Self {
+            modes,
+            dir,
+            warnings,
+            index: MoveIndex::new(index),
+            here: None,
+        })
+    }
+
+    /// What an administrator has to know of the start.
+    pub(super) fn take_warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
+    }
+
+    /// Where the modes are kept.
+    pub(super) fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Carries out a command.
+    pub(super) fn carry_out(&mut self, who: Who, request: &Request) -> Answer {
+        let (clock, before) = (clock(), self.modes.clone());
+        let moves = match self.modes.order(clock, who, request) {
+            Ok(moves) => moves,
+            Err(refusal) => {
+                return Answer::Refused {
+                    input: refusal.is_input(),
+                    why: refusal.to_string(),
+                };
+            }
+        };
+        let mut warnings = Vec::new();
+        if !changes_modes(request) {
+        } else if let Err(why) = self.dir.keep(&self.modes.record(clock)) {
+            if !matches!(request, Request::Back { .. }) {
+                self.modes = before;
+                let why = format!("a restart would forget the mode, so it stays as it is: {why}");
+                return Answer::Refused { input: false, why };
+            }
+            warnings.push(format!("a restart forgets this: {why}"));
+        }
+        for moved in moves.iter().filter(|it| it.before != it.mode) {
+            let (what, before, pid) = (&moved.what, &moved.before, who.pid);
+            info!(what, before, mode = moved.mode, pid, "mode");
+        }
+        for text in &warnings {
+            warn!("{text}");
+        }
+        Answer::Done {
+            moves,
+            warnings,
+            forgotten: 0,
+        }
+    }
+
+    /// A connection of the control socket has ended.
+    pub(super) fn gone(&mut self, connection: u64) {
+        self.modes.gone(connection);
+    }
+
+    /// Ends the holds that are over. The file already says when.
+    pub(super) fn end_holds(&mut self) -> bool {
+        let ended = self.modes.end_holds(clock());
+        for &place in &ended {
+            let one = &self.modes.moves()[place];
+            let (what, mode) = (one.moved.to_string(), one.mode.settled.to_string());
+            warn!(what, mode, "the time of the hold is over");
+        }
+        !ended.is_empty()
+    }
+
+    /// When the next hold is over.
+    pub(super) fn next(&self, now: Instant) -> Option<Instant> {
+        Some(instant(now, clock().now, self.modes.next()?))
+    }
+
+    /// The peers and moves that a command was about.
+    pub(super) fn about(&self, request: &Request) -> Vec<(PeerId, Move)> {
+        let places = self.modes.places(request.what()).unwrap_or_default();
+        let of = |place: usize| {
+            let one = &self.modes.moves()[place];
+            (one.peer, one.moved.clone())
+        };
+        places.into_iter().map(of).collect()
+    }
+
+    /// The modes, in the order of the settings, on the clock of the kernel's programs.
+    pub(super) fn modes(&self) -> Vec<Mode<Duration>> {
+        self.modes.moves().iter().map(|it| it.mode).collect()
+    }
+
+    /// The same on this process's clock, each with its peer.
+    pub(super) fn modes_at(&self, now: Instant) -> Vec<(PeerId, Mode<Instant>)> {
+        let ktime = clock().now;
+        let moves = self.modes.moves().iter();
+        moves
+            .map(|it| {
+                let mode = Mode {
+                    settled: it.mode.settled,
+                    held_until: it.mode.held_until.map(|until| instant(now, ktime, until)),
+                };
+                (it.peer, mode)
+            })
+            .collect()
+    }
+
+    /// Which clients a share takes.
+    pub(super) fn key(&self) -> ShareKey {
+        self.modes.key()
+    }
+
+    /// Counts what this server has, if that was long ago.
+    pub(super) fn count(&mut self, now: Instant, found: impl FnOnce() -> Option<Vec<HostFlow>>) {
+        let fresh = |&(at, _): &(Instant, _)| now.saturating_duration_since(at) < COUNT_EVERY;
+        if self.here.as_ref().is_some_and(fresh) {
+            return;
+        }
+        self.here = found().map(|found| {
+            let mut here = vec![Here::default(); self.index.moves().len()];
+            for flow in found {
+                if let Some(place) = self.index.find(flow.protocol, flow.local) {
+                    here[place].all += 1;
+                    here[place].tcp += u64::from(flow.protocol == TCP);
+                }
+            }
+            (now, here)
+        });
+    }
+
+    /// Tells whether a conversation is one of those that a command is about.
+    pub(super) fn takes(&self, request: &Request) -> impl Fn(&HostFlow) -> bool + use<'_> {
+        let places = self.modes.places(request.what()).unwrap_or_default();
+        move |flow| {
+            let place = self.index.find(flow.protocol, flow.local);
+            place.is_some_and(|place| places.binary_search(&place).is_ok())
+        }
+    }
+
+    /// What `status` says of a peer's moves. `waiting` says how many conversations wait of each
+    /// move of all peers.
+    pub(super) fn status(&self, peer: PeerId, waiting: &[u64]) -> Vec<ModeStatus> {
+        let now = clock().now;
+        let here = self.here.as_ref().map(|(_, here)| here);
+        let all = self.modes.moves().iter().enumerate();
+        let of_peer = all.filter(|(_, it)| it.peer == peer);
+        of_peer
+            .map(|(place, it)| ModeStatus {
+                what: it.moved.to_string(),
+                mode: it.name().into(),
+                percent: it.mode.settled.percent(),
+                then: (it.mode.held_until).map(|_| it.mode.settled.name().into()),
+                held_s: (it.mode.held_until).map(|until| until.saturating_sub(now).as_secs()),
+                waiting: waiting.get(place).copied().unwrap_or(0),
+                here_live: here.map(|here| here[place].all),
+                here_tcp: here.map(|here| here[place].tcp),
+                there_live: None,
+                since: jiff::Timestamp::from_second(it.since.try_into().unwrap_or_default())
+                    .map_or_else(|_| String::new(), |since| since.to_string()),
+            })
+            .collect()
+    }
+}
+
+/// Whether a command can change a mode.
+fn changes_modes(request: &Request) -> bool {
+    match request {
+        Request::Move { .. } | Request::Hold { .. } | Request::Back { .. } => true,
+        Request::Cutover { .. } | Request::Forget { .. } => false,
+    }
+}
+
+/// What the clocks show now.
+fn clock() -> Clock {
+    let now = clock_gettime(ClockId::Monotonic);
+    Clock {
+        now: Duration::new(now.tv_sec as u64, now.tv_nsec as u32),
+        wall: SystemTime::now(),
+    }
+}
+
+/// The same time on this process's clock.
+fn instant(now: Instant, ktime: Duration, until: Duration) -> Instant {
+    now + until.saturating_sub(ktime)
+}

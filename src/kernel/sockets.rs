@@ -1,0 +1,248 @@
+//! The conversations that this host's own sockets have, and how to end them.
+//!
+//! Owns dumps and requests over `NETLINK_SOCK_DIAG` (linux/inet_diag.h). It is for commands that
+//! people run: a daemon does not open such a socket, through which whoever takes it over could end
+//! others' connections.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
+};
+use netlink_sys::Socket;
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+
+/// `SOCK_DIAG_BY_FAMILY` and `SOCK_DESTROY` (linux/sock_diag.h).
+const BY_FAMILY: u16 = 20;
+const DESTROY: u16 = 21;
+
+/// States of net/tcp_states.h, as bits. Of a connection that this host has closed, and whose other
+/// end knows, nothing more is to come: `FIN_WAIT2`, `TIME_WAIT`.
+const ESTABLISHED: u32 = 1 << 1;
+const SYN_RECV: u32 = 1 << 3;
+const FIN_WAIT1: u32 = 1 << 4;
+const FIN_WAIT2: u32 = 1 << 5;
+const CLOSE_WAIT: u32 = 1 << 8;
+const LAST_ACK: u32 = 1 << 9;
+const LISTEN: u32 = 1 << 10;
+const CLOSING: u32 = 1 << 11;
+
+/// TCP connections that live.
+const LIVING: u32 = ESTABLISHED | SYN_RECV | FIN_WAIT1 | CLOSE_WAIT | LAST_ACK | CLOSING;
+
+const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
+
+const HEADER: usize = 16;
+/// Length of `struct inet_diag_sockid`, and where it lies in a request and in an answer.
+const ID: usize = 48;
+const ID_ASKED: usize = 8;
+const ID_ANSWERED: usize = 4;
+
+/// A socket with a conversation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Conversation {
+    /// The IP protocol.
+    pub protocol: u8,
+    /// The end here.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    family: u8,
+    /// The kernel's name for it.
+    id: [u8; ID],
+}
+
+/// Hands over each TCP connection that lives.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn tcp(mut each: impl FnMut(&Conversation)) -> io::Result<()> {
+    dump(libc::IPPROTO_TCP as u8, LIVING, &mut each)
+}
+
+/// Hands over each conversation that can be ended: TCP that is not over yet, and connected UDP.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn all(mut each: impl FnMut(&Conversation)) -> io::Result<()> {
+    dump(libc::IPPROTO_TCP as u8, LIVING | FIN_WAIT2, &mut each)?;
+    dump(libc::IPPROTO_UDP as u8, ESTABLISHED, &mut each)
+}
+
+/// The TCP ports that something listens on, at whichever address.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn listening() -> io::Result<BTreeSet<u16>> {
+    let mut ports = BTreeSet::new();
+    dump(libc::IPPROTO_TCP as u8, LISTEN, &mut |it| {
+        ports.insert(it.local.port());
+    })?;
+    Ok(ports)
+}
+
+/// Ends a conversation: its socket fails, and of TCP the other end gets a reset. One that has ended
+/// meanwhile is no error.
+///
+/// # Errors
+/// If the kernel refuses: it cannot do it (`CONFIG_INET_DIAG_DESTROY`), or not for this user.
+pub fn end(conversation: &Conversation) -> io::Result<()> {
+    let &Conversation {
+        family,
+        protocol,
+        id,
+        ..
+    } = conversation;
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.send(&request(DESTROY, NLM_F_ACK, family, protocol, !0, &id), 0)?;
+    match answers(&socket, &mut |_| {}) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        result => result,
+    }
+}
+
+fn dump(protocol: u8, states: u32, each: &mut dyn FnMut(&Conversation)) -> io::Result<()> {
+    for family in FAMILIES {
+        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+        socket.bind_auto()?;
+        let message = request(BY_FAMILY, NLM_F_DUMP, family, protocol, states, &[0; ID]);
+        socket.send(&message, 0)?;
+        let result = answers(&socket, &mut |answer| {
+            if let Some(found) = read(protocol, answer) {
+                each(&found);
+            }
+        });
+        match result {
+            // A kernel without IPv6, or without the module for this protocol, which has none then.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+/// A message with `struct inet_diag_req_v2`.
+fn request(kind: u16, flags: u16, family: u8, protocol: u8, states: u32, id: &[u8; ID]) -> Vec<u8> {
+    let length = HEADER + ID_ASKED + ID;
+    let mut message = Vec::from((length as u32).to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
+    // Sequence and port.
+    message.extend([0; 8]);
+    message.extend([family, protocol, 0, 0]);
+    message.extend(states.to_ne_bytes());
+    message.extend(id);
+    message
+}
+
+/// A `struct inet_diag_msg`.
+fn read(protocol: u8, answer: &[u8]) -> Option<Conversation> {
+    let family = *answer.first()?;
+    let id: [u8; ID] = answer.get(ID_ANSWERED..ID_ANSWERED + ID)?.try_into().ok()?;
+    let port = |at: usize| Some(u16::from_be_bytes(id.get(at..at + 2)?.try_into().ok()?));
+    let addr = |at: usize| -> Option<IpAddr> {
+        if family == FAMILIES[0] {
+            let octets: [u8; 4] = id.get(at..at + 4)?.try_into().ok()?;
+            return Some(Ipv4Addr::from(octets).into());
+        }
+        let octets: [u8; 16] = id.get(at..at + 16)?.try_into().ok()?;
+        // A socket of both families has an IPv4 client so.
+        Some(IpAddr::from(Ipv6Addr::from(octets)).to_canonical())
+    };
+    Some(Conversation {
+        protocol,
+        local: SocketAddr::new(addr(4)?, port(0)?),
+        remote: SocketAddr::new(addr(20)?, port(2)?),
+        family,
+        id,
+    })
+}
+
+/// Hands over the answers to a request up to the last one.
+fn answers(socket: &Socket, each: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    loop {
+        let (datagram, _) = match socket.recv_from_full() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
+        let mut rest = &datagram[..];
+        while !rest.is_empty() {
+            let Ok(message) = NetlinkBuffer::new_checked(rest) else {
+                return Err(io::ErrorKind::InvalidData.into());
+            };
+            let payload = message.payload();
+            match message.message_type() {
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => {
+                    let code = payload.get(..4).and_then(|bytes| bytes.try_into().ok());
+                    return match code.map_or(0, i32::from_ne_bytes) {
+                        0 => Ok(()),
+                        errno => Err(io::Error::from_raw_os_error(errno.wrapping_neg())),
+                    };
+                }
+                _ => each(payload),
+            }
+            let next = (message.length() as usize).next_multiple_of(4);
+            rest = rest.get(next..).unwrap_or_default();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+
+    use super::*;
+    use crate::kernel::testing::in_fresh_namespace;
+
+    fn found(each: impl Fn(&mut dyn FnMut(&Conversation))) -> Vec<Conversation> {
+        let mut found = Vec::new();
+        each(&mut |it| found.push(*it));
+        found
+    }
+
+    #[test]
+    fn conversations_are_found_and_ended_in_both_families() {
+        in_fresh_namespace(|| {
+            let netlink = crate::kernel::netlink::Netlink::new().unwrap();
+            netlink.set_link_up(1).unwrap();
+            for addr in ["127.0.0.1:0", "[::1]:0", "[::]:0"] {
+                let listener = TcpListener::bind(addr).unwrap();
+                let port = listener.local_addr().unwrap().port();
+                // The last listens for both families.
+                let server: IpAddr = match addr {
+                    "[::1]:0" => Ipv6Addr::LOCALHOST.into(),
+                    _ => Ipv4Addr::LOCALHOST.into(),
+                };
+                let mut client = TcpStream::connect((server, port)).unwrap();
+                let (accepted, remote) = listener.accept().unwrap();
+                let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+                assert_eq!(listening().unwrap(), [port].into());
+                let local = SocketAddr::new(server, port);
+                let all = found(|each| all(|it| each(it)).unwrap());
+                assert_eq!(all.len(), 2, "either end: {all:?}");
+                let here = all.iter().find(|it| it.local == local).unwrap();
+                assert_eq!(here.remote, remote);
+                end(here).unwrap();
+                let error = client.read(&mut [0]).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+                end(here).unwrap();
+                assert_eq!(found(|each| tcp(|it| each(it)).unwrap()), []);
+                drop((accepted, listener));
+            }
+            let (one, other) = ("127.0.0.1:7000", "127.0.0.1:7001");
+            let socket = UdpSocket::bind(one).unwrap();
+            assert_eq!(found(|each| all(|it| each(it)).unwrap()), []);
+            socket.connect(other).unwrap();
+            let conversations = found(|each| all(|it| each(it)).unwrap());
+            assert_eq!(conversations.len(), 1);
+            end(&conversations[0]).unwrap();
+            let error = socket.recv(&mut [0]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+        });
+    }
+}
