@@ -818,6 +818,16 @@ mod tests {
                 }
                 server.sends(&tcp_out(at, 4000, ACK | PSH));
             }
+            // So it does when nothing was changed for long.
+            server.be(moved());
+            server.facts.modes.words.set(SOME, 0);
+            for (request, answer) in requests(at, 4000) {
+                assert!(!server.is_taken(&request), "{request:?}");
+                server.facts.own.age(now() - Duration::from_secs(100));
+                server.sends(&answer);
+                server.facts.own.age_by(Duration::from_secs(100));
+                assert!(!server.is_taken(&request), "it was refreshed: {request:?}");
+            }
             for (request, _) in &requests(at, 4001)[..2] {
                 assert!(server.is_taken(request), "{request:?}");
             }

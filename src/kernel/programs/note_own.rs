@@ -124,7 +124,6 @@ pub fn note_own(
     parse(a, l2_header, Side::Own, ways);
 
     a.bind(ways.none);
-    facts.modes.jump_if_plain(a, pass);
     key_of_other_query(a, Side::Own, ways.flow);
     a.jump(pass);
     a.bind(ways.flow);

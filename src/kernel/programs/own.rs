@@ -436,6 +436,16 @@ impl Own {
         });
     }
 
+    /// Every conversation was seen so much earlier.
+    #[cfg(test)]
+    pub(super) fn age_by(&self, by: Duration) {
+        self.change(|value| {
+            let seen = u64::from_ne_bytes(value[..8].try_into().unwrap());
+            let seen = seen - by.as_nanos() as u64;
+            value[..8].copy_from_slice(&seen.to_ne_bytes());
+        });
+    }
+
     #[cfg(test)]
     fn change(&self, mut change: impl FnMut(&mut [u8; OWN_BYTES])) {
         for map in [&self.own, &self.kept] {
