@@ -299,7 +299,7 @@ fn a_client_has_connections_with_the_same_ports_to_both_addresses_at_once() -> R
     // these out.
     lab.client()
         .namespace()
-        .set_sysctls(&[("net.ipv4.tcp_tw_reuse", "1")])?;
+        .set_sysctls(&[("ipv4/tcp_tw_reuse", "1")])?;
     drop(talks);
     let client = lab.client().from_port(45_000);
     for to in ENDS.into_iter().flatten() {

@@ -141,8 +141,6 @@ struct Watched {
     asked_since: BTreeMap<Asked, Instant>,
     /// Since when the peer says of something that it is not well.
     told_since: BTreeMap<Asked, Instant>,
-    /// What is known of the peer alone, and which run of it has said so last.
-    adopted: BTreeMap<Asked, u64>,
 }
 
 /// What a look at the system has shown. It stands until the next one.
@@ -299,7 +297,6 @@ impl Watcher {
             heard_before: now,
             asked_since: BTreeMap::new(),
             told_since: BTreeMap::new(),
-            adopted: BTreeMap::new(),
         };
         Self {
             role,
@@ -341,22 +338,6 @@ impl Watcher {
         let told_since = std::mem::take(&mut watched.told_since);
         let since = |asked: Asked| (asked, told_since.get(&asked).copied().unwrap_or(now));
         watched.told_since = troubles().map(|trouble| since(trouble.asked)).collect();
-        // What this run has said and says no more is over; of another one it is not known.
-        let Watched {
-            silence,
-            told_since,
-            adopted,
-            ..
-        } = watched;
-        adopted.retain(|asked, said_by| {
-            let told = told_since.contains_key(asked);
-            if told {
-                *said_by = run;
-            } else if *said_by == run {
-                silence.absolve(now, asked);
-            }
-            told || *said_by != run
-        });
         watched.theirs = news.troubles;
         watched.views = news.views;
         watched.heard = Some(now);
@@ -436,7 +417,6 @@ impl Watcher {
             if self.role == Role::New {
                 left -= self.look_here(now, at, PeerId(id), left, around);
             }
-            self.adopt(now, at);
             let found = self.found(now, at);
             let told = self.tell(now, at, found);
             said.extend(told.into_iter().map(|said| (PeerId(id), said)));
@@ -705,25 +685,6 @@ impl Watcher {
         }
         self.add_theirs(now, at, &mut found);
         found
-    }
-
-    /// Keeps what the peer has told for a while, for when it starts anew.
-    fn adopt(&mut self, now: Instant, at: usize) {
-        let watched = &mut self.peers[at];
-        let Some(run) = watched.run else {
-            return;
-        };
-        for trouble in &watched.theirs {
-            let Some(&since) = watched.told_since.get(&trouble.asked) else {
-                continue;
-            };
-            let asked = &trouble.asked;
-            let waited = now.saturating_duration_since(since) >= AGREED;
-            if waited && !watched.silence.view(since, asked).answered {
-                watched.silence.adopt(now, asked, trouble.verdict);
-                watched.adopted.insert(*asked, run);
-            }
-        }
     }
 
     /// Adds what the peer alone sees.
@@ -1335,7 +1296,6 @@ mod tests {
 
         /// As on the old server, whose look needs no system.
         fn judge(&mut self) -> Vec<Said> {
-            self.watcher.adopt(self.now, 0);
             let found = self.watcher.found(self.now, 0);
             self.watcher.tell(self.now, 0, found)
         }

@@ -217,37 +217,6 @@ impl Silence {
         }
     }
 
-    /// Knows from now on what the other server has told, so that it is not lost if that one starts
-    /// anew. What own eyes have seen stands.
-    pub(in super::super) fn adopt(&mut self, now: Instant, asked: &Asked, verdict: Verdict) {
-        let mut thing = self.as_told(now, asked, verdict);
-        let known = self.things.get(asked);
-        let own = |it: &Thing| it.verdict != Verdict::Well;
-        // Something listens by now: what was refused is over.
-        let over = verdict == Verdict::Refused && thing.listens == Some(true);
-        if thing.entry.is_none() || known.is_some_and(own) || over {
-            return;
-        }
-        (thing.since, thing.last, thing.told) = (now, now, true);
-        if verdict == Verdict::Refused {
-            thing.refused = Some(now);
-        }
-        if known.is_none() {
-            self.make_room();
-        }
-        self.things.insert(*asked, thing);
-    }
-
-    /// The other server no longer says what it had told, and own eyes have not seen it.
-    pub(in super::super) fn absolve(&mut self, now: Instant, asked: &Asked) {
-        if let Some(thing) = self.things.get_mut(asked)
-            && thing.told
-        {
-            thing.forget_refusals();
-            (thing.verdict, thing.since, thing.told) = (Verdict::Well, now, false);
-        }
-    }
-
     /// The ports on which a look at the system would help, and clients that ask in vain.
     pub(in super::super) fn doubts(
         &self,
@@ -891,35 +860,6 @@ mod tests {
         bed.ask(81, 9, None);
         bed.pass(5_000);
         assert_eq!(bed.verdict(81), Verdict::Silent);
-    }
-
-    #[test]
-    fn what_the_other_server_has_told_stands_until_a_client_is_answered_or_it_says_no_more() {
-        let asked = |port| Asked {
-            addr: "192.0.2.5".parse().unwrap(),
-            protocol: TCP,
-            port,
-        };
-        let mut bed = Bed::new(&["192.0.2.5:80-82"]);
-        bed.silence.adopt(bed.now, &asked(80), Verdict::Silent);
-        bed.silence.adopt(bed.now, &asked(81), Verdict::Refused);
-        bed.silence.adopt(bed.now, &asked(99), Verdict::Silent);
-        for _ in 0..5 {
-            bed.pass(1_000);
-            assert_eq!(bed.verdict(80), Verdict::Silent);
-            assert_eq!(bed.verdict(81), Verdict::Refused);
-            assert_eq!(bed.verdict(99), Verdict::Well, "it is not moved");
-        }
-        bed.silence.absolve(bed.now, &asked(81));
-        bed.ask(80, 9, ANSWER);
-        bed.pass(1_000);
-        assert_eq!(bed.verdict(80), Verdict::Well);
-        assert_eq!(bed.verdict(81), Verdict::Well);
-        bed.ask(82, 9, None);
-        bed.pass(5_000);
-        bed.silence.adopt(bed.now, &asked(82), Verdict::Refused);
-        bed.silence.absolve(bed.now, &asked(82));
-        assert_eq!(bed.verdict(82), Verdict::Silent, "own eyes have seen it");
     }
 
     #[test]
