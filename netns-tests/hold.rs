@@ -210,11 +210,15 @@ fn whoever_waits_is_served_in_order_and_nobody_is_refused() -> Result {
     run(&setup, &["hold", "--for", "60"])?;
     let sockets = wait(&lab, &setup, CLIENTS)?;
     let datagrams = lab.client().udp_socket((MOVED, 53))?;
-    for len in [10, 3_000, 20] {
+    // One more than the first few that are kept.
+    for len in [10, 3_000, 20, 30, 40] {
         let sent = datagrams.send(&vec![b'd'; len]);
         sent.map_err(|error| LabError::unexpected(format!("send: {error}")))?;
     }
     until_waiting(&setup, CLIENTS + 1)?;
+    let refused = || (setup.status(Role::Old).ok()?.drops("hold_full") == 1).then_some(());
+    let refused = poll_until(PATIENCE, Duration::from_millis(20), refused);
+    refused.ok_or_else(|| LabError::unexpected("a datagram too many is not counted"))?;
     assert_eq!(connected(&sockets, Duration::from_millis(100))?, 0);
     assert!(
         taken.try_recv().is_err() && udp.peers().is_empty(),
@@ -226,7 +230,7 @@ fn whoever_waits_is_served_in_order_and_nobody_is_refused() -> Result {
     assert_eq!(overtaken(&taken, &sockets)?, 0);
     assert_eq!(overflows(lab.new_server())?, before);
     let mut answer = [0; 4_000];
-    for len in [10, 3_000, 20] {
+    for len in [10, 3_000, 20, 30] {
         let heard = datagrams.recv(&mut answer);
         let heard = heard.map_err(|error| LabError::unexpected(format!("receive: {error}")))?;
         assert_eq!(heard, len);

@@ -22,12 +22,13 @@
 //! * Who has been silent for longer than a client is patient is forgotten.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use crate::model::drops::DropReason;
 use crate::model::mode::Mode;
 use crate::model::moved::{Move, TCP};
+use crate::model::owners::Owners;
+use crate::model::scopes::Scopes;
 use crate::packet::fragment::Key;
 use crate::packet::vnet::VNET_HDR_LEN;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, RST, SYN, tcp_seq};
@@ -81,7 +82,8 @@ const TIMES: u32 = 4;
 /// The first packets that wait.
 #[derive(Debug)]
 pub struct Hold {
-    moves: Vec<Move>,
+    scopes: Scopes,
+    owners: Owners,
     /// For each move, how long its flows wait; `None` if they do not.
     until: Vec<Option<Instant>>,
     /// For each move, how many flows wait.
@@ -144,8 +146,8 @@ struct Sent {
 /// Flows that ask for the same.
 #[derive(Debug)]
 struct Line {
-    /// The move that takes them.
-    moved: usize,
+    /// The move that takes them. What belongs to none is never held.
+    moved: Option<usize>,
     flows: BTreeSet<u64>,
     at: Option<Instant>,
     /// How long one goes on after the other, once the first has.
@@ -179,8 +181,10 @@ impl Room {
 impl Hold {
     /// For these moves. Nothing is held.
     pub fn new(moves: &[Move]) -> Self {
+        let scopes = Scopes::new(moves);
         Self {
-            moves: moves.to_vec(),
+            owners: Owners::new(moves, &scopes),
+            scopes,
             until: vec![None; moves.len()],
             waiting: vec![0; moves.len()],
             flows: BTreeMap::new(),
@@ -202,7 +206,7 @@ impl Hold {
         let until = modes.iter().map(|mode| mode.held_until);
         let before = std::mem::replace(&mut self.until, until.collect());
         for (asked, line) in &mut self.lines {
-            let of = |all: &[Option<Instant>]| all.get(line.moved).copied().flatten();
+            let of = |all: &[Option<Instant>]| all.get(line.moved?).copied().flatten();
             let (was, until) = (of(&before), of(&self.until));
             // What goes on already keeps its pace.
             if was == until || until.is_none() && line.step.is_some() {
@@ -373,7 +377,7 @@ impl Hold {
         let before = self.schedule.first().copied();
         if !self.lines.contains_key(&flow.asked) {
             let moved = self.moved(&flow.asked);
-            let at = self.until.get(moved).copied().flatten();
+            let at = moved.and_then(|moved| *self.until.get(moved)?);
             let line = Line {
                 moved,
                 flows: BTreeSet::new(),
@@ -385,7 +389,8 @@ impl Hold {
         }
         if let Some(line) = self.lines.get_mut(&flow.asked) {
             line.flows.insert(number);
-            if let Some(waiting) = self.waiting.get_mut(line.moved) {
+            let waiting = line.moved.and_then(|moved| self.waiting.get_mut(moved));
+            if let Some(waiting) = waiting {
                 *waiting += 1;
             }
         }
@@ -489,7 +494,8 @@ impl Hold {
         let asked = gone.flow.asked;
         if let Some(line) = self.lines.get_mut(&asked) {
             line.flows.remove(&number);
-            if let Some(waiting) = self.waiting.get_mut(line.moved) {
+            let waiting = line.moved.and_then(|moved| self.waiting.get_mut(moved));
+            if let Some(waiting) = waiting {
                 *waiting -= 1;
             }
             if line.flows.is_empty() {
@@ -526,16 +532,10 @@ impl Hold {
         }
     }
 
-    /// The move that takes it: of those with the longest prefix the first one. Asked once for each
-    /// line, so it may go through all of them.
-    fn moved(&self, asked: &Asked) -> usize {
-        let addr = IpAddr::from(asked.addr);
-        let fits = |(_, it): &(usize, &Move)| {
-            it.prefix.contains(addr) && it.takes(asked.protocol, asked.port)
-        };
-        let found = self.moves.iter().enumerate().filter(fits);
-        let longest = found.rev().max_by_key(|(_, it)| it.prefix.len());
-        longest.map_or(usize::MAX, |(index, _)| index)
+    /// The move that takes it.
+    fn moved(&self, asked: &Asked) -> Option<usize> {
+        let scope = self.scopes.find(asked.addr.number())?;
+        (self.owners).find(&self.scopes, scope, asked.protocol, asked.port)
     }
 }
 
@@ -588,7 +588,7 @@ mod tests {
                 held_until,
                 ..Mode::settled(Settled::Moved)
             };
-            let modes = vec![mode; self.hold.moves.len()];
+            let modes = vec![mode; self.hold.waiting.len()];
             self.hold.set_modes(&modes);
         }
 
