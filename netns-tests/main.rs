@@ -38,6 +38,7 @@ mod independent_peer;
 mod ipv6;
 mod lanes;
 mod modes;
+mod modes_of_a_move;
 mod mtu;
 mod on_path;
 mod others_rules;

@@ -309,7 +309,7 @@ fn connections_of_the_old_service_go_on_and_new_ones_are_the_new_servers() -> Re
 }
 
 /// Runs a command on a host.
-fn run(host: &Namespace, line: &str) -> Result {
+pub(crate) fn run(host: &Namespace, line: &str) -> Result {
     let mut command = Command::new("sh");
     command.args(["-ec", line]);
     let said = host.output(command, PATIENCE)?;
@@ -321,7 +321,7 @@ fn run(host: &Namespace, line: &str) -> Result {
 
 /// A container on the old server whose address is translated to the moved one in both directions,
 /// and the process that has its namespace.
-fn container(lab: &Lab) -> Result<(Namespace, Process)> {
+pub(crate) fn container(lab: &Lab) -> Result<(Namespace, Process)> {
     let container = Namespace::new("container")?;
     let old = lab.old_server();
     let mut sleep = Command::new("sleep");

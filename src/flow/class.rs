@@ -300,6 +300,11 @@ impl Seen {
         self.has(Self::RESET) || self.has(Self::FIN_BOTH)
     }
 
+    /// Whether its client has gone on, as far as [`Self::WENT_ON`] tells.
+    pub(super) fn has_gone_on(self) -> bool {
+        self.has(Self::WENT_ON)
+    }
+
     /// Whether the application has said anything.
     pub(super) fn is_answered(self) -> bool {
         self.has(Self::APPLICATION)

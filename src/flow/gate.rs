@@ -330,7 +330,9 @@ impl Gate {
         let goes_on =
             noted.is_some_and(|it| it.seen.is_answered() && !(begins && it.seen.is_over()));
         if goes_on && self.clients.client_spoke(now, flow) {
-            if tcp && !begins {
+            // It is a system call, so not for every packet.
+            let anew = noted.is_some_and(|it| it.used < now || !it.seen.has_gone_on());
+            if tcp && !begins && anew {
                 self.note_taken(&host_flow(parsed, bytes));
             }
             return Ok(Verdict::Carry);
@@ -398,7 +400,8 @@ impl Gate {
             .find(self.ownership.scopes(), scope, protocol, port)
     }
 
-    /// Tells capture of a flow of the new server that it had to ask about.
+    /// Tells capture of a flow of the new server that it may have had to ask about: when that goes
+    /// on for the first time, and then once in a few seconds at most.
     #[cold]
     fn note_taken(&self, flow: &HostFlow) {
         if let Some(taken) = self.taken.get() {

@@ -9,19 +9,34 @@ use super::{BpfError, MAX_NAME, bpf, bpf_fd, object_name, with_memlock_raised};
 
 /// Kinds of maps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u32)]
 pub enum MapKind {
     /// A hash table that takes memory only for what it holds.
-    Hash = 1,
+    Hash,
+    /// A hash table that has its memory from the start, so that it is full at its last entry and
+    /// never before.
+    ReservedHash,
     /// An array of values of 64 bits.
-    Array = 2,
+    Array,
     /// A hash table that evicts the entries used least recently.
-    LruHash = 9,
+    LruHash,
     /// A trie that finds the longest of the prefixes that a key begins with. A key is its length in
     /// bits (`u32`), then its bytes, the most significant first.
-    LpmTrie = 11,
+    LpmTrie,
     /// A value that is kept with a socket, as long as that lives.
-    SkStorage = 24,
+    SkStorage,
+}
+
+impl MapKind {
+    /// Its number (`enum bpf_map_type`, linux/bpf.h).
+    const fn number(self) -> u32 {
+        match self {
+            Self::Hash | Self::ReservedHash => 1,
+            Self::Array => 2,
+            Self::LruHash => 9,
+            Self::LpmTrie => 11,
+            Self::SkStorage => 24,
+        }
+    }
 }
 
 /// The name and measures of a map.
@@ -44,7 +59,7 @@ impl Shape {
     fn flags(&self) -> u32 {
         match self.kind {
             MapKind::Hash | MapKind::LpmTrie | MapKind::SkStorage => 1,
-            MapKind::Array | MapKind::LruHash => 0,
+            MapKind::ReservedHash | MapKind::Array | MapKind::LruHash => 0,
         }
     }
 }
@@ -67,12 +82,16 @@ impl Map {
         let refused = BpfError::of_map(name);
         let btf = match kind {
             MapKind::SkStorage => Some(int_btf()?.map_err(refused)?),
-            MapKind::Hash | MapKind::Array | MapKind::LruHash | MapKind::LpmTrie => None,
+            MapKind::Hash
+            | MapKind::ReservedHash
+            | MapKind::Array
+            | MapKind::LruHash
+            | MapKind::LpmTrie => None,
         };
         // The only type that it describes.
         let int = u32::from(btf.is_some());
         let attr = Create {
-            map_type: kind as u32,
+            map_type: kind.number(),
             key_size: shape.key_size as u32,
             value_size: shape.value_size as u32,
             max_entries: shape.max_entries,
@@ -96,7 +115,7 @@ impl Map {
             let bytes = info.get(at..at + 4)?.try_into().ok()?;
             Some(u32::from_ne_bytes(bytes) as usize)
         };
-        let is_it = word(0)? == shape.kind as usize
+        let is_it = word(0)? == shape.kind.number() as usize
             && word(8)? == shape.key_size
             && word(12)? == shape.value_size
             && word(16)? == shape.max_entries as usize
@@ -308,7 +327,7 @@ impl Create {
     /// For an array of one value with so many bytes.
     pub(super) fn array_of_one(name: &str, bytes: usize, map_flags: u32) -> Self {
         Self {
-            map_type: MapKind::Array as u32,
+            map_type: MapKind::Array.number(),
             key_size: size_of::<u32>() as u32,
             value_size: bytes as u32,
             max_entries: 1,

@@ -229,6 +229,7 @@ mod tests {
     use crate::kernel::testing::{
         Router, Scratch, Tun, bound, in_fresh_namespace, strict_rp_filter,
     };
+    use crate::model::mode::Settled;
 
     const HERE: [(&str, u8); 4] = [
         ("192.0.2.1", 24),
@@ -327,6 +328,55 @@ mod tests {
             Host::cleanup(&scratch.0).unwrap();
             client.send_to(b"question", end("192.0.2.5", 53)).unwrap();
             assert_eq!(own.recv(&mut [0; 100]).unwrap(), 8);
+        });
+    }
+
+    #[test]
+    fn who_is_bounced_is_this_hosts_own_once_it_has_answered() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let router = Router::new(&netlink, &HERE, &GATEWAYS);
+            let tun = Tun::new(&netlink, "tun0", false);
+            let moves: Vec<Move> = vec![
+                "192.0.2.5:53/udp".parse().unwrap(),
+                "2001:db8:a::5".parse().unwrap(),
+            ];
+            let scratch = Scratch::new();
+            let mut host = Host::open(&scratch.0).unwrap();
+            let capture = start(&netlink, &moves, &tun);
+            capture.set_uplink(Some(&router.uplink), false);
+            host.reconcile(everywhere(&netlink, &capture)).unwrap();
+            // The next daemon finds the memory by the programs on the links.
+            let links = carriers(&netlink, &capture.tun).unwrap();
+            let found = crate::kernel::plan::own::memory(&netlink, &links, &[]).unwrap();
+            assert!(found.resumes());
+
+            capture.beat().unwrap();
+            let [here, moved] = [Settled::Here, Settled::Moved].map(|it| [Mode::settled(it); 2]);
+            let key = ShareKey([1, 2]);
+            for (moved_to, gateway) in ENDS {
+                capture.set_modes(&moved, key).unwrap();
+                capture.set_modes(&here, key).unwrap();
+                let own = bound(end(moved_to, 53));
+                let client = router.udp(&end(gateway, 4000).to_string());
+                let mut buffer = [0; 100];
+                // The daemon is asked, since the new server had everything until now.
+                client.send_to(b"question", end(moved_to, 53)).unwrap();
+                let (_, packet) = tun.read(|p| p.ends_with(b"question")).expect("asked");
+                tun.write(&packet);
+                let (_, from) = own.recv_from(&mut buffer).unwrap();
+                own.send_to(b"answer", from).unwrap();
+                assert_eq!(client.recv(&mut buffer).unwrap(), 6);
+                for modes in [&here, &moved] {
+                    capture.set_modes(modes, key).unwrap();
+                    client.send_to(b"more", end(moved_to, 53)).unwrap();
+                    assert_eq!(own.recv(&mut buffer).unwrap(), 4, "{modes:?}");
+                }
+                let another = router.udp(&end(gateway, 4001).to_string());
+                another.send_to(b"another", end(moved_to, 53)).unwrap();
+                assert!(tun.read(|p| p.ends_with(b"another")).is_some());
+            }
+            host.undo_all().unwrap();
         });
     }
 

@@ -581,12 +581,10 @@ mod tests {
     use crate::flow::ended::HostFlow;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::netlink::{Address, Netlink};
-    use crate::kernel::programs::phrases::{BOUNCED, TC_ACT_UNSPEC, keep_packet, verdict};
-    use crate::kernel::programs::stays::note_answered;
-    use crate::kernel::programs::testing::{
-        L2, Packet, TC_ACT_REDIRECT, frame, icmp, moves, ports, taken, tcp,
-    };
-    use crate::kernel::programs::{Facts, capture, note_own, return_path};
+    use crate::kernel::programs::phrases::{TC_ACT_UNSPEC, keep_packet, verdict};
+    use crate::kernel::programs::stays::{note_answered, note_bounced};
+    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, moves, ports, taken, tcp};
+    use crate::kernel::programs::{Facts, Own, capture, note_own};
     use crate::kernel::testing::in_fresh_namespace;
     use crate::lab::wiring::Wiring;
     use crate::model::mode::{Percent, Settled};
@@ -602,7 +600,6 @@ mod tests {
         capture: OwnedFd,
         egress: OwnedFd,
         answers: OwnedFd,
-        back: OwnedFd,
         moves: usize,
     }
 
@@ -619,7 +616,6 @@ mod tests {
         fn with(moves: &[Move]) -> Self {
             let facts = Facts::new(moves).expect("run the tests as root");
             facts.own.begin_at(Duration::ZERO);
-            facts.set_uplink(Some(1), false);
             let load = |program: crate::kernel::bpf::Program| program.load().unwrap();
             let mut asm = Assembler::new();
             keep_packet(&mut asm);
@@ -629,7 +625,6 @@ mod tests {
                 capture: load(capture(&facts, L2, 1, Some(51820)).unwrap()),
                 egress: load(note_own(&facts, L2, 1, Some(51820)).unwrap()),
                 answers: load(asm.finish("ipmoved_test").unwrap()),
-                back: load(return_path(&facts, 1).unwrap()),
                 moves: moves.len(),
                 facts,
             };
@@ -679,7 +674,7 @@ mod tests {
             // The TUN has no link-layer header, but BPF_PROG_TEST_RUN wants one.
             let mut asm = Assembler::new();
             keep_packet(&mut asm);
-            crate::kernel::programs::stays::note_bounced(&mut asm, L2, &self.facts);
+            note_bounced(&mut asm, L2, &self.facts);
             verdict(&mut asm, TC_ACT_UNSPEC);
             let program = asm.finish("ipmoved_test").unwrap().load().unwrap();
             let outcome = run(program.as_fd(), &frame(&packet.bytes()));
@@ -823,6 +818,16 @@ mod tests {
                 }
                 server.sends(&tcp_out(at, 4000, ACK | PSH));
             }
+            // So it does when nothing was changed for long.
+            server.be(moved());
+            server.facts.modes.words.set(SOME, 0);
+            for (request, answer) in requests(at, 4000) {
+                assert!(!server.is_taken(&request), "{request:?}");
+                server.facts.own.age(now() - Duration::from_secs(100));
+                server.sends(&answer);
+                server.facts.own.age_by(Duration::from_secs(100));
+                assert!(!server.is_taken(&request), "it was refreshed: {request:?}");
+            }
             for (request, _) in &requests(at, 4001)[..2] {
                 assert!(server.is_taken(request), "{request:?}");
             }
@@ -949,18 +954,6 @@ mod tests {
     }
 
     #[test]
-    fn a_bounced_packet_arrives_at_the_uplink() {
-        let server = Server::new();
-        server.be(here());
-        let packet = Packet::new(ENDS[0].1, ENDS[0].0, UDP, ports(1, 2));
-        // As it lies in the TUN, it is read there from the start.
-        let bytes = packet.bytes();
-        let outcome = run(server.back.as_fd(), &frame(&bytes));
-        let sent = [TC_ACT_REDIRECT, TC_ACT_UNSPEC].contains(&outcome.verdict);
-        assert!(sent || outcome.mark == BOUNCED, "{outcome:?}");
-    }
-
-    #[test]
     fn fragments_follow_the_first_whoever_has_it() {
         for at in [0, 1] {
             let server = Server::new();
@@ -1056,7 +1049,7 @@ mod tests {
                 asks
             };
             let first = conversation(0);
-            let room = crate::kernel::programs::Own::ROOM as u32;
+            let room = Own::ROOM as u32;
             let older = (1..room).map(|n| HostFlow {
                 protocol: TCP,
                 local: SocketAddr::new(ENDS[0].0.parse().unwrap(), 80),

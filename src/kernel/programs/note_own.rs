@@ -30,10 +30,10 @@
 //!     else update(kept or own, key, { now, KIND_BEHIND, 0 });
 //!     pass;
 //! } else {
-//!     if ((o = lookup(own, key)) && !REQUEST && now - o->seen <= (YOUNG ? YOUNG_IDLE : OWN_IDLE)) {
-//!         if (HEARD) move(own, kept, key, { now, o->kind, STAGE_KEPT });
-//!         else if (!YOUNG) refresh;
-//!         pass;
+//!     if ((o = lookup(own, key)) && !REQUEST) {
+//!         if (HEARD) { move(own, kept, key, { now, o->kind, STAGE_KEPT }); pass; }
+//!         if (now - o->seen <= (YOUNG ? YOUNG_IDLE : OWN_IDLE)) { if (!YOUNG) refresh; pass; }
+//!         delete(kept and own, key);
 //!     }
 //!     if ((t = lookup(taken, key))) {
 //!         if (now - t->answered <= ANSWERED) pass;
@@ -124,7 +124,6 @@ pub fn note_own(
     parse(a, l2_header, Side::Own, ways);
 
     a.bind(ways.none);
-    facts.modes.jump_if_plain(a, pass);
     key_of_other_query(a, Side::Own, ways.flow);
     a.jump(pass);
     a.bind(ways.flow);
@@ -136,7 +135,7 @@ pub fn note_own(
 
     a.bind(without_tcp);
     let (unknown, known, aged, young) = (a.label(), a.label(), a.label(), a.label());
-    let (began, answers, silent) = (a.label(), a.label(), a.label());
+    let (began, answers) = (a.label(), a.label());
     if let Some(port) = tunnel_port {
         let other = a.label();
         // The tunnel once more, behind options.
@@ -184,7 +183,6 @@ pub fn note_own(
     let heard = a.label();
     jump_if_within(a, (FOUND, OWN_SEEN), REFRESH, pass);
     jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, heard);
-    a.bind(silent);
     own.forget(a);
     a.jump(unknown);
     a.bind(heard);
@@ -195,10 +193,6 @@ pub fn note_own(
 
     // Both have gone on.
     a.bind(began);
-    let full = a.label();
-    jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE, full);
-    a.jump(silent);
-    a.bind(full);
     keep_going(a, own, pass);
 
     for label in [ways.later, ways.quoted, ways.other, pass] {

@@ -75,7 +75,8 @@ pub(super) const YOUNG_IDLE: Duration = Duration::from_secs(5);
 /// take some 8 MB of kernel memory.
 const MAX_OWN: u32 = 65_536;
 
-/// Conversations that are kept from giving way. They take memory as they come.
+/// Conversations that are kept from giving way. They take as much memory, from the start: a program
+/// gets none while the kernel is short of it.
 const MAX_KEPT: u32 = 65_536;
 
 /// Of these, one sweep looks at so many.
@@ -159,7 +160,7 @@ const fn table(name: &'static str, value_size: usize, max_entries: u32) -> Shape
 /// The shapes, by name.
 const OWN: Shape = table("ipmoved_own", OWN_BYTES, MAX_OWN);
 const KEPT: Shape = Shape {
-    kind: MapKind::Hash,
+    kind: MapKind::ReservedHash,
     ..table("ipmoved_ownkept", OWN_BYTES, MAX_KEPT)
 };
 const TAKEN: Shape = table("ipmoved_taken", 8, MAX_OWN);
@@ -432,6 +433,16 @@ impl Own {
     pub(super) fn age(&self, seen: Duration) {
         self.change(|value| {
             value[..8].copy_from_slice(&(seen.as_nanos() as u64).to_ne_bytes());
+        });
+    }
+
+    /// Every conversation was seen so much earlier.
+    #[cfg(test)]
+    pub(super) fn age_by(&self, by: Duration) {
+        self.change(|value| {
+            let seen = u64::from_ne_bytes(value[..8].try_into().unwrap());
+            let seen = seen - by.as_nanos() as u64;
+            value[..8].copy_from_slice(&seen.to_ne_bytes());
         });
     }
 

@@ -51,8 +51,8 @@
 //! here:   if (it begins something without TCP) update(own, key, { now, KIND_BEHIND, REQUEST });
 //! stay:   if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification, 0);
 //!         count; return TC_ACT_UNSPEC;
-//! none:   if (!modes.some) take;
-//!         if (an ICMP query) go on above, with the key of a client's query
+//! none:   if (an ICMP query) go on above, with the key of a client's query
+//!         if (!modes.some) take;
 //!         goto decide;
 //! later:  if (!(t = lookup(fragments, key by identification))) goto decide;
 //!         if (FRAGMENT == LAST_FRAGMENT) delete(fragments, key by identification);
@@ -158,13 +158,13 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, facts: &Facts) {
     note_request(a, own);
     a.jump(stay);
 
-    // Queries of clients are taken as they come, while everything is.
+    // What the new server has of ICMP is noted only while that matters.
     a.bind(icmp);
     modes.jump_if_plain(a, ask);
     a.jump(look);
     a.bind(ways.none);
+    key_of_other_query(a, Side::Remote, icmp);
     modes.jump_if_plain(a, take);
-    key_of_other_query(a, Side::Remote, look);
     let tells_nothing = a.label();
     a.jump(tells_nothing);
 
