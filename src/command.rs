@@ -32,10 +32,13 @@ use crate::kernel::netlink::firewall;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
 use crate::lab::{DemoError, LabError};
 use crate::model::status::Status;
-use crate::settings::args::{Cli, Command, NatArgs, RunArgs, StragglersArgs, VerdictArgs};
+use crate::settings::args::{
+    Cli, Command, NatArgs, ReportArgs, RunArgs, StragglersArgs, VerdictArgs,
+};
 use crate::settings::config::{self, Config, NatSettings};
 use crate::stragglers::findings::Findings;
 use crate::stragglers::history::History;
+use crate::stragglers::report::Page;
 use crate::stragglers::store::StoreError;
 use crate::stragglers::verdict::Verdict;
 
@@ -68,6 +71,7 @@ pub fn main() -> ExitCode {
         Some(Command::Cutover(args)) => cutover::run(args),
         Some(Command::Stragglers(args)) => show_stragglers(args),
         Some(Command::Verdict(args)) => give_verdict(args),
+        Some(Command::Report(args)) => write_report(args),
         Some(Command::Cleanup) => cleanup(),
         Some(Command::Demo) => demo(),
     });
@@ -271,6 +275,35 @@ fn give_verdict(args: VerdictArgs) -> Result<(), Failure> {
             message: String::new(),
         })
     }
+}
+
+fn write_report(args: ReportArgs) -> Result<(), Failure> {
+    let history = history(args.state_dir)?;
+    let quiet = args.quiet.get().as_secs() as i64;
+    let verdict = Verdict::of(&history, quiet, &args.ignore).map_err(unreadable)?;
+    let since = history.now() - quiet;
+    let findings = Findings::of(&history, since, args.top.get() as usize).map_err(unreadable)?;
+    // The page is right without what the daemon knows.
+    let status = orders::status().ok();
+    let tunnels = || status.iter().flat_map(|status| &status.tunnels);
+    let moved: Vec<String> = tunnels().flat_map(|it| it.moved.clone()).collect();
+    let progress = || tunnels().flat_map(|tunnel| &tunnel.progress);
+    let (by_tunnel, directly) = progress().fold((0, 0), |(by_tunnel, directly): (u64, u64), it| {
+        (by_tunnel + it.progress.by_tunnel, directly + it.progress.directly)
+    });
+    let page = Page {
+        moved: &moved,
+        verdict: &verdict,
+        findings: &findings,
+        directly: (directly * 100).checked_div(by_tunnel + directly),
+    };
+    let html = page
+        .to_html()
+        .map_err(|error| Failure::new(FAILED, error))?;
+    let file = args.file.display();
+    std::fs::write(&args.file, html)
+        .map_err(|error| Failure::new(FAILED, format!("cannot write {file}: {error}")))?;
+    print(&format!("{file} is written\n"))
 }
 
 fn history(state_dir: Option<PathBuf>) -> Result<History, Failure> {

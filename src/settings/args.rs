@@ -92,6 +92,8 @@ pub enum Command {
     Stragglers(StragglersArgs),
     /// Say whether this old server can be switched off: exit code 0 if it is safe, 1 if not yet.
     Verdict(VerdictArgs),
+    /// Write a page to show others: the decline, who is left, and the verdict.
+    Report(ReportArgs),
     /// Undo what a killed daemon left in the kernel.
     Cleanup,
     /// Show a moved address being served, in network namespaces that vanish afterwards.
@@ -503,6 +505,30 @@ pub struct VerdictArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+
+    /// The directory that the daemon was given. [default: /var/lib/ipmoved]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// The flags of `ipmoved report`.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// The file to write: one page of HTML that needs nothing else. It is replaced if it is there.
+    #[arg(value_name = "FILE.html")]
+    pub file: PathBuf,
+
+    /// For how long no client may have come: 12h, 7d, 4w. As far back clients are listed.
+    #[arg(long, value_name = "TIME", default_value = "7d")]
+    pub quiet: Period,
+
+    /// Clients that do not count: your own monitors, for example. Repeatable.
+    #[arg(long, value_name = "CIDR")]
+    pub ignore: Vec<Prefix>,
+
+    /// How many clients to list: those who come most often.
+    #[arg(long, value_name = "N", default_value = "100")]
+    pub top: Top,
 
     /// The directory that the daemon was given. [default: /var/lib/ipmoved]
     #[arg(long, value_name = "DIR")]

@@ -19,6 +19,7 @@
 //! | `trend` | where the number of clients leads to |
 //! | [`verdict`] | whether the old server can be switched off |
 //! | [`text`] | all this for people, and as CSV |
+//! | [`report`] | the same as a page to show others |
 //! | `time` | days, and times for people |
 //!
 //! Nothing here waits for packets, and no packet waits for anything here. What cannot be written is
@@ -32,6 +33,7 @@
 pub mod findings;
 pub mod history;
 mod names;
+pub mod report;
 mod rhythm;
 pub mod store;
 mod tally;

@@ -100,6 +100,16 @@ impl Findings {
     }
 }
 
+/// A verdict in sentences.
+pub(super) struct Sentences {
+    /// Whether it is safe.
+    pub(super) headline: String,
+    /// What that rests on.
+    pub(super) because: Vec<String>,
+    /// Where the number of clients leads.
+    pub(super) trend: String,
+}
+
 impl Verdict {
     /// For people.
     pub fn to_text(&self) -> String {
@@ -153,6 +163,26 @@ impl Verdict {
             out.push_str("… `ipmoved stragglers` shows all\n");
         }
         out
+    }
+
+    /// What a page says of it.
+    pub(super) fn to_sentences(&self) -> Sentences {
+        let quiet = span(self.watched.to - self.watched.from);
+        let headline = if self.safe {
+            format!("Safe to switch off: for {quiet} no client came")
+        } else {
+            "Not yet".into()
+        };
+        let mut because: Vec<String> = self.reasons.iter().map(|it| it.say(self)).collect();
+        because.push(format!(
+            "watched: {} of the last {quiet}",
+            percent(&self.watched)
+        ));
+        Sentences {
+            headline,
+            because,
+            trend: self.trend(),
+        }
     }
 
     fn trend(&self) -> String {
@@ -289,11 +319,11 @@ fn clients(count: usize) -> String {
     }
 }
 
-fn place(asked: &Asked) -> String {
+pub(super) fn place(asked: &Asked) -> String {
     asked.to_string()
 }
 
-fn ago(seconds: i64) -> String {
+pub(super) fn ago(seconds: i64) -> String {
     if seconds < 2 {
         return "just now".into();
     }
@@ -301,7 +331,7 @@ fn ago(seconds: i64) -> String {
 }
 
 /// A number with its thousands apart.
-fn number(count: u64) -> String {
+pub(super) fn number(count: u64) -> String {
     let digits = count.to_string();
     let mut out = String::new();
     for (at, digit) in digits.chars().enumerate() {

@@ -24,6 +24,11 @@ impl Day {
         self.0.saturating_mul(DAY)
     }
 
+    /// `Nov 28`.
+    pub(super) fn short(self) -> String {
+        timestamp(self.start()).strftime("%b %-d").to_string()
+    }
+
     /// Reads `2026-11-28`.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let date: Date = text.parse().ok()?;

@@ -15,7 +15,7 @@ pub(super) const WINDOW: i64 = 28;
 pub const LEAST: usize = 5;
 
 /// When so few clients come a day, the last one is gone.
-const GONE: f64 = 0.5;
+pub(super) const GONE: f64 = 0.5;
 
 /// A date further away than this is none.
 const HORIZON: i64 = 365;

@@ -1,0 +1,457 @@
+//! One page to show others: the decline, who is left, what comes directly, the verdict.
+//!
+//! Owns how it looks. What it says comes as a value ([`Page`]). It is one HTML file without
+//! anything from outside, so that it can be mailed and archived. Colours are chosen by the style
+//! sheet, so that the page is readable in the dark and printed.
+
+use std::fmt;
+
+use minijinja::value::{Serde, Value};
+use minijinja::{Environment, context};
+use plotters::prelude::*;
+use serde::Serialize;
+
+use super::findings::{Findings, Straggler};
+use super::text::{ago, number, place};
+use super::time::{Day, minute, span};
+use super::trend::{GONE, Trend, WINDOW};
+use super::verdict::{DayCount, Verdict};
+
+/// Size of a chart in its own units, which the page scales to its width.
+const CHART: (u32, u32) = (860, 260);
+
+/// So far ahead a chart follows a trend at most, in days: further out it says nothing.
+const MAX_AHEAD: i64 = 60;
+
+/// Colours that stand for roles; the style sheet has the real ones, and names these.
+const RULE: RGBColor = RGBColor(0, 0, 1);
+const BAR: RGBColor = RGBColor(0, 0, 2);
+const TREND: RGBColor = RGBColor(0, 0, 3);
+
+/// What the page says.
+#[derive(Debug)]
+pub struct Page<'a> {
+    /// What has moved, as `--move` has it; empty if no daemon runs that could say it.
+    pub moved: &'a [String],
+    /// Whether the old server can be switched off.
+    pub verdict: &'a Verdict,
+    /// Who still comes.
+    pub findings: &'a Findings,
+    /// Per cent of new connections that come directly to the new server, if it has told.
+    pub directly: Option<u64>,
+}
+
+/// A number with its name.
+#[derive(Debug, Serialize)]
+struct Number {
+    what: &'static str,
+    value: String,
+}
+
+/// A client that is left.
+#[derive(Debug, Serialize)]
+struct Left {
+    client: String,
+    asks_for: String,
+    names: Vec<String>,
+    how_often: String,
+    connections: String,
+    last_seen: String,
+}
+
+/// Why there is no page.
+#[derive(Debug, thiserror::Error)]
+pub enum ReportError {
+    /// A chart cannot be drawn.
+    #[error("cannot draw the chart: {0}")]
+    Chart(String),
+    /// The page cannot be put together.
+    #[error("cannot write the page: {0}")]
+    Page(#[from] minijinja::Error),
+}
+
+impl Page<'_> {
+    /// The page as HTML.
+    ///
+    /// # Errors
+    /// [`ReportError`].
+    pub fn to_html(&self) -> Result<String, ReportError> {
+        let mut pages = Environment::new();
+        // The name ends in .html, so whatever is put in is escaped: clients choose the names that
+        // they ask for.
+        pages.add_template("report.html", include_str!("report.html"))?;
+        let Self {
+            verdict, findings, ..
+        } = self;
+        let lines = verdict.to_sentences();
+        let clients: Vec<Left> = (findings.stragglers.iter())
+            .map(|it| Left::of(it, findings.at))
+            .collect();
+        let decline = match decline(&verdict.days, verdict.trend)? {
+            drawn if drawn.is_empty() => Value::UNDEFINED,
+            drawn => drawn.into(),
+        };
+        Ok(pages.get_template("report.html")?.render(context! {
+            version => env!("CARGO_PKG_VERSION"),
+            moved => Serde(&self.moved),
+            written => minute(verdict.at),
+            safe => verdict.safe,
+            headline => lines.headline,
+            because => Serde(&lines.because),
+            trend => lines.trend,
+            numbers => Serde(&self.numbers()),
+            decline => decline,
+            clients => Serde(&clients),
+            more => findings.more,
+            since => span(findings.at - findings.since),
+            others => number(findings.others),
+        })?)
+    }
+
+    fn numbers(&self) -> Vec<Number> {
+        let of = |what, value: String| Number { what, value };
+        let mut numbers = vec![
+            of(
+                "clients that are left",
+                number(self.findings.clients as u64),
+            ),
+            of("on the last whole day", {
+                let last = self.verdict.days.last();
+                last.map_or("–".into(), |day| number(day.clients))
+            }),
+        ];
+        if let Some(directly) = self.directly {
+            let what = "of new connections come directly to the new server";
+            numbers.push(of(what, format!("{directly} %")));
+        }
+        numbers
+    }
+}
+
+impl Left {
+    fn of(straggler: &Straggler, now: i64) -> Self {
+        let how_often = match (straggler.connections, straggler.rhythm) {
+            (1, _) => "once".into(),
+            (_, Some(rhythm)) => format!("every {}", span(rhythm.every_s)),
+            (_, None) => format!("on {} days", straggler.days),
+        };
+        Self {
+            client: straggler.client.to_string(),
+            asks_for: place(&straggler.asked),
+            names: straggler.names.clone(),
+            how_often,
+            connections: number(straggler.connections),
+            last_seen: ago(now - straggler.last_seen),
+        }
+    }
+}
+
+/// The number of clients so many days behind a day, as the trend has it, and the last day of it
+/// that a chart shows. `None` if nothing can be told.
+fn line_of(trend: Trend, last: &DayCount) -> Option<(impl Fn(i64) -> f64, i64)> {
+    let Trend::Declines {
+        halves_in_days,
+        gone,
+    } = trend
+    else {
+        return None;
+    };
+    let ahead = gone.map(|gone| gone.0 - last.day.0);
+    // It goes through the day on which the last one is gone, wherever that is.
+    let from = ahead.map_or(last.clients as f64, |ahead| {
+        GONE * 2_f64.powf(ahead as f64 / halves_in_days)
+    });
+    let at = move |days: i64| from * 0.5_f64.powf(days as f64 / halves_in_days);
+    Some((at, ahead.unwrap_or(0).clamp(0, MAX_AHEAD)))
+}
+
+/// Bars for the clients of each day, and a line for where they lead.
+fn decline(days: &[DayCount], trend: Trend) -> Result<String, ReportError> {
+    let (Some(first), Some(last)) = (days.first(), days.last()) else {
+        return Ok(String::new());
+    };
+    let line = line_of(trend, last);
+    let ahead = line.as_ref().map_or(0, |&(_, ahead)| ahead);
+    let behind = last.day.0 - first.day.0;
+    let most = days.iter().map(|day| day.clients).max().unwrap_or(0).max(1) as f64;
+    let until = behind + 1 + ahead;
+    let mut out = String::new();
+    {
+        let area = SVGBackend::with_string(&mut out, CHART).into_drawing_area();
+        let mut chart = ChartBuilder::on(&area)
+            .margin(8)
+            .x_label_area_size(28)
+            .y_label_area_size(64)
+            .build_cartesian_2d(-0.5..until as f64 - 0.5, 0.0..most * 1.08)
+            .map_err(refused)?;
+        draw_axes(&mut chart, first.day, until)?;
+        // The last clients matter most: a day with any is seen.
+        let least = most / 80.0;
+        let bars = days.iter().map(|day| {
+            let at = (day.day.0 - first.day.0) as f64;
+            let height = match day.clients {
+                0 => 0.0,
+                some => (some as f64).max(least),
+            };
+            Rectangle::new([(at - 0.4, 0.0), (at + 0.4, height)], BAR.filled())
+        });
+        chart.draw_series(bars).map_err(refused)?;
+        if let Some((at, ahead)) = line {
+            // As far back as the trend looks.
+            let back = behind.min(WINDOW);
+            let points =
+                (-back..=ahead).map(|day| ((behind + day) as f64, at(day).min(most * 1.08)));
+            let dashes = DashedLineSeries::new(points, 6, 5, TREND.stroke_width(2));
+            chart.draw_series(dashes).map_err(refused)?;
+        }
+        area.present().map_err(refused)?;
+    }
+    Ok(without_size(&out))
+}
+
+/// A chart of days.
+type Chart<'a, 'b> = ChartContext<
+    'a,
+    SVGBackend<'b>,
+    Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
+>;
+
+fn draw_axes(chart: &mut Chart<'_, '_>, first: Day, days: i64) -> Result<(), ReportError> {
+    // As many dates as have room beside each other, each in the middle of its day.
+    const DATES: i64 = 9;
+    let date = |at: &f64| {
+        let days = at.round() as i64;
+        let is_day = (at - days as f64).abs() < 0.01 && days >= 0;
+        if is_day {
+            Day(first.0 + days).short()
+        } else {
+            String::new()
+        }
+    };
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .light_line_style(TRANSPARENT)
+        .bold_line_style(RULE)
+        .axis_style(RULE)
+        .x_labels(days.min(DATES) as usize)
+        .y_labels(5)
+        .x_label_formatter(&date)
+        .y_label_formatter(&|count| format!("{count:.0}"))
+        .label_style(("sans-serif", 13))
+        .draw()
+        .map_err(refused)
+}
+
+/// The page decides how wide a picture is.
+fn without_size(svg: &str) -> String {
+    let (width, height) = CHART;
+    let size = format!("<svg width=\"{width}\" height=\"{height}\"");
+    svg.replacen(&size, "<svg role=\"img\"", 1)
+}
+
+fn refused(error: impl fmt::Display) -> ReportError {
+    ReportError::Chart(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::model::asked::Asked;
+    use crate::model::moved::TCP;
+    use crate::stragglers::history::{Beside, Watched};
+    use crate::stragglers::rhythm::Rhythm;
+    use crate::stragglers::time::DAY;
+    use crate::stragglers::verdict::Reason;
+
+    const NOW: i64 = 1_795_856_400;
+
+    fn straggler(name: &str) -> Straggler {
+        Straggler {
+            client: "203.0.113.9".parse().unwrap(),
+            asked: Asked {
+                addr: "192.0.2.5".parse().unwrap(),
+                protocol: TCP,
+                port: 443,
+            },
+            names: vec![name.into()],
+            connections: 2_016,
+            by_old: 0,
+            by_new: 2_016,
+            answered: 2_016,
+            went_on: 2_016,
+            bytes_in: 1,
+            bytes_out: 2,
+            first_seen: NOW - 7 * DAY,
+            last_seen: NOW - 2 * 3_600,
+            days: 7,
+            rhythm: Some(Rhythm {
+                every_s: 300,
+                spread_s: 2,
+            }),
+        }
+    }
+
+    fn watched() -> Watched {
+        Watched {
+            from: NOW - 7 * DAY,
+            to: NOW,
+            seconds: 7 * DAY,
+            since: Some(NOW - 7 * DAY),
+            last: Some(NOW),
+        }
+    }
+
+    fn verdict(days: i64) -> Verdict {
+        let day = |at| DayCount {
+            day: Day(Day::of(NOW).0 - days + at),
+            clients: 4_000 >> (at / 4),
+        };
+        Verdict {
+            at: NOW,
+            safe: false,
+            reasons: vec![Reason::Clients {
+                count: 3,
+                last_seen: NOW - 2 * 3_600,
+            }],
+            watched: watched(),
+            clients: 3,
+            stragglers: Vec::new(),
+            passers_by: Vec::new(),
+            ignored: 0,
+            unknown: 0,
+            trend: Trend::Declines {
+                halves_in_days: 4.0,
+                gone: Some(Day(Day::of(NOW).0 + 14)),
+            },
+            around: Some(Day(Day::of(NOW).0 + 21)),
+            days: (0..days).map(day).collect(),
+        }
+    }
+
+    fn findings(stragglers: Vec<Straggler>) -> Findings {
+        Findings {
+            at: NOW,
+            since: NOW - 7 * DAY,
+            watched: watched(),
+            clients: 3,
+            stragglers,
+            more: 2,
+            beside: Beside::default(),
+            others: 12_345,
+        }
+    }
+
+    fn page(days: i64, stragglers: Vec<Straggler>) -> String {
+        let page = Page {
+            moved: &["192.0.2.5:443/tcp".into()],
+            verdict: &verdict(days),
+            findings: &findings(stragglers),
+            directly: Some(81),
+        };
+        page.to_html().unwrap()
+    }
+
+    fn full_page() -> String {
+        page(40, vec![straggler("<script>alert(1)</script>")])
+    }
+
+    #[test]
+    fn a_page_says_what_it_is_told_and_takes_nothing_from_outside() {
+        let html = full_page();
+        for text in [
+            "192.0.2.5:443",
+            "Not yet",
+            "3 clients came, the last one 2 h ago",
+            "every 5 min",
+            "2 more;",
+            "12,345",
+            "81 %",
+            "clients halve in 4.0 days",
+        ] {
+            assert!(html.contains(text), "{text}: {html}");
+        }
+        assert!(!html.contains("<script"), "{html}");
+        for outside in ["src=", "href=", "@import", "url("] {
+            assert!(!html.contains(outside), "{outside}");
+        }
+        assert_eq!(html.matches("<svg").count(), 1);
+    }
+
+    #[test]
+    fn there_is_a_page_on_the_first_day_and_with_nothing_at_all() {
+        assert!(page(1, Vec::new()).contains("id=\"decline\""));
+        let html = page(0, Vec::new());
+        assert!(html.contains("No whole day has been watched"), "{html}");
+        assert!(html.contains("None."), "{html}");
+    }
+
+    /// What a browser shows, as the script in [`looked_at`] says.
+    #[derive(Debug, serde::Deserialize)]
+    struct Seen {
+        /// The page is this much wider than the window, in pixels.
+        overflow: i32,
+        /// The least contrast of a text with what is behind it (WCAG 2.2, 1.4.3).
+        contrast: f64,
+        /// Whether the background is dark.
+        dark: bool,
+        /// Heights of the bars, in pixels.
+        bars: Vec<f64>,
+        /// Widths of the charts, in pixels.
+        charts: Vec<f64>,
+        /// Height of the smallest text of a chart, in pixels.
+        label: f64,
+        /// Whether the table has turned into cards.
+        cards: bool,
+        /// All that can be read.
+        text: String,
+    }
+
+    /// What Chromium shows of the page in a window so wide.
+    fn looked_at(html: &str, width: u32, dark: bool) -> Seen {
+        const SCRIPT: &str = concat!("<script>", include_str!("looked_at.js"), "</script>");
+        use base64::Engine as _;
+        let dir = std::env::temp_dir().join(format!("ipmoved-page-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let file = dir.join("page.html");
+        std::fs::write(&file, html.replace("</body>", &format!("{SCRIPT}</body>"))).unwrap();
+        let mut browser = std::process::Command::new("chromium");
+        browser.args(["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]);
+        if dark {
+            browser.arg("--force-dark-mode");
+        }
+        browser.arg(format!("--window-size={width},900"));
+        browser.arg(format!("--user-data-dir={}", dir.join("profile").display()));
+        let shown = browser.arg(format!("file://{}", file.display())).output();
+        std::fs::remove_dir_all(&dir).unwrap();
+        let shown = String::from_utf8(shown.expect("chromium").stdout).unwrap();
+        let (_, seen) = shown.split_once("<title>seen:").expect(&shown);
+        let (seen, _) = seen.split_once('<').unwrap();
+        let seen = base64::prelude::BASE64_STANDARD.decode(seen).unwrap();
+        serde_json::from_slice(&seen).unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs chromium"]
+    fn in_a_browser_all_of_it_is_seen_on_any_screen() {
+        let html = full_page();
+        for (width, dark) in [(1_200, false), (1_200, true), (500, false), (500, true)] {
+            let seen = looked_at(&html, width, dark);
+            assert_eq!(seen.dark, dark, "{seen:?}");
+            assert!(seen.overflow <= 0, "{seen:?}");
+            assert!(seen.contrast >= 4.5, "{seen:?}");
+            assert_eq!(seen.cards, width < 640, "{seen:?}");
+            assert!(seen.label >= 8.0, "{seen:?}");
+            assert_eq!(seen.charts.len(), 1);
+            assert!(seen.charts.iter().all(|&it| it > 300.0), "{seen:?}");
+            // A bar for each day, none higher than the one before.
+            assert_eq!(seen.bars.len(), 40, "{seen:?}");
+            assert!(seen.bars[0] > 50.0 && seen.bars.is_sorted_by(|a, b| a >= b));
+            assert!(seen.bars[39] > 1.0, "{seen:?}");
+            for text in ["Not yet", "<script>alert(1)</script>", "203.0.113.9"] {
+                assert!(seen.text.contains(text), "{text}: {seen:?}");
+            }
+        }
+    }
+}
