@@ -289,7 +289,10 @@ fn write_report(args: ReportArgs) -> Result<(), Failure> {
     let moved: Vec<String> = tunnels().flat_map(|it| it.moved.clone()).collect();
     let progress = || tunnels().flat_map(|tunnel| &tunnel.progress);
     let (by_tunnel, directly) = progress().fold((0, 0), |(by_tunnel, directly): (u64, u64), it| {
-        (by_tunnel + it.progress.by_tunnel, directly + it.progress.directly)
+        (
+            by_tunnel + it.progress.by_tunnel,
+            directly + it.progress.directly,
+        )
     });
     let page = Page {
         moved: &moved,

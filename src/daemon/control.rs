@@ -608,7 +608,8 @@ impl Control<'_> {
             self.look_at_progress(now);
         }
         if let Some(visitors) = &mut self.visitors {
-            visitors.look(now, &self.shared.forwarder, &mut self.warnings);
+            let all = self.orders.as_ref().is_none_or(Orders::is_all_moved);
+            visitors.look(now, all, &self.shared.forwarder, &mut self.warnings);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);

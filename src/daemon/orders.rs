@@ -15,7 +15,7 @@ use super::service::{Result, failed, input};
 use super::state_dir::StateDir;
 use crate::flow::ended::HostFlow;
 use crate::io::entropy;
-use crate::model::mode::{Mode, ShareKey};
+use crate::model::mode::{Mode, Settled, ShareKey};
 use crate::model::move_index::MoveIndex;
 use crate::model::moved::{Move, TCP};
 use crate::model::peer::PeerId;
@@ -178,6 +178,12 @@ impl Orders {
             (one.peer, one.moved.clone())
         };
         places.into_iter().map(of).collect()
+    }
+
+    /// Whether everything is in the mode in which the new server answers.
+    pub(super) fn is_all_moved(&self) -> bool {
+        let moved = |mode: &Mode<Duration>| mode.settled == Settled::Moved;
+        self.modes().iter().all(moved)
     }
 
     /// The modes, in the order of the settings, on the clock of the kernel's programs.

@@ -19,6 +19,8 @@ pub(super) struct Visitors {
     /// Why there is no writer.
     failed: Option<String>,
     next: Instant,
+    /// Everything is the new server's: clients that this one serves are not seen here.
+    all: bool,
     /// Conversations that the gates had no place for.
     missed: u64,
 }
@@ -38,6 +40,7 @@ impl Visitors {
             writer,
             failed,
             next: now + EVERY,
+            all: true,
             missed: 0,
         })
     }
@@ -47,12 +50,19 @@ impl Visitors {
         self.next
     }
 
-    /// Asks the gates, if it is time.
-    pub(super) fn look(&mut self, now: Instant, forwarder: &Forwarder, warnings: &mut Warnings) {
+    /// Asks the gates, if it is time. `all`: everything is the new server's.
+    pub(super) fn look(
+        &mut self,
+        now: Instant,
+        all: bool,
+        forwarder: &Forwarder,
+        warnings: &mut Warnings,
+    ) {
         if now < self.next {
             return;
         }
         self.next = now + EVERY;
+        self.all = all;
         self.tell(now, forwarder, false);
         let trouble = self.writer.as_ref().and_then(Writer::trouble);
         for text in self.failed.iter().cloned().chain(trouble) {
@@ -88,11 +98,11 @@ impl Visitors {
         }
     }
 
-    fn tell(&mut self, now: Instant, forwarder: &Forwarder, all: bool) {
-        let visited = forwarder.visited(now, all);
+    fn tell(&mut self, now: Instant, forwarder: &Forwarder, last: bool) {
+        let visited = forwarder.visited(now, last);
         self.missed += visited.missed;
         if let Some(writer) = &self.writer {
-            writer.tell(visited, now, SystemTime::now());
+            writer.tell(visited, self.all, now, SystemTime::now());
         }
     }
 }

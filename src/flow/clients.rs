@@ -296,8 +296,8 @@ impl Clients {
         }
     }
 
-    /// The flow of the client that a packet from a moved address went to which an ICMP error quotes;
-    /// `None` if it answered nothing.
+    /// The flow of the client that a packet from a moved address went to, which an ICMP error
+    /// quotes; `None` if it answered nothing.
     pub(super) fn quoted_answer(&self, quoted: &Quoted, bytes: &[u8]) -> Option<Flow> {
         let ports = match quoted.kind() {
             Kind::Tcp => [quoted.dst_port(), quoted.src_port()],

@@ -541,7 +541,9 @@ mod tests {
         /// the same as in a model that remembers who was answered.
         #[test]
         fn it_is_as_a_naive_model_has_it(
-            steps in proptest::collection::vec((0usize..7, 0u16..4, 0usize..2, any::<bool>()), 1..60),
+            steps in proptest::collection::vec(
+                (0usize..7, 0u16..4, 0usize..2, any::<bool>()), 1..60,
+            ),
         ) {
             let bed = Bed::new(&[MOVED]);
             let mut mode = "moved";

@@ -306,7 +306,7 @@ mod tests {
     fn verdict(days: i64) -> Verdict {
         let day = |at| DayCount {
             day: Day(Day::of(NOW).0 - days + at),
-            clients: 4_000 >> (at / 4),
+            clients: 4_000_u64 >> (at / 4),
         };
         Verdict {
             at: NOW,

@@ -295,22 +295,24 @@ impl Store {
         Ok((known.collect(), rows.collect()))
     }
 
-    /// Adds what waits, and that somebody has watched from `since` until `now`. All of it, or
-    /// nothing.
+    /// Adds what waits, and that somebody has watched from `since` until `now`, if it was so. All of
+    /// it, or nothing.
     pub(super) fn write(
         &mut self,
         waiting: &Waiting,
-        since: i64,
+        since: Option<i64>,
         now: i64,
     ) -> Result<(), StoreError> {
         let path = self.path.clone();
         let write = || -> rusqlite::Result<()> {
             let change = self.db.transaction()?;
-            change.execute(
-                "INSERT INTO watched VALUES (?1, ?2)
-                 ON CONFLICT DO UPDATE SET until = max(until, excluded.until)",
-                [since, now.max(since)],
-            )?;
+            if let Some(since) = since {
+                change.execute(
+                    "INSERT INTO watched VALUES (?1, ?2)
+                     ON CONFLICT DO UPDATE SET until = max(until, excluded.until)",
+                    [since, now.max(since)],
+                )?;
+            }
             write_visits(&change, waiting)?;
             write_arrivals(&change, waiting)?;
             write_names(&change, waiting)?;

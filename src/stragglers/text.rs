@@ -211,7 +211,8 @@ impl Reason {
                 ago(verdict.at - last_seen)
             ),
             Self::NotWatched { last: Some(last) } => format!(
-                "nobody has watched since {} UTC: start the daemon",
+                "nobody has watched since {} UTC: the daemon does not run, or this server still \
+                 serves some clients itself (`ipmoved status`)",
                 minute(last)
             ),
             Self::NotWatched { last: None } => "nobody has watched: start the daemon".into(),
@@ -390,7 +391,9 @@ mod tests {
             },
         );
         let mut store = Store::to_write(scratch.dir()).unwrap();
-        store.write(tally.waiting(), NOON - 86_400, NOON).unwrap();
+        store
+            .write(tally.waiting(), Some(NOON - 86_400), NOON)
+            .unwrap();
         let history = History::open(scratch.dir(), wall(NOON + 30)).unwrap();
         (
             Findings::of(&history, NOON - 86_400, 2).unwrap(),

@@ -235,7 +235,7 @@ mod tests {
         visits.into_iter().for_each(|it| tally.add(it));
         let mut store = Store::to_write(dir).unwrap();
         let since = NOON - watched * DAY;
-        store.write(tally.waiting(), since, NOON).unwrap();
+        store.write(tally.waiting(), Some(since), NOON).unwrap();
     }
 
     fn judged(dir: &Path, ignored: &[&str]) -> Verdict {
@@ -327,7 +327,9 @@ mod tests {
             },
         );
         let mut store = Store::to_write(scratch.dir()).unwrap();
-        store.write(tally.waiting(), NOON - 30 * DAY, NOON).unwrap();
+        store
+            .write(tally.waiting(), Some(NOON - 30 * DAY), NOON)
+            .unwrap();
         let much = Reason::TooMuch { conversations: 7 };
         assert_eq!(judged(scratch.dir(), &[]).reasons, [much]);
     }

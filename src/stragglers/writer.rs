@@ -66,6 +66,7 @@ pub struct Writer {
 /// What was told, and when.
 struct Batch {
     visited: Visited<i64>,
+    all: bool,
     at: i64,
 }
 
@@ -108,7 +109,10 @@ impl Writer {
     }
 
     /// Tells who came, at this time.
-    pub fn tell(&self, visited: Visited<Instant>, now: Instant, wall: SystemTime) {
+    ///
+    /// `all`: everything is the new server's. Else this server serves clients of which nothing is
+    /// noted, so the time does not count as watched.
+    pub fn tell(&self, visited: Visited<Instant>, all: bool, now: Instant, wall: SystemTime) {
         let at = unix(wall);
         let since = |then: Instant| now.saturating_duration_since(then).as_secs() as i64;
         let count = visited.visits.len() as u64;
@@ -122,7 +126,7 @@ impl Writer {
         let sent = self
             .batches
             .as_ref()
-            .map(|it| it.try_send(Batch { visited, at }));
+            .map(|it| it.try_send(Batch { visited, all, at }));
         if !matches!(sent, Some(Ok(()))) {
             self.shared.lost.fetch_add(count, Relaxed);
         }
@@ -167,7 +171,10 @@ struct Keeper {
     tally: Tally,
     /// The database's memory was taken over.
     resumed: bool,
+    /// When somebody has watched since.
     clock: Clock,
+    /// Everything is the new server's.
+    all: bool,
     next_write: Instant,
     next_watched: Instant,
     next_forget: Instant,
@@ -205,6 +212,7 @@ impl Keeper {
             tally: Tally::default(),
             resumed: false,
             clock: Clock::new(now, unix(SystemTime::now())),
+            all: true,
             next_write: now,
             next_watched: now,
             next_forget: now + STEADY,
@@ -229,7 +237,17 @@ impl Keeper {
     }
 
     fn add(&mut self, batch: Batch) {
-        let Batch { visited, at } = batch;
+        let Batch { visited, all, at } = batch;
+        if all != self.all {
+            let now = Instant::now();
+            if all {
+                self.clock = Clock::new(now, unix(SystemTime::now()));
+            } else {
+                self.next_watched = now;
+                self.write(now, unix(SystemTime::now()));
+            }
+            self.all = all;
+        }
         for visit in visited.visits {
             self.tally.add(visit);
         }
@@ -287,7 +305,8 @@ impl Keeper {
             self.tally.resume(known, rows);
             self.resumed = true;
         }
-        let write = |store: &mut Store| store.write(self.tally.waiting(), self.clock.at, wall);
+        let since = self.all.then_some(self.clock.at);
+        let write = |store: &mut Store| store.write(self.tally.waiting(), since, wall);
         let mut written = write(&mut store);
         while matches!(written, Err(StoreError::Full { .. })) && store.is_at_its_bound() {
             let Some(until) = store.give_up_oldest()? else {
@@ -362,7 +381,11 @@ mod tests {
             openings: 1,
             ..Visited::default()
         };
-        keeper.add(Batch { visited, at });
+        keeper.add(Batch {
+            visited,
+            all: true,
+            at,
+        });
     }
 
     fn count(dir: &Path, table: &str) -> i64 {
@@ -640,7 +663,7 @@ mod tests {
             visits: vec![visit("203.0.113.9", 443, NOON).map(|_| now)],
             ..Visited::default()
         };
-        writer.tell(visited, now, SystemTime::now());
+        writer.tell(visited, true, now, SystemTime::now());
         writer.end();
         writer.wait();
         assert_eq!((writer.trouble(), writer.lost()), (None, 0));

@@ -371,7 +371,7 @@ mod tests {
             host.reconcile(everywhere(&netlink, &capture)).unwrap();
             // The next daemon finds the memory by the programs on the links.
             let links = carriers(&netlink, &capture.tun).unwrap();
-            let found = crate::kernel::plan::own::memory(&netlink, &links, &[]).unwrap();
+            let found = own::memory(&netlink, &links, &[]).unwrap();
             assert!(found.resumes());
 
             capture.beat().unwrap();

@@ -821,11 +821,13 @@ mod tests {
             // So it does when nothing was changed for long.
             server.be(moved());
             server.facts.modes.words.set(SOME, 0);
+            server.facts.own.age(now() - Duration::from_secs(100));
             for (request, answer) in requests(at, 4000) {
                 assert!(!server.is_taken(&request), "{request:?}");
-                server.facts.own.age(now() - Duration::from_secs(100));
                 server.sends(&answer);
-                server.facts.own.age_by(Duration::from_secs(100));
+            }
+            server.facts.own.age_by(Duration::from_secs(100));
+            for (request, _) in requests(at, 4000) {
                 assert!(!server.is_taken(&request), "it was refreshed: {request:?}");
             }
             for (request, _) in &requests(at, 4001)[..2] {
@@ -1162,7 +1164,8 @@ mod tests {
             packets in proptest::collection::vec((0u8..8, 0u8..4, 0usize..6, 0usize..4), 40),
         ) {
             const MOVES: [&str; 10] = [
-                "192.0.2.0/29", "192.0.2.5", "192.0.2.5:80/tcp", "192.0.2.5:53", "192.0.2.4/31:80-90",
+                "192.0.2.0/29", "192.0.2.5", "192.0.2.5:80/tcp", "192.0.2.5:53",
+                "192.0.2.4/31:80-90",
                 "192.0.2.5:1-100/udp", "192.0.2.6/tcp", "192.0.2.6:443", "192.0.2.2/31:8080",
                 "192.0.2.0/29:50-60/udp",
             ];

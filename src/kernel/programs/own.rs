@@ -7,9 +7,10 @@
 //!
 //! ```text
 //! own        struct { u64 seen; u32 kind; u32 stage; }
-//!            what this host has begun or answered: when it last sent; by what (`KIND_*`); how far it
-//!            has come (`STAGE_*`), but of `KIND_ASKED`, when that was, in ticks (`ASKED_TICK`), and
-//!            of `KIND_OPENING` the number that the other one has to acknowledge
+//!            what this host has begun or answered: when it last sent; by what (`KIND_*`); how far
+//!            it has come (`STAGE_*`), but of `KIND_ASKED`, when that was, in ticks
+//!            (`ASKED_TICK`), and of `KIND_OPENING` the number that the other one has to
+//!            acknowledge
 //! kept       the same, of conversations in which both have gone on: a flood of new ones displaces
 //!            none of them. Where it is full, what is new remains in `own`
 //! keeps      u32 tick, not 0: `kept` may hold something
@@ -20,8 +21,8 @@
 //!            UDP from ports that have not moved, beside others of the address that have: its first
 //!            fragments stay, since all fragments are captured. Without it the daemon bounces them
 //! fragments  u64 taken
-//!            fragmented packets under way, by identification: those of own conversations, and while
-//!            not everything is moved those that were taken as well
+//!            fragmented packets under way, by identification: those of own conversations, and
+//!            while not everything is moved those that were taken as well
 //! begun      u64 seen
 //!            what the new server has begun from ports that have not moved, see `begun`
 //! noted      by a hash of the flow: u64 hash_and_time
@@ -379,8 +380,8 @@ impl Own {
         Ok(live)
     }
 
-    /// Forgets those of them that are `wanted`, and returns how many there were. Whoever speaks first
-    /// from then on decides anew.
+    /// Forgets those of them that are `wanted`, and returns how many there were. Whoever speaks
+    /// first from then on decides anew.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -533,7 +534,8 @@ impl Own {
         a.add_atomically(R1, 0, R2);
     }
 
-    /// Jumps to `found` if a conversation with this key is remembered, with R0 where its value lies.
+    /// Jumps to `found` if a conversation with this key is remembered, with R0 where its value
+    /// lies.
     pub(super) fn look_up(&self, a: &mut Assembler, found: Label) {
         let new = a.label();
         a.load_address(R0, self.keeps.as_fd(), 0);
