@@ -6,7 +6,7 @@
 //!   TUN ingress ── return_path ──► link         link ingress ── arrivals ──► stack
 //!                   └─ bounced: uplink ingress, link egress ── take_replies ──► TUN
 //!                      past capture            link ingress ── callers ──► TUN
-//!   link egress ── note_own ──► link
+//!   link egress ── note_own ──► link            lo egress ── loopback ──► lo
 //!
 //!            old server alone, in mode `nat`
 //!   uplink ingress ── capture, replies ──► TUN
@@ -62,6 +62,7 @@ mod flows;
 mod headers;
 mod inports;
 mod inside;
+mod loopback;
 mod moved;
 mod note_own;
 mod outgoing;
@@ -87,6 +88,7 @@ pub use capture::{CAPTURE, capture};
 pub use deliver::deliver;
 pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
+pub use loopback::{LOOPBACK, PeerTargets, loopback};
 pub use note_own::{NOTE_OWN, note_own};
 pub use outgoing::Chosen;
 pub use own::Own;
@@ -167,8 +169,10 @@ mod tests {
             ];
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
-        let mut all: Vec<_> = of(0, [1091, 663, 804, 1274, 2162, 924, 897, 316, 523]).collect();
-        all.extend(of(14, [1091, 663, 804, 1274, 2162, 924, 897, 316, 573]));
+        let mut all: Vec<_> = of(0, [1091, 663, 813, 1274, 2162, 924, 897, 316, 523]).collect();
+        all.extend(of(14, [1091, 663, 813, 1274, 2162, 924, 897, 316, 573]));
+        all.push((loopback(&maps, true).unwrap(), 1076));
+        all.push((loopback(&maps, false).unwrap(), 1079));
         // Where the new server may begin connections from any port.
         let begins = Facts::remembering(&moves, &moves, Own::new().unwrap()).unwrap();
         for (program, size) in [
