@@ -8,15 +8,16 @@
 //!                         (application)
 //! ```
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
 
 use ipmoved::internals::Role;
-use ipmoved::lab::topology::{Leg, MOVED, MOVED6, NEW, NEW6, UPLINK};
+use ipmoved::lab::topology::{CLIENT, Leg, MOVED, MOVED6, NEW, NEW6, UPLINK};
 use ipmoved::lab::{
-    Client, Conversation, Lab, LabError, Namespace, Probe, RawSocket, Service, UdpService,
+    Client, Conversation, Lab, LabError, Namespace, Probe, RawSocket, Service, Snapshot, UdpService,
 };
 
+use crate::outgoing;
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
 /// The gateway of the containers, and the containers themselves.
@@ -224,7 +225,7 @@ fn containers_of_the_new_server_reach_it_with_their_own_addresses() -> Result {
         }
     }
     // It reaches everything else as before.
-    let elsewhere = Service::start(lab.clients(), ipmoved::lab::topology::CLIENT)?;
+    let elsewhere = Service::start(lab.clients(), CLIENT)?;
     let far = elsewhere.addr();
     caller.get(far)?.is_answered_by(far.ip())?;
     assert!(elsewhere.peers().iter().all(|peer| peer.ip() == NEW));
@@ -439,5 +440,102 @@ fn who_is_beside_or_behind_the_old_server_reaches_it() -> Result {
             }
         }
     }
+    Ok(())
+}
+
+/// The new server holds the moved addresses itself (`--outgoing`), so that the kernel keeps its
+/// calls of them on `lo`. The firewall lets in there nothing but what is let in elsewhere.
+#[test]
+fn a_new_server_that_holds_the_moved_address_reaches_the_application_too() -> Result {
+    let lab = Lab::new()?;
+    new_server(&lab)?;
+    firewall(lab.new_server())?;
+    shell(
+        lab.new_server(),
+        "for ipt in iptables ip6tables; do
+           for protocol in tcp udp; do
+             $ipt -w -A INPUT -p $protocol --dport 8082 -j ACCEPT
+             $ipt -w -A INPUT -p $protocol --dport 2222 -j ACCEPT
+           done
+         done",
+    )?;
+    let before = Snapshot::of(lab.new_server())?;
+    let maps = ends().map(|(moved, to)| {
+        let [moved, to] = [(moved, 82), (to, 8082)].map(|it| SocketAddr::from(it).to_string());
+        format!("{moved}={to}")
+    });
+    let [map, map6] = maps.each_ref().map(String::as_str);
+    let setup = setup(&lab)?.moves(&FAMILIES).accept_what_moves();
+    let setup = setup
+        .args(
+            Role::New,
+            &["--outgoing", "--deliver", map, "--deliver", map6],
+        )
+        .args(Role::Old, &["--allow-outgoing"]);
+    let mut daemons = setup.start_both()?;
+    outgoing::until_bound(&lab)?;
+    // From the address that the kernel takes, if a caller names none, and from the other one.
+    let [unnamed, named] = [(MOVED, MOVED6), (NEW, NEW6)].map(|it| client(lab.new_server(), it));
+    // As it was, in the end.
+    for rp_filter in ["0", "2", "1"] {
+        let all = [("ipv4/conf/all/rp_filter", rp_filter)];
+        lab.new_server().set_sysctls(&all)?;
+        for (moved, to) in ends() {
+            for caller in [unnamed, named] {
+                reaches(caller, &lab, (moved, to), caller.address_towards(moved))?;
+                let _application = Service::start(lab.new_server(), (to, 8082))?;
+                let _echo = UdpService::start(lab.new_server(), (to, 8082))?;
+                caller.get((moved, 82))?.is_answered_by(to)?;
+                caller.udp((moved, 82), b"by its map")?;
+            }
+            // Who is bound to the moved address reaches everything else, and a client the same.
+            let (other, echo) = ((to, 2222), (to, 2222));
+            let _others = Service::start(lab.new_server(), other)?;
+            let _echo = UdpService::start(lab.new_server(), echo)?;
+            unnamed.get(other)?.is_answered_by(to)?;
+            unnamed.udp(echo, b"not moved")?;
+            let _application = Service::start(lab.new_server(), to)?;
+            (lab.client().get(moved)?.is_answered_by(to)?).for_the_client_itself()?;
+        }
+    }
+    for (moved, to) in ends() {
+        // Nobody is there.
+        let refused = unnamed.probe_udp((moved, 53), PATIENCE)?;
+        assert_eq!(refused, Probe::Refused, "{to}");
+    }
+    // A program that is bound to the moved address speaks with others meanwhile.
+    let far = Service::start(lab.clients(), (CLIENT, 25))?;
+    unnamed.download(far.addr(), MEGABYTE)?;
+    assert!(
+        far.peers()
+            .iter()
+            .all(|peer| peer.ip() == IpAddr::from(MOVED))
+    );
+    // Connections outlive the daemon, and new ones need none.
+    let applications = applications(&lab)?;
+    let mut conversations = vec![
+        unnamed.converse(MOVED)?,
+        unnamed.converse(MOVED6)?,
+        named.converse(MOVED)?,
+        named.converse(MOVED6)?,
+    ];
+    for conversation in &mut conversations {
+        conversation.exchange(b"before", PATIENCE)?;
+    }
+    daemons.new.kill()?;
+    for conversation in &mut conversations {
+        conversation.exchange(b"meanwhile", PATIENCE)?;
+    }
+    unnamed.get(MOVED)?.is_answered_by(NEW)?;
+    let mut again = setup.start(Role::New)?;
+    again.wait_until_up()?;
+    daemons.old.wait_until_up()?;
+    for conversation in &mut conversations {
+        conversation.exchange(b"after", RECOVERY)?;
+    }
+    unnamed.get(MOVED6)?.is_answered_by(NEW6)?;
+    drop((applications, conversations));
+    again.terminate()?;
+    Snapshot::of(lab.new_server())?.is_same_as(&before)?;
     Ok(())
 }

@@ -42,7 +42,7 @@ fn start<'lab>(setup: &DaemonSetup<'lab>) -> Result<Daemons<'lab>> {
     Ok(daemons)
 }
 
-fn until_bound(lab: &Lab) -> Result {
+pub(crate) fn until_bound(lab: &Lab) -> Result {
     let bound = |addr: IpAddr| {
         let socket = lab
             .new_server()

@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant, SystemTime};
@@ -51,7 +51,8 @@ use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
-use crate::kernel::{Change, Host, Place, keep, programs};
+use crate::kernel::programs::{self, PeerTargets};
+use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
@@ -412,7 +413,7 @@ struct Control<'h> {
     /// The address of `--listen`, if it names one.
     listen: Option<IpAddr>,
     /// Where packets of each peer are delivered, as was told last.
-    delivering: Vec<Option<(Option<Ipv4Addr>, Option<Ipv6Addr>)>>,
+    delivering: Vec<Option<Delivery>>,
     /// The same, for the next daemon if this one is killed.
     delivered: Delivered,
     /// Calls from inside that an earlier daemon carried, until what they called is served.
@@ -792,7 +793,8 @@ impl Control<'_> {
     /// Logs where packets of a peer are delivered, whenever that changes.
     fn tell_of_delivery(&mut self, peer: PeerId, delivery: &Delivery) {
         let to = (delivery.v4, delivery.v6);
-        let before = self.delivering[index(peer)].replace(to);
+        let before = self.delivering[index(peer)].replace(delivery.clone());
+        let before = before.map(|before| (before.v4, before.v6));
         if delivery.keep || before == Some(to) {
             return;
         }
@@ -853,6 +855,14 @@ impl Control<'_> {
         let Some((steering, translator)) = self.follower.steering().zip(translator) else {
             return;
         };
+        let peers = of_peers.iter().zip(&self.delivering);
+        let peers = peers.filter_map(|(moves, to)| to.as_ref().map(|to| PeerTargets { moves, to }));
+        let targets: Vec<PeerTargets<'_>> = peers.collect();
+        if let Err(error) = steering.deliver_own_calls(&targets) {
+            let text =
+                format!("this server's own calls reach no moved address that is new: {error}");
+            self.warnings.warn(now, text);
+        }
         match steering.serve_inside(&of_peers) {
             Ok(left_out) => {
                 for peer in self

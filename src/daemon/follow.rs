@@ -177,6 +177,8 @@ pub(super) struct LinkSettings {
     pub(super) listen: Option<IpAddr>,
     /// Whether a moved address is held here for a peer (`--deliver-to keep`, `--outgoing`).
     pub(super) keeps: bool,
+    /// Whether that is so where packets are delivered to another address.
+    pub(super) calls_itself: bool,
 }
 
 /// Keeps the daemon's programs where packets are.
@@ -231,7 +233,10 @@ impl Follower {
         };
         follower.look_for_ways_out(host.netlink());
         follower.tell_programs(&host.netlink().addresses().map_err(system)?);
-        let mut links = follower.wanted(&host.netlink().links().map_err(system)?);
+        let there = host.netlink().links().map_err(system)?;
+        let mut links = follower.wanted(&there);
+        let calls_itself = follower.settings.calls_itself;
+        let mut lo = there.iter().find(|link| calls_itself && link.loopback);
         loop {
             // All in one step, so that what a killed predecessor left is taken over without a gap.
             let mut desired = Vec::new();
@@ -261,6 +266,12 @@ impl Follower {
                 // and delivered ones, too: they must be taken by then.
                 Programs::New(_) => desired.extend(on_tun),
             }
+            if let (Some(link), Programs::New(steering)) = (lo, &follower.programs) {
+                match steering.on_loopback(host.netlink(), link) {
+                    Ok(changes) => desired.extend(changes),
+                    Err(error) => calls_stay(&error.to_string()),
+                }
+            }
             if follower.settings.keeps {
                 // The peers will say which of them are still wanted.
                 let left = host.made().iter().filter(|change| keep::is_part(change));
@@ -286,6 +297,12 @@ impl Follower {
                 return Err(error.into());
             };
             let on = |link: &Link| change.interface() == Some(link.index);
+            if lo.is_some_and(on) {
+                calls_stay(&error.to_string());
+                lo = None;
+                links = carrying;
+                continue;
+            }
             let other = |link: &&Link| on(link) && !follower.uplinks.contains(link.index);
             match carrying.iter().find(other) {
                 Some(link) => not_served(link, &error.to_string()),
@@ -749,6 +766,13 @@ impl Follower {
 fn is_same(one: &Link, other: &Link) -> bool {
     let of = |link: &Link| (link.index, link.name.clone(), link.link_type, link.mac);
     of(one) == of(other)
+}
+
+fn calls_stay(reason: &str) {
+    warn!(
+        reason,
+        "this server's own calls to moved addresses reach only what is bound to these or to any"
+    );
 }
 
 fn not_served(link: &Link, reason: &str) {

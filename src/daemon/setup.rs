@@ -286,11 +286,14 @@ impl Found {
         };
         let keeps =
             |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
+        let calls_itself =
+            |peer: &PeerConfig| peer.deliver_to != DeliverTo::Keep && !peer.outgoing.is_empty();
         let settings = LinkSettings {
             named: config.uplink.clone(),
             moves,
             listen: config.listen.ip.filter(|ip| !ip.is_unspecified()),
             keeps: config.peers.iter().any(keeps),
+            calls_itself: config.peers.iter().any(calls_itself),
         };
         let follower = Follower::start(settings, programs, tun.clone(), self.uplinks, host)?;
         Ok((follower, self.cgroups))

@@ -155,6 +155,8 @@ pub enum Helper {
     KtimeGetNs = 5,
     /// `(skb, offset, from, length, flags) → 0 or an error`.
     SkbStoreBytes = 9,
+    /// `(skb, offset, from, to, size) → 0 or an error`.
+    L3CsumReplace = 10,
     /// `(skb, offset, from, to, flags) → 0 or an error`.
     L4CsumReplace = 11,
     /// `(skb) → 0 or an error`.
@@ -163,6 +165,8 @@ pub enum Helper {
     Redirect = 23,
     /// `(skb, offset, to, length) → 0 or an error`.
     SkbLoadBytes = 26,
+    /// `(from, length, to, length, seed) → the difference of their sums`.
+    CsumDiff = 28,
     /// `(skb, packet type) → 0 or an error`.
     SkbChangeType = 32,
     /// `(skb, bytes, flags) → 0 or an error`.

@@ -21,7 +21,12 @@ const OF_THE_NAMESPACE: [&str; 4] = [
 ];
 
 /// The settings of one interface that this program changes.
-const OF_AN_INTERFACE: [&str; 3] = ["arp_announce", "arp_ignore", "src_valid_mark"];
+const OF_AN_INTERFACE: [&str; 4] = [
+    "accept_local",
+    "arp_announce",
+    "arp_ignore",
+    "src_valid_mark",
+];
 
 /// Where the settings of interfaces are, by their names.
 const CONF: &str = "net/ipv4/conf/";

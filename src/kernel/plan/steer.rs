@@ -11,6 +11,7 @@
 //!                  ├─► a call of a moved address that is served here ──► TUN
 //!                  └─► anything else ──► the link
 //! ingress of links without clients: callers ──► a call of those behind this server ──► TUN
+//! lo egress: loopback ──► a call of an address that is held here ──► the application, by lo
 //! ```
 //!
 //! Owns the programs and their places. What is taken is known exactly, by protocol, addresses and
@@ -28,16 +29,18 @@ use std::time::Duration;
 
 use rustix::fs::{Access, access};
 
-use super::{ETHERNET_HEADER, FILTER_HANDLE, PUBLIC, PlanError, clsact, filter, l2_header};
+use super::{
+    ETHERNET_HEADER, FILTER_HANDLE, PUBLIC, PlanError, clsact, filter, l2_header, loopback,
+};
 use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
 use crate::kernel::bpf::{self, BpfError, Program};
 use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
+use crate::kernel::programs::{self, arrivals, callers, deliver, now, take_replies};
 use crate::kernel::programs::{
-    Chosen, Counter, Entrance, FlowMaps, Listening, Place, TAKE_REPLIES,
+    Chosen, Counter, Entrance, FlowMaps, LOOPBACK, Listening, PeerTargets, Place, TAKE_REPLIES,
 };
-use crate::kernel::programs::{arrivals, callers, deliver, now, take_replies};
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::prefix::Prefix;
@@ -66,6 +69,8 @@ pub struct Steering {
     /// The memory is that of an earlier daemon.
     resumes: bool,
     loaded: OnceLock<Loaded>,
+    /// What runs on `lo`, once somebody has asked for it.
+    on_lo: OnceLock<(&'static str, OwnedFd)>,
     /// When this daemon came, by the kernel's time.
     since: Duration,
     /// Where the sweep of flows stands.
@@ -130,18 +135,29 @@ impl Steering {
         max_flows: u32,
         kept: &[OwnedFd],
     ) -> Result<Self, PlanError> {
-        let mut left = Vec::new();
-        for link in links {
+        let programs = |link: &Link, name| {
             let filters = netlink.filters(link.index, Direction::Egress)?;
             let ours = filters
-                .iter()
-                .filter(|filter| filter.name.as_deref() == Some(TAKE_REPLIES));
-            left.extend(ours.filter_map(|filter| filter.program_id));
+                .into_iter()
+                .filter(move |filter| filter.name.as_deref() == Some(name));
+            Ok::<_, PlanError>(ours.filter_map(|filter| filter.program_id))
+        };
+        let mut left = Vec::new();
+        for link in links {
+            left.extend(programs(link, TAKE_REPLIES)?);
         }
         let mut found = FlowMaps::found(kept, max_flows)?;
-        for id in left.iter().copied() {
-            if found.is_none() {
-                found = FlowMaps::found(&bpf::of_program(id), max_flows)?;
+        if found.is_none() && !left.is_empty() {
+            let mut on_lo = Vec::new();
+            for lo in netlink.links()?.iter().filter(|link| link.loopback) {
+                on_lo.extend(programs(lo, LOOPBACK)?);
+            }
+            for id in left {
+                if found.is_none() {
+                    let of = std::iter::once(id).chain(on_lo.iter().copied());
+                    let maps: Vec<OwnedFd> = of.flat_map(bpf::of_program).collect();
+                    found = FlowMaps::found(&maps, max_flows)?;
+                }
             }
         }
         let resumes = found.is_some();
@@ -159,6 +175,7 @@ impl Steering {
             outgoing: Vec::new(),
             resumes,
             loaded: OnceLock::new(),
+            on_lo: OnceLock::new(),
             since: now(),
             swept: None,
             untold: None,
@@ -341,6 +358,30 @@ impl Steering {
         Ok(desired)
     }
 
+    /// The changes to the loopback interface, where calls are that the kernel keeps here.
+    ///
+    /// # Errors
+    /// If the kernel refuses the program, or there is no place for it.
+    pub fn on_loopback(&self, netlink: &Netlink, lo: &Link) -> Result<Vec<Desired>, PlanError> {
+        let (name, program) = match self.on_lo.get() {
+            Some(loaded) => loaded,
+            None => {
+                let program = programs::loopback(&self.maps, loopback::accepts_local(lo))?;
+                let loaded = (program.name(), program.load()?);
+                self.on_lo.get_or_init(|| loaded)
+            }
+        };
+        loopback::plan(netlink, lo, copy(name, program)?)
+    }
+
+    /// From now on such calls are delivered so.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn deliver_own_calls(&self, peers: &[PeerTargets<'_>]) -> Result<(), BpfError> {
+        self.maps.loopback().deliver(peers)
+    }
+
     /// From now on this is served here, of each peer, and those inside that call it get it here.
     /// Returns the places of those peers of which not all fits.
     ///
@@ -494,7 +535,7 @@ fn has_ipv6(tun: &Link) -> bool {
 }
 
 /// Whether a setting can be changed: in many containers it cannot.
-fn may_write(path: &str) -> bool {
+pub(super) fn may_write(path: &str) -> bool {
     access(format!("/proc/sys/{path}"), Access::WRITE_OK).is_ok()
 }
 

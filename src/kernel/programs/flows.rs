@@ -55,6 +55,7 @@ use Reg::{R0, R1, R2, R3, R4, R10};
 use super::directly::DIRECTLY;
 use super::headers::{fib, icmpv4, icmpv6};
 use super::inside::Inside;
+use super::loopback::Loopback;
 use super::phrases::{PROTOCOL, begin_route_lookup, jump_if_v6, look_up_at, look_up_route};
 use super::places::{Place, Places};
 use super::related::RELATED_BYTES;
@@ -199,6 +200,8 @@ pub struct FlowMaps {
     pub(super) counters: Map,
     /// Who calls a moved address from inside.
     pub(super) inside: Inside,
+    /// What of that the kernel keeps on `lo`.
+    pub(super) loopback: Loopback,
     pub(super) places: Places,
     pub(super) cgroups: Map,
     /// None where the kernel has no such maps.
@@ -299,6 +302,7 @@ impl FlowMaps {
             fragments: Map::new(FRAGMENTS)?,
             counters: Map::new(COUNTERS)?,
             inside: Inside::new(|_| None)?,
+            loopback: Loopback::new(|_| None)?,
             places: Places::new()?,
             cgroups: Map::new(CGROUPS)?,
             sockets: sockets()?,
@@ -344,6 +348,7 @@ impl FlowMaps {
             links: Map::new(LINKS)?,
             counters: Map::new(COUNTERS)?,
             inside: Inside::new(find)?,
+            loopback: Loopback::new(find)?,
             places: Places::found(descriptors)?,
             cgroups: Map::new(CGROUPS)?,
             sockets: match find(SOCKETS) {
@@ -371,13 +376,18 @@ impl FlowMaps {
             .chain([&self.inside.callers])
             .chain(&self.sockets)
             .map(AsFd::as_fd)
-            .chain([self.places.fd()])
+            .chain([self.places.fd(), self.loopback.fd()])
             .collect()
     }
 
     /// What the programs know of calls from inside.
     pub fn inside(&self) -> &Inside {
         &self.inside
+    }
+
+    /// What they know of such calls that the kernel keeps on `lo`.
+    pub fn loopback(&self) -> &Loopback {
+        &self.loopback
     }
 
     /// Names the links at which packets may arrive, the first of which stands for any other.

@@ -83,6 +83,7 @@ pub(super) mod ipv4 {
     pub(crate) const IDENTIFICATION: u32 = 4;
     pub(crate) const FLAGS_AND_OFFSET: u32 = 6;
     pub(crate) const PROTOCOL: u32 = 9;
+    pub(crate) const CHECKSUM: u32 = 10;
     pub(crate) const SOURCE: u32 = 12;
     pub(crate) const DESTINATION: u32 = 16;
     /// Length without options.
@@ -158,9 +159,15 @@ pub(super) mod tcp {
     pub(crate) const CHECKSUM: u32 = 16;
 }
 
+/// UDP: RFC 768.
+pub(super) mod udp {
+    pub(crate) const CHECKSUM: u32 = 6;
+}
+
 /// ICMP for both families: RFC 792, RFC 4443.
 pub(super) mod icmp {
     pub(crate) const TYPE: u32 = 0;
+    pub(crate) const CHECKSUM: u32 = 2;
     /// In an echo or timestamp message.
     pub(crate) const IDENTIFIER: u32 = 4;
     /// Where an error quotes the packet that caused it.

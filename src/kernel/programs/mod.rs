@@ -6,7 +6,7 @@
 //!   TUN ingress ── return_path ──► link         link ingress ── arrivals ──► stack
 //!                   └─ bounced: uplink ingress, link egress ── take_replies ──► TUN
 //!                      past capture            link ingress ── callers ──► TUN
-//!   link egress ── note_own ──► link
+//!   link egress ── note_own ──► link            lo egress ── loopback ──► lo
 //!
 //!            old server alone, in mode `nat`
 //!   uplink ingress ── capture, replies ──► TUN
@@ -68,6 +68,7 @@ mod headers;
 mod inports;
 mod inside;
 mod listens;
+mod loopback;
 mod modes;
 mod moved;
 mod note_own;
@@ -95,6 +96,7 @@ pub use deliver::deliver;
 pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
 pub use listens::Listening;
+pub use loopback::{LOOPBACK, PeerTargets, loopback};
 pub use note_own::{NOTE_OWN, note_own};
 pub use outgoing::Chosen;
 pub use own::Own;
@@ -177,6 +179,8 @@ mod tests {
         };
         let mut all: Vec<_> = of(0, [1398, 1230, 989, 1274, 2273, 930, 897, 316, 526]).collect();
         all.extend(of(14, [1398, 1230, 989, 1274, 2273, 930, 897, 316, 576]));
+        all.push((loopback(&maps, true).unwrap(), 1076));
+        all.push((loopback(&maps, false).unwrap(), 1079));
         // Where the new server may begin connections from any port.
         let begins = Facts::remembering(&moves, &moves, Own::new().unwrap()).unwrap();
         for (program, size) in [
