@@ -1485,41 +1485,6 @@ mod tests {
     }
 
     #[test]
-    fn what_one_server_has_told_outlives_it() {
-        for role in [Role::Old, Role::New] {
-            let mut bed = Bed::new(role);
-            let mut one = trouble("");
-            one.verdict = Verdict::Silent;
-            let told = news(vec![one]);
-            let state = |bed: &Bed| bed.watcher.served(bed.now, PeerId(0))[0].state;
-            let hear = |bed: &mut Bed, run, told: &News| {
-                bed.watcher.peer_sees(bed.now, PeerId(0), run, told.clone());
-                bed.now += EVERY;
-                let (now, moves) = (bed.now, Arc::clone(&bed.moves));
-                let (heard, seen) = (Some(now), Observations::default());
-                (bed.watcher).observe(now, PeerId(0), &moves, heard, seen);
-                bed.judge()
-            };
-            for _ in 0..5 {
-                hear(&mut bed, RUN, &told);
-                let told = bed.watcher.news(bed.now, PeerId(0)).troubles;
-                assert_eq!(told, [], "the peer knows");
-            }
-            let nothing = News::default();
-            let mut said = Vec::new();
-            for _ in 0..5 {
-                said.extend(hear(&mut bed, RUN + 1, &nothing));
-                assert_eq!(state(&bed), Answers::Silent, "{role}");
-            }
-            assert_eq!(said, [], "{role}: it was said");
-            // The new run knows, and sees that all is well.
-            hear(&mut bed, RUN + 1, &told);
-            hear(&mut bed, RUN + 1, &nothing);
-            assert_ne!(state(&bed), Answers::Silent, "{role}");
-        }
-    }
-
-    #[test]
     fn what_the_new_server_turns_away_has_one_name_on_both() {
         let mut bed = Bed::new(Role::Old);
         let mut one = trouble("it turns them away; give it --clients-from 10.0.0.0/8");

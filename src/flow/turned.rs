@@ -3,7 +3,7 @@
 //!
 //! Owns a sample of the newest. A packet that is dropped is shown here, and once a second the
 //! control task takes what there is, as it takes what becomes of conversations
-//! ([`watch`](crate::flow::watch)). It is bounded in places and in locks for a second: whoever
+//! ([`watch`]). It is bounded in places and in locks for a second: whoever
 //! floods the daemon with such packets pays for each no more than the count of the drop.
 
 use std::sync::Mutex;

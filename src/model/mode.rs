@@ -185,7 +185,9 @@ mod tests {
 
         #[test]
         fn the_hosts_of_a_network_of_ipv6_go_together(
-            key in any::<[u64; 2]>().prop_map(ShareKey), net in any::<u64>(), hosts in any::<[u64; 2]>(),
+            key in any::<[u64; 2]>().prop_map(ShareKey),
+            net in any::<u64>(),
+            hosts in any::<[u64; 2]>(),
         ) {
             let [one, other] = hosts.map(|host| {
                 let bits = u128::from(net) << 64 | u128::from(host);

@@ -295,8 +295,8 @@ impl Store {
         Ok((known.collect(), rows.collect()))
     }
 
-    /// Adds what waits, and that somebody has watched from `since` until `now`, if it was so. All of
-    /// it, or nothing.
+    /// Adds what waits, and that somebody has watched from `since` until `now`, if that was so. All
+    /// of it, or nothing.
     pub(super) fn write(
         &mut self,
         waiting: &Waiting,

@@ -86,8 +86,8 @@ fn addresses(prefix: Prefix, most: usize) -> Option<Vec<IpAddr>> {
 }
 
 /// Whether something listens for a move. `found` says whether something does at an end, and
-/// `forwards` whether this host forwards packets of a family (IPv4: true), so that what is not found
-/// may be in a container.
+/// `forwards` whether this host forwards packets of a family (IPv4: true), so that what is not
+/// found may be in a container.
 pub(in super::super) fn listens(
     ends: Option<&[Alternatives]>,
     mut found: impl FnMut(u8, SocketAddr) -> Option<bool>,
