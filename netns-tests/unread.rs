@@ -271,7 +271,7 @@ fn without_descriptors_the_status_socket_waits_and_does_not_spin() -> Result {
         let said = daemon.process().stderr();
         let lines = said
             .lines()
-            .filter(|line| line.contains("status socket"))
+            .filter(|line| line.contains("takes nobody"))
             .count();
         assert_eq!(lines, 1, "{said}");
         limit(few(1_024))?;

@@ -744,13 +744,12 @@ impl Watcher {
         let since = watched.asked_since.get(asked)?;
         let look = watched.looks.get(asked)?;
         let answered = watched.silence.view(*since, asked).answered;
-        // A socket that is there is no reason to refuse: it may have been opened meanwhile.
-        let refuses = trouble.verdict == Verdict::Refused
-            && look
-                .causes
-                .first()
-                .is_some_and(|first| first.cause != "rejected");
-        (!answered && (look.certain || refuses)).then(|| look.causes.clone())
+        let refused = trouble.verdict == Verdict::Refused;
+        // A socket that is there is no reason to refuse: it may have been opened meanwhile. If a
+        // firewall does, this server sees that itself.
+        let rejected = look.causes.first().is_some_and(|it| it.cause == "rejected");
+        let explains = (look.certain || refused) && !look.causes.is_empty();
+        (!answered && explains && !(refused && rejected)).then(|| look.causes.clone())
     }
 
     /// Why the old server hears nothing that this one knows of.

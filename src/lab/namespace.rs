@@ -41,7 +41,7 @@ use super::{Doing, LabError, Result, poll_until};
 
 /// Most bytes that we keep of a process's output on one stream; the oldest go first. A daemon that
 /// logs at TRACE for a minute must not eat the machine, and the end explains a failure.
-const MAX_OUTPUT: usize = 1 << 20;
+const MAX_OUTPUT: usize = 4 << 20;
 
 /// How long a process may take to die of SIGKILL before we give up (it is in the kernel then).
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
