@@ -20,6 +20,7 @@ use ipmoved::lab::{
     Conversation, Daemon, DaemonSetup, Lab, LabError, Process, RawSocket, Service, poll_until,
 };
 
+use crate::behind_dnat::has;
 use crate::stage::{FAMILIES, PATIENCE, RECOVERY, Result, setup};
 
 /// One conversation with each moved address, begun.
@@ -139,17 +140,6 @@ fn no_reset_leaves_the_old_server_while_its_network_comes_up() -> Result {
     Ok(())
 }
 
-/// Whether there is such a program here.
-fn is_installed(program: &str) -> bool {
-    let found = std::env::var_os("PATH").is_some_and(|path| {
-        std::env::split_paths(&path).any(|folder| folder.join(program).exists())
-    });
-    if !found {
-        println!("skipped: no {program} here");
-    }
-    found
-}
-
 /// The router leases this address to whoever asks.
 fn lease(lab: &Lab, addr: Ipv4Addr) -> Result<Process> {
     let mut server = Command::new("dnsmasq");
@@ -192,7 +182,7 @@ fn take_lease(lab: &Lab) -> Result {
 /// the moved one.
 #[test]
 fn a_late_lease_resets_nothing() -> Result {
-    if !is_installed("dnsmasq") || !is_installed("udhcpc") {
+    if !has("dnsmasq") || !has("udhcpc") {
         return Ok(());
     }
     for leased in [OLD, MOVED] {

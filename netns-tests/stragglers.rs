@@ -20,6 +20,7 @@ use ipmoved::lab::traffic::listeners;
 use ipmoved::lab::{DaemonSetup, Lab, LabError, poll_until};
 use serde_json::Value;
 
+use crate::behind_dnat::has;
 use crate::stage::{FAMILIES, PATIENCE, Result, setup};
 
 /// How long it takes until a visit is in the database: it settles for up to 5 s, is told of within
@@ -58,6 +59,9 @@ fn unexpected(error: std::io::Error) -> LabError {
 #[test]
 fn who_comes_is_recorded_with_the_name_that_was_asked_for_and_a_kill_loses_nothing_of_it() -> Result
 {
+    if !["curl", "openssl", "python3"].into_iter().all(has) {
+        return Ok(());
+    }
     let lab = Lab::new()?;
     let setup = setup(&lab)?.moves(&FAMILIES);
     let mut server = Command::new("python3");
@@ -105,11 +109,6 @@ fn who_comes_is_recorded_with_the_name_that_was_asked_for_and_a_kill_loses_nothi
         "curl",
         &["-so", "/dev/null", "http://192.0.2.5:8081/"],
     )?;
-    let wanted = 3;
-    let recorded = poll_until(RECORDED, Duration::from_millis(200), || {
-        names(&setup).ok().filter(|names| names.len() >= wanted)
-    });
-    let recorded = recorded.unwrap_or_default();
     let v6 = network_of(lab.client().address_towards(MOVED6));
     let mut expected = vec![
         "203.0.113.10 app.example.net".to_owned(),
@@ -117,7 +116,13 @@ fn who_comes_is_recorded_with_the_name_that_was_asked_for_and_a_kill_loses_nothi
         format!("{v6} (none)"),
     ];
     expected.sort_unstable();
-    assert_eq!(recorded, expected);
+    // The names come a moment after those who asked.
+    let mut recorded = Vec::new();
+    let all = poll_until(RECORDED, Duration::from_millis(200), || {
+        recorded = names(&setup).ok()?;
+        (recorded == expected).then_some(())
+    });
+    assert!(all.is_some(), "{recorded:?}");
     // Whatever else came by then, a kill takes nothing away that was recorded.
     daemons.old.kill()?;
     assert_eq!(names(&setup)?, expected);

@@ -17,6 +17,7 @@ mod orders;
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
@@ -260,6 +261,7 @@ fn give_verdict(args: VerdictArgs) -> Result<(), Failure> {
     let history = history(args.state_dir)?;
     let quiet = args.quiet.get().as_secs() as i64;
     let verdict = Verdict::of(&history, quiet, &args.ignore).map_err(unreadable)?;
+    let verdict = verdict.with_here(still_here(orders::status().ok().as_mut()));
     let printed = if args.json {
         print_json(&verdict)
     } else {
@@ -281,10 +283,11 @@ fn write_report(args: ReportArgs) -> Result<(), Failure> {
     let history = history(args.state_dir)?;
     let quiet = args.quiet.get().as_secs() as i64;
     let verdict = Verdict::of(&history, quiet, &args.ignore).map_err(unreadable)?;
+    let mut status = orders::status().ok();
+    let verdict = verdict.with_here(still_here(status.as_mut()));
     let since = history.now() - quiet;
     let findings = Findings::of(&history, since, args.top.get() as usize).map_err(unreadable)?;
     // The page is right without what the daemon knows.
-    let status = orders::status().ok();
     let tunnels = || status.iter().flat_map(|status| &status.tunnels);
     let moved: Vec<String> = tunnels().flat_map(|it| it.moved.clone()).collect();
     let progress = || tunnels().flat_map(|tunnel| &tunnel.progress);
@@ -304,9 +307,24 @@ fn write_report(args: ReportArgs) -> Result<(), Failure> {
         .to_html()
         .map_err(|error| Failure::new(FAILED, error))?;
     let file = args.file.display();
-    std::fs::write(&args.file, html)
-        .map_err(|error| Failure::new(FAILED, format!("cannot write {file}: {error}")))?;
+    // It says who the clients are.
+    let write = || -> io::Result<()> {
+        let mut open = std::fs::OpenOptions::new();
+        let open = open.write(true).create(true).truncate(true).mode(0o600);
+        open.open(&args.file)?.write_all(html.as_bytes())
+    };
+    write().map_err(|error| Failure::new(FAILED, format!("cannot write {file}: {error}")))?;
     print(&format!("{file} is written\n"))
+}
+
+/// How many conversations this server still has itself, as far as its daemon runs and can tell.
+fn still_here(status: Option<&mut Status>) -> u64 {
+    let Some(status) = status else {
+        return 0;
+    };
+    let _ = here::count(status);
+    let modes = status.tunnels.iter().flat_map(|tunnel| &tunnel.modes);
+    modes.filter_map(|mode| mode.here_live).sum()
 }
 
 fn history(state_dir: Option<PathBuf>) -> Result<History, Failure> {

@@ -385,7 +385,9 @@ fn view(status: &Status, what: &What) -> View {
                 (it.what.clone(), listens.unwrap_or_default())
             })
             .collect(),
+        // Scans ask for what nobody serves.
         watched: served
+            .filter(|it| it.expected)
             .map(|it| {
                 let watched = Watched {
                     asked: it.asked,

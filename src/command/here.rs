@@ -92,18 +92,50 @@ pub(super) fn cut(moves: Vec<Move>) -> io::Result<Ended> {
         }
     })?;
     let mut ended = Ended::default();
+    let mut refused = None;
     for conversation in &found {
-        sockets::end(conversation)?;
-        ended.sockets += 1;
+        match sockets::end(conversation) {
+            Ok(()) => ended.sockets += 1,
+            // The others end all the same.
+            Err(error) => refused = Some(error),
+        }
     }
     let wanted = |protocol, local| index.find(protocol, local).is_some();
     ended.tracked = conntrack::forget_behind(wanted).unwrap_or(0);
-    Ok(ended)
+    match refused {
+        Some(error) => Err(error),
+        None => Ok(ended),
+    }
+}
+
+/// Most processes above this one that are asked for the login.
+const MAX_ANCESTORS: usize = 64;
+
+/// `SSH_CONNECTION` of this process, or of the nearest one above it that has it: sudo(8) takes it
+/// away.
+fn ssh_connection() -> Option<String> {
+    const NAME: &[u8] = b"SSH_CONNECTION=";
+    if let Ok(own) = std::env::var("SSH_CONNECTION") {
+        return Some(own);
+    }
+    let mut pid = std::os::unix::process::parent_id();
+    for _ in 0..MAX_ANCESTORS {
+        let environ = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+        let mut words = environ.split(|&byte| byte == 0);
+        if let Some(found) = words.find_map(|word| word.strip_prefix(NAME)) {
+            return String::from_utf8(found.into()).ok();
+        }
+        // The name of a program may have spaces and brackets (proc(5)).
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, behind) = stat.rsplit_once(')')?;
+        pid = behind.split_whitespace().nth(1)?.parse().ok()?;
+    }
+    None
 }
 
 /// Both ends of the login that this command is given from, if there is one (sshd(8)).
 fn login() -> Option<(SocketAddr, SocketAddr)> {
-    let text = std::env::var("SSH_CONNECTION").ok()?;
+    let text = ssh_connection()?;
     let words: Vec<&str> = text.split(' ').collect();
     let [client, client_port, server, server_port] = words[..] else {
         return None;

@@ -91,7 +91,8 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
     let Ready { mut host, tools } = ready;
     let mut lanes = Threads::default();
-    let mut visitors = Visitors::start(&config, Instant::now());
+    let refused = tools.orders.as_ref().and_then(Orders::dir_refused);
+    let mut visitors = Visitors::start(&config, refused, Instant::now());
     let result = carry(config, tools, &mut host, &mut lanes, visitors.as_mut()).await;
     let result = end(result, &mut host);
     lanes.stop();
@@ -609,7 +610,8 @@ impl Control<'_> {
             self.look_at_progress(now);
         }
         if let Some(visitors) = &mut self.visitors {
-            let all = self.orders.as_ref().is_none_or(Orders::is_all_moved);
+            let up = self.tunnels.iter().all(|it| it.state() == State::Up);
+            let all = up && self.orders.as_ref().is_none_or(Orders::is_all_moved);
             visitors.look(now, all, &self.shared.forwarder, &mut self.warnings);
         }
         self.tell_unlogged(now);

@@ -103,6 +103,11 @@ impl Orders {
         std::mem::take(&mut self.warnings)
     }
 
+    /// Why nothing may be kept in the state directory, if that is so.
+    pub(super) fn dir_refused(&self) -> Option<&str> {
+        self.dir.refused()
+    }
+
     /// Where the modes are kept.
     pub(super) fn dir(&self) -> &Path {
         self.dir.path()

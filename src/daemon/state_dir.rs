@@ -98,6 +98,14 @@ impl StateDir {
         (dir, record, warnings)
     }
 
+    /// Why nothing in it is this daemon's to write, as where another one uses it.
+    pub(super) fn refused(&self) -> Option<&str> {
+        match self._lock {
+            Some(_) => None,
+            None => self.unusable.as_deref(),
+        }
+    }
+
     /// Where it is.
     pub(super) fn path(&self) -> &Path {
         &self.path

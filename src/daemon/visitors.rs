@@ -26,13 +26,17 @@ pub(super) struct Visitors {
 }
 
 impl Visitors {
-    /// Starts to record who comes, if that is wanted.
-    pub(super) fn start(config: &Config, now: Instant) -> Option<Self> {
+    /// Starts to record who comes, if that is wanted, and the directory is not `refused`.
+    pub(super) fn start(config: &Config, refused: Option<&str>, now: Instant) -> Option<Self> {
         let settings = Settings {
             dir: config.state_dir.clone(),
             keep: config.client_log?.keep,
         };
-        let (writer, failed) = match Writer::start(settings) {
+        let started = match refused {
+            Some(why) => Err(why.to_owned()),
+            None => Writer::start(settings).map_err(|error| error.to_string()),
+        };
+        let (writer, failed) = match started {
             Ok(writer) => (Some(writer), None),
             Err(error) => (None, Some(format!("clients are not recorded: {error}"))),
         };
@@ -50,7 +54,7 @@ impl Visitors {
         self.next
     }
 
-    /// Asks the gates, if it is time. `all`: everything is the new server's.
+    /// Asks the gates, if it is time. `all`: everything is the new server's, and gets there.
     pub(super) fn look(
         &mut self,
         now: Instant,

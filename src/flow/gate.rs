@@ -259,6 +259,9 @@ impl Gate {
                 _ => self.may_go_on(now, parsed, bytes, flow.as_ref())?,
             }
         } else {
+            if self.is_of_another(parsed.src(bytes), protocol, parsed.kind(), port) {
+                return Err(DropReason::NotMoved);
+            }
             let flow = self.clients.begun(parsed, bytes);
             let flow = flow.filter(|_| self.begins_anywhere);
             let flow = flow.ok_or(DropReason::NotMoved)?;
@@ -586,7 +589,10 @@ impl Gate {
             return self.is_about_begun(now, parsed, bytes);
         }
         let (protocol, port) = (parsed.protocol(), parsed.dst_port());
-        if begins(parsed) || self.ownership.takes(scope, protocol, parsed.kind(), port) {
+        if begins(parsed)
+            || self.ownership.takes(scope, protocol, parsed.kind(), port)
+            || self.is_of_another(parsed.dst(bytes), protocol, parsed.kind(), port)
+        {
             return false;
         }
         let Some(flow) = self.clients.begun_answer(parsed, bytes) else {
@@ -602,6 +608,9 @@ impl Gate {
             self.clients.presume(now, &flow);
         }
         self.ownership.carry_fragments(now, parsed, bytes);
+        if parsed.fragment() == Fragment::First {
+            lock(&self.decided).remember(now, &self.seed, parsed, bytes, Verdict::Carry);
+        }
         true
     }
 
@@ -624,8 +633,10 @@ impl Gate {
         (moved_port, remote_port): (u16, u16),
     ) -> bool {
         let query = matches!(parsed.kind(), Kind::IcmpQuery | Kind::IcmpReply);
+        // Whoever's connection a SYN-ACK opens knows it.
         let is_one = parsed.kind() == Kind::Tcp || self.resumes;
         is_one
+            && parsed.tcp_flags() & SYN == 0
             && self.clients.may_be_older(now, flow)
             && (self.allowed).names(parsed.protocol(), query, moved_port, remote_port)
     }
@@ -656,6 +667,16 @@ impl Gate {
             }
             None => Err(DropReason::IcmpUnrelated),
         }
+    }
+
+    /// Whether what belongs there has moved to another peer: no port of that is free.
+    #[cold]
+    fn is_of_another(&self, addr: Addr, protocol: u8, kind: Kind, port: u16) -> bool {
+        let port = kind.has_ports().then_some(port);
+        self.elsewhere.as_ref().is_some_and(|all| {
+            let scope = all.find(addr.number());
+            scope.is_some_and(|scope| all.takes(scope, protocol, port))
+        })
     }
 
     fn is_own(&self, addr: Addr) -> bool {

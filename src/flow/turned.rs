@@ -2,9 +2,9 @@
 //! guess why they are not answered.
 //!
 //! Owns a sample of the newest. A packet that is dropped is shown here, and once a second the
-//! control task takes what there is, as it takes what becomes of conversations
-//! ([`watch`]). It is bounded in places and in locks for a second: whoever
-//! floods the daemon with such packets pays for each no more than the count of the drop.
+//! control task takes what there is, as it takes what becomes of conversations ([`watch`]). It is
+//! bounded in places and in locks for a second: whoever floods the daemon with such packets pays
+//! for each no more than the count of the drop.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};

@@ -197,6 +197,10 @@ mod tests {
 
     #[test]
     fn chains_of_legacy_tables_that_drop_are_found() {
+        let there = |program| Command::new(program).arg("-V").output().is_ok();
+        if !there("iptables-legacy") || !there("ip6tables-legacy") {
+            return println!("SKIPPED: there is no iptables-legacy here");
+        }
         in_fresh_namespace(|| {
             assert_eq!(drop_chains(), []);
             for (program, line) in [

@@ -379,6 +379,10 @@ impl Store {
             change.execute("DELETE FROM names WHERE last < ?1 OR last >= ?2", times)?;
             change.execute("DELETE FROM watched WHERE until < ?1 OR since >= ?2", times)?;
             change.execute(
+                "UPDATE OR REPLACE watched SET since = ?1 WHERE since < ?1",
+                [times[0]],
+            )?;
+            change.execute(
                 "DELETE FROM arrivals WHERE NOT EXISTS (
                      SELECT 1 FROM visits WHERE visits.client = arrivals.client
                      AND visits.address = arrivals.address AND visits.port = arrivals.port

@@ -160,7 +160,7 @@ impl Verdict {
         }
         let more = self.clients.saturating_sub(self.stragglers.len());
         if more > 0 {
-            out.push_str("… `ipmoved stragglers` shows all\n");
+            out.push_str("… `ipmoved stragglers --top 1000` shows more\n");
         }
         out
     }
@@ -223,6 +223,10 @@ impl Reason {
                     span(of)
                 )
             }
+            Self::StillHere { conversations } => format!(
+                "{} conversations are still on this server (`ipmoved status`)",
+                number(conversations)
+            ),
             Self::TooMuch { conversations } => format!(
                 "{} conversations were too many to record; clients may be among them",
                 number(conversations)

@@ -98,6 +98,11 @@ pub enum Reason {
         /// Seconds that are judged.
         of: i64,
     },
+    /// This server still has conversations of its own there.
+    StillHere {
+        /// So many.
+        conversations: u64,
+    },
     /// There was too much to see who came.
     TooMuch {
         /// Conversations that are not listed.
@@ -155,7 +160,9 @@ impl Verdict {
         let pairs: Vec<(Day, u64)> = days.iter().map(|it| (it.day, it.clients)).collect();
         let trend = trend::of(&pairs);
         let around = match trend {
-            Trend::Declines { gone, .. } => gone.map(|day| Day(day.0 + (quiet + DAY - 1) / DAY)),
+            Trend::Declines { gone, .. } => gone
+                .map(|day| Day(day.0 + (quiet + DAY - 1) / DAY))
+                .filter(|&day| day > Day::of(now)),
             Trend::TooFewDays { .. } | Trend::NoDecline => None,
         };
         came.truncate(SHOWN);
@@ -173,6 +180,17 @@ impl Verdict {
             around,
             days,
         })
+    }
+}
+
+impl Verdict {
+    /// Takes in how many conversations this server still has itself, which nobody records.
+    pub fn with_here(mut self, conversations: u64) -> Self {
+        if conversations > 0 {
+            self.safe = false;
+            self.reasons.push(Reason::StillHere { conversations });
+        }
+        self
     }
 }
 

@@ -305,7 +305,9 @@ impl Keeper {
             self.tally.resume(known, rows);
             self.resumed = true;
         }
-        let since = self.all.then_some(self.clock.at);
+        // What is forgotten was not watched.
+        let oldest = Day(Day::of(wall).0 - self.settings.keep).start();
+        let since = self.all.then_some(self.clock.at.max(oldest));
         let write = |store: &mut Store| store.write(self.tally.waiting(), since, wall);
         let mut written = write(&mut store);
         while matches!(written, Err(StoreError::Full { .. })) && store.is_at_its_bound() {
@@ -335,6 +337,8 @@ impl Keeper {
                 aside.display()
             );
             lock(&self.shared.notes).push(text);
+            // The new one knows nothing of what was watched before.
+            self.clock = Clock::new(Instant::now(), unix(SystemTime::now()));
             self.next_write = Instant::now();
             return;
         }

@@ -413,7 +413,9 @@ impl Steps {
     /// Are the first connections answered?
     fn watching(&mut self, now: Duration) {
         let since = self.since();
-        let refused = |it: &Watched| it.refused > 0 && it.answered == 0;
+        let lasted = now.saturating_sub(self.delivered_at);
+        // One client alone may be unwelcome.
+        let refused = |it: &Watched| it.refused > 0 && it.answered == 0 && lasted >= WATCH_LEAST;
         if let Some((what, _)) = since.iter().find(|(_, it)| refused(it)) {
             let why = format!("the new server refuses {what}");
             return self.give_up(why);
@@ -423,7 +425,6 @@ impl Steps {
             .iter()
             .all(|(_, it)| it.answered > 0 || it.may_be_silent);
         let answered: u64 = since.iter().map(|(_, it)| it.answered).sum();
-        let lasted = now.saturating_sub(self.delivered_at);
         if !asked.is_empty() && all_well && lasted >= WATCH_LEAST {
             self.say(format!(
                 "the first are answered on the new server: {answered} of those watched"

@@ -437,7 +437,7 @@ impl KeptHold {
             false => (self.until_unix_ms, clock.unix()),
         };
         let left = Duration::from_millis(until).saturating_sub(now);
-        let left = left.min(seconds_of(self.seconds));
+        let left = left.min(seconds_of(self.seconds.min(MAX_HOLD)));
         (!left.is_zero()).then_some(left)
     }
 }

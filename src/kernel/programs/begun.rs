@@ -18,7 +18,7 @@
 //!     parse();                                         // quoted, later, none, other: go on
 //!     if (its port has moved) go on;
 //!     if ((b = lookup(begun, key))) { if (now - b->seen > REFRESH) b->seen = now; go on; }
-//!     if (this host has it) { count; drop; }
+//!     if (this host has it, or a UDP socket at that port) { count; drop; }
 //!     update(begun, key, now);
 //!     if (!TCP) update(taken, key, now);               // this host has not spoken first
 //! capture:  // of an address with BEGINS, by no port that has moved
@@ -37,13 +37,13 @@ use super::flows::{KEY_LAST, REFRESH, enter_now, jump_if_within, look_up};
 use super::headers::{icmpv4, icmpv6, ipv4, ipv6};
 use super::moved::Family;
 use super::own::Own;
-use super::parse::{FRAGMENT, Side, Ways, load_syn, parse};
+use super::parse::{FRAGMENT, QUOTED, Side, Ways, load_syn, parse};
 use super::phrases::{PROTOCOL, branch_by_family, jump_if_it_has_ports, load_bytes};
 use super::rights::Rights;
-use super::sockets::load_port;
+use super::sockets::{load_port, look_up_socket};
 use super::stays::{ask_sockets, judge_begun};
 use crate::flow::class::{ICMP_QUERY, OTHER, TCP_ESTABLISHED, UDP_BOTH_WAYS};
-use crate::kernel::bpf::{Assembler, BpfError, If, Label, Map, MapKind, Reg, Shape, Size};
+use crate::kernel::bpf::{Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::SYN;
 
@@ -58,9 +58,6 @@ const PORT: Reg = R7;
 
 /// The flow's value in the map.
 const FOUND: Reg = R7;
-
-/// In [`FRAGMENT`]: the key is that of a packet which an ICMP error quotes.
-const QUOTED: i32 = 4;
 
 const REFUSED: Shape = Shape {
     kind: MapKind::Array,
@@ -149,6 +146,15 @@ fn note_begun_behind(a: &mut Assembler, l2: u32, facts: &Facts, refused: Label) 
     a.jump(done);
 
     a.bind(new);
+    let unbound = a.label();
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), unbound);
+    // A service that waits for everybody has the port, whoever has spoken there so far.
+    look_up_socket(a, Helper::SkLookupUdp);
+    a.jump_if_wide(R0, If::Eq, 0, unbound);
+    a.mov(R1, R0);
+    a.call(Helper::SkRelease);
+    a.jump(taken);
+    a.bind(unbound);
     jump_if_this_hosts(a, &facts.own, taken, note);
     a.bind(taken);
     begun.count_refused(a);

@@ -86,8 +86,9 @@ const GREETED_UNTIL: i16 = 16;
 const PERCENT: i16 = 24;
 const MODE_BYTES: usize = 32;
 
-/// Most entries of `owners`: sixteen for each of as many moves as there may be.
-const MAX_OWNERS: u32 = 1 << 18;
+/// Most entries of `owners`: a range of ports is 30 prefixes at most, of two protocols, and there
+/// may be 16,384 moves. The kernel takes memory only for what there is.
+const MAX_OWNERS: u32 = 1 << 20;
 
 /// Keys of the tries: their length in bits (`u32`), then what is looked for.
 const SCOPE_KEY_BYTES: usize = 20;

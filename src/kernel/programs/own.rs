@@ -86,6 +86,10 @@ const MAX_BEGUN: u32 = 65_536;
 /// gets none while the kernel is short of it.
 const MAX_KEPT: u32 = 65_536;
 
+/// So long a connection that is closing counts as one that is left: what its host has sent last
+/// may have to be sent once more.
+const CLOSING: Duration = Duration::from_secs(3);
+
 /// Of these, one sweep looks at so many.
 const SWEPT: u32 = 4096;
 
@@ -370,7 +374,9 @@ impl Own {
                 let read = map.read_some(&mut place, SWEPT, |key, value| {
                     let Some(flow) = flow_of(key) else { return };
                     let request = flow.protocol != TCP && word(value, OWN_STAGE) == STAGE_REQUEST;
-                    if !request && !is_over(&flow, value, now) {
+                    let closed = flow.protocol == TCP && word(value, OWN_KIND) == KIND_CLOSED;
+                    let closed = closed && !was_seen_within(CLOSING, value, now);
+                    if !request && !closed && !is_over(&flow, value, now) {
                         live.push(flow);
                     }
                 });
@@ -629,10 +635,15 @@ fn is_over(flow: &HostFlow, value: &[u8], now: Duration) -> bool {
         _ if flow.protocol == TCP => OWN_IDLE_TCP,
         _ => OWN_IDLE,
     };
+    !was_seen_within(idle, value, now)
+}
+
+/// Whether a conversation with this value was seen so lately.
+fn was_seen_within(idle: Duration, value: &[u8], now: Duration) -> bool {
     let seen = value
         .first_chunk()
         .map_or(0, |&bytes| u64::from_ne_bytes(bytes));
-    Duration::from_nanos(seen) + idle < now
+    Duration::from_nanos(seen) + idle >= now
 }
 
 /// A time in the ticks of the memory, never 0.

@@ -406,6 +406,8 @@ pub(super) fn note_answered(a: &mut Assembler, l2: u32, own: &Own, modes: Option
     }
     a.jump(done);
     a.bind(enter_it);
+    // A conversation that this host has stays its own, whoever else speaks in it.
+    own.look_up(a, done);
     enter_now(a, &own.taken);
     a.jump(done);
     a.bind(known);
