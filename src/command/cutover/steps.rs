@@ -754,7 +754,7 @@ mod tests {
             (
                 Step::Watch,
                 Some(Input::Seen(answered(2, 0, 1))),
-                0,
+                3_000,
                 "refuses 192.0.2.5:80/tcp",
             ),
             (
