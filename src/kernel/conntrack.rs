@@ -8,13 +8,11 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
-};
-use netlink_sys::Socket;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use crate::flow::ended::HostFlow;
+use crate::kernel::netlink::ask;
 use crate::model::moved::TCP;
 
 /// How many connections this namespace tracks.
@@ -24,8 +22,7 @@ const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 const CT_GET: u16 = 1 << 8 | 1;
 const CT_DELETE: u16 = 1 << 8 | 2;
 
-/// Length of a netlink header, and of `struct nfgenmsg` behind it.
-const HEADER: usize = 16;
+/// Length of `struct nfgenmsg`.
 const NFGENMSG: usize = 4;
 
 /// `NLA_F_NESTED`.
@@ -102,22 +99,14 @@ pub fn forget_behind(wanted: impl Fn(u8, SocketAddr) -> bool) -> io::Result<u64>
     })?;
     let mut forgotten = 0;
     for attributes in found {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
         let original = attribute(&attributes, CTA_TUPLE_ORIG).and_then(tuple);
         let family = match original.is_some_and(|it| it.src.is_ipv4()) {
             true => libc::AF_INET,
             false => libc::AF_INET6,
         };
-        let length = HEADER + NFGENMSG + attributes.len();
-        let mut request = Vec::from((length as u32).to_ne_bytes());
-        request.extend(CT_DELETE.to_ne_bytes());
-        request.extend((NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
-        request.extend([0; 8]);
-        request.extend([family as u8, 0, 0, 0]);
-        request.extend(attributes);
-        socket.send(&request, 0)?;
-        match answers(&socket, |_| true) {
+        let mut payload = vec![family as u8, 0, 0, 0];
+        payload.extend(attributes);
+        match ask(NETLINK_NETFILTER, CT_DELETE, NLM_F_ACK, &payload, |_| true) {
             // It is over meanwhile.
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
             result => {
@@ -230,51 +219,12 @@ fn attribute(mut bytes: &[u8], kind: u16) -> Option<&[u8]> {
 }
 
 /// Hands over each connection that is tracked, until `go_on` says no.
-fn each(go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    let length = HEADER + NFGENMSG;
-    let mut request = Vec::from((length as u32).to_ne_bytes());
-    request.extend(CT_GET.to_ne_bytes());
-    request.extend((NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes());
-    // Sequence, port; any family, version 0, no resource.
-    request.resize(length, 0);
-    socket.send(&request, 0)?;
-    answers(&socket, go_on)
-}
-
-/// Hands over the answers to a request up to the last one, or until `go_on` says no.
-fn answers(socket: &Socket, mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
-    loop {
-        let (datagram, _) = match socket.recv_from_full() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            other => other?,
-        };
-        let mut rest = &datagram[..];
-        while !rest.is_empty() {
-            let Ok(message) = NetlinkBuffer::new_checked(rest) else {
-                return Err(io::ErrorKind::InvalidData.into());
-            };
-            let payload = message.payload();
-            match message.message_type() {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => {
-                    let code = payload.get(..4).and_then(|bytes| bytes.try_into().ok());
-                    return match code.map_or(0, i32::from_ne_bytes) {
-                        0 => Ok(()),
-                        errno => Err(io::Error::from_raw_os_error(errno.wrapping_neg())),
-                    };
-                }
-                _ => {
-                    if !go_on(payload.get(NFGENMSG..).unwrap_or_default()) {
-                        return Ok(());
-                    }
-                }
-            }
-            let next = (message.length() as usize).next_multiple_of(4);
-            rest = rest.get(next..).unwrap_or_default();
-        }
-    }
+fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
+    // Any family, version 0, no resource.
+    let header = [0; NFGENMSG];
+    ask(NETLINK_NETFILTER, CT_GET, NLM_F_DUMP, &header, |answer| {
+        go_on(answer.get(NFGENMSG..).unwrap_or_default())
+    })
 }
 
 #[cfg(test)]

@@ -8,11 +8,10 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer,
-};
-use netlink_sys::Socket;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+
+use crate::kernel::netlink::ask;
 
 /// `SOCK_DIAG_BY_FAMILY` and `SOCK_DESTROY` (linux/sock_diag.h).
 const BY_FAMILY: u16 = 20;
@@ -34,10 +33,8 @@ const LIVING: u32 = ESTABLISHED | SYN_RECV | FIN_WAIT1 | CLOSE_WAIT | LAST_ACK |
 
 const FAMILIES: [u8; 2] = [libc::AF_INET as u8, libc::AF_INET6 as u8];
 
-const HEADER: usize = 16;
-/// Length of `struct inet_diag_sockid`, and where it lies in a request and in an answer.
+/// Length of `struct inet_diag_sockid`, and where it lies in an answer.
 const ID: usize = 48;
-const ID_ASKED: usize = 8;
 const ID_ANSWERED: usize = 4;
 
 /// A socket with a conversation.
@@ -95,10 +92,8 @@ pub fn end(conversation: &Conversation) -> io::Result<()> {
         id,
         ..
     } = conversation;
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.bind_auto()?;
-    socket.send(&request(DESTROY, NLM_F_ACK, family, protocol, !0, &id), 0)?;
-    match answers(&socket, &mut |_| {}) {
+    let named = about(family, protocol, !0, &id);
+    match ask(NETLINK_SOCK_DIAG, DESTROY, NLM_F_ACK, &named, |_| true) {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         result => result,
     }
@@ -106,14 +101,12 @@ pub fn end(conversation: &Conversation) -> io::Result<()> {
 
 fn dump(protocol: u8, states: u32, each: &mut dyn FnMut(&Conversation)) -> io::Result<()> {
     for family in FAMILIES {
-        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-        socket.bind_auto()?;
-        let message = request(BY_FAMILY, NLM_F_DUMP, family, protocol, states, &[0; ID]);
-        socket.send(&message, 0)?;
-        let result = answers(&socket, &mut |answer| {
+        let all = about(family, protocol, states, &[0; ID]);
+        let result = ask(NETLINK_SOCK_DIAG, BY_FAMILY, NLM_F_DUMP, &all, |answer| {
             if let Some(found) = read(protocol, answer) {
                 each(&found);
             }
+            true
         });
         match result {
             // A kernel without IPv6, or without the module for this protocol, which has none then.
@@ -124,18 +117,12 @@ fn dump(protocol: u8, states: u32, each: &mut dyn FnMut(&Conversation)) -> io::R
     Ok(())
 }
 
-/// A message with `struct inet_diag_req_v2`.
-fn request(kind: u16, flags: u16, family: u8, protocol: u8, states: u32, id: &[u8; ID]) -> Vec<u8> {
-    let length = HEADER + ID_ASKED + ID;
-    let mut message = Vec::from((length as u32).to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
-    // Sequence and port.
-    message.extend([0; 8]);
-    message.extend([family, protocol, 0, 0]);
-    message.extend(states.to_ne_bytes());
-    message.extend(id);
-    message
+/// A `struct inet_diag_req_v2`.
+fn about(family: u8, protocol: u8, states: u32, id: &[u8; ID]) -> Vec<u8> {
+    let mut request = vec![family, protocol, 0, 0];
+    request.extend(states.to_ne_bytes());
+    request.extend(id);
+    request
 }
 
 /// A `struct inet_diag_msg`.
@@ -159,36 +146,6 @@ fn read(protocol: u8, answer: &[u8]) -> Option<Conversation> {
         family,
         id,
     })
-}
-
-/// Hands over the answers to a request up to the last one.
-fn answers(socket: &Socket, each: &mut dyn FnMut(&[u8])) -> io::Result<()> {
-    loop {
-        let (datagram, _) = match socket.recv_from_full() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            other => other?,
-        };
-        let mut rest = &datagram[..];
-        while !rest.is_empty() {
-            let Ok(message) = NetlinkBuffer::new_checked(rest) else {
-                return Err(io::ErrorKind::InvalidData.into());
-            };
-            let payload = message.payload();
-            match message.message_type() {
-                NLMSG_DONE => return Ok(()),
-                NLMSG_ERROR => {
-                    let code = payload.get(..4).and_then(|bytes| bytes.try_into().ok());
-                    return match code.map_or(0, i32::from_ne_bytes) {
-                        0 => Ok(()),
-                        errno => Err(io::Error::from_raw_os_error(errno.wrapping_neg())),
-                    };
-                }
-                _ => each(payload),
-            }
-            let next = (message.length() as usize).next_multiple_of(4);
-            rest = rest.get(next..).unwrap_or_default();
-        }
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@
 //! only those attributes of an answer that we need, so a newer kernel's attribute, or a foreign
 //! classifier that the crate cannot decode, does not make a dump fail.
 //!
-//! This file owns the socket for requests, `events` the one on which the kernel speaks by itself.
+//! This file owns the socket for requests, `events` the one on which the kernel speaks by itself,
+//! and `plain` those for single requests to other parts of the kernel.
 //! Each kind of object has a file of its own, with its type, its
 //! requests (methods of [`Netlink`]), and how to read the kernel's answers.
 //!
@@ -15,6 +16,7 @@ mod address;
 mod events;
 pub mod firewall;
 mod link;
+mod plain;
 mod route;
 mod rule;
 mod tc;
@@ -37,6 +39,7 @@ use serde::{Deserialize, Serialize};
 pub use address::Address;
 pub use events::Events;
 pub use link::Link;
+pub use plain::ask;
 pub use route::{ListedRoute, Route, RouteKind, RouteQuery, TABLE_LOCAL, TABLE_MAIN};
 pub use rule::Rule;
 pub use tc::{Direction, Filter, FilterSlot};
