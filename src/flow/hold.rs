@@ -26,9 +26,8 @@ use std::time::{Duration, Instant};
 
 use crate::model::drops::DropReason;
 use crate::model::mode::Mode;
+use crate::model::move_index::MoveIndex;
 use crate::model::moved::{Move, TCP};
-use crate::model::owners::Owners;
-use crate::model::scopes::Scopes;
 use crate::packet::fragment::Key;
 use crate::packet::vnet::VNET_HDR_LEN;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, RST, SYN, tcp_seq};
@@ -82,8 +81,7 @@ const TIMES: u32 = 4;
 /// The first packets that wait.
 #[derive(Debug)]
 pub struct Hold {
-    scopes: Scopes,
-    owners: Owners,
+    index: MoveIndex,
     /// For each move, how long its flows wait; `None` if they do not.
     until: Vec<Option<Instant>>,
     /// For each move, how many flows wait.
@@ -181,10 +179,8 @@ impl Room {
 impl Hold {
     /// For these moves. Nothing is held.
     pub fn new(moves: &[Move]) -> Self {
-        let scopes = Scopes::new(moves);
         Self {
-            owners: Owners::new(moves, &scopes),
-            scopes,
+            index: MoveIndex::new(moves.to_vec()),
             until: vec![None; moves.len()],
             waiting: vec![0; moves.len()],
             flows: BTreeMap::new(),
@@ -534,8 +530,7 @@ impl Hold {
 
     /// The move that takes it.
     fn moved(&self, asked: &Asked) -> Option<usize> {
-        let scope = self.scopes.find(asked.addr.number())?;
-        (self.owners).find(&self.scopes, scope, asked.protocol, asked.port)
+        (self.index).owner(asked.addr.number(), asked.protocol, asked.port)
     }
 }
 

@@ -1,48 +1,40 @@
 //! Which move of a list an end of a conversation belongs to.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use crate::model::moved::Move;
-use crate::model::prefix::Prefix;
+use crate::model::owners::Owners;
+use crate::model::scopes::{Scopes, number_of};
 
 /// Finds the move of an end, whatever the number of moves.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct MoveIndex {
     moves: Vec<Move>,
-    /// The places of the moves of each prefix.
-    places: HashMap<Prefix, Vec<usize>>,
-    /// The lengths that there are, of IPv4 and of IPv6, the longest first.
-    lengths: [Vec<u8>; 2],
+    scopes: Scopes,
+    owners: Owners,
 }
 
 impl MoveIndex {
     /// For these moves.
     pub fn new(moves: Vec<Move>) -> Self {
-        let mut index = Self::default();
-        for (place, moved) in moves.iter().enumerate() {
-            let prefix = moved.prefix;
-            index.places.entry(prefix).or_default().push(place);
-            let lengths = &mut index.lengths[usize::from(!prefix.is_ipv4())];
-            if !lengths.contains(&prefix.len()) {
-                lengths.push(prefix.len());
-                lengths.sort_unstable_by(|a, b| b.cmp(a));
-            }
+        let scopes = Scopes::new(&moves);
+        Self {
+            owners: Owners::new(&moves, &scopes),
+            scopes,
+            moves,
         }
-        index.moves = moves;
-        index
     }
 
-    /// The place of the move that takes this end: of those that do the one with the longest prefix,
-    /// then the first of the list.
+    /// The place of the move that takes this end.
     pub fn find(&self, protocol: u8, end: SocketAddr) -> Option<usize> {
-        let addr = end.ip();
-        let lengths = self.lengths[usize::from(!addr.is_ipv4())].iter();
-        let mut of_prefixes = lengths.filter_map(|&len| self.places.get(&Prefix::of(addr, len)));
-        of_prefixes.find_map(|places| {
-            let mut places = places.iter().copied();
-            places.find(|&place| self.moves[place].takes(protocol, Some(end.port())))
-        })
+        self.owner(number_of(end.ip()), protocol, Some(end.port()))
+    }
+
+    /// The place of the move that takes what shows this port of an address, if it shows one; `addr`
+    /// is as in [`number_of`].
+    pub fn owner(&self, addr: u128, protocol: u8, port: Option<u16>) -> Option<usize> {
+        let scope = self.scopes.find(addr)?;
+        self.owners.find(&self.scopes, scope, protocol, port)
     }
 
     /// The moves.
