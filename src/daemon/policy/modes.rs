@@ -20,6 +20,7 @@ use crate::model::mode::{Mode, Settled, ShareKey};
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
 use crate::model::request::{Changed, Request};
+use crate::model::scopes::overlapping;
 use crate::settings::values::MAX_HOLD;
 
 /// Most moves that are remembered though the settings no longer name them: of somebody who tries
@@ -138,6 +139,8 @@ pub(in super::super) struct Modes {
     /// What the settings do not name.
     others: Vec<Kept>,
     cutovers: Vec<Cutover>,
+    /// When the next hold is over: it is asked far oftener than it changes.
+    next: Option<Duration>,
 }
 
 /// One move.
@@ -227,9 +230,26 @@ impl Modes {
             .iter()
             .filter_map(|(moved, kept)| Some((moved.as_ref()?, *kept)))
             .collect();
+        let moves: Vec<(PeerId, Move)> = moves.into_iter().collect();
+        // What the settings name otherwise now is over.
+        let kept = known.iter().filter_map(|(moved, _)| moved.as_ref());
+        let named = overlapping(kept, moves.iter().map(|(_, moved)| moved));
+        let parsed = known.iter().filter(|(moved, _)| moved.is_some());
+        let mut others: Vec<Kept> = parsed
+            .zip(named)
+            .filter(|(_, named)| !named)
+            .map(|((_, kept), _)| Kept {
+                held: None,
+                ..(*kept).clone()
+            })
+            .collect();
+        others.sort_by_key(|kept| std::cmp::Reverse(kept.since));
+        others.truncate(MAX_OTHERS);
+        let like = least_of_overlapping(&moves, &by_name);
         let moves: Vec<OneMove> = moves
             .into_iter()
-            .map(|(peer, moved)| {
+            .zip(like)
+            .map(|((peer, moved), like)| {
                 if let Some(kept) = by_name.get(&moved) {
                     let held = kept.held.and_then(|held| held.left(same_boot, clock));
                     return OneMove {
@@ -243,10 +263,6 @@ impl Modes {
                         moved,
                     };
                 }
-                let parts = by_name.iter().filter(|(other, _)| other.overlaps(&moved));
-                let like = parts
-                    .map(|(_, kept)| kept.mode)
-                    .min_by_key(|it| it.percent());
                 OneMove {
                     peer,
                     mode: Mode::settled(like.unwrap_or(start)),
@@ -256,25 +272,16 @@ impl Modes {
                 }
             })
             .collect();
-        // What the settings name otherwise now is over.
-        let is_other = |moved: &Move| !moves.iter().any(|it| it.moved.overlaps(moved));
-        let mut others: Vec<Kept> = known
-            .iter()
-            .filter(|(moved, _)| moved.as_ref().is_some_and(is_other))
-            .map(|(_, kept)| Kept {
-                held: None,
-                ..(*kept).clone()
-            })
-            .collect();
-        others.sort_by_key(|kept| std::cmp::Reverse(kept.since));
-        others.truncate(MAX_OTHERS);
-        Self {
+        let mut modes = Self {
             key: record.map_or(key, |record| record.share_key),
             boot: boot.into(),
             moves,
             others,
             cutovers: Vec::new(),
-        }
+            next: None,
+        };
+        modes.note_next();
+        modes
     }
 
     /// Each move.
@@ -382,6 +389,7 @@ impl Modes {
                 mode: one.says(clock.now),
             });
         }
+        self.note_next();
         Ok(changed)
     }
 
@@ -393,6 +401,9 @@ impl Modes {
     /// Ends the holds that are over. Returns the places of their moves.
     pub(in super::super) fn end_holds(&mut self, clock: Clock) -> Vec<usize> {
         let mut ended = Vec::new();
+        if self.next.is_none_or(|next| next > clock.now) {
+            return ended;
+        }
         for (place, one) in self.moves.iter_mut().enumerate() {
             if one.mode.held_until.is_some_and(|until| until <= clock.now) {
                 let settled = one.mode.settled;
@@ -400,12 +411,17 @@ impl Modes {
                 ended.push(place);
             }
         }
+        self.note_next();
         ended
     }
 
     /// When the next hold is over.
     pub(in super::super) fn next(&self) -> Option<Duration> {
-        self.moves.iter().filter_map(|it| it.mode.held_until).min()
+        self.next
+    }
+
+    fn note_next(&mut self) {
+        self.next = self.moves.iter().filter_map(|it| it.mode.held_until).min();
     }
 
     /// What has to outlive the daemon.
@@ -440,6 +456,32 @@ impl KeptHold {
         let left = left.min(seconds_of(self.seconds.min(MAX_HOLD)));
         (!left.is_zero()).then_some(left)
     }
+}
+
+/// For each move, the mode that leaves most to the old server, of those kept for what it overlaps.
+fn least_of_overlapping(
+    moves: &[(PeerId, Move)],
+    kept: &HashMap<&Move, &Kept>,
+) -> Vec<Option<Settled>> {
+    let mut modes: Vec<Settled> = Vec::new();
+    for kept in kept.values() {
+        if !modes.contains(&kept.mode) {
+            modes.push(kept.mode);
+        }
+    }
+    modes.sort_by_key(|mode| mode.percent());
+    let mut least = vec![None; moves.len()];
+    for mode in modes {
+        let in_it = kept.iter().filter(|(_, kept)| kept.mode == mode);
+        let overlaps = overlapping(
+            moves.iter().map(|(_, moved)| moved),
+            in_it.map(|(moved, _)| *moved),
+        );
+        for (least, _) in least.iter_mut().zip(overlaps).filter(|(_, it)| *it) {
+            least.get_or_insert(mode);
+        }
+    }
+    least
 }
 
 fn seconds_of(seconds: u32) -> Duration {
