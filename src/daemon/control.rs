@@ -609,7 +609,9 @@ impl Control<'_> {
         if self.progress.next().is_some_and(|next| now >= next) {
             self.look_at_progress(now);
         }
-        if let Some(visitors) = &mut self.visitors {
+        if let Some(visitors) = &mut self.visitors
+            && now >= visitors.next()
+        {
             let up = self.tunnels.iter().all(|it| it.state() == State::Up);
             let all = up && self.orders.as_ref().is_none_or(Orders::is_all_moved);
             visitors.look(now, all, &self.shared.forwarder, &mut self.warnings);

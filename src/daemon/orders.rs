@@ -187,8 +187,8 @@ impl Orders {
 
     /// Whether everything is in the mode in which the new server answers.
     pub(super) fn is_all_moved(&self) -> bool {
-        let moved = |mode: &Mode<Duration>| mode.settled == Settled::Moved;
-        self.modes().iter().all(moved)
+        let mut moves = self.modes.moves().iter();
+        moves.all(|it| it.mode.settled == Settled::Moved)
     }
 
     /// The modes, in the order of the settings, on the clock of the kernel's programs.

@@ -54,7 +54,7 @@ impl Visitors {
         self.next
     }
 
-    /// Asks the gates, if it is time. `all`: everything is the new server's, and gets there.
+    /// Asks the gates. Call it when it is [time](Self::next). `all`: everything is the new server's, and gets there.
     pub(super) fn look(
         &mut self,
         now: Instant,
@@ -62,9 +62,6 @@ impl Visitors {
         forwarder: &Forwarder,
         warnings: &mut Warnings,
     ) {
-        if now < self.next {
-            return;
-        }
         self.next = now + EVERY;
         self.all = all;
         self.tell(now, forwarder, false);
