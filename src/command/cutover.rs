@@ -359,14 +359,15 @@ fn view(status: &Status, what: &What) -> View {
     let tunnels: Vec<&TunnelStatus> = status.tunnels.iter().filter(is_theirs).collect();
     let modes = || of(status, &what.names);
     let served = tunnels.iter().flat_map(|tunnel| &tunnel.served);
-    let served = served.filter(|it| what.takes(it));
+    // Scans ask for what nobody is meant to serve.
+    let served = served.filter(|it| it.expected && what.takes(it));
     let progress = tunnels.iter().flat_map(|tunnel| &tunnel.progress);
     let said: HashMap<&str, Listens> = progress
         .map(|of| (of.what.as_str(), of.progress.listens))
         .collect();
     let unanswered = served.clone().find(|it| {
         let bad = matches!(it.state, Answers::Silent | Answers::Refused);
-        bad && it.expected && it.clients > 0
+        bad && it.clients > 0
     });
     View {
         trouble: tunnels.iter().find_map(|tunnel| trouble(tunnel)),
@@ -385,9 +386,7 @@ fn view(status: &Status, what: &What) -> View {
                 (it.what.clone(), listens.unwrap_or_default())
             })
             .collect(),
-        // Scans ask for what nobody serves.
         watched: served
-            .filter(|it| it.expected)
             .map(|it| {
                 let watched = Watched {
                     asked: it.asked,
