@@ -239,22 +239,27 @@ mod tests {
     use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
     use super::*;
-    use crate::kernel::bpf::Program;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::netlink::{Address, Netlink};
+    use crate::kernel::programs::capture;
     use crate::kernel::programs::phrases::{TC_ACT_SHOT, TC_ACT_UNSPEC, keep_packet, verdict};
-    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, moves, ports, taken, tcp};
-    use crate::kernel::programs::{capture, note_own};
+    use crate::kernel::programs::testing::{self, L2, Packet, frame, icmp, moves, ports, tcp};
     use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
     use crate::lab::wiring::Wiring as _;
     use crate::packet::ACK;
 
-    /// The programs of an old server of which single ports have moved.
+    /// An old server of which single ports have moved, and what its return path lets out.
     struct OldServer {
-        facts: Facts,
-        capture: OwnedFd,
-        egress: OwnedFd,
+        programs: testing::OldServer,
         back: OwnedFd,
+    }
+
+    impl std::ops::Deref for OldServer {
+        type Target = testing::OldServer;
+
+        fn deref(&self) -> &testing::OldServer {
+            &self.programs
+        }
     }
 
     impl OldServer {
@@ -270,7 +275,6 @@ mod tests {
             let own = Own::new().expect("run the tests as root");
             let facts = Facts::remembering(&moves, begin, own).unwrap();
             facts.own.begin_at(Duration::ZERO);
-            let load = |program: Program| program.load().unwrap();
             let mut asm = Assembler::new();
             let refused = asm.label();
             keep_packet(&mut asm);
@@ -279,21 +283,9 @@ mod tests {
             asm.bind(refused);
             verdict(&mut asm, TC_ACT_SHOT);
             Self {
-                capture: load(capture(&facts, L2, 1, Some(51820)).unwrap()),
-                egress: load(note_own(&facts, L2, 1, Some(51820)).unwrap()),
-                back: load(asm.finish("ipmoved_test").unwrap()),
-                facts,
+                back: asm.finish("ipmoved_test").unwrap().load().unwrap(),
+                programs: testing::OldServer::new(facts),
             }
-        }
-
-        /// Comes from the wire, and goes into the tunnel.
-        fn is_taken(&self, packet: &Packet) -> bool {
-            taken(self.capture.as_fd(), packet)
-        }
-
-        /// This host sends it, or forwards it.
-        fn sends(&self, packet: &Packet) {
-            assert!(!taken(self.egress.as_fd(), packet));
         }
 
         /// The new server sends it, and it leaves.

@@ -576,16 +576,16 @@ fn prefixes(first: u16, last: u16) -> Vec<(u16, u32)> {
 #[cfg(test)]
 mod tests {
     use std::net::{SocketAddr, TcpListener, TcpStream};
-    use std::os::fd::{AsFd, OwnedFd};
+    use std::os::fd::AsFd;
 
     use super::*;
     use crate::flow::ended::HostFlow;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::netlink::{Address, Netlink};
     use crate::kernel::programs::phrases::{TC_ACT_UNSPEC, keep_packet, verdict};
-    use crate::kernel::programs::stays::{note_answered, note_bounced};
-    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, moves, ports, taken, tcp};
-    use crate::kernel::programs::{Facts, Own, capture, note_own};
+    use crate::kernel::programs::stays::note_bounced;
+    use crate::kernel::programs::testing::{L2, OldServer, Packet, frame, icmp, moves, ports, tcp};
+    use crate::kernel::programs::{Facts, Own};
     use crate::kernel::testing::in_fresh_namespace;
     use crate::lab::wiring::Wiring;
     use crate::model::mode::{Percent, Settled};
@@ -595,13 +595,18 @@ mod tests {
     const SHARES: ShareKey = ShareKey([0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210]);
     const LONG_AGO: Duration = Duration::from_secs(1000);
 
-    /// The programs of an old server.
+    /// An old server, with so many moves.
     struct Server {
-        facts: Facts,
-        capture: OwnedFd,
-        egress: OwnedFd,
-        answers: OwnedFd,
+        programs: OldServer,
         moves: usize,
+    }
+
+    impl std::ops::Deref for Server {
+        type Target = OldServer;
+
+        fn deref(&self) -> &OldServer {
+            &self.programs
+        }
     }
 
     impl Server {
@@ -617,20 +622,11 @@ mod tests {
         fn with(moves: &[Move]) -> Self {
             let facts = Facts::new(moves).expect("run the tests as root");
             facts.own.begin_at(Duration::ZERO);
-            let load = |program: crate::kernel::bpf::Program| program.load().unwrap();
-            let mut asm = Assembler::new();
-            keep_packet(&mut asm);
-            note_answered(&mut asm, L2, &facts.own, Some(&facts.modes));
-            verdict(&mut asm, TC_ACT_UNSPEC);
-            let server = Self {
-                capture: load(capture(&facts, L2, 1, Some(51820)).unwrap()),
-                egress: load(note_own(&facts, L2, 1, Some(51820)).unwrap()),
-                answers: load(asm.finish("ipmoved_test").unwrap()),
+            facts.beat().unwrap();
+            Self {
+                programs: OldServer::new(facts),
                 moves: moves.len(),
-                facts,
-            };
-            server.facts.beat().unwrap();
-            server
+            }
         }
 
         /// All moves are in this mode, and were for long.
@@ -652,22 +648,6 @@ mod tests {
         fn die(&self) {
             let long_ago = (now() - LONG_AGO).as_nanos() >> ALIVE_TICK;
             self.facts.modes.words.set(HEARTBEAT, long_ago as u32);
-        }
-
-        /// Comes from the wire, and goes to the daemon.
-        fn is_taken(&self, packet: &Packet) -> bool {
-            taken(self.capture.as_fd(), packet)
-        }
-
-        /// This host sends it, or forwards it.
-        fn sends(&self, packet: &Packet) {
-            assert!(!taken(self.egress.as_fd(), packet));
-        }
-
-        /// The new server answers.
-        fn answers(&self, packet: &Packet) {
-            let outcome = run(self.answers.as_fd(), &frame(&packet.bytes()));
-            assert_eq!(outcome.verdict, TC_ACT_UNSPEC, "{packet:?}");
         }
 
         /// The daemon bounces it.

@@ -494,73 +494,36 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::kernel::bpf::Assembler;
-    use crate::kernel::bpf::test_run::{nanoseconds, run};
+    use crate::kernel::bpf::test_run::nanoseconds;
     use crate::kernel::netlink::{Address, Netlink};
     use crate::kernel::programs::flows::now;
-    use crate::kernel::programs::phrases::keep_packet;
-    use crate::kernel::programs::testing::{L2, Packet, frame, icmp, moves, ports, taken, tcp};
-    use crate::kernel::programs::{Facts, capture, note_own};
+    use crate::kernel::programs::testing::{
+        L2, OldServer, Packet, frame, icmp, moves, ports, taken, tcp,
+    };
+    use crate::kernel::programs::{Facts, note_own};
     use crate::kernel::testing::in_fresh_namespace;
     use crate::lab::wiring::Wiring;
     use crate::packet::{ACK, FIN, PSH, RST};
 
-    /// The programs of an old server.
-    struct OldServer {
-        facts: Facts,
-        capture: OwnedFd,
-        egress: OwnedFd,
-        answers: OwnedFd,
+    /// From which two whole addresses have moved, running for long.
+    fn old_server() -> OldServer {
+        with(&["192.0.2.5", "2001:db8:a::5"])
     }
 
-    impl OldServer {
-        /// From which two whole addresses have moved, running for long.
-        fn new() -> Self {
-            Self::with(&["192.0.2.5", "2001:db8:a::5"])
-        }
+    fn just_started() -> OldServer {
+        of(&["192.0.2.5", "2001:db8:a::5"])
+    }
 
-        fn just_started() -> Self {
-            Self::of(&["192.0.2.5", "2001:db8:a::5"])
-        }
+    /// From which this has moved, running for long.
+    fn with(moved: &[&str]) -> OldServer {
+        let old = of(moved);
+        old.facts.own.begin_at(Duration::ZERO);
+        old
+    }
 
-        /// From which this has moved, running for long.
-        fn with(moved: &[&str]) -> Self {
-            let old = Self::of(moved);
-            old.facts.own.begin_at(Duration::ZERO);
-            old
-        }
-
-        fn of(moved: &[&str]) -> Self {
-            let moves = moves(moved);
-            let facts = Facts::new(&moves).expect("run the tests as root");
-            let load = |program: crate::kernel::bpf::Program| program.load().unwrap();
-            let mut asm = Assembler::new();
-            keep_packet(&mut asm);
-            note_answered(&mut asm, L2, &facts.own, Some(&facts.modes));
-            verdict(&mut asm, TC_ACT_UNSPEC);
-            Self {
-                capture: load(capture(&facts, L2, 1, Some(51820)).unwrap()),
-                egress: load(note_own(&facts, L2, 1, Some(51820)).unwrap()),
-                answers: load(asm.finish("ipmoved_test").unwrap()),
-                facts,
-            }
-        }
-
-        /// Comes from the wire, and goes into the tunnel.
-        fn is_taken(&self, packet: &Packet) -> bool {
-            taken(self.capture.as_fd(), packet)
-        }
-
-        /// This host sends it, or forwards it.
-        fn sends(&self, packet: &Packet) {
-            assert!(!taken(self.egress.as_fd(), packet));
-        }
-
-        /// The new server answers.
-        fn answers(&self, packet: &Packet) {
-            let outcome = run(self.answers.as_fd(), &frame(&packet.bytes()));
-            assert_eq!(outcome.verdict, TC_ACT_UNSPEC, "{packet:?}");
-        }
+    fn of(moved: &[&str]) -> OldServer {
+        let facts = Facts::new(&moves(moved)).expect("run the tests as root");
+        OldServer::new(facts)
     }
 
     /// The moved address, somebody else's, and the protocol of ICMP with its echo.
@@ -571,7 +534,7 @@ mod tests {
 
     #[test]
     fn what_this_host_begins_stays_and_everything_else_is_taken() {
-        let old = OldServer::new();
+        let old = old_server();
         for (moved, remote, protocol, [ping, pong]) in ENDS {
             let out = |protocol, payload| Packet::new(moved, remote, protocol, payload);
             let back = |protocol, payload| Packet::new(remote, moved, protocol, payload);
@@ -599,7 +562,7 @@ mod tests {
 
     #[test]
     fn errors_go_where_the_packet_went_that_they_quote() {
-        let old = OldServer::new();
+        let old = old_server();
         for (moved, remote, protocol, [ping, _]) in ENDS {
             for (protocol, mine, theirs) in [
                 (UDP, ports(40_000, 53), ports(80, 53)),
@@ -623,7 +586,7 @@ mod tests {
 
     #[test]
     fn who_spoke_first_decides() {
-        let old = OldServer::new();
+        let old = old_server();
         for (moved, remote, ..) in ENDS {
             for (protocol, port) in [(UDP, 5060), (47, 0)] {
                 let request = Packet::new(remote, moved, protocol, ports(port, port));
@@ -646,7 +609,7 @@ mod tests {
 
     #[test]
     fn an_answer_to_what_came_before_the_start_keeps_no_client() {
-        let old = OldServer::just_started();
+        let old = just_started();
         let young = now() - YOUNG_IDLE;
         for (moved, remote, ..) in ENDS {
             let request = Packet::new(remote, moved, UDP, ports(5060, 5060));
@@ -674,7 +637,7 @@ mod tests {
 
     #[test]
     fn a_conversation_ends_when_this_host_falls_silent() {
-        let old = OldServer::new();
+        let old = old_server();
         let (moved, remote, ..) = ENDS[0];
         let answer = Packet::new(remote, moved, UDP, ports(5060, 5060));
         let mine = Packet::new(moved, remote, UDP, ports(5060, 5060));
@@ -687,7 +650,7 @@ mod tests {
 
     #[test]
     fn tcp_behind_this_host_is_known_by_its_packets() {
-        let old = OldServer::new();
+        let old = old_server();
         for (moved, remote, ..) in ENDS {
             let out = |flags| Packet::new(moved, remote, TCP, tcp(40_000, 443, flags));
             let back = |flags| Packet::new(remote, moved, TCP, tcp(443, 40_000, flags));
@@ -720,7 +683,7 @@ mod tests {
 
     #[test]
     fn an_idle_connection_ends_only_if_nobody_answers_for_it() {
-        let old = OldServer::new();
+        let old = old_server();
         let idle = now() - OWN_IDLE;
         for (moved, remote, ..) in ENDS {
             let out = |flags| Packet::new(moved, remote, TCP, tcp(40_000, 443, flags));
@@ -767,7 +730,7 @@ mod tests {
 
     #[test]
     fn ports_that_have_not_moved_take_room_for_their_fragments_only() {
-        let old = OldServer::with(&["192.0.2.5:443,8000-8100", "[2001:db8:a::5]:443/udp"]);
+        let old = with(&["192.0.2.5:443,8000-8100", "[2001:db8:a::5]:443/udp"]);
         for (at, (moved, remote, ..)) in (1..).zip(ENDS) {
             let to = |port| Packet::new(remote, moved, UDP, ports(4000, port));
             let part = |packet: Packet, id, offset, more| Packet {
@@ -803,7 +766,7 @@ mod tests {
 
     #[test]
     fn fragments_follow_the_first() {
-        let old = OldServer::new();
+        let old = old_server();
         for (moved, remote, ..) in ENDS {
             let part = |ports, id, offset, more| Packet {
                 fragment: Some((id, offset, more)),
@@ -833,7 +796,7 @@ mod tests {
 
     #[test]
     fn answers_of_a_dhcp_server_stay() {
-        let old = OldServer::new();
+        let old = old_server();
         for (moved, remote, ..) in ENDS {
             for (server, client, stays) in [
                 (67, 68, true),
@@ -875,7 +838,7 @@ mod tests {
     fn sockets_of_this_host_keep_what_is_theirs() {
         in_fresh_namespace(|| {
             addresses();
-            let old = OldServer::new();
+            let old = old_server();
             for (moved, remote, ..) in ENDS {
                 // A service, which still listens, has a connection.
                 let service = TcpListener::bind(end(moved, 80)).unwrap();
@@ -932,7 +895,7 @@ mod tests {
     fn a_peer_with_a_fixed_port_may_be_silent_for_hours_while_the_socket_is_there() {
         in_fresh_namespace(|| {
             addresses();
-            let old = OldServer::new();
+            let old = old_server();
             let silent = |time| old.facts.own.age(now() - time);
             let nearly = OWN_LASTING - Duration::from_secs(60);
             for (moved, remote, ..) in ENDS {
@@ -970,7 +933,7 @@ mod tests {
     fn who_was_merely_answered_is_not_kept_for_hours() {
         in_fresh_namespace(|| {
             addresses();
-            let old = OldServer::new();
+            let old = old_server();
             let kept = Duration::from_secs(9);
             for (moved, remote, ..) in ENDS {
                 let request = Packet::new(remote, moved, UDP, ports(5060, 5060));
@@ -1013,7 +976,7 @@ mod tests {
     fn what_the_question_costs() {
         in_fresh_namespace(|| {
             addresses();
-            let old = OldServer::new();
+            let old = old_server();
             for (moved, remote, ..) in ENDS {
                 let cost = |program: &OwnedFd, packet: &Packet| {
                     nanoseconds(program.as_fd(), &frame(&packet.bytes()))
@@ -1049,7 +1012,7 @@ mod tests {
                     )
                 );
                 eprintln!("own answer {}", cost(&old.capture, &answer));
-                let in_part = OldServer::with(&["192.0.2.5:443", "[2001:db8:a::5]:443"]);
+                let in_part = with(&["192.0.2.5:443", "[2001:db8:a::5]:443"]);
                 eprintln!(
                     "egress, in part: moved {}; not moved {}",
                     cost(

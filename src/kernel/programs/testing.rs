@@ -1,11 +1,14 @@
 //! Packets for the tests of programs, and a program's decision about one (`BPF_PROG_TEST_RUN`).
 
 use std::net::IpAddr;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::headers::{icmpv4, icmpv6, ipv6};
-use super::phrases::TC_ACT_UNSPEC;
+use super::phrases::{TC_ACT_UNSPEC, keep_packet, verdict};
+use super::stays::note_answered;
+use super::{Facts, capture, note_own};
 use crate::kernel::bpf::test_run::run;
+use crate::kernel::bpf::{Assembler, Program};
 use crate::model::moved::Move;
 
 /// Verdict of `bpf_redirect`.
@@ -16,6 +19,47 @@ pub(super) const L2: u32 = 14;
 
 pub(super) fn moves(texts: &[&str]) -> Vec<Move> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+/// The programs of an old server, and what they know.
+pub(super) struct OldServer {
+    pub(super) facts: Facts,
+    pub(super) capture: OwnedFd,
+    pub(super) egress: OwnedFd,
+    pub(super) answers: OwnedFd,
+}
+
+impl OldServer {
+    pub(super) fn new(facts: Facts) -> Self {
+        let load = |program: Program| program.load().unwrap();
+        // The TUN has no link-layer header, but BPF_PROG_TEST_RUN wants one.
+        let mut asm = Assembler::new();
+        keep_packet(&mut asm);
+        note_answered(&mut asm, L2, &facts.own, Some(&facts.modes));
+        verdict(&mut asm, TC_ACT_UNSPEC);
+        Self {
+            capture: load(capture(&facts, L2, 1, Some(51820)).unwrap()),
+            egress: load(note_own(&facts, L2, 1, Some(51820)).unwrap()),
+            answers: load(asm.finish("ipmoved_test").unwrap()),
+            facts,
+        }
+    }
+
+    /// Comes from the wire, and goes to the daemon.
+    pub(super) fn is_taken(&self, packet: &Packet) -> bool {
+        taken(self.capture.as_fd(), packet)
+    }
+
+    /// This host sends it, or forwards it.
+    pub(super) fn sends(&self, packet: &Packet) {
+        assert!(!taken(self.egress.as_fd(), packet));
+    }
+
+    /// The new server answers.
+    pub(super) fn answers(&self, packet: &Packet) {
+        let outcome = run(self.answers.as_fd(), &frame(&packet.bytes()));
+        assert_eq!(outcome.verdict, TC_ACT_UNSPEC, "{packet:?}");
+    }
 }
 
 /// A frame for this host, as `lo` would receive it.
