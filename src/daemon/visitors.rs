@@ -54,7 +54,8 @@ impl Visitors {
         self.next
     }
 
-    /// Asks the gates. Call it when it is [time](Self::next). `all`: everything is the new server's, and gets there.
+    /// Asks the gates. Call it when it is [time](Self::next). `all`: everything is the new
+    /// server's, and gets there.
     pub(super) fn look(
         &mut self,
         now: Instant,
