@@ -117,13 +117,7 @@ fn no_reset_leaves_the_old_server_while_its_network_comes_up() -> Result {
         let ends = &RawSocket::open(lab.clients(), CLIENT, 6)?;
         thread::scope(|scope| {
             // Packets come as soon as the link carries them.
-            let flood = scope.spawn(move || {
-                for _ in 0..1_000 {
-                    // Until the router knows the way there is an error.
-                    let _ = ends.send(MOVED, &SEGMENT);
-                    thread::sleep(Duration::from_micros(500));
-                }
-            });
+            let flood = scope.spawn(|| flood(ends, 1_000));
             // As a network manager does, which sees a link before it sets it up.
             lab.plug(Leg::Old)?;
             captures(&lab)?;
@@ -138,6 +132,15 @@ fn no_reset_leaves_the_old_server_while_its_network_comes_up() -> Result {
         assert_eq!(seen.refusals_from(MOVED6), 0, "{args:?}: a reset left");
     }
     Ok(())
+}
+
+/// Sends so many segments to the moved address, two in a millisecond.
+fn flood(ends: &RawSocket, segments: u32) {
+    for _ in 0..segments {
+        // Until the router knows the way there is an error.
+        let _ = ends.send(MOVED, &SEGMENT);
+        thread::sleep(Duration::from_micros(500));
+    }
 }
 
 /// The router leases this address to whoever asks.
@@ -207,12 +210,7 @@ fn a_late_lease_resets_nothing() -> Result {
         lab.configure(Leg::Old, &addresses)?;
         let ends = &RawSocket::open(lab.clients(), CLIENT, 6)?;
         thread::scope(|scope| {
-            let flood = scope.spawn(move || {
-                for _ in 0..3_000 {
-                    let _ = ends.send(MOVED, &SEGMENT);
-                    thread::sleep(Duration::from_micros(500));
-                }
-            });
+            let flood = scope.spawn(|| flood(ends, 3_000));
             thread::sleep(Duration::from_secs(1));
             take_lease(&lab)?;
             again.wait_until_up()?;

@@ -38,6 +38,13 @@ const CUTOVER: Duration = Duration::from_secs(20);
 /// Conversations that are begun in each mode, of each family.
 const CONVERSATIONS: usize = 20;
 
+/// Daemons of which the old server's leaves everything to its own service at first.
+fn before(lab: &Lab) -> Result<DaemonSetup<'_>> {
+    Ok(setup(lab)?
+        .moves(&FAMILIES)
+        .args(Role::Old, &["--start", "here"]))
+}
+
 /// A service of both families, TCP and UDP.
 struct Services {
     _tcp: [Service; 2],
@@ -130,9 +137,7 @@ fn go_on(conversations: &mut [Conversation], patience: Duration) -> Result {
 #[test]
 fn nobody_is_refused_and_everything_goes_on_from_mode_to_mode() -> Result {
     let lab = Lab::new()?;
-    let setup = setup(&lab)?
-        .moves(&FAMILIES)
-        .args(Role::Old, &["--start", "here"]);
+    let setup = before(&lab)?;
     let (old, new) = (Services::old(&lab)?, Services::new(&lab)?);
     let daemons = setup.start_both()?;
     let (mut old_daemon, new_daemon) = (Some(daemons.old), daemons.new);
@@ -220,9 +225,7 @@ fn nobody_is_refused_and_everything_goes_on_from_mode_to_mode() -> Result {
 #[test]
 fn a_mode_outlives_the_daemon() -> Result {
     let lab = Lab::new()?;
-    let setup = setup(&lab)?
-        .moves(&FAMILIES)
-        .args(Role::Old, &["--start", "here"]);
+    let setup = before(&lab)?;
     let _services = (Services::old(&lab)?, Services::new(&lab)?);
     let daemons = setup.start_both()?;
     let mut old = daemons.old;
@@ -377,9 +380,7 @@ fn a_cutover_refuses_nobody() -> Result {
 #[test]
 fn a_cutover_that_fails_goes_back() -> Result {
     let lab = Lab::new()?;
-    let setup = setup(&lab)?
-        .moves(&FAMILIES)
-        .args(Role::Old, &["--start", "here"]);
+    let setup = before(&lab)?;
     let _old = Services::old(&lab)?;
     let mut daemons = setup.start_both()?;
     let script = Script {
@@ -453,9 +454,7 @@ fn a_cutover_that_fails_goes_back() -> Result {
 #[test]
 fn a_cut_leaves_nothing_here() -> Result {
     let lab = Lab::new()?;
-    let setup = setup(&lab)?
-        .moves(&FAMILIES)
-        .args(Role::Old, &["--start", "here"]);
+    let setup = before(&lab)?;
     let _services = (Services::old(&lab)?, Services::new(&lab)?);
     let daemons = setup.start_both()?;
     let mut lasting = begin(lab.client())?;
