@@ -32,6 +32,8 @@ use crate::kernel::iptables;
 use crate::kernel::netlink::firewall;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
 use crate::lab::{DemoError, LabError};
+use crate::model::prefix::Prefix;
+use crate::model::progress::Progress;
 use crate::model::status::Status;
 use crate::settings::args::{
     Cli, Command, NatArgs, ReportArgs, RunArgs, StragglersArgs, VerdictArgs,
@@ -260,8 +262,8 @@ fn show_stragglers(args: StragglersArgs) -> Result<(), Failure> {
 fn give_verdict(args: VerdictArgs) -> Result<(), Failure> {
     let history = history(args.state_dir)?;
     let quiet = args.quiet.get().as_secs() as i64;
-    let verdict = Verdict::of(&history, quiet, &args.ignore).map_err(unreadable)?;
-    let verdict = verdict.with_here(still_here(orders::status().ok().as_mut()));
+    let mut status = orders::status().ok();
+    let verdict = judge(&history, quiet, &args.ignore, status.as_mut())?;
     let printed = if args.json {
         print_json(&verdict)
     } else {
@@ -282,26 +284,24 @@ fn give_verdict(args: VerdictArgs) -> Result<(), Failure> {
 fn write_report(args: ReportArgs) -> Result<(), Failure> {
     let history = history(args.state_dir)?;
     let quiet = args.quiet.get().as_secs() as i64;
-    let verdict = Verdict::of(&history, quiet, &args.ignore).map_err(unreadable)?;
     let mut status = orders::status().ok();
-    let verdict = verdict.with_here(still_here(status.as_mut()));
+    let verdict = judge(&history, quiet, &args.ignore, status.as_mut())?;
     let since = history.now() - quiet;
     let findings = Findings::of(&history, since, args.top.get() as usize).map_err(unreadable)?;
     // The page is right without what the daemon knows.
     let tunnels = || status.iter().flat_map(|status| &status.tunnels);
     let moved: Vec<String> = tunnels().flat_map(|it| it.moved.clone()).collect();
-    let progress = || tunnels().flat_map(|tunnel| &tunnel.progress);
-    let (by_tunnel, directly) = progress().fold((0, 0), |(by_tunnel, directly): (u64, u64), it| {
-        (
-            by_tunnel + it.progress.by_tunnel,
-            directly + it.progress.directly,
-        )
+    let progress = tunnels().flat_map(|tunnel| &tunnel.progress);
+    let all = progress.fold(Progress::default(), |sum, of| Progress {
+        by_tunnel: sum.by_tunnel + of.progress.by_tunnel,
+        directly: sum.directly + of.progress.directly,
+        ..sum
     });
     let page = Page {
         moved: &moved,
         verdict: &verdict,
         findings: &findings,
-        directly: (directly * 100).checked_div(by_tunnel + directly),
+        directly: all.percent_directly(),
     };
     let html = page
         .to_html()
@@ -317,14 +317,20 @@ fn write_report(args: ReportArgs) -> Result<(), Failure> {
     print(&format!("{file} is written\n"))
 }
 
-/// How many conversations this server still has itself, as far as its daemon runs and can tell.
-fn still_here(status: Option<&mut Status>) -> u64 {
+/// The verdict, with what this server still has itself, as far as its daemon runs and can tell.
+fn judge(
+    history: &History,
+    quiet: i64,
+    ignored: &[Prefix],
+    status: Option<&mut Status>,
+) -> Result<Verdict, Failure> {
+    let verdict = Verdict::of(history, quiet, ignored).map_err(unreadable)?;
     let Some(status) = status else {
-        return 0;
+        return Ok(verdict);
     };
     let _ = here::count(status);
     let modes = status.tunnels.iter().flat_map(|tunnel| &tunnel.modes);
-    modes.filter_map(|mode| mode.here_live).sum()
+    Ok(verdict.with_here(modes.filter_map(|mode| mode.here_live).sum()))
 }
 
 fn history(state_dir: Option<PathBuf>) -> Result<History, Failure> {
