@@ -100,6 +100,12 @@ fn ask_all_the_time(client: Client<'_>, over: &AtomicBool, asked: &Mutex<Vec<Ask
     }
 }
 
+/// How many requests have begun since then and are over; one family follows the other.
+fn asked_since(asked: &Mutex<Vec<Asked>>, since: Instant) -> usize {
+    let all = asked.lock().unwrap_or_else(PoisonError::into_inner);
+    all.iter().filter(|it| it.begun >= since).count()
+}
+
 /// Runs a command on the old server that is to work.
 fn run(setup: &DaemonSetup<'_>, args: &[&str]) -> Result<Output> {
     let said = setup.run(Role::Old, args)?;
@@ -143,7 +149,7 @@ fn nobody_is_refused_and_everything_goes_on_from_mode_to_mode() -> Result {
     let (mut old_daemon, new_daemon) = (Some(daemons.old), daemons.new);
     let client = lab.client();
     let over = AtomicBool::new(false);
-    let asked = Mutex::default();
+    let asked: Mutex<Vec<Asked>> = Mutex::default();
     // From when to when who answers; `None` is either, but always the same one.
     let mut phases: Vec<(Instant, Instant, Option<[IpAddr; 2]>)> = Vec::new();
     let (here, there) = (ENDS.map(|it| it.0), ENDS.map(|it| it.1));
@@ -182,6 +188,9 @@ fn nobody_is_refused_and_everything_goes_on_from_mode_to_mode() -> Result {
                 go_on(&mut conversations, PATIENCE)
                     .map_err(|error| LabError::unexpected(format!("after {args:?}: {error}")))?;
                 if !is_held {
+                    let both = || (asked_since(&asked, since) >= ENDS.len()).then_some(());
+                    poll_until(PATIENCE, PAUSE, both)
+                        .ok_or_else(|| LabError::unexpected("nobody asks".to_owned()))?;
                     phases.push((since, Instant::now(), expected));
                 }
             }
