@@ -41,7 +41,7 @@ use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use super::{index, log};
 use crate::channel::pmtu;
-use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
+use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes, wipe_frames};
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
 use crate::flow::ended::HostFlow;
 use crate::flow::gate::{Gate, GateConfig};
@@ -195,6 +195,7 @@ async fn carry(
         calls: Vec::new(),
         holding: None,
         view: LaneView {
+            number: 0,
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
             hop: Hop::default(),
@@ -621,7 +622,10 @@ impl Control<'_> {
         self.carry_out(now);
         // A session has to be in the lanes' hands before the peer learns of it.
         if std::mem::take(&mut self.view_changed) {
+            self.view.number += 1;
             self.shared.view.store(Arc::new(self.view.clone()));
+            // What keys of sessions that have ended left on this thread's stack.
+            wipe_frames();
         }
         self.send_all(now);
     }

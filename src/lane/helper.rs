@@ -27,6 +27,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::bell::{clear, ring};
 use super::shared::{TICK, timespec};
+use crate::channel::session::wipe_frames;
 
 /// What the helper thread can do for a lane: the inbound direction, or a stand-in of a test.
 pub(super) trait Work: Send + 'static {
@@ -167,6 +168,8 @@ impl<W: Work> Ends<W> {
     fn serve(self) {
         while let Ok(mut work) = self.given.recv() {
             self.run(&mut *work);
+            // The sessions may have ended before this thread is given work again.
+            wipe_frames();
             clear(&self.recall);
             if self.back.send(work).is_err() {
                 return;

@@ -14,7 +14,7 @@ use tracing::debug;
 use super::helper::{Turn, Work};
 use super::outbox::Outbox;
 use super::receive_ring::ReceiveRing;
-use super::shared::{BURST, BURST_BYTES, Context, LaneParts, TICK};
+use super::shared::{BURST, BURST_BYTES, Context, LaneParts, Seen, TICK};
 use super::slow_path::{InboundOutcome, SlowPath};
 use super::to_control::{Queue, ToControl};
 use super::to_host::{self, Arrival};
@@ -73,6 +73,8 @@ pub(super) struct Inbound {
     long_again: Option<Instant>,
     detour: Detour,
     ticked: Instant,
+    /// By the helper thread.
+    seen: Seen,
 }
 
 /// The slow path of this direction: fragments, packets that were reassembled from parts, and
@@ -100,6 +102,7 @@ impl Inbound {
                 outbox,
             },
             ticked: now,
+            seen: Seen::default(),
             parts,
         }
     }
@@ -472,6 +475,7 @@ impl Work for Inbound {
     fn turn(&mut self, waits: bool) -> Turn {
         self.parts.counters.inbound.count();
         let view = self.parts.shared.view.load_full();
+        self.seen.wipe_after(&view);
         let context = Context {
             now: Instant::now(),
             view: &view,

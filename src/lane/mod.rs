@@ -82,7 +82,7 @@ use outbox::{Outbox, Posted};
 use release::Releaser;
 use rustix::event::{PollFd, PollFlags, poll};
 pub use shared::LaneParts;
-use shared::{Context, EXPIRY_BUDGET, TICK, timespec};
+use shared::{Context, EXPIRY_BUDGET, Seen, TICK, timespec};
 pub use to_control::{LaneError, ToControl, Waiting};
 use tracing::debug;
 
@@ -171,6 +171,7 @@ impl Lane {
     fn carry(&mut self) -> Result<(), LaneError> {
         let shared = Arc::clone(&self.parts.shared);
         let mut ready = Ready::default();
+        let mut seen = Seen::default();
         loop {
             ready = self.wait(ready)?;
             self.parts.counters.outbound.count();
@@ -181,6 +182,7 @@ impl Lane {
                 return Ok(());
             }
             let view = shared.view.load_full();
+            seen.wipe_after(&view);
             let context = Context {
                 now: Instant::now(),
                 view: &view,

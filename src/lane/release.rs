@@ -23,6 +23,7 @@ use tracing::debug;
 use super::outbound::Outbound;
 use super::shared::{BURST, Context, LaneParts, TICK, timespec};
 use super::to_control::{LaneError, ToControl};
+use crate::channel::session::wipe_frames;
 use crate::model::drops::DropReason;
 use crate::packet::Parsed;
 
@@ -146,5 +147,7 @@ impl Release {
         let new = || Box::new(Outbound::new(Arc::clone(&self.parts), now));
         let outbound = self.outbound.get_or_insert_with(new);
         outbound.send_held(context, self.frames.drain(..));
+        // The sessions may have ended before this thread is asked again.
+        wipe_frames();
     }
 }

@@ -6,6 +6,7 @@
 //! the same cache line.
 
 use std::collections::HashMap;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -16,7 +17,7 @@ use rustix::event::Timespec;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::channel::pmtu;
-use crate::channel::session::{MacCheck, Session};
+use crate::channel::session::{MacCheck, Session, wipe_frames};
 use crate::channel::wire::DATA_OVERHEAD;
 use crate::flow::role::{Forwarder, Hop};
 use crate::io::tun::TunQueue;
@@ -105,12 +106,28 @@ pub struct Shared {
 /// Who may send what to whom, at one moment.
 #[derive(Clone, Default)]
 pub struct LaneView {
+    /// Which one it is: a later one has another number.
+    pub number: u64,
     /// Every session on which datagrams are accepted, by our index.
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
     pub peers: Vec<PeerView>,
     /// The old server as a hop between clients and the application.
     pub hop: Hop,
+}
+
+/// The view that a thread saw last.
+#[derive(Default)]
+pub(super) struct Seen(u64);
+
+impl Seen {
+    /// Before the thread uses a view: with another one, sessions may have ended that it has used,
+    /// and it has let go of them. What their keys have left on its stack goes now.
+    pub(super) fn wipe_after(&mut self, view: &LaneView) {
+        if mem::replace(&mut self.0, view.number) != view.number {
+            wipe_frames();
+        }
+    }
 }
 
 impl LaneParts {

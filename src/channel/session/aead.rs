@@ -5,7 +5,7 @@
 
 use aegis::aegis256x4::Aegis256X4;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
 
 use super::{Cipher, KEY_LEN};
 use crate::channel::wire::{DATA_HEADER_LEN, TAG_LEN};
@@ -49,9 +49,7 @@ impl LaneKey {
                 tag.ok()?.as_ref().try_into().ok()
             }
             Self::Aegis(key) => {
-                let tag = aegis_seal(key, counter, header, text);
-                wipe_stack();
-                Some(tag)
+                Some(aegis_seal(key, counter, header, text))
             }
         }
     }
@@ -72,16 +70,16 @@ impl LaneKey {
             }
             Self::Aegis(key) => {
                 let (text, tag) = text.split_last_chunk_mut::<TAG_LEN>()?;
-                let opened = aegis_open(key, counter, header, text, tag);
-                wipe_stack();
-                opened.then_some(text.len())
+                aegis_open(key, counter, header, text, tag).then_some(text.len())
             }
         }
     }
 }
 
-/// It has a frame of its own, since the library copies the key there. [`wipe_stack`] comes after
-/// it.
+/// It has a frame of its own, since the library copies the key there; how much of the stack that
+/// takes depends on the processor and the compiler. While the session is in use its key is in
+/// memory anyway; once sessions have ended, each thread that sealed or opened overwrites what is
+/// left of their keys ([`wipe_frames`](super::wipe_frames)).
 #[inline(never)]
 fn aegis_seal(
     key: &[u8; KEY_LEN],
@@ -103,17 +101,6 @@ fn aegis_open(
 ) -> bool {
     let aegis = Aegis256X4::<TAG_LEN>::new(key, &nonce(counter));
     aegis.decrypt_in_place(text, tag, header).is_ok()
-}
-
-/// Overwrites the stack where the frame of the last call was.
-///
-/// It runs for each datagram, so it covers no more than twice what the library's code for AVX-512
-/// uses there. The library's code for other processors uses up to 1,184 bytes (NEON); of those this
-/// leaves the lower part.
-#[inline(never)]
-fn wipe_stack() {
-    let mut frame = [0u64; 48];
-    frame.zeroize();
 }
 
 /// The counter in the last eight bytes, as WireGuard has it, with zeros before it.

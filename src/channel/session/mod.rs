@@ -30,7 +30,8 @@
 //! * the state of a handshake, which snow does not wipe, by `keys::Wiped` and the resolver in
 //!   `noise`;
 //! * the keys of AES-GCM and ChaCha20 by AWS-LC, whose `OPENSSL_free` cleanses what it frees;
-//! * those of AEGIS, and the copies that its library makes on the stack, by `aead`.
+//! * those of AEGIS by `aead`, and the copies that its library makes on the stack by each thread
+//!   that used them, once they are out of use ([`wipe_frames`]).
 //!
 //! Copies that the compiler left in other dead stack frames are out of reach, as in every program.
 
@@ -58,7 +59,7 @@ pub use activity::Activity;
 pub use cipher::{Cipher, CipherPolicy, Ciphers, Offer};
 pub use entropy::{Entropy, NoEntropy};
 pub use index::SessionIndexes;
-pub use keys::{KEY_LEN, PeerKeys, Psk, PskError};
+pub use keys::{KEY_LEN, PeerKeys, Psk, PskError, wipe_frames};
 pub use mac_check::{Admitted, MOST_AT_ONCE, MacCheck};
 pub use seal::{OpenBatch, Opened, Sealer};
 
