@@ -24,6 +24,7 @@ mod bad_packets;
 mod behind_dnat;
 mod confined;
 mod demo;
+mod dry_run;
 mod endpoints;
 #[cfg(target_arch = "x86_64")]
 mod entered;

@@ -11,6 +11,7 @@
 )]
 
 mod cutover;
+mod dry_run;
 mod here;
 mod orders;
 
@@ -64,7 +65,9 @@ pub fn main() -> ExitCode {
     // The words are looked at again only after a mistake: a key may be among them.
     let refused = |error| explain(&error, &std::env::args_os().collect::<Vec<_>>());
     let result = Cli::try_parse().map_or_else(refused, |cli| match cli.command {
+        None if cli.dry_run.dry_run => dry_run::of_tunnel(cli.run, cli.dry_run.json),
         None => run(cli.run),
+        Some(Command::Nat(args)) if args.dry_run.dry_run => dry_run::of_nat(args),
         Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
         Some(Command::Status { json }) => show_status(json),

@@ -20,6 +20,8 @@
 //!
 //! `visitors` hands over who comes to be recorded (stragglers).
 //!
+//! `dry_run` tells what a start would change, and changes nothing.
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -38,6 +40,7 @@ pub mod confine;
 mod control;
 pub mod control_socket;
 mod delivered;
+mod dry_run;
 mod early;
 mod facts;
 mod follow;
@@ -65,7 +68,8 @@ use crate::model::peer::PeerId;
 use crate::settings::config::Config;
 use crate::settings::values::PeerAddr;
 
-pub use nat::run as run_nat;
+pub use dry_run::{DryRun, dry_run};
+pub use nat::{dry_run as dry_run_nat, run as run_nat};
 pub use service::DaemonError;
 
 /// Runs until a signal ends it, and undoes everything then.

@@ -12,6 +12,7 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use super::dry_run::DryRun;
 use super::follow::Listener;
 use super::report;
 use super::service::{
@@ -83,32 +84,8 @@ impl Ready {
         let netlink = Netlink::new().map_err(system)?;
         let mut host = Host::open(runtime_dir)?;
         warn_of_unread(&host);
-        if netlink
-            .link_by_name(&settings.tun)
-            .map_err(system)?
-            .is_some()
-        {
-            return Err(TunError::Exists(settings.tun.clone()).into());
-        }
-        let servers: Vec<IpAddr> = settings.to.iter().map(|to| to.ip).collect();
+        let Found { uplink, towards } = Found::new(&netlink, settings)?;
         let moves = &settings.moves;
-        warn_of_absent(&netlink, moves)?;
-        let named = settings.uplink.as_deref();
-        let uplink = find_uplink(&netlink, named, moves, &servers, &settings.tun)?;
-        let towards = servers
-            .iter()
-            .map(|&to| find_server(&netlink, settings, to))
-            .collect::<Result<Vec<_>, _>>()?;
-        // A killed predecessor's reservation keeps everybody else out of these ports; its own flows
-        // have no sockets.
-        if let Some(conflict) = masquerade::conflict(&PORTS, &towards) {
-            return Err(input(format!(
-                "{conflict} is in use on this server, and ports {}-{} have to stand for clients: \
-                 close it, or let it use another",
-                PORTS.start(),
-                PORTS.end()
-            )));
-        }
         let status = status_socket::listen(host.dir())?;
         let signals = Signals::new()?;
         let (queues, _) = TunQueue::create(&settings.tun, 1, TunOptions::default())?;
@@ -132,6 +109,61 @@ impl Ready {
         };
         Ok(Self { host, tools })
     }
+}
+
+/// The facts about this host that the checks found out.
+struct Found {
+    uplink: Link,
+    towards: Vec<Towards>,
+}
+
+impl Found {
+    /// Checks the settings against the host.
+    fn new(netlink: &Netlink, settings: &NatSettings) -> Result<Self> {
+        if netlink
+            .link_by_name(&settings.tun)
+            .map_err(system)?
+            .is_some()
+        {
+            return Err(TunError::Exists(settings.tun.clone()).into());
+        }
+        let servers: Vec<IpAddr> = settings.to.iter().map(|to| to.ip).collect();
+        let moves = &settings.moves;
+        warn_of_absent(netlink, moves)?;
+        let named = settings.uplink.as_deref();
+        let uplink = find_uplink(netlink, named, moves, &servers, &settings.tun)?;
+        let towards = servers
+            .iter()
+            .map(|&to| find_server(netlink, settings, to))
+            .collect::<Result<Vec<_>, _>>()?;
+        // A killed predecessor's reservation keeps everybody else out of these ports; its own flows
+        // have no sockets.
+        if let Some(conflict) = masquerade::conflict(&PORTS, &towards) {
+            return Err(input(format!(
+                "{conflict} is in use on this server, and ports {}-{} have to stand for clients: \
+                 close it, or let it use another",
+                PORTS.start(),
+                PORTS.end()
+            )));
+        }
+        Ok(Self { uplink, towards })
+    }
+}
+
+/// Tells what [`run`] would change.
+///
+/// # Errors
+/// As a start would fail.
+pub fn dry_run(settings: &NatSettings, runtime_dir: &Path) -> Result<DryRun, DaemonError> {
+    let netlink = Netlink::new().map_err(system)?;
+    let mut host = Host::rehearse(runtime_dir)?;
+    warn_of_unread(&host);
+    let Found { uplink, towards } = Found::new(&netlink, settings)?;
+    let tun = Link::planned_tun(&settings.tun, uplink.mtu);
+    let plan = masquerade::plan(&netlink, &settings.moves, &uplink, &towards, &tun, &PORTS);
+    let plan = plan.map_err(system)?;
+    host.reconcile_around(plan.first, |_| {}, plan.captures)?;
+    DryRun::new(&host, &tun, 1, tun.mtu).end(&mut host, &tun)
 }
 
 /// The route to the new server, and the address from which this server speaks to it.

@@ -27,16 +27,12 @@ use crate::kernel::netlink::{Address, Family, Link, Netlink, TABLE_LOCAL};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
+use crate::kernel::tun;
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
-use crate::packet::IPV6_MIN_MTU;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::{DeliverTo, Listen, PeerAddr};
-
-/// Packets that wait in the kernel for the daemon to read them. A burst of small packets brings
-/// more between two wake-ups than the default of 500.
-const TX_QUEUE_LEN: u32 = 1_000;
 
 /// The MTU of uplinks that are not there yet: that of most (RFC 894).
 const ETHERNET_MTU: u32 = 1_500;
@@ -99,21 +95,7 @@ impl Ready {
         let addresses = netlink.addresses().map_err(system)?;
         let may_come = early::may_come(&addresses);
         let is_up = early::is_up(&addresses);
-        let endpoints = config
-            .peers
-            .iter()
-            .map(|peer| {
-                let named = peer.endpoint.as_ref()?;
-                if !is_up && named.is_name() {
-                    // Nobody answers, and capture must not wait for that.
-                    return None;
-                }
-                let found = resolve(named, 0);
-                found
-                    .map_err(|error| warn!(error, "a peer is not found by its name; trying again"))
-                    .ok()
-            })
-            .collect::<Vec<_>>();
+        let endpoints = find_peers(config, is_up);
         let found = Found::new(&netlink, config, &endpoints, &addresses, may_come)?;
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
@@ -156,11 +138,29 @@ impl Ready {
     }
 }
 
+/// Where each peer is, as far as its address is known or its name is found. No name is looked up
+/// before the network `is_up`.
+pub(super) fn find_peers(config: &Config, is_up: bool) -> Vec<Option<SocketAddr>> {
+    let find = |peer: &PeerConfig| {
+        let named = peer.endpoint.as_ref()?;
+        if !is_up && named.is_name() {
+            // Nobody answers, and capture must not wait for that.
+            return None;
+        }
+        let found = resolve(named, 0);
+        found
+            .map_err(|error| warn!(error, "a peer is not found by its name; trying again"))
+            .ok()
+    };
+    config.peers.iter().map(find).collect()
+}
+
 /// The facts about this host that the checks found out.
-struct Found {
-    uplinks: Uplinks,
+pub(super) struct Found {
+    /// The interfaces that clients' packets use.
+    pub(super) uplinks: Uplinks,
     /// What leaves through the tunnel because of its port.
-    chosen: Vec<Chosen>,
+    pub(super) chosen: Vec<Chosen>,
     cgroups: Cgroups,
 }
 
@@ -204,7 +204,7 @@ impl Uplinks {
 impl Found {
     /// Checks the settings against the host, which has these `addresses`. What it does not have is
     /// an error, unless that `may_come`.
-    fn new(
+    pub(super) fn new(
         netlink: &Netlink,
         config: &Config,
         endpoints: &[Option<SocketAddr>],
@@ -284,17 +284,7 @@ impl Found {
                 Programs::New(Box::new(steering))
             }
         };
-        let keeps =
-            |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
-        let calls_itself =
-            |peer: &PeerConfig| peer.deliver_to != DeliverTo::Keep && !peer.outgoing.is_empty();
-        let settings = LinkSettings {
-            named: config.uplink.clone(),
-            moves,
-            listen: config.listen.ip.filter(|ip| !ip.is_unspecified()),
-            keeps: config.peers.iter().any(keeps),
-            calls_itself: config.peers.iter().any(calls_itself),
-        };
+        let settings = link_settings(config, moves);
         let follower = Follower::start(settings, programs, tun.clone(), self.uplinks, host)?;
         Ok((follower, self.cgroups))
     }
@@ -307,14 +297,29 @@ fn is_loopback(netlink: &Netlink, named: Option<&str>) -> Result<bool> {
     Ok(link.is_some_and(|link| link.loopback))
 }
 
+/// What the settings say about links.
+pub(super) fn link_settings(config: &Config, moves: Vec<Move>) -> LinkSettings {
+    let keeps =
+        |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
+    let calls_itself =
+        |peer: &PeerConfig| peer.deliver_to != DeliverTo::Keep && !peer.outgoing.is_empty();
+    LinkSettings {
+        named: config.uplink.clone(),
+        moves,
+        listen: config.listen.ip.filter(|ip| !ip.is_unspecified()),
+        keeps: config.peers.iter().any(keeps),
+        calls_itself: config.peers.iter().any(calls_itself),
+    }
+}
+
 /// Everything that has moved (old server).
-fn moves(config: &Config) -> Vec<Move> {
+pub(super) fn moves(config: &Config) -> Vec<Move> {
     let moves = config.peers.iter().flat_map(|peer| &peer.moves);
     moves.cloned().collect()
 }
 
 /// The moves of those peers that may begin connections.
-fn moves_that_begin(config: &Config) -> Vec<Move> {
+pub(super) fn moves_that_begin(config: &Config) -> Vec<Move> {
     let begin = (config.peers.iter()).filter(|peer| !peer.allow_outgoing.is_empty());
     begin.flat_map(|peer| &peer.moves).cloned().collect()
 }
@@ -638,29 +643,15 @@ fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
     })
 }
 
-/// Brings the TUN up, without addresses, and keeps the kernel from sending on it of its own accord.
+/// Brings the TUN up.
 pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link> {
     let tun = netlink
         .link_by_name(name)
         .map_err(system)?
         .ok_or_else(|| system(format!("the interface {name} vanished")))?;
-    // Where the interface forwards IPv6, the kernel joins the groups of all routers and reports so
-    // (MLD, RFC 3810), unless the interface has no multicast. Programs that look for links to
-    // announce themselves on (mDNS, LLMNR) leave it out then, too. On a host that forwards, it has
-    // joined already: IPv6 ends below its least MTU, and begins anew above.
-    let ends_ipv6 = IPV6_MIN_MTU as u32 - 1;
-    netlink.clear_link_multicast(tun.index).map_err(system)?;
-    netlink.set_link_mtu(tun.index, ends_ipv6).map_err(system)?;
-    netlink.set_link_mtu(tun.index, mtu).map_err(system)?;
-    // No link-local address, hence no router solicitations: an interface without IPv6 has no such
-    // file, and needs none.
-    let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/addr_gen_mode"), "1");
-    // Not when it is made: that request (SIOCSIFTXQLEN) is for the host's own root alone, while
-    // this one will do in a container too.
-    if let Err(error) = netlink.set_link_queue(tun.index, TX_QUEUE_LEN) {
-        debug!(%error, "the TUN keeps the queue that it has");
+    for setting in tun::settings(mtu) {
+        setting.make(netlink, &tun).map_err(system)?;
     }
-    netlink.set_link_up(tun.index).map_err(system)?;
     Ok(Link {
         mtu,
         up: true,

@@ -4,6 +4,8 @@
 //! it is undone; undoing goes in reverse order. A host leaves alone what others have made, and
 //! takes over without a gap what a killed predecessor left. [`plan`](super::plan) decides what is
 //! wanted, and [`change`](super::change) knows how to find, make and undo each kind of change.
+//!
+//! A host in a rehearsal decides all the same, and changes nothing: it tells what it would do.
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,6 +14,7 @@ use std::path::Path;
 use super::change::{Change, ChangeError, Means, Presence, There, Undone};
 use super::journal::{Journal, JournalError, Unread};
 use super::netlink::{Netlink, NetlinkError};
+use super::rehearsal::{Rehearsal, Step as Rehearsed};
 use super::runtime_dir::{RuntimeDir, RuntimeDirError};
 
 /// A change that is wanted.
@@ -155,6 +158,8 @@ pub struct Host {
     unread: Unread,
     /// The latest request, so that [`Host::repair`] can make again what somebody takes away.
     wanted: Vec<Desired>,
+    /// What would have been done, if nothing is to be.
+    rehearsal: Option<Rehearsal>,
 }
 
 impl Host {
@@ -165,7 +170,19 @@ impl Host {
     /// # Errors
     /// If another daemon is in charge, or the journal cannot be used.
     pub fn open(base: &Path) -> Result<Self, HostError> {
-        let dir = RuntimeDir::open(base)?;
+        Self::of(RuntimeDir::open(base)?, None)
+    }
+
+    /// Looks at the calling thread's network namespace, and at the journal of a killed predecessor.
+    /// Neither this nor any later call changes anything there.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn rehearse(base: &Path) -> Result<Self, HostError> {
+        Self::of(RuntimeDir::look(base)?, Some(Rehearsal::default()))
+    }
+
+    fn of(dir: RuntimeDir, rehearsal: Option<Rehearsal>) -> Result<Self, HostError> {
         let (journal, made, unread) = Journal::open(&dir)?;
         Ok(Self {
             netlink: Netlink::new()?,
@@ -174,7 +191,14 @@ impl Host {
             made,
             unread,
             wanted: Vec::new(),
+            rehearsal,
         })
+    }
+
+    /// What would have been done since the last call, in order, in a rehearsal.
+    pub fn take_rehearsed(&self) -> Vec<Rehearsed> {
+        let rehearsal = self.rehearsal.as_ref();
+        rehearsal.map(Rehearsal::take).unwrap_or_default()
     }
 
     /// Removes what a killed daemon left in the calling thread's network namespace.
@@ -256,7 +280,10 @@ impl Host {
     ) -> Result<Report, HostError> {
         if let Err(error) = made {
             for change in step.fresh.iter().rev() {
-                let _ = change.undo(&self.netlink);
+                match &self.rehearsal {
+                    Some(rehearsal) => rehearsal.forget(change),
+                    None => drop(change.undo(&self.netlink)),
+                }
             }
             step.kept.retain(|change| !step.fresh.contains(change));
             self.made = step.earlier;
@@ -400,7 +427,7 @@ impl Host {
                 desired.change.keep_original(&step.earlier[index]);
             }
             let change = &desired.change;
-            let present = match change.present(&there) {
+            let present = match self.look_for(desired, &there) {
                 Err(error) => return Err(desired.refused_by(&error)),
                 Ok(Presence::Foreign(reason)) => return Err(desired.refused(reason)),
                 // Somebody else's, and as we want it: there is nothing to make and nothing to undo.
@@ -449,7 +476,19 @@ impl Host {
         Ok(())
     }
 
+    /// Whether a desired change is there already. In a rehearsal what it is on may not be.
+    fn look_for(&self, desired: &Desired, there: &There<'_>) -> Result<Presence, ChangeError> {
+        if self.rehearsal.is_some() && desired.with_tun {
+            return Ok(desired.change.present_at_first());
+        }
+        desired.change.present(there)
+    }
+
     fn make(&self, desired: &Desired, present: bool) -> Result<(), ChangeError> {
+        if let Some(rehearsal) = &self.rehearsal {
+            rehearsal.make(&desired.change, present);
+            return Ok(());
+        }
         let with = Means {
             netlink: &self.netlink,
             program: desired.program.as_ref().map(AsFd::as_fd),
@@ -459,6 +498,18 @@ impl Host {
         } else {
             desired.change.make(&with)
         }
+    }
+
+    /// Undoes one change. A rehearsal tells it if there would be something to undo.
+    fn undo(&self, change: &Change) -> Result<Undone, ChangeError> {
+        let Some(rehearsal) = &self.rehearsal else {
+            return change.undo(&self.netlink);
+        };
+        let is_there = || change.present(&There::new(&self.netlink));
+        if rehearsal.has(change) || matches!(is_there(), Ok(Presence::AsWanted)) {
+            rehearsal.undo(change);
+        }
+        Ok(Undone::Gone)
     }
 
     /// Undoes `changes` from the last to the first. Then the journal holds `kept` and the changes
@@ -471,7 +522,7 @@ impl Host {
         let mut report = Report::default();
         let mut left = Vec::new();
         while let Some(change) = changes.pop() {
-            match change.undo(&self.netlink) {
+            match self.undo(&change) {
                 Ok(Undone::Gone) => report.undone.push(change),
                 Ok(Undone::Foreign(reason)) => report.left.push(Failure { change, reason }),
                 Err(error) => {

@@ -69,6 +69,8 @@ pub enum JournalError {
 pub(super) struct Journal {
     dir: PathBuf,
     identity: Identity,
+    /// It is only read.
+    rehearsed: bool,
 }
 
 /// Tells one network namespace from every other, even from earlier ones of the same inode.
@@ -229,6 +231,7 @@ impl Journal {
         let journal = Self {
             dir: dir.path().to_owned(),
             identity: Identity::of_this_namespace()?,
+            rehearsed: dir.is_rehearsed(),
         };
         let (changes, unread) = journal.read()?;
         Ok((journal, changes, unread))
@@ -236,6 +239,9 @@ impl Journal {
 
     /// Replaces the journal: a reader sees the old one or the new one, whole.
     pub(super) fn write(&self, changes: &[Change]) -> Result<(), JournalError> {
+        if self.rehearsed {
+            return Ok(());
+        }
         let path = self.dir.join(JOURNAL);
         let next = self.dir.join(JOURNAL_NEXT);
         let contents = Contents {
@@ -259,6 +265,9 @@ impl Journal {
 
     /// Removes the journal: there is nothing to undo.
     pub(super) fn clear(&self) {
+        if self.rehearsed {
+            return;
+        }
         for ours in [JOURNAL, JOURNAL_NEXT] {
             let _ = fs::remove_file(self.dir.join(ours));
         }
@@ -277,6 +286,7 @@ impl Journal {
         };
         match read {
             Ok(recorded) => self.take(recorded),
+            Err(_) if self.rehearsed => Ok((Vec::new(), Unread::default())),
             Err(reason) => {
                 let aside = self.dir.join(JOURNAL_ASIDE);
                 fs::rename(&path, &aside)
@@ -302,7 +312,7 @@ impl Journal {
             return Ok((Vec::new(), Unread::default()));
         }
         let mut notes = recorded.notes.into_lines();
-        if recorded.skipped > 0 {
+        if recorded.skipped > 0 && !self.rehearsed {
             // The next one that is written is without these entries. It takes the place of this
             // name alone.
             let (path, aside) = (self.dir.join(JOURNAL), self.dir.join(JOURNAL_ASIDE));

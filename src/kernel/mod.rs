@@ -5,6 +5,8 @@
 //!   Host          makes all changes, undoes them, survives a crash
 //!   change        a file for each kind of change: how to find, make and undo it, with its remedy
 //!   journal       the record of changes, written before each of them
+//!   rehearsal     the same changes as commands, instead of being made
+//!   tun           how the TUN is set up
 //!   runtime_dir   where the journal lies, and the lock that keeps a second daemon out
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
@@ -33,8 +35,10 @@ pub mod look;
 pub mod netlink;
 pub mod plan;
 pub mod programs;
+mod rehearsal;
 mod runtime_dir;
 pub mod sockets;
+pub mod tun;
 
 #[cfg(test)]
 mod testing;
@@ -43,4 +47,5 @@ pub use change::Change;
 pub use host::{Cleanup, Desired, Failure, Host, HostError, Repairs, Report};
 pub use plan::{capture, keep, masquerade, steer};
 pub use programs::Place;
+pub use rehearsal::Step;
 pub use runtime_dir::{RuntimeDirError, namespace_dir};

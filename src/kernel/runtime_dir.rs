@@ -75,7 +75,8 @@ pub fn namespace_dir(base: &Path) -> Result<PathBuf, RuntimeDirError> {
 #[derive(Debug)]
 pub(super) struct RuntimeDir {
     path: PathBuf,
-    _lock: File,
+    /// `None` for a rehearsal, which may not exist and changes nothing in it.
+    lock: Option<File>,
 }
 
 impl RuntimeDir {
@@ -84,7 +85,29 @@ impl RuntimeDir {
         let path = namespace_dir(base)?;
         let lock = lock(base, &path)?;
         sweep(base, &path);
-        Ok(Self { path, _lock: lock })
+        Ok(Self {
+            path,
+            lock: Some(lock),
+        })
+    }
+
+    /// The directory as it is, for a rehearsal: nothing in it is changed.
+    ///
+    /// # Errors
+    /// If a daemon has locked it.
+    pub(super) fn look(base: &Path) -> Result<Self, RuntimeDirError> {
+        let path = namespace_dir(base)?;
+        if let Ok(mut file) = OpenOptions::new().read(true).open(path.join(LOCK))
+            && flock(&file, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
+        {
+            return Err(locked(&mut file));
+        }
+        Ok(Self { path, lock: None })
+    }
+
+    /// Whether nothing in it may be changed.
+    pub(super) fn is_rehearsed(&self) -> bool {
+        self.lock.is_none()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -93,6 +116,9 @@ impl RuntimeDir {
 
     /// Removes the directory, unless somebody else has put a file there.
     pub(super) fn remove(&self) {
+        if self.is_rehearsed() {
+            return;
+        }
         // We still hold the lock. Whoever waits for it will see that the file is no longer there.
         for ours in [
             STATUS_SOCKET,
@@ -201,6 +227,15 @@ fn namespaces_of(process: &Path, living: &mut BTreeSet<u64>) -> io::Result<()> {
     Ok(())
 }
 
+/// Another daemon holds the lock, and wrote who it is.
+fn locked(file: &mut File) -> RuntimeDirError {
+    let mut pid = String::new();
+    let _ = file.read_to_string(&mut pid);
+    RuntimeDirError::Locked {
+        pid: pid.trim().to_owned(),
+    }
+}
+
 fn lock(base: &Path, dir: &Path) -> Result<File, RuntimeDirError> {
     let path = dir.join(LOCK);
     loop {
@@ -215,11 +250,7 @@ fn lock(base: &Path, dir: &Path) -> Result<File, RuntimeDirError> {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(Errno::WOULDBLOCK) => {
-                let mut pid = String::new();
-                let _ = file.read_to_string(&mut pid);
-                return Err(RuntimeDirError::Locked {
-                    pid: pid.trim().to_owned(),
-                });
+                return Err(locked(&mut file));
             }
             Err(errno) => return Err(RuntimeDirError::file("lock", &path, errno.into())),
         }

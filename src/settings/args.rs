@@ -58,6 +58,10 @@ pub struct Cli {
     /// How to run the tunnel.
     #[command(flatten)]
     pub run: RunArgs,
+
+    /// Whether to run it at all.
+    #[command(flatten)]
+    pub dry_run: DryRunArgs,
 }
 
 /// The commands beside running the tunnel.
@@ -182,6 +186,20 @@ pub struct RunArgs {
     /// wins over the file.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+}
+
+/// The flags that tell what would be changed. They are no settings, so the file does not have them.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub struct DryRunArgs {
+    /// Print every kernel change that a start would make, in order, as commands, and what undoes
+    /// it; then end. Nothing is changed. It needs the privileges of a start, since the kernel
+    /// checks the programs.
+    #[arg(long)]
+    pub dry_run: bool,
+
+    /// Print it as JSON.
+    #[arg(long, requires = "dry_run")]
+    pub json: bool,
 }
 
 /// The settings of one peer, from flags or from a table of the configuration file.
@@ -465,6 +483,10 @@ pub struct NatArgs {
     /// How to write the log. [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
+
+    /// Whether to run it at all.
+    #[command(flatten)]
+    pub dry_run: DryRunArgs,
 }
 
 /// The flags of `ipmoved stragglers`.

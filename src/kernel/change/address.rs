@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
-use crate::kernel::netlink::{Address, Netlink};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, in_ip, typed};
+use crate::kernel::netlink::{Address, Family, Netlink};
 
 /// An address on an interface.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -30,6 +30,15 @@ impl QuietAddress {
     }
 }
 
+impl QuietAddress {
+    /// The address as ip takes it. `action` is what to do with it.
+    fn in_ip(&self, action: &str) -> String {
+        let ip = in_ip(Family::of(self.addr));
+        let (addr, prefix, dev) = (self.addr, self.prefix, typed(&self.on.name));
+        format!("{ip} address {action} {addr}/{prefix} dev {dev}")
+    }
+}
+
 impl fmt::Display for QuietAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -43,6 +52,18 @@ impl fmt::Display for QuietAddress {
 impl Kind for QuietAddress {
     fn object(&self) -> String {
         format!("address {} {}", self.on.index, self.addr)
+    }
+
+    fn to_make(&self) -> String {
+        let quiet = match self.addr {
+            IpAddr::V4(_) => "scope host",
+            IpAddr::V6(_) => "nodad preferred_lft 0",
+        };
+        format!("{} {quiet}", self.in_ip("add"))
+    }
+
+    fn to_undo(&self) -> String {
+        self.in_ip("del")
     }
 
     fn check(&self) -> Result<(), String> {

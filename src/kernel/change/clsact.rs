@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, typed};
 use crate::kernel::netlink::{Direction, Netlink};
 
 /// The clsact qdisc on an interface.
@@ -23,6 +23,14 @@ impl fmt::Display for Clsact {
 impl Kind for Clsact {
     fn object(&self) -> String {
         format!("clsact {}", self.on.index)
+    }
+
+    fn to_make(&self) -> String {
+        format!("tc qdisc add dev {} clsact", typed(&self.on.name))
+    }
+
+    fn to_undo(&self) -> String {
+        format!("tc qdisc del dev {} clsact", typed(&self.on.name))
     }
 
     fn check(&self) -> Result<(), String> {

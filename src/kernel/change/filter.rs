@@ -8,12 +8,15 @@ use std::os::fd::BorrowedFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, typed};
 use crate::kernel::netlink::{Direction, FilterSlot, Netlink};
 use crate::kernel::programs::NAME_PREFIX;
 
 /// `ETH_P_ALL`: the filter sees every protocol.
 const ALL_PROTOCOLS: u16 = libc::ETH_P_ALL as u16;
+
+/// Where a program would be pinned, if it were: the file system for that.
+const PINNED: &str = "/sys/fs/bpf";
 
 /// A program on one side of an interface.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -41,6 +44,30 @@ impl BpfFilter {
     }
 }
 
+impl BpfFilter {
+    /// The place as tc takes it. `action` is what to do with it.
+    fn in_tc(&self, action: &str) -> String {
+        let Self {
+            on,
+            direction,
+            priority,
+            handle,
+            program: _,
+        } = self;
+        let dev = typed(&on.name);
+        format!(
+            "tc filter {action} dev {dev} {direction} protocol all pref {priority} \
+             handle {handle:#x} bpf"
+        )
+    }
+
+    /// The same with the program, which lies in no file: a path stands for it.
+    fn with_program(&self, action: &str) -> String {
+        let place = self.in_tc(action);
+        format!("{place} direct-action object-pinned {PINNED}/{}", self.program)
+    }
+}
+
 impl fmt::Display for BpfFilter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -64,6 +91,18 @@ impl Kind for BpfFilter {
             "filter {} {} {}",
             self.on.index, self.direction, self.program
         )
+    }
+
+    fn to_make(&self) -> String {
+        self.with_program("add")
+    }
+
+    fn to_renew(&self) -> Option<String> {
+        Some(self.with_program("replace"))
+    }
+
+    fn to_undo(&self) -> String {
+        self.in_tc("del")
     }
 
     fn place(&self) -> Option<(u16, u32)> {

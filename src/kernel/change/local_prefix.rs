@@ -5,8 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
-use crate::kernel::netlink::{Netlink, Route, RouteKind, TABLE_LOCAL};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, in_ip, typed};
+use crate::kernel::netlink::{Family, Netlink, Route, RouteKind, TABLE_LOCAL};
 use crate::model::prefix::Prefix;
 
 /// A route of type local.
@@ -30,6 +30,15 @@ impl LocalPrefix {
     }
 }
 
+impl LocalPrefix {
+    /// The route as ip takes it. `action` is what to do with it.
+    fn in_ip(&self, action: &str) -> String {
+        let ip = in_ip(Family::of(self.prefix.first()));
+        let (prefix, dev) = (self.prefix, typed(&self.on.name));
+        format!("{ip} route {action} local {prefix} dev {dev} proto static")
+    }
+}
+
 impl fmt::Display for LocalPrefix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "route local {} dev {}", self.prefix, self.on.name)
@@ -39,6 +48,14 @@ impl fmt::Display for LocalPrefix {
 impl Kind for LocalPrefix {
     fn object(&self) -> String {
         format!("local {} {}", self.on.index, self.prefix)
+    }
+
+    fn to_make(&self) -> String {
+        self.in_ip("add")
+    }
+
+    fn to_undo(&self) -> String {
+        self.in_ip("del")
     }
 
     fn check(&self) -> Result<(), String> {

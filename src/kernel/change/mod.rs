@@ -34,7 +34,7 @@ use std::os::fd::BorrowedFd;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::netlink::{Link, Netlink, NetlinkError};
+use super::netlink::{Family, Link, Netlink, NetlinkError};
 use crate::io::privileges;
 
 pub use address::QuietAddress;
@@ -45,7 +45,7 @@ pub use route::DefaultRoute;
 pub use rule::MarkRule;
 pub use sysctl::Sysctl;
 
-pub(super) use sysctl::read_sysctl;
+pub(super) use sysctl::{OfLink, read_sysctl, to_set};
 pub(super) use there::There;
 
 /// An interface, known by its index; the name is for people.
@@ -82,6 +82,24 @@ fn is_interface_name(name: &str) -> bool {
     (1..libc::IFNAMSIZ).contains(&name.len())
         && !matches!(name, "." | "..")
         && !name.bytes().any(refused)
+}
+
+/// A word as a shell takes it. Names of interfaces may contain almost anything.
+pub(super) fn typed(word: &str) -> String {
+    let is_plain = |c: u8| c.is_ascii_alphanumeric() || b"._-+,:/=@".contains(&c);
+    if word.bytes().all(is_plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// The program of iproute2, for one family.
+fn in_ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip -6",
+    }
 }
 
 /// One change to the kernel's state.
@@ -192,6 +210,35 @@ impl Change {
         Ok(())
     }
 
+    /// The command that makes it. Where a program is part of it, a path stands for that.
+    pub(super) fn to_make(&self) -> String {
+        self.kind().to_make()
+    }
+
+    /// The command that brings it up to date if it is there, where that does anything.
+    pub(super) fn to_renew(&self) -> Option<String> {
+        self.kind().to_renew()
+    }
+
+    /// The command that undoes it.
+    pub(super) fn to_undo(&self) -> String {
+        self.kind().to_undo()
+    }
+
+    /// Whether the object is there on an interface that was only just made: a setting may begin
+    /// with the wanted value.
+    pub(super) fn present_at_first(&self) -> Presence {
+        match self {
+            Self::Sysctl(sysctl) => Presence::of(sysctl.from == sysctl.to),
+            Self::Clsact(_)
+            | Self::Filter(_)
+            | Self::Rule(_)
+            | Self::Route(_)
+            | Self::Address(_)
+            | Self::LocalPrefix(_) => Presence::Absent,
+        }
+    }
+
     /// Whether the object is there, and whose it is.
     pub(super) fn present(&self, there: &There<'_>) -> Result<Presence, ChangeError> {
         self.kind().present(there)
@@ -243,6 +290,17 @@ impl fmt::Display for Change {
 trait Kind: fmt::Display {
     /// Names the object, whatever its values.
     fn object(&self) -> String;
+
+    /// See [`Change::to_make`].
+    fn to_make(&self) -> String;
+
+    /// See [`Change::to_renew`].
+    fn to_renew(&self) -> Option<String> {
+        None
+    }
+
+    /// See [`Change::to_undo`].
+    fn to_undo(&self) -> String;
 
     /// See [`Change::check`].
     fn check(&self) -> Result<(), String>;

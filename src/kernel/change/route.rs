@@ -5,8 +5,8 @@ use std::fmt;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
-use crate::kernel::netlink::{Family, Netlink, Route, RouteKind};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, in_ip, typed};
+use crate::kernel::netlink::{Family, Netlink, Route, RouteKind, TABLE_MAIN};
 
 /// A default route in a table of our own.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -36,6 +36,28 @@ impl DefaultRoute {
     }
 }
 
+impl DefaultRoute {
+    /// The route as ip takes it. `action` is what to do with it.
+    fn in_ip(&self, action: &str) -> String {
+        let Self {
+            family,
+            table,
+            dev,
+            metric,
+        } = self;
+        let to = match dev {
+            Some(dev) => format!("default dev {}", typed(&dev.name)),
+            None => "blackhole default".to_owned(),
+        };
+        let table = match *table {
+            TABLE_MAIN => String::new(),
+            table => format!(" table {table}"),
+        };
+        let ip = in_ip(*family);
+        format!("{ip} route {action} {to} proto static{table} metric {metric}")
+    }
+}
+
 impl fmt::Display for DefaultRoute {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -56,6 +78,14 @@ impl Kind for DefaultRoute {
     /// A route has no values beside its identity: another metric makes it another route.
     fn object(&self) -> String {
         format!("route {self:?}")
+    }
+
+    fn to_make(&self) -> String {
+        self.in_ip("add")
+    }
+
+    fn to_undo(&self) -> String {
+        self.in_ip("del")
     }
 
     fn check(&self) -> Result<(), String> {

@@ -5,7 +5,7 @@ use std::fmt;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Kind, Means, Presence, There, Undone};
+use super::{ChangeError, Kind, Means, Presence, There, Undone, in_ip};
 use crate::kernel::netlink::{Family, Netlink, Rule};
 
 /// A rule that sends packets with a mark to a table.
@@ -33,6 +33,20 @@ impl MarkRule {
     }
 }
 
+impl MarkRule {
+    /// The rule as ip takes it. `action` is what to do with it.
+    fn in_ip(&self, action: &str) -> String {
+        let Self {
+            family,
+            mark,
+            table,
+            priority,
+        } = self;
+        let ip = in_ip(*family);
+        format!("{ip} rule {action} pref {priority} fwmark {mark:#x} lookup {table}")
+    }
+}
+
 impl fmt::Display for MarkRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -52,6 +66,14 @@ impl Kind for MarkRule {
     /// A rule has no values beside its identity: another preference makes it another rule.
     fn object(&self) -> String {
         format!("rule {self}")
+    }
+
+    fn to_make(&self) -> String {
+        self.in_ip("add")
+    }
+
+    fn to_undo(&self) -> String {
+        self.in_ip("del")
     }
 
     /// It has numbers only, and any may be right.

@@ -5,12 +5,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Access, access};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::is_interface_name;
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone};
-use crate::kernel::netlink::Netlink;
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, typed};
+use crate::kernel::netlink::{Link, Netlink};
+use crate::packet::IPV6_MIN_MTU;
 
 /// The settings of a whole network namespace that this program changes.
 const OF_THE_NAMESPACE: [&str; 4] = [
@@ -76,20 +78,78 @@ impl Sysctl {
 
 impl fmt::Display for Sysctl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // As sysctl(8) writes it: dots between the parts, and a slash for a dot within one.
-        let dotted = |c| match c {
-            '/' => '.',
-            '.' => '/',
-            c => c,
-        };
-        let name: String = self.path.chars().map(dotted).collect();
+        let name = dotted(&self.path);
         write!(f, "sysctl {name}: {} → {}", self.from, self.to)
+    }
+}
+
+/// The name of a setting as sysctl(8) writes it: dots between the parts, and a slash for a dot
+/// within one.
+fn dotted(path: &str) -> String {
+    let turned = |c| match c {
+        '/' => '.',
+        '.' => '/',
+        c => c,
+    };
+    path.chars().map(turned).collect()
+}
+
+/// The command that sets a setting.
+pub(in crate::kernel) fn to_set(path: &str, value: &str) -> String {
+    if value.is_empty() {
+        // sysctl(8) takes no empty value.
+        return format!("echo > {}", typed(&format!("/proc/sys/{path}")));
+    }
+    format!("sysctl -w {}", typed(&format!("{}={value}", dotted(path))))
+}
+
+/// A setting of an interface, in one family.
+pub(in crate::kernel) struct OfLink {
+    /// Path below `/proc/sys`.
+    pub(in crate::kernel) path: String,
+    /// Where the kernel has its present value; `None` if the interface is not to have it.
+    at: Option<String>,
+}
+
+impl OfLink {
+    /// `family` is `ipv4` or `ipv6`. An interface that is only planned will begin with the settings
+    /// of `default` (`ip-sysctl`), and one with packets too small for IPv6 has none of that.
+    pub(in crate::kernel) fn new(link: &Link, family: &str, name: &str) -> Self {
+        let path = format!("net/{family}/conf/{}/{name}", link.name);
+        let at = if !link.is_planned() {
+            Some(path.clone())
+        } else if family == "ipv6" && link.mtu < IPV6_MIN_MTU as u32 {
+            None
+        } else {
+            Some(format!("net/{family}/conf/default/{name}"))
+        };
+        Self { path, at }
+    }
+
+    /// The value at present.
+    pub(in crate::kernel) fn value(&self) -> io::Result<String> {
+        let at = self.at.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        read_sysctl(at)
+    }
+
+    /// Whether it can be changed: in many containers it cannot.
+    pub(in crate::kernel) fn may_write(&self) -> bool {
+        let may = |at| access(format!("/proc/sys/{at}"), Access::WRITE_OK).is_ok();
+        self.at.as_ref().is_some_and(may)
     }
 }
 
 impl Kind for Sysctl {
     fn object(&self) -> String {
         format!("sysctl {}", self.path)
+    }
+
+    fn to_make(&self) -> String {
+        to_set(&self.path, &self.to)
+    }
+
+    fn to_undo(&self) -> String {
+        to_set(&self.path, &self.from)
     }
 
     fn check(&self) -> Result<(), String> {

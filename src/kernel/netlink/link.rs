@@ -38,6 +38,31 @@ pub struct Link {
     pub big_tcp: bool,
 }
 
+/// The index of an interface that is not there: the kernel gives it to none.
+const PLANNED: u32 = 0;
+
+impl Link {
+    /// A TUN that is only planned.
+    pub fn planned_tun(name: &str, mtu: u32) -> Self {
+        Self {
+            index: PLANNED,
+            name: name.to_owned(),
+            mtu,
+            up: true,
+            loopback: false,
+            link_type: libc::ARPHRD_NONE,
+            mac: None,
+            port: false,
+            big_tcp: false,
+        }
+    }
+
+    /// Whether it is not there yet.
+    pub fn is_planned(&self) -> bool {
+        self.index == PLANNED
+    }
+}
+
 impl Netlink {
     /// Every interface.
     pub fn links(&self) -> Result<Vec<Link>> {

@@ -23,14 +23,12 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{Access, access};
-
 use super::{ETHERNET_HEADER, PlanError, clsact, filter, for_ingress, l2_header};
 use crate::flow::ended::HostFlow;
 use crate::flow::modes::Taken;
 use crate::kernel::Desired;
 use crate::kernel::bpf::Loaded;
-use crate::kernel::change::{Change, Sysctl, read_sysctl};
+use crate::kernel::change::{Change, OfLink, Sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
 use crate::kernel::programs::{self, Facts, Own};
 use crate::model::drops::DropReason;
@@ -197,8 +195,11 @@ impl Capture {
 
     /// Whether replies of IPv4 leave by their routes. Else they leave by the uplink.
     pub fn follows_routes(&self) -> bool {
-        let path = format!("net/ipv4/conf/{}/forwarding", self.tun.name);
-        read_sysctl(&path).is_ok_and(|value| value == "1")
+        if self.tun.is_planned() {
+            return forwarding(&self.tun, "ipv4").is_some();
+        }
+        let setting = OfLink::new(&self.tun, "ipv4", "forwarding");
+        setting.value().is_ok_and(|value| value == "1")
     }
 
     /// The changes to one entrance: what notes this host's own, and at last the capture. An older
@@ -224,12 +225,11 @@ impl Capture {
 /// program takes every packet. `None` without that family, and where the setting cannot be changed,
 /// as in most containers: then replies leave by the uplink.
 fn forwarding(tun: &Link, family: &str) -> Option<Change> {
-    let path = format!("net/{family}/conf/{}/forwarding", tun.name);
-    let from = read_sysctl(&path).ok()?;
-    let may_write = access(format!("/proc/sys/{path}"), Access::WRITE_OK).is_ok();
-    (from == "1" || may_write).then(|| {
+    let setting = OfLink::new(tun, family, "forwarding");
+    let from = setting.value().ok()?;
+    (from == "1" || setting.may_write()).then(|| {
         Change::Sysctl(Sysctl {
-            path,
+            path: setting.path,
             from,
             to: "1".to_owned(),
             on: None,

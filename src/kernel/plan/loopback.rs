@@ -7,10 +7,9 @@
 
 use std::os::fd::OwnedFd;
 
-use super::steer::may_write;
 use super::{PlanError, clsact, filter};
 use crate::kernel::Desired;
-use crate::kernel::change::{Change, Interface, Sysctl, read_sysctl};
+use crate::kernel::change::{Change, Interface, OfLink, Sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
 use crate::kernel::programs::LOOPBACK;
 
@@ -20,8 +19,8 @@ const ACCEPT_LOCAL: &str = "accept_local";
 /// Whether IPv4 packets from this host's own addresses may arrive there, if [`plan`] is carried
 /// out.
 pub(super) fn accepts_local(lo: &Link) -> bool {
-    let accepts = read_sysctl(&path(lo)).is_ok_and(|value| value == "1");
-    accepts || may_write(&path(lo))
+    let accepts = setting(lo).value().is_ok_and(|value| value == "1");
+    accepts || setting(lo).may_write()
 }
 
 /// The changes for this program.
@@ -34,11 +33,12 @@ pub(super) fn plan(
     program: OwnedFd,
 ) -> Result<Vec<Desired>, PlanError> {
     let mut desired = Vec::new();
-    if may_write(&path(lo)) {
+    let setting = setting(lo);
+    if setting.may_write() {
         let accept = Change::Sysctl(Sysctl {
-            from: read_sysctl(&path(lo)).unwrap_or_default(),
+            from: setting.value().unwrap_or_default(),
             to: "1".to_owned(),
-            path: path(lo),
+            path: setting.path,
             on: Some(Interface::from(lo)),
         });
         desired.push(Desired::lasting(accept));
@@ -49,6 +49,6 @@ pub(super) fn plan(
     Ok(desired)
 }
 
-fn path(lo: &Link) -> String {
-    format!("net/ipv4/conf/{}/{ACCEPT_LOCAL}", lo.name)
+fn setting(lo: &Link) -> OfLink {
+    OfLink::new(lo, "ipv4", ACCEPT_LOCAL)
 }

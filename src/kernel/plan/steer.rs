@@ -23,11 +23,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
-
-use rustix::fs::{Access, access};
 
 use super::{
     ETHERNET_HEADER, FILTER_HANDLE, PUBLIC, PlanError, clsact, filter, l2_header, loopback,
@@ -35,7 +32,7 @@ use super::{
 use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
 use crate::kernel::bpf::{self, BpfError, Program};
-use crate::kernel::change::{Change, DefaultRoute, Interface, Sysctl, read_sysctl};
+use crate::kernel::change::{Change, DefaultRoute, Interface, OfLink, Sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
 use crate::kernel::programs::{self, arrivals, callers, deliver, now, take_replies};
 use crate::kernel::programs::{
@@ -346,9 +343,9 @@ impl Steering {
         // Or the kernel does not tell a program where a route leads: to a client, or to whom it
         // forwards for. With one link that is known, and only the latter are not served.
         for (_, family, _) in families {
-            let path = format!("net/{family}/conf/{}/forwarding", tun.name);
-            if !one_way || may_write(&path) {
-                desired.push(Desired::with_tun(sysctl(path)));
+            let forwarding = OfLink::new(tun, family, "forwarding");
+            if !one_way || forwarding.may_write() {
+                desired.push(Desired::with_tun(switched_on(forwarding)));
             }
         }
         let (name, program) = &self.loaded(tun)?.on_tun;
@@ -531,21 +528,16 @@ fn copy(name: &'static str, program: &OwnedFd) -> Result<OwnedFd, PlanError> {
 
 /// Whether the kernel routes IPv6 into the TUN.
 fn has_ipv6(tun: &Link) -> bool {
-    read_sysctl(&format!("net/ipv6/conf/{}/disable_ipv6", tun.name)).is_ok_and(|value| value == "0")
-}
-
-/// Whether a setting can be changed: in many containers it cannot.
-pub(super) fn may_write(path: &str) -> bool {
-    access(format!("/proc/sys/{path}"), Access::WRITE_OK).is_ok()
+    let disabled = OfLink::new(tun, "ipv6", "disable_ipv6").value();
+    disabled.is_ok_and(|value| value == "0")
 }
 
 /// Switches a setting on. If we cannot read it we write it anyway, and the kernel says why not.
-fn sysctl(path: String) -> Change {
-    debug_assert!(Path::new(&path).is_relative(), "below /proc/sys");
+fn switched_on(setting: OfLink) -> Change {
     Change::Sysctl(Sysctl {
-        from: read_sysctl(&path).unwrap_or_default(),
+        from: setting.value().unwrap_or_default(),
         to: "1".to_owned(),
-        path,
+        path: setting.path,
         on: None,
     })
 }
