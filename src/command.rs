@@ -12,6 +12,7 @@
 
 mod cutover;
 mod dry_run;
+mod generate;
 mod here;
 mod orders;
 
@@ -80,6 +81,7 @@ pub fn main() -> ExitCode {
         Some(Command::Report(args)) => write_report(args),
         Some(Command::Cleanup) => cleanup(),
         Some(Command::Demo) => demo(),
+        Some(Command::Generate { what, dir }) => generate::run(what, &dir),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -46,7 +46,7 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(
     name = "ipmoved",
-    version,
+    version = env!("IPMOVED_VERSION"),
     after_help = AFTER_HELP,
     args_conflicts_with_subcommands = true
 )]
@@ -102,6 +102,25 @@ pub enum Command {
     Cleanup,
     /// Show a moved address being served, in network namespaces that vanish afterwards.
     Demo,
+    /// Write what packages carry beside the binary, made from the flags' own definition.
+    #[command(hide = true)]
+    Generate {
+        /// What to write.
+        what: Generated,
+        /// Where to.
+        dir: PathBuf,
+    },
+}
+
+/// What packages carry beside the binary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Generated {
+    /// Manual pages.
+    Man,
+    /// Completions for bash, zsh and fish.
+    Completions,
+    /// The settings' file with every key, none of them set.
+    Config,
 }
 
 /// The flags of `ipmoved move`.
