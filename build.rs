@@ -45,10 +45,13 @@ fn of_repository(root: &Path) -> Option<String> {
     if fs::canonicalize(top).ok()? != fs::canonicalize(root).ok()? {
         return None;
     }
+    // A debug build names the state of the sources that it was made from, and is not made anew
+    // because they were committed. One for release names the commit.
+    let is_release = env::var("PROFILE").is_ok_and(|profile| profile == "release");
     // Each commit, merge and checkout is noted in the first; where there is none, the others tell.
     let mut watched = vec!["logs/HEAD".to_owned(), "HEAD".to_owned()];
     watched.extend(git(&["symbolic-ref", "--quiet", "HEAD"]));
-    for name in watched {
+    for name in watched.into_iter().filter(|_| is_release) {
         let path = git(&["rev-parse", "--git-path", &name]).map(|path| root.join(path));
         // One that is not there would count as changed each time.
         for path in path.into_iter().filter(|path| path.exists()) {

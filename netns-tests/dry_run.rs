@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Duration;
 
-use ipmoved::internals::Role;
+use ipmoved::internals::{Role, TunOptions, TunQueue};
 use ipmoved::lab::daemon::{COMMAND_TIMEOUT, UP_TIMEOUT};
 use ipmoved::lab::topology::UPLINK;
 use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, Snapshot, poll_until};
@@ -109,16 +109,28 @@ fn type_in(host: &Namespace, line: &str) -> Result {
     Err(LabError::unexpected(format!("`{line}` failed: {said}")))
 }
 
-/// Types commands in order. Each of them has to change something.
-fn type_all(host: &Namespace, lines: &[String]) -> Result<Snapshot> {
+/// A snapshot, and the queues of the TUN that is in it.
+type Queued = (Snapshot, Option<Vec<TunQueue>>);
+
+/// Types commands in order. Each of them has to change something. The interface that the first one
+/// makes is opened as a daemon with so many lanes does: without that it has no carrier.
+fn type_all(host: &Namespace, lines: &[String], lanes: usize) -> Result<Queued> {
     let mut before = Snapshot::of(host)?;
+    let mut queues = None;
     for line in lines {
         type_in(host, line)?;
+        if line.starts_with("ip tuntap add ") {
+            queues = Some(host.run(|| {
+                let opened = TunQueue::create(TUN, lanes, TunOptions::default());
+                let opened = opened.map(|(queues, _)| queues);
+                opened.map_err(|error| LabError::unexpected(error.to_string()))
+            })?);
+        }
         let after = Snapshot::of(host)?;
         assert!(after != before, "`{line}` changes nothing");
         before = after;
     }
-    Ok(before)
+    Ok((before, queues))
 }
 
 /// What there is beyond, or instead of, what was before. What makes one TUN another one, and one
@@ -140,7 +152,6 @@ fn changed(before: &Snapshot, after: &Snapshot) -> BTreeSet<String> {
         .filter(|line| !line.starts_with(&format!("+ link {index}:")))
         .map(|line| {
             let line = line.replace(&format!("Oif({index})"), "Oif(TUN)");
-            let line = line.replace("flags: RouteFlags(LinkDown)", "flags: RouteFlags(0x0)");
             match line.split_once(", name: ") {
                 Some((filter, _)) if line.starts_with("+ filter") => filter.to_owned(),
                 _ => line,
@@ -149,7 +160,7 @@ fn changed(before: &Snapshot, after: &Snapshot) -> BTreeSet<String> {
         .collect()
 }
 
-/// The TUN as ip(8) shows it, but for who has opened it.
+/// The TUN as ip(8) shows it.
 fn tun(host: &Namespace) -> Result<Value> {
     let mut show = Command::new("ip");
     show.args(["-details", "-json", "link", "show", "dev", TUN]);
@@ -158,15 +169,29 @@ fn tun(host: &Namespace) -> Result<Value> {
         .map_err(|error| LabError::unexpected(format!("{error}: {said:?}")))?;
     let of = |names: &[&str], all: &Value| -> Value {
         let one = |name: &&str| ((*name).to_owned(), all[*name].clone());
-        names.iter().map(one).collect::<serde_json::Map<_, _>>().into()
+        names
+            .iter()
+            .map(one)
+            .collect::<serde_json::Map<_, _>>()
+            .into()
     };
     let link = &shown[0];
-    let flags = link["flags"].as_array().into_iter().flatten();
-    let flags = flags.filter(|flag| !matches!(flag.as_str(), Some("LOWER_UP" | "NO-CARRIER")));
     Ok(Value::Array(vec![
-        of(&["mtu", "txqlen", "link_type", "num_tx_queues", "inet6_addr_gen_mode"], link),
-        of(&["type", "pi", "vnet_hdr", "multi_queue"], &link["linkinfo"]["info_data"]),
-        flags.cloned().collect(),
+        of(
+            &[
+                "mtu",
+                "txqlen",
+                "link_type",
+                "num_tx_queues",
+                "inet6_addr_gen_mode",
+            ],
+            link,
+        ),
+        of(
+            &["type", "pi", "vnet_hdr", "multi_queue"],
+            &link["linkinfo"]["info_data"],
+        ),
+        link["flags"].clone(),
     ]))
 }
 
@@ -187,9 +212,14 @@ fn typed(setup: &DaemonSetup<'_>, role: Role, args: &[String]) -> Result<Typed> 
     for dir in ["run", "state"] {
         assert!(!setup.lab().dir().join(dir).exists(), "{dir} was made");
     }
-    let after = type_all(host, &told.commands(&["would_do", "when_moved"]))?;
+    let lanes = args.iter().position(|arg| arg == "--lanes");
+    let lanes = lanes.and_then(|at| args.get(at + 1)?.parse().ok());
+    let lines = told.commands(&["would_do", "when_moved"]);
+    let (after, queues) = type_all(host, &lines, lanes.unwrap_or(1))?;
     let tun = tun(host)?;
-    type_all(host, &told.commands(&["at_exit"]))?.is_same_as(&before)?;
+    let (end, _) = type_all(host, &told.commands(&["at_exit"]), 0)?;
+    end.is_same_as(&before)?;
+    drop(queues);
     Ok(Typed {
         told,
         before,
@@ -250,7 +280,10 @@ fn compare(setup: &DaemonSetup<'_>) -> Result<[Typed; 2]> {
 fn what_is_told_is_what_is_changed_and_undone() -> Result {
     let lab = Lab::new()?;
     // Somebody else's filter stands first, somebody else's qdisc is there, and a name needs care.
-    type_in(lab.old_server(), &format!("tc qdisc add dev {UPLINK} clsact"))?;
+    type_in(
+        lab.old_server(),
+        &format!("tc qdisc add dev {UPLINK} clsact"),
+    )?;
     type_in(
         lab.old_server(),
         &format!("tc filter add dev {UPLINK} ingress pref 7 protocol all bpf {NOTHING}"),
@@ -264,12 +297,21 @@ fn what_is_told_is_what_is_changed_and_undone() -> Result {
     lab.new_server().set_sysctls(&forwards)?;
 
     let all = setup(&lab)?.moves(&FAMILIES).accept_what_moves();
-    let keeps = all.clone().args(Role::New, &["--deliver-to", "keep"]);
+    let keeps = all
+        .clone()
+        .args(Role::Old, &["--lanes", "2"])
+        .args(Role::New, &["--deliver-to", "keep", "--lanes", "1"]);
     let [old, new] = compare(&keeps)?;
     let old = old.told.commands(&["would_do"]).join("\n");
-    assert!(old.contains(&format!("dev {UPLINK} ingress protocol all pref 6 ")), "{old}");
+    assert!(
+        old.contains(&format!("dev {UPLINK} ingress protocol all pref 6 ")),
+        "{old}"
+    );
     let new = new.told.commands(&["when_moved"]).join("\n");
-    assert!(new.contains("'net.ipv4.conf.a/b'\\''c.arp_ignore=3'"), "{new}");
+    assert!(
+        new.contains("'net.ipv4.conf.a/b'\\''c.arp_ignore=3'"),
+        "{new}"
+    );
 
     let outgoing = all
         .args(Role::New, &["--outgoing", "--lanes", "2"])
@@ -280,11 +322,15 @@ fn what_is_told_is_what_is_changed_and_undone() -> Result {
 #[test]
 fn a_server_without_default_routes_is_told_of_those_it_gets() -> Result {
     let lab = Lab::new()?;
-    let setup = setup(&lab)?.args(Role::New, &["--uplink", UPLINK]);
+    let setup = setup(&lab)?.args(Role::New, &["--uplink", UPLINK, "--lanes", "1"]);
+    let setup = setup.args(Role::Old, &["--lanes", "1"]);
     for family in ["-4", "-6"] {
         type_in(lab.new_server(), &format!("ip {family} route del default"))?;
     }
-    type_in(lab.new_server(), "ip route add 192.0.2.0/24 via 198.51.100.254")?;
+    type_in(
+        lab.new_server(),
+        "ip route add 192.0.2.0/24 via 198.51.100.254",
+    )?;
     let [_, new] = compare(&setup)?;
     let routes = new.told.commands(&["would_do"]).into_iter();
     let routes = routes.filter(|line| line.contains("route add default dev ipmoved0"));
@@ -299,7 +345,11 @@ fn what_is_told_of_mode_nat_is_what_is_changed_and_undone() -> Result {
     lab.old_server().set_sysctls(&ports)?;
     let setup = setup(&lab)?;
     let args = ["--move", FAMILIES[0], "--to", "198.51.100.2"];
-    let words: Vec<String> = ["nat"].iter().chain(&args).map(ToString::to_string).collect();
+    let words: Vec<String> = ["nat"]
+        .iter()
+        .chain(&args)
+        .map(ToString::to_string)
+        .collect();
     let typed = typed(&setup, Role::Old, &words)?;
     let daemon = setup.start_nat(&args)?;
     is_changed(lab.old_server(), &typed)?;
@@ -318,15 +368,25 @@ fn what_a_killed_daemon_left_is_told_as_what_the_next_start_does_with_it() -> Re
     let told = Told::by(&setup, Role::New, &setup.daemon_args(Role::New))?;
     Snapshot::of(lab.new_server())?.is_same_as(&left)?;
     let commands = told.commands(&["would_do"]).join("\n");
-    assert!(commands.contains("tc filter replace dev eth0 egress "), "{commands}");
+    assert!(
+        commands.contains("tc filter replace dev eth0 egress "),
+        "{commands}"
+    );
     assert!(!commands.contains("tc filter add dev eth0 "), "{commands}");
-    assert!(commands.contains("ip address del 192.0.2.5/32 dev lo"), "{commands}");
-    assert!(commands.contains("net.ipv4.conf.eth0.arp_ignore=0"), "{commands}");
+    assert!(
+        commands.contains("ip address del 192.0.2.5/32 dev lo"),
+        "{commands}"
+    );
+    assert!(
+        commands.contains("net.ipv4.conf.eth0.arp_ignore=0"),
+        "{commands}"
+    );
     // It has changed nothing: the next start finds what was there.
     let new = setup.start(Role::New)?;
     let gone = poll_until(UP_TIMEOUT, Duration::from_millis(50), || {
         let now = Snapshot::of(lab.new_server()).ok()?.to_string();
-        now.contains("sysctl ipv4/conf/eth0/arp_ignore: 0").then_some(())
+        now.contains("sysctl ipv4/conf/eth0/arp_ignore: 0")
+            .then_some(())
     });
     assert!(gone.is_some());
     new.terminate().map(drop)

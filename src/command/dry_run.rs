@@ -28,7 +28,10 @@ pub(super) fn of_tunnel(args: RunArgs, json: bool) -> Result<(), Failure> {
     for warning in &config.warnings {
         super::warn(warning);
     }
-    tell(daemon::dry_run(&config, &config::runtime_dir()).map_err(ended)?, json)
+    tell(
+        daemon::dry_run(&config, &config::runtime_dir()).map_err(ended)?,
+        json,
+    )
 }
 
 /// Tells what `ipmoved nat` would change.
@@ -36,7 +39,10 @@ pub(super) fn of_nat(args: NatArgs) -> Result<(), Failure> {
     let json = args.dry_run.json;
     let settings = NatSettings::new(args).map_err(refuse)?;
     log::start(settings.log_format);
-    tell(daemon::dry_run_nat(&settings, &config::runtime_dir()).map_err(ended)?, json)
+    tell(
+        daemon::dry_run_nat(&settings, &config::runtime_dir()).map_err(ended)?,
+        json,
+    )
 }
 
 fn tell(dry_run: DryRun, json: bool) -> Result<(), Failure> {

@@ -52,7 +52,10 @@ pub(super) fn run(what: Generated, dir: &Path) -> Result<(), Failure> {
         }
     };
     write().map_err(|error| {
-        Failure::new(FAILED, format!("cannot write to {}: {error}", dir.display()))
+        Failure::new(
+            FAILED,
+            format!("cannot write to {}: {error}", dir.display()),
+        )
     })
 }
 
@@ -121,15 +124,15 @@ fn main_page(cli: &Command, pages: &[String]) -> io::Result<Vec<u8>> {
         (
             "FILES",
             &[
-                (CONFIG, "The settings that the service reads: ipmoved.toml(5)."),
+                (
+                    CONFIG,
+                    "The settings that the service reads: ipmoved.toml(5).",
+                ),
                 (
                     BASE_DIR,
                     "Sockets, and the journal by which a killed daemon's changes are undone.",
                 ),
-                (
-                    STATE_DIR,
-                    "Modes, and who still comes (stragglers.sqlite).",
-                ),
+                (STATE_DIR, "Modes, and who still comes (stragglers.sqlite)."),
             ],
         ),
     ] {
@@ -215,7 +218,10 @@ accept = [\"192.0.2.5\"]";
 fn keys<T: Args>() -> Vec<Arg> {
     let command = T::augment_args(Command::new(NAME));
     let shown = command.get_arguments().filter(|arg| !arg.is_hide_set());
-    shown.filter(|arg| arg.get_long().is_some()).cloned().collect()
+    shown
+        .filter(|arg| arg.get_long().is_some())
+        .cloned()
+        .collect()
 }
 
 fn name(key: &Arg) -> String {
@@ -349,7 +355,14 @@ mod tests {
         cli.build();
         let flag = |long: &str| format!("\\-\\-{}", long.replace('-', "\\-"));
         let main = dir.text("ipmoved.1");
-        for section in ["NAME", "SYNOPSIS", "OPTIONS", "EXIT CODES", "FILES", "SEE ALSO"] {
+        for section in [
+            "NAME",
+            "SYNOPSIS",
+            "OPTIONS",
+            "EXIT CODES",
+            "FILES",
+            "SEE ALSO",
+        ] {
             let heading = [format!(".SH {section}"), format!(".SH \"{section}\"")];
             assert!(heading.iter().any(|it| main.contains(it)), "{section}");
         }
@@ -396,7 +409,10 @@ mod tests {
     fn the_settings_file_has_every_key_and_sets_none() {
         let dir = Dir::of(Generated::Config, "config");
         let text = dir.text("ipmoved.toml");
-        assert!(text.lines().all(|line| line.is_empty() || line.starts_with('#')));
+        assert!(
+            text.lines()
+                .all(|line| line.is_empty() || line.starts_with('#'))
+        );
         assert!(File::parse(&text).is_ok());
         for key in [keys::<DaemonArgs>(), keys::<PeerArgs>()].concat() {
             let line = format!("\n#{} = ", name(&key));

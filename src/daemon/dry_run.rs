@@ -103,9 +103,8 @@ pub fn dry_run(config: &Config, runtime_dir: &Path) -> Result<DryRun, DaemonErro
 
 /// What would be done to hold what is accepted, where that is held.
 fn hold(config: &Config, host: &mut Host, tun: &Link) -> Result<()> {
-    let holds = |peer: &&PeerConfig| {
-        peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty()
-    };
+    let holds =
+        |peer: &&PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
     let accepted = config.peers.iter().filter(holds);
     let accepted = accepted.flat_map(|peer| peer.accept.iter().map(|it| it.prefix));
     let accepted: Vec<Prefix> = accepted.collect();

@@ -299,8 +299,7 @@ fn is_loopback(netlink: &Netlink, named: Option<&str>) -> Result<bool> {
 
 /// What the settings say about links.
 pub(super) fn link_settings(config: &Config, moves: Vec<Move>) -> LinkSettings {
-    let keeps =
-        |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
+    let keeps = |peer: &PeerConfig| peer.deliver_to == DeliverTo::Keep || !peer.outgoing.is_empty();
     let calls_itself =
         |peer: &PeerConfig| peer.deliver_to != DeliverTo::Keep && !peer.outgoing.is_empty();
     LinkSettings {

@@ -4,7 +4,7 @@ use std::fs;
 
 use tracing::debug;
 
-use super::change::{typed, to_set};
+use super::change::{to_set, typed};
 use super::netlink::{Link, Netlink, NetlinkError};
 use super::rehearsal::Step;
 use crate::packet::IPV6_MIN_MTU;
@@ -12,6 +12,10 @@ use crate::packet::IPV6_MIN_MTU;
 /// Packets that wait in the kernel for the daemon to read them. A burst of small packets brings
 /// more between two wake-ups than the default of 500.
 const TX_QUEUE_LEN: u32 = 1_000;
+
+/// What comes with an interface that is up and open.
+const BY_ITSELF: &str =
+    "the kernel itself adds qdiscs of its queues and, with IPv6, multicast ff00::/8 in table local";
 
 /// One setting of the TUN.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -95,7 +99,11 @@ impl TunSetting {
             }
             Self::Up => ("up".to_owned(), set("up")),
         };
-        Some(Step::new(format!("{}: {change}", tun.name), command))
+        let note = (self == Self::Up).then_some(BY_ITSELF);
+        Some(Step {
+            note,
+            ..Step::new(format!("{}: {change}", tun.name), command)
+        })
     }
 }
 

@@ -48,9 +48,7 @@ impl LaneKey {
                 let tag = key.seal_in_place_separate_tag(nonce, Aad::from(header), text);
                 tag.ok()?.as_ref().try_into().ok()
             }
-            Self::Aegis(key) => {
-                Some(aegis_seal(key, counter, header, text))
-            }
+            Self::Aegis(key) => Some(aegis_seal(key, counter, header, text)),
         }
     }
 

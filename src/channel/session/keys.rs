@@ -255,7 +255,9 @@ mod tests {
         for (at, word) in frame.iter_mut().enumerate() {
             *word = secret ^ at as u64;
         }
-        std::hint::black_box(&frame).iter().fold(0, |sum, word| sum ^ word)
+        std::hint::black_box(&frame)
+            .iter()
+            .fold(0, |sum, word| sum ^ word)
     }
 
     /// How much of it is on this thread's stack.

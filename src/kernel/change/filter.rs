@@ -64,7 +64,10 @@ impl BpfFilter {
     /// The same with the program, which lies in no file: a path stands for it.
     fn with_program(&self, action: &str) -> String {
         let place = self.in_tc(action);
-        format!("{place} direct-action object-pinned {PINNED}/{}", self.program)
+        format!(
+            "{place} direct-action object-pinned {PINNED}/{}",
+            self.program
+        )
     }
 }
 
