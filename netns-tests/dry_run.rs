@@ -69,6 +69,9 @@ fn place(command: &str) -> String {
         .unwrap_or("?");
     let name = after("object-pinned").rsplit('/').next().unwrap_or("?");
     let (dev, pref, handle) = (after("dev"), after("pref"), after("handle"));
+    // As a shell takes it: what is within quotes, and a quote between two of those.
+    let parts = dev.split(r"'\''").map(|part| part.trim_matches('\''));
+    let dev = parts.collect::<Vec<_>>().join("'");
     let handle = handle.trim_start_matches("0x");
     format!("{dev} {side} {pref} {handle} {name}")
 }
