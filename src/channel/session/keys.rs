@@ -262,6 +262,7 @@ mod tests {
 
     /// How much of it is on this thread's stack.
     #[inline(never)]
+    #[expect(clippy::disallowed_methods, reason = "a test looks at its own memory")]
     fn left(secret: u64) -> usize {
         let here = 0_u8;
         let address = &raw const here as usize;
@@ -287,6 +288,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "a test with a stack of its own")]
     fn what_a_call_has_left_on_the_stack_is_wiped() {
         let secret = 0x5ec2_e75e_c2e7_0000;
         let thread = std::thread::spawn(move || {
