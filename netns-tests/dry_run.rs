@@ -93,7 +93,16 @@ fn places(snapshot: &Snapshot) -> BTreeSet<String> {
         let ours = name.starts_with("ipmoved_");
         ours.then(|| Some(format!("{at} {} {handle:x} {name}", field("priority")?)))?
     };
-    lines.filter_map(place).collect()
+    let all: BTreeSet<String> = lines.filter_map(place).collect();
+    // The older ingress qdisc lists what it has on either side.
+    let is_twice = |place: &&String| {
+        let other = place.replace(" egress ", " ingress ");
+        other != **place && all.contains(&other)
+    };
+    all.iter()
+        .filter(|place| !is_twice(place))
+        .cloned()
+        .collect()
 }
 
 /// Types a command on a host.
