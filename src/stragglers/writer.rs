@@ -8,7 +8,9 @@
 //! | the disk is full, or read-only | said; what came is kept, up to a bound, and tried again |
 //! | the database is damaged | put aside, said, and a new one made |
 //! | a newer version has written it | said; it stays as it is, and nothing is written |
-//! | the clock steps | the time of watching begins anew; nothing is forgotten for an hour |
+//! | somebody removes or replaces it | said; the one that is there is used, or a new one made |
+//! | the clock steps | the time of watching begins anew; nothing is forgotten for an hour, |
+//! | | and for a day if it is far from what was written before |
 
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,9 +22,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::model::visit::Visited;
 
-use super::store::{Store, StoreError};
-use super::tally::{Others, Tally};
-use super::time::Day;
+use super::store::{FileId, Store, StoreError};
+use super::tally::{Arrived, Others, Tally};
+use super::time::{DAY, Day};
+use super::watch::{Moves, Watch};
 
 /// Batches of a second that may wait for the thread: more than it is ever behind unless the disk
 /// hangs.
@@ -32,7 +35,7 @@ const WAITING: usize = 16;
 const WRITE_EVERY: Duration = Duration::from_secs(2);
 
 /// So often is written that somebody watches, if nobody comes.
-const WATCHED_EVERY: Duration = Duration::from_secs(60);
+const WATCHED_EVERY: Duration = Duration::from_secs(20);
 
 /// So often is tried again what failed.
 const AGAIN_AFTER: Duration = Duration::from_secs(30);
@@ -42,6 +45,10 @@ const STEP: i64 = 60;
 
 /// Nothing is forgotten before the clock was steady for so long: at boot it may be wrong by years.
 const STEADY: Duration = Duration::from_secs(3_600);
+
+/// The same where it shows a time that is more than a day from what was written last. By then a
+/// clock that can be set was.
+const STEADY_FAR: Duration = Duration::from_secs(DAY as u64);
 
 /// How long the end waits for the last words to be written.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -66,8 +73,11 @@ pub struct Writer {
 /// What was told, and when.
 struct Batch {
     visited: Visited<i64>,
-    all: bool,
+    moves: Moves,
+    arrived: Vec<(String, Arrived)>,
     at: i64,
+    /// Everything that came until now is in it.
+    all: bool,
 }
 
 /// What the thread tells.
@@ -79,6 +89,8 @@ struct Shared {
     notes: Mutex<Vec<String>>,
     known: Mutex<Vec<IpAddr>>,
     lost: AtomicU64,
+    /// Visits that were told of and are not written.
+    unwritten: AtomicU64,
 }
 
 impl Writer {
@@ -108,14 +120,23 @@ impl Writer {
         })
     }
 
-    /// Tells who came, at this time.
+    /// Tells who came, and how conversations of each move came to the new server, at this time.
     ///
-    /// `all`: everything is the new server's. Else this server serves clients of which nothing is
-    /// noted, so the time does not count as watched.
-    pub fn tell(&self, visited: Visited<Instant>, all: bool, now: Instant, wall: SystemTime) {
+    /// `moves` says which of them are watched: of others some clients are not seen. `last`: nothing
+    /// that came until now is left to be told.
+    pub fn tell(
+        &self,
+        visited: Visited<Instant>,
+        arrived: Vec<(String, Arrived)>,
+        moves: &Moves,
+        now: Instant,
+        wall: SystemTime,
+        last: bool,
+    ) {
         let at = unix(wall);
         let since = |then: Instant| now.saturating_duration_since(then).as_secs() as i64;
-        let count = visited.visits.len() as u64;
+        let told = visited.visits.len() as u64;
+        let missed = visited.missed;
         let visits = visited.visits.into_iter();
         let visited = Visited {
             visits: visits.map(|it| it.map(|then| at - since(then))).collect(),
@@ -123,12 +144,18 @@ impl Writer {
             missed: visited.missed,
             unnamed: visited.unnamed,
         };
-        let sent = self
-            .batches
-            .as_ref()
-            .map(|it| it.try_send(Batch { visited, all, at }));
+        let batch = Batch {
+            visited,
+            moves: Arc::clone(moves),
+            arrived,
+            at,
+            all: last,
+        };
+        self.shared.unwritten.fetch_add(told, Relaxed);
+        let sent = self.batches.as_ref().map(|it| it.try_send(batch));
         if !matches!(sent, Some(Ok(()))) {
-            self.shared.lost.fetch_add(count, Relaxed);
+            self.shared.unwritten.fetch_sub(told, Relaxed);
+            self.shared.lost.fetch_add(told + missed, Relaxed);
         }
     }
 
@@ -152,6 +179,11 @@ impl Writer {
         self.shared.lost.load(Relaxed)
     }
 
+    /// Conversations that were told of and are not written yet.
+    pub fn unwritten(&self) -> u64 {
+        self.shared.unwritten.load(Relaxed)
+    }
+
     /// Nothing more is told: the thread writes what is left.
     pub fn end(&mut self) {
         self.batches = None;
@@ -171,9 +203,19 @@ struct Keeper {
     tally: Tally,
     /// The database's memory was taken over.
     resumed: bool,
-    /// When somebody has watched since.
     clock: Clock,
-    /// Everything is the new server's.
+    watch: Watch,
+    /// The database that was found whole.
+    whole: Option<FileId>,
+    /// Somebody has removed or replaced it, and that was not said yet.
+    replaced: bool,
+    /// What was lost of what was told, as far as it is counted there.
+    lost: u64,
+    /// Visits that were told of since the last write.
+    added: u64,
+    /// When something was told last.
+    told: i64,
+    /// All that came until then was told.
     all: bool,
     next_write: Instant,
     next_watched: Instant,
@@ -212,7 +254,13 @@ impl Keeper {
             tally: Tally::default(),
             resumed: false,
             clock: Clock::new(now, unix(SystemTime::now())),
-            all: true,
+            watch: Watch::default(),
+            whole: None,
+            replaced: false,
+            lost: 0,
+            added: 0,
+            told: i64::MAX,
+            all: false,
             next_write: now,
             next_watched: now,
             next_forget: now + STEADY,
@@ -237,17 +285,22 @@ impl Keeper {
     }
 
     fn add(&mut self, batch: Batch) {
-        let Batch { visited, all, at } = batch;
-        if all != self.all {
-            let now = Instant::now();
-            if all {
-                self.clock = Clock::new(now, unix(SystemTime::now()));
-            } else {
-                self.next_watched = now;
-                self.write(now, unix(SystemTime::now()));
-            }
-            self.all = all;
+        let Batch {
+            visited,
+            moves,
+            arrived,
+            at,
+            all,
+        } = batch;
+        (self.told, self.all) = (at, all);
+        if self.watch.set(&moves, at) {
+            // It is due.
+            self.next_watched = self.clock.started;
         }
+        for (what, more) in arrived {
+            self.tally.add_arrived(at, &what, more);
+        }
+        self.added += visited.visits.len() as u64;
         for visit in visited.visits {
             self.tally.add(visit);
         }
@@ -272,63 +325,118 @@ impl Keeper {
     fn write(&mut self, now: Instant, wall: i64) {
         self.next_write = now + WRITE_EVERY;
         if self.clock.has_stepped(now, wall) {
-            self.clock = Clock::new(now, wall);
+            self.begin_anew(now, wall);
             self.next_forget = now + STEADY;
-            self.next_watched = now;
+            self.tally.clock_was_set();
+            // Which rows this day has.
+            self.resumed = false;
         }
-        let waits = !self.tally.waiting().is_empty();
+        let lost = self.shared.lost.load(Relaxed);
+        let more = Others {
+            lost: lost - self.lost,
+            ..Others::default()
+        };
+        self.tally.add_others(wall, more);
+        self.lost = lost;
+        let waits = !self.tally.waiting().is_empty() || self.added > 0;
         if !waits && now < self.next_watched {
             return;
         }
         match self.try_write(now, wall) {
             Ok(()) => {
                 self.tally.written();
+                self.watch.written();
+                let added = std::mem::take(&mut self.added);
+                self.shared.unwritten.fetch_sub(added, Relaxed);
                 self.next_watched = now + WATCHED_EVERY;
                 *lock(&self.shared.trouble) = None;
             }
             Err(error) => {
-                self.store = None;
                 self.next_write = now + AGAIN_AFTER;
-                self.suffer(&error);
+                self.suffer(now, wall, &error);
             }
         }
         self.pass_known();
     }
 
     fn try_write(&mut self, now: Instant, wall: i64) -> Result<(), StoreError> {
-        let mut store = match self.store.take() {
-            Some(store) => store,
-            None => Store::to_write(&self.settings.dir)?,
-        };
+        let mut store = self.open(now, wall)?;
+        let written = self.write_to(&mut store, now, wall);
+        // Whatever is wrong with it, it may be another one the next time; unless there is no room.
+        if matches!(written, Ok(()) | Err(StoreError::Full { .. })) {
+            self.store = Some(store);
+        }
+        written
+    }
+
+    /// The database, open.
+    fn open(&mut self, now: Instant, wall: i64) -> Result<Store, StoreError> {
+        match self.store.take() {
+            Some(store) if store.is_there() => return Ok(store),
+            // The next file may get its number.
+            Some(_) => (self.replaced, self.whole) = (true, None),
+            None => {}
+        }
+        let store = Store::to_write(&self.settings.dir, self.whole)?;
+        self.replaced |= self.whole.is_some_and(|whole| whole != store.file());
+        self.whole = Some(store.file());
+        if std::mem::take(&mut self.replaced) {
+            let text = "the database of clients was removed or replaced: who came before is known \
+                        from the one that is there now, if at all, and nobody has watched before";
+            lock(&self.shared.notes).push(text.into());
+            self.begin_anew(now, wall);
+        }
+        Ok(store)
+    }
+
+    fn write_to(&mut self, store: &mut Store, now: Instant, wall: i64) -> Result<(), StoreError> {
         if !self.resumed {
             let (known, rows) = store.memory(Day::of(wall))?;
             self.tally.resume(known, rows);
             self.resumed = true;
+            let last = store.last_watched()?;
+            if last.is_some_and(|last| (wall - last).abs() > DAY) {
+                self.next_forget = now + STEADY_FAR;
+            }
         }
         // What is forgotten was not watched.
-        let oldest = Day(Day::of(wall).0 - self.settings.keep).start();
-        let since = self.all.then_some(self.clock.at.max(oldest));
-        let write = |store: &mut Store| store.write(self.tally.waiting(), since, wall);
-        let mut written = write(&mut store);
+        let oldest = Day(Day::of(wall).0 - self.settings.keep);
+        self.watch.forget_before(oldest.start());
+        // What nobody has told was not watched either.
+        let (at, all) = (wall.min(self.told), self.all);
+        let mut written = store.write(self.tally.waiting(), &self.watch, at, all);
         while matches!(written, Err(StoreError::Full { .. })) && store.is_at_its_bound() {
             let Some(until) = store.give_up_oldest()? else {
                 break;
             };
+            self.watch.forget_before(until.start());
             let text = format!("too many clients: those of before {until} are forgotten");
             lock(&self.shared.notes).push(text);
-            written = write(&mut store);
+            written = store.write(self.tally.waiting(), &self.watch, at, all);
         }
         written?;
         if now >= self.next_forget {
             self.next_forget = now + STEADY;
-            store.forget(wall, self.settings.keep)?;
+            if store.pull_back(wall)? {
+                let text = "the clock is behind what was recorded of clients: is it right? As long \
+                            as it is, nothing of that is forgotten, and it counts as of now";
+                lock(&self.shared.notes).push(text.into());
+            } else {
+                store.forget(wall, self.settings.keep)?;
+            }
         }
-        self.store = Some(store);
         Ok(())
     }
 
+    /// What was watched until now says nothing of the time from now on.
+    fn begin_anew(&mut self, now: Instant, wall: i64) {
+        self.clock = Clock::new(now, wall);
+        self.watch.begin_anew(wall);
+        self.next_watched = now;
+    }
+
     /// Says why nothing was written, and does what helps.
-    fn suffer(&mut self, error: &StoreError) {
+    fn suffer(&mut self, now: Instant, wall: i64, error: &StoreError) {
         if let StoreError::Damaged { .. } = error
             && let Ok(aside) = Store::put_aside(&self.settings.dir)
         {
@@ -338,8 +446,9 @@ impl Keeper {
             );
             lock(&self.shared.notes).push(text);
             // The new one knows nothing of what was watched before.
-            self.clock = Clock::new(Instant::now(), unix(SystemTime::now()));
-            self.next_write = Instant::now();
+            self.whole = None;
+            self.begin_anew(now, wall);
+            self.next_write = now;
             return;
         }
         let text = format!("clients are not recorded, which is tried again: {error}");
@@ -366,8 +475,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::model::visit::Visit;
+    use crate::stragglers::history::History;
     use crate::stragglers::store::FILE;
     use crate::stragglers::tests::{NOON, Scratch, visit};
+    use crate::stragglers::verdict::{Reason, Verdict};
 
     fn keeper(dir: &Path) -> Keeper {
         let settings = Settings {
@@ -376,20 +488,43 @@ mod tests {
         };
         let mut keeper = Keeper::new(settings, Arc::default());
         keeper.clock.at = NOON;
+        tell(&mut keeper, NOON, Vec::new());
         keeper
     }
 
-    fn add(keeper: &mut Keeper, client: &str, at: i64) {
+    /// Tells who came, and that one move is watched.
+    fn tell(keeper: &mut Keeper, at: i64, visits: Vec<Visit<i64>>) {
+        thread_local! {
+            static MOVES: Moves = Arc::new([("192.0.2.5".to_owned(), true)]);
+        }
+        keeper
+            .shared
+            .unwritten
+            .fetch_add(visits.len() as u64, Relaxed);
         let visited = Visited {
-            visits: vec![visit(client, 443, at)],
-            openings: 1,
+            openings: visits.len() as u64,
+            visits,
             ..Visited::default()
         };
         keeper.add(Batch {
             visited,
-            all: true,
+            moves: MOVES.with(Arc::clone),
+            arrived: Vec::new(),
             at,
+            all: true,
         });
+    }
+
+    fn add(keeper: &mut Keeper, client: &str, at: i64) {
+        tell(keeper, at, vec![visit(client, 443, at)]);
+    }
+
+    /// When somebody watched, in order.
+    fn watched(dir: &Path) -> Vec<(i64, i64)> {
+        let store = Store::to_read(dir).unwrap();
+        let query = "SELECT since, until FROM watched ORDER BY since";
+        let row = |row: &rusqlite::Row<'_>| Ok(Some((row.get(0)?, row.get(1)?)));
+        store.read(query, [], row).unwrap()
     }
 
     fn count(dir: &Path, table: &str) -> i64 {
@@ -409,6 +544,7 @@ mod tests {
             let mut keeper = keeper(scratch.dir());
             let begun = keeper.clock.started;
             keeper.clock.at = at;
+            keeper.watch.begin_anew(at);
             add(&mut keeper, "203.0.113.9", at);
             keeper.write(begun, at);
             assert_eq!(trouble(&keeper), "");
@@ -491,7 +627,7 @@ mod tests {
         drop(first);
         let path = scratch.dir().join(FILE);
         for (change, says) in [
-            ("PRAGMA user_version = 2", "newer ipmoved (form 2"),
+            ("PRAGMA user_version = 3", "newer ipmoved (form 3"),
             ("PRAGMA application_id = 7", "not a database of ipmoved"),
         ] {
             let db = rusqlite::Connection::open(&path).unwrap();
@@ -548,27 +684,184 @@ mod tests {
         assert!(!other.exists());
     }
 
+    /// A keeper and its clocks: so many seconds after the begin, with the clock off by some.
+    struct Timed {
+        keeper: Keeper,
+        begun: Instant,
+    }
+
+    impl Timed {
+        fn new(dir: &Path) -> Self {
+            let keeper = keeper(dir);
+            let begun = keeper.clock.started;
+            Self { keeper, begun }
+        }
+
+        fn write(&mut self, after: i64, off: i64) {
+            let now = self.begun + Duration::from_secs(after as u64);
+            tell(&mut self.keeper, NOON + after + off, Vec::new());
+            self.keeper.write(now, NOON + after + off);
+            assert_eq!(trouble(&self.keeper), "");
+        }
+    }
+
     #[test]
     fn a_clock_that_is_set_begins_the_time_of_watching_anew_and_forgets_nothing() {
         let scratch = Scratch::new("clock");
-        let mut keeper = keeper(scratch.dir());
-        let begun = keeper.clock.started;
-        let hours = |n: u64| begun + Duration::from_secs(n * 3_600);
-        add(&mut keeper, "203.0.113.9", NOON);
-        keeper.write(begun, NOON);
-        // At boot the clock was behind, or somebody sets it far ahead.
-        let ahead = NOON + 200 * 86_400;
-        keeper.write(begun + Duration::from_secs(70), ahead);
-        assert_eq!(count(scratch.dir(), "watched"), 2);
-        assert_eq!(count(scratch.dir(), "visits"), 1);
-        keeper.write(hours(2), NOON + 7_200);
-        assert_eq!(count(scratch.dir(), "visits"), 1, "it was set again");
-        // That nobody will have watched in the future is forgotten, once the clock is right.
-        keeper.write(hours(4), NOON + 4 * 3_600);
-        assert_eq!(count(scratch.dir(), "watched"), 2);
+        let mut timed = Timed::new(scratch.dir());
+        add(&mut timed.keeper, "203.0.113.9", NOON);
+        timed.write(0, 0);
+        timed.write(3_600, 0);
+        // Somebody sets it far ahead.
+        let ahead = 200 * DAY;
+        timed.write(3_670, ahead);
+        timed.write(3_690, ahead);
+        assert_eq!(watched(scratch.dir()).len(), 2);
+        timed.write(3_690 + 23 * 3_600, ahead);
+        assert_eq!(count(scratch.dir(), "visits"), 1, "it may be set again");
+        let again = 4_000 + 23 * 3_600;
+        timed.write(again, 0);
+        timed.write(again + 20, 0);
+        assert_eq!(watched(scratch.dir()).len(), 3);
         // It stays right for 200 days.
-        keeper.write(hours(24 * 200), ahead);
+        timed.write(again + ahead, 0);
         assert_eq!(count(scratch.dir(), "visits"), 0);
+    }
+
+    #[test]
+    fn what_came_while_the_clock_was_ahead_has_come_and_that_time_was_not_watched() {
+        let scratch = Scratch::new("ahead");
+        let mut timed = Timed::new(scratch.dir());
+        timed.write(0, 0);
+        timed.write(10 * 3_600, 0);
+        let ahead = 30 * DAY;
+        timed.write(10 * 3_600 + 1, ahead);
+        add(&mut timed.keeper, "203.0.113.9", NOON + 36_001 + ahead);
+        timed.write(11 * 3_600, ahead);
+        timed.write(11 * 3_600 + 1, 0);
+        timed.write(11 * 3_600 + 100, 0);
+        assert_eq!(watched(scratch.dir()).len(), 3);
+        // Once the clock was right for long enough.
+        let right = 11 * 3_600 + 1 + DAY;
+        timed.write(right, 0);
+        let until = watched(scratch.dir()).iter().map(|it| it.1).max();
+        assert_eq!(until, Some(NOON + right));
+        let seconds: i64 = watched(scratch.dir()).iter().map(|it| it.1 - it.0).sum();
+        assert_eq!(seconds, 10 * 3_600 + DAY);
+        let store = Store::to_read(scratch.dir()).unwrap();
+        let last = store.read("SELECT day, last FROM visits", [], |row| {
+            Ok(Some((row.get(0)?, row.get(1)?)))
+        });
+        let last: Vec<(String, i64)> = last.unwrap();
+        assert_eq!(last, [(Day::of(NOON + right).to_string(), NOON + right)]);
+    }
+
+    #[test]
+    fn a_clock_that_is_behind_makes_nobody_forget() {
+        let scratch = Scratch::new("behind");
+        let mut timed = Timed::new(scratch.dir());
+        add(&mut timed.keeper, "203.0.113.9", NOON);
+        timed.write(0, 0);
+        timed.write(30 * DAY, 0);
+        // As a machine without a clock of its own begins.
+        let behind = -NOON;
+        for hour in 0..20 {
+            timed.write(30 * DAY + 10 + hour * 2 * 3_600, behind);
+        }
+        let notes = std::mem::take(&mut *lock(&timed.keeper.shared.notes));
+        assert!(
+            notes.iter().any(|it| it.contains("clock is behind")),
+            "{notes:?}"
+        );
+        assert_eq!(count(scratch.dir(), "visits"), 1);
+        let seconds: i64 = watched(scratch.dir()).iter().map(|it| it.1 - it.0).sum();
+        assert!(seconds > 30 * DAY, "{seconds}");
+    }
+
+    #[test]
+    fn one_that_is_removed_while_it_runs_is_made_again_and_knows_nothing_of_before() {
+        let scratch = Scratch::new("removed");
+        let mut timed = Timed::new(scratch.dir());
+        add(&mut timed.keeper, "203.0.113.9", NOON);
+        timed.write(0, 0);
+        fs::remove_file(scratch.dir().join(FILE)).unwrap();
+        add(&mut timed.keeper, "203.0.113.9", NOON + 100);
+        timed.write(100, 0);
+        timed.write(200, 0);
+        let notes = std::mem::take(&mut *lock(&timed.keeper.shared.notes));
+        assert!(notes[0].contains("removed or replaced"), "{notes:?}");
+        assert_eq!(watched(scratch.dir()), [(NOON + 100, NOON + 200)]);
+        assert_eq!(count(scratch.dir(), "visits"), 1);
+    }
+
+    #[test]
+    fn what_the_thread_had_no_time_for_is_counted_as_lost() {
+        let scratch = Scratch::new("lost");
+        let mut timed = Timed::new(scratch.dir());
+        timed.keeper.shared.lost.store(7, Relaxed);
+        timed.write(0, 0);
+        timed.write(20, 0);
+        let store = Store::to_read(scratch.dir()).unwrap();
+        let lost = store.read("SELECT lost FROM days", [], |row| {
+            row.get::<_, i64>(0).map(Some)
+        });
+        assert_eq!(lost.unwrap(), [7_i64]);
+    }
+
+    #[test]
+    fn one_of_the_form_before_is_brought_up_to_date() {
+        let scratch = Scratch::new("form-1");
+        let mut first = keeper(scratch.dir());
+        add(&mut first, "203.0.113.9", NOON);
+        first.write(first.clock.started, NOON);
+        drop(first);
+        let db = rusqlite::Connection::open(scratch.dir().join(FILE)).unwrap();
+        db.execute_batch(
+            "DROP TABLE watched; DROP TABLE moves; DROP TABLE arrived;
+             CREATE TABLE watched (since INTEGER PRIMARY KEY, until INTEGER NOT NULL) STRICT;
+             INSERT INTO watched VALUES (1, 1795867200);
+             ALTER TABLE days DROP COLUMN lost; ALTER TABLE days DROP COLUMN displaced;
+             PRAGMA user_version = 1;",
+        )
+        .unwrap();
+        drop(db);
+        let older = Store::to_read(scratch.dir()).unwrap_err().to_string();
+        assert!(older.contains("older ipmoved (form 1)"), "{older}");
+        let mut timed = Timed::new(scratch.dir());
+        timed.write(100, 0);
+        assert_eq!(watched(scratch.dir()), [(NOON, NOON + 100)]);
+        assert_eq!(count(scratch.dir(), "visits"), 1);
+        // It has what a new one has.
+        let new = Scratch::new("form-2");
+        Timed::new(new.dir()).write(0, 0);
+        let forms = [scratch.dir(), new.dir()].map(|dir| {
+            let store = Store::to_read(dir).unwrap();
+            let columns = "SELECT m.name || '.' || c.name || ' ' || c.type || c.pk || c.\"notnull\"
+                           FROM sqlite_schema m, pragma_table_info(m.name) c ORDER BY 1";
+            let columns: Vec<String> = store.read(columns, [], |row| row.get(0).map(Some)).unwrap();
+            columns
+        });
+        assert_eq!(forms[0], forms[1]);
+    }
+
+    #[test]
+    fn what_is_forgotten_gives_its_room_back() {
+        let scratch = Scratch::new("room");
+        let mut timed = Timed::new(scratch.dir());
+        for n in 0..20_000_u32 {
+            let client = std::net::Ipv4Addr::from(0x0a00_0000 + n).to_string();
+            add(&mut timed.keeper, &client, NOON);
+        }
+        timed.write(0, 0);
+        let pages = |timed: &Timed| {
+            let store = timed.keeper.store.as_ref().unwrap();
+            let pages: Vec<i64> =
+                (store.read("PRAGMA page_count", [], |row| row.get(0).map(Some))).unwrap();
+            pages[0]
+        };
+        let before = pages(&timed);
+        timed.write(200 * DAY, 0);
+        assert!(pages(&timed) < before / 10, "{} of {before}", pages(&timed));
     }
 
     #[test]
@@ -626,6 +919,7 @@ mod tests {
     fn a_database_at_its_bound_gives_up_the_oldest_days() {
         let scratch = Scratch::new("bound");
         let mut keeper = keeper(scratch.dir());
+        keeper.watch.begin_anew(NOON - 29 * DAY);
         for day in (0..30).rev() {
             for n in 0..50 {
                 add(&mut keeper, &format!("203.0.113.{n}"), NOON - day * 86_400);
@@ -643,6 +937,11 @@ mod tests {
         assert_eq!(trouble(&keeper), "");
         let notes = lock(&keeper.shared.notes).join("");
         assert!(notes.contains("are forgotten"), "{notes}");
+        // Nor does the next write say that somebody has watched then.
+        tell(&mut keeper, NOON, Vec::new());
+        keeper.write(keeper.clock.started, NOON);
+        let oldest = watched(scratch.dir()).first().map(|it| it.0);
+        assert!(oldest > Some(NOON - 29 * DAY), "{oldest:?}");
         let store = Store::to_read(scratch.dir()).unwrap();
         let days = store.read("SELECT DISTINCT day FROM visits", [], |row| {
             row.get(0).map(Some)
@@ -652,6 +951,49 @@ mod tests {
             days.len() < 30 && days.contains(&Day::of(NOON).to_string()),
             "{days:?}"
         );
+    }
+
+    #[test]
+    fn a_million_forged_sources_are_bounded_on_the_disk_and_known_clients_stay_listed() {
+        let scratch = Scratch::new("flood");
+        let mut timed = Timed::new(scratch.dir());
+        let clients = ["203.0.113.9", "2001:db8:1:2::9"];
+        for client in clients {
+            add(&mut timed.keeper, client, NOON);
+        }
+        timed.write(0, 0);
+        for part in 0..20_u32 {
+            let at = NOON + 2 + i64::from(part);
+            let flood = (0..50_000_u32).map(|n| {
+                let mut forged = visit("203.0.113.9", 443, at);
+                let source = std::net::Ipv4Addr::from(0x2000_0000 + part * 50_000 + n);
+                forged.client = IpAddr::from(source).into();
+                forged
+            });
+            tell(&mut timed.keeper, at, flood.collect());
+            timed.write(2 + i64::from(part), 0);
+        }
+        for client in clients {
+            add(&mut timed.keeper, client, NOON + 60);
+        }
+        timed.write(60, 0);
+        let bytes = fs::metadata(scratch.dir().join(FILE)).unwrap().len();
+        assert!(bytes < 16 << 20, "{bytes}");
+        let store = Store::to_read(scratch.dir()).unwrap();
+        let query = "SELECT count(*) FROM visits WHERE connections = 2";
+        let twice = store.read(query, [], |row| row.get::<_, i64>(0).map(Some));
+        assert_eq!(twice.unwrap(), [2]);
+        let history = History::open(
+            scratch.dir(),
+            UNIX_EPOCH + Duration::from_secs(NOON as u64 + 60),
+            None,
+        );
+        let verdict = Verdict::of(&history.unwrap(), 60, &[]).unwrap();
+        let much = verdict
+            .reasons
+            .iter()
+            .any(|it| matches!(it, Reason::TooMuch { .. }));
+        assert!(!verdict.safe && much, "{:?}", verdict.reasons);
     }
 
     #[test]
@@ -667,10 +1009,12 @@ mod tests {
             visits: vec![visit("203.0.113.9", 443, NOON).map(|_| now)],
             ..Visited::default()
         };
-        writer.tell(visited, true, now, SystemTime::now());
+        let moves: Moves = Arc::new([("192.0.2.5".to_owned(), true)]);
+        writer.tell(visited, Vec::new(), &moves, now, SystemTime::now(), true);
         writer.end();
         writer.wait();
         assert_eq!((writer.trouble(), writer.lost()), (None, 0));
+        assert_eq!(writer.unwritten(), 0);
         assert_eq!(count(scratch.dir(), "visits"), 1);
     }
 }
