@@ -1,5 +1,5 @@
-//! `stragglers`, `verdict` and `report`: who still comes, and whether the old server can be switched
-//! off.
+//! `stragglers`, `verdict` and `report`: who still comes, and whether the old server can be
+//! switched off.
 //!
 //! Owns what is asked of whom: the database tells what was, the daemon and this host what is. All
 //! of it is said, too, while no daemon runs.

@@ -81,7 +81,7 @@ impl Findings {
     ) -> Result<Self, StoreError> {
         let now = history.now();
         let mut came = history.came(since)?;
-        let conversations: u64 = came.iter().map(|it| it.connections).sum();
+        let conversations = history.conversations(since)?;
         came.retain(|it| !ignores(ignored, &it.who.0));
         came.sort_by_key(|it| (std::cmp::Reverse((it.connections, it.last)), it.who));
         let mut clients: Vec<Prefix> = came.iter().map(|it| it.who.0).collect();

@@ -242,6 +242,16 @@ impl History {
         })
     }
 
+    /// Clients' conversations on the day of `since` and later.
+    pub(super) fn conversations(&self, since: i64) -> Result<u64, StoreError> {
+        let query = "SELECT coalesce(sum(connections), 0) FROM visits WHERE day >= ?1";
+        let day = Day::of(since).to_string();
+        let all = self
+            .store
+            .read(query, [day], |row| count(row, 0).map(Some))?;
+        Ok(all.into_iter().sum())
+    }
+
     /// All clients that are remembered.
     pub(super) fn known(&self) -> Result<HashMap<Prefix, Known>, StoreError> {
         let query = "

@@ -22,6 +22,9 @@ use super::verdict::{DayCount, Verdict};
 /// Size of a chart in its own units, which the page scales to its width.
 const CHART: (u32, u32) = (860, 260);
 
+/// Room for half a date on the right, as large as a phone shows it.
+const LAST_DATE: u32 = 32;
+
 /// So far ahead a chart follows a trend at most, in days: further out it says nothing.
 const MAX_AHEAD: i64 = 60;
 
@@ -190,6 +193,7 @@ fn decline(days: &[DayCount], trend: Trend) -> Result<String, ReportError> {
         let area = SVGBackend::with_string(&mut out, CHART).into_drawing_area();
         let mut chart = ChartBuilder::on(&area)
             .margin(8)
+            .margin_right(LAST_DATE)
             .x_label_area_size(28)
             .y_label_area_size(64)
             .build_cartesian_2d(-0.5..until as f64 - 0.5, 0.0..most * 1.08)
@@ -234,6 +238,7 @@ fn directly(arrived: &BTreeMap<Day, Arrived>) -> Result<String, ReportError> {
         let area = SVGBackend::with_string(&mut out, CHART).into_drawing_area();
         let mut chart = ChartBuilder::on(&area)
             .margin(8)
+            .margin_right(LAST_DATE)
             .x_label_area_size(28)
             .y_label_area_size(64)
             .build_cartesian_2d(-0.5..days as f64 - 0.5, 0.0..104.0)

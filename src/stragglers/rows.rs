@@ -105,7 +105,7 @@ pub(super) fn write_days(change: &Transaction<'_>, waiting: &Waiting) -> rusqlit
         add.execute(params![
             day.to_string(),
             number(others.openings),
-            number(others.answered_once),
+            others.answered_once,
             number(others.unlisted),
             number(others.missed),
             number(others.unnamed),

@@ -84,7 +84,8 @@ pub(super) struct Asks {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Others {
     pub(super) openings: u64,
-    pub(super) answered_once: u64,
+    /// Fewer than none if it turns out that they came again.
+    pub(super) answered_once: i64,
     pub(super) unlisted: u64,
     pub(super) missed: u64,
     pub(super) unnamed: u64,
@@ -118,6 +119,8 @@ impl Arrived {
 struct Once {
     first: i64,
     asked: Asked,
+    /// How many conversations were counted.
+    count: i64,
 }
 
 /// What a conversation says of who has it.
@@ -301,11 +304,8 @@ impl Tally {
         }
         if !visit.bare {
             // How it began may not have told that.
-            let before = visit
-                .began
-                .is_none()
-                .then(|| self.forget_once(visit.client));
-            return before.flatten().map_or(Judged::Client, Judged::Again);
+            let before = self.forget_once(visit.client);
+            return before.map_or(Judged::Client, |once| self.came_again(once));
         }
         let Some(began) = visit.began else {
             return Judged::Not;
@@ -317,13 +317,15 @@ impl Tally {
         // A clock that was set back is no reason to wait.
         let is_again = |once: &Once| (began - once.first).abs() >= AGAIN;
         if let Some(once) = before.filter(is_again) {
-            return Judged::Again(once);
+            return self.came_again(once);
         }
         self.others(Day::of(began)).answered_once += 1;
-        let once = before.unwrap_or(Once {
+        let mut once = before.unwrap_or(Once {
             first: began,
             asked: visit.asked,
+            count: 0,
         });
+        once.count += 1;
         let [younger, older] = &mut self.once;
         if younger.len() >= MAX_ONCE {
             let displaced = std::mem::replace(older, std::mem::take(younger));
@@ -331,6 +333,12 @@ impl Tally {
         }
         self.once[0].insert(visit.client, once);
         Judged::Not
+    }
+
+    /// A sender that was answered once is a client.
+    fn came_again(&mut self, once: Once) -> Judged {
+        self.others(Day::of(once.first)).answered_once -= once.count;
+        Judged::Again(once)
     }
 
     fn forget_once(&mut self, client: Prefix) -> Option<Once> {
@@ -406,6 +414,7 @@ mod tests {
         assert_eq!(tally.waiting().others[&Day::of(NOON)].answered_once, 2);
         (query.last, query.began) = (NOON + 10, Some(NOON + 10));
         tally.add(query.clone());
+        assert_eq!(tally.waiting().others[&Day::of(NOON)].answered_once, 0);
         query.answered = false;
         tally.add(query);
         assert_eq!(

@@ -56,7 +56,8 @@ pub struct Verdict {
     pub gone: Vec<String>,
     /// Clients that came in it.
     pub clients: usize,
-    /// Those of them that came for the first time, within an hour, a few times.
+    /// Those of them that came for the first time, within an hour, a few times, if the week before
+    /// was watched.
     pub newcomers: usize,
     /// Those of them that came most often.
     pub stragglers: Vec<Straggler>,
@@ -164,7 +165,7 @@ impl Verdict {
             known.get(client).is_some_and(|it| what(it, since))
         };
         let came = history.came(since)?;
-        let conversations = came.iter().map(|it| it.connections).sum();
+        let conversations = history.conversations(since)?;
         let (left_out, came): (Vec<Came>, Vec<Came>) =
             came.into_iter().partition(|it| ignores(ignored, &it.who.0));
         let (passing, mut came): (Vec<Came>, Vec<Came>) =
@@ -172,7 +173,8 @@ impl Verdict {
         came.sort_by_key(|it| (std::cmp::Reverse((it.connections, it.last)), it.who));
         let each_client = each(&came);
         let clients = each_client.len();
-        let newcomers = each_client.iter().filter(|it| is(it, Known::is_new));
+        let is_new = |it: &&Prefix| knows_new && is(it, Known::is_new);
+        let newcomers = each_client.iter().filter(is_new);
         let newcomers = newcomers.count();
         let last_seen = came.iter().map(|it| it.last).max();
         let beside = history.beside(since)?;

@@ -349,7 +349,10 @@ impl Keeper {
                 let added = std::mem::take(&mut self.added);
                 self.shared.unwritten.fetch_sub(added, Relaxed);
                 self.next_watched = now + WATCHED_EVERY;
-                *lock(&self.shared.trouble) = None;
+                if lock(&self.shared.trouble).take().is_some() {
+                    let text = "clients are recorded again, those of meanwhile, too";
+                    lock(&self.shared.notes).push(text.into());
+                }
             }
             Err(error) => {
                 self.next_write = now + AGAIN_AFTER;
@@ -666,6 +669,8 @@ mod tests {
         add(&mut keeper, "203.0.113.10", NOON);
         keeper.write(keeper.clock.started, NOON);
         assert_eq!((trouble(&keeper).as_str(), count(&dir, "visits")), ("", 2));
+        let notes = lock(&keeper.shared.notes).join("");
+        assert!(notes.contains("recorded again"), "{notes}");
     }
 
     #[test]
