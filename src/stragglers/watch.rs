@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 /// How long it takes until all that came is written: what a conversation needs to settle, and the
-/// time until it is told of and written ([`flow::visits`](crate::flow::visits)).
+/// time until it is told of and written (`flow::visits`).
 const LAG: i64 = 10;
 
 /// The moves of a daemon as `--move` names them, each with whether it is watched.
