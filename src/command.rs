@@ -15,14 +15,13 @@ mod dry_run;
 mod generate;
 mod here;
 mod orders;
+mod stragglers;
 
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser};
@@ -34,23 +33,12 @@ use crate::kernel::iptables;
 use crate::kernel::netlink::firewall;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
 use crate::lab::{DemoError, LabError};
-use crate::model::prefix::Prefix;
-use crate::model::progress::Progress;
 use crate::model::status::Status;
-use crate::settings::args::{
-    Cli, Command, NatArgs, ReportArgs, RunArgs, StragglersArgs, VerdictArgs,
-};
+use crate::settings::args::{Cli, Command, NatArgs, RunArgs};
 use crate::settings::config::{self, Config, NatSettings};
-use crate::stragglers::findings::Findings;
-use crate::stragglers::history::History;
-use crate::stragglers::report::Page;
-use crate::stragglers::store::StoreError;
-use crate::stragglers::verdict::Verdict;
 
 /// Failed while running.
 const FAILED: u8 = 1;
-/// The old server cannot be switched off yet (`verdict`).
-const NOT_YET: u8 = 1;
 /// Bad input; clap uses the same.
 const BAD_INPUT: u8 = 2;
 /// The system cannot do it.
@@ -76,9 +64,9 @@ pub fn main() -> ExitCode {
         Some(Command::Hold(args)) => orders::hold(args),
         Some(Command::Back(args)) => orders::back(args),
         Some(Command::Cutover(args)) => cutover::run(args),
-        Some(Command::Stragglers(args)) => show_stragglers(args),
-        Some(Command::Verdict(args)) => give_verdict(args),
-        Some(Command::Report(args)) => write_report(args),
+        Some(Command::Stragglers(args)) => stragglers::show(args),
+        Some(Command::Verdict(args)) => stragglers::judge(args),
+        Some(Command::Report(args)) => stragglers::report(args),
         Some(Command::Cleanup) => cleanup(),
         Some(Command::Demo) => demo(),
         Some(Command::Generate { what, dir }) => generate::run(what, &dir),
@@ -247,103 +235,6 @@ fn show_status(json: bool) -> Result<(), Failure> {
     } else {
         print(&status.to_text())
     }
-}
-
-fn show_stragglers(args: StragglersArgs) -> Result<(), Failure> {
-    let history = history(args.state_dir)?;
-    let since = history.now() - args.since.get().as_secs() as i64;
-    let top = args.top.get() as usize;
-    let findings = Findings::of(&history, since, top).map_err(unreadable)?;
-    if args.json {
-        print_json(&findings)
-    } else if args.csv {
-        print(&findings.to_csv())
-    } else {
-        print(&findings.to_text())
-    }
-}
-
-/// Every failure but "not yet" has another exit code than that.
-fn give_verdict(args: VerdictArgs) -> Result<(), Failure> {
-    let history = history(args.state_dir)?;
-    let quiet = args.quiet.get().as_secs() as i64;
-    let mut status = orders::status().ok();
-    let verdict = judge(&history, quiet, &args.ignore, status.as_mut())?;
-    let printed = if args.json {
-        print_json(&verdict)
-    } else {
-        print(&verdict.to_text())
-    };
-    printed.map_err(|Failure { message, .. }| Failure::new(SYSTEM, message))?;
-    if verdict.safe {
-        Ok(())
-    } else {
-        Err(Failure {
-            code: NOT_YET,
-            // It has been said.
-            message: String::new(),
-        })
-    }
-}
-
-fn write_report(args: ReportArgs) -> Result<(), Failure> {
-    let history = history(args.state_dir)?;
-    let quiet = args.quiet.get().as_secs() as i64;
-    let mut status = orders::status().ok();
-    let verdict = judge(&history, quiet, &args.ignore, status.as_mut())?;
-    let since = history.now() - quiet;
-    let findings = Findings::of(&history, since, args.top.get() as usize).map_err(unreadable)?;
-    // The page is right without what the daemon knows.
-    let tunnels = || status.iter().flat_map(|status| &status.tunnels);
-    let moved: Vec<String> = tunnels().flat_map(|it| it.moved.clone()).collect();
-    let progress = tunnels().flat_map(|tunnel| &tunnel.progress);
-    let all = progress.fold(Progress::default(), |sum, of| Progress {
-        by_tunnel: sum.by_tunnel + of.progress.by_tunnel,
-        directly: sum.directly + of.progress.directly,
-        ..sum
-    });
-    let page = Page {
-        moved: &moved,
-        verdict: &verdict,
-        findings: &findings,
-        directly: all.percent_directly(),
-    };
-    let html = page
-        .to_html()
-        .map_err(|error| Failure::new(FAILED, error))?;
-    let file = args.file.display();
-    // It says who the clients are.
-    let write = || -> io::Result<()> {
-        let mut open = std::fs::OpenOptions::new();
-        let open = open.write(true).create(true).truncate(true).mode(0o600);
-        open.open(&args.file)?.write_all(html.as_bytes())
-    };
-    write().map_err(|error| Failure::new(FAILED, format!("cannot write {file}: {error}")))?;
-    print(&format!("{file} is written\n"))
-}
-
-/// The verdict, with what this server still has itself, as far as its daemon runs and can tell.
-fn judge(
-    history: &History,
-    quiet: i64,
-    ignored: &[Prefix],
-    status: Option<&mut Status>,
-) -> Result<Verdict, Failure> {
-    let verdict = Verdict::of(history, quiet, ignored).map_err(unreadable)?;
-    let Some(status) = status else {
-        return Ok(verdict);
-    };
-    let _ = here::count(status);
-    let modes = status.tunnels.iter().flat_map(|tunnel| &tunnel.modes);
-    Ok(verdict.with_here(modes.filter_map(|mode| mode.here_live).sum()))
-}
-
-fn history(state_dir: Option<PathBuf>) -> Result<History, Failure> {
-    History::open(&config::state_dir(state_dir), SystemTime::now()).map_err(unreadable)
-}
-
-fn unreadable(error: StoreError) -> Failure {
-    Failure::new(SYSTEM, error)
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {

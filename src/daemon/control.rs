@@ -613,9 +613,14 @@ impl Control<'_> {
         if let Some(visitors) = &mut self.visitors
             && now >= visitors.next()
         {
-            let up = self.tunnels.iter().all(|it| it.state() == State::Up);
-            let all = up && self.orders.as_ref().is_none_or(Orders::is_all_moved);
-            visitors.look(now, all, &self.shared.forwarder, &mut self.warnings);
+            let is_up = |peer| self.tunnels[index(peer)].state() == State::Up;
+            let moves = self.orders.iter().flat_map(Orders::moved);
+            visitors.watch(moves.map(|(peer, moved, all)| (moved, all && is_up(peer))));
+            if visitors.wants_progress(now) {
+                let peers = self.policy.peers();
+                visitors.progress(peers.flat_map(|peer| self.progress.of(peer)));
+            }
+            visitors.look(now, &self.shared.forwarder, &mut self.warnings);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -1373,6 +1378,8 @@ impl Control<'_> {
             stayed: self.follower.stayed(),
             own_full: self.follower.own_full(),
             unrecorded: (self.visitors.as_ref()).map_or(0, |visitors| visitors.unrecorded()),
+            unwritten: (self.visitors.as_ref())
+                .map_or(0, |visitors| visitors.unwritten(&self.shared.forwarder)),
         };
         let waiting = match self.role {
             Role::Old => self.shared.holding.waiting(),

@@ -283,6 +283,7 @@ async fn carry(
                     stayed: 0,
                     own_full: 0,
                     unrecorded: 0,
+                    unwritten: 0,
                 };
                 report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
             }),

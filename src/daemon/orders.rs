@@ -185,10 +185,10 @@ impl Orders {
         places.into_iter().map(of).collect()
     }
 
-    /// Whether everything is in the mode in which the new server answers.
-    pub(super) fn is_all_moved(&self) -> bool {
-        let mut moves = self.modes.moves().iter();
-        moves.all(|it| it.mode.settled == Settled::Moved)
+    /// The moves, each with its peer and with whether the new server answers all clients.
+    pub(super) fn moved(&self) -> impl Iterator<Item = (PeerId, &Move, bool)> {
+        let moves = self.modes.moves().iter();
+        moves.map(|it| (it.peer, &it.moved, it.mode.settled == Settled::Moved))
     }
 
     /// The modes, in the order of the settings, on the clock of the kernel's programs.

@@ -45,6 +45,8 @@ pub(super) struct Daemon {
     pub(super) own_full: u64,
     /// Conversations that nobody had time to record.
     pub(super) unrecorded: u64,
+    /// Conversations that are not in the database of clients yet.
+    pub(super) unwritten: u64,
 }
 
 /// The facts about one peer.
@@ -246,6 +248,7 @@ fn status(
         stayed: daemon.stayed,
         own_full: daemon.own_full,
         unrecorded: daemon.unrecorded,
+        unwritten: daemon.unwritten,
     }
 }
 
@@ -358,6 +361,7 @@ mod tests {
             stayed: 0,
             own_full: 0,
             unrecorded: 0,
+            unwritten: 0,
         }
     }
 

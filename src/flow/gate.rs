@@ -311,6 +311,11 @@ impl Gate {
         visits.map_or_else(Visited::default, |visits| visits.take(now, all))
     }
 
+    /// How many conversations [`visited`](Self::visited) will tell of once they have settled.
+    pub fn settling(&self) -> u64 {
+        self.visits.as_ref().map_or(0, Visits::settling)
+    }
+
     /// These clients are known: what they begin is noted before that of others.
     pub fn know(&self, clients: &[IpAddr]) {
         if let Some(visits) = &self.visits {
@@ -540,9 +545,12 @@ impl Gate {
         }
         match self.allowed.judge(now, parsed) {
             // A query makes no flow: its reply goes to what has moved, as a client's packets do.
-            Some(Ok(())) => flow
-                .into_iter()
-                .for_each(|it| self.clients.presume(now, it)),
+            Some(Ok(())) => {
+                if let Some(flow) = flow {
+                    self.clients.presume(now, flow);
+                    self.visits.iter().for_each(|visits| visits.called(flow));
+                }
+            }
             Some(Err(reason)) => return Err(self.refuse(reason, parsed, bytes)),
             None => return Err(self.refuse(DropReason::Unasked, parsed, bytes)),
         }

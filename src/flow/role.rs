@@ -299,6 +299,14 @@ impl Forwarder {
         whole
     }
 
+    /// How many conversations will be told of once they have settled (old server).
+    pub fn settling(&self) -> u64 {
+        match self {
+            Self::Old(gates) => gates.iter().map(Gate::settling).sum(),
+            Self::New(_) => 0,
+        }
+    }
+
     /// These clients came before (old server): see [`Gate::know`].
     pub fn know(&self, clients: &[IpAddr]) {
         if let Self::Old(gates) = self {

@@ -20,11 +20,13 @@
 //!   forgotten again.
 //! * Bytes of TCP are the difference of sequence numbers, exact up to the last look. A connection
 //!   that carries more than 2 GiB between two looks, some seconds, is told too little of.
+//! * Whoever the new server has called is no client, however long they talk.
 //! * Clients that are known have places of their own, which a flood of others cannot take.
 //! * Conversations that the old server itself serves are not seen here, since no gate carries them.
 
+use std::collections::HashSet;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use hashbrown::HashTable;
@@ -78,6 +80,10 @@ const SILENCE: Duration = Duration::from_secs(30);
 /// seen, at such a port of a moved address, is taken for one of them.
 const FIRST_OWN_PORT: u16 = 32_768;
 
+/// Conversations of one part that the new server has begun and that are remembered as such, in each
+/// of two generations: 131,072 in all parts, which take 1 MiB. Of more it is not known who began.
+const MAX_CALLED: usize = 4_096;
+
 /// First bytes that are kept. A TLS ClientHello with post-quantum keys has 1,800.
 const MAX_FIRST_BYTES: usize = 4_096;
 
@@ -94,6 +100,8 @@ pub(super) struct Visits {
     names: bool,
     known: Box<[AtomicU64]>,
     shards: Box<[Mutex<Shard>]>,
+    /// The new server has begun something.
+    calls: AtomicBool,
     openings: AtomicU64,
     missed: AtomicU64,
     unnamed: AtomicU64,
@@ -105,6 +113,8 @@ struct Shard {
     /// How many there are of others and of known clients.
     count: [usize; 2],
     reading: usize,
+    /// What the new server has begun, the younger ones and the older ones.
+    called: [HashSet<u64>; 2],
 }
 
 /// A conversation that is followed.
@@ -120,6 +130,10 @@ struct Followed {
     answered: bool,
     went_on: bool,
     ended: bool,
+    /// Its begin was seen.
+    began: bool,
+    /// A byte has followed the handshake.
+    payload: bool,
     /// The server knows nothing of it.
     doubted: bool,
     /// What was not told yet.
@@ -166,6 +180,7 @@ impl Visits {
             names,
             known: (0..KNOWN_BITS / 64).map(|_| AtomicU64::new(0)).collect(),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            calls: AtomicBool::new(false),
             openings: AtomicU64::new(0),
             missed: AtomicU64::new(0),
             unnamed: AtomicU64::new(0),
@@ -178,10 +193,20 @@ impl Visits {
         self.known[word].fetch_or(bit, Relaxed);
     }
 
+    /// The new server has begun a conversation.
+    pub(super) fn called(&self, flow: &Flow) {
+        lock(self.shard(flow.key())).note_called(flow.key());
+        self.calls.store(true, Relaxed);
+    }
+
     /// A client's packet has opened a conversation.
     #[cold]
     pub(super) fn opened(&self, now: Instant, parsed: &Parsed, bytes: &[u8], flow: &Flow) {
         self.openings.fetch_add(1, Relaxed);
+        if self.calls.load(Relaxed) {
+            // A client has the same ports now.
+            lock(self.shard(flow.key())).forget_called(flow.key());
+        }
         let client = parsed.src(bytes);
         if !self.is_known(client) {
             return;
@@ -194,7 +219,7 @@ impl Visits {
                 port(parsed.dst_port(), parsed),
             );
             let mut followed = Followed::new(now, flow.key(), client, asked, true);
-            followed.untold.began = Some(now);
+            followed.begin(now);
             self.follow(&mut shard, followed);
         }
     }
@@ -234,8 +259,10 @@ impl Visits {
             };
             let asked = (moved, parsed.protocol(), port(at, parsed));
             let begins = change.begins(parsed.protocol(), side);
-            // Whoever the application has called is no client.
-            let called = change.before.is_answered() && !change.before.is_asked();
+            // Of TCP the begin tells who has begun.
+            let shows = begins && parsed.protocol() == TCP;
+            let called = outgoing && !shows && shard.was_called(flow.key());
+            let begins = begins && !called;
             let own = outgoing && asked.2 >= FIRST_OWN_PORT;
             // A SYN-ACK that is repeated goes to a scan.
             if !begins && (called || own || parsed.tcp_flags() & SYN != 0) {
@@ -243,10 +270,12 @@ impl Visits {
             }
             let known = self.is_known(client);
             let mut followed = Followed::new(now, flow.key(), client, asked, known);
-            followed.untold.began = begins.then_some(now);
-            // That was told before, or by an earlier daemon.
-            let goes_on = followed.untold.began.is_none();
-            (followed.answered, followed.went_on) = (goes_on, goes_on);
+            if begins {
+                followed.begin(now);
+            } else {
+                // That was told before, or by an earlier daemon.
+                (followed.answered, followed.went_on) = (true, true);
+            }
             if !self.follow(&mut shard, followed) {
                 return false;
             }
@@ -301,6 +330,17 @@ impl Visits {
         visited
     }
 
+    /// Conversations that will be told of once they have settled.
+    pub(super) fn settling(&self) -> u64 {
+        let of = |shard: &Mutex<Shard>| {
+            let shard = lock(shard);
+            let untold = shard.followed.iter();
+            let is_news = |it: &&Followed| it.untold.news || it.untold.began.is_some();
+            untold.filter(is_news).filter(|it| !it.doubted).count() as u64
+        };
+        self.shards.iter().map(of).sum()
+    }
+
     /// Follows a conversation, if there is a place for it.
     fn follow(&self, shard: &mut Shard, followed: Followed) -> bool {
         let count = &mut shard.count[usize::from(followed.known)];
@@ -335,6 +375,30 @@ impl Shard {
     fn find(&mut self, hash: u64) -> Option<&mut Followed> {
         self.followed.find_mut(hash, |it| it.hash == hash)
     }
+
+    /// Remembers what the new server has begun. The older ones are forgotten when there are too
+    /// many younger ones.
+    fn note_called(&mut self, hash: u64) {
+        let [younger, older] = &mut self.called;
+        if younger.len() >= MAX_CALLED {
+            *older = std::mem::take(younger);
+        }
+        younger.insert(hash);
+    }
+
+    /// Whether the new server has begun it.
+    fn was_called(&mut self, hash: u64) -> bool {
+        if self.called[1].remove(&hash) {
+            self.note_called(hash);
+        }
+        self.called[0].contains(&hash)
+    }
+
+    fn forget_called(&mut self, hash: u64) {
+        self.called.iter_mut().for_each(|called| {
+            called.remove(&hash);
+        });
+    }
 }
 
 impl Stage {
@@ -367,11 +431,19 @@ impl Followed {
             answered: false,
             went_on: false,
             ended: false,
+            began: false,
+            payload: false,
             doubted: false,
             untold: Untold::default(),
             next: [None; 2],
             reading: None,
         }
+    }
+
+    /// It begins now.
+    fn begin(&mut self, now: Instant) {
+        self.began = true;
+        self.untold.began = Some(now);
     }
 
     /// Notes a packet.
@@ -401,7 +473,7 @@ impl Followed {
         }
         if !tcp && side == Side::Client && self.answered && silent >= SILENCE {
             (self.answered, self.went_on) = (false, false);
-            self.untold.began = Some(now);
+            self.begin(now);
         }
         (self.ended, self.doubted) = (tcp && seen.is_closed(), false);
         if !self.answered {
@@ -414,6 +486,7 @@ impl Followed {
         }
         if tcp {
             self.count(side, parsed, bytes);
+            self.payload |= self.untold.bytes != [0; 2];
         } else {
             self.untold.bytes[side as usize] += parsed.payload_len() as u64;
         }
@@ -509,6 +582,11 @@ impl Followed {
     fn visit(&mut self) -> Visit<Instant> {
         let untold = std::mem::take(&mut self.untold);
         let (addr, protocol, port) = self.asked;
+        let says_more = if protocol == TCP {
+            self.payload
+        } else {
+            self.went_on
+        };
         Visit {
             client: client(self.client.into()),
             asked: Asked {
@@ -521,6 +599,7 @@ impl Followed {
             last: self.last,
             answered: untold.answered,
             went_on: untold.went_on,
+            bare: self.began && !says_more,
             bytes_in: untold.bytes[Side::Client as usize],
             bytes_out: untold.bytes[Side::Application as usize],
             first_bytes: untold.first_bytes,
@@ -706,6 +785,7 @@ mod tests {
             (1, 0),
             "it may still be reset"
         );
+        assert_eq!(bed.gate.settling(), 1);
         bed.wait(4);
         bed.returning(&answer(&client, ACK, &[0; 1_000]));
         let visited = bed.take();
@@ -742,6 +822,7 @@ mod tests {
         assert_eq!((visits[0].bytes_in, visits[0].bytes_out), (0, 500));
         bed.wait(100);
         assert!(bed.take().visits.is_empty());
+        assert_eq!(bed.gate.settling(), 0);
     }
 
     #[test]
@@ -871,6 +952,7 @@ mod tests {
         bed.wait(3);
         let visits = bed.take().visits;
         assert_eq!((visits[0].answered, visits[0].went_on), (true, false));
+        assert!(visits[0].bare);
         assert_eq!(
             (visits[0].began.is_some(), visits[0].asked.port),
             (true, 80)
@@ -957,6 +1039,78 @@ mod tests {
             bed.captured(&reply(&call));
             assert!(bed.take().visits.is_empty());
         }
+    }
+
+    #[test]
+    fn that_holds_for_low_ports_and_without_connections_too() {
+        for (kind, port) in [(Kind::Tcp, 20), (Kind::Udp, 123)] {
+            let mut bed = Bed::new();
+            let gate = std::mem::replace(&mut bed.gate, Bed::new().gate);
+            bed.gate = gate.allow_outgoing(&["any".parse().unwrap()]);
+            let mut call = Plan::new(kind, MOVED, "203.0.113.9");
+            (call.src_port, call.dst_port) = (port, 123);
+            let first = Plan {
+                flags: SYN,
+                ..call.clone()
+            };
+            bed.returning(&first);
+            bed.captured(&Plan {
+                flags: SYN | ACK,
+                ..reply(&call)
+            });
+            for pause in [1, 5, 70, 200] {
+                bed.wait(pause);
+                bed.returning(&call);
+                bed.captured(&reply(&call));
+                bed.wait(5);
+                assert_eq!(bed.take().visits, [], "{kind:?} after {pause} s");
+            }
+        }
+    }
+
+    #[test]
+    fn what_goes_on_since_before_the_start_is_a_client_whoever_speaks_first() {
+        for kind in [Kind::Tcp, Kind::Udp] {
+            for outgoing in [false, true] {
+                let config = GateConfig {
+                    max_flows: 1_000,
+                    seed: Seed::new([1, 2]),
+                    started: epoch(),
+                    resumes: true,
+                };
+                let mut bed = Bed::new();
+                let gate = Gate::new(&[MOVED.parse().unwrap()], config).noting_visits(true);
+                bed.gate = match outgoing {
+                    true => gate.allow_outgoing(&["any".parse().unwrap()]),
+                    false => gate,
+                };
+                let client = Plan::new(kind, "203.0.113.9", MOVED);
+                let mut seen = 0;
+                for _ in 0..3 {
+                    bed.returning(&answer(&client, ACK, b"x"));
+                    bed.captured(&client);
+                    bed.wait(5);
+                    seen += bed.take().visits.len();
+                }
+                assert!(seen > 0, "{kind:?} {outgoing}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_connection_that_carries_nothing_says_so_until_it_does() {
+        let mut bed = Bed::new();
+        let client = from("203.0.113.9");
+        bed.connects(&client);
+        // So long its first bytes are waited for.
+        bed.wait(6);
+        let visits = bed.take().visits;
+        assert_eq!((visits[0].went_on, visits[0].bare), (true, true));
+        bed.wait(5);
+        bed.sends(&client, 1_000, b"EHLO\r\n");
+        bed.wait(5);
+        let visits = bed.take().visits;
+        assert_eq!((visits[0].began, visits[0].bare), (None, false));
     }
 
     #[test]

@@ -46,6 +46,9 @@ pub struct Status {
     /// Conversations that were too many to record who came (old server).
     #[serde(default)]
     pub unrecorded: u64,
+    /// Conversations of the last seconds that are not recorded yet (old server).
+    #[serde(default)]
+    pub unwritten: u64,
 }
 
 /// How packets get to the new server.
@@ -869,6 +872,7 @@ mod tests {
             stayed: 7,
             own_full: 0,
             unrecorded: 3,
+            unwritten: 0,
         }
     }
 

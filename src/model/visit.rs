@@ -27,6 +27,9 @@ pub struct Visit<T> {
     pub answered: bool,
     /// The client went on after the answer. Who forges its source does not see the answer.
     pub went_on: bool,
+    /// So far nothing tells it from what a scan leaves, or a forged source: of TCP, no byte has
+    /// followed the handshake; without connections, the client has not spoken after the answer.
+    pub bare: bool,
     /// Bytes of payload from the client. Of TCP they are those of the sequence numbers; of others,
     /// of the packets that were looked at, which are a few.
     pub bytes_in: u64,
@@ -90,6 +93,7 @@ impl<T> Visit<T> {
             last: time(self.last),
             answered: self.answered,
             went_on: self.went_on,
+            bare: self.bare,
             bytes_in: self.bytes_in,
             bytes_out: self.bytes_out,
             first_bytes: self.first_bytes,

@@ -515,9 +515,9 @@ pub struct StragglersArgs {
     #[arg(long, value_name = "TIME", default_value = "7d")]
     pub since: Period,
 
-    /// How many to show: those who come most often.
-    #[arg(long, value_name = "N", default_value = "20")]
-    pub top: Top,
+    /// How many to show: those who come most often. [default: 20; all with --json and --csv]
+    #[arg(long, value_name = "N")]
+    pub top: Option<Top>,
 
     /// Print JSON.
     #[arg(long, conflicts_with = "csv")]
@@ -535,11 +535,12 @@ pub struct StragglersArgs {
 /// The flags of `ipmoved verdict`.
 #[derive(Debug, Args)]
 pub struct VerdictArgs {
-    /// For how long no client may have come: 12h, 7d, 4w.
+    /// For how long no client may have come: 12h, 7d, 4w; no longer than the daemon's --keep.
     #[arg(long, value_name = "TIME", default_value = "7d")]
     pub quiet: Period,
 
-    /// Clients that do not count: your own monitors, for example. Repeatable.
+    /// Clients that do not count: your own monitors, for example. An address of IPv6 means the /64
+    /// that it lies in. Repeatable.
     #[arg(long, value_name = "CIDR")]
     pub ignore: Vec<Prefix>,
 
@@ -556,14 +557,17 @@ pub struct VerdictArgs {
 #[derive(Debug, Args)]
 pub struct ReportArgs {
     /// The file to write: one page of HTML that needs nothing else. It is replaced if it is there.
+    /// `-` writes it to standard output.
     #[arg(value_name = "FILE.html")]
     pub file: PathBuf,
 
-    /// For how long no client may have come: 12h, 7d, 4w. As far back clients are listed.
+    /// For how long no client may have come: 12h, 7d, 4w; no longer than the daemon's --keep.
+    /// Clients are listed as far back.
     #[arg(long, value_name = "TIME", default_value = "7d")]
     pub quiet: Period,
 
-    /// Clients that do not count: your own monitors, for example. Repeatable.
+    /// Clients that do not count: your own monitors, for example. An address of IPv6 means the /64
+    /// that it lies in. Repeatable.
     #[arg(long, value_name = "CIDR")]
     pub ignore: Vec<Prefix>,
 

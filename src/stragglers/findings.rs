@@ -6,7 +6,7 @@ use crate::model::asked::Asked;
 use crate::model::prefix::Prefix;
 use crate::model::visit::ServedBy;
 
-use super::history::{self, Beside, Came, History, Watched};
+use super::history::{self, Beside, Came, History, MoveWatched, Watched};
 use super::rhythm::{self, Rhythm};
 use super::store::{StoreError, protocol};
 
@@ -17,8 +17,10 @@ pub struct Findings {
     pub at: i64,
     /// Those who came since then are shown; their counts are those of whole days (UTC).
     pub since: i64,
-    /// When somebody watched.
+    /// When somebody watched, of the move that was watched least.
     pub watched: Watched,
+    /// When somebody watched each move.
+    pub moves: Vec<MoveWatched>,
     /// Clients that came, each address once.
     pub clients: usize,
     /// Those who come, by client and port: most often first, and no more than were asked for.
@@ -67,35 +69,47 @@ pub struct Straggler {
 }
 
 impl Findings {
-    /// Who came since then, `top` of them.
+    /// Who came since then, `top` of them, without the clients in `ignored`.
     ///
     /// # Errors
     /// See [`StoreError`].
-    pub fn of(history: &History, since: i64, top: usize) -> Result<Self, StoreError> {
+    pub fn of(
+        history: &History,
+        since: i64,
+        top: usize,
+        ignored: &[Prefix],
+    ) -> Result<Self, StoreError> {
         let now = history.now();
         let mut came = history.came(since)?;
+        let conversations = history.conversations(since)?;
+        came.retain(|it| !ignores(ignored, &it.who.0));
         came.sort_by_key(|it| (std::cmp::Reverse((it.connections, it.last)), it.who));
-        let conversations: u64 = came.iter().map(|it| it.connections).sum();
         let mut clients: Vec<Prefix> = came.iter().map(|it| it.who.0).collect();
         clients.sort_unstable();
         clients.dedup();
         let beside = history.beside(since)?;
-        let watched = history.watched(&[(since, now)])?;
+        let watches = history.watches()?;
         let more = came.len().saturating_sub(top);
         came.truncate(top);
         Ok(Self {
             at: now,
             since,
-            watched: watched[0],
+            watched: watches.least((since, now)),
+            moves: watches.each((since, now)),
             clients: clients.len(),
             stragglers: Straggler::of(history, came, since)?,
             more,
-            others: (beside.openings)
-                .saturating_sub(conversations)
-                .saturating_sub(beside.unlisted),
+            others: beside.others(conversations),
             beside,
         })
     }
+}
+
+/// Whether a client is one of those to leave out. A prefix that is longer than a client's, as that
+/// of one host of IPv6, means that client.
+pub(super) fn ignores(ignored: &[Prefix], client: &Prefix) -> bool {
+    let mut ignored = ignored.iter();
+    ignored.any(|it| it.covers(client) || client.covers(it))
 }
 
 impl Straggler {

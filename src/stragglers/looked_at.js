@@ -23,6 +23,7 @@ const seen = {
     contrast,
     dark: light(behind(document.body)) < .2,
     bars: boxes("#decline svg [fill='#000002']").map(b => b.height),
+    dots: boxes("#directly svg circle").map(b => b.top),
     charts: boxes("svg").map(b => b.width),
     label: Math.min(...boxes("svg text").map(b => b.height)),
     cards: getComputedStyle(document.querySelector("td")).display == "flex",

@@ -10,9 +10,11 @@
 //! | file | owns |
 //! |---|---|
 //! | [`writer`] | the thread that writes, and what becomes of it when it cannot |
-//! | `tally` | what is added up until it is written, and who is listed at all |
+//! | [`tally`] | what is added up until it is written, and who is listed at all |
 //! | `names` | the name that a client's first bytes ask for |
+//! | [`watch`] | which moves are watched, and since when |
 //! | [`store`] | the database: its file, its form (`schema.sql`), what may be wrong with it |
+//! | `rows` | what is added to each of its tables |
 //! | [`history`] | what is in it, for those who ask |
 //! | [`findings`] | who still comes |
 //! | `rhythm` | whether somebody comes regularly |
@@ -20,7 +22,7 @@
 //! | [`verdict`] | whether the old server can be switched off |
 //! | [`text`] | all this for people, and as CSV |
 //! | [`report`] | the same as a page to show others |
-//! | `time` | days, and times for people |
+//! | [`time`] | days, and times for people |
 //!
 //! Nothing here waits for packets, and no packet waits for anything here. What cannot be written is
 //! kept, up to a bound, and counted beyond.
@@ -35,12 +37,14 @@ pub mod history;
 mod names;
 pub mod report;
 mod rhythm;
+mod rows;
 pub mod store;
-mod tally;
+pub mod tally;
 #[cfg(test)]
 mod tests;
 pub mod text;
-mod time;
+pub mod time;
 mod trend;
 pub mod verdict;
+pub mod watch;
 pub mod writer;

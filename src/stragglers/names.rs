@@ -1,7 +1,8 @@
 //! The name that a client's first bytes ask for: that of TLS (SNI), or of HTTP (Host).
 //!
 //! It tells a stale name from an address that is written down somewhere. Knows nothing of clients.
-//! QUIC's first packet is encrypted with keys that everybody can derive, and is not read.
+//! QUIC's first packets are encrypted, with keys that everybody can derive. They are not read: the
+//! libraries that open them are a server's, and take the whole connection.
 
 use std::net::IpAddr;
 

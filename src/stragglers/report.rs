@@ -4,6 +4,7 @@
 //! anything from outside, so that it can be mailed and archived. Colours are chosen by the style
 //! sheet, so that the page is readable in the dark and printed.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use minijinja::value::{Serde, Value};
@@ -12,6 +13,7 @@ use plotters::prelude::*;
 use serde::Serialize;
 
 use super::findings::{Findings, Straggler};
+use super::tally::Arrived;
 use super::text::{ago, number, place};
 use super::time::{Day, minute, span};
 use super::trend::{GONE, Trend, WINDOW};
@@ -19,6 +21,9 @@ use super::verdict::{DayCount, Verdict};
 
 /// Size of a chart in its own units, which the page scales to its width.
 const CHART: (u32, u32) = (860, 260);
+
+/// Room for half a date on the right, as large as a phone shows it.
+const LAST_DATE: u32 = 32;
 
 /// So far ahead a chart follows a trend at most, in days: further out it says nothing.
 const MAX_AHEAD: i64 = 60;
@@ -37,8 +42,8 @@ pub struct Page<'a> {
     pub verdict: &'a Verdict,
     /// Who still comes.
     pub findings: &'a Findings,
-    /// Per cent of new connections that come directly to the new server, if it has told.
-    pub directly: Option<u64>,
+    /// How each day's new conversations came to the new server, as far as it has told.
+    pub arrived: &'a BTreeMap<Day, Arrived>,
 }
 
 /// A number with its name.
@@ -87,10 +92,12 @@ impl Page<'_> {
         let clients: Vec<Left> = (findings.stragglers.iter())
             .map(|it| Left::of(it, findings.at))
             .collect();
-        let decline = match decline(&verdict.days, verdict.trend)? {
-            drawn if drawn.is_empty() => Value::UNDEFINED,
-            drawn => drawn.into(),
+        let drawn = |chart: String| match chart.is_empty() {
+            true => Value::UNDEFINED,
+            false => chart.into(),
         };
+        let decline = drawn(decline(&verdict.days, verdict.trend)?);
+        let directly = drawn(directly(self.arrived)?);
         Ok(pages.get_template("report.html")?.render(context! {
             version => env!("CARGO_PKG_VERSION"),
             moved => Serde(&self.moved),
@@ -101,6 +108,7 @@ impl Page<'_> {
             trend => lines.trend,
             numbers => Serde(&self.numbers()),
             decline => decline,
+            directly => directly,
             clients => Serde(&clients),
             more => findings.more,
             since => span(findings.at - findings.since),
@@ -120,9 +128,14 @@ impl Page<'_> {
                 last.map_or("–".into(), |day| number(day.clients))
             }),
         ];
-        if let Some(directly) = self.directly {
-            let what = "of new connections come directly to the new server";
-            numbers.push(of(what, format!("{directly} %")));
+        let last = self.arrived.last_key_value();
+        if let Some((&day, percent)) = last.and_then(|(day, it)| Some((day, it.percent()?))) {
+            let what = if day == Day::of(self.verdict.at) {
+                "of today's new connections came directly to the new server"
+            } else {
+                "of a day's new connections came directly to the new server, at last"
+            };
+            numbers.push(of(what, format!("{percent} %")));
         }
         numbers
     }
@@ -180,11 +193,12 @@ fn decline(days: &[DayCount], trend: Trend) -> Result<String, ReportError> {
         let area = SVGBackend::with_string(&mut out, CHART).into_drawing_area();
         let mut chart = ChartBuilder::on(&area)
             .margin(8)
+            .margin_right(LAST_DATE)
             .x_label_area_size(28)
             .y_label_area_size(64)
             .build_cartesian_2d(-0.5..until as f64 - 0.5, 0.0..most * 1.08)
             .map_err(refused)?;
-        draw_axes(&mut chart, first.day, until)?;
+        draw_axes(&mut chart, first.day, until, &|count| format!("{count:.0}"))?;
         // The last clients matter most: a day with any is seen.
         let least = most / 80.0;
         let bars = days.iter().map(|day| {
@@ -209,6 +223,40 @@ fn decline(days: &[DayCount], trend: Trend) -> Result<String, ReportError> {
     Ok(without_size(&out))
 }
 
+/// A line through the part of each day's new conversations that came directly.
+fn directly(arrived: &BTreeMap<Day, Arrived>) -> Result<String, ReportError> {
+    let shares = arrived.iter();
+    let shares: Vec<(Day, u64)> = shares
+        .filter_map(|(&day, it)| Some((day, it.percent()?)))
+        .collect();
+    let (Some(&(first, _)), Some(&(last, _))) = (shares.first(), shares.last()) else {
+        return Ok(String::new());
+    };
+    let days = last.0 - first.0 + 1;
+    let mut out = String::new();
+    {
+        let area = SVGBackend::with_string(&mut out, CHART).into_drawing_area();
+        let mut chart = ChartBuilder::on(&area)
+            .margin(8)
+            .margin_right(LAST_DATE)
+            .x_label_area_size(28)
+            .y_label_area_size(64)
+            .build_cartesian_2d(-0.5..days as f64 - 0.5, 0.0..104.0)
+            .map_err(refused)?;
+        draw_axes(&mut chart, first, days, &|share| format!("{share:.0} %"))?;
+        let points = shares.iter();
+        let points: Vec<(f64, f64)> = points
+            .map(|&(day, share)| ((day.0 - first.0) as f64, share as f64))
+            .collect();
+        let line = LineSeries::new(points.iter().copied(), BAR.stroke_width(2));
+        chart.draw_series(line).map_err(refused)?;
+        let dots = points.iter().map(|&at| Circle::new(at, 4, BAR.filled()));
+        chart.draw_series(dots).map_err(refused)?;
+        area.present().map_err(refused)?;
+    }
+    Ok(without_size(&out))
+}
+
 /// A chart of days.
 type Chart<'a, 'b> = ChartContext<
     'a,
@@ -216,7 +264,12 @@ type Chart<'a, 'b> = ChartContext<
     Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
 >;
 
-fn draw_axes(chart: &mut Chart<'_, '_>, first: Day, days: i64) -> Result<(), ReportError> {
+fn draw_axes(
+    chart: &mut Chart<'_, '_>,
+    first: Day,
+    days: i64,
+    amount: &dyn Fn(&f64) -> String,
+) -> Result<(), ReportError> {
     // As many dates as have room beside each other, each in the middle of its day.
     const DATES: i64 = 9;
     let date = |at: &f64| {
@@ -237,7 +290,7 @@ fn draw_axes(chart: &mut Chart<'_, '_>, first: Day, days: i64) -> Result<(), Rep
         .x_labels(days.min(DATES) as usize)
         .y_labels(5)
         .x_label_formatter(&date)
-        .y_label_formatter(&|count| format!("{count:.0}"))
+        .y_label_formatter(&amount)
         .label_style(("sans-serif", 13))
         .draw()
         .map_err(refused)
@@ -316,11 +369,16 @@ mod tests {
                 last_seen: NOW - 2 * 3_600,
             }],
             watched: watched(),
+            moves: Vec::new(),
+            gone: Vec::new(),
             clients: 3,
+            newcomers: 0,
             stragglers: Vec::new(),
             passers_by: Vec::new(),
             ignored: 0,
             unknown: 0,
+            answered_once: 0,
+            others: 0,
             trend: Trend::Declines {
                 halves_in_days: 4.0,
                 gone: Some(Day(Day::of(NOW).0 + 14)),
@@ -335,6 +393,7 @@ mod tests {
             at: NOW,
             since: NOW - 7 * DAY,
             watched: watched(),
+            moves: Vec::new(),
             clients: 3,
             stragglers,
             more: 2,
@@ -348,9 +407,21 @@ mod tests {
             moved: &["192.0.2.5:443/tcp".into()],
             verdict: &verdict(days),
             findings: &findings(stragglers),
-            directly: Some(81),
+            arrived: &arrived(days),
         };
         page.to_html().unwrap()
+    }
+
+    /// More and more come directly.
+    fn arrived(days: i64) -> BTreeMap<Day, Arrived> {
+        let day = |at: i64| {
+            let arrived = Arrived {
+                by_tunnel: 4_000 >> (at / 4),
+                directly: 100 * at as u64,
+            };
+            (Day(Day::of(NOW).0 - days + at + 1), arrived)
+        };
+        (0..days).map(day).collect()
     }
 
     fn full_page() -> String {
@@ -367,7 +438,8 @@ mod tests {
             "every 5 min",
             "2 more;",
             "12,345",
-            "81 %",
+            "99 %",
+            "id=\"directly\"",
             "clients halve in 4.0 days",
         ] {
             assert!(html.contains(text), "{text}: {html}");
@@ -376,7 +448,7 @@ mod tests {
         for outside in ["src=", "href=", "@import", "url("] {
             assert!(!html.contains(outside), "{outside}");
         }
-        assert_eq!(html.matches("<svg").count(), 1);
+        assert_eq!(html.matches("<svg").count(), 2);
     }
 
     #[test]
@@ -385,6 +457,7 @@ mod tests {
         let html = page(0, Vec::new());
         assert!(html.contains("No whole day has been watched"), "{html}");
         assert!(html.contains("None."), "{html}");
+        assert!(!html.contains("id=\"directly\""), "{html}");
     }
 
     /// What a browser shows, as the script in [`looked_at`] says.
@@ -398,6 +471,8 @@ mod tests {
         dark: bool,
         /// Heights of the bars, in pixels.
         bars: Vec<f64>,
+        /// How far down the dots are of those who come directly, in pixels.
+        dots: Vec<f64>,
         /// Widths of the charts, in pixels.
         charts: Vec<f64>,
         /// Height of the smallest text of a chart, in pixels.
@@ -443,12 +518,16 @@ mod tests {
             assert!(seen.contrast >= 4.5, "{seen:?}");
             assert_eq!(seen.cards, width < 640, "{seen:?}");
             assert!(seen.label >= 8.0, "{seen:?}");
-            assert_eq!(seen.charts.len(), 1);
+            assert_eq!(seen.charts.len(), 2);
             assert!(seen.charts.iter().all(|&it| it > 300.0), "{seen:?}");
             // A bar for each day, none higher than the one before.
             assert_eq!(seen.bars.len(), 40, "{seen:?}");
             assert!(seen.bars[0] > 50.0 && seen.bars.is_sorted_by(|a, b| a >= b));
             assert!(seen.bars[39] > 1.0, "{seen:?}");
+            // A dot for each day, none lower than the one before.
+            assert_eq!(seen.dots.len(), 40, "{seen:?}");
+            assert!(seen.dots.is_sorted_by(|a, b| a >= b), "{seen:?}");
+            assert!(seen.dots[0] - seen.dots[39] > 50.0, "{seen:?}");
             for text in ["Not yet", "<script>alert(1)</script>", "203.0.113.9"] {
                 assert!(seen.text.contains(text), "{text}: {seen:?}");
             }

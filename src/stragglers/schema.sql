@@ -47,14 +47,35 @@ CREATE TABLE names (
 CREATE TABLE days (
     day           TEXT PRIMARY KEY,
     openings      INTEGER NOT NULL, -- conversations that began, clients' among them
-    answered_once INTEGER NOT NULL, -- answered, without a connection, and the sender never came back
+    answered_once INTEGER NOT NULL, -- answered, and the sender neither went on nor came back
     unlisted      INTEGER NOT NULL, -- clients' conversations that were too many to list
     missed        INTEGER NOT NULL, -- conversations that were too many to look at
-    unnamed       INTEGER NOT NULL  -- connections that were too many to look for a name in
+    unnamed       INTEGER NOT NULL, -- connections that were too many to look for a name in
+    lost          INTEGER NOT NULL, -- conversations that could not be written in time
+    displaced     INTEGER NOT NULL  -- senders of answered_once that were too many to remember
 ) STRICT;
 
--- When somebody watched: a client that came at another time is not in here.
+-- What has moved: since when, and until when the daemon had it in its settings.
+CREATE TABLE moves (
+    what    TEXT    PRIMARY KEY,    -- as --move names it: 192.0.2.5:443/tcp
+    since   INTEGER NOT NULL,
+    until   INTEGER NOT NULL,
+    current INTEGER NOT NULL        -- 1 if it still is, as far as the daemon has said
+) STRICT, WITHOUT ROWID;
+
+-- When somebody watched each move: a client that came at another time is not in here.
 CREATE TABLE watched (
-    since INTEGER PRIMARY KEY,
-    until INTEGER NOT NULL
-) STRICT;
+    what  TEXT    NOT NULL,
+    since INTEGER NOT NULL,
+    until INTEGER NOT NULL,
+    PRIMARY KEY (what, since)
+) STRICT, WITHOUT ROWID;
+
+-- How each day's new conversations came to the new server, as it tells.
+CREATE TABLE arrived (
+    day       TEXT    NOT NULL,
+    what      TEXT    NOT NULL,
+    by_tunnel INTEGER NOT NULL,
+    directly  INTEGER NOT NULL,
+    PRIMARY KEY (day, what)
+) STRICT, WITHOUT ROWID;

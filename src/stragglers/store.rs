@@ -6,11 +6,11 @@
 
 use std::fs::{self, DirBuilder, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use crate::model::asked::Asked;
 use crate::model::moved::{TCP, UDP};
@@ -18,9 +18,10 @@ use crate::model::prefix::Prefix;
 use crate::model::visit::ServedBy;
 use crate::packet::{ICMP, ICMPV6};
 
-use super::rhythm;
+use super::rows;
 use super::tally::{self, Key, Waiting};
-use super::time::{DAY, Day};
+use super::time::Day;
+use super::watch::Watch;
 
 /// The database in the state directory.
 pub const FILE: &str = "stragglers.sqlite";
@@ -32,10 +33,13 @@ const DAMAGED: &str = "stragglers.sqlite.damaged";
 const APPLICATION: i32 = 0x6970_6d76;
 
 /// The form that this version writes and reads.
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 
 /// The form of the database.
 const SCHEMA: &str = include_str!("schema.sql");
+
+/// From form 1 to form 2.
+const UPGRADE_1: &str = include_str!("upgrade_1.sql");
 
 /// How long to wait for another process that writes.
 const BUSY: Duration = Duration::from_secs(2);
@@ -44,11 +48,11 @@ const BUSY: Duration = Duration::from_secs(2);
 /// It is full then, as a disk is.
 const MAX_PAGES: i64 = 65_536;
 
+/// Seconds by which a time may lie ahead: another clock may be a little ahead.
+pub(super) const AHEAD: i64 = 3_600;
+
 /// Days that are given up at a time when it is full.
 const GIVEN_UP: i64 = 7;
-
-/// Names that are kept of a client and a port. Whoever asks for ever new ones makes no more.
-const MAX_NAMES: i64 = 8;
 
 /// Why the database cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +82,18 @@ pub enum StoreError {
         path = .path.display()
     )]
     Newer {
+        /// The file.
+        path: PathBuf,
+        /// The number of its form.
+        found: i32,
+    },
+    /// An older version has written it, and no daemon of this one was started since.
+    #[error(
+        "{path} was written by an older ipmoved (form {found}): the daemon of this version brings \
+         it up to date; restart it",
+        path = .path.display()
+    )]
+    Older {
         /// The file.
         path: PathBuf,
         /// The number of its form.
@@ -114,12 +130,18 @@ pub enum StoreError {
 pub(super) struct Store {
     path: PathBuf,
     db: Connection,
+    /// Which file it is.
+    file: FileId,
 }
+
+/// Which file something is: its device, and its number there.
+pub(super) type FileId = (u64, u64);
 
 impl Store {
     /// Opens the database to write, and makes it if there is none. Clients' addresses are in it, so
-    /// nobody else may read it.
-    pub(super) fn to_write(dir: &Path) -> Result<Self, StoreError> {
+    /// nobody else may read it. All of it is read to see whether it is whole, unless it is the file
+    /// that was found `whole` before.
+    pub(super) fn to_write(dir: &Path, whole: Option<FileId>) -> Result<Self, StoreError> {
         let of_dir = |error| StoreError::Dir {
             path: dir.into(),
             error,
@@ -139,8 +161,19 @@ impl Store {
         })?);
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let store = Self::open(path, flags)?;
-        store.of(store.prepare())??;
+        store.of(store.prepare(whole != Some(store.file)))??;
         Ok(store)
+    }
+
+    /// Which file it is.
+    pub(super) fn file(&self) -> FileId {
+        self.file
+    }
+
+    /// Whether that file is still where it was opened: somebody may have removed or replaced it,
+    /// and what is written to it then is lost.
+    pub(super) fn is_there(&self) -> bool {
+        file_id(&self.path).is_ok_and(|file| file == self.file)
     }
 
     /// Opens the database to read, if there is one.
@@ -151,6 +184,10 @@ impl Store {
             Ok(_) => return Err(StoreError::None(path)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(StoreError::None(path));
+            }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                let error = format!("{error}; try sudo");
+                return Err(StoreError::Other { path, error });
             }
             Err(error) => {
                 let error = error.to_string();
@@ -171,6 +208,7 @@ impl Store {
                 let db = Connection::open_with_flags(uri, flags | OpenFlags::SQLITE_OPEN_URI);
                 let store = Self {
                     db: db.map_err(|error| said(&path, &error))?,
+                    file: file_id(&path)?,
                     path,
                 };
                 store.of(store.check())??;
@@ -195,13 +233,14 @@ impl Store {
 
     fn open(path: PathBuf, flags: OpenFlags) -> Result<Self, StoreError> {
         let db = Connection::open_with_flags(&path, flags).map_err(|error| said(&path, &error))?;
-        let store = Self { path, db };
+        let file = file_id(&path)?;
+        let store = Self { path, db, file };
         store.of(store.db.busy_timeout(BUSY))?;
         Ok(store)
     }
 
-    /// Makes it ready to be written.
-    fn prepare(&self) -> rusqlite::Result<Result<(), StoreError>> {
+    /// Makes it ready to be written. `look`: sees whether it is whole.
+    fn prepare(&self, look: bool) -> rusqlite::Result<Result<(), StoreError>> {
         let tables = "SELECT count(*) FROM sqlite_schema";
         let is_new = self.db.query_row(tables, [], |row| row.get::<_, i64>(0))? == 0;
         if is_new && self.pragma("application_id")? == 0 {
@@ -226,8 +265,10 @@ impl Store {
                  PRAGMA user_version = {VERSION}; COMMIT;"
             ))?;
         }
-        let checked = self.check()?;
-        if checked.is_ok() {
+        if let Err(error) = self.identify()? {
+            return Ok(Err(error));
+        }
+        if look {
             let found: String =
                 (self.db).query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
             if found != "ok" {
@@ -237,11 +278,27 @@ impl Store {
                 }));
             }
         }
-        Ok(checked)
+        if self.pragma("user_version")? < VERSION {
+            self.db.execute_batch(&format!(
+                "BEGIN IMMEDIATE; {UPGRADE_1} PRAGMA user_version = {VERSION}; COMMIT;"
+            ))?;
+        }
+        Ok(Ok(()))
     }
 
-    /// Whether it is ours, and of a form that is known.
+    /// Whether it can be read: it is ours, and of the form that is known.
     fn check(&self) -> rusqlite::Result<Result<(), StoreError>> {
+        let identified = self.identify()?;
+        let found = self.pragma("user_version")?;
+        if identified.is_ok() && found < VERSION {
+            let path = self.path.clone();
+            return Ok(Err(StoreError::Older { path, found }));
+        }
+        Ok(identified)
+    }
+
+    /// Whether it is ours, and of no newer form.
+    fn identify(&self) -> rusqlite::Result<Result<(), StoreError>> {
         let path = self.path.clone();
         if self.pragma("application_id")? != APPLICATION {
             return Ok(Err(StoreError::NotOurs(path)));
@@ -295,40 +352,66 @@ impl Store {
         Ok((known.collect(), rows.collect()))
     }
 
-    /// Adds what waits, and that somebody has watched from `since` until `now`, if that was so. All
-    /// of it, or nothing.
+    /// Adds what waits, and which moves somebody has watched. All of it, or nothing. `all`: what
+    /// came until now is in it.
     pub(super) fn write(
         &mut self,
         waiting: &Waiting,
-        since: Option<i64>,
+        watch: &Watch,
         now: i64,
+        all: bool,
     ) -> Result<(), StoreError> {
         let path = self.path.clone();
-        let write = || -> rusqlite::Result<()> {
+        let mut write = || -> rusqlite::Result<()> {
             let change = self.db.transaction()?;
-            if let Some(since) = since {
-                change.execute(
-                    "INSERT INTO watched VALUES (?1, ?2)
-                     ON CONFLICT DO UPDATE SET until = max(until, excluded.until)",
-                    [since, now.max(since)],
-                )?;
-            }
-            write_visits(&change, waiting)?;
-            write_arrivals(&change, waiting)?;
-            write_names(&change, waiting)?;
-            write_days(&change, waiting)?;
+            rows::write_watch(&change, watch, now, all)?;
+            rows::write_visits(&change, waiting)?;
+            rows::write_arrivals(&change, waiting)?;
+            rows::write_names(&change, waiting)?;
+            rows::write_days(&change, waiting)?;
+            rows::write_arrived(&change, waiting)?;
             change.commit()
         };
-        let mut write = write;
         write().map_err(|error| said(&path, &error))
     }
 
-    /// Forgets what is older than `keep` days, and what lies in the future, where the clock was
-    /// wrong. `now` has to be right.
+    /// When somebody watched last, as the clock was then.
+    pub(super) fn last_watched(&self) -> Result<Option<i64>, StoreError> {
+        let last = "SELECT max(until) FROM watched";
+        self.of(self.db.query_row(last, [], |row| row.get(0)))
+    }
+
+    /// Forgets what is older than `keep` days. `now` has to be right.
     pub(super) fn forget(&mut self, now: i64, keep: i64) -> Result<(), StoreError> {
-        let oldest = Day(Day::of(now).0 - keep);
-        let newest = Day(Day::of(now).0 + 1);
-        self.forget_beyond(oldest, newest)
+        self.forget_before(Day(Day::of(now).0 - keep))
+    }
+
+    /// What was written while the clock was ahead counts as come now, and as not watched. It is
+    /// left alone if more was watched after `now` than before: then the clock is behind, or it was
+    /// right less often than wrong. Returns whether that is so.
+    pub(super) fn pull_back(&mut self, now: i64) -> Result<bool, StoreError> {
+        let path = self.path.clone();
+        let mut pull = || -> rusqlite::Result<bool> {
+            let latest = now.saturating_add(AHEAD);
+            let ahead = "SELECT EXISTS (SELECT 1 FROM visits WHERE last > ?1)
+                         OR EXISTS (SELECT 1 FROM watched WHERE until > ?1)
+                         OR EXISTS (SELECT 1 FROM names WHERE last > ?1)";
+            if !self.db.query_row(ahead, [latest], |row| row.get(0))? {
+                return Ok(false);
+            }
+            let shares = "SELECT total(max(0, min(until, ?1) - since)),
+                                 total(max(0, until - max(since, ?1))) FROM watched";
+            let (before, after): (f64, f64) =
+                (self.db).query_row(shares, [latest], |row| Ok((row.get(0)?, row.get(1)?)))?;
+            if after > before {
+                return Ok(true);
+            }
+            let change = self.db.transaction()?;
+            change.execute_batch(&rows::brought_back(now, latest))?;
+            change.commit()?;
+            Ok(false)
+        };
+        pull().map_err(|error| said(&path, &error))
     }
 
     /// Whether it has as many pages as it may have, so that the disk is not what is full.
@@ -362,26 +445,26 @@ impl Store {
             return Ok(None);
         };
         let until = Day(oldest.0 + GIVEN_UP);
-        self.forget_beyond(until, Day(i64::MAX / DAY))?;
+        self.forget_before(until)?;
         Ok(Some(until))
     }
 
-    fn forget_beyond(&mut self, oldest: Day, newest: Day) -> Result<(), StoreError> {
+    fn forget_before(&mut self, oldest: Day) -> Result<(), StoreError> {
         let path = self.path.clone();
         let mut forget = || -> rusqlite::Result<()> {
             let change = self.db.transaction()?;
-            let days = [oldest, newest].map(|day| day.to_string());
-            for table in ["visits", "days"] {
-                let forget = format!("DELETE FROM {table} WHERE day < ?1 OR day > ?2");
-                change.execute(&forget, params![days[0], days[1]])?;
+            for table in ["visits", "days", "arrived"] {
+                let forget = format!("DELETE FROM {table} WHERE day < ?1");
+                change.execute(&forget, [oldest.to_string()])?;
             }
-            let times = [oldest.start(), newest.start().saturating_add(DAY)];
-            change.execute("DELETE FROM names WHERE last < ?1 OR last >= ?2", times)?;
-            change.execute("DELETE FROM watched WHERE until < ?1 OR since >= ?2", times)?;
-            change.execute(
+            for forget in [
+                "DELETE FROM names WHERE last < ?1",
+                "DELETE FROM moves WHERE until < ?1",
+                "DELETE FROM watched WHERE until < ?1",
                 "UPDATE OR REPLACE watched SET since = ?1 WHERE since < ?1",
-                [times[0]],
-            )?;
+            ] {
+                change.execute(forget, [oldest.start()])?;
+            }
             change.execute(
                 "DELETE FROM arrivals WHERE NOT EXISTS (
                      SELECT 1 FROM visits WHERE visits.client = arrivals.client
@@ -390,8 +473,11 @@ impl Store {
                 [],
             )?;
             change.commit()?;
-            // Pages that are free go back to the disk.
-            self.db.execute_batch("PRAGMA incremental_vacuum")
+            // Pages that are free go back to the disk, one with each step.
+            let mut vacuum = self.db.prepare("PRAGMA incremental_vacuum")?;
+            let mut freed = vacuum.query([])?;
+            while freed.next()?.is_some() {}
+            Ok(())
         };
         forget().map_err(|error| said(&path, &error))
     }
@@ -412,111 +498,6 @@ impl Store {
         };
         self.of(read())
     }
-}
-
-fn write_visits(change: &Transaction<'_>, waiting: &Waiting) -> rusqlite::Result<()> {
-    let mut add = change.prepare(
-        "INSERT INTO visits VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)
-         ON CONFLICT DO UPDATE SET connections = connections + excluded.connections,
-         answered = answered + excluded.answered, went_on = went_on + excluded.went_on,
-         bytes_in = bytes_in + excluded.bytes_in, bytes_out = bytes_out + excluded.bytes_out,
-         first = min(first, excluded.first), last = max(last, excluded.last)",
-    )?;
-    for (key, counts) in &waiting.visits {
-        let (client, asked) = key.who;
-        add.execute(params![
-            key.day.to_string(),
-            client.to_string(),
-            asked.addr.to_string(),
-            asked.port,
-            protocol(asked.protocol),
-            key.served_by.name(),
-            number(counts.connections),
-            number(counts.answered),
-            number(counts.went_on),
-            number(counts.bytes_in),
-            number(counts.bytes_out),
-            counts.first,
-            counts.last,
-        ])?;
-    }
-    Ok(())
-}
-
-fn write_arrivals(change: &Transaction<'_>, waiting: &Waiting) -> rusqlite::Result<()> {
-    let mut before = change.prepare(
-        "SELECT last FROM arrivals
-         WHERE client = ?1 AND address = ?2 AND port = ?3 AND protocol = ?4",
-    )?;
-    let mut put = change.prepare("INSERT OR REPLACE INTO arrivals VALUES (?1, ?2, ?3, ?4, ?5)")?;
-    for ((client, asked), more) in &waiting.arrivals {
-        let (client, address) = (client.to_string(), asked.addr.to_string());
-        let protocol = protocol(asked.protocol);
-        let key = params![client, address, asked.port, protocol];
-        let known: Option<String> = before.query_row(key, |row| row.get(0)).optional()?;
-        let mut all = times(&known.unwrap_or_default());
-        all.extend(more);
-        let kept = all.split_off(all.len().saturating_sub(rhythm::KEPT));
-        let kept: Vec<String> = kept.iter().map(ToString::to_string).collect();
-        put.execute(params![
-            client,
-            address,
-            asked.port,
-            protocol,
-            kept.join(" ")
-        ])?;
-    }
-    Ok(())
-}
-
-fn write_names(change: &Transaction<'_>, waiting: &Waiting) -> rusqlite::Result<()> {
-    let mut add = change.prepare(
-        "INSERT INTO names SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8 WHERE ?9 > (
-             SELECT count(*) FROM names WHERE client = ?1 AND address = ?2 AND port = ?3
-             AND protocol = ?4 AND name != ?5)
-         ON CONFLICT DO UPDATE SET connections = connections + excluded.connections,
-         first = min(first, excluded.first), last = max(last, excluded.last)",
-    )?;
-    for (((client, asked), name), asks) in &waiting.names {
-        add.execute(params![
-            client.to_string(),
-            asked.addr.to_string(),
-            asked.port,
-            protocol(asked.protocol),
-            name,
-            number(asks.connections),
-            asks.first,
-            asks.last,
-            MAX_NAMES,
-        ])?;
-    }
-    Ok(())
-}
-
-fn write_days(change: &Transaction<'_>, waiting: &Waiting) -> rusqlite::Result<()> {
-    let mut add = change.prepare(
-        "INSERT INTO days VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-         ON CONFLICT DO UPDATE SET openings = openings + excluded.openings,
-         answered_once = answered_once + excluded.answered_once,
-         unlisted = unlisted + excluded.unlisted, missed = missed + excluded.missed,
-         unnamed = unnamed + excluded.unnamed",
-    )?;
-    for (day, others) in &waiting.others {
-        add.execute(params![
-            day.to_string(),
-            number(others.openings),
-            number(others.answered_once),
-            number(others.unlisted),
-            number(others.missed),
-            number(others.unnamed),
-        ])?;
-    }
-    Ok(())
-}
-
-/// A count as SQLite has it.
-fn number(count: u64) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
 }
 
 /// Reads a client and what it asks for from the first four columns; `None` if a person has put
@@ -582,8 +563,28 @@ fn said(path: &Path, error: &rusqlite::Error) -> StoreError {
         Some(ErrorCode::SystemIoFailure) if is_full(&path) => {
             StoreError::Full { path, error: text }
         }
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+            let error = format!(
+                "{text}; is its disk mounted read-only, or does the file belong to somebody else? \
+                 Name another directory with --state-dir, or mend that"
+            );
+            StoreError::Other { path, error }
+        }
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Other {
+            path,
+            error: format!("{text}: another program writes to it"),
+        },
         _ => StoreError::Other { path, error: text },
     }
+}
+
+/// Which file lies there.
+fn file_id(path: &Path) -> Result<FileId, StoreError> {
+    let found = fs::metadata(path).map_err(|error| StoreError::Other {
+        path: path.into(),
+        error: error.to_string(),
+    })?;
+    Ok((found.dev(), found.ino()))
 }
 
 /// Whether the disk of a file has no room left for a few pages.

@@ -2,8 +2,9 @@
 //!
 //! Owns the bounds. Does no I/O and reads no clock: the [`writer`](super::writer) does.
 //!
-//! * Whoever went on after the answer is a client. Without a connection, as with name servers, one
-//!   question and its answer are all there is: whoever is answered again after a while is one, too.
+//! * Whoever went on after the answer is a client. Where one question and its answer are all there
+//!   is, as with name servers, and where a connection carried nothing, as a scan's does or a
+//!   monitor's: whoever is answered again after a while is one, too.
 //! * Clients that came before have half of the day's places for themselves, so that no crowd of new
 //!   ones displaces them.
 //! * What there is no place for is counted.
@@ -13,6 +14,7 @@ use std::collections::{HashMap, HashSet};
 use crate::model::asked::Asked;
 use crate::model::moved::TCP;
 use crate::model::prefix::Prefix;
+use crate::model::progress::Progress;
 use crate::model::visit::{ServedBy, Visit};
 
 use super::names;
@@ -39,7 +41,7 @@ const MAX_ONCE: usize = 32_768;
 
 /// Seconds after which an answer is another one. Whoever asks for both kinds of address at once
 /// came once.
-const AGAIN: i64 = 10;
+const AGAIN: i64 = 5;
 
 /// Rows that wait to be written, while the database takes none.
 const MAX_WAITING: usize = 2 * MAX_ROWS_A_DAY;
@@ -82,10 +84,53 @@ pub(super) struct Asks {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Others {
     pub(super) openings: u64,
-    pub(super) answered_once: u64,
+    /// Fewer than none if it turns out that they came again.
+    pub(super) answered_once: i64,
     pub(super) unlisted: u64,
     pub(super) missed: u64,
     pub(super) unnamed: u64,
+    pub(super) lost: u64,
+    pub(super) displaced: u64,
+}
+
+/// What is to be added to how a move's conversations came to the new server on a day.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Arrived {
+    /// Those that came by the tunnel.
+    pub by_tunnel: u64,
+    /// Those that came directly.
+    pub directly: u64,
+}
+
+impl Arrived {
+    /// How many per cent came directly; `None` if nobody came.
+    pub fn percent(&self) -> Option<u64> {
+        let all = Progress {
+            by_tunnel: self.by_tunnel,
+            directly: self.directly,
+            ..Progress::default()
+        };
+        all.percent_directly()
+    }
+}
+
+/// An answer after which a sender has not gone on.
+#[derive(Clone, Copy, Debug)]
+struct Once {
+    first: i64,
+    asked: Asked,
+    /// How many conversations were counted.
+    count: i64,
+}
+
+/// What a conversation says of who has it.
+enum Judged {
+    /// It is a client's.
+    Client,
+    /// It is a client's, since that one came before.
+    Again(Once),
+    /// It may be a scan's, or forged.
+    Not,
 }
 
 /// What was added up.
@@ -100,8 +145,8 @@ pub(super) struct Tally {
     known: HashSet<Prefix>,
     /// Who became known since this was asked last.
     newly_known: Vec<Prefix>,
-    /// When senders were answered first, the younger ones and the older ones.
-    once: [HashMap<Prefix, i64>; 2],
+    /// Senders that were answered once, the younger ones and the older ones.
+    once: [HashMap<Prefix, Once>; 2],
 }
 
 /// What waits to be written.
@@ -111,12 +156,13 @@ pub(super) struct Waiting {
     pub(super) arrivals: HashMap<Who, Vec<i64>>,
     pub(super) names: HashMap<(Who, String), Asks>,
     pub(super) others: HashMap<Day, Others>,
+    pub(super) arrived: HashMap<(Day, String), Arrived>,
 }
 
 impl Waiting {
     /// Whether there is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
-        self.visits.is_empty() && self.others.is_empty()
+        self.visits.is_empty() && self.others.is_empty() && self.arrived.is_empty()
     }
 }
 
@@ -135,16 +181,37 @@ impl Tally {
         }
     }
 
+    /// The clock was set: which day it is has to be seen anew.
+    pub(super) fn clock_was_set(&mut self) {
+        self.day = None;
+        self.begin_day();
+    }
+
     /// Adds what there is to add about a conversation.
     pub(super) fn add(&mut self, visit: Visit<i64>) {
+        match self.judge(&visit) {
+            Judged::Client => self.list(visit),
+            Judged::Again(once) => {
+                // What it came for the first time counts as well.
+                let mut first = visit.clone();
+                (first.asked, first.began, first.last) = (once.asked, Some(once.first), once.first);
+                (first.answered, first.went_on) = (true, visit.asked.protocol == TCP);
+                (first.bytes_in, first.bytes_out) = (0, 0);
+                first.first_bytes.clear();
+                self.list(first);
+                self.list(visit);
+            }
+            Judged::Not => {}
+        }
+    }
+
+    /// Lists a client's conversation.
+    fn list(&mut self, visit: Visit<i64>) {
         let key = Key {
             day: Day::of(visit.last),
             who: (visit.client, visit.asked),
             served_by: visit.served_by,
         };
-        if !self.is_client(&visit) {
-            return;
-        }
         if !self.has_place(key) {
             let others = self.others(key.day);
             others.unlisted += u64::from(visit.began.is_some());
@@ -196,6 +263,18 @@ impl Tally {
             others.openings += more.openings;
             others.missed += more.missed;
             others.unnamed += more.unnamed;
+            others.lost += more.lost;
+            others.displaced += more.displaced;
+        }
+    }
+
+    /// Adds how conversations of a move came to the new server, on the day of `now`.
+    pub(super) fn add_arrived(&mut self, now: i64, what: &str, more: Arrived) {
+        if more != Arrived::default() {
+            let key = (Day::of(now), what.to_owned());
+            let arrived = self.waiting.arrived.entry(key).or_default();
+            arrived.by_tunnel += more.by_tunnel;
+            arrived.directly += more.directly;
         }
     }
 
@@ -219,36 +298,65 @@ impl Tally {
     }
 
     /// Whether a conversation is that of a client.
-    fn is_client(&mut self, visit: &Visit<i64>) -> bool {
-        let goes_on = visit.began.is_none();
-        if visit.went_on || goes_on || self.known.contains(&visit.client) {
-            return true;
+    fn judge(&mut self, visit: &Visit<i64>) -> Judged {
+        if self.known.contains(&visit.client) {
+            return Judged::Client;
         }
-        if !visit.answered || visit.asked.protocol == TCP {
-            return false;
+        if !visit.bare {
+            // How it began may not have told that.
+            let before = self.forget_once(visit.client);
+            return before.map_or(Judged::Client, |once| self.came_again(once));
         }
-        let before = self.once.iter().find_map(|once| once.get(&visit.client));
-        if before.is_some_and(|&before| visit.last - before >= AGAIN) {
-            return true;
+        let Some(began) = visit.began else {
+            return Judged::Not;
+        };
+        if !visit.answered || !visit.went_on && visit.asked.protocol == TCP {
+            return Judged::Not;
         }
-        if before.is_none() {
-            let [younger, older] = &mut self.once;
-            if younger.len() >= MAX_ONCE {
-                *older = std::mem::take(younger);
-            }
-            younger.insert(visit.client, visit.last);
+        let before = self.forget_once(visit.client);
+        // A clock that was set back is no reason to wait.
+        let is_again = |once: &Once| (began - once.first).abs() >= AGAIN;
+        if let Some(once) = before.filter(is_again) {
+            return self.came_again(once);
         }
-        self.others(Day::of(visit.last)).answered_once += 1;
-        false
+        self.others(Day::of(began)).answered_once += 1;
+        let mut once = before.unwrap_or(Once {
+            first: began,
+            asked: visit.asked,
+            count: 0,
+        });
+        once.count += 1;
+        let [younger, older] = &mut self.once;
+        if younger.len() >= MAX_ONCE {
+            let displaced = std::mem::replace(older, std::mem::take(younger));
+            self.others(Day::of(began)).displaced += displaced.len() as u64;
+        }
+        self.once[0].insert(visit.client, once);
+        Judged::Not
+    }
+
+    /// A sender that was answered once is a client.
+    fn came_again(&mut self, once: Once) -> Judged {
+        self.others(Day::of(once.first)).answered_once -= once.count;
+        Judged::Again(once)
+    }
+
+    fn forget_once(&mut self, client: Prefix) -> Option<Once> {
+        self.once.iter_mut().find_map(|it| it.remove(&client))
+    }
+
+    /// No rows of the day are counted yet.
+    fn begin_day(&mut self) {
+        self.rows.clear();
+        self.of_clients.clear();
+        self.newcomers = 0;
     }
 
     /// Whether there is a place for a row, which it takes then.
     fn has_place(&mut self, key: Key) -> bool {
         if self.day.is_none_or(|day| key.day > day) {
             self.day = Some(key.day);
-            self.rows.clear();
-            self.of_clients.clear();
-            self.newcomers = 0;
+            self.begin_day();
         }
         if self.rows.contains(&key) {
             return self.waiting.visits.len() < MAX_WAITING
@@ -286,12 +394,12 @@ mod tests {
     }
 
     #[test]
-    fn whoever_went_on_is_a_client_and_who_was_answered_twice_without_a_connection() {
+    fn whoever_went_on_is_a_client_and_who_was_answered_twice() {
         let mut tally = Tally::default();
         tally.add(visit("203.0.113.9", 443, NOON));
         assert_eq!(connections(&tally), 1);
         let mut scan = visit("203.0.113.10", 443, NOON);
-        scan.went_on = false;
+        (scan.went_on, scan.bare) = (false, true);
         for answered in [true, false] {
             scan.answered = answered;
             tally.add(scan.clone());
@@ -299,22 +407,65 @@ mod tests {
         assert_eq!(connections(&tally), 1, "a scan");
         let mut query = visit("203.0.113.11", 53, NOON);
         query.asked.protocol = UDP;
-        query.went_on = false;
+        (query.went_on, query.bare) = (false, true);
         tally.add(query.clone());
         tally.add(query.clone());
         assert_eq!(connections(&tally), 1, "it came once");
         assert_eq!(tally.waiting().others[&Day::of(NOON)].answered_once, 2);
         (query.last, query.began) = (NOON + 10, Some(NOON + 10));
         tally.add(query.clone());
+        assert_eq!(tally.waiting().others[&Day::of(NOON)].answered_once, 0);
         query.answered = false;
         tally.add(query);
         assert_eq!(
             connections(&tally),
-            3,
-            "it is known, and what it asks in vain counts"
+            4,
+            "it came before as well, and what a known one asks in vain counts"
         );
         let known: Vec<String> = tally.take_known().iter().map(ToString::to_string).collect();
         assert_eq!(known, ["203.0.113.9", "203.0.113.11"]);
+    }
+
+    #[test]
+    fn a_connection_that_carries_nothing_is_a_scan_until_another_one_follows() {
+        let mut tally = Tally::default();
+        let mut probe = visit("203.0.113.9", 443, NOON);
+        (probe.bare, probe.bytes_in, probe.bytes_out) = (true, 0, 0);
+        tally.add(probe.clone());
+        // Its end.
+        probe.began = None;
+        tally.add(probe.clone());
+        assert_eq!(connections(&tally), 0);
+        (probe.began, probe.last) = (Some(NOON + 60), NOON + 60);
+        tally.add(probe);
+        let rows: Vec<Counts> = tally.waiting().visits.values().copied().collect();
+        assert_eq!((rows.len(), rows[0].connections), (1, 2));
+        assert_eq!((rows[0].first, rows[0].last), (NOON, NOON + 60));
+        let mut types = visit("203.0.113.10", 22, NOON);
+        types.bare = true;
+        tally.add(types.clone());
+        (types.bare, types.began) = (false, None);
+        tally.add(types);
+        assert_eq!(tally.waiting().visits.len(), 2, "it says something later");
+        assert_eq!(connections(&tally), 3);
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_takes_no_places_of_later_days() {
+        let mut tally = Tally::default();
+        tally.add(visit("203.0.113.9", 443, NOON + 400 * 86_400));
+        tally.clock_was_set();
+        for day in 0..3 {
+            for n in 0..(MAX_NEWCOMERS + 1) as u32 {
+                let mut many = visit("203.0.113.9", 443, NOON + day * 86_400);
+                let client = std::net::Ipv4Addr::from(0x2000_0000 + n + day as u32 * 100_000);
+                many.client = std::net::IpAddr::from(client).into();
+                tally.add(many);
+            }
+            let unlisted = tally.waiting().others[&Day::of(NOON + day * 86_400)].unlisted;
+            assert_eq!(unlisted, 1, "on day {day}");
+            tally.written();
+        }
     }
 
     #[test]
@@ -381,15 +532,15 @@ mod tests {
         for n in 0..200_000_u32 {
             let mut query = visit("203.0.113.9", 53, NOON + i64::from(n / 1_000));
             query.client = std::net::IpAddr::from(std::net::Ipv4Addr::from(n * 7)).into();
-            (query.asked.protocol, query.went_on) = (UDP, false);
+            (query.asked.protocol, query.went_on, query.bare) = (UDP, false, true);
             tally.add(query);
         }
         assert!(tally.waiting().visits.is_empty());
         assert!(tally.once.iter().all(|once| once.len() <= MAX_ONCE));
-        assert_eq!(
-            tally.waiting().others[&Day::of(NOON)].answered_once,
-            200_000
-        );
+        let others = tally.waiting().others[&Day::of(NOON)];
+        assert_eq!(others.answered_once, 200_000);
+        let kept: usize = tally.once.iter().map(HashMap::len).sum();
+        assert_eq!(others.displaced, 200_000 - kept as u64);
     }
 
     #[test]

@@ -10,6 +10,8 @@ use crate::model::asked::Asked;
 use crate::model::moved::TCP;
 use crate::model::visit::{ServedBy, Visit, client};
 
+use super::watch::Watch;
+
 /// A day at noon.
 pub(super) const NOON: i64 = 1_795_867_200;
 
@@ -32,10 +34,26 @@ pub(super) fn visit(from: &str, port: u16, at: i64) -> Visit<i64> {
         last: at,
         answered: true,
         went_on: true,
+        bare: false,
         bytes_in: 100,
         bytes_out: 1_000,
         first_bytes: Vec::new(),
     }
+}
+
+/// What was watched: one move, since then.
+pub(super) fn watch(since: i64) -> Watch {
+    watch_of(&[("192.0.2.5", true)], since)
+}
+
+/// These moves, each watched or not, since then.
+pub(super) fn watch_of(moves: &[(&str, bool)], since: i64) -> Watch {
+    let mut watch = Watch::default();
+    let moves = moves
+        .iter()
+        .map(|&(what, watched)| (what.to_owned(), watched));
+    watch.set(&moves.collect(), since);
+    watch
 }
 
 /// A directory that goes when the test does.

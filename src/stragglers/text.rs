@@ -7,9 +7,9 @@ use std::fmt::Write as _;
 use crate::model::asked::Asked;
 
 use super::findings::{Findings, Straggler};
-use super::history::Watched;
+use super::history::{MoveWatched, STILL, Watched};
 use super::store::protocol;
-use super::time::{minute, span};
+use super::time::{DAY, minute, span};
 use super::trend::Trend;
 use super::verdict::{Reason, Verdict};
 
@@ -28,7 +28,7 @@ impl Findings {
             minute(self.since),
             clients(self.clients)
         );
-        unwatched(&mut out, &self.watched, self.at);
+        unwatched(&mut out, &self.moves, &self.watched, self.at);
         if !self.stragglers.is_empty() {
             out.push('\n');
         }
@@ -45,13 +45,21 @@ impl Findings {
         let others = [
             (
                 self.others,
-                "conversations of scans, floods, and whoever was not answered",
+                "conversations of scans, floods, and whoever was not answered or did not go on",
             ),
             (
                 beside.unlisted,
                 "conversations of clients that were too many to list",
             ),
             (beside.missed, "conversations that were too many to look at"),
+            (
+                beside.lost,
+                "conversations of clients that could not be written in time",
+            ),
+            (
+                beside.displaced,
+                "senders that were answered once and were too many to remember",
+            ),
             (
                 beside.unnamed,
                 "connections that were too many to look for a name in",
@@ -73,13 +81,12 @@ impl Findings {
             let (every, spread) = (it.rhythm)
                 .map(|rhythm| (rhythm.every_s.to_string(), rhythm.spread_s.to_string()))
                 .unwrap_or_default();
-            // Neither addresses nor names have a comma, a quote or what a spreadsheet executes.
             let fields = [
                 it.client.to_string(),
                 it.asked.addr.to_string(),
                 it.asked.port.to_string(),
                 protocol(it.asked.protocol),
-                it.names.join(" "),
+                cell(&it.names.join(" ")),
                 it.connections.to_string(),
                 it.by_old.to_string(),
                 it.by_new.to_string(),
@@ -116,10 +123,7 @@ impl Verdict {
         let quiet = span(self.watched.to - self.watched.from);
         let mut out = String::new();
         if self.safe {
-            line(
-                &mut out,
-                &format!("safe to switch off: for {quiet} no client came"),
-            );
+            line(&mut out, &format!("safe to switch off: {}", self.nobody()));
         } else {
             let reasons: Vec<String> = self.reasons.iter().map(|it| it.say(self)).collect();
             line(&mut out, &format!("not yet: {}", reasons.join("; ")));
@@ -129,28 +133,8 @@ impl Verdict {
             &mut out,
             &format!("  watched: {} of the last {quiet}", percent(&self.watched)),
         );
-        if self.ignored > 0 {
-            line(
-                &mut out,
-                &format!("  left out by --ignore: {}", clients(self.ignored)),
-            );
-        }
-        if !self.passers_by.is_empty() {
-            let shown: Vec<&str> = self.passers_by.iter().take(4).map(String::as_str).collect();
-            let more = self.passers_by.len() - shown.len();
-            let more = if more > 0 {
-                format!(" and {more} more")
-            } else {
-                String::new()
-            };
-            line(
-                &mut out,
-                &format!(
-                    "  passers-by, not counted: {}{more}; each came once, for an hour at most, \
-                     and asked for no name, as scanners do",
-                    shown.join(", ")
-                ),
-            );
+        for note in self.notes() {
+            line(&mut out, &format!("  {note}"));
         }
         if !self.stragglers.is_empty() {
             out.push_str("\nWho still comes:\n");
@@ -169,7 +153,7 @@ impl Verdict {
     pub(super) fn to_sentences(&self) -> Sentences {
         let quiet = span(self.watched.to - self.watched.from);
         let headline = if self.safe {
-            format!("Safe to switch off: for {quiet} no client came")
+            format!("Safe to switch off: {}", self.nobody())
         } else {
             "Not yet".into()
         };
@@ -178,11 +162,74 @@ impl Verdict {
             "watched: {} of the last {quiet}",
             percent(&self.watched)
         ));
+        because.extend(self.notes());
         Sentences {
             headline,
             because,
             trend: self.trend(),
         }
+    }
+
+    /// That nobody came, and who came all the same.
+    fn nobody(&self) -> String {
+        let quiet = span(self.watched.to - self.watched.from);
+        let passers = match self.passers_by.len() {
+            0 => String::new(),
+            1 => ", but 1 passer-by".into(),
+            count => format!(", but {} passers-by", number(count as u64)),
+        };
+        let ignored = match self.ignored {
+            0 => String::new(),
+            count => format!(", but {} of --ignore", clients(count)),
+        };
+        format!("for {quiet} no client came{passers}{ignored}")
+    }
+
+    /// What a person has to know beside.
+    fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        let quiet = self.watched.to - self.watched.from;
+        if quiet < DAY {
+            notes.push(format!(
+                "who comes less often than every {} is not seen (--quiet 7d)",
+                span(quiet)
+            ));
+        }
+        if self.newcomers > 0 {
+            notes.push(format!(
+                "new among them: {}, which came for an hour at most: if these are scanners, leave \
+                 them out with --ignore",
+                clients(self.newcomers)
+            ));
+        }
+        if self.ignored > 0 {
+            notes.push(format!("left out by --ignore: {}", clients(self.ignored)));
+        }
+        if !self.passers_by.is_empty() {
+            let (shown, more) = some(&self.passers_by);
+            notes.push(format!(
+                "passers-by, not counted: {shown}{more}; each came for the first time, for an hour \
+                 at most, and asked for no name, as scanners do"
+            ));
+        }
+        if self.others > 0 {
+            notes.push(format!(
+                "not counted: {} conversations of scans, floods, and whoever was not answered or \
+                 did not go on",
+                number(self.others)
+            ));
+        }
+        if self.answered_once > 0 {
+            notes.push(format!(
+                "answered once, not counted: {} conversations whose senders came only once",
+                number(self.answered_once)
+            ));
+        }
+        if !self.gone.is_empty() {
+            let (shown, more) = some(&self.gone);
+            notes.push(format!("no longer moved, and not judged: {shown}{more}"));
+        }
+        notes
     }
 
     fn trend(&self) -> String {
@@ -210,22 +257,52 @@ impl Reason {
                 clients(count),
                 ago(verdict.at - last_seen)
             ),
-            Self::NotWatched { last: Some(last) } => format!(
-                "nobody has watched since {} UTC: the daemon does not run, or this server still \
-                 serves some clients itself (`ipmoved status`)",
+            Self::NotWatched {
+                ref what,
+                last: Some(last),
+            } => format!(
+                "nobody has watched{} since {} UTC: the daemon does not run, its tunnel is down, \
+                 or this server still serves clients itself (`ipmoved status`)",
+                named(what.as_deref()),
                 minute(last)
             ),
-            Self::NotWatched { last: None } => "nobody has watched: start the daemon".into(),
-            Self::WatchedTooLittle { seconds, of } => {
+            Self::NotWatched {
+                ref what,
+                last: None,
+            } => format!(
+                "nobody has watched{}: start the daemon, and move clients (`ipmoved status`)",
+                named(what.as_deref())
+            ),
+            Self::WatchedTooLittle {
+                ref what,
+                seconds,
+                of,
+            } => {
                 format!(
-                    "somebody watched for {} of {} only",
+                    "somebody watched{} for {} of {} only",
+                    named(what.as_deref()),
                     span(seconds),
                     span(of)
                 )
             }
+            Self::NotMoved { ref what, ref mode } => format!(
+                "{what} is in mode {mode}: this server still serves clients itself (`ipmoved move`)"
+            ),
+            Self::NotRecorded { ref what } => format!(
+                "who comes to {what} is not in this database (`ipmoved status`; --state-dir as \
+                 the daemon's)"
+            ),
+            Self::NotAnswered { ref what } => format!(
+                "clients ask for {what} and are not answered, so nobody knows who they are \
+                 (`ipmoved status`)"
+            ),
             Self::StillHere { conversations } => format!(
                 "{} conversations are still on this server (`ipmoved status`)",
                 number(conversations)
+            ),
+            Self::HereUnknown { ref why } => format!(
+                "what this server still has itself cannot be counted ({why}): ask as root, where \
+                 the daemon runs"
             ),
             Self::TooMuch { conversations } => format!(
                 "{} conversations were too many to record; clients may be among them",
@@ -296,18 +373,64 @@ fn line(out: &mut String, text: &str) {
 }
 
 /// Says that not all of the time was watched, if that is so.
-fn unwatched(out: &mut String, watched: &Watched, now: i64) {
-    if watched.share() < 0.99 {
-        let part = format!("  only {} of this time was watched", percent(watched));
-        line(out, &part);
+fn unwatched(out: &mut String, moves: &[MoveWatched], least: &Watched, now: i64) {
+    if moves.iter().all(|it| it.watched == *least) {
+        if least.share() < 0.99 {
+            let part = format!("  only {} of this time was watched", percent(least));
+            line(out, &part);
+        }
+    } else {
+        let little: Vec<String> = (moves.iter())
+            .filter(|it| it.watched.share() < 0.99)
+            .map(|it| format!("{} ({})", it.what, percent(&it.watched)))
+            .collect();
+        if !little.is_empty() {
+            let (shown, more) = some(&little);
+            line(out, &format!("  watched only in part: {shown}{more}"));
+        }
     }
-    if let Some(last) = watched.last
-        && now - last > 180
-    {
-        line(
+    match least.last {
+        Some(last) if now - last > STILL => line(
             out,
             &format!("  nobody has watched since {} UTC", minute(last)),
-        );
+        ),
+        Some(_) => {}
+        None => line(
+            out,
+            "  nobody has watched yet: what this server answers itself is not recorded",
+        ),
+    }
+}
+
+/// A few of them, and how many more there are.
+fn some(all: &[String]) -> (String, String) {
+    const SOME: usize = 4;
+    let shown = all[..all.len().min(SOME)].join(", ");
+    let more = match all.len().saturating_sub(SOME) {
+        0 => String::new(),
+        more => format!(" and {} more", number(more as u64)),
+    };
+    (shown, more)
+}
+
+/// What is meant, if not all is.
+fn named(what: Option<&str>) -> String {
+    what.map_or_else(String::new, |what| format!(" {what}"))
+}
+
+/// A text as a cell (RFC 4180). One that a spreadsheet takes for a formula begins with an
+/// apostrophe: whoever asks for a name chooses it.
+fn cell(text: &str) -> String {
+    let formula = text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n']);
+    let text = if formula {
+        format!("'{text}")
+    } else {
+        text.into()
+    };
+    if text.contains([',', '"', '\r', '\n']) {
+        format!("\"{}\"", text.replace('"', "\"\""))
+    } else {
+        text
     }
 }
 
@@ -369,7 +492,7 @@ mod tests {
     use crate::stragglers::history::History;
     use crate::stragglers::store::Store;
     use crate::stragglers::tally::{Others, Tally};
-    use crate::stragglers::tests::{NOON, Scratch, visit, wall};
+    use crate::stragglers::tests::{NOON, Scratch, visit, wall, watch};
 
     fn findings(scratch: &Scratch) -> (Findings, Verdict) {
         let mut tally = Tally::default();
@@ -394,13 +517,12 @@ mod tests {
                 ..Others::default()
             },
         );
-        let mut store = Store::to_write(scratch.dir()).unwrap();
-        store
-            .write(tally.waiting(), Some(NOON - 86_400), NOON)
-            .unwrap();
-        let history = History::open(scratch.dir(), wall(NOON + 30)).unwrap();
+        let mut store = Store::to_write(scratch.dir(), None).unwrap();
+        let watch = watch(NOON - 86_400);
+        store.write(tally.waiting(), &watch, NOON, true).unwrap();
+        let history = History::open(scratch.dir(), wall(NOON + 30), None).unwrap();
         (
-            Findings::of(&history, NOON - 86_400, 2).unwrap(),
+            Findings::of(&history, NOON - 86_400, 2, &[]).unwrap(),
             Verdict::of(&history, 7 * 86_400, &[]).unwrap(),
         )
     }
@@ -420,20 +542,18 @@ Since 2026-11-27 12:00 UTC: 3 clients
 … and 1 more (--top)
 
 Beside them:
-  1,000,000 conversations of scans, floods, and whoever was not answered
+  1,000,000 conversations of scans, floods, and whoever was not answered or did
+    not go on
   7 conversations that were too many to look at
 "
         );
         let text = verdict.to_text();
         assert!(
-            text.starts_with("not yet: 2 clients came, the last one 30 s ago; 7"),
+            text.starts_with("not yet: 3 clients came, the last one 30 s ago; 7"),
             "{text}"
         );
         assert!(text.contains("0 of 5 whole days were watched"), "{text}");
-        assert!(
-            text.contains("passers-by, not counted: 2001:db8:aaaa:bbbb::/64;"),
-            "{text}"
-        );
+        assert!(!text.contains("new among them"), "{text}");
         for line in findings.to_text().lines().chain(text.lines()) {
             assert!(line.chars().count() <= WIDTH, "{line}");
         }
@@ -475,6 +595,25 @@ Beside them:
             (&false.into(), &"too_few_days".into())
         );
         assert_eq!(json["reasons"][0]["reason"], "clients");
+    }
+
+    #[test]
+    fn no_cell_is_a_formula_or_two() {
+        for (text, shown) in [
+            ("www.example.net", "www.example.net"),
+            ("(none)", "(none)"),
+            ("-2+3.example", "'-2+3.example"),
+            (
+                "=HYPERLINK(\"a\",\"b\")",
+                "\"'=HYPERLINK(\"\"a\"\",\"\"b\"\")\"",
+            ),
+            ("@a", "'@a"),
+            ("+1", "'+1"),
+            ("a,b", "\"a,b\""),
+            ("", ""),
+        ] {
+            assert_eq!(cell(text), shown);
+        }
     }
 
     #[test]

@@ -8,7 +8,9 @@
 //! | the disk is full, or read-only | said; what came is kept, up to a bound, and tried again |
 //! | the database is damaged | put aside, said, and a new one made |
 //! | a newer version has written it | said; it stays as it is, and nothing is written |
-//! | the clock steps | the time of watching begins anew; nothing is forgotten for an hour |
+//! | somebody removes or replaces it | said; the one that is there is used, or a new one made |
+//! | the clock steps | the time of watching begins anew; nothing is forgotten for an hour, |
+//! | | and for a day if it is far from what was written before |
 
 use std::net::IpAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,9 +22,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::model::visit::Visited;
 
-use super::store::{Store, StoreError};
-use super::tally::{Others, Tally};
-use super::time::Day;
+use super::store::{FileId, Store, StoreError};
+use super::tally::{Arrived, Others, Tally};
+use super::time::{DAY, Day};
+use super::watch::{Moves, Watch};
 
 /// Batches of a second that may wait for the thread: more than it is ever behind unless the disk
 /// hangs.
@@ -32,7 +35,7 @@ const WAITING: usize = 16;
 const WRITE_EVERY: Duration = Duration::from_secs(2);
 
 /// So often is written that somebody watches, if nobody comes.
-const WATCHED_EVERY: Duration = Duration::from_secs(60);
+const WATCHED_EVERY: Duration = Duration::from_secs(20);
 
 /// So often is tried again what failed.
 const AGAIN_AFTER: Duration = Duration::from_secs(30);
@@ -42,6 +45,10 @@ const STEP: i64 = 60;
 
 /// Nothing is forgotten before the clock was steady for so long: at boot it may be wrong by years.
 const STEADY: Duration = Duration::from_secs(3_600);
+
+/// The same where it shows a time that is more than a day from what was written last. By then a
+/// clock that can be set was.
+const STEADY_FAR: Duration = Duration::from_secs(DAY as u64);
 
 /// How long the end waits for the last words to be written.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -66,8 +73,11 @@ pub struct Writer {
 /// What was told, and when.
 struct Batch {
     visited: Visited<i64>,
-    all: bool,
+    moves: Moves,
+    arrived: Vec<(String, Arrived)>,
     at: i64,
+    /// Everything that came until now is in it.
+    all: bool,
 }
 
 /// What the thread tells.
@@ -79,6 +89,8 @@ struct Shared {
     notes: Mutex<Vec<String>>,
     known: Mutex<Vec<IpAddr>>,
     lost: AtomicU64,
+    /// Visits that were told of and are not written.
+    unwritten: AtomicU64,
 }
 
 impl Writer {
@@ -108,14 +120,23 @@ impl Writer {
         })
     }
 
-    /// Tells who came, at this time.
+    /// Tells who came, and how conversations of each move came to the new server, at this time.
     ///
-    /// `all`: everything is the new server's. Else this server serves clients of which nothing is
-    /// noted, so the time does not count as watched.
-    pub fn tell(&self, visited: Visited<Instant>, all: bool, now: Instant, wall: SystemTime) {
+    /// `moves` says which of them are watched: of others some clients are not seen. `last`: nothing
+    /// that came until now is left to be told.
+    pub fn tell(
+        &self,
+        visited: Visited<Instant>,
+        arrived: Vec<(String, Arrived)>,
+        moves: &Moves,
+        now: Instant,
+        wall: SystemTime,
+        last: bool,
+    ) {
         let at = unix(wall);
         let since = |then: Instant| now.saturating_duration_since(then).as_secs() as i64;
-        let count = visited.visits.len() as u64;
+        let told = visited.visits.len() as u64;
+        let missed = visited.missed;
         let visits = visited.visits.into_iter();
         let visited = Visited {
             visits: visits.map(|it| it.map(|then| at - since(then))).collect(),
@@ -123,12 +144,18 @@ impl Writer {
             missed: visited.missed,
             unnamed: visited.unnamed,
         };
-        let sent = self
-            .batches
-            .as_ref()
-            .map(|it| it.try_send(Batch { visited, all, at }));
+        let batch = Batch {
+            visited,
+            moves: Arc::clone(moves),
+            arrived,
+            at,
+            all: last,
+        };
+        self.shared.unwritten.fetch_add(told, Relaxed);
+        let sent = self.batches.as_ref().map(|it| it.try_send(batch));
         if !matches!(sent, Some(Ok(()))) {
-            self.shared.lost.fetch_add(count, Relaxed);
+            self.shared.unwritten.fetch_sub(told, Relaxed);
+            self.shared.lost.fetch_add(told + missed, Relaxed);
         }
     }
 
@@ -152,6 +179,11 @@ impl Writer {
         self.shared.lost.load(Relaxed)
     }
 
+    /// Conversations that were told of and are not written yet.
+    pub fn unwritten(&self) -> u64 {
+        self.shared.unwritten.load(Relaxed)
+    }
+
     /// Nothing more is told: the thread writes what is left.
     pub fn end(&mut self) {
         self.batches = None;
@@ -171,9 +203,19 @@ struct Keeper {
     tally: Tally,
     /// The database's memory was taken over.
     resumed: bool,
-    /// When somebody has watched since.
     clock: Clock,
-    /// Everything is the new server's.
+    watch: Watch,
+    /// The database that was found whole.
+    whole: Option<FileId>,
+    /// Somebody has removed or replaced it, and that was not said yet.
+    replaced: bool,
+    /// What was lost of what was told, as far as it is counted there.
+    lost: u64,
+    /// Visits that were told of since the last write.
+    added: u64,
+    /// When something was told last.
+    told: i64,
+    /// All that came until then was told.
     all: bool,
     next_write: Instant,
     next_watched: Instant,
@@ -212,7 +254,13 @@ impl Keeper {
             tally: Tally::default(),
             resumed: false,
             clock: Clock::new(now, unix(SystemTime::now())),
-            all: true,
+            watch: Watch::default(),
+            whole: None,
+            replaced: false,
+            lost: 0,
+            added: 0,
+            told: i64::MAX,
+            all: false,
             next_write: now,
             next_watched: now,
             next_forget: now + STEADY,
@@ -237,17 +285,22 @@ impl Keeper {
     }
 
     fn add(&mut self, batch: Batch) {
-        let Batch { visited, all, at } = batch;
-        if all != self.all {
-            let now = Instant::now();
-            if all {
-                self.clock = Clock::new(now, unix(SystemTime::now()));
-            } else {
-                self.next_watched = now;
-                self.write(now, unix(SystemTime::now()));
-            }
-            self.all = all;
+        let Batch {
+            visited,
+            moves,
+            arrived,
+            at,
+            all,
+        } = batch;
+        (self.told, self.all) = (at, all);
+        if self.watch.set(&moves, at) {
+            // It is due.
+            self.next_watched = self.clock.started;
         }
+        for (what, more) in arrived {
+            self.tally.add_arrived(at, &what, more);
+        }
+        self.added += visited.visits.len() as u64;
         for visit in visited.visits {
             self.tally.add(visit);
         }
@@ -272,63 +325,121 @@ impl Keeper {
     fn write(&mut self, now: Instant, wall: i64) {
         self.next_write = now + WRITE_EVERY;
         if self.clock.has_stepped(now, wall) {
-            self.clock = Clock::new(now, wall);
+            self.begin_anew(now, wall);
             self.next_forget = now + STEADY;
-            self.next_watched = now;
+            self.tally.clock_was_set();
+            // Which rows this day has.
+            self.resumed = false;
         }
-        let waits = !self.tally.waiting().is_empty();
+        let lost = self.shared.lost.load(Relaxed);
+        let more = Others {
+            lost: lost - self.lost,
+            ..Others::default()
+        };
+        self.tally.add_others(wall, more);
+        self.lost = lost;
+        let waits = !self.tally.waiting().is_empty() || self.added > 0;
         if !waits && now < self.next_watched {
             return;
         }
         match self.try_write(now, wall) {
             Ok(()) => {
                 self.tally.written();
+                self.watch.written();
+                let added = std::mem::take(&mut self.added);
+                self.shared.unwritten.fetch_sub(added, Relaxed);
                 self.next_watched = now + WATCHED_EVERY;
-                *lock(&self.shared.trouble) = None;
+                if lock(&self.shared.trouble).take().is_some() {
+                    let text = "clients are recorded again, those of meanwhile, too";
+                    lock(&self.shared.notes).push(text.into());
+                }
             }
             Err(error) => {
-                self.store = None;
                 self.next_write = now + AGAIN_AFTER;
-                self.suffer(&error);
+                self.suffer(now, wall, &error);
             }
         }
         self.pass_known();
     }
 
     fn try_write(&mut self, now: Instant, wall: i64) -> Result<(), StoreError> {
-        let mut store = match self.store.take() {
-            Some(store) => store,
-            None => Store::to_write(&self.settings.dir)?,
-        };
+        let mut store = self.open(now, wall)?;
+        let written = self.write_to(&mut store, now, wall);
+        // Whatever is wrong with it, it may be another one the next time; unless there is no room.
+        if matches!(written, Ok(()) | Err(StoreError::Full { .. })) {
+            self.store = Some(store);
+        }
+        written
+    }
+
+    /// The database, open.
+    fn open(&mut self, now: Instant, wall: i64) -> Result<Store, StoreError> {
+        match self.store.take() {
+            Some(store) if store.is_there() => return Ok(store),
+            // The next file may get its number.
+            Some(_) => (self.replaced, self.whole) = (true, None),
+            None => {}
+        }
+        let store = Store::to_write(&self.settings.dir, self.whole)?;
+        self.replaced |= self.whole.is_some_and(|whole| whole != store.file());
+        self.whole = Some(store.file());
+        if std::mem::take(&mut self.replaced) {
+            let text = "the database of clients was removed or replaced: who came before is known \
+                        from the one that is there now, if at all, and nobody has watched before";
+            lock(&self.shared.notes).push(text.into());
+            self.begin_anew(now, wall);
+        }
+        Ok(store)
+    }
+
+    fn write_to(&mut self, store: &mut Store, now: Instant, wall: i64) -> Result<(), StoreError> {
         if !self.resumed {
             let (known, rows) = store.memory(Day::of(wall))?;
             self.tally.resume(known, rows);
             self.resumed = true;
+            let last = store.last_watched()?;
+            if last.is_some_and(|last| (wall - last).abs() > DAY) {
+                self.next_forget = now + STEADY_FAR;
+            }
         }
         // What is forgotten was not watched.
-        let oldest = Day(Day::of(wall).0 - self.settings.keep).start();
-        let since = self.all.then_some(self.clock.at.max(oldest));
-        let write = |store: &mut Store| store.write(self.tally.waiting(), since, wall);
-        let mut written = write(&mut store);
+        let oldest = Day(Day::of(wall).0 - self.settings.keep);
+        self.watch.forget_before(oldest.start());
+        // What nobody has told was not watched either.
+        let (at, all) = (wall.min(self.told), self.all);
+        let mut written = store.write(self.tally.waiting(), &self.watch, at, all);
         while matches!(written, Err(StoreError::Full { .. })) && store.is_at_its_bound() {
             let Some(until) = store.give_up_oldest()? else {
                 break;
             };
+            self.watch.forget_before(until.start());
             let text = format!("too many clients: those of before {until} are forgotten");
             lock(&self.shared.notes).push(text);
-            written = write(&mut store);
+            written = store.write(self.tally.waiting(), &self.watch, at, all);
         }
         written?;
         if now >= self.next_forget {
             self.next_forget = now + STEADY;
-            store.forget(wall, self.settings.keep)?;
+            if store.pull_back(wall)? {
+                let text = "the clock is behind what was recorded of clients: is it right? As long \
+                            as it is, nothing of that is forgotten, and it counts as of now";
+                lock(&self.shared.notes).push(text.into());
+            } else {
+                store.forget(wall, self.settings.keep)?;
+            }
         }
-        self.store = Some(store);
         Ok(())
     }
 
+    /// What was watched until now says nothing of the time from now on.
+    fn begin_anew(&mut self, now: Instant, wall: i64) {
+        self.clock = Clock::new(now, wall);
+        self.watch.begin_anew(wall);
+        self.next_watched = now;
+    }
+
     /// Says why nothing was written, and does what helps.
-    fn suffer(&mut self, error: &StoreError) {
+    fn suffer(&mut self, now: Instant, wall: i64, error: &StoreError) {
         if let StoreError::Damaged { .. } = error
             && let Ok(aside) = Store::put_aside(&self.settings.dir)
         {
@@ -338,8 +449,9 @@ impl Keeper {
             );
             lock(&self.shared.notes).push(text);
             // The new one knows nothing of what was watched before.
-            self.clock = Clock::new(Instant::now(), unix(SystemTime::now()));
-            self.next_write = Instant::now();
+            self.whole = None;
+            self.begin_anew(now, wall);
+            self.next_write = now;
             return;
         }
         let text = format!("clients are not recorded, which is tried again: {error}");
@@ -361,316 +473,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::Path;
-
-    use super::*;
-    use crate::stragglers::store::FILE;
-    use crate::stragglers::tests::{NOON, Scratch, visit};
-
-    fn keeper(dir: &Path) -> Keeper {
-        let settings = Settings {
-            dir: dir.into(),
-            keep: 90,
-        };
-        let mut keeper = Keeper::new(settings, Arc::default());
-        keeper.clock.at = NOON;
-        keeper
-    }
-
-    fn add(keeper: &mut Keeper, client: &str, at: i64) {
-        let visited = Visited {
-            visits: vec![visit(client, 443, at)],
-            openings: 1,
-            ..Visited::default()
-        };
-        keeper.add(Batch {
-            visited,
-            all: true,
-            at,
-        });
-    }
-
-    fn count(dir: &Path, table: &str) -> i64 {
-        let store = Store::to_read(dir).unwrap();
-        let query = format!("SELECT count(*) FROM {table}");
-        store.read(&query, [], |row| row.get(0).map(Some)).unwrap()[0]
-    }
-
-    fn trouble(keeper: &Keeper) -> String {
-        lock(&keeper.shared.trouble).clone().unwrap_or_default()
-    }
-
-    #[test]
-    fn what_came_is_there_after_a_restart_and_counts_go_on() {
-        let scratch = Scratch::new("restart");
-        for at in [NOON, NOON + 60] {
-            let mut keeper = keeper(scratch.dir());
-            let begun = keeper.clock.started;
-            keeper.clock.at = at;
-            add(&mut keeper, "203.0.113.9", at);
-            keeper.write(begun, at);
-            assert_eq!(trouble(&keeper), "");
-            // Killed here: nothing is closed in order.
-            std::mem::forget(keeper);
-        }
-        let store = Store::to_read(scratch.dir()).unwrap();
-        let query = "SELECT connections, first, last FROM visits";
-        let row = |row: &rusqlite::Row<'_>| Ok(Some((row.get(0)?, row.get(1)?, row.get(2)?)));
-        let rows: Vec<(i64, i64, i64)> = store.read(query, [], row).unwrap();
-        assert_eq!(rows, [(2, NOON, NOON + 60)]);
-        assert_eq!(count(scratch.dir(), "watched"), 2);
-        let mut again = keeper(scratch.dir());
-        again.write(again.clock.started, NOON);
-        let known = std::mem::take(&mut *lock(&again.shared.known));
-        assert_eq!(known, ["203.0.113.9".parse::<IpAddr>().unwrap()]);
-    }
-
-    #[test]
-    fn nobody_else_reads_it() {
-        use std::os::unix::fs::PermissionsExt;
-        let scratch = Scratch::new("modes");
-        let dir = scratch.dir().join("made/for/it");
-        let mut keeper = keeper(&dir);
-        add(&mut keeper, "203.0.113.9", NOON);
-        keeper.write(keeper.clock.started, NOON);
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(&dir), 0o700);
-        for file in fs::read_dir(&dir).unwrap() {
-            assert_eq!(mode(&file.unwrap().path()), 0o600);
-        }
-    }
-
-    #[test]
-    fn a_damaged_database_is_put_aside() {
-        let scratch = Scratch::new("damaged");
-        fs::write(scratch.dir().join(FILE), [7; 8_192]).unwrap();
-        let mut keeper = keeper(scratch.dir());
-        add(&mut keeper, "203.0.113.9", NOON);
-        keeper.write(keeper.clock.started, NOON);
-        let notes = std::mem::take(&mut *lock(&keeper.shared.notes));
-        assert!(notes[0].contains("is damaged"), "{notes:?}");
-        keeper.write(keeper.clock.started, NOON);
-        assert_eq!(
-            (trouble(&keeper).as_str(), count(scratch.dir(), "visits")),
-            ("", 1)
-        );
-        assert!(scratch.dir().join("stragglers.sqlite.damaged").exists());
-    }
-
-    #[test]
-    fn pages_that_are_damaged_while_it_runs_are_noticed() {
-        let scratch = Scratch::new("pages");
-        let mut first = keeper(scratch.dir());
-        for n in 0..200 {
-            add(&mut first, &format!("203.0.113.{n}"), NOON);
-        }
-        first.write(first.clock.started, NOON);
-        drop(first);
-        let path = scratch.dir().join(FILE);
-        let mut bytes = fs::read(&path).unwrap();
-        bytes[4_096..].fill(0x5a);
-        fs::write(&path, bytes).unwrap();
-        let mut keeper = keeper(scratch.dir());
-        add(&mut keeper, "203.0.113.9", NOON);
-        keeper.write(keeper.clock.started, NOON);
-        keeper.write(keeper.clock.started, NOON);
-        assert_eq!(
-            (trouble(&keeper).as_str(), count(scratch.dir(), "visits")),
-            ("", 1)
-        );
-    }
-
-    #[test]
-    fn one_of_a_newer_version_or_of_others_stays_as_it_is() {
-        let scratch = Scratch::new("newer");
-        let mut first = keeper(scratch.dir());
-        add(&mut first, "203.0.113.9", NOON);
-        first.write(first.clock.started, NOON);
-        drop(first);
-        let path = scratch.dir().join(FILE);
-        for (change, says) in [
-            ("PRAGMA user_version = 2", "newer ipmoved (form 2"),
-            ("PRAGMA application_id = 7", "not a database of ipmoved"),
-        ] {
-            let db = rusqlite::Connection::open(&path).unwrap();
-            db.execute_batch(change).unwrap();
-            drop(db);
-            let before = fs::read(&path).unwrap();
-            let mut keeper = keeper(scratch.dir());
-            add(&mut keeper, "203.0.113.10", NOON);
-            keeper.write(keeper.clock.started, NOON);
-            assert!(trouble(&keeper).contains(says), "{}", trouble(&keeper));
-            assert_eq!(fs::read(&path).unwrap(), before);
-            assert!(
-                Store::to_read(scratch.dir())
-                    .unwrap_err()
-                    .to_string()
-                    .contains(says)
-            );
-        }
-    }
-
-    #[test]
-    fn what_could_not_be_written_is_written_later() {
-        let scratch = Scratch::new("later");
-        // A file where the directory should be.
-        let dir = scratch.dir().join("state");
-        fs::write(&dir, "").unwrap();
-        let mut keeper = keeper(&dir);
-        add(&mut keeper, "203.0.113.9", NOON);
-        keeper.write(keeper.clock.started, NOON);
-        assert!(
-            trouble(&keeper).contains("--state-dir"),
-            "{}",
-            trouble(&keeper)
-        );
-        fs::remove_file(&dir).unwrap();
-        add(&mut keeper, "203.0.113.10", NOON);
-        keeper.write(keeper.clock.started, NOON);
-        assert_eq!((trouble(&keeper).as_str(), count(&dir, "visits")), ("", 2));
-    }
-
-    #[test]
-    fn a_link_is_not_followed() {
-        let scratch = Scratch::new("link");
-        let other = scratch.dir().join("other");
-        std::os::unix::fs::symlink(&other, scratch.dir().join(FILE)).unwrap();
-        let mut keeper = keeper(scratch.dir());
-        add(&mut keeper, "203.0.113.9", NOON);
-        keeper.write(keeper.clock.started, NOON);
-        assert!(
-            trouble(&keeper).contains("symbolic link"),
-            "{}",
-            trouble(&keeper)
-        );
-        assert!(!other.exists());
-    }
-
-    #[test]
-    fn a_clock_that_is_set_begins_the_time_of_watching_anew_and_forgets_nothing() {
-        let scratch = Scratch::new("clock");
-        let mut keeper = keeper(scratch.dir());
-        let begun = keeper.clock.started;
-        let hours = |n: u64| begun + Duration::from_secs(n * 3_600);
-        add(&mut keeper, "203.0.113.9", NOON);
-        keeper.write(begun, NOON);
-        // At boot the clock was behind, or somebody sets it far ahead.
-        let ahead = NOON + 200 * 86_400;
-        keeper.write(begun + Duration::from_secs(70), ahead);
-        assert_eq!(count(scratch.dir(), "watched"), 2);
-        assert_eq!(count(scratch.dir(), "visits"), 1);
-        keeper.write(hours(2), NOON + 7_200);
-        assert_eq!(count(scratch.dir(), "visits"), 1, "it was set again");
-        // That nobody will have watched in the future is forgotten, once the clock is right.
-        keeper.write(hours(4), NOON + 4 * 3_600);
-        assert_eq!(count(scratch.dir(), "watched"), 2);
-        // It stays right for 200 days.
-        keeper.write(hours(24 * 200), ahead);
-        assert_eq!(count(scratch.dir(), "visits"), 0);
-    }
-
-    #[test]
-    fn a_full_disk_is_said_and_survived() {
-        let scratch = Scratch::new("full");
-        let Some(disk) = scratch.small_disk(64) else {
-            // Without the privilege to mount one there is nothing to fill.
-            return;
-        };
-        let mut keeper = keeper(disk.path());
-        keeper.write(keeper.clock.started, NOON);
-        fs::write(disk.path().join("others"), vec![0; 1 << 20]).unwrap_err();
-        for n in 0..4_000_u32 {
-            let client = std::net::Ipv4Addr::from(0x0a00_0000 + n).to_string();
-            add(&mut keeper, &client, NOON);
-        }
-        keeper.write(keeper.clock.started, NOON);
-        assert!(
-            trouble(&keeper).contains("make room"),
-            "{}",
-            trouble(&keeper)
-        );
-        fs::remove_file(disk.path().join("others")).unwrap();
-        disk.grow(8_192);
-        keeper.write(keeper.clock.started, NOON);
-        assert_eq!(
-            (trouble(&keeper).as_str(), count(disk.path(), "visits")),
-            ("", 4_000)
-        );
-    }
-
-    #[test]
-    fn a_read_only_disk_is_said_and_can_be_read() {
-        let scratch = Scratch::new("read-only");
-        let Some(disk) = scratch.small_disk(4_096) else {
-            return;
-        };
-        let mut first = keeper(disk.path());
-        add(&mut first, "203.0.113.9", NOON);
-        first.write(first.clock.started, NOON);
-        drop(first);
-        disk.make_read_only();
-        let mut keeper = keeper(disk.path());
-        add(&mut keeper, "203.0.113.10", NOON);
-        keeper.write(keeper.clock.started, NOON);
-        assert!(
-            trouble(&keeper).contains("cannot use"),
-            "{}",
-            trouble(&keeper)
-        );
-        assert_eq!(count(disk.path(), "visits"), 1);
-    }
-
-    #[test]
-    fn a_database_at_its_bound_gives_up_the_oldest_days() {
-        let scratch = Scratch::new("bound");
-        let mut keeper = keeper(scratch.dir());
-        for day in (0..30).rev() {
-            for n in 0..50 {
-                add(&mut keeper, &format!("203.0.113.{n}"), NOON - day * 86_400);
-            }
-        }
-        keeper.write(keeper.clock.started, NOON);
-        if let Some(store) = &keeper.store {
-            store.bound_here();
-        }
-        for n in 50..250 {
-            add(&mut keeper, &format!("203.0.113.{n}"), NOON);
-            add(&mut keeper, &format!("198.51.100.{n}"), NOON);
-        }
-        keeper.write(keeper.clock.started, NOON);
-        assert_eq!(trouble(&keeper), "");
-        let notes = lock(&keeper.shared.notes).join("");
-        assert!(notes.contains("are forgotten"), "{notes}");
-        let store = Store::to_read(scratch.dir()).unwrap();
-        let days = store.read("SELECT DISTINCT day FROM visits", [], |row| {
-            row.get(0).map(Some)
-        });
-        let days: Vec<String> = days.unwrap();
-        assert!(
-            days.len() < 30 && days.contains(&Day::of(NOON).to_string()),
-            "{days:?}"
-        );
-    }
-
-    #[test]
-    fn the_thread_writes_by_itself_and_at_the_end() {
-        let scratch = Scratch::new("thread");
-        let settings = Settings {
-            dir: scratch.dir().into(),
-            keep: 90,
-        };
-        let mut writer = Writer::start(settings).unwrap();
-        let now = Instant::now();
-        let visited = Visited {
-            visits: vec![visit("203.0.113.9", 443, NOON).map(|_| now)],
-            ..Visited::default()
-        };
-        writer.tell(visited, true, now, SystemTime::now());
-        writer.end();
-        writer.wait();
-        assert_eq!((writer.trouble(), writer.lost()), (None, 0));
-        assert_eq!(count(scratch.dir(), "visits"), 1);
-    }
-}
+mod tests;

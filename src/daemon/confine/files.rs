@@ -353,7 +353,7 @@ mod tests {
             writer.trouble()
         });
         let trouble = confined.join().unwrap();
-        let opened = History::open(&dir, std::time::SystemTime::now());
+        let opened = History::open(&dir, std::time::SystemTime::now(), None);
         let _ = fs::remove_dir_all(&base);
         assert_eq!(trouble, None);
         assert!(opened.is_ok(), "{opened:?}");
