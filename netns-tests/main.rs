@@ -56,6 +56,7 @@ mod restart;
 mod service_manager;
 mod serving;
 mod several;
+mod several_new;
 mod silence;
 mod stage;
 mod status;
