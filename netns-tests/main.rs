@@ -58,6 +58,7 @@ mod serving;
 mod several;
 mod several_new;
 mod silence;
+mod silence_lasts;
 mod stage;
 mod status;
 mod steering;
