@@ -491,10 +491,21 @@ fn a_kept_address_may_be_served_at_another_port() -> Result {
 fn nothing_is_delivered_to_another_host() -> Result {
     let lab = Lab::new()?;
     let before = Snapshot::of(lab.new_server())?;
-    let setup = setup(&lab)?.args(Role::New, &["--deliver", "192.0.2.5:80=198.51.100.9:8080"]);
-    let said = setup.start(Role::New)?.stop_by_itself()?;
-    assert_eq!(said.status.code(), Some(2), "{said:?}");
-    assert!(said.stderr.contains("198.51.100.9"), "{said:?}");
+    for (map, named) in [
+        (
+            "192.0.2.5:80=198.51.100.9:8080",
+            "198.51.100.9 is not an address of this server",
+        ),
+        (
+            "192.0.2.0/30=198.51.100.0/30",
+            "ip route add local 198.51.100.0/30 dev lo",
+        ),
+    ] {
+        let setup = setup(&lab)?.args(Role::New, &["--deliver", map]);
+        let said = setup.start(Role::New)?.stop_by_itself()?;
+        assert_eq!(said.status.code(), Some(2), "{said:?}");
+        assert!(said.stderr.contains(named), "{said:?}");
+    }
     Snapshot::of(lab.new_server())?.is_same_as(&before)
 }
 

@@ -1420,7 +1420,7 @@ impl Control<'_> {
             let age = now.saturating_duration_since(session.created());
             (session.cipher().to_string(), age)
         });
-        let ports = self.policy.ports(peer).iter();
+        let maps = self.policy.maps(peer).iter();
         report::Peer {
             name: self.policy.name(peer),
             role: self.role,
@@ -1436,7 +1436,7 @@ impl Control<'_> {
             moves: self.policy.moves(peer),
             modes: self.modes(peer, waiting),
             deliver: self.policy.delivery(peer),
-            ports: ports.map(ToString::to_string).collect(),
+            maps: maps.map(ToString::to_string).collect(),
             flows: self.shared.forwarder.flow_stats(peer),
             accept: self.policy.accept(peer),
             clients_from: self.policy.clients_from(peer),
