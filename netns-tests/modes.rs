@@ -1,9 +1,9 @@
-//! The three modes, and the exact place of delivery.
+//! The three ways to deliver, and the exact place of delivery.
 //!
 //! ```text
 //!                                        ┌── old server 192.0.2.1, holds 192.0.2.5 … (moved)
-//!  clients 203.0.113.10, .11 ── router ──┤              ║ tunnel, or none (mode nat)
-//!                                        └── new server 198.51.100.2; mode keep: 192.0.2.5 on lo
+//!  clients 203.0.113.10, .11 ── router ──┤              ║ tunnel, or none (`ipmoved nat`)
+//!                                        └── new server 198.51.100.2; keep: 192.0.2.5 on lo
 //! ```
 
 use std::net::IpAddr;
@@ -32,9 +32,9 @@ const KEEP: &[&str] = &[
     "2001:db8:a::5",
 ];
 
-// Mode keep.
+// `keep`.
 
-/// Starts both daemons, the new one in mode keep, and waits until it holds the addresses `held`.
+/// Starts both daemons, the new one with `keep`, and waits until it holds the addresses `held`.
 fn keeping<'lab>(setup: &DaemonSetup<'lab>, held: &[IpAddr]) -> Result<Daemons<'lab>> {
     let daemons = setup.clone().args(Role::New, KEEP).start_both()?;
     until_held(setup.lab().new_server(), held)?;
@@ -139,7 +139,7 @@ fn keeping_leaves_nothing_behind() -> Result {
     assert!(said.status.success(), "{said:?}");
     Snapshot::of(lab.new_server())?.is_same_as(&before)?;
 
-    // The next start undoes it too, if it is not in mode keep.
+    // The next start undoes it too, if it does not keep.
     drop(daemons.old);
     let daemons = keeping(&setup, &held)?;
     daemons.new.kill()?;
@@ -185,7 +185,7 @@ fn a_connection_to_a_kept_address_survives_a_crash() -> Result {
     Ok(())
 }
 
-// Mode nat.
+// `nat`.
 
 /// The arguments of `ipmoved nat` as in the README, for both families.
 const NAT: &[&str] = &[

@@ -65,7 +65,7 @@ pub struct Cli {
 pub enum Command {
     /// Make a new key and print it, for the --psk-file of both servers.
     Genpsk,
-    /// Translate both addresses on the old server alone (mode nat). Nothing runs on the new server,
+    /// Translate both addresses on the old server alone. Nothing runs on the new server,
     /// which sees this server's address instead of the clients', and nothing is encrypted.
     Nat(NatArgs),
     /// Show what the daemon of this network namespace is doing.
@@ -213,7 +213,7 @@ pub struct PeerArgs {
     pub moves: Vec<Move>,
 
     /// On the new server: the address the application listens on. Can be given once for IPv4 and
-    /// once for IPv6. `keep` leaves packets as they are (mode keep): the application listens on the
+    /// once for IPv6. `keep` leaves packets as they are: the application listens on the
     /// moved address itself. [default: the address the peer reaches this server on]
     #[arg(long, value_name = "ADDR|keep")]
     #[serde(deserialize_with = "many")]

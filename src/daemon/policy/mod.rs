@@ -871,7 +871,7 @@ impl Policy {
         self.peers().flat_map(of_peer).chain(left)
     }
 
-    /// Whether what this host has of a served move by itself counts as moved. In mode `keep` the
+    /// Whether what this host has of a served move by itself counts as moved. With `keep` the
     /// settings name it, or it would be refused. With `--outgoing` alone nothing is refused for
     /// being this host's own, but the address that it speaks to peers from remains its own.
     fn counts_as_kept(&self, id: PeerId, moved: &Move) -> bool {

@@ -8,7 +8,7 @@
 //!                      past capture            link ingress ── callers ──► TUN
 //!   link egress ── note_own ──► link            lo egress ── loopback ──► lo
 //!
-//!            old server alone, in mode `nat`
+//!            old server alone, with `nat`
 //!   uplink ingress ── capture, replies ──► TUN
 //!   TUN ingress ── way_out ──► uplinks, or back into this host's own stack
 //! ```
