@@ -116,7 +116,7 @@ fn a_client_with_all_flows_keeps_nobody_else_out() -> Result {
     Ok(())
 }
 
-/// In mode nat, one client has a thousand more conversations than there are ports to stand for
+/// With `nat`, one client has a thousand more conversations than there are ports to stand for
 /// them, all in use. The next client gets one all the same.
 #[test]
 fn a_client_with_all_ports_keeps_nobody_else_out() -> Result {

@@ -1,9 +1,9 @@
-//! The three modes, and the exact place of delivery.
+//! The three ways to deliver, and the exact place of delivery.
 //!
 //! ```text
 //!                                        ┌── old server 192.0.2.1, holds 192.0.2.5 … (moved)
-//!  clients 203.0.113.10, .11 ── router ──┤              ║ tunnel, or none (mode nat)
-//!                                        └── new server 198.51.100.2; mode keep: 192.0.2.5 on lo
+//!  clients 203.0.113.10, .11 ── router ──┤              ║ tunnel, or none (`ipmoved nat`)
+//!                                        └── new server 198.51.100.2; keep: 192.0.2.5 on lo
 //! ```
 
 use std::net::IpAddr;
@@ -32,9 +32,9 @@ const KEEP: &[&str] = &[
     "2001:db8:a::5",
 ];
 
-// Mode keep.
+// `keep`.
 
-/// Starts both daemons, the new one in mode keep, and waits until it holds the addresses `held`.
+/// Starts both daemons, the new one with `keep`, and waits until it holds the addresses `held`.
 fn keeping<'lab>(setup: &DaemonSetup<'lab>, held: &[IpAddr]) -> Result<Daemons<'lab>> {
     let daemons = setup.clone().args(Role::New, KEEP).start_both()?;
     until_held(setup.lab().new_server(), held)?;
@@ -139,7 +139,7 @@ fn keeping_leaves_nothing_behind() -> Result {
     assert!(said.status.success(), "{said:?}");
     Snapshot::of(lab.new_server())?.is_same_as(&before)?;
 
-    // The next start undoes it too, if it is not in mode keep.
+    // The next start undoes it too, if it does not keep.
     drop(daemons.old);
     let daemons = keeping(&setup, &held)?;
     daemons.new.kill()?;
@@ -185,7 +185,7 @@ fn a_connection_to_a_kept_address_survives_a_crash() -> Result {
     Ok(())
 }
 
-// Mode nat.
+// `nat`.
 
 /// The arguments of `ipmoved nat` as in the README, for both families.
 const NAT: &[&str] = &[
@@ -491,10 +491,21 @@ fn a_kept_address_may_be_served_at_another_port() -> Result {
 fn nothing_is_delivered_to_another_host() -> Result {
     let lab = Lab::new()?;
     let before = Snapshot::of(lab.new_server())?;
-    let setup = setup(&lab)?.args(Role::New, &["--deliver", "192.0.2.5:80=198.51.100.9:8080"]);
-    let said = setup.start(Role::New)?.stop_by_itself()?;
-    assert_eq!(said.status.code(), Some(2), "{said:?}");
-    assert!(said.stderr.contains("198.51.100.9"), "{said:?}");
+    for (map, named) in [
+        (
+            "192.0.2.5:80=198.51.100.9:8080",
+            "198.51.100.9 is not an address of this server",
+        ),
+        (
+            "192.0.2.0/30=198.51.100.0/30",
+            "ip route add local 198.51.100.0/30 dev lo",
+        ),
+    ] {
+        let setup = setup(&lab)?.args(Role::New, &["--deliver", map]);
+        let said = setup.start(Role::New)?.stop_by_itself()?;
+        assert_eq!(said.status.code(), Some(2), "{said:?}");
+        assert!(said.stderr.contains(named), "{said:?}");
+    }
     Snapshot::of(lab.new_server())?.is_same_as(&before)
 }
 

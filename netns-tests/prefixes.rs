@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use ipmoved::internals::{Netlink, Role, Route};
 use ipmoved::lab::topology::{Leg, NEW, NEW6, OLD, OLD6, UPLINK};
-use ipmoved::lab::{DaemonSetup, Lab, LabError, Probe, Service, Snapshot, UdpService, poll_until};
+use ipmoved::lab::{
+    Client, DaemonSetup, Lab, LabError, Probe, Service, Snapshot, UdpService, poll_until,
+};
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, join, setup, split};
 
@@ -264,6 +266,112 @@ fn conversations_with_a_prefix_live_on_whichever_daemon_is_killed() -> Result {
             NEW6.into()
         };
         Ok((Service::start(lab.new_server(), by)?, by))
+    })
+}
+
+/// Where [`PREFIX`] and [`PREFIX6`] are delivered, each address to its own.
+const BESIDE: [(&str, &str); 2] = [(PREFIX, "198.51.100.32/28"), (PREFIX6, "2001:db8:b:7::/64")];
+
+/// The address of [`BESIDE`] with the same host part.
+fn beside(moved: IpAddr) -> IpAddr {
+    match moved {
+        IpAddr::V4(moved) => IpAddr::from((u32::from(moved) & 15 | 0xc633_6420).to_be_bytes()),
+        IpAddr::V6(moved) => {
+            let host = u128::from(moved) & u128::from(u64::MAX);
+            IpAddr::V6((host | 0x2001_0db8_000b_0007 << 64).into())
+        }
+    }
+}
+
+/// The daemons where each address is delivered to its own, which the new server has.
+fn delivered_beside<'lab>(lab: &'lab Lab, more: &[&str]) -> Result<DaemonSetup<'lab>> {
+    let new = lab.new_server();
+    new.set_sysctls(&[
+        ("ipv4/ip_nonlocal_bind", "1"),
+        ("ipv6/ip_nonlocal_bind", "1"),
+    ])?;
+    let mut args = Vec::new();
+    for (moved, to) in BESIDE {
+        let mut command = std::process::Command::new("ip");
+        command.args(["route", "add", "local", to, "dev", "lo"]);
+        let said = new.output(command, PATIENCE)?;
+        assert!(said.status.success(), "{}", said.stderr);
+        args.extend(["--deliver".to_owned(), format!("{moved}={to}")]);
+    }
+    let args: Vec<&str> = args
+        .iter()
+        .map(String::as_str)
+        .chain(more.iter().copied())
+        .collect();
+    let setup = setup(lab)?.moves(&[PREFIX, PREFIX6]).accept_what_moves();
+    Ok(setup.args(Role::New, &args))
+}
+
+#[test]
+fn each_address_of_a_prefix_is_delivered_to_its_own() -> Result {
+    for outgoing in [false, true] {
+        let lab = routed()?;
+        let mut more = vec![
+            "--deliver",
+            "192.0.2.64/28:81/tcp=198.51.100.32/28:8081",
+            "--deliver",
+            "192.0.2.70:82=198.51.100.2:8082",
+        ];
+        if outgoing {
+            more.push("--outgoing");
+        }
+        let setup = delivered_beside(&lab, &more)?;
+        let daemons = setup.start_both()?;
+        let new = lab.new_server();
+        let inside = Client::new(new, NEW, NEW6);
+        let _beside = Service::start(new, (NEW, 8_082))?;
+        for moved in WITHIN.map(addr) {
+            let own = beside(moved);
+            let _web = Service::start(new, own)?;
+            let _dns = UdpService::start(new, (own, 53))?;
+            let client = lab.client();
+            let answer = client.get(moved)?.is_answered_by(own)?;
+            answer.for_the_client_itself()?;
+            for size in [0, 9_000] {
+                client.udp((moved, 53), &vec![b'u'; size])?;
+            }
+            client.ping(moved, 56)?;
+            client.download(moved, MEGABYTE)?;
+            let closed = client.probe_udp((moved, 54), PATIENCE)?;
+            assert_eq!(closed, Probe::Refused, "{moved}");
+            // From inside it is the same, also where the kernel keeps it on `lo`.
+            inside.get(moved)?.is_answered_by(own)?;
+            inside.udp((moved, 53), b"inside")?;
+            if moved.is_ipv4() {
+                let _mapped = Service::start(new, (own, 8_081))?;
+                for from in [client, inside] {
+                    from.get((moved, 81))?.is_answered_by(own)?;
+                }
+            }
+        }
+        lab.client()
+            .get((addr("192.0.2.70"), 82))?
+            .is_answered_by(NEW)?;
+        let status = setup.status(Role::New)?;
+        let deliver = status.tunnel()["deliver"].to_string();
+        assert!(
+            deliver.contains("192.0.2.64/28=198.51.100.32/28"),
+            "{deliver}"
+        );
+        assert!(status.drops("martian_source") == 0, "{status:?}");
+        daemons.terminate()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn conversations_with_a_prefix_that_is_delivered_to_another_live_on_too() -> Result {
+    let lab = routed()?;
+    let setup = delivered_beside(&lab, &[])?;
+    let new = lab.new_server();
+    lives_on(&lab, &setup, |end| {
+        let own = beside(end);
+        Ok((Service::start(new, own)?, own))
     })
 }
 

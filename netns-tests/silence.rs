@@ -23,15 +23,15 @@ use crate::behind_dnat::has;
 use crate::stage::{Result, setup};
 
 /// What is not answered shows within this time: a SYN that was repeated twice, and a look.
-const SECONDS: Duration = Duration::from_secs(12);
+pub(crate) const SECONDS: Duration = Duration::from_secs(12);
 
 /// Between two looks at the status.
-const PAUSE: Duration = Duration::from_millis(200);
+pub(crate) const PAUSE: Duration = Duration::from_millis(200);
 
-const BOTH: [Role; 2] = [Role::Old, Role::New];
+pub(crate) const BOTH: [Role; 2] = [Role::Old, Role::New];
 
 /// Runs programs in a namespace, a line each.
-fn sh(namespace: &Namespace, lines: &[&str]) -> Result {
+pub(crate) fn sh(namespace: &Namespace, lines: &[&str]) -> Result {
     for line in lines {
         let mut command = Command::new("sh");
         command.args(["-c", line]);
@@ -44,7 +44,7 @@ fn sh(namespace: &Namespace, lines: &[&str]) -> Result {
     Ok(())
 }
 
-fn at(addr: impl Into<std::net::IpAddr>, port: u16) -> SocketAddr {
+pub(crate) fn at(addr: impl Into<std::net::IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(addr.into(), port)
 }
 
@@ -63,7 +63,7 @@ fn ask_at(lab: &Lab, addr: std::net::IpAddr, ports: &[u16]) -> Result {
 }
 
 /// The state of a port and its first cause, as `status --json` shows them.
-fn state(setup: &DaemonSetup<'_>, role: Role, what: &str) -> Result<(String, String)> {
+pub(crate) fn state(setup: &DaemonSetup<'_>, role: Role, what: &str) -> Result<(String, String)> {
     let status = setup.status(role)?;
     let served = status.tunnel()["served"]
         .as_array()
@@ -76,7 +76,12 @@ fn state(setup: &DaemonSetup<'_>, role: Role, what: &str) -> Result<(String, Str
     }))
 }
 
-fn becomes(setup: &DaemonSetup<'_>, role: Role, what: &str, wanted: (&str, &str)) -> Result {
+pub(crate) fn becomes(
+    setup: &DaemonSetup<'_>,
+    role: Role,
+    what: &str,
+    wanted: (&str, &str),
+) -> Result {
     let mut last = Default::default();
     let reached = poll_until(SECONDS, PAUSE, || {
         last = state(setup, role, what).ok()?;
@@ -89,7 +94,12 @@ fn becomes(setup: &DaemonSetup<'_>, role: Role, what: &str, wanted: (&str, &str)
 }
 
 /// Whether the status names a cause of what is asked for.
-fn has_cause(setup: &DaemonSetup<'_>, role: Role, what: &str, cause: &str) -> Result<bool> {
+pub(crate) fn has_cause(
+    setup: &DaemonSetup<'_>,
+    role: Role,
+    what: &str,
+    cause: &str,
+) -> Result<bool> {
     let status = setup.status(role)?;
     let all = status.tunnel()["served"].as_array().cloned();
     let all = all.unwrap_or_default();
@@ -99,7 +109,12 @@ fn has_cause(setup: &DaemonSetup<'_>, role: Role, what: &str, cause: &str) -> Re
 }
 
 /// Its state becomes this one, whatever the cause.
-fn state_becomes(setup: &DaemonSetup<'_>, role: Role, what: &str, wanted: &str) -> Result {
+pub(crate) fn state_becomes(
+    setup: &DaemonSetup<'_>,
+    role: Role,
+    what: &str,
+    wanted: &str,
+) -> Result {
     let mut last = Default::default();
     let reached = poll_until(SECONDS, PAUSE, || {
         last = state(setup, role, what).ok()?;
@@ -113,7 +128,7 @@ fn first_line(setup: &DaemonSetup<'_>, role: Role) -> Result<String> {
     Ok(said.stdout.lines().next().unwrap_or_default().to_owned())
 }
 
-fn first_line_becomes(
+pub(crate) fn first_line_becomes(
     setup: &DaemonSetup<'_>,
     role: Role,
     wanted: impl Fn(&str) -> bool,

@@ -387,7 +387,9 @@ impl Work for Check {
             }
             Way::Returning | Way::Unasked => {
                 if let Ok(parsed) = Parsed::parse(&self.packet) {
-                    let result = self.gate.check_returning(self.now, &parsed, &self.packet);
+                    let result = self
+                        .gate
+                        .check_returning(self.now, &parsed, &self.packet, &[]);
                     let _ = black_box(result);
                 }
             }

@@ -4,7 +4,7 @@
 //! path carry clients of 192.0.2.5 to the application on 198.51.100.2. All but the two-sided NAT
 //! show it the client's own address.
 //!
-//! By hand what mode `translate` does, over any device that connects the two servers (VXLAN,
+//! By hand what `translate` does, over any device that connects the two servers (VXLAN,
 //! WireGuard):
 //!
 //! ```text
@@ -50,11 +50,11 @@ pub(crate) enum Kind {
     Ipmoved(Option<PathBuf>),
     /// This project's binary with the cipher that one must ask for.
     IpmovedAegis,
-    /// By hand what mode `translate` does, in the kernel, in plaintext: the yardstick.
+    /// By hand what `translate` does, in the kernel, in plaintext: the yardstick.
     Vxlan,
-    /// By hand what mode `nat` does, in the kernel: DNAT and SNAT on the old server.
+    /// By hand what `nat` does, in the kernel: DNAT and SNAT on the old server.
     TwoSidedNat,
-    /// By hand what mode `translate` does, over WireGuard in userspace, by this program.
+    /// By hand what `translate` does, over WireGuard in userspace, by this program.
     WireGuard(&'static str),
 }
 

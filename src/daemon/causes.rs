@@ -144,6 +144,37 @@ pub(super) fn by_mark(query: RouteQuery, around: &Around<'_>) -> (Vec<Cause>, Ve
     (astray, dropped)
 }
 
+/// That the next host on the way to a client is not found on its link: the kernel keeps answers,
+/// and drops them, before they can be taken.
+pub(super) fn next_hop_missed(query: RouteQuery, around: &Around<'_>) -> Option<Cause> {
+    let route = around.netlink.route_of(query).ok()?;
+    let (oif, next) = (route.oif?, route.gateway.unwrap_or(query.dst));
+    if !around.netlink.is_missed(oif, next).ok()? {
+        return None;
+    }
+    let link = around.netlink.link_by_index(oif).ok()??;
+    let name = link.name;
+    let (text, remedy) = match route.gateway {
+        Some(gateway) => (
+            format!(
+                "the gateway {gateway}, by which answers go to clients, is not found on {name}"
+            ),
+            format!("look at `ip neigh show dev {name}` and at the link"),
+        ),
+        None => (
+            format!(
+                "this server looks for its clients on {name}, as its own network there says, and \
+                 does not find them"
+            ),
+            format!(
+                "if they are elsewhere, take their addresses off {name} (`ip addr show dev \
+                 {name}`), or add a route to them by the gateway"
+            ),
+        ),
+    };
+    Some(cause("no_neighbour", text, remedy))
+}
+
 /// What becomes of an answer that does not come to the tunnel by the kernel's routes.
 pub(super) fn goes_astray(query: RouteQuery, around: &Around<'_>) -> Option<String> {
     let oif = match around.netlink.route_of(query) {

@@ -158,7 +158,7 @@ async fn carry(
     )?;
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(LaneView::default()),
-        forwarder: forwarder(&config, &policy, started, resumes)?,
+        forwarder: forwarder(&config, &policy, &keys, started, resumes)?,
         mac_check: MacCheck::new(config.role, keys),
         drops: Drops::default(),
         peer_drops: policy.peers().map(|_| Drops::default()).collect(),
@@ -348,11 +348,19 @@ fn moves_from_here(config: &Config, policy: &Policy) -> Vec<Move> {
 
 /// Makes the forwarder: gates on the old server, a translator on the new one.
 /// `resumes`: a predecessor was killed.
-fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) -> Result<Forwarder> {
+fn forwarder(
+    config: &Config,
+    policy: &Policy,
+    keys: &[PeerKeys],
+    epoch: Instant,
+    resumes: bool,
+) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
     let client_log = config.client_log;
     if config.role == Role::Old {
         let moved = Arc::new(Scopes::new(&moves_from_here(config, policy)));
+        let begin = |peer: &PeerId| !policy.allow_outgoing(*peer).is_empty();
+        let several_begin = policy.peers().filter(begin).nth(1).is_some();
         let gates = policy.peers().map(|peer| {
             let config = GateConfig {
                 max_flows,
@@ -363,6 +371,10 @@ fn forwarder(config: &Config, policy: &Policy, epoch: Instant, resumes: bool) ->
             let gate = Gate::new(policy.moves(peer), config)
                 .among(Arc::clone(&moved))
                 .allow_outgoing(policy.allow_outgoing(peer));
+            let gate = match several_begin {
+                true => gate.beside_others(keys[index(peer)].name()),
+                false => gate,
+            };
             match client_log {
                 Some(log) => gate.noting_visits(log.names),
                 None => gate,
@@ -1419,7 +1431,7 @@ impl Control<'_> {
             let age = now.saturating_duration_since(session.created());
             (session.cipher().to_string(), age)
         });
-        let ports = self.policy.ports(peer).iter();
+        let maps = self.policy.maps(peer).iter();
         report::Peer {
             name: self.policy.name(peer),
             role: self.role,
@@ -1435,7 +1447,7 @@ impl Control<'_> {
             moves: self.policy.moves(peer),
             modes: self.modes(peer, waiting),
             deliver: self.policy.delivery(peer),
-            ports: ports.map(ToString::to_string).collect(),
+            maps: maps.map(ToString::to_string).collect(),
             flows: self.shared.forwarder.flow_stats(peer),
             accept: self.policy.accept(peer),
             clients_from: self.policy.clients_from(peer),

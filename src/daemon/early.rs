@@ -20,9 +20,9 @@ use super::service::{DaemonError, Result, input};
 use super::setup::{check_new, check_old, warn_of_absent};
 use super::warnings::Warnings;
 use crate::kernel::netlink::{Address, Netlink};
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::moved::Move;
 use crate::model::peer::Role;
-use crate::model::port_map::PortMap;
 use crate::settings::config::Config;
 use crate::settings::values::DeliverTo;
 
@@ -106,8 +106,8 @@ pub(super) struct PeerTerms {
     pub(super) moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub(super) deliver_to: DeliverTo,
-    /// Ports that are delivered elsewhere (new server).
-    pub(super) deliver: Vec<PortMap>,
+    /// What is delivered elsewhere (new server).
+    pub(super) deliver: Vec<DeliveryMap>,
 }
 
 impl Terms {

@@ -80,7 +80,7 @@ pub(super) struct Peer<'a> {
     /// Where the new server delivers.
     pub(super) deliver: Option<Deliver>,
     /// Ports that are delivered elsewhere.
-    pub(super) ports: Vec<String>,
+    pub(super) maps: Vec<String>,
     /// Counters of its flows; on the new server, of those of all peers.
     pub(super) flows: FlowStats,
     /// What it may move here.
@@ -148,7 +148,7 @@ pub(super) fn tunnels(
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             modes: peer.modes,
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
-            deliver: peer.ports,
+            deliver: peer.maps,
             flows: shown(peer.flows),
             accept: peer.accept.iter().map(ToString::to_string).collect(),
             clients_from: peer.clients_from.iter().map(ToString::to_string).collect(),
@@ -338,7 +338,7 @@ mod tests {
                 v4: Some("198.51.100.2".parse().unwrap()),
                 v6: Some("2001:db8::2".parse().unwrap()),
             }),
-            ports: Vec::new(),
+            maps: Vec::new(),
             flows: FlowStats::default(),
             accept: &[],
             clients_from: &[],

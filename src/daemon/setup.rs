@@ -23,7 +23,7 @@ use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::Host;
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Address, Family, Link, Netlink, TABLE_LOCAL};
+use crate::kernel::netlink::{Address, Family, Link, Netlink, RouteKind, TABLE_LOCAL};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
@@ -561,6 +561,15 @@ fn takes_logins(moved: &Move) -> bool {
     moved.ports.is_empty() && moved.transport != Some(Transport::Udp)
 }
 
+/// Most addresses of a prefix that are looked at, and its last one.
+const MAX_LOOKED_AT: usize = 256;
+
+/// Whether an address is this host's own by a route, as those of a whole prefix are.
+fn is_local(netlink: &Netlink, addr: IpAddr) -> bool {
+    let route = netlink.route_get(addr, None, None);
+    route.is_ok_and(|route| route.kind == RouteKind::Local)
+}
+
 /// The new server delivers to its own addresses only.
 pub(super) fn check_new(netlink: &Netlink, config: &Terms) -> Result<()> {
     let addresses = netlink.addresses().map_err(system)?;
@@ -569,13 +578,28 @@ pub(super) fn check_new(netlink: &Netlink, config: &Terms) -> Result<()> {
         for map in &peer.deliver {
             // The new server takes a moved address that is kept as soon as the peer has named it.
             let will_be = keeps && map.to == map.moved;
-            if !will_be && !addresses.iter().any(|held| held.addr == map.to) {
-                return Err(input(format!(
-                    "--deliver {map}: {} is not an address of this server; \
-                     `ip addr` lists those that are",
+            let looked_at = map
+                .to
+                .addresses()
+                .take(MAX_LOOKED_AT)
+                .chain([map.to.last()]);
+            let strange = |addr: &IpAddr| {
+                !addresses.iter().any(|held| held.addr == *addr) && !is_local(netlink, *addr)
+            };
+            let mut looked_at = looked_at.filter(|_| !will_be);
+            let Some(addr) = looked_at.find(strange) else {
+                continue;
+            };
+            let remedy = match map.to.is_single() {
+                true => "`ip addr` lists those that are".into(),
+                false => format!(
+                    "all of a prefix are by `ip route add local {} dev lo`",
                     map.to
-                )));
-            }
+                ),
+            };
+            return Err(input(format!(
+                "--deliver {map}: {addr} is not an address of this server; {remedy}"
+            )));
         }
         let DeliverTo::Addresses { v4, v6 } = peer.deliver_to else {
             continue;

@@ -42,6 +42,7 @@ use super::follow::Follower;
 use super::index;
 use super::policy::Policy;
 use super::policy::silence::{Silence, Thing, names};
+use crate::channel::tunnel::MAX_TROUBLES;
 use crate::flow::translate::Translator;
 use crate::flow::watch::Observations;
 use crate::kernel::look::{self, Counters, Listener, Listeners};
@@ -243,6 +244,11 @@ impl Watched {
     fn had_time(&self, now: Instant, thing: &Thing) -> bool {
         let since = thing.since.max(self.there + AGREED);
         now.saturating_duration_since(since) >= AGREED
+    }
+
+    /// Whether the peer has told everything that it sees.
+    fn tells_all(&self) -> bool {
+        self.theirs.len() < MAX_TROUBLES
     }
 
     /// Whether the peer's daemon says what it has seen of our troubles.
@@ -766,11 +772,13 @@ impl Watcher {
     }
 
     /// What was refused is well again if the new server sees nothing wrong: it knows who listens.
+    /// If it has no room to tell more, it may see more.
     fn trust(&mut self, now: Instant, at: usize, asked: &Asked, thing: &Thing) {
         let watched = &mut self.peers[at];
         let theirs = watched.theirs.iter().any(|theirs| theirs.asked == *asked);
         let waited = watched.had_time(now, thing);
-        if thing.verdict == Verdict::Refused && watched.heard.is_some() && !theirs && waited {
+        let says_well = watched.heard.is_some() && !theirs && watched.tells_all();
+        if thing.verdict == Verdict::Refused && says_well && waited {
             watched.silence.trust(now, asked);
         }
     }
@@ -810,7 +818,8 @@ impl Watcher {
                 "look at `ipmoved status` there; update it".into(),
             )],
             None if thing.verdict == Verdict::Silent => self.lost_on_the_way(at, asked, thing),
-            None => Vec::new(),
+            None if watched.tells_all() => Vec::new(),
+            None => vec![new_server("connections are refused there".into())],
         };
         (causes, false)
     }
@@ -1122,12 +1131,11 @@ fn no_way_back(query: RouteQuery, around: &Around<'_>) -> Option<Cause> {
         let text = format!("this server has no route from {from} to its clients: {error}");
         return Some(cause("no_route", text, remedy));
     }
-    let why = causes::goes_astray(query, around)?;
-    Some(cause(
-        "route_elsewhere",
-        format!("answers to clients {why}"),
-        remedy,
-    ))
+    if let Some(why) = causes::goes_astray(query, around) {
+        let text = format!("answers to clients {why}");
+        return Some(cause("route_elsewhere", text, remedy));
+    }
+    causes::next_hop_missed(query, around)
 }
 
 /// What is said of who listens, if that is a cause.
@@ -1340,6 +1348,29 @@ mod tests {
         assert_eq!(said, [Said::Well("192.0.2.5:80/tcp".into(), line.clone())]);
         assert_eq!(bed.second(None), []);
         assert_eq!(bed.watcher.served(bed.now, PeerId(0))[0].state, Answers::Ok);
+    }
+
+    #[test]
+    fn what_is_refused_stays_so_while_the_new_server_has_no_room_to_say_that_it_is_well() {
+        for (told, stays) in [(MAX_TROUBLES, true), (1, false)] {
+            let mut bed = Bed::new(Role::Old);
+            let of_port = |port| Trouble {
+                asked: Asked { port, ..asked() },
+                ..trouble("nothing listens")
+            };
+            let others: Vec<_> = (81..).map(of_port).take(told).collect();
+            let mut refused = Vec::new();
+            for _ in 0..20 {
+                (bed.watcher).peer_sees(bed.now, PeerId(0), RUN, news(others.clone()));
+                bed.second(Some(Fate::Refused));
+                bed.judge();
+                let served = bed.watcher.served(bed.now, PeerId(0));
+                let own = served.iter().find(|it| it.what == asked().to_string());
+                refused.push(own.is_some_and(|it| it.state == Answers::Refused));
+            }
+            let last = refused.split_off(10);
+            assert_eq!(last.iter().all(|&it| it), stays, "{told}: {last:?}");
+        }
     }
 
     #[test]

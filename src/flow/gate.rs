@@ -25,11 +25,14 @@
 //!
 //! Connections that the new server may begin ([`Gate::allow_outgoing`]) are let out in
 //! [`Gate::may_go_on`], and are then flows like others. From a port that has not moved they are
-//! flows of their own kind ([`Clients::begun`]): nothing but their answers comes to that port for
-//! the new server, and from there it answers nobody.
+//! flows of their own kind ([`begun`]): nothing but their answers comes to that port for the new
+//! server, and from there it answers nobody.
+
+pub(super) mod begun;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
@@ -79,6 +82,8 @@ pub struct Gate {
     /// What the modes said of first fragments, for the later ones.
     decided: Mutex<FragmentCache<Verdict>>,
     taken: OnceLock<Arc<dyn Taken>>,
+    /// What tells this gate from others that may begin something from the same address.
+    name: Option<NonZeroU64>,
     /// Who comes, if that is noted.
     visits: Option<Visits>,
 }
@@ -138,6 +143,7 @@ impl Gate {
             modes: Modes::default(),
             decided: Mutex::new(FragmentCache::new()),
             taken: OnceLock::new(),
+            name: None,
             visits: None,
         }
     }
@@ -200,11 +206,26 @@ impl Gate {
         parsed: &Parsed,
         bytes: &[u8],
     ) -> Result<Verdict, DropReason> {
+        match begun::whose(std::slice::from_ref(self), now, parsed, bytes)? {
+            Some(_) => Ok(Verdict::Carry),
+            None => self.check_moved(now, parsed, bytes),
+        }
+    }
+
+    /// As [`check_captured`](Self::check_captured), of a packet that answers nothing which
+    /// [was begun](begun) from a port that has not moved.
+    ///
+    /// # Errors
+    /// The same.
+    #[inline]
+    pub(super) fn check_moved(
+        &self,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<Verdict, DropReason> {
         let found = self.ownership.find(parsed.dst(bytes));
         let scope = found.ok_or(DropReason::NotMoved)?;
-        if self.begins_anywhere && self.answers_begun(now, scope, parsed, bytes) {
-            return Ok(Verdict::Carry);
-        }
         let verdict = self.ownership.judge_for(scope, now, parsed, bytes)?;
         if self.modes.apply() && verdict == Verdict::Carry {
             return self.check_by_mode(scope, now, parsed, bytes);
@@ -219,18 +240,21 @@ impl Gate {
     }
 
     /// Judges a packet that came out of the tunnel on its way to a client: the new server may speak
-    /// for what was moved, to a client that came, and neither for nor to anybody else.
+    /// for what was moved, to a client that came, and neither for nor to anybody else. `gates` are
+    /// those of all peers, if there are others.
     ///
     /// # Errors
     /// [`DropReason::NotMoved`], [`DropReason::BadDestination`], [`DropReason::Unasked`],
     /// [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`];
-    /// [`DropReason::OutgoingNotAllowed`], [`DropReason::OutgoingLimited`].
+    /// [`DropReason::OutgoingNotAllowed`], [`DropReason::OutgoingLimited`],
+    /// [`DropReason::OutgoingTaken`].
     #[inline]
     pub fn check_returning(
         &self,
         now: Instant,
         parsed: &Parsed,
         bytes: &[u8],
+        gates: &[Self],
     ) -> Result<(), DropReason> {
         let found = self.ownership.find(parsed.src(bytes));
         let scope = found.ok_or(DropReason::NotMoved)?;
@@ -259,16 +283,7 @@ impl Gate {
                 _ => self.may_go_on(now, parsed, bytes, flow.as_ref())?,
             }
         } else {
-            if self.is_of_another(parsed.src(bytes), protocol, parsed.kind(), port) {
-                return Err(DropReason::NotMoved);
-            }
-            let flow = self.clients.begun(parsed, bytes);
-            let flow = flow.filter(|_| self.begins_anywhere);
-            let flow = flow.ok_or(DropReason::NotMoved)?;
-            let known = !begins(parsed) && self.clients.server_spoke(now, &flow).is_known();
-            if !known {
-                self.may_begin(now, parsed, bytes, &flow)?;
-            }
+            self.check_begun(now, parsed, bytes, gates)?;
         }
         if parsed.fragment() == Fragment::First {
             lock(&self.returning).remember(now, &self.seed, parsed, bytes, ());
@@ -557,98 +572,6 @@ impl Gate {
         Ok(())
     }
 
-    /// Whether a packet leaves that begins something from a port that has not moved, or goes on
-    /// with it after a restart.
-    #[cold]
-    fn may_begin(
-        &self,
-        now: Instant,
-        parsed: &Parsed,
-        bytes: &[u8],
-        flow: &Flow,
-    ) -> Result<(), DropReason> {
-        if self.is_own(parsed.dst(bytes)) {
-            return Err(self.refuse(DropReason::BadDestination, parsed, bytes));
-        }
-        let ends = (parsed.src_port(), parsed.dst_port());
-        let goes_on = parsed.tcp_flags() & SYN == 0 && self.may_be_older(now, parsed, flow, ends);
-        if goes_on {
-            self.clients.presume(now, flow);
-            return Ok(());
-        }
-        match self.allowed.judge(now, parsed) {
-            Some(Ok(())) => self.clients.presume(now, flow),
-            Some(Err(reason)) => return Err(self.refuse(reason, parsed, bytes)),
-            None => return Err(DropReason::NotMoved),
-        }
-        Ok(())
-    }
-
-    /// Whether a captured packet answers what the new server has begun from a port that has not
-    /// moved.
-    ///
-    /// Where the flow may be older than this daemon, the kernel knows it all the same, and takes
-    /// nothing else to such a port but fragments.
-    fn answers_begun(&self, now: Instant, scope: usize, parsed: &Parsed, bytes: &[u8]) -> bool {
-        if self.ownership.is_whole(scope) || parsed.fragment() == Fragment::Later {
-            return false;
-        }
-        if parsed.kind() == Kind::IcmpError {
-            return self.is_about_begun(now, parsed, bytes);
-        }
-        let (protocol, port) = (parsed.protocol(), parsed.dst_port());
-        if begins(parsed)
-            || self.ownership.takes(scope, protocol, parsed.kind(), port)
-            || self.is_of_another(parsed.dst(bytes), protocol, parsed.kind(), port)
-        {
-            return false;
-        }
-        let Some(flow) = self.clients.begun_answer(parsed, bytes) else {
-            return false;
-        };
-        if !self.clients.client_spoke(now, &flow).is_known() {
-            let ends = (port, parsed.src_port());
-            let may_be_older =
-                parsed.fragment() == Fragment::None && self.may_be_older(now, parsed, &flow, ends);
-            if !may_be_older {
-                return false;
-            }
-            self.clients.presume(now, &flow);
-        }
-        self.ownership.carry_fragments(now, parsed, bytes);
-        if parsed.fragment() == Fragment::First {
-            lock(&self.decided).remember(now, &self.seed, parsed, bytes, Verdict::Carry);
-        }
-        true
-    }
-
-    /// Whether an ICMP error is about such a flow.
-    fn is_about_begun(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> bool {
-        let Ok(quoted) = Quoted::parse(bytes, parsed) else {
-            return false;
-        };
-        let flow = self.clients.begun_quoted(&quoted, bytes);
-        flow.is_some_and(|flow| self.clients.knows(now, &flow))
-    }
-
-    /// Whether a flow from a port that has not moved may be older than this daemon, between these
-    /// ports of the new server and of the other end.
-    fn may_be_older(
-        &self,
-        now: Instant,
-        parsed: &Parsed,
-        flow: &Flow,
-        (moved_port, remote_port): (u16, u16),
-    ) -> bool {
-        let query = matches!(parsed.kind(), Kind::IcmpQuery | Kind::IcmpReply);
-        // Whoever's connection a SYN-ACK opens knows it.
-        let is_one = parsed.kind() == Kind::Tcp || self.resumes;
-        is_one
-            && parsed.tcp_flags() & SYN == 0
-            && self.clients.may_be_older(now, flow)
-            && (self.allowed).names(parsed.protocol(), query, moved_port, remote_port)
-    }
-
     /// Judges an ICMP error of the new server: it has to be about a client's packet, and to go to
     /// that client. It makes no flow and keeps none alive.
     #[cold]
@@ -760,24 +683,24 @@ mod tests {
     use crate::testing::epoch;
     use proptest::prelude::*;
 
-    const CLIENT: &str = "203.0.113.9";
-    const MOVED: &str = "192.0.2.5";
-    const OWN: &str = "192.0.2.1";
-    const GRE: u8 = 47;
+    pub(in crate::flow::gate) const CLIENT: &str = "203.0.113.9";
+    pub(in crate::flow::gate) const MOVED: &str = "192.0.2.5";
+    pub(in crate::flow::gate) const OWN: &str = "192.0.2.1";
+    pub(in crate::flow::gate) const GRE: u8 = 47;
 
     /// A gate, and the time that it is told.
-    struct Bed {
-        gate: Gate,
-        now: Instant,
+    pub(in crate::flow::gate) struct Bed {
+        pub(in crate::flow::gate) gate: Gate,
+        pub(in crate::flow::gate) now: Instant,
     }
 
     impl Bed {
         /// Just started after a crash.
-        fn new(moves: &[&str]) -> Self {
+        pub(in crate::flow::gate) fn new(moves: &[&str]) -> Self {
             Self::started(moves, true)
         }
 
-        fn started(moves: &[&str], resumes: bool) -> Self {
+        pub(in crate::flow::gate) fn started(moves: &[&str], resumes: bool) -> Self {
             let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
             let now = epoch();
             let config = GateConfig {
@@ -792,30 +715,30 @@ mod tests {
         }
 
         /// Started so long ago that every flow began since.
-        fn settled(moves: &[&str]) -> Self {
+        pub(in crate::flow::gate) fn settled(moves: &[&str]) -> Self {
             Self::new(moves).later(TCP_ESTABLISHED)
         }
 
-        fn later(mut self, by: Duration) -> Self {
+        pub(in crate::flow::gate) fn later(mut self, by: Duration) -> Self {
             self.now += by;
             self
         }
 
-        fn captured(&self, bytes: &[u8]) -> Result<Verdict, DropReason> {
+        pub(in crate::flow::gate) fn captured(&self, bytes: &[u8]) -> Result<Verdict, DropReason> {
             let parsed = Parsed::parse(bytes)?;
             self.gate.check_captured(self.now, &parsed, bytes)
         }
 
-        fn returning(&self, bytes: &[u8]) -> Result<(), DropReason> {
+        pub(in crate::flow::gate) fn returning(&self, bytes: &[u8]) -> Result<(), DropReason> {
             let parsed = Parsed::parse(bytes)?;
-            self.gate.check_returning(self.now, &parsed, bytes)
+            self.gate.check_returning(self.now, &parsed, bytes, &[])
         }
     }
 
-    const CARRY: Result<Verdict, DropReason> = Ok(Verdict::Carry);
+    pub(in crate::flow::gate) const CARRY: Result<Verdict, DropReason> = Ok(Verdict::Carry);
     const UNASKED: Result<(), DropReason> = Err(DropReason::Unasked);
 
-    fn request(kind: Kind) -> Plan {
+    pub(in crate::flow::gate) fn request(kind: Kind) -> Plan {
         Plan::new(kind, CLIENT, MOVED)
     }
 
@@ -824,7 +747,7 @@ mod tests {
             Self::settled(&[MOVED]).allow(rules)
         }
 
-        fn allow(self, rules: &[&str]) -> Self {
+        pub(in crate::flow::gate) fn allow(self, rules: &[&str]) -> Self {
             let rules: Vec<_> = rules.iter().map(|text| text.parse().unwrap()).collect();
             let Self { gate, now } = self;
             Self {
@@ -835,7 +758,7 @@ mod tests {
     }
 
     /// What the new server sends to begin a conversation with somebody's port 25.
-    fn outgoing(kind: Kind) -> Plan {
+    pub(in crate::flow::gate) fn outgoing(kind: Kind) -> Plan {
         Plan {
             flags: SYN,
             src_port: 40_000,
@@ -871,115 +794,6 @@ mod tests {
         let answers = with(&outgoing(Kind::Tcp), |p| p.flags = SYN | ACK);
         assert_eq!(bed.returning(&answers), UNASKED, "it begins nothing");
         assert_eq!(bed.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
-    }
-
-    /// A port that has moved, beside those that have not.
-    const IN_PART: &str = "192.0.2.5:80/tcp";
-    const BOUNCE: Result<Verdict, DropReason> = Ok(Verdict::Bounce);
-    const NOT_MOVED: Result<(), DropReason> = Err(DropReason::NotMoved);
-
-    #[test]
-    fn what_begins_from_a_port_that_has_not_moved_is_answered_exactly() {
-        for kind in [Kind::Tcp, Kind::Udp, Kind::IcmpQuery] {
-            let bed = Bed::settled(&[IN_PART]);
-            let begins = outgoing(kind);
-            assert_eq!(bed.returning(&begins.build()), NOT_MOVED, "{kind:?}");
-            let bed = bed.allow(&["any"]);
-            let mut answer = reply(&begins);
-            answer.flags = SYN | ACK;
-            let about = |plan: &Plan| too_big(&plan.build(), 28, "203.0.113.1".parse().unwrap());
-            assert_eq!(bed.captured(&answer.build()), BOUNCE, "it has not begun");
-            assert_eq!(bed.captured(&about(&begins)), BOUNCE);
-            assert_eq!(bed.returning(&begins.build()), Ok(()));
-            assert_eq!(bed.returning(&begins.build()), Ok(()), "sent again");
-            assert_eq!(bed.captured(&answer.build()), CARRY);
-            assert_eq!(bed.captured(&about(&begins)), CARRY);
-            if kind == Kind::Udp {
-                let [first, second] = fragments(&answer.build(), 16, 3);
-                assert_eq!(bed.captured(&first), CARRY);
-                assert_eq!(bed.captured(&second), CARRY);
-            }
-            // Nobody else's packet is, nor is any other of the same remote.
-            let other = |change: &dyn Fn(&mut Plan)| {
-                assert_eq!(bed.captured(&with(&answer, change)), BOUNCE, "{kind:?}");
-            };
-            other(&|p| p.src = "203.0.113.10".parse().unwrap());
-            other(&|p| p.dst_port += 1);
-            let astray = with(&begins, |p| p.src_port += 1);
-            let astray = too_big(&astray, 28, "203.0.113.1".parse().unwrap());
-            assert_eq!(bed.captured(&astray), BOUNCE);
-            if kind == Kind::IcmpQuery {
-                continue;
-            }
-            other(&|p| p.src_port += 1);
-            assert_eq!(bed.returning(&with(&begins, |p| p.flags = ACK)), Ok(()));
-            let error = too_big(&answer.build(), 28, MOVED.parse().unwrap());
-            assert_eq!(bed.returning(&error), Ok(()), "an error about the answer");
-            if kind == Kind::Tcp {
-                // A client's, at a port of the old server.
-                other(&|p| p.flags = SYN);
-            }
-        }
-        let gre = Bed::settled(&[IN_PART]).allow(&["any"]);
-        assert_eq!(gre.captured(&other(CLIENT, MOVED, GRE)), BOUNCE);
-        assert_eq!(gre.returning(&other(MOVED, CLIENT, GRE)), Ok(()));
-        assert_eq!(gre.captured(&other(CLIENT, MOVED, GRE)), CARRY);
-        assert_eq!(gre.captured(&other(CLIENT, MOVED, GRE + 1)), BOUNCE);
-    }
-
-    #[test]
-    fn from_a_port_that_has_not_moved_nobody_is_answered_and_only_what_is_named_begins() {
-        let bed = Bed::settled(&[IN_PART]).allow(&["25/tcp"]);
-        let tcp = outgoing(Kind::Tcp);
-        assert_eq!(bed.returning(&tcp.build()), Ok(()));
-        let elsewhere = with(&tcp, |p| p.dst_port = 26);
-        let not_allowed = Err(DropReason::OutgoingNotAllowed);
-        assert_eq!(bed.returning(&elsewhere), not_allowed);
-        assert_eq!(bed.returning(&outgoing(Kind::Udp).build()), not_allowed);
-        let to_own = with(&tcp, |p| p.dst = OWN.parse().unwrap());
-        assert_eq!(bed.returning(&to_own), Err(DropReason::BadDestination));
-        // A client of the old server's port 22.
-        let mut asks = request(Kind::Tcp);
-        (asks.src_port, asks.dst_port, asks.flags) = (25, 22, SYN);
-        assert_eq!(bed.captured(&asks.build()), BOUNCE);
-        for flags in [SYN | ACK, ACK, RST] {
-            let answer = with(&reply(&asks), |p| p.flags = flags);
-            assert_eq!(bed.returning(&answer), NOT_MOVED);
-        }
-        // What began goes to no client's port, and makes nobody a client.
-        let to_moved = with(&reply(&tcp), |p| p.dst_port = 80);
-        assert_eq!(bed.captured(&to_moved), CARRY);
-        let mut udp = outgoing(Kind::Udp);
-        udp.src_port = 5060;
-        let bed = Bed::settled(&[IN_PART, "192.0.2.5:53/udp"]).allow(&["from:5060/udp"]);
-        assert_eq!(bed.returning(&udp.build()), Ok(()));
-        assert_eq!(bed.captured(&reply(&udp).build()), CARRY);
-        let from_moved = with(&udp, |p| p.src_port = 53);
-        assert_eq!(bed.returning(&from_moved), not_allowed);
-    }
-
-    #[test]
-    fn what_began_before_a_restart_from_such_a_port_goes_on_if_it_is_named() {
-        let ack = with(&outgoing(Kind::Tcp), |p| p.flags = ACK);
-        let back = with(&reply(&outgoing(Kind::Tcp)), |p| p.flags = ACK);
-        let udp = outgoing(Kind::Udp);
-        for resumes in [false, true] {
-            let bed = || Bed::started(&[IN_PART], resumes);
-            // Whoever speaks first.
-            assert_eq!(bed().allow(&["25/tcp"]).returning(&ack), Ok(()));
-            assert_eq!(bed().allow(&["25/tcp"]).captured(&back), CARRY);
-            assert_eq!(bed().allow(&["26/tcp"]).returning(&ack), NOT_MOVED);
-            assert_eq!(bed().allow(&["26/tcp"]).captured(&back), BOUNCE);
-            assert_eq!(bed().captured(&back), BOUNCE);
-            let late = bed().later(TCP_ESTABLISHED).allow(&["any"]);
-            assert_eq!(late.captured(&back), BOUNCE);
-            let wanted = if resumes { CARRY } else { BOUNCE };
-            let bed = bed().allow(&["25"]);
-            // Of fragments the kernel takes those of the old server, too.
-            let [first, _] = fragments(&reply(&udp).build(), 16, 3);
-            assert_eq!(bed.captured(&first), BOUNCE);
-            assert_eq!(bed.captured(&reply(&udp).build()), wanted);
-        }
     }
 
     #[test]
@@ -1047,14 +861,14 @@ mod tests {
         with(&reply(&request(kind)), |p| p.flags = ACK)
     }
 
-    fn with(plan: &Plan, change: impl FnOnce(&mut Plan)) -> Vec<u8> {
+    pub(in crate::flow::gate) fn with(plan: &Plan, change: impl FnOnce(&mut Plan)) -> Vec<u8> {
         let mut plan = plan.clone();
         change(&mut plan);
         plan.build()
     }
 
     /// A packet of a protocol without ports.
-    fn other(src: &str, dst: &str, protocol: u8) -> Vec<u8> {
+    pub(in crate::flow::gate) fn other(src: &str, dst: &str, protocol: u8) -> Vec<u8> {
         let mut packet = Plan::new(Kind::Udp, src, dst).build();
         packet[9] = protocol;
         packet

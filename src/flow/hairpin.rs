@@ -310,9 +310,8 @@ fn caller(routes: &Routes, client: Addr, delivery: Addr) -> PeerId {
 mod tests {
     use super::*;
     use crate::flow::routes::Delivery;
-    use crate::flow::testing::translator;
+    use crate::flow::testing::{one_port, translator};
 
-    use crate::model::port_map::PortMap;
     use crate::packet::FIN;
     use crate::packet::testing::{Plan, assert_sums, fragments, plans, reply, too_big};
 
@@ -420,13 +419,7 @@ mod tests {
             let partial = partial && plan.kind != Kind::IcmpQuery;
             let mut delivery = delivery();
             if mapped {
-                delivery.ports.push(PortMap {
-                    transport: None,
-                    moved: plan.dst,
-                    port: plan.dst_port,
-                    to: to.parse().unwrap(),
-                    to_port: 8080,
-                });
+                delivery.maps.push(one_port(plan.dst, plan.dst_port, to, 8080));
             }
             let mut wanted = with(&plan, if behind { container } else { moved }, to);
             if mapped && plan.kind != Kind::IcmpQuery { wanted.dst_port = 8080; }

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
@@ -33,6 +34,13 @@ pub trait Taken: fmt::Debug + Send + Sync {
     /// A flow of TCP is the new server's: from now on capture knows it, also after a crash of the
     /// daemon, and need not ask.
     fn note(&self, flow: &HostFlow);
+
+    /// Which of several new servers has begun a flow from a port that has not moved; `None` if
+    /// that is not known.
+    fn begun_by(&self, flow: &HostFlow) -> Option<NonZeroU64>;
+
+    /// Such a flow is this new server's, also after a crash of the daemon.
+    fn note_begun(&self, flow: &HostFlow, by: NonZeroU64);
 }
 
 /// The modes of the moves of one peer.
@@ -269,7 +277,7 @@ mod tests {
             back.flags = flags;
             let bytes = bytes(&back);
             let parsed = Parsed::parse(&bytes).unwrap();
-            let passed = self.gate.check_returning(self.now, &parsed, &bytes);
+            let passed = self.gate.check_returning(self.now, &parsed, &bytes, &[]);
             assert_eq!(passed, Ok(()), "{plan:?}");
         }
     }
@@ -457,6 +465,12 @@ mod tests {
         }
 
         fn note(&self, _: &HostFlow) {}
+
+        fn begun_by(&self, _: &HostFlow) -> Option<NonZeroU64> {
+            None
+        }
+
+        fn note_begun(&self, _: &HostFlow, _: NonZeroU64) {}
     }
 
     #[derive(Debug, Default)]
@@ -470,6 +484,12 @@ mod tests {
         fn note(&self, flow: &HostFlow) {
             self.0.lock().unwrap().push(*flow);
         }
+
+        fn begun_by(&self, _: &HostFlow) -> Option<NonZeroU64> {
+            None
+        }
+
+        fn note_begun(&self, _: &HostFlow, _: NonZeroU64) {}
     }
 
     #[test]

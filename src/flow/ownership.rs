@@ -89,12 +89,6 @@ impl Ownership {
         self.scopes.takes(scope, protocol, port)
     }
 
-    /// Whether all of a scope has moved.
-    #[inline]
-    pub(super) fn is_whole(&self, scope: usize) -> bool {
-        self.scopes.is_whole(scope)
-    }
-
     /// Whether all of every scope has moved.
     pub(super) fn is_all_whole(&self) -> bool {
         (0..self.scopes.len()).all(|scope| self.scopes.is_whole(scope))
@@ -104,6 +98,13 @@ impl Ownership {
     pub(super) fn carry_fragments(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) {
         if parsed.fragment() == Fragment::First {
             lock(&self.fragments).remember(now, &self.seed, parsed, bytes, Verdict::Carry);
+        }
+    }
+
+    /// The later fragments of this packet are not the tunnel's, if it is a first fragment.
+    pub(super) fn leave_fragments(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) {
+        if parsed.fragment() == Fragment::First {
+            lock(&self.fragments).remember(now, &self.seed, parsed, bytes, Verdict::Bounce);
         }
     }
 

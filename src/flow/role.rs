@@ -16,7 +16,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::flow::gate::{Gate, Refused};
+use crate::flow::gate::{Gate, Refused, begun};
 use crate::flow::modes::Taken;
 use crate::flow::ownership::Verdict;
 use crate::flow::table::FlowStats;
@@ -129,7 +129,7 @@ impl Forwarder {
     ) -> Result<(), DropReason> {
         match self {
             Self::Old(gates) => gates[usize::from(peer.0)]
-                .check_returning(now, parsed, packet)
+                .check_returning(now, parsed, packet, gates)
                 .and_then(|()| parsed.decrement_ttl(packet))
                 .and_then(|()| fits_link(packet, parsed, hop.mtu)),
             Self::New(translator) => {
@@ -365,13 +365,14 @@ fn judge_captured(
     parsed: &Parsed,
     packet: &[u8],
 ) -> Result<Judgement<'static>, DropReason> {
+    let carry = |index: usize| Judgement::Carry(Outgoing::Captured(PeerId(index as u16)));
+    if let Some(index) = begun::whose(gates, now, parsed, packet)? {
+        return Ok(carry(index));
+    }
     let mut outcome = Err(DropReason::NotMoved);
     for (index, gate) in gates.iter().enumerate() {
-        match gate.check_captured(now, parsed, packet) {
-            Ok(Verdict::Carry) => {
-                let peer = PeerId(index as u16);
-                return Ok(Judgement::Carry(Outgoing::Captured(peer)));
-            }
+        match gate.check_moved(now, parsed, packet) {
+            Ok(Verdict::Carry) => return Ok(carry(index)),
             // Another part of the address may have moved to another peer.
             Ok(Verdict::Bounce) => outcome = Ok(Judgement::Bounce),
             Ok(Verdict::Hold) => return Ok(Judgement::Hold),

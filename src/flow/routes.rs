@@ -3,15 +3,18 @@
 //!
 //! Must not touch packets, sockets or the clock.
 
+mod maps;
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use crate::flow::outgoing::OutgoingRules;
+use crate::flow::routes::maps::Maps;
 use crate::flow::tally::Counted;
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::drops::DropReason;
-use crate::model::moved::{Move, Transport, UDP};
+use crate::model::moved::{Move, UDP};
 use crate::model::peer::PeerId;
-use crate::model::port_map::PortMap;
 use crate::model::scopes::Scopes;
 use crate::packet::{Addr, Family, Kind};
 
@@ -24,8 +27,8 @@ pub struct Delivery {
     pub v6: Option<Ipv6Addr>,
     /// No rewriting: the new server holds the moved address itself (`--deliver-to keep`).
     pub keep: bool,
-    /// Ports that are delivered elsewhere; the first that fits counts. With `keep` too.
-    pub ports: Vec<PortMap>,
+    /// What is delivered elsewhere. With `keep` too.
+    pub maps: Vec<DeliveryMap>,
 }
 
 /// Everything that is configured, made ready for lookup. It is replaced as a whole.
@@ -33,9 +36,12 @@ pub struct Delivery {
 pub(super) struct Routes {
     /// This host's addresses, sorted.
     pub(super) host: Vec<Addr>,
-    /// Those, and the addresses that this server's settings have packets delivered to, sorted.
+    /// Those, and the addresses that this server's settings have packets delivered to, sorted;
+    /// prefixes aside.
     own: Vec<Addr>,
-    /// Addresses that packets are delivered to, sorted; of moved ones that are kept, the first few.
+    /// Prefixes that the settings have packets delivered to, and their addresses.
+    own_prefixes: Arc<Scopes>,
+    /// Addresses that packets are delivered to, sorted; of prefixes the first few.
     pub(super) deliveries: Vec<Addr>,
     /// By [`PeerId`].
     pub(super) peers: Vec<PeerRoutes>,
@@ -46,8 +52,8 @@ pub(super) struct PeerRoutes {
     moved: Arc<ByAddress>,
     pub(super) delivery: Delivery,
     pub(super) outgoing: OutgoingRules,
-    /// Ports that are delivered elsewhere, by moved address; made from the two above.
-    maps: Vec<MappedPort>,
+    /// What is delivered elsewhere; made from the two above.
+    maps: Arc<Maps>,
     /// Where conversations count, for each move.
     counted: Arc<[Counted]>,
 }
@@ -70,26 +76,18 @@ pub(super) struct Moved<'r> {
     routes: &'r PeerRoutes,
 }
 
-#[derive(Clone, Copy)]
-struct MappedPort {
-    moved: Addr,
-    transport: Option<Transport>,
-    port: u16,
-    to: Addr,
-    to_port: u16,
-}
-
 /// What a reply may belong to: how closely that is named, and what it is if it is alone.
 type Candidate = (Named, Option<(PeerId, Addr, u16)>);
 
-/// Prefixes that are kept whose ends are listed among the delivery addresses. An answer from
-/// another address of this host is held against each of those.
+/// Prefixes that are kept whose ends are listed among the delivery addresses, and addresses of each
+/// prefix that is delivered to another. An answer from another address of this host is held against
+/// each of those.
 const LISTED: usize = 64;
 
 /// How closely the settings name what a reply may belong to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Named {
-    /// A `--deliver` of this server leads to the very port.
+    /// A `--deliver` of this server leads there.
     ByMap,
     /// The port has moved by number.
     ByPort,
@@ -105,7 +103,9 @@ impl Routes {
     /// whomever it names.
     pub(super) fn is_own(&self, peer: PeerId, addr: Addr) -> bool {
         let moved = |routes: &PeerRoutes| routes.moved(addr).is_some();
-        self.own.binary_search(&addr).is_ok() || self.peer(peer).is_some_and(moved)
+        self.own.binary_search(&addr).is_ok()
+            || self.own_prefixes.find(addr.number()).is_some()
+            || self.peer(peer).is_some_and(moved)
     }
 
     /// Whether it is an address of this host.
@@ -134,8 +134,10 @@ impl Routes {
 
     /// Whether packets are delivered there.
     pub(super) fn is_delivery(&self, addr: Addr) -> bool {
-        let kept = |routes: &PeerRoutes| routes.delivery.keep && routes.moved(addr).is_some();
-        self.deliveries.binary_search(&addr).is_ok() || self.peers.iter().any(kept)
+        let beyond_the_list = |routes: &PeerRoutes| {
+            routes.delivery.keep && routes.moved(addr).is_some() || routes.maps.lead_to(addr)
+        };
+        self.deliveries.binary_search(&addr).is_ok() || self.peers.iter().any(beyond_the_list)
     }
 
     /// What may leave from the moved addresses of `peer` that answers nobody.
@@ -205,9 +207,7 @@ impl Routes {
         let peers = || (0..).map(PeerId).zip(&self.peers);
         let mut best = None;
         for (peer, routes) in peers() {
-            let leads_there = |map: &&MappedPort| map.to == delivery && map.to_port == port;
-            for map in routes.maps.iter().filter(leads_there) {
-                let asked = (map.moved, map.port);
+            for asked in routes.maps.origins(delivery, port) {
                 let named = routes.asked(protocol, kind, asked, (delivery, port));
                 best = better(
                     best,
@@ -244,6 +244,14 @@ impl Routes {
                 if Addr::from(prefix.first()).family() != delivery.family() {
                     continue;
                 }
+                if routes.maps.divide(prefix) {
+                    // How many addresses are left is more than this tells.
+                    let moved = routes.of_scope(scope, prefix.first().into());
+                    let rest = (moved.takes(protocol, kind, port))
+                        .then(|| (moved.named(protocol, kind, port), None));
+                    best = better(best, rest);
+                    continue;
+                }
                 // Two addresses are several.
                 for addr in [prefix.first(), prefix.last()] {
                     best = better(best, candidate(addr.into()));
@@ -257,19 +265,21 @@ impl Routes {
     pub(super) fn resolve(&mut self) {
         self.deliveries.clear();
         self.own.clone_from(&self.host);
+        let mut own_prefixes = Vec::new();
         for peer in &mut self.peers {
-            let Delivery { v4, v6, ports, .. } = &peer.delivery;
+            let Delivery { v4, v6, maps, .. } = &peer.delivery;
             let both = || v4.map(Addr::from).into_iter().chain(v6.map(Addr::from));
             self.own.extend(both());
-            self.own.extend(ports.iter().map(|map| Addr::from(map.to)));
-            // Both sides of a map are of one family, or nobody could have written it.
-            let usable = ports.iter().filter(|map| {
-                map.moved.is_ipv4() == map.to.is_ipv4() && peer.moved.scopes.contains(map.moved)
-            });
-            peer.maps = usable.map(MappedPort::new).collect();
-            // The first that fits counts.
-            peer.maps.sort_by_key(|map| map.moved);
-            self.deliveries.extend(peer.maps.iter().map(|map| map.to));
+            for map in maps {
+                if map.to.is_single() {
+                    self.own.push(map.to.first().into());
+                } else {
+                    own_prefixes.push(Move::whole(map.to));
+                }
+            }
+            let of_moved = |map: &&DeliveryMap| peer.moved.scopes.meets(&map.moved);
+            peer.maps = Arc::new(Maps::new(maps.iter().filter(of_moved).cloned().collect()));
+            self.deliveries.extend(peer.maps.listed(LISTED));
             if peer.delivery.keep {
                 let scopes = &peer.moved.scopes;
                 let prefixes = (0..scopes.len().min(LISTED)).map(|scope| scopes.prefix(scope));
@@ -279,6 +289,7 @@ impl Routes {
                 self.deliveries.extend(both());
             }
         }
+        self.own_prefixes = Arc::new(Scopes::new(&own_prefixes));
         for addrs in [&mut self.own, &mut self.deliveries] {
             addrs.sort_unstable();
             addrs.dedup();
@@ -303,18 +314,6 @@ impl Delivery {
         match family {
             Family::V4 => self.v4.map(Addr::from),
             Family::V6 => self.v6.map(Addr::from),
-        }
-    }
-}
-
-impl MappedPort {
-    fn new(map: &PortMap) -> Self {
-        Self {
-            moved: map.moved.into(),
-            transport: map.transport,
-            port: map.port,
-            to: map.to.into(),
-            to_port: map.to_port,
         }
     }
 }
@@ -362,9 +361,9 @@ impl PeerRoutes {
                 found.push(at);
             }
         };
-        for map in self.maps.iter().filter(|map| (map.to, map.to_port) == end) {
-            if let Some(moved) = self.moved(map.moved) {
-                look(moved, map.port);
+        for (asked, port) in self.maps.origins(addr, port) {
+            if let Some(moved) = self.moved(asked) {
+                look(moved, port);
             }
         }
         if self.delivery.keep {
@@ -374,14 +373,12 @@ impl PeerRoutes {
         } else if self.delivery.of(family) == Some(addr) {
             let scopes = &self.moved.scopes;
             for scope in 0..scopes.len() {
-                let first = Addr::from(scopes.prefix(scope).first());
-                if first.family() == family {
-                    let moved = Moved {
-                        addr: first,
-                        scope,
-                        routes: self,
-                    };
-                    look(moved, port);
+                let prefix = scopes.prefix(scope);
+                // One of them may be delivered elsewhere.
+                for end in [prefix.first(), prefix.last()].map(Addr::from) {
+                    if end.family() == family {
+                        look(self.of_scope(scope, end), port);
+                    }
                 }
             }
         }
@@ -393,11 +390,17 @@ impl PeerRoutes {
     #[inline]
     pub(super) fn moved(&self, addr: Addr) -> Option<Moved<'_>> {
         let scope = self.moved.scopes.find(addr.number())?;
-        Some(Moved {
+        Some(self.of_scope(scope, addr))
+    }
+
+    /// An address of a scope.
+    #[inline]
+    fn of_scope(&self, scope: usize, addr: Addr) -> Moved<'_> {
+        Moved {
             addr,
             scope,
             routes: self,
-        })
+        }
     }
 
     /// How closely the settings name this address and port, if a client that asks there is
@@ -414,11 +417,9 @@ impl PeerRoutes {
         if !forwards || !moved.takes(protocol, kind, port) {
             return None;
         }
-        let named = kind.has_ports().then_some(port);
-        Some(match () {
-            () if port != from.1 || moved.all_to() != Some(from.0) => Named::ByMap,
-            () if self.moved.scopes.names(moved.scope, protocol, named) => Named::ByPort,
-            () => Named::Whole,
+        Some(match moved.map(kind, port) {
+            Some(_) => Named::ByMap,
+            None => moved.named(protocol, kind, port),
         })
     }
 }
@@ -426,36 +427,46 @@ impl PeerRoutes {
 impl Moved<'_> {
     /// Whether every packet of the address is delivered to one place, and to which.
     pub(super) fn one_place(&self) -> Option<Option<Addr>> {
-        let is_one = self.routes.moved.scopes.is_whole(self.scope) && self.maps().is_empty();
+        let Self { addr, routes, .. } = self;
+        let is_one = routes.moved.scopes.is_whole(self.scope) && !routes.maps.name_ports_of(*addr);
         is_one.then(|| self.all_to())
     }
 
     /// The port that a client goes on with which is answered by UDP from `port` of this host's
     /// `addr`, if that has moved.
     pub(super) fn asked_port(&self, addr: Addr, port: u16) -> Option<u16> {
-        let leads_there = |map: &&MappedPort| {
-            let udp = map.transport != Some(Transport::Tcp);
-            udp && map.to == addr && map.to_port == port
+        let mut asked = self.routes.maps.origins(addr, port);
+        let leads_there = |&(moved, from): &(Addr, u16)| {
+            moved == self.addr && self.delivery(Kind::Udp, from) == Ok((addr, port))
         };
-        let mapped = self.maps().iter().find(leads_there).map(|map| map.port);
+        let mapped = asked.find(leads_there).map(|(_, port)| port);
         let asked = mapped.unwrap_or(port);
         self.takes(UDP, Kind::Udp, asked).then_some(asked)
     }
 
-    /// Where it is delivered, unless a port map says otherwise.
+    /// Where it is delivered, but for its ports that are delivered elsewhere.
     fn all_to(&self) -> Option<Addr> {
+        if let Some(map) = self.map(Kind::Other, 0) {
+            return Some(map.place(self.addr.into(), 0).0.into());
+        }
         if self.routes.delivery.keep {
             return Some(self.addr);
         }
         self.routes.delivery.of(self.addr.family())
     }
 
-    /// Its ports that are delivered elsewhere.
-    fn maps(&self) -> &[MappedPort] {
-        let maps = &self.routes.maps;
-        let first = maps.partition_point(|map| map.moved < self.addr);
-        let behind = maps.partition_point(|map| map.moved <= self.addr);
-        maps.get(first..behind).unwrap_or_default()
+    /// The `--deliver` that counts for a packet of this kind to `port`, if any does.
+    fn map(&self, kind: Kind, port: u16) -> Option<&DeliveryMap> {
+        self.routes.maps.find(self.addr, kind, port)
+    }
+
+    /// How closely moves name this port.
+    fn named(&self, protocol: u8, kind: Kind, port: u16) -> Named {
+        let port = kind.has_ports().then_some(port);
+        match self.routes.moved.scopes.names(self.scope, protocol, port) {
+            true => Named::ByPort,
+            false => Named::Whole,
+        }
     }
 
     #[inline]
@@ -474,24 +485,206 @@ impl Moved<'_> {
 
     /// Where a packet of this kind to `port` goes.
     pub(super) fn delivery(&self, kind: Kind, port: u16) -> Result<(Addr, u16), DropReason> {
-        let transport = match kind {
-            Kind::Tcp => Some(Transport::Tcp),
-            Kind::Udp => Some(Transport::Udp),
-            Kind::IcmpQuery
-            | Kind::IcmpReply
-            | Kind::IcmpError
-            | Kind::Other
-            | Kind::LaterFragment => None,
+        if let Some(map) = self.map(kind, port) {
+            let (addr, port) = map.place(self.addr.into(), port);
+            return Ok((addr.into(), port));
+        }
+        let delivery = self.all_to().ok_or(DropReason::NoDelivery)?;
+        Ok((delivery, port))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::flow::testing::translator;
+    use crate::flow::translate::Translator;
+    use crate::packet::testing::{Plan, fragments, reply};
+    use crate::packet::{ACK, Parsed, SYN};
+    use crate::testing::all;
+    use proptest::prelude::*;
+
+    const PEER: PeerId = PeerId(1);
+    const CLIENT: &str = "203.0.113.9";
+
+    struct Bed {
+        translator: Translator,
+        now: Instant,
+    }
+
+    impl Bed {
+        fn new(moves: &str, maps: &str, keep: bool) -> Self {
+            let moves: Vec<&str> = moves.split_whitespace().collect();
+            let delivery = Delivery {
+                v4: Some([198, 51, 100, 2].into()),
+                v6: Some("2001:db8:b::2".parse().unwrap()),
+                keep,
+                maps: all(maps),
+            };
+            let (translator, now) = translator(PEER, &moves, delivery);
+            Self { translator, now }
+        }
+
+        /// Where a client's packet goes.
+        fn delivered(&self, bytes: &mut [u8]) -> Result<(IpAddr, u16), DropReason> {
+            let mut parsed = Parsed::parse(bytes)?;
+            (self.translator).inbound(self.now, PEER, bytes, &mut parsed, false)?;
+            Ok((parsed.dst(bytes).into(), parsed.dst_port()))
+        }
+
+        /// From where the application's packet leaves.
+        fn left(&self, plan: &Plan) -> Result<(IpAddr, u16), DropReason> {
+            let mut bytes = plan.build();
+            let mut parsed = Parsed::parse(&bytes)?;
+            let sent = (self.translator).outbound(self.now, &mut bytes, &mut parsed, false);
+            sent.map_err(|dropped| dropped.reason)?;
+            Ok((parsed.src(&bytes).into(), parsed.src_port()))
+        }
+
+        fn asks(&self, kind: Kind, moved: &str, port: u16) -> Result<(IpAddr, u16), DropReason> {
+            self.delivered(&mut asked(kind, moved, port).build())
+        }
+    }
+
+    fn asked(kind: Kind, moved: &str, port: u16) -> Plan {
+        let client = if moved.contains(':') {
+            "2001:db8:c::9"
+        } else {
+            CLIENT
         };
-        let mapped = self.maps().iter().find(|map| {
-            transport.is_some()
-                && map.port == port
-                && (map.transport.is_none() || map.transport == transport)
-        });
-        match (mapped, self.all_to()) {
-            (Some(map), _) => Ok((map.to, map.to_port)),
-            (None, Some(delivery)) => Ok((delivery, port)),
-            (None, None) => Err(DropReason::NoDelivery),
+        let mut plan = Plan::new(kind, client, moved);
+        (plan.dst_port, plan.flags) = (port, SYN);
+        plan
+    }
+
+    fn end(addr: &str, port: u16) -> (IpAddr, u16) {
+        (addr.parse().unwrap(), port)
+    }
+
+    const MAPS: &str = "192.0.2.16/28=198.51.100.32/28 192.0.2.16/28:80/tcp=198.51.100.48/28:8080 \
+                        2001:db8:a:1::/64=2001:db8:b:7::/64 192.0.2.17:81=198.51.100.9:8181";
+
+    #[test]
+    fn each_address_of_a_prefix_is_delivered_to_its_own_and_answers_from_it() {
+        for keep in [false, true] {
+            let bed = Bed::new("192.0.2.0/24 2001:db8:a:1::/64", MAPS, keep);
+            for (kind, moved, port, to, to_port) in [
+                (Kind::Udp, "192.0.2.16", 53, "198.51.100.32", 53),
+                (Kind::Tcp, "192.0.2.31", 443, "198.51.100.47", 443),
+                (Kind::Tcp, "192.0.2.31", 80, "198.51.100.63", 8080),
+                (Kind::Udp, "192.0.2.31", 80, "198.51.100.47", 80),
+                (Kind::Tcp, "192.0.2.17", 81, "198.51.100.9", 8181),
+                (Kind::Udp, "2001:db8:a:1::", 53, "2001:db8:b:7::", 53),
+                (Kind::Tcp, "2001:db8:a:1:f::5", 80, "2001:db8:b:7:f::5", 80),
+            ] {
+                let plan = asked(kind, moved, port);
+                let mut bytes = plan.build();
+                assert_eq!(bed.delivered(&mut bytes), Ok(end(to, to_port)), "{moved}");
+                let mut answer = reply(&plan);
+                (answer.src, answer.src_port) = end(to, to_port);
+                answer.flags = SYN | ACK;
+                assert_eq!(bed.left(&answer), Ok(end(moved, port)));
+            }
+            let (ping, to) = (
+                Plan::new(Kind::IcmpQuery, CLIENT, "192.0.2.18"),
+                "198.51.100.34",
+            );
+            let delivered = bed.delivered(&mut ping.build()).unwrap();
+            assert_eq!(delivered.0, to.parse::<IpAddr>().unwrap());
+            // Beside the prefix it is as ever.
+            let to = if keep { "192.0.2.32" } else { "198.51.100.2" };
+            assert_eq!(bed.asks(Kind::Tcp, "192.0.2.32", 80), Ok(end(to, 80)));
+        }
+    }
+
+    #[test]
+    fn a_later_fragment_needs_its_first_one_only_where_a_port_is_delivered_elsewhere() {
+        let bed = Bed::new("192.0.2.0/24 2001:db8:a:1::/64", MAPS, false);
+        for (moved, to) in [
+            ("192.0.2.17", None),
+            ("2001:db8:a:1::5", Some("2001:db8:b:7::5")),
+            ("192.0.2.32", Some("198.51.100.2")),
+        ] {
+            let [_, mut second] = fragments(&asked(Kind::Udp, moved, 53).build(), 16, 7);
+            let delivered = bed.delivered(&mut second).map(|(addr, _)| addr);
+            let wanted = to.map(|to| to.parse().unwrap());
+            assert_eq!(
+                delivered,
+                wanted.ok_or(DropReason::FragmentUnknown),
+                "{moved}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_answer_of_an_earlier_daemons_flow_leaves_from_the_address_that_leads_there() {
+        let bed = Bed::new("192.0.2.16/28 2001:db8:a:1::/64", MAPS, false);
+        let answers = |from: &str, port| {
+            let client = if from.contains(':') {
+                "2001:db8:c::9"
+            } else {
+                CLIENT
+            };
+            let mut plan = Plan::new(Kind::Tcp, from, client);
+            (plan.src_port, plan.flags) = (port, ACK);
+            bed.left(&plan)
+        };
+        assert_eq!(answers("198.51.100.37", 443), Ok(end("192.0.2.21", 443)));
+        assert_eq!(answers("198.51.100.53", 8080), Ok(end("192.0.2.21", 80)));
+        assert_eq!(answers("198.51.100.9", 8181), Ok(end("192.0.2.17", 81)));
+        assert_eq!(
+            answers("2001:db8:b:7::9", 22),
+            Ok(end("2001:db8:a:1::9", 22))
+        );
+        // Its port 80 is delivered elsewhere, and nothing of it to the address of all others.
+        for (from, port) in [("198.51.100.37", 80), ("198.51.100.2", 443)] {
+            assert_eq!(
+                answers(from, port),
+                Err(DropReason::NoFlow),
+                "{from} {port}"
+            );
+        }
+        // Of a prefix of which some are delivered elsewhere, which of the others it was is not
+        // known.
+        let bed = Bed::new("192.0.2.16/28", "192.0.2.16/29=198.51.100.32/29", false);
+        let mut plan = Plan::new(Kind::Tcp, "198.51.100.2", CLIENT);
+        plan.flags = ACK;
+        assert_eq!(bed.left(&plan), Err(DropReason::NoFlow));
+    }
+
+    #[test]
+    fn no_client_has_an_address_that_something_is_delivered_to() {
+        let bed = Bed::new("192.0.2.0/24", MAPS, false);
+        for (client, wanted) in [
+            ("198.51.100.35", Err(DropReason::BadSource)),
+            ("198.51.100.9", Err(DropReason::BadSource)),
+            ("198.51.100.77", Ok(end("198.51.100.32", 53))),
+        ] {
+            let mut plan = asked(Kind::Udp, "192.0.2.16", 53);
+            plan.src = client.parse().unwrap();
+            assert_eq!(bed.delivered(&mut plan.build()), wanted, "{client}");
+        }
+    }
+
+    proptest! {
+        /// The lookup agrees with a look at each.
+        #[test]
+        fn what_counts_is_what_a_look_at_each_finds(
+            host in 0u8..64, port in 79u16..83, tcp in any::<bool>(),
+        ) {
+            let maps: Vec<DeliveryMap> = all(MAPS);
+            let addr = IpAddr::from([192, 0, 2, host]);
+            let kind = if tcp { Kind::Tcp } else { Kind::Udp };
+            let protocol = if tcp { 6 } else { 17 };
+            let about = maps.iter().filter(|map| {
+                map.moved.contains(addr) && map.about().takes(protocol, Some(port))
+            });
+            let counts = about.max_by_key(|map| map.port.is_some());
+            let found = Maps::new(maps.clone());
+            prop_assert_eq!(found.find(addr.into(), kind, port), counts);
         }
     }
 }

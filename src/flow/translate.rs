@@ -911,8 +911,7 @@ impl std::fmt::Debug for Translator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flow::testing::translator;
-    use crate::model::port_map::PortMap;
+    use crate::flow::testing::{one_port, translator};
     use crate::packet::testing::{Plan, assert_sums, complete, fragments, plans, reply, too_big};
     use crate::packet::{FIN, RST};
 
@@ -1095,15 +1094,9 @@ mod tests {
 
     #[test]
     fn an_answer_from_where_another_port_leads_is_from_that_port() {
-        let map = PortMap {
-            transport: None,
-            moved: MOVED.parse().unwrap(),
-            port: 1_069,
-            to: DELIVERY.parse().unwrap(),
-            to_port: 45_000,
-        };
+        let moved = MOVED.parse().unwrap();
         let with_map = Delivery {
-            ports: vec![map],
+            maps: vec![one_port(moved, 1_069, DELIVERY, 45_000)],
             ..delivery()
         };
         let bed = Bed::new(&[MOVED], with_map);
@@ -1217,18 +1210,12 @@ mod tests {
             let partial = partial && plan.kind != Kind::IcmpQuery;
             let to = if v4 { DELIVERY } else { DELIVERY6 };
             let mut wanted = if keep { plan.clone() } else { moved_to(&plan, to) };
-            let mut ports = Vec::new();
+            let mut maps = Vec::new();
             if mapped {
-                ports.push(PortMap {
-                    transport: None,
-                    moved: plan.dst,
-                    port: plan.dst_port,
-                    to: wanted.dst,
-                    to_port: 8080,
-                });
+                maps.push(one_port(plan.dst, plan.dst_port, &wanted.dst.to_string(), 8080));
                 if plan.kind != Kind::IcmpQuery { wanted.dst_port = 8080; }
             }
-            let bed = Bed::new(&[MOVED, MOVED6], Delivery { keep, ports, ..delivery() });
+            let bed = Bed::new(&[MOVED, MOVED6], Delivery { keep, maps, ..delivery() });
             let build = |plan: &Plan| if partial { plan.build_partial() } else { plan.build() };
 
             let mut bytes = build(&plan);
@@ -1447,20 +1434,8 @@ mod tests {
         let bed = Bed::new(&[MOVED, "192.0.2.6"], delivery());
         assert_eq!(bed.outbound(&mut data.build()), Err(DropReason::NoFlow));
         // A mapped port is found by where it is delivered, and not by its own number.
-        let ports = vec![PortMap {
-            transport: None,
-            moved: MOVED.parse().unwrap(),
-            port: 80,
-            to: DELIVERY.parse().unwrap(),
-            to_port: 8080,
-        }];
-        let bed = Bed::new(
-            &["192.0.2.5:80/tcp"],
-            Delivery {
-                ports,
-                ..delivery()
-            },
-        );
+        let maps = vec![one_port(MOVED.parse().unwrap(), 80, DELIVERY, 8080)];
+        let bed = Bed::new(&["192.0.2.5:80/tcp"], Delivery { maps, ..delivery() });
         assert_eq!(bed.outbound(&mut data.build()), Err(DropReason::NoFlow));
         let mut bytes = Plan {
             src_port: 8080,
@@ -1839,7 +1814,7 @@ mod tests {
     fn what_comes_directly_counts_for_whatever_is_delivered_there() {
         let to = |addr: &str, port| SocketAddr::new(addr.parse().unwrap(), port);
         let delivery = Delivery {
-            ports: vec!["192.0.2.5:80=198.51.100.2:8080".parse().unwrap()],
+            maps: vec!["192.0.2.5:80=198.51.100.2:8080".parse().unwrap()],
             ..delivery()
         };
         let moves = [

@@ -723,7 +723,7 @@ mod tests {
         fn returning(&self, plan: &Plan) {
             let bytes = plan.build();
             let parsed = Parsed::parse(&bytes).unwrap();
-            let result = self.gate.check_returning(self.now, &parsed, &bytes);
+            let result = self.gate.check_returning(self.now, &parsed, &bytes, &[]);
             assert_eq!(result, Ok(()));
         }
 
@@ -918,7 +918,7 @@ mod tests {
             // Of some the sender guesses that they are answered, and the server has not said no.
             if n % 8 == 0 {
                 let parsed = Parsed::parse(&back).unwrap();
-                let _ = bed.gate.check_returning(bed.now, &parsed, &back);
+                let _ = bed.gate.check_returning(bed.now, &parsed, &back, &[]);
                 let parsed = Parsed::parse(&acknowledges).unwrap();
                 let _ = bed.gate.check_captured(bed.now, &parsed, &acknowledges);
             }

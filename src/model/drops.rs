@@ -89,8 +89,11 @@ drop_reasons! {
     /// The new server began too many connections in a short time.
     OutgoingLimited = "outgoing_limited",
     /// The new server began a connection with the addresses and ports of one that the old server
-    /// has itself.
+    /// has itself, or another new server.
     OutgoingTaken = "outgoing_taken",
+    /// It answers a connection that one of several new servers began before the old server's
+    /// daemon was killed, and which one that was is not known until it speaks.
+    OutgoingUnknown = "outgoing_unknown",
     /// A client's source address lies in a network of the new server's own.
     MartianSource = "martian_source",
     /// The destination is not an address that was moved.

@@ -54,6 +54,15 @@ pub struct Move {
 }
 
 impl Move {
+    /// All of these addresses.
+    pub fn whole(prefix: Prefix) -> Self {
+        Self {
+            prefix,
+            ports: Vec::new(),
+            transport: None,
+        }
+    }
+
     /// Whether all of each address moved: every port of every protocol, ICMP included.
     pub fn is_whole(&self) -> bool {
         self.ports.is_empty() && self.transport.is_none()

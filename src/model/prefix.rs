@@ -64,6 +64,33 @@ impl Prefix {
         self.len <= other.len && self.contains(other.addr)
     }
 
+    /// The address in it that has the host part of another address of its family.
+    pub fn with_host_of(&self, addr: IpAddr) -> IpAddr {
+        match (self.addr, addr) {
+            (IpAddr::V4(own), IpAddr::V4(addr)) => {
+                IpAddr::V4((u32::from(own) | u32::from(addr) & !mask_v4(self.len)).into())
+            }
+            (IpAddr::V6(own), IpAddr::V6(addr)) => {
+                IpAddr::V6((u128::from(own) | u128::from(addr) & !mask_v6(self.len)).into())
+            }
+            (own, _) => own,
+        }
+    }
+
+    /// Its addresses, in order.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        let next = |addr: &IpAddr| match *addr {
+            IpAddr::V4(addr) => u32::from(addr)
+                .checked_add(1)
+                .map(|it| IpAddr::V4(it.into())),
+            IpAddr::V6(addr) => u128::from(addr)
+                .checked_add(1)
+                .map(|it| IpAddr::V6(it.into())),
+        };
+        let last = self.last();
+        std::iter::successors(Some(self.first()), next).take_while(move |&addr| addr <= last)
+    }
+
     /// The two prefixes that it consists of; `None` for a single address.
     pub fn halves(&self) -> Option<[Self; 2]> {
         (!self.is_single()).then(|| {

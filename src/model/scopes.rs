@@ -107,6 +107,13 @@ impl Scopes {
         self.find(number_of(addr)).is_some()
     }
 
+    /// Whether something has moved of some address of a prefix.
+    pub fn meets(&self, prefix: &Prefix) -> bool {
+        let (first, last) = (number_of(prefix.first()), number_of(prefix.last()));
+        let at = self.segments.partition_point(|&(end, _)| end < first);
+        self.firsts.get(at).is_some_and(|&start| start <= last)
+    }
+
     /// Whether all of an address has moved.
     pub fn is_whole_at(&self, addr: IpAddr) -> bool {
         self.find(number_of(addr))

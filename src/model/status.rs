@@ -102,7 +102,7 @@ pub struct TunnelStatus {
     pub modes: Vec<ModeStatus>,
     /// Where the new server delivers: an address, one of each family, or `keep`.
     pub deliver_to: Option<String>,
-    /// Ports that are delivered elsewhere, as `--deliver` names them (new server).
+    /// What is delivered elsewhere, as `--deliver` names it (new server).
     #[serde(default)]
     pub deliver: Vec<String>,
     /// What the peer may move here, as `--accept` names it; empty accepts everything (new server).

@@ -13,10 +13,10 @@ use serde::Deserialize;
 
 use crate::channel::session::{CipherPolicy, Psk};
 use crate::model::accept::Accept;
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::mode::{Percent, Settled};
 use crate::model::moved::Move;
 use crate::model::outgoing::{ANY, AllowOutgoing, BOUND, Outgoing};
-use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::settings::from_text::{many, many_or_bare, one};
 use crate::settings::values::{
@@ -69,7 +69,7 @@ pub struct Cli {
 pub enum Command {
     /// Make a new key and print it, for the --psk-file of both servers.
     Genpsk,
-    /// Translate both addresses on the old server alone (mode nat). Nothing runs on the new server,
+    /// Translate both addresses on the old server alone. Nothing runs on the new server,
     /// which sees this server's address instead of the clients', and nothing is encrypted.
     Nat(NatArgs),
     /// Show what the daemon of this network namespace is doing.
@@ -250,18 +250,20 @@ pub struct PeerArgs {
     pub moves: Vec<Move>,
 
     /// On the new server: the address the application listens on. Can be given once for IPv4 and
-    /// once for IPv6. `keep` leaves packets as they are (mode keep): the application listens on the
+    /// once for IPv6. `keep` leaves packets as they are: the application listens on the
     /// moved address itself. [default: the address the peer reaches this server on]
     #[arg(long, value_name = "ADDR|keep")]
     #[serde(deserialize_with = "many")]
     pub deliver_to: Vec<DeliverTo>,
 
-    /// On the new server: deliver one port of a moved address to another port or address.
-    /// Repeatable.
+    /// On the new server: deliver a moved address, or one port of it, to another address or port
+    /// than the rest. Of a prefix each address goes to the one with the same host part of a prefix
+    /// of the same length. Repeatable; one that names a port counts before one that names none.
     /// Examples: 192.0.2.5:80=198.51.100.2:8080 [2001:db8::5]:53/udp=[2001:db8::2]:5353
-    #[arg(long, value_name = "MOVED:PORT[/tcp|/udp]=ADDR:PORT")]
+    /// 192.0.2.6=198.51.100.6 192.0.2.16/28=198.51.100.32/28
+    #[arg(long, value_name = "MOVED[/LEN][:PORT[/tcp|/udp]]=ADDR[/LEN][:PORT]")]
     #[serde(deserialize_with = "many")]
-    pub deliver: Vec<PortMap>,
+    pub deliver: Vec<DeliveryMap>,
 
     /// On the new server: what this old server may move here, as addresses or prefixes, whole or
     /// only some of their ports; a move is served if these accept all of it. Repeatable. Without

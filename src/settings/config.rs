@@ -12,11 +12,11 @@ use std::time::Duration;
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
 use crate::channel::tunnel::{Announcement, MAX_ANNOUNCEMENT};
 use crate::model::accept::{Accept, MAX_ACCEPTS};
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::mode::Settled;
 use crate::model::moved::{MAX_MOVES, MAX_NAT_MOVES, MAX_PORT_SETS, Move};
 use crate::model::outgoing::{AllowOutgoing, ByPort, MAX_ALLOW_OUTGOING, MAX_OUTGOING, Outgoing};
 use crate::model::peer::{MAX_PEERS, Role};
-use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::model::runtime::{BASE_DIR, STATE_DIR};
 use crate::model::scopes::{self, Scopes};
@@ -34,8 +34,9 @@ pub const DEFAULT_MAX_FLOWS: u32 = 1_000_000;
 /// Most lanes unless told otherwise.
 const MAX_DEFAULT_LANES: u8 = 8;
 
-/// Most `--deliver` of one peer: they are searched one by one for every new flow.
-pub const MAX_PORT_MAPS: usize = 256;
+/// Most `--deliver` of one peer: each is held against all others, and for replies that belong to no
+/// flow they are searched one by one.
+pub const MAX_DELIVERY_MAPS: usize = 256;
 
 /// Most `--clients-from` of one peer: they are searched one by one for every new flow that comes
 /// from a network of the new server's own.
@@ -122,8 +123,8 @@ pub struct PeerConfig {
     pub moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub deliver_to: DeliverTo,
-    /// Ports that are delivered elsewhere (new server).
-    pub deliver: Vec<PortMap>,
+    /// What is delivered elsewhere (new server).
+    pub deliver: Vec<DeliveryMap>,
     /// What it may move here; nothing accepts everything (new server).
     pub accept: Vec<Accept>,
     /// Networks of this server's own that its clients may come from all the same (new server).
@@ -429,8 +430,8 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
         (
             "deliver",
             given.deliver.len(),
-            MAX_PORT_MAPS,
-            "ports are more than can be delivered elsewhere",
+            MAX_DELIVERY_MAPS,
+            "are more than can be delivered elsewhere; name prefixes",
         ),
         (
             "accept",
@@ -794,6 +795,14 @@ mod tests {
                 "already",
             ),
             (
+                format!(
+                    "{key} {peer} --deliver 192.0.2.0/28=198.51.100.0/28 \
+                         --deliver 192.0.2.5=198.51.100.99"
+                ),
+                "--deliver: `192.0.2.5=198.51.100.99`: 192.0.2.0/28=198.51.100.0/28 already says \
+                 where that is delivered",
+            ),
+            (
                 format!("{key} {peer} --deliver-to 127.0.0.1"),
                 "--deliver-to",
             ),
@@ -896,6 +905,7 @@ mod tests {
         good("--allow-outgoing --move 192.0.2.5:25/tcp");
         good("--outgoing 25,as=192.0.2.5 --outgoing 25,as=2001:db8::5");
         good("--outgoing 25/tcp,user=8 --outgoing 25/tcp,user=9");
+        good("--deliver 192.0.2.0/28=198.51.100.0/28 --deliver 192.0.2.5:80=198.51.100.2:8080");
     }
 
     #[test]

@@ -263,7 +263,7 @@ pub fn packet(bytes: &[u8]) {
         };
         assert!(parsed.total() <= bytes.len() && parsed.payload() <= parsed.total());
         let _ = gate.check_captured(*now, &parsed, bytes);
-        let _ = gate.check_returning(*now, &parsed, bytes);
+        let _ = gate.check_returning(*now, &parsed, bytes, &[]);
         for partial in [false, true] {
             let (mut bytes, mut parsed) = (bytes.to_vec(), parsed);
             let _ = ecn::carry_over(&mut bytes, &parsed, 3);

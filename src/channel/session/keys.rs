@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::mem::MaybeUninit;
+use std::num::NonZeroU64;
 use std::str::FromStr;
 
 use aws_lc_rs::hkdf;
@@ -105,6 +106,12 @@ impl PeerKeys {
             mac: derived(psk.0.as_slice(), b"ipmoved v1 psk", &[b"mac"]),
             noise: derived(psk.0.as_slice(), b"ipmoved v1 psk", &[b"noise"]),
         }
+    }
+
+    /// What tells this peer from others, in every run of the daemon. It says nothing of the keys.
+    pub(crate) fn name(&self) -> NonZeroU64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.mac_of(b"ipmoved v1 peer");
+        NonZeroU64::new(u64::from_le_bytes([a, b, c, d, e, f, g, h])).unwrap_or(NonZeroU64::MIN)
     }
 
     /// The keyed hash that ends a handshake message.

@@ -69,6 +69,7 @@ mod tests;
 pub use config::{Timers, TunnelConfig};
 pub use event::{Event, State, Transmit, Warning};
 pub use messages::{Announcement, Deliver, MAX_ANNOUNCEMENT, MAX_MESSAGE, needs_list};
+pub use news::MAX_TROUBLES;
 pub use progress_news::MoveName;
 
 use announcement::{Incoming, Outgoing};

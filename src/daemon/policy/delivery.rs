@@ -8,8 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use super::Addresses;
 use crate::channel::tunnel::Deliver;
 use crate::flow::routes::Delivery;
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::moved::Move;
-use crate::model::port_map::PortMap;
 use crate::model::scopes::Scopes;
 use crate::settings::values::DeliverTo;
 
@@ -39,17 +39,17 @@ pub(super) struct Reached {
 /// that the family's default route leaves by. Each family is chosen for itself.
 pub(super) fn choose(
     to: DeliverTo,
-    ports: &[PortMap],
+    maps: &[DeliveryMap],
     reached: Reached,
     here: &Addresses,
 ) -> (Deliver, Delivery) {
-    let ports = ports.to_vec();
+    let maps = maps.to_vec();
     match to {
         DeliverTo::Keep => (
             Deliver::Keep,
             Delivery {
                 keep: true,
-                ports,
+                maps,
                 ..Delivery::default()
             },
         ),
@@ -78,7 +78,7 @@ pub(super) fn choose(
                 v4,
                 v6,
                 keep: false,
-                ports,
+                maps,
             };
             (Deliver::To { v4, v6 }, delivery)
         }
@@ -94,14 +94,26 @@ fn by_family(addr: Option<IpAddr>) -> Chosen {
     }
 }
 
-/// A move that cannot be delivered, since this host has no address of its family.
-pub(super) fn undeliverable(deliver: Deliver, moves: &[Move]) -> Option<&Move> {
+/// A move that cannot be delivered, since this host has no address of its family, and `--deliver`
+/// names none for it.
+pub(super) fn undeliverable<'m>(
+    deliver: Deliver,
+    maps: &[DeliveryMap],
+    moves: &'m [Move],
+) -> Option<&'m Move> {
+    let is_mapped = |moved: &Move| {
+        let whole = maps.iter().filter(|map| map.port.is_none());
+        whole.into_iter().any(|map| map.moved.covers(&moved.prefix))
+    };
     moves.iter().find(|moved| match deliver {
         Deliver::Keep => false,
-        Deliver::To { v4, v6 } => match moved.prefix.first() {
-            IpAddr::V4(_) => v4.is_none(),
-            IpAddr::V6(_) => v6.is_none(),
-        },
+        Deliver::To { v4, v6 } => {
+            let lacks = match moved.prefix.first() {
+                IpAddr::V4(_) => v4.is_none(),
+                IpAddr::V6(_) => v6.is_none(),
+            };
+            lacks && !is_mapped(moved)
+        }
     })
 }
 
@@ -113,17 +125,14 @@ pub(super) fn family(moved: &Move) -> &'static str {
     }
 }
 
-/// The port maps for which nothing has moved.
+/// Those of `--deliver` of which nothing has moved.
 pub(super) fn not_moved<'a>(
-    ports: &'a [PortMap],
+    maps: &'a [DeliveryMap],
     moves: &[Move],
-) -> impl Iterator<Item = &'a PortMap> {
-    ports.iter().filter(|map| {
-        !moves.iter().any(|moved| {
-            let of_port = |ports: &std::ops::RangeInclusive<u16>| ports.contains(&map.port);
-            moved.prefix.contains(map.moved)
-                && (moved.ports.is_empty() || moved.ports.iter().any(of_port))
-        })
+) -> impl Iterator<Item = &'a DeliveryMap> {
+    maps.iter().filter(|map| {
+        let about = map.about();
+        !moves.iter().any(|moved| moved.overlaps(&about))
     })
 }
 
@@ -345,7 +354,7 @@ mod tests {
         assert_eq!(deliver, Deliver::Keep);
         assert!(delivery.keep && delivery.v4.is_none() && delivery.v6.is_none());
         assert_eq!(
-            undeliverable(deliver, &moves("192.0.2.5 2001:db8::5")),
+            undeliverable(deliver, &[], &moves("192.0.2.5 2001:db8::5")),
             None
         );
     }
@@ -358,34 +367,45 @@ mod tests {
         };
         let both = moves("192.0.2.5 [2001:db8::5]:80");
         let here = Some("198.51.100.2");
-        assert_eq!(undeliverable(deliver(here, None), &both), Some(&both[1]));
         assert_eq!(
-            undeliverable(deliver(None, Some("fd00::1")), &both),
+            undeliverable(deliver(here, None), &[], &both),
+            Some(&both[1])
+        );
+        assert_eq!(
+            undeliverable(deliver(None, Some("fd00::1")), &[], &both),
             Some(&both[0])
         );
-        assert_eq!(undeliverable(deliver(here, Some("fd00::1")), &both), None);
-        assert_eq!(undeliverable(deliver(here, None), &both[..1]), None);
+        assert_eq!(
+            undeliverable(deliver(here, Some("fd00::1")), &[], &both),
+            None
+        );
+        assert_eq!(undeliverable(deliver(here, None), &[], &both[..1]), None);
+        for (map, lacks) in [
+            ("2001:db8::/64=fd00::/64", false),
+            ("[2001:db8::5]:80=[fd00::1]:80", true),
+            ("2001:db8::6=fd00::1", true),
+        ] {
+            let found = undeliverable(deliver(here, None), &all(map), &both);
+            assert_eq!(found.is_some(), lacks, "{map}");
+        }
     }
 
     #[test]
-    fn a_port_that_has_not_moved_is_named() {
-        let map = |moved: &str, port| PortMap {
-            transport: None,
-            moved: moved.parse().unwrap(),
-            port,
-            to: moved.parse().unwrap(),
-            to_port: 8_080,
-        };
-        for (moved, port, named) in [
-            ("192.0.2.5", 80, false),
-            ("192.0.2.5:80,443", 443, false),
-            ("192.0.2.5:80,443", 25, true),
-            ("192.0.2.6", 80, true),
-            ("", 80, true),
+    fn what_has_not_moved_is_named() {
+        for (moved, map, named) in [
+            ("192.0.2.5", "192.0.2.5:80=192.0.2.5:8080", false),
+            ("192.0.2.5:80,443", "192.0.2.5:443=192.0.2.5:8080", false),
+            ("192.0.2.5:80,443", "192.0.2.5:25=192.0.2.5:8080", true),
+            ("192.0.2.5:80/tcp", "192.0.2.5:80/udp=192.0.2.5:8080", true),
+            ("192.0.2.6", "192.0.2.5:80=192.0.2.5:8080", true),
+            ("", "192.0.2.5:80=192.0.2.5:8080", true),
+            ("192.0.2.5:80", "192.0.2.0/28=198.51.100.0/28", false),
+            ("192.0.2.0/24", "192.0.2.16/28:80=198.51.100.0/28:80", false),
+            ("192.0.2.0/28", "192.0.2.16/28=198.51.100.0/28", true),
         ] {
-            let ports = [map("192.0.2.5", port)];
-            let found = not_moved(&ports, &moves(moved)).count() == 1;
-            assert_eq!(found, named, "{moved} {port}");
+            let maps: Vec<DeliveryMap> = all(map);
+            let found = not_moved(&maps, &moves(moved)).count() == 1;
+            assert_eq!(found, named, "{moved} {map}");
         }
     }
 

@@ -74,11 +74,11 @@ use crate::flow::routes::Delivery;
 use crate::flow::translate::UnmovedPort;
 use crate::kernel::Place;
 use crate::model::accept::Accept;
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::{Endpoint, PeerId, Role};
-use crate::model::port_map::PortMap;
 use crate::model::prefix::Prefix;
 use crate::model::scopes::Scopes;
 use crate::settings::values::{DeliverTo, PeerAddr};
@@ -103,8 +103,8 @@ pub(super) struct PeerRules {
     pub(super) moves: Vec<Move>,
     /// Where to deliver what moved from it (new server).
     pub(super) deliver_to: DeliverTo,
-    /// Ports that are delivered elsewhere (new server).
-    pub(super) deliver: Vec<PortMap>,
+    /// What is delivered elsewhere (new server).
+    pub(super) deliver: Vec<DeliveryMap>,
     /// What it may move here; nothing accepts everything (new server).
     pub(super) accept: Vec<Accept>,
     /// Networks of this server's own that its clients may come from all the same (new server).
@@ -281,9 +281,9 @@ pub(super) enum Warning {
     /// `--deliver-to keep` could not be done.
     #[error("a moved address cannot be held: {0}")]
     NotHeld(String),
-    /// A `--deliver` for a port that has not moved.
-    #[error("--deliver {0}: that port has not moved here")]
-    PortNotMoved(PortMap),
+    /// A `--deliver` of which nothing has moved.
+    #[error("--deliver {0}: nothing of that has moved here")]
+    NothingMoved(DeliveryMap),
     /// The new server cannot do its part.
     #[error("the new server says: {0}")]
     FromNewServer(String),
@@ -384,7 +384,7 @@ pub(super) struct Policy {
 struct Peer {
     addr: Option<PeerAddr>,
     deliver_to: DeliverTo,
-    ports: Vec<PortMap>,
+    maps: Vec<DeliveryMap>,
     accept: Vec<Accept>,
     clients_from: Vec<Prefix>,
     outgoing: Vec<Outgoing>,
@@ -435,7 +435,7 @@ impl Policy {
                     lookup: named.then(|| Lookup::new(now)),
                     addr: rules.endpoint,
                     deliver_to: rules.deliver_to,
-                    ports: rules.deliver,
+                    maps: rules.deliver,
                     accept: rules.accept,
                     clients_from: rules.clients_from,
                     outgoing: rules.outgoing,
@@ -675,9 +675,9 @@ impl Policy {
         self.peers[index(peer)].deliver_to == DeliverTo::Keep
     }
 
-    /// Ports that are delivered elsewhere (new server).
-    pub(super) fn ports(&self, peer: PeerId) -> &[PortMap] {
-        &self.peers[index(peer)].ports
+    /// What is delivered elsewhere (new server).
+    pub(super) fn maps(&self, peer: PeerId) -> &[DeliveryMap] {
+        &self.peers[index(peer)].maps
     }
 
     /// What the peer may move here; nothing accepts everything (new server).
@@ -871,7 +871,7 @@ impl Policy {
         self.peers().flat_map(of_peer).chain(left)
     }
 
-    /// Whether what this host has of a served move by itself counts as moved. In mode `keep` the
+    /// Whether what this host has of a served move by itself counts as moved. With `keep` the
     /// settings name it, or it would be refused. With `--outgoing` alone nothing is refused for
     /// being this host's own, but the address that it speaks to peers from remains its own.
     fn counts_as_kept(&self, id: PeerId, moved: &Move) -> bool {
@@ -918,9 +918,9 @@ impl Policy {
         }
         self.deliver(id);
         let served = self.claims.served(id);
-        let ports = &self.peers[index(id)].ports;
-        for map in delivery::not_moved(ports, served) {
-            let warning = Warning::PortNotMoved(map.clone());
+        let maps = &self.peers[index(id)].maps;
+        for map in delivery::not_moved(maps, served) {
+            let warning = Warning::NothingMoved(map.clone());
             self.actions.push_back(Action::Warn(id, warning));
         }
     }
@@ -976,7 +976,7 @@ impl Policy {
             before: peer.chosen,
             from: peer.speaks_from.or(endpoint.local),
         };
-        let chosen = delivery::choose(peer.deliver_to, &peer.ports, reached, &self.addresses);
+        let chosen = delivery::choose(peer.deliver_to, &peer.maps, reached, &self.addresses);
         Some(chosen)
     }
 
@@ -1029,10 +1029,11 @@ impl Policy {
     /// Tells a peer where its packets are delivered, and why some are not. An administrator is told
     /// why as well.
     fn tell_delivery(&mut self, id: PeerId) {
-        let Some(deliver) = self.peers[index(id)].deliver else {
+        let peer = &self.peers[index(id)];
+        let Some(deliver) = peer.deliver else {
             return;
         };
-        let moved = delivery::undeliverable(deliver, self.claims.served(id));
+        let moved = delivery::undeliverable(deliver, &peer.maps, self.claims.served(id));
         let trouble = match deliver {
             Deliver::Keep => self.not_held.clone().map(Warning::NotHeld),
             Deliver::To { .. } => {

@@ -2,7 +2,7 @@
 //!
 //! Owns what the new server's settings accept of each peer, and what it never serves whatever they
 //! accept: an address that it needs itself. Whoever takes an old server over can name any address;
-//! in mode `keep` this host would then talk to itself instead of its gateway or its resolver.
+//! with `keep` this host would then talk to itself instead of its gateway or its resolver.
 //!
 //! A move is refused whole, even if a part of it is accepted. The old server captures all of it
 //! either way, so a narrower one would be half dead without anybody noticing.
@@ -57,7 +57,7 @@ pub(in crate::daemon) enum Why {
     Taken,
     /// The settings accept other moves of this peer.
     NotAccepted,
-    /// Mode `keep`: an address that this server has already, and that the settings accept as one
+    /// With `keep`: an address that this server has already, and that the settings accept as one
     /// of many.
     OwnAddress,
     /// This server needs the address itself.

@@ -700,20 +700,13 @@ fn nothing_is_delivered_before_it_is_known_where() {
 
 #[test]
 fn a_deliver_without_a_move_is_warned_of() {
-    let map = PortMap {
-        transport: None,
-        moved: "192.0.2.5".parse().unwrap(),
-        port: 80,
-        to: "198.51.100.2".parse().unwrap(),
-        to_port: 8_080,
-    };
     let rules = PeerRules {
-        deliver: vec![map],
+        deliver: all("192.0.2.5:80=198.51.100.2:8080"),
         ..rules(ANYWHERE)
     };
     let mut new = Machine::reached(vec![rules], "");
     let actions = new.moves(OLD, "192.0.2.5:443");
-    let warning = "--deliver 192.0.2.5:80=198.51.100.2:8080: that port has not moved here";
+    let warning = "--deliver 192.0.2.5:80=198.51.100.2:8080: nothing of that has moved here";
     assert_eq!(warnings(&actions), [warning]);
     assert!(warnings(&new.moves(OLD, "192.0.2.5")).is_empty());
 }

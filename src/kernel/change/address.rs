@@ -6,8 +6,14 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, in_ip, typed};
+use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, in_ip, read_sysctl, typed};
 use crate::kernel::netlink::{Address, Family, Netlink};
+
+/// Whether IPv6 is switched off on an interface: the kernel refuses addresses of it as if they were
+/// forbidden.
+fn is_without_ipv6(interface: &str) -> bool {
+    read_sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6")).is_ok_and(|value| value == "1")
+}
 
 /// An address on an interface.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -89,7 +95,8 @@ impl Kind for QuietAddress {
         Ok(Undone::Gone)
     }
 
-    fn remedy(&self, _error: &ChangeError) -> Option<&'static str> {
-        None
+    fn remedy(&self, error: &ChangeError) -> Option<&'static str> {
+        (error.is_denied() && self.addr.is_ipv6() && is_without_ipv6(&self.on.name))
+            .then_some("IPv6 is off here: `sysctl -w net.ipv6.conf.lo.disable_ipv6=0`")
     }
 }

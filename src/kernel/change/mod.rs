@@ -264,10 +264,6 @@ impl Change {
 
     /// The kernel's reason, and what a person can do about it.
     pub(super) fn remedy(&self, error: &ChangeError) -> String {
-        if error.is_denied() {
-            let remedy = privileges::remedy("CAP_NET_ADMIN", "--cap-add NET_ADMIN");
-            return format!("{error}; {remedy}");
-        }
         let remedy = if error.errno() == Some(Errno::NODEV) {
             Some("the interface is gone")
         } else {
@@ -275,6 +271,10 @@ impl Change {
         };
         match remedy {
             Some(remedy) => format!("{error}; {remedy}"),
+            None if error.is_denied() => {
+                let remedy = privileges::remedy("CAP_NET_ADMIN", "--cap-add NET_ADMIN");
+                format!("{error}; {remedy}")
+            }
             None => error.to_string(),
         }
     }

@@ -16,6 +16,7 @@ mod address;
 mod events;
 pub mod firewall;
 mod link;
+mod neighbour;
 mod plain;
 mod route;
 mod rule;

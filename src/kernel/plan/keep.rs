@@ -1,4 +1,4 @@
-//! The kernel changes of the new server in mode `keep` (`--deliver-to keep`), where the moved
+//! The kernel changes of the new server with `keep` (`--deliver-to keep`), where the moved
 //! address is its own, and with `--outgoing`, where programs are bound to it: the address, on the
 //! loopback interface.
 //!

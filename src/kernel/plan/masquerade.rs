@@ -1,4 +1,4 @@
-//! The kernel changes of the old server in mode `nat`, where it translates both addresses itself:
+//! The kernel changes of the old server with `nat`, where it translates both addresses itself:
 //! packets to moved addresses and the new server's replies go into the TUN, and packets that the
 //! daemon writes to the TUN leave towards either.
 //!
@@ -40,7 +40,7 @@ pub struct Towards {
     pub link: Link,
 }
 
-/// The changes for mode `nat`.
+/// The changes for `nat`.
 #[derive(Debug)]
 pub struct Plan {
     /// All but the last one.
@@ -61,7 +61,7 @@ impl Plan {
     }
 }
 
-/// The changes for mode `nat`: both captures, the programs that send, and reserved `ports`.
+/// The changes for `nat`: both captures, the programs that send, and reserved `ports`.
 ///
 /// # Errors
 /// If the kernel refuses a program, or the programs cannot work on one of the interfaces.

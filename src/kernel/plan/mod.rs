@@ -4,9 +4,9 @@
 //! ```text
 //!   capture      the old server: moved addresses into the TUN, and from the TUN to their clients
 //!   steer        the new server: replies to packets from the TUN go back into it
-//!   keep         the new server in mode `keep`: it holds the moved address itself
+//!   keep         the new server with `keep`: it holds the moved address itself
 //!   loopback     the new server: its own calls of what it holds itself
-//!   masquerade   the old server in mode `nat`: it translates both addresses
+//!   masquerade   the old server with `nat`: it translates both addresses
 //!   own          what the old server's programs remember, before and after a crash
 //! ```
 //!

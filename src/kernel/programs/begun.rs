@@ -8,7 +8,8 @@
 //! such an address: the daemon bounces the others.
 //!
 //! What this host has itself stays its own, and stays as it was: by its sockets for TCP and
-//! connected UDP, by what it [has begun](super::own) or answered otherwise. A connection of the new
+//! connected UDP, by what it [has begun](super::own) or answered otherwise. So is the tunnel's own
+//! port, whose socket is one that waits for everybody. A connection of the new
 //! server with the very same addresses and ports does not begin. What a client begins at a port
 //! that has not moved is none of the new server's in any case.
 //!
@@ -19,7 +20,7 @@
 //!     if (its port has moved) go on;
 //!     if ((b = lookup(begun, key))) { if (now - b->seen > REFRESH) b->seen = now; go on; }
 //!     if (this host has it, or a UDP socket at that port) { count; drop; }
-//!     update(begun, key, now);
+//!     update(begun, key, { now, 0 });
 //!     if (!TCP) update(taken, key, now);               // this host has not spoken first
 //! capture:  // of an address with BEGINS, by no port that has moved
 //!     parse();                                         // later, none, other: pass
@@ -33,7 +34,7 @@ use std::os::fd::AsFd;
 use Reg::{R0, R1, R7, R9, R10};
 
 use super::facts::Facts;
-use super::flows::{KEY_LAST, REFRESH, enter_now, jump_if_within, look_up};
+use super::flows::{KEY_LAST, REFRESH, VALUE, enter_now, jump_if_within, look_up};
 use super::headers::{icmpv4, icmpv6, ipv4, ipv6};
 use super::moved::Family;
 use super::own::Own;
@@ -160,6 +161,8 @@ fn note_begun_behind(a: &mut Assembler, l2: u32, facts: &Facts, refused: Label) 
     begun.count_refused(a);
     a.jump(refused);
     a.bind(note);
+    // Who has begun it, the daemon notes.
+    a.store(Size::Dw, R10, VALUE + 8, 0);
     enter_now(a, map);
     a.jump_if(PROTOCOL, If::Eq, i32::from(TCP), done);
     enter_now(a, &facts.own.taken);
@@ -233,12 +236,14 @@ fn jump_if_this_hosts(a: &mut Assembler, own: &Own, yes: Label, no: Label) {
 #[cfg(test)]
 mod tests {
     use std::net::{SocketAddr, TcpListener, UdpSocket};
+    use std::num::NonZeroU64;
     use std::os::fd::{AsFd, OwnedFd};
     use std::time::Duration;
 
     use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 
     use super::*;
+    use crate::flow::ended::HostFlow;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::netlink::{Address, Netlink};
     use crate::kernel::programs::capture;
@@ -378,6 +383,52 @@ mod tests {
             assert!(old.lets_out(&out));
             let back = Packet::new("198.51.100.2", "192.0.2.5", UDP, ports(51820, 51820));
             assert!(!old.is_taken(&back));
+            // Nor does the new server send any, while the tunnel has its socket.
+            let _tunnel = UdpSocket::bind("[::]:51820").unwrap();
+            for (moved, remote, ..) in ENDS {
+                let forged = Packet::new(moved, remote, UDP, ports(51820, 53));
+                assert!(!old.lets_out(&forged), "{moved}");
+            }
+            assert_eq!(old.facts.refused(), 2);
+        });
+    }
+
+    #[test]
+    fn which_new_server_has_begun_a_flow_is_kept_with_it() {
+        in_fresh_namespace(|| {
+            let old = OldServer::new();
+            let taken = old.facts.own().taken();
+            let [first, second] = [1, 2].map(NonZeroU64::new);
+            for (moved, remote, protocol, [ping, _]) in ENDS {
+                let at = |addr: &str, port| SocketAddr::new(addr.parse().unwrap(), port);
+                for (of, question, [local, other]) in [
+                    (TCP, tcp(40_000, 25, SYN), [40_000, 25]),
+                    (UDP, ports(5_060, 5_061), [5_060, 5_061]),
+                    (protocol, icmp(ping, 7), [0, 7]),
+                    (47, ports(1, 2), [0, 0]),
+                ] {
+                    let flow = HostFlow {
+                        protocol: of,
+                        local: at(moved, local),
+                        remote: at(remote, other),
+                    };
+                    taken.note_begun(&flow, first.unwrap());
+                    assert_eq!(taken.begun_by(&flow), None, "it has not begun");
+                    let question = Packet::new(moved, remote, of, question);
+                    assert!(old.lets_out(&question));
+                    assert_eq!(taken.begun_by(&flow), None, "nobody has told");
+                    for by in [first, second] {
+                        taken.note_begun(&flow, by.unwrap());
+                        assert!(old.lets_out(&question));
+                        assert_eq!(taken.begun_by(&flow), by);
+                    }
+                    let lasting: Vec<_> = (old.facts.own().lasting().iter())
+                        .map(|fd| fd.try_clone_to_owned().unwrap())
+                        .collect();
+                    let next = Own::found(&lasting).unwrap().unwrap().taken();
+                    assert_eq!(next.begun_by(&flow), second, "{flow:?}");
+                }
+            }
         });
     }
 

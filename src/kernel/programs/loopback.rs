@@ -11,7 +11,7 @@
 //! calls      by the key of a packet: LEADS, its destination becomes this; ANSWERS, its source
 //!            becomes this; PLAIN, it stays as it is
 //! targets    by moved prefix, or by moved address, protocol and port: where it is delivered, a
-//!            port of 0 for the same one
+//!            port of 0 for the same one, and which bits of the destination stay in the address
 //!
 //! if (not IP || ip.daddr in 127.0.0.0/8 or ::/32) pass;
 //! parse();                                     // not TCP or UDP, or a fragment: pass
@@ -67,6 +67,7 @@ use crate::flow::routes::Delivery;
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Shape, Size,
 };
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::moved::{Move, TCP, Transport, UDP};
 use crate::model::prefix::Prefix;
 use crate::packet::SYN;
@@ -98,8 +99,14 @@ const LENGTH: usize = 4;
 const TARGET_KEY_BYTES: usize = LENGTH + 24;
 const FAMILY_BITS: u32 = 32;
 const PORT_BITS: u32 = FAMILY_BITS + 128 + 32;
-/// A target is an address and a port.
-const TARGET_BYTES: usize = 20;
+/// A target is an address, a port, and a mask of the address.
+const TARGET_BYTES: usize = TARGET_MASK as usize + 16;
+const TARGET_MASK: i16 = CALL_BYTES as i16;
+
+/// Most addresses of a prefix of which a port is delivered elsewhere, each of which is a target of
+/// its own: the key has the port behind the address. Calls to that port of a longer list go to the
+/// same port.
+const MAX_EXPANDED: usize = 256;
 
 /// Where the stack keeps the key of the answer, that of a target, and a call's value.
 const TURNED: i16 = -144;
@@ -202,7 +209,7 @@ impl Loopback {
             let of_port = port_key(flow.remote.ip(), UDP, port);
             let known =
                 self.calls.read(&key, &mut call) && self.targets.read(&of_port, &mut target);
-            let (leads, anew) = (call_parts(&call), call_parts(&target));
+            let (leads, anew) = (call_parts(&call), place_of(&target, flow.remote.ip()));
             let anew_port = if anew.1 == 0 { port } else { anew.1 };
             if known && leads.2 == LEADS && (leads.0, leads.1) != (anew.0, anew_port) {
                 // It may have given way meanwhile.
@@ -211,6 +218,18 @@ impl Loopback {
         }
         Ok(())
     }
+}
+
+/// Where a call of this address is delivered by a target.
+fn place_of(target: &[u8; TARGET_BYTES], called: IpAddr) -> ([u8; 16], u16) {
+    let mut call = [0; CALL_BYTES];
+    call.copy_from_slice(&target[..CALL_BYTES]);
+    let (mut addr, port, _) = call_parts(&call);
+    let mask = &target[TARGET_MASK as usize..];
+    for ((byte, own), mask) in addr.iter_mut().zip(octets(called)).zip(mask) {
+        *byte |= own & mask;
+    }
+    (addr, port)
 }
 
 /// Address, port and kind of a value.
@@ -226,64 +245,112 @@ fn call_parts(value: &[u8; CALL_BYTES]) -> ([u8; 16], u16, u16) {
 /// that lies in one which another peer has delivered elsewhere, has no target: which of them moved
 /// a port is more than a prefix tells.
 fn targets(peers: &[PeerTargets<'_>]) -> Targets {
-    let mut prefixes: BTreeMap<Prefix, Option<IpAddr>> = BTreeMap::new();
+    let mut prefixes: BTreeMap<Prefix, Of> = BTreeMap::new();
     let mut out = Targets::new();
-    for PeerTargets { moves, to } in peers.iter().filter(|peer| !peer.to.keep) {
+    for (number, PeerTargets { moves, to }) in peers.iter().enumerate() {
+        if to.keep {
+            continue;
+        }
+        let (of_ports, whole): (Vec<_>, Vec<_>) =
+            to.maps.iter().partition(|map| map.port.is_some());
         for moved in *moves {
-            let to = if moved.prefix.is_ipv4() {
-                to.v4.map(IpAddr::V4)
-            } else {
-                to.v6.map(IpAddr::V6)
-            };
-            let known = prefixes.entry(moved.prefix).or_insert(to);
-            if *known != to {
-                *known = None;
+            let within = whole.iter().filter(|map| moved.prefix.covers(&map.moved));
+            let parts = within.map(|map| map.moved).filter(|it| *it != moved.prefix);
+            for prefix in parts.chain([moved.prefix]) {
+                let map = whole.iter().find(|map| map.moved.covers(&prefix));
+                let to = match map {
+                    Some(map) => Some(target(map.to, 0)),
+                    None if prefix.is_ipv4() => to.v4.map(|to| target(IpAddr::V4(to).into(), 0)),
+                    None => to.v6.map(|to| target(IpAddr::V6(to).into(), 0)),
+                };
+                let of = Of {
+                    number,
+                    to,
+                    agreed: true,
+                };
+                let known = prefixes.entry(prefix).or_insert(of);
+                known.agreed &= known.to == to;
             }
         }
-        for map in &to.ports {
-            let transports: &[u8] = match map.transport {
+        for map in of_ports {
+            let transports: &[u8] = match map.port.and_then(|port| port.transport) {
                 Some(Transport::Tcp) => &[TCP],
                 Some(Transport::Udp) => &[UDP],
                 None => &[TCP, UDP],
             };
             for &protocol in transports {
-                let has_moved = |moved: &&Move| {
-                    moved.prefix.contains(map.moved) && moved.takes(protocol, Some(map.port))
-                };
-                if map.moved.is_ipv4() == map.to.is_ipv4()
-                    && moves.iter().copied().any(|it| has_moved(&it))
-                {
-                    let key = port_key(map.moved, protocol, map.port);
-                    out.entry(key)
-                        .or_insert_with(|| target(map.to, map.to_port));
-                }
+                expand(&mut out, moves, map, protocol);
             }
         }
     }
     // A prefix stands behind those that it lies in.
-    let mut around: Vec<(Prefix, Option<IpAddr>)> = Vec::new();
-    for (prefix, to) in prefixes {
+    let mut around: Vec<(Prefix, Of)> = Vec::new();
+    for (prefix, of) in prefixes {
         while around
             .last()
             .is_some_and(|(outer, _)| !outer.covers(&prefix))
         {
             around.pop();
         }
-        let clear = around.last().is_none_or(|(_, outer)| *outer == to);
-        around.push((prefix, to.filter(|_| clear)));
-        let to = to
-            .filter(|_| clear)
-            .map_or([0; TARGET_BYTES], |to| target(to, 0));
-        out.insert(prefix_key(prefix), to);
+        let agreed = of.agreed
+            && around.last().is_none_or(|(_, outer)| {
+                outer.agreed && (outer.to == of.to || outer.number == of.number)
+            });
+        around.push((prefix, Of { agreed, ..of }));
+        let to = of.to.filter(|_| agreed);
+        out.insert(prefix_key(prefix), to.unwrap_or([0; TARGET_BYTES]));
     }
     out
 }
 
-fn target(addr: IpAddr, port: u16) -> [u8; TARGET_BYTES] {
+/// What is delivered of a prefix.
+#[derive(Clone, Copy)]
+struct Of {
+    /// The peer's place among all.
+    number: usize,
+    /// None if there is no address of its family.
+    to: Option<[u8; TARGET_BYTES]>,
+    /// No other peer has anything of it delivered elsewhere.
+    agreed: bool,
+}
+
+/// Enters the targets of a port that is delivered elsewhere, as far as it has moved.
+fn expand(out: &mut Targets, moves: &[&Move], map: &DeliveryMap, protocol: u8) {
+    let Some(mapped) = map.port else { return };
+    let some = map.moved.addresses().take(MAX_EXPANDED + 1);
+    let some: Vec<IpAddr> = some.collect();
+    if some.len() > MAX_EXPANDED {
+        return;
+    }
+    for addr in some {
+        let takes =
+            |moved: &&Move| moved.prefix.contains(addr) && moved.takes(protocol, Some(mapped.from));
+        if moves.iter().copied().any(|moved| takes(&moved)) {
+            let (to, port) = map.place(addr, mapped.from);
+            out.entry(port_key(addr, protocol, mapped.from))
+                .or_insert_with(|| target(to.into(), port));
+        }
+    }
+}
+
+/// Leads to the addresses of a prefix, each by its host part.
+fn target(to: Prefix, port: u16) -> [u8; TARGET_BYTES] {
     let mut value = [0; TARGET_BYTES];
-    put(&mut value[..16], addr);
+    put(&mut value[..16], to.first());
     value[16..18].copy_from_slice(&port.to_be_bytes());
+    // The last address of a prefix is the first one with all bits of the host part.
+    let ends = octets(to.first()).into_iter().zip(octets(to.last()));
+    for (byte, (first, last)) in value[TARGET_MASK as usize..].iter_mut().zip(ends) {
+        *byte = first ^ last;
+    }
     value
+}
+
+/// The bytes of an address, IPv4 in the first four.
+fn octets(addr: IpAddr) -> [u8; 16] {
+    let mut out = [0; 16];
+    put(&mut out, addr);
+    out
 }
 
 fn prefix_key(prefix: Prefix) -> [u8; TARGET_KEY_BYTES] {
@@ -368,6 +435,14 @@ pub fn loopback(maps: &FlowMaps, accepts_local: bool) -> Result<Program, BpfErro
     a.load(Size::W, R1, R0, 0);
     a.jump_if(R1, If::Eq, 0, other);
     keep_target(a);
+    for word in (0..16).step_by(4) {
+        a.load(Size::W, R1, R0, TARGET_MASK + word);
+        a.load(Size::W, R2, R10, KEY_REMOTE + word);
+        a.alu(Alu::And, R2, R1);
+        a.load(Size::W, R1, R10, TARGET + word);
+        a.alu(Alu::Or, R1, R2);
+        a.store(Size::W, R10, TARGET + word, R1);
+    }
     let mapped = a.label();
     a.load(Size::H, R1, R10, TARGET + CALL_PORT);
     a.jump_if(R1, If::Ne, 0, mapped);
@@ -718,7 +793,6 @@ mod tests {
     use crate::kernel::programs::testing::{
         Packet, TC_ACT_REDIRECT, frame, moves, ports as ports_of, tcp as tcp_of,
     };
-    use crate::model::port_map::PortMap;
     use crate::packet::ACK;
 
     /// The moved address, where it is delivered, and another address of this host.
@@ -728,12 +802,12 @@ mod tests {
     ];
 
     fn delivery(to: [&str; 2], maps: &[&str]) -> Delivery {
-        let map = |text: &&str| text.parse::<PortMap>().unwrap();
+        let map = |text: &&str| text.parse::<DeliveryMap>().unwrap();
         Delivery {
             v4: to[0].parse().ok(),
             v6: to[1].parse().ok(),
             keep: false,
-            ports: maps.iter().map(map).collect(),
+            maps: maps.iter().map(map).collect(),
         }
     }
 
@@ -875,6 +949,66 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn each_address_of_a_prefix_is_called_at_its_own() {
+        for (moved, map, called, to) in [
+            (
+                "192.0.2.16/28",
+                "192.0.2.16/28=198.51.100.32/28",
+                "192.0.2.21",
+                "198.51.100.37",
+            ),
+            // Single moves within it, and a part of a longer move.
+            (
+                "192.0.2.21",
+                "192.0.2.16/28=198.51.100.32/28",
+                "192.0.2.21",
+                "198.51.100.37",
+            ),
+            (
+                "192.0.2.0/24",
+                "192.0.2.16/28=198.51.100.32/28",
+                "192.0.2.31",
+                "198.51.100.47",
+            ),
+            (
+                "192.0.2.0/24",
+                "192.0.2.16/28=198.51.100.32/28",
+                "192.0.2.32",
+                "198.51.100.2",
+            ),
+            (
+                "2001:db8:a::/64",
+                "2001:db8:a::/64=2001:db8:b:7::/64",
+                "2001:db8:a:0:1::5",
+                "2001:db8:b:7:1::5",
+            ),
+        ] {
+            let (maps, program) = with(&[moved], &[map]);
+            for protocol in [TCP, UDP] {
+                let call = Packet::new(called, called, protocol, begin(protocol, 40_000, 80));
+                let (anew, after) = becomes(&program, &call);
+                assert!(anew, "{moved} {map}");
+                is_between(&after, (called, 40_000), (to, 80));
+                let answers = Packet::new(to, called, protocol, answer(protocol, 80, 40_000));
+                let (_, after) = becomes(&program, &answers);
+                is_between(&after, (called, 80), (called, 40_000));
+            }
+            // What leads where it leads now is not forgotten.
+            let calls = || maps.loopback().calls.keys().unwrap().len();
+            let before = calls();
+            maps.loopback().forget_led_elsewhere().unwrap();
+            assert_eq!(calls(), before);
+        }
+        let (_maps, program) = with(
+            &["192.0.2.16/28"],
+            &["192.0.2.16/28:80=198.51.100.32/28:8080"],
+        );
+        let call = Packet::new("192.0.2.21", "192.0.2.21", TCP, tcp_of(40_000, 80, SYN));
+        let (_, after) = becomes(&program, &call);
+        is_between(&after, ("192.0.2.21", 40_000), ("198.51.100.37", 8080));
     }
 
     #[test]

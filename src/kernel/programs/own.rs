@@ -23,8 +23,9 @@
 //! fragments  u64 taken
 //!            fragmented packets under way, by identification: those of own conversations, and
 //!            while not everything is moved those that were taken as well
-//! begun      u64 seen
-//!            what the new server has begun from ports that have not moved, see `begun`
+//! begun      struct { u64 seen; u64 by; }
+//!            what the new server has begun from ports that have not moved, see `begun`; where
+//!            several may, which of them has, as the daemon notes it with the first answer
 //! noted      by a hash of the flow: u64 hash_and_time
 //!            where the new server's answer was noted of late, so that it need not be noted again
 //! facts      struct { u64 since; u64 stayed; u64 full; }
@@ -34,6 +35,7 @@
 //!
 //! TCP of this host needs no memory: its sockets are asked.
 
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -156,6 +158,7 @@ const FULL: u32 = 16;
 
 const KEY_BYTES: usize = 40;
 const OWN_BYTES: usize = 16;
+const BEGUN_BYTES: usize = 16;
 const FACTS_BYTES: usize = 24;
 
 const fn table(name: &'static str, value_size: usize, max_entries: u32) -> Shape {
@@ -177,7 +180,7 @@ const KEPT: Shape = Shape {
 const TAKEN: Shape = table("ipmoved_taken", 8, MAX_OWN);
 const OTHERS: Shape = table("ipmoved_ownrest", 8, MAX_OTHERS);
 const FRAGMENTS: Shape = table("ipmoved_ownfrag", 8, MAX_FRAGMENTED);
-const BEGUN: Shape = table("ipmoved_begun", 8, MAX_BEGUN);
+const BEGUN: Shape = table("ipmoved_begun", BEGUN_BYTES, MAX_BEGUN);
 const NOTED: Shape = Shape {
     kind: MapKind::Array,
     name: "ipmoved_noted",
@@ -207,7 +210,7 @@ pub struct Own {
     pub(super) fragments: Map,
     pub(super) noted: Map,
     /// None while the new server may begin nothing from such a port.
-    pub(super) begun: Option<Map>,
+    pub(super) begun: Option<Arc<Map>>,
     facts: Map,
     /// A daemon that was killed had it before.
     resumes: bool,
@@ -225,17 +228,39 @@ struct Sweep {
 
 /// What capture has noted of the flows that it hands over.
 #[derive(Debug)]
-struct TakenMap(Arc<Map>);
+struct TakenMap {
+    taken: Arc<Map>,
+    begun: Option<Arc<Map>>,
+}
 
 impl Taken for TakenMap {
     fn has(&self, flow: &HostFlow) -> bool {
         let mut answered = [0; 8];
-        self.0.read(&key_of(flow), &mut answered) && (flow.protocol == TCP || answered != [0; 8])
+        self.taken.read(&key_of(flow), &mut answered)
+            && (flow.protocol == TCP || answered != [0; 8])
     }
 
     fn note(&self, flow: &HostFlow) {
         // The daemon knows it all the same, as long as it lives.
-        let _ = self.0.insert(&key_of(flow), &[0; 8]);
+        let _ = self.taken.insert(&key_of(flow), &[0; 8]);
+    }
+
+    fn begun_by(&self, flow: &HostFlow) -> Option<NonZeroU64> {
+        let mut value = [0; BEGUN_BYTES];
+        let found = self.begun.as_ref()?.read(&key_of(flow), &mut value);
+        let by = u64::from_ne_bytes(*value.last_chunk()?);
+        NonZeroU64::new(by).filter(|_| found)
+    }
+
+    fn note_begun(&self, flow: &HostFlow, by: NonZeroU64) {
+        let Some(begun) = &self.begun else { return };
+        let (key, mut value) = (key_of(flow), [0; BEGUN_BYTES]);
+        let is_told = |value: &[u8; BEGUN_BYTES]| value.ends_with(&by.get().to_ne_bytes());
+        // Whoever answers is in there; without it only the next daemon would miss something.
+        if begun.read(&key, &mut value) && !is_told(&value) {
+            value[BEGUN_BYTES - 8..].copy_from_slice(&by.get().to_ne_bytes());
+            let _ = begun.insert(&key, &value);
+        }
     }
 }
 
@@ -295,7 +320,7 @@ impl Own {
             others: find_or_make(OTHERS)?,
             fragments: find_or_make(FRAGMENTS)?,
             noted: find_or_make(NOTED)?,
-            begun: find(BEGUN),
+            begun: find(BEGUN).map(Arc::new),
             resumes: true,
         }))
     }
@@ -306,7 +331,7 @@ impl Own {
     /// If the kernel refuses.
     pub(super) fn remember_begun(&mut self) -> Result<(), BpfError> {
         if self.begun.is_none() {
-            self.begun = Some(Map::new(BEGUN)?);
+            self.begun = Some(Arc::new(Map::new(BEGUN)?));
         }
         Ok(())
     }
@@ -328,14 +353,17 @@ impl Own {
         } = self;
         [own, kept, &**taken, others, fragments, noted, facts]
             .into_iter()
-            .chain(begun)
+            .chain(begun.as_deref())
             .map(AsFd::as_fd)
             .collect()
     }
 
     /// What capture has noted of the flows that it hands over.
     pub fn taken(&self) -> Arc<dyn Taken> {
-        Arc::new(TakenMap(Arc::clone(&self.taken)))
+        Arc::new(TakenMap {
+            taken: Arc::clone(&self.taken),
+            begun: self.begun.clone(),
+        })
     }
 
     /// Whether a daemon that was killed had this memory before.

@@ -1,5 +1,5 @@
-//! Takes the new server's replies to borrowed ports, and ICMP errors about packets from there, in
-//! mode `nat`: for the ingress of the old server's interface to the new one.
+//! Takes the new server's replies to borrowed ports, and ICMP errors about packets from there, with
+//! `nat`: for the ingress of the old server's interface to the new one.
 //!
 //! It cannot know of every packet whether the daemon translates it. So it also takes fragments,
 //! which do not show their port, and echo replies, whose identifiers the host's own pings choose

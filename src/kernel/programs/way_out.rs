@@ -1,4 +1,4 @@
-//! Sends each packet that the daemon writes to its TUN in mode `nat` to its destination: for the
+//! Sends each packet that the daemon writes to its TUN with `nat` to its destination: for the
 //! ingress of the old server's TUN.
 //!
 //! The packet goes to the new server, or to a client through the uplink, or, if its destination is
