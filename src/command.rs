@@ -10,6 +10,7 @@
     reason = "an edge: the command line's own voice"
 )]
 
+mod check;
 mod cutover;
 mod here;
 mod orders;
@@ -28,8 +29,7 @@ use clap::{CommandFactory, Parser};
 use crate::channel::session::Psk;
 use crate::daemon::{self, DaemonError, confine, log};
 use crate::io::entropy;
-use crate::kernel::iptables;
-use crate::kernel::netlink::firewall;
+use crate::kernel::netfilter::Ruleset;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
 use crate::lab::{DemoError, LabError};
 use crate::model::prefix::Prefix;
@@ -67,6 +67,7 @@ pub fn main() -> ExitCode {
         None => run(cli.run),
         Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
+        Some(Command::Check(args)) => check::run(args),
         Some(Command::Status { json }) => show_status(json),
         Some(Command::Move(args)) => orders::move_away(args),
         Some(Command::Hold(args)) => orders::hold(args),
@@ -363,11 +364,8 @@ fn name_firewalls(status: &mut Status) {
     if firewalls.peek().is_none() {
         return;
     }
-    // Either may be missing in the kernel.
-    let mut chains = firewall::drop_chains().unwrap_or_default();
-    let legacy = iptables::drop_chains();
-    let is_legacy = !legacy.is_empty();
-    chains.extend(legacy);
+    let rules = Ruleset::read();
+    let (chains, is_legacy) = (rules.drop_chains(), rules.has_legacy());
     let chains: Vec<String> = chains.iter().map(ToString::to_string).collect();
     if chains.is_empty() {
         return;

@@ -7,6 +7,7 @@ pub mod asked;
 pub mod budget;
 pub mod bytes;
 pub mod drops;
+pub mod finding;
 pub mod mode;
 pub mod move_index;
 pub mod moved;

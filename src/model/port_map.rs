@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-use crate::model::moved::{Move, MoveError, Transport};
+use crate::model::moved::{Move, MoveError, TCP, Transport, UDP};
 
 /// One port of a moved address that is delivered to another address or port.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -25,6 +25,15 @@ pub struct PortMap {
 }
 
 impl PortMap {
+    /// Whether packets of that protocol are delivered by it.
+    pub fn takes(&self, protocol: u8) -> bool {
+        match self.transport {
+            None => protocol == TCP || protocol == UDP,
+            Some(Transport::Tcp) => protocol == TCP,
+            Some(Transport::Udp) => protocol == UDP,
+        }
+    }
+
     /// Whether some packet would be delivered by both.
     pub fn overlaps(&self, other: &Self) -> bool {
         let transports = match (self.transport, other.transport) {
