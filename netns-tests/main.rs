@@ -22,6 +22,7 @@ mod bad_input;
 mod bad_new_server;
 mod bad_packets;
 mod behind_dnat;
+mod check;
 mod confined;
 mod demo;
 mod dry_run;

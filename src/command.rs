@@ -10,6 +10,7 @@
     reason = "an edge: the command line's own voice"
 )]
 
+mod check;
 mod cutover;
 mod dry_run;
 mod generate;
@@ -29,8 +30,7 @@ use clap::{CommandFactory, Parser};
 use crate::channel::session::Psk;
 use crate::daemon::{self, DaemonError, confine, log};
 use crate::io::entropy;
-use crate::kernel::iptables;
-use crate::kernel::netlink::firewall;
+use crate::kernel::netfilter::Ruleset;
 use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
 use crate::lab::{DemoError, LabError};
 use crate::model::status::Status;
@@ -59,6 +59,7 @@ pub fn main() -> ExitCode {
         Some(Command::Nat(args)) if args.dry_run.dry_run => dry_run::of_nat(args),
         Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
+        Some(Command::Check(args)) => check::run(args),
         Some(Command::Status { json }) => show_status(json),
         Some(Command::Move(args)) => orders::move_away(args),
         Some(Command::Hold(args)) => orders::hold(args),
@@ -259,11 +260,8 @@ fn name_firewalls(status: &mut Status) {
     if firewalls.peek().is_none() {
         return;
     }
-    // Either may be missing in the kernel.
-    let mut chains = firewall::drop_chains().unwrap_or_default();
-    let legacy = iptables::drop_chains();
-    let is_legacy = !legacy.is_empty();
-    chains.extend(legacy);
+    let rules = Ruleset::read();
+    let (chains, is_legacy) = (rules.drop_chains(), rules.has_legacy());
     let chains: Vec<String> = chains.iter().map(ToString::to_string).collect();
     if chains.is_empty() {
         return;

@@ -11,7 +11,7 @@ use super::policy::refusal::{Refusal, Why};
 use super::silence::{Around, cause, nobody_there};
 use crate::flow::translate::Translator;
 use crate::kernel::look::{self, Listener};
-use crate::kernel::netlink::{Family, RouteQuery};
+use crate::kernel::netlink::{Family, Netlink, RouteQuery};
 use crate::model::asked::Asked;
 use crate::model::drops::DropReason;
 use crate::model::moved::{Move, TCP, UDP};
@@ -106,8 +106,12 @@ pub(super) fn direct_connection() -> Cause {
 /// Marks with which answers would not reach the tunnel, though without one they do: those that a
 /// rule sends to a table, and those that a rule drops. Whether an answer has such a mark (`CONNMARK
 /// --restore-mark`, `meta mark set`) the daemon cannot know.
-pub(super) fn by_mark(query: RouteQuery, around: &Around<'_>) -> (Vec<Cause>, Vec<Cause>) {
-    let rules = around.netlink.rules(Family::of(query.dst));
+pub(super) fn by_mark(
+    query: RouteQuery,
+    netlink: &Netlink,
+    carries: &dyn Fn(u32) -> bool,
+) -> (Vec<Cause>, Vec<Cause>) {
+    let rules = netlink.rules(Family::of(query.dst));
     let mut by_table: BTreeMap<u32, (u32, bool)> = BTreeMap::new();
     for rule in rules.unwrap_or_default() {
         let Some((mark, mask)) = rule.mark else {
@@ -126,7 +130,7 @@ pub(super) fn by_mark(query: RouteQuery, around: &Around<'_>) -> (Vec<Cause>, Ve
             mark: Some(mark),
             ..query
         };
-        let Some(why) = goes_astray(query, around) else {
+        let Some(why) = goes_astray(query, netlink, carries) else {
             continue;
         };
         let text = format!("answers that carry the mark {mark:#x} (ip rule {priority}) {why}");
@@ -146,13 +150,13 @@ pub(super) fn by_mark(query: RouteQuery, around: &Around<'_>) -> (Vec<Cause>, Ve
 
 /// That the next host on the way to a client is not found on its link: the kernel keeps answers,
 /// and drops them, before they can be taken.
-pub(super) fn next_hop_missed(query: RouteQuery, around: &Around<'_>) -> Option<Cause> {
-    let route = around.netlink.route_of(query).ok()?;
+pub(super) fn next_hop_missed(query: RouteQuery, netlink: &Netlink) -> Option<Cause> {
+    let route = netlink.route_of(query).ok()?;
     let (oif, next) = (route.oif?, route.gateway.unwrap_or(query.dst));
-    if !around.netlink.is_missed(oif, next).ok()? {
+    if !netlink.is_missed(oif, next).ok()? {
         return None;
     }
-    let link = around.netlink.link_by_index(oif).ok()??;
+    let link = netlink.link_by_index(oif).ok()??;
     let name = link.name;
     let (text, remedy) = match route.gateway {
         Some(gateway) => (
@@ -175,17 +179,21 @@ pub(super) fn next_hop_missed(query: RouteQuery, around: &Around<'_>) -> Option<
     Some(cause("no_neighbour", text, remedy))
 }
 
-/// What becomes of an answer that does not come to the tunnel by the kernel's routes.
-pub(super) fn goes_astray(query: RouteQuery, around: &Around<'_>) -> Option<String> {
-    let oif = match around.netlink.route_of(query) {
+/// What becomes of an answer that does not come to the tunnel by the kernel's routes. `carries`
+/// says of an interface's index whether our programs are there, or it is the TUN.
+pub(super) fn goes_astray(
+    query: RouteQuery,
+    netlink: &Netlink,
+    carries: &dyn Fn(u32) -> bool,
+) -> Option<String> {
+    let oif = match netlink.route_of(query) {
         Err(error) => return Some(format!("find no route: {error}")),
         Ok(route) => route.oif?,
     };
-    let mut carrying = around.follower.carrying().iter();
-    if carrying.any(|link| link.index == oif) || around.follower.is_tun(oif) {
+    if carries(oif) {
         return None;
     }
-    let link = around.netlink.link_by_index(oif).ok()??;
+    let link = netlink.link_by_index(oif).ok()??;
     let name = link.name;
     Some(format!("leave by {name}, where ipmoved does not take them"))
 }

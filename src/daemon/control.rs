@@ -332,7 +332,11 @@ fn tunnels(
                 indexes: indexes.clone(),
                 entropy: entropy::system(),
             };
-            Tunnel::new(config, now).map_err(failed)
+            let mut tunnel = Tunnel::new(config, now).map_err(failed)?;
+            if tunnel.role() == Role::New {
+                tunnel.set_accept(policy.accept(peer).to_vec());
+            }
+            Ok(tunnel)
         })
         .collect()
 }

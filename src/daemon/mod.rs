@@ -16,7 +16,8 @@
 //! `delivered` where the new one delivered last. `orders` is what commands ask of the old server
 //! over the `control_socket`, and `state_dir` keeps what comes of it.
 //!
-//! `progress` is how far each move has come, and `silence` what is not answered.
+//! `progress` is how far each move has come, and `silence` what is not answered. `checks` is
+//! whether it will work on this server, and `login` the session that a command is given from.
 //!
 //! `visitors` hands over who comes to be recorded (stragglers).
 //!
@@ -35,6 +36,7 @@
 )]
 
 mod causes;
+pub mod checks;
 mod chosen;
 pub mod confine;
 mod control;
@@ -47,6 +49,7 @@ mod follow;
 mod held;
 mod kept;
 pub mod log;
+pub mod login;
 mod nat;
 mod orders;
 mod policy;
@@ -63,6 +66,7 @@ mod watchdog;
 
 use std::path::Path;
 
+use self::checks::Words;
 use self::orders::Orders;
 use crate::model::peer::PeerId;
 use crate::settings::config::Config;
@@ -83,6 +87,13 @@ pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
             .peers
             .iter()
             .filter_map(|peer| peer.endpoint.as_ref());
+        // Before the daemon may no longer look at the firewall.
+        if ready.tools.awaited.is_none() || ready.tools.follower.leads_out() {
+            let words = Words::new(std::env::args());
+            let uplinks = ready.tools.follower.uplinks();
+            let found = checks::at_start(&config, &words, &ready.tools.endpoints, uplinks);
+            config.warnings.extend(found);
+        }
         // Before the first thread starts: later threads inherit what this one gives up.
         let confinement = confine::confine(confine::Needs {
             runtime_dir: ready.host.dir(),

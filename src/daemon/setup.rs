@@ -179,6 +179,12 @@ impl Uplinks {
         uplinks
     }
 
+    /// One alone.
+    #[cfg(test)]
+    pub(super) fn of(link: Link) -> Self {
+        Self::new(link, [])
+    }
+
     /// The first: of those that clients use, or the one of `--uplink`.
     pub(super) fn first(&self) -> Option<&Link> {
         self.0.first()

@@ -215,6 +215,14 @@ pub(super) struct Around<'a> {
     pub(super) translator: Option<&'a Translator>,
 }
 
+impl Around<'_> {
+    /// Whether answers that leave by an interface come to the tunnel.
+    fn carries(&self, index: u32) -> bool {
+        let mut carrying = self.follower.carrying().iter();
+        carrying.any(|link| link.index == index) || self.follower.is_tun(index)
+    }
+}
+
 impl Watched {
     /// The peer is there, after it was away, or anew.
     fn is_back(&mut self, now: Instant, role: Role) {
@@ -891,9 +899,10 @@ impl Watcher {
                 mark: None,
                 from: Some((asked.protocol, to.port())),
             };
-            match no_way_back(query, around) {
+            let carries = |link| around.carries(link);
+            match no_way_back(query, around.netlink, &carries) {
                 Some(cause) => causes.push(cause),
-                None => (astray, dropped) = causes::by_mark(query, around),
+                None => (astray, dropped) = causes::by_mark(query, around.netlink, &carries),
             }
         }
         let mut certain = !causes.is_empty() && thing.serves();
@@ -1103,7 +1112,7 @@ fn lost_between(text: &str) -> Cause {
     cause(LOST, text.into(), remedy.into())
 }
 
-fn forwarding_off(v4: bool) -> Cause {
+pub(super) fn forwarding_off(v4: bool) -> Cause {
     let set = if v4 {
         "net.ipv4.ip_forward"
     } else {
@@ -1124,18 +1133,22 @@ fn firewall() -> Cause {
 }
 
 /// Whether the kernel knows a way for the answers, from where is delivered to a client.
-fn no_way_back(query: RouteQuery, around: &Around<'_>) -> Option<Cause> {
+pub(super) fn no_way_back(
+    query: RouteQuery,
+    netlink: &Netlink,
+    carries: &dyn Fn(u32) -> bool,
+) -> Option<Cause> {
     let from = query.src?;
     let remedy = format!("look at `ip route get CLIENT from {from}` and `ip rule`");
-    if let Err(error) = around.netlink.route_of(query) {
+    if let Err(error) = netlink.route_of(query) {
         let text = format!("this server has no route from {from} to its clients: {error}");
         return Some(cause("no_route", text, remedy));
     }
-    if let Some(why) = causes::goes_astray(query, around) {
+    if let Some(why) = causes::goes_astray(query, netlink, carries) {
         let text = format!("answers to clients {why}");
         return Some(cause("route_elsewhere", text, remedy));
     }
-    causes::next_hop_missed(query, around)
+    causes::next_hop_missed(query, netlink)
 }
 
 /// What is said of who listens, if that is a cause.

@@ -10,8 +10,10 @@
 //!   runtime_dir   where the journal lies, and the lock that keeps a second daemon out
 //!   programs      the programs at the interfaces, one a file
 //!   bpf           how programs are written, and how they get into the kernel
-//!   iptables      which chains of legacy iptables drop
+//!   netfilter     what the firewall does with a packet, for commands and at the start
 //!   sockets       the conversations of this host's own sockets, for commands
+//!   levers        whether the kernel can do it: tried out where it vanishes
+//!   processes     which programs run beside this one
 //!   look          who listens where, and what the kernel counts: for the causes of silence
 //!   netlink       the conversation with the kernel, by object
 //!   conntrack     which connections the kernel tracks of hosts behind this one
@@ -29,11 +31,13 @@ pub mod bpf;
 pub mod change;
 pub mod conntrack;
 mod host;
-pub mod iptables;
 pub mod journal;
+pub mod levers;
 pub mod look;
+pub mod netfilter;
 pub mod netlink;
 pub mod plan;
+pub mod processes;
 pub mod programs;
 mod rehearsal;
 mod runtime_dir;

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
-use crate::kernel::netlink::ask;
+use crate::kernel::netlink::{ask, attributes};
 
 /// `SOCK_DIAG_BY_FAMILY` and `SOCK_DESTROY` (linux/sock_diag.h).
 const BY_FAMILY: u16 = 20;
@@ -25,6 +25,8 @@ const FIN_WAIT1: u32 = 1 << 4;
 const FIN_WAIT2: u32 = 1 << 5;
 const CLOSE_WAIT: u32 = 1 << 8;
 const LAST_ACK: u32 = 1 << 9;
+/// Of UDP.
+const UNCONNECTED: u32 = 1 << 7;
 const LISTEN: u32 = 1 << 10;
 const CLOSING: u32 = 1 << 11;
 
@@ -78,6 +80,31 @@ pub fn listening() -> io::Result<BTreeSet<u16>> {
         ports.insert(it.local.port());
     })?;
     Ok(ports)
+}
+
+/// Whether what is bound to a port at any address of IPv6 takes IPv6 alone.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn only_v6(protocol: u8, port: u16) -> io::Result<bool> {
+    /// What comes before the attributes in `struct inet_diag_msg`, and `INET_DIAG_SKV6ONLY`.
+    const HEAD: usize = 72;
+    const ONLY_V6: u16 = 11;
+    let (mut only, mut both) = (false, false);
+    let all = about(FAMILIES[1], protocol, LISTEN | UNCONNECTED, &[0; ID]);
+    ask(NETLINK_SOCK_DIAG, BY_FAMILY, NLM_F_DUMP, &all, |answer| {
+        let of_port = |it: &Conversation| it.local.port() == port && it.remote.port() == 0;
+        if read(protocol, answer).is_some_and(|it| of_port(&it)) {
+            let mut rest = attributes(answer.get(HEAD..).unwrap_or_default());
+            let flag = rest.find(|(kind, _)| *kind == ONLY_V6);
+            match flag.and_then(|(_, value)| value.first()) {
+                Some(1) => only = true,
+                _ => both = true,
+            }
+        }
+        true
+    })?;
+    Ok(only && !both)
 }
 
 /// Ends a conversation: its socket fails, and of TCP the other end gets a reset. One that has ended
@@ -191,6 +218,17 @@ mod tests {
                 assert_eq!(found(|each| tcp(|it| each(it)).unwrap()), []);
                 drop((accepted, listener));
             }
+            assert!(!only_v6(libc::IPPROTO_TCP as u8, 7_002).unwrap());
+            let of = |alone| {
+                let (domain, kind) = (socket2::Domain::IPV6, socket2::Type::STREAM);
+                let socket = socket2::Socket::new(domain, kind, None).unwrap();
+                socket.set_only_v6(alone).unwrap();
+                let any: SocketAddr = "[::]:7002".parse().unwrap();
+                socket.bind(&any.into()).unwrap();
+                socket.listen(1).unwrap();
+                only_v6(libc::IPPROTO_TCP as u8, 7_002).unwrap()
+            };
+            assert_eq!([of(true), of(false)], [true, false]);
             let (one, other) = ("127.0.0.1:7000", "127.0.0.1:7001");
             let socket = UdpSocket::bind(one).unwrap();
             assert_eq!(found(|each| all(|it| each(it)).unwrap()), []);

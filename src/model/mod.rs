@@ -8,6 +8,7 @@ pub mod budget;
 pub mod bytes;
 pub mod delivery_map;
 pub mod drops;
+pub mod finding;
 pub mod mode;
 pub mod move_index;
 pub mod moved;

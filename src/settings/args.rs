@@ -36,6 +36,8 @@ Exit codes:
   2  bad input: a flag, address, port, key, file or interface; nothing was changed
   3  this system cannot do it: privileges, TUN or a kernel feature; nothing was changed
   4  an ipmoved runs already in this network namespace (or, for commands to it, none does)
+`ipmoved check` ends with 0 if all is well, with 1 if something may not work, with 2 if something
+cannot, bad flags included.
 `ipmoved verdict` ends with 0 if the old server can be switched off, with 1 if it cannot be yet.";
 
 /// Serve an address that has moved to another server.
@@ -72,6 +74,10 @@ pub enum Command {
     /// Translate both addresses on the old server alone. Nothing runs on the new server,
     /// which sees this server's address instead of the clients', and nothing is encrypted.
     Nat(NatArgs),
+    /// Say whether it will work on this server, with the flags or the file of the daemon: what is
+    /// well, what may not work and what cannot, each with a command that mends it. Changes nothing,
+    /// and may run beside the daemon.
+    Check(Box<CheckArgs>),
     /// Show what the daemon of this network namespace is doing.
     Status {
         /// Print the stable JSON form.
@@ -121,6 +127,18 @@ pub enum Generated {
     Completions,
     /// The settings' file with every key, none of them set.
     Config,
+}
+
+/// The flags of `ipmoved check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The daemon's flags.
+    #[command(flatten)]
+    pub run: RunArgs,
+
+    /// Print the stable JSON form.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// The flags of `ipmoved move`.

@@ -16,7 +16,7 @@
 //! |---|---|
 //! | `keys` | the PSK, the derivation, memory that is wiped |
 //! | `mac_check` | the keyed hash that every handshake message has to pass first |
-//! | `noise`, `payload` | the handshake, and what it says inside its encryption |
+//! | `noise`, `payload`, `question` | the handshake, and what it says inside its encryption |
 //! | `cipher` | the ciphers, and how two sides choose one |
 //! | `aead`, `seal` | one key; the lanes' counters and windows |
 //! | `activity` | when the peer was last heard and sent to |
@@ -53,6 +53,7 @@ mod keys;
 mod mac_check;
 mod noise;
 mod payload;
+mod question;
 mod seal;
 
 pub use activity::Activity;
@@ -65,7 +66,7 @@ pub use seal::{OpenBatch, Opened, Sealer};
 
 pub(crate) use index::SessionIndex;
 pub(crate) use noise::{Initiating, Responding, SplitKeys};
-pub(crate) use payload::{InitiationPayload, ResponsePayload};
+pub(crate) use payload::{Accepts, InitiationPayload, ResponsePayload};
 
 use aead::LaneKey;
 use keys::derive;

@@ -2,11 +2,23 @@
 //!
 //! Owns the bytes of both. `tunnel` decides what they mean.
 
-use super::{Cipher, Offer};
+use super::{Cipher, Offer, question};
 use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN, u64_at};
+use crate::model::moved::Move;
+
+/// Whether the responder accepts what it was asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Accepts {
+    /// It does not say: nothing was asked, or it is older.
+    Unsaid,
+    /// It does.
+    Yes,
+    /// Its settings accept other moves.
+    No,
+}
 
 /// The initiator's payload, inside the first message.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct InitiationPayload {
     /// Nanoseconds since 1970, and always more than in the last initiation. It tells a new
     /// initiation from a replayed one.
@@ -20,6 +32,8 @@ pub(crate) struct InitiationPayload {
     pub(crate) offer: Offer,
     /// On how many data lanes it will send.
     pub(crate) lanes: u8,
+    /// It asks whether the receiver would accept this.
+    pub(crate) question: Option<Move>,
 }
 
 impl InitiationPayload {
@@ -30,6 +44,7 @@ impl InitiationPayload {
         bytes[16..24].copy_from_slice(&self.run.to_le_bytes());
         bytes[24..26].copy_from_slice(&self.offer.bytes());
         bytes[26] = self.lanes;
+        bytes[27..47].copy_from_slice(&question::encode(self.question.as_ref()));
         bytes
     }
 
@@ -42,6 +57,7 @@ impl InitiationPayload {
             run: u64_at(bytes, 16),
             offer: Offer::from_bytes([bytes[24], bytes[25]])?,
             lanes,
+            question: bytes[27..].first_chunk().and_then(question::decode),
         })
     }
 }
@@ -57,6 +73,12 @@ pub(crate) struct ResponsePayload {
     pub(crate) offer: Offer,
     /// On how many data lanes it will send.
     pub(crate) lanes: u8,
+    /// What its clock shows, in nanoseconds since 1970; 0 if it does not say.
+    pub(crate) clock: u64,
+    /// The version of its program; zeros if it does not say.
+    pub(crate) version: [u8; 3],
+    /// The answer to the question in the initiation.
+    pub(crate) accepts: Accepts,
 }
 
 impl ResponsePayload {
@@ -66,6 +88,13 @@ impl ResponsePayload {
         bytes[8] = self.cipher.map_or(0, Cipher::byte);
         bytes[9..11].copy_from_slice(&self.offer.bytes());
         bytes[11] = self.lanes;
+        bytes[12..20].copy_from_slice(&self.clock.to_le_bytes());
+        bytes[20..23].copy_from_slice(&self.version);
+        bytes[23] = match self.accepts {
+            Accepts::Unsaid => 0,
+            Accepts::Yes => 1,
+            Accepts::No => 2,
+        };
         bytes
     }
 
@@ -80,6 +109,13 @@ impl ResponsePayload {
             cipher,
             offer: Offer::from_bytes([bytes[9], bytes[10]])?,
             lanes,
+            clock: u64_at(bytes, 12),
+            version: [bytes[20], bytes[21], bytes[22]],
+            accepts: match bytes[23] {
+                1 => Accepts::Yes,
+                2 => Accepts::No,
+                _ => Accepts::Unsaid,
+            },
         })
     }
 }
@@ -94,12 +130,14 @@ mod tests {
         #[test]
         fn payloads_survive_and_no_bytes_panic(
             bytes in proptest::array::uniform32(any::<u8>()),
-            timestamp: u64, seen: u64, run: u64, lanes in 1u8..,
+            timestamp: u64, seen: u64, run: u64, lanes in 1u8.., clock: u64, version: [u8; 3],
         ) {
             let offer = Offer { ciphers: CipherPolicy::Auto.into(), aes_hardware: true };
-            let initiation = InitiationPayload { timestamp, seen, run, offer, lanes };
+            let question = "192.0.2.5:80/tcp".parse().ok();
+            let initiation = InitiationPayload { timestamp, seen, run, offer, lanes, question };
             prop_assert_eq!(InitiationPayload::decode(&initiation.encode()), Some(initiation));
-            let response = ResponsePayload { run, cipher: None, offer, lanes };
+            let (cipher, accepts) = (None, Accepts::No);
+            let response = ResponsePayload { run, cipher, offer, lanes, clock, version, accepts };
             prop_assert_eq!(ResponsePayload::decode(&response.encode()), Some(response));
             let _ = ResponsePayload::decode(&bytes);
         }

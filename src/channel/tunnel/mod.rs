@@ -43,15 +43,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::channel::pmtu::{self, MtuDiscovery};
 use crate::channel::session::{
-    Activity, Admitted, Initiating, InitiationPayload, NoEntropy, Offer, Responding,
+    Accepts, Activity, Admitted, Initiating, InitiationPayload, NoEntropy, Offer, Responding,
     ResponsePayload, Session, SessionSpec,
 };
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
 };
+use crate::model::accept::Accept;
 use crate::model::asked::News;
 use crate::model::budget::{Budget, Limit};
 use crate::model::drops::DropReason;
+use crate::model::moved::Move;
 use crate::model::peer::{Endpoint, Role};
 use crate::model::progress::Progress;
 
@@ -122,6 +124,10 @@ pub struct Tunnel {
     activity: Arc<Activity>,
     /// Names this run of our daemon.
     run: u64,
+    /// What the settings accept of the peer, where they say so (new server).
+    accept: Option<Vec<Accept>>,
+    /// What this host's clock last showed, and when.
+    wall: Option<(Instant, SystemTime)>,
     /// The last timestamp we used, or one that the peer says we have to exceed.
     timestamp: u64,
     /// The highest timestamp accepted from the peer.
@@ -172,6 +178,8 @@ impl Tunnel {
         Ok(Self {
             activity: Arc::new(Activity::new(now)),
             run,
+            accept: None,
+            wall: None,
             timestamp: 0,
             seen: 0,
             seen_run: 0,
@@ -360,6 +368,12 @@ impl Tunnel {
         }
     }
 
+    /// What the peer may move here, nothing for everything: for its checks, which ask before
+    /// anything is announced.
+    pub fn set_accept(&mut self, accept: Vec<Accept>) {
+        self.accept = Some(accept);
+    }
+
     /// Tells the peer what is not answered, in place of what it was told before.
     pub fn set_news(&mut self, now: Instant, news: &News) {
         if self.news.replace(news) {
@@ -464,6 +478,7 @@ impl Tunnel {
         if self.closed {
             return;
         }
+        self.wall = Some((now, wall));
         self.expire(now);
         self.observe(now);
         self.confirm(now);
@@ -539,6 +554,7 @@ impl Tunnel {
             run: self.run,
             offer: self.config.offer,
             lanes: self.config.lanes,
+            question: None,
         };
         let begun = self
             .config
@@ -572,6 +588,27 @@ impl Tunnel {
             sent: now,
         });
         self.transmit(to, message.to_vec());
+    }
+
+    /// Whether the settings accept what the peer asks for.
+    fn answer(&self, question: Option<&Move>) -> Accepts {
+        match (&self.accept, question) {
+            (Some(accept), Some(moved)) => {
+                let all = accept.is_empty() || Accept::all_accept(accept, moved);
+                if all { Accepts::Yes } else { Accepts::No }
+            }
+            (None, _) | (_, None) => Accepts::Unsaid,
+        }
+    }
+
+    /// What this host's clock shows, by what it last showed; 0 if it was not looked at yet.
+    fn clock(&self, now: Instant) -> u64 {
+        let Some((then, shown)) = self.wall else {
+            return 0;
+        };
+        let shown = shown + now.saturating_duration_since(then);
+        let since = shown.duration_since(SystemTime::UNIX_EPOCH);
+        since.map_or(0, |since| since.as_nanos() as u64)
     }
 
     /// The next timestamp. It rises with every call, whatever the clock does.
@@ -616,6 +653,9 @@ impl Tunnel {
             cipher,
             offer,
             lanes: self.config.lanes,
+            clock: self.clock(now),
+            version: version(),
+            accepts: self.answer(payload.question.as_ref()),
         };
         let index = match cipher {
             None => None,
@@ -1120,6 +1160,16 @@ impl Tunnel {
             self.events.push_back(Event::Warning(warning));
         }
     }
+}
+
+/// This program's version, in three numbers.
+fn version() -> [u8; 3] {
+    let number = |text: &str| text.parse().unwrap_or(0);
+    [
+        number(env!("CARGO_PKG_VERSION_MAJOR")),
+        number(env!("CARGO_PKG_VERSION_MINOR")),
+        number(env!("CARGO_PKG_VERSION_PATCH")),
+    ]
 }
 
 impl fmt::Debug for Tunnel {

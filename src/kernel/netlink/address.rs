@@ -36,6 +36,21 @@ impl Address {
 }
 
 impl Netlink {
+    /// The addresses that end by themselves unless somebody renews them, as those of DHCP.
+    pub fn leased(&self) -> Result<Vec<IpAddr>> {
+        let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let answers = self.dump("list addresses", request)?;
+        let read = |payload: &Vec<u8>| {
+            let (header, rest) = payload.split_first_chunk::<8>()?;
+            let flags = attributes(rest).find(|&(kind, _)| kind == libc::IFA_FLAGS);
+            let flags = flags.and_then(|(_, value)| word(value));
+            let flags = flags.unwrap_or_else(|| header[2].into());
+            let (address, _) = read_address(payload)?;
+            (flags & libc::IFA_F_PERMANENT == 0).then_some(address.addr)
+        };
+        Ok(answers.iter().filter_map(read).collect())
+    }
+
     /// Every address of both families. Those that will not stay or may not be used come last: of
     /// temporary ones another one takes the place within a day (RFC 8981), deprecated ones are on
     /// their way out (RFC 4862), and tentative ones may turn out to be somebody else's.

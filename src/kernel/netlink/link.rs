@@ -63,7 +63,46 @@ impl Link {
     }
 }
 
+/// What an interface is, beside what packets need to know.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Nature {
+    /// Interface index.
+    pub index: u32,
+    /// The kernel's name of its kind: `bridge`, `dummy`, `wireguard`. Hardware has none.
+    pub kind: Option<String>,
+    /// Index of the interface that it is a port of.
+    pub master: Option<u32>,
+}
+
 impl Netlink {
+    /// What every interface is.
+    pub fn natures(&self) -> Result<Vec<Nature>> {
+        const IFLA_INFO_KIND: u16 = 1;
+        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let answers = self.dump("list interfaces", request)?;
+        let read = |payload: &Vec<u8>| {
+            let (header, rest) = payload.split_first_chunk::<16>()?;
+            let mut nature = Nature {
+                index: word(&header[4..8])?,
+                kind: None,
+                master: None,
+            };
+            for (kind, value) in attributes(rest) {
+                match kind {
+                    libc::IFLA_MASTER => nature.master = word(value),
+                    libc::IFLA_LINKINFO => {
+                        let mut info = attributes(value);
+                        let kind = info.find(|&(kind, _)| kind == IFLA_INFO_KIND);
+                        nature.kind = kind.map(|(_, value)| text(value));
+                    }
+                    _ => {}
+                }
+            }
+            Some(nature)
+        };
+        Ok(answers.iter().filter_map(read).collect())
+    }
+
     /// Every interface.
     pub fn links(&self) -> Result<Vec<Link>> {
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());

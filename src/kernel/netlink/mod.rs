@@ -14,7 +14,6 @@
 
 mod address;
 mod events;
-pub mod firewall;
 mod link;
 mod neighbour;
 mod plain;
@@ -39,9 +38,9 @@ use serde::{Deserialize, Serialize};
 
 pub use address::Address;
 pub use events::Events;
-pub use link::Link;
+pub use link::{Link, Nature};
 pub use plain::ask;
-pub use route::{ListedRoute, Route, RouteKind, RouteQuery, TABLE_LOCAL, TABLE_MAIN};
+pub use route::{ListedRoute, Route, RouteAnswer, RouteKind, RouteQuery, TABLE_LOCAL, TABLE_MAIN};
 pub use rule::Rule;
 pub use tc::{Direction, Filter, FilterSlot};
 
@@ -338,7 +337,7 @@ fn verdict(answer: &NetlinkBuffer<&[u8]>) -> Option<(Errno, String)> {
     Some((Errno::from_raw_os_error(-code), detail))
 }
 
-fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     NlasIterator::new(bytes)
         .map_while(std::result::Result::ok)
         .map(|attribute| {
@@ -355,12 +354,12 @@ fn word(value: &[u8]) -> Option<u32> {
     value.first_chunk().map(|raw| u32::from_ne_bytes(*raw))
 }
 
-fn text(value: &[u8]) -> String {
+pub(super) fn text(value: &[u8]) -> String {
     let end = value.iter().position(|&b| b == 0).unwrap_or(value.len());
     String::from_utf8_lossy(&value[..end]).into_owned()
 }
 
-fn ip(value: &[u8]) -> Option<IpAddr> {
+pub(super) fn ip(value: &[u8]) -> Option<IpAddr> {
     if let Ok(octets) = <[u8; 4]>::try_from(value) {
         return Some(octets.into());
     }

@@ -232,10 +232,33 @@ impl Netlink {
         })
     }
 
+    /// Whether the kernel would take the packet that `answer` answers, if it came by an interface,
+    /// as its routes and reverse path filtering decide.
+    ///
+    /// # Errors
+    /// If it would not: `EXDEV` for reverse path filtering, or `EINVAL` (Linux 6.13 on).
+    pub fn takes(&self, answer: RouteQuery, iif: u32) -> Result<()> {
+        const RTA_DPORT: u16 = 29;
+        let RouteQuery { dst, src, from, .. } = answer;
+        let mut message = question(dst, src);
+        std::mem::swap(
+            &mut message.header.destination_prefix_length,
+            &mut message.header.source_prefix_length,
+        );
+        message.attributes = vec![RouteAttribute::Source(dst.into())];
+        if let Some(src) = src {
+            let to = RouteAttribute::Destination(src.into());
+            message.attributes.push(to);
+        }
+        message.attributes.push(RouteAttribute::Iif(iif));
+        push_ports(&mut message, from, RTA_DPORT);
+        let request = RouteNetlinkMessage::GetRoute(message);
+        self.exchange("look up route", request, NLM_F_ACK).map(drop)
+    }
+
     /// The kernel's answer to the question, or, with `FibMatch`, the table's entry behind it.
     fn look_up(&self, query: RouteQuery, flags: RouteFlags) -> Result<Route> {
         const WHAT: &str = "look up route";
-        const RTA_IP_PROTO: u16 = 27;
         const RTA_SPORT: u16 = 28;
         let RouteQuery {
             dst,
@@ -243,34 +266,47 @@ impl Netlink {
             mark,
             from,
         } = query;
-        let bits = Family::of(dst).bits();
-        let mut message = RouteMessage::default();
+        let mut message = question(dst, src);
         message.header.flags = flags;
-        message.header.address_family = Family::of(dst).raw();
-        message.header.destination_prefix_length = bits;
         message
             .attributes
             .push(RouteAttribute::Destination(dst.into()));
         if let Some(src) = src {
-            message.header.source_prefix_length = bits;
             message.attributes.push(RouteAttribute::Source(src.into()));
         }
         if let Some(mark) = mark {
             message.attributes.push(RouteAttribute::Mark(mark));
         }
-        // The kernel knows rules of ports for no others.
-        if let Some((protocol @ (TCP | UDP), port)) = from {
-            let mut push = |kind, value: Vec<u8>| {
-                let other = DefaultNla::new(kind, value);
-                message.attributes.push(RouteAttribute::Other(other));
-            };
-            push(RTA_IP_PROTO, vec![protocol]);
-            push(RTA_SPORT, port.to_be_bytes().to_vec());
-        }
+        push_ports(&mut message, from, RTA_SPORT);
         let request = RouteNetlinkMessage::GetRoute(message);
         let answers = self.exchange(WHAT, request, NLM_F_ACK)?;
         let route = answers.iter().find_map(|answer| read_route(answer).pop());
         route.ok_or(NetlinkError::Malformed { request: WHAT })
+    }
+}
+
+/// A question about a packet with these addresses.
+fn question(dst: IpAddr, src: Option<IpAddr>) -> RouteMessage {
+    let bits = Family::of(dst).bits();
+    let mut message = RouteMessage::default();
+    message.header.address_family = Family::of(dst).raw();
+    message.header.destination_prefix_length = bits;
+    message.header.source_prefix_length = if src.is_some() { bits } else { 0 };
+    message
+}
+
+/// Adds what rules of ports go by; the kernel knows them for no other protocols.
+fn push_ports(message: &mut RouteMessage, end: Option<(u8, u16)>, which: u16) {
+    const RTA_IP_PROTO: u16 = 27;
+    let Some((protocol @ (TCP | UDP), port)) = end else {
+        return;
+    };
+    for (kind, value) in [
+        (RTA_IP_PROTO, vec![protocol]),
+        (which, port.to_be_bytes().to_vec()),
+    ] {
+        let other = DefaultNla::new(kind, value);
+        message.attributes.push(RouteAttribute::Other(other));
     }
 }
 

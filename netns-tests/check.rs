@@ -1,0 +1,614 @@
+//! `ipmoved check`: each line is made to fail on a real server, and mended by the command that it
+//! shows.
+//!
+//! ```text
+//!  old server  192.0.2.5 moves          new server  198.51.100.2
+//!     what is asked ──► check              check ◄── what is asked
+//!     daemon of the other side: runs       daemon of the other side: runs
+//! ```
+//!
+//! A remedy is taken from the JSON and given to `sh`, as a person would paste it. Programs that
+//! cannot run here (`ufw`, `firewall-cmd`, `ssh`, `sudo`) have stand-ins that do what they would.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use ipmoved::internals::Role;
+use ipmoved::lab::topology::NEW;
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Output, Service};
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::stage::{Result, exe, setup};
+
+/// How long a check may take: it waits seven seconds for a peer that says nothing.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The stand-ins: what each does with its arguments.
+const STAND_INS: [(&str, &str); 4] = [
+    // The chains of `ufw` let it through.
+    (
+        "ufw",
+        "set -- $(echo \"$*\" | sed 's/.* proto //'); \
+         exec iptables -I ufw-user-input -p $1 --dport $5 -j ACCEPT",
+    ),
+    (
+        "firewall-cmd",
+        "for word; do case $word in \
+         --get-zone-of-interface=*) echo public; exit;; \
+         --add-port=*) port=${word#*=}; \
+         nft insert rule inet firewalld filter_IN ${port#*/} dport ${port%/*} accept;; \
+         esac; done",
+    ),
+    ("ssh", "echo \"$*\" > \"$(dirname \"$0\")/ssh.was\""),
+    ("sudo", "exec \"$@\""),
+];
+
+/// A server on which checks are made.
+struct Bench<'lab> {
+    setup: DaemonSetup<'lab>,
+    role: Role,
+    bin: PathBuf,
+}
+
+/// What is done to a server, and what the check says then.
+struct Case {
+    /// What is not as it should be.
+    breaks: &'static str,
+    /// Flags beside those that the server has.
+    flags: &'static [&'static str],
+    /// The name of the check, its result, and what its object or text holds.
+    finds: (&'static str, &'static str, &'static str),
+    /// What undoes it all.
+    heals: &'static str,
+}
+
+fn case(
+    breaks: &'static str,
+    flags: &'static [&'static str],
+    finds: (&'static str, &'static str, &'static str),
+    heals: &'static str,
+) -> Case {
+    Case {
+        breaks,
+        flags,
+        finds,
+        heals,
+    }
+}
+
+/// One finding.
+fn find<'a>(found: &'a Value, (name, result, holds): (&str, &str, &str)) -> Option<&'a Value> {
+    let checks = found["checks"].as_array()?;
+    checks.iter().find(|it| {
+        let says = format!("{}: {}", it["object"], it["text"]);
+        it["name"] == name && it["result"] == result && says.contains(holds)
+    })
+}
+
+impl<'lab> Bench<'lab> {
+    fn new(setup: DaemonSetup<'lab>, role: Role) -> Result<Self> {
+        let bin = setup.lab().dir().join(format!("bin-{role}"));
+        let make = || -> std::io::Result<()> {
+            std::fs::create_dir_all(&bin)?;
+            let binary = bin.join("ipmoved");
+            std::os::unix::fs::symlink(exe(), binary)?;
+            for (name, does) in STAND_INS {
+                let path = bin.join(name);
+                std::fs::write(&path, format!("#!/bin/sh\n{does}\n"))?;
+                std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?;
+            }
+            Ok(())
+        };
+        make().map_err(|error| LabError::unexpected(format!("stand-ins: {error}")))?;
+        Ok(Self { setup, role, bin })
+    }
+
+    /// Gives a line to the shell, on this server.
+    fn shell(&self, line: &str, envs: &[(&str, &str)]) -> Result<Output> {
+        let mut command = self.setup.command();
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut shell = Command::new("sh");
+        shell.args(["-c", line]);
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        command = shell;
+        command.env_remove("SSH_CONNECTION");
+        command.env("PATH", format!("{}:{path}", self.bin.display()));
+        command.envs(envs.iter().copied());
+        self.setup.host(self.role).output(command, PATIENCE)
+    }
+
+    fn sh(&self, lines: &str) -> Result {
+        let output = self.shell(&format!("set -e\n{lines}"), &[])?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let text = format!("{lines}: {}{}", output.stdout, output.stderr);
+        Err(LabError::unexpected(text))
+    }
+
+    /// The command line of a check.
+    fn line(&self, flags: &[&str]) -> String {
+        let mut args = self.setup.daemon_args(self.role);
+        args.extend(flags.iter().map(|&flag| flag.to_owned()));
+        let quoted: Vec<String> = args.iter().map(|arg| format!("'{arg}'")).collect();
+        format!("ipmoved check --json --lanes 1 {}", quoted.join(" "))
+    }
+
+    fn read(output: &Output) -> Result<Value> {
+        serde_json::from_str(&output.stdout).map_err(|error| {
+            let text = format!("{error}: {}{}", output.stdout, output.stderr);
+            LabError::unexpected(text)
+        })
+    }
+
+    /// What a check finds; its exit code is that of the worst.
+    fn check(&self, line: &str, envs: &[(&str, &str)]) -> Result<Value> {
+        let output = self.shell(line, envs)?;
+        let found = Self::read(&output)?;
+        let worst = ["ok", "warn", "fail"]
+            .iter()
+            .position(|it| found["result"] == *it);
+        let code = output
+            .status
+            .code()
+            .and_then(|code| usize::try_from(code).ok());
+        assert_eq!(code, worst, "{found:#}");
+        Ok(found)
+    }
+
+    /// Breaks something, has it found, mends it by the command that is shown, and heals the rest.
+    fn try_out(&self, case: &Case) -> Result {
+        self.sh(case.breaks)?;
+        let line = self.line(case.flags);
+        let found = self.check(&line, &[])?;
+        let Some(finding) = find(&found, case.finds) else {
+            panic!("{}: {:?} is not in {found:#}", case.breaks, case.finds);
+        };
+        let remedy = finding["remedy"].as_str().unwrap_or_default().to_owned();
+        // One that is a check itself says that all is well now; every other one mends something.
+        let mended = self.shell(&remedy, &[])?;
+        let again = if remedy.contains(" check ") {
+            Self::read(&mended)?
+        } else {
+            assert!(mended.status.success(), "{remedy}: {}", mended.stderr);
+            self.check(&line, &[])?
+        };
+        let still = find(&again, case.finds);
+        assert_eq!(still, None, "{remedy} does not mend it");
+        self.sh(case.heals)
+    }
+}
+
+/// What can be wrong on either server.
+fn of_both() -> Vec<Case> {
+    vec![
+        case(
+            "nft 'table inet f {
+                chain own { udp dport 500 accept; }
+                chain in { type filter hook input priority 0; policy drop;
+                    ct state established,related accept; icmpv6 type != 0 accept; jump own; }
+            }'",
+            &[],
+            (
+                "firewall",
+                "warn",
+                "chain inet f in (policy) drops what comes from",
+            ),
+            "nft delete table inet f",
+        ),
+        case(
+            "nft 'table inet firewalld {
+                chain filter_IN { tcp dport 22 accept; }
+                chain filter_INPUT { type filter hook input priority 10;
+                    ct state { established, related } accept; iifname eth0 jump filter_IN;
+                    reject with icmpx admin-prohibited; }
+            }'",
+            &[],
+            (
+                "firewall",
+                "warn",
+                "firewalld filter_INPUT rejects what comes",
+            ),
+            "nft delete table inet firewalld",
+        ),
+        case(
+            "iptables -N ufw-before-input; iptables -N ufw-user-input
+            iptables -A INPUT -j ufw-before-input
+            iptables -A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+            iptables -A ufw-before-input -j ufw-user-input; iptables -P INPUT DROP",
+            &[],
+            ("firewall", "warn", "INPUT (policy) drops what comes from"),
+            "iptables -P INPUT ACCEPT; iptables -F; iptables -X",
+        ),
+        case(
+            "iptables -A OUTPUT -p udp --dport 51850 -j DROP",
+            &[],
+            ("firewall", "warn", "OUTPUT drops what goes to the peer"),
+            "iptables -F",
+        ),
+        case(
+            "ip tuntap add ipmoved0 mode tun",
+            &[],
+            ("name", "fail", "exists already"),
+            "ip link del ipmoved0",
+        ),
+        case(
+            "socat -u UDP4-RECV:51850 /dev/null >/dev/null 2>&1 &
+            echo $! > \"$(command -v ssh).pid\"
+            until grep -q ':CA8A ' /proc/net/udp; do :; done",
+            &[],
+            ("port", "fail", "another program's"),
+            "kill $(cat \"$(command -v ssh).pid\")",
+        ),
+        case(
+            "ip link add d0 type bridge",
+            &["--uplink", "d0"],
+            ("uplink", "fail", "is down"),
+            "ip link del d0",
+        ),
+        case(
+            "",
+            &["--uplink", "eth9"],
+            ("uplink", "fail", "does not exist"),
+            "",
+        ),
+        case(
+            "",
+            &["--listen", "192.0.2.99:51850"],
+            ("port", "fail", "not an address"),
+            "",
+        ),
+    ]
+}
+
+#[test]
+fn what_is_wrong_on_the_old_server_is_found_and_mended_by_what_is_shown() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.accept_what_moves();
+    let bench = Bench::new(setup.clone(), Role::Old)?;
+    // Nothing listens there yet.
+    let found = bench.check(&bench.line(&[]), &[])?;
+    let alone = ("peer", "warn", "nothing listens on its UDP port");
+    assert!(find(&found, alone).is_some(), "{found:#}");
+    let _new = setup.start(Role::New)?;
+    let ready = bench.poll(&bench.line(&[]), ("peer", "ok", "has the same key"))?;
+    for well in [
+        ("privileges", "ok", ""),
+        ("tun", "ok", "can be made"),
+        ("bpf", "ok", "load"),
+        ("tc", "ok", "can be made"),
+        ("accept", "ok", "accepts what moves"),
+        ("clock", "ok", "the same time"),
+        ("version", "ok", "as here"),
+        ("mtu", "ok", "1500"),
+    ] {
+        assert!(find(&ready, well).is_some(), "{well:?}: {ready:#}");
+    }
+    assert_eq!(ready["result"], "ok", "{ready:#}");
+    let mut cases = of_both();
+    cases.extend([
+        case(
+            "ip link add wg0 type bridge; ip link set wg0 up
+            ip route add default dev wg0 table 51820
+            ip rule add pref 32764 not fwmark 51820 lookup 51820
+            ip rule add pref 32763 lookup main suppress_prefixlength 0",
+            &[],
+            ("way", "warn", "by wg0, not by eth0"),
+            "ip link del wg0; for it in 32764 32763 32762; do ip rule del pref $it; done",
+        ),
+        case(
+            "ip addr del 192.0.2.5/24 dev eth0",
+            &[],
+            ("address", "warn", "is on no interface"),
+            "ip addr add 192.0.2.5/24 dev eth0; ip addr del 192.0.2.5/32 dev eth0",
+        ),
+        case(
+            "",
+            &["--move", "192.0.2.1"],
+            ("own", "fail", "your login included"),
+            "",
+        ),
+        case(
+            "",
+            &["--move", "192.0.2.32/28"],
+            ("address", "warn", "192.0.2.32/28"),
+            "ip route del local 192.0.2.32/28 dev lo",
+        ),
+        case(
+            "ip rule add pref 100 from 192.0.2.5 blackhole",
+            &[],
+            ("route", "fail", "192.0.2.5"),
+            "ip rule del pref 100; ip rule del pref 99",
+        ),
+        case(
+            "tc qdisc add dev eth0 ingress",
+            &[],
+            ("qdisc", "warn", "ingress qdisc of others"),
+            "tc qdisc del dev eth0 clsact",
+        ),
+        case(
+            "tc qdisc add dev eth0 clsact
+            tc filter add dev eth0 ingress pref 1 protocol ip u32 match ip dport 86 0xffff \
+             flowid 1:1",
+            &[],
+            ("filters", "warn", "pref 1"),
+            "tc qdisc del dev eth0 clsact",
+        ),
+    ]);
+    for case in &cases {
+        bench.try_out(case)?;
+    }
+    // A cloud's public address, which is on no interface.
+    bench.sh(
+        "ip addr add 10.0.0.7/24 dev eth0; ip addr del 192.0.2.5/24 dev eth0
+        ip addr del 192.0.2.1/24 dev eth0; ip route replace default via 10.0.0.254 dev eth0",
+    )?;
+    let cloud = Bench {
+        setup: setup.clone().moves(&["203.0.113.77:80/tcp"]),
+        role: Role::Old,
+        bin: bench.bin.clone(),
+    };
+    cloud.try_out(&case(
+        "",
+        &[],
+        ("nat", "warn", "packets come for 10.0.0.7"),
+        "ip route del default; ip addr del 10.0.0.7/24 dev eth0
+        ip addr add 192.0.2.1/24 dev eth0; ip addr add 192.0.2.5/24 dev eth0
+        ip route add default via 192.0.2.254",
+    ))?;
+    // Where it is, and what that means, is told and is no fault.
+    for (place, heals, says) in [
+        (
+            "ip addr change 192.0.2.5/24 dev eth0 valid_lft 900 preferred_lft 900",
+            "ip addr change 192.0.2.5/24 dev eth0 valid_lft forever preferred_lft forever",
+            "by DHCP",
+        ),
+        (
+            "ip addr del 192.0.2.5/24 dev eth0
+            ip link add br7 type bridge; ip addr add 192.0.2.5/32 dev br7",
+            "ip link del br7; ip addr add 192.0.2.5/24 dev eth0",
+            "a bridge without ports, where nothing arrives",
+        ),
+    ] {
+        bench.sh(place)?;
+        let found = bench.check(&bench.line(&[]), &[])?;
+        assert!(find(&found, ("address", "ok", says)).is_some(), "{found:#}");
+        bench.sh(heals)?;
+    }
+    // The login that one is sitting on.
+    let by = |server: &'static str| [("SSH_CONNECTION", server)];
+    let login = bench.check(&bench.line(&[]), &by("203.0.113.10 5000 192.0.2.5 22"))?;
+    let warned = find(
+        &login,
+        ("login", "warn", "your login comes in by what moves"),
+    );
+    let warned = warned.expect("it is warned of");
+    assert_eq!(warned["remedy"], "ssh 192.0.2.1");
+    let login = bench.check(&bench.line(&[]), &by("203.0.113.10 5000 192.0.2.1 22"))?;
+    assert_eq!(find(&login, ("login", "warn", "")), None);
+    // What a killed daemon has left, and one that runs.
+    let mut old = setup.start(Role::Old)?;
+    old.wait_until_up()?;
+    let found = bench.check(&bench.line(&[]), &[])?;
+    assert_eq!(found["result"], "ok", "{found:#}");
+    for known in [("daemon", "ok", "runs here"), ("tunnel", "ok", "is up")] {
+        assert!(find(&found, known).is_some(), "{found:#}");
+    }
+    let status = setup.status(Role::New)?;
+    assert_eq!(
+        status.tunnel()["state"],
+        "up",
+        "the check has displaced nothing"
+    );
+    old.kill()?;
+    bench.try_out(&case("", &[], ("left", "warn", "journal"), ""))
+}
+
+#[test]
+fn what_is_wrong_on_the_new_server_is_found_and_mended_by_what_is_shown() -> Result {
+    let lab = Lab::new()?;
+    let web = ["--accept", "192.0.2.5:80/tcp"];
+    let setup = setup(&lab)?
+        .moves(&["192.0.2.5:80/tcp"])
+        .args(Role::New, &web);
+    let bench = Bench::new(setup.clone(), Role::New)?;
+    let _old = setup.start(Role::Old)?;
+    let nobody = ("listener", "warn", "nothing listens on 198.51.100.2:80");
+    let found = bench.poll(&bench.line(&[]), ("peer", "ok", "has the same key"))?;
+    assert!(find(&found, nobody).is_some(), "{found:#}");
+    // A container is not meant, since nothing is forwarded.
+    bench.try_out(&case(
+        "",
+        &[],
+        ("forwarding", "warn", "ip_forward is 0"),
+        "sysctl -qw net.ipv4.ip_forward=0",
+    ))?;
+    let at = |addr: IpAddr| SocketAddr::new(addr, 80);
+    let on_lo = Service::start(lab.new_server(), at([127, 0, 0, 1].into()))?;
+    let found = bench.check(&bench.line(&[]), &[])?;
+    let on_lo_alone = ("listener", "warn", "listens on 127.0.0.1 alone");
+    assert!(find(&found, on_lo_alone).is_some(), "{found:#}");
+    drop(on_lo);
+    bench.sh("socat TCP6-LISTEN:80,ipv6only=1 /dev/null >/dev/null 2>&1 &
+        echo $! > \"$(command -v ssh).pid\"")?;
+    let only_v6 = ("listener", "warn", "on [::] for IPv6 alone");
+    bench.poll(&bench.line(&[]), only_v6)?;
+    bench.sh("kill $(cat \"$(command -v ssh).pid\")")?;
+    let _application = Service::start(lab.new_server(), at(NEW.into()))?;
+    let found = bench.check(&bench.line(&[]), &[])?;
+    assert_eq!(found["result"], "ok", "{found:#}");
+    let mut cases = of_both();
+    cases.extend([
+        case(
+            "nft 'table inet f {
+                chain in { type filter hook input priority 0; tcp dport { 80, 443 } drop; }
+            }'",
+            &[],
+            ("firewall", "warn", "clients of 198.51.100.2:80/tcp"),
+            "nft delete table inet f",
+        ),
+        case(
+            "ip6tables -P INPUT DROP; iptables-legacy -A INPUT -p tcp --syn --dport 80 -j REJECT",
+            &[],
+            ("firewall", "warn", "iptables-legacy filter INPUT rejects"),
+            "ip6tables -P INPUT ACCEPT; iptables-legacy -F",
+        ),
+        // A container behind Docker's rules, and what is forwarded to it.
+        case(
+            "ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0
+            ip link set docker0 up; sysctl -qw net.ipv4.ip_forward=1
+            iptables -t nat -N DOCKER; iptables -t nat -A PREROUTING -j DOCKER
+            iptables -t nat -A DOCKER ! -i docker0 -p tcp --dport 80 -j DNAT --to 172.17.0.2:8080
+            iptables -P FORWARD DROP",
+            &[],
+            ("firewall", "warn", "FORWARD (policy) drops"),
+            "iptables -P FORWARD ACCEPT; iptables -F; sysctl -qw net.ipv4.ip_forward=0",
+        ),
+        case(
+            "",
+            &[],
+            ("forwarding", "fail", "ip_forward is 0"),
+            "iptables -t nat -F; iptables -t nat -X; ip link del docker0
+            sysctl -qw net.ipv4.ip_forward=0",
+        ),
+        case(
+            "ip rule add pref 100 from 198.51.100.2 unreachable",
+            &[],
+            ("route", "fail", "198.51.100.2"),
+            "ip rule del pref 100; ip rule del pref 99",
+        ),
+        case(
+            "nft 'table inet m {
+                chain out { type route hook output priority 0; meta mark set ct mark; }
+            }'
+            ip rule add pref 100 fwmark 0x1 unreachable",
+            &[],
+            ("rules", "warn", "the mark 0x1 (ip rule 100)"),
+            "ip rule del pref 100; ip rule del pref 99; nft delete table inet m",
+        ),
+        case(
+            "ip link add d0 type veth peer name d1; ip link set d0 up; ip link set d1 up
+            ip route add default dev d0 table 101
+            ip rule add ipproto tcp sport 80 lookup 101",
+            &[],
+            ("rp_filter", "fail", "eth0"),
+            "ip rule del lookup 101; ip link del d0; sysctl -qw net.ipv4.conf.eth0.rp_filter=1",
+        ),
+        case(
+            "",
+            &["--deliver-to", "198.51.100.9"],
+            ("delivery", "fail", "not an address of this server"),
+            "ip addr del 198.51.100.9/32 dev eth0",
+        ),
+        case(
+            "tc qdisc add dev eth0 ingress",
+            &[],
+            ("qdisc", "fail", "ingress qdisc of others"),
+            "tc qdisc del dev eth0 clsact",
+        ),
+    ]);
+    for case in &cases {
+        bench.try_out(case)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_peer_says_or_does_not_say_is_told_apart() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let bench = Bench::new(setup.clone(), Role::Old)?;
+    let other = setup.clone().another_key(Role::New)?;
+    let new = other.start(Role::New)?;
+    bench.poll(&bench.line(&[]), ("key", "fail", "another key"))?;
+    new.stop_by(Signal::TERM)?;
+    // Another role, and moves that it does not accept.
+    let same = setup.clone().args(Role::New, &["--move", "192.0.2.77"]);
+    let new = same.start(Role::New)?;
+    let told = bench.poll(&bench.line(&[]), ("peer", "fail", "--move as well"));
+    let output = new.stop_by(Signal::TERM)?;
+    told.map_err(|error| LabError::unexpected(format!("{error}: {}", output.stderr)))?;
+    let strict = setup.clone().args(Role::New, &["--accept", "192.0.2.6"]);
+    let new = strict.start(Role::New)?;
+    bench.poll(&bench.line(&[]), ("accept", "fail", "--accept 192.0.2.5"))?;
+    // Nothing of all that shows there.
+    let status = strict.status(Role::New)?;
+    assert_eq!(status.tunnel()["state"], "connecting");
+    assert_eq!(status.tunnel()["endpoint"], Value::Null);
+    // It calls, and hears nothing.
+    let there = Bench::new(strict.clone(), Role::New)?;
+    there.sh("nft 'table inet f {
+            chain in { type filter hook input priority 0; udp dport 51850 drop; }
+        }'")?;
+    bench.poll(&bench.line(&[]), ("peer", "fail", "calls this server"))?;
+    new.stop_by(Signal::TERM)?;
+    // No host at all.
+    let nowhere = bench.line(&["--peer", "192.0.2.200"]);
+    let nowhere = nowhere.replacen(&format!("'--peer' '{NEW}'"), "", 1);
+    let found = bench.check(&nowhere, &[])?;
+    let gone = find(&found, ("peer", "fail", "")).expect("nobody is there");
+    assert!(
+        gone["text"]
+            .as_str()
+            .is_some_and(|text| !text.contains("same key")),
+        "{gone}"
+    );
+    Ok(())
+}
+
+#[test]
+fn without_privileges_it_says_what_it_can_and_bad_settings_are_a_finding() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let bench = Bench::new(setup, Role::Old)?;
+    let line = bench.line(&[]);
+    // The key is readable for root alone.
+    let output = bench.shell(&format!("setpriv --reuid 65534 --clear-groups {line}"), &[])?;
+    let found = Bench::read(&output)?;
+    let denied = find(&found, ("privileges", "fail", "CAP_NET_ADMIN")).expect("it says so");
+    assert!(
+        find(&found, ("uplink", "ok", "eth0")).is_some(),
+        "{found:#}"
+    );
+    assert_eq!(output.status.code(), Some(2));
+    let sudo = denied["remedy"].as_str().unwrap_or_default();
+    let mended = Bench::read(&bench.shell(sudo, &[])?)?;
+    assert_eq!(find(&mended, ("privileges", "fail", "")), None);
+    let bad = bench.check(
+        "ipmoved check --json --psk-file /none --peer 192.0.2.1",
+        &[],
+    )?;
+    assert!(
+        find(&bad, ("settings", "fail", "/none")).is_some(),
+        "{bad:#}"
+    );
+    let text = bench.shell(&line.replace(" --json", ""), &[])?.stdout;
+    let lines: Vec<&str> = text.lines().collect();
+    let grades = |line: &&str| ["ok", "warn", "fail"].iter().any(|it| line.starts_with(it));
+    assert!(!lines.is_empty() && lines.iter().all(grades), "{text}");
+    Ok(())
+}
+
+impl Bench<'_> {
+    /// Checks until it finds that.
+    fn poll(&self, line: &str, finds: (&str, &str, &str)) -> Result<Value> {
+        const TRIES: u32 = 20;
+        let mut last = Value::Null;
+        for _ in 0..TRIES {
+            last = self.check(line, &[])?;
+            if find(&last, finds).is_some() {
+                return Ok(last);
+            }
+        }
+        Err(LabError::unexpected(format!("{finds:?}: {last:#}")))
+    }
+}
