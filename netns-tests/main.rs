@@ -53,6 +53,7 @@ mod reboot;
 mod rekey;
 mod relay;
 mod restart;
+mod seeing;
 mod service_manager;
 mod serving;
 mod several;

@@ -20,6 +20,8 @@
 //!
 //! `visitors` hands over who comes to be recorded (stragglers).
 //!
+//! `viewers` are those who look at it from outside: at its `flows`, and at its `metrics`.
+//!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
 //! status` is told), `status_socket` (how it is told), and `confine` (what they give up).
@@ -40,10 +42,12 @@ pub mod control_socket;
 mod delivered;
 mod early;
 mod facts;
+pub mod flows;
 mod follow;
 mod held;
 mod kept;
 pub mod log;
+mod metrics;
 mod nat;
 mod orders;
 mod policy;
@@ -54,6 +58,7 @@ mod setup;
 mod silence;
 mod state_dir;
 pub mod status_socket;
+mod viewers;
 mod visitors;
 mod warnings;
 mod watchdog;

@@ -18,6 +18,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Session};
 use crate::channel::wire::DATA_OVERHEAD;
+use crate::flow::listing::{Flows, Place, Row};
 use crate::flow::role::{Forwarder, Hop};
 use crate::io::tun::TunQueue;
 use crate::io::udp::UdpSocket;
@@ -111,6 +112,12 @@ pub struct LaneView {
     pub peers: Vec<PeerView>,
     /// The old server as a hop between clients and the application.
     pub hop: Hop,
+}
+
+impl Flows for Shared {
+    fn slice(&self, now: Instant, from: Place, out: &mut Vec<Row>) -> Option<Place> {
+        self.forwarder.slice(now, from, out)
+    }
 }
 
 impl LaneParts {
