@@ -114,6 +114,11 @@ fn every_kind_of_bad_input_is_refused_with_one_line() -> Result {
         (&["--listen", "99999"], "99999"),
         (&["--listen", "203.0.113.99:51850"], "203.0.113.99"),
         (&["--listen", "nonsense"], "nonsense"),
+        (&["--metrics", "localhost:9185"], "localhost"),
+        (
+            &["--metrics", "203.0.113.99:9185"],
+            "not an address of this",
+        ),
         (&["--max-flows", "0"], "--max-flows"),
         (&["--max-flows", "many"], "many"),
         (&["--cipher", "rot13"], "rot13"),

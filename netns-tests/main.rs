@@ -55,6 +55,7 @@ mod reboot;
 mod rekey;
 mod relay;
 mod restart;
+mod seeing;
 mod service_manager;
 mod serving;
 mod several;

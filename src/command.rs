@@ -13,10 +13,14 @@
 mod check;
 mod cutover;
 mod dry_run;
+mod flows;
 mod generate;
 mod here;
 mod orders;
+mod show;
 mod stragglers;
+mod top;
+mod watch;
 
 use std::error::Error as _;
 use std::ffi::OsString;
@@ -60,7 +64,9 @@ pub fn main() -> ExitCode {
         Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
         Some(Command::Check(args)) => check::run(args),
-        Some(Command::Status { json }) => show_status(json),
+        Some(Command::Status(args)) => show::run(args),
+        Some(Command::Flows(args)) => flows::run(args),
+        Some(Command::Top(args)) => top::run(args),
         Some(Command::Move(args)) => orders::move_away(args),
         Some(Command::Hold(args)) => orders::hold(args),
         Some(Command::Back(args)) => orders::back(args),
@@ -224,18 +230,6 @@ fn ended(error: DaemonError) -> Failure {
 fn genpsk() -> Result<(), Failure> {
     let psk = Psk::generate(&entropy::system()).map_err(|error| Failure::new(FAILED, error))?;
     print(&format!("{}\n", *psk.to_base64()))
-}
-
-fn show_status(json: bool) -> Result<(), Failure> {
-    let mut status = orders::status()?;
-    name_firewalls(&mut status);
-    // Without it the old server's own connections are not counted.
-    let _ = here::count(&mut status);
-    if json {
-        print_json(&status)
-    } else {
-        print(&status.to_text())
-    }
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {

@@ -122,7 +122,7 @@ pub(super) fn status() -> Result<Status, Failure> {
     status_socket::ask(&socket).map_err(unanswered)
 }
 
-fn dir() -> Result<std::path::PathBuf, Failure> {
+pub(super) fn dir() -> Result<std::path::PathBuf, Failure> {
     namespace_dir(&config::runtime_dir()).map_err(|error| Failure::new(SYSTEM, error))
 }
 

@@ -36,6 +36,7 @@ use super::service::{
 use super::setup::{Ready, Tools, resolve};
 use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
+use super::viewers::Viewers;
 use super::visitors::Visitors;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
@@ -45,6 +46,7 @@ use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes, wipe_fr
 use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
 use crate::flow::ended::HostFlow;
 use crate::flow::gate::{Gate, GateConfig};
+use crate::flow::listing::Flows;
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::routes::Delivery;
 use crate::flow::translate::{Translator, TranslatorConfig};
@@ -120,6 +122,7 @@ async fn carry(
         mut signals,
         netlink,
         status,
+        viewers,
         control,
         mut orders,
         queues,
@@ -166,6 +169,7 @@ async fn carry(
         holding: Holding::new(&moves_from_here(&config, &policy)).map_err(failed)?,
         busy_lanes: BusyLanes::new(processors),
     });
+    let mut viewers = viewers.serve(Arc::clone(&shared) as Arc<dyn Flows>)?;
     if let Some(taken) = follower.taken() {
         shared.forwarder.set_taken(&taken);
     }
@@ -268,7 +272,7 @@ async fn carry(
             lanes,
             &mut from_lanes,
             &mut names,
-            (&mut status, &mut commands),
+            (&mut status, &mut commands, &mut viewers),
             &mut listener,
         )
         .await;
@@ -408,6 +412,13 @@ fn forwarder(
     Ok(Forwarder::New(translator))
 }
 
+/// Who comes from outside the daemon: who asks for the status, who gives commands, who looks.
+type Outside<'a> = (
+    &'a mut StatusListener,
+    &'a mut Option<mpsc::Receiver<Order>>,
+    &'a mut Viewers,
+);
+
 /// The result of looking up a peer's name.
 type Found = (PeerId, Result<SocketAddr, String>);
 
@@ -480,7 +491,7 @@ impl Control<'_> {
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         names: &mut mpsc::Receiver<Found>,
-        (status, commands): (&mut StatusListener, &mut Option<mpsc::Receiver<Order>>),
+        (status, commands, viewers): Outside<'_>,
         listener: &mut Listener,
     ) -> Result<()> {
         loop {
@@ -511,11 +522,12 @@ impl Control<'_> {
                     listener.looked(begun, Instant::now());
                 }
                 client = status.accept() => {
-                    let now = Instant::now();
-                    if let Some(orders) = &mut self.orders {
-                        orders.count(now, || self.follower.own_conversations());
-                    }
-                    status_socket::send_status(client, || self.status(now));
+                    let status = self.status_now();
+                    status_socket::send_status(client, || status);
+                }
+                ask = viewers.asked() => {
+                    // Who does not wait any longer is not told.
+                    let _ = ask.send(self.status_now());
                 }
                 Some(order) = next_of(commands) => self.order(Instant::now(), order),
                 () = wake => {}
@@ -1337,7 +1349,7 @@ impl Control<'_> {
     fn announce_start(&mut self, warnings: Vec<String>) {
         for text in warnings {
             if self.warnings.keep(self.started, text.clone()) {
-                warn!("{text}");
+                warn!(warning = %text, "an administrator should know");
             }
         }
         let uplink = self.follower.uplink_name();
@@ -1357,7 +1369,7 @@ impl Control<'_> {
         let name = self.policy.name(peer);
         let line = format!("{name}: {text}");
         if self.warnings.keep_of(now, peer, line) {
-            warn!(peer = name, "{text}");
+            warn!(peer = name, warning = %text, "an administrator should know");
         }
     }
 
@@ -1376,6 +1388,15 @@ impl Control<'_> {
     fn summary(&self) -> String {
         let states = self.policy.peers().map(|peer| self.policy.state(peer));
         report::summary(self.role, states)
+    }
+
+    /// The status, with what the old server still has.
+    fn status_now(&mut self) -> Status {
+        let now = Instant::now();
+        if let Some(orders) = &mut self.orders {
+            orders.count(now, || self.follower.own_conversations());
+        }
+        self.status(now)
     }
 
     fn status(&self, now: Instant) -> Status {

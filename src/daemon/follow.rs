@@ -553,7 +553,7 @@ impl Follower {
                 if self.uplinks.first().is_none() {
                     known.warn(now, text);
                 } else if self.there && known.keep(now, text.clone()) {
-                    warn!(%error, "{text}");
+                    warn!(%error, warning = %text, "an administrator should know");
                 }
                 self.there = false;
             }

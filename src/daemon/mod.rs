@@ -22,6 +22,7 @@
 //! `visitors` hands over who comes to be recorded (stragglers).
 //!
 //! `dry_run` tells what a start would change, and changes nothing.
+//! `viewers` are those who look at it from outside: at its `flows`, and at its `metrics`.
 //!
 //! `nat` is the daemon of the mode without a tunnel. Both use `service` (signals, service manager,
 //! threads, undo, errors), `watchdog` (whether all is well), `warnings` and `report` (what `ipmoved
@@ -45,11 +46,13 @@ mod delivered;
 mod dry_run;
 mod early;
 mod facts;
+pub mod flows;
 mod follow;
 mod held;
 mod kept;
 pub mod log;
 pub mod login;
+mod metrics;
 mod nat;
 mod orders;
 mod policy;
@@ -60,6 +63,7 @@ mod setup;
 mod silence;
 mod state_dir;
 pub mod status_socket;
+mod viewers;
 mod visitors;
 mod warnings;
 mod watchdog;

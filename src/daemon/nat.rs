@@ -6,7 +6,7 @@
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use tokio::sync::mpsc;
@@ -21,9 +21,11 @@ use super::service::{
 };
 use super::setup::{find_uplink, raise_tun, warn_of_absent};
 use super::status_socket::{self, StatusListener};
+use super::viewers;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use crate::daemon::{confine, log};
+use crate::flow::listing::Flows;
 use crate::flow::nat::{Nat, NatConfig, PORTS, Target};
 use crate::flow::seed::Seed;
 use crate::io::entropy;
@@ -50,7 +52,7 @@ pub fn run(settings: NatSettings, runtime_dir: &Path) -> Result<(), DaemonError>
         let mut warnings = Warnings::default();
         for text in &confinement.lacking {
             if warnings.keep(Instant::now(), text.clone()) {
-                warn!("{text}");
+                warn!(warning = %text, "an administrator should know");
             }
         }
         let _log = log::queue();
@@ -72,6 +74,7 @@ struct Ready {
 struct Tools {
     signals: Signals,
     status: std::os::unix::net::UnixListener,
+    viewers: viewers::Sockets,
     queue: TunQueue,
     uplink: Link,
     towards: Vec<Towards>,
@@ -87,6 +90,7 @@ impl Ready {
         let Found { uplink, towards } = Found::new(&netlink, settings)?;
         let moves = &settings.moves;
         let status = status_socket::listen(host.dir())?;
+        let viewers = viewers::Sockets::open(host.dir(), settings.metrics, false)?;
         let signals = Signals::new()?;
         let (queues, _) = TunQueue::create(&settings.tun, 1, TunOptions::default())?;
         let queue = queues.into_iter().next();
@@ -102,6 +106,7 @@ impl Ready {
         let tools = Tools {
             signals,
             status,
+            viewers,
             queue,
             uplink,
             towards,
@@ -223,6 +228,7 @@ async fn carry(
     let Tools {
         mut signals,
         status,
+        viewers,
         queue,
         uplink,
         towards,
@@ -246,6 +252,8 @@ async fn carry(
         port_seed,
         epoch: started,
     });
+    let nat = Arc::new(Mutex::new(nat));
+    let mut viewers = viewers.serve(Arc::clone(&nat) as Arc<dyn Flows>)?;
     let counters = Arc::new(NatCounters::default());
     let (tell, mut ended) = mpsc::channel(1);
     let counts = Arc::clone(&counters);
@@ -268,25 +276,32 @@ async fn carry(
     let mut by_clock = tokio::time::interval(LOOK_EVERY);
     let mut listener = Listener::new([host.netlink()]);
     let (mut repairer, mut watchdog) = (Repairer::default(), service::watchdog(started));
+    let status_now = |warnings: &Warnings| {
+        let daemon = report::Daemon {
+            tun: settings.tun.clone(),
+            port: 0,
+            up: started.elapsed(),
+            warnings: warnings.lines(),
+            log_lines_lost: log::lost(),
+            stayed: 0,
+            own_full: 0,
+            unrecorded: 0,
+            unwritten: 0,
+        };
+        report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
+    };
     let result = loop {
         tokio::select! {
             () = signals.recv() => break Ok(()),
             crash = threads.crashed() => break Err(crash),
             Some(error) = ended.recv() => break Err(failed(error)),
-            client = status.accept() => status_socket::send_status(client, || {
-                let daemon = report::Daemon {
-                    tun: settings.tun.clone(),
-                    port: 0,
-                    up: started.elapsed(),
-                    warnings: warnings.lines(),
-                    log_lines_lost: log::lost(),
-                    stayed: 0,
-                    own_full: 0,
-                    unrecorded: 0,
-                    unwritten: 0,
-                };
-                report::translated(daemon, &settings, &towards, uplink.mtu, &counters)
-            }),
+            client = status.accept() => {
+                status_socket::send_status(client, || status_now(&warnings));
+            }
+            ask = viewers.asked() => {
+                // Who does not wait any longer is not told.
+                let _ = ask.send(status_now(&warnings));
+            }
             () = until(watchdog.as_ref().map(Watchdog::next)) => {
                 service::watch(&mut watchdog, std::iter::once(counters.turns.counted()));
             }

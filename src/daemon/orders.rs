@@ -145,7 +145,7 @@ impl Orders {
             info!(more, pid, "modes of more moves, as of those");
         }
         for text in &warnings {
-            warn!("{text}");
+            warn!(warning = %text, "an administrator should know");
         }
         Answer::Done {
             moves,

@@ -314,7 +314,7 @@ impl Threads {
             let _ = thread.join();
         }
         if let Ok(crash) = self.crashes.try_recv() {
-            warn!("{crash}");
+            warn!(%crash, "a thread crashed");
         }
     }
 }
@@ -354,7 +354,7 @@ impl Repairer {
 /// Warns of what was not understood of an earlier run's journal.
 pub(super) fn warn_of_unread(host: &Host) {
     for note in &host.unread().notes {
-        warn!("{note}");
+        warn!(warning = %note, "an administrator should know");
     }
 }
 

@@ -17,7 +17,7 @@ use super::held::{self, Held};
 use super::kept;
 use super::orders::Orders;
 use super::service::{DaemonError, Result, Signals, cannot, input, system, warn_of_unread};
-use super::{control_socket, status_socket};
+use super::{control_socket, status_socket, viewers};
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
@@ -53,6 +53,8 @@ pub(super) struct Tools {
     pub(super) netlink: Netlink,
     /// Where `ipmoved status` connects.
     pub(super) status: UnixListener,
+    /// Where others connect who look at the daemon.
+    pub(super) viewers: viewers::Sockets,
     /// Where commands connect (old server).
     pub(super) control: Option<UnixListener>,
     /// The modes of what has moved (old server).
@@ -99,6 +101,7 @@ impl Ready {
         let found = Found::new(&netlink, config, &endpoints, &addresses, may_come)?;
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
+        let viewers = viewers::Sockets::open(host.dir(), config.metrics, may_come)?;
         let (control, orders) = match config.role {
             Role::Old => {
                 let control = control_socket::listen(host.dir())?;
@@ -121,6 +124,7 @@ impl Ready {
             signals,
             netlink,
             status,
+            viewers,
             control,
             orders,
             queues,
@@ -340,7 +344,7 @@ pub(super) fn warn_of_absent(netlink: &Netlink, moves: &[Move]) -> Result<()> {
         local.extend(prefixes.filter(|prefix| !prefix.is_single()));
     }
     for line in held::absent(moves, &held, &local) {
-        warn!("{line}");
+        warn!(warning = %line, "an administrator should know");
     }
     Ok(())
 }

@@ -69,7 +69,7 @@ impl Warnings {
     /// Keeps `line` as the newest one of the daemon itself, and logs it if it is due.
     pub(super) fn warn(&mut self, now: Instant, line: String) {
         if self.keep(now, line.clone()) {
-            warn!("{line}");
+            warn!(warning = %line, "an administrator should know");
         }
     }
 

@@ -1,8 +1,9 @@
 //! Which clients came: the old server lets out only what answers one of them.
 //!
-//! Owns a table of flows that holds one word for each, and nothing else. Entries live as long as
-//! those of the new server's table ([`class`](super::class)), whose states they have, so that
-//! neither server forgets a flow that the other one still knows.
+//! Owns a table of flows that holds one word for each; who they are lies in [`records`], for those
+//! who read it. Entries live as long as those of the new server's table
+//! ([`class`](super::class)), whose states they have, so that neither server forgets a flow that
+//! the other one still knows.
 //!
 //! ```text
 //! line of 8 words, a cache line:   ┌───────────────────┬───────────┬────────┬───────┐
@@ -22,22 +23,26 @@
 //!   at most.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::flow::class::{
     Class, EVICTION_ORDER, ICMP_QUERY, OTHER, Seen, Side, TCP_ESTABLISHED, UDP_BOTH_WAYS,
 };
+use crate::flow::listing::{self, Place, Row};
+use crate::flow::records::{self, Ends, Records};
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
 use crate::flow::watch::Noted;
+use crate::flow::weight::Weight;
 use crate::model::moved::{TCP, UDP};
+use crate::model::peer::PeerId;
 use crate::packet::{Addr, ICMP, ICMPV6, Kind, Parsed, Quoted, RST};
 
 /// Words of a line: as many as a cache line holds.
 const WAYS: usize = 8;
 
-/// Lines of a page, which takes 4 KiB once the first flow falls into it.
+/// Lines of a page, which takes 6 KiB once the first flow falls into it.
 const PAGE: usize = 64;
 
 /// Words for each flow that there may be. The hash spreads flows unevenly: with two, 0.8 % of them
@@ -72,6 +77,8 @@ pub(super) struct Clients {
     /// What the class of a flow says, for each state that a word can have in its lowest byte.
     rules: Box<[Rule]>,
     pages: Box<[OnceLock<Box<Page>>]>,
+    /// Who they are, for those who read them.
+    records: Records,
     /// The line that is looked at next for entries whose time is up.
     cursor: AtomicUsize,
     live: AtomicU64,
@@ -91,7 +98,14 @@ struct Rule {
 #[repr(align(64))]
 struct Line([AtomicU64; WAYS]);
 
-struct Page([Line; PAGE]);
+/// Lines, and the numbers of the records of their words.
+struct Page {
+    lines: [Line; PAGE],
+    records: [Numbers; PAGE],
+}
+
+/// The number of the record of each word of a line.
+type Numbers = [AtomicU32; WAYS];
 
 /// A packet's flow: who the client is, and with what of a moved address it talks.
 ///
@@ -102,6 +116,8 @@ pub(super) struct Flow {
     hash: u64,
     protocol: u8,
     tcp_flags: u8,
+    packets: u16,
+    bytes: u32,
 }
 
 /// What a packet is to what is known of its flow.
@@ -149,6 +165,27 @@ impl Flow {
     pub(super) fn key(&self) -> u64 {
         self.hash
     }
+
+    /// A flow by its hash, and what the packet counts.
+    #[inline]
+    fn new(hash: u64, protocol: u8, weight: Weight) -> Self {
+        Self {
+            hash,
+            protocol,
+            tcp_flags: weight.tcp_flags,
+            packets: weight.packets,
+            bytes: weight.bytes,
+        }
+    }
+
+    #[inline]
+    fn weight(&self) -> Weight {
+        Weight {
+            tcp_flags: self.tcp_flags,
+            packets: self.packets,
+            bytes: self.bytes,
+        }
+    }
 }
 
 impl Clients {
@@ -164,6 +201,7 @@ impl Clients {
             lines,
             rules: (0..=u8::MAX).map(Rule::of).collect(),
             pages: (0..lines / PAGE).map(|_| OnceLock::new()).collect(),
+            records: Records::new(max_flows.min(lines * WAYS)),
             cursor: AtomicUsize::new(0),
             live: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
@@ -180,17 +218,11 @@ impl Clients {
             Kind::Other => [0, 0],
             Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
         };
-        Some(Flow {
-            hash: self.hash(
-                parsed.src(bytes),
-                ports,
-                parsed.dst(bytes),
-                parsed.protocol(),
-            ),
-            protocol: parsed.protocol(),
-            // Anybody can forge a client's RST. Whether the server believes it, its answer tells.
-            tcp_flags: parsed.tcp_flags() & !RST,
-        })
+        let protocol = parsed.protocol();
+        let hash = self.hash(parsed.src(bytes), ports, parsed.dst(bytes), protocol);
+        // Anybody can forge a client's RST. Whether the server believes it, its answer tells.
+        let weight = Weight::of(parsed).with_flags(parsed.tcp_flags() & !RST);
+        Some(Flow::new(hash, protocol, weight))
     }
 
     /// The flow that a packet from a moved address answers; `None` if such a packet
@@ -203,16 +235,9 @@ impl Clients {
             Kind::Other => [0, 0],
             Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => return None,
         };
-        Some(Flow {
-            hash: self.hash(
-                parsed.dst(bytes),
-                ports,
-                parsed.src(bytes),
-                parsed.protocol(),
-            ),
-            protocol: parsed.protocol(),
-            tcp_flags: parsed.tcp_flags(),
-        })
+        let protocol = parsed.protocol();
+        let hash = self.hash(parsed.dst(bytes), ports, parsed.src(bytes), protocol);
+        Some(Flow::new(hash, protocol, Weight::of(parsed)))
     }
 
     /// The flow of the client's packet that an ICMP error quotes.
@@ -223,16 +248,9 @@ impl Clients {
             Kind::Other => [0, 0],
             Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
         };
-        Some(Flow {
-            hash: self.hash(
-                quoted.src(bytes),
-                ports,
-                quoted.dst(bytes),
-                quoted.protocol(),
-            ),
-            protocol: quoted.protocol(),
-            tcp_flags: 0,
-        })
+        let protocol = quoted.protocol();
+        let hash = self.hash(quoted.src(bytes), ports, quoted.dst(bytes), protocol);
+        Some(Flow::new(hash, protocol, Weight::from(0)))
     }
 
     /// The flow of a packet that the new server sends of its own accord, from a port that has not
@@ -245,7 +263,7 @@ impl Clients {
             Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
         };
         let ends = [parsed.dst(bytes), parsed.src(bytes)];
-        Some(self.begun_with(ends, ports, parsed.protocol(), parsed.tcp_flags()))
+        Some(self.begun_with(ends, ports, parsed.protocol(), Weight::of(parsed)))
     }
 
     /// The flow of a packet that answers such a one.
@@ -258,7 +276,8 @@ impl Clients {
         };
         let ends = [parsed.src(bytes), parsed.dst(bytes)];
         // Anybody can forge the remote's RST as well.
-        Some(self.begun_with(ends, ports, parsed.protocol(), parsed.tcp_flags() & !RST))
+        let weight = Weight::of(parsed).with_flags(parsed.tcp_flags() & !RST);
+        Some(self.begun_with(ends, ports, parsed.protocol(), weight))
     }
 
     /// The flow of such a packet that an ICMP error quotes.
@@ -270,7 +289,7 @@ impl Clients {
             Kind::IcmpReply | Kind::IcmpError | Kind::LaterFragment => return None,
         };
         let ends = [quoted.dst(bytes), quoted.src(bytes)];
-        Some(self.begun_with(ends, ports, quoted.protocol(), 0))
+        Some(self.begun_with(ends, ports, quoted.protocol(), Weight::from(0)))
     }
 
     /// The flow of such an answer that an ICMP error quotes.
@@ -283,17 +302,13 @@ impl Clients {
             }
         };
         let ends = [quoted.src(bytes), quoted.dst(bytes)];
-        Some(self.begun_with(ends, ports, quoted.protocol(), 0))
+        Some(self.begun_with(ends, ports, quoted.protocol(), Weight::from(0)))
     }
 
-    fn begun_with(&self, ends: [Addr; 2], ports: [u16; 2], protocol: u8, tcp_flags: u8) -> Flow {
+    fn begun_with(&self, ends: [Addr; 2], ports: [u16; 2], protocol: u8, weight: Weight) -> Flow {
         let [remote, moved] = ports.map(u64::from);
         let ports = remote | moved << 16 | BEGUN;
-        Flow {
-            hash: self.seed.flow(ends, ports, protocol),
-            protocol,
-            tcp_flags,
-        }
+        Flow::new(self.seed.flow(ends, ports, protocol), protocol, weight)
     }
 
     /// The flow of the client that a packet from a moved address went to, which an ICMP error
@@ -305,16 +320,9 @@ impl Clients {
             Kind::Other => [0, 0],
             Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => return None,
         };
-        Some(Flow {
-            hash: self.hash(
-                quoted.dst(bytes),
-                ports,
-                quoted.src(bytes),
-                quoted.protocol(),
-            ),
-            protocol: quoted.protocol(),
-            tcp_flags: 0,
-        })
+        let protocol = quoted.protocol();
+        let hash = self.hash(quoted.dst(bytes), ports, quoted.src(bytes), protocol);
+        Some(Flow::new(hash, protocol, Weight::from(0)))
     }
 
     /// The client has sent a packet. Returns what it is to its flow.
@@ -333,7 +341,10 @@ impl Clients {
     /// last one back by a unit. The flow lives shorter by that if there is no next packet.
     #[cold]
     pub(super) fn look_again(&self, flow: &Flow) {
-        let slots = self.line(flow.hash).into_iter().flat_map(|line| &line.0);
+        let slots = self
+            .line(flow.hash)
+            .into_iter()
+            .flat_map(|(line, _)| &line.0);
         for slot in slots {
             let word = slot.load(Relaxed);
             if is_of(word, flow.hash) {
@@ -349,7 +360,7 @@ impl Clients {
 
     /// Whether a flow is known. Nothing changes by the question.
     pub(super) fn knows(&self, now: Instant, flow: &Flow) -> bool {
-        let Some(line) = self.line(flow.hash) else {
+        let Some((line, _)) = self.line(flow.hash) else {
             return false;
         };
         let words = line.0.iter().map(|slot| slot.load(Relaxed));
@@ -360,7 +371,7 @@ impl Clients {
     /// What is known of a flow, if anything is. Nothing changes by the question.
     pub(super) fn noted(&self, now: Instant, flow: &Flow) -> Option<Noted> {
         let time = self.time(now);
-        let words = self.line(flow.hash)?.0.iter();
+        let words = self.line(flow.hash)?.0.0.iter();
         let mut words = words.map(|slot| slot.load(Relaxed));
         let word = words.find(|&word| is_of(word, flow.hash) && self.is_alive(word, time))?;
         let used = now.checked_sub(Duration::from_secs(idle(word, time).into()));
@@ -373,25 +384,25 @@ impl Clients {
 
     /// Remembers the flow of a client's packet, of which nothing is known.
     #[cold]
-    pub(super) fn remember(&self, now: Instant, flow: &Flow) {
-        self.insert(now, flow, Side::Client);
+    pub(super) fn remember(&self, now: Instant, flow: &Flow, ends: &Ends) {
+        self.insert(now, flow, Side::Client, ends);
     }
 
     /// Remembers the flow of a packet of the new server, of which nothing is known.
     #[cold]
-    pub(super) fn presume(&self, now: Instant, flow: &Flow) {
-        self.insert(now, flow, Side::Application);
+    pub(super) fn presume(&self, now: Instant, flow: &Flow, ends: &Ends) {
+        self.insert(now, flow, Side::Application, ends);
     }
 
     /// The flow is one that the new server has answered, though that is not known here any more.
     #[cold]
-    pub(super) fn take_over(&self, now: Instant, flow: &Flow) {
+    pub(super) fn take_over(&self, now: Instant, flow: &Flow, ends: &Ends) {
         let answer = Flow {
             tcp_flags: 0,
             ..*flow
         };
         if matches!(self.note(now, &answer, Side::Application), Known::No) {
-            self.insert(now, &answer, Side::Application);
+            self.insert(now, &answer, Side::Application, ends);
         }
     }
 
@@ -416,13 +427,97 @@ impl Clients {
             match self.pages[at / PAGE].get() {
                 None => at = (at / PAGE + 1) * PAGE,
                 Some(page) => {
-                    self.sweep(&page.0[at % PAGE], time);
+                    self.sweep(&page.lines[at % PAGE], &page.records[at % PAGE], time);
                     at += 1;
                 }
             }
             at %= self.lines;
         }
         self.cursor.store(at, Relaxed);
+    }
+
+    /// Appends the flows of the page that the line `from` is in, as those of `peer`, and returns
+    /// where the next one begins, if there are more. Nobody waits for it, however long it takes.
+    pub(super) fn slice(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        from: u32,
+        out: &mut Vec<Row>,
+    ) -> Option<u32> {
+        let first = from as usize / PAGE * PAGE;
+        // Most of a table that few use is not there.
+        let page = self.pages.get(first / PAGE).and_then(OnceLock::get);
+        let lines = page
+            .iter()
+            .flat_map(|page| page.lines.iter().zip(&page.records));
+        for (at, (line, numbers)) in lines.enumerate() {
+            let at = first + at;
+            for (way, (slot, number)) in line.0.iter().zip(numbers).enumerate() {
+                let place = Place {
+                    part: peer.0.into(),
+                    at: (at * WAYS + way) as u32,
+                };
+                out.extend(self.row(now, peer, place, slot, number));
+            }
+        }
+        let next = first + PAGE;
+        (next < self.lines).then_some(next as u32)
+    }
+
+    /// What a reader gets of the flow of a word, if its record is one of that flow.
+    fn row(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        place: Place,
+        slot: &AtomicU64,
+        number: &AtomicU32,
+    ) -> Option<Row> {
+        let word = slot.load(Relaxed);
+        if !self.is_alive(word, self.time(now)) {
+            return None;
+        }
+        let read = self.records.get(number.load(Relaxed))?.read();
+        let Ends {
+            client,
+            moved,
+            client_port,
+            moved_port,
+            protocol,
+        } = read.ends;
+        let is_icmp = matches!(protocol, ICMP | ICMPV6);
+        let asked = match protocol {
+            TCP => [client_port, moved_port],
+            UDP | ICMP | ICMPV6 => [client_port, 0],
+            _ => [0, 0],
+        };
+        let begun = match protocol {
+            ICMP | ICMPV6 => [0, moved_port],
+            _ => [client_port, moved_port],
+        };
+        let asked = self.hash(client, asked, moved, protocol);
+        let begun = self.begun_with([client, moved], begun, protocol, Weight::from(0));
+        let is_at = |hash| is_of(word, hash) && self.line_number(hash) == place.at as usize / WAYS;
+        if !is_at(asked) && !is_at(begun.hash) {
+            return None;
+        }
+        let second = self.age(now).as_secs() as u32;
+        Some(Row {
+            place,
+            peer,
+            protocol,
+            client,
+            client_port,
+            moved,
+            moved_port: if is_icmp { 0 } else { moved_port },
+            delivery: None,
+            state: listing::state(protocol, seen(word)),
+            age: Duration::from_secs(second.saturating_sub(read.began).into()),
+            idle: Duration::from_secs(idle(word, self.time(now)).into()),
+            packets: read.packets,
+            bytes: read.bytes,
+        })
     }
 
     /// What the table did.
@@ -450,10 +545,10 @@ impl Clients {
     /// Notes a packet of a flow, if that is known.
     #[inline]
     fn note(&self, now: Instant, flow: &Flow, side: Side) -> Known {
-        let Some(line) = self.line(flow.hash) else {
+        let Some((line, numbers)) = self.line(flow.hash) else {
             return Known::No;
         };
-        for slot in &line.0 {
+        for (slot, number) in line.0.iter().zip(numbers) {
             let word = slot.load(Relaxed);
             if is_of(word, flow.hash) {
                 let time = self.time(now);
@@ -462,20 +557,33 @@ impl Clients {
                     time,
                     seen(word).after(flow.protocol, side, flow.tcp_flags),
                 );
+                let record = self.records.get(number.load(Relaxed));
                 if fresh == word {
+                    if let Some(record) = record {
+                        record.count(side as usize, flow.weight());
+                    }
                     return Known::Same;
                 }
-                return self.renew(slot, word, fresh, flow, side, time);
+                let known = self.renew(slot, word, fresh, flow, side, time);
+                if let (Some(record), Known::Changed(change)) = (record, known) {
+                    let over = change.before.is_closed() && !change.after.is_closed();
+                    if change.before.is_nothing() || over {
+                        record.restart(self.age(now).as_secs() as u32);
+                    }
+                    record.count(side as usize, flow.weight());
+                }
+                return known;
             }
         }
         Known::No
     }
 
     /// Puts a flow into its line, in place of whichever is dispensable first.
-    fn insert(&self, now: Instant, flow: &Flow, side: Side) {
+    fn insert(&self, now: Instant, flow: &Flow, side: Side, ends: &Ends) {
         let time = self.time(now);
         let at = self.line_number(flow.hash);
-        let line = &self.pages[at / PAGE].get_or_init(Page::boxed).0[at % PAGE];
+        let page = self.pages[at / PAGE].get_or_init(Page::boxed);
+        let line = &page.lines[at % PAGE];
         let first = Seen::default().after(flow.protocol, side, flow.tcp_flags);
         let fresh = word_of(flow, time, first);
         // Another lane may take the place first. That happens at most once for each.
@@ -498,19 +606,48 @@ impl Clients {
                 } else if self.is_alive(words[way], time) {
                     self.evicted.fetch_add(1, Relaxed);
                 }
+                self.record(now, flow, side, ends, &page.records[at % PAGE][way]);
                 return;
             }
         }
     }
 
-    fn sweep(&self, line: &Line, time: u16) {
-        for slot in &line.0 {
-            let word = slot.load(Relaxed);
-            if word != 0
-                && !self.is_alive(word, time)
-                && slot.compare_exchange(word, 0, Relaxed, Relaxed).is_ok()
+    /// Writes down who a flow is that has just got its word. The record of the one before becomes
+    /// its own.
+    fn record(&self, now: Instant, flow: &Flow, side: Side, ends: &Ends, number: &AtomicU32) {
+        let mut own = number.load(Relaxed);
+        if own == records::NONE {
+            own = self.records.take();
+            if number
+                .compare_exchange(records::NONE, own, Relaxed, Relaxed)
+                .is_err()
             {
+                // Another lane has given it one, and has perhaps the place by now.
+                return self.records.give_back(own);
+            }
+        }
+        if let Some(record) = self.records.get(own) {
+            record.begin(ends, self.age(now).as_secs() as u32);
+            record.count(side as usize, flow.weight());
+        }
+    }
+
+    fn sweep(&self, line: &Line, numbers: &Numbers, time: u16) {
+        for (slot, number) in line.0.iter().zip(numbers) {
+            let word = slot.load(Relaxed);
+            if word == 0 || self.is_alive(word, time) {
+                continue;
+            }
+            // The record goes first: who takes the place finds none, and never one that is free.
+            let record = number.swap(records::NONE, Relaxed);
+            if slot.compare_exchange(word, 0, Relaxed, Relaxed).is_ok() {
                 self.live.fetch_sub(1, Relaxed);
+                self.records.give_back(record);
+            } else if number
+                .compare_exchange(records::NONE, record, Relaxed, Relaxed)
+                .is_err()
+            {
+                self.records.give_back(record);
             }
         }
     }
@@ -569,9 +706,10 @@ impl Clients {
     }
 
     #[inline]
-    fn line(&self, hash: u64) -> Option<&Line> {
+    fn line(&self, hash: u64) -> Option<(&Line, &Numbers)> {
         let at = self.line_number(hash);
-        Some(&self.pages[at / PAGE].get()?.0[at % PAGE])
+        let page = self.pages[at / PAGE].get()?;
+        Some((&page.lines[at % PAGE], &page.records[at % PAGE]))
     }
 
     #[inline]
@@ -615,7 +753,10 @@ impl Rule {
 
 impl Page {
     fn boxed() -> Box<Self> {
-        Box::new(Self(std::array::from_fn(|_| Line::default())))
+        Box::new(Self {
+            lines: std::array::from_fn(|_| Line::default()),
+            records: std::array::from_fn(|_| [(); WAYS].map(|()| AtomicU32::new(records::NONE))),
+        })
     }
 }
 
@@ -661,32 +802,36 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
-    use crate::packet::{ACK, SYN};
+    use crate::packet::{ACK, FIN, SYN};
     use crate::testing::epoch;
     use proptest::prelude::*;
 
     const SEED: [u64; 2] = [1, 2];
 
+    /// The ends of the flow of the `n`th client.
+    fn ends(n: u32, protocol: u8) -> Ends {
+        Ends {
+            client: Ipv4Addr::from(n).into(),
+            moved: Ipv4Addr::new(192, 0, 2, 5).into(),
+            client_port: 4_000,
+            moved_port: 80,
+            protocol,
+        }
+    }
+
     impl Clients {
         /// The flow of the `n`th client, and a packet of it with these TCP flags.
         fn flow(&self, n: u32, protocol: u8, tcp_flags: u8) -> Flow {
-            let client = Addr::from(Ipv4Addr::from(n));
-            Flow {
-                hash: self.hash(
-                    client,
-                    [4_000, 80],
-                    Ipv4Addr::new(192, 0, 2, 5).into(),
-                    protocol,
-                ),
-                protocol,
-                tcp_flags,
-            }
+            let Ends { client, moved, .. } = ends(n, protocol);
+            let hash = self.hash(client, [4_000, 80], moved, protocol);
+            Flow::new(hash, protocol, tcp_flags.into())
         }
 
         /// As the gate does for a client's packet.
         fn client(&self, now: Instant, flow: &Flow) {
             if !self.client_spoke(now, flow).is_known() {
-                self.remember(now, flow);
+                // Whose it is matters to a reader alone.
+                self.remember(now, flow, &ends(0, flow.protocol));
             }
         }
 
@@ -808,15 +953,119 @@ mod tests {
         assert!(before <= table.pages_in_use() && table.pages_in_use() == table.pages.len());
     }
 
+    impl Clients {
+        /// All flows, as a reader gets them.
+        fn rows(&self, now: Instant) -> Vec<Row> {
+            let (mut rows, mut next) = (Vec::new(), Some(0));
+            while let Some(from) = next {
+                next = self.slice(now, PeerId(3), from, &mut rows);
+            }
+            rows
+        }
+
+        /// A client's packet, with the ends that it has.
+        fn comes(&self, now: Instant, n: u32, protocol: u8, weight: Weight) {
+            let Ends { client, moved, .. } = ends(n, protocol);
+            let ports = if protocol == TCP {
+                [4_000, 80]
+            } else {
+                [4_000, 0]
+            };
+            let flow = Flow::new(self.hash(client, ports, moved, protocol), protocol, weight);
+            if !self.client_spoke(now, &flow).is_known() {
+                self.remember(now, &flow, &ends(n, protocol));
+            }
+        }
+    }
+
+    #[test]
+    fn a_reader_gets_each_flow_with_its_ends_and_what_it_carried() {
+        let (table, now) = clients(5_000);
+        let weight = Weight {
+            tcp_flags: ACK,
+            packets: 2,
+            bytes: 3_000,
+        };
+        for n in 0..4_000 {
+            let protocol = if n % 2 == 0 { TCP } else { UDP };
+            table.comes(now, n, protocol, weight);
+            table.comes(now + seconds(1), n, protocol, weight);
+        }
+        let mut rows = table.rows(now + seconds(9));
+        rows.sort_by_key(|row| row.client);
+        assert_eq!(rows.len(), 4_000, "each once");
+        for (n, row) in rows.iter().enumerate() {
+            let protocol = if n % 2 == 0 { TCP } else { UDP };
+            let state = if protocol == TCP {
+                "opening"
+            } else {
+                "unanswered"
+            };
+            let Ends { client, moved, .. } = ends(n as u32, protocol);
+            assert_eq!(
+                (row.client, row.moved, row.protocol),
+                (client, moved, protocol)
+            );
+            assert_eq!((row.client_port, row.moved_port), (4_000, 80));
+            assert_eq!(
+                (row.peer, row.state, row.delivery),
+                (PeerId(3), state, None)
+            );
+            assert_eq!((row.age, row.idle), (seconds(9), seconds(8)));
+            assert_eq!((row.packets, row.bytes), ([4, 0], [6_000, 0]));
+        }
+        // Those that are over give their records back, and others take them.
+        let later = now + seconds(1_000);
+        table.expire(later, 1 << 16);
+        assert_eq!(table.rows(later), []);
+        for n in 10_000..14_000 {
+            table.comes(later, n, TCP, weight);
+        }
+        let rows = table.rows(later);
+        assert_eq!(rows.len(), 4_000);
+        assert!(
+            rows.iter()
+                .all(|row| row.age.is_zero() && row.bytes == [3_000, 0])
+        );
+    }
+
+    #[test]
+    fn another_connection_with_the_same_ports_counts_anew() {
+        let (table, now) = clients(100);
+        let weight = |tcp_flags| Weight {
+            tcp_flags,
+            packets: 1,
+            bytes: 100,
+        };
+        let Ends { client, moved, .. } = ends(1, TCP);
+        let hash = table.hash(client, [4_000, 80], moved, TCP);
+        let answers = |at, flags| {
+            let flow = Flow::new(hash, TCP, weight(flags));
+            assert!(table.server_spoke(at, &flow).is_known());
+        };
+        table.comes(now, 1, TCP, weight(SYN));
+        answers(now, SYN | ACK);
+        table.comes(now, 1, TCP, weight(ACK));
+        let row = |at| table.rows(at)[0];
+        assert_eq!(
+            (row(now).state, row(now).bytes),
+            ("established", [200, 100])
+        );
+        table.comes(now, 1, TCP, weight(FIN | ACK));
+        answers(now, FIN | ACK);
+        let later = now + seconds(9);
+        table.comes(later, 1, TCP, weight(SYN));
+        let row = row(later);
+        assert_eq!((row.state, row.bytes), ("opening", [100, 0]));
+        assert_eq!((row.packets, row.age), ([1, 0], seconds(0)));
+    }
+
     #[test]
     fn a_full_line_gives_up_who_is_dispensable_first() {
         let (table, now) = clients(0);
         // All in one line: the hash may differ in the tag alone.
-        let flow = |n: u64, protocol, tcp_flags| Flow {
-            hash: n << TAG_SHIFT,
-            protocol,
-            tcp_flags,
-        };
+        let flow =
+            |n: u64, protocol, tcp_flags: u8| Flow::new(n << TAG_SHIFT, protocol, tcp_flags.into());
         let answered = |at: Instant, flow: Flow| {
             table.client(at, &flow);
             assert!(table.server_spoke(at, &flow).is_known());
@@ -915,8 +1164,8 @@ mod tests {
         assert_eq!(table.pages_in_use(), 0);
         table.client(now, &table.flow(1, UDP, 0));
         assert_eq!(table.pages_in_use(), 1);
-        assert_eq!(size_of::<Page>(), 4_096);
-        // 16 million flows in 256 MiB.
+        assert_eq!(size_of::<Page>(), 6_144);
+        // 16 million flows in 384 MiB, and their records, which come as they are needed.
         assert_eq!(table.pages.len(), 65_536);
         assert_eq!(clients(usize::MAX).0.lines, MAX_LINES);
     }

@@ -44,9 +44,11 @@ use crate::flow::class::Side;
 use crate::flow::clients::{Change, Clients, Flow, Known};
 use crate::flow::ended::HostFlow;
 use crate::flow::fragments::FragmentCache;
+use crate::flow::listing::Row;
 use crate::flow::lock;
 use crate::flow::modes::{CLIENTS_QUERY, Modes, Says, Taken};
 use crate::flow::ownership::{Ownership, Verdict};
+use crate::flow::records::Ends;
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
 use crate::flow::visits::Visits;
@@ -56,6 +58,7 @@ use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::{Move, TCP};
 use crate::model::outgoing::AllowOutgoing;
 use crate::model::owners::Owners;
+use crate::model::peer::PeerId;
 use crate::model::scopes::Scopes;
 use crate::model::visit::Visited;
 use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, SYN};
@@ -340,6 +343,18 @@ impl Gate {
         }
     }
 
+    /// Appends the flows of the next few places from `from` on, as those of `peer`, and returns
+    /// where the next ones are, if there are more.
+    pub(super) fn slice(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        from: u32,
+        out: &mut Vec<Row>,
+    ) -> Option<u32> {
+        self.clients.slice(now, peer, from, out)
+    }
+
     /// Counters of the flows.
     pub fn stats(&self) -> FlowStats {
         self.clients.stats()
@@ -358,7 +373,8 @@ impl Gate {
         if client.is_special() || self.is_own(client) {
             return Err(DropReason::BadSource);
         }
-        self.clients.remember(now, flow);
+        self.clients
+            .remember(now, flow, &Ends::of_client(parsed, bytes));
         if let Some(visits) = &self.visits
             && (parsed.protocol() != TCP || begins(parsed))
         {
@@ -424,7 +440,8 @@ impl Gate {
             self.resumes && self.clients.may_be_older(now, flow)
         };
         if may_be_older && !bad && self.has_taken(&host_flow(parsed, bytes)) {
-            self.clients.take_over(now, flow);
+            self.clients
+                .take_over(now, flow, &Ends::of_client(parsed, bytes));
             return Ok(Verdict::Carry);
         }
         let number = self.owner(scope, parsed.protocol(), parsed.kind(), parsed.dst_port());
@@ -554,15 +571,16 @@ impl Gate {
             Kind::IcmpQuery | Kind::IcmpError | Kind::LaterFragment => false,
         };
         let older = flow.filter(|flow| goes_on && self.clients.may_be_older(now, flow));
+        let ends = Ends::of_server(parsed, bytes);
         if let Some(flow) = older {
-            self.clients.presume(now, flow);
+            self.clients.presume(now, flow, &ends);
             return Ok(());
         }
         match self.allowed.judge(now, parsed) {
             // A query makes no flow: its reply goes to what has moved, as a client's packets do.
             Some(Ok(())) => {
                 if let Some(flow) = flow {
-                    self.clients.presume(now, flow);
+                    self.clients.presume(now, flow, &ends);
                     self.visits.iter().for_each(|visits| visits.called(flow));
                 }
             }

@@ -27,6 +27,7 @@ use crate::flow::lock;
 use crate::flow::routes::{Moved, Routes};
 use crate::flow::table::{Inside, Outside};
 use crate::flow::translate::Translator;
+use crate::flow::weight::Weight;
 use crate::model::drops::DropReason;
 use crate::model::moved::{TCP, UDP};
 use crate::model::peer::PeerId;
@@ -80,9 +81,9 @@ impl Translator {
             moved: parsed.dst(bytes),
             moved_port: parsed.dst_port(),
         };
-        let flags = parsed.tcp_flags();
+        let (flags, weight) = (parsed.tcp_flags(), Weight::of(parsed));
         let opens = parsed.kind() == Kind::Tcp && flags & (SYN | ACK) == SYN;
-        let (key, inside) = match self.called(now, key, flags, opens) {
+        let (key, inside) = match self.called(now, key, weight, opens) {
             Ok(found) => found,
             Err(key) => {
                 let may_answer = parsed.kind() == Kind::Tcp
@@ -92,7 +93,7 @@ impl Translator {
                     return Err(DropReason::NoFlow);
                 }
                 self.make_space(now, key.peer, key.client);
-                (key, self.open_call(now, &key, delivery, port, flags)?)
+                (key, self.open_call(now, &key, delivery, port, weight)?)
             }
         };
         let turned = Turned {
@@ -115,12 +116,12 @@ impl Translator {
         &self,
         now: Instant,
         key: Outside,
-        flags: u8,
+        weight: Weight,
         opens: bool,
     ) -> Result<(Outside, Inside), Outside> {
         let find = |key: Outside| {
             let mut table = self.table_of(&key);
-            let found = table.client_packet(now, &key, flags, &self.limit);
+            let found = table.client_packet(now, &key, weight, &self.limit);
             found.map(|inside| (key, inside))
         };
         let without_address = Outside {
@@ -145,13 +146,13 @@ impl Translator {
         key: &Outside,
         delivery: Addr,
         port: u16,
-        flags: u8,
+        weight: Weight,
     ) -> Result<Inside, DropReason> {
         let mut table = self.table_of(key);
         // Another lane may have been faster.
-        match table.client_packet(now, key, flags, &self.limit) {
+        match table.client_packet(now, key, weight, &self.limit) {
             Some(inside) => Ok(inside),
-            None => table.open(now, key, delivery, port, flags, &self.limit),
+            None => table.open(now, key, delivery, port, weight, &self.limit),
         }
     }
 
@@ -290,7 +291,7 @@ impl Translator {
                     moved_port: call.remote.port(),
                 };
                 // Without room the caller's next packet begins it, where one can.
-                let _ = self.open_call(now, &key, delivery, port, ACK);
+                let _ = self.open_call(now, &key, delivery, port, ACK.into());
             }
             false
         });

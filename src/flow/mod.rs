@@ -36,11 +36,13 @@ pub mod fragments;
 pub mod gate;
 mod hairpin;
 pub mod hold;
+pub mod listing;
 pub mod modes;
 pub mod nat;
 pub mod networks;
 pub mod outgoing;
 pub mod ownership;
+mod records;
 pub mod role;
 pub mod routes;
 pub mod seed;
@@ -53,6 +55,7 @@ pub mod translate;
 pub mod turned;
 mod visits;
 pub mod watch;
+pub mod weight;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -18,13 +18,17 @@
 
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::sync::Mutex;
 use std::time::Instant;
 
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
+use crate::flow::listing::{Flows, Place, Row};
+use crate::flow::lock;
 use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, Inside, Masquerade, Outside};
+use crate::flow::weight::Weight;
 use crate::model::drops::DropReason;
 use crate::model::moved::Move;
 use crate::model::peer::PeerId;
@@ -97,6 +101,14 @@ struct Back {
     moved: Addr,
     client: Addr,
     id: u16,
+}
+
+/// A reader waits for the packets of a turn, and a turn for a slice.
+impl Flows for Mutex<Nat> {
+    fn slice(&self, now: Instant, from: Place, out: &mut Vec<Row>) -> Option<Place> {
+        let next = lock(self).table.slice(now, 0, from.at, out)?;
+        Some(Place { part: 0, at: next })
+    }
 }
 
 impl Nat {
@@ -211,8 +223,8 @@ impl Nat {
             moved,
             moved_port: parsed.dst_port(),
         };
-        let flags = parsed.tcp_flags();
-        let mut inside = self.table.client_packet(now, &key, flags, &self.limit);
+        let weight = Weight::of(parsed);
+        let mut inside = self.table.client_packet(now, &key, weight, &self.limit);
         if inside.is_none() {
             let port = match parsed.kind() {
                 Kind::Tcp | Kind::Udp => target.port.unwrap_or(key.moved_port),
@@ -223,7 +235,7 @@ impl Nat {
                 | Kind::LaterFragment => 0,
             };
             let to = target.to.into();
-            let opened = self.table.open(now, &key, to, port, flags, &self.limit);
+            let opened = self.table.open(now, &key, to, port, weight, &self.limit);
             inside = Some(opened?);
         }
         let inside = inside.ok_or(DropReason::NoFlow)?;
@@ -335,8 +347,10 @@ impl Nat {
             delivery,
             delivery_port: parsed.src_port(),
         };
-        let flags = parsed.tcp_flags();
-        let found = self.table.application_packet(now, &key, flags, &self.limit);
+        let weight = Weight::of(parsed);
+        let found = self
+            .table
+            .application_packet(now, &key, weight, &self.limit);
         let outside = match (found, parsed.kind()) {
             (Some(outside), _) => outside,
             // The old server's own pings have identifiers from anywhere.

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::flow::gate::{Gate, Refused, begun};
+use crate::flow::listing::{Flows, Place, Row};
 use crate::flow::modes::Taken;
 use crate::flow::ownership::Verdict;
 use crate::flow::table::FlowStats;
@@ -92,6 +93,27 @@ pub enum ReplyTo {
     /// The application: the error is translated like a client's packet, so that it quotes what the
     /// application's host has sent.
     Application,
+}
+
+impl Flows for Forwarder {
+    fn slice(&self, now: Instant, from: Place, out: &mut Vec<Row>) -> Option<Place> {
+        match self {
+            Self::Old(gates) => {
+                let Place { part, at } = from;
+                let gate = gates.get(part as usize)?;
+                let next = gate.slice(now, PeerId(part as u16), at, out);
+                match next {
+                    Some(at) => Some(Place { part, at }),
+                    None if part as usize + 1 < gates.len() => Some(Place {
+                        part: part + 1,
+                        at: 0,
+                    }),
+                    None => None,
+                }
+            }
+            Self::New(translator) => translator.slice(now, from, out),
+        }
+    }
 }
 
 impl Forwarder {

@@ -37,10 +37,12 @@ use crate::flow::ended::Outbox;
 use crate::flow::fairness::{
     Candidate, Holder, Limit, SAMPLE, SAMPLE_LEAD, Turn, most_dispensable, of_largest_holder,
 };
+use crate::flow::listing::{self, Place, Row, SLICE};
 use crate::flow::seed::Seed;
 use crate::flow::slab::{List, Slab};
 use crate::flow::tally::{Counted, Tallies};
 use crate::flow::watch::Noted;
+use crate::flow::weight::{Counts, Weight};
 use crate::model::drops::DropReason;
 use crate::model::moved::{TCP, UDP};
 use crate::model::peer::PeerId;
@@ -275,7 +277,7 @@ impl FlowTable {
         &mut self,
         now: Instant,
         key: &Outside,
-        tcp_flags: u8,
+        weight: impl Into<Weight>,
         limit: &Limit,
     ) -> Option<Inside> {
         let now = self.tick(now);
@@ -284,7 +286,7 @@ impl FlowTable {
             self.remove(at, limit);
             return None;
         }
-        self.note(at, now, Side::Client, tcp_flags);
+        self.note(at, now, Side::Client, weight.into());
         Some(inner(&self.masquerade, self.slab.get(at)))
     }
 
@@ -294,7 +296,7 @@ impl FlowTable {
         &mut self,
         now: Instant,
         key: &Inside,
-        tcp_flags: u8,
+        weight: impl Into<Weight>,
         limit: &Limit,
     ) -> Option<Outside> {
         let now = self.tick(now);
@@ -303,7 +305,7 @@ impl FlowTable {
             self.remove(at, limit);
             return None;
         }
-        self.note(at, now, Side::Application, tcp_flags);
+        self.note(at, now, Side::Application, weight.into());
         Some(self.slab.get(at).outside())
     }
 
@@ -367,10 +369,10 @@ impl FlowTable {
         key: &Outside,
         delivery: Addr,
         delivery_port: u16,
-        tcp_flags: u8,
+        weight: impl Into<Weight>,
         limit: &Limit,
     ) -> Result<Inside, DropReason> {
-        let now = self.tick(now);
+        let (now, weight) = (self.tick(now), weight.into());
         debug_assert!(self.find_outside(key).is_none());
         let inside = Inside {
             protocol: key.protocol,
@@ -392,7 +394,7 @@ impl FlowTable {
                 self.refused += 1;
                 return Err(DropReason::PortsExhausted);
             };
-            self.insert(now, key, &inside, Side::Client, tcp_flags);
+            self.insert(now, key, &inside, Side::Client, weight);
             return Ok(inside);
         }
         let Some((inside, collided)) = self.free_inside(now, key, inside, limit) else {
@@ -400,7 +402,7 @@ impl FlowTable {
             return Err(DropReason::FlowCollision);
         };
         self.collisions += u64::from(collided);
-        self.insert(now, key, &inside, Side::Client, tcp_flags);
+        self.insert(now, key, &inside, Side::Client, weight);
         Ok(inside)
     }
 
@@ -414,7 +416,7 @@ impl FlowTable {
         now: Instant,
         inside: &Inside,
         outside: &Outside,
-        tcp_flags: u8,
+        weight: impl Into<Weight>,
         limit: &Limit,
     ) -> Result<(), DropReason> {
         let now = self.tick(now);
@@ -426,7 +428,7 @@ impl FlowTable {
             self.remove(at, limit);
         }
         self.make_space(now, outside.peer, outside.client, limit)?;
-        self.insert(now, outside, inside, Side::Application, tcp_flags);
+        self.insert(now, outside, inside, Side::Application, weight.into());
         Ok(())
     }
 
@@ -443,7 +445,7 @@ impl FlowTable {
         now: Instant,
         inside: &Inside,
         wanted: &Outside,
-        tcp_flags: u8,
+        weight: impl Into<Weight>,
         limit: &Limit,
     ) -> Result<Outside, DropReason> {
         let now = self.tick(now);
@@ -454,7 +456,7 @@ impl FlowTable {
             return Err(DropReason::FlowCollision);
         };
         self.collisions += u64::from(outside != *wanted);
-        self.insert(now, &outside, inside, Side::Application, tcp_flags);
+        self.insert(now, &outside, inside, Side::Application, weight.into());
         Ok(outside)
     }
 
@@ -533,6 +535,27 @@ impl FlowTable {
         self.live
     }
 
+    /// Appends the flows at the next few numbers from `from` on, as those of the table `part`, and
+    /// returns where the next ones are, if there are more.
+    pub(super) fn slice(
+        &self,
+        now: Instant,
+        part: u32,
+        from: u32,
+        out: &mut Vec<Row>,
+    ) -> Option<u32> {
+        let (now, used) = (self.tick(now), self.slab.used());
+        let end = from.saturating_add(SLICE).min(used);
+        for at in from..end {
+            let entry = self.slab.get(at);
+            // A removed one has seen nothing.
+            if !entry.seen.is_nothing() && !entry.is_expired(now) {
+                out.push(entry.row(Place { part, at }, now));
+            }
+        }
+        (end < used).then_some(end)
+    }
+
     /// Counters of this table. `max` is 0 here: only the limit knows it.
     pub fn stats(&self) -> FlowStats {
         FlowStats {
@@ -581,11 +604,18 @@ impl FlowTable {
 
     /// Notes a packet of the flow at `at`.
     #[inline]
-    fn note(&mut self, at: u32, now: u32, side: Side, tcp_flags: u8) {
+    fn note(&mut self, at: u32, now: u32, side: Side, weight: Weight) {
         let entry = self.slab.get_mut(at);
         entry.last_seen = now;
-        let seen = entry.seen.after(entry.protocol, side, tcp_flags);
+        entry.counts.add(side as usize, weight);
+        let seen = entry.seen.after(entry.protocol, side, weight.tcp_flags);
         if seen != entry.seen {
+            if entry.seen.is_closed() && !seen.is_closed() {
+                // Another connection with the same ports.
+                entry.began = now;
+                entry.counts = Counts::default();
+                entry.counts.add(side as usize, weight);
+            }
             entry.seen = seen;
             self.reclass(at, now);
         }
@@ -746,9 +776,10 @@ impl FlowTable {
         }
     }
 
-    fn insert(&mut self, now: u32, outside: &Outside, inside: &Inside, side: Side, tcp_flags: u8) {
+    fn insert(&mut self, now: u32, outside: &Outside, inside: &Inside, side: Side, weight: Weight) {
         let mut entry = Entry::new(outside, inside, now);
-        entry.seen = entry.seen.after(entry.protocol, side, tcp_flags);
+        entry.counts.add(side as usize, weight);
+        entry.seen = entry.seen.after(entry.protocol, side, weight.tcp_flags);
         entry.class = Class::of(entry.protocol, entry.seen);
         let at = self.slab.add(entry);
         let (seed, slab, masquerade) = (&self.seed, &self.slab, &self.masquerade);
@@ -986,7 +1017,7 @@ fn has_ports(protocol: u8) -> bool {
     matches!(protocol, TCP | UDP | ICMP | ICMPV6)
 }
 
-/// One flow. 80 bytes with its links; with both indexes about 101 at a million flows. (In a cache
+/// One flow. 120 bytes with its links; with both indexes about 141 at a million flows. (In a cache
 /// line of its own it is found no faster: a cold lookup waits for the page tables.) It has whole
 /// addresses, and no numbers that stand for them: numbers run out, or are given out again while a
 /// flow still has them, and one peer decides how soon.
@@ -1008,6 +1039,9 @@ struct Entry {
     last_seen: u32,
     placed: u32,
     counted: Counted,
+    /// Time of the first packet.
+    began: u32,
+    counts: Counts,
 }
 
 impl Entry {
@@ -1027,6 +1061,28 @@ impl Entry {
             last_seen: now,
             placed: now,
             counted: Counted::NOWHERE,
+            began: now,
+            counts: Counts::default(),
+        }
+    }
+
+    /// What a reader gets of it.
+    fn row(&self, place: Place, now: u32) -> Row {
+        let since = |then: u32| Duration::from_secs(now.saturating_sub(then).into());
+        Row {
+            place,
+            peer: self.peer,
+            protocol: self.protocol,
+            client: self.client,
+            client_port: self.client_port,
+            moved: self.moved,
+            moved_port: self.moved_port,
+            delivery: Some((self.delivery, self.delivery_port)),
+            state: listing::state(self.protocol, self.seen),
+            age: since(self.began),
+            idle: since(self.last_seen),
+            packets: self.counts.packets,
+            bytes: self.counts.bytes,
         }
     }
 
@@ -1194,7 +1250,7 @@ mod tests {
 
     #[test]
     fn an_entry_is_small() {
-        assert_eq!(slot_size::<Entry>(), 80);
+        assert_eq!(slot_size::<Entry>(), 120);
     }
 
     #[test]
@@ -1480,6 +1536,48 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_gets_each_flow_with_both_its_ends_and_what_it_carried() {
+        let mut bed = Bed::new(1_000);
+        for n in 0..500 {
+            bed.connect(&key(TCP, 0x0a00_0000 + n, 7));
+        }
+        let first = key(TCP, 0x0a00_0000, 7);
+        let weight = Weight {
+            tcp_flags: ACK,
+            packets: 3,
+            bytes: 4_000,
+        };
+        bed.wait(Duration::from_secs(5));
+        let inside = bed.table.client_packet(bed.now, &first, weight, &bed.limit);
+        let inside = inside.unwrap();
+        bed.table
+            .application_packet(bed.now, &inside, weight, &bed.limit)
+            .unwrap();
+        bed.table.forget(&key(TCP, 0x0a00_0001, 7), &bed.limit);
+        bed.wait(Duration::from_secs(2));
+        let (mut rows, mut next) = (Vec::new(), Some(0));
+        while let Some(from) = next {
+            let before = rows.len();
+            next = bed.table.slice(bed.now, 9, from, &mut rows);
+            assert!(rows.len() - before <= SLICE as usize);
+        }
+        assert_eq!(rows.len(), 499);
+        let row = rows.iter().find(|row| row.client == first.client).unwrap();
+        assert_eq!(
+            (row.place.part, row.peer, row.state),
+            (9, first.peer, "established")
+        );
+        assert_eq!(
+            (row.client_port, row.moved, row.moved_port),
+            (7, first.moved, first.moved_port)
+        );
+        assert_eq!(row.delivery, Some((inside.delivery, inside.delivery_port)));
+        assert_eq!((row.age.as_secs(), row.idle.as_secs()), (7, 2));
+        // The packets of the handshake weigh nothing here.
+        assert_eq!((row.packets, row.bytes), ([5, 4], [4_000, 4_000]));
+    }
+
+    #[test]
     fn a_flow_goes_on_from_the_inside() {
         let mut bed = Bed::new(10);
         let outside = key(TCP, 1, 4000);
@@ -1499,7 +1597,7 @@ mod tests {
     }
 
     #[test]
-    fn a_million_flows_take_less_than_128_bytes_each() {
+    fn a_million_flows_take_less_than_152_bytes_each() {
         let mut bed = Bed::new(1 << 20);
         let before = bed.table.allocated();
         assert_eq!(before, 0, "no memory without flows");
@@ -1509,7 +1607,7 @@ mod tests {
         }
         let each = bed.table.allocated() as f64 / 1e6;
         println!("{each} bytes a flow at a million flows");
-        assert!(each <= 128.0, "{each}");
+        assert!(each <= 152.0, "{each}");
     }
 
     #[derive(Clone, Debug)]

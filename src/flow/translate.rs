@@ -32,6 +32,7 @@ use crate::flow::ended::{ENDED_ROOM, HostFlow};
 use crate::flow::fairness::Limit;
 use crate::flow::fragments::FragmentCache;
 use crate::flow::hairpin::Turned;
+use crate::flow::listing::{Place, Row};
 use crate::flow::lock;
 use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
@@ -41,6 +42,7 @@ use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage, seen_clie
 use crate::flow::tally::{Counted, Tallies, Tally};
 use crate::flow::turned::TurnedAways;
 use crate::flow::watch::{self, Observations, Watch};
+use crate::flow::weight::Weight;
 use crate::model::asked::Asked;
 use crate::model::drops::{DropReason, Dropped};
 use crate::model::moved::{Move, TCP, UDP};
@@ -270,10 +272,10 @@ impl Translator {
         {
             return Err(DropReason::NotMoved);
         }
-        let flags = parsed.tcp_flags();
+        let weight = Weight::of(parsed);
         let found = {
             let mut table = self.table(key.client);
-            table.client_packet(now, &key, flags, &self.limit)
+            table.client_packet(now, &key, weight, &self.limit)
         };
         let inside = match found {
             Some(inside) => inside,
@@ -332,10 +334,10 @@ impl Translator {
             delivery,
             delivery_port: parsed.src_port(),
         };
-        let flags = parsed.tcp_flags();
+        let weight = Weight::of(parsed);
         let found = {
             let mut table = self.table(key.client);
-            table.application_packet(now, &key, flags, &self.limit)
+            table.application_packet(now, &key, weight, &self.limit)
         };
         let outside = match found {
             Some(outside) => outside,
@@ -485,6 +487,21 @@ impl Translator {
             for at in of_peer.delivered_to(protocol, kind, (end.ip().into(), end.port())) {
                 self.tallies.came_directly(peer, at, new);
             }
+        }
+    }
+
+    /// Appends the flows of the slice at `from`, and returns where the next one is.
+    pub(super) fn slice(&self, now: Instant, from: Place, out: &mut Vec<Row>) -> Option<Place> {
+        let Place { part, at } = from;
+        let shard = self.shards.get(part as usize)?;
+        let next = lock(&shard.0).slice(now, part, at, out);
+        match next {
+            Some(at) => Some(Place { part, at }),
+            None if part as usize + 1 < self.shards.len() => Some(Place {
+                part: part + 1,
+                at: 0,
+            }),
+            None => None,
         }
     }
 
@@ -647,7 +664,7 @@ impl Translator {
             return Err(DropReason::NoFlow);
         }
         let (delivery, port) = moved.delivery(parsed.kind(), parsed.dst_port())?;
-        let flags = parsed.tcp_flags();
+        let weight = Weight::of(parsed);
         let asked = watch::asked(parsed, key.moved);
         let counted = match (
             moved.counted(key.protocol, parsed.kind(), key.moved_port),
@@ -660,10 +677,10 @@ impl Translator {
         let try_open = || {
             let mut table = self.table(key.client);
             // Another lane may have been faster.
-            match table.client_packet(now, key, flags, &self.limit) {
+            match table.client_packet(now, key, weight, &self.limit) {
                 Some(inside) => Ok(inside),
                 None => {
-                    let inside = table.open(now, key, delivery, port, flags, &self.limit)?;
+                    let inside = table.open(now, key, delivery, port, weight, &self.limit)?;
                     table.count_as(key, counted);
                     Ok(inside)
                 }
@@ -685,7 +702,7 @@ impl Translator {
     fn reopen(&self, now: Instant, key: &Inside, parsed: &Parsed) -> Result<Outside, DropReason> {
         let routes = self.routes.load();
         let key = &Self::as_delivered(&routes, key, parsed);
-        let flags = parsed.tcp_flags();
+        let (flags, weight) = (parsed.tcp_flags(), Weight::of(parsed));
         let begins = match parsed.kind() {
             Kind::Tcp => flags & (SYN | ACK) == SYN,
             Kind::IcmpQuery => true,
@@ -715,10 +732,10 @@ impl Translator {
         };
         self.make_space(now, peer, key.client);
         let mut table = self.table(key.client);
-        match table.application_packet(now, key, flags, &self.limit) {
+        match table.application_packet(now, key, weight, &self.limit) {
             Some(outside) => Ok(outside),
             None => {
-                table.reopen(now, key, &outside, flags, &self.limit)?;
+                table.reopen(now, key, &outside, weight, &self.limit)?;
                 let moved = routes.peer(peer).and_then(|routes| routes.moved(moved));
                 if let Some(moved) = moved.filter(|_| parsed.kind().has_ports()) {
                     let at = moved.counted(key.protocol, parsed.kind(), moved_port);
@@ -795,14 +812,14 @@ impl Translator {
             moved,
             moved_port: key.delivery_port,
         };
-        let flags = parsed.tcp_flags();
+        let weight = Weight::of(parsed);
         self.make_space(now, peer, key.client);
         let mut table = self.table(key.client);
         // Another lane may have been faster.
-        match table.application_packet(now, key, flags, &self.limit) {
+        match table.application_packet(now, key, weight, &self.limit) {
             Some(outside) => Ok(outside),
             None => table
-                .begin(now, key, &wanted, flags, &self.limit)
+                .begin(now, key, &wanted, weight, &self.limit)
                 .map_err(|reason| Dropped::of(peer, reason)),
         }
     }

@@ -9,6 +9,7 @@
 //!     journal                    see `journal`
 //!     journal.aside              a journal that was not understood whole, for a person to read
 //!     status.sock                where `ipmoved status` asks; the daemon owns it
+//!     flows.sock                 where `ipmoved flows` and `top` ask; the daemon owns it
 //!     control.sock               where commands to the old server ask; its daemon owns it
 //! ```
 
@@ -21,7 +22,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-use crate::model::runtime::{CONTROL_SOCKET, DELIVERED, DELIVERED_NEXT, STATUS_SOCKET};
+use crate::model::runtime::{
+    CONTROL_SOCKET, DELIVERED, DELIVERED_NEXT, FLOWS_SOCKET, STATUS_SOCKET,
+};
 
 const LOCK: &str = "lock";
 
@@ -122,6 +125,7 @@ impl RuntimeDir {
         // We still hold the lock. Whoever waits for it will see that the file is no longer there.
         for ours in [
             STATUS_SOCKET,
+            FLOWS_SOCKET,
             CONTROL_SOCKET,
             DELIVERED_NEXT,
             DELIVERED,

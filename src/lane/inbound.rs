@@ -364,6 +364,7 @@ impl Inbound {
         let packets = coalesced.packets;
         let bytes = coalesced.parsed.total() + (packets - 1) * coalesced.parsed.payload();
         let mut parsed = coalesced.parsed;
+        parsed.set_packets(packets as u16);
         let head = &mut self.slab[coalesced.parts[0].clone()];
         let partial = coalesced.partial;
         let routed = to_host::rewrite(&self.parts, context, peer, head, &mut parsed, partial);

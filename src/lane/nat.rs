@@ -27,7 +27,7 @@ use crate::model::drops::{DropReason, Drops};
 use crate::model::status::Traffic;
 use crate::packet::Parsed;
 use crate::packet::icmp_reply::{IcmpError, IcmpReplies};
-use crate::packet::vnet::{GSO_NONE, NEEDS_CSUM, Offload, VnetHdr};
+use crate::packet::vnet::{NEEDS_CSUM, Offload, VnetHdr};
 
 /// What the lane counts, for `status`.
 #[derive(Default)]
@@ -63,7 +63,8 @@ const TO_SERVER: usize = 1;
 /// The thread that carries packets.
 pub struct NatLane {
     queue: TunQueue,
-    nat: Nat,
+    /// Others read it between two turns.
+    nat: Arc<Mutex<Nat>>,
     replies: IcmpReplies,
     counters: Arc<NatCounters>,
     stop: OwnedFd,
@@ -73,7 +74,7 @@ impl NatLane {
     /// A lane that can run from `now` on, until `stop` becomes readable.
     pub fn new(
         queue: TunQueue,
-        nat: Nat,
+        nat: Arc<Mutex<Nat>>,
         counters: Arc<NatCounters>,
         stop: OwnedFd,
         now: Instant,
@@ -94,19 +95,21 @@ impl NatLane {
     pub fn run(mut self) -> Result<(), LaneError> {
         let mut frame = vec![0; MAX_FRAME].into_boxed_slice();
         let mut ticked = Instant::now();
+        let nat = Arc::clone(&self.nat);
         while !self.wait()? {
             self.counters.turns.count();
+            let mut nat = lock(&nat);
             let now = Instant::now();
             for _ in 0..BURST {
-                if !self.pass(now, &mut frame)? {
+                if !self.pass(now, &mut nat, &mut frame)? {
                     break;
                 }
             }
             if now.duration_since(ticked) >= TICK {
                 ticked = now;
-                self.nat.expire(now, EXPIRY_BUDGET);
+                nat.expire(now, EXPIRY_BUDGET);
             }
-            *lock(&self.counters.flows) = self.nat.stats();
+            *lock(&self.counters.flows) = nat.stats();
         }
         Ok(())
     }
@@ -125,7 +128,7 @@ impl NatLane {
     }
 
     /// Carries one frame. Returns false if none waits.
-    fn pass(&mut self, now: Instant, frame: &mut [u8]) -> Result<bool, LaneError> {
+    fn pass(&mut self, now: Instant, nat: &mut Nat, frame: &mut [u8]) -> Result<bool, LaneError> {
         let len = match self.queue.recv(frame) {
             Ok(len) => len,
             Err(error) => {
@@ -142,13 +145,18 @@ impl NatLane {
                 };
             }
         };
-        if let Err(reason) = self.translate(now, &mut frame[..len]) {
+        if let Err(reason) = self.translate(now, nat, &mut frame[..len]) {
             self.counters.drops.count(reason);
         }
         Ok(true)
     }
 
-    fn translate(&mut self, now: Instant, frame: &mut [u8]) -> Result<(), DropReason> {
+    fn translate(
+        &mut self,
+        now: Instant,
+        nat: &mut Nat,
+        frame: &mut [u8],
+    ) -> Result<(), DropReason> {
         let (header, packet) = frame
             .split_first_chunk_mut::<VNET_HDR_LEN>()
             .ok_or(DropReason::IpMalformed)?;
@@ -161,11 +169,9 @@ impl NatLane {
             *header = VnetHdr::default().to_bytes();
         }
         let bytes = parsed.total();
-        let segments = match vnet.gso_type {
-            GSO_NONE => 1,
-            _ => (parsed.payload_len()).div_ceil(usize::from(vnet.gso_size).max(1)),
-        };
-        let outcome = self.nat.translate(now, packet, &mut parsed, partial);
+        let segments = vnet.packets(parsed.payload_len());
+        parsed.set_packets(segments);
+        let outcome = nat.translate(now, packet, &mut parsed, partial);
         let side = match outcome {
             Ok(Outcome::ToClient) => Some(TO_CLIENT),
             Ok(Outcome::ToServer) => Some(TO_SERVER),
@@ -184,7 +190,7 @@ impl NatLane {
             })?;
         if let Some(side) = side {
             let traffic = &mut lock(&self.counters.traffic)[side];
-            traffic.packets += segments as u64;
+            traffic.packets += u64::from(segments);
             traffic.bytes += bytes as u64;
         }
         Ok(())

@@ -135,6 +135,7 @@ impl Outbound {
             .ok_or(DropReason::IpMalformed)?;
         let vnet = VnetHdr::read(head);
         let mut parsed = Parsed::parse(packet)?;
+        parsed.set_packets(vnet.packets(parsed.payload_len()));
         if parsed.fragment() != Fragment::None {
             (self.slow_path).note_fragment(context.now, None, &parsed, packet)?;
         }

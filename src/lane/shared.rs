@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Session, wipe_frames};
 use crate::channel::wire::DATA_OVERHEAD;
+use crate::flow::listing::{Flows, Place, Row};
 use crate::flow::role::{Forwarder, Hop};
 use crate::io::tun::TunQueue;
 use crate::io::udp::UdpSocket;
@@ -127,6 +128,12 @@ impl Seen {
         if mem::replace(&mut self.0, view.number) != view.number {
             wipe_frames();
         }
+    }
+}
+
+impl Flows for Shared {
+    fn slice(&self, now: Instant, from: Place, out: &mut Vec<Row>) -> Option<Place> {
+        self.forwarder.slice(now, from, out)
     }
 }
 

@@ -12,6 +12,9 @@ pub const DELIVERED: &str = "delivered";
 /// See [`DELIVERED`].
 pub const DELIVERED_NEXT: &str = "delivered.next";
 
+/// Name of the socket in the directory of the namespace over which flows are listed.
+pub const FLOWS_SOCKET: &str = "flows.sock";
+
 /// Name of the control socket in the directory of the namespace (old server).
 pub const CONTROL_SOCKET: &str = "control.sock";
 

@@ -6,7 +6,9 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use crate::model::peer::Role;
+use crate::model::problems::Severity;
 use crate::model::progress::{Listens, Progress};
+use crate::model::rates::{DropRates, Rates, TrafficRate, TunnelRates, short};
 
 /// Everything the daemon says of itself.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -173,7 +175,7 @@ impl ModeStatus {
     }
 
     /// The mode in words.
-    fn says(&self) -> String {
+    pub fn says(&self) -> String {
         match (&self.then, self.held_s) {
             (Some(then), Some(left)) => format!("held for {left} s at most, then {then}"),
             _ if self.mode == "shared" => format!("shared, {} % moved", self.percent),
@@ -242,7 +244,7 @@ pub struct Cause {
 
 impl Served {
     /// Whether an administrator has to know.
-    fn is_bad(&self) -> bool {
+    pub(super) fn is_bad(&self) -> bool {
         match self.state {
             Answers::Silent | Answers::Refused => true,
             Answers::NothingIn => !self.causes.is_empty() && !self.is_early(),
@@ -251,13 +253,13 @@ impl Served {
     }
 
     /// Nobody has asked yet, and would not be answered: it is to be seen, and no fault yet.
-    fn is_early(&self) -> bool {
+    pub(super) fn is_early(&self) -> bool {
         let early = |cause: &Cause| cause.cause != "filter_before";
         self.state == Answers::NothingIn && self.causes.first().is_some_and(early)
     }
 
     /// What is wrong, in a few words.
-    fn says(&self) -> String {
+    pub(super) fn says(&self) -> String {
         let what = &self.what;
         let says = match self.state {
             Answers::Silent => format!("{what} is not answered"),
@@ -273,7 +275,7 @@ impl Served {
     }
 
     /// How many clients wait.
-    fn waiting(&self) -> String {
+    pub(super) fn waiting(&self) -> String {
         match self.clients {
             0 => String::new(),
             1 => " (1 client waits)".into(),
@@ -405,22 +407,61 @@ pub struct Offloads {
 }
 
 impl Status {
-    /// The text form, for people: the state first, and what is wrong last, where the eye ends.
+    /// The text form, for people: the verdict in one line, what is wrong and what to do, the rest.
     pub fn to_text(&self) -> String {
+        self.to_text_with(None)
+    }
+
+    /// The same, with how fast what is counted grows.
+    pub fn to_text_with(&self, rates: Option<&Rates>) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.
-        let _ = self.write_text(&mut out);
+        let _ = self.write_text(&mut out, rates);
         out
     }
 
+    /// The verdict, in one line.
+    pub fn verdict(&self) -> String {
+        let problems = self.problems();
+        let of_first = |tunnel: &&TunnelStatus| {
+            let first = problems.iter().find(|it| it.severity <= Severity::Limit);
+            first.is_some_and(|first| first.peer.as_ref() == Some(&tunnel.peer))
+        };
+        match self.tunnels.as_slice() {
+            [] => "no peer is known".into(),
+            [only] => only.title(self.way),
+            all => match all.iter().find(of_first) {
+                None => format!("all {} tunnels: up", all.len()),
+                Some(worst) => worst.title(self.way),
+            },
+        }
+    }
+
     /// Whether this is the new server.
-    fn is_new(&self) -> bool {
+    pub fn is_new(&self) -> bool {
         self.tunnels.iter().any(|tunnel| tunnel.role == Role::New)
     }
 
-    fn write_text(&self, out: &mut String) -> std::fmt::Result {
-        for tunnel in &self.tunnels {
-            tunnel.write_text(out, self.way)?;
+    fn write_text(&self, out: &mut String, rates: Option<&Rates>) -> std::fmt::Result {
+        writeln!(out, "{}", self.verdict())?;
+        for problem in self.problems() {
+            let about = match &problem.peer {
+                Some(peer) if self.tunnels.len() > 1 => format!("{peer}: "),
+                Some(_) | None => String::new(),
+            };
+            writeln!(out, "  problem    {about}{}", problem.text)?;
+            for remedy in &problem.remedies {
+                writeln!(out, "             → {remedy}")?;
+            }
+        }
+        for warning in &self.warnings {
+            writeln!(out, "  warning    {warning}")?;
+        }
+        for (at, tunnel) in self.tunnels.iter().enumerate() {
+            if self.tunnels.len() > 1 {
+                writeln!(out, "{}", tunnel.title(self.way))?;
+            }
+            tunnel.write_text(out, self.way, rates.and_then(|it| it.tunnels.get(at)))?;
         }
         if self.way == Way::Nat {
             return writeln!(
@@ -481,15 +522,20 @@ impl Status {
                 self.unrecorded
             )?;
         }
-        write_drops(out, "strangers", &self.drops)?;
-        for warning in &self.warnings {
-            writeln!(out, "  warning    {warning}")?;
-        }
-        Ok(())
+        write_drops(out, "strangers", &self.drops, rates.map(|it| &it.drops))
     }
 }
 
 impl TunnelStatus {
+    /// Which tunnel it is, and how it is.
+    fn title(&self, way: Way) -> String {
+        let (other, state) = (self.role.other(), self.headline());
+        match way {
+            Way::Tunnel => format!("tunnel to {other} server {}: {state}", self.peer),
+            Way::Nat => format!("translating to {other} server {}: {state}", self.peer),
+        }
+    }
+
     /// The state, and what an administrator has to know first.
     fn headline(&self) -> String {
         let state = match self.state {
@@ -510,7 +556,11 @@ impl TunnelStatus {
         };
         match (bad.as_slice(), self.served.iter().find(soft)) {
             ([], Some(first)) => format!("{state}; {}", first.says()),
-            ([], None) => state.into(),
+            ([], None) => match self.refused.as_slice() {
+                [] => state.into(),
+                [only] => format!("{state}, but {} is not accepted", only.moved),
+                some => format!("{state}, but {} moves are not accepted", some.len()),
+            },
             ([only], _) => format!("{state}, but {}{}", only.says(), only.waiting()),
             ([first, more @ ..], _) => format!(
                 "{state}, but {}{}; {} more, see below",
@@ -545,27 +595,10 @@ impl TunnelStatus {
         }
     }
 
-    /// What is not well, with the remedies, and how much is.
+    /// What nobody has asked for yet, and how much is answered.
     fn write_served(&self, out: &mut String) -> std::fmt::Result {
         let quiet =
             |served: &&Served| served.state == Answers::NothingIn && served.causes.is_empty();
-        let shown =
-            |served: &&Served| served.expected && served.state != Answers::Ok && !quiet(served);
-        for served in self.served.iter().filter(shown) {
-            let since = duration(served.since_s);
-            writeln!(
-                out,
-                "  answers    {}{}, for {since}",
-                served.says(),
-                served.waiting()
-            )?;
-            for (at, cause) in served.causes.iter().enumerate() {
-                if at > 0 {
-                    writeln!(out, "             or: {}", cause.text)?;
-                }
-                writeln!(out, "             → {}", cause.remedy)?;
-            }
-        }
         let unasked: Vec<&str> = self
             .served
             .iter()
@@ -599,13 +632,12 @@ impl TunnelStatus {
         Ok(())
     }
 
-    fn write_text(&self, out: &mut String, way: Way) -> std::fmt::Result {
-        let state = self.headline();
-        let other = self.role.other();
-        match way {
-            Way::Tunnel => writeln!(out, "tunnel to {other} server {}: {state}", self.peer)?,
-            Way::Nat => writeln!(out, "translating to {other} server {}: {state}", self.peer)?,
-        }
+    fn write_text(
+        &self,
+        out: &mut String,
+        way: Way,
+        rates: Option<&TunnelRates>,
+    ) -> std::fmt::Result {
         let endpoint = self.endpoint.as_deref().unwrap_or("not heard from yet");
         if way == Way::Tunnel {
             writeln!(out, "  endpoint   {endpoint}")?;
@@ -638,16 +670,6 @@ impl TunnelStatus {
                 )?,
                 some => writeln!(out, "  accept     {}", some.join(" "))?,
             }
-        }
-        for RefusedMove { why, .. } in self.refused.iter().take(SHOWN) {
-            writeln!(out, "  refused    {why}")?;
-        }
-        if let Some(more) = self.refused.len().checked_sub(SHOWN + 1) {
-            let more = more + 1;
-            writeln!(
-                out,
-                "  refused    and {more} more, see `ipmoved status --json`"
-            )?;
         }
         if self.refused_moves > 0 {
             writeln!(out, "  refused    {} moves so far", self.refused_moves)?;
@@ -711,32 +733,45 @@ impl TunnelStatus {
             }
             writeln!(out)?;
         }
-        let line = |traffic: Traffic| {
+        let line = |traffic: Traffic, rate: Option<TrafficRate>| {
             let Traffic { packets, bytes } = traffic;
-            format!("{packets} packets, {}", size(bytes))
+            let fast = rate.map_or_else(String::new, |rate| format!(" ({rate})"));
+            format!("{packets} packets, {}{fast}", size(bytes))
         };
         let (from, to) = match way {
             Way::Tunnel => ("received", "sent"),
             Way::Nat => ("to clients", "to server"),
         };
-        writeln!(out, "  {from:<10} {}", line(self.rx))?;
-        writeln!(out, "  {to:<10} {}", line(self.tx))?;
-        write_drops(out, "dropped", &self.drops)
+        let (rx, tx) = (rates.map(|it| it.rx), rates.map(|it| it.tx));
+        writeln!(out, "  {from:<10} {}", line(self.rx, rx))?;
+        writeln!(out, "  {to:<10} {}", line(self.tx, tx))?;
+        write_drops(out, "dropped", &self.drops, rates.map(|it| &it.drops))
     }
 }
 
-fn write_drops(out: &mut String, label: &str, drops: &BTreeMap<String, u64>) -> std::fmt::Result {
+fn write_drops(
+    out: &mut String,
+    label: &str,
+    drops: &BTreeMap<String, u64>,
+    rates: Option<&DropRates>,
+) -> std::fmt::Result {
     if drops.is_empty() {
         return Ok(());
     }
+    let fast = |reason: &String| {
+        let rate = rates.and_then(|rates| rates.get(reason)).copied();
+        let rate = rate.filter(|&rate| rate > 0.0);
+        rate.map_or_else(String::new, |rate| format!(" (+{}/s)", short(rate)))
+    };
     let list: Vec<String> = drops
         .iter()
-        .map(|(reason, count)| format!("{reason} {count}"))
+        .map(|(reason, count)| format!("{reason} {count}{}", fast(reason)))
         .collect();
     writeln!(out, "  {label:<10} {}", list.join(", "))
 }
 
-fn duration(seconds: u64) -> String {
+/// A time in seconds, for people.
+pub fn duration(seconds: u64) -> String {
     let (days, hours) = (seconds / 86_400, seconds / 3_600 % 24);
     let (minutes, seconds) = (seconds / 60 % 60, seconds % 60);
     if days > 0 {
@@ -750,7 +785,8 @@ fn duration(seconds: u64) -> String {
     }
 }
 
-fn size(bytes: u64) -> String {
+/// A number of bytes, for people.
+pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["bytes", "KB", "MB", "GB", "TB"];
     let mut value = bytes as f64;
     let mut unit = 0;
@@ -781,7 +817,7 @@ fn first_of(names: &[String]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     fn mode(what: &str, mode: &str, waiting: u64) -> ModeStatus {
@@ -800,7 +836,8 @@ mod tests {
         }
     }
 
-    fn example() -> Status {
+    /// A new server's status with something of everything.
+    pub(crate) fn example() -> Status {
         Status {
             way: Way::Tunnel,
             tunnels: vec![TunnelStatus {
@@ -935,11 +972,11 @@ mod tests {
     fn the_text_says_what_matters() {
         let text = example().to_text();
         for part in [
-            "tunnel to old server 192.0.2.1:51850: up",
+            "tunnel to old server 192.0.2.1:51850: up, but 192.0.2.77 is not accepted\n",
             "192.0.2.5 → 198.51.100.2",
             "deliver    192.0.2.5:80=198.51.100.2:8080",
             "accept     192.0.2.0/28 2001:db8::5\n",
-            "refused    192.0.2.77 is not accepted; give it --accept 192.0.2.77\n",
+            "problem    192.0.2.77 is not accepted; give it --accept 192.0.2.77\n",
             "refused    3 moves so far\n",
             "clients    also from 10.0.0.0/24\n",
             "progress   192.0.2.5: 81 % of new connections arrive directly (810 of 1000), 3 live \
@@ -986,6 +1023,7 @@ mod tests {
     fn the_first_line_says_what_is_not_answered() {
         let first = |served: Vec<Served>| {
             let mut status = example();
+            status.tunnels[0].refused.clear();
             status.tunnels[0].served = served;
             let text = status.to_text();
             text.lines().next().unwrap().to_owned()
@@ -1037,15 +1075,64 @@ mod tests {
     }
 
     #[test]
+    fn of_several_tunnels_the_first_line_says_what_is_worst() {
+        let mut status = example();
+        status.tunnels[0].refused.clear();
+        status.tunnels[0].modes.clear();
+        let mut other = status.tunnels[0].clone();
+        other.peer = "192.0.2.9:51850".into();
+        status.tunnels.push(other);
+        let text = |status: &Status| status.to_text();
+        assert!(
+            text(&status).starts_with("all 2 tunnels: up\n"),
+            "{}",
+            text(&status)
+        );
+        status.tunnels[1].state = State::Down;
+        let said = text(&status);
+        let lines: Vec<&str> = said.lines().collect();
+        assert_eq!(lines[0], "tunnel to old server 192.0.2.9:51850: down");
+        assert_eq!(
+            lines[1],
+            "  problem    192.0.2.9:51850: no packet comes: 192.0.2.9:51850, the old server, does \
+             not answer"
+        );
+        assert!(lines[2].starts_with("             → on the old server: `systemctl status"));
+        let sections = said
+            .matches("tunnel to old server 192.0.2.1:51850: up\n")
+            .count();
+        assert_eq!(sections, 1, "{said}");
+    }
+
+    #[test]
+    fn rates_stand_beside_what_they_are_of() {
+        let before = example();
+        let mut after = example();
+        (after.tunnels[0].rx.packets, after.tunnels[0].rx.bytes) = (1_002, 1_253_000);
+        after.tunnels[0].drops.insert("replay".into(), 5);
+        let rates = Rates::between(&before, &after, std::time::Duration::from_secs(2));
+        let text = after.to_text_with(rates.as_ref());
+        let received = "received   1002 packets, 1.3 MB (500 packets/s, 5.0 Mbit/s)\n";
+        assert!(text.contains(received), "{text}");
+        assert!(text.contains("dropped    replay 5 (+2/s)\n"), "{text}");
+        let mut anew = after.clone();
+        anew.pid += 1;
+        assert_eq!(
+            Rates::between(&before, &anew, std::time::Duration::from_secs(2)),
+            None
+        );
+    }
+
+    #[test]
     fn what_is_wrong_stands_with_its_remedy() {
         let mut status = example();
         let causes = ["nothing listens", "a firewall"];
         status.tunnels[0].served = vec![served("a", Answers::Silent, &causes)];
         let text = status.to_text();
         for line in [
-            "  answers    a is not answered: nothing listens (2 clients wait), for 5 s",
+            "  problem    a is not answered: nothing listens (2 clients wait), for 5 s",
             "             → start it",
-            "             or: a firewall",
+            "             → or a firewall: start it",
             "  answers    0 of 3 conversations watched",
         ] {
             assert!(text.contains(line), "{line}: {text}");

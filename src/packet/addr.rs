@@ -38,6 +38,12 @@ impl Addr {
         [all as u64, (all >> 64) as u64]
     }
 
+    /// The address that has these [`Self::words`].
+    #[inline]
+    pub(crate) fn of_words([low, high]: [u64; 2]) -> Self {
+        Self((u128::from(high) << 64 | u128::from(low)).to_ne_bytes())
+    }
+
     /// The address as a number, as [`scopes`](crate::model::scopes) order them.
     #[inline]
     pub(crate) fn number(self) -> u128 {

@@ -29,6 +29,8 @@ pub struct Parsed {
     fragment_id: u32,
     l4: u16,
     payload: u16,
+    /// Packets that it stands for.
+    packets: u16,
     /// Offset of the upper-layer checksum; 0 if there is none to mend.
     csum_at: u16,
     src_port: u16,
@@ -99,6 +101,24 @@ impl Parsed {
     #[inline]
     pub fn total(&self) -> usize {
         self.total as usize
+    }
+
+    /// How many packets it stands for: 1, unless somebody has said that it is a super-packet.
+    #[inline]
+    pub fn packets(&self) -> u16 {
+        self.packets
+    }
+
+    /// It is a super-packet, or the head of one, that stands for so many packets.
+    #[inline]
+    pub fn set_packets(&mut self, packets: u16) {
+        self.packets = packets.max(1);
+    }
+
+    /// Bytes of all packets that it stands for, each with its headers.
+    #[inline]
+    pub fn wire_len(&self) -> usize {
+        self.total() + usize::from(self.packets - 1) * self.payload()
     }
 
     /// Sequence and acknowledgement number of a TCP packet.
@@ -450,6 +470,7 @@ impl Parsed {
         };
         Self {
             total: total as u32,
+            packets: 1,
             fragment_id: get_u16(header, ipv4::ID).into(),
             l4: l4 as u16,
             payload: l4 as u16,
@@ -484,6 +505,7 @@ impl Parsed {
         let chain = Chain::walk(&bytes[..total], ipv6::HEADER_LEN, header[ipv6::NEXT_HEADER])?;
         Self {
             total: total as u32,
+            packets: 1,
             fragment_id: chain.fragment_id,
             l4: chain.l4 as u16,
             payload: chain.l4 as u16,

@@ -58,6 +58,16 @@ impl VnetHdr {
         }
     }
 
+    /// How many packets a packet with so much payload stands for.
+    #[inline]
+    pub fn packets(&self, payload_len: usize) -> u16 {
+        if self.gso_type == GSO_NONE || self.gso_size == 0 {
+            return 1;
+        }
+        let packets = payload_len.div_ceil(usize::from(self.gso_size));
+        packets.clamp(1, u16::MAX.into()) as u16
+    }
+
     /// The header as a TUN takes it.
     #[inline]
     pub fn to_bytes(self) -> [u8; VNET_HDR_LEN] {

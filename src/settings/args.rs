@@ -14,14 +14,15 @@ use serde::Deserialize;
 use crate::channel::session::{CipherPolicy, Psk};
 use crate::model::accept::Accept;
 use crate::model::delivery_map::DeliveryMap;
+use crate::model::flow_list::FlowOrder;
 use crate::model::mode::{Percent, Settled};
 use crate::model::moved::Move;
 use crate::model::outgoing::{ANY, AllowOutgoing, BOUND, Outgoing};
 use crate::model::prefix::Prefix;
 use crate::settings::from_text::{many, many_or_bare, one};
 use crate::settings::values::{
-    DeliverTo, DrainSeconds, HoldSeconds, InterfaceName, Lanes, Listen, MaxFlows, NewServer,
-    PeerAddr, Period, RekeyAfter, Top, WithinSeconds,
+    DeliverTo, DrainSeconds, FlowsTop, HoldSeconds, InterfaceName, Lanes, Listen, MaxFlows,
+    MetricsAddr, NewServer, PeerAddr, Period, RekeyAfter, Top, WatchSeconds, WithinSeconds,
 };
 
 /// The end of the help: the two lines that do it, and the exit codes of the README.
@@ -78,12 +79,12 @@ pub enum Command {
     /// well, what may not work and what cannot, each with a command that mends it. Changes nothing,
     /// and may run beside the daemon.
     Check(Box<CheckArgs>),
-    /// Show what the daemon of this network namespace is doing.
-    Status {
-        /// Print the stable JSON form.
-        #[arg(long)]
-        json: bool,
-    },
+    /// Show what the daemon of this network namespace is doing: first what is wrong and what to do.
+    Status(StatusArgs),
+    /// Show the connections and other flows that the daemon carries at the moment.
+    Flows(FlowsArgs),
+    /// Show throughput, flows, drops, modes and problems on the whole screen, as they change.
+    Top(TopArgs),
     /// On the old server: send new connections to the new server. What the old server has goes on
     /// here until it ends.
     Move(MoveArgs),
@@ -139,6 +140,46 @@ pub struct CheckArgs {
     /// Print the stable JSON form.
     #[arg(long)]
     pub json: bool,
+}
+
+/// The flags of `ipmoved status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Print the stable JSON form; with --watch one object a line.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Look again every so many seconds until ^C, and show how fast things grow. [default: 2]
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1)]
+    pub watch: Option<Option<WatchSeconds>>,
+}
+
+/// The flags of `ipmoved flows`.
+#[derive(Debug, Args)]
+pub struct FlowsArgs {
+    /// Only those of clients with such an address, as in 203.0.113.0/24.
+    #[arg(long, value_name = "CIDR")]
+    pub client: Option<Prefix>,
+
+    /// Which come first: those with most bytes, the oldest (age), or the fastest (rate).
+    #[arg(long, value_name = "bytes|age|rate", default_value_t)]
+    pub sort: FlowOrder,
+
+    /// How many to show. [default: 20]
+    #[arg(long, value_name = "N")]
+    pub top: Option<FlowsTop>,
+
+    /// Print a JSON document.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The flags of `ipmoved top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// Look again every so many seconds. [default: 1]
+    #[arg(long, value_name = "SECONDS")]
+    pub every: Option<WatchSeconds>,
 }
 
 /// The flags of `ipmoved move`.
@@ -434,6 +475,12 @@ pub struct DaemonArgs {
     #[serde(deserialize_with = "one")]
     pub log_format: Option<LogFormat>,
 
+    /// Serve metrics for Prometheus at http://ADDR:PORT/metrics, unencrypted and to whoever asks;
+    /// with a port alone to this server only (127.0.0.1). [default: none are served]
+    #[arg(long, value_name = "[ADDR:]PORT")]
+    #[serde(deserialize_with = "one")]
+    pub metrics: Option<MetricsAddr>,
+
     /// On the old server: how long to remember who still comes, in whole days (`ipmoved
     /// stragglers`). [default: 90d]
     #[arg(long, value_name = "DAYS")]
@@ -478,6 +525,7 @@ impl DaemonArgs {
             start: self.start.or(file.start),
             state_dir: self.state_dir.or(file.state_dir),
             log_format: self.log_format.or(file.log_format),
+            metrics: self.metrics.or(file.metrics),
             keep: self.keep.or(file.keep),
             no_client_names: self.no_client_names || file.no_client_names,
             no_client_log: self.no_client_log || file.no_client_log,
@@ -523,6 +571,10 @@ pub struct NatArgs {
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<LogFormat>,
 
+    /// Serve metrics for Prometheus at http://ADDR:PORT/metrics, unencrypted and to whoever asks;
+    /// with a port alone to this server only (127.0.0.1). [default: none are served]
+    #[arg(long, value_name = "[ADDR:]PORT")]
+    pub metrics: Option<MetricsAddr>,
     /// Whether to run it at all.
     #[command(flatten)]
     pub dry_run: DryRunArgs,

@@ -23,7 +23,7 @@ use crate::model::scopes::{self, Scopes};
 use crate::settings::args::{DaemonArgs, LogFormat, NatArgs, PeerArgs, RunArgs, Without};
 use crate::settings::file::{File, Mistake};
 use crate::settings::psk;
-use crate::settings::values::{Bounded, DeliverTo, Listen, NewServer, PeerAddr};
+use crate::settings::values::{Bounded, DeliverTo, Listen, MetricsAddr, NewServer, PeerAddr};
 
 /// The tunnel interface's name unless told otherwise.
 pub const DEFAULT_TUN: &str = "ipmoved0";
@@ -91,6 +91,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// Where metrics are served, if they are.
+    pub metrics: Option<MetricsAddr>,
     /// How who still comes is recorded; `None` if it is not (old server).
     pub client_log: Option<ClientLog>,
     /// Do not split packets that are too big for one datagram.
@@ -359,6 +361,7 @@ impl Config {
             cipher: daemon.cipher.unwrap_or_default(),
             start: daemon.start.unwrap_or_default().into(),
             log_format: daemon.log_format.unwrap_or_default(),
+            metrics: daemon.metrics,
             state_dir: state_dir(daemon.state_dir),
             client_log,
             no_split: daemon.no_split,
@@ -617,6 +620,8 @@ pub struct NatSettings {
     pub max_flows: u32,
     /// How log lines are written.
     pub log_format: LogFormat,
+    /// Where metrics are served, if they are.
+    pub metrics: Option<MetricsAddr>,
 }
 
 impl NatSettings {
@@ -672,6 +677,7 @@ impl NatSettings {
             uplink: args.uplink.map(String::from),
             max_flows: args.max_flows.map_or(DEFAULT_MAX_FLOWS, Bounded::get),
             log_format: args.log_format.unwrap_or_default(),
+            metrics: args.metrics,
         })
     }
 }
@@ -918,6 +924,7 @@ mod tests {
              accept = \"192.0.2.5\"\nclients-from = [\"10.0.0.0/8\", \"10.1.0.0/16\"]\n\
              listen = 7\ntun = \"file0\"\nuplink = \"file1\"\nmax-flows = 5\nlanes = 3\n\
              cipher = \"aes-256-gcm\"\nlog-format = \"json\"\nrekey-after = 60\n\
+             metrics = 9185\n\
              without = [\"udp-gso\", \"udp-gro\"]\n"
         );
         // All of the settings, as one text.
@@ -937,6 +944,7 @@ mod tests {
                 format!("{}", config.lanes),
                 format!("{}", config.cipher),
                 format!("{:?}", config.log_format),
+                format!("{:?}", config.metrics),
                 format!("{:?}", config.rekey_after),
                 format!("{}", config.without.len()),
             ]
@@ -956,6 +964,7 @@ mod tests {
             "--lanes 9",
             "--cipher chacha20-poly1305",
             "--log-format text",
+            "--metrics 9186",
             "--rekey-after 9",
             "--without big-tcp",
         ];

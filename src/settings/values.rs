@@ -10,6 +10,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::model::flow_list::MAX_LISTED;
+
 /// The UDP port both servers use unless told otherwise.
 pub const DEFAULT_PORT: u16 = 51_850;
 
@@ -57,6 +59,12 @@ pub type RekeyAfter = Bounded<1, MAX_REKEY_AFTER>;
 
 /// `--top`.
 pub type Top = Bounded<1, 1_000_000>;
+
+/// `status --watch` and `top --every`, in seconds.
+pub type WatchSeconds = Bounded<1, 3_600>;
+
+/// `flows --top`.
+pub type FlowsTop = Bounded<1, MAX_LISTED>;
 
 /// `--peer HOST[:PORT]`: an address or name with a port. A bare IPv6 address needs no brackets.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -186,6 +194,32 @@ impl FromStr for Listen {
         // `[::]` means both families, which no single address does; `0.0.0.0` means IPv4 alone.
         let ip = ip.filter(|ip| !ip.is_unspecified() || ip.is_ipv4());
         Ok(Self { ip, port })
+    }
+}
+
+/// `--metrics [ADDR:]PORT`: on this host's loopback, unless an address is named.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MetricsAddr(pub SocketAddr);
+
+/// The text of a `--metrics` is not a port, with or without an address of this server before it.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("`{0}` is not [ADDR:]PORT; write 9185, 192.0.2.1:9185 or [2001:db8::1]:9185")]
+pub struct MetricsAddrError(String);
+
+impl FromStr for MetricsAddr {
+    type Err = MetricsAddrError;
+
+    fn from_str(text: &str) -> Result<Self, MetricsAddrError> {
+        let wrong = || MetricsAddrError(text.into());
+        let addr = match text.parse::<SocketAddr>() {
+            Ok(addr) => addr,
+            Err(_) if text.starts_with('+') => return Err(wrong()),
+            Err(_) => (Ipv4Addr::LOCALHOST, text.parse().map_err(|_| wrong())?).into(),
+        };
+        if addr.port() == 0 || addr.ip().is_multicast() {
+            return Err(wrong());
+        }
+        Ok(Self(addr))
     }
 }
 
@@ -498,6 +532,25 @@ mod tests {
                 ("nonsense", Err("51850")),
             ],
             |listen: Listen| format!("{:?} {}", listen.ip, listen.port),
+        );
+    }
+
+    #[test]
+    fn where_metrics_are_served() {
+        reads(
+            &[
+                ("9185", Ok("127.0.0.1:9185")),
+                ("192.0.2.1:9185", Ok("192.0.2.1:9185")),
+                ("0.0.0.0:9185", Ok("0.0.0.0:9185")),
+                ("[::1]:9185", Ok("[::1]:9185")),
+                ("", Err("9185")),
+                ("0", Err("9185")),
+                ("+9185", Err("9185")),
+                ("192.0.2.1", Err("9185")),
+                ("224.0.0.1:9185", Err("9185")),
+                ("localhost:9185", Err("9185")),
+            ],
+            |addr: MetricsAddr| addr.0.to_string(),
         );
     }
 

@@ -19,6 +19,7 @@ use crate::kernel::netlink::{Family, Link, Netlink, RouteQuery};
 use crate::kernel::plan::PUBLIC;
 use crate::kernel::sockets;
 use crate::model::asked::Asked;
+use crate::model::delivery_map::DeliveryMap;
 use crate::model::finding::Finding;
 use crate::model::moved::{Move, TCP, UDP};
 use crate::model::status::Cause;
@@ -40,12 +41,15 @@ pub(super) struct Delivered<'a> {
 impl Delivered<'_> {
     /// Where something that moves is delivered.
     fn to(&self, asked: &Asked) -> Option<SocketAddr> {
+        // One that names the port counts before one that names none.
+        let about = |map: &&DeliveryMap| map.about().takes(asked.protocol, Some(asked.port));
         let maps = self.config.deliver.iter();
-        let own = |map: &&crate::model::port_map::PortMap| {
-            map.moved == asked.addr && map.port == asked.port && map.takes(asked.protocol)
-        };
-        if let Some(map) = maps.into_iter().find(own) {
-            return Some(SocketAddr::new(map.to, map.to_port));
+        let own = maps
+            .filter(|map| map.moved.contains(asked.addr))
+            .filter(about)
+            .max_by_key(|map| (map.port.is_some(), map.moved.len()));
+        if let Some(map) = own {
+            return Some(map.place(asked.addr, asked.port).into());
         }
         let of_family = |addr: &&IpAddr| addr.is_ipv4() == asked.addr.is_ipv4();
         let addr = match self.config.deliver_to {
@@ -69,7 +73,7 @@ pub(super) fn own(delivered: &Delivered<'_>, place: &Place<'_>, words: &Words) -
     let keeps = config.deliver_to == DeliverTo::Keep;
     let mut wanted: Vec<IpAddr> = (config.deliver.iter())
         .filter(|map| !(keeps && map.to == map.moved))
-        .map(|map| map.to)
+        .flat_map(|map| [map.to.first(), map.to.last()])
         .collect();
     if let DeliverTo::Addresses { v4, v6 } = config.deliver_to {
         wanted.extend(v4.map(IpAddr::V4).into_iter().chain(v6.map(IpAddr::V6)));

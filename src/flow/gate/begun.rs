@@ -24,6 +24,7 @@ use crate::flow::clients::{Flow, Known};
 use crate::flow::ended::HostFlow;
 use crate::flow::lock;
 use crate::flow::ownership::Verdict;
+use crate::flow::records::Ends;
 use crate::model::drops::DropReason;
 use crate::packet::{Fragment, Kind, Parsed, Quoted, SYN};
 
@@ -82,11 +83,15 @@ impl Gate {
             if by.is_some() && by != self.name {
                 return Err(DropReason::OutgoingTaken);
             }
-            self.clients.presume(now, flow);
+            self.clients
+                .presume(now, flow, &Ends::of_server(parsed, bytes));
             return Ok(());
         }
         match self.allowed.judge(now, parsed) {
-            Some(Ok(())) => self.clients.presume(now, flow),
+            Some(Ok(())) => {
+                let ends = Ends::of_server(parsed, bytes);
+                self.clients.presume(now, flow, &ends);
+            }
             Some(Err(reason)) => return Err(self.refuse(reason, parsed, bytes)),
             None => return Err(DropReason::NotMoved),
         }
@@ -133,7 +138,8 @@ impl Gate {
 
     /// The flow is this gate's, since it cannot be another's.
     fn take_answers(&self, now: Instant, parsed: &Parsed, bytes: &[u8], flow: &Flow) {
-        self.clients.presume(now, flow);
+        let ends = Ends::of_client(parsed, bytes);
+        self.clients.presume(now, flow, &ends);
         self.remember_begun(parsed, bytes);
     }
 

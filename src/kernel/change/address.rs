@@ -6,7 +6,9 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ChangeError, Interface, Kind, Means, Presence, There, Undone, in_ip, read_sysctl, typed};
+use super::{
+    ChangeError, Interface, Kind, Means, Presence, There, Undone, in_ip, read_sysctl, typed,
+};
 use crate::kernel::netlink::{Address, Family, Netlink};
 
 /// Whether IPv6 is switched off on an interface: the kernel refuses addresses of it as if they were
