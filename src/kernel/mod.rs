@@ -39,6 +39,7 @@ pub mod sockets;
 #[cfg(test)]
 mod testing;
 
+pub use bpf::supply::{given as supplied, recorded};
 pub use change::Change;
 pub use host::{Cleanup, Desired, Failure, Host, HostError, Repairs, Report};
 pub use plan::{capture, keep, masquerade, steer};
