@@ -52,6 +52,7 @@ mod protocols;
 mod reboot;
 mod rekey;
 mod relay;
+mod reload;
 mod restart;
 mod service_manager;
 mod serving;

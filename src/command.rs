@@ -72,6 +72,7 @@ pub fn main() -> ExitCode {
         Some(Command::Hold(args)) => orders::hold(args),
         Some(Command::Back(args)) => orders::back(args),
         Some(Command::Cutover(args)) => cutover::run(args),
+        Some(Command::Reload { json }) => orders::reload(json),
         Some(Command::Stragglers(args)) => show_stragglers(args),
         Some(Command::Verdict(args)) => give_verdict(args),
         Some(Command::Report(args)) => write_report(args),

@@ -49,6 +49,8 @@ pub(super) struct Daemon {
 
 /// The facts about one peer.
 pub(super) struct Peer<'a> {
+    /// Its place among the counters.
+    pub(super) index: usize,
     /// Its name, as configured or as heard.
     pub(super) name: String,
     /// The daemon's role towards it.
@@ -108,7 +110,7 @@ pub(super) fn tunnels(
     strangers: &Drops,
 ) -> Status {
     let alone = peers.len() == 1;
-    let tunnel = |(index, peer): (usize, Peer<'_>)| {
+    let tunnel = |peer: Peer<'_>| {
         let mut drops = names(peer.drops);
         if alone {
             // With one peer, the strangers' drops are shown with it, since people look there first.
@@ -118,7 +120,7 @@ pub(super) fn tunnels(
         }
         let (mut rx, mut tx) = (Traffic::default(), Traffic::default());
         for lane in lanes {
-            let carried = &lane.as_ref().peers[index];
+            let carried = &lane.as_ref().peers[peer.index];
             carried.rx.add_to(&mut rx);
             carried.tx.add_to(&mut tx);
         }
@@ -164,7 +166,7 @@ pub(super) fn tunnels(
             drops,
         }
     };
-    let tunnels = peers.into_iter().enumerate().map(tunnel).collect();
+    let tunnels = peers.into_iter().map(tunnel).collect();
     status(Way::Tunnel, daemon, tunnels, offloads, names(strangers))
 }
 
@@ -318,6 +320,7 @@ mod tests {
 
     fn peer<'a>(name: &str, moves: &'a [Move], drops: &'a Drops) -> Peer<'a> {
         Peer {
+            index: 0,
             name: name.into(),
             role: Role::New,
             endpoint: Some("192.0.2.1:51850".parse().unwrap()),

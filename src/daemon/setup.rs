@@ -32,6 +32,7 @@ use crate::model::peer::Role;
 use crate::packet::IPV6_MIN_MTU;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
+use crate::settings::files::Files;
 use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 
 /// Packets that wait in the kernel for the daemon to read them. A burst of small packets brings
@@ -57,8 +58,8 @@ pub(super) struct Tools {
     pub(super) netlink: Netlink,
     /// Where `ipmoved status` connects.
     pub(super) status: UnixListener,
-    /// Where commands connect (old server).
-    pub(super) control: Option<UnixListener>,
+    /// Where commands connect.
+    pub(super) control: UnixListener,
     /// The modes of what has moved (old server).
     pub(super) orders: Option<Orders>,
     /// One queue for each lane.
@@ -117,12 +118,10 @@ impl Ready {
         let found = Found::new(&netlink, config, &endpoints, &addresses, may_come)?;
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
-        let (control, orders) = match config.role {
-            Role::Old => {
-                let control = control_socket::listen(host.dir())?;
-                (Some(control), Some(Orders::open(config)?))
-            }
-            Role::New => (None, None),
+        let control = control_socket::listen(host.dir())?;
+        let orders = match config.role {
+            Role::Old => Some(Orders::open(config)?),
+            Role::New => None,
         };
         let signals = Signals::new()?;
         let options = TunOptions {
@@ -237,7 +236,7 @@ impl Found {
             Role::New if may_come => {}
             Role::New => check_new(netlink, &Terms::of(config))?,
         }
-        let (chosen, cgroups) = chosen(config)?;
+        let (chosen, cgroups) = chosen(config, &Files::on_disk())?;
         Ok(Self {
             uplinks,
             chosen,
@@ -604,7 +603,7 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
 
 /// Opens the UDP sockets, one for each lane: for both families if the host has IPv6. The address
 /// of `--listen` has to be there, unless it `may_come`.
-fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
+pub(super) fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
     let options = UdpOptions {
         gso: !config.without.contains(&Without::UdpGso),
         gro: !config.without.contains(&Without::UdpGro),

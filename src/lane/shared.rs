@@ -64,7 +64,7 @@ pub struct LaneParts {
     /// Packets that are too big for one datagram are not split (`--no-split`).
     pub no_split: bool,
     /// Its socket.
-    pub udp: UdpSocket,
+    pub udp: Arc<UdpSocket>,
     /// What it shares with the control task.
     pub shared: Arc<Shared>,
     /// Its counters.
@@ -86,8 +86,6 @@ pub(super) struct Context<'a> {
 pub struct Shared {
     /// Sessions and endpoints, replaced whole when anything changes.
     pub view: ArcSwap<LaneView>,
-    /// What happens to a packet between TUN and tunnel.
-    pub forwarder: Forwarder,
     /// Lets in handshake messages that were made with a peer's key.
     pub mac_check: MacCheck,
     /// Drops that belong to no peer: datagrams of strangers.
@@ -105,6 +103,8 @@ pub struct Shared {
 /// Who may send what to whom, at one moment.
 #[derive(Clone, Default)]
 pub struct LaneView {
+    /// What happens to a packet between TUN and tunnel.
+    pub forwarder: Arc<Forwarder>,
     /// Every session on which datagrams are accepted, by our index.
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
@@ -265,6 +265,16 @@ impl LaneCounters {
             inbound: Turns::default(),
             tun_gso_fallbacks: AtomicU64::new(0),
             big_tcp_refused: AtomicBool::new(false),
+        }
+    }
+}
+
+impl PeerCounters {
+    /// Nothing was carried: another peer is here now.
+    pub fn clear(&self) {
+        for counter in [&self.rx, &self.tx] {
+            counter.packets.store(0, Relaxed);
+            counter.bytes.store(0, Relaxed);
         }
     }
 }

@@ -18,6 +18,7 @@ pub mod port_map;
 pub mod prefix;
 pub mod progress;
 pub mod request;
+pub mod rest;
 pub mod runtime;
 pub mod scopes;
 pub mod status;
