@@ -402,6 +402,11 @@ impl Control<'_> {
             (self.reloads.chosen, self.cgroups) = (chosen, cgroups);
         }
         self.take_sockets(&before.config, made.sockets);
+        let is_new = |(id, step): &(PeerId, Step)| match step {
+            Step::Begins(_) => Some(*id),
+            Step::Changes { .. } | Step::Ends => None,
+        };
+        let begun: Vec<PeerId> = plan.steps.iter().filter_map(is_new).collect();
         for (id, step) in plan.steps {
             match step {
                 Step::Ends => self.end_peer(now, id),
@@ -438,11 +443,11 @@ impl Control<'_> {
         }
         // Who judges has to know of more before programs hand it over, and of less afterwards.
         if grows {
-            self.remake_gates(now, &before);
+            self.remake_gates(now, &before, &begun);
         }
         self.take_programs(now, &before, wanted.programs, programs);
         if !grows {
-            self.remake_gates(now, &before);
+            self.remake_gates(now, &before, &begun);
         }
         self.set_modes(now);
         self.look_at_outgoing(now);
@@ -557,7 +562,7 @@ impl Control<'_> {
     }
 
     /// Gives the lanes gates for what moves now (old server), which know who answers it.
-    fn remake_gates(&mut self, now: Instant, before: &Running) {
+    fn remake_gates(&mut self, now: Instant, before: &Running, begun: &[PeerId]) {
         let running = &self.reloads.running;
         let Forwarder::Old(known) = &*self.view.forwarder else {
             return;
@@ -570,7 +575,9 @@ impl Control<'_> {
             let peer = running.peers[place].as_ref();
             let moves = running.captured_for(id);
             let was = before.peers.get(place).and_then(Option::as_ref);
-            let earlier = known.get(place).filter(|_| was.is_some() && peer.is_some());
+            let earlier = known
+                .get(place)
+                .filter(|_| was.is_some() && peer.is_some() && !begun.contains(&id));
             let gate = match earlier {
                 Some(gate) => gate.again(&moves),
                 None => {

@@ -172,7 +172,9 @@ impl Running {
         let named: Vec<Move> = next.moves().into_iter().map(|(_, moved)| moved).collect();
         let before = self.moves().into_iter().chain(self.leaving.iter().cloned());
         for (id, moved) in before {
-            let stays = next.peers.get(index(id)).is_some_and(Option::is_some);
+            // In the place of one that is gone there may be another already.
+            let ended = (steps.iter()).any(|(of, step)| *of == id && *step == Step::Ends);
+            let stays = !ended && next.peers.get(index(id)).is_some_and(Option::is_some);
             if stays && !named.contains(&moved) {
                 let left = rest(&moved, &named).into_iter();
                 next.leaving.extend(left.map(|moved| (id, moved)));
