@@ -54,6 +54,7 @@ mod protocols;
 mod reboot;
 mod rekey;
 mod relay;
+mod reload;
 mod restart;
 mod seeing;
 mod service_manager;

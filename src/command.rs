@@ -71,6 +71,7 @@ pub fn main() -> ExitCode {
         Some(Command::Hold(args)) => orders::hold(args),
         Some(Command::Back(args)) => orders::back(args),
         Some(Command::Cutover(args)) => cutover::run(args),
+        Some(Command::Reload { json }) => orders::reload(json),
         Some(Command::Stragglers(args)) => stragglers::show(args),
         Some(Command::Verdict(args)) => stragglers::judge(args),
         Some(Command::Report(args)) => stragglers::report(args),

@@ -300,7 +300,7 @@ impl Cutover {
 
 fn input(answer: Answer) -> Input {
     match answer {
-        Answer::Done { .. } => Input::Done,
+        Answer::Done { .. } | Answer::Reloaded { .. } => Input::Done,
         Answer::Refused { why, .. } => Input::Refused(why),
     }
 }

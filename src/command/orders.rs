@@ -1,10 +1,13 @@
-//! `move`, `hold` and `back`: what they ask of the daemon, and what they print.
+//! `move`, `hold`, `back` and `reload`: what they ask of the daemon, and what they print.
+
+use std::time::Duration;
+
+use serde::Serialize;
 
 use crate::daemon::control_socket::Client;
 use crate::daemon::status_socket::{self, StatusError};
 use crate::kernel::namespace_dir;
 use crate::model::moved::Move;
-use crate::model::peer::Role;
 use crate::model::request::{Answer, Changed, Request};
 use crate::model::runtime::{CONTROL_SOCKET, STATUS_SOCKET};
 use crate::model::status::{Status, Way};
@@ -12,11 +15,76 @@ use crate::settings::args::{BackArgs, HoldArgs, MoveArgs};
 use crate::settings::config;
 use crate::settings::values::HoldSeconds;
 
-use super::{BAD_INPUT, FAILED, Failure, OTHER_DAEMON, SYSTEM, here, print, warn};
+use super::{BAD_INPUT, FAILED, Failure, OTHER_DAEMON, SYSTEM, here, print, print_json, warn};
 
 /// How long a hold lasts unless told otherwise: a service restarts meanwhile, and clients are still
 /// patient.
 const HOLD: u32 = 60;
+
+/// How long a reload may take: files on a slow disk, names that are looked up.
+const RELOAD: Duration = Duration::from_secs(180);
+
+/// What `reload --json` prints.
+#[derive(Debug, Serialize)]
+struct Reloaded {
+    /// Whether the configuration that lies there now is in use.
+    reloaded: bool,
+    /// What is another one than before, a line each.
+    changes: Vec<String>,
+    warnings: Vec<String>,
+    /// Why it is not in use.
+    error: Option<String>,
+}
+
+/// Reads the configuration again.
+pub(super) fn reload(json: bool) -> Result<(), Failure> {
+    let mut daemon = connect()?.patient(RELOAD).map_err(unanswered)?;
+    let (told, failed) = match ask(&mut daemon, &Request::Reload)? {
+        Answer::Reloaded { changes, warnings } => {
+            let reloaded = Reloaded {
+                reloaded: true,
+                changes,
+                warnings,
+                error: None,
+            };
+            (reloaded, false)
+        }
+        Answer::Refused { why, .. } => {
+            let refused = Reloaded {
+                reloaded: false,
+                changes: Vec::new(),
+                warnings: Vec::new(),
+                error: Some(why),
+            };
+            (refused, true)
+        }
+        Answer::Done { .. } => return Err(Failure::new(FAILED, "another answer was expected")),
+    };
+    if json {
+        print_json(&told)?;
+    } else {
+        told.warnings.iter().for_each(|text| warn(text));
+        let text = match told.changes.is_empty() {
+            true => "nothing has changed\n".into(),
+            false => told
+                .changes
+                .iter()
+                .map(|line| format!("{line}\n"))
+                .collect::<String>(),
+        };
+        if !failed {
+            print(&text)?;
+        }
+    }
+    match told.error {
+        None => Ok(()),
+        Some(_) if json => Err(Failure::new(FAILED, "")),
+        Some(why) => Err(Failure::new(
+            FAILED,
+            format!("not reloaded; everything goes on as before: {why}"),
+        )),
+    }
+}
 
 /// The names of what a command is about.
 pub(super) fn names(what: &[Move]) -> Vec<String> {
@@ -68,6 +136,7 @@ fn cut(daemon: &mut Client, changed: &[Changed]) -> Result<(), Failure> {
     let forgotten = match ask(daemon, &forget)? {
         Answer::Done { forgotten, .. } => forgotten,
         Answer::Refused { why, .. } => return Err(Failure::new(FAILED, why)),
+        Answer::Reloaded { .. } => 0,
     };
     let behind = forgotten.max(ended.tracked);
     print(&format!(
@@ -85,6 +154,7 @@ pub(super) fn give(daemon: &mut Client, request: &Request) -> Result<Vec<Changed
             warnings.iter().for_each(|text| warn(text));
             Ok(moves)
         }
+        Answer::Reloaded { .. } => Ok(Vec::new()),
         Answer::Refused { input, why } => {
             Err(Failure::new(if input { BAD_INPUT } else { FAILED }, why))
         }
@@ -136,21 +206,13 @@ pub(super) fn connect() -> Result<Client, Failure> {
         return Err(error);
     }
     let status = status()?;
-    let peer = status.tunnels.first();
-    Err(match peer {
-        _ if status.way == Way::Nat => Failure::new(
+    Err(match status.way {
+        Way::Nat => Failure::new(
             BAD_INPUT,
             "`ipmoved nat` runs here, which sends all of it to the new server as long as it runs: \
              stop it to go back; modes are for ipmoved with a tunnel",
         ),
-        Some(peer) if peer.role == Role::New => Failure::new(
-            BAD_INPUT,
-            format!(
-                "this is the new server; run it on the old server ({})",
-                peer.peer
-            ),
-        ),
-        _ => Failure::new(
+        Way::Tunnel => Failure::new(
             FAILED,
             "the daemon that runs here does not know this command; restart it",
         ),

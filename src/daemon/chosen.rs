@@ -15,6 +15,7 @@ use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
 use crate::model::outgoing::{ByPort, Outgoing, User};
 use crate::settings::config::Config;
+use crate::settings::files::Files;
 
 /// Where users stand.
 const PASSWD: &str = "/etc/passwd";
@@ -60,7 +61,7 @@ impl Cgroups {
 ///
 /// # Errors
 /// If a user is not known, or this host has no control groups of version 2.
-pub(super) fn chosen(config: &Config) -> Result<(Vec<Chosen>, Cgroups)> {
+pub(super) fn chosen(config: &Config, files: &Files) -> Result<(Vec<Chosen>, Cgroups)> {
     let mut cgroups = Cgroups::default();
     let mut chosen = Vec::new();
     let rules = config.peers.iter().flat_map(|peer| &peer.outgoing);
@@ -71,6 +72,7 @@ pub(super) fn chosen(config: &Config) -> Result<(Vec<Chosen>, Cgroups)> {
             cgroup,
             from: _,
         } = by_port;
+        let number = |user| number(user, files);
         let user = user.as_ref().map(number).transpose()?;
         let cgroup_depth = match cgroup {
             None => None,
@@ -94,12 +96,13 @@ pub(super) fn chosen(config: &Config) -> Result<(Vec<Chosen>, Cgroups)> {
 }
 
 /// The number of a user.
-fn number(user: &User) -> Result<u32> {
+fn number(user: &User, files: &Files) -> Result<u32> {
     let name = match user {
         User::Id(id) => return Ok(*id),
         User::Name(name) => name,
     };
-    let users = fs::read_to_string(PASSWD).unwrap_or_default();
+    let users = files.read(Path::new(PASSWD));
+    let users = users.map_or_else(|_| Default::default(), |(text, _)| text);
     number_in(&users, name).ok_or_else(|| {
         input(format!(
             "--outgoing: no user in {PASSWD} is called {name}; write the number, as `id -u {name}` \
@@ -146,8 +149,9 @@ mod tests {
         ] {
             assert_eq!(number_in(users, name), number, "{name}");
         }
-        assert_eq!(number(&User::Id(7)).unwrap(), 7);
-        let error = number(&User::Name("no-such-user".into())).unwrap_err();
+        let files = Files::on_disk();
+        assert_eq!(number(&User::Id(7), &files).unwrap(), 7);
+        let error = number(&User::Name("no-such-user".into()), &files).unwrap_err();
         assert!(error.to_string().contains("id -u no-such-user"), "{error}");
     }
 }

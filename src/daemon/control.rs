@@ -8,6 +8,8 @@
 //! Owns the order of things and every call to the kernel while the daemon runs. When it looks at
 //! the kernel, and what follows for programs on links, is [`follow`](super::follow)'s business.
 
+mod reload;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr};
@@ -25,12 +27,13 @@ use super::delivered::Delivered;
 use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
+use super::forge::Forge;
 use super::orders::Orders;
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::progress::Progresses;
 use super::report;
 use super::service::{
-    self, Cause, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, end, failed,
+    self, Cause, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, Wish, end, failed,
     notify_ready, notify_status, notify_stopping,
 };
 use super::setup::{Ready, Tools, resolve};
@@ -58,8 +61,9 @@ use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
 use crate::model::drops::{DropReason, Drops};
+use crate::model::mode::Mode;
 use crate::model::moved::Move;
-use crate::model::peer::{PeerId, Role};
+use crate::model::peer::{MAX_PEERS, PeerId, Role};
 use crate::model::prefix::Prefix;
 use crate::model::request::{Answer, Request};
 use crate::model::scopes::Scopes;
@@ -68,6 +72,7 @@ use crate::packet::coalesce::Reach;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::PeerAddr;
+use reload::Reloads;
 
 /// How often to look at the route to a peer, whose MTU may have changed. A router's message changes
 /// it, and the kernel tells nobody. A transfer that is too big stalls until we look and ask.
@@ -90,12 +95,13 @@ const RELEASED_EVERY: Duration = Duration::from_millis(50);
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// Carries packets until a signal, then undoes everything, unless a thread crashed.
-pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
+pub(super) async fn run(config: Config, ready: Ready, forge: Option<Forge>) -> Result<()> {
     let Ready { mut host, tools } = ready;
     let mut lanes = Threads::default();
     let refused = tools.orders.as_ref().and_then(Orders::dir_refused);
     let mut visitors = Visitors::start(&config, refused, Instant::now());
-    let result = carry(config, tools, &mut host, &mut lanes, visitors.as_mut()).await;
+    let carried = carry(config, tools, forge, &mut host, &mut lanes, &mut visitors);
+    let result = carried.await;
     let result = end(result, &mut host);
     lanes.stop();
     // Nothing else waits for a disk.
@@ -109,15 +115,16 @@ pub(super) async fn run(config: Config, ready: Ready) -> Result<()> {
 async fn carry(
     mut config: Config,
     tools: Tools,
+    forge: Option<Forge>,
     host: &mut Host,
     lanes: &mut Threads,
-    visitors: Option<&mut Visitors>,
+    visitors: &mut Option<Visitors>,
 ) -> Result<()> {
     let started = Instant::now();
     let peers = config.peers.len();
     // Each peer has places of its own in the queue, and there is one more for a lane's last
     // message.
-    let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(peers) + 1);
+    let (to_control, mut from_lanes) = mpsc::channel(Waiting::limit(MAX_PEERS) + 1);
     let Tools {
         mut signals,
         netlink,
@@ -129,19 +136,21 @@ async fn carry(
         features,
         tun,
         sockets,
-        follower,
+        mut follower,
         cgroups,
         endpoints,
         processors,
         resumes,
         awaited,
     } = tools;
+    let chosen = follower.steering().map(|it| it.outgoing().to_vec());
+    let sockets: Vec<Arc<UdpSocket>> = sockets.into_iter().map(Arc::new).collect();
     let mut listener = Listener::new([&netlink, host.netlink()]);
     let mut status = StatusListener::new(status).map_err(failed)?;
-    let commands = control.map(control_socket::serve).transpose();
-    let mut commands = commands.map_err(failed)?;
+    let mut commands = control_socket::serve(control).map_err(failed)?;
     let lasting = orders.iter_mut().flat_map(Orders::take_warnings);
     config.warnings.extend(lasting);
+    let (reloads, mut prepared) = Reloads::new(forge, &config, chosen.unwrap_or_default());
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: follower.uplinks().mtu(),
@@ -151,27 +160,33 @@ async fn carry(
     let mut policy = Policy::new(config.role, rules, facts, started);
     let delivered = Delivered::read(host.dir(), resumes);
     policy.delivered_before(delivered.known());
+    let indexes = SessionIndexes::default();
     let tunnels = tunnels(
         &config,
         &policy,
         &keys,
         &endpoints,
         sockets.len() as u8,
+        &indexes,
         started,
     )?;
+    let forwarder = Arc::new(forwarder(&config, &policy, &keys, started, resumes)?);
     let shared = Arc::new(Shared {
-        view: ArcSwap::from_pointee(LaneView::default()),
-        forwarder: forwarder(&config, &policy, &keys, started, resumes)?,
+        view: ArcSwap::from_pointee(LaneView {
+            forwarder: Arc::clone(&forwarder),
+            ..LaneView::default()
+        }),
         mac_check: MacCheck::new(config.role, keys),
         drops: Drops::default(),
-        peer_drops: policy.peers().map(|_| Drops::default()).collect(),
-        waiting: policy.peers().map(|_| Waiting::default()).collect(),
+        // There may be more of them one day.
+        peer_drops: (0..MAX_PEERS).map(|_| Drops::default()).collect(),
+        waiting: (0..MAX_PEERS).map(|_| Waiting::default()).collect(),
         holding: Holding::new(&moves_from_here(&config, &policy)).map_err(failed)?,
         busy_lanes: BusyLanes::new(processors),
     });
     let mut viewers = viewers.serve(Arc::clone(&shared) as Arc<dyn Flows>)?;
     if let Some(taken) = follower.taken() {
-        shared.forwarder.set_taken(&taken);
+        forwarder.set_taken(&taken);
     }
     let tso = !config.without.contains(&Without::TunGso);
     // Not on the old server: its packets leave on a link, which takes no such sizes.
@@ -179,11 +194,14 @@ async fn carry(
         && config.role == Role::New
         && tun.big_tcp
         && !config.without.contains(&Without::BigTcp);
-    let (to_names, mut names) = mpsc::channel(peers);
+    let (to_names, mut names) = mpsc::channel(MAX_PEERS);
     let mut control = Control {
         role: config.role,
         policy,
         tunnels,
+        indexes,
+        lanes: sockets.len(),
+        lane_sockets: sockets.clone(),
         host,
         shared: Arc::clone(&shared),
         netlink,
@@ -200,6 +218,7 @@ async fn carry(
         holding: None,
         view: LaneView {
             number: 0,
+            forwarder,
             sessions: Default::default(),
             peers: vec![PeerView::default(); peers],
             hop: Hop::default(),
@@ -223,6 +242,7 @@ async fn carry(
         modes_again: None,
         progress: Progresses::new(config.role, peers, started),
         visitors,
+        reloads,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
             udp_gro: sockets[0].gro(),
@@ -243,7 +263,7 @@ async fn carry(
     // It has looked at everything; what the start itself caused can wait.
     listener.looked(started, Instant::now());
     for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
-        let counters = Arc::new(LaneCounters::new(peers));
+        let counters = Arc::new(LaneCounters::new(MAX_PEERS));
         control.counters.push(Arc::clone(&counters));
         let reach = if big_tcp { Reach::Here } else { Reach::Further };
         let (shared, control) = (Arc::clone(&shared), to_control.clone());
@@ -271,7 +291,7 @@ async fn carry(
             &mut signals,
             lanes,
             &mut from_lanes,
-            &mut names,
+            (&mut names, &mut prepared),
             (&mut status, &mut commands, &mut viewers),
             &mut listener,
         )
@@ -307,6 +327,12 @@ fn take_peers(
         .unzip()
 }
 
+/// The times of the protocol.
+fn timers(config: &Config) -> Timers {
+    let rekey_after = config.rekey_after;
+    rekey_after.map_or_else(Timers::default, Timers::with_rekey_after)
+}
+
 /// Makes the tunnels, one for each peer.
 fn tunnels(
     config: &Config,
@@ -314,35 +340,31 @@ fn tunnels(
     keys: &[PeerKeys],
     endpoints: &[Option<SocketAddr>],
     lanes: u8,
+    indexes: &SessionIndexes,
     now: Instant,
 ) -> Result<Vec<Tunnel>> {
-    let indexes = SessionIndexes::default();
-    let timers = config
-        .rekey_after
-        .map_or_else(Timers::default, Timers::with_rekey_after);
-    policy
-        .peers()
-        .map(|peer| {
-            let config = TunnelConfig {
-                peer,
-                keys: keys[index(peer)].clone(),
-                role: config.role,
-                lanes,
-                offer: Offer::of_this_machine(config.cipher),
-                endpoint: endpoints[index(peer)],
-                announcement: policy.announcement(peer),
-                max_datagram: Some(pmtu::BASE),
-                timers,
-                indexes: indexes.clone(),
-                entropy: entropy::system(),
-            };
-            let mut tunnel = Tunnel::new(config, now).map_err(failed)?;
-            if tunnel.role() == Role::New {
-                tunnel.set_accept(policy.accept(peer).to_vec());
-            }
-            Ok(tunnel)
-        })
-        .collect()
+    let timers = timers(config);
+    let each = policy.peers().map(|peer| {
+        let config = TunnelConfig {
+            peer,
+            keys: keys[index(peer)].clone(),
+            role: config.role,
+            lanes,
+            offer: Offer::of_this_machine(config.cipher),
+            endpoint: endpoints[index(peer)],
+            announcement: policy.announcement(peer),
+            max_datagram: Some(pmtu::BASE),
+            timers,
+            indexes: indexes.clone(),
+            entropy: entropy::system(),
+        };
+        let mut tunnel = Tunnel::new(config, now).map_err(failed)?;
+        if tunnel.role() == Role::New {
+            tunnel.set_accept(policy.accept(peer).to_vec());
+        }
+        Ok(tunnel)
+    });
+    each.collect()
 }
 
 /// All that has moved from here, to whichever peer, in order; nothing on the new server.
@@ -383,10 +405,10 @@ fn forwarder(
                 true => gate.beside_others(keys[index(peer)].name()),
                 false => gate,
             };
-            match client_log {
+            Arc::new(match client_log {
                 Some(log) => gate.noting_visits(log.names),
                 None => gate,
-            }
+            })
         });
         // The policy will tell this server's own addresses, once they could be listed.
         return Ok(Forwarder::Old(gates.collect()));
@@ -428,6 +450,12 @@ struct Control<'h> {
     policy: Policy,
     /// The tunnels, by [`PeerId`].
     tunnels: Vec<Tunnel>,
+    /// Shared by the tunnels.
+    indexes: SessionIndexes,
+    /// How many lanes there are.
+    lanes: usize,
+    /// The sockets of the lanes.
+    lane_sockets: Vec<Arc<UdpSocket>>,
     host: &'h mut Host,
     shared: Arc<Shared>,
     netlink: Netlink,
@@ -477,7 +505,9 @@ struct Control<'h> {
     /// When the programs may have to be told the modes again.
     modes_again: Option<Instant>,
     progress: Progresses,
-    visitors: Option<&'h mut Visitors>,
+    visitors: &'h mut Option<Visitors>,
+    /// What was read anew, and what runs.
+    reloads: Reloads,
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
@@ -490,7 +520,7 @@ impl Control<'_> {
         signals: &mut Signals,
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
-        names: &mut mpsc::Receiver<Found>,
+        (names, prepared): (
         (status, commands, viewers): Outside<'_>,
         listener: &mut Listener,
     ) -> Result<()> {
@@ -502,7 +532,13 @@ impl Control<'_> {
             self.watch();
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
-                () = signals.recv() => return Ok(()),
+                wish = signals.recv() => match wish {
+                    Wish::End => return Ok(()),
+                    Wish::Reload => self.reload(None),
+                },
+                Some(prepared) = prepared.recv() => {
+                    self.take_prepared(Instant::now(), prepared);
+                }
                 crash = lanes.crashed() => return Err(crash),
                 Some(message) = from_lanes.recv() => {
                     let now = Instant::now();
@@ -529,7 +565,7 @@ impl Control<'_> {
                     // Who does not wait any longer is not told.
                     let _ = ask.send(self.status_now());
                 }
-                Some(order) = next_of(commands) => self.order(Instant::now(), order),
+                Some(order) = commands.recv() => self.order(Instant::now(), order),
                 () = wake => {}
             }
         }
@@ -545,6 +581,7 @@ impl Control<'_> {
             .chain((self.role == Role::New).then_some(self.next_flows))
             .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
             .chain(self.modes_again)
+            .chain(self.reloads.next())
             .chain(self.progress.next())
             .min()
             .unwrap_or(self.next_path)
@@ -619,13 +656,15 @@ impl Control<'_> {
             self.follower.beat(now, &mut self.warnings);
             for peer in self.policy.peers() {
                 self.look_at_route(now, peer);
-                if let Some(refused) = self.shared.forwarder.take_refused(peer) {
+                if let Some(refused) = self.view.forwarder.take_refused(peer) {
                     self.policy.handle(now, Input::Refused(peer, refused));
                 }
             }
             self.look_at_refused_sources(now);
             self.look_at_outgoing(now);
+            self.look_at_leaving(now);
         }
+        self.rotate_keys(now);
         if now >= self.silence.next() {
             self.look_at_silence(now);
         }
@@ -638,7 +677,7 @@ impl Control<'_> {
         if self.progress.next().is_some_and(|next| now >= next) {
             self.look_at_progress(now);
         }
-        if let Some(visitors) = &mut self.visitors
+        if let Some(visitors) = &mut *self.visitors
             && now >= visitors.next()
         {
             let is_up = |peer| self.tunnels[index(peer)].state() == State::Up;
@@ -648,7 +687,7 @@ impl Control<'_> {
                 let peers = self.policy.peers();
                 visitors.progress(peers.flat_map(|peer| self.progress.of(peer)));
             }
-            visitors.look(now, &self.shared.forwarder, &mut self.warnings);
+            visitors.look(now, &self.view.forwarder, &mut self.warnings);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -771,14 +810,14 @@ impl Control<'_> {
                 }
                 Action::Deliver(peer, delivery) => {
                     self.tell_of_delivery(peer, &delivery);
-                    if let Some(translator) = self.shared.forwarder.translator() {
+                    if let Some(translator) = self.view.forwarder.translator() {
                         translator.set_delivery(peer, delivery);
                     }
                     self.delivered.keep(self.policy.delivered());
                     inside = true;
                 }
                 Action::Outgoing(peer, rules) => {
-                    if let Some(translator) = self.shared.forwarder.translator() {
+                    if let Some(translator) = self.view.forwarder.translator() {
                         translator.set_outgoing(peer, rules);
                     }
                 }
@@ -790,10 +829,10 @@ impl Control<'_> {
                     self.read_addresses(now);
                 }
                 Action::OwnAddresses(own) => {
-                    self.shared.forwarder.set_own_addresses(&own);
+                    self.view.forwarder.set_own_addresses(&own);
                 }
                 Action::OwnNetworks(networks) => {
-                    if let Some(translator) = self.shared.forwarder.translator() {
+                    if let Some(translator) = self.view.forwarder.translator() {
                         translator.set_own_networks(networks);
                     }
                     inside = true;
@@ -892,7 +931,7 @@ impl Control<'_> {
     /// Lets those inside have what is served: this host, and those behind it.
     fn serve_inside(&mut self, now: Instant) {
         let of_peers = self.policy.served_inside();
-        let translator = self.shared.forwarder.translator();
+        let translator = self.view.forwarder.translator();
         let Some((steering, translator)) = self.follower.steering().zip(translator) else {
             return;
         };
@@ -1069,7 +1108,7 @@ impl Control<'_> {
     /// Looks for clients that claimed to be in a network of this server's own, and for answers from
     /// ports that have not moved.
     fn look_at_refused_sources(&mut self, now: Instant) {
-        if let Some(translator) = self.shared.forwarder.translator() {
+        if let Some(translator) = self.view.forwarder.translator() {
             for (peer, refused) in translator.take_refused_sources() {
                 self.policy.handle(now, Input::RefusedSource(peer, refused));
             }
@@ -1081,7 +1120,7 @@ impl Control<'_> {
 
     /// Serves these moves. What began here under an earlier daemon goes on.
     fn serve_moves(&mut self, now: Instant, peer: PeerId, moves: &[Move]) {
-        let Some(translator) = self.shared.forwarder.translator() else {
+        let Some(translator) = self.view.forwarder.translator() else {
             return;
         };
         let resumed = &mut self.resumed[index(peer)];
@@ -1124,7 +1163,7 @@ impl Control<'_> {
     /// Looks for packets that were to leave from a moved address and may not, and for control
     /// groups that came or went.
     fn look_at_outgoing(&mut self, now: Instant) {
-        if let Some(translator) = self.shared.forwarder.translator() {
+        if let Some(translator) = self.view.forwarder.translator() {
             for (peer, refused) in translator.take_refused_outgoing() {
                 (self.policy).handle(now, Input::RefusedOutgoing(peer, refused));
             }
@@ -1175,7 +1214,7 @@ impl Control<'_> {
 
     /// Makes the kernel forget the flows that ended, and counts what its programs dropped.
     fn look_at_flows(&mut self, now: Instant) {
-        let translator = self.shared.forwarder.translator();
+        let translator = self.view.forwarder.translator();
         if let Some((reason, packets)) = self.follower.take_captures_drops() {
             self.shared.drops.add(reason, packets);
         }
@@ -1203,7 +1242,7 @@ impl Control<'_> {
     /// Looks what became of clients' conversations, and why some are not answered.
     fn look_at_silence(&mut self, now: Instant) {
         for peer in self.policy.peers() {
-            let seen = self.shared.forwarder.observe(now, peer);
+            let seen = self.view.forwarder.observe(now, peer);
             let heard = self.tunnels[index(peer)].last_heard();
             let named = self.policy.named(peer);
             self.silence.observe(now, peer, &named, heard, seen);
@@ -1213,7 +1252,7 @@ impl Control<'_> {
             drops: &self.shared.drops,
             netlink: &self.netlink,
             follower: &self.follower,
-            translator: self.shared.forwarder.translator(),
+            translator: self.view.forwarder.translator(),
         };
         for (peer, said) in self.silence.judge(now, &around) {
             let name = self.policy.name(peer);
@@ -1239,16 +1278,25 @@ impl Control<'_> {
 
     /// Carries out what a command asks for.
     fn order(&mut self, now: Instant, order: Order) {
-        let Some(orders) = &mut self.orders else {
-            return;
-        };
         let (who, request, answer) = match order {
-            Order::Gone(connection) => return orders.gone(connection),
+            Order::Gone(connection) => {
+                let orders = self.orders.iter_mut();
+                return orders.for_each(|it| it.gone(connection));
+            }
+            Order::Request {
+                request: Request::Reload,
+                answer,
+                ..
+            } => return self.reload(Some(answer)),
             Order::Request {
                 who,
                 request,
                 answer,
             } => (who, request, answer),
+        };
+        let Some(orders) = &mut self.orders else {
+            let _ = answer.send(self.not_here());
+            return;
         };
         let mut said = orders.carry_out(who, &request);
         if let (Answer::Done { forgotten, .. }, Request::Forget { .. }) = (&mut said, &request) {
@@ -1260,6 +1308,16 @@ impl Control<'_> {
         }
         // Whoever asked may have gone meanwhile.
         let _ = answer.send(said);
+    }
+
+    /// What those are told who give a command to the wrong server.
+    fn not_here(&self) -> Answer {
+        let peers = self.policy.peers().map(|peer| self.policy.name(peer));
+        let peer = peers.into_iter().next().unwrap_or_default();
+        Answer::Refused {
+            input: true,
+            why: format!("this is the new server; run it on the old server ({peer})"),
+        }
     }
 
     /// What those have to know who move something to a server that is not there.
@@ -1281,11 +1339,7 @@ impl Control<'_> {
             return;
         };
         let modes = orders.modes_at(now);
-        for peer in self.policy.peers() {
-            let of_peer = modes.iter().filter(|(of, _)| *of == peer);
-            let of_peer: Vec<_> = of_peer.map(|(_, mode)| *mode).collect();
-            (self.shared.forwarder).set_modes(peer, &of_peer, orders.key());
-        }
+        self.tell_gates(orders, &modes);
         let (mut for_programs, key) = (orders.modes(), orders.key());
         self.modes_again = None;
         // Where this server itself answers, programs would let what comes now overtake what has
@@ -1300,6 +1354,25 @@ impl Control<'_> {
         (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
         let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
         self.shared.holding.set_modes(&all);
+    }
+
+    /// The same, but for the programs.
+    fn set_modes_of_gates(&self, now: Instant) {
+        if let Some(orders) = &self.orders {
+            let modes = orders.modes_at(now);
+            self.tell_gates(orders, &modes);
+            let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
+            self.shared.holding.set_modes(&all);
+        }
+    }
+
+    /// Tells those who judge.
+    fn tell_gates(&self, orders: &Orders, modes: &[(PeerId, Mode<Instant>)]) {
+        for peer in self.policy.peers() {
+            let of_peer = modes.iter().filter(|(of, _)| *of == peer);
+            let of_peer: Vec<_> = of_peer.map(|(_, mode)| *mode).collect();
+            (self.view.forwarder).set_modes(peer, &of_peer, orders.key());
+        }
     }
 
     /// Tells the modes again, once nothing is left of what waited and is no longer held.
@@ -1321,12 +1394,12 @@ impl Control<'_> {
         let Some((steering, translator)) = self
             .follower
             .steering()
-            .zip(self.shared.forwarder.translator())
+            .zip(self.view.forwarder.translator())
         else {
             return;
         };
-        let moves = self.policy.peers().map(|peer| self.policy.moves(peer));
-        let moves: Vec<_> = moves.collect();
+        let places = (0..self.tunnels.len() as u16).map(PeerId);
+        let moves: Vec<_> = places.map(|peer| self.policy.moves(peer)).collect();
         let told = (self.progress).look(now, steering, &links, translator, &moves);
         for (tunnel, told) in self.tunnels.iter_mut().zip(told) {
             tunnel.set_progress(now, &told);
@@ -1458,6 +1531,7 @@ impl Control<'_> {
         });
         let maps = self.policy.maps(peer).iter();
         report::Peer {
+            index: index(peer),
             name: self.policy.name(peer),
             role: self.role,
             endpoint: view.endpoint.map(|endpoint| endpoint.remote),
@@ -1473,7 +1547,7 @@ impl Control<'_> {
             modes: self.modes(peer, waiting),
             deliver: self.policy.delivery(peer),
             maps: maps.map(ToString::to_string).collect(),
-            flows: self.shared.forwarder.flow_stats(peer),
+            flows: self.view.forwarder.flow_stats(peer),
             accept: self.policy.accept(peer),
             clients_from: self.policy.clients_from(peer),
             outgoing: self.policy.outgoing(peer),
@@ -1495,15 +1569,10 @@ impl Control<'_> {
         }
         // If a goodbye is lost, the peer notices the silence.
         self.send_all(now);
-        if let Some(visitors) = &mut self.visitors {
-            visitors.end(now, &self.shared.forwarder);
+        if let Some(visitors) = &mut *self.visitors {
+            visitors.end(now, &self.view.forwarder);
         }
     }
-}
-
-/// The next command; there is none where nobody takes any.
-async fn next_of(commands: &mut Option<mpsc::Receiver<Order>>) -> Option<Order> {
-    commands.as_mut()?.recv().await
 }
 
 /// Sends a tunnel's datagram, and tells the tunnel if a probe was too big for the kernel. It never

@@ -147,6 +147,16 @@ impl Client {
         })
     }
 
+    /// The same, which waits for so long for each answer.
+    ///
+    /// # Errors
+    /// If the system refuses.
+    pub fn patient(self, patience: Duration) -> Result<Self, StatusError> {
+        let set = self.stream.get_ref().set_read_timeout(Some(patience));
+        set.map_err(StatusError::Answer)?;
+        Ok(self)
+    }
+
     /// Whether the daemon has hung up.
     pub fn is_gone(&self) -> bool {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;

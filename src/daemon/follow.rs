@@ -328,6 +328,93 @@ impl Follower {
         }
     }
 
+    /// The programs.
+    pub(super) fn programs(&mut self) -> &mut Programs {
+        &mut self.programs
+    }
+
+    /// The programs that note what this server has itself stand on every link from now on, and
+    /// after `between` those that capture, or deliver.
+    pub(super) fn set_programs(
+        &mut self,
+        now: Instant,
+        host: &mut Host,
+        programs: Option<Programs>,
+        settings: LinkSettings,
+        between: impl FnOnce(&Programs),
+        known: &mut Warnings,
+    ) {
+        let replaced = programs.map(|programs| std::mem::replace(&mut self.programs, programs));
+        self.set_settings(now, host, settings, known);
+        let links = self.carrying.clone();
+        if let Programs::Old(_) = self.programs {
+            // All but the captures, which stay those of before.
+            for link in &links {
+                let Ok(mut desired) = self.on_link(host.netlink(), link) else {
+                    continue;
+                };
+                desired.pop();
+                let changes: Vec<Change> = desired.iter().map(|it| it.change.clone()).collect();
+                let of_these = |change: &Change| changes.iter().any(|it| it.same_object(change));
+                if let Err(error) = host.reconcile_part(of_these, desired) {
+                    known.warn(now, format!("{}: {error}", link.name));
+                }
+            }
+        }
+        between(&self.programs);
+        for link in &links {
+            let desired = self.on_link(host.netlink(), link);
+            self.put(now, host, link, desired, known);
+        }
+        self.on_tun.clear();
+        self.look_at_tun(now, host, known);
+        if self.settings.calls_itself {
+            self.put_on_loopback(now, host, known);
+        }
+        drop(replaced);
+    }
+
+    /// From now on the settings say this about links. What the programs can do stays as it is.
+    pub(super) fn set_settings(
+        &mut self,
+        now: Instant,
+        host: &mut Host,
+        settings: LinkSettings,
+        known: &mut Warnings,
+    ) {
+        let before = std::mem::replace(&mut self.settings, settings);
+        match host.netlink().addresses() {
+            Ok(addresses) => self.tell_programs(&addresses),
+            Err(error) => warn!(%error, "cannot list this server's addresses"),
+        }
+        if before.calls_itself && !self.settings.calls_itself {
+            self.put_on_loopback(now, host, known);
+        }
+    }
+
+    /// Makes, or undoes, what is wanted on the loopback interface.
+    fn put_on_loopback(&self, now: Instant, host: &mut Host, known: &mut Warnings) {
+        let Programs::New(steering) = &self.programs else {
+            return;
+        };
+        let links = host.netlink().links().unwrap_or_default();
+        let Some(lo) = links.iter().find(|link| link.loopback) else {
+            return;
+        };
+        let wanted = self.settings.calls_itself;
+        let desired = match wanted.then(|| steering.on_loopback(host.netlink(), lo)) {
+            None => Vec::new(),
+            Some(Ok(desired)) => desired,
+            Some(Err(error)) => return calls_stay(&error.to_string()),
+        };
+        // What is held there is another one's business.
+        let on_lo =
+            |change: &Change| change.interface() == Some(lo.index) && !keep::is_part(change);
+        if let Err(error) = host.reconcile_part(on_lo, desired) {
+            known.warn(now, format!("{}: {error}", lo.name));
+        }
+    }
+
     /// The name of the first uplink, for people.
     pub(super) fn uplink_name(&self) -> &str {
         let first = self.uplinks.first();

@@ -16,6 +16,8 @@
 //! `delivered` where the new one delivered last. `orders` is what commands ask of the old server
 //! over the `control_socket`, and `state_dir` keeps what comes of it.
 //!
+//! `forge` is the process that keeps the privileges, for a configuration that has changed.
+//!
 //! `progress` is how far each move has come, and `silence` what is not answered. `checks` is
 //! whether it will work on this server, and `login` the session that a command is given from.
 //!
@@ -48,6 +50,7 @@ mod early;
 mod facts;
 pub mod flows;
 mod follow;
+mod forge;
 mod held;
 mod kept;
 pub mod log;
@@ -71,6 +74,7 @@ mod watchdog;
 use std::path::Path;
 
 use self::checks::Words;
+use self::forge::Forge;
 use self::orders::Orders;
 use crate::model::peer::PeerId;
 use crate::settings::config::Config;
@@ -86,7 +90,10 @@ pub use service::DaemonError;
 /// See [`DaemonError`]; kernel changes of this run are undone, unless a thread crashed.
 pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
     service::block_on(async {
-        let ready = setup::Ready::new(&config, runtime_dir)?;
+        let mut ready = setup::Ready::new(&config, runtime_dir)?;
+        // Before the daemon gives up what this keeps.
+        let (programs, tun) = (ready.tools.follower.programs(), &ready.tools.tun);
+        let forge = Forge::start(&config, programs, tun);
         let endpoints = config
             .peers
             .iter()
@@ -106,7 +113,7 @@ pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
         });
         config.warnings.extend_from_slice(&confinement.lacking);
         let _log = log::queue();
-        control::run(config, ready).await
+        control::run(config, ready, forge).await
     })
 }
 

@@ -16,7 +16,7 @@ use super::dry_run::DryRun;
 use super::follow::Listener;
 use super::report;
 use super::service::{
-    self, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, block_on, end, failed,
+    self, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, Wish, block_on, end, failed,
     input, notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
 };
 use super::setup::{find_uplink, raise_tun, warn_of_absent};
@@ -292,7 +292,10 @@ async fn carry(
     };
     let result = loop {
         tokio::select! {
-            () = signals.recv() => break Ok(()),
+            wish = signals.recv() => match wish {
+                Wish::End => break Ok(()),
+                Wish::Reload => info!("`ipmoved nat` has no configuration file to read again"),
+            },
             crash = threads.crashed() => break Err(crash),
             Some(error) = ended.recv() => break Err(failed(error)),
             client = status.accept() => {

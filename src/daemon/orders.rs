@@ -38,6 +38,8 @@ pub(super) struct Orders {
     modes: Modes,
     dir: StateDir,
     warnings: Vec<String>,
+    /// What the settings no longer move, and the new server still has connections of.
+    leaving: Vec<(PeerId, Move)>,
     /// Finds the move of a conversation.
     index: MoveIndex,
     /// What this server has of each move, but for its own sockets, and when that was counted.
@@ -93,9 +95,30 @@ impl Orders {
             modes,
             dir,
             warnings,
+            leaving: Vec::new(),
             index: MoveIndex::new(index),
             here: None,
         })
+    }
+
+    /// From now on these are the moves, and those that leave. What has moved before keeps its mode;
+    /// who answers the others first, `start` says.
+    pub(super) fn set_moves(
+        &mut self,
+        moves: Vec<(PeerId, Move)>,
+        leaving: Vec<(PeerId, Move)>,
+        start: Settled,
+    ) {
+        let clock = clock();
+        self.modes.set_moves(moves, start, clock);
+        self.leaving = leaving;
+        self.here = None;
+        let settled = self.modes.moves().iter().map(|it| &it.moved);
+        let leaving = self.leaving.iter().map(|(_, moved)| moved);
+        self.index = MoveIndex::new(settled.chain(leaving).cloned().collect());
+        if let Err(why) = self.dir.keep(&self.modes.record(clock)) {
+            warn!("the modes of moves are not kept over a restart: {why}");
+        }
     }
 
     /// What an administrator has to know of the start.
@@ -191,9 +214,12 @@ impl Orders {
         moves.map(|it| (it.peer, &it.moved, it.mode.settled == Settled::Moved))
     }
 
-    /// The modes, in the order of the settings, on the clock of the kernel's programs.
+    /// The modes, in the order of the settings and of what leaves, on the clock of the kernel's
+    /// programs.
     pub(super) fn modes(&self) -> Vec<Mode<Duration>> {
-        self.modes.moves().iter().map(|it| it.mode).collect()
+        let settled = self.modes.moves().iter().map(|it| it.mode);
+        let leaving = self.leaving.iter().map(|_| Mode::settled(Settled::Here));
+        settled.chain(leaving).collect()
     }
 
     /// The same on this process's clock, each with its peer.
@@ -208,6 +234,11 @@ impl Orders {
                 };
                 (it.peer, mode)
             })
+            .chain(
+                self.leaving
+                    .iter()
+                    .map(|(peer, _)| (*peer, Mode::settled(Settled::Here))),
+            )
             .collect()
     }
 
@@ -250,6 +281,23 @@ impl Orders {
         let here = self.here.as_ref().map(|(_, here)| here);
         let all = self.modes.moves().iter().enumerate();
         let of_peer = all.filter(|(_, it)| it.peer == peer);
+        let first = self.modes.moves().len();
+        let leaving = (first..)
+            .zip(&self.leaving)
+            .filter(|(_, (of, _))| *of == peer);
+        let leaving = leaving.map(|(place, (_, moved))| ModeStatus {
+            what: moved.to_string(),
+            mode: Settled::Here.name().into(),
+            percent: 0,
+            then: None,
+            held_s: None,
+            waiting: waiting.get(place).copied().unwrap_or(0),
+            here_live: here.map(|here| here[place].all),
+            here_tcp: here.map(|here| here[place].tcp),
+            there_live: None,
+            leaving: true,
+            since: String::new(),
+        });
         of_peer
             .map(|(place, it)| ModeStatus {
                 what: it.moved.to_string(),
@@ -261,9 +309,11 @@ impl Orders {
                 here_live: here.map(|here| here[place].all),
                 here_tcp: here.map(|here| here[place].tcp),
                 there_live: None,
+                leaving: false,
                 since: jiff::Timestamp::from_second(it.since.try_into().unwrap_or_default())
                     .map_or_else(|_| String::new(), |since| since.to_string()),
             })
+            .chain(leaving)
             .collect()
     }
 }
@@ -272,7 +322,7 @@ impl Orders {
 fn changes_modes(request: &Request) -> bool {
     match request {
         Request::Move { .. } | Request::Hold { .. } | Request::Back { .. } => true,
-        Request::Cutover { .. } | Request::Forget { .. } => false,
+        Request::Cutover { .. } | Request::Forget { .. } | Request::Reload => false,
     }
 }
 

@@ -59,23 +59,36 @@ struct OfPeer {
     heard: Heard,
 }
 
-impl Progresses {
-    /// Of so many peers.
-    pub(super) fn new(role: Role, peers: usize, now: Instant) -> Self {
-        let of_peer = || OfPeer {
+impl OfPeer {
+    fn new() -> Self {
+        Self {
             moves: Arc::new([]),
             names: Vec::new(),
             listens: Vec::new(),
             turn: 0,
             told: Vec::new(),
             heard: Heard::new(),
-        };
+        }
+    }
+}
+
+impl Progresses {
+    /// There is one more peer, or another one in the place of one that is gone.
+    pub(super) fn begin(&mut self, peer: PeerId) {
+        match self.peers.get_mut(index(peer)) {
+            Some(place) => *place = OfPeer::new(),
+            None => self.peers.push(OfPeer::new()),
+        }
+    }
+
+    /// Of so many peers.
+    pub(super) fn new(role: Role, peers: usize, now: Instant) -> Self {
         Self {
             role,
             next: now,
             next_count: now,
             arrivals: Arrivals::default(),
-            peers: (0..peers).map(|_| of_peer()).collect(),
+            peers: (0..peers).map(|_| OfPeer::new()).collect(),
             first: 0,
         }
     }

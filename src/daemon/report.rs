@@ -51,6 +51,8 @@ pub(super) struct Daemon {
 
 /// The facts about one peer.
 pub(super) struct Peer<'a> {
+    /// Its place among the counters.
+    pub(super) index: usize,
     /// Its name, as configured or as heard.
     pub(super) name: String,
     /// The daemon's role towards it.
@@ -110,7 +112,7 @@ pub(super) fn tunnels(
     strangers: &Drops,
 ) -> Status {
     let alone = peers.len() == 1;
-    let tunnel = |(index, peer): (usize, Peer<'_>)| {
+    let tunnel = |peer: Peer<'_>| {
         let mut drops = names(peer.drops);
         if alone {
             // With one peer, the strangers' drops are shown with it, since people look there first.
@@ -120,7 +122,7 @@ pub(super) fn tunnels(
         }
         let (mut rx, mut tx) = (Traffic::default(), Traffic::default());
         for lane in lanes {
-            let carried = &lane.as_ref().peers[index];
+            let carried = &lane.as_ref().peers[peer.index];
             carried.rx.add_to(&mut rx);
             carried.tx.add_to(&mut tx);
         }
@@ -166,7 +168,7 @@ pub(super) fn tunnels(
             drops,
         }
     };
-    let tunnels = peers.into_iter().enumerate().map(tunnel).collect();
+    let tunnels = peers.into_iter().map(tunnel).collect();
     status(Way::Tunnel, daemon, tunnels, offloads, names(strangers))
 }
 
@@ -321,6 +323,7 @@ mod tests {
 
     fn peer<'a>(name: &str, moves: &'a [Move], drops: &'a Drops) -> Peer<'a> {
         Peer {
+            index: 0,
             name: name.into(),
             role: Role::New,
             endpoint: Some("192.0.2.1:51850".parse().unwrap()),

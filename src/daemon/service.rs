@@ -116,10 +116,20 @@ pub(super) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     result
 }
 
-/// The signals that end the daemon.
+/// What somebody wants by a signal.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Wish {
+    /// The daemon is to end.
+    End,
+    /// It is to read its configuration again.
+    Reload,
+}
+
+/// The signals that the daemon hears.
 pub(super) struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
@@ -128,14 +138,16 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+            hangup: signal(SignalKind::hangup()).map_err(failed)?,
         })
     }
 
-    /// Waits for one of them.
-    pub(super) async fn recv(&mut self) {
+    /// Waits for one of them. Those that came meanwhile of one kind are one.
+    pub(super) async fn recv(&mut self) -> Wish {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => Wish::End,
+            _ = self.interrupt.recv() => Wish::End,
+            _ = self.hangup.recv() => Wish::Reload,
         }
     }
 }
@@ -143,6 +155,15 @@ impl Signals {
 /// Tells the service manager that everything is set up, and the state of things in one line.
 pub(super) fn notify_ready(status: &str) {
     notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+/// Tells the service manager that the configuration is read again, until the next
+/// [`notify_ready`] (`Type=notify-reload`, systemd.service(5)).
+pub(super) fn notify_reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => notify(&[NotifyState::Reloading, now]),
+        Err(error) => debug!(%error, "the service manager does not hear of this"),
+    }
 }
 
 /// Tells the service manager the state of things in one line.

@@ -32,6 +32,7 @@ use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
+use crate::settings::files::Files;
 use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 
 /// The MTU of uplinks that are not there yet: that of most (RFC 894).
@@ -55,8 +56,8 @@ pub(super) struct Tools {
     pub(super) status: UnixListener,
     /// Where others connect who look at the daemon.
     pub(super) viewers: viewers::Sockets,
-    /// Where commands connect (old server).
-    pub(super) control: Option<UnixListener>,
+    /// Where commands connect.
+    pub(super) control: UnixListener,
     /// The modes of what has moved (old server).
     pub(super) orders: Option<Orders>,
     /// One queue for each lane.
@@ -102,12 +103,10 @@ impl Ready {
         let sockets = bind(config, may_come)?;
         let status = status_socket::listen(host.dir())?;
         let viewers = viewers::Sockets::open(host.dir(), config.metrics, may_come)?;
-        let (control, orders) = match config.role {
-            Role::Old => {
-                let control = control_socket::listen(host.dir())?;
-                (Some(control), Some(Orders::open(config)?))
-            }
-            Role::New => (None, None),
+        let control = control_socket::listen(host.dir())?;
+        let orders = match config.role {
+            Role::Old => Some(Orders::open(config)?),
+            Role::New => None,
         };
         let signals = Signals::new()?;
         let options = TunOptions {
@@ -247,7 +246,7 @@ impl Found {
             Role::New if may_come => {}
             Role::New => check_new(netlink, &Terms::of(config))?,
         }
-        let (chosen, cgroups) = chosen(config)?;
+        let (chosen, cgroups) = chosen(config, &Files::on_disk())?;
         Ok(Self {
             uplinks,
             chosen,
@@ -642,7 +641,7 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
 
 /// Opens the UDP sockets, one for each lane: for both families if the host has IPv6. The address
 /// of `--listen` has to be there, unless it `may_come`.
-fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
+pub(super) fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
     let options = UdpOptions {
         gso: !config.without.contains(&Without::UdpGso),
         gro: !config.without.contains(&Without::UdpGro),

@@ -293,10 +293,9 @@ pub(super) enum Said {
     Well(String, String),
 }
 
-impl Watcher {
-    /// Watches for so many peers.
-    pub(super) fn new(role: Role, peers: usize, now: Instant) -> Self {
-        let watched = || Watched {
+impl Watched {
+    fn new(now: Instant) -> Self {
+        Self {
             silence: Silence::new(),
             found: BTreeMap::new(),
             looks: BTreeMap::new(),
@@ -311,12 +310,26 @@ impl Watcher {
             heard_before: now,
             asked_since: BTreeMap::new(),
             told_since: BTreeMap::new(),
-        };
+        }
+    }
+}
+
+impl Watcher {
+    /// There is one more peer, or another one in the place of one that is gone.
+    pub(super) fn begin(&mut self, now: Instant, peer: PeerId) {
+        match self.peers.get_mut(index(peer)) {
+            Some(place) => *place = Watched::new(now),
+            None => self.peers.push(Watched::new(now)),
+        }
+    }
+
+    /// Watches for so many peers.
+    pub(super) fn new(role: Role, peers: usize, now: Instant) -> Self {
         Self {
             role,
             started: now,
             next: now + EVERY,
-            peers: (0..peers).map(|_| watched()).collect(),
+            peers: (0..peers).map(|_| Watched::new(now)).collect(),
             counted: VecDeque::new(),
             idle_looked: None,
             own: Vec::new(),

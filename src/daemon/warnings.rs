@@ -60,6 +60,14 @@ impl Warnings {
         }
     }
 
+    /// There is one more peer, or another one in the place of one that is gone.
+    pub(super) fn begin(&mut self, peer: PeerId) {
+        match self.peers.get_mut(index(peer)) {
+            Some(place) => *place = Peer::default(),
+            None => self.peers.push(Peer::default()),
+        }
+    }
+
     /// Keeps `line` as the newest one of the daemon itself; true if the caller has to log it.
     #[must_use]
     pub(super) fn keep(&mut self, now: Instant, line: String) -> bool {

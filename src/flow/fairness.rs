@@ -29,7 +29,7 @@ pub(super) const SAMPLE_LEAD: usize = 3;
 /// How many flows there may be, shared by the tables that share it.
 #[derive(Debug)]
 pub struct Limit {
-    max: usize,
+    max: AtomicUsize,
     live: AtomicUsize,
     /// By [`PeerId`].
     of_peers: Box<[AtomicUsize]>,
@@ -39,7 +39,7 @@ impl Limit {
     /// At most `max` flows.
     pub fn new(max: usize) -> Self {
         Self {
-            max,
+            max: AtomicUsize::new(max),
             live: AtomicUsize::new(0),
             of_peers: (0..MAX_HOLDERS).map(|_| AtomicUsize::new(0)).collect(),
         }
@@ -47,7 +47,12 @@ impl Limit {
 
     /// The most there may be.
     pub fn max(&self) -> usize {
-        self.max
+        self.max.load(Relaxed)
+    }
+
+    /// Sets the most there may be from now on.
+    pub fn set_max(&self, max: usize) {
+        self.max.store(max, Relaxed);
     }
 
     /// How many there are.
@@ -57,7 +62,7 @@ impl Limit {
 
     /// Whether a new flow has to take the place of another.
     pub(super) fn is_full(&self) -> bool {
-        self.live() >= self.max
+        self.live() >= self.max()
     }
 
     /// How many flows of `peer` there are.
@@ -68,7 +73,7 @@ impl Limit {
 
     /// Takes a place for a flow of `peer`; false if there is none.
     pub(super) fn take(&self, peer: PeerId) -> bool {
-        if self.live.fetch_add(1, Relaxed) < self.max {
+        if self.live.fetch_add(1, Relaxed) < self.max() {
             if let Some(flows) = self.of_peers.get(usize::from(peer.0)) {
                 flows.fetch_add(1, Relaxed);
             }
@@ -103,7 +108,7 @@ impl Limit {
                 most = (other, flows);
             }
         }
-        let is_guest = own < self.max / holders && most.0 != peer;
+        let is_guest = own < self.max() / holders && most.0 != peer;
         Turn {
             peer: if is_guest { most.0 } else { peer },
             is_guest,

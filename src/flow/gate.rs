@@ -67,7 +67,7 @@ use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, SYN
 #[derive(Debug)]
 pub struct Gate {
     ownership: Ownership,
-    clients: Clients,
+    clients: Arc<Clients>,
     resumes: bool,
     allowed: Allowed,
     /// Something may begin from a port that has not moved.
@@ -79,7 +79,7 @@ pub struct Gate {
     seed: Seed,
     returning: Mutex<FragmentCache<()>>,
     refusals: Refusals,
-    watch: Watch<Flow>,
+    watch: Arc<Watch<Flow>>,
     modes: Modes,
     owners: Owners,
     /// What the modes said of first fragments, for the later ones.
@@ -88,7 +88,7 @@ pub struct Gate {
     /// What tells this gate from others that may begin something from the same address.
     name: Option<NonZeroU64>,
     /// Who comes, if that is noted.
-    visits: Option<Visits>,
+    visits: Option<Arc<Visits>>,
 }
 
 /// How a gate is made.
@@ -133,7 +133,7 @@ impl Gate {
         Self {
             owners: Owners::new(moves, ownership.scopes()),
             ownership,
-            clients: Clients::new(seed, config.max_flows, config.started),
+            clients: Arc::new(Clients::new(seed, config.max_flows, config.started)),
             resumes: config.resumes,
             allowed: Allowed::new(Vec::new()),
             begins_anywhere: false,
@@ -142,7 +142,7 @@ impl Gate {
             seed,
             returning: Mutex::new(FragmentCache::new()),
             refusals: Refusals::default(),
-            watch: Watch::new(seed),
+            watch: Arc::new(Watch::new(seed)),
             modes: Modes::default(),
             decided: Mutex::new(FragmentCache::new()),
             taken: OnceLock::new(),
@@ -166,7 +166,54 @@ impl Gate {
     /// The same gate, which notes who comes; with `names`, also the first bytes of each connection.
     #[must_use]
     pub fn noting_visits(mut self, names: bool) -> Self {
-        self.visits = Some(Visits::new(self.seed, names));
+        self.visits = Some(Arc::new(Visits::new(self.seed, names)));
+        self
+    }
+
+    /// A gate for other moves, which knows the clients that this one knows, and notes who comes as
+    /// this one does. It lets out nothing that begins, and knows the modes only once it is told.
+    pub fn again(&self, moves: &[Move]) -> Self {
+        let ownership = Ownership::new(moves, self.seed);
+        Self {
+            owners: Owners::new(moves, ownership.scopes()),
+            ownership,
+            clients: Arc::clone(&self.clients),
+            resumes: self.resumes,
+            allowed: Allowed::new(Vec::new()),
+            begins_anywhere: false,
+            own: ArcSwap::new(self.own.load_full()),
+            elsewhere: None,
+            seed: self.seed,
+            returning: Mutex::new(FragmentCache::new()),
+            refusals: Refusals::default(),
+            watch: Arc::clone(&self.watch),
+            modes: Modes::default(),
+            decided: Mutex::new(FragmentCache::new()),
+            taken: self.taken.clone(),
+            visits: self.visits.clone(),
+        }
+    }
+
+    /// The same gate, which knows the addresses that no client can have as another one does.
+    #[must_use]
+    pub fn among_addresses_of(self, other: &Self) -> Self {
+        self.own.store(other.own.load_full());
+        self
+    }
+
+    /// The same gate with room for another number of flows. As after a restart, connections that go
+    /// on are taken up by their next packet.
+    #[must_use]
+    pub fn with_room(mut self, max_flows: usize, now: Instant) -> Self {
+        self.clients = Arc::new(Clients::new(self.seed, max_flows, now));
+        self.resumes = true;
+        self
+    }
+
+    /// The same gate, which notes nobody.
+    #[must_use]
+    pub fn noting_nobody(mut self) -> Self {
+        self.visits = None;
         self
     }
 
@@ -325,7 +372,7 @@ impl Gate {
     /// Who came, and what there is to add about those who came before; with `all`, everything that
     /// is known. Call it every second.
     pub fn visited(&self, now: Instant, all: bool) -> Visited<Instant> {
-        let visits = self.visits.as_ref();
+        let visits = self.visits.as_deref();
         visits.map_or_else(Visited::default, |visits| visits.take(now, all))
     }
 
@@ -783,6 +830,37 @@ mod tests {
             dst_port: 25,
             ..Plan::new(kind, MOVED, CLIENT)
         }
+    }
+
+    #[test]
+    fn a_gate_for_other_moves_knows_the_clients_of_the_one_before() {
+        let other = "192.0.2.6";
+        let bed = Bed::settled(&[MOVED, other]);
+        let (first, second) = (request(Kind::Tcp), Plan::new(Kind::Tcp, CLIENT, other));
+        for plan in [&first, &second] {
+            assert_eq!(bed.captured(&plan.build()), CARRY);
+            assert_eq!(bed.returning(&reply(plan).build()), Ok(()));
+        }
+        let moves: Vec<Move> = vec![MOVED.parse().unwrap(), "192.0.2.7".parse().unwrap()];
+        let gate = bed.gate.again(&moves);
+        let bed = Bed { gate, ..bed };
+        assert_eq!(bed.returning(&reply(&first).build()), Ok(()));
+        let not_moved = Err(DropReason::NotMoved);
+        assert_eq!(bed.returning(&reply(&second).build()), not_moved);
+        let new = Plan::new(Kind::Tcp, CLIENT, "192.0.2.7");
+        assert_eq!(bed.returning(&reply(&new).build()), UNASKED);
+        assert_eq!(bed.captured(&new.build()), CARRY);
+        let to_own = Plan::new(Kind::Tcp, OWN, MOVED);
+        assert_eq!(bed.captured(&to_own.build()), Err(DropReason::BadSource));
+        // With room for another number of flows it is as after a restart.
+        let gate = bed.gate.again(&moves).with_room(2_000, bed.now);
+        assert_eq!(gate.stats().max, 2_000);
+        let bed = Bed { gate, ..bed };
+        let goes_on = Plan {
+            flags: ACK,
+            ..reply(&first)
+        };
+        assert_eq!(bed.returning(&goes_on.build()), Ok(()));
     }
 
     #[test]

@@ -214,6 +214,30 @@ impl Hold {
         }
     }
 
+    /// From now on these are the moves. What waits goes on waiting, if one of them takes it; else
+    /// it goes on at once, and is judged anew. The modes have to be set again.
+    pub fn set_moves(&mut self, moves: &[Move]) {
+        let before = std::mem::take(&mut self.until);
+        self.index = MoveIndex::new(moves.to_vec());
+        self.until = vec![None; moves.len()];
+        self.waiting = vec![0; moves.len()];
+        for (asked, line) in &mut self.lines {
+            let was = line
+                .moved
+                .and_then(|moved| before.get(moved).copied().flatten());
+            line.moved = (self.index).owner(asked.addr.number(), asked.protocol, asked.port);
+            if let Some(moved) = line.moved {
+                self.waiting[moved] += line.flows.len() as u64;
+                // It is as it was until the modes are told.
+                self.until[moved] = self.until[moved].max(was);
+            } else if was.is_some() {
+                self.schedule.remove(&(line.at, *asked));
+                (line.at, line.step) = (None, None);
+                self.schedule.insert((line.at, *asked));
+            }
+        }
+    }
+
     /// How many flows of each move wait.
     pub fn waiting(&self) -> &[u64] {
         &self.waiting
@@ -1110,5 +1134,32 @@ mod tests {
             out.extend(bed.take_all());
             prop_assert_eq!(out, (0..count).map(syn).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn other_moves_let_go_what_is_no_longer_theirs_and_keep_the_rest() {
+        let other = "192.0.2.6";
+        let to_other = |number| {
+            Plan {
+                flags: SYN,
+                payload: Vec::new(),
+                ..Plan::new(Kind::Tcp, &client(number), other)
+            }
+            .build()
+        };
+        let mut bed = Bed::new("192.0.2.5 192.0.2.6");
+        for number in 0..3 {
+            bed.keep(&syn(number)).unwrap();
+            bed.keep(&to_other(number)).unwrap();
+        }
+        assert_eq!(bed.hold.waiting(), [3, 3]);
+        // The second is the first of those that are left.
+        bed.hold.set_moves(&all::<Move>("192.0.2.6 192.0.2.7"));
+        assert_eq!(bed.hold.waiting(), [3, 0]);
+        assert_eq!(bed.take().len(), 3, "those to what has not moved go on");
+        bed.hold_all(Some(bed.now + 60 * SECOND));
+        assert!(bed.take_after(SECOND).is_empty());
+        bed.hold_all(None);
+        assert_eq!(bed.take(), (0..3).map(to_other).collect::<Vec<_>>());
     }
 }

@@ -39,7 +39,7 @@ use crate::packet::{Family, Parsed};
 pub enum Forwarder {
     /// The old server: nothing is rewritten, but only moved addresses pass, and out goes only what
     /// answers a client. One gate for each peer, so that none takes another's places.
-    Old(Vec<Gate>),
+    Old(Vec<Arc<Gate>>),
     /// The new server: the flow table rewrites.
     New(Translator),
 }
@@ -113,6 +113,13 @@ impl Flows for Forwarder {
             }
             Self::New(translator) => translator.slice(now, from, out),
         }
+    }
+}
+
+impl Default for Forwarder {
+    /// That of an old server without peers.
+    fn default() -> Self {
+        Self::Old(Vec::new())
     }
 }
 
@@ -382,7 +389,7 @@ impl Hop {
 /// Finds the peer that a captured packet's destination moved to.
 #[inline]
 fn judge_captured(
-    gates: &[Gate],
+    gates: &[Arc<Gate>],
     now: Instant,
     parsed: &Parsed,
     packet: &[u8],
@@ -447,7 +454,7 @@ mod tests {
         };
         let gate = |moves: &&[&str]| {
             let moves: Vec<_> = moves.iter().map(|text| text.parse().unwrap()).collect();
-            Gate::new(&moves, config)
+            Arc::new(Gate::new(&moves, config))
         };
         Forwarder::Old(moves.iter().map(gate).collect())
     }

@@ -489,6 +489,16 @@ impl FlowTable {
         }
     }
 
+    /// Forgets all flows of a peer.
+    pub fn forget_peer(&mut self, peer: PeerId, limit: &Limit) {
+        for at in 0..self.slab.used() {
+            let entry = self.slab.get(at);
+            if !entry.seen.is_nothing() && entry.peer == peer {
+                self.remove(at, limit);
+            }
+        }
+    }
+
     /// Removes flows whose time is up, examining at most `budget`. Returns how many it removed.
     /// Call it every second or so.
     pub fn expire(&mut self, now: Instant, budget: usize, limit: &Limit) -> usize {

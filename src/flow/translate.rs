@@ -198,6 +198,26 @@ impl Translator {
         }
     }
 
+    /// Forgets a peer with all that it had: nothing of it is served, and its flows have ended.
+    pub fn forget_peer(&self, peer: PeerId) {
+        let counted = self.tallies.name(peer, &[]);
+        self.change(|routes| {
+            let routes = routes.peer_mut(peer);
+            routes.set_moves(&[], counted);
+            routes.delivery = Delivery::default();
+            routes.outgoing = OutgoingRules::default();
+        });
+        self.networks.allow(peer, &[]);
+        for shard in &self.shards {
+            lock(&shard.0).forget_peer(peer, &self.limit);
+        }
+    }
+
+    /// Sets the most flows at a time. If there are more, each new one takes the place of another.
+    pub fn set_max_flows(&self, max: usize) {
+        self.limit.set_max(max);
+    }
+
     /// Sets this host's own addresses, which no client may claim.
     pub fn set_own_addresses(&self, own: &[IpAddr]) {
         let mut host: Vec<Addr> = own.iter().map(|&addr| addr.into()).collect();

@@ -179,6 +179,22 @@ impl UdpSocket {
         Ok(sockets)
     }
 
+    /// From now on this is another socket, which was bound with the same options: whoever uses this
+    /// one, on whatever thread, uses that. Who waits for datagrams waits for those of the earlier
+    /// one until the end of that wait.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn become_another(&self, other: BorrowedFd<'_>) -> io::Result<()> {
+        // SAFETY: both are open. The number stays this value's, and close-on-exec.
+        let result =
+            unsafe { libc::dup3(other.as_raw_fd(), self.socket.as_raw_fd(), libc::O_CLOEXEC) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
     /// The port bound to.
     pub fn port(&self) -> io::Result<u16> {
         let addr = self.socket.local_addr()?;

@@ -47,6 +47,7 @@ pub mod tun;
 #[cfg(test)]
 mod testing;
 
+pub use bpf::supply::{given as supplied, recorded};
 pub use change::Change;
 pub use host::{Cleanup, Desired, Failure, Host, HostError, Repairs, Report};
 pub use plan::{capture, keep, masquerade, steer};

@@ -51,6 +51,11 @@ impl Holding {
         })
     }
 
+    /// From now on these are the moves, of all peers; see [`Hold::set_moves`].
+    pub fn set_moves(&self, moves: &[Move]) {
+        self.lock().set_moves(moves);
+    }
+
     /// Sets the modes of the moves, in the order of [`new`](Self::new). What is no longer held is
     /// judged anew and goes on, so whoever judges has to know the modes first.
     pub fn set_modes(&self, modes: &[Mode<Instant>]) {

@@ -98,7 +98,7 @@ impl Inbound {
                 .collect(),
             long_again: None,
             detour: Detour {
-                slow_path: SlowPath::new(now, parts.shared.forwarder.inbound_client()),
+                slow_path: SlowPath::new(now, parts.shared.view.load().forwarder.inbound_client()),
                 outbox,
             },
             ticked: now,
@@ -367,7 +367,7 @@ impl Inbound {
         parsed.set_packets(packets as u16);
         let head = &mut self.slab[coalesced.parts[0].clone()];
         let partial = coalesced.partial;
-        let routed = to_host::rewrite(&self.parts, context, peer, head, &mut parsed, partial);
+        let routed = to_host::rewrite(context, peer, head, &mut parsed, partial);
         if let Err(drop) = routed {
             let arrival = Arrival {
                 peer,
@@ -538,7 +538,7 @@ impl Detour {
         arrival: Arrival,
         drop: Dropped,
     ) -> Result<(), Dropped> {
-        let forwarder = &parts.shared.forwarder;
+        let forwarder = &context.view.forwarder;
         let slow_path = &mut self.slow_path;
         match slow_path.refuse_inbound(context, forwarder, packet, parsed, drop) {
             InboundOutcome::Hold(key) => {

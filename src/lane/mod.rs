@@ -132,7 +132,7 @@ impl Lane {
         let helper = InboundHelper::start(format!("lane-{}-in", parts.number));
         let helper = helper.map_err(|error| debug!(%error, "a lane has no helper thread"));
         // One for all lanes: what comes in by any of them waits in one place.
-        let releases = parts.number == 0 && parts.shared.forwarder.holds();
+        let releases = parts.number == 0 && parts.shared.view.load().forwarder.holds();
         let releaser = match releases.then(|| Releaser::start(Arc::clone(&parts))) {
             None => None,
             Some(Ok(releaser)) => Some(releaser),
@@ -286,7 +286,8 @@ impl Lane {
         self.ticked = now;
         self.outbound.tick(now);
         if self.parts.number == 0 {
-            self.parts.shared.forwarder.expire(now, EXPIRY_BUDGET);
+            let view = self.parts.shared.view.load();
+            view.forwarder.expire(now, EXPIRY_BUDGET);
         }
     }
 }

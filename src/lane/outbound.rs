@@ -41,7 +41,7 @@ pub(super) struct Outbound {
 impl Outbound {
     /// Starts with nothing on its way.
     pub(super) fn new(parts: Arc<LaneParts>, now: Instant) -> Self {
-        let client = parts.shared.forwarder.outbound_client();
+        let client = parts.shared.view.load().forwarder.outbound_client();
         Self {
             parts,
             frame: vec![0; MAX_FRAME].into_boxed_slice(),
@@ -143,7 +143,7 @@ impl Outbound {
         if holding.has_some() && holding.join(context.now, &parsed, head, packet) {
             return Ok(());
         }
-        let forwarder = &self.parts.shared.forwarder;
+        let forwarder = &context.view.forwarder;
         let outgoing = match forwarder.judge(context.now, &parsed, packet)? {
             Judgement::Carry(outgoing) => outgoing,
             Judgement::Bounce => return self.leave(&parsed, len),
@@ -245,7 +245,7 @@ impl Outbound {
     /// Handles the frame in `self.frame[..len]`, which is not carried.
     fn refuse(&mut self, context: Context<'_>, len: usize, drop: Dropped) {
         let packet = self.frame.get(VNET_HDR_LEN..len).unwrap_or_default();
-        let forwarder = &self.parts.shared.forwarder;
+        let forwarder = &context.view.forwarder;
         let refused = (self.slow_path).refuse_outbound(context, forwarder, packet, drop);
         let told = match refused {
             OutboundOutcome::Hold(key) => {

@@ -108,9 +108,10 @@ impl Release {
                 }
                 self.send(now);
             }
+            let view = shared.view.load_full();
             let waits = |packet: &[u8]| {
                 Parsed::parse(packet)
-                    .is_ok_and(|parsed| shared.forwarder.awaits_answer(now, &parsed, packet))
+                    .is_ok_and(|parsed| view.forwarder.awaits_answer(now, &parsed, packet))
             };
             shared.holding.lock().again(now, waits, &mut self.frames);
             if !self.frames.is_empty() {

@@ -66,7 +66,7 @@ pub struct LaneParts {
     /// Packets that are too big for one datagram are not split (`--no-split`).
     pub no_split: bool,
     /// Its socket.
-    pub udp: UdpSocket,
+    pub udp: Arc<UdpSocket>,
     /// What it shares with the control task.
     pub shared: Arc<Shared>,
     /// Its counters.
@@ -88,8 +88,6 @@ pub(super) struct Context<'a> {
 pub struct Shared {
     /// Sessions and endpoints, replaced whole when anything changes.
     pub view: ArcSwap<LaneView>,
-    /// What happens to a packet between TUN and tunnel.
-    pub forwarder: Forwarder,
     /// Lets in handshake messages that were made with a peer's key.
     pub mac_check: MacCheck,
     /// Drops that belong to no peer: datagrams of strangers.
@@ -109,6 +107,8 @@ pub struct Shared {
 pub struct LaneView {
     /// Which one it is: a later one has another number.
     pub number: u64,
+    /// What happens to a packet between TUN and tunnel.
+    pub forwarder: Arc<Forwarder>,
     /// Every session on which datagrams are accepted, by our index.
     pub sessions: HashMap<u32, Arc<Session>, IndexHash>,
     /// One for each peer, by [`PeerId`].
@@ -133,7 +133,7 @@ impl Seen {
 
 impl Flows for Shared {
     fn slice(&self, now: Instant, from: Place, out: &mut Vec<Row>) -> Option<Place> {
-        self.forwarder.slice(now, from, out)
+        self.view.load().forwarder.slice(now, from, out)
     }
 }
 
@@ -289,6 +289,16 @@ impl LaneCounters {
             inbound: Turns::default(),
             tun_gso_fallbacks: AtomicU64::new(0),
             big_tcp_refused: AtomicBool::new(false),
+        }
+    }
+}
+
+impl PeerCounters {
+    /// Nothing was carried: another peer is here now.
+    pub fn clear(&self) {
+        for counter in [&self.rx, &self.tx] {
+            counter.packets.store(0, Relaxed);
+            counter.bytes.store(0, Relaxed);
         }
     }
 }

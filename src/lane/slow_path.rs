@@ -278,7 +278,7 @@ mod tests {
             started: epoch(),
             resumes: false,
         };
-        Forwarder::Old(vec![Gate::new(&moves, config)])
+        Forwarder::Old(vec![Gate::new(&moves, config).into()])
     }
 
     fn new() -> Forwarder {

@@ -30,7 +30,6 @@ pub(super) struct Arrival {
 /// Checks and rewrites a packet, or the head of a super-packet, that came out of the tunnel.
 #[inline]
 pub(super) fn rewrite(
-    parts: &LaneParts,
     context: Context<'_>,
     peer: PeerId,
     packet: &mut [u8],
@@ -38,7 +37,7 @@ pub(super) fn rewrite(
     partial: bool,
 ) -> Result<(), Dropped> {
     let (now, hop) = (context.now, &context.view.hop);
-    (parts.shared.forwarder)
+    (context.view.forwarder)
         .inbound(now, hop, peer, packet, parsed, partial)
         .map_err(|reason| Dropped::of(peer, reason))?;
     context.view.peer(peer).clamp_mss(packet, parsed, partial);
@@ -60,7 +59,7 @@ pub(super) fn deliver(
     }
     ecn::carry_over(packet, &parsed, arrival.outer_ecn).map_err(known)?;
     let vnet = VnetHdr::single(&parsed, partial).to_bytes();
-    rewrite(parts, context, peer, packet, &mut parsed, partial)?;
+    rewrite(context, peer, packet, &mut parsed, partial)?;
     let packet = &packet[..parsed.total()];
     write(parts, &vnet, packet).map_err(known)?;
     parts.counters.peers[usize::from(peer.0)]

@@ -205,6 +205,11 @@ impl Drops {
         self.0[reason as usize].fetch_add(packets, Relaxed);
     }
 
+    /// Nothing was dropped: another peer is here now.
+    pub fn clear(&self) {
+        self.0.iter().for_each(|count| count.store(0, Relaxed));
+    }
+
     /// How many packets were dropped for `reason`.
     pub fn get(&self, reason: DropReason) -> u64 {
         self.0[reason as usize].load(Relaxed)

@@ -22,6 +22,7 @@ pub mod problems;
 pub mod progress;
 pub mod rates;
 pub mod request;
+pub mod rest;
 pub mod runtime;
 pub mod scopes;
 pub mod status;

@@ -38,6 +38,8 @@ pub enum Request {
         /// Of what.
         what: Vec<String>,
     },
+    /// The configuration is read again, on either server.
+    Reload,
 }
 
 impl Request {
@@ -49,6 +51,7 @@ impl Request {
             | Self::Back { what }
             | Self::Cutover { what }
             | Self::Forget { what } => what,
+            Self::Reload => &[],
         }
     }
 }
@@ -65,6 +68,13 @@ pub enum Answer {
         warnings: Vec<String>,
         /// Conversations that were forgotten.
         forgotten: u64,
+    },
+    /// The configuration was read again, and is in use.
+    Reloaded {
+        /// What is another one than before, a line each.
+        changes: Vec<String>,
+        /// What an administrator should know.
+        warnings: Vec<String>,
     },
     /// It is not done, and nothing has changed.
     Refused {

@@ -164,6 +164,9 @@ pub struct ModeStatus {
     pub here_tcp: Option<u64>,
     /// Conversations that the new server has; `null` if it does not say.
     pub there_live: Option<u64>,
+    /// The settings no longer have it: it is gone once the new server has nothing of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
     /// Since when it is in this mode (RFC 3339).
     pub since: String,
 }
@@ -831,6 +834,7 @@ pub(crate) mod tests {
             waiting,
             here_live: Some(2),
             here_tcp: Some(1),
+            leaving: false,
             there_live: (mode == "shared").then_some(1),
             since: "2026-11-28T04:00:00Z".into(),
         }

@@ -98,6 +98,14 @@ pub enum Command {
     /// connections wait while those here end, the service here is stopped and the new one starts;
     /// then the new server gets them. If a step fails it goes back and says why.
     Cutover(CutoverArgs),
+    /// Read the configuration file again, and the key files that it names, without dropping a
+    /// connection. What is wrong is refused as a whole, with its line, and the daemon goes on as
+    /// before; so is what cannot change while it runs. SIGHUP does the same.
+    Reload {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// Show who still comes to what has moved away from this server: how often, how regularly, when
     /// last, and by which name.
     Stragglers(StragglersArgs),
@@ -250,7 +258,7 @@ pub struct CutoverArgs {
 }
 
 /// The flags that run the tunnel.
-#[derive(Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct RunArgs {
     /// The flags about the peer.
     #[command(flatten)]
@@ -281,7 +289,7 @@ pub struct DryRunArgs {
 }
 
 /// The settings of one peer, from flags or from a table of the configuration file.
-#[derive(Debug, Default, Args, Deserialize)]
+#[derive(Clone, Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct PeerArgs {
     /// The other server: its address or name, with :PORT if it does not listen on 51850. One of the
@@ -394,6 +402,24 @@ impl PeerArgs {
         }
     }
 
+    /// The keys of those that are given.
+    pub(super) fn named(&self) -> Vec<&'static str> {
+        let all = [
+            ("peer", self.peer.is_some()),
+            ("psk-file", self.psk_file.is_some()),
+            ("psk", self.psk.is_some()),
+            ("move", !self.moves.is_empty()),
+            ("deliver-to", !self.deliver_to.is_empty()),
+            ("deliver", !self.deliver.is_empty()),
+            ("accept", !self.accept.is_empty()),
+            ("clients-from", !self.clients_from.is_empty()),
+            ("outgoing", !self.outgoing.is_empty()),
+            ("allow-outgoing", !self.allow_outgoing.is_empty()),
+        ];
+        let given = all.into_iter().filter(|(_, given)| *given);
+        given.map(|(name, _)| name).collect()
+    }
+
     /// Whether none of the peer's settings is given.
     pub(super) fn is_empty(&self) -> bool {
         let Self {
@@ -422,7 +448,7 @@ impl PeerArgs {
 }
 
 /// The settings of the daemon as a whole, from flags or from the top of the configuration file.
-#[derive(Debug, Default, Args, Deserialize)]
+#[derive(Clone, Debug, Default, Args, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct DaemonArgs {
     /// UDP port for the tunnel, with an address to use only that one. [default: 51850]
@@ -513,6 +539,19 @@ pub struct DaemonArgs {
 }
 
 impl DaemonArgs {
+    /// The keys of those that are given and that a mistake may be about.
+    pub(super) fn named(&self) -> Vec<&'static str> {
+        let all = [
+            ("start", self.start.is_some()),
+            ("state-dir", self.state_dir.is_some()),
+            ("keep", self.keep.is_some()),
+            ("no-client-names", self.no_client_names),
+            ("no-client-log", self.no_client_log),
+        ];
+        let given = all.into_iter().filter(|(_, given)| *given);
+        given.map(|(name, _)| name).collect()
+    }
+
     /// Fills what these leave out from `file`.
     pub(super) fn over(self, file: Self) -> Self {
         Self {

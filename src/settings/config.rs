@@ -7,6 +7,7 @@
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::channel::session::{CipherPolicy, PeerKeys, PskError};
@@ -21,7 +22,8 @@ use crate::model::prefix::Prefix;
 use crate::model::runtime::{BASE_DIR, STATE_DIR};
 use crate::model::scopes::{self, Scopes};
 use crate::settings::args::{DaemonArgs, LogFormat, NatArgs, PeerArgs, RunArgs, Without};
-use crate::settings::file::{File, Mistake};
+use crate::settings::file::{File, Mistake, Place, Places};
+use crate::settings::files::Files;
 use crate::settings::psk;
 use crate::settings::values::{Bounded, DeliverTo, Listen, MetricsAddr, NewServer, PeerAddr};
 
@@ -67,7 +69,7 @@ pub fn runtime_dir() -> PathBuf {
 }
 
 /// The settings of one daemon.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// Old if anything was moved away from here.
     pub role: Role,
@@ -103,6 +105,8 @@ pub struct Config {
     pub rekey_after: Option<Duration>,
     /// Warnings about these settings, for an administrator.
     pub warnings: Vec<String>,
+    /// What was typed, to make settings of again when the file has changed.
+    pub given: Arc<RunArgs>,
 }
 
 /// How who still comes is recorded.
@@ -115,7 +119,7 @@ pub struct ClientLog {
 }
 
 /// One peer's settings.
-#[derive(Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct PeerConfig {
     /// Where it is; with `None` this side waits until the peer calls.
     pub endpoint: Option<PeerAddr>,
@@ -239,25 +243,76 @@ pub enum ConfigError {
 /// A setting, named as whoever gave it finds it again: a flag, or a key of the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Setting {
-    origin: Origin,
+    path: Option<PathBuf>,
+    within: Within,
     name: &'static str,
 }
 
-/// Where settings were given.
-#[derive(Clone, PartialEq, Eq, Debug)]
-enum Origin {
-    /// On the command line, or there as well as elsewhere.
-    Flags,
-    /// At the top of the file.
-    File(PathBuf),
-    /// In a `[[peers]]` of the file, which begins on this line.
-    Table(PathBuf, usize),
+/// Where in the file a setting is, or would be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Within {
+    /// It was typed.
+    Nowhere,
+    /// Somewhere at its top.
+    Top,
+    /// In the `[[peers]]` that begins on this line.
+    Table(usize),
+    /// Here.
+    Place(Place),
+}
+
+/// Where the settings of the daemon, or of a peer, were given.
+#[derive(Clone, Debug, Default)]
+struct Origin {
+    /// Keys whose value was typed.
+    typed: Vec<&'static str>,
+    /// The file, if they, or some, are from there.
+    path: Option<PathBuf>,
+    /// The line on which its `[[peers]]` begins, if it has one.
+    table: Option<usize>,
+    /// Where the keys stand.
+    places: Places,
+    /// Whether anything of the kind is in the file.
+    some: bool,
 }
 
 impl Origin {
+    /// At the top of the file, but for what was `typed`.
+    fn top(typed: Vec<&'static str>, file: &File) -> Self {
+        Self {
+            some: !file.peer.is_empty(),
+            typed,
+            path: Some(file.path.clone()).filter(|path| !path.as_os_str().is_empty()),
+            table: None,
+            places: file.places.clone(),
+        }
+    }
+
+    /// Whether a key that is not there would be written into the file.
+    fn is_file(&self) -> bool {
+        self.path.is_some() && self.typed.is_empty() && self.some
+    }
+
     fn setting(&self, name: &'static str) -> Setting {
+        self.place(name, self.places.key(name))
+    }
+
+    /// The value with this number among those of a key.
+    fn value(&self, name: &'static str, number: usize) -> Setting {
+        self.place(name, self.places.value(name, number))
+    }
+
+    fn place(&self, name: &'static str, place: Option<Place>) -> Setting {
+        let typed = self.typed.contains(&name) || place.is_none() && !self.is_file();
+        let within = match (place, self.table) {
+            _ if typed => Within::Nowhere,
+            (Some(place), _) => Within::Place(place),
+            (None, Some(line)) => Within::Table(line),
+            (None, None) => Within::Top,
+        };
         Setting {
-            origin: self.clone(),
+            path: self.path.clone(),
+            within,
             name,
         }
     }
@@ -273,11 +328,15 @@ impl Origin {
 impl fmt::Display for Setting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name;
-        match &self.origin {
-            Origin::Flags => write!(f, "--{name}"),
-            Origin::File(path) => write!(f, "{}: {name}", path.display()),
-            Origin::Table(path, line) => {
-                write!(f, "{}: [[peers]] on line {line}: {name}", path.display())
+        let Some(path) = self.path.as_ref().map(|path| path.display()) else {
+            return write!(f, "--{name}");
+        };
+        match self.within {
+            Within::Nowhere => write!(f, "--{name}"),
+            Within::Top => write!(f, "{path}: {name}"),
+            Within::Table(line) => write!(f, "{path}: [[peers]] on line {line}: {name}"),
+            Within::Place((line, column)) => {
+                write!(f, "{path}: line {line}, column {column}: {name}")
             }
         }
     }
@@ -290,10 +349,6 @@ impl Config {
     /// [`ConfigError`] says which setting is wrong, and what would be right.
     pub fn new(mut args: RunArgs) -> Result<Self, ConfigError> {
         let mut warnings = Vec::new();
-        let file = match &args.config {
-            Some(path) => File::read(path, &mut warnings)?,
-            None => File::default(),
-        };
         if args.peer.psk.is_some() {
             warnings.push(
                 "the key on the command line can be read by every user of this host; \
@@ -304,33 +359,74 @@ impl Config {
             // A flag wins over the variable, the variable over the file.
             args.peer.psk = psk::from_variable()?;
         }
-        Self::merge(args, file, warnings)
+        Self::with(&Arc::new(args), &Files::on_disk(), warnings)
+    }
+
+    /// Makes settings again of what was typed, and of the files as they are now.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub(crate) fn again(given: &Arc<RunArgs>, files: &Files) -> Result<Self, ConfigError> {
+        Self::with(given, files, Vec::new())
+    }
+
+    fn with(
+        given: &Arc<RunArgs>,
+        files: &Files,
+        mut warnings: Vec<String>,
+    ) -> Result<Self, ConfigError> {
+        let file = match &given.config {
+            Some(path) => File::read(path, files, &mut warnings)?,
+            None => File::default(),
+        };
+        Self::merge(given, file, files, warnings)
     }
 
     /// Lets flags win over the file.
     pub(crate) fn merge(
-        args: RunArgs,
+        given: &Arc<RunArgs>,
         file: File,
+        files: &Files,
         mut warnings: Vec<String>,
     ) -> Result<Self, ConfigError> {
-        // A mistake is named where it was made; with flags beside the file it may be either's.
-        let origin = if args.peer.is_empty() && !file.peer.is_empty() {
-            Origin::File(file.path.clone())
-        } else {
-            Origin::Flags
-        };
+        let args = RunArgs::clone(given);
+        // A mistake is named where it was made.
+        let of_daemon = Origin::top(args.daemon.named(), &file);
+        let origin = Origin::top(args.peer.named(), &file);
+        for places in [&file.places]
+            .into_iter()
+            .chain(file.peers.iter().map(|it| &it.places))
+        {
+            if let (Some(_), Some(at)) = (places.key("psk-file"), places.key("psk")) {
+                let message = "psk: the same peer has a psk-file; one of them is enough".into();
+                let at = Some(at);
+                let path = file.path.clone();
+                let mistake = Mistake { at, message };
+                return Err(ConfigError::Toml { path, mistake });
+            }
+        }
         let top = args.peer.over(file.peer);
         check_peer(&top, &origin)?;
         let mut peers = Vec::new();
+        let mut origins = Vec::new();
         if file.peers.is_empty() || !top.is_empty() {
-            peers.push(PeerConfig::new(top, &origin, &mut warnings)?);
+            peers.push(PeerConfig::new(top, &origin, files, &mut warnings)?);
+            origins.push(origin);
         }
         for table in file.peers {
-            let origin = Origin::Table(file.path.clone(), table.line);
-            peers.push(PeerConfig::new(table.peer, &origin, &mut warnings)?);
+            let origin = Origin {
+                typed: Vec::new(),
+                path: Some(file.path.clone()),
+                table: Some(table.line),
+                places: table.places,
+                some: true,
+            };
+            peers.push(PeerConfig::new(table.peer, &origin, files, &mut warnings)?);
+            origins.push(origin);
         }
-        check_peers(&peers)?;
+        check_peers(&peers, &origins)?;
         let daemon = args.daemon.over(file.daemon);
+        let origin = of_daemon;
         let role = if peers.iter().any(|peer| !peer.moves.is_empty()) {
             Role::Old
         } else {
@@ -347,7 +443,7 @@ impl Config {
             );
             return Err(origin.refuse("state-dir", problem));
         }
-        let client_log = check_client_log(&daemon, role)?;
+        let client_log = check_client_log(&daemon, role, &origin)?;
         Ok(Self {
             role,
             peers,
@@ -370,6 +466,7 @@ impl Config {
                 .rekey_after
                 .map(|seconds| Duration::from_secs(seconds.get().into())),
             warnings,
+            given: Arc::clone(given),
         })
     }
 }
@@ -378,6 +475,7 @@ impl PeerConfig {
     fn new(
         given: PeerArgs,
         origin: &Origin,
+        files: &Files,
         warnings: &mut Vec<String>,
     ) -> Result<Self, ConfigError> {
         if given.peer.is_none() && given.psk.is_none() && given.psk_file.is_none() {
@@ -393,7 +491,7 @@ impl PeerConfig {
         }
         let psk = match (given.psk, given.psk_file) {
             (Some(psk), _) => psk,
-            (None, Some(path)) => psk::read(&path, warnings)?,
+            (None, Some(path)) => psk::read(&path, files, warnings)?,
             (None, None) => return Err(ConfigError::NoPsk(origin.setting("psk-file"))),
         };
         Ok(Self {
@@ -469,7 +567,10 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
     for (index, a) in given.deliver.iter().enumerate() {
         if let Some(b) = given.deliver[..index].iter().find(|b| a.overlaps(b)) {
             let problem = format!("`{a}`: {b} already says where that is delivered");
-            return Err(origin.refuse("deliver", problem));
+            return Err(ConfigError::Setting {
+                setting: origin.value("deliver", index),
+                problem,
+            });
         }
     }
     let deliver_to = DeliverTo::all(&given.deliver_to);
@@ -478,9 +579,10 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
         let problem = format!(
             "`keep` puts the addresses that the old server names on this server, so say which \
              these may be: add {}, with the address that has moved",
-            match origin {
-                Origin::Flags => "--accept 192.0.2.5",
-                Origin::File(_) | Origin::Table(..) => "accept = [\"192.0.2.5\"]",
+            if origin.is_file() {
+                "accept = [\"192.0.2.5\"]"
+            } else {
+                "--accept 192.0.2.5"
             }
         );
         return Err(origin.refuse("deliver-to", problem));
@@ -489,7 +591,11 @@ fn check_peer(given: &PeerArgs, origin: &Origin) -> Result<DeliverTo, ConfigErro
 }
 
 /// Checks how who still comes is recorded, which is the old server's business.
-fn check_client_log(given: &DaemonArgs, role: Role) -> Result<Option<ClientLog>, ConfigError> {
+fn check_client_log(
+    given: &DaemonArgs,
+    role: Role,
+    origin: &Origin,
+) -> Result<Option<ClientLog>, ConfigError> {
     let given_on_new = [
         ("keep", given.keep.is_some()),
         ("no-client-names", given.no_client_names),
@@ -498,12 +604,12 @@ fn check_client_log(given: &DaemonArgs, role: Role) -> Result<Option<ClientLog>,
     let given_on_new = given_on_new.into_iter().find(|(_, given)| *given);
     if let Some((name, _)) = given_on_new.filter(|_| role == Role::New) {
         let problem = "belongs on the old server, beside `move`: it records who still comes";
-        return Err(Origin::Flags.refuse(name, problem));
+        return Err(origin.refuse(name, problem));
     }
     let keep = match given.keep.map(|keep| keep.get().as_secs()) {
         Some(seconds) if seconds % 86_400 != 0 => {
             let problem = "clients are remembered for whole days; write 90d or 4w";
-            return Err(Origin::Flags.refuse("keep", problem));
+            return Err(origin.refuse("keep", problem));
         }
         Some(seconds) => (seconds / 86_400) as i64,
         None => DEFAULT_KEEP,
@@ -513,20 +619,52 @@ fn check_client_log(given: &DaemonArgs, role: Role) -> Result<Option<ClientLog>,
 }
 
 /// Checks the peers against each other.
-fn check_peers(peers: &[PeerConfig]) -> Result<(), ConfigError> {
+fn check_peers(peers: &[PeerConfig], origins: &[Origin]) -> Result<(), ConfigError> {
     if peers.len() > MAX_PEERS {
         return Err(ConfigError::TooManyPeers(peers.len()));
     }
-    check_moves(peers.iter().flat_map(|peer| &peer.moves))?;
+    // What is wrong with two of them stands where the second is written.
+    let at = |peer: usize, name: &'static str, number: usize, error: ConfigError| {
+        let setting = origins.get(peer).map(|origin| origin.value(name, number));
+        match setting {
+            Some(setting) if matches!(setting.within, Within::Place(_)) => ConfigError::Setting {
+                setting,
+                problem: error.to_string(),
+            },
+            _ => error,
+        }
+    };
+    check_moves(peers.iter().flat_map(|peer| &peer.moves)).map_err(|error| {
+        let ConfigError::Overlap(a, b) = &error else {
+            return error;
+        };
+        let mut all = peers.iter().enumerate().flat_map(|(peer, config)| {
+            let moves = config.moves.iter().enumerate();
+            moves.map(move |(number, moved)| (peer, number, moved))
+        });
+        let last = all.rfind(|(_, _, moved)| *moved == a || *moved == b);
+        match last {
+            Some((peer, number, _)) => at(peer, "move", number, error),
+            None => error,
+        }
+    })?;
     check_outgoing(peers)?;
     check_announcements(peers)?;
     let old = peers.iter().filter(|peer| !peer.moves.is_empty()).count();
     if old != 0 && old != peers.len() {
-        return Err(ConfigError::BothRoles);
+        let first = peers.iter().position(|peer| !peer.moves.is_empty());
+        let error = ConfigError::BothRoles;
+        return Err(at(first.unwrap_or(0), "move", usize::MAX, error));
     }
-    for (index, a) in peers.iter().enumerate() {
-        if peers[index + 1..].iter().any(|b| a.keys == b.keys) {
-            return Err(ConfigError::SameKey);
+    for (index, b) in peers.iter().enumerate() {
+        if peers[..index].iter().any(|a| a.keys == b.keys) {
+            let has = |name| {
+                origins
+                    .get(index)
+                    .is_some_and(|it| it.places.key(name).is_some())
+            };
+            let name = if has("psk") { "psk" } else { "psk-file" };
+            return Err(at(index, name, usize::MAX, ConfigError::SameKey));
         }
     }
     Ok(())
@@ -644,13 +782,13 @@ impl NatSettings {
                     "{} is the second address of its family; one of each family is enough",
                     to.ip
                 );
-                return Err(Origin::Flags.refuse("to", problem));
+                return Err(Origin::default().refuse("to", problem));
             }
         }
         for moved in &args.moves {
             let refuse = |problem| {
                 let problem = format!("{moved} {problem}");
-                Err(Origin::Flags.refuse("move", problem))
+                Err(Origin::default().refuse("move", problem))
             };
             let Some(to) = args.to.iter().find(|to| is_for(moved, to)) else {
                 return refuse(match moved.prefix.first() {
@@ -701,7 +839,9 @@ mod tests {
             path: "x.toml".into(),
             ..file
         };
-        Config::merge(cli.run, file, Vec::new()).map_err(|error| error.to_string())
+        let files = Files::on_disk();
+        Config::merge(&Arc::new(cli.run), file, &files, Vec::new())
+            .map_err(|error| error.to_string())
     }
 
     fn nat(line: &str) -> Result<NatSettings, String> {
@@ -994,15 +1134,47 @@ mod tests {
         };
         assert_eq!(config_with("", &file(other, "")).unwrap().peers.len(), 2);
         for (text, says) in [
-            (file(KEY, ""), "same key"),
-            (file(other, "move = \"192.0.2.5\""), "one daemon is either"),
+            (
+                file(KEY, ""),
+                "x.toml: line 6, column 1: psk: two peers have the same key",
+            ),
+            (
+                file(other, "move = \"192.0.2.5\""),
+                "x.toml: line 4, column 1: move: one daemon is either",
+            ),
+            (
+                format!(
+                    "{}move = [\"192.0.2.9\",\n  \"192.0.2.4/30\"]",
+                    file(other, "move = \"192.0.2.5\"")
+                ),
+                "x.toml: line 8, column 3: move: 192.0.2.5 and 192.0.2.4/30 overlap",
+            ),
+            (
+                file(
+                    other,
+                    "deliver = [\"192.0.2.5:1=198.51.100.2:2\",\n\"192.0.2.5:1=198.51.100.2:3\"]",
+                ),
+                "x.toml: line 5, column 1: deliver: `192.0.2.5:1=198.51.100.2:3`: 192.0.2.5:1=",
+            ),
+            (
+                format!("keep = \"36h\"\n{}", file(other, "")),
+                "x.toml: line 1, column 1: keep: belongs on the old server",
+            ),
+            (
+                file(other, "psk-file = \"/x\""),
+                "x.toml: line 3, column 1: psk: the same peer has a psk-file",
+            ),
+            (
+                format!("start = \"here\"\nstate-dir = \"x\"\n{}", file(other, "")),
+                "x.toml: line 1, column 1: start: belongs on the old server",
+            ),
             (
                 file(other, "deliver-to = [\"keep\", \"198.51.100.2\"]"),
-                "x.toml: [[peers]] on line 1: deliver-to: `keep` stands alone",
+                "x.toml: line 4, column 1: deliver-to: `keep` stands alone",
             ),
             (
                 file(other, "deliver-to = \"keep\""),
-                "x.toml: [[peers]] on line 1: deliver-to: `keep` puts the addresses that the old \
+                "x.toml: line 4, column 1: deliver-to: `keep` puts the addresses that the old \
                  server names on this server, so say which these may be: add \
                  accept = [\"192.0.2.5\"]",
             ),
@@ -1015,7 +1187,7 @@ mod tests {
                     "deliver-to = \"keep\"\nmove = \"192.0.2.5\"\n{}",
                     file(other, "")
                 ),
-                "x.toml: deliver-to: belongs on the new server",
+                "x.toml: line 1, column 1: deliver-to: belongs on the new server",
             ),
         ] {
             let error = config_with("", &text).unwrap_err();

@@ -2,6 +2,7 @@
 //!
 //! Fills the same two structs as the command line. Every mistake is reported with line and column.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -10,14 +11,17 @@ use clap::{Arg, Args, Command};
 use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, Deserializer};
-use zeroize::Zeroizing;
 
 use crate::settings::args::{DaemonArgs, PeerArgs};
 use crate::settings::config::ConfigError;
-use crate::settings::psk::{exposed, open_to_read};
+use crate::settings::files::Files;
+use crate::settings::psk::exposed;
 
 /// The key that several peers are written under, each as a table of its own.
 const PEERS: &str = "peers";
+
+/// The key that is easily taken for it.
+const PEER: &str = "peer";
 
 /// How similar to a known key an unknown one has to be to be taken for a typo: clap's number.
 const LIKE: f64 = 0.7;
@@ -33,6 +37,8 @@ pub(crate) struct File {
     pub(crate) peer: PeerArgs,
     /// The peers that have a table each.
     pub(crate) peers: Vec<PeerTable>,
+    /// Where the keys at the top stand.
+    pub(crate) places: Places,
 }
 
 /// One `[[peers]]`.
@@ -42,6 +48,56 @@ pub(crate) struct PeerTable {
     pub(crate) line: usize,
     /// Its settings.
     pub(crate) peer: PeerArgs,
+    /// Where its keys stand.
+    pub(crate) places: Places,
+}
+
+/// A line and a column, from 1.
+pub(crate) type Place = (usize, usize);
+
+/// Where the keys of a table stand, for what can only be judged once all is read.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Places(BTreeMap<String, KeyPlaces>);
+
+/// Where a key stands, and each of its values.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct KeyPlaces {
+    key: Place,
+    values: Vec<Place>,
+}
+
+impl Places {
+    fn of(text: &str, table: &DeTable<'_>) -> Self {
+        let each = table.iter().map(|(key, value)| {
+            let at = |span: Range<usize>| position(text, span.start);
+            let values = match value.get_ref() {
+                DeValue::Array(list) => list.iter().map(|value| at(value.span())).collect(),
+                DeValue::String(_)
+                | DeValue::Integer(_)
+                | DeValue::Float(_)
+                | DeValue::Boolean(_)
+                | DeValue::Datetime(_)
+                | DeValue::Table(_) => vec![at(value.span())],
+            };
+            let key_places = KeyPlaces {
+                key: at(key.span()),
+                values,
+            };
+            (key.get_ref().to_string(), key_places)
+        });
+        Self(each.collect())
+    }
+
+    /// Where this key stands, if it is there.
+    pub(crate) fn key(&self, name: &str) -> Option<Place> {
+        Some(self.0.get(name)?.key)
+    }
+
+    /// Where the value of a key stands that has this number among them, or else the key.
+    pub(crate) fn value(&self, name: &str, number: usize) -> Option<Place> {
+        let places = self.0.get(name)?;
+        Some(places.values.get(number).copied().unwrap_or(places.key))
+    }
 }
 
 /// What is wrong with the file, and where.
@@ -64,9 +120,12 @@ impl fmt::Display for Mistake {
 
 impl File {
     /// Reads the file. If it holds a key that others can read, `warnings` says so.
-    pub(crate) fn read(path: &Path, warnings: &mut Vec<String>) -> Result<Self, ConfigError> {
-        let mut text = Zeroizing::new(String::new());
-        let open = open_to_read(path, u64::MAX, &mut text).map_err(|error| ConfigError::File {
+    pub(crate) fn read(
+        path: &Path,
+        files: &Files,
+        warnings: &mut Vec<String>,
+    ) -> Result<Self, ConfigError> {
+        let (text, open) = files.read(path).map_err(|error| ConfigError::File {
             path: path.into(),
             error,
             hint: " (--config)",
@@ -100,13 +159,16 @@ impl File {
             check_keys(&table, &about_peer, &about_daemon).map_err(locate)?;
             peers.push(PeerTable {
                 line: position(text, table.span().start).0,
+                places: Places::of(text, table.get_ref()),
                 peer: fill(table).map_err(locate)?,
             });
         }
+        let places = Places::of(text, whole.get_ref());
         Ok(Self {
             daemon: fill(whole.clone()).map_err(locate)?,
             peer: fill(whole).map_err(locate)?,
             peers,
+            places,
             path: PathBuf::new(),
         })
     }
@@ -137,6 +199,14 @@ fn take_peers<'i>(
     mut document: Spanned<DeTable<'i>>,
 ) -> Result<(Spanned<DeTable<'i>>, Vec<Spanned<DeTable<'i>>>), Slip> {
     let Some(peers) = document.get_mut().remove(PEERS) else {
+        if let Some((key, _)) = (document.get_ref().iter())
+            .find(|(key, value)| key.get_ref() == PEER && holds_tables(value.get_ref()))
+        {
+            return Err(Slip {
+                at: Some(key.span().start),
+                message: format!("`{PEER}` is no table; did you mean [[{PEERS}]]?"),
+            });
+        }
         return Ok((document, Vec::new()));
     };
     let wrong = |span: Range<usize>| Slip {
@@ -160,6 +230,22 @@ fn take_peers<'i>(
     Ok((document, tables))
 }
 
+/// Whether a value is a table, or several.
+fn holds_tables(value: &DeValue<'_>) -> bool {
+    match value {
+        DeValue::Table(table) => table.iter().next().is_some(),
+        DeValue::Array(list) => {
+            let mut list = list.iter();
+            list.any(|value| matches!(value.get_ref(), DeValue::Table(_)))
+        }
+        DeValue::String(_)
+        | DeValue::Integer(_)
+        | DeValue::Float(_)
+        | DeValue::Boolean(_)
+        | DeValue::Datetime(_) => false,
+    }
+}
+
 /// The keys that fill `T`: the long names of its flags.
 fn names<T: Args>() -> Vec<String> {
     let command = T::augment_args(Command::new("ipmoved"));
@@ -181,8 +267,13 @@ fn check_keys(
         return Ok(());
     };
     let name = key.get_ref().as_ref();
+    let is_table = table.get_ref().iter().any(|(at, value)| {
+        at.get_ref() == key.get_ref() && matches!(value.get_ref(), DeValue::Table(_))
+    });
     let problem = if elsewhere.iter().any(|other| other == name) {
         format!("is not a setting of one peer; write it above the first [[{PEERS}]]")
+    } else if is_table {
+        format!("is not a known table; there is [[{PEERS}]] alone, and other keys stand above it")
     } else if let Some(nearest) = nearest(name, known) {
         format!("is not a known key; did you mean `{nearest}`?")
     } else {
@@ -344,6 +435,26 @@ mod tests {
             (
                 "[[peers]]\nmove = \"a\"",
                 "line 2, column 8: move: `a` is a name",
+            ),
+            (
+                "[[peer]]\nmove = \"192.0.2.5\"",
+                "line 1, column 3: `peer` is no table; did you mean [[peers]]?",
+            ),
+            (
+                "[daemon]\nlisten = 7",
+                "line 1, column 2: `daemon` is not a known table; there is [[peers]] alone",
+            ),
+            (
+                "max-flows = 5.5",
+                "column 13: max-flows: invalid type: floating point `5.5`",
+            ),
+            (
+                "no-split = \"yes\"",
+                "column 12: no-split: invalid type: string",
+            ),
+            (
+                "psk-file = 5",
+                "column 12: psk-file: invalid type: integer `5`",
             ),
             (
                 "peer = \"a\"\npeer = \"b\"",

@@ -13,6 +13,7 @@
 pub mod args;
 pub mod config;
 pub(crate) mod file;
+pub(crate) mod files;
 mod from_text;
 pub(crate) mod psk;
 pub mod values;

@@ -40,6 +40,7 @@ use crate::packet::{Kind, Parsed, clamp_mss};
 use crate::settings::args::RunArgs;
 use crate::settings::config::Config;
 use crate::settings::file::File;
+use crate::settings::files::{Files, Found};
 use crate::settings::values::DeliverTo;
 
 const MOVED: &str = "192.0.2.5";
@@ -491,8 +492,14 @@ pub fn settings(bytes: &[u8]) {
     for table in &mut file.peers {
         table.peer.psk_file = None;
     }
-    let Ok(config) = Config::merge(RunArgs::default(), file, Vec::new()) else {
-        return;
+    let nothing = Files::Given(Found::default());
+    let given = Arc::new(RunArgs::default());
+    let config = match Config::merge(&given, file, &nothing, Vec::new()) {
+        Ok(config) => config,
+        Err(error) => {
+            assert!(!error.to_string().contains('\n'), "{error}");
+            return;
+        }
     };
     assert!(!config.peers.is_empty() && config.lanes > 0 && config.max_flows > 0);
     for peer in &config.peers {

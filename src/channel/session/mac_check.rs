@@ -75,7 +75,8 @@ const OWN_ROLE_PACE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct MacCheck {
     own_role: Role,
-    peers: Vec<KnownPeer>,
+    /// By [`PeerId`]; `None` where there is none any more.
+    peers: RwLock<Vec<Option<KnownPeer>>>,
     /// Where which peer is known to be, in order.
     homes: RwLock<Vec<(SocketAddr, PeerId)>>,
     shared: Mutex<Budget>,
@@ -88,11 +89,21 @@ impl MacCheck {
     pub fn new(own_role: Role, keys: impl IntoIterator<Item = PeerKeys>) -> Self {
         Self {
             own_role,
-            peers: keys.into_iter().map(KnownPeer::new).collect(),
+            peers: RwLock::new((keys.into_iter().map(KnownPeer::new).map(Some)).collect()),
             homes: RwLock::default(),
             shared: Mutex::new(Budget::new(SHARED)),
             strangers: Mutex::new(Budget::new(STRANGERS)),
         }
+    }
+
+    /// From now on the peer has these keys, or there is no such peer.
+    pub fn set_peer(&self, peer: PeerId, keys: Option<PeerKeys>) {
+        let mut all = self.peers.write().unwrap_or_else(PoisonError::into_inner);
+        let place = usize::from(peer.0);
+        if all.len() <= place {
+            all.resize_with(place + 1, || None);
+        }
+        all[place] = keys.map(KnownPeer::new);
     }
 
     /// The peer is known to be at these addresses, and at no others.
@@ -126,8 +137,12 @@ impl MacCheck {
         let (signed, mac) = datagram
             .split_last_chunk::<MAC_LEN>()
             .ok_or(DropReason::WireMalformed)?;
-        let found = self.find(now, from, |keys| keys.verify(signed, mac))?;
-        let mut own = self.peers[usize::from(found.peer.0)].own();
+        let peers = self.peers.read().unwrap_or_else(PoisonError::into_inner);
+        let found = self.find(&peers, now, from, |keys| keys.verify(signed, mac))?;
+        let known = peers
+            .get(usize::from(found.peer.0))
+            .and_then(Option::as_ref);
+        let mut own = known.ok_or(DropReason::HandshakeAuth)?.own();
         if role == self.own_role {
             own.pass_own_role(now)
                 .map_err(|reason| Dropped::of(found.peer, reason))?;
@@ -147,7 +162,7 @@ impl MacCheck {
         drop(own);
         // What is as it should be costs the strangers' budget nothing.
         if !found.at_home {
-            lock(&self.strangers).give_back(self.all());
+            lock(&self.strangers).give_back(cost_of_all(&peers));
         }
         Ok(Admitted {
             peer: found.peer,
@@ -158,6 +173,7 @@ impl MacCheck {
     /// Finds the peer whose keys fit, as far as the budgets allow.
     fn find(
         &self,
+        peers: &[Option<KnownPeer>],
         now: Instant,
         from: SocketAddr,
         fits: impl Fn(&PeerKeys) -> bool,
@@ -171,7 +187,9 @@ impl MacCheck {
         let tries = at_home.iter().filter(exactly).map(|it| (it, true));
         for (&(_, id), is_exact) in tries.chain(at_home.iter().filter(nearly).map(|it| (it, false)))
         {
-            let peer = &self.peers[usize::from(id.0)];
+            let Some(peer) = peers.get(usize::from(id.0)).and_then(Option::as_ref) else {
+                continue;
+            };
             let paid = is_exact && peer.own().share.spend(now, 1);
             if !paid && !lock(&self.shared).spend(now, 1) {
                 return Err(DropReason::HandshakeLimited);
@@ -183,24 +201,25 @@ impl MacCheck {
                 });
             }
         }
-        if !lock(&self.strangers).spend(now, self.all()) {
+        if !lock(&self.strangers).spend(now, cost_of_all(peers)) {
             return Err(DropReason::HandshakeLimited);
         }
-        let ids = (0..self.peers.len() as u16).map(PeerId);
-        let peer = ids
-            .filter(|&id| at_home.iter().all(|&(_, tried)| tried != id))
-            .find(|&id| fits(&self.peers[usize::from(id.0)].keys))
+        let known = (0..).map(PeerId).zip(peers);
+        let known = known.filter_map(|(id, peer)| Some((id, peer.as_ref()?)));
+        let (peer, _) = known
+            .filter(|&(id, _)| at_home.iter().all(|&(_, tried)| tried != id))
+            .find(|(_, peer)| fits(&peer.keys))
             .ok_or(DropReason::HandshakeAuth)?;
         Ok(Found {
             peer,
             at_home: false,
         })
     }
+}
 
-    /// Hashes that a message of a stranger costs.
-    fn all(&self) -> u32 {
-        self.peers.len() as u32
-    }
+/// Hashes that a message of a stranger costs.
+fn cost_of_all(peers: &[Option<KnownPeer>]) -> u32 {
+    peers.iter().flatten().count() as u32
 }
 
 /// Whose a message is.
@@ -558,5 +577,23 @@ mod tests {
             .map(|n| reason(mac_check.admit(later, ELSEWHERE, &signed(0, Role::Old, n))));
         let passed = count(passed, None);
         assert!(passed <= FROM_ELSEWHERE.at_once as usize, "{passed}");
+    }
+
+    #[test]
+    fn peers_come_and_go_and_have_other_keys() {
+        let (check, now) = (mac_check(2), epoch());
+        let peer = |from, message: &[u8]| check.admit(now, from, message).map(|it| it.peer());
+        // Other keys: those of before admit nothing, and the other peer is not concerned.
+        check.set_peer(PeerId(0), Some(keys(7)));
+        let auth = Err(DropReason::HandshakeAuth.into());
+        assert_eq!(peer(HOME, &signed(0, Role::Old, 1)), auth);
+        assert_eq!(peer(HOME, &signed(7, Role::Old, 2)), Ok(PeerId(0)));
+        assert_eq!(peer(ELSEWHERE, &signed(1, Role::Old, 3)), Ok(PeerId(1)));
+        // One that is gone, though its home is still known; and one that comes.
+        check.set_peer(PeerId(0), None);
+        assert_eq!(peer(HOME, &signed(7, Role::Old, 4)), auth);
+        check.set_peer(PeerId(4), Some(keys(9)));
+        assert_eq!(peer(HOME, &signed(9, Role::Old, 5)), Ok(PeerId(4)));
+        assert_eq!(peer(HOME, &signed(1, Role::Old, 6)), Ok(PeerId(1)));
     }
 }

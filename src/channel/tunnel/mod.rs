@@ -43,7 +43,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::channel::pmtu::{self, MtuDiscovery};
 use crate::channel::session::{
-    Accepts, Activity, Admitted, Initiating, InitiationPayload, NoEntropy, Offer, Responding,
+    Accepts, Activity, Admitted, Initiating, InitiationPayload, NoEntropy, Offer, PeerKeys,
+    Responding,
     ResponsePayload, Session, SessionSpec,
 };
 use crate::channel::wire::{
@@ -397,6 +398,28 @@ impl Tunnel {
             self.config.endpoint = endpoint;
             self.hurry(now);
         }
+    }
+
+    /// The secret that is shared with the peer is another one. The sessions that there are go on
+    /// until they expire; the next one is made with these keys.
+    pub fn set_keys(&mut self, now: Instant, keys: PeerKeys) {
+        self.config.keys = keys;
+        // A response to these cannot be read any more.
+        self.pending.clear();
+        self.forced = true;
+        self.hurry(now);
+    }
+
+    /// From now on sessions are made with these ciphers and replaced after such times.
+    pub fn set_terms(&mut self, offer: Offer, timers: Timers) {
+        self.config.offer = offer;
+        self.config.timers = timers;
+    }
+
+    /// Asks for a new session now, whatever the age of the present one.
+    pub fn renew(&mut self, now: Instant) {
+        self.forced = true;
+        self.hurry(now);
     }
 
     /// There is a way to the peer again: what waits for the next attempt need not.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use super::refusal::{Refusal, Why};
 use crate::daemon::index;
 use crate::model::moved::Move;
-use crate::model::peer::PeerId;
+use crate::model::peer::{PeerId, Role};
 use crate::model::scopes;
 
 /// Why a peer's move is not served, whatever the others have.
@@ -52,6 +52,27 @@ impl Claims {
             refused: Vec::new(),
         };
         Self(moves.into_iter().map(claim).collect())
+    }
+
+    /// There is one more peer, or another one in a place that is free. On the old server these are
+    /// its moves.
+    pub(super) fn begin(&mut self, peer: PeerId, served: Vec<Move>) {
+        let claim = Claim {
+            named: None,
+            served: served.into(),
+            refused: Vec::new(),
+        };
+        match self.0.get_mut(index(peer)) {
+            Some(place) => *place = claim,
+            None => self.0.push(claim),
+        }
+    }
+
+    /// On the old server: these are a peer's moves from now on.
+    pub(super) fn set_moves(&mut self, role: Role, peer: PeerId, moves: Vec<Move>) {
+        if role == Role::Old {
+            self.0[index(peer)].served = moves.into();
+        }
     }
 
     /// `peer` has moved this here, in place of what it had named before.

@@ -26,11 +26,10 @@
 //! | `silence` | which of what moved is not answered |
 //! | `pace` | how often people are told the same kind of thing |
 //! | `modes` | who answers new connections of each move; a machine of its own |
+//! | `reload` | what of a changed configuration is another one, and what follows |
 //!
 //! # Where more will fit in
 //!
-//! * **A changed configuration**: one more [`Input`] with the new [`PeerRules`], held against those
-//!   that are here. A [`PeerId`] stays with its peer, so a peer that goes leaves its place empty.
 //! * **Several new servers for one moved address**: today the old server's claims are its settings,
 //!   which give each move to one peer. `claims` is the one file that knows.
 
@@ -46,6 +45,7 @@ mod outgoing;
 mod pace;
 pub(super) mod progress;
 pub(super) mod refusal;
+pub(super) mod reload;
 pub(super) mod silence;
 mod sizes;
 #[cfg(test)]
@@ -382,6 +382,8 @@ pub(super) struct Policy {
 
 #[derive(Debug)]
 struct Peer {
+    /// Whether it is one: a place where none is any more waits for another.
+    there: bool,
     addr: Option<PeerAddr>,
     deliver_to: DeliverTo,
     maps: Vec<DeliveryMap>,
@@ -421,6 +423,61 @@ struct Peer {
     older: Older,
 }
 
+impl Peer {
+    /// It was not heard yet.
+    fn new(rules: PeerRules, now: Instant) -> Self {
+        let is_name = |peer: &PeerAddr| peer.host.parse::<IpAddr>().is_err();
+        let named = rules.endpoint.as_ref().is_some_and(is_name);
+        Self {
+            there: true,
+            lookup: named.then(|| Lookup::new(now)),
+            addr: rules.endpoint,
+            deliver_to: rules.deliver_to,
+            maps: rules.deliver,
+            accept: rules.accept,
+            clients_from: rules.clients_from,
+            outgoing: rules.outgoing,
+            allow_outgoing: rules.allow_outgoing,
+            lets_out: None,
+            known_at: rules.known_at,
+            endpoint: None,
+            names_us: None,
+            speaks_from: None,
+            state: State::Connecting,
+            deliver: None,
+            chosen: (None, None),
+            trouble: None,
+            refused: None,
+            refused_moves: 0,
+            not_served: Pace::default(),
+            accepts_all: Pace::default(),
+            refused_source: Pace::default(),
+            unmoved_port: None,
+            not_sent: Pace::default(),
+            older: Older::default(),
+        }
+    }
+
+    /// There is none any more.
+    fn gone(now: Instant) -> Self {
+        let nothing = PeerRules {
+            endpoint: None,
+            known_at: None,
+            moves: Vec::new(),
+            deliver_to: DeliverTo::default(),
+            deliver: Vec::new(),
+            accept: Vec::new(),
+            clients_from: Vec::new(),
+            outgoing: Vec::new(),
+            allow_outgoing: Vec::new(),
+        };
+        Self {
+            there: false,
+            ..Self::new(nothing, now)
+        }
+    }
+}
+
 impl Policy {
     /// Makes the policy. It has heard of no peer yet.
     pub(super) fn new(role: Role, rules: Vec<PeerRules>, host: HostFacts, now: Instant) -> Self {
@@ -428,36 +485,8 @@ impl Policy {
         let peers = rules
             .into_iter()
             .map(|rules| {
-                moves.push(rules.moves);
-                let is_name = |peer: &PeerAddr| peer.host.parse::<IpAddr>().is_err();
-                let named = rules.endpoint.as_ref().is_some_and(is_name);
-                Peer {
-                    lookup: named.then(|| Lookup::new(now)),
-                    addr: rules.endpoint,
-                    deliver_to: rules.deliver_to,
-                    maps: rules.deliver,
-                    accept: rules.accept,
-                    clients_from: rules.clients_from,
-                    outgoing: rules.outgoing,
-                    allow_outgoing: rules.allow_outgoing,
-                    lets_out: None,
-                    known_at: rules.known_at,
-                    endpoint: None,
-                    names_us: None,
-                    speaks_from: None,
-                    state: State::Connecting,
-                    deliver: None,
-                    chosen: (None, None),
-                    trouble: None,
-                    refused: None,
-                    refused_moves: 0,
-                    not_served: Pace::default(),
-                    accepts_all: Pace::default(),
-                    refused_source: Pace::default(),
-                    unmoved_port: None,
-                    not_sent: Pace::default(),
-                    older: Older::default(),
-                }
+                moves.push(rules.moves.clone());
+                Peer::new(rules, now)
             })
             .collect();
         Self {
@@ -480,7 +509,18 @@ impl Policy {
 
     /// Every peer.
     pub(super) fn peers(&self) -> impl ExactSizeIterator<Item = PeerId> + use<> {
-        (0..self.peers.len() as u16).map(PeerId)
+        let there: Vec<PeerId> = (0..)
+            .map(PeerId)
+            .zip(&self.peers)
+            .filter(|(_, peer)| peer.there)
+            .map(|(id, _)| id)
+            .collect();
+        there.into_iter()
+    }
+
+    /// Whether there is such a peer.
+    pub(super) fn is_there(&self, peer: PeerId) -> bool {
+        self.peers.get(index(peer)).is_some_and(|peer| peer.there)
     }
 
     /// Takes in something that was seen. [`Self::poll_action`] then says what to do.
@@ -654,7 +694,10 @@ impl Policy {
             });
             unasked.collect()
         };
-        self.peers().map(of_peer).collect()
+        (0..self.peers.len() as u16)
+            .map(PeerId)
+            .map(of_peer)
+            .collect()
     }
 
     /// Whether a prefix meets an address or a network of this server's own.
@@ -790,6 +833,11 @@ impl Policy {
     fn moved_here(&mut self, now: Instant, peer: PeerId, moves: Vec<Move>, mtu: u16) {
         let mtu = sizes::client_mtu(mtu);
         self.actions.push_back(Action::ClientMtu(peer, mtu));
+        self.names(now, peer, moves);
+    }
+
+    /// A peer names these moves, and no others.
+    fn names(&mut self, now: Instant, peer: PeerId, moves: Vec<Move>) {
         let rules = Rules {
             peers: &self.peers,
             addresses: &self.addresses,
@@ -891,7 +939,8 @@ impl Policy {
     fn settle(&mut self, now: Instant, settled: Settled) {
         let id = settled.peer;
         let refusals = self.not_served(id);
-        let open = self.peers.iter().filter(|peer| peer.accept.is_empty());
+        let there = self.peers.iter().filter(|peer| peer.there);
+        let open = there.filter(|peer| peer.accept.is_empty());
         let first_come = open.count() > 1;
         let peer = &mut self.peers[index(id)];
         peer.refused_moves += settled.refused as u64;

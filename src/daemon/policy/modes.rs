@@ -284,6 +284,33 @@ impl Modes {
         modes
     }
 
+    /// From now on these are the moves: as after a restart with them, but that cut-overs go on as
+    /// far as their moves are still there.
+    pub(in super::super) fn set_moves(
+        &mut self,
+        moves: Vec<(PeerId, Move)>,
+        start: Settled,
+        clock: Clock,
+    ) {
+        let record = self.record(clock);
+        let names: Vec<(Who, Vec<Move>)> = self
+            .cutovers
+            .iter()
+            .map(|it| {
+                let moves = it.moves.iter().map(|&at| self.moves[at].moved.clone());
+                (it.who, moves.collect())
+            })
+            .collect();
+        let mut next = Self::new(moves, start, Some(&record), self.key, &self.boot, clock);
+        for (who, moves) in names {
+            let all = next.moves.iter().enumerate();
+            let there = all.filter(|(_, it)| moves.contains(&it.moved));
+            let moves = there.map(|(at, _)| at).collect();
+            next.cutovers.push(Cutover { who, moves });
+        }
+        *self = next;
+    }
+
     /// Each move.
     pub(in super::super) fn moves(&self) -> &[OneMove] {
         &self.moves
@@ -365,7 +392,7 @@ impl Modes {
                 self.cutovers.push(Cutover { who, moves });
                 Next::Same
             }
-            Request::Forget { .. } => Next::Same,
+            Request::Forget { .. } | Request::Reload => Next::Same,
         };
         let mut changed = Vec::new();
         for place in places {
@@ -757,5 +784,50 @@ mod tests {
             ]
         });
         assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn other_moves_leave_the_modes_of_the_rest_and_a_cut_over_of_them() {
+        let mut modes = begin(Settled::Moved);
+        let order = |modes: &mut Modes, who, request: Request| modes.order(clock(1), who, &request);
+        order(&mut modes, ME, Request::Back { what: what(&[1]) }).unwrap();
+        order(
+            &mut modes,
+            ME,
+            Request::Hold {
+                what: what(&[2]),
+                seconds: 60,
+            },
+        )
+        .unwrap();
+        order(
+            &mut modes,
+            ME,
+            Request::Cutover {
+                what: what(&[0, 2]),
+            },
+        )
+        .unwrap();
+        let next = ["2001:db8::5", "192.0.2.9", "192.0.2.5:53"];
+        modes.set_moves(moves(&next), Settled::Here, clock(11));
+        let held = Mode {
+            settled: Settled::Moved,
+            held_until: Some(clock(61).now),
+        };
+        let here = Mode::settled(Settled::Here);
+        assert_eq!(of(&modes), [held, here, here]);
+        assert_eq!(modes.next(), Some(clock(61).now));
+        let all = |names: &[&str]| Request::Move {
+            what: names.iter().map(|&name| name.into()).collect(),
+            percent: None,
+        };
+        assert!(
+            order(&mut modes, OTHER, all(&next[..1])).is_err(),
+            "its cut-over goes on"
+        );
+        order(&mut modes, OTHER, all(&next[1..])).unwrap();
+        // It comes back as it was.
+        modes.set_moves(moves(&MOVES), Settled::Here, clock(12));
+        assert_eq!(modes.moves[0].mode, Mode::settled(Settled::Moved));
     }
 }

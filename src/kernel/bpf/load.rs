@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
-use super::{BpfError, bpf_fd, object_name, with_memlock_raised};
+use super::{BpfError, bpf_fd, object_name, supply, with_memlock_raised};
 
 /// The licence that we tell the kernel. `bpf_fib_lookup` needs a GPL-compatible one.
 const LICENCE: &std::ffi::CStr = c"Dual MIT/GPL";
@@ -50,6 +50,10 @@ impl Program {
     /// # Errors
     /// If the kernel refuses; the verifier's last words are in the error.
     pub fn load(&self) -> Result<OwnedFd, BpfError> {
+        supply::next(|| self.load_into_kernel())
+    }
+
+    fn load_into_kernel(&self) -> Result<OwnedFd, BpfError> {
         let errno = match with_memlock_raised(|| self.load_once(&mut []))? {
             Ok(fd) => return Ok(fd),
             Err(errno) => errno,

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::{BpfError, MAX_NAME, bpf, bpf_fd, object_name, with_memlock_raised};
+use super::{BpfError, MAX_NAME, bpf, bpf_fd, object_name, supply, with_memlock_raised};
 
 /// Kinds of maps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -299,6 +299,26 @@ impl Map {
     }
 }
 
+impl Map {
+    /// The same map once more.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub fn again(&self) -> Result<Self, BpfError> {
+        let fd = self.fd.try_clone().map_err(|source| BpfError::Descriptor {
+            name: self.shape.name,
+            source,
+        })?;
+        let shape = self.shape;
+        Ok(Self { fd, shape })
+    }
+
+    /// The most entries that there may be.
+    pub fn room(&self) -> u32 {
+        self.shape.max_entries
+    }
+}
+
 impl AsFd for Map {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
@@ -341,10 +361,18 @@ impl Create {
 /// Makes a map.
 pub(super) fn create(mut attr: Create) -> Result<Result<OwnedFd, Errno>, BpfError> {
     const BPF_MAP_CREATE: c_int = 0;
-    with_memlock_raised(|| {
-        // SAFETY: the attribute has the layout of BPF_MAP_CREATE and holds no pointer.
-        unsafe { bpf_fd(BPF_MAP_CREATE, &mut attr) }
-    })
+    let made = supply::next(|| {
+        let made = with_memlock_raised(|| {
+            // SAFETY: the attribute has the layout of BPF_MAP_CREATE and holds no pointer.
+            unsafe { bpf_fd(BPF_MAP_CREATE, &mut attr) }
+        });
+        made.map_err(Err)?.map_err(Ok)
+    });
+    match made {
+        Ok(map) => Ok(Ok(map)),
+        Err(Ok(errno)) => Ok(Err(errno)),
+        Err(Err(error)) => Err(error),
+    }
 }
 
 /// The attribute of the commands for one element.

@@ -6,6 +6,7 @@
 //!   loaded      programs that are in the kernel already, to be attached once more
 //!   map         the memory of programs, shared between them and this process
 //!   words       memory that this process can write without a system call
+//!   supply      maps and programs that another process makes for this one
 //! ```
 //!
 //! This file owns the system call itself. What the programs do is the business of
@@ -17,6 +18,7 @@ mod assembler;
 mod load;
 mod loaded;
 mod map;
+pub(in crate::kernel) mod supply;
 pub(super) mod test_run;
 mod words;
 
@@ -84,9 +86,9 @@ pub enum BpfError {
         errno: Errno,
     },
     /// Its descriptor cannot be had twice.
-    #[error("cannot use BPF program {name} once more: {source}")]
+    #[error("cannot use BPF program or map {name} once more: {source}")]
     Descriptor {
-        /// The program's name.
+        /// The name of the program or map.
         name: &'static str,
         /// Why not.
         source: io::Error,

@@ -34,7 +34,20 @@ impl Words {
     pub fn new(name: &'static str, count: usize) -> Result<Self, BpfError> {
         let count = count.max(1);
         let map = create(Create::array_of_one(name, count * WORD, MMAPABLE))?;
-        let map = map.map_err(BpfError::of_map(name))?;
+        Self::mapped(map.map_err(BpfError::of_map(name))?, name, count)
+    }
+
+    /// The same words once more.
+    ///
+    /// # Errors
+    /// If there is no descriptor left, or no memory.
+    pub fn again(&self, name: &'static str) -> Result<Self, BpfError> {
+        let map = self.map.try_clone();
+        let map = map.map_err(|source| BpfError::Descriptor { name, source })?;
+        Self::mapped(map, name, self.count)
+    }
+
+    fn mapped(map: OwnedFd, name: &'static str, count: usize) -> Result<Self, BpfError> {
         // SAFETY: a new mapping of a map of this size, at an address that the kernel chooses.
         let start = unsafe {
             libc::mmap(

@@ -77,6 +77,30 @@ impl Capture {
         Ok(capture)
     }
 
+    /// Programs for other moves, some of which `begin`, or another port of the tunnel, which share
+    /// the memory of these. Nobody has told them yet where the uplink is, which ends the tunnel
+    /// has and in which modes the moves are. This changes nothing yet.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn again(&self, moves: &[Move], begin: &[Move], port: u16) -> Result<Self, PlanError> {
+        let own = self.facts.own().again()?;
+        let again = Self::new(moves, begin, &self.tun, port, own)?;
+        // What lies on the TUN, too: it may be planned anew at any time.
+        let back = programs::return_path(&again.facts, again.tun.index)?;
+        again.loaded.get(&back)?;
+        Ok(again)
+    }
+
+    /// Takes in the connections of hosts behind this one that these moves could capture, and that
+    /// are older than the programs which note new ones.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn note_others(&self, netlink: &Netlink, moves: &[Move]) -> Result<(), PlanError> {
+        super::own::note_others(netlink, self.facts.own(), moves)
+    }
+
     /// The program for entrances with such a link-layer header.
     fn entrance(&self, l2_header: u32) -> Result<(&'static str, OwnedFd), PlanError> {
         let (tun, port) = (self.tun.index, Some(self.port));

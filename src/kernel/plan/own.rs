@@ -52,6 +52,14 @@ pub fn note_older(netlink: &Netlink, own: &Own, moves: &[Move]) -> Result<(), Pl
     if own.resumes() {
         return Ok(());
     }
+    note_others(netlink, own, moves)
+}
+
+/// The same, of moves that were not there before, whoever had the memory first.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn note_others(netlink: &Netlink, own: &Own, moves: &[Move]) -> Result<(), PlanError> {
     let held: Vec<IpAddr> = netlink.addresses()?.iter().map(|held| held.addr).collect();
     let has_tcp = |moved: &&Move| moved.transport != Some(Transport::Udp);
     let moves: Vec<Move> = moves.iter().filter(has_tcp).cloned().collect();

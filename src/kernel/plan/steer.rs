@@ -31,8 +31,8 @@ use super::{
 };
 use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
-use crate::kernel::bpf::{self, BpfError, Program};
-use crate::kernel::change::{Change, DefaultRoute, Interface, OfLink, Sysctl};
+use crate::kernel::bpf::{self, BpfError, Map, Program};
+use crate::kernel::change::{Change, DefaultRoute, Interface, OfLink, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
 use crate::kernel::programs::{self, arrivals, callers, deliver, now, take_replies};
 use crate::kernel::programs::{
@@ -77,8 +77,21 @@ pub struct Steering {
     /// What the programs had dropped when it was told last.
     told: [u64; DROPS.len()],
     came: Came,
+    /// The flows that were known with room for another number of them.
+    earlier: Option<Map>,
     /// None where the kernel takes no such program, or none may be asked.
     listening: Option<Listening>,
+}
+
+/// What the programs are made for, where that is not what they were made for before.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Remade {
+    /// What leaves through the tunnel because of its port.
+    pub outgoing: Vec<Chosen>,
+    /// The tunnel's own UDP port on this host.
+    pub tunnel_port: u16,
+    /// Most flows.
+    pub max_flows: u32,
 }
 
 /// How fast the programs' memory of requests that came directly is filled. It has room for 65,536,
@@ -182,6 +195,7 @@ impl Steering {
                 counted: 0,
                 looked: now(),
             },
+            earlier: None,
             listening: Listening::new().ok(),
         })
     }
@@ -191,6 +205,62 @@ impl Steering {
     pub fn with_outgoing(mut self, rules: Vec<Chosen>) -> Self {
         self.outgoing = rules;
         self
+    }
+
+    /// What leaves through the tunnel because of its port.
+    pub fn outgoing(&self) -> &[Chosen] {
+        &self.outgoing
+    }
+
+    /// Replaces the programs by those for other settings, which share the memory of these; what
+    /// stands on links stays until it is planned anew. `lo` is given if this server's own calls
+    /// want a program there. Where there is to be room for another number of flows, the known ones
+    /// are taken along by [`carry_over`](Self::carry_over).
+    ///
+    /// # Errors
+    /// If the kernel refuses. Everything is as before then.
+    pub fn remake(
+        &mut self,
+        tun: &Link,
+        lo: Option<&Link>,
+        remade: Remade,
+    ) -> Result<(), PlanError> {
+        let flows = self.maps.with_room_for(remade.max_flows)?;
+        let flows = flows.map(|flows| self.maps.replace_flows(flows));
+        let outgoing = std::mem::replace(&mut self.outgoing, remade.outgoing);
+        let port = std::mem::replace(&mut self.tunnel_port, remade.tunnel_port);
+        let loaded = std::mem::take(&mut self.loaded);
+        let on_lo = std::mem::take(&mut self.on_lo);
+        let made = self.loaded(tun).map(drop);
+        let made = made.and_then(|()| lo.map_or(Ok(()), |lo| self.loaded_on(lo).map(drop)));
+        match made {
+            Ok(()) => self.earlier = flows.or(self.earlier.take()),
+            Err(_) => {
+                (self.outgoing, self.tunnel_port) = (outgoing, port);
+                (self.loaded, self.on_lo) = (loaded, on_lo);
+                if let Some(flows) = flows {
+                    self.maps.replace_flows(flows);
+                }
+            }
+        }
+        made
+    }
+
+    /// Takes along what is known of flows, if there is room for another number of them since the
+    /// last [`remake`](Self::remake). Call it before the programs stand on links, and once more
+    /// when they do: `then` nobody enters anything any more where it came from.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn carry_over(&mut self, then: bool) -> Result<(), BpfError> {
+        let Some(earlier) = &self.earlier else {
+            return Ok(());
+        };
+        self.maps.take_over(earlier)?;
+        if then {
+            self.earlier = None;
+        }
+        Ok(())
     }
 
     /// What this socket sends is the tunnel's own from now on, and leaves as it is.
@@ -360,15 +430,17 @@ impl Steering {
     /// # Errors
     /// If the kernel refuses the program, or there is no place for it.
     pub fn on_loopback(&self, netlink: &Netlink, lo: &Link) -> Result<Vec<Desired>, PlanError> {
-        let (name, program) = match self.on_lo.get() {
-            Some(loaded) => loaded,
-            None => {
-                let program = programs::loopback(&self.maps, loopback::accepts_local(lo))?;
-                let loaded = (program.name(), program.load()?);
-                self.on_lo.get_or_init(|| loaded)
-            }
-        };
+        let (name, program) = self.loaded_on(lo)?;
         loopback::plan(netlink, lo, copy(name, program)?)
+    }
+
+    fn loaded_on(&self, lo: &Link) -> Result<&(&'static str, OwnedFd), PlanError> {
+        if let Some(loaded) = self.on_lo.get() {
+            return Ok(loaded);
+        }
+        let program = programs::loopback(&self.maps, loopback::accepts_local(lo))?;
+        let loaded = (program.name(), program.load()?);
+        Ok(self.on_lo.get_or_init(|| loaded))
     }
 
     /// From now on such calls are delivered so.

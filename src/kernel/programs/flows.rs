@@ -445,6 +445,39 @@ impl FlowMaps {
         (sockets.insert(&key, &OF_TUNNEL.to_ne_bytes())).map_err(refused)
     }
 
+    /// An empty map of flows, if there is not to be room for as many as there is; see
+    /// [`replace_flows`](Self::replace_flows).
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn with_room_for(&self, max_flows: u32) -> Result<Option<Map>, BpfError> {
+        let shape = flows(max_flows);
+        let other = shape.max_entries != self.flows.room();
+        other.then(|| Map::new(shape)).transpose()
+    }
+
+    /// Remembers flows there from now on, and returns where they were.
+    pub fn replace_flows(&mut self, flows: Map) -> Map {
+        std::mem::replace(&mut self.flows, flows)
+    }
+
+    /// Takes in the flows that are remembered there and not here. Those for which there is no room
+    /// are left out.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn take_over(&self, earlier: &Map) -> Result<(), BpfError> {
+        let (mut place, mut known) = (None, [0; FLOW_BYTES]);
+        let mut look = |key: &[u8], value: &[u8]| {
+            if !self.flows.read(key, &mut known) {
+                // Where it is full, there are newer ones.
+                let _ = self.flows.insert(key, value);
+            }
+        };
+        while (earlier.read_some(&mut place, SWEPT, &mut look)).map_err(refused)? {}
+        Ok(())
+    }
+
     /// Forgets flows.
     ///
     /// # Errors

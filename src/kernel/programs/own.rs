@@ -325,6 +325,26 @@ impl Own {
         }))
     }
 
+    /// The same memory once more, for other programs.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub fn again(&self) -> Result<Self, BpfError> {
+        Ok(Self {
+            own: self.own.again()?,
+            kept: self.kept.again()?,
+            keeps: self.keeps.again(KEEPS)?,
+            sweep: Mutex::default(),
+            taken: Arc::new(self.taken.again()?),
+            others: self.others.again()?,
+            fragments: self.fragments.again()?,
+            noted: self.noted.again()?,
+            begun: self.begun.as_ref().map(Map::again).transpose()?,
+            facts: self.facts.again()?,
+            resumes: self.resumes,
+        })
+    }
+
     /// Makes room for what the new server begins from ports that have not moved, unless there is.
     ///
     /// # Errors
