@@ -19,13 +19,15 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use super::asks::Asks;
 use super::chosen::Cgroups;
 use super::control_socket::{self, Order};
 use super::delivered::Delivered;
 use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
-use super::orders::Orders;
+use super::keeper;
+use super::orders::{CarriedOut, Orders};
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::progress::Progresses;
 use super::report;
@@ -36,13 +38,14 @@ use super::service::{
 use super::setup::{Ready, Tools, resolve};
 use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
+use super::their_modes::TheirModes;
 use super::visitors::Visitors;
 use super::warnings::Warnings;
 use super::watchdog::Watchdog;
 use super::{index, log};
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes};
-use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
+use crate::channel::tunnel::{Event, MoveName, State, Timers, Transmit, Tunnel, TunnelConfig};
 use crate::flow::ended::HostFlow;
 use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::role::{Forwarder, Hop};
@@ -50,12 +53,15 @@ use crate::flow::routes::Delivery;
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
+use crate::kernel::look;
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
 use crate::kernel::programs::{self, PeerTargets};
 use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
+use crate::model::asked::Asked;
 use crate::model::drops::{DropReason, Drops};
+use crate::model::mode::Mode;
 use crate::model::moved::Move;
 use crate::model::peer::{PeerId, Role};
 use crate::model::prefix::Prefix;
@@ -139,6 +145,7 @@ async fn carry(
     let mut commands = commands.map_err(failed)?;
     let lasting = orders.iter_mut().flat_map(Orders::take_warnings);
     config.warnings.extend(lasting);
+    orders.as_mut().map(Orders::start_keeping).transpose()?;
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: follower.uplinks().mtu(),
@@ -217,6 +224,8 @@ async fn carry(
         orders,
         modes_again: None,
         progress: Progresses::new(config.role, peers, started),
+        asks: Asks::new(peers, started),
+        theirs: TheirModes::new(peers),
         visitors,
         offloads: Offloads {
             udp_gso: sockets[0].gso(),
@@ -449,6 +458,9 @@ struct Control<'h> {
     /// When the programs may have to be told the modes again.
     modes_again: Option<Instant>,
     progress: Progresses,
+    asks: Asks,
+    /// The modes of what has moved here (new server).
+    theirs: TheirModes,
     visitors: Option<&'h mut Visitors>,
     offloads: Offloads,
     warnings: Warnings,
@@ -517,6 +529,7 @@ impl Control<'_> {
             .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
             .chain(self.modes_again)
             .chain(self.progress.next())
+            .chain(self.asks.next())
             .min()
             .unwrap_or(self.next_path)
     }
@@ -609,6 +622,13 @@ impl Control<'_> {
         if self.progress.next().is_some_and(|next| now >= next) {
             self.look_at_progress(now);
         }
+        if self.asks.next().is_some_and(|next| now >= next) {
+            for (tunnel, asks) in self.tunnels.iter_mut().zip(self.asks.take(now)) {
+                if !asks.is_empty() {
+                    tunnel.ask(now, &asks);
+                }
+            }
+        }
         if let Some(visitors) = &mut self.visitors
             && now >= visitors.next()
         {
@@ -679,6 +699,13 @@ impl Control<'_> {
                 let moves = self.policy.moves(peer);
                 self.progress.heard(peer, moves, run, progress);
             }
+            Event::PeerModes { run, modes } => {
+                if self.role == Role::New && self.theirs.hear(peer, run, modes) {
+                    self.serve_inside(now);
+                }
+            }
+            Event::PeerAsks(asks) => self.answer(now, peer, asks),
+            Event::PeerTells(told) => self.asks.told(peer, told),
             Event::PathMtu(_) => self.set_mtu(peer),
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),
@@ -698,6 +725,7 @@ impl Control<'_> {
         self.silence.peer_is(now, peer, state == State::Up, heard);
         if state != State::Up {
             self.progress.lost(peer);
+            self.asks.lost(peer);
         }
         self.see(now, Input::State(peer, state));
         let name = self.policy.name(peer);
@@ -854,7 +882,11 @@ impl Control<'_> {
 
     /// Lets those inside have what is served: this host, and those behind it.
     fn serve_inside(&mut self, now: Instant) {
-        let of_peers = self.policy.served_inside();
+        // What the old server serves as yet is reached there, as by anybody else.
+        let mut of_peers = self.policy.served_inside();
+        for (peer, moves) in (0..).map(PeerId).zip(&mut of_peers) {
+            moves.retain(|moved| !self.theirs.of(peer, moved).is_there());
+        }
         let translator = self.shared.forwarder.translator();
         let Some((steering, translator)) = self.follower.steering().zip(translator) else {
             return;
@@ -1206,23 +1238,82 @@ impl Control<'_> {
             return;
         };
         let (who, request, answer) = match order {
-            Order::Gone(connection) => return orders.gone(connection),
+            Order::Gone(connection) => {
+                self.asks.gone(connection);
+                if orders.gone(connection) {
+                    self.set_modes(now);
+                }
+                return;
+            }
             Order::Request {
                 who,
                 request,
                 answer,
             } => (who, request, answer),
         };
-        let mut said = orders.carry_out(who, &request);
+        let CarriedOut {
+            answer: mut said,
+            kept,
+        } = orders.carry_out(who, &request);
         if let (Answer::Done { forgotten, .. }, Request::Forget { .. }) = (&mut said, &request) {
             *forgotten = self.follower.forget_own(orders.takes(&request));
         }
-        self.set_modes(now);
-        if let (Answer::Done { warnings, .. }, Request::Move { .. }) = (&mut said, &request) {
-            warnings.extend(self.unreachable(&request));
+        if let (Answer::Done { .. }, Request::Cutover { asks, .. }) = (&said, &request) {
+            for asked in asks {
+                if let Some(peer) = orders.peer_of(asked) {
+                    self.asks.want(now, who.connection, peer, *asked);
+                }
+            }
         }
-        // Whoever asked may have gone meanwhile.
-        let _ = answer.send(said);
+        let untold = self.set_modes(now);
+        if let Answer::Done { warnings, .. } = &mut said {
+            warnings.extend(untold);
+            if matches!(request, Request::Move { .. }) {
+                warnings.extend(self.unreachable(&request));
+            }
+        }
+        tokio::spawn(async move {
+            let kept = match kept {
+                Some(kept) => tokio::time::timeout(keeper::PATIENCE, kept).await,
+                None => Ok(Ok(Ok(()))),
+            };
+            let why = match kept {
+                Ok(Ok(Ok(()))) => None,
+                Ok(Ok(Err(why))) => Some(why),
+                // Nobody keeps it any more, or not in time.
+                Ok(Err(_)) | Err(_) => Some("the disk does not answer".into()),
+            };
+            if let (Some(why), Answer::Done { warnings, .. }) = (why, &mut said) {
+                warnings.push(format!("a restart forgets this: {why}"));
+            }
+            // Whoever asked may have gone meanwhile.
+            let _ = answer.send(said);
+        });
+    }
+
+    /// Answers a peer that asks whether something listens here.
+    fn answer(&mut self, now: Instant, peer: PeerId, asks: Vec<Asked>) {
+        let links: Vec<u32> = (self.follower.carrying().iter())
+            .map(|link| link.index)
+            .collect();
+        let Some((steering, translator)) = self
+            .follower
+            .steering()
+            .zip(self.shared.forwarder.translator())
+        else {
+            return;
+        };
+        let told = self.asks.answer(
+            now,
+            peer,
+            asks,
+            |asked| translator.delivered(peer, asked),
+            |protocol, end| steering.listens(protocol, end, &links),
+            |v4| look::forwards(v4).unwrap_or(false),
+        );
+        if !told.is_empty() {
+            self.tunnels[index(peer)].tell(now, &told);
+        }
     }
 
     /// What those have to know who move something to a server that is not there.
@@ -1238,16 +1329,21 @@ impl Control<'_> {
     }
 
     /// Tells the data path who answers new conversations: those who judge first, then those who
-    /// hand over, and last those who let go what waits.
-    fn set_modes(&mut self, now: Instant) {
-        let Some(orders) = &self.orders else {
-            return;
-        };
-        let modes = orders.modes_at(now);
+    /// hand over, and last those who let go what waits. Returns what is to be said if that fails.
+    fn set_modes(&mut self, now: Instant) -> Option<String> {
+        let orders = self.orders.as_ref()?;
+        let (modes, shields) = (orders.modes_at(now), orders.shields_at(now));
         for peer in self.policy.peers() {
+            let of_peer = shields.iter().filter(|(of, _)| *of == peer);
+            let of_peer: Vec<_> = of_peer.map(|(_, until)| *until).collect();
+            self.shared.forwarder.set_shields(peer, &of_peer);
             let of_peer = modes.iter().filter(|(of, _)| *of == peer);
             let of_peer: Vec<_> = of_peer.map(|(_, mode)| *mode).collect();
             (self.shared.forwarder).set_modes(peer, &of_peer, orders.key());
+            let names = self.policy.moves(peer).iter().map(MoveName::of);
+            let told = of_peer.iter().map(Mode::told);
+            let told: Vec<_> = names.zip(told).collect();
+            self.tunnels[index(peer)].set_modes(now, &told);
         }
         let (mut for_programs, key) = (orders.modes(), orders.key());
         self.modes_again = None;
@@ -1260,9 +1356,10 @@ impl Control<'_> {
                 self.modes_again = Some(now + RELEASED_EVERY);
             }
         }
-        (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
+        let untold = (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
         let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
         self.shared.holding.set_modes(&all);
+        untold
     }
 
     /// Tells the modes again, once nothing is left of what waited and is no longer held.
@@ -1364,7 +1461,13 @@ impl Control<'_> {
             tun: self.tun.name.clone(),
             port: self.udp.port().unwrap_or_default(),
             up: now.duration_since(self.started),
-            warnings: self.warnings.lines(),
+            warnings: {
+                let lines = self.warnings.lines();
+                let troubles = self.orders.iter().flat_map(Orders::troubles);
+                let mut all: Vec<String> = troubles.filter(|it| !lines.contains(it)).collect();
+                all.extend(lines);
+                all
+            },
             log_lines_lost: log::lost(),
             stayed: self.follower.stayed(),
             own_full: self.follower.own_full(),
@@ -1421,6 +1524,11 @@ impl Control<'_> {
             unheard: tunnel.unheard(now),
             served: self.silence.served(now, peer),
             progress: self.progress.of(peer),
+            looked_for: self.asks.of(peer),
+            peer_modes: match self.role {
+                Role::Old => Vec::new(),
+                Role::New => self.theirs.status(peer, self.policy.moves(peer)),
+            },
             moves: self.policy.moves(peer),
             modes: self.modes(peer, waiting),
             deliver: self.policy.delivery(peer),
@@ -1449,6 +1557,9 @@ impl Control<'_> {
         self.send_all(now);
         if let Some(visitors) = &mut self.visitors {
             visitors.end(now, &self.shared.forwarder);
+        }
+        if let Some(orders) = &mut self.orders {
+            orders.end_keeping();
         }
     }
 }

@@ -14,7 +14,10 @@
 //! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
 //! addresses and routes that change; `held` is which moved addresses the old server has, and
 //! `delivered` where the new one delivered last. `orders` is what commands ask of the old server
-//! over the `control_socket`, and `state_dir` keeps what comes of it.
+//! over the `control_socket`; `keeper` and `state_dir` keep what comes of it, and `asks` asks the
+//! new server for a cut-over.
+//!
+//! `their_modes` is which mode each move is in, as the new server hears.
 //!
 //! `progress` is how far each move has come, and `silence` what is not answered.
 //!
@@ -32,6 +35,7 @@
     reason = "an edge: the process reads clocks, files and its environment"
 )]
 
+mod asks;
 mod causes;
 mod chosen;
 pub mod confine;
@@ -42,6 +46,7 @@ mod early;
 mod facts;
 mod follow;
 mod held;
+mod keeper;
 mod kept;
 pub mod log;
 mod nat;
@@ -54,6 +59,7 @@ mod setup;
 mod silence;
 mod state_dir;
 pub mod status_socket;
+mod their_modes;
 mod visitors;
 mod warnings;
 mod watchdog;

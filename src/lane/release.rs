@@ -23,6 +23,7 @@ use tracing::debug;
 use super::outbound::Outbound;
 use super::shared::{BURST, Context, LaneParts, TICK, timespec};
 use super::to_control::{LaneError, ToControl};
+use crate::flow::hold::Awaits;
 use crate::model::drops::DropReason;
 use crate::packet::Parsed;
 
@@ -107,11 +108,11 @@ impl Release {
                 }
                 self.send(now);
             }
-            let waits = |packet: &[u8]| {
-                Parsed::parse(packet)
-                    .is_ok_and(|parsed| shared.forwarder.awaits_answer(now, &parsed, packet))
+            let awaits = |packet: &[u8]| match Parsed::parse(packet) {
+                Ok(parsed) => shared.forwarder.awaits_answer(now, &parsed, packet),
+                Err(_) => Awaits::Nothing,
             };
-            shared.holding.lock().again(now, waits, &mut self.frames);
+            shared.holding.lock().again(now, awaits, &mut self.frames);
             if !self.frames.is_empty() {
                 self.send(now);
             }
