@@ -284,7 +284,7 @@ fn a_command_that_cannot_be_done_is_one_line_and_changes_nothing() -> Result {
         Err(error) => Some(format!("was not refused: {error}")),
     };
     let mut complaints = Vec::new();
-    for command in ["move", "hold", "back", "cutover"] {
+    for command in ["move", "hold", "cutover"] {
         let none = "no ipmoved runs in this network namespace";
         complaints.extend(refused(Role::Old, &[command], OTHER_DAEMON, none));
     }
@@ -300,7 +300,7 @@ fn a_command_that_cannot_be_done_is_one_line_and_changes_nothing() -> Result {
     nat.terminate()?;
 
     let daemons = setup.start_both()?;
-    for command in ["move", "hold", "back", "cutover"] {
+    for command in ["move", "hold", "cutover"] {
         let there = "run it on the old server (192.0.2.1";
         complaints.extend(refused(Role::New, &[command], BAD_INPUT, there));
         let what = [command, "203.0.113.9"];
@@ -351,7 +351,7 @@ fn a_command_that_cannot_be_done_is_one_line_and_changes_nothing() -> Result {
         running.stdout().contains("sleep 60").then_some(())
     })
     .expect("it runs --stop");
-    for command in ["move", "hold", "back", "cutover"] {
+    for command in ["move", "hold", "cutover"] {
         let runs = "a cutover of 192.0.2.5 is running";
         complaints.extend(refused(Role::Old, &[command], FAILED, runs));
     }
@@ -405,50 +405,63 @@ fn where_modes_cannot_be_kept_it_is_said_and_the_daemon_goes_on() -> Result {
     assert!(run(&["move"])?.status.success());
     old.kill()?;
 
-    // What is kept counts, not what the settings say; somebody else's file is left as it is.
+    // What is kept counts, not what the settings say, and of what is damaged the copy does;
+    // somebody else's file is left as it is.
+    let copy = modes.with_extension("json.copy");
     let newer = "{\"version\":2}";
-    for (text, start, aside) in [
-        (None, "moved", false),
-        (Some(newer), "here", false),
-        (Some("{"), "here", true),
+    let warnings = || -> Result<String> { Ok(setup.status(Role::Old)?.0["warnings"].to_string()) };
+    let forgets = |args: &[&str]| -> Result {
+        let said = run(args)?;
+        assert!(said.status.success(), "{said:?}");
+        assert!(said.stderr.contains("a restart forgets this"), "{said:?}");
+        assert!(warnings()?.contains("are not kept over a restart"));
+        Ok(())
+    };
+    for (text, of_copy, start, aside) in [
+        (None, None, "moved", false),
+        (Some(newer), None, "moved", false),
+        (Some("{"), None, "moved", true),
+        (Some("{"), Some(""), "here", true),
     ] {
-        if let Some(text) = text {
-            fs::write(&modes, text).map_err(failed)?;
+        for (file, text) in [(&modes, text), (&copy, of_copy)] {
+            let written = text.map(|text| fs::write(file, text));
+            written.transpose().map_err(failed)?;
         }
         let mut old = setup.start(Role::Old)?;
         old.wait_for_state("connecting", COMMAND_TIMEOUT)?;
         assert_eq!(mode(&setup)?, start);
-        let warnings = setup.status(Role::Old)?.0["warnings"].to_string();
+        let said = warnings()?;
+        assert_eq!(said.contains("modes.json"), text.is_some(), "{said}");
+        assert_eq!(said.contains("modes.json.aside"), aside, "{said}");
         assert_eq!(
-            warnings.contains("modes.json"),
-            text.is_some(),
-            "{warnings}"
+            said.contains("nobody knows the mode"),
+            of_copy.is_some(),
+            "{said}"
         );
-        assert_eq!(warnings.contains("modes.json.aside"), aside, "{warnings}");
         if text == Some(newer) {
-            assert_eq!(
-                complaint(&run(&["move"])?, FAILED, "of a newer ipmoved"),
-                None
-            );
-            assert_eq!(mode(&setup)?, "here");
-            // Who goes back is in trouble already.
-            let said = run(&["back"])?;
-            assert!(said.status.success(), "{said:?}");
-            assert!(said.stderr.contains("a restart forgets this"), "{said:?}");
+            forgets(&["back"])?;
+            forgets(&["move"])?;
             assert_eq!(fs::read_to_string(&modes).map_err(failed)?, newer);
+        }
+        if of_copy.is_some() {
+            assert!(run(&["back"])?.status.success());
+            assert!(!warnings()?.contains("nobody knows the mode"));
         }
         old.kill()?;
     }
 
-    // A directory that is taken away meanwhile.
+    // Something in the way of what is written, for a while.
     let mut old = setup.start(Role::Old)?;
     old.wait_for_state("connecting", COMMAND_TIMEOUT)?;
-    fs::remove_dir_all(lab.dir().join("state")).map_err(failed)?;
-    assert_eq!(
-        complaint(&run(&["move"])?, FAILED, "a restart would forget the mode"),
-        None
-    );
-    assert_eq!(mode(&setup)?, "here");
+    let in_the_way = modes.with_extension("json.next");
+    fs::create_dir(&in_the_way).map_err(failed)?;
+    for args in [&["back"][..], &["hold"], &["move"]] {
+        forgets(args)?;
+    }
+    assert_eq!(mode(&setup)?, "moved");
+    fs::remove_dir(&in_the_way).map_err(failed)?;
+    assert!(!run(&["back"])?.stderr.contains("forgets"));
+    assert!(!warnings()?.contains("are not kept"));
     old.terminate().map(drop)
 }
 

@@ -25,6 +25,7 @@ use rustix::net::{
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::stage::{PATIENCE, Result, setup};
+use crate::the_move::{CUTOVER, Script, start};
 
 /// Clients that wait.
 const CLIENTS: usize = 2_000;
@@ -206,8 +207,13 @@ fn whoever_waits_is_served_in_order_and_nobody_is_refused() -> Result {
     assert_eq!(overflows(lab.old_server())?, before);
     assert!(taken.try_recv().is_err(), "not one went there");
 
-    // To the new server.
-    run(&setup, &["hold", "--for", "60"])?;
+    // To the new server, by a cut-over.
+    let script = Script {
+        dir: lab.dir().into(),
+    };
+    let stop = script.line("stop");
+    let cutover = start(&setup, &["cutover", "--drain", "0", "--stop", &stop])?;
+    script.runs("stop")?;
     let sockets = wait(&lab, &setup, CLIENTS)?;
     let datagrams = lab.client().udp_socket((MOVED, 53))?;
     // One more than the first few that are kept.
@@ -225,8 +231,11 @@ fn whoever_waits_is_served_in_order_and_nobody_is_refused() -> Result {
         "nobody came yet"
     );
     let before = overflows(lab.new_server())?;
-    run(&setup, &["move"])?;
+    script.is_done("stop")?;
     assert_eq!(connected(&sockets, RELEASED)?, CLIENTS);
+    let said = cutover.wait(CUTOVER)?;
+    assert!(said.status.success(), "{said:?}");
+    assert!(said.stdout.contains("and 2001 that waited"), "{said:?}");
     assert_eq!(overtaken(&taken, &sockets)?, 0);
     assert_eq!(overflows(lab.new_server())?, before);
     let mut answer = [0; 4_000];

@@ -168,6 +168,9 @@ impl Impostor {
                 | Event::State(_)
                 | Event::PeerSees { .. }
                 | Event::PeerProgress { .. }
+                | Event::PeerModes { .. }
+                | Event::PeerAsks(_)
+                | Event::PeerTells(_)
                 | Event::Rtt(_)
                 | Event::PathMtu(_)
                 | Event::Warning(_) => {}

@@ -68,6 +68,7 @@ mod status;
 mod steering;
 mod stragglers;
 mod stream;
+mod the_cutover;
 mod the_lab;
 mod the_move;
 mod tracee;

@@ -16,13 +16,16 @@ use std::time::{Duration, Instant};
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, MOVED6, NEW, NEW6};
 use ipmoved::lab::traffic::{Client, Conversation, TIMEOUT};
-use ipmoved::lab::{DaemonSetup, Lab, LabError, Output, Process, Service, UdpService, poll_until};
+use ipmoved::lab::{
+    DaemonSetup, Lab, LabError, Output, Probe, Process, Service, UdpService, poll_until,
+};
 use rustix::process::Signal;
 
+use crate::hairpin::client;
 use crate::stage::{FAMILIES, PATIENCE, RECOVERY, Result, setup};
 
 /// The moved address and the new server's, family by family.
-const ENDS: [(IpAddr, IpAddr); 2] = [
+pub(crate) const ENDS: [(IpAddr, IpAddr); 2] = [
     (IpAddr::V4(MOVED), IpAddr::V4(NEW)),
     (IpAddr::V6(MOVED6), IpAddr::V6(NEW6)),
 ];
@@ -30,10 +33,10 @@ const ENDS: [(IpAddr, IpAddr); 2] = [
 const UDP: u16 = 53;
 
 /// How often something is asked that takes a moment.
-const PAUSE: Duration = Duration::from_millis(20);
+pub(crate) const PAUSE: Duration = Duration::from_millis(20);
 
 /// Longer than a cut-over takes in which nothing has to be waited for.
-const CUTOVER: Duration = Duration::from_secs(20);
+pub(crate) const CUTOVER: Duration = Duration::from_secs(20);
 
 /// Conversations that are begun in each mode, of each family.
 const CONVERSATIONS: usize = 20;
@@ -46,13 +49,13 @@ fn before(lab: &Lab) -> Result<DaemonSetup<'_>> {
 }
 
 /// A service of both families, TCP and UDP.
-struct Services {
+pub(crate) struct Services {
     _tcp: [Service; 2],
     udp: [UdpService; 2],
 }
 
 impl Services {
-    fn old(lab: &Lab) -> Result<Self> {
+    pub(crate) fn old(lab: &Lab) -> Result<Self> {
         let host = lab.old_server();
         Ok(Self {
             _tcp: [Service::start(host, MOVED)?, Service::start(host, MOVED6)?],
@@ -63,7 +66,7 @@ impl Services {
         })
     }
 
-    fn new(lab: &Lab) -> Result<Self> {
+    pub(crate) fn new(lab: &Lab) -> Result<Self> {
         let host = lab.new_server();
         Ok(Self {
             _tcp: [Service::start(host, NEW)?, Service::start(host, NEW6)?],
@@ -81,13 +84,13 @@ impl Services {
 }
 
 /// One request of a client that asks all the time: when it began, and who answered.
-struct Asked {
-    begun: Instant,
-    server: std::result::Result<IpAddr, String>,
+pub(crate) struct Asked {
+    pub(crate) begun: Instant,
+    pub(crate) server: std::result::Result<IpAddr, String>,
 }
 
 /// Asks both families again and again, each time over a new connection, until it is over.
-fn ask_all_the_time(client: Client<'_>, over: &AtomicBool, asked: &Mutex<Vec<Asked>>) {
+pub(crate) fn ask_all_the_time(client: Client<'_>, over: &AtomicBool, asked: &Mutex<Vec<Asked>>) {
     while !over.load(SeqCst) {
         for (moved, _) in ENDS {
             let begun = Instant::now();
@@ -107,7 +110,7 @@ fn asked_since(asked: &Mutex<Vec<Asked>>, since: Instant) -> usize {
 }
 
 /// Runs a command on the old server that is to work.
-fn run(setup: &DaemonSetup<'_>, args: &[&str]) -> Result<Output> {
+pub(crate) fn run(setup: &DaemonSetup<'_>, args: &[&str]) -> Result<Output> {
     let said = setup.run(Role::Old, args)?;
     match said.status.success() {
         true => Ok(said),
@@ -116,7 +119,7 @@ fn run(setup: &DaemonSetup<'_>, args: &[&str]) -> Result<Output> {
 }
 
 /// The modes of the moves.
-fn modes(setup: &DaemonSetup<'_>) -> Result<Vec<String>> {
+pub(crate) fn modes(setup: &DaemonSetup<'_>) -> Result<Vec<String>> {
     let status = setup.status(Role::Old)?;
     let modes = status.tunnel()["modes"].as_array().cloned();
     let name = |mode: &serde_json::Value| mode["mode"].as_str().unwrap_or_default().to_owned();
@@ -276,32 +279,89 @@ fn a_mode_outlives_the_daemon() -> Result {
     daemons.new.terminate().map(drop)
 }
 
+#[test]
+fn the_new_server_knows_the_mode_and_calls_whoever_serves() -> Result {
+    let lab = Lab::new()?;
+    let setup = before(&lab)?;
+    let _services = (Services::old(&lab)?, Services::new(&lab)?);
+    let daemons = setup.start_both()?;
+    let inside = client(lab.new_server(), (NEW, NEW6));
+    let mut all: Vec<Conversation> = Vec::new();
+    for (args, mode) in [
+        (&["back"][..], "here"),
+        (&["move"], "moved"),
+        (&["back"], "here"),
+        (&["hold", "--for", "60"], "held"),
+        (&["move"], "moved"),
+    ] {
+        run(&setup, args)?;
+        let knows = || {
+            let status = setup.status(Role::New).ok()?;
+            let modes = status.tunnel()["peer_modes"].as_array().cloned();
+            let modes = modes.unwrap_or_default();
+            let is_it = match mode {
+                "moved" => modes.is_empty(),
+                _ => modes.len() == 2 && modes.iter().all(|it| it["mode"] == mode),
+            };
+            is_it.then_some(())
+        };
+        poll_until(PATIENCE, PAUSE, knows)
+            .ok_or_else(|| LabError::unexpected(format!("it does not know of {mode}")))?;
+        for (moved, new) in ENDS {
+            match mode {
+                "held" => {
+                    let waits = inside.probe_tcp(moved, Duration::from_millis(300))?;
+                    assert_eq!(waits, Probe::Silent);
+                    continue;
+                }
+                "here" => inside.get(moved)?.is_answered_by(moved)?,
+                _ => inside.get(moved)?.is_answered_by(new)?,
+            };
+            all.push(inside.converse(moved)?);
+        }
+        go_on(&mut all, PATIENCE)?;
+    }
+    // Another run of its daemon is told as well.
+    run(&setup, &["back", FAMILIES[0]])?;
+    daemons.new.kill()?;
+    let mut new = setup.start(Role::New)?;
+    new.wait_until_up()?;
+    let knows = || {
+        let modes = setup.status(Role::New).ok()?.tunnel()["peer_modes"].clone();
+        let expected = serde_json::json!([{"what": FAMILIES[0], "mode": "here", "percent": 0}]);
+        (modes == expected).then_some(())
+    };
+    poll_until(RECOVERY, PAUSE, knows).expect("it knows");
+    new.terminate()?;
+    daemons.old.terminate().map(drop)
+}
+
 /// A cut-over in which the test is the administrator's commands.
-struct Script {
-    dir: PathBuf,
+pub(crate) struct Script {
+    pub(crate) dir: PathBuf,
 }
 
 impl Script {
     /// A shell command that says that it runs, and ends once the test lets it.
-    fn line(&self, name: &str) -> String {
+    pub(crate) fn line(&self, name: &str) -> String {
         let dir = self.dir.display();
         format!("touch {dir}/{name}; while ! [ -e {dir}/{name}-done ]; do sleep 0.02; done")
     }
 
-    fn runs(&self, name: &str) -> Result {
+    pub(crate) fn runs(&self, name: &str) -> Result {
         let path = self.dir.join(name);
         let runs = poll_until(CUTOVER, PAUSE, || path.exists().then_some(()));
         runs.ok_or_else(|| LabError::unexpected(format!("{name} is not run")))
     }
 
-    fn is_done(&self, name: &str) -> Result {
+    pub(crate) fn is_done(&self, name: &str) -> Result {
         let written = fs::write(self.dir.join(format!("{name}-done")), "");
         written.map_err(|error| LabError::unexpected(error.to_string()))
     }
 }
 
 /// Starts a command on the old server.
-fn start(setup: &DaemonSetup<'_>, args: &[&str]) -> Result<Process> {
+pub(crate) fn start(setup: &DaemonSetup<'_>, args: &[&str]) -> Result<Process> {
     let mut command = setup.command();
     command.args(args);
     setup.host(Role::Old).spawn(command)

@@ -5,9 +5,10 @@
 //! meanwhile, and commands are run. It prints a line a step, and while it waits a bar on a terminal
 //! and otherwise a line now and then.
 
+mod served;
 mod steps;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
@@ -18,10 +19,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::served::{Heard, Served as OldService};
 use self::steps::{Action, Input, Plan, Step, Steps, View, Watched};
 use super::orders::{connect, names, status};
 use super::{FAILED, Failure, SYSTEM, here, print};
 use crate::daemon::control_socket::Client;
+use crate::model::asked::Found;
 use crate::model::move_index::MoveIndex;
 use crate::model::moved::{Move, TCP, Transport, UDP};
 use crate::model::progress::Listens;
@@ -48,8 +51,12 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 /// in a second or two.
 const RETURN: Duration = Duration::from_secs(15);
 
-/// How long a command may take to end once it is told to.
+/// How long a command may take to end once it is told to, and then once it has to.
 const LAST: Duration = Duration::from_secs(2);
+
+/// How much longer than `--within` clients are told of no refusal at most: the first connections
+/// are watched, and going back takes a moment. It is over when this process is.
+const SHIELD: Duration = Duration::from_secs(60);
 
 /// Changes servers.
 pub(super) fn run(args: CutoverArgs) -> Result<(), Failure> {
@@ -73,16 +80,27 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
     .collect::<Result<Vec<_>, _>>()
     .map_err(failed)?;
     let mut daemon = connect()?;
-    let what = names(&args.what);
-    let all = super::orders::give(&mut daemon, &Request::Cutover { what })?;
-    let all: HashSet<String> = all.into_iter().map(|it| it.what).collect();
-    let mut shown = Shown::new(args.json);
-    let mut found = status()?;
-    here::count(&mut found).map_err(|error| {
+    let untold = |error: std::io::Error| {
         let why = "cannot count the connections of this server (CONFIG_INET_DIAG)";
         let remedy = "`ipmoved hold`, `move` and `back` do without";
         Failure::new(SYSTEM, format!("{why}: {error}; {remedy}"))
-    })?;
+    };
+    let before = status()?;
+    let all = match names(&args.what) {
+        what if what.is_empty() => modes_of(&before).map(|it| it.what.clone()).collect(),
+        what => what,
+    };
+    let served = OldService::look(&all, before.port).map_err(untold)?;
+    let request = Request::Cutover {
+        what: names(&args.what),
+        asks: served.asks(),
+    };
+    let all = super::orders::give(&mut daemon, &request)?;
+    let all: HashSet<String> = all.into_iter().map(|it| it.what).collect();
+    let mut shown = Shown::new(args.json);
+    // From here on nobody else changes these modes.
+    let mut found = status()?;
+    here::count(&mut found).map_err(untold)?;
     let what: Vec<String> = of(&found, &all)
         .filter(|it| it.mode != "moved")
         .map(|it| it.what.clone())
@@ -103,6 +121,8 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
     let mut cutover = Cutover {
         args,
         what: What::new(what),
+        served,
+        shield: plan.within + SHIELD,
         daemon: Some(daemon),
         steps: Steps::new(plan),
         child: None,
@@ -150,6 +170,10 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
 struct Cutover {
     args: CutoverArgs,
     what: What,
+    /// What the old service serves.
+    served: OldService,
+    /// How long clients are told of no refusal at most.
+    shield: Duration,
     /// Nobody else changes these moves as long as this is open.
     daemon: Option<Client>,
     steps: Steps,
@@ -171,7 +195,7 @@ impl Cutover {
         }
         let seen = status().and_then(|mut status| {
             here::count(&mut status).map_err(|error| Failure::new(FAILED, error))?;
-            Ok(view(&status, &self.what))
+            Ok(view(&status, &self.what, &self.served))
         });
         match seen {
             Ok(view) => {
@@ -191,12 +215,15 @@ impl Cutover {
                 // What was seen before is no longer so.
                 self.look();
             }
-            Action::Move => self.ask(&Request::Move {
-                what,
-                percent: None,
-            }),
+            Action::Move => self.deliver(what),
             Action::Back => self.go_back(&Request::Back { what }),
-            Action::Stop => self.start(self.args.stop.clone()),
+            Action::Stop => {
+                if self.args.restart.is_some() {
+                    // If the daemon is gone, that shows in the next look.
+                    let _ = self.said(&Request::Stopping { what });
+                }
+                self.start(self.args.stop.clone());
+            }
             Action::Restart => self.start(self.args.restart.clone()),
             Action::Kill => self.kill(),
             Action::Say(step, text) => self.shown.line(step, &text),
@@ -205,16 +232,50 @@ impl Cutover {
         None
     }
 
+    /// Sends new connections to the new server. Who is refused there is not told.
+    fn deliver(&mut self, what: Vec<String>) {
+        let shield = Request::Shield {
+            what: what.clone(),
+            seconds: u32::try_from(self.shield.as_secs()).unwrap_or(u32::MAX),
+        };
+        let percent = None;
+        let mut input = self.said(&shield);
+        if input == Input::Done {
+            input = self.said(&Request::Move { what, percent });
+        }
+        self.tell(input);
+    }
+
     fn ask(&mut self, request: &Request) {
+        let input = self.said(request);
+        self.tell(input);
+    }
+
+    /// What the daemon says to a request.
+    fn said(&mut self, request: &Request) -> Input {
         let input = match self.daemon.as_mut().map(|daemon| daemon.ask(request)) {
-            Some(Ok(answer)) => input(answer),
+            Some(Ok(answer)) => self.input(answer),
             Some(Err(error)) => Input::Lost(error.to_string()),
             None => Input::Lost("it has gone".into()),
         };
         if matches!(input, Input::Lost(_)) {
             self.daemon = None;
         }
-        self.tell(input);
+        input
+    }
+
+    fn input(&mut self, answer: Answer) -> Input {
+        match answer {
+            Answer::Done { warnings, .. } => {
+                for text in warnings {
+                    self.shown
+                        .line(self.steps.step(), &format!("warning: {text}"));
+                }
+                Input::Done
+            }
+            Answer::Reloaded { .. } => Input::Done,
+            Answer::Refused { why, .. } => Input::Refused(why),
+        }
     }
 
     /// Goes back, also by a daemon that has just been started again.
@@ -228,7 +289,10 @@ impl Cutover {
             let error = match daemon {
                 Err(error) => error.message,
                 Ok(daemon) => match daemon.ask(request) {
-                    Ok(answer) => break input(answer),
+                    // What another one refuses it may do a moment later, such as one that has just
+                    // been started.
+                    Ok(Answer::Refused { input: false, why }) => why,
+                    Ok(answer) => break self.input(answer),
                     Err(error) => error.to_string(),
                 },
             };
@@ -294,21 +358,26 @@ impl Cutover {
             std::thread::sleep(CHILD_EVERY);
         }
         let _ = kill_process_group(group, Signal::KILL);
-        let _ = child.wait();
+        let patient_until = Instant::now() + LAST;
+        while matches!(child.try_wait(), Ok(None)) {
+            // One that waits for a disk or a server cannot be ended; clients cannot wait for it.
+            if Instant::now() >= patient_until {
+                let pid = child.id();
+                let text = format!("process {pid} does not end, and is left alone");
+                return self.shown.line(self.steps.step(), &text);
+            }
+            std::thread::sleep(CHILD_EVERY);
+        }
     }
 }
 
-fn input(answer: Answer) -> Input {
-    match answer {
-        Answer::Done { .. } | Answer::Reloaded { .. } => Input::Done,
-        Answer::Refused { why, .. } => Input::Refused(why),
-    }
+fn modes_of(status: &Status) -> impl Iterator<Item = &ModeStatus> {
+    status.tunnels.iter().flat_map(|tunnel| &tunnel.modes)
 }
 
 /// The modes of these moves.
 fn of<'a>(status: &'a Status, what: &'a HashSet<String>) -> impl Iterator<Item = &'a ModeStatus> {
-    let modes = status.tunnels.iter().flat_map(|tunnel| &tunnel.modes);
-    modes.filter(|it| what.contains(&it.what))
+    modes_of(status).filter(|it| what.contains(&it.what))
 }
 
 /// The moves of a cut-over.
@@ -352,22 +421,38 @@ impl What {
     }
 }
 
-/// What both servers have of these moves.
-fn view(status: &Status, what: &What) -> View {
+/// What both servers have of these moves, where the old one serves this.
+fn view(status: &Status, what: &What, old: &OldService) -> View {
     let is_it = |it: &ModeStatus| what.names.contains(&it.what);
     let is_theirs = |tunnel: &&TunnelStatus| tunnel.modes.iter().any(is_it);
     let tunnels: Vec<&TunnelStatus> = status.tunnels.iter().filter(is_theirs).collect();
     let modes = || of(status, &what.names);
     let served = tunnels.iter().flat_map(|tunnel| &tunnel.served);
     // Scans ask for what nobody is meant to serve.
-    let served = served.filter(|it| it.expected && what.takes(it));
+    let is_meant = |it: &&Served| it.expected || old.serves(&it.what);
+    let served = served.filter(|it| is_meant(it) && what.takes(it));
     let progress = tunnels.iter().flat_map(|tunnel| &tunnel.progress);
     let said: HashMap<&str, Listens> = progress
         .map(|of| (of.what.as_str(), of.progress.listens))
         .collect();
+    let looked_for = tunnels.iter().flat_map(|tunnel| &tunnel.looked_for);
+    let found: BTreeMap<String, Found> =
+        looked_for.map(|it| (it.what.clone(), it.listens)).collect();
+    let heard: Vec<(String, Heard)> = modes()
+        .map(|it| {
+            let listens = said.get(it.what.as_str()).copied().unwrap_or_default();
+            let heard = old.heard(&it.what, &found).unwrap_or(Heard {
+                listens,
+                lacks: Vec::new(),
+            });
+            (it.what.clone(), heard)
+        })
+        .collect();
+    // Where nobody is sent to the new server, what is known of its answers is of an earlier try.
+    let goes_there = modes().any(|it| it.percent > 0);
     let unanswered = served.clone().find(|it| {
         let bad = matches!(it.state, Answers::Silent | Answers::Refused);
-        bad && it.clients > 0
+        goes_there && bad && it.clients > 0
     });
     View {
         trouble: tunnels.iter().find_map(|tunnel| trouble(tunnel)),
@@ -376,15 +461,20 @@ fn view(status: &Status, what: &What) -> View {
             let why = cause.map_or_else(String::new, |it| format!(": {}; {}", it.text, it.remedy));
             format!("the new server does not answer clients of {}{why}", it.what)
         }),
-        held: modes().all(|it| it.mode == "held"),
+        // Whoever goes back in its place may let new connections wait a moment longer.
+        held: modes().all(|it| it.mode == "held" && it.cutover.is_some()),
+        moved: modes().all(|it| it.mode == "moved" && it.cutover.is_some()),
         here_tcp: modes().filter_map(|it| it.here_tcp).sum(),
         here_live: modes().filter_map(|it| it.here_live).sum(),
         waiting: modes().map(|it| it.waiting).sum(),
-        listens: modes()
-            .map(|it| {
-                let listens = said.get(it.what.as_str()).copied();
-                (it.what.clone(), listens.unwrap_or_default())
-            })
+        listens: heard
+            .iter()
+            .map(|(what, heard)| (what.clone(), heard.listens))
+            .collect(),
+        lacks: heard
+            .into_iter()
+            .filter(|(_, heard)| !heard.lacks.is_empty())
+            .map(|(what, heard)| (what, heard.lacks))
             .collect(),
         watched: served
             .map(|it| {

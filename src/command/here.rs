@@ -44,29 +44,43 @@ pub(super) fn count(status: &mut Status) -> io::Result<()> {
     Ok(())
 }
 
+/// From which ports this host begins connections.
+pub(super) struct PortRange(RangeInclusive<u16>);
+
+impl PortRange {
+    /// As the kernel says.
+    pub(super) fn read() -> Self {
+        let text = std::fs::read_to_string(PORT_RANGE).unwrap_or_default();
+        let mut ports = text.split_ascii_whitespace().map(str::parse);
+        Self(match (ports.next(), ports.next()) {
+            (Some(Ok(first)), Some(Ok(last))) => first..=last,
+            _ => 32_768..=60_999,
+        })
+    }
+
+    /// Whether this is one of them.
+    pub(super) fn has(&self, port: u16) -> bool {
+        self.0.contains(&port)
+    }
+}
+
 /// Which connections clients have begun. Where all ports of an address have moved, this host's own
 /// connections from there look the same, and some of them never end.
 struct Serving {
     listening: BTreeSet<u16>,
-    given_out: RangeInclusive<u16>,
+    given_out: PortRange,
 }
 
 impl Serving {
     fn look() -> io::Result<Self> {
-        let text = std::fs::read_to_string(PORT_RANGE).unwrap_or_default();
-        let mut ports = text.split_ascii_whitespace().map(str::parse);
-        let given_out = match (ports.next(), ports.next()) {
-            (Some(Ok(first)), Some(Ok(last))) => first..=last,
-            _ => 32_768..=60_999,
-        };
         Ok(Self {
             listening: sockets::listening()?,
-            given_out,
+            given_out: PortRange::read(),
         })
     }
 
     fn takes(&self, moved: &Move, port: u16) -> bool {
-        !moved.ports.is_empty() || self.listening.contains(&port) || !self.given_out.contains(&port)
+        !moved.ports.is_empty() || self.listening.contains(&port) || !self.given_out.has(port)
     }
 }
 

@@ -181,7 +181,7 @@ pub(super) fn unanswered(error: StatusError) -> Failure {
     let code = match &error {
         StatusError::NotRunning(_) => OTHER_DAEMON,
         StatusError::Permission(_) => SYSTEM,
-        StatusError::Answer(_) => FAILED,
+        StatusError::Answer(_) | StatusError::Silent => FAILED,
     };
     Failure::new(code, error)
 }

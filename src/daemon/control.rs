@@ -21,6 +21,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use super::asks::Asks;
 use super::chosen::Cgroups;
 use super::control_socket::{self, Order};
 use super::delivered::Delivered;
@@ -28,7 +29,8 @@ use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
 use super::forge::Forge;
-use super::orders::Orders;
+use super::keeper;
+use super::orders::{CarriedOut, Orders};
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::progress::Progresses;
 use super::report;
@@ -39,6 +41,7 @@ use super::service::{
 use super::setup::{Ready, Tools, resolve};
 use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
+use super::their_modes::TheirModes;
 use super::viewers::Viewers;
 use super::visitors::Visitors;
 use super::warnings::Warnings;
@@ -46,7 +49,7 @@ use super::watchdog::Watchdog;
 use super::{index, log};
 use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes, wipe_frames};
-use crate::channel::tunnel::{Event, State, Timers, Transmit, Tunnel, TunnelConfig};
+use crate::channel::tunnel::{Event, MoveName, State, Timers, Transmit, Tunnel, TunnelConfig};
 use crate::flow::ended::HostFlow;
 use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::listing::Flows;
@@ -55,11 +58,13 @@ use crate::flow::routes::Delivery;
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
+use crate::kernel::look;
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
 use crate::kernel::programs::{self, PeerTargets};
 use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
+use crate::model::asked::Asked;
 use crate::model::drops::{DropReason, Drops};
 use crate::model::mode::Mode;
 use crate::model::moved::Move;
@@ -150,6 +155,7 @@ async fn carry(
     let mut commands = control_socket::serve(control).map_err(failed)?;
     let lasting = orders.iter_mut().flat_map(Orders::take_warnings);
     config.warnings.extend(lasting);
+    orders.as_mut().map(Orders::start_keeping).transpose()?;
     let (reloads, mut prepared) = Reloads::new(forge, &config, chosen.unwrap_or_default());
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
@@ -241,6 +247,8 @@ async fn carry(
         orders,
         modes_again: None,
         progress: Progresses::new(config.role, peers, started),
+        asks: Asks::new(peers, started),
+        theirs: TheirModes::new(peers),
         visitors,
         reloads,
         offloads: Offloads {
@@ -437,7 +445,7 @@ fn forwarder(
 /// Who comes from outside the daemon: who asks for the status, who gives commands, who looks.
 type Outside<'a> = (
     &'a mut StatusListener,
-    &'a mut Option<mpsc::Receiver<Order>>,
+    &'a mut mpsc::Receiver<Order>,
     &'a mut Viewers,
 );
 
@@ -505,6 +513,9 @@ struct Control<'h> {
     /// When the programs may have to be told the modes again.
     modes_again: Option<Instant>,
     progress: Progresses,
+    asks: Asks,
+    /// The modes of what has moved here (new server).
+    theirs: TheirModes,
     visitors: &'h mut Option<Visitors>,
     /// What was read anew, and what runs.
     reloads: Reloads,
@@ -521,6 +532,9 @@ impl Control<'_> {
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
         (names, prepared): (
+            &mut mpsc::Receiver<Found>,
+            &mut mpsc::Receiver<reload::Prepared>,
+        ),
         (status, commands, viewers): Outside<'_>,
         listener: &mut Listener,
     ) -> Result<()> {
@@ -583,6 +597,7 @@ impl Control<'_> {
             .chain(self.modes_again)
             .chain(self.reloads.next())
             .chain(self.progress.next())
+            .chain(self.asks.next())
             .min()
             .unwrap_or(self.next_path)
     }
@@ -677,6 +692,13 @@ impl Control<'_> {
         if self.progress.next().is_some_and(|next| now >= next) {
             self.look_at_progress(now);
         }
+        if self.asks.next().is_some_and(|next| now >= next) {
+            for (tunnel, asks) in self.tunnels.iter_mut().zip(self.asks.take(now)) {
+                if !asks.is_empty() {
+                    tunnel.ask(now, &asks);
+                }
+            }
+        }
         if let Some(visitors) = &mut *self.visitors
             && now >= visitors.next()
         {
@@ -755,6 +777,13 @@ impl Control<'_> {
                 let moves = self.policy.moves(peer);
                 self.progress.heard(peer, moves, run, progress);
             }
+            Event::PeerModes { run, modes } => {
+                if self.role == Role::New && self.theirs.hear(peer, run, modes) {
+                    self.serve_inside(now);
+                }
+            }
+            Event::PeerAsks(asks) => self.answer(now, peer, asks),
+            Event::PeerTells(told) => self.asks.told(peer, told),
             Event::PathMtu(_) => self.set_mtu(peer),
             Event::Rtt(rtt) => debug!(peer = peer.0, ?rtt, "round trip"),
             Event::Warning(warning) => self.warn(now, peer, &warning.to_string()),
@@ -774,6 +803,7 @@ impl Control<'_> {
         self.silence.peer_is(now, peer, state == State::Up, heard);
         if state != State::Up {
             self.progress.lost(peer);
+            self.asks.lost(peer);
         }
         self.see(now, Input::State(peer, state));
         let name = self.policy.name(peer);
@@ -930,7 +960,11 @@ impl Control<'_> {
 
     /// Lets those inside have what is served: this host, and those behind it.
     fn serve_inside(&mut self, now: Instant) {
-        let of_peers = self.policy.served_inside();
+        // What the old server serves as yet is reached there, as by anybody else.
+        let mut of_peers = self.policy.served_inside();
+        for (peer, moves) in (0..).map(PeerId).zip(&mut of_peers) {
+            moves.retain(|moved| !self.theirs.of(peer, moved).is_there());
+        }
         let translator = self.view.forwarder.translator();
         let Some((steering, translator)) = self.follower.steering().zip(translator) else {
             return;
@@ -1280,8 +1314,11 @@ impl Control<'_> {
     fn order(&mut self, now: Instant, order: Order) {
         let (who, request, answer) = match order {
             Order::Gone(connection) => {
-                let orders = self.orders.iter_mut();
-                return orders.for_each(|it| it.gone(connection));
+                self.asks.gone(connection);
+                if self.orders.as_mut().is_some_and(|it| it.gone(connection)) {
+                    self.set_modes(now);
+                }
+                return;
             }
             Order::Request {
                 request: Request::Reload,
@@ -1294,20 +1331,74 @@ impl Control<'_> {
                 answer,
             } => (who, request, answer),
         };
+        let not_here = self.not_here();
         let Some(orders) = &mut self.orders else {
-            let _ = answer.send(self.not_here());
+            let _ = answer.send(not_here);
             return;
         };
-        let mut said = orders.carry_out(who, &request);
+        let CarriedOut {
+            answer: mut said,
+            kept,
+        } = orders.carry_out(who, &request);
         if let (Answer::Done { forgotten, .. }, Request::Forget { .. }) = (&mut said, &request) {
             *forgotten = self.follower.forget_own(orders.takes(&request));
         }
-        self.set_modes(now);
-        if let (Answer::Done { warnings, .. }, Request::Move { .. }) = (&mut said, &request) {
-            warnings.extend(self.unreachable(&request));
+        if let (Answer::Done { .. }, Request::Cutover { asks, .. }) = (&said, &request) {
+            for asked in asks {
+                if let Some(peer) = orders.peer_of(asked) {
+                    self.asks.want(now, who.connection, peer, *asked);
+                }
+            }
         }
-        // Whoever asked may have gone meanwhile.
-        let _ = answer.send(said);
+        let untold = self.set_modes(now);
+        if let Answer::Done { warnings, .. } = &mut said {
+            warnings.extend(untold);
+            if matches!(request, Request::Move { .. }) {
+                warnings.extend(self.unreachable(&request));
+            }
+        }
+        tokio::spawn(async move {
+            let kept = match kept {
+                Some(kept) => tokio::time::timeout(keeper::PATIENCE, kept).await,
+                None => Ok(Ok(Ok(()))),
+            };
+            let why = match kept {
+                Ok(Ok(Ok(()))) => None,
+                Ok(Ok(Err(why))) => Some(why),
+                // Nobody keeps it any more, or not in time.
+                Ok(Err(_)) | Err(_) => Some("the disk does not answer".into()),
+            };
+            if let (Some(why), Answer::Done { warnings, .. }) = (why, &mut said) {
+                warnings.push(format!("a restart forgets this: {why}"));
+            }
+            // Whoever asked may have gone meanwhile.
+            let _ = answer.send(said);
+        });
+    }
+
+    /// Answers a peer that asks whether something listens here.
+    fn answer(&mut self, now: Instant, peer: PeerId, asks: Vec<Asked>) {
+        let links: Vec<u32> = (self.follower.carrying().iter())
+            .map(|link| link.index)
+            .collect();
+        let Some((steering, translator)) = self
+            .follower
+            .steering()
+            .zip(self.view.forwarder.translator())
+        else {
+            return;
+        };
+        let told = self.asks.answer(
+            now,
+            peer,
+            asks,
+            |asked| translator.delivered(peer, asked),
+            |protocol, end| steering.listens(protocol, end, &links),
+            |v4| look::forwards(v4).unwrap_or(false),
+        );
+        if !told.is_empty() {
+            self.tunnels[index(peer)].tell(now, &told);
+        }
     }
 
     /// What those are told who give a command to the wrong server.
@@ -1333,13 +1424,17 @@ impl Control<'_> {
     }
 
     /// Tells the data path who answers new conversations: those who judge first, then those who
-    /// hand over, and last those who let go what waits.
-    fn set_modes(&mut self, now: Instant) {
-        let Some(orders) = &self.orders else {
-            return;
-        };
+    /// hand over, and last those who let go what waits. Returns what is to be said if that fails.
+    fn set_modes(&mut self, now: Instant) -> Option<String> {
+        let orders = self.orders.as_ref()?;
         let modes = orders.modes_at(now);
-        self.tell_gates(orders, &modes);
+        self.tell_gates(now, orders, &modes);
+        for peer in self.policy.peers() {
+            let of_peer = modes.iter().filter(|(of, _)| *of == peer);
+            let names = self.policy.moves(peer).iter().map(MoveName::of);
+            let told: Vec<_> = names.zip(of_peer.map(|(_, mode)| mode.told())).collect();
+            self.tunnels[index(peer)].set_modes(now, &told);
+        }
         let (mut for_programs, key) = (orders.modes(), orders.key());
         self.modes_again = None;
         // Where this server itself answers, programs would let what comes now overtake what has
@@ -1351,24 +1446,29 @@ impl Control<'_> {
                 self.modes_again = Some(now + RELEASED_EVERY);
             }
         }
-        (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
+        let untold = (self.follower).set_modes(now, &for_programs, key, &mut self.warnings);
         let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
         self.shared.holding.set_modes(&all);
+        untold
     }
 
     /// The same, but for the programs.
     fn set_modes_of_gates(&self, now: Instant) {
         if let Some(orders) = &self.orders {
             let modes = orders.modes_at(now);
-            self.tell_gates(orders, &modes);
+            self.tell_gates(Instant::now(), orders, &modes);
             let all: Vec<_> = modes.into_iter().map(|(_, mode)| mode).collect();
             self.shared.holding.set_modes(&all);
         }
     }
 
     /// Tells those who judge.
-    fn tell_gates(&self, orders: &Orders, modes: &[(PeerId, Mode<Instant>)]) {
+    fn tell_gates(&self, now: Instant, orders: &Orders, modes: &[(PeerId, Mode<Instant>)]) {
+        let shields = orders.shields_at(now);
         for peer in self.policy.peers() {
+            let of_peer = shields.iter().filter(|(of, _)| *of == peer);
+            let of_peer: Vec<_> = of_peer.map(|(_, until)| *until).collect();
+            self.view.forwarder.set_shields(peer, &of_peer);
             let of_peer = modes.iter().filter(|(of, _)| *of == peer);
             let of_peer: Vec<_> = of_peer.map(|(_, mode)| *mode).collect();
             (self.view.forwarder).set_modes(peer, &of_peer, orders.key());
@@ -1483,13 +1583,19 @@ impl Control<'_> {
             tun: self.tun.name.clone(),
             port: self.udp.port().unwrap_or_default(),
             up: now.duration_since(self.started),
-            warnings: self.warnings.lines(),
+            warnings: {
+                let lines = self.warnings.lines();
+                let troubles = self.orders.iter().flat_map(Orders::troubles);
+                let mut all: Vec<String> = troubles.filter(|it| !lines.contains(it)).collect();
+                all.extend(lines);
+                all
+            },
             log_lines_lost: log::lost(),
             stayed: self.follower.stayed(),
             own_full: self.follower.own_full(),
             unrecorded: (self.visitors.as_ref()).map_or(0, |visitors| visitors.unrecorded()),
             unwritten: (self.visitors.as_ref())
-                .map_or(0, |visitors| visitors.unwritten(&self.shared.forwarder)),
+                .map_or(0, |visitors| visitors.unwritten(&self.view.forwarder)),
         };
         let waiting = match self.role {
             Role::Old => self.shared.holding.waiting(),
@@ -1543,6 +1649,11 @@ impl Control<'_> {
             unheard: tunnel.unheard(now),
             served: self.silence.served(now, peer),
             progress: self.progress.of(peer),
+            looked_for: self.asks.of(peer),
+            peer_modes: match self.role {
+                Role::Old => Vec::new(),
+                Role::New => self.theirs.status(peer, self.policy.moves(peer)),
+            },
             moves: self.policy.moves(peer),
             modes: self.modes(peer, waiting),
             deliver: self.policy.delivery(peer),
@@ -1571,6 +1682,9 @@ impl Control<'_> {
         self.send_all(now);
         if let Some(visitors) = &mut *self.visitors {
             visitors.end(now, &self.view.forwarder);
+        }
+        if let Some(orders) = &mut self.orders {
+            orders.end_keeping();
         }
     }
 }

@@ -182,6 +182,6 @@ impl Client {
             }
             Ok(serde_json::from_str(&line)?)
         };
-        ask().map_err(StatusError::Answer)
+        ask().map_err(StatusError::of_answer)
     }
 }

@@ -681,20 +681,25 @@ impl Follower {
         }
     }
 
-    /// Tells the programs who answers new conversations (old server).
+    /// Tells the programs who answers new conversations (old server). Returns what is to be said
+    /// if they do not know.
     pub(super) fn set_modes(
         &self,
         now: Instant,
         modes: &[Mode<Duration>],
         key: ShareKey,
         known: &mut Warnings,
-    ) {
-        if let Programs::Old(capture) = &self.programs
-            && let Err(error) = capture.set_modes(modes, key)
-        {
-            let text = format!("the programs do not know who answers new connections: {error}");
-            known.warn(now, text);
-        }
+    ) -> Option<String> {
+        let Programs::Old(capture) = &self.programs else {
+            return None;
+        };
+        let error = capture.set_modes(modes, key).err()?;
+        let text = format!(
+            "the kernel's programs do not know who answers new connections, and go by the modes \
+             from before: {error}; give the command again, or restart the daemon"
+        );
+        known.warn(now, text.clone());
+        Some(text)
     }
 
     /// The conversations that this host, or one behind it, has at moved addresses, but for those of

@@ -14,7 +14,10 @@
 //! `facts` is what the new server reads of itself for the policy, and `follow` keeps up with links,
 //! addresses and routes that change; `held` is which moved addresses the old server has, and
 //! `delivered` where the new one delivered last. `orders` is what commands ask of the old server
-//! over the `control_socket`, and `state_dir` keeps what comes of it.
+//! over the `control_socket`; `keeper` and `state_dir` keep what comes of it, and `asks` asks the
+//! new server for a cut-over.
+//!
+//! `their_modes` is which mode each move is in, as the new server hears.
 //!
 //! `forge` is the process that keeps the privileges, for a configuration that has changed.
 //!
@@ -38,6 +41,7 @@
     reason = "an edge: the process reads clocks, files and its environment"
 )]
 
+mod asks;
 mod causes;
 pub mod checks;
 mod chosen;
@@ -52,6 +56,7 @@ pub mod flows;
 mod follow;
 mod forge;
 mod held;
+mod keeper;
 mod kept;
 pub mod log;
 pub mod login;
@@ -66,6 +71,7 @@ mod setup;
 mod silence;
 mod state_dir;
 pub mod status_socket;
+mod their_modes;
 mod viewers;
 mod visitors;
 mod warnings;

@@ -1,20 +1,27 @@
-//! Commands to the old server's daemon: they change modes, which are kept on the disk before they
-//! hold.
+//! Commands to the old server's daemon: they change modes, which are kept on the disk before a
+//! command is answered.
 //!
-//! Owns what happens where they cannot be kept. A crash would change such a mode back without a
-//! word, so it is not taken; but for `back`, which somebody needs who is in trouble already.
+//! Owns what happens where they cannot be kept. A command is carried out all the same: somebody may
+//! need it who is in trouble already. Its answer says that a restart forgets it, and `status` does
+//! as long as that is so.
 
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
-use super::policy::modes::{Clock, Modes, Who};
+use super::keeper::Keeper;
+use super::policy::modes::{Clock, Modes, Ordered, Who};
 use super::service::{Result, failed, input};
-use super::state_dir::StateDir;
+use super::state_dir::{StateDir, unkept};
 use crate::flow::ended::HostFlow;
 use crate::io::entropy;
+use crate::model::asked::Asked;
 use crate::model::mode::{Mode, Settled, ShareKey};
 use crate::model::move_index::MoveIndex;
 use crate::model::moved::{Move, TCP};
@@ -36,14 +43,29 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 #[derive(Debug)]
 pub(super) struct Orders {
     modes: Modes,
-    dir: StateDir,
+    dir: Arc<StateDir>,
     warnings: Vec<String>,
     /// What the settings no longer move, and the new server still has connections of.
     leaving: Vec<(PeerId, Move)>,
+    /// Why what is there is not kept.
+    failed: Option<String>,
+    /// Once the daemon runs.
+    keeper: Option<Keeper>,
+    /// The places of moves that begin as `--start` says because nobody knows their modes, and that
+    /// no command has named since.
+    unsure: BTreeSet<usize>,
     /// Finds the move of a conversation.
     index: MoveIndex,
     /// What this server has of each move, but for its own sockets, and when that was counted.
     here: Option<(Instant, Vec<Here>)>,
+}
+
+/// What becomes of a command.
+pub(super) struct CarriedOut {
+    /// Its answer.
+    pub(super) answer: Answer,
+    /// It is sent once this says that the modes are kept, or why not.
+    pub(super) kept: Option<oneshot::Receiver<Result<(), String>>>,
 }
 
 /// Conversations of hosts behind this server, and others that no socket tells of.
@@ -66,7 +88,8 @@ impl Orders {
                 path.display()
             )));
         }
-        let (dir, record, mut warnings) = StateDir::open(path);
+        let (dir, opened) = StateDir::open(path);
+        let (record, mut warnings) = (opened.record, opened.warnings);
         let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
         let word = || entropy::system().u64().map_err(failed);
         let key = ShareKey([word()?, word()?]);
@@ -82,20 +105,23 @@ impl Orders {
             clock,
         );
         let now = modes.record(clock);
-        if record.as_ref() != Some(&now)
-            && let Err(why) = dir.keep(&now)
-            && warnings.is_empty()
-        {
-            warnings.push(format!(
-                "the modes of moves are not kept over a restart: {why}"
-            ));
+        let mut failed = None;
+        if opened.stale || record.as_ref() != Some(&now) {
+            failed = dir.keep(&now).err();
         }
+        if let Some(why) = failed.as_ref().filter(|_| warnings.is_empty()) {
+            warnings.push(unkept(why));
+        }
+        let places = 0..modes.moves().len();
         let index = modes.moves().iter().map(|it| it.moved.clone()).collect();
         Ok(Self {
             modes,
-            dir,
+            dir: Arc::new(dir),
             warnings,
             leaving: Vec::new(),
+            failed,
+            keeper: None,
+            unsure: places.filter(|_| opened.lost).collect(),
             index: MoveIndex::new(index),
             here: None,
         })
@@ -110,15 +136,63 @@ impl Orders {
         start: Settled,
     ) {
         let clock = clock();
+        let unsure: Vec<Move> = (self.unsure.iter())
+            .map(|&place| self.modes.moves()[place].moved.clone())
+            .collect();
         self.modes.set_moves(moves, start, clock);
+        let places = self.modes.moves().iter().enumerate();
+        self.unsure = (places.filter(|(_, it)| unsure.contains(&it.moved)))
+            .map(|(place, _)| place)
+            .collect();
         self.leaving = leaving;
         self.here = None;
         let settled = self.modes.moves().iter().map(|it| &it.moved);
         let leaving = self.leaving.iter().map(|(_, moved)| moved);
         self.index = MoveIndex::new(settled.chain(leaving).cloned().collect());
-        if let Err(why) = self.dir.keep(&self.modes.record(clock)) {
-            warn!("the modes of moves are not kept over a restart: {why}");
+        if let Some(keeper) = &self.keeper {
+            // Nobody waits for it; what fails is said in the status.
+            drop(keeper.keep(self.modes.record(clock)));
         }
+    }
+
+    /// Keeps modes on a thread of its own from now on.
+    ///
+    /// # Errors
+    /// If the system has no thread left.
+    pub(super) fn start_keeping(&mut self) -> Result<()> {
+        let (dir, reason) = (Arc::clone(&self.dir), self.failed.take());
+        let unkept = reason.is_some();
+        let keeper = self
+            .keeper
+            .insert(Keeper::start(dir, reason).map_err(failed)?);
+        if unkept {
+            // Tried again until it works; nobody waits for it.
+            drop(keeper.keep(self.modes.record(clock())));
+        }
+        Ok(())
+    }
+
+    /// Waits until the last modes are kept, but not for long.
+    pub(super) fn end_keeping(&mut self) {
+        if let Some(keeper) = &mut self.keeper {
+            keeper.end();
+        }
+    }
+
+    /// What is wrong with the modes at present, for the status.
+    pub(super) fn troubles(&self) -> Vec<String> {
+        let unsure = self.unsure.first().map(|&place| {
+            let one = &self.modes.moves()[place];
+            format!(
+                "nobody knows the mode of {} and others any more: each is as --start says ({}), \
+                 which may not be where the service runs; say `ipmoved move` or `ipmoved back`",
+                one.moved,
+                one.name()
+            )
+        });
+        let unkept = self.keeper.as_ref().and_then(Keeper::unkept);
+        let unkept = unkept.map(|why| self::unkept(&why));
+        unsure.into_iter().chain(unkept).collect()
     }
 
     /// What an administrator has to know of the start.
@@ -137,26 +211,30 @@ impl Orders {
     }
 
     /// Carries out a command.
-    pub(super) fn carry_out(&mut self, who: Who, request: &Request) -> Answer {
-        let (clock, before) = (clock(), self.modes.clone());
-        let moves = match self.modes.order(clock, who, request) {
-            Ok(moves) => moves,
+    pub(super) fn carry_out(&mut self, who: Who, request: &Request) -> CarriedOut {
+        let clock = clock();
+        let Ordered {
+            moves,
+            ended,
+            restarts,
+        } = match self.modes.order(clock, who, request) {
+            Ok(done) => done,
             Err(refusal) => {
-                return Answer::Refused {
-                    input: refusal.is_input(),
-                    why: refusal.to_string(),
+                return CarriedOut {
+                    answer: Answer::Refused {
+                        input: refusal.is_input(),
+                        why: refusal.to_string(),
+                    },
+                    kept: None,
                 };
             }
         };
-        let mut warnings = Vec::new();
-        if !changes_modes(request) {
-        } else if let Err(why) = self.dir.keep(&self.modes.record(clock)) {
-            if !matches!(request, Request::Back { .. }) {
-                self.modes = before;
-                let why = format!("a restart would forget the mode, so it stays as it is: {why}");
-                return Answer::Refused { input: false, why };
+        let keeper = self.keeper.as_ref().filter(|_| changes_modes(request));
+        let kept = keeper.map(|keeper| keeper.keep(self.modes.record(clock)));
+        if changes_modes(request) {
+            for place in self.modes.places(request.what()).unwrap_or_default() {
+                self.unsure.remove(&place);
             }
-            warnings.push(format!("a restart forgets this: {why}"));
         }
         let pid = who.pid;
         let changed = moves.iter().filter(|it| it.before != it.mode);
@@ -167,19 +245,50 @@ impl Orders {
         if let Some(more @ 1..) = changed.count().checked_sub(LOGGED) {
             info!(more, pid, "modes of more moves, as of those");
         }
+        let over = |of: i32| match restarts {
+            None => format!("this has ended the cutover of process {of}, which goes back"),
+            Some(seconds) => format!(
+                "this has ended the cutover of process {of}, which starts the service here again: \
+                 new connections wait {seconds} s at most, or until `ipmoved back` is said again"
+            ),
+        };
+        let warnings: Vec<String> = ended.into_iter().map(over).collect();
         for text in &warnings {
-            warn!(warning = %text, "an administrator should know");
+            warn!(pid, warning = %text, "an administrator should know");
         }
-        Answer::Done {
-            moves,
-            warnings,
-            forgotten: 0,
+        CarriedOut {
+            answer: Answer::Done {
+                moves,
+                warnings,
+                forgotten: 0,
+            },
+            kept,
         }
     }
 
-    /// A connection of the control socket has ended.
-    pub(super) fn gone(&mut self, connection: u64) {
-        self.modes.gone(connection);
+    /// A connection of the control socket has ended. Returns whether clients are to be told of
+    /// refusals again.
+    pub(super) fn gone(&mut self, connection: u64) -> bool {
+        self.modes.gone(connection)
+    }
+
+    /// Who has moved what a client asks for.
+    pub(super) fn peer_of(&self, asked: &Asked) -> Option<PeerId> {
+        let end = SocketAddr::new(asked.addr, asked.port);
+        let place = self.index.find(asked.protocol, end)?;
+        Some(self.modes.moves()[place].peer)
+    }
+
+    /// Until when clients of each move are told of no refusal, each with its peer.
+    pub(super) fn shields_at(&self, now: Instant) -> Vec<(PeerId, Option<Instant>)> {
+        let ktime = clock().now;
+        let moves = self.modes.moves().iter();
+        moves
+            .map(|it| {
+                let until = it.shielded_until();
+                (it.peer, until.map(|until| instant(now, ktime, until)))
+            })
+            .collect()
     }
 
     /// Ends the holds that are over. The file already says when.
@@ -297,6 +406,7 @@ impl Orders {
             there_live: None,
             leaving: true,
             since: String::new(),
+            cutover: None,
         });
         of_peer
             .map(|(place, it)| ModeStatus {
@@ -312,6 +422,7 @@ impl Orders {
                 leaving: false,
                 since: jiff::Timestamp::from_second(it.since.try_into().unwrap_or_default())
                     .map_or_else(|_| String::new(), |since| since.to_string()),
+                cutover: self.modes.cutover_of(place),
             })
             .chain(leaving)
             .collect()
@@ -322,7 +433,11 @@ impl Orders {
 fn changes_modes(request: &Request) -> bool {
     match request {
         Request::Move { .. } | Request::Hold { .. } | Request::Back { .. } => true,
-        Request::Cutover { .. } | Request::Forget { .. } | Request::Reload => false,
+        Request::Cutover { .. }
+        | Request::Stopping { .. }
+        | Request::Shield { .. }
+        | Request::Forget { .. }
+        | Request::Reload => false,
     }
 }
 

@@ -21,8 +21,8 @@ use crate::model::outgoing::{AllowOutgoing, Outgoing};
 use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
 use crate::model::status::{
-    Flows, ModeStatus, MtuHints, Offloads, ProgressOf, RefusedMove, Served, State, Status, Traffic,
-    TunnelStatus, Way,
+    Flows, LookedFor, ModeStatus, MtuHints, Offloads, PeerMode, ProgressOf, RefusedMove, Served,
+    State, Status, Traffic, TunnelStatus, Way,
 };
 use crate::settings::config::NatSettings;
 use crate::settings::values::NewServer;
@@ -75,6 +75,10 @@ pub(super) struct Peer<'a> {
     pub(super) served: Vec<Served>,
     /// How far each move has come.
     pub(super) progress: Vec<ProgressOf>,
+    /// What a cut-over looks for on the new server.
+    pub(super) looked_for: Vec<LookedFor>,
+    /// Which mode each move is in (new server).
+    pub(super) peer_modes: Vec<PeerMode>,
     /// The moves to it or from it.
     pub(super) moves: &'a [Move],
     /// Their modes (old server).
@@ -147,6 +151,8 @@ pub(super) fn tunnels(
             unheard_s: peer.unheard.map(|unheard| unheard.as_secs()),
             served: peer.served,
             progress: peer.progress,
+            looked_for: peer.looked_for,
+            peer_modes: peer.peer_modes,
             moved: peer.moves.iter().map(ToString::to_string).collect(),
             modes: peer.modes,
             deliver_to: peer.deliver.and_then(|to| delivered_to(to, peer.moves)),
@@ -194,6 +200,8 @@ pub(super) fn translated(
         unheard_s: None,
         served: Vec::new(),
         progress: Vec::new(),
+        looked_for: Vec::new(),
+        peer_modes: Vec::new(),
         moved: (settings.moves.iter())
             .filter(|moved| moved.prefix.first().is_ipv4() == end.to.is_ipv4())
             .map(ToString::to_string)
@@ -335,6 +343,8 @@ mod tests {
             unheard: None,
             served: Vec::new(),
             progress: Vec::new(),
+            looked_for: Vec::new(),
+            peer_modes: Vec::new(),
             moves,
             modes: Vec::new(),
             deliver: Some(Deliver::To {

@@ -275,8 +275,8 @@ impl Found {
                 let begin = moves_that_begin(config);
                 let capture = Capture::new(&moves, &begin, tun, port, own).map_err(system)?;
                 if let Some(orders) = orders {
-                    let told = capture.set_modes(&orders.modes(), orders.key());
-                    told.map_err(system)?;
+                    // If it fails, the control task tells them again, and says so.
+                    let _ = capture.set_modes(&orders.modes(), orders.key());
                 }
                 kept::keep(&capture.memory());
                 Programs::Old(Box::new(capture))

@@ -4,11 +4,16 @@
 //! /var/lib/ipmoved/       or --state-dir
 //!     lock                held with flock(2) while an old server's daemon lives
 //!     modes.json          the modes of its moves, and the key of their shares
+//!     modes.json.copy     the same, for the case that the other is damaged
 //!     modes.json.aside    one that was not understood, for a person to read
 //! ```
 //!
 //! Owns the files: whether they can be read and kept, and that one that is kept is there whole
 //! after a crash. A file in the way never keeps packets waiting: the daemon goes on, and says so.
+//!
+//! A move whose mode nobody knows begins as `--start` says. Nothing that the daemon could look at
+//! instead knows better: when a server starts, its services do not run yet. So there are two files,
+//! and where neither is understood that is said until somebody has named the modes.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -23,6 +28,7 @@ use super::policy::modes::Record;
 const LOCK: &str = "lock";
 const MODES: &str = "modes.json";
 const NEXT: &str = "modes.json.next";
+const COPY: &str = "modes.json.copy";
 const ASIDE: &str = "modes.json.aside";
 
 /// The version of the file that is written, and the newest one that is understood.
@@ -42,6 +48,19 @@ struct AnyVersion {
     version: u32,
 }
 
+/// What was there at the start.
+#[derive(Debug, Default)]
+pub(super) struct Opened {
+    /// The modes, if they are known.
+    pub(super) record: Option<Record>,
+    /// What an administrator has to know.
+    pub(super) warnings: Vec<String>,
+    /// What there was could not be read, and nobody knows the modes.
+    pub(super) lost: bool,
+    /// It has to be written anew.
+    pub(super) stale: bool,
+}
+
 /// The state directory, as far as it can be used.
 #[derive(Debug)]
 pub(super) struct StateDir {
@@ -52,50 +71,76 @@ pub(super) struct StateDir {
 }
 
 impl StateDir {
-    /// Opens the directory, makes it if necessary, and reads what is there. It returns what an
-    /// administrator has to know, too.
-    pub(super) fn open(path: &Path) -> (Self, Option<Record>, Vec<String>) {
+    /// Opens the directory, makes it if necessary, and reads what is there.
+    pub(super) fn open(path: &Path) -> (Self, Opened) {
         let mut dir = Self {
             path: path.into(),
             unusable: None,
             _lock: None,
         };
-        let mut warnings = Vec::new();
+        let mut opened = Opened::default();
         match lock(path) {
             Ok(lock) => dir._lock = Some(lock),
             Err(why) => dir.unusable = Some(why),
         }
-        let record = match read(&path.join(MODES)) {
-            Ok(record) => record,
-            Err(Unread::Garbled(why)) => {
-                let aside = path.join(ASIDE);
-                let moved = fs::rename(path.join(MODES), &aside);
-                let where_it_is = match moved {
-                    Ok(()) => format!("it is kept as {}", aside.display()),
-                    Err(error) => format!("it cannot be set aside: {error}"),
-                };
-                warnings.push(format!(
-                    "{} is not understood ({why}): every move begins as --start says, see `ipmoved \
-                     status`; {where_it_is}",
-                    path.join(MODES).display()
-                ));
-                None
+        let (why, is_ours) = match read(&path.join(MODES)) {
+            Ok(record) => {
+                opened.record = record;
+                dir.say_if_unusable(&mut opened);
+                return (dir, opened);
             }
-            Err(Unread::Foreign(why)) => {
-                warnings.push(format!(
-                    "{why}; until then every move begins as --start says, and no command changes \
-                     that but `back`"
-                ));
-                dir.unusable = Some(why);
-                None
+            Err(Unread::Garbled(why)) => {
+                let is_not = format!("{} is not understood", path.join(MODES).display());
+                (format!("{is_not} ({why}){}", dir.set_aside()), true)
+            }
+            Err(Unread::Foreign(why)) => (why, false),
+        };
+        opened.stale = is_ours;
+        let then = match read(&path.join(COPY)) {
+            Ok(Some(copy)) => {
+                opened.record = Some(copy);
+                "its copy is, and says which mode each move is in"
+            }
+            Ok(None) | Err(_) => {
+                opened.lost = true;
+                "until then every move begins as --start says"
             }
         };
-        if let Some(why) = dir.unusable.as_ref().filter(|_| warnings.is_empty()) {
-            warnings.push(format!(
-                "the modes of moves are not kept over a restart: {why}"
-            ));
+        if is_ours {
+            opened.warnings.push(match opened.lost {
+                false => format!("{why}; {then}"),
+                true => why,
+            });
+        } else {
+            opened.warnings.push(format!("{why}; {then}"));
+            dir.unusable = Some(why);
         }
-        (dir, record, warnings)
+        dir.say_if_unusable(&mut opened);
+        (dir, opened)
+    }
+
+    fn say_if_unusable(&self, opened: &mut Opened) {
+        if let Some(why) = self
+            .unusable
+            .as_ref()
+            .filter(|_| opened.warnings.is_empty())
+        {
+            opened.warnings.push(unkept(why));
+        }
+    }
+
+    /// Keeps what is not understood for a person, and says where. Another daemon's it leaves alone.
+    fn set_aside(&self) -> String {
+        if self._lock.is_none() {
+            return String::new();
+        }
+        let aside = self.path.join(ASIDE);
+        // There is one at most, the newest. The file itself stays until another takes its place.
+        let _ = fs::remove_file(&aside);
+        match fs::hard_link(self.path.join(MODES), &aside) {
+            Ok(()) => format!("; it is kept as {}", aside.display()),
+            Err(error) => format!("; it cannot be set aside: {error}"),
+        }
     }
 
     /// Why nothing in it is this daemon's to write, as where another one uses it.
@@ -119,22 +164,31 @@ impl StateDir {
         if let Some(why) = &self.unusable {
             return Err(why.clone());
         }
-        let (modes, next) = (self.path.join(MODES), self.path.join(NEXT));
+        let next = self.path.join(NEXT);
         let file = Versioned {
             version: VERSION,
             record: record.clone(),
         };
-        let kept = || {
+        let kept = |place: &Path| {
             let text = serde_json::to_string_pretty(&file)?;
             let mut file = private().truncate(true).open(&next)?;
             file.write_all(text.as_bytes())?;
             file.write_all(b"\n")?;
             file.sync_all()?;
-            fs::rename(&next, &modes)?;
+            fs::rename(&next, place)?;
             File::open(&self.path)?.sync_all()
         };
-        kept().map_err(|error| refused(&modes, &error))
+        // One after the other: whenever the host crashes, one of them is whole.
+        [MODES, COPY].into_iter().try_for_each(|name| {
+            let place = self.path.join(name);
+            kept(&place).map_err(|error| refused(&place, &error))
+        })
     }
+}
+
+/// What it means that modes are not kept.
+pub(super) fn unkept(why: &str) -> String {
+    format!("the modes of moves are not kept over a restart: {why}")
 }
 
 fn private() -> OpenOptions {
@@ -250,13 +304,17 @@ mod tests {
     #[test]
     fn what_is_kept_is_there_again() {
         let dir = Dir::new("state-again");
-        let (state, found, warnings) = StateDir::open(&dir.0.join("deep"));
-        assert_eq!((found, warnings), (None, Vec::new()));
+        let (state, opened) = StateDir::open(&dir.0.join("deep"));
+        assert_eq!((opened.record, opened.warnings), (None, Vec::new()));
         state.keep(&record()).unwrap();
         drop(state);
-        let (state, found, warnings) = StateDir::open(&dir.0.join("deep"));
-        assert_eq!((found, warnings), (Some(record()), Vec::new()));
-        assert_eq!(fs::read_dir(state.path()).unwrap().count(), 2);
+        let (state, opened) = StateDir::open(&dir.0.join("deep"));
+        assert_eq!(
+            (opened.record, opened.warnings),
+            (Some(record()), Vec::new())
+        );
+        assert!(!opened.lost && !opened.stale);
+        assert_eq!(fs::read_dir(state.path()).unwrap().count(), 3);
     }
 
     #[test]
@@ -264,29 +322,73 @@ mod tests {
         let dir = Dir::new("state-user");
         let (first, ..) = StateDir::open(&dir.0);
         first.keep(&record()).unwrap();
-        let (second, found, warnings) = StateDir::open(&dir.0);
-        assert_eq!(found, Some(record()));
+        let (second, opened) = StateDir::open(&dir.0);
+        assert_eq!(opened.record, Some(record()));
+        let warnings = opened.warnings;
         assert!(warnings[0].contains("another ipmoved uses"), "{warnings:?}");
         assert!(second.keep(&record()).unwrap_err().contains("--state-dir"));
+        // And the other one's business is its own.
+        fs::write(dir.modes(), "{").unwrap();
+        drop(second);
+        let (_, opened) = StateDir::open(&dir.0);
+        assert_eq!(opened.record, Some(record()), "there is a copy");
+        assert_eq!(fs::read_to_string(dir.modes()).unwrap(), "{");
+        assert!(!dir.0.join(ASIDE).exists());
+        drop(first);
+    }
+
+    const DAMAGED: [&str; 5] = [
+        "",
+        "{",
+        "{\"version\":1}",
+        "{\"version\":1,\"moves\":3}",
+        "\u{0}",
+    ];
+
+    #[test]
+    fn a_file_that_is_not_understood_is_set_aside_and_its_copy_counts() {
+        for text in DAMAGED {
+            let dir = Dir::new("state-garbled");
+            let (state, ..) = StateDir::open(&dir.0);
+            state.keep(&record()).unwrap();
+            drop(state);
+            fs::write(dir.modes(), text).unwrap();
+            for _ in 0..2 {
+                let (_, opened) = StateDir::open(&dir.0);
+                assert_eq!(opened.record, Some(record()), "{text}");
+                assert!(opened.stale && !opened.lost);
+                let [warning] = &opened.warnings[..] else {
+                    panic!("{opened:?}");
+                };
+                assert!(
+                    warning.contains("modes.json.aside; its copy is"),
+                    "{warning}"
+                );
+                assert_eq!(fs::read_to_string(dir.0.join(ASIDE)).unwrap(), text);
+            }
+            let (state, _) = StateDir::open(&dir.0);
+            state.keep(&record()).unwrap();
+            drop(state);
+            let (_, opened) = StateDir::open(&dir.0);
+            assert_eq!((opened.warnings, opened.stale), (Vec::new(), false));
+            assert_eq!(fs::read_to_string(dir.0.join(ASIDE)).unwrap(), text);
+        }
     }
 
     #[test]
-    fn a_file_that_is_not_understood_is_set_aside_and_said() {
-        for text in [
-            "",
-            "{",
-            "{\"version\":1}",
-            "{\"version\":1,\"moves\":3}",
-            "\u{0}",
-        ] {
-            let dir = Dir::new("state-garbled");
-            fs::create_dir(&dir.0).unwrap();
-            fs::write(dir.modes(), text).unwrap();
-            let (state, found, warnings) = StateDir::open(&dir.0);
-            assert_eq!((found, warnings.len()), (None, 1), "{text}");
-            assert!(warnings[0].contains("modes.json.aside"), "{warnings:?}");
-            assert_eq!(fs::read_to_string(dir.0.join(ASIDE)).unwrap(), text);
-            state.keep(&record()).unwrap();
+    fn where_nobody_knows_the_modes_that_is_known() {
+        for text in DAMAGED {
+            for copy in [None, Some(text)] {
+                let dir = Dir::new("state-lost");
+                fs::create_dir(&dir.0).unwrap();
+                fs::write(dir.modes(), text).unwrap();
+                if let Some(copy) = copy {
+                    fs::write(dir.0.join(COPY), copy).unwrap();
+                }
+                let (_, opened) = StateDir::open(&dir.0);
+                assert_eq!((opened.record, opened.lost), (None, true), "{text}");
+                assert_eq!(opened.warnings.len(), 1);
+            }
         }
     }
 
@@ -296,8 +398,10 @@ mod tests {
         fs::create_dir(&dir.0).unwrap();
         let text = "{\"version\":2,\"moves\":\"elsewhere\"}";
         fs::write(dir.modes(), text).unwrap();
-        let (state, found, warnings) = StateDir::open(&dir.0);
-        assert_eq!((found, warnings.len()), (None, 1));
+        let (state, opened) = StateDir::open(&dir.0);
+        let warnings = opened.warnings;
+        assert_eq!((opened.record, warnings.len()), (None, 1));
+        assert!(opened.lost && !opened.stale);
         assert!(warnings[0].contains("of a newer ipmoved"), "{warnings:?}");
         assert!(state.keep(&record()).unwrap_err().contains("newer"));
         assert_eq!(fs::read_to_string(dir.modes()).unwrap(), text);
@@ -308,8 +412,9 @@ mod tests {
         // Root may write everywhere but where there is no directory.
         let dir = Dir::new("state-file");
         fs::write(&dir.0, "").unwrap();
-        let (state, found, warnings) = StateDir::open(&dir.0);
-        assert_eq!((found, warnings.len()), (None, 1), "{warnings:?}");
+        let (state, opened) = StateDir::open(&dir.0);
+        let warnings = opened.warnings;
+        assert_eq!((opened.record, warnings.len()), (None, 1), "{warnings:?}");
         assert!(state.keep(&record()).unwrap_err().contains("--state-dir"));
         fs::remove_file(&dir.0).unwrap();
         let (state, ..) = StateDir::open(&dir.0);

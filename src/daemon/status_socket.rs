@@ -43,6 +43,22 @@ pub enum StatusError {
     /// The daemon's answer broke off or is not understood.
     #[error("the daemon's answer is not understood: {0}")]
     Answer(#[source] io::Error),
+    /// The daemon is there, and says nothing.
+    #[error(
+        "the daemon runs, but does not answer: is it stopped, or waiting for a disk? (`systemctl \
+         kill -s KILL ipmoved` ends it; started again it goes on, and resets no connection)"
+    )]
+    Silent,
+}
+
+impl StatusError {
+    /// What an answer that does not come, or breaks off, tells of the daemon.
+    pub(super) fn of_answer(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::ETIMEDOUT) => Self::Silent,
+            _ => Self::Answer(error),
+        }
+    }
 }
 
 /// Asks the daemon that listens at `socket`.
@@ -52,7 +68,7 @@ pub fn ask(socket: &Path) -> Result<Status, StatusError> {
     stream
         .set_read_timeout(Some(PATIENCE))
         .and_then(|()| (&mut stream).take(MAX_STATUS).read_to_string(&mut text))
-        .map_err(StatusError::Answer)?;
+        .map_err(StatusError::of_answer)?;
     serde_json::from_str(&text).map_err(|error| StatusError::Answer(error.into()))
 }
 

@@ -44,12 +44,14 @@ use crate::flow::class::Side;
 use crate::flow::clients::{Change, Clients, Flow, Known};
 use crate::flow::ended::HostFlow;
 use crate::flow::fragments::FragmentCache;
+use crate::flow::hold::Awaits;
 use crate::flow::listing::Row;
 use crate::flow::lock;
 use crate::flow::modes::{CLIENTS_QUERY, Modes, Says, Taken};
 use crate::flow::ownership::{Ownership, Verdict};
 use crate::flow::records::Ends;
 use crate::flow::seed::Seed;
+use crate::flow::shield::Shields;
 use crate::flow::table::FlowStats;
 use crate::flow::visits::Visits;
 use crate::flow::watch::{self, Observations, Watch};
@@ -61,7 +63,7 @@ use crate::model::owners::Owners;
 use crate::model::peer::PeerId;
 use crate::model::scopes::Scopes;
 use crate::model::visit::Visited;
-use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, SYN};
+use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, RST, SYN};
 
 /// The old server's checks for one peer. Shared by the lanes.
 #[derive(Debug)]
@@ -81,6 +83,7 @@ pub struct Gate {
     refusals: Refusals,
     watch: Arc<Watch<Flow>>,
     modes: Modes,
+    shields: Shields,
     owners: Owners,
     /// What the modes said of first fragments, for the later ones.
     decided: Mutex<FragmentCache<Verdict>>,
@@ -144,6 +147,7 @@ impl Gate {
             refusals: Refusals::default(),
             watch: Arc::new(Watch::new(seed)),
             modes: Modes::default(),
+            shields: Shields::default(),
             decided: Mutex::new(FragmentCache::new()),
             taken: OnceLock::new(),
             name: None,
@@ -155,6 +159,12 @@ impl Gate {
     /// moved at first.
     pub fn set_modes(&self, modes: &[Mode<Instant>], key: ShareKey) {
         self.modes.set(modes, key);
+    }
+
+    /// From now on clients of each move, in the order in which they were given, are told of no
+    /// refusal of the new server until then. Nobody is shielded at first.
+    pub fn set_shields(&self, until: &[Option<Instant>]) {
+        self.shields.set(until);
     }
 
     /// What capture has noted, which is asked where this gate knows nothing. It is set once.
@@ -190,6 +200,8 @@ impl Gate {
             modes: Modes::default(),
             decided: Mutex::new(FragmentCache::new()),
             taken: self.taken.clone(),
+            shields: Shields::default(),
+            name: self.name,
             visits: self.visits.clone(),
         }
     }
@@ -297,14 +309,14 @@ impl Gate {
     /// [`DropReason::NotMoved`], [`DropReason::BadDestination`], [`DropReason::Unasked`],
     /// [`DropReason::FragmentUnknown`], [`DropReason::IcmpUnrelated`];
     /// [`DropReason::OutgoingNotAllowed`], [`DropReason::OutgoingLimited`],
-    /// [`DropReason::OutgoingTaken`].
+    /// [`DropReason::OutgoingTaken`]; [`DropReason::RefusalWithheld`].
     #[inline]
     pub fn check_returning(
         &self,
         now: Instant,
         parsed: &Parsed,
         bytes: &[u8],
-        gates: &[Self],
+        gates: &[Arc<Self>],
     ) -> Result<(), DropReason> {
         let found = self.ownership.find(parsed.src(bytes));
         let scope = found.ok_or(DropReason::NotMoved)?;
@@ -321,6 +333,9 @@ impl Gate {
         }
         let (protocol, port) = (parsed.protocol(), parsed.src_port());
         if self.ownership.takes(scope, protocol, parsed.kind(), port) {
+            if parsed.tcp_flags() & RST != 0 && self.shields.apply() {
+                self.withhold_reset(scope, now, parsed, bytes)?;
+            }
             let flow = self.clients.answered(parsed, bytes);
             match &flow {
                 Some(flow) if !begins(parsed) => match self.clients.server_spoke(now, flow) {
@@ -351,11 +366,24 @@ impl Gate {
         refused
     }
 
-    /// Whether a client's packet was let in, and nobody has answered its flow since.
-    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> bool {
+    /// What a client waits for whose packet was let in.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, bytes: &[u8]) -> Awaits {
         let flow = self.clients.asked(parsed, bytes);
-        let noted = flow.and_then(|flow| self.clients.noted(now, &flow));
-        noted.is_some_and(|noted| !noted.seen.is_answered())
+        let Some(noted) = flow.and_then(|flow| self.clients.noted(now, &flow)) else {
+            return Awaits::Nothing;
+        };
+        let is_shielded = || {
+            let scope = self.ownership.find(parsed.dst(bytes));
+            scope.is_some_and(|scope| {
+                self.shields(scope, now, noted.protocol, parsed.kind(), parsed.dst_port())
+            })
+        };
+        match noted.seen.answer(noted.protocol) {
+            Some(true) => Awaits::Nothing,
+            None if !is_shielded() => Awaits::Answer,
+            Some(false) if !is_shielded() => Awaits::Nothing,
+            None | Some(false) => Awaits::Chance,
+        }
     }
 
     /// Lets flows expire, looking at `budget` of them at most. One thread calls it, every second.
@@ -378,7 +406,7 @@ impl Gate {
 
     /// How many conversations [`visited`](Self::visited) will tell of once they have settled.
     pub fn settling(&self) -> u64 {
-        self.visits.as_ref().map_or(0, Visits::settling)
+        self.visits.as_ref().map_or(0, |visits| visits.settling())
     }
 
     /// These clients are known: what they begin is noted before that of others.
@@ -536,6 +564,38 @@ impl Gate {
         }
     }
 
+    /// Whether refusals of the new server are kept from clients of this port.
+    fn shields(&self, scope: usize, now: Instant, protocol: u8, kind: Kind, port: u16) -> bool {
+        self.shields.apply()
+            && self
+                .shields
+                .cover(now, self.owner(scope, protocol, kind, port))
+    }
+
+    /// Keeps a reset from a client that nobody has answered yet, if its move is shielded.
+    #[cold]
+    fn withhold_reset(
+        &self,
+        scope: usize,
+        now: Instant,
+        parsed: &Parsed,
+        bytes: &[u8],
+    ) -> Result<(), DropReason> {
+        let Some(flow) = self.clients.answered(parsed, bytes) else {
+            return Ok(());
+        };
+        let noted = self.clients.noted(now, &flow);
+        let is_new = noted.is_some_and(|it| it.seen.answer(TCP) != Some(true));
+        if !is_new || !self.shields(scope, now, TCP, parsed.kind(), parsed.src_port()) {
+            return Ok(());
+        }
+        // Whoever watches is to know.
+        if let Known::Changed(change) = self.clients.server_spoke(now, &flow) {
+            self.changed(now, Side::Application, parsed, bytes, &flow, change);
+        }
+        Err(DropReason::RefusalWithheld)
+    }
+
     /// The number of the move that a packet belongs to.
     fn owner(&self, scope: usize, protocol: u8, kind: Kind, port: u16) -> Option<usize> {
         let port = kind.has_ports().then_some(port);
@@ -582,6 +642,14 @@ impl Gate {
         flow: &Flow,
         change: Change,
     ) {
+        let refused = parsed.protocol() == TCP && change.before.answer(TCP) == Some(false);
+        if refused
+            && side == Side::Client
+            && let Some(asked) = watch::asked(parsed, parsed.dst(bytes))
+        {
+            // It tries once more.
+            self.watch.opened(now, asked, parsed.src(bytes), *flow);
+        }
         let Some(visits) = &self.visits else {
             return;
         };
@@ -659,6 +727,20 @@ impl Gate {
             Some(flow) => {
                 let is_it = |known: &Flow| Clients::is_same(known, &flow);
                 self.watch.error(parsed, bytes, is_it);
+                let answer = |it: watch::Noted| it.seen.answer(protocol);
+                let is_new = self
+                    .clients
+                    .noted(now, &flow)
+                    .is_some_and(|it| answer(it).is_none());
+                if is_new
+                    && watch::says_unreachable(parsed, bytes)
+                    && self.shields(scope, now, protocol, quoted.kind(), port)
+                {
+                    // The same conversation may be answered yet.
+                    let asked = (dst, protocol, port);
+                    self.watch.opened(now, asked, parsed.dst(bytes), flow);
+                    return Err(DropReason::RefusalWithheld);
+                }
                 Ok(())
             }
             None => Err(DropReason::IcmpUnrelated),
@@ -902,7 +984,7 @@ mod tests {
         let waits = |bed: &Bed| {
             let bytes = asks.build();
             let parsed = Parsed::parse(&bytes).unwrap();
-            bed.gate.awaits_answer(bed.now, &parsed, &bytes)
+            bed.gate.awaits_answer(bed.now, &parsed, &bytes) == Awaits::Answer
         };
         assert!(!waits(&bed), "nobody asked");
         assert_eq!(bed.captured(&asks.build()), CARRY);

@@ -75,8 +75,20 @@ const SLACK: Duration = Duration::from_millis(10);
 /// seen before as it did the first time (RFC 9293 section 3.10.7.4).
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// How often a SYN goes on at most.
+/// How often a SYN goes on at most, unless the new server is watched: then until that is over.
 const TIMES: u32 = 4;
+
+/// What a client waits for whose SYN went on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Awaits {
+    /// It has its answer, or has gone.
+    Nothing,
+    /// An answer to what was sent.
+    Answer,
+    /// That somebody answers what is sent: whoever does not, or refuses, may soon
+    /// ([`Gate::set_shields`](crate::flow::gate::Gate::set_shields)).
+    Chance,
+}
 
 /// The first packets that wait.
 #[derive(Debug)]
@@ -363,16 +375,24 @@ impl Hold {
     }
 
     /// Takes out the frames of SYNs that went on before and that nobody has answered by now, in
-    /// order. `waits` says of a packet whether it still waits for its answer.
-    pub fn again(&mut self, now: Instant, waits: impl Fn(&[u8]) -> bool, out: &mut Vec<Box<[u8]>>) {
+    /// order. `awaits` says of a packet what it waits for.
+    pub fn again(
+        &mut self,
+        now: Instant,
+        awaits: impl Fn(&[u8]) -> Awaits,
+        out: &mut Vec<Box<[u8]>>,
+    ) {
         while let Some(entry) = self.sent.first_entry()
             && entry.key().0 <= now
         {
             let ((_, number), sent) = entry.remove_entry();
-            if waits(&sent.frame[VNET_HDR_LEN..]) {
-                self.sent(now, number, sent.times + 1, &sent.frame);
-                out.push(sent.frame);
-            }
+            let times = match awaits(&sent.frame[VNET_HDR_LEN..]) {
+                Awaits::Nothing => continue,
+                Awaits::Answer => sent.times + 1,
+                Awaits::Chance => (sent.times + 1).min(TIMES - 1),
+            };
+            self.sent(now, number, times, &sent.frame);
+            out.push(sent.frame);
         }
     }
 
@@ -648,9 +668,9 @@ mod tests {
         }
 
         /// Packets that go on again by now, of those which this says wait.
-        fn again(&mut self, waits: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
+        fn again(&mut self, awaits: impl Fn(&[u8]) -> Awaits) -> Vec<Vec<u8>> {
             let mut frames = Vec::new();
-            self.hold.again(self.now, waits, &mut frames);
+            self.hold.again(self.now, awaits, &mut frames);
             let packets = frames.iter().map(|frame| frame[VNET_HDR_LEN..].to_vec());
             packets.collect()
         }
@@ -917,7 +937,10 @@ mod tests {
             // The first one is answered at once, the next one after it went on again.
             let (one, two) = (syn(0), syn(1));
             let late = bed.now > begun + AGAIN;
-            let again = bed.again(|packet| packet != one && !(late && packet == two));
+            let again = bed.again(|packet| match packet != one && !(late && packet == two) {
+                true => Awaits::Answer,
+                false => Awaits::Nothing,
+            });
             seen.extend(again.into_iter().map(|packet| (bed.now - begun, packet)));
         }
         let expected = [
@@ -926,6 +949,26 @@ mod tests {
             (AGAIN * 3, syn(2)),
             (AGAIN * 6, syn(2)),
         ];
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn a_syn_goes_on_again_as_long_as_somebody_may_yet_answer() {
+        let mut bed = Bed::new(MOVED);
+        bed.keep(&syn(0)).unwrap();
+        bed.hold_all(None);
+        assert_eq!(bed.take().len(), 1);
+        let begun = bed.now;
+        let mut seen = Vec::new();
+        while let Some(next) = bed.hold.next(bed.now) {
+            bed.now = next;
+            let awaits = match bed.now < begun + AGAIN * 20 {
+                true => Awaits::Chance,
+                false => Awaits::Nothing,
+            };
+            seen.extend(bed.again(|_| awaits).iter().map(|_| bed.now - begun));
+        }
+        let expected = [1, 3, 6, 9, 12, 15, 18].map(|times| AGAIN * times);
         assert_eq!(seen, expected);
     }
 

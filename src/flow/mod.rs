@@ -19,6 +19,7 @@
 //! | [`watch`] | which of the newest conversations were answered |
 //! | [`turned`] | which of them this server's daemon turned away |
 //! | [`hold`] | first packets that wait for the end of a hold |
+//! | `shield` | refusals that are kept from clients while a cut-over is watched |
 //! | `visits` | which clients still come, and what is known of their conversations |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
@@ -46,6 +47,7 @@ mod records;
 pub mod role;
 pub mod routes;
 pub mod seed;
+mod shield;
 mod slab;
 pub mod table;
 pub mod tally;

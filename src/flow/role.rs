@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::flow::gate::{Gate, Refused, begun};
+use crate::flow::hold::Awaits;
 use crate::flow::listing::{Flows, Place, Row};
 use crate::flow::modes::Taken;
 use crate::flow::ownership::Verdict;
@@ -263,6 +264,15 @@ impl Forwarder {
         }
     }
 
+    /// Sets until when refusals are kept from the clients of each of a peer's moves, in the order
+    /// of the settings (old server).
+    pub fn set_shields(&self, peer: PeerId, until: &[Option<Instant>]) {
+        match self {
+            Self::Old(gates) => gates[usize::from(peer.0)].set_shields(until),
+            Self::New(_) => {}
+        }
+    }
+
     /// What capture has noted, for whoever judges what it hands over.
     pub fn set_taken(&self, taken: &Arc<dyn Taken>) {
         match self {
@@ -290,11 +300,15 @@ impl Forwarder {
         }
     }
 
-    /// Whether a client's packet went to a peer, and nobody has answered it since.
-    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, packet: &[u8]) -> bool {
+    /// What a client waits for whose packet went to a peer.
+    pub fn awaits_answer(&self, now: Instant, parsed: &Parsed, packet: &[u8]) -> Awaits {
         match self {
-            Self::Old(gates) => (gates.iter()).any(|gate| gate.awaits_answer(now, parsed, packet)),
-            Self::New(_) => false,
+            Self::Old(gates) => gates
+                .iter()
+                .map(|gate| gate.awaits_answer(now, parsed, packet))
+                .find(|awaits| *awaits != Awaits::Nothing)
+                .unwrap_or(Awaits::Nothing),
+            Self::New(_) => Awaits::Nothing,
         }
     }
 
@@ -331,7 +345,7 @@ impl Forwarder {
     /// How many conversations will be told of once they have settled (old server).
     pub fn settling(&self) -> u64 {
         match self {
-            Self::Old(gates) => gates.iter().map(Gate::settling).sum(),
+            Self::Old(gates) => gates.iter().map(|gate| gate.settling()).sum(),
             Self::New(_) => 0,
         }
     }

@@ -254,7 +254,7 @@ pub(super) fn asked(parsed: &Parsed, moved: Addr) -> Option<(Addr, u8, u16)> {
 }
 
 /// Whether an ICMP error says that a host, a port or a protocol is not there, or not allowed.
-fn says_unreachable(parsed: &Parsed, bytes: &[u8]) -> bool {
+pub(super) fn says_unreachable(parsed: &Parsed, bytes: &[u8]) -> bool {
     let Some(&[kind, code]) = bytes.get(parsed.l4()..).and_then(<[u8]>::first_chunk) else {
         return false;
     };

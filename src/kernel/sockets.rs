@@ -24,6 +24,8 @@ const SYN_RECV: u32 = 1 << 3;
 const FIN_WAIT1: u32 = 1 << 4;
 const FIN_WAIT2: u32 = 1 << 5;
 const CLOSE_WAIT: u32 = 1 << 8;
+/// Of UDP, a socket that is not connected.
+const CLOSE: u32 = 1 << 7;
 const LAST_ACK: u32 = 1 << 9;
 /// Of UDP.
 const UNCONNECTED: u32 = 1 << 7;
@@ -68,6 +70,16 @@ pub fn tcp(mut each: impl FnMut(&Conversation)) -> io::Result<()> {
 pub fn all(mut each: impl FnMut(&Conversation)) -> io::Result<()> {
     dump(libc::IPPROTO_TCP as u8, LIVING | FIN_WAIT2, &mut each)?;
     dump(libc::IPPROTO_UDP as u8, ESTABLISHED, &mut each)
+}
+
+/// Hands over each socket that waits for clients: TCP that listens, and UDP that is not connected.
+/// Its other end means nothing.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn bound(mut each: impl FnMut(&Conversation)) -> io::Result<()> {
+    dump(libc::IPPROTO_TCP as u8, LISTEN, &mut each)?;
+    dump(libc::IPPROTO_UDP as u8, CLOSE, &mut each)
 }
 
 /// The TCP ports that something listens on, at whichever address.
@@ -206,6 +218,12 @@ mod tests {
                 let (accepted, remote) = listener.accept().unwrap();
                 let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
                 assert_eq!(listening().unwrap(), [port].into());
+                let waits = found(|each| bound(|it| each(it)).unwrap());
+                assert_eq!(waits.len(), 1, "{waits:?}");
+                assert_eq!(
+                    waits[0].local,
+                    addr.replace(":0", &format!(":{port}")).parse().unwrap()
+                );
                 let local = SocketAddr::new(server, port);
                 let all = found(|each| all(|it| each(it)).unwrap());
                 assert_eq!(all.len(), 2, "either end: {all:?}");
@@ -232,7 +250,10 @@ mod tests {
             let (one, other) = ("127.0.0.1:7000", "127.0.0.1:7001");
             let socket = UdpSocket::bind(one).unwrap();
             assert_eq!(found(|each| all(|it| each(it)).unwrap()), []);
+            let waits = found(|each| bound(|it| each(it)).unwrap());
+            assert_eq!(waits[0].local, one.parse().unwrap());
             socket.connect(other).unwrap();
+            assert_eq!(found(|each| bound(|it| each(it)).unwrap()), []);
             let conversations = found(|each| all(|it| each(it)).unwrap());
             assert_eq!(conversations.len(), 1);
             end(&conversations[0]).unwrap();

@@ -5,14 +5,15 @@
 //! a [`Lab`], which goes away in every case: at the end, after a failure, and after Ctrl-C.
 
 use std::io::{self, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use super::daemon::{Daemon, DaemonSetup, Daemons};
 use super::topology::{CLIENT, Leg, MOVED, NEW, OLD};
-use super::traffic::listeners;
-use super::{Lab, LabError, Probe, Result, Service, Snapshot, UdpService, interrupt};
+use super::traffic::{Client, listeners};
+use super::{Lab, LabError, Output, Probe, Result, Service, Snapshot, UdpService, interrupt};
 use crate::model::peer::Role;
 
 /// Size of the download: more than any buffer on the path holds, and about a second's work.
@@ -26,6 +27,8 @@ const PATIENCE: Duration = Duration::from_millis(700);
 /// How long a connection may take to live on after a restart: TCP tries again after 0.2, 0.4, 0.8,
 /// 1.6, 3.2 and 6.4 s (RFC 6298 doubles the interval each time).
 const RECOVERY: Duration = Duration::from_secs(15);
+/// How often a client connects while the service changes servers.
+const EVERY: Duration = Duration::from_millis(20);
 /// A sentence for the connection whose packets the tap looks at.
 const SECRET: &[u8] = b"This sentence can be read by anybody on the way.";
 
@@ -148,6 +151,7 @@ fn tell(story: &mut Story<'_>, lab: &Lab, exe: &Path) -> Result<(), DemoError> {
     let Some(daemons) = survived(story, lab, &setup, daemons)? else {
         return Ok(());
     };
+    changed(story, lab, &setup)?;
 
     story.step(
         "Both daemons are stopped (SIGTERM); each undoes what it changed",
@@ -330,6 +334,105 @@ fn survived<'lab>(
         crash(lab, setup, Role::Old, old)
     })?;
     Ok(old.zip(new).map(|(old, new)| Daemons { old, new }))
+}
+
+/// Shows how a service changes servers while clients come: back to the old one, and over again.
+fn changed(story: &mut Story<'_>, lab: &Lab, setup: &DaemonSetup<'_>) -> Result<(), DemoError> {
+    let Some(service) = story.step(
+        "The service runs on the old server once more, and there: ipmoved back",
+        || {
+            let service = Service::start(lab.old_server(), MOVED)?;
+            ordered(setup, &["back"])?;
+            lab.client().get(MOVED)?.is_answered_by(MOVED)?;
+            Ok((
+                format!("{MOVED} is answered by the old server itself"),
+                service,
+            ))
+        },
+    )?
+    else {
+        return Ok(());
+    };
+    let title = format!(
+        "A client connects every {} ms while the service changes servers: ipmoved cutover",
+        EVERY.as_millis()
+    );
+    story.step(&title, || {
+        let over = AtomicBool::new(false);
+        let (said, asked) = std::thread::scope(|scope| {
+            let asks = scope.spawn(|| ask_until(lab.client(), &over));
+            // Some come before, and some afterwards.
+            std::thread::sleep(PATIENCE);
+            let said = ordered(setup, &["cutover"]);
+            std::thread::sleep(PATIENCE);
+            over.store(true, Relaxed);
+            (said, asks.join())
+        });
+        let asked = asked.map_err(|_| LabError::unexpected("the client crashed"))?;
+        let said = said?;
+        let took = last_second(&said.stdout).unwrap_or_default();
+        drop(service);
+        let by = |server: Ipv4Addr| {
+            let answered = asked.iter().filter_map(|(it, _)| it.as_ref().ok());
+            answered.filter(|it| **it == IpAddr::V4(server)).count()
+        };
+        let (old, new) = (by(MOVED), by(NEW));
+        if let Some((Err(error), _)) = asked.iter().find(|(it, _)| it.is_err()) {
+            return Err(LabError::unexpected(format!(
+                "a client was not answered: {error}"
+            )));
+        }
+        if old == 0 || new == 0 {
+            return Err(LabError::unexpected(format!(
+                "answered: {old} here, {new} there"
+            )));
+        }
+        let longest = asked
+            .iter()
+            .map(|(_, took)| *took)
+            .max()
+            .unwrap_or_default();
+        Ok((
+            format!(
+                "{} connections, none refused: {old} answered by the old server, {new} by the new \
+                 one; the longest took {} ms, the cut-over {took} s",
+                asked.len(),
+                longest.as_millis()
+            ),
+            (),
+        ))
+    })?;
+    Ok(())
+}
+
+/// Runs a command of ours on the old server, which is to work.
+fn ordered(setup: &DaemonSetup<'_>, args: &[&str]) -> Result<Output> {
+    let said = setup.run(Role::Old, args)?;
+    match said.status.success() {
+        true => Ok(said),
+        false => Err(LabError::unexpected(format!("{args:?}: {said:?}"))),
+    }
+}
+
+/// The time in the last line of a cut-over.
+fn last_second(said: &str) -> Option<&str> {
+    said.lines().last()?.split_whitespace().next()
+}
+
+/// Connects again and again. Returns of each connection who answered, and how long that took.
+fn ask_until(
+    client: Client<'_>,
+    over: &AtomicBool,
+) -> Vec<(std::result::Result<IpAddr, String>, Duration)> {
+    let mut asked = Vec::new();
+    while !over.load(Relaxed) {
+        let begun = Instant::now();
+        let answer = client.get(MOVED);
+        let server = answer.map(|it| it.server.ip());
+        asked.push((server.map_err(|error| error.to_string()), begun.elapsed()));
+        std::thread::sleep(EVERY.saturating_sub(begun.elapsed()));
+    }
+    asked
 }
 
 fn crash<'lab>(

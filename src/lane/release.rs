@@ -24,6 +24,7 @@ use super::outbound::Outbound;
 use super::shared::{BURST, Context, LaneParts, TICK, timespec};
 use super::to_control::{LaneError, ToControl};
 use crate::channel::session::wipe_frames;
+use crate::flow::hold::Awaits;
 use crate::model::drops::DropReason;
 use crate::packet::Parsed;
 
@@ -109,11 +110,11 @@ impl Release {
                 self.send(now);
             }
             let view = shared.view.load_full();
-            let waits = |packet: &[u8]| {
-                Parsed::parse(packet)
-                    .is_ok_and(|parsed| view.forwarder.awaits_answer(now, &parsed, packet))
+            let awaits = |packet: &[u8]| match Parsed::parse(packet) {
+                Ok(parsed) => view.forwarder.awaits_answer(now, &parsed, packet),
+                Err(_) => Awaits::Nothing,
             };
-            shared.holding.lock().again(now, waits, &mut self.frames);
+            shared.holding.lock().again(now, awaits, &mut self.frames);
             if !self.frames.is_empty() {
                 self.send(now);
             }

@@ -5,10 +5,12 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::model::moved::{TCP, UDP};
 
 /// What a conversation is for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct Asked {
     /// The moved address.
     pub addr: IpAddr,
@@ -40,6 +42,21 @@ pub enum Verdict {
     Refused,
     /// Packets go in, and nothing comes out.
     Silent,
+}
+
+/// Whether something listens there, where it is delivered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Found {
+    /// Something does.
+    Yes,
+    /// Nothing does.
+    No,
+    /// Nothing was found, but that server forwards packets, and a container may answer.
+    Perhaps,
+    /// Nobody can tell.
+    #[default]
+    Unknown,
 }
 
 /// What one server tells the other of something that is not well.

@@ -127,6 +127,9 @@ drop_reasons! {
     HoldFull = "hold_full",
     /// A first packet that was held until its client had given up.
     HoldExpired = "hold_expired",
+    /// The new server refused a client while a cut-over was watched. The client is not told:
+    /// whoever serves in the end answers it.
+    RefusalWithheld = "refusal_withheld",
     /// Larger than the tunnel can carry, or than the next link, and must not be fragmented.
     TooBig = "too_big",
     /// A router marked congestion on a packet whose sender does not understand the mark (RFC 6040).

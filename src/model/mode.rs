@@ -42,6 +42,15 @@ pub struct Mode<T> {
     pub held_until: Option<T>,
 }
 
+/// What the new server is told of the mode of a move. By default it has moved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Told {
+    /// So many per cent of all clients get the new server: 0 to 100.
+    Percent(u8),
+    /// New conversations wait.
+    Held,
+}
+
 /// The secret of the shares of one old server. It lasts as long as the moves do, so that a client
 /// stays where it is.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,7 +88,58 @@ impl Percent {
     }
 }
 
+impl Told {
+    /// In place of a number of per cent.
+    const HELD: u8 = 101;
+
+    /// As one byte.
+    pub fn byte(self) -> u8 {
+        match self {
+            Self::Percent(percent) => percent,
+            Self::Held => Self::HELD,
+        }
+    }
+
+    /// What [`byte`](Self::byte) gave.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        match byte {
+            0..=100 => Some(Self::Percent(byte)),
+            Self::HELD => Some(Self::Held),
+            _ => None,
+        }
+    }
+
+    /// The name of the mode, as in `status --json`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Percent(0) => "here",
+            Self::Percent(100) => "moved",
+            Self::Percent(_) => "shared",
+            Self::Held => "held",
+        }
+    }
+
+    /// Whether the old server alone serves who comes now.
+    pub fn is_there(self) -> bool {
+        matches!(self, Self::Percent(0) | Self::Held)
+    }
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Self::Percent(100)
+    }
+}
+
 impl<T> Mode<T> {
+    /// What the new server is told of it.
+    pub fn told(&self) -> Told {
+        match self.held_until {
+            Some(_) => Told::Held,
+            None => Told::Percent(self.settled.percent()),
+        }
+    }
+
     /// A mode in which nothing is held.
     pub fn settled(settled: Settled) -> Self {
         Self {

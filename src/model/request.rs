@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::asked::Asked;
 use crate::model::mode::Percent;
 
 /// A command to the old server's daemon. `what` names moves as `--move` does; none means all.
@@ -32,6 +33,22 @@ pub enum Request {
     Cutover {
         /// Of what.
         what: Vec<String>,
+        /// Meanwhile the new server is asked whether something listens for these.
+        #[serde(default)]
+        asks: Vec<Asked>,
+    },
+    /// The service here is being stopped, and this connection starts it again if it goes back. Who
+    /// goes back in its place lets new conversations wait meanwhile.
+    Stopping {
+        /// Of what.
+        what: Vec<String>,
+    },
+    /// What the new server refuses is kept from clients, as long as this connection lasts.
+    Shield {
+        /// Of what.
+        what: Vec<String>,
+        /// For how long at most.
+        seconds: u32,
     },
     /// What is noted of conversations that the old server has is forgotten.
     Forget {
@@ -49,7 +66,9 @@ impl Request {
             Self::Move { what, .. }
             | Self::Hold { what, .. }
             | Self::Back { what }
-            | Self::Cutover { what }
+            | Self::Cutover { what, .. }
+            | Self::Shield { what, .. }
+            | Self::Stopping { what }
             | Self::Forget { what } => what,
             Self::Reload => &[],
         }

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::asked::Found;
 use crate::model::peer::Role;
 use crate::model::problems::Severity;
 use crate::model::progress::{Listens, Progress};
@@ -97,11 +98,17 @@ pub struct TunnelStatus {
     /// How far each move has come, as the new server says; on the old one nothing until it has.
     #[serde(default)]
     pub progress: Vec<ProgressOf>,
+    /// What a cut-over looks for on the new server, while one runs (old server).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub looked_for: Vec<LookedFor>,
     /// What was moved.
     pub moved: Vec<String>,
     /// Who answers new conversations of each move (old server).
     #[serde(default)]
     pub modes: Vec<ModeStatus>,
+    /// Which mode each move is in that has not moved wholly, as the old server says (new server).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peer_modes: Vec<PeerMode>,
     /// Where the new server delivers: an address, one of each family, or `keep`.
     pub deliver_to: Option<String>,
     /// What is delivered elsewhere, as `--deliver` names it (new server).
@@ -142,6 +149,37 @@ pub struct TunnelStatus {
     pub drops: BTreeMap<String, u64>,
 }
 
+/// The mode of a move, as the new server knows it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerMode {
+    /// The move, as `--move` names it.
+    pub what: String,
+    /// `here`, `held` or `shared`.
+    pub mode: String,
+    /// How many per cent of all clients the new server gets; `null` while it is held.
+    pub percent: Option<u8>,
+}
+
+impl PeerMode {
+    /// The mode in words.
+    fn says(&self) -> String {
+        match (self.mode.as_str(), self.percent) {
+            ("here", _) => "here: the old server still serves it itself".into(),
+            (mode, Some(percent)) => format!("{mode}: {percent} % of all clients come here"),
+            (mode, None) => format!("{mode}: new connections wait on the old server"),
+        }
+    }
+}
+
+/// A port that the old server serves, and whether something listens for it on the new one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LookedFor {
+    /// The port: `192.0.2.5:80/tcp`.
+    pub what: String,
+    /// Whether something listens where it is delivered.
+    pub listens: Found,
+}
+
 /// The mode of a move, and how much of it is on either server.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ModeStatus {
@@ -169,6 +207,9 @@ pub struct ModeStatus {
     pub leaving: bool,
     /// Since when it is in this mode (RFC 3339).
     pub since: String,
+    /// The process of the cut-over that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cutover: Option<i32>,
 }
 
 impl ModeStatus {
@@ -589,12 +630,16 @@ impl TunnelStatus {
             }
             writeln!(out, "; since {}", mode.since)?;
         }
-        match shown.count().checked_sub(SHOWN) {
-            Some(more @ 1..) => writeln!(
+        for mode in self.peer_modes.iter().take(SHOWN) {
+            writeln!(out, "  mode       {}: {}", mode.what, mode.says())?;
+        }
+        let more = [shown.count(), self.peer_modes.len()].map(|it| it.saturating_sub(SHOWN));
+        match more.into_iter().sum() {
+            0 => Ok(()),
+            more => writeln!(
                 out,
                 "  mode       and {more} more, see `ipmoved status --json`"
             ),
-            _ => Ok(()),
         }
     }
 
@@ -837,6 +882,7 @@ pub(crate) mod tests {
             leaving: false,
             there_live: (mode == "shared").then_some(1),
             since: "2026-11-28T04:00:00Z".into(),
+            cutover: None,
         }
     }
 
@@ -868,6 +914,8 @@ pub(crate) mod tests {
                         directly: 810,
                     },
                 }],
+                looked_for: Vec::new(),
+                peer_modes: Vec::new(),
                 moved: vec!["192.0.2.5".into()],
                 modes: vec![
                     mode("192.0.2.5", "held", 3),

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::messages::Announcement;
+use super::mode_news::PeerModes;
 use super::progress_news::MoveName;
 use crate::channel::session::{Ciphers, Session};
-use crate::model::asked::News;
+use crate::model::asked::{Asked, Found, News};
 use crate::model::peer::{Endpoint, Role};
 use crate::model::progress::Progress;
 
@@ -45,6 +46,17 @@ pub enum Event {
         /// What it says of each.
         progress: Vec<(MoveName, Progress)>,
     },
+    /// The peer says which mode its moves are in.
+    PeerModes {
+        /// Which run of the peer says so.
+        run: u64,
+        /// What it says.
+        modes: PeerModes,
+    },
+    /// The peer asks whether something listens for these.
+    PeerAsks(Vec<Asked>),
+    /// The peer tells what it was asked: whether something listens for each.
+    PeerTells(Vec<(Asked, Found)>),
     /// A round trip took this long.
     Rtt(Duration),
     /// Largest datagram (UDP payload) that the path carries towards the peer.

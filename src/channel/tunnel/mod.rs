@@ -44,24 +44,26 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::channel::pmtu::{self, MtuDiscovery};
 use crate::channel::session::{
     Accepts, Activity, Admitted, Initiating, InitiationPayload, NoEntropy, Offer, PeerKeys,
-    Responding,
-    ResponsePayload, Session, SessionSpec,
+    Responding, ResponsePayload, Session, SessionSpec,
 };
 use crate::channel::wire::{
     CONTROL_LANE, DATA_HEADER_LEN, DATA_OVERHEAD, Flags, Initiation, Message, Response, TAG_LEN,
 };
 use crate::model::accept::Accept;
-use crate::model::asked::News;
+use crate::model::asked::{Asked, Found, News};
 use crate::model::budget::{Budget, Limit};
 use crate::model::drops::DropReason;
+use crate::model::mode::Told;
 use crate::model::moved::Move;
 use crate::model::peer::{Endpoint, Role};
 use crate::model::progress::Progress;
 
 mod announcement;
+mod asks;
 mod config;
 mod event;
 mod messages;
+mod mode_news;
 mod news;
 mod pace;
 mod progress_news;
@@ -69,9 +71,11 @@ mod sessions;
 #[cfg(test)]
 mod tests;
 
+pub use asks::MAX_ASKS;
 pub use config::{Timers, TunnelConfig};
 pub use event::{Event, State, Transmit, Warning};
 pub use messages::{Announcement, Deliver, MAX_ANNOUNCEMENT, MAX_MESSAGE, needs_list};
+pub use mode_news::PeerModes;
 pub use news::MAX_TROUBLES;
 pub use progress_news::MoveName;
 
@@ -163,6 +167,7 @@ pub struct Tunnel {
     announced: Paced<Vec<u8>>,
     news: news::Outgoing,
     progress: progress_news::Outgoing,
+    modes: mode_news::Outgoing,
 
     warned: [Option<Instant>; 4],
     transmits: VecDeque<Transmit>,
@@ -208,6 +213,7 @@ impl Tunnel {
             announced: Paced::default(),
             news: news::Outgoing::new(),
             progress: progress_news::Outgoing::default(),
+            modes: mode_news::Outgoing::default(),
             warned: [None; 4],
             transmits: VecDeque::new(),
             events: VecDeque::new(),
@@ -337,6 +343,20 @@ impl Tunnel {
                     let run = peer_run;
                     self.events.push_back(Event::PeerProgress { run, progress });
                 }
+                if let Some(modes) = mode_news::decode(news)
+                    && self.is_current_run(peer_run)
+                {
+                    let run = peer_run;
+                    self.events.push_back(Event::PeerModes { run, modes });
+                }
+                if let Some(asks) = asks::decode(news) {
+                    self.events.push_back(Event::PeerAsks(asks));
+                }
+                if let Some(told) = asks::decode_told(news)
+                    && self.is_current_run(peer_run)
+                {
+                    self.events.push_back(Event::PeerTells(told));
+                }
             }
             ControlMessage::Ping { id } => self.send(now, &ControlMessage::Pong { id }),
             ControlMessage::Pong { id } => self.handle_pong(now, id),
@@ -389,6 +409,29 @@ impl Tunnel {
         if self.sessions.is_sending() {
             let news = self.progress.take_news(now);
             self.send_keepalives(now, &news);
+        }
+    }
+
+    /// Tells the peer the mode of each move, in place of what it was told before.
+    pub fn set_modes(&mut self, now: Instant, all: &[(MoveName, Told)]) {
+        let news = self.modes.replace(all);
+        if self.sessions.is_sending() {
+            self.send_keepalives(now, &news);
+        }
+    }
+
+    /// Asks the peer whether something listens for these, [`MAX_ASKS`] of them at most. Call it
+    /// again as long as that is to be known.
+    pub fn ask(&mut self, now: Instant, asks: &[Asked]) {
+        if self.sessions.is_sending() {
+            self.send_keepalives(now, &[asks::encode(asks)]);
+        }
+    }
+
+    /// Tells the peer what it has asked.
+    pub fn tell(&mut self, now: Instant, told: &[(Asked, Found)]) {
+        if self.sessions.is_sending() {
+            self.send_keepalives(now, &[asks::encode_told(told)]);
         }
     }
 
@@ -840,6 +883,7 @@ impl Tunnel {
                     current.is_some_and(|current| self.outgoing.send_to(current.peer_run, now));
                 if anew {
                     self.news.tell_anew();
+                    self.modes.tell_anew();
                 }
                 if first || anew {
                     self.next_ping = now;
@@ -936,6 +980,8 @@ impl Tunnel {
         }
         let progress = self.progress.take_turn();
         self.send_keepalives(now, &progress);
+        let modes = self.modes.take_turn();
+        self.send_keepalives(now, &modes);
     }
 
     fn send_keepalives(&mut self, now: Instant, with: &[Vec<u8>]) {

@@ -40,6 +40,12 @@ const REPEATS: u8 = 3;
 pub struct MoveName(pub(super) u64);
 
 impl MoveName {
+    /// A name of no move in particular.
+    #[cfg(test)]
+    pub(crate) fn test(number: u64) -> Self {
+        Self(number)
+    }
+
     /// The name of a move.
     pub fn of(moved: &Move) -> Self {
         let mut bytes = Vec::new();

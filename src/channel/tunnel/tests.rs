@@ -19,8 +19,9 @@ use crate::channel::session::{
 use crate::channel::wire::{
     self, Data, INITIATION_LEN, RESPONSE_LEN, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE,
 };
-use crate::model::asked::{Asked, Trouble, Verdict};
+use crate::model::asked::{Asked, Found, Trouble, Verdict};
 use crate::model::drops::Drops;
+use crate::model::mode::Told;
 use crate::model::peer::PeerId;
 use crate::model::progress::Listens;
 use crate::testing::epoch;
@@ -92,6 +93,9 @@ struct Side {
     configs: Vec<Announcement>,
     seen: Vec<Trouble>,
     progress: Vec<(u64, Vec<(MoveName, Progress)>)>,
+    modes: Vec<PeerModes>,
+    asks: Vec<Vec<Asked>>,
+    told: Vec<Vec<(Asked, Found)>>,
     warnings: Vec<Warning>,
     rtts: Vec<Duration>,
     path_mtus: Vec<u16>,
@@ -188,6 +192,9 @@ impl Pair {
                 configs: Vec::new(),
                 seen: Vec::new(),
                 progress: Vec::new(),
+                modes: Vec::new(),
+                asks: Vec::new(),
+                told: Vec::new(),
                 warnings: Vec::new(),
                 rtts: Vec::new(),
                 path_mtus: Vec::new(),
@@ -406,6 +413,9 @@ impl Pair {
                 Event::State(state) => at.states.push(state),
                 Event::PeerConfig(config) => at.configs.push(config),
                 Event::PeerSees { news, .. } => at.seen = news.troubles,
+                Event::PeerModes { modes, .. } => at.modes.push(modes),
+                Event::PeerAsks(asks) => at.asks.push(asks),
+                Event::PeerTells(told) => at.told.push(told),
                 Event::PeerProgress { run, progress } => at.progress.push((run, progress)),
                 Event::Rtt(rtt) => at.rtts.push(rtt),
                 Event::PathMtu(size) => at.path_mtus.push(size),
@@ -1435,6 +1445,49 @@ fn with_listens(listens: Listens) -> Progress {
 fn named(count: u8) -> Vec<MoveName> {
     let name = |host| MoveName::of(&format!("192.0.2.{host}:80/tcp").parse().unwrap());
     (0..count).map(|at| name(at + 1)).collect()
+}
+
+#[test]
+fn the_new_side_knows_the_modes_also_after_a_restart() {
+    let mut pair = Pair::up(43);
+    let said = |pair: &mut Pair| std::mem::take(&mut pair.sides[NEW].modes);
+    let (now, here) = (pair.now, Told::Percent(0));
+    let all: Vec<_> = named(2).into_iter().map(|name| (name, here)).collect();
+    let old = pair.sides[OLD].tunnel.as_mut().unwrap();
+    old.set_modes(now, &all);
+    pair.drain(OLD);
+    pair.run(millis(100));
+    assert_eq!(
+        said(&mut pair),
+        [PeerModes::All(here)],
+        "within a round trip"
+    );
+    pair.restart(NEW);
+    pair.run(secs(8));
+    assert!(said(&mut pair).contains(&PeerModes::All(here)));
+}
+
+#[test]
+fn what_the_old_side_asks_is_told_if_both_are_there() {
+    let mut pair = Pair::up(42);
+    let asked = |port| Asked {
+        addr: "192.0.2.5".parse().unwrap(),
+        protocol: 6,
+        port,
+    };
+    let now = pair.now;
+    let old = pair.sides[OLD].tunnel.as_mut().unwrap();
+    old.ask(now, &[asked(80), asked(443)]);
+    pair.drain(OLD);
+    pair.run(millis(100));
+    assert_eq!(pair.sides[NEW].asks, [[asked(80), asked(443)]]);
+    let told = vec![(asked(80), Found::Yes), (asked(443), Found::No)];
+    let now = pair.now;
+    let new = pair.sides[NEW].tunnel.as_mut().unwrap();
+    new.tell(now, &told);
+    pair.drain(NEW);
+    pair.run(millis(100));
+    assert_eq!(pair.sides[OLD].told, [told]);
 }
 
 #[test]

@@ -12,6 +12,11 @@
 //! A machine without I/O: it is told what was seen, what became of what it asked for, and the time
 //! since the start. Whatever happens it ends, and within a time that can be told before.
 //!
+//! Whether something listens on the new server cannot always be told: what answers may be in a
+//! container or a virtual machine. What waits is then delivered, and the first connections show it.
+//! No client is told of a refusal meanwhile ([`Request::Shield`]), so that one costs nothing but
+//! time, and is waited out for as long as a listener would be waited for.
+//!
 //! If nobody is left to go back, since this process was killed or the host has crashed, the hold
 //! ends by itself: it lasts no longer than the steps may.
 
@@ -19,13 +24,15 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use crate::model::progress::Listens;
+#[cfg(doc)]
+use crate::model::request::Request;
 
 /// How long the new server may take to say whether something listens, before it is taken for one
 /// that does not say. It says so within a second of the hold.
 const UNTOLD: Duration = Duration::from_secs(3);
 
-/// How long the first connections are watched. A client whose first SYNs were lost has sent four
-/// by then (RFC 6298).
+/// How long the first connections are watched, where it was known that something listens. A client
+/// whose first SYNs were lost has sent four by then (RFC 6298).
 const WATCH: Duration = Duration::from_secs(10);
 
 /// At least so long, since what is counted is counted every second.
@@ -120,6 +127,8 @@ pub(super) struct View {
     pub(super) unanswered: Option<String>,
     /// All of it is held.
     pub(super) held: bool,
+    /// All of it has moved.
+    pub(super) moved: bool,
     /// TCP connections that the old server has.
     pub(super) here_tcp: u64,
     /// Everything that it has.
@@ -128,6 +137,8 @@ pub(super) struct View {
     pub(super) waiting: u64,
     /// Whether something listens on the new server, move by move.
     pub(super) listens: BTreeMap<String, Listens>,
+    /// Where nothing was found there, of moves that name no ports.
+    pub(super) lacks: BTreeMap<String, Vec<String>>,
     /// Conversations that were watched, by port.
     pub(super) watched: BTreeMap<String, Watched>,
 }
@@ -183,6 +194,10 @@ pub(super) struct Steps {
     held_at: Duration,
     /// `--stop` has begun.
     stopped: bool,
+    /// Until when something has to listen.
+    listens_by: Duration,
+    /// It was delivered though nobody could tell whether something listens.
+    unsure: bool,
     /// When what waited was delivered.
     delivered_at: Duration,
     /// The last that was seen, and what was seen before delivering.
@@ -203,6 +218,8 @@ impl Steps {
             told: BTreeSet::new(),
             held_at: Duration::ZERO,
             stopped: false,
+            listens_by: Duration::ZERO,
+            unsure: false,
             delivered_at: Duration::ZERO,
             seen: View::default(),
             before: View::default(),
@@ -241,6 +258,11 @@ impl Steps {
             Input::Done => self.done(now),
             Input::Refused(why) => self.refused(now, why),
             Input::Ended(result) => self.ended(result),
+            Input::Interrupted if self.step == Step::Restart => {
+                self.actions.push_back(Action::Kill);
+                self.say("it was interrupted: --restart is not waited for");
+                self.back();
+            }
             Input::Interrupted => self.give_up("it was interrupted".into()),
             Input::Lost(why) => {
                 self.give_up(format!("the daemon here does not answer any more ({why})"));
@@ -275,7 +297,10 @@ impl Steps {
                 let within = self.plan.within.as_secs();
                 let why = match self.not_listening(now) {
                     Some((what, Listens::No)) => {
-                        format!("nothing listens for {what} on the new server")
+                        format!(
+                            "nothing listens for {what} on the new server{}",
+                            self.lacks(what)
+                        )
                     }
                     Some((what, Listens::Yes | Listens::Unknown)) => {
                         format!(
@@ -294,6 +319,14 @@ impl Steps {
                 self.back();
             }
             Step::Check | Step::Hold | Step::Deliver | Step::Rehold | Step::Back | Step::Over => {}
+        }
+    }
+
+    /// Where nothing was found for a move, in brackets.
+    fn lacks(&self, what: &str) -> String {
+        match self.seen.lacks.get(what).map(Vec::as_slice) {
+            None | Some([]) => String::new(),
+            Some(lacks) => format!(" (not at {}, which this server serves)", lacks.join(", ")),
         }
     }
 
@@ -328,7 +361,8 @@ impl Steps {
                 if let Some(why) = trouble {
                     self.give_up(why);
                 } else if !self.seen.held {
-                    self.give_up("new connections no longer wait".into());
+                    let why = "new connections no longer wait: another command has changed that";
+                    self.give_up(why.into());
                 } else if self.step == Step::Drain && self.seen.here_tcp == 0 {
                     let left = self.seen.here_live;
                     self.say(match left {
@@ -342,6 +376,11 @@ impl Steps {
             }
             Step::Watch => match trouble {
                 Some(why) => self.give_up(why),
+                None if !self.seen.moved => {
+                    let why = "new connections no longer go to the new server: another command \
+                               has changed that";
+                    self.give_up(why.into());
+                }
                 None => self.watching(now),
             },
             Step::Hold | Step::Deliver | Step::Rehold | Step::Restart | Step::Back | Step::Over => {
@@ -351,7 +390,8 @@ impl Steps {
 
     /// Nothing more is waited for on the old server.
     fn drained(&mut self, now: Duration) {
-        let until = Some(now + self.plan.within);
+        self.listens_by = now + self.plan.within;
+        let until = Some(self.listens_by);
         if self.plan.stop {
             self.enter(Step::Stop, until);
             self.stopped = true;
@@ -367,6 +407,8 @@ impl Steps {
         let waits = |(what, listens): &(&String, &Listens)| match listens {
             Listens::Yes => false,
             Listens::No => true,
+            // That nothing was found, though something may be there, is all that is to be known.
+            Listens::Unknown if self.seen.lacks.contains_key(*what) => false,
             Listens::Unknown => is_early || self.told.contains(*what),
         };
         let found = self.seen.listens.iter().find(waits);
@@ -378,17 +420,31 @@ impl Steps {
         if self.not_listening(now).is_some() {
             return;
         }
-        let unknown = self
-            .seen
-            .listens
-            .iter()
-            .find(|(_, it)| **it == Listens::Unknown);
+        let unknown = |(_, it): &(&String, &Listens)| **it == Listens::Unknown;
+        let unknown = self.seen.listens.iter().find(unknown).map(|(what, _)| what);
+        self.unsure = unknown.is_some();
+        let none_at = |what: &String| self.seen.lacks.get(what).map(|it| it.join(", "));
         self.say(match unknown {
-            None => "something listens on the new server".into(),
-            Some((what, _)) => format!(
-                "the new server cannot tell whether something listens for {what}; what waits is \
-                 delivered, and the first connections show it"
-            ),
+            None => {
+                let besides: Vec<String> = self.seen.lacks.keys().filter_map(none_at).collect();
+                match &besides[..] {
+                    [] => "something listens on the new server".into(),
+                    _ => format!(
+                        "something listens on the new server, though not at {}",
+                        besides.join(", ")
+                    ),
+                }
+            }
+            Some(what) => match none_at(what) {
+                Some(ports) => format!(
+                    "nothing was found at {ports}, but a container or virtual machine may answer: \
+                     what waits is delivered, and whoever is refused tries again"
+                ),
+                None => format!(
+                    "the new server cannot tell whether something listens for {what}: what waits \
+                     is delivered, and whoever is refused tries again"
+                ),
+            },
         });
         self.before = self.seen.clone();
         self.enter(Step::Deliver, None);
@@ -416,6 +472,7 @@ impl Steps {
         let lasted = now.saturating_sub(self.delivered_at);
         // One client alone may be unwelcome.
         let refused = |it: &Watched| it.refused > 0 && it.answered == 0 && lasted >= WATCH_LEAST;
+        let refused = |it: &Watched| !self.unsure && refused(it);
         if let Some((what, _)) = since.iter().find(|(_, it)| refused(it)) {
             let why = format!("the new server refuses {what}");
             return self.give_up(why);
@@ -431,7 +488,10 @@ impl Steps {
             ));
             self.end(Ok(()));
         } else if asked.is_empty() && self.before.waiting == 0 && lasted >= WATCH_QUIET {
-            self.say("nobody has asked for anything meanwhile");
+            self.say(match self.unsure {
+                false => "nobody has asked for anything meanwhile",
+                true => "nobody has asked for anything meanwhile: try it",
+            });
             self.end(Ok(()));
         }
     }
@@ -463,7 +523,11 @@ impl Steps {
                     _ => format!("the new server gets new connections, and {waiting} that waited"),
                 });
                 self.delivered_at = now;
-                self.enter(Step::Watch, Some(now + WATCH));
+                let until = match self.unsure {
+                    false => now + WATCH,
+                    true => self.listens_by.max(now + WATCH_QUIET),
+                };
+                self.enter(Step::Watch, Some(until));
             }
             Step::Rehold => self.restart(now),
             Step::Back => self.went_back(None),
@@ -560,404 +624,4 @@ impl Steps {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const PLAN: Plan = Plan {
-        drain: Duration::from_secs(30),
-        within: Duration::from_secs(60),
-        stop: true,
-        restart: false,
-    };
-
-    fn at(millis: u64) -> Duration {
-        Duration::from_millis(millis)
-    }
-
-    fn held() -> View {
-        View {
-            held: true,
-            listens: of_one(Listens::Unknown),
-            ..View::default()
-        }
-    }
-
-    fn of_one(listens: Listens) -> BTreeMap<String, Listens> {
-        [("192.0.2.5:80/tcp".into(), listens)].into()
-    }
-
-    /// The actions but for words.
-    fn actions(steps: &mut Steps) -> Vec<Action> {
-        std::iter::from_fn(|| steps.poll_action())
-            .filter(|it| !matches!(it, Action::Say(..)))
-            .collect()
-    }
-
-    fn answered(asked: u64, answered: u64, refused: u64) -> View {
-        let may_be_silent = false;
-        let watched = Watched {
-            asked,
-            answered,
-            refused,
-            may_be_silent,
-        };
-        View {
-            watched: [("192.0.2.5:80/tcp".into(), watched)].into(),
-            ..View::default()
-        }
-    }
-
-    /// As far as the step of that name, after so many milliseconds.
-    fn until(wanted: Step, plan: Plan) -> Steps {
-        let mut steps = Steps::new(plan);
-        let listens = View {
-            listens: of_one(Listens::Yes),
-            ..held()
-        };
-        let inputs = [
-            Input::Seen(View::default()),
-            Input::Done,
-            Input::Seen(View {
-                here_tcp: 0,
-                ..held()
-            }),
-            Input::Ended(Ok(())),
-            Input::Seen(listens),
-            Input::Done,
-        ];
-        let mut inputs = inputs.into_iter();
-        while steps.step() != wanted {
-            steps.handle(at(0), inputs.next().expect("no such step"));
-        }
-        actions(&mut steps);
-        steps
-    }
-
-    #[test]
-    fn all_goes_well() {
-        let mut steps = Steps::new(PLAN);
-        steps.handle(at(0), Input::Seen(View::default()));
-        assert_eq!(actions(&mut steps), [Action::Hold(105)]);
-        steps.handle(at(10), Input::Done);
-        let busy = View {
-            here_tcp: 3,
-            here_live: 3,
-            waiting: 1,
-            ..held()
-        };
-        steps.handle(at(20), Input::Seen(busy.clone()));
-        steps.handle_timeout(at(29_000));
-        assert_eq!(actions(&mut steps), []);
-        steps.handle_timeout(at(30_010));
-        assert_eq!(actions(&mut steps), [Action::Stop]);
-        steps.handle(at(30_500), Input::Ended(Ok(())));
-        let closed = View {
-            listens: of_one(Listens::No),
-            ..busy
-        };
-        steps.handle(at(31_000), Input::Seen(closed.clone()));
-        // It said so before.
-        steps.handle(
-            at(32_000),
-            Input::Seen(View {
-                listens: of_one(Listens::Unknown),
-                ..closed.clone()
-            }),
-        );
-        steps.handle_timeout(at(90_000));
-        assert_eq!(actions(&mut steps), []);
-        steps.handle(
-            at(90_001),
-            Input::Seen(View {
-                listens: of_one(Listens::Yes),
-                ..closed
-            }),
-        );
-        assert_eq!(actions(&mut steps), [Action::Move]);
-        steps.handle(at(90_002), Input::Done);
-        steps.handle(at(90_100), Input::Seen(answered(1, 1, 0)));
-        assert_eq!(actions(&mut steps), []);
-        steps.handle(at(92_000), Input::Seen(answered(1, 1, 0)));
-        assert_eq!(actions(&mut steps), [Action::End(Ok(()))]);
-    }
-
-    #[test]
-    fn what_is_wrong_before_is_refused_and_nothing_is_changed() {
-        for view in [
-            View {
-                trouble: Some("down".into()),
-                ..View::default()
-            },
-            View {
-                unanswered: Some("silent".into()),
-                ..View::default()
-            },
-        ] {
-            let mut steps = Steps::new(PLAN);
-            steps.handle(at(0), Input::Seen(view));
-            assert!(matches!(&actions(&mut steps)[..], [Action::End(Err(_))]));
-        }
-        let mut steps = until(Step::Hold, PLAN);
-        steps.handle(at(1), Input::Refused("no".into()));
-        assert_eq!(actions(&mut steps), [Action::End(Err("no".into()))]);
-    }
-
-    #[test]
-    fn each_failure_goes_back_with_its_reason() {
-        let not_held = View {
-            held: false,
-            ..held()
-        };
-        let no_tunnel = View {
-            trouble: Some("the tunnel is down".into()),
-            ..held()
-        };
-        let waiting = Steps::new(PLAN).plan.within.as_millis() as u64;
-        for (step, input, time, why) in [
-            (
-                Step::Drain,
-                Some(Input::Seen(not_held.clone())),
-                0,
-                "no longer wait",
-            ),
-            (
-                Step::Drain,
-                Some(Input::Seen(no_tunnel.clone())),
-                0,
-                "the tunnel is down",
-            ),
-            (Step::Drain, Some(Input::Interrupted), 0, "interrupted"),
-            (Step::Drain, Some(Input::Lost("eof".into())), 0, "eof"),
-            (
-                Step::Stop,
-                Some(Input::Ended(Err("exit status: 3".into()))),
-                0,
-                "exit status: 3",
-            ),
-            (Step::Stop, None, waiting, "within 60 s"),
-            (Step::Stop, Some(Input::Interrupted), 0, "interrupted"),
-            (Step::Listen, None, waiting, "after 60 s"),
-            (
-                Step::Listen,
-                Some(Input::Seen(not_held)),
-                0,
-                "no longer wait",
-            ),
-            (
-                Step::Deliver,
-                Some(Input::Refused("disk".into())),
-                0,
-                "disk",
-            ),
-            (
-                Step::Watch,
-                Some(Input::Seen(answered(2, 0, 1))),
-                3_000,
-                "refuses 192.0.2.5:80/tcp",
-            ),
-            (
-                Step::Watch,
-                Some(Input::Seen(no_tunnel)),
-                0,
-                "the tunnel is down",
-            ),
-            (Step::Watch, Some(Input::Interrupted), 0, "interrupted"),
-        ] {
-            for restart in [false, true] {
-                let mut steps = until(step, Plan { restart, ..PLAN });
-                match input.clone() {
-                    Some(input) => steps.handle(at(time), input),
-                    None => steps.handle_timeout(at(time)),
-                }
-                let mut did = actions(&mut steps);
-                let kills = step == Step::Stop && !matches!(input, Some(Input::Ended(_)));
-                assert_eq!(did.contains(&Action::Kill), kills || step == Step::Stop);
-                did.retain(|it| *it != Action::Kill);
-                let stopped = step != Step::Drain;
-                if restart && stopped {
-                    assert_eq!(did, [Action::Hold(45)], "{step:?}");
-                    steps.handle(at(time), Input::Done);
-                    assert_eq!(actions(&mut steps), [Action::Restart]);
-                    steps.handle(at(time), Input::Ended(Err("no".into())));
-                    did = actions(&mut steps);
-                }
-                assert_eq!(did, [Action::Back], "{step:?}");
-                steps.handle(at(time), Input::Interrupted);
-                steps.handle(at(time), Input::Done);
-                let did = actions(&mut steps);
-                let [Action::End(Err(said))] = &did[..] else {
-                    panic!("{step:?}: {did:?}");
-                };
-                assert!(said.contains(why), "{said}");
-                assert_eq!(
-                    said.contains("start the service"),
-                    stopped && !restart,
-                    "{said}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn a_port_that_is_not_answered_goes_back_when_the_watch_is_over() {
-        let mut steps = until(Step::Watch, PLAN);
-        steps.handle(at(9_000), Input::Seen(answered(3, 0, 0)));
-        assert_eq!(actions(&mut steps), []);
-        steps.handle_timeout(at(10_000));
-        assert_eq!(actions(&mut steps), [Action::Back]);
-        let mut steps = until(Step::Watch, PLAN);
-        let mut quiet = answered(3, 0, 0);
-        quiet
-            .watched
-            .values_mut()
-            .for_each(|it| it.may_be_silent = true);
-        steps.handle(at(3_000), Input::Seen(quiet));
-        assert_eq!(actions(&mut steps), [Action::End(Ok(()))]);
-        let mut steps = until(Step::Watch, PLAN);
-        steps.handle(at(2_900), Input::Seen(View::default()));
-        assert_eq!(actions(&mut steps), []);
-        steps.handle(at(3_000), Input::Seen(View::default()));
-        assert_eq!(actions(&mut steps), [Action::End(Ok(()))]);
-    }
-
-    #[test]
-    fn a_new_server_that_cannot_tell_is_given_its_time() {
-        let mut steps = until(Step::Listen, PLAN);
-        steps.handle(at(2_900), Input::Seen(held()));
-        assert_eq!(actions(&mut steps), []);
-        steps.handle(at(3_000), Input::Seen(held()));
-        assert_eq!(actions(&mut steps), [Action::Move]);
-    }
-
-    fn views() -> impl Strategy<Value = View> {
-        let listens = prop::sample::select(vec![Listens::Yes, Listens::No, Listens::Unknown]);
-        let counts = (0_u64..3, 0_u64..3, 0_u64..2, any::<bool>());
-        let mostly = |of: f64| prop::bool::weighted(of);
-        (
-            listens,
-            0_u64..3,
-            0_u64..2,
-            counts,
-            mostly(0.05),
-            mostly(0.95),
-        )
-            .prop_map(
-                |(
-                    listens,
-                    here_tcp,
-                    waiting,
-                    (asked, answered, refused, may_be_silent),
-                    bad,
-                    held,
-                )| {
-                    let watched = Watched {
-                        asked,
-                        answered,
-                        refused,
-                        may_be_silent,
-                    };
-                    View {
-                        trouble: bad.then(|| "down".into()),
-                        unanswered: None,
-                        held,
-                        here_tcp,
-                        here_live: here_tcp,
-                        waiting,
-                        listens: of_one(listens),
-                        watched: [("it".into(), watched)].into(),
-                    }
-                },
-            )
-    }
-
-    #[derive(Clone, Debug)]
-    enum Event {
-        Sees(View),
-        Interrupts,
-        Loses,
-    }
-
-    proptest! {
-        /// Whatever happens and however the daemon and the commands behave: it ends in time; it is
-        /// moved only if that was ordered last; and otherwise it went back, or never began.
-        #[test]
-        fn it_ends_either_moved_or_back(
-            (stop, restart) in any::<(bool, bool)>(), drain in 0_u64..40, within in 1_u64..70,
-            events in prop::collection::vec(
-                prop_oneof![
-                    20 => views().prop_map(Event::Sees),
-                    1 => Just(Event::Interrupts),
-                    1 => Just(Event::Loses),
-                ],
-                1..60,
-            ),
-            well in prop::collection::vec(prop::bool::weighted(0.9), 12),
-        ) {
-            let (drain, within) = (Duration::from_secs(drain), Duration::from_secs(within));
-            let plan = Plan { drain, within, stop, restart: restart && stop };
-            let mut steps = Steps::new(plan);
-            let (mut now, mut orders) = (at(0), Vec::new());
-            let (mut running, mut stop_ended) = (false, false);
-            let (mut well, mut events) = (well.into_iter().cycle(), events.into_iter());
-            let mut last = View::default();
-            let result = 'all: loop {
-                while let Some(action) = steps.poll_action() {
-                    let works = well.next().unwrap();
-                    match action {
-                        Action::Hold(_) | Action::Move | Action::Back => {
-                            if action == Action::Move {
-                                prop_assert!(!stop || stop_ended, "the old service may still run");
-                                prop_assert_ne!(&last.listens, &of_one(Listens::No));
-                            }
-                            if works {
-                                orders.push(action);
-                                steps.handle(now, Input::Done);
-                            } else {
-                                let is_back = action == Action::Back;
-                                if is_back {
-                                    orders.push(action);
-                                }
-                                steps.handle(now, Input::Refused("no".into()));
-                            }
-                        }
-                        Action::Stop | Action::Restart => {
-                            prop_assert!(!running);
-                            running = true;
-                            if works {
-                                running = false;
-                                stop_ended |= action == Action::Stop;
-                                steps.handle(now, Input::Ended(Ok(())));
-                            }
-                        }
-                        Action::Kill => running = false,
-                        Action::Say(..) => {}
-                        Action::End(result) => break 'all result,
-                    }
-                }
-                match events.next() {
-                    Some(Event::Sees(view)) => {
-                        last = view.clone();
-                        steps.handle(now, Input::Seen(view));
-                    }
-                    Some(Event::Interrupts) => steps.handle(now, Input::Interrupted),
-                    Some(Event::Loses) => steps.handle(now, Input::Lost("gone".into())),
-                    None => {
-                        let view = View { waiting: 0, watched: BTreeMap::new(), ..last.clone() };
-                        steps.handle(now, Input::Seen(view));
-                    }
-                }
-                now += at(500);
-                steps.handle_timeout(now);
-                let most = drain + within + WATCH + RESTART + at(45_000);
-                prop_assert!(now < most, "it does not end: {:?}", steps);
-            };
-            prop_assert!(!running, "a command is left behind");
-            match (result, orders.last()) {
-                (Ok(()), last) => prop_assert_eq!(last, Some(&Action::Move)),
-                (Err(_), last) => prop_assert!(matches!(last, None | Some(Action::Back))),
-            }
-        }
-    }
-}
+mod tests;

@@ -11,7 +11,7 @@
 //!
 //! A mode is a move's, whoever the new server is: it says whether the old one serves.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,10 @@ use crate::settings::values::MAX_HOLD;
 /// Most moves that are remembered though the settings no longer name them: of somebody who tries
 /// other settings for a while.
 const MAX_OTHERS: usize = 1_024;
+
+/// How long new conversations wait at most for a cut-over that has been ended to start the service
+/// here again.
+const RESTART: u32 = 45;
 
 /// Moves that a refusal names.
 const NAMED: usize = 4;
@@ -109,13 +113,19 @@ pub(in super::super) enum Refusal {
     Seconds,
     /// A cut-over is under way.
     #[error(
-        "a cutover of {what} is running (process {pid}): wait for it, or end it with ^C or \
-         `kill {pid}`, which goes back"
+        "a cutover of {what} is running (process {pid}): wait for it, or end it with \
+         `ipmoved back`, which goes back at once"
     )]
     Cutover {
         /// One of its moves.
         what: String,
         /// Whose it is.
+        pid: i32,
+    },
+    /// Somebody has ended this cut-over.
+    #[error("`ipmoved back` (process {pid}) has ended this cutover")]
+    Overruled {
+        /// Whose command that was.
         pid: i32,
     },
 }
@@ -125,9 +135,20 @@ impl Refusal {
     pub(in super::super) fn is_input(&self) -> bool {
         match self {
             Self::NotMoved { .. } | Self::Seconds => true,
-            Self::Cutover { .. } => false,
+            Self::Cutover { .. } | Self::Overruled { .. } => false,
         }
     }
+}
+
+/// What a command has done.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(in super::super) struct Ordered {
+    /// The moves that it was about, before and after.
+    pub(in super::super) moves: Vec<Changed>,
+    /// The processes whose cut-overs it has ended.
+    pub(in super::super) ended: Vec<i32>,
+    /// They start the service here again, for which new conversations wait so many seconds at most.
+    pub(in super::super) restarts: Option<u32>,
 }
 
 /// The modes of all moves, in the order of the settings.
@@ -139,6 +160,8 @@ pub(in super::super) struct Modes {
     /// What the settings do not name.
     others: Vec<Kept>,
     cutovers: Vec<Cutover>,
+    /// Connections whose cut-overs somebody has ended, and the process that did.
+    overruled: BTreeMap<u64, i32>,
     /// When the next hold is over: it is asked far oftener than it changes.
     next: Option<Duration>,
 }
@@ -156,6 +179,15 @@ pub(in super::super) struct OneMove {
     pub(in super::super) since: u64,
     /// How long the hold was to be.
     seconds: u32,
+    /// Clients are told of no refusal until then, as long as that connection lasts.
+    shield: Option<Shield>,
+}
+
+/// That clients are told of no refusal.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Shield {
+    connection: u64,
+    until: Duration,
 }
 
 /// What a command makes of a mode.
@@ -167,6 +199,8 @@ enum Next {
     Held { until: Duration, seconds: u32 },
     /// The same.
     Same,
+    /// The same, and clients are told of no refusal until then.
+    Shielded(Duration),
 }
 
 /// A cut-over that is under way.
@@ -175,6 +209,8 @@ struct Cutover {
     who: Who,
     /// The places of its moves.
     moves: Vec<usize>,
+    /// The service here is stopped, and is started again if it goes back.
+    stopping: bool,
 }
 
 impl OneMove {
@@ -195,6 +231,11 @@ impl OneMove {
                 format!("held for {left} s, then {}", self.mode.settled)
             }
         }
+    }
+
+    /// Until when clients are told of no refusal.
+    pub(in super::super) fn shielded_until(&self) -> Option<Duration> {
+        self.shield.map(|it| it.until)
     }
 
     fn set(&mut self, clock: Clock, mode: Mode<Duration>, seconds: u32) {
@@ -260,6 +301,7 @@ impl Modes {
                         },
                         since: kept.since,
                         seconds: kept.held.map_or(0, |held| held.seconds),
+                        shield: None,
                         moved,
                     };
                 }
@@ -268,6 +310,7 @@ impl Modes {
                     mode: Mode::settled(like.unwrap_or(start)),
                     since: clock.unix().as_secs(),
                     seconds: 0,
+                    shield: None,
                     moved,
                 }
             })
@@ -278,6 +321,7 @@ impl Modes {
             moves,
             others,
             cutovers: Vec::new(),
+            overruled: BTreeMap::new(),
             next: None,
         };
         modes.note_next();
@@ -293,20 +337,31 @@ impl Modes {
         clock: Clock,
     ) {
         let record = self.record(clock);
-        let names: Vec<(Who, Vec<Move>)> = self
+        let names: Vec<(Who, bool, Vec<Move>)> = self
             .cutovers
             .iter()
             .map(|it| {
                 let moves = it.moves.iter().map(|&at| self.moves[at].moved.clone());
-                (it.who, moves.collect())
+                (it.who, it.stopping, moves.collect())
             })
             .collect();
         let mut next = Self::new(moves, start, Some(&record), self.key, &self.boot, clock);
-        for (who, moves) in names {
+        next.overruled = std::mem::take(&mut self.overruled);
+        let shields: HashMap<&Move, Shield> = (self.moves.iter())
+            .filter_map(|it| Some((&it.moved, it.shield?)))
+            .collect();
+        for one in &mut next.moves {
+            one.shield = shields.get(&one.moved).copied();
+        }
+        for (who, stopping, moves) in names {
             let all = next.moves.iter().enumerate();
             let there = all.filter(|(_, it)| moves.contains(&it.moved));
             let moves = there.map(|(at, _)| at).collect();
-            next.cutovers.push(Cutover { who, moves });
+            next.cutovers.push(Cutover {
+                who,
+                moves,
+                stopping,
+            });
         }
         *self = next;
     }
@@ -354,7 +409,8 @@ impl Modes {
         }
     }
 
-    /// Carries out a command. Returns the moves that it was about, before and after.
+    /// Carries out a command. A way back comes before everything else: it ends the cut-overs of
+    /// others.
     ///
     /// # Errors
     /// If it is refused; nothing has changed then.
@@ -363,19 +419,20 @@ impl Modes {
         clock: Clock,
         who: Who,
         request: &Request,
-    ) -> Result<Vec<Changed>, Refusal> {
+    ) -> Result<Ordered, Refusal> {
         let places = self.places(request.what())?;
-        let others = self
-            .cutovers
-            .iter()
-            .filter(|it| it.who.connection != who.connection);
-        for cutover in others {
-            if let Some(&both) = cutover.moves.iter().find(|place| places.contains(place)) {
-                return Err(Refusal::Cutover {
-                    what: self.moves[both].moved.to_string(),
-                    pid: cutover.who.pid,
-                });
-            }
+        let is_back = matches!(request, Request::Back { .. });
+        if let Some(&pid) = self.overruled.get(&who.connection).filter(|_| !is_back) {
+            return Err(Refusal::Overruled { pid });
+        }
+        let is_others = |it: &Cutover| it.who.connection != who.connection;
+        let both = |it: &Cutover| it.moves.iter().find(|it| places.contains(it)).copied();
+        let mut others = self.cutovers.iter().filter(|it| is_others(it));
+        if !is_back && let Some((cutover, place)) = others.find_map(|it| Some((it, both(it)?))) {
+            return Err(Refusal::Cutover {
+                what: self.moves[place].moved.to_string(),
+                pid: cutover.who.pid,
+            });
         }
         let next = match request {
             Request::Move { percent, .. } => {
@@ -387,19 +444,56 @@ impl Modes {
                 seconds: *seconds,
             },
             Request::Hold { .. } => return Err(Refusal::Seconds),
+            Request::Shield { seconds, .. } => {
+                Next::Shielded(clock.now + seconds_of((*seconds).min(MAX_HOLD)))
+            }
             Request::Cutover { .. } => {
-                let moves = places.clone();
-                self.cutovers.push(Cutover { who, moves });
+                self.cutovers.push(Cutover {
+                    who,
+                    moves: places.clone(),
+                    stopping: false,
+                });
+                Next::Same
+            }
+            Request::Stopping { .. } => {
+                let own = self.cutovers.iter_mut().filter(|it| it.who == who);
+                own.for_each(|it| it.stopping = true);
                 Next::Same
             }
             Request::Forget { .. } | Request::Reload => Next::Same,
         };
-        let mut changed = Vec::new();
+        let (mut ended, mut starting) = (Vec::new(), Vec::new());
+        if is_back {
+            let over = |it: &Cutover| is_others(it) && both(it).is_some();
+            for cutover in self.cutovers.iter().filter(|it| over(it)) {
+                self.overruled.insert(cutover.who.connection, who.pid);
+                ended.push(cutover.who.pid);
+                if cutover.stopping {
+                    starting.extend(&cutover.moves);
+                }
+            }
+            self.cutovers.retain(|it| !over(it));
+        }
+        let mut moves = Vec::new();
         for place in places {
             let one = &mut self.moves[place];
             let before = one.says(clock.now);
+            let connection = who.connection;
             match next {
-                Next::Settled(settled) => one.set(clock, Mode::settled(settled), 0),
+                Next::Settled(settled) if starting.contains(&place) => {
+                    let mode = Mode {
+                        settled,
+                        held_until: Some(clock.now + seconds_of(RESTART)),
+                    };
+                    one.set(clock, mode, RESTART);
+                    one.shield = None;
+                }
+                Next::Settled(settled) => {
+                    one.set(clock, Mode::settled(settled), 0);
+                    one.shield = one
+                        .shield
+                        .filter(|it| !is_back && it.connection == connection);
+                }
                 Next::Held { until, seconds } => {
                     let held_until = Some(until);
                     let mode = Mode {
@@ -408,21 +502,41 @@ impl Modes {
                     };
                     one.set(clock, mode, seconds);
                 }
+                Next::Shielded(until) => one.shield = Some(Shield { connection, until }),
                 Next::Same => {}
             }
-            changed.push(Changed {
+            moves.push(Changed {
                 what: one.moved.to_string(),
                 before,
                 mode: one.says(clock.now),
             });
         }
         self.note_next();
-        Ok(changed)
+        let restarts = (!starting.is_empty()).then_some(RESTART);
+        Ok(Ordered {
+            moves,
+            ended,
+            restarts,
+        })
     }
 
-    /// A connection has ended, and with it its cut-over.
-    pub(in super::super) fn gone(&mut self, connection: u64) {
+    /// The process whose cut-over a move is in, if there is one.
+    pub(in super::super) fn cutover_of(&self, place: usize) -> Option<i32> {
+        let takes = |it: &&Cutover| it.moves.binary_search(&place).is_ok();
+        self.cutovers.iter().find(takes).map(|it| it.who.pid)
+    }
+
+    /// A connection has ended, and with it its cut-over. Returns whether clients are to be told of
+    /// refusals again.
+    pub(in super::super) fn gone(&mut self, connection: u64) -> bool {
         self.cutovers.retain(|it| it.who.connection != connection);
+        self.overruled.remove(&connection);
+        let mut ended = false;
+        for one in &mut self.moves {
+            let shield = one.shield.take_if(|it| it.connection == connection);
+            ended |= shield.is_some();
+        }
+        ended
     }
 
     /// Ends the holds that are over. Returns the places of their moves.
@@ -498,17 +612,42 @@ fn least_of_overlapping(
     }
     modes.sort_by_key(|mode| mode.percent());
     let mut least = vec![None; moves.len()];
-    for mode in modes {
-        let in_it = kept.iter().filter(|(_, kept)| kept.mode == mode);
-        let overlaps = overlapping(
-            moves.iter().map(|(_, moved)| moved),
-            in_it.map(|(moved, _)| *moved),
-        );
-        for (least, _) in least.iter_mut().zip(overlaps).filter(|(_, it)| *it) {
-            least.get_or_insert(mode);
+    let all: Vec<usize> = (0..moves.len()).collect();
+    halve(&modes, &all, moves, kept, &mut least);
+    least
+}
+
+/// The same of some moves, among some modes in order: those which overlap something in the first
+/// half of these have their least one there. So each move is looked at a few times, however many
+/// modes there are.
+fn halve(
+    modes: &[Settled],
+    some: &[usize],
+    moves: &[(PeerId, Move)],
+    kept: &HashMap<&Move, &Kept>,
+    least: &mut [Option<Settled>],
+) {
+    if modes.is_empty() || some.is_empty() {
+        return;
+    }
+    let (first, rest) = modes.split_at(modes.len().div_ceil(2));
+    let in_it = kept.iter().filter(|(_, kept)| first.contains(&kept.mode));
+    let overlaps = overlapping(
+        some.iter().map(|&place| &moves[place].1),
+        in_it.map(|(moved, _)| *moved),
+    );
+    let (mut within, mut beyond) = (Vec::new(), Vec::new());
+    for (&place, overlaps) in some.iter().zip(overlaps) {
+        match overlaps {
+            true => within.push(place),
+            false => beyond.push(place),
         }
     }
-    least
+    halve(rest, &beyond, moves, kept, least);
+    match first {
+        [mode] => within.iter().for_each(|&place| least[place] = Some(*mode)),
+        _ => halve(first, &within, moves, kept, least),
+    }
 }
 
 fn seconds_of(seconds: u32) -> Duration {
@@ -516,318 +655,4 @@ fn seconds_of(seconds: u32) -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::model::mode::Percent;
-
-    const MOVES: [&str; 3] = ["192.0.2.5:80/tcp", "192.0.2.5:53", "2001:db8::5"];
-    const ME: Who = Who {
-        connection: 1,
-        pid: 7,
-    };
-    const OTHER: Who = Who {
-        connection: 2,
-        pid: 8,
-    };
-
-    fn clock(seconds: u64) -> Clock {
-        Clock {
-            now: Duration::from_secs(1_000 + seconds),
-            wall: SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000 + seconds),
-        }
-    }
-
-    fn moves(names: &[&str]) -> Vec<(PeerId, Move)> {
-        let moved = |name: &&str| (PeerId(0), name.parse().unwrap());
-        names.iter().map(moved).collect()
-    }
-
-    const KEY: ShareKey = ShareKey([1, 2]);
-
-    fn begin(start: Settled) -> Modes {
-        Modes::new(moves(&MOVES), start, None, KEY, "boot", clock(0))
-    }
-
-    fn what(places: &[usize]) -> Vec<String> {
-        places.iter().map(|&place| MOVES[place].into()).collect()
-    }
-
-    fn of(modes: &Modes) -> Vec<Mode<Duration>> {
-        modes.moves.iter().map(|it| it.mode).collect()
-    }
-
-    fn requests() -> impl Strategy<Value = Request> {
-        let places = prop::collection::vec(0..MOVES.len(), 0..4).prop_map(|it| what(&it));
-        (places, 0_u8..101, 0_u32..40, 0..5).prop_map(|(what, percent, seconds, kind)| match kind {
-            0 => Request::Move {
-                what,
-                percent: Percent::new(percent),
-            },
-            1 => Request::Hold { what, seconds },
-            2 => Request::Back { what },
-            3 => Request::Cutover { what },
-            _ => Request::Forget { what },
-        })
-    }
-
-    proptest! {
-        /// Whatever is ordered and whenever the daemon is killed, what it begins with next time is
-        /// what it had, and nothing but a command or the end of a hold changes a mode.
-        #[test]
-        fn nothing_but_commands_and_time_changes_a_mode(
-            steps in prop::collection::vec((requests(), any::<bool>(), 0_u64..20), 1..30),
-        ) {
-            let (mut modes, mut at) = (begin(Settled::Moved), 0);
-            for (request, mine, later) in steps {
-                let before = modes.clone();
-                let who = if mine { ME } else { OTHER };
-                let about = modes.places(request.what()).unwrap();
-                let result = modes.order(clock(at), who, &request);
-                for place in 0..MOVES.len() {
-                    let (was, is) = (before.moves[place].mode, modes.moves[place].mode);
-                    let changes = matches!(request, Request::Move { .. } | Request::Back { .. });
-                    if result.is_err() || !about.contains(&place) {
-                        prop_assert_eq!(was, is);
-                    } else if !changes {
-                        prop_assert_eq!(was.settled, is.settled, "a hold keeps what follows");
-                    } else {
-                        prop_assert_eq!(is.held_until, None);
-                    }
-                }
-                let record = modes.record(clock(at));
-                let text = serde_json::to_string(&record).unwrap();
-                let record: Record = serde_json::from_str(&text).unwrap();
-                let (record, key) = (Some(&record), ShareKey([3, 4]));
-                let (now, start) = (clock(at), Settled::Here);
-                let again = Modes::new(moves(&MOVES), start, record, key, "boot", now);
-                prop_assert_eq!(again.key(), KEY);
-                prop_assert_eq!(of(&again), of(&modes));
-                at += later;
-                let (held, next) = (of(&modes), modes.next());
-                let ended = modes.end_holds(clock(at));
-                for (place, was) in held.into_iter().enumerate() {
-                    let is = modes.moves[place].mode;
-                    let over = was.held_until.is_some_and(|until| until <= clock(at).now);
-                    prop_assert_eq!(ended.contains(&place), over);
-                    prop_assert_eq!(is.settled, was.settled);
-                    prop_assert_eq!(is.held_until, was.held_until.filter(|_| !over));
-                }
-                prop_assert_eq!(ended.is_empty(), next.is_none_or(|next| next > clock(at).now));
-            }
-        }
-
-        /// A reboot ends no hold early, and none lasts longer than was asked, whatever the clock.
-        #[test]
-        fn a_hold_survives_a_reboot_but_not_a_wrong_clock(
-            seconds in 1_u32..3_600, away in 0_u64..5_000, wall in any::<u32>(),
-        ) {
-            let mut modes = begin(Settled::Here);
-            let what = Vec::new();
-            modes.order(clock(0), ME, &Request::Hold { what, seconds }).unwrap();
-            let record = modes.record(clock(0));
-            let begin = |wall| {
-                let clock = Clock { now: Duration::from_secs(9), wall };
-                let modes = moves(&MOVES);
-                let modes = Modes::new(modes, Settled::Moved, Some(&record), KEY, "new", clock);
-                let left = modes.moves[0].mode.held_until.map(|until| until - clock.now);
-                (modes.moves[0].mode.settled, left.map_or(0, |left| left.as_secs()))
-            };
-            let left = u64::from(seconds).saturating_sub(away);
-            prop_assert_eq!(begin(clock(away).wall), (Settled::Here, left));
-            let wrong = SystemTime::UNIX_EPOCH + Duration::from_secs(wall.into());
-            prop_assert!(begin(wrong).1 <= seconds.into());
-        }
-    }
-
-    #[test]
-    fn while_a_cutover_runs_nobody_else_changes_its_moves() {
-        let mut modes = begin(Settled::Here);
-        let cutover = Request::Cutover { what: what(&[0]) };
-        modes.order(clock(0), ME, &cutover).unwrap();
-        for places in [&[0_usize][..], &[1, 0], &[]] {
-            for request in [
-                Request::Move {
-                    what: what(places),
-                    percent: None,
-                },
-                Request::Hold {
-                    what: what(places),
-                    seconds: 5,
-                },
-                Request::Back { what: what(places) },
-                Request::Cutover { what: what(places) },
-            ] {
-                let refused = modes.order(clock(1), OTHER, &request).unwrap_err();
-                assert!(!refused.is_input());
-                let text = refused.to_string();
-                assert!(text.contains("192.0.2.5:80/tcp"), "{text}");
-                assert!(text.contains("`kill 7`"), "{text}");
-            }
-        }
-        let others = Request::Back {
-            what: what(&[1, 2]),
-        };
-        assert!(modes.order(clock(1), OTHER, &others).is_ok());
-        let own = Request::Hold {
-            what: what(&[0]),
-            seconds: 5,
-        };
-        assert!(modes.order(clock(1), ME, &own).is_ok());
-        modes.gone(ME.connection);
-        assert!(modes.order(clock(2), OTHER, &cutover).is_ok());
-    }
-
-    #[test]
-    fn what_is_no_move_is_refused_with_what_is() {
-        let mut modes = begin(Settled::Moved);
-        for wrong in ["192.0.2.5", "192.0.2.5:80", "203.0.113.1", "www", ""] {
-            let what = vec![MOVES[0].into(), wrong.into()];
-            let refused = modes
-                .order(clock(0), ME, &Request::Back { what })
-                .unwrap_err();
-            assert!(refused.is_input());
-            let text = refused.to_string();
-            assert!(
-                text.starts_with(&format!("`{wrong}` is not moved here")),
-                "{text}"
-            );
-            assert!(
-                text.contains("192.0.2.5:80/tcp, 192.0.2.5:53, 2001:db8::5"),
-                "{text}"
-            );
-        }
-        assert_eq!(of(&modes), of(&begin(Settled::Moved)));
-        // Another way to write one is no other.
-        let what = vec!["[2001:DB8:0::5]".into()];
-        assert!(modes.order(clock(0), ME, &Request::Back { what }).is_ok());
-        for seconds in [0, MAX_HOLD + 1] {
-            let hold = Request::Hold {
-                what: Vec::new(),
-                seconds,
-            };
-            assert_eq!(modes.order(clock(0), ME, &hold), Err(Refusal::Seconds));
-        }
-    }
-
-    #[test]
-    fn a_move_that_changed_its_name_keeps_its_mode() {
-        let mut modes = begin(Settled::Here);
-        let percent = Percent::new(30);
-        let share = Request::Move {
-            what: what(&[1]),
-            percent,
-        };
-        modes.order(clock(0), ME, &share).unwrap();
-        let record = modes.record(clock(0));
-        let names = [
-            "192.0.2.5:80,443/tcp",
-            "192.0.2.5:53/udp",
-            "192.0.2.5:22",
-            "192.0.2.6",
-        ];
-        let again = |names: &[&str], record: Record| {
-            Modes::new(
-                moves(names),
-                Settled::Moved,
-                Some(&record),
-                KEY,
-                "boot",
-                clock(9),
-            )
-        };
-        let modes = again(&names, record);
-        let settled: Vec<Settled> = of(&modes).iter().map(|it| it.settled).collect();
-        let shared = Settled::Shared(percent.unwrap());
-        assert_eq!(
-            settled,
-            [Settled::Here, shared, Settled::Moved, Settled::Moved]
-        );
-        assert_eq!(modes.moves[0].since, clock(9).unix().as_secs());
-        // What is taken out of the settings for a while has its mode when it is back.
-        let without = again(&names[1..], modes.record(clock(9)));
-        let back = again(&names, without.record(clock(9)));
-        assert_eq!(of(&back), of(&modes));
-        // Of two that become one, the old server keeps what it has.
-        let one = again(&["192.0.2.5"], modes.record(clock(9)));
-        assert_eq!(one.moves[0].mode.settled, Settled::Here);
-    }
-
-    #[test]
-    fn the_file_is_text_that_people_can_read() {
-        let mut modes = begin(Settled::Here);
-        let hold = Request::Hold {
-            what: what(&[0]),
-            seconds: 60,
-        };
-        modes.order(clock(0), ME, &hold).unwrap();
-        let share = Request::Move {
-            what: what(&[1]),
-            percent: Percent::new(5),
-        };
-        modes.order(clock(0), ME, &share).unwrap();
-        let json = serde_json::to_value(modes.record(clock(0))).unwrap();
-        let expected = serde_json::json!({
-            "share_key": [1, 2],
-            "boot": "boot",
-            "moves": [
-                {
-                    "move": "192.0.2.5:80/tcp", "mode": "here", "since": 1_700_000_000,
-                    "held": {
-                        "until_ms": 1_060_000, "until_unix_ms": 1_700_000_060_000_u64,
-                        "seconds": 60
-                    }
-                },
-                { "move": "192.0.2.5:53", "mode": { "shared": 5 }, "since": 1_700_000_000 },
-                { "move": "2001:db8::5", "mode": "here", "since": 1_700_000_000 },
-            ]
-        });
-        assert_eq!(json, expected);
-    }
-
-    #[test]
-    fn other_moves_leave_the_modes_of_the_rest_and_a_cut_over_of_them() {
-        let mut modes = begin(Settled::Moved);
-        let order = |modes: &mut Modes, who, request: Request| modes.order(clock(1), who, &request);
-        order(&mut modes, ME, Request::Back { what: what(&[1]) }).unwrap();
-        order(
-            &mut modes,
-            ME,
-            Request::Hold {
-                what: what(&[2]),
-                seconds: 60,
-            },
-        )
-        .unwrap();
-        order(
-            &mut modes,
-            ME,
-            Request::Cutover {
-                what: what(&[0, 2]),
-            },
-        )
-        .unwrap();
-        let next = ["2001:db8::5", "192.0.2.9", "192.0.2.5:53"];
-        modes.set_moves(moves(&next), Settled::Here, clock(11));
-        let held = Mode {
-            settled: Settled::Moved,
-            held_until: Some(clock(61).now),
-        };
-        let here = Mode::settled(Settled::Here);
-        assert_eq!(of(&modes), [held, here, here]);
-        assert_eq!(modes.next(), Some(clock(61).now));
-        let all = |names: &[&str]| Request::Move {
-            what: names.iter().map(|&name| name.into()).collect(),
-            percent: None,
-        };
-        assert!(
-            order(&mut modes, OTHER, all(&next[..1])).is_err(),
-            "its cut-over goes on"
-        );
-        order(&mut modes, OTHER, all(&next[1..])).unwrap();
-        // It comes back as it was.
-        modes.set_moves(moves(&MOVES), Settled::Here, clock(12));
-        assert_eq!(modes.moves[0].mode, Mode::settled(Settled::Moved));
-    }
-}
+mod tests;

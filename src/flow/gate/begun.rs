@@ -15,8 +15,10 @@
 //!            none of what was begun
 //! ```
 
+use std::borrow::Borrow;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Gate, begins, host_flow};
@@ -44,7 +46,7 @@ impl Gate {
         now: Instant,
         parsed: &Parsed,
         bytes: &[u8],
-        gates: &[Self],
+        gates: &[Arc<Self>],
     ) -> Result<(), DropReason> {
         let (protocol, port) = (parsed.protocol(), parsed.src_port());
         if self.is_of_another(parsed.src(bytes), protocol, parsed.kind(), port) {
@@ -68,12 +70,14 @@ impl Gate {
         parsed: &Parsed,
         bytes: &[u8],
         flow: &Flow,
-        gates: &[Self],
+        gates: &[Arc<Self>],
     ) -> Result<(), DropReason> {
         if self.is_own(parsed.dst(bytes)) {
             return Err(self.refuse(DropReason::BadDestination, parsed, bytes));
         }
-        let mut others = gates.iter().filter(|&gate| !std::ptr::eq(gate, self));
+        let mut others = gates
+            .iter()
+            .filter(|&gate| !std::ptr::eq(&raw const **gate, self));
         if others.any(|gate| gate.has_begun(now, parsed, bytes)) {
             return Err(DropReason::OutgoingTaken);
         }
@@ -204,13 +208,14 @@ impl Gate {
 /// [`DropReason::OutgoingUnknown`] if it is not known which of several. The old server's own stack
 /// would reset it; once its new server has spoken, that is known.
 #[inline]
-pub(in crate::flow) fn whose(
-    gates: &[Gate],
+pub(in crate::flow) fn whose<G: Borrow<Gate>>(
+    gates: &[G],
     now: Instant,
     parsed: &Parsed,
     bytes: &[u8],
 ) -> Result<Option<usize>, DropReason> {
-    let Some(gate) = gates.iter().find(|gate| gate.begins_anywhere) else {
+    let mut all = gates.iter().map(Borrow::borrow);
+    let Some(gate) = all.find(|gate: &&Gate| gate.begins_anywhere) else {
         return Ok(None);
     };
     let (to, protocol, port) = (parsed.dst(bytes), parsed.protocol(), parsed.dst_port());
@@ -220,16 +225,17 @@ pub(in crate::flow) fn whose(
     find(gates, now, parsed, bytes)
 }
 
-fn find(
-    gates: &[Gate],
+fn find<G: Borrow<Gate>>(
+    gates: &[G],
     now: Instant,
     parsed: &Parsed,
     bytes: &[u8],
 ) -> Result<Option<usize>, DropReason> {
+    let all = || gates.iter().map(Borrow::<Gate>::borrow);
     let known = |gate: &Gate| gate.is_answered(now, parsed, bytes);
-    if let Some(index) = gates.iter().position(known) {
+    if let Some(index) = all().position(known) {
         // Its later fragments come to these gates first.
-        for gate in &gates[..index] {
+        for gate in all().take(index) {
             gate.ownership.leave_fragments(now, parsed, bytes);
         }
         return Ok(Some(index));
@@ -238,18 +244,23 @@ fn find(
         let flow = gate.may_be_answered(now, parsed, bytes);
         flow.map(|flow| (index, flow))
     };
-    let candidates: Vec<_> = gates.iter().enumerate().filter_map(may_be).collect();
+    let candidates: Vec<_> = all().enumerate().filter_map(may_be).collect();
     let chosen = match candidates[..] {
         [] => return Ok(None),
         [only] => Some(only),
         [(first, _), ..] => {
-            let by = gates[first].remembered(|| host_flow(parsed, bytes));
-            let is_it = |&&(index, _): &&(usize, Flow)| by.is_some() && gates[index].name == by;
+            let by = gates[first]
+                .borrow()
+                .remembered(|| host_flow(parsed, bytes));
+            let is_it =
+                |&&(index, _): &&(usize, Flow)| by.is_some() && gates[index].borrow().name == by;
             candidates.iter().find(is_it).copied()
         }
     };
     let (index, flow) = chosen.ok_or(DropReason::OutgoingUnknown)?;
-    gates[index].take_answers(now, parsed, bytes, &flow);
+    gates[index]
+        .borrow()
+        .take_answers(now, parsed, bytes, &flow);
     Ok(Some(index))
 }
 
@@ -417,7 +428,7 @@ mod tests {
 
     /// Two new servers at one address, each with a port of its own that has moved.
     struct Beside {
-        gates: Vec<Gate>,
+        gates: Vec<Arc<Gate>>,
         now: Instant,
     }
 
@@ -432,7 +443,7 @@ mod tests {
                 .map(|(name, (moves, rules))| {
                     let gate = Bed::new(*moves).allow(rules).gate.among(Arc::clone(&all));
                     gate.set_taken(Arc::clone(kept) as Arc<dyn Taken>);
-                    gate.beside_others(NonZeroU64::new(name).unwrap())
+                    Arc::new(gate.beside_others(NonZeroU64::new(name).unwrap()))
                 });
             Self {
                 gates: gates.collect(),
@@ -494,7 +505,7 @@ mod tests {
             other.ownership.carry_fragments(both.now, &parsed, &first);
             assert_eq!(both.whose(&first), Ok(Some(by)));
             let parsed = Parsed::parse(&second).unwrap();
-            let taken = |gate: &Gate| gate.check_moved(both.now, &parsed, &second) == CARRY;
+            let taken = |gate: &Arc<Gate>| gate.check_moved(both.now, &parsed, &second) == CARRY;
             assert_eq!(both.gates.iter().position(taken), Some(by));
         }
     }

@@ -32,7 +32,7 @@ use super::{
 use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
 use crate::kernel::bpf::{self, BpfError, Map, Program};
-use crate::kernel::change::{Change, DefaultRoute, Interface, OfLink, Sysctl, read_sysctl};
+use crate::kernel::change::{Change, DefaultRoute, Interface, OfLink, Sysctl};
 use crate::kernel::netlink::{Direction, Family, Link, Netlink, TABLE_MAIN};
 use crate::kernel::programs::{self, arrivals, callers, deliver, now, take_replies};
 use crate::kernel::programs::{

@@ -1017,6 +1017,60 @@ mod tests {
     }
 
     #[test]
+    fn connections_that_close_leave_room_to_those_that_go_on() {
+        in_fresh_namespace(|| {
+            let server = Server::new();
+            server.be(here());
+            let own = &server.facts.own;
+            let establish = |port: u16| {
+                let mut syn_ack = tcp_out(0, port, SYN | ACK);
+                syn_ack.payload[4..8].copy_from_slice(&7_000_000_u32.to_be_bytes());
+                let mut ack = tcp_in(0, port, ACK);
+                ack.payload[8..12].copy_from_slice(&7_000_001_u32.to_be_bytes());
+                assert!(!server.is_taken(&tcp_in(0, port, SYN)));
+                server.sends(&syn_ack);
+                assert!(!server.is_taken(&ack));
+            };
+            let first = own.kept();
+            for (port, ending) in [(4000, FIN | ACK), (4001, RST)] {
+                establish(port);
+                assert_eq!(own.kept(), first + 1);
+                match ending {
+                    RST => assert!(!server.is_taken(&tcp_in(0, port, RST))),
+                    _ => server.sends(&tcp_out(0, port, FIN | ACK)),
+                }
+                assert_eq!(own.kept(), first, "{port}");
+                let left = || {
+                    own.live()
+                        .unwrap()
+                        .iter()
+                        .any(|it| it.remote.port() == port)
+                };
+                assert!(left(), "for a moment");
+                own.age_by(Duration::from_secs(4));
+                assert!(!left(), "it does not count as left");
+                // Its last packets are its host's all the same.
+                server.be(moved());
+                assert!(!server.is_taken(&tcp_in(0, port, ACK)), "{port}");
+                server.be(here());
+            }
+            // A reset that was forged ends nothing: its host goes on, and it is kept again.
+            establish(4002);
+            assert!(!server.is_taken(&tcp_in(0, 4002, RST)));
+            assert_eq!(own.kept(), first);
+            server.sends(&tcp_out(0, 4002, ACK));
+            assert_eq!(own.kept(), first + 1);
+            own.age_by(Duration::from_secs(4));
+            assert!(
+                own.live()
+                    .unwrap()
+                    .iter()
+                    .any(|it| it.remote.port() == 4002)
+            );
+        });
+    }
+
+    #[test]
     fn where_there_is_no_room_the_newest_is_counted_and_remembered_as_before() {
         in_fresh_namespace(|| {
             let server = Server::new();

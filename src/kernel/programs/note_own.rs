@@ -21,7 +21,9 @@
 //!     if (it is from a socket of this host, and was not translated) pass; // which can be asked
 //!     if (RST) { delete(own, key); pass; }
 //!     if ((o = lookup(own, key)) && !(SYN without ACK)) {
-//!         if (FIN) o->kind = KIND_CLOSED; else if (OPENING && SYN) goto opens;
+//!         if (FIN) move(kept, own, key, { now, KIND_CLOSED });
+//!         else if (OPENING && SYN) goto opens;
+//!         else if (RESET) move(own, kept, key, { now, o->kind });       // it was forged
 //!         else refresh;                               // if it was asked, KIND_BEHIND again
 //!         pass;
 //!     }
@@ -59,7 +61,7 @@ use super::moved::Family;
 use super::own::{
     ANSWERED, KIND_ASKED, KIND_BEHIND, KIND_CLOSED, KIND_LASTING, KIND_OPENING, KIND_SOCKET,
     OWN_IDLE, OWN_KIND, OWN_SEEN, OWN_STAGE, Own, STAGE_HEARD, STAGE_KEPT, STAGE_PLAIN,
-    STAGE_REQUEST, YOUNG_IDLE,
+    STAGE_REQUEST, STAGE_RESET, YOUNG_IDLE,
 };
 use super::parse::{
     FLAGS, HEADER, Side, Ways, key_of_other_query, load_syn, parse, sort_out, wire,
@@ -326,7 +328,12 @@ fn note_tcp(a: &mut Assembler, own: &Own, pass: Label) {
     a.load(Size::W, R0, FOUND, OWN_KIND);
     a.jump_if(R0, If::Eq, KIND_OPENING, opening);
     a.jump_if(R0, If::Eq, KIND_ASKED, goes_on);
+    let lives = a.label();
+    a.load(Size::W, R1, FOUND, OWN_STAGE);
+    a.jump_if(R1, If::Eq, STAGE_RESET, lives);
     refresh(a, own, None, pass);
+    a.bind(lives);
+    keep_going(a, own, pass);
     a.bind(goes_on);
     refresh(a, own, Some(KIND_BEHIND), pass);
     a.bind(opening);
@@ -334,9 +341,11 @@ fn note_tcp(a: &mut Assembler, own: &Own, pass: Label) {
     a.load(Size::W, R0, R10, FLAGS);
     a.jump_if(R0, If::Set, i32::from(SYN), new);
     refresh(a, own, None, pass);
+    // Hundreds may close in a second: none of them is kept from giving way.
     a.bind(closed);
-    a.mov(R0, KIND_CLOSED);
-    a.store(Size::W, FOUND, OWN_KIND, R0);
+    Own::make_value(a, KIND_CLOSED, STAGE_PLAIN);
+    own.enter_value(a);
+    remove(a, &own.kept);
     a.jump(pass);
     a.bind(unknown);
     a.load(Size::W, R0, R10, FLAGS);

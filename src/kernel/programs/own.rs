@@ -125,6 +125,9 @@ pub(super) const STAGE_KEPT: i32 = 3;
 /// A client has asked this host, which has not answered: it is nobody's conversation yet.
 pub(super) const STAGE_REQUEST: i32 = 4;
 
+/// TCP that the other one has reset, and that its host has not gone on with since.
+pub(super) const STAGE_RESET: i32 = 5;
+
 /// A UDP socket of this host sends it, from the port that others see. It ends with the socket.
 pub(super) const KIND_SOCKET: i32 = 1;
 /// A host behind this one sends it, or a socket whose address is translated, or the kernel.
@@ -339,7 +342,7 @@ impl Own {
             others: self.others.again()?,
             fragments: self.fragments.again()?,
             noted: self.noted.again()?,
-            begun: self.begun.as_ref().map(Map::again).transpose()?,
+            begun: self.begun.clone(),
             facts: self.facts.again()?,
             resumes: self.resumes,
         })
@@ -422,9 +425,8 @@ impl Own {
                 let read = map.read_some(&mut place, SWEPT, |key, value| {
                     let Some(flow) = flow_of(key) else { return };
                     let request = flow.protocol != TCP && word(value, OWN_STAGE) == STAGE_REQUEST;
-                    let closed = flow.protocol == TCP && word(value, OWN_KIND) == KIND_CLOSED;
-                    let closed = closed && !was_seen_within(CLOSING, value, now);
-                    if !request && !closed && !is_over(&flow, value, now) {
+                    let closing = is_closing(&flow, value) && !was_seen_within(CLOSING, value, now);
+                    if !request && !closing && !is_over(&flow, value, now) {
                         live.push(flow);
                     }
                 });
@@ -678,12 +680,19 @@ fn word(value: &[u8], at: i16) -> i32 {
 /// Whether a conversation with this value is over: nobody takes it for this host's own any more.
 fn is_over(flow: &HostFlow, value: &[u8], now: Duration) -> bool {
     let idle = match word(value, OWN_KIND) {
-        KIND_CLOSED => TCP_HALF_CLOSED,
+        _ if is_closing(flow, value) => TCP_HALF_CLOSED,
         KIND_LASTING => OWN_LASTING,
         _ if flow.protocol == TCP => OWN_IDLE_TCP,
         _ => OWN_IDLE,
     };
     !was_seen_within(idle, value, now)
+}
+
+/// Whether a connection with this value was closed by its host, or reset by the other one.
+fn is_closing(flow: &HostFlow, value: &[u8]) -> bool {
+    let (kind, stage) = (word(value, OWN_KIND), word(value, OWN_STAGE));
+    let reset = kind == KIND_BEHIND && stage == STAGE_RESET;
+    flow.protocol == TCP && (kind == KIND_CLOSED || reset)
 }
 
 /// Whether a conversation with this value was seen so lately.

@@ -24,6 +24,7 @@
 //!         if (SYN ? !CLOSED && (now - o->seen <= OWN_IDLE || asked(o))
 //!                 : CLOSED || now - o->seen <= OWN_IDLE_TCP) {
 //!             if (OPENING && it acknowledges o->stage) move(own, kept, key, { now, KIND_BEHIND });
+//!             if (RST && BEHIND) move(kept, own, key, { now, KIND_BEHIND, STAGE_RESET });
 //!             stay;
 //!         }
 //!     } else if (now - o->seen <= (YOUNG ? YOUNG_IDLE : LASTING ? OWN_LASTING : OWN_IDLE)
@@ -68,7 +69,7 @@ use super::modes::{BEGINS, Modes, TELLS, TELLS_NOTHING};
 use super::own::{
     ASKED_TICK, ASKED_TICKS, KIND_ASKED, KIND_BEHIND, KIND_CLOSED, KIND_LASTING, KIND_OPENING,
     KIND_SOCKET, MAX_NOTED, OWN_IDLE, OWN_IDLE_TCP, OWN_KIND, OWN_LASTING, OWN_SEEN, OWN_STAGE,
-    Own, STAGE_HEARD, STAGE_PLAIN, STAGE_REQUEST, STAGE_YOUNG, YOUNG_IDLE,
+    Own, STAGE_HEARD, STAGE_PLAIN, STAGE_REQUEST, STAGE_RESET, STAGE_YOUNG, YOUNG_IDLE,
 };
 use super::parse::{
     FIRST_FRAGMENT, FLAGS, FRAGMENT, HEADER, LAST_FRAGMENT, QUOTED, Side, Ways,
@@ -282,11 +283,12 @@ pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label, unanswered:
     jump_if_within(a, (FOUND, OWN_SEEN), OWN_IDLE_TCP, tcp_goes_on);
     a.jump(forget);
     a.bind(tcp_goes_on);
-    a.load(Size::W, R0, FOUND, OWN_KIND);
-    a.jump_if(R0, If::Ne, KIND_OPENING, stay);
+    let reset = a.label();
     a.jump_if(FRAGMENT, If::Eq, QUOTED, stay);
     a.load(Size::W, R0, R10, FLAGS);
-    a.jump_if(R0, If::Set, i32::from(RST), stay);
+    a.jump_if(R0, If::Set, i32::from(RST), reset);
+    a.load(Size::W, R1, FOUND, OWN_KIND);
+    a.jump_if(R1, If::Ne, KIND_OPENING, stay);
     a.alu(Alu::And, R0, i32::from(ACK));
     a.jump_if(R0, If::Eq, 0, stay);
     a.load(Size::W, R0, R10, HEADER + tcp::ACKNOWLEDGMENT as i16);
@@ -297,6 +299,14 @@ pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label, unanswered:
     Own::make_value(a, KIND_BEHIND, STAGE_PLAIN);
     own.keep(a, full);
     a.bind(full);
+    a.jump(stay);
+    // It is over, or somebody has forged this: then its host will go on.
+    a.bind(reset);
+    a.load(Size::W, R0, FOUND, OWN_KIND);
+    a.jump_if(R0, If::Ne, KIND_BEHIND, stay);
+    Own::make_value(a, KIND_BEHIND, STAGE_RESET);
+    own.enter_value(a);
+    remove(a, &own.kept);
     a.jump(stay);
     a.bind(begins);
     a.load(Size::W, R0, FOUND, OWN_KIND);
