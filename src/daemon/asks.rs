@@ -53,6 +53,14 @@ impl Asks {
         }
     }
 
+    /// A peer begins, or is gone: nothing is asked of it.
+    pub(super) fn begin(&mut self, peer: PeerId) {
+        let place = index(peer);
+        self.peers
+            .resize(self.peers.len().max(place + 1), OfPeer::default());
+        self.peers[place] = OfPeer::default();
+    }
+
     // The old server.
 
     /// A connection wants to know this of a peer. Beyond [`MAX_ASKS`] nobody can tell.

@@ -30,6 +30,14 @@ impl TheirModes {
         Self(vec![OfPeer::default(); peers])
     }
 
+    /// A peer begins, or is gone: nothing was heard of it.
+    pub(super) fn begin(&mut self, peer: PeerId) {
+        let place = index(peer);
+        self.0
+            .resize(self.0.len().max(place + 1), OfPeer::default());
+        self.0[place] = OfPeer::default();
+    }
+
     /// An old server has said this. Returns whether it is news.
     pub(super) fn hear(&mut self, peer: PeerId, run: u64, modes: PeerModes) -> bool {
         let of_peer = &mut self.0[index(peer)];

@@ -570,6 +570,14 @@ impl Control<'_> {
         let all = Arc::new(Scopes::new(&running.captured()));
         let max_flows = running.config.max_flows as usize;
         let log = running.config.client_log;
+        let begin = |peer: &&PeerConfig| !peer.allow_outgoing.is_empty();
+        let several_begin = running
+            .peers
+            .iter()
+            .flatten()
+            .filter(begin)
+            .nth(1)
+            .is_some();
         let gates = (0..running.peers.len()).map(|place| {
             let id = PeerId(place as u16);
             let peer = running.peers[place].as_ref();
@@ -604,6 +612,10 @@ impl Control<'_> {
                 };
             let allowed = peer.map_or(&[][..], |peer| &peer.allow_outgoing);
             let gate = gate.among(Arc::clone(&all)).allow_outgoing(allowed);
+            let gate = match peer.filter(|_| several_begin) {
+                Some(peer) => gate.beside_others(peer.keys.name()),
+                None => gate,
+            };
             Arc::new(match log {
                 None => gate.noting_nobody(),
                 Some(log) if earlier.is_none() || before.config.client_log != Some(log) => {
@@ -648,6 +660,8 @@ impl Control<'_> {
         let place = index(id);
         self.warnings.begin(id);
         self.progress.begin(id);
+        self.asks.begin(id);
+        self.theirs.begin(id);
         self.silence.begin(now, id);
         self.policy.begin(now, id, self.rules(id, peer, at));
         let config = &self.reloads.running.config;
@@ -665,7 +679,12 @@ impl Control<'_> {
             entropy: entropy::system(),
         };
         let tunnel = match Tunnel::new(config, now) {
-            Ok(tunnel) => tunnel,
+            Ok(mut tunnel) => {
+                if self.role == Role::New {
+                    tunnel.set_accept(peer.accept.clone());
+                }
+                tunnel
+            }
             // The system has no randomness: nothing else works then either.
             Err(error) => {
                 self.fault = Some(super::failed(error));
@@ -715,6 +734,9 @@ impl Control<'_> {
             self.set_homes(id);
             self.tunnels[index(id)].set_endpoint(now, at);
         }
+        if self.role == Role::New {
+            self.tunnels[index(id)].set_accept(after.accept.clone());
+        }
         if before.keys != after.keys {
             self.reloads.keys.retain(|it| it.peer != id);
             self.tunnels[index(id)].renew(now);
@@ -747,6 +769,8 @@ impl Control<'_> {
         self.view_changed = true;
         self.silence.begin(now, id);
         self.progress.begin(id);
+        self.asks.begin(id);
+        self.theirs.begin(id);
         self.warnings.begin(id);
         if let Some(translator) = self.view.forwarder.translator() {
             translator.forget_peer(id);
