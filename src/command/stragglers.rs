@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::model::prefix::Prefix;
-use crate::model::status::{Answers, Status};
+use crate::model::status::{Answers, Served, Status};
 use crate::settings::args::{ReportArgs, StragglersArgs, VerdictArgs};
 use crate::settings::config;
 use crate::stragglers::findings::Findings;
@@ -22,6 +22,9 @@ use crate::stragglers::time::Day;
 use crate::stragglers::verdict::{Now, Verdict};
 
 use super::{BAD_INPUT, FAILED, Failure, SYSTEM, here, orders, print, print_json};
+
+/// So often nobody asks who only scans, where an answer may not be what is asked for (UDP).
+const MANY_IN_VAIN: u64 = 8;
 
 /// The old server cannot be switched off yet (`verdict`).
 const NOT_YET: u8 = 1;
@@ -190,8 +193,14 @@ fn verdict(
         Err(error) => Err(error.to_string()),
     };
     let served = status.tunnels.iter().flat_map(|tunnel| &tunnel.served);
-    let bad = [Answers::Silent, Answers::Refused];
-    let unanswered = served.filter(|it| it.expected && bad.contains(&it.state));
+    // What is not asked for any more at the moment is forgotten after a while; that nobody was ever
+    // answered is not. Whoever was not answered is not recorded.
+    let bad = [Answers::Silent, Answers::Refused, Answers::Unanswered];
+    let never = |it: &Served| {
+        let is_tcp = it.what.ends_with("/tcp");
+        it.answered == 0 && it.asked >= if is_tcp { 1 } else { MANY_IN_VAIN }
+    };
+    let unanswered = served.filter(|it| it.expected && (bad.contains(&it.state) || never(it)));
     let unanswered = unanswered.map(|it| it.what.clone()).collect();
     let each = modes().map(|mode| (mode.what.clone(), mode.mode.clone()));
     Ok(verdict.with(Now {
