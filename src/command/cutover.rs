@@ -372,7 +372,8 @@ impl Cutover {
 }
 
 fn modes_of(status: &Status) -> impl Iterator<Item = &ModeStatus> {
-    status.tunnels.iter().flat_map(|tunnel| &tunnel.modes)
+    let all = status.tunnels.iter().flat_map(|tunnel| &tunnel.modes);
+    all.filter(|it| !it.leaving)
 }
 
 /// The modes of these moves.
@@ -430,6 +431,11 @@ fn view(status: &Status, what: &What, old: &OldService) -> View {
     let served = tunnels.iter().flat_map(|tunnel| &tunnel.served);
     // Scans ask for what nobody is meant to serve.
     let is_meant = |it: &&Served| it.expected || old.serves(&it.what);
+    let asked = served
+        .clone()
+        .filter(|it| what.takes(it))
+        .map(|it| it.asked)
+        .sum();
     let served = served.filter(|it| is_meant(it) && what.takes(it));
     let progress = tunnels.iter().flat_map(|tunnel| &tunnel.progress);
     let said: HashMap<&str, Listens> = progress
@@ -487,6 +493,7 @@ fn view(status: &Status, what: &What, old: &OldService) -> View {
                 (it.what.clone(), watched)
             })
             .collect(),
+        asked,
     }
 }
 

@@ -276,7 +276,8 @@ impl Orders {
     pub(super) fn peer_of(&self, asked: &Asked) -> Option<PeerId> {
         let end = SocketAddr::new(asked.addr, asked.port);
         let place = self.index.find(asked.protocol, end)?;
-        Some(self.modes.moves()[place].peer)
+        // What leaves has no mode.
+        self.modes.moves().get(place).map(|it| it.peer)
     }
 
     /// Until when clients of each move are told of no refusal, each with its peer.

@@ -17,6 +17,9 @@ use crate::model::move_index::MoveIndex;
 use crate::model::moved::{Move, TCP, UDP};
 use crate::model::progress::Listens;
 
+/// Ports of clients that ask for this server's own address: DHCP (RFC 2131) and DHCPv6 (RFC 9915).
+const DHCP_CLIENTS: [u16; 2] = [68, 546];
+
 /// Most connections of hosts behind this server that are looked at.
 const MAX_BEHIND: usize = 65_536;
 
@@ -66,7 +69,11 @@ impl Served {
         let (mut listening, range) = (BTreeSet::new(), PortRange::read());
         sockets::bound(|it| {
             let end = (it.protocol, it.local.port());
-            if end != (UDP, tunnel_port) {
+            // A client's own: of DHCP, or bound to an address and to whatever port was free.
+            let is_clients = it.protocol == UDP
+                && (DHCP_CLIENTS.contains(&it.local.port())
+                    || !it.local.ip().is_unspecified() && range.has(it.local.port()));
+            if end != (UDP, tunnel_port) && !is_clients {
                 listening.insert(end);
                 seen.push(Seen::Bound(it.protocol, it.local));
             }

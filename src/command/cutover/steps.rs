@@ -141,6 +141,8 @@ pub(super) struct View {
     pub(super) lacks: BTreeMap<String, Vec<String>>,
     /// Conversations that were watched, by port.
     pub(super) watched: BTreeMap<String, Watched>,
+    /// Conversations that asked the new server for something, also for what nobody serves.
+    pub(super) asked: u64,
 }
 
 /// Something that has happened.
@@ -264,6 +266,8 @@ impl Steps {
                 self.back();
             }
             Input::Interrupted => self.give_up("it was interrupted".into()),
+            // Nobody can be kept waiting then, and the service starts again all the same.
+            Input::Lost(_) if self.step == Step::Rehold => self.restart(now),
             Input::Lost(why) => {
                 self.give_up(format!("the daemon here does not answer any more ({why})"));
             }
@@ -482,12 +486,14 @@ impl Steps {
             .iter()
             .all(|(_, it)| it.answered > 0 || it.may_be_silent);
         let answered: u64 = since.iter().map(|(_, it)| it.answered).sum();
+        // Those that waited may have wanted what nobody serves, as scans do.
+        let reached = self.before.waiting == 0 || self.seen.asked > self.before.asked;
         if !asked.is_empty() && all_well && lasted >= WATCH_LEAST {
             self.say(format!(
                 "the first are answered on the new server: {answered} of those watched"
             ));
             self.end(Ok(()));
-        } else if asked.is_empty() && self.before.waiting == 0 && lasted >= WATCH_QUIET {
+        } else if asked.is_empty() && reached && lasted >= WATCH_QUIET {
             self.say(match self.unsure {
                 false => "nobody has asked for anything meanwhile",
                 true => "nobody has asked for anything meanwhile: try it",

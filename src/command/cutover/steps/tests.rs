@@ -385,6 +385,7 @@ fn views() -> impl Strategy<Value = View> {
                     waiting,
                     listens: of_one(listens),
                     watched: [("it".into(), watched)].into(),
+                    asked,
                 }
             },
         )
@@ -412,6 +413,7 @@ proptest! {
             1..60,
         ),
         well in prop::collection::vec(prop::bool::weighted(0.9), 12),
+        dead in any::<bool>(),
     ) {
         let (drain, within) = (Duration::from_secs(drain), Duration::from_secs(within));
         let plan = Plan { drain, within, stop, restart: restart && stop };
@@ -437,7 +439,10 @@ proptest! {
                             if is_back {
                                 orders.push(action);
                             }
-                            steps.handle(now, Input::Refused("no".into()));
+                            steps.handle(now, match dead && !is_back {
+                                true => Input::Lost("gone".into()),
+                                false => Input::Refused("no".into()),
+                            });
                         }
                     }
                     Action::Stop | Action::Restart => {
@@ -477,4 +482,21 @@ proptest! {
             (Err(_), last) => prop_assert!(matches!(last, None | Some(Action::Back))),
         }
     }
+}
+
+#[test]
+fn a_daemon_that_dies_keeps_nobody_from_starting_the_service_again() {
+    let plan = Plan {
+        drain: at(1_000),
+        within: at(1_000),
+        stop: true,
+        restart: true,
+    };
+    let mut steps = until(Step::Listen, plan);
+    steps.handle(at(500), Input::Lost("gone".into()));
+    actions(&mut steps);
+    assert_eq!(steps.step(), Step::Rehold);
+    steps.handle(at(600), Input::Lost("gone".into()));
+    assert_eq!(steps.step(), Step::Restart);
+    assert!(actions(&mut steps).contains(&Action::Restart));
 }
