@@ -46,6 +46,9 @@ use crate::settings::args::RunArgs;
 use crate::settings::config::Config;
 use crate::settings::files::{Files, Found};
 
+/// How long the control task waits for it: no longer than peers are patient with this server.
+const PATIENCE_OF_CONTROL: Duration = Duration::from_secs(5);
+
 /// How long the daemon waits for files on a slow disk, or a verifier with much to do.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -150,7 +153,7 @@ impl Forge {
     /// # Errors
     /// If it does not answer.
     pub(super) fn read(&self) -> Result<Files, String> {
-        match self.ask(&Ask::Read)? {
+        match self.ask(&Ask::Read, PATIENCE)? {
             (Said::Read(found), _) => Ok(Files::Given(found)),
             (said, _) => Err(said.unexpected()),
         }
@@ -161,7 +164,7 @@ impl Forge {
     /// # Errors
     /// If it cannot, or does not answer.
     pub(super) fn make(&self, wanted: &Wanted, sockets: usize) -> Result<Made, String> {
-        match self.ask(&Ask::Make(wanted.clone()))? {
+        match self.ask(&Ask::Make(wanted.clone()), PATIENCE)? {
             (Said::Made(_), mut all) => {
                 let programs = all
                     .len()
@@ -178,7 +181,7 @@ impl Forge {
 
     /// What it made last is in use.
     pub(super) fn used(&self) {
-        if let Err(error) = self.ask(&Ask::Used) {
+        if let Err(error) = self.ask(&Ask::Used, PATIENCE_OF_CONTROL) {
             debug!(error, "the next configuration will not be taken");
         }
     }
@@ -186,13 +189,14 @@ impl Forge {
     /// Notes the connections of hosts behind this one that these moves could capture.
     pub(super) fn note_others(&self, moves: &[Move]) {
         let moves = moves.iter().map(ToString::to_string).collect();
-        if let Err(error) = self.ask(&Ask::NoteOthers(moves)) {
+        if let Err(error) = self.ask(&Ask::NoteOthers(moves), PATIENCE_OF_CONTROL) {
             debug!(error, "no connections of hosts behind this one are known");
         }
     }
 
-    fn ask(&self, ask: &Ask) -> Result<(Said, Vec<OwnedFd>), String> {
+    fn ask(&self, ask: &Ask, patience: Duration) -> Result<(Said, Vec<OwnedFd>), String> {
         let mut stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = stream.get_ref().set_read_timeout(Some(patience));
         let mut exchange = || {
             tell(stream.get_mut(), ask)?;
             let said: Said = hear(&mut stream)?.ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -404,7 +408,14 @@ impl Smith<'_> {
     }
 
     fn make(&mut self, wanted: &Wanted) -> Result<Vec<OwnedFd>, String> {
-        let (config, files) = self.config.as_ref().ok_or("no settings were read")?;
+        // What leaves is made of what runs, whatever the file says meanwhile.
+        let read = &self.config;
+        let settings = || read.as_ref().ok_or("no settings were read");
+        // Whatever may be refused comes before programs of the new server, which are final.
+        let sockets = match wanted.sockets {
+            true => bind(&settings()?.0, false).map_err(|error| error.to_string())?,
+            false => Vec::new(),
+        };
         let mut made = Vec::new();
         if wanted.programs {
             let text = |error: &dyn std::error::Error| error.to_string();
@@ -417,6 +428,7 @@ impl Smith<'_> {
                     made = all;
                 }
                 Programs::New(steering) => {
+                    let (config, files) = settings()?;
                     let (outgoing, _) = chosen(config, files).map_err(|error| text(&error))?;
                     let remade = Remade {
                         outgoing,
@@ -431,12 +443,9 @@ impl Smith<'_> {
                 }
             }
         }
-        if wanted.sockets {
-            let sockets = bind(config, false).map_err(|error| error.to_string())?;
-            for socket in &sockets {
-                let copy = socket.as_fd().try_clone_to_owned();
-                made.push(copy.map_err(|error| error.to_string())?);
-            }
+        for socket in &sockets {
+            let copy = socket.as_fd().try_clone_to_owned();
+            made.push(copy.map_err(|error| error.to_string())?);
         }
         Ok(made)
     }

@@ -178,6 +178,11 @@ impl Visitors {
         }
     }
 
+    /// Hands over everything that is known by now.
+    pub(super) fn flush(&mut self, now: Instant, forwarder: &Forwarder) {
+        self.tell(now, forwarder, true);
+    }
+
     /// Tells what is left, for the thread to write.
     pub(super) fn end(&mut self, now: Instant, forwarder: &Forwarder) {
         self.tell(now, forwarder, true);

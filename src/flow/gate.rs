@@ -199,7 +199,7 @@ impl Gate {
             watch: Arc::clone(&self.watch),
             modes: Modes::default(),
             decided: Mutex::new(FragmentCache::new()),
-            taken: self.taken.clone(),
+            taken: OnceLock::new(),
             shields: Shields::default(),
             name: self.name,
             visits: self.visits.clone(),

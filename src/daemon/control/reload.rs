@@ -12,7 +12,7 @@
 //! nothing; what [`Control::apply`] then does for each peer cannot be. Packets wait for none of it:
 //! lanes are given another view, and programs on links are replaced one by the other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as Knock};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -37,6 +37,7 @@ use crate::daemon::setup::{check_new, check_old, resolve};
 use crate::daemon::visitors::Visitors;
 use crate::flow::class::TCP_ESTABLISHED;
 use crate::flow::gate::{Gate, GateConfig};
+use crate::flow::modes::Taken;
 use crate::flow::role::Forwarder;
 use crate::io::entropy;
 use crate::kernel::netlink::Netlink;
@@ -49,6 +50,9 @@ use crate::model::request::Answer;
 use crate::model::scopes::Scopes;
 use crate::settings::config::{ClientLog, Config, PeerConfig};
 use crate::settings::values::{DeliverTo, PeerAddr};
+
+/// Where the forge has made something else than the daemon asked for.
+const OTHERS: &str = "the programs that were made are others than those that are wanted";
 
 /// How long a session may take that is made with the earlier keys, before others are used: then
 /// both servers have the longest time to change them.
@@ -432,8 +436,14 @@ impl Control<'_> {
         if let Some(translator) = self.view.forwarder.translator() {
             translator.set_max_flows(after.config.max_flows as usize);
         }
+        if before.config.client_log != after.config.client_log
+            && let Some(visitors) = &mut *self.visitors
+        {
+            // The gates of now know what is to be told yet.
+            visitors.flush(now, &self.view.forwarder);
+        }
         let grows = {
-            let known = before.captured();
+            let known: HashSet<Move> = before.captured().into_iter().collect();
             let captured = after.captured();
             captured.iter().any(|moved| !known.contains(moved))
         };
@@ -442,12 +452,16 @@ impl Control<'_> {
             orders.set_moves(after.moves(), after.leaving.clone(), after.config.start);
         }
         // Who judges has to know of more before programs hand it over, and of less afterwards.
+        let taken = match &programs {
+            Some(Programs::Old(capture)) => Some(capture.taken()),
+            Some(Programs::New(_)) | None => self.follower.taken(),
+        };
         if grows {
-            self.remake_gates(now, &before, &begun);
+            self.remake_gates(now, &before, &begun, taken.as_ref());
         }
         self.take_programs(now, &before, wanted.programs, programs);
         if !grows {
-            self.remake_gates(now, &before, &begun);
+            self.remake_gates(now, &before, &begun, taken.as_ref());
         }
         self.set_modes(now);
         self.look_at_outgoing(now);
@@ -479,25 +493,32 @@ impl Control<'_> {
         };
         let tun = self.tun.clone();
         let result = match self.follower.programs() {
-            Programs::Old(capture) => supplied(made, || {
-                let again = capture.again(&captured, &begin, wanted.port)?;
-                Ok(Some(Programs::Old(Box::new(again))))
-            }),
+            Programs::Old(capture) => {
+                let make = || capture.again(&captured, &begin, wanted.port);
+                match supplied(made, make) {
+                    (Ok(again), 0) => Ok(Some(Programs::Old(Box::new(again)))),
+                    (Ok(_), _) => Err(OTHERS.to_owned()),
+                    (Err(error), _) => Err(error.to_string()),
+                }
+            }
             Programs::New(steering) => {
                 let remade = Remade {
                     outgoing: chosen.to_vec(),
                     tunnel_port: wanted.port,
                     max_flows: next.config.max_flows,
                 };
-                let again = supplied(made, || steering.remake(&tun, lo.as_ref(), remade));
-                again.map(|()| None)
+                match supplied(made, || steering.remake(&tun, lo.as_ref(), remade)) {
+                    (Ok(()), 0) => Ok(None),
+                    // Nothing is on a link as yet.
+                    (Ok(()), _) => Err(OTHERS.to_owned()),
+                    (Err(error), _) => Err(error.to_string()),
+                }
             }
         };
-        result.map_err(|error: crate::kernel::plan::PlanError| {
+        result.inspect_err(|_| {
             if let Some(forge) = &self.reloads.forge {
                 forge.give_up();
             }
-            error.to_string()
         })
     }
 
@@ -524,7 +545,7 @@ impl Control<'_> {
                 .set_settings(now, self.host, settings, &mut self.warnings);
             return;
         }
-        let known = before.captured();
+        let known: HashSet<Move> = before.captured().into_iter().collect();
         let mut added = running.captured();
         added.retain(|moved| !known.contains(moved));
         if let (Some(Programs::Old(capture)), Some(orders)) = (&programs, &self.orders)
@@ -532,6 +553,10 @@ impl Control<'_> {
         {
             let text = format!("the programs do not know who answers new connections: {error}");
             self.warnings.warn(now, text);
+        }
+        if let Some(Programs::Old(capture)) = &programs {
+            // They ask no daemon that they take for dead. If this fails, the next beat says so.
+            let _ = capture.beat();
         }
         if let Some(steering) = self.follower.steering()
             && let Err(error) = steering.carry_over(false)
@@ -562,7 +587,14 @@ impl Control<'_> {
     }
 
     /// Gives the lanes gates for what moves now (old server), which know who answers it.
-    fn remake_gates(&mut self, now: Instant, before: &Running, begun: &[PeerId]) {
+    /// `taken` is what the programs to come know.
+    fn remake_gates(
+        &mut self,
+        now: Instant,
+        before: &Running,
+        begun: &[PeerId],
+        taken: Option<&Arc<dyn Taken>>,
+    ) {
         let running = &self.reloads.running;
         let Forwarder::Old(known) = &*self.view.forwarder else {
             return;
@@ -596,9 +628,6 @@ impl Control<'_> {
                         resumes: false,
                     };
                     let gate = Gate::new(&moves, config);
-                    if let Some(taken) = self.follower.taken() {
-                        gate.set_taken(taken);
-                    }
                     match known.first() {
                         Some(other) => gate.among_addresses_of(other),
                         None => gate,
@@ -612,7 +641,12 @@ impl Control<'_> {
                 };
             let allowed = peer.map_or(&[][..], |peer| &peer.allow_outgoing);
             let gate = gate.among(Arc::clone(&all)).allow_outgoing(allowed);
+            if let Some(taken) = taken {
+                gate.set_taken(Arc::clone(taken));
+            }
             let gate = match peer.filter(|_| several_begin) {
+                // The kernel knows what it has begun by this name, also after another key.
+                Some(_) if gate.is_named() => gate,
                 Some(peer) => gate.beside_others(peer.keys.name()),
                 None => gate,
             };
@@ -628,6 +662,7 @@ impl Control<'_> {
         self.view.forwarder = Arc::clone(&forwarder);
         self.shared.holding.set_moves(&running.captured());
         self.set_modes_of_gates(now);
+        self.view.number += 1;
         self.shared.view.store(Arc::new(self.view.clone()));
     }
 

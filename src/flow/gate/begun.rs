@@ -39,6 +39,11 @@ impl Gate {
         self
     }
 
+    /// Whether it has a name among others.
+    pub fn is_named(&self) -> bool {
+        self.name.is_some()
+    }
+
     /// Judges a packet of the new server from a port that has not moved, and notes its flow if it
     /// leaves. `gates` are those of all peers.
     pub(super) fn check_begun(

@@ -31,9 +31,14 @@ pub fn recorded<T>(make: impl FnOnce() -> T) -> (T, Vec<OwnedFd>) {
     }
 }
 
-/// Does something with what another process has had made for it.
-pub fn given<T>(made: Vec<OwnedFd>, make: impl FnOnce() -> T) -> T {
-    with(Supply::Given(made.into()), make).0
+/// Does something with what another process has had made for it, and returns how much of that is
+/// left over: with other programs than were wanted there, one would be taken for another.
+pub fn given<T>(made: Vec<OwnedFd>, make: impl FnOnce() -> T) -> (T, usize) {
+    let (result, supply) = with(Supply::Given(made.into()), make);
+    match supply {
+        Supply::Given(left) => (result, left.len()),
+        Supply::Kernel | Supply::Recorded(_) => (result, 0),
+    }
 }
 
 fn with<T>(supply: Supply, make: impl FnOnce() -> T) -> (T, Supply) {
@@ -99,7 +104,9 @@ mod tests {
             map.insert(&[1; 4], &[2; 4]).unwrap();
             keep_only(CapabilitySet::NET_ADMIN);
             assert!(make().is_err(), "none can be made");
-            let (other, again, program) = given(made, make).unwrap();
+            let (supplied, left) = given(made, make);
+            let (other, again, program) = supplied.unwrap();
+            assert_eq!(left, 0);
             assert!(make().is_err(), "only so many were given");
             let mut value = [0; 4];
             assert!(again.read(&[1; 4], &mut value));
