@@ -15,7 +15,7 @@ use crate::settings::config::{self, Config, ConfigError};
 /// Looks at everything, and says it.
 pub(super) fn run(args: Box<CheckArgs>) -> Result<(), Failure> {
     let json = args.json;
-    let words = Words::new(std::env::args());
+    let words = Words::of_this_process();
     let found = match settings(args) {
         Ok((config, psk_file, has_key)) => {
             // Nothing that is looked at is to be logged beside what is said of it.

@@ -106,7 +106,7 @@ pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
             .filter_map(|peer| peer.endpoint.as_ref());
         // Before the daemon may no longer look at the firewall.
         if ready.tools.awaited.is_none() || ready.tools.follower.leads_out() {
-            let words = Words::new(std::env::args());
+            let words = Words::of_this_process();
             let uplinks = ready.tools.follower.uplinks();
             let found = checks::at_start(&config, &words, &ready.tools.endpoints, uplinks);
             config.warnings.extend(found);

@@ -740,7 +740,9 @@ impl Tunnel {
             self.warn(now, Warning::NoEntropy);
             return Err(DropReason::ControlBusy);
         };
-        if let (Some(cipher), Some(index)) = (cipher, index) {
+        // Whoever only asks sends nothing on a session, and takes no place of one that was granted.
+        let asks_only = payload.question.is_some();
+        if let (Some(cipher), Some(index)) = (cipher, index.filter(|_| !asks_only)) {
             self.sessions.install(
                 SessionSpec {
                     index,
@@ -766,7 +768,7 @@ impl Tunnel {
             // The peer confirms the session next; an initiation of ours would only cross its own.
             let pace = self.with_jitter(self.config.timers.fast_retry);
             self.next_attempt = self.next_attempt.max(now + pace);
-        } else {
+        } else if cipher.is_none() {
             self.warn_cipher(now, payload.offer);
         }
         self.transmit(from, message.to_vec());

@@ -463,9 +463,11 @@ fn ask(
     // The port may be somebody else's, or another thread's that asks another peer.
     let asked = probe::ask(&probe(is_free)).map(|it| (it, is_free));
     let asked = asked.or_else(|_| probe::ask(&probe(false)).map(|it| (it, false)));
+    let is_up = tunnel.is_some_and(|it| it.state == State::Up);
     match asked {
+        // The daemon here hears of it, so that what this port meets tells nothing.
+        Ok((probe::Answer::Nothing | probe::Answer::Refused(_), _)) if is_up => Vec::new(),
         Ok((answer, listened)) => {
-            let is_up = tunnel.is_some_and(|it| it.state == State::Up);
             let own = peer::Own {
                 role: config.role,
                 offer,

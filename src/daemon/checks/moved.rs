@@ -100,7 +100,10 @@ pub(super) fn addresses(moves: &[Move], place: &Place<'_>, words: &Words) -> Vec
             text = format!("{text}, {dead}: it is taken where it comes in");
         }
         if place.leased.contains(&held.addr) {
-            text.push_str(", by DHCP: let its client go on, its lease stays with it");
+            text.push_str(
+                ", with a lease (DHCP, router advertisements): let its client go on, the lease \
+                 stays with it",
+            );
         }
         if place.on_uplinks(prefix.is_ipv4()) == [held.addr] {
             text.push_str(", the only address there: what this server does itself stays with it");
@@ -131,7 +134,10 @@ fn absent(moves: &[Move], place: &Place<'_>, words: &Words) -> Vec<Finding> {
             let new = words.replacing(&addr.to_string(), &private.to_string());
             let remedy = match words.hold(&addr.to_string()) {
                 true => new,
-                false => format!("sed -i 's/{addr}/{private}/g' ipmoved.toml"),
+                false => {
+                    let addr = addr.to_string().replace('.', r"\.");
+                    format!(r"sed -i 's/\b{addr}\b/{private}/g' /etc/ipmoved/ipmoved.toml")
+                }
             };
             found.push(Finding::warn("nat", moved.prefix, text, remedy));
             continue;

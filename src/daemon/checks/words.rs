@@ -18,6 +18,11 @@ impl Words {
         Self(all)
     }
 
+    /// Those of this process. What is not UTF-8 is not typed as it was.
+    pub fn of_this_process() -> Self {
+        Self::new(std::env::args_os().map(|word| word.to_string_lossy().into_owned()))
+    }
+
     /// The same as before.
     pub(super) fn again(&self) -> String {
         let quoted = self.0.iter().map(|word| quoted(word));
@@ -45,9 +50,9 @@ impl Words {
         Self(words).again()
     }
 
-    /// With one word in the place of another, within longer ones too.
+    /// With one address in the place of another, within longer words too, as in `192.0.2.5:80`.
     pub(super) fn replacing(&self, old: &str, new: &str) -> String {
-        let words = self.0.iter().map(|word| word.replace(old, new));
+        let words = self.0.iter().map(|word| replaced(word, old, new));
         Self(words.collect()).again()
     }
 
@@ -55,6 +60,23 @@ impl Words {
     pub(super) fn hold(&self, text: &str) -> bool {
         self.0.iter().any(|word| word.contains(text))
     }
+}
+
+/// A word with one address in the place of another, but where it is a part of a longer one.
+fn replaced(word: &str, old: &str, new: &str) -> String {
+    let is_of_address =
+        |c: char| c.is_ascii_hexdigit() || c == '.' || old.contains(':') && c == ':';
+    let (mut out, mut rest) = (String::new(), word);
+    while let Some(at) = rest.find(old).filter(|_| !old.is_empty()) {
+        let (before, after) = (&rest[..at], &rest[at + old.len()..]);
+        let goes_on = out.chars().last().filter(|_| before.is_empty());
+        let is_part = before.chars().last().or(goes_on).is_some_and(is_of_address)
+            || after.chars().next().is_some_and(is_of_address);
+        out.push_str(before);
+        out.push_str(if is_part { old } else { new });
+        rest = after;
+    }
+    out + rest
 }
 
 /// As a shell takes it for one word.
@@ -88,6 +110,15 @@ mod tests {
         );
         let other = given.replacing("192.0.2.5", "10.0.0.5");
         assert!(other.contains("--move 10.0.0.5 --peer"), "{other}");
+        for (word, becomes) in [
+            ("192.0.2.5", "10.0.0.5"),
+            ("192.0.2.5:80/tcp", "10.0.0.5:80/tcp"),
+            ("--move=192.0.2.5/32", "--move=10.0.0.5/32"),
+            ("192.0.2.50", "192.0.2.50"),
+            ("1.192.0.2.5", "1.192.0.2.5"),
+        ] {
+            assert_eq!(replaced(word, "192.0.2.5", "10.0.0.5"), becomes);
+        }
     }
 
     #[test]

@@ -340,6 +340,11 @@ impl Registers {
 }
 
 impl Packet {
+    /// Whether it only passes through this server.
+    pub(super) fn is_forwarded(&self) -> bool {
+        self.iif.is_some() && self.oif.is_some()
+    }
+
     /// What the kernel would put into a register.
     fn get(&self, what: Source, length: usize) -> Option<Vec<u8>> {
         let padded = |bytes: &[u8]| {
@@ -369,6 +374,8 @@ impl Packet {
             Source::Conntrack(key) => match key {
                 // The state: new.
                 0 => padded(&8_u32.to_ne_bytes()),
+                // Its status: it may have been turned on its way here.
+                2 if self.is_forwarded() => return None,
                 // Direction, status and mark: of the one who began, nothing yet.
                 1..=3 => padded(&[]),
                 _ => return None,

@@ -22,7 +22,8 @@ pub(super) fn fits(name: &str, info: &[u8], packet: &Packet) -> Option<bool> {
         "tcp" | "udp" => Some(false),
         "multiport" => multiport(info, packet),
         "state" => Some(word(info, 0)? & NEW != 0),
-        "conntrack" => conntrack(info),
+        "conntrack" => conntrack(info, packet),
+        "addrtype" => addrtype(info, packet),
         // `struct xt_mark_mtinfo1`: of what comes and of the tunnel the mark is 0.
         "mark" => Some((word(info, 0)? == 0) != (*info.get(8)? != 0)),
         _ => None,
@@ -78,11 +79,18 @@ fn multiport(info: &[u8], packet: &Packet) -> Option<bool> {
 }
 
 /// `struct xt_conntrack_mtinfo3`, if it asks for the state alone.
-fn conntrack(info: &[u8]) -> Option<bool> {
+fn conntrack(info: &[u8], packet: &Packet) -> Option<bool> {
     const STATE: u16 = 1;
+    /// `XT_CONNTRACK_STATE_DNAT`.
+    const DNAT: u16 = 1 << 7;
     const ASKED: usize = 146;
     let (asked, turned) = (half(info, ASKED)?, half(info, ASKED + 2)?);
-    let fits = (half(info, ASKED + 4)? & NEW as u16 != 0) != (turned & STATE != 0);
+    let states = half(info, ASKED + 4)?;
+    if asked & STATE != 0 && states & DNAT != 0 && packet.is_forwarded() {
+        // It may have been turned on its way here.
+        return None;
+    }
+    let fits = (states & NEW as u16 != 0) != (turned & STATE != 0);
     match asked {
         0 => Some(true),
         STATE => Some(fits),
@@ -90,6 +98,19 @@ fn conntrack(info: &[u8]) -> Option<bool> {
         _ if asked & STATE != 0 && !fits => Some(false),
         _ => None,
     }
+}
+
+/// `struct xt_addrtype_info_v1`: types of source and destination, flags. What comes to this server
+/// is for an address of its own, where nothing else is said; the rest is not told apart.
+fn addrtype(info: &[u8], packet: &Packet) -> Option<bool> {
+    const LOCAL: u16 = 1 << 2;
+    const DESTINATION_TURNED: u32 = 2;
+    let (source, destination, flags) = (half(info, 0)?, half(info, 2)?, word(info, 4)?);
+    let comes = packet.iif.is_some() && packet.oif.is_none();
+    if info.len() != 8 || source != 0 || flags & !DESTINATION_TURNED != 0 || !comes {
+        return None;
+    }
+    Some((destination & LOCAL != 0) != (flags & DESTINATION_TURNED != 0))
 }
 
 /// Where DNAT leads to: `struct nf_nat_range2` begins with flags, addresses and ports.
