@@ -210,16 +210,15 @@ struct First {
 
 impl First {
     fn read(flows: &dyn Flows, wanted: &Wanted, ends: &AtomicBool) -> Self {
+        // Each flow's two readings are as far from each other as the beginnings of both.
+        let at = Instant::now();
         let mut bytes = Vec::new();
         read(flows, ends, |row| {
             if wanted.takes(&row) {
                 bytes.push((row.place, row.bytes));
             }
         });
-        Self {
-            at: Instant::now(),
-            bytes,
-        }
+        Self { at, bytes }
     }
 }
 
@@ -308,7 +307,7 @@ fn rates(row: &Row, before: Option<[u64; 2]>, passed: Duration) -> [f64; 2] {
 fn entry(Ranked { row, rates, .. }: &Ranked, status: &Status) -> FlowEntry {
     let client = IpAddr::from(row.client);
     let peer = match status.way {
-        Way::Tunnel => status.tunnels.get(usize::from(row.peer.0)),
+        Way::Tunnel => status.tunnels.iter().find(|it| it.place == row.peer.0),
         Way::Nat => status.tunnels.iter().find(|tunnel| {
             let to = tunnel.peer.parse::<IpAddr>();
             to.is_ok_and(|to| to.is_ipv4() == client.is_ipv4())

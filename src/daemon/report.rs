@@ -132,6 +132,7 @@ pub(super) fn tunnels(
         }
         let (cipher, age) = peer.session.unzip();
         TunnelStatus {
+            place: peer.index as u16,
             peer: peer.name,
             endpoint: peer.endpoint.map(|addr| addr.to_string()),
             role: peer.role,
@@ -188,6 +189,7 @@ pub(super) fn translated(
 ) -> Status {
     let flows = shown(counters.flows());
     let entry = |(end, to): (&Towards, &NewServer)| TunnelStatus {
+        place: 0,
         peer: end.to.to_string(),
         endpoint: Some(end.to.to_string()),
         role: Role::Old,

@@ -79,17 +79,27 @@ impl Ends {
     }
 }
 
-/// One flow's.
+/// One flow's. Each direction may have a thread of its own that counts, so that the ends lie
+/// between the counts: most records have them in different cache lines.
 #[derive(Default)]
+#[repr(C)]
 pub(super) struct Record {
+    /// Has the protocol above [`PACKETS`] bits of its packets.
+    first: Count,
     /// The words of its addresses. Of a record that is free, the first is the next one's number.
     client: [AtomicU64; 2],
     moved: [AtomicU64; 2],
     /// Both ports, and above them the second in which it began.
     ports: AtomicU64,
-    bytes: [AtomicU64; 2],
-    /// The first has the protocol above [`PACKETS`] bits.
-    packets: [AtomicU64; 2],
+    second: Count,
+}
+
+/// What passed in one direction.
+#[derive(Default)]
+#[repr(C)]
+struct Count {
+    bytes: AtomicU64,
+    packets: AtomicU64,
 }
 
 /// What a record says.
@@ -115,7 +125,7 @@ impl Record {
         let ports = u64::from(ends.client_port) | u64::from(ends.moved_port) << 16;
         self.ports.store(ports, Relaxed);
         let protocol = u64::from(ends.protocol) << PACKETS;
-        self.packets[0].store(protocol, Relaxed);
+        self.first.packets.store(protocol, Relaxed);
         self.restart(second);
     }
 
@@ -123,7 +133,7 @@ impl Record {
     pub(super) fn restart(&self, second: u32) {
         let ports = self.ports.load(Relaxed) & u64::from(u32::MAX);
         self.ports.store(ports | u64::from(second) << 32, Relaxed);
-        for (bytes, packets) in self.bytes.iter().zip(&self.packets) {
+        for Count { bytes, packets } in [&self.first, &self.second] {
             bytes.store(0, Relaxed);
             packets.store(packets.load(Relaxed) & !PACKETS_MASK, Relaxed);
         }
@@ -132,7 +142,10 @@ impl Record {
     /// Counts what passed in one direction.
     #[inline]
     pub(super) fn count(&self, direction: usize, weight: Weight) {
-        let (bytes, packets) = (&self.bytes[direction & 1], &self.packets[direction & 1]);
+        let Count { bytes, packets } = match direction & 1 {
+            0 => &self.first,
+            _ => &self.second,
+        };
         let more = bytes.load(Relaxed).wrapping_add(weight.bytes.into());
         bytes.store(more, Relaxed);
         let before = packets.load(Relaxed);
@@ -146,7 +159,8 @@ impl Record {
     pub(super) fn read(&self) -> Read {
         let addr = |words: &[AtomicU64; 2]| Addr::of_words(words.each_ref().map(load));
         let ports = self.ports.load(Relaxed);
-        let packets = self.packets.each_ref().map(load);
+        let counts = [&self.first, &self.second];
+        let packets = counts.map(|it| load(&it.packets));
         Read {
             ends: Ends {
                 client: addr(&self.client),
@@ -157,7 +171,7 @@ impl Record {
             },
             began: (ports >> 32) as u32,
             packets: packets.map(|it| it & PACKETS_MASK),
-            bytes: self.bytes.each_ref().map(load),
+            bytes: counts.map(|it| load(&it.bytes)),
         }
     }
 }
@@ -272,7 +286,7 @@ mod tests {
             bytes: 4_000,
         };
         record.count(0, weight);
-        record.packets[0].fetch_or(PACKETS_MASK - 1, Relaxed);
+        record.first.packets.fetch_or(PACKETS_MASK - 1, Relaxed);
         record.count(0, weight);
         record.count(1, weight);
         let read = record.read();

@@ -134,10 +134,15 @@ impl TunnelStatus {
             );
         }
         if self.flows.refused > 0 {
+            // What was once is no trouble of now.
+            let severity = match self.flows.live >= self.flows.max {
+                true => Severity::Limit,
+                false => Severity::Notice,
+            };
             add(
-                Severity::Limit,
+                severity,
                 format!(
-                    "{} new connections were refused: all {} flows were in use",
+                    "{} new connections were refused since the start: all {} flows were in use",
                     self.flows.refused, self.flows.max
                 ),
                 vec!["`ipmoved flows --top 20` shows who has them; --max-flows allows more".into()],

@@ -69,6 +69,9 @@ pub enum Way {
 /// One peer and what goes to and from it.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct TunnelStatus {
+    /// The peer's number in the daemon, which those that come and go leave as it is.
+    #[serde(skip)]
+    pub place: u16,
     /// The peer as configured, or its address if it is not.
     pub peer: String,
     /// The address it was last heard from.
@@ -891,6 +894,7 @@ pub(crate) mod tests {
         Status {
             way: Way::Tunnel,
             tunnels: vec![TunnelStatus {
+                place: 0,
                 peer: "192.0.2.1:51850".into(),
                 endpoint: Some("192.0.2.1:51850".into()),
                 role: Role::New,

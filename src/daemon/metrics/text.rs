@@ -438,7 +438,7 @@ impl Families {
                     Some(mode.waiting),
                 ),
                 (
-                    "move_behind_here",
+                    "move_conversations_here",
                     "Conversations of hosts behind the old server",
                     mode.here_live,
                 ),
@@ -460,7 +460,7 @@ impl Families {
             }
             let help = "Conversations that came by the tunnel and live";
             let live = count(of.progress.live);
-            self.gauge("move_live", help, of_move(&of.what), live);
+            self.gauge("move_conversations", help, of_move(&of.what), live);
             let listens = match of.progress.listens {
                 Listens::Yes => Some(true),
                 Listens::No => Some(false),
