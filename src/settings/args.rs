@@ -33,7 +33,7 @@ Two lines do it:
 
 Exit codes:
   0  done, or stopped by SIGTERM or SIGINT with everything undone
-  1  failed while running, or `cutover` went back
+  1  failed while running, `cutover` went back, or `reload` was refused
   2  bad input: a flag, address, port, key, file or interface; nothing was changed
   3  this system cannot do it: privileges, TUN or a kernel feature; nothing was changed
   4  an ipmoved runs already in this network namespace (or, for commands to it, none does)
@@ -157,7 +157,8 @@ pub struct StatusArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Look again every so many seconds until ^C, and show how fast things grow. [default: 2]
+    /// Look again every so many seconds until ^C, and show how fast things grow (not with
+    /// --json). [default: 2]
     #[arg(long, value_name = "SECONDS", num_args = 0..=1)]
     pub watch: Option<Option<WatchSeconds>>,
 }
