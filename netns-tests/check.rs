@@ -224,6 +224,10 @@ fn of_both() -> Vec<Case> {
             "iptables -N ufw-before-input; iptables -N ufw-user-input
             iptables -A INPUT -j ufw-before-input
             iptables -A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+            iptables -N ufw-not-local; iptables -A ufw-before-input -j ufw-not-local
+            iptables -A ufw-not-local -m addrtype --dst-type LOCAL -j RETURN
+            iptables -A ufw-not-local -m addrtype --dst-type MULTICAST -j RETURN
+            iptables -A ufw-not-local -j DROP
             iptables -A ufw-before-input -j ufw-user-input; iptables -P INPUT DROP",
             &[],
             ("firewall", "warn", "INPUT (policy) drops what comes from"),

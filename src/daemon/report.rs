@@ -410,7 +410,9 @@ mod tests {
     #[test]
     fn the_counts_of_the_lanes_are_added_up() {
         let drops = Drops::default();
-        let status = report(vec![peer("a", &[], &drops), peer("b", &[], &drops)], &drops);
+        let mut other = peer("b", &[], &drops);
+        other.index = 1;
+        let status = report(vec![peer("a", &[], &drops), other], &drops);
         let (rx, tx) = (status.tunnels[0].rx, status.tunnels[0].tx);
         assert_eq!((rx.packets, rx.bytes), (4, 400));
         assert_eq!((tx.packets, tx.bytes), (2, 80));

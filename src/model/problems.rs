@@ -215,6 +215,7 @@ mod tests {
         let mut status = example();
         let tunnel = &mut status.tunnels[0];
         (tunnel.state, tunnel.flows.refused) = (State::Connecting, 7);
+        tunnel.flows.live = tunnel.flows.max;
         tunnel.peer_allows_outgoing = Some(false);
         status.log_lines_lost = 2;
         let problems = status.problems();
@@ -239,7 +240,7 @@ mod tests {
                 ),
                 (
                     Severity::Limit,
-                    "7 new connections were refused: all 10 flows were in use"
+                    "7 new connections were refused since the start: all 10 flows were in use"
                 ),
                 (
                     Severity::Notice,
