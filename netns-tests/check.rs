@@ -374,7 +374,7 @@ fn what_is_wrong_on_the_old_server_is_found_and_mended_by_what_is_shown() -> Res
         (
             "ip addr change 192.0.2.5/24 dev eth0 valid_lft 900 preferred_lft 900",
             "ip addr change 192.0.2.5/24 dev eth0 valid_lft forever preferred_lft forever",
-            "by DHCP",
+            "with a lease (DHCP",
         ),
         (
             "ip addr del 192.0.2.5/24 dev eth0

@@ -150,7 +150,7 @@ fn a_client_with_all_ports_keeps_nobody_else_out() -> Result {
 }
 
 #[test]
-fn a_million_flows_fit_in_128_bytes_each() -> Result {
+fn a_million_flows_fit_in_160_bytes_each() -> Result {
     const FLOWS: u32 = 1_000_000;
     /// We send so many chunks, and a chunk again if too many of its packets were lost.
     const CHUNKS: u32 = 20;
@@ -194,9 +194,10 @@ fn a_million_flows_fit_in_128_bytes_each() -> Result {
         grown / live,
         after[0].saturating_sub(before[0])
     );
-    assert!(grown <= 128 * live, "{grown} bytes for {live} flows");
-    // The old server keeps a word of a flow, and has another one to spare.
-    assert!(after[0] < before[0] + (24 << 20), "{before:?} {after:?}");
+    // Of these, 40 are for what `ipmoved flows` shows.
+    assert!(grown <= 160 * live, "{grown} bytes for {live} flows");
+    // The old server keeps a word of a flow and has another one to spare, and 72 bytes for `flows`.
+    assert!(after[0] < before[0] + (104 << 20), "{before:?} {after:?}");
     let known = setup.status(Role::Old)?.live_flows();
     assert!(known >= u64::from(FLOWS) * 98 / 100, "{known} flows");
     conversation.exchange(b"still there?", PATIENCE)?;

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::num::NonZeroU64;
+use std::ops::Deref;
 use std::str::FromStr;
 
 use aws_lc_rs::hkdf;
@@ -170,7 +171,7 @@ pub(super) fn derive(key: &mut [u8; KEY_LEN], secret: &[u8], salt: &[u8], info: 
 
 /// How much of the stack [`wipe_frames`] overwrites, in bytes: far more than any call takes that
 /// works with keys, on any processor and with any compiler. (AEGIS takes up to 1,184 with NEON.)
-const DEAD_FRAMES: usize = 32 << 10;
+const DEAD_FRAMES: usize = 128 << 10;
 
 /// Overwrites the stack below the caller, where calls that have returned may have left copies of
 /// secrets. For what is done once a handshake, or once a session has ended.
@@ -210,6 +211,43 @@ impl<T> Drop for Wiped<T> {
         // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
         unsafe { self.0.assume_init_drop() };
         self.0.as_mut().zeroize();
+    }
+}
+
+/// Values whose memory is overwritten when they are dropped, also the bytes between their parts:
+/// what is moved brings along there whatever its frame held, which may have been another key.
+pub(super) struct WipedSlice<T>(Box<[MaybeUninit<T>]>);
+
+impl<T> WipedSlice<T> {
+    /// So many values, unless one cannot be made. Their memory is never moved.
+    pub(super) fn new(count: usize, values: impl Iterator<Item = Option<T>>) -> Option<Self> {
+        let mut all = Vec::with_capacity(count);
+        for value in values.take(count) {
+            all.push(MaybeUninit::new(value?));
+        }
+        Some(Self(all.into_boxed_slice()))
+    }
+}
+
+#[expect(unsafe_code, reason = "as with `Wiped`")]
+impl<T> Deref for WipedSlice<T> {
+    type Target = [T];
+
+    #[inline]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `new` wrote every value, and nothing but `drop` takes them out.
+        unsafe { &*(&raw const *self.0 as *const [T]) }
+    }
+}
+
+#[expect(unsafe_code, reason = "as with `Wiped`")]
+impl<T> Drop for WipedSlice<T> {
+    fn drop(&mut self) {
+        for value in &mut self.0 {
+            // SAFETY: `new` wrote the value, and it is not touched as a `T` after this.
+            unsafe { value.assume_init_drop() };
+            value.zeroize();
+        }
     }
 }
 

@@ -69,7 +69,7 @@ pub(crate) use noise::{Initiating, Responding, SplitKeys};
 pub(crate) use payload::{Accepts, InitiationPayload, ResponsePayload};
 
 use aead::LaneKey;
-use keys::derive;
+use keys::{WipedSlice, derive};
 use seal::Opener;
 
 /// Everything a [`Session`] is made of.
@@ -108,8 +108,8 @@ pub struct Session {
     own_role: Role,
     created: Instant,
     /// Data lanes in order, then the control lane.
-    sealers: Box<[Sealer]>,
-    openers: Box<[Opener]>,
+    sealers: WipedSlice<Sealer>,
+    openers: WipedSlice<Opener>,
     heard: AtomicBool,
     retired: AtomicBool,
     activity: Arc<Activity>,
@@ -136,8 +136,8 @@ impl Session {
         });
         let openers = lanes(spec.peer_lanes).map(|lane| Some(Opener::new(key(rx, lane)?)));
         Some(Arc::new(Self {
-            sealers: sealers.collect::<Option<_>>()?,
-            openers: openers.collect::<Option<_>>()?,
+            sealers: WipedSlice::new(usize::from(spec.own_lanes) + 1, sealers)?,
+            openers: WipedSlice::new(usize::from(spec.peer_lanes) + 1, openers)?,
             index: spec.index,
             remote: spec.remote,
             peer: spec.peer,
@@ -206,7 +206,7 @@ impl Session {
     /// holds it. The keys are wiped when the last holder drops it.
     pub(crate) fn retire(&self) {
         self.retired.store(true, Relaxed);
-        for sealer in &self.sealers {
+        for sealer in self.sealers.iter() {
             sealer.retire();
         }
     }
