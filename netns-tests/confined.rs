@@ -119,7 +119,6 @@ fn the_key_is_not_in_the_memory_of_a_daemon_that_runs() -> Result {
 }
 
 #[test]
-#[ignore = "finds copies on the heap, in what was made where keys had been; to be mended"]
 fn keys_of_sessions_that_ended_are_not_in_memory() -> Result {
     ["auto", "aegis-256x4"]
         .into_iter()

@@ -149,8 +149,18 @@ impl LaneParts {
     ) -> Result<(), Dropped> {
         let busy = Dropped::of(peer, DropReason::ControlBusy);
         let permit = self.shared.waiting[usize::from(peer.0)].enter(now, queue);
+        let permit = permit.ok_or(busy)?;
+        // This thread has just used a key. A message that is made where that was would carry what
+        // is left of it, between its own parts, into memory that nothing overwrites.
+        wipe_frames();
         // If sending fails, the control task is ending.
-        (self.control.try_send(message(permit.ok_or(busy)?))).map_err(|_| busy)
+        self.send(|| message(permit)).then_some(()).ok_or(busy)
+    }
+
+    /// Makes and sends a message, in a frame of its own below the caller's. Whether it was taken.
+    #[inline(never)]
+    fn send(&self, message: impl FnOnce() -> ToControl) -> bool {
+        self.control.try_send(message()).is_ok()
     }
 
     /// Counts a drop where it belongs.

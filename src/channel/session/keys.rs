@@ -171,7 +171,7 @@ pub(super) fn derive(key: &mut [u8; KEY_LEN], secret: &[u8], salt: &[u8], info: 
 
 /// How much of the stack [`wipe_frames`] overwrites, in bytes: far more than any call takes that
 /// works with keys, on any processor and with any compiler. (AEGIS takes up to 1,184 with NEON.)
-const DEAD_FRAMES: usize = 128 << 10;
+const DEAD_FRAMES: usize = 32 << 10;
 
 /// Overwrites the stack below the caller, where calls that have returned may have left copies of
 /// secrets. For what is done once a handshake, or once a session has ended.

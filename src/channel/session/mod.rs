@@ -118,15 +118,6 @@ pub struct Session {
 impl Session {
     /// `None` if the cipher refuses the keys, which cannot happen: their lengths are fixed here.
     pub(crate) fn new(spec: SessionSpec) -> Option<Arc<Self>> {
-        let session = Self::with_keys(spec);
-        // What is made next in the same places would carry along what the keys have left there.
-        wipe_frames();
-        session
-    }
-
-    /// It has a frame of its own, which is gone when that is wiped.
-    #[inline(never)]
-    fn with_keys(spec: SessionSpec) -> Option<Arc<Self>> {
         let (tx, rx) = if spec.initiator == spec.own_role {
             (&spec.keys.initiator, &spec.keys.responder)
         } else {

@@ -160,15 +160,6 @@ fn handshake(
 }
 
 fn split(noise: &mut HandshakeState) -> SplitKeys {
-    let keys = raw_split(noise);
-    wipe_frames();
-    keys
-}
-
-/// It has a frame of its own, which is gone when that is wiped: what is made next in the same place
-/// would carry along what the keys have left there.
-#[inline(never)]
-fn raw_split(noise: &mut HandshakeState) -> SplitKeys {
     let mut keys = SplitKeys {
         initiator: Box::new(Zeroizing::new([0; KEY_LEN])),
         responder: Box::new(Zeroizing::new([0; KEY_LEN])),
@@ -178,6 +169,7 @@ fn raw_split(noise: &mut HandshakeState) -> SplitKeys {
     keys.responder.copy_from_slice(&split.1);
     split.0.zeroize();
     split.1.zeroize();
+    wipe_frames();
     keys
 }
 
