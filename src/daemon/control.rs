@@ -61,6 +61,7 @@ use crate::io::udp::{UdpSocket, WhenFull};
 use crate::kernel::look;
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
 use crate::kernel::programs::{self, PeerTargets};
+use crate::kernel::steer::Steering;
 use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
@@ -167,15 +168,16 @@ async fn carry(
     let delivered = Delivered::read(host.dir(), resumes);
     policy.delivered_before(delivered.known());
     let indexes = SessionIndexes::default();
-    let tunnels = tunnels(
-        &config,
-        &policy,
-        &keys,
-        &endpoints,
-        sockets.len() as u8,
-        &indexes,
-        started,
-    )?;
+    let maker = TunnelMaker {
+        config: &config,
+        policy: &policy,
+        lanes: sockets.len() as u8,
+        indexes: &indexes,
+    };
+    let tunnels = policy
+        .peers()
+        .map(|peer| maker.make(peer, &keys[index(peer)], endpoints[index(peer)], started))
+        .collect::<Result<Vec<_>>>()?;
     let forwarder = Arc::new(forwarder(&config, &policy, &keys, started, resumes)?);
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(LaneView {
@@ -341,38 +343,58 @@ fn timers(config: &Config) -> Timers {
     rekey_after.map_or_else(Timers::default, Timers::with_rekey_after)
 }
 
-/// Makes the tunnels, one for each peer.
-fn tunnels(
-    config: &Config,
-    policy: &Policy,
-    keys: &[PeerKeys],
-    endpoints: &[Option<SocketAddr>],
+/// What all tunnels of this daemon are made of.
+struct TunnelMaker<'a> {
+    config: &'a Config,
+    policy: &'a Policy,
+    /// This side's data lanes.
     lanes: u8,
-    indexes: &SessionIndexes,
-    now: Instant,
-) -> Result<Vec<Tunnel>> {
-    let timers = timers(config);
-    let each = policy.peers().map(|peer| {
+    indexes: &'a SessionIndexes,
+}
+
+impl TunnelMaker<'_> {
+    /// The tunnel to a peer, which is there if the settings say so.
+    ///
+    /// # Errors
+    /// If the system has no randomness.
+    fn make(
+        &self,
+        peer: PeerId,
+        keys: &PeerKeys,
+        endpoint: Option<SocketAddr>,
+        now: Instant,
+    ) -> Result<Tunnel> {
+        let role = self.config.role;
         let config = TunnelConfig {
             peer,
-            keys: keys[index(peer)].clone(),
-            role: config.role,
-            lanes,
-            offer: Offer::of_this_machine(config.cipher),
-            endpoint: endpoints[index(peer)],
-            announcement: policy.announcement(peer),
+            keys: keys.clone(),
+            role,
+            lanes: self.lanes,
+            offer: Offer::of_this_machine(self.config.cipher),
+            endpoint,
+            announcement: self.policy.announcement(peer),
             max_datagram: Some(pmtu::BASE),
-            timers,
-            indexes: indexes.clone(),
+            timers: timers(self.config),
+            indexes: self.indexes.clone(),
             entropy: entropy::system(),
         };
         let mut tunnel = Tunnel::new(config, now).map_err(failed)?;
-        if tunnel.role() == Role::New {
-            tunnel.set_accept(policy.accept(peer).to_vec());
+        if role == Role::New {
+            tunnel.set_accept(self.policy.accept(peer).to_vec());
         }
         Ok(tunnel)
-    });
-    each.collect()
+    }
+}
+
+/// Where what has moved here is delivered: the links that clients' packets come by, and who knows
+/// what of it (new server).
+fn delivering<'a>(
+    follower: &'a mut Follower,
+    forwarder: &'a Forwarder,
+) -> Option<(Vec<u32>, &'a mut Steering, &'a Translator)> {
+    let links = follower.carrying().iter().map(|link| link.index).collect();
+    let (steering, translator) = follower.steering().zip(forwarder.translator())?;
+    Some((links, steering, translator))
 }
 
 /// All that has moved from here, to whichever peer, in order; nothing on the new server.
@@ -1378,14 +1400,8 @@ impl Control<'_> {
 
     /// Answers a peer that asks whether something listens here.
     fn answer(&mut self, now: Instant, peer: PeerId, asks: Vec<Asked>) {
-        let links: Vec<u32> = (self.follower.carrying().iter())
-            .map(|link| link.index)
-            .collect();
-        let Some((steering, translator)) = self
-            .follower
-            .steering()
-            .zip(self.view.forwarder.translator())
-        else {
+        let found = delivering(&mut self.follower, &self.view.forwarder);
+        let Some((links, steering, translator)) = found else {
             return;
         };
         let told = self.asks.answer(
@@ -1488,14 +1504,8 @@ impl Control<'_> {
 
     /// Looks how far what is served here has come, and tells whoever has moved it.
     fn look_at_progress(&mut self, now: Instant) {
-        let links: Vec<u32> = (self.follower.carrying().iter())
-            .map(|link| link.index)
-            .collect();
-        let Some((steering, translator)) = self
-            .follower
-            .steering()
-            .zip(self.view.forwarder.translator())
-        else {
+        let found = delivering(&mut self.follower, &self.view.forwarder);
+        let Some((links, steering, translator)) = found else {
             return;
         };
         let places = (0..self.tunnels.len() as u16).map(PeerId);

@@ -185,7 +185,7 @@ impl Visitors {
 
     /// Tells what is left, for the thread to write.
     pub(super) fn end(&mut self, now: Instant, forwarder: &Forwarder) {
-        self.tell(now, forwarder, true);
+        self.flush(now, forwarder);
         if let Some(writer) = &mut self.writer {
             writer.end();
         }

@@ -9,6 +9,7 @@ use std::fmt;
 
 use minijinja::value::{Serde, Value};
 use minijinja::{Environment, context};
+use plotters::coord::Shift;
 use plotters::prelude::*;
 use serde::Serialize;
 
@@ -191,11 +192,7 @@ fn decline(days: &[DayCount], trend: Trend) -> Result<String, ReportError> {
     let mut out = String::new();
     {
         let area = SVGBackend::with_string(&mut out, CHART).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(8)
-            .margin_right(LAST_DATE)
-            .x_label_area_size(28)
-            .y_label_area_size(64)
+        let mut chart = framed(&area)
             .build_cartesian_2d(-0.5..until as f64 - 0.5, 0.0..most * 1.08)
             .map_err(refused)?;
         draw_axes(&mut chart, first.day, until, &|count| format!("{count:.0}"))?;
@@ -236,11 +233,7 @@ fn directly(arrived: &BTreeMap<Day, Arrived>) -> Result<String, ReportError> {
     let mut out = String::new();
     {
         let area = SVGBackend::with_string(&mut out, CHART).into_drawing_area();
-        let mut chart = ChartBuilder::on(&area)
-            .margin(8)
-            .margin_right(LAST_DATE)
-            .x_label_area_size(28)
-            .y_label_area_size(64)
+        let mut chart = framed(&area)
             .build_cartesian_2d(-0.5..days as f64 - 0.5, 0.0..104.0)
             .map_err(refused)?;
         draw_axes(&mut chart, first, days, &|share| format!("{share:.0} %"))?;
@@ -255,6 +248,19 @@ fn directly(arrived: &BTreeMap<Day, Arrived>) -> Result<String, ReportError> {
         area.present().map_err(refused)?;
     }
     Ok(without_size(&out))
+}
+
+/// With room for the amounts on the left and the dates below.
+fn framed<'a, 'b>(
+    area: &'a DrawingArea<SVGBackend<'b>, Shift>,
+) -> ChartBuilder<'a, 'b, SVGBackend<'b>> {
+    let mut builder = ChartBuilder::on(area);
+    builder
+        .margin(8)
+        .margin_right(LAST_DATE)
+        .x_label_area_size(28)
+        .y_label_area_size(64);
+    builder
 }
 
 /// A chart of days.

@@ -11,14 +11,12 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 
 use crate::command::here::PortRange;
+use crate::kernel::programs::DHCP_CLIENTS;
 use crate::kernel::{conntrack, sockets};
 use crate::model::asked::{Asked, Found};
 use crate::model::move_index::MoveIndex;
 use crate::model::moved::{Move, TCP, UDP};
 use crate::model::progress::Listens;
-
-/// Ports of clients that ask for this server's own address: DHCP (RFC 2131) and DHCPv6 (RFC 9915).
-const DHCP_CLIENTS: [u16; 2] = [68, 546];
 
 /// Most connections of hosts behind this server that are looked at.
 const MAX_BEHIND: usize = 65_536;

@@ -21,10 +21,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
-use super::{Control, PeerRules, index, timers};
-use crate::channel::pmtu;
+use super::{Control, PeerRules, TunnelMaker, index, timers};
 use crate::channel::session::{Offer, PeerKeys};
-use crate::channel::tunnel::{Tunnel, TunnelConfig};
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::daemon::chosen::{Cgroups, chosen};
 use crate::daemon::early::{Awaited, PeerTerms, Terms};
@@ -699,30 +697,17 @@ impl Control<'_> {
         self.theirs.begin(id);
         self.silence.begin(now, id);
         self.policy.begin(now, id, self.rules(id, peer, at));
-        let config = &self.reloads.running.config;
-        let config = TunnelConfig {
-            peer: id,
-            keys: peer.keys.clone(),
-            role: self.role,
+        let maker = TunnelMaker {
+            config: &self.reloads.running.config,
+            policy: &self.policy,
             lanes: self.lanes as u8,
-            offer: Offer::of_this_machine(config.cipher),
-            endpoint: at,
-            announcement: self.policy.announcement(id),
-            max_datagram: Some(pmtu::BASE),
-            timers: timers(config),
-            indexes: self.indexes.clone(),
-            entropy: entropy::system(),
+            indexes: &self.indexes,
         };
-        let tunnel = match Tunnel::new(config, now) {
-            Ok(mut tunnel) => {
-                if self.role == Role::New {
-                    tunnel.set_accept(peer.accept.clone());
-                }
-                tunnel
-            }
-            // The system has no randomness: nothing else works then either.
+        let tunnel = match maker.make(id, &peer.keys, at, now) {
+            Ok(tunnel) => tunnel,
+            // Nothing else works then either.
             Err(error) => {
-                self.fault = Some(super::failed(error));
+                self.fault = Some(error);
                 return;
             }
         };

@@ -7,6 +7,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 
+use super::xt::{half, word};
 use super::{Action, Chain, Expr, Hook, Owner, Rule, xt};
 use crate::kernel::look::PROC_NET;
 
@@ -268,16 +269,6 @@ fn name_jumps(chains: &mut [Chain], starts: &[(usize, String)]) {
             }
         }
     }
-}
-
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    let raw = bytes.get(at..)?.first_chunk()?;
-    Some(u32::from_ne_bytes(*raw))
-}
-
-fn half(bytes: &[u8], at: usize) -> Option<u16> {
-    let raw = bytes.get(at..)?.first_chunk()?;
-    Some(u16::from_ne_bytes(*raw))
 }
 
 /// A name that ends with a zero.

@@ -129,12 +129,14 @@ pub(super) fn destination(info: &[u8]) -> Option<SocketAddr> {
     end(if is_v4 { &addr[..4] } else { addr }, port)
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+/// Four bytes of a structure of the kernel.
+pub(super) fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let raw = bytes.get(at..)?.first_chunk()?;
     Some(u32::from_ne_bytes(*raw))
 }
 
-fn half(bytes: &[u8], at: usize) -> Option<u16> {
+/// Two bytes of one.
+pub(super) fn half(bytes: &[u8], at: usize) -> Option<u16> {
     let raw = bytes.get(at..)?.first_chunk()?;
     Some(u16::from_ne_bytes(*raw))
 }

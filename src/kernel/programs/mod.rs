@@ -103,6 +103,7 @@ pub use own::Own;
 pub use places::Place;
 pub use replies::{Pair, replies};
 pub use return_path::return_path;
+pub use stays::DHCP_CLIENTS;
 pub use take_replies::{TAKE_REPLIES, take_replies};
 pub use way_out::{Way, way_out};
 

@@ -93,7 +93,7 @@ const ANEW: i16 = -220;
 const ACKNOWLEDGED: i32 = 0xffff;
 
 /// The ports of DHCP clients (RFC 2131 section 4.1, RFC 8415 section 7.2).
-const DHCP_CLIENTS: [u16; 2] = [68, 546];
+pub const DHCP_CLIENTS: [u16; 2] = [68, 546];
 
 /// Goes on if the packet is none of this host's own. Ends the program otherwise: it passes. Nothing
 /// but the packet is left in any register.
