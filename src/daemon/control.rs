@@ -406,6 +406,12 @@ fn moves_from_here(config: &Config, policy: &Policy) -> Vec<Move> {
     moves.cloned().collect()
 }
 
+/// Whether more than one new server may begin connections, so that their gates need names.
+fn several_begin(policy: &Policy) -> bool {
+    let begins = |peer: &PeerId| !policy.allow_outgoing(*peer).is_empty();
+    policy.peers().filter(begins).nth(1).is_some()
+}
+
 /// Makes the forwarder: gates on the old server, a translator on the new one.
 /// `resumes`: a predecessor was killed.
 fn forwarder(
@@ -419,8 +425,7 @@ fn forwarder(
     let client_log = config.client_log;
     if config.role == Role::Old {
         let moved = Arc::new(Scopes::new(&moves_from_here(config, policy)));
-        let begin = |peer: &PeerId| !policy.allow_outgoing(*peer).is_empty();
-        let several_begin = policy.peers().filter(begin).nth(1).is_some();
+        let several_begin = several_begin(policy);
         let gates = policy.peers().map(|peer| {
             let config = GateConfig {
                 max_flows,

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 
-use super::{Control, PeerRules, TunnelMaker, index, timers};
+use super::{Control, PeerRules, TunnelMaker, index, several_begin, timers};
 use crate::channel::session::{Offer, PeerKeys};
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::daemon::chosen::{Cgroups, chosen};
@@ -600,14 +600,7 @@ impl Control<'_> {
         let all = Arc::new(Scopes::new(&running.captured()));
         let max_flows = running.config.max_flows as usize;
         let log = running.config.client_log;
-        let begin = |peer: &&PeerConfig| !peer.allow_outgoing.is_empty();
-        let several_begin = running
-            .peers
-            .iter()
-            .flatten()
-            .filter(begin)
-            .nth(1)
-            .is_some();
+        let several_begin = several_begin(&self.policy);
         let gates = (0..running.peers.len()).map(|place| {
             let id = PeerId(place as u16);
             let peer = running.peers[place].as_ref();
