@@ -21,8 +21,8 @@ pub(crate) const FAMILIES: [&str; 2] = ["192.0.2.5", "2001:db8:a::5"];
 /// How long a port must send nothing to count as silent.
 pub(crate) const SILENCE: Duration = Duration::from_millis(700);
 
-/// How long a living path may take for a reply.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a living path may take for a reply, on a machine that others keep busy.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long a connection may take to live on after a crash. TCP tries again after 0.2, 0.4, 0.8,
 /// 1.6, 3.2 and 6.4 s.
