@@ -6,6 +6,9 @@ use super::{Cipher, Offer, question};
 use crate::channel::wire::{INITIATION_PAYLOAD_LEN, RESPONSE_PAYLOAD_LEN, u64_at};
 use crate::model::moved::Move;
 
+/// Bit of the byte whose lowest bit says what the processor has: it only asks.
+const CHECKS: u8 = 0b10;
+
 /// Whether the responder accepts what it was asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Accepts {
@@ -30,6 +33,8 @@ pub(crate) struct InitiationPayload {
     pub(crate) run: u64,
     /// The ciphers it allows.
     pub(crate) offer: Offer,
+    /// It only asks (`ipmoved check`): nothing is to be sent on the session.
+    pub(crate) checks: bool,
     /// On how many data lanes it will send.
     pub(crate) lanes: u8,
     /// It asks whether the receiver would accept this.
@@ -43,6 +48,7 @@ impl InitiationPayload {
         bytes[8..16].copy_from_slice(&self.seen.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.run.to_le_bytes());
         bytes[24..26].copy_from_slice(&self.offer.bytes());
+        bytes[25] |= if self.checks { CHECKS } else { 0 };
         bytes[26] = self.lanes;
         bytes[27..47].copy_from_slice(&question::encode(self.question.as_ref()));
         bytes
@@ -56,6 +62,7 @@ impl InitiationPayload {
             seen: u64_at(bytes, 8),
             run: u64_at(bytes, 16),
             offer: Offer::from_bytes([bytes[24], bytes[25]])?,
+            checks: bytes[25] & CHECKS != 0,
             lanes,
             question: bytes[27..].first_chunk().and_then(question::decode),
         })
@@ -130,11 +137,13 @@ mod tests {
         #[test]
         fn payloads_survive_and_no_bytes_panic(
             bytes in proptest::array::uniform32(any::<u8>()),
-            timestamp: u64, seen: u64, run: u64, lanes in 1u8.., clock: u64, version: [u8; 3],
+            timestamp: u64, seen: u64, run: u64, lanes in 1u8.., checks: bool, clock: u64,
+            version: [u8; 3],
         ) {
             let offer = Offer { ciphers: CipherPolicy::Auto.into(), aes_hardware: true };
             let question = "192.0.2.5:80/tcp".parse().ok();
-            let initiation = InitiationPayload { timestamp, seen, run, offer, lanes, question };
+            let initiation =
+                InitiationPayload { timestamp, seen, run, offer, checks, lanes, question };
             prop_assert_eq!(InitiationPayload::decode(&initiation.encode()), Some(initiation));
             let (cipher, accepts) = (None, Accepts::No);
             let response = ResponsePayload { run, cipher, offer, lanes, clock, version, accepts };

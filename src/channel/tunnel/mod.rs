@@ -60,6 +60,7 @@ use crate::model::progress::Progress;
 
 mod announcement;
 mod asks;
+mod checked;
 mod config;
 mod event;
 mod messages;
@@ -80,6 +81,7 @@ pub use news::MAX_TROUBLES;
 pub use progress_news::MoveName;
 
 use announcement::{Incoming, Outgoing};
+use checked::Checked;
 use messages::{ControlMessage, PART_LEN};
 use pace::Paced;
 use sessions::{MAX_PENDING, Origin, Sending, Sessions};
@@ -154,6 +156,9 @@ pub struct Tunnel {
     forced: bool,
     stale_replied: Option<Instant>,
     answered: Budget,
+    /// The same of checks.
+    checks: Budget,
+    checked: Checked,
 
     next_ping: Instant,
     ping: Option<(u32, Instant)>,
@@ -200,6 +205,8 @@ impl Tunnel {
             forced: false,
             stale_replied: None,
             answered: Budget::new(ANSWERED),
+            checks: Budget::new(ANSWERED),
+            checked: Checked::default(),
             next_ping: now,
             ping: None,
             pings: 0,
@@ -619,6 +626,7 @@ impl Tunnel {
             seen: self.seen,
             run: self.run,
             offer: self.config.offer,
+            checks: false,
             lanes: self.config.lanes,
             question: None,
         };
@@ -694,6 +702,9 @@ impl Tunnel {
     ) -> Result<(), DropReason> {
         let (responding, payload) =
             Responding::read(&self.config.keys, initiation, &self.config.entropy)?;
+        if payload.checks {
+            return self.answer_check(now, from, initiation, responding, &payload);
+        }
         // Even a stale message tells the truth about what the peer had accepted from us.
         self.timestamp = self.timestamp.max(payload.seen);
         if payload.timestamp <= self.seen {
@@ -709,20 +720,10 @@ impl Tunnel {
         }
         self.seen = payload.timestamp;
         self.seen_run = payload.run;
-        let TunnelConfig {
-            keys, role, offer, ..
-        } = &self.config;
-        let (role, offer) = (*role, *offer);
-        let cipher = offer.agree(payload.offer);
-        let reply = ResponsePayload {
-            run: self.run,
-            cipher,
-            offer,
-            lanes: self.config.lanes,
-            clock: self.clock(now),
-            version: version(),
-            accepts: self.answer(payload.question.as_ref()),
-        };
+        let TunnelConfig { keys, role, .. } = &self.config;
+        let role = *role;
+        let reply = self.reply(now, &payload);
+        let cipher = reply.cipher;
         let index = match cipher {
             None => None,
             Some(_) => match self.config.indexes.draw(&self.config.entropy) {
@@ -740,9 +741,7 @@ impl Tunnel {
             self.warn(now, Warning::NoEntropy);
             return Err(DropReason::ControlBusy);
         };
-        // Whoever only asks sends nothing on a session, and takes no place of one that was granted.
-        let asks_only = payload.question.is_some();
-        if let (Some(cipher), Some(index)) = (cipher, index.filter(|_| !asks_only)) {
+        if let (Some(cipher), Some(index)) = (cipher, index) {
             self.sessions.install(
                 SessionSpec {
                     index,
@@ -768,11 +767,61 @@ impl Tunnel {
             // The peer confirms the session next; an initiation of ours would only cross its own.
             let pace = self.with_jitter(self.config.timers.fast_retry);
             self.next_attempt = self.next_attempt.max(now + pace);
-        } else if cipher.is_none() {
+        } else {
             self.warn_cipher(now, payload.offer);
         }
         self.transmit(from, message.to_vec());
         Ok(())
+    }
+
+    /// Answers a check, each once, and leaves everything here as it was: no session, no timestamp
+    /// that the peer's daemon would have to exceed, no warning. It has answers of its own, so that
+    /// checks that are played back take none of the peer's.
+    fn answer_check(
+        &mut self,
+        now: Instant,
+        from: Endpoint,
+        initiation: &Initiation<'_>,
+        responding: Responding,
+        payload: &InitiationPayload,
+    ) -> Result<(), DropReason> {
+        if !self.checked.is_new(payload.timestamp) {
+            return Err(DropReason::HandshakeReplay);
+        }
+        if !self.checks.spend(now, 1) {
+            return Err(DropReason::HandshakeLimited);
+        }
+        self.checked.remember(payload.timestamp);
+        let TunnelConfig {
+            keys,
+            role,
+            entropy,
+            indexes,
+            ..
+        } = &self.config;
+        let reply = self.reply(now, payload);
+        // Drawn, so that no session of ours has it, and given back at once.
+        let index = indexes.draw(entropy).map_err(|_| DropReason::ControlBusy)?;
+        let sender = reply.cipher.map_or(0, |_| index.value);
+        let (_, message) = responding
+            .respond(keys, *role, sender, initiation.sender(), &reply)
+            .ok_or(DropReason::ControlBusy)?;
+        self.transmit(from, message.to_vec());
+        Ok(())
+    }
+
+    /// What is answered to an initiation.
+    fn reply(&self, now: Instant, payload: &InitiationPayload) -> ResponsePayload {
+        let offer = self.config.offer;
+        ResponsePayload {
+            run: self.run,
+            cipher: offer.agree(payload.offer),
+            offer,
+            lanes: self.config.lanes,
+            clock: self.clock(now),
+            version: version(),
+            accepts: self.answer(payload.question.as_ref()),
+        }
     }
 
     /// Tells a peer whose clock was set back which timestamp to exceed. The message goes to the

@@ -1702,6 +1702,80 @@ fn stale_messages_make_us_talk_only_now_and_then_and_only_to_the_peer() {
     pair.assert_carries();
 }
 
+// Checks.
+
+/// What `ipmoved check` sends at such a time on that side.
+fn check(pair: &Pair, side: usize, timestamp: u64) -> Vec<u8> {
+    let config = &pair.sides[side].config;
+    let payload = InitiationPayload {
+        timestamp,
+        seen: 0,
+        run: 77,
+        offer: config.offer,
+        checks: true,
+        lanes: 1,
+        question: None,
+    };
+    let entropy = Entropy::seeded(timestamp);
+    let index = SessionIndexes::default().draw(&entropy).unwrap();
+    let begun = Initiating::begin(&config.keys, role(side), index, &payload, &entropy);
+    begun.unwrap().1.to_vec()
+}
+
+#[test]
+fn a_check_leaves_nothing_and_with_a_clock_that_is_ahead_shuts_nobody_out() {
+    let mut pair = Pair::new(32);
+    // It does not know where the old server is, so that it can tell it nothing.
+    pair.sides[NEW].config.endpoint = None;
+    pair.start(NEW);
+    let checker: SocketAddr = "192.0.2.1:40000".parse().unwrap();
+    let answers = |pair: &Pair| pair.flying.iter().filter(|it| it.to == checker).count();
+    let wall = pair
+        .wall(OLD)
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap();
+    let right = wall.as_nanos() as u64;
+    let ahead = right + secs(YEAR as u64).as_nanos() as u64;
+    let checks = [ahead, right, ahead + 1].map(|at| check(&pair, OLD, at));
+    for (sent, bytes) in (1..).zip(&checks) {
+        pair.deliver(NEW, checker, bytes.clone());
+        assert_eq!(answers(&pair), sent, "each is answered");
+    }
+    let at = &pair.sides[NEW];
+    assert!(at.table.is_empty() && at.warnings.is_empty() && at.states.is_empty());
+    assert_eq!((at.endpoint, at.installs), (None, 0));
+    // Played back, where the check of the mac has forgotten them.
+    let keys = pair.sides[NEW].config.keys.clone();
+    pair.sides[NEW].mac_check = MacCheck::new(Role::New, [keys]);
+    for bytes in checks {
+        pair.deliver(NEW, checker, bytes);
+    }
+    assert_eq!(answers(&pair), 3, "none is answered twice");
+    assert_eq!(pair.sides[NEW].drops(DropReason::HandshakeReplay), 3);
+    // The daemon of that server has the right clock.
+    pair.start(OLD);
+    assert!(pair.run_until_agreed(secs(5)) <= millis(200));
+    assert_eq!(pair.sides[NEW].installs, 1);
+}
+
+#[test]
+fn checks_that_are_played_back_take_no_answer_of_the_peer() {
+    let mut pair = Pair::new(33);
+    pair.sides[NEW].config.endpoint = None;
+    pair.start(NEW);
+    let stranger: SocketAddr = "203.0.113.9:1".parse().unwrap();
+    // Recorded while an earlier run lived.
+    for at in 1..200 {
+        let recorded = check(&pair, OLD, at);
+        let keys = pair.sides[NEW].config.keys.clone();
+        pair.sides[NEW].mac_check = MacCheck::new(Role::New, [keys]);
+        pair.deliver(NEW, stranger, recorded);
+    }
+    assert!(pair.sides[NEW].drops(DropReason::HandshakeLimited) > 0);
+    pair.start(OLD);
+    assert!(pair.run_until_agreed(secs(5)) <= millis(200));
+}
+
 // Endpoints.
 
 #[test]

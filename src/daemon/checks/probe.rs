@@ -1,8 +1,8 @@
 //! Speaks with a peer as far as the first answer, and no further.
 //!
 //! ```text
-//! initiation ──► peer     which agrees to a session, and uses none before a datagram comes on it
-//!           ◄── response  the key is right; nothing is sent on the session, so it is forgotten
+//! initiation ──► peer     which is told that nobody will use a session, and keeps none
+//!           ◄── response  the key is right
 //! ```
 //!
 //! So nothing is displaced, announced or logged there, whether the peer has a session with a daemon
@@ -179,6 +179,7 @@ impl Asking<'_> {
             seen: 0,
             run: self.run,
             offer: self.probe.offer,
+            checks: true,
             lanes: self.probe.lanes,
             question: self.probe.questions.get(self.answered).cloned(),
         };
