@@ -13,11 +13,11 @@ use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::daemon::STOP_TIMEOUT;
-use ipmoved::lab::topology::{MOVED, NEW};
+use ipmoved::lab::topology::{MOVED, NEW, OLD};
 use ipmoved::lab::{Daemons, Lab, LabError, Service, Snapshot, poll_until};
 use rustix::process::Signal;
 
-use crate::stage::{MEGABYTE, Result, setup};
+use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 
 #[test]
 fn after_sigterm_everything_is_as_before() -> Result {
@@ -82,6 +82,32 @@ fn after_sigkill_the_next_start_undoes_what_was_left() -> Result {
         daemons.old.kill()?;
         daemons.new.kill()?;
         setup(lab)?.start_both()?.terminate()
+    })
+}
+
+#[test]
+fn after_sigkill_a_start_in_the_other_role_undoes_what_was_left() -> Result {
+    undone(|lab, daemons| {
+        daemons.old.kill()?;
+        daemons.new.kill()?;
+        let setup = setup(lab)?;
+        for (role, peer, moves) in [(Role::Old, NEW, "--accept"), (Role::New, OLD, "--move")] {
+            let mut command = setup.command();
+            command.args(["--peer", &peer.to_string(), moves, "203.0.113.77"]);
+            command.arg("--psk-file").arg(setup.psk_file(role));
+            let daemon = setup.host(role).spawn(command)?;
+            let runs = poll_until(PATIENCE, Duration::from_millis(20), || {
+                setup.status(role).ok()
+            });
+            let status = runs.ok_or_else(|| {
+                LabError::unexpected(format!("it does not start: {}", daemon.stderr()))
+            })?;
+            assert_eq!(status.0["role"], role.other().to_string(), "{}", status.0);
+            daemon.signal(Signal::TERM)?;
+            let said = daemon.wait(PATIENCE)?;
+            assert!(said.status.success(), "{said:?}");
+        }
+        Ok(())
     })
 }
 

@@ -141,10 +141,16 @@ impl Kind for BpfFilter {
         Ok(match here.find(|filter| filter.handle == self.handle) {
             None => Presence::Absent,
             Some(filter) if filter.name.as_deref() == Some(&self.program) => Presence::AsWanted,
-            Some(filter) => Presence::Foreign(format!(
-                "its place is taken by bpf {}; move that one",
-                filter.name.as_deref().unwrap_or("(without a name)")
-            )),
+            Some(filter) => Presence::Foreign(match filter.name.as_deref() {
+                Some(name) if name.starts_with(NAME_PREFIX) => format!(
+                    "its place is taken by bpf {name}, which another ipmoved has left; run: \
+                     ipmoved cleanup"
+                ),
+                name => format!(
+                    "its place is taken by bpf {}; move that one",
+                    name.unwrap_or("(without a name)")
+                ),
+            }),
         })
     }
 

@@ -18,7 +18,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 
-use super::{FILTER_HANDLE, PlanError, clsact, filter, l2_header};
+use super::{PlanError, behind, clsact, filter, filter_from, l2_header};
 use crate::kernel::Desired;
 use crate::kernel::change::{Change, Sysctl, read_sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
@@ -120,13 +120,9 @@ pub fn plan(
             })
             .collect();
         let replies = programs::replies(&pairs, ports, l2_header(link)?, tun.index)?;
-        let mut place = filter(netlink, link, Direction::Ingress, replies.name())?;
         // It stands beside the capture, which may have the same preference.
-        if let Change::Filter(place) = &mut place
-            && place.handle == FILTER_HANDLE
-        {
-            place.handle = FILTER_HANDLE + 1;
-        }
+        let (program, first) = (replies.name(), behind([&on_uplink], Direction::Ingress));
+        let place = filter_from(netlink, link, Direction::Ingress, program, first)?;
         if link.index != uplink.index {
             desired.push(Desired::lasting(clsact(link)));
         } else if !desired.iter().any(|it| it.change == clsact(uplink)) {

@@ -132,16 +132,35 @@ fn filter(
     direction: Direction,
     program: &str,
 ) -> Result<Change, PlanError> {
+    filter_from(netlink, link, direction, program, FILTER_HANDLE)
+}
+
+/// As [`filter`]. If the program does not stand there yet, its handle is the first from this one on
+/// that no other has: those below are for others of the same plan, and a killed daemon of the
+/// other role may have left its own.
+fn filter_from(
+    netlink: &Netlink,
+    link: &Link,
+    direction: Direction,
+    program: &str,
+    first: u32,
+) -> Result<Change, PlanError> {
     let filters = netlink.filters(link.index, direction)?;
     let own = filters
         .iter()
         .find(|filter| filter.handle != 0 && filter.name.as_deref() == Some(program));
     let (priority, handle) = match own {
         Some(own) => (own.priority, own.handle),
-        None => (
-            free_priority(&filters).ok_or_else(|| PlanError::NoPriority(link.name.clone()))?,
-            FILTER_HANDLE,
-        ),
+        None => {
+            let priority =
+                free_priority(&filters).ok_or_else(|| PlanError::NoPriority(link.name.clone()))?;
+            let taken = |handle| {
+                let at = |it: &Filter| (it.priority, it.handle) == (priority, handle);
+                filters.iter().any(at)
+            };
+            let free = (first..).find(|&handle| !taken(handle));
+            (priority, free.unwrap_or(first))
+        }
     };
     Ok(Change::Filter(BpfFilter {
         on: Interface::from(link),
@@ -150,6 +169,21 @@ fn filter(
         handle,
         program: program.to_owned(),
     }))
+}
+
+/// The first handle behind those of filters of the same plan, on one side of their link.
+fn behind<'a>(others: impl IntoIterator<Item = &'a Change>, direction: Direction) -> u32 {
+    let handles = others.into_iter().filter_map(|it| match it {
+        Change::Filter(it) if it.direction == direction => Some(it.handle),
+        Change::Filter(_)
+        | Change::Clsact(_)
+        | Change::Rule(_)
+        | Change::Route(_)
+        | Change::Sysctl(_)
+        | Change::Address(_)
+        | Change::LocalPrefix(_) => None,
+    });
+    handles.max().map_or(FILTER_HANDLE, |last| last + 1)
 }
 
 /// The filter of others that every packet meets before ours on one side of an interface, if ours is

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use tracing::debug;
 
-use super::{FILTER_HANDLE, PlanError, filter};
+use super::{FILTER_HANDLE, PlanError, filter_from};
 use crate::kernel::bpf;
 use crate::kernel::change::Change;
 use crate::kernel::conntrack;
@@ -78,13 +78,13 @@ pub fn note_others(netlink: &Netlink, own: &Own, moves: &[Move]) -> Result<(), P
 /// # Errors
 /// If there is none.
 pub fn place(netlink: &Netlink, link: &Link) -> Result<Change, PlanError> {
-    let mut place = filter(netlink, link, Direction::Egress, NOTE_OWN)?;
-    if let Change::Filter(place) = &mut place
-        && place.handle == FILTER_HANDLE
-    {
-        place.handle = FILTER_HANDLE + 1;
-    }
-    Ok(place)
+    filter_from(
+        netlink,
+        link,
+        Direction::Egress,
+        NOTE_OWN,
+        FILTER_HANDLE + 1,
+    )
 }
 
 /// Whether the program that notes this host's own stands on a link. Beside an older ingress qdisc

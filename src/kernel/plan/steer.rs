@@ -27,7 +27,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use super::{
-    ETHERNET_HEADER, FILTER_HANDLE, PUBLIC, PlanError, clsact, filter, l2_header, loopback,
+    ETHERNET_HEADER, PUBLIC, PlanError, behind, clsact, filter, filter_from, l2_header, loopback,
 };
 use crate::flow::ended::HostFlow;
 use crate::kernel::Desired;
@@ -248,19 +248,20 @@ impl Steering {
 
     /// Takes along what is known of flows, if there is room for another number of them since the
     /// last [`remake`](Self::remake). Call it before the programs stand on links, and once more
-    /// when they do: `then` nobody enters anything any more where it came from.
+    /// when they do: `then` nobody enters anything any more where it came from, and that is given
+    /// back.
     ///
     /// # Errors
-    /// If the kernel refuses.
+    /// If the kernel refuses. Some of it may be known here then.
     pub fn carry_over(&mut self, then: bool) -> Result<(), BpfError> {
-        let Some(earlier) = &self.earlier else {
+        let Some(earlier) = self.earlier.take() else {
             return Ok(());
         };
-        self.maps.take_over(earlier)?;
-        if then {
-            self.earlier = None;
+        let taken = self.maps.take_over(&earlier);
+        if !then {
+            self.earlier = Some(earlier);
         }
-        Ok(())
+        taken
     }
 
     /// What this socket sends is the tunnel's own from now on, and leaves as it is.
@@ -371,8 +372,8 @@ impl Steering {
         for (_, programs) in loaded.on_links.iter().filter(of_its_kind) {
             let places = DIRECTIONS.into_iter().zip(programs);
             for (direction, (name, program)) in places.take(count) {
-                let place = filter(netlink, link, direction, name)?;
-                let place = beside(place, &desired);
+                let first = behind(desired.iter().map(|it| &it.change), direction);
+                let place = filter_from(netlink, link, direction, name, first)?;
                 desired.push(Desired::lasting(place).program(copy(name, program)?));
             }
         }
@@ -570,27 +571,6 @@ impl Steering {
 
 /// Where the programs of a link stand, in their order. The last is for links without clients.
 const DIRECTIONS: [Direction; 3] = [Direction::Egress, Direction::Ingress, Direction::Ingress];
-
-/// The place with another handle, if one of the others has it.
-fn beside(place: Change, others: &[Desired]) -> Change {
-    let Change::Filter(mut place) = place else {
-        return place;
-    };
-    let taken = |handle: u32| {
-        others.iter().any(|other| {
-            let Change::Filter(it) = &other.change else {
-                return false;
-            };
-            (it.direction, it.priority, it.handle) == (place.direction, place.priority, handle)
-        })
-    };
-    if taken(place.handle) {
-        place.handle = (FILTER_HANDLE..)
-            .find(|&it| !taken(it))
-            .unwrap_or(FILTER_HANDLE);
-    }
-    Change::Filter(place)
-}
 
 fn copy(name: &'static str, program: &OwnedFd) -> Result<OwnedFd, PlanError> {
     program
