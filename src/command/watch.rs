@@ -2,12 +2,14 @@
 //!
 //! On a terminal the screen is drawn anew; elsewhere each look is a block with a blank line behind
 //! it, or a line of JSON. A daemon that goes is waited for, and one that is started anew is said.
+//! Whatever waits, for the daemon or for who reads, does so on another thread: ^C is heard at once.
 
 use std::io::{self, IsTerminal, Write};
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use ratatui::crossterm::terminal;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{FAILED, Failure, orders, show};
 use crate::model::rates::{Rates, is_another};
@@ -35,35 +37,98 @@ pub(super) fn run(seconds: Option<u32>, json: bool) -> Result<(), Failure> {
         .enable_all()
         .build();
     let runtime = runtime.map_err(|error| Failure::new(FAILED, error))?;
-    runtime.block_on(watch(every, json))
+    let watched = runtime.block_on(watch(every, json));
+    // A thread that still waits for the daemon, or for who reads, ends with the process.
+    runtime.shutdown_background();
+    watched
 }
 
 async fn watch(every: Duration, json: bool) -> Result<(), Failure> {
     let failed = |error| Failure::new(FAILED, error);
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
-    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    let mut ends = Ends {
+        interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+        terminate: signal(SignalKind::terminate()).map_err(failed)?,
+    };
     let mut resized = signal(SignalKind::window_change()).map_err(failed)?;
-    let mut looks = Looks::default();
-    let mut screen = Screen::new(every, json);
+    let mut turn = Turn {
+        looks: Looks::default(),
+        screen: Screen::new(every, json),
+    };
     loop {
-        let shown = match orders::status() {
-            Ok(status) => screen.show(&looks.take(Instant::now(), show::prepared(status))),
-            // Without a first look it is the same as `status`. Later it may be that the daemon ends
-            // in the middle of an answer.
-            Err(error) if looks.is_first() => return Err(error),
-            Err(error) => screen.show(&looks.gone(error.message)),
+        let Some((next, shown)) = unless(ends.came(), move || turn.take()).await? else {
+            return Ok(());
         };
-        match shown {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
-            Err(error) => return Err(failed(error)),
+        turn = next;
+        if shown?.is_break() {
+            return Ok(());
         }
         tokio::select! {
             () = tokio::time::sleep(every) => {}
             _ = resized.recv() => {}
-            _ = interrupt.recv() => return Ok(()),
-            _ = terminate.recv() => return Ok(()),
+            () = ends.came() => return Ok(()),
         }
+    }
+}
+
+/// What ends it.
+struct Ends {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Ends {
+    async fn came(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+/// Does something that may wait, for a daemon that hangs or a reader that does not read, and gives
+/// it up once the end has come.
+async fn unless<T: Send + 'static>(
+    end: impl Future<Output = ()>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<Option<T>, Failure> {
+    tokio::select! {
+        biased;
+        () = end => Ok(None),
+        done = tokio::task::spawn_blocking(work) => match done {
+            Ok(done) => Ok(Some(done)),
+            Err(error) => Err(Failure::new(FAILED, error)),
+        },
+    }
+}
+
+/// One look after the other.
+struct Turn {
+    looks: Looks,
+    screen: Screen,
+}
+
+impl Turn {
+    /// Looks and shows it; it breaks off where nobody reads any more.
+    fn take(mut self) -> (Self, Result<ControlFlow<()>, Failure>) {
+        let shown = match orders::status() {
+            Ok(status) => {
+                let look = self.looks.take(Instant::now(), show::prepared(status));
+                self.screen.show(&look)
+            }
+            // Without a first look it is the same as `status`. Later it may be that the daemon ends
+            // in the middle of an answer.
+            Err(error) if self.looks.is_first() => return (self, Err(error)),
+            Err(error) => {
+                let look = self.looks.gone(error.message);
+                self.screen.show(&look)
+            }
+        };
+        let shown = match shown {
+            Ok(()) => Ok(ControlFlow::Continue(())),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+            Err(error) => Err(Failure::new(FAILED, error)),
+        };
+        (self, shown)
     }
 }
 
@@ -227,6 +292,23 @@ fn wrapped(line: &str, columns: usize) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_is_heard_while_a_look_waits() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        // A daemon that never answers.
+        let (answer, waits) = std::sync::mpsc::channel::<()>();
+        let ended = runtime.block_on(unless(async {}, move || waits.recv()));
+        assert!(matches!(ended, Ok(None)));
+        let never = std::future::pending();
+        let done = runtime.block_on(unless(never, || 7));
+        assert!(matches!(done, Ok(Some(7))));
+        runtime.shutdown_background();
+        drop(answer);
+    }
 
     #[test]
     fn what_does_not_fit_the_screen_is_counted() {

@@ -177,11 +177,9 @@ impl Page {
         if request.uri().path() != "/metrics" {
             return Ok(refused(StatusCode::NOT_FOUND, "see /metrics\n"));
         }
-        let accept = request.headers().get(ACCEPT);
-        let accept = accept
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default();
-        let form = Form::asked_for(accept);
+        let accept = request.headers().get_all(ACCEPT).iter();
+        let accept: Vec<&str> = accept.filter_map(|value| value.to_str().ok()).collect();
+        let form = Form::asked_for(&accept.join(","));
         let Some(text) = self.made(form).await else {
             let text = "the daemon is ending\n";
             return Ok(refused(StatusCode::SERVICE_UNAVAILABLE, text));

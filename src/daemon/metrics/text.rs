@@ -52,13 +52,43 @@ impl Form {
         }
     }
 
-    /// The form that a request's `Accept` asks for.
+    /// The form that a request's `Accept` asks for: OpenMetrics, if it names that and does not
+    /// refuse it, or want the other one more (RFC 9110, section 12.5.1). Who refuses everything
+    /// gets what everybody reads.
     pub(super) fn asked_for(accept: &str) -> Self {
-        match accept.contains("application/openmetrics-text") {
-            true => Self::OpenMetrics,
-            false => Self::Prometheus,
+        let mut wanted = [None, None];
+        for range in accept.split(',') {
+            let mut parts = range.split(';').map(str::trim);
+            let kind = parts.next().unwrap_or_default().to_ascii_lowercase();
+            let weight = parts.find_map(weight).unwrap_or(1.0);
+            let place = match kind.as_str() {
+                "application/openmetrics-text" => 0,
+                "text/plain" | "text/*" | "*/*" => 1,
+                _ => continue,
+            };
+            let before = wanted[place].unwrap_or(0.0);
+            wanted[place] = Some(weight.max(before));
+        }
+        match wanted {
+            [Some(open), plain] if open > 0.0 && open >= plain.unwrap_or(0.0) => Self::OpenMetrics,
+            _ => Self::Prometheus,
         }
     }
+}
+
+/// What a parameter says if it is a weight: 1 where it is no number, as if it was not there.
+fn weight(parameter: &str) -> Option<f32> {
+    let (name, value) = parameter.split_once('=')?;
+    let weight = || {
+        value
+            .trim()
+            .parse()
+            .ok()
+            .filter(|it| (0.0..=1.0).contains(it))
+    };
+    name.trim()
+        .eq_ignore_ascii_case("q")
+        .then(|| weight().unwrap_or(1.0))
 }
 
 /// Writes the metrics of a status.

@@ -216,3 +216,34 @@ fn the_series_of_a_large_configuration_are_bounded() {
     let series: usize = all.values().map(BTreeMap::len).sum();
     assert!(series < 2_500, "{series}");
 }
+
+#[test]
+fn a_form_that_is_refused_or_wanted_less_is_not_sent() {
+    let open = "application/openmetrics-text";
+    let prometheus = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,\
+                      application/openmetrics-text;version=0.0.1;q=0.5,\
+                      text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
+    for accept in [
+        open.to_owned(),
+        prometheus.to_owned(),
+        format!("text/plain, {open}"),
+        format!("{open}; version=1.0.0; q=0.1"),
+        "Application/OpenMetrics-Text; Q=0.5, */*; q=0.1".into(),
+        format!("{open};q=nonsense"),
+    ] {
+        assert_eq!(Form::asked_for(&accept), Form::OpenMetrics, "{accept}");
+    }
+    for accept in [
+        String::new(),
+        "*/*".into(),
+        "text/plain".into(),
+        format!("{open};q=0"),
+        format!("{open}; version=1.0.0; q=0.000, text/plain"),
+        format!("text/plain, {open};q=0.5"),
+        format!("*/*, {open};q=0.5"),
+        "application/openmetrics-texts".into(),
+        format!("text/html;of={open}"),
+    ] {
+        assert_eq!(Form::asked_for(&accept), Form::Prometheus, "{accept}");
+    }
+}
