@@ -18,6 +18,7 @@ use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW};
 use ipmoved::lab::{Lab, LabError, Service, UdpService, Wire, packets, raw};
 
+use crate::seeing::scrape;
 use crate::stage::{MEGABYTE, PATIENCE, Result, setup};
 
 /// The `n`th address and port of hosts that do not exist.
@@ -157,7 +158,10 @@ fn a_million_flows_fit_in_160_bytes_each() -> Result {
     const TRIES: usize = 5;
     const MAX_PAUSE: Duration = Duration::from_millis(10);
     let lab = Lab::new()?;
-    let setup = setup(&lab)?;
+    let metrics = ["--metrics", "9185"];
+    let setup = setup(&lab)?
+        .args(Role::Old, &metrics)
+        .args(Role::New, &metrics);
     let _application = Service::start(lab.new_server(), NEW)?;
     let mut daemons = setup.start_both()?;
     let mut conversation = lab.client().converse(MOVED)?;
@@ -200,6 +204,17 @@ fn a_million_flows_fit_in_160_bytes_each() -> Result {
     assert!(after[0] < before[0] + (104 << 20), "{before:?} {after:?}");
     let known = setup.status(Role::Old)?.live_flows();
     assert!(known >= u64::from(FLOWS) * 98 / 100, "{known} flows");
+    // A scraper is told of them, and who talks goes on talking meanwhile.
+    for server in [lab.old_server(), lab.new_server()] {
+        let text = scrape(server, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")?;
+        let flows = text
+            .lines()
+            .filter(|line| line.starts_with("ipmoved_flows{"));
+        let flows = flows.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok());
+        let told: f64 = flows.sum();
+        assert!(told >= f64::from(FLOWS) * 0.98, "{text}");
+        conversation.exchange(b"and now?", PATIENCE)?;
+    }
     conversation.exchange(b"still there?", PATIENCE)?;
     lab.client().get(MOVED)?.is_answered_by(NEW).map(drop)
 }

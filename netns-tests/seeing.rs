@@ -166,7 +166,7 @@ fn flows_of_nat_are_listed_and_counted_in_both_directions() -> Result {
 }
 
 /// What the server answers to these bytes.
-fn scrape(host: &Namespace, request: &str) -> Result<String> {
+pub(crate) fn scrape(host: &Namespace, request: &str) -> Result<String> {
     host.run(|| {
         let mut stream = TcpStream::connect_timeout(&METRICS, PATIENCE).map_err(failed)?;
         stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
