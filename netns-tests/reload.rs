@@ -16,9 +16,11 @@ use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::daemon::write_psk;
-use ipmoved::lab::topology::{MOVED, NEW, OLD, more_moved, more_old, moved as nth_moved};
+use ipmoved::lab::topology::{
+    CLIENT, MOVED, MOVED6, NEW, OLD, more_moved, more_old, moved as nth_moved,
+};
 use ipmoved::lab::{
-    Conversation, Lab, LabError, Output, Probe, Process, Service, Snapshot, poll_until,
+    Client, Conversation, Lab, LabError, Output, Probe, Process, Service, Snapshot, poll_until,
 };
 use rustix::process::Signal;
 use serde_json::Value;
@@ -338,6 +340,92 @@ fn peers_come_and_go_on_either_server_and_the_others_go_on() -> Result {
         bed.wait(Role::Old, |tunnels| tunnels.len() == 1)
     })?;
     lab.client().get(second)?.is_answered_by(second)?;
+    load.goes_on()
+}
+
+/// Waits until something is so that follows from what the other server was told.
+fn until(what: &str, is: impl Fn() -> Result<bool>) -> Result {
+    let reached = poll_until(SOON, OFTEN, || is().ok().filter(|&it| it));
+    reached
+        .map(drop)
+        .ok_or_else(|| LabError::unexpected(what.to_owned()))
+}
+
+#[test]
+fn every_other_setting_changes_under_load_and_does_what_it_says() -> Result {
+    let lab = Lab::builder().moved(1).build()?;
+    let (old, new) = (moves(&lab, &[MOVED])?, accepts(&lab, &[MOVED])?);
+    let bed = Bed::start(&lab, &old, &new)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _beside = Service::start(lab.new_server(), (NEW, 8_081))?;
+    let mail = (CLIENT, 25);
+    let _mail = Service::start(lab.clients(), mail)?;
+    let mut load = Load::start(&lab, MOVED)?;
+    let program = Client::new(lab.new_server(), MOVED, MOVED6);
+    let on_lo = || {
+        lab.new_server()
+            .run(|| Ok(std::net::UdpSocket::bind((MOVED, 0)).is_ok()))
+    };
+    under_load(&lab, MOVED, || {
+        // Room, and who is remembered.
+        let fewer = format!("max-flows = 2000\n{old}");
+        assert_eq!(
+            bed.reload(Role::Old, &fewer)?,
+            "max-flows: 1000000 -> 2000\n"
+        );
+        let fewer = format!("max-flows = 3000\n{new}");
+        assert_eq!(
+            bed.reload(Role::New, &fewer)?,
+            "max-flows: 1000000 -> 3000\n"
+        );
+        for (role, max) in [(Role::Old, 2_000), (Role::New, 3_000)] {
+            let tunnels = bed.tunnels(role)?;
+            assert_eq!(tunnels[0]["flows"]["max"], max, "{tunnels:#?}");
+        }
+        for (first, says) in [
+            ("no-client-names = true\n", "90d -> 90d, without names"),
+            ("keep = \"30d\"\n", "90d, without names -> 30d"),
+            ("no-client-log = true\n", "30d -> off"),
+            ("", "off -> 90d"),
+        ] {
+            let said = bed.reload(Role::Old, &format!("{first}max-flows = 2000\n{old}"))?;
+            assert_eq!(said, format!("clients are remembered: {says}\n"));
+        }
+        // Where a port is delivered.
+        let delivers = format!("{new}deliver = \"{MOVED}:81={NEW}:8081\"\n");
+        bed.reload(Role::New, &delivers)?;
+        lab.client().get((MOVED, 81))?.is_answered_by(NEW)?;
+        // What the new server begins.
+        bed.reload(Role::New, &format!("{new}outgoing = true\n"))?;
+        until("the moved address can be bound", on_lo)?;
+        assert!(
+            program.get(mail).is_err(),
+            "the old server does not let it out"
+        );
+        bed.reload(Role::Old, &format!("{old}allow-outgoing = [\"25/tcp\"]\n"))?;
+        until("it is let out", || {
+            let seen = program.get(mail)?.client_seen;
+            Ok(seen.ip() == MOVED)
+        })?;
+        bed.reload(Role::Old, &format!("{old}allow-outgoing = [\"587/tcp\"]\n"))?;
+        assert!(program.get(mail).is_err(), "not this port any more");
+        bed.reload(Role::Old, &old)?;
+        bed.reload(Role::New, &new)?;
+        until("the address is free", || Ok(!on_lo()?))
+    })?;
+    load.goes_on()?;
+    // The address itself: what goes on stays where it is.
+    let keeps = format!("{new}deliver-to = \"keep\"\n");
+    bed.reload(Role::New, &keeps)?;
+    until("the moved address is held", on_lo)?;
+    load.goes_on()?;
+    let _itself = Service::start(lab.new_server(), MOVED)?;
+    lab.client().get(MOVED)?.is_answered_by(MOVED)?;
+    load.goes_on()?;
+    bed.reload(Role::New, &new)?;
+    until("it is delivered as before", || {
+        Ok(lab.client().get(MOVED)?.is_answered_by(NEW).is_ok())
+    })?;
     load.goes_on()
 }
 

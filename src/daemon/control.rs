@@ -29,6 +29,7 @@ use super::early::Awaited;
 use super::facts::Facts;
 use super::follow::{Follower, Listener};
 use super::forge::Forge;
+use super::gates::{Before, Gates, Part};
 use super::keeper;
 use super::orders::{CarriedOut, Orders};
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
@@ -51,7 +52,6 @@ use crate::channel::pmtu;
 use crate::channel::session::{MacCheck, Offer, PeerKeys, SessionIndexes, wipe_frames};
 use crate::channel::tunnel::{Event, MoveName, State, Timers, Transmit, Tunnel, TunnelConfig};
 use crate::flow::ended::HostFlow;
-use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::listing::Flows;
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::routes::Delivery;
@@ -422,28 +422,21 @@ fn forwarder(
     resumes: bool,
 ) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
-    let client_log = config.client_log;
     if config.role == Role::Old {
-        let moved = Arc::new(Scopes::new(&moves_from_here(config, policy)));
-        let several_begin = several_begin(policy);
+        let common = Gates {
+            all: Arc::new(Scopes::new(&moves_from_here(config, policy))),
+            max_flows,
+            log: config.client_log,
+            several_begin: several_begin(policy),
+            now: epoch,
+        };
         let gates = policy.peers().map(|peer| {
-            let config = GateConfig {
-                max_flows,
-                seed: entropy::seed(),
-                started: epoch,
-                resumes,
+            let part = Part {
+                moves: policy.moves(peer),
+                allow_outgoing: policy.allow_outgoing(peer),
+                name: Some(keys[index(peer)].name()),
             };
-            let gate = Gate::new(policy.moves(peer), config)
-                .among(Arc::clone(&moved))
-                .allow_outgoing(policy.allow_outgoing(peer));
-            let gate = match several_begin {
-                true => gate.beside_others(keys[index(peer)].name()),
-                false => gate,
-            };
-            Arc::new(match client_log {
-                Some(log) => gate.noting_visits(log.names),
-                None => gate,
-            })
+            Arc::new(common.make(&part, &Before::Start { resumes }))
         });
         // The policy will tell this server's own addresses, once they could be listed.
         return Ok(Forwarder::Old(gates.collect()));
@@ -476,8 +469,8 @@ type Outside<'a> = (
     &'a mut Viewers,
 );
 
-/// The result of looking up a peer's name.
-type Found = (PeerId, Result<SocketAddr, String>);
+/// The result of looking up a peer's name, which a reload may have replaced meanwhile.
+type Found = (PeerId, PeerAddr, Result<SocketAddr, String>);
 
 /// The control task.
 struct Control<'h> {
@@ -590,8 +583,8 @@ impl Control<'_> {
                         self.handle(now, message)?;
                     }
                 }
-                Some((peer, found)) = names.recv() => {
-                    self.see(Instant::now(), Input::LookedUp(peer, found));
+                Some((peer, name, found)) = names.recv() => {
+                    self.see(Instant::now(), Input::LookedUp { peer, name, found });
                 }
                 () = listener.news() => {
                     let begun = Instant::now();
@@ -1046,7 +1039,8 @@ impl Control<'_> {
         let names = self.names.clone();
         tokio::task::spawn_blocking(move || {
             // Nobody receives the result if the daemon is ending.
-            let _ = names.blocking_send((peer, resolve(&name, turn)));
+            let found = resolve(&name, turn);
+            let _ = names.blocking_send((peer, name, found));
         });
     }
 

@@ -17,7 +17,8 @@
 //! over the `control_socket`; `keeper` and `state_dir` keep what comes of it, and `asks` asks the
 //! new server for a cut-over.
 //!
-//! `their_modes` is which mode each move is in, as the new server hears.
+//! `their_modes` is which mode each move is in, as the new server hears. `gates` makes the old
+//! server's gates of the settings.
 //!
 //! `forge` is the process that keeps the privileges, for a configuration that has changed.
 //!
@@ -55,6 +56,7 @@ mod facts;
 pub mod flows;
 mod follow;
 mod forge;
+mod gates;
 mod held;
 mod keeper;
 mod kept;

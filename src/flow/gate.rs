@@ -68,6 +68,8 @@ use crate::packet::{ACK, Addr, Fragment, Kind, Parsed, ProtocolName, Quoted, RST
 /// The old server's checks for one peer. Shared by the lanes.
 #[derive(Debug)]
 pub struct Gate {
+    /// What has moved, in the order in which it was given.
+    moves: Box<[Move]>,
     ownership: Ownership,
     clients: Arc<Clients>,
     resumes: bool,
@@ -134,6 +136,7 @@ impl Gate {
         let seed = config.seed;
         let ownership = Ownership::new(moves, seed);
         Self {
+            moves: moves.into(),
             owners: Owners::new(moves, ownership.scopes()),
             ownership,
             clients: Arc::new(Clients::new(seed, config.max_flows, config.started)),
@@ -181,10 +184,12 @@ impl Gate {
     }
 
     /// A gate for other moves, which knows the clients that this one knows, and notes who comes as
-    /// this one does. It lets out nothing that begins, and knows the modes only once it is told.
+    /// this one does. It lets out nothing that begins. Of modes it knows what this one was told of
+    /// these moves, and for how long clients count as just moved.
     pub fn again(&self, moves: &[Move]) -> Self {
         let ownership = Ownership::new(moves, self.seed);
         Self {
+            moves: moves.into(),
             owners: Owners::new(moves, ownership.scopes()),
             ownership,
             clients: Arc::clone(&self.clients),
@@ -197,7 +202,7 @@ impl Gate {
             returning: Mutex::new(FragmentCache::new()),
             refusals: Refusals::default(),
             watch: Arc::clone(&self.watch),
-            modes: Modes::default(),
+            modes: self.modes.again(&self.moves, moves),
             decided: Mutex::new(FragmentCache::new()),
             taken: OnceLock::new(),
             shields: Shields::default(),

@@ -15,7 +15,9 @@ use arc_swap::ArcSwap;
 
 use crate::flow::ended::HostFlow;
 use crate::flow::lock;
+use crate::model::inherited::inherited;
 use crate::model::mode::{Mode, Settled, ShareKey};
+use crate::model::moved::Move;
 
 /// How long after clients have moved a TCP packet that no known connection has may belong to one
 /// which this server has begun without remembering it: a SYN cookie is good for two minutes
@@ -83,6 +85,16 @@ enum Cookies {
     Until(Instant),
 }
 
+impl Cookies {
+    fn lasts_longer_than(self, other: Self) -> bool {
+        match (self, other) {
+            (Self::Over, _) | (_, Self::JustMoved) => false,
+            (Self::JustMoved, _) | (Self::Until(_), Self::Over) => true,
+            (Self::Until(one), Self::Until(other)) => one > other,
+        }
+    }
+}
+
 /// What a mode says of a new conversation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Says {
@@ -121,6 +133,29 @@ impl Modes {
         let some = moves.iter().any(Entry::says_something);
         self.table.store(Table { moves, key }.into());
         self.some.store(some, Relaxed);
+    }
+
+    /// The modes of other moves, which were these: what was so, and that clients have just moved,
+    /// goes on.
+    pub(super) fn again(&self, before: &[Move], moves: &[Move]) -> Self {
+        let table = self.table.load();
+        let known = before.iter().zip(&table.moves);
+        let known: Vec<(&Move, Entry)> = known
+            .filter(|(_, entry)| entry.says_something())
+            .map(|(moved, entry)| (moved, *entry))
+            .collect();
+        let later = |one: Entry, other: Entry| match other.cookies.lasts_longer_than(one.cookies) {
+            true => other,
+            false => one,
+        };
+        let known = inherited(&known, moves, later).into_iter();
+        let moves: Vec<Entry> = known.map(|it| it.unwrap_or(Entry::MOVED)).collect();
+        let key = table.key;
+        Self {
+            some: AtomicBool::new(moves.iter().any(Entry::says_something)),
+            table: ArcSwap::from_pointee(Table { moves, key }),
+            changing: Mutex::default(),
+        }
     }
 
     /// Takes note of the time. Call it every second.
@@ -395,6 +430,33 @@ mod tests {
         bed.now += Duration::from_secs(1);
         bed.gate.expire(bed.now, 0);
         assert_eq!(bed.captured(&ack(1)), CARRY);
+    }
+
+    #[test]
+    fn a_reload_forgets_neither_the_modes_nor_that_clients_have_just_moved() {
+        let mut bed = Bed::new(&[MOVED, "192.0.2.6"]);
+        let ack = |port| goes_on(&begins(Kind::Tcp, port)).build();
+        bed.set("here");
+        bed.set("moved");
+        bed.gate.expire(bed.now, 0);
+        // Cut anew, and in another order.
+        let moves = ["192.0.2.7", "192.0.2.5:80/tcp"].map(|text| text.parse().unwrap());
+        let gate = bed.gate.again(&moves);
+        bed.gate = gate;
+        bed.set("moved");
+        assert_eq!(bed.captured(&ack(1)), BOUNCE);
+        let mut other = goes_on(&begins(Kind::Tcp, 1));
+        other.dst = "192.0.2.7".parse().unwrap();
+        assert_eq!(bed.captured(&other.build()), CARRY, "it was never here");
+        bed.now += COOKIES;
+        bed.gate.expire(bed.now, 0);
+        assert_eq!(bed.captured(&ack(1)), CARRY);
+        // Until the modes are told, those of before apply.
+        let bed = Bed::new(&[MOVED]);
+        bed.set("here");
+        let gate = bed.gate.again(&moves);
+        let bed = Bed { gate, ..bed };
+        assert_eq!(bed.captured(&begins(Kind::Tcp, 1).build()), BOUNCE);
     }
 
     #[test]

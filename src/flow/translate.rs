@@ -211,6 +211,15 @@ impl Translator {
         for shard in &self.shards {
             lock(&shard.0).forget_peer(peer, &self.limit);
         }
+        // Its place may be another peer's tomorrow.
+        let place = usize::from(peer.0);
+        if let Some(watch) = self.watches.get(place).and_then(OnceLock::get) {
+            watch.forget();
+        }
+        if let Some(turned) = self.turned.get(place) {
+            turned.forget();
+        }
+        lock(&self.unmoved_ports).retain(|(of, _)| *of != peer);
     }
 
     /// Sets the most flows at a time. If there are more, each new one takes the place of another.
@@ -1103,6 +1112,23 @@ mod tests {
             assert_eq!(bed.translator.take_unmoved_ports(), [(PEER, unmoved)]);
             assert!(bed.translator.take_unmoved_ports().is_empty());
         }
+    }
+
+    #[test]
+    fn of_a_peer_that_is_gone_the_next_in_its_place_hears_nothing() {
+        let bed = Bed::simple();
+        bed.inbound(&mut request(Kind::Tcp).build()).unwrap();
+        let elsewhere = Plan {
+            dst: "192.0.2.77".parse().unwrap(),
+            ..request(Kind::Tcp)
+        };
+        let bytes = elsewhere.build();
+        let parsed = Parsed::parse(&bytes).unwrap();
+        let why = DropReason::NotMoved;
+        (bed.translator).turned_away(bed.now, PEER, &parsed, &bytes, why);
+        bed.translator.forget_peer(PEER);
+        let seen = bed.translator.observe(bed.now, PEER);
+        assert_eq!(seen, Observations::default());
     }
 
     #[test]

@@ -89,6 +89,12 @@ impl TurnedAways {
         }
     }
 
+    /// Forgets them all: they were another peer's.
+    pub(super) fn forget(&self) {
+        self.seen.store(0, Relaxed);
+        lock(&self.samples).clear();
+    }
+
     /// Those that still wait. Call it every second.
     pub(super) fn take(&self, now: Instant) -> Vec<TurnedAway> {
         if self.seen.swap(0, Relaxed) == 0 && lock(&self.samples).is_empty() {

@@ -231,6 +231,17 @@ impl<K: Copy> Watch<K> {
         all
     }
 
+    /// Forgets them all, and which ports have answered: they were another peer's.
+    pub(super) fn forget(&self) {
+        for slot in &self.slots {
+            slot.opened.store(0, Relaxed);
+            slot.serves.store(0, Relaxed);
+            slot.with_it.store(0, Relaxed);
+        }
+        self.news.store(false, Relaxed);
+        lock(&self.samples).clear();
+    }
+
     fn slot(&self, hash: u64) -> &Slot {
         &self.slots[hash as usize % SLOTS]
     }

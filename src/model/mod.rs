@@ -10,6 +10,7 @@ pub mod delivery_map;
 pub mod drops;
 pub mod finding;
 pub mod flow_list;
+pub mod inherited;
 pub mod mode;
 pub mod move_index;
 pub mod moved;

@@ -28,16 +28,15 @@ use crate::daemon::chosen::{Cgroups, chosen};
 use crate::daemon::early::{Awaited, PeerTerms, Terms};
 use crate::daemon::follow::{LinkSettings, Programs};
 use crate::daemon::forge::{Forge, Made, Wanted};
+use crate::daemon::gates::{Before, Gates, Part};
 use crate::daemon::kept;
 use crate::daemon::policy::reload::{Plan, Running, Step};
 use crate::daemon::service::{notify_ready, notify_reloading};
 use crate::daemon::setup::{check_new, check_old, resolve};
 use crate::daemon::visitors::Visitors;
 use crate::flow::class::TCP_ESTABLISHED;
-use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::modes::Taken;
 use crate::flow::role::Forwarder;
-use crate::io::entropy;
 use crate::kernel::netlink::Netlink;
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Remade;
@@ -597,57 +596,38 @@ impl Control<'_> {
         let Forwarder::Old(known) = &*self.view.forwarder else {
             return;
         };
-        let all = Arc::new(Scopes::new(&running.captured()));
-        let max_flows = running.config.max_flows as usize;
-        let log = running.config.client_log;
-        let several_begin = several_begin(&self.policy);
+        let common = Gates {
+            all: Arc::new(Scopes::new(&running.captured())),
+            max_flows: running.config.max_flows as usize,
+            log: running.config.client_log,
+            several_begin: several_begin(&self.policy),
+            now,
+        };
         let gates = (0..running.peers.len()).map(|place| {
             let id = PeerId(place as u16);
             let peer = running.peers[place].as_ref();
-            let moves = running.captured_for(id);
             let was = before.peers.get(place).and_then(Option::as_ref);
-            let earlier = known
-                .get(place)
-                .filter(|_| was.is_some() && peer.is_some() && !begun.contains(&id));
-            let gate = match earlier {
-                Some(gate) => gate.again(&moves),
-                None => {
-                    let config = GateConfig {
-                        max_flows,
-                        seed: entropy::seed(),
-                        started: now,
-                        resumes: false,
-                    };
-                    let gate = Gate::new(&moves, config);
-                    match known.first() {
-                        Some(other) => gate.among_addresses_of(other),
-                        None => gate,
-                    }
-                }
+            let goes_on = was.is_some() && peer.is_some() && !begun.contains(&id);
+            let earlier = match known.get(place).filter(|_| goes_on) {
+                Some(gate) => Before::Gate {
+                    gate,
+                    max_flows: before.config.max_flows as usize,
+                    log: before.config.client_log,
+                },
+                None => Before::NewPeer {
+                    beside: known.first().map(|other| &**other),
+                },
             };
-            let gate =
-                match earlier.is_some() && before.config.max_flows != running.config.max_flows {
-                    true => gate.with_room(max_flows, now),
-                    false => gate,
-                };
-            let allowed = peer.map_or(&[][..], |peer| &peer.allow_outgoing);
-            let gate = gate.among(Arc::clone(&all)).allow_outgoing(allowed);
+            let part = Part {
+                moves: &running.captured_for(id),
+                allow_outgoing: peer.map_or(&[][..], |peer| &peer.allow_outgoing),
+                name: peer.map(|peer| peer.keys.name()),
+            };
+            let gate = common.make(&part, &earlier);
             if let Some(taken) = taken {
                 gate.set_taken(Arc::clone(taken));
             }
-            let gate = match peer.filter(|_| several_begin) {
-                // The kernel knows what it has begun by this name, also after another key.
-                Some(_) if gate.is_named() => gate,
-                Some(peer) => gate.beside_others(peer.keys.name()),
-                None => gate,
-            };
-            Arc::new(match log {
-                None => gate.noting_nobody(),
-                Some(log) if earlier.is_none() || before.config.client_log != Some(log) => {
-                    gate.noting_visits(log.names)
-                }
-                Some(_) => gate,
-            })
+            Arc::new(gate)
         });
         let forwarder = Arc::new(Forwarder::Old(gates.collect()));
         self.view.forwarder = Arc::clone(&forwarder);

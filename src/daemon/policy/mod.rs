@@ -161,7 +161,14 @@ pub(super) enum Input {
     /// The peer said this of itself.
     Announced(PeerId, Announcement),
     /// The result of looking up its name.
-    LookedUp(PeerId, Result<SocketAddr, String>),
+    LookedUp {
+        /// Whose.
+        peer: PeerId,
+        /// What was looked up: by now the peer may have another one.
+        name: PeerAddr,
+        /// What came of it.
+        found: Result<SocketAddr, String>,
+    },
     /// How large a packet the route to it takes.
     Route(PeerId, RouteSize),
     /// There is a way out of this server again.
@@ -543,7 +550,13 @@ impl Policy {
                 }
             }
             Input::Announced(peer, announcement) => self.announced(now, peer, announcement),
-            Input::LookedUp(peer, result) => self.looked_up(now, peer, result),
+            Input::LookedUp { peer, name, found } => {
+                let of_now = self.peers[index(peer)].addr.as_ref();
+                // An answer about another name, from before a reload, tells nothing.
+                if of_now == Some(&name) {
+                    self.looked_up(now, peer, found);
+                }
+            }
             Input::Route(peer, size) => {
                 if let Some(endpoint) = self.peers[index(peer)].endpoint {
                     let datagram = sizes::max_datagram(endpoint.remote, size);

@@ -580,7 +580,7 @@ fn what_this_server_needs_later_is_withdrawn_and_served_again_afterwards() {
     assert_eq!(new.policy.refused_moves(OLD), 1);
     // A name of the settings leads to another one.
     let found = "192.0.2.6:51850".parse().unwrap();
-    let actions = new.does(Input::LookedUp(OTHER_OLD, Ok(found)));
+    let actions = new.does(looked_up(OTHER_OLD, "old.example", Ok(found)));
     assert_eq!(served(&actions), [(OLD, moves("192.0.2.7"))]);
     let actions = new.does(Input::Addresses(facts()));
     assert_eq!(served(&actions), [(OLD, moves("192.0.2.5 192.0.2.7"))]);
@@ -958,6 +958,18 @@ fn the_tunnel_probes_as_far_as_the_route_goes() {
     assert_eq!(actions, [Action::ProbeUpTo(OLD, 1_372), hint]);
 }
 
+/// What came of looking a name up.
+fn looked_up(peer: PeerId, host: &str, found: Result<SocketAddr, String>) -> Input {
+    Input::LookedUp {
+        peer,
+        name: PeerAddr {
+            host: host.into(),
+            port: 51_850,
+        },
+        found,
+    }
+}
+
 #[test]
 fn a_name_is_looked_up_while_nobody_answers_there() {
     let peer = |host: &str| PeerRules {
@@ -986,7 +998,7 @@ fn a_name_is_looked_up_while_nobody_answers_there() {
     );
     assert_eq!(turn(new.after(9 * second)), Some(1));
     assert_eq!(turn(new.after(60 * second)), None, "one at a time");
-    let unknown = || Input::LookedUp(OLD, Err("cannot look up old.example".into()));
+    let unknown = || looked_up(OLD, "old.example", Err("cannot look up old.example".into()));
     assert_eq!(
         warnings(&new.does(unknown())),
         ["cannot look up old.example; trying again"]
@@ -995,7 +1007,15 @@ fn a_name_is_looked_up_while_nobody_answers_there() {
     assert!(new.does(unknown()).is_empty(), "that is no news");
     assert_eq!(turn(new.after(10 * second)), Some(3));
     let addr = "192.0.2.1:51850".parse().unwrap();
-    let actions = new.does(Input::LookedUp(OLD, Ok(addr)));
+    // Of another name, which the settings had before.
+    let late = looked_up(
+        OLD,
+        "older.example",
+        Ok("203.0.113.9:51850".parse().unwrap()),
+    );
+    assert!(new.does(late).is_empty());
+    assert_eq!(turn(new.after(60 * second)), None, "this one still runs");
+    let actions = new.does(looked_up(OLD, "old.example", Ok(addr)));
     assert_eq!(actions, [Action::Call(OLD, addr)]);
     new.does(Input::State(OLD, State::Up));
     assert_eq!(turn(new.after(60 * second)), None, "it answers");

@@ -86,6 +86,7 @@ impl Capture {
     pub fn again(&self, moves: &[Move], begin: &[Move], port: u16) -> Result<Self, PlanError> {
         let own = self.facts.own().again()?;
         let again = Self::new(moves, begin, &self.tun, port, own)?;
+        again.facts.follow_modes(&self.facts);
         // What lies on the TUN, too: it may be planned anew at any time.
         let back = programs::return_path(&again.facts, again.tun.index)?;
         again.loaded.get(&back)?;

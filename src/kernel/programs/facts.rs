@@ -105,6 +105,12 @@ impl Facts {
         self.modes.set(modes, key)
     }
 
+    /// These moves were those of other facts before: for how long the daemon is to be asked after
+    /// a change of modes goes on.
+    pub fn follow_modes(&self, before: &Self) {
+        self.modes.follow(&before.modes);
+    }
+
     /// The daemon is alive, so it may be asked; and what is over is forgotten. Call it every
     /// second.
     ///

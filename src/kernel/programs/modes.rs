@@ -53,6 +53,7 @@ use crate::flow::modes::COOKIES;
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Reg, Shape, Size, Words,
 };
+use crate::model::inherited::inherited;
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::{Move, TCP, UDP};
 use crate::model::owners::{Owners, Part};
@@ -127,8 +128,9 @@ pub(super) struct Modes {
 /// What is in it.
 #[derive(Debug)]
 struct State {
-    /// The moves, until the tries are filled: as long as nothing was set, nobody asks them.
-    moves: Option<Vec<Move>>,
+    moves: Box<[Move]>,
+    /// Whether the tries are filled: as long as nothing was set, nobody asks them.
+    filled: bool,
     values: Vec<Value>,
     /// Programs have to look until then; `None` where no end is known.
     needed_until: Option<Duration>,
@@ -150,6 +152,16 @@ impl Value {
         greeted_until: Duration::ZERO,
         percent: 100,
     };
+
+    /// The same, which was also another one: whoever asks because of either goes on asking.
+    fn with(self, other: Self) -> Self {
+        Self {
+            held_until: self.held_until.max(other.held_until),
+            asked_until: self.asked_until.max(other.asked_until),
+            greeted_until: self.greeted_until.max(other.greeted_until),
+            percent: self.percent.min(other.percent),
+        }
+    }
 
     /// After it, from `now` on.
     fn followed_by(self, mode: &Mode<Duration>, now: Duration) -> Self {
@@ -217,11 +229,28 @@ impl Modes {
             owners: Map::new(trie("ipmoved_owners", OWNER_KEY_BYTES, MAX_OWNERS))?,
             modes: Map::new(modes)?,
             state: Mutex::new(State {
-                moves: Some(moves.to_vec()),
+                moves: moves.into(),
+                filled: false,
                 values: vec![Value::MOVED; moves.len()],
                 needed_until: Some(Duration::ZERO),
             }),
         })
+    }
+
+    /// The modes of these moves were those of others before: for how long the daemon is to be asked
+    /// goes on. Nobody asks before the next [`set`](Self::set).
+    pub(super) fn follow(&self, before: &Self) {
+        let earlier = before.state.lock().unwrap_or_else(|held| held.into_inner());
+        let known = earlier.moves.iter().zip(&earlier.values);
+        let known: Vec<(&Move, Value)> = known
+            .filter(|(_, value)| **value != Value::MOVED)
+            .map(|(moved, value)| (moved, *value))
+            .collect();
+        let mut state = self.state.lock().unwrap_or_else(|held| held.into_inner());
+        let inherited = inherited(&known, &state.moves, Value::with);
+        for (value, known) in state.values.iter_mut().zip(inherited) {
+            *value = known.unwrap_or(Value::MOVED);
+        }
     }
 
     /// From now on the moves are in these modes, in their order; those beyond are left alone. Times
@@ -243,6 +272,7 @@ impl Modes {
         let mut state = self.state.lock().unwrap_or_else(|held| held.into_inner());
         let State {
             moves,
+            filled,
             values,
             needed_until,
         } = &mut *state;
@@ -251,11 +281,10 @@ impl Modes {
             self.words.set(at, half);
         }
         let plain = Mode::default();
-        if modes.iter().any(|mode| *mode != plain)
-            && let Some(unfilled) = moves
-        {
-            self.fill(unfilled)?;
-            *moves = None;
+        let some = |value: &Value| *value != Value::MOVED;
+        if !*filled && (modes.iter().any(|mode| *mode != plain) || values.iter().any(some)) {
+            self.fill(moves, values)?;
+            *filled = true;
         }
         let refused = BpfError::of_map("ipmoved_modes");
         for (number, (value, mode)) in (0_u32..).zip(values.iter_mut().zip(modes)) {
@@ -300,7 +329,7 @@ impl Modes {
     }
 
     /// Fills the tries.
-    fn fill(&self, moves: &[Move]) -> Result<(), BpfError> {
+    fn fill(&self, moves: &[Move], values: &[Value]) -> Result<(), BpfError> {
         let scopes = Scopes::new(moves);
         let owners = Owners::new(moves, &scopes);
         for scope in 0..scopes.len() {
@@ -316,9 +345,8 @@ impl Modes {
             self.fill_owners(scope as u32, &owners, &scopes)
                 .map_err(BpfError::of_map("ipmoved_owners"))?;
         }
-        for number in 0..moves.len() as u32 {
-            let bytes = Value::MOVED.bytes();
-            let filled = self.modes.insert(&number.to_ne_bytes(), &bytes);
+        for (number, value) in (0_u32..).zip(values) {
+            let filled = self.modes.insert(&number.to_ne_bytes(), &value.bytes());
             filled.map_err(BpfError::of_map("ipmoved_modes"))?;
         }
         Ok(())
@@ -893,6 +921,25 @@ mod tests {
             server.die();
             assert!(!server.is_taken(&tcp_in(at, 2, ACK)), "nothing was noted");
         }
+    }
+
+    #[test]
+    fn programs_for_other_moves_go_on_asking_as_long_as_those_before() {
+        let before = Server::new();
+        before.be(here());
+        before.turn(moved());
+        let (ends, unknown) = (["192.0.2.5:80/tcp", "2001:db8:a::5"], "192.0.2.6");
+        let server = Server::of(&[unknown, ends[0], ends[1]]);
+        server.facts.follow_modes(&before.facts);
+        server.turn(moved());
+        for at in [0, 1] {
+            assert!(server.is_taken(&tcp_in(at, 2, ACK)), "it may be a cookie's");
+        }
+        // Nobody has told these that clients had ever been here.
+        let server = Server::of(&[ends[0], ends[1]]);
+        server.turn(moved());
+        let asks = |server: &Server| server.facts.modes.state.lock().unwrap().values.clone();
+        assert_eq!(asks(&server), [Value::MOVED; 2]);
     }
 
     #[test]
