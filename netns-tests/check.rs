@@ -527,6 +527,61 @@ fn what_is_wrong_on_the_new_server_is_found_and_mended_by_what_is_shown() -> Res
 }
 
 #[test]
+fn nat_is_looked_at_as_well_and_whether_the_application_answers() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let bench = Bench::new(setup.clone(), Role::Old)?;
+    let flags = ["--move", "192.0.2.5:80/tcp", "--to", "198.51.100.2"];
+    let line = format!("ipmoved nat --check --json {}", flags.join(" "));
+    let found = bench.check(&line, &[])?;
+    let object = ("listener", "warn", "198.51.100.2:80/tcp");
+    let finding = find(&found, object).unwrap_or_else(|| panic!("{found:#}"));
+    let says = finding["text"].as_str().unwrap_or_default();
+    assert!(says.contains("nothing listens there"), "{finding}");
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let found = bench.check(&line, &[])?;
+    assert_eq!(found["result"], "ok", "{found:#}");
+    for well in [
+        ("privileges", "ok", ""),
+        ("tun", "ok", "can be made"),
+        ("bpf", "ok", "load"),
+        ("tc", "ok", "can be made"),
+        ("uplink", "ok", "eth0"),
+        ("way", "ok", "from 192.0.2.1"),
+        ("listener", "ok", "answers this server"),
+    ] {
+        assert!(find(&found, well).is_some(), "{well:?}: {found:#}");
+    }
+    bench.try_out(&case(
+        "ip addr del 192.0.2.5/24 dev eth0",
+        &[],
+        ("address", "warn", "is on no interface"),
+        "ip addr add 192.0.2.5/24 dev eth0; ip addr del 192.0.2.5/32 dev eth0",
+    ))?;
+    let to_itself = line.replace("198.51.100.2", "192.0.2.1");
+    let found = bench.check(&to_itself, &[])?;
+    let itself = ("way", "fail", "is an address of this server itself");
+    assert!(find(&found, itself).is_some(), "{found:#}");
+    // A port that is to stand for clients is somebody's.
+    bench.sh(
+        "socat UDP4:198.51.100.2:9,sourceport=41000 PIPE >/dev/null 2>&1 &
+        echo $! > \"$(command -v ssh).pid\"
+        until grep -q ':A028 ' /proc/net/udp; do :; done",
+    )?;
+    let found = bench.check(&line, &[])?;
+    let used = ("port", "fail", "is in use on this server");
+    assert!(find(&found, used).is_some(), "{found:#}");
+    bench.sh("kill $(cat \"$(command -v ssh).pid\")")?;
+    // What a daemon here has made is not held against it.
+    let mut daemon = setup.start_nat(&flags)?;
+    daemon.wait_until_up()?;
+    let found = bench.check(&line, &[])?;
+    assert_eq!(found["result"], "ok", "{found:#}");
+    assert!(find(&found, ("daemon", "ok", "runs here")).is_some());
+    Ok(())
+}
+
+#[test]
 fn what_a_peer_says_or_does_not_say_is_told_apart() -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?;

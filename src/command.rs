@@ -61,6 +61,7 @@ pub fn main() -> ExitCode {
         None if cli.dry_run.dry_run => dry_run::of_tunnel(cli.run, cli.dry_run.json),
         None => run(cli.run),
         Some(Command::Nat(args)) if args.dry_run.dry_run => dry_run::of_nat(args),
+        Some(Command::Nat(args)) if args.check => check::of_nat(args),
         Some(Command::Nat(args)) => nat(args),
         Some(Command::Genpsk) => genpsk(),
         Some(Command::Check(args)) => check::run(args),

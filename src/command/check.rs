@@ -9,8 +9,8 @@ use crate::channel::session::Psk;
 use crate::daemon::checks::{self, Given, Words};
 use crate::io::entropy;
 use crate::model::finding::{Findings, Grade};
-use crate::settings::args::{CheckArgs, Cli, Command, RunArgs};
-use crate::settings::config::{self, Config, ConfigError};
+use crate::settings::args::{CheckArgs, Cli, Command, NatArgs, RunArgs};
+use crate::settings::config::{self, Config, ConfigError, NatSettings};
 
 /// Looks at everything, and says it.
 pub(super) fn run(args: Box<CheckArgs>) -> Result<(), Failure> {
@@ -30,7 +30,23 @@ pub(super) fn run(args: Box<CheckArgs>) -> Result<(), Failure> {
         }
         Err(mistake) => checks::without_settings(&words, &mistake.to_string()),
     };
-    say(&found, json)?;
+    end(&found, json)
+}
+
+/// The same for `ipmoved nat --check`.
+pub(super) fn of_nat(args: NatArgs) -> Result<(), Failure> {
+    let json = args.dry_run.json;
+    let words = Words::of_this_process();
+    let found = match NatSettings::new(args) {
+        Ok(settings) => checks::look_nat(&settings, &words, &config::runtime_dir()),
+        Err(mistake) => checks::without_settings(&words, &mistake.to_string()),
+    };
+    end(&found, json)
+}
+
+/// Says what was found. The exit code is that of the worst.
+fn end(found: &Findings, json: bool) -> Result<(), Failure> {
+    say(found, json)?;
     match found.result {
         Grade::Ok => Ok(()),
         Grade::Warn | Grade::Fail => Err(Failure {

@@ -22,6 +22,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::{debug, info, warn};
 
+use super::before_ours::BeforeOurs;
 use super::facts::of_default_routes;
 use super::service::{Result, system, warn_of_left};
 use super::setup::{Uplinks, find_uplinks};
@@ -202,7 +203,7 @@ pub(super) struct Follower {
     /// What was last planned for the TUN.
     on_tun: Vec<Change>,
     /// Filters of others that were seen before ours, and how to list them.
-    before_ours: Vec<(String, String)>,
+    before_ours: Vec<BeforeOurs>,
 }
 
 impl Follower {
@@ -757,22 +758,16 @@ impl Follower {
         };
         let of = |link: &Link| {
             let (priority, kind) = plan::before_ours(netlink, link, direction).ok()??;
-            let interface = &link.name;
-            let what = format!(
-                "a {kind} filter of others (pref {priority}) stands before ipmoved's on \
-                 {interface} {direction}"
-            );
-            let list = format!("tc filter show dev {interface} {direction}");
-            Some((what, list))
+            Some(BeforeOurs::new(&link.name, direction, &kind, priority))
         };
         self.before_ours = self.carrying.iter().filter_map(of).collect();
-        for (what, _) in &self.before_ours {
-            known.warn(now, format!("{what}; what it takes is not served"));
+        for filter in &self.before_ours {
+            known.warn(now, filter.warning());
         }
     }
 
-    /// The filters of others that come before ours, each in words, and how to list them.
-    pub(super) fn before_ours(&self) -> &[(String, String)] {
+    /// The filters of others that come before ours.
+    pub(super) fn before_ours(&self) -> &[BeforeOurs] {
         &self.before_ours
     }
 

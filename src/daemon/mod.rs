@@ -18,7 +18,7 @@
 //! new server for a cut-over.
 //!
 //! `their_modes` is which mode each move is in, as the new server hears. `gates` makes the old
-//! server's gates of the settings.
+//! server's gates of the settings, and `before_ours` is what is said of filters of others.
 //!
 //! `forge` is the process that keeps the privileges, for a configuration that has changed.
 //!
@@ -43,6 +43,7 @@
 )]
 
 mod asks;
+mod before_ours;
 mod causes;
 pub mod checks;
 mod chosen;

@@ -144,15 +144,53 @@ impl Found {
         // A killed predecessor's reservation keeps everybody else out of these ports; its own flows
         // have no sockets.
         if let Some(conflict) = masquerade::conflict(&PORTS, &towards) {
-            return Err(input(format!(
-                "{conflict} is in use on this server, and ports {}-{} have to stand for clients: \
-                 close it, or let it use another",
-                PORTS.start(),
-                PORTS.end()
-            )));
+            return Err(input(ports_in_use(&conflict)));
         }
         Ok(Self { uplink, towards })
     }
+}
+
+/// What a start would refuse.
+pub(super) struct Unfit {
+    /// The new server it is about; `None` if it is about the borrowed ports.
+    pub(super) to: Option<IpAddr>,
+    /// Why.
+    pub(super) why: String,
+}
+
+/// Which new servers can be spoken to, and what a start would refuse of them and of the ports that
+/// are to stand for clients; not of those, if a daemon `runs` here.
+pub(super) fn judge_servers(
+    netlink: &Netlink,
+    settings: &NatSettings,
+    runs: bool,
+) -> (Vec<Towards>, Vec<Unfit>) {
+    let (mut fit, mut unfit) = (Vec::new(), Vec::new());
+    for to in settings.to.iter().map(|to| to.ip) {
+        match find_server(netlink, settings, to) {
+            Ok(towards) => fit.push(towards),
+            Err(error) => unfit.push(Unfit {
+                to: Some(to),
+                why: error.to_string(),
+            }),
+        }
+    }
+    let used = masquerade::conflict(&PORTS, &fit).filter(|_| !runs);
+    unfit.extend(used.map(|used| Unfit {
+        to: None,
+        why: ports_in_use(&used),
+    }));
+    (fit, unfit)
+}
+
+/// That a port that is to stand for clients is somebody's.
+fn ports_in_use(used: &impl std::fmt::Display) -> String {
+    format!(
+        "{used} is in use on this server, and ports {}-{} have to stand for clients: close it, or \
+         let it use another",
+        PORTS.start(),
+        PORTS.end()
+    )
 }
 
 /// Tells what [`run`] would change.

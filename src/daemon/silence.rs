@@ -37,6 +37,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::before_ours::BeforeOurs;
 use super::causes;
 use super::follow::Follower;
 use super::index;
@@ -104,8 +105,8 @@ pub(super) struct Watcher {
     own: Vec<IpAddr>,
     /// Who listens, as of the last looks.
     listeners: Listeners,
-    /// Filters of others before ours, each in words, and how to list them.
-    others: Vec<(String, String)>,
+    /// Filters of others before ours.
+    others: Vec<BeforeOurs>,
 }
 
 /// What was counted at one time.
@@ -583,14 +584,9 @@ impl Watcher {
     }
 
     fn filters_before(&self) -> impl Iterator<Item = Cause> {
-        self.others.iter().map(|(what, list)| {
-            let remedy =
-                format!("look at `{list}`; move that filter behind ipmoved's, or remove it");
-            cause(
-                "filter_before",
-                format!("{what}, and may take them"),
-                remedy,
-            )
+        self.others.iter().map(|filter| {
+            let (text, remedy) = filter.cause();
+            cause("filter_before", text, remedy)
         })
     }
 
@@ -1021,10 +1017,10 @@ impl Watcher {
 }
 
 /// That reverse path filtering dropped packets, and what to do: of these links, each with the
-/// setting.
+/// settings that end it.
 fn says_rp_filter(filters: &[(String, String)]) -> (String, String) {
     let links: Vec<&str> = filters.iter().map(|(link, _)| link.as_str()).collect();
-    let mut settings: Vec<String> = filters.iter().map(|(_, set)| format!("{set}=0")).collect();
+    let mut settings: Vec<String> = filters.iter().map(|(_, set)| set.clone()).collect();
     settings.sort_unstable();
     settings.dedup();
     let on = match links.as_slice() {
@@ -1219,6 +1215,7 @@ pub(super) fn nobody_there(
 mod tests {
     use super::*;
     use crate::flow::watch::{Fate, Observed};
+    use crate::kernel::netlink::Direction;
     use crate::testing::epoch;
 
     /// A run of the peer.
@@ -1709,7 +1706,8 @@ mod tests {
             bed.second(Some(Fate::Answered));
             bed.now += NOTHING_IN;
             if filter {
-                bed.watcher.others = vec![("a filter".into(), "tc".into())];
+                let filter = BeforeOurs::new("eth0", Direction::Ingress, "u32", 1);
+                bed.watcher.others = vec![filter];
             }
             let served = bed.watcher.served(bed.now, PeerId(0));
             assert!(served.len() <= MAX_SERVED);
@@ -1719,16 +1717,17 @@ mod tests {
 
     #[test]
     fn reverse_path_filtering_is_said_in_few_names_and_no_numbers() {
-        let filter = |name: &str| (name.to_owned(), format!("net.ipv4.conf.{name}.rp_filter"));
+        let set = |name: &str| format!("net.ipv4.conf.{name}.rp_filter=2");
+        let filter = |name: &str| (name.to_owned(), set(name));
         let (text, remedy) = says_rp_filter(&[filter("eth0")]);
         assert_eq!(
             text,
             "reverse path filtering (rp_filter, on eth0) dropped packets meanwhile"
         );
-        assert!(remedy.starts_with("`sysctl -w net.ipv4.conf.eth0.rp_filter=0`, or give"));
+        assert!(remedy.starts_with("`sysctl -w net.ipv4.conf.eth0.rp_filter=2`, or give"));
         let many: Vec<_> = ["a", "b", "c", "d", "e"].map(filter).into();
         let (text, remedy) = says_rp_filter(&many);
         assert!(text.contains("on a, b, c and 2 more)"), "{text}");
-        assert!(remedy.contains("conf.a.rp_filter=0` and so on"), "{remedy}");
+        assert!(remedy.contains("conf.a.rp_filter=2` and so on"), "{remedy}");
     }
 }

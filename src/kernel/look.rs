@@ -229,8 +229,9 @@ impl Counters {
 }
 
 /// The links that drop packets whose sender they would not reach, or who is not reached at all, by
-/// name, and the setting that says so. The kernel takes the greater of two
-/// (`Documentation/networking/ip-sysctl.rst`).
+/// name, and what `sysctl -w` takes to end that. The kernel takes the greater of two settings, and
+/// the greatest is the loose one (`Documentation/networking/ip-sysctl.rst`): a strict link is made
+/// loose, whatever `all` says, and one that drops though it is loose has to be let go by both.
 pub fn rp_filters(links: &[Link]) -> Vec<(String, String)> {
     let value = |name: &str| {
         let text = read_sysctl(&format!("net/ipv4/conf/{name}/rp_filter")).ok()?;
@@ -239,19 +240,34 @@ pub fn rp_filters(links: &[Link]) -> Vec<(String, String)> {
     let all = value("all").unwrap_or(0);
     let of = |link: &Link| {
         let own = value(&link.name).unwrap_or(0);
-        let which = if own >= all { &link.name } else { "all" };
-        // `sysctl` takes each dot for a slash, unless there is a slash before it.
-        let set = || match which.contains('.') {
-            true => format!("net/ipv4/conf/{which}/rp_filter"),
-            false => format!("net.ipv4.conf.{which}.rp_filter"),
-        };
-        (own.max(all) > 0).then(|| (link.name.clone(), set()))
+        let set = rp_filter_settings(&link.name, own, all)?;
+        Some((link.name.clone(), set))
     };
     links
         .iter()
         .filter(|link| !link.loopback)
         .filter_map(of)
         .collect()
+}
+
+/// What `sysctl -w` takes to end the filtering of a link, if there is any.
+fn rp_filter_settings(link: &str, own: u8, all: u8) -> Option<String> {
+    const LOOSE: u8 = 2;
+    // `sysctl` takes each dot for a slash, unless there is a slash before it.
+    let of = |name: &str, value: u8| match name.contains('.') {
+        true => format!("net/ipv4/conf/{name}/rp_filter={value}"),
+        false => format!("net.ipv4.conf.{name}.rp_filter={value}"),
+    };
+    match own.max(all) {
+        0 => None,
+        strict if strict < LOOSE => Some(of(link, LOOSE)),
+        _ => {
+            let filters = [("all", all), (link, own)].into_iter();
+            let set = filters.filter(|&(_, value)| value > 0);
+            let set: Vec<String> = set.map(|(name, _)| of(name, 0)).collect();
+            Some(set.join(" "))
+        }
+    }
 }
 
 /// Whether this server forwards packets of a family, as containers behind DNAT need it.
@@ -269,6 +285,21 @@ mod tests {
     use std::net::{TcpListener, UdpSocket};
 
     use super::*;
+
+    #[test]
+    fn a_strict_link_is_made_loose_and_a_loose_one_let_go() {
+        let set = |link, own, all| rp_filter_settings(link, own, all).unwrap_or_default();
+        assert_eq!(set("eth0", 0, 0), "");
+        for (own, all) in [(1, 0), (0, 1), (1, 1)] {
+            assert_eq!(set("eth0", own, all), "net.ipv4.conf.eth0.rp_filter=2");
+        }
+        assert_eq!(set("eth0.7", 1, 0), "net/ipv4/conf/eth0.7/rp_filter=2");
+        assert_eq!(set("eth0", 2, 0), "net.ipv4.conf.eth0.rp_filter=0");
+        assert_eq!(
+            set("eth0", 1, 2),
+            "net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.eth0.rp_filter=0"
+        );
+    }
     use crate::kernel::netlink::Netlink;
     use crate::kernel::testing::{in_fresh_namespace, sysctl, veth};
 
@@ -392,14 +423,15 @@ mod tests {
             sysctl("net/ipv4/conf/all/rp_filter", "0");
             sysctl(&format!("net/ipv4/conf/{}/rp_filter", link.name), "0");
             assert_eq!(rp_filters(std::slice::from_ref(&link)), []);
-            let named = |which: &str| {
-                let set = format!("net.ipv4.conf.{which}.rp_filter");
-                vec![(link.name.clone(), set)]
-            };
+            let named = |settings: String| vec![(link.name.clone(), settings)];
+            let own = format!("net.ipv4.conf.{}.rp_filter", link.name);
             sysctl("net/ipv4/conf/all/rp_filter", "1");
-            assert_eq!(rp_filters(std::slice::from_ref(&link)), named("all"));
+            let found = rp_filters(std::slice::from_ref(&link));
+            assert_eq!(found, named(format!("{own}=2")));
             sysctl(&format!("net/ipv4/conf/{}/rp_filter", link.name), "2");
-            assert_eq!(rp_filters(std::slice::from_ref(&link)), named(&link.name));
+            let found = rp_filters(std::slice::from_ref(&link));
+            let both = format!("net.ipv4.conf.all.rp_filter=0 {own}=0");
+            assert_eq!(found, named(both));
         });
     }
 }

@@ -281,11 +281,11 @@ pub struct DryRunArgs {
     /// Print every kernel change that a start would make, in order, as commands, and what undoes
     /// it; then end. Nothing is changed. It needs the privileges of a start, since the kernel
     /// checks the programs.
-    #[arg(long)]
+    #[arg(long, group = "looks")]
     pub dry_run: bool,
 
     /// Print it as JSON.
-    #[arg(long, requires = "dry_run")]
+    #[arg(long, requires = "looks")]
     pub json: bool,
 }
 
@@ -615,6 +615,12 @@ pub struct NatArgs {
     /// with a port alone to this server only (127.0.0.1). [default: none are served]
     #[arg(long, value_name = "[ADDR:]PORT")]
     pub metrics: Option<MetricsAddr>,
+
+    /// Say whether it will work, as `ipmoved check` does for the tunnel, and whether the
+    /// application answers this server; then end. Nothing is changed.
+    #[arg(long, group = "looks")]
+    pub check: bool,
+
     /// Whether to run it at all.
     #[command(flatten)]
     pub dry_run: DryRunArgs,

@@ -264,7 +264,7 @@ fn listens(listener: &Listener, to: SocketAddr, asked: &Asked, missing: &mut boo
     };
     let show = format!("ss {show} 'sport = :{}'", to.port());
     let bind = match listener {
-        Listener::Nobody => "start the application",
+        Listener::Nobody => "start the application, or name the port where it listens (--deliver)",
         Listener::At(_) | Listener::Here | Listener::OnIpv6 => "let it listen there, or on any",
     };
     Finding::warn("listener", asked, format!("{}: {bind}", cause.text), show)
@@ -339,24 +339,14 @@ fn rp_filter(netlink: &Netlink, to: SocketAddr, asked: &Asked, by: &Link) -> Opt
     let error = netlink.takes(query, by.index).err()?;
     // The kernel says EXDEV, and from Linux 6.13 on EINVAL, as of other addresses that cannot be.
     let refused = matches!(error.errno(), Some(Errno::XDEV | Errno::INVAL));
-    if !refused || look::rp_filters(std::slice::from_ref(by)).is_empty() {
-        return None;
-    }
-    let name = &by.name;
+    let filters = look::rp_filters(std::slice::from_ref(by));
+    let (name, settings) = filters.into_iter().next().filter(|_| refused)?;
     let text = format!(
         "reverse path filtering drops clients' packets to {to}: by this server's rules the way \
          back is not {name}"
     );
-    Some(Finding::fail("rp_filter", name, text, loose(name)))
-}
-
-/// The kernel takes the greater of two settings, and the greatest is the loose one.
-fn loose(link: &str) -> String {
-    match link.contains('.') {
-        // `sysctl` takes each dot for a slash, unless there is a slash before it.
-        true => format!("sysctl -w net/ipv4/conf/{link}/rp_filter=2"),
-        false => format!("sysctl -w net.ipv4.conf.{link}.rp_filter=2"),
-    }
+    let remedy = format!("sysctl -w {settings}");
+    Some(Finding::fail("rp_filter", name, text, remedy))
 }
 
 #[cfg(test)]
@@ -406,7 +396,5 @@ mod tests {
     fn a_command_is_found_within_a_remedy() {
         let Cause { remedy, .. } = forwarding_off(true);
         assert_eq!(in_backticks(&remedy), "sysctl -w net.ipv4.ip_forward=1");
-        let loosened = loose("eth0.7");
-        assert_eq!(loosened, "sysctl -w net/ipv4/conf/eth0.7/rp_filter=2");
     }
 }

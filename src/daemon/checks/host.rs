@@ -88,8 +88,14 @@ fn is_tried(release: &str) -> Finding {
 }
 
 /// Makes the TUN, loads the programs and puts them in their places, where nobody sees it.
-pub(super) fn levers(config: &Config, words: &Words) -> Vec<Finding> {
-    match levers::apart(|| try_all(config, words)) {
+/// `plan` says what is put on interfaces.
+pub(super) fn levers(
+    name: &str,
+    lanes: u8,
+    words: &Words,
+    plan: impl FnOnce(&Netlink, &Link) -> Result<Vec<Desired>, PlanError> + Send,
+) -> Vec<Finding> {
+    match levers::apart(|| try_all(name, lanes, words, plan)) {
         Ok(found) => found,
         Err(error) => {
             let text = format!("could not be tried out ({error}): that takes CAP_SYS_ADMIN");
@@ -98,8 +104,12 @@ pub(super) fn levers(config: &Config, words: &Words) -> Vec<Finding> {
     }
 }
 
-fn try_all(config: &Config, words: &Words) -> Vec<Finding> {
-    let name = config.tun.as_str();
+fn try_all(
+    name: &str,
+    lanes: u8,
+    words: &Words,
+    plan: impl FnOnce(&Netlink, &Link) -> Result<Vec<Desired>, PlanError>,
+) -> Vec<Finding> {
     let made = Netlink::new().map_err(|error| error.to_string());
     let netlink = match made {
         Ok(netlink) => netlink,
@@ -108,7 +118,7 @@ fn try_all(config: &Config, words: &Words) -> Vec<Finding> {
             return vec![Finding::fail("tun", name, error, remedy)];
         }
     };
-    let queues = usize::from(config.lanes);
+    let queues = usize::from(lanes);
     let (queues, features) = match TunQueue::create(name, queues, TunOptions::default()) {
         Ok(made) => made,
         Err(error) => return vec![no_tun(name, &error, words)],
@@ -123,9 +133,13 @@ fn try_all(config: &Config, words: &Words) -> Vec<Finding> {
         true => "",
         false => ", without UDP super-packets (Linux 6.2 has them)",
     };
-    let text = format!("can be made, with {} queues{offloads}", queues.len());
+    let queues = match queues.len() {
+        1 => "a queue".to_owned(),
+        more => format!("{more} queues"),
+    };
+    let text = format!("can be made, with {queues}{offloads}");
     let mut found = vec![Finding::ok("tun", name, text)];
-    let tried = match plan(config, &netlink, &tun) {
+    let tried = match plan(&netlink, &tun) {
         Ok(desired) => {
             let text = "the programs load";
             found.push(Finding::ok("bpf", "the kernel's verifier", text));
@@ -149,8 +163,12 @@ fn try_all(config: &Config, words: &Words) -> Vec<Finding> {
     found
 }
 
-/// Everything that this role has on an interface.
-fn plan(config: &Config, netlink: &Netlink, tun: &Link) -> Result<Vec<Desired>, PlanError> {
+/// Everything that this role of a tunnel has on an interface.
+pub(super) fn plan(
+    config: &Config,
+    netlink: &Netlink,
+    tun: &Link,
+) -> Result<Vec<Desired>, PlanError> {
     let port = config.listen.port;
     match config.role {
         Role::Old => {
@@ -184,17 +202,17 @@ fn no_tun(name: &str, error: &TunError, words: &Words) -> Finding {
 }
 
 /// Whether the interface's name is free.
-pub(super) fn name(netlink: &Netlink, config: &Config, words: &Words) -> Option<Finding> {
+pub(super) fn name(netlink: &Netlink, tun: &str, words: &Words) -> Option<Finding> {
     let links = netlink.links().ok()?;
     let taken = |name: &str| links.iter().any(|link| link.name == name);
-    if !taken(&config.tun) {
+    if !taken(tun) {
         return None;
     }
     let free = (1..100).map(|number| format!("ipmoved{number}"));
     let free = free.into_iter().find(|name| !taken(name))?;
     let text = "exists already, and no ipmoved runs here that has made it";
     let remedy = words.with("tun", &[free]);
-    Some(Finding::fail("name", &config.tun, text, remedy))
+    Some(Finding::fail("name", tun, text, remedy))
 }
 
 /// Whether the tunnel's port is free.

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use super::words::{Words, quoted};
+use crate::daemon::before_ours::BeforeOurs;
 use crate::daemon::service::DaemonError;
 use crate::daemon::setup::{Uplinks, find_uplinks};
 use crate::kernel::netlink::{
@@ -208,17 +209,14 @@ fn filter(netlink: &Netlink, role: Role, link: &Link) -> Option<Finding> {
         Some(ours) => it.priority < ours,
         None => it.priority == FIRST,
     })?;
-    let (name, kind, priority) = (&link.name, &first.kind, first.priority);
-    let object = format!("{name} {direction}");
-    let text = format!(
-        "a {kind} filter of others (pref {priority}) stands before ipmoved's: what it takes is not \
-         served; if nobody needs it"
-    );
-    let remedy = format!(
-        "tc filter del dev {} {direction} pref {priority}",
-        quoted(name)
-    );
-    Some(Finding::warn("filters", object, text, remedy))
+    let first = BeforeOurs::new(&link.name, direction, &first.kind, first.priority);
+    let text = format!("{}; if nobody needs it", first.meaning());
+    Some(Finding::warn(
+        "filters",
+        &first.object,
+        text,
+        &*first.remove,
+    ))
 }
 
 /// The interfaces that will carry the programs: what [`plan::carriers`] says, or the named one.

@@ -7,6 +7,7 @@
 //!   delivered   the new server: where it is delivered, and who is there
 //!   firewall    what the firewall does with the tunnel and with clients
 //!   managers    programs that manage firewalls, links and routes
+//!   nat         `ipmoved nat`, which has no peer
 //!   probe, peer asks the peer, and what is said of the answer
 //!   words       what to type instead
 //! ```
@@ -41,11 +42,14 @@ mod host;
 mod links;
 mod managers;
 mod moved;
+mod nat;
 mod peer;
 mod probe;
 mod words;
 
+pub use nat::look as look_nat;
 pub use words::Words;
+pub(super) use words::quoted;
 
 use delivered::Delivered;
 use moved::Place;
@@ -93,31 +97,34 @@ pub fn look(given: &Given<'_>) -> Findings {
     }
     let running = running(given.runtime_dir);
     match &running {
-        Some(status) => {
-            let text = format!(
-                "runs here (pid {}): what it has made is not held against it",
-                { status.pid }
-            );
-            found.push(Finding::ok(
-                "daemon",
-                format!("ipmoved {}", status.version),
-                text,
-            ));
-        }
+        Some(status) => found.push(runs_here(status)),
         None => found.extend(host::left(given.runtime_dir)),
     }
     if may {
-        found.extend(host::levers(config, words));
+        let plan = |netlink: &Netlink, tun: &Link| host::plan(config, netlink, tun);
+        found.extend(host::levers(&config.tun, config.lanes, words, plan));
     }
     let endpoint = |peer: &PeerConfig| Some(resolve(peer.endpoint.as_ref()?, 0));
     match Server::read(config.peers.iter().map(endpoint).collect()) {
         Ok(server) => found.extend(server.checks(given, running.as_ref(), may)),
-        Err(error) => {
-            let text = format!("cannot be asked for its network: {error}");
-            found.push(Finding::fail("kernel", "this server", text, "ip link"));
-        }
+        Err(error) => found.push(unread(&error)),
     }
     Findings::of(found)
+}
+
+/// That a daemon runs here.
+fn runs_here(status: &Status) -> Finding {
+    let text = format!(
+        "runs here (pid {}): what it has made is not held against it",
+        status.pid
+    );
+    Finding::ok("daemon", format!("ipmoved {}", status.version), text)
+}
+
+/// That this server's network is not known.
+fn unread(error: &NetlinkError) -> Finding {
+    let text = format!("cannot be asked for its network: {error}");
+    Finding::fail("kernel", "this server", text, "ip link")
 }
 
 /// What an administrator has to know as the daemon starts, beside what was refused: a line each.
@@ -219,7 +226,7 @@ impl Server {
         let Given { config, words, .. } = given;
         let mut found = Vec::new();
         if running.is_none() {
-            found.extend(host::name(&self.netlink, config, words));
+            found.extend(host::name(&self.netlink, &config.tun, words));
             found.push(host::port(config, words));
         }
         let known = self.known();
@@ -416,7 +423,7 @@ fn ask_all(
             Some(Err(error)) => {
                 let name = peer.endpoint.as_ref().map(|it| it.host.clone());
                 let name = name.unwrap_or_default();
-                let remedy = format!("getent ahosts {}", words::quoted(&name));
+                let remedy = format!("getent ahosts {}", quoted(&name));
                 found.push(Finding::fail("peer", name, error, remedy));
             }
             Some(Ok(_)) if !given.has_key => {}

@@ -80,7 +80,7 @@ fn replaced(word: &str, old: &str, new: &str) -> String {
 }
 
 /// As a shell takes it for one word.
-pub(super) fn quoted(word: &str) -> String {
+pub(in crate::daemon) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_./:=,@%+-".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         word.to_owned()
