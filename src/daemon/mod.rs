@@ -91,6 +91,8 @@ use crate::settings::values::PeerAddr;
 
 pub use dry_run::{DryRun, dry_run};
 pub use nat::{dry_run as dry_run_nat, run as run_nat};
+#[cfg(any(test, fuzzing))]
+pub use policy::reload::check_reloads;
 pub use service::DaemonError;
 
 /// Runs until a signal ends it, and undoes everything then.

@@ -20,6 +20,7 @@ use crate::channel::session::{
 };
 use crate::channel::tunnel::{Announcement, Deliver, Event, Timers, Tunnel, TunnelConfig};
 use crate::channel::wire::{DATA_OVERHEAD, Data, Message};
+use crate::daemon::check_reloads;
 use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::routes::Delivery;
 use crate::flow::seed::Seed;
@@ -50,7 +51,7 @@ const MOVED_PORT: &str = "[2001:db8::5]:80/tcp";
 pub type Target = fn(&[u8]);
 
 /// Every target, by the name of its corpus.
-pub const TARGETS: [(&str, Target); 9] = [
+pub const TARGETS: [(&str, Target); 10] = [
     ("datagram", datagram),
     ("handshake", handshake),
     ("control", control),
@@ -60,6 +61,7 @@ pub const TARGETS: [(&str, Target); 9] = [
     ("moved", moved),
     ("settings", settings),
     ("journal", journal),
+    ("reload", reload),
 ];
 
 /// A new server's tunnel that has a session with an old one's.
@@ -472,11 +474,8 @@ pub fn moved(bytes: &[u8]) {
     }
 }
 
-/// A configuration file. The files it names are not opened.
-pub fn settings(bytes: &[u8]) {
-    let Ok(text) = std::str::from_utf8(bytes) else {
-        return;
-    };
+/// What a configuration file means; `None` where it is refused, in one line.
+fn config(text: &str) -> Option<Config> {
     let mut file = match File::parse(text) {
         Ok(file) => file,
         Err(mistake) => {
@@ -485,7 +484,7 @@ pub fn settings(bytes: &[u8]) {
                 let line = text.split('\n').nth(line - 1).expect("a line of the text");
                 assert!(column <= line.chars().count() + 1, "{mistake}");
             }
-            return;
+            return None;
         }
     };
     file.peer.psk_file = None;
@@ -494,12 +493,20 @@ pub fn settings(bytes: &[u8]) {
     }
     let nothing = Files::Given(Found::default());
     let given = Arc::new(RunArgs::default());
-    let config = match Config::merge(&given, file, &nothing, Vec::new()) {
-        Ok(config) => config,
-        Err(error) => {
-            assert!(!error.to_string().contains('\n'), "{error}");
-            return;
-        }
+    let merged = Config::merge(&given, file, &nothing, Vec::new());
+    let refused = |error: &dyn std::error::Error| {
+        assert!(!error.to_string().contains('\n'), "{error}");
+    };
+    merged.inspect_err(|error| refused(error)).ok()
+}
+
+/// A configuration file. The files it names are not opened.
+pub fn settings(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let Some(config) = config(text) else {
+        return;
     };
     assert!(!config.peers.is_empty() && config.lanes > 0 && config.max_flows > 0);
     for peer in &config.peers {
@@ -518,6 +525,16 @@ pub fn settings(bytes: &[u8]) {
         assert!(peer.deliver_to != DeliverTo::Keep || !peer.accept.is_empty());
         assert!(peer.moves.is_empty() || config.role == Role::Old);
     }
+}
+
+/// Configurations one after the other, each behind a line of dashes: what a daemon that runs by the
+/// first makes of the others.
+pub fn reload(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let all: Vec<Config> = text.split("\n---\n").take(8).filter_map(config).collect();
+    check_reloads(&all);
 }
 
 /// A journal that anybody may have written.
@@ -659,5 +676,10 @@ mod tests {
     #[test]
     fn journals() {
         run(8);
+    }
+
+    #[test]
+    fn reloaded_configurations() {
+        run(9);
     }
 }

@@ -331,6 +331,67 @@ impl Running {
     }
 }
 
+/// What holds whenever a daemon that runs by the first of these is given the others, one after the
+/// other.
+#[cfg(any(test, fuzzing))]
+pub fn check_reloads(all: &[Config]) {
+    let Some((first, others)) = all.split_first() else {
+        return;
+    };
+    let mut running = Running::new(first);
+    for next in others {
+        let plan = match running.plan(next) {
+            Ok(plan) => plan,
+            // One line, for `ipmoved reload`.
+            Err(why) => {
+                assert!(!why.is_empty() && !why.contains('\n'), "{why}");
+                continue;
+            }
+        };
+        let Plan {
+            steps,
+            next: then,
+            lines,
+        } = plan;
+        assert!(lines.iter().all(|line| !line.contains('\n')), "{lines:?}");
+        assert!(
+            steps.is_empty() || !lines.is_empty(),
+            "no peer changes without a word"
+        );
+        // A place is one peer's at a time: who ends does so before another begins there.
+        let ends = steps.iter().position(|(_, step)| *step != Step::Ends);
+        let later = &steps[ends.unwrap_or(steps.len())..];
+        assert!(later.iter().all(|(_, step)| *step != Step::Ends));
+        // What is planned is what the settings say, and nothing is left to do.
+        let planned: Vec<&PeerConfig> = then.each().map(|(_, peer)| peer).collect();
+        assert_eq!(planned.len(), next.peers.len());
+        assert!(next.peers.iter().all(|peer| planned.contains(&peer)));
+        assert!(then.peers.len() <= running.peers.len().max(next.peers.len()));
+        let again = then.plan(next).expect("what runs can run");
+        assert!(
+            again.steps.is_empty() && again.lines.is_empty(),
+            "{:?}",
+            again.lines
+        );
+        // Nothing leaves that is named, or whose peer is gone; nothing that moved is forgotten.
+        let named: Vec<Move> = then.moves().into_iter().map(|(_, moved)| moved).collect();
+        for (id, moved) in &then.leaving {
+            assert!(!named.contains(moved), "{moved}");
+            assert!(then.peers[index(*id)].is_some(), "{moved}");
+        }
+        let ended = |id: PeerId| steps.iter().any(|it| *it == (id, Step::Ends));
+        for (id, moved) in running.moves() {
+            let captured = then.captured();
+            assert!(
+                ended(id) || captured.iter().any(|it| it.overlaps(&moved)),
+                "{moved}"
+            );
+        }
+        assert!(then.captured().len() <= MAX_MOVES || then.leaving.is_empty());
+        running = then;
+    }
+}
+
 /// Whether the settings give a name for where a peer is.
 fn is_named(peer: &PeerConfig) -> bool {
     peer.endpoint.as_ref().is_some_and(PeerAddr::is_name)
@@ -668,6 +729,10 @@ mod tests {
                 "uplink, no-split cannot",
             ),
             (with("without = \"udp-gso\""), "without cannot"),
+            (
+                with("log-format = \"json\"\nmetrics = 9185"),
+                "log-format, metrics cannot be changed while the daemon runs: restart needed",
+            ),
             (
                 with("listen = \"192.0.2.1:51850\""),
                 "the address of listen cannot",
