@@ -352,7 +352,7 @@ fn until(what: &str, is: impl Fn() -> Result<bool>) -> Result {
 }
 
 #[test]
-fn every_other_setting_changes_under_load_and_does_what_it_says() -> Result {
+fn other_settings_change_under_load_and_do_what_they_say() -> Result {
     let lab = Lab::builder().moved(1).build()?;
     let (old, new) = (moves(&lab, &[MOVED])?, accepts(&lab, &[MOVED])?);
     let bed = Bed::start(&lab, &old, &new)?;
@@ -410,21 +410,7 @@ fn every_other_setting_changes_under_load_and_does_what_it_says() -> Result {
         bed.reload(Role::Old, &format!("{old}allow-outgoing = [\"587/tcp\"]\n"))?;
         assert!(program.get(mail).is_err(), "not this port any more");
         bed.reload(Role::Old, &old)?;
-        bed.reload(Role::New, &new)?;
-        until("the address is free", || Ok(!on_lo()?))
-    })?;
-    load.goes_on()?;
-    // The address itself: what goes on stays where it is.
-    let keeps = format!("{new}deliver-to = \"keep\"\n");
-    bed.reload(Role::New, &keeps)?;
-    until("the moved address is held", on_lo)?;
-    load.goes_on()?;
-    let _itself = Service::start(lab.new_server(), MOVED)?;
-    lab.client().get(MOVED)?.is_answered_by(MOVED)?;
-    load.goes_on()?;
-    bed.reload(Role::New, &new)?;
-    until("it is delivered as before", || {
-        Ok(lab.client().get(MOVED)?.is_answered_by(NEW).is_ok())
+        bed.reload(Role::New, &new).map(drop)
     })?;
     load.goes_on()
 }

@@ -102,7 +102,7 @@ fn after_sigkill_a_start_in_the_other_role_undoes_what_was_left() -> Result {
             let status = runs.ok_or_else(|| {
                 LabError::unexpected(format!("it does not start: {}", daemon.stderr()))
             })?;
-            assert_eq!(status.0["role"], role.other().to_string(), "{}", status.0);
+            assert_eq!(status.tunnel()["role"], role.other().to_string());
             daemon.signal(Signal::TERM)?;
             let said = daemon.wait(PATIENCE)?;
             assert!(said.status.success(), "{said:?}");
