@@ -6,7 +6,9 @@
 //! as long as that is so.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -80,7 +82,9 @@ impl Orders {
     ///
     /// # Errors
     /// If the settings name something that is no directory.
-    pub(super) fn open(config: &Config) -> Result<Self> {
+    ///
+    /// A daemon that is about to hand over shares the lock of its state directory.
+    pub(super) fn open(config: &Config, shared: Option<OwnedFd>) -> Result<Self> {
         let path = &config.state_dir;
         if path.exists() && !path.is_dir() {
             return Err(input(format!(
@@ -88,7 +92,7 @@ impl Orders {
                 path.display()
             )));
         }
-        let (dir, opened) = StateDir::open(path);
+        let (dir, opened) = StateDir::open(path, shared);
         let (record, mut warnings) = (opened.record, opened.warnings);
         let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
         let word = || entropy::system().u64().map_err(failed);
@@ -264,6 +268,19 @@ impl Orders {
             },
             kept,
         }
+    }
+
+    /// A second handle to the lock of the state directory, if this daemon has it.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub(super) fn lock(&self) -> io::Result<Option<OwnedFd>> {
+        self.dir.lock()
+    }
+
+    /// Whether something is held, or a cut-over is running.
+    pub(super) fn is_busy(&self) -> bool {
+        self.modes.is_busy()
     }
 
     /// A connection of the control socket has ended. Returns whether clients are to be told of

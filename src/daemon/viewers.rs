@@ -4,7 +4,9 @@
 //! Owns their sockets, which are opened before privileges are given up, and the queue over which
 //! they ask the control task for a status.
 
+use std::io;
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -30,6 +32,7 @@ pub(super) type Ask = oneshot::Sender<Status>;
 pub(super) type Asks = mpsc::Sender<Ask>;
 
 /// The sockets.
+#[derive(Debug)]
 pub(super) struct Sockets {
     flows: UnixListener,
     metrics: Option<TcpListener>,
@@ -44,6 +47,41 @@ impl Sockets {
             flows: status_socket::listen_at(&dir.join(FLOWS_SOCKET))?,
             metrics: metrics.transpose()?,
         })
+    }
+
+    /// Those of another daemon that hands itself over.
+    pub(super) fn adopt(flows: OwnedFd, metrics: Option<OwnedFd>) -> Self {
+        Self {
+            flows: flows.into(),
+            metrics: metrics.map(TcpListener::from),
+        }
+    }
+
+    /// The same, but for metrics at that address.
+    pub(super) fn with(self, addr: Option<MetricsAddr>, may_come: bool) -> Result<Self> {
+        let at = |it: &TcpListener| it.local_addr().ok() == addr.map(|addr| addr.0);
+        let same = self.metrics.filter(at);
+        let opened = || addr.map(|addr| metrics::listen(addr, may_come)).transpose();
+        Ok(Self {
+            flows: self.flows,
+            metrics: match same {
+                Some(same) => Some(same),
+                None => opened()?,
+            },
+        })
+    }
+
+    /// A second handle to each, for the next daemon.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub(super) fn copies(&self) -> io::Result<(OwnedFd, Option<OwnedFd>)> {
+        let metrics = self
+            .metrics
+            .as_ref()
+            .map(TcpListener::try_clone)
+            .transpose()?;
+        Ok((self.flows.try_clone()?.into(), metrics.map(OwnedFd::from)))
     }
 
     /// Serves who comes. Call it inside the event loop.

@@ -135,6 +135,21 @@ impl Reloads {
         (reloads, receiver)
     }
 
+    /// Why no daemon can take over at present.
+    pub(super) fn forbids_handover(&self) -> Option<&'static str> {
+        if self.busy.is_some() || !self.keys.is_empty() {
+            return Some("the configuration is being read again: wait until that is over");
+        }
+        if !self.running.leaving.is_empty() {
+            return Some(
+                "moves that were taken out still have connections on the new server (`leaving` in \
+                 `ipmoved status`), which the next daemon would not know: wait until they have \
+                 ended, or start the next one after this one has stopped",
+            );
+        }
+        None
+    }
+
     /// When something is due.
     pub(super) fn next(&self) -> Option<Instant> {
         let due = self.keys.iter().map(|it| it.since + LAST_WITH_EARLIER);
@@ -307,6 +322,17 @@ fn calls_itself(running: &Running) -> bool {
 impl Control<'_> {
     /// Reads the configuration again. Whoever asks waits for the answer.
     pub(super) fn reload(&mut self, answer: Option<oneshot::Sender<Answer>>) {
+        if self.is_leaving {
+            let why = "another daemon is about to take over, and reads the configuration itself";
+            warn!(why, "not reloaded; everything goes on as before");
+            notify_reloading();
+            notify_ready(&self.first_line(Instant::now()));
+            if let Some(answer) = answer {
+                let why = why.into();
+                let _ = answer.send(Answer::Refused { input: false, why });
+            }
+            return;
+        }
         if self.reloads.busy.is_some() {
             self.reloads.again.get_or_insert_default().extend(answer);
             return;
@@ -371,7 +397,7 @@ impl Control<'_> {
             // Whoever asked may have gone meanwhile.
             let _ = asked.send(answer.clone());
         }
-        notify_ready(&self.summary());
+        notify_ready(&self.first_line(now));
         if let Some(waiting) = self.reloads.again.take() {
             notify_reloading();
             self.prepare(waiting, prepare);
@@ -831,7 +857,7 @@ impl Control<'_> {
             return;
         };
         let passed = now.saturating_duration_since(since);
-        if self.reloads.busy.is_some() || passed < LEAVES_AFTER {
+        if self.is_leaving || self.reloads.busy.is_some() || passed < LEAVES_AFTER {
             return;
         }
         let leaving = self.reloads.running.leaving.iter();

@@ -520,6 +520,12 @@ impl Modes {
         })
     }
 
+    /// Whether something is held, or a cut-over is running.
+    pub(in super::super) fn is_busy(&self) -> bool {
+        let mut moves = self.moves.iter();
+        !self.cutovers.is_empty() || moves.any(|it| it.mode.held_until.is_some())
+    }
+
     /// The process whose cut-over a move is in, if there is one.
     pub(in super::super) fn cutover_of(&self, place: usize) -> Option<i32> {
         let takes = |it: &&Cutover| it.moves.binary_search(&place).is_ok();
