@@ -68,6 +68,8 @@ mod status;
 mod steering;
 mod stragglers;
 mod stream;
+mod systemd;
+mod takeover;
 mod the_cutover;
 mod the_lab;
 mod the_move;
