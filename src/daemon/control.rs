@@ -42,7 +42,7 @@ use super::service::{
     self, Cause, DaemonError, End, LOOK_EVERY, Repairer, Result, Signals, Threads, Told, Wish, end,
     failed, notify_ready, notify_stopping,
 };
-use super::setup::{Ready, Tools, resolve};
+use super::setup::{Ready, Tools, moves, resolve};
 use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
 use super::their_modes::TheirModes;
@@ -179,6 +179,7 @@ async fn carry(
     config.warnings.extend(lasting);
     orders.as_mut().map(Orders::start_keeping).transpose()?;
     let (reloads, mut prepared) = Reloads::new(forge, &config, chosen.unwrap_or_default());
+    let captured = moves(&config);
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: follower.uplinks().mtu(),
@@ -203,7 +204,12 @@ async fn carry(
     let fingerprints: Vec<_> = keys.iter().map(PeerKeys::fingerprint).collect();
     let handed = state.zip(Some(&*fingerprints));
     let forwarder = Arc::new(forwarder(
-        &config, &policy, &keys, started, resumes, handed,
+        &config,
+        &policy,
+        (&keys, &captured),
+        started,
+        resumes,
+        handed,
     )?);
     let mut inherited = BTreeMap::new();
     if let Some(state) = state {
@@ -221,7 +227,7 @@ async fn carry(
         // There may be more of them one day.
         peer_drops: (0..MAX_PEERS).map(|_| Drops::default()).collect(),
         waiting: (0..MAX_PEERS).map(|_| Waiting::default()).collect(),
-        holding: Holding::new(&moves_from_here(&config, &policy)).map_err(failed)?,
+        holding: Holding::new(&captured).map_err(failed)?,
         busy_lanes: BusyLanes::new(processors),
     });
     let mut viewers = viewers.serve(Arc::clone(&shared) as Arc<dyn Flows>)?;
@@ -340,7 +346,7 @@ async fn carry(
         Ok(End::HandedOver) => control.leave(),
         Ok(End::Stopped) | Err(_) => {
             notify_stopping();
-            control.close();
+            control.close(!matches!(result, Err(DaemonError::Crashed(_))));
         }
     }
     result
@@ -351,11 +357,16 @@ fn take_peers(
     config: &mut Config,
     endpoints: &[Option<SocketAddr>],
 ) -> (Vec<PeerKeys>, Vec<PeerRules>) {
-    let each = |(peer, endpoint): (PeerConfig, &Option<SocketAddr>)| {
+    let mut leaving: BTreeMap<PeerId, Vec<Move>> = BTreeMap::new();
+    for (peer, moved) in &config.leaving {
+        leaving.entry(*peer).or_default().push(moved.clone());
+    }
+    let each = |((id, peer), endpoint): ((PeerId, PeerConfig), &Option<SocketAddr>)| {
+        let leaving = leaving.remove(&id).unwrap_or_default();
         let rules = PeerRules {
             endpoint: peer.endpoint,
             known_at: endpoint.map(|endpoint| endpoint.ip()),
-            moves: peer.moves,
+            moves: peer.moves.into_iter().chain(leaving).collect(),
             deliver_to: peer.deliver_to,
             deliver: peer.deliver,
             accept: peer.accept,
@@ -365,8 +376,9 @@ fn take_peers(
         };
         (peer.keys, rules)
     };
-    std::mem::take(&mut config.peers)
-        .into_iter()
+    (0..)
+        .map(PeerId)
+        .zip(std::mem::take(&mut config.peers))
         .zip(endpoints)
         .map(each)
         .unzip()
@@ -432,15 +444,6 @@ fn delivering<'a>(
     Some((links, steering, translator))
 }
 
-/// All that has moved from here, to whichever peer, in order; nothing on the new server.
-fn moves_from_here(config: &Config, policy: &Policy) -> Vec<Move> {
-    if config.role == Role::New {
-        return Vec::new();
-    }
-    let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
-    moves.cloned().collect()
-}
-
 /// Whether more than one new server may begin connections, so that their gates need names.
 fn several_begin(policy: &Policy) -> bool {
     let begins = |peer: &PeerId| !policy.allow_outgoing(*peer).is_empty();
@@ -453,7 +456,7 @@ fn several_begin(policy: &Policy) -> bool {
 fn forwarder(
     config: &Config,
     policy: &Policy,
-    keys: &[PeerKeys],
+    (keys, captured): (&[PeerKeys], &[Move]),
     epoch: Instant,
     resumes: bool,
     state: Option<(&Handed, &[Fingerprint])>,
@@ -461,7 +464,7 @@ fn forwarder(
     let max_flows = config.max_flows as usize;
     let client_log = config.client_log;
     if config.role == Role::Old {
-        let moved = Arc::new(Scopes::new(&moves_from_here(config, policy)));
+        let moved = Arc::new(Scopes::new(captured));
         let several_begin = several_begin(policy);
         let gates = policy.peers().map(|peer| {
             let config = GateConfig {
@@ -1769,8 +1772,9 @@ impl Control<'_> {
 
     // The end.
 
-    /// Says goodbye to every peer.
-    fn close(&mut self) {
+    /// Says goodbye to every peer. What is in the kernel is then undone, unless that is left to the
+    /// next start.
+    fn close(&mut self, undoes: bool) {
         let now = Instant::now();
         for tunnel in &mut self.tunnels {
             tunnel.close(now);
@@ -1781,6 +1785,9 @@ impl Control<'_> {
             visitors.end(now, &self.view.forwarder);
         }
         if let Some(orders) = &mut self.orders {
+            if undoes {
+                orders.let_go();
+            }
             orders.end_keeping();
         }
     }

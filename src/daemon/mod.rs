@@ -102,7 +102,7 @@ pub use service::DaemonError;
 /// See [`DaemonError`]; kernel changes of this run are undone, unless a thread crashed.
 pub fn run(mut config: Config, runtime_dir: &Path, takeover: bool) -> Result<(), DaemonError> {
     service::block_on(async {
-        let mut ready = setup::Ready::new(&config, runtime_dir, takeover)?;
+        let mut ready = setup::Ready::new(&mut config, runtime_dir, takeover)?;
         // Before the daemon gives up what this keeps.
         let (programs, tun) = (ready.tools.follower.programs(), &ready.tools.tun);
         let forge = Forge::start(&config, programs, tun);

@@ -15,7 +15,7 @@ use super::follow::{Follower, LinkSettings, Programs};
 use super::handover::taking::{self, Inheritance, Places};
 use super::held::{self, Held};
 use super::kept::{self, Kept};
-use super::orders::Orders;
+use super::orders::{Orders, still_leaving};
 use super::service::{DaemonError, Result, Signals, cannot, input, system, warn_of_unread};
 use super::viewers;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
@@ -87,7 +87,7 @@ impl Ready {
     ///
     /// # Errors
     /// See [`DaemonError`]; what was changed before is undone.
-    pub(super) fn new(config: &Config, runtime_dir: &Path, takeover: bool) -> Result<Self> {
+    pub(super) fn new(config: &mut Config, runtime_dir: &Path, takeover: bool) -> Result<Self> {
         let kept = Kept::taken_over();
         let netlink = Netlink::new().map_err(system)?;
         let taking::Found {
@@ -99,6 +99,10 @@ impl Ready {
             Some(lock) => Host::inherit(runtime_dir, lock)?,
             None => open(runtime_dir, takeover)?,
         };
+        if config.role == Role::Old {
+            config.leaving = still_leaving(config);
+        }
+        let config = &*config;
         warn_of_unread(&host);
         let resumes = !host.made().is_empty();
         // After an orderly end everything begins anew: what was remembered may have changed since.
@@ -374,10 +378,11 @@ pub(super) fn link_settings(config: &Config, moves: Vec<Move>) -> LinkSettings {
     }
 }
 
-/// Everything that has moved (old server).
+/// Everything that has moved, and then what leaves (old server).
 pub(super) fn moves(config: &Config) -> Vec<Move> {
     let moves = config.peers.iter().flat_map(|peer| &peer.moves);
-    moves.cloned().collect()
+    let leaving = config.leaving.iter().map(|(_, moved)| moved);
+    moves.chain(leaving).cloned().collect()
 }
 
 /// The moves of those peers that may begin connections.

@@ -132,6 +132,12 @@ impl StateDir {
         }
     }
 
+    /// What is kept there, for whoever changes nothing.
+    pub(super) fn look(path: &Path) -> Option<Record> {
+        let kept = |name| read(&path.join(name)).ok().flatten();
+        [MODES, COPY].into_iter().find_map(kept)
+    }
+
     /// Keeps what is not understood for a person, and says where. Another daemon's it leaves alone.
     fn set_aside(&self) -> String {
         if self.lock.is_none() {
@@ -308,6 +314,7 @@ mod tests {
 
     fn record() -> Record {
         Record {
+            carried: Vec::new(),
             share_key: ShareKey([u64::MAX, 2]),
             boot: "boot".into(),
             moves: vec![Kept {

@@ -130,7 +130,7 @@ impl Reloads {
             again: None,
             prepared,
             keys: Vec::new(),
-            leaves_since: None,
+            leaves_since: (!config.leaving.is_empty()).then(Instant::now),
         };
         (reloads, receiver)
     }
@@ -139,13 +139,6 @@ impl Reloads {
     pub(super) fn forbids_handover(&self) -> Option<&'static str> {
         if self.busy.is_some() || !self.keys.is_empty() {
             return Some("the configuration is being read again: wait until that is over");
-        }
-        if !self.running.leaving.is_empty() {
-            return Some(
-                "moves that were taken out still have connections on the new server (`leaving` in \
-                 `ipmoved status`), which the next daemon would not know: wait until they have \
-                 ended, or start the next one after this one has stopped",
-            );
         }
         None
     }
@@ -473,7 +466,14 @@ impl Control<'_> {
         };
         let after = &self.reloads.running;
         if let Some(orders) = &mut self.orders {
-            orders.set_moves(after.moves(), after.leaving.clone(), after.config.start);
+            let names = after.peers.iter();
+            let names = names.map(|it| it.as_ref().map(|it| it.keys.name()));
+            orders.set_moves(
+                after.moves(),
+                after.leaving.clone(),
+                names.collect(),
+                after.config.start,
+            );
         }
         // Who judges has to know of more before programs hand it over, and of less afterwards.
         let taken = match &programs {

@@ -12,6 +12,7 @@
 //! A mode is a move's, whoever the new server is: it says whether the old one serves.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,21 @@ pub(in super::super) struct Record {
     pub(in super::super) boot: String,
     /// The moves.
     pub(in super::super) moves: Vec<Kept>,
+    /// What the new servers may have connections of, until the daemon is stopped.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(in super::super) carried: Vec<Carried>,
+}
+
+/// What is captured for a peer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(in super::super) struct Carried {
+    /// As `--move` names it.
+    #[serde(rename = "move")]
+    pub(in super::super) moved: String,
+    /// What tells the peer from others ([`PeerKeys::name`]).
+    ///
+    /// [`PeerKeys::name`]: crate::channel::session::PeerKeys::name
+    pub(in super::super) peer: NonZeroU64,
 }
 
 /// What is kept of one move.
@@ -588,6 +604,7 @@ impl Modes {
             share_key: self.key,
             boot: self.boot.clone(),
             moves: moves.collect(),
+            carried: Vec::new(),
         }
     }
 }
