@@ -663,7 +663,8 @@ impl Control<'_> {
                     self.order(Instant::now(), order);
                 }
                 Some(step) = steps.recv() => {
-                    if self.hand_over(step, lanes, from_lanes, steps, kit).await? {
+                    let others = (&mut *steps, &mut *viewers);
+                    if self.hand_over(step, lanes, from_lanes, others, kit).await? {
                         return Ok(End::HandedOver);
                     }
                 }

@@ -20,9 +20,10 @@ use super::super::handover::{About, Descriptors, VERSION};
 use super::super::kept;
 use super::super::service::{Result, Threads, failed};
 use super::Control;
+use crate::channel::session::wipe_frames;
 use crate::channel::tunnel::Tunnel;
 use crate::daemon::orders::Orders;
-use crate::daemon::viewers::Sockets;
+use crate::daemon::viewers::{Sockets, Viewers};
 use crate::flow::gate::{Gate, GateConfig};
 use crate::flow::role::Forwarder;
 use crate::flow::table::HandedFlow;
@@ -36,6 +37,10 @@ use crate::packet::coalesce::Reach;
 
 /// How long whoever asked for the handover may take to hear that it is done.
 const LAST_WORD: Duration = Duration::from_secs(2);
+
+/// How long those may take who look at the daemon when it is handed over, while it still carries
+/// packets: two readings of flows, a second apart. Whoever takes longer asks once more.
+const SEEN_OFF: Duration = Duration::from_secs(4);
 
 /// What lanes are made of, so that they can be stopped and started again, and what of it another
 /// daemon goes on with.
@@ -123,7 +128,7 @@ impl Control<'_> {
         step: Step,
         lanes: &mut Threads,
         from_lanes: &mut mpsc::Receiver<ToControl>,
-        steps: &mut mpsc::Receiver<Step>,
+        (steps, viewers): (&mut mpsc::Receiver<Step>, &mut Viewers),
         kit: &LaneKit,
     ) -> Result<bool> {
         match step {
@@ -135,6 +140,7 @@ impl Control<'_> {
                 Ok(false)
             }
             Step::Stop(answer) => {
+                self.see_off(viewers).await;
                 let stopped = Instant::now();
                 self.stop_lanes(lanes, from_lanes)?;
                 let _ = answer.send(self.state(kit).map_err(|error| error.to_string()));
@@ -147,6 +153,7 @@ impl Control<'_> {
                     );
                     return Ok(true);
                 }
+                viewers.open();
                 self.go_on_after_all(lanes, kit)?;
                 Ok(false)
             }
@@ -155,11 +162,13 @@ impl Control<'_> {
                     let _ = answer.send(Err(why));
                     return Ok(false);
                 }
+                self.see_off(viewers).await;
                 self.stop_lanes(lanes, from_lanes)?;
                 if let Err(error) = self.store(kit) {
                     let why = format!("its service manager does not keep what it has: {error}");
                     warn!("{why}");
                     kept::forget();
+                    viewers.open();
                     self.go_on_after_all(lanes, kit)?;
                     let _ = answer.send(Err(why));
                     return Ok(false);
@@ -176,6 +185,21 @@ impl Control<'_> {
                 }
                 Ok(false)
             }
+        }
+    }
+
+    /// Answers those who look at the daemon already. Whoever comes now waits for the next one.
+    async fn see_off(&mut self, viewers: &mut Viewers) {
+        let door = viewers.close();
+        let over = tokio::time::Instant::now() + SEEN_OFF;
+        loop {
+            let ask = tokio::select! {
+                ask = viewers.asked() => ask,
+                () = door.all_gone() => return,
+                () = tokio::time::sleep_until(over) => return,
+            };
+            // Who does not wait any longer is not told.
+            let _ = ask.send(self.status_now());
         }
     }
 
@@ -334,6 +358,9 @@ impl Control<'_> {
             Ok(report) => super::super::service::warn_of_left(&report),
             Err(error) => warn!(%error, "what this daemon makes in the kernel may be gone"),
         }
+        if let Some(orders) = &self.orders {
+            orders.keep_again();
+        }
         self.is_leaving = false;
         self.look_again();
         self.turn(now);
@@ -379,6 +406,8 @@ pub(super) fn take_up(
             (None, None) => {}
         }
     }
+    // Of the keys that were taken up.
+    wipe_frames();
     waiting
 }
 
