@@ -78,9 +78,11 @@ fn converse(talk: &Talk, to_control: &mpsc::Sender<Step>) -> io::Result<bool> {
     talk.patient(PATIENCE)?;
     match talk.hear()?.0 {
         Ask::TakeOver { version } if version != VERSION => {
+            let pid = std::process::id();
             let why = format!(
-                "it hands itself over as version {VERSION} of that, not as {version}: this has \
-                 to be another ipmoved"
+                "the daemon that runs hands itself over as version {VERSION} of that, and this one \
+                 takes version {version}: `kill -KILL {pid}`, and start this one without \
+                 --takeover; nothing is reset, and connections go on after a second or two"
             );
             talk.say(&Reply::Refused(why), &[])?;
             Ok(false)

@@ -15,7 +15,7 @@ use std::io::{self, Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 use zeroize::Zeroizing;
@@ -108,6 +108,8 @@ impl State {
         }
         file.write_all(&self.flows)?;
         file.rewind()?;
+        // Whoever reads it is to overwrite it, so that may not be sealed, nor sealed by others.
+        fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
         Ok(file.into())
     }
 
@@ -132,7 +134,11 @@ impl State {
         let wiped = file
             .rewind()
             .and_then(|()| io::copy(&mut io::repeat(0).take(secret as u64), &mut file))
-            .and_then(|_| file.set_len(0));
+            // Its memory is free from then on, though others may hold the file.
+            .and_then(|_| {
+                let whole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                Ok(fallocate(&file, whole, 0, bytes.len() as u64)?)
+            });
         if let Err(error) = wiped {
             tracing::debug!(%error, "the state of the last daemon is not wiped");
         }
@@ -173,7 +179,7 @@ impl State {
 /// A file in memory. Some hosts allow none that could be executed (`vm.memfd_noexec`), which only
 /// kernels from 6.3 on know to tell apart.
 fn unnamed_file() -> io::Result<OwnedFd> {
-    let plain = MemfdFlags::CLOEXEC;
+    let plain = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     match memfd_create(NAME, plain | MemfdFlags::NOEXEC_SEAL) {
         Err(Errno::INVAL) => Ok(memfd_create(NAME, plain)?),
         made => Ok(made?),
@@ -284,7 +290,20 @@ mod tests {
         let late = after.then.saturating_duration_since(before.then);
         let early = before.then.saturating_duration_since(after.then);
         assert!(late.max(early) < Duration::from_millis(1), "one clock");
-        assert!(State::read(same).is_err(), "the keys are gone");
+        assert!(State::read(same.try_clone().unwrap()).is_err(), "once");
+        let mut left = File::from(same);
+        assert!(
+            left.set_len(0).is_err() && left.set_len(1 << 20).is_err(),
+            "sealed"
+        );
+        let mut bytes = Vec::new();
+        left.rewind()
+            .and_then(|()| left.read_to_end(&mut bytes))
+            .unwrap();
+        assert!(
+            !bytes.is_empty() && bytes.iter().all(|&byte| byte == 0),
+            "wiped"
+        );
     }
 
     #[test]
