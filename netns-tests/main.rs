@@ -33,6 +33,7 @@ mod flood;
 mod follow;
 mod fragments;
 mod hairpin;
+mod handed_on;
 mod hold;
 mod hops;
 mod impostor;

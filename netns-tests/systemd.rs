@@ -9,7 +9,8 @@
 //!
 //! systemd is process 1 of namespaces of its own, over what this machine has in its root directory:
 //! what it writes vanishes with the test. It needs a machine with systemd and overlayfs, so it runs
-//! on request: `cargo test --test netns -- --ignored systemd:: --nocapture`.
+//! on request: `cargo test --test netns -- --ignored systemd:: --nocapture`. IPMOVED_OLDER names a
+//! binary that knows no handovers, which is then upgraded as well.
 
 use std::path::Path;
 use std::process::Command;
@@ -30,26 +31,7 @@ const JOB: Duration = Duration::from_secs(60);
 #[ignore = "needs systemd: cargo test --test netns -- --ignored systemd::"]
 fn systemctl_restart_loses_no_connection_and_systemctl_stop_undoes_everything() -> Result {
     let lab = Lab::new()?;
-    let psk = setup(&lab)?.psk_file(Role::Old).to_owned();
-    let old = format!("peer = \"{NEW}\"\npsk-file = \"/etc/ipmoved/psk\"\nmove = [\"{MOVED}\"]\n");
-    let new =
-        format!("peer = \"{OLD}\"\npsk-file = \"/etc/ipmoved/psk\"\naccept = [\"{MOVED}\"]\n");
-    let old = Booted::new(&lab, lab.old_server(), &psk, &old)?;
-    let new = Booted::new(&lab, lab.new_server(), &psk, &new)?;
-    for server in [&old, &new] {
-        let up = poll_until(UP_TIMEOUT, Duration::from_millis(100), || {
-            let said = server
-                .run("systemctl show -P StatusText ipmoved")
-                .ok()?
-                .stdout;
-            said.contains(": up").then_some(())
-        });
-        assert!(
-            up.is_some(),
-            "{:?}",
-            server.run("systemctl status ipmoved")?
-        );
-    }
+    let [old, new] = boot(&lab, exe())?;
     let load = Load::start(&lab)?;
     load.goes_on()?;
     let tap = lab.tap(Leg::Clients)?;
@@ -79,6 +61,58 @@ fn systemctl_restart_loses_no_connection_and_systemctl_stop_undoes_everything() 
     Ok(())
 }
 
+/// As a package does it: the next binary is there, and the unit knows of handovers.
+#[test]
+#[ignore = "needs systemd: cargo test --test netns -- --ignored systemd::"]
+fn an_older_daemon_is_upgraded_and_nothing_is_reset() -> Result {
+    let Some(older) = std::env::var_os("IPMOVED_OLDER") else {
+        println!("IPMOVED_OLDER names no binary");
+        return Ok(());
+    };
+    let lab = Lab::new()?;
+    let servers = boot(&lab, Path::new(&older))?;
+    let load = Load::start(&lab)?;
+    load.goes_on()?;
+    let tap = lab.tap(Leg::Clients)?;
+    for server in &servers {
+        server.says("mv /usr/local/sbin/ipmoved.next /usr/local/sbin/ipmoved")?;
+        for handed in [false, true] {
+            server.says("systemctl restart ipmoved")?;
+            load.goes_on()?;
+            let log = server.says("journalctl -u ipmoved -o cat")?;
+            assert_eq!(log.contains("took over"), handed, "{log}");
+        }
+    }
+    let carried = load.end()?;
+    println!("{} of {} datagrams were lost", carried.lost, carried.sent);
+    assert_eq!(tap.stop()?.refusals_from(MOVED), 0);
+    Ok(())
+}
+
+/// Boots the old and the new server with this binary, and waits until both are up.
+fn boot<'lab>(lab: &'lab Lab, exe: &Path) -> Result<[Booted<'lab>; 2]> {
+    let psk = setup(lab)?.psk_file(Role::Old).to_owned();
+    let old = format!("peer = \"{NEW}\"\npsk-file = \"/etc/ipmoved/psk\"\nmove = [\"{MOVED}\"]\n");
+    let new =
+        format!("peer = \"{OLD}\"\npsk-file = \"/etc/ipmoved/psk\"\naccept = [\"{MOVED}\"]\n");
+    let servers = [
+        Booted::new(lab, lab.old_server(), [exe, &psk], &old)?,
+        Booted::new(lab, lab.new_server(), [exe, &psk], &new)?,
+    ];
+    for server in &servers {
+        let up = poll_until(UP_TIMEOUT, Duration::from_millis(100), || {
+            let said = server.run("ipmoved status").ok()?.stdout;
+            said.contains(": up").then_some(())
+        });
+        assert!(
+            up.is_some(),
+            "{:?}",
+            server.run("systemctl status ipmoved")?
+        );
+    }
+    Ok(servers)
+}
+
 /// A host with systemd.
 struct Booted<'lab> {
     host: &'lab Namespace,
@@ -89,7 +123,12 @@ struct Booted<'lab> {
 
 impl<'lab> Booted<'lab> {
     /// Boots, with the unit of `contrib` enabled.
-    fn new(lab: &Lab, host: &'lab Namespace, psk: &Path, settings: &str) -> Result<Self> {
+    fn new(
+        lab: &Lab,
+        host: &'lab Namespace,
+        [binary, psk]: [&Path; 2],
+        settings: &str,
+    ) -> Result<Self> {
         let dir = lab.dir().join(host.name());
         let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
         std::fs::create_dir_all(&dir).map_err(failed)?;
@@ -100,7 +139,7 @@ impl<'lab> Booted<'lab> {
             .args(["--mount", "--pid", "--fork", "--uts", "--ipc", "--cgroup"])
             .args(["--kill-child", "--propagation", "private"])
             .args(["bash", "-ec", BOOT, "boot"])
-            .args([&dir, exe(), psk, Path::new(unit)]);
+            .args([&dir, binary, psk, Path::new(unit), exe()]);
         let systemd = host.spawn(command)?;
         let children = format!("/proc/{0}/task/{0}/children", systemd.id());
         let first = poll_until(UP_TIMEOUT, Duration::from_millis(50), || {
@@ -143,9 +182,10 @@ impl Drop for Booted<'_> {
     }
 }
 
-/// Boots systemd as process 1, with what it is given: a directory, the binary, the key, the unit.
+/// Boots systemd as process 1, with what it is given: a directory, the binary, the key, the unit,
+/// and the next binary.
 const BOOT: &str = r#"
-dir=$1 exe=$2 psk=$3 unit=$4
+dir=$1 exe=$2 psk=$3 unit=$4 next=$5
 base=$dir/base; mkdir "$base"; mount -t tmpfs tmpfs "$base"
 root=$base/root; mkdir "$base/upper" "$base/work" "$root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work" "$root"
@@ -163,6 +203,7 @@ units=$root/etc/systemd/system; rm -rf "$units" "$root/etc/fstab"
 install -D -m 644 "$unit" "$units/ipmoved.service"
 mkdir "$units/basic.target.wants"; ln -s ../ipmoved.service "$units/basic.target.wants"
 install -D -m 755 "$exe" "$root/usr/local/sbin/ipmoved"
+install -D -m 755 "$next" "$root/usr/local/sbin/ipmoved.next"
 rm -rf "$root/etc/ipmoved" "$root/var/lib/ipmoved"
 install -D -m 600 "$psk" "$root/etc/ipmoved/psk"
 install -D -m 600 "$dir/toml" "$root/etc/ipmoved/ipmoved.toml"

@@ -27,6 +27,7 @@ use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Process, poll_until};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
+use socket2::SockRef;
 
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup, split};
 
@@ -126,6 +127,22 @@ fn other_settings_take_over_if_they_are_right_and_otherwise_nothing_changes() ->
         assert!(said.stderr.contains(says), "{said:?}");
         load.goes_on()?;
     }
+    // Nor can either become the other server's.
+    let others = [
+        (Role::Old, before.clone().moves(&[])),
+        (
+            Role::New,
+            before.clone().args(Role::New, &["--move", "192.0.2.9"]),
+        ),
+    ];
+    for (role, other) in others {
+        let next = other.args(role, &["--takeover"]).start(role)?;
+        let said = next.stop_by_itself()?;
+        assert_eq!(said.status.code(), Some(2), "{said:?}");
+        let says = format!("that of the {role} server, so this one cannot take over");
+        assert!(said.stderr.contains(&says), "{said:?}");
+        load.goes_on()?;
+    }
     // Without it a second one is refused as ever.
     let said = before.start(Role::Old)?.stop_by_itself()?;
     assert_eq!(said.status.code(), Some(4), "{said:?}");
@@ -154,10 +171,9 @@ fn if_the_next_daemon_fails_the_one_that_runs_goes_on() -> Result {
         let mut daemons = setup.start_both()?;
         let load = Load::start(&lab)?;
         let said = Successor::ask(&lab, VERSION + 1)?;
-        assert!(
-            said.hears("refused")?
-                .contains(&format!("version {VERSION}"))
-        );
+        let why = said.hears("refused")?;
+        assert!(why.contains(&format!("version {VERSION}")), "{why}");
+        assert!(why.contains("`kill -KILL "), "{why}");
         for point in ["offer", "state"] {
             let mut next = Successor::ask(&lab, VERSION)?;
             next.hears("offer")?;
@@ -309,7 +325,7 @@ fn what_cannot_be_gone_on_with_makes_the_start_one_as_after_a_crash() -> Result 
 }
 
 /// Starts the next daemon of a side, and waits until the one that runs has ended.
-fn take_over<'lab>(
+pub(crate) fn take_over<'lab>(
     setup: &DaemonSetup<'lab>,
     role: Role,
     from: Daemon<'lab>,
@@ -339,7 +355,7 @@ fn sockets_for_handovers(lab: &Lab) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-fn failed(error: impl std::fmt::Display) -> LabError {
+pub(crate) fn failed(error: impl std::fmt::Display) -> LabError {
     LabError::unexpected(error.to_string())
 }
 
@@ -371,6 +387,7 @@ impl Load {
         let echo = lab.new_server().run(|| bind(NEW, Self::PORT))?;
         std::thread::spawn(move || {
             while let Ok((stream, _)) = listener.accept() {
+                let _ = SockRef::from(&stream).set_send_buffer_size(WINDOW);
                 std::thread::spawn(move || io::copy(&mut &stream, &mut &stream));
             }
         });
@@ -386,6 +403,7 @@ impl Load {
             lab.client().connect((MOVED, Self::PORT)).ok()
         });
         let stream = connected.ok_or_else(|| failed("no connection"))?;
+        (SockRef::from(&stream).set_send_buffer_size(WINDOW)).map_err(failed)?;
         let reading = stream.try_clone().map_err(failed)?;
         let socket = lab.client().udp_socket((MOVED, Self::PORT))?;
         let (told, count) = (Arc::clone(&stop), Arc::clone(&back));
@@ -422,9 +440,13 @@ impl Load {
     }
 }
 
-/// Pause between two blocks of a stream: so that its window stays small, and what waits while
-/// nobody carries packets fits the queue of the TUN.
+/// Pause between two blocks of a stream.
 const PACE: Duration = Duration::from_millis(4);
+
+/// Most bytes of a stream, and most datagrams, that are under way. So what waits while nobody
+/// carries packets fits the queue of the TUN, which has room for 1,000, however long that is.
+const WINDOW: usize = 256 << 10;
+const DATAGRAMS: u64 = 200;
 
 /// Bytes that no other place of the stream has.
 fn block(number: u64) -> Vec<u8> {
@@ -467,8 +489,8 @@ fn read_all(mut stream: TcpStream, count: &AtomicU64) -> io::Result<u64> {
 /// What is sent last, once nothing is counted any more.
 const LAST: u64 = u64::MAX;
 
-/// Sends datagrams, slowly enough that they fit the queue of the TUN while nobody reads it. Returns
-/// how many it sent, and how many of them did not come back before what was sent after them.
+/// Sends datagrams. Returns how many it sent, and how many of them did not come back before what
+/// was sent after them.
 fn count_datagrams(socket: &UdpSocket, stop: &AtomicBool) -> io::Result<(u64, u64)> {
     socket.set_nonblocking(true)?;
     let (mut sent, mut came) = (0_u64, 0);
@@ -483,8 +505,10 @@ fn count_datagrams(socket: &UdpSocket, stop: &AtomicBool) -> io::Result<(u64, u6
         false
     };
     while !stop.load(Relaxed) {
-        socket.send(&sent.to_le_bytes())?;
-        sent += 1;
+        if sent - came < DATAGRAMS {
+            socket.send(&sent.to_le_bytes())?;
+            sent += 1;
+        }
         std::thread::sleep(Duration::from_millis(5));
         hear(&mut came);
     }
@@ -536,14 +560,14 @@ impl Successor {
 
 /// A service manager with a store for descriptors, as systemd has it: it keeps what it is given
 /// until it is told to forget it, whether the service lives or not.
-struct Manager {
+pub(crate) struct Manager {
     path: PathBuf,
     store: Arc<Mutex<Vec<(String, OwnedFd)>>>,
     ready: Arc<AtomicU64>,
 }
 
 impl Manager {
-    fn start(lab: &Lab) -> Result<Self> {
+    pub(crate) fn start(lab: &Lab) -> Result<Self> {
         let path = lab.dir().join("notify");
         let socket = UnixDatagram::bind(&path).map_err(failed)?;
         let manager = Self {
@@ -595,7 +619,7 @@ impl Manager {
     }
 
     /// Starts the service with what it keeps, and waits until it is ready.
-    fn starts(&self, setup: &DaemonSetup<'_>, role: Role) -> Result<Process> {
+    pub(crate) fn starts(&self, setup: &DaemonSetup<'_>, role: Role) -> Result<Process> {
         let before = self.ready.load(Relaxed);
         let mut process = setup.host(role).spawn(self.command(setup, role))?;
         let ready = poll_until(UP_TIMEOUT, Duration::from_millis(10), || {
