@@ -122,10 +122,16 @@ fn the_key_is_not_in_the_memory_of_a_daemon_that_runs() -> Result {
 fn keys_of_sessions_that_ended_are_not_in_memory() -> Result {
     ["auto", "aegis-256x4"]
         .into_iter()
-        .try_for_each(no_keys_of_sessions_that_ended)
+        .try_for_each(|cipher| no_keys_of_sessions_that_ended(cipher, false))
 }
 
-fn no_keys_of_sessions_that_ended(cipher: &str) -> Result {
+/// Nor are those of sessions that another daemon had made.
+#[test]
+fn keys_that_were_taken_over_are_not_in_memory_once_their_sessions_have_ended() -> Result {
+    no_keys_of_sessions_that_ended("auto", true)
+}
+
+fn no_keys_of_sessions_that_ended(cipher: &str, taken_over: bool) -> Result {
     let lab = Lab::new()?;
     let setup = setup(&lab)?
         .without_peer(Role::New)
@@ -143,6 +149,10 @@ fn no_keys_of_sessions_that_ended(cipher: &str) -> Result {
         secrets.extend(second.session.as_ref().expect("a session").secrets());
     }
     daemon.wait_until_up()?;
+    if taken_over {
+        daemon = crate::takeover::take_over(&setup, Role::New, daemon)?;
+        daemon.wait_until_up()?;
+    }
     let pid = daemon.process().id();
     let count = |secrets: &[[u8; 32]]| -> Result<usize> {
         let mut found = 0;

@@ -33,9 +33,18 @@ fn the_service_manager_is_told_when_all_is_ready_what_is_up_and_when_it_ends() -
     command.args(setup.daemon_args(Role::New));
     command.env("NOTIFY_SOCKET", manager.path());
     let new = lab.new_server().spawn(command)?;
-    manager.hears("READY=1\nSTATUS=new server, 0 of 1 tunnels up\n")?;
-    let _old = setup.start(Role::Old)?;
-    manager.hears("STATUS=new server, 1 of 1 tunnels up\n")?;
+    manager.hears("READY=1\nSTATUS=tunnel to old server 192.0.2.1:51850: connecting\n")?;
+    let old = setup.start(Role::Old)?;
+    manager.hears("STATUS=tunnel to old server 192.0.2.1:51850: up")?;
+    // It is the first line of what `status` says.
+    let said = setup.run(Role::New, &["status"])?.stdout;
+    let first = said.lines().next().unwrap_or_default();
+    assert!(
+        first.starts_with("tunnel to old server 192.0.2.1:51850: up"),
+        "{said}"
+    );
+    old.terminate()?;
+    manager.hears("STATUS=tunnel to old server 192.0.2.1:51850: stopped: its daemon")?;
     new.signal(Signal::TERM)?;
     manager.hears("STOPPING=1\n")?;
     let said = new.wait(STOP_TIMEOUT)?;
@@ -123,7 +132,7 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
     let kept = manager.is_given()?;
     assert!(!kept.is_empty(), "nothing to keep");
     let first_memory = maps(&kept)?;
-    let up = "STATUS=new server, 1 of 1 tunnels up\n";
+    let up = "STATUS=tunnel to old server 192.0.2.1:51850: up";
     manager.hears(up)?;
     old.wait_until_up()?;
     client.send(b"push to me").map_err(failed)?;
@@ -259,12 +268,12 @@ impl Manager {
         }
     }
 
-    /// Waits until it receives this message.
+    /// Waits until it receives a message that begins so.
     fn hears(&self, wanted: &str) -> Result {
         let mut told = [0; 1_000];
         loop {
             let length = self.0.recv(&mut told).map_err(failed)?;
-            if told[..length] == *wanted.as_bytes() {
+            if told[..length].starts_with(wanted.as_bytes()) {
                 return Ok(());
             }
         }

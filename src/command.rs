@@ -32,10 +32,10 @@ use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, Parser};
 
 use crate::channel::session::Psk;
-use crate::daemon::{self, DaemonError, confine, log};
+use crate::daemon::{self, DaemonError, HandoverError, confine, log};
 use crate::io::entropy;
 use crate::kernel::netfilter::Ruleset;
-use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError};
+use crate::kernel::{Cleanup, Host, HostError, RuntimeDirError, namespace_dir};
 use crate::lab::{DemoError, LabError};
 use crate::model::status::Status;
 use crate::settings::args::{Cli, Command, NatArgs, RunArgs};
@@ -77,6 +77,7 @@ pub fn main() -> ExitCode {
         Some(Command::Verdict(args)) => stragglers::judge(args),
         Some(Command::Report(args)) => stragglers::report(args),
         Some(Command::Cleanup) => cleanup(),
+        Some(Command::Handover) => hand_over(),
         Some(Command::Demo) => demo(),
         Some(Command::Generate { what, dir }) => generate::run(what, &dir),
     });
@@ -205,10 +206,23 @@ fn refuse(mistake: impl ToString) -> Failure {
 }
 
 fn run(args: RunArgs) -> Result<(), Failure> {
+    let takeover = args.takeover;
     let config = Config::new(args).map_err(refuse)?;
     log::start(config.log_format);
     confine::forget_command_line();
-    daemon::run(config, &config::runtime_dir()).map_err(ended)
+    daemon::run(config, &config::runtime_dir(), takeover).map_err(ended)
+}
+
+fn hand_over() -> Result<(), Failure> {
+    let dir = namespace_dir(&config::runtime_dir());
+    let dir = dir.map_err(|error| Failure::new(SYSTEM, error))?;
+    daemon::store(&dir).map_err(|error| {
+        let code = match &error {
+            HandoverError::None(_) => OTHER_DAEMON,
+            HandoverError::Refused(_) | HandoverError::Broken(_) => FAILED,
+        };
+        Failure::new(code, error)
+    })
 }
 
 fn nat(args: NatArgs) -> Result<(), Failure> {
@@ -223,7 +237,9 @@ fn ended(error: DaemonError) -> Failure {
             DaemonError::Input(_) => BAD_INPUT,
             DaemonError::System(_) => SYSTEM,
             DaemonError::Running(_) => OTHER_DAEMON,
-            DaemonError::Failed(_) | DaemonError::Crashed(_) => FAILED,
+            DaemonError::Failed(_) | DaemonError::Crashed(_) | DaemonError::NotTakenOver(_) => {
+                FAILED
+            }
         },
         message: error.to_string(),
     }

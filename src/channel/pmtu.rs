@@ -186,6 +186,15 @@ impl MtuDiscovery {
         self.hints
     }
 
+    /// Another daemon has found that datagrams of this size pass: the search goes on above it.
+    pub fn go_on_at(&mut self, size: u16) {
+        self.limit = self.limit.max(size);
+        self.current = size;
+        if let Phase::Searching { ceiling, .. } = &mut self.phase {
+            *ceiling = self.limit.saturating_add(1);
+        }
+    }
+
     /// Starts over, since datagrams take another path now.
     pub fn restart(&mut self, now: Instant) {
         *self = Self {

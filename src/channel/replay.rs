@@ -13,6 +13,8 @@
 //! It does not decide who wrote a packet. Call [`Window::accept`] only after the AEAD tag was
 //! verified: otherwise a forged counter would close the window for real packets.
 
+use crate::model::bytes::take;
+
 /// Words of the ring: a power of two, so that a word is found with a mask.
 const WORDS: usize = 128;
 const BITS: u64 = u64::BITS as u64;
@@ -65,6 +67,26 @@ impl Window {
         let seen = *word & bit != 0;
         *word |= bit;
         (!seen).then_some(fresh)
+    }
+
+    /// Appends what was received, for the daemon that takes over.
+    pub fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.next.to_le_bytes());
+        for word in self.ring {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    /// Takes that off the front.
+    pub fn take(rest: &mut &[u8]) -> Option<Self> {
+        let mut window = Self {
+            next: u64::from_le_bytes(take(rest)?),
+            ..Self::default()
+        };
+        for word in &mut window.ring {
+            *word = u64::from_le_bytes(take(rest)?);
+        }
+        Some(window)
     }
 
     /// Clears the words between the newest so far and `word`, which becomes the newest.

@@ -505,6 +505,9 @@ fn trouble(tunnel: &TunnelStatus) -> Option<String> {
             "nothing was heard of the new server {peer} for {unheard} s"
         )),
         (State::Up, _) => None,
+        (State::Down, _) if tunnel.stopped_s.is_some() => Some(format!(
+            "the tunnel to the new server {peer} is down: its daemon was stopped; start it there"
+        )),
         (State::Connecting | State::Down, _) => Some(format!(
             "the tunnel to the new server {peer} is down: is its daemon running? (`ipmoved status` \
              there)"

@@ -8,6 +8,7 @@
 //! Owns the order of things and every call to the kernel while the daemon runs. When it looks at
 //! the kernel, and what follows for programs on links, is [`follow`](super::follow)'s business.
 
+mod handing;
 mod reload;
 
 use std::collections::{BTreeMap, HashMap};
@@ -30,16 +31,19 @@ use super::facts::Facts;
 use super::follow::{Follower, Listener};
 use super::forge::Forge;
 use super::gates::{Before, Gates, Part};
+use super::handover::giving::{self, Step};
+use super::handover::state::{Fingerprint, State as Handed};
+use super::handover::taking::{Inheritance, not_taken_over};
 use super::keeper;
 use super::orders::{CarriedOut, Orders};
 use super::policy::{Action, HostFacts, Input, PeerRules, Policy, RouteSize, tunnel_mtu};
 use super::progress::Progresses;
 use super::report;
 use super::service::{
-    self, Cause, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, Wish, end, failed,
-    notify_ready, notify_status, notify_stopping,
+    self, Cause, DaemonError, End, LOOK_EVERY, Repairer, Result, Signals, Threads, Told, Wish, end,
+    failed, notify_ready, notify_stopping,
 };
-use super::setup::{Ready, Tools, resolve};
+use super::setup::{Ready, Tools, moves, resolve};
 use super::silence::{Around, Said, Watcher};
 use super::status_socket::{self, StatusListener};
 use super::their_modes::TheirModes;
@@ -55,6 +59,7 @@ use crate::flow::ended::HostFlow;
 use crate::flow::listing::Flows;
 use crate::flow::role::{Forwarder, Hop};
 use crate::flow::routes::Delivery;
+use crate::flow::table::HandedFlow;
 use crate::flow::translate::{Translator, TranslatorConfig};
 use crate::io::entropy;
 use crate::io::udp::{UdpSocket, WhenFull};
@@ -64,7 +69,7 @@ use crate::kernel::programs::{self, PeerTargets};
 use crate::kernel::steer::Steering;
 use crate::kernel::{Change, Host, Place, keep};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
-use crate::lane::{BusyLanes, Holding, Lane, LaneError, LaneParts, ToControl, Waiting};
+use crate::lane::{BusyLanes, Holding, LaneError, ToControl, Waiting};
 use crate::model::asked::Asked;
 use crate::model::drops::{DropReason, Drops};
 use crate::model::mode::Mode;
@@ -78,6 +83,7 @@ use crate::packet::coalesce::Reach;
 use crate::settings::args::Without;
 use crate::settings::config::{Config, PeerConfig};
 use crate::settings::values::PeerAddr;
+use handing::{Doors, LaneKit};
 use reload::Reloads;
 
 /// How often to look at the route to a peer, whose MTU may have changed. A router's message changes
@@ -102,12 +108,24 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// Carries packets until a signal, then undoes everything, unless a thread crashed.
 pub(super) async fn run(config: Config, ready: Ready, forge: Option<Forge>) -> Result<()> {
-    let Ready { mut host, tools } = ready;
+    let Ready {
+        mut host,
+        mut tools,
+    } = ready;
     let mut lanes = Threads::default();
     let refused = tools.orders.as_ref().and_then(Orders::dir_refused);
     let mut visitors = Visitors::start(&config, refused, Instant::now());
-    let carried = carry(config, tools, forge, &mut host, &mut lanes, &mut visitors);
-    let result = carried.await;
+    let mut inheritance = tools.inheritance.take();
+    let taking = inheritance.as_ref().is_some_and(Inheritance::is_of_running);
+    let with = (&mut inheritance, forge);
+    let carried = carry(config, tools, with, &mut host, &mut lanes, &mut visitors);
+    let mut result = carried.await;
+    if taking && inheritance.is_some() {
+        result = result.map_err(not_taken_over);
+    }
+    if let Ok(End::HandedOver) = result {
+        host.leave();
+    }
     let result = end(result, &mut host);
     lanes.stop();
     // Nothing else waits for a disk.
@@ -117,15 +135,16 @@ pub(super) async fn run(config: Config, ready: Ready, forge: Option<Forge>) -> R
     result
 }
 
-/// Carries packets until a signal, then says goodbye.
+/// Carries packets until a signal, then says goodbye; or until another daemon takes over. Nothing
+/// is left of the `inheritance` once this daemon is the one that runs.
 async fn carry(
     mut config: Config,
     tools: Tools,
-    forge: Option<Forge>,
+    (inheritance, forge): (&mut Option<Inheritance>, Option<Forge>),
     host: &mut Host,
     lanes: &mut Threads,
     visitors: &mut Option<Visitors>,
-) -> Result<()> {
+) -> Result<End> {
     let started = Instant::now();
     let peers = config.peers.len();
     // Each peer has places of its own in the queue, and there is one more for a lane's last
@@ -134,9 +153,9 @@ async fn carry(
     let Tools {
         mut signals,
         netlink,
-        status,
+        places,
         viewers,
-        control,
+        inheritance: _,
         mut orders,
         queues,
         features,
@@ -152,12 +171,15 @@ async fn carry(
     let chosen = follower.steering().map(|it| it.outgoing().to_vec());
     let sockets: Vec<Arc<UdpSocket>> = sockets.into_iter().map(Arc::new).collect();
     let mut listener = Listener::new([&netlink, host.netlink()]);
-    let mut status = StatusListener::new(status).map_err(failed)?;
-    let mut commands = control_socket::serve(control).map_err(failed)?;
+    let doors = Doors::new(&places, &viewers).map_err(failed)?;
+    let mut status = StatusListener::new(places.status).map_err(failed)?;
+    let mut steps = giving::serve(places.handover).map_err(failed)?;
+    let mut commands = control_socket::serve(places.commands).map_err(failed)?;
     let lasting = orders.iter_mut().flat_map(Orders::take_warnings);
     config.warnings.extend(lasting);
     orders.as_mut().map(Orders::start_keeping).transpose()?;
     let (reloads, mut prepared) = Reloads::new(forge, &config, chosen.unwrap_or_default());
+    let captured = moves(&config);
     let (keys, rules) = take_peers(&mut config, &endpoints);
     let facts = HostFacts {
         uplink_mtu: follower.uplinks().mtu(),
@@ -174,11 +196,27 @@ async fn carry(
         lanes: sockets.len() as u8,
         indexes: &indexes,
     };
-    let tunnels = policy
+    let mut tunnels = policy
         .peers()
         .map(|peer| maker.make(peer, &keys[index(peer)], endpoints[index(peer)], started))
         .collect::<Result<Vec<_>>>()?;
-    let forwarder = Arc::new(forwarder(&config, &policy, &keys, started, resumes)?);
+    let state = inheritance.as_ref().and_then(Inheritance::state);
+    let fingerprints: Vec<_> = keys.iter().map(PeerKeys::fingerprint).collect();
+    let handed = state.zip(Some(&*fingerprints));
+    let forwarder = Arc::new(forwarder(
+        &config,
+        &policy,
+        (&keys, &captured),
+        started,
+        resumes,
+        handed,
+    )?);
+    let mut inherited = BTreeMap::new();
+    if let Some(state) = state {
+        inherited = handing::take_up(state, &fingerprints, &mut tunnels, &forwarder, started);
+    }
+    // Whoever was reached by the last daemon need not be called as one to whom a way has just come.
+    let reachable = tunnels.iter().map(|it| it.state() == State::Up).collect();
     let shared = Arc::new(Shared {
         view: ArcSwap::from_pointee(LaneView {
             forwarder: Arc::clone(&forwarder),
@@ -189,7 +227,7 @@ async fn carry(
         // There may be more of them one day.
         peer_drops: (0..MAX_PEERS).map(|_| Drops::default()).collect(),
         waiting: (0..MAX_PEERS).map(|_| Waiting::default()).collect(),
-        holding: Holding::new(&moves_from_here(&config, &policy)).map_err(failed)?,
+        holding: Holding::new(&captured).map_err(failed)?,
         busy_lanes: BusyLanes::new(processors),
     });
     let mut viewers = viewers.serve(Arc::clone(&shared) as Arc<dyn Flows>)?;
@@ -218,6 +256,8 @@ async fn carry(
         follower,
         cgroups,
         resumed: vec![false; peers],
+        inherited,
+        is_leaving: false,
         facts: Facts::default(),
         listen: config.listen.ip,
         delivering: vec![None; peers],
@@ -235,7 +275,7 @@ async fn carry(
         called: endpoints,
         awaited,
         fault: None,
-        reachable: vec![false; peers],
+        reachable,
         counters: Vec::new(),
         names: to_names,
         started,
@@ -263,6 +303,7 @@ async fn carry(
         },
         warnings: Warnings::new(peers),
         watchdog: service::watchdog(started),
+        told: Told::new(started),
     };
     for peer in control.policy.peers() {
         control.set_homes(peer);
@@ -272,30 +313,25 @@ async fn carry(
     control.turn(started);
     // It has looked at everything; what the start itself caused can wait.
     listener.looked(started, Instant::now());
-    for (number, (tun, udp)) in queues.into_iter().zip(sockets).enumerate() {
-        let counters = Arc::new(LaneCounters::new(MAX_PEERS));
-        control.counters.push(Arc::clone(&counters));
-        let reach = if big_tcp { Reach::Here } else { Reach::Further };
-        let (shared, control) = (Arc::clone(&shared), to_control.clone());
-        let no_split = config.no_split;
-        lanes.start(format!("lane-{number}"), move |stop| {
-            Lane::run(LaneParts {
-                number: number as u8,
-                tun,
-                uso: tso && features.uso,
-                tso,
-                reach,
-                no_split,
-                udp,
-                shared,
-                counters,
-                control,
-                stop,
-            });
-        })?;
+    let kit = LaneKit {
+        queues,
+        sockets,
+        shared,
+        to_control,
+        uso: tso && features.uso,
+        tso,
+        reach: if big_tcp { Reach::Here } else { Reach::Further },
+        no_split: config.no_split,
+        doors,
+    };
+    control.counters = kit.counters();
+    if let Some(inheritance) = inheritance {
+        inheritance.take_charge(control.host)?;
     }
+    *inheritance = None;
+    kit.start(lanes, &control.counters)?;
     control.announce_start(config.warnings);
-    notify_ready(&control.summary());
+    notify_ready(&control.first_line(Instant::now()));
     let result = control
         .serve(
             &mut signals,
@@ -303,11 +339,16 @@ async fn carry(
             &mut from_lanes,
             (&mut names, &mut prepared),
             (&mut status, &mut commands, &mut viewers),
-            &mut listener,
+            (&mut listener, &mut steps, &kit),
         )
         .await;
-    notify_stopping();
-    control.close();
+    match result {
+        Ok(End::HandedOver) => control.leave(),
+        Ok(End::Stopped) | Err(_) => {
+            notify_stopping();
+            control.close(!matches!(result, Err(DaemonError::Crashed(_))));
+        }
+    }
     result
 }
 
@@ -316,11 +357,16 @@ fn take_peers(
     config: &mut Config,
     endpoints: &[Option<SocketAddr>],
 ) -> (Vec<PeerKeys>, Vec<PeerRules>) {
-    let each = |(peer, endpoint): (PeerConfig, &Option<SocketAddr>)| {
+    let mut leaving: BTreeMap<PeerId, Vec<Move>> = BTreeMap::new();
+    for (peer, moved) in &config.leaving {
+        leaving.entry(*peer).or_default().push(moved.clone());
+    }
+    let each = |((id, peer), endpoint): ((PeerId, PeerConfig), &Option<SocketAddr>)| {
+        let leaving = leaving.remove(&id).unwrap_or_default();
         let rules = PeerRules {
             endpoint: peer.endpoint,
             known_at: endpoint.map(|endpoint| endpoint.ip()),
-            moves: peer.moves,
+            moves: peer.moves.into_iter().chain(leaving).collect(),
             deliver_to: peer.deliver_to,
             deliver: peer.deliver,
             accept: peer.accept,
@@ -330,8 +376,9 @@ fn take_peers(
         };
         (peer.keys, rules)
     };
-    std::mem::take(&mut config.peers)
-        .into_iter()
+    (0..)
+        .map(PeerId)
+        .zip(std::mem::take(&mut config.peers))
         .zip(endpoints)
         .map(each)
         .unzip()
@@ -397,15 +444,6 @@ fn delivering<'a>(
     Some((links, steering, translator))
 }
 
-/// All that has moved from here, to whichever peer, in order; nothing on the new server.
-fn moves_from_here(config: &Config, policy: &Policy) -> Vec<Move> {
-    if config.role == Role::New {
-        return Vec::new();
-    }
-    let moves = policy.peers().flat_map(|peer| policy.moves(peer).iter());
-    moves.cloned().collect()
-}
-
 /// Whether more than one new server may begin connections, so that their gates need names.
 fn several_begin(policy: &Policy) -> bool {
     let begins = |peer: &PeerId| !policy.allow_outgoing(*peer).is_empty();
@@ -414,17 +452,19 @@ fn several_begin(policy: &Policy) -> bool {
 
 /// Makes the forwarder: gates on the old server, a translator on the new one.
 /// `resumes`: a predecessor was killed.
+/// A `state` is another daemon's; with it come the fingerprints of this one's peers.
 fn forwarder(
     config: &Config,
     policy: &Policy,
-    keys: &[PeerKeys],
+    (keys, captured): (&[PeerKeys], &[Move]),
     epoch: Instant,
     resumes: bool,
+    state: Option<(&Handed, &[Fingerprint])>,
 ) -> Result<Forwarder> {
     let max_flows = config.max_flows as usize;
     if config.role == Role::Old {
         let common = Gates {
-            all: Arc::new(Scopes::new(&moves_from_here(config, policy))),
+            all: Arc::new(Scopes::new(captured)),
             max_flows,
             log: config.client_log,
             several_begin: several_begin(policy),
@@ -436,7 +476,14 @@ fn forwarder(
                 allow_outgoing: policy.allow_outgoing(peer),
                 name: Some(keys[index(peer)].name()),
             };
-            Arc::new(common.make(&part, &Before::Start { resumes }))
+            let handed = state.and_then(|(state, fingerprints)| {
+                handing::gate(part.moves, max_flows, state, &fingerprints[index(peer)])
+            });
+            let before = match handed {
+                Some(gate) => Before::Handed { gate },
+                None => Before::Start { resumes },
+            };
+            Arc::new(common.make(&part, before))
         });
         // The policy will tell this server's own addresses, once they could be listed.
         return Ok(Forwarder::Old(gates.collect()));
@@ -452,7 +499,9 @@ fn forwarder(
         },
         max_flows,
         seed: [word()?, word()?],
-        epoch,
+        epoch: state
+            .and_then(|(state, _)| state.then.checked_sub(state.age))
+            .unwrap_or(epoch),
         note_ended: true,
     });
     for peer in policy.peers() {
@@ -494,6 +543,10 @@ struct Control<'h> {
     cgroups: Cgroups,
     /// For each peer, whether what began here before a crash was looked for.
     resumed: Vec<bool>,
+    /// The flows of another daemon, until what has moved is known (new server).
+    inherited: BTreeMap<PeerId, Vec<HandedFlow>>,
+    /// Another daemon is about to take over: nothing is changed in the kernel any more.
+    is_leaving: bool,
     facts: Facts,
     /// The address of `--listen`, if it names one.
     listen: Option<IpAddr>,
@@ -542,6 +595,8 @@ struct Control<'h> {
     offloads: Offloads,
     warnings: Warnings,
     watchdog: Option<Watchdog>,
+    /// What the service manager was told of the state of things.
+    told: Option<Told>,
 }
 
 impl Control<'_> {
@@ -556,8 +611,8 @@ impl Control<'_> {
             &mut mpsc::Receiver<reload::Prepared>,
         ),
         (status, commands, viewers): Outside<'_>,
-        listener: &mut Listener,
-    ) -> Result<()> {
+        (listener, steps, kit): (&mut Listener, &mut mpsc::Receiver<Step>, &LaneKit),
+    ) -> Result<End> {
         loop {
             self.turn(Instant::now());
             if let Some(fault) = self.fault.take() {
@@ -567,7 +622,7 @@ impl Control<'_> {
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
                 wish = signals.recv() => match wish {
-                    Wish::End => return Ok(()),
+                    Wish::End => return Ok(End::Stopped),
                     Wish::Reload => self.reload(None),
                 },
                 Some(prepared) = prepared.recv() => {
@@ -586,7 +641,7 @@ impl Control<'_> {
                 Some((peer, name, found)) = names.recv() => {
                     self.see(Instant::now(), Input::LookedUp { peer, name, found });
                 }
-                () = listener.news() => {
+                () = listener.news(), if !self.is_leaving => {
                     let begun = Instant::now();
                     self.look(begun);
                     listener.looked(begun, Instant::now());
@@ -599,7 +654,15 @@ impl Control<'_> {
                     // Who does not wait any longer is not told.
                     let _ = ask.send(self.status_now());
                 }
-                Some(order) = commands.recv() => self.order(Instant::now(), order),
+                Some(order) = commands.recv(), if !self.is_leaving => {
+                    self.order(Instant::now(), order);
+                }
+                Some(step) = steps.recv() => {
+                    let others = (&mut *steps, &mut *viewers);
+                    if self.hand_over(step, lanes, from_lanes, others, kit).await? {
+                        return Ok(End::HandedOver);
+                    }
+                }
                 () = wake => {}
             }
         }
@@ -609,8 +672,10 @@ impl Control<'_> {
         self.tunnels
             .iter()
             .filter_map(Tunnel::next_timeout)
-            .chain([self.next_path, self.next_look, self.silence.next()])
+            .chain([self.next_path, self.silence.next()])
+            .chain((!self.is_leaving).then_some(self.next_look))
             .chain(self.watchdog.as_ref().map(Watchdog::next))
+            .chain(self.told.as_ref().map(Told::next))
             .chain(self.visitors.as_ref().map(|visitors| visitors.next()))
             .chain((self.role == Role::New).then_some(self.next_flows))
             .chain(self.orders.as_ref().and_then(|it| it.next(Instant::now())))
@@ -678,7 +743,7 @@ impl Control<'_> {
                 self.event(now, peer, event);
             }
         }
-        if now >= self.next_look {
+        if now >= self.next_look && !self.is_leaving {
             self.look(now);
         }
         if now >= self.next_flows {
@@ -734,6 +799,12 @@ impl Control<'_> {
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
         self.carry_out(now);
+        if self.told.as_ref().is_some_and(|told| now >= told.next()) {
+            let line = self.first_line(now);
+            self.told
+                .iter_mut()
+                .for_each(|told| told.tell(now, line.clone()));
+        }
         // A session has to be in the lanes' hands before the peer learns of it.
         if std::mem::take(&mut self.view_changed) {
             self.view.number += 1;
@@ -830,11 +901,16 @@ impl Control<'_> {
         if self.warnings.may_log(now, peer) {
             match state {
                 State::Up => info!(peer = name, "tunnel up"),
+                State::Down if self.tunnels[index(peer)].stopped().is_some() => {
+                    warn!(peer = name, "tunnel down: the peer's daemon was stopped");
+                }
                 State::Down => warn!(peer = name, "tunnel down: the peer does not answer"),
                 State::Connecting => {}
             }
         }
-        notify_status(&self.summary());
+        if let Some(told) = &mut self.told {
+            told.hurry(now);
+        }
     }
 
     // The policy.
@@ -872,6 +948,7 @@ impl Control<'_> {
                     }
                 }
                 Action::Places { places, complete } => self.set_places(now, &places, complete),
+                Action::Hold(wanted) if self.is_leaving => self.holding = Some(wanted),
                 Action::Hold(wanted) => {
                     let result = self.hold(&wanted).map_err(|error| error.to_string());
                     self.holding = Some(wanted);
@@ -1178,9 +1255,10 @@ impl Control<'_> {
         let Some(translator) = self.view.forwarder.translator() else {
             return;
         };
+        let handed = self.inherited.remove(&peer).unwrap_or_default();
         let resumed = &mut self.resumed[index(peer)];
         if *resumed || self.policy.outgoing(peer).is_empty() {
-            translator.set_moves(peer, moves);
+            translator.set_moves_again(now, peer, moves, &handed, &[]);
             return;
         }
         *resumed = true;
@@ -1200,7 +1278,8 @@ impl Control<'_> {
             warn!(%error, "connections that began here before a crash may end");
             None
         });
-        translator.set_moves_again(now, peer, moves, &flows.unwrap_or_default());
+        let flows = flows.unwrap_or_default();
+        translator.set_moves_again(now, peer, moves, &handed, &flows);
     }
 
     /// Tells the programs what addresses are.
@@ -1310,6 +1389,7 @@ impl Control<'_> {
             translator: self.view.forwarder.translator(),
         };
         for (peer, said) in self.silence.judge(now, &around) {
+            self.told.iter_mut().for_each(|told| told.hurry(now));
             let name = self.policy.name(peer);
             match said {
                 Said::Warning(text) => self.warn(now, peer, &text),
@@ -1431,6 +1511,13 @@ impl Control<'_> {
         let about = self.orders.as_ref()?.about(request);
         let is_away = |peer: &PeerId| self.policy.state(*peer) != State::Up;
         let peer = about.into_iter().map(|(peer, _)| peer).find(is_away)?;
+        if self.tunnels[index(peer)].stopped().is_some() {
+            return Some(format!(
+                "the daemon of the new server {} is stopped, and what has moved there does not \
+                 answer until it runs again; `ipmoved back` rolls back",
+                self.policy.name(peer)
+            ));
+        }
         Some(format!(
             "the new server {} does not answer, and neither do moved addresses until it does; \
              `ipmoved back` rolls back",
@@ -1566,10 +1653,10 @@ impl Control<'_> {
         }
     }
 
-    /// The state of the tunnels, for the service manager.
-    fn summary(&self) -> String {
-        let states = self.policy.peers().map(|peer| self.policy.state(peer));
-        report::summary(self.role, states)
+    /// The state of things in one line, for the service manager.
+    fn first_line(&self, now: Instant) -> String {
+        let text = self.status(now).to_text();
+        text.lines().next().unwrap_or_default().to_owned()
     }
 
     /// The status, with what the old server still has.
@@ -1656,6 +1743,7 @@ impl Control<'_> {
             mtu: view.mtu,
             mtu_hints: tunnel.mtu_hints(),
             unheard: tunnel.unheard(now),
+            stopped: (tunnel.stopped()).map(|at| now.saturating_duration_since(at)),
             served: self.silence.served(now, peer),
             progress: self.progress.of(peer),
             looked_for: self.asks.of(peer),
@@ -1681,8 +1769,9 @@ impl Control<'_> {
 
     // The end.
 
-    /// Says goodbye to every peer.
-    fn close(&mut self) {
+    /// Says goodbye to every peer. What is in the kernel is then undone, unless that is left to the
+    /// next start.
+    fn close(&mut self, undoes: bool) {
         let now = Instant::now();
         for tunnel in &mut self.tunnels {
             tunnel.close(now);
@@ -1693,6 +1782,9 @@ impl Control<'_> {
             visitors.end(now, &self.view.forwarder);
         }
         if let Some(orders) = &mut self.orders {
+            if undoes {
+                orders.let_go();
+            }
             orders.end_keeping();
         }
     }

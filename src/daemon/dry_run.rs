@@ -74,7 +74,7 @@ pub fn dry_run(config: &Config, runtime_dir: &Path) -> Result<DryRun, DaemonErro
     let addresses = netlink.addresses().map_err(system)?;
     let may_come = early::may_come(&addresses);
     let endpoints = find_peers(config, early::is_up(&addresses));
-    let found = Found::new(&netlink, config, &endpoints, &addresses, may_come)?;
+    let found = Found::new(&netlink, config, &endpoints, &addresses, (may_come, false))?;
     let tun = Link::planned_tun(&config.tun, found.uplinks.mtu());
     let moves = moves(config);
     let port = config.listen.port;

@@ -10,7 +10,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream as Socket};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -22,7 +22,7 @@ use tokio::sync::{Mutex, Semaphore, oneshot};
 use tracing::debug;
 
 use super::status_socket::{self, StatusError, StatusListener};
-use super::viewers::Asks;
+use super::viewers::{Asks, Door};
 use crate::flow::listing::{Flows, Place, Row};
 use crate::model::flow_list::{
     FlowEntry, FlowList, FlowOrder, FlowsAnswer, FlowsRequest, MAX_LISTED,
@@ -58,19 +58,43 @@ const READS_WITHIN: Duration = Duration::from_secs(30);
 /// How long a command waits for an answer, if all others are before it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How often a command asks at most. A daemon that ends while it reads hangs up; if another one has
+/// taken over from it, that answers.
+const ATTEMPTS: usize = 3;
+
 /// Asks the daemon that listens at `socket`.
 pub fn ask(socket: &Path, request: &FlowsRequest) -> Result<FlowsAnswer, StatusError> {
-    let mut stream = status_socket::connect(socket)?;
-    let mut ask = || {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let mut line = serde_json::to_string(request)?;
-        line.push('\n');
-        stream.write_all(line.as_bytes())?;
-        let mut text = String::new();
-        (&mut stream).take(MAX_ANSWER).read_to_string(&mut text)?;
-        Ok(serde_json::from_str(&text)?)
-    };
-    ask().map_err(StatusError::Answer)
+    let mut text = String::new();
+    for _ in 0..ATTEMPTS {
+        let stream = status_socket::connect(socket)?;
+        text = ask_at(stream, request).map_err(StatusError::Answer)?;
+        if !text.is_empty() {
+            break;
+        }
+    }
+    serde_json::from_str(&text).map_err(|error| StatusError::Answer(error.into()))
+}
+
+/// Asks at the other end of this. It says nothing if it hangs up.
+fn ask_at(mut stream: Socket, request: &FlowsRequest) -> io::Result<String> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut line = serde_json::to_string(request)?;
+    line.push('\n');
+    let mut text = String::new();
+    let asked = stream.write_all(line.as_bytes());
+    match asked.and_then(|()| stream.take(MAX_ANSWER).read_to_string(&mut text)) {
+        Err(error) if hangs_up(&error) => Ok(String::new()),
+        Err(error) => Err(error),
+        Ok(_) => Ok(text),
+    }
+}
+
+/// Whether the other end is gone.
+fn hangs_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// The daemon's end. Readings end with it.
@@ -97,6 +121,7 @@ pub(super) fn serve(
     listener: UnixListener,
     flows: Arc<dyn Flows>,
     asks: Asks,
+    mut door: Door,
 ) -> io::Result<FlowsServer> {
     let mut listener = StatusListener::new(listener)?;
     let ends = Arc::new(AtomicBool::new(false));
@@ -109,13 +134,19 @@ pub(super) fn serve(
     let room = Arc::new(Semaphore::new(MAX_CLIENTS));
     tokio::spawn(async move {
         while let Ok(place) = Arc::clone(&room).acquire_owned().await {
-            let client = listener.accept().await;
+            let Some(visit) = door.visit().await else {
+                return;
+            };
+            let client = tokio::select! {
+                client = listener.accept() => client,
+                () = door.closes() => continue,
+            };
             let reader = reader.clone();
             tokio::spawn(async move {
                 if let Err(error) = reader.answer(client).await {
                     debug!(%error, "a client of the flows' socket went away");
                 }
-                drop(place);
+                drop((place, visit));
             });
         }
     });

@@ -15,6 +15,7 @@
 
 use std::future::pending;
 use std::net::IpAddr;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -449,6 +450,14 @@ impl Follower {
             if !found.is_empty() {
                 self.ways_out = found;
             }
+        }
+    }
+
+    /// The memory of the programs, for the next daemon.
+    pub(super) fn memory(&self) -> Vec<BorrowedFd<'_>> {
+        match &self.programs {
+            Programs::Old(capture) => capture.memory(),
+            Programs::New(steering) => steering.memory(),
         }
     }
 

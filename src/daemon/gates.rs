@@ -46,6 +46,11 @@ pub(super) enum Before<'a> {
         /// Whether it does.
         resumes: bool,
     },
+    /// Another daemon handed itself over.
+    Handed {
+        /// What goes on with the clients of its gate.
+        gate: Gate,
+    },
     /// The peer is new. The gate of another one knows which addresses no client can have.
     NewPeer {
         /// The other one.
@@ -64,7 +69,7 @@ pub(super) enum Before<'a> {
 
 impl Gates {
     /// Makes one of them.
-    pub(super) fn make(&self, part: &Part<'_>, before: &Before<'_>) -> Gate {
+    pub(super) fn make(&self, part: &Part<'_>, before: Before<'_>) -> Gate {
         let fresh = |resumes| {
             let config = GateConfig {
                 max_flows: self.max_flows,
@@ -75,7 +80,8 @@ impl Gates {
             Gate::new(part.moves, config)
         };
         let (gate, recorded) = match before {
-            Before::Start { resumes } => (fresh(*resumes), None),
+            Before::Start { resumes } => (fresh(resumes), None),
+            Before::Handed { gate } => (gate, None),
             Before::NewPeer { beside: None } => (fresh(false), None),
             Before::NewPeer {
                 beside: Some(other),
@@ -86,11 +92,11 @@ impl Gates {
                 log,
             } => {
                 let again = gate.again(part.moves);
-                let again = match *max_flows == self.max_flows {
+                let again = match max_flows == self.max_flows {
                     true => again,
                     false => again.with_room(self.max_flows, self.now),
                 };
-                (again, *log)
+                (again, log)
             }
         };
         let gate = gate
@@ -186,20 +192,20 @@ mod tests {
                     allow_outgoing,
                     name,
                 };
-                let started = before.make(&part(&first, *name), &Before::Start { resumes: false });
+                let started = before.make(&part(&first, *name), Before::Start { resumes: false });
                 let reloaded = after.make(
                     &part(&second, *next_name),
-                    &Before::Gate {
+                    Before::Gate {
                         gate: &started,
                         max_flows: before.max_flows,
                         log: before.log,
                     },
                 );
                 let again = part(&second, *next_name);
-                let fresh = after.make(&again, &Before::Start { resumes: false });
+                let fresh = after.make(&again, Before::Start { resumes: false });
                 let added = after.make(
                     &again,
-                    &Before::NewPeer {
+                    Before::NewPeer {
                         beside: Some(&fresh),
                     },
                 );

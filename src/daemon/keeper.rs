@@ -181,6 +181,7 @@ mod tests {
 
     fn record(number: u64) -> Record {
         Record {
+            carried: Vec::new(),
             share_key: ShareKey([number, 0]),
             boot: String::new(),
             moves: Vec::new(),

@@ -30,7 +30,7 @@ use tracing::{debug, warn};
 
 use self::text::Form;
 use super::service::{self, Result, cannot, input};
-use super::viewers::Asks;
+use super::viewers::{Asks, Door};
 use crate::settings::values::MetricsAddr;
 
 /// Scrapers that are served at a time; more of them wait to be let in. Prometheus has one
@@ -87,7 +87,7 @@ pub(super) fn listen(addr: MetricsAddr, may_come: bool) -> Result<TcpListener> {
 }
 
 /// Serves scrapers in a thread of its own, which ends with the process.
-pub(super) fn serve(listener: TcpListener, asks: Asks) -> Result<()> {
+pub(super) fn serve(listener: TcpListener, asks: Asks, door: Door) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -95,7 +95,7 @@ pub(super) fn serve(listener: TcpListener, asks: Asks) -> Result<()> {
     let thread = std::thread::Builder::new().name("metrics".into());
     let started = thread.spawn(move || {
         runtime.block_on(async {
-            if let Err(error) = accept(listener, asks).await {
+            if let Err(error) = accept(listener, asks, door).await {
                 warn!(%error, "metrics are served no longer");
             }
         });
@@ -104,7 +104,7 @@ pub(super) fn serve(listener: TcpListener, asks: Asks) -> Result<()> {
 }
 
 /// Lets scrapers in.
-async fn accept(listener: TcpListener, asks: Asks) -> io::Result<()> {
+async fn accept(listener: TcpListener, asks: Asks, mut door: Door) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let page = Arc::new(Page {
@@ -116,7 +116,14 @@ async fn accept(listener: TcpListener, asks: Asks) -> io::Result<()> {
         let Ok(place) = Arc::clone(&room).acquire_owned().await else {
             return Ok(());
         };
-        let stream = match listener.accept().await {
+        let Some(visit) = door.visit().await else {
+            return Ok(());
+        };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = door.closes() => continue,
+        };
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 let now = Instant::now();
@@ -142,7 +149,7 @@ async fn accept(listener: TcpListener, asks: Asks) -> io::Result<()> {
                 Ok(Err(error)) => debug!(%error, "a scraper of metrics went away"),
                 Err(_) => debug!("a scraper of metrics was too slow"),
             }
-            drop(place);
+            drop((place, visit));
         });
     }
 }

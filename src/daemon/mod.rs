@@ -17,6 +17,9 @@
 //! over the `control_socket`; `keeper` and `state_dir` keep what comes of it, and `asks` asks the
 //! new server for a cut-over.
 //!
+//! `handover` is how one daemon takes over from another, and `kept` what a service manager keeps
+//! for the next one.
+//!
 //! `their_modes` is which mode each move is in, as the new server hears. `gates` makes the old
 //! server's gates of the settings, and `before_ours` is what is said of filters of others.
 //!
@@ -58,6 +61,7 @@ pub mod flows;
 mod follow;
 mod forge;
 mod gates;
+mod handover;
 mod held;
 mod keeper;
 mod kept;
@@ -90,18 +94,20 @@ use crate::settings::config::Config;
 use crate::settings::values::PeerAddr;
 
 pub use dry_run::{DryRun, dry_run};
+pub use handover::giving::{HandoverError, store};
 pub use nat::{dry_run as dry_run_nat, run as run_nat};
 #[cfg(any(test, fuzzing))]
 pub use policy::reload::check_reloads;
 pub use service::DaemonError;
 
-/// Runs until a signal ends it, and undoes everything then.
+/// Runs until a signal ends it, and undoes everything then; or until another daemon takes over.
+/// With `takeover`, it takes over itself from the one that runs, if any does.
 ///
 /// # Errors
 /// See [`DaemonError`]; kernel changes of this run are undone, unless a thread crashed.
-pub fn run(mut config: Config, runtime_dir: &Path) -> Result<(), DaemonError> {
+pub fn run(mut config: Config, runtime_dir: &Path, takeover: bool) -> Result<(), DaemonError> {
     service::block_on(async {
-        let mut ready = setup::Ready::new(&config, runtime_dir)?;
+        let mut ready = setup::Ready::new(&mut config, runtime_dir, takeover)?;
         // Before the daemon gives up what this keeps.
         let (programs, tun) = (ready.tools.follower.programs(), &ready.tools.tun);
         let forge = Forge::start(&config, programs, tun);

@@ -16,8 +16,8 @@ use super::dry_run::DryRun;
 use super::follow::Listener;
 use super::report;
 use super::service::{
-    self, DaemonError, LOOK_EVERY, Repairer, Result, Signals, Threads, Wish, block_on, end, failed,
-    input, notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
+    self, DaemonError, End, LOOK_EVERY, Repairer, Result, Signals, Threads, Wish, block_on, end,
+    failed, input, notify_ready, notify_stopping, system, warn_of_left, warn_of_unread,
 };
 use super::setup::{find_uplink, raise_tun, warn_of_absent};
 use super::status_socket::{self, StatusListener};
@@ -261,7 +261,7 @@ async fn carry(
     host: &mut Host,
     threads: &mut Threads,
     mut warnings: Warnings,
-) -> Result<()> {
+) -> Result<End> {
     let started = Instant::now();
     let Tools {
         mut signals,
@@ -331,7 +331,7 @@ async fn carry(
     let result = loop {
         tokio::select! {
             wish = signals.recv() => match wish {
-                Wish::End => break Ok(()),
+                Wish::End => break Ok(End::Stopped),
                 Wish::Reload => info!("`ipmoved nat` has no configuration file to read again"),
             },
             crash = threads.crashed() => break Err(crash),

@@ -6,7 +6,10 @@
 //! as long as that is so.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -15,8 +18,9 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
+use super::index;
 use super::keeper::Keeper;
-use super::policy::modes::{Clock, Modes, Ordered, Who};
+use super::policy::modes::{Carried, Clock, Modes, Ordered, Record, Who};
 use super::service::{Result, failed, input};
 use super::state_dir::{StateDir, unkept};
 use crate::flow::ended::HostFlow;
@@ -24,9 +28,11 @@ use crate::io::entropy;
 use crate::model::asked::Asked;
 use crate::model::mode::{Mode, Settled, ShareKey};
 use crate::model::move_index::MoveIndex;
-use crate::model::moved::{Move, TCP};
+use crate::model::moved::{MAX_MOVES, MAX_PORT_SETS, Move, TCP};
 use crate::model::peer::PeerId;
 use crate::model::request::{Answer, Request};
+use crate::model::rest::rest;
+use crate::model::scopes::Scopes;
 use crate::model::status::ModeStatus;
 use crate::settings::config::Config;
 
@@ -58,6 +64,35 @@ pub(super) struct Orders {
     index: MoveIndex,
     /// What this server has of each move, but for its own sockets, and when that was counted.
     here: Option<(Instant, Vec<Here>)>,
+    /// What tells each peer from others, whose connections outlive this daemon; nothing once all is
+    /// undone.
+    names: Vec<Option<NonZeroU64>>,
+}
+
+/// What the daemon before this one has captured for peers that are still there, and these settings
+/// do not move: it leaves, as it does where the settings are read again.
+pub(super) fn still_leaving(config: &Config) -> Vec<(PeerId, Move)> {
+    let record = StateDir::look(&config.state_dir);
+    let carried = record.map(|record| record.carried).unwrap_or_default();
+    let peers = (0_u16..).map(PeerId).zip(&config.peers);
+    let peers: Vec<_> = peers.map(|(id, peer)| (id, peer.keys.name())).collect();
+    let named: Vec<&Move> = config.peers.iter().flat_map(|it| &it.moves).collect();
+    let left = carried.iter().filter_map(|it| {
+        let (id, _) = peers.iter().find(|(_, name)| *name == it.peer)?;
+        let moved: Move = it.moved.parse().ok()?;
+        let left = rest(&moved, named.iter().copied()).into_iter();
+        Some(left.map(|moved| (*id, moved)))
+    });
+    let left: Vec<_> = left.flatten().collect();
+    // Nobody has more; if somebody wrote more here, it is not what a daemon has kept.
+    let all: Vec<Move> = left
+        .iter()
+        .map(|(_, moved)| moved)
+        .chain(named)
+        .cloned()
+        .collect();
+    let fits = all.len() <= MAX_MOVES && Scopes::new(&all).port_sets() <= MAX_PORT_SETS;
+    if fits { left } else { Vec::new() }
 }
 
 /// What becomes of a command.
@@ -80,7 +115,9 @@ impl Orders {
     ///
     /// # Errors
     /// If the settings name something that is no directory.
-    pub(super) fn open(config: &Config) -> Result<Self> {
+    ///
+    /// A daemon that is about to hand over shares the lock of its state directory.
+    pub(super) fn open(config: &Config, shared: Option<OwnedFd>) -> Result<Self> {
         let path = &config.state_dir;
         if path.exists() && !path.is_dir() {
             return Err(input(format!(
@@ -88,7 +125,7 @@ impl Orders {
                 path.display()
             )));
         }
-        let (dir, opened) = StateDir::open(path);
+        let (dir, opened) = StateDir::open(path, shared);
         let (record, mut warnings) = (opened.record, opened.warnings);
         let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default();
         let word = || entropy::system().u64().map_err(failed);
@@ -104,27 +141,48 @@ impl Orders {
             boot.trim(),
             clock,
         );
-        let now = modes.record(clock);
-        let mut failed = None;
-        if opened.stale || record.as_ref() != Some(&now) {
-            failed = dir.keep(&now).err();
-        }
-        if let Some(why) = failed.as_ref().filter(|_| warnings.is_empty()) {
-            warnings.push(unkept(why));
-        }
+        let names = config.peers.iter().map(|it| Some(it.keys.name()));
+        let captured = modes.moves().iter().map(|it| &it.moved);
+        let captured = captured.chain(config.leaving.iter().map(|(_, moved)| moved));
+        let captured = MoveIndex::new(captured.cloned().collect());
         let places = 0..modes.moves().len();
-        let index = modes.moves().iter().map(|it| it.moved.clone()).collect();
-        Ok(Self {
+        let mut orders = Self {
             modes,
             dir: Arc::new(dir),
-            warnings,
-            leaving: Vec::new(),
-            failed,
+            warnings: Vec::new(),
+            leaving: config.leaving.clone(),
+            failed: None,
             keeper: None,
             unsure: places.filter(|_| opened.lost).collect(),
-            index: MoveIndex::new(index),
+            index: captured,
             here: None,
-        })
+            names: names.collect(),
+        };
+        let now = orders.record(clock);
+        if opened.stale || record.as_ref() != Some(&now) {
+            orders.failed = orders.dir.keep(&now).err();
+        }
+        if let Some(why) = orders.failed.as_ref().filter(|_| warnings.is_empty()) {
+            warnings.push(unkept(why));
+        }
+        orders.warnings = warnings;
+        Ok(orders)
+    }
+
+    /// What is to be kept.
+    fn record(&self, clock: Clock) -> Record {
+        let settled = self.modes.moves().iter().map(|it| (it.peer, &it.moved));
+        let leaving = self.leaving.iter().map(|(peer, moved)| (*peer, moved));
+        let carried = settled.chain(leaving).filter_map(|(peer, moved)| {
+            Some(Carried {
+                moved: moved.to_string(),
+                peer: (*self.names.get(index(peer))?)?,
+            })
+        });
+        Record {
+            carried: carried.collect(),
+            ..self.modes.record(clock)
+        }
     }
 
     /// From now on these are the moves, and those that leave. What has moved before keeps its mode;
@@ -133,6 +191,7 @@ impl Orders {
         &mut self,
         moves: Vec<(PeerId, Move)>,
         leaving: Vec<(PeerId, Move)>,
+        names: Vec<Option<NonZeroU64>>,
         start: Settled,
     ) {
         let clock = clock();
@@ -144,15 +203,26 @@ impl Orders {
         self.unsure = (places.filter(|(_, it)| unsure.contains(&it.moved)))
             .map(|(place, _)| place)
             .collect();
-        self.leaving = leaving;
+        (self.leaving, self.names) = (leaving, names);
         self.here = None;
         let settled = self.modes.moves().iter().map(|it| &it.moved);
         let leaving = self.leaving.iter().map(|(_, moved)| moved);
         self.index = MoveIndex::new(settled.chain(leaving).cloned().collect());
+        self.keep_again();
+    }
+
+    /// Keeps what there is now, in case somebody else has written there.
+    pub(super) fn keep_again(&self) {
         if let Some(keeper) = &self.keeper {
             // Nobody waits for it; what fails is said in the status.
-            drop(keeper.keep(self.modes.record(clock)));
+            drop(keeper.keep(self.record(clock())));
         }
+    }
+
+    /// The daemon is about to undo everything, so that no new server has connections any more.
+    pub(super) fn let_go(&mut self) {
+        self.names.clear();
+        self.keep_again();
     }
 
     /// Keeps modes on a thread of its own from now on.
@@ -162,12 +232,10 @@ impl Orders {
     pub(super) fn start_keeping(&mut self) -> Result<()> {
         let (dir, reason) = (Arc::clone(&self.dir), self.failed.take());
         let unkept = reason.is_some();
-        let keeper = self
-            .keeper
-            .insert(Keeper::start(dir, reason).map_err(failed)?);
+        self.keeper = Some(Keeper::start(dir, reason).map_err(failed)?);
         if unkept {
-            // Tried again until it works; nobody waits for it.
-            drop(keeper.keep(self.modes.record(clock())));
+            // It is tried again until it works.
+            self.keep_again();
         }
         Ok(())
     }
@@ -230,7 +298,7 @@ impl Orders {
             }
         };
         let keeper = self.keeper.as_ref().filter(|_| changes_modes(request));
-        let kept = keeper.map(|keeper| keeper.keep(self.modes.record(clock)));
+        let kept = keeper.map(|keeper| keeper.keep(self.record(clock)));
         if changes_modes(request) {
             for place in self.modes.places(request.what()).unwrap_or_default() {
                 self.unsure.remove(&place);
@@ -264,6 +332,19 @@ impl Orders {
             },
             kept,
         }
+    }
+
+    /// A second handle to the lock of the state directory, if this daemon has it.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub(super) fn lock(&self) -> io::Result<Option<OwnedFd>> {
+        self.dir.lock()
+    }
+
+    /// Whether something is held, or a cut-over is running.
+    pub(super) fn is_busy(&self) -> bool {
+        self.modes.is_busy()
     }
 
     /// A connection of the control socket has ended. Returns whether clients are to be told of

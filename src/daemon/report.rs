@@ -71,6 +71,8 @@ pub(super) struct Peer<'a> {
     pub(super) mtu_hints: Hints,
     /// For how long nothing was heard of it, though it is there.
     pub(super) unheard: Option<Duration>,
+    /// How long ago it said goodbye, if it did.
+    pub(super) stopped: Option<Duration>,
     /// What clients ask for, and whether it is answered.
     pub(super) served: Vec<Served>,
     /// How far each move has come.
@@ -150,6 +152,7 @@ pub(super) fn tunnels(
                 refuted: peer.mtu_hints.refuted,
             },
             unheard_s: peer.unheard.map(|unheard| unheard.as_secs()),
+            stopped_s: peer.stopped.map(|stopped| stopped.as_secs()),
             served: peer.served,
             progress: peer.progress,
             looked_for: peer.looked_for,
@@ -200,6 +203,7 @@ pub(super) fn translated(
         mtu: end.link.mtu.min(uplink_mtu) as usize,
         mtu_hints: MtuHints::default(),
         unheard_s: None,
+        stopped_s: None,
         served: Vec::new(),
         progress: Vec::new(),
         looked_for: Vec::new(),
@@ -229,13 +233,6 @@ pub(super) fn translated(
     let entries = towards.iter().zip(&settings.to).map(entry).collect();
     let (offloads, strangers) = (Offloads::default(), BTreeMap::new());
     status(Way::Nat, daemon, entries, offloads, strangers)
-}
-
-/// How the tunnels do, in one line for the service manager.
-pub(super) fn summary(role: Role, states: impl ExactSizeIterator<Item = tunnel::State>) -> String {
-    let all = states.len();
-    let up = states.filter(|&state| state == tunnel::State::Up).count();
-    format!("{role} server, {up} of {all} tunnels up")
 }
 
 fn status(
@@ -343,6 +340,7 @@ mod tests {
             mtu: 1_440,
             mtu_hints: Hints::default(),
             unheard: None,
+            stopped: None,
             served: Vec::new(),
             progress: Vec::new(),
             looked_for: Vec::new(),
@@ -441,13 +439,5 @@ mod tests {
         ] {
             assert_eq!(delivered_to(deliver, &moves(moved)).as_deref(), shown);
         }
-    }
-
-    #[test]
-    fn the_service_manager_hears_how_many_tunnels_are_up() {
-        use tunnel::State::{Connecting, Down, Up};
-        let states = [Up, Down, Connecting, Up];
-        let said = summary(Role::New, states.into_iter());
-        assert_eq!(said, "new server, 2 of 4 tunnels up");
     }
 }

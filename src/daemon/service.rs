@@ -51,6 +51,9 @@ pub enum DaemonError {
     /// goes on from there, and meanwhile nothing resets what is established.
     #[error("{0}; the next start goes on from here, and `ipmoved cleanup` undoes what is left")]
     Crashed(Cause),
+    /// It could not take over from the daemon that runs. The kernel is left to that one.
+    #[error("cannot take over, and the daemon that runs goes on: {0}")]
+    NotTakenOver(Cause),
 }
 
 pub(super) type Result<T, E = DaemonError> = std::result::Result<T, E>;
@@ -166,9 +169,44 @@ pub(super) fn notify_reloading() {
     }
 }
 
-/// Tells the service manager the state of things in one line.
-pub(super) fn notify_status(status: &str) {
-    notify(&[NotifyState::Status(status)]);
+/// How often to look whether the service manager has to be told another line. To write the status
+/// of thousands of moves takes some milliseconds.
+const TELL_EVERY: Duration = Duration::from_secs(5);
+
+/// The state of things in one line, as the service manager knows it: the first of `ipmoved status`.
+#[derive(Debug)]
+pub(super) struct Told {
+    line: String,
+    next: Instant,
+}
+
+impl Told {
+    /// Of a daemon that is about to be ready; `None` if no service manager asked to be told.
+    pub(super) fn new(now: Instant) -> Option<Self> {
+        std::env::var_os("NOTIFY_SOCKET").map(|_| Self {
+            line: String::new(),
+            next: now + TELL_EVERY,
+        })
+    }
+
+    /// When to [tell](Self::tell) it again.
+    pub(super) fn next(&self) -> Instant {
+        self.next
+    }
+
+    /// Something has changed that it may say.
+    pub(super) fn hurry(&mut self, now: Instant) {
+        self.next = now;
+    }
+
+    /// Tells the service manager, if that is news.
+    pub(super) fn tell(&mut self, now: Instant, line: String) {
+        self.next = now + TELL_EVERY;
+        if line != self.line {
+            notify(&[NotifyState::Status(&line)]);
+            self.line = line;
+        }
+    }
 }
 
 /// After how long without a word from us the service manager acts, if it asked for any.
@@ -386,16 +424,31 @@ pub(super) fn warn_of_left(report: &Report) {
     }
 }
 
-/// Undoes every kernel change at the daemon's end, unless a thread crashed.
+/// How a daemon ends that does not fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum End {
+    /// It was stopped.
+    Stopped,
+    /// Another one goes on.
+    HandedOver,
+}
+
+/// Undoes every kernel change at the daemon's end, unless a thread crashed or another daemon goes
+/// on.
 ///
 /// # Errors
 /// Why the daemon ends, or else what could not be undone.
-pub(super) fn end(result: Result<()>, host: &mut Host) -> Result<()> {
-    if let Err(DaemonError::Crashed(_)) = result {
-        return result;
+pub(super) fn end(result: Result<End>, host: &mut Host) -> Result<()> {
+    match result {
+        Ok(End::HandedOver) => Ok(()),
+        Err(error @ (DaemonError::Crashed(_) | DaemonError::NotTakenOver(_))) => Err(error),
+        Ok(End::Stopped) => undo(host),
+        Err(error) => {
+            // What could not be undone is in the log.
+            let _ = undo(host);
+            Err(error)
+        }
     }
-    let undone = undo(host);
-    result.and(undone)
 }
 
 /// Undoes every kernel change.

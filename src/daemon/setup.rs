@@ -5,7 +5,6 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use tracing::{debug, warn};
@@ -13,21 +12,22 @@ use tracing::{debug, warn};
 use super::chosen::{Cgroups, chosen};
 use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
+use super::handover::taking::{self, Inheritance, Places};
 use super::held::{self, Held};
-use super::kept;
-use super::orders::Orders;
+use super::kept::{self, Kept};
+use super::orders::{Orders, still_leaving};
 use super::service::{DaemonError, Result, Signals, cannot, input, system, warn_of_unread};
-use super::{control_socket, status_socket, viewers};
+use super::viewers;
 use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
-use crate::kernel::Host;
 use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Address, Family, Link, Netlink, RouteKind, TABLE_LOCAL};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
 use crate::kernel::tun;
+use crate::kernel::{Host, HostError, RuntimeDirError};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
 use crate::settings::args::Without;
@@ -52,12 +52,12 @@ pub(super) struct Tools {
     pub(super) signals: Signals,
     /// For requests to the kernel.
     pub(super) netlink: Netlink,
-    /// Where `ipmoved status` connects.
-    pub(super) status: UnixListener,
+    /// Where others connect.
+    pub(super) places: Places,
+    /// What another daemon leaves to this one.
+    pub(super) inheritance: Option<Inheritance>,
     /// Where others connect who look at the daemon.
     pub(super) viewers: viewers::Sockets,
-    /// Where commands connect.
-    pub(super) control: UnixListener,
     /// The modes of what has moved (old server).
     pub(super) orders: Option<Orders>,
     /// One queue for each lane.
@@ -87,10 +87,22 @@ impl Ready {
     ///
     /// # Errors
     /// See [`DaemonError`]; what was changed before is undone.
-    pub(super) fn new(config: &Config, runtime_dir: &Path) -> Result<Self> {
-        let kept = kept::taken_over();
+    pub(super) fn new(config: &mut Config, runtime_dir: &Path, takeover: bool) -> Result<Self> {
+        let kept = Kept::taken_over();
         let netlink = Netlink::new().map_err(system)?;
-        let mut host = Host::open(runtime_dir)?;
+        let taking::Found {
+            inheritance,
+            mut places,
+            memory: kept,
+        } = taking::Found::new(config, runtime_dir, kept, takeover)?;
+        let mut host = match places.as_mut().and_then(|places| places.lock.take()) {
+            Some(lock) => Host::inherit(runtime_dir, lock)?,
+            None => open(runtime_dir, takeover)?,
+        };
+        if config.role == Role::Old {
+            config.leaving = still_leaving(config);
+        }
+        let config = &*config;
         warn_of_unread(&host);
         let resumes = !host.made().is_empty();
         // After an orderly end everything begins anew: what was remembered may have changed since.
@@ -99,13 +111,32 @@ impl Ready {
         let may_come = early::may_come(&addresses);
         let is_up = early::is_up(&addresses);
         let endpoints = find_peers(config, is_up);
-        let found = Found::new(&netlink, config, &endpoints, &addresses, may_come)?;
-        let sockets = bind(config, may_come)?;
-        let status = status_socket::listen(host.dir())?;
-        let viewers = viewers::Sockets::open(host.dir(), config.metrics, may_come)?;
-        let control = control_socket::listen(host.dir())?;
+        // Without changes in the kernel it would begin anew, which the last one's TUN forbids.
+        let mut inheritance = inheritance.filter(|_| resumes || places.is_some());
+        let found = Found::new(
+            &netlink,
+            config,
+            &endpoints,
+            &addresses,
+            (may_come, inheritance.is_some()),
+        )?;
+        let sockets = match &mut inheritance {
+            Some(inheritance) => {
+                let options = udp_options(config, may_come);
+                inheritance.take_sockets(options).map_err(system)?
+            }
+            None => bind(config, may_come)?,
+        };
+        let mut places = match places {
+            Some(places) => places,
+            None => Places::open(host.dir())?,
+        };
+        let viewers = match places.viewers.take() {
+            Some(viewers) => viewers.with(config.metrics, may_come)?,
+            None => viewers::Sockets::open(host.dir(), config.metrics, may_come)?,
+        };
         let orders = match config.role {
-            Role::Old => Some(Orders::open(config)?),
+            Role::Old => Some(Orders::open(config, places.state_dir.take())?),
             Role::New => None,
         };
         let signals = Signals::new()?;
@@ -113,18 +144,25 @@ impl Ready {
             coalesced: !config.without.contains(&Without::JoinedWrites),
             long: !config.without.contains(&Without::LongWrites),
         };
-        let (queues, features) = TunQueue::create(&config.tun, sockets.len(), options)?;
-        let tun = raise_tun(&netlink, &config.tun, found.uplinks.mtu())?;
+        let (queues, features) = match &mut inheritance {
+            Some(inheritance) => inheritance.take_queues(options),
+            None => TunQueue::create(&config.tun, sockets.len(), options)?,
+        };
+        let tun = match &inheritance {
+            Some(_) => there(&netlink, &config.tun)?,
+            None => raise_tun(&netlink, &config.tun, found.uplinks.mtu())?,
+        };
         let port = sockets[0].port().map_err(system)?;
         let ports = (&*sockets, port);
+        let earlier = (&*kept, inheritance.as_mut());
         let (follower, cgroups) =
-            found.change(&mut host, config, &tun, ports, &kept, orders.as_ref())?;
+            found.change(&mut host, config, &tun, ports, earlier, orders.as_ref())?;
         let tools = Tools {
             signals,
             netlink,
-            status,
+            places,
+            inheritance,
             viewers,
-            control,
             orders,
             queues,
             features,
@@ -212,15 +250,15 @@ impl Uplinks {
 
 impl Found {
     /// Checks the settings against the host, which has these `addresses`. What it does not have is
-    /// an error, unless that `may_come`.
+    /// an error, unless that `may_come`. An earlier daemon may have left its TUN (`has_tun`).
     pub(super) fn new(
         netlink: &Netlink,
         config: &Config,
         endpoints: &[Option<SocketAddr>],
         addresses: &[Address],
-        may_come: bool,
+        (may_come, has_tun): (bool, bool),
     ) -> Result<Self> {
-        if netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
+        if !has_tun && netlink.link_by_name(&config.tun).map_err(system)?.is_some() {
             return Err(TunError::Exists(config.tun.clone()).into());
         }
         let moves = moves(config);
@@ -255,15 +293,15 @@ impl Found {
     }
 
     /// Makes the changes that the role needs. Returns who follows what they depend on. `kept` are
-    /// the descriptors that somebody kept of an earlier daemon, `sockets` the tunnel's, which have
-    /// this port.
+    /// the descriptors that somebody kept of an earlier daemon, which may run until the programs
+    /// are loaded, `sockets` the tunnel's, which have this port.
     fn change(
         mut self,
         host: &mut Host,
         config: &Config,
         tun: &Link,
         (sockets, port): (&[UdpSocket], u16),
-        kept: &[OwnedFd],
+        (kept, inheritance): (&[OwnedFd], Option<&mut Inheritance>),
         orders: Option<&Orders>,
     ) -> Result<(Follower, Cgroups)> {
         let moves = moves(config);
@@ -294,8 +332,28 @@ impl Found {
             }
         };
         let settings = link_settings(config, moves);
+        if let Some(inheritance) = inheritance {
+            match &programs {
+                Programs::Old(capture) => capture.load_all(),
+                Programs::New(steering) => steering.load_all(tun),
+            }
+            .map_err(system)?;
+            inheritance.stop_the_other()?;
+        }
         let follower = Follower::start(settings, programs, tun.clone(), self.uplinks, host)?;
         Ok((follower, self.cgroups))
+    }
+}
+
+/// Takes charge of this network namespace. One that another daemon is in charge of which cannot
+/// hand itself over is taken from it with `takeover`.
+fn open(runtime_dir: &Path, takeover: bool) -> Result<Host> {
+    match Host::open(runtime_dir) {
+        Err(HostError::RuntimeDir(RuntimeDirError::Locked { pid })) if takeover => {
+            taking::end_older(&pid)?;
+            Ok(Host::open(runtime_dir)?)
+        }
+        opened => Ok(opened?),
     }
 }
 
@@ -320,10 +378,11 @@ pub(super) fn link_settings(config: &Config, moves: Vec<Move>) -> LinkSettings {
     }
 }
 
-/// Everything that has moved (old server).
+/// Everything that has moved, and then what leaves (old server).
 pub(super) fn moves(config: &Config) -> Vec<Move> {
     let moves = config.peers.iter().flat_map(|peer| &peer.moves);
-    moves.cloned().collect()
+    let leaving = config.leaving.iter().map(|(_, moved)| moved);
+    moves.chain(leaving).cloned().collect()
 }
 
 /// The moves of those peers that may begin connections.
@@ -639,14 +698,19 @@ pub(super) fn resolve(peer: &PeerAddr, turn: usize) -> Result<SocketAddr, String
         .ok_or_else(|| format!("{} has no address", peer.host))
 }
 
-/// Opens the UDP sockets, one for each lane: for both families if the host has IPv6. The address
-/// of `--listen` has to be there, unless it `may_come`.
-pub(super) fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
-    let options = UdpOptions {
+/// How the UDP sockets are opened.
+fn udp_options(config: &Config, may_come: bool) -> UdpOptions {
+    UdpOptions {
         gso: !config.without.contains(&Without::UdpGso),
         gro: !config.without.contains(&Without::UdpGro),
         absent: may_come && config.listen.ip.is_some(),
-    };
+    }
+}
+
+/// Opens the UDP sockets, one for each lane: for both families if the host has IPv6. The address
+/// of `--listen` has to be there, unless it `may_come`.
+pub(super) fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
+    let options = udp_options(config, may_come);
     let Listen { ip, port } = config.listen;
     let lanes = usize::from(config.lanes);
     let field = LaneField {
@@ -675,12 +739,15 @@ pub(super) fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
     })
 }
 
+/// The interface of this name.
+fn there(netlink: &Netlink, name: &str) -> Result<Link> {
+    let link = netlink.link_by_name(name).map_err(system)?;
+    link.ok_or_else(|| system(format!("the interface {name} vanished")))
+}
+
 /// Brings the TUN up.
 pub(super) fn raise_tun(netlink: &Netlink, name: &str, mtu: u32) -> Result<Link> {
-    let tun = netlink
-        .link_by_name(name)
-        .map_err(system)?
-        .ok_or_else(|| system(format!("the interface {name} vanished")))?;
+    let tun = there(netlink, name)?;
     for setting in tun::settings(mtu) {
         setting.make(netlink, &tun).map_err(system)?;
     }

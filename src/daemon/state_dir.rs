@@ -17,7 +17,8 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -67,20 +68,22 @@ pub(super) struct StateDir {
     path: PathBuf,
     /// Why nothing can be kept here, until the next start.
     unusable: Option<String>,
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 impl StateDir {
     /// Opens the directory, makes it if necessary, and reads what is there.
-    pub(super) fn open(path: &Path) -> (Self, Opened) {
+    ///
+    /// A daemon that is about to hand over shares its lock.
+    pub(super) fn open(path: &Path, shared: Option<OwnedFd>) -> (Self, Opened) {
         let mut dir = Self {
             path: path.into(),
             unusable: None,
-            _lock: None,
+            lock: None,
         };
         let mut opened = Opened::default();
-        match lock(path) {
-            Ok(lock) => dir._lock = Some(lock),
+        match lock(path, shared) {
+            Ok(lock) => dir.lock = Some(lock),
             Err(why) => dir.unusable = Some(why),
         }
         let (why, is_ours) = match read(&path.join(MODES)) {
@@ -129,9 +132,15 @@ impl StateDir {
         }
     }
 
+    /// What is kept there, for whoever changes nothing.
+    pub(super) fn look(path: &Path) -> Option<Record> {
+        let kept = |name| read(&path.join(name)).ok().flatten();
+        [MODES, COPY].into_iter().find_map(kept)
+    }
+
     /// Keeps what is not understood for a person, and says where. Another daemon's it leaves alone.
     fn set_aside(&self) -> String {
-        if self._lock.is_none() {
+        if self.lock.is_none() {
             return String::new();
         }
         let aside = self.path.join(ASIDE);
@@ -145,10 +154,19 @@ impl StateDir {
 
     /// Why nothing in it is this daemon's to write, as where another one uses it.
     pub(super) fn refused(&self) -> Option<&str> {
-        match self._lock {
+        match self.lock {
             Some(_) => None,
             None => self.unusable.as_deref(),
         }
+    }
+
+    /// A second handle to its lock, if this daemon has it.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub(super) fn lock(&self) -> io::Result<Option<OwnedFd>> {
+        let lock = self.lock.as_ref();
+        lock.map(|lock| Ok(lock.try_clone()?.into())).transpose()
     }
 
     /// Where it is.
@@ -212,13 +230,19 @@ fn refused(path: &Path, error: &io::Error) -> String {
     )
 }
 
-/// Makes the directory if it is not there, and locks it.
-fn lock(path: &Path) -> Result<File, String> {
+/// Makes the directory if it is not there, and locks it, unless another daemon shares its lock.
+fn lock(path: &Path, shared: Option<OwnedFd>) -> Result<File, String> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     made.map_err(|error| refused(path, &error))?;
     let path_of_lock = path.join(LOCK);
     let file = private().open(&path_of_lock);
     let file = file.map_err(|error| refused(&path_of_lock, &error))?;
+    let inode = |file: &File| file.metadata().map(|it| (it.dev(), it.ino())).ok();
+    if let Some(shared) = shared.map(File::from)
+        && inode(&shared) == inode(&file)
+    {
+        return Ok(shared);
+    }
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(_) => Err(format!(
@@ -290,6 +314,7 @@ mod tests {
 
     fn record() -> Record {
         Record {
+            carried: Vec::new(),
             share_key: ShareKey([u64::MAX, 2]),
             boot: "boot".into(),
             moves: vec![Kept {
@@ -304,11 +329,11 @@ mod tests {
     #[test]
     fn what_is_kept_is_there_again() {
         let dir = Dir::new("state-again");
-        let (state, opened) = StateDir::open(&dir.0.join("deep"));
+        let (state, opened) = StateDir::open(&dir.0.join("deep"), None);
         assert_eq!((opened.record, opened.warnings), (None, Vec::new()));
         state.keep(&record()).unwrap();
         drop(state);
-        let (state, opened) = StateDir::open(&dir.0.join("deep"));
+        let (state, opened) = StateDir::open(&dir.0.join("deep"), None);
         assert_eq!(
             (opened.record, opened.warnings),
             (Some(record()), Vec::new())
@@ -320,9 +345,9 @@ mod tests {
     #[test]
     fn a_directory_has_one_user() {
         let dir = Dir::new("state-user");
-        let (first, ..) = StateDir::open(&dir.0);
+        let (first, ..) = StateDir::open(&dir.0, None);
         first.keep(&record()).unwrap();
-        let (second, opened) = StateDir::open(&dir.0);
+        let (second, opened) = StateDir::open(&dir.0, None);
         assert_eq!(opened.record, Some(record()));
         let warnings = opened.warnings;
         assert!(warnings[0].contains("another ipmoved uses"), "{warnings:?}");
@@ -330,7 +355,7 @@ mod tests {
         // And the other one's business is its own.
         fs::write(dir.modes(), "{").unwrap();
         drop(second);
-        let (_, opened) = StateDir::open(&dir.0);
+        let (_, opened) = StateDir::open(&dir.0, None);
         assert_eq!(opened.record, Some(record()), "there is a copy");
         assert_eq!(fs::read_to_string(dir.modes()).unwrap(), "{");
         assert!(!dir.0.join(ASIDE).exists());
@@ -349,12 +374,12 @@ mod tests {
     fn a_file_that_is_not_understood_is_set_aside_and_its_copy_counts() {
         for text in DAMAGED {
             let dir = Dir::new("state-garbled");
-            let (state, ..) = StateDir::open(&dir.0);
+            let (state, ..) = StateDir::open(&dir.0, None);
             state.keep(&record()).unwrap();
             drop(state);
             fs::write(dir.modes(), text).unwrap();
             for _ in 0..2 {
-                let (_, opened) = StateDir::open(&dir.0);
+                let (_, opened) = StateDir::open(&dir.0, None);
                 assert_eq!(opened.record, Some(record()), "{text}");
                 assert!(opened.stale && !opened.lost);
                 let [warning] = &opened.warnings[..] else {
@@ -366,10 +391,10 @@ mod tests {
                 );
                 assert_eq!(fs::read_to_string(dir.0.join(ASIDE)).unwrap(), text);
             }
-            let (state, _) = StateDir::open(&dir.0);
+            let (state, _) = StateDir::open(&dir.0, None);
             state.keep(&record()).unwrap();
             drop(state);
-            let (_, opened) = StateDir::open(&dir.0);
+            let (_, opened) = StateDir::open(&dir.0, None);
             assert_eq!((opened.warnings, opened.stale), (Vec::new(), false));
             assert_eq!(fs::read_to_string(dir.0.join(ASIDE)).unwrap(), text);
         }
@@ -385,7 +410,7 @@ mod tests {
                 if let Some(copy) = copy {
                     fs::write(dir.0.join(COPY), copy).unwrap();
                 }
-                let (_, opened) = StateDir::open(&dir.0);
+                let (_, opened) = StateDir::open(&dir.0, None);
                 assert_eq!((opened.record, opened.lost), (None, true), "{text}");
                 assert_eq!(opened.warnings.len(), 1);
             }
@@ -398,7 +423,7 @@ mod tests {
         fs::create_dir(&dir.0).unwrap();
         let text = "{\"version\":2,\"moves\":\"elsewhere\"}";
         fs::write(dir.modes(), text).unwrap();
-        let (state, opened) = StateDir::open(&dir.0);
+        let (state, opened) = StateDir::open(&dir.0, None);
         let warnings = opened.warnings;
         assert_eq!((opened.record, warnings.len()), (None, 1));
         assert!(opened.lost && !opened.stale);
@@ -412,12 +437,12 @@ mod tests {
         // Root may write everywhere but where there is no directory.
         let dir = Dir::new("state-file");
         fs::write(&dir.0, "").unwrap();
-        let (state, opened) = StateDir::open(&dir.0);
+        let (state, opened) = StateDir::open(&dir.0, None);
         let warnings = opened.warnings;
         assert_eq!((opened.record, warnings.len()), (None, 1), "{warnings:?}");
         assert!(state.keep(&record()).unwrap_err().contains("--state-dir"));
         fs::remove_file(&dir.0).unwrap();
-        let (state, ..) = StateDir::open(&dir.0);
+        let (state, ..) = StateDir::open(&dir.0, None);
         fs::remove_dir_all(&dir.0).unwrap();
         let why = state.keep(&record()).unwrap_err();
         assert!(

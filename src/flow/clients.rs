@@ -30,11 +30,12 @@ use crate::flow::class::{
     Class, EVICTION_ORDER, ICMP_QUERY, OTHER, Seen, Side, TCP_ESTABLISHED, UDP_BOTH_WAYS,
 };
 use crate::flow::listing::{self, Place, Row};
-use crate::flow::records::{self, Ends, Records};
+use crate::flow::records::{self, Ends, Record, Records};
 use crate::flow::seed::Seed;
 use crate::flow::table::FlowStats;
 use crate::flow::watch::Noted;
 use crate::flow::weight::Weight;
+use crate::model::bytes::take;
 use crate::model::moved::{TCP, UDP};
 use crate::model::peer::PeerId;
 use crate::packet::{Addr, ICMP, ICMPV6, Kind, Parsed, Quoted, RST};
@@ -436,6 +437,60 @@ impl Clients {
         self.cursor.store(at, Relaxed);
     }
 
+    /// Appends every flow to `out`, for the daemon that takes over. Call it when no lane runs.
+    pub(super) fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&(self.lines as u32).to_le_bytes());
+        for (number, page) in (0_u32..).zip(&self.pages) {
+            let Some(page) = page.get() else {
+                continue;
+            };
+            out.extend_from_slice(&number.to_le_bytes());
+            for (slot, number) in page.words() {
+                let word = slot.load(Relaxed);
+                out.extend_from_slice(&word.to_le_bytes());
+                if word != 0 {
+                    let record = self.records.get(number.load(Relaxed));
+                    out.push(record.is_some().into());
+                    record.iter().for_each(|record| record.put(out));
+                }
+            }
+        }
+        out.extend_from_slice(&u32::MAX.to_le_bytes());
+    }
+
+    /// Takes up the flows of another daemon, which had this seed and this epoch, off the front.
+    /// `None` if they are not understood, or that one had room for more or fewer.
+    pub(super) fn take_up(&self, rest: &mut &[u8]) -> Option<()> {
+        if u32::from_le_bytes(take(rest)?) as usize != self.lines {
+            return None;
+        }
+        loop {
+            let number = u32::from_le_bytes(take(rest)?);
+            if number == u32::MAX {
+                return Some(());
+            }
+            let page = self.pages.get(number as usize)?.get_or_init(Page::boxed);
+            for (slot, number) in page.words() {
+                let word = u64::from_le_bytes(take(rest)?);
+                if word == 0 {
+                    continue;
+                }
+                if slot.swap(word, Relaxed) == 0 {
+                    self.live.fetch_add(1, Relaxed);
+                }
+                if take(rest)? == [1] {
+                    let own = self.records.take();
+                    match self.records.get(own) {
+                        Some(record) => record.take_up(rest)?,
+                        // There is room for fewer, and it is read over.
+                        None => Record::default().take_up(rest)?,
+                    }
+                    self.records.give_back(number.swap(own, Relaxed));
+                }
+            }
+        }
+    }
+
     /// Appends the flows of the page that the line `from` is in, as those of `peer`, and returns
     /// where the next one begins, if there are more. Nobody waits for it, however long it takes.
     pub(super) fn slice(
@@ -718,7 +773,7 @@ impl Clients {
     }
 
     #[inline]
-    fn age(&self, now: Instant) -> Duration {
+    pub(super) fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.epoch)
     }
 
@@ -752,6 +807,12 @@ impl Rule {
 }
 
 impl Page {
+    /// Its words, each with the number of its record.
+    fn words(&self) -> impl Iterator<Item = (&AtomicU64, &AtomicU32)> {
+        let lines = self.lines.iter().zip(&self.records);
+        lines.flat_map(|(line, numbers)| line.0.iter().zip(numbers))
+    }
+
     fn boxed() -> Box<Self> {
         Box::new(Self {
             lines: std::array::from_fn(|_| Line::default()),
@@ -1193,5 +1254,44 @@ mod tests {
         assert_eq!(known.count() as u32, LANES * EACH);
         let live = table.stats().live;
         assert!(live >= u64::from(LANES * EACH + 1), "{live}");
+    }
+
+    #[test]
+    fn the_next_daemon_lists_the_flows_that_it_was_left() {
+        let list = |table: &Clients, now| {
+            let (mut rows, mut next) = (Vec::new(), Some(0));
+            while let Some(from) = next {
+                next = table.slice(now, PeerId(3), from, &mut rows);
+            }
+            rows.iter()
+                .map(|row| format!("{row:?}"))
+                .collect::<Vec<_>>()
+        };
+        let (before, start) = clients(100);
+        for n in 0..50 {
+            let flow = before.flow(n, TCP, SYN);
+            before.remember(start, &flow, &ends(n, TCP));
+            before.server_spoke(start, &before.flow(n, TCP, SYN | ACK));
+        }
+        let now = start + seconds(9);
+        let known = list(&before, now);
+        assert_eq!(known.len(), 50);
+        let mut bytes = Vec::new();
+        before.put(&mut bytes);
+        // One that has room for fewer records knows the flows all the same.
+        for (room, listed) in [(100, 50), (20, 20)] {
+            let mut rest = &*bytes;
+            let after = Clients::new(Seed::new(SEED), room, start);
+            assert_eq!((after.take_up(&mut rest), rest), (Some(()), &[][..]));
+            assert_eq!(after.stats().live, 50);
+            let rows = list(&after, now);
+            assert_eq!(rows.len(), listed);
+            assert!(rows.iter().all(|row| known.contains(row)), "{rows:?}");
+            // Their records are its own, and it has room for more where they were fewer.
+            assert_eq!(after.records.take() == records::NONE, room == 20);
+        }
+        for end in (0..bytes.len()).step_by(97) {
+            assert_eq!(clients(100).0.take_up(&mut &bytes[..end]), None, "{end}");
+        }
     }
 }

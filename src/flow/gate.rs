@@ -35,7 +35,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
@@ -55,6 +55,7 @@ use crate::flow::shield::Shields;
 use crate::flow::table::FlowStats;
 use crate::flow::visits::Visits;
 use crate::flow::watch::{self, Observations, Watch};
+use crate::model::bytes::take;
 use crate::model::drops::DropReason;
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::{Move, TCP};
@@ -130,7 +131,38 @@ struct Refusals {
     example: Mutex<Option<Refused>>,
 }
 
+impl GateConfig {
+    /// Of a gate that goes on with the clients of another daemon's, which handed itself over
+    /// `then`; `None` if that is not understood.
+    pub fn taken_over(max_flows: usize, then: Instant, rest: &mut &[u8]) -> Option<Self> {
+        let [resumes] = take(rest)?;
+        let age = Duration::from_nanos(u64::from_le_bytes(take(rest)?));
+        Some(Self {
+            max_flows,
+            seed: Seed::take(rest)?,
+            started: then.checked_sub(age)?,
+            resumes: resumes == 1,
+        })
+    }
+}
+
 impl Gate {
+    /// Appends what the daemon that takes over goes on with: which clients came, and how long ago
+    /// the first of the daemons started. Call it when no lane runs.
+    pub fn put(&self, now: Instant, out: &mut Vec<u8>) {
+        out.push(u8::from(self.resumes));
+        let age = self.clients.age(now);
+        out.extend_from_slice(&(age.as_nanos() as u64).to_le_bytes());
+        self.seed.put(out);
+        self.clients.put(out);
+    }
+
+    /// Takes up the clients of another daemon's gate, with whose [`GateConfig`] this one was made.
+    /// Whether they are understood.
+    pub fn take_up(&self, rest: &mut &[u8]) -> bool {
+        self.clients.take_up(rest).is_some()
+    }
+
     /// A gate for what was moved. No client has come yet.
     pub fn new(moves: &[Move], config: GateConfig) -> Self {
         let seed = config.seed;

@@ -585,7 +585,7 @@ mod tests {
             let kept = [flow(local), flow("198.51.100.3")];
             later
                 .translator
-                .set_moves_again(later.now, PEER, &moves, &kept);
+                .set_moves_again(later.now, PEER, &moves, &[], &kept);
             assert_eq!(delivered_to(&later), local);
             assert_eq!(later.translator.stats().live, 1);
         }

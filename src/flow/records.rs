@@ -21,6 +21,7 @@ use std::sync::{Mutex, OnceLock};
 
 use crate::flow::lock;
 use crate::flow::weight::Weight;
+use crate::model::bytes::take;
 use crate::packet::{Addr, Parsed};
 
 /// Records that are allocated together: 18 KiB.
@@ -153,6 +154,28 @@ impl Record {
         // Beyond its bits it begins at zero, and leaves what is above as it is.
         let more = before & !PACKETS_MASK | more & PACKETS_MASK;
         packets.store(more, Relaxed);
+    }
+
+    /// Appends all that it holds, for the daemon that takes over.
+    pub(super) fn put(&self, out: &mut Vec<u8>) {
+        for word in self.words() {
+            out.extend_from_slice(&word.load(Relaxed).to_le_bytes());
+        }
+    }
+
+    /// Takes what another daemon's held off the front; `None` if there is no such.
+    pub(super) fn take_up(&self, rest: &mut &[u8]) -> Option<()> {
+        for word in self.words() {
+            word.store(u64::from_le_bytes(take(rest)?), Relaxed);
+        }
+        Some(())
+    }
+
+    fn words(&self) -> impl Iterator<Item = &AtomicU64> {
+        let ends = self.client.iter().chain(&self.moved);
+        let counts = [&self.first, &self.second].into_iter();
+        let counts = counts.flat_map(|Count { bytes, packets }| [bytes, packets]);
+        ends.chain([&self.ports]).chain(counts)
     }
 
     /// What it says at this moment.

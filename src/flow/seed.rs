@@ -1,5 +1,8 @@
 //! The secret that the hashes of all tables of flows begin with.
 
+use std::net::IpAddr;
+
+use crate::model::bytes::take;
 use crate::packet::Addr;
 
 /// Secret keys of the hashes, so that no one outside can choose what collides.
@@ -18,6 +21,26 @@ impl Seed {
             .wrapping_add(state);
             state
         }))
+    }
+
+    /// Appends the secret to `out`, and what shows whether a reader hashes as this version does.
+    pub(crate) fn put(&self, out: &mut Vec<u8>) {
+        for word in self.0.into_iter().chain([self.shows()]) {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    /// Takes that off the front; `None` if whoever wrote it hashes in another way.
+    pub(crate) fn take(rest: &mut &[u8]) -> Option<Self> {
+        let mut word = || Some(u64::from_le_bytes(take(rest)?));
+        let seed = Self([word()?, word()?, word()?, word()?]);
+        (word()? == seed.shows()).then_some(seed)
+    }
+
+    /// The hash of some flow.
+    fn shows(&self) -> u64 {
+        let [client, moved] = [[192, 0, 2, 1], [192, 0, 2, 2]].map(|ip| IpAddr::from(ip).into());
+        self.flow([client, moved], 1 << 16 | 2, 3)
     }
 
     /// Hash of the source that a client belongs to: every flow of an IPv4 address, or of an IPv6
@@ -78,7 +101,6 @@ fn fold(a: u64, b: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::IpAddr;
 
     #[test]
     fn a_source_is_an_ipv4_address_or_an_ipv6_64() {

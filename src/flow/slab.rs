@@ -121,6 +121,12 @@ impl<T: Copy> Slab<T> {
         }
     }
 
+    /// The numbers of a list's values, in its order.
+    pub(super) fn members(&self, list: &List) -> impl Iterator<Item = u32> {
+        let next = |&at: &u32| Some(self.slot(at).next).filter(|&next| next != NIL);
+        std::iter::successors(list.first(), next)
+    }
+
     /// Bytes that are allocated.
     pub(super) fn allocated(&self) -> usize {
         self.chunks.capacity() * size_of::<Box<[Slot<T>; CHUNK]>>()

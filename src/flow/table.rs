@@ -26,11 +26,15 @@
 //! the source that [`fairness`](super::fairness) chooses. If none qualifies the new flow is
 //! refused: a flood cannot take what others are using.
 
+mod handed;
+
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hashbrown::HashTable;
+
+pub use self::handed::HandedFlow;
 
 use crate::flow::class::{ANY, Class, EVICTION_ORDER, RECENT, Seen, Side, Tier, UNCONFIRMED};
 use crate::flow::ended::Outbox;
@@ -791,16 +795,17 @@ impl FlowTable {
         entry.counts.add(side as usize, weight);
         entry.seen = entry.seen.after(entry.protocol, side, weight.tcp_flags);
         entry.class = Class::of(entry.protocol, entry.seen);
+        self.add(entry, now);
+    }
+
+    /// Puts an entry everywhere that it belongs, as one that was placed then.
+    fn add(&mut self, entry: Entry, now: u32) {
         let at = self.slab.add(entry);
         let (seed, slab, masquerade) = (&self.seed, &self.slab, &self.masquerade);
-        self.outside
-            .insert_unique(outside_hash(seed, outside), at, |&at| {
-                outside_hash(seed, &slab.get(at).outside())
-            });
-        self.inside
-            .insert_unique(inside_hash(seed, inside), at, |&at| {
-                inside_hash(seed, &inner(masquerade, slab.get(at)))
-            });
+        let outer = |entry: &Entry| outside_hash(seed, &entry.outside());
+        let inner = |entry: &Entry| inside_hash(seed, &inner(masquerade, entry));
+        (self.outside).insert_unique(outer(&entry), at, |&at| outer(slab.get(at)));
+        (self.inside).insert_unique(inner(&entry), at, |&at| inner(slab.get(at)));
         self.note_latest(at);
         self.live += 1;
         self.link(at, now);

@@ -41,8 +41,14 @@ impl Counted {
         usize::from(self.0 & !Self::NEW)
     }
 
-    fn is_new(self) -> bool {
+    /// Whether it is still to count as a new conversation.
+    pub(super) fn is_new(self) -> bool {
         self.0 & Self::NEW != 0
+    }
+
+    /// Whether it counts at all.
+    pub(super) fn is_somewhere(self) -> bool {
+        self.place() != Self::NOWHERE.place()
     }
 }
 

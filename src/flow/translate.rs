@@ -38,7 +38,7 @@ use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
 use crate::flow::routes::{Delivery, Moved, Routes};
 use crate::flow::seed::Seed;
-use crate::flow::table::{FlowStats, FlowTable, Inside, Outside, Stage, seen_client};
+use crate::flow::table::{FlowStats, FlowTable, HandedFlow, Inside, Outside, Stage, seen_client};
 use crate::flow::tally::{Counted, Tallies, Tally};
 use crate::flow::turned::TurnedAways;
 use crate::flow::watch::{self, Observations, Watch};
@@ -158,14 +158,23 @@ impl Translator {
         self.change(|routes| routes.peer_mut(peer).set_moves(moves, counted));
     }
 
-    /// As [`set_moves`](Self::set_moves), where the kernel still knows `flows` from an earlier
-    /// daemon. Those that began on this side are known here, too, before the first packet comes:
-    /// the remote may be the first to speak, and would be taken for a client.
-    pub fn set_moves_again(&self, now: Instant, peer: PeerId, moves: &[Move], flows: &[HostFlow]) {
+    /// As [`set_moves`](Self::set_moves), where an earlier daemon has `handed` flows over, or the
+    /// kernel still knows `flows` from it. Of the latter those that began on this side are known
+    /// here, too, before the first packet comes: the remote may be the first to speak, and would be
+    /// taken for a client.
+    pub fn set_moves_again(
+        &self,
+        now: Instant,
+        peer: PeerId,
+        moves: &[Move],
+        handed: &[HandedFlow],
+        flows: &[HostFlow],
+    ) {
         let counted = self.tallies.name(peer, moves);
         self.change_first(
             |routes| routes.peer_mut(peer).set_moves(moves, counted),
             |routes| {
+                (handed.iter()).for_each(|flow| self.take_up(now, routes, flow));
                 flows
                     .iter()
                     .for_each(|flow| self.resume(now, routes, peer, flow))
@@ -851,6 +860,45 @@ impl Translator {
                 .begin(now, key, &wanted, weight, &self.limit)
                 .map_err(|reason| Dropped::of(peer, reason)),
         }
+    }
+
+    /// All flows, for the daemon that takes over. Call it when no lane runs.
+    pub fn put_flows(&self, now: Instant, out: &mut Vec<u8>) {
+        for shard in &self.shards {
+            lock(&shard.0).put(now, out);
+        }
+    }
+
+    /// Takes up the flows of this host itself, and of those behind it, that another daemon had.
+    pub fn take_up_inside(&self, now: Instant, handed: &[HandedFlow]) {
+        let routes = self.routes.load();
+        (handed.iter()).for_each(|flow| self.take_up(now, &routes, flow));
+    }
+
+    /// Takes up a flow that another daemon had.
+    fn take_up(&self, now: Instant, routes: &Routes, flow: &HandedFlow) {
+        let Outside {
+            peer,
+            protocol,
+            moved,
+            moved_port,
+            ..
+        } = flow.outside;
+        let kind = match protocol {
+            TCP => Kind::Tcp,
+            UDP => Kind::Udp,
+            _ => Kind::Other,
+        };
+        let moved = routes.peer(peer).and_then(|routes| routes.moved(moved));
+        let at = moved
+            .filter(|_| flow.counts)
+            .map(|moved| moved.counted(protocol, kind, moved_port));
+        (self.table_of(&flow.outside)).take_up(now, flow, at, &self.limit);
+    }
+
+    /// When the daemon started, for one that takes over: so long ago.
+    pub fn age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.start)
     }
 
     /// Makes a flow again that began on this side under an earlier daemon, if it is one.

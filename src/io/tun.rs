@@ -8,7 +8,7 @@
 //! queue is closed, however the process ends.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
 
@@ -75,7 +75,7 @@ const LONG: usize = 17 * 4_096;
 
 /// One queue of the TUN device.
 pub struct TunQueue {
-    device: SyncDevice,
+    queue: OwnedFd,
     options: TunOptions,
 }
 
@@ -113,19 +113,40 @@ impl TunQueue {
                 .set_nonblocking(true)
                 .map_err(|error| explain(name, error))?;
         }
-        let queue = |device| Self { device, options };
+        // The library sets a queue up, and would adopt none with these offloads. To read and write
+        // one takes no more than the descriptor.
+        let queue = |device: SyncDevice| {
+            #[expect(unsafe_code, reason = "the library gives a bare number")]
+            // SAFETY: the device has just given the descriptor away.
+            let queue = unsafe { OwnedFd::from_raw_fd(device.into_raw_fd()) };
+            Self { queue, options }
+        };
         Ok((all.into_iter().map(queue).collect(), features))
+    }
+
+    /// A queue that another daemon made, with the features that it found.
+    pub fn adopt(queue: OwnedFd, options: TunOptions) -> Self {
+        Self { queue, options }
+    }
+
+    /// A second handle to the same queue.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self::adopt(self.queue.try_clone()?, self.options))
     }
 
     /// Reads one frame into `frame` ([`MAX_FRAME`] long); `WouldBlock` when none waits.
     pub fn recv(&self, frame: &mut [u8]) -> io::Result<usize> {
-        self.device.recv(frame)
+        Ok(rustix::io::read(&self.queue, frame)?)
     }
 
     /// Writes one frame, gathered from `parts`, the first of which starts with the
     /// `virtio_net_hdr`.
     pub fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        self.device.send_vectored(parts).map(drop)
+        rustix::io::writev(&self.queue, parts)?;
+        Ok(())
     }
 
     /// Like [`send`](Self::send), for a packet that was coalesced. [`TunOptions`] may have it
@@ -142,11 +163,8 @@ impl TunQueue {
 }
 
 impl AsFd for TunQueue {
-    #[allow(unsafe_code)]
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor belongs to the device and stays open as long as `self` is
-        // borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.device.as_raw_fd()) }
+        self.queue.as_fd()
     }
 }
 

@@ -13,7 +13,7 @@
 use std::io;
 use std::mem::{self, MaybeUninit};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
@@ -177,6 +177,30 @@ impl UdpSocket {
             tracing::debug!(%error, "datagrams cannot be given to their lanes");
         }
         Ok(sockets)
+    }
+
+    /// The sockets of another daemon's lanes, in their order.
+    ///
+    /// # Errors
+    /// If one of them is none.
+    pub fn adopt_lanes(sockets: Vec<OwnedFd>, options: UdpOptions) -> io::Result<Vec<Self>> {
+        let gso_fallbacks = Arc::<AtomicU64>::default();
+        let adopt = |socket: OwnedFd| {
+            let socket = Socket::from(socket);
+            let addr = socket.local_addr()?;
+            let gso =
+                options.gso && set_option(&socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok();
+            let wanted = i32::from(options.gro);
+            let set = set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, wanted).is_ok();
+            Ok(Self {
+                socket,
+                ipv6: addr.is_ipv6(),
+                gso: AtomicBool::new(gso),
+                gro: options.gro && set,
+                gso_fallbacks: Arc::clone(&gso_fallbacks),
+            })
+        };
+        sockets.into_iter().map(adopt).collect()
     }
 
     /// From now on this is another socket, which was bound with the same options: whoever uses this

@@ -8,6 +8,7 @@
 //! A host in a rehearsal decides all the same, and changes nothing: it tells what it would do.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
@@ -158,6 +159,8 @@ pub struct Host {
     unread: Unread,
     /// The latest request, so that [`Host::repair`] can make again what somebody takes away.
     wanted: Vec<Desired>,
+    /// Another daemon is in charge until it hands over.
+    shared: bool,
     /// What would have been done, if nothing is to be.
     rehearsal: Option<Rehearsal>,
 }
@@ -192,7 +195,52 @@ impl Host {
             unread,
             wanted: Vec::new(),
             rehearsal,
+            shared: false,
         })
+    }
+
+    /// As [`open`](Self::open), where another daemon is in charge, and shares its `lock` until it
+    /// hands over.
+    ///
+    /// # Errors
+    /// If the lock is not that of this namespace, or the journal cannot be used.
+    pub fn inherit(base: &Path, lock: OwnedFd) -> Result<Self, HostError> {
+        let mut host = Self::of(RuntimeDir::inherit(base, lock)?, None)?;
+        host.shared = true;
+        Ok(host)
+    }
+
+    /// A second handle to the lock, for the daemon that is to take over.
+    ///
+    /// # Errors
+    /// If there is no descriptor left.
+    pub fn lock(&self) -> io::Result<OwnedFd> {
+        self.dir.lock()
+    }
+
+    /// This process is in charge from now on, and nobody else.
+    ///
+    /// # Errors
+    /// If that cannot be written down.
+    pub fn take_charge(&mut self) -> Result<(), HostError> {
+        self.shared = false;
+        Ok(self.dir.sign()?)
+    }
+
+    /// Leaves everything as it is to another daemon, which is in charge from now on.
+    pub fn leave(&mut self) {
+        self.shared = true;
+    }
+
+    /// Somebody else made changes meanwhile, and is gone: makes all that is wanted once more, and
+    /// undoes what is not.
+    ///
+    /// # Errors
+    /// If the journal cannot be used, or a change fails.
+    pub fn resume(&mut self) -> Result<Report, HostError> {
+        (self.made, self.unread) = self.journal.read()?;
+        let wanted = std::mem::take(&mut self.wanted);
+        self.reconcile_around(wanted, |_| {}, Vec::new())
     }
 
     /// What would have been done since the last call, in order, in a rehearsal.
@@ -542,6 +590,9 @@ impl Host {
     /// Writes the made changes to the journal. If there are none it removes the file, which works
     /// on a full disk as well.
     fn record(&self) -> Result<(), JournalError> {
+        if self.made.is_empty() && self.shared {
+            return self.journal.write(&self.made);
+        }
         if self.made.is_empty() {
             self.journal.clear();
             return Ok(());
@@ -552,7 +603,7 @@ impl Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        if self.made.is_empty() {
+        if self.made.is_empty() && !self.shared {
             self.journal.clear();
             self.dir.remove();
         }

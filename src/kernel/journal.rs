@@ -273,7 +273,8 @@ impl Journal {
         }
     }
 
-    fn read(&self) -> Result<(Vec<Change>, Unread), JournalError> {
+    /// What it says now.
+    pub(super) fn read(&self) -> Result<(Vec<Change>, Unread), JournalError> {
         let path = self.dir.join(JOURNAL);
         let read = match read_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -11,11 +11,13 @@
 //!     status.sock                where `ipmoved status` asks; the daemon owns it
 //!     flows.sock                 where `ipmoved flows` and `top` ask; the daemon owns it
 //!     control.sock               where commands to the old server ask; its daemon owns it
+//!     handover.sock              where the next daemon takes over; the daemon owns it
 //! ```
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -23,7 +25,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use crate::model::runtime::{
-    CONTROL_SOCKET, DELIVERED, DELIVERED_NEXT, FLOWS_SOCKET, STATUS_SOCKET,
+    CONTROL_SOCKET, DELIVERED, DELIVERED_NEXT, FLOWS_SOCKET, HANDOVER_SOCKET, STATUS_SOCKET,
 };
 
 const LOCK: &str = "lock";
@@ -108,6 +110,36 @@ impl RuntimeDir {
         Ok(Self { path, lock: None })
     }
 
+    /// The directory of the calling thread's network namespace, whose `lock` another daemon holds
+    /// and shares.
+    pub(super) fn inherit(base: &Path, lock: OwnedFd) -> Result<Self, RuntimeDirError> {
+        let path = namespace_dir(base)?;
+        private_dir(&path)?;
+        let lock = File::from(lock);
+        let inode = |metadata: io::Result<fs::Metadata>| metadata.map(|m| (m.dev(), m.ino())).ok();
+        if inode(lock.metadata()) != inode(fs::metadata(path.join(LOCK))) {
+            return Err(RuntimeDirError::Foreign(path));
+        }
+        Ok(Self {
+            path,
+            lock: Some(lock),
+        })
+    }
+
+    /// A second handle to the lock, which is free once all are closed.
+    pub(super) fn lock(&self) -> io::Result<OwnedFd> {
+        match &self.lock {
+            Some(lock) => lock.try_clone().map(OwnedFd::from),
+            None => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Says that this process holds the lock now.
+    pub(super) fn sign(&self) -> Result<(), RuntimeDirError> {
+        let signed = self.lock.as_ref().map_or(Ok(()), sign);
+        signed.map_err(|error| RuntimeDirError::file("write", &self.path, error))
+    }
+
     /// Whether nothing in it may be changed.
     pub(super) fn is_rehearsed(&self) -> bool {
         self.lock.is_none()
@@ -127,6 +159,7 @@ impl RuntimeDir {
             STATUS_SOCKET,
             FLOWS_SOCKET,
             CONTROL_SOCKET,
+            HANDOVER_SOCKET,
             DELIVERED_NEXT,
             DELIVERED,
             LOCK,
@@ -190,6 +223,10 @@ fn living_namespaces() -> Option<BTreeSet<u64>> {
     if fs::metadata("/proc/self/ns/pid").ok()?.ino() != ALL_PROCESSES {
         return None;
     }
+    // But not where those of others are hidden (`hidepid=`, `ProtectProc=invisible` in the unit).
+    if !Path::new("/proc/1").exists() {
+        return None;
+    }
     let mut living = BTreeSet::new();
     for process in fs::read_dir("/proc").ok()?.flatten() {
         let is_process = |name: &str| name.bytes().all(|byte| byte.is_ascii_digit());
@@ -212,15 +249,21 @@ fn namespaces_of(process: &Path, living: &mut BTreeSet<u64>) -> io::Result<()> {
             .parse::<u64>()
             .ok()
     };
-    let mut note = |link: &Path| {
-        let target = fs::read_link(link).ok();
-        living.extend(target.and_then(|target| inode(target.to_str()?)));
+    // Without privileges nobody is told of those who have more.
+    let mut note = |link: &Path| match fs::read_link(link) {
+        Ok(target) => {
+            living.extend(target.to_str().and_then(inode));
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(error),
+        // It is gone.
+        Err(_) => Ok(()),
     };
     for thread in fs::read_dir(process.join("task"))?.flatten() {
-        note(&thread.path().join("ns/net"));
+        note(&thread.path().join("ns/net"))?;
     }
     for descriptor in fs::read_dir(process.join("fd"))?.flatten() {
-        note(&descriptor.path());
+        note(&descriptor.path())?;
     }
     let mounts = match fs::read_to_string(process.join("mountinfo")) {
         // A process that is ending has none (EINVAL), and needs none.
@@ -263,11 +306,17 @@ fn lock(base: &Path, dir: &Path) -> Result<File, RuntimeDirError> {
         if inode(file.metadata()) != inode(fs::metadata(&path)) {
             continue;
         }
-        file.set_len(0)
-            .and_then(|()| writeln!(file, "{}", std::process::id()))
-            .map_err(|error| RuntimeDirError::file("write", &path, error))?;
+        sign(&file).map_err(|error| RuntimeDirError::file("write", &path, error))?;
         return Ok(file);
     }
+}
+
+/// Writes this process's id into the lock. Another one may have left its place behind what it
+/// wrote.
+fn sign(mut lock: &File) -> io::Result<()> {
+    lock.rewind()?;
+    lock.set_len(0)?;
+    writeln!(lock, "{}", std::process::id())
 }
 
 fn private_dir(dir: &Path) -> Result<(), RuntimeDirError> {
@@ -334,6 +383,12 @@ mod tests {
         drop(RuntimeDir::open(&scratch.0).unwrap());
         assert!(gone.exists() && stays.exists());
         drop(dies);
+        if living_namespaces().is_none() {
+            // A security module hides somebody from root as well, who may be in any of them.
+            drop(RuntimeDir::open(&scratch.0).unwrap());
+            assert!(gone.exists() && stays.exists());
+            return;
+        }
         let swept = crate::lab::poll_until(
             std::time::Duration::from_secs(5),
             std::time::Duration::from_millis(20),
@@ -344,6 +399,39 @@ mod tests {
         );
         assert!(swept.is_some());
         assert!(stays.join("journal").exists() && foreign.exists());
+    }
+
+    /// As the systemd unit starts the daemon: what it cannot see may live all the same.
+    #[test]
+    fn who_does_not_see_every_process_removes_nothing() {
+        use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
+        in_fresh_namespace(|| {
+            // Process 1 has more, as whoever is in a container has.
+            keep_only(capabilities_of_the_unit());
+            assert_eq!(living_namespaces(), None);
+        });
+    }
+
+    #[test]
+    fn the_lock_is_free_once_the_last_of_those_who_share_it_is_gone() {
+        let scratch = Scratch::new();
+        let first = RuntimeDir::open(&scratch.0).unwrap();
+        let second = RuntimeDir::inherit(&scratch.0, first.lock().unwrap()).unwrap();
+        drop(first);
+        assert!(RuntimeDir::open(&scratch.0).is_err(), "it is shared");
+        second.sign().unwrap();
+        let error = RuntimeDir::open(&scratch.0).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("(pid {})", std::process::id())),
+            "{error}"
+        );
+        let other = File::open("/dev/null").unwrap();
+        assert!(
+            RuntimeDir::inherit(&scratch.0, other.into()).is_err(),
+            "another file"
+        );
+        drop(second);
+        RuntimeDir::open(&scratch.0).unwrap();
     }
 
     #[test]

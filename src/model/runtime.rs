@@ -18,5 +18,8 @@ pub const FLOWS_SOCKET: &str = "flows.sock";
 /// Name of the control socket in the directory of the namespace (old server).
 pub const CONTROL_SOCKET: &str = "control.sock";
 
+/// Name of the socket there at which a daemon hands itself over to the next one.
+pub const HANDOVER_SOCKET: &str = "handover.sock";
+
 /// Holds what lasts longer than a boot.
 pub const STATE_DIR: &str = "/var/lib/ipmoved";

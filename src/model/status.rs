@@ -94,6 +94,10 @@ pub struct TunnelStatus {
     /// Seconds for which nothing was heard of the peer, though it is `up`. It is asked every five.
     #[serde(default)]
     pub unheard_s: Option<u64>,
+    /// How long ago the peer's daemon was stopped, in seconds; left out unless it said so and has
+    /// not come back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_s: Option<u64>,
     /// What clients ask for, and whether it is answered: what is not well first, at most
     /// [`MAX_SERVED`].
     #[serde(default)]
@@ -590,6 +594,9 @@ impl TunnelStatus {
             State::Up => "up",
             State::Down => "down",
         };
+        if let (State::Down, Some(stopped)) = (self.state, self.stopped_s) {
+            return format!("stopped: its daemon was stopped {} ago", duration(stopped));
+        }
         if let Some(unheard) = self.unheard_s.filter(|&unheard| unheard >= UNHEARD) {
             return format!("{state}, but nothing was heard of it for {unheard} s");
         }
@@ -908,6 +915,7 @@ pub(crate) mod tests {
                     refuted: 2,
                 },
                 unheard_s: Some(1),
+                stopped_s: None,
                 served: Vec::new(),
                 progress: vec![ProgressOf {
                     what: "192.0.2.5".into(),

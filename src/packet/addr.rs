@@ -31,6 +31,16 @@ impl Addr {
         }
     }
 
+    /// The address as it lies in memory.
+    pub(crate) fn to_bytes(self) -> [u8; 16] {
+        self.0
+    }
+
+    /// What [`Self::to_bytes`] gave.
+    pub(crate) fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
     /// The address as two words, for hashing and comparing.
     #[inline]
     pub(crate) fn words(self) -> [u64; 2] {

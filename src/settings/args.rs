@@ -115,6 +115,9 @@ pub enum Command {
     Report(ReportArgs),
     /// Undo what a killed daemon left in the kernel.
     Cleanup,
+    /// End the daemon without undoing anything, and leave its connections to the one that the
+    /// service manager starts next. The systemd unit calls this at `systemctl restart ipmoved`.
+    Handover,
     /// Show a moved address being served, in network namespaces that vanish afterwards.
     Demo,
     /// Write what packages carry beside the binary, made from the flags' own definition.
@@ -273,6 +276,13 @@ pub struct RunArgs {
     /// wins over the file.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+
+    /// Take over from the daemon that runs in this network namespace, without losing a connection:
+    /// after an upgrade, or with other settings (not --tun, --lanes, --listen, nor the other role).
+    /// If this one cannot, that one goes on. A service does the same at `systemctl restart
+    /// ipmoved`. Where no daemon runs, this one just starts.
+    #[arg(long)]
+    pub takeover: bool,
 }
 
 /// The flags that tell what would be changed. They are no settings, so the file does not have them.

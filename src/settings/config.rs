@@ -17,7 +17,7 @@ use crate::model::delivery_map::DeliveryMap;
 use crate::model::mode::Settled;
 use crate::model::moved::{MAX_MOVES, MAX_NAT_MOVES, MAX_PORT_SETS, Move};
 use crate::model::outgoing::{AllowOutgoing, ByPort, MAX_ALLOW_OUTGOING, MAX_OUTGOING, Outgoing};
-use crate::model::peer::{MAX_PEERS, Role};
+use crate::model::peer::{MAX_PEERS, PeerId, Role};
 use crate::model::prefix::Prefix;
 use crate::model::runtime::{BASE_DIR, STATE_DIR};
 use crate::model::scopes::{self, Scopes};
@@ -103,6 +103,9 @@ pub struct Config {
     pub without: Vec<Without>,
     /// How long a session is used before the next one is asked for; `None` as the protocol says.
     pub rekey_after: Option<Duration>,
+    /// What an earlier daemon has moved, and these settings do not: this server answers what is
+    /// new, and what the new server has goes on there. The state directory says so, no setting.
+    pub leaving: Vec<(PeerId, Move)>,
     /// Warnings about these settings, for an administrator.
     pub warnings: Vec<String>,
     /// What was typed, to make settings of again when the file has changed.
@@ -465,6 +468,7 @@ impl Config {
             rekey_after: daemon
                 .rekey_after
                 .map(|seconds| Duration::from_secs(seconds.get().into())),
+            leaving: Vec::new(),
             warnings,
             given: Arc::clone(given),
         })

@@ -26,6 +26,15 @@ impl SessionIndexes {
         }
     }
 
+    /// Takes this index; `None` if it is in use.
+    pub(crate) fn claim(&self, value: u32) -> Option<SessionIndex> {
+        let mut used = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        used.insert(value).then(|| SessionIndex {
+            value,
+            used: self.clone(),
+        })
+    }
+
     /// How many are in use.
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {

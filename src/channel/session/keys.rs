@@ -23,6 +23,9 @@ use crate::channel::wire::MAC_LEN;
 /// Length of every secret here: PSK, split keys, AEAD keys.
 pub const KEY_LEN: usize = 32;
 
+/// Length of a [fingerprint](PeerKeys::fingerprint).
+pub const FINGERPRINT_LEN: usize = MAC_LEN;
+
 /// The secret that two daemons share: 32 bytes, as `wg genpsk` prints them.
 #[derive(Clone)]
 pub struct Psk(pub(super) Zeroizing<[u8; KEY_LEN]>);
@@ -107,6 +110,12 @@ impl PeerKeys {
             mac: derived(psk.0.as_slice(), b"ipmoved v1 psk", &[b"mac"]),
             noise: derived(psk.0.as_slice(), b"ipmoved v1 psk", &[b"noise"]),
         }
+    }
+
+    /// Tells them from those of other peers, to another daemon on this server. They do not follow
+    /// from it.
+    pub fn fingerprint(&self) -> [u8; FINGERPRINT_LEN] {
+        self.mac_of(b"ipmoved handover")
     }
 
     /// What tells this peer from others, in every run of the daemon. It says nothing of the keys.

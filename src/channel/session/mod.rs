@@ -21,6 +21,7 @@
 //! | `aead`, `seal` | one key; the lanes' counters and windows |
 //! | `activity` | when the peer was last heard and sent to |
 //! | `index`, `entropy` | the numbers of sessions; where random bytes come from |
+//! | `handed` | a session as one daemon leaves it to the next |
 //!
 //! The control task and all lanes share a [`Session`]. What lanes call takes no lock but the one of
 //! a lane's replay window, and allocates nothing.
@@ -48,6 +49,7 @@ mod activity;
 mod aead;
 mod cipher;
 mod entropy;
+mod handed;
 mod index;
 mod keys;
 mod mac_check;
@@ -60,10 +62,11 @@ pub use activity::Activity;
 pub use cipher::{Cipher, CipherPolicy, Ciphers, Offer};
 pub use entropy::{Entropy, NoEntropy};
 pub use index::SessionIndexes;
-pub use keys::{KEY_LEN, PeerKeys, Psk, PskError, wipe_frames};
+pub use keys::{FINGERPRINT_LEN, KEY_LEN, PeerKeys, Psk, PskError, wipe_frames};
 pub use mac_check::{Admitted, MOST_AT_ONCE, MacCheck};
 pub use seal::{OpenBatch, Opened, Sealer};
 
+pub(crate) use handed::Heir;
 pub(crate) use index::SessionIndex;
 pub(crate) use noise::{Initiating, Responding, SplitKeys};
 pub(crate) use payload::{Accepts, InitiationPayload, ResponsePayload};
@@ -107,6 +110,8 @@ pub struct Session {
     initiator: Role,
     own_role: Role,
     created: Instant,
+    /// For a daemon that takes over: from them follow the keys of all lanes.
+    keys: SplitKeys,
     /// Data lanes in order, then the control lane.
     sealers: WipedSlice<Sealer>,
     openers: WipedSlice<Opener>,
@@ -145,6 +150,7 @@ impl Session {
             initiator: spec.initiator,
             own_role: spec.own_role,
             created: spec.created,
+            keys: spec.keys,
             heard: AtomicBool::new(false),
             retired: AtomicBool::new(false),
             activity: spec.activity,

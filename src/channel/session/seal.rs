@@ -98,6 +98,11 @@ impl Sealer {
         self.next.load(Relaxed) & !RETIRED
     }
 
+    /// Goes on behind what another daemon has sealed under the same key. It must not seal any more.
+    pub(super) fn go_on_at(&self, next: u64) {
+        self.next.store(next, Relaxed);
+    }
+
     /// From now on every reservation fails.
     pub(super) fn retire(&self) {
         self.next.fetch_or(RETIRED, Relaxed);
@@ -136,6 +141,11 @@ impl Opener {
             key,
             window: Mutex::default(),
         }
+    }
+
+    /// What was received.
+    pub(super) fn window(&self) -> MutexGuard<'_, Window> {
+        self.window.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -63,6 +63,7 @@ mod asks;
 mod checked;
 mod config;
 mod event;
+mod handed;
 mod messages;
 mod mode_news;
 mod news;
@@ -143,6 +144,8 @@ pub struct Tunnel {
     seen_run: u64,
 
     state: State,
+    /// When the peer said goodbye, if it was not heard since.
+    stopped: Option<Instant>,
     closed: bool,
     /// Where the last authenticated datagram came from.
     learned: Option<Endpoint>,
@@ -170,6 +173,8 @@ pub struct Tunnel {
     outgoing: Outgoing,
     incoming: Incoming,
     announced: Paced<Vec<u8>>,
+    /// The peer's last announcement, for a daemon that takes over.
+    said: Option<Vec<u8>>,
     news: news::Outgoing,
     progress: progress_news::Outgoing,
     modes: mode_news::Outgoing,
@@ -195,6 +200,7 @@ impl Tunnel {
             seen: 0,
             seen_run: 0,
             state: State::Connecting,
+            stopped: None,
             closed: false,
             learned: None,
             arrived: Paced::default(),
@@ -218,6 +224,7 @@ impl Tunnel {
             outgoing: Outgoing::new(&config.announcement, now),
             incoming: Incoming::default(),
             announced: Paced::default(),
+            said: None,
             news: news::Outgoing::new(),
             progress: progress_news::Outgoing::default(),
             modes: mode_news::Outgoing::default(),
@@ -238,6 +245,11 @@ impl Tunnel {
     /// Whether the peer is there.
     pub fn state(&self) -> State {
         self.state
+    }
+
+    /// When the peer's daemon was stopped, if it said so and has not come back.
+    pub fn stopped(&self) -> Option<Instant> {
+        self.stopped
     }
 
     /// Where the peer is: where it was last heard, or else where the settings say.
@@ -404,7 +416,7 @@ impl Tunnel {
 
     /// Tells the peer what is not answered, in place of what it was told before.
     pub fn set_news(&mut self, now: Instant, news: &News) {
-        if self.news.replace(news) {
+        if self.news.replace(news) && self.tells() {
             self.send_keepalive(now);
         }
     }
@@ -413,7 +425,7 @@ impl Tunnel {
     /// every half second: what is to be told again is told then.
     pub fn set_progress(&mut self, now: Instant, all: &[(MoveName, Progress)]) {
         self.progress.replace(all);
-        if self.sessions.is_sending() {
+        if self.tells() {
             let news = self.progress.take_news(now);
             self.send_keepalives(now, &news);
         }
@@ -422,7 +434,7 @@ impl Tunnel {
     /// Tells the peer the mode of each move, in place of what it was told before.
     pub fn set_modes(&mut self, now: Instant, all: &[(MoveName, Told)]) {
         let news = self.modes.replace(all);
-        if self.sessions.is_sending() {
+        if self.tells() {
             self.send_keepalives(now, &news);
         }
     }
@@ -430,14 +442,14 @@ impl Tunnel {
     /// Asks the peer whether something listens for these, [`MAX_ASKS`] of them at most. Call it
     /// again as long as that is to be known.
     pub fn ask(&mut self, now: Instant, asks: &[Asked]) {
-        if self.sessions.is_sending() {
+        if self.tells() {
             self.send_keepalives(now, &[asks::encode(asks)]);
         }
     }
 
     /// Tells the peer what it has asked.
     pub fn tell(&mut self, now: Instant, told: &[(Asked, Found)]) {
-        if self.sessions.is_sending() {
+        if self.tells() {
             self.send_keepalives(now, &[asks::encode_told(told)]);
         }
     }
@@ -524,7 +536,7 @@ impl Tunnel {
         let sending = self.sessions.current().into_iter().flat_map(|_| {
             let sent = self.activity.last_sent();
             let down = (self.state == State::Up).then(|| self.silence_since() + timers.down_after);
-            let config = self.outgoing.due();
+            let config = self.outgoing.due().filter(|_| self.tells());
             [
                 Some(self.next_ping),
                 sent.map(|sent| sent + timers.keepalive),
@@ -567,7 +579,7 @@ impl Tunnel {
         if !self.sessions.is_sending() {
             return;
         }
-        if self.outgoing.due().is_some_and(|due| now >= due) {
+        if self.tells() && self.outgoing.due().is_some_and(|due| now >= due) {
             self.send_config(now);
         }
         if now >= self.next_ping {
@@ -979,7 +991,8 @@ impl Tunnel {
     /// When a handshake is wanted, regardless of the pace of attempts; possibly long ago.
     fn handshake_wanted_at(&self) -> Instant {
         let timers = &self.config.timers;
-        let Some(current) = self.sessions.current().filter(|_| !self.forced) else {
+        let current = self.sessions.current().filter(|it| !it.inherited);
+        let Some(current) = current.filter(|_| !self.forced) else {
             return self.next_attempt;
         };
         let session = &current.session;
@@ -1026,6 +1039,9 @@ impl Tunnel {
         self.ping = Some((self.pings, now));
         self.next_ping = now + self.config.timers.ping;
         self.send(now, &ControlMessage::Ping { id: self.pings });
+        if !self.tells() {
+            return;
+        }
         if self.news.again() {
             self.send_keepalive(now);
         }
@@ -1042,7 +1058,8 @@ impl Tunnel {
     }
 
     fn send_keepalive(&mut self, now: Instant) {
-        let news = self.news.bytes();
+        let tells = self.tells();
+        let news = if tells { self.news.bytes() } else { Vec::new() };
         self.send(now, &ControlMessage::Keepalive { news: &news });
     }
 
@@ -1068,6 +1085,7 @@ impl Tunnel {
         match Announcement::decode(&whole) {
             Some(announcement) if announcement.role() == self.config.role.other() => {
                 self.events.push_back(Event::PeerConfig(announcement));
+                self.said = Some(whole);
             }
             _ => self.warn(now, Warning::ConfigUnreadable),
         }
@@ -1131,6 +1149,7 @@ impl Tunnel {
     fn handle_close(&mut self, now: Instant, peer_run: u64) {
         self.sessions.remove_run(peer_run, &mut self.events);
         if self.sessions.current().is_none() {
+            self.stopped = Some(now);
             self.stop_sending();
             self.slow_down(now);
         }
@@ -1258,6 +1277,9 @@ impl Tunnel {
     }
 
     fn set_state(&mut self, state: State) {
+        if state == State::Up {
+            self.stopped = None;
+        }
         self.state = state;
         self.events.push_back(Event::State(state));
     }

@@ -65,9 +65,33 @@ pub(super) struct AgreedSession {
     /// When to show the peer again that we hold the keys. The initiator does so until it hears the
     /// peer.
     pub(super) confirm_at: Option<Instant>,
+    /// An earlier run of this daemon agreed to it.
+    pub(super) inherited: bool,
 }
 
 impl AgreedSession {
+    /// One that an earlier run of this daemon agreed to.
+    pub(super) fn inherited(
+        session: Arc<Session>,
+        origin: Origin,
+        peer_run: u64,
+        usable: bool,
+    ) -> Self {
+        Self {
+            session,
+            origin,
+            peer_run,
+            usable,
+            confirm_at: None,
+            inherited: true,
+        }
+    }
+
+    /// How it was asked for.
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
+    }
+
     fn index(&self) -> u32 {
         self.session.index()
     }
@@ -148,9 +172,26 @@ impl Sessions {
             peer_run,
             usable: false,
             confirm_at: None,
+            inherited: false,
         });
         self.evict(false, MAX_UNCONFIRMED, events);
         Some(index)
+    }
+
+    /// Takes up those of an earlier run, the oldest first, and sends on one of them.
+    pub(super) fn inherit(
+        &mut self,
+        sessions: Vec<AgreedSession>,
+        sending: Option<u32>,
+        events: &mut VecDeque<Event>,
+    ) {
+        for agreed in &sessions {
+            events.push_back(Event::SessionInstalled(Arc::clone(&agreed.session)));
+        }
+        self.all.extend(sessions);
+        if let Some(index) = sending {
+            let _ = self.send_on(index, events);
+        }
     }
 
     /// Shows the peer from now on that we hold the keys of this session.

@@ -1593,6 +1593,7 @@ fn a_clean_shutdown_is_seen_at_once() {
     assert!(pair.sides[OLD].table.is_empty() && pair.sides[OLD].send_on.is_none());
     pair.run(millis(100));
     assert_eq!(pair.sides[NEW].states, [State::Up, State::Down]);
+    assert!(pair.sides[NEW].tunnel().stopped().is_some());
     assert!(pair.sides[NEW].send_on.is_none() && pair.sides[NEW].table.is_empty());
     let tried = pair.sent(NEW, TYPE_INITIATION);
     pair.run(secs(60));
@@ -1601,6 +1602,12 @@ fn a_clean_shutdown_is_seen_at_once() {
     assert!(pair.sides[OLD].drops(DropReason::HandshakeUnexpected) > 0);
     pair.restart(OLD);
     assert!(pair.run_until_agreed(secs(2)) <= millis(100));
+    assert_eq!(pair.sides[NEW].tunnel().stopped(), None);
+    // One that crashes says nothing.
+    pair.kill(OLD);
+    pair.run(secs(60));
+    assert_eq!(pair.sides[NEW].tunnel().state(), State::Down);
+    assert_eq!(pair.sides[NEW].tunnel().stopped(), None);
 }
 
 #[test]
@@ -2010,4 +2017,89 @@ fn a_peer_that_is_away_says_nothing_about_the_path() {
     pair.run(secs(20));
     assert_eq!(pair.sides[OLD].path_mtus, [1472]);
     assert_eq!(pair.sides[NEW].path_mtus, [1472]);
+}
+
+impl Pair {
+    /// Another daemon takes over from the one of that side, which knew nothing of it before.
+    fn take_over(&mut self, side: usize) {
+        let now = self.now;
+        let handed = self.sides[side].tunnel().hand_over(now);
+        self.restart(side);
+        let tunnel = self.sides[side].tunnel.as_mut().unwrap();
+        assert!(tunnel.take_over(now, now, &handed));
+        self.drain(side);
+        for end in (0..handed.len()).step_by(13) {
+            let mut config = self.sides[side].config.clone();
+            config.indexes = SessionIndexes::default();
+            let mut other = Tunnel::new(config, now).unwrap();
+            assert!(!other.take_over(now, now, &handed[..end]), "{end}");
+            assert!(other.poll_event().is_none());
+        }
+    }
+}
+
+#[test]
+fn a_tunnel_that_is_taken_over_loses_nothing_and_tells_everything_anew() {
+    for side in [OLD, NEW] {
+        let mut pair = Pair::up(90 + side as u64);
+        pair.run(secs(30));
+        let mtu = pair.sides[side].tunnel().path_mtu();
+        assert!(mtu > pmtu::BASE, "{mtu}");
+        for at in 0..2 {
+            let (configs, installs) = (
+                pair.sides[1 - side].configs.len(),
+                pair.sides[side].installs,
+            );
+            let heard = pair.sides[side].configs.len();
+            for of in &mut pair.sides {
+                of.got.clear();
+                of.states.clear();
+            }
+            let mut sent = [Vec::new(), Vec::new()];
+            for millisecond in 0..500 {
+                for side in [OLD, NEW] {
+                    sent[side].extend(pair.send_data(side));
+                }
+                pair.run(millis(1));
+                if millisecond == 100 {
+                    pair.take_over(side);
+                }
+                let path_mtu = pair.sides[side].tunnel().path_mtu();
+                assert!(path_mtu >= mtu, "{path_mtu}");
+            }
+            pair.run(secs(1));
+            assert_eq!([sent[OLD].len(), sent[NEW].len()], [500; 2], "{at}");
+            for (side, sent) in [NEW, OLD].into_iter().zip(&mut sent) {
+                pair.sides[side].got.sort_unstable();
+                assert_eq!(pair.sides[side].got, *sent);
+            }
+            let states = &pair.sides[side].states;
+            assert!(!states.contains(&State::Down), "{states:?}");
+            assert_eq!(pair.sides[1 - side].states, [], "the peer noticed");
+            // It has a session of its own by now, and has told what it announces on that.
+            assert!(pair.sides[side].installs > installs);
+            assert!(pair.sides[side].tunnel().tells());
+            assert_eq!(pair.sides[1 - side].configs.len(), configs + 1);
+            // Of the peer's it hears twice: as it was left, and anew.
+            assert_eq!(pair.sides[side].configs.len(), heard + 2);
+            pair.assert_agreed();
+        }
+    }
+}
+
+#[test]
+fn a_daemon_that_was_not_taken_over_from_after_all_agrees_anew() {
+    let mut pair = Pair::up(95);
+    let handed = pair.sides[OLD].tunnel().hand_over(pair.now);
+    drop(handed);
+    let now = pair.now;
+    pair.sides[OLD]
+        .tunnel
+        .as_mut()
+        .unwrap()
+        .give_up_sessions(now);
+    assert!(pair.sides[OLD].tunnel().session().is_none());
+    pair.run(secs(2));
+    pair.assert_agreed();
+    pair.assert_carries();
 }

@@ -129,9 +129,17 @@ impl Reloads {
             again: None,
             prepared,
             keys: Vec::new(),
-            leaves_since: None,
+            leaves_since: (!config.leaving.is_empty()).then(Instant::now),
         };
         (reloads, receiver)
+    }
+
+    /// Why no daemon can take over at present.
+    pub(super) fn forbids_handover(&self) -> Option<&'static str> {
+        if self.busy.is_some() || !self.keys.is_empty() {
+            return Some("the configuration is being read again: wait until that is over");
+        }
+        None
     }
 
     /// When something is due.
@@ -306,6 +314,17 @@ fn calls_itself(running: &Running) -> bool {
 impl Control<'_> {
     /// Reads the configuration again. Whoever asks waits for the answer.
     pub(super) fn reload(&mut self, answer: Option<oneshot::Sender<Answer>>) {
+        if self.is_leaving {
+            let why = "another daemon is about to take over, and reads the configuration itself";
+            warn!(why, "not reloaded; everything goes on as before");
+            notify_reloading();
+            notify_ready(&self.first_line(Instant::now()));
+            if let Some(answer) = answer {
+                let why = why.into();
+                let _ = answer.send(Answer::Refused { input: false, why });
+            }
+            return;
+        }
         if self.reloads.busy.is_some() {
             self.reloads.again.get_or_insert_default().extend(answer);
             return;
@@ -370,7 +389,7 @@ impl Control<'_> {
             // Whoever asked may have gone meanwhile.
             let _ = asked.send(answer.clone());
         }
-        notify_ready(&self.summary());
+        notify_ready(&self.first_line(now));
         if let Some(waiting) = self.reloads.again.take() {
             notify_reloading();
             self.prepare(waiting, prepare);
@@ -446,7 +465,14 @@ impl Control<'_> {
         };
         let after = &self.reloads.running;
         if let Some(orders) = &mut self.orders {
-            orders.set_moves(after.moves(), after.leaving.clone(), after.config.start);
+            let names = after.peers.iter();
+            let names = names.map(|it| it.as_ref().map(|it| it.keys.name()));
+            orders.set_moves(
+                after.moves(),
+                after.leaving.clone(),
+                names.collect(),
+                after.config.start,
+            );
         }
         // Who judges has to know of more before programs hand it over, and of less afterwards.
         let taken = match &programs {
@@ -623,7 +649,7 @@ impl Control<'_> {
                 allow_outgoing: peer.map_or(&[][..], |peer| &peer.allow_outgoing),
                 name: peer.map(|peer| peer.keys.name()),
             };
-            let gate = common.make(&part, &earlier);
+            let gate = common.make(&part, earlier);
             if let Some(taken) = taken {
                 gate.set_taken(Arc::clone(taken));
             }
@@ -811,7 +837,7 @@ impl Control<'_> {
             return;
         };
         let passed = now.saturating_duration_since(since);
-        if self.reloads.busy.is_some() || passed < LEAVES_AFTER {
+        if self.is_leaving || self.reloads.busy.is_some() || passed < LEAVES_AFTER {
             return;
         }
         let leaving = self.reloads.running.leaving.iter();

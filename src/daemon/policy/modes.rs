@@ -12,6 +12,7 @@
 //! A mode is a move's, whoever the new server is: it says whether the old one serves.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,21 @@ pub(in super::super) struct Record {
     pub(in super::super) boot: String,
     /// The moves.
     pub(in super::super) moves: Vec<Kept>,
+    /// What the new servers may have connections of, until the daemon is stopped.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(in super::super) carried: Vec<Carried>,
+}
+
+/// What is captured for a peer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(in super::super) struct Carried {
+    /// As `--move` names it.
+    #[serde(rename = "move")]
+    pub(in super::super) moved: String,
+    /// What tells the peer from others ([`PeerKeys::name`]).
+    ///
+    /// [`PeerKeys::name`]: crate::channel::session::PeerKeys::name
+    pub(in super::super) peer: NonZeroU64,
 }
 
 /// What is kept of one move.
@@ -520,6 +536,12 @@ impl Modes {
         })
     }
 
+    /// Whether something is held, or a cut-over is running.
+    pub(in super::super) fn is_busy(&self) -> bool {
+        let mut moves = self.moves.iter();
+        !self.cutovers.is_empty() || moves.any(|it| it.mode.held_until.is_some())
+    }
+
     /// The process whose cut-over a move is in, if there is one.
     pub(in super::super) fn cutover_of(&self, place: usize) -> Option<i32> {
         let takes = |it: &&Cutover| it.moves.binary_search(&place).is_ok();
@@ -582,6 +604,7 @@ impl Modes {
             share_key: self.key,
             boot: self.boot.clone(),
             moves: moves.collect(),
+            carried: Vec::new(),
         }
     }
 }

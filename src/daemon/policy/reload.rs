@@ -75,10 +75,11 @@ impl Running {
             peers: config.peers.iter().cloned().map(Some).collect(),
             config: Config {
                 peers: Vec::new(),
+                leaving: Vec::new(),
                 warnings: Vec::new(),
                 ..config.clone()
             },
-            leaving: Vec::new(),
+            leaving: config.leaving.clone(),
             names: config.peers.iter().any(is_named),
         }
     }
@@ -162,6 +163,7 @@ impl Running {
         let mut next = Self {
             config: Config {
                 peers: Vec::new(),
+                leaving: Vec::new(),
                 warnings: Vec::new(),
                 ..config.clone()
             },
@@ -205,6 +207,7 @@ impl Running {
             no_split,
             without,
             rekey_after: _,
+            leaving: _,
             warnings: _,
             given: _,
         } = next;

@@ -218,6 +218,16 @@ impl Capture {
         Ok(desired)
     }
 
+    /// Loads what otherwise waits until it is wanted.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn load_all(&self) -> Result<(), PlanError> {
+        let back = programs::return_path(&self.facts, self.tun.index)?;
+        self.loaded.get(&back)?;
+        Ok(())
+    }
+
     /// Whether replies of IPv4 leave by their routes. Else they leave by the uplink.
     pub fn follows_routes(&self) -> bool {
         if self.tun.is_planned() {

@@ -543,6 +543,15 @@ impl Steering {
         self.listening.as_ref()?.at(protocol, end, links)
     }
 
+    /// Loads all programs but that of the loopback interface, which otherwise waits until they are
+    /// wanted.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn load_all(&self, tun: &Link) -> Result<(), PlanError> {
+        self.loaded(tun).map(drop)
+    }
+
     fn loaded(&self, tun: &Link) -> Result<&Loaded, PlanError> {
         if let Some(loaded) = self.loaded.get() {
             return Ok(loaded);

@@ -1,0 +1,361 @@
+//! The next daemon's side of a handover: what it is given by the one that runs, or by the service
+//! manager, which kept it.
+//!
+//! Owns what is asked of whoever runs, and what has to be the same for that: queues and sockets
+//! cannot become others. If it is not, or is not understood, the daemon starts as after a crash.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tracing::{info, warn};
+
+use super::giving::{self, CHECKS, SWITCH};
+use super::state::State;
+use super::{About, Ask, Descriptors, Reply, Talk, VERSION, Word};
+use crate::daemon::control_socket;
+use crate::daemon::kept::{self, Kept};
+use crate::daemon::service::{DaemonError, Result, input, system};
+use crate::daemon::status_socket::{self, StatusError};
+use crate::daemon::viewers;
+use crate::io::tun::{TunFeatures, TunOptions, TunQueue};
+use crate::io::udp::{UdpOptions, UdpSocket};
+use crate::kernel::{Host, namespace_dir};
+use crate::model::runtime::HANDOVER_SOCKET;
+use crate::settings::config::Config;
+
+/// How long a killed daemon may take to be gone.
+const GONE: Timespec = Timespec {
+    tv_sec: 10,
+    tv_nsec: 0,
+};
+
+/// What another daemon leaves to this one.
+#[derive(Debug)]
+pub(in crate::daemon) struct Inheritance {
+    about: About,
+    from: Giver,
+    queues: Vec<OwnedFd>,
+    sockets: Vec<OwnedFd>,
+    state: Option<State>,
+}
+
+/// Who gives it.
+#[derive(Debug)]
+enum Giver {
+    /// The daemon that runs.
+    Daemon(Talk),
+    /// The service manager.
+    Manager,
+}
+
+/// The sockets on which a daemon listens.
+#[derive(Debug)]
+pub(in crate::daemon) struct Places {
+    /// The lock of its directory, if another one shares it.
+    pub(in crate::daemon) lock: Option<OwnedFd>,
+    /// That of its state directory, if another one shares it.
+    pub(in crate::daemon) state_dir: Option<OwnedFd>,
+    /// Where `ipmoved status` connects.
+    pub(in crate::daemon) status: UnixListener,
+    /// Where the next daemon connects.
+    pub(in crate::daemon) handover: UnixListener,
+    /// Where commands connect.
+    pub(in crate::daemon) commands: UnixListener,
+    /// Where others connect who look at the daemon, if another one shares them.
+    pub(in crate::daemon) viewers: Option<viewers::Sockets>,
+}
+
+impl Places {
+    /// Opens those of a daemon that holds the lock of this directory.
+    ///
+    /// # Errors
+    /// If they cannot be made.
+    pub(in crate::daemon) fn open(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            lock: None,
+            state_dir: None,
+            status: status_socket::listen(dir)?,
+            handover: giving::listen(dir)?,
+            commands: control_socket::listen(dir)?,
+            viewers: None,
+        })
+    }
+}
+
+/// What was found at the start.
+#[derive(Debug, Default)]
+pub(in crate::daemon) struct Found {
+    /// What can be gone on with.
+    pub(in crate::daemon) inheritance: Option<Inheritance>,
+    /// What a daemon that runs shares.
+    pub(in crate::daemon) places: Option<Places>,
+    /// The memory of an earlier daemon's programs.
+    pub(in crate::daemon) memory: Vec<OwnedFd>,
+}
+
+impl Found {
+    /// Looks for a daemon that leaves something: with `--takeover` one that runs, else one whose
+    /// service manager `kept` it.
+    ///
+    /// # Errors
+    /// If the daemon that runs does not hand itself over, or not for these settings.
+    pub(in crate::daemon) fn new(
+        config: &Config,
+        base: &Path,
+        kept: Kept,
+        takeover: bool,
+    ) -> Result<Self> {
+        let Kept {
+            memory,
+            queues,
+            sockets,
+            state,
+        } = kept;
+        if let Some(state) = state {
+            // What is left of it must not be found once more.
+            kept::forget();
+            let read = State::read(state).and_then(|(about, state)| {
+                let inheritance = Inheritance {
+                    about,
+                    from: Giver::Manager,
+                    queues,
+                    sockets,
+                    state: Some(state),
+                };
+                inheritance.fits(config)?;
+                Ok(inheritance)
+            });
+            let inheritance = read
+                .map_err(|why| {
+                    warn!(
+                        why,
+                        "starting as after a crash, since this daemon cannot go on with what the \
+                         last one left; connections go on after a pause"
+                    );
+                })
+                .ok();
+            return Ok(Self {
+                inheritance,
+                memory,
+                ..Self::default()
+            });
+        }
+        if takeover {
+            return Self::from_running(config, base);
+        }
+        Ok(Self {
+            memory,
+            ..Self::default()
+        })
+    }
+
+    fn from_running(config: &Config, base: &Path) -> Result<Self> {
+        let dir = namespace_dir(base).map_err(system)?;
+        let talk = match status_socket::connect(&dir.join(HANDOVER_SOCKET)) {
+            Ok(stream) => Talk(stream),
+            Err(StatusError::NotRunning(_)) => return Ok(Self::default()),
+            Err(error) => return Err(DaemonError::Running(error.into())),
+        };
+        let broken = |error: io::Error| running(format!("the daemon that runs broke off: {error}"));
+        talk.patient(SWITCH).map_err(broken)?;
+        let ask = Ask::TakeOver { version: VERSION };
+        talk.say(&ask, &[]).map_err(broken)?;
+        let (about, given) = match talk.hear().map_err(broken)? {
+            (Reply::Offer(about), given) => (about, given),
+            (Reply::Refused(why), _) => return Err(running(why)),
+            (Reply::State | Reply::Go, _) => return Err(running("it says something else")),
+        };
+        talk.patient(CHECKS).map_err(broken)?;
+        let pid = about.pid;
+        let descriptors = Descriptors::of(&about, given);
+        let descriptors = descriptors.ok_or_else(|| running("it gives something else"))?;
+        let inheritance = Inheritance {
+            about,
+            from: Giver::Daemon(talk),
+            queues: descriptors.queues,
+            sockets: descriptors.sockets,
+            state: None,
+        };
+        (inheritance.fits(config))
+            .map_err(|why| input(format!("{why}, so this one cannot take over from it")))?;
+        info!(pid, "taking over from the daemon that runs");
+        Ok(Self {
+            inheritance: Some(inheritance),
+            places: Some(Places {
+                lock: Some(descriptors.lock),
+                state_dir: descriptors.state_dir,
+                status: descriptors.status.into(),
+                handover: descriptors.handover.into(),
+                commands: descriptors.commands.into(),
+                viewers: Some(viewers::Sockets::adopt(
+                    descriptors.flows,
+                    descriptors.metrics,
+                )),
+            }),
+            memory: descriptors.memory,
+        })
+    }
+}
+
+impl Inheritance {
+    /// Whether a daemon with these settings can go on with it.
+    ///
+    /// # Errors
+    /// Why not.
+    fn fits(&self, config: &Config) -> std::result::Result<(), String> {
+        let About {
+            role, tun, lanes, ..
+        } = &self.about;
+        if *role != config.role {
+            return Err(format!("the last daemon was that of the {role} server"));
+        }
+        if *tun != config.tun {
+            return Err(format!("the last daemon had --tun {tun}"));
+        }
+        if *lanes != usize::from(config.lanes) {
+            return Err(format!("the last daemon had --lanes {lanes}"));
+        }
+        if [self.queues.len(), self.sockets.len()] != [*lanes; 2] {
+            return Err("not all of what the last daemon had is left".into());
+        }
+        let first = self.sockets.first().and_then(|it| it.try_clone().ok());
+        let bound = first.and_then(|it| std::net::UdpSocket::from(it).local_addr().ok());
+        let bound = bound.ok_or("the last daemon had no UDP socket")?;
+        let is_same = match config.listen.ip {
+            Some(ip) => ip == bound.ip(),
+            None => bound.ip().is_unspecified(),
+        };
+        if !is_same || config.listen.port != bound.port() {
+            return Err(format!("the last daemon had --listen {bound}"));
+        }
+        Ok(())
+    }
+
+    /// The queues of the TUN.
+    pub(in crate::daemon) fn take_queues(
+        &mut self,
+        options: TunOptions,
+    ) -> (Vec<TunQueue>, TunFeatures) {
+        let queues = std::mem::take(&mut self.queues).into_iter();
+        let queues = queues.map(|queue| TunQueue::adopt(queue, options));
+        let features = TunFeatures {
+            uso: self.about.uso,
+        };
+        (queues.collect(), features)
+    }
+
+    /// The sockets of the tunnel.
+    ///
+    /// # Errors
+    /// If they are none.
+    pub(in crate::daemon) fn take_sockets(
+        &mut self,
+        options: UdpOptions,
+    ) -> io::Result<Vec<UdpSocket>> {
+        UdpSocket::adopt_lanes(std::mem::take(&mut self.sockets), options)
+    }
+
+    /// From now on the other daemon carries no packets. They wait until this one does.
+    ///
+    /// # Errors
+    /// If it does not stop, or its state is not understood: then it goes on.
+    pub(in crate::daemon) fn stop_the_other(&mut self) -> Result<()> {
+        let Giver::Daemon(talk) = &self.from else {
+            return Ok(());
+        };
+        let heard = talk.say(&Word::Ready, &[]).and_then(|()| talk.hear());
+        let state = match heard.map_err(not_taken_over)? {
+            (Reply::State, mut given) => given.pop(),
+            (Reply::Refused(why), _) => return Err(not_taken_over(why)),
+            (Reply::Offer(_) | Reply::Go, _) => None,
+        };
+        let state = state.ok_or_else(|| not_taken_over("it gives no state"))?;
+        self.state = Some(State::read(state).map_err(not_taken_over)?.1);
+        Ok(())
+    }
+
+    /// Whether another daemon runs, and goes on if this one fails.
+    pub(in crate::daemon) fn is_of_running(&self) -> bool {
+        match &self.from {
+            Giver::Daemon(_) => true,
+            Giver::Manager => false,
+        }
+    }
+
+    /// What the other daemon knew.
+    pub(in crate::daemon) fn state(&self) -> Option<&State> {
+        self.state.as_ref()
+    }
+
+    /// This daemon has all of it, and is the one that runs from now on. Call it before the first
+    /// packet is carried.
+    ///
+    /// # Errors
+    /// If the other one goes on instead.
+    pub(in crate::daemon) fn take_charge(&self, host: &mut Host) -> Result<()> {
+        let from = self.about.pid;
+        if let Giver::Daemon(talk) = &self.from {
+            let patient = talk.patient(Duration::from_secs(5));
+            let told = patient.and_then(|()| talk.say(&Word::Taken, &[]));
+            let heard = told.and_then(|()| talk.hear::<Reply>());
+            match heard.map_err(not_taken_over)?.0 {
+                Reply::Go => {}
+                Reply::Offer(_) | Reply::State | Reply::Refused(_) => {
+                    return Err(not_taken_over("it goes on"));
+                }
+            }
+            if let Err(error) = host.take_charge() {
+                warn!(%error, "the lock names the last daemon");
+            }
+        }
+        info!(pid = from, "took over; no connection was lost");
+        Ok(())
+    }
+}
+
+/// Ends a daemon that cannot hand itself over: what it has made in the kernel stays, as after a
+/// crash, so that nothing is reset.
+///
+/// # Errors
+/// If that cannot be done, or somebody would start it again.
+pub(in crate::daemon) fn end_older(pid: &str) -> Result<()> {
+    let failed = |why: String| running(format!("the daemon that runs (pid {pid}): {why}"));
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let mut variables = environment.split(|&byte| byte == 0);
+    if variables.any(|it| it.starts_with(b"NOTIFY_SOCKET=")) {
+        return Err(failed(OF_A_MANAGER.into()));
+    }
+    let number = pid.parse().ok().and_then(Pid::from_raw);
+    let number = number.ok_or_else(|| failed("its process is not known".into()))?;
+    let process = pidfd_open(number, PidfdFlags::empty());
+    let process = process.map_err(|error| failed(error.to_string()))?;
+    warn!(
+        pid,
+        "the daemon that runs is another version, which cannot hand itself over: killing it and \
+         starting as after a crash; connections go on after a pause"
+    );
+    pidfd_send_signal(&process, Signal::KILL).map_err(|error| failed(error.to_string()))?;
+    let mut ended = [PollFd::new(&process, PollFlags::IN)];
+    match poll(&mut ended, Some(&GONE)) {
+        Ok(1..) => Ok(()),
+        Ok(0) | Err(_) => Err(failed("it does not end".into())),
+    }
+}
+
+/// Why a daemon that is a service does not hand itself over to another one.
+pub(in crate::daemon) const OF_A_MANAGER: &str =
+    "it is a service, which its manager would start again: `systemctl restart ipmoved` takes over";
+
+fn running(why: impl Into<String>) -> DaemonError {
+    DaemonError::Running(format!("cannot take over: {}", why.into()).into())
+}
+
+/// This daemon could not take over, and the other one goes on.
+pub(in crate::daemon) fn not_taken_over(why: impl ToString) -> DaemonError {
+    DaemonError::NotTakenOver(why.to_string().into())
+}
