@@ -111,6 +111,24 @@ fn marks() -> Vec<(&'static str, String, &'static str)> {
             ip link del wg0
             echo 0 > /proc/sys/net/ipv4/conf/all/src_valid_mark",
         ),
+        // As squid, HAProxy, Istio and go-mmproxy have it.
+        (
+            "a transparent proxy's table",
+            nft("table inet marks {
+                chain prerouting {
+                    type filter hook prerouting priority mangle;
+                    tcp dport 3129 meta mark set 1
+                }
+            }") + "ip rule add pref 50 fwmark 1 lookup 100
+            ip -6 rule add pref 50 fwmark 1 lookup 100
+            ip route add local default dev lo table 100
+            ip -6 route add local default dev lo table 100",
+            "nft delete table inet marks
+            ip rule del pref 50
+            ip -6 rule del pref 50
+            ip route del local default dev lo table 100
+            ip -6 route del local default dev lo table 100",
+        ),
         (
             "kube-proxy's bits",
             nft("table inet marks {

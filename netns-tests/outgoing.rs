@@ -19,6 +19,7 @@ use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, OLD
 use ipmoved::lab::{
     Capture, Client, DaemonSetup, Daemons, Lab, LabError, Probe, Service, UdpService, poll_until,
 };
+use socket2::{Domain, Socket, Type};
 
 use crate::hairpin::{self, docker, run_container};
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
@@ -86,6 +87,25 @@ fn seen_by(lab: &Lab, command: &mut Command) -> Result<IpAddr> {
         .ok_or_else(|| LabError::unexpected(format!("{said:?}")))
 }
 
+/// Somebody answers a socket that is bound to a moved address and to the uplink.
+fn answers_on_the_uplink(lab: &Lab, (moved, kind): (IpAddr, Type), to: SocketAddr) -> Result {
+    let failed = |error: std::io::Error| LabError::unexpected(format!("{to}: {error}"));
+    let socket = lab.new_server().run(|| {
+        let socket = Socket::new(Domain::for_address(to), kind, None).map_err(failed)?;
+        socket.bind_device(Some(b"eth0")).map_err(failed)?;
+        (socket.bind(&SocketAddr::new(moved, 0).into())).map_err(failed)?;
+        socket.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        Ok(socket)
+    })?;
+    (socket.connect_timeout(&to.into(), PATIENCE)).map_err(failed)?;
+    if kind == Type::DGRAM {
+        socket.send(b"by the uplink").map_err(failed)?;
+        let mut told = &socket;
+        std::io::Read::read(&mut told, &mut [0; 64]).map_err(failed)?;
+    }
+    Ok(())
+}
+
 /// Nothing had a moved address on the new server's uplink.
 fn is_not_bare(seen: &Capture) {
     for addr in [IpAddr::from(MOVED), MOVED6.into()] {
@@ -125,6 +145,11 @@ fn programs_bound_to_the_moved_address_speak_as_it() -> Result {
             }
             assert!(games.peers().iter().all(|peer| peer.ip() == moved));
             program.ping(other, 56)?;
+            // One that is bound to the interface as well.
+            for kind in [Type::STREAM, Type::DGRAM] {
+                let port = if kind == Type::STREAM { 25 } else { 27_010 };
+                answers_on_the_uplink(&lab, (moved, kind), (other, port).into())?;
+            }
             // What it cannot reach says so.
             assert_eq!(program.probe_tcp((other, 26), PATIENCE)?, Probe::Refused);
             assert_eq!(program.probe_udp((other, 26), PATIENCE)?, Probe::Refused);

@@ -504,3 +504,79 @@ fn a_lease_of_the_moved_address_is_renewed() -> Result {
     );
     Ok(())
 }
+
+/// As a TFTP server does (RFC 1350 section 4), and as VXLAN, whose datagrams go to one port in both
+/// directions, from ports that say what is inside.
+#[test]
+fn what_comes_from_another_port_than_was_asked_stays_its_own() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&FAMILIES);
+    let _application = Application::start(&lab, 40_069)?;
+    let daemons = setup.start_both()?;
+    clients_are_served(&lab, 40_069)?;
+    let old = lab.old_server();
+    let transfers = || -> Result {
+        for (moved, remote, _) in ENDS {
+            let far = bound(lab.clients(), SocketAddr::new(remote, 69))?;
+            let asks = bound(old, SocketAddr::new(moved, 0))?;
+            asks.send_to(b"read", (remote, 69)).map_err(unexpected)?;
+            hears(&far, b"read")?;
+            let from = asks.local_addr().map_err(unexpected)?;
+            let transfer = bound(lab.clients(), SocketAddr::new(remote, 0))?;
+            for _ in 0..2 {
+                transfer.send_to(b"block", from).map_err(unexpected)?;
+                hears(&asks, b"block")?;
+                let to = transfer.local_addr().map_err(unexpected)?;
+                asks.send_to(b"acknowledged", to).map_err(unexpected)?;
+                hears(&transfer, b"acknowledged")?;
+            }
+            // A service of the old server's at such a port, which has not asked this client.
+            let waits = bound(old, SocketAddr::new(moved, 40_069));
+            lab.client().udp((moved, 40_069), b"request")?;
+            drop(waits);
+        }
+        Ok(())
+    };
+    transfers()?;
+    let tunnel = |host: &Namespace, local, remote, inside| {
+        let line = format!(
+            "ip link add vx0 type vxlan id 7 local {local} remote {remote} dstport 4789
+             ip addr add {inside}/24 dev vx0; ip link set vx0 up"
+        );
+        run(host, &line)
+    };
+    if run(
+        old,
+        "ip link add vx9 type vxlan id 9 dstport 4790; ip link del vx9",
+    )
+    .is_err()
+    {
+        return Ok(());
+    }
+    tunnel(old, MOVED, CLIENT, "10.78.0.1")?;
+    tunnel(lab.clients(), CLIENT, MOVED, "10.78.0.2")?;
+    let ends = [[10, 78, 0, 1], [10, 78, 0, 2]].map(Ipv4Addr::from);
+    // Who is on the other side speaks first, before anything has shown that it is a tunnel.
+    let far = Client::new(lab.clients(), ends[1], CLIENT6);
+    let _ = far.probe_udp((ends[0], 7), Duration::from_millis(100));
+    let near = Client::new(old, ends[0], MOVED6);
+    let through = |patience| -> Result {
+        let services = [
+            Service::start(old, ends[0])?,
+            Service::start(lab.clients(), ends[1])?,
+        ];
+        for (who, to) in [(&near, ends[1]), (&far, ends[0])] {
+            let served = poll_until(patience, Duration::from_millis(50), || who.get(to).ok());
+            served.ok_or_else(|| LabError::unexpected(format!("{to} is not reached")))?;
+        }
+        drop(services);
+        Ok(())
+    };
+    through(PATIENCE)?;
+    daemons.old.kill()?;
+    through(PATIENCE)?;
+    let mut again = setup.start(Role::Old)?;
+    again.wait_until_up()?;
+    through(PATIENCE)?;
+    clients_are_served(&lab, 40_069)
+}

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, MOVED, MOVED6, NEW, NEW6};
-use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, Service, UdpService, poll_until};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, Probe, Service, UdpService, poll_until};
 use serde_json::Value;
 
 use crate::behind_dnat::has;
@@ -506,4 +506,51 @@ fn what_takes_the_answers_is_named() -> Result {
         assert!(text.contains(part), "{part}: {text}");
     }
     Ok(())
+}
+
+/// The new server answers, and the old one cannot send it on; and nothing can come any more.
+#[test]
+fn what_does_not_leave_or_reach_the_old_server_is_named() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?.moves(&["192.0.2.5:80/tcp", "[2001:db8:a::5]:80/tcp"]);
+    let new = lab.new_server();
+    let _served = [
+        Service::start(new, at(NEW, 80))?,
+        Service::start(new, at(NEW6, 80))?,
+    ];
+    let _daemons = setup.start_both()?;
+    let old = lab.old_server();
+    for (moved, what, by, network) in [
+        (MOVED.into(), "192.0.2.5:80/tcp", "ip", "203.0.113.0/24"),
+        (
+            std::net::IpAddr::from(MOVED6),
+            "[2001:db8:a::5]:80/tcp",
+            "ip -6",
+            "2001:db8:c::/64",
+        ),
+    ] {
+        lab.client().get(moved)?.for_the_client_itself()?;
+        sh(old, &[&format!("{by} route add unreachable {network}")])?;
+        let probe = lab.client().probe_tcp((moved, 80), PAUSE)?;
+        assert_eq!(probe, Probe::Silent);
+        becomes(&setup, Role::Old, what, ("silent", "no_route"))?;
+        becomes(&setup, Role::New, what, ("silent", "old_server"))?;
+        sh(old, &[&format!("{by} route del unreachable {network}")])?;
+        state_becomes(&setup, Role::Old, what, "ok")?;
+        state_becomes(&setup, Role::New, what, "ok")?;
+        lab.client().get(moved)?.for_the_client_itself()?;
+    }
+    let says = |lost: bool| {
+        let said = poll_until(SECONDS, PAUSE, || {
+            let warnings = setup.status(Role::Old).ok()?.0["warnings"].to_string();
+            (warnings.contains("no longer configured on this server: 192.0.2.5") == lost)
+                .then_some(())
+        });
+        said.ok_or_else(|| LabError::unexpected(format!("lost: {lost}")))
+    };
+    says(false)?;
+    lab.set_address(old, "eth0", MOVED, 24, false)?;
+    says(true)?;
+    lab.set_address(old, "eth0", MOVED, 24, true)?;
+    says(false)
 }

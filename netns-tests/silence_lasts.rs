@@ -209,9 +209,29 @@ fn silence_stays_named_while_daemons_are_restarted_and_killed_until_it_is_mended
         daemons.wait_until_up()?;
         all_are_named(&setup)?;
     }
-    daemons.terminate()?;
-    let _daemons = setup.start_both()?;
-    all_are_named(&setup)?;
+    // One is stopped, and the other one goes on to say what it knows, beside that one being away.
+    for role in BOTH {
+        let (stopped, other) = split(daemons, role);
+        stopped.terminate()?;
+        let stays = if role == Role::Old {
+            Role::New
+        } else {
+            Role::Old
+        };
+        first_line_becomes(&setup, stays, |line| {
+            !line.contains(": up") || line.contains("nothing was heard")
+        })?;
+        for (what, bad, _) in faults() {
+            assert_eq!(
+                state(&setup, stays, &what)?.0,
+                bad,
+                "{what} without the {role}"
+            );
+        }
+        daemons = join(role, setup.start(role)?, other);
+        daemons.wait_until_up()?;
+        all_are_named(&setup)?;
+    }
     // All is mended, and the clients are still there.
     sh(
         new,

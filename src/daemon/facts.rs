@@ -14,6 +14,7 @@
 //! | by a gateway, wherever | if private |
 //! | shorter than /8 or /16 (half of the Internet, as VPNs have it), not private | no |
 //! | more than one address that is local (`local 192.0.2.0/24 dev lo`) | yes |
+//! | the same in a table of its own, as of transparent proxies, or too short | no |
 //!
 //! Behind a link without neighbours may lie what is behind its other end, the whole Internet in a
 //! hundred pieces included.
@@ -30,7 +31,7 @@ use super::policy::Addresses;
 use super::setup::Uplinks;
 use crate::flow::networks::OwnNetwork;
 use crate::kernel::netlink::{
-    Address, Family, Link, ListedRoute, Netlink, NetlinkError, RouteKind,
+    Address, Family, Link, ListedRoute, Netlink, NetlinkError, RouteKind, TABLE_LOCAL, TABLE_MAIN,
 };
 use crate::kernel::plan::PUBLIC;
 use crate::model::prefix::Prefix;
@@ -255,14 +256,19 @@ fn own(listed: &ListedRoute, links: &[Link]) -> Option<(Prefix, u32)> {
     let prefix = Prefix::of(route.dst.0, route.dst.1);
     let index = route.dev?;
     let link = links.iter().find(|link| link.index == index)?;
+    let shortest = if prefix.is_ipv4() { 8 } else { 16 };
+    let is_network = prefix.len() >= shortest || is_private(&prefix);
     let own = match route.kind {
-        // Each single one is among the addresses.
-        RouteKind::Local => !prefix.is_single() && !prefix.first().is_loopback(),
+        // Each single one is among the addresses. What transparent proxies take lies in a table of
+        // theirs, mostly all addresses there are, behind a mark: these are somebody else's.
+        RouteKind::Local => {
+            let for_all = matches!(route.table, TABLE_LOCAL | TABLE_MAIN);
+            for_all && is_network && !prefix.is_single() && !prefix.first().is_loopback()
+        }
         RouteKind::Unicast if link.loopback => false,
         RouteKind::Unicast => {
-            let shortest = if prefix.is_ipv4() { 8 } else { 16 };
             let has_neighbours = listed.by_kernel || link.mac.is_some();
-            let connected = route.via.is_none() && has_neighbours && prefix.len() >= shortest;
+            let connected = route.via.is_none() && has_neighbours && is_network;
             connected || is_private(&prefix)
         }
         RouteKind::Blackhole | RouteKind::Other(_) => false,
@@ -407,6 +413,12 @@ mod tests {
         assert_eq!(of_kind("192.0.2.5", RouteKind::Local), 0);
         assert_eq!(of_kind("127.0.0.0/8", RouteKind::Local), 0);
         assert_eq!(of_kind("10.0.0.0/8", RouteKind::Blackhole), 0);
+        // What transparent proxies, meshes and PROXY-protocol daemons take.
+        assert_eq!(of_kind("0.0.0.0/0", RouteKind::Local), 0);
+        assert_eq!(of_kind("2000::/3", RouteKind::Local), 0);
+        let mut listed = route("203.0.113.0/24", None, 1, false);
+        (listed.route.kind, listed.route.table) = (RouteKind::Local, 133);
+        assert!(routed(&[listed]).networks.is_empty());
         assert_eq!(of_kind("10.0.0.0/8", RouteKind::Unicast), 0, "on lo");
     }
 

@@ -13,6 +13,7 @@
 //! event was about: a look finds everything that matters, and changes what differs. So a lost event
 //! costs nothing, and an event that the daemon has caused itself costs one look.
 
+use std::collections::BTreeSet;
 use std::future::pending;
 use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
@@ -25,19 +26,21 @@ use tracing::{debug, info, warn};
 
 use super::before_ours::BeforeOurs;
 use super::facts::of_default_routes;
+use super::held;
 use super::service::{Result, system, warn_of_left};
 use super::setup::{Uplinks, find_uplinks};
 use super::warnings::Warnings;
 use crate::flow::ended::HostFlow;
 use crate::flow::modes::Taken;
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink};
+use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink, RouteKind};
 use crate::kernel::plan::{self, PlanError};
 use crate::kernel::steer::Steering;
 use crate::kernel::{Change, Desired, Host, HostError, keep};
 use crate::model::drops::DropReason;
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
+use crate::model::prefix::Prefix;
 
 /// The least time between two looks. The first event of a burst is answered at once, and whatever
 /// comes within this time by one look at its end. It is short, since a link that was made anew
@@ -58,6 +61,16 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 /// reached by more than a handful. The kernel lists the qdiscs of all links whenever it is asked
 /// for those of one, so that a look at this many takes some 50 ms.
 const MAX_LINKS: usize = 256;
+
+/// How the line begins that says so, and the one about a link that cannot carry them.
+const TOO_MANY: &str = "too many interfaces";
+
+fn unserved(link: &Link) -> String {
+    format!("clients that use {} are not served: ", link.name)
+}
+
+/// How the line begins about moved addresses that this server has no longer.
+const LOST: &str = "no longer configured on this server: ";
 
 /// When the next look may be.
 #[derive(Debug, Default)]
@@ -197,8 +210,13 @@ pub(super) struct Follower {
     ways_out: Vec<u32>,
     /// Whether they are there.
     there: bool,
-    /// How many links there are beyond [`MAX_LINKS`].
+    /// How many links there are beyond [`MAX_LINKS`], and how many there were at the last look.
     beyond: usize,
+    told_beyond: usize,
+    /// The moved addresses that this server has, or had; and those that it has no longer (old
+    /// server).
+    had: BTreeSet<Prefix>,
+    lost: Vec<Prefix>,
     /// Every link of the last look.
     links: Vec<(u32, String)>,
     /// What was last planned for the TUN.
@@ -229,6 +247,9 @@ impl Follower {
             uplinks,
             ways_out: Vec::new(),
             beyond: 0,
+            told_beyond: 0,
+            had: BTreeSet::new(),
+            lost: Vec::new(),
             links: Vec::new(),
             on_tun: Vec::new(),
             before_ours: Vec::new(),
@@ -491,6 +512,8 @@ impl Follower {
             }
         };
         let wanted = self.wanted(&links);
+        self.look_for_beyond(now, known);
+        self.look_for_lost(now, host.netlink(), addresses, known);
         // A link that is down, or without an address for a moment, keeps its programs.
         let there = |known: &&Link| {
             let mut links = links.iter();
@@ -600,11 +623,13 @@ impl Follower {
             Ok(false) => {}
             Ok(true) => {
                 debug!(interface = link.name, "clients may use this interface");
+                known.withdraw_own(|line| line.starts_with(&unserved(link)));
                 self.carrying.push(link.clone());
             }
+            // It went away meanwhile, as those of containers do: nobody uses it any more.
+            Err(_) if matches!(host.netlink().link_by_index(link.index), Ok(None)) => {}
             Err(reason) => {
-                let text = format!("clients that use {} are not served: {reason}", link.name);
-                if known.keep(now, text) {
+                if known.keep(now, format!("{}{reason}", unserved(link))) {
                     not_served(link, &reason);
                 }
             }
@@ -780,6 +805,11 @@ impl Follower {
         &self.before_ours
     }
 
+    /// Whether every reply leaves by the interface that the settings name (old server).
+    pub(super) fn sends_by_name(&self) -> bool {
+        self.settings.named.is_some()
+    }
+
     /// Whether a link is the TUN.
     pub(super) fn is_tun(&self, index: u32) -> bool {
         self.tun.index == index
@@ -820,16 +850,68 @@ impl Follower {
             }
         }
         links.sort_by_key(|link| !self.uplinks.contains(link.index));
-        let beyond = links.len().saturating_sub(MAX_LINKS);
-        if beyond > self.beyond {
-            warn!(
-                most = MAX_LINKS,
-                beyond, "too many interfaces; some are not served"
-            );
-        }
-        self.beyond = beyond;
+        self.beyond = links.len().saturating_sub(MAX_LINKS);
         links.truncate(MAX_LINKS);
         links
+    }
+
+    /// Says that there are more links than can carry the programs, as long as that is so.
+    fn look_for_beyond(&mut self, now: Instant, known: &mut Warnings) {
+        known.withdraw_own(|line| line.starts_with(TOO_MANY) && self.beyond == 0);
+        if self.beyond > self.told_beyond {
+            let text = format!(
+                "{TOO_MANY}: {} more than the {MAX_LINKS} that ipmoved serves; clients behind \
+                 those that came last are not served",
+                self.beyond
+            );
+            known.withdraw_own(|line| line.starts_with(TOO_MANY));
+            known.warn(now, text);
+        }
+        self.told_beyond = self.beyond;
+    }
+
+    /// Looks for moved addresses that this server had and has no longer (old server): as a lease
+    /// that was not renewed, or an address that somebody has taken off. Nothing else shows it,
+    /// since what does not come in is not missed.
+    fn look_for_lost(
+        &mut self,
+        now: Instant,
+        netlink: &Netlink,
+        addresses: &[Address],
+        known: &mut Warnings,
+    ) {
+        if matches!(self.programs, Programs::New(_)) {
+            return;
+        }
+        let singles = self.settings.moves.iter().map(|moved| moved.prefix);
+        let moved: BTreeSet<Prefix> = singles.filter(Prefix::is_single).collect();
+        let here: BTreeSet<Prefix> = addresses
+            .iter()
+            .map(|held| Prefix::from(held.addr))
+            .filter(|held| moved.contains(held))
+            .collect();
+        self.had.retain(|prefix| moved.contains(prefix));
+        let lost: Vec<Prefix> = self.had.difference(&here).copied().collect();
+        let is_local = |prefix: &Prefix| {
+            let route = netlink.route_get(prefix.first(), None, None);
+            route.is_ok_and(|route| route.kind == RouteKind::Local)
+        };
+        let lost: Vec<Prefix> = lost.into_iter().filter(|it| !is_local(it)).collect();
+        self.had.extend(here);
+        if lost == self.lost {
+            return;
+        }
+        known.withdraw_own(|line| line.starts_with(LOST));
+        if !lost.is_empty() {
+            let text = format!(
+                "{LOST}{}; neighbours do not find that here, and nothing comes in for it unless \
+                 the network routes it here: put it back (`ip addr add ADDRESS dev INTERFACE`), or \
+                 find out where its lease or its VRRP went",
+                held::names(&lost)
+            );
+            known.warn(now, text);
+        }
+        self.lost = lost;
     }
 
     /// The changes to the TUN. The new server's programs deliver to `links` from now on.

@@ -132,7 +132,8 @@ pub(super) fn beside(prefix: Prefix, addr: IpAddr) -> Vec<Prefix> {
     parts
 }
 
-fn names(prefixes: &[Prefix]) -> String {
+/// The first of these, and how many more there are.
+pub(super) fn names(prefixes: &[Prefix]) -> String {
     let named = prefixes.iter().take(NAMED).map(ToString::to_string);
     let mut names = named.collect::<Vec<_>>().join(", ");
     if let Some(more) = prefixes.len().checked_sub(NAMED).filter(|&more| more > 0) {

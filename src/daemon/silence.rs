@@ -15,7 +15,8 @@
 //!
 //! | cause | server | |
 //! |---|---|---|
-//! | `no_route` | new | the kernel has no route from where is delivered back to a client |
+//! | `no_route` | both | no route leads back to a client: from where is delivered, or from the \
+//!   moved address |
 //! | `route_elsewhere` | new | the route back leads to a link that has no program of ours |
 //! | `rp_filter` | new | reverse path filtering dropped packets meanwhile |
 //! | `accept_queue` | new | the application does not take its connections |
@@ -28,7 +29,7 @@
 //! | `filter_before` | both | a tc filter of others sees packets before ours |
 //! | `firewall` | new | nothing else was found |
 //! | `forwarding_off` | new | containers behind DNAT cannot be reached |
-//! | `new_server` | old | what the new server says |
+//! | `new_server`, `old_server` | the other | what that server says |
 //! | `lost_between` | both | what one server sends does not come to the other, by what both saw |
 //! | `unknown` | old | the new server does not say |
 
@@ -47,7 +48,7 @@ use crate::channel::tunnel::MAX_TROUBLES;
 use crate::flow::translate::Translator;
 use crate::flow::watch::Observations;
 use crate::kernel::look::{self, Counters, Listener, Listeners};
-use crate::kernel::netlink::{Netlink, RouteQuery};
+use crate::kernel::netlink::{Netlink, RouteKind, RouteQuery};
 use crate::model::asked::{Asked, News, Trouble, Verdict, View};
 use crate::model::drops::{DropReason, Drops};
 use crate::model::moved::{Move, TCP};
@@ -56,6 +57,12 @@ use crate::model::status::{Answers, Cause, MAX_SERVED, Served};
 
 /// The cause that takes both servers to know.
 const LOST: &str = "lost_between";
+
+/// The cause that either server may have for itself: no route to clients.
+const NO_ROUTE: &str = "no_route";
+
+/// Who has asked within this time tells where answers go now.
+const ASKED_LATELY: Duration = Duration::from_secs(60);
 
 /// How often what became of conversations is looked at.
 const EVERY: Duration = Duration::from_secs(1);
@@ -139,6 +146,8 @@ struct Watched {
     alive: Instant,
     /// When it was last heard, as of the last second.
     heard_before: Instant,
+    /// Where what the new server answers has no way out of this one (old server).
+    no_way: BTreeMap<Asked, Cause>,
     /// What the peer calls silent is asked in vain since then, by this server's clock.
     asked_since: BTreeMap<Asked, Instant>,
     /// Since when the peer says of something that it is not well.
@@ -309,6 +318,7 @@ impl Watched {
             there: now,
             alive: now,
             heard_before: now,
+            no_way: BTreeMap::new(),
             asked_since: BTreeMap::new(),
             told_since: BTreeMap::new(),
         }
@@ -442,8 +452,9 @@ impl Watcher {
         let mut said = Vec::new();
         let mut left = MAX_LOOKS;
         for (at, id) in (0..self.peers.len()).zip(0..) {
-            if self.role == Role::New {
-                left -= self.look_here(now, at, PeerId(id), left, around);
+            match self.role {
+                Role::New => left -= self.look_here(now, at, PeerId(id), left, around),
+                Role::Old => left -= self.look_out(now, at, left, around),
             }
             let found = self.found(now, at);
             let told = self.tell(now, at, found);
@@ -467,9 +478,10 @@ impl Watcher {
                 Answers::Refused => Verdict::Refused,
                 Answers::NothingIn | Answers::Unanswered | Answers::Ok => return None,
             };
-            // The old server has its causes from the new one, but for one.
+            // The old server has its causes from the new one, but for two.
             let first = found.causes.first();
-            let why = first.filter(|it| self.role == Role::New || it.cause == LOST);
+            let of_its_own = |it: &&Cause| [LOST, NO_ROUTE].contains(&it.cause.as_str());
+            let why = first.filter(|it| self.role == Role::New || of_its_own(it));
             let thing = watched.silence.things().find(|(known, _)| **known == asked);
             let waits = thing.and_then(|(_, thing)| thing.waits_since());
             Some(Trouble {
@@ -655,6 +667,39 @@ impl Watcher {
         due.len()
     }
 
+    /// Looks whether answers have a way from this server to those who asked last; how many looks it
+    /// took, of `most` (old server). The kernel drops what has none behind our back.
+    fn look_out(&mut self, now: Instant, at: usize, most: usize, around: &Around<'_>) -> usize {
+        let watched = &mut self.peers[at];
+        watched.no_way.clear();
+        if around.follower.sends_by_name() {
+            return 0;
+        }
+        let since = now.checked_sub(ASKED_LATELY).unwrap_or(now);
+        let things = watched.silence.things();
+        let asked: Vec<(Asked, IpAddr)> = things
+            .filter_map(|(asked, thing)| Some((*asked, thing.answers_to(since)?)))
+            .take(most)
+            .collect();
+        for &(asked, client) in &asked {
+            let from = asked.addr;
+            let why = match around.netlink.route_get(client, None, Some(from)) {
+                Ok(route) => match route.kind {
+                    RouteKind::Unicast | RouteKind::Local => continue,
+                    // That is how the kernel answers of IPv6.
+                    RouteKind::Blackhole | RouteKind::Other(_) => "a route forbids it".to_owned(),
+                },
+                Err(error) => error.to_string(),
+            };
+            // Of what this server has not, the kernel tells no route from there.
+            let held = around.netlink.addresses().unwrap_or_default();
+            if held.iter().any(|held| held.addr == from) {
+                watched.no_way.insert(asked, no_way_out(from, &why));
+            }
+        }
+        asked.len()
+    }
+
     /// What is not well with a peer's clients, and why.
     fn found(&mut self, now: Instant, at: usize) -> BTreeMap<Asked, Found> {
         let doubts: Vec<(Asked, Thing)> = (self.peers[at].silence.doubts(now))
@@ -706,6 +751,19 @@ impl Watcher {
                 },
             );
         }
+        let watched = &self.peers[at];
+        for (&asked, cause) in &watched.no_way {
+            let before = watched.found.get(&asked);
+            let since = before.map_or(now, |before| before.since);
+            found.entry(asked).or_insert_with(|| Found {
+                answers: Answers::Silent,
+                since,
+                causes: vec![cause.clone()],
+                own: true,
+                looked: true,
+                line: None,
+            });
+        }
         self.add_theirs(now, at, &mut found);
         found
     }
@@ -753,6 +811,8 @@ impl Watcher {
                         );
                     } else if trouble.cause == LOST {
                         new.causes = vec![self.lost(at, asked)];
+                    } else if trouble.cause == NO_ROUTE {
+                        new.causes = vec![old_server_says(trouble)];
                     }
                 }
             }
@@ -1100,6 +1160,20 @@ fn new_server_says(trouble: &Trouble) -> Cause {
     }
 }
 
+/// What the old server says that this one cannot see.
+fn old_server_says(trouble: &Trouble) -> Cause {
+    let remedy = "look at `ipmoved status` on the old server";
+    let text = format!("the old server says: {}", trouble.why);
+    cause("old_server", text, remedy.into())
+}
+
+/// Why answers do not leave the old server.
+fn no_way_out(from: IpAddr, why: &str) -> Cause {
+    let text = format!("this server has no route from {from} to its clients: {why}");
+    let remedy = format!("look at `ip route get CLIENT from {from}` and `ip rule`");
+    cause(NO_ROUTE, text, remedy)
+}
+
 fn new_server(text: String) -> Cause {
     let remedy = "look at `ipmoved status` on the new server";
     cause("new_server", text, remedy.into())
@@ -1151,7 +1225,7 @@ pub(super) fn no_way_back(
     let remedy = format!("look at `ip route get CLIENT from {from}` and `ip rule`");
     if let Err(error) = netlink.route_of(query) {
         let text = format!("this server has no route from {from} to its clients: {error}");
-        return Some(cause("no_route", text, remedy));
+        return Some(cause(NO_ROUTE, text, remedy));
     }
     if let Some(why) = causes::goes_astray(query, netlink, carries) {
         let text = format!("answers to clients {why}");

@@ -93,6 +93,11 @@ impl Warnings {
         lines.retain(|kept| kept.line != line);
     }
 
+    /// Lines of the daemon itself that are no longer true.
+    pub(super) fn withdraw_own(&mut self, is_over: impl Fn(&str) -> bool) {
+        self.own.0.retain(|kept| !is_over(&kept.line));
+    }
+
     /// Whether one more line about a peer may be logged. If not, it is counted.
     #[must_use]
     pub(super) fn may_log(&mut self, now: Instant, peer: PeerId) -> bool {

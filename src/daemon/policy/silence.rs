@@ -98,6 +98,8 @@ pub(in super::super) struct Thing {
     turned: Option<(IpAddr, DropReason)>,
     /// The other server alone has seen it so.
     told: bool,
+    /// The last client that was answered.
+    answers_to: Option<IpAddr>,
 }
 
 /// The verdicts on what has moved to one peer, or from it.
@@ -325,7 +327,13 @@ impl Thing {
             listens: None,
             turned: None,
             told: false,
+            answers_to: None,
         }
+    }
+
+    /// The last client that was answered, if one has asked since then.
+    pub(in super::super) fn answers_to(&self, since: Instant) -> Option<IpAddr> {
+        self.answers_to.filter(|_| self.last >= since)
     }
 
     /// Whether the other server alone has seen it so.
@@ -365,6 +373,7 @@ impl Thing {
             Fate::Answered => {
                 self.counts[1] += 1;
                 self.answered = self.answered.max(at);
+                self.answers_to = Some(observed.client);
             }
             Fate::Refused => {
                 self.counts[2] += 1;

@@ -8,6 +8,7 @@ use netlink_packet_route::route::{
     RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope,
     RouteType,
 };
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{Family, Netlink, NetlinkError, Result, attributes, ip, word};
@@ -279,9 +280,38 @@ impl Netlink {
         }
         push_ports(&mut message, from, RTA_SPORT);
         let request = RouteNetlinkMessage::GetRoute(message);
-        let answers = self.exchange(WHAT, request, NLM_F_ACK)?;
+        let answers = self.exchange(WHAT, request, NLM_F_ACK);
+        let answers = answers.map_err(|error| in_words(error, src))?;
         let route = answers.iter().find_map(|answer| read_route(answer).pop());
         route.ok_or(NetlinkError::Malformed { request: WHAT })
+    }
+}
+
+/// The error with what it means of a route: the kernel has a number of its own for each kind that
+/// refuses, and says no word (`fib_props` in net/ipv4/fib_semantics.c).
+fn in_words(error: NetlinkError, src: Option<IpAddr>) -> NetlinkError {
+    let words = match error.errno() {
+        Some(Errno::INVAL) if src.is_some() => {
+            "a blackhole route or rule, or this server has not that address"
+        }
+        Some(Errno::INVAL) => "a blackhole route or rule",
+        Some(Errno::HOSTUNREACH) => "an unreachable route",
+        Some(Errno::ACCESS) => "a prohibit route or rule",
+        Some(_) | None => return error,
+    };
+    match error {
+        NetlinkError::Refused {
+            request,
+            errno,
+            detail,
+        } if detail.is_empty() => NetlinkError::Refused {
+            request,
+            errno,
+            detail: words.into(),
+        },
+        NetlinkError::Refused { .. } | NetlinkError::Socket(_) | NetlinkError::Malformed { .. } => {
+            error
+        }
     }
 }
 

@@ -48,12 +48,14 @@
 //!                         ? KIND_LASTING
 //!                         : KIND_SOCKET,
 //!                    now - since <= YOUNG ? STAGE_YOUNG : STAGE_PLAIN });
+//! note who may answer from another port;                               // see `another_port`
 //! pass:    return TC_ACT_UNSPEC;
 //! refresh: if (now - o->seen > REFRESH) { o->seen = now; delete(taken, key); }
 //! ```
 
 use Reg::{R0, R1, R7, R9, R10};
 
+use super::another_port;
 use super::facts::Facts;
 use super::flows::{KEY_LAST, REFRESH, VALUE, enter_now, jump_if_within, look_up, remove};
 use super::headers::{ipv4, ipv6, ports, skb, sock, tcp};
@@ -169,6 +171,7 @@ pub fn note_own(
     a.mov(KIND, KIND_SOCKET);
     a.bind(kind_known);
     own.enter_own(a, KIND);
+    another_port::note(a, own, KIND);
     a.jump(pass);
 
     a.bind(known);

@@ -33,6 +33,7 @@
 //!     if (!forwarded) { if (places[ip.daddr] & BEHIND) pass; }
 //!     else if (places[ip.daddr] & NETWORK) pass;
 //!     else if (fib_lookup(from ip.daddr to ip.saddr) == skb->ingress_ifindex) pass;
+//!     if (TCP) delete(own, key);
 //!     if (it is from a TCP socket) storage(sockets) = 1;
 //!     return redirect(tun, 0);
 //! ```
@@ -42,7 +43,7 @@ use Reg::{R0, R1, R2, R7, R10};
 use super::directly::UNAWAITED;
 use super::flows::{
     BEGUN_HERE, Counter, FLOW_ASKED_DIRECTLY, FLOW_ENTRANCE, FLOW_HEARD, FLOW_SEEN, FLOW_UNAWAITED,
-    FLOW_VALUE, FlowMaps, KEY_LAST, VALUE, count, enter_from, look_up, remove,
+    FLOW_VALUE, FlowMaps, KEY, KEY_LAST, VALUE, count, enter_from, look_up, remove,
 };
 use super::headers::{fib, icmp, icmpv6, ipv6, skb};
 use super::inside::ROUTE;
@@ -206,6 +207,14 @@ pub(super) fn keep_from_leaving(
     a.load(Size::W, R1, PACKET, skb::INGRESS_IFINDEX);
     a.jump_if(R0, If::Eq, R1, pass);
     a.bind(take);
+    let answered = a.label();
+    a.load(Size::W, R0, R10, KEY);
+    a.alu(Alu::And, R0, 0xff);
+    a.jump_if(R0, If::Ne, i32::from(TCP), answered);
+    // Where no socket is found by the addresses, as from a container or one that is bound to an
+    // interface, it was noted as direct a moment ago: the answer would not be delivered.
+    remove(a, &maps.own);
+    a.bind(answered);
     mark_socket(a, maps);
     redirect_to(a, tun_ifindex);
 }
@@ -420,6 +429,20 @@ mod tests {
             bed.is_delivered(&direct);
             bed.comes_directly(&direct);
             assert!(bed.is_taken(&Packet::new(moved, remote, UDP, ports(53, 9))));
+        }
+    }
+
+    #[test]
+    fn what_answers_a_connection_from_a_moved_address_is_delivered() {
+        let bed = Bed::new(&[]);
+        for [remote, moved, own, _] in ENDS {
+            // As of a container, or of a socket that is bound to an interface.
+            let begins = |from| Packet::new(from, remote, TCP, tcp(40_000, 25, SYN));
+            let answers = |to| Packet::new(remote, to, TCP, tcp(25, 40_000, SYN | ACK));
+            assert!(bed.is_taken(&begins(moved)));
+            assert!(bed.is_delivered(&answers(moved)));
+            assert!(!bed.is_taken(&begins(own)));
+            assert!(!bed.is_delivered(&answers(own)), "it is direct");
         }
     }
 

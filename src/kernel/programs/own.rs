@@ -20,6 +20,8 @@
 //! others     u64 seen
 //!            UDP from ports that have not moved, beside others of the address that have: its first
 //!            fragments stay, since all fragments are captured. Without it the daemon bounces them
+//! elsewhere  u64 until
+//!            who may speak to which port here from any port, see `another_port`
 //! fragments  u64 taken
 //!            fragmented packets under way, by identification: those of own conversations, and
 //!            while not everything is moved those that were taken as well
@@ -105,6 +107,10 @@ const MAX_FRAGMENTED: u32 = 4096;
 /// half a megabyte.
 const MAX_OTHERS: u32 = 4096;
 
+/// Ends that may be spoken to from another port at the same time: a resolver here asks some hundred
+/// times a second, each of which is remembered for ten; the one used least recently gives way.
+const MAX_ELSEWHERE: u32 = 4096;
+
 /// Flows whose answers need not be noted at the same time, a power of two. Where two share a place,
 /// both are noted more often.
 pub(super) const MAX_NOTED: u32 = 4096;
@@ -182,6 +188,7 @@ const KEPT: Shape = Shape {
 };
 const TAKEN: Shape = table("ipmoved_taken", 8, MAX_OWN);
 const OTHERS: Shape = table("ipmoved_ownrest", 8, MAX_OTHERS);
+const ELSEWHERE: Shape = table("ipmoved_ownany", 8, MAX_ELSEWHERE);
 const FRAGMENTS: Shape = table("ipmoved_ownfrag", 8, MAX_FRAGMENTED);
 const BEGUN: Shape = table("ipmoved_begun", BEGUN_BYTES, MAX_BEGUN);
 const NOTED: Shape = Shape {
@@ -191,8 +198,11 @@ const NOTED: Shape = Shape {
     value_size: 8,
     max_entries: MAX_NOTED,
 };
-/// The name of the word that says whether anything is kept.
+/// The name of the words that say whether anything is kept, and whether anything ever came to be
+/// in `elsewhere`.
 const KEEPS: &str = "ipmoved_keeps";
+const KEEPS_WORDS: usize = 2;
+const ANY_ELSEWHERE: usize = 1;
 const FACTS: Shape = Shape {
     kind: MapKind::Array,
     name: "ipmoved_since",
@@ -210,6 +220,7 @@ pub struct Own {
     sweep: Mutex<Sweep>,
     pub(super) taken: Arc<Map>,
     pub(super) others: Map,
+    pub(super) elsewhere: Map,
     pub(super) fragments: Map,
     pub(super) noted: Map,
     /// None while the new server may begin nothing from such a port.
@@ -279,10 +290,11 @@ impl Own {
         let memory = Self {
             own: Map::new(OWN)?,
             kept: Map::new(KEPT)?,
-            keeps: Words::new(KEEPS, 1)?,
+            keeps: Words::new(KEEPS, KEEPS_WORDS)?,
             sweep: Mutex::default(),
             taken: Arc::new(Map::new(TAKEN)?),
             others: Map::new(OTHERS)?,
+            elsewhere: Map::new(ELSEWHERE)?,
             fragments: Map::new(FRAGMENTS)?,
             noted: Map::new(NOTED)?,
             begun: None,
@@ -310,9 +322,10 @@ impl Own {
             return Ok(None);
         };
         let find_or_make = |shape| find(shape).map_or_else(|| Map::new(shape), Ok);
-        let keeps = Words::new(KEEPS, 1)?;
+        let keeps = Words::new(KEEPS, KEEPS_WORDS)?;
         // Until a sweep has looked.
         keeps.set(0, 1);
+        keeps.set(ANY_ELSEWHERE, 1);
         Ok(Some(Self {
             own,
             kept,
@@ -321,6 +334,7 @@ impl Own {
             taken: Arc::new(taken),
             facts,
             others: find_or_make(OTHERS)?,
+            elsewhere: find_or_make(ELSEWHERE)?,
             fragments: find_or_make(FRAGMENTS)?,
             noted: find_or_make(NOTED)?,
             begun: find(BEGUN).map(Arc::new),
@@ -340,6 +354,7 @@ impl Own {
             sweep: Mutex::default(),
             taken: Arc::new(self.taken.again()?),
             others: self.others.again()?,
+            elsewhere: self.elsewhere.again()?,
             fragments: self.fragments.again()?,
             noted: self.noted.again()?,
             begun: self.begun.clone(),
@@ -366,6 +381,7 @@ impl Own {
             kept,
             taken,
             others,
+            elsewhere,
             fragments,
             noted,
             begun,
@@ -374,11 +390,13 @@ impl Own {
             sweep: _,
             resumes: _,
         } = self;
-        [own, kept, &**taken, others, fragments, noted, facts]
-            .into_iter()
-            .chain(begun.as_deref())
-            .map(AsFd::as_fd)
-            .collect()
+        [
+            own, kept, &**taken, others, elsewhere, fragments, noted, facts,
+        ]
+        .into_iter()
+        .chain(begun.as_deref())
+        .map(AsFd::as_fd)
+        .collect()
     }
 
     /// What capture has noted of the flows that it hands over.
@@ -608,6 +626,11 @@ impl Own {
     pub(super) fn forget(&self, a: &mut Assembler) {
         remove(a, &self.kept);
         remove(a, &self.own);
+    }
+
+    /// The map with the word that is not 0 once `elsewhere` had an entry, and where it lies there.
+    pub(super) fn any_elsewhere(&self) -> (BorrowedFd<'_>, u32) {
+        (self.keeps.as_fd(), Words::offset(ANY_ELSEWHERE))
     }
 
     /// Keeps the conversation with this key, with the value that lies at [`VALUE`]. Jumps to `full`

@@ -6,7 +6,8 @@
 //!   connection takes over only what was closed (RFC 9293 section 3.6.1): anything else answers its
 //!   SYN with a challenge (RFC 5961 section 4), so a forged one does no harm, and a client that
 //!   began anew sends it again.
-//! * UDP is where a socket is connected to the sender, however that came about.
+//! * UDP is where a socket is connected to the sender, however that came about, and where it may
+//!   come [from another port](super::another_port) than this host spoke to.
 //! * Anything else is what this host, or one behind it, [has begun](super::note_own()), as long as
 //!   it speaks, and, if a socket spoke, as long as there is one.
 //! * An ICMP error goes where the packet went that it quotes, a later fragment where the first one
@@ -18,7 +19,10 @@
 //! ```text
 //! parse();                                           // other: take; later, none: below
 //! if (UDP, to the port of a DHCP client) stay;
-//! if ((!ICMP || modes.some) && lookup(taken, key)) take;             // most packets
+//! if ((!ICMP || modes.some) && (t = lookup(taken, key))) {            // most packets
+//!     if (UDP && !t->answered && it may come from any port) stay;     // see `another_port`
+//!     take;
+//! }
 //! if ((o = lookup(kept, key) ?: lookup(own, key)) && !(o->stage == REQUEST && !TCP)) {
 //!     if (TCP) {
 //!         if (SYN ? !CLOSED && (now - o->seen <= OWN_IDLE || asked(o))
@@ -40,6 +44,7 @@
 //!     anew = true;                                   // or the rest would go to what was closed
 //! }
 //! if (UDP && (s = sk_lookup_udp()) && s->state == ESTABLISHED) stay;
+//! if (UDP && it may come from any port) stay;                         // see `another_port`
 //! if (FRAGMENT == FIRST_FRAGMENT && (t = lookup(others, key)) && now - *t <= OWN_IDLE) stay;
 //! decide: if (modes.some) switch (modes) { ask: take; here: goto here; moved: }   // see `modes`
 //! if (it tells nothing) take;
@@ -62,6 +67,7 @@
 
 use Reg::{R0, R1, R7, R8, R10};
 
+use super::another_port;
 use super::facts::Facts;
 use super::flows::{KEY_LAST, KEY_LOCAL, VALUE, enter, enter_now, jump_if_within, look_up, remove};
 use super::headers::{ipv4, ipv6, sock, tcp};
@@ -87,6 +93,9 @@ const FOUND: Reg = R7;
 
 /// Where the stack keeps whether a new connection takes the place of what was closed here.
 const ANEW: i16 = -220;
+
+/// Where it keeps whether the packet was known to be taken.
+const TAKEN: i16 = -236;
 
 /// Most bytes beyond the expected number that who has seen it acknowledges: what a server sends at
 /// once. A stranger guesses one of 2¹⁶ numbers.
@@ -117,7 +126,14 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, facts: &Facts) {
     jump_if_icmp(a, icmp);
     a.bind(look);
     look_up(a, &own.taken);
+    a.jump_if_wide(R0, If::Eq, 0, ask);
+    let from_any_port = a.label();
+    a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), take);
+    another_port::jump_unless_any(a, own, take);
+    a.load(Size::Dw, R0, R0, 0);
     a.jump_if_wide(R0, If::Ne, 0, take);
+    a.store(Size::W, R10, TAKEN, 1);
+    a.jump(from_any_port);
     a.bind(ask);
     own.look_up(a, begun);
 
@@ -126,6 +142,11 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, facts: &Facts) {
     let (plain, moved, here) = (a.label(), a.label(), a.label());
     a.store(Size::W, R10, ANEW, 0);
     ask_sockets(a, stay, anew);
+    a.store(Size::W, R10, TAKEN, 0);
+    a.bind(from_any_port);
+    another_port::stay_if_noted(a, own, stay);
+    a.load(Size::W, R0, R10, TAKEN);
+    a.jump_if(R0, If::Ne, 0, take);
     stay_if_of_another_port(a, own, stay);
     let asked = a.label();
     a.jump(asked);
