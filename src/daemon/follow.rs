@@ -720,8 +720,8 @@ impl Follower {
         }
     }
 
-    /// Has the programs tell who is served by this server itself, or no longer (old server). Returns
-    /// whether they do.
+    /// Has the programs tell who is served by this server itself, or no longer (old server).
+    /// Returns whether they do.
     pub(super) fn tell_served(&self, on: bool) -> Result<bool, String> {
         match &self.programs {
             Programs::Old(capture) => match capture.tell_served(on) {

@@ -133,8 +133,8 @@ impl Visitors {
         self.served.count(openings, lost);
     }
 
-    /// These are the moves, each with who answers and whether its tunnel is up. One is watched while
-    /// whoever answers can be seen: the new server by the tunnel, this one by the programs.
+    /// These are the moves, each with who answers and whether its tunnel is up. One is watched
+    /// while whoever answers can be seen: the new server by the tunnel, this one by the programs.
     pub(super) fn watch<'m>(
         &mut self,
         follower: &Follower,
@@ -226,8 +226,8 @@ impl Visitors {
         self.said.extend(all);
     }
 
-    /// Takes in whether what clients ask for is answered. What nobody ever was stays known when this
-    /// daemon is gone: it is no visit.
+    /// Takes in whether what clients ask for is answered. What nobody ever was stays known when
+    /// this daemon is gone: it is no visit.
     pub(super) fn served(&mut self, all: impl Iterator<Item = Served>) {
         for Served {
             what,

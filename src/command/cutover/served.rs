@@ -3,8 +3,9 @@
 //!
 //! Which ports those are, this server's sockets tell, as they were when the cut-over began, the
 //! kernel's connection tracker, and the list of who comes. A port is *needed* if clients talk with
-//! it, or came in the last days, or if a socket is bound to the moved address itself. A socket that is bound to any address may be for something else, a login or a monitor:
-//! that it lacks on the new server is said, and is no reason to wait, unless nothing else is known.
+//! it, or came in the last days, or if a socket is bound to the moved address itself. A socket that
+//! is bound to any address may be for something else, a login or a monitor: that it lacks on the
+//! new server is said, and is no reason to wait, unless nothing else is known.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

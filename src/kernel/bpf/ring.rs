@@ -22,7 +22,8 @@ const BUSY: u32 = 1 << 31;
 /// `BPF_RINGBUF_DISCARD_BIT`: the record is none.
 const DISCARDED: u32 = 1 << 30;
 
-/// `BPF_RINGBUF_HDR_SZ`: in front of each record, its length in four bytes and four of the kernel's.
+/// `BPF_RINGBUF_HDR_SZ`: in front of each record, its length in four bytes, and four of the
+/// kernel's own.
 const HEADER: usize = 8;
 
 /// Records begin at multiples of so many bytes.

@@ -7,8 +7,8 @@
 //!
 //! ```text
 //! came      struct { u64 told; u32 looks; u32 pad; }
-//!           clients' conversations: when the daemon was told last; or FOREIGN, of what this host has
-//!           begun itself
+//!           clients' conversations: when the daemon was told last; or FOREIGN, of what this host
+//!           has begun itself
 //! records   struct { u64 at; u32 flags; u32 captured; u8 packet[]; }: a ring
 //! counts    u32 openings, u32 lost
 //!
