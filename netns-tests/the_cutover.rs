@@ -176,7 +176,7 @@ impl<'lab> Pinned<'lab> {
         let script = Script {
             dir: lab.dir().join(number.to_string()),
         };
-        let made = std::fs::create_dir(&script.dir);
+        let made = fs::create_dir(&script.dir);
         made.map_err(|error| LabError::unexpected(error.to_string()))?;
         let mut lasting = None;
         let mut new = None;
@@ -415,7 +415,7 @@ fn whoever_is_refused_by_the_new_server_is_not_told_and_served_by_the_old_one() 
         let script = Script {
             dir: lab.dir().join(number.to_string()),
         };
-        let made = std::fs::create_dir(&script.dir);
+        let made = fs::create_dir(&script.dir);
         made.map_err(|error| LabError::unexpected(error.to_string()))?;
         let within = if comes { "60" } else { "5" };
         let stop = script.line("stop");

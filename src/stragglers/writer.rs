@@ -161,8 +161,8 @@ impl Writer {
             all: last,
         };
         self.shared.unwritten.fetch_add(told, Relaxed);
-        let sent = self.batches.as_ref().map(|it| it.try_send(batch));
-        if !matches!(sent, Some(Ok(()))) {
+        let batches = self.batches.as_ref();
+        if batches.is_none_or(|it| it.try_send(batch).is_err()) {
             self.shared.unwritten.fetch_sub(told, Relaxed);
             self.shared.lost.fetch_add(told + missed, Relaxed);
         }

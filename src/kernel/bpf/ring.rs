@@ -48,12 +48,6 @@ struct Mapping {
     bytes: usize,
 }
 
-// SAFETY: the memory is the kernel's, and goes with this value alone; whoever reads and writes it
-// does so by atomic operations or, of records, behind them.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
 impl Ring {
     /// A ring of so many bytes, a power of two and at least a page.
     ///

@@ -12,7 +12,7 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::rc::Rc;
 use std::time::Duration;
 
 use super::begun::Begun;
@@ -41,7 +41,7 @@ pub struct Facts {
     /// What is this host's own.
     pub(super) own: Own,
     /// Who is served by this host itself.
-    pub(super) served: Arc<ServedHere>,
+    pub(super) served: Rc<ServedHere>,
 }
 
 impl Facts {

@@ -37,6 +37,7 @@
 
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -217,7 +218,7 @@ pub struct Own {
     pub(super) begun: Option<Arc<Map>>,
     facts: Map,
     /// Who is served here; none while no program may tell.
-    pub(super) served: Option<Arc<ServedHere>>,
+    pub(super) served: Option<Rc<ServedHere>>,
     /// A daemon that was killed had it before.
     resumes: bool,
 }
@@ -328,7 +329,7 @@ impl Own {
             fragments: find_or_make(FRAGMENTS)?,
             noted: find_or_make(NOTED)?,
             begun: find(BEGUN).map(Arc::new),
-            served: Some(Arc::new(ServedHere::new(find)?)),
+            served: Some(Rc::new(ServedHere::new(find)?)),
             resumes: true,
         }))
     }
@@ -358,12 +359,12 @@ impl Own {
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub(super) fn served_here(&mut self) -> Result<Arc<ServedHere>, BpfError> {
+    pub(super) fn served_here(&mut self) -> Result<Rc<ServedHere>, BpfError> {
         if let Some(served) = &self.served {
-            return Ok(Arc::clone(served));
+            return Ok(Rc::clone(served));
         }
-        let served = Arc::new(ServedHere::new(|_| None)?);
-        self.served = Some(Arc::clone(&served));
+        let served = Rc::new(ServedHere::new(|_| None)?);
+        self.served = Some(Rc::clone(&served));
         Ok(served)
     }
 
