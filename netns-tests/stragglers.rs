@@ -358,7 +358,8 @@ fn whoever_the_old_server_serves_itself_is_recorded_as_well() -> Result {
     let all = poll_until(RECORDED, Duration::from_millis(200), sums);
     assert!(all.is_some(), "{:?}", stragglers(&setup)?);
 
-    // That time counts as watched.
+    // That time counts as watched; at its end a daemon writes all of it.
+    daemons.terminate()?;
     let said = setup.run(Role::Old, &["verdict", "--json"])?;
     let json: Value = serde_json::from_str(&said.stdout).unwrap_or_default();
     let moves = json["moves"].as_array().cloned().unwrap_or_default();
@@ -366,7 +367,7 @@ fn whoever_the_old_server_serves_itself_is_recorded_as_well() -> Result {
     for one in moves {
         assert!(one["since"].is_i64(), "{one}");
     }
-    daemons.terminate()
+    Ok(())
 }
 
 #[test]
