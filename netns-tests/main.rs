@@ -26,6 +26,7 @@ mod check;
 mod confined;
 mod demo;
 mod dry_run;
+mod each_state;
 mod endpoints;
 #[cfg(target_arch = "x86_64")]
 mod entered;

@@ -15,12 +15,12 @@ use std::thread;
 use std::time::Duration;
 
 use ipmoved::internals::Role;
-use ipmoved::lab::topology::MOVED6;
-use ipmoved::lab::traffic::listeners;
-use ipmoved::lab::{DaemonSetup, Lab, LabError, poll_until};
+use ipmoved::lab::topology::{CLIENT, MOVED, MOVED6, NEW, NEW6};
+use ipmoved::lab::traffic::{Client, listeners};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Service, UdpService, poll_until};
 use serde_json::Value;
 
-use crate::behind_dnat::has;
+use crate::behind_dnat::{has, shell};
 use crate::stage::{FAMILIES, PATIENCE, Result, setup};
 
 /// How long it takes until a visit is in the database: it settles for up to 5 s, is told of within
@@ -230,6 +230,144 @@ fn network_of(addr: IpAddr) -> String {
             format!("{network}/64")
         }
     }
+}
+
+#[test]
+fn whoever_the_old_server_serves_itself_is_recorded_as_well() -> Result {
+    if !["curl", "nft"].into_iter().all(has) {
+        return Ok(());
+    }
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?
+        .moves(&FAMILIES)
+        .args(Role::Old, &["--start", "here"]);
+    let old = lab.old_server();
+    let behind: IpAddr = "172.17.0.2".parse().expect("it is an address");
+    let gateway = "172.17.0.1".parse().expect("it is an address");
+    let (behind_of, gateway_of) = ([(behind, 16)], [(gateway, 16)]);
+    let container = lab.add_behind(old, ("docker0", "port0"), &behind_of, &gateway_of)?;
+    shell(
+        old,
+        "echo 1 > /proc/sys/net/ipv4/ip_forward
+        nft 'table ip nat {
+            chain in {
+                type nat hook prerouting priority -100;
+                iifname != docker0 tcp dport 8080 dnat to 172.17.0.2:8080
+            }
+        }'",
+    )?;
+    let _serves = (
+        Service::start(old, MOVED)?,
+        Service::start(old, MOVED6)?,
+        UdpService::start(old, (MOVED, 53))?,
+        Service::start(&container, (behind, 8_080))?,
+    );
+    let _new = (
+        Service::start(lab.new_server(), NEW)?,
+        Service::start(lab.new_server(), NEW6)?,
+    );
+    // Somebody whom the old server itself calls from the moved address.
+    let called = Service::start(lab.clients(), (CLIENT, 8_000))?;
+    let daemons = setup.start_both()?;
+    let by_name = ["-so", "/dev/null", "-H", "Host: app.example.net"];
+    let asks = |from: &str, port: u16| -> Result {
+        let url = format!("http://192.0.2.5:{port}/");
+        client(
+            &lab,
+            "curl",
+            &[&by_name[..], &["--interface", from, &url]].concat(),
+        )
+        .map(drop)
+    };
+    asks("203.0.113.10", 80)?;
+    asks("203.0.113.10", 80)?;
+    asks("203.0.113.11", 8_080)?;
+    client(
+        &lab,
+        "curl",
+        &["-gso", "/dev/null", "http://[2001:db8:a::5]/"],
+    )?;
+    let flow = lab.client().udp_socket((MOVED, 53))?;
+    for _ in 0..2 {
+        flow.send(b"question").map_err(unexpected)?;
+        flow.recv(&mut [0; 16]).map_err(unexpected)?;
+    }
+    let calls = Client::new(old, MOVED, MOVED6);
+    calls.get((CLIENT, 8_000))?;
+    assert_eq!(called.peers().len(), 1);
+    // A port that nobody serves is no visit.
+    client(&lab, "curl", &["-so", "/dev/null", "http://192.0.2.5:81/"])?;
+    let each = |it: &Value| {
+        let it = |key: &str| it[key].to_string().replace('"', "");
+        let served = format!("{}+{}", it("by_old"), it("by_new"));
+        format!(
+            "{} {}/{} {served} {}",
+            it("client"),
+            it("port"),
+            it("protocol"),
+            it("names")
+        )
+    };
+    let recorded = |expected: &[String]| -> Result {
+        let mut expected = expected.to_vec();
+        expected.sort_unstable();
+        let mut all = Vec::new();
+        let found = poll_until(RECORDED, Duration::from_millis(200), || {
+            all = stragglers(&setup).ok()?.iter().map(each).collect();
+            all.sort_unstable();
+            (all == expected).then_some(())
+        });
+        assert!(found.is_some(), "{all:#?}");
+        Ok(())
+    };
+    let v6 = network_of(lab.client().address_towards(MOVED6));
+    let v4 = lab.client().address_towards(MOVED);
+    let expected = vec![
+        "203.0.113.10 80/tcp 2+0 [app.example.net]".to_owned(),
+        "203.0.113.11 8080/tcp 1+0 [app.example.net]".to_owned(),
+        format!("{v6} 80/tcp 1+0 [(none)]"),
+        format!("{v4} 53/udp 1+0 []"),
+    ];
+    recorded(&expected)?;
+    let tcp = stragglers(&setup)?;
+    let tcp = tcp
+        .iter()
+        .find(|it| it["client"] == "203.0.113.10" && it["port"] == 80);
+    let tcp = tcp.cloned().unwrap_or_default();
+    assert_eq!(
+        (&tcp["answered"], &tcp["went_on"]),
+        (&2.into(), &2.into()),
+        "{tcp}"
+    );
+    assert!(tcp["bytes_out"].as_u64() > Some(100), "{tcp}");
+
+    // Whoever is in neither half is in the other one.
+    for args in [&["move", "--percent", "50"][..], &["move"]] {
+        let said = setup.run(Role::Old, args)?;
+        assert!(said.status.success(), "{said:?}");
+        asks("203.0.113.10", 80)?;
+    }
+    let sums = || {
+        let all = stragglers(&setup).ok()?;
+        let one = all
+            .iter()
+            .find(|it| it["client"] == "203.0.113.10" && it["port"] == 80)?;
+        let [old, new] = ["by_old", "by_new"].map(|key| one[key].as_u64().unwrap_or(0));
+        (old + new == 4 && new > 0).then_some(())
+    };
+    let all = poll_until(RECORDED, Duration::from_millis(200), sums);
+    assert!(all.is_some(), "{:?}", stragglers(&setup)?);
+
+    // That time counts as watched; at its end a daemon writes all of it.
+    daemons.terminate()?;
+    let said = setup.run(Role::Old, &["verdict", "--json"])?;
+    let json: Value = serde_json::from_str(&said.stdout).unwrap_or_default();
+    let moves = json["moves"].as_array().cloned().unwrap_or_default();
+    assert_eq!(moves.len(), 2, "{json}");
+    for one in moves {
+        assert!(one["since"].is_i64(), "{one}");
+    }
+    Ok(())
 }
 
 #[test]

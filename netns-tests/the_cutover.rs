@@ -7,9 +7,14 @@
 //!                                └── new server: its service is there, or not yet
 //! ```
 
-use std::net::IpAddr;
-use std::sync::Mutex;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, Shutdown};
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ipmoved::internals::Role;
@@ -33,6 +38,8 @@ enum At {
     Stop,
     /// Nothing listens on the new server yet.
     Listen,
+    /// The daemon is about to be asked to send what waits to the new server.
+    Deliver,
     /// Nobody was answered there yet.
     Watch,
 }
@@ -62,6 +69,88 @@ const DEAF: &str = "nft 'table inet deaf {
     chain in { type filter hook input priority 0; tcp dport 80 drop; }
 }'";
 
+/// What stands between the command and the daemon, and keeps back the order by which what waits is
+/// delivered.
+struct Between {
+    socket: PathBuf,
+    real: PathBuf,
+    order: Arc<Order>,
+}
+
+/// The order that is kept back.
+#[derive(Default)]
+struct Order {
+    has_come: AtomicBool,
+    passes: AtomicBool,
+    /// It never comes: the command was killed before.
+    is_lost: AtomicBool,
+}
+
+impl Between {
+    /// Takes the place of the control socket of the old server's daemon, until that is started
+    /// again.
+    fn new(lab: &Lab) -> Result<Self> {
+        let inode = lab.old_server().run(|| {
+            let found = fs::metadata("/proc/thread-self/ns/net").map_err(unexpected)?;
+            Ok(found.ino())
+        })?;
+        let socket = lab.dir().join(format!("run/net-{inode}/control.sock"));
+        let real = socket.with_extension("real");
+        fs::rename(&socket, &real).map_err(unexpected)?;
+        let listener = UnixListener::bind(&socket).map_err(unexpected)?;
+        let order = Arc::<Order>::default();
+        let (daemon, of_all) = (real.clone(), Arc::clone(&order));
+        // It ends with the test.
+        std::thread::spawn(move || {
+            for command in listener.incoming().filter_map(std::result::Result::ok) {
+                let (daemon, order) = (daemon.clone(), Arc::clone(&of_all));
+                std::thread::spawn(move || pass(command, &daemon, &order));
+            }
+        });
+        Ok(Self {
+            socket,
+            real,
+            order,
+        })
+    }
+}
+
+impl Drop for Between {
+    fn drop(&mut self) {
+        // Another daemon has made its own.
+        if UnixStream::connect(&self.real).is_ok() {
+            let _ = fs::rename(&self.real, &self.socket);
+        }
+    }
+}
+
+/// Passes on what a command asks the daemon, and its answers.
+fn pass(command: UnixStream, daemon: &Path, order: &Order) -> Option<()> {
+    let mut daemon = UnixStream::connect(daemon).ok()?;
+    let (mut to_command, mut from_daemon) = (command.try_clone().ok()?, daemon.try_clone().ok()?);
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut from_daemon, &mut to_command);
+        let _ = to_command.shutdown(Shutdown::Both);
+    });
+    for line in BufReader::new(command).lines() {
+        let line = line.ok()?;
+        if line.contains(r#""order":"move""#) {
+            order.has_come.store(true, SeqCst);
+            let passes = || order.passes.load(SeqCst).then_some(());
+            let _ = poll_until(CUTOVER, PAUSE, passes);
+            if order.is_lost.load(SeqCst) {
+                break;
+            }
+        }
+        daemon.write_all(format!("{line}\n").as_bytes()).ok()?;
+    }
+    daemon.shutdown(Shutdown::Both).ok()
+}
+
+fn unexpected(error: std::io::Error) -> LabError {
+    LabError::unexpected(error.to_string())
+}
+
 /// Clients stop to ask, also if the test fails.
 struct Ends<'a>(&'a AtomicBool);
 
@@ -79,6 +168,7 @@ struct Pinned<'lab> {
     script: Script,
     lasting: Option<Conversation>,
     new: Option<Services>,
+    between: Option<Between>,
 }
 
 impl<'lab> Pinned<'lab> {
@@ -86,10 +176,11 @@ impl<'lab> Pinned<'lab> {
         let script = Script {
             dir: lab.dir().join(number.to_string()),
         };
-        let made = std::fs::create_dir(&script.dir);
+        let made = fs::create_dir(&script.dir);
         made.map_err(|error| LabError::unexpected(error.to_string()))?;
         let mut lasting = None;
         let mut new = None;
+        let mut between = None;
         let stop = script.line("stop");
         let args = match at {
             At::Drain => {
@@ -99,6 +190,11 @@ impl<'lab> Pinned<'lab> {
             }
             At::Stop => vec!["cutover", "--drain", "0", "--stop", &stop],
             At::Listen => vec!["cutover", "--drain", "0"],
+            At::Deliver => {
+                new = Some(Services::new(lab)?);
+                between = Some(Between::new(lab)?);
+                vec!["cutover", "--drain", "0"]
+            }
             At::Watch => {
                 new = Some(Services::new(lab)?);
                 shell(lab.new_server(), DEAF)?;
@@ -110,9 +206,14 @@ impl<'lab> Pinned<'lab> {
             At::Drain => "new connections wait",
             At::Stop => "running: ",
             At::Listen => " drain ",
+            At::Deliver => " listen ",
             At::Watch => " deliver ",
         };
-        let is_there = || cutover.stdout().contains(there).then_some(());
+        let has_come = || {
+            let between = between.as_ref();
+            between.is_none_or(|it: &Between| it.order.has_come.load(SeqCst))
+        };
+        let is_there = || (cutover.stdout().contains(there) && has_come()).then_some(());
         poll_until(CUTOVER, PAUSE, is_there)
             .ok_or_else(|| LabError::unexpected(format!("{at:?}: {}", cutover.stdout())))?;
         Ok(Self {
@@ -122,6 +223,7 @@ impl<'lab> Pinned<'lab> {
             script,
             lasting,
             new,
+            between,
         })
     }
 
@@ -132,16 +234,25 @@ impl<'lab> Pinned<'lab> {
             self.script.is_done("stop")?;
         }
         self.hear_again()?;
+        self.pass_on(Fault::NewDaemon);
         if self.new.is_none() {
             self.new = Some(Services::new(self.lab)?);
         }
         Ok(())
     }
 
+    /// What was kept back is passed on, or lost.
+    fn pass_on(&self, fault: Fault) {
+        if let Some(Between { order, .. }) = &self.between {
+            order.is_lost.store(fault == Fault::Command, SeqCst);
+            order.passes.store(true, SeqCst);
+        }
+    }
+
     fn hear_again(&self) -> Result {
         match self.at {
             At::Watch => shell(self.lab.new_server(), "nft delete table inet deaf || true"),
-            At::Drain | At::Stop | At::Listen => Ok(()),
+            At::Drain | At::Stop | At::Listen | At::Deliver => Ok(()),
         }
     }
 }
@@ -204,6 +315,7 @@ fn one<'lab>(
         }
         Fault::Tunnel => {
             new.terminate()?;
+            pinned.pass_on(fault);
             let notices = || pinned.cutover.stdout().contains("going back").then_some(());
             poll_until(CUTOVER, PAUSE, notices).expect("it notices");
             new = setup.start(Role::New)?;
@@ -212,6 +324,7 @@ fn one<'lab>(
     let goes_on = fault == Fault::NewDaemon;
     if !goes_on {
         pinned.hear_again()?;
+        pinned.pass_on(fault);
     }
     let said = pinned.cutover.wait(CUTOVER)?;
     match fault {
@@ -230,7 +343,9 @@ fn one<'lab>(
             let left = modes(setup)?;
             match at {
                 At::Watch => assert_ne!(left, ["held", "held"]),
-                At::Drain | At::Stop | At::Listen => assert_eq!(left, ["held", "held"]),
+                At::Drain | At::Stop | At::Listen | At::Deliver => {
+                    assert_eq!(left, ["held", "held"]);
+                }
             }
         }
         Fault::Interrupt | Fault::OldDaemon | Fault::Back | Fault::Tunnel => {
@@ -267,7 +382,7 @@ fn whatever_happens_at_whichever_step_nobody_is_refused() -> Result {
             Fault::Back,
             Fault::Tunnel,
         ] {
-            for at in [At::Drain, At::Stop, At::Listen, At::Watch] {
+            for at in [At::Drain, At::Stop, At::Listen, At::Deliver, At::Watch] {
                 number += 1;
                 let what = |error| LabError::unexpected(format!("{fault:?} at {at:?}: {error}"));
                 daemons = one(&setup, daemons, (at, fault, number)).map_err(what)?;
@@ -300,7 +415,7 @@ fn whoever_is_refused_by_the_new_server_is_not_told_and_served_by_the_old_one() 
         let script = Script {
             dir: lab.dir().join(number.to_string()),
         };
-        let made = std::fs::create_dir(&script.dir);
+        let made = fs::create_dir(&script.dir);
         made.map_err(|error| LabError::unexpected(error.to_string()))?;
         let within = if comes { "60" } else { "5" };
         let stop = script.line("stop");

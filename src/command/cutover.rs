@@ -5,6 +5,7 @@
 //! meanwhile, and commands are run. It prints a line a step, and while it waits a bar on a terminal
 //! and otherwise a line now and then.
 
+mod checked;
 mod served;
 mod steps;
 
@@ -19,10 +20,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::checked::Checked;
 use self::served::{Heard, Served as OldService};
 use self::steps::{Action, Input, Plan, Step, Steps, View, Watched};
 use super::orders::{connect, names, status};
-use super::{FAILED, Failure, SYSTEM, here, print};
+use super::{FAILED, Failure, SYSTEM, here, print, stragglers};
 use crate::daemon::control_socket::Client;
 use crate::model::asked::Found;
 use crate::model::move_index::MoveIndex;
@@ -90,7 +92,8 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
         what if what.is_empty() => modes_of(&before).map(|it| it.what.clone()).collect(),
         what => what,
     };
-    let served = OldService::look(&all, before.port).map_err(untold)?;
+    let asked = stragglers::asked_for(&before);
+    let served = OldService::look(&all, before.port, &asked).map_err(untold)?;
     let request = Request::Cutover {
         what: names(&args.what),
         asks: served.asks(),
@@ -118,6 +121,7 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
         restart: args.restart.is_some(),
     };
     shown.line(Step::Check, &format!("moving {}", what.join(" ")));
+    check(&mut shown, found.pid)?;
     let mut cutover = Cutover {
         args,
         what: What::new(what),
@@ -164,6 +168,29 @@ async fn cut_over(args: CutoverArgs) -> Result<(), Failure> {
         let now = cutover.shown.now();
         cutover.steps.handle_timeout(now);
     }
+}
+
+/// Has `ipmoved check` look at this server and ask the new one, before anything changes.
+fn check(shown: &mut Shown, daemon: u32) -> Result<(), Failure> {
+    let Checked { warnings, failures } = match checked::look(daemon) {
+        Ok(checked) => checked,
+        Err(why) => {
+            let text = format!("warning: `ipmoved check` could not look: {why}");
+            shown.line(Step::Check, &text);
+            return Ok(());
+        }
+    };
+    for warning in warnings {
+        shown.line(Step::Check, &format!("warning: {warning}"));
+    }
+    let Some(first) = failures.first() else {
+        return Ok(());
+    };
+    for failure in &failures {
+        shown.line(Step::Check, &format!("fail: {failure}"));
+    }
+    let why = format!("nothing has changed, since `ipmoved check` fails: {first}");
+    shown.end(Err(why)).map_err(|why| Failure::new(FAILED, why))
 }
 
 /// A cut-over under way.

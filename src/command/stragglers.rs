@@ -4,14 +4,17 @@
 //! Owns what is asked of whom: the database tells what was, the daemon and this host what is. All
 //! of it is said, too, while no daemon runs.
 
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::model::asked::Asked;
+use crate::model::peer::Role;
 use crate::model::prefix::Prefix;
-use crate::model::status::{Answers, Served, Status};
+use crate::model::status::{Answers, Served, Status, TunnelStatus, many_in_vain};
 use crate::settings::args::{ReportArgs, StragglersArgs, VerdictArgs};
 use crate::settings::config;
 use crate::stragglers::findings::Findings;
@@ -23,8 +26,8 @@ use crate::stragglers::verdict::{Now, Verdict};
 
 use super::{BAD_INPUT, FAILED, Failure, SYSTEM, here, orders, print, print_json};
 
-/// So often nobody asks who only scans, where an answer may not be what is asked for (UDP).
-const MANY_IN_VAIN: u64 = 8;
+/// What was asked for in so many seconds is served, as far as a socket is there for it.
+const LATELY: i64 = 7 * 86_400;
 
 /// The old server cannot be switched off yet (`verdict`).
 const NOT_YET: u8 = 1;
@@ -167,6 +170,16 @@ fn write_whole(file: &Path, text: &[u8]) -> Result<(), Failure> {
     })
 }
 
+/// What clients have asked for in the last days, as far as that is recorded.
+pub(super) fn asked_for(daemon: &Status) -> BTreeSet<Asked> {
+    let asked = history(None, Some(daemon)).and_then(|history| {
+        let since = history.now() - LATELY;
+        history.asked_for(since).map_err(unreadable)
+    });
+    // Without a record this server's sockets tell.
+    asked.unwrap_or_default()
+}
+
 /// What the daemon of this server says, if one runs.
 fn daemon() -> Option<Status> {
     // The new server's has nothing to say of who comes.
@@ -196,10 +209,7 @@ fn verdict(
     // What is not asked for any more at the moment is forgotten after a while; that nobody was ever
     // answered is not. Whoever was not answered is not recorded.
     let bad = [Answers::Silent, Answers::Refused, Answers::Unanswered];
-    let never = |it: &Served| {
-        let is_tcp = it.what.ends_with("/tcp");
-        it.answered == 0 && it.asked >= if is_tcp { 1 } else { MANY_IN_VAIN }
-    };
+    let never = |it: &Served| it.answered == 0 && it.asked >= many_in_vain(&it.what);
     let unanswered = served.filter(|it| it.expected && (bad.contains(&it.state) || never(it)));
     let unanswered = unanswered.map(|it| it.what.clone()).collect();
     let each = modes().map(|mode| (mode.what.clone(), mode.mode.clone()));
@@ -213,7 +223,26 @@ fn verdict(
 fn history(state_dir: Option<PathBuf>, daemon: Option<&Status>) -> Result<History, Failure> {
     let dir = config::state_dir(state_dir);
     let runs = daemon.map(|status| Duration::from_secs(status.uptime_s));
-    History::open(&dir, SystemTime::now(), runs).map_err(unreadable)
+    History::open(&dir, SystemTime::now(), runs).map_err(|error| match (&error, new_server()) {
+        (StoreError::None(_), Some(old)) => Failure::new(
+            BAD_INPUT,
+            format!(
+                "this is the new server; who comes is recorded on the old one: run it there ({old})"
+            ),
+        ),
+        _ => unreadable(error),
+    })
+}
+
+/// If this is the new server: where its old servers are.
+fn new_server() -> Option<String> {
+    let status = orders::status().ok()?;
+    let is_new = |it: &&TunnelStatus| it.role == Role::New;
+    let old: Vec<String> = (status.tunnels.iter())
+        .filter(is_new)
+        .map(|it| it.peer.clone())
+        .collect();
+    (!old.is_empty()).then(|| old.join(", "))
 }
 
 fn unreadable(error: StoreError) -> Failure {

@@ -787,14 +787,20 @@ impl Control<'_> {
         if let Some(visitors) = &mut *self.visitors
             && now >= visitors.next()
         {
-            let is_up = |peer| self.tunnels[index(peer)].state() == State::Up;
-            let moves = self.orders.iter().flat_map(Orders::moved);
-            visitors.watch(moves.map(|(peer, moved, all)| (moved, all && is_up(peer))));
-            if visitors.wants_progress(now) {
-                let peers = self.policy.peers();
-                visitors.progress(peers.flat_map(|peer| self.progress.of(peer)));
+            visitors.read(now, &self.follower);
+            if visitors.wants_look(now) {
+                let is_up = |peer| self.tunnels[index(peer)].state() == State::Up;
+                let moves = self.orders.iter().flat_map(Orders::moved);
+                let moves = moves.map(|(peer, moved, settled)| (moved, settled, is_up(peer)));
+                visitors.watch(&self.follower, moves);
+                if visitors.wants_progress(now) {
+                    let peers = self.policy.peers();
+                    visitors.progress(peers.flat_map(|peer| self.progress.of(peer)));
+                    let peers = self.policy.peers();
+                    visitors.served(peers.flat_map(|peer| self.silence.served(now, peer)));
+                }
+                visitors.look(now, &self.view.forwarder, &mut self.warnings);
             }
-            visitors.look(now, &self.view.forwarder, &mut self.warnings);
         }
         self.tell_unlogged(now);
         self.policy.handle_timeout(now);
@@ -1779,6 +1785,7 @@ impl Control<'_> {
         // If a goodbye is lost, the peer notices the silence.
         self.send_all(now);
         if let Some(visitors) = &mut *self.visitors {
+            visitors.read(now, &self.follower);
             visitors.end(now, &self.view.forwarder);
         }
         if let Some(orders) = &mut self.orders {

@@ -35,6 +35,7 @@ use crate::flow::modes::Taken;
 use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink, RouteKind};
 use crate::kernel::plan::{self, PlanError};
+use crate::kernel::programs::Served;
 use crate::kernel::steer::Steering;
 use crate::kernel::{Change, Desired, Host, HostError, keep};
 use crate::model::drops::DropReason;
@@ -751,6 +752,27 @@ impl Follower {
         match &self.programs {
             Programs::Old(capture) => capture.forget_own(wanted).unwrap_or(0),
             Programs::New(_) => 0,
+        }
+    }
+
+    /// Has the programs tell who is served by this server itself, or no longer (old server).
+    /// Returns whether they do.
+    pub(super) fn tell_served(&self, on: bool) -> Result<bool, String> {
+        match &self.programs {
+            Programs::Old(capture) => match capture.tell_served(on) {
+                Ok(()) => Ok(on),
+                Err(error) => Err(error.to_string()),
+            },
+            Programs::New(_) => Ok(false),
+        }
+    }
+
+    /// Reads what they have told since the last time. Returns how many connections have begun
+    /// since, and how much was lost.
+    pub(super) fn take_served(&self, each: impl FnMut(Served<'_>)) -> [u64; 2] {
+        match &self.programs {
+            Programs::Old(capture) => capture.take_served(each),
+            Programs::New(_) => [0; 2],
         }
     }
 

@@ -399,10 +399,10 @@ impl Orders {
         places.into_iter().map(of).collect()
     }
 
-    /// The moves, each with its peer and with whether the new server answers all clients.
-    pub(super) fn moved(&self) -> impl Iterator<Item = (PeerId, &Move, bool)> {
+    /// The moves, each with its peer and with who answers new clients, but for a hold.
+    pub(super) fn moved(&self) -> impl Iterator<Item = (PeerId, &Move, Settled)> {
         let moves = self.modes.moves().iter();
-        moves.map(|it| (it.peer, &it.moved, it.mode.settled == Settled::Moved))
+        moves.map(|it| (it.peer, &it.moved, it.mode.settled))
     }
 
     /// The modes, in the order of the settings and of what leaves, on the clock of the kernel's

@@ -35,7 +35,11 @@ const MAX_STATUS: u64 = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum StatusError {
     /// Nothing listens.
-    #[error("no ipmoved runs in this network namespace ({} does not answer)", .0.display())]
+    #[error(
+        "no ipmoved runs in this network namespace ({} does not answer); `systemctl start ipmoved` \
+         starts it, and `journalctl -u ipmoved` says why it ended",
+        .0.display()
+    )]
     NotRunning(PathBuf),
     /// Not root.
     #[error("only root may ask: {} is not readable for this user; try sudo", .0.display())]

@@ -1,4 +1,5 @@
-//! Who comes to what has moved: from the gates to the thread that records it, once a second.
+//! Who comes to what has moved: from the gates, and from the programs that see whom this server
+//! serves itself, to the thread that records it, once a second.
 //!
 //! Owns when that is done, and what an administrator is told of it. No packet waits for it.
 
@@ -6,15 +7,22 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use super::follow::Follower;
 use super::warnings::Warnings;
 use crate::flow::role::Forwarder;
+use crate::flow::seed::Seed;
+use crate::flow::served_here::{Passed, ServedHere};
+use crate::io::entropy;
+use crate::kernel::programs::{self, READ_EVERY};
+use crate::model::mode::Settled;
 use crate::model::moved::Move;
 use crate::model::progress::Progress;
-use crate::model::status::ProgressOf;
+use crate::model::status::{ProgressOf, Served, many_in_vain};
+use crate::model::visit::InVain;
 use crate::settings::config::Config;
 use crate::stragglers::tally::Arrived;
 use crate::stragglers::watch::Moves;
-use crate::stragglers::writer::{Settings, Writer};
+use crate::stragglers::writer::{MoveNews, Settings, Writer};
 
 /// How often the gates are asked.
 const EVERY: Duration = Duration::from_secs(1);
@@ -22,9 +30,19 @@ const EVERY: Duration = Duration::from_secs(1);
 /// How often what the new server says of arrivals is taken in: there may be 16,384 moves.
 const PROGRESS_EVERY: Duration = Duration::from_secs(10);
 
+/// Things that are remembered as asked for: as many as a status shows of a few peers.
+const MAX_IN_VAIN: usize = 4_096;
+
 /// The recording of who comes.
 #[derive(Debug)]
 pub(super) struct Visitors {
+    /// Who is served by this server itself.
+    served: ServedHere,
+    /// The programs tell of them.
+    serving: bool,
+    /// Some move is not in mode `moved`, so that there is much to read.
+    some_here: bool,
+    next_read: Instant,
     writer: Option<Writer>,
     /// Why there is no writer.
     failed: Option<String>,
@@ -37,7 +55,10 @@ pub(super) struct Visitors {
     /// What the new server said last of arrivals, by move.
     said: HashMap<String, Arrived>,
     /// What has come since, and is not told yet.
-    arrived: Vec<(String, Arrived)>,
+    news: MoveNews,
+    /// How often each thing was asked for that nobody was answered, as far as that was told; of
+    /// what was answered that is all.
+    in_vain: HashMap<String, Option<u64>>,
     /// Conversations that the gates had no place for.
     missed: u64,
 }
@@ -45,9 +66,10 @@ pub(super) struct Visitors {
 impl Visitors {
     /// Starts to record who comes, if that is wanted, and the directory is not `refused`.
     pub(super) fn start(config: &Config, refused: Option<&str>, now: Instant) -> Option<Self> {
+        let log = config.client_log?;
         let settings = Settings {
             dir: config.state_dir.clone(),
-            keep: config.client_log?.keep,
+            keep: log.keep,
         };
         let started = match refused {
             Some(why) => Err(why.to_owned()),
@@ -57,7 +79,13 @@ impl Visitors {
             Ok(writer) => (Some(writer), None),
             Err(error) => (None, Some(format!("clients are not recorded: {error}"))),
         };
+        // Without randomness whoever knows the seed can make conversations look like one.
+        let word = || entropy::system().u64().unwrap_or_default();
         Some(Self {
+            served: ServedHere::new(Seed::new([word(), word()]), log.names),
+            serving: false,
+            some_here: true,
+            next_read: now,
             writer,
             failed,
             next: now + EVERY,
@@ -65,19 +93,72 @@ impl Visitors {
             watched: Vec::new(),
             moves: Arc::new([]),
             said: HashMap::new(),
-            arrived: Vec::new(),
+            news: MoveNews::default(),
+            in_vain: HashMap::new(),
             missed: 0,
         })
     }
 
-    /// When to look.
+    /// When to read or to look.
     pub(super) fn next(&self) -> Instant {
-        self.next
+        match self.some_here {
+            true => self.next.min(self.next_read),
+            false => self.next,
+        }
     }
 
-    /// These are the moves. One is watched while it is the new server's, and its clients get
-    /// there: others this server serves itself, and does not see.
-    pub(super) fn watch<'m>(&mut self, moves: impl Iterator<Item = (&'m Move, bool)>) {
+    /// Whether it is time to look.
+    pub(super) fn wants_look(&self, now: Instant) -> bool {
+        now >= self.next
+    }
+
+    /// From now on names are looked for, or no longer are.
+    pub(super) fn set_names(&mut self, names: bool) {
+        self.served.set_names(names);
+    }
+
+    /// Reads what the programs tell of whom this server serves itself.
+    pub(super) fn read(&mut self, now: Instant, follower: &Follower) {
+        self.next_read = now + READ_EVERY;
+        let ktime = programs::now();
+        let served = &mut self.served;
+        let [openings, lost] = follower.take_served(|told| {
+            let passed = Passed {
+                at: (now.checked_sub(ktime.saturating_sub(told.at))).unwrap_or(now),
+                is_answer: told.is_answer,
+                is_first: told.is_first,
+            };
+            served.passed(passed, told.head);
+        });
+        self.served.count(openings, lost);
+    }
+
+    /// These are the moves, each with who answers and whether its tunnel is up. One is watched
+    /// while whoever answers can be seen: the new server by the tunnel, this one by the programs.
+    pub(super) fn watch<'m>(
+        &mut self,
+        follower: &Follower,
+        moves: impl Iterator<Item = (&'m Move, Settled, bool)>,
+    ) {
+        // What keeps them from it is nothing that a later try mends, and is said by the verdict.
+        self.serving = follower.tell_served(true).unwrap_or(false);
+        let serving = self.serving;
+        let mut some_here = false;
+        let moves = moves.map(|(moved, settled, is_up)| {
+            some_here |= settled != Settled::Moved;
+            let watched = match settled {
+                Settled::Moved => is_up,
+                Settled::Here => serving,
+                Settled::Shared(_) => serving && is_up,
+            };
+            (moved, watched)
+        });
+        self.watch_each(moves);
+        self.some_here = some_here;
+    }
+
+    /// These are the moves, each with whether all its clients are seen.
+    fn watch_each<'m>(&mut self, moves: impl Iterator<Item = (&'m Move, bool)>) {
         let mut count = 0;
         let mut same = true;
         let mut fresh = Vec::new();
@@ -138,11 +219,37 @@ impl Visitors {
                 directly: now.directly - before.directly,
             };
             if more != Arrived::default() {
-                self.arrived.push((what.clone(), more));
+                self.news.arrived.push((what.clone(), more));
             }
         }
         // What is not said at present, as while the new server is away, was said before.
         self.said.extend(all);
+    }
+
+    /// Takes in whether what clients ask for is answered. What nobody ever was stays known when
+    /// this daemon is gone: it is no visit.
+    pub(super) fn served(&mut self, all: impl Iterator<Item = Served>) {
+        for Served {
+            what,
+            expected,
+            asked,
+            answered,
+            ..
+        } in all
+        {
+            let seen = (answered == 0).then_some(asked);
+            let is_many = asked >= many_in_vain(&what);
+            let is_news = match self.in_vain.get(&what) {
+                Some(before) => *before != seen,
+                None => self.in_vain.len() < MAX_IN_VAIN,
+            };
+            if !is_news || !expected && seen.is_some() || seen.is_some() && !is_many {
+                continue;
+            }
+            self.in_vain.insert(what.clone(), seen);
+            let answered = seen.is_none();
+            self.news.in_vain.push(InVain { what, answered });
+        }
     }
 
     /// Asks the gates. Call it when it is [time](Self::next).
@@ -162,7 +269,9 @@ impl Visitors {
         for text in writer.take_notes() {
             warnings.warn(now, text);
         }
-        forwarder.know(&writer.take_known());
+        let known = writer.take_known();
+        forwarder.know(&known);
+        self.served.know(&known);
     }
 
     /// Conversations that were too many to look at or to record.
@@ -173,7 +282,7 @@ impl Visitors {
     /// Conversations that came and are not in the database yet.
     pub(super) fn unwritten(&self, forwarder: &Forwarder) -> u64 {
         match &self.writer {
-            Some(writer) => forwarder.settling() + writer.unwritten(),
+            Some(writer) => forwarder.settling() + self.served.settling() + writer.unwritten(),
             None => 0,
         }
     }
@@ -200,11 +309,12 @@ impl Visitors {
     }
 
     fn tell(&mut self, now: Instant, forwarder: &Forwarder, last: bool) {
-        let visited = forwarder.visited(now, last);
+        let mut visited = forwarder.visited(now, last);
+        visited.add(self.served.take(now, last));
         self.missed += visited.missed;
         if let Some(writer) = &self.writer {
-            let arrived = std::mem::take(&mut self.arrived);
-            writer.tell(visited, arrived, &self.moves, now, SystemTime::now(), last);
+            let news = std::mem::take(&mut self.news);
+            writer.tell(visited, news, &self.moves, now, SystemTime::now(), last);
         }
     }
 }
@@ -215,6 +325,10 @@ mod tests {
 
     fn visitors() -> Visitors {
         Visitors {
+            served: ServedHere::new(Seed::new([1, 2]), true),
+            serving: false,
+            some_here: false,
+            next_read: Instant::now(),
             writer: None,
             failed: None,
             next: Instant::now(),
@@ -222,7 +336,8 @@ mod tests {
             watched: Vec::new(),
             moves: Arc::new([]),
             said: HashMap::new(),
-            arrived: Vec::new(),
+            news: MoveNews::default(),
+            in_vain: HashMap::new(),
             missed: 0,
         }
     }
@@ -235,7 +350,7 @@ mod tests {
         let mut visitors = visitors();
         let mut told = |watched: &[(usize, bool)]| {
             let before = Arc::clone(&visitors.moves);
-            visitors.watch(watched.iter().map(|&(at, all)| (&moves[at], all)));
+            visitors.watch_each(watched.iter().map(|&(at, all)| (&moves[at], all)));
             let changed = !Arc::ptr_eq(&before, &visitors.moves);
             let moves: Vec<_> = visitors.moves.iter().map(|it| it.1).collect();
             (changed, moves)
@@ -250,6 +365,37 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_was_ever_answered_is_told_as_it_is_asked_for_and_once_it_is_answered() {
+        let mut visitors = visitors();
+        let mut see = |what: &str, expected, asked, answered| {
+            let served = Served {
+                what: what.into(),
+                state: crate::model::status::Answers::Silent,
+                expected,
+                since_s: 0,
+                asked,
+                answered,
+                refused: 0,
+                clients: 0,
+                causes: Vec::new(),
+            };
+            visitors.served([served].into_iter());
+            let told = std::mem::take(&mut visitors.news.in_vain);
+            told.into_iter().map(|it| it.answered).collect::<Vec<_>>()
+        };
+        assert_eq!(see("192.0.2.5:80/tcp", true, 0, 0), [true; 0]);
+        assert_eq!(see("192.0.2.5:80/tcp", true, 1, 0), [false]);
+        assert_eq!(see("192.0.2.5:80/tcp", true, 1, 0), [true; 0]);
+        assert_eq!(see("192.0.2.5:80/tcp", true, 3, 0), [false]);
+        assert_eq!(see("192.0.2.5:80/tcp", true, 4, 1), [true]);
+        assert_eq!(see("192.0.2.5:80/tcp", true, 9, 5), [true; 0]);
+        // A scan's, and what need not answer.
+        assert_eq!(see("192.0.2.5:81/tcp", false, 9, 0), [true; 0]);
+        assert_eq!(see("192.0.2.5:53/udp", true, 2, 0), [true; 0]);
+        assert_eq!(see("192.0.2.5:53/udp", true, 8, 0), [false]);
+    }
+
+    #[test]
     fn arrivals_count_from_what_was_said_first_and_after_a_restart_from_nothing() {
         let mut visitors = visitors();
         let mut say = |by_tunnel, directly| {
@@ -260,7 +406,7 @@ mod tests {
             };
             let what = "192.0.2.5".to_owned();
             visitors.progress([ProgressOf { what, progress }].into_iter());
-            std::mem::take(&mut visitors.arrived)
+            std::mem::take(&mut visitors.news.arrived)
                 .into_iter()
                 .map(|(_, it)| (it.by_tunnel, it.directly))
                 .collect::<Vec<_>>()

@@ -169,7 +169,7 @@ impl Flow {
 
     /// A flow by its hash, and what the packet counts.
     #[inline]
-    fn new(hash: u64, protocol: u8, weight: Weight) -> Self {
+    pub(super) fn new(hash: u64, protocol: u8, weight: Weight) -> Self {
         Self {
             hash,
             protocol,

@@ -21,6 +21,7 @@
 //! | [`hold`] | first packets that wait for the end of a hold |
 //! | `shield` | refusals that are kept from clients while a cut-over is watched |
 //! | `visits` | which clients still come, and what is known of their conversations |
+//! | [`served_here`] | the same of those whom the old server serves itself |
 //! | [`ended`] | flows that ended, until somebody takes note |
 //! | `slab` | entries by number, and lists through them |
 //! | [`fragments`] | what the first fragment of a packet told, for the later ones |
@@ -47,6 +48,7 @@ mod records;
 pub mod role;
 pub mod routes;
 pub mod seed;
+pub mod served_here;
 mod shield;
 mod slab;
 pub mod table;

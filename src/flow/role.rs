@@ -332,12 +332,7 @@ impl Forwarder {
     pub fn visited(&self, now: Instant, all: bool) -> Visited<Instant> {
         let mut whole = Visited::default();
         if let Self::Old(gates) = self {
-            for visited in gates.iter().map(|gate| gate.visited(now, all)) {
-                whole.visits.extend(visited.visits);
-                whole.openings += visited.openings;
-                whole.missed += visited.missed;
-                whole.unnamed += visited.unnamed;
-            }
+            (gates.iter()).for_each(|gate| whole.add(gate.visited(now, all)));
         }
         whole
     }

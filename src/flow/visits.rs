@@ -22,7 +22,8 @@
 //!   that carries more than 2 GiB between two looks, some seconds, is told too little of.
 //! * Whoever the new server has called is no client, however long they talk.
 //! * Clients that are known have places of their own, which a flood of others cannot take.
-//! * Conversations that the old server itself serves are not seen here, since no gate carries them.
+//! * Conversations that the old server itself serves no gate carries:
+//!   [`served_here`](super::served_here) has them followed in the same way.
 
 use std::collections::HashSet;
 use std::sync::Mutex;
@@ -185,6 +186,11 @@ impl Visits {
             missed: AtomicU64::new(0),
             unnamed: AtomicU64::new(0),
         }
+    }
+
+    /// From now on the first bytes are wanted, or no longer are.
+    pub(super) fn set_names(&mut self, names: bool) {
+        self.names = names;
     }
 
     /// This client has come before: whatever it opens is noted.

@@ -1,10 +1,11 @@
-//! What the kernel's connection tracker knows of TCP connections that hosts behind this one have:
+//! What the kernel's connection tracker knows of connections that hosts behind this one have:
 //! containers and virtual machines whose addresses are translated, or that are reached by routes.
 //!
 //! Owns one dump and one request over `NETLINK_NETFILTER`
 //! (linux/netfilter/nfnetlink_conntrack.h). Where nothing is tracked in this namespace it asks for
 //! nothing, so that the kernel loads no module because of it.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -13,7 +14,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use crate::flow::ended::HostFlow;
 use crate::kernel::netlink::ask;
-use crate::model::moved::TCP;
+use crate::model::moved::{TCP, UDP};
 
 /// How many connections this namespace tracks.
 const COUNT: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
@@ -79,6 +80,37 @@ pub fn behind(
         found.len() < most
     })?;
     Ok(found)
+}
+
+/// Ends of conversations, TCP and UDP, that others have begun with an address that has `moved`, as
+/// they see it, each once and `most` of them: those of hosts behind this one, and of UDP those of
+/// this host's own sockets as well, which tell of no client.
+///
+/// # Errors
+/// If the kernel tracks nothing here, or does not tell.
+pub fn served(
+    moved: impl Fn(IpAddr) -> bool,
+    most: usize,
+) -> io::Result<BTreeSet<(u8, SocketAddr)>> {
+    let mut found = BTreeSet::new();
+    if std::fs::read_to_string(COUNT)?.trim() == "0" {
+        return Ok(found);
+    }
+    each(|connection| {
+        found.extend(served_of(connection, &moved));
+        found.len() < most
+    })?;
+    Ok(found)
+}
+
+/// The end of one conversation, if it is such a one.
+fn served_of(connection: &[u8], moved: &impl Fn(IpAddr) -> bool) -> Option<(u8, SocketAddr)> {
+    let original = tuple(attribute(connection, CTA_TUPLE_ORIG)?)?;
+    if original.protocol == UDP {
+        return moved(original.dst.ip()).then_some((UDP, original.dst));
+    }
+    let flow = flow_of(connection, moved, &|_| true)?;
+    Some((flow.protocol, flow.local))
 }
 
 /// Makes the kernel forget the conversations of hosts behind this one whose end here, as the other
@@ -240,8 +272,13 @@ mod tests {
         bytes
     }
 
-    /// One direction, from and to these.
+    /// One direction of TCP, from and to these.
     fn tuple(kind: u16, src: &str, dst: &str) -> Vec<u8> {
+        tuple_of(TCP, kind, src, dst)
+    }
+
+    /// One direction, from and to these.
+    fn tuple_of(protocol: u8, kind: u16, src: &str, dst: &str) -> Vec<u8> {
         let [src, dst] = [src, dst].map(|end| end.parse::<SocketAddr>().unwrap());
         let octets = |end: SocketAddr| match end.ip() {
             IpAddr::V4(addr) => addr.octets().to_vec(),
@@ -257,7 +294,7 @@ mod tests {
             attribute(kinds[1], &octets(dst)),
         ];
         let proto = [
-            attribute(CTA_PROTO_NUM, &[TCP]),
+            attribute(CTA_PROTO_NUM, &[protocol]),
             attribute(CTA_PROTO_SRC_PORT, &src.port().to_be_bytes()),
             attribute(CTA_PROTO_DST_PORT, &dst.port().to_be_bytes()),
         ];
@@ -277,6 +314,34 @@ mod tests {
             attribute(CTA_PROTOINFO, &state),
         ]
         .concat()
+    }
+
+    #[test]
+    fn what_others_have_begun_is_served_of_udp_by_this_host_as_well() {
+        let moved = |addr: IpAddr| addr == "192.0.2.5".parse::<IpAddr>().unwrap();
+        const CLIENT: &str = "203.0.113.7:40000";
+        for (protocol, to, from, served) in [
+            (UDP, "192.0.2.5:53", "10.8.0.2:53", true),
+            (UDP, "192.0.2.5:53", "192.0.2.5:53", true),
+            (UDP, "192.0.2.1:53", "192.0.2.1:53", false),
+            (TCP, "192.0.2.5:80", "10.8.0.2:80", true),
+            (TCP, "192.0.2.5:80", "192.0.2.5:80", false),
+        ] {
+            let state = attribute(CTA_PROTOINFO_TCP, &attribute(CTA_PROTOINFO_TCP_STATE, &[3]));
+            let connection = [
+                tuple_of(protocol, CTA_TUPLE_ORIG, CLIENT, to),
+                tuple_of(protocol, CTA_TUPLE_REPLY, from, CLIENT),
+                attribute(CTA_PROTOINFO, &state),
+            ];
+            let expected = served.then(|| (protocol, to.parse().unwrap()));
+            assert_eq!(served_of(&connection.concat(), &moved), expected, "{from}");
+        }
+        // What this host asks for itself is nothing that it serves.
+        let asks = [
+            tuple_of(UDP, CTA_TUPLE_ORIG, "192.0.2.5:40000", "203.0.113.7:53"),
+            tuple_of(UDP, CTA_TUPLE_REPLY, "203.0.113.7:53", "192.0.2.5:40000"),
+        ];
+        assert_eq!(served_of(&asks.concat(), &moved), None);
     }
 
     #[test]

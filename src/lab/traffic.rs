@@ -45,7 +45,7 @@ const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(180);
 
 /// Most connections of a service at the same time. It closes further ones at once.
-const MAX_CONNECTIONS: usize = 256;
+const MAX_CONNECTIONS: usize = 4_096;
 
 /// Most peers that a service remembers. It forgets later ones.
 const MAX_SEEN: usize = 65_536;
@@ -309,6 +309,13 @@ impl<'lab> Client<'lab> {
     pub fn connect(&self, to: impl Into<Target>) -> Result<TcpStream> {
         let to = to.into();
         self.try_connect(to, TIMEOUT)?
+            .doing(|| format!("connect to {to}"))
+    }
+
+    /// The same, which may take so long.
+    pub fn connect_within(&self, to: impl Into<Target>, patience: Duration) -> Result<TcpStream> {
+        let to = to.into();
+        self.try_connect(to, patience)?
             .doing(|| format!("connect to {to}"))
     }
 

@@ -266,6 +266,12 @@ pub struct Served {
     pub causes: Vec<Cause>,
 }
 
+/// How often clients have to ask for something in vain before that says anything: where an answer
+/// need not be what is asked for (UDP), so often nobody asks who only scans.
+pub fn many_in_vain(what: &str) -> u64 {
+    if what.ends_with("/tcp") { 1 } else { 8 }
+}
+
 /// Whether what clients ask for is answered.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

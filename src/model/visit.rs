@@ -39,6 +39,15 @@ pub struct Visit<T> {
     pub first_bytes: Vec<u8>,
 }
 
+/// What clients have asked for, and whether anybody was ever answered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct InVain {
+    /// `192.0.2.5:80/tcp`.
+    pub what: String,
+    /// Somebody was: it was not in vain.
+    pub answered: bool,
+}
+
 /// Which server answers a conversation.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum ServedBy {
@@ -79,6 +88,16 @@ impl<T> Default for Visited<T> {
             missed: 0,
             unnamed: 0,
         }
+    }
+}
+
+impl<T> Visited<T> {
+    /// Adds what somebody else has seen.
+    pub fn add(&mut self, more: Self) {
+        self.visits.extend(more.visits);
+        self.openings += more.openings;
+        self.missed += more.missed;
+        self.unnamed += more.unnamed;
     }
 }
 

@@ -4,10 +4,11 @@
 //! come now: that is not known to be long ago. A row that a person has put there and that makes no
 //! sense is left out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use crate::model::asked::Asked;
 use crate::model::prefix::Prefix;
 use crate::model::visit::ServedBy;
 
@@ -240,6 +241,24 @@ impl History {
                 days: count(row, 12)?,
             }))
         })
+    }
+
+    /// What clients have asked for since then, and were answered.
+    ///
+    /// # Errors
+    /// See [`StoreError`].
+    pub fn asked_for(&self, since: i64) -> Result<BTreeSet<Asked>, StoreError> {
+        let came = self.came(since)?.into_iter();
+        Ok(came
+            .filter(|it| it.answered > 0)
+            .map(|it| it.who.1)
+            .collect())
+    }
+
+    /// What clients have asked for since then, and nobody was ever answered.
+    pub(super) fn unanswered(&self, since: i64) -> Result<Vec<String>, StoreError> {
+        let query = "SELECT what FROM unanswered WHERE last >= ?1 ORDER BY what";
+        self.store.read(query, [since], |row| row.get(0).map(Some))
     }
 
     /// Clients' conversations on the day of `since` and later.

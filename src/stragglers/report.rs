@@ -489,40 +489,68 @@ mod tests {
         text: String,
     }
 
-    /// What Chromium shows of the page in a window so wide.
-    fn looked_at(html: &str, width: u32, dark: bool) -> Seen {
+    /// What Chromium shows of the page in a window so wide, or prints if there is none.
+    fn looked_at(html: &str, window: Option<u32>, dark: bool) -> Seen {
         const SCRIPT: &str = concat!("<script>", include_str!("looked_at.js"), "</script>");
         use base64::Engine as _;
         let dir = std::env::temp_dir().join(format!("ipmoved-page-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        let file = dir.join("page.html");
+        let (file, paper) = (dir.join("page.html"), dir.join("page.pdf"));
         std::fs::write(&file, html.replace("</body>", &format!("{SCRIPT}</body>"))).unwrap();
         let mut browser = std::process::Command::new("chromium");
-        browser.args(["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]);
+        browser.args(["--headless", "--no-sandbox", "--disable-gpu"]);
         if dark {
             browser.arg("--force-dark-mode");
         }
-        browser.arg(format!("--window-size={width},900"));
+        match window {
+            Some(width) => browser
+                .arg("--dump-dom")
+                .arg(format!("--window-size={width},900")),
+            None => browser
+                .arg("--enable-logging=stderr")
+                .arg(format!("--print-to-pdf={}", paper.display())),
+        };
         browser.arg(format!("--user-data-dir={}", dir.join("profile").display()));
-        let shown = browser.arg(format!("file://{}", file.display())).output();
+        let done = browser.arg(format!("file://{}", file.display())).output();
+        let done = done.expect("chromium");
+        let said = match window {
+            Some(_) => done.stdout,
+            None => {
+                let paper = std::fs::read(&paper).unwrap();
+                let pages = paper
+                    .windows(12)
+                    .filter(|it| *it == b"/Type /Page\n")
+                    .count();
+                assert!((1..8).contains(&pages), "{pages} pages");
+                done.stderr
+            }
+        };
         std::fs::remove_dir_all(&dir).unwrap();
-        let shown = String::from_utf8(shown.expect("chromium").stdout).unwrap();
-        let (_, seen) = shown.split_once("<title>seen:").expect(&shown);
-        let (seen, _) = seen.split_once('<').unwrap();
+        let said = String::from_utf8(said).unwrap();
+        let (_, seen) = said.split_once("seen:").expect(&said);
+        let (seen, _) = seen.split_once(['<', '"']).unwrap();
         let seen = base64::prelude::BASE64_STANDARD.decode(seen).unwrap();
         serde_json::from_slice(&seen).unwrap()
     }
 
     #[test]
     #[ignore = "needs chromium"]
-    fn in_a_browser_all_of_it_is_seen_on_any_screen() {
+    fn in_a_browser_all_of_it_is_seen_on_any_screen_and_on_paper() {
         let html = full_page();
-        for (width, dark) in [(1_200, false), (1_200, true), (500, false), (500, true)] {
-            let seen = looked_at(&html, width, dark);
-            assert_eq!(seen.dark, dark, "{seen:?}");
+        for (window, dark) in [
+            (Some(1_200), false),
+            (Some(1_200), true),
+            (Some(500), false),
+            (Some(500), true),
+            (None, false),
+            (None, true),
+        ] {
+            let seen = looked_at(&html, window, dark);
+            // Paper is light, whatever the screen is.
+            assert_eq!(seen.dark, dark && window.is_some(), "{seen:?}");
             assert!(seen.overflow <= 0, "{seen:?}");
             assert!(seen.contrast >= 4.5, "{seen:?}");
-            assert_eq!(seen.cards, width < 640, "{seen:?}");
+            assert_eq!(seen.cards, window.is_some_and(|it| it < 640), "{seen:?}");
             assert!(seen.label >= 8.0, "{seen:?}");
             assert_eq!(seen.charts.len(), 2);
             assert!(seen.charts.iter().all(|&it| it > 300.0), "{seen:?}");

@@ -6,7 +6,7 @@ use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::rhythm;
 use super::store::{protocol, times};
-use super::tally::Waiting;
+use super::tally::{self, Waiting};
 use super::time::Day;
 use super::watch::Watch;
 
@@ -133,6 +133,25 @@ pub(super) fn write_arrived(change: &Transaction<'_>, waiting: &Waiting) -> rusq
     Ok(())
 }
 
+pub(super) fn write_unanswered(
+    change: &Transaction<'_>,
+    waiting: &Waiting,
+) -> rusqlite::Result<()> {
+    let mut put = change.prepare(
+        "INSERT INTO unanswered SELECT ?1, ?2, ?2
+         WHERE ?3 > (SELECT count(*) FROM unanswered WHERE what != ?1)
+         ON CONFLICT DO UPDATE SET last = max(last, excluded.last)",
+    )?;
+    let mut remove = change.prepare("DELETE FROM unanswered WHERE what = ?1")?;
+    for (what, asked) in &waiting.unanswered {
+        match asked {
+            Some(last) => put.execute(params![what, last, tally::MAX_UNANSWERED as i64])?,
+            None => remove.execute([what])?,
+        };
+    }
+    Ok(())
+}
+
 /// The moves, and when each was watched. `all`: what came until now was written.
 pub(super) fn write_watch(
     change: &Transaction<'_>,
@@ -183,6 +202,7 @@ pub(super) fn brought_back(now: i64, latest: i64) -> String {
          DELETE FROM visits WHERE day > '{last_day}';
          UPDATE visits SET first = min(first, {now}), last = {now} WHERE last > {latest};
          UPDATE names SET first = min(first, {now}), last = {now} WHERE last > {latest};
+         UPDATE unanswered SET first = min(first, {now}), last = {now} WHERE last > {latest};
          INSERT INTO days
          SELECT '{today}', sum(openings), sum(answered_once), sum(unlisted), sum(missed),
                 sum(unnamed), sum(lost), sum(displaced)

@@ -79,3 +79,10 @@ CREATE TABLE arrived (
     directly  INTEGER NOT NULL,
     PRIMARY KEY (day, what)
 ) STRICT, WITHOUT ROWID;
+
+-- What clients have asked for, and nobody was ever answered, so that no visit shows it.
+CREATE TABLE unanswered (
+    what  TEXT    PRIMARY KEY,      -- 192.0.2.5:81/tcp
+    first INTEGER NOT NULL,         -- asked for first
+    last  INTEGER NOT NULL          -- asked for last, as far as that was seen
+) STRICT, WITHOUT ROWID;

@@ -33,13 +33,14 @@ const DAMAGED: &str = "stragglers.sqlite.damaged";
 const APPLICATION: i32 = 0x6970_6d76;
 
 /// The form that this version writes and reads.
-const VERSION: i32 = 2;
+const VERSION: i32 = 3;
 
 /// The form of the database.
 const SCHEMA: &str = include_str!("schema.sql");
 
-/// From form 1 to form 2.
-const UPGRADE_1: &str = include_str!("upgrade_1.sql");
+/// From each older form to the next one, from form 1 on.
+const UPGRADES: [&str; VERSION as usize - 1] =
+    [include_str!("upgrade_1.sql"), include_str!("upgrade_2.sql")];
 
 /// How long to wait for another process that writes.
 const BUSY: Duration = Duration::from_secs(2);
@@ -278,9 +279,11 @@ impl Store {
                 }));
             }
         }
-        if self.pragma("user_version")? < VERSION {
+        let found = self.pragma("user_version")?;
+        for (form, upgrade) in (1..).zip(UPGRADES).filter(|(form, _)| *form >= found) {
             self.db.execute_batch(&format!(
-                "BEGIN IMMEDIATE; {UPGRADE_1} PRAGMA user_version = {VERSION}; COMMIT;"
+                "BEGIN IMMEDIATE; {upgrade} PRAGMA user_version = {}; COMMIT;",
+                form + 1
             ))?;
         }
         Ok(Ok(()))
@@ -370,6 +373,7 @@ impl Store {
             rows::write_names(&change, waiting)?;
             rows::write_days(&change, waiting)?;
             rows::write_arrived(&change, waiting)?;
+            rows::write_unanswered(&change, waiting)?;
             change.commit()
         };
         write().map_err(|error| said(&path, &error))
@@ -459,6 +463,7 @@ impl Store {
             }
             for forget in [
                 "DELETE FROM names WHERE last < ?1",
+                "DELETE FROM unanswered WHERE last < ?1",
                 "DELETE FROM moves WHERE until < ?1",
                 "DELETE FROM watched WHERE until < ?1",
                 "UPDATE OR REPLACE watched SET since = ?1 WHERE since < ?1",

@@ -15,7 +15,7 @@ use crate::model::asked::Asked;
 use crate::model::moved::TCP;
 use crate::model::prefix::Prefix;
 use crate::model::progress::Progress;
-use crate::model::visit::{ServedBy, Visit};
+use crate::model::visit::{InVain, ServedBy, Visit};
 
 use super::names;
 use super::rhythm;
@@ -48,6 +48,9 @@ const MAX_WAITING: usize = 2 * MAX_ROWS_A_DAY;
 
 /// Names that wait to be written.
 const MAX_NAMES: usize = MAX_ROWS_A_DAY;
+
+/// What nobody was ever answered: a scan asks for every port that there is.
+pub(super) const MAX_UNANSWERED: usize = 1_024;
 
 /// A client and what it asks for.
 pub(super) type Who = (Prefix, Asked);
@@ -157,12 +160,17 @@ pub(super) struct Waiting {
     pub(super) names: HashMap<(Who, String), Asks>,
     pub(super) others: HashMap<Day, Others>,
     pub(super) arrived: HashMap<(Day, String), Arrived>,
+    /// When it was asked for last; `None` if somebody was answered.
+    pub(super) unanswered: HashMap<String, Option<i64>>,
 }
 
 impl Waiting {
     /// Whether there is nothing to write.
     pub(super) fn is_empty(&self) -> bool {
-        self.visits.is_empty() && self.others.is_empty() && self.arrived.is_empty()
+        self.visits.is_empty()
+            && self.others.is_empty()
+            && self.arrived.is_empty()
+            && self.unanswered.is_empty()
     }
 }
 
@@ -275,6 +283,14 @@ impl Tally {
             let arrived = self.waiting.arrived.entry(key).or_default();
             arrived.by_tunnel += more.by_tunnel;
             arrived.directly += more.directly;
+        }
+    }
+
+    /// Clients have asked for this at that time.
+    pub(super) fn add_in_vain(&mut self, at: i64, it: InVain) {
+        let unanswered = &mut self.waiting.unanswered;
+        if unanswered.len() < MAX_UNANSWERED || unanswered.contains_key(&it.what) {
+            unanswered.insert(it.what, (!it.answered).then_some(at));
         }
     }
 

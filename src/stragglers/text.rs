@@ -261,8 +261,8 @@ impl Reason {
                 ref what,
                 last: Some(last),
             } => format!(
-                "nobody has watched{} since {} UTC: the daemon does not run, its tunnel is down, \
-                 or this server still serves clients itself (`ipmoved status`)",
+                "nobody has watched{} since {} UTC: the daemon does not run, or its tunnel is down \
+                 (`ipmoved status`)",
                 named(what.as_deref()),
                 minute(last)
             ),
@@ -270,7 +270,7 @@ impl Reason {
                 ref what,
                 last: None,
             } => format!(
-                "nobody has watched{}: start the daemon, and move clients (`ipmoved status`)",
+                "nobody has watched{}: the daemon does, while its tunnel is up (`ipmoved status`)",
                 named(what.as_deref())
             ),
             Self::WatchedTooLittle {
@@ -397,7 +397,7 @@ fn unwatched(out: &mut String, moves: &[MoveWatched], least: &Watched, now: i64)
         Some(_) => {}
         None => line(
             out,
-            "  nobody has watched yet: what this server answers itself is not recorded",
+            "  nobody has watched yet: the daemon does, while its tunnel is up (`ipmoved status`)",
         ),
     }
 }

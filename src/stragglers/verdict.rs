@@ -12,6 +12,7 @@ use std::collections::HashSet;
 
 use serde::Serialize;
 
+use crate::model::moved::{Move, TCP, Transport, UDP};
 use crate::model::prefix::Prefix;
 
 use super::findings::{Straggler, ignores};
@@ -192,6 +193,10 @@ impl Verdict {
             });
         }
         reasons.extend(unwatched(&watches, (since, now)));
+        let still = still_moved(&watches.each((since, now)));
+        let unanswered = history.unanswered(since)?.into_iter();
+        let unanswered = unanswered.filter(|what| still(what));
+        reasons.extend(unanswered.map(|what| Reason::NotAnswered { what }));
         let counts = |client: &Prefix| {
             let passes = known.get(client).is_some_and(|it| it.passes(i64::MIN));
             !ignores(ignored, client) && !passes
@@ -253,7 +258,8 @@ impl Verdict {
             }
         }
         let unanswered = now.unanswered.into_iter();
-        reasons.extend(unanswered.map(|what| Reason::NotAnswered { what }));
+        let unanswered = unanswered.map(|what| Reason::NotAnswered { what });
+        reasons.extend(unanswered.filter(|it| !self.reasons.contains(it)));
         match now.here {
             Ok(0) => {}
             Ok(conversations) => reasons.push(Reason::StillHere { conversations }),
@@ -278,6 +284,26 @@ impl Known {
             && !self.named
             && (1..).contains(&self.connections)
             && self.nameless >= self.connections
+    }
+}
+
+/// Tells whether clients ask for one of these moves who ask for something.
+fn still_moved(moves: &[MoveWatched]) -> impl Fn(&str) -> bool + use<> {
+    let moves: Vec<Move> = moves.iter().filter_map(|it| it.what.parse().ok()).collect();
+    move |what| {
+        let Ok(asked) = what.parse::<Move>() else {
+            return false;
+        };
+        let port = asked.ports.first().map(|ports| *ports.start());
+        let protocols: &[u8] = match asked.transport {
+            Some(Transport::Tcp) => &[TCP],
+            Some(Transport::Udp) => &[UDP],
+            None => &[TCP, UDP],
+        };
+        let covers = |it: &Move| {
+            it.prefix.covers(&asked.prefix) && protocols.iter().any(|&one| it.takes(one, port))
+        };
+        moves.iter().any(covers)
     }
 }
 

@@ -1,7 +1,8 @@
 //! Which moves somebody watches, and since when: what a verdict rests on.
 //!
-//! A move is watched while all that comes to it is seen: it is in mode `moved`, and its tunnel is
-//! up. Each move has its own time, since one that is added today was not watched yesterday.
+//! A move is watched while all that comes to it is seen: what the new server answers while the
+//! tunnel is up, what the old one answers while its programs tell. Each move has its own time,
+//! since one that is added today was not watched yesterday.
 //!
 //! What was told is written some seconds later, so that a killed daemon has not watched these.
 

@@ -20,7 +20,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::model::visit::Visited;
+use crate::model::visit::{InVain, Visited};
 
 use super::store::{FileId, Store, StoreError};
 use super::tally::{Arrived, Others, Tally};
@@ -70,11 +70,20 @@ pub struct Writer {
     ended: Receiver<()>,
 }
 
+/// What is told of moves, beside who came.
+#[derive(Debug, Default)]
+pub struct MoveNews {
+    /// How conversations of each move came to the new server.
+    pub arrived: Vec<(String, Arrived)>,
+    /// What clients have asked for, and whether anybody was answered, as far as that is news.
+    pub in_vain: Vec<InVain>,
+}
+
 /// What was told, and when.
 struct Batch {
     visited: Visited<i64>,
     moves: Moves,
-    arrived: Vec<(String, Arrived)>,
+    news: MoveNews,
     at: i64,
     /// Everything that came until now is in it.
     all: bool,
@@ -120,14 +129,14 @@ impl Writer {
         })
     }
 
-    /// Tells who came, and how conversations of each move came to the new server, at this time.
+    /// Tells who came, and what else is to be recorded, at this time.
     ///
     /// `moves` says which of them are watched: of others some clients are not seen. `last`: nothing
     /// that came until now is left to be told.
     pub fn tell(
         &self,
         visited: Visited<Instant>,
-        arrived: Vec<(String, Arrived)>,
+        news: MoveNews,
         moves: &Moves,
         now: Instant,
         wall: SystemTime,
@@ -147,13 +156,13 @@ impl Writer {
         let batch = Batch {
             visited,
             moves: Arc::clone(moves),
-            arrived,
+            news,
             at,
             all: last,
         };
         self.shared.unwritten.fetch_add(told, Relaxed);
-        let sent = self.batches.as_ref().map(|it| it.try_send(batch));
-        if !matches!(sent, Some(Ok(()))) {
+        let batches = self.batches.as_ref();
+        if batches.is_none_or(|it| it.try_send(batch).is_err()) {
             self.shared.unwritten.fetch_sub(told, Relaxed);
             self.shared.lost.fetch_add(told + missed, Relaxed);
         }
@@ -288,7 +297,7 @@ impl Keeper {
         let Batch {
             visited,
             moves,
-            arrived,
+            news: MoveNews { arrived, in_vain },
             at,
             all,
         } = batch;
@@ -299,6 +308,9 @@ impl Keeper {
         }
         for (what, more) in arrived {
             self.tally.add_arrived(at, &what, more);
+        }
+        for it in in_vain {
+            self.tally.add_in_vain(at, it);
         }
         self.added += visited.visits.len() as u64;
         for visit in visited.visits {

@@ -1,10 +1,11 @@
 //! What the old service serves of an address that moves whole: where something has to listen on the
 //! new server before clients are sent there.
 //!
-//! Which ports those are, only this server's sockets tell, as they were when the cut-over began. A
-//! port is *needed* if clients have connections to it, or if a socket is bound to the moved address
-//! itself. A socket that is bound to any address may be for something else, a login or a monitor:
-//! that it lacks on the new server is said, and is no reason to wait, unless nothing else is known.
+//! Which ports those are, this server's sockets tell, as they were when the cut-over began, the
+//! kernel's connection tracker, and the list of who comes. A port is *needed* if clients talk with
+//! it, or came in the last days, or if a socket is bound to the moved address itself. A socket that
+//! is bound to any address may be for something else, a login or a monitor: that it lacks on the
+//! new server is said, and is no reason to wait, unless nothing else is known.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -18,7 +19,7 @@ use crate::model::move_index::MoveIndex;
 use crate::model::moved::{Move, TCP, UDP};
 use crate::model::progress::Listens;
 
-/// Most connections of hosts behind this server that are looked at.
+/// Most ends of tracked conversations that are looked at.
 const MAX_BEHIND: usize = 65_536;
 
 /// Ports that a line names.
@@ -49,14 +50,18 @@ pub(super) struct Heard {
 enum Seen {
     /// It is bound there.
     Bound(u8, SocketAddr),
-    /// It has a connection with a client there.
-    Talks(SocketAddr),
+    /// It talks with a client there, or did of late.
+    Talks(u8, SocketAddr),
 }
 
 impl Served {
-    /// Looks at the sockets of this host and the connections of those behind it. `tunnel_port` is
-    /// the daemon's own.
-    pub(super) fn look(what: &[String], tunnel_port: u16) -> io::Result<Self> {
+    /// Looks at the sockets of this host, at what the kernel tracks, and at what clients have
+    /// `asked` for of late. `tunnel_port` is the daemon's own.
+    pub(super) fn look(
+        what: &[String],
+        tunnel_port: u16,
+        asked: &BTreeSet<Asked>,
+    ) -> io::Result<Self> {
         let moves = what.iter().filter_map(|it| it.parse().ok()).collect();
         let index = MoveIndex::new(moves);
         let is_whole = |it: &Move| it.ports.is_empty();
@@ -78,14 +83,23 @@ impl Served {
         })?;
         sockets::tcp(|it| {
             if listening.contains(&(TCP, it.local.port())) {
-                seen.push(Seen::Talks(it.local));
+                seen.push(Seen::Talks(TCP, it.local));
             }
         })?;
+        // Of UDP no socket tells who its clients are. What nobody serves here any more is not asked
+        // for.
+        let asked = asked
+            .iter()
+            .map(|it| (it.protocol, SocketAddr::new(it.addr, it.port)));
+        let asked = asked.filter(|(protocol, end)| listening.contains(&(*protocol, end.port())));
+        seen.extend(asked.map(|(protocol, end)| Seen::Talks(protocol, end)));
         let moved = |addr: IpAddr| index.moves().iter().any(|it| it.prefix.contains(addr));
         // Where nothing is tracked there is nobody behind.
-        let behind = conntrack::behind(moved, |_| true, MAX_BEHIND).unwrap_or_default();
-        let behind = behind.iter().filter(|it| !range.has(it.local.port()));
-        seen.extend(behind.map(|it| Seen::Talks(it.local)));
+        let tracked = conntrack::served(moved, MAX_BEHIND).unwrap_or_default();
+        let is_tunnels = |it: &(u8, SocketAddr)| (it.0, it.1.port()) == (UDP, tunnel_port);
+        let tracked = tracked.into_iter().filter(|it| !is_tunnels(it));
+        let tracked = tracked.filter(|(_, end)| !range.has(end.port()));
+        seen.extend(tracked.map(|(protocol, end)| Seen::Talks(protocol, end)));
         Ok(Self::of(&index, &seen))
     }
 
@@ -99,7 +113,7 @@ impl Served {
             let ports = all.entry(moved.to_string()).or_default();
             for &one in seen {
                 let (protocol, end, is_needed) = match one {
-                    Seen::Talks(end) => (TCP, end, true),
+                    Seen::Talks(protocol, end) => (protocol, end, true),
                     Seen::Bound(protocol, end) => (protocol, end, !end.ip().is_unspecified()),
                 };
                 // One that is bound to `::` serves IPv4 as well, but for those that say otherwise.
@@ -201,17 +215,24 @@ mod tests {
             Seen::Bound(TCP, end("0.0.0.0:22")),
             Seen::Bound(TCP, end("[::]:9100")),
             Seen::Bound(TCP, end("0.0.0.0:443")),
-            Seen::Talks(end("192.0.2.5:443")),
-            Seen::Talks(end("192.0.2.9:25")),
+            Seen::Talks(TCP, end("192.0.2.5:443")),
+            Seen::Talks(TCP, end("192.0.2.9:25")),
             // Moved by its number, so it is asked for anyway.
-            Seen::Talks(end("192.0.2.6:25")),
-            Seen::Talks(end("[2001:db8::5]:993")),
+            Seen::Talks(TCP, end("192.0.2.6:25")),
+            Seen::Talks(TCP, end("[2001:db8::5]:993")),
+            Seen::Bound(UDP, end("0.0.0.0:123")),
+            Seen::Talks(UDP, end("192.0.2.5:123")),
         ];
         let all = served(&["192.0.2.5", "192.0.2.6:25/tcp", "2001:db8::/64"], &seen);
         let of = |what: &str| &all.0[what];
         assert_eq!(
             names(&of("192.0.2.5").needed),
-            ["192.0.2.5:80/tcp", "192.0.2.5:443/tcp", "192.0.2.5:53/udp"]
+            [
+                "192.0.2.5:80/tcp",
+                "192.0.2.5:443/tcp",
+                "192.0.2.5:53/udp",
+                "192.0.2.5:123/udp",
+            ]
         );
         assert_eq!(
             names(&of("192.0.2.5").others),
@@ -220,7 +241,7 @@ mod tests {
         let v6 = of("2001:db8::/64");
         assert_eq!(names(&v6.needed), ["[2001:db8::5]:993/tcp"]);
         assert_eq!(names(&v6.others), ["[2001:db8::]:9100/tcp"]);
-        assert_eq!(all.asks().len(), 7);
+        assert_eq!(all.asks().len(), 8);
         assert_eq!(all.heard("192.0.2.6:25/tcp", &BTreeMap::new()), None);
     }
 
@@ -228,7 +249,7 @@ mod tests {
     fn what_is_needed_decides_and_other_ports_where_nothing_is() {
         let needed = [
             Seen::Bound(TCP, end("192.0.2.5:80")),
-            Seen::Talks(end("192.0.2.5:443")),
+            Seen::Talks(TCP, end("192.0.2.5:443")),
             Seen::Bound(TCP, end("0.0.0.0:22")),
         ];
         let others = [

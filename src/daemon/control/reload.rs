@@ -866,6 +866,9 @@ impl Control<'_> {
         let config = &self.reloads.running.config;
         let keep = |log: Option<ClientLog>| log.map(|log| log.keep);
         if keep(config.client_log) == keep(before) {
+            if let (Some(visitors), Some(log)) = (&mut *self.visitors, config.client_log) {
+                visitors.set_names(log.names);
+            }
             return;
         }
         if let Some(mut visitors) = self.visitors.take() {
@@ -873,6 +876,10 @@ impl Control<'_> {
         }
         let refused = self.orders.as_ref().and_then(|it| it.dir_refused());
         *self.visitors = Visitors::start(config, refused, now);
+        if self.visitors.is_none() {
+            // Whatever fails here nobody reads.
+            let _ = self.follower.tell_served(false);
+        }
     }
 }
 

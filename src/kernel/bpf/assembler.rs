@@ -155,6 +155,9 @@ pub enum Helper {
     KtimeGetNs = 5,
     /// `(skb, offset, from, length, flags) → 0 or an error`.
     SkbStoreBytes = 9,
+    /// `(skb, programs, index)`: goes on with that program and does not return, unless there is
+    /// none.
+    TailCall = 12,
     /// `(skb, offset, from, to, size) → 0 or an error`.
     L3CsumReplace = 10,
     /// `(skb, offset, from, to, flags) → 0 or an error`.
@@ -191,6 +194,12 @@ pub enum Helper {
     SkcLookupTcp = 99,
     /// `(map, socket, value, flags) → value or 0`.
     SkStorageGet = 107,
+    /// `(ring, bytes, flags) → a record, to be submitted or discarded, or 0`.
+    RingReserve = 131,
+    /// `(record, flags)`.
+    RingSubmit = 132,
+    /// `(record, flags)`.
+    RingDiscard = 133,
     /// `() → ticks since boot`, 100 to 1000 a second. It is a load, not a call.
     Jiffies64 = 118,
     /// `(ifindex, params, params length, flags) → verdict`.

@@ -24,6 +24,11 @@ pub enum MapKind {
     LpmTrie,
     /// A value that is kept with a socket, as long as that lives.
     SkStorage,
+    /// An array of programs, in which one program goes on in place of another.
+    Programs,
+    /// Records from programs to this process, in order. It has as many bytes as the shape has
+    /// entries: a power of two, and whole pages.
+    Ring,
 }
 
 impl MapKind {
@@ -35,6 +40,8 @@ impl MapKind {
             Self::LruHash => 9,
             Self::LpmTrie => 11,
             Self::SkStorage => 24,
+            Self::Programs => 3,
+            Self::Ring => 27,
         }
     }
 }
@@ -59,7 +66,11 @@ impl Shape {
     fn flags(&self) -> u32 {
         match self.kind {
             MapKind::Hash | MapKind::LpmTrie | MapKind::SkStorage => 1,
-            MapKind::ReservedHash | MapKind::Array | MapKind::LruHash => 0,
+            MapKind::ReservedHash
+            | MapKind::Array
+            | MapKind::LruHash
+            | MapKind::Programs
+            | MapKind::Ring => 0,
         }
     }
 }
@@ -86,7 +97,9 @@ impl Map {
             | MapKind::ReservedHash
             | MapKind::Array
             | MapKind::LruHash
-            | MapKind::LpmTrie => None,
+            | MapKind::LpmTrie
+            | MapKind::Programs
+            | MapKind::Ring => None,
         };
         // The only type that it describes.
         let int = u32::from(btf.is_some());
@@ -159,6 +172,14 @@ impl Map {
         let mut attr = self.element(key, value.as_ptr() as u64);
         // SAFETY: as in `read`.
         unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+    }
+
+    /// Enters a program, in an array of them.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn insert_fd(&self, key: &[u8], program: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.insert(key, &program.as_raw_fd().to_ne_bytes())
     }
 
     /// Removes a key; it is no error if it is not there.
@@ -403,7 +424,7 @@ pub fn of_program(id: u32) -> Vec<OwnedFd> {
     const BPF_PROG_GET_FD_BY_ID: c_int = 13;
     const BPF_MAP_GET_FD_BY_ID: c_int = 14;
     /// More than any program of ours has.
-    const MAX_MAPS: usize = 16;
+    const MAX_MAPS: usize = 32;
     /// Where `struct bpf_prog_info` has the number of maps and the address of their ids.
     const COUNT: usize = 52;
     const IDS: usize = 56;

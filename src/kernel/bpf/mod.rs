@@ -5,6 +5,7 @@
 //!   load        a program ──► the kernel, with the verifier's words if it refuses
 //!   loaded      programs that are in the kernel already, to be attached once more
 //!   map         the memory of programs, shared between them and this process
+//!   ring        records that programs hand to this process
 //!   words       memory that this process can write without a system call
 //!   supply      maps and programs that another process makes for this one
 //! ```
@@ -18,6 +19,7 @@ mod assembler;
 mod load;
 mod loaded;
 mod map;
+mod ring;
 pub(in crate::kernel) mod supply;
 pub(super) mod test_run;
 mod words;
@@ -36,6 +38,7 @@ pub use assembler::{Alu, Assembler, Helper, If, Label, Operand, Reg, Size};
 pub use load::Program;
 pub use loaded::Loaded;
 pub use map::{Map, MapKind, Shape, of_program};
+pub use ring::Ring;
 pub use words::Words;
 
 /// Longest name of a program or map that the kernel keeps (`BPF_OBJ_NAME_LEN` less the final NUL).

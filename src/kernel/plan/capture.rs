@@ -30,7 +30,7 @@ use crate::kernel::Desired;
 use crate::kernel::bpf::Loaded;
 use crate::kernel::change::{Change, OfLink, Sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
-use crate::kernel::programs::{self, Facts, Own};
+use crate::kernel::programs::{self, Facts, Own, Served};
 use crate::model::drops::DropReason;
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
@@ -74,6 +74,7 @@ impl Capture {
             capture.entrance(l2_header)?;
             capture.way_out(l2_header)?;
         }
+        capture.facts.served().load(&[0, ETHERNET_HEADER])?;
         Ok(capture)
     }
 
@@ -147,6 +148,19 @@ impl Capture {
     /// If the kernel refuses to tell which conversations are over.
     pub fn beat(&self) -> Result<(), PlanError> {
         Ok(self.facts.beat()?)
+    }
+
+    /// From now on the programs tell who is served by this host itself, or no longer do.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn tell_served(&self, on: bool) -> Result<(), PlanError> {
+        Ok(self.facts.served().set(on)?)
+    }
+
+    /// Reads what they have told since the last time: see [`ServedHere::take`].
+    pub fn take_served(&self, each: impl FnMut(Served<'_>)) -> [u64; 2] {
+        self.facts.served().take(each)
     }
 
     /// What the programs have noted of the flows that the new server has.

@@ -227,7 +227,7 @@ fn jump_if_this_hosts(a: &mut Assembler, own: &Own, yes: Label, no: Label) {
     own.look_up(a, begun);
     a.jump(unknown);
     a.bind(begun);
-    judge_begun(a, own, yes, unknown);
+    judge_begun(a, own, None, yes, unknown);
     a.bind(unknown);
     ask_sockets(a, yes, no);
     a.jump(no);

@@ -12,12 +12,14 @@
 
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 use std::time::Duration;
 
 use super::begun::Begun;
 use super::modes::Modes;
 use super::own::Own;
 use super::rights::Rights;
+use super::served_here::ServedHere;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
@@ -38,6 +40,8 @@ pub struct Facts {
     pub(super) modes: Modes,
     /// What is this host's own.
     pub(super) own: Own,
+    /// Who is served by this host itself.
+    pub(super) served: Rc<ServedHere>,
 }
 
 impl Facts {
@@ -63,6 +67,7 @@ impl Facts {
             rights,
             begun,
             modes: Modes::new(moves)?,
+            served: own.served_here()?,
             own,
         })
     }
@@ -76,6 +81,11 @@ impl Facts {
     /// What is this host's own.
     pub fn own(&self) -> &Own {
         &self.own
+    }
+
+    /// Who is served by this host itself.
+    pub fn served(&self) -> &ServedHere {
+        &self.served
     }
 
     /// From now on the uplink is the interface with this index, if there is one. If it was `named`,

@@ -3,6 +3,7 @@
 
 /// `struct __sk_buff`.
 pub(super) mod skb {
+    pub(crate) const LEN: i16 = 0;
     pub(crate) const PKT_TYPE: i16 = 4;
     pub(crate) const MARK: i16 = 8;
     /// The EtherType, in network order.
@@ -38,6 +39,9 @@ pub(super) mod sock {
     pub(crate) const STATE: i16 = 72;
     /// In `STATE`: it is connected.
     pub(crate) const ESTABLISHED: i32 = 1;
+    /// In `STATE`: it is connected, and this host has closed (`TCP_FIN_WAIT1`, `TCP_FIN_WAIT2`), or
+    /// the other one has (`TCP_CLOSE_WAIT`).
+    pub(crate) const HALF_CLOSED: [i32; 3] = [4, 5, 8];
     /// In `STATE`: its connection is over, and the socket gone.
     pub(crate) const TIME_WAIT: i32 = 6;
     /// In `STATE`: it waits for connections.
@@ -49,6 +53,8 @@ pub(super) mod tcp_sock {
     pub(crate) const RCV_NXT: i16 = 16;
     pub(crate) const SND_NXT: i16 = 20;
     pub(crate) const SND_UNA: i16 = 24;
+    /// Segments that have come.
+    pub(crate) const SEGS_IN: i16 = 56;
     /// Segments that it has sent.
     pub(crate) const SEGS_OUT: i16 = 64;
 }

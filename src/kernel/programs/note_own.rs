@@ -49,6 +49,7 @@
 //!                         : KIND_SOCKET,
 //!                    now - since <= YOUNG ? STAGE_YOUNG : STAGE_PLAIN });
 //! note who may answer from another port;                               // see `another_port`
+//! if (it was REQUEST) go on with `served_here`;
 //! pass:    return TC_ACT_UNSPEC;
 //! refresh: if (now - o->seen > REFRESH) { o->seen = now; delete(taken, key); }
 //! ```
@@ -73,6 +74,7 @@ use super::phrases::{
     keep_packet, load_bytes, pass_if_tagged, verdict,
 };
 use super::rights::Rights;
+use super::served_here::End;
 use super::sockets::{
     SOCKET, jump_unless_at_own_end, load_port, load_tcp_socket, look_up_socket,
     release_keeping_state,
@@ -172,6 +174,9 @@ pub fn note_own(
     a.bind(kind_known);
     own.enter_own(a, KIND);
     another_port::note(a, own, KIND);
+    a.load(Size::W, R0, R10, ANSWERS);
+    a.jump_if(R0, If::Eq, 0, pass);
+    facts.served.go_on(a, l2_header, End::Egress);
     a.jump(pass);
 
     a.bind(known);

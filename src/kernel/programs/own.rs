@@ -39,6 +39,7 @@
 
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -47,6 +48,7 @@ use rustix::io::Errno;
 use Reg::{R0, R1, R2, R10};
 
 use super::flows::{VALUE, enter, flow_of, key_of, look_up, now, remove};
+use super::served_here::ServedHere;
 use crate::flow::class::{TCP_ESTABLISHED, TCP_HALF_CLOSED, UDP_ONE_WAY};
 use crate::flow::ended::HostFlow;
 use crate::flow::modes::Taken;
@@ -226,6 +228,8 @@ pub struct Own {
     /// None while the new server may begin nothing from such a port.
     pub(super) begun: Option<Arc<Map>>,
     facts: Map,
+    /// Who is served here; none while no program may tell.
+    pub(super) served: Option<Rc<ServedHere>>,
     /// A daemon that was killed had it before.
     resumes: bool,
 }
@@ -299,6 +303,7 @@ impl Own {
             noted: Map::new(NOTED)?,
             begun: None,
             facts: Map::new(FACTS)?,
+            served: None,
             resumes: false,
         };
         memory.begin_at(now());
@@ -338,6 +343,7 @@ impl Own {
             fragments: find_or_make(FRAGMENTS)?,
             noted: find_or_make(NOTED)?,
             begun: find(BEGUN).map(Arc::new),
+            served: Some(Rc::new(ServedHere::new(find)?)),
             resumes: true,
         }))
     }
@@ -359,8 +365,22 @@ impl Own {
             noted: self.noted.again()?,
             begun: self.begun.clone(),
             facts: self.facts.again()?,
+            served: self.served.clone(),
             resumes: self.resumes,
         })
+    }
+
+    /// Who is served here, from now on at the latest.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub(super) fn served_here(&mut self) -> Result<Rc<ServedHere>, BpfError> {
+        if let Some(served) = &self.served {
+            return Ok(Rc::clone(served));
+        }
+        let served = Rc::new(ServedHere::new(|_| None)?);
+        self.served = Some(Rc::clone(&served));
+        Ok(served)
     }
 
     /// Makes room for what the new server begins from ports that have not moved, unless there is.
@@ -386,6 +406,7 @@ impl Own {
             noted,
             begun,
             facts,
+            served,
             keeps: _,
             sweep: _,
             resumes: _,
@@ -396,6 +417,7 @@ impl Own {
         .into_iter()
         .chain(begun.as_deref())
         .map(AsFd::as_fd)
+        .chain(served.as_deref().map(ServedHere::lasting))
         .collect()
     }
 

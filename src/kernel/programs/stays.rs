@@ -27,7 +27,10 @@
 //!     if (TCP) {
 //!         if (SYN ? !CLOSED && (now - o->seen <= OWN_IDLE || asked(o))
 //!                 : CLOSED || now - o->seen <= OWN_IDLE_TCP) {
-//!             if (OPENING && it acknowledges o->stage) move(own, kept, key, { now, KIND_BEHIND });
+//!             if (OPENING && it acknowledges o->stage) {
+//!                 if (!SYN) came[key] = 0;                         // a client, see `served_here`
+//!                 move(own, kept, key, { now, KIND_BEHIND });
+//!             }
 //!             if (RST && BEHIND) move(kept, own, key, { now, KIND_BEHIND, STAGE_RESET });
 //!             stay;
 //!         }
@@ -56,7 +59,7 @@
 //!         go on
 //! here:   if (it begins something without TCP) update(own, key, { now, KIND_BEHIND, REQUEST });
 //! stay:   if (FRAGMENT == FIRST_FRAGMENT) update(fragments, key by identification, 0);
-//!         count; return TC_ACT_UNSPEC;
+//!         count; if (modes.some) go on with `served_here`; return TC_ACT_UNSPEC;
 //! none:   if (an ICMP query) go on above, with the key of a client's query
 //!         if (!modes.some) take;
 //!         goto decide;
@@ -83,6 +86,7 @@ use super::parse::{
     remember_first_fragment, wire,
 };
 use super::phrases::{PROTOCOL, TC_ACT_UNSPEC, jump_if_icmp, jump_if_v6, look_up_at, verdict};
+use super::served_here::{End, ServedHere};
 use super::sockets::{look_up_socket, release_keeping_state};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Map, Reg, Size};
 use crate::model::moved::{TCP, UDP};
@@ -191,7 +195,7 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, facts: &Facts) {
     a.jump(tells_nothing);
 
     a.bind(begun);
-    judge_begun(a, own, stay, unknown);
+    judge_begun(a, own, Some(&facts.served), stay, unknown);
     a.jump(unknown);
 
     a.bind(ways.later);
@@ -209,6 +213,10 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, facts: &Facts) {
     remember_first_fragment(a, &own.fragments, more);
     a.bind(more);
     own.count_stayed(a);
+    let told = a.label();
+    modes.jump_if_plain(a, told);
+    facts.served.go_on(a, l2, End::Ingress);
+    a.bind(told);
     verdict(a, TC_ACT_UNSPEC);
 
     for label in [take, ways.other] {
@@ -260,7 +268,14 @@ fn stay_if_of_another_port(a: &mut Assembler, own: &Own, stay: Label) {
 
 /// Jumps to `stay` if a conversation that this host has begun or answered, with its value at R0,
 /// still is one, and to `unanswered` if it is not one yet; forgets it otherwise.
-pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label, unanswered: Label) {
+/// A client whose connection to a host behind this one is established is entered as `served`.
+pub(super) fn judge_begun(
+    a: &mut Assembler,
+    own: &Own,
+    served: Option<&ServedHere>,
+    stay: Label,
+    unanswered: Label,
+) {
     let (tcp, begins, forget) = (a.label(), a.label(), a.label());
     let (goes_on, tcp_goes_on, full) = (a.label(), a.label(), a.label());
     let (young, lasting) = (a.label(), a.label());
@@ -317,6 +332,14 @@ pub(super) fn judge_begun(a: &mut Assembler, own: &Own, stay: Label, unanswered:
     a.load(Size::W, R1, FOUND, OWN_STAGE);
     a.alu(Alu::Sub, R0, R1);
     a.jump_if(R0, If::Gt, ACKNOWLEDGED, stay);
+    if let Some(served) = served {
+        // A SYN-ACK would answer what that host has begun.
+        let called = a.label();
+        a.load(Size::W, R0, R10, FLAGS);
+        a.jump_if(R0, If::Set, i32::from(SYN), called);
+        served.enter_client(a);
+        a.bind(called);
+    }
     Own::make_value(a, KIND_BEHIND, STAGE_PLAIN);
     own.keep(a, full);
     a.bind(full);

@@ -7,7 +7,8 @@ use super::*;
 use crate::model::visit::Visit;
 use crate::stragglers::history::History;
 use crate::stragglers::store::FILE;
-use crate::stragglers::tests::{NOON, Scratch, visit};
+use crate::stragglers::tally::MAX_UNANSWERED;
+use crate::stragglers::tests::{NOON, Scratch, visit, wall};
 use crate::stragglers::verdict::{Reason, Verdict};
 
 fn keeper(dir: &Path) -> Keeper {
@@ -38,7 +39,7 @@ fn tell(keeper: &mut Keeper, at: i64, visits: Vec<Visit<i64>>) {
     keeper.add(Batch {
         visited,
         moves: MOVES.with(Arc::clone),
-        arrived: Vec::new(),
+        news: MoveNews::default(),
         at,
         all: true,
     });
@@ -208,7 +209,7 @@ fn one_of_a_newer_version_or_of_others_stays_as_it_is() {
     drop(first);
     let path = scratch.dir().join(FILE);
     for (change, says) in [
-        ("PRAGMA user_version = 3", "newer ipmoved (form 3"),
+        ("PRAGMA user_version = 4", "newer ipmoved (form 4"),
         ("PRAGMA application_id = 7", "not a database of ipmoved"),
     ] {
         let db = rusqlite::Connection::open(&path).unwrap();
@@ -392,39 +393,77 @@ fn what_the_thread_had_no_time_for_is_counted_as_lost() {
 }
 
 #[test]
-fn one_of_the_form_before_is_brought_up_to_date() {
-    let scratch = Scratch::new("form-1");
-    let mut first = keeper(scratch.dir());
-    add(&mut first, "203.0.113.9", NOON);
-    first.write(first.clock.started, NOON);
-    drop(first);
-    let db = rusqlite::Connection::open(scratch.dir().join(FILE)).unwrap();
-    db.execute_batch(
-        "DROP TABLE watched; DROP TABLE moves; DROP TABLE arrived;
+fn one_of_an_older_form_is_brought_up_to_date() {
+    let to_form_2 = "DROP TABLE unanswered; PRAGMA user_version = 2;";
+    let to_form_1 = "DROP TABLE unanswered; DROP TABLE watched; DROP TABLE moves;
+         DROP TABLE arrived;
          CREATE TABLE watched (since INTEGER PRIMARY KEY, until INTEGER NOT NULL) STRICT;
          INSERT INTO watched VALUES (1, 1795867200);
          ALTER TABLE days DROP COLUMN lost; ALTER TABLE days DROP COLUMN displaced;
-         PRAGMA user_version = 1;",
-    )
-    .unwrap();
-    drop(db);
-    let older = Store::to_read(scratch.dir()).unwrap_err().to_string();
-    assert!(older.contains("older ipmoved (form 1)"), "{older}");
+         PRAGMA user_version = 1;";
+    for (form, change) in [(1, to_form_1), (2, to_form_2)] {
+        let scratch = Scratch::new(&format!("form-{form}"));
+        let mut first = keeper(scratch.dir());
+        add(&mut first, "203.0.113.9", NOON);
+        first.write(first.clock.started, NOON);
+        drop(first);
+        let db = rusqlite::Connection::open(scratch.dir().join(FILE)).unwrap();
+        db.execute_batch(change).unwrap();
+        drop(db);
+        let older = Store::to_read(scratch.dir()).unwrap_err().to_string();
+        assert!(
+            older.contains(&format!("older ipmoved (form {form})")),
+            "{older}"
+        );
+        let mut timed = Timed::new(scratch.dir());
+        timed.write(100, 0);
+        assert_eq!(watched(scratch.dir()).last(), Some(&(NOON, NOON + 100)));
+        assert_eq!(count(scratch.dir(), "visits"), 1);
+        // It has what a new one has.
+        let new = Scratch::new(&format!("new-{form}"));
+        Timed::new(new.dir()).write(0, 0);
+        let forms = [scratch.dir(), new.dir()].map(|dir| {
+            let store = Store::to_read(dir).unwrap();
+            let columns = "SELECT m.name || '.' || c.name || ' ' || c.type || c.pk || c.\"notnull\"
+                           FROM sqlite_schema m, pragma_table_info(m.name) c ORDER BY 1";
+            let columns: Vec<String> = store.read(columns, [], |row| row.get(0).map(Some)).unwrap();
+            columns
+        });
+        assert_eq!(forms[0], forms[1]);
+    }
+}
+
+#[test]
+fn what_nobody_was_answered_outlives_the_daemon_until_somebody_is() {
+    let scratch = Scratch::new("in-vain");
+    let tell = |timed: &mut Timed, what: &str, answered| {
+        let what = what.to_owned();
+        timed
+            .keeper
+            .tally
+            .add_in_vain(NOON, InVain { what, answered });
+        timed.write(0, 0);
+    };
+    let kept = |now: i64| {
+        let history = History::open(scratch.dir(), wall(now), None).unwrap();
+        history.unanswered(now - 1_000).unwrap()
+    };
     let mut timed = Timed::new(scratch.dir());
-    timed.write(100, 0);
-    assert_eq!(watched(scratch.dir()), [(NOON, NOON + 100)]);
-    assert_eq!(count(scratch.dir(), "visits"), 1);
-    // It has what a new one has.
-    let new = Scratch::new("form-2");
-    Timed::new(new.dir()).write(0, 0);
-    let forms = [scratch.dir(), new.dir()].map(|dir| {
-        let store = Store::to_read(dir).unwrap();
-        let columns = "SELECT m.name || '.' || c.name || ' ' || c.type || c.pk || c.\"notnull\"
-                       FROM sqlite_schema m, pragma_table_info(m.name) c ORDER BY 1";
-        let columns: Vec<String> = store.read(columns, [], |row| row.get(0).map(Some)).unwrap();
-        columns
-    });
-    assert_eq!(forms[0], forms[1]);
+    for what in ["192.0.2.5:81/tcp", "192.0.2.5:82/tcp"] {
+        tell(&mut timed, what, false);
+    }
+    assert_eq!(kept(NOON), ["192.0.2.5:81/tcp", "192.0.2.5:82/tcp"]);
+    drop(timed);
+    let mut timed = Timed::new(scratch.dir());
+    tell(&mut timed, "192.0.2.5:82/tcp", true);
+    assert_eq!(kept(NOON), ["192.0.2.5:81/tcp"]);
+    // Nobody asks for it any more.
+    assert_eq!(kept(NOON + 2_000), [""; 0]);
+    // A scan of everything takes no more room than this.
+    for port in 0..2 * MAX_UNANSWERED {
+        tell(&mut timed, &format!("192.0.2.5:{}/udp", port + 1), false);
+    }
+    assert_eq!(kept(NOON).len(), MAX_UNANSWERED);
 }
 
 #[test]
@@ -593,7 +632,14 @@ fn the_thread_writes_by_itself_and_at_the_end() {
         ..Visited::default()
     };
     let moves: Moves = Arc::new([("192.0.2.5".to_owned(), true)]);
-    writer.tell(visited, Vec::new(), &moves, now, SystemTime::now(), true);
+    writer.tell(
+        visited,
+        MoveNews::default(),
+        &moves,
+        now,
+        SystemTime::now(),
+        true,
+    );
     writer.end();
     writer.wait();
     assert_eq!((writer.trouble(), writer.lost()), (None, 0));
