@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{Leg, MOVED, MOVED6, NEW, NEW6, SECOND_CLIENT, UPLINK};
-use ipmoved::lab::{Client, Daemon, Lab, LabError, Namespace, Service, Wire, packets, poll_until};
+use ipmoved::lab::{
+    Client, Daemon, Lab, LabError, Namespace, Service, Wire, packets, patience, poll_until,
+};
 
 use crate::stage::{FAMILIES, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
@@ -38,7 +40,9 @@ fn any(host: &Namespace, like: IpAddr, port: u16) -> Result<UdpSocket> {
     };
     host.run(|| {
         let socket = UdpSocket::bind((any, port)).map_err(failed)?;
-        socket.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        socket
+            .set_read_timeout(Some(patience(PATIENCE)))
+            .map_err(failed)?;
         Ok(socket)
     })
 }
@@ -48,7 +52,9 @@ fn open(client: &Client<'_>, towards: IpAddr) -> Result<UdpSocket> {
     let from = client.address_towards((towards, 0));
     client.namespace().run(|| {
         let socket = UdpSocket::bind((from, 0)).map_err(failed)?;
-        socket.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        socket
+            .set_read_timeout(Some(patience(PATIENCE)))
+            .map_err(failed)?;
         Ok(socket)
     })
 }
@@ -218,7 +224,8 @@ fn no_forged_datagram_makes_answers_of_what_the_new_server_begins() -> Result {
     for (port, known) in [(53, false), (3_478, true)] {
         let far = lab.clients().run(|| {
             let far = UdpSocket::bind((SECOND_CLIENT, port)).map_err(failed)?;
-            far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+            far.set_read_timeout(Some(patience(PATIENCE)))
+                .map_err(failed)?;
             Ok(far)
         })?;
         let ask = || {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use ipmoved::internals::Role;
 use ipmoved::lab::daemon::COMMAND_TIMEOUT;
 use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6};
-use ipmoved::lab::{Daemon, Lab, LabError, Namespace, Process, RawSocket, poll_until};
+use ipmoved::lab::{Daemon, Lab, LabError, Namespace, Process, RawSocket, patience, poll_until};
 use rustix::process::Signal;
 
 use crate::stage::{FAMILIES, PATIENCE, RECOVERY, Result, setup};
@@ -196,7 +196,9 @@ impl Talks {
         });
         let unbound = || LabError::unexpected("the application's ports are not free");
         let (listener, answering) = bound.ok_or_else(unbound)?;
-        answering.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        answering
+            .set_read_timeout(Some(patience(PATIENCE)))
+            .map_err(failed)?;
         let near = lab.client().connect((moved, tcp))?;
         let (far, _) = listener.accept().map_err(failed)?;
         for stream in [&near, &far] {

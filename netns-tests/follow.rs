@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use ipmoved::internals::{Direction, Netlink, Role, Route};
 use ipmoved::lab::raw::{Wire, packets};
 use ipmoved::lab::topology::{CLIENT, Leg, MOVED, MOVED6, NEW, NEW6, OLD, OLD6, UPLINK};
-use ipmoved::lab::{Lab, LabError, Namespace, Probe, Service, UdpService, poll_until};
+use ipmoved::lab::{Lab, LabError, Namespace, Probe, Service, UdpService, patience, poll_until};
 
 use crate::stage::{MEGABYTE, Moved, PATIENCE, Result, moved, setup};
 
@@ -26,8 +26,8 @@ const AT_ONCE: Duration = Duration::from_secs(2);
 /// A port of the UDP service.
 const DNS: u16 = 53;
 
-/// Both addresses are served, over TCP and UDP, in both directions.
-fn all_is_served(lab: &Lab, addrs: &[IpAddr]) -> Result {
+/// These addresses are served, over TCP and UDP, in both directions.
+pub(crate) fn all_is_served(lab: &Lab, addrs: &[IpAddr]) -> Result {
     for &addr in addrs {
         let server = if addr.is_ipv4() {
             NEW.into()
@@ -58,7 +58,7 @@ fn services(lab: &Lab) -> Result<(Service, [UdpService; 2])> {
 }
 
 /// Both families have moved, and both daemons are up.
-fn both_families(
+pub(crate) fn both_families(
     test: impl FnOnce(&Lab) -> Result,
     prepare: impl FnOnce(&Lab) -> Result,
 ) -> Result {
@@ -298,7 +298,9 @@ fn a_tag_that_has_a_priority_only_counts_as_none() -> Result {
         assert_eq!(service.peers(), []);
         wire.send_tagged(&packet, 0, 3)?;
         let mut answer = [0; 100];
-        client.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        client
+            .set_read_timeout(Some(patience(PATIENCE)))
+            .map_err(failed)?;
         let length = client.recv(&mut answer).map_err(failed)?;
         assert!(length > 0);
         assert_eq!(service.peers(), [from]);

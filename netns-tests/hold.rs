@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{MOVED, NEW};
-use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, UdpService, poll_until};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, UdpService, patience, poll_until};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_error;
@@ -78,7 +78,7 @@ fn overtaken(
 ) -> Result<usize> {
     let mut overtaken = 0;
     for socket in sockets {
-        let taken = application.recv_timeout(PATIENCE);
+        let taken = application.recv_timeout(patience(PATIENCE));
         let (client, _) = taken.map_err(|_| LabError::unexpected("a client was not served"))?;
         overtaken += usize::from(client.port() != port_of(socket)?);
     }
@@ -92,8 +92,8 @@ fn port_of(socket: &OwnedFd) -> Result<u16> {
 }
 
 /// Waits until all are connected, or one is refused. Returns how many are by the end.
-fn connected(sockets: &[OwnedFd], patience: Duration) -> Result<usize> {
-    let end = Instant::now() + patience;
+fn connected(sockets: &[OwnedFd], within: Duration) -> Result<usize> {
+    let end = Instant::now() + patience(within);
     let mut waiting: Vec<&OwnedFd> = sockets.iter().collect();
     while !waiting.is_empty() && Instant::now() < end {
         let mut fds: Vec<_> = (waiting.iter())

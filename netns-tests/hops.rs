@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6, OLD, OLD6};
-use ipmoved::lab::{Lab, LabError, Probe, RawSocket, Service, UdpService, Watch};
+use ipmoved::lab::{Lab, LabError, Probe, RawSocket, Service, UdpService, Watch, patience};
 use socket2::SockRef;
 
 use crate::stage::{FAMILIES, PATIENCE, Result, SILENCE, setup};
@@ -166,7 +166,9 @@ fn the_application_hears_that_its_packets_expire() -> Result {
         let application = lab.new_server().run(|| {
             UdpSocket::bind(addr).map_err(|error| LabError::unexpected(error.to_string()))
         })?;
-        application.set_read_timeout(Some(PATIENCE)).unwrap();
+        application
+            .set_read_timeout(Some(patience(PATIENCE)))
+            .unwrap();
         let heard = RawSocket::open(lab.new_server(), family.new, family.icmp)?;
         let client = lab.client().udp_socket((family.moved, 53))?;
         client.send(b"?").unwrap();

@@ -16,11 +16,12 @@ use ipmoved::lab::topology::{
     CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, OLD, OLD6, ROUTER_NEW, UPLINK,
 };
 use ipmoved::lab::{
-    DaemonSetup, Lab, LabError, RawSocket, Service, UdpService, Wire, packets, poll_until, raw,
+    DaemonSetup, Lab, LabError, RawSocket, Service, UdpService, Wire, packets, patience,
+    poll_until, raw,
 };
 use socket2::SockRef;
 
-use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, setup};
+use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, is_before, setup};
 
 /// The packet size that a path of 1,500 bytes leaves: less 20 (IP), 8 (UDP) and 32 (tunnel).
 const FULL: u64 = 1_440;
@@ -54,7 +55,9 @@ fn replies_arrive(lab: &Lab, to: IpAddr, at: IpAddr, size: usize) -> Result<usiz
     let client = lab.client().udp_socket((to, 53))?;
     let failed = |error: std::io::Error| LabError::unexpected(error.to_string());
     client.send(b"much, please").map_err(failed)?;
-    server.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    server
+        .set_read_timeout(Some(patience(PATIENCE)))
+        .map_err(failed)?;
     let (_, asker) = server.recv_from(&mut [0; 100]).map_err(failed)?;
     client
         .set_read_timeout(Some(Duration::from_millis(300)))
@@ -208,6 +211,12 @@ fn a_clients_link_may_be_wide() -> Result {
         .mtu(Leg::Clients, 9_000)
         .mtu(Leg::Old, 9_000)
         .build()?;
+    // What a program lets arrive at an interface, such a kernel holds to that one's MTU
+    // (net/core/filter.c: `__bpf_rx_skb` calls `dev_forward_skb`).
+    if is_before((5, 12)) {
+        println!("SKIPPED in part: before Linux 5.12 no packet arrives above the link's MTU");
+        return serves_all_sizes(&lab, &[1, 1_472]);
+    }
     serves_all_sizes(&lab, &[1, 1_472, 8_000, 20_000])
 }
 
@@ -258,7 +267,7 @@ fn a_narrow_link_behind_the_router_is_learned_by_the_application() -> Result {
             (MOVED6.into(), NEW6.into()),
         ] {
             let took = lab.client().download(moved, 2 * MEGABYTE)?.took;
-            assert!(took < PATIENCE, "{took:?}");
+            assert!(took < patience(PATIENCE), "{took:?}");
             if moves[0] != "192.0.2.5:80/tcp" {
                 replies_arrive(&lab, moved, new, 1_400)?;
             }
@@ -279,7 +288,7 @@ fn a_narrow_link_behind_the_router_is_learned_by_the_old_servers_own_services() 
     lab.set_mtu(Leg::Clients, 1_280, false)?;
     for moved in [IpAddr::from(MOVED), MOVED6.into()] {
         let took = lab.client().download((moved, 8080), 2 * MEGABYTE)?.took;
-        assert!(took < PATIENCE, "{took:?}");
+        assert!(took < patience(PATIENCE), "{took:?}");
     }
     Ok(())
 }
@@ -331,7 +340,7 @@ fn transfer_while(
         assert!(!transfer.is_finished(), "it is over already");
         change()?;
         let took = transfer.join().expect("the transfer does not panic")?.took;
-        assert!(took < HELD_UP, "{took:?}");
+        assert!(took < patience(HELD_UP), "{took:?}");
         Ok(())
     })
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, CLIENT6, MOVED, MOVED6, NEW, NEW6};
-use ipmoved::lab::{Lab, LabError, Namespace, Process, Service, poll_until};
+use ipmoved::lab::{Lab, LabError, Namespace, Process, Service, patience, poll_until};
 use rustix::process::Signal;
 use socket2::{Domain, Socket, Type};
 
@@ -246,7 +246,9 @@ fn a_service_that_is_bound_to_the_uplink_is_served() -> Result {
                 let socket = Socket::new(Domain::for_address(at), kind, None).map_err(failed)?;
                 socket.bind_device(Some(b"eth0")).map_err(failed)?;
                 socket.bind(&at.into()).map_err(failed)?;
-                socket.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+                socket
+                    .set_read_timeout(Some(patience(PATIENCE)))
+                    .map_err(failed)?;
                 Ok(socket)
             })
         };

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use ipmoved::internals::Role;
 use ipmoved::lab::topology::{CLIENT, MOVED, NEW, OLD};
-use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, Service, poll_until};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Namespace, Service, patience, poll_until};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -169,7 +169,9 @@ fn flows_of_nat_are_listed_and_counted_in_both_directions() -> Result {
 pub(crate) fn scrape(host: &Namespace, request: &str) -> Result<String> {
     host.run(|| {
         let mut stream = TcpStream::connect_timeout(&METRICS, PATIENCE).map_err(failed)?;
-        stream.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        stream
+            .set_read_timeout(Some(patience(PATIENCE)))
+            .map_err(failed)?;
         stream.write_all(request.as_bytes()).map_err(failed)?;
         let mut text = String::new();
         stream.read_to_string(&mut text).map_err(failed)?;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use ipmoved::internals::{Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
 use ipmoved::lab::topology::{Leg, MOVED, NEW};
-use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Namespace, poll_until};
+use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Namespace, patience, poll_until};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 use rustix::thread::CapabilitySet;
@@ -122,7 +122,7 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
     let listen = || UdpSocket::bind((NEW, 7_000)).map_err(failed);
     let application = lab.new_server().run(listen)?;
     application
-        .set_read_timeout(Some(PATIENCE))
+        .set_read_timeout(Some(patience(PATIENCE)))
         .map_err(failed)?;
     let client = lab.client().udp_socket((MOVED, 7_000))?;
 

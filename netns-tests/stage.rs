@@ -93,6 +93,14 @@ pub(crate) fn relayed(test: impl FnOnce(Relayed<'_>) -> Result) -> Result {
     })
 }
 
+/// Whether this kernel is older than a version.
+pub(crate) fn is_before(version: (u32, u32)) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next()?.parse::<u32>().ok();
+    number().zip(number()).is_some_and(|it| it < version)
+}
+
 /// The daemons of a lab with the command lines of the README, not started.
 pub(crate) fn setup(lab: &Lab) -> Result<DaemonSetup<'_>> {
     DaemonSetup::new(lab, exe())

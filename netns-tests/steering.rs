@@ -16,7 +16,8 @@ use ipmoved::lab::topology::{
     Leg, MOVED, MOVED6, NEW, NEW6, SECOND_CLIENT, SECOND_CLIENT6, UPLINK,
 };
 use ipmoved::lab::{
-    DaemonSetup, Lab, LabError, Namespace, RawSocket, UdpService, Wire, packets, poll_until,
+    DaemonSetup, Lab, LabError, Namespace, RawSocket, UdpService, Wire, packets, patience,
+    poll_until,
 };
 use socket2::{Domain, Socket, Type};
 
@@ -37,7 +38,9 @@ fn failed(error: std::io::Error) -> LabError {
 fn udp(host: &Namespace, addr: IpAddr, port: u16) -> Result<UdpSocket> {
     host.run(|| {
         let socket = UdpSocket::bind((addr, port)).map_err(failed)?;
-        socket.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        socket
+            .set_read_timeout(Some(patience(PATIENCE)))
+            .map_err(failed)?;
         Ok(socket)
     })
 }
@@ -179,7 +182,8 @@ fn a_stranger_diverts_no_connection_of_the_new_server() -> Result {
         let mut own = lab.new_server().run(connect)?;
         let (mut far, from) = listener.accept().map_err(failed)?;
         assert_eq!(from.ip(), IpAddr::from(here));
-        far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+        far.set_read_timeout(Some(patience(PATIENCE)))
+            .map_err(failed)?;
         for round in 0..10 {
             let (ends, to) = ((remote, 443), (MOVED, from.port()));
             // A SYN begins another connection, to which this host sees what follows.
@@ -322,7 +326,8 @@ fn established_connections_outlive_a_restart_without_memory() -> Result {
     let connect = || TcpStream::connect((SECOND_CLIENT, 443)).map_err(failed);
     let mut own = lab.new_server().run(connect)?;
     let (mut far, from) = listener.accept().map_err(failed)?;
-    far.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+    far.set_read_timeout(Some(patience(PATIENCE)))
+        .map_err(failed)?;
     // Without a daemon the server would send again, directly, what nobody has acknowledged yet.
     std::thread::sleep(SILENCE);
     daemons.new.terminate()?;

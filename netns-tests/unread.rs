@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use ipmoved::internals::Role;
 use ipmoved::lab::daemon::UP_TIMEOUT;
 use ipmoved::lab::topology::{MOVED, NEW, UPLINK};
-use ipmoved::lab::{DaemonSetup, Lab, LabError, Process, poll_until};
+use ipmoved::lab::{DaemonSetup, Lab, LabError, Process, patience, poll_until};
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 
 use crate::stage::{Moved, PATIENCE, Result, moved, setup};
@@ -36,7 +36,7 @@ fn answers(setup: &DaemonSetup<'_>) -> Result<ipmoved::lab::daemon::Status> {
     let asked = Instant::now();
     let status = setup.status(Role::New)?;
     let took = asked.elapsed();
-    assert!(took < SOON, "status took {took:?}");
+    assert!(took < patience(SOON), "status took {took:?}");
     Ok(status)
 }
 
@@ -47,7 +47,7 @@ fn ends(daemon: Process) -> Result {
     let said = daemon.wait(Duration::from_secs(20))?;
     let took = told.elapsed();
     assert!(
-        took < SOON + Duration::from_secs(2),
+        took < patience(SOON + Duration::from_secs(2)),
         "the end took {took:?}"
     );
     assert!(said.status.success(), "{said:?}");
@@ -79,7 +79,9 @@ fn an_uplink_that_is_full_holds_up_neither_status_nor_the_end() -> Result {
             let server = (lab.new_server()).run(|| UdpSocket::bind((NEW, port)).map_err(failed))?;
             let client = lab.client().udp_socket((MOVED, port))?;
             client.send(b"go").map_err(failed)?;
-            server.set_read_timeout(Some(PATIENCE)).map_err(failed)?;
+            server
+                .set_read_timeout(Some(patience(PATIENCE)))
+                .map_err(failed)?;
             let (_, asker) = server.recv_from(&mut [0; 8]).map_err(failed)?;
             server.set_nonblocking(true).map_err(failed)?;
             flows.push((server, client, asker));
@@ -119,7 +121,7 @@ fn an_uplink_that_is_full_holds_up_neither_status_nor_the_end() -> Result {
             let told = Instant::now();
             on.daemons.new.terminate()?;
             let took = told.elapsed();
-            assert!(took < SOON, "the end took {took:?}");
+            assert!(took < patience(SOON), "the end took {took:?}");
             Ok(())
         })
     })

@@ -29,6 +29,7 @@
 
 use std::fmt;
 use std::io;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 pub mod daemon;
@@ -102,13 +103,27 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
     }
 }
 
-/// Tries again every `pause` until there is a value; `None` if there was none within `timeout`.
+/// Says how many times longer than usual whoever waits in a lab waits, on a machine that is slow,
+/// such as an emulated one.
+pub const SLOWNESS: &str = "IPMOVED_TEST_SLOWNESS";
+
+/// How long to wait for something on this machine that takes `usual` at most on a common one.
+pub fn patience(usual: Duration) -> Duration {
+    static FACTOR: LazyLock<u32> = LazyLock::new(|| {
+        let said = std::env::var(SLOWNESS).ok();
+        said.and_then(|said| said.parse().ok()).unwrap_or(1)
+    });
+    usual * *FACTOR
+}
+
+/// Tries again every `pause` until there is a value; `None` if there was none within `timeout`, or
+/// what that is on this machine ([`patience`]).
 pub fn poll_until<T>(
     timeout: Duration,
     pause: Duration,
     mut ask: impl FnMut() -> Option<T>,
 ) -> Option<T> {
-    let deadline = Instant::now() + timeout;
+    let deadline = Instant::now() + patience(timeout);
     loop {
         if let Some(answer) = ask() {
             return Some(answer);

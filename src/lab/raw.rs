@@ -135,7 +135,7 @@ impl RawSocket {
         patience: Duration,
         wanted: impl Fn(&[u8]) -> bool,
     ) -> Result<Option<(IpAddr, Vec<u8>)>> {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + super::patience(patience);
         let mut buffer = vec![0; MAX_PACKET];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());

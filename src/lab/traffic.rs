@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use aws_lc_rs::digest;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
-use super::{Doing, LabError, Namespace, Result};
+use super::{Doing, LabError, Namespace, Result, patience};
 
 /// How long a client waits for a connection or for the next bytes. It covers several
 /// retransmissions of a lost SYN (1 s, 3 s), so that a single loss is no failure, and it soon tells
@@ -297,7 +297,8 @@ impl<'lab> Client<'lab> {
         let to = to.into();
         let doing = || format!("probe UDP {to}");
         let socket = self.udp_socket(to)?;
-        socket.set_read_timeout(Some(patience)).doing(doing)?;
+        let wait = self::patience(patience);
+        socket.set_read_timeout(Some(wait)).doing(doing)?;
         socket.send(b"anybody there?").doing(doing)?;
         match socket.recv(&mut [0; 64]) {
             Ok(_) => Ok(Probe::Open),
@@ -337,7 +338,7 @@ impl<'lab> Client<'lab> {
             .socket(domain, Type::STREAM, Protocol::TCP, to.0.ip())
             .doing(|| format!("open a TCP socket to {to}"))?;
         Ok(socket
-            .connect_timeout(&to.0.into(), patience)
+            .connect_timeout(&to.0.into(), self::patience(patience))
             .map(|()| socket.into()))
     }
 
@@ -356,8 +357,8 @@ impl<'lab> Client<'lab> {
                     let socket = Socket::new(domain, kind, Some(protocol))?;
                     socket.set_reuse_address(from.port() != 0)?;
                     socket.bind(&SockAddr::from(from))?;
-                    socket.set_read_timeout(Some(TIMEOUT))?;
-                    socket.set_write_timeout(Some(TIMEOUT))?;
+                    socket.set_read_timeout(Some(patience(TIMEOUT)))?;
+                    socket.set_write_timeout(Some(patience(TIMEOUT)))?;
                     Ok(socket)
                 })())
             })
@@ -479,7 +480,7 @@ impl Conversation {
     pub fn hear(&mut self, words: &[u8], patience: Duration) -> Result<()> {
         let to = self.to;
         let doing = || format!("hear {} bytes back from {to}", words.len());
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + self::patience(patience);
         let mut back = vec![0; words.len()];
         let mut heard = 0;
         while heard < back.len() {
@@ -719,8 +720,8 @@ fn respond_head(mut out: impl Write, length: u64) -> io::Result<()> {
 }
 
 fn patiently(stream: &TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(STALL_TIMEOUT))?;
-    stream.set_write_timeout(Some(STALL_TIMEOUT))
+    stream.set_read_timeout(Some(patience(STALL_TIMEOUT)))?;
+    stream.set_write_timeout(Some(patience(STALL_TIMEOUT)))
 }
 
 fn request(stream: &mut TcpStream, line: &str) -> io::Result<()> {

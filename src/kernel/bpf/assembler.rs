@@ -172,10 +172,14 @@ pub enum Helper {
     CsumDiff = 28,
     /// `(skb, packet type) → 0 or an error`.
     SkbChangeType = 32,
+    /// `(skb, length) → 0 or an error`: that many bytes lie in one piece from now on.
+    SkbPullData = 39,
     /// `(skb, bytes, flags) → 0 or an error`.
     SkbChangeHead = 43,
     /// `(skb) → the number of the user whose socket sends it`.
     GetSocketUid = 47,
+    /// `(skb, offset, to, length, from the link-layer or the network header) → 0 or an error`.
+    SkbLoadBytesRelative = 68,
     /// `(skb, params, params length, flags) → 0 or the reason`.
     FibLookup = 69,
     /// `(skb, depth) → the control group so deep below the root that its socket is in, or 0`.
@@ -211,12 +215,23 @@ pub enum Helper {
 #[must_use]
 pub struct Label(usize);
 
+/// From where the places in a packet count that a program reads.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+enum Origin {
+    /// From the first byte that the kernel shows: of the link-layer header, if there is one.
+    #[default]
+    Frame,
+    /// From the IP header, whatever the kernel shows before it.
+    Network,
+}
+
 /// Writes a program, instruction by instruction.
 #[derive(Default)]
 pub struct Assembler {
     code: Vec<Instruction>,
     labels: Vec<Option<usize>>,
     jumps: Vec<(usize, Label)>,
+    origin: Origin,
 }
 
 impl Assembler {
@@ -237,6 +252,40 @@ impl Assembler {
     /// An empty program.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty program for packets that arrive at an interface with a link-layer header of this
+    /// length. If there is none, the places that it loads count from the IP header: what the kernel
+    /// shows before it there depends on kind and kernel. A packet out of a GRE tunnel has the
+    /// tunnel's own headers before it, and with Linux 5.10 so has one out of IPIP or SIT.
+    ///
+    /// Such a program must begin with [`Self::pull_headers`].
+    pub fn arriving(l2_header: u32) -> Self {
+        Self {
+            origin: match l2_header {
+                0 => Origin::Network,
+                _ => Origin::Frame,
+            },
+            ..Self::default()
+        }
+    }
+
+    /// Has the headers in one piece, where loads that count from the IP header find them; nothing
+    /// for other programs. The context must be in R1, and is destroyed there.
+    pub fn pull_headers(&mut self) {
+        // `__sk_buff.len`.
+        const LEN: i16 = 0;
+        // As much as drivers copy in front at least, so that mostly nothing is to be done.
+        const HEADERS: u32 = 256;
+        if self.origin == Origin::Frame {
+            return;
+        }
+        let all = self.label();
+        self.load(Size::W, Reg::R2, Reg::R1, LEN);
+        self.jump_if(Reg::R2, If::Le, HEADERS, all);
+        self.mov(Reg::R2, HEADERS);
+        self.bind(all);
+        self.call(Helper::SkbPullData);
     }
 
     /// A label that is not bound yet.
@@ -290,13 +339,37 @@ impl Assembler {
     /// the packet's end ends the program with verdict 0: the packet passes.
     pub fn load_packet(&mut self, size: Size, offset: u32) {
         let opcode = Self::LD | Self::MODE_ABS | size.bits();
-        self.push(opcode, 0, 0, 0, offset.cast_signed());
+        self.push(opcode, 0, 0, 0, self.place(offset));
     }
 
     /// As [`Self::load_packet`], at `base + offset`.
     pub fn load_packet_at(&mut self, size: Size, base: Reg, offset: u32) {
         let opcode = Self::LD | Self::MODE_IND | size.bits();
-        self.push(opcode, 0, base as u8, 0, offset.cast_signed());
+        self.push(opcode, 0, base as u8, 0, self.place(offset));
+    }
+
+    /// Copies R4 bytes of the packet, from the place in R2 on, to where R3 points: R0 = 0 or an
+    /// error. The context must be in R1.
+    pub fn load_packet_bytes(&mut self) {
+        // linux/bpf.h: BPF_HDR_START_NET
+        const FROM_NETWORK_HEADER: i32 = 1;
+        match self.origin {
+            Origin::Frame => self.call(Helper::SkbLoadBytes),
+            Origin::Network => {
+                self.mov(Reg::R5, FROM_NETWORK_HEADER);
+                self.call(Helper::SkbLoadBytesRelative);
+            }
+        }
+    }
+
+    /// The constant of a packet load at this place.
+    fn place(&self, offset: u32) -> i32 {
+        // linux/filter.h: SKF_NET_OFF
+        const NETWORK_HEADER: i32 = -0x10_0000;
+        match self.origin {
+            Origin::Frame => offset.cast_signed(),
+            Origin::Network => NETWORK_HEADER + offset.cast_signed(),
+        }
     }
 
     /// `dst = *(base + offset)`.
@@ -487,6 +560,37 @@ mod tests {
                 [0x85, 0, 0, 0, 23, 0, 0, 0],
                 [0xb7, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
                 [0x95, 0, 0, 0, 0, 0, 0, 0],
+            ]
+        );
+    }
+
+    #[test]
+    fn places_count_from_the_ip_header_where_there_is_no_other() {
+        let code = |mut asm: Assembler| {
+            asm.load_packet(Size::B, 9);
+            asm.load_packet_at(Size::H, Reg::R7, 2);
+            asm.load_packet_bytes();
+            asm.exit();
+            asm.finish("t").unwrap().code().to_vec()
+        };
+        let exit = [0x95, 0, 0, 0, 0, 0, 0, 0];
+        assert_eq!(
+            code(Assembler::arriving(14)),
+            [
+                [0x30, 0, 0, 0, 9, 0, 0, 0],
+                [0x48, 0x70, 0, 0, 2, 0, 0, 0],
+                [0x85, 0, 0, 0, 26, 0, 0, 0],
+                exit,
+            ]
+        );
+        assert_eq!(
+            code(Assembler::arriving(0)),
+            [
+                [0x30, 0, 0, 0, 9, 0, 0xf0, 0xff],
+                [0x48, 0x70, 0, 0, 2, 0, 0xf0, 0xff],
+                [0xb7, 5, 0, 0, 1, 0, 0, 0],
+                [0x85, 0, 0, 0, 68, 0, 0, 0],
+                exit,
             ]
         );
     }

@@ -27,6 +27,7 @@ mod words;
 use std::ffi::c_int;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::LazyLock;
 
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -174,9 +175,23 @@ fn release() -> String {
 
 /// Whether a kernel of this release counts programs and maps as locked memory.
 fn counts_locked_memory(release: &str) -> bool {
+    is_older(release, (5, 11))
+}
+
+/// Whether this kernel sends packets without a link-layer header to a GRE tunnel over IPv6, as it
+/// does to other tunnels: Linux 5.16 and newer. Before, it drops what `bpf_redirect` brings there,
+/// since it misses an Ethernet header (`dev_is_mac_header_xmit`, include/linux/if_arp.h). Asked
+/// once, since a confined daemon does not see the release.
+pub fn redirects_to_ip6gre() -> bool {
+    static DOES: LazyLock<bool> = LazyLock::new(|| !is_older(&release(), (5, 16)));
+    *DOES
+}
+
+/// Whether a release is one of before this version; not if it cannot be read.
+fn is_older(release: &str, version: (u32, u32)) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     let mut number = || numbers.next()?.parse::<u32>().ok();
-    number().zip(number()).is_some_and(|it| it < (5, 11))
+    number().zip(number()).is_some_and(|it| it < version)
 }
 
 fn object_name(name: &str) -> [u8; 16] {

@@ -23,7 +23,7 @@ pub mod steer;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::Desired;
-use super::bpf::BpfError;
+use super::bpf::{BpfError, redirects_to_ip6gre};
 use super::change::{BpfFilter, Change, Clsact, Interface};
 use super::netlink::{Direction, Filter, Link, Netlink, NetlinkError};
 use super::programs::NAME_PREFIX;
@@ -48,6 +48,21 @@ const ETHERNET_HEADER: u32 = 14;
 /// `ARPHRD_RAWIP`: cellular modems.
 const ARPHRD_RAWIP: u16 = 519;
 
+/// `ARPHRD_IP6GRE`: GRE over IPv6.
+const ARPHRD_IP6GRE: u16 = 823;
+
+/// Interfaces whose packets begin with the IP header: WireGuard and others' TUNs (`NONE`), PPP,
+/// modems, IPIP and VTI (`TUNNEL`), and other tunnels.
+const WITHOUT_HEADER: [u16; 7] = [
+    libc::ARPHRD_NONE,
+    libc::ARPHRD_PPP,
+    ARPHRD_RAWIP,
+    libc::ARPHRD_TUNNEL,
+    libc::ARPHRD_TUNNEL6,
+    libc::ARPHRD_SIT,
+    libc::ARPHRD_IPGRE,
+];
+
 /// Why no plan could be made.
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
@@ -60,7 +75,7 @@ pub enum PlanError {
     /// The programs cannot read the packets of an interface.
     #[error(
         "interface {name} is of link-layer type {link_type}, which ipmoved cannot use; name an \
-         Ethernet, PPP or raw IP interface with --uplink"
+         Ethernet, PPP, tunnel or raw IP interface with --uplink (GRE over IPv6 wants Linux 5.16)"
     )]
     LinkType {
         /// Its name.
@@ -78,9 +93,11 @@ pub enum PlanError {
 /// # Errors
 /// If the programs do not know that kind of interface.
 pub fn l2_header(link: &Link) -> Result<u32, PlanError> {
+    let ip6gre = redirects_to_ip6gre();
     match link.link_type {
         libc::ARPHRD_ETHER => Ok(ETHERNET_HEADER),
-        libc::ARPHRD_NONE | libc::ARPHRD_PPP | ARPHRD_RAWIP => Ok(0),
+        link_type if WITHOUT_HEADER.contains(&link_type) => Ok(0),
+        ARPHRD_IP6GRE if ip6gre => Ok(0),
         link_type => Err(PlanError::LinkType {
             name: link.name.clone(),
             link_type,

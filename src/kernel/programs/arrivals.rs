@@ -61,7 +61,7 @@ const SOCKET: Reg = R7;
 /// # Errors
 /// If the program is too large.
 pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Program, BpfError> {
-    let mut asm = Assembler::new();
+    let mut asm = Assembler::arriving(l2_header);
     let a = &mut asm;
     let ways = Ways::new(a);
     let (pass, read, from_the_wire) = (a.label(), a.label(), a.label());

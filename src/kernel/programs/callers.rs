@@ -49,7 +49,7 @@ const KEPT_END: Reg = R8;
 /// # Errors
 /// If the program is too large.
 pub fn callers(maps: &FlowMaps, l2_header: u32, tun_ifindex: u32) -> Result<Program, BpfError> {
-    let mut asm = Assembler::new();
+    let mut asm = Assembler::arriving(l2_header);
     let a = &mut asm;
     let ways = Ways::new(a);
     let inside = &maps.inside;

@@ -79,7 +79,7 @@ pub fn capture(
     tun_ifindex: u32,
     tunnel_port: Option<u16>,
 ) -> Result<Program, BpfError> {
-    let mut asm = Assembler::new();
+    let mut asm = Assembler::arriving(l2_header);
     let a = &mut asm;
     let v6 = a.label();
     let ways = Ways {

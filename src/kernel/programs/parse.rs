@@ -31,7 +31,7 @@ use super::phrases::{
     PACKET, PROTOCOL, TRANSPORT, branch_by_family, jump_unless_icmpv6_error, walk_extension_headers,
 };
 use crate::flow::modes::CLIENTS_QUERY;
-use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Map, Reg, Size};
+use crate::kernel::bpf::{Alu, Assembler, If, Label, Map, Reg, Size};
 use crate::model::moved::{TCP, UDP};
 use crate::packet::{ACK, SYN};
 
@@ -403,7 +403,7 @@ fn load_header(a: &mut Assembler, length: u32, failed: Label) {
     a.mov(R3, R10);
     a.alu(Alu::Add, R3, i32::from(HEADER));
     a.mov(R4, length);
-    a.call(Helper::SkbLoadBytes);
+    a.load_packet_bytes();
     a.jump_if_wide(R0, If::Ne, 0, failed);
 }
 

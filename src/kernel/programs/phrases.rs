@@ -69,9 +69,10 @@ pub(super) fn jump_unless_delivered(a: &mut Assembler, other: Label) {
     a.store(Size::W, PACKET, skb::MARK, R0);
 }
 
-/// The first instruction of every program: keeps the context where packet loads expect it.
+/// How every program begins: keeps the context where packet loads expect it.
 pub(super) fn keep_packet(a: &mut Assembler) {
     a.mov(PACKET, R1);
+    a.pull_headers();
 }
 
 /// Jumps to `pass`, unless the packet is for this host and belongs to no VLAN. A tag that has a
@@ -313,7 +314,7 @@ pub(super) fn load_bytes(a: &mut Assembler, at: u32, to: i16, length: u32) {
     a.mov(R3, R10);
     a.alu(Alu::Add, R3, i32::from(to));
     a.mov(R4, length);
-    a.call(Helper::SkbLoadBytes);
+    a.load_packet_bytes();
 }
 
 /// Jumps if PROTOCOL is ICMP of either family.

@@ -60,7 +60,7 @@ pub fn replies(
     l2_header: u32,
     tun_ifindex: u32,
 ) -> Result<Program, BpfError> {
-    let mut asm = Assembler::new();
+    let mut asm = Assembler::arriving(l2_header);
     let a = &mut asm;
     let (v6, pass, redirect) = (a.label(), a.label(), a.label());
     keep_packet(a);

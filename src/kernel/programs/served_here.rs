@@ -296,13 +296,12 @@ fn each_of(record: &[u8], each: &mut impl FnMut(Served<'_>)) {
 /// # Errors
 /// If the program is too large.
 pub(super) fn served_here(maps: &ServedHere, l2: u32, end: End) -> Result<Program, BpfError> {
-    let mut asm = Assembler::new();
+    let (mut asm, side) = match end {
+        End::Ingress => (Assembler::arriving(l2), Side::Remote),
+        End::Egress => (Assembler::new(), Side::Own),
+    };
     let a = &mut asm;
     let (ways, done) = (Ways::new(a), a.label());
-    let side = match end {
-        End::Ingress => Side::Remote,
-        End::Egress => Side::Own,
-    };
     keep_packet(a);
     parse(a, l2, side, ways);
     a.bind(ways.none);
@@ -480,7 +479,7 @@ fn hand_over(a: &mut Assembler, maps: &ServedHere, l2: u32, room: i32, lost: Lab
     a.mov(R3, FOUND);
     a.alu(Alu::Add, R3, i32::from(RECORD_PACKET));
     a.mov(R4, CAPTURED);
-    a.call(Helper::SkbLoadBytes);
+    a.load_packet_bytes();
     a.jump_if_wide(R0, If::Ne, 0, failed);
     a.mov(R1, FOUND);
     a.mov(R2, NO_WAKEUP);
