@@ -86,6 +86,7 @@ pub(super) mod ethernet {
 /// IPv4: RFC 791 section 3.1.
 pub(super) mod ipv4 {
     pub(crate) const VERSION_AND_IHL: u32 = 0;
+    pub(crate) const TOTAL_LENGTH: u32 = 2;
     pub(crate) const IDENTIFICATION: u32 = 4;
     pub(crate) const FLAGS_AND_OFFSET: u32 = 6;
     pub(crate) const PROTOCOL: u32 = 9;
@@ -110,6 +111,7 @@ pub(super) mod ipv4 {
 
 /// IPv6: RFC 8200 section 3.
 pub(super) mod ipv6 {
+    pub(crate) const PAYLOAD_LENGTH: u32 = 4;
     pub(crate) const NEXT_HEADER: u32 = 6;
     pub(crate) const HOP_LIMIT: u32 = 7;
     pub(crate) const SOURCE: u32 = 8;

@@ -36,12 +36,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use Reg::{R0, R1, R2, R3, R4, R6, R7, R9, R10};
+use Reg::{R0, R1, R2, R3, R4, R7, R9, R10};
 
 use super::flows::{KEY_LAST, VALUE, enter, look_up};
-use super::headers::{skb, sock, tcp_sock};
+use super::headers::{ipv4, ipv6, skb, sock, tcp_sock};
 use super::parse::{FLAGS, Side, Ways, key_of_other_query, load_syn, parse};
-use super::phrases::{PACKET, PROTOCOL, TC_ACT_UNSPEC, keep_packet, verdict};
+use super::phrases::{PACKET, PROTOCOL, TC_ACT_UNSPEC, branch_by_family, keep_packet, verdict};
 use super::sockets::{look_up_socket, release_keeping_state};
 use crate::kernel::bpf::{
     Alu, Assembler, BpfError, Helper, If, Label, Map, MapKind, Program, Reg, Ring, Shape, Size,
@@ -438,8 +438,7 @@ fn enter_told(a: &mut Assembler, maps: &ServedHere) {
 fn tell(a: &mut Assembler, maps: &ServedHere, l2: u32, done: Label) {
     let (small, large, lost) = (a.label(), a.label(), a.label());
     let (fits, whole) = (a.label(), a.label());
-    a.load(Size::W, CAPTURED, R6, skb::LEN);
-    a.alu(Alu::Sub, CAPTURED, l2);
+    load_length(a, l2);
     // The kernel wants to see the bounds of a length on each way.
     a.load(Size::W, R0, R10, LARGE_KEPT);
     a.jump_if(R0, If::Ne, 0, large);
@@ -457,6 +456,27 @@ fn tell(a: &mut Assembler, maps: &ServedHere, l2: u32, done: Label) {
     a.bind(lost);
     maps.count(a, LOST);
     a.jump(done);
+}
+
+/// Loads the packet's length into CAPTURED, from its IP header on. Without a link-layer header the
+/// kernel's own length may count from a tunnel's headers before that, so that the packet's is asked.
+fn load_length(a: &mut Assembler, l2: u32) {
+    a.load(Size::W, CAPTURED, PACKET, skb::LEN);
+    if l2 != 0 {
+        a.alu(Alu::Sub, CAPTURED, l2);
+        return;
+    }
+    let (v6, told, done) = (a.label(), a.label(), a.label());
+    branch_by_family(a, v6, done);
+    a.load_packet(Size::H, ipv4::TOTAL_LENGTH);
+    a.jump(told);
+    a.bind(v6);
+    a.load_packet(Size::H, ipv6::PAYLOAD_LENGTH);
+    a.alu(Alu::Add, R0, ipv6::LEN);
+    a.bind(told);
+    a.jump_if_wide(R0, If::Gt, CAPTURED, done);
+    a.mov(CAPTURED, R0);
+    a.bind(done);
 }
 
 /// The same in a record with room for so many bytes.
