@@ -521,6 +521,22 @@ fn a_cutover_that_fails_goes_back() -> Result {
 }
 
 #[test]
+fn what_check_finds_ends_a_cutover_before_anything_changes() -> Result {
+    let lab = Lab::new()?;
+    // The new server accepts something else.
+    let setup = before(&lab)?.args(Role::New, &["--accept", "192.0.2.9"]);
+    let _old = Services::old(&lab)?;
+    let daemons = setup.start_both()?;
+    let said = setup.run(Role::Old, &["cutover", "--drain", "0"])?;
+    assert_eq!(said.status.code(), Some(1), "{said:?}");
+    let why = "nothing has changed, since `ipmoved check` fails: accept";
+    assert!(said.stderr.contains(why), "{said:?}");
+    assert!(said.stdout.contains("check    fail: accept"), "{said:?}");
+    assert_eq!(modes(&setup)?, ["here", "here"]);
+    daemons.terminate()
+}
+
+#[test]
 fn a_cut_leaves_nothing_here() -> Result {
     let lab = Lab::new()?;
     let setup = before(&lab)?;
