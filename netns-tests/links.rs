@@ -222,37 +222,9 @@ fn macvlan() -> Result {
 }
 
 #[test]
-fn ipvlan_with_a_link_layer_of_its_own() -> Result {
+fn ipvlan() -> Result {
     served_at("link under name x type ipvlan mode l2", &BOTH, |end| {
         end.stack("link eth0 name link0 type ipvlan mode l2")
-    })
-}
-
-/// With `l3` it has no neighbours, and the router has to know that what is there is behind eth0.
-#[test]
-fn ipvlan_without_a_link_layer() -> Result {
-    served_at("link under name x type ipvlan mode l3", &BOTH, |end| {
-        let mac = end.lab.dir().join(end.port());
-        let (mac, port) = (mac.display(), end.port());
-        end.on_host(&format!(
-            "ip -o link show eth0 | sed 's/.*ether \\([^ ]*\\).*/\\1/' > {mac}"
-        ))?;
-        for address in end.addresses().0 {
-            let addr = address.split('/').next().unwrap_or_default();
-            end.on_router(&format!(
-                "ip neigh replace {addr} lladdr $(cat {mac}) dev {port}"
-            ))?;
-        }
-        end.stack("link eth0 name link0 type ipvlan mode l3")?;
-        // What it sends is routed once more, for the link below.
-        let (_, [v4, v6]) = end.addresses();
-        let gateway = |address: &'static str| address.split('/').next().unwrap_or_default();
-        end.on_host(&format!(
-            "ip route add default via {} dev eth0 onlink metric 9
-             ip -6 route add default via {} dev eth0 onlink metric 9000",
-            gateway(v4),
-            gateway(v6)
-        ))
     })
 }
 
