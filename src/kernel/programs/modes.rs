@@ -263,7 +263,7 @@ impl Modes {
     }
 
     /// As [`set`](Self::set), at this time.
-    fn set_at(
+    pub(super) fn set_at(
         &self,
         modes: &[Mode<Duration>],
         key: ShareKey,

@@ -534,7 +534,9 @@ mod tests {
         facts.own.begin_at(Duration::ZERO);
         facts.beat().unwrap();
         let modes = vec![Mode::settled(settled); ENDS.len()];
-        facts.set_modes(&modes, ShareKey([1, 2])).unwrap();
+        // For long: the daemon is not asked any more.
+        let since = now() - Duration::from_secs(1_000);
+        facts.modes.set_at(&modes, ShareKey([1, 2]), since).unwrap();
         facts.served().load(&[0, L2]).unwrap();
         facts.served().set(true).unwrap();
         OldServer::new(facts)
