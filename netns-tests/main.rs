@@ -39,6 +39,7 @@ mod impostor;
 mod independent_peer;
 mod ipv6;
 mod lanes;
+mod links;
 mod modes;
 mod modes_of_a_move;
 mod mtu;
