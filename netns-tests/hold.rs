@@ -199,7 +199,8 @@ fn whoever_waits_is_served_in_order_and_nobody_is_refused() -> Result {
     let _daemons = setup.start_both()?;
 
     // A hold that nobody ends. Clients have asked again meanwhile, and do so as it ends.
-    run(&setup, &["hold", "--for", "2"])?;
+    let seconds = patience(Duration::from_secs(2)).as_secs().to_string();
+    run(&setup, &["hold", "--for", &seconds])?;
     let sockets = wait(&lab, &setup, FEW)?;
     let before = overflows(lab.old_server())?;
     assert_eq!(connected(&sockets, RELEASED)?, FEW);

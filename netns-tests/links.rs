@@ -363,7 +363,7 @@ fn gre_with_ethernet_in_it() -> Result {
     )
 }
 
-/// Linux before 5.16 cannot redirect to such a link: `check` names it there.
+/// Linux before 5.16 cannot redirect to such a link, which is left alone there.
 #[test]
 fn gre_over_ipv6() -> Result {
     if is_before((5, 16)) {
