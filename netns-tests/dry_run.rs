@@ -142,7 +142,15 @@ fn type_all(host: &Namespace, lines: &[String], lanes: usize) -> Result<Queued> 
         assert!(after != before, "`{line}` changes nothing");
         before = after;
     }
-    Ok((before, queues))
+    // The kernel's own routes to a new IPv6 address come a little later.
+    loop {
+        std::thread::sleep(Duration::from_millis(200));
+        let after = Snapshot::of(host)?;
+        if after == before {
+            return Ok((before, queues));
+        }
+        before = after;
+    }
 }
 
 /// What there is beyond, or instead of, what was before. What makes one TUN another one, and one

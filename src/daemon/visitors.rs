@@ -88,7 +88,7 @@ impl Visitors {
             next_read: now,
             writer,
             failed,
-            next: now + EVERY,
+            next: now,
             next_progress: now + PROGRESS_EVERY,
             watched: Vec::new(),
             moves: Arc::new([]),
