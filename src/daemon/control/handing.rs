@@ -354,9 +354,14 @@ impl Control<'_> {
         for tunnel in &mut self.tunnels {
             tunnel.give_up_sessions(now);
         }
-        match self.host.resume() {
+        let (repairs, report) = self.host.resume();
+        for failure in repairs.failed {
+            // The next look tries it once more.
+            warn!(change = %failure.change, reason = failure.reason, "not put back");
+        }
+        match report {
             Ok(report) => super::super::service::warn_of_left(&report),
-            Err(error) => warn!(%error, "what this daemon makes in the kernel may be gone"),
+            Err(error) => warn!(%error, "what another daemon has made may be left in the kernel"),
         }
         if let Some(orders) = &self.orders {
             orders.keep_again();
