@@ -15,7 +15,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -283,6 +283,37 @@ fn a_restart_by_the_service_manager_loses_no_connection() -> Result {
         service.signal(Signal::TERM)?;
         let ended = service.wait(STOP_TIMEOUT)?;
         assert!(ended.status.success(), "{ended:?}");
+    }
+    Ok(())
+}
+
+/// A store may have too few places, or have lost some: the next one starts all the same, and leaves
+/// nothing there that would be in the way of the one after it.
+#[test]
+fn a_store_that_keeps_only_a_part_of_it_is_emptied() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let manager = Manager::start(&lab)?;
+    let _application = ipmoved::lab::Service::start(lab.new_server(), NEW)?;
+    let _new = setup.start(Role::New)?;
+    let mut service = manager.starts(&setup, Role::Old)?;
+    let mut conversation = lab.client().converse(MOVED)?;
+    conversation.exchange(b"before", RECOVERY)?;
+    let memory = manager.names().len();
+    for (kept, forgotten) in [(1, ""), (2, ""), (usize::MAX, "ipmoved-state")] {
+        manager.has_room_for(memory.saturating_add(kept));
+        let said = setup.run(Role::Old, &["handover"])?;
+        assert!(said.status.success(), "{said:?}");
+        service.wait(STOP_TIMEOUT)?;
+        manager.forgets(forgotten);
+        assert!(manager.names().len() > memory, "{:?}", manager.names());
+        assert_eq!(manager.has("ipmoved-state"), forgotten.is_empty());
+        service = manager.starts(&setup, Role::Old)?;
+        let log = service.stderr();
+        assert!(log.contains("as after a crash"), "{log}");
+        let left = manager.names();
+        assert!(left.iter().all(|name| name == "ipmoved-memory"), "{left:?}");
+        conversation.exchange(b"after", RECOVERY)?;
     }
     Ok(())
 }
@@ -563,6 +594,8 @@ impl Successor {
 pub(crate) struct Manager {
     path: PathBuf,
     store: Arc<Mutex<Vec<(String, OwnedFd)>>>,
+    /// Most that it keeps.
+    room: Arc<AtomicUsize>,
     ready: Arc<AtomicU64>,
 }
 
@@ -573,8 +606,10 @@ impl Manager {
         let manager = Self {
             path,
             store: Arc::default(),
+            room: Arc::new(AtomicUsize::new(usize::MAX)),
             ready: Arc::default(),
         };
+        let room = Arc::clone(&manager.room);
         let (store, ready) = (Arc::clone(&manager.store), Arc::clone(&manager.ready));
         std::thread::spawn(move || {
             while let Ok((text, given)) = hear(&socket) {
@@ -583,7 +618,8 @@ impl Manager {
                 let name = name.unwrap_or("stored").to_owned();
                 let mut store = store.lock().expect("no panic");
                 if is("FDSTORE=1") {
-                    store.extend(given.into_iter().map(|fd| (name.clone(), fd)));
+                    let left = room.load(Relaxed).saturating_sub(store.len());
+                    store.extend(given.into_iter().take(left).map(|fd| (name.clone(), fd)));
                 } else if is("FDSTOREREMOVE=1") {
                     store.retain(|(kept, _)| *kept != name);
                 }
@@ -599,6 +635,17 @@ impl Manager {
     fn names(&self) -> Vec<String> {
         let store = self.store.lock().expect("no panic");
         store.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// From now on it keeps no more than so many.
+    fn has_room_for(&self, most: usize) {
+        self.room.store(most, Relaxed);
+    }
+
+    /// Loses what it keeps under a name.
+    fn forgets(&self, name: &str) {
+        let mut store = self.store.lock().expect("no panic");
+        store.retain(|(kept, _)| kept != name);
     }
 
     fn has(&self, name: &str) -> bool {

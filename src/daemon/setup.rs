@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
@@ -22,7 +23,9 @@ use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Address, Family, Link, Netlink, RouteKind, TABLE_LOCAL};
+use crate::kernel::netlink::{
+    Address, Family, Link, Netlink, NetlinkError, RouteKind, TABLE_LOCAL,
+};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
@@ -37,6 +40,9 @@ use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 
 /// The MTU of uplinks that are not there yet: that of most (RFC 894).
 const ETHERNET_MTU: u32 = 1_500;
+
+/// How long a service manager may take to close the queues of a TUN that it was told to forget.
+const CLOSED: Duration = Duration::from_secs(2);
 
 /// A host that is ready to carry packets.
 pub(super) struct Ready {
@@ -89,6 +95,7 @@ impl Ready {
     /// See [`DaemonError`]; what was changed before is undone.
     pub(super) fn new(config: &mut Config, runtime_dir: &Path, takeover: bool) -> Result<Self> {
         let kept = Kept::taken_over();
+        let was_left = kept.is_left();
         let netlink = Netlink::new().map_err(system)?;
         let taking::Found {
             inheritance,
@@ -113,6 +120,9 @@ impl Ready {
         let endpoints = find_peers(config, is_up);
         // Without changes in the kernel it would begin anew, which the last one's TUN forbids.
         let mut inheritance = inheritance.filter(|_| resumes || places.is_some());
+        if was_left && inheritance.is_none() {
+            wait_until_gone(&netlink, &config.tun).map_err(system)?;
+        }
         let found = Found::new(
             &netlink,
             config,
@@ -177,6 +187,16 @@ impl Ready {
         };
         Ok(Self { host, tools })
     }
+}
+
+/// Waits until the TUN is gone whose queues a service manager has let go: it closes them when it
+/// has nothing else to do. One that stays is somebody else's.
+fn wait_until_gone(netlink: &Netlink, tun: &str) -> Result<(), NetlinkError> {
+    let over = Instant::now() + CLOSED;
+    while netlink.link_by_name(tun)?.is_some() && Instant::now() < over {
+        std::thread::sleep(CLOSED / 200);
+    }
+    Ok(())
 }
 
 /// Where each peer is, as far as its address is known or its name is found. No name is looked up

@@ -110,6 +110,11 @@ impl Found {
         kept: Kept,
         takeover: bool,
     ) -> Result<Self> {
+        let is_left = kept.is_left();
+        if is_left {
+            // What is left of it must not be found once more, however much of it there is.
+            kept::forget();
+        }
         let Kept {
             memory,
             queues,
@@ -117,8 +122,6 @@ impl Found {
             state,
         } = kept;
         if let Some(state) = state {
-            // What is left of it must not be found once more.
-            kept::forget();
             let read = State::read(state).and_then(|(about, state)| {
                 let inheritance = Inheritance {
                     about,
@@ -145,6 +148,13 @@ impl Found {
                 ..Self::default()
             });
         }
+        if is_left {
+            warn!(
+                "starting as after a crash, since the service manager has not kept all that the \
+                 last daemon left; connections go on after a pause"
+            );
+        }
+        drop((queues, sockets));
         if takeover {
             return Self::from_running(config, base);
         }
