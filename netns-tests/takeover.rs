@@ -231,6 +231,24 @@ fn where_none_runs_there_is_nothing_to_take_over() -> Result {
     setup.start_both()?.terminate()
 }
 
+/// It has nothing that a daemon with a tunnel could go on with, and would be lost.
+#[test]
+fn a_daemon_without_a_tunnel_is_not_killed() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let nat = setup.start_nat(&["--move", "192.0.2.5", "--to", "198.51.100.2"])?;
+    let started = poll_until(UP_TIMEOUT, Duration::from_millis(50), || {
+        nat.status().ok().map(drop)
+    });
+    assert!(started.is_some(), "it does not run");
+    let next = setup.clone().args(Role::Old, &["--takeover"]);
+    let said = next.start(Role::Old)?.stop_by_itself()?;
+    assert_eq!(said.status.code(), Some(4), "{said:?}");
+    assert!(said.stderr.contains("`ipmoved nat`"), "{said:?}");
+    nat.status()?;
+    Ok(())
+}
+
 #[test]
 fn nothing_is_handed_over_while_connections_are_held() -> Result {
     let lab = Lab::new()?;

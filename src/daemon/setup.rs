@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 use super::chosen::{Cgroups, chosen};
 use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
+use super::handover::older;
 use super::handover::taking::{self, Inheritance, Places};
 use super::held::{self, Held};
 use super::kept::{self, Kept};
@@ -30,7 +31,7 @@ use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
 use crate::kernel::tun;
-use crate::kernel::{Host, HostError, RuntimeDirError};
+use crate::kernel::{Host, HostError, RuntimeDirError, lock_path};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
 use crate::settings::args::Without;
@@ -370,7 +371,7 @@ impl Found {
 fn open(runtime_dir: &Path, takeover: bool) -> Result<Host> {
     match Host::open(runtime_dir) {
         Err(HostError::RuntimeDir(RuntimeDirError::Locked { pid })) if takeover => {
-            taking::end_older(&pid)?;
+            older::end(&lock_path(runtime_dir).map_err(system)?, &pid)?;
             Ok(Host::open(runtime_dir)?)
         }
         opened => Ok(opened?),

@@ -31,10 +31,11 @@
 //! and has the daemon [asked](giving::store) before the signal comes.
 //!
 //! `giving` is the socket at which a daemon is asked, `taking` the next daemon's side of it, and
-//! `state` the bytes. What becomes of lanes and kernel meanwhile is
-//! [`control`](super::control)'s business.
+//! `state` the bytes; `older` ends a daemon that knows none of this. What becomes of lanes and
+//! kernel meanwhile is [`control`](super::control)'s business.
 
 pub(super) mod giving;
+pub(super) mod older;
 pub(super) mod state;
 pub(super) mod taking;
 

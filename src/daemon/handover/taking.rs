@@ -8,10 +8,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tracing::{info, warn};
 
 use super::giving::{self, CHECKS, SWITCH};
@@ -28,9 +28,16 @@ use crate::kernel::{Host, namespace_dir};
 use crate::model::runtime::HANDOVER_SOCKET;
 use crate::settings::config::Config;
 
-/// How long a killed daemon may take to be gone.
-const GONE: Timespec = Timespec {
-    tv_sec: 10,
+/// How long the last word of the daemon that runs may take.
+const LAST_WORD: Duration = Duration::from_secs(5);
+
+/// How long this daemon may take from when the other one stands still. Below [`SWITCH`], after
+/// which the other one puts its own programs back.
+const TAKEN: Duration = Duration::from_secs(12);
+
+/// How long the process of a daemon that was killed may take to end after it has hung up.
+const HUNG_UP: Timespec = Timespec {
+    tv_sec: 1,
     tv_nsec: 0,
 };
 
@@ -328,40 +335,18 @@ impl Inheritance {
     }
 }
 
-/// Ends a daemon that cannot hand itself over: what it has made in the kernel stays, as after a
-/// crash, so that nothing is reset.
-///
-/// # Errors
-/// If that cannot be done, or somebody would start it again.
-pub(in crate::daemon) fn end_older(pid: &str) -> Result<()> {
-    let failed = |why: String| running(format!("the daemon that runs (pid {pid}): {why}"));
-    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    let mut variables = environment.split(|&byte| byte == 0);
-    if variables.any(|it| it.starts_with(b"NOTIFY_SOCKET=")) {
-        return Err(failed(OF_A_MANAGER.into()));
-    }
-    let number = pid.parse().ok().and_then(Pid::from_raw);
-    let number = number.ok_or_else(|| failed("its process is not known".into()))?;
-    let process = pidfd_open(number, PidfdFlags::empty());
-    let process = process.map_err(|error| failed(error.to_string()))?;
-    warn!(
-        pid,
-        "the daemon that runs is another version, which cannot hand itself over: killing it and \
-         starting as after a crash; connections go on after a pause"
-    );
-    pidfd_send_signal(&process, Signal::KILL).map_err(|error| failed(error.to_string()))?;
-    let mut ended = [PollFd::new(&process, PollFlags::IN)];
-    match poll(&mut ended, Some(&GONE)) {
-        Ok(1..) => Ok(()),
-        Ok(0) | Err(_) => Err(failed("it does not end".into())),
-    }
+/// A handle to a process.
+pub(super) fn process(pid: u32) -> io::Result<OwnedFd> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let number = number.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(number, PidfdFlags::empty())?)
 }
 
 /// Why a daemon that is a service does not hand itself over to another one.
 pub(in crate::daemon) const OF_A_MANAGER: &str =
     "it is a service, which its manager would start again: `systemctl restart ipmoved` takes over";
 
-fn running(why: impl Into<String>) -> DaemonError {
+pub(super) fn running(why: impl Into<String>) -> DaemonError {
     DaemonError::Running(format!("cannot take over: {}", why.into()).into())
 }
 
