@@ -110,7 +110,7 @@ pub fn run(mut config: Config, runtime_dir: &Path, takeover: bool) -> Result<(),
         let mut ready = setup::Ready::new(&mut config, runtime_dir, takeover)?;
         // Before the daemon gives up what this keeps.
         let (programs, tun) = (ready.tools.follower.programs(), &ready.tools.tun);
-        let forge = Forge::start(&config, programs, tun);
+        let forge = Forge::start(&config, programs, tun, ready.tools.inheritance.as_mut());
         let endpoints = config
             .peers
             .iter()

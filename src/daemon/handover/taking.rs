@@ -304,6 +304,13 @@ impl Inheritance {
         }
     }
 
+    /// Wipes what the other daemon knew, in a copy of this process that does not need it.
+    pub(in crate::daemon) fn forget_state(&mut self) {
+        if let Some(mut state) = self.state.take() {
+            state.wipe();
+        }
+    }
+
     /// What the other daemon knew.
     pub(in crate::daemon) fn state(&self) -> Option<&State> {
         self.state.as_ref()
