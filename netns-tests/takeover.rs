@@ -32,7 +32,7 @@ use socket2::SockRef;
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup, split};
 
 /// Of what the daemons hand over.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 const ROLES: [Role; 2] = [Role::Old, Role::New];
 

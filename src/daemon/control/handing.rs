@@ -425,6 +425,5 @@ pub(super) fn gate(
 ) -> Option<Gate> {
     let mut rest = &*state.of(fingerprint)?.gate;
     let config = GateConfig::taken_over(max_flows, state.then, &mut rest)?;
-    let gate = Gate::new(moves, config);
-    gate.take_up(&mut rest).then_some(gate)
+    Gate::new(moves, config).take_up(&mut rest)
 }

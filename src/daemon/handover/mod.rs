@@ -54,7 +54,7 @@ use crate::model::peer::Role;
 
 /// Of what is handed over, and of how. Whatever changes either gets another one, and a daemon that
 /// does not know it starts as after a crash.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// What a daemon is that hands itself over, before anything else of it is read.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
