@@ -167,6 +167,7 @@ async fn carry(
         processors,
         resumes,
         awaited,
+        checked: _,
     } = tools;
     let chosen = follower.steering().map(|it| it.outgoing().to_vec());
     let sockets: Vec<Arc<UdpSocket>> = sockets.into_iter().map(Arc::new).collect();

@@ -116,7 +116,9 @@ pub fn run(mut config: Config, runtime_dir: &Path, takeover: bool) -> Result<(),
             .iter()
             .filter_map(|peer| peer.endpoint.as_ref());
         // Before the daemon may no longer look at the firewall.
-        if ready.tools.awaited.is_none() || ready.tools.follower.leads_out() {
+        if let Some(found) = ready.tools.checked.take() {
+            config.warnings.extend(found);
+        } else if ready.tools.awaited.is_none() || ready.tools.follower.leads_out() {
             let words = Words::of_this_process();
             let uplinks = ready.tools.follower.uplinks();
             let found = checks::at_start(&config, &words, &ready.tools.endpoints, uplinks);

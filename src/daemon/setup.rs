@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
+use super::checks::{self, Words};
 use super::chosen::{Cgroups, chosen};
 use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
@@ -87,6 +88,8 @@ pub(super) struct Tools {
     pub(super) resumes: bool,
     /// What this server does not have yet.
     pub(super) awaited: Option<Awaited>,
+    /// What is in the way, if that was looked for already: packets wait after that.
+    pub(super) checked: Option<Vec<String>>,
 }
 
 impl Ready {
@@ -165,6 +168,11 @@ impl Ready {
         };
         let port = sockets[0].port().map_err(system)?;
         let ports = (&*sockets, port);
+        let takes_over = |it: &Inheritance| it.is_of_running() && !may_come;
+        let checked = inheritance.as_ref().is_some_and(takes_over).then(|| {
+            let words = Words::of_this_process();
+            checks::at_start(config, &words, &endpoints, &found.uplinks)
+        });
         let earlier = (&*kept, inheritance.as_mut());
         let (follower, cgroups) =
             found.change(&mut host, config, &tun, ports, earlier, orders.as_ref())?;
@@ -185,6 +193,7 @@ impl Ready {
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             resumes,
             awaited: may_come.then(|| Awaited::new(Terms::of(config))),
+            checked,
         };
         Ok(Self { host, tools })
     }
