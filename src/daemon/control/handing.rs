@@ -181,6 +181,10 @@ impl Control<'_> {
             Step::Over(_) => {
                 if std::mem::take(&mut self.is_leaving) {
                     info!("the daemon that was to take over has gone; going on");
+                    // It may have written its own.
+                    if let Some(orders) = &self.orders {
+                        orders.keep_again();
+                    }
                     self.look_again();
                 }
                 Ok(false)
