@@ -22,7 +22,12 @@
 //!
 //! If the next one fails before the end of it, the one that runs goes on as if nothing had been:
 //! its programs are put back, its lanes start again, and its sessions are made anew, since the
-//! other may have sealed on them.
+//! other may have sealed on them. If the one that runs dies in the midst of it, the next one goes
+//! on: with the state if it has it, and else as after a crash.
+//!
+//! Whoever waits for the last word in vain closes its ear first and listens once more after that.
+//! So either it has heard it, or whoever says it later is told that nobody hears it: never do both
+//! go on, nor neither.
 //!
 //! Where a service manager restarts the daemon, one ends before the other begins. Then the
 //! descriptors and the state wait with the manager ([`kept`](super::kept)), and packets in the
@@ -40,6 +45,7 @@ pub(super) mod state;
 pub(super) mod taking;
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -222,6 +228,16 @@ impl Talk {
         }
     }
 
+    /// Hears what the other end says at last. If that does not come, nothing can be said to this
+    /// end any more, and what was said before that is still heard.
+    fn hear_last<T: for<'de> Deserialize<'de>>(&self) -> io::Result<T> {
+        let heard = self.hear().or_else(|_| {
+            self.0.shutdown(Shutdown::Read)?;
+            self.hear()
+        });
+        heard.map(|(said, _)| said)
+    }
+
     /// Hears what the other end says, and takes the descriptors that come with it.
     fn hear<T: for<'de> Deserialize<'de>>(&self) -> io::Result<(T, Vec<OwnedFd>)> {
         let (mut line, mut given) = (Vec::new(), Vec::new());
@@ -243,5 +259,34 @@ impl Talk {
             line.extend_from_slice(&part[..received]);
         }
         Ok((serde_json::from_slice(&line)?, given))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> [Talk; 2] {
+        let (one, other) = UnixStream::pair().unwrap();
+        [Talk(one), Talk(other)]
+    }
+
+    #[test]
+    fn a_last_word_is_heard_or_cannot_be_said() {
+        let [one, other] = pair();
+        one.patient(Duration::from_millis(1)).unwrap();
+        assert!(one.hear_last::<Reply>().is_err());
+        let said = other.say(&Reply::Go, &[]).unwrap_err();
+        assert_eq!(said.kind(), io::ErrorKind::BrokenPipe);
+
+        let [one, other] = pair();
+        other.say(&Reply::Go, &[]).unwrap();
+        assert_eq!(one.hear_last::<Reply>().unwrap(), Reply::Go);
+
+        // It came between the end of the wait and the closing.
+        let [one, other] = pair();
+        other.say(&Reply::Go, &[]).unwrap();
+        one.0.shutdown(Shutdown::Read).unwrap();
+        assert_eq!(one.hear_last::<Reply>().unwrap(), Reply::Go);
     }
 }

@@ -55,9 +55,48 @@ pub(in crate::daemon) struct Inheritance {
 #[derive(Debug)]
 enum Giver {
     /// The daemon that runs.
-    Daemon(Talk),
+    Daemon(Running),
     /// The service manager.
     Manager,
+}
+
+/// The daemon that runs, and hands itself over.
+#[derive(Debug)]
+struct Running {
+    talk: Talk,
+    /// Its process.
+    process: OwnedFd,
+    /// Since when it carries no packets.
+    stopped: Option<Instant>,
+}
+
+impl Running {
+    /// Whether its process has ended. One that was killed hangs up a moment before.
+    fn has_ended(&self) -> bool {
+        let mut ended = [PollFd::new(&self.process, PollFlags::IN)];
+        matches!(poll(&mut ended, Some(&HUNG_UP)), Ok(1..))
+    }
+
+    /// Waits until this daemon may be the one that runs. Whether the other one has said so; else
+    /// it has ended without a word.
+    ///
+    /// # Errors
+    /// If the other one goes on instead.
+    fn lets_go(&self) -> Result<bool> {
+        if self.stopped.is_some_and(|since| since.elapsed() > TAKEN) {
+            return Err(not_taken_over("this daemon was not ready in time"));
+        }
+        let patient = self.talk.patient(LAST_WORD);
+        let told = patient.and_then(|()| self.talk.say(&Word::Taken, &[]));
+        match told.and_then(|()| self.talk.hear_last::<Reply>()) {
+            Ok(Reply::Go) => Ok(true),
+            Ok(Reply::Offer(_) | Reply::State | Reply::Refused(_)) => {
+                Err(not_taken_over("it goes on"))
+            }
+            Err(_) if self.has_ended() => Ok(false),
+            Err(error) => Err(not_taken_over(error)),
+        }
+    }
 }
 
 /// The sockets on which a daemon listens.
@@ -189,11 +228,17 @@ impl Found {
         };
         talk.patient(CHECKS).map_err(broken)?;
         let pid = about.pid;
+        // While it talks, this number is its own.
+        let process = process(pid).map_err(broken)?;
         let descriptors = Descriptors::of(&about, given);
         let descriptors = descriptors.ok_or_else(|| running("it gives something else"))?;
         let inheritance = Inheritance {
             about,
-            from: Giver::Daemon(talk),
+            from: Giver::Daemon(Running {
+                talk,
+                process,
+                stopped: None,
+            }),
             queues: descriptors.queues,
             sockets: descriptors.sockets,
             state: None,
@@ -277,15 +322,24 @@ impl Inheritance {
         UdpSocket::adopt_lanes(std::mem::take(&mut self.sockets), options)
     }
 
-    /// From now on the other daemon carries no packets. They wait until this one does.
+    /// From now on the other daemon carries no packets. They wait until this one does. If it has
+    /// died meanwhile, this one goes on as after a crash.
     ///
     /// # Errors
     /// If it does not stop, or its state is not understood: then it goes on.
     pub(in crate::daemon) fn stop_the_other(&mut self) -> Result<()> {
-        let Giver::Daemon(talk) = &self.from else {
+        let Giver::Daemon(running) = &mut self.from else {
             return Ok(());
         };
-        let heard = talk.say(&Word::Ready, &[]).and_then(|()| talk.hear());
+        let talk = &running.talk;
+        let heard = match talk.say(&Word::Ready, &[]).and_then(|()| talk.hear()) {
+            Err(error) if running.has_ended() => {
+                warn!(%error, "the daemon that ran has ended; going on as after a crash");
+                return Ok(());
+            }
+            heard => heard,
+        };
+        running.stopped = Some(Instant::now());
         let state = match heard.map_err(not_taken_over)? {
             (Reply::State, mut given) => given.pop(),
             (Reply::Refused(why), _) => return Err(not_taken_over(why)),
@@ -323,21 +377,26 @@ impl Inheritance {
     /// If the other one goes on instead.
     pub(in crate::daemon) fn take_charge(&self, host: &mut Host) -> Result<()> {
         let from = self.about.pid;
-        if let Giver::Daemon(talk) = &self.from {
-            let patient = talk.patient(Duration::from_secs(5));
-            let told = patient.and_then(|()| talk.say(&Word::Taken, &[]));
-            let heard = told.and_then(|()| talk.hear::<Reply>());
-            match heard.map_err(not_taken_over)?.0 {
-                Reply::Go => {}
-                Reply::Offer(_) | Reply::State | Reply::Refused(_) => {
-                    return Err(not_taken_over("it goes on"));
-                }
-            }
+        let mut is_handed = true;
+        if let Giver::Daemon(running) = &self.from {
+            is_handed = running.lets_go()?;
             if let Err(error) = host.take_charge() {
                 warn!(%error, "the lock names the last daemon");
             }
         }
-        info!(pid = from, "took over; no connection was lost");
+        if self.state.is_none() {
+            warn!(
+                pid = from,
+                "took over from a daemon that died; connections go on after a pause"
+            );
+        } else if is_handed {
+            info!(pid = from, "took over; no connection was lost");
+        } else {
+            warn!(
+                pid = from,
+                "took over from a daemon that died in the midst of it"
+            );
+        }
         Ok(())
     }
 }
@@ -360,4 +419,95 @@ pub(super) fn running(why: impl Into<String>) -> DaemonError {
 /// This daemon could not take over, and the other one goes on.
 pub(in crate::daemon) fn not_taken_over(why: impl ToString) -> DaemonError {
     DaemonError::NotTakenOver(why.to_string().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::model::peer::Role;
+
+    /// What a daemon shares whose process this is, and that daemon's end.
+    fn shared(process: OwnedFd) -> (Inheritance, Talk) {
+        let (one, other) = UnixStream::pair().unwrap();
+        let about = About {
+            version: VERSION,
+            pid: 7,
+            role: Role::Old,
+            tun: "ipmoved0".into(),
+            uso: true,
+            lanes: 0,
+            memory: 0,
+            metrics: false,
+            state_dir: false,
+        };
+        let running = Running {
+            talk: Talk(one),
+            process,
+            stopped: None,
+        };
+        let inheritance = Inheritance {
+            about,
+            from: Giver::Daemon(running),
+            queues: Vec::new(),
+            sockets: Vec::new(),
+            state: None,
+        };
+        (inheritance, Talk(other))
+    }
+
+    fn this_process() -> OwnedFd {
+        process(std::process::id()).unwrap()
+    }
+
+    fn ended() -> OwnedFd {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let handle = process(child.id()).unwrap();
+        child.wait().unwrap();
+        handle
+    }
+
+    fn running(inheritance: &Inheritance) -> &Running {
+        match &inheritance.from {
+            Giver::Daemon(running) => running,
+            Giver::Manager => unreachable!("it is of a daemon"),
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_died_is_gone_on_with_and_one_that_lives_goes_on() {
+        for (process, has_died) in [(this_process(), false), (ended(), true)] {
+            let (mut inheritance, other) = shared(process);
+            drop(other);
+            assert_eq!(inheritance.stop_the_other().is_ok(), has_died);
+            assert!(inheritance.state().is_none());
+            match running(&inheritance).lets_go() {
+                Ok(told) => assert!(has_died && !told),
+                Err(error) => assert!(!has_died, "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn whoever_lets_go_says_so() {
+        let (inheritance, other) = shared(this_process());
+        other.say(&Reply::Go, &[]).unwrap();
+        assert!(running(&inheritance).lets_go().unwrap());
+        assert_eq!(other.hear::<Word>().unwrap().0, Word::Taken);
+    }
+
+    #[test]
+    fn whoever_was_not_ready_in_time_does_not_say_that_it_is() {
+        let (mut inheritance, other) = shared(this_process());
+        other.say(&Reply::Go, &[]).unwrap();
+        let Giver::Daemon(running) = &mut inheritance.from else {
+            unreachable!("it is of a daemon");
+        };
+        let long_ago = Instant::now().checked_sub(TAKEN + Duration::from_secs(1));
+        running.stopped = Some(long_ago.expect("the machine runs for longer"));
+        assert!(running.lets_go().is_err());
+        other.patient(Duration::from_millis(1)).unwrap();
+        assert!(other.hear::<Word>().is_err(), "it says nothing");
+    }
 }
