@@ -11,6 +11,7 @@ use std::io::{self, BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ipmoved::internals::Role;
+use ipmoved::internals::{Direction, FilterSlot, Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
 use ipmoved::lab::topology::{self, Leg, MOVED, NEW};
 use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Process, poll_until};
@@ -170,19 +171,37 @@ fn if_the_next_daemon_fails_the_one_that_runs_goes_on() -> Result {
         let setup = setup(&lab)?;
         let mut daemons = setup.start_both()?;
         let load = Load::start(&lab)?;
-        let said = Successor::ask(&lab, VERSION + 1)?;
+        let said = Successor::ask(&lab, &setup, role, VERSION + 1)?;
         let why = said.hears("refused")?;
         assert!(why.contains(&format!("version {VERSION}")), "{why}");
         assert!(why.contains("`kill -KILL "), "{why}");
         for point in ["offer", "state"] {
-            let mut next = Successor::ask(&lab, VERSION)?;
+            let mut next = Successor::ask(&lab, &setup, role, VERSION)?;
             next.hears("offer")?;
+            if role == Role::Old {
+                let said = setup.run(role, &["move"])?;
+                assert!(
+                    said.stderr.contains("about to take over: try again"),
+                    "{said:?}"
+                );
+            }
             if point == "state" {
                 next.says("\"ready\"")?;
                 next.hears("state")?;
+                if role == Role::Old {
+                    assert_eq!(notes_own(&setup, true)?, 0, "taken away");
+                }
             }
             drop(next);
             load.goes_on()?;
+            if role == Role::Old {
+                let back = poll_until(PATIENCE, Duration::from_millis(20), || {
+                    notes_own(&setup, false).ok().filter(|&there| there > 0)
+                });
+                assert!(back.is_some(), "what was taken away is not back");
+                let said = setup.run(role, &["move"])?;
+                assert!(said.status.success(), "{said:?}");
+            }
         }
         // It is not changed by that, and can still be taken over from.
         daemons.wait_until_up()?;
@@ -222,15 +241,6 @@ fn from_an_older_daemon_the_next_one_goes_on_as_after_a_crash() -> Result {
     Ok(())
 }
 
-#[test]
-fn where_none_runs_there_is_nothing_to_take_over() -> Result {
-    let lab = Lab::new()?;
-    let setup = setup(&lab)?
-        .args(Role::Old, &["--takeover"])
-        .args(Role::New, &["--takeover"]);
-    setup.start_both()?.terminate()
-}
-
 /// It has nothing that a daemon with a tunnel could go on with, and would be lost.
 #[test]
 fn a_daemon_without_a_tunnel_is_not_killed() -> Result {
@@ -247,6 +257,15 @@ fn a_daemon_without_a_tunnel_is_not_killed() -> Result {
     assert!(said.stderr.contains("`ipmoved nat`"), "{said:?}");
     nat.status()?;
     Ok(())
+}
+
+#[test]
+fn where_none_runs_there_is_nothing_to_take_over() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?
+        .args(Role::Old, &["--takeover"])
+        .args(Role::New, &["--takeover"]);
+    setup.start_both()?.terminate()
 }
 
 #[test]
@@ -389,6 +408,32 @@ pub(crate) fn take_over<'lab>(
 
 fn bind(addr: Ipv4Addr, port: u16) -> Result<UdpSocket> {
     UdpSocket::bind((addr, port)).map_err(failed)
+}
+
+/// How many programs note on the old server what its own conversations are, which costs none of
+/// the moved ones. Takes them away if that is wanted.
+fn notes_own(setup: &DaemonSetup<'_>, take_away: bool) -> Result<usize> {
+    setup.host(Role::Old).run(|| {
+        let netlink = Netlink::new().map_err(failed)?;
+        let mut there = 0;
+        for link in netlink.links().map_err(failed)? {
+            let on_link = || netlink.filters(link.index, Direction::Egress);
+            // A link without a place for programs has none.
+            for filter in on_link().unwrap_or_default() {
+                if take_away && filter.handle != 0 {
+                    let slot = FilterSlot {
+                        index: link.index,
+                        direction: Direction::Egress,
+                        priority: filter.priority,
+                        handle: filter.handle,
+                    };
+                    netlink.delete_filter(slot).map_err(failed)?;
+                }
+            }
+            there += on_link().unwrap_or_default().len();
+        }
+        Ok(there)
+    })
 }
 
 /// What is left in a directory.
@@ -577,10 +622,12 @@ struct Successor {
 }
 
 impl Successor {
-    /// Asks the daemon that answers first of the two in a lab, by this version.
-    fn ask(lab: &Lab, version: u32) -> Result<Self> {
-        let sockets = sockets_for_handovers(lab)?;
-        let socket = sockets.first().ok_or_else(|| failed("no daemon runs"))?;
+    /// Asks the daemon of this side, by this version.
+    fn ask(lab: &Lab, setup: &DaemonSetup<'_>, role: Role, version: u32) -> Result<Self> {
+        let netns = || std::fs::metadata("/proc/thread-self/ns/net").map_err(failed);
+        let inode = setup.host(role).run(|| Ok(netns()?.ino()))?;
+        let dir = lab.dir().join("run").join(format!("net-{inode}"));
+        let socket = dir.join("handover.sock");
         let mut next = Self {
             stream: UnixStream::connect(socket).map_err(failed)?,
         };

@@ -655,12 +655,15 @@ impl Control<'_> {
                     // Who does not wait any longer is not told.
                     let _ = ask.send(self.status_now());
                 }
-                Some(order) = commands.recv(), if !self.is_leaving => {
-                    self.order(Instant::now(), order);
+                Some(order) = commands.recv() => {
+                    if let Some(order) = self.refuse_while_leaving(order) {
+                        self.order(Instant::now(), order);
+                    }
                 }
                 Some(step) = steps.recv() => {
                     let others = (&mut *steps, &mut *viewers);
                     if self.hand_over(step, lanes, from_lanes, others, kit).await? {
+                        handing::refuse_all(commands).await;
                         return Ok(End::HandedOver);
                     }
                 }

@@ -22,6 +22,7 @@ use super::super::service::{Result, Threads, failed};
 use super::Control;
 use crate::channel::session::wipe_frames;
 use crate::channel::tunnel::Tunnel;
+use crate::daemon::control_socket::Order;
 use crate::daemon::orders::Orders;
 use crate::daemon::viewers::{Sockets, Viewers};
 use crate::flow::gate::{Gate, GateConfig};
@@ -33,6 +34,7 @@ use crate::lane::shared::{LaneCounters, Shared};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::model::moved::Move;
 use crate::model::peer::{MAX_PEERS, PeerId};
+use crate::model::request::Answer;
 use crate::packet::coalesce::Reach;
 
 /// How long whoever asked for the handover may take to hear that it is done.
@@ -41,6 +43,9 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 /// How long those may take who look at the daemon when it is handed over, while it still carries
 /// packets: two readings of flows, a second apart. Whoever takes longer asks once more.
 const SEEN_OFF: Duration = Duration::from_secs(4);
+
+/// How often others have a turn before the end: each takes the answer to a command, and writes it.
+const ANSWERS: usize = 8;
 
 /// What lanes are made of, so that they can be stopped and started again, and what of it another
 /// daemon goes on with.
@@ -190,6 +195,17 @@ impl Control<'_> {
                 }
                 Ok(false)
             }
+        }
+    }
+
+    /// The order, unless it is a command and another daemon is about to take over.
+    pub(super) fn refuse_while_leaving(&self, order: Order) -> Option<Order> {
+        match order {
+            Order::Request { .. } if self.is_leaving => {
+                refuse(order);
+                None
+            }
+            Order::Request { .. } | Order::Gone(_) => Some(order),
         }
     }
 
@@ -384,6 +400,34 @@ impl Control<'_> {
         if let Some(wanted) = self.holding.clone() {
             let result = self.hold(&wanted).map_err(|error| error.to_string());
             self.policy.handle(now, super::Input::Held(result));
+        }
+    }
+}
+
+/// Why a command is not carried out while another daemon takes over.
+const ABOUT_TO_END: &str = "another daemon is about to take over: try again";
+
+/// Refuses whatever commands wait, and lets the answers go: this daemon ends now.
+pub(super) async fn refuse_all(commands: &mut mpsc::Receiver<Order>) {
+    while let Ok(order) = commands.try_recv() {
+        refuse(order);
+    }
+    // Whoever writes them has a turn, which is all that a short line needs.
+    for _ in 0..ANSWERS {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn refuse(order: Order) {
+    match order {
+        Order::Gone(_) => {}
+        Order::Request { answer, .. } => {
+            let refused = Answer::Refused {
+                input: false,
+                why: ABOUT_TO_END.into(),
+            };
+            // Who does not wait any longer is not told.
+            let _ = answer.send(refused);
         }
     }
 }
