@@ -278,11 +278,12 @@ impl Host {
                 Ok(Presence::Absent) => false,
             };
             // What is not in the journal was undone meanwhile.
-            if !is_present && known.is_none() {
-                if let Err(error) = desired.change.renew_original(&self.netlink) {
-                    repairs.fail(desired, desired.refused_by(&error));
-                    continue;
-                }
+            if !is_present
+                && known.is_none()
+                && let Err(error) = desired.change.renew_original(&self.netlink)
+            {
+                repairs.fail(desired, desired.refused_by(&error));
+                continue;
             }
             to_make.push((&*desired, is_present));
         }
