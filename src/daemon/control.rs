@@ -481,7 +481,9 @@ fn forwarder(
                 handing::gate(part.moves, max_flows, state, &fingerprints[index(peer)])
             });
             let before = match handed {
-                Some(gate) => Before::Handed { gate },
+                Some(gate) => Before::Handed {
+                    gate: Box::new(gate),
+                },
                 None => Before::Start { resumes },
             };
             Arc::new(common.make(&part, before))

@@ -49,7 +49,7 @@ pub(super) enum Before<'a> {
     /// Another daemon handed itself over.
     Handed {
         /// What goes on with the clients of its gate.
-        gate: Gate,
+        gate: Box<Gate>,
     },
     /// The peer is new. The gate of another one knows which addresses no client can have.
     NewPeer {
@@ -81,7 +81,7 @@ impl Gates {
         };
         let (gate, recorded) = match before {
             Before::Start { resumes } => (fresh(resumes), None),
-            Before::Handed { gate } => (gate, None),
+            Before::Handed { gate } => (*gate, None),
             Before::NewPeer { beside: None } => (fresh(false), None),
             Before::NewPeer {
                 beside: Some(other),
