@@ -135,7 +135,9 @@ impl Forge {
                 0 => {
                     drop(ours);
                     // The copy would keep keys and clients for as long as it lives.
-                    inherited.map(Inheritance::forget_state);
+                    if let Some(inherited) = inherited {
+                        inherited.forget_state();
+                    }
                     let given = Arc::clone(&config.given);
                     let code = i32::from(serve(theirs, &given, programs, tun).is_err());
                     // SAFETY: it ends the process, and runs nothing that is the daemon's.
