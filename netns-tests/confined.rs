@@ -42,6 +42,16 @@ fn of_all_threads(pid: u32, field: &str, radix: u32) -> Result<Vec<u64>> {
     Ok(found)
 }
 
+/// The children of a process.
+fn children(pid: u32) -> Result<Vec<u32>> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let told = fs::read_to_string(path).map_err(failed)?;
+    Ok(told
+        .split_whitespace()
+        .filter_map(|it| it.parse().ok())
+        .collect())
+}
+
 /// Counts `needle` in the memory that a process can write to.
 fn occurrences(pid: u32, needle: &[u8]) -> Result<usize> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(failed)?;
@@ -154,13 +164,22 @@ fn no_keys_of_sessions_that_ended(cipher: &str, taken_over: bool) -> Result {
         daemon.wait_until_up()?;
     }
     let pid = daemon.process().id();
+    let forges = children(pid)?;
+    assert_eq!(forges.len(), 1, "the process that keeps the privileges");
     let count = |secrets: &[[u8; 32]]| -> Result<usize> {
         let mut found = 0;
         for secret in secrets {
             found += occurrences(pid, secret)?;
+            for &forge in &forges {
+                assert_eq!(occurrences(forge, secret)?, 0, "in the other process");
+            }
         }
         Ok(found)
     };
+    assert!(
+        occurrences(forges[0], b"ipmoved0")? > 0,
+        "nothing is found at all"
+    );
     // An AES key is the start of its own schedule, so the search must find that of the session in
     // use.
     assert!(count(&secrets)? > 0, "the search finds nothing at all");

@@ -11,16 +11,17 @@ use std::io::{self, BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use ipmoved::internals::Role;
+use ipmoved::internals::{Direction, FilterSlot, Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
 use ipmoved::lab::topology::{self, Leg, MOVED, NEW};
 use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Process, poll_until};
@@ -32,7 +33,7 @@ use socket2::SockRef;
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup, split};
 
 /// Of what the daemons hand over.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 const ROLES: [Role; 2] = [Role::Old, Role::New];
 
@@ -170,19 +171,37 @@ fn if_the_next_daemon_fails_the_one_that_runs_goes_on() -> Result {
         let setup = setup(&lab)?;
         let mut daemons = setup.start_both()?;
         let load = Load::start(&lab)?;
-        let said = Successor::ask(&lab, VERSION + 1)?;
+        let said = Successor::ask(&lab, &setup, role, VERSION + 1)?;
         let why = said.hears("refused")?;
         assert!(why.contains(&format!("version {VERSION}")), "{why}");
         assert!(why.contains("`kill -KILL "), "{why}");
         for point in ["offer", "state"] {
-            let mut next = Successor::ask(&lab, VERSION)?;
+            let mut next = Successor::ask(&lab, &setup, role, VERSION)?;
             next.hears("offer")?;
+            if role == Role::Old {
+                let said = setup.run(role, &["move"])?;
+                assert!(
+                    said.stderr.contains("about to take over: try again"),
+                    "{said:?}"
+                );
+            }
             if point == "state" {
                 next.says("\"ready\"")?;
                 next.hears("state")?;
+                if role == Role::Old {
+                    assert_eq!(notes_own(&setup, true)?, 0, "taken away");
+                }
             }
             drop(next);
             load.goes_on()?;
+            if role == Role::Old {
+                let back = poll_until(PATIENCE, Duration::from_millis(20), || {
+                    notes_own(&setup, false).ok().filter(|&there| there > 0)
+                });
+                assert!(back.is_some(), "what was taken away is not back");
+                let said = setup.run(role, &["move"])?;
+                assert!(said.status.success(), "{said:?}");
+            }
         }
         // It is not changed by that, and can still be taken over from.
         daemons.wait_until_up()?;
@@ -219,6 +238,24 @@ fn from_an_older_daemon_the_next_one_goes_on_as_after_a_crash() -> Result {
         assert!(next.process().stderr().contains("cannot hand itself over"));
         next.terminate()?;
     }
+    Ok(())
+}
+
+/// It has nothing that a daemon with a tunnel could go on with, and would be lost.
+#[test]
+fn a_daemon_without_a_tunnel_is_not_killed() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let nat = setup.start_nat(&["--move", "192.0.2.5", "--to", "198.51.100.2"])?;
+    let started = poll_until(UP_TIMEOUT, Duration::from_millis(50), || {
+        nat.status().ok().map(drop)
+    });
+    assert!(started.is_some(), "it does not run");
+    let next = setup.clone().args(Role::Old, &["--takeover"]);
+    let said = next.start(Role::Old)?.stop_by_itself()?;
+    assert_eq!(said.status.code(), Some(4), "{said:?}");
+    assert!(said.stderr.contains("`ipmoved nat`"), "{said:?}");
+    nat.status()?;
     Ok(())
 }
 
@@ -287,6 +324,37 @@ fn a_restart_by_the_service_manager_loses_no_connection() -> Result {
     Ok(())
 }
 
+/// A store may have too few places, or have lost some: the next one starts all the same, and leaves
+/// nothing there that would be in the way of the one after it.
+#[test]
+fn a_store_that_keeps_only_a_part_of_it_is_emptied() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let manager = Manager::start(&lab)?;
+    let _application = ipmoved::lab::Service::start(lab.new_server(), NEW)?;
+    let _new = setup.start(Role::New)?;
+    let mut service = manager.starts(&setup, Role::Old)?;
+    let mut conversation = lab.client().converse(MOVED)?;
+    conversation.exchange(b"before", RECOVERY)?;
+    let memory = manager.names().len();
+    for (kept, forgotten) in [(1, ""), (2, ""), (usize::MAX, "ipmoved-state")] {
+        manager.has_room_for(memory.saturating_add(kept));
+        let said = setup.run(Role::Old, &["handover"])?;
+        assert!(said.status.success(), "{said:?}");
+        service.wait(STOP_TIMEOUT)?;
+        manager.forgets(forgotten);
+        assert!(manager.names().len() > memory, "{:?}", manager.names());
+        assert_eq!(manager.has("ipmoved-state"), forgotten.is_empty());
+        service = manager.starts(&setup, Role::Old)?;
+        let log = service.stderr();
+        assert!(log.contains("as after a crash"), "{log}");
+        let left = manager.names();
+        assert!(left.iter().all(|name| name == "ipmoved-memory"), "{left:?}");
+        conversation.exchange(b"after", RECOVERY)?;
+    }
+    Ok(())
+}
+
 /// Without a service manager there is nobody to leave anything to; and what a manager has of
 /// another version is not believed.
 #[test]
@@ -340,6 +408,32 @@ pub(crate) fn take_over<'lab>(
 
 fn bind(addr: Ipv4Addr, port: u16) -> Result<UdpSocket> {
     UdpSocket::bind((addr, port)).map_err(failed)
+}
+
+/// How many programs note on the old server what its own conversations are, which costs none of
+/// the moved ones. Takes them away if that is wanted.
+fn notes_own(setup: &DaemonSetup<'_>, take_away: bool) -> Result<usize> {
+    setup.host(Role::Old).run(|| {
+        let netlink = Netlink::new().map_err(failed)?;
+        let mut there = 0;
+        for link in netlink.links().map_err(failed)? {
+            let on_link = || netlink.filters(link.index, Direction::Egress);
+            // A link without a place for programs has none.
+            for filter in on_link().unwrap_or_default() {
+                if take_away && filter.handle != 0 {
+                    let slot = FilterSlot {
+                        index: link.index,
+                        direction: Direction::Egress,
+                        priority: filter.priority,
+                        handle: filter.handle,
+                    };
+                    netlink.delete_filter(slot).map_err(failed)?;
+                }
+            }
+            there += on_link().unwrap_or_default().len();
+        }
+        Ok(there)
+    })
 }
 
 /// What is left in a directory.
@@ -528,10 +622,12 @@ struct Successor {
 }
 
 impl Successor {
-    /// Asks the daemon that answers first of the two in a lab, by this version.
-    fn ask(lab: &Lab, version: u32) -> Result<Self> {
-        let sockets = sockets_for_handovers(lab)?;
-        let socket = sockets.first().ok_or_else(|| failed("no daemon runs"))?;
+    /// Asks the daemon of this side, by this version.
+    fn ask(lab: &Lab, setup: &DaemonSetup<'_>, role: Role, version: u32) -> Result<Self> {
+        let netns = || std::fs::metadata("/proc/thread-self/ns/net").map_err(failed);
+        let inode = setup.host(role).run(|| Ok(netns()?.ino()))?;
+        let dir = lab.dir().join("run").join(format!("net-{inode}"));
+        let socket = dir.join("handover.sock");
         let mut next = Self {
             stream: UnixStream::connect(socket).map_err(failed)?,
         };
@@ -563,6 +659,8 @@ impl Successor {
 pub(crate) struct Manager {
     path: PathBuf,
     store: Arc<Mutex<Vec<(String, OwnedFd)>>>,
+    /// Most that it keeps.
+    room: Arc<AtomicUsize>,
     ready: Arc<AtomicU64>,
 }
 
@@ -573,8 +671,10 @@ impl Manager {
         let manager = Self {
             path,
             store: Arc::default(),
+            room: Arc::new(AtomicUsize::new(usize::MAX)),
             ready: Arc::default(),
         };
+        let room = Arc::clone(&manager.room);
         let (store, ready) = (Arc::clone(&manager.store), Arc::clone(&manager.ready));
         std::thread::spawn(move || {
             while let Ok((text, given)) = hear(&socket) {
@@ -583,7 +683,8 @@ impl Manager {
                 let name = name.unwrap_or("stored").to_owned();
                 let mut store = store.lock().expect("no panic");
                 if is("FDSTORE=1") {
-                    store.extend(given.into_iter().map(|fd| (name.clone(), fd)));
+                    let left = room.load(Relaxed).saturating_sub(store.len());
+                    store.extend(given.into_iter().take(left).map(|fd| (name.clone(), fd)));
                 } else if is("FDSTOREREMOVE=1") {
                     store.retain(|(kept, _)| *kept != name);
                 }
@@ -599,6 +700,17 @@ impl Manager {
     fn names(&self) -> Vec<String> {
         let store = self.store.lock().expect("no panic");
         store.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// From now on it keeps no more than so many.
+    fn has_room_for(&self, most: usize) {
+        self.room.store(most, Relaxed);
+    }
+
+    /// Loses what it keeps under a name.
+    fn forgets(&self, name: &str) {
+        let mut store = self.store.lock().expect("no panic");
+        store.retain(|(kept, _)| kept != name);
     }
 
     fn has(&self, name: &str) -> bool {

@@ -84,7 +84,7 @@ pub mod internals {
     pub use crate::io::batch::{Destination, SendBatch};
     pub use crate::io::entropy;
     pub use crate::io::tun::{MAX_FRAME, TunOptions, TunQueue};
-    pub use crate::kernel::netlink::{Address, Direction, Netlink, Route};
+    pub use crate::kernel::netlink::{Address, Direction, FilterSlot, Netlink, Route};
     pub use crate::model::drops::DropReason;
     pub use crate::model::moved::{Move, TCP};
     pub use crate::model::peer::{Endpoint, PeerId, Role};

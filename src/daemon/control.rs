@@ -167,6 +167,7 @@ async fn carry(
         processors,
         resumes,
         awaited,
+        checked: _,
     } = tools;
     let chosen = follower.steering().map(|it| it.outgoing().to_vec());
     let sockets: Vec<Arc<UdpSocket>> = sockets.into_iter().map(Arc::new).collect();
@@ -480,7 +481,9 @@ fn forwarder(
                 handing::gate(part.moves, max_flows, state, &fingerprints[index(peer)])
             });
             let before = match handed {
-                Some(gate) => Before::Handed { gate },
+                Some(gate) => Before::Handed {
+                    gate: Box::new(gate),
+                },
                 None => Before::Start { resumes },
             };
             Arc::new(common.make(&part, before))
@@ -654,12 +657,15 @@ impl Control<'_> {
                     // Who does not wait any longer is not told.
                     let _ = ask.send(self.status_now());
                 }
-                Some(order) = commands.recv(), if !self.is_leaving => {
-                    self.order(Instant::now(), order);
+                Some(order) = commands.recv() => {
+                    if let Some(order) = self.refuse_while_leaving(order) {
+                        self.order(Instant::now(), order);
+                    }
                 }
                 Some(step) = steps.recv() => {
                     let others = (&mut *steps, &mut *viewers);
                     if self.hand_over(step, lanes, from_lanes, others, kit).await? {
+                        handing::refuse_all(commands).await;
                         return Ok(End::HandedOver);
                     }
                 }

@@ -36,6 +36,7 @@ use tracing::debug;
 
 use super::chosen::chosen;
 use super::follow::Programs;
+use super::handover::taking::Inheritance;
 use super::setup::bind;
 use crate::kernel::capture::Capture;
 use crate::kernel::netlink::{Link, Netlink};
@@ -119,7 +120,13 @@ pub(super) struct Made {
 impl Forge {
     /// Begins the process. Call it while there is one thread, and before privileges are given up.
     /// Without one the daemon does all but take a new configuration.
-    pub(super) fn start(config: &Config, programs: &mut Programs, tun: &Link) -> Option<Self> {
+    /// What was `inherited` is the daemon's alone.
+    pub(super) fn start(
+        config: &Config,
+        programs: &mut Programs,
+        tun: &Link,
+        inherited: Option<&mut Inheritance>,
+    ) -> Option<Self> {
         let begun = UnixStream::pair().and_then(|(ours, theirs)| {
             ours.set_read_timeout(Some(PATIENCE))?;
             ours.set_write_timeout(Some(PATIENCE))?;
@@ -127,6 +134,10 @@ impl Forge {
             match unsafe { libc::fork() } {
                 0 => {
                     drop(ours);
+                    // The copy would keep keys and clients for as long as it lives.
+                    if let Some(inherited) = inherited {
+                        inherited.forget_state();
+                    }
                     let given = Arc::clone(&config.given);
                     let code = i32::from(serve(theirs, &given, programs, tun).is_err());
                     // SAFETY: it ends the process, and runs nothing that is the daemon's.

@@ -49,7 +49,7 @@ pub(super) enum Before<'a> {
     /// Another daemon handed itself over.
     Handed {
         /// What goes on with the clients of its gate.
-        gate: Gate,
+        gate: Box<Gate>,
     },
     /// The peer is new. The gate of another one knows which addresses no client can have.
     NewPeer {
@@ -81,7 +81,7 @@ impl Gates {
         };
         let (gate, recorded) = match before {
             Before::Start { resumes } => (fresh(resumes), None),
-            Before::Handed { gate } => (gate, None),
+            Before::Handed { gate } => (*gate, None),
             Before::NewPeer { beside: None } => (fresh(false), None),
             Before::NewPeer {
                 beside: Some(other),
@@ -125,6 +125,37 @@ mod tests {
     use crate::packet::testing::Plan;
     use crate::packet::{Kind, Parsed, SYN};
     use crate::testing::epoch;
+
+    /// Also after another key, by which it would have another name.
+    #[test]
+    fn a_gate_that_is_taken_over_keeps_its_name() {
+        let moves: [Move; 1] = ["192.0.2.5".parse().unwrap()];
+        let (then, now) = (epoch(), epoch() + std::time::Duration::from_secs(9));
+        let config = || GateConfig {
+            max_flows: 100,
+            seed: entropy::seed(),
+            started: then,
+            resumes: false,
+        };
+        for name in [NonZeroU64::new(7), None] {
+            let before = Gate::new(&moves, config());
+            let before = match name {
+                Some(name) => before.beside_others(name),
+                None => before,
+            };
+            let mut handed = Vec::new();
+            before.put(now, &mut handed);
+            let mut rest = &*handed;
+            let config = GateConfig::taken_over(100, now, &mut rest).unwrap();
+            assert_eq!(config.started, then);
+            let after = Gate::new(&moves, config).take_up(&mut rest).unwrap();
+            assert!(rest.is_empty());
+            assert_eq!(after.is_named(), name.is_some());
+            let mut again = Vec::new();
+            after.put(now, &mut again);
+            assert!(again == handed, "the same name");
+        }
+    }
 
     const MOVED: &str = "192.0.2.5";
     const CLIENT: &str = "203.0.113.9";

@@ -45,7 +45,7 @@ const MOST_OF_ALL: usize = MOST + 2 * MAX_LANES as usize + 1;
 /// with it, so that a manager that is only busy, as while the host starts, still gets it.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long the manager may take to store what a daemon leaves that ends.
+/// How long the manager may take to store what a daemon leaves that ends, and to forget it.
 const STORED: Duration = Duration::from_secs(5);
 
 /// What the service manager has kept.
@@ -62,6 +62,11 @@ pub(super) struct Kept {
 }
 
 impl Kept {
+    /// Whether an earlier daemon has left something to go on with, be it all of it or not.
+    pub(super) fn is_left(&self) -> bool {
+        self.state.is_some() || !self.queues.is_empty() || !self.sockets.is_empty()
+    }
+
     /// The descriptors that this process was started with. Call it once, before anything else is
     /// opened.
     pub(super) fn taken_over() -> Self {
@@ -128,6 +133,8 @@ pub(super) fn leave(
     state: BorrowedFd<'_>,
 ) -> io::Result<()> {
     let socket = manager()?.ok_or_else(|| io::Error::other("there is no service manager"))?;
+    // First what tells the next one that there was something: a store that is full keeps no more.
+    store(&socket, STATE, &[state])?;
     // One a message: older managers drop those of a message of which the store is full.
     for queue in queues {
         store(&socket, QUEUE, &[*queue])?;
@@ -135,11 +142,11 @@ pub(super) fn leave(
     for (number, udp) in sockets.iter().enumerate() {
         store(&socket, &format!("{SOCKET}-{number}"), &[*udp])?;
     }
-    store(&socket, STATE, &[state])?;
     wait_for(&socket)
 }
 
-/// Lets the service manager forget what it was [left](leave).
+/// Lets the service manager forget what it was [left](leave), and waits until it has: a queue that
+/// it holds keeps the TUN there, which the next one could not make.
 pub(super) fn forget() {
     let told = manager().and_then(|manager| {
         let Some(socket) = manager else {
@@ -147,7 +154,8 @@ pub(super) fn forget() {
         };
         remove(&socket, STATE)?;
         remove(&socket, QUEUE)?;
-        (0..MAX_LANES).try_for_each(|number| remove(&socket, &format!("{SOCKET}-{number}")))
+        (0..MAX_LANES).try_for_each(|number| remove(&socket, &format!("{SOCKET}-{number}")))?;
+        wait_for(&socket)
     });
     if let Err(error) = told {
         warn!(%error, "the service manager keeps what is not needed any more");

@@ -110,13 +110,15 @@ pub fn run(mut config: Config, runtime_dir: &Path, takeover: bool) -> Result<(),
         let mut ready = setup::Ready::new(&mut config, runtime_dir, takeover)?;
         // Before the daemon gives up what this keeps.
         let (programs, tun) = (ready.tools.follower.programs(), &ready.tools.tun);
-        let forge = Forge::start(&config, programs, tun);
+        let forge = Forge::start(&config, programs, tun, ready.tools.inheritance.as_mut());
         let endpoints = config
             .peers
             .iter()
             .filter_map(|peer| peer.endpoint.as_ref());
         // Before the daemon may no longer look at the firewall.
-        if ready.tools.awaited.is_none() || ready.tools.follower.leads_out() {
+        if let Some(found) = ready.tools.checked.take() {
+            config.warnings.extend(found);
+        } else if ready.tools.awaited.is_none() || ready.tools.follower.leads_out() {
             let words = Words::of_this_process();
             let uplinks = ready.tools.follower.uplinks();
             let found = checks::at_start(&config, &words, &ready.tools.endpoints, uplinks);

@@ -51,8 +51,12 @@ pub enum DaemonError {
     /// goes on from there, and meanwhile nothing resets what is established.
     #[error("{0}; the next start goes on from here, and `ipmoved cleanup` undoes what is left")]
     Crashed(Cause),
-    /// It could not take over from the daemon that runs. The kernel is left to that one.
-    #[error("cannot take over, and the daemon that runs goes on: {0}")]
+    /// It could not take over from the daemon that runs. The kernel is left to that one, which may
+    /// have died meanwhile.
+    #[error(
+        "cannot take over, and the daemon that ran goes on, if it has not died (`ipmoved status` \
+         asks it): {0}"
+    )]
     NotTakenOver(Cause),
 }
 

@@ -6,12 +6,15 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
+use super::checks::{self, Words};
 use super::chosen::{Cgroups, chosen};
 use super::early::{self, Awaited, Terms};
 use super::follow::{Follower, LinkSettings, Programs};
+use super::handover::older;
 use super::handover::taking::{self, Inheritance, Places};
 use super::held::{self, Held};
 use super::kept::{self, Kept};
@@ -22,12 +25,14 @@ use crate::channel::wire::{LANE_AT, TYPE_DATA};
 use crate::io::tun::{TunError, TunFeatures, TunOptions, TunQueue};
 use crate::io::udp::{LaneField, UdpOptions, UdpSocket};
 use crate::kernel::capture::Capture;
-use crate::kernel::netlink::{Address, Family, Link, Netlink, RouteKind, TABLE_LOCAL};
+use crate::kernel::netlink::{
+    Address, Family, Link, Netlink, NetlinkError, RouteKind, TABLE_LOCAL,
+};
 use crate::kernel::plan::{self, PUBLIC};
 use crate::kernel::programs::Chosen;
 use crate::kernel::steer::Steering;
 use crate::kernel::tun;
-use crate::kernel::{Host, HostError, RuntimeDirError};
+use crate::kernel::{Host, HostError, RuntimeDirError, lock_path};
 use crate::model::moved::{Move, Transport};
 use crate::model::peer::Role;
 use crate::settings::args::Without;
@@ -37,6 +42,9 @@ use crate::settings::values::{DeliverTo, Listen, PeerAddr};
 
 /// The MTU of uplinks that are not there yet: that of most (RFC 894).
 const ETHERNET_MTU: u32 = 1_500;
+
+/// How long a service manager may take to close the queues of a TUN that it was told to forget.
+const CLOSED: Duration = Duration::from_secs(2);
 
 /// A host that is ready to carry packets.
 pub(super) struct Ready {
@@ -80,6 +88,8 @@ pub(super) struct Tools {
     pub(super) resumes: bool,
     /// What this server does not have yet.
     pub(super) awaited: Option<Awaited>,
+    /// What is in the way, if that was looked for already: packets wait after that.
+    pub(super) checked: Option<Vec<String>>,
 }
 
 impl Ready {
@@ -89,6 +99,7 @@ impl Ready {
     /// See [`DaemonError`]; what was changed before is undone.
     pub(super) fn new(config: &mut Config, runtime_dir: &Path, takeover: bool) -> Result<Self> {
         let kept = Kept::taken_over();
+        let was_left = kept.is_left();
         let netlink = Netlink::new().map_err(system)?;
         let taking::Found {
             inheritance,
@@ -113,6 +124,9 @@ impl Ready {
         let endpoints = find_peers(config, is_up);
         // Without changes in the kernel it would begin anew, which the last one's TUN forbids.
         let mut inheritance = inheritance.filter(|_| resumes || places.is_some());
+        if was_left && inheritance.is_none() {
+            wait_until_gone(&netlink, &config.tun).map_err(system)?;
+        }
         let found = Found::new(
             &netlink,
             config,
@@ -154,6 +168,11 @@ impl Ready {
         };
         let port = sockets[0].port().map_err(system)?;
         let ports = (&*sockets, port);
+        let takes_over = |it: &Inheritance| it.is_of_running() && !may_come;
+        let checked = inheritance.as_ref().is_some_and(takes_over).then(|| {
+            let words = Words::of_this_process();
+            checks::at_start(config, &words, &endpoints, &found.uplinks)
+        });
         let earlier = (&*kept, inheritance.as_mut());
         let (follower, cgroups) =
             found.change(&mut host, config, &tun, ports, earlier, orders.as_ref())?;
@@ -174,9 +193,20 @@ impl Ready {
             processors: std::thread::available_parallelism().map_or(1, usize::from),
             resumes,
             awaited: may_come.then(|| Awaited::new(Terms::of(config))),
+            checked,
         };
         Ok(Self { host, tools })
     }
+}
+
+/// Waits until the TUN is gone whose queues a service manager has let go: it closes them when it
+/// has nothing else to do. One that stays is somebody else's.
+fn wait_until_gone(netlink: &Netlink, tun: &str) -> Result<(), NetlinkError> {
+    let over = Instant::now() + CLOSED;
+    while netlink.link_by_name(tun)?.is_some() && Instant::now() < over {
+        std::thread::sleep(CLOSED / 200);
+    }
+    Ok(())
 }
 
 /// Where each peer is, as far as its address is known or its name is found. No name is looked up
@@ -350,7 +380,7 @@ impl Found {
 fn open(runtime_dir: &Path, takeover: bool) -> Result<Host> {
     match Host::open(runtime_dir) {
         Err(HostError::RuntimeDir(RuntimeDirError::Locked { pid })) if takeover => {
-            taking::end_older(&pid)?;
+            older::end(&lock_path(runtime_dir).map_err(system)?, &pid)?;
             Ok(Host::open(runtime_dir)?)
         }
         opened => Ok(opened?),

@@ -154,13 +154,17 @@ impl Gate {
         let age = self.clients.age(now);
         out.extend_from_slice(&(age.as_nanos() as u64).to_le_bytes());
         self.seed.put(out);
+        let name = self.name.map_or(0, NonZeroU64::get);
+        out.extend_from_slice(&name.to_le_bytes());
         self.clients.put(out);
     }
 
-    /// Takes up the clients of another daemon's gate, with whose [`GateConfig`] this one was made.
-    /// Whether they are understood.
-    pub fn take_up(&self, rest: &mut &[u8]) -> bool {
-        self.clients.take_up(rest).is_some()
+    /// Takes up the clients of another daemon's gate, with whose [`GateConfig`] this one was made,
+    /// and its name, by which the kernel knows what it has begun. `None` if that is not understood.
+    pub fn take_up(mut self, rest: &mut &[u8]) -> Option<Self> {
+        self.name = NonZeroU64::new(u64::from_le_bytes(take(rest)?));
+        self.clients.take_up(rest)?;
+        Some(self)
     }
 
     /// A gate for what was moved. No client has come yet.

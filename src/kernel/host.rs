@@ -232,15 +232,77 @@ impl Host {
         self.shared = true;
     }
 
-    /// Somebody else made changes meanwhile, and is gone: makes all that is wanted once more, and
-    /// undoes what is not.
-    ///
-    /// # Errors
-    /// If the journal cannot be used, or a change fails.
-    pub fn resume(&mut self) -> Result<Report, HostError> {
-        (self.made, self.unread) = self.journal.read()?;
-        let wanted = std::mem::take(&mut self.wanted);
-        self.reconcile_around(wanted, |_| {}, Vec::new())
+    /// Somebody else made changes meanwhile, and is gone: makes all that is wanted once more, each
+    /// for itself, and undoes what is not. What fails is still wanted, so that
+    /// [`repair`](Self::repair) tries it again.
+    pub fn resume(&mut self) -> (Repairs, Result<Report, HostError>) {
+        let read = self.journal.read();
+        let unread = read.map(|read| (self.made, self.unread) = read);
+        let mut repairs = Repairs::default();
+        let before = self.made.clone();
+        let mut wanted = std::mem::take(&mut self.wanted);
+        for row in wanted.chunk_by_mut(are_of_a_row) {
+            self.resume_row(row, &mut repairs);
+        }
+        self.wanted = wanted;
+        let report = match unread {
+            Ok(()) => self.undo_unwanted(before),
+            Err(error) => Err(error.into()),
+        };
+        (repairs, report)
+    }
+
+    /// Makes all of a row once more.
+    fn resume_row(&mut self, row: &mut [Desired], repairs: &mut Repairs) {
+        let there = There::new(&self.netlink);
+        let objects = Objects::of(&self.made);
+        let mut to_make = Vec::new();
+        for desired in row.iter_mut() {
+            let known = objects.first(&self.made, &desired.change);
+            if let Some(at) = known {
+                desired.change.keep_original(&self.made[at]);
+            }
+            let is_present = match desired.change.present(&there) {
+                Err(error) => {
+                    repairs.fail(desired, desired.refused_by(&error));
+                    continue;
+                }
+                Ok(Presence::Foreign(reason)) => {
+                    repairs.fail(desired, desired.refused(reason));
+                    continue;
+                }
+                Ok(Presence::AsWanted) if known.is_none() && !desired.change.is_unmistakable() => {
+                    continue;
+                }
+                Ok(Presence::AsWanted) => true,
+                Ok(Presence::Absent) => false,
+            };
+            // What is not in the journal was undone meanwhile.
+            if !is_present
+                && known.is_none()
+                && let Err(error) = desired.change.renew_original(&self.netlink)
+            {
+                repairs.fail(desired, desired.refused_by(&error));
+                continue;
+            }
+            to_make.push((&*desired, is_present));
+        }
+        self.make_again(&to_make, repairs);
+    }
+
+    /// Undoes what was made `before`, and is not wanted, or not there.
+    fn undo_unwanted(&mut self, before: Vec<Change>) -> Result<Report, HostError> {
+        let objects = Objects::of(&before);
+        let mut stays = HashSet::new();
+        for desired in self.wanted.iter().filter(|desired| !desired.with_tun) {
+            let known = objects.all(&before, &desired.change).into_iter();
+            stays.extend(known.filter(|&at| desired.change.takes_the_place_of(&before[at])));
+        }
+        let unwanted = (0..).zip(before).filter(|(at, _)| !stays.contains(at));
+        let unwanted: Vec<Change> = unwanted.map(|(_, change)| change).collect();
+        let mut kept = std::mem::take(&mut self.made);
+        kept.retain(|change| !unwanted.contains(change));
+        self.undo_reversed(unwanted, kept)
     }
 
     /// What would have been done since the last call, in order, in a rehearsal.
@@ -369,20 +431,30 @@ impl Host {
                 Err(error) => repairs.fail(desired, error),
             }
         }
-        if missing.is_empty() {
+        let missing: Vec<_> = missing
+            .into_iter()
+            .map(|desired| (desired, false))
+            .collect();
+        self.make_again(&missing, repairs);
+    }
+
+    /// Writes down what is to be made, and makes each, which may be present.
+    fn make_again(&mut self, all: &[(&Desired, bool)], repairs: &mut Repairs) {
+        if all.is_empty() {
             return;
         }
-        if let Err(error) = self.write_down(&missing) {
+        let desired: Vec<_> = all.iter().map(|&(desired, _)| desired).collect();
+        if let Err(error) = self.write_down(&desired) {
             let reason = error.to_string();
-            let failed = missing.into_iter().map(|desired| Failure {
+            let failed = desired.into_iter().map(|desired| Failure {
                 change: desired.change.clone(),
                 reason: reason.clone(),
             });
             repairs.failed.extend(failed);
             return;
         }
-        for desired in missing {
-            match self.make(desired, false) {
+        for &(desired, is_present) in all {
+            match self.make(desired, is_present) {
                 Ok(()) => repairs.made.push(desired.change.clone()),
                 Err(error) if error.is_exists() => {}
                 Err(error) => repairs.fail(desired, desired.refused_by(&error)),
@@ -1160,6 +1232,53 @@ mod tests {
                 }
             }
             assert_eq!(snapshot(netlink), before);
+        });
+    }
+
+    /// Another daemon was about to take over, has changed things, and is gone.
+    #[test]
+    fn what_another_daemon_changed_is_put_back_and_what_fails_stays_wanted() {
+        in_fresh_namespace(|| {
+            let stage = stage();
+            let netlink = &stage.netlink;
+            let before = snapshot(netlink);
+            let tun = stage.tun();
+            let mut host = stage.host();
+            let mut desired = stage.steer(&tun);
+            desired.extend(by_mark());
+            desired.push(Desired::with_tun(Change::Route(DefaultRoute {
+                family: Family::V4,
+                table: 254,
+                dev: Some((&tun.link).into()),
+                metric: 7,
+            })));
+            host.reconcile(desired).unwrap();
+            let ours = sorted(snapshot(netlink));
+
+            let mut other = Host::inherit(&stage.scratch.0, host.lock().unwrap()).unwrap();
+            let mut theirs = stage.steer(&tun);
+            theirs.extend(row().into_iter().map(Desired::lasting));
+            other.reconcile(theirs).unwrap();
+            drop(other);
+            netlink.delete_clsact(stage.uplink.index).unwrap();
+            set_link_down(netlink, tun.link.index).unwrap();
+
+            let (repairs, report) = host.resume();
+            assert!(report.unwrap().left.is_empty());
+            assert!(!repairs.failed.is_empty());
+            let reasons = repairs.failed.iter().map(|failure| &failure.reason);
+            assert!(
+                reasons.clone().all(|it| it.contains("must be up")),
+                "{repairs:?}"
+            );
+            netlink.set_link_up(tun.link.index).unwrap();
+            let repairs = host.repair();
+            assert!(repairs.failed.is_empty(), "{repairs:?}");
+            assert_eq!(sorted(snapshot(netlink)), ours);
+
+            assert!(host.undo_all().unwrap().left.is_empty());
+            drop(tun);
+            assert_eq!(sorted(snapshot(netlink)), sorted(before));
         });
     }
 

@@ -53,4 +53,4 @@ pub use host::{Cleanup, Desired, Failure, Host, HostError, Repairs, Report};
 pub use plan::{capture, keep, masquerade, steer};
 pub use programs::Place;
 pub use rehearsal::Step;
-pub use runtime_dir::{RuntimeDirError, namespace_dir};
+pub use runtime_dir::{RuntimeDirError, lock_path, namespace_dir};

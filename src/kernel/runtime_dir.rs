@@ -76,6 +76,15 @@ pub fn namespace_dir(base: &Path) -> Result<PathBuf, RuntimeDirError> {
     Ok(base.join(format!("net-{inode}")))
 }
 
+/// The file whose lock the daemon of the calling thread's network namespace holds. It may not exist
+/// yet.
+///
+/// # Errors
+/// If `/proc` is not there.
+pub fn lock_path(base: &Path) -> Result<PathBuf, RuntimeDirError> {
+    Ok(namespace_dir(base)?.join(LOCK))
+}
+
 /// The locked directory of one network namespace.
 #[derive(Debug)]
 pub(super) struct RuntimeDir {

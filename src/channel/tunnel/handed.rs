@@ -5,7 +5,7 @@
 //! session of its own at once. Until it has one it carries packets on those that it was left, and
 //! tells the peer nothing there, which would take it for the run before.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
@@ -32,7 +32,15 @@ impl Tunnel {
             out.extend_from_slice(&number.to_le_bytes());
         }
         out.extend_from_slice(&self.path_mtu().to_le_bytes());
-        out.push(u8::from(self.state == State::Up));
+        out.push(match self.state {
+            State::Connecting => 0,
+            State::Up => 1,
+            State::Down => 2,
+        });
+        // How long ago the peer's daemon was stopped, and one more; 0 if it was not.
+        let stopped = self.stopped.map(|at| now.saturating_duration_since(at));
+        let stopped = stopped.map_or(0, |ago| ago.as_nanos() as u64 + 1);
+        out.extend_from_slice(&stopped.to_le_bytes());
         match &self.learned {
             None => out.push(0),
             Some(at) => {
@@ -76,7 +84,8 @@ impl Tunnel {
         let mut number = || Some(u64::from_le_bytes(take(rest)?));
         let [timestamp, seen, seen_run] = [number()?, number()?, number()?];
         let mtu = u16::from_le_bytes(take(rest)?);
-        let [up] = take(rest)?;
+        let [state] = take(rest)?;
+        let stopped = u64::from_le_bytes(take(rest)?).checked_sub(1);
         let learned = match take(rest)? {
             [0] => None,
             [kind] => {
@@ -137,9 +146,13 @@ impl Tunnel {
             *limit = (*limit).max(mtu);
         }
         self.discover(|discovery| discovery.go_on_at(mtu.max(pmtu::BASE)));
-        if up == 1 && self.sessions.is_sending() {
+        if state == 1 && self.sessions.is_sending() {
             self.activity.control_received(now);
             self.set_state(State::Up);
+        }
+        if state == 2 {
+            self.stopped = stopped.and_then(|ago| then.checked_sub(Duration::from_nanos(ago)));
+            self.set_state(State::Down);
         }
         if let Some(announcement) = announcement {
             self.said = Some(said.to_vec());

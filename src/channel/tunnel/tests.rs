@@ -2088,6 +2088,23 @@ fn a_tunnel_that_is_taken_over_loses_nothing_and_tells_everything_anew() {
 }
 
 #[test]
+fn a_daemon_that_takes_over_knows_that_its_peer_was_stopped() {
+    let mut pair = Pair::up(94);
+    let now = pair.now;
+    pair.sides[OLD].tunnel.as_mut().unwrap().close(now);
+    pair.drain(OLD);
+    pair.run(secs(5));
+    let stopped = pair.sides[NEW].tunnel().stopped();
+    assert!(stopped.is_some());
+    pair.take_over(NEW);
+    assert_eq!(pair.sides[NEW].tunnel().state(), State::Down);
+    assert_eq!(pair.sides[NEW].tunnel().stopped(), stopped);
+    pair.restart(OLD);
+    pair.run_until_agreed(secs(60));
+    assert_eq!(pair.sides[NEW].tunnel().stopped(), None);
+}
+
+#[test]
 fn a_daemon_that_was_not_taken_over_from_after_all_agrees_anew() {
     let mut pair = Pair::up(95);
     let handed = pair.sides[OLD].tunnel().hand_over(pair.now);

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::super::handover::giving::{SWITCH, Step};
+use super::super::handover::giving::Step;
 use super::super::handover::state::{Fingerprint, PeerState, State};
 use super::super::handover::taking::{OF_A_MANAGER, Places};
 use super::super::handover::{About, Descriptors, VERSION};
@@ -22,6 +22,7 @@ use super::super::service::{Result, Threads, failed};
 use super::Control;
 use crate::channel::session::wipe_frames;
 use crate::channel::tunnel::Tunnel;
+use crate::daemon::control_socket::Order;
 use crate::daemon::orders::Orders;
 use crate::daemon::viewers::{Sockets, Viewers};
 use crate::flow::gate::{Gate, GateConfig};
@@ -33,6 +34,7 @@ use crate::lane::shared::{LaneCounters, Shared};
 use crate::lane::{Lane, LaneParts, ToControl};
 use crate::model::moved::Move;
 use crate::model::peer::{MAX_PEERS, PeerId};
+use crate::model::request::Answer;
 use crate::packet::coalesce::Reach;
 
 /// How long whoever asked for the handover may take to hear that it is done.
@@ -41,6 +43,9 @@ const LAST_WORD: Duration = Duration::from_secs(2);
 /// How long those may take who look at the daemon when it is handed over, while it still carries
 /// packets: two readings of flows, a second apart. Whoever takes longer asks once more.
 const SEEN_OFF: Duration = Duration::from_secs(4);
+
+/// How often others have a turn before the end: each takes the answer to a command, and writes it.
+const ANSWERS: usize = 8;
 
 /// What lanes are made of, so that they can be stopped and started again, and what of it another
 /// daemon goes on with.
@@ -144,8 +149,9 @@ impl Control<'_> {
                 let stopped = Instant::now();
                 self.stop_lanes(lanes, from_lanes)?;
                 let _ = answer.send(self.state(kit).map_err(|error| error.to_string()));
-                let over = tokio::time::timeout(SWITCH + LAST_WORD, steps.recv()).await;
-                if matches!(over, Ok(Some(Step::Over(true)))) {
+                // It comes for sure, and nobody else decides: the conversation has its own limits,
+                // and has said the last word by then, or cannot any more.
+                if matches!(steps.recv().await, Some(Step::Over(true))) {
                     let milliseconds = stopped.elapsed().as_millis() as u64;
                     info!(
                         milliseconds,
@@ -181,10 +187,25 @@ impl Control<'_> {
             Step::Over(_) => {
                 if std::mem::take(&mut self.is_leaving) {
                     info!("the daemon that was to take over has gone; going on");
+                    // It may have written its own.
+                    if let Some(orders) = &self.orders {
+                        orders.keep_again();
+                    }
                     self.look_again();
                 }
                 Ok(false)
             }
+        }
+    }
+
+    /// The order, unless it is a command and another daemon is about to take over.
+    pub(super) fn refuse_while_leaving(&self, order: Order) -> Option<Order> {
+        match order {
+            Order::Request { .. } if self.is_leaving => {
+                refuse(order);
+                None
+            }
+            Order::Request { .. } | Order::Gone(_) => Some(order),
         }
     }
 
@@ -354,9 +375,14 @@ impl Control<'_> {
         for tunnel in &mut self.tunnels {
             tunnel.give_up_sessions(now);
         }
-        match self.host.resume() {
+        let (repairs, report) = self.host.resume();
+        for failure in repairs.failed {
+            // The next look tries it once more.
+            warn!(change = %failure.change, reason = failure.reason, "not put back");
+        }
+        match report {
             Ok(report) => super::super::service::warn_of_left(&report),
-            Err(error) => warn!(%error, "what this daemon makes in the kernel may be gone"),
+            Err(error) => warn!(%error, "what another daemon has made may be left in the kernel"),
         }
         if let Some(orders) = &self.orders {
             orders.keep_again();
@@ -374,6 +400,34 @@ impl Control<'_> {
         if let Some(wanted) = self.holding.clone() {
             let result = self.hold(&wanted).map_err(|error| error.to_string());
             self.policy.handle(now, super::Input::Held(result));
+        }
+    }
+}
+
+/// Why a command is not carried out while another daemon takes over.
+const ABOUT_TO_END: &str = "another daemon is about to take over: try again";
+
+/// Refuses whatever commands wait, and lets the answers go: this daemon ends now.
+pub(super) async fn refuse_all(commands: &mut mpsc::Receiver<Order>) {
+    while let Ok(order) = commands.try_recv() {
+        refuse(order);
+    }
+    // Whoever writes them has a turn, which is all that a short line needs.
+    for _ in 0..ANSWERS {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn refuse(order: Order) {
+    match order {
+        Order::Gone(_) => {}
+        Order::Request { answer, .. } => {
+            let refused = Answer::Refused {
+                input: false,
+                why: ABOUT_TO_END.into(),
+            };
+            // Who does not wait any longer is not told.
+            let _ = answer.send(refused);
         }
     }
 }
@@ -420,6 +474,5 @@ pub(super) fn gate(
 ) -> Option<Gate> {
     let mut rest = &*state.of(fingerprint)?.gate;
     let config = GateConfig::taken_over(max_flows, state.then, &mut rest)?;
-    let gate = Gate::new(moves, config);
-    gate.take_up(&mut rest).then_some(gate)
+    Gate::new(moves, config).take_up(&mut rest)
 }

@@ -55,19 +55,24 @@ pub(in crate::daemon) fn serve(listener: UnixListener) -> io::Result<mpsc::Recei
     tokio::spawn(async move {
         loop {
             let client = listener.accept().await;
-            let to_control = to_control.clone();
+            let asks = to_control.clone();
             let conversation = tokio::task::spawn_blocking(move || {
                 let heard = client
                     .into_std()
                     .and_then(|client| client.set_nonblocking(false).map(|()| Talk(client)))
-                    .and_then(|talk| converse(&talk, &to_control));
-                let over = heard.unwrap_or_else(|error| {
+                    .and_then(|talk| converse(&talk, &asks));
+                heard.unwrap_or_else(|error| {
                     debug!(%error, "no handover");
                     false
-                });
-                let _ = to_control.blocking_send(Step::Over(over));
+                })
             });
-            let _ = conversation.await;
+            // However it ends, the control task hears of it: it may wait for that.
+            let over = conversation.await.unwrap_or(false);
+            let _ = to_control.send(Step::Over(over)).await;
+            if over {
+                // Whoever comes now is the next daemon's.
+                return;
+            }
         }
     });
     Ok(steps)
@@ -99,8 +104,8 @@ fn converse(talk: &Talk, to_control: &mpsc::Sender<Step>) -> io::Result<bool> {
             let Some(state) = ask(talk, to_control, Step::Stop)? else {
                 return Ok(false);
             };
-            talk.say(&Reply::State, &[state.as_fd()])?;
             talk.patient(SWITCH)?;
+            talk.say(&Reply::State, &[state.as_fd()])?;
             is_word(Word::Taken, talk.hear()?.0)?;
             talk.say(&Reply::Go, &[])?;
             Ok(true)

@@ -22,7 +22,12 @@
 //!
 //! If the next one fails before the end of it, the one that runs goes on as if nothing had been:
 //! its programs are put back, its lanes start again, and its sessions are made anew, since the
-//! other may have sealed on them.
+//! other may have sealed on them. If the one that runs dies in the midst of it, the next one goes
+//! on: with the state if it has it, and else as after a crash.
+//!
+//! Whoever waits for the last word in vain closes its ear first and listens once more after that.
+//! So either it has heard it, or whoever says it later is told that nobody hears it: never do both
+//! go on, nor neither.
 //!
 //! Where a service manager restarts the daemon, one ends before the other begins. Then the
 //! descriptors and the state wait with the manager ([`kept`](super::kept)), and packets in the
@@ -31,14 +36,16 @@
 //! and has the daemon [asked](giving::store) before the signal comes.
 //!
 //! `giving` is the socket at which a daemon is asked, `taking` the next daemon's side of it, and
-//! `state` the bytes. What becomes of lanes and kernel meanwhile is
-//! [`control`](super::control)'s business.
+//! `state` the bytes; `older` ends a daemon that knows none of this. What becomes of lanes and
+//! kernel meanwhile is [`control`](super::control)'s business.
 
 pub(super) mod giving;
+pub(super) mod older;
 pub(super) mod state;
 pub(super) mod taking;
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -53,7 +60,7 @@ use crate::model::peer::Role;
 
 /// Of what is handed over, and of how. Whatever changes either gets another one, and a daemon that
 /// does not know it starts as after a crash.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 
 /// What a daemon is that hands itself over, before anything else of it is read.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -221,6 +228,16 @@ impl Talk {
         }
     }
 
+    /// Hears what the other end says at last. If that does not come, nothing can be said to this
+    /// end any more, and what was said before that is still heard.
+    fn hear_last<T: for<'de> Deserialize<'de>>(&self) -> io::Result<T> {
+        let heard = self.hear().or_else(|_| {
+            self.0.shutdown(Shutdown::Read)?;
+            self.hear()
+        });
+        heard.map(|(said, _)| said)
+    }
+
     /// Hears what the other end says, and takes the descriptors that come with it.
     fn hear<T: for<'de> Deserialize<'de>>(&self) -> io::Result<(T, Vec<OwnedFd>)> {
         let (mut line, mut given) = (Vec::new(), Vec::new());
@@ -242,5 +259,34 @@ impl Talk {
             line.extend_from_slice(&part[..received]);
         }
         Ok((serde_json::from_slice(&line)?, given))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> [Talk; 2] {
+        let (one, other) = UnixStream::pair().unwrap();
+        [Talk(one), Talk(other)]
+    }
+
+    #[test]
+    fn a_last_word_is_heard_or_cannot_be_said() {
+        let [one, other] = pair();
+        one.patient(Duration::from_millis(1)).unwrap();
+        assert!(one.hear_last::<Reply>().is_err());
+        let said = other.say(&Reply::Go, &[]).unwrap_err();
+        assert_eq!(said.kind(), io::ErrorKind::BrokenPipe);
+
+        let [one, other] = pair();
+        other.say(&Reply::Go, &[]).unwrap();
+        assert_eq!(one.hear_last::<Reply>().unwrap(), Reply::Go);
+
+        // It came between the end of the wait and the closing.
+        let [one, other] = pair();
+        other.say(&Reply::Go, &[]).unwrap();
+        one.0.shutdown(Shutdown::Read).unwrap();
+        assert_eq!(one.hear_last::<Reply>().unwrap(), Reply::Go);
     }
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, memfd_create};
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use super::{About, VERSION};
 use crate::channel::session::FINGERPRINT_LEN;
@@ -144,6 +144,15 @@ impl State {
         }
         let (about, state, _) = understood?;
         Ok((about, state))
+    }
+
+    /// Overwrites all of it.
+    pub(in crate::daemon) fn wipe(&mut self) {
+        for peer in &mut self.peers {
+            peer.tunnel.zeroize();
+            peer.gate.zeroize();
+        }
+        self.flows.zeroize();
     }
 
     /// What it knows of the peer with this fingerprint.

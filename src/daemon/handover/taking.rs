@@ -8,10 +8,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use tracing::{info, warn};
 
 use super::giving::{self, CHECKS, SWITCH};
@@ -28,9 +28,16 @@ use crate::kernel::{Host, namespace_dir};
 use crate::model::runtime::HANDOVER_SOCKET;
 use crate::settings::config::Config;
 
-/// How long a killed daemon may take to be gone.
-const GONE: Timespec = Timespec {
-    tv_sec: 10,
+/// How long the last word of the daemon that runs may take.
+const LAST_WORD: Duration = Duration::from_secs(5);
+
+/// How long this daemon may take from when the other one stands still. Below [`SWITCH`], after
+/// which the other one puts its own programs back.
+const TAKEN: Duration = Duration::from_secs(12);
+
+/// How long the process of a daemon that was killed may take to end after it has hung up.
+const HUNG_UP: Timespec = Timespec {
+    tv_sec: 1,
     tv_nsec: 0,
 };
 
@@ -48,9 +55,49 @@ pub(in crate::daemon) struct Inheritance {
 #[derive(Debug)]
 enum Giver {
     /// The daemon that runs.
-    Daemon(Talk),
+    Daemon(Running),
     /// The service manager.
     Manager,
+}
+
+/// The daemon that runs, and hands itself over.
+#[derive(Debug)]
+struct Running {
+    talk: Talk,
+    /// Its process.
+    process: OwnedFd,
+    /// Since when it carries no packets.
+    stopped: Option<Instant>,
+}
+
+impl Running {
+    /// Whether its process has ended. One that was killed hangs up a moment before.
+    fn has_ended(&self) -> bool {
+        let mut ended = [PollFd::new(&self.process, PollFlags::IN)];
+        matches!(poll(&mut ended, Some(&HUNG_UP)), Ok(1..))
+    }
+
+    /// Waits until this daemon may be the one that runs. Whether the other one has said so; else
+    /// it has ended without a word.
+    ///
+    /// # Errors
+    /// If the other one goes on instead.
+    fn lets_go(&self) -> Result<bool> {
+        let is_late = self.stopped.is_some_and(|since| since.elapsed() > TAKEN);
+        if is_late && !self.has_ended() {
+            return Err(not_taken_over("this daemon was not ready in time"));
+        }
+        let patient = self.talk.patient(LAST_WORD);
+        let told = patient.and_then(|()| self.talk.say(&Word::Taken, &[]));
+        match told.and_then(|()| self.talk.hear_last::<Reply>()) {
+            Ok(Reply::Go) => Ok(true),
+            Ok(Reply::Offer(_) | Reply::State | Reply::Refused(_)) => {
+                Err(not_taken_over("it goes on"))
+            }
+            Err(_) if self.has_ended() => Ok(false),
+            Err(error) => Err(not_taken_over(error)),
+        }
+    }
 }
 
 /// The sockets on which a daemon listens.
@@ -110,6 +157,11 @@ impl Found {
         kept: Kept,
         takeover: bool,
     ) -> Result<Self> {
+        let is_left = kept.is_left();
+        if is_left {
+            // What is left of it must not be found once more, however much of it there is.
+            kept::forget();
+        }
         let Kept {
             memory,
             queues,
@@ -117,8 +169,6 @@ impl Found {
             state,
         } = kept;
         if let Some(state) = state {
-            // What is left of it must not be found once more.
-            kept::forget();
             let read = State::read(state).and_then(|(about, state)| {
                 let inheritance = Inheritance {
                     about,
@@ -145,6 +195,13 @@ impl Found {
                 ..Self::default()
             });
         }
+        if is_left {
+            warn!(
+                "starting as after a crash, since the service manager has not kept all that the \
+                 last daemon left; connections go on after a pause"
+            );
+        }
+        drop((queues, sockets));
         if takeover {
             return Self::from_running(config, base);
         }
@@ -172,11 +229,17 @@ impl Found {
         };
         talk.patient(CHECKS).map_err(broken)?;
         let pid = about.pid;
+        // While it talks, this number is its own.
+        let process = process(pid).map_err(broken)?;
         let descriptors = Descriptors::of(&about, given);
         let descriptors = descriptors.ok_or_else(|| running("it gives something else"))?;
         let inheritance = Inheritance {
             about,
-            from: Giver::Daemon(talk),
+            from: Giver::Daemon(Running {
+                talk,
+                process,
+                stopped: None,
+            }),
             queues: descriptors.queues,
             sockets: descriptors.sockets,
             state: None,
@@ -260,15 +323,24 @@ impl Inheritance {
         UdpSocket::adopt_lanes(std::mem::take(&mut self.sockets), options)
     }
 
-    /// From now on the other daemon carries no packets. They wait until this one does.
+    /// From now on the other daemon carries no packets. They wait until this one does. If it has
+    /// died meanwhile, this one goes on as after a crash.
     ///
     /// # Errors
     /// If it does not stop, or its state is not understood: then it goes on.
     pub(in crate::daemon) fn stop_the_other(&mut self) -> Result<()> {
-        let Giver::Daemon(talk) = &self.from else {
+        let Giver::Daemon(running) = &mut self.from else {
             return Ok(());
         };
-        let heard = talk.say(&Word::Ready, &[]).and_then(|()| talk.hear());
+        let talk = &running.talk;
+        let heard = match talk.say(&Word::Ready, &[]).and_then(|()| talk.hear()) {
+            Err(error) if running.has_ended() => {
+                warn!(%error, "the daemon that ran has ended; going on as after a crash");
+                return Ok(());
+            }
+            heard => heard,
+        };
+        running.stopped = Some(Instant::now());
         let state = match heard.map_err(not_taken_over)? {
             (Reply::State, mut given) => given.pop(),
             (Reply::Refused(why), _) => return Err(not_taken_over(why)),
@@ -287,6 +359,13 @@ impl Inheritance {
         }
     }
 
+    /// Wipes what the other daemon knew, in a copy of this process that does not need it.
+    pub(in crate::daemon) fn forget_state(&mut self) {
+        if let Some(mut state) = self.state.take() {
+            state.wipe();
+        }
+    }
+
     /// What the other daemon knew.
     pub(in crate::daemon) fn state(&self) -> Option<&State> {
         self.state.as_ref()
@@ -299,63 +378,137 @@ impl Inheritance {
     /// If the other one goes on instead.
     pub(in crate::daemon) fn take_charge(&self, host: &mut Host) -> Result<()> {
         let from = self.about.pid;
-        if let Giver::Daemon(talk) = &self.from {
-            let patient = talk.patient(Duration::from_secs(5));
-            let told = patient.and_then(|()| talk.say(&Word::Taken, &[]));
-            let heard = told.and_then(|()| talk.hear::<Reply>());
-            match heard.map_err(not_taken_over)?.0 {
-                Reply::Go => {}
-                Reply::Offer(_) | Reply::State | Reply::Refused(_) => {
-                    return Err(not_taken_over("it goes on"));
-                }
-            }
+        let mut is_handed = true;
+        if let Giver::Daemon(running) = &self.from {
+            is_handed = running.lets_go()?;
             if let Err(error) = host.take_charge() {
                 warn!(%error, "the lock names the last daemon");
             }
         }
-        info!(pid = from, "took over; no connection was lost");
+        if self.state.is_none() {
+            warn!(
+                pid = from,
+                "took over from a daemon that died; connections go on after a pause"
+            );
+        } else if is_handed {
+            info!(pid = from, "took over; no connection was lost");
+        } else {
+            warn!(
+                pid = from,
+                "took over from a daemon that died in the midst of it"
+            );
+        }
         Ok(())
     }
 }
 
-/// Ends a daemon that cannot hand itself over: what it has made in the kernel stays, as after a
-/// crash, so that nothing is reset.
-///
-/// # Errors
-/// If that cannot be done, or somebody would start it again.
-pub(in crate::daemon) fn end_older(pid: &str) -> Result<()> {
-    let failed = |why: String| running(format!("the daemon that runs (pid {pid}): {why}"));
-    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    let mut variables = environment.split(|&byte| byte == 0);
-    if variables.any(|it| it.starts_with(b"NOTIFY_SOCKET=")) {
-        return Err(failed(OF_A_MANAGER.into()));
-    }
-    let number = pid.parse().ok().and_then(Pid::from_raw);
-    let number = number.ok_or_else(|| failed("its process is not known".into()))?;
-    let process = pidfd_open(number, PidfdFlags::empty());
-    let process = process.map_err(|error| failed(error.to_string()))?;
-    warn!(
-        pid,
-        "the daemon that runs is another version, which cannot hand itself over: killing it and \
-         starting as after a crash; connections go on after a pause"
-    );
-    pidfd_send_signal(&process, Signal::KILL).map_err(|error| failed(error.to_string()))?;
-    let mut ended = [PollFd::new(&process, PollFlags::IN)];
-    match poll(&mut ended, Some(&GONE)) {
-        Ok(1..) => Ok(()),
-        Ok(0) | Err(_) => Err(failed("it does not end".into())),
-    }
+/// A handle to a process.
+pub(super) fn process(pid: u32) -> io::Result<OwnedFd> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let number = number.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(number, PidfdFlags::empty())?)
 }
 
 /// Why a daemon that is a service does not hand itself over to another one.
 pub(in crate::daemon) const OF_A_MANAGER: &str =
     "it is a service, which its manager would start again: `systemctl restart ipmoved` takes over";
 
-fn running(why: impl Into<String>) -> DaemonError {
+pub(super) fn running(why: impl Into<String>) -> DaemonError {
     DaemonError::Running(format!("cannot take over: {}", why.into()).into())
 }
 
 /// This daemon could not take over, and the other one goes on.
 pub(in crate::daemon) fn not_taken_over(why: impl ToString) -> DaemonError {
     DaemonError::NotTakenOver(why.to_string().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::model::peer::Role;
+
+    /// What a daemon shares whose process this is, and that daemon's end.
+    fn shared(process: OwnedFd) -> (Inheritance, Talk) {
+        let (one, other) = UnixStream::pair().unwrap();
+        let about = About {
+            version: VERSION,
+            pid: 7,
+            role: Role::Old,
+            tun: "ipmoved0".into(),
+            uso: true,
+            lanes: 0,
+            memory: 0,
+            metrics: false,
+            state_dir: false,
+        };
+        let running = Running {
+            talk: Talk(one),
+            process,
+            stopped: None,
+        };
+        let inheritance = Inheritance {
+            about,
+            from: Giver::Daemon(running),
+            queues: Vec::new(),
+            sockets: Vec::new(),
+            state: None,
+        };
+        (inheritance, Talk(other))
+    }
+
+    fn this_process() -> OwnedFd {
+        process(std::process::id()).unwrap()
+    }
+
+    fn ended() -> OwnedFd {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let handle = process(child.id()).unwrap();
+        child.wait().unwrap();
+        handle
+    }
+
+    fn running(inheritance: &Inheritance) -> &Running {
+        match &inheritance.from {
+            Giver::Daemon(running) => running,
+            Giver::Manager => unreachable!("it is of a daemon"),
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_died_is_gone_on_with_and_one_that_lives_goes_on() {
+        for (process, has_died) in [(this_process(), false), (ended(), true)] {
+            let (mut inheritance, other) = shared(process);
+            drop(other);
+            assert_eq!(inheritance.stop_the_other().is_ok(), has_died);
+            assert!(inheritance.state().is_none());
+            match running(&inheritance).lets_go() {
+                Ok(told) => assert!(has_died && !told),
+                Err(error) => assert!(!has_died, "{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn whoever_lets_go_says_so() {
+        let (inheritance, other) = shared(this_process());
+        other.say(&Reply::Go, &[]).unwrap();
+        assert!(running(&inheritance).lets_go().unwrap());
+        assert_eq!(other.hear::<Word>().unwrap().0, Word::Taken);
+    }
+
+    #[test]
+    fn whoever_was_not_ready_in_time_does_not_say_that_it_is() {
+        let (mut inheritance, other) = shared(this_process());
+        other.say(&Reply::Go, &[]).unwrap();
+        let Giver::Daemon(running) = &mut inheritance.from else {
+            unreachable!("it is of a daemon");
+        };
+        let long_ago = Instant::now().checked_sub(TAKEN + Duration::from_secs(1));
+        running.stopped = Some(long_ago.expect("the machine runs for longer"));
+        assert!(running.lets_go().is_err());
+        other.patient(Duration::from_millis(1)).unwrap();
+        assert!(other.hear::<Word>().is_err(), "it says nothing");
+    }
 }

@@ -459,7 +459,8 @@ fn tell(a: &mut Assembler, maps: &ServedHere, l2: u32, done: Label) {
 }
 
 /// Loads the packet's length into CAPTURED, from its IP header on. Without a link-layer header the
-/// kernel's own length may count from a tunnel's headers before that, so that the packet's is asked.
+/// kernel's own length may count from a tunnel's headers before that, so that the packet's is
+/// asked.
 fn load_length(a: &mut Assembler, l2: u32) {
     a.load(Size::W, CAPTURED, PACKET, skb::LEN);
     if l2 != 0 {

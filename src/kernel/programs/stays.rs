@@ -685,8 +685,20 @@ mod tests {
         old.facts.own.age(young);
         old.facts.own.begin_at(Duration::ZERO);
         old.sends(&mine);
-        old.facts.own.age(now() - OWN_IDLE + Duration::from_secs(9));
-        assert!(!old.is_taken(&answer));
+        assert!(!is_taken_at_last(&old, &answer));
+    }
+
+    /// Whether it is taken when every conversation has been silent for almost as long as it may be.
+    fn is_taken_at_last(old: &OldServer, packet: &Packet) -> bool {
+        loop {
+            let seen = now() - OWN_IDLE + Duration::from_secs(9);
+            old.facts.own.age(seen);
+            let is_taken = old.is_taken(packet);
+            // Else the machine stood still meanwhile, and nothing is known.
+            if now() - seen < OWN_IDLE {
+                return is_taken;
+            }
+        }
     }
 
     #[test]
@@ -696,8 +708,7 @@ mod tests {
         let answer = Packet::new(remote, moved, UDP, ports(5060, 5060));
         let mine = Packet::new(moved, remote, UDP, ports(5060, 5060));
         old.sends(&mine);
-        old.facts.own.age(now() - OWN_IDLE + Duration::from_secs(9));
-        assert!(!old.is_taken(&answer));
+        assert!(!is_taken_at_last(&old, &answer));
         old.facts.own.age(now() - OWN_IDLE);
         assert!(old.is_taken(&answer));
     }
