@@ -158,8 +158,8 @@ impl Capture {
         Ok(self.facts.served().set(on)?)
     }
 
-    /// Reads what they have told since the last time. Returns how many connections have begun since,
-    /// and how much was lost since nothing had room for it.
+    /// Reads what they have told since the last time. Returns how many connections have begun
+    /// since, and how much was lost since nothing had room for it.
     pub fn take_served(&self, each: impl FnMut(Served<'_>)) -> [u64; 2] {
         self.facts.served().take(each)
     }
