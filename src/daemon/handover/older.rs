@@ -20,9 +20,9 @@ const GONE: Timespec = Timespec {
     tv_nsec: 0,
 };
 
-/// Ends a daemon that cannot hand itself over, and holds this `lock`: what it has made in the kernel
-/// stays, as after a crash, so that nothing is reset. The file names `pid`, which another process
-/// may have by now, or in another PID namespace.
+/// Ends a daemon that cannot hand itself over, and holds this `lock`: what it has made in the
+/// kernel stays, as after a crash, so that nothing is reset. The file names `pid`, which another
+/// process may have by now, or in another PID namespace.
 ///
 /// # Errors
 /// If that cannot be done, or somebody would start it again.
@@ -37,8 +37,8 @@ pub(in crate::daemon) fn end(lock: &Path, pid: &str) -> Result<()> {
     if !holds(number, &file) {
         let lock = lock.display();
         return Err(failed(format!(
-            "this process does not hold {lock}, so nothing is killed; `lslocks | grep {lock}` names \
-             the process that does: stop that, and start this one without --takeover"
+            "this process does not hold {lock}, so nothing is killed; `lslocks | grep {lock}` \
+             names the process that does: stop that, and start this one without --takeover"
         )));
     }
     let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
