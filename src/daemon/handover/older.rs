@@ -1,7 +1,7 @@
 //! The end of a daemon that cannot hand itself over.
 //!
 //! Owns whom that may hit: the process that holds the lock of this network namespace, whatever pid
-//! the file names, and only one that carries a tunnel.
+//! the file names, and none that carries no tunnel.
 
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
@@ -46,9 +46,9 @@ pub(in crate::daemon) fn end(lock: &Path, pid: &str) -> Result<()> {
     if variables.any(|it| it.starts_with(b"NOTIFY_SOCKET=")) {
         return Err(failed(OF_A_MANAGER.into()));
     }
-    if !has_tun(number) {
+    if is_of_nat(number) {
         return Err(failed(
-            "it has no tunnel, as in `ipmoved nat`, which nothing can take over from; stop it, and \
+            "it is one of `ipmoved nat`, which nothing can take over from: stop it, and \
              start this one without --takeover"
                 .into(),
         ));
@@ -69,32 +69,23 @@ pub(in crate::daemon) fn end(lock: &Path, pid: &str) -> Result<()> {
 
 /// Whether a process holds the lock of this file (proc_pid_fdinfo(5)).
 fn holds(pid: u32, file: &Metadata) -> bool {
-    any_open(pid, |path, info| {
-        let is_it = std::fs::metadata(path)
-            .is_ok_and(|it| (it.dev(), it.ino()) == (file.dev(), file.ino()));
-        let told = || std::fs::read_to_string(info).unwrap_or_default();
-        is_it
-            && told()
-                .lines()
-                .any(|line| line.starts_with("lock:") && line.contains("FLOCK"))
-    })
-}
-
-/// Whether a process has a queue of a TUN.
-fn has_tun(pid: u32) -> bool {
-    any_open(pid, |path, _| {
-        std::fs::read_link(path).is_ok_and(|leads| leads == Path::new("/dev/net/tun"))
-    })
-}
-
-/// Whether any descriptor of a process is so: where it leads, and what is known of it.
-fn any_open(pid: u32, is: impl Fn(&Path, &Path) -> bool) -> bool {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd"));
     let mut entries = entries.into_iter().flatten().flatten();
     entries.any(|entry| {
+        let open = std::fs::metadata(entry.path());
+        let is_it = open.is_ok_and(|it| (it.dev(), it.ino()) == (file.dev(), file.ino()));
+        let number = entry.file_name();
         let info = Path::new("/proc").join(pid.to_string()).join("fdinfo");
-        is(&entry.path(), &info.join(entry.file_name()))
+        let told = || std::fs::read_to_string(info.join(number)).unwrap_or_default();
+        let is_lock = |line: &str| line.starts_with("lock:") && line.contains("FLOCK");
+        is_it && told().lines().any(is_lock)
     })
+}
+
+/// Whether it is a daemon of `ipmoved nat`. No flag can stand before that word.
+fn is_of_nat(pid: u32) -> bool {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    words.split(|&byte| byte == 0).nth(1) == Some(b"nat")
 }
 
 #[cfg(test)]
