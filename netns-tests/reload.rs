@@ -382,6 +382,12 @@ fn other_settings_change_under_load_and_do_what_they_say() -> Result {
             let tunnels = bed.tunnels(role)?;
             assert_eq!(tunnels[0]["flows"]["max"], max, "{tunnels:#?}");
         }
+        // More than there was ever room for.
+        let most = format!("max-flows = 2000000\n{new}");
+        assert_eq!(
+            bed.reload(Role::New, &most)?,
+            "max-flows: 3000 -> 2000000\n"
+        );
         for (first, says) in [
             ("no-client-names = true\n", "90d -> 90d, without names"),
             ("keep = \"30d\"\n", "90d, without names -> 30d"),

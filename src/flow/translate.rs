@@ -20,7 +20,7 @@ mod related;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -89,6 +89,8 @@ pub struct Translator {
     pub(super) seed: Seed,
     start: Instant,
     pub(super) limit: Limit,
+    /// No client may begin a flow at the moment.
+    pub(super) pauses: AtomicBool,
     shards: Box<[Shard]>,
     /// New flows that found no space.
     turns: AtomicUsize,
@@ -125,6 +127,7 @@ impl Translator {
             seed,
             start: config.epoch,
             limit: Limit::new(config.max_flows),
+            pauses: AtomicBool::new(false),
             shards: (0..shards)
                 .map(|_| {
                     let mut table = FlowTable::new(seed, config.epoch);
@@ -234,6 +237,11 @@ impl Translator {
     /// Sets the most flows at a time. If there are more, each new one takes the place of another.
     pub fn set_max_flows(&self, max: usize) {
         self.limit.set_max(max);
+    }
+
+    /// From now on no client begins a flow, or again; those that are known go on.
+    pub fn pause(&self, pauses: bool) {
+        self.pauses.store(pauses, Relaxed);
     }
 
     /// Sets this host's own addresses, which no client may claim.
@@ -693,6 +701,9 @@ impl Translator {
         key: &Outside,
         parsed: &Parsed,
     ) -> Result<Inside, DropReason> {
+        if self.pauses.load(Relaxed) {
+            return Err(DropReason::FlowTableGrows);
+        }
         if routes.is_own(key.peer, key.client) {
             return Err(DropReason::BadSource);
         }
@@ -1869,6 +1880,24 @@ mod tests {
         let later = bed.now + Duration::from_secs(8_000);
         while bed.translator.expire(later, 1_000) > 0 {}
         assert_eq!(tallies(), [[0, 3, 0], [0, 1, 0], [0, 1, 0]]);
+    }
+
+    #[test]
+    fn while_it_pauses_nobody_begins_and_who_has_begun_goes_on() {
+        let bed = Bed::simple();
+        for kind in [Kind::Tcp, Kind::Udp] {
+            let plan = |port| Plan {
+                src_port: port,
+                ..request(kind)
+            };
+            bed.inbound(&mut plan(4_000).build()).unwrap();
+            bed.translator.pause(true);
+            let refused = bed.inbound(&mut plan(4_001).build());
+            assert_eq!(refused, Err(DropReason::FlowTableGrows));
+            bed.inbound(&mut plan(4_000).build()).unwrap();
+            bed.translator.pause(false);
+            bed.inbound(&mut plan(4_001).build()).unwrap();
+        }
     }
 
     /// `cargo test --lib translate::tests::what_a_new_flow_costs -- --ignored --nocapture`

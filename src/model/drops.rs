@@ -115,6 +115,9 @@ drop_reasons! {
     IcmpUnrelated = "icmp_unrelated",
     /// The flow table is full of flows that must not be evicted.
     FlowTableFull = "flow_table_full",
+    /// What begins a flow in the moment in which a reload makes room for more of them. The client
+    /// sends it again.
+    FlowTableGrows = "flow_table_grows",
     /// Two flows would have become one after rewriting, and no port was left to tell them apart.
     FlowCollision = "flow_collision",
     /// `ipmoved nat`: every port that could stand for a new flow to its destination is in use.

@@ -51,6 +51,9 @@ use crate::settings::values::{DeliverTo, PeerAddr};
 /// Where the forge has made something else than the daemon asked for.
 const OTHERS: &str = "the programs that were made are others than those that are wanted";
 
+/// How long a lane and the kernel may take to deliver a packet that has begun a flow.
+const IN_HAND: Duration = Duration::from_millis(20);
+
 /// How long a session may take that is made with the earlier keys, before others are used: then
 /// both servers have the longest time to change them.
 const LAST_WITH_EARLIER: Duration = Duration::from_secs(3);
@@ -581,6 +584,13 @@ impl Control<'_> {
             // They ask no daemon that they take for dead. If this fails, the next beat says so.
             let _ = capture.beat();
         }
+        let grows = (self.follower.steering()).is_some_and(|steering| steering.carries_over());
+        let translator = self.view.forwarder.translator().filter(|_| grows);
+        if let Some(translator) = translator {
+            translator.pause(true);
+            // Until what lanes have in hand has come through.
+            std::thread::sleep(IN_HAND);
+        }
         if let Some(steering) = self.follower.steering()
             && let Err(error) = steering.carry_over(false)
         {
@@ -602,6 +612,9 @@ impl Control<'_> {
         {
             self.warnings
                 .warn(now, format!("the kernel forgets some flows: {error}"));
+        }
+        if let Some(translator) = translator {
+            translator.pause(false);
         }
         match self.follower.programs() {
             Programs::Old(capture) => kept::keep(&capture.memory()),

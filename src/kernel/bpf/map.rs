@@ -121,6 +121,11 @@ impl Map {
 
     /// The map of a descriptor that somebody else made, if it has this shape.
     pub fn from_fd(fd: OwnedFd, shape: Shape) -> Option<Self> {
+        Self::at_least_from_fd(fd, shape).filter(|map| map.room() == shape.max_entries)
+    }
+
+    /// The same, if it has this shape and as much room or more.
+    pub fn at_least_from_fd(fd: OwnedFd, shape: Shape) -> Option<Self> {
         const NAME: std::ops::Range<usize> = 24..40;
         let mut info = [0_u8; 40];
         info_of(fd.as_fd(), &mut info).ok()?;
@@ -131,10 +136,16 @@ impl Map {
         let is_it = word(0)? == shape.kind.number() as usize
             && word(8)? == shape.key_size
             && word(12)? == shape.value_size
-            && word(16)? == shape.max_entries as usize
             && word(20)? == shape.flags() as usize
             && info.get(NAME)? == object_name(shape.name);
-        is_it.then_some(Self { fd, shape })
+        let room = u32::try_from(word(16)?).ok()?;
+        (is_it && room >= shape.max_entries).then_some(Self {
+            fd,
+            shape: Shape {
+                max_entries: room,
+                ..shape
+            },
+        })
     }
 
     /// A value of an array; `None` if it has no such place.

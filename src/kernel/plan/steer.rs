@@ -214,8 +214,8 @@ impl Steering {
 
     /// Replaces the programs by those for other settings, which share the memory of these; what
     /// stands on links stays until it is planned anew. `lo` is given if this server's own calls
-    /// want a program there. Where there is to be room for another number of flows, the known ones
-    /// are taken along by [`carry_over`](Self::carry_over).
+    /// want a program there. Where there is to be room for more flows, the known ones are taken
+    /// along by [`carry_over`](Self::carry_over).
     ///
     /// # Errors
     /// If the kernel refuses. Everything is as before then.
@@ -246,10 +246,17 @@ impl Steering {
         made
     }
 
-    /// Takes along what is known of flows, if there is room for another number of them since the
-    /// last [`remake`](Self::remake). Call it before the programs stand on links, and once more
-    /// when they do: `then` nobody enters anything any more where it came from, and that is given
-    /// back.
+    /// Whether there is room for more flows since the last [`remake`](Self::remake), so that the
+    /// known ones are to be [carried over](Self::carry_over).
+    pub fn carries_over(&self) -> bool {
+        self.earlier.is_some()
+    }
+
+    /// Takes along what is known of flows, if there is room for more of them since the last
+    /// [`remake`](Self::remake). Call it before the programs stand on links, and once more when
+    /// they do: `then` nobody enters anything any more where it came from, and that is given back.
+    /// In between no flow may [open](crate::flow::translate::Translator::pause): one program would
+    /// enter it here and another one look for it there.
     ///
     /// # Errors
     /// If the kernel refuses. Some of it may be known here then.

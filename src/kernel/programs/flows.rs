@@ -315,14 +315,12 @@ impl FlowMaps {
     /// # Errors
     /// If the kernel refuses.
     pub fn found(descriptors: &[OwnedFd], max_flows: u32) -> Result<Option<Self>, BpfError> {
-        let find = |shape: Shape| {
-            descriptors
-                .iter()
-                .filter_map(|fd| fd.try_clone().ok())
-                .find_map(|fd| Map::from_fd(fd, shape))
-        };
+        let all = || descriptors.iter().filter_map(|fd| fd.try_clone().ok());
+        let find = |shape: Shape| all().find_map(|fd| Map::from_fd(fd, shape));
+        // It has more room if there were to be more of them once: see `with_room_for`.
+        let flows = flows(max_flows);
         let found = (
-            find(flows(max_flows)),
+            all().find_map(|fd| Map::at_least_from_fd(fd, flows)),
             find(OWN),
             find(DIRECT),
             find(FRAGMENTS),
@@ -445,15 +443,16 @@ impl FlowMaps {
         (sockets.insert(&key, &OF_TUNNEL.to_ne_bytes())).map_err(refused)
     }
 
-    /// An empty map of flows, if there is not to be room for as many as there is; see
-    /// [`replace_flows`](Self::replace_flows).
+    /// An empty map of flows, if there is to be room for more than there is; see
+    /// [`replace_flows`](Self::replace_flows). For fewer the map stays as it is: the kernel takes
+    /// memory for what is in it, and who opens flows has a limit of its own.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn with_room_for(&self, max_flows: u32) -> Result<Option<Map>, BpfError> {
         let shape = flows(max_flows);
-        let other = shape.max_entries != self.flows.room();
-        other.then(|| Map::new(shape)).transpose()
+        let more = shape.max_entries > self.flows.room();
+        more.then(|| Map::new(shape)).transpose()
     }
 
     /// Remembers flows there from now on, and returns where they were.
@@ -788,6 +787,20 @@ mod tests {
             protocol: 17,
             local: "198.51.100.2:53".parse().unwrap(),
             remote: SocketAddr::new("203.0.113.7".parse().unwrap(), port),
+        }
+    }
+
+    #[test]
+    fn only_for_more_flows_is_there_another_map_and_a_larger_one_is_found() {
+        let maps = FlowMaps::new(100).expect("run the tests as root");
+        let room = |max| maps.with_room_for(max).unwrap().map(|map| map.room());
+        assert_eq!((room(100), room(10)), (None, None));
+        assert_eq!(room(101), Some(maps.flows.room() + 1));
+        let left: Vec<OwnedFd> = (maps.lasting().into_iter())
+            .map(|fd| fd.try_clone_to_owned().unwrap())
+            .collect();
+        for (max, found) in [(10, true), (100, true), (101, false)] {
+            assert_eq!(FlowMaps::found(&left, max).unwrap().is_some(), found);
         }
     }
 
