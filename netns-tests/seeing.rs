@@ -271,6 +271,8 @@ fn watching_goes_on_over_a_restart_and_ends_well() -> Result {
     says("waiting for it")?;
     let _old = setup.start(Role::Old)?;
     says("ipmoved was started anew (process ")?;
+    let lines = || (in_json.stdout().lines().count() >= 2).then_some(());
+    poll_until(6 * PATIENCE, PAUSE, lines).expect("it says how it goes twice");
     for process in [watching, in_json] {
         process.signal(Signal::INT)?;
         let said = process.wait(PATIENCE)?;
