@@ -35,7 +35,7 @@ use super::flows::{KEY_LAST, VALUE, enter, look_up};
 use super::headers::{skb, sock};
 use super::own::{KIND_BEHIND, KIND_LASTING, OWN_LASTING, Own};
 use super::phrases::{PACKET, PROTOCOL};
-use super::sockets::{load_port, look_up_socket, release_keeping_state};
+use super::sockets::{load_port, load_udp_sender, look_up_socket, release_keeping_state};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::UDP;
 
@@ -70,12 +70,7 @@ pub(super) fn note(a: &mut Assembler, own: &Own, kind: Reg) {
     a.load(Size::W, R0, PACKET, skb::INGRESS_IFINDEX);
     a.jump_if(R0, If::Ne, 0, done);
     // A socket that is bound to an interface, or whose address is translated, is one all the same.
-    a.load(Size::Dw, R1, PACKET, skb::SK);
-    a.jump_if_wide(R1, If::Eq, 0, nobody);
-    a.call(Helper::SkFullsock);
-    a.jump_if_wide(R0, If::Eq, 0, nobody);
-    a.load(Size::W, R1, R0, sock::PROTOCOL);
-    a.jump_if(R1, If::Ne, i32::from(UDP), nobody);
+    load_udp_sender(a, nobody);
     a.load(Size::W, FOUND, R0, sock::SRC_PORT);
     load_port(a, KEY_LAST + 2);
     a.jump_if(R1, If::Eq, FOUND, done);

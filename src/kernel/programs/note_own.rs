@@ -76,7 +76,7 @@ use super::phrases::{
 use super::rights::Rights;
 use super::served_here::End;
 use super::sockets::{
-    SOCKET, jump_unless_at_own_end, load_port, load_tcp_socket, look_up_socket,
+    SOCKET, jump_unless_at_own_end, load_port, load_tcp_socket, load_udp_sender, look_up_socket,
     release_keeping_state,
 };
 use crate::kernel::bpf::{Alu, Assembler, BpfError, Helper, If, Label, Program, Reg, Size};
@@ -271,13 +271,7 @@ fn look_for_sender(a: &mut Assembler) {
     let (ask, by_state, done) = (a.label(), a.label(), a.label());
     a.mov(KIND, KIND_BEHIND);
     a.jump_if(PROTOCOL, If::Ne, i32::from(UDP), done);
-    a.load(Size::Dw, R1, PACKET, skb::SK);
-    a.jump_if_wide(R1, If::Eq, 0, ask);
-    a.call(Helper::SkFullsock);
-    a.jump_if_wide(R0, If::Eq, 0, ask);
-    // Tunnels leave the socket there of what they carry.
-    a.load(Size::W, R1, R0, sock::PROTOCOL);
-    a.jump_if(R1, If::Ne, i32::from(UDP), ask);
+    load_udp_sender(a, ask);
     a.load(Size::W, R1, R0, sock::BOUND_DEV_IF);
     a.jump_if(R1, If::Ne, 0, done);
     jump_unless_at_own_end(a, R0, done);

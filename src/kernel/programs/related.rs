@@ -41,9 +41,8 @@ use super::flows::{
     FLOW_UNAWAITED, FLOW_VALUE, FlowMaps, KEY, KEY_LAST, KEY_LOCAL, OWN_KEPT, REFRESH, REPLY_IDLE,
     enter_from, enter_now, jump_if_within, look_up,
 };
-use super::headers::{skb, sock};
-use super::phrases::PACKET;
-use super::sockets::look_up_socket;
+use super::headers::sock;
+use super::sockets::{load_sender, look_up_socket};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Reg, Size};
 use crate::model::moved::UDP;
 
@@ -138,10 +137,7 @@ pub(super) fn jump_if_related(a: &mut Assembler, maps: &FlowMaps, yes: Label) {
     jump_if_within(a, (R7, FLOW_ASKED_DIRECTLY), ANSWERED_DIRECTLY, unrelated);
     a.bind(by_the_tunnel);
     // R0 = the state of the socket, or 0 where none sends it.
-    a.load(Size::Dw, R1, PACKET, skb::SK);
-    a.jump_if_wide(R1, If::Eq, 0, no_socket);
-    a.call(Helper::SkFullsock);
-    a.jump_if_wide(R0, If::Eq, 0, no_socket);
+    load_sender(a, no_socket);
     a.load(Size::W, R1, R7, FLOW_UNAWAITED);
     a.jump_if(R1, If::Ne, 0, unrelated);
     a.load(Size::W, R0, R0, sock::STATE);

@@ -13,7 +13,7 @@ use super::flows::{KEY, KEY_LAST, KEY_LOCAL, KEY_REMOTE, VALUE};
 use super::headers::{skb, sock};
 use super::phrases::{PACKET, jump_if_v6};
 use crate::kernel::bpf::{Alu, Assembler, Helper, If, Label, Map, Reg, Size};
-use crate::model::moved::TCP;
+use crate::model::moved::{TCP, UDP};
 
 /// Where the stack keeps the addresses and ports of a socket, `struct bpf_sock_tuple`.
 const TUPLE: i16 = -168;
@@ -67,15 +67,29 @@ pub(super) fn jump_unless_somebody_waits(a: &mut Assembler, no: Label) {
     a.jump_if(R0, If::Eq, sock::ESTABLISHED, no);
 }
 
+/// R0 = the socket of this host that sends the packet. Jumps to `none` if none does, or the kernel
+/// in the name of one. Destroys R1.
+pub(super) fn load_sender(a: &mut Assembler, none: Label) {
+    a.load(Size::Dw, R1, PACKET, skb::SK);
+    a.jump_if_wide(R1, If::Eq, 0, none);
+    a.call(Helper::SkFullsock);
+    a.jump_if_wide(R0, If::Eq, 0, none);
+}
+
+/// R0 = the UDP socket that sends the packet. Jumps to `none` if there is none: tunnels leave the
+/// socket there of what they carry. Destroys R1.
+pub(super) fn load_udp_sender(a: &mut Assembler, none: Label) {
+    load_sender(a, none);
+    a.load(Size::W, R1, R0, sock::PROTOCOL);
+    a.jump_if(R1, If::Ne, i32::from(UDP), none);
+}
+
 /// Goes on if a socket of this host sends the packet from the key's own address and port. Jumps to
 /// `no` if it is forwarded or its source was translated, so that it may answer what was translated
 /// the other way; and if the socket is bound to an interface, where no look-up from another one
 /// finds it.
 pub(super) fn jump_unless_from_own_port(a: &mut Assembler, no: Label) {
-    a.load(Size::Dw, R1, PACKET, skb::SK);
-    a.jump_if_wide(R1, If::Eq, 0, no);
-    a.call(Helper::SkFullsock);
-    a.jump_if_wide(R0, If::Eq, 0, no);
+    load_sender(a, no);
     a.load(Size::W, R1, R0, sock::BOUND_DEV_IF);
     a.jump_if(R1, If::Ne, 0, no);
     jump_unless_at_own_end(a, R0, no);
@@ -158,10 +172,7 @@ pub(super) fn jump_unless_of_tunnel(a: &mut Assembler, sockets: Option<&Map>, ot
         a.jump_if(R0, If::Ne, 0, other);
         return;
     };
-    a.load(Size::Dw, R1, PACKET, skb::SK);
-    a.jump_if_wide(R1, If::Eq, 0, other);
-    a.call(Helper::SkFullsock);
-    a.jump_if_wide(R0, If::Eq, 0, other);
+    load_sender(a, other);
     look_up_taken(a, sockets, R0);
     a.jump_if_wide(R0, If::Eq, 0, other);
     a.load(Size::W, R0, R0, 0);
@@ -212,7 +223,6 @@ mod tests {
     use crate::kernel::programs::FlowMaps;
     use crate::kernel::programs::phrases::{TC_ACT_UNSPEC, keep_packet, verdict};
     use crate::kernel::programs::testing::{Packet, frame, ports};
-    use crate::model::moved::UDP;
 
     #[test]
     #[ignore = "a measurement: cargo test --lib -- --ignored --nocapture whose_a_datagram_is_costs"]
