@@ -19,22 +19,18 @@
     reason = "fork(2), signals and descriptors that another process has sent have no safe wrapper"
 )]
 
-use std::io::{self, BufRead, BufReader, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
 use rustix::process::DumpableBehavior;
 use serde::{Deserialize, Serialize};
 use tracing::debug;
 
 use super::chosen::chosen;
+use super::descriptors;
 use super::follow::Programs;
 use super::handover::taking::Inheritance;
 use super::setup::bind;
@@ -55,9 +51,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Longest message: the files that settings are made of.
 const MAX_MESSAGE: u64 = 64 << 20;
-
-/// Most descriptors in one message (`SCM_MAX_FD`, include/net/scm.h).
-const MOST: usize = 253;
 
 /// What the daemon asks.
 #[derive(Serialize, Deserialize)]
@@ -260,17 +253,9 @@ fn hear<T: for<'de> Deserialize<'de>>(stream: &mut BufReader<UnixStream>) -> io:
 
 /// Sends descriptors, one byte with each message.
 fn give(stream: BorrowedFd<'_>, all: &[OwnedFd]) -> io::Result<()> {
-    for part in all.chunks(MOST) {
+    for part in all.chunks(descriptors::MOST) {
         let part: Vec<BorrowedFd<'_>> = part.iter().map(AsFd::as_fd).collect();
-        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        ancillary.push(SendAncillaryMessage::ScmRights(&part));
-        sendmsg(
-            stream,
-            &[IoSlice::new(b".")],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )?;
+        descriptors::send(stream, b".", &part)?;
     }
     Ok(())
 }
@@ -279,23 +264,9 @@ fn give(stream: BorrowedFd<'_>, all: &[OwnedFd]) -> io::Result<()> {
 fn take(stream: BorrowedFd<'_>, count: usize) -> io::Result<Vec<OwnedFd>> {
     let mut all = Vec::new();
     while all.len() < count {
-        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let mut byte = [0];
-        let flags = RecvFlags::CMSG_CLOEXEC;
-        let read = recvmsg(
-            stream,
-            &mut [IoSliceMut::new(&mut byte)],
-            &mut ancillary,
-            flags,
-        )?;
         let before = all.len();
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(part) = message {
-                all.extend(part);
-            }
-        }
-        if read.bytes == 0 || all.len() == before {
+        let read = descriptors::receive(stream, &mut [0], &mut all)?;
+        if read == 0 || all.len() == before {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }

@@ -11,8 +11,7 @@
     reason = "descriptors that a process is started with have no owner"
 )]
 
-use std::io::{self, IoSlice, Read};
-use std::mem::MaybeUninit;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -20,9 +19,9 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::time::Duration;
 
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tracing::warn;
 
+use super::descriptors;
 use crate::settings::values::MAX_LANES;
 
 /// What the service manager shows as their names: the memory of the programs,
@@ -201,13 +200,6 @@ fn wait_for(socket: &UnixDatagram) -> io::Result<()> {
     here.read(&mut [0]).map(drop)
 }
 
-fn send(socket: &UnixDatagram, text: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !descriptors.is_empty() {
-        ancillary.push(SendAncillaryMessage::ScmRights(descriptors));
-    }
-    let text = [IoSlice::new(text.as_bytes())];
-    sendmsg(socket, &text, &mut ancillary, SendFlags::NOSIGNAL)?;
-    Ok(())
+fn send(socket: &UnixDatagram, text: &str, given: &[BorrowedFd<'_>]) -> io::Result<()> {
+    descriptors::send(socket, text.as_bytes(), given).map(drop)
 }

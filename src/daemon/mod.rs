@@ -18,7 +18,7 @@
 //! new server for a cut-over.
 //!
 //! `handover` is how one daemon takes over from another, and `kept` what a service manager keeps
-//! for the next one.
+//! for the next one; `descriptors` go from one process to another.
 //!
 //! `their_modes` is which mode each move is in, as the new server hears. `gates` makes the old
 //! server's gates of the settings, and `before_ours` is what is said of filters of others.
@@ -54,6 +54,7 @@ pub mod confine;
 mod control;
 pub mod control_socket;
 mod delivered;
+mod descriptors;
 mod dry_run;
 mod early;
 mod facts;

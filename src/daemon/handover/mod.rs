@@ -50,12 +50,9 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
-};
 use serde::{Deserialize, Serialize};
 
+use super::descriptors;
 use crate::model::peer::Role;
 
 /// Of what is handed over, and of how. Whatever changes either gets another one, and a daemon that
@@ -193,9 +190,6 @@ impl<T> Descriptors<T> {
     }
 }
 
-/// Most descriptors of a message: the kernel's limit (`SCM_MAX_FD`). 64 lanes have 128.
-const MOST: usize = 253;
-
 /// Longest message.
 const MAX_LINE: usize = 4_096;
 
@@ -211,18 +205,11 @@ impl Talk {
     }
 
     /// Says something, and gives descriptors with it.
-    fn say(&self, what: &impl Serialize, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    fn say(&self, what: &impl Serialize, given: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut text = serde_json::to_string(what)?;
         text.push('\n');
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors))
-        {
-            return Err(io::Error::other("too many descriptors"));
-        }
-        let parts = [io::IoSlice::new(text.as_bytes())];
         // A line is shorter than any buffer of a socket, so it goes whole.
-        match sendmsg(&self.0, &parts, &mut ancillary, SendFlags::NOSIGNAL)? {
+        match descriptors::send(&self.0, text.as_bytes(), given)? {
             sent if sent == text.len() => Ok(()),
             _ => Err(io::ErrorKind::WriteZero.into()),
         }
@@ -243,16 +230,7 @@ impl Talk {
         let (mut line, mut given) = (Vec::new(), Vec::new());
         while line.last() != Some(&b'\n') {
             let mut part = [0; MAX_LINE];
-            let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
-            let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-            let mut parts = [io::IoSliceMut::new(&mut part)];
-            let received =
-                recvmsg(&self.0, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?.bytes;
-            for message in ancillary.drain() {
-                if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-                    given.extend(descriptors);
-                }
-            }
+            let received = descriptors::receive(&self.0, &mut part, &mut given)?;
             if received == 0 || line.len() + received > MAX_LINE {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
