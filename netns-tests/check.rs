@@ -13,7 +13,6 @@
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::Command;
 use std::time::Duration;
 
 use ipmoved::internals::Role;
@@ -109,17 +108,9 @@ impl<'lab> Bench<'lab> {
 
     /// Gives a line to the shell, on this server.
     fn shell(&self, line: &str, envs: &[(&str, &str)]) -> Result<Output> {
-        let mut command = self.setup.command();
         let path = std::env::var("PATH").unwrap_or_default();
-        let mut shell = Command::new("sh");
-        shell.args(["-c", line]);
-        for (name, value) in command.get_envs() {
-            match value {
-                Some(value) => shell.env(name, value),
-                None => shell.env_remove(name),
-            };
-        }
-        command = shell;
+        let mut command = self.setup.beside("sh");
+        command.args(["-c", line]);
         command.env_remove("SSH_CONNECTION");
         command.env("PATH", format!("{}:{path}", self.bin.display()));
         command.envs(envs.iter().copied());

@@ -314,14 +314,7 @@ impl Terminal {
             "exec script -qefc 'stty cols {columns} rows {rows}; exec {exe} {args}' /dev/null < {}",
             keys.display()
         );
-        // What the command finds the daemon by.
-        let mut command = Command::new("sh");
-        for (name, value) in setup.command().get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
+        let mut command = setup.beside("sh");
         command.env("TERM", "xterm-256color").args(["-c", &run]);
         let process = setup.host(Role::Old).spawn(command)?;
         // Both ways, so that it does not wait for a reader.

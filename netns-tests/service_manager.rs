@@ -10,6 +10,7 @@ use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -128,7 +129,7 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
 
     let first = lab
         .new_server()
-        .spawn(service(&setup, &manager, Vec::new()))?;
+        .spawn(service(&setup, Role::New, manager.path(), &[]))?;
     let kept = manager.is_given()?;
     assert!(!kept.is_empty(), "nothing to keep");
     let first_memory = maps(&kept)?;
@@ -141,7 +142,9 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
     first.wait(STOP_TIMEOUT)?;
 
     let tap = lab.tap(Leg::New)?;
-    let second = lab.new_server().spawn(service(&setup, &manager, kept))?;
+    let second = lab
+        .new_server()
+        .spawn(service(&setup, Role::New, manager.path(), &kept))?;
     let kept = manager.is_given()?;
     assert_eq!(maps(&kept)?, first_memory);
     manager.hears(up)?;
@@ -158,7 +161,9 @@ fn the_service_manager_keeps_the_memory_of_flows_over_a_crash() -> Result {
     second.wait(STOP_TIMEOUT)?;
 
     // After an orderly end nothing of it is true any more.
-    let third = lab.new_server().spawn(service(&setup, &manager, kept))?;
+    let third = lab
+        .new_server()
+        .spawn(service(&setup, Role::New, manager.path(), &kept))?;
     let memory = maps(&manager.is_given()?)?;
     assert!(!memory.is_empty());
     assert!(memory.iter().all(|map| !first_memory.contains(map)));
@@ -179,33 +184,29 @@ fn maps(descriptors: &[OwnedFd]) -> Result<Vec<String>> {
     descriptors.iter().map(id).collect()
 }
 
-/// The daemon on the new server with the descriptors that its manager kept.
+/// A daemon with the descriptors that its manager, who is told at this socket, has kept.
 #[allow(
     unsafe_code,
     reason = "what a service manager does between fork and exec"
 )]
-fn service(setup: &DaemonSetup<'_>, manager: &Manager, kept: Vec<OwnedFd>) -> Command {
+pub(crate) fn service<'a>(
+    setup: &DaemonSetup<'_>,
+    role: Role,
+    manager: &Path,
+    kept: impl IntoIterator<Item = &'a OwnedFd>,
+) -> Command {
     /// `SD_LISTEN_FDS_START`.
     const FIRST: i32 = 3;
-    let daemon = setup.command();
-    let mut command = Command::new("sh");
-    for (name, value) in daemon.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
+    // Beyond the places where they belong, so that none overwrites another.
+    let beyond = |fd| rustix::io::fcntl_dupfd_cloexec(fd, 200).expect("descriptors are left");
+    let kept: Vec<OwnedFd> = kept.into_iter().map(beyond).collect();
+    let mut command = setup.beside("sh");
     command
         .args(["-c", r#"LISTEN_PID=$$ exec "$@""#, "sh"])
-        .arg(daemon.get_program())
-        .args(setup.daemon_args(Role::New))
-        .env("NOTIFY_SOCKET", manager.path())
+        .arg(setup.command().get_program())
+        .args(setup.daemon_args(role))
+        .env("NOTIFY_SOCKET", manager)
         .env("LISTEN_FDS", kept.len().to_string());
-    // Beyond the places where they belong, so that none overwrites another.
-    let kept: Vec<OwnedFd> = kept
-        .iter()
-        .map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, 64).expect("descriptors are left"))
-        .collect();
     let start = move || {
         for (fd, place) in kept.iter().zip(FIRST..) {
             // SAFETY: a plain system call; whatever stood there is not used before exec.
@@ -213,6 +214,7 @@ fn service(setup: &DaemonSetup<'_>, manager: &Manager, kept: Vec<OwnedFd>) -> Co
                 return Err(std::io::Error::last_os_error());
             }
         }
+        // As under the unit.
         rustix::thread::remove_capability_from_bounding_set(CapabilitySet::SYS_ADMIN)?;
         Ok(())
     };
@@ -233,7 +235,7 @@ impl Manager {
         Ok(Self(socket, path))
     }
 
-    fn path(&self) -> &std::path::Path {
+    fn path(&self) -> &Path {
         &self.1
     }
 

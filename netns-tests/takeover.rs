@@ -10,10 +10,9 @@
 use std::io::{self, BufRead, BufReader, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -27,9 +26,9 @@ use ipmoved::lab::topology::{self, Leg, MOVED, NEW};
 use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Process, poll_until};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
-use rustix::thread::CapabilitySet;
 use socket2::SockRef;
 
+use crate::service_manager::service;
 use crate::stage::{MEGABYTE, PATIENCE, RECOVERY, Result, setup, split};
 
 /// Of what the daemons hand over.
@@ -744,47 +743,12 @@ impl Manager {
         }
     }
 
-    #[allow(
-        unsafe_code,
-        reason = "what a service manager does between fork and exec"
-    )]
     fn command(&self, setup: &DaemonSetup<'_>, role: Role) -> Command {
-        /// `SD_LISTEN_FDS_START`.
-        const FIRST: i32 = 3;
-        let daemon = setup.command();
-        let mut command = Command::new("sh");
-        for (name, value) in daemon.get_envs() {
-            match value {
-                Some(value) => command.env(name, value),
-                None => command.env_remove(name),
-            };
-        }
         let store = self.store.lock().expect("no panic");
         let names: Vec<_> = store.iter().map(|(name, _)| name.as_str()).collect();
-        command
-            .args(["-c", r#"LISTEN_PID=$$ exec "$@""#, "sh"])
-            .arg(daemon.get_program())
-            .args(setup.daemon_args(role))
-            .env("NOTIFY_SOCKET", &self.path)
-            .env("LISTEN_FDS", store.len().to_string())
-            .env("LISTEN_FDNAMES", names.join(":"));
-        // Beyond the places where they belong, so that none overwrites another.
-        let beyond = |fd| rustix::io::fcntl_dupfd_cloexec(fd, 200).expect("descriptors are left");
-        let kept: Vec<OwnedFd> = store.iter().map(|(_, fd)| beyond(fd)).collect();
-        let start = move || {
-            for (fd, place) in kept.iter().zip(FIRST..) {
-                // SAFETY: a plain system call; whatever stood there is not used before exec.
-                if unsafe { libc::dup2(fd.as_raw_fd(), place) } < 0 {
-                    return Err(io::Error::last_os_error());
-                }
-            }
-            // As under the unit.
-            rustix::thread::remove_capability_from_bounding_set(CapabilitySet::SYS_ADMIN)?;
-            Ok(())
-        };
-        // SAFETY: between fork and exec only async-signal-safe calls are allowed; the closure makes
-        // bare system calls.
-        unsafe { command.pre_exec(start) };
+        let kept = store.iter().map(|(_, fd)| fd);
+        let mut command = service(setup, role, &self.path, kept);
+        command.env("LISTEN_FDNAMES", names.join(":"));
         command
     }
 }

@@ -161,17 +161,11 @@ fn a_log_that_nobody_reads_holds_up_neither_status_nor_the_end() -> Result {
     let setup = setup(&lab)?;
     let mut pipe = FullPipe::new(&lab)?;
     let daemon = setup.command();
-    let mut command = Command::new("sh");
+    let mut command = setup.beside("sh");
     command.args(["-c", "exec 2>\"$LOG\"; exec \"$0\" \"$@\""]);
     command
         .arg(daemon.get_program())
         .args(setup.daemon_args(Role::New));
-    for (name, value) in daemon.get_envs() {
-        match value {
-            Some(value) => command.env(name, value),
-            None => command.env_remove(name),
-        };
-    }
     // Every timer says something.
     command.env("LOG", &pipe.path).env("IPMOVED_LOG", "trace");
     let new = lab.new_server().spawn(command)?;

@@ -254,6 +254,18 @@ impl<'lab> DaemonSetup<'lab> {
         command
     }
 
+    /// Another program, in the environment of [`command`](Self::command): it finds the daemons.
+    pub fn beside(&self, program: &str) -> Command {
+        let mut beside = Command::new(program);
+        for (name, value) in self.command().get_envs() {
+            match value {
+                Some(value) => beside.env(name, value),
+                None => beside.env_remove(name),
+            };
+        }
+        beside
+    }
+
     fn side(&self, role: Role) -> &Side {
         match role {
             Role::Old => &self.old,
