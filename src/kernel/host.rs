@@ -794,6 +794,19 @@ mod tests {
             steering.plan(&self.netlink, uplinks, &tun.link).unwrap()
         }
 
+        /// What steers, with rules by mark and a route to the TUN, which needs it up.
+        fn steer_by_route(&self, tun: &Tun) -> Vec<Desired> {
+            let mut desired = self.steer(tun);
+            desired.extend(by_mark());
+            desired.push(Desired::with_tun(Change::Route(DefaultRoute {
+                family: Family::V4,
+                table: 254,
+                dev: Some((&tun.link).into()),
+                metric: 7,
+            })));
+            desired
+        }
+
         fn tun(&self) -> Tun {
             Tun::new(&self.netlink, "tun0", false)
         }
@@ -1189,15 +1202,7 @@ mod tests {
             let mut before = snapshot(netlink);
             let tun = stage.tun();
             let mut host = stage.host();
-            let mut desired = stage.steer(&tun);
-            desired.extend(by_mark());
-            desired.push(Desired::with_tun(Change::Route(DefaultRoute {
-                family: Family::V4,
-                table: 254,
-                dev: Some((&tun.link).into()),
-                metric: 7,
-            })));
-            host.reconcile(desired).unwrap();
+            host.reconcile(stage.steer_by_route(&tun)).unwrap();
             let untouched = snapshot(netlink);
             assert!(host.repair().made.is_empty());
             assert_eq!(snapshot(netlink), untouched);
@@ -1244,15 +1249,7 @@ mod tests {
             let before = snapshot(netlink);
             let tun = stage.tun();
             let mut host = stage.host();
-            let mut desired = stage.steer(&tun);
-            desired.extend(by_mark());
-            desired.push(Desired::with_tun(Change::Route(DefaultRoute {
-                family: Family::V4,
-                table: 254,
-                dev: Some((&tun.link).into()),
-                metric: 7,
-            })));
-            host.reconcile(desired).unwrap();
+            host.reconcile(stage.steer_by_route(&tun)).unwrap();
             let ours = sorted(snapshot(netlink));
 
             let mut other = Host::inherit(&stage.scratch.0, host.lock().unwrap()).unwrap();
