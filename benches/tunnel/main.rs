@@ -50,7 +50,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 use contenders::{Contender, Kind};
 use ipmoved::lab::{Lab, interrupt};
-use measures::Effort;
+use measures::{Effort, Wanted};
 use report::Report;
 
 mod contenders;
@@ -79,6 +79,14 @@ struct Args {
     /// Only contenders whose name contains one of these (comma-separated)
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only figures whose name contains one of these (comma-separated), on a sound path
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        conflicts_with = "page"
+    )]
+    figures: Vec<String>,
     /// Another ipmoved binary, as a contender of its own: before and after in one run
     #[arg(long)]
     against: Vec<PathBuf>,
@@ -153,7 +161,8 @@ fn run(args: &Args) -> Result<()> {
         })
         .collect::<Result<Vec<_>>>()?;
     let possible = impair::probe(&labs[0]);
-    if possible.is_err() {
+    let measured = Wanted(args.figures.clone());
+    if possible.is_err() || measured.is_some() {
         effort.impaired = 0;
     }
     let mut report = Report::new(rounds, effort);
@@ -185,7 +194,7 @@ fn run(args: &Args) -> Result<()> {
                 contender.name(),
                 started.elapsed().as_secs()
             );
-            let figures = measures::round(contender, &effort)
+            let figures = measures::round(contender, &effort, &measured)
                 .with_context(|| format!("{}, round {round}", contender.name()))?;
             report.add(contender.name(), figures);
             if round <= effort.impaired {
@@ -195,7 +204,7 @@ fn run(args: &Args) -> Result<()> {
             }
         }
     }
-    if args.flows || !args.quick {
+    if args.flows || !args.quick && !measured.is_some() {
         for few in contenders.iter().filter(|one| one.is_looked_into()) {
             eprint!("\rfilling the flow table of {:<24}", few.name());
             let lab = Lab::new()?;

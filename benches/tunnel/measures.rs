@@ -49,6 +49,23 @@ impl Effort {
     };
 }
 
+/// Which figures are measured: those whose name contains one of these, or all.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted(pub(crate) Vec<String>);
+
+impl Wanted {
+    /// Whether one of these is measured.
+    pub(crate) fn any(&self, names: &[&str]) -> bool {
+        let is_wanted = |name: &&str| self.0.iter().any(|part| name.contains(part.as_str()));
+        self.0.is_empty() || names.iter().any(is_wanted)
+    }
+
+    /// Whether something is left out.
+    pub(crate) fn is_some(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
 /// One step of the search for the highest rate without loss.
 const SEARCH_STEP: Duration = Duration::from_millis(350);
 /// Loss that counts as none.
@@ -272,53 +289,81 @@ pub(crate) fn at_rest(contender: &Contender<'_>) -> Result<Figures> {
 }
 
 /// The measurements of each round.
-pub(crate) fn round(contender: &Contender<'_>, effort: &Effort) -> Result<Figures> {
+pub(crate) fn round(
+    contender: &Contender<'_>,
+    effort: &Effort,
+    wanted: &Wanted,
+) -> Result<Figures> {
     let (lab, target) = (contender.lab(), contender.target());
     let mut figures = Figures::new();
-    let forward = stream(contender, FORWARD, effort.tcp)?;
-    figures.push(("tcp forward", forward.gbit_per_s));
-    figures.push(("cpu machine, forward", forward.machine));
-    if let Some([old, new]) = forward.daemons {
-        figures.extend([("cpu old, forward", old), ("cpu new, forward", new)]);
+    for (streams, rate, daemons, machine) in [
+        (
+            FORWARD,
+            "tcp forward",
+            Some(["cpu old, forward", "cpu new, forward"]),
+            Some("cpu machine, forward"),
+        ),
+        (
+            REVERSE,
+            "tcp reverse",
+            Some(["cpu old, reverse", "cpu new, reverse"]),
+            None,
+        ),
+        (FOUR, "tcp forward, 4 streams", None, None),
+    ] {
+        let names = [rate].into_iter().chain(daemons.into_iter().flatten());
+        if !wanted.any(&names.chain(machine).collect::<Vec<_>>()) {
+            continue;
+        }
+        let stream = stream(contender, streams, effort.tcp)?;
+        figures.push((rate, stream.gbit_per_s));
+        if let (Some(names), Some(times)) = (daemons, stream.daemons) {
+            figures.extend(names.into_iter().zip(times));
+        }
+        figures.extend(machine.map(|name| (name, stream.machine)));
     }
-    let reverse = stream(contender, REVERSE, effort.tcp)?;
-    figures.push(("tcp reverse", reverse.gbit_per_s));
-    if let Some([old, new]) = reverse.daemons {
-        figures.extend([("cpu old, reverse", old), ("cpu new, reverse", new)]);
-    }
-    let four = stream(contender, FOUR, effort.tcp)?;
-    figures.push(("tcp forward, 4 streams", four.gbit_per_s));
 
     for (datagrams, of_flood) in FLOODS {
         let names = of_flood.map(|figure| figure.name);
-        figures.extend(flooded(contender, datagrams, names, effort)?);
+        if wanted.any(&names) {
+            figures.extend(flooded(contender, datagrams, names, effort)?);
+        }
     }
 
-    let udp = exchange::udp(lab, target, QUERIES, effort.round_trips)?;
-    let tcp = exchange::tcp(lab, target, REQUESTS, effort.round_trips)?;
-    figures.extend([
-        ("round trips, udp 64 B, 32 at a time", udp),
-        ("round trips, tcp 100 B, 256 connections", tcp),
-    ]);
+    let udp = "round trips, udp 64 B, 32 at a time";
+    if wanted.any(&[udp]) {
+        let rate = exchange::udp(lab, target, QUERIES, effort.round_trips)?;
+        figures.push((udp, rate));
+    }
+    let tcp = "round trips, tcp 100 B, 256 connections";
+    if wanted.any(&[tcp]) {
+        let rate = exchange::tcp(lab, target, REQUESTS, effort.round_trips)?;
+        figures.push((tcp, rate));
+    }
 
-    let trips = load::pings(lab, target, effort.pings)?;
-    let percentile = |share: f64| {
-        let at = (trips.len() as f64 * share) as usize;
-        trips
-            .get(at.min(trips.len().saturating_sub(1)))
-            .map_or(f64::NAN, |trip| trip.as_secs_f64() * 1e3)
-    };
-    figures.extend([
-        ("ping, median", percentile(0.5)),
-        ("ping, 90 %", percentile(0.9)),
-        ("ping, 99 %", percentile(0.99)),
-    ]);
+    let pings = [
+        ("ping, median", 0.5),
+        ("ping, 90 %", 0.9),
+        ("ping, 99 %", 0.99),
+    ];
+    if wanted.any(&pings.map(|(name, _)| name)) {
+        let trips = load::pings(lab, target, effort.pings)?;
+        figures.extend(pings.map(|(name, share)| {
+            let at = (trips.len() as f64 * share) as usize;
+            let trip = trips
+                .get(at.min(trips.len().saturating_sub(1)))
+                .map_or(f64::NAN, |trip| trip.as_secs_f64() * 1e3);
+            (name, trip)
+        }));
+    }
     for (clients, name) in [
         (Clients::One, "connections, 1 client"),
         (Clients::Many, "connections, 250 clients"),
     ] {
-        let rate = load::connections(lab, target, clients, effort.connections)?;
-        figures.push((name, rate));
+        if wanted.any(&[name]) {
+            let rate = load::connections(lab, target, clients, effort.connections)?;
+            figures.push((name, rate));
+        }
     }
     Ok(figures)
 }
