@@ -258,7 +258,9 @@ fn others_do_not_suffer(
         }
         let sent = flooding.join().expect("the flood ends")?;
         println!("{sent} datagrams of the flood");
-        assert!(sent > 5_000, "{sent} are no flood");
+        // In the time that a slow machine takes for the rest, its flood is a slow one, too.
+        let slowness = patience(Duration::from_secs(1)).as_secs();
+        assert!(sent > 5_000 / slowness, "{sent} are no flood");
         Ok(())
     })?;
     assert!(resident(new.id()) < before + GROWTH, "the daemon grew");

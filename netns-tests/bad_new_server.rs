@@ -22,7 +22,7 @@ use rustix::thread::set_thread_res_uid;
 use socket2::{Domain, Socket, Type};
 
 use crate::impostor::Impostor;
-use crate::stage::{FAMILIES, PATIENCE, Result, moved, setup};
+use crate::stage::{FAMILIES, PATIENCE, Result, moved, setup, warnings};
 
 const WORDS: &[u8] = b"whom nobody has asked";
 
@@ -198,19 +198,17 @@ fn a_bad_new_server_reaches_nobody_but_clients() -> Result {
     assert_eq!(own.peers(), [], "what came to the old server itself");
 
     // People are told of one of them, a minute.
-    let warnings = poll_until(PATIENCE, Duration::from_millis(50), || {
-        let status = setup.status(Role::Old).ok()?;
-        let lines = status.0["warnings"].as_array()?.clone();
+    let warned = poll_until(PATIENCE, Duration::from_millis(50), || {
+        let lines = warnings(&setup, Role::Old).ok()?;
         (!lines.is_empty()).then_some(lines)
     });
     let said = "the new server sends TCP to 203.0.113.11 port 80, which no client's packet asked \
                 for; such packets are dropped (unasked)";
     let remedy = "; if its programs are to begin connections, add --allow-outgoing here and \
                   --outgoing there";
-    let [warning] = &warnings.unwrap_or_default()[..] else {
+    let [warning] = &warned.unwrap_or_default()[..] else {
         return Err(LabError::unexpected("not one warning"));
     };
-    let warning = warning.as_str().unwrap_or_default();
     assert!(warning.ends_with(&format!("{said}{remedy}")), "{warning}");
     Ok(())
 }

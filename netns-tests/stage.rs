@@ -101,6 +101,15 @@ pub(crate) fn is_before(version: (u32, u32)) -> bool {
     number().zip(number()).is_some_and(|it| it < version)
 }
 
+/// The warnings that `status` shows on one server. Kernels without Landlock are warned of for as
+/// long as a daemon runs, and no test is about them.
+pub(crate) fn warnings(setup: &DaemonSetup<'_>, role: Role) -> Result<Vec<String>> {
+    let status = setup.status(role)?.0;
+    let all = status["warnings"].as_array().into_iter().flatten();
+    let all = all.filter_map(|warning| warning.as_str().map(str::to_owned));
+    Ok(all.filter(|text| !text.contains("no Landlock")).collect())
+}
+
 /// The daemons of a lab with the command lines of the README, not started.
 pub(crate) fn setup(lab: &Lab) -> Result<DaemonSetup<'_>> {
     DaemonSetup::new(lab, exe())
