@@ -206,8 +206,9 @@ fn a_bad_new_server_reaches_nobody_but_clients() -> Result {
                 for; such packets are dropped (unasked)";
     let remedy = "; if its programs are to begin connections, add --allow-outgoing here and \
                   --outgoing there";
-    let [warning] = &warned.unwrap_or_default()[..] else {
-        return Err(LabError::unexpected("not one warning"));
+    let warned = warned.unwrap_or_default();
+    let [warning] = &warned[..] else {
+        return Err(LabError::unexpected(format!("not one warning: {warned:?}")));
     };
     assert!(warning.ends_with(&format!("{said}{remedy}")), "{warning}");
     Ok(())

@@ -175,10 +175,19 @@ impl TunnelStatus {
                 Some((text, vec![ask, there]))
             }
             State::Connecting | State::Down => {
-                let text = match self.role {
-                    Role::Old => format!("no packet passes: {at}, the new server, does not answer"),
-                    Role::New => format!("no packet comes: {at}, the old server, does not answer"),
+                let nothing = match self.role {
+                    Role::Old => "no packet passes",
+                    Role::New => "no packet comes",
                 };
+                if let (State::Down, Some(stopped)) = (self.state, self.stopped_s) {
+                    let ago = super::status::duration(stopped);
+                    let text = format!(
+                        "{nothing}: the daemon of {at}, the {other} server, was stopped {ago} ago"
+                    );
+                    let start = format!("on the {other} server: `systemctl start ipmoved`");
+                    return Some((text, vec![start]));
+                }
+                let text = format!("{nothing}: {at}, the {other} server, does not answer");
                 let there = format!(
                     "on the {other} server: `systemctl status ipmoved`, or `ipmoved status`"
                 );
@@ -251,6 +260,22 @@ mod tests {
         );
         let has_remedy = |it: &Problem| !it.remedies.is_empty() || it.text.contains("--accept");
         assert!(problems.iter().all(has_remedy), "{problems:?}");
+    }
+
+    #[test]
+    fn a_peer_that_was_stopped_is_not_looked_for_in_firewalls_and_keys() {
+        let mut status = example();
+        let tunnel = &mut status.tunnels[0];
+        (tunnel.state, tunnel.stopped_s) = (State::Down, Some(9));
+        let problems = status.problems();
+        assert_eq!(
+            problems[0].text,
+            "no packet comes: the daemon of 192.0.2.1:51850, the old server, was stopped 9 s ago"
+        );
+        assert_eq!(
+            problems[0].remedies,
+            ["on the old server: `systemctl start ipmoved`"]
+        );
     }
 
     #[test]
