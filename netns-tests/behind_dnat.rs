@@ -23,7 +23,7 @@ use crate::stage::{FAMILIES, PATIENCE, RECOVERY, Result, setup};
 const ESP: u8 = 50;
 
 /// The published ports: of TCP, and of UDP.
-const PORTS: [u16; 2] = [80, 53];
+pub(crate) const PORTS: [u16; 2] = [80, 53];
 
 /// Both families: where the client is, what it asks, and where the container is.
 fn ends() -> [[IpAddr; 3]; 2] {
@@ -36,7 +36,12 @@ fn ends() -> [[IpAddr; 3]; 2] {
 
 /// Docker's rules for one family, as `iptables-nft` writes them: a published port and, as
 /// `docker run` cannot and an administrator can, a protocol.
-fn docker_rules(family: &str, bridge_net: &str, container: &str, forward: &str) -> String {
+pub(crate) fn docker_rules(
+    family: &str,
+    bridge_net: &str,
+    container: &str,
+    forward: &str,
+) -> String {
     let icmp = if family == "ip" { "icmp" } else { "ipv6-icmp" };
     let to = |port: u16| match family {
         "ip" => format!("{container}:{port}"),

@@ -25,6 +25,7 @@ mod behind_dnat;
 mod check;
 mod confined;
 mod demo;
+mod dimensions;
 mod dry_run;
 mod each_state;
 mod endpoints;
