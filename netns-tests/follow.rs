@@ -146,6 +146,54 @@ fn replies_that_leave_by_an_uplink_that_came_later_go_through_the_tunnel() -> Re
     )
 }
 
+/// Without a default route everything leads into the TUN, the tunnel's own datagrams included.
+#[test]
+fn the_tunnel_does_not_go_through_itself_where_nothing_leads_to_its_peer() -> Result {
+    let lab = Lab::new()?;
+    let setup = setup(&lab)?;
+    let _udp = UdpService::start(lab.new_server(), (NEW, DNS))?;
+    let daemons = setup.start_both()?;
+    all_udp_is_served(&lab)?;
+    let default = Route {
+        via: Some("198.51.100.254".parse().map_err(failed)?),
+        ..Route::to(Ipv4Addr::UNSPECIFIED.into(), 0)
+    };
+    let change = |there: bool| {
+        lab.new_server().run(|| {
+            let netlink = Netlink::new().map_err(failed)?;
+            let done = match there {
+                true => netlink.add_route(&default),
+                false => netlink.delete_route(&default),
+            };
+            done.map_err(failed)
+        })
+    };
+    change(false)?;
+    let asks = lab.client().udp_socket((MOVED, DNS))?;
+    let turned_away = poll_until(patience(PATIENCE), Duration::from_millis(100), || {
+        asks.send(b"nobody hears the answer").ok()?;
+        let status = daemons.new.status().ok()?;
+        (status.all_drops().get("no_flow") > Some(&0)).then_some(status)
+    });
+    let status = turned_away.ok_or_else(|| LabError::unexpected("they do not come back"))?;
+    let sent = status.tunnel()["tx"]["packets"].as_u64();
+    change(true)?;
+    all_udp_is_served(&lab)?;
+    let asked = status.tunnel()["rx"]["packets"].as_u64();
+    assert!(sent <= asked, "{status:?}");
+    Ok(())
+}
+
+fn all_udp_is_served(lab: &Lab) -> Result {
+    let answered = poll_until(PATIENCE, Duration::ZERO, || {
+        let probe = lab
+            .client()
+            .probe_udp((MOVED, DNS), Duration::from_millis(500));
+        (probe.ok()? == Probe::Open).then_some(())
+    });
+    answered.ok_or_else(|| LabError::unexpected("UDP is not answered"))
+}
+
 #[test]
 fn a_filter_that_somebody_removes_is_back_at_once() -> Result {
     moved(|on| {

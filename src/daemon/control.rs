@@ -836,6 +836,15 @@ impl Control<'_> {
         }
     }
 
+    /// Tells the translation which packets are those of the tunnel to a peer.
+    fn tell_tunnel(&self, peer: PeerId) {
+        let endpoint = self.view.peers[index(peer)].endpoint;
+        let ends = endpoint.zip(self.udp.port().ok());
+        if let Some((translator, (to, from))) = self.view.forwarder.translator().zip(ends) {
+            translator.set_tunnel(peer, to.remote, from);
+        }
+    }
+
     fn event(&mut self, now: Instant, peer: PeerId, event: Event) {
         let view = &mut self.view.peers[index(peer)];
         match event {
@@ -859,6 +868,7 @@ impl Control<'_> {
                 view.endpoint = Some(endpoint);
                 self.view_changed = true;
                 self.set_homes(peer);
+                self.tell_tunnel(peer);
             }
             Event::Arrived(endpoint) => {
                 self.look_before_choosing(now);

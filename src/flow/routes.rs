@@ -52,10 +52,19 @@ pub(super) struct PeerRoutes {
     moved: Arc<ByAddress>,
     pub(super) delivery: Delivery,
     pub(super) outgoing: OutgoingRules,
+    /// The tunnel itself.
+    pub(super) tunnel: Option<Tunnel>,
     /// What is delivered elsewhere; made from the two above.
     maps: Arc<Maps>,
     /// Where conversations count, for each move.
     counted: Arc<[Counted]>,
+}
+
+/// The outer datagrams of a tunnel: where they go, and from which port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Tunnel {
+    pub(super) to: (Addr, u16),
+    pub(super) from: u16,
 }
 
 /// What one peer has moved.

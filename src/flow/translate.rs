@@ -36,7 +36,7 @@ use crate::flow::listing::{Place, Row};
 use crate::flow::lock;
 use crate::flow::networks::{Networks, OwnNetwork, RefusedSource};
 use crate::flow::outgoing::{self, OutgoingRules, Refusals, RefusedOutgoing};
-use crate::flow::routes::{Delivery, Moved, Routes};
+use crate::flow::routes::{Delivery, Moved, Routes, Tunnel};
 use crate::flow::seed::Seed;
 use crate::flow::table::{FlowStats, FlowTable, HandedFlow, Inside, Outside, Stage, seen_client};
 use crate::flow::tally::{Counted, Tallies, Tally};
@@ -267,6 +267,26 @@ impl Translator {
         self.change(|routes| routes.peer_mut(peer).outgoing = rules);
     }
 
+    /// Sets where the datagrams of the tunnel to `peer` go, and from which port of this host. They
+    /// come here where nothing else leads to the peer, and would go round for ever.
+    pub fn set_tunnel(&self, peer: PeerId, to: SocketAddr, from: u16) {
+        let tunnel = Tunnel {
+            to: (to.ip().into(), to.port()),
+            from,
+        };
+        self.change(|routes| routes.peer_mut(peer).tunnel = Some(tunnel));
+    }
+
+    /// Whether a packet of this host is one of a tunnel itself.
+    fn is_of_a_tunnel(&self, key: &Inside) -> bool {
+        let of = |tunnel: &Tunnel| {
+            tunnel.from == key.delivery_port && tunnel.to == (key.client, key.client_port)
+        };
+        let routes = self.routes.load();
+        let mut tunnels = routes.peers.iter().filter_map(|peer| peer.tunnel.as_ref());
+        key.protocol == UDP && tunnels.any(of)
+    }
+
     /// For each peer, a packet of this host that was refused since the last call.
     pub fn take_refused_outgoing(&self) -> BTreeMap<PeerId, RefusedOutgoing> {
         self.refused_outgoing.take()
@@ -387,6 +407,7 @@ impl Translator {
         };
         let outside = match found {
             Some(outside) => outside,
+            None if self.is_of_a_tunnel(&key) => return Err(DropReason::NoFlow.into()),
             None => match self.earlier(now, &key, parsed) {
                 Ok(outside) => outside,
                 Err(DropReason::NoFlow) => match self.call(now, bytes, parsed, partial) {
@@ -1452,6 +1473,32 @@ mod tests {
             bed.inbound(&mut request(Kind::IcmpReply).build()),
             Err(DropReason::NotMoved)
         );
+    }
+
+    #[test]
+    fn the_datagrams_of_a_tunnel_answer_no_client() {
+        for (here, peer) in [(DELIVERY, "192.0.2.1"), (DELIVERY6, "2001:db8:a::1")] {
+            let bed = Bed::simple();
+            let datagram = |from: u16, to: &str, port: u16| {
+                let plan = Plan {
+                    src_port: from,
+                    dst_port: port,
+                    ..Plan::new(Kind::Udp, here, to)
+                };
+                bed.outbound(&mut plan.build())
+            };
+            let to = SocketAddr::new(peer.parse().unwrap(), 51_850);
+            bed.translator.set_tunnel(PEER, to, 51_851);
+            assert_eq!(datagram(51_851, peer, 51_850), Err(DropReason::NoFlow));
+            // Others may be answers to clients of an earlier daemon, who may be there as well.
+            assert_eq!(datagram(51_851, peer, 51_849), Ok(PEER));
+            assert_eq!(datagram(51_850, peer, 51_850), Ok(PEER));
+            // It roams.
+            let to = SocketAddr::new(peer.parse().unwrap(), 40_000);
+            bed.translator.set_tunnel(PEER, to, 51_851);
+            assert_eq!(datagram(51_851, peer, 40_000), Err(DropReason::NoFlow));
+            assert_eq!(datagram(51_851, peer, 51_850), Ok(PEER));
+        }
     }
 
     #[test]

@@ -693,6 +693,7 @@ impl Control<'_> {
             }
         }
         knock(before, self.lanes);
+        self.policy.peers().for_each(|peer| self.tell_tunnel(peer));
         let now = Instant::now();
         for tunnel in &mut self.tunnels {
             // The peer hears by it where this server is now.
