@@ -1012,6 +1012,10 @@ impl Control<'_> {
                     self.tunnels[index(peer)].set_endpoint(now, Some(addr));
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
+                Action::WarnNoMore(peer, warning) => {
+                    let line = format!("{}: {warning}", self.policy.name(peer));
+                    self.warnings.withdraw(peer, &line);
+                }
             }
         }
         if inside {

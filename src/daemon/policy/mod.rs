@@ -242,6 +242,8 @@ pub(super) enum Action {
     Call(PeerId, SocketAddr),
     /// Tell an administrator.
     Warn(PeerId, Warning),
+    /// That is no longer so.
+    WarnNoMore(PeerId, Warning),
 }
 
 /// Something that an administrator has to know about a peer.
@@ -414,7 +416,7 @@ struct Peer {
     deliver: Option<Deliver>,
     /// Where it delivered last, family by family, though that address may be gone now.
     chosen: Chosen,
-    /// Why it cannot deliver everything (new server).
+    /// Why the new server cannot deliver everything, or says so.
     trouble: Option<Warning>,
     /// When an administrator was last told of what it sent and was not let out (old server).
     refused: Option<Instant>,
@@ -832,10 +834,13 @@ impl Policy {
                 self.moved_here(now, peer, moves, mtu);
             }
             (Role::Old, Announcement::New { deliver, error, .. }) => {
-                self.peers[index(peer)].deliver = Some(deliver);
-                if let Some(error) = error {
-                    self.warn(peer, Warning::FromNewServer(error));
-                }
+                let at = &mut self.peers[index(peer)];
+                at.deliver = Some(deliver);
+                let warning = error.map(Warning::FromNewServer);
+                let before = std::mem::replace(&mut at.trouble, warning.clone());
+                let over = before.filter(|before| Some(before) != warning.as_ref());
+                self.warn_no_more(peer, over);
+                self.warn_of(peer, warning);
             }
             // The handshake refuses two daemons of one role.
             (Role::Old, Announcement::Old { .. }) | (Role::New, Announcement::New { .. }) => {}
@@ -958,24 +963,23 @@ impl Policy {
         let peer = &mut self.peers[index(id)];
         peer.refused_moves += settled.refused as u64;
         if settled.refusals_changed {
-            let due = match refusals {
-                Some(warning) => peer.not_served.offer(now, warning),
-                None => {
-                    peer.not_served.withdraw();
-                    None
-                }
+            let (over, due) = match refusals {
+                Some(warning) => peer.not_served.replace(now, warning),
+                None => (peer.not_served.withdraw(), None),
             };
             self.warn_of(id, due);
         }
         if let Some(served) = settled.served {
             let peer = &mut self.peers[index(id)];
-            peer.accepts_all.withdraw();
-            if peer.accept.is_empty() && !served.is_empty() {
+            let (over, due) = if peer.accept.is_empty() && !served.is_empty() {
                 let moves = Arc::clone(&served);
                 let warning = Warning::AcceptsAll { moves, first_come };
-                let due = peer.accepts_all.offer(now, warning);
-                self.warn_of(id, due);
-            }
+                peer.accepts_all.replace(now, warning)
+            } else {
+                (peer.accepts_all.withdraw(), None)
+            };
+            self.warn_no_more(id, over);
+            self.warn_of(id, due);
             self.actions.push_back(Action::Serve(id, served));
         }
         self.deliver(id);
@@ -1014,6 +1018,7 @@ impl Policy {
         }
     }
 
+            self.warn_no_more(id, over);
     /// Tells of packets that were not let out, at times: the peer makes them as it likes, each to
     /// another address.
     fn refused(&mut self, now: Instant, id: PeerId, refused: Refused) {
@@ -1113,7 +1118,8 @@ impl Policy {
         if let Some(warning) = trouble.clone().filter(|_| news) {
             self.warn(id, warning);
         }
-        self.peers[index(id)].trouble = trouble;
+        let before = std::mem::replace(&mut self.peers[index(id)].trouble, trouble);
+        self.warn_no_more(id, before.filter(|_| news));
         self.announce(id);
     }
 
@@ -1236,3 +1242,8 @@ impl Policy {
         self.actions.extend(warning);
     }
 }
+    fn warn_no_more(&mut self, id: PeerId, warning: Option<Warning>) {
+        let warning = warning.map(|warning| Action::WarnNoMore(id, warning));
+        self.actions.extend(warning);
+    }
+

@@ -15,6 +15,8 @@ pub(super) struct Pace {
     next: Option<Instant>,
     /// The newest warning that came too early.
     waiting: Option<Warning>,
+    /// The newest that was given, until it is withdrawn.
+    given: Option<Warning>,
 }
 
 impl Pace {
@@ -24,9 +26,21 @@ impl Pace {
         self.due(now)
     }
 
-    /// What waited is no longer true.
-    pub(super) fn withdraw(&mut self) {
+    /// As [`offer`](Self::offer), where what was given before is no longer true if it was another
+    /// one: that is returned first.
+    pub(super) fn replace(
+        &mut self,
+        now: Instant,
+        warning: Warning,
+    ) -> (Option<Warning>, Option<Warning>) {
+        let over = self.given.take_if(|given| *given != warning);
+        (over, self.offer(now, warning))
+    }
+
+    /// What waited is no longer true, nor what was given: that is returned.
+    pub(super) fn withdraw(&mut self) -> Option<Warning> {
         self.waiting = None;
+        self.given.take()
     }
 
     /// What is due now.
@@ -36,6 +50,7 @@ impl Pace {
         }
         let due = self.waiting.take()?;
         self.next = Some(now + PACE);
+        self.given = Some(due.clone());
         Some(due)
     }
 }

@@ -163,6 +163,14 @@ fn warnings(actions: &[Action]) -> Vec<String> {
         .collect()
 }
 
+fn no_longer_so(actions: &[Action]) -> Vec<String> {
+    let no_more = actions.iter().filter_map(|action| match action {
+        Action::WarnNoMore(_, warning) => Some(warning.to_string()),
+        _ => None,
+    });
+    no_more.collect()
+}
+
 /// The last announcement to each peer: its number, and why not everything is delivered.
 fn told(actions: &[Action]) -> Vec<(PeerId, Option<String>)> {
     actions
@@ -657,6 +665,23 @@ fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() 
     let all = both.clone();
     let actions = new.does(Input::Addresses(own_addresses(all, both)));
     assert_eq!(told(&actions), [(OLD, None)]);
+    assert_eq!(no_longer_so(&actions), [why]);
+    // Nor does the old server go on saying so.
+    let mut old = Machine::new(Role::Old, vec![rules(ANYWHERE)], "");
+    let mut says = |error: Option<&str>| {
+        let announcement = Announcement::New {
+            deliver: Deliver::To { v4: None, v6: None },
+            mtu: 1_500,
+            error: error.map(str::to_owned),
+        };
+        old.does(Input::Announced(OLD, announcement))
+    };
+    let said = format!("the new server says: {why}");
+    assert_eq!(warnings(&says(Some(why))), [&*said]);
+    assert!(no_longer_so(&says(Some(why))).is_empty());
+    let actions = says(None);
+    assert!(warnings(&actions).is_empty());
+    assert_eq!(no_longer_so(&actions), [said]);
 }
 
 #[test]
