@@ -17,10 +17,12 @@ use std::time::{Duration, Instant};
 use ipmoved::internals::{DEFAULT_PORT, Role};
 use ipmoved::lab::topology::{CLIENT, CLIENT6, Leg, MOVED, MOVED6, NEW, NEW6, OLD, ROUTER_NEW};
 use ipmoved::lab::{
-    Capture, Client, DaemonSetup, Daemons, Lab, LabError, Probe, Service, UdpService, poll_until,
+    Capture, Client, DaemonSetup, Daemons, Lab, LabError, Probe, RawSocket, Service, UdpService,
+    poll_until,
 };
 use socket2::{Domain, Socket, Type};
 
+use crate::behind_dnat::shell;
 use crate::hairpin::{self, docker, run_container};
 use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, RECOVERY, Result, SILENCE, setup};
 
@@ -289,6 +291,7 @@ fn what_is_not_allowed_fails_at_once_and_never_leaves_bare() -> Result {
             "outgoing_off",
             "--outgoing",
         ),
+        (&[], &[], "outgoing_off", "--outgoing"),
         (
             &["--outgoing"],
             &[],
@@ -304,6 +307,12 @@ fn what_is_not_allowed_fails_at_once_and_never_leaves_bare() -> Result {
     ];
     for (new, old, reason, flag) in cases {
         let lab = Lab::new()?;
+        if new.is_empty() {
+            // Somebody else holds it here, and packets are delivered to another address.
+            let hold = "ip link add held type bridge; ip link set held up
+                ip addr add 192.0.2.5/32 dev held; ip addr add 2001:db8:a::5/128 dev held nodad";
+            shell(lab.new_server(), hold)?;
+        }
         let setup = both(&lab, new, old)?;
         let Daemons { old, new } = start(&setup)?;
         let tap = lab.tap(Leg::New)?;
@@ -314,6 +323,8 @@ fn what_is_not_allowed_fails_at_once_and_never_leaves_bare() -> Result {
             assert_eq!(probe, Probe::Unreachable, "{reason}");
             assert!(begun.elapsed() < SILENCE);
             assert!(bound(&lab).ping(other, 56).is_err());
+            let raw = RawSocket::open(lab.new_server(), bound(&lab).address_towards(other), 253)?;
+            raw.send(other, b"without ports")?;
             assert_ne!(bound(&lab).probe_udp((other, 25), SILENCE)?, Probe::Open);
         }
         let where_seen = if reason.is_empty() { &old } else { &new };

@@ -287,6 +287,17 @@ pub(super) enum Warning {
         family = delivery::family(.0)
     )]
     NowhereToDeliver(Move),
+    /// This server has an address itself that has moved here, and that its settings do not name.
+    #[error(
+        "{addr} has moved here, and this server has it itself: what programs begin that are bound \
+         to it leaves directly, from that address; to let nothing leave so, add --accept {moved}"
+    )]
+    HeldHere {
+        /// The address.
+        addr: IpAddr,
+        /// The move that it is part of.
+        moved: Move,
+    },
     /// `--deliver-to keep` could not be done.
     #[error("a moved address cannot be held: {0}")]
     NotHeld(String),
@@ -418,6 +429,8 @@ struct Peer {
     chosen: Chosen,
     /// Why the new server cannot deliver everything, or says so.
     trouble: Option<Warning>,
+    /// What this server has itself of what has moved here, though its settings do not name it.
+    held_here: Option<Warning>,
     /// When an administrator was last told of what it sent and was not let out (old server).
     refused: Option<Instant>,
     /// How many moves were refused, each time that it named one.
@@ -456,6 +469,7 @@ impl Peer {
             deliver: None,
             chosen: (None, None),
             trouble: None,
+            held_here: None,
             refused: None,
             refused_moves: 0,
             not_served: Pace::default(),
@@ -915,6 +929,43 @@ impl Policy {
             let action = told.map(|(places, complete)| Action::Places { places, complete });
             self.actions.extend(action);
         }
+        for id in self.peers() {
+            let held = self.held_here(id);
+            let before = std::mem::replace(&mut self.peers[index(id)].held_here, held.clone());
+            if before != held {
+                self.warn_no_more(id, before);
+                self.warn_of(id, held);
+            }
+        }
+    }
+
+    /// What this server has itself of what the peer has moved here, and leaves from there.
+    fn held_here(&self, id: PeerId) -> Option<Warning> {
+        let ends = self.ends();
+        let is_held = |addr: &IpAddr| {
+            let prefix = Prefix::from(*addr);
+            self.addresses.held.contains(&prefix) || self.left.contains(&prefix)
+        };
+        let own = self.addresses.all.iter().copied();
+        let own = own.filter(|addr| !addr.is_loopback() && !ends.contains(addr) && !is_held(addr));
+        let mut own = own.filter_map(|addr| {
+            let served = self.claims.served(id).iter();
+            let mut of = served.filter(|moved| moved.prefix.contains(addr));
+            Some((addr, of.find(|moved| !self.counts_as_kept(id, moved))?))
+        });
+        own.next().map(|(addr, moved)| Warning::HeldHere {
+            addr,
+            moved: moved.clone(),
+        })
+    }
+
+    /// The addresses that this server speaks to its peers from.
+    fn ends(&self) -> Vec<IpAddr> {
+        let ends = self.peers.iter().flat_map(|peer| {
+            let local = peer.endpoint.and_then(|endpoint| endpoint.local);
+            local.into_iter().chain(peer.speaks_from)
+        });
+        ends.collect()
     }
 
     /// What has moved here, as far as programs are concerned. What an earlier run left is among it
@@ -937,20 +988,18 @@ impl Policy {
         self.peers().flat_map(of_peer).chain(left)
     }
 
-    /// Whether what this host has of a served move by itself counts as moved. With `keep` the
-    /// settings name it, or it would be refused. With `--outgoing` alone nothing is refused for
-    /// being this host's own, but the address that it speaks to peers from remains its own.
+    /// Whether what this host has of a served move by itself counts as moved: if the settings name
+    /// it. With `keep` they do, or it would be refused. Otherwise nothing is refused for being this
+    /// host's own, but the address that it speaks to peers from remains its own.
     fn counts_as_kept(&self, id: PeerId, moved: &Move) -> bool {
         if self.keeps(id) {
             return true;
         }
-        let ends = self.peers.iter().flat_map(|peer| {
-            let local = peer.endpoint.and_then(|endpoint| endpoint.local);
-            local.into_iter().chain(peer.speaks_from)
-        });
-        self.holds(id)
-            && refusal::is_named(&self.peers[index(id)].accept, moved)
-            && !ends.into_iter().any(|end| moved.prefix.contains(end))
+        refusal::is_named(&self.peers[index(id)].accept, moved)
+            && !self
+                .ends()
+                .into_iter()
+                .any(|end| moved.prefix.contains(end))
     }
 
     /// Carries out what `claims` made of the moves of one peer.
@@ -967,6 +1016,7 @@ impl Policy {
                 Some(warning) => peer.not_served.replace(now, warning),
                 None => (peer.not_served.withdraw(), None),
             };
+            self.warn_no_more(id, over);
             self.warn_of(id, due);
         }
         if let Some(served) = settled.served {
@@ -1018,7 +1068,6 @@ impl Policy {
         }
     }
 
-            self.warn_no_more(id, over);
     /// Tells of packets that were not let out, at times: the peer makes them as it likes, each to
     /// another address.
     fn refused(&mut self, now: Instant, id: PeerId, refused: Refused) {
@@ -1237,13 +1286,13 @@ impl Policy {
         self.warn_of(id, Some(warning));
     }
 
-    fn warn_of(&mut self, id: PeerId, warning: Option<Warning>) {
-        let warning = warning.map(|warning| Action::Warn(id, warning));
-        self.actions.extend(warning);
-    }
-}
     fn warn_no_more(&mut self, id: PeerId, warning: Option<Warning>) {
         let warning = warning.map(|warning| Action::WarnNoMore(id, warning));
         self.actions.extend(warning);
     }
 
+    fn warn_of(&mut self, id: PeerId, warning: Option<Warning>) {
+        let warning = warning.map(|warning| Action::Warn(id, warning));
+        self.actions.extend(warning);
+    }
+}

@@ -685,6 +685,36 @@ fn without_an_address_of_its_family_a_move_is_not_delivered_and_both_are_told() 
 }
 
 #[test]
+fn what_this_server_has_itself_of_a_move_leaves_from_there_unless_its_settings_name_it() {
+    let has = |text: &str| {
+        let (all, uplink) = (addresses(text), addresses("198.51.100.2"));
+        Input::Addresses(own_addresses(all, uplink))
+    };
+    let both = "127.0.0.1 198.51.100.2 192.0.2.5";
+    for accept in ["", "192.0.2.0/24"] {
+        let mut new = Machine::reached(vec![accepting(ANYWHERE, accept)], "");
+        new.does(has(both));
+        let actions = new.moves(OLD, "192.0.2.5");
+        let said = warnings(&actions);
+        let [.., said] = &said[..] else {
+            panic!("{accept}: {actions:?}")
+        };
+        assert!(said.starts_with("192.0.2.5 has moved here, and this server has it"));
+        assert!(said.ends_with("add --accept 192.0.2.5"), "{said}");
+        assert!(warnings(&new.does(has(both))).is_empty(), "once");
+        // It has it no more, or the peer names it no more.
+        let actions = new.does(has("127.0.0.1 198.51.100.2"));
+        assert_eq!(no_longer_so(&actions), [&**said]);
+        new.does(has(both));
+        assert!(no_longer_so(&new.moves(OLD, "192.0.2.6")).contains(said));
+    }
+    // Where it speaks to its peers from is its own, whatever they name.
+    let mut new = Machine::reached(vec![accepting(ANYWHERE, "192.0.2.5 198.51.100.2")], "");
+    new.does(has(both));
+    assert!(warnings(&new.moves(OLD, "192.0.2.5 198.51.100.2")).is_empty());
+}
+
+#[test]
 fn a_delivery_address_that_goes_is_replaced_at_once() {
     let mut new = Machine::reached(vec![rules(ANYWHERE)], "");
     new.moves(OLD, "192.0.2.5");
