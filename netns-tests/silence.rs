@@ -508,6 +508,32 @@ fn what_takes_the_answers_is_named() -> Result {
     Ok(())
 }
 
+/// One of two: the other one still carries the tunnel.
+#[test]
+fn a_delivery_address_that_is_gone_is_named() -> Result {
+    let lab = Lab::new()?;
+    let new = lab.new_server();
+    sh(new, &["ip addr add 198.51.100.7/24 dev eth0"])?;
+    let setup = setup(&lab)?.moves(&["192.0.2.5:80/tcp"]);
+    let setup = setup.args(Role::New, &["--deliver-to", "198.51.100.7"]);
+    let _daemons = setup.start_both()?;
+    let delivered: std::net::IpAddr = "198.51.100.7".parse().unwrap();
+    let served = Service::start(new, at(delivered, 80))?;
+    lab.client().get(at(MOVED, 80))?.is_answered_by(delivered)?;
+    sh(new, &["ip addr del 198.51.100.7/24 dev eth0"])?;
+    ask(&lab, &[80])?;
+    becomes(
+        &setup,
+        Role::New,
+        "192.0.2.5:80/tcp",
+        ("silent", "not_here"),
+    )?;
+    sh(new, &["ip addr add 198.51.100.7/24 dev eth0"])?;
+    lab.client().get(at(MOVED, 80))?.is_answered_by(delivered)?;
+    drop(served);
+    Ok(())
+}
+
 /// The new server answers, and the old one cannot send it on; and nothing can come any more.
 #[test]
 fn what_does_not_leave_or_reach_the_old_server_is_named() -> Result {

@@ -22,6 +22,7 @@
 //! | `accept_queue` | new | the application does not take its connections |
 //! | `nothing_listens` | new | no socket is bound there |
 //! | `listens_on_loopback`, `listens_elsewhere`, `listens_on_ipv6` | new | one is, elsewhere |
+//! | `not_here` | new | the delivery address is not this server's |
 //! | `rejected` | new | a socket is there, and something refuses nevertheless |
 //! | `rule` | new | with a mark that a rule knows the route back is another |
 //! | `refused_source`, `not_accepted`, `no_delivery`, `flow_table_full`, `direct_connection`, \
@@ -959,6 +960,9 @@ impl Watcher {
         let refused = thing.verdict == Verdict::Refused;
         let is_own = self.own.contains(&to.ip());
         let mut causes = Vec::new();
+        if !is_own {
+            causes.extend(not_here(to.ip(), around.netlink));
+        }
         // From what is not its own the kernel finds no route at all.
         let (mut astray, mut dropped) = (Vec::new(), Vec::new());
         if let Some(client) = client.filter(|_| !refused && is_own) {
@@ -1213,6 +1217,18 @@ fn firewall() -> Cause {
         "look at `nft list ruleset` and `iptables-save -c` for drops in input, forward and output"
             .into(),
     )
+}
+
+/// That packets are delivered to an address which this server does not have, if that is so: it is
+/// gone, or no route makes a prefix this server's.
+fn not_here(to: IpAddr, netlink: &Netlink) -> Option<Cause> {
+    let route = netlink.route_get(to, None, None);
+    let is_here = route.is_ok_and(|route| route.kind == RouteKind::Local);
+    (!is_here).then(|| {
+        let text = format!("{to}, where that is delivered, is not an address of this server");
+        let remedy = "give it this address, or deliver to another one (--deliver-to, --deliver)";
+        cause("not_here", text, remedy.into())
+    })
 }
 
 /// Whether the kernel knows a way for the answers, from where is delivered to a client.
