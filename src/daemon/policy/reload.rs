@@ -13,6 +13,7 @@
 //! A move that the settings no longer have *leaves*: this server answers what is new, and what the
 //! new server has goes on there until it ends. Only then is the new server told that it is gone.
 
+use std::collections::HashSet;
 use std::fmt::Display;
 use std::time::Instant;
 
@@ -172,12 +173,13 @@ impl Running {
             names: self.names,
         };
         let named: Vec<Move> = next.moves().into_iter().map(|(_, moved)| moved).collect();
+        let known: HashSet<&Move> = named.iter().collect();
         let before = self.moves().into_iter().chain(self.leaving.iter().cloned());
         for (id, moved) in before {
             // In the place of one that is gone there may be another already.
             let ended = (steps.iter()).any(|(of, step)| *of == id && *step == Step::Ends);
             let stays = !ended && next.peers.get(index(id)).is_some_and(Option::is_some);
-            if stays && !named.contains(&moved) {
+            if stays && !known.contains(&moved) {
                 let left = rest(&moved, &named).into_iter();
                 next.leaving.extend(left.map(|moved| (id, moved)));
             }
