@@ -1167,7 +1167,7 @@ impl Control<'_> {
         self.have_addresses(now, &held);
         let (host, known) = (&mut *self.host, &mut self.warnings);
         let broken = self.repairer.repair(now, host, known);
-        self.follower.plan_again(now, host, broken, known);
+        self.follower.plan_again(now, host, &broken, known);
         if let Some(wanted) = self.holding.clone().filter(|_| other_links) {
             // Links that are new have to keep quiet about these addresses, too.
             let result = self.hold(&wanted).map_err(|error| error.to_string());

@@ -385,8 +385,9 @@ impl Threads {
 /// Looks after the kernel changes while the daemon runs.
 #[derive(Default)]
 pub(super) struct Repairer {
-    /// Changes that somebody has taken away and that cannot be made again.
-    broken: Vec<Change>,
+    /// Changes that somebody has taken away and that cannot be made again, and whether that was
+    /// told. What goes with its interface is wanted no more by the next look.
+    broken: Vec<(Change, bool)>,
 }
 
 impl Repairer {
@@ -396,22 +397,43 @@ impl Repairer {
         now: Instant,
         host: &mut Host,
         known: &mut Warnings,
-    ) -> &[Change] {
-        let Repairs { made, failed } = host.repair();
+    ) -> Vec<Change> {
+        self.tell(now, host.repair(), known)
+    }
+
+    fn tell(&mut self, now: Instant, repairs: Repairs, known: &mut Warnings) -> Vec<Change> {
+        let Repairs { made, failed } = repairs;
         for change in made {
             if known.keep(now, format!("somebody removed {change}; it is back")) {
                 warn!(%change, "somebody removed a kernel change; it is back");
             }
         }
-        for Failure { change, reason } in &failed {
-            let text = format!("{change} is gone and cannot be made again: {reason}");
-            if !self.broken.contains(change) && known.keep(now, text) {
-                warn!(%change, reason, "a kernel change is gone and cannot be made again");
+        let before = std::mem::take(&mut self.broken);
+        for (change, _) in before.iter().filter(|(_, told)| *told) {
+            if !failed.iter().any(|failure| failure.change == *change) {
+                let line = cannot_be_made(change);
+                known.withdraw_own(|it| it.starts_with(&line));
             }
         }
-        self.broken = failed.into_iter().map(|failure| failure.change).collect();
-        &self.broken
+        for Failure { change, reason } in failed {
+            let known_before = before.iter().find(|(it, _)| *it == change);
+            if matches!(known_before, Some((_, false)))
+                && known.keep(now, format!("{}: {reason}", cannot_be_made(&change)))
+            {
+                warn!(%change, reason, "a kernel change is gone and cannot be made again");
+            }
+            self.broken.push((change, known_before.is_some()));
+        }
+        self.broken
+            .iter()
+            .map(|(change, _)| change.clone())
+            .collect()
     }
+}
+
+/// How an administrator is told of it.
+fn cannot_be_made(change: &Change) -> String {
+    format!("{change} is gone and cannot be made again")
 }
 
 /// Warns of what was not understood of an earlier run's journal.
@@ -472,6 +494,7 @@ fn undo(host: &mut Host) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernel::change::Sysctl;
 
     #[test]
     fn an_error_says_what_its_cause_says_and_leads_to_it() {
@@ -495,6 +518,41 @@ mod tests {
         assert!(matches!(exists, DaemonError::Input(_)), "{exists:?}");
         let denied = DaemonError::from(TunError::Permission("ipmoved0".into()));
         assert!(matches!(denied, DaemonError::System(_)), "{denied:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_made_again_is_told_from_the_second_look_on_and_while_it_is_so() {
+        let (now, mut repairer, mut known) =
+            (Instant::now(), Repairer::default(), Warnings::new(0));
+        let change = |path: &str| {
+            Change::Sysctl(Sysctl {
+                path: path.into(),
+                from: "0".into(),
+                to: "1".into(),
+                on: None,
+            })
+        };
+        let mut look = |failed: &[&str]| {
+            let failed = failed.iter().map(|path| Failure {
+                change: change(path),
+                reason: "the interface is gone".into(),
+            });
+            let repairs = Repairs {
+                made: Vec::new(),
+                failed: failed.collect(),
+            };
+            let broken = repairer.tell(now, repairs, &mut known);
+            (broken.len(), known.lines().len())
+        };
+        assert_eq!(
+            look(&["a", "b"]),
+            (2, 0),
+            "they may go with their interface"
+        );
+        assert_eq!(look(&["b"]), (1, 1));
+        assert_eq!(look(&["b", "c"]), (2, 1));
+        assert_eq!(look(&["c"]), (1, 1), "one is over, and another one is not");
+        assert_eq!(look(&[]), (0, 0));
     }
 
     /// Runs until told to stop.
