@@ -123,6 +123,58 @@ fn answers_from_a_new_port_find_the_tunnel_and_the_client_goes_on_with_it() -> R
     Ok(())
 }
 
+/// Signalling says where media goes, and either side may be the first to send some.
+#[test]
+fn media_that_the_new_server_sends_first_goes_through_the_tunnel_once_its_client_speaks() -> Result
+{
+    let lab = Lab::new()?;
+    let ports = "5060,10000-10063/udp";
+    let moves = [format!("{MOVED}:{ports}"), format!("[{MOVED6}]:{ports}")];
+    let moves = moves.each_ref().map(String::as_str);
+    let setup = setup(&lab)?.moves(&moves).accept_what_moves();
+    let daemons = setup.start_both()?;
+    let bind = |host: &Namespace, addr: IpAddr, port| {
+        host.run(|| {
+            let socket = UdpSocket::bind((addr, port)).map_err(failed)?;
+            let wait = Some(Duration::from_millis(300));
+            socket.set_read_timeout(wait).map_err(failed)?;
+            Ok(socket)
+        })
+    };
+    for [new, moved] in ENDS {
+        let client = lab.client().address_towards(moved);
+        let hear = |socket: &UdpSocket| {
+            let (length, from) = socket.recv_from(&mut [0; 100]).ok()?;
+            (length > 0).then_some(from)
+        };
+        for (called, port) in [(moved, 10_000), (new, 10_002)] {
+            let media = bind(lab.new_server(), new, port)?;
+            let phone = bind(lab.clients(), client, 40_000 + port / 10)?;
+            let to = phone.local_addr().map_err(failed)?;
+            // It comes from an address that may not have been called.
+            for _ in 0..2 {
+                media.send_to(b"early", to).map_err(failed)?;
+                hear(&phone).ok_or_else(|| LabError::unexpected("it does not leave"))?;
+            }
+            let heard = poll_until(PATIENCE, Duration::ZERO, || {
+                phone.send_to(b"media", (called, port)).ok()?;
+                hear(&media)
+            });
+            assert_eq!(heard, Some(to), "{called}");
+            // Nothing is on its way any more that was sent before.
+            while hear(&media).is_some() {}
+            for _ in 0..3 {
+                let from = poll_until(PATIENCE, Duration::ZERO, || {
+                    media.send_to(b"late", to).ok()?;
+                    hear(&phone)
+                });
+                assert_eq!(from, Some(SocketAddr::new(called, port)));
+            }
+        }
+    }
+    daemons.terminate()
+}
+
 /// The socket answers from the address that the route prefers, which is not the one that clients'
 /// packets are delivered to.
 #[test]

@@ -67,7 +67,7 @@ use crate::kernel::look;
 use crate::kernel::netlink::{Address, Family, Link, Netlink};
 use crate::kernel::programs::{self, PeerTargets};
 use crate::kernel::steer::Steering;
-use crate::kernel::{Change, Host, Place, keep};
+use crate::kernel::{Change, Host, Place, keep, named_ports};
 use crate::lane::shared::{LaneCounters, LaneView, PeerView, Shared};
 use crate::lane::{BusyLanes, Holding, LaneError, ToControl, Waiting};
 use crate::model::asked::Asked;
@@ -1083,6 +1083,7 @@ impl Control<'_> {
 
     /// Lets those inside have what is served: this host, and those behind it.
     fn serve_inside(&mut self, now: Instant) {
+        self.name_ports(now);
         // What the old server serves as yet is reached there, as by anybody else.
         let mut of_peers = self.policy.served_inside();
         for (peer, moves) in (0..).map(PeerId).zip(&mut of_peers) {
@@ -1306,6 +1307,17 @@ impl Control<'_> {
         });
         let flows = flows.unwrap_or_default();
         translator.set_moves_again(now, peer, moves, &handed, &flows);
+    }
+
+    /// Tells the programs from which UDP ports this host speaks for what has moved.
+    fn name_ports(&mut self, now: Instant) {
+        let named = |peer| named_ports(self.policy.moves(peer).iter(), self.policy.maps(peer));
+        let ports = self.policy.peers().flat_map(named).collect();
+        let told = (self.follower.steering()).map(|it| it.name_ports(&ports));
+        if let Some(Err(error)) = told {
+            let text = format!("the programs do not know which ports have moved here: {error}");
+            self.warnings.warn(now, text);
+        }
     }
 
     /// Tells the programs what addresses are.

@@ -20,7 +20,7 @@
 //! would leave with the new server's own address, which resets the client's connection. The next
 //! daemon takes over what they know.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
@@ -304,6 +304,15 @@ impl Steering {
         complete: bool,
     ) -> Result<(), BpfError> {
         self.maps.set_places(places, complete)
+    }
+
+    /// From now on these are the UDP ports of this host that are named by what has moved, as
+    /// [`named_ports`](programs::named_ports) finds them.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn name_ports(&mut self, ports: &BTreeSet<(u16, u16)>) -> Result<(), BpfError> {
+        self.maps.name_ports(ports)
     }
 
     /// From now on this is the control group that a rule names, by its number among them; 0 if

@@ -24,7 +24,10 @@
 //!     if (it began here) pass;
 //!     if (now - flow->heard <= GONE_OVER) { flow->asked_directly = now; pass; }
 //!     delete(flows, key);
-//! } else if (ICMP || lookup(own, key) || (come = lookup(in, key)) && !come->unawaited) pass;
+//! } else if (ICMP || (it = lookup(own, key)) || (come = lookup(in, key)) && !come->unawaited) {
+//!     if (it) it->seen |= HEARD_DIRECTLY;                     // see `named`
+//!     pass;
+//! }
 //! update(in, key, { unawaited = UDP && no socket waits; as it was: answered });
 //! pass:   return TC_ACT_UNSPEC;
 //! ```
@@ -37,6 +40,7 @@ use super::flows::{
     FLOW_UNAWAITED, FlowMaps, GONE_OVER, VALUE, count, enter, jump_if_within, look_up, remove,
 };
 use super::headers::{ipv4, ipv6, ports, sock, tcp};
+use super::named::hear_directly;
 use super::parse::{Side, Ways, load_syn, parse, sort_out};
 use super::phrases::{
     PROTOCOL, TC_ACT_UNSPEC, count_as_for_this_host, jump_if_icmp, jump_if_v6,
@@ -108,8 +112,12 @@ pub fn arrivals(maps: &FlowMaps, l2_header: u32, tunnel_port: u16) -> Result<Pro
     a.jump(pass);
     a.bind(unknown);
     jump_if_icmp(a, pass);
+    let not_own = a.label();
     look_up(a, &maps.own);
-    a.jump_if_wide(R0, If::Ne, 0, pass);
+    a.jump_if_wide(R0, If::Eq, 0, not_own);
+    hear_directly(a);
+    a.jump(pass);
+    a.bind(not_own);
     look_up(a, &maps.direct);
     a.jump_if_wide(R0, If::Eq, 0, new);
     a.load(Size::Dw, R0, R0, 0);

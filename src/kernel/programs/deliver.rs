@@ -30,7 +30,8 @@
 //!     && !storage(sockets, socket)
 //!     && !(now < counters[GRACE] && sequence and acknowledgment fit the socket)) direct;
 //! if (!ICMP && (conversation = lookup(own, key))
-//!     && !CLOSED && now - conversation->seen <= OWN_KEPT) direct;
+//!     && !CLOSED && now - conversation->seen <= OWN_KEPT
+//!     && !(it is taken over)) direct;                             // see `named`
 //! new: note = TCP ? SYN : UDP ? no socket waits : 0;
 //! if (update(flows, key, { now, now, 0, entrance = by_route, note })) { count; drop; }
 //! relate(flow);                              // see `related`
@@ -58,6 +59,7 @@ use super::flows::{
 };
 use super::headers::{ethernet, fib, skb, sock, tcp, tcp_sock};
 use super::inside::{jump_if_answer, key_by_addresses};
+use super::named::take_over;
 use super::parse::{FLAGS, HEADER, Side, Ways, load_syn, parse};
 use super::phrases::{
     BPF_F_INGRESS, DELIVERED, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, add_empty_header,
@@ -275,6 +277,7 @@ fn jump_if_direct(a: &mut Assembler, maps: &FlowMaps, no: Label) {
     jump_if_within(a, (R7, 0), OWN_KEPT, aged);
     a.jump(no);
     a.bind(aged);
+    take_over(a, maps, R7, no);
     a.bind(yes);
 }
 

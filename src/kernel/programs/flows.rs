@@ -18,7 +18,8 @@
 //!            anything, of UDP whether no socket of this host has waited for it (1), or whether it
 //!            began here (2). Of TCP `asked_directly` says whether a host behind this one answers
 //! own        struct { u64 seen_or_closed; }
-//!            conversations of this host, and of hosts behind it, that never went by the tunnel
+//!            conversations of this host, and of hosts behind it, that never went by the tunnel;
+//!            without TCP the lowest bit says whether its other end has spoken directly
 //!            also, without their local end, the remote ends of UDP to which it spoke first
 //! in         u64 unawaited_or_answered
 //!            requests that came directly: bits of whether no socket waited for it, and whether its
@@ -28,6 +29,7 @@
 //! links      by index, or FIRST: struct { u32 ifindex; u32 header; u8 mac[6]; u8 pad[2]; }
 //!            the links at which what comes out of the tunnel may arrive
 //! shifted    second connections of a client with the same ports, see `shifted`
+//! named      by the upper bits of a port: u64, see `named`
 //! places     by prefix: u32, see `places`
 //!            addresses that have moved, that are this host's own, or near
 //! cgroups    u64, by rule of `--outgoing`: the control group that it names, or 0
@@ -56,6 +58,7 @@ use super::directly::DIRECTLY;
 use super::headers::{fib, icmpv4, icmpv6};
 use super::inside::Inside;
 use super::loopback::Loopback;
+use super::named::Named;
 use super::phrases::{PROTOCOL, begin_route_lookup, jump_if_v6, look_up_at, look_up_route};
 use super::places::{Place, Places};
 use super::related::RELATED_BYTES;
@@ -203,6 +206,8 @@ pub struct FlowMaps {
     /// What of that the kernel keeps on `lo`.
     pub(super) loopback: Loopback,
     pub(super) places: Places,
+    /// Ports of this host that are named by what has moved.
+    pub(super) named: Named,
     pub(super) cgroups: Map,
     /// None where the kernel has no such maps.
     pub(super) sockets: Option<Map>,
@@ -304,6 +309,7 @@ impl FlowMaps {
             inside: Inside::new(|_| None)?,
             loopback: Loopback::new(|_| None)?,
             places: Places::new()?,
+            named: Named::new()?,
             cgroups: Map::new(CGROUPS)?,
             sockets: sockets()?,
         })
@@ -348,6 +354,7 @@ impl FlowMaps {
             inside: Inside::new(find)?,
             loopback: Loopback::new(find)?,
             places: Places::found(descriptors)?,
+            named: Named::new()?,
             cgroups: Map::new(CGROUPS)?,
             sockets: match find(SOCKETS) {
                 Some(map) => Some(map),

@@ -31,6 +31,7 @@
 //!   parse     how the steering programs and the one below read a packet
 //!   places    what the new server's programs know of addresses
 //!   outgoing  what begins on the new server
+//!   named     its ports from which it may be the first to speak to a client
 //!   own       what the old server remembers of the conversations that it has itself
 //!   stays     which packets capture leaves to it
 //!   another_port  which of them come from another port than it spoke to
@@ -74,6 +75,7 @@ mod listens;
 mod loopback;
 mod modes;
 mod moved;
+mod named;
 mod note_own;
 mod outgoing;
 mod own;
@@ -101,6 +103,7 @@ pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
 pub use listens::Listening;
 pub use loopback::{LOOPBACK, PeerTargets, loopback};
+pub use named::named_ports;
 pub use note_own::{NOTE_OWN, note_own};
 pub use outgoing::Chosen;
 pub use own::Own;
@@ -184,8 +187,8 @@ mod tests {
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
         // Without a header, what arrives has its headers pulled, and is read from the IP header on.
-        let mut all: Vec<_> = of(0, [1530, 1246, 1149, 1274, 2281, 941, 917, 320, 526]).collect();
-        all.extend(of(14, [1512, 1246, 1149, 1274, 2281, 930, 897, 316, 576]));
+        let mut all: Vec<_> = of(0, [1530, 1246, 1149, 1307, 2286, 946, 917, 320, 526]).collect();
+        all.extend(of(14, [1512, 1246, 1149, 1307, 2286, 935, 897, 316, 576]));
         all.push((loopback(&maps, true).unwrap(), 1100));
         all.push((loopback(&maps, false).unwrap(), 1103));
         // Where the new server may begin connections from any port.

@@ -78,10 +78,11 @@ use super::directly::{count_answer, count_connection, count_end};
 use super::flows::{
     ANSWERED_DIRECTLY, BEGUN_HERE, CLOSED, Counter, FLOW_ASKED_DIRECTLY, FLOW_BEHIND, FLOW_OPENING,
     FLOW_SEEN, FLOW_UNAWAITED, FlowMaps, KEY_LAST, REFRESH, REPLY_IDLE, VALUE, counter_at, enter,
-    enter_now, jump_if_within, look_up, remove,
+    jump_if_within, look_up, remove,
 };
 use super::headers::{ports, skb, sock};
 use super::inside::{jump_if_call, jump_if_query};
+use super::named::{enter_begun, refresh_begun};
 use super::outgoing::{Chosen, keep_from_leaving, take_by_port};
 use super::parse::{
     FLAGS, Side, Ways, follow_first_fragment, forget_first_fragment, load_syn, parse,
@@ -330,7 +331,7 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label)
     a.bind(refresh);
     a.mov(FLOW, R0);
     jump_if_within(a, (FLOW, 0), REFRESH, fresh);
-    a.store(Size::Dw, FLOW, 0, R0);
+    refresh_begun(a, FLOW);
     remember_remote_end(a, maps);
     a.bind(fresh);
     a.jump(done);
@@ -338,7 +339,7 @@ fn remember_own(a: &mut Assembler, maps: &FlowMaps, related: Label, done: Label)
     count_end(a, maps);
     a.bind(new);
     remember_remote_end(a, maps);
-    enter_now(a, &maps.own);
+    enter_begun(a, maps);
     a.jump(done);
     a.bind(closed);
     a.store(Size::Dw, R10, VALUE, CLOSED);
