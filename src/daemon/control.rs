@@ -1002,6 +1002,10 @@ impl Control<'_> {
                     self.tunnels[index(peer)].set_endpoint(now, Some(addr));
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
+                Action::Withdraw(peer, warning) => {
+                    let name = self.policy.name(peer);
+                    self.warnings.withdraw(peer, &format!("{name}: {warning}"));
+                }
             }
         }
         if inside {

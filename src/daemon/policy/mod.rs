@@ -242,6 +242,8 @@ pub(super) enum Action {
     Call(PeerId, SocketAddr),
     /// Tell an administrator.
     Warn(PeerId, Warning),
+    /// What an administrator was told is true no more.
+    Withdraw(PeerId, Warning),
 }
 
 /// Something that an administrator has to know about a peer.
@@ -400,6 +402,8 @@ struct Peer {
     allow_outgoing: Vec<AllowOutgoing>,
     /// Whether it lets out what begins here, once it has said so (new server).
     lets_out: Option<bool>,
+    /// An administrator was told that it does not, though the settings want it.
+    outgoing_refused: bool,
     /// Where the settings say it is, names looked up.
     known_at: Option<IpAddr>,
     /// `None` if the settings give an address instead of a name.
@@ -446,6 +450,7 @@ impl Peer {
             outgoing: rules.outgoing,
             allow_outgoing: rules.allow_outgoing,
             lets_out: None,
+            outgoing_refused: false,
             known_at: rules.known_at,
             endpoint: None,
             names_us: None,
@@ -824,11 +829,7 @@ impl Policy {
             ) => {
                 self.peers[index(peer)].names_us = reached;
                 self.peers[index(peer)].lets_out = Some(outgoing);
-                let rules = self.outgoing_rules(peer);
-                if rules.on && !outgoing {
-                    self.warn(peer, Warning::OutgoingNotAllowed);
-                }
-                self.actions.push_back(Action::Outgoing(peer, rules));
+                self.set_outgoing(peer);
                 self.moved_here(now, peer, moves, mtu);
             }
             (Role::Old, Announcement::New { deliver, error, .. }) => {
@@ -840,6 +841,20 @@ impl Policy {
             // The handshake refuses two daemons of one role.
             (Role::Old, Announcement::Old { .. }) | (Role::New, Announcement::New { .. }) => {}
         }
+    }
+
+    /// Says what may leave from a peer's moved addresses, and whether the old server is in the way.
+    fn set_outgoing(&mut self, id: PeerId) {
+        let rules = self.outgoing_rules(id);
+        let refused = rules.on && rules.allowed == Some(false);
+        let was = std::mem::replace(&mut self.peers[index(id)].outgoing_refused, refused);
+        if refused {
+            self.warn(id, Warning::OutgoingNotAllowed);
+        } else if was {
+            self.actions
+                .push_back(Action::Withdraw(id, Warning::OutgoingNotAllowed));
+        }
+        self.actions.push_back(Action::Outgoing(id, rules));
     }
 
     /// The old server announced what it has moved here.
@@ -1069,12 +1084,7 @@ impl Policy {
         if self.role != Role::New || self.peers[index(id)].endpoint.is_none() {
             return;
         }
-        let wanted = self.wanted_here();
-        // What was done already is not done again, though what failed is tried again.
-        if wanted != self.wanted || self.not_held.is_some() {
-            self.wanted = wanted.clone();
-            self.actions.extend(wanted.map(Action::Hold));
-        }
+        self.hold();
         let Some((deliver, delivery)) = self.choose(id) else {
             return;
         };
@@ -1139,6 +1149,22 @@ impl Policy {
         wanted.sort_unstable();
         wanted.dedup();
         Some(wanted)
+    }
+
+    /// Has the moved addresses held that are to be. Once no peer wants any, all are let go.
+    fn hold(&mut self) {
+        let wanted = self.wanted_here();
+        let lets_go = wanted.is_none() && !self.left.is_empty();
+        if lets_go {
+            self.left.clear();
+        }
+        // What was done already is not done again, though what failed is tried again.
+        if wanted == self.wanted && self.not_held.is_none() && !lets_go {
+            return;
+        }
+        self.wanted = wanted.clone();
+        self.actions
+            .push_back(Action::Hold(wanted.unwrap_or_default()));
     }
 
     fn held(&mut self, failure: Option<String>) {
