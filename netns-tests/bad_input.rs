@@ -11,6 +11,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
@@ -243,6 +244,36 @@ fn without_privileges_one_line_says_so() -> Result {
     })?;
     assert_eq!(complaint(&said, SYSTEM, "CAP_NET_ADMIN"), None);
     Ok(())
+}
+
+#[test]
+fn who_is_not_root_is_told_so() -> Result {
+    moved(|on| {
+        let dir = on.lab.dir().display().to_string();
+        let database = format!("{dir}/stragglers.sqlite");
+        fs::write(&database, "for root alone").expect("the lab's directory is writable");
+        let mode = fs::Permissions::from_mode(0o600);
+        fs::set_permissions(&database, mode).expect("it is ours");
+        let args = on.setup.daemon_args(Role::Old);
+        let daemon: Vec<&str> = args.iter().map(String::as_str).collect();
+        for (args, code) in [
+            (&daemon[..], BAD_INPUT),
+            (&["status"], SYSTEM),
+            (&["move"], SYSTEM),
+            (&["reload"], SYSTEM),
+            (&["flows"], SYSTEM),
+            (&["cleanup"], SYSTEM),
+            (&["stragglers", "--state-dir", &dir], SYSTEM),
+            (&["verdict", "--state-dir", &dir], SYSTEM),
+        ] {
+            let mut command = on.setup.beside("setpriv");
+            command.args(["--reuid", "65534", "--clear-groups"]);
+            command.arg(exe()).args(args);
+            let said = on.lab.old_server().output(command, COMMAND_TIMEOUT)?;
+            assert_eq!(complaint(&said, code, "try sudo"), None, "{args:?}");
+        }
+        Ok(())
+    })
 }
 
 #[test]

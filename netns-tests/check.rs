@@ -177,6 +177,26 @@ impl<'lab> Bench<'lab> {
         assert_eq!(still, None, "{remedy} does not mend it");
         self.sh(case.heals)
     }
+
+    /// Breaks something that no command on this server mends, has it found, and heals it. A person
+    /// is shown this.
+    fn shows(&self, case: &Case, remedy: &str) -> Result {
+        self.sh(case.breaks)?;
+        let found = self.check(&self.line(case.flags), &[])?;
+        let Some(finding) = find(&found, case.finds) else {
+            panic!("{}: {:?} is not in {found:#}", case.breaks, case.finds);
+        };
+        assert_eq!(finding["remedy"], remedy);
+        self.sh(case.heals)
+    }
+
+    /// A check after something was done to the file system, which nobody else sees. `REMEDY` in it
+    /// is this remedy.
+    fn apart(&self, done: &str, flags: &[&str], remedy: &str) -> Result<Value> {
+        let line = format!("unshare --mount sh -c '{done}; eval \"$CHECK\"'");
+        let check = self.line(flags);
+        self.check(&line, &[("CHECK", &check), ("REMEDY", remedy)])
+    }
 }
 
 /// What can be wrong on either server.
@@ -308,6 +328,12 @@ fn what_is_wrong_on_the_old_server_is_found_and_mended_by_what_is_shown() -> Res
         ),
         case(
             "",
+            &["--move", "2001:db8:a::5:80/tcp"],
+            ("address", "warn", "stands in brackets, [2001:db8:a::5]:80"),
+            "",
+        ),
+        case(
+            "",
             &["--move", "192.0.2.1"],
             ("own", "fail", "your login included"),
             "",
@@ -342,6 +368,47 @@ fn what_is_wrong_on_the_old_server_is_found_and_mended_by_what_is_shown() -> Res
     for case in &cases {
         bench.try_out(case)?;
     }
+    for (case, remedy) in [
+        (
+            case(
+                "ip route del default",
+                &[],
+                ("way", "fail", "no route to it"),
+                "ip route add default via 192.0.2.254",
+            ),
+            "ip route show table all",
+        ),
+        (
+            case(
+                "ip route change default via 192.0.2.254 mtu 1200",
+                &[],
+                ("mtu", "warn", "split over several"),
+                "ip route change default via 192.0.2.254",
+            ),
+            "tracepath -n 198.51.100.2",
+        ),
+    ] {
+        bench.shows(&case, remedy)?;
+    }
+    // A key that others can read.
+    let psk = setup.psk_file(Role::Old).display();
+    bench.sh(&format!("chmod 644 '{psk}'"))?;
+    let open = ("settings", "warn", "open to other users");
+    bench.try_out(&case("", &[], open, ""))?;
+    // A disk that cannot be written, and a system without TUN.
+    let state = lab.dir().join("read-only").display().to_string();
+    bench.sh(&format!("mkdir '{state}'"))?;
+    let flags = ["--state-dir", &*state];
+    let mounts = format!("mount -t tmpfs -o ro none {state}");
+    let forgets = ("state", "warn", "cannot be written");
+    let found = bench.apart(&mounts, &flags, "")?;
+    let finding = find(&found, forgets).unwrap_or_else(|| panic!("{found:#}"));
+    let remedy = finding["remedy"].as_str().unwrap_or_default();
+    let found = bench.apart(&format!("{mounts}; eval \"$REMEDY\""), &flags, remedy)?;
+    assert_eq!(find(&found, forgets), None, "{remedy}");
+    let found = bench.apart("mount -t tmpfs none /dev/net", &[], "")?;
+    let no_tun = find(&found, ("tun", "fail", "")).unwrap_or_else(|| panic!("{found:#}"));
+    assert_eq!(no_tun["remedy"], "modprobe tun");
     // A cloud's public address, which is on no interface.
     bench.sh(
         "ip addr add 10.0.0.7/24 dev eth0; ip addr del 192.0.2.5/24 dev eth0
@@ -514,7 +581,31 @@ fn what_is_wrong_on_the_new_server_is_found_and_mended_by_what_is_shown() -> Res
     for case in &cases {
         bench.try_out(case)?;
     }
-    Ok(())
+    // Nothing says what may move here.
+    let open = Bench {
+        setup: crate::stage::setup(&lab)?.moves(&["192.0.2.5:80/tcp"]),
+        role: Role::New,
+        bin: bench.bin.clone(),
+    };
+    let all = ("accept", "warn", "no --accept says");
+    open.try_out(&case("", &[], all, ""))?;
+    bench.shows(
+        &case(
+            "sysctl -qw net.ipv6.conf.all.disable_ipv6=1",
+            &["--accept", "[2001:db8:a::5]:80/tcp"],
+            ("delivery", "fail", "give it one"),
+            "",
+        ),
+        "sysctl -w net.ipv6.conf.all.disable_ipv6=0; ip -6 addr",
+    )?;
+    // A cloud's public address, which is on no interface.
+    bench.try_out(&case(
+        "ip addr add 10.0.0.7/24 dev eth0; ip addr del 198.51.100.2/24 dev eth0
+        ip route replace default via 10.0.0.254 dev eth0",
+        &["--deliver-to", "203.0.113.77"],
+        ("nat", "fail", "own address is 10.0.0.7"),
+        "",
+    ))
 }
 
 #[test]
@@ -581,6 +672,18 @@ fn what_a_peer_says_or_does_not_say_is_told_apart() -> Result {
     let other = setup.clone().another_key(Role::New)?;
     let new = other.start(Role::New)?;
     bench.poll(&bench.line(&[]), ("key", "fail", "another key"))?;
+    let old = setup.start(Role::Old)?;
+    let apart = ("tunnel", "fail", "does not reach it");
+    let found = bench.poll(&bench.line(&[]), apart)?;
+    let remedy = find(&found, apart).map(|it| it["remedy"].clone());
+    assert_eq!(remedy, Some("ipmoved status".into()));
+    old.stop_by(Signal::TERM)?;
+    new.stop_by(Signal::TERM)?;
+    // Other ciphers.
+    let aegis = (setup.clone()).args(Role::New, &["--cipher", "aegis-256x4"]);
+    let new = aegis.start(Role::New)?;
+    let line = bench.line(&["--cipher", "chacha20-poly1305"]);
+    bench.poll(&line, ("cipher", "fail", "give both the same --cipher"))?;
     new.stop_by(Signal::TERM)?;
     // Another role, and moves that it does not accept.
     let same = setup.clone().args(Role::New, &["--move", "192.0.2.77"]);
@@ -634,6 +737,14 @@ fn without_privileges_it_says_what_it_can_and_bad_settings_are_a_finding() -> Re
     let sudo = denied["remedy"].as_str().unwrap_or_default();
     let mended = Bench::read(&bench.shell(sudo, &[])?)?;
     assert_eq!(find(&mended, ("privileges", "fail", "")), None);
+    // Root in a container that was given nothing.
+    let bound = format!("setpriv --bounding-set=-net_admin,-bpf,-sys_admin {line}");
+    let found = bench.check(&bound, &[])?;
+    let denied = find(&found, ("privileges", "fail", "though it is root"));
+    let remedy = denied
+        .map(|it| it["remedy"].to_string())
+        .unwrap_or_default();
+    assert!(remedy.contains("--cap-add NET_ADMIN"), "{found:#}");
     let bad = bench.check(
         "ipmoved check --json --psk-file /none --peer 192.0.2.1",
         &[],

@@ -282,6 +282,17 @@ fn nobody_who_looks_at_a_daemon_meanwhile_is_turned_away() -> Result {
             let status = scope
                 .spawn(|| again_and_again(&stop, || succeeds(&setup, role, &["status"]).map(drop)));
             let scraper = scope.spawn(|| again_and_again(&stop, || scrape(setup.host(role))));
+            // A command is done, or refused with what to do; the new server has none of these.
+            let commands = scope.spawn(|| {
+                again_and_again(&stop, || {
+                    let said = setup.run(role, &["move"])?;
+                    let refused = said.stderr.contains("about to take over: try again");
+                    match said.status.success() || refused || role == Role::New {
+                        true => Ok(()),
+                        false => Err(LabError::unexpected(format!("{said:?}"))),
+                    }
+                })
+            });
             let work = || -> Result<_> {
                 scrape(setup.host(role))?;
                 let mut next = take_over(&setup, role, one)?;
@@ -293,7 +304,8 @@ fn nobody_who_looks_at_a_daemon_meanwhile_is_turned_away() -> Result {
             };
             let last = work();
             stop.store(true, Relaxed);
-            let asked = [flows, status, scraper].map(|it| it.join().expect("no panic"));
+            let all = [flows, status, scraper, commands];
+            let asked = all.map(|it| it.join().expect("no panic"));
             last?;
             asked.into_iter().collect::<Result<Vec<_>>>()
         })?;

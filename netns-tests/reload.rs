@@ -356,6 +356,13 @@ fn other_settings_change_under_load_and_do_what_they_say() -> Result {
     let lab = Lab::builder().moved(1).build()?;
     let (old, new) = (moves(&lab, &[MOVED])?, accepts(&lab, &[MOVED])?);
     let bed = Bed::start(&lab, &old, &new)?;
+    // What the new server changes beside the moved address that it holds.
+    let settings = || {
+        let names = ["lo/accept_local", "eth0/arp_ignore", "eth0/arp_announce"];
+        let read = |name: &str| lab.new_server().sysctl(&format!("ipv4/conf/{name}"));
+        names.into_iter().map(read).collect::<Result<Vec<_>>>()
+    };
+    let before = settings()?;
     let _application = Service::start(lab.new_server(), NEW)?;
     let _beside = Service::start(lab.new_server(), (NEW, 8_081))?;
     let mail = (CLIENT, 25);
@@ -404,6 +411,7 @@ fn other_settings_change_under_load_and_do_what_they_say() -> Result {
         // What the new server begins.
         bed.reload(Role::New, &format!("{new}outgoing = true\n"))?;
         until("the moved address can be bound", on_lo)?;
+        assert_ne!(settings()?, before);
         assert!(
             program.get(mail).is_err(),
             "the old server does not let it out"
@@ -418,6 +426,25 @@ fn other_settings_change_under_load_and_do_what_they_say() -> Result {
         bed.reload(Role::Old, &old)?;
         bed.reload(Role::New, &new).map(drop)
     })?;
+    // Nothing of it is left on the new server, and nobody is told to let anything out any more.
+    let as_before = || Ok(!on_lo()? && settings()? == before);
+    until("the new server is as before", as_before)?;
+    let warnings = setup(&lab)?.status(Role::New)?.0["warnings"].to_string();
+    assert!(
+        !warnings.contains("so --outgoing does nothing"),
+        "{warnings}"
+    );
+    load.goes_on()?;
+    // The moved address becomes the new server's own, and is none of its own again.
+    bed.reload(Role::New, &format!("{new}deliver-to = \"keep\"\n"))?;
+    until("the moved address can be bound", on_lo)?;
+    let kept = Service::start(lab.new_server(), MOVED)?;
+    lab.client().get(MOVED)?.is_answered_by(MOVED)?;
+    load.goes_on()?;
+    drop(kept);
+    bed.reload(Role::New, &new)?;
+    until("the new server is as before", as_before)?;
+    lab.client().get(MOVED)?.is_answered_by(NEW)?;
     load.goes_on()
 }
 

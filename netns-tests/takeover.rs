@@ -23,7 +23,7 @@ use std::time::Duration;
 use ipmoved::internals::{Direction, FilterSlot, Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
 use ipmoved::lab::topology::{self, Leg, MOVED, NEW};
-use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Process, poll_until};
+use ipmoved::lab::{Daemon, DaemonSetup, Lab, LabError, Process, Snapshot, poll_until};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
 use socket2::SockRef;
@@ -174,6 +174,7 @@ fn if_the_next_daemon_fails_the_one_that_runs_goes_on() -> Result {
         let why = said.hears("refused")?;
         assert!(why.contains(&format!("version {VERSION}")), "{why}");
         assert!(why.contains("`kill -KILL "), "{why}");
+        let modes = lab.dir().join("state/modes.json");
         for point in ["offer", "state"] {
             let mut next = Successor::ask(&lab, &setup, role, VERSION)?;
             next.hears("offer")?;
@@ -183,6 +184,8 @@ fn if_the_next_daemon_fails_the_one_that_runs_goes_on() -> Result {
                     said.stderr.contains("about to take over: try again"),
                     "{said:?}"
                 );
+                // The next one may have kept modes of its own.
+                std::fs::write(&modes, "another daemon's").map_err(failed)?;
             }
             if point == "state" {
                 next.says("\"ready\"")?;
@@ -198,6 +201,11 @@ fn if_the_next_daemon_fails_the_one_that_runs_goes_on() -> Result {
                     notes_own(&setup, false).ok().filter(|&there| there > 0)
                 });
                 assert!(back.is_some(), "what was taken away is not back");
+                let kept = poll_until(PATIENCE, Duration::from_millis(20), || {
+                    let text = std::fs::read_to_string(&modes).ok()?;
+                    text.contains("192.0.2.5").then_some(())
+                });
+                assert!(kept.is_some(), "its modes are not kept again");
                 let said = setup.run(role, &["move"])?;
                 assert!(said.status.success(), "{said:?}");
             }
@@ -209,6 +217,65 @@ fn if_the_next_daemon_fails_the_one_that_runs_goes_on() -> Result {
         next.wait_until_up()?;
         load.goes_on()?;
         load.end()?;
+    }
+    Ok(())
+}
+
+/// What both share must not be undone under the next one; if that fails, nobody is left but the one
+/// that was stopped.
+#[test]
+fn who_is_stopped_while_another_takes_over_leaves_it_to_that_one() -> Result {
+    for role in ROLES {
+        let lab = Lab::new()?;
+        let setup = setup(&lab)?;
+        let host = setup.host(role);
+        let before = Snapshot::of(host)?;
+        let _other = setup.start(role.other())?;
+        for next_fails in [false, true] {
+            let mut one = setup.start(role)?;
+            one.wait_until_up()?;
+            let mut next = Successor::ask(&lab, &setup, role, VERSION)?;
+            next.hears("offer")?;
+            one.process().signal(Signal::TERM)?;
+            let heard = poll_until(PATIENCE, Duration::from_millis(10), || {
+                let log = one.process().stderr();
+                log.contains("stopping if it fails").then_some(())
+            });
+            assert!(heard.is_some(), "{}", one.process().stderr());
+            setup.status(role)?;
+            if !next_fails {
+                next.says("\"ready\"")?;
+                next.hears("state")?;
+                next.says("\"taken\"")?;
+                next.hears("go")?;
+            }
+            drop(next);
+            let said = one.stop_by_itself()?;
+            assert!(said.status.success(), "{said:?}");
+            let after = Snapshot::of(host)?;
+            if next_fails {
+                after.is_same_as(&before)?;
+            } else {
+                assert!(said.stderr.contains("has taken over"), "{said:?}");
+                after.is_not_the_same_as(&before)?;
+            }
+        }
+        // Whoever says it twice means it.
+        let mut one = setup.start(role)?;
+        one.wait_until_up()?;
+        let next = Successor::ask(&lab, &setup, role, VERSION)?;
+        next.hears("offer")?;
+        for _ in 0..2 {
+            one.process().signal(Signal::INT)?;
+            let log = poll_until(PATIENCE, Duration::from_millis(10), || {
+                let log = one.process().stderr();
+                log.contains("stopping if it fails").then_some(())
+            });
+            assert!(log.is_some(), "it is not heard");
+        }
+        assert!(one.stop_by_itself()?.status.success());
+        Snapshot::of(host)?.is_same_as(&before)?;
+        drop(next);
     }
     Ok(())
 }

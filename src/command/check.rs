@@ -28,7 +28,7 @@ pub(super) fn run(args: Box<CheckArgs>) -> Result<(), Failure> {
             };
             checks::look(&given)
         }
-        Err(mistake) => checks::without_settings(&words, &mistake.to_string()),
+        Err(mistake) => checks::without_settings(&words, &mistake),
     };
     end(&found, json)
 }
@@ -39,7 +39,7 @@ pub(super) fn of_nat(args: NatArgs) -> Result<(), Failure> {
     let words = Words::of_this_process();
     let found = match NatSettings::new(args) {
         Ok(settings) => checks::look_nat(&settings, &words, &config::runtime_dir()),
-        Err(mistake) => checks::without_settings(&words, &mistake.to_string()),
+        Err(mistake) => checks::without_settings(&words, &mistake),
     };
     end(&found, json)
 }

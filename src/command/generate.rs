@@ -184,7 +184,7 @@ fn page_of_settings() -> io::Result<Vec<u8>> {
                 None => vec![roman(" = true")],
             };
             roff.text([vec![bold(name(&key))], value].concat());
-            roff.text([roman(help(&key))]);
+            roff.text([roman(explained(&key))]);
         }
     }
     roff.control("SH", ["EXAMPLE"]);
@@ -242,6 +242,19 @@ fn help(key: &Arg) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+/// The help of a key, and how a file says what the flag says without a value.
+fn explained(key: &Arg) -> String {
+    let help = help(key);
+    let may_be_bare = key.get_num_args().is_some_and(|it| it.min_values() == 0);
+    match value_name(key).filter(|_| may_be_bare) {
+        Some(_) => format!(
+            "{help}. In this file `{} = true` is that without a value",
+            name(key)
+        ),
+        None => help,
+    }
+}
+
 /// A value as the help gives one: an example, else the default, else what stands for it.
 fn value(key: &Arg) -> String {
     let Some(stands) = value_name(key) else {
@@ -290,7 +303,7 @@ fn config() -> String {
         say(&format!("### {title}"));
         for key in keys.iter().filter(|key| name(key) != NOT_IN_FILE) {
             say("");
-            for line in wrapped(&help(key), WIDTH - 2) {
+            for line in wrapped(&explained(key), WIDTH - 2) {
                 say(&format!("# {line}"));
             }
             say(&format!("#{} = {}", name(key), value(key)));
@@ -417,6 +430,11 @@ mod tests {
         for key in [keys::<DaemonArgs>(), keys::<PeerArgs>()].concat() {
             let line = format!("\n#{} = ", name(&key));
             assert_eq!(text.contains(&line), name(&key) != NOT_IN_FILE, "{line}");
+        }
+        let words = text.replace("\n# ", " ");
+        for bare in ["outgoing = true", "allow-outgoing = true"] {
+            assert!(words.contains(&format!("In this file `{bare}`")), "{bare}");
+            assert!(File::parse(bare).is_ok(), "{bare}");
         }
         let lines = text.lines().filter_map(|line| line.strip_prefix('#'));
         for line in lines.filter(|line| !line.starts_with([' ', '#']) && line.contains('=')) {

@@ -259,6 +259,7 @@ async fn carry(
         resumed: vec![false; peers],
         inherited,
         is_leaving: false,
+        is_to_end: false,
         facts: Facts::default(),
         listen: config.listen.ip,
         delivering: vec![None; peers],
@@ -550,6 +551,8 @@ struct Control<'h> {
     inherited: BTreeMap<PeerId, Vec<HandedFlow>>,
     /// Another daemon is about to take over: nothing is changed in the kernel any more.
     is_leaving: bool,
+    /// It was told to end meanwhile, and does so if that other daemon fails.
+    is_to_end: bool,
     facts: Facts,
     /// The address of `--listen`, if it names one.
     listen: Option<IpAddr>,
@@ -625,6 +628,7 @@ impl Control<'_> {
             let wake = tokio::time::sleep_until(self.next_timeout().into());
             tokio::select! {
                 wish = signals.recv() => match wish {
+                    Wish::End if self.ends_later() => {}
                     Wish::End => return Ok(End::Stopped),
                     Wish::Reload => self.reload(None),
                 },
@@ -667,6 +671,9 @@ impl Control<'_> {
                     if self.hand_over(step, lanes, from_lanes, others, kit).await? {
                         handing::refuse_all(commands).await;
                         return Ok(End::HandedOver);
+                    }
+                    if self.ends_now() {
+                        return Ok(End::Stopped);
                     }
                 }
                 () = wake => {}
@@ -1012,9 +1019,9 @@ impl Control<'_> {
                     self.tunnels[index(peer)].set_endpoint(now, Some(addr));
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
-                Action::WarnNoMore(peer, warning) => {
-                    let line = format!("{}: {warning}", self.policy.name(peer));
-                    self.warnings.withdraw(peer, &line);
+                Action::Withdraw(peer, warning) => {
+                    let name = self.policy.name(peer);
+                    self.warnings.withdraw(peer, &format!("{name}: {warning}"));
                 }
             }
         }

@@ -37,7 +37,7 @@ use crate::kernel::netlink::{Address, Direction, Events, Link, Netlink, RouteKin
 use crate::kernel::plan::{self, PlanError};
 use crate::kernel::programs::Served;
 use crate::kernel::steer::Steering;
-use crate::kernel::{Change, Desired, Host, HostError, keep};
+use crate::kernel::{Change, Desired, Host, HostError, keep, loopback};
 use crate::model::drops::DropReason;
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
@@ -432,8 +432,7 @@ impl Follower {
             Some(Err(error)) => return calls_stay(&error.to_string()),
         };
         // What is held there is another one's business.
-        let on_lo =
-            |change: &Change| change.interface() == Some(lo.index) && !keep::is_part(change);
+        let on_lo = |change: &Change| loopback::is_part(change, lo);
         if let Err(error) = host.reconcile_part(on_lo, desired) {
             known.warn(now, format!("{}: {error}", lo.name));
         }

@@ -6,6 +6,7 @@
 
 use std::fmt::Write as _;
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 
 use crate::kernel::netlink::{Address, Route, RouteKind};
 use crate::model::moved::Move;
@@ -106,7 +107,23 @@ pub(super) fn absent(moves: &[Move], held: &Held, local: &[Prefix]) -> Vec<Strin
             names(&elsewhere)
         ));
     }
+    let mut single = elsewhere.iter().filter(|it| it.is_single());
+    if let Some(meant) = single.find_map(|it| with_port(it.first(), held)) {
+        lines.push(format!(
+            "{meant} is what to write if the end of that IPv6 address is meant as a port"
+        ));
+    }
     lines
+}
+
+/// How an address of this server with a port is written, where an IPv6 address that it has not is
+/// the same without brackets. Both are right, so that nothing refuses it.
+pub(super) fn with_port(addr: IpAddr, held: &Held) -> Option<String> {
+    let text = addr.to_string();
+    let (front, port) = text.rsplit_once(':')?;
+    let front: IpAddr = front.parse().ok()?;
+    let port: NonZeroU16 = port.parse().ok()?;
+    held.has(front).then(|| format!("[{front}]:{port}"))
 }
 
 /// The prefix of which a route makes every address this server's own.
@@ -209,6 +226,24 @@ mod tests {
             "{}",
             lines[0]
         );
+    }
+
+    #[test]
+    fn an_ipv6_address_and_a_port_without_brackets_are_not_taken_for_meant() {
+        let here = held(&["2001:db8:a::1/64", "2001:db8:a::5/64"]);
+        let told = |text: &str| absent(&moves(&[text]), &here, &[]);
+        for text in ["2001:db8:a::5:80", "2001:db8:a::5:80/tcp"] {
+            let lines = told(text);
+            assert!(lines[1].starts_with("[2001:db8:a::5]:80 is"), "{lines:?}");
+        }
+        for text in [
+            "2001:db8:a::5",
+            "2001:db8:a::7:80",
+            "2001:db8:a::5:ff",
+            "192.0.2.5:80",
+        ] {
+            assert!(told(text).len() < 2, "{text}");
+        }
     }
 
     #[test]

@@ -54,7 +54,7 @@ pub enum DaemonError {
     /// It could not take over from the daemon that runs. The kernel is left to that one, which may
     /// have died meanwhile.
     #[error(
-        "cannot take over, and the daemon that ran goes on, if it has not died (`ipmoved status` \
+        "cannot take over, and the daemon that ran goes on, if it still runs (`ipmoved status` \
          asks it): {0}"
     )]
     NotTakenOver(Cause),

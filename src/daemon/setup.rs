@@ -758,11 +758,11 @@ pub(super) fn bind(config: &Config, may_come: bool) -> Result<Vec<UdpSocket>> {
     };
     bound.map_err(|error| match error.raw_os_error() {
         Some(libc::EADDRINUSE) => input(format!(
-            "UDP port {port} is in use by another program; choose another with --listen \
-             (and name it in the other server's --peer)"
+            "UDP port {port} is in use by another program (`ss -lunp 'sport = :{port}'` names it); \
+             choose another with --listen (and name it in the other server's --peer)"
         )),
         Some(libc::EADDRNOTAVAIL) => input(format!(
-            "--listen {} is not an address of this server",
+            "--listen {} is not an address of this server; `ip -br addr` lists those",
             ip.map_or_else(String::new, |ip| ip.to_string())
         )),
         _ => cannot(format!("open UDP port {port}"), error),

@@ -50,7 +50,7 @@ mod testing;
 pub use bpf::supply::{given as supplied, recorded};
 pub use change::Change;
 pub use host::{Cleanup, Desired, Failure, Host, HostError, Repairs, Report};
-pub use plan::{capture, keep, masquerade, steer};
+pub use plan::{capture, keep, loopback, masquerade, steer};
 pub use programs::{Place, named_ports};
 pub use rehearsal::Step;
 pub use runtime_dir::{RuntimeDirError, lock_path, namespace_dir};

@@ -34,7 +34,10 @@ const LOCK: &str = "lock";
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeDirError {
     /// Another daemon holds the lock.
-    #[error("ipmoved (pid {pid}) is already running in this network namespace; stop it first")]
+    #[error(
+        "ipmoved (pid {pid}) is already running in this network namespace; stop it first: \
+         `systemctl stop ipmoved`, or `kill {pid}` if no unit has started it"
+    )]
     Locked {
         /// Its process id, as it wrote it.
         pid: String,
@@ -42,6 +45,9 @@ pub enum RuntimeDirError {
     /// Others may write to the directory.
     #[error("{0} is not a directory of root's own; remove it")]
     Foreign(PathBuf),
+    /// Whoever runs this is not root.
+    #[error("only root may use {0}; try sudo")]
+    NotRoot(PathBuf),
     /// A file could not be read or written.
     #[error("cannot {what} {}: {error}", path.display())]
     File {
@@ -330,6 +336,9 @@ fn sign(mut lock: &File) -> io::Result<()> {
 
 fn private_dir(dir: &Path) -> Result<(), RuntimeDirError> {
     match DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && !is_root() => {
+            return Err(RuntimeDirError::NotRoot(dir.to_owned()));
+        }
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(RuntimeDirError::file("create", dir, error));
         }
@@ -342,9 +351,15 @@ fn private_dir(dir: &Path) -> Result<(), RuntimeDirError> {
         && metadata.mode() & 0o022 == 0;
     if ours {
         Ok(())
+    } else if metadata.uid() == 0 && !is_root() {
+        Err(RuntimeDirError::NotRoot(dir.to_owned()))
     } else {
         Err(RuntimeDirError::Foreign(dir.to_owned()))
     }
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
 }
 
 /// Options for opening a file that only root may read. A link in its place is not followed: a

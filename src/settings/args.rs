@@ -294,7 +294,7 @@ pub struct DryRunArgs {
     #[arg(long, group = "looks")]
     pub dry_run: bool,
 
-    /// Print it as JSON.
+    /// Print JSON, of --dry-run and, with `nat`, of --check.
     #[arg(long, requires = "looks")]
     pub json: bool,
 }

@@ -243,6 +243,19 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Whether root may read what could not be read.
+    pub fn wants_root(&self) -> bool {
+        matches!(self, Self::File { error, .. } if wants_root(error))
+    }
+}
+
+/// Whether that was refused to somebody who is not root.
+pub(super) fn wants_root(error: &std::io::Error) -> bool {
+    let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+    denied && !rustix::process::geteuid().is_root()
+}
+
 /// A setting, named as whoever gave it finds it again: a flag, or a key of the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Setting {

@@ -13,7 +13,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue, Deserializer};
 
 use crate::settings::args::{DaemonArgs, PeerArgs};
-use crate::settings::config::ConfigError;
+use crate::settings::config::{ConfigError, wants_root};
 use crate::settings::files::Files;
 use crate::settings::psk::exposed;
 
@@ -126,9 +126,13 @@ impl File {
         warnings: &mut Vec<String>,
     ) -> Result<Self, ConfigError> {
         let (text, open) = files.read(path).map_err(|error| ConfigError::File {
+            hint: if wants_root(&error) {
+                " (--config); try sudo"
+            } else {
+                " (--config)"
+            },
             path: path.into(),
             error,
-            hint: " (--config)",
         })?;
         let file = Self::parse(&text).map_err(|mistake| ConfigError::Toml {
             path: path.into(),

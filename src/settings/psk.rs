@@ -5,7 +5,7 @@ use std::path::Path;
 use zeroize::Zeroizing;
 
 use crate::channel::session::Psk;
-use crate::settings::config::ConfigError;
+use crate::settings::config::{ConfigError, wants_root};
 use crate::settings::files::Files;
 
 /// The environment variable that may hold the key.
@@ -32,6 +32,8 @@ pub(super) fn read(
     let wrong = |error: std::io::Error| ConfigError::File {
         hint: if error.kind() == std::io::ErrorKind::NotFound {
             "; make one with `ipmoved genpsk`"
+        } else if wants_root(&error) {
+            " (--psk-file); try sudo"
         } else {
             " (--psk-file)"
         },

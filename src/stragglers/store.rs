@@ -568,6 +568,12 @@ fn said(path: &Path, error: &rusqlite::Error) -> StoreError {
         Some(ErrorCode::SystemIoFailure) if is_full(&path) => {
             StoreError::Full { path, error: text }
         }
+        Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied)
+            if !rustix::process::geteuid().is_root() =>
+        {
+            let error = format!("{text}; try sudo");
+            StoreError::Other { path, error }
+        }
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
             let error = format!(
                 "{text}; is its disk mounted read-only, or does the file belong to somebody else? \

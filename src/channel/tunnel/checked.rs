@@ -6,6 +6,9 @@
 //! takes them in any order: after a check whose clock was ahead the next one, with the clock put
 //! right, is answered as well.
 //!
+//! A daemon that takes over from another one is another run, and begins with none of it. All that
+//! comes of that is one more answer to each recording, which whoever plays it back cannot read.
+//!
 //! Owns the memory. Nothing in here ever answers the same timestamp twice, however many there were.
 
 use std::collections::BTreeSet;

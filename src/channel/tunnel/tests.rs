@@ -1763,6 +1763,20 @@ fn a_check_leaves_nothing_and_with_a_clock_that_is_ahead_shuts_nobody_out() {
     pair.start(OLD);
     assert!(pair.run_until_agreed(secs(5)) <= millis(200));
     assert_eq!(pair.sides[NEW].installs, 1);
+    // A daemon that takes over is another run: it answers one once more, and nothing comes of it.
+    let recorded = check(&pair, OLD, ahead);
+    pair.take_over(NEW);
+    let (sent, installs) = (answers(&pair), pair.sides[NEW].installs);
+    for _ in 0..2 {
+        let keys = pair.sides[NEW].config.keys.clone();
+        pair.sides[NEW].mac_check = MacCheck::new(Role::New, [keys]);
+        pair.deliver(NEW, checker, recorded.clone());
+    }
+    assert_eq!(answers(&pair), sent + 1);
+    assert_eq!(pair.sides[NEW].installs, installs);
+    let id = pair.send_data(OLD).unwrap();
+    pair.run(millis(50));
+    assert!(pair.sides[NEW].got.contains(&id));
 }
 
 #[test]

@@ -34,7 +34,7 @@ use crate::model::moved::Move;
 use crate::model::peer::Role;
 use crate::model::runtime::STATUS_SOCKET;
 use crate::model::status::{State, Status, TunnelStatus};
-use crate::settings::config::{Config, PeerConfig};
+use crate::settings::config::{Config, ConfigError, PeerConfig};
 
 mod delivered;
 mod firewall;
@@ -72,10 +72,13 @@ pub struct Given<'a> {
 }
 
 /// What can be said without settings: what is wrong with them.
-pub fn without_settings(words: &Words, mistake: &str) -> Findings {
-    let remedy = "ipmoved --help";
+pub fn without_settings(words: &Words, mistake: &ConfigError) -> Findings {
+    let remedy = match mistake.wants_root() {
+        true => format!("sudo {}", words.again()),
+        false => "ipmoved --help".to_owned(),
+    };
     Findings::of(vec![
-        Finding::fail("settings", "what was given", mistake, remedy),
+        Finding::fail("settings", "what was given", mistake.to_string(), remedy),
         host::privileges(words),
         host::kernel(),
     ])

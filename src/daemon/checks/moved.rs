@@ -142,6 +142,16 @@ fn absent(moves: &[Move], place: &Place<'_>, words: &Words) -> Vec<Finding> {
             found.push(Finding::warn("nat", moved.prefix, text, remedy));
             continue;
         }
+        let meant = held::with_port(addr, place.held).filter(|_| moved.prefix.is_single());
+        if let Some(meant) = meant.filter(|_| words.hold(&addr.to_string())) {
+            let text = format!(
+                "is on no interface: if its end is meant as a port, the address stands in \
+                 brackets, {meant}"
+            );
+            let remedy = words.replacing(&addr.to_string(), &meant);
+            found.push(Finding::warn("address", moved.prefix, text, remedy));
+            continue;
+        }
         let text = "is on no interface: packets come only if the network routes them here";
         let remedy = match moved.prefix.is_single() {
             true => format!("ip addr add {} dev {}", network(moved.prefix), quoted(by)),

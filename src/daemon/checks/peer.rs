@@ -49,10 +49,12 @@ pub(super) fn judge(peer: SocketAddr, answer: &Answer, own: &Own<'_>) -> Vec<Fin
             let mut found = vec![Finding::ok(NAME, peer, text)];
             if payload.cipher.is_none() {
                 let text = format!(
-                    "allows other ciphers ({}) than this server ({})",
+                    "allows other ciphers ({}) than this server ({}): give both the same --cipher, \
+                     or none",
                     payload.offer.ciphers, own.offer.ciphers
                 );
-                let remedy = "grep -rn cipher /etc/ipmoved/";
+                let shows = "grep -rn cipher /etc/ipmoved/";
+                let remedy = format!("{shows}; ssh {} {shows}", peer.ip());
                 found.push(Finding::fail("cipher", peer, text, remedy));
             }
             found.extend(accepts(peer, payload.accepts, refuses));

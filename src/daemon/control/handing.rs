@@ -224,6 +224,25 @@ impl Control<'_> {
         }
     }
 
+    /// Told to end, while another daemon is about to take over: whether that is left to it. To undo
+    /// everything now would take from the other one what it was given, and reset whom it serves; it
+    /// is over in a moment, either way. Whoever says it twice means it.
+    pub(super) fn ends_later(&mut self) -> bool {
+        let later = self.is_leaving && !self.is_to_end;
+        if later {
+            self.is_to_end = true;
+            info!(
+                "another daemon is about to take over; stopping if it fails, or at a second signal"
+            );
+        }
+        later
+    }
+
+    /// Whether it was told to end while another daemon was to take over, and that one has failed.
+    pub(super) fn ends_now(&self) -> bool {
+        self.is_to_end && !self.is_leaving
+    }
+
     /// Ends without a goodbye: another daemon goes on with everything.
     pub(super) fn leave(&mut self) {
         if let Some(visitors) = &mut *self.visitors {

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -34,6 +34,10 @@ const LAST_WORD: Duration = Duration::from_secs(5);
 /// How long this daemon may take from when the other one stands still. Below [`SWITCH`], after
 /// which the other one puts its own programs back.
 const TAKEN: Duration = Duration::from_secs(12);
+
+/// Why there is nothing to take over.
+const STOPPED: &str = "the daemon that ran was stopped meanwhile, and has undone everything: start \
+                       this one again";
 
 /// How long the process of a daemon that was killed may take to end after it has hung up.
 const HUNG_UP: Timespec = Timespec {
@@ -64,6 +68,8 @@ enum Giver {
 #[derive(Debug)]
 struct Running {
     talk: Talk,
+    /// The directory of the namespace, which goes when a daemon is stopped.
+    dir: PathBuf,
     /// Its process.
     process: OwnedFd,
     /// Since when it carries no packets.
@@ -237,6 +243,7 @@ impl Found {
             about,
             from: Giver::Daemon(Running {
                 talk,
+                dir,
                 process,
                 stopped: None,
             }),
@@ -327,20 +334,24 @@ impl Inheritance {
     /// died meanwhile, this one goes on as after a crash.
     ///
     /// # Errors
-    /// If it does not stop, or its state is not understood: then it goes on.
+    /// If it does not stop, or its state is not understood: then it goes on. If it was stopped, and
+    /// has undone everything.
     pub(in crate::daemon) fn stop_the_other(&mut self) -> Result<()> {
-        let Giver::Daemon(running) = &mut self.from else {
+        let Giver::Daemon(other) = &mut self.from else {
             return Ok(());
         };
-        let talk = &running.talk;
+        let talk = &other.talk;
         let heard = match talk.say(&Word::Ready, &[]).and_then(|()| talk.hear()) {
-            Err(error) if running.has_ended() => {
+            Err(_) if other.has_ended() && !other.dir.exists() => {
+                return Err(not_taken_over(STOPPED));
+            }
+            Err(error) if other.has_ended() => {
                 warn!(%error, "the daemon that ran has ended; going on as after a crash");
                 return Ok(());
             }
             heard => heard,
         };
-        running.stopped = Some(Instant::now());
+        other.stopped = Some(Instant::now());
         let state = match heard.map_err(not_taken_over)? {
             (Reply::State, mut given) => given.pop(),
             (Reply::Refused(why), _) => return Err(not_taken_over(why)),
@@ -444,6 +455,7 @@ mod tests {
             state_dir: false,
         };
         let running = Running {
+            dir: "/".into(),
             talk: Talk(one),
             process,
             stopped: None,

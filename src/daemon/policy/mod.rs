@@ -242,8 +242,8 @@ pub(super) enum Action {
     Call(PeerId, SocketAddr),
     /// Tell an administrator.
     Warn(PeerId, Warning),
-    /// That is no longer so.
-    WarnNoMore(PeerId, Warning),
+    /// What an administrator was told is true no more.
+    Withdraw(PeerId, Warning),
 }
 
 /// Something that an administrator has to know about a peer.
@@ -413,6 +413,8 @@ struct Peer {
     allow_outgoing: Vec<AllowOutgoing>,
     /// Whether it lets out what begins here, once it has said so (new server).
     lets_out: Option<bool>,
+    /// An administrator was told that it does not, though the settings want it.
+    outgoing_refused: bool,
     /// Where the settings say it is, names looked up.
     known_at: Option<IpAddr>,
     /// `None` if the settings give an address instead of a name.
@@ -461,6 +463,7 @@ impl Peer {
             outgoing: rules.outgoing,
             allow_outgoing: rules.allow_outgoing,
             lets_out: None,
+            outgoing_refused: false,
             known_at: rules.known_at,
             endpoint: None,
             names_us: None,
@@ -840,11 +843,7 @@ impl Policy {
             ) => {
                 self.peers[index(peer)].names_us = reached;
                 self.peers[index(peer)].lets_out = Some(outgoing);
-                let rules = self.outgoing_rules(peer);
-                if rules.on && !outgoing {
-                    self.warn(peer, Warning::OutgoingNotAllowed);
-                }
-                self.actions.push_back(Action::Outgoing(peer, rules));
+                self.set_outgoing(peer);
                 self.moved_here(now, peer, moves, mtu);
             }
             (Role::Old, Announcement::New { deliver, error, .. }) => {
@@ -853,12 +852,25 @@ impl Policy {
                 let warning = error.map(Warning::FromNewServer);
                 let before = std::mem::replace(&mut at.trouble, warning.clone());
                 let over = before.filter(|before| Some(before) != warning.as_ref());
-                self.warn_no_more(peer, over);
+                self.withdraw(peer, over);
                 self.warn_of(peer, warning);
             }
             // The handshake refuses two daemons of one role.
             (Role::Old, Announcement::Old { .. }) | (Role::New, Announcement::New { .. }) => {}
         }
+    }
+
+    /// Says what may leave from a peer's moved addresses, and whether the old server is in the way.
+    fn set_outgoing(&mut self, id: PeerId) {
+        let rules = self.outgoing_rules(id);
+        let refused = rules.on && rules.allowed == Some(false);
+        let was = std::mem::replace(&mut self.peers[index(id)].outgoing_refused, refused);
+        if refused {
+            self.warn(id, Warning::OutgoingNotAllowed);
+        } else if was {
+            self.withdraw(id, Some(Warning::OutgoingNotAllowed));
+        }
+        self.actions.push_back(Action::Outgoing(id, rules));
     }
 
     /// The old server announced what it has moved here.
@@ -933,7 +945,7 @@ impl Policy {
             let held = self.held_here(id);
             let before = std::mem::replace(&mut self.peers[index(id)].held_here, held.clone());
             if before != held {
-                self.warn_no_more(id, before);
+                self.withdraw(id, before);
                 self.warn_of(id, held);
             }
         }
@@ -1016,7 +1028,7 @@ impl Policy {
                 Some(warning) => peer.not_served.replace(now, warning),
                 None => (peer.not_served.withdraw(), None),
             };
-            self.warn_no_more(id, over);
+            self.withdraw(id, over);
             self.warn_of(id, due);
         }
         if let Some(served) = settled.served {
@@ -1028,7 +1040,7 @@ impl Policy {
             } else {
                 (peer.accepts_all.withdraw(), None)
             };
-            self.warn_no_more(id, over);
+            self.withdraw(id, over);
             self.warn_of(id, due);
             self.actions.push_back(Action::Serve(id, served));
         }
@@ -1123,12 +1135,7 @@ impl Policy {
         if self.role != Role::New || self.peers[index(id)].endpoint.is_none() {
             return;
         }
-        let wanted = self.wanted_here();
-        // What was done already is not done again, though what failed is tried again.
-        if wanted != self.wanted || self.not_held.is_some() {
-            self.wanted = wanted.clone();
-            self.actions.extend(wanted.map(Action::Hold));
-        }
+        self.hold();
         let Some((deliver, delivery)) = self.choose(id) else {
             return;
         };
@@ -1168,7 +1175,7 @@ impl Policy {
             self.warn(id, warning);
         }
         let before = std::mem::replace(&mut self.peers[index(id)].trouble, trouble);
-        self.warn_no_more(id, before.filter(|_| news));
+        self.withdraw(id, before.filter(|_| news));
         self.announce(id);
     }
 
@@ -1194,6 +1201,22 @@ impl Policy {
         wanted.sort_unstable();
         wanted.dedup();
         Some(wanted)
+    }
+
+    /// Has the moved addresses held that are to be. Once no peer wants any, all are let go.
+    fn hold(&mut self) {
+        let wanted = self.wanted_here();
+        let lets_go = wanted.is_none() && !self.left.is_empty();
+        if lets_go {
+            self.left.clear();
+        }
+        // What was done already is not done again, though what failed is tried again.
+        if wanted == self.wanted && self.not_held.is_none() && !lets_go {
+            return;
+        }
+        self.wanted = wanted.clone();
+        self.actions
+            .push_back(Action::Hold(wanted.unwrap_or_default()));
     }
 
     fn held(&mut self, failure: Option<String>) {
@@ -1286,8 +1309,8 @@ impl Policy {
         self.warn_of(id, Some(warning));
     }
 
-    fn warn_no_more(&mut self, id: PeerId, warning: Option<Warning>) {
-        let warning = warning.map(|warning| Action::WarnNoMore(id, warning));
+    fn withdraw(&mut self, id: PeerId, warning: Option<Warning>) {
+        let warning = warning.map(|warning| Action::Withdraw(id, warning));
         self.actions.extend(warning);
     }
 

@@ -545,6 +545,7 @@ impl Policy {
             outgoing: fresh.outgoing,
             allow_outgoing: fresh.allow_outgoing,
             lets_out: known.lets_out,
+            outgoing_refused: known.outgoing_refused,
             endpoint: known.endpoint,
             names_us: known.names_us,
             speaks_from: known.speaks_from,
@@ -585,15 +586,11 @@ impl Policy {
                 }
             }
             Role::New => {
-                let rules = self.outgoing_rules(id);
-                self.actions.push_back(Action::Outgoing(id, rules));
+                self.set_outgoing(id);
                 self.judge_again(now, None);
+                self.hold();
                 if self.is_there(id) {
                     self.deliver(id);
-                }
-                let wanted = self.wanted_here();
-                if wanted.is_none() && self.wanted.take().is_some() {
-                    self.actions.push_back(Action::Hold(Vec::new()));
                 }
                 self.tell_places(now);
             }
@@ -605,8 +602,10 @@ impl Policy {
 mod tests {
     use std::sync::Arc;
 
+    use clap::Args as _;
+
     use super::*;
-    use crate::settings::args::RunArgs;
+    use crate::settings::args::{DaemonArgs, PeerArgs, RunArgs};
     use crate::settings::file::File;
     use crate::settings::files::{Files, Found};
 
@@ -749,6 +748,100 @@ mod tests {
         ] {
             let why = plan(&new, &after).unwrap_err();
             assert!(why.contains(says), "{why}");
+        }
+    }
+
+    /// What becomes of each key that a file may have: the first words of its line, behind the name
+    /// of the peer if it is about one; or the word by which it is refused, as it wants a restart.
+    const KEYS_OF_A_FILE: [(&str, &str, bool); 27] = [
+        ("peer = \"192.0.2.9\"", "peer ", false),
+        ("psk = KEY", "another key", false),
+        ("psk-file = KEY", "another key", false),
+        ("move = \"192.0.2.6\"", "+ move 192.0.2.6", false),
+        ("allow-outgoing = true", "+ allow-outgoing", false),
+        ("deliver-to = \"keep\"", "deliver-to", false),
+        ("deliver = \"192.0.2.5=198.51.100.3\"", "+ deliver", false),
+        ("accept = \"192.0.2.6\"", "- accept", false),
+        ("clients-from = \"10.0.0.0/8\"", "+ clients-from", false),
+        ("outgoing = true", "+ outgoing bound", false),
+        ("listen = 7", "listen: 51850 -> 7", false),
+        ("max-flows = 7", "max-flows: 1000000 -> 7", false),
+        (
+            "cipher = \"aes-256-gcm\"",
+            "cipher: auto -> aes-256-gcm",
+            false,
+        ),
+        ("start = \"here\"", "start: moved -> here", false),
+        ("keep = \"7d\"", "clients are remembered: 90d -> 7d", false),
+        (
+            "no-client-names = true",
+            "clients are remembered: 90d -> 90d, without",
+            false,
+        ),
+        (
+            "no-client-log = true",
+            "clients are remembered: 90d -> off",
+            false,
+        ),
+        ("rekey-after = 60", "rekey-after: default -> 60", false),
+        ("tun = \"x\"", "tun", true),
+        ("uplink = \"x\"", "uplink", true),
+        ("lanes = 63", "lanes", true),
+        ("state-dir = \"/x\"", "state-dir", true),
+        ("no-split = true", "no-split", true),
+        ("without = \"udp-gso\"", "without", true),
+        ("log-format = \"json\"", "log-format", true),
+        ("metrics = 9185", "metrics", true),
+        (
+            "listen = \"192.0.2.1:51850\"",
+            "the address of listen",
+            true,
+        ),
+    ];
+
+    #[test]
+    fn each_key_of_a_file_is_applied_or_wants_a_restart() {
+        let of_old = ["move", "allow-outgoing", "start", "keep"];
+        let mut seen: Vec<&str> = Vec::new();
+        for (line, says, restart) in KEYS_OF_A_FILE {
+            let (key, value) = line.split_once(" = ").unwrap();
+            let is_old = of_old.contains(&key) || key.starts_with("no-client");
+            let own = if is_old { "move" } else { "accept" };
+            let settings = |line: &str| {
+                let default = [
+                    ("peer", "\"192.0.2.1\"".to_owned()),
+                    ("psk", format!("\"{}\"", KEYS[0])),
+                    (own, "\"192.0.2.5\"".to_owned()),
+                ];
+                let is_other = |name: &str| line.split(" = ").next() == Some(name);
+                let rest = default.iter().filter(|(name, _)| !is_other(name));
+                let rest = rest.map(|(name, value)| format!("{name} = {value}\n"));
+                config(&(rest.collect::<String>() + line))
+            };
+            let line = match value {
+                "KEY" => format!("psk = \"{}\"", KEYS[1]),
+                _ => line.to_owned(),
+            };
+            let plan = Running::new(&settings("")).plan(&settings(&line));
+            match (restart, plan) {
+                (false, Ok(plan)) => {
+                    let peer = "  peer 192.0.2.1:51850: ";
+                    let lines = plan.lines.iter();
+                    let mut words = lines.map(|it| it.strip_prefix(peer).unwrap_or(it));
+                    let told = words.any(|it| it.starts_with(says));
+                    assert!(told, "{line}: {:?}", plan.lines);
+                }
+                (true, Err(why)) => {
+                    let named = why.starts_with(&format!("{says} cannot be changed"));
+                    assert!(named && why.ends_with("restart needed"), "{line}: {why}");
+                }
+                (_, plan) => panic!("{line}: {plan:?}"),
+            }
+            seen.push(key);
+        }
+        let command = DaemonArgs::augment_args(PeerArgs::augment_args(clap::Command::new("all")));
+        for key in command.get_arguments().filter_map(clap::Arg::get_long) {
+            assert!(seen.contains(&key), "{key} has a line here, or is no key");
         }
     }
 

@@ -165,7 +165,7 @@ fn warnings(actions: &[Action]) -> Vec<String> {
 
 fn no_longer_so(actions: &[Action]) -> Vec<String> {
     let no_more = actions.iter().filter_map(|action| match action {
-        Action::WarnNoMore(_, warning) => Some(warning.to_string()),
+        Action::Withdraw(_, warning) => Some(warning.to_string()),
         _ => None,
     });
     no_more.collect()
@@ -1175,6 +1175,26 @@ fn connections_begin_here_once_both_servers_were_told_so() {
     let actions = machine.all_actions();
     assert_eq!(rules(&actions), Some((true, Some(true), 1)));
     assert!(!actions.iter().any(|it| matches!(it, Action::Warn(..))));
+    let warning = Warning::OutgoingNotAllowed;
+    assert!(actions.contains(&Action::Withdraw(old, warning.clone())));
+    // Without the flag in other settings what was held is let go, and nothing is missed any more.
+    machine.policy.handle(machine.now, said(false));
+    let actions = machine.all_actions();
+    assert!(actions.contains(&Action::Warn(old, warning.clone())));
+    let without = accepting(ANYWHERE, "192.0.2.5");
+    machine.policy.change(machine.now, old, without);
+    let actions = machine.all_actions();
+    assert!(actions.contains(&Action::Hold(Vec::new())), "{actions:?}");
+    assert!(actions.contains(&Action::Withdraw(old, warning.clone())));
+    (machine.policy).change(machine.now, old, outgoing("bound 25/tcp"));
+    let actions = machine.all_actions();
+    assert!(actions.contains(&Action::Hold(prefixes("192.0.2.5"))));
+    assert!(actions.contains(&Action::Warn(old, warning)));
+    // What an earlier run left is let go too, though the old server has not been heard yet.
+    let mut new = Machine::new(Role::New, vec![outgoing("bound")], "192.0.2.5");
+    let without = accepting(ANYWHERE, "192.0.2.5");
+    new.policy.change(new.now, old, without);
+    assert_eq!(held(&new.all_actions()), Some(Vec::new()));
     // Without the flag nothing is held, but nothing leaves either.
     let mut machine = Machine::reached(vec![accepting(ANYWHERE, "192.0.2.5")], "");
     machine.policy.handle(machine.now, said(true));

@@ -49,6 +49,18 @@ pub(super) fn plan(
     Ok(desired)
 }
 
+/// Whether a change is one of those that [`plan`] makes.
+pub fn is_part(change: &Change, lo: &Link) -> bool {
+    match change {
+        Change::Clsact(_) | Change::Filter(_) => change.interface() == Some(lo.index),
+        Change::Sysctl(sysctl) => {
+            let on_lo = sysctl.on.as_ref().is_some_and(|on| on.index == lo.index);
+            on_lo && sysctl.path.rsplit('/').next() == Some(ACCEPT_LOCAL)
+        }
+        Change::Rule(_) | Change::Route(_) | Change::Address(_) | Change::LocalPrefix(_) => false,
+    }
+}
+
 fn setting(lo: &Link) -> OfLink {
     OfLink::new(lo, "ipv4", ACCEPT_LOCAL)
 }

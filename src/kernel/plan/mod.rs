@@ -15,7 +15,7 @@
 
 pub mod capture;
 pub mod keep;
-mod loopback;
+pub mod loopback;
 pub mod masquerade;
 pub mod own;
 pub mod steer;
