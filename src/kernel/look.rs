@@ -320,26 +320,24 @@ mod tests {
             };
             let here = end("127.0.0.2:80");
             assert_eq!(listener(TCP, here), Some(Listener::Nobody));
-            let other = TcpListener::bind("127.0.0.1:80").unwrap();
+            let _other = TcpListener::bind("127.0.0.1:80").unwrap();
             assert_eq!(listener(TCP, here), Some(Listener::At(ip("127.0.0.1"))));
             assert_eq!(listener(TCP, end("127.0.0.1:80")), Some(Listener::Here));
             assert_eq!(listener(UDP, here), Some(Listener::Nobody));
-            drop(other);
-            let any = TcpListener::bind("0.0.0.0:80").unwrap();
-            assert_eq!(listener(TCP, here), Some(Listener::Here));
-            drop(any);
-            let any6 = TcpListener::bind("[::]:80").unwrap();
-            assert_eq!(listener(TCP, here), Some(Listener::OnIpv6));
-            assert_eq!(listener(TCP, end("[::1]:80")), Some(Listener::Here));
+            // Each has a port of its own: what another thread has just forked may still hold the
+            // one before.
+            let _any = TcpListener::bind("0.0.0.0:82").unwrap();
+            assert_eq!(listener(TCP, end("127.0.0.2:82")), Some(Listener::Here));
+            let _any6 = TcpListener::bind("[::]:83").unwrap();
+            assert_eq!(listener(TCP, end("127.0.0.2:83")), Some(Listener::OnIpv6));
+            assert_eq!(listener(TCP, end("[::1]:83")), Some(Listener::Here));
             assert_eq!(listener(TCP, end("[::1]:81")), Some(Listener::Nobody));
-            drop(any6);
-            let udp = UdpSocket::bind("[::1]:53").unwrap();
+            let _udp = UdpSocket::bind("[::1]:53").unwrap();
             assert_eq!(listener(UDP, end("[::1]:53")), Some(Listener::Here));
             assert_eq!(
                 listener(UDP, end("[2001:db8::1]:53")),
                 Some(Listener::At(ip("::1")))
             );
-            drop(udp);
             assert_eq!(listener(47, here), None);
         });
     }
