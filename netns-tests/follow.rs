@@ -48,8 +48,8 @@ pub(crate) fn all_is_served(lab: &Lab, addrs: &[IpAddr]) -> Result {
     Ok(())
 }
 
-/// The services of both families on the new server.
-fn services(lab: &Lab) -> Result<(Service, [UdpService; 2])> {
+/// The services of both families on the new server, but that of TCP over IPv4.
+pub(crate) fn services(lab: &Lab) -> Result<(Service, [UdpService; 2])> {
     let udp = |addr: IpAddr| UdpService::start(lab.new_server(), SocketAddr::new(addr, DNS));
     Ok((
         Service::start(lab.new_server(), NEW6)?,

@@ -15,12 +15,13 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use ipmoved::lab::topology::{Leg, MOVED, MOVED6};
-use ipmoved::lab::{Lab, LabError, Namespace, Process, poll_until};
+use ipmoved::lab::topology::{Leg, MOVED, MOVED6, NEW};
+use ipmoved::lab::{Lab, LabError, Namespace, Process, Service, poll_until};
 
 use crate::behind_dnat::{has, shell};
-use crate::follow::{all_is_served, both_families};
-use crate::stage::{MEGABYTE, PATIENCE, Result, is_before};
+use crate::follow::{all_is_served, both_families, services};
+use crate::modes::{NAT, nat};
+use crate::stage::{FAMILIES, MEGABYTE, PATIENCE, Result, is_before, setup};
 
 /// The moved addresses of both families.
 const BOTH: [IpAddr; 2] = [IpAddr::V4(MOVED), IpAddr::V6(MOVED6)];
@@ -78,6 +79,14 @@ impl<'lab> End<'lab> {
                 &["198.51.100.2/24", "2001:db8:b::2/64"],
                 ["198.51.100.254/24", "2001:db8:b::fe/64"],
             ),
+        }
+    }
+
+    /// Its own address and the router's, of IPv4.
+    fn ppp_addresses(&self) -> (&'static str, &'static str) {
+        match self.leg {
+            Leg::Clients | Leg::Old => ("192.0.2.1", "192.0.2.254"),
+            Leg::New => ("198.51.100.2", "198.51.100.254"),
         }
     }
 
@@ -195,6 +204,21 @@ fn served_at(probe: &str, addrs: &[IpAddr], make: impl Fn(&End<'_>) -> Result) -
     )
 }
 
+/// What has moved is served: through the tunnel, and then by the old server alone.
+fn served_either_way(prepare: impl FnOnce(&Lab) -> Result) -> Result {
+    let lab = Lab::builder().without_rp_filter().build()?;
+    prepare(&lab)?;
+    let _application = Service::start(lab.new_server(), NEW)?;
+    let _others = services(&lab)?;
+    let both = setup(&lab)?.moves(&FAMILIES);
+    let daemons = both.start_both()?;
+    all_is_served(&lab, &BOTH)?;
+    daemons.terminate()?;
+    let alone = setup(&lab)?;
+    let _daemon = nat(&alone, NAT)?;
+    all_is_served(&lab, &BOTH)
+}
+
 #[test]
 fn a_vlan() -> Result {
     served_at("link under name x type vlan id 7", &BOTH, |end| {
@@ -226,6 +250,58 @@ fn ipvlan() -> Result {
     served_at("link under name x type ipvlan mode l2", &BOTH, |end| {
         end.stack("link eth0 name link0 type ipvlan mode l2")
     })
+}
+
+/// A container whose link is one of the host's by address alone: it has no neighbours. (The host
+/// itself does not reach such a link, so it has a namespace of its own.)
+#[test]
+fn ipvlan_at_layer_3() -> Result {
+    if !kernel_has("link under name x type ipvlan mode l3")? {
+        return Ok(());
+    }
+    let mut carriers = Vec::new();
+    let make = |end: &End<'_>| {
+        let (n, port) = (end.number(), end.port());
+        let carrier = Namespace::new("carrier")?;
+        let [to_carrier, to_host] = [&carrier, end.host].map(|host| {
+            let mut sleep = Command::new("sleep");
+            sleep.arg("inf");
+            host.spawn(sleep)
+        });
+        let (to_carrier, to_host) = (to_carrier?, to_host?);
+        end.on_host(&format!("ip link set eth0 netns {}", to_carrier.id()))?;
+        shell(
+            &carrier,
+            &format!(
+                "ip link set eth0 up; ip addr add 198.18.24{n}.2/24 dev eth0
+                 ip addr add 2001:db8:90:{n}::2/64 dev eth0 nodad
+                 ip route add default via 198.18.24{n}.1
+                 ip route add default via 2001:db8:90:{n}::1
+                 ip link add link eth0 name x type ipvlan mode l3
+                 ip link set x netns {} name link0",
+                to_host.id()
+            ),
+        )?;
+        carriers.push(carrier);
+        let mut host = "ip link set link0 up;".to_owned();
+        let mut router = format!(
+            "ip addr flush dev {port} scope global; ip addr add 198.18.24{n}.1/24 dev {port}
+             ip addr add 2001:db8:90:{n}::1/64 dev {port} nodad;"
+        );
+        for address in end.addresses().0 {
+            let addr = address.split('/').next().unwrap_or_default();
+            let via = match addr.contains(':') {
+                true => format!("2001:db8:90:{n}::2"),
+                false => format!("198.18.24{n}.2"),
+            };
+            host += &format!("ip addr add {addr} dev link0 {};", nodad(addr));
+            router += &format!("ip route add {addr} via {via};");
+        }
+        host += "ip route add default dev link0; ip -6 route add default dev link0";
+        end.on_router(&router)?;
+        end.on_host(&host)
+    };
+    served_either_way(|lab| End::both(lab).iter().try_for_each(make))
 }
 
 #[test]
@@ -433,7 +509,66 @@ fn wireguard_of_the_kernel() -> Result {
 
 #[test]
 fn ppp() -> Result {
-    if !has("pppd") || !has("socat") {
+    served_by_ppp("socat", |end| {
+        let (dir, n) = (end.lab.dir().display(), end.number());
+        let line = |who: &str| format!("{dir}/{who}{n}");
+        let mut socat = Command::new("socat");
+        for who in ["router", "host"] {
+            socat.arg(format!("PTY,link={},raw,echo=0", line(who)));
+        }
+        let socat = end.lab.router().spawn(socat)?;
+        poll_until(PATIENCE, Duration::from_millis(10), || {
+            std::path::Path::new(&line("host")).exists().then_some(())
+        });
+        let (own, gateway) = end.ppp_addresses();
+        let pppd = |who: &str, link: &str, addresses: String| {
+            let mut pppd = pppd(&[&line(who)], link);
+            pppd.args(["local", "nolock", &addresses]);
+            pppd
+        };
+        let far = pppd("router", &format!("link{n}"), format!("{gateway}:{own}"));
+        let near = pppd("host", "link0", format!("{own}:{gateway}"));
+        let far = end.lab.router().spawn(far)?;
+        Ok(vec![socat, far, end.host.spawn(near)?])
+    })
+}
+
+/// As DSL has it: the provider's end is made for whoever asks, over Ethernet.
+#[test]
+fn ppp_over_ethernet() -> Result {
+    served_by_ppp("pppoe-server", |end| {
+        let (dir, n) = (end.lab.dir().display(), end.number());
+        let (own, gateway) = end.ppp_addresses();
+        let options = format!("{dir}/pppoe{n}");
+        let words = format!("noauth\nnodefaultroute\nnoproxyarp\n+ipv6\nifname link{n}\n");
+        std::fs::write(&options, words).map_err(|it| LabError::unexpected(it.to_string()))?;
+        let mut server = Command::new("pppoe-server");
+        server.args(["-F", "-N", "1", "-I", end.port(), "-O", &options]);
+        server.args(["-L", gateway, "-R", own]);
+        let server = end.lab.router().spawn(server)?;
+        let mut near = pppd(&["plugin", "pppoe.so", "nic-eth0"], "link0");
+        near.args(["noipdefault", "persist", "holdoff", "1"]);
+        Ok(vec![server, end.host.spawn(near)?])
+    })
+}
+
+/// A `pppd` for this line that makes the link `link`.
+fn pppd(line: &[&str], link: &str) -> Command {
+    let mut pppd = Command::new("pppd");
+    pppd.args(line).args(["ifname", link]);
+    pppd.args([
+        "nodetach",
+        "noauth",
+        "nodefaultroute",
+        "noproxyarp",
+        "+ipv6",
+    ]);
+    pppd
+}
+
+/// Both servers are at a PPP link that `dial` makes with `program`, and what has moved is served.
+fn served_by_ppp(program: &str, dial: impl Fn(&End<'_>) -> Result<Vec<Process>>) -> Result {
+    if !has("pppd") || !has(program) {
         return Ok(());
     }
     if !std::path::Path::new("/dev/ppp").exists() {
@@ -441,50 +576,6 @@ fn ppp() -> Result {
         return Ok(());
     }
     let mut running = Vec::new();
-    let prepare = |lab: &Lab| {
-        for end in End::both(lab) {
-            running.extend(dial(&end)?);
-        }
-        Ok(())
-    };
-    both_families(|lab| all_is_served(lab, &BOTH), prepare)
-}
-
-/// Connects a server to the router by PPP over a line, on which nothing else is.
-fn dial(end: &End<'_>) -> Result<[Process; 3]> {
-    let (dir, n) = (end.lab.dir().display(), end.number());
-    let line = |who: &str| format!("{dir}/{who}{n}");
-    let mut socat = Command::new("socat");
-    for who in ["router", "host"] {
-        socat.arg(format!("PTY,link={},raw,echo=0", line(who)));
-    }
-    let socat = end.lab.router().spawn(socat)?;
-    poll_until(PATIENCE, Duration::from_millis(10), || {
-        std::path::Path::new(&line("host")).exists().then_some(())
-    });
-    let (own, gateway) = match end.leg {
-        Leg::Clients | Leg::Old => ("192.0.2.1", "192.0.2.254"),
-        Leg::New => ("198.51.100.2", "198.51.100.254"),
-    };
-    let pppd = |who: &str, link: &str, addresses: String| {
-        let mut pppd = Command::new("pppd");
-        pppd.arg(line(who)).args([
-            "nodetach",
-            "noauth",
-            "local",
-            "nolock",
-            "nodefaultroute",
-            "noproxyarp",
-            "+ipv6",
-            "ifname",
-            link,
-            &addresses,
-        ]);
-        pppd
-    };
-    let far = pppd("router", &format!("link{n}"), format!("{gateway}:{own}"));
-    let near = pppd("host", "link0", format!("{own}:{gateway}"));
-    let running = [socat, end.lab.router().spawn(far)?, end.host.spawn(near)?];
     let up = |host: &Namespace, link: &str| {
         let up = format!("ip -4 addr show dev {link} | grep -q inet");
         poll_until(PATIENCE, Duration::from_millis(50), || {
@@ -492,9 +583,16 @@ fn dial(end: &End<'_>) -> Result<[Process; 3]> {
         })
         .ok_or_else(|| LabError::unexpected(format!("{link} of {} is not up", host.name())))
     };
-    up(end.lab.router(), &format!("link{n}"))?;
-    up(end.host, "link0")?;
-    end.settle_router(&format!("link{n}"))?;
-    end.settle_host()?;
-    Ok(running)
+    let prepare = |lab: &Lab| {
+        for end in End::both(lab) {
+            running.extend(dial(&end)?);
+            let link = format!("link{}", end.number());
+            up(lab.router(), &link)?;
+            up(end.host, "link0")?;
+            end.settle_router(&link)?;
+            end.settle_host()?;
+        }
+        Ok(())
+    };
+    served_either_way(prepare)
 }

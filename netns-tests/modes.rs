@@ -188,7 +188,7 @@ fn a_connection_to_a_kept_address_survives_a_crash() -> Result {
 // `nat`.
 
 /// The arguments of `ipmoved nat` as in the README, for both families.
-const NAT: &[&str] = &[
+pub(crate) const NAT: &[&str] = &[
     "--move",
     "192.0.2.5",
     "--to",
@@ -199,7 +199,7 @@ const NAT: &[&str] = &[
     "2001:db8:b::2",
 ];
 
-fn nat<'lab>(setup: &DaemonSetup<'lab>, args: &[&str]) -> Result<Daemon<'lab>> {
+pub(crate) fn nat<'lab>(setup: &DaemonSetup<'lab>, args: &[&str]) -> Result<Daemon<'lab>> {
     let mut daemon = setup.start_nat(args)?;
     daemon.wait_until_up()?;
     Ok(daemon)
