@@ -17,7 +17,8 @@ use ipmoved::internals::{Direction, Netlink, Role};
 use ipmoved::lab::daemon::{STOP_TIMEOUT, UP_TIMEOUT};
 use ipmoved::lab::topology::{CLIENT, Leg, MOVED, MOVED6, NEW, NEW6, OLD, UPLINK};
 use ipmoved::lab::{
-    Conversation, Daemon, DaemonSetup, Lab, LabError, Process, RawSocket, Service, poll_until,
+    Capture, Conversation, Daemon, DaemonSetup, Lab, LabError, Process, RawSocket, Service, Tap,
+    poll_until,
 };
 
 use crate::behind_dnat::has;
@@ -35,15 +36,17 @@ fn conversations(lab: &Lab) -> Result<[Conversation; 2]> {
     Ok(both)
 }
 
-/// Both go on, and new ones are served.
-fn go_on(lab: &Lab, mut conversations: [Conversation; 2]) -> Result {
+/// Both go on, and new ones are served. Returns what was seen before the first of them ended: a
+/// server whose connection is gone refuses what comes late.
+fn go_on(lab: &Lab, mut conversations: [Conversation; 2], tap: Tap) -> Result<Capture> {
     for conversation in &mut conversations {
         conversation.hear(b"meanwhile", RECOVERY)?;
         conversation.exchange(b"after", RECOVERY)?;
     }
+    let seen = tap.stop()?;
     lab.client().get(MOVED)?.is_answered_by(NEW)?;
     lab.client().get(MOVED6)?.is_answered_by(NEW6)?;
-    Ok(())
+    Ok(seen)
 }
 
 fn services(lab: &Lab) -> Result<[Service; 2]> {
@@ -126,8 +129,7 @@ fn no_reset_leaves_the_old_server_while_its_network_comes_up() -> Result {
             flood.join().expect("it does not panic");
             Ok(())
         })?;
-        go_on(&lab, talks)?;
-        let seen = tap.stop()?;
+        let seen = go_on(&lab, talks, tap)?;
         assert_eq!(seen.refusals_from(MOVED), 0, "{args:?}: a reset left");
         assert_eq!(seen.refusals_from(MOVED6), 0, "{args:?}: a reset left");
     }
@@ -217,8 +219,7 @@ fn a_late_lease_resets_nothing() -> Result {
             flood.join().expect("it does not panic");
             Ok(())
         })?;
-        go_on(&lab, talks)?;
-        let seen = tap.stop()?;
+        let seen = go_on(&lab, talks, tap)?;
         let refusals = [MOVED.into(), MOVED6.into()].map(|addr: IpAddr| seen.refusals_from(addr));
         assert_eq!(refusals, [0, 0], "a lease of {leased}: a reset left");
     }
