@@ -1019,10 +1019,7 @@ impl Control<'_> {
                     self.tunnels[index(peer)].set_endpoint(now, Some(addr));
                 }
                 Action::Warn(peer, warning) => self.warn(now, peer, &warning.to_string()),
-                Action::Withdraw(peer, warning) => {
-                    let name = self.policy.name(peer);
-                    self.warnings.withdraw(peer, &format!("{name}: {warning}"));
-                }
+                Action::Withdraw(peer, warning) => self.withdraw(peer, &warning.to_string()),
             }
         }
         if inside {
@@ -1435,15 +1432,15 @@ impl Control<'_> {
         };
         for (peer, said) in self.silence.judge(now, &around) {
             self.told.iter_mut().for_each(|told| told.hurry(now));
-            let name = self.policy.name(peer);
             match said {
                 Said::Warning(text) => self.warn(now, peer, &text),
                 Said::Changed(before, text) => {
-                    self.warnings.withdraw(peer, &format!("{name}: {before}"));
+                    self.withdraw(peer, &before);
                     self.warn(now, peer, &text);
                 }
                 Said::Well(what, warning) => {
-                    self.warnings.withdraw(peer, &format!("{name}: {warning}"));
+                    self.withdraw(peer, &warning);
+                    let name = self.policy.name(peer);
                     if self.warnings.may_log(now, peer) {
                         info!(peer = name, what, "well again");
                     }
@@ -1685,6 +1682,12 @@ impl Control<'_> {
         if self.warnings.keep_of(now, peer, line) {
             warn!(peer = name, warning = %text, "an administrator should know");
         }
+    }
+
+    /// What [`warn`](Self::warn) said is no longer so.
+    fn withdraw(&mut self, peer: PeerId, text: &str) {
+        let line = format!("{}: {text}", self.policy.name(peer));
+        self.warnings.withdraw(peer, &line);
     }
 
     /// Says how many lines about a peer were not logged because they were too many.

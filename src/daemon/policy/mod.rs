@@ -944,10 +944,7 @@ impl Policy {
         for id in self.peers() {
             let held = self.held_here(id);
             let before = std::mem::replace(&mut self.peers[index(id)].held_here, held.clone());
-            if before != held {
-                self.withdraw(id, before);
-                self.warn_of(id, held);
-            }
+            self.warn_instead(id, before, held);
         }
     }
 
@@ -1170,12 +1167,8 @@ impl Policy {
                 })
             }
         };
-        let news = trouble != self.peers[index(id)].trouble;
-        if let Some(warning) = trouble.clone().filter(|_| news) {
-            self.warn(id, warning);
-        }
-        let before = std::mem::replace(&mut self.peers[index(id)].trouble, trouble);
-        self.withdraw(id, before.filter(|_| news));
+        let before = std::mem::replace(&mut self.peers[index(id)].trouble, trouble.clone());
+        self.warn_instead(id, before, trouble);
         self.announce(id);
     }
 
@@ -1307,6 +1300,14 @@ impl Policy {
 
     fn warn(&mut self, id: PeerId, warning: Warning) {
         self.warn_of(id, Some(warning));
+    }
+
+    /// Warns of what is so now instead of what was before, if that is another thing.
+    fn warn_instead(&mut self, id: PeerId, before: Option<Warning>, now: Option<Warning>) {
+        if before != now {
+            self.withdraw(id, before);
+            self.warn_of(id, now);
+        }
     }
 
     fn withdraw(&mut self, id: PeerId, warning: Option<Warning>) {
