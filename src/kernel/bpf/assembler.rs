@@ -439,6 +439,18 @@ impl Assembler {
     /// # Errors
     /// If a jump is too far for its 16 bits, or goes to a label that was never bound.
     pub fn finish(self, name: &'static str) -> Result<Program, BpfError> {
+        let program = self.finish_unseen(name)?;
+        #[cfg(test)]
+        assert_eq!(
+            super::stack::unwritten_read(program.code()),
+            None,
+            "{name}: instruction, place on the stack"
+        );
+        Ok(program)
+    }
+
+    /// As [`Self::finish`], without a look at the stack in tests.
+    pub(super) fn finish_unseen(self, name: &'static str) -> Result<Program, BpfError> {
         debug_assert!(name.len() <= MAX_NAME, "the kernel would truncate it");
         let mut targets = vec![None; self.code.len()];
         for &(at, label) in &self.jumps {

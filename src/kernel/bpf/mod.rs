@@ -6,6 +6,7 @@
 //!   loaded      programs that are in the kernel already, to be attached once more
 //!   map         the memory of programs, shared between them and this process
 //!   ring        records that programs hand to this process
+//!   stack       what a program reads of its stack is what it has written (in tests)
 //!   words       memory that this process can write without a system call
 //!   supply      maps and programs that another process makes for this one
 //! ```
@@ -20,6 +21,8 @@ mod load;
 mod loaded;
 mod map;
 mod ring;
+#[cfg(test)]
+mod stack;
 pub(in crate::kernel) mod supply;
 pub(super) mod test_run;
 mod words;

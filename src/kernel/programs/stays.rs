@@ -137,6 +137,8 @@ pub(super) fn leave_own(a: &mut Assembler, l2: u32, facts: &Facts) {
     a.load(Size::Dw, R0, R0, 0);
     a.jump_if_wide(R0, If::Ne, 0, take);
     a.store(Size::W, R10, TAKEN, 1);
+    // Older verifiers do not follow that a flow with TAKEN does not come to where this is read.
+    a.store(Size::W, R10, ANEW, 0);
     a.jump(from_any_port);
     a.bind(ask);
     own.look_up(a, begun);
