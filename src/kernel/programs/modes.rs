@@ -612,7 +612,9 @@ mod tests {
     use crate::kernel::netlink::{Address, Netlink};
     use crate::kernel::programs::phrases::{TC_ACT_UNSPEC, keep_packet, verdict};
     use crate::kernel::programs::stays::note_bounced;
-    use crate::kernel::programs::testing::{L2, OldServer, Packet, frame, icmp, moves, ports, tcp};
+    use crate::kernel::programs::testing::{
+        L2, OldServer, Packet, ago, frame, icmp, moves, ports, tcp,
+    };
     use crate::kernel::programs::{Facts, Own};
     use crate::kernel::testing::in_fresh_namespace;
     use crate::lab::wiring::Wiring;
@@ -661,7 +663,7 @@ mod tests {
         fn be(&self, mode: Mode<Duration>) {
             let modes = vec![mode; self.moves];
             self.facts.modes.forget_changes();
-            let set = self.facts.modes.set_at(&modes, SHARES, now() - LONG_AGO);
+            let set = self.facts.modes.set_at(&modes, SHARES, ago(LONG_AGO));
             set.unwrap();
             // In case of a hold, which may be over by then.
             self.facts.modes.words.set(SOME, 1);
@@ -674,7 +676,7 @@ mod tests {
         }
 
         fn die(&self) {
-            let long_ago = (now() - LONG_AGO).as_nanos() >> ALIVE_TICK;
+            let long_ago = ago(LONG_AGO).as_nanos() >> ALIVE_TICK;
             self.facts.modes.words.set(HEARTBEAT, long_ago as u32);
         }
 
@@ -830,7 +832,7 @@ mod tests {
             // So it does when nothing was changed for long.
             server.be(moved());
             server.facts.modes.words.set(SOME, 0);
-            server.facts.own.age(now() - Duration::from_secs(100));
+            server.facts.own.age(ago(Duration::from_secs(100)));
             for (request, answer) in requests(at, 4000) {
                 assert!(!server.is_taken(&request), "{request:?}");
                 server.sends(&answer);
@@ -1158,7 +1160,7 @@ mod tests {
             assert_eq!(server.facts.own.forget_all(udp).unwrap(), 2);
             assert!(server.is_taken(&first));
             // They make room when they are over.
-            server.facts.own.age(now() - 8 * LONG_AGO);
+            server.facts.own.age(ago(8 * LONG_AGO));
             for _ in 0..20 {
                 server.facts.beat().unwrap();
             }
@@ -1254,7 +1256,7 @@ mod tests {
             let all: Vec<Move> = picks.iter().map(|(at, _)| MOVES[*at].parse().unwrap()).collect();
             let modes: Vec<_> = picks.iter().map(|(_, mode)| *mode).collect();
             let server = Server::with(&all);
-            server.facts.modes.set_at(&modes, SHARES, now() - LONG_AGO).unwrap();
+            server.facts.modes.set_at(&modes, SHARES, ago(LONG_AGO)).unwrap();
             for (n, (host, client, port, kind)) in packets.into_iter().enumerate() {
                 let dst: IpAddr = [192, 0, 2, host].into();
                 let src: IpAddr = [203, 0, client, 7].into();

@@ -570,7 +570,7 @@ impl Own {
     pub(super) fn age_by(&self, by: Duration) {
         self.change(|value| {
             let seen = u64::from_ne_bytes(value[..8].try_into().unwrap());
-            let seen = seen - by.as_nanos() as u64;
+            let seen = seen.wrapping_sub(by.as_nanos() as u64);
             value[..8].copy_from_slice(&seen.to_ne_bytes());
         });
     }

@@ -517,7 +517,7 @@ fn hand_over(a: &mut Assembler, maps: &ServedHere, l2: u32, room: i32, lost: Lab
 mod tests {
     use super::*;
     use crate::kernel::bpf::test_run::nanoseconds;
-    use crate::kernel::programs::testing::{L2, OldServer, Packet, frame, moves, ports, tcp};
+    use crate::kernel::programs::testing::{L2, OldServer, Packet, ago, frame, moves, ports, tcp};
     use crate::kernel::programs::{Facts, now};
     use crate::kernel::testing::{capabilities_of_the_unit, in_fresh_namespace, keep_only};
     use crate::model::mode::{Mode, Settled, ShareKey};
@@ -536,7 +536,7 @@ mod tests {
         facts.beat().unwrap();
         let modes = vec![Mode::settled(settled); ENDS.len()];
         // For long: the daemon is not asked any more.
-        let since = now() - Duration::from_secs(1_000);
+        let since = ago(Duration::from_secs(1_000));
         facts.modes.set_at(&modes, ShareKey([1, 2]), since).unwrap();
         facts.served().load(&[0, L2]).unwrap();
         facts.served().set(true).unwrap();

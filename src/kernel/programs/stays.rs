@@ -554,7 +554,7 @@ mod tests {
     use crate::kernel::netlink::{Address, Netlink};
     use crate::kernel::programs::flows::now;
     use crate::kernel::programs::testing::{
-        L2, OldServer, Packet, frame, icmp, moves, ports, taken, tcp,
+        L2, OldServer, Packet, ago, frame, icmp, moves, ports, taken, tcp,
     };
     use crate::kernel::programs::{Facts, note_own};
     use crate::kernel::testing::in_fresh_namespace;
@@ -666,7 +666,7 @@ mod tests {
     #[test]
     fn an_answer_to_what_came_before_the_start_keeps_no_client() {
         let old = just_started();
-        let young = now() - YOUNG_IDLE;
+        let young = ago(YOUNG_IDLE);
         for (moved, remote, ..) in ENDS {
             let request = Packet::new(remote, moved, UDP, ports(5060, 5060));
             let reply = Packet::new(moved, remote, UDP, ports(5060, 5060));
@@ -693,11 +693,12 @@ mod tests {
     /// Whether it is taken when every conversation has been silent for almost as long as it may be.
     fn is_taken_at_last(old: &OldServer, packet: &Packet) -> bool {
         loop {
-            let seen = now() - OWN_IDLE + Duration::from_secs(9);
-            old.facts.own.age(seen);
+            let left = Duration::from_secs(9);
+            let begun = now();
+            old.facts.own.age(ago(OWN_IDLE - left));
             let is_taken = old.is_taken(packet);
             // Else the machine stood still meanwhile, and nothing is known.
-            if now() - seen < OWN_IDLE {
+            if now() - begun < left {
                 return is_taken;
             }
         }
@@ -711,7 +712,7 @@ mod tests {
         let mine = Packet::new(moved, remote, UDP, ports(5060, 5060));
         old.sends(&mine);
         assert!(!is_taken_at_last(&old, &answer));
-        old.facts.own.age(now() - OWN_IDLE);
+        old.facts.own.age(ago(OWN_IDLE));
         assert!(old.is_taken(&answer));
     }
 
@@ -751,7 +752,7 @@ mod tests {
     #[test]
     fn an_idle_connection_ends_only_if_nobody_answers_for_it() {
         let old = old_server();
-        let idle = now() - OWN_IDLE;
+        let idle = ago(OWN_IDLE);
         for (moved, remote, ..) in ENDS {
             let out = |flags| Packet::new(moved, remote, TCP, tcp(40_000, 443, flags));
             let back = |flags| Packet::new(remote, moved, TCP, tcp(443, 40_000, flags));
@@ -963,7 +964,7 @@ mod tests {
         in_fresh_namespace(|| {
             addresses();
             let old = old_server();
-            let silent = |time| old.facts.own.age(now() - time);
+            let silent = |time| old.facts.own.age(ago(time));
             let nearly = OWN_LASTING - Duration::from_secs(60);
             for (moved, remote, ..) in ENDS {
                 let call = Packet::new(remote, moved, UDP, ports(5060, 5060));
@@ -1006,15 +1007,15 @@ mod tests {
                 let request = Packet::new(remote, moved, UDP, ports(5060, 5060));
                 let reply = Packet::new(moved, remote, UDP, ports(5060, 5060));
                 let moves_over = || {
-                    old.facts.own.age(now() - OWN_IDLE + kept);
+                    old.facts.own.age(ago(OWN_IDLE - kept));
                     assert!(!old.is_taken(&request));
-                    old.facts.own.age(now() - OWN_IDLE);
+                    old.facts.own.age(ago(OWN_IDLE));
                     assert!(old.is_taken(&request));
                 };
                 let service = UdpSocket::bind(end(moved, 5060)).unwrap();
                 // The old service goes on answering what came before the start.
                 for since in [Duration::from_secs(2), OWN_IDLE - kept] {
-                    old.facts.own.begin_at(now() - since);
+                    old.facts.own.begin_at(ago(since));
                     old.facts.own.forget_taken();
                     old.sends(&reply);
                     old.facts.own.begin_at(Duration::ZERO);
@@ -1027,7 +1028,7 @@ mod tests {
                 let client = UdpSocket::bind(end(moved, 5060)).unwrap();
                 client.connect(end(remote, 5060)).unwrap();
                 old.sends(&reply);
-                old.facts.own.age(now() - OWN_IDLE);
+                old.facts.own.age(ago(OWN_IDLE));
                 assert!(!old.is_taken(&request), "the socket is connected");
                 old.sends(&reply);
                 drop(client);

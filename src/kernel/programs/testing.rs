@@ -2,11 +2,12 @@
 
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use super::headers::{icmpv4, icmpv6, ipv6};
 use super::phrases::{TC_ACT_UNSPEC, keep_packet, verdict};
 use super::stays::note_answered;
-use super::{Facts, capture, note_own};
+use super::{Facts, capture, note_own, now};
 use crate::kernel::bpf::test_run::run;
 use crate::kernel::bpf::{Assembler, Program};
 use crate::model::moved::Move;
@@ -16,6 +17,13 @@ pub(super) const TC_ACT_REDIRECT: i32 = 7;
 
 /// Length of the link-layer header of all frames in the tests.
 pub(super) const L2: u32 = 14;
+
+/// The kernel's time so long ago, which may be before the machine started: then it wraps, as what
+/// programs subtract does.
+pub(super) fn ago(time: Duration) -> Duration {
+    let nanos = |time: Duration| time.as_nanos() as u64;
+    Duration::from_nanos(nanos(now()).wrapping_sub(nanos(time)))
+}
 
 pub(super) fn moves(texts: &[&str]) -> Vec<Move> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
