@@ -3,9 +3,19 @@
 use std::ffi::c_int;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{Timespec, poll};
 use rustix::io::Errno;
 
 use super::{BpfError, MAX_NAME, bpf, bpf_fd, object_name, supply, with_memlock_raised};
+
+/// How often an entry is tried for which the kernel has no memory at hand, and how long it has to
+/// get some each time. It takes memory for entries beforehand, where it may not wait (`bpf_mem_alloc`
+/// in kernel/bpf/memalloc.c), and sees to more in an interrupt, or with PREEMPT_RT in a thread.
+const REFILLS: u32 = 20;
+const REFILL: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 2_000_000,
+};
 
 /// Kinds of maps.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -173,7 +183,7 @@ impl Map {
         unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) }.is_ok()
     }
 
-    /// Enters a value.
+    /// Enters a value. Waits a moment if the kernel has no memory at hand for it.
     ///
     /// # Errors
     /// If the kernel refuses, as where the map is full.
@@ -181,8 +191,19 @@ impl Map {
         const BPF_MAP_UPDATE_ELEM: c_int = 2;
         assert_eq!(value.len(), self.shape.value_size);
         let mut attr = self.element(key, value.as_ptr() as u64);
-        // SAFETY: as in `read`.
-        unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) }.map(drop)
+        let mut tries = 0;
+        loop {
+            // SAFETY: as in `read`.
+            match unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut attr) } {
+                Ok(_) => return Ok(()),
+                Err(Errno::NOMEM) if tries < REFILLS => {
+                    tries += 1;
+                    // As a sleep, which the system call filter does not know.
+                    let _ = poll(&mut [], Some(&REFILL));
+                }
+                Err(errno) => return Err(errno),
+            }
+        }
     }
 
     /// Enters a program, in an array of them.
