@@ -33,6 +33,9 @@ const OF_AN_INTERFACE: [&str; 4] = [
 /// Where the settings of interfaces are, by their names.
 const CONF: &str = "net/ipv4/conf/";
 
+/// The same of IPv6.
+const CONF6: &str = "net/ipv6/conf/";
+
 /// A setting and its value.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Sysctl {
@@ -187,7 +190,13 @@ impl Kind for Sysctl {
     }
 
     fn make(&self, with: &Means<'_>) -> Result<(), ChangeError> {
-        Ok(write_sysctl(&self.path_now(with.netlink)?, &self.to)?)
+        let path = self.path_now(with.netlink)?;
+        if removes_advertised(&path) {
+            return Ok(with_advertised_kept(with.netlink, || {
+                write_sysctl(&path, &self.to)
+            })?);
+        }
+        Ok(write_sysctl(&path, &self.to)?)
     }
 
     /// A value that is neither ours nor the earlier one is somebody else's, and stays.
@@ -226,6 +235,37 @@ fn write_sysctl(path: &str, value: &str) -> io::Result<()> {
     fs::write(file(path)?, format!("{value}\n"))
 }
 
+/// Whether the kernel removes every default route that a router has advertised once somebody turns
+/// this setting on, whichever interface it is of (`addrconf_fixup_forwarding` in
+/// net/ipv6/addrconf.c). The next advertisement may be half an hour away (RFC 4861 section 6.2.1).
+fn removes_advertised(path: &str) -> bool {
+    path.starts_with(CONF6) && path.ends_with("/forwarding")
+}
+
+/// Does `work` while the kernel keeps these routes: it does where `accept_ra` is 2. For an
+/// interface that does not forward that means the same as 1, so that nothing is amiss if this
+/// process is killed in the midst of it.
+fn with_advertised_kept(
+    netlink: &Netlink,
+    work: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    const ACCEPTS: &str = "1";
+    const KEEPS: &str = "2";
+    let links = netlink.links().unwrap_or_default().into_iter();
+    let accepting = links
+        .map(|link| format!("{CONF6}{}/accept_ra", link.name))
+        .filter(|path| read_sysctl(path).is_ok_and(|value| value == ACCEPTS));
+    let kept: Vec<String> = accepting
+        .filter(|path| write_sysctl(path, KEEPS).is_ok())
+        .collect();
+    let done = work();
+    for path in kept {
+        // Unless it is gone by now.
+        let _ = write_sysctl(&path, ACCEPTS);
+    }
+    done
+}
+
 /// The file of a setting. There is none outside `/proc/sys/net`, whoever asks.
 fn file(path: &str) -> io::Result<PathBuf> {
     let mut parts = path.split('/');
@@ -257,7 +297,15 @@ fn interface_and_name(path: &str) -> Option<(&str, &str)> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv6Addr, SocketAddrV6};
+    use std::time::Duration;
+
+    use socket2::{Domain, Protocol, Socket, Type};
+
     use super::*;
+    use crate::kernel::netlink::{Family, TABLE_MAIN};
+    use crate::kernel::testing::{Tun, in_fresh_namespace, sysctl as set, veth};
+    use crate::lab::poll_until;
 
     fn sysctl(path: &str, from: &str) -> Sysctl {
         Sysctl {
@@ -314,6 +362,46 @@ mod tests {
             };
             assert_eq!(sysctl.check().is_ok(), is_its, "{path} {interface}");
         }
+    }
+
+    /// What a router says: it is a default router for half an hour (RFC 4861 section 4.2).
+    const ADVERTISEMENT: [u8; 16] = [134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
+
+    #[test]
+    fn a_default_route_that_a_router_has_advertised_stays() {
+        in_fresh_namespace(|| {
+            set("net/ipv6/conf/default/accept_dad", "0");
+            let netlink = Netlink::new().unwrap();
+            let host = veth(&netlink);
+            let router = netlink.link_by_name("v1").unwrap().unwrap();
+            set("net/ipv6/conf/v1/forwarding", "1");
+            let tun = Tun::new(&netlink, "tun0", false);
+            let socket = Socket::new(Domain::IPV6, Type::RAW, Some(Protocol::ICMPV6)).unwrap();
+            socket.set_multicast_hops_v6(255).unwrap();
+            socket.bind_device(Some(b"v1")).unwrap();
+            let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+            let to = SocketAddrV6::new(all_nodes, 0, 0, router.index).into();
+            let routes = || {
+                let all = netlink.routes(Family::V6, TABLE_MAIN).unwrap();
+                let on_host = all.into_iter().filter(|it| it.dev == Some(host.index));
+                on_host.filter(|it| it.dst.1 == 0).count()
+            };
+            let advertised = poll_until(Duration::from_secs(10), Duration::from_millis(50), || {
+                let _ = socket.send_to(&ADVERTISEMENT, &to);
+                (routes() == 1).then_some(())
+            });
+            assert!(advertised.is_some(), "no route came of the advertisement");
+            let change = sysctl(&format!("net/ipv6/conf/{}/forwarding", tun.link.name), "0");
+            let with = Means {
+                netlink: &netlink,
+                program: None,
+            };
+            change.make(&with).unwrap();
+            assert_eq!(change.value(&netlink).unwrap(), "1");
+            assert_eq!(routes(), 1, "it is gone");
+            let accepts = read_sysctl("net/ipv6/conf/v0/accept_ra");
+            assert_eq!(accepts.unwrap(), "1", "it is as it was");
+        });
     }
 
     #[test]
