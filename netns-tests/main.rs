@@ -80,3 +80,4 @@ mod the_move;
 mod tracee;
 mod undo;
 mod unread;
+mod ways_back;

@@ -26,10 +26,11 @@ use tracing::{debug, info, warn};
 
 use super::before_ours::BeforeOurs;
 use super::facts::of_default_routes;
-use super::held;
+use super::held::{self, Held};
 use super::service::{Result, system, warn_of_left};
 use super::setup::{Uplinks, find_uplinks};
 use super::warnings::Warnings;
+use super::ways_back::{self, Said, WaysBack};
 use crate::flow::ended::HostFlow;
 use crate::flow::modes::Taken;
 use crate::kernel::capture::Capture;
@@ -224,6 +225,9 @@ pub(super) struct Follower {
     on_tun: Vec<Change>,
     /// Filters of others that were seen before ours, and how to list them.
     before_ours: Vec<BeforeOurs>,
+    /// What this host's rules mean for replies, and what was said of it (old server).
+    ways_back: WaysBack,
+    told_of_ways: Vec<Said>,
 }
 
 impl Follower {
@@ -254,9 +258,13 @@ impl Follower {
             links: Vec::new(),
             on_tun: Vec::new(),
             before_ours: Vec::new(),
+            ways_back: WaysBack::default(),
+            told_of_ways: Vec::new(),
         };
         follower.look_for_ways_out(host.netlink());
-        follower.tell_programs(&host.netlink().addresses().map_err(system)?);
+        let addresses = host.netlink().addresses().map_err(system)?;
+        follower.tell_programs(&addresses);
+        follower.look_for_ways_back(host.netlink(), addresses);
         let there = host.netlink().links().map_err(system)?;
         let mut links = follower.wanted(&there);
         let calls_itself = follower.settings.calls_itself;
@@ -312,7 +320,7 @@ impl Follower {
                     noted.map_err(system)?;
                     warn_of_left(&report);
                     follower.carrying = carrying;
-                    follower.warn_of_routes();
+                    follower.warn_of_routes(host.netlink());
                     return Ok(follower);
                 }
                 Err(error) => error,
@@ -338,16 +346,16 @@ impl Follower {
     }
 
     /// Warns if replies cannot follow routes. (With an uplink in the settings they need not.)
-    fn warn_of_routes(&self) {
+    fn warn_of_routes(&self, netlink: &Netlink) {
         let Programs::Old(capture) = &self.programs else {
             return;
         };
-        if self.settings.named.is_none() && !capture.follows_routes() {
-            let tun = &self.tun.name;
+        if self.settings.named.is_none() && !capture.follows_routes(netlink) {
             warn!(
                 uplink = self.uplink_name(),
-                "every reply leaves by this interface, since net.ipv4.conf.{tun}.forwarding cannot \
-                 be set; make /proc/sys writable if clients come by others"
+                "every reply leaves by this interface, since net.ipv4.conf.lo.forwarding cannot be \
+                 set here; if clients come by others, set it to 1 when the container is made \
+                 (`docker run --sysctl net.ipv4.conf.lo.forwarding=1`)"
             );
         }
     }
@@ -408,7 +416,10 @@ impl Follower {
     ) {
         let before = std::mem::replace(&mut self.settings, settings);
         match host.netlink().addresses() {
-            Ok(addresses) => self.tell_programs(&addresses),
+            Ok(addresses) => {
+                self.tell_programs(&addresses);
+                self.look_for_ways_back(host.netlink(), addresses);
+            }
             Err(error) => warn!(%error, "cannot list this server's addresses"),
         }
         if before.calls_itself && !self.settings.calls_itself {
@@ -504,6 +515,8 @@ impl Follower {
         self.look_for_uplinks(now, host.netlink(), peers, known);
         self.look_for_ways_out(host.netlink());
         self.tell_programs(addresses);
+        self.look_for_ways_back(host.netlink(), addresses.to_vec());
+        self.tell_of_ways_back(now, known);
         let links = match host.netlink().links() {
             Ok(links) => links,
             Err(error) => {
@@ -853,6 +866,42 @@ impl Follower {
         if let Err(error) = capture.set_tunnel_ends(ends) {
             warn!(%error, "cannot tell the programs of this server's addresses");
         }
+    }
+
+    /// Looks what this host's routing rules mean for replies, and tells the programs (old server).
+    fn look_for_ways_back(&mut self, netlink: &Netlink, addresses: Vec<Address>) {
+        let Programs::Old(capture) = &self.programs else {
+            return;
+        };
+        self.ways_back = match self.settings.named {
+            Some(_) => WaysBack::default(),
+            None => {
+                let held = Held::new(addresses);
+                WaysBack::look(netlink, &self.settings.moves, &held, self.tun.index)
+            }
+        };
+        capture.set_detailed(self.ways_back.detailed);
+        if let Err(error) = capture.set_marked(&self.ways_back.marked) {
+            warn!(%error, "cannot tell the programs by which marks replies leave");
+        }
+    }
+
+    /// Says what has changed of that.
+    fn tell_of_ways_back(&mut self, now: Instant, known: &mut Warnings) {
+        if self.told_of_ways == self.ways_back.said {
+            return;
+        }
+        known.withdraw_own(|line| line.starts_with(ways_back::UNKNOWN));
+        for said in &self.ways_back.said {
+            if let Some(warning) = said.warning() {
+                known.warn(now, warning);
+            } else if let Some(note) = said.note()
+                && !self.told_of_ways.contains(said)
+            {
+                info!("{note}");
+            }
+        }
+        self.told_of_ways.clone_from(&self.ways_back.said);
     }
 
     /// Those of the links that are there that are to carry the programs, the uplinks first.

@@ -28,6 +28,8 @@
 //! `progress` is how far each move has come, and `silence` what is not answered. `checks` is
 //! whether it will work on this server, and `login` the session that a command is given from.
 //!
+//! `ways_back` is which way replies leave where routing rules go by marks.
+//!
 //! `visitors` hands over who comes to be recorded (stragglers).
 //!
 //! `dry_run` tells what a start would change, and changes nothing.
@@ -84,6 +86,7 @@ mod viewers;
 mod visitors;
 mod warnings;
 mod watchdog;
+mod ways_back;
 
 use std::path::Path;
 

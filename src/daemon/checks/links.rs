@@ -247,11 +247,8 @@ mod tests {
 
     fn rule(priority: u32) -> Rule {
         Rule {
-            family: Family::V4,
-            priority,
-            mark: None,
             table: Some(TABLE_MAIN),
-            selects_more: false,
+            ..Rule::of(Family::V4, priority)
         }
     }
 

@@ -142,6 +142,7 @@ mod tests {
             index: 7,
             kind: Some("wireguard".into()),
             master: None,
+            lower: None,
         };
         let found = here(Role::New, &programs.into(), &Ruleset::default(), &[wg]);
         let names: Vec<&str> = found.iter().map(|it| it.object.as_str()).collect();

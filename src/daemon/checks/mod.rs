@@ -24,6 +24,7 @@ use super::held::Held;
 use super::login;
 use super::setup::{Uplinks, resolve};
 use super::status_socket;
+use super::ways_back::{Said, WaysBack};
 use crate::channel::session::Offer;
 use crate::kernel::netfilter::Ruleset;
 use crate::kernel::netlink::{Address, Link, Nature, Netlink, NetlinkError};
@@ -258,6 +259,10 @@ impl Server {
                 found.extend(moved::addresses(&absent, &place, words));
                 found.extend(moved::own(&self.netlink, config, &known, words));
                 found.extend(moved::ways_out(&self.netlink, &moves, &self.held));
+                if named.is_none() {
+                    let ways = WaysBack::look(&self.netlink, &moves, &self.held, tun.index);
+                    found.extend(ways.said.iter().map(Said::finding));
+                }
                 found.extend(moved::login(login::ends(), &moves, &self.held));
                 found.push(host::state_dir(&config.state_dir));
             }

@@ -342,6 +342,7 @@ mod tests {
             index,
             kind: Some(kind.into()),
             master: None,
+            lower: None,
         };
         let links = [link(2, "eth0"), link(3, "dummy0"), link(4, "br0")];
         let natures = [nature(3, "dummy"), nature(4, "bridge")];

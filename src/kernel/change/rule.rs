@@ -24,11 +24,9 @@ pub struct MarkRule {
 impl MarkRule {
     fn rule(&self) -> Rule {
         Rule {
-            family: self.family,
-            priority: self.priority,
             mark: Some((self.mark, u32::MAX)),
             table: Some(self.table),
-            selects_more: false,
+            ..Rule::of(self.family, self.priority)
         }
     }
 }

@@ -15,7 +15,9 @@ use crate::kernel::netlink::{Link, Netlink};
 use crate::packet::IPV6_MIN_MTU;
 
 /// The settings of a whole network namespace that this program changes.
-const OF_THE_NAMESPACE: [&str; 4] = [
+const OF_THE_NAMESPACE: [&str; 6] = [
+    "net/ipv4/conf/lo/forwarding",
+    "net/ipv6/conf/lo/forwarding",
     "net/ipv4/fwmark_reflect",
     "net/ipv6/fwmark_reflect",
     "net/ipv4/ip_local_reserved_ports",
@@ -321,6 +323,7 @@ mod tests {
         for path in [
             "net/ipv4/tcp_fwmark_accept",
             "net/ipv6/fwmark_reflect",
+            "net/ipv6/conf/lo/forwarding",
             "net/ipv4/conf/eth0.5/arp_ignore",
             "net/ipv4/conf/fifteen.letters/src_valid_mark",
         ] {

@@ -72,6 +72,9 @@ pub struct Nature {
     pub kind: Option<String>,
     /// Index of the interface that it is a port of.
     pub master: Option<u32>,
+    /// Index of the interface that it stands on, as a VLAN and a macvlan do. Of a pair of
+    /// interfaces it is the other one, which may be in another network namespace.
+    pub lower: Option<u32>,
 }
 
 impl Netlink {
@@ -86,10 +89,12 @@ impl Netlink {
                 index: word(&header[4..8])?,
                 kind: None,
                 master: None,
+                lower: None,
             };
             for (kind, value) in attributes(rest) {
                 match kind {
                     libc::IFLA_MASTER => nature.master = word(value),
+                    libc::IFLA_LINK => nature.lower = word(value),
                     libc::IFLA_LINKINFO => {
                         let mut info = attributes(value);
                         let kind = info.find(|&(kind, _)| kind == IFLA_INFO_KIND);

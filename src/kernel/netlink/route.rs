@@ -20,6 +20,9 @@ pub const TABLE_LOCAL: u32 = 255;
 /// The kernel's table of ordinary routes.
 pub const TABLE_MAIN: u32 = 254;
 
+/// The question for a packet's route, in errors.
+const LOOK_UP: &str = "look up route";
+
 /// See linux/rtnetlink.h; not in every libc.
 const RTA_VIA: u16 = 18;
 
@@ -257,9 +260,31 @@ impl Netlink {
         self.exchange("look up route", request, NLM_F_ACK).map(drop)
     }
 
+    /// The routes among which the kernel chooses for a packet: more than one if the table's entry
+    /// has several next hops. The one that it would take for this packet is the first.
+    pub fn choices(&self, query: RouteQuery) -> Result<Vec<Route>> {
+        let route = self.look_up(query, RouteFlags::empty())?;
+        let entry = self.look_up_all(query, RouteFlags::FibMatch);
+        let mut others = entry.unwrap_or_default();
+        let is_it = |other: &Route| other.dev == route.dev && other.via == route.via;
+        // Of IPv6 the kernel tells another one where a rule goes by the interface.
+        if !others.iter().any(is_it) {
+            others.clear();
+        }
+        others.retain(|other| !is_it(other));
+        others.insert(0, route);
+        Ok(others)
+    }
+
     /// The kernel's answer to the question, or, with `FibMatch`, the table's entry behind it.
     fn look_up(&self, query: RouteQuery, flags: RouteFlags) -> Result<Route> {
-        const WHAT: &str = "look up route";
+        let mut routes = self.look_up_all(query, flags)?;
+        routes
+            .pop()
+            .ok_or(NetlinkError::Malformed { request: LOOK_UP })
+    }
+
+    fn look_up_all(&self, query: RouteQuery, flags: RouteFlags) -> Result<Vec<Route>> {
         const RTA_SPORT: u16 = 28;
         let RouteQuery {
             dst,
@@ -280,10 +305,10 @@ impl Netlink {
         }
         push_ports(&mut message, from, RTA_SPORT);
         let request = RouteNetlinkMessage::GetRoute(message);
-        let answers = self.exchange(WHAT, request, NLM_F_ACK);
+        let answers = self.exchange(LOOK_UP, request, NLM_F_ACK);
         let answers = answers.map_err(|error| in_words(error, src))?;
-        let route = answers.iter().find_map(|answer| read_route(answer).pop());
-        route.ok_or(NetlinkError::Malformed { request: WHAT })
+        let mut routes = answers.iter().map(|answer| read_route(answer));
+        Ok(routes.find(|some| !some.is_empty()).unwrap_or_default())
     }
 }
 
@@ -573,11 +598,9 @@ mod tests {
             assert_eq!((answer.mtu, answer.learned_mtu), (Some(1400), None));
 
             let rule = Rule {
-                family: Family::V4,
-                priority: 100,
                 mark: Some((0x6970_6d76, u32::MAX)),
                 table: Some(0x6970_6d76),
-                selects_more: false,
+                ..Rule::of(Family::V4, 100)
             };
             netlink.add_rule(&rule).unwrap();
             assert!(netlink.add_rule(&rule).unwrap_err().is_exists());

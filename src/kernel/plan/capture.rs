@@ -18,6 +18,7 @@
 //! discovery. The filters on the entrances outlive the daemon and then lead into nothing: moved
 //! addresses fall silent instead of replying with resets.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -30,10 +31,11 @@ use crate::kernel::Desired;
 use crate::kernel::bpf::Loaded;
 use crate::kernel::change::{Change, OfLink, Sysctl};
 use crate::kernel::netlink::{Direction, Link, Netlink};
-use crate::kernel::programs::{self, Facts, Own, Served};
+use crate::kernel::programs::{self, Facts, LO, MarkedWay, Own, Served};
 use crate::model::drops::DropReason;
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
+use crate::model::prefix::Prefix;
 
 /// The programs of one old server, in the kernel, with what they know. They stay the same while
 /// interfaces come and go.
@@ -89,7 +91,7 @@ impl Capture {
         let again = Self::new(moves, begin, &self.tun, port, own)?;
         again.facts.follow_modes(&self.facts);
         // What lies on the TUN, too: it may be planned anew at any time.
-        let back = programs::return_path(&again.facts, again.tun.index)?;
+        let back = programs::return_path(&again.facts)?;
         again.loaded.get(&back)?;
         Ok(again)
     }
@@ -215,18 +217,32 @@ impl Capture {
         Ok(self.facts.set_tunnel_ends(addrs)?)
     }
 
-    /// The changes to the TUN: the return path.
+    /// From now on the host's routing rules are `detailed`: some go by protocol, ports or DSCP.
+    pub fn set_detailed(&self, detailed: bool) {
+        self.facts.set_detailed(detailed);
+    }
+
+    /// From now on the replies of these prefixes leave by marks.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_marked(&self, ways: &BTreeMap<Prefix, MarkedWay>) -> Result<(), PlanError> {
+        Ok(self.facts.set_marked(ways)?)
+    }
+
+    /// The changes to the TUN: the return path. What its look-ups need goes with it.
     ///
     /// # Errors
     /// If the kernel refuses the program.
     pub fn on_tun(&self, netlink: &Netlink) -> Result<Vec<Desired>, PlanError> {
         let tun = &self.tun;
-        let back = programs::return_path(&self.facts, tun.index)?;
+        let lo = netlink.link_by_index(LO)?;
+        let back = programs::return_path(&self.facts)?;
         let place = filter(netlink, tun, Direction::Ingress, back.name())?;
         let mut desired: Vec<Desired> = ["ipv4", "ipv6"]
             .into_iter()
-            .filter_map(|family| forwarding(tun, family))
-            .map(Desired::with_tun)
+            .filter_map(|family| forwarding(lo.as_ref()?, family))
+            .map(Desired::lasting)
             .collect();
         desired.push(Desired::with_tun(clsact(tun)));
         desired.push(Desired::with_tun(place).program(self.loaded.get(&back)?));
@@ -238,18 +254,15 @@ impl Capture {
     /// # Errors
     /// If the kernel refuses.
     pub fn load_all(&self) -> Result<(), PlanError> {
-        let back = programs::return_path(&self.facts, self.tun.index)?;
+        let back = programs::return_path(&self.facts)?;
         self.loaded.get(&back)?;
         Ok(())
     }
 
     /// Whether replies of IPv4 leave by their routes. Else they leave by the uplink.
-    pub fn follows_routes(&self) -> bool {
-        if self.tun.is_planned() {
-            return forwarding(&self.tun, "ipv4").is_some();
-        }
-        let setting = OfLink::new(&self.tun, "ipv4", "forwarding");
-        setting.value().is_ok_and(|value| value == "1")
+    pub fn follows_routes(&self, netlink: &Netlink) -> bool {
+        let lo = netlink.link_by_index(LO).ok().flatten();
+        lo.is_some_and(|lo| forwarding(&lo, "ipv4").is_some())
     }
 
     /// The changes to one entrance: what notes this host's own, and at last the capture. An older
@@ -271,11 +284,12 @@ impl Capture {
     }
 }
 
-/// `bpf_fib_lookup` answers only for an interface that forwards, and this one forwards nothing: its
-/// program takes every packet. `None` without that family, and where the setting cannot be changed,
-/// as in most containers: then replies leave by the uplink.
-fn forwarding(tun: &Link, family: &str) -> Option<Change> {
-    let setting = OfLink::new(tun, family, "forwarding");
+/// `bpf_fib_lookup` answers only for an interface that forwards. The loopback interface has nothing
+/// to forward: what this host sends itself has its route by the time it comes in there, and nobody
+/// else sends to it. `None` without that family, and where the setting cannot be changed, as in
+/// most containers: then replies leave by the uplink.
+fn forwarding(lo: &Link, family: &str) -> Option<Change> {
+    let setting = OfLink::new(lo, family, "forwarding");
     let from = setting.value().ok()?;
     (from == "1" || setting.may_write()).then(|| {
         Change::Sysctl(Sysctl {

@@ -503,7 +503,7 @@ mod tests {
                 assert!(!taken(loaded.as_fd(), &at(range.end() + 1)));
             }
         }
-        return_path(&facts, 1).unwrap().load().unwrap();
+        return_path(&facts).unwrap().load().unwrap();
     }
 
     #[test]

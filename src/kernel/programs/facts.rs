@@ -8,14 +8,18 @@
 //! ```text
 //! u32 uplink;   // where bounced packets arrive, and replies without a route leave
 //! u32 always;   // not 0: every reply leaves by the uplink, whatever its route is
+//! u32 detailed; // not 0: routing rules go by protocol, ports or DSCP
+//! u32 marked;   // not 0: some replies leave by a mark
 //! ```
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Duration;
 
 use super::begun::Begun;
+use super::marked::{Marked, MarkedWay};
 use super::modes::Modes;
 use super::own::Own;
 use super::rights::Rights;
@@ -23,11 +27,14 @@ use super::served_here::ServedHere;
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Reg, Size, Words};
 use crate::model::mode::{Mode, ShareKey};
 use crate::model::moved::Move;
+use crate::model::prefix::Prefix;
 
 /// The words.
 const UPLINK: usize = 0;
 const ALWAYS: usize = 1;
-const WORDS: usize = 2;
+const DETAILED: usize = 2;
+const MARKED: usize = 3;
+const WORDS: usize = 4;
 
 /// The memory of one old server's programs.
 #[derive(Debug)]
@@ -38,6 +45,8 @@ pub struct Facts {
     /// that was refused.
     pub(super) begun: Option<Begun>,
     pub(super) modes: Modes,
+    /// Whose replies leave by a mark.
+    pub(super) marked: Marked,
     /// What is this host's own.
     pub(super) own: Own,
     /// Who is served by this host itself.
@@ -67,6 +76,7 @@ impl Facts {
             rights,
             begun,
             modes: Modes::new(moves)?,
+            marked: Marked::new()?,
             served: own.served_here()?,
             own,
         })
@@ -93,6 +103,24 @@ impl Facts {
     pub fn set_uplink(&self, index: Option<u32>, named: bool) {
         self.words.set(UPLINK, index.unwrap_or(0));
         self.words.set(ALWAYS, u32::from(named));
+    }
+
+    /// From now on a routing rule goes by protocol, ports or DSCP, or none does.
+    pub fn set_detailed(&self, detailed: bool) {
+        self.words.set(DETAILED, u32::from(detailed));
+    }
+
+    /// From now on the replies of these prefixes leave by marks.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_marked(&self, ways: &BTreeMap<Prefix, MarkedWay>) -> Result<(), BpfError> {
+        if ways.is_empty() {
+            self.words.set(MARKED, 0);
+        }
+        self.marked.update(ways)?;
+        self.words.set(MARKED, u32::from(!ways.is_empty()));
+        Ok(())
     }
 
     /// From now on the tunnel's own ends are at those of these addresses that have moved.
@@ -140,6 +168,18 @@ impl Facts {
     pub(super) fn jump_if_always(&self, a: &mut Assembler, scratch: Reg, to: Label) {
         self.load(a, scratch, ALWAYS);
         a.jump_if(scratch, If::Ne, 0, to);
+    }
+
+    /// Jumps if no routing rule goes by more than addresses. Destroys `scratch`.
+    pub(super) fn jump_unless_detailed(&self, a: &mut Assembler, scratch: Reg, to: Label) {
+        self.load(a, scratch, DETAILED);
+        a.jump_if(scratch, If::Eq, 0, to);
+    }
+
+    /// Jumps if no reply leaves by a mark. Destroys `scratch`.
+    pub(super) fn jump_unless_marked(&self, a: &mut Assembler, scratch: Reg, to: Label) {
+        self.load(a, scratch, MARKED);
+        a.jump_if(scratch, If::Eq, 0, to);
     }
 
     fn load(&self, a: &mut Assembler, dst: Reg, word: usize) {

@@ -62,7 +62,12 @@ pub(super) mod tcp_sock {
 /// `struct bpf_fib_lookup`.
 pub(super) mod fib {
     pub(crate) const FAMILY: i16 = 0;
+    pub(crate) const PROTOCOL: i16 = 1;
+    /// Those of the source and of the destination, as on the wire.
+    pub(crate) const PORTS: i16 = 2;
     pub(crate) const IFINDEX: i16 = 8;
+    /// IPv4: the type of service. IPv6: the traffic class, where the header has it.
+    pub(crate) const SERVICE: i16 = 12;
     pub(crate) const SOURCE: i16 = 16;
     pub(crate) const DESTINATION: i16 = 32;
     pub(crate) const LEN: i16 = 64;
@@ -86,6 +91,7 @@ pub(super) mod ethernet {
 /// IPv4: RFC 791 section 3.1.
 pub(super) mod ipv4 {
     pub(crate) const VERSION_AND_IHL: u32 = 0;
+    pub(crate) const SERVICE: u32 = 1;
     pub(crate) const TOTAL_LENGTH: u32 = 2;
     pub(crate) const IDENTIFICATION: u32 = 4;
     pub(crate) const FLAGS_AND_OFFSET: u32 = 6;
@@ -102,6 +108,9 @@ pub(super) mod ipv4 {
     pub(crate) const WITHOUT_OPTIONS: i32 = 0x45;
     pub(crate) const IHL_MASK: i32 = 0x0f;
 
+    /// In `SERVICE`: without what congestion notification has there (RFC 3168).
+    pub(crate) const DSCP: i32 = 0xfc;
+
     /// In `FLAGS_AND_OFFSET`.
     pub(crate) const MORE_FRAGMENTS: i32 = 0x2000;
     pub(crate) const OFFSET_MASK: i32 = 0x1fff;
@@ -111,6 +120,8 @@ pub(super) mod ipv4 {
 
 /// IPv6: RFC 8200 section 3.
 pub(super) mod ipv6 {
+    /// Version, traffic class and flow label.
+    pub(crate) const FIRST_WORD: u32 = 0;
     pub(crate) const PAYLOAD_LENGTH: u32 = 4;
     pub(crate) const NEXT_HEADER: u32 = 6;
     pub(crate) const HOP_LIMIT: u32 = 7;
@@ -118,6 +129,9 @@ pub(super) mod ipv6 {
     pub(crate) const DESTINATION: u32 = 24;
     /// Length without extension headers.
     pub(crate) const LEN: u32 = 40;
+
+    /// In `FIRST_WORD`: the traffic class, without what congestion notification has there.
+    pub(crate) const DSCP: i32 = 0x0fc0_0000;
 
     /// The hop limit of what no router has forwarded.
     pub(crate) const OF_THE_LINK: i32 = 255;

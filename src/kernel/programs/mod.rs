@@ -23,6 +23,7 @@
 //!   phrases   code that several programs share, and the registers that have names
 //!   facts     what the old server's programs know of links and addresses
 //!   moved     the moved addresses, and which scope one lies in
+//!   marked    by which mark the replies of a moved address leave
 //!   rights    what has moved of each, as the old server's programs decide by it
 //!   flows     the memory of the steering programs
 //!   directly  how many conversations come to the new server directly
@@ -73,6 +74,7 @@ mod inports;
 mod inside;
 mod listens;
 mod loopback;
+mod marked;
 mod modes;
 mod moved;
 mod named;
@@ -103,13 +105,14 @@ pub use facts::Facts;
 pub use flows::{Counter, Entrance, FlowMaps, now};
 pub use listens::Listening;
 pub use loopback::{LOOPBACK, PeerTargets, loopback};
+pub use marked::{MAX_INSTEAD, MarkedWay};
 pub use named::named_ports;
 pub use note_own::{NOTE_OWN, note_own};
 pub use outgoing::Chosen;
 pub use own::Own;
 pub use places::Place;
 pub use replies::{Pair, replies};
-pub use return_path::return_path;
+pub use return_path::{LO, return_path};
 pub use served_here::{READ_EVERY, Served};
 pub use stays::DHCP_CLIENTS;
 pub use take_replies::{TAKE_REPLIES, take_replies};
@@ -170,7 +173,7 @@ mod tests {
             };
             let programs = [
                 capture(&facts, l2_header, 1, Some(51820)),
-                return_path(&facts, 1),
+                return_path(&facts),
                 note_own(&facts, l2_header, 1, Some(51820)),
                 deliver(&maps, 2),
                 take_replies(&maps, l2_header, 2, 51820, &chosen()),
@@ -187,15 +190,15 @@ mod tests {
             programs.map(Result::unwrap).into_iter().zip(sizes)
         };
         // Without a header, what arrives has its headers pulled, and is read from the IP header on.
-        let mut all: Vec<_> = of(0, [1531, 1246, 1149, 1307, 2286, 946, 917, 320, 526]).collect();
-        all.extend(of(14, [1513, 1246, 1149, 1307, 2286, 935, 897, 316, 576]));
+        let mut all: Vec<_> = of(0, [1531, 1592, 1149, 1307, 2286, 946, 917, 320, 526]).collect();
+        all.extend(of(14, [1513, 1592, 1149, 1307, 2286, 935, 897, 316, 576]));
         all.push((loopback(&maps, true).unwrap(), 1100));
         all.push((loopback(&maps, false).unwrap(), 1103));
         // Where the new server may begin connections from any port.
         let begins = Facts::remembering(&moves, &moves, Own::new().unwrap()).unwrap();
         for (program, size) in [
             (capture(&begins, 14, 1, Some(51820)), 2275),
-            (return_path(&begins, 1), 2020),
+            (return_path(&begins), 2366),
             (note_own(&begins, 14, 1, Some(51820)), 1149),
             (listens::listens(), 380),
         ] {

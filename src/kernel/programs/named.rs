@@ -172,7 +172,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
-    use crate::kernel::bpf::test_run::run;
+    use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::programs::deliver::deliver_behind;
     use crate::kernel::programs::testing::{L2, Packet, frame, ports, taken};
     use crate::kernel::programs::{arrivals, take_replies};
@@ -249,6 +249,37 @@ mod tests {
                 assert!(!out(10_002, 40_006));
                 by_tunnel(40_006, 10_002);
                 assert!(!out(10_002, 40_006), "it is named no more");
+            }
+        });
+    }
+
+    #[test]
+    #[ignore = "a measurement: cargo test --lib -- --ignored --nocapture what_a_named_port_costs"]
+    fn what_a_named_port_costs() {
+        in_fresh_namespace(|| {
+            for (client, here) in [
+                ("203.0.113.7", "198.51.100.2"),
+                ("2001:db8:c::7", "2001:db8:b::2"),
+            ] {
+                let mut maps = FlowMaps::new(1000).unwrap();
+                let deliver = deliver_behind(L2, &maps, 1).unwrap().load().unwrap();
+                let egress = take_replies(&maps, L2, 1, 51820, &[]).unwrap();
+                let egress = egress.load().unwrap();
+                let out =
+                    |port| frame(&Packet::new(here, client, UDP, ports(port, 40_000)).bytes());
+                let into =
+                    |port| frame(&Packet::new(client, here, UDP, ports(40_000, port)).bytes());
+                for (what, names) in [("nothing", None), ("one port", Some((5_060, 5_060)))] {
+                    maps.name_ports(&names.into_iter().collect()).unwrap();
+                    for port in [5_061, 5_060] {
+                        let began = nanoseconds(egress.as_fd(), &out(port));
+                        let asked = nanoseconds(deliver.as_fd(), &into(port));
+                        eprintln!(
+                            "{here}, with {what} named: {began} ns out of {port}, where nobody \
+                             spoke before, and {asked} ns what comes for it by the tunnel"
+                        );
+                    }
+                }
             }
         });
     }

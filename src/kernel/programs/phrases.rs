@@ -381,10 +381,15 @@ pub(super) fn arrive_at(a: &mut Assembler, ifindex: u32, mark: u32) {
 /// Begins a question for a route, `struct bpf_fib_lookup` at this place of the stack: everything
 /// but the family and the addresses.
 pub(super) fn begin_route_lookup(a: &mut Assembler, at: i16, tun_ifindex: u32) {
+    clear_route_lookup(a, at);
+    a.store(Size::W, R10, at + fib::IFINDEX, tun_ifindex);
+}
+
+/// The same question with nothing in it.
+pub(super) fn clear_route_lookup(a: &mut Assembler, at: i16) {
     for word in (at..at + fib::LEN).step_by(8) {
         a.store(Size::Dw, R10, word, 0);
     }
-    a.store(Size::W, R10, at + fib::IFINDEX, tun_ifindex);
 }
 
 /// Asks the kernel for that route. Jumps to `found` if there is one; otherwise R0 says why not.
