@@ -79,12 +79,12 @@ const RULES: [(&str, &[&str], &[&str]); 8] = [
     (
         "ports of clients",
         &[
-            "ipproto tcp dport 1024-65535 lookup 102",
-            "ipproto udp dport 1024-65535 lookup 102",
+            "ipproto tcp dport 1024-65534 lookup 102",
+            "ipproto udp dport 1024-65534 lookup 102",
         ],
         &[
-            "ipproto tcp dport 1024-65535 lookup 102",
-            "ipproto udp dport 1024-65535 lookup 102",
+            "ipproto tcp dport 1024-65534 lookup 102",
+            "ipproto udp dport 1024-65534 lookup 102",
         ],
     ),
     (

@@ -339,6 +339,7 @@ mod tests {
             mac,
             port: false,
             big_tcp: false,
+            to_many: false,
         }
     }
 

@@ -804,6 +804,11 @@ impl Follower {
             return;
         }
         for link in &self.carrying {
+            if link.to_many {
+                let interface = &link.name;
+                known.warn(now, format!("{interface} {}", plan::own::NOT_NOTED_TO_MANY));
+                continue;
+            }
             if !matches!(plan::own::is_noted(netlink, link), Ok(false)) {
                 continue;
             }
@@ -1012,7 +1017,17 @@ impl Follower {
 
 /// Whether a link is as it was, in what the programs and the journal know of it.
 fn is_same(one: &Link, other: &Link) -> bool {
-    let of = |link: &Link| (link.index, link.name.clone(), link.link_type, link.mac);
+    let of = |link: &Link| {
+        let Link {
+            index,
+            name,
+            link_type,
+            mac,
+            to_many,
+            ..
+        } = link;
+        (*index, name.clone(), *link_type, *mac, *to_many)
+    };
     of(one) == of(other)
 }
 

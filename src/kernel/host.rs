@@ -962,12 +962,12 @@ mod tests {
             assert_ne!(new[0].program_id, old[0].program_id);
             // Another role: changes that are no longer wanted go.
             let report = host.reconcile(stage.capture(&second)).unwrap();
-            assert_eq!(report.undone.len(), made.len() - 3);
-            assert_eq!(host.made().len(), 3);
+            assert_eq!(report.undone.len(), made.len() - 5);
+            assert_eq!(host.made().len(), 5);
             drop(host);
             drop(second);
             let report = Host::cleanup(&stage.scratch.0).unwrap().report;
-            assert_eq!(report.undone.len(), 3);
+            assert_eq!(report.undone.len(), 5);
             assert_eq!(snapshot(&stage.netlink), before);
             assert!(!stage.scratch.0.exists());
         });

@@ -182,6 +182,8 @@ pub(super) fn snapshot(netlink: &Netlink) -> Vec<String> {
         "net/ipv4/fwmark_reflect",
         "net/ipv6/fwmark_reflect",
         "net/ipv4/ip_forward",
+        "net/ipv4/conf/lo/forwarding",
+        "net/ipv6/conf/lo/forwarding",
         "net/ipv4/conf/all/rp_filter",
         "net/ipv4/conf/all/src_valid_mark",
     ] {

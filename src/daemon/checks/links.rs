@@ -10,7 +10,7 @@ use crate::daemon::setup::{Uplinks, find_uplinks};
 use crate::kernel::netlink::{
     Direction, Family, Link, Netlink, Route, RouteAnswer, RouteKind, Rule, TABLE_MAIN,
 };
-use crate::kernel::plan;
+use crate::kernel::plan::{self, PlanError};
 use crate::kernel::programs::NAME_PREFIX;
 use crate::model::finding::Finding;
 use crate::model::moved::Move;
@@ -142,6 +142,7 @@ pub(super) fn filters(
     let mut found = Vec::new();
     for link in carriers.iter().take(MAX_LINKS) {
         let is_uplink = uplinks.is_some_and(|them| them.contains(link.index));
+        found.extend(to_many(role, link, is_uplink));
         found.extend(qdisc(netlink, role, link, is_uplink));
         found.extend(filter(netlink, role, link));
     }
@@ -161,6 +162,24 @@ pub(super) fn filters(
         ));
     }
     found
+}
+
+/// A GRE tunnel without `remote`, which hides what leaves by it.
+fn to_many(role: Role, link: &Link, is_uplink: bool) -> Option<Finding> {
+    const NAME: &str = "uplink";
+    let name = link.to_many.then_some(&link.name)?;
+    // A tunnel to one end is another one.
+    let remedy = format!("ip -details link show dev {}", quoted(name));
+    Some(match role {
+        Role::Old => Finding::warn(NAME, name, plan::own::NOT_NOTED_TO_MANY, remedy),
+        Role::New => {
+            let text = PlanError::ToMany(name.clone()).to_string();
+            match is_uplink {
+                true => Finding::fail(NAME, name, text, remedy),
+                false => Finding::warn(NAME, name, text, remedy),
+            }
+        }
+    })
 }
 
 /// The older qdisc, beside which clsact cannot be.

@@ -217,6 +217,7 @@ impl Server {
             mac: None,
             port: false,
             big_tcp: false,
+            to_many: false,
         })
     }
 

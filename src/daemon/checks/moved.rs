@@ -337,6 +337,7 @@ mod tests {
             mac: None,
             port: false,
             big_tcp: false,
+            to_many: false,
         };
         let nature = |index, kind: &str| Nature {
             index,

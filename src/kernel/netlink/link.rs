@@ -12,6 +12,9 @@ use super::{Netlink, Result, attributes, text, word};
 /// See linux/if_link.h; not in every libc.
 const IFLA_GRO_IPV4_MAX_SIZE: u16 = 64;
 
+/// GRE over IPv6; not in every libc.
+const ARPHRD_IP6GRE: u16 = 823;
+
 /// A network interface.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Link {
@@ -36,6 +39,10 @@ pub struct Link {
     /// super-packet may become (`IFLA_GRO_IPV4_MAX_SIZE`, Linux 6.3 and kernels with the backport).
     /// Whether a TUN takes such a packet (6.6) shows only when we write one.
     pub big_tcp: bool,
+    /// It is up, and a GRE tunnel that has no `remote`, or a group of many for one: each neighbour
+    /// has its own end. What leaves by it has the tunnel's headers before it already where programs
+    /// see it (`ipgre_header_ops`, net/ipv4/ip_gre.c).
+    pub to_many: bool,
 }
 
 /// The index of an interface that is not there: the kernel gives it to none.
@@ -54,6 +61,7 @@ impl Link {
             mac: None,
             port: false,
             big_tcp: false,
+            to_many: false,
         }
     }
 
@@ -196,21 +204,45 @@ fn read_link(payload: &[u8]) -> Option<Link> {
         mac: None,
         port: false,
         big_tcp: false,
+        to_many: false,
     };
     let mut in_vrf = false;
+    let (mut remote, mut by_route) = (None, false);
     for (kind, value) in attributes(rest) {
         match kind {
             libc::IFLA_IFNAME => link.name = text(value),
             libc::IFLA_MTU => link.mtu = word(value)?,
             libc::IFLA_ADDRESS => link.mac = value.try_into().ok(),
             libc::IFLA_MASTER => link.port = true,
-            libc::IFLA_LINKINFO => in_vrf = slave_kind(value).as_deref() == Some("vrf"),
+            libc::IFLA_BROADCAST => remote = Some(value),
+            libc::IFLA_LINKINFO => {
+                in_vrf = slave_kind(value).as_deref() == Some("vrf");
+                by_route = has_ends_by_route(value);
+            }
             IFLA_GRO_IPV4_MAX_SIZE => link.big_tcp = true,
             _ => {}
         }
     }
     link.port &= !in_vrf;
+    let is_gre = matches!(link.link_type, libc::ARPHRD_IPGRE | ARPHRD_IP6GRE);
+    link.to_many = link.up && is_gre && !by_route && remote.is_some_and(is_many);
     Some(link)
+}
+
+/// Whether this other end of a tunnel stands for many: none, or a group (RFC 5771).
+fn is_many(remote: &[u8]) -> bool {
+    let is_group = remote.len() == 4 && remote[0] >> 4 == 0xe;
+    is_group || remote.iter().all(|byte| *byte == 0)
+}
+
+/// Whether a GRE tunnel takes its other end from each packet's route (`external`).
+fn has_ends_by_route(info: &[u8]) -> bool {
+    const IFLA_INFO_DATA: u16 = 2;
+    const IFLA_GRE_COLLECT_METADATA: u16 = 18;
+    let mut info = attributes(info);
+    let data = info.find(|&(kind, _)| kind == IFLA_INFO_DATA);
+    let has = |(_, data)| attributes(data).any(|(kind, _)| kind == IFLA_GRE_COLLECT_METADATA);
+    data.is_some_and(has)
 }
 
 /// What an interface is a part of, by the kernel's name of its kind.
@@ -226,6 +258,54 @@ mod tests {
     use super::*;
     use crate::kernel::testing::{delete_link, in_fresh_namespace, set_link_down, veth};
     use crate::lab::wiring::Wiring;
+
+    /// An attribute as the kernel writes it.
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    #[test]
+    fn a_gre_tunnel_without_remote_is_one_to_many() {
+        const EXTERNAL: u16 = 18;
+        let link = |link_type: u16, flags: i32, remote: &[u8], options: &[u8]| {
+            let mut payload = vec![0; 16];
+            payload[2..4].copy_from_slice(&link_type.to_ne_bytes());
+            payload[4..8].copy_from_slice(&7_u32.to_ne_bytes());
+            payload[8..12].copy_from_slice(&flags.to_ne_bytes());
+            payload.extend(attribute(libc::IFLA_BROADCAST, remote));
+            let kind = attribute(1, b"gre\0");
+            let info = [kind, attribute(2, options)].concat();
+            payload.extend(attribute(libc::IFLA_LINKINFO, &info));
+            read_link(&payload).unwrap()
+        };
+        let (gre, gre6, up) = (libc::ARPHRD_IPGRE, ARPHRD_IP6GRE, libc::IFF_UP);
+        let external = attribute(EXTERNAL, &[]);
+        for (link_type, flags, remote, options, expected) in [
+            (gre, up, &[0; 4][..], &[][..], true),
+            (gre, up, &[239, 1, 1, 1], &[], true),
+            (gre6, up, &[0; 16], &[], true),
+            (gre, up, &[198, 18, 0, 2], &[], false),
+            (
+                gre6,
+                up,
+                &[32, 1, 13, 184, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+                &[],
+                false,
+            ),
+            // The kernel's own, which is there with its driver and down.
+            (gre, 0, &[0; 4], &[], false),
+            (gre, up, &[0; 4], &external, false),
+            (libc::ARPHRD_TUNNEL, up, &[0; 4], &[], false),
+            (libc::ARPHRD_ETHER, up, &[0; 6], &[], false),
+        ] {
+            let link = link(link_type, flags, remote, options);
+            assert_eq!(link.to_many, expected, "{link_type} {flags} {remote:?}");
+        }
+    }
 
     #[test]
     fn links_come_change_and_go() {

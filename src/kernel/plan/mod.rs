@@ -83,6 +83,13 @@ pub enum PlanError {
         /// `ARPHRD_*`.
         link_type: u16,
     },
+    /// Answers that leave by an interface cannot be taken.
+    #[error(
+        "interface {0} is a GRE tunnel to many (without `remote`), and answers to clients would \
+         leave by it with this server's own address; make a tunnel to each other end (`ip link add \
+         NAME type gre local ADDRESS remote ADDRESS`), or name another interface with --uplink"
+    )]
+    ToMany(String),
     /// No place is left among the filters.
     #[error("every filter preference on {0} is taken; remove a filter")]
     NoPriority(String),

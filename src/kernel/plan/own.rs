@@ -15,6 +15,12 @@ use crate::kernel::programs::{CAPTURE, NOTE_OWN, Own};
 use crate::model::moved::{Move, Transport};
 use crate::model::scopes::Scopes;
 
+/// What is to be said of an interface that hides what leaves by it from the programs.
+pub const NOT_NOTED_TO_MANY: &str = "is a GRE tunnel to many (without `remote`): what this server \
+     itself sends there from a moved address cannot be noted, unless it is TCP or a connected UDP \
+     socket; make a tunnel to each other end (`ip link add NAME type gre local ADDRESS remote \
+     ADDRESS`)";
+
 /// Takes over the memory of a killed daemon, or makes it. It is found among the descriptors that
 /// somebody `kept`, or through the programs that still stand on `links` (for which this process
 /// needs CAP_SYS_ADMIN).

