@@ -7,6 +7,9 @@
 //! answers it by the tunnel, that conversation is the tunnel's, unless the client has ever spoken
 //! directly in it. Of an address that has moved whole no port is named, and nothing changes.
 //!
+//! It is asked only about datagrams of conversations that this host has begun, and where the answer
+//! is no that costs less than 10 ns of some 250 ns, as BPF_PROG_TEST_RUN counts.
+//!
 //! ```text
 //! named      by the upper bits of a port: u64, a bit for each port of these
 //!
