@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::moved::Move;
+
 /// What the new server knows of one move. Counts are those since its daemon started.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Progress {
@@ -25,6 +27,22 @@ impl Progress {
     }
 }
 
+/// What is lacking of a move on the new server where something does not listen on all of its ports
+/// ([`Listens::No`]), for people. `what` is the move as it was typed.
+pub fn lacking(what: &str) -> &'static str {
+    let moved = what.parse::<Move>();
+    let one = |moved: Move| match moved.ports.as_slice() {
+        [] => true,
+        [range] => range.start() == range.end() && moved.prefix.is_single(),
+        _ => false,
+    };
+    if moved.is_ok_and(one) {
+        "nothing listens on the new server"
+    } else {
+        "not all of its ports are open on the new server"
+    }
+}
+
 /// Whether something listens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -36,4 +54,19 @@ pub enum Listens {
     /// Nobody can tell: no port is named, or what is there may be in a container.
     #[default]
     Unknown,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_many_ports_only_some_may_be_missing() {
+        for one in ["192.0.2.5:80/tcp", "[2001:db8::5]:53", "192.0.2.5"] {
+            assert!(lacking(one).starts_with("nothing listens"), "{one}");
+        }
+        for some in ["192.0.2.5:80,443/tcp", "192.0.2.5:80-81", "192.0.2.0/28:80"] {
+            assert!(lacking(some).starts_with("not all"), "{some}");
+        }
+    }
 }

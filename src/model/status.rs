@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::asked::Found;
 use crate::model::peer::Role;
 use crate::model::problems::Severity;
-use crate::model::progress::{Listens, Progress};
+use crate::model::progress::{Listens, Progress, lacking};
 use crate::model::rates::{DropRates, Rates, TrafficRate, TunnelRates, short};
 
 /// Everything the daemon says of itself.
@@ -372,9 +372,9 @@ impl ProgressOf {
             live => format!(", {live} live by the tunnel"),
         };
         let listens = match listens {
-            Listens::Yes => "; something listens on the new server",
-            Listens::No => "; nothing listens on the new server",
-            Listens::Unknown => "",
+            Listens::Yes => "; something listens on the new server".into(),
+            Listens::No => format!("; {}", lacking(&self.what)),
+            Listens::Unknown => String::new(),
         };
         format!("{}: {share}{live}{listens}", self.what)
     }

@@ -23,7 +23,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use crate::model::progress::Listens;
+use crate::model::progress::{Listens, lacking};
 #[cfg(doc)]
 use crate::model::request::Request;
 
@@ -301,10 +301,7 @@ impl Steps {
                 let within = self.plan.within.as_secs();
                 let why = match self.not_listening(now) {
                     Some((what, Listens::No)) => {
-                        format!(
-                            "nothing listens for {what} on the new server{}",
-                            self.lacks(what)
-                        )
+                        format!("{what}: {}{}", lacking(what), self.lacks(what))
                     }
                     Some((what, Listens::Yes | Listens::Unknown)) => {
                         format!(
