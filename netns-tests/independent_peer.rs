@@ -221,54 +221,65 @@ impl IndependentPeer {
     pub(crate) fn grant(&mut self) -> Result {
         let deadline = Instant::now() + Duration::from_secs(10);
         while Instant::now() < deadline {
-            let Some(bytes) = self.await_datagram(|bytes| bytes[0] == 1) else {
-                continue;
-            };
-            let other = 3 - self.role;
-            let right = bytes.len() == 120
-                && bytes[..4] == [1, 1, other, 0]
-                && self.mac(&bytes[..104]) == bytes[104..];
-            assert!(
-                right,
-                "an initiation that is not as the text says: {bytes:?}"
-            );
-            let mut noise = self.noise(other).build_responder().expect("a responder");
-            let mut payload = [0; 48];
-            let read = noise.read_message(&bytes[8..104], &mut payload);
-            assert_eq!(read.expect("readable"), 48);
-            assert!(u64_at(&payload, 0) > self.seen, "timestamps rise");
-            self.seen = u64_at(&payload, 0);
-            let index = u32::from_le_bytes(random());
-            let mut ours = [CHACHA, AES, AEGIS].into_iter();
-            let cipher = ours.find(|bit| payload[24] & bit != 0);
-            let cipher = cipher.expect("a cipher that we know");
-            let mut answer = [0; 32];
-            answer[..8].copy_from_slice(&self.run_id.to_le_bytes());
-            // The chosen cipher, then those that we allow. We claim no instructions for AES.
-            answer[8] = cipher;
-            answer[9] = AES | CHACHA | AEGIS;
-            answer[11] = 1;
-            let mut response = vec![0; 108];
-            response[..4].copy_from_slice(&[2, 1, self.role, 0]);
-            response[4..8].copy_from_slice(&index.to_le_bytes());
-            response[8..12].copy_from_slice(&bytes[4..8]);
-            let written = noise.write_message(&answer, &mut response[12..92]);
-            assert_eq!(written.expect("a message"), 80);
-            let mac = self.mac(&response[..92]);
-            response[92..].copy_from_slice(&mac);
-            let (k1, k2) = noise.dangerously_get_raw_split();
-            self.session = Some(Session {
-                cipher,
-                own_index: index,
-                remote_index: u32_at(&bytes, 4),
-                send: k2,
-                receive: k1,
-                counters: HashMap::new(),
-            });
-            self.socket.send(&response).expect("sent");
-            return Ok(());
+            // It does not say what its clock shows.
+            if self.answer(0) {
+                return Ok(());
+            }
         }
         Err(LabError::unexpected("the daemon asked for no session"))
+    }
+
+    /// Waits a second for an initiation, and answers it with what its own clock shows. Whether one
+    /// came.
+    pub(crate) fn answer(&mut self, clock: u64) -> bool {
+        let Some(bytes) = self.await_datagram(|bytes| bytes[0] == 1) else {
+            return false;
+        };
+        let other = 3 - self.role;
+        let right = bytes.len() == 120
+            && bytes[..4] == [1, 1, other, 0]
+            && self.mac(&bytes[..104]) == bytes[104..];
+        assert!(
+            right,
+            "an initiation that is not as the text says: {bytes:?}"
+        );
+        let mut noise = self.noise(other).build_responder().expect("a responder");
+        let mut payload = [0; 48];
+        let read = noise.read_message(&bytes[8..104], &mut payload);
+        assert_eq!(read.expect("readable"), 48);
+        assert!(u64_at(&payload, 0) > self.seen, "timestamps rise");
+        self.seen = u64_at(&payload, 0);
+        let index = u32::from_le_bytes(random());
+        let mut ours = [CHACHA, AES, AEGIS].into_iter();
+        let cipher = ours.find(|bit| payload[24] & bit != 0);
+        let cipher = cipher.expect("a cipher that we know");
+        let mut answer = [0; 32];
+        answer[..8].copy_from_slice(&self.run_id.to_le_bytes());
+        // The chosen cipher, then those that we allow. We claim no instructions for AES.
+        answer[8] = cipher;
+        answer[9] = AES | CHACHA | AEGIS;
+        answer[11] = 1;
+        answer[12..20].copy_from_slice(&clock.to_le_bytes());
+        let mut response = vec![0; 108];
+        response[..4].copy_from_slice(&[2, 1, self.role, 0]);
+        response[4..8].copy_from_slice(&index.to_le_bytes());
+        response[8..12].copy_from_slice(&bytes[4..8]);
+        let written = noise.write_message(&answer, &mut response[12..92]);
+        assert_eq!(written.expect("a message"), 80);
+        let mac = self.mac(&response[..92]);
+        response[92..].copy_from_slice(&mac);
+        let (k1, k2) = noise.dangerously_get_raw_split();
+        self.session = Some(Session {
+            cipher,
+            own_index: index,
+            remote_index: u32_at(&bytes, 4),
+            send: k2,
+            receive: k1,
+            counters: HashMap::new(),
+        });
+        // Whoever asked may be gone.
+        let _ = self.socket.send(&response);
+        true
     }
 
     /// Section 4: seals a plaintext with the next counter of a lane.

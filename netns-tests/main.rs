@@ -23,6 +23,8 @@ mod bad_new_server;
 mod bad_packets;
 mod behind_dnat;
 mod check;
+mod check_bench;
+mod check_peer;
 mod confined;
 mod demo;
 mod dimensions;

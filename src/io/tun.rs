@@ -19,7 +19,7 @@ pub use crate::packet::vnet::VNET_HDR_LEN;
 pub const MAX_FRAME: usize = VNET_HDR_LEN + 65_535;
 
 /// The TUN driver's device node.
-const DEVICE: &str = "/dev/net/tun";
+pub const DEVICE: &str = "/dev/net/tun";
 
 /// Why the TUN could not be made.
 #[derive(Debug, thiserror::Error)]

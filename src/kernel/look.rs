@@ -7,7 +7,7 @@
 //! Files rather than `NETLINK_SOCK_DIAG` and `NETLINK_NETFILTER`: through those sockets a daemon
 //! that was taken over could end others' connections and change the firewall.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -77,16 +77,35 @@ struct Lists {
 impl Listeners {
     /// Who listens for `protocol` at an address of this server; `None` if that cannot be known.
     pub fn listener(&mut self, now: Instant, protocol: u8, end: SocketAddr) -> Option<Listener> {
+        self.lists(now, protocol)?.listener(end)
+    }
+
+    /// Who listens for `protocol`, port by port, as an address of this server sees it; `None` if
+    /// that cannot be known.
+    pub fn all(
+        &mut self,
+        now: Instant,
+        protocol: u8,
+        addr: IpAddr,
+    ) -> Option<Vec<(u16, Listener)>> {
+        let lists = self.lists(now, protocol)?;
+        let both = [&lists.v4, &lists.v6].into_iter().flatten();
+        let ports: BTreeSet<u16> = both.flat_map(Bound::keys).copied().collect();
+        let each = |port| Some((port, lists.listener(SocketAddr::new(addr, port))?));
+        ports.into_iter().map(each).collect()
+    }
+
+    /// The lists of a protocol, which are good for now.
+    fn lists(&mut self, now: Instant, protocol: u8) -> Option<&Lists> {
         let (lists, name, state) = match protocol {
             TCP => (&mut self.tcp, "tcp", LISTEN),
             UDP => (&mut self.udp, "udp", UNCONNECTED),
             _ => return None,
         };
-        let lists = match lists {
-            Some(lists) if lists.is_good(now) => lists,
-            lists => lists.insert(Lists::read(now, name, state)),
-        };
-        lists.listener(end)
+        if !lists.as_ref().is_some_and(|lists| lists.is_good(now)) {
+            *lists = Some(Lists::read(now, name, state));
+        }
+        lists.as_ref()
     }
 }
 

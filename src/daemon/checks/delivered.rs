@@ -40,7 +40,7 @@ pub(super) struct Delivered<'a> {
 
 impl Delivered<'_> {
     /// Where something that moves is delivered.
-    fn to(&self, asked: &Asked) -> Option<SocketAddr> {
+    pub(super) fn to(&self, asked: &Asked) -> Option<SocketAddr> {
         // One that names the port counts before one that names none.
         let about = |map: &&DeliveryMap| map.about().takes(asked.protocol, Some(asked.port));
         let maps = self.config.deliver.iter();

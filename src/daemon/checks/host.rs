@@ -10,8 +10,9 @@ use rustix::thread::CapabilitySet;
 
 use super::words::{Words, quoted};
 use crate::daemon::setup::raise_tun;
-use crate::io::tun::{TunError, TunOptions, TunQueue};
+use crate::io::tun::{DEVICE, TunError, TunOptions, TunQueue};
 use crate::io::udp::{UdpOptions, UdpSocket};
+use crate::kernel::bpf::BpfError;
 use crate::kernel::capture::Capture;
 use crate::kernel::levers;
 use crate::kernel::netlink::{Link, Netlink};
@@ -33,6 +34,13 @@ const FEW_FLOWS: u32 = 1_024;
 /// `docker run` with everything that it takes.
 const DOCKER: &str = "docker run --network host --cap-add NET_ADMIN --cap-add BPF \
                       --cap-add PERFMON --device /dev/net/tun IMAGE ipmoved --help";
+
+/// What shows whether the kernel was built with what it takes.
+const CONFIGURED: &str = "zgrep -E 'CONFIG_(BPF_SYSCALL|NET_CLS_BPF|NET_CLS_ACT|NET_SCH_INGRESS)=' \
+                          /proc/config.gz /boot/config-$(uname -r)";
+
+/// What makes the device node of the TUN where there is none (Documentation/networking/tuntap.rst).
+const NODE: &str = "mkdir -p /dev/net && mknod -m 666 /dev/net/tun c 10 200";
 
 /// What is missing of the privileges, if it is.
 pub(super) fn privileges(words: &Words) -> Finding {
@@ -81,8 +89,8 @@ fn is_tried(release: &str) -> Finding {
             Finding::ok("kernel", object, "is new enough")
         }
         _ => {
-            let text = "ipmoved is made for Linux 5.10 and newer";
-            Finding::warn("kernel", object, text, "uname -r")
+            let text = "ipmoved is made for Linux 5.10 and newer: boot such a one, if it is there";
+            Finding::warn("kernel", object, text, "ls /boot/vmlinuz-*")
         }
     }
 }
@@ -146,17 +154,14 @@ fn try_all(
             levers::try_out(&netlink, &desired)
         }
         Err(error) => {
-            let text = format!("refuses the programs: {error}");
-            let remedy = "zgrep -E 'CONFIG_(BPF_SYSCALL|NET_CLS_BPF|NET_CLS_ACT|NET_SCH_INGRESS)=' \
-                          /proc/config.gz /boot/config-$(uname -r)";
-            found.push(Finding::fail("bpf", "the kernel", text, remedy));
+            found.push(no_programs(&error, words));
             return found;
         }
     };
     found.push(match tried {
         Ok(()) => Finding::ok("tc", "clsact and its filters", "can be made"),
         Err((change, why)) => {
-            let remedy = "modprobe -a sch_ingress cls_bpf act_bpf";
+            let remedy = "modprobe -a sch_ingress cls_bpf";
             Finding::fail("tc", change, format!("cannot be made: {why}"), remedy)
         }
     });
@@ -191,9 +196,28 @@ pub(super) fn plan(
     }
 }
 
+fn no_programs(error: &PlanError, words: &Words) -> Finding {
+    let remedy = match error {
+        // Root of a user namespace, as in a container without privileges: nothing in there helps.
+        PlanError::Bpf(BpfError::Denied) => DOCKER.to_owned(),
+        PlanError::Bpf(BpfError::LockedMemory) => {
+            format!("ulimit -l unlimited && {}", words.again())
+        }
+        PlanError::Bpf(_)
+        | PlanError::Netlink(_)
+        | PlanError::LinkType { .. }
+        | PlanError::ToMany(_)
+        | PlanError::NoPriority(_) => CONFIGURED.to_owned(),
+    };
+    let text = format!("refuses the programs: {error}");
+    Finding::fail("bpf", "the kernel", text, remedy)
+}
+
 fn no_tun(name: &str, error: &TunError, words: &Words) -> Finding {
     let remedy = match error {
-        TunError::NoDriver => "modprobe tun".to_owned(),
+        TunError::NoDriver if Path::new(DEVICE).exists() => "modprobe tun".to_owned(),
+        // A container's /dev is its own. If there is no driver either, the next check says so.
+        TunError::NoDriver => NODE.to_owned(),
         TunError::Permission(_) if rustix::process::geteuid().is_root() => DOCKER.to_owned(),
         TunError::Permission(_) => format!("sudo {}", words.again()),
         TunError::Exists(_) | TunError::Other(..) => "ls -l /dev/net/tun".to_owned(),

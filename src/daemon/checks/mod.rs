@@ -5,6 +5,7 @@
 //!   links       uplinks, the way to the peer, what others have put on interfaces
 //!   moved       the old server: where what has moved is, and what goes with it
 //!   delivered   the new server: where it is delivered, and who is there
+//!   whole       the same of an address that moves with all its ports
 //!   firewall    what the firewall does with the tunnel and with clients
 //!   managers    programs that manage firewalls, links and routes
 //!   nat         `ipmoved nat`, which has no peer
@@ -46,6 +47,7 @@ mod moved;
 mod nat;
 mod peer;
 mod probe;
+mod whole;
 mod words;
 
 pub use nat::look as look_nat;
@@ -401,6 +403,7 @@ impl Server {
             found.extend(delivered::accepted(&delivered, words));
             let of_peer = delivered::ports(&self.netlink, &delivered, rules, &way, &own);
             found.extend(of_peer);
+            found.extend(whole::served(&delivered, config.listen.port, &own));
             addrs.extend(delivered.reached_at.iter().copied());
         }
         let tun = self.tun(config).index;
@@ -489,6 +492,8 @@ fn ask(
                 offer,
                 psk_file: given.psk_file.as_deref(),
                 clock: probe::nanoseconds(SystemTime::now()),
+                without_cipher: (given.words.hold("--cipher"))
+                    .then(|| given.words.with("cipher", &[])),
                 listened: listened || is_up,
             };
             let mut found = peer::judge(endpoint, &answer, &own);

@@ -30,6 +30,8 @@ pub(super) struct Own<'a> {
     pub(super) psk_file: Option<&'a Path>,
     /// This server's clock, when the answer came, in nanoseconds since 1970.
     pub(super) clock: u64,
+    /// The same command without `--cipher`, if that was typed.
+    pub(super) without_cipher: Option<String>,
     /// The port that the peer would reach this server at was listened on.
     pub(super) listened: bool,
 }
@@ -54,7 +56,8 @@ pub(super) fn judge(peer: SocketAddr, answer: &Answer, own: &Own<'_>) -> Vec<Fin
                     payload.offer.ciphers, own.offer.ciphers
                 );
                 let shows = "grep -rn cipher /etc/ipmoved/";
-                let remedy = format!("{shows}; ssh {} {shows}", peer.ip());
+                let both = || format!("{shows}; ssh {} {shows}", peer.ip());
+                let remedy = own.without_cipher.clone().unwrap_or_else(both);
                 found.push(Finding::fail("cipher", peer, text, remedy));
             }
             found.extend(accepts(peer, payload.accepts, refuses));
@@ -144,7 +147,7 @@ fn refused(peer: SocketAddr, error: &std::io::Error, other: &str) -> Finding {
         }
         ErrorKind::HostUnreachable => {
             let text = "no such host there, or a firewall on the way rejects the tunnel";
-            Finding::fail(NAME, peer, text, format!("tracepath -n {}", peer.ip()))
+            Finding::fail(NAME, peer, text, format!("ping -c 3 {}", peer.ip()))
         }
         _ => {
             let text = format!("cannot be reached: {error}");
@@ -179,7 +182,10 @@ pub(super) fn path(peer: SocketAddr, carries: u32, uplink: u32) -> Finding {
     let text = format!("the path carries packets of {carries} bytes, by all that is known");
     if carries < LEAST_PATH {
         let text = format!("{text}: each full packet of a client is split over several");
-        let remedy = format!("tracepath -n {}", peer.ip());
+        // Whoever on the way carries no more says so, and how much.
+        let headers = if peer.is_ipv4() { 28 } else { 48 };
+        let payload = LEAST_PATH - headers;
+        let remedy = format!("ping -c 3 -M do -s {payload} {}", peer.ip());
         return Finding::warn(NAME, peer, text, remedy);
     }
     let more = if carries < uplink {
@@ -269,6 +275,7 @@ mod tests {
             offer: offer(),
             psk_file: None,
             clock: 1_000_000_000_000,
+            without_cipher: None,
             listened: true,
         };
         judge("198.51.100.2:51850".parse().unwrap(), answer, &own)
