@@ -44,6 +44,7 @@ mod impostor;
 mod independent_peer;
 mod ipv6;
 mod lanes;
+mod last_word;
 mod links;
 mod modes;
 mod modes_of_a_move;

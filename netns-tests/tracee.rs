@@ -65,8 +65,12 @@ impl Tracee {
 
 impl Drop for Tracee {
     fn drop(&mut self) {
-        // It fails if the process is gone.
-        let _ = self.request(libc::PTRACE_DETACH, 0);
+        // It fails if the process is gone, which then waits to be told so.
+        if self.request(libc::PTRACE_DETACH, 0).is_err() {
+            let dead = libc::__WALL | libc::WNOHANG;
+            // SAFETY: nothing is written through a null pointer.
+            let _ = unsafe { libc::waitpid(self.tid, ptr::null_mut(), dead) };
+        }
     }
 }
 
