@@ -531,6 +531,8 @@ fn nat_is_looked_at_as_well_and_whether_the_application_answers() -> Result {
     let finding = find(&found, object).unwrap_or_else(|| panic!("{found:#}"));
     let says = finding["text"].as_str().unwrap_or_default();
     assert!(says.contains("nothing listens there"), "{finding}");
+    let shown = bench.shell(finding["remedy"].as_str().unwrap_or_default(), &[])?;
+    assert!(shown.status.success(), "{shown:?}");
     let _application = Service::start(lab.new_server(), NEW)?;
     // The new server's firewall does not know this server.
     let there = Bench {

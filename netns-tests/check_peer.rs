@@ -241,6 +241,10 @@ fn without_privileges_it_says_what_it_can_and_bad_settings_are_a_finding() -> Re
         "{found:#}"
     );
     assert_eq!(output.status.code(), Some(2));
+    // What only root may is no fault of the server's, and nobody has typed a key.
+    for (name, result) in [("state", "warn"), ("settings", "warn")] {
+        assert_eq!(find(&found, (name, result, "")), None, "{found:#}");
+    }
     let sudo = denied["remedy"].as_str().unwrap_or_default();
     let mended = Bench::read(&bench.shell(sudo, &[])?)?;
     assert_eq!(find(&mended, ("privileges", "fail", "")), None);
@@ -260,6 +264,30 @@ fn without_privileges_it_says_what_it_can_and_bad_settings_are_a_finding() -> Re
         find(&bad, ("settings", "fail", "/none")).is_some(),
         "{bad:#}"
     );
+    // A key that everybody can see, and the file that it is better in.
+    let psk = bench.setup.psk_file(Role::Old);
+    let typed = format!("--psk '{}'", read_psk(psk)?.trim());
+    let typed = line.replace(&format!("'--psk-file' '{}'", psk.display()), &typed);
+    let seen = ("settings", "warn", "can be read by every user");
+    let found = bench.check(&typed, &[])?;
+    let finding = find(&found, seen).unwrap_or_else(|| panic!("{found:#}"));
+    let remedy = finding["remedy"].as_str().unwrap_or_default();
+    let etc = format!(
+        "mount -t tmpfs none /etc; mkdir /etc/ipmoved; cp {} /etc/ipmoved/psk",
+        psk.display()
+    );
+    let mended = format!("unshare --mount sh -c '{etc}; {remedy}'");
+    let mended = bench.check(&mended, &[])?;
+    assert_eq!(find(&mended, ("settings", "warn", "")), None, "{mended:#}");
+    assert_eq!(find(&mended, ("settings", "fail", "")), None, "{mended:#}");
+    // Whoever names no settings is told of those of the service, where there are some.
+    let etc = "mount -t tmpfs none /etc; mkdir /etc/ipmoved; : > /etc/ipmoved/ipmoved.toml";
+    let bare = format!("unshare --mount sh -c '{etc}; ipmoved check --json'");
+    let bare = bench.check(&bare, &[])?;
+    let none = find(&bare, ("settings", "fail", "--peer is missing"));
+    let remedy = none.and_then(|it| it["remedy"].as_str());
+    let file = "ipmoved check --json --config /etc/ipmoved/ipmoved.toml";
+    assert_eq!(remedy, Some(file), "{bare:#}");
     let text = bench.shell(&line.replace(" --json", ""), &[])?.stdout;
     let lines: Vec<&str> = text.lines().collect();
     let grades = |line: &&str| ["ok", "warn", "fail"].iter().any(|it| line.starts_with(it));

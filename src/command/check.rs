@@ -10,7 +10,7 @@ use crate::daemon::checks::{self, Given, Words};
 use crate::io::entropy;
 use crate::model::finding::{Findings, Grade};
 use crate::settings::args::{CheckArgs, Cli, Command, NatArgs, RunArgs};
-use crate::settings::config::{self, Config, ConfigError, NatSettings};
+use crate::settings::config::{self, Config, ConfigError, KEY_IS_SEEN, NatSettings};
 
 /// Looks at everything, and says it.
 pub(super) fn run(args: Box<CheckArgs>) -> Result<(), Failure> {
@@ -84,7 +84,10 @@ fn settings(args: Box<CheckArgs>) -> Result<Settings, ConfigError> {
         false
     };
     let again = denied.then(again).flatten().ok_or(mistake)?;
-    Ok((Config::new(again)?, psk_file, false))
+    let mut config = Config::new(again)?;
+    // Nobody has typed that key.
+    config.warnings.retain(|warning| warning != KEY_IS_SEEN);
+    Ok((config, psk_file, false))
 }
 
 /// What was typed, with a key that nobody has in the place of the one that cannot be read.

@@ -27,6 +27,10 @@ use crate::settings::files::Files;
 use crate::settings::psk;
 use crate::settings::values::{Bounded, DeliverTo, Listen, MetricsAddr, NewServer, PeerAddr};
 
+/// A key was typed.
+pub const KEY_IS_SEEN: &str =
+    "the key on the command line can be read by every user of this host; use --psk-file";
+
 /// The tunnel interface's name unless told otherwise.
 pub const DEFAULT_TUN: &str = "ipmoved0";
 
@@ -366,11 +370,7 @@ impl Config {
     pub fn new(mut args: RunArgs) -> Result<Self, ConfigError> {
         let mut warnings = Vec::new();
         if args.peer.psk.is_some() {
-            warnings.push(
-                "the key on the command line can be read by every user of this host; \
-                 use --psk-file"
-                    .into(),
-            );
+            warnings.push(KEY_IS_SEEN.into());
         } else if args.peer.psk_file.is_none() {
             // A flag wins over the variable, the variable over the file.
             args.peer.psk = psk::from_variable()?;

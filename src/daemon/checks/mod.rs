@@ -36,7 +36,7 @@ use crate::model::moved::Move;
 use crate::model::peer::Role;
 use crate::model::runtime::STATUS_SOCKET;
 use crate::model::status::{State, Status, TunnelStatus};
-use crate::settings::config::{Config, ConfigError, PeerConfig};
+use crate::settings::config::{Config, ConfigError, KEY_IS_SEEN, PeerConfig};
 
 mod delivered;
 mod firewall;
@@ -56,6 +56,9 @@ pub(super) use words::quoted;
 
 use delivered::Delivered;
 use moved::Place;
+
+/// The file that the systemd unit reads.
+const SETTINGS: &str = "/etc/ipmoved/ipmoved.toml";
 
 /// An index that no interface has: the TUN is not there yet.
 const NO_LINK: u32 = 0;
@@ -78,6 +81,10 @@ pub struct Given<'a> {
 pub fn without_settings(words: &Words, mistake: &ConfigError) -> Findings {
     let remedy = match mistake.wants_root() {
         true => format!("sudo {}", words.again()),
+        // Those of the service, for whoever names none.
+        false if words.are_bare() && Path::new(SETTINGS).exists() => {
+            words.with("config", &[SETTINGS.to_owned()])
+        }
         false => "ipmoved --help".to_owned(),
     };
     Findings::of(vec![
@@ -93,14 +100,7 @@ pub fn look(given: &Given<'_>) -> Findings {
     let privileges = host::privileges(words);
     let may = privileges.result == Grade::Ok;
     let mut found = vec![privileges, host::kernel()];
-    for warning in &config.warnings {
-        // The end of some is a command already.
-        let (text, remedy) = match warning.split_once(": chmod ") {
-            Some((text, file)) => (text, format!("chmod {file}")),
-            None => (warning.as_str(), "ipmoved check --help".to_owned()),
-        };
-        found.push(Finding::warn("settings", "what was given", text, remedy));
-    }
+    found.extend(config.warnings.iter().map(|it| warned(it, words)));
     let running = running(given.runtime_dir);
     match &running {
         Some(status) => found.push(runs_here(status)),
@@ -116,6 +116,24 @@ pub fn look(given: &Given<'_>) -> Findings {
         Err(error) => found.push(unread(&error)),
     }
     Findings::of(found)
+}
+
+/// What is said of settings that can be, and should not.
+fn warned(warning: &str, words: &Words) -> Finding {
+    // The end of some is a command already.
+    let (text, remedy) = match warning.split_once(": chmod ") {
+        Some((text, file)) => (text, format!("chmod {file}")),
+        None if warning == KEY_IS_SEEN => {
+            let file = ["--psk-file", "/etc/ipmoved/psk"].map(str::to_owned);
+            (warning, words.instead_of("psk", file))
+        }
+        None if words.hold("--outgoing") => {
+            let example = ["192.0.2.5".to_owned()];
+            (warning, words.with("accept", &example))
+        }
+        None => (warning, "ipmoved check --help".to_owned()),
+    };
+    Finding::warn("settings", "what was given", text, remedy)
 }
 
 /// That a daemon runs here.
@@ -267,7 +285,10 @@ impl Server {
                     found.extend(ways.said.iter().map(Said::finding));
                 }
                 found.extend(moved::login(login::ends(), &moves, &self.held));
-                found.push(host::state_dir(&config.state_dir));
+                // Whoever is not root cannot write there, and the daemon will be.
+                if may {
+                    found.push(host::state_dir(&config.state_dir));
+                }
             }
             Role::New => {
                 let of = uplinks.as_ref();

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use super::SETTINGS;
 use super::links::{before, ip};
 use super::words::{Words, quoted};
 use crate::daemon::early::Terms;
@@ -136,7 +137,7 @@ fn absent(moves: &[Move], place: &Place<'_>, words: &Words) -> Vec<Finding> {
                 true => new,
                 false => {
                     let addr = addr.to_string().replace('.', r"\.");
-                    format!(r"sed -i 's/\b{addr}\b/{private}/g' /etc/ipmoved/ipmoved.toml")
+                    format!(r"sed -i 's/\b{addr}\b/{private}/g' {SETTINGS}")
                 }
             };
             found.push(Finding::warn("nat", moved.prefix, text, remedy));

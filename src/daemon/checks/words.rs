@@ -31,6 +31,12 @@ impl Words {
 
     /// With other values of a flag, instead of those that were given.
     pub(super) fn with(&self, flag: &str, values: &[String]) -> String {
+        let each = values.iter().map(|it| [format!("--{flag}"), it.clone()]);
+        self.instead_of(flag, each.flatten())
+    }
+
+    /// With other words where a flag and its values stood, or at the end.
+    pub(super) fn instead_of(&self, flag: &str, new: impl IntoIterator<Item = String>) -> String {
         let (long, joined) = (format!("--{flag}"), format!("--{flag}="));
         let mut words: Vec<String> = Vec::new();
         let mut place = None;
@@ -44,7 +50,6 @@ impl Words {
             }
             place.get_or_insert(words.len());
         }
-        let new = values.iter().flat_map(|it| [long.clone(), it.clone()]);
         let place = place.unwrap_or(words.len());
         words.splice(place..place, new);
         Self(words).again()
@@ -54,6 +59,12 @@ impl Words {
     pub(super) fn replacing(&self, old: &str, new: &str) -> String {
         let words = self.0.iter().map(|word| replaced(word, old, new));
         Self(words.collect()).again()
+    }
+
+    /// Whether they name no settings at all: no flag but `--json`.
+    pub(super) fn are_bare(&self) -> bool {
+        let mut flags = self.0.iter().filter(|word| word.starts_with('-'));
+        flags.all(|word| word == "--json")
     }
 
     /// Whether one of them holds this.
@@ -108,6 +119,7 @@ mod tests {
             words("ipmoved --peer a").with("listen", &["51851".into()]),
             "ipmoved --peer a --listen 51851"
         );
+        assert!(words("ipmoved check --json").are_bare() && !given.are_bare());
         let other = given.replacing("192.0.2.5", "10.0.0.5");
         assert!(other.contains("--move 10.0.0.5 --peer"), "{other}");
         for (word, becomes) in [
@@ -125,6 +137,8 @@ mod tests {
     fn a_key_is_not_repeated_and_a_shell_reads_each_word_as_one() {
         let given = words("ipmoved --psk secret --psk=secret");
         assert_eq!(given.again(), "ipmoved --psk KEY --psk=KEY");
+        let file = ["--psk-file", "FILE"].map(str::to_owned);
+        assert_eq!(given.instead_of("psk", file), "ipmoved --psk-file FILE");
         assert_eq!(quoted("it's [a]"), r"'it'\''s [a]'");
         assert_eq!(quoted(""), "''");
     }
