@@ -74,6 +74,9 @@ fn unserved(link: &Link) -> String {
 /// How the line begins about moved addresses that this server has no longer.
 const LOST: &str = "no longer configured on this server: ";
 
+/// How the line begins about a link where nothing can note what this server sends.
+const NO_PLACE: &str = "an ingress qdisc of others leaves no place for ipmoved on the way out";
+
 /// When the next look may be.
 #[derive(Debug, Default)]
 struct Pace {
@@ -354,8 +357,10 @@ impl Follower {
             warn!(
                 uplink = self.uplink_name(),
                 "every reply leaves by this interface, since net.ipv4.conf.lo.forwarding cannot be \
-                 set here; if clients come by others, set it to 1 when the container is made \
-                 (`docker run --sysctl net.ipv4.conf.lo.forwarding=1`)"
+                 set here; if clients come by others, run `sysctl -w \
+                 net.ipv4.conf.lo.forwarding=1 net.ipv6.conf.lo.forwarding=1` on the host (with \
+                 `--network host`), or give a container with a network of its own `docker run \
+                 --sysctl net.ipv4.conf.lo.forwarding=1 --sysctl net.ipv6.conf.lo.forwarding=1`"
             );
         }
     }
@@ -398,8 +403,7 @@ impl Follower {
             let desired = self.on_link(host.netlink(), link);
             self.put(now, host, link, desired, known);
         }
-        self.on_tun.clear();
-        self.look_at_tun(now, host, known);
+        self.plan_for_tun(now, host, true, known);
         if self.settings.calls_itself {
             self.put_on_loopback(now, host, known);
         }
@@ -515,8 +519,6 @@ impl Follower {
         self.look_for_uplinks(now, host.netlink(), peers, known);
         self.look_for_ways_out(host.netlink());
         self.tell_programs(addresses);
-        self.look_for_ways_back(host.netlink(), addresses.to_vec());
-        self.tell_of_ways_back(now, known);
         let links = match host.netlink().links() {
             Ok(links) => links,
             Err(error) => {
@@ -556,6 +558,9 @@ impl Follower {
                 self.put(now, host, &link, desired, known);
             }
         }
+        // After the links, since one without our program answers for a moved address with resets.
+        self.look_for_ways_back(host.netlink(), addresses.to_vec());
+        self.tell_of_ways_back(now, known);
         self.look_at_tun(now, host, known);
         self.look_for_others(now, host.netlink(), known);
         self.look_for_unnoted(now, host.netlink(), known);
@@ -568,17 +573,26 @@ impl Follower {
 
     /// Makes a new plan for the TUN, if links or routes ask for it.
     fn look_at_tun(&mut self, now: Instant, host: &mut Host, known: &mut Warnings) {
+        self.plan_for_tun(now, host, false, known);
+    }
+
+    /// The same, also if there are `other` programs for what is planned.
+    fn plan_for_tun(&mut self, now: Instant, host: &mut Host, other: bool, known: &mut Warnings) {
         let desired = match self.on_tun(host.netlink(), &self.carrying) {
             Ok(desired) => desired,
             Err(error) => {
                 let text = format!("the programs do not know of every interface: {error}");
                 known.warn(now, text);
+                if other {
+                    // The next look makes good for it.
+                    self.on_tun.clear();
+                }
                 return;
             }
         };
         let mut both = self.on_tun.iter().zip(&desired);
         let same = both.all(|(planned, desired)| planned.same_object(&desired.change));
-        if same && self.on_tun.len() == desired.len() {
+        if same && self.on_tun.len() == desired.len() && !other {
             return;
         }
         let changes: Vec<Change> = desired.iter().map(|it| it.change.clone()).collect();
@@ -803,22 +817,28 @@ impl Follower {
         if matches!(self.programs, Programs::New(_)) {
             return;
         }
-        for link in &self.carrying {
-            if link.to_many {
-                let interface = &link.name;
-                known.warn(now, format!("{interface} {}", plan::own::NOT_NOTED_TO_MANY));
-                continue;
-            }
-            if !matches!(plan::own::is_noted(netlink, link), Ok(false)) {
-                continue;
-            }
+        let line = |link: &Link| {
             let interface = &link.name;
-            let text = format!(
-                "an ingress qdisc of others leaves no place for ipmoved on the way out of \
-                 {interface}: answers to what this server does there itself from a moved address \
-                 go to the new server, unless it is TCP or a connected UDP socket; make it clsact"
-            );
-            known.warn(now, text);
+            if link.to_many {
+                return Some(format!("{interface} {}", plan::own::NOT_NOTED_TO_MANY));
+            }
+            let is_unnoted = matches!(plan::own::is_noted(netlink, link), Ok(false));
+            is_unnoted.then(|| {
+                format!(
+                    "{NO_PLACE} of {interface}: answers to what this server does there itself from \
+                     a moved address go to the new server, unless it is TCP or a connected UDP \
+                     socket; make it clsact"
+                )
+            })
+        };
+        let lines: Vec<String> = self.carrying.iter().filter_map(line).collect();
+        known.withdraw_own(|line| {
+            let is_such =
+                line.starts_with(NO_PLACE) || line.ends_with(plan::own::NOT_NOTED_TO_MANY);
+            is_such && !lines.iter().any(|it| it == line)
+        });
+        for line in lines {
+            known.warn(now, line);
         }
     }
 
@@ -878,35 +898,41 @@ impl Follower {
         let Programs::Old(capture) = &self.programs else {
             return;
         };
-        self.ways_back = match self.settings.named {
-            Some(_) => WaysBack::default(),
+        let found = match self.settings.named {
+            Some(_) => Ok(WaysBack::default()),
             None => {
                 let held = Held::new(addresses);
                 WaysBack::look(netlink, &self.settings.moves, &held, self.tun.index)
             }
         };
+        match found {
+            Ok(found) => self.ways_back = found,
+            Err(error) => {
+                warn!(%error, "cannot look what routing rules mean for replies; it stays as it was");
+                return;
+            }
+        }
         capture.set_detailed(self.ways_back.detailed);
         if let Err(error) = capture.set_marked(&self.ways_back.marked) {
             warn!(%error, "cannot tell the programs by which marks replies leave");
         }
     }
 
-    /// Says what has changed of that.
+    /// Says what is to be known of that: what may be wrong at each look, as long as it is so.
     fn tell_of_ways_back(&mut self, now: Instant, known: &mut Warnings) {
-        if self.told_of_ways == self.ways_back.said {
-            return;
+        let said = &self.ways_back.said;
+        let warnings: Vec<String> = said.iter().filter_map(Said::warning).collect();
+        known.withdraw_own(|line| {
+            line.starts_with(ways_back::UNKNOWN) && !warnings.iter().any(|it| it == line)
+        });
+        for warning in warnings {
+            known.warn(now, warning);
         }
-        known.withdraw_own(|line| line.starts_with(ways_back::UNKNOWN));
-        for said in &self.ways_back.said {
-            if let Some(warning) = said.warning() {
-                known.warn(now, warning);
-            } else if let Some(note) = said.note()
-                && !self.told_of_ways.contains(said)
-            {
-                info!("{note}");
-            }
+        let is_new = |said: &&Said| !self.told_of_ways.contains(said);
+        for note in said.iter().filter(is_new).filter_map(Said::note) {
+            info!("{note}");
         }
-        self.told_of_ways.clone_from(&self.ways_back.said);
+        self.told_of_ways.clone_from(said);
     }
 
     /// Those of the links that are there that are to carry the programs, the uplinks first.

@@ -14,7 +14,7 @@ use crate::model::prefix::Prefix;
 use crate::model::scopes::number_of;
 
 /// Moves that one warning names.
-const NAMED: usize = 4;
+pub(super) const NAMED: usize = 4;
 
 /// This server's addresses, in order.
 #[derive(Debug)]

@@ -36,6 +36,10 @@ impl Step {
 /// The program of a filter is no file that tc could load.
 const IN_MEMORY: &str = "the program lies in no file: a path stands for what ipmoved has in memory";
 
+/// The daemon itself takes care of them.
+const BY_HAND: &str = "by hand, this one removes IPv6 default routes learnt from routers; ipmoved \
+                       keeps them";
+
 /// What would have been done so far.
 #[derive(Debug, Default)]
 pub(super) struct Rehearsal {
@@ -54,7 +58,11 @@ impl Rehearsal {
             Some(change.to_make())
         };
         if let Some(command) = command {
-            let note = matches!(change, Change::Filter(_)).then_some(IN_MEMORY);
+            let note = if matches!(change, Change::Filter(_)) {
+                Some(IN_MEMORY)
+            } else {
+                change.takes_routes_by_hand().then_some(BY_HAND)
+            };
             let step = Step {
                 note,
                 ..Step::new(change, command)

@@ -281,8 +281,13 @@ impl Server {
                 found.extend(moved::own(&self.netlink, config, &known, words));
                 found.extend(moved::ways_out(&self.netlink, &moves, &self.held));
                 if named.is_none() {
-                    let ways = WaysBack::look(&self.netlink, &moves, &self.held, tun.index);
-                    found.extend(ways.said.iter().map(Said::finding));
+                    match WaysBack::look(&self.netlink, &moves, &self.held, tun.index) {
+                        Ok(ways) => found.extend(ways.said.iter().map(Said::finding)),
+                        Err(error) => {
+                            let text = format!("does not tell which way replies leave: {error}");
+                            found.push(Finding::warn("route", "kernel", text, words.again()));
+                        }
+                    }
                 }
                 found.extend(moved::login(login::ends(), &moves, &self.held));
                 // Whoever is not root cannot write there, and the daemon will be.

@@ -215,6 +215,11 @@ impl Change {
         self.kind().to_make()
     }
 
+    /// Whether that command, typed by hand, removes default routes that routers have advertised.
+    pub(super) fn takes_routes_by_hand(&self) -> bool {
+        matches!(self, Self::Sysctl(sysctl) if sysctl.takes_routes_by_hand())
+    }
+
     /// The command that brings it up to date if it is there, where that does anything.
     pub(super) fn to_renew(&self) -> Option<String> {
         self.kind().to_renew()

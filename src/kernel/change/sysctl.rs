@@ -61,6 +61,11 @@ impl Sysctl {
         }
     }
 
+    /// Whether the kernel removes default routes when it is made, unless they are kept.
+    pub(super) fn takes_routes_by_hand(&self) -> bool {
+        removes_advertised(&self.path) && self.from != self.to
+    }
+
     /// The last part of the path.
     fn name(&self) -> &str {
         self.path.rsplit('/').next().unwrap_or_default()
@@ -221,8 +226,9 @@ impl Kind for Sysctl {
             return Some("the kernel has no such setting");
         }
         (error.errno() == Some(Errno::ROFS)).then_some(
-            "/proc/sys is read-only here, as in most containers; set it when the container is \
-             made (`docker run --sysctl NAME=VALUE`), or run ipmoved on the host",
+            "/proc/sys is read-only here, as in most containers; run `sysctl -w NAME=VALUE` on the \
+             host (with `--network host`), or give a container with a network of its own `docker \
+             run --sysctl NAME=VALUE`",
         )
     }
 }
@@ -254,9 +260,13 @@ fn with_advertised_kept(
     const ACCEPTS: &str = "1";
     const KEEPS: &str = "2";
     let links = netlink.links().unwrap_or_default().into_iter();
+    let is = |path: &str, wanted| read_sysctl(path).is_ok_and(|value| value == wanted);
     let accepting = links
-        .map(|link| format!("{CONF6}{}/accept_ra", link.name))
-        .filter(|path| read_sysctl(path).is_ok_and(|value| value == ACCEPTS));
+        .map(|link| format!("{CONF6}{}/", link.name))
+        // One that forwards accepts none, but with 2 it would.
+        .filter(|of| is(&format!("{of}forwarding"), "0"))
+        .map(|of| format!("{of}accept_ra"))
+        .filter(|path| is(path, ACCEPTS));
     let kept: Vec<String> = accepting
         .filter(|path| write_sysctl(path, KEEPS).is_ok())
         .collect();

@@ -260,10 +260,15 @@ impl Netlink {
         self.exchange("look up route", request, NLM_F_ACK).map(drop)
     }
 
+    /// The route that the kernel would take for a packet.
+    pub fn choice(&self, query: RouteQuery) -> Result<Route> {
+        self.look_up(query, RouteFlags::empty())
+    }
+
     /// The routes among which the kernel chooses for a packet: more than one if the table's entry
     /// has several next hops. The one that it would take for this packet is the first.
     pub fn choices(&self, query: RouteQuery) -> Result<Vec<Route>> {
-        let route = self.look_up(query, RouteFlags::empty())?;
+        let route = self.choice(query)?;
         let entry = self.look_up_all(query, RouteFlags::FibMatch);
         let mut others = entry.unwrap_or_default();
         let is_it = |other: &Route| other.dev == route.dev && other.via == route.via;

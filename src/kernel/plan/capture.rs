@@ -230,7 +230,8 @@ impl Capture {
         Ok(self.facts.set_marked(ways)?)
     }
 
-    /// The changes to the TUN: the return path. What its look-ups need goes with it.
+    /// The changes to the TUN: the return path. What its look-ups need goes with it, unless every
+    /// reply leaves by a named uplink.
     ///
     /// # Errors
     /// If the kernel refuses the program.
@@ -241,6 +242,7 @@ impl Capture {
         let place = filter(netlink, tun, Direction::Ingress, back.name())?;
         let mut desired: Vec<Desired> = ["ipv4", "ipv6"]
             .into_iter()
+            .filter(|_| !self.facts.is_named())
             .filter_map(|family| forwarding(lo.as_ref()?, family))
             .map(Desired::lasting)
             .collect();

@@ -105,6 +105,11 @@ impl Facts {
         self.words.set(ALWAYS, u32::from(named));
     }
 
+    /// Whether every reply leaves by the uplink.
+    pub fn is_named(&self) -> bool {
+        self.words.get(ALWAYS) != 0
+    }
+
     /// From now on a routing rule goes by protocol, ports or DSCP, or none does.
     pub fn set_detailed(&self, detailed: bool) {
         self.words.set(DETAILED, u32::from(detailed));

@@ -10,14 +10,17 @@
 //! Owns the memory, and the phrases by which a program reads it.
 //!
 //! ```text
-//! trie  u32 family, prefix  ->  u32 link, mark, instead_of[4];
+//! trie  u32 family, prefix  ->  u32 link, mark;  { u32 link, has_gateway; u8 gateway[16]; } [4]
 //! ```
+//!
+//! What would leave by the same interface as the route without a mark, but not by its gateway, has
+//! a route of its own: a client in that network, or behind another router there. It gets no mark.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Mutex;
 
-use Reg::{R0, R1, R10};
+use Reg::{R0, R1, R2, R10};
 
 use super::headers::{fib, skb};
 use super::moved::Family;
@@ -25,9 +28,13 @@ use super::phrases::{PACKET, look_up_at};
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Map, MapKind, Reg, Shape, Size};
 use crate::model::prefix::Prefix;
 
-/// Most interfaces that the routes without a mark lead out by: ways to the Internet among which one
+/// Most next hops that the routes without a mark lead to: ways to the Internet among which one
 /// route chooses by itself.
 pub const MAX_INSTEAD: usize = 4;
+
+/// Where a route leads next: an interface (0 if no route leads anywhere), and the gateway, if there
+/// is one.
+pub type Hop = (u32, Option<IpAddr>);
 
 /// No interface has this index.
 const NO_LINK: u32 = u32::MAX;
@@ -36,7 +43,12 @@ const NO_LINK: u32 = u32::MAX;
 const LINK: i16 = 0;
 const MARK: i16 = 4;
 const INSTEAD_OF: i16 = 8;
-const VALUE: usize = INSTEAD_OF as usize + 4 * MAX_INSTEAD;
+const VALUE: usize = INSTEAD_OF as usize + HOP * MAX_INSTEAD;
+
+/// Where a hop has its parts: its interface comes first.
+const HAS_GATEWAY: i16 = 4;
+const GATEWAY: i16 = 8;
+const HOP: usize = GATEWAY as usize + ADDRESS_LEN;
 
 /// Where the address lies in a key: behind its length in bits, and the family.
 const ADDRESS: i16 = 8;
@@ -45,20 +57,42 @@ const ADDRESS_LEN: usize = 16;
 /// How replies of an address leave.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MarkedWay {
-    /// The interface by which they leave.
+    /// The interface by which they leave; 0 for [`NONE`](Self::NONE).
     pub link: u32,
     /// The mark by which a rule leads there; 0 if none is wanted.
     pub mark: u32,
-    /// Where they would leave without it; 0 if no route leads anywhere. What would leave by any
-    /// other interface does.
-    pub instead_of: [Option<u32>; MAX_INSTEAD],
+    /// Where they would leave without it. What would leave by any other interface or gateway does.
+    /// A hop without a gateway stands for all that leaves by its interface: none tells the default
+    /// route from others there.
+    pub instead_of: [Option<Hop>; MAX_INSTEAD],
 }
 
 impl MarkedWay {
+    /// The replies leave as they are, whatever is so of the prefix around them.
+    pub const NONE: Self = Self {
+        link: 0,
+        mark: 0,
+        instead_of: [None; MAX_INSTEAD],
+    };
+
     fn value(&self) -> Vec<u8> {
-        let instead = self.instead_of.map(|link| link.unwrap_or(NO_LINK));
-        let words = [self.link, self.mark].into_iter().chain(instead);
-        words.flat_map(u32::to_ne_bytes).collect()
+        let mut value: Vec<u8> = [self.link, self.mark]
+            .into_iter()
+            .flat_map(u32::to_ne_bytes)
+            .collect();
+        for hop in self.instead_of {
+            let (link, gateway) = hop.unwrap_or((NO_LINK, None));
+            value.extend(link.to_ne_bytes());
+            value.extend(u32::from(gateway.is_some()).to_ne_bytes());
+            let end = value.len() + ADDRESS_LEN;
+            match gateway {
+                Some(IpAddr::V4(addr)) => value.extend(addr.octets()),
+                Some(IpAddr::V6(addr)) => value.extend(addr.octets()),
+                None => {}
+            }
+            value.resize(end, 0);
+        }
+        value
     }
 }
 
@@ -116,22 +150,27 @@ impl Marked {
         Ok(())
     }
 
-    /// If the source of a question that was asked for a route, at this place of the stack, leaves
-    /// by a mark instead of by the interface `ifindex`: sets the mark, makes `ifindex` the right
-    /// one, and jumps. Destroys R0 to R5 and what the question had beside its addresses.
-    pub(super) fn jump_if_instead(
-        &self,
-        a: &mut Assembler,
-        (family, question): (Family, i16),
-        ifindex: Reg,
-        marked: Label,
-    ) {
+    /// If the source of a question that was asked for a route, at this place of the stack, and that
+    /// was [looked up](Self::look_up), leaves by a mark instead of by the interface `ifindex` and
+    /// the next hop that the kernel has left in place of the destination: sets the mark, makes
+    /// `ifindex` the right one, and jumps. Destroys R1 and R2.
+    pub(super) fn jump_if_instead(a: &mut Assembler, question: i16, ifindex: Reg, marked: Label) {
         let (instead, no) = (a.label(), a.label());
-        self.look_up(a, family, question);
         a.jump_if_wide(R0, If::Eq, 0, no);
-        for at in (0..MAX_INSTEAD as i16).map(|number| INSTEAD_OF + 4 * number) {
+        for at in (0..MAX_INSTEAD as i16).map(|number| INSTEAD_OF + HOP as i16 * number) {
+            let next = a.label();
             a.load(Size::W, R1, R0, at);
-            a.jump_if(R1, If::Eq, ifindex, instead);
+            a.jump_if(R1, If::Ne, ifindex, next);
+            a.load(Size::W, R1, R0, at + HAS_GATEWAY);
+            a.jump_if(R1, If::Eq, 0, instead);
+            // Behind an IPv4 address there are zeros, unless the gateway is one of IPv6.
+            for word in (0..ADDRESS_LEN as i16).step_by(4) {
+                a.load(Size::W, R1, R0, at + GATEWAY + word);
+                a.load(Size::W, R2, R10, question + fib::DESTINATION + word);
+                a.jump_if(R1, If::Ne, R2, next);
+            }
+            a.jump(instead);
+            a.bind(next);
         }
         a.jump(no);
         a.bind(instead);
@@ -153,12 +192,15 @@ impl Marked {
         let no = a.label();
         self.look_up(a, family, question);
         a.jump_if_wide(R0, If::Eq, 0, no);
-        a.load(Size::W, ifindex, R0, LINK);
+        a.load(Size::W, R1, R0, LINK);
+        a.jump_if(R1, If::Eq, 0, no);
+        a.mov(ifindex, R1);
         a.bind(no);
     }
 
-    /// R0 = where the way of that address stands, or 0.
-    fn look_up(&self, a: &mut Assembler, family: Family, question: i16) {
+    /// R0 = where the way stands of the address that is the source of a question, or 0. Destroys R1
+    /// to R5 and what the question had between its family and its addresses.
+    pub(super) fn look_up(&self, a: &mut Assembler, family: Family, question: i16) {
         // The question has its source where the key has the address, with zeros behind a short one.
         let key_at = question + fib::SOURCE - ADDRESS;
         let [b0, b1, b2, b3] = (32 + 8 * ADDRESS_LEN as u32).to_ne_bytes();

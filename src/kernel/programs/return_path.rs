@@ -29,7 +29,7 @@
 //!     question = { lo, ip.saddr, ip.daddr };
 //!     if (facts.detailed) question += { protocol, ports of what is no fragment, DSCP };
 //!     route = fib_lookup(question);
-//!     if (facts.marked && (m = lookup(marked, ip.saddr)) && route.ifindex in m->instead_of) {
+//!     if (facts.marked && (m = lookup(marked, ip.saddr)) && route in m->instead_of) {
 //!         skb->mark = m->mark;                                 // see `marked`
 //!         skb_change_head(14); return redirect_neigh(m->link);
 //!     }
@@ -53,6 +53,7 @@ use Reg::{R0, R1, R2, R3, R4, R5, R7, R8, R9, R10};
 use super::begun::note_begun;
 use super::facts::Facts;
 use super::headers::{ethernet, fib, fragment, ipv4, ipv6, ports, skb};
+use super::marked::Marked;
 use super::moved::Family;
 use super::phrases::{
     BOUNCED, BPF_F_INGRESS, PACKET, PROTOCOL, TC_ACT_SHOT, TC_ACT_UNSPEC, TRANSPORT,
@@ -270,15 +271,15 @@ fn ask_for_ports(a: &mut Assembler) {
 
 /// Jumps, with another IFINDEX, if what was asked for leaves by a mark instead of by that one.
 fn jump_if_instead(a: &mut Assembler, facts: &Facts, by_mark: Label) {
-    let (v6, no) = (a.label(), a.label());
-    a.load(Size::B, R0, R10, LOOKUP + fib::FAMILY);
-    a.jump_if(R0, If::Eq, libc::AF_INET6, v6);
-    let marked = &facts.marked;
-    marked.jump_if_instead(a, (Family::V4, LOOKUP), IFINDEX, by_mark);
-    a.jump(no);
+    let (v6, either) = (a.label(), a.label());
+    // The family of the question is that of the gateway by now (RFC 8950).
+    jump_if_v6(a, v6);
+    facts.marked.look_up(a, Family::V4, LOOKUP);
+    a.jump(either);
     a.bind(v6);
-    marked.jump_if_instead(a, (Family::V6, LOOKUP), IFINDEX, by_mark);
-    a.bind(no);
+    facts.marked.look_up(a, Family::V6, LOOKUP);
+    a.bind(either);
+    Marked::jump_if_instead(a, LOOKUP, IFINDEX, by_mark);
 }
 
 /// Sends the packet out of IFINDEX, to the next hop at R8 with length R9 (0: the kernel asks its
@@ -346,8 +347,8 @@ mod tests {
     use super::*;
     use crate::kernel::bpf::test_run::{nanoseconds, run};
     use crate::kernel::netlink::Netlink;
-    use crate::kernel::programs::MarkedWay;
     use crate::kernel::programs::testing::{L2, Packet, TC_ACT_REDIRECT, frame, moves, ports, tcp};
+    use crate::kernel::programs::{Hop, MarkedWay};
     use crate::kernel::testing::{in_fresh_namespace, sysctl};
     use crate::packet::ACK;
 
@@ -362,6 +363,8 @@ mod tests {
         done
         ip route add default via 10.99.1.254
         ip -6 route add default via fd00:99:1::fe
+        ip route add 198.18.0.0/24 via 10.99.1.253
+        ip -6 route add 2001:db8:d::/64 via fd00:99:1::fd
         ip route add default via 10.99.2.254 table 102
         ip -6 route add default via fd00:99:2::fe table 102";
 
@@ -397,13 +400,15 @@ mod tests {
                 assert_eq!(outcome.verdict, TC_ACT_REDIRECT, "{packet:?}");
                 outcome.mark
             };
-            let way = |instead: u32| MarkedWay {
+            let way = |hop: Hop| MarkedWay {
                 link: wan2,
                 mark: 7,
-                instead_of: [Some(instead), None, None, None],
+                instead_of: [None, Some(hop), None, None],
             };
-            for (moved, client) in ENDS {
+            let gateways = ["10.99.1.254", "fd00:99:1::fe"].map(|text| text.parse().unwrap());
+            for ((moved, client), gateway) in ENDS.into_iter().zip(gateways) {
                 let reply = Packet::new(moved, client, TCP, tcp(80, 40_000, ACK));
+                let wan1 = (wan1, Some(gateway));
                 let set = |prefix: &str, way: MarkedWay| {
                     let ways = BTreeMap::from([(prefix.parse().unwrap(), way)]);
                     facts.set_marked(&ways).unwrap();
@@ -411,8 +416,10 @@ mod tests {
                 assert_eq!(mark(&reply), 0);
                 set(moved, way(wan1));
                 assert_eq!(mark(&reply), 7);
-                set(moved, way(0));
+                set(moved, way((0, None)));
                 assert_eq!(mark(&reply), 0, "there is a route");
+                set(moved, way((wan1.0, None)));
+                assert_eq!(mark(&reply), 7, "any gateway");
                 let [(around, other), (around6, other6)] = [
                     ("192.0.2.0/29", "192.0.2.8/29"),
                     ("2001:db8:a::/64", "2001:db8:b::/64"),
@@ -422,12 +429,63 @@ mod tests {
                 assert_eq!(mark(&reply), 0, "it is not among them");
                 set(if is_v4 { around } else { around6 }, way(wan1));
                 assert_eq!(mark(&reply), 7);
-                // What would leave by another interface goes there.
-                let near = if is_v4 { "10.99.2.7" } else { "fd00:99:2::7" };
-                let near = Packet::new(moved, near, TCP, tcp(80, 40_000, ACK));
-                assert_eq!(mark(&near), 0);
+                // What would leave by another interface or gateway goes there: to a client in its
+                // network, and to one behind another router of the other way's.
+                let others = if is_v4 {
+                    ["10.99.2.7", "10.99.1.7", "198.18.0.7"]
+                } else {
+                    ["fd00:99:2::7", "fd00:99:1::7", "2001:db8:d::7"]
+                };
+                for other in others {
+                    let other = Packet::new(moved, other, TCP, tcp(80, 40_000, ACK));
+                    assert_eq!(mark(&other), 0, "{other:?}");
+                }
+                // One address of the prefix leaves as it is.
+                let ways = [
+                    (around, way(wan1)),
+                    (around6, way(wan1)),
+                    (moved, MarkedWay::NONE),
+                ];
+                let ways = ways.map(|(prefix, way)| (prefix.parse().unwrap(), way));
+                facts.set_marked(&ways.into()).unwrap();
+                assert_eq!(mark(&reply), 0, "it is excepted");
+                let beside = if is_v4 { "192.0.2.6" } else { "2001:db8:a::6" };
+                let beside = Packet::new(beside, client, TCP, tcp(80, 40_000, ACK));
+                assert_eq!(mark(&beside), 7);
                 facts.set_marked(&BTreeMap::new()).unwrap();
                 assert_eq!(mark(&reply), 0);
+            }
+            // A default route of IPv4 by a gateway of IPv6.
+            shell("ip -4 route replace default via inet6 fd00:99:1::fe dev wan1");
+            let (moved, client) = ENDS[0];
+            let reply = Packet::new(moved, client, TCP, tcp(80, 40_000, ACK));
+            let by = |gateway: &str| way((wan1, Some(gateway.parse().unwrap())));
+            for (gateway, expected) in [("fd00:99:1::fe", 7), ("fd00:99:1::fd", 0)] {
+                let ways = BTreeMap::from([(moved.parse().unwrap(), by(gateway))]);
+                facts.set_marked(&ways).unwrap();
+                assert_eq!(mark(&reply), expected, "{gateway}");
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_bounced_arrives_at_the_uplink_where_its_address_has_no_way() {
+        in_fresh_namespace(|| {
+            shell(TWO_WAYS);
+            let netlink = Netlink::new().unwrap();
+            let wan1 = netlink.link_by_name("wan1").unwrap().unwrap().index;
+            let facts = facts();
+            let program = return_path_behind(L2, &facts).unwrap().load().unwrap();
+            for (moved, client) in ENDS {
+                let request = Packet::new(client, moved, TCP, tcp(40_000, 80, ACK));
+                let verdict = || run(program.as_fd(), &frame(&request.bytes())).verdict;
+                assert_eq!(verdict(), TC_ACT_SHOT, "there is no uplink");
+                let ways = BTreeMap::from([(moved.parse().unwrap(), MarkedWay::NONE)]);
+                facts.set_marked(&ways).unwrap();
+                assert_eq!(verdict(), TC_ACT_SHOT, "that is no interface");
+                facts.set_uplink(Some(wan1), false);
+                assert_eq!(verdict(), TC_ACT_REDIRECT);
+                facts.set_uplink(None, false);
             }
         });
     }
@@ -443,7 +501,7 @@ mod tests {
             let way = MarkedWay {
                 link: wan2,
                 mark: 7,
-                instead_of: [Some(wan2), None, None, None],
+                instead_of: [Some((wan2, None)), None, None, None],
             };
             let prefixes = ENDS.map(|(moved, _)| moved.parse().unwrap());
             let ways = BTreeMap::from(prefixes.map(|prefix| (prefix, way.clone())));
@@ -545,7 +603,7 @@ mod tests {
                 let way = MarkedWay {
                     link: LO,
                     mark: 7,
-                    instead_of: [Some(LO), None, None, None],
+                    instead_of: [Some((LO, None)), None, None, None],
                 };
                 let ways = BTreeMap::from([(moved.parse().unwrap(), way)]);
                 facts.set_marked(&ways).unwrap();
