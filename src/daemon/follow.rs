@@ -908,7 +908,7 @@ impl Follower {
         match found {
             Ok(found) => self.ways_back = found,
             Err(error) => {
-                warn!(%error, "cannot look what routing rules mean for replies; it stays as it was");
+                warn!(%error, "cannot look what rules mean for replies; it stays as it was");
                 return;
             }
         }
