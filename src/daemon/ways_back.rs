@@ -101,12 +101,15 @@ type Ask<'a> = &'a dyn Fn(Option<u32>, Depth) -> Result<Option<Choices>>;
 /// holds them.
 type Class = (Vec<usize>, bool);
 
+/// A mark, and how much was asked of it.
+type Asked = (Option<u32>, Depth);
+
 /// What the kernel said of a class.
 struct Told {
     /// One of it, if the kernel answers for it: it does for sources of this host alone.
     source: Option<IpAddr>,
     /// The answers.
-    answers: RefCell<HashMap<(Option<u32>, Depth), Option<Choices>>>,
+    answers: RefCell<HashMap<Asked, Option<Choices>>>,
 }
 
 /// What was found out about addresses of the same home and class.

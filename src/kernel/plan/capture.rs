@@ -362,6 +362,22 @@ mod tests {
     }
 
     #[test]
+    fn with_a_named_uplink_no_setting_is_changed_for_routes() {
+        in_fresh_namespace(|| {
+            let netlink = Netlink::new().unwrap();
+            let tun = Tun::new(&netlink, "tun0", false);
+            let capture = start(&netlink, &["192.0.2.5".parse().unwrap()], &tun);
+            for (named, expected) in [(false, 2), (true, 0), (false, 2)] {
+                capture.set_uplink(None, named);
+                let desired = capture.on_tun(&netlink).unwrap();
+                let is_setting = |it: &&Desired| matches!(it.change, Change::Sysctl(_));
+                let settings = desired.iter().filter(is_setting).count();
+                assert_eq!(settings, expected, "named: {named}");
+            }
+        });
+    }
+
+    #[test]
     fn a_moved_address_is_captured_and_its_replies_leave_by_the_uplink() {
         in_fresh_namespace(|| {
             strict_rp_filter();
