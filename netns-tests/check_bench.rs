@@ -2,8 +2,8 @@
 //! command does that is shown.
 //!
 //! A remedy is taken from the JSON and given to `sh`, as a person would paste it. Programs that
-//! cannot run here (`ufw`, `firewall-cmd`, `ssh`, `sudo`, `systemctl`, `timedatectl`) have stand-ins
-//! that do what they would.
+//! cannot run here (`ufw`, `firewall-cmd`, `ssh`, `sudo`, `systemctl`, `timedatectl`) have
+//! stand-ins that do what they would.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;

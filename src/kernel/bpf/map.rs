@@ -9,8 +9,9 @@ use rustix::io::Errno;
 use super::{BpfError, MAX_NAME, bpf, bpf_fd, object_name, supply, with_memlock_raised};
 
 /// How often an entry is tried for which the kernel has no memory at hand, and how long it has to
-/// get some each time. It takes memory for entries beforehand, where it may not wait (`bpf_mem_alloc`
-/// in kernel/bpf/memalloc.c), and sees to more in an interrupt, or with PREEMPT_RT in a thread.
+/// get some each time. It takes memory for entries beforehand, where it may not wait
+/// (`bpf_mem_alloc` in kernel/bpf/memalloc.c), and sees to more in an interrupt, or with PREEMPT_RT
+/// in a thread.
 const REFILLS: u32 = 20;
 const REFILL: Timespec = Timespec {
     tv_sec: 0,
