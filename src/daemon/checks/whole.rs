@@ -23,7 +23,7 @@ const SSH: u16 = 22;
 const OF_THE_SYSTEM: [u16; 7] = [68, 123, 323, 546, 547, 5353, 5355];
 
 /// From here on, UDP ports are mostly those of programs that ask others
-/// (`net.ipv4.ip_local_port_range`).
+/// (`net.ipv4.ip_local_port_range`), but a service may have one: WireGuard has 51820.
 const EPHEMERAL: u16 = 32_768;
 
 /// Ports that are named in a line.
@@ -105,11 +105,12 @@ fn elsewhere(all: &[(u16, Listener)]) -> Vec<SocketAddr> {
 fn judge(moved: Prefix, to: IpAddr, tunnel: u16, all: &Listening) -> Option<Finding> {
     const NAME: &str = "listener";
     let tcp = all.tcp.iter().filter(|&&port| port != SSH);
-    let service =
-        |port: &&u16| !OF_THE_SYSTEM.contains(port) && **port != tunnel && **port < EPHEMERAL;
-    let udp = all.udp.iter().filter(service);
+    let others = |port: &&u16| !OF_THE_SYSTEM.contains(port) && **port != tunnel;
+    let udp = all.udp.iter().filter(others);
+    let (udp, unclear): (Vec<u16>, Vec<u16>) = udp.copied().partition(|&port| port < EPHEMERAL);
     let tcp = tcp.map(|port| format!("{port}/tcp"));
-    let open: Vec<String> = tcp.chain(udp.map(|port| format!("{port}/udp"))).collect();
+    let in_words = |port: &u16| format!("{port}/udp");
+    let open: Vec<String> = tcp.chain(udp.iter().map(in_words)).collect();
     if !open.is_empty() {
         let text = format!("what listens on {to}: {}", named(&open));
         return Some(Finding::ok(NAME, moved, text));
@@ -131,7 +132,12 @@ fn judge(moved: Prefix, to: IpAddr, tunnel: u16, all: &Listening) -> Option<Find
             named(some)
         ),
     };
-    let text = format!("nothing listens on {to}{but}: {bind}");
+    let unclear: Vec<String> = unclear.iter().map(in_words).collect();
+    let unless = match unclear.as_slice() {
+        [] => String::new(),
+        some => format!(", unless {} is the application", named(some)),
+    };
+    let text = format!("nothing listens on {to}{but}{unless}: {bind}");
     Some(Finding::warn(NAME, moved, text, "ss -ltunp"))
 }
 
@@ -163,7 +169,8 @@ mod tests {
         };
         let found = says(&login).unwrap();
         assert_eq!(found.result, Grade::Warn);
-        assert!(found.text.contains("but for logins: start"), "{found:?}");
+        let but = "but for logins, unless 40000/udp is the application: start";
+        assert!(found.text.contains(but), "{found:?}");
         let on_lo = Listening {
             elsewhere: vec!["127.0.0.1:8080".parse().unwrap()],
             ..Listening::default()

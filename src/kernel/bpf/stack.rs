@@ -240,7 +240,9 @@ fn jump(
         0x40 => a & b != 0,
         0x50 => a != b,
         0xa0 => a < b,
-        _ => a <= b,
+        0xb0 => a <= b,
+        // Signed ones are not followed.
+        _ => return Step::On(vec![next, to]),
     };
     Step::On(vec![if holds { to } else { next }])
 }
