@@ -1,5 +1,5 @@
-# Debian's packages of every suite, for the scripts beside this file, which set `work` (where
-# things are kept), `arch` and `apt_dir`, and source it. Leaves apt set to them (APT_CONFIG).
+# What the scripts beside this file have in common: they set `work` (where things are kept), `arch`
+# and `apt_dir`, and source it.
 
 say() { printf 'vm: %s\n' "$*" >&2; }
 fail() {
@@ -16,6 +16,7 @@ need() {
   done
 }
 
+# Leaves apt set to Debian's packages of every suite (APT_CONFIG).
 read_package_lists() {
   mkdir -p "$apt_dir"/{lists/partial,cache/archives/partial,etc}
   if [ ! -e "$apt_dir/etc/sources.list" ]; then
@@ -61,4 +62,19 @@ namespace_tests() {
       sed -nE '/"name":"netns"/s/.*"executable":"([^"]+)".*/\1/p' | tail -1)
   fi
   echo "$binary"
+}
+
+# What a machine mounts once /dev, /proc and /sys are there.
+mounts='mkdir -p /dev/pts /dev/shm /run/lock
+mount -t devpts pts /dev/pts
+mount -t tmpfs shm /dev/shm
+mount -t cgroup2 cgroup /sys/fs/cgroup
+mount -t bpf bpf /sys/fs/bpf'
+
+# Ends as what ran in the machine has, by the log in $1.
+end_as_told() {
+  local result
+  result=$(sed -nE 's/.*vm: result ([0-9]+).*/\1/p' "$1" | tail -1)
+  [ -n "$result" ] || fail "the machine ended without a result; see $1"
+  exit "$result"
 }
