@@ -267,7 +267,7 @@ impl Follower {
         follower.look_for_ways_out(host.netlink());
         let addresses = host.netlink().addresses().map_err(system)?;
         follower.tell_programs(&addresses);
-        follower.look_for_ways_back(host.netlink(), addresses);
+        follower.look_for_ways_back(host.netlink(), &addresses);
         let there = host.netlink().links().map_err(system)?;
         let mut links = follower.wanted(&there);
         let calls_itself = follower.settings.calls_itself;
@@ -422,7 +422,7 @@ impl Follower {
         match host.netlink().addresses() {
             Ok(addresses) => {
                 self.tell_programs(&addresses);
-                self.look_for_ways_back(host.netlink(), addresses);
+                self.look_for_ways_back(host.netlink(), &addresses);
             }
             Err(error) => warn!(%error, "cannot list this server's addresses"),
         }
@@ -559,7 +559,7 @@ impl Follower {
             }
         }
         // After the links, since one without our program answers for a moved address with resets.
-        self.look_for_ways_back(host.netlink(), addresses.to_vec());
+        self.look_for_ways_back(host.netlink(), addresses);
         self.tell_of_ways_back(now, known);
         self.look_at_tun(now, host, known);
         self.look_for_others(now, host.netlink(), known);
@@ -831,15 +831,10 @@ impl Follower {
                 )
             })
         };
-        let lines: Vec<String> = self.carrying.iter().filter_map(line).collect();
-        known.withdraw_own(|line| {
-            let is_such =
-                line.starts_with(NO_PLACE) || line.ends_with(plan::own::NOT_NOTED_TO_MANY);
-            is_such && !lines.iter().any(|it| it == line)
-        });
-        for line in lines {
-            known.warn(now, line);
-        }
+        let lines = self.carrying.iter().filter_map(line).collect();
+        let is_such =
+            |line: &str| line.starts_with(NO_PLACE) || line.ends_with(plan::own::NOT_NOTED_TO_MANY);
+        known.warn_of_all(now, is_such, lines);
     }
 
     /// Looks for filters of others that come before ours. An administrator may want that, but then
@@ -894,14 +889,14 @@ impl Follower {
     }
 
     /// Looks what this host's routing rules mean for replies, and tells the programs (old server).
-    fn look_for_ways_back(&mut self, netlink: &Netlink, addresses: Vec<Address>) {
+    fn look_for_ways_back(&mut self, netlink: &Netlink, addresses: &[Address]) {
         let Programs::Old(capture) = &self.programs else {
             return;
         };
         let found = match self.settings.named {
             Some(_) => Ok(WaysBack::default()),
             None => {
-                let held = Held::new(addresses);
+                let held = Held::new(addresses.to_vec());
                 WaysBack::look(netlink, &self.settings.moves, &held, self.tun.index)
             }
         };
@@ -921,13 +916,8 @@ impl Follower {
     /// Says what is to be known of that: what may be wrong at each look, as long as it is so.
     fn tell_of_ways_back(&mut self, now: Instant, known: &mut Warnings) {
         let said = &self.ways_back.said;
-        let warnings: Vec<String> = said.iter().filter_map(Said::warning).collect();
-        known.withdraw_own(|line| {
-            line.starts_with(ways_back::UNKNOWN) && !warnings.iter().any(|it| it == line)
-        });
-        for warning in warnings {
-            known.warn(now, warning);
-        }
+        let warnings = said.iter().filter_map(Said::warning).collect();
+        known.warn_of_all(now, |line| line.starts_with(ways_back::UNKNOWN), warnings);
         let is_new = |said: &&Said| !self.told_of_ways.contains(said);
         for note in said.iter().filter(is_new).filter_map(Said::note) {
             info!("{note}");

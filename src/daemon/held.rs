@@ -151,12 +151,17 @@ pub(super) fn beside(prefix: Prefix, addr: IpAddr) -> Vec<Prefix> {
 
 /// The first of these, and how many more there are.
 pub(super) fn names(prefixes: &[Prefix]) -> String {
-    let named = prefixes.iter().take(NAMED).map(ToString::to_string);
-    let mut names = named.collect::<Vec<_>>().join(", ");
-    if let Some(more) = prefixes.len().checked_sub(NAMED).filter(|&more| more > 0) {
-        let _ = write!(names, " and {more} more");
+    first_of(prefixes, NAMED)
+}
+
+/// The first `named` of all, and how many more there are.
+pub(super) fn first_of(all: &[impl ToString], named: usize) -> String {
+    let first = all.iter().take(named).map(ToString::to_string);
+    let mut first = first.collect::<Vec<_>>().join(", ");
+    if let Some(more) = all.len().checked_sub(named).filter(|&more| more > 0) {
+        let _ = write!(first, " and {more} more");
     }
-    names
+    first
 }
 
 #[cfg(test)]

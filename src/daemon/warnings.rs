@@ -98,6 +98,19 @@ impl Warnings {
         self.own.0.retain(|kept| !is_over(&kept.line));
     }
 
+    /// Warns of these, which are all lines of their kind that are true now.
+    pub(super) fn warn_of_all(
+        &mut self,
+        now: Instant,
+        is_of_kind: impl Fn(&str) -> bool,
+        lines: Vec<String>,
+    ) {
+        self.withdraw_own(|line| is_of_kind(line) && !lines.iter().any(|it| it == line));
+        for line in lines {
+            self.warn(now, line);
+        }
+    }
+
     /// Whether one more line about a peer may be logged. If not, it is counted.
     #[must_use]
     pub(super) fn may_log(&mut self, now: Instant, peer: PeerId) -> bool {

@@ -262,15 +262,7 @@ fn each(mut go_on: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// An attribute of this kind.
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
+    use crate::kernel::testing::attribute;
 
     /// One direction of TCP, from and to these.
     fn tuple(kind: u16, src: &str, dst: &str) -> Vec<u8> {

@@ -34,6 +34,15 @@ fn inside<T: Send>(namespace: &Namespace, run: impl FnOnce() -> T + Send) -> T {
     namespace.run(|| Ok(run())).unwrap()
 }
 
+/// An attribute as the kernel writes it (`struct nlattr`, linux/netlink.h).
+pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(value);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
 /// The capabilities that the systemd unit in `contrib` leaves the daemon. Later the daemon gives up
 /// more by itself.
 pub(super) fn capabilities_of_the_unit() -> CapabilitySet {

@@ -246,12 +246,21 @@ fn asked(moves: &[Move]) -> Vec<Asked> {
     moves.iter().flat_map(of).take(MAX_PORTS).collect()
 }
 
+/// Whether it takes what is delivered. A socket of IPv6 takes IPv4 as well, unless it was told not
+/// to (`IPV6_V6ONLY`, ipv6(7)).
+pub(super) fn is_there(listener: &Listener, protocol: u8, port: u16) -> bool {
+    match listener {
+        Listener::Here => true,
+        Listener::OnIpv6 => !sockets::only_v6(protocol, port).unwrap_or(false),
+        Listener::At(_) | Listener::Nobody => false,
+    }
+}
+
 fn listens(listener: &Listener, to: SocketAddr, asked: &Asked, missing: &mut bool) -> Finding {
-    let only_v6 = || sockets::only_v6(asked.protocol, to.port()).unwrap_or(false);
-    let cause = match listener {
-        Listener::OnIpv6 if only_v6() => nobody_there(listener, to, asked, true),
-        Listener::Here | Listener::OnIpv6 => None,
-        Listener::At(_) | Listener::Nobody => nobody_there(listener, to, asked, true),
+    let cause = if is_there(listener, asked.protocol, to.port()) {
+        None
+    } else {
+        nobody_there(listener, to, asked, true)
     };
     let Some(cause) = cause else {
         return Finding::ok("listener", asked, format!("something listens on {to}"));

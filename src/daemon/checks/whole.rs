@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
-use super::delivered::Delivered;
+use super::delivered::{Delivered, is_there};
+use crate::daemon::held::first_of;
 use crate::kernel::look::{self, Listener, Listeners};
-use crate::kernel::sockets;
 use crate::model::asked::Asked;
 use crate::model::finding::Finding;
 use crate::model::moved::{TCP, UDP};
@@ -85,12 +85,8 @@ struct Listening {
 }
 
 fn here(protocol: u8, all: &[(u16, Listener)]) -> Vec<u16> {
-    let here = |(port, listener): &(u16, Listener)| match listener {
-        Listener::Here => true,
-        Listener::OnIpv6 => !sockets::only_v6(protocol, *port).unwrap_or(false),
-        Listener::At(_) | Listener::Nobody => false,
-    };
-    let here = all.iter().filter(|it| here(it));
+    let here = |(port, listener): &&(u16, Listener)| is_there(listener, protocol, *port);
+    let here = all.iter().filter(here);
     here.map(|(port, _)| *port).collect()
 }
 
@@ -112,7 +108,7 @@ fn judge(moved: Prefix, to: IpAddr, tunnel: u16, all: &Listening) -> Option<Find
     let in_words = |port: &u16| format!("{port}/udp");
     let open: Vec<String> = tcp.chain(udp.iter().map(in_words)).collect();
     if !open.is_empty() {
-        let text = format!("what listens on {to}: {}", named(&open));
+        let text = format!("what listens on {to}: {}", first_of(&open, NAMED));
         return Some(Finding::ok(NAME, moved, text));
     }
     // Whoever answers may be in a container, behind address translation.
@@ -124,30 +120,20 @@ fn judge(moved: Prefix, to: IpAddr, tunnel: u16, all: &Listening) -> Option<Find
     } else {
         ""
     };
-    let others: Vec<String> = all.elsewhere.iter().map(ToString::to_string).collect();
-    let bind = match others.as_slice() {
+    let bind = match all.elsewhere.as_slice() {
         [] => "start the application".to_owned(),
         some => format!(
             "start the application, or let it listen there (what listens elsewhere: {})",
-            named(some)
+            first_of(some, NAMED)
         ),
     };
     let unclear: Vec<String> = unclear.iter().map(in_words).collect();
     let unless = match unclear.as_slice() {
         [] => String::new(),
-        some => format!(", unless {} is the application", named(some)),
+        some => format!(", unless {} is the application", first_of(some, NAMED)),
     };
     let text = format!("nothing listens on {to}{but}{unless}: {bind}");
     Some(Finding::warn(NAME, moved, text, "ss -ltunp"))
-}
-
-/// The first of them.
-fn named(all: &[String]) -> String {
-    let first = all.iter().take(NAMED).cloned().collect::<Vec<_>>();
-    match all.len().saturating_sub(NAMED) {
-        0 => first.join(", "),
-        more => format!("{} and {more} more", first.join(", ")),
-    }
 }
 
 #[cfg(test)]

@@ -256,17 +256,8 @@ fn slave_kind(info: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::testing::{delete_link, in_fresh_namespace, set_link_down, veth};
+    use crate::kernel::testing::{attribute, delete_link, in_fresh_namespace, set_link_down, veth};
     use crate::lab::wiring::Wiring;
-
-    /// An attribute as the kernel writes it.
-    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = Vec::from((4 + value.len() as u16).to_ne_bytes());
-        bytes.extend(kind.to_ne_bytes());
-        bytes.extend(value);
-        bytes.resize(bytes.len().next_multiple_of(4), 0);
-        bytes
-    }
 
     #[test]
     fn a_gre_tunnel_without_remote_is_one_to_many() {

@@ -23,7 +23,7 @@ use std::sync::Mutex;
 use Reg::{R0, R1, R2, R10};
 
 use super::headers::{fib, skb};
-use super::moved::Family;
+use super::moved::{Family, octets};
 use super::phrases::{PACKET, look_up_at};
 use crate::kernel::bpf::{Assembler, BpfError, If, Label, Map, MapKind, Reg, Shape, Size};
 use crate::model::prefix::Prefix;
@@ -85,11 +85,7 @@ impl MarkedWay {
             value.extend(link.to_ne_bytes());
             value.extend(u32::from(gateway.is_some()).to_ne_bytes());
             let end = value.len() + ADDRESS_LEN;
-            match gateway {
-                Some(IpAddr::V4(addr)) => value.extend(addr.octets()),
-                Some(IpAddr::V6(addr)) => value.extend(addr.octets()),
-                None => {}
-            }
+            value.extend(gateway.map(octets).unwrap_or_default());
             value.resize(end, 0);
         }
         value
@@ -224,10 +220,7 @@ fn number(is_ipv4: bool) -> u32 {
 fn key(prefix: Prefix) -> Vec<u8> {
     let mut key = Vec::from((32 + u32::from(prefix.len())).to_ne_bytes());
     key.extend(number(prefix.is_ipv4()).to_ne_bytes());
-    match prefix.first() {
-        IpAddr::V4(addr) => key.extend(addr.octets()),
-        IpAddr::V6(addr) => key.extend(addr.octets()),
-    }
+    key.extend(octets(prefix.first()));
     key.resize(ADDRESS as usize + ADDRESS_LEN, 0);
     key
 }

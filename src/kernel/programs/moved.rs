@@ -244,7 +244,7 @@ impl Moved {
     }
 }
 
-fn octets(addr: IpAddr) -> Vec<u8> {
+pub(super) fn octets(addr: IpAddr) -> Vec<u8> {
     match addr {
         IpAddr::V4(addr) => addr.octets().into(),
         IpAddr::V6(addr) => addr.octets().into(),
